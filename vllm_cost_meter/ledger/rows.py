@@ -1,0 +1,166 @@
+"""Records to rows: what of a record goes into which column of which table.
+
+Pure functions, no database: the writer runs them inside its error handling, so that a record that
+cannot be turned into rows is dropped alone. Every row of a table has the same keys, as a bulk
+insert needs.
+
+Invariant: a row of `requests` equals the sum of the rows of `usage_pieces` it comes with.
+"""
+
+from typing import Any
+
+from vllm_cost_meter.pricing import format_usd
+from vllm_cost_meter.records import (
+    CLASSES,
+    ClassTotals,
+    EngineRequest,
+    HttpRequest,
+    Price,
+    Snapshot,
+    rfc3339,
+)
+
+Row = dict[str, Any]
+
+
+def part_row(part: EngineRequest) -> Row:
+    """Return the row of `requests` of one engine request."""
+    bill, times = part.bill, part.latencies
+    prefill_ns, decode_ns = bill.prefill_ns, bill.decode_ns
+    return {
+        "run_id": bill.run_id,
+        "seq": bill.seq,
+        "request_id": bill.request_id,
+        "external_id": part.external_id,
+        "response_id": part.response_id,
+        "http_request_id": part.http_request_id,
+        "prompt_group": part.prompt_group,
+        "tenant": part.tenant,
+        "model": part.model,
+        "lora": part.lora,
+        "route": part.route,
+        "engine_status": bill.engine_status,
+        "method": bill.method,
+        "prompt_tokens": bill.prompt_tokens,
+        "cached_tokens": bill.cached_tokens,
+        "output_tokens": bill.output_tokens,
+        "prefill_tokens": sum(piece.prefill_tokens for piece in bill.pieces),
+        "decode_tokens": sum(piece.decode_tokens for piece in bill.pieces),
+        "gpu_time_ns": prefill_ns + decode_ns,
+        "prefill_ns": prefill_ns,
+        "decode_ns": decode_ns,
+        "cost_nanousd": part.cost_nanousd,
+        "cost_usd": format_usd(part.cost_nanousd),
+        "preemptions": bill.preemptions,
+        "steps": bill.steps,
+        "started_at": rfc3339(part.started_at_ns),
+        "finished_at": rfc3339(part.finished_at_ns),
+        "queue_ms": times.queue_ms,
+        "ttft_ms": times.ttft_ms,
+        "tpot_ms": times.tpot_ms,
+        "e2e_ms": times.e2e_ms,
+    }
+
+
+def piece_rows(part: EngineRequest) -> list[Row]:
+    """Return the rows of `usage_pieces` of one engine request."""
+    bill = part.bill
+    return [
+        {
+            "run_id": bill.run_id,
+            "seq": bill.seq,
+            "hour": piece.hour,
+            "tenant": part.tenant,
+            "prefill_ns": piece.prefill_ns,
+            "decode_ns": piece.decode_ns,
+            "prefill_tokens": piece.prefill_tokens,
+            "decode_tokens": piece.decode_tokens,
+        }
+        for piece in bill.pieces
+    ]
+
+
+def http_row(http: HttpRequest) -> Row:
+    """Return the row of `http_requests` of one HTTP exchange."""
+    return {
+        "http_request_id": http.http_request_id,
+        "response_id": http.response_id,
+        "x_request_id": http.x_request_id,
+        "tenant": http.tenant,
+        "model": http.model,
+        "route": http.route,
+        "status": http.status,
+        "streamed": http.streamed,
+        "prompt_tokens": http.usage.prompt_tokens,
+        "cached_tokens": http.usage.cached_tokens,
+        "output_tokens": http.usage.output_tokens,
+        "gpu_time_ns": http.gpu_time_ns,
+        "cost_nanousd": http.cost_nanousd,
+        "cost_usd": format_usd(http.cost_nanousd),
+        "started_at": rfc3339(http.started_at_ns),
+        "finished_at": rfc3339(http.finished_at_ns),
+    }
+
+
+def price_row(price: Price) -> Row:
+    """Return the row of `prices` of one price."""
+    return {
+        "price_id": price.price_id,
+        "usd_per_gpu_hour": price.usd_per_gpu_hour,
+        "source": price.source,
+        "effective_from": rfc3339(price.effective_from_ns),
+    }
+
+
+def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
+    """Return the row of `runs` of the run a snapshot is of."""
+    return {
+        "run_id": snapshot.run_id,
+        "engine_index": snapshot.engine_index,
+        "model": snapshot.model,
+        "gpus": snapshot.gpus,
+        "method": snapshot.method,
+        "vllm_version": snapshot.vllm_version,
+        "meter_version": snapshot.meter_version,
+        "native": snapshot.native,
+        "started_at": rfc3339(snapshot.started_at_ns),
+        "price_id": price_id,
+    }
+
+
+def snapshot_row(snapshot: Snapshot) -> Row:
+    """Return the row of `snapshots` of one cut."""
+    return {
+        "run_id": snapshot.run_id,
+        "number": snapshot.number,
+        "taken_at": rfc3339(snapshot.taken_at_ns),
+        "wall_ns": snapshot.wall_ns,
+        **_class_columns(snapshot.totals),
+        "last_seq": snapshot.last_seq,
+        "billed_ns": snapshot.billed_ns,
+        "running": snapshot.running,
+        "waiting": snapshot.waiting,
+        "kv_cache_usage": snapshot.kv_cache_usage,
+        "steps": snapshot.steps,
+        "busy_ns": snapshot.busy_ns,
+        "own_ns": snapshot.own_ns,
+        "errors": snapshot.errors,
+        "state": snapshot.state,
+    }
+
+
+def hour_rows(snapshot: Snapshot) -> list[Row]:
+    """Return the rows of `engine_hours` of the hours a snapshot brings."""
+    return [
+        {
+            "run_id": snapshot.run_id,
+            "hour": hour,
+            "number": snapshot.number,
+            **_class_columns(totals),
+        }
+        for hour, totals in snapshot.hours.items()
+    ]
+
+
+def _class_columns(totals: ClassTotals) -> Row:
+    return {f"{name}_ns": getattr(totals, name) for name in CLASSES}

@@ -1,0 +1,179 @@
+"""The tables of the ledger, one schema for SQLite and PostgreSQL.
+
+Rows of fact (bills, their pieces, HTTP exchanges, prices, runs) are written once by key and never
+changed. Only two tables are cumulative counters and are overwritten, by a higher snapshot number
+and by nothing else: `snapshots`, the latest cut of each run, and `engine_hours`, the same classes
+hour by hour. Amounts are 64-bit integers, instants are RFC 3339 text of fixed width (text order is
+time order), unknown is NULL.
+
+Invariant: a snapshot and its hours change in one transaction, and so do a bill and its pieces;
+so at any instant the hours of a run add up to its snapshot, and the pieces of a bill to the bill.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+)
+
+from vllm_cost_meter.records import CLASSES
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+# Keys and instants compare byte by byte, whatever the locale of a PostgreSQL database is.
+_Key = Text().with_variant(Text(collation="C"), "postgresql")
+
+
+def _class_columns() -> list[Column[int]]:
+    """Return one column of GPU-nanoseconds for each class of time."""
+    return [Column(f"{name}_ns", BigInteger, nullable=False) for name in CLASSES]
+
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
+
+prices = Table(
+    "prices",
+    metadata,
+    Column("price_id", _Key, primary_key=True),
+    Column("usd_per_gpu_hour", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("effective_from", _Key, nullable=False),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", _Key, primary_key=True),
+    Column("engine_index", Integer, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("gpus", Integer, nullable=False),
+    Column("method", Text, nullable=False),
+    Column("vllm_version", Text, nullable=False),
+    Column("meter_version", Text, nullable=False),
+    Column("native", Boolean, nullable=False),
+    Column("started_at", _Key, nullable=False),
+    Column("price_id", _Key),
+)
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("run_id", _Key, primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("taken_at", _Key, nullable=False),
+    Column("wall_ns", BigInteger, nullable=False),
+    *_class_columns(),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("billed_ns", BigInteger, nullable=False),
+    Column("running", Integer, nullable=False),
+    Column("waiting", Integer, nullable=False),
+    Column("kv_cache_usage", Float),
+    Column("steps", BigInteger, nullable=False),
+    Column("busy_ns", BigInteger, nullable=False),
+    Column("own_ns", BigInteger, nullable=False),
+    Column("errors", BigInteger, nullable=False),
+    Column("state", Text, nullable=False),
+)
+
+engine_hours = Table(
+    "engine_hours",
+    metadata,
+    Column("run_id", _Key, primary_key=True),
+    Column("hour", Integer, primary_key=True),
+    # The snapshot these totals are from: an older one that comes late must not overwrite them.
+    Column("number", BigInteger, nullable=False),
+    *_class_columns(),
+)
+
+http_requests = Table(
+    "http_requests",
+    metadata,
+    Column("http_request_id", _Key, primary_key=True),
+    Column("response_id", _Key, index=True),
+    Column("x_request_id", _Key, index=True),
+    Column("tenant", _Key, nullable=False),
+    Column("model", Text),
+    Column("route", Text, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("streamed", Boolean, nullable=False),
+    # As the client was told: NULL where the reply did not say.
+    Column("prompt_tokens", BigInteger),
+    Column("cached_tokens", BigInteger),
+    Column("output_tokens", BigInteger),
+    Column("gpu_time_ns", BigInteger),
+    Column("cost_nanousd", BigInteger),
+    Column("cost_usd", Text),
+    Column("started_at", _Key, nullable=False),
+    Column("finished_at", _Key, nullable=False),
+    Index("ix_http_requests_finished", "finished_at", "http_request_id"),
+    Index("ix_http_requests_tenant", "tenant", "finished_at", "http_request_id"),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("run_id", _Key, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("request_id", _Key, nullable=False, index=True),
+    Column("external_id", _Key, index=True),
+    Column("response_id", _Key, index=True),
+    Column("http_request_id", _Key),
+    Column("prompt_group", _Key, nullable=False),
+    Column("tenant", _Key, nullable=False),
+    Column("model", Text),
+    Column("lora", Text),
+    Column("route", Text),
+    Column("engine_status", Text, nullable=False),
+    Column("method", Text, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("prefill_tokens", BigInteger, nullable=False),
+    Column("decode_tokens", BigInteger, nullable=False),
+    Column("gpu_time_ns", BigInteger, nullable=False),
+    Column("prefill_ns", BigInteger, nullable=False),
+    Column("decode_ns", BigInteger, nullable=False),
+    Column("cost_nanousd", BigInteger),
+    Column("cost_usd", Text),
+    Column("preemptions", Integer, nullable=False),
+    Column("steps", BigInteger, nullable=False),
+    Column("started_at", _Key, nullable=False),
+    Column("finished_at", _Key, nullable=False, index=True),
+    Column("queue_ms", Float),
+    Column("ttft_ms", Float),
+    Column("tpot_ms", Float),
+    Column("e2e_ms", Float),
+    # Covers the token counts of a tenant report, in the order they are grouped in.
+    Index(
+        "ix_requests_http",
+        "http_request_id",
+        "prompt_group",
+        "prompt_tokens",
+        "cached_tokens",
+        "output_tokens",
+    ),
+)
+
+usage_pieces = Table(
+    "usage_pieces",
+    metadata,
+    Column("run_id", _Key, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("hour", Integer, primary_key=True, autoincrement=False),
+    Column("tenant", _Key, nullable=False),
+    Column("prefill_ns", BigInteger, nullable=False),
+    Column("decode_ns", BigInteger, nullable=False),
+    Column("prefill_tokens", BigInteger, nullable=False),
+    Column("decode_tokens", BigInteger, nullable=False),
+    Index("ix_usage_pieces_hour", "hour", "tenant"),
+    # Clustered by key: "all pieces of a run up to a bill" is one range of the file.
+    sqlite_with_rowid=False,
+)

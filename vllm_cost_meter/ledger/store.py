@@ -1,0 +1,259 @@
+"""Where the ledger is, whether it may be there, and how it is opened.
+
+SQLite runs in WAL mode with `synchronous=NORMAL`: a commit is written to the file (page cache)
+before it returns, so it survives `kill -9` of every process; only a crash of the machine itself
+may take the last commits with it, never the file's consistency. WAL needs shared memory, so a
+network filesystem is refused at the start. Transactions are explicit here: readers begin DEFERRED
+and see one state of the file throughout, writers begin IMMEDIATE and never have to upgrade a lock.
+
+Invariant: an engine that `open_ledger` returns has our schema, whole, whoever created it and
+however many processes tried to at once.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, event, insert, inspect, make_url, select, text
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
+
+# Filesystems on which SQLite's WAL mode loses data: its shared memory does not span machines.
+NETWORK_FILESYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "ncpfs", "afs", "coda", "9p", "ceph"}
+    | {"lustre", "gpfs", "glusterfs", "beegfs", "orangefs", "pvfs2", "ocfs2", "gfs2", "davfs"}
+    | {"virtiofs", "panfs"}
+)
+# FUSE names its driver after the dot; these drivers are network ones.
+NETWORK_FUSE = frozenset(
+    {"sshfs", "glusterfs", "ceph", "ceph-fuse", "s3fs", "gcsfuse", "rclone", "davfs", "davfs2"}
+    | {"smbnetfs", "goofys", "juicefs", "blobfuse", "blobfuse2", "mount-s3", "hdfs", "seaweedfs"}
+)
+BUSY_TIMEOUT_S = 5.0
+SYNC_DRIVERS = {"sqlite": {"pysqlite"}, "postgresql": {"psycopg", "psycopg2", "pg8000"}}
+# Marks a connection that will write; see `_begin`.
+WRITE_OPTION = "cost_meter_write"
+# An arbitrary constant: who holds this PostgreSQL advisory lock may create the schema.
+_SCHEMA_LOCK = 7_366_101_477
+
+
+def default_url() -> str:
+    """Return the URL of the ledger of this user: a SQLite file below the XDG state folder."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    # The XDG rules say that a relative path is to be ignored.
+    home = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+    return f"sqlite:///{home / 'vllm-cost-meter' / 'ledger.db'}"
+
+
+def parse_url(url: str) -> URL:
+    """Return the parsed URL of a ledger we can use. Raises LedgerError."""
+    hint = "sqlite:////path/ledger.db or postgresql+psycopg://user@host/database"
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except (ArgumentError, ValueError):
+        came = url.rpartition("@")[2]  # what stands before an @ may be a password
+        raise LedgerError(f"ledger: expected a URL such as {hint}, got {came!r}") from None
+    shown = parsed.render_as_string(hide_password=True)
+    try:
+        driver = parsed.get_driver_name()
+    except NoSuchModuleError:
+        backend, driver = "", ""
+    if backend not in SYNC_DRIVERS or driver not in SYNC_DRIVERS[backend]:
+        raise LedgerError(f"ledger {shown}: unsupported database, expected {hint}")
+    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise LedgerError(f"ledger {shown}: a ledger in memory is lost, expected {hint}")
+    if backend == "sqlite" and str(parsed.database).startswith("file:"):
+        raise LedgerError(f"ledger {shown}: expected a plain path, sqlite:////path/ledger.db")
+    return parsed
+
+
+def sqlite_path(url: URL) -> Path | None:
+    """Return the absolute path of a SQLite ledger, None for another database."""
+    if url.get_backend_name() != "sqlite":
+        return None
+    return Path(str(url.database)).absolute()
+
+
+def check_location(url: str, *, mounts: str | None = None) -> None:
+    """Raise LedgerError, one line, unless a ledger may live at this URL and can be written.
+
+    `mounts` is the text of /proc/mounts; it is read from there by default.
+    """
+    path = sqlite_path(parse_url(url))
+    if path is None:
+        return
+    if mounts is None:
+        mounts = _read_mounts()
+    kind = filesystem_of(path, mounts)
+    if kind in NETWORK_FILESYSTEMS or kind.removeprefix("fuse.") in NETWORK_FUSE:
+        raise LedgerError(
+            f"ledger {path}: is on a network filesystem ({kind}), where SQLite's WAL mode is"
+            " unsafe; set COST_METER_LEDGER to a local path or to PostgreSQL"
+        )
+    _make_folder(path)
+    if path.is_dir():
+        raise LedgerError(f"ledger {path}: expected a file, got a folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise LedgerError(f"ledger {path}: cannot write in the folder {path.parent}")
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        raise LedgerError(f"ledger {path}: the file cannot be read and written by this user")
+
+
+def filesystem_of(path: Path, mounts: str) -> str:
+    """Return the filesystem type under a path: that of the longest mount point above it."""
+    real = path.resolve()
+    best, kind = -1, ""
+    for line in mounts.splitlines():
+        words = line.split()
+        if len(words) < 3:
+            continue
+        # /proc/mounts writes blanks in octal.
+        point = words[1].encode().decode("unicode_escape")
+        # Of two mounts on one point the later one covers the earlier.
+        if real.is_relative_to(point) and len(point) >= best:
+            best, kind = len(point), words[2]
+    return kind
+
+
+def open_ledger(url: str, *, create: bool = True, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
+    """Open a ledger, creating folder, file and schema if they are absent and `create` is set.
+
+    Raises LedgerError when it cannot be opened, or was written by a newer cost meter.
+    """
+    parsed = parse_url(url)
+    shown = parsed.render_as_string(hide_password=True)
+    path = sqlite_path(parsed)
+    if path is not None:
+        if create:
+            _make_folder(path)
+            _make_file(path)
+        elif not path.exists():
+            raise LedgerError(
+                f"ledger {shown}: no such file; start a server with the meter, or name the right"
+                " ledger in COST_METER_LEDGER"
+            )
+    engine: Engine | None = None
+    try:
+        engine = _engine(parsed, busy_timeout_s)
+        _ensure_schema(engine, shown, create=create)
+    except ImportError as error:
+        raise LedgerError(f"ledger {shown}: install its driver ({error})") from error
+    except SQLAlchemyError as error:
+        _dispose(engine)
+        cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise LedgerError(f"ledger {shown}: cannot be opened: {cause}") from error
+    except BaseException:
+        _dispose(engine)
+        raise
+    return engine
+
+
+def _dispose(engine: Engine | None) -> None:
+    if engine is not None:
+        engine.dispose()
+
+
+def _read_mounts() -> str:
+    try:
+        return Path("/proc/mounts").read_text(errors="replace")
+    except OSError:  # not Linux: nothing is known, nothing is refused
+        return ""
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedgerError(
+            f"ledger {path}: the folder {path.parent} cannot be created: {error.strerror}"
+        ) from error
+
+
+def _make_file(path: Path) -> None:
+    """Create the file readable by its owner only; SQLite gives -wal and -shm the same mode."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise LedgerError(f"ledger {path}: cannot be written: {error.strerror}") from error
+
+
+def _engine(url: URL, busy_timeout_s: float) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True)
+    engine = create_engine(url, connect_args={"timeout": busy_timeout_s})
+    # Many rows go in one INSERT: sqlite3 gives up the GIL at every statement, and beside a busy
+    # event loop each return of it may cost up to 5 ms.
+    engine.dialect.use_insertmanyvalues_wo_returning = True
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # BEGIN is ours: see `_begin`
+        _set_wal(connection, busy_timeout_s)
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA cache_size=-16384")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get(WRITE_OPTION)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _set_wal(connection: Any, timeout_s: float) -> None:
+    """Switch the file to WAL: SQLite does not wait by itself when others open it just now."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        except connection.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            if mode == "wal":
+                return
+            if time.monotonic() > deadline:
+                raise connection.OperationalError(f"expected journal mode WAL, got {mode}")
+        time.sleep(0.005)
+
+
+def writing(engine: Engine) -> Engine:
+    """Return the same engine, its transactions begun as a writer's."""
+    return engine.execution_options(**{WRITE_OPTION: True})
+
+
+def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
+    found = _version(engine)
+    if found is None and create:
+        _create_schema(engine)
+        found = _version(engine)
+    if found is None:
+        raise LedgerError(f"ledger {shown}: holds no ledger (no table schema_version)")
+    if found > SCHEMA_VERSION:
+        raise LedgerError(
+            f"ledger {shown}: has schema version {found}, this cost meter knows"
+            f" {SCHEMA_VERSION}; upgrade vllm-cost-meter or use another ledger"
+        )
+
+
+def _version(engine: Engine) -> int | None:
+    with engine.connect() as connection:
+        if not inspect(connection).has_table(schema_version.name):
+            return None
+        rows = connection.execute(select(schema_version.c.version)).scalars().all()
+        return max(rows, default=None)
+
+
+def _create_schema(engine: Engine) -> None:
+    with writing(engine).begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
+        # Whoever came second finds everything there once the first has committed.
+        metadata.create_all(connection)
+        if connection.execute(select(schema_version.c.version)).first() is None:
+            connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))

@@ -1,0 +1,349 @@
+"""The one thread of a process that writes to the ledger, in groups.
+
+Serving must never wait for a disk, so records are handed over (`put`) and written a moment later,
+many in one transaction. A reply's cost header may only leave after its bill is safe, so `commit`
+gives a future that resolves after COMMIT and cuts the gathering short. While a transaction runs,
+the next group gathers by itself: the busier the server, the larger the groups.
+
+A database that fails (locked, full, gone) costs nothing but memory: the batch stays queued and is
+tried again, oldest first, up to `max_records`; beyond that the oldest are dropped and counted.
+A record that can never be written is dropped alone.
+
+Invariant: every record that came in is in exactly one of: committed, dropped, or waiting
+(`queued == committed + dropped + waiting`), and a future resolves only after its records' COMMIT.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DataError, IntegrityError
+
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.inserts import Record, newest_snapshots, write, write_price
+from vllm_cost_meter.ledger.store import open_ledger, writing
+from vllm_cost_meter.records import Price, Snapshot
+
+logger = logging.getLogger(__name__)
+
+RETRY_FIRST_S = 0.05
+RETRY_MOST_S = 1.0
+# How long one attempt waits for another process's transaction; then the batch is tried again.
+ATTEMPT_S = 1.0
+# Distinct errors that are logged; past that the counters must do.
+MAX_LOGGED = 20
+
+# What a record can be guilty of, as against the database: it will not get better by waiting.
+# ValueError covers text that is not UTF-8, ArithmeticError integers over 64 bits.
+RECORD_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    DataError,
+    IntegrityError,
+    TypeError,
+    ValueError,
+)
+# A value no driver can bind: which class that is differs by driver and Python; the text does not.
+_BINDING_ERRORS = ("Error binding parameter", "cannot adapt type")
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """Records that were handed over together, and who waits for them."""
+
+    records: list[Record]
+    future: Future[None] | None = None
+    error: Exception | None = None
+
+    def resolve(self) -> None:
+        if self.future is None or not self.future.set_running_or_notify_cancel():
+            return
+        if self.error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(self.error)
+
+
+class LedgerWriter:
+    """Writes records to one ledger from one daemon thread. All methods are thread-safe.
+
+    `queued`, `committed` and `dropped` count records (a snapshot replaced by a newer one while it
+    waited counts as committed with it), `failures` failed attempts; `last_error` is the text of
+    the last failure, None again after a success; `last_commit_ns` is how long the last
+    transaction took.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        price: Price | None = None,
+        gather_s: float = 0.02,
+        max_records: int = 200_000,
+    ) -> None:
+        self.queued = 0
+        self.committed = 0
+        self.dropped = 0
+        self.failures = 0
+        self.last_error: str | None = None
+        self.last_commit_ns = 0
+        self._url = url
+        self._price = price
+        self._price_written = price is None
+        self._gather_s = gather_s
+        self._max_records = max_records
+        self._engine: Engine | None = None
+        self._changed = threading.Condition()
+        self._items: deque[_Item] = deque()
+        self._waiting = 0
+        self._urgent = False
+        self._close_by: float | None = None
+        self._thread: threading.Thread | None = None
+        self._logged: set[str] = set()
+
+    @property
+    def waiting(self) -> int:
+        """Records that are neither committed nor dropped yet."""
+        return self._waiting
+
+    def start(self) -> None:
+        """Start the thread; it opens the ledger, and keeps trying where that fails."""
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="cost-meter-ledger", daemon=True
+                )
+                self._thread.start()
+
+    def put(self, *records: Record) -> None:
+        """Hand records over, to be written within `gather_s`. Never blocks, never raises."""
+        if records:
+            self._enqueue(_Item(list(records)))
+
+    def commit(self, *records: Record) -> Future[None]:
+        """Hand records over, to be written at once with all before them; done after COMMIT.
+
+        The future fails with the cause when a record of this call was dropped.
+        """
+        future: Future[None] = Future()
+        self._enqueue(_Item(list(records), future))
+        return future
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Write what waits, for at most about `timeout_s`; drop and count what is left then."""
+        with self._changed:
+            if self._close_by is None:
+                self._close_by = time.monotonic() + timeout_s
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is None:
+            self._abandon()
+        else:
+            thread.join(timeout_s + ATTEMPT_S)
+
+    # ---- the caller's side of the queue
+
+    def _enqueue(self, item: _Item) -> None:
+        with self._changed:
+            self.queued += len(item.records)
+            if self._close_by is not None:
+                item.error = LedgerError("ledger: the writer is closed")
+                self.dropped += len(item.records)
+                lost = [item]
+            else:
+                self._items.append(item)
+                self._waiting += len(item.records)
+                lost = self._trim() if self._waiting > self._max_records else []
+                urgent = item.future is not None
+                if (urgent and not self._urgent) or len(self._items) == 1:
+                    self._urgent = self._urgent or urgent
+                    self._changed.notify_all()
+        for each in lost:
+            each.resolve()
+
+    def _trim(self) -> list[_Item]:
+        """Take the oldest items off the queue until it holds `max_records`. Lock held."""
+        lost: list[_Item] = []
+        while self._items and self._waiting > self._max_records:
+            item = self._items.popleft()
+            item.error = LedgerError(
+                f"ledger: dropped, {self._max_records} records wait (last error: {self.last_error})"
+            )
+            self._waiting -= len(item.records)
+            self.dropped += len(item.records)
+            lost.append(item)
+        return lost
+
+    def _abandon(self) -> None:
+        """Drop everything that waits: the end of `close`."""
+        with self._changed:
+            items, self._items = list(self._items), deque()
+            self.dropped += self._waiting
+            self._waiting = 0
+        for item in items:
+            item.error = LedgerError(f"ledger: closed before it was written ({self.last_error})")
+            item.resolve()
+
+    # ---- the thread's side
+
+    def _run(self) -> None:
+        pause_s = RETRY_FIRST_S
+        while True:
+            batch = self._next_batch()
+            if batch is None:
+                break
+            try:
+                self._write(batch)
+            except Exception as error:  # anything: the batch waits, serving goes on
+                self._failed(batch, error)
+                if not self._sleep(pause_s):
+                    break
+                pause_s = min(2 * pause_s, RETRY_MOST_S)
+            else:
+                pause_s = RETRY_FIRST_S
+        self._abandon()
+        self._drop_engine()
+
+    def _next_batch(self) -> list[_Item] | None:
+        """Wait for records, gather a little, and take all there are; None at the end."""
+        with self._changed:
+            while not self._items:
+                if self._close_by is not None:
+                    return None
+                self._changed.wait()
+            gathered_at = time.monotonic() + self._gather_s
+            while not self._urgent and self._close_by is None:
+                left_s = gathered_at - time.monotonic()
+                if left_s <= 0:
+                    break
+                self._changed.wait(left_s)
+            batch, self._items = list(self._items), deque()
+            self._urgent = False
+            return batch
+
+    def _write(self, batch: list[_Item]) -> None:
+        started_ns = time.perf_counter_ns()
+        engine = self._engine
+        if engine is None:
+            engine = self._engine = open_ledger(self._url, busy_timeout_s=ATTEMPT_S)
+        records = [record for item in batch for record in item.records]
+        with writing(engine).begin() as connection:
+            if self._price is not None and not self._price_written:
+                write_price(connection, self._price)
+            bad = self._write_what_can_be(connection, records)
+        self.last_commit_ns = time.perf_counter_ns() - started_ns
+        self._price_written = True
+        self.last_error = None
+        self._settle(batch, bad)
+
+    def _write_what_can_be(
+        self, connection: Connection, records: Sequence[Record]
+    ) -> dict[int, Exception]:
+        """Write records; split where one is bad, and return the errors of those by `id(record)`."""
+        try:
+            with connection.begin_nested():
+                write(connection, records, self._price)
+        except Exception as error:
+            if not _is_the_records_fault(error):
+                raise
+            if len(records) == 1:
+                self._log(f"the ledger cannot take a record, dropped: {_first_line(error)}")
+                return {id(records[0]): error}
+            half = len(records) // 2
+            return {
+                **self._write_what_can_be(connection, records[:half]),
+                **self._write_what_can_be(connection, records[half:]),
+            }
+        return {}
+
+    def _settle(self, batch: list[_Item], bad: dict[int, Exception]) -> None:
+        """Count a committed batch, then tell who waits."""
+        lost = 0
+        for item in batch:
+            errors = (
+                [bad[id(record)] for record in item.records if id(record) in bad] if bad else []
+            )
+            lost += len(errors)
+            if errors:
+                item.error = errors[0]
+        total = sum(len(item.records) for item in batch)
+        with self._changed:
+            self._waiting -= total
+            self.committed += total - lost
+            self.dropped += lost
+        for item in batch:
+            item.resolve()
+
+    def _failed(self, batch: list[_Item], error: Exception) -> None:
+        """Put a batch back in front of the queue, its superseded snapshots merged."""
+        self.failures += 1
+        self.last_error = _first_line(error)
+        self._log(f"the ledger cannot be written, trying again: {self.last_error}")
+        self._drop_engine()
+        before = sum(len(item.records) for item in batch)
+        batch = _merge_snapshots_of(batch)
+        merged = before - sum(len(item.records) for item in batch)
+        with self._changed:
+            self._items.extendleft(reversed(batch))
+            self._waiting -= merged
+            self.committed += merged  # a newer snapshot stands for them
+            lost = self._trim()
+        for item in lost:
+            item.resolve()
+
+    def _sleep(self, pause_s: float) -> bool:
+        """Wait before another attempt; False when `close` has run out of time."""
+        with self._changed:
+            wake_at = time.monotonic() + pause_s
+            while (left_s := wake_at - time.monotonic()) > 0 and self._close_by is None:
+                self._changed.wait(left_s)
+            if self._close_by is None:
+                return True
+            left_s = min(pause_s, self._close_by - time.monotonic())
+        if left_s > 0:
+            time.sleep(left_s)
+        return left_s > 0
+
+    def _drop_engine(self) -> None:
+        """Close the connections; the next attempt opens new ones."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            try:
+                engine.dispose()
+            except Exception as error:
+                self._log(f"the ledger cannot be closed: {_first_line(error)}")
+
+    def _log(self, message: str) -> None:
+        """Warn once of each distinct error."""
+        if message not in self._logged and len(self._logged) < MAX_LOGGED:
+            self._logged.add(message)
+            logger.warning("cost meter: %s", message)
+
+
+def _merge_snapshots_of(batch: list[_Item]) -> list[_Item]:
+    """Keep one snapshot of each run, in an item at the end of the batch.
+
+    A batch goes into one transaction, so a future whose snapshot moved to another item of it still
+    resolves only after it is written.
+    """
+    snapshots = [r for item in batch for r in item.records if isinstance(r, Snapshot)]
+    for item in batch:
+        item.records = [r for r in item.records if not isinstance(r, Snapshot)]
+    merged = _Item(list(newest_snapshots(snapshots).values()))
+    return [item for item in (*batch, merged) if item.records or item.future]
+
+
+def _is_the_records_fault(error: Exception) -> bool:
+    return isinstance(error, RECORD_ERRORS) or any(text in str(error) for text in _BINDING_ERRORS)
+
+
+def _first_line(error: Exception) -> str:
+    cause = getattr(error, "orig", None) or error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[0] if lines else ''}"
