@@ -1,0 +1,338 @@
+"""The bytes of replies: what they say of usage, and where a measured cost goes into them.
+
+Nothing here does I/O or knows ASGI; bytes go in and bytes come out. A reply is edited in place and
+never re-serialised, because only then is everything but our own fields the server's, byte for
+byte: number formats, key order, white space, escapes. An ordinary token chunk is put aside by a
+search in its bytes, before any JSON is parsed.
+
+JSON is scanned as latin-1 text: each byte is one character, so positions in the text are positions
+in the bytes, and all of JSON's own signs are ASCII. Values read that way are right only where they
+are ASCII, which every name and number read here is.
+
+Invariants: no function raises on any bytes; `insert_usage` returns its event unchanged, or with
+one run of bytes added at the end of its usage object; the chunks that `SseEvents` gives out, and
+its rest, are the bytes it was fed.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from vllm_cost_meter.records import Usage
+
+# A longer event is not held back: it passes through in pieces, unedited.
+EVENT_BYTES_MAX = 16 * 1024 * 1024
+# What a 64-bit ledger column can hold.
+_TOKENS_MAX = 2**63 - 1
+
+_DECODER = json.JSONDecoder(strict=False)
+_SPACE = re.compile(r"[ \t\n\r]*")
+_EVENT_END = re.compile(rb"\n\r?\n")
+_DATA_LINE = re.compile(rb"^data:[ ]?([^\r\n]*)\r?$", re.MULTILINE)
+_RESPONSES_TERMINAL = ("response.completed", "response.incomplete", "response.failed")
+_MAYBE_FINAL = re.compile(
+    rb'"choices"\s*:\s*\[\s*\]|"message_delta"|"response\.(?:completed|incomplete|failed)"'
+)
+_MAYBE_END = re.compile(
+    rb'\[DONE\]|"message_stop"|"error"|"response\.(?:completed|incomplete|failed)"'
+)
+_END_TYPES = ("message_stop", "error", *_RESPONSES_TERMINAL)
+
+# All printable ASCII but "%", so that percent-decoding gives back any text.
+_HEADER_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+_COMMENT_SAFE = _HEADER_SAFE.replace(" ", "")
+
+# Where a value starts and ends.
+_Span = tuple[int, int]
+# RecursionError: JSON nested thousands deep.
+_JSON_ERRORS = (ValueError, RecursionError)
+
+
+class _Reply(msgspec.Struct):
+    usage: Any = None
+
+
+def usage_of(body: bytes | Mapping[str, Any]) -> Usage:
+    """Return the tokens a complete JSON reply tells its client, None where it does not say."""
+    if isinstance(body, Mapping):
+        return _tokens(body.get("usage"))
+    try:
+        return _tokens(msgspec.json.decode(body, type=_Reply).usage)
+    except (msgspec.MsgspecError, *_JSON_ERRORS):
+        return Usage()
+
+
+def _tokens(usage: object) -> Usage:
+    """Read a usage object of the OpenAI, Anthropic or Responses kind.
+
+    Anthropic's input_tokens leaves out what the cache gave (vLLM 0.32 subtracts it), the others'
+    include it; older vLLMs did not subtract and did not send the cache's share either.
+    """
+    if not isinstance(usage, Mapping):
+        return Usage()
+    if "prompt_tokens" in usage:
+        return Usage(
+            prompt_tokens=_count(usage, "prompt_tokens"),
+            cached_tokens=_count(usage.get("prompt_tokens_details"), "cached_tokens"),
+            output_tokens=_count(usage, "completion_tokens"),
+        )
+    prompt, output = _count(usage, "input_tokens"), _count(usage, "output_tokens")
+    if "input_tokens_details" in usage:
+        cached = _count(usage["input_tokens_details"], "cached_tokens")
+        return Usage(prompt, cached, output)
+    cached = _count(usage, "cache_read_input_tokens")
+    if prompt is not None:
+        prompt += (cached or 0) + (_count(usage, "cache_creation_input_tokens") or 0)
+    return Usage(prompt, cached, output)
+
+
+def _count(holder: object, name: str) -> int | None:
+    value = holder.get(name) if isinstance(holder, Mapping) else None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _TOKENS_MAX:
+        return value
+    return None
+
+
+class SseEvents:
+    """Cuts a stream of bytes into server-sent events, however its chunks fall.
+
+    An event is everything up to and including its blank line; comments are events too.
+    """
+
+    def __init__(self, event_bytes_max: int = EVENT_BYTES_MAX) -> None:
+        self._event_bytes_max = event_bytes_max
+        self._buffer = bytearray()
+
+    @property
+    def rest(self) -> bytes:
+        """The bytes of an event whose end has not come yet."""
+        return bytes(self._buffer)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the events that these bytes complete, terminators included."""
+        if not self._buffer:
+            match = _EVENT_END.search(data)
+            if match and match.end() == len(data):
+                return [data]  # as vLLM sends: one event, one chunk
+        # The end may have begun in what was there before: at most two bytes of it.
+        seen = max(0, len(self._buffer) - 2)
+        self._buffer += data
+        events, start = [], 0
+        for match in _EVENT_END.finditer(self._buffer, seen):
+            events.append(bytes(self._buffer[start : match.end()]))
+            start = match.end()
+        del self._buffer[:start]
+        if len(self._buffer) > self._event_bytes_max:
+            events.append(bytes(self._buffer))
+            self._buffer.clear()
+        return events
+
+
+def final_usage(event: bytes) -> Usage | None:
+    """Return the usage of a stream's final usage event, None for every other event.
+
+    Final are: OpenAI's chunk without choices (one with choices carries a running count),
+    Anthropic's message_delta, and the terminal events of the Responses API.
+    """
+    span = _final_usage_span(event)
+    if span is None:
+        return None
+    try:
+        return _tokens(json.loads(event[slice(*span)].decode("latin-1"), strict=False))
+    except _JSON_ERRORS:
+        return None
+
+
+def insert_usage(event: bytes, fields: Mapping[str, Any]) -> bytes:
+    """Return the event with the fields at the end of its usage object, no other byte changed.
+
+    Returned as it came: what is not a final usage event, and one that has any of the fields.
+    """
+    span = _final_usage_span(event)
+    if span is None or not fields:
+        return event
+    present = _members(event[slice(*span)].decode("latin-1"), 0)[0]
+    if not present.keys().isdisjoint(fields):
+        return event
+    brace = span[1] - 1
+    comma = b"," if present else b""
+    return event[:brace] + comma + _json(fields)[1:-1].encode() + event[brace:]
+
+
+def is_end(event: bytes) -> bool:
+    """Tell whether a stream says no more after this event: what we add must go before it.
+
+    That is `[DONE]`, Anthropic's message_stop, a terminal event of the Responses API, and an
+    event of type error (of the latter two APIs; OpenAI's error chunk is followed by `[DONE]`).
+    """
+    if not _MAYBE_END.search(event):
+        return False
+    start, payload = _payload(event)
+    if payload.strip() == "[DONE]":
+        return True
+    try:
+        members, _ = _members(payload, 0)
+        return _value(payload, members.get("type")) in _END_TYPES
+    except _JSON_ERRORS:
+        return False
+
+
+def _final_usage_span(event: bytes) -> _Span | None:
+    """Return where the usage object of a final usage event is, None if there is none."""
+    if b'"usage"' not in event or not _MAYBE_FINAL.search(event):
+        return None
+    start, payload = _payload(event)
+    try:
+        members, end = _members(payload, 0)
+        if payload[end:].strip():
+            return None
+        kind = _value(payload, members.get("type"))
+        if kind in _RESPONSES_TERMINAL:
+            members, _ = _members(payload, members["response"][0])
+        elif kind != "message_delta" and _value(payload, members.get("choices")) != []:
+            return None
+        first, last = members["usage"]
+    except (KeyError, *_JSON_ERRORS):
+        return None
+    return (start + first, start + last) if payload[first] == "{" else None
+
+
+def _payload(event: bytes) -> tuple[int, str]:
+    """Return where the event's only data line has its text, and that text as latin-1.
+
+    Empty for an event with several data lines: vLLM sends none.
+    """
+    match = _DATA_LINE.search(event)
+    if match is None or _DATA_LINE.search(event, match.end()):
+        return 0, ""
+    return match.start(1), match[1].decode("latin-1")
+
+
+def _members(text: str, start: int) -> tuple[dict[str, _Span], int]:
+    """Return the spans of the values of the JSON object at `start`, by name, and its end.
+
+    Of equal names the last counts, as for json.loads. Raises ValueError or RecursionError.
+    """
+    at = _skip_space(text, start)
+    if text[at : at + 1] != "{":
+        raise ValueError("expected a JSON object")
+    spans: dict[str, _Span] = {}
+    at = _skip_space(text, at + 1)
+    if text[at : at + 1] == "}":
+        return spans, at + 1
+    while True:
+        name, at = _DECODER.raw_decode(text, at)
+        at = _skip_space(text, at)
+        if not isinstance(name, str) or text[at : at + 1] != ":":
+            raise ValueError("expected a member of a JSON object")
+        first = _skip_space(text, at + 1)
+        _, last = _DECODER.raw_decode(text, first)
+        spans[name] = (first, last)
+        at = _skip_space(text, last)
+        if text[at : at + 1] == "}":
+            return spans, at + 1
+        if text[at : at + 1] != ",":
+            raise ValueError("expected a comma between JSON members")
+        at = _skip_space(text, at + 1)
+
+
+def _skip_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
+
+
+def _value(text: str, span: _Span | None) -> object:
+    return json.loads(text[slice(*span)], strict=False) if span else None
+
+
+def cost_fields(
+    gpu_time_ns: int,
+    prefill_ns: int,
+    decode_ns: int,
+    cost_nanousd: int | None,
+    http_request_id: str,
+    tenant: str,
+    method: str,
+) -> dict[str, Any]:
+    """Return what a usage object is given: `cost` (null without a price) and `cost_details`.
+
+    Amounts are exact decimals, and are written without an exponent.
+    """
+    return {
+        "cost": None if cost_nanousd is None else _nano(cost_nanousd),
+        "cost_details": {
+            "gpu_seconds": _nano(gpu_time_ns),
+            "prefill_gpu_seconds": _nano(prefill_ns),
+            "decode_gpu_seconds": _nano(decode_ns),
+            "method": method,
+            "request_id": http_request_id,
+            "tenant": tenant,
+            "currency": "USD",
+        },
+    }
+
+
+def comment(fields: Mapping[str, Any]) -> bytes:
+    """Return `cost_fields` as an SSE comment, which clients skip and curl shows.
+
+    Values are percent-encoded, so that they stay on their line; a cost not known is left out.
+    """
+    details = fields["cost_details"]
+    said = {
+        "cost_usd": fields["cost"],
+        "gpu_seconds": details["gpu_seconds"],
+        "request_id": details["request_id"],
+        "tenant": details["tenant"],
+    }
+    words = [
+        f"{name}={quote(_plain(value), safe=_COMMENT_SAFE, errors='replace')}"
+        for name, value in said.items()
+        if value is not None
+    ]
+    return f": cost-meter {' '.join(words)}\n\n".encode("ascii")
+
+
+def headers(
+    gpu_time_ns: int | None, cost_nanousd: int | None, http_request_id: str, tenant: str
+) -> list[tuple[bytes, bytes]]:
+    """Return the headers of a complete reply; those of amounts not known are left out.
+
+    Text outside printable ASCII is percent-encoded, and so is the percent sign.
+    """
+    cost = None if cost_nanousd is None else _plain(_nano(cost_nanousd))
+    seconds = None if gpu_time_ns is None else _plain(_nano(gpu_time_ns))
+    said = {
+        "x-cost-meter-cost-usd": cost,
+        "x-cost-meter-gpu-seconds": seconds,
+        "x-cost-meter-request-id": http_request_id,
+        "x-cost-meter-tenant": tenant,
+        "x-litellm-response-cost": cost,
+    }
+    return [
+        (name.encode("ascii"), quote(text, safe=_HEADER_SAFE, errors="replace").encode("ascii"))
+        for name, text in said.items()
+        if text is not None
+    ]
+
+
+def _nano(amount: int) -> Decimal:
+    """Return a count of billionths as an exact decimal with nine places."""
+    return Decimal(f"{amount}e-9")
+
+
+def _plain(value: Decimal | str) -> str:
+    return format(value, "f") if isinstance(value, Decimal) else value
+
+
+def _json(value: object) -> str:
+    """Return compact ASCII JSON with decimals written out: 0.000012345, never 1.2345e-05."""
+    if isinstance(value, Decimal):
+        return _plain(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{json.dumps(k)}:{_json(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
