@@ -185,7 +185,9 @@ class Snapshot:
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain msgpack-able values (the utility RPC carries nothing else)."""
-        return asdict(self)
+        wire = asdict(self)
+        wire["hours"] = {str(hour): totals for hour, totals in wire["hours"].items()}
+        return wire
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
@@ -200,7 +202,9 @@ class Snapshot:
 class Latencies:
     """Times of one engine request as its API server saw them, in milliseconds; None if unknown.
 
-    `tpot_ms` is (end-to-end minus first token) / (output tokens - 1), null for fewer than two.
+    `queue_ms` and `tpot_ms` are between instants of the engine, the others start at the request's
+    arrival in its API server. `tpot_ms` is (last token - first token) / (output tokens - 1), None
+    for fewer than two tokens.
     """
 
     queue_ms: float | None = None

@@ -1,0 +1,432 @@
+"""The only module that touches vLLM's internals: every hook, and every read of a vLLM object.
+
+What is hooked, and why there, is in docs/hooks.md. No body of vLLM is replaced: each hook calls the
+original with the arguments that came and hands on what it returned. Hooks ask for features, not
+versions, and are idempotent; a class that does not look as expected is left untouched, with one
+line in the log (`VllmMismatchError`'s text).
+
+Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
+"""
+
+import argparse
+import asyncio
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import vllm.plugins
+from vllm.config import SchedulerConfig
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+
+from vllm_cost_meter.books import RequestFacts
+from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.engine import EngineMeter, NoMeter
+from vllm_cost_meter.errors import VllmMismatchError
+from vllm_cost_meter.exchange import Birth, current_exchange
+from vllm_cost_meter.records import BILL_KEY, CARRIER_ID, NS_PER_SECOND, Bill, Snapshot
+
+if TYPE_CHECKING:
+    # At run time it would bring the ledger into the engine's process.
+    from vllm_cost_meter.collector import Collector
+
+logger = logging.getLogger("vllm.cost_meter")
+
+# Parameters we pass or read by position, by method. A vLLM that changed one is not understood.
+SCHEDULER_PARAMETERS = {
+    "schedule": (),
+    "update_from_output": ("scheduler_output", "model_runner_output"),
+    "_free_request": ("request",),
+    "add_request": ("request",),
+}
+OUTPUT_PROCESSOR_PARAMETERS = {
+    "add_request": ("request", "prompt", "parent_req", "request_index", "queue"),
+    "process_outputs": ("engine_core_outputs",),
+}
+
+
+def check_parameters(owner: type, expected: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise VllmMismatchError unless `owner`'s methods start with the expected parameters."""
+    for name, parameters in expected.items():
+        method = getattr(owner, name, None)
+        if method is None:
+            raise VllmMismatchError(f"expected {owner.__qualname__}.{name}, found no such method")
+        found = tuple(inspect.signature(method).parameters)[1:]
+        if found[: len(parameters)] != parameters:
+            raise VllmMismatchError(
+                f"expected {owner.__qualname__}.{name}({', '.join(parameters)}, ...), "
+                f"found ({', '.join(found)})"
+            )
+
+
+# -- engine side ------------------------------------------------------------------------------
+
+
+class MeteredScheduler:
+    """Mixed in front of whatever scheduler class vLLM chose."""
+
+    cost_meter: EngineMeter | NoMeter = NoMeter()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        try:
+            self.cost_meter = make_engine_meter(self)
+        except Exception as error:
+            logger.exception("cost meter: could not start in the engine; it runs unmetered: %r", error)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.cost_meter.run("schedule", _scheduled, output)
+        return output
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        meter = self.cost_meter
+        meter.run("update_from_output", _result_came, scheduler_output)
+        meter.riding = True
+        try:
+            outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            meter.riding = False
+        meter.run("late bills", _carry_late_bills, outputs)
+        return outputs
+
+    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self.cost_meter.run("add_request", _added, request)
+        return super().add_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        self.cost_meter.run("_free_request", _freed, request)
+        return result
+
+
+def make_engine_meter(scheduler: Any) -> EngineMeter:
+    """Make the meter of one engine from its scheduler's configuration."""
+    from vllm.version import __version__ as vllm_version  # noqa: PLC0415 - not in old workers
+
+    config = scheduler.vllm_config
+    parallel = config.parallel_config
+    return EngineMeter(
+        method=load_settings().method,
+        gpus=parallel.world_size,
+        model=model_name(config),
+        engine_index=getattr(parallel, "data_parallel_index", parallel.data_parallel_rank),
+        vllm_version=vllm_version,
+    )
+
+
+def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
+    if not output.total_num_scheduled_tokens:
+        return  # takes no device time
+    for new in output.scheduled_new_reqs:
+        meter.placed(new.req_id, new.num_computed_tokens)
+    cached = output.scheduled_cached_reqs
+    if cached.resumed_req_ids:
+        for request_id, computed_tokens in zip(
+            cached.req_ids, cached.num_computed_tokens, strict=True
+        ):
+            if request_id in cached.resumed_req_ids:
+                meter.placed(request_id, computed_tokens)
+    meter.books.begin_step(output, output.num_scheduled_tokens, now_ns)
+
+
+def _result_came(meter: EngineMeter, now_ns: int, scheduler_output: Any) -> None:
+    meter.result_came(scheduler_output, now_ns)
+
+
+def _added(meter: EngineMeter, now_ns: int, request: Any) -> None:
+    meter.books.open(request.request_id, request.num_prompt_tokens, now_ns)
+
+
+def _freed(meter: EngineMeter, now_ns: int, request: Any) -> None:
+    facts = RequestFacts(
+        engine_status=request.status.name.removeprefix("FINISHED_").lower(),
+        prompt_tokens=request.num_prompt_tokens,
+        cached_tokens=0,
+        output_tokens=request.num_output_tokens,
+        preemptions=request.num_preemptions,
+    )
+    bill = meter.ended(request.request_id, request.client_index, facts, now_ns)
+    if bill is not None:
+        # Echoed in the request's last output, which is built after this; never mutated in place,
+        # as the mapping may be shared.
+        request.trace_headers = {**(request.trace_headers or {}), BILL_KEY: bill.to_json()}
+
+
+def _carry_late_bills(meter: EngineMeter, _now_ns: int, outputs: dict[int, Any]) -> None:
+    if not meter.late:
+        return
+    for client_index, bill in meter.take_late():
+        carrier = EngineCoreOutput(CARRIER_ID, [], trace_headers={BILL_KEY: bill.to_json()})
+        outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(carrier)
+
+
+def meter_scheduler_class(scheduler_class: type) -> type:
+    """Return a metered subclass of a scheduler class, or the class itself if it is not understood."""
+    if issubclass(scheduler_class, MeteredScheduler):
+        return scheduler_class
+    try:
+        check_parameters(scheduler_class, SCHEDULER_PARAMETERS)
+    except VllmMismatchError as error:
+        logger.error("cost meter: the engine runs unmetered: %s", error)
+        return scheduler_class
+    return type(f"Metered{scheduler_class.__name__}", (MeteredScheduler, scheduler_class), {})
+
+
+def hook_scheduler_choice() -> None:
+    """Make SchedulerConfig.get_scheduler_cls return metered classes."""
+    original = SchedulerConfig.get_scheduler_cls
+    if hasattr(original, "cost_meter_original"):
+        return
+
+    @functools.wraps(original)
+    def get_scheduler_cls(self: SchedulerConfig, *args: Any, **kwargs: Any) -> type:
+        return meter_scheduler_class(original(self, *args, **kwargs))
+
+    get_scheduler_cls.cost_meter_original = original  # type: ignore[attr-defined]
+    SchedulerConfig.get_scheduler_cls = get_scheduler_cls
+
+
+def hook_engine_core() -> None:
+    """Meter sleep, wake-up and dummy batches, and add the snapshot call, on class EngineCore.
+
+    In a spawned engine process the plugin is loaded inside EngineCore.__init__, so only what is
+    looked up later can be hooked.
+    """
+    from vllm.v1.engine.core import EngineCore  # noqa: PLC0415 - heavy; engine and API processes
+
+    if hasattr(EngineCore, "cost_meter_snapshot"):
+        return
+    EngineCore.cost_meter_snapshot = _cost_meter_snapshot
+    for name, wrap in (
+        ("sleep", _wrap_sleep),
+        ("wake_up", _wrap_wake_up),
+        ("execute_dummy_batch", _wrap_dummy_batch),
+    ):
+        original = getattr(EngineCore, name, None)
+        if original is None:
+            logger.error("cost meter: EngineCore.%s not found; its time is idle or host", name)
+        else:
+            setattr(EngineCore, name, wrap(original))
+
+
+def _meter_of(engine_core: Any) -> EngineMeter | NoMeter:
+    meter: EngineMeter | NoMeter = getattr(engine_core.scheduler, "cost_meter", NoMeter())
+    return meter
+
+
+def _cost_meter_snapshot(self: Any, acknowledged: dict[str, int]) -> dict[str, Any] | None:
+    """Utility call: this engine's books now, as plain values; None if it is not metered."""
+    meter = _meter_of(self)
+    if isinstance(meter, NoMeter):
+        return None
+    scheduler = self.scheduler
+    running, waiting = scheduler.get_request_counts()
+    snapshot = meter.snapshot(
+        acknowledged.get(meter.books.run_id, 0),
+        known=scheduler.requests.keys(),
+        running=running,
+        waiting=waiting,
+        kv_cache_usage=scheduler.kv_cache_manager.usage,
+    )
+    return snapshot.to_wire()
+
+
+def _wrap_sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def fell_asleep(_future: object = None) -> None:
+            _meter_of(self).run("sleep", lambda meter, now_ns: meter.books.fall_asleep(now_ns))
+
+        result = original(self, *args, **kwargs)
+        if isinstance(result, Future):
+            result.add_done_callback(fell_asleep)
+        else:
+            fell_asleep()
+        return result
+
+    return sleep
+
+
+def _wrap_wake_up(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if not self.is_sleeping():
+            _meter_of(self).run("wake_up", lambda meter, now_ns: meter.books.wake_up(now_ns))
+        return result
+
+    return wake_up
+
+
+def _wrap_dummy_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def execute_dummy_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        meter = _meter_of(self)
+        meter.run("execute_dummy_batch", lambda meter, now_ns: meter.books.begin_dummy(now_ns))
+        result = original(self, *args, **kwargs)
+        meter.run("execute_dummy_batch", lambda meter, now_ns: meter.books.end_dummy(now_ns))
+        return result
+
+    return execute_dummy_batch
+
+
+# -- API side ---------------------------------------------------------------------------------
+
+
+def hook_output_processor(collector: Callable[[], "Collector"]) -> None:
+    """Hook the birth of engine requests and the arrival of bills in the API server.
+
+    `collector` is called at each use, so that the API side is made only in the process that needs
+    it. Raises VllmMismatchError if this vLLM's OutputProcessor looks different.
+    """
+    from vllm.v1.engine.output_processor import OutputProcessor  # noqa: PLC0415 - heavy
+
+    add_request = OutputProcessor.add_request
+    process_outputs = OutputProcessor.process_outputs
+    if hasattr(add_request, "cost_meter_original"):
+        return
+    check_parameters(OutputProcessor, OUTPUT_PROCESSOR_PARAMETERS)
+
+    @functools.wraps(add_request)
+    def metered_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = add_request(self, request, *args, **kwargs)
+        parent = args[1] if len(args) > 1 else kwargs.get("parent_req")
+        collector().run("add_request", _born, self, request, parent)
+        return result
+
+    @functools.wraps(process_outputs)
+    def metered_process_outputs(
+        self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        bills = None
+        for output in engine_core_outputs:
+            if output.trace_headers is not None and BILL_KEY in output.trace_headers:
+                bills = collector().run("process_outputs", _take_bills, engine_core_outputs)
+                break
+        try:
+            return process_outputs(self, engine_core_outputs, *args, **kwargs)
+        finally:
+            # After the original, which completes the request's own statistics.
+            for bill in bills or ():
+                collector().run("bill", _billed, bill)
+
+    metered_add_request.cost_meter_original = add_request  # type: ignore[attr-defined]
+    OutputProcessor.add_request = metered_add_request
+    OutputProcessor.process_outputs = metered_process_outputs
+
+
+def _born(collector: "Collector", processor: Any, request: Any, parent: Any) -> None:
+    state = processor.request_states.get(request.request_id)
+    lora = request.lora_request
+    collector.born(
+        Birth(
+            request_id=request.request_id,
+            external_id=request.external_req_id,
+            prompt_group=parent.request_id if parent is not None else request.request_id,
+            lora=lora.lora_name if lora is not None else None,
+            arrived_at_ns=int(request.arrival_time * NS_PER_SECOND),
+            exchange=current_exchange.get(),
+            times=state.stats if state is not None else None,
+        )
+    )
+
+
+def _take_bills(_collector: "Collector", outputs: list[Any]) -> list[str]:
+    """Take the bills out of a list of outputs, and the outputs that carry nothing else."""
+    bills = []
+    for output in outputs:
+        headers = output.trace_headers
+        if headers is not None and BILL_KEY in headers:
+            bills.append(headers[BILL_KEY])
+            output.trace_headers = {k: v for k, v in headers.items() if k != BILL_KEY} or None
+    outputs[:] = [output for output in outputs if output.request_id != CARRIER_ID]
+    return bills
+
+
+def _billed(collector: "Collector", bill: str) -> None:
+    collector.billed(Bill.from_json(bill))
+
+
+async def poll_engines(
+    engine_client: Any, acknowledged: Mapping[str, int]
+) -> list[Snapshot | BaseException | None]:
+    """Ask every engine for its books. One result per engine: an error or None is that engine's.
+
+    One call per engine, because with data parallelism vLLM's own call returns only the first
+    engine's answer (`vllm.md` section 5).
+    """
+    core = engine_client.engine_core
+    answers = await asyncio.gather(
+        *(
+            core._call_utility_async("cost_meter_snapshot", dict(acknowledged), engine=engine)
+            for engine in core.core_engines
+        ),
+        return_exceptions=True,
+    )
+    return [
+        Snapshot.from_wire(answer) if isinstance(answer, dict) else answer for answer in answers
+    ]
+
+
+def api_server_index(engine_client: Any) -> int:
+    """Return which of several API servers this process is; 0 where there is one."""
+    return int(getattr(engine_client.engine_core, "client_index", 0))
+
+
+def served_model(engine_client: Any) -> str:
+    """Return the (first) name under which the model is served."""
+    return model_name(engine_client.vllm_config)
+
+
+def model_name(vllm_config: Any) -> str:
+    """Return the (first) served model name of a vLLM configuration."""
+    name = vllm_config.model_config.served_model_name
+    return str(name[0] if isinstance(name, list) else name)
+
+
+# -- command line and plugin loading ------------------------------------------------------------
+
+
+def hook_cli_flags(add_flags: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Call `add_flags(parser)` whenever vLLM fills an argument parser with engine arguments."""
+    from vllm.engine.arg_utils import EngineArgs  # noqa: PLC0415 - it imports us back
+
+    original = EngineArgs.add_cli_args
+    if hasattr(original, "cost_meter_original"):
+        return
+
+    @functools.wraps(original)
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        filled = original(parser)
+        add_flags(filled)
+        return filled
+
+    add_cli_args.cost_meter_original = original  # type: ignore[attr-defined]
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def hook_stat_logger_loading(is_named: Callable[[], bool], plugin_name: str) -> None:
+    """Keep vLLM from using our stat logger while the meter is not named.
+
+    Its mere presence would turn statistics on under --disable-log-stats.
+    """
+    original = vllm.plugins.load_plugins_by_group
+    if hasattr(original, "cost_meter_original"):
+        return
+
+    @functools.wraps(original)
+    def load_plugins_by_group(group: str) -> dict[str, Any]:
+        plugins = original(group)
+        if group == vllm.plugins.STAT_LOGGER_PLUGINS_GROUP and not is_named():
+            plugins.pop(plugin_name, None)
+        return plugins
+
+    load_plugins_by_group.cost_meter_original = original  # type: ignore[attr-defined]
+    vllm.plugins.load_plugins_by_group = load_plugins_by_group
+    # It may already hold the original under its own name; importing it here would be heavy.
+    if loggers := sys.modules.get("vllm.v1.metrics.loggers"):
+        loggers.load_plugins_by_group = load_plugins_by_group  # type: ignore[attr-defined]

@@ -1,0 +1,167 @@
+"""The side endpoint: the ledger over HTTP, for operators, on a port of its own.
+
+A FastAPI application over a `LedgerReader`. Before a figure is read, `refresh` brings the ledger up
+to now where the engines can be asked (the process that polls them); elsewhere it is up to one
+snapshot old. Handlers are plain functions, so FastAPI runs their SQL in its thread pool.
+
+One error shape, `{"error": {"message", "type", "code"}}`; objects on top; `next` is opaque.
+
+Invariant: read-only; every JSON body is an object.
+"""
+
+import hmac
+import logging
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from vllm_cost_meter import __version__
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.windows import hours_of_window
+
+logger = logging.getLogger("vllm.cost_meter")
+
+REQUESTS_PER_PAGE_MAX = 1_000
+
+Window = Annotated[
+    str | None,
+    Query(
+        description="today, yesterday, 24h, 7d, or two RFC 3339 instants joined by a comma; "
+        "widened to whole UTC hours. Without it: everything in the ledger."
+    ),
+]
+
+
+class OrjsonResponse(JSONResponse):
+    """JSON by orjson: exact 64-bit integers, and fast."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body's bytes."""
+        return orjson.dumps(content)
+
+
+def make_app(
+    reader: LedgerReader,
+    *,
+    refresh: Callable[[], None] = lambda: None,
+    admin_token: str | None = None,
+    registry: Callable[[], CollectorRegistry] | None = None,
+) -> FastAPI:
+    """Return the side endpoint's application.
+
+    `refresh` is called, in a worker thread, before figures are read; `registry` gives the metrics.
+    """
+
+    def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
+        if admin_token is None:
+            return
+        expected = f"Bearer {admin_token}".encode()
+        if not hmac.compare_digest((authorization or "").encode(), expected):
+            raise HTTPException(401, "expected the header Authorization: Bearer <admin token>")
+
+    app = FastAPI(
+        title="vllm-cost-meter",
+        version=__version__,
+        default_response_class=OrjsonResponse,
+        dependencies=[Depends(authorized)],
+    )
+    _add_error_handlers(app)
+    _add_request_routes(app, reader, refresh)
+    _add_book_routes(app, reader, refresh)
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        """Say that the endpoint is up."""
+        return {"status": "ok", "version": __version__}
+
+    if registry is not None:
+
+        @app.get("/metrics", response_class=Response)
+        def metrics() -> Response:
+            """Return Prometheus metrics of the meter and of vLLM."""
+            return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
+    @app.get("/cost/requests/{request_id:path}")
+    def request(request_id: str) -> Any:
+        """Return one HTTP request, by response id, X-Request-Id, internal id or its own id."""
+        matches = reader.find(request_id)
+        if not matches:
+            raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
+        if len(matches) > 1:
+            return OrjsonResponse({"matches": [reader.request(m) for m in matches]}, 300)
+        return reader.request(matches[0])
+
+    @app.get("/cost/requests")
+    def requests(
+        limit: Annotated[int, Query(ge=1, le=REQUESTS_PER_PAGE_MAX)] = 100,
+        next: str | None = None,  # noqa: A002 - the parameter's public name
+        tenant: str | None = None,
+    ) -> dict[str, Any]:
+        """Return HTTP requests, newest first."""
+        return reader.requests(limit=limit, next=next, tenant=tenant)
+
+
+def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
+    @app.get("/cost/tenants")
+    def tenants(window: Window = None) -> dict[str, Any]:
+        """Return what each tenant used, and each class of engine time, adding up to the total."""
+        refresh()
+        return reader.tenants(*hours_of_window(window))
+
+    @app.get("/cost/tenants/{tenant}")
+    def tenant(tenant: str, window: Window = None) -> dict[str, Any]:
+        """Return what one tenant used."""
+        refresh()
+        row = reader.tenant(tenant, *hours_of_window(window))
+        if row is None:
+            raise HTTPException(404, f"no tenant {tenant!r} in the ledger")
+        return row
+
+    @app.get("/cost/summary")
+    def summary(window: Window = None) -> dict[str, Any]:
+        """Return totals over all tenants and engines."""
+        refresh()
+        return reader.summary(*hours_of_window(window))
+
+    @app.get("/cost/audit")
+    def audit() -> dict[str, Any]:
+        """Prove, run by run, that the books balance at the last snapshot."""
+        refresh()
+        return reader.audit()
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def error(status: int, message: str, kind: str) -> OrjsonResponse:
+        return OrjsonResponse(
+            {"error": {"message": message, "type": kind, "code": status}}, status
+        )
+
+    @app.exception_handler(StarletteHTTPException)
+    def http_error(_request: Request, exception: StarletteHTTPException) -> Response:
+        kind = "not_found" if exception.status_code == 404 else "invalid_request"
+        return error(exception.status_code, str(exception.detail), kind)
+
+    @app.exception_handler(RequestValidationError)
+    def validation_error(_request: Request, exception: RequestValidationError) -> Response:
+        first = exception.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return error(422, f"{where}: {first['msg']}, got {first.get('input')!r}", "invalid_request")
+
+    @app.exception_handler(ValueError)
+    def value_error(_request: Request, exception: ValueError) -> Response:
+        return error(422, str(exception), "invalid_request")
+
+    @app.exception_handler(LedgerError)
+    def ledger_error(_request: Request, exception: LedgerError) -> Response:
+        return error(503, str(exception), "ledger_unavailable")

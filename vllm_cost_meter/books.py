@@ -1,0 +1,314 @@
+"""The books of one engine run: where every GPU-nanosecond since the process began has gone.
+
+Time is a line; `_mark_ns` is the point up to which it has been booked. Each event of the engine
+books the stretch from the mark to now, to exactly one class, and moves the mark:
+
+- While steps are in flight, the stretch that ends when the oldest one's result is taken up is that
+  step's busy time (update entry - max(schedule return, previous update entry)); `StepMeter` splits
+  it among the step's requests. These stretches partition the device's busy time, also under
+  async scheduling and pipeline parallelism, where steps overlap.
+- Otherwise the stretch is `sleep`, `host` (unfinished requests, but no step running) or `idle`.
+
+A stretch that crosses a UTC hour is cut there, and so is what each open request has accrued, so
+that months balance. Values in, values out: clocks and vLLM objects stop at the edge.
+
+Invariant: at any snapshot the classes add up to (now - created) x gpus, over the run and, within
+each hour, over the run's part of that hour; what is billed in total equals the sum of all bills.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypedDict
+
+from vllm_cost_meter.attribution import StepMeter
+from vllm_cost_meter.records import (
+    CLASSES,
+    NS_PER_HOUR,
+    Bill,
+    ClassTotals,
+    Snapshot,
+    UsagePiece,
+)
+
+
+class RequestFacts(TypedDict):
+    """What the engine knows of a request when it ends."""
+
+    engine_status: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+
+
+class EngineFacts(TypedDict):
+    """What a snapshot says about its engine besides the books."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float | None
+    own_ns: int
+    errors: int
+    state: str
+    model: str
+    native: bool
+    engine_index: int
+    vllm_version: str
+    meter_version: str
+
+
+class EngineBooks:
+    """Books of one run. All `now_ns` are monotonic and never decrease; `unix_ns` is UTC."""
+
+    def __init__(
+        self, *, run_id: str, method: str, gpus: int, created_ns: int, now_ns: int, unix_ns: int
+    ) -> None:
+        """Open the books at `now_ns`, with everything since `created_ns` booked as startup."""
+        if gpus < 1:
+            raise ValueError(f"an engine has at least 1 GPU, got {gpus}")
+        self.run_id = run_id
+        self.gpus = gpus
+        self.method = method
+        self.meter = StepMeter(method)
+        self.steps = 0
+        self.busy_ns = 0
+        self._created_ns = min(created_ns, now_ns)
+        self._mark_ns = self._created_ns
+        created_unix_ns = unix_ns - (now_ns - self._created_ns)
+        self._started_at_ns = created_unix_ns
+        self._totals = ClassTotals()
+        self._hours: dict[int, ClassTotals] = {}
+        self._changed: dict[int, int] = {}
+        self._number = 0
+        self._last_seq = 0
+        self._billed_ns = 0
+        self._asleep = False
+        self._off = False
+        self._in_flight: deque[tuple[object, int]] = deque()
+        # Pieces of open requests from hours that have ended.
+        self._earlier: dict[str, list[UsagePiece]] = {}
+        self._hour = created_unix_ns // NS_PER_HOUR
+        self._hour_end_ns = self._created_ns + NS_PER_HOUR - created_unix_ns % NS_PER_HOUR
+        self._cell = self._cell_of(self._hour)
+        self._spend(now_ns, "startup")
+
+    # -- events of the engine ---------------------------------------------------------------
+
+    def open(self, request_id: str, prompt_tokens: int, now_ns: int) -> None:
+        """A request joined the engine. Idempotent while it is open."""
+        self._book_waiting(now_ns)
+        self.meter.open(request_id, prompt_tokens)
+
+    def begin_step(self, key: object, scheduled: dict[str, int], now_ns: int) -> None:
+        """A step with tokens was scheduled; `key` (held until its result) identifies it."""
+        self._book_waiting(now_ns)
+        self._in_flight.append((key, self.meter.begin(scheduled)))
+
+    def end_step(self, key: object, now_ns: int) -> bool:
+        """The result of step `key` was taken up. Returns False for a step never begun.
+
+        Results come in schedule order: steps begun before `key` will never get one, and their
+        time is the time of this step.
+        """
+        if not any(begun is key for begun, _ in self._in_flight):
+            return False
+        begun, step = self._in_flight.popleft()
+        while begun is not key:
+            begun, step = self._in_flight.popleft()
+        self.busy_ns += now_ns - self._mark_ns
+        self._share_until_hour(step, now_ns)
+        gpu_ns = self._advance(now_ns)
+        self._book_busy(gpu_ns, self.meter.settle(step, gpu_ns))
+        self.steps += 1
+        return True
+
+    def leave(self, request_id: str, now_ns: int) -> bool:
+        """A request was aborted. True: bill it now; False: it still pays for steps in flight."""
+        self._book_waiting(now_ns)
+        return self.meter.leave(request_id)
+
+    def bill(self, request_id: str, facts: RequestFacts, now_ns: int) -> Bill:
+        """Close a request and return its final, numbered bill."""
+        self._book_waiting(now_ns)
+        prefill_ns, decode_ns, prefill_tokens, decode_tokens, steps = self.meter.close(request_id)
+        pieces = self._earlier.pop(request_id, [])
+        if prefill_ns or decode_ns or prefill_tokens or decode_tokens or not pieces:
+            pieces.append(
+                UsagePiece(self._hour, prefill_ns, decode_ns, prefill_tokens, decode_tokens)
+            )
+        self._last_seq += 1
+        for piece in pieces:
+            self._move("in_flight", "requests", piece.gpu_time_ns, piece.hour)
+            self._billed_ns += piece.gpu_time_ns
+        return Bill(
+            run_id=self.run_id,
+            seq=self._last_seq,
+            request_id=request_id,
+            method=self.method,
+            steps=steps,
+            pieces=tuple(pieces),
+            **facts,
+        )
+
+    def fall_asleep(self, now_ns: int) -> None:
+        """The engine sleeps from now on."""
+        self._book_waiting(now_ns)
+        self._asleep = True
+
+    def wake_up(self, now_ns: int) -> None:
+        """The engine is fully awake again."""
+        self._book_waiting(now_ns)
+        self._asleep = False
+
+    def begin_dummy(self, now_ns: int) -> None:
+        """A data-parallel dummy batch begins: GPU time without a request."""
+        self._book_waiting(now_ns)
+
+    def end_dummy(self, now_ns: int) -> None:
+        """A dummy batch has ended. With steps in flight its time stays with them."""
+        if not self._in_flight:
+            self._spend(now_ns, "dummy")
+
+    def abandon(self, now_ns: int) -> None:
+        """Something went wrong: forget the steps in flight and book the time since as lost."""
+        self.meter.abandon()
+        self._in_flight.clear()
+        self._spend(now_ns, "lost")
+
+    def write_off(self, request_id: str) -> None:
+        """Book what an open request has accrued as lost: nobody will ever bill it."""
+        pieces = self._earlier.pop(request_id, [])
+        self._move("in_flight", "lost", self.meter.discard(request_id), self._hour)
+        for piece in pieces:
+            self._move("in_flight", "lost", piece.gpu_time_ns, piece.hour)
+
+    def switch_off(self, now_ns: int) -> None:
+        """The meter gave up: all that is not yet billed, and all time from now on, is lost."""
+        self.abandon(now_ns)
+        for request_id in self.meter.request_ids():
+            self.write_off(request_id)
+        self._off = True
+
+    def snapshot(
+        self, now_ns: int, unix_ns: int, acknowledged: int, facts: EngineFacts
+    ) -> Snapshot:
+        """Return all books at `now_ns`, with the hours changed since snapshot `acknowledged`."""
+        self._book_until(now_ns)
+        self._follow_wall_clock(now_ns, unix_ns)
+        self._number += 1
+        self._forget_acknowledged(acknowledged)
+        # The step in flight has no result yet, so its time so far cannot be split: it is
+        # shown as in flight and booked when the result comes.
+        running_ns = (now_ns - self._mark_ns) * self.gpus
+        so_far = ClassTotals(in_flight=running_ns)
+        hours = {hour: replace(self._hours[hour]) for hour in self._changed}
+        hours[self._hour] = self._cell.plus(so_far)
+        return Snapshot(
+            run_id=self.run_id,
+            number=self._number,
+            taken_at_ns=unix_ns,
+            started_at_ns=self._started_at_ns,
+            wall_ns=now_ns - self._created_ns,
+            gpus=self.gpus,
+            totals=self._totals.plus(so_far),
+            last_seq=self._last_seq,
+            billed_ns=self._billed_ns,
+            steps=self.steps,
+            busy_ns=self.busy_ns,
+            method=self.method,
+            hours=hours,
+            **facts,
+        )
+
+    # -- booking ----------------------------------------------------------------------------
+
+    def _book_waiting(self, now_ns: int) -> None:
+        if not self._in_flight:
+            self._spend(now_ns, self._waiting_class())
+
+    def _waiting_class(self) -> str:
+        if self._off:
+            return "lost"
+        if self._asleep:
+            return "sleep"
+        return "host" if self.meter.open_requests else "idle"
+
+    def _book_until(self, now_ns: int) -> None:
+        """Book up to now, but for a step in flight only up to the hour now lies in."""
+        if self._in_flight:
+            self._share_until_hour(self._in_flight[0][1], now_ns)
+        else:
+            self._spend(now_ns, self._waiting_class())
+
+    def _spend(self, now_ns: int, name: str) -> None:
+        while now_ns >= self._hour_end_ns:
+            self._add(name, self._advance(self._hour_end_ns))
+            self._start_hour(self._hour + 1, self._hour_end_ns + NS_PER_HOUR)
+        self._add(name, self._advance(now_ns))
+
+    def _share_until_hour(self, step: int, now_ns: int) -> None:
+        """Split a running step's time among its requests up to each hour that has ended."""
+        while now_ns >= self._hour_end_ns:
+            gpu_ns = self._advance(self._hour_end_ns)
+            self._book_busy(gpu_ns, self.meter.share(step, gpu_ns))
+            self._start_hour(self._hour + 1, self._hour_end_ns + NS_PER_HOUR)
+
+    def _advance(self, now_ns: int) -> int:
+        gpu_ns = (now_ns - self._mark_ns) * self.gpus
+        self._mark_ns = now_ns
+        return gpu_ns
+
+    def _book_busy(self, gpu_ns: int, tail_ns: int) -> None:
+        self._add("in_flight", gpu_ns - tail_ns)
+        if tail_ns:
+            self._add("tail", tail_ns)
+
+    def _add(self, name: str, gpu_ns: int) -> None:
+        for totals in (self._totals, self._cell):
+            setattr(totals, name, getattr(totals, name) + gpu_ns)
+
+    def _move(self, source: str, target: str, gpu_ns: int, hour: int) -> None:
+        for totals in (self._totals, self._cell_of(hour)):
+            setattr(totals, source, getattr(totals, source) - gpu_ns)
+            setattr(totals, target, getattr(totals, target) + gpu_ns)
+
+    # -- hours ------------------------------------------------------------------------------
+
+    def _cell_of(self, hour: int) -> ClassTotals:
+        self._changed[hour] = self._number + 1
+        cell = self._hours.get(hour)
+        if cell is None:
+            cell = self._hours[hour] = ClassTotals()
+        return cell
+
+    def _start_hour(self, hour: int, end_ns: int) -> None:
+        for request_id, *accrued in self.meter.cut():
+            self._earlier.setdefault(request_id, []).append(UsagePiece(self._hour, *accrued))
+        self._changed[self._hour] = self._number + 1
+        self._hour = hour
+        self._hour_end_ns = end_ns
+        self._cell = self._cell_of(hour)
+
+    def _follow_wall_clock(self, now_ns: int, unix_ns: int) -> None:
+        """Keep hours where UTC has them, though the wall clock may be set or drift."""
+        hour = unix_ns // NS_PER_HOUR
+        end_ns = now_ns + NS_PER_HOUR - unix_ns % NS_PER_HOUR
+        if hour != self._hour:
+            if self._in_flight:
+                step = self._in_flight[0][1]
+                gpu_ns = self._advance(now_ns)
+                self._book_busy(gpu_ns, self.meter.share(step, gpu_ns))
+            self._start_hour(hour, end_ns)
+        self._hour_end_ns = end_ns
+
+    def _forget_acknowledged(self, acknowledged: int) -> None:
+        """Stop sending past hours that the reader has in their latest form."""
+        for hour, number in list(self._changed.items()):
+            if number <= acknowledged and hour != self._hour:
+                del self._changed[hour]
+
+
+def hours_total(hours: Mapping[int, ClassTotals]) -> ClassTotals:
+    """Return the sum of hourly totals, class by class."""
+    return ClassTotals(**{n: sum(getattr(cell, n) for cell in hours.values()) for n in CLASSES})

@@ -1,0 +1,266 @@
+"""The API side of the meter: joins bills with the exchanges they belong to, and keeps them.
+
+One `Collector` per API-server process, made at its first use. Bills come in through vLLM's output
+stream (`_vllm.py`), are priced, given their tenant and response, and put into the ledger; replies
+wait here, within a bound, until what they will say is committed. In the first API server it also
+polls the engines for their books.
+
+Invariant: a cost is told to a client only after the ledger has committed it; and no reply waits
+longer than `bill_timeout_ms`, or at all once `MISSES_IN_A_ROW_MAX` waits in a row were in vain.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from vllm_cost_meter import _vllm, metrics
+from vllm_cost_meter.config import Settings, load_settings
+from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
+from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.ledger.store import default_url
+from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.poller import Poller
+from vllm_cost_meter.pricing import cost_nanousd
+from vllm_cost_meter.records import Bill, EngineRequest, HttpRequest, Latencies, Price
+from vllm_cost_meter.routes import response_id_of
+from vllm_cost_meter.tenants import UNKNOWN
+
+logger = logging.getLogger("vllm.cost_meter")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Replies that waited in vain, in a row, before nobody waits any more.
+MISSES_IN_A_ROW_MAX = 5
+# Requests whose bill has not come; a server holds far fewer, so more means bills are not coming.
+BIRTHS_MAX = 100_000
+
+
+class Breaker:
+    """Stops replies from waiting while bills do not come."""
+
+    def __init__(self) -> None:
+        self.misses = 0
+        self._in_a_row = 0
+
+    @property
+    def open(self) -> bool:
+        """True while nobody should wait."""
+        return self._in_a_row >= MISSES_IN_A_ROW_MAX
+
+    def missed(self) -> None:
+        """A reply waited in vain, or would have."""
+        self.misses += 1
+        self._in_a_row += 1
+
+    def bill_came(self) -> None:
+        """A bill came and was committed."""
+        self._in_a_row = 0
+
+
+class Collector:
+    """The meter of one API-server process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.guard = Guard("API server")
+        self.breaker = Breaker()
+        self.price = settings_price(settings)
+        self.ledger_url = settings.ledger or default_url()
+        self.writer = LedgerWriter(self.ledger_url, price=self.price)
+        self.writer.start()
+        self.poller: Poller | None = None
+        self._births: dict[str, Birth] = {}
+        self._model: str | None = None
+        self._polling: asyncio.Task[None] | None = None
+
+    def run(
+        self,
+        hook: str,
+        body: Callable[Concatenate["Collector", P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R | None:
+        """Call `body(self, ...)` for `hook`. Never raises; None after an error."""
+        if self.guard.off:
+            return None
+        try:
+            result = body(self, *args, **kwargs)
+            self.guard.succeeded(hook)
+        except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+            self.guard.failed(hook, error)
+            metrics.count_error("api")
+            return None
+        return result
+
+    # -- life -------------------------------------------------------------------------------
+
+    async def start(self, engine_client: Any) -> bool:
+        """Begin to serve this API server. Returns True if it is the one that polls the engines."""
+        self._model = _vllm.served_model(engine_client)
+        if _vllm.api_server_index(engine_client) != 0 or self.poller is not None:
+            return False
+        self.poller = Poller(
+            engine_client, self.writer, self.guard, self.settings.snapshot_interval_s
+        )
+        self._polling = asyncio.create_task(self.poller.run())
+        return True
+
+    async def stop(self) -> None:
+        """Take a last look at the engines and flush the ledger."""
+        if self._polling is not None and self.poller is not None:
+            self._polling.cancel()
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self.poller.refresh(), timeout=1.0)
+        await asyncio.to_thread(self.writer.close, 2.0)
+
+    # -- bills ------------------------------------------------------------------------------
+
+    def born(self, birth: Birth) -> None:
+        """An engine request was born in this process. Idempotent."""
+        if birth.request_id in self._births:
+            return
+        if len(self._births) >= BIRTHS_MAX:
+            self._births.pop(next(iter(self._births)))
+        self._births[birth.request_id] = birth
+        if (exchange := birth.exchange) is not None:
+            exchange.part_was_born(_response_id(birth))
+
+    def billed(self, bill: Bill) -> None:
+        """A bill came: keep it, and tell the exchange it belongs to."""
+        birth = self._births.pop(bill.request_id, None)
+        part = self._part(bill, birth)
+        metrics.count_bill(part)
+        if self.breaker.open:
+            self.writer.commit(part).add_done_callback(self._committed_while_open)
+        else:
+            self.writer.put(part)
+        if birth is not None and birth.exchange is not None:
+            birth.exchange.part_was_billed(part)
+
+    def _committed_while_open(self, committed: "Future[None]") -> None:
+        if not committed.cancelled() and committed.exception() is None:
+            self.breaker.bill_came()
+
+    def _part(self, bill: Bill, birth: Birth | None) -> EngineRequest:
+        finished_at_ns = time.time_ns()
+        exchange = birth.exchange if birth is not None else None
+        price = self.settings.gpu_hour_usd
+        return EngineRequest(
+            bill=bill,
+            http_request_id=exchange.http_request_id if exchange else None,
+            response_id=_response_id(birth) if birth else None,
+            external_id=birth.external_id if birth else None,
+            prompt_group=birth.prompt_group if birth else bill.request_id,
+            tenant=exchange.tenant if exchange else UNKNOWN,
+            model=self._model,
+            lora=birth.lora if birth else None,
+            route=exchange.route if exchange else None,
+            cost_nanousd=cost_nanousd(bill.gpu_time_ns, price),
+            started_at_ns=birth.arrived_at_ns if birth else finished_at_ns,
+            finished_at_ns=finished_at_ns,
+            latencies=latencies(birth.times, bill.output_tokens, finished_at_ns)
+            if birth and birth.times
+            else Latencies(),
+        )
+
+    # -- replies ----------------------------------------------------------------------------
+
+    async def settle(self, exchange: Exchange, record: Callable[[], HttpRequest]) -> bool:
+        """Wait until all of an exchange is billed and committed; False if it took too long.
+
+        `record` is called once the bills are here. With False, nothing may be told.
+        """
+        if self.breaker.open:
+            self.breaker.missed()
+            metrics.count_miss()
+            return False
+        try:
+            async with asyncio.timeout(self.settings.bill_timeout_ms / 1000):
+                await exchange.all_billed()
+                # Shielded: the ledger keeps the record though the reply may not wait for it.
+                await asyncio.shield(asyncio.wrap_future(self.writer.commit(record())))
+        except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+            if not isinstance(error, TimeoutError):
+                self.guard.failed("settle", error)
+            self.breaker.missed()
+            metrics.count_miss()
+            return False
+        self.breaker.bill_came()
+        return True
+
+    def http_record(
+        self, exchange: Exchange, status: int, streamed: bool, usage: Any, told: bool
+    ) -> HttpRequest:
+        """Return the ledger's record of an exchange as it stands now."""
+        return HttpRequest(
+            http_request_id=exchange.http_request_id,
+            response_id=exchange.response_id,
+            x_request_id=exchange.x_request_id,
+            tenant=exchange.tenant,
+            model=self._model,
+            route=exchange.route,
+            status=status,
+            streamed=streamed,
+            usage=usage,
+            gpu_time_ns=exchange.gpu_time_ns if told else None,
+            cost_nanousd=exchange.cost_nanousd if told else None,
+            started_at_ns=exchange.started_at_ns,
+            finished_at_ns=time.time_ns(),
+        )
+
+
+class NoCollector:
+    """Stands in where no collector could be made: every hook passes through."""
+
+    def run(self, hook: str, body: object, *args: object) -> None:
+        """Do nothing."""
+
+
+_collector: Collector | NoCollector | None = None
+
+
+def get_collector() -> Collector | NoCollector:
+    """Return this process's collector, made at the first call. Never raises."""
+    global _collector
+    if _collector is None:
+        try:
+            _collector = Collector(load_settings())
+        except Exception:
+            logger.exception("cost meter: could not start in the API server; it runs unmetered")
+            _collector = NoCollector()
+    return _collector
+
+
+def settings_price(settings: Settings) -> Price | None:
+    """Return the settings' price as a ledger record; None if there is none."""
+    if settings.gpu_hour_usd is None:
+        return None
+    usd = format(settings.gpu_hour_usd, "f")
+    return Price(
+        price_id=f"settings:{usd}",
+        usd_per_gpu_hour=usd,
+        source="COST_METER_GPU_HOUR_USD",
+        effective_from_ns=time.time_ns(),
+    )
+
+
+def latencies(times: RequestTimes, output_tokens: int, finished_at_ns: int) -> Latencies:
+    """Return a request's latencies from vLLM's per-request statistics; 0 there means not yet."""
+    first, last = times.first_token_ts, times.last_token_ts
+    return Latencies(
+        queue_ms=(times.scheduled_ts - times.queued_ts) * 1e3 if times.scheduled_ts else None,
+        ttft_ms=times.first_token_latency * 1e3 if first else None,
+        tpot_ms=(last - first) / (output_tokens - 1) * 1e3 if output_tokens > 1 and last else None,
+        e2e_ms=finished_at_ns / 1e6 - times.arrival_time * 1e3 if times.arrival_time else None,
+    )
+
+
+def _response_id(birth: Birth) -> str | None:
+    if birth.exchange is None or birth.external_id is None:
+        return None
+    return response_id_of(birth.exchange.route, birth.external_id)

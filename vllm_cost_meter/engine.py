@@ -1,0 +1,186 @@
+"""The engine side of the meter: one `EngineMeter` per scheduler, in the EngineCore process.
+
+It stands between vLLM's hooks (`_vllm.py`, which reads vLLM's objects) and the books (plain
+arithmetic). `run` is the only way in: it takes the clock, contains every error, and measures the
+meter's own time. It does no I/O and starts no thread. Bills that can ride on a request's last
+output are handed back to the hook; the others wait in `late` for the next step's outputs.
+
+Invariant: a request that was `ended` is billed exactly once, or its time is booked as lost.
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from vllm_cost_meter import __version__
+from vllm_cost_meter.attribution import NATIVE
+from vllm_cost_meter.books import EngineBooks, EngineFacts, RequestFacts
+from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.records import NS_PER_SECOND, Bill, Snapshot
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def process_created_ns() -> int:
+    """Return the monotonic instant at which this process was created, to 10 ms; Linux only.
+
+    Source: /proc/self/stat field 22, start time in clock ticks since boot (proc(5)). Elsewhere it
+    is now, and the time before is not metered.
+    """
+    now_ns = time.monotonic_ns()
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return now_ns
+    # The command name (field 2) may contain spaces and parentheses; fields count after the last.
+    fields_after_name = stat.read_text().rpartition(")")[2].split()
+    ticks = int(fields_after_name[19])
+    since_boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    age_ns = since_boot_ns - ticks * NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
+    return now_ns - max(age_ns, 0)
+
+
+class NoMeter:
+    """Stands in where no meter could be made: every hook passes through."""
+
+    riding = False
+
+    def run(self, hook: str, body: object, *args: object) -> None:
+        """Do nothing."""
+
+
+class EngineMeter:
+    """Feeds the events of one engine to its books and keeps its own errors to itself."""
+
+    def __init__(
+        self, *, method: str, gpus: int, model: str, engine_index: int, vllm_version: str
+    ) -> None:
+        self.guard = Guard("engine")
+        self.own_ns = 0
+        # True while update_from_output runs: what ends now has an output its bill can ride on.
+        self.riding = False
+        self.late: list[tuple[int, Bill]] = []
+        self.books = EngineBooks(
+            run_id=uuid.uuid4().hex,
+            method=method,
+            gpus=gpus,
+            created_ns=process_created_ns(),
+            now_ns=time.monotonic_ns(),
+            unix_ns=time.time_ns(),
+        )
+        self._model = model
+        self._engine_index = engine_index
+        self._vllm_version = vllm_version
+        # Tokens found in the prefix cache when the request was first scheduled.
+        self._cached_tokens: dict[str, int] = {}
+        # Aborted requests that still pay for steps in flight.
+        self._leaving: dict[str, tuple[int, RequestFacts]] = {}
+
+    def run(
+        self,
+        hook: str,
+        body: Callable[Concatenate["EngineMeter", int, P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R | None:
+        """Call `body(self, now_ns, ...)` for `hook`. Never raises; None after an error."""
+        if self.guard.off:
+            return None
+        now_ns = time.monotonic_ns()
+        try:
+            result = body(self, now_ns, *args, **kwargs)
+            self.guard.succeeded(hook)
+        except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+            self._contain(hook, error)
+            return None
+        finally:
+            self.own_ns += time.monotonic_ns() - now_ns
+        return result
+
+    def placed(self, request_id: str, computed_tokens: int) -> None:
+        """A request is about to run from `computed_tokens` on: the first time, or resumed."""
+        resumed = request_id in self._cached_tokens
+        if not resumed:
+            self._cached_tokens[request_id] = computed_tokens
+        self.books.meter.position(request_id, computed_tokens, resumed)
+
+    def result_came(self, key: object, now_ns: int) -> None:
+        """Split the time of step `key`, and bill the aborted requests it was the last step of."""
+        self.books.end_step(key, now_ns)
+        for request_id in self.books.meter.drained():
+            self._bill_late(request_id, now_ns)
+
+    def ended(
+        self, request_id: str, client_index: int, facts: RequestFacts, now_ns: int
+    ) -> Bill | None:
+        """A request has ended. Returns its bill if that can ride on its last output."""
+        # Idempotent; a request whose arrival was missed still gets its bill.
+        self.books.open(request_id, facts["prompt_tokens"], now_ns)
+        cached_tokens = self._cached_tokens.pop(request_id, 0)
+        # The cache is consulted anew after a preemption, but never beyond the prompt.
+        facts["cached_tokens"] = min(cached_tokens, facts["prompt_tokens"])
+        if self.riding:
+            return self.books.bill(request_id, facts, now_ns)
+        self._leaving[request_id] = (client_index, facts)
+        if self.books.leave(request_id, now_ns):
+            self._bill_late(request_id, now_ns)
+        return None
+
+    def take_late(self) -> list[tuple[int, Bill]]:
+        """Return and forget the bills that wait for an output to travel with."""
+        late, self.late = self.late, []
+        return late
+
+    def snapshot(
+        self,
+        acknowledged: int,
+        known: Collection[str],
+        running: int,
+        waiting: int,
+        kv_cache_usage: float | None,
+    ) -> Snapshot:
+        """Return the books now. `known` are the ids of the requests the scheduler holds."""
+        now_ns = time.monotonic_ns()
+        if not self.guard.off:
+            self._reconcile(known, now_ns)
+        facts = EngineFacts(
+            running=running,
+            waiting=waiting,
+            kv_cache_usage=kv_cache_usage,
+            own_ns=self.own_ns,
+            errors=self.guard.errors,
+            state="off" if self.guard.off else "on",
+            model=self._model,
+            native=NATIVE,
+            engine_index=self._engine_index,
+            vllm_version=self._vllm_version,
+            meter_version=__version__,
+        )
+        return self.books.snapshot(now_ns, time.time_ns(), acknowledged, facts)
+
+    def _bill_late(self, request_id: str, now_ns: int) -> None:
+        client_index, facts = self._leaving.pop(request_id)
+        self.late.append((client_index, self.books.bill(request_id, facts, now_ns)))
+
+    def _reconcile(self, known: Collection[str], now_ns: int) -> None:
+        """Heal what a contained error left behind: nothing may stay open for ever."""
+        for request_id in list(self._leaving):
+            if self.books.leave(request_id, now_ns):
+                self._bill_late(request_id, now_ns)
+        for request_id in self.books.meter.request_ids():
+            if request_id not in known and request_id not in self._leaving:
+                self._cached_tokens.pop(request_id, None)
+                self.books.write_off(request_id)
+
+    def _contain(self, hook: str, error: Exception) -> None:
+        self.guard.failed(hook, error)
+        try:
+            if self.guard.off:
+                self.books.switch_off(time.monotonic_ns())
+            else:
+                self.books.abandon(time.monotonic_ns())
+        except Exception as second:  # noqa: BLE001 - metering may fail, serving may not
+            self.guard.failed(f"{hook} (clean-up)", second)

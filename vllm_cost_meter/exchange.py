@@ -1,0 +1,93 @@
+"""One HTTP exchange and the engine requests born in it: the link between a reply and its bills.
+
+The middleware puts an `Exchange` into `current_exchange`, a ContextVar. Tasks copy the context of
+their creator, so every engine request born on behalf of the exchange, also in background tasks
+that outlive the reply, finds it there. An exchange is used by one event loop only.
+
+Invariant: `unbilled` counts the births whose bill has not come yet; it never goes below 0.
+"""
+
+import asyncio
+import uuid
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vllm_cost_meter.records import EngineRequest
+
+
+class RequestTimes(Protocol):
+    """vLLM's RequestStateStats: `*_ts` are monotonic seconds of the engine."""
+
+    arrival_time: float
+    queued_ts: float
+    scheduled_ts: float
+    first_token_ts: float
+    last_token_ts: float
+    first_token_latency: float
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One HTTP request being served, and what has been billed for it so far."""
+
+    route: str
+    tenant: str
+    tenant_rule: str
+    x_request_id: str | None
+    started_at_ns: int
+    http_request_id: str = field(default_factory=lambda: f"cost-{uuid.uuid4().hex}")
+    response_id: str | None = None
+    born: int = 0
+    unbilled: int = 0
+    gpu_time_ns: int = 0
+    prefill_ns: int = 0
+    decode_ns: int = 0
+    # None as soon as one part has no cost.
+    cost_nanousd: int | None = 0
+    method: str = ""
+    _all_billed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def part_was_born(self, response_id: str | None) -> None:
+        """Count an engine request of this exchange."""
+        self.born += 1
+        self.unbilled += 1
+        self._all_billed.clear()
+        if self.response_id is None:
+            self.response_id = response_id
+
+    def part_was_billed(self, part: EngineRequest) -> None:
+        """Add a part's bill."""
+        bill = part.bill
+        self.unbilled = max(self.unbilled - 1, 0)
+        self.prefill_ns += bill.prefill_ns
+        self.decode_ns += bill.decode_ns
+        self.gpu_time_ns += bill.gpu_time_ns
+        self.method = bill.method
+        if self.cost_nanousd is not None and part.cost_nanousd is not None:
+            self.cost_nanousd += part.cost_nanousd
+        else:
+            self.cost_nanousd = None
+        if not self.unbilled:
+            self._all_billed.set()
+
+    async def all_billed(self) -> None:
+        """Wait until every engine request born so far is billed."""
+        if self.unbilled:
+            await self._all_billed.wait()
+
+
+current_exchange: ContextVar[Exchange | None] = ContextVar("cost_meter_exchange", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """An engine request as its API server saw it born."""
+
+    request_id: str
+    external_id: str | None
+    prompt_group: str
+    lora: str | None
+    arrived_at_ns: int
+    exchange: Exchange | None
+    times: RequestTimes | None

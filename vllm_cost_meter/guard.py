@@ -1,0 +1,54 @@
+"""Keeps the meter's own errors away from vLLM: counts them, logs each kind once, and gives up.
+
+Every hook runs its body inside `try` and reports here. After `ERRORS_IN_A_ROW_MAX` failures of one
+hook without a success in between, the guard is off and stays off: a meter that cannot work must
+stop costing time. Invariant: nothing here raises.
+"""
+
+import logging
+
+logger = logging.getLogger("vllm.cost_meter")
+
+# A hook that failed this often in a row will not recover by itself.
+ERRORS_IN_A_ROW_MAX = 10
+
+
+class Guard:
+    """The error account of one side (engine or API server) of the meter."""
+
+    def __init__(self, side: str) -> None:
+        self.side = side
+        self.errors = 0
+        self.off = False
+        self._in_a_row: dict[str, int] = {}
+        self._logged: set[str] = set()
+
+    def succeeded(self, hook: str) -> None:
+        """Note that `hook` worked, which ends its row of failures."""
+        if self._in_a_row:
+            self._in_a_row.pop(hook, None)
+
+    def failed(self, hook: str, error: BaseException) -> None:
+        """Count a failure of `hook`; log it the first time; switch off after too many in a row."""
+        self.errors += 1
+        row = self._in_a_row.get(hook, 0) + 1
+        self._in_a_row[hook] = row
+        if hook not in self._logged:
+            self._logged.add(hook)
+            logger.error(
+                "cost meter (%s): %s failed and was contained: %r. Serving goes on; the time it "
+                "could not measure is booked as lost. Further failures here are only counted.",
+                self.side,
+                hook,
+                error,
+                exc_info=error,
+            )
+        if row >= ERRORS_IN_A_ROW_MAX and not self.off:
+            self.off = True
+            logger.error(
+                "cost meter (%s): switched itself off after %d failures of %s in a row. Serving "
+                "goes on unmetered until the server is restarted.",
+                self.side,
+                row,
+                hook,
+            )

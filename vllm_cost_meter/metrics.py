@@ -1,0 +1,125 @@
+"""Prometheus metrics of the meter, in the default registry, so vLLM's own /metrics shows them too.
+
+Counted in the API process that receives a bill, which is right with one API server and with
+several (prometheus_client sums over processes). Names start with `cost_meter_` and hold no "vllm":
+vLLM unregisters what looks like its own. Money and time are counters. Tenants are labels, request
+ids never; beyond `TENANT_LABELS_MAX` tenants the rest are `other`, and the folding is counted.
+
+Invariant: nothing here raises into a caller that is not contained, and series are bounded.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from vllm_cost_meter.records import (
+    CLASSES,
+    NS_PER_SECOND,
+    EngineRequest,
+    Snapshot,
+)
+
+TENANT_LABELS_MAX = 1_000
+OTHER = "other"
+# Seconds; TTFT and end-to-end of a loaded server reach minutes.
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# Seconds between tokens: from a tiny model's milliseconds to a starved decode.
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+
+GPU_SECONDS = Counter(
+    "cost_meter_gpu_seconds", "GPU time of billed requests", ["tenant", "phase"]
+)
+COST_USD = Counter("cost_meter_cost_usd", "Cost of billed requests", ["tenant"])
+BILLS = Counter("cost_meter_bills", "Engine requests billed", ["tenant", "engine_status"])
+TENANTS_FOLDED = Counter(
+    "cost_meter_tenants_folded", f"Bills counted under {OTHER}: too many tenants for labels"
+)
+MISSES = Counter("cost_meter_reply_misses", "Replies sent without a cost: it was not there in time")
+ERRORS = Counter("cost_meter_errors", "Errors of the meter itself, contained", ["side"])
+ENGINE_SECONDS = Gauge(
+    "cost_meter_engine_gpu_seconds",
+    "GPU time of the engine's run so far, by class",
+    ["engine", "class"],
+    multiprocess_mode="mostrecent",
+)
+OWN_SECONDS = Gauge(
+    "cost_meter_own_seconds",
+    "Time the meter's own hooks took in the engine since its start",
+    ["engine"],
+    multiprocess_mode="mostrecent",
+)
+ENGINE_ON = Gauge(
+    "cost_meter_engine_on",
+    "1 while the engine's meter works, 0 after it switched itself off",
+    ["engine"],
+    multiprocess_mode="mostrecent",
+)
+ENGINE_AWAKE = Gauge(
+    "cost_meter_engine_awake",
+    "1 while the engines are awake, 0 while they sleep",
+    multiprocess_mode="mostrecent",
+)
+TTFT = Histogram("cost_meter_ttft_seconds", "Time to first token", buckets=LATENCY_BUCKETS)
+# Not a Histogram: that takes a microsecond a value, and a step of 256 requests brings 256 values.
+INTER_TOKEN = Counter(
+    "cost_meter_inter_token_latencies",
+    "Output tokens by the upper bound (s) of the time since the token before; not cumulative",
+    ["le"],
+)
+END_TO_END = Histogram(
+    "cost_meter_e2e_seconds", "Time from arrival to last token", buckets=LATENCY_BUCKETS
+)
+
+_labelled_tenants: set[str] = set()
+
+
+def count_bill(part: EngineRequest) -> None:
+    """Count one billed engine request."""
+    tenant, bill = _tenant_label(part.tenant), part.bill
+    GPU_SECONDS.labels(tenant, "prefill").inc(bill.prefill_ns / NS_PER_SECOND)
+    GPU_SECONDS.labels(tenant, "decode").inc(bill.decode_ns / NS_PER_SECOND)
+    BILLS.labels(tenant, bill.engine_status).inc()
+    if part.cost_nanousd is not None:
+        COST_USD.labels(tenant).inc(part.cost_nanousd / 1e9)
+
+
+def count_miss() -> None:
+    """Count a reply that went out without its cost."""
+    MISSES.inc()
+
+
+def count_error(side: str) -> None:
+    """Count a contained error of the meter."""
+    ERRORS.labels(side).inc()
+
+
+def set_engine(snapshot: Snapshot) -> None:
+    """Show an engine's books as they are at a snapshot."""
+    engine = str(snapshot.engine_index)
+    for name in CLASSES:
+        seconds = getattr(snapshot.totals, name) / NS_PER_SECOND
+        ENGINE_SECONDS.labels(engine, name).set(seconds)
+    OWN_SECONDS.labels(engine).set(snapshot.own_ns / NS_PER_SECOND)
+    ENGINE_ON.labels(engine).set(snapshot.state == "on")
+
+
+def count_inter_token_latencies(seconds: Sequence[float]) -> None:
+    """Count the inter-token latencies of one iteration."""
+    counts: dict[int, int] = {}
+    for latency in seconds:
+        bucket = bisect_left(TOKEN_BUCKETS, latency)
+        counts[bucket] = counts.get(bucket, 0) + 1
+    for bucket, count in counts.items():
+        bound = str(TOKEN_BUCKETS[bucket]) if bucket < len(TOKEN_BUCKETS) else "+Inf"
+        INTER_TOKEN.labels(bound).inc(count)
+
+
+def _tenant_label(tenant: str) -> str:
+    if tenant in _labelled_tenants:
+        return tenant
+    if len(_labelled_tenants) >= TENANT_LABELS_MAX:
+        TENANTS_FOLDED.inc()
+        return OTHER
+    _labelled_tenants.add(tenant)
+    return tenant

@@ -1,0 +1,266 @@
+"""The ASGI middleware: opens an exchange for each HTTP request and edits the replies.
+
+A complete JSON reply is held until its bills are committed, and leaves with the cost in headers. A
+stream passes event by event; the final usage event gets `usage.cost`, and a comment line with the
+cost goes before the last event. Bodies of complete replies are never changed. What is told, and
+how long is waited, is the collector's to say; without a cost in time the reply leaves as it came.
+
+Installed by the endpoint plugin (vLLM 0.27 and later) or `--middleware
+vllm_cost_meter.middleware.CostMiddleware` (any version), and harmless when installed twice.
+
+Invariant: what leaves is byte for byte what entered, but for the fields listed in docs/replies.md;
+and every message that entered leaves, whatever fails here.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from vllm_cost_meter import reply
+from vllm_cost_meter.collector import Collector, get_collector
+from vllm_cost_meter.exchange import Exchange, current_exchange
+from vllm_cost_meter.records import Usage
+from vllm_cost_meter.routes import route_of
+from vllm_cost_meter.side import start_side
+from vllm_cost_meter.tenants import resolve
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# nginx's "client closed request": the client left before any status was sent.
+CLIENT_LEFT = 499
+
+
+class CostMiddleware:
+    """Puts the measured cost of a request into its reply."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        collector = get_collector()
+        if not isinstance(collector, Collector):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self.app(scope, receive, _starting(scope, send, collector))
+        elif current_exchange.get() is not None:
+            await self.app(scope, receive, send)
+        else:
+            await self._metered(scope, receive, send, collector)
+
+    async def _metered(
+        self, scope: Scope, receive: Receive, send: Send, collector: Collector
+    ) -> None:
+        exchange = collector.run("new exchange", _new_exchange, scope)
+        if exchange is None:
+            await self.app(scope, receive, send)
+            return
+        token = current_exchange.set(exchange)
+        editor = ReplyEditor(collector, exchange, send)
+        try:
+            await self.app(scope, editor.receiving(receive), editor.send)
+        finally:
+            current_exchange.reset(token)
+            collector.run("end of exchange", lambda _collector: editor.close())
+
+
+def _starting(scope: Scope, send: Send, collector: Collector) -> Send:
+    """Start and stop the collector's own work with the application."""
+
+    async def starting_send(message: Message) -> None:
+        if message["type"] == "lifespan.startup.complete":
+            await start_side(collector, scope["app"])
+        elif message["type"] == "lifespan.shutdown.complete":
+            await collector.stop()
+        await send(message)
+
+    return starting_send
+
+
+def _new_exchange(collector: Collector, scope: Scope) -> Exchange:
+    headers = scope["headers"]
+    resolved = resolve(headers, collector.tenant_rules)
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    request_ids = [value for name, value in headers if name == b"x-request-id"]
+    return Exchange(
+        route=route_of(path),
+        tenant=resolved.tenant,
+        tenant_rule=resolved.rule,
+        x_request_id=request_ids[0].decode("latin-1")[:256] if request_ids else None,
+        started_at_ns=time.time_ns(),
+    )
+
+
+class ReplyEditor:
+    """Stands between the application and the client for one exchange."""
+
+    def __init__(self, collector: Collector, exchange: Exchange, send: Send) -> None:
+        self._collector = collector
+        self._exchange = exchange
+        self._send = send
+        self._mode = collector.settings.reply_for(exchange.tenant)
+        self._status: int | None = None
+        self._usage = Usage()
+        self._complete = False
+        self._client_left = False
+        self._recorded = False
+        # A held reply: its start and the body messages so far.
+        self._held: list[Message] | None = None
+        self._events: reply.SseEvents | None = None
+        self._told: bool | None = None
+        self._commented = False
+
+    def receiving(self, receive: Receive) -> Receive:
+        """Wrap `receive` to notice a client that leaves before its reply is complete."""
+
+        async def noticing() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not self._complete:
+                self._client_left = True
+            return message
+
+        return noticing
+
+    async def send(self, message: Message) -> None:
+        """Pass on, hold or edit one message of the application."""
+        if message["type"] == "http.response.start":
+            await self._start(message)
+        elif message["type"] == "http.response.body":
+            self._complete = not message.get("more_body", False)
+            if self._held is not None:
+                await self._hold(self._held, message)
+            elif self._events is not None:
+                await self._stream(self._events, message)
+            else:
+                await self._send(message)
+        else:
+            await self._send(message)
+
+    def close(self) -> None:
+        """The application is done: make sure that the exchange is recorded."""
+        self._record(told=False)
+
+    async def _start(self, message: Message) -> None:
+        self._status = message["status"]
+        content_type = _content_type(message)
+        if content_type == b"text/event-stream":
+            self._events = reply.SseEvents()
+        elif content_type == b"application/json" and self._exchange.born:
+            self._held = [message]
+            return
+        await self._send(message)
+
+    # -- complete replies -------------------------------------------------------------------
+
+    async def _hold(self, held: list[Message], message: Message) -> None:
+        held.append(message)
+        if not self._complete:
+            return
+        self._held = None
+        start = held[0]
+        if headers := await self._cost_headers(held[1:]):
+            start = {**start, "headers": [*start.get("headers", ()), *headers]}
+        await self._send(start)
+        for body in held[1:]:
+            await self._send(body)
+
+    async def _cost_headers(self, bodies: list[Message]) -> list[tuple[bytes, bytes]]:
+        body = b"".join(message.get("body", b"") for message in bodies)
+        self._usage = self._collector.run("usage", lambda _: reply.usage_of(body)) or Usage()
+        if self._mode == "none" or not await self._settle():
+            return []
+        exchange = self._exchange
+        return (
+            self._collector.run(
+                "headers",
+                lambda _: reply.headers(
+                    gpu_time_ns=exchange.gpu_time_ns,
+                    cost_nanousd=exchange.cost_nanousd,
+                    http_request_id=exchange.http_request_id,
+                    tenant=exchange.tenant,
+                ),
+            )
+            or []
+        )
+
+    # -- streams ----------------------------------------------------------------------------
+
+    async def _stream(self, events: reply.SseEvents, message: Message) -> None:
+        out = b""
+        for event in events.feed(message.get("body", b"")):
+            out += await self._edited(event)
+        if self._complete:
+            out += events.rest
+        if out or self._complete:
+            await self._send({**message, "body": out})
+
+    async def _edited(self, event: bytes) -> bytes:
+        if not self._exchange.born:
+            return event
+        usage = self._collector.run("final usage", lambda _: reply.final_usage(event))
+        is_end = reply.is_end(event)
+        if usage is not None:
+            self._usage = usage
+        if (usage is None and not is_end) or self._mode != "all":
+            return event
+        if not await self._settle():
+            return event
+        return self._collector.run("stream", lambda _: self._with_cost(event, is_end)) or event
+
+    def _with_cost(self, event: bytes, is_end: bool) -> bytes:
+        exchange = self._exchange
+        edited = reply.insert_usage(
+            event,
+            reply.cost_fields(
+                gpu_time_ns=exchange.gpu_time_ns,
+                prefill_ns=exchange.prefill_ns,
+                decode_ns=exchange.decode_ns,
+                cost_nanousd=exchange.cost_nanousd,
+                http_request_id=exchange.http_request_id,
+                tenant=exchange.tenant,
+                method=exchange.method,
+            ),
+        )
+        if not is_end or self._commented:
+            return edited
+        self._commented = True
+        comment = reply.comment(
+            gpu_time_ns=exchange.gpu_time_ns,
+            cost_nanousd=exchange.cost_nanousd,
+            http_request_id=exchange.http_request_id,
+            tenant=exchange.tenant,
+        )
+        return comment + edited
+
+    # -- the record -------------------------------------------------------------------------
+
+    async def _settle(self) -> bool:
+        """Wait for the bills once; the answer holds for the rest of the reply."""
+        if self._told is None:
+            self._told = await self._collector.settle(
+                self._exchange, lambda: self._http_record(told=True)
+            )
+        return self._told
+
+    def _http_record(self, *, told: bool) -> Any:
+        status = self._status
+        if status is None or (self._client_left and self._events is None):
+            status = CLIENT_LEFT if self._client_left else 500
+        self._recorded = True
+        return self._collector.http_record(
+            self._exchange, status, self._events is not None, self._usage, told
+        )
+
+    def _record(self, *, told: bool) -> None:
+        if self._exchange.born and not self._recorded:
+            self._collector.writer.put(self._http_record(told=told))
+
+
+def _content_type(start: Message) -> bytes:
+    for name, value in start.get("headers", ()):
+        if name.lower() == b"content-type":
+            return bytes(value).partition(b";")[0].strip().lower()
+    return b""

@@ -1,0 +1,205 @@
+"""vLLM's entry points: decides whether the meter is named, and installs or withholds its hooks.
+
+vLLM loads a general plugin in every process (API servers, engines, workers, short-lived helpers)
+and for every `vllm ...` command, and does not catch what it raises. So `register` is cheap, starts
+nothing, and is idempotent. The meter works only where `cost_meter` is named, by VLLM_PLUGINS or
+by `--plugins`; otherwise it adds its two flags, withholds its stat logger, and touches nothing.
+
+Flags are exported to the environment as soon as they are parsed: API servers and engines are child
+processes that see no namespace.
+
+Invariant: not named, no vLLM class is changed but `EngineArgs.add_cli_args`.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from vllm_cost_meter.errors import CostMeterError, VllmMismatchError
+
+logger = logging.getLogger("vllm.cost_meter")
+
+NAME = "cost_meter"
+# Groups that vLLM loads in full while VLLM_PLUGINS is unset. Endpoint plugins are not: those load
+# only when named.
+GROUPS_LOADED_BY_DEFAULT = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`."""
+    # vLLM's internals, and only where vLLM itself has asked for us.
+    from vllm_cost_meter import _vllm  # noqa: PLC0415
+
+    _vllm.hook_cli_flags(add_flags)
+    _vllm.hook_stat_logger_loading(is_named, NAME)
+    if is_named():
+        activate()
+    elif is_serve_parent() and not _given("--plugins", sys.argv):
+        logger.info(
+            "cost meter: installed but not named, so it does nothing. To measure what requests "
+            "cost: vllm serve ... --plugins %s",
+            NAME,
+        )
+
+
+def is_named() -> bool:
+    """Tell whether VLLM_PLUGINS names the meter."""
+    return NAME in os.environ.get("VLLM_PLUGINS", "").split(",")
+
+
+def is_serve_parent() -> bool:
+    """Tell whether this is the process the operator started with `vllm serve`."""
+    return multiprocessing.parent_process() is None and sys.argv[1:2] == ["serve"]
+
+
+def activate() -> None:
+    """Install every hook. A vLLM that is not understood is left untouched, loudly."""
+    from vllm_cost_meter import _vllm  # noqa: PLC0415 - see register
+
+    if is_serve_parent():
+        check_settings()
+    _vllm.hook_scheduler_choice()
+    try:
+        _vllm.hook_engine_core()
+        _vllm.hook_output_processor(_collector)
+    except VllmMismatchError as error:
+        logger.error("cost meter: this API server runs unmetered: %s", error)
+
+
+def check_settings() -> None:
+    """Stop the start, with one line, if a setting is wrong or the ledger cannot be where it is."""
+    if _given("--cost-meter-config", sys.argv) and "COST_METER_CONFIG" not in os.environ:
+        return  # not parsed yet; its own action checks
+    from vllm_cost_meter.config import load_settings  # noqa: PLC0415 - only the parent needs them
+    from vllm_cost_meter.ledger.store import check_location, default_url  # noqa: PLC0415
+
+    try:
+        check_location(load_settings().ledger or default_url())
+    except CostMeterError as error:
+        raise SystemExit(f"cost meter: {error}") from None
+
+
+def _collector() -> Any:
+    # The ledger must not be loaded into engine processes, which register but never call this.
+    from vllm_cost_meter.collector import get_collector  # noqa: PLC0415
+
+    return get_collector()
+
+
+# -- flags --------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--plugins` and `--cost-meter-config`, unless vLLM has grown its own."""
+    group = parser.add_argument_group("Cost meter")
+    if "--plugins" not in parser._option_string_actions:
+        group.add_argument(
+            "--plugins",
+            action=NamePlugins,
+            metavar="NAME[,NAME]",
+            default=None,
+            help="Plugins to load, besides those that VLLM_PLUGINS names or, where it is unset, "
+            f"those that load by default. {NAME} switches the cost meter on.",
+        )
+    if "--cost-meter-config" not in parser._option_string_actions:
+        group.add_argument(
+            "--cost-meter-config",
+            action=NameConfig,
+            metavar="FILE.toml",
+            default=None,
+            help="Settings of the cost meter; the environment (COST_METER_*) goes before them.",
+        )
+
+
+class NamePlugins(argparse.Action):
+    """Exports `--plugins a,b` as VLLM_PLUGINS, and switches the meter on if it is among them."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        wanted = [name.strip() for name in str(values).split(",") if name.strip()]
+        os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_name(wanted))
+        if is_named():
+            activate()
+
+
+class NameConfig(argparse.Action):
+    """Exports `--cost-meter-config FILE` as COST_METER_CONFIG, and checks what it says."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        os.environ["COST_METER_CONFIG"] = os.path.abspath(values)  # noqa: PTH100 - keeps symlinks
+        if is_named():
+            check_settings()
+
+
+def plugins_to_name(wanted: Sequence[str]) -> list[str]:
+    """Return the VLLM_PLUGINS that adds `wanted` and switches nothing else off.
+
+    The variable is an allowlist over all groups, platforms included: where it was unset, every
+    plugin that would have loaded must now be named.
+    """
+    present = os.environ.get("VLLM_PLUGINS")
+    if present is not None:
+        before = [name for name in present.split(",") if name]
+    else:
+        before = [
+            entry_point.name
+            for group in GROUPS_LOADED_BY_DEFAULT
+            for entry_point in entry_points(group=group)
+            if entry_point.name != NAME
+        ]
+    return list(dict.fromkeys([*before, *wanted]))
+
+
+def _given(flag: str, argv: Sequence[str]) -> bool:
+    spellings = (flag, flag.replace("-", "_").replace("__", "--", 1))
+    return any(
+        argument == spelling or argument.startswith(f"{spelling}=")
+        for argument in argv
+        for spelling in spellings
+    )
+
+
+# -- endpoint plugin ----------------------------------------------------------------------------
+
+
+class EndpointPlugin:
+    """Entry point of `vllm.endpoint_plugins` (vLLM 0.27 and later): adds the middleware.
+
+    The collector starts with the application's lifespan, which both ways of installing the
+    middleware share.
+    """
+
+    name = NAME
+    required_tasks = None
+
+    def attach_router(self, app: Any) -> None:
+        """Add the middleware, inside vLLM's authentication."""
+        from vllm_cost_meter.middleware import CostMiddleware  # noqa: PLC0415 - API servers only
+
+        app.add_middleware(CostMiddleware)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Nothing to do: see the class."""
