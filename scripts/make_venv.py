@@ -1,0 +1,94 @@
+"""Create a virtual environment for the project, or say in one line what the machine lacks.
+
+Usage: `python scripts/make_venv.py DIRECTORY`, with the Python that the environment is to have.
+Where that Python already has vLLM and there is an NVIDIA GPU, the environment builds on both;
+`scripts/install_vllm_cpu.py` then leaves that vLLM alone. Only the standard library is used, and
+nothing newer than Python 3.7, so that an old Python is told so and not shown a syntax error.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+OLDEST = (3, 11)
+VLLM_COMMAND = """\
+#!{python}
+import sys
+from vllm.entrypoints.cli.main import main
+sys.exit(main())
+"""
+
+
+def what_is_missing():
+    """Return (what is missing, the Debian package that has it) for each thing missing."""
+    name = "python" + ".".join(map(str, sys.version_info[:2]))
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    compiler = os.environ.get("CC") or "cc"
+    missing = []
+    if importlib.util.find_spec("ensurepip") is None:
+        missing.append(("venv with pip", f"{name}-venv"))
+    if not header.exists():
+        missing.append((str(header), f"{name}-dev"))
+    if shutil.which(compiler.split()[0]) is None:
+        missing.append((f"a C compiler ({compiler})", "gcc libc6-dev"))
+    return missing
+
+
+def fail(message):
+    sys.exit(f"make: {message}")
+
+
+def has_nvidia_gpu():
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listing = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, check=False)
+    return listing.returncode == 0 and b"GPU" in listing.stdout
+
+
+def build_on_installed_vllm(directory):
+    """Let the environment see the packages of this Python, and give it a `vllm` command."""
+    venv.create(directory, clear=True, with_pip=True, system_site_packages=True)
+    python = directory / "bin" / "python"
+    site_packages = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    if sys.prefix != sys.base_prefix:
+        # This Python is of a virtual environment itself: "system" would mean the one below it.
+        theirs = sysconfig.get_paths()
+        lines = dict.fromkeys([theirs["purelib"], theirs["platlib"]])
+        path = Path(site_packages.stdout.decode().strip()) / "installed_vllm.pth"
+        path.write_text("\n".join(lines) + "\n")
+    command = directory / "bin" / "vllm"
+    command.write_text(VLLM_COMMAND.format(python=python))
+    command.chmod(0o755)
+
+
+def main(directory):
+    if sys.version_info < OLDEST:
+        oldest, this = (".".join(map(str, version[:2])) for version in (OLDEST, sys.version_info))
+        fail(
+            f"Python {oldest} or newer is needed and {sys.executable} is {this}: name one with "
+            "PYTHON=..., or: apt-get install python3.11 python3.11-venv python3.11-dev"
+        )
+    if Path(sys.prefix).resolve() == directory.resolve():
+        fail(f"{directory} is active and has to be made anew: `deactivate` first")
+    missing = what_is_missing()
+    if missing:
+        what = " and ".join(what for what, _ in missing)
+        fail(f"missing {what}: apt-get install {' '.join(package for _, package in missing)}")
+    if importlib.util.find_spec("vllm") and has_nvidia_gpu():
+        print("NVIDIA GPU and vLLM found: using them", flush=True)
+        build_on_installed_vllm(directory)
+    else:
+        venv.create(directory, clear=True, with_pip=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())
