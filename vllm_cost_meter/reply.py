@@ -38,10 +38,9 @@ _RESPONSES_TERMINAL = ("response.completed", "response.incomplete", "response.fa
 _MAYBE_FINAL = re.compile(
     rb'"choices"\s*:\s*\[\s*\]|"message_delta"|"response\.(?:completed|incomplete|failed)"'
 )
-_MAYBE_END = re.compile(
-    rb'\[DONE\]|"message_stop"|"error"|"response\.(?:completed|incomplete|failed)"'
-)
 _END_TYPES = ("message_stop", "error", *_RESPONSES_TERMINAL)
+# One of these is in every end.
+_END_MARKS = (b"[DONE]", *(f'"{name}"'.encode() for name in _END_TYPES))
 
 # All printable ASCII but "%", so that percent-decoding gives back any text.
 _HEADER_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
@@ -115,10 +114,8 @@ class SseEvents:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the events that these bytes complete, terminators included."""
-        if not self._buffer:
-            match = _EVENT_END.search(data)
-            if match and match.end() == len(data):
-                return [data]  # as vLLM sends: one event, one chunk
+        if not self._buffer and data.find(b"\n\n") == len(data) - 2 >= 0 and b"\r" not in data:
+            return [data]  # as vLLM sends: one event, one chunk
         # The end may have begun in what was there before: at most two bytes of it.
         seen = max(0, len(self._buffer) - 2)
         self._buffer += data
@@ -170,9 +167,11 @@ def is_end(event: bytes) -> bool:
     That is `[DONE]`, Anthropic's message_stop, a terminal event of the Responses API, and an
     event of type error (of the latter two APIs; OpenAI's error chunk is followed by `[DONE]`).
     """
-    if not _MAYBE_END.search(event):
+    if event.startswith(b"data: {"):
+        return False  # OpenAI: [DONE] is its only end; events of the other APIs start "event:"
+    if not any(mark in event for mark in _END_MARKS):
         return False
-    start, payload = _payload(event)
+    _, payload = _payload(event)
     if payload.strip() == "[DONE]":
         return True
     try:
