@@ -233,14 +233,26 @@ class LedgerWriter:
         if engine is None:
             engine = self._engine = open_ledger(self._url, busy_timeout_s=ATTEMPT_S)
         records = [record for item in batch for record in item.records]
-        with writing(engine).begin() as connection:
-            if self._price is not None and not self._price_written:
-                write_price(connection, self._price)
-            bad = self._write_what_can_be(connection, records)
+        try:
+            # No savepoint on the usual way: each statement gives up the GIL once more.
+            with writing(engine).begin() as connection:
+                self._write_price(connection)
+                write(connection, records, self._price)
+            bad: dict[int, Exception] = {}
+        except Exception as error:
+            if not _is_the_records_fault(error):
+                raise
+            with writing(engine).begin() as connection:
+                self._write_price(connection)
+                bad = self._write_what_can_be(connection, records)
         self.last_commit_ns = time.perf_counter_ns() - started_ns
         self._price_written = True
         self.last_error = None
         self._settle(batch, bad)
+
+    def _write_price(self, connection: Connection) -> None:
+        if self._price is not None and not self._price_written:
+            write_price(connection, self._price)
 
     def _write_what_can_be(
         self, connection: Connection, records: Sequence[Record]

@@ -1,0 +1,241 @@
+"""The cut: every run at its latest snapshot, and the bills that belong to it.
+
+A report must compare what engines say (snapshots) with what the ledger holds (bills), and bills
+keep coming. So the snapshots are read once, into a `Cut`, and bills count only up to the
+`last_seq` of their run. A bill may reach the ledger a moment after the snapshot that counts it,
+through another API server; `settled` waits for it, at the same cut.
+
+Invariant: whatever arrives after a cut was read, the same cut gives the same figures, but for
+bills up to the cut that were still on their way.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import CTE, BigInteger, Text, and_, column, func, select, true, values
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.schema import engine_hours, prices, requests, runs, snapshots
+from vllm_cost_meter.pricing import parse_price
+from vllm_cost_meter.records import (
+    CLASSES,
+    NS_PER_HOUR,
+    NS_PER_SECOND,
+    rfc3339,
+    unix_ns_of,
+)
+
+# Engines are asked for a snapshot each second; one that has been silent this long is dead.
+DEAD_AFTER_NS = 15 * NS_PER_SECOND
+SETTLE_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Whole UTC hours [from_hour, to_hour), counted since the epoch; None is open."""
+
+    from_hour: int | None = None
+    to_hour: int | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.from_hour, self.to_hour
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"expected from_hour <= to_hour, got {low} and {high}")
+
+    @property
+    def is_all(self) -> bool:
+        return self.from_hour is None and self.to_hour is None
+
+    def contains(self, hour: int) -> bool:
+        after = self.from_hour is None or hour >= self.from_hour
+        return after and (self.to_hour is None or hour < self.to_hour)
+
+    def on_hours(self, hour: Any) -> Any:
+        """Return the SQL condition on a column of hours."""
+        return _between(hour, self.from_hour, self.to_hour)
+
+    def on_instants(self, instant: Any) -> Any:
+        """Return the SQL condition on a column of RFC 3339 instants."""
+        return _between(instant, self._instant(self.from_hour), self._instant(self.to_hour))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "from": self._instant(self.from_hour),
+            "to": self._instant(self.to_hour),
+            "from_hour": self.from_hour,
+            "to_hour": self.to_hour,
+        }
+
+    @staticmethod
+    def _instant(hour: int | None) -> str | None:
+        return None if hour is None else rfc3339(hour * NS_PER_HOUR)
+
+
+@dataclass(frozen=True, slots=True)
+class RunCut:
+    """One run at the cut. `classes` are its totals, of a window if one was asked for.
+
+    The in-flight time of a dead run is lost: nobody will be billed for it.
+    """
+
+    run_id: str
+    row: Mapping[str, Any]
+    alive: bool
+    classes: Mapping[str, int]
+    hours: Mapping[int, Mapping[str, int]]
+    price: Decimal | None
+
+    @property
+    def last_seq(self) -> int:
+        return int(self.row["last_seq"])
+
+    def total_ns(self) -> int:
+        return sum(self.classes.values())
+
+    def state(self) -> dict[str, Any]:
+        """Return what a summary says of the run."""
+        names = ("run_id", "engine_index", "model", "gpus", "method", "started_at", "taken_at")
+        about = ("running", "waiting", "kv_cache_usage", "steps", "errors", "state")
+        return {
+            **{name: self.row[name] for name in (*names, *about)},
+            "alive": self.alive,
+            "usd_per_gpu_hour": self.row["usd_per_gpu_hour"],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """All runs of a ledger at their latest snapshots."""
+
+    runs: tuple[RunCut, ...]
+    window: Window = field(default_factory=Window)
+
+    def price_of(self) -> dict[str, Decimal | None]:
+        return {run.run_id: run.price for run in self.runs}
+
+    def wall_gpu_ns(self) -> int:
+        """Wall x gpus of all runs; within a window, what their engines account for in it."""
+        if not self.window.is_all:
+            return sum(run.total_ns() for run in self.runs)
+        return sum(int(run.row["wall_ns"]) * int(run.row["gpus"]) for run in self.runs)
+
+    def overhead_ns(self, name: str) -> dict[str, int]:
+        """Return the time of one class, run by run."""
+        return {run.run_id: run.classes[name] for run in self.runs}
+
+    def at(self) -> str | None:
+        """Return the instant of the latest snapshot."""
+        return max((run.row["taken_at"] for run in self.runs), default=None)
+
+    def gpus(self) -> int:
+        """GPUs of the engines that were up at the latest snapshot."""
+        at = self.at()
+        since = None if at is None else rfc3339(unix_ns_of(at) - DEAD_AFTER_NS)
+        return sum(int(run.row["gpus"]) for run in self.runs if run.row["taken_at"] >= since)
+
+    def own_time(self) -> dict[str, Any]:
+        """Return the wall time the meter's own hooks took, of the time the engines were busy."""
+        busy_ns = sum(int(run.row["busy_ns"]) for run in self.runs)
+        own_ns = sum(int(run.row["own_ns"]) for run in self.runs)
+        share = own_ns / busy_ns if busy_ns else None
+        return {"busy_ns": busy_ns, "own_ns": own_ns, "own_time_share": share}
+
+    def cte(self) -> CTE:
+        """Return the cut as rows (run_id, last_seq), to be joined with bills."""
+        rows = [(run.run_id, run.last_seq) for run in self.runs]
+        table = values(column("run_id", Text), column("last_seq", BigInteger), name="cut")
+        return table.data(rows).cte()
+
+
+def read_cut(connection: Connection, window: Window, *, alive: Collection[str], now_ns: int) -> Cut:
+    """Read the snapshots and hours of all runs; both must come from one transaction."""
+    hours: dict[str, dict[int, Mapping[str, int]]] = {}
+    for hour in connection.execute(select(engine_hours)):
+        hours.setdefault(hour.run_id, {})[hour.hour] = _classes(hour._asdict())
+    joined = (
+        select(runs, *(c for c in snapshots.c if c.name != "run_id"), prices.c.usd_per_gpu_hour)
+        .join(snapshots, snapshots.c.run_id == runs.c.run_id)
+        .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
+        .order_by(runs.c.started_at, runs.c.run_id)
+    )
+    cuts = []
+    for each in connection.execute(joined):
+        row = each._asdict()
+        run_id = row["run_id"]
+        age_ns = now_ns - unix_ns_of(row["taken_at"])
+        up = run_id in alive or age_ns <= DEAD_AFTER_NS
+        classes = _classes(row)
+        if not window.is_all:
+            inside = [c for h, c in hours.get(run_id, {}).items() if window.contains(h)]
+            classes = {name: sum(c[name] for c in inside) for name in CLASSES}
+        usd = row["usd_per_gpu_hour"]
+        cuts.append(
+            RunCut(
+                run_id=run_id,
+                row=row,
+                alive=up,
+                classes=classes if up else _as_lost(classes),
+                hours=hours.get(run_id, {}),
+                price=None if usd is None else parse_price(usd),
+            )
+        )
+    return Cut(tuple(cuts), window)
+
+
+def count_bills(connection: Connection, cut: Cut) -> dict[str, int]:
+    """Return how many bills up to the cut the ledger holds, run by run."""
+    if not cut.runs:
+        return {}
+    at = cut.cte()
+    counted = (
+        select(requests.c.run_id, func.count())
+        .join(at, and_(requests.c.run_id == at.c.run_id, requests.c.seq <= at.c.last_seq))
+        .group_by(requests.c.run_id)
+    )
+    return {run_id: int(n) for run_id, n in connection.execute(counted)}
+
+
+def settle(
+    read: Callable[[], AbstractContextManager[Connection]],
+    cut: Cut,
+    settle_s: float,
+    known_missing: dict[str, int],
+) -> None:
+    """Wait until no living run misses a bill up to the cut, for at most `settle_s`.
+
+    `known_missing` holds how many bills of a run were waited for in vain before; they are not
+    waited for again.
+    """
+    deadline = time.monotonic() + settle_s
+    while any(run.alive for run in cut.runs):
+        with read() as connection:
+            held = count_bills(connection, cut)
+        missing = {r.run_id: r.last_seq - held.get(r.run_id, 0) for r in cut.runs if r.alive}
+        if all(n <= known_missing.get(run_id, 0) for run_id, n in missing.items()):
+            return
+        if time.monotonic() >= deadline:
+            known_missing.update(missing)
+            return
+        time.sleep(SETTLE_POLL_S)
+
+
+def _between(of: Any, low: Any, high: Any) -> Any:
+    conditions = [true()]
+    if low is not None:
+        conditions.append(of >= low)
+    if high is not None:
+        conditions.append(of < high)
+    return and_(*conditions)
+
+
+def _classes(row: Mapping[str, Any]) -> dict[str, int]:
+    return {name: int(row[f"{name}_ns"]) for name in CLASSES}
+
+
+def _as_lost(classes: Mapping[str, int]) -> dict[str, int]:
+    lost = classes["lost"] + classes["in_flight"]
+    return {**classes, "in_flight": 0, "lost": lost}

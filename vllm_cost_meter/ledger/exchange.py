@@ -1,0 +1,132 @@
+"""One HTTP exchange as a row: what the client was told, and what its engine requests cost.
+
+Pure functions from rows of `http_requests` and `requests` to the request row of reports. Tokens
+are those the client was told; where the reply did not say, they follow from the parts, a prompt
+that several parts share counting once. The HTTP row may not be there yet (or never, after a
+crash): its columns are null then, but the bill is told.
+
+Invariant: GPU time of an exchange is the sum of its parts', and its cost is null unless every part
+has one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_cost_meter.pricing import format_usd
+
+Row = Mapping[str, Any]
+
+# A part as it is shown below its exchange, with the tokens that the engine computed for it.
+PART_COLUMNS = (
+    "run_id",
+    "seq",
+    "request_id",
+    "external_id",
+    "prompt_group",
+    "lora",
+    "engine_status",
+    "method",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "prefill_tokens",
+    "decode_tokens",
+    "gpu_time_ns",
+    "prefill_ns",
+    "decode_ns",
+    "cost_nanousd",
+    "cost_usd",
+    "preemptions",
+    "steps",
+    "started_at",
+    "finished_at",
+    "queue_ms",
+    "ttft_ms",
+    "tpot_ms",
+    "e2e_ms",
+)
+
+
+def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
+    """Return the request row of an exchange; one of `http` and `parts` must be there."""
+    parts = ordered(parts)
+    first: Row = parts[0] if parts else {}
+    whose: Row = http if http is not None else first
+    told: Row = http if http is not None else {}
+    cost = _cost(told, parts)
+    return {
+        "request_id": first.get("request_id"),
+        "response_id": whose["response_id"] or first.get("response_id"),
+        "http_request_id": whose["http_request_id"],
+        "x_request_id": told.get("x_request_id"),
+        "tenant": whose["tenant"],
+        "model": whose["model"] or first.get("model"),
+        "route": whose["route"],
+        "status": told.get("status"),
+        "streamed": told.get("streamed"),
+        "engine_status": _common(parts, "engine_status"),
+        **_tokens(told, parts),
+        **_gpu_time(told, parts),
+        "cost_nanousd": cost,
+        "cost_usd": format_usd(cost),
+        "method": _common(parts, "method"),
+        "started_at": told.get("started_at") or first["started_at"],
+        "finished_at": told.get("finished_at") or max(part["finished_at"] for part in parts),
+        **_latencies(parts),
+    }
+
+
+def ordered(parts: Sequence[Row]) -> list[Row]:
+    """Return parts in the order they started in."""
+    return sorted(parts, key=lambda part: (part["started_at"], part["run_id"], part["seq"]))
+
+
+def shown_part(part: Row) -> dict[str, Any]:
+    """Return a part as it is listed under `parts`."""
+    return {name: part[name] for name in PART_COLUMNS}
+
+
+def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
+    derived: dict[str, int | None] = dict.fromkeys(
+        ("prompt_tokens", "cached_tokens", "output_tokens")
+    )
+    if parts:
+        for name in ("prompt_tokens", "cached_tokens"):
+            by_prompt: dict[str, int] = {}
+            for part in parts:
+                group = part["prompt_group"]
+                by_prompt[group] = max(part[name], by_prompt.get(group, 0))
+            derived[name] = sum(by_prompt.values())
+        derived["output_tokens"] = sum(part["output_tokens"] for part in parts)
+    return {name: n if told.get(name) is None else told[name] for name, n in derived.items()}
+
+
+def _gpu_time(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
+    if not parts:
+        return {"gpu_time_ns": told.get("gpu_time_ns"), "prefill_ns": None, "decode_ns": None}
+    names = ("gpu_time_ns", "prefill_ns", "decode_ns")
+    return {name: sum(part[name] for part in parts) for name in names}
+
+
+def _cost(told: Row, parts: Sequence[Row]) -> int | None:
+    if not parts:
+        return told.get("cost_nanousd")
+    costs = [part["cost_nanousd"] for part in parts]
+    return None if None in costs else sum(costs)
+
+
+def _latencies(parts: Sequence[Row]) -> dict[str, float | None]:
+    def known(name: str) -> list[float]:
+        return [part[name] for part in parts if part[name] is not None]
+
+    return {
+        "queue_ms": min(known("queue_ms"), default=None),
+        "ttft_ms": min(known("ttft_ms"), default=None),
+        "tpot_ms": parts[0]["tpot_ms"] if len(parts) == 1 else None,
+        "e2e_ms": max(known("e2e_ms"), default=None),
+    }
+
+
+def _common(parts: Sequence[Row], name: str) -> str | None:
+    """Return what the parts have in common, or all they have, joined by a plus sign."""
+    return "+".join(sorted({part[name] for part in parts})) or None

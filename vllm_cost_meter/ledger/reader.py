@@ -1,0 +1,241 @@
+"""Questions to the ledger: one request, many, tenants, the summary, the audit.
+
+Every answer is a plain dict ready for JSON, under the names of the public interface, and is read
+in one transaction, so that its parts agree with each other. Aggregation is SQL; Python touches
+rows by the page only. An empty ledger has answers too: zeros and nulls.
+
+Invariant: a reader writes nothing.
+"""
+
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import and_, select
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.audit import audit_runs
+from vllm_cost_meter.ledger.cut import Cut, Window, read_cut, settle
+from vllm_cost_meter.ledger.exchange import exchange, ordered, shown_part
+from vllm_cost_meter.ledger.paging import Key, exchanges, page_of_keys
+from vllm_cost_meter.ledger.schema import http_requests, requests
+from vllm_cost_meter.ledger.store import open_ledger
+from vllm_cost_meter.ledger.tenants import OVERHEAD_ROWS, after_cut, cost_of_all, tenant_rows
+
+MAX_MATCHES = 100
+MAX_LIMIT = 1000
+# How long a report waits for bills that its cut counts and that are still on their way.
+SETTLE_S = 2.0
+# Overhead in which the GPUs worked all the same.
+_WORK = ("in_flight", "tail", "dummy")
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What an id stands for: an HTTP exchange, or an engine request that belongs to none."""
+
+    http_request_id: str | None
+    run_id: str | None = None
+    seq: int | None = None
+
+
+class LedgerReader:
+    """Reads one ledger. Thread-safe; every method blocks, so keep it off the event loop."""
+
+    def __init__(self, url: str, *, create: bool = False) -> None:
+        """Open the ledger. Raises LedgerError, also when there is none and `create` is not set."""
+        # Bills already waited for in vain, by run: nobody waits for them again.
+        self._known_missing: dict[str, int] = {}
+        self._engine = open_ledger(url, create=create)
+        if self._engine.dialect.name == "postgresql":
+            self._engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+    # ---- requests
+
+    def find(self, id: str) -> list[Match]:
+        """Return what an id means, the newest first, at most MAX_MATCHES.
+
+        It may be an HTTP record's own id, a response id, an X-Request-Id, or the internal or
+        external id of an engine request.
+        """
+        h, r = http_requests.c, requests.c
+        told = select(h.http_request_id, h.finished_at)
+        part = select(r.http_request_id, r.finished_at, r.run_id, r.seq)
+        queries = [
+            query.where(column == id).order_by(at.desc()).limit(MAX_MATCHES)
+            for query, at, columns in (
+                (told, h.finished_at, (h.http_request_id, h.response_id, h.x_request_id)),
+                (part, r.finished_at, (r.http_request_id, r.response_id)),
+                (part, r.finished_at, (r.request_id, r.external_id)),
+            )
+            for column in columns
+        ]
+        found: dict[Match, str] = {}
+        with self._read() as connection:
+            for query in queries:
+                for http_id, at, *key in connection.execute(query):
+                    match = Match(None, *key) if http_id is None else Match(http_id)
+                    found.setdefault(match, at)
+        return sorted(found, key=lambda match: found[match], reverse=True)[:MAX_MATCHES]
+
+    def request(self, match: Match) -> dict[str, Any] | None:
+        """Return the request row of one match, with its `parts`; None if there is none."""
+        h, r = http_requests.c, requests.c
+        if match.http_request_id is not None:
+            mine = r.http_request_id == match.http_request_id
+        else:
+            mine = and_(r.run_id == match.run_id, r.seq == match.seq)
+        told = select(http_requests).where(h.http_request_id == match.http_request_id)
+        with self._read() as connection:
+            http = connection.execute(told).first()
+            parts = [row._asdict() for row in connection.execute(select(requests).where(mine))]
+        if http is None and not parts:
+            return None
+        return {
+            **exchange(http._asdict() if http else None, parts),
+            "parts": [shown_part(part) for part in ordered(parts)],
+        }
+
+    def requests(
+        self, limit: int = 100, next: str | None = None, tenant: str | None = None
+    ) -> dict[str, Any]:
+        """Return a page of request rows, the newest first, and the token of the next page.
+
+        Raises ValueError for a token that this method did not make.
+        """
+        limit = max(1, min(limit, MAX_LIMIT))
+        before = None if next is None else Key.from_token(next)
+        with self._read() as connection:
+            keys = page_of_keys(connection, limit + 1, before, tenant)
+            rows = exchanges(connection, keys[:limit])
+        more = len(keys) > limit
+        return {"requests": rows, "next": keys[limit - 1].token() if more else None}
+
+    # ---- reports
+
+    def tenants(
+        self,
+        from_hour: int | None = None,
+        to_hour: int | None = None,
+        *,
+        alive: Collection[str] = (),
+        now_ns: int | None = None,
+        settle_s: float = SETTLE_S,
+    ) -> dict[str, Any]:
+        """Return a row for each tenant and for each class of overhead; they add up to wall x gpus.
+
+        Hours count since the epoch, [from_hour, to_hour). `alive` names runs known to live though
+        their last snapshot is old.
+        """
+        cut = self._cut(Window(from_hour, to_hour), alive, now_ns, settle_s)
+        with self._read() as connection:
+            rows = tenant_rows(connection, cut)
+            late = after_cut(connection, cut)
+        wall_gpu_ns = cut.wall_gpu_ns()
+        difference_ns = wall_gpu_ns - sum(row["gpu_time_ns"] for row in rows)
+        return {
+            "window": cut.window.as_dict(),
+            "taken_at": cut.at(),
+            "tenants": rows,
+            "wall_gpu_ns": wall_gpu_ns,
+            "gpus": cut.gpus(),
+            "adds_up": difference_ns == 0,
+            "difference_ns": difference_ns,
+            "after_cut": late,
+            **cost_of_all(cut),
+            **cut.own_time(),
+            "runs": [run.state() for run in cut.runs],
+        }
+
+    def tenant(
+        self,
+        name: str,
+        from_hour: int | None = None,
+        to_hour: int | None = None,
+        *,
+        recent: int = 20,
+        alive: Collection[str] = (),
+        now_ns: int | None = None,
+        settle_s: float = SETTLE_S,
+    ) -> dict[str, Any] | None:
+        """Return one tenant's row and its latest requests; None for a name without any."""
+        report = self.tenants(from_hour, to_hour, alive=alive, now_ns=now_ns, settle_s=settle_s)
+        for row in report["tenants"]:
+            if row["tenant"] == name:
+                latest = self.requests(limit=recent, tenant=name)["requests"]
+                about = {key: report[key] for key in ("window", "taken_at")}
+                return {**row, **about, "recent": latest}
+        return None
+
+    def summary(
+        self,
+        from_hour: int | None = None,
+        to_hour: int | None = None,
+        *,
+        alive: Collection[str] = (),
+        now_ns: int | None = None,
+        settle_s: float = SETTLE_S,
+    ) -> dict[str, Any]:
+        """Return the totals of everything: requests, tokens, time by class, cost, own time."""
+        report = self.tenants(from_hour, to_hour, alive=alive, now_ns=now_ns, settle_s=settle_s)
+        rows = report.pop("tenants")
+        tenants, overhead = rows[: -len(OVERHEAD_ROWS)], rows[-len(OVERHEAD_ROWS) :]
+        requests_ns = sum(row["gpu_time_ns"] for row in tenants)
+        class_ns = {
+            f"{name}_ns": row["gpu_time_ns"]
+            for name, row in zip(OVERHEAD_ROWS, overhead, strict=True)
+        }
+        worked_ns = requests_ns + sum(class_ns[f"{name}_ns"] for name in _WORK)
+        wall_gpu_ns = report["wall_gpu_ns"]
+        counts = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
+        return {
+            **report,
+            **{name: sum(row[name] for row in tenants) for name in counts},
+            "requests_ns": requests_ns,
+            **class_ns,
+            "utilization": worked_ns / wall_gpu_ns if wall_gpu_ns else None,
+        }
+
+    def audit(
+        self,
+        *,
+        alive: Collection[str] = (),
+        now_ns: int | None = None,
+        settle_s: float = SETTLE_S,
+    ) -> dict[str, Any]:
+        """Return whether the books of every run balance at its latest cut, and all differences."""
+        cut = self._cut(Window(), alive, now_ns, settle_s)
+        with self._read() as connection:
+            runs = audit_runs(connection, cut)
+            late = after_cut(connection, cut)
+        return {"balanced": all(run["balanced"] for run in runs), "runs": runs, "after_cut": late}
+
+    # ---- how
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        """Open a transaction that sees one state of the ledger."""
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            shown = self._engine.url.render_as_string(hide_password=True)
+            raise LedgerError(f"ledger {shown}: cannot be read: {cause}") from error
+
+    def _cut(
+        self, window: Window, alive: Collection[str], now_ns: int | None, settle_s: float
+    ) -> Cut:
+        with self._read() as connection:
+            now_ns = time.time_ns() if now_ns is None else now_ns
+            cut = read_cut(connection, window, alive=alive, now_ns=now_ns)
+        settle(self._read, cut, settle_s, self._known_missing)
+        return cut

@@ -1,0 +1,178 @@
+"""What each tenant owes at a cut, and where the rest of the time went.
+
+GPU time comes from the usage pieces of the bills up to the cut, the overhead rows from the
+engines' own totals; so the rows add up to wall x gpus, and the answer says whether they do.
+Requests and tokens count every exchange the ledger holds, in a window those that finished in it.
+Cost is priced anew, run by run with the run's price, on sums: one rounding for each row and run.
+
+Invariant: `difference_ns` = wall x gpus - the sum of all rows' GPU time, and is 0 when no bill
+misses.
+"""
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Select, Text, and_, cast, func, literal, or_, select
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.cut import Cut, Window
+from vllm_cost_meter.ledger.schema import http_requests, requests, usage_pieces
+from vllm_cost_meter.pricing import cost_nanousd, format_usd
+from vllm_cost_meter.records import OVERHEAD_CLASSES
+
+# The rows of an overhead report, in the order they are shown.
+OVERHEAD_ROWS = (*OVERHEAD_CLASSES, "in_flight")
+Prices = Mapping[str, Decimal | None]
+
+
+def tenant_rows(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
+    """Return one row for each tenant, the most GPU time first, then one for each class."""
+    prices = cut.price_of()
+    used = _gpu_time(connection, cut)
+    counted = _counts(connection, cut.window)
+    rows = []
+    for tenant in used.keys() | counted.keys():
+        per_run = used.get(tenant, {})
+        counts = counted.get(tenant, (0, 0, 0, 0))
+        prefill_ns = sum(prefill for prefill, _ in per_run.values())
+        decode_ns = sum(decode for _, decode in per_run.values())
+        spent = {run_id: sum(ns) for run_id, ns in per_run.items()}
+        row = {"tenant": tenant, **dict(zip(_COUNTS, counts, strict=True))}
+        rows.append({**row, **_money(spent, prices, prefill_ns, decode_ns)})
+    rows.sort(key=lambda row: (-row["gpu_time_ns"], row["tenant"]))
+    for name in OVERHEAD_ROWS:
+        row = {"tenant": f"__{name}__", **dict.fromkeys(_COUNTS), "requests": 0}
+        rows.append({**row, **_money(cut.overhead_ns(name), prices, None, None)})
+    return rows
+
+
+def cost_of(spent_ns: Mapping[str, int], prices: Prices) -> int | None:
+    """Return the cost of time spent in runs; None if any that spent some has no price."""
+    if not any(spent_ns.values()):
+        return 0 if any(price is not None for price in prices.values()) else None
+    costs = [cost_nanousd(ns, prices[run_id]) for run_id, ns in spent_ns.items() if ns]
+    return None if None in costs else sum(cost for cost in costs if cost is not None)
+
+
+def cost_of_all(cut: Cut) -> dict[str, Any]:
+    """Return the cost of all time at the cut, and the price; None where runs differ in it."""
+    if cut.window.is_all:
+        spent = {r.run_id: int(r.row["wall_ns"]) * int(r.row["gpus"]) for r in cut.runs}
+    else:
+        spent = {run.run_id: run.total_ns() for run in cut.runs}
+    cost = cost_of(spent, cut.price_of())
+    prices = sorted({run.row["usd_per_gpu_hour"] for run in cut.runs if run.price is not None})
+    return {
+        "cost_nanousd": cost,
+        "cost_usd": format_usd(cost),
+        "usd_per_gpu_hour": prices[0] if len(prices) == 1 else None,
+        "prices": prices,
+    }
+
+
+def after_cut(connection: Connection, cut: Cut) -> dict[str, int]:
+    """Return the bills that no snapshot counts yet: they wait for the next one."""
+    billed = select(func.count(), func.sum(requests.c.gpu_time_ns))
+    if cut.runs:
+        at = cut.cte()
+        billed = billed.join_from(
+            requests, at, requests.c.run_id == at.c.run_id, isouter=True
+        ).where(or_(at.c.run_id.is_(None), requests.c.seq > at.c.last_seq))
+    count, gpu_time_ns = connection.execute(billed).one()
+    return {"bills": int(count), "gpu_time_ns": int(gpu_time_ns or 0)}
+
+
+_COUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
+
+
+def _money(
+    spent_ns: Mapping[str, int], prices: Prices, prefill_ns: int | None, decode_ns: int | None
+) -> dict[str, Any]:
+    cost = cost_of(spent_ns, prices)
+    return {
+        "gpu_time_ns": sum(spent_ns.values()),
+        "prefill_ns": prefill_ns,
+        "decode_ns": decode_ns,
+        "cost_nanousd": cost,
+        "cost_usd": format_usd(cost),
+    }
+
+
+def _gpu_time(connection: Connection, cut: Cut) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return prefill and decode time by tenant and run, of the bills up to the cut."""
+    if not cut.runs:
+        return {}
+    at, p = cut.cte(), usage_pieces.c
+    used = (
+        select(p.tenant, p.run_id, func.sum(p.prefill_ns), func.sum(p.decode_ns))
+        .join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
+        .where(cut.window.on_hours(p.hour))
+        .group_by(p.tenant, p.run_id)
+    )
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for tenant, run_id, prefill_ns, decode_ns in connection.execute(used):
+        found.setdefault(tenant, {})[run_id] = (int(prefill_ns), int(decode_ns))
+    return found
+
+
+def _counts(connection: Connection, window: Window) -> dict[str, tuple[int, int, int, int]]:
+    """Return requests and tokens by tenant."""
+    found: dict[str, tuple[int, int, int, int]] = {}
+    for query in (_told_counts(window), _untold_counts(window)):
+        for tenant, *counts in connection.execute(query):
+            known = found.get(tenant, (0, 0, 0, 0))
+            sums = (a + int(b) for a, b in zip(known, counts, strict=True))
+            found[tenant] = tuple(sums)  # type: ignore[assignment]
+    return found
+
+
+def _told_counts(window: Window) -> Select[Any]:
+    """Count exchanges with an HTTP row and at least one part; tokens told, else from the parts."""
+    h, r = http_requests.c, requests.c
+    prompts = (
+        select(
+            h.http_request_id,
+            func.max(r.prompt_tokens).label("prompt_tokens"),
+            func.max(r.cached_tokens).label("cached_tokens"),
+            func.sum(r.output_tokens).label("output_tokens"),
+        )
+        .join(requests, r.http_request_id == h.http_request_id)
+        .where(window.on_instants(h.finished_at))
+        .group_by(h.http_request_id, r.prompt_group)
+        .subquery()
+    )
+    exchanges = (
+        select(
+            prompts.c.http_request_id,
+            *(func.sum(prompts.c[name]).label(name) for name in _COUNTS[1:]),
+        )
+        .group_by(prompts.c.http_request_id)
+        .subquery()
+    )
+    told = (func.sum(func.coalesce(h[name], exchanges.c[name])) for name in _COUNTS[1:])
+    return (
+        select(h.tenant, func.count(), *told)
+        .join(exchanges, exchanges.c.http_request_id == h.http_request_id)
+        .group_by(h.tenant)
+    )
+
+
+def _untold_counts(window: Window) -> Select[Any]:
+    """Count the tokens of parts without an HTTP row, as requests 0."""
+    h, r = http_requests.c, requests.c
+    own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
+    prompts = (
+        select(
+            r.tenant,
+            func.max(r.prompt_tokens).label("prompt_tokens"),
+            func.max(r.cached_tokens).label("cached_tokens"),
+            func.sum(r.output_tokens).label("output_tokens"),
+        )
+        .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
+        .where(h.http_request_id.is_(None), window.on_instants(r.finished_at))
+        .group_by(r.tenant, own, r.prompt_group)
+        .subquery()
+    )
+    sums = (func.sum(prompts.c[name]) for name in _COUNTS[1:])
+    return select(prompts.c.tenant, literal(0), *sums).group_by(prompts.c.tenant)
