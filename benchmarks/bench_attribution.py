@@ -1,0 +1,128 @@
+"""Nanoseconds that the attribution takes per step and per running request, native and twin.
+
+Method. A step is `begin`, `settle` and `drained`, as the engine calls them, with two steps in
+flight (async scheduling). Each of N running requests decodes one token, but the newest is a
+prefill chunk of 512. After every step N/50 requests, spread over the batch, have left and as many
+new ones follow at its end. The dict of a step is made right before it, as vLLM's scheduler makes
+it, and its keys are the same str objects as before. Making it, `open` and `close` are not timed
+(the latter come once per request, not per step). Native and twin take turns, block by block of
+steps, in one process; each figure is the median over all steps.
+
+Limits. The process does nothing else, so the meter's memory stays in the CPU's caches more than it
+would beside a model's work. The machine's clock speed is not pinned. A reading of the clock is in
+each step (about 40 ns, which matters to a batch of 1 only).
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from time import perf_counter_ns
+
+from vllm_cost_meter import _attribution_py
+from vllm_cost_meter._attribution_c import StepMeter as NativeMeter
+
+BATCHES = (1, 32, 256, 1024, 4096)
+STEPS_PER_BLOCK = 40
+PREFILL_CHUNK = 512
+STEP_NS = 12_345_678
+METERS = {"native": NativeMeter, "twin": _attribution_py.StepMeter}
+
+
+class Traffic:
+    """A running batch on a meter of its own: some leave after each step, and as many arrive."""
+
+    def __init__(self, meter: _attribution_py.StepMeter, running: int) -> None:
+        self.meter = meter
+        self.running: list[str] = []
+        self.born = self.steps = self.departures = 0
+        self.arrive(running)
+        self.in_flight = meter.begin(dict.fromkeys(self.running, PREFILL_CHUNK))
+
+    def arrive(self, count: int) -> None:
+        for _ in range(count):
+            self.born += 1
+            self.running.append(f"cmpl-{self.born:032x}-0")
+            self.meter.open(self.running[-1], PREFILL_CHUNK)
+
+    def depart(self, count: int) -> None:
+        for _ in range(count):
+            self.departures += 1
+            self.meter.close(self.running.pop(self.departures * 47 % len(self.running)))
+
+    def timed_step(self) -> int:
+        """Return the ns that a step takes the meter."""
+        begin, settle, drained = self.meter.begin, self.meter.settle, self.meter.drained
+        scheduled = dict.fromkeys(self.running, 1)
+        scheduled[self.running[-1]] = PREFILL_CHUNK
+        started_ns = perf_counter_ns()
+        step = begin(scheduled)
+        settle(self.in_flight, STEP_NS)
+        drained()
+        took_ns = perf_counter_ns() - started_ns
+        self.in_flight = step
+        self.steps += 1
+        # One in 50; of a batch smaller than 50 one now and then.
+        leaving = self.steps * len(self.running) // 50 - self.departures
+        self.depart(leaving)
+        self.arrive(leaving)
+        return took_ns
+
+
+def measure(running: int, method: str, blocks: int) -> dict[str, float]:
+    """Return the median ns per step and per request of both meters at one batch size."""
+    traffic = {name: Traffic(meter(method), running) for name, meter in METERS.items()}
+    took_ns: dict[str, list[int]] = {name: [] for name in METERS}
+    for number in range(blocks + 1):
+        gc.collect()
+        for name in sorted(METERS, reverse=number % 2 == 1):  # they take turns at going first
+            block_ns = [traffic[name].timed_step() for _ in range(STEPS_PER_BLOCK)]
+            if number:  # the first block warms up
+                took_ns[name] += block_ns
+    figures = {}
+    for name, steps_ns in took_ns.items():
+        median_ns = statistics.median(steps_ns)
+        figures[f"{name}_ns_per_step"] = round(median_ns, 1)
+        figures[f"{name}_ns_per_request"] = round(median_ns / running, 2)
+    return figures
+
+
+def machine() -> str:
+    cpu = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return (
+        f"{cpu}, {os.cpu_count()} CPUs, {platform.platform()}, Python {platform.python_version()}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the attribution, native and twin.")
+    parser.add_argument("--method", choices=_attribution_py.METHODS, default="tokens")
+    parser.add_argument("--blocks", type=int, default=41, help="timed blocks per batch size")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    options = parser.parse_args()
+    print(f"Machine: {machine()}\n\n{__doc__}")
+    print(f"Method {options.method}, {options.blocks} blocks of {STEPS_PER_BLOCK} steps.\n")
+    print(" running  native ns/step  /request    twin ns/step  /request")
+    results = {}
+    for running in BATCHES:
+        figures = measure(running, options.method, options.blocks)
+        results[str(running)] = figures
+        print(
+            f"{running:>8}  {figures['native_ns_per_step']:>14.0f}"
+            f" {figures['native_ns_per_request']:>9.2f}  {figures['twin_ns_per_step']:>14.0f}"
+            f" {figures['twin_ns_per_request']:>9.2f}",
+            flush=True,
+        )
+    if options.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

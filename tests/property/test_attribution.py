@@ -1,0 +1,207 @@
+"""Goal: what design section 3 promises of the attribution holds for any traffic.
+
+Method: splits are checked against exact fractions; both step meters are driven in lockstep through
+random lives of requests and steps, where every answer, error text and figure must be the same, and
+no nanosecond may appear or vanish.
+"""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from vllm_cost_meter import _attribution_c, _attribution_py
+
+IMPLEMENTATIONS = [_attribution_c, _attribution_py]
+TIMES = st.one_of(st.integers(0, 10**11), st.integers(0, 2**63 - 1))
+WEIGHTS = st.one_of(
+    st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    st.lists(st.integers(0, 8192), min_size=1, max_size=12),
+    st.lists(st.integers(0, (2**31 - 1) // 6), min_size=1, max_size=6),
+)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS, ids=["native", "twin"])
+class TestSplit:
+    @given(total_ns=TIMES, weights=WEIGHTS)
+    def test_shares_add_up_and_each_is_within_one_ns_of_its_fair_part(
+        self, impl, total_ns, weights
+    ):
+        shares = impl.split(total_ns, weights)
+        assert sum(shares) == total_ns
+        if not any(weights):
+            weights = [1] * len(weights)
+        for share, weight in zip(shares, weights, strict=True):
+            assert abs(share - Fraction(total_ns * weight, sum(weights))) < 1
+
+    @given(total_ns=TIMES, weights=WEIGHTS, random=st.randoms(use_true_random=False))
+    def test_order_moves_a_share_by_at_most_one_ns(self, impl, total_ns, weights, random):
+        order = list(range(len(weights)))
+        random.shuffle(order)
+        shares = impl.split(total_ns, weights)
+        moved = impl.split(total_ns, [weights[k] for k in order])
+        for place, k in enumerate(order):
+            assert abs(moved[place] - shares[k]) <= 1
+
+    @given(total_ns=TIMES, weights=WEIGHTS)
+    def test_equals_pay_equally_to_one_ns(self, impl, total_ns, weights):
+        by_weight = {}
+        for share, weight in zip(impl.split(total_ns, weights), weights, strict=True):
+            by_weight.setdefault(weight, []).append(share)
+        for shares in by_weight.values():
+            assert max(shares) - min(shares) <= 1
+
+
+@given(total_ns=st.integers(-2, 2**64), weights=st.lists(st.integers(-1, 2**32), max_size=8))
+def test_native_split_equals_twin_also_in_its_errors(total_ns, weights):
+    assert outcome(_attribution_c.split, total_ns, weights) == outcome(
+        _attribution_py.split, total_ns, weights
+    )
+
+
+@given(total_ns=TIMES, weights=WEIGHTS)
+def test_native_split_equals_twin(total_ns, weights):
+    assert _attribution_c.split(total_ns, weights) == _attribution_py.split(total_ns, weights)
+
+
+def outcome(function, *args):
+    """Return what a call returned or raised."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        return f"ValueError: {error}"
+
+
+REQUESTS = [f"request-{n}" for n in range(6)]  # few, so that lives meet
+COUNTS = st.one_of(st.integers(0, 3), st.integers(0, 5000))
+ANY_REQUEST = st.sampled_from(REQUESTS)
+ANY_STEP = st.integers(0, 3)  # how many steps back from the newest
+
+
+class Lockstep(RuleBasedStateMachine):
+    """Native and twin live the same life; `given_ns` and `taken_ns` keep the books of it."""
+
+    @initialize(method=st.sampled_from(_attribution_py.METHODS))
+    def start(self, method):
+        self.native = _attribution_c.StepMeter(method)
+        self.twin = _attribution_py.StepMeter(method)
+        self.newest = 0
+        self.batch = {}
+        self.given_ns = self.taken_ns = 0
+
+    def both(self, name, *args):
+        """Call both and return what they agree on: a value, or the text of an error."""
+        native = outcome(getattr(self.native, name), *args)
+        twin = outcome(getattr(self.twin, name), *args)
+        assert native == twin
+        assert type(native) is type(twin)
+        return native
+
+    @rule(request_id=ANY_REQUEST, prompt_tokens=COUNTS)
+    def open(self, request_id, prompt_tokens):
+        self.both("open", request_id, prompt_tokens)
+
+    @rule(request_id=ANY_REQUEST, computed_tokens=COUNTS, resumed=st.booleans())
+    def position(self, request_id, computed_tokens, resumed):
+        self.both("position", request_id, computed_tokens, resumed)
+
+    @rule(batch=st.dictionaries(ANY_REQUEST, COUNTS, max_size=6))
+    def begin_any_batch(self, batch):
+        self.batch = batch
+        self.newest = self.both("begin", batch)
+
+    @rule(leaving=st.sets(ANY_REQUEST, max_size=2), arriving=st.sets(ANY_REQUEST, max_size=2))
+    def begin_much_the_same_batch(self, leaving, arriving):
+        kept = {request_id: 1 for request_id in self.batch if request_id not in leaving}
+        self.begin_any_batch(kept | dict.fromkeys(sorted(arriving), 7))
+
+    @rule(tokens=st.sampled_from([-1, 2**31, 2**64, None]), place=st.integers(0, 3))
+    def begin_wrongly(self, tokens, place):
+        batch = dict.fromkeys([*REQUESTS[:place], "someone new", *REQUESTS[place:]], 1)
+        batch[REQUESTS[place]] = tokens
+        assert "expected an int from 0 to" in self.both("begin", batch)
+
+    @rule(back=ANY_STEP, gpu_ns=TIMES)
+    def share(self, back, gpu_ns):
+        self.take_tail(self.both("share", self.newest - back, gpu_ns), gpu_ns)
+
+    @rule(back=ANY_STEP, gpu_ns=TIMES)
+    def settle(self, back, gpu_ns):
+        self.take_tail(self.both("settle", self.newest - back, gpu_ns), gpu_ns)
+
+    @precondition(lambda self: self.twin.steps_in_flight)
+    @rule(gpu_ns=st.integers(0, 10**8))
+    def settle_the_oldest(self, gpu_ns):
+        step = self.newest - self.twin.steps_in_flight + 1
+        self.take_tail(self.both("settle", step, gpu_ns), gpu_ns)
+
+    def take_tail(self, tail_ns, gpu_ns):
+        if isinstance(tail_ns, int):
+            assert 0 <= tail_ns <= gpu_ns
+            self.given_ns += gpu_ns
+            self.taken_ns += tail_ns
+
+    @rule(request_id=ANY_REQUEST)
+    def close(self, request_id):
+        accrued = self.both("accrued", request_id)
+        closed = self.both("close", request_id)
+        assert closed == accrued
+        if isinstance(closed, tuple):
+            self.taken_ns += closed[0] + closed[1]
+
+    @rule(request_id=ANY_REQUEST)
+    def discard(self, request_id):
+        discarded_ns = self.both("discard", request_id)
+        if isinstance(discarded_ns, int):
+            self.taken_ns += discarded_ns
+
+    @rule(request_id=ANY_REQUEST)
+    def leave(self, request_id):
+        self.both("leave", request_id)
+
+    @rule()
+    def drained(self):
+        for request_id in self.both("drained"):
+            assert self.both("leave", request_id) is True
+
+    @rule()
+    def cut(self):
+        pieces = self.both("cut")
+        self.taken_ns += sum(prefill_ns + decode_ns for _, prefill_ns, decode_ns, *_ in pieces)
+
+    @rule()
+    def abandon(self):
+        self.both("abandon")
+
+    @invariant()
+    def all_figures_are_the_same(self):
+        for name in (
+            "open_ns",
+            "open_requests",
+            "steps_in_flight",
+            "fallbacks",
+            "strangers",
+        ):
+            assert getattr(self.native, name) == getattr(self.twin, name), name
+        for request_id in self.both("request_ids"):
+            self.both("accrued", request_id)
+        for back in range(4):
+            self.both("step_requests", self.newest - back)
+
+    @invariant()
+    def no_nanosecond_appears_or_vanishes(self):
+        assert self.given_ns == self.taken_ns + self.native.open_ns
+        accrued = [self.native.accrued(request_id) for request_id in self.native.request_ids()]
+        assert sum(prefill + decode for prefill, decode, *_ in accrued) == self.native.open_ns
+
+
+TestLockstep = Lockstep.TestCase
+TestLockstep.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

@@ -1,0 +1,501 @@
+"""Goal: the attribution does what `_attribution_py.py` states. Every test runs on both of them."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tracemalloc
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vllm_cost_meter import _attribution_c, _attribution_py, attribution
+
+# What the chooser takes, asked in a fresh process.
+CHOSEN = (
+    "from vllm_cost_meter.attribution import NATIVE, StepMeter; print(NATIVE, StepMeter.__module__)"
+)
+
+
+@pytest.fixture(params=[_attribution_c, _attribution_py], ids=["native", "twin"])
+def impl(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
+@pytest.fixture
+def meter(impl):
+    return impl.StepMeter("tokens")
+
+
+def run_python(code, **environment):
+    inherited = {k: v for k, v in os.environ.items() if k != "COST_METER_PURE_PYTHON"}
+    root = str(Path(attribution.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, "PYTHONPATH": root, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+class TestChooser:
+    def test_native_is_the_one_loaded(self):
+        assert run_python(CHOSEN).stdout.split() == ["True", "vllm_cost_meter._attribution_c"]
+
+    def test_native_is_compiled(self):
+        assert _attribution_c.__file__.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
+
+    def test_twin_is_loaded_when_asked_for(self):
+        chosen = run_python(CHOSEN, COST_METER_PURE_PYTHON="1")
+        assert chosen.stdout.split() == ["False", "vllm_cost_meter._attribution_py"]
+
+    def test_missing_native_is_an_error_that_says_what_to_do_and_never_the_twin(self):
+        broken = "import sys; sys.modules['vllm_cost_meter._attribution_c'] = None\n" + CHOSEN
+        failed = run_python(broken)
+        assert failed.returncode == 1
+        assert "ImportError: expected the native module" in failed.stderr
+        assert "pip install ." in failed.stderr
+        assert "C compiler" in failed.stderr
+        assert "COST_METER_PURE_PYTHON=1" in failed.stderr
+
+    def test_both_have_the_same_methods_and_names(self):
+        assert _attribution_c.METHODS == _attribution_py.METHODS == ("tokens", "equal")
+        public = {name for name in dir(_attribution_py.StepMeter("equal")) if name[0] != "_"}
+        assert public == {name for name in dir(_attribution_c.StepMeter) if name[0] != "_"}
+
+
+class TestSplit:
+    @pytest.mark.parametrize(
+        ("total_ns", "weights", "shares"),
+        [
+            (10, [1, 1, 1], [3, 3, 4]),
+            (10, [2, 1], [6, 4]),
+            (10, [1, 2], [3, 7]),
+            (7, [0, 5, 0], [0, 7, 0]),
+            (1, [1, 1], [0, 1]),
+            (0, [3, 4], [0, 0]),
+            (0, [], []),
+            (7, [0, 0], [3, 4]),
+            (2**63 - 1, [2**31 - 1], [2**63 - 1]),
+            (2**63 - 1, [2**31 - 2, 1], [9223372032559808508, 4294967299]),
+        ],
+    )
+    def test_shares_add_up_by_cumulative_rounding(self, impl, total_ns, weights, shares):
+        assert impl.split(total_ns, weights) == shares
+        assert sum(shares) == total_ns
+
+    def test_weights_may_be_any_sequence(self, impl):
+        assert impl.split(10, (1, 1)) == [5, 5]
+        assert impl.split(6, range(1, 4)) == [1, 2, 3]
+
+    @pytest.mark.parametrize(
+        ("total_ns", "weights", "message"),
+        [
+            (-1, [1], "split: total_ns: expected an int from 0 to 9223372036854775807, got -1"),
+            (2**63, [1], "split: total_ns: expected .* got 9223372036854775808"),
+            (1.5, [1], "split: total_ns: expected .* got 1.5"),
+            (1, [1, -2], "split: a weight: expected an int from 0 to 2147483647, got -2"),
+            (1, [2**31], "split: a weight: expected .* got 2147483648"),
+            (1, [2**70], f"split: a weight: expected .* got {2**70}"),
+            (1, ["1"], "split: a weight: expected .* got '1'"),
+            (1, [2**30, 2**30], "split: the sum of the weights: expected .* got 2147483648"),
+            (5, [], "split: expected at least one weight for 5 ns, got none"),
+        ],
+    )
+    def test_errors_name_expected_and_got(self, impl, total_ns, weights, message):
+        with pytest.raises(ValueError, match=message):
+            impl.split(total_ns, weights)
+
+
+class TestStep:
+    def test_tokens_weigh_by_tokens_and_equal_by_one(self, impl):
+        for method, a_and_b in (("tokens", (75, 25)), ("equal", (50, 50))):
+            meter = impl.StepMeter(method)
+            meter.open("a", 3)
+            meter.open("b", 1)
+            assert meter.settle(meter.begin({"a": 3, "b": 1}), 100) == 0
+            assert meter.open_ns == 100
+            assert (meter.close("a")[0], meter.close("b")[0]) == a_and_b
+            assert meter.open_ns == 0
+
+    def test_unknown_method_is_refused(self, impl):
+        for method in ("fair", None, 3):
+            with pytest.raises(
+                ValueError, match=r"expected a method of \('tokens', 'equal'\), got"
+            ):
+                impl.StepMeter(method)
+
+    def test_steps_are_numbered_from_one(self, meter):
+        assert [meter.begin({"a": 1}), meter.begin({}), meter.begin({"a": 1})] == [1, 2, 3]
+        assert meter.steps_in_flight == 3
+        assert [meter.step_requests(step) for step in (1, 2, 3)] == [1, 0, 1]
+
+    def test_prompt_in_chunks_is_prefill_and_the_rest_decode(self, meter):
+        meter.open("a", 5)
+        meter.position("a", 0, False)
+        for tokens in (3, 2, 1, 1):
+            meter.settle(meter.begin({"a": tokens}), 100)
+        assert meter.accrued("a") == (200, 200, 5, 2, 4)
+
+    def test_cached_prompt_starts_where_the_cache_ends(self, meter):
+        meter.open("a", 5)
+        meter.position("a", 4, False)
+        meter.settle(meter.begin({"a": 1}), 10)
+        meter.settle(meter.begin({"a": 1}), 20)
+        assert meter.close("a") == (10, 20, 1, 1, 2)
+
+    def test_recomputing_after_a_preemption_is_prefill(self, meter):
+        meter.open("a", 2)
+        for tokens in (2, 1, 1):  # reaches position 4
+            meter.settle(meter.begin({"a": tokens}), 10)
+        meter.position("a", 1, True)
+        for tokens in (2, 2, 1):  # from 1, 3 and 5
+            meter.settle(meter.begin({"a": tokens}), 100)
+        assert meter.close("a") == (210, 120, 6, 3, 6)
+
+    def test_phase_is_that_of_the_beginning_of_the_step(self, meter):
+        meter.open("a", 2)
+        first = meter.begin({"a": 2})
+        second = meter.begin({"a": 1})
+        meter.settle(first, 10)
+        meter.settle(second, 20)
+        assert meter.close("a") == (10, 20, 2, 1, 2)
+
+    def test_no_tokens_at_all_is_an_equal_split_and_counted(self, meter):
+        meter.open("a", 0)
+        meter.open("b", 0)
+        meter.settle(meter.begin({"a": 0, "b": 0}), 10)
+        assert meter.fallbacks == 1
+        assert meter.close("a") == (0, 5, 0, 0, 1)
+
+    def test_request_without_tokens_pays_nothing(self, meter):
+        meter.open("a", 0)
+        meter.open("b", 0)
+        meter.settle(meter.begin({"a": 0, "b": 2}), 10)
+        assert meter.fallbacks == 0
+        assert meter.accrued("a") == (0, 0, 0, 0, 1)
+
+    def test_time_of_an_empty_step_is_tail(self, meter):
+        step = meter.begin({})
+        assert meter.share(step, 3) == 3
+        assert meter.settle(step, 4) == 4
+        assert (meter.open_ns, meter.fallbacks, meter.steps_in_flight) == (0, 0, 0)
+
+    def test_share_divides_time_without_ending_the_step(self, meter):
+        meter.open("a", 1)
+        step = meter.begin({"a": 1})
+        assert meter.share(step, 10) == 0
+        assert meter.steps_in_flight == 1
+        assert meter.cut() == [("a", 10, 0, 0, 0)]
+        assert meter.settle(step, 5) == 0
+        assert meter.close("a") == (5, 0, 1, 0, 1)
+
+    def test_step_without_a_result_is_dropped_by_a_later_one(self, meter):
+        meter.open("a", 0)
+        meter.open("b", 0)
+        meter.begin({"a": 1})
+        meter.settle(meter.begin({"b": 1}), 10)
+        assert meter.steps_in_flight == 0
+        assert meter.accrued("a") == (0, 0, 0, 0, 0)
+        assert meter.leave("a") is True
+
+    def test_dict_may_change_after_begin(self, meter):
+        scheduled = {"a": 1, "b": 1}
+        step = meter.begin(scheduled)
+        scheduled.clear()
+        meter.settle(step, 10)
+        assert meter.close("b") == (0, 5, 0, 1, 1)
+
+    def test_step_not_in_flight_is_refused(self, meter):
+        settled = meter.begin({"a": 1})
+        meter.settle(settled, 1)
+        for step in (settled, 0, 2, -1, 2**70, 1.0, None):
+            for ask in (
+                lambda n: meter.settle(n, 1),
+                lambda n: meter.share(n, 1),
+                meter.step_requests,
+            ):
+                with pytest.raises(ValueError, match="StepMeter: expected a step in flight, got"):
+                    ask(step)
+
+    def test_refused_time_changes_nothing(self, meter):
+        older, step = meter.begin({"a": 1}), meter.begin({"a": 1})
+        for gpu_ns in (-1, 2**63, 1.5):
+            with pytest.raises(ValueError, match="StepMeter: gpu_ns: expected an int from 0 to"):
+                meter.settle(step, gpu_ns)
+        assert meter.steps_in_flight == step - older + 1
+        assert meter.accrued("a") == (0, 0, 0, 0, 0)
+
+    def test_unbilled_time_beyond_64_bits_is_refused(self, meter):
+        step = meter.begin({"a": 1, "b": 1})
+        meter.share(step, 2**63 - 1)
+        with pytest.raises(ValueError, match="expected an int from 0 to 0, got 1"):
+            meter.share(step, 1)
+        assert meter.close("a")[1] + meter.close("b")[1] == 2**63 - 1
+        assert meter.settle(step, 2**63 - 1) == 2**63 - 1
+
+    @pytest.mark.parametrize("tokens", [-1, 2**31, 2**70, 1.0, None])
+    def test_refused_tokens_record_nothing(self, meter, tokens):
+        meter.open("a", 10)
+        with pytest.raises(ValueError, match=r"begin: tokens of 'c': expected an int from 0 to"):
+            meter.begin({"a": 1, "b": 1, "c": tokens, "d": -1})
+        assert meter.request_ids() == ["a"]
+        assert (meter.steps_in_flight, meter.strangers) == (0, 0)
+        assert meter.leave("a") is True
+        assert meter.begin({"a": 1}) == 1
+
+    def test_tokens_of_a_step_have_a_limit(self, meter):
+        with pytest.raises(ValueError, match="tokens of all requests: expected .* got 2147483648"):
+            meter.begin({"a": 2**31 - 1, "b": 1})
+        assert meter.begin({"a": 2**31 - 2, "b": 1}) == 1
+
+    def test_steps_in_flight_have_a_limit(self, meter):
+        for _ in range(1024):
+            meter.begin({"a": 1})
+        with pytest.raises(ValueError, match="expected less than 1024 steps in flight"):
+            meter.begin({"a": 1})
+        meter.abandon()
+        assert (meter.steps_in_flight, meter.begin({"a": 1})) == (0, 1025)
+
+    def test_batches_may_be_huge_and_shrink_again(self, meter):
+        ids = [f"r{n}" for n in range(5000)]
+        for request_id in ids:
+            meter.open(request_id, 1)
+        for count in (1, 5000, 3, 5000, 70):
+            step = meter.begin(dict.fromkeys(ids[:count], 2))
+            assert meter.step_requests(step) == count
+            assert meter.settle(step, 10**9 + 7) == 0
+        assert meter.open_ns == 5 * (10**9 + 7)
+        assert sum(sum(meter.close(request_id)[:2]) for request_id in ids) == 5 * (10**9 + 7)
+
+
+class TestOrderOfRequests:
+    """The native one guesses who comes next; whatever the order, it must find the right request."""
+
+    def settle_and_compare(self, meter, batches):
+        expected = dict.fromkeys(meter.request_ids(), 0)
+        for batch in batches:
+            meter.settle(meter.begin({copy_of(i): 1 + int(i) for i in batch}), 0)
+            for request_id in batch:
+                expected[request_id] += 1 + int(request_id)
+        assert {i: meter.accrued(i)[3] for i in expected} == expected
+
+    def test_batches_that_shuffle_shrink_grow_and_alternate(self, meter):
+        ids = [str(n) for n in range(40)]
+        for request_id in ids:
+            meter.open(request_id, 0)
+        batches = [ids, ids[::-1], ids[::3], ids, [], ids[5:] + ids[:5], ids[20:], ids[:20]]
+        self.settle_and_compare(meter, batches * 2 + [ids[:20], ids[20:]] * 3)
+
+    def test_equal_ids_need_not_be_the_same_object(self, meter):
+        meter.open("1", 0)
+        self.settle_and_compare(meter, [["1"]] * 5)
+
+    def test_pipeline_with_many_steps_in_flight(self, meter):
+        ids = [str(n) for n in range(30)]
+        in_flight = []
+        for number in range(100):
+            in_flight.append(meter.begin(dict.fromkeys(ids[number % 5 :: 5], 1)))
+            if len(in_flight) == 5 + number // 10:
+                meter.settle(in_flight.pop(0), 6)
+        assert meter.steps_in_flight == len(in_flight)
+        assert {sum(meter.accrued(i)[:2]) for i in ids} <= {17, 18}
+
+
+def copy_of(text):
+    return "".join(list(text))
+
+
+class TestRequest:
+    def test_open_twice_is_open_once(self, meter):
+        meter.open("a", 5)
+        meter.open("a", 7)
+        assert (meter.open_requests, meter.request_ids()) == (1, ["a"])
+        meter.settle(meter.begin({"a": 5}), 1)
+        meter.settle(meter.begin({"a": 5}), 1)
+        assert meter.close("a") == (1, 1, 5, 5, 2)
+
+    def test_stranger_is_opened_as_it_comes_and_counted(self, meter):
+        meter.open("a", 0)
+        meter.settle(meter.begin({"x": 1, "a": 1, "y": 2}), 4)
+        meter.position("z", 3, False)
+        assert meter.strangers == 3
+        assert meter.request_ids() == ["a", "x", "y", "z"]
+        assert meter.accrued("y") == (0, 2, 0, 2, 1)
+
+    @pytest.mark.parametrize("name", ["close", "leave", "accrued", "discard"])
+    def test_request_that_is_not_open_is_refused(self, meter, name):
+        with pytest.raises(ValueError, match="StepMeter: expected an open request, got 'a'"):
+            getattr(meter, name)("a")
+
+    @pytest.mark.parametrize("tokens", [-1, 2**31, 0.5])
+    def test_refused_counts_of_open_and_position(self, meter, tokens):
+        with pytest.raises(ValueError, match="open: prompt_tokens: expected an int from 0 to"):
+            meter.open("a", tokens)
+        with pytest.raises(
+            ValueError, match="position: computed_tokens: expected an int from 0 to"
+        ):
+            meter.position("a", tokens, False)
+        assert (meter.open_requests, meter.strangers) == (0, 0)
+
+    def test_shares_of_a_closed_request_are_tail(self, meter):
+        meter.open("a", 0)
+        meter.open("b", 0)
+        first, second = meter.begin({"a": 1, "b": 1}), meter.begin({"a": 1, "b": 1})
+        meter.settle(first, 10)
+        assert meter.close("a") == (0, 5, 0, 1, 1)
+        assert meter.share(second, 20) == 10
+        assert meter.settle(second, 30) == 15
+        assert meter.close("b") == (0, 30, 0, 2, 2)
+        assert meter.open_ns == 0
+
+    def test_id_that_comes_again_is_another_request(self, meter):
+        meter.open("a", 0)
+        old = meter.begin({"a": 1})
+        meter.close("a")
+        meter.open("a", 0)
+        new = meter.begin({"a": 1})
+        assert meter.settle(old, 10) == 10
+        assert meter.accrued("a") == (0, 0, 0, 0, 0)
+        assert meter.settle(new, 20) == 0
+        assert meter.close("a") == (0, 20, 0, 1, 1)
+
+    def test_discard_forgets_without_a_bill(self, meter):
+        step = meter.begin({"a": 1, "b": 1})
+        meter.share(step, 10)
+        assert meter.discard("a") == 5
+        assert (meter.request_ids(), meter.open_ns) == (["b"], 5)
+        assert meter.settle(step, 10) == 5
+
+    def test_cut_takes_what_accrued_and_leaves_the_requests_open(self, meter):
+        for request_id in ("a", "b", "c"):
+            meter.open(request_id, 1)
+        meter.settle(meter.begin({"b": 1, "a": 1}), 11)
+        assert meter.cut() == [("a", 6, 0, 1, 0), ("b", 5, 0, 1, 0)]
+        assert (meter.open_ns, meter.cut()) == (0, [])
+        meter.settle(meter.begin({"a": 1}), 3)
+        assert meter.close("a") == (0, 3, 0, 1, 2)
+
+    def test_aborted_request_without_steps_can_be_closed_at_once(self, meter):
+        meter.open("a", 1)
+        assert meter.leave("a") is True
+        assert meter.drained() == []
+
+    def test_aborted_request_accrues_until_its_last_step_has_ended(self, meter):
+        meter.open("a", 1)
+        first, second = meter.begin({"a": 1}), meter.begin({"a": 1})
+        assert meter.leave("a") is False
+        assert meter.settle(first, 10) == 0
+        assert meter.drained() == []
+        assert meter.settle(second, 10) == 0
+        assert meter.drained() == ["a"]
+        assert meter.drained() == []
+        assert meter.close("a") == (10, 10, 1, 1, 2)
+
+    def test_dropped_steps_drain_too(self, meter):
+        meter.begin({"a": 1})
+        meter.begin({"b": 1})
+        step = meter.begin({"c": 1})
+        assert [meter.leave(request_id) for request_id in "cba"] == [False] * 3
+        meter.settle(step, 1)
+        assert meter.drained() == ["a", "b", "c"]
+        meter.begin({"a": 1})
+        meter.abandon()
+        assert meter.drained() == ["a"]
+
+    def test_drained_does_not_name_who_was_closed_or_came_back(self, meter):
+        step = meter.begin({"a": 1, "b": 1, "c": 1, "d": 1})
+        for request_id in "abcd":
+            meter.leave(request_id)
+        meter.settle(step, 4)
+        meter.close("a")
+        meter.open("a", 0)
+        meter.begin({"b": 1})
+        assert meter.leave("c") is True
+        assert meter.drained() == ["d"]
+        meter.abandon()
+        assert meter.drained() == ["b"]
+
+    def test_drained_names_in_the_order_of_first_draining(self, meter):
+        meter.begin({"a": 1, "b": 1})
+        meter.leave("b")
+        meter.abandon()
+        meter.leave("a")
+        meter.begin({"a": 1, "b": 1})
+        meter.abandon()
+        assert meter.drained() == ["b", "a"]
+
+    def test_abandon_keeps_what_was_shared(self, meter):
+        step = meter.begin({"a": 2, "b": 2})
+        meter.share(step, 4)
+        meter.close("b")
+        meter.abandon()
+        assert (meter.steps_in_flight, meter.open_ns) == (0, 2)
+        assert meter.accrued("a") == (0, 2, 0, 0, 0)
+
+
+class TestNativeMemory:
+    def run_steps(self, meter, ids, count):
+        in_flight = meter.begin(dict.fromkeys(ids, 1))
+        for _ in range(count):
+            step = meter.begin(dict.fromkeys(ids, 1))
+            meter.settle(in_flight, 10**6)
+            meter.drained()
+            in_flight = step
+        meter.settle(in_flight, 10**6)
+
+    def test_steady_step_allocates_nothing_per_request(self):
+        meter = _attribution_c.StepMeter("tokens")
+        scheduled = dict.fromkeys([f"r{n}" for n in range(2000)], 1)
+        for _ in range(8):
+            meter.settle(meter.begin(scheduled), 10**6)
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            for _ in range(100):
+                meter.settle(meter.begin(scheduled), 10**6)
+                meter.drained()
+            after, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        # A few ints and an empty list at a time: less than one byte per request.
+        assert peak - before < 1000
+        assert after - before < 500
+
+    def test_memory_is_given_back_with_the_meter_and_reused_by_later_requests(self):
+        def live(generations):
+            meter = _attribution_c.StepMeter("tokens")
+            for generation in range(generations):
+                ids = [f"{generation}-{n}" for n in range(500)]
+                self.run_steps(meter, ids, 3)
+                meter.begin(dict.fromkeys(ids, 1))  # closed with a step in flight
+                for request_id in ids:
+                    meter.close(request_id)
+            meter.abandon()
+            current, _ = tracemalloc.get_traced_memory()
+            return meter, current
+
+        tracemalloc.start()
+        try:
+            empty, _ = tracemalloc.get_traced_memory()
+            few, many = live(3)[1] - empty, live(30)[1] - empty
+            left, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert many < few + 20_000  # 27 generations more
+        assert left - empty < 20_000 < few
+
+    def test_ids_are_released_with_their_request(self):
+        meter = _attribution_c.StepMeter("tokens")
+        request_id = copy_of("an id of its own")
+        same = copy_of("an id of its own")
+        before = sys.getrefcount(request_id), sys.getrefcount(same)
+        meter.open(request_id, 1)
+        step = meter.begin({same: 1})
+        meter.begin({request_id: 1})
+        meter.close(same)
+        meter.settle(step, 1)
+        assert (sys.getrefcount(request_id), sys.getrefcount(same)) == before
