@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
 """The native attribution. What it computes, and why, stands in its twin, `_attribution_py.py`.
 
-Here is only how it is made fast: the step path (`begin`, `share`, `settle`, `drained`) allocates
+So do the full docstrings. Here is only how it is made fast: the step path (`begin`, `share`, `settle`, `drained`) allocates
 nothing per request, and touches each request once in `begin` and once in `settle`.
 
 - A request is a `Slot` in one array that grows by doubling. Free slots are kept on a stack, and a
@@ -117,11 +117,7 @@ cdef inline uint64_t next_share(Split *split, uint32_t weight) noexcept nogil:
 
 
 def split(object total_ns, object weights):
-    """Return the share of each weight in a time, in ns, by cumulative rounding in the given order.
-
-    Raises ValueError for a negative time or weight, weights of 2**31 or more in all, or a time
-    with nobody to take it.
-    """
+    """Return the share of each weight in a time, in ns, by cumulative rounding in the given order."""
     cdef int64_t total = whole_number(total_ns, NS_MAX, "split: total_ns")
     cdef list values = list(weights)
     for weight in values:
@@ -137,12 +133,7 @@ def split(object total_ns, object weights):
 
 
 cdef class StepMeter:
-    """Accrues GPU time and tokens to the open requests of one engine, step by step.
-
-    `open_ns` is the time accrued to open requests and not yet cut or closed, `fallbacks` how many
-    splits had only weights of 0 and became equal ones, `strangers` how many requests were first
-    seen in a step, without an `open`.
-    """
+    """Accrues GPU time and tokens to the open requests of one engine, step by step."""
 
     cdef readonly int64_t open_ns
     cdef readonly int64_t fallbacks
@@ -210,12 +201,8 @@ cdef class StepMeter:
             self.take_slot(request_id, prompt)
 
     def position(self, object request_id, object computed_tokens, bint resumed):
-        """Say where in its context the next step of a request starts, before `begin`.
-
-        For a request scheduled for the first time (prefix cache hits are computed already), or
-        `resumed` after a preemption.
-        """
-        cdef int64_t computed = whole_number(
+        """Say where in its context the next step of a request starts, before `begin`."""
+        cdef int64_t tokens = whole_number(
             computed_tokens, WEIGHT_MAX, "StepMeter.position: computed_tokens"
         )
         cdef uint32_t number = self.find(request_id)
@@ -224,13 +211,10 @@ cdef class StepMeter:
         cdef Slot *slot = &self.slots[number]
         if resumed:
             slot.prefill_end = max(slot.prefill_end, slot.position)
-        slot.position = computed
+        slot.position = tokens
 
     def leave(self, object request_id):
-        """Note that a request was aborted. Return True if it can be closed now.
-
-        False if it has steps in flight: it goes on accruing until `drained` names it.
-        """
+        """Note that a request was aborted. Return True if it can be closed now."""
         cdef uint32_t number = self.find_open(request_id)
         self.slots[number].left = True
         if self.slots[number].in_flight:
@@ -259,10 +243,7 @@ cdef class StepMeter:
         )
 
     def close(self, object request_id):
-        """End a request. Return (prefill ns, decode ns, prefill tokens, decode tokens, steps).
-
-        Time and tokens are those since the last `cut`, steps those of its whole life.
-        """
+        """End a request. Return (prefill ns, decode ns, prefill tokens, decode tokens, steps)."""
         totals = self.accrued(request_id)
         self.forget(request_id)
         return totals
@@ -272,11 +253,7 @@ cdef class StepMeter:
         return self.forget(request_id)
 
     def cut(self):
-        """Take what all open requests accrued since the last cut, and set it to 0.
-
-        Return (request id, prefill ns, decode ns, prefill tokens, decode tokens) of each that
-        accrued anything, in the order they were opened.
-        """
+        """Take what all open requests accrued since the last cut, and set it to 0."""
         cdef Slot *slot
         cdef list pieces = []
         for request_id in self.ids:
@@ -291,12 +268,7 @@ cdef class StepMeter:
     # The life of a step
 
     def begin(self, dict scheduled not None):
-        """Record a step: the tokens scheduled for each request, in scheduler order.
-
-        Return the step's number: 1, 2, and so on. A request that is not open is opened as one
-        without a prompt. Raises ValueError, and records nothing, if a count is negative, all are
-        2**31 or more, or too many steps are in flight.
-        """
+        """Record a step: the tokens scheduled for each request, in scheduler order."""
         cdef Step *step = self.make_room(<uint32_t>PyDict_Size(scheduled))
         if self.read_parts(scheduled, step):
             self.welcome_strangers(scheduled, step)
@@ -305,22 +277,14 @@ cdef class StepMeter:
         return self.newest
 
     def share(self, object step, object gpu_ns):
-        """Divide a part of a step's time, in GPU-ns, among its requests; the step goes on.
-
-        Return the tail: the ns of requests closed by now. Raises ValueError, and does nothing, if
-        the step is not in flight or the time is negative or too large.
-        """
-        cdef int64_t number = self.number_in_flight(step)
-        cdef int64_t total_ns = whole_number(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
-        return self.accrue(self.step_at(number), total_ns, False)
+        """Divide a part of a step's time, in GPU-ns, among its requests; the step goes on."""
+        cdef Step *parts = self.step_at(self.number_in_flight(step))
+        return self.accrue(parts, self.time_to_share(gpu_ns), False)
 
     def settle(self, object step, object gpu_ns):
-        """Divide the (rest of the) time of a step and end it. Returns and raises as `share`.
-
-        Older steps in flight never got a result: they end first, without time or tokens.
-        """
+        """Divide the (rest of the) time of a step and end it. Returns and raises as `share`."""
         cdef int64_t number = self.number_in_flight(step)
-        cdef int64_t total_ns = whole_number(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
+        cdef int64_t total_ns = self.time_to_share(gpu_ns)
         self.drop_before(number)
         self.oldest += 1
         return self.accrue(self.step_at(number), total_ns, True)
@@ -338,6 +302,9 @@ cdef class StepMeter:
         if PyLong_Check(step) and self.oldest <= step <= self.newest:
             return step
         raise ValueError(f"StepMeter: expected a step in flight, got {step!r}")
+
+    cdef int64_t time_to_share(self, object gpu_ns) except -1:
+        return whole_number(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
 
     cdef int read_parts(self, dict scheduled, Step *step) except -1:
         """Fill in slot and tokens of each request. Return how many are not open; change nothing."""
@@ -569,23 +536,26 @@ cdef class StepMeter:
 # Values that come in
 
 cdef inline int64_t tokens_of(object request_id, object tokens) except -1:
-    cdef int overflow = 0
-    cdef int64_t number
-    if PyLong_Check(tokens):
-        number = PyLong_AsLongLongAndOverflow(tokens, &overflow)
-        if not overflow and 0 <= number <= WEIGHT_MAX:
-            return number
-    raise out_of_range(tokens, WEIGHT_MAX, f"StepMeter.begin: tokens of {request_id!r}")
+    cdef int64_t number = in_range(tokens, WEIGHT_MAX)
+    if number < 0:
+        raise out_of_range(tokens, WEIGHT_MAX, f"StepMeter.begin: tokens of {request_id!r}")
+    return number
 
 
 cdef int64_t whole_number(object value, int64_t maximum, str what) except -1:
+    cdef int64_t number = in_range(value, maximum)
+    if number < 0:
+        raise out_of_range(value, maximum, what)
+    return number
+
+
+cdef inline int64_t in_range(object value, int64_t maximum):
+    """Return an int from 0 to a maximum, or -1 for anything else."""
     cdef int overflow = 0
-    cdef int64_t number
+    cdef int64_t number = -1
     if PyLong_Check(value):
         number = PyLong_AsLongLongAndOverflow(value, &overflow)
-        if not overflow and 0 <= number <= maximum:
-            return number
-    raise out_of_range(value, maximum, what)
+    return number if 0 <= number <= maximum else -1
 
 
 cdef object out_of_range(object value, int64_t maximum, str what):

@@ -64,8 +64,9 @@ def install_torch(version: str) -> None:
     present = installed_version("torch") or ""
     if present.split("+")[0] == version:
         return
-    if not pip_install(f"torch=={version}+cpu", check=False):
-        print(f"torch {version}+cpu cannot be had here: taking plain torch {version}", flush=True)
+    # Most quietly: that it cannot be had is the usual case, and no error.
+    if not pip_install("-qqq", f"torch=={version}+cpu", check=False):
+        print(f"no torch {version}+cpu here: taking plain torch {version} (gigabytes)", flush=True)
         pip_install(f"torch=={version}")
 
 

@@ -69,6 +69,7 @@ class Collector:
         self.settings = settings
         self.guard = Guard("API server")
         self.breaker = Breaker()
+        self.tenant_rules = settings.tenant_rules()
         self.price = settings_price(settings)
         self.ledger_url = settings.ledger or default_url()
         self.writer = LedgerWriter(self.ledger_url, price=self.price)

@@ -212,28 +212,20 @@ class ReplyEditor:
 
     def _with_cost(self, event: bytes, is_end: bool) -> bytes:
         exchange = self._exchange
-        edited = reply.insert_usage(
-            event,
-            reply.cost_fields(
-                gpu_time_ns=exchange.gpu_time_ns,
-                prefill_ns=exchange.prefill_ns,
-                decode_ns=exchange.decode_ns,
-                cost_nanousd=exchange.cost_nanousd,
-                http_request_id=exchange.http_request_id,
-                tenant=exchange.tenant,
-                method=exchange.method,
-            ),
-        )
-        if not is_end or self._commented:
-            return edited
-        self._commented = True
-        comment = reply.comment(
+        fields = reply.cost_fields(
             gpu_time_ns=exchange.gpu_time_ns,
+            prefill_ns=exchange.prefill_ns,
+            decode_ns=exchange.decode_ns,
             cost_nanousd=exchange.cost_nanousd,
             http_request_id=exchange.http_request_id,
             tenant=exchange.tenant,
+            method=exchange.method,
         )
-        return comment + edited
+        edited = reply.insert_usage(event, fields)
+        if not is_end or self._commented:
+            return edited
+        self._commented = True
+        return reply.comment(fields) + edited
 
     # -- the record -------------------------------------------------------------------------
 

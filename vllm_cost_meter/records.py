@@ -113,7 +113,7 @@ class Bill:
     def from_json(cls, text: str) -> Self:
         """Parse `to_json`'s form. Raises ValueError or TypeError on anything else."""
         *values, pieces = json.loads(text)
-        return cls(*values, pieces=tuple(UsagePiece(*piece) for piece in pieces))
+        return cls(*values, tuple(UsagePiece(*piece) for piece in pieces))
 
 
 _BILL_FIELDS = tuple(f.name for f in fields(Bill))

@@ -46,7 +46,7 @@ async def start_side(collector: Collector, app: Any) -> None:
 
 def serve(settings: Settings, ledger_url: str, poller: Poller) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken."""
-    if settings.port == "off":
+    if settings.port is None:
         return
     try:
         listening = _bind(settings.host, settings.port)
@@ -61,7 +61,7 @@ def serve(settings: Settings, ledger_url: str, poller: Poller) -> None:
         return
     token = settings.admin_token.get_secret_value() if settings.admin_token else None
     app = make_app(
-        LedgerReader(ledger_url),
+        LedgerReader(ledger_url, create=True),
         refresh=_refresher(poller, asyncio.get_running_loop()),
         admin_token=token,
         registry=metrics_registry,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Select, Text, and_, cast, func, literal, or_, select
+from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.cut import Cut, Window
@@ -83,7 +83,8 @@ def after_cut(connection: Connection, cut: Cut) -> dict[str, int]:
     return {"bills": int(count), "gpu_time_ns": int(gpu_time_ns or 0)}
 
 
-_COUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
+_TOKENS = ("prompt_tokens", "cached_tokens", "output_tokens")
+_COUNTS = ("requests", *_TOKENS)
 
 
 def _money(
@@ -133,29 +134,40 @@ def _told_counts(window: Window) -> Select[Any]:
     prompts = (
         select(
             h.http_request_id,
-            func.max(r.prompt_tokens).label("prompt_tokens"),
-            func.max(r.cached_tokens).label("cached_tokens"),
-            func.sum(r.output_tokens).label("output_tokens"),
+            h.tenant,
+            *(h[name].label(f"told_{name}") for name in _TOKENS),
+            *_prompt_tokens(),
         )
         .join(requests, r.http_request_id == h.http_request_id)
         .where(window.on_instants(h.finished_at))
         .group_by(h.http_request_id, r.prompt_group)
         .subquery()
     )
+    p = prompts.c
     exchanges = (
         select(
-            prompts.c.http_request_id,
-            *(func.sum(prompts.c[name]).label(name) for name in _COUNTS[1:]),
+            func.max(p.tenant).label("tenant"),
+            *(
+                func.coalesce(func.max(p[f"told_{name}"]), func.sum(p[name])).label(name)
+                for name in _TOKENS
+            ),
         )
-        .group_by(prompts.c.http_request_id)
+        .group_by(p.http_request_id)
         .subquery()
     )
-    told = (func.sum(func.coalesce(h[name], exchanges.c[name])) for name in _COUNTS[1:])
-    return (
-        select(h.tenant, func.count(), *told)
-        .join(exchanges, exchanges.c.http_request_id == h.http_request_id)
-        .group_by(h.tenant)
-    )
+    e = exchanges.c
+    sums = (func.sum(e[name]) for name in _TOKENS)
+    return select(e.tenant, func.count(), *sums).group_by(e.tenant)
+
+
+def _prompt_tokens() -> list[ColumnElement[Any]]:
+    """Return the tokens of the parts of one prompt: itself counts once, what it drew in full."""
+    r = requests.c
+    return [
+        func.max(r.prompt_tokens).label("prompt_tokens"),
+        func.max(r.cached_tokens).label("cached_tokens"),
+        func.sum(r.output_tokens).label("output_tokens"),
+    ]
 
 
 def _untold_counts(window: Window) -> Select[Any]:
@@ -163,16 +175,11 @@ def _untold_counts(window: Window) -> Select[Any]:
     h, r = http_requests.c, requests.c
     own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     prompts = (
-        select(
-            r.tenant,
-            func.max(r.prompt_tokens).label("prompt_tokens"),
-            func.max(r.cached_tokens).label("cached_tokens"),
-            func.sum(r.output_tokens).label("output_tokens"),
-        )
+        select(r.tenant, *_prompt_tokens())
         .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
         .where(h.http_request_id.is_(None), window.on_instants(r.finished_at))
         .group_by(r.tenant, own, r.prompt_group)
         .subquery()
     )
-    sums = (func.sum(prompts.c[name]) for name in _COUNTS[1:])
+    sums = (func.sum(prompts.c[name]) for name in _TOKENS)
     return select(prompts.c.tenant, literal(0), *sums).group_by(prompts.c.tenant)

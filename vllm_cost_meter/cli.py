@@ -1,0 +1,271 @@
+"""The command `vllm-cost-meter`: reports, audit, doctor, demo.
+
+Reads the ledger that the settings name, or `--ledger`; a running server is not needed. Exit status:
+0 done, 1 the books do not balance or something is not as it should be, 2 wrong usage or settings,
+one line saying which. Nothing imports this module.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_cost_meter import __version__
+from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.store import default_url
+from vllm_cost_meter.text import plain
+from vllm_cost_meter.windows import hours_of_window
+
+app = typer.Typer(
+    name="vllm-cost-meter",
+    help="What the requests of a vLLM server cost: measured, per request and per tenant.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+TENANT_COLUMNS = (
+    "tenant",
+    "requests",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "gpu_time_ns",
+    "cost_usd",
+)
+REQUEST_COLUMNS = (
+    "finished_at",
+    "http_request_id",
+    "tenant",
+    "route",
+    "status",
+    "engine_status",
+    "prompt_tokens",
+    "output_tokens",
+    "gpu_time_ns",
+    "cost_usd",
+)
+
+
+class What(StrEnum):
+    """What a report is about."""
+
+    tenants = "tenants"
+    requests = "requests"
+
+
+Ledger = Annotated[
+    str | None,
+    typer.Option(help="SQLAlchemy URL of the ledger; COST_METER_LEDGER or the default otherwise."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def report(
+    what: Annotated[What, typer.Argument(help="tenants, or requests, newest first")] = What.tenants,
+    ledger: Ledger = None,
+    window: Annotated[
+        str | None, typer.Option(help="today, yesterday, 24h, 7d, or two RFC 3339 instants.")
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's requests.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests to list.")] = 100,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Print what each tenant used and what the engines did besides, or the latest requests."""
+    with _reader(ledger) as reader:
+        if what is What.tenants:
+            answer = reader.tenants(*hours_of_window(window))
+            rows, columns = answer["tenants"], TENANT_COLUMNS
+        else:
+            answer = reader.requests(limit=limit, tenant=tenant)
+            rows, columns = answer["requests"], REQUEST_COLUMNS
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    elif as_csv:
+        print(to_csv(rows), end="")
+    else:
+        print_rows(rows, columns)
+        if what is What.tenants:
+            print(plain(adds_up_line(answer)))
+    if what is What.tenants and not answer["adds_up"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def audit(ledger: Ledger = None, as_json: Json = False) -> None:
+    """Prove that the books balance at the last snapshot of every engine run; exit 1 if not."""
+    with _reader(ledger) as reader:
+        answer = reader.audit()
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        for line in audit_lines(answer):
+            print(plain(line))
+    if not answer["balanced"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(ledger: Ledger = None, as_json: Json = False) -> None:
+    """Check the installation: loaded, native, vLLM understood, ledger writable, adding up."""
+    # It imports vLLM, which takes seconds that a report should not take.
+    from vllm_cost_meter.doctor import examine  # noqa: PLC0415
+
+    findings = examine(_ledger_url(ledger))
+    if as_json:
+        print(json.dumps({"ok": all(f.ok for f in findings), "findings": _dicts(findings)}))
+    else:
+        for finding in findings:
+            print(plain(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {finding.detail}"))
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Model to serve; a tiny random one otherwise.")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Leave the server running at the end.")] = False,
+    print_model_path: Annotated[
+        bool, typer.Option(help="Print where the tiny model is, and do nothing else.")
+    ] = False,
+) -> None:
+    """Start a real vLLM server with the meter inside, let three tenants use it, print the bill."""
+    # It imports the OpenAI client, which reports do not need.
+    from vllm_cost_meter.demo import run_demo  # noqa: PLC0415
+    from vllm_cost_meter.tiny_model import default_path  # noqa: PLC0415
+
+    if print_model_path:
+        print(default_path())
+        return
+    raise typer.Exit(run_demo(model, keep=keep))
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print it.")] = False) -> None:
+    """What the requests of a vLLM server cost: measured, per request and per tenant."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+# -- helpers ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reader(ledger: str | None) -> Iterator[LedgerReader]:
+    """Open the ledger; a user's error ends the command with one line and status 2."""
+    try:
+        reader = LedgerReader(_ledger_url(ledger))
+        try:
+            yield reader
+        finally:
+            reader.close()
+    except (CostMeterError, ValueError) as error:
+        print(plain(f"vllm-cost-meter: {error}"), file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _ledger_url(ledger: str | None) -> str:
+    if ledger is None:
+        try:
+            ledger = load_settings().ledger or default_url()
+        except CostMeterError as error:
+            print(plain(f"vllm-cost-meter: {error}"), file=sys.stderr)
+            raise typer.Exit(2) from None
+    return ledger if "://" in ledger else f"sqlite:///{Path(ledger).resolve()}"
+
+
+def _dicts(findings: Sequence[Any]) -> list[dict[str, Any]]:
+    return [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in findings]
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Print rows as a table; GPU time in seconds, unknown as a dash."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        is_number = column.endswith(("tokens", "_ns", "_usd", "requests", "status"))
+        table.add_column(
+            "gpu_seconds" if column == "gpu_time_ns" else column,
+            justify="right" if is_number else "left",
+            no_wrap=True,
+        )
+    for row in rows:
+        table.add_row(*(_shown(column, row.get(column)) for column in columns))
+    # A pipe has no width; a terminal keeps its own.
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _shown(column: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if column == "gpu_time_ns" and isinstance(value, int):
+        return f"{value / 1e9:.6f}"
+    return plain(str(value))
+
+
+def adds_up_line(answer: Mapping[str, Any]) -> str:
+    """Return the line under a tenant report that says whether its rows are the whole."""
+    wall_s = answer["wall_gpu_ns"] / 1e9
+    if answer["adds_up"]:
+        return f"adds up: the rows are all of {wall_s:.6f} GPU-seconds, to the nanosecond"
+    return f"DOES NOT ADD UP: {answer['difference_ns']} ns of {wall_s:.6f} GPU-seconds are missing"
+
+
+def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the audit as text: one line per run, more where it does not balance."""
+    for run in answer["runs"]:
+        parts = " + ".join(
+            f"{name} {run[f'{name}_ns'] / 1e9:.3f}"
+            for name in ("requests", "in_flight", "idle", "host", "startup", "tail")
+        )
+        rest = sum(run[f"{name}_ns"] for name in ("sleep", "dummy", "lost")) / 1e9
+        yield (
+            f"run {run['run_id'][:8]} engine {run['engine_index']}: wall {run['wall_ns'] / 1e9:.3f}"
+            f" s x {run['gpus']} GPU = {parts} + other {rest:.3f}; {run['last_seq']} bills;"
+            f" difference {run['difference_ns']} ns"
+        )
+        for name in ("ledger_difference_ns", "hours_difference_ns"):
+            if run[name]:
+                yield f"  {name}: {run[name]}"
+        if run["missing_bills"]:
+            yield f"  missing bills: {', '.join(map(str, run['missing_bills']))}"
+    yield "balanced" if answer["balanced"] else "NOT BALANCED"
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV with a header. Text that a spreadsheet would run is made text."""
+    if not rows:
+        return ""
+    names = [name for name in rows[0] if name != "parts"]
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([_csv_cell(row.get(name)) for name in names])
+    return out.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    # A cell that starts like a formula is run by spreadsheets (OWASP: CSV injection).
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return value
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,107 @@
+"""`vllm-cost-meter doctor`: is the meter installed, understood, able to write, and adding up?
+
+Each check looks at the thing itself and says what it found, in one line. A check that raises is a
+failed check with the error as its detail.
+
+Invariant: it changes nothing but the ledger's file, which it creates if there is none.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from vllm_cost_meter import __version__
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.store import check_location, open_ledger
+from vllm_cost_meter.plugin import NAME
+
+GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins", "vllm.endpoint_plugins")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one check."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def examine(ledger_url: str) -> list[Finding]:
+    """Run all checks."""
+    checks: list[tuple[str, Callable[[], Finding]]] = [
+        ("entry points", _entry_points),
+        ("named", _named),
+        ("native", _native),
+        ("vllm", _vllm),
+        ("ledger", lambda: _ledger(ledger_url)),
+        ("books", lambda: _books(ledger_url)),
+    ]
+    return [_contained(name, check) for name, check in checks]
+
+
+def _contained(name: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - a doctor reports what it meets
+        return Finding(name, False, f"{type(error).__name__}: {error}")
+
+
+def _entry_points() -> Finding:
+    missing = [g for g in GROUPS if NAME not in {e.name for e in entry_points(group=g)}]
+    if missing:
+        return Finding("entry points", False, f"{NAME} is missing in {', '.join(missing)}")
+    return Finding("entry points", True, f"{NAME} {__version__} is found in all three groups")
+
+
+def _named() -> Finding:
+    names = os.environ.get("VLLM_PLUGINS")
+    if names is not None and NAME not in names.split(","):
+        detail = f"VLLM_PLUGINS={names} leaves {NAME} out: it is never loaded, nor is --plugins"
+        return Finding("named", False, detail)
+    if names is None:
+        return Finding("named", True, f"VLLM_PLUGINS is unset: start with --plugins {NAME}")
+    return Finding("named", True, f"VLLM_PLUGINS={names}")
+
+
+def _native() -> Finding:
+    from vllm_cost_meter import attribution  # noqa: PLC0415 - fails where it is not built
+
+    if attribution.NATIVE:
+        return Finding("native", True, "the native attribution is loaded")
+    return Finding("native", False, "the slow Python twin is loaded (COST_METER_PURE_PYTHON=1)")
+
+
+def _vllm() -> Finding:
+    import vllm  # noqa: PLC0415 - takes seconds
+    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415
+    from vllm.v1.engine.output_processor import OutputProcessor  # noqa: PLC0415
+
+    from vllm_cost_meter import _vllm as hooks  # noqa: PLC0415
+
+    hooks.check_parameters(Scheduler, hooks.SCHEDULER_PARAMETERS)
+    hooks.check_parameters(OutputProcessor, hooks.OUTPUT_PROCESSOR_PARAMETERS)
+    return Finding("vllm", True, f"vLLM {vllm.__version__} looks as the meter expects")
+
+
+def _ledger(url: str) -> Finding:
+    check_location(url)
+    open_ledger(url).dispose()
+    return Finding("ledger", True, f"{url} can be written")
+
+
+def _books(url: str) -> Finding:
+    reader = LedgerReader(url)
+    try:
+        answer = reader.audit()
+    finally:
+        reader.close()
+    runs = answer["runs"]
+    if not answer["balanced"]:
+        return Finding("books", False, "they do not balance: vllm-cost-meter audit says where")
+    engines_off = [run["run_id"][:8] for run in runs if run["state"] == "off"]
+    if engines_off:
+        detail = f"the meter switched itself off in run {', '.join(engines_off)}: see the log"
+        return Finding("books", False, detail)
+    return Finding("books", True, f"{len(runs)} engine runs balance")
