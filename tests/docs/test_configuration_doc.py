@@ -1,0 +1,54 @@
+"""docs/configuration.md says what the code says: every setting, its default, unit and meaning."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings, TenantSetting
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def shown_default(field) -> str:
+    if field.is_required():
+        return "required"
+    return f"`{field.default}`" if field.default not in (None, ()) else "none"
+
+
+def row(name: str, field, *, environment: bool) -> str:
+    extra = field.json_schema_extra
+    key = "not in the file" if name == "config" else f"`{name}`"
+    cells = [f"`{PREFIX}{name.upper()}`"] if environment else []
+    cells += [key, shown_default(field), extra["unit"] or "-", extra["expected"], field.description]
+    return "| " + " | ".join(cells) + " |"
+
+
+def rows(model: type[BaseModel], *, environment: bool) -> list[str]:
+    return [row(n, f, environment=environment) for n, f in model.model_fields.items()]
+
+
+EXPECTED = rows(Settings, environment=True) + rows(TenantSetting, environment=False)
+
+
+@pytest.mark.parametrize("line", EXPECTED)
+def test_every_setting_is_documented_as_it_is(line):
+    assert line in PAGE.read_text().splitlines()
+
+
+def test_the_page_documents_nothing_else():
+    first_cells = [r.split("|")[1].strip() for r in EXPECTED] + [f"`{n}`" for n in OTHER_NAMES]
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert sorted(line.split("|")[1].strip() for line in lines) == sorted(first_cells)
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_NAMES))
+def test_names_that_are_no_settings_are_mentioned(name):
+    assert f"| `{name}` |" in PAGE.read_text()
+
+
+def test_every_setting_says_what_it_means():
+    for model in (Settings, TenantSetting):
+        for field in model.model_fields.values():
+            assert field.description
+            assert field.json_schema_extra["expected"]

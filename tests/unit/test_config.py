@@ -1,0 +1,306 @@
+"""Settings: what may stand where, which source wins, and the one line that says what is wrong."""
+
+import hashlib
+import json
+from decimal import Decimal
+
+import pytest
+from pydantic import ValidationError
+
+from vllm_cost_meter.config import OTHER_NAMES, Settings, load_settings
+from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.tenants import TenantRules
+
+HASH_A = hashlib.sha256(b"sk-a").hexdigest()
+HASH_B = hashlib.sha256(b"sk-b").hexdigest()
+SECRET = "sk-do-not-print-this"
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text: str | bytes) -> dict[str, str]:
+        path = tmp_path / "meter.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return {"COST_METER_CONFIG": str(path)}
+
+    return write
+
+
+def env(**values: str) -> dict[str, str]:
+    return {f"COST_METER_{name.upper()}": value for name, value in values.items()}
+
+
+def complaint(environ: dict[str, str]) -> str:
+    with pytest.raises(SettingError) as caught:
+        load_settings(environ)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.isprintable()
+    assert SECRET not in message
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    return message
+
+
+def test_an_empty_environment_gives_the_defaults():
+    settings = load_settings({})
+    assert settings == Settings()
+    assert settings.gpu_hour_usd is None
+    assert settings.ledger is None
+    assert (settings.host, settings.port) == ("127.0.0.1", 9477)
+    assert (settings.method, settings.reply) == ("tokens", "all")
+    assert (settings.bill_timeout_ms, settings.snapshot_interval_s) == (250, 1.0)
+    assert settings.tenant_rules() == TenantRules({}, None)
+
+
+def test_other_variables_do_not_matter():
+    others = dict.fromkeys(OTHER_NAMES, "1") | {"PATH": "/bin", "VLLM_PLUGINS": "cost_meter"}
+    assert load_settings(others) == Settings()
+
+
+def test_the_real_environment_is_read_only_when_asked(monkeypatch):
+    monkeypatch.setenv("COST_METER_PORT", "1234")
+    assert Settings().port == 9477
+    assert load_settings({}).port == 9477
+    assert load_settings().port == 1234
+
+
+def test_the_environment_sets_everything():
+    settings = load_settings(
+        env(
+            gpu_hour_usd="2.49",
+            ledger="sqlite:////tmp/x.db",
+            host="0.0.0.0",
+            port="0",
+            admin_token="s3cret",
+            method="equal",
+            reply="headers",
+            bill_timeout_ms="10000",
+            snapshot_interval_s="0.5",
+            tenant_header="X-LLM-D-Tenant-Id",
+            tenants=json.dumps([{"name": "a", "api_key_sha256": [HASH_A.upper()]}]),
+        )
+    )
+    assert settings.gpu_hour_usd == Decimal("2.49")
+    assert settings.ledger == "sqlite:////tmp/x.db"
+    assert (settings.host, settings.port) == ("0.0.0.0", 0)
+    assert settings.admin_token.get_secret_value() == "s3cret"
+    assert (settings.method, settings.reply) == ("equal", "headers")
+    assert (settings.bill_timeout_ms, settings.snapshot_interval_s) == (10_000, 0.5)
+    assert settings.tenant_rules() == TenantRules({HASH_A: "a"}, "x-llm-d-tenant-id")
+
+
+def test_the_file_sets_everything_and_the_environment_beats_it(toml):
+    environ = toml(
+        f"""
+        gpu_hour_usd = 2.5
+        port = "off"
+        reply = "none"
+        snapshot_interval_s = 2
+        [[tenants]]
+        name = "a"
+        api_key_sha256 = ["{HASH_A}"]
+        [[tenants]]
+        name = "b"
+        api_key_sha256 = ["{HASH_B}"]
+        reply = "all"
+        """
+    )
+    settings = load_settings(environ | env(reply="headers"))
+    assert settings.config == environ["COST_METER_CONFIG"]
+    assert settings.gpu_hour_usd == Decimal("2.5")
+    assert settings.port is None
+    assert settings.snapshot_interval_s == 2.0
+    assert settings.tenant_rules().by_api_key_sha256 == {HASH_A: "a", HASH_B: "b"}
+    assert settings.reply_for("a") == settings.reply_for("unknown") == "headers"
+    assert settings.reply_for("b") == "all"
+
+
+def test_a_path_passed_beats_the_one_in_the_environment(toml, tmp_path):
+    toml("port = 1")
+    other = tmp_path / "other.toml"
+    other.write_text("port = 2")
+    assert load_settings(toml("port = 1"), other).port == 2
+
+
+def test_settings_never_change():
+    with pytest.raises(ValidationError):
+        load_settings({}).port = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("gpu_hour_usd", "2,5", "decimal number"),
+        ("gpu_hour_usd", "-1", "decimal number"),
+        ("gpu_hour_usd", "nan", "decimal number"),
+        ("gpu_hour_usd", "1e99999999", "decimal number"),
+        ("gpu_hour_usd", "1e-99999999", "decimal number"),
+        ("gpu_hour_usd", "0e-99999999", "decimal number"),
+        ("gpu_hour_usd", "", "decimal number"),
+        ("host", "", "host name or an IP address"),
+        ("host", "a b", "host name or an IP address"),
+        ("port", "-1", "0 to 65535, or off"),
+        ("port", "65536", "0 to 65535, or off"),
+        ("port", "http", "0 to 65535, or off"),
+        ("port", "", "0 to 65535, or off"),
+        ("port", "tcp://10.0.0.1:9477", "Kubernetes"),
+        ("method", "shapely", "tokens or equal"),
+        ("reply", "ALL", "all, headers or none"),
+        ("bill_timeout_ms", "0", "1 to 10000"),
+        ("bill_timeout_ms", "10001", "1 to 10000"),
+        ("bill_timeout_ms", "2.5", "1 to 10000"),
+        ("snapshot_interval_s", "0", "0.05 to 3600"),
+        ("snapshot_interval_s", "inf", "0.05 to 3600"),
+        ("tenant_header", "x tenant", "name of an HTTP header"),
+        ("tenant_header", "x\n" * 100, "name of an HTTP header"),
+        ("tenant_header", "Authorization", "not carry a secret"),
+        ("tenant_header", "X-API-Key", "not carry a secret"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(name, value, expected):
+    message = complaint(env(**{name: value}))
+    assert message.startswith(f"COST_METER_{name.upper()} (environment): expected ")
+    assert expected in message
+    assert f"got {value[:60]!r}"[:60] in message
+
+
+@pytest.mark.parametrize(
+    ("line", "start"),
+    [
+        ("port = true", "port ("),
+        ("bill_timeout_ms = true", "bill_timeout_ms ("),
+        ("gpu_hour_usd = true", "gpu_hour_usd ("),
+        ("gpu_hour_usd = inf", "gpu_hour_usd ("),
+        ("host = 5", "host ("),
+        ("tenants = 5", "tenants ("),
+        ("[port]\nx = 1", "port ("),
+        ("[[tenants]]\nname = 5", "tenants[0].name ("),
+        ('[[tenants]]\nname = "a"\nreply = "some"', "tenants[0].reply ("),
+    ],
+)
+def test_a_wrong_value_in_the_file_is_named_by_key_and_file(toml, line, start):
+    environ = toml(line)
+    message = complaint(environ)
+    assert message.startswith(start + environ["COST_METER_CONFIG"] + "): expected ")
+
+
+def test_the_environments_value_is_blamed_when_both_set_it(toml):
+    message = complaint(toml("port = 1") | env(port="x"))
+    assert message.startswith("COST_METER_PORT (environment)")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("COST_METER_PROT", "perhaps COST_METER_PORT"),
+        ("COST_METER_GPU_HOUR_USD_", "perhaps COST_METER_GPU_HOUR_USD"),
+        ("COST_METER_port", "perhaps COST_METER_PORT"),
+        ("cost_meter_port", "perhaps COST_METER_PORT"),
+        ("COST_METER_", "known setting"),
+        ("COST_METER_A\nB", "known setting"),
+        ("COST_METER_SERVICE_HOST", "Kubernetes"),
+        ("COST_METER_PORT_9477_TCP", "Kubernetes"),
+    ],
+)
+def test_an_unknown_name_in_the_environment_is_an_error(name, hint):
+    assert hint in complaint({name: SECRET})
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "hint"),
+    [
+        (f'gpu_hour_uds = "{SECRET}"', "gpu_hour_uds (", "perhaps gpu_hour_usd"),
+        (f'"a\\nb" = "{SECRET}"', "a?b (", "a known key"),
+        ('config = "x.toml"', "config (", "COST_METER_CONFIG in the environment"),
+        (f'[[tenants]]\nname = "a"\napi_key = "{SECRET}"', "tenants[0].api_key (", "one of name"),
+        ('[[tenants]]\nnam = "a"', "tenants[0].nam (", "one of name"),
+    ],
+)
+def test_an_unknown_key_in_the_file_is_an_error(toml, text, start, hint):
+    message = complaint(toml(text))
+    assert message.startswith(start)
+    assert hint in message
+
+
+@pytest.mark.parametrize("text", ["port = ", b"\xff", "port = 1\nport = 2"])
+def test_a_file_that_is_no_toml_is_an_error(toml, text):
+    message = complaint(toml(text))
+    assert message.startswith("COST_METER_CONFIG (environment): expected the path of a readable")
+
+
+@pytest.mark.parametrize("path", ["", "/does/not/exist.toml", "/tmp", "a\0b"])
+def test_a_file_that_cannot_be_read_is_an_error(path):
+    assert complaint(env(config=path)).startswith("COST_METER_CONFIG (environment): expected ")
+
+
+def test_off_loopback_a_token_is_needed():
+    message = complaint(env(host="0.0.0.0"))
+    assert message.startswith("COST_METER_ADMIN_TOKEN (environment): expected a token")
+    assert "0.0.0.0" in message
+    load_settings(env(host="0.0.0.0", admin_token="x"))
+    load_settings(env(host="0.0.0.0", port="off"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_on_loopback_no_token_is_needed(host):
+    assert load_settings(env(host=host)).admin_token is None
+
+
+@pytest.mark.parametrize("host", ["::", "10.0.0.1", "localhost.example.com", "127.0.0.1.nip.io"])
+def test_what_only_looks_like_loopback_needs_a_token(host):
+    assert "COST_METER_ADMIN_TOKEN" in complaint(env(host=host))
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        env(admin_token=f"{SECRET} "),
+        env(ledger=f"user:{SECRET}@host/db"),
+        env(tenants=SECRET),
+        env(tenants=json.dumps([{"name": "a", "api_key_sha256": [SECRET]}])),
+        env(tenants=json.dumps([{"name": "a", "api_key_sha256": SECRET}])),
+        env(tenants=json.dumps([{"name": "a", "api_key_sha256": {"x": SECRET}}])),
+        env(tenants=json.dumps([SECRET])),
+    ],
+)
+def test_secrets_are_never_shown(environ):
+    complaint(environ)
+
+
+def test_secrets_are_not_in_the_repr():
+    tenants = json.dumps([{"name": "a", "api_key_sha256": [HASH_A]}])
+    settings = load_settings(
+        env(admin_token=SECRET, ledger=f"postgresql://u:{SECRET}@h/d", tenants=tenants)
+    )
+    assert SECRET not in repr(settings)
+    assert HASH_A not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a" * 129, "__idle__", "unknown", "Unknown", " a", "a\nb", "a\u0000"]
+)
+def test_a_bad_tenant_name_is_an_error(name):
+    message = complaint(env(tenants=json.dumps([{"name": name}])))
+    assert message.startswith("COST_METER_TENANTS[0].name (environment): expected ")
+
+
+def test_a_tenants_name_is_unique():
+    message = complaint(env(tenants=json.dumps([{"name": "a"}, {"name": "a"}])))
+    assert message.endswith("expected each tenant's name once, got 'a' twice")
+
+
+def test_a_key_belongs_to_one_tenant_only():
+    tenants = [
+        {"name": "a", "api_key_sha256": [HASH_A]},
+        {"name": "b", "api_key_sha256": [HASH_A.upper()]},
+    ]
+    message = complaint(env(tenants=json.dumps(tenants)))
+    assert message.endswith(f"got {HASH_A[:8]}... at 'a' and 'b'")
+    assert HASH_A[:9] not in message
+
+
+def test_the_hash_of_nothing_is_no_key():
+    nothing = hashlib.sha256(b"").hexdigest()
+    tenants = [{"name": "a", "api_key_sha256": [nothing]}]
+    assert "that of the empty text" in complaint(env(tenants=json.dumps(tenants)))
