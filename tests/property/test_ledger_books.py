@@ -1,0 +1,175 @@
+"""Any engines, any bills, in any order and grouping: the books add up, and a loss has a name.
+
+The world is drawn as bills per run; the snapshots are what an honest engine would say of them. The
+judge is plain Python over the drawn values, never the ledger's own code.
+"""
+
+import itertools
+import random
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine
+
+from vllm_cost_meter.ledger.inserts import write
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.store import open_ledger, writing
+from vllm_cost_meter.records import (
+    CLASSES,
+    NS_PER_HOUR,
+    Bill,
+    ClassTotals,
+    EngineRequest,
+    HttpRequest,
+    Latencies,
+    Snapshot,
+    Usage,
+    UsagePiece,
+)
+
+HOUR = 500_000
+NOW = HOUR * NS_PER_HOUR
+amounts = st.integers(0, 10**13)
+few = st.integers(0, 50)
+pieces = st.lists(
+    st.tuples(st.integers(0, 3), amounts, amounts, few, few), max_size=3, unique_by=lambda p: p[0]
+)
+bills = st.tuples(pieces, st.sampled_from("abc"), st.integers(0, 5), few, few)
+overheads = st.lists(
+    st.tuples(st.integers(0, 3), st.sampled_from(CLASSES[1:]), amounts), max_size=6
+)
+runs = st.lists(st.tuples(st.lists(bills, max_size=12), overheads, st.integers(1, 4)), max_size=3)
+
+
+def parts_of(run: int, drawn: list) -> list[EngineRequest]:
+    return [
+        EngineRequest(
+            bill=Bill(
+                f"run{run}", seq, f"r{run}-{seq}", "stop", "tokens", prompt, 0, output, 0, 1,
+                tuple(UsagePiece(HOUR + hour, *rest) for hour, *rest in used),
+            ),
+            http_request_id=f"{tenant}{group}", response_id=None, external_id=None,
+            prompt_group=f"g{group % 2}", tenant=tenant, model=None, lora=None, route=None,
+            cost_nanousd=None, started_at_ns=NOW, finished_at_ns=NOW, latencies=Latencies(),
+        )
+        for seq, (used, tenant, group, prompt, output) in enumerate(drawn, 1)
+    ]  # fmt: skip
+
+
+def snapshot_of(run: int, parts: list[EngineRequest], overhead: list, gpus: int) -> Snapshot:
+    """What an honest engine says; its idle time fills wall x gpus up to whole nanoseconds."""
+    hours: dict[int, ClassTotals] = {HOUR: ClassTotals()}
+    for piece in (piece for part in parts for piece in part.bill.pieces):
+        hours.setdefault(piece.hour, ClassTotals()).requests += piece.gpu_time_ns
+    for hour, name, ns in overhead:
+        totals = hours.setdefault(HOUR + hour, ClassTotals())
+        setattr(totals, name, getattr(totals, name) + ns)
+    hours[HOUR].idle += -sum(totals.total() for totals in hours.values()) % gpus
+    totals = ClassTotals(**{n: sum(getattr(h, n) for h in hours.values()) for n in CLASSES})
+    return Snapshot(
+        run_id=f"run{run}", number=1, taken_at_ns=NOW, started_at_ns=NOW,
+        wall_ns=totals.total() // gpus, gpus=gpus, totals=totals, last_seq=len(parts),
+        billed_ns=sum(part.bill.gpu_time_ns for part in parts), running=0, waiting=0,
+        kv_cache_usage=None, steps=0, busy_ns=0, own_ns=0, errors=0, state="on", model="m",
+        method="tokens", native=True, engine_index=run, vllm_version="", meter_version="",
+        hours=hours,
+    )  # fmt: skip
+
+
+def http_of(part: EngineRequest) -> HttpRequest:
+    return HttpRequest(
+        part.http_request_id, None, None, part.tenant, None, "/", 200, False, Usage(), None, None,
+        NOW, NOW,
+    )  # fmt: skip
+
+
+def store(engine: Engine, records: list, seed: int) -> None:
+    """Write records shuffled, cut into transactions anywhere, some of them twice."""
+    chance = random.Random(seed)
+    records = records + chance.sample(records, len(records) // 2)
+    chance.shuffle(records)
+    while records:
+        size = chance.randint(1, len(records))
+        with writing(engine).begin() as connection:
+            write(connection, records[:size], None)
+        records = records[size:]
+
+
+class World:
+    """A ledger in a temporary file with everything that was drawn in it."""
+
+    def __init__(self, drawn: list, seed: int, drop: set[tuple[str, int]] = frozenset()) -> None:
+        self.parts = [parts_of(n, bills) for n, (bills, _, _) in enumerate(drawn)]
+        self.snapshots = [
+            snapshot_of(n, parts, overhead, gpus)
+            for n, (parts, (_, overhead, gpus)) in enumerate(zip(self.parts, drawn, strict=True))
+        ]
+        self.bills = list(itertools.chain(*self.parts))
+        kept = [b for b in self.bills if (b.bill.run_id, b.bill.seq) not in drop]
+        https = {part.http_request_id: http_of(part) for part in self.bills}
+        with tempfile.TemporaryDirectory() as folder:
+            url = f"sqlite:///{Path(folder) / 'ledger.db'}"
+            engine = open_ledger(url)
+            store(engine, [*kept, *self.snapshots, *https.values()], seed)
+            engine.dispose()
+            reader = LedgerReader(url)
+            self.report = reader.tenants(now_ns=NOW, settle_s=0)
+            self.windows = [
+                reader.tenants(hour, hour + 1, now_ns=NOW, settle_s=0)
+                for hour in range(HOUR, HOUR + 4)
+            ]
+            self.audit = reader.audit(now_ns=NOW, settle_s=0)
+            reader.close()
+
+
+slow = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@slow
+@given(runs, st.integers(0, 2**32))
+def test_the_rows_add_up_and_the_audit_balances(drawn, seed):
+    world = World(drawn, seed)
+    assert world.audit["balanced"], world.audit
+    wall_gpu_ns = sum(snapshot.wall_ns * snapshot.gpus for snapshot in world.snapshots)
+    assert world.report["wall_gpu_ns"] == wall_gpu_ns
+    assert world.report["adds_up"]
+    assert sum(row["gpu_time_ns"] for row in world.report["tenants"]) == wall_gpu_ns
+
+
+@slow
+@given(runs, st.integers(0, 2**32))
+def test_tenants_owe_what_their_bills_say_and_windows_add_up_to_the_whole(drawn, seed):
+    world = World(drawn, seed)
+    rows = {row["tenant"]: row for row in world.report["tenants"]}
+    for tenant in "abc":
+        mine = [part for part in world.bills if part.tenant == tenant]
+        row = rows.get(tenant, {"gpu_time_ns": 0, "requests": 0, "prompt_tokens": 0})
+        assert row["gpu_time_ns"] == sum(part.bill.gpu_time_ns for part in mine)
+        assert row["requests"] == len({part.http_request_id for part in mine})
+        prompts: dict[tuple, int] = {}
+        for part in mine:
+            key = (part.http_request_id, part.prompt_group)
+            prompts[key] = max(prompts.get(key, 0), part.bill.prompt_tokens)
+        assert row["prompt_tokens"] == sum(prompts.values())
+    assert all(window["adds_up"] for window in world.windows)
+    assert sum(window["wall_gpu_ns"] for window in world.windows) == world.report["wall_gpu_ns"]
+    for name, row in rows.items():
+        assert row["gpu_time_ns"] == sum(
+            other["gpu_time_ns"]
+            for window in world.windows
+            for other in window["tenants"]
+            if other["tenant"] == name
+        )
+
+
+@slow
+@given(runs.filter(lambda drawn: any(bills for bills, _, _ in drawn)), st.data())
+def test_a_bill_that_is_taken_away_is_named_by_the_audit(drawn, data):
+    keys = [(f"run{n}", seq) for n, (b, _, _) in enumerate(drawn) for seq in range(1, len(b) + 1)]
+    run_id, seq = data.draw(st.sampled_from(keys))
+    world = World(drawn, seed=0, drop={(run_id, seq)})
+    assert not world.audit["balanced"]
+    for run in world.audit["runs"]:
+        assert run["missing_bills"] == ([str(seq)] if run["run_id"] == run_id else [])

@@ -1,0 +1,179 @@
+"""Where a ledger may live and how it is opened: real files, mounts given as text."""
+
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import inspect, text
+
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.schema import metadata
+from vllm_cost_meter.ledger.store import (
+    check_location,
+    default_url,
+    filesystem_of,
+    open_ledger,
+    parse_url,
+)
+
+MOUNTS = (
+    "/dev/vda / ext4 rw 0 0\n"
+    "server:/home /home nfs4 rw 0 0\n"
+    "/dev/vdb /home/local ext4 rw 0 0\n"
+    "user@host: /mnt/my\\040files fuse.sshfs rw 0 0\n"
+    "tmpfs /home/local/tmp tmpfs rw 0 0\n"
+)
+
+
+def url_of(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+def test_the_default_is_a_file_in_the_xdg_state_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert default_url() == f"sqlite:///{tmp_path}/vllm-cost-meter/ledger.db"
+
+
+@pytest.mark.parametrize("state", ["", "relative"])
+def test_without_a_usable_xdg_folder_the_default_is_in_the_home(monkeypatch, tmp_path, state):
+    monkeypatch.setenv("XDG_STATE_HOME", state)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_url() == f"sqlite:///{tmp_path}/.local/state/vllm-cost-meter/ledger.db"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "ledger.db",
+        "mysql://host/db",
+        "nosuch://x/y",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite+aiosqlite:///x.db",
+        "postgresql+asyncpg://u@h/d",
+        "sqlite:///file:x.db?uri=true",
+        "http://[::1",
+    ],
+)
+def test_a_url_we_cannot_use_is_refused_with_one_line(url):
+    with pytest.raises(LedgerError, match="expected") as caught:
+        parse_url(url)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["mysql://u:hunter2@h/db", "mysql//u:hunter2@h/db"])
+def test_a_refusal_does_not_tell_the_password(url):
+    with pytest.raises(LedgerError) as caught:
+        parse_url(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/var/x", "ext4"),
+        ("/home/me/x", "nfs4"),
+        ("/home/local/x", "ext4"),
+        ("/home/localother/x", "nfs4"),
+        ("/home/local/tmp/x", "tmpfs"),
+        ("/mnt/my files/x", "fuse.sshfs"),
+    ],
+)
+def test_the_longest_mount_point_names_the_filesystem(path, kind):
+    assert filesystem_of(Path(path), MOUNTS) == kind
+
+
+@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "9p", "lustre", "ceph", "fuse.sshfs"])
+def test_a_network_filesystem_is_refused_with_one_line(tmp_path, kind):
+    mounts = f"/dev/vda / ext4 rw 0 0\nserver: {tmp_path} {kind} rw 0 0\n"
+    with pytest.raises(LedgerError, match="network filesystem") as caught:
+        check_location(url_of(tmp_path / "ledger.db"), mounts=mounts)
+    assert kind in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_local_file_is_accepted_and_its_folder_is_private(tmp_path):
+    check_location(url_of(tmp_path / "state" / "meter" / "ledger.db"))
+    assert stat.S_IMODE((tmp_path / "state" / "meter").stat().st_mode) == 0o700
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match="cannot be created"):
+        check_location(url_of(tmp_path / "file" / "ledger.db"))
+    with pytest.raises(LedgerError, match="got a folder"):
+        check_location(url_of(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(LedgerError, match="cannot write"):
+        check_location(url_of(tmp_path / "ledger.db"))
+
+
+def test_the_files_of_a_ledger_are_for_their_owner_only(tmp_path):
+    path = tmp_path / "meter" / "ledger.db"
+    engine = open_ledger(url_of(path))
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
+        files = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    engine.dispose()
+    assert files == dict.fromkeys(["ledger.db", "ledger.db-wal", "ledger.db-shm"], 0o600)
+
+
+def test_a_ledger_is_in_wal_mode_and_has_every_table(tmp_path):
+    engine = open_ledger(url_of(tmp_path / "ledger.db"))
+    with engine.connect() as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        assert connection.execute(text("PRAGMA synchronous")).scalar() == 1
+        assert set(inspect(connection).get_table_names()) == set(metadata.tables)
+    engine.dispose()
+
+
+def test_a_ledger_of_a_newer_meter_is_refused(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    engine = open_ledger(url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE schema_version SET version = 99"))
+    engine.dispose()
+    with pytest.raises(LedgerError, match="schema version 99"):
+        open_ledger(url)
+
+
+def test_a_file_that_is_no_ledger_is_refused(tmp_path):
+    path = tmp_path / "ledger.db"
+    with pytest.raises(LedgerError, match="no such file"):
+        open_ledger(url_of(path), create=False)
+    path.write_text("this is not a database, it only looks long enough to be one " * 20)
+    with pytest.raises(LedgerError, match="not a database"):
+        open_ledger(url_of(path))
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("CREATE TABLE mine (x)")
+    other.close()
+    with pytest.raises(LedgerError, match="holds no ledger"):
+        open_ledger(url_of(tmp_path / "other.db"), create=False)
+
+
+def test_two_processes_may_create_the_ledger_at_once(tmp_path):
+    url = url_of(tmp_path / "deep" / "ledger.db")
+    program = (
+        "import sys; from vllm_cost_meter.ledger.store import open_ledger; sys.stdin.read(1);"
+        f" open_ledger({url!r}).dispose()"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) for _ in range(2)
+    ]
+    for process in processes:
+        process.stdin.write(b"g")
+        process.stdin.close()
+    assert [process.wait() for process in processes] == [0, 0]
+    engine = open_ledger(url, create=False)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(1,)]
+    engine.dispose()
