@@ -22,8 +22,9 @@ import statistics
 from pathlib import Path
 from time import perf_counter_ns
 
-from vllm_cost_meter import _attribution_py
 from vllm_cost_meter._attribution_c import StepMeter as NativeMeter
+
+from vllm_cost_meter import _attribution_py
 
 BATCHES = (1, 32, 256, 1024, 4096)
 STEPS_PER_BLOCK = 40

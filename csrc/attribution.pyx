@@ -1,8 +1,9 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
 """The native attribution. What it computes, and why, stands in its twin, `_attribution_py.py`.
 
-So do the full docstrings. Here is only how it is made fast: the step path (`begin`, `share`, `settle`, `drained`) allocates
-nothing per request, and touches each request once in `begin` and once in `settle`.
+So do the full docstrings. Here is only how it is made fast: the step path (`begin`, `share`,
+`settle`, `drained`) allocates nothing per request, and touches each request once in `begin` and
+once in `settle`. The arithmetic is in `shares.pxd`.
 
 - A request is a `Slot` in one array that grows by doubling. Free slots are kept on a stack, and a
   slot is free only when its request is closed *and* has no step in flight. A closed one that still
@@ -13,25 +14,25 @@ nothing per request, and touches each request once in `begin` and once in `settl
   step, so the guess is: the request that came next in the step where the last one was found. It is
   right if that slot's `key` is the very object in the dict (slots own their keys, so an address
   means one id). If not, one dict lookup says where the request was seen last, and guessing goes on
-  from there: a departure, an arrival or a switch between the batches of a pipeline costs one lookup.
-- Shares are exact in 64 bits. With q, r = divmod(D, W), floor(D*S/W) = S*q + floor(S*r/W), and the
-  remainder of S*r/W is carried from request to request; a weight of 1, any decode, needs no division.
+  from there: a departure, an arrival, a switch between a pipeline's batches costs one lookup.
 """
 
 from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next, PyDict_Size
-from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_AsUnsignedLong, PyLong_Check
+from cpython.long cimport PyLong_AsUnsignedLong, PyLong_Check
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Realloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from csrc.checks cimport WEIGHT_MAX, out_of_range, tokens_of, whole_number
+from csrc.shares cimport Part, Split, Weigh, next_share, start_split, weigh_equal, weigh_tokens
+
 METHODS = ("tokens", "equal")
 
 cdef int64_t NS_MAX = 2**63 - 1
 
 cdef enum:
-    WEIGHT_MAX = 0x7FFFFFFF
     STEPS_MAX = 1024
     NOBODY = 0xFFFFFFFF  # a slot number: not open
 
@@ -52,36 +53,10 @@ cdef struct Slot:  # one request
     uint8_t left
     uint8_t queued  # in the queue of drained requests
 
-cdef struct Part:  # one request in one step
-    uint32_t slot
-    uint32_t tokens
-    uint32_t phase
-
 cdef struct Step:
     Part *parts
     uint32_t count
     uint32_t capacity
-
-
-# Weights: one function per method, which fills in the weights and returns their sum, < 2**31.
-
-ctypedef uint64_t (*Weigh)(const Part *parts, uint32_t count, uint32_t *weights) noexcept nogil
-
-
-cdef uint64_t weigh_tokens(const Part *parts, uint32_t count, uint32_t *weights) noexcept nogil:
-    cdef uint64_t whole = 0
-    cdef uint32_t k
-    for k in range(count):
-        weights[k] = parts[k].tokens
-        whole += weights[k]
-    return whole
-
-
-cdef uint64_t weigh_equal(const Part *parts, uint32_t count, uint32_t *weights) noexcept nogil:
-    cdef uint32_t k
-    for k in range(count):
-        weights[k] = 1
-    return count
 
 
 cdef Weigh weigh_of(object method) except NULL:
@@ -92,32 +67,8 @@ cdef Weigh weigh_of(object method) except NULL:
     raise ValueError(f"StepMeter: expected a method of {METHODS}, got {method!r}")
 
 
-# Shares: cumulative rounding, one weight after the other.
-
-cdef struct Split:
-    uint64_t whole  # W
-    uint64_t quotient  # q, r = divmod(D, W)
-    uint64_t remainder
-    uint64_t carry  # S*r mod W
-
-
-cdef inline Split start_split(uint64_t total_ns, uint64_t whole) noexcept nogil:
-    return Split(whole, total_ns // whole, total_ns % whole, 0)
-
-
-cdef inline uint64_t next_share(Split *split, uint32_t weight) noexcept nogil:
-    cdef uint64_t carry = split.carry + weight * split.remainder  # < 2**31 * 2**31 + 2**31
-    cdef uint64_t extra
-    if weight == 1:  # carry < 2*W
-        extra = carry >= split.whole
-    else:
-        extra = carry // split.whole
-    split.carry = carry - extra * split.whole
-    return weight * split.quotient + extra
-
-
 def split(object total_ns, object weights):
-    """Return the share of each weight in a time, in ns, by cumulative rounding in the given order."""
+    """Return the share of each weight in a time, in ns, by cumulative rounding in their order."""
     cdef int64_t total = whole_number(total_ns, NS_MAX, "split: total_ns")
     cdef list values = list(weights)
     for weight in values:
@@ -531,35 +482,6 @@ cdef class StepMeter:
             self.free_slot(number - 1)
         self.slot_count = count
         return 0
-
-
-# Values that come in
-
-cdef inline int64_t tokens_of(object request_id, object tokens) except -1:
-    cdef int64_t number = in_range(tokens, WEIGHT_MAX)
-    if number < 0:
-        raise out_of_range(tokens, WEIGHT_MAX, f"StepMeter.begin: tokens of {request_id!r}")
-    return number
-
-
-cdef int64_t whole_number(object value, int64_t maximum, str what) except -1:
-    cdef int64_t number = in_range(value, maximum)
-    if number < 0:
-        raise out_of_range(value, maximum, what)
-    return number
-
-
-cdef inline int64_t in_range(object value, int64_t maximum):
-    """Return an int from 0 to a maximum, or -1 for anything else."""
-    cdef int overflow = 0
-    cdef int64_t number = -1
-    if PyLong_Check(value):
-        number = PyLong_AsLongLongAndOverflow(value, &overflow)
-    return number if 0 <= number <= maximum else -1
-
-
-cdef object out_of_range(object value, int64_t maximum, str what):
-    return ValueError(f"{what}: expected an int from 0 to {maximum}, got {value!r}")
 
 
 cdef void *resized(void *memory, size_t count, size_t size) except NULL:

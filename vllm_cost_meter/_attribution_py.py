@@ -268,9 +268,9 @@ class StepMeter:
         for part in self._steps.pop(step):
             request = part.request
             request.in_flight -= 1
-            if request.in_flight == 0 and request.left and request.is_open:
-                if request not in self._drained:
-                    self._drained.append(request)
+            has_drained = request.in_flight == 0 and request.left and request.is_open
+            if has_drained and request not in self._drained:
+                self._drained.append(request)
 
     def _unqueue(self, request: "_Request") -> None:
         if request in self._drained:
