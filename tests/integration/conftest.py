@@ -1,0 +1,28 @@
+"""Servers for the integration tests: real ones, each started once and shared where it can be."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.integration.server import Server
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def server(work: Path) -> Iterator[Server]:
+    """A plain metered server with three tenants, a price, and replies teed to files."""
+    tee = work / "tee"
+    tee.mkdir()
+    server = Server(
+        work / "plain",
+        arguments=["--plugins", "cost_meter", "--enable-prompt-tokens-details"],
+        environment={"CMT_TEE": str(tee), "CMT_SEEN": str(work / "seen")},
+    )
+    try:
+        yield server.start()
+    finally:
+        server.stop()

@@ -1,0 +1,112 @@
+"""Another vLLM plugin, installed beside the meter by the tests (through PYTHONPATH).
+
+What it does is said by the environment, so that it reaches every process of a server:
+
+- CMT_SEEN=FILE      appends "pid name" when it is loaded: shows whether other plugins still load
+- CMT_ASYNC=1        forces async scheduling, which the CPU platform switches off
+- CMT_FAULTS=FILE    makes the hooks named in FILE (one a line) raise, as long as they stand there
+- CMT_CLOCK=FILE     adds the seconds that FILE holds to the engine's wall clock
+- CMT_TEE=FOLDER     writes the bytes of every reply as they enter and leave the middleware
+"""
+
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def register() -> None:
+    if seen := os.environ.get("CMT_SEEN"):
+        with Path(seen).open("a") as file:
+            file.write(f"{os.getpid()} cost_meter_tests\n")
+    if os.environ.get("CMT_ASYNC") == "1":
+        force_async_scheduling()
+    if "CMT_FAULTS" in os.environ:
+        inject_faults(Path(os.environ["CMT_FAULTS"]))
+    if "CMT_CLOCK" in os.environ:
+        move_clock(Path(os.environ["CMT_CLOCK"]))
+    if "CMT_TEE" in os.environ and "serve" in sys.argv:
+        tee_replies(Path(os.environ["CMT_TEE"]))
+
+
+def force_async_scheduling() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, vllm_config):
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def inject_faults(file: Path) -> None:
+    """Make every hook's body look, each time, whether it is to fail."""
+    from vllm_cost_meter import _vllm, reply
+
+    for module, name in (
+        (_vllm, "_scheduled"),
+        (_vllm, "_result_came"),
+        (_vllm, "_carry_late_bills"),
+        (_vllm, "_added"),
+        (_vllm, "_freed"),
+        (_vllm, "_born"),
+        (_vllm, "_take_bills"),
+        (_vllm, "_billed"),
+        (_vllm, "poll_engines"),
+        (reply, "usage_of"),
+        (reply, "headers"),
+        (reply, "final_usage"),
+        (reply, "insert_usage"),
+    ):
+        original = getattr(module, name)
+
+        @functools.wraps(original)
+        def failing(*args, _original=original, _name=name, **kwargs):
+            if _name in file.read_text().split():
+                raise RuntimeError(f"injected fault in {_name}")
+            return _original(*args, **kwargs)
+
+        setattr(module, name, failing)
+
+
+def move_clock(file: Path) -> None:
+    from vllm_cost_meter import engine
+
+    class Time:
+        monotonic_ns = staticmethod(time.monotonic_ns)
+        clock_gettime_ns = staticmethod(time.clock_gettime_ns)
+        CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
+
+        @staticmethod
+        def time_ns() -> int:
+            return time.time_ns() + int(float(file.read_text() or 0) * 1e9)
+
+    engine.time = Time
+
+
+def tee_replies(folder: Path) -> None:
+    """Write what enters our reply editor, and what leaves it, to one file each per exchange."""
+    from vllm_cost_meter.middleware import ReplyEditor
+
+    original_init, original_send = ReplyEditor.__init__, ReplyEditor.send
+
+    def append(side, exchange, message) -> None:
+        if message["type"] == "http.response.body":
+            with (folder / f"{exchange.http_request_id}.{side}").open("ab") as file:
+                file.write(message.get("body", b""))
+
+    def init(self, collector, exchange, send) -> None:
+        async def leaving(message):
+            append("left", exchange, message)
+            await send(message)
+
+        original_init(self, collector, exchange, leaving)
+
+    async def send(self, message) -> None:
+        append("entered", self._exchange, message)
+        await original_send(self, message)
+
+    ReplyEditor.__init__, ReplyEditor.send = init, send

@@ -1,0 +1,177 @@
+"""Starts real `vllm serve` processes for the integration tests, on loopback, on the tiny model.
+
+Everything a server writes goes into its own folder; only processes started here are ended.
+"""
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from vllm_cost_meter.tiny_model import default_path
+
+START_TIMEOUT_S = 240
+PLUGIN_FOLDER = Path(__file__).parent / "plugin"
+TENANT_KEYS = {"alpha": "key-of-alpha", "beta": "key-of-beta", "gamma": "key-of-gamma"}
+MODEL = "tiny"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """One `vllm serve` with its ledger, log and endpoints."""
+
+    folder: Path
+    arguments: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    metered: bool = True
+    price: str | None = "2.50"
+    port: int = field(default_factory=free_port)
+    side_port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def side_url(self) -> str:
+        return f"http://127.0.0.1:{self.side_port}"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.folder / "state" / "ledger.db"
+
+    @property
+    def ledger_url(self) -> str:
+        return f"sqlite:///{self.ledger_file}"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text(errors="replace")
+
+    def launch(self) -> None:
+        """Start the process without waiting for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = self.folder / "meter.toml"
+        config.write_text(
+            "".join(
+                f'[[tenants]]\nname = "{name}"\n'
+                f'api_key_sha256 = ["{hashlib.sha256(key.encode()).hexdigest()}"]\n'
+                for name, key in TENANT_KEYS.items()
+            )
+        )
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(PLUGIN_FOLDER),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "COST_METER_LEDGER": self.ledger_url,
+            "COST_METER_PORT": str(self.side_port),
+            **({"COST_METER_GPU_HOUR_USD": self.price} if self.price else {}),
+            **self.environment,
+        }
+        command = [
+            str(Path(sys.executable).parent / "vllm"),
+            *("serve", str(default_path()), "--served-model-name", MODEL),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
+            *("--api-key", *TENANT_KEYS.values(), "any-key"),
+            *(["--cost-meter-config", str(config)] if self.metered else []),
+            *self.arguments,
+        ]
+        with (self.folder / "server.log").open("wb") as log:
+            self.process = subprocess.Popen(  # noqa: S603
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def start(self) -> "Server":
+        """Start the process and wait until it serves."""
+        self.launch()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise RuntimeError(f"vllm serve ended: {self.log[-3000:]}")
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.3)
+        raise RuntimeError(f"vllm serve did not start: {self.log[-3000:]}")
+
+    def stop(self) -> None:
+        """End the process and its children."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+    def kill(self) -> None:
+        """kill -9 every process of the server."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait(20)
+
+    # -- asking ---------------------------------------------------------------------------------
+
+    def client(self, tenant: str = "alpha", **options: Any) -> httpx.Client:
+        key = TENANT_KEYS.get(tenant, "any-key")
+        headers = {"authorization": f"Bearer {key}", **options.pop("headers", {})}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, **options)
+
+    def cost(self, path: str) -> Any:
+        """GET a figure from the side endpoint."""
+        reply = httpx.get(f"{self.side_url}/cost/{path}", timeout=30)
+        reply.raise_for_status()
+        return reply.json()
+
+    def bill_of(self, request_id: str, timeout_s: float = 5.0) -> Any:
+        """Return a request's row once all its parts are billed."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            reply = httpx.get(f"{self.side_url}/cost/requests/{request_id}", timeout=30)
+            if reply.status_code == 200 and reply.json()["status"] is not None:
+                return reply.json()
+            assert time.monotonic() < deadline, f"no bill of {request_id}: {reply.text}"
+            time.sleep(0.1)
+
+    def balanced(self, timeout_s: float = 10.0) -> Any:
+        """Assert that the books balance with nothing in flight, and return the audit."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            audit = self.cost("audit")
+            idle = all(run["in_flight_ns"] == 0 for run in audit["runs"] if run["alive"])
+            if idle or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        assert audit["runs"], "no engine run in the ledger"
+        assert audit["balanced"], audit
+        assert all(run["difference_ns"] == 0 for run in audit["runs"]), audit
+        assert all(not run["missing_bills"] for run in audit["runs"]), audit
+        tenants = self.cost("tenants")
+        assert tenants["adds_up"], tenants
+        assert sum(r["gpu_time_ns"] for r in tenants["tenants"]) == tenants["wall_gpu_ns"]
+        return audit
