@@ -10,6 +10,8 @@ Invariant: writing a batch twice, or its records in another order or grouping, l
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from typing import TypeVar
 
 from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql, sqlite
@@ -17,6 +19,9 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import rows, schema
 from vllm_cost_meter.records import EngineRequest, HttpRequest, Price, Snapshot
+
+# SQLite takes 32,766 since 3.32; smaller statements are no slower, and their text stays small.
+MAX_PARAMETERS = 8_000
 
 Record = EngineRequest | HttpRequest | Snapshot
 
@@ -62,32 +67,58 @@ def write_price(connection: Connection, price: Price) -> None:
     _insert(connection, schema.prices, [rows.price_row(price)])
 
 
-def _statement(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
-    if connection.dialect.name == "postgresql":
-        return postgresql.insert(table)
-    return sqlite.insert(table)
-
-
 def _insert(connection: Connection, table: Table, values: list[rows.Row]) -> None:
     """Insert rows, leaving those alone whose key is there."""
-    if values:
-        connection.execute(_statement(connection, table).on_conflict_do_nothing(), values)
+    _run(connection, table, values, upsert=False)
 
 
 def _upsert(connection: Connection, table: Table, values: list[rows.Row]) -> None:
     """Insert rows, or overwrite those of a lower snapshot number."""
+    _run(connection, table, values, upsert=True)
+
+
+def _run(connection: Connection, table: Table, values: list[rows.Row], *, upsert: bool) -> None:
+    """Execute an insert of whole rows.
+
+    On SQLite many rows go into one statement: sqlite3 gives up the GIL for every row of an
+    `executemany`, and getting it back beside a busy event loop may take milliseconds each time.
+    SQLAlchemy has such a mode of its own, but not for inserts with ON CONFLICT.
+    """
     if not values:
         return
-    statement = _statement(connection, table)
-    keys = list(table.primary_key.columns)
+    if connection.dialect.name == "postgresql":
+        connection.execute(_statement(postgresql.insert(table), upsert=upsert), values)
+        return
+    head, group, tail = _sqlite_text(table, upsert)
+    names = table.c.keys()
+    size = MAX_PARAMETERS // len(names)
+    for at in range(0, len(values), size):
+        chunk = values[at : at + size]
+        sql = head + ", ".join([group] * len(chunk)) + tail
+        connection.exec_driver_sql(sql, tuple(row[name] for row in chunk for name in names))
+
+
+@cache
+def _sqlite_text(table: Table, upsert: bool) -> tuple[str, str, str]:
+    """Return what comes before a row's placeholders, these, and what comes after the last row."""
+    statement = _statement(sqlite.insert(table), upsert=upsert)
+    text = str(statement.compile(dialect=sqlite.dialect()))
+    group = f"({', '.join('?' * len(table.c))})"
+    head, tail = text.split(group)
+    return head, group, tail
+
+
+_Statement = TypeVar("_Statement", sqlite.Insert, postgresql.Insert)
+
+
+def _statement(statement: _Statement, *, upsert: bool) -> _Statement:
+    if not upsert:
+        return statement.on_conflict_do_nothing()
+    table = statement.table
+    keys = list(table.primary_key)
     changed: Mapping[str, object] = {
         column.name: statement.excluded[column.name] for column in table.c if column not in keys
     }
-    connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=keys,
-            set_=changed,
-            where=statement.excluded.number > table.c.number,
-        ),
-        values,
+    return statement.on_conflict_do_update(
+        index_elements=keys, set_=changed, where=statement.excluded.number > table.c.number
     )

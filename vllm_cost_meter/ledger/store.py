@@ -186,9 +186,6 @@ def _engine(url: URL, busy_timeout_s: float) -> Engine:
     if url.get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True)
     engine = create_engine(url, connect_args={"timeout": busy_timeout_s})
-    # Many rows go in one INSERT: sqlite3 gives up the GIL at every statement, and beside a busy
-    # event loop each return of it may cost up to 5 ms.
-    engine.dialect.use_insertmanyvalues_wo_returning = True
 
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
