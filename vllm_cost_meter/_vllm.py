@@ -62,6 +62,17 @@ def check_parameters(owner: type, expected: Mapping[str, tuple[str, ...]]) -> No
             )
 
 
+def check_all() -> str:
+    """Raise VllmMismatchError unless vLLM looks as expected; return its version."""
+    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415 - heavy; for doctor only
+    from vllm.v1.engine.output_processor import OutputProcessor  # noqa: PLC0415
+    from vllm.version import __version__ as vllm_version  # noqa: PLC0415
+
+    check_parameters(Scheduler, SCHEDULER_PARAMETERS)
+    check_parameters(OutputProcessor, OUTPUT_PROCESSOR_PARAMETERS)
+    return str(vllm_version)
+
+
 # -- engine side ------------------------------------------------------------------------------
 
 

@@ -115,6 +115,7 @@ class Collector:
         """Take a last look at the engines and flush the ledger."""
         if self._polling is not None and self.poller is not None:
             self._polling.cancel()
+            self.poller.stopping = True
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self.poller.refresh(), timeout=1.0)
         await asyncio.to_thread(self.writer.close, 2.0)

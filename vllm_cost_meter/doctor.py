@@ -74,15 +74,9 @@ def _native() -> Finding:
 
 
 def _vllm() -> Finding:
-    import vllm  # noqa: PLC0415 - takes seconds
-    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415
-    from vllm.v1.engine.output_processor import OutputProcessor  # noqa: PLC0415
+    from vllm_cost_meter._vllm import check_all  # noqa: PLC0415 - takes seconds
 
-    from vllm_cost_meter import _vllm as hooks  # noqa: PLC0415
-
-    hooks.check_parameters(Scheduler, hooks.SCHEDULER_PARAMETERS)
-    hooks.check_parameters(OutputProcessor, hooks.OUTPUT_PROCESSOR_PARAMETERS)
-    return Finding("vllm", True, f"vLLM {vllm.__version__} looks as the meter expects")
+    return Finding("vllm", True, f"vLLM {check_all()} looks as the meter expects")
 
 
 def _ledger(url: str) -> Finding:

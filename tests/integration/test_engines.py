@@ -1,0 +1,210 @@
+"""Engines that are harder to meter: async scheduling, preemption, several API servers, data
+parallelism, an hour that ends in mid-request, and the end of everything by kill -9.
+
+One server forces async scheduling (the GPU default, which CPU vLLM switches off), has two API
+servers, a KV cache too small for its load, and a wall clock that tests can move.
+"""
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.server import TENANT_KEYS, Server
+from tests.integration.traffic import PROMPT, Reply, ask
+from vllm_cost_meter.ledger.reader import LedgerReader
+
+KV_BLOCKS = "24"
+
+
+@pytest.fixture(scope="module")
+def hard(work: Path) -> Iterator[Server]:
+    clock = work / "clock"
+    clock.write_text("0")
+    server = Server(
+        work / "hard",
+        arguments=[
+            *("--plugins", "cost_meter", "--api-server-count", "2"),
+            *("--num-gpu-blocks-override", KV_BLOCKS, "--max-model-len", "1024"),
+            "--enable-prompt-tokens-details",
+        ],
+        environment={"CMT_ASYNC": "1", "CMT_CLOCK": str(clock)},
+    )
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+def class_ns(server: Server, name: str) -> int:
+    return sum(run[f"{name}_ns"] for run in server.cost("audit")["runs"])
+
+
+def ask_each_on_its_own_connection(server: Server, count: int, **options: object) -> list[Reply]:
+    def one(index: int) -> Reply:
+        tenant = list(TENANT_KEYS)[index % len(TENANT_KEYS)]
+        with server.client(tenant) as client:
+            return ask(client, "/v1/completions", prompt=f"{index} {PROMPT}", **options)
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def test_async_scheduling_really_runs(hard: Server) -> None:
+    assert "Asynchronous scheduling is enabled" in hard.log or "async_scheduling=True" in hard.log
+
+
+def test_requests_of_all_api_servers_are_billed_and_shown_by_one(hard: Server) -> None:
+    replies = ask_each_on_its_own_connection(hard, 60)
+    for reply in replies:
+        row = hard.bill_of(reply.response_id)
+        assert row["cost_usd"] == reply.headers["x-cost-meter-cost-usd"]
+        assert row["output_tokens"] == reply.output_tokens == 12
+        assert len(row["parts"]) == 1
+    hard.balanced()
+    servers = {
+        line.split("pid=")[1].split(")")[0]
+        for line in hard.log.splitlines()
+        if "ApiServer" in line and "POST /v1/completions" in line
+    }
+    assert len(servers) == 2, "the connections should have reached both API servers"
+
+
+def test_a_stop_token_leaves_a_tail_that_no_request_pays(hard: Server) -> None:
+    with hard.client() as client:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+        full = client.post("/v1/completions", json={**body, "return_token_ids": True}).json()
+        token = full["choices"][0]["token_ids"][7]
+        before = class_ns(hard, "tail")
+        stopped = client.post("/v1/completions", json={**body, "stop_token_ids": [token]}).json()
+    assert stopped["usage"]["completion_tokens"] <= 8
+    row = hard.bill_of(stopped["id"])
+    assert row["engine_status"] == "stopped"
+    hard.balanced()
+    assert class_ns(hard, "tail") > before
+
+
+def test_an_abort_pays_for_its_steps_in_flight(hard: Server) -> None:
+    before = hard.balanced()["runs"][0]["last_seq"]
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 900, "stream": True}
+    for index in range(4):
+        headers = {"x-request-id": f"async-abort-{index}"}
+        with hard.client("beta", headers=headers) as client:
+            with client.stream("POST", "/v1/completions", json=body) as reply:
+                for count, _line in enumerate(reply.iter_lines()):
+                    if count > 4 + 6 * index:
+                        break
+        row = hard.bill_of(f"async-abort-{index}")
+        assert row["engine_status"] == "aborted"
+        part = row["parts"][0]
+        # Under async scheduling the device is a step ahead of the tokens that came out.
+        assert part["steps"] >= part["output_tokens"]
+    after = hard.balanced()["runs"][0]
+    assert after["last_seq"] - before == 4
+    assert after["in_flight_ns"] == 0
+
+
+def test_preempted_requests_are_billed_once_with_what_was_computed_again(hard: Server) -> None:
+    replies = ask_each_on_its_own_connection(hard, 12, max_tokens=700, ignore_eos=True)
+    rows = [hard.bill_of(reply.response_id) for reply in replies]
+    parts = [part for row in rows for part in row["parts"]]
+    assert len(parts) == 12
+    assert sum(part["preemptions"] for part in parts) > 0, "the KV cache should have been too small"
+    for row, reply in zip(rows, replies, strict=True):
+        assert row["output_tokens"] == reply.output_tokens == 700
+        assert row["prompt_tokens"] == reply.prompt_tokens
+        if row["parts"][0]["preemptions"]:
+            computed = row["parts"][0]["prefill_tokens"]
+            assert computed > row["prompt_tokens"] - row["cached_tokens"]
+    hard.balanced()
+
+
+def test_a_request_across_an_hours_end_is_cut_there(hard: Server) -> None:
+    clock = hard.folder.parent / "clock"
+    to_the_hour = 3600 - time.time() % 3600
+
+    async def run() -> str:
+        headers = {"authorization": f"Bearer {TENANT_KEYS['gamma']}"}
+        async with httpx.AsyncClient(base_url=hard.url, headers=headers, timeout=60) as client:
+            body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 900, "ignore_eos": True}
+            asked = asyncio.create_task(client.post("/v1/completions", json=body))
+            await asyncio.sleep(0.5)
+            clock.write_text(str(to_the_hour + 60))
+            return str((await asked).json()["id"])
+
+    response_id = asyncio.run(run())
+    row = hard.bill_of(response_id)
+    hard.balanced()
+    hours = {hour: hard.cost(f"tenants?window={window_of(hour)}") for hour in (0, 1)}
+    gamma = [
+        sum(r["gpu_time_ns"] for r in answer["tenants"] if r["tenant"] == "gamma")
+        for answer in hours.values()
+    ]
+    assert all(answer["adds_up"] for answer in hours.values())
+    assert all(ns > 0 for ns in gamma)
+    assert gamma[1] < row["gpu_time_ns"]
+    total = hard.cost("tenants")
+    assert sum(answer["wall_gpu_ns"] for answer in hours.values()) <= total["wall_gpu_ns"]
+    clock.write_text("0")
+
+
+def window_of(hours_from_now: int) -> str:
+    start = time.time() // 3600 * 3600 + hours_from_now * 3600
+    stamps = [time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(s)) for s in (start, start + 3600)]
+    return ",".join(stamps)
+
+
+def test_a_cost_seen_in_a_header_survives_kill_9_of_everything(hard: Server) -> None:
+    # Last: it ends this server.
+    with hard.client() as client:
+        reply = ask(client, "/v1/chat/completions")
+        hard.kill()
+    reader = LedgerReader(hard.ledger_url)
+    [match] = reader.find(reply.response_id)
+    row = reader.request(match)
+    assert row is not None
+    assert row["cost_usd"] == reply.headers["x-cost-meter-cost-usd"]
+    assert row["output_tokens"] == reply.output_tokens
+    reader.close()
+
+
+@pytest.fixture(scope="module")
+def parallel(work: Path) -> Iterator[Server]:
+    server = Server(
+        work / "parallel",
+        arguments=[*("--data-parallel-size", "2", "--max-model-len", "1024")],
+        environment={"VLLM_PLUGINS": "cost_meter,cost_meter_tests"},
+    )
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+def test_each_data_parallel_engine_is_a_run_of_its_own(parallel: Server) -> None:
+    replies = ask_each_on_its_own_connection(parallel, 40)
+    for reply in replies:
+        row = parallel.bill_of(reply.response_id)
+        assert row["output_tokens"] == reply.output_tokens
+    audit = parallel.balanced()
+    assert sorted(run["engine_index"] for run in audit["runs"]) == [0, 1]
+    assert all(run["requests_ns"] > 0 for run in audit["runs"])
+    assert sum(run["last_seq"] for run in audit["runs"]) == 40
+    assert parallel.cost("summary")["gpus"] == 2
+
+
+def test_sigterm_leaves_books_that_balance(parallel: Server) -> None:
+    # Last: it ends this server.
+    assert parallel.process is not None
+    parallel.process.send_signal(signal.SIGTERM)
+    parallel.process.wait(30)
+    reader = LedgerReader(parallel.ledger_url)
+    assert reader.audit()["balanced"]
+    assert json.dumps(reader.tenants())
+    reader.close()
