@@ -86,7 +86,7 @@ class MeteredScheduler:
         try:
             self.cost_meter = make_engine_meter(self)
         except Exception as error:
-            logger.exception("cost meter: could not start in the engine; it runs unmetered: %r", error)
+            logger.exception("cost meter: the engine runs unmetered: %r", error)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -120,13 +120,22 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
 
     config = scheduler.vllm_config
     parallel = config.parallel_config
-    return EngineMeter(
+    meter = EngineMeter(
         method=load_settings().method,
         gpus=parallel.world_size,
         model=model_name(config),
         engine_index=getattr(parallel, "data_parallel_index", parallel.data_parallel_rank),
         vllm_version=vllm_version,
     )
+    logger.info(
+        "cost meter: engine %d is metered (%s, %d GPU, method %s, run %s)",
+        meter.engine_index,
+        type(scheduler).__name__.removeprefix("Metered"),
+        meter.books.gpus,
+        meter.books.method,
+        meter.books.run_id,
+    )
+    return meter
 
 
 def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
@@ -176,7 +185,7 @@ def _carry_late_bills(meter: EngineMeter, _now_ns: int, outputs: dict[int, Any])
 
 
 def meter_scheduler_class(scheduler_class: type) -> type:
-    """Return a metered subclass of a scheduler class, or the class itself if it is not understood."""
+    """Return a metered subclass of a scheduler class; of one not understood, the class itself."""
     if issubclass(scheduler_class, MeteredScheduler):
         return scheduler_class
     try:
@@ -412,7 +421,7 @@ def hook_cli_flags(add_flags: Callable[[argparse.ArgumentParser], None]) -> None
 
     @functools.wraps(original)
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        filled = original(parser)
+        filled: argparse.ArgumentParser = original(parser)
         add_flags(filled)
         return filled
 
@@ -431,7 +440,7 @@ def hook_stat_logger_loading(is_named: Callable[[], bool], plugin_name: str) -> 
 
     @functools.wraps(original)
     def load_plugins_by_group(group: str) -> dict[str, Any]:
-        plugins = original(group)
+        plugins: dict[str, Any] = original(group)
         if group == vllm.plugins.STAT_LOGGER_PLUGINS_GROUP and not is_named():
             plugins.pop(plugin_name, None)
         return plugins

@@ -143,9 +143,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
 
 def _add_error_handlers(app: FastAPI) -> None:
     def error(status: int, message: str, kind: str) -> OrjsonResponse:
-        return OrjsonResponse(
-            {"error": {"message": message, "type": kind, "code": status}}, status
-        )
+        return OrjsonResponse({"error": {"message": message, "type": kind, "code": status}}, status)
 
     @app.exception_handler(StarletteHTTPException)
     def http_error(_request: Request, exception: StarletteHTTPException) -> Response:

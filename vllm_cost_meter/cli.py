@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-TENANT_COLUMNS = (
+TENANT_COLUMNS: tuple[str, ...] = (
     "tenant",
     "requests",
     "prompt_tokens",
@@ -44,7 +44,7 @@ TENANT_COLUMNS = (
     "gpu_time_ns",
     "cost_usd",
 )
-REQUEST_COLUMNS = (
+REQUEST_COLUMNS: tuple[str, ...] = (
     "finished_at",
     "http_request_id",
     "tenant",

@@ -72,7 +72,7 @@ class EngineMeter:
             unix_ns=time.time_ns(),
         )
         self._model = model
-        self._engine_index = engine_index
+        self.engine_index = engine_index
         self._vllm_version = vllm_version
         # Tokens found in the prefix cache when the request was first scheduled.
         self._cached_tokens: dict[str, int] = {}
@@ -155,7 +155,7 @@ class EngineMeter:
             state="off" if self.guard.off else "on",
             model=self._model,
             native=NATIVE,
-            engine_index=self._engine_index,
+            engine_index=self.engine_index,
             vllm_version=self._vllm_version,
             meter_version=__version__,
         )

@@ -27,9 +27,7 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 # Seconds between tokens: from a tiny model's milliseconds to a starved decode.
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
-GPU_SECONDS = Counter(
-    "cost_meter_gpu_seconds", "GPU time of billed requests", ["tenant", "phase"]
-)
+GPU_SECONDS = Counter("cost_meter_gpu_seconds", "GPU time of billed requests", ["tenant", "phase"])
 COST_USD = Counter("cost_meter_cost_usd", "Cost of billed requests", ["tenant"])
 BILLS = Counter("cost_meter_bills", "Engine requests billed", ["tenant", "engine_status"])
 TENANTS_FOLDED = Counter(

@@ -37,18 +37,23 @@ GROUPS_LOADED_BY_DEFAULT = (
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`."""
-    # vLLM's internals, and only where vLLM itself has asked for us.
-    from vllm_cost_meter import _vllm  # noqa: PLC0415
+    try:
+        # It needs vLLM's internals and our native part; vLLM does not catch what we raise, and an
+        # installation that is broken must not end every `vllm` command.
+        from vllm_cost_meter import _vllm  # noqa: PLC0415
 
-    _vllm.hook_cli_flags(add_flags)
-    _vllm.hook_stat_logger_loading(is_named, NAME)
-    if is_named():
-        activate()
-    elif is_serve_parent() and not _given("--plugins", sys.argv):
-        logger.info(
+        _vllm.hook_cli_flags(add_flags)
+        _vllm.hook_stat_logger_loading(is_named, NAME)
+        if is_named():
+            activate()
+    except Exception:
+        logger.exception("cost meter: it could not be installed; vLLM goes on unmetered")
+        return
+    if not is_named() and is_serve_parent() and not _given("--plugins", sys.argv):
+        # vLLM's logging is not set up yet.
+        sys.stderr.write(
             "cost meter: installed but not named, so it does nothing. To measure what requests "
-            "cost: vllm serve ... --plugins %s",
-            NAME,
+            f"cost: vllm serve ... --plugins {NAME}\n"
         )
 
 

@@ -112,8 +112,9 @@ class Bill:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Parse `to_json`'s form. Raises ValueError or TypeError on anything else."""
-        *values, pieces = json.loads(text)
-        return cls(*values, tuple(UsagePiece(*piece) for piece in pieces))
+        values = dict(zip(_BILL_FIELDS, json.loads(text), strict=True))
+        values["pieces"] = tuple(UsagePiece(*piece) for piece in values["pieces"])
+        return cls(**values)
 
 
 _BILL_FIELDS = tuple(f.name for f in fields(Bill))

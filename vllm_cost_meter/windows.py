@@ -16,9 +16,7 @@ _LENGTH = re.compile(r"(\d{1,6})([hd])\Z", re.ASCII)
 EXPECTED = "today, yesterday, a length such as 24h or 7d, or two RFC 3339 instants with a comma"
 
 
-def hours_of_window(
-    window: str | None, now_ns: int | None = None
-) -> tuple[int | None, int | None]:
+def hours_of_window(window: str | None, now_ns: int | None = None) -> tuple[int | None, int | None]:
     """Return a window's (first hour, hour after the last), hours since the epoch.
 
     (None, None) without a window: everything. Raises ValueError for what is not a window.

@@ -95,7 +95,8 @@ def tee_replies(folder: Path) -> None:
 
     def append(side, exchange, message) -> None:
         if message["type"] == "http.response.body":
-            with (folder / f"{exchange.http_request_id}.{side}").open("ab") as file:
+            name = f"{os.getpid()}-{exchange.http_request_id}.{side}"
+            with (folder / name).open("ab") as file:
                 file.write(message.get("body", b""))
 
     def init(self, collector, exchange, send) -> None:

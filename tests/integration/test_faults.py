@@ -1,0 +1,135 @@
+"""Metering may fail, serving may not: every hook of a real server is made to raise.
+
+One server; the file that names the failing hooks is rewritten while it serves. The last tests drive
+the meter until it gives up, and hold the ledger locked.
+"""
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.server import Server
+from tests.integration.traffic import ask
+
+ENGINE_HOOKS = ("_scheduled", "_result_came", "_carry_late_bills", "_added", "_freed")
+API_HOOKS = ("_born", "_take_bills", "_billed", "poll_engines")
+REPLY_HOOKS = ("usage_of", "headers", "final_usage", "insert_usage")
+# The default of COST_METER_BILL_TIMEOUT_MS.
+BILL_TIMEOUT_S = 0.25
+
+
+@pytest.fixture(scope="module")
+def faults(work: Path) -> Path:
+    file = work / "faults"
+    file.write_text("")
+    return file
+
+
+@pytest.fixture(scope="module")
+def faulty(work: Path, faults: Path) -> Iterator[Server]:
+    server = Server(
+        work / "faulty",
+        arguments=["--plugins", "cost_meter"],
+        environment={"CMT_FAULTS": str(faults)},
+    )
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+def serves(server: Server) -> None:
+    """Assert that complete and streamed replies come, whole."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    with server.client() as client:
+        for extra in ({}, options):
+            reply = ask(client, "/v1/chat/completions", max_tokens=3, **extra)
+            assert reply.status == 200
+            assert reply.output_tokens == 3
+
+
+@pytest.mark.parametrize("hook", [*ENGINE_HOOKS, *API_HOOKS, *REPLY_HOOKS])
+def test_serving_goes_on_while_a_hook_fails_and_metering_returns_after(
+    faulty: Server, faults: Path, hook: str
+) -> None:
+    faults.write_text(hook)
+    serves(faulty)
+    faults.write_text("")
+    serves(faulty)
+    with faulty.client() as client:
+        reply = ask(client, "/v1/completions")
+        again = ask(client, "/v1/completions")
+    assert "x-cost-meter-cost-usd" in again.headers
+    assert faulty.bill_of(reply.response_id)["gpu_time_ns"] > 0
+    audit = faulty.cost("audit")
+    for run in audit["runs"]:
+        assert run["difference_ns"] == 0, audit
+        assert run["hours_difference_ns"] == 0, audit
+        assert run["state"] == "on"
+
+
+def test_what_a_failed_hook_did_not_measure_is_booked_as_lost(faulty: Server) -> None:
+    time.sleep(1.5)
+    run = faulty.cost("audit")["runs"][0]
+    assert run["lost_ns"] > 0
+    assert run["in_flight_ns"] == 0
+    assert (
+        faulty.log.count("failed and was contained") <= len(ENGINE_HOOKS) * 2 + len(API_HOOKS) * 2
+    )
+
+
+def test_a_locked_ledger_delays_no_reply_beyond_the_bound_and_loses_nothing(
+    faulty: Server,
+) -> None:
+    lock = sqlite3.connect(faulty.ledger_file, isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    seconds, ids = [], []
+    with faulty.client() as client:
+        for _ in range(8):
+            start = time.monotonic()
+            reply = ask(client, "/v1/completions", max_tokens=1)
+            seconds.append(time.monotonic() - start)
+            ids.append(reply.response_id)
+            assert "x-cost-meter-cost-usd" not in reply.headers
+        lock.execute("ROLLBACK")
+        lock.close()
+        for response_id in ids:
+            assert faulty.bill_of(response_id)["gpu_time_ns"] > 0
+        time.sleep(1.5)
+        reply = ask(client, "/v1/completions", max_tokens=1)
+        reply = ask(client, "/v1/completions", max_tokens=1)
+    assert "x-cost-meter-cost-usd" in reply.headers, "a bill that came ends the refusal to wait"
+    assert all(s > BILL_TIMEOUT_S for s in seconds[:5])
+    assert all(s < BILL_TIMEOUT_S for s in seconds[6:]), seconds
+
+
+def test_a_meter_that_cannot_work_switches_itself_off_and_says_so(
+    faulty: Server, faults: Path
+) -> None:
+    # Last: it leaves the engine unmetered.
+    faults.write_text("_scheduled")
+    for _ in range(6):
+        serves(faulty)
+    faults.write_text("")
+    seconds = []
+    with faulty.client() as client:
+        for _ in range(8):
+            start = time.monotonic()
+            reply = ask(client, "/v1/completions", max_tokens=1)
+            seconds.append(time.monotonic() - start)
+            assert "x-cost-meter-cost-usd" not in reply.headers
+    assert all(s < BILL_TIMEOUT_S for s in seconds[5:]), "nobody waits for bills that do not come"
+    assert "switched itself off" in faulty.log
+    before = faulty.cost("audit")["runs"][0]
+    time.sleep(1.2)
+    after = faulty.cost("audit")["runs"][0]
+    assert before["state"] == after["state"] == "off"
+    assert after["difference_ns"] == 0
+    assert after["lost_ns"] - before["lost_ns"] == after["wall_ns"] - before["wall_ns"]
+    metrics = httpx.get(f"{faulty.side_url}/metrics").text
+    assert 'cost_meter_engine_on{engine="0"} 0.0' in metrics
+    assert "cost_meter_reply_misses_total" in metrics

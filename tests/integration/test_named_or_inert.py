@@ -1,0 +1,206 @@
+"""Named, or inert: what the plugin does to vLLM when it is not named, and how it can be named.
+
+Most of it needs no server: a fresh interpreter loads vLLM's plugins as `vllm serve` would and says
+what changed. Another plugin, `cost_meter_tests`, is installed beside ours throughout.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.server import PLUGIN_FOLDER, Server
+from vllm_cost_meter.plugin import GROUPS_LOADED_BY_DEFAULT
+
+PROBE = """
+import json, os, sys
+sys.argv = ["vllm", "serve", *sys.argv[1:]]
+from vllm.config import SchedulerConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics import loggers
+import vllm.plugins
+{before}
+parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+namespace = parser.parse_args(sys.argv[2:])
+hooked = lambda f: hasattr(f, "cost_meter_original")
+print("PROBE" + json.dumps({{
+    "scheduler": hooked(SchedulerConfig.get_scheduler_cls),
+    "engine": hasattr(EngineCore, "cost_meter_snapshot"),
+    "outputs": hooked(OutputProcessor.add_request) or hooked(OutputProcessor.process_outputs),
+    "stat_loggers": [f.__name__ for f in loggers.load_stat_logger_plugin_factories()],
+    "endpoint_plugins": [p.name for p in vllm.plugins.load_endpoint_plugins(("generate",))],
+    "VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS"),
+    "COST_METER_CONFIG": os.environ.get("COST_METER_CONFIG"),
+    "plugins_flag": getattr(namespace, "plugins", None),
+    "ledger_loaded": "vllm_cost_meter.ledger" in sys.modules,
+}}))
+"""
+
+
+def probe(
+    *arguments: str, before: str = "", tmp_path: Path, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], dict]:
+    seen = tmp_path / "seen"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_PLUGINS", "COST_"))}
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", PROBE.format(before=before), *arguments],
+        env={
+            **clean,
+            "PYTHONPATH": str(PLUGIN_FOLDER),
+            "CMT_SEEN": str(seen),
+            "COST_METER_LEDGER": f"sqlite:///{tmp_path}/state/ledger.db",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r"^PROBE(.*)$", done.stdout, re.MULTILINE)
+    answer = json.loads(found[1]) if found else {}
+    answer["other_plugin_loaded"] = seen.exists()
+    return done, answer
+
+
+def test_installed_but_not_named_it_changes_nothing_and_says_so_once(tmp_path: Path) -> None:
+    done, answer = probe(tmp_path=tmp_path)
+    assert not (answer["scheduler"] or answer["engine"] or answer["outputs"])
+    assert answer["stat_loggers"] == []
+    assert answer["endpoint_plugins"] == []
+    assert not answer["ledger_loaded"]
+    assert answer["other_plugin_loaded"]
+    assert (done.stdout + done.stderr).count("installed but not named") == 1
+
+
+def test_named_by_the_variable_it_is_active(tmp_path: Path) -> None:
+    _, answer = probe(tmp_path=tmp_path, VLLM_PLUGINS="cost_meter")
+    assert answer["scheduler"]
+    assert answer["engine"]
+    assert answer["outputs"]
+    assert answer["stat_loggers"] == ["CostStatLogger"]
+    assert answer["endpoint_plugins"] == ["cost_meter"]
+    assert not answer["other_plugin_loaded"], "VLLM_PLUGINS is an allowlist"
+
+
+def test_named_by_the_flag_it_is_active_and_switches_nothing_else_off(tmp_path: Path) -> None:
+    done, answer = probe("--plugins", "cost_meter", tmp_path=tmp_path)
+    assert answer["scheduler"]
+    assert answer["engine"]
+    assert answer["outputs"]
+    assert answer["endpoint_plugins"] == ["cost_meter"]
+    named = set(answer["VLLM_PLUGINS"].split(","))
+    assert {"cost_meter", "cost_meter_tests", "lora_filesystem_resolver"} <= named
+    assert answer["other_plugin_loaded"]
+    assert "installed but not named" not in done.stdout + done.stderr
+    assert "vllm.endpoint_plugins" not in GROUPS_LOADED_BY_DEFAULT
+
+
+def test_the_flag_adds_to_the_variable_where_that_is_set(tmp_path: Path) -> None:
+    _, answer = probe("--plugins=cost_meter,x", tmp_path=tmp_path, VLLM_PLUGINS="cost_meter,a")
+    assert answer["VLLM_PLUGINS"] == "cost_meter,a,x"
+
+
+def test_the_flag_may_name_others_and_leave_the_meter_inert(tmp_path: Path) -> None:
+    _, answer = probe("--plugins", "cost_meter_tests", tmp_path=tmp_path)
+    assert not answer["scheduler"]
+    assert "cost_meter" not in answer["VLLM_PLUGINS"].split(",")
+    assert answer["stat_loggers"] == []
+
+
+def test_left_out_by_the_variable_it_is_never_loaded(tmp_path: Path) -> None:
+    done, _ = probe("--plugins", "cost_meter", tmp_path=tmp_path, VLLM_PLUGINS="other")
+    assert done.returncode != 0
+    assert "unrecognized arguments: --plugins" in done.stderr
+
+
+def test_it_steps_aside_should_vllm_grow_the_flag(tmp_path: Path) -> None:
+    before = """
+from vllm.engine.arg_utils import EngineArgs
+original = EngineArgs.add_cli_args
+def grown(parser):
+    parser.add_argument("--plugins", default="vllm's own")
+    return original(parser)
+EngineArgs.add_cli_args = staticmethod(grown)
+"""
+    _, answer = probe(before=before, tmp_path=tmp_path, VLLM_PLUGINS="cost_meter")
+    assert answer["plugins_flag"] == "vllm's own"
+    assert answer["scheduler"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"COST_METER_GPU_HOUR_USD": "cheap"}, "COST_METER_GPU_HOUR_USD (environment): expected"),
+        ({"COST_METER_GPU_HOURS_USD": "1"}, "COST_METER_GPU_HOURS_USD"),
+        ({"COST_METER_HOST": "0.0.0.0"}, "COST_METER_ADMIN_TOKEN"),  # noqa: S104
+        ({"COST_METER_LEDGER": "sqlite:////proc/no/ledger.db"}, "ledger"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_with_one_line(
+    tmp_path: Path, environment: dict[str, str], says: str
+) -> None:
+    done, _ = probe(tmp_path=tmp_path, **{"VLLM_PLUGINS": "cost_meter", **environment})
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("cost meter:")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_setting_does_not_matter_while_inert(tmp_path: Path) -> None:
+    done, _ = probe(tmp_path=tmp_path, COST_METER_GPU_HOUR_USD="cheap")
+    assert done.returncode == 0
+
+
+def test_the_config_flag_reaches_child_processes_and_is_checked(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text("gpu_hour_usd = 1.5\n")
+    bad.write_text("gpu_hour_usd = -1\n")
+    for order in (0, 1):
+        flags = [("--plugins", "cost_meter"), ("--cost-meter-config", str(good))]
+        arguments = [word for flag in (flags[order], flags[1 - order]) for word in flag]
+        _, answer = probe(*arguments, tmp_path=tmp_path)
+        assert answer["COST_METER_CONFIG"] == str(good)
+        assert answer["scheduler"]
+        wrong = [word if word != str(good) else str(bad) for word in arguments]
+        done, _ = probe(*wrong, tmp_path=tmp_path)
+        assert done.returncode != 0
+        assert "gpu_hour_usd" in done.stderr
+
+
+def test_a_taken_port_is_one_warning_and_inert_serves_beside(work: Path) -> None:
+    """One real server that is not named, and one named whose side port it holds."""
+    inert = Server(work / "inert", metered=False)
+    named = Server(work / "named", price=None, side_port=inert.port)
+    named.arguments = ["--plugins", "cost_meter"]
+    try:
+        inert.start()
+        named.start()
+        for server, is_metered in ((inert, False), (named, True)):
+            with server.client() as client:
+                body = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+                reply = client.post("/v1/completions", json=body)
+            assert reply.status_code == 200
+            ours = [name for name in reply.headers if name.startswith("x-cost-meter")]
+            assert bool(ours) == is_metered
+            # Without a price there is GPU time and no cost, never 0.
+            assert "x-cost-meter-cost-usd" not in reply.headers
+            assert "x-litellm-response-cost" not in reply.headers
+            assert ("x-cost-meter-gpu-seconds" in reply.headers) == is_metered
+        assert named.log.count("side endpoint could not listen") == 1
+        assert not inert.ledger_file.exists()
+        with named.client() as client:
+            sent = {"stream": True, "stream_options": {"include_usage": True}}
+            body = {"model": "tiny", "prompt": "a", "max_tokens": 2, **sent}
+            assert '"cost":null' in client.post("/v1/completions", json=body).text
+        assert httpx.get(f"{inert.url}/metrics").text.count("cost_meter_") == 0
+    finally:
+        inert.stop()
+        named.stop()
