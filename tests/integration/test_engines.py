@@ -94,11 +94,13 @@ def test_an_abort_pays_for_its_steps_in_flight(hard: Server) -> None:
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 900, "stream": True}
     for index in range(4):
         headers = {"x-request-id": f"async-abort-{index}"}
-        with hard.client("beta", headers=headers) as client:
-            with client.stream("POST", "/v1/completions", json=body) as reply:
-                for count, _line in enumerate(reply.iter_lines()):
-                    if count > 4 + 6 * index:
-                        break
+        with (
+            hard.client("beta", headers=headers) as client,
+            client.stream("POST", "/v1/completions", json=body) as reply,
+        ):
+            for count, _line in enumerate(reply.iter_lines()):
+                if count > 4 + 6 * index:
+                    break
         row = hard.bill_of(f"async-abort-{index}")
         assert row["engine_status"] == "aborted"
         part = row["parts"][0]

@@ -71,7 +71,7 @@ def probe(
 
 def test_installed_but_not_named_it_changes_nothing_and_says_so_once(tmp_path: Path) -> None:
     done, answer = probe(tmp_path=tmp_path)
-    assert not (answer["scheduler"] or answer["engine"] or answer["outputs"])
+    assert not any(answer[hook] for hook in ("scheduler", "engine", "outputs"))
     assert answer["stat_loggers"] == []
     assert answer["endpoint_plugins"] == []
     assert not answer["ledger_loaded"]
