@@ -7,7 +7,6 @@ servers, a KV cache too small for its load, and a wall clock that tests can move
 
 import asyncio
 import json
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import pytest
 from tests.integration.server import TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.records import OVERHEAD_CLASSES
 
 KV_BLOCKS = "24"
 
@@ -181,12 +181,24 @@ def parallel(work: Path) -> Iterator[Server]:
     server = Server(
         work / "parallel",
         arguments=[*("--data-parallel-size", "2", "--max-model-len", "1024")],
-        environment={"VLLM_PLUGINS": "cost_meter,cost_meter_tests"},
+        environment={
+            "VLLM_PLUGINS": "cost_meter,cost_meter_tests",
+            "VLLM_SERVER_DEV_MODE": "1",  # its /sleep and /wake_up
+        },
     )
     try:
         yield server.start()
     finally:
         server.stop()
+
+
+def test_a_server_that_never_saw_a_request_has_true_books(parallel: Server) -> None:
+    for run in parallel.balanced()["runs"]:
+        assert run["requests_ns"] == run["last_seq"] == 0
+        assert run["startup_ns"] > 0
+        assert run["startup_ns"] + run["idle_ns"] + run["host_ns"] == run["wall_ns"]
+    rows = {row["tenant"]: row for row in parallel.cost("tenants")["tenants"]}
+    assert set(rows) == {f"__{name}__" for name in (*OVERHEAD_CLASSES, "in_flight")}
 
 
 def test_each_data_parallel_engine_is_a_run_of_its_own(parallel: Server) -> None:
@@ -201,11 +213,27 @@ def test_each_data_parallel_engine_is_a_run_of_its_own(parallel: Server) -> None
     assert parallel.cost("summary")["gpus"] == 2
 
 
+def test_a_sleeping_engine_is_booked_as_asleep_until_it_wakes(parallel: Server) -> None:
+    with parallel.client() as client:
+        assert client.post("/sleep?level=0").status_code == 200
+        time.sleep(1.0)
+        asleep = parallel.balanced()["runs"]
+        metrics = httpx.get(f"{parallel.side_url}/metrics").text
+        assert client.post("/wake_up?tags=scheduling").status_code == 200
+        awake = parallel.balanced()["runs"]
+        time.sleep(0.5)
+        after = parallel.balanced()["runs"]
+        assert ask(client, "/v1/completions").status == 200
+    assert "cost_meter_engine_awake 0.0" in metrics
+    for first, second, third in zip(asleep, awake, after, strict=True):
+        assert first["sleep_ns"] > 0.9e9
+        assert second["sleep_ns"] == third["sleep_ns"] >= first["sleep_ns"]
+        assert third["idle_ns"] - second["idle_ns"] > 0.4e9
+
+
 def test_sigterm_leaves_books_that_balance(parallel: Server) -> None:
     # Last: it ends this server.
-    assert parallel.process is not None
-    parallel.process.send_signal(signal.SIGTERM)
-    parallel.process.wait(30)
+    parallel.stop()
     reader = LedgerReader(parallel.ledger_url)
     assert reader.audit()["balanced"]
     assert json.dumps(reader.tenants())
