@@ -1,0 +1,285 @@
+"""What the meter costs a server: throughput, TTFT and TPOT with it and without it.
+
+Method. Two `vllm serve` of the same build, model and arguments: one with `--plugins cost_meter`,
+one where the meter is installed and not named, and so inert. `vllm bench serve` drives one of them
+while the other idles, in pairs, A B then B A and so on. Both runs of a pair send the same prompts
+(the seed is the pair's), each pair new ones. Both servers get a discarded warm-up run. After each
+round both are started anew, the other one first, so that the luck of one process (where its memory
+lies, which core it is on) does not pass for the meter's cost. Ratios are metered / unmetered,
+within each pair; TTFT and TPOT are each run's medians. "API CPU" is the CPU time that the driven
+server's API process used for a run (that of EngineCore says little: it spins while it waits for the
+worker). What all processes of the idle server used meanwhile is shown too: next to nothing.
+
+`--control` starts both without the meter: what it shows is the noise, and a difference smaller
+than that says nothing.
+
+Limits. Clients and servers share the machine, so a slower server also has a slower client. On the
+CPU a step of the tiny model takes 3 to 6 ms, against 10 to 50 ms on a GPU with a real model: what
+the meter does per step and token weighs most here. On a machine that does other things the ratios
+of time are noise; that of CPU time suffers less.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from bench_attribution import machine
+
+from vllm_cost_meter.serving import (
+    CPU_ARGUMENTS,
+    Server,
+    ServerError,
+    command_path,
+    end_of,
+    environment_of,
+    is_cpu_build,
+)
+from vllm_cost_meter.tiny_model import default_path, make_tiny_model
+
+RATIOS = {
+    "throughput_ratio": "output_throughput",
+    "ttft_ratio": "median_ttft_ms",
+    "tpot_ratio": "median_tpot_ms",
+    "api_cpu_ratio": "api_cpu_s",
+}
+API_SERVER = "API server"
+
+
+@dataclass(frozen=True)
+class Process:
+    name: str
+    process: psutil.Process
+
+
+@dataclass
+class Subject:
+    """A server under test."""
+
+    label: str
+    server: Server
+    processes: list[Process] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.server.launch()
+        self.server.wait()
+        main = psutil.Process(self.server.pid)
+        self.processes = [Process(API_SERVER, main)]
+        for child in main.children(recursive=True):
+            name = child.name()
+            if name.startswith("VLLM::"):
+                self.processes.append(Process(name.removeprefix("VLLM::"), child))
+
+    def cpu_s(self) -> dict[str, float]:
+        used: dict[str, float] = {}
+        for entry in self.processes:
+            times = entry.process.cpu_times()
+            used[entry.name] = used.get(entry.name, 0.0) + times.user + times.system
+        return used
+
+
+class Bench:
+    """The two servers of a round, and the client."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options = options
+        self.folder = folder
+        make_tiny = options.model is None
+        self.model = options.model or str(default_path())
+        self.environment = environment_of(default_path().parent, offline=make_tiny)
+        self.arguments = [*(CPU_ARGUMENTS if make_tiny and is_cpu_build() else ())]
+        self.own_ns = self.busy_ns = 0
+
+    def subject(self, label: str, *, metered: bool, number: int) -> Subject:
+        name = f"{label}-{number}".replace(" ", "-")
+        environment = {
+            **self.environment,
+            "COST_METER_LEDGER": f"sqlite:///{self.folder / name}.db",
+            "COST_METER_GPU_HOUR_USD": "2.50",
+        }
+        plugins = ("--plugins", "cost_meter") if metered else ()
+        arguments = [*self.arguments, *plugins]
+        return Subject(
+            label, Server(self.model, arguments, environment, self.folder / f"{name}.log")
+        )
+
+    @contextlib.contextmanager
+    def round(self, number: int) -> Iterator[list[Subject]]:
+        """Start both servers, [metered, unmetered], warm them up, and stop them at the end."""
+        second = not self.options.control
+        subjects = [
+            self.subject("metered" if second else "control", metered=second, number=number),
+            self.subject("unmetered", metered=False, number=number),
+        ]
+        try:
+            for subject in subjects if number % 2 else subjects[::-1]:
+                subject.start()
+            for subject in subjects:
+                self.drive(subject, seed=10_000 + number, requests=self.options.warmup)
+            yield subjects
+            if second:
+                summary = subjects[0].server.cost("summary")
+                self.own_ns += summary["own_ns"]
+                self.busy_ns += summary["busy_ns"]
+                if not subjects[0].server.cost("audit")["balanced"]:
+                    raise ServerError("the metered server's books do not balance")
+        finally:
+            for subject in subjects:
+                subject.server.stop()
+
+    def drive(self, subject: Subject, seed: int, requests: int) -> dict[str, Any]:
+        """Send a run's requests and return what `vllm bench serve` measured."""
+        options = self.options
+        log, result = self.folder / "bench.log", self.folder / "bench.json"
+        result.unlink(missing_ok=True)
+        command = [
+            *(command_path("vllm"), "bench", "serve", "--dataset-name", "random"),
+            *("--base-url", subject.server.url, "--model", self.model),
+            *("--seed", str(seed), "--num-prompts", str(requests), "--ignore-eos"),
+            *("--random-input-len", str(options.input_tokens)),
+            *("--random-output-len", str(options.output_tokens)),
+            *("--max-concurrency", str(options.concurrency), "--disable-tqdm"),
+            *("--ready-check-timeout-sec", "0"),
+            *("--save-result", "--result-dir", str(self.folder), "--result-filename", result.name),
+        ]
+        with log.open("wb") as out:
+            ended = subprocess.run(
+                command, env=self.environment, stdout=out, stderr=subprocess.STDOUT, check=False
+            )
+        if ended.returncode or not result.exists():
+            raise ServerError(f"`vllm bench serve` failed; {end_of(log)}")
+        measured: dict[str, Any] = json.loads(result.read_text())
+        if measured["completed"] != requests:
+            raise ServerError(f"{measured['completed']} of {requests} requests completed")
+        return measured
+
+    def run(self, subject: Subject, idle: Subject, seed: int) -> dict[str, Any]:
+        """Drive one server while the other idles; the CPU time of both is in the answer."""
+        before, idle_before = subject.cpu_s(), idle.cpu_s()
+        measured = self.drive(subject, seed, self.options.requests)
+        after, idle_after = subject.cpu_s(), idle.cpu_s()
+        by_process = {name: after[name] - before[name] for name in after}
+        idle_s = sum(idle_after.values()) - sum(idle_before.values())
+        return {
+            **{key: measured[key] for key in RATIOS.values() if key in measured},
+            "api_cpu_s": by_process[API_SERVER],
+            "by_process": by_process,
+            "idle_cpu_s": idle_s,
+        }
+
+
+def pair_line(number: int, runs: dict[str, dict[str, Any]], first: str) -> str:
+    cells = [f"{number:>4}  {first:<9}"]
+    for key in RATIOS.values():
+        cells += [f"{run[key]:>9.2f}" for run in runs.values()]
+        with_meter, without = (run[key] for run in runs.values())
+        cells.append(f"{with_meter / without:>7.4f}")
+    return " ".join([*cells, f"{max(run['idle_cpu_s'] for run in runs.values()):>7.2f}"])
+
+
+def measure(bench: Bench) -> list[dict[str, dict[str, Any]]]:
+    options = bench.options
+    print(
+        "pair  first          tokens/s: with, without, ratio   TTFT ms: with, without, ratio"
+        "   TPOT ms: with, without, ratio   API CPU s: with, without, ratio   idle CPU s",
+        flush=True,
+    )
+    pairs: list[dict[str, dict[str, Any]]] = []
+    for number in range(1, options.rounds + 1):
+        with bench.round(number) as subjects:
+            until = options.pairs * number // options.rounds
+            while len(pairs) < until:
+                seed = options.seed + len(pairs)
+                first, second = subjects if len(pairs) % 2 == 0 else subjects[::-1]
+                runs = {first.label: bench.run(first, second, seed)}
+                runs[second.label] = bench.run(second, first, seed)
+                pairs.append({subject.label: runs[subject.label] for subject in subjects})
+                print(pair_line(len(pairs), pairs[-1], first.label), flush=True)
+    return pairs
+
+
+def summed_up(pairs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Return median, least and greatest of each ratio over the pairs."""
+    results = {}
+    for name, key in RATIOS.items():
+        ratios = []
+        for runs in pairs:
+            with_meter, without = (run[key] for run in runs.values())
+            ratios.append(with_meter / without)
+        results[name] = {
+            "median": round(statistics.median(ratios), 4),
+            "min": round(min(ratios), 4),
+            "max": round(max(ratios), 4),
+        }
+    return results
+
+
+def print_cpu_by_process(pairs: list[dict[str, dict[str, Any]]]) -> None:
+    print("\nCPU seconds of a run by process, median:")
+    for label in pairs[0]:
+        names = pairs[0][label]["by_process"]
+        medians = {
+            name: statistics.median(runs[label]["by_process"][name] for runs in pairs)
+            for name in names
+        }
+        print(f"  {label:<10} " + "  ".join(f"{n} {s:.2f}" for n, s in medians.items()))
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure what the meter costs a server.")
+    parser.add_argument("--model", help="model to serve; the tiny one otherwise")
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2, help="fresh starts of both servers")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=384, help="in a run")
+    parser.add_argument("--warmup", type=int, default=128, help="requests of the warm-up run")
+    parser.add_argument("--input-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--control", action="store_true", help="both without the meter: the noise")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    if options.model is None:
+        make_tiny_model(default_path())
+    print(f"Machine: {machine()}\n\n{__doc__}")
+    print(
+        f"{options.pairs} pairs in {options.rounds} rounds; a run is {options.requests} requests "
+        f"of {options.input_tokens} + {options.output_tokens} tokens, {options.concurrency} at a "
+        "time."
+    )
+    print(f"Load average at the start: {os.getloadavg()[0]:.1f} (0 is a quiet machine).\n")
+    cache = default_path().parent
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=cache) as folder:
+        bench = Bench(options, Path(folder))
+        try:
+            pairs = measure(bench)
+        except ServerError as error:
+            sys.exit(f"bench_serving: {error}")
+    results: dict[str, Any] = summed_up(pairs)
+    print_cpu_by_process(pairs)
+    print()
+    for name, ratio in results.items():
+        print(f"{name:<17} {ratio['median']:.4f}  ({ratio['min']:.4f} to {ratio['max']:.4f})")
+    results["own_time_share"] = bench.own_ns / bench.busy_ns if bench.busy_ns else None
+    if bench.busy_ns:
+        print(f"own_time_share    {results['own_time_share']:.4f}  of the engine's busy time")
+    print(f"Load average at the end: {os.getloadavg()[0]:.1f}.")
+    if options.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The demo without a server: what does not add up is said, keys stay secret, the screen is plain.
+
+Goal: the demo's exit status means what it says. Method: a small world in which all agrees, and one
+thing at a time changed in it.
+"""
+
+import hashlib
+import io
+import json
+import stat
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason="comes with vLLM")
+
+from rich.console import Console
+
+from vllm_cost_meter import demo, serving
+from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.demo_checks import Figures, problems
+from vllm_cost_meter.demo_traffic import (
+    BATCH,
+    BATCH_INPUT_TOKENS,
+    BATCH_REQUESTS,
+    CHAT,
+    SEARCH,
+    TENANTS,
+    Sightings,
+    Told,
+)
+from vllm_cost_meter.tenants import resolve
+
+
+def request_row(response_id: str, tenant: str, prompt: int, cached: int, output: int) -> Any:
+    return {
+        "response_id": response_id,
+        "tenant": tenant,
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "output_tokens": output,
+        "cost_usd": "0.000000100",
+        "gpu_time_ns": 100,
+        "status": 200,
+        "engine_status": "stop",
+    }
+
+
+def world() -> tuple[Sightings, Figures]:
+    batch_prompt, batch_output = BATCH_REQUESTS * BATCH_INPUT_TOKENS + 3, BATCH_REQUESTS * 2
+    requests = [
+        request_row("chat", CHAT, 10, 0, 5),
+        {**request_row("left", CHAT, 10, 0, 7), "engine_status": "aborted"},
+        request_row("search", SEARCH, 90, 80, 3),
+        *(request_row(f"b{n}", BATCH, BATCH_INPUT_TOKENS, 0, 2) for n in range(BATCH_REQUESTS)),
+    ]
+    requests[-1]["prompt_tokens"] += 3
+    rows = [
+        tenant_row(CHAT, 2, (20, 0, 12), 200),
+        tenant_row(SEARCH, 1, (90, 80, 3), 100),
+        tenant_row(BATCH, BATCH_REQUESTS, (batch_prompt, 0, batch_output), 4800),
+        tenant_row("__idle__", 0, (None, None, None), 900),
+        tenant_row("__sleep__", 0, (None, None, None), 0),
+    ]
+    run = {"run_id": "r", "difference_ns": 0, "missing_bills": [], "in_flight_ns": 0}
+    seen = Sightings(
+        sent=Counter({CHAT: 2, SEARCH: 1, BATCH: BATCH_REQUESTS}),
+        told=[
+            Told(CHAT, "chat", 10, None, 5, "0.000000100"),
+            Told(SEARCH, "search", 90, 80, 3, None),
+        ],
+        reply_id="chat",
+        headers=[("x-cost-meter-cost-usd", "0.000000100")],
+        last_chunk='data: {"usage":{"cost_details":{}}}',
+        abandoned_id="left",
+        batch={
+            "completed": BATCH_REQUESTS,
+            "total_input_tokens": batch_prompt,
+            "total_output_tokens": batch_output,
+        },
+    )
+    tenants = {"tenants": rows, "wall_gpu_ns": 6000, "adds_up": True}
+    return seen, Figures(tenants, {"balanced": True, "runs": [run]}, requests)
+
+
+def tenant_row(name: str, requests: int, tokens: tuple[int | None, ...], gpu_time_ns: int) -> Any:
+    counts = dict(zip(("prompt_tokens", "cached_tokens", "output_tokens"), tokens, strict=True))
+    cost = {"cost_nanousd": gpu_time_ns, "cost_usd": f"{gpu_time_ns / 1e9:.9f}"}
+    return {"tenant": name, "requests": requests, **counts, "gpu_time_ns": gpu_time_ns, **cost}
+
+
+def test_a_world_that_agrees_has_no_problems() -> None:
+    assert problems(*world()) == []
+
+
+Change = Callable[[Sightings, Any], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s, f: f.tenants["tenants"][3].update(gpu_time_ns=899), "the rows add up to 5999"),
+        (lambda s, f: f.tenants.update(adds_up=False), "wall x GPUs is 6000"),
+        (lambda s, f: f.audit.update(balanced=False), "the audit does not balance"),
+        (lambda s, f: f.audit["runs"].clear(), "no engine run"),
+        (lambda s, f: f.audit["runs"][0].update(difference_ns=-1), "-1 ns too many or too few"),
+        (lambda s, f: f.audit["runs"][0].update(missing_bills=[7]), "[7] are missing"),
+        (lambda s, f: s.sent.update([CHAT]), "chat-team: 3 requests sent, 2 billed"),
+        (
+            lambda s, f: f.tenants["tenants"].append(tenant_row("unknown", 1, (0, 0, 0), 0)),
+            "unknown: 0 requests sent, 1 billed",
+        ),
+        (lambda s, f: f.requests[0].update(output_tokens=4), "output_tokens told 5"),
+        (lambda s, f: f.requests[0].update(tenant=SEARCH), "tenant told chat-team"),
+        (lambda s, f: f.requests[0].update(cost_usd=None), "cost_usd told 0.000000100"),
+        (lambda s, f: f.requests[2].update(cached_tokens=0), "cached_tokens told 80"),
+        (lambda s, f: f.requests.pop(0), "chat: not in the ledger"),
+        (lambda s, f: f.requests.pop(1), "left in mid-stream (left) is missing"),
+        (lambda s, f: f.requests[1].update(engine_status="stop"), "expected it aborted"),
+        (lambda s, f: f.requests[1].update(gpu_time_ns=0), "expected it aborted"),
+        (lambda s, f: f.requests[-1].update(output_tokens=1), "its requests have 95"),
+        (lambda s, f: s.batch.update(total_output_tokens=1), "batch-team: 1 output tokens told"),
+        (lambda s, f: s.batch.update(total_input_tokens=1), "batch-team: 1 prompt tokens told"),
+        (lambda s, f: s.batch.update(completed=47), "47 of 48 requests completed"),
+        (lambda s, f: s.headers.clear(), "no complete reply carried a cost"),
+        (lambda s, f: setattr(s, "last_chunk", ""), "last chunk carried no cost"),
+    ],
+)
+def test_one_thing_that_disagrees_is_said(change: Change, said: str) -> None:
+    seen, figures = deepcopy(world())
+    change(seen, figures)
+    assert any(said in problem for problem in problems(seen, figures)), problems(seen, figures)
+
+
+def test_an_older_bench_that_reports_what_it_asked_for_agrees() -> None:
+    seen, figures = world()
+    seen.batch = {**seen.batch, "total_input_tokens": BATCH_REQUESTS * BATCH_INPUT_TOKENS}
+    assert problems(seen, figures) == []
+
+
+def test_what_does_not_add_up_fails_the_demo_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status = demo._verdict(Console(file=io.StringIO()), ["one\x1b[2J", "two"], world()[0])
+    said = capsys.readouterr().err
+    assert status == demo.FAILED
+    assert said == "vllm-cost-meter demo: does not add up: one\\x1b[2J; two\n"
+
+
+def test_the_bill_shows_every_class_that_is_not_zero_and_the_total() -> None:
+    out = io.StringIO()
+    Console(file=out, width=100).print(demo.bill_table(world()[1].tenants["tenants"]))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert [line[0] for line in lines] == ["tenant", *TENANTS, "__idle__", "total"]
+    assert lines[-2] == ["__idle__", "0.000000900", "0.000000900"]
+    assert lines[-1] == ["total", "51", "6257", "80", "111", "0.000006000", "0.000006000"]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_bill_without_a_price_has_no_total_cost() -> None:
+    rows = [{**tenant_row(CHAT, 1, (1, 0, 1), 5), "cost_nanousd": None, "cost_usd": None}]
+    out = io.StringIO()
+    Console(file=out, width=100).print(demo.bill_table(rows))
+    assert [line.split()[-1] for line in out.getvalue().splitlines()[1:]] == ["-", "-"]
+
+
+def test_the_settings_file_names_tenants_by_hash_and_is_private(tmp_path: Path) -> None:
+    keys = {tenant: f"key-of-{tenant}" for tenant in TENANTS}
+    path = tmp_path / "meter.toml"
+    demo.write_private(path, demo.settings_file(keys))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not any(key in path.read_text() for key in keys.values())
+    digest = hashlib.sha256(keys[CHAT].encode()).hexdigest()
+    assert tomllib.loads(path.read_text())["tenants"][0]["api_key_sha256"] == [digest]
+    header = (b"authorization", f"Bearer {keys[CHAT]}".encode())
+    assert resolve([header], load_settings({}, path).tenant_rules()).tenant == CHAT
+
+
+def test_a_private_file_never_follows_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        demo.write_private(tmp_path / "keys.yaml", "secret")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def fake_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a `vllm` in the place of the environment's, and a folder in the place of the cache."""
+    command = folder / "bin" / "vllm"
+    command.parent.mkdir()
+    command.write_text(f"#!{sys.executable}\nimport json, os, sys, time\n{script}\n")
+    command.chmod(0o700)
+    monkeypatch.setattr(serving.sys, "executable", str(command.parent / "python"))
+    monkeypatch.setattr(serving.metadata, "version", lambda _name: "0.32.0+cpu")
+    monkeypatch.setattr(demo, "default_path", lambda: folder / "cache" / "tiny-llama")
+    monkeypatch.setattr(demo, "make_tiny_model", lambda _path: None)
+
+
+def test_a_server_that_dies_fails_the_demo_with_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = """
+seen = {"argv": sys.argv, "env": dict(os.environ), "keys": open(sys.argv[-1]).read()}
+open(os.environ["SEEN"], "w").write(json.dumps(seen))
+print("boom \\x1b[31m here")
+sys.exit(3)
+"""
+    fake_vllm(tmp_path, monkeypatch, script)
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
+    monkeypatch.setenv("COST_METER_REPLY", "none")
+    monkeypatch.setenv("COST_METER_GPU_HOUR_USD", "7")
+    assert demo.run_demo(None, keep=False) == demo.FAILED
+    shown = capsys.readouterr()
+    assert "vLLM ended with status 3" in shown.err
+    assert "boom \\x1b[31m here" in shown.err
+    assert "price: 7 USD per GPU-hour (as set)" in shown.out
+    assert "\x1b" not in shown.out + shown.err
+
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    keys = json.loads(seen["keys"].removeprefix("api-key: "))
+    assert len(set(keys)) == len(TENANTS)
+    # No key on the command line, in the environment or, afterwards, in any file.
+    [folder] = (tmp_path / "cache" / "demo").iterdir()
+    kept = "".join(path.read_text() for path in folder.iterdir())
+    assert not any(key in str(seen["argv"]) + str(seen["env"]) + kept for key in keys)
+    # The demo's settings are its own; only the price is the user's.
+    assert "COST_METER_REPLY" not in seen["env"]
+    assert seen["env"]["COST_METER_GPU_HOUR_USD"] == "7"
+    assert seen["env"]["COST_METER_LEDGER"] == f"sqlite:///{folder / 'ledger.db'}"
+
+
+def test_a_wrong_price_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_vllm(tmp_path, monkeypatch, "open('started', 'w')")
+    monkeypatch.setenv("COST_METER_GPU_HOUR_USD", "cheap")
+    monkeypatch.chdir(tmp_path)
+    assert demo.run_demo(None, keep=False) == demo.WRONG_SETTING
+    assert "COST_METER_GPU_HOUR_USD" in capsys.readouterr().err
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_signal_while_it_starts_stops_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = """
+import signal
+open(os.environ["PID_FILE"], "w").write(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    fake_vllm(tmp_path, monkeypatch, script)
+    monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
+    assert demo.run_demo(None, keep=False) == demo.INTERRUPTED
+    assert "the server was stopped" in capsys.readouterr().err
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+
+
+def test_stages_follow_the_log() -> None:
+    assert serving.stage_of("") == "importing vLLM"
+    assert serving.stage_of("Resolved architecture\nLoading weights took 1 s\n") == (
+        "measuring the memory"
+    )
+
+
+def test_an_environment_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise serving.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(serving.metadata, "version", version)
+    with pytest.raises(serving.ServerError, match="found none"):
+        serving.is_cpu_build()
+
+
+def test_users_caches_are_kept_and_proxies_stay_out_of_loopback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/mine")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    environment = serving.environment_of(tmp_path, offline=False)
+    assert environment["VLLM_CACHE_ROOT"] == "/mine"
+    assert environment["NO_PROXY"] == f"example.org,{serving.LOOPBACK}"
+    assert "HF_HUB_OFFLINE" not in environment
