@@ -1,0 +1,101 @@
+"""A small real ledger: one run, one HTTP request with its bill, one snapshot, one price."""
+
+from pathlib import Path
+
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.records import (
+    NS_PER_HOUR,
+    Bill,
+    ClassTotals,
+    EngineRequest,
+    HttpRequest,
+    Latencies,
+    Price,
+    Snapshot,
+    Usage,
+    UsagePiece,
+)
+
+HOUR = 500_000
+START_NS = HOUR * NS_PER_HOUR
+BILL = Bill(
+    run_id="run",
+    seq=1,
+    request_id="chatcmpl-1-internal",
+    engine_status="length_capped",
+    method="tokens",
+    prompt_tokens=10,
+    cached_tokens=2,
+    output_tokens=5,
+    preemptions=0,
+    steps=6,
+    pieces=(UsagePiece(HOUR, 100, 200, 8, 4),),
+)
+PART = EngineRequest(
+    bill=BILL,
+    http_request_id="cost-1",
+    response_id="chatcmpl-1",
+    external_id="chatcmpl-1",
+    prompt_group="chatcmpl-1-internal",
+    tenant="search",
+    model="m",
+    lora=None,
+    route="/v1/chat/completions",
+    cost_nanousd=7,
+    started_at_ns=START_NS,
+    finished_at_ns=START_NS + 10**9,
+    latencies=Latencies(1.0, 2.0, 3.0, 4.0),
+)
+HTTP = HttpRequest(
+    http_request_id="cost-1",
+    response_id="chatcmpl-1",
+    x_request_id="mine",
+    tenant="search",
+    model="m",
+    route="/v1/chat/completions",
+    status=200,
+    streamed=False,
+    usage=Usage(10, 2, 5),
+    gpu_time_ns=300,
+    cost_nanousd=7,
+    started_at_ns=START_NS,
+    finished_at_ns=START_NS + 10**9,
+)
+TOTALS = ClassTotals(requests=300, idle=1_000, host=50)
+SNAPSHOT = Snapshot(
+    run_id="run",
+    number=1,
+    taken_at_ns=START_NS + 2 * 10**9,
+    started_at_ns=START_NS,
+    wall_ns=TOTALS.total(),
+    gpus=1,
+    totals=TOTALS,
+    last_seq=1,
+    billed_ns=300,
+    running=0,
+    waiting=0,
+    kv_cache_usage=0.0,
+    steps=6,
+    busy_ns=300,
+    own_ns=3,
+    errors=0,
+    state="on",
+    model="m",
+    method="tokens",
+    native=True,
+    engine_index=0,
+    vllm_version="0.32.0",
+    meter_version="0.1.0",
+    hours={HOUR: TOTALS},
+)
+
+
+def small_ledger(folder: Path) -> LedgerReader:
+    """Write the ledger into a folder and return a reader of it."""
+    url = f"sqlite:///{folder / 'ledger.db'}"
+    writer = LedgerWriter(url, price=Price("settings:2.5", "2.5", "COST_METER_GPU_HOUR_USD", 0))
+    writer.start()
+    writer.commit(PART, HTTP, SNAPSHOT).result(10)
+    writer.close()
+    return LedgerReader(url)
