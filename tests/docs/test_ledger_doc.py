@@ -1,0 +1,38 @@
+"""docs/ledger.md has every table and column of the schema, and nothing else."""
+
+from inspect import signature
+
+import pytest
+
+from tests.docs.pages import DOCS, names, section
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
+from vllm_cost_meter.ledger.store import default_url
+from vllm_cost_meter.ledger.writer import LedgerWriter
+
+PAGE = DOCS / "ledger.md"
+
+
+@pytest.mark.parametrize("table", metadata.sorted_tables, ids=lambda table: table.name)
+def test_every_column_is_documented_in_order_and_no_other(table):
+    assert names(PAGE, table.name) == table.c.keys()
+
+
+def test_every_table_is_documented_and_no_other():
+    headings = [
+        line.removeprefix("### ")
+        for line in section(PAGE, "Tables").splitlines()
+        if line.startswith("### ")
+    ]
+    assert sorted(headings) == sorted(metadata.tables)
+
+
+def test_the_numbers_are_those_of_the_code(monkeypatch):
+    text = PAGE.read_text()
+    writer = signature(LedgerWriter).parameters
+    assert f"within {writer['gather_s'].default * 1000:.0f} ms" in text
+    assert f"up to {writer['max_records'].default:,} per API server" in text
+    assert f"schema version {SCHEMA_VERSION}" in text
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert default_url() == "sqlite:////home/me/.local/state/vllm-cost-meter/ledger.db"
+    assert "`~/.local/state/vllm-cost-meter/ledger.db`" in text
