@@ -322,11 +322,7 @@ def hook_output_processor(collector: Callable[[], "Collector"]) -> None:
     def metered_process_outputs(
         self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
     ) -> Any:
-        bills = None
-        for output in engine_core_outputs:
-            if output.trace_headers is not None and BILL_KEY in output.trace_headers:
-                bills = collector().run("process_outputs", _take_bills, engine_core_outputs)
-                break
+        bills = collector().run("process_outputs", _take_bills, engine_core_outputs)
         try:
             return process_outputs(self, engine_core_outputs, *args, **kwargs)
         finally:
@@ -357,13 +353,16 @@ def _born(collector: "Collector", processor: Any, request: Any, parent: Any) -> 
 
 def _take_bills(_collector: "Collector", outputs: list[Any]) -> list[str]:
     """Take the bills out of a list of outputs, and the outputs that carry nothing else."""
-    bills = []
+    bills: list[str] = []
+    late = False
     for output in outputs:
         headers = output.trace_headers
         if headers is not None and BILL_KEY in headers:
             bills.append(headers[BILL_KEY])
             output.trace_headers = {k: v for k, v in headers.items() if k != BILL_KEY} or None
-    outputs[:] = [output for output in outputs if output.request_id != CARRIER_ID]
+            late = late or output.request_id == CARRIER_ID
+    if late:
+        outputs[:] = [output for output in outputs if output.request_id != CARRIER_ID]
     return bills
 
 

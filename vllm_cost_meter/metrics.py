@@ -47,6 +47,9 @@ OWN_SECONDS = Gauge(
     ["engine"],
     multiprocess_mode="mostrecent",
 )
+API_OWN_SECONDS = Counter(
+    "cost_meter_api_own_seconds", "Time the meter's own hooks took in the API servers"
+)
 ENGINE_ON = Gauge(
     "cost_meter_engine_on",
     "1 while the engine's meter works, 0 after it switched itself off",
@@ -85,6 +88,11 @@ def count_bill(part: EngineRequest) -> None:
 def count_miss() -> None:
     """Count a reply that went out without its cost."""
     MISSES.inc()
+
+
+def count_own_time(own_ns: int) -> None:
+    """Count time that the meter's own hooks took in this API server."""
+    API_OWN_SECONDS.inc(own_ns / NS_PER_SECOND)
 
 
 def count_error(side: str) -> None:
