@@ -12,6 +12,9 @@ import time
 from vllm_cost_meter.records import NS_PER_HOUR, unix_ns_of
 
 HOURS_PER_DAY = 24
+# The hours that RFC 3339 can write: 0001-01-01T00Z to 9999-12-31T23Z.
+FIRST_HOUR = -17_259_888
+LAST_HOUR = 70_389_527
 _LENGTH = re.compile(r"(\d{1,6})([hd])\Z", re.ASCII)
 EXPECTED = "today, yesterday, a length such as 24h or 7d, or two RFC 3339 instants with a comma"
 
@@ -33,7 +36,7 @@ def hours_of_window(window: str | None, now_ns: int | None = None) -> tuple[int 
         hours = int(match[1]) * (HOURS_PER_DAY if match[2] == "d" else 1)
         if hours < 1:
             raise ValueError(f"window: expected at least one hour, got {window!r}")
-        return now_hour + 1 - hours, now_hour + 1
+        return max(now_hour + 1 - hours, FIRST_HOUR), now_hour + 1
     return _hours_between(window)
 
 
@@ -45,4 +48,5 @@ def _hours_between(window: str) -> tuple[int, int]:
         raise ValueError(f"window: expected {EXPECTED}, got {window!r}") from None
     if to_ns <= from_ns:
         raise ValueError(f"window: expected its end after its start, got {window!r}")
-    return from_ns // NS_PER_HOUR, -(-to_ns // NS_PER_HOUR)
+    from_hour = min(max(from_ns // NS_PER_HOUR, FIRST_HOUR), LAST_HOUR - 1)
+    return from_hour, min(max(-(-to_ns // NS_PER_HOUR), from_hour + 1), LAST_HOUR)

@@ -1,0 +1,66 @@
+"""Money against exact fractions: one rounding, half to even, and nothing else is lost."""
+
+from decimal import Decimal
+from fractions import Fraction
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_cost_meter.pricing import NANOUSD_PER_USD, cost_nanousd, format_usd, parse_price
+from vllm_cost_meter.records import NS_PER_HOUR
+
+times = st.integers(0, 10**18)
+prices = st.decimals(
+    0, 1_000_000, allow_nan=False, allow_infinity=False, places=9
+) | st.sampled_from(
+    [Decimal("36"), Decimal("0.36"), Decimal("1.8"), Decimal("1e-18"), Decimal("3.6e6")]
+)
+
+
+def exact(gpu_time_ns: int, price: Decimal) -> Fraction:
+    return Fraction(gpu_time_ns) * Fraction(price) * NANOUSD_PER_USD / NS_PER_HOUR
+
+
+@given(times, prices)
+def test_a_cost_is_the_exact_one_rounded_half_to_even(gpu_time_ns, price):
+    # Python rounds a Fraction exactly, half to even.
+    assert cost_nanousd(gpu_time_ns, price) == round(exact(gpu_time_ns, price))
+
+
+@given(st.integers(0, 10**9), st.integers(1, 10**6))
+def test_halves_go_to_the_even_side(whole, hundreds):
+    # At 36 USD an hour a nanosecond costs 0.01: 50, 150, 250 ... ns cost so many and a half.
+    half = whole * 100 + 50
+    assert cost_nanousd(half, Decimal(36)) == whole + whole % 2
+
+
+@given(st.lists(times, max_size=30), prices)
+def test_parts_add_up_to_the_whole_within_half_a_nano_each(parts, price):
+    whole = exact(sum(parts), price)
+    added = sum(cost_nanousd(part, price) for part in parts)
+    assert abs(added - whole) <= Fraction(len(parts), 2)
+    assert abs(added - cost_nanousd(sum(parts), price)) <= Fraction(len(parts) + 1, 2)
+
+
+@given(times, prices)
+def test_twice_the_price_is_twice_the_cost_within_one_nano(gpu_time_ns, price):
+    once, twice = (cost_nanousd(gpu_time_ns, factor * price) for factor in (1, 2))
+    assert abs(twice - 2 * once) <= 1
+
+
+@given(times, times, prices)
+def test_more_time_never_costs_less(one, other, price):
+    less, more = sorted((one, other))
+    assert cost_nanousd(less, price) <= cost_nanousd(more, price)
+
+
+@given(st.integers(-(10**24), 10**24))
+def test_usd_text_is_exact(nanousd):
+    text = format_usd(nanousd)
+    assert Fraction(text) * NANOUSD_PER_USD == nanousd
+    assert len(text.partition(".")[2]) == 9
+
+
+@given(prices)
+def test_a_price_survives_its_text(price):
+    assert parse_price(format(price, "f")) == price

@@ -1,0 +1,106 @@
+"""Records survive their way: bills as JSON text, snapshots as msgpack, instants as text.
+
+The utility RPC carries plain values through msgspec's msgpack, so that is what is used here.
+"""
+
+import json
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_cost_meter.records import (
+    CLASSES,
+    Bill,
+    ClassTotals,
+    Snapshot,
+    UsagePiece,
+    rfc3339,
+    unix_ns_of,
+)
+
+count = st.integers(0, 2**63 - 1)
+text = st.text(max_size=30)
+hours = st.integers(-1_000, 10**6)
+pieces = st.builds(UsagePiece, hours, count, count, count, count)
+bills = st.builds(
+    Bill,
+    run_id=text,
+    seq=st.integers(1, 2**63 - 1),
+    request_id=text,
+    engine_status=text,
+    method=text,
+    prompt_tokens=count,
+    cached_tokens=count,
+    output_tokens=count,
+    preemptions=count,
+    steps=count,
+    pieces=st.lists(pieces, max_size=4).map(tuple),
+)
+totals = st.builds(ClassTotals, **dict.fromkeys(CLASSES, count))
+snapshots = st.builds(
+    Snapshot,
+    **dict.fromkeys(
+        ("number", "taken_at_ns", "started_at_ns", "wall_ns", "last_seq", "billed_ns", "running"),
+        count,
+    ),
+    **dict.fromkeys(("waiting", "steps", "busy_ns", "own_ns", "errors", "engine_index"), count),
+    **dict.fromkeys(("run_id", "state", "model", "method", "vllm_version", "meter_version"), text),
+    gpus=st.integers(1, 2**31),
+    totals=totals,
+    kv_cache_usage=st.none() | st.floats(0, 1),
+    native=st.booleans(),
+    hours=st.dictionaries(hours, totals, max_size=3),
+)
+# Years 1 to 9999, in nanoseconds since 1970.
+instants = st.integers(-62_135_596_800 * 10**9, 253_402_300_800 * 10**9 - 1)
+
+
+@given(bills)
+def test_a_bill_survives_its_ride(bill):
+    ridden = Bill.from_json(bill.to_json())
+    assert ridden == bill
+    assert ridden.gpu_time_ns == sum(piece.gpu_time_ns for piece in bill.pieces)
+    assert ridden.gpu_time_ns == ridden.prefill_ns + ridden.decode_ns
+
+
+@given(bills)
+def test_a_bill_in_a_header_is_one_line_of_ascii(bill):
+    assert bill.to_json().isascii()
+    assert bill.to_json().isprintable()
+
+
+@given(
+    st.text()
+    | st.recursive(st.none() | st.integers() | text, st.lists, max_leaves=20).map(json.dumps)
+)
+def test_anything_else_is_refused_as_an_error_of_value_or_type(garbage):
+    try:
+        Bill.from_json(garbage)
+    except (ValueError, TypeError):
+        pass
+
+
+@given(snapshots)
+def test_a_snapshot_survives_the_wire(snapshot):
+    wire = msgspec.msgpack.decode(msgspec.msgpack.encode(snapshot.to_wire()))
+    assert Snapshot.from_wire(wire) == snapshot
+
+
+@given(snapshots)
+def test_the_wire_and_the_snapshot_share_nothing_that_changes(snapshot):
+    wire = snapshot.to_wire()
+    wire["totals"]["idle"] = -1
+    assert snapshot.totals.idle != -1
+
+
+@given(instants)
+def test_an_instant_survives_its_text_to_the_microsecond(unix_ns):
+    assert unix_ns_of(rfc3339(unix_ns)) == unix_ns - unix_ns % 1_000
+
+
+@given(st.lists(instants, max_size=20))
+def test_text_order_is_time_order(moments):
+    whole = [moment - moment % 1_000 for moment in moments]
+    assert [rfc3339(moment) for moment in sorted(whole)] == sorted(map(rfc3339, whole))
+    assert len({len(rfc3339(moment)) for moment in moments}) <= 1
