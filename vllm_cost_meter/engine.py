@@ -24,6 +24,9 @@ from vllm_cost_meter.records import NS_PER_SECOND, Bill, Snapshot
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Ids of ended requests that are remembered; a second end comes right after the first, if ever.
+ENDED_MAX = 4_096
+
 
 def process_created_ns() -> int:
     """Return the monotonic instant at which this process was created, to 10 ms; Linux only.
@@ -76,6 +79,8 @@ class EngineMeter:
         self._vllm_version = vllm_version
         # Tokens found in the prefix cache when the request was first scheduled.
         self._cached_tokens: dict[str, int] = {}
+        # The latest requests that have ended, oldest first.
+        self._ended: dict[str, None] = {}
         # Aborted requests that still pay for steps in flight.
         self._leaving: dict[str, tuple[int, RequestFacts]] = {}
 
@@ -117,11 +122,16 @@ class EngineMeter:
         self, request_id: str, client_index: int, facts: RequestFacts, now_ns: int
     ) -> Bill | None:
         """A request has ended. Returns its bill if that can ride on its last output."""
+        if self._has_ended(request_id):
+            return None
         # Idempotent; a request whose arrival was missed still gets its bill.
         self.books.open(request_id, facts["prompt_tokens"], now_ns)
         cached_tokens = self._cached_tokens.pop(request_id, 0)
         # The cache is consulted anew after a preemption, but never beyond the prompt.
         facts["cached_tokens"] = min(cached_tokens, facts["prompt_tokens"])
+        self._ended[request_id] = None
+        if len(self._ended) > ENDED_MAX:
+            del self._ended[next(iter(self._ended))]
         if self.riding:
             return self.books.bill(request_id, facts, now_ns)
         self._leaving[request_id] = (client_index, facts)
@@ -143,9 +153,8 @@ class EngineMeter:
         kv_cache_usage: float | None,
     ) -> Snapshot:
         """Return the books now. `known` are the ids of the requests the scheduler holds."""
+        self.run("reconcile", EngineMeter._reconcile, known)
         now_ns = time.monotonic_ns()
-        if not self.guard.off:
-            self._reconcile(known, now_ns)
         facts = EngineFacts(
             running=running,
             waiting=waiting,
@@ -165,10 +174,23 @@ class EngineMeter:
         client_index, facts = self._leaving.pop(request_id)
         self.late.append((client_index, self.books.bill(request_id, facts, now_ns)))
 
-    def _reconcile(self, known: Collection[str], now_ns: int) -> None:
+    def _has_ended(self, request_id: str) -> bool:
+        """Tell whether this end was told before: ended lately, and not opened again since."""
+        if request_id not in self._ended:
+            return False
+        try:
+            self.books.meter.accrued(request_id)
+        except ValueError:  # not open
+            return True
+        return request_id in self._leaving
+
+    def _reconcile(self, now_ns: int, known: Collection[str]) -> None:
         """Heal what a contained error left behind: nothing may stay open for ever."""
+        still_open = set(self.books.meter.request_ids())
         for request_id in list(self._leaving):
-            if self.books.leave(request_id, now_ns):
+            if request_id not in still_open:
+                del self._leaving[request_id]
+            elif self.books.leave(request_id, now_ns):
                 self._bill_late(request_id, now_ns)
         for request_id in self.books.meter.request_ids():
             if request_id not in known and request_id not in self._leaving:

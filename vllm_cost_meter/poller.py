@@ -34,6 +34,7 @@ class Poller:
         self._refreshing: asyncio.Task[None] | None = None
         self.latest: dict[str, Snapshot] = {}
         self.stopping = False
+        self._overdue = False
 
     async def run(self) -> None:
         """Poll for ever; an error is contained and counted."""
@@ -41,6 +42,9 @@ class Poller:
             try:
                 await self.refresh()
                 self._guard.succeeded("poll")
+                self._overdue = False
+            except TimeoutError:
+                self._note_overdue()
             except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
                 self._guard.failed("poll", error)
             await asyncio.sleep(self._interval_s)
@@ -55,16 +59,28 @@ class Poller:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             answers = await _vllm.poll_engines(self._engine_client, self._acknowledged)
         snapshots = [answer for answer in answers if isinstance(answer, Snapshot)]
-        for answer in answers:
-            # While the server stops, engines go before we do.
-            if isinstance(answer, BaseException) and not self.stopping:
-                self._guard.failed("poll of one engine", answer)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        # While the server stops, engines go before we do.
+        for failure in () if self.stopping else failures:
+            self._guard.failed("poll of one engine", failure)
+        if not failures:
+            self._guard.succeeded("poll of one engine")
         for snapshot in snapshots:
             self._note(snapshot)
         if snapshots:
             await asyncio.wrap_future(self._writer.commit(*snapshots))
         for snapshot in snapshots:
             self._acknowledged[snapshot.run_id] = snapshot.number
+
+    def _note_overdue(self) -> None:
+        """A busy engine is no error of ours: say so once, until it has answered again."""
+        if not self._overdue:
+            logger.warning(
+                "cost meter: an engine did not answer within %g s; asking again until it does. "
+                "Until then its figures are old.",
+                ANSWER_TIMEOUT_S,
+            )
+        self._overdue = True
 
     def _note(self, snapshot: Snapshot) -> None:
         before = self.latest.get(snapshot.run_id)

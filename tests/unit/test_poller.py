@@ -1,0 +1,256 @@
+"""The poller against engines played here and a real ledger."""
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_cost_meter import poller as poller_module
+from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.poller import Poller
+from vllm_cost_meter.records import ClassTotals, Snapshot
+
+T0 = 1_800_000_000 * 10**9
+
+
+def snapshot(number: int, run_id: str = "run", **changes: Any) -> Snapshot:
+    totals = ClassTotals(idle=number * 10)
+    return replace(
+        Snapshot(
+            run_id=run_id, number=number, taken_at_ns=T0 + number, started_at_ns=T0,
+            wall_ns=number * 10, gpus=1, totals=totals, last_seq=0, billed_ns=0, running=0,
+            waiting=0, kv_cache_usage=None, steps=0, busy_ns=0, own_ns=0, errors=0, state="on",
+            model="m", method="tokens", native=True, engine_index=0, vllm_version="0.32",
+            meter_version="0.1", hours={500_000: totals},
+        ),
+        **changes,
+    )  # fmt: skip
+
+
+class Engines:
+    """vLLM's engine client with engines that answer as their functions do."""
+
+    def __init__(self, *answers: Callable[[int], Any]) -> None:
+        self.core_engines = list(range(len(answers)))
+        self.engine_core = self
+        self.acknowledged: list[dict[str, int]] = []
+        self.calls = 0
+        self._answers = answers
+
+    async def _call_utility_async(self, method: str, acknowledged: dict, engine: int) -> Any:
+        assert method == "cost_meter_snapshot"
+        if engine == 0:
+            self.calls += 1
+            self.acknowledged.append(acknowledged)
+        answer = self._answers[engine](self.calls)
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer.to_wire() if isinstance(answer, Snapshot) else answer
+
+
+@pytest.fixture
+def writer(tmp_path):
+    writer = LedgerWriter(f"sqlite:///{tmp_path / 'ledger.db'}")
+    writer.start()
+    writer.commit().result(10)
+    yield writer
+    writer.close(5)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    def rows(query: str) -> list[tuple]:
+        with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+            return connection.execute(query).fetchall()
+
+    return rows
+
+
+def poller_of(engines: Engines, writer: LedgerWriter, interval_s: float = 0.01) -> Poller:
+    return Poller(engines, writer, Guard("API server"), interval_s)
+
+
+def test_a_refresh_brings_every_engine_into_the_ledger(writer, rows):
+    engines = Engines(snapshot, lambda n: snapshot(n, "other", engine_index=1))
+    poller = poller_of(engines, writer)
+    asyncio.run(poller.refresh())
+    assert rows("SELECT run_id, number FROM snapshots ORDER BY 1") == [("other", 1), ("run", 1)]
+    assert poller.latest["run"].number == 1
+
+
+def test_a_snapshot_is_acknowledged_only_once_it_is_committed(writer, rows, tmp_path):
+    engines = Engines(snapshot)
+
+    async def poll() -> None:
+        poller = poller_of(engines, writer)
+        await poller.refresh()
+        blocker = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+        blocker.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(poller.refresh(), 0.1)
+        # The reader that gave up leaves the poll under way, and the next one shares it.
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(poller.refresh(), 0.1)
+        assert engines.calls == 2
+        blocker.close()
+        await poller.refresh()
+        await poller.refresh()
+
+    asyncio.run(poll())
+    assert engines.acknowledged == [{}, {"run": 1}, {"run": 2}]
+    assert rows("SELECT number FROM snapshots") == [(3,)]
+
+
+def test_a_refused_snapshot_is_not_acknowledged(writer):
+    engines = Engines(lambda n: snapshot(n, wall_ns=2**70 if n == 1 else n))
+
+    async def poll() -> None:
+        poller = poller_of(engines, writer)
+        with pytest.raises(OverflowError):
+            await poller.refresh()
+        await poller.refresh()
+        await poller.refresh()
+
+    asyncio.run(poll())
+    assert engines.acknowledged == [{}, {}, {"run": 2}]
+
+
+def test_callers_share_a_refresh_that_is_under_way(writer):
+    engines = Engines(snapshot)
+
+    async def poll() -> None:
+        poller = poller_of(engines, writer)
+        await asyncio.gather(*(poller.refresh() for _ in range(20)))
+        assert engines.calls == 1
+        await poller.refresh()
+        assert engines.calls == 2
+
+    asyncio.run(poll())
+
+
+def test_a_caller_that_is_cancelled_takes_no_other_with_it(writer):
+    gate = asyncio.Event()
+
+    async def slow() -> Snapshot:
+        await gate.wait()
+        return snapshot(1)
+
+    async def poll() -> None:
+        poller = poller_of(Engines(lambda _: slow()), writer)
+        impatient = asyncio.create_task(poller.refresh())
+        patient = asyncio.create_task(poller.refresh())
+        await asyncio.sleep(0.01)
+        impatient.cancel()
+        await asyncio.sleep(0.01)
+        gate.set()
+        await asyncio.wait_for(patient, 5)
+        assert impatient.cancelled()
+
+    asyncio.run(poll())
+
+
+def test_an_engine_that_fails_does_not_hide_the_others(writer, rows):
+    engines = Engines(lambda _: RuntimeError("dead"), lambda n: snapshot(n, "alive"))
+    poller = poller_of(engines, writer)
+    asyncio.run(poller.refresh())
+    assert rows("SELECT run_id FROM snapshots") == [("alive",)]
+    assert poller._guard.errors == 1
+
+
+def test_an_engine_that_is_not_metered_is_no_error(writer, rows):
+    poller = poller_of(Engines(lambda _: None, snapshot), writer)
+    asyncio.run(poller.refresh())
+    assert rows("SELECT count(*) FROM snapshots") == [(1,)]
+    assert poller._guard.errors == 0
+
+
+def test_failures_that_are_not_in_a_row_do_not_switch_the_meter_off(writer):
+    """An engine may fail to answer now and then for months."""
+    engines = Engines(lambda n: RuntimeError("busy") if n % 2 else snapshot(n))
+
+    async def poll() -> Poller:
+        poller = poller_of(engines, writer)
+        for _ in range(30):
+            await poller.refresh()
+        return poller
+
+    guard = asyncio.run(poll())._guard
+    assert guard.errors == 15
+    assert not guard.off
+
+
+def test_an_engine_that_is_busy_for_minutes_does_not_switch_the_meter_off(writer, monkeypatch):
+    """It answers between two steps; new weights or a first compilation take longer than that."""
+    monkeypatch.setattr(poller_module, "ANSWER_TIMEOUT_S", 0.001)
+
+    async def answer(call: int) -> Snapshot:
+        if call < 20:
+            await asyncio.Event().wait()
+        return snapshot(call)
+
+    async def poll() -> Poller:
+        poller = poller_of(Engines(answer), writer, interval_s=0)
+        polling = asyncio.create_task(poller.run())
+        while not poller.latest:
+            await asyncio.sleep(0.005)
+        polling.cancel()
+        return poller
+
+    guard = asyncio.run(asyncio.wait_for(poll(), 20))._guard
+    assert not guard.off
+
+
+def test_it_polls_for_ever_and_contains_errors(writer, rows):
+    engines = Engines(lambda n: SimpleNamespace() if n < 4 else snapshot(n))
+    bad = iter([{"no": "snapshot"}, {}])
+    engines._answers = (lambda n: next(bad, None) or snapshot(n),)
+
+    async def poll() -> Poller:
+        poller = poller_of(engines, writer, interval_s=0)
+        polling = asyncio.create_task(poller.run())
+        while len(engines.acknowledged) < 6 or "run" not in engines.acknowledged[-1]:
+            await asyncio.sleep(0.005)
+        polling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await polling
+        return poller
+
+    poller = asyncio.run(asyncio.wait_for(poll(), 20))
+    assert 1 <= poller._guard.errors <= 2
+    assert not poller._guard.off
+    assert rows("SELECT count(*) FROM snapshots") == [(1,)]
+
+
+def test_while_the_server_stops_engines_that_are_gone_are_no_error(writer):
+    poller = poller_of(Engines(lambda _: RuntimeError("gone")), writer)
+    poller.stopping = True
+    asyncio.run(poller.refresh())
+    assert poller._guard.errors == 0
+
+
+def test_an_engine_that_switched_its_meter_off_is_said_once(writer, caplog):
+    import logging
+
+    logger = logging.getLogger("vllm.cost_meter")
+    logger.addHandler(caplog.handler)
+    engines = Engines(lambda n: snapshot(n, state="off" if n > 1 else "on", errors=10))
+
+    async def poll() -> None:
+        poller = poller_of(engines, writer)
+        for _ in range(4):
+            await poller.refresh()
+
+    try:
+        asyncio.run(poll())
+    finally:
+        logger.removeHandler(caplog.handler)
+    said = {id(r) for r in caplog.records if "engine 0 switched its meter off" in r.getMessage()}
+    assert len(said) == 1
