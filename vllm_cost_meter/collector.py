@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm_cost_meter import _vllm, metrics
@@ -74,6 +75,8 @@ class Collector:
         self.ledger_url = settings.ledger or default_url()
         self.writer = LedgerWriter(self.ledger_url, price=self.price)
         self.writer.start()
+        # Opens the ledger, or makes it, now: the first reply must not wait for that.
+        self.writer.commit()
         self.poller: Poller | None = None
         self._births: dict[str, Birth] = {}
         self._model: str | None = None
@@ -131,18 +134,21 @@ class Collector:
         self._births[birth.request_id] = birth
         if (exchange := birth.exchange) is not None:
             exchange.part_was_born(_response_id(birth))
+            if (record := exchange.unrecorded) is not None:
+                exchange.unrecorded = None
+                self.writer.put(replace(record, response_id=exchange.response_id))
 
     def billed(self, bill: Bill) -> None:
         """A bill came: keep it, and tell the exchange it belongs to."""
         birth = self._births.pop(bill.request_id, None)
         part = self._part(bill, birth)
-        metrics.count_bill(part)
         if self.breaker.open:
             self.writer.commit(part).add_done_callback(self._committed_while_open)
         else:
             self.writer.put(part)
         if birth is not None and birth.exchange is not None:
             birth.exchange.part_was_billed(part)
+        metrics.count_bill(part)
 
     def _committed_while_open(self, committed: "Future[None]") -> None:
         if not committed.cancelled() and committed.exception() is None:
@@ -165,10 +171,17 @@ class Collector:
             cost_nanousd=cost_nanousd(bill.gpu_time_ns, price),
             started_at_ns=birth.arrived_at_ns if birth else finished_at_ns,
             finished_at_ns=finished_at_ns,
-            latencies=latencies(birth.times, bill.output_tokens, finished_at_ns)
-            if birth and birth.times
-            else Latencies(),
+            latencies=self._latencies(birth, bill, finished_at_ns),
         )
+
+    def _latencies(self, birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencies:
+        if birth is None or birth.times is None:
+            return Latencies()
+        try:
+            return latencies(birth.times, bill.output_tokens, finished_at_ns)
+        except (AttributeError, TypeError):  # another vLLM's: unknown, and no reason to lose a bill
+            metrics.count_error("api")
+            return Latencies()
 
     # -- replies ----------------------------------------------------------------------------
 
@@ -189,10 +202,12 @@ class Collector:
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
             if not isinstance(error, TimeoutError):
                 self.guard.failed("settle", error)
+                metrics.count_error("api")
             self.breaker.missed()
             metrics.count_miss()
             return False
         self.breaker.bill_came()
+        self.guard.succeeded("settle")
         return True
 
     def http_record(

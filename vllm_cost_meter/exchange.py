@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vllm_cost_meter.records import EngineRequest
+from vllm_cost_meter.records import EngineRequest, HttpRequest
 
 
 class RequestTimes(Protocol):
@@ -46,6 +46,9 @@ class Exchange:
     # None as soon as one part has no cost.
     cost_nanousd: int | None = 0
     method: str = ""
+    # The record of an exchange that ended without an engine request. One may still be born, of a
+    # background response; without any there is nothing to record.
+    unrecorded: HttpRequest | None = None
     _all_billed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def part_was_born(self, response_id: str | None) -> None:

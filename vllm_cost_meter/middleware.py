@@ -12,6 +12,7 @@ Invariant: what leaves is byte for byte what entered, but for the fields listed 
 and every message that entered leaves, whatever fails here.
 """
 
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -32,6 +33,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # nginx's "client closed request": the client left before any status was sent.
 CLIENT_LEFT = 499
+# The HTTP status that accepts a WebSocket.
+SWITCHED_PROTOCOLS = 101
+BODY = "http.response.body"
 
 
 class CostMiddleware:
@@ -61,10 +65,20 @@ class CostMiddleware:
         token = current_exchange.set(exchange)
         editor = ReplyEditor(collector, exchange, send)
         try:
-            await self.app(scope, editor.receiving(receive), editor.send)
+            await self._served(scope, receive, editor)
         finally:
             current_exchange.reset(token)
             collector.run("end of exchange", lambda _collector: editor.close())
+
+    async def _served(self, scope: Scope, receive: Receive, editor: "ReplyEditor") -> None:
+        """Call the application; what it left of an incomplete reply leaves as it came."""
+        try:
+            await self.app(scope, editor.receiving(receive), editor.send)
+        except Exception:
+            with contextlib.suppress(Exception):  # the application's own error counts
+                await editor.release()
+            raise
+        await editor.release()
 
 
 def _starting(scope: Scope, send: Send, collector: Collector) -> Send:
@@ -72,9 +86,12 @@ def _starting(scope: Scope, send: Send, collector: Collector) -> Send:
 
     async def starting_send(message: Message) -> None:
         if message["type"] == "lifespan.startup.complete":
-            await start_side(collector, scope["app"])
+            await start_side(collector, scope.get("app"))
         elif message["type"] == "lifespan.shutdown.complete":
-            await collector.stop()
+            try:
+                await collector.stop()
+            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+                collector.guard.failed("stop", error)
         await send(message)
 
     return starting_send
@@ -110,6 +127,7 @@ class ReplyEditor:
         # A held reply: its start and the body messages so far.
         self._held: list[Message] | None = None
         self._events: reply.SseEvents | None = None
+        self._streamed = False
         self._told: bool | None = None
         self._commented = False
 
@@ -128,7 +146,7 @@ class ReplyEditor:
         """Pass on, hold or edit one message of the application."""
         if message["type"] == "http.response.start":
             await self._start(message)
-        elif message["type"] == "http.response.body":
+        elif message["type"] == BODY:
             self._complete = not message.get("more_body", False)
             if self._held is not None:
                 await self._hold(self._held, message)
@@ -137,17 +155,37 @@ class ReplyEditor:
             else:
                 await self._send(message)
         else:
+            if message["type"] == "websocket.accept":
+                self._status = SWITCHED_PROTOCOLS
+            await self.release()
             await self._send(message)
+
+    async def release(self) -> None:
+        """Let go of what is held, as it came; the rest of the reply passes unedited."""
+        held, self._held = self._held, None
+        for message in held or ():
+            await self._send(message)
+        events, self._events = self._events, None
+        if events is not None and not self._complete and events.rest:
+            await self._send({"type": BODY, "body": events.rest, "more_body": True})
 
     def close(self) -> None:
         """The application is done: make sure that the exchange is recorded."""
-        self._record(told=False)
+        if self._recorded:
+            return
+        record = self._http_record(told=False)
+        if self._exchange.born:
+            self._collector.writer.put(record)
+        else:
+            self._exchange.unrecorded = record
 
     async def _start(self, message: Message) -> None:
         self._status = message["status"]
-        content_type = _content_type(message)
+        content_type = _header(message, b"content-type").partition(b";")[0].strip().lower()
         if content_type == b"text/event-stream":
-            self._events = reply.SseEvents()
+            self._streamed = True
+            if _can_grow(message):
+                self._events = reply.SseEvents()
         elif content_type == b"application/json" and self._exchange.born:
             self._held = [message]
             return
@@ -239,20 +277,21 @@ class ReplyEditor:
 
     def _http_record(self, *, told: bool) -> Any:
         status = self._status
-        if status is None or (self._client_left and self._events is None):
+        if status is None or (self._client_left and not self._streamed):
             status = CLIENT_LEFT if self._client_left else 500
         self._recorded = True
         return self._collector.http_record(
-            self._exchange, status, self._events is not None, self._usage, told
+            self._exchange, status, self._streamed, self._usage, told
         )
 
-    def _record(self, *, told: bool) -> None:
-        if self._exchange.born and not self._recorded:
-            self._collector.writer.put(self._http_record(told=told))
 
-
-def _content_type(start: Message) -> bytes:
+def _header(start: Message, wanted: bytes) -> bytes:
     for name, value in start.get("headers", ()):
-        if name.lower() == b"content-type":
-            return bytes(value).partition(b";")[0].strip().lower()
+        if name.lower() == wanted:
+            return bytes(value)
     return b""
+
+
+def _can_grow(start: Message) -> bool:
+    """Tell whether bytes may be added to a body: its length is open and it is plain text."""
+    return not (_header(start, b"content-length") or _header(start, b"content-encoding"))

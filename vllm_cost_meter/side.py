@@ -34,7 +34,7 @@ REFRESH_TIMEOUT_S = 2.0
 
 async def start_side(collector: Collector, app: Any) -> None:
     """Start the collector with vLLM's application and, in the first API server, the endpoint."""
-    engine_client = getattr(app.state, "engine_client", None)
+    engine_client = getattr(getattr(app, "state", None), "engine_client", None)
     if engine_client is None:
         return  # a render server has no engine
     try:

@@ -1,0 +1,407 @@
+"""The join of bills with their exchanges, in the real collector with a real ledger."""
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+from types import SimpleNamespace
+
+import pytest
+import sqlalchemy
+from sqlalchemy.pool import Pool
+
+from tests.unit.world import JSON, World, replying, worlds
+from vllm_cost_meter import collector as collector_module
+from vllm_cost_meter import metrics
+from vllm_cost_meter.collector import (
+    Breaker,
+    Collector,
+    NoCollector,
+    get_collector,
+    latencies,
+    settings_price,
+)
+from vllm_cost_meter.config import Settings
+from vllm_cost_meter.exchange import Exchange
+from vllm_cost_meter.records import Latencies, Usage
+
+EVERYTHING = "SELECT request_id, http_request_id, tenant, route, response_id FROM requests"
+
+
+@pytest.fixture
+def make(tmp_path):
+    with worlds(tmp_path) as make:
+        yield make
+
+
+@pytest.fixture
+def world(make) -> World:
+    return make()
+
+
+def exchange_of(route: str = "/v1/completions", tenant: str = "alice") -> Exchange:
+    return Exchange(route, tenant, "api_key", None, time.time_ns())
+
+
+# ---- births and bills
+
+
+def test_a_bill_without_a_birth_is_kept_under_unknown(world):
+    world.engine.billed("stranger")
+    assert world.rows(EVERYTHING) == [("stranger", None, "unknown", None, None)]
+    assert world.rows("SELECT prompt_group, started_at = finished_at FROM requests") == [
+        ("stranger", 1)
+    ]
+
+
+def test_a_bill_of_an_exchange_has_its_tenant_route_and_response(world):
+    exchange = exchange_of()
+    world.engine.born("cmpl-x-0-abc", "cmpl-x-0", exchange=exchange, prompt_group="g", lora="l")
+    world.engine.billed("cmpl-x-0-abc")
+    assert world.rows(EVERYTHING) == [
+        ("cmpl-x-0-abc", exchange.http_request_id, "alice", "/v1/completions", "cmpl-x")
+    ]
+    assert world.rows("SELECT external_id, prompt_group, lora, cost_nanousd FROM requests") == [
+        ("cmpl-x-0", "g", "l", 30)
+    ]
+    assert exchange.response_id == "cmpl-x"
+    assert (exchange.gpu_time_ns, exchange.prefill_ns, exchange.cost_nanousd) == (3_000, 1_000, 30)
+
+
+def test_a_birth_told_twice_is_one_birth(world):
+    exchange = exchange_of()
+    for _ in range(2):
+        world.engine.born("r", exchange=exchange)
+    assert (exchange.born, exchange.unbilled) == (1, 1)
+    world.engine.billed("r")
+    assert exchange.unbilled == 0
+
+
+def test_a_bill_told_twice_does_not_make_a_reply_wait_less(world):
+    exchange = exchange_of()
+    for name in ("a", "b"):
+        world.engine.born(name, exchange=exchange)
+    for _ in range(2):
+        world.engine.billed("a")
+    assert exchange.unbilled == 1
+
+
+def test_births_are_bounded_and_the_oldest_goes_first(world, monkeypatch):
+    monkeypatch.setattr(collector_module, "BIRTHS_MAX", 3)
+    exchange = exchange_of()
+    for name in "abcde":
+        world.engine.born(name, exchange=exchange)
+    assert len(world.collector._births) == 3
+    for name in "abcde":
+        world.engine.billed(name)
+    tenants = world.rows("SELECT request_id, tenant FROM requests ORDER BY seq")
+    assert tenants == [("a", "unknown"), ("b", "unknown"), *((n, "alice") for n in "cde")]
+
+
+def test_parts_that_come_after_the_reply_link_to_it(world):
+    async def ask():
+        late = []
+
+        async def app(scope, receive, send):
+            async def background():
+                await asyncio.sleep(0.02)
+                world.engine.generate("turn-2")
+
+            late.append(asyncio.create_task(background()))
+            await replying(JSON, [b"{}"], lambda: world.engine.generate("turn-1"))(
+                scope, receive, send
+            )
+
+        await world.ask(app)
+        await asyncio.gather(*late)
+
+    asyncio.run(ask())
+    assert world.rows(
+        "SELECT count(*), count(DISTINCT http_request_id), min(tenant) FROM requests"
+        " JOIN http_requests USING (http_request_id, tenant)"
+    ) == [(2, 1, "unknown")]
+
+
+def test_an_exchange_waits_for_births_that_follow_a_bill(world):
+    async def wait() -> bool:
+        exchange = exchange_of()
+        world.engine.born("a", exchange=exchange)
+        world.engine.billed("a")
+        world.engine.born("b", exchange=exchange)
+        waiting = asyncio.create_task(exchange.all_billed())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        world.engine.billed("b")
+        await asyncio.wait_for(waiting, 1)
+        return exchange.gpu_time_ns == 6_000
+
+    assert asyncio.run(wait())
+
+
+# ---- money
+
+
+def test_a_price_of_zero_is_a_cost_of_zero_and_no_price_is_no_cost(make):
+    for price, cost in ((0, 0), (None, None)):
+        world = make(gpu_hour_usd=price)
+        exchange = exchange_of()
+        world.engine.born("r", exchange=exchange)
+        world.engine.billed("r")
+        assert world.rows("SELECT cost_nanousd FROM requests") == [(cost,)]
+        assert exchange.cost_nanousd == cost
+
+
+def test_the_price_of_the_settings_is_written_without_an_exponent():
+    assert settings_price(Settings(gpu_hour_usd="1e-7")).usd_per_gpu_hour == "0.0000001"
+    assert settings_price(Settings(gpu_hour_usd="2.50")).price_id == "settings:2.50"
+    assert settings_price(Settings()) is None
+
+
+# ---- latencies
+
+
+def times(**changes) -> SimpleNamespace:
+    values = {
+        "arrival_time": 1_000.0,
+        "queued_ts": 5.0,
+        "scheduled_ts": 5.5,
+        "first_token_ts": 6.0,
+        "last_token_ts": 8.0,
+        "first_token_latency": 1.25,
+        **changes,
+    }
+    return SimpleNamespace(**values)
+
+
+def test_latencies_are_in_milliseconds():
+    assert latencies(times(), 5, 1_004 * 10**9) == Latencies(500.0, 1_250.0, 500.0, 4_000.0)
+
+
+def test_what_has_not_happened_has_no_latency():
+    assert latencies(times(scheduled_ts=0.0), 5, 0).queue_ms is None
+    assert latencies(times(first_token_ts=0.0), 5, 0).ttft_ms is None
+    assert latencies(times(last_token_ts=0.0, first_token_ts=0.0), 5, 0).tpot_ms is None
+    assert latencies(times(), 1, 0).tpot_ms is None
+    assert latencies(times(), 0, 0).tpot_ms is None
+    assert latencies(times(arrival_time=0.0), 5, 0).e2e_ms is None
+
+
+def test_latencies_are_columns_of_the_record(world):
+    world.engine.born("r", times=times(), exchange=None)
+    world.engine.billed("r")
+    assert world.rows("SELECT queue_ms, ttft_ms, tpot_ms FROM requests") == [(500, 1_250, 500)]
+
+
+@pytest.mark.parametrize("broken", [SimpleNamespace(), times(queued_ts=None)])
+def test_times_that_are_not_understood_cost_their_columns_and_not_the_bill(world, broken):
+    for number in range(20):
+        world.engine.born(f"r{number}", times=broken)
+        world.engine.billed(f"r{number}")
+    assert world.rows("SELECT count(*), count(queue_ms) FROM requests") == [(20, 0)]
+    assert not world.collector.guard.off
+
+
+# ---- errors
+
+
+def test_run_contains_and_counts_and_gives_up_after_ten_in_a_row(world):
+    collector = world.collector
+
+    def fail(_collector: Collector) -> None:
+        raise RuntimeError("boom")
+
+    for _ in range(9):
+        assert collector.run("hook", fail) is None
+    assert collector.run("hook", lambda c: c is collector) is True
+    for _ in range(10):
+        collector.run("hook", fail)
+    assert collector.guard.off
+    assert collector.guard.errors == 19
+    assert collector.run("hook", lambda _: 1) is None
+
+
+def test_a_metric_that_cannot_be_counted_costs_no_bill(world, monkeypatch):
+    def full(*_labels):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.BILLS, "labels", full)
+    client = world.run(replying(JSON, [b"{}"], world.engine.generate))
+    assert len(client.ours) == 5
+    assert world.rows("SELECT count(*) FROM requests") == [(1,)]
+    assert world.collector.guard.errors == 1
+
+
+def test_a_collector_that_cannot_be_made_is_one_that_does_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(collector_module, "_collector", None)
+    monkeypatch.setenv("COST_METER_PORT", "wrong")
+    found = get_collector()
+    assert isinstance(found, NoCollector)
+    assert found.run("hook", lambda: 1 / 0) is None
+    assert get_collector() is found
+
+
+def test_errors_that_are_not_in_a_row_do_not_switch_the_meter_off(world):
+    """A record that the ledger refuses is an error of `settle`; so is another, days later."""
+
+    async def settle(good: bool) -> bool:
+        exchange = exchange_of()
+
+        def record():
+            made = world.collector.http_record(exchange, 200, False, Usage(), True)
+            return made if good else None
+
+        return await world.collector.settle(exchange, record)
+
+    for _ in range(12):
+        assert asyncio.run(settle(False)) is False
+        assert asyncio.run(settle(True)) is True
+    assert not world.collector.guard.off
+    assert world.collector.guard.errors == 12
+
+
+# ---- the breaker and the ledger
+
+
+def test_the_breaker_opens_at_five_in_a_row_and_closes_at_the_first_bill():
+    breaker = Breaker()
+    for _ in range(4):
+        breaker.missed()
+    breaker.bill_came()
+    for _ in range(4):
+        breaker.missed()
+    assert not breaker.open
+    breaker.missed()
+    assert breaker.open
+    breaker.missed()
+    assert breaker.misses == 10
+    breaker.bill_came()
+    assert not breaker.open
+
+
+@contextlib.contextmanager
+def commits():
+    """Count the transactions that this process commits, by the hook of SQLAlchemy's engines."""
+    seen: list[float] = []
+
+    def committed(_connection) -> None:
+        seen.append(time.monotonic())
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "commit", committed)
+    try:
+        yield seen
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "commit", committed)
+
+
+def test_a_header_waits_for_one_group_commit(world):
+    async def ask(parts: int) -> int:
+        with commits() as seen:
+
+            async def work():
+                for number in range(parts):
+                    world.engine.born(f"{parts}-{number}")
+                for number in range(parts):
+                    world.engine.billed(f"{parts}-{number}")
+
+            client = await world.ask(replying(JSON, [b"{}"], work))
+            assert len(client.ours) == 5
+        return len(seen)
+
+    assert [asyncio.run(ask(parts)) for parts in (1, 2, 50)] == [1, 1, 1]
+
+
+def test_headers_of_many_replies_share_their_commits(world):
+    async def ask() -> int:
+        with commits() as seen:
+            clients = await asyncio.gather(
+                *(
+                    world.ask(replying(JSON, [b"{}"], lambda n=n: world.engine.generate(f"r{n}")))
+                    for n in range(64)
+                )
+            )
+        assert all(len(client.ours) == 5 for client in clients)
+        return len(seen)
+
+    assert asyncio.run(ask()) < 16
+
+
+def test_a_header_waits_for_at_most_the_commit_under_way_and_its_own(world):
+    async def ask() -> None:
+        async def others():
+            for number in range(2_000):
+                world.engine.billed(f"other-{number}")
+                await asyncio.sleep(0)
+
+        busy = asyncio.create_task(others())
+        for number in range(20):
+            with commits() as seen:
+                client = await world.ask(
+                    replying(JSON, [b"{}"], lambda n=number: world.engine.generate(f"r{n}"))
+                )
+            assert len(client.ours) == 5
+            assert len(seen) <= 2
+        await busy
+
+    asyncio.run(ask())
+    assert world.rows("SELECT count(*) FROM requests") == [(2_020,)]
+
+
+@contextlib.contextmanager
+def full(world: World):
+    """Let the ledger's file grow no more, as a full disk would."""
+    with contextlib.closing(sqlite3.connect(world.path)) as connection:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+
+    def limit(connection, _record) -> None:
+        connection.execute(f"PRAGMA max_page_count={pages}")
+
+    sqlalchemy.event.listen(Pool, "connect", limit)
+    world.collector.writer._engine.dispose()  # the next connection is limited
+    try:
+        yield
+    finally:
+        sqlalchemy.event.remove(Pool, "connect", limit)
+
+
+def test_a_full_disk_delays_five_replies_and_loses_nothing(make):
+    world = make(bill_timeout_ms=120)
+    # Too long for what is left on the pages there are.
+    external_id = "x" * 20_000
+    with full(world):
+
+        def generate(number: int) -> None:
+            world.engine.born(f"r{number}", external_id)
+            world.engine.billed(f"r{number}")
+
+        clients = [
+            world.run(replying(JSON, [b"{}"], lambda n=number: generate(n))) for number in range(8)
+        ]
+        assert all(client.ours == {} for client in clients)
+        assert [client.waited_s >= 0.12 for client in clients] == [True] * 5 + [False] * 3
+        assert all(client.waited_s < 0.6 for client in clients)
+        assert world.collector.writer.committed == 0
+        assert "full" in world.collector.writer.last_error
+    assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(8, 8)]
+    assert world.rows("SELECT count(*) FROM http_requests") == [(8,)]
+    assert world.collector.writer.dropped == 0
+    client = world.run(replying(JSON, [b"{}"], lambda: world.engine.generate("z")))
+    assert len(client.ours) == 5
+
+
+def test_the_first_reply_does_not_wait_for_the_ledger_to_be_made(tmp_path):
+    """API servers but the first write nothing before their first bill."""
+    collector = Collector(Settings(ledger=f"sqlite:///{tmp_path / 'new' / 'ledger.db'}"))
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "new" / "ledger.db-wal").exists():
+        assert time.monotonic() < deadline, "opened only when it is needed"
+        time.sleep(0.01)
+    collector.writer.close(5)
+
+
+def test_stop_flushes_what_waits(tmp_path):
+    collector = Collector(Settings(ledger=f"sqlite:///{tmp_path / 'ledger.db'}"))
+    exchange = exchange_of()
+    collector.writer.put(collector.http_record(exchange, 200, False, Usage(), True))
+    asyncio.run(collector.stop())
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM http_requests").fetchall() == [(1,)]

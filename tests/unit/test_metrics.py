@@ -1,0 +1,120 @@
+"""The meter's metrics: what is counted, under which names, and that series are bounded."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from prometheus_client import REGISTRY, generate_latest
+
+from tests.unit.test_poller import snapshot
+from vllm_cost_meter import metrics
+from vllm_cost_meter.records import (
+    CLASSES,
+    Bill,
+    ClassTotals,
+    EngineRequest,
+    Latencies,
+    UsagePiece,
+)
+
+
+def part(tenant: str = "alice", cost: int | None = 5_000_000_000) -> EngineRequest:
+    pieces = (UsagePiece(1, 10**9, 2 * 10**9, 1, 1),)
+    bill = Bill("run", 1, "r", "stopped", "tokens", 1, 0, 1, 0, 1, pieces)
+    return EngineRequest(
+        bill, None, None, None, "r", tenant, None, None, None, cost, 0, 0, Latencies()
+    )
+
+
+class Gained:
+    """What a sample has gained since this was made."""
+
+    def __init__(self, name: str, **labels: str) -> None:
+        self._key = name, labels
+        self._before = self._now()
+
+    def _now(self) -> float:
+        name, labels = self._key
+        return REGISTRY.get_sample_value(name, labels) or 0.0
+
+    def __call__(self) -> float:
+        return self._now() - self._before
+
+
+@pytest.fixture(autouse=True)
+def no_tenants_yet(monkeypatch):
+    monkeypatch.setattr(metrics, "_labelled_tenants", set())
+
+
+def test_a_bill_is_counted_under_its_tenant():
+    prefill = Gained("cost_meter_gpu_seconds_total", tenant="alice", phase="prefill")
+    decode = Gained("cost_meter_gpu_seconds_total", tenant="alice", phase="decode")
+    cost = Gained("cost_meter_cost_usd_total", tenant="alice")
+    bills = Gained("cost_meter_bills_total", tenant="alice", engine_status="stopped")
+    metrics.count_bill(part())
+    assert (prefill(), decode(), cost(), bills()) == (1.0, 2.0, 5.0, 1.0)
+
+
+def test_a_cost_that_is_unknown_is_not_a_cost_of_zero():
+    metrics.count_bill(part("no-price", None))
+    assert REGISTRY.get_sample_value("cost_meter_cost_usd_total", {"tenant": "no-price"}) is None
+
+
+def test_tenants_beyond_the_limit_are_others_and_the_folding_is_counted(monkeypatch):
+    monkeypatch.setattr(metrics, "TENANT_LABELS_MAX", 3)
+    folded, others = (
+        Gained("cost_meter_tenants_folded_total"),
+        Gained("cost_meter_bills_total", tenant="other", engine_status="stopped"),
+    )
+    for number in range(5):
+        metrics.count_bill(part(f"many-{number}"))
+    metrics.count_bill(part("many-0"))
+    assert (folded(), others()) == (2.0, 2.0)
+    text = generate_latest().decode()
+    assert 'tenant="many-2"' in text
+    assert 'tenant="many-3"' not in text
+
+
+def test_an_engine_shows_every_class_of_its_time():
+    totals = ClassTotals(**{name: n * 10**9 for n, name in enumerate(CLASSES)})
+    metrics.set_engine(snapshot(1, totals=totals, own_ns=5 * 10**8, engine_index=7))
+    for n, name in enumerate(CLASSES):
+        labels = {"engine": "7", "class": name}
+        assert REGISTRY.get_sample_value("cost_meter_engine_gpu_seconds", labels) == n
+    assert REGISTRY.get_sample_value("cost_meter_own_seconds", {"engine": "7"}) == 0.5
+    assert REGISTRY.get_sample_value("cost_meter_engine_on", {"engine": "7"}) == 1
+    metrics.set_engine(replace(snapshot(2, engine_index=7), state="off"))
+    assert REGISTRY.get_sample_value("cost_meter_engine_on", {"engine": "7"}) == 0
+
+
+def test_inter_token_latencies_are_counted_by_their_bound():
+    bounds = {
+        le: Gained("cost_meter_inter_token_latencies_total", le=le)
+        for le in ("0.01", "0.02", "+Inf")
+    }
+    metrics.count_inter_token_latencies([0.01, 0.0100001, 0.02, 99.0, float("inf")])
+    assert {le: gained() for le, gained in bounds.items()} == {"0.01": 1, "0.02": 2, "+Inf": 2}
+
+
+def test_misses_and_errors_are_counted():
+    misses, errors = (
+        Gained("cost_meter_reply_misses_total"),
+        Gained("cost_meter_errors_total", side="api"),
+    )
+    metrics.count_miss()
+    metrics.count_error("api")
+    assert (misses(), errors()) == (1.0, 1.0)
+
+
+def test_vllm_does_not_take_our_metrics_for_its_own():
+    """vLLM unregisters every collector whose name holds "vllm"."""
+    ours = [c for c in vars(metrics).values() if hasattr(c, "_name")]
+    assert len(ours) >= 10
+    assert all(c._name.startswith("cost_meter_") and "vllm" not in c._name for c in ours)
+
+
+def test_they_are_imported_without_vllm():
+    """Metrics are core to the side endpoint: importing them must not cost vLLM's seconds."""
+    code = "import sys, vllm_cost_meter.metrics; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

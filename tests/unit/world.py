@@ -1,0 +1,206 @@
+"""A little world around the API side: an engine that bills when told, an application, a client.
+
+The collector, its ledger and the middleware are the real ones; the engine is these few lines, and
+calls the collector just as vLLM's hooks do.
+"""
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_cost_meter import collector as collector_module
+from vllm_cost_meter.collector import Collector
+from vllm_cost_meter.config import Settings
+from vllm_cost_meter.exchange import Birth, current_exchange
+from vllm_cost_meter.middleware import CostMiddleware
+from vllm_cost_meter.records import NS_PER_HOUR, Bill, UsagePiece
+
+JSON = b"application/json"
+SSE = b"text/event-stream; charset=utf-8"
+COST_HEADERS = [
+    b"x-cost-meter-cost-usd",
+    b"x-cost-meter-gpu-seconds",
+    b"x-cost-meter-request-id",
+    b"x-cost-meter-tenant",
+    b"x-litellm-response-cost",
+]
+# 36 USD an hour are 0.01 nano-USD a nanosecond: costs can be told at a glance.
+GPU_HOUR_USD = "36"
+
+
+def make_collector(folder: Path, **settings: Any) -> Collector:
+    """A collector of its own, with a ledger in the folder that is open already."""
+    given = {"gpu_hour_usd": GPU_HOUR_USD, **settings}
+    collector = Collector(Settings(ledger=f"sqlite:///{folder / 'ledger.db'}", **given))
+    collector.writer.commit().result(10)
+    return collector
+
+
+class Engine:
+    """Gives birth to engine requests and bills them, in the calls that vLLM's hooks make."""
+
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
+        self.seq = 0
+
+    def born(self, request_id: str, external_id: str | None = None, **changes: Any) -> None:
+        birth = Birth(
+            **{
+                "request_id": request_id,
+                "external_id": external_id or request_id,
+                "prompt_group": request_id,
+                "lora": None,
+                "arrived_at_ns": time.time_ns(),
+                "exchange": current_exchange.get(),
+                "times": None,
+                **changes,
+            }
+        )
+        self.collector.run("add_request", Collector.born, birth)
+
+    def bill(self, request_id: str, prefill_ns: int = 1_000, decode_ns: int = 2_000) -> Bill:
+        self.seq += 1
+        hour = time.time_ns() // NS_PER_HOUR
+        pieces = (UsagePiece(hour, prefill_ns, decode_ns, 8, 5),)
+        return Bill("run", self.seq, request_id, "stopped", "tokens", 10, 2, 5, 0, 6, pieces)
+
+    def billed(self, request_id: str, prefill_ns: int = 1_000, decode_ns: int = 2_000) -> None:
+        bill = self.bill(request_id, prefill_ns, decode_ns)
+        self.collector.run("bill", Collector.billed, bill)
+
+    def generate(self, request_id: str = "r") -> None:
+        self.born(request_id)
+        self.billed(request_id)
+
+
+class Client:
+    """What a client of one exchange saw, message by message."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.at_s: list[float] = []
+        self.started_s = time.monotonic()
+
+    async def send(self, message: Any) -> None:
+        self.messages.append(dict(message))
+        self.at_s.append(time.monotonic() - self.started_s)
+
+    @property
+    def status(self) -> int:
+        return self.messages[0]["status"]
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return list(self.messages[0]["headers"])
+
+    @property
+    def ours(self) -> dict[bytes, bytes]:
+        """The headers that the meter added."""
+        return {name: value for name, value in self.headers if b"cost" in name}
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(m.get("body", b"") for m in self.messages if m["type"].endswith(".body"))
+
+    @property
+    def waited_s(self) -> float:
+        return self.at_s[0]
+
+
+def scope_of(
+    path: str = "/v1/completions",
+    headers: Iterable[tuple[bytes, bytes]] = (),
+    type: str = "http",
+    **more: Any,
+) -> dict[str, Any]:
+    return {"type": type, "method": "POST", "path": path, "headers": list(headers), **more}
+
+
+async def no_more_messages() -> dict[str, Any]:
+    """A client that stays: it has nothing to say, for ever."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+def replying(
+    content_type: bytes,
+    bodies: Sequence[bytes],
+    before: Callable[[], Any] = lambda: None,
+    status: int = 200,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> App:
+    """An application that calls `before`, then replies with these body messages."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        result = before()
+        if asyncio.iscoroutine(result):
+            await result
+        start = [(b"content-type", content_type), *headers]
+        await send({"type": "http.response.start", "status": status, "headers": start})
+        for number, body in enumerate(bodies, 1):
+            more = number < len(bodies)
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+    return app
+
+
+class World:
+    """One API server: its collector, its engine, and its ledger's file."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, **settings: Any) -> None:
+        self.path = folder / "ledger.db"
+        self.collector = make_collector(folder, **settings)
+        self.engine = Engine(self.collector)
+        patch.setattr(collector_module, "_collector", self.collector)
+
+    async def ask(
+        self, app: App, scope: dict[str, Any] | None = None, receive: Any = no_more_messages
+    ) -> Client:
+        client = Client()
+        await CostMiddleware(app)(scope or scope_of(), receive, client.send)
+        return client
+
+    def run(self, app: App, scope: dict[str, Any] | None = None, **more: Any) -> Client:
+        return asyncio.run(self.ask(app, scope, **more))
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """Answer a query from the file, once all that was handed over is written."""
+        self.collector.writer.commit().result(10)
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            return connection.execute(query).fetchall()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the ledger as another process's transaction would."""
+        blocker = sqlite3.connect(self.path, isolation_level=None)
+        try:
+            blocker.execute("BEGIN EXCLUSIVE")
+            yield
+        finally:
+            blocker.close()
+
+
+@contextlib.contextmanager
+def worlds(folder: Path) -> Iterator[Callable[..., World]]:
+    """Make worlds with the settings given, and end them."""
+    made: list[World] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def make(**settings: Any) -> World:
+            place = folder / str(len(made))
+            place.mkdir()
+            made.append(World(place, patch, **settings))
+            return made[-1]
+
+        yield make
+        for world in made:
+            world.collector.writer.close(5)
