@@ -1,0 +1,128 @@
+"""What README.md and the other pages tell people to do can be done: commands, links, names."""
+
+import re
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from tests.docs.pages import DOCS, PAGES, ROOT
+from vllm_cost_meter import reply
+from vllm_cost_meter.cli import app
+from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings
+from vllm_cost_meter.records import BILL_KEY
+
+README = ROOT / "README.md"
+MAKEFILE = (ROOT / "Makefile").read_text()
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMAND = re.compile(r"(?<![/\w:])vllm-cost-meter((?: +[-a-z]+)+)")
+# Environment names that look like settings: examples of what goes wrong.
+WRONG_NAMES = {"COST_METER_PROT", "COST_METER_SERVICE_HOST"}
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def code_of(page: Path) -> list[str]:
+    """Return the code spans and code lines of a page, without their comments."""
+    text = page.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("    ")]
+    spans = re.findall("`([^`]+)`", "\n".join(x for x in text.splitlines() if x[:4] != "    "))
+    return [piece.partition(" # ")[0] for piece in [*lines, *spans]]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_pages_are_found():
+    assert {README, DOCS / "api.md", ROOT / "CHANGELOG.md"} <= set(PAGES)
+
+
+@EACH_PAGE
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if path.startswith("https:"):
+            continue
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/[^)#]+)\)", README.read_text()))
+    assert linked == {f"docs/{page.name}" for page in DOCS.glob("*.md")}
+
+
+@EACH_PAGE
+def test_make_targets_and_variables_exist(page):
+    targets = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split()
+    for piece in code_of(page):
+        for target, rest in re.findall(r"\bmake ([a-z]+)\b(.*)", piece):
+            assert target in targets, piece
+            for variable in re.findall(r"\b([A-Z_]+)=", rest):
+                assert variable in MAKEFILE, piece
+
+
+@EACH_PAGE
+def test_commands_and_their_options_exist(page):
+    for piece in code_of(page):
+        for words in COMMAND.findall(piece):
+            name, *rest = words.split()
+            if name.startswith("-"):
+                assert name in ("--version", "--help"), piece
+                continue
+            assert name in COMMANDS, piece
+            options = {o for parameter in COMMANDS[name].params for o in parameter.opts}
+            assert {word for word in rest if word.startswith("--")} <= options, piece
+
+
+def test_every_command_is_told_in_the_readme():
+    told = {words.split()[0] for piece in code_of(README) for words in COMMAND.findall(piece)}
+    assert told | {"demo"} == set(COMMANDS)
+
+
+@EACH_PAGE
+def test_environment_names_are_settings(page):
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_NAMES | WRONG_NAMES
+    assert set(re.findall(r"\bCOST_METER_[A-Z0-9_]+[A-Z0-9]", page.read_text())) <= known
+
+
+@EACH_PAGE
+def test_header_names_are_those_of_the_code(page):
+    sent = {name.decode() for name, _ in reply.headers(1, 1, "id", "tenant")} | {BILL_KEY}
+    assert set(re.findall(r"\bx-cost-meter-[a-z-]+[a-z]", page.read_text())) <= sent
+
+
+@EACH_PAGE
+def test_files_that_are_named_exist(page):
+    for piece in code_of(page):
+        for name in re.findall(
+            r"(?<![\w/.])((?:tests|csrc|docs|scripts|vllm_cost_meter)/\S+)", piece
+        ):
+            assert (ROOT / name.rstrip(")")).exists(), piece
+
+
+def test_the_bill_in_the_readme_adds_up():
+    bill = README.read_text().partition("    the bill\n")[2].partition("audit:")[0]
+    rows = {row.split()[0]: row.split()[1:] for row in bill.splitlines() if row.split()}
+    heading, total = rows.pop("tenant"), rows.pop("total")
+    assert heading == ["requests", "prompt", "cached", "output", "GPU", "seconds", "USD"]
+    for place in (-1, -2):
+        assert sum(Decimal(row[place]) for row in rows.values()) == Decimal(total[place])
+    tenants = {name: row for name, row in rows.items() if not name.startswith("__")}
+    for place in range(4):
+        assert sum(int(row[place]) for row in tenants.values()) == int(total[place])
+
+
+def test_the_headers_in_the_readme_are_those_that_are_sent():
+    shown = dict(re.findall(r"^    (x-[a-z-]+): (.+)$", README.read_text(), re.MULTILINE))
+    sent = reply.headers(
+        gpu_time_ns=int(Decimal(shown["x-cost-meter-gpu-seconds"]) * 10**9),
+        cost_nanousd=int(Decimal(shown["x-cost-meter-cost-usd"]) * 10**9),
+        http_request_id=shown["x-cost-meter-request-id"],
+        tenant=shown["x-cost-meter-tenant"],
+    )
+    assert {name.decode(): value.decode() for name, value in sent} == shown
