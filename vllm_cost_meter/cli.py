@@ -67,7 +67,10 @@ class What(StrEnum):
 
 Ledger = Annotated[
     str | None,
-    typer.Option(help="SQLAlchemy URL of the ledger; COST_METER_LEDGER or the default otherwise."),
+    typer.Option(
+        help="SQLAlchemy URL of the ledger, or a SQLite file; otherwise COST_METER_LEDGER or the "
+        "default."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -239,7 +242,12 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             f" s x {run['gpus']} GPU = {parts} + other {rest:.3f}; {run['last_seq']} bills;"
             f" difference {run['difference_ns']} ns"
         )
-        for name in ("ledger_difference_ns", "hours_difference_ns"):
+        for name in (
+            "billed_difference_ns",
+            "ledger_difference_ns",
+            "hours_difference_ns",
+            "uneven_bills",
+        ):
             if run[name]:
                 yield f"  {name}: {run[name]}"
         if run["missing_bills"]:

@@ -94,7 +94,7 @@ def _books(url: str) -> Finding:
     runs = answer["runs"]
     if not answer["balanced"]:
         return Finding("books", False, "they do not balance: vllm-cost-meter audit says where")
-    engines_off = [run["run_id"][:8] for run in runs if run["state"] == "off"]
+    engines_off = [run["run_id"][:8] for run in runs if run["alive"] and run["state"] == "off"]
     if engines_off:
         detail = f"the meter switched itself off in run {', '.join(engines_off)}: see the log"
         return Finding("books", False, detail)

@@ -12,7 +12,6 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.guard import Guard
 
 
@@ -20,7 +19,13 @@ class CostStatLogger(AggregateStatLoggerBase):
     """Feeds each iteration's latencies to the meter's histograms."""
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
+        # Not at the top: vLLM loads this module also where the meter is inert, and importing our
+        # metrics would show them on its /metrics.
+        from vllm_cost_meter import metrics  # noqa: PLC0415
+
         self.guard = Guard("stat logger")
+        self._metrics = metrics
+        metrics.ENGINE_AWAKE.set(1)
 
     def record(
         self,
@@ -34,10 +39,10 @@ class CostStatLogger(AggregateStatLoggerBase):
             return
         try:
             for seconds in iteration_stats.time_to_first_tokens_iter:
-                metrics.TTFT.observe(seconds)
-            metrics.count_inter_token_latencies(iteration_stats.inter_token_latencies_iter)
+                self._metrics.TTFT.observe(seconds)
+            self._metrics.count_inter_token_latencies(iteration_stats.inter_token_latencies_iter)
             for request in iteration_stats.finished_requests:
-                metrics.END_TO_END.observe(request.e2e_latency)
+                self._metrics.END_TO_END.observe(request.e2e_latency)
             self.guard.succeeded("record")
         except Exception as error:  # noqa: BLE001 - an exception here stops the server
             self.guard.failed("record", error)
@@ -49,6 +54,6 @@ class CostStatLogger(AggregateStatLoggerBase):
         """Show whether the engines are awake; vLLM calls this after sleep and wake-up."""
         try:
             # vLLM passes 1 with the level when it goes to sleep, and 0, 0 when it has woken up.
-            metrics.ENGINE_AWAKE.set(0 if is_awake else 1)
+            self._metrics.ENGINE_AWAKE.set(0 if is_awake else 1)
         except Exception as error:  # noqa: BLE001 - an exception here fails the sleep request
             self.guard.failed("record_sleep_state", error)

@@ -1,6 +1,6 @@
 """Named, or inert: what the plugin does to vLLM when it is not named, and how it can be named.
 
-Most of it needs no server: a fresh interpreter loads vLLM's plugins as `vllm serve` would and says
+Most of it needs no server: a process of its own loads vLLM's plugins as `vllm serve` would and says
 what changed. Another plugin, `cost_meter_tests`, is installed beside ours throughout.
 """
 
@@ -9,7 +9,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,7 +22,6 @@ from vllm_cost_meter.plugin import GROUPS_LOADED_BY_DEFAULT
 
 PROBE = """
 import json, os, sys
-sys.argv = ["vllm", "serve", *sys.argv[1:]]
 from vllm.config import SchedulerConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -45,42 +47,69 @@ print("PROBE" + json.dumps({{
 """
 
 
-def probe(
-    *arguments: str, before: str = "", tmp_path: Path, **environment: str
-) -> tuple[subprocess.CompletedProcess[str], dict]:
-    seen = tmp_path / "seen"
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_PLUGINS", "COST_"))}
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", PROBE.format(before=before), *arguments],
-        env={
-            **clean,
-            "PYTHONPATH": str(PLUGIN_FOLDER),
-            "CMT_SEEN": str(seen),
-            "COST_METER_LEDGER": f"sqlite:///{tmp_path}/state/ledger.db",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = re.search(r"^PROBE(.*)$", done.stdout, re.MULTILINE)
-    answer = json.loads(found[1]) if found else {}
-    answer["other_plugin_loaded"] = seen.exists()
-    return done, answer
+@dataclass
+class Probe:
+    """Loads vLLM's plugins as `vllm serve` would, in a process of its own."""
+
+    zygote: subprocess.Popen[str]
+    folder: Path
+    status: int = 0
+    output: str = ""
+
+    def __call__(self, *arguments: str, before: str = "", **environment: str) -> dict[str, Any]:
+        seen, out = self.folder / "seen", self.folder / "out"
+        seen.unlink(missing_ok=True)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_PLUGINS", "COST_"))}
+        order = {
+            "code": PROBE.format(before=before),
+            "argv": ["vllm", "serve", *arguments],
+            "environment": {
+                **clean,
+                "PYTHONPATH": str(PLUGIN_FOLDER),
+                "CMT_SEEN": str(seen),
+                "COST_METER_LEDGER": f"sqlite:///{self.folder}/state/ledger.db",
+                **environment,
+            },
+            "out": str(out),
+        }
+        assert self.zygote.stdin is not None
+        assert self.zygote.stdout is not None
+        self.zygote.stdin.write(json.dumps(order) + "\n")
+        self.zygote.stdin.flush()
+        self.status = int(self.zygote.stdout.readline())
+        self.output = out.read_text()
+        found = re.search(r"^PROBE(.*)$", self.output, re.MULTILINE)
+        return {**(json.loads(found[1]) if found else {}), "other_plugin_loaded": seen.exists()}
 
 
-def test_installed_but_not_named_it_changes_nothing_and_says_so_once(tmp_path: Path) -> None:
-    done, answer = probe(tmp_path=tmp_path)
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[subprocess.Popen[str]]:
+    script = str(Path(__file__).parent / "zygote.py")
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def probe(zygote: subprocess.Popen[str], tmp_path: Path) -> Probe:
+    return Probe(zygote, tmp_path)
+
+
+def test_installed_but_not_named_it_changes_nothing_and_says_so_once(probe: Probe) -> None:
+    answer = probe()
     assert not any(answer[hook] for hook in ("scheduler", "engine", "outputs"))
     assert answer["stat_loggers"] == []
     assert answer["endpoint_plugins"] == []
     assert not answer["ledger_loaded"]
     assert answer["other_plugin_loaded"]
-    assert (done.stdout + done.stderr).count("installed but not named") == 1
+    assert probe.output.count("installed but not named") == 1
 
 
-def test_named_by_the_variable_it_is_active(tmp_path: Path) -> None:
-    _, answer = probe(tmp_path=tmp_path, VLLM_PLUGINS="cost_meter")
+def test_named_by_the_variable_it_is_active(probe: Probe) -> None:
+    answer = probe(VLLM_PLUGINS="cost_meter")
     assert answer["scheduler"]
     assert answer["engine"]
     assert answer["outputs"]
@@ -89,8 +118,8 @@ def test_named_by_the_variable_it_is_active(tmp_path: Path) -> None:
     assert not answer["other_plugin_loaded"], "VLLM_PLUGINS is an allowlist"
 
 
-def test_named_by_the_flag_it_is_active_and_switches_nothing_else_off(tmp_path: Path) -> None:
-    done, answer = probe("--plugins", "cost_meter", tmp_path=tmp_path)
+def test_named_by_the_flag_it_is_active_and_switches_nothing_else_off(probe: Probe) -> None:
+    answer = probe("--plugins", "cost_meter")
     assert answer["scheduler"]
     assert answer["engine"]
     assert answer["outputs"]
@@ -98,29 +127,29 @@ def test_named_by_the_flag_it_is_active_and_switches_nothing_else_off(tmp_path: 
     named = set(answer["VLLM_PLUGINS"].split(","))
     assert {"cost_meter", "cost_meter_tests", "lora_filesystem_resolver"} <= named
     assert answer["other_plugin_loaded"]
-    assert "installed but not named" not in done.stdout + done.stderr
+    assert "installed but not named" not in probe.output
     assert "vllm.endpoint_plugins" not in GROUPS_LOADED_BY_DEFAULT
 
 
-def test_the_flag_adds_to_the_variable_where_that_is_set(tmp_path: Path) -> None:
-    _, answer = probe("--plugins=cost_meter,x", tmp_path=tmp_path, VLLM_PLUGINS="cost_meter,a")
+def test_the_flag_adds_to_the_variable_where_that_is_set(probe: Probe) -> None:
+    answer = probe("--plugins=cost_meter,x", VLLM_PLUGINS="cost_meter,a")
     assert answer["VLLM_PLUGINS"] == "cost_meter,a,x"
 
 
-def test_the_flag_may_name_others_and_leave_the_meter_inert(tmp_path: Path) -> None:
-    _, answer = probe("--plugins", "cost_meter_tests", tmp_path=tmp_path)
+def test_the_flag_may_name_others_and_leave_the_meter_inert(probe: Probe) -> None:
+    answer = probe("--plugins", "cost_meter_tests")
     assert not answer["scheduler"]
     assert "cost_meter" not in answer["VLLM_PLUGINS"].split(",")
     assert answer["stat_loggers"] == []
 
 
-def test_left_out_by_the_variable_it_is_never_loaded(tmp_path: Path) -> None:
-    done, _ = probe("--plugins", "cost_meter", tmp_path=tmp_path, VLLM_PLUGINS="other")
-    assert done.returncode != 0
-    assert "unrecognized arguments: --plugins" in done.stderr
+def test_left_out_by_the_variable_it_is_never_loaded(probe: Probe) -> None:
+    probe("--plugins", "cost_meter", VLLM_PLUGINS="other")
+    assert probe.status != 0
+    assert "unrecognized arguments: --plugins" in probe.output
 
 
-def test_it_steps_aside_should_vllm_grow_the_flag(tmp_path: Path) -> None:
+def test_it_steps_aside_should_vllm_grow_the_flag(probe: Probe) -> None:
     before = """
 from vllm.engine.arg_utils import EngineArgs
 original = EngineArgs.add_cli_args
@@ -129,7 +158,7 @@ def grown(parser):
     return original(parser)
 EngineArgs.add_cli_args = staticmethod(grown)
 """
-    _, answer = probe(before=before, tmp_path=tmp_path, VLLM_PLUGINS="cost_meter")
+    answer = probe(before=before, VLLM_PLUGINS="cost_meter")
     assert answer["plugins_flag"] == "vllm's own"
     assert answer["scheduler"]
 
@@ -144,35 +173,37 @@ EngineArgs.add_cli_args = staticmethod(grown)
     ],
 )
 def test_a_wrong_setting_stops_the_start_with_one_line(
-    tmp_path: Path, environment: dict[str, str], says: str
+    probe: Probe, environment: dict[str, str], says: str
 ) -> None:
-    done, _ = probe(tmp_path=tmp_path, **{"VLLM_PLUGINS": "cost_meter", **environment})
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("cost meter:")]
+    probe(**{"VLLM_PLUGINS": "cost_meter", **environment})
+    assert probe.status != 0
+    lines = [line for line in probe.output.splitlines() if line.startswith("cost meter:")]
     assert len(lines) == 1
     assert says in lines[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in probe.output
 
 
-def test_a_wrong_setting_does_not_matter_while_inert(tmp_path: Path) -> None:
-    done, _ = probe(tmp_path=tmp_path, COST_METER_GPU_HOUR_USD="cheap")
-    assert done.returncode == 0
+def test_a_wrong_setting_does_not_matter_while_inert(probe: Probe) -> None:
+    probe(COST_METER_GPU_HOUR_USD="cheap")
+    assert probe.status == 0
 
 
-def test_the_config_flag_reaches_child_processes_and_is_checked(tmp_path: Path) -> None:
+def test_the_config_flag_reaches_child_processes_and_is_checked(
+    probe: Probe, tmp_path: Path
+) -> None:
     good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
     good.write_text("gpu_hour_usd = 1.5\n")
     bad.write_text("gpu_hour_usd = -1\n")
     for order in (0, 1):
         flags = [("--plugins", "cost_meter"), ("--cost-meter-config", str(good))]
         arguments = [word for flag in (flags[order], flags[1 - order]) for word in flag]
-        _, answer = probe(*arguments, tmp_path=tmp_path)
+        answer = probe(*arguments)
         assert answer["COST_METER_CONFIG"] == str(good)
         assert answer["scheduler"]
         wrong = [word if word != str(good) else str(bad) for word in arguments]
-        done, _ = probe(*wrong, tmp_path=tmp_path)
-        assert done.returncode != 0
-        assert "gpu_hour_usd" in done.stderr
+        probe(*wrong)
+        assert probe.status != 0
+        assert "gpu_hour_usd" in probe.output
 
 
 def test_a_taken_port_is_one_warning_and_inert_serves_beside(work: Path) -> None:
