@@ -208,7 +208,7 @@ class ReplyEditor:
     async def _cost_headers(self, bodies: list[Message]) -> list[tuple[bytes, bytes]]:
         body = b"".join(message.get("body", b"") for message in bodies)
         self._usage = self._collector.run("usage", lambda _: reply.usage_of(body)) or Usage()
-        if self._mode == "none" or not await self._settle():
+        if self._mode == "none" or reply.goes_on(body) or not await self._settle():
             return []
         exchange = self._exchange
         return (

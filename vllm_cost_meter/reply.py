@@ -54,6 +54,7 @@ _JSON_ERRORS = (ValueError, RecursionError)
 
 class _Reply(msgspec.Struct):
     usage: Any = None
+    status: Any = None
 
 
 def usage_of(body: bytes | Mapping[str, Any]) -> Usage:
@@ -64,6 +65,14 @@ def usage_of(body: bytes | Mapping[str, Any]) -> Usage:
         return _tokens(msgspec.json.decode(body, type=_Reply).usage)
     except (msgspec.MsgspecError, *_JSON_ERRORS):
         return Usage()
+
+
+def goes_on(body: bytes) -> bool:
+    """Tell whether a Responses reply announces a background response that is still generating."""
+    try:
+        return msgspec.json.decode(body, type=_Reply).status in ("queued", "in_progress")
+    except (msgspec.MsgspecError, *_JSON_ERRORS):
+        return False
 
 
 def _tokens(usage: object) -> Usage:

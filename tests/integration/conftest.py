@@ -21,7 +21,11 @@ def server(work: Path) -> Iterator[Server]:
     server = Server(
         work / "plain",
         arguments=["--plugins", "cost_meter", "--enable-prompt-tokens-details"],
-        environment={"CMT_TEE": str(tee), "CMT_SEEN": str(work / "seen")},
+        environment={
+            "CMT_TEE": str(tee),
+            "CMT_SEEN": str(work / "seen"),
+            "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # background responses need it
+        },
     )
     try:
         yield server.start()

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.integration.server import TENANT_KEYS, Server
-from tests.integration.traffic import PROMPT, Reply, ask
+from tests.integration.traffic import PROMPT, Reply, ask, body_of
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 
@@ -174,6 +174,25 @@ def test_a_disconnect_is_billed_to_whoever_asked(server: Server, after_tokens: i
     assert row["engine_status"] == "aborted"
     assert row["status"] == (200 if after_tokens else 499)
     assert 0 < row["parts"][0]["output_tokens"] < 1500
+    assert row["gpu_time_ns"] > 0
+    server.balanced()
+
+
+def test_a_background_response_is_not_waited_for_and_billed_when_it_ends(server: Server) -> None:
+    with server.client("gamma") as client:
+        start = time.monotonic()
+        announced = client.post("/v1/responses", json=body_of("/v1/responses", background=True))
+        seconds = time.monotonic() - start
+        response_id = announced.json()["id"]
+        while client.get(f"/v1/responses/{response_id}").json()["status"] != "completed":
+            assert time.monotonic() - start < 20
+            time.sleep(0.1)
+    assert announced.json()["status"] in ("queued", "in_progress")
+    assert seconds < 0.25
+    assert "x-cost-meter-cost-usd" not in announced.headers
+    row = server.bill_of(response_id)
+    assert row["tenant"] == "gamma"
+    assert row["output_tokens"] == 12
     assert row["gpu_time_ns"] > 0
     server.balanced()
 

@@ -11,6 +11,7 @@ from vllm_cost_meter.reply import (
     comment,
     cost_fields,
     final_usage,
+    goes_on,
     headers,
     insert_usage,
     is_end,
@@ -354,3 +355,18 @@ def test_an_event_too_long_passes_through_in_pieces():
     assert events.feed(b"data: 12345") == [b"data: 12345"]
     assert events.feed(b"67\n\ndata: x\n\n") == [b"67\n\n", b"data: x\n\n"]
     assert events.rest == b""
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"id":"resp_1","status":"queued","usage":null}', True),
+        (b'{"id":"resp_1","status":"in_progress"}', True),
+        (b'{"id":"resp_1","status":"completed","usage":{"input_tokens":1}}', False),
+        (b'{"id":"chatcmpl-1","usage":{"prompt_tokens":1}}', False),
+        (b"not json", False),
+        (b"[]", False),
+    ],
+)
+def test_a_background_response_is_known_by_its_status(body: bytes, expected: bool) -> None:
+    assert goes_on(body) is expected
