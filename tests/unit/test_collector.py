@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import sqlalchemy
-from sqlalchemy.pool import Pool
 
-from tests.unit.world import JSON, World, replying, worlds
+from tests.unit.world import JSON, replying
 from vllm_cost_meter import collector as collector_module
 from vllm_cost_meter import metrics
 from vllm_cost_meter.collector import (
@@ -26,17 +25,6 @@ from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.records import Latencies, Usage
 
 EVERYTHING = "SELECT request_id, http_request_id, tenant, route, response_id FROM requests"
-
-
-@pytest.fixture
-def make(tmp_path):
-    with worlds(tmp_path) as make:
-        yield make
-
-
-@pytest.fixture
-def world(make) -> World:
-    return make()
 
 
 def exchange_of(route: str = "/v1/completions", tenant: str = "alice") -> Exchange:
@@ -141,9 +129,9 @@ def test_an_exchange_waits_for_births_that_follow_a_bill(world):
 # ---- money
 
 
-def test_a_price_of_zero_is_a_cost_of_zero_and_no_price_is_no_cost(make):
+def test_a_price_of_zero_is_a_cost_of_zero_and_no_price_is_no_cost(make_world):
     for price, cost in ((0, 0), (None, None)):
-        world = make(gpu_hour_usd=price)
+        world = make_world(gpu_hour_usd=price)
         exchange = exchange_of()
         world.engine.born("r", exchange=exchange)
         world.engine.billed("r")
@@ -344,48 +332,6 @@ def test_a_header_waits_for_at_most_the_commit_under_way_and_its_own(world):
 
     asyncio.run(ask())
     assert world.rows("SELECT count(*) FROM requests") == [(2_020,)]
-
-
-@contextlib.contextmanager
-def full(world: World):
-    """Let the ledger's file grow no more, as a full disk would."""
-    with contextlib.closing(sqlite3.connect(world.path)) as connection:
-        (pages,) = connection.execute("PRAGMA page_count").fetchone()
-
-    def limit(connection, _record) -> None:
-        connection.execute(f"PRAGMA max_page_count={pages}")
-
-    sqlalchemy.event.listen(Pool, "connect", limit)
-    world.collector.writer._engine.dispose()  # the next connection is limited
-    try:
-        yield
-    finally:
-        sqlalchemy.event.remove(Pool, "connect", limit)
-
-
-def test_a_full_disk_delays_five_replies_and_loses_nothing(make):
-    world = make(bill_timeout_ms=120)
-    # Too long for what is left on the pages there are.
-    external_id = "x" * 20_000
-    with full(world):
-
-        def generate(number: int) -> None:
-            world.engine.born(f"r{number}", external_id)
-            world.engine.billed(f"r{number}")
-
-        clients = [
-            world.run(replying(JSON, [b"{}"], lambda n=number: generate(n))) for number in range(8)
-        ]
-        assert all(client.ours == {} for client in clients)
-        assert [client.waited_s >= 0.12 for client in clients] == [True] * 5 + [False] * 3
-        assert all(client.waited_s < 0.6 for client in clients)
-        assert world.collector.writer.committed == 0
-        assert "full" in world.collector.writer.last_error
-    assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(8, 8)]
-    assert world.rows("SELECT count(*) FROM http_requests") == [(8,)]
-    assert world.collector.writer.dropped == 0
-    client = world.run(replying(JSON, [b"{}"], lambda: world.engine.generate("z")))
-    assert len(client.ours) == 5
 
 
 def test_the_first_reply_does_not_wait_for_the_ledger_to_be_made(tmp_path):

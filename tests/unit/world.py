@@ -6,6 +6,7 @@ calls the collector just as vLLM's hooks do.
 
 import asyncio
 import contextlib
+import json
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,22 @@ COST_HEADERS = [
     b"x-cost-meter-tenant",
     b"x-litellm-response-cost",
 ]
+# What an application replies, whole and as a stream.
+BODY = json.dumps(
+    {
+        "id": "cmpl-1",
+        "usage": {
+            "prompt_tokens": 10,
+            "completion_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        },
+    }
+).encode()
+TOKEN = b'data: {"choices":[{"text":"a","usage":null}],"usage":null}\n\n'
+USAGE = b'data: {"id":"cmpl-1","choices":[],"usage":{"prompt_tokens":10,"completion_tokens":5}}\n\n'
+DONE = b"data: [DONE]\n\n"
+# Where the fields of the meter begin in a usage object, at what `Engine.billed` bills.
+COST = b',"cost":0.000000030,"cost_details":'
 # 36 USD an hour are 0.01 nano-USD a nanosecond: costs can be told at a glance.
 GPU_HOUR_USD = "36"
 
@@ -111,6 +128,11 @@ class Client:
     @property
     def waited_s(self) -> float:
         return self.at_s[0]
+
+
+def event_of(name: str, **data: object) -> bytes:
+    """An event as Anthropic's and the Responses API send it."""
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
 
 
 def scope_of(
