@@ -11,7 +11,8 @@ Invariant: read-only; every JSON body is an object.
 
 import hmac
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import orjson
@@ -64,7 +65,11 @@ def make_app(
             return
         expected = f"Bearer {admin_token}".encode()
         if not hmac.compare_digest((authorization or "").encode(), expected):
-            raise HTTPException(401, "expected the header Authorization: Bearer <admin token>")
+            raise HTTPException(
+                401,
+                "expected the header Authorization: Bearer <admin token>",
+                {"WWW-Authenticate": "Bearer"},
+            )
 
     app = FastAPI(
         title="vllm-cost-meter",
@@ -109,21 +114,24 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
         tenant: str | None = None,
     ) -> dict[str, Any]:
         """Return HTTP requests, newest first."""
-        return reader.requests(limit=limit, next=next, tenant=tenant)
+        with _asked_wrongly():
+            return reader.requests(limit=limit, next=next, tenant=tenant)
 
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/tenants")
     def tenants(window: Window = None) -> dict[str, Any]:
         """Return what each tenant used, and each class of engine time, adding up to the total."""
+        hours = _hours(window)
         refresh()
-        return reader.tenants(*hours_of_window(window))
+        return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant}")
     def tenant(tenant: str, window: Window = None) -> dict[str, Any]:
         """Return what one tenant used."""
+        hours = _hours(window)
         refresh()
-        row = reader.tenant(tenant, *hours_of_window(window))
+        row = reader.tenant(tenant, *hours)
         if row is None:
             raise HTTPException(404, f"no tenant {tenant!r} in the ledger")
         return row
@@ -131,8 +139,9 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
     @app.get("/cost/summary")
     def summary(window: Window = None) -> dict[str, Any]:
         """Return totals over all tenants and engines."""
+        hours = _hours(window)
         refresh()
-        return reader.summary(*hours_of_window(window))
+        return reader.summary(*hours)
 
     @app.get("/cost/audit")
     def audit() -> dict[str, Any]:
@@ -141,14 +150,31 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return reader.audit()
 
 
+@contextmanager
+def _asked_wrongly() -> Iterator[None]:
+    """Make a ValueError about what the asker wrote a 422; any other is our own bug."""
+    try:
+        yield
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
+
+
+def _hours(window: str | None) -> tuple[int | None, int | None]:
+    with _asked_wrongly():
+        return hours_of_window(window)
+
+
 def _add_error_handlers(app: FastAPI) -> None:
-    def error(status: int, message: str, kind: str) -> OrjsonResponse:
-        return OrjsonResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+    def error(
+        status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
+    ) -> OrjsonResponse:
+        content = {"error": {"message": message, "type": kind, "code": status}}
+        return OrjsonResponse(content, status, headers)
 
     @app.exception_handler(StarletteHTTPException)
     def http_error(_request: Request, exception: StarletteHTTPException) -> Response:
         kind = "not_found" if exception.status_code == 404 else "invalid_request"
-        return error(exception.status_code, str(exception.detail), kind)
+        return error(exception.status_code, str(exception.detail), kind, exception.headers)
 
     @app.exception_handler(RequestValidationError)
     def validation_error(_request: Request, exception: RequestValidationError) -> Response:
@@ -156,10 +182,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         where = ".".join(str(part) for part in first["loc"])
         return error(422, f"{where}: {first['msg']}, got {first.get('input')!r}", "invalid_request")
 
-    @app.exception_handler(ValueError)
-    def value_error(_request: Request, exception: ValueError) -> Response:
-        return error(422, str(exception), "invalid_request")
-
     @app.exception_handler(LedgerError)
     def ledger_error(_request: Request, exception: LedgerError) -> Response:
         return error(503, str(exception), "ledger_unavailable")
+
+    @app.exception_handler(Exception)
+    def our_bug(_request: Request, exception: Exception) -> Response:
+        # The server's log has its traceback.
+        return error(500, f"unexpected {type(exception).__name__}", "internal_error")

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from vllm_cost_meter.api import make_app
 from vllm_cost_meter.collector import Collector
 from vllm_cost_meter.config import Settings
+from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.poller import Poller
 
@@ -60,17 +61,23 @@ def serve(settings: Settings, ledger_url: str, poller: Poller) -> None:
         )
         return
     token = settings.admin_token.get_secret_value() if settings.admin_token else None
+    try:
+        reader = LedgerReader(ledger_url, create=True)
+    except LedgerError:
+        listening.close()  # or clients would connect and wait for ever
+        raise
     app = make_app(
-        LedgerReader(ledger_url, create=True),
+        reader,
         refresh=_refresher(poller, asyncio.get_running_loop()),
         admin_token=token,
         registry=metrics_registry,
     )
     host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
     threading.Thread(
         target=_run, args=(app, listening), name="cost-meter-endpoint", daemon=True
     ).start()
-    logger.info("cost meter: side endpoint at http://%s:%d/cost/summary", host, port)
+    logger.info("cost meter: side endpoint at http://%s:%d/cost/summary", shown, port)
 
 
 def metrics_registry() -> prometheus_client.CollectorRegistry:

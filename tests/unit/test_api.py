@@ -1,0 +1,282 @@
+"""The side endpoint over a real ledger, asked by a real HTTP client."""
+
+import asyncio
+import contextlib
+import hmac
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from tests.unit.test_ledger_reader import HOUR, T0, http, part, snapshot
+from vllm_cost_meter.api import make_app
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.records import rfc3339
+
+JSON_ROUTES = [
+    "/health",
+    "/cost/requests",
+    "/cost/requests/h1",
+    "/cost/tenants",
+    "/cost/tenants/alice",
+    "/cost/summary",
+    "/cost/audit",
+    "/openapi.json",
+]
+
+
+class Side:
+    """A ledger with three exchanges, and the side endpoint over it."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.path = folder / "ledger.db"
+        self.url = f"sqlite:///{self.path}"
+        bills = [part(1), part(2, "h2"), part(3, "h3", tenant="bob")]
+        writer = LedgerWriter(self.url)
+        writer.start()
+        told = [http(), http("h2", at=1), http("h3", at=2, tenant="bob", x_request_id="a/b c")]
+        writer.commit(*bills, *told, snapshot(bills)).result(10)
+        writer.close(5)
+        self.refreshed = 0
+        self.reader = LedgerReader(self.url)
+        self.app = make_app(self.reader, refresh=self._refresh, **options)
+
+    def _refresh(self) -> None:
+        self.refreshed += 1
+
+    def get(self, path: str, method: str = "GET", **headers: str) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://side") as client:
+                return await client.request(method, path, headers=headers)
+
+        return asyncio.run(ask())
+
+    def sql(self, statement: str) -> None:
+        with contextlib.closing(sqlite3.connect(self.path)) as connection, connection:
+            connection.execute(statement)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Any]:
+    made: list[Side] = []
+
+    def make(**options: Any) -> Side:
+        made.append(Side(tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for side in made:
+        side.reader.close()
+
+
+@pytest.fixture
+def side(make) -> Side:
+    return make()
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    """The error of a reply, whose body must be of the one shape there is."""
+    body = reply.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "code"]
+    assert body["error"]["code"] == reply.status_code
+    assert reply.headers["content-type"] == "application/json"
+    return body["error"]
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("path", JSON_ROUTES)
+def test_every_body_is_an_object(side, path):
+    reply = side.get(path)
+    assert reply.status_code == 200
+    assert reply.headers["content-type"] == "application/json"
+    assert isinstance(reply.json(), dict)
+
+
+@pytest.mark.parametrize("path", ["h1", "resp-h1", "x-h1", "internal-1", "external-1"])
+def test_a_request_is_found_by_every_id_it_has(side, path):
+    row = side.get(f"/cost/requests/{path}").json()
+    assert row["http_request_id"] == "h1"
+    assert row["gpu_time_ns"] == 300
+    assert [p["request_id"] for p in row["parts"]] == ["internal-1"]
+
+
+def test_an_id_may_hold_what_a_path_does_not(side):
+    assert side.get("/cost/requests/a/b%20c").json()["http_request_id"] == "h3"
+    assert side.get("/cost/requests/a%2Fb%20c").json()["http_request_id"] == "h3"
+
+
+def test_an_id_of_several_requests_lists_them(side):
+    side.sql("UPDATE http_requests SET x_request_id = 'same' WHERE tenant = 'alice'")
+    reply = side.get("/cost/requests/same")
+    assert reply.status_code == 300
+    assert [match["http_request_id"] for match in reply.json()["matches"]] == ["h2", "h1"]
+
+
+def test_pages_go_from_the_newest_to_the_oldest_and_end(side):
+    seen, path = [], "/cost/requests?limit=2"
+    while path:
+        page = side.get(path).json()
+        seen.append([row["http_request_id"] for row in page["requests"]])
+        path = page["next"] and f"/cost/requests?limit=2&next={page['next']}"
+    assert seen == [["h3", "h2"], ["h1"]]
+    alice = side.get("/cost/requests?tenant=alice").json()["requests"]
+    assert {row["tenant"] for row in alice} == {"alice"}
+
+
+def test_integers_are_exact_and_costs_are_text(side):
+    side.sql("UPDATE requests SET prompt_tokens = 9007199254740993 WHERE seq = 1")
+    side.sql("UPDATE http_requests SET prompt_tokens = NULL")
+    row = side.get("/cost/requests/h1")
+    assert orjson.loads(row.content)["prompt_tokens"] == 9_007_199_254_740_993
+    assert row.json()["cost_usd"] == "0.000000007"
+
+
+@pytest.mark.parametrize("path", ["tenants", "tenants/alice", "summary", "audit"])
+def test_the_ledger_is_brought_up_to_now_before_a_figure_is_read(side, path):
+    side.get(f"/cost/{path}")
+    assert side.refreshed == 1
+
+
+def test_a_window_chooses_whole_hours(side):
+    start, end = (rfc3339((HOUR + n) * 3_600 * 10**9) for n in (0, 1))
+    inside = side.get(f"/cost/tenants?window={start},{end}").json()
+    assert inside["window"]["from"] == rfc3339(T0)
+    rows = {row["tenant"]: row["gpu_time_ns"] for row in inside["tenants"]}
+    assert (rows["alice"], rows["bob"]) == (600, 300)
+    assert inside["adds_up"]
+    outside = side.get("/cost/summary?window=1h").json()
+    assert outside["requests_ns"] == 0
+
+
+def test_the_openapi_document_names_every_route(side):
+    paths = side.get("/openapi.json").json()["paths"]
+    assert {
+        "/cost/requests/{request_id}",
+        "/cost/requests",
+        "/cost/tenants",
+        "/cost/tenants/{tenant}",
+        "/cost/summary",
+        "/cost/audit",
+        "/health",
+    } <= set(paths)
+
+
+def test_metrics_are_those_of_the_registry_it_was_given(make):
+    registry = CollectorRegistry()
+    Counter("mine", "A counter", registry=registry).inc()
+    reply = make(registry=lambda: registry).get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain")
+    assert "mine_total 1.0" in reply.text
+
+
+def test_without_a_registry_there_are_no_metrics(side):
+    assert error_of(side.get("/metrics"))["code"] == 404
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/nope", "/cost/requests/nope", "/cost/requests/", "/cost/tenants/nope"],
+)
+def test_what_is_not_there_is_404(side, path):
+    error = error_of(side.get(path))
+    assert (error["code"], error["type"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "requests?limit=0",
+        "requests?limit=1001",
+        "requests?limit=x",
+        "requests?next=x",
+        "requests?next=e30=",
+        "tenants?window=now",
+        "tenants?window=0h",
+        "tenants/alice?window=1h,2h",
+        "summary?window=2026-01-02T00:00:00Z,2026-01-01T00:00:00Z",
+    ],
+)
+def test_a_wrong_parameter_is_422_and_says_what_came(side, query):
+    error = error_of(side.get(f"/cost/{query}"))
+    assert (error["code"], error["type"]) == (422, "invalid_request")
+    assert "got" in error["message"]
+
+
+@pytest.mark.parametrize("window", ["999999d", "0001-01-01T00:00:00Z,9999-12-31T23:59:59Z"])
+def test_the_widest_window_is_everything(side, window):
+    assert side.get(f"/cost/tenants?window={window}").json()["adds_up"]
+
+
+def test_a_wrong_method_is_405_and_names_the_right_ones(side):
+    reply = side.get("/cost/tenants", method="POST")
+    assert error_of(reply)["code"] == 405
+    assert reply.headers["allow"] == "GET"
+
+
+def test_a_ledger_that_cannot_be_read_is_503(side):
+    side.sql("DROP TABLE requests")
+    for path in ("/cost/requests/h1", "/cost/requests", "/cost/tenants", "/cost/audit"):
+        error = error_of(side.get(path))
+        assert (error["code"], error["type"]) == (503, "ledger_unavailable")
+
+
+def test_what_nobody_expected_is_500_of_the_same_shape_and_not_the_askers_fault(side):
+    side.sql("UPDATE snapshots SET taken_at = 'corrupt'")
+    error = error_of(side.get("/cost/audit"))
+    assert (error["code"], error["type"]) == (500, "internal_error")
+
+
+# ---- the token
+
+
+TOKEN = "s3cret-token"
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer wrong", TOKEN, f"Basic {TOKEN}", f"Bearer  {TOKEN}"]
+    + [f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}"],
+)
+def test_without_the_token_nothing_is_told(make, authorization):
+    side = make(admin_token=TOKEN, registry=CollectorRegistry)
+    headers = {} if authorization is None else {"authorization": authorization}
+    for path in [*JSON_ROUTES[:-1], "/metrics"]:
+        reply = side.get(path, **headers)
+        assert error_of(reply)["code"] == 401
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert TOKEN not in reply.text
+    assert side.refreshed == 0
+
+
+def test_with_the_token_all_is_told_and_the_comparison_takes_the_same_time(make, monkeypatch):
+    side = make(admin_token=TOKEN)
+    compared = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(a) or compare(a, b))
+    assert side.get("/cost/tenants", authorization=f"Bearer {TOKEN}").status_code == 200
+    assert compared == [f"Bearer {TOKEN}".encode()]
+
+
+def test_a_token_outside_ascii_is_wrong_and_no_error(make):
+    side = make(admin_token=TOKEN)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(side.app), base_url="http://side"
+        ) as client:
+            return await client.get("/cost/tenants", headers={b"authorization": b"Bearer \xff"})
+
+    assert error_of(asyncio.run(ask()))["code"] == 401
