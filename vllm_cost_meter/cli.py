@@ -8,6 +8,7 @@ one line saying which. Nothing imports this module.
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,9 @@ REQUEST_COLUMNS: tuple[str, ...] = (
 )
 
 
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
+
 class What(StrEnum):
     """What a report is about."""
 
@@ -89,6 +93,12 @@ def report(
 ) -> None:
     """Print what each tenant used and what the engines did besides, or the latest requests."""
     with _reader(ledger) as reader:
+        if what is What.requests and window is not None:
+            raise ValueError("--window: expected with `report tenants`, got it with requests")
+        if what is What.tenants and tenant is not None:
+            raise ValueError("--tenant: expected with `report requests`, got it with tenants")
+        if as_json and as_csv:
+            raise ValueError("--csv: expected without --json, got both")
         if what is What.tenants:
             answer = reader.tenants(*hours_of_window(window))
             rows, columns = answer["tenants"], TENANT_COLUMNS
@@ -209,8 +219,15 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
         )
     for row in rows:
         table.add_row(*(_shown(column, row.get(column)) for column in columns))
-    # A pipe has no width; a terminal keeps its own.
-    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(markup=False, highlight=False, emoji=False)
+    # As wide as it needs: a terminal wraps a line that is too long, but a figure is never cut.
+    console.width = max(console.width, _width(console, table))
+    console.print(table)
+
+
+def _width(console: Console, table: Table) -> int:
+    unlimited = console.options.update_width(1_000_000)
+    return console.measure(table, options=unlimited).maximum
 
 
 def _shown(column: str, value: object) -> str:
@@ -269,10 +286,13 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _csv_cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = plain(value)
     # A cell that starts like a formula is run by spreadsheets (OWASP: CSV injection).
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"'{value}"
-    return value
+    if text.startswith(("=", "+", "-", "@")) and not _NUMBER.fullmatch(text):
+        return f"'{text}"
+    return text
 
 
 if __name__ == "__main__":

@@ -11,11 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
+from sqlalchemy import make_url, update
+
 from vllm_cost_meter import __version__
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.store import check_location, open_ledger
+from vllm_cost_meter.ledger.schema import schema_version
+from vllm_cost_meter.ledger.store import check_location, open_ledger, writing
 from vllm_cost_meter.plugin import NAME
 
+# Servers hold the ledger for milliseconds at a time.
+LEDGER_TIMEOUT_S = 2.0
 GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins", "vllm.endpoint_plugins")
 
 
@@ -45,7 +50,8 @@ def _contained(name: str, check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except Exception as error:  # noqa: BLE001 - a doctor reports what it meets
-        return Finding(name, False, f"{type(error).__name__}: {error}")
+        cause = getattr(error, "orig", None) or error
+        return Finding(name, False, f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}")
 
 
 def _entry_points() -> Finding:
@@ -81,8 +87,15 @@ def _vllm() -> Finding:
 
 def _ledger(url: str) -> Finding:
     check_location(url)
-    open_ledger(url).dispose()
-    return Finding("ledger", True, f"{url} can be written")
+    engine = open_ledger(url, busy_timeout_s=LEDGER_TIMEOUT_S)
+    try:
+        with writing(engine).begin() as connection:
+            # Changes nothing, and fails where a bill would: locked, read-only, full.
+            connection.execute(update(schema_version).values(version=schema_version.c.version))
+    finally:
+        engine.dispose()
+    shown = make_url(url).render_as_string(hide_password=True)
+    return Finding("ledger", True, f"{shown} can be written")
 
 
 def _books(url: str) -> Finding:

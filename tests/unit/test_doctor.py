@@ -1,0 +1,138 @@
+"""The doctor: each check finds what it looks for, and what is wrong with it."""
+
+import contextlib
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.unit.test_ledger_reader import part, snapshot
+from vllm_cost_meter import doctor
+from vllm_cost_meter.cli import app
+from vllm_cost_meter.doctor import examine
+from vllm_cost_meter.ledger.writer import LedgerWriter
+
+CHECKS = ["entry points", "named", "native", "vllm", "ledger", "books"]
+
+
+@pytest.fixture(autouse=True)
+def named(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "cost_meter,other")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "ledger.db"
+    bills = [part(1)]
+    writer = LedgerWriter(f"sqlite:///{path}")
+    writer.start()
+    writer.commit(*bills, snapshot(bills)).result(10)
+    writer.close(5)
+    return path
+
+
+def findings(path: Path) -> dict[str, tuple[bool, str]]:
+    return {f.name: (f.ok, f.detail) for f in examine(f"sqlite:///{path}")}
+
+
+def sql(path: Path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+
+
+def test_a_good_installation_passes_every_check(path):
+    found = findings(path)
+    assert list(found) == CHECKS
+    assert all(ok for ok, _ in found.values()), found
+    assert found["books"][1] == "1 engine runs balance"
+
+
+def test_the_command_prints_one_line_a_check_or_one_json_object(path):
+    text = CliRunner().invoke(app, ["doctor", "--ledger", str(path)])
+    assert text.exit_code == 0
+    assert [line.partition(":")[0] for line in text.stdout.splitlines()] == [
+        f"ok   {name}" for name in CHECKS
+    ]
+    answer = json.loads(CliRunner().invoke(app, ["doctor", "--json", "--ledger", str(path)]).stdout)
+    assert answer["ok"] is True
+    assert [finding["name"] for finding in answer["findings"]] == CHECKS
+    assert set(answer["findings"][0]) == {"name", "ok", "detail"}
+
+
+def test_a_ledger_that_is_not_there_is_made(tmp_path):
+    found = findings(tmp_path / "new" / "ledger.db")
+    assert found["ledger"] == (True, f"sqlite:///{tmp_path}/new/ledger.db can be written")
+    assert found["books"][0]
+
+
+def test_a_ledger_that_cannot_be_written_fails_and_so_does_the_command(tmp_path):
+    found = findings(tmp_path)
+    assert "expected a file, got a folder" in found["ledger"][1]
+    result = CliRunner().invoke(app, ["doctor", "--ledger", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "FAIL ledger: " in result.stdout
+    as_json = CliRunner().invoke(app, ["doctor", "--json", "--ledger", str(tmp_path)])
+    assert as_json.exit_code == 1
+    assert json.loads(as_json.stdout)["ok"] is False
+
+
+def test_books_that_do_not_balance_fail(path):
+    sql(path, "DELETE FROM requests")
+    sql(path, "UPDATE snapshots SET taken_at = '2020-01-01T00:00:00.000000Z'")
+    ok, detail = findings(path)["books"]
+    assert not ok
+    assert "vllm-cost-meter audit says where" in detail
+
+
+def test_an_engine_whose_meter_is_off_fails(path):
+    sql(path, "UPDATE snapshots SET state = 'off'")
+    ok, detail = findings(path)["books"]
+    assert not ok
+    assert "switched itself off in run run" in detail
+
+
+def test_a_ledger_that_is_locked_is_a_ledger_that_cannot_be_written(path, monkeypatch):
+    monkeypatch.setattr(doctor, "LEDGER_TIMEOUT_S", 0.1)
+    blocker = sqlite3.connect(path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    try:
+        ok, detail = findings(path)["ledger"]
+    finally:
+        blocker.close()
+    assert not ok
+    assert "locked" in detail
+
+
+@pytest.mark.parametrize("plugins", ["other", ""])
+def test_plugins_that_leave_the_meter_out_fail(path, monkeypatch, plugins):
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    ok, detail = findings(path)["named"]
+    assert not ok
+    assert "leaves cost_meter out" in detail
+
+
+def test_plugins_that_are_unset_need_the_flag(path, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS")
+    assert findings(path)["named"] == (
+        True,
+        "VLLM_PLUGINS is unset: start with --plugins cost_meter",
+    )
+
+
+def test_a_ledger_that_refuses_a_write_cannot_be_written(path):
+    """What SQLite says when a disk is full, said here by a trigger."""
+    sql(
+        path,
+        "CREATE TRIGGER full BEFORE UPDATE ON schema_version"
+        " BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END",
+    )
+    ok, detail = findings(path)["ledger"]
+    assert not ok
+    assert detail.endswith("database or disk is full")
+
+
+def test_a_password_in_the_ledgers_url_is_not_shown():
+    found = {f.name: f.detail for f in examine("postgresql+psycopg://me:s3cret@127.0.0.1:1/x")}
+    assert "s3cret" not in str(found)
