@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -148,7 +149,7 @@ class Bench:
             *("--random-input-len", str(options.input_tokens)),
             *("--random-output-len", str(options.output_tokens)),
             *("--max-concurrency", str(options.concurrency), "--disable-tqdm"),
-            *("--ready-check-timeout-sec", "0"),
+            *("--ready-check-timeout-sec", "0", "--save-detailed"),
             *("--save-result", "--result-dir", str(self.folder), "--result-filename", result.name),
         ]
         with log.open("wb") as out:
@@ -159,7 +160,11 @@ class Bench:
             raise ServerError(f"`vllm bench serve` failed; {end_of(log)}")
         measured: dict[str, Any] = json.loads(result.read_text())
         if measured["completed"] != requests:
-            raise ServerError(f"{measured['completed']} of {requests} requests completed")
+            errors = {error.strip().splitlines()[-1] for error in measured["errors"] if error}
+            raise ServerError(
+                f"{subject.label}: {measured['completed']} of {requests} requests completed; "
+                f"{'; '.join(sorted(errors)[:3]) or 'no error told'}"
+            )
         return measured
 
     def run(self, subject: Subject, idle: Subject, seed: int) -> dict[str, Any]:
@@ -262,12 +267,13 @@ def main() -> None:
     )
     print(f"Load average at the start: {os.getloadavg()[0]:.1f} (0 is a quiet machine).\n")
     cache = default_path().parent
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=cache) as folder:
-        bench = Bench(options, Path(folder))
-        try:
-            pairs = measure(bench)
-        except ServerError as error:
-            sys.exit(f"bench_serving: {error}")
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=cache))
+    bench = Bench(options, folder)
+    try:
+        pairs = measure(bench)
+    except ServerError as error:
+        sys.exit(f"bench_serving: {error}\nlogs are in {folder}")
+    shutil.rmtree(folder)
     results: dict[str, Any] = summed_up(pairs)
     print_cpu_by_process(pairs)
     print()

@@ -85,6 +85,9 @@ def environment_of(cache: Path, *, offline: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_HOST_IP": LOOPBACK,
+        # Seconds. With vLLM's 5, a client that was held up by a busy machine finds its connection
+        # closed, and its request fails.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
     if offline:
         defaults |= {"HF_HOME": str(cache / "huggingface"), "HF_HUB_OFFLINE": "1"}
