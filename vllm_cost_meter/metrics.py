@@ -73,6 +73,7 @@ END_TO_END = Histogram(
 )
 
 _labelled_tenants: set[str] = set()
+_INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]
 
 
 def count_bill(part: EngineRequest) -> None:
@@ -117,8 +118,7 @@ def count_inter_token_latencies(seconds: Sequence[float]) -> None:
         bucket = bisect_left(TOKEN_BUCKETS, latency)
         counts[bucket] = counts.get(bucket, 0) + 1
     for bucket, count in counts.items():
-        bound = str(TOKEN_BUCKETS[bucket]) if bucket < len(TOKEN_BUCKETS) else "+Inf"
-        INTER_TOKEN.labels(bound).inc(count)
+        _INTER_TOKEN_BUCKETS[bucket].inc(count)
 
 
 def _tenant_label(tenant: str) -> str:

@@ -227,9 +227,14 @@ class ReplyEditor:
     # -- streams ----------------------------------------------------------------------------
 
     async def _stream(self, events: reply.SseEvents, message: Message) -> None:
+        body = message.get("body", b"")
+        complete = events.feed(body)
+        if len(complete) == 1 and complete[0] is body and reply.is_ordinary(body):
+            await self._send(message)  # nearly every message of a stream
+            return
         out = b""
-        for event in events.feed(message.get("body", b"")):
-            out += await self._edited(event)
+        for event in complete:
+            out += event if reply.is_ordinary(event) else await self._edited(event)
         if self._complete:
             out += events.rest
         if out or self._complete:

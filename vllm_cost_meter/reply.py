@@ -139,6 +139,21 @@ class SseEvents:
         return events
 
 
+def is_ordinary(event: bytes) -> bool:
+    """Tell, at a glance, that an event is neither a final usage event nor an end.
+
+    Nearly every event of a stream is: five searches in its bytes, and nothing is parsed. False
+    says nothing.
+    """
+    return not (
+        b'"usage"' in event
+        or b"[DONE]" in event
+        or b'"message_' in event
+        or b'"response.' in event
+        or b'"error"' in event
+    )
+
+
 def final_usage(event: bytes) -> Usage | None:
     """Return the usage of a stream's final usage event, None for every other event.
 

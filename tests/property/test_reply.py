@@ -21,6 +21,7 @@ from vllm_cost_meter.reply import (
     headers,
     insert_usage,
     is_end,
+    is_ordinary,
     usage_of,
 )
 
@@ -173,3 +174,11 @@ def test_deep_nesting_never_raises(opening, depth):
     assert insert_usage(event, {"cost": None}) == event
     assert final_usage(event) is None
     assert usage_of(event[6:]) == Usage()
+
+
+@given(final_events(), st.binary(max_size=80))
+def test_what_is_put_aside_at_a_glance_is_no_final_event_and_no_end(final, garbage):
+    for event in (final[0], garbage, b"data: [DONE]\n\n", b"data: " + garbage + b"\n\n"):
+        if is_ordinary(event):
+            assert final_usage(event) is None
+            assert not is_end(event)
