@@ -34,13 +34,14 @@ def process_created_ns() -> int:
     Source: /proc/self/stat field 22, start time in clock ticks since boot (proc(5)). Elsewhere it
     is now, and the time before is not metered.
     """
-    now_ns = time.monotonic_ns()
     stat = Path("/proc/self/stat")
     if not stat.exists():
-        return now_ns
+        return time.monotonic_ns()
     # The command name (field 2) may contain spaces and parentheses; fields count after the last.
     fields_after_name = stat.read_text().rpartition(")")[2].split()
     ticks = int(fields_after_name[19])
+    # One right after the other: what passes between the two is an error of the result.
+    now_ns = time.monotonic_ns()
     since_boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     age_ns = since_boot_ns - ticks * NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
     return now_ns - max(age_ns, 0)

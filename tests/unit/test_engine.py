@@ -314,7 +314,7 @@ def test_the_creation_of_this_process_is_where_psutil_sees_it():
     created_s = time.time() - (time.monotonic_ns() - process_created_ns()) / 1e9
     # The kernel counts in 10 ms; psutil adds the boot time, which is rounded to a second.
     assert abs(created_s - psutil.Process().create_time()) < 1.05
-    assert process_created_ns() == pytest.approx(process_created_ns(), abs=2_000_000)
+    assert process_created_ns() == pytest.approx(process_created_ns(), abs=50_000_000)
 
 
 def test_the_creation_of_a_process_is_right_to_its_clock_tick(tmp_path):
