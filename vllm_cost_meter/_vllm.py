@@ -371,24 +371,21 @@ def _billed(collector: "Collector", bill: str) -> None:
 
 
 async def poll_engines(
-    engine_client: Any, acknowledged: Mapping[str, int]
+    engine_client: Any, acknowledged: Mapping[str, int], timeout_s: float
 ) -> list[Snapshot | BaseException | None]:
     """Ask every engine for its books. One result per engine: an error or None is that engine's.
 
-    One call per engine, because with data parallelism vLLM's own call returns only the first
-    engine's answer (`vllm.md` section 5).
+    An engine that has not answered after `timeout_s` has a TimeoutError. One call per engine,
+    because with data parallelism vLLM's own call returns only the first engine's answer.
     """
     core = engine_client.engine_core
-    answers = await asyncio.gather(
-        *(
-            core._call_utility_async("cost_meter_snapshot", dict(acknowledged), engine=engine)
-            for engine in core.core_engines
-        ),
-        return_exceptions=True,
-    )
-    return [
-        Snapshot.from_wire(answer) if isinstance(answer, dict) else answer for answer in answers
-    ]
+
+    async def ask(engine: bytes) -> Snapshot | None:
+        call = core._call_utility_async("cost_meter_snapshot", dict(acknowledged), engine=engine)
+        answer = await asyncio.wait_for(call, timeout_s)
+        return None if answer is None else Snapshot.from_wire(answer)
+
+    return await asyncio.gather(*map(ask, core.core_engines), return_exceptions=True)
 
 
 def api_server_index(engine_client: Any) -> int:

@@ -76,10 +76,20 @@ def make_app(
         version=__version__,
         default_response_class=OrjsonResponse,
         dependencies=[Depends(authorized)],
+        # The pages would load scripts from the internet; the document is served below, behind the
+        # token like everything else.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
     )
     _add_error_handlers(app)
     _add_request_routes(app, reader, refresh)
     _add_book_routes(app, reader, refresh)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    def openapi() -> dict[str, Any]:
+        """Return the OpenAPI description of this endpoint."""
+        return app.openapi()
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -126,7 +136,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         refresh()
         return reader.tenants(*hours)
 
-    @app.get("/cost/tenants/{tenant}")
+    @app.get("/cost/tenants/{tenant:path}")
     def tenant(tenant: str, window: Window = None) -> dict[str, Any]:
         """Return what one tenant used."""
         hours = _hours(window)

@@ -8,6 +8,7 @@ Invariant: an hour's totals are sent again until a snapshot that held them is co
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from vllm_cost_meter import _vllm, metrics
 from vllm_cost_meter.guard import Guard
@@ -42,9 +43,6 @@ class Poller:
             try:
                 await self.refresh()
                 self._guard.succeeded("poll")
-                self._overdue = False
-            except TimeoutError:
-                self._note_overdue()
             except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
                 self._guard.failed("poll", error)
             await asyncio.sleep(self._interval_s)
@@ -56,21 +54,29 @@ class Poller:
         await asyncio.shield(self._refreshing)
 
     async def _poll(self) -> None:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            answers = await _vllm.poll_engines(self._engine_client, self._acknowledged)
+        answers = await _vllm.poll_engines(
+            self._engine_client, self._acknowledged, ANSWER_TIMEOUT_S
+        )
         snapshots = [answer for answer in answers if isinstance(answer, Snapshot)]
-        failures = [answer for answer in answers if isinstance(answer, BaseException)]
-        # While the server stops, engines go before we do.
-        for failure in () if self.stopping else failures:
-            self._guard.failed("poll of one engine", failure)
-        if not failures:
-            self._guard.succeeded("poll of one engine")
+        self._note_failures([answer for answer in answers if isinstance(answer, BaseException)])
         for snapshot in snapshots:
             self._note(snapshot)
         if snapshots:
             await asyncio.wrap_future(self._writer.commit(*snapshots))
         for snapshot in snapshots:
             self._acknowledged[snapshot.run_id] = snapshot.number
+
+    def _note_failures(self, failures: Sequence[BaseException]) -> None:
+        if self.stopping:
+            return  # engines go before we do
+        if any(isinstance(failure, TimeoutError) for failure in failures):
+            self._note_overdue()
+        elif not failures:
+            self._overdue = False
+            self._guard.succeeded("poll of one engine")
+        for failure in failures:
+            if not isinstance(failure, TimeoutError):
+                self._guard.failed("poll of one engine", failure)
 
     def _note_overdue(self) -> None:
         """A busy engine is no error of ours: say so once, until it has answered again."""

@@ -122,7 +122,7 @@ def test_errors_are_as_documented(client, get, tmp_path):
     guarded = TestClient(make_app(reader, admin_token="secret"))
     reply = guarded.get("/cost/summary")
     assert (reply.status_code, reply.json()["error"]["type"]) == (401, told["401"])
-    assert guarded.get("/openapi.json").status_code == 200
+    assert guarded.get("/openapi.json").status_code == 401
     assert guarded.get("/health").status_code == 401
     reader.close()
 
