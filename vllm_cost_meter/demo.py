@@ -299,6 +299,7 @@ def _show(
     console.print(f"  {plain(seen.last_chunk)}", soft_wrap=True)
     console.print("\nthe bill")
     console.print(bill_table(figures.tenants["tenants"]))
+    console.print(sum_line(figures.tenants), soft_wrap=True)
     for run in figures.audit["runs"]:
         console.print(audit_line(run), soft_wrap=True)
     console.print()
@@ -339,12 +340,20 @@ def _money(row: Mapping[str, Any]) -> tuple[str, str]:
     return f"{row['gpu_time_ns'] / 1e9:.9f}", row["cost_usd"] or "-"
 
 
+def sum_line(tenants: Mapping[str, Any]) -> str:
+    """Return the line under the bill: whether its rows are all of the time there was."""
+    rows_ns = sum(row["gpu_time_ns"] for row in tenants["tenants"])
+    missing_ns = tenants["wall_gpu_ns"] - rows_ns
+    verdict = "the rows are all of" if not missing_ns else f"{missing_ns} ns are missing of"
+    return f"sum: {verdict} {tenants['wall_gpu_ns'] / 1e9:.9f} s wall x GPUs"
+
+
 def audit_line(run: Mapping[str, Any]) -> str:
     """Return one engine run of the audit as a line."""
     verdict = "balanced" if not run["difference_ns"] else f"{run['difference_ns']} ns are missing"
     missing = f", {len(run['missing_bills'])} bills missing" if run["missing_bills"] else ""
     return (
-        f"audit: engine {run['engine_index']} ran {run['wall_ns'] / 1e9:.9f} s on {run['gpus']} "
+        f"audit, a moment later: engine {run['engine_index']} ran {run['wall_ns'] / 1e9:.9f} s on {run['gpus']} "
         f"GPU; {run['last_seq']} bills; difference {run['difference_ns']} ns: {verdict}{missing}"
     )
 

@@ -163,6 +163,13 @@ def test_the_bill_shows_every_class_that_is_not_zero_and_the_total() -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_the_line_under_the_bill_says_what_is_missing() -> None:
+    _, figures = world()
+    assert demo.sum_line(figures.tenants) == "sum: the rows are all of 0.000006000 s wall x GPUs"
+    figures.tenants["tenants"].pop(3)
+    assert "900 ns are missing of" in demo.sum_line(figures.tenants)
+
+
 def test_a_bill_without_a_price_has_no_total_cost() -> None:
     rows = [{**tenant_row(CHAT, 1, (1, 0, 1), 5), "cost_nanousd": None, "cost_usd": None}]
     out = io.StringIO()
