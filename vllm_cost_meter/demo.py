@@ -353,8 +353,9 @@ def audit_line(run: Mapping[str, Any]) -> str:
     verdict = "balanced" if not run["difference_ns"] else f"{run['difference_ns']} ns are missing"
     missing = f", {len(run['missing_bills'])} bills missing" if run["missing_bills"] else ""
     return (
-        f"audit, a moment later: engine {run['engine_index']} ran {run['wall_ns'] / 1e9:.9f} s on {run['gpus']} "
-        f"GPU; {run['last_seq']} bills; difference {run['difference_ns']} ns: {verdict}{missing}"
+        f"audit, a moment later: engine {run['engine_index']} ran {run['wall_ns'] / 1e9:.9f} s "
+        f"on {run['gpus']} GPU; {run['last_seq']} bills; "
+        f"difference {run['difference_ns']} ns: {verdict}{missing}"
     )
 
 
