@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Mapping
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -205,6 +206,7 @@ def is_end(event: bytes) -> bool:
         return False
 
 
+@lru_cache(maxsize=8)  # a final event is asked twice in a row: what it says, where ours goes
 def _final_usage_span(event: bytes) -> _Span | None:
     """Return where the usage object of a final usage event is, None if there is none."""
     if b'"usage"' not in event or not _MAYBE_FINAL.search(event):

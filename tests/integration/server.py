@@ -80,6 +80,8 @@ class Server:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            # Five seconds by default: a busy client then finds its idle connections closed.
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
             "COST_METER_LEDGER": self.ledger_url,
             "COST_METER_PORT": str(self.side_port),
             **({"COST_METER_GPU_HOUR_USD": self.price} if self.price else {}),
