@@ -91,7 +91,7 @@ class Server:
             str(Path(sys.executable).parent / "vllm"),
             *("serve", str(default_path()), "--served-model-name", MODEL),
             *("--host", "127.0.0.1", "--port", str(self.port)),
-            *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
+            *("--dtype", "float32", "--enforce-eager", "--max-model-len", "8192"),
             *("--api-key", *TENANT_KEYS.values(), "any-key"),
             *(["--cost-meter-config", str(config)] if self.metered else []),
             *self.arguments,

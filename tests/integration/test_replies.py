@@ -159,7 +159,7 @@ def test_cached_prompt_tokens_are_as_told(server: Server) -> None:
 @pytest.mark.parametrize("after_tokens", [0, 5])
 def test_a_disconnect_is_billed_to_whoever_asked(server: Server, after_tokens: int) -> None:
     request_id = f"leaves-after-{after_tokens}"
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1500, "stream": after_tokens > 0}
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 7000, "stream": after_tokens > 0}
     with server.client("beta", headers={"x-request-id": request_id}) as client:
         if after_tokens:
             with client.stream("POST", "/v1/completions", json=body) as reply:
@@ -173,7 +173,7 @@ def test_a_disconnect_is_billed_to_whoever_asked(server: Server, after_tokens: i
     assert row["tenant"] == "beta"
     assert row["engine_status"] == "aborted"
     assert row["status"] == (200 if after_tokens else 499)
-    assert 0 < row["parts"][0]["output_tokens"] < 1500
+    assert 0 < row["parts"][0]["output_tokens"] < 7000
     assert row["gpu_time_ns"] > 0
     server.balanced()
 
@@ -184,7 +184,8 @@ def test_a_background_response_is_not_waited_for_and_billed_when_it_ends(server:
         announced = client.post("/v1/responses", json=body_of("/v1/responses", background=True))
         seconds = time.monotonic() - start
         response_id = announced.json()["id"]
-        while client.get(f"/v1/responses/{response_id}").json()["status"] != "completed":
+        going_on = ("queued", "in_progress")
+        while client.get(f"/v1/responses/{response_id}").json()["status"] in going_on:
             assert time.monotonic() - start < 20
             time.sleep(0.1)
     assert announced.json()["status"] in ("queued", "in_progress")
