@@ -20,7 +20,7 @@ from tests.integration.traffic import PROMPT, Reply, ask
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records import OVERHEAD_CLASSES
 
-KV_BLOCKS = "24"
+KV_BLOCKS = "24"  # of 128 tokens
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def hard(work: Path) -> Iterator[Server]:
         work / "hard",
         arguments=[
             *("--plugins", "cost_meter", "--api-server-count", "2"),
-            *("--num-gpu-blocks-override", KV_BLOCKS, "--max-model-len", "1024"),
+            *("--num-gpu-blocks-override", KV_BLOCKS, "--max-model-len", "2900"),
             "--enable-prompt-tokens-details",
         ],
         environment={"CMT_ASYNC": "1", "CMT_CLOCK": str(clock), "CMT_TEE": str(tee)},
@@ -91,7 +91,7 @@ def test_a_stop_token_leaves_a_tail_that_no_request_pays(hard: Server) -> None:
 
 def test_an_abort_pays_for_its_steps_in_flight(hard: Server) -> None:
     before = hard.balanced()["runs"][0]["last_seq"]
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 900, "stream": True}
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 2800, "stream": True}
     for index in range(4):
         headers = {"x-request-id": f"async-abort-{index}"}
         with (
@@ -112,17 +112,19 @@ def test_an_abort_pays_for_its_steps_in_flight(hard: Server) -> None:
 
 
 def test_preempted_requests_are_billed_once_with_what_was_computed_again(hard: Server) -> None:
-    replies = ask_each_on_its_own_connection(hard, 12, max_tokens=700, ignore_eos=True)
-    rows = [hard.bill_of(reply.response_id) for reply in replies]
-    parts = [part for row in rows for part in row["parts"]]
-    assert len(parts) == 12
+    # Eight choices of one request grow side by side: 48 blocks of 128 tokens are wanted.
+    with hard.client() as client:
+        options = {"n": 8, "temperature": 1, "max_tokens": 700, "ignore_eos": True}
+        reply = ask(client, "/v1/completions", **options)
+    row = hard.bill_of(reply.response_id)
+    parts = row["parts"]
+    assert len(parts) == len({part["request_id"] for part in parts}) == 8
     assert sum(part["preemptions"] for part in parts) > 0, "the KV cache should have been too small"
-    for row, reply in zip(rows, replies, strict=True):
-        assert row["output_tokens"] == reply.output_tokens == 700
-        assert row["prompt_tokens"] == reply.prompt_tokens
-        if row["parts"][0]["preemptions"]:
-            computed = row["parts"][0]["prefill_tokens"]
-            assert computed > row["prompt_tokens"] - row["cached_tokens"]
+    assert row["output_tokens"] == reply.output_tokens == 8 * 700
+    assert row["prompt_tokens"] == reply.prompt_tokens
+    for part in parts:
+        once = part["prompt_tokens"] - part["cached_tokens"]
+        assert (part["prefill_tokens"] > once) == (part["preemptions"] > 0)
     hard.balanced()
 
 
