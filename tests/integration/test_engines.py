@@ -92,6 +92,7 @@ def test_a_stop_token_leaves_a_tail_that_no_request_pays(hard: Server) -> None:
 def test_an_abort_pays_for_its_steps_in_flight(hard: Server) -> None:
     before = hard.balanced()["runs"][0]["last_seq"]
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 2800, "stream": True}
+    body["ignore_eos"] = True
     for index in range(4):
         headers = {"x-request-id": f"async-abort-{index}"}
         with (

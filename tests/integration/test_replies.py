@@ -159,7 +159,8 @@ def test_cached_prompt_tokens_are_as_told(server: Server) -> None:
 @pytest.mark.parametrize("after_tokens", [0, 5])
 def test_a_disconnect_is_billed_to_whoever_asked(server: Server, after_tokens: int) -> None:
     request_id = f"leaves-after-{after_tokens}"
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 7000, "stream": after_tokens > 0}
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 7000, "ignore_eos": True}
+    body["stream"] = after_tokens > 0
     with server.client("beta", headers={"x-request-id": request_id}) as client:
         if after_tokens:
             with client.stream("POST", "/v1/completions", json=body) as reply:
