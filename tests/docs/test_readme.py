@@ -106,19 +106,20 @@ def test_files_that_are_named_exist(page):
 
 
 def test_the_bill_in_the_readme_adds_up():
-    bill = README.read_text().partition("    the bill\n")[2].partition("audit:")[0]
+    bill, _, after = README.read_text().partition("    the bill\n")[2].partition("    sum:")
     rows = {row.split()[0]: row.split()[1:] for row in bill.splitlines() if row.split()}
     heading, total = rows.pop("tenant"), rows.pop("total")
     assert heading == ["requests", "prompt", "cached", "output", "GPU", "seconds", "USD"]
     for place in (-1, -2):
         assert sum(Decimal(row[place]) for row in rows.values()) == Decimal(total[place])
+    assert after.startswith(f" the rows are all of {total[-2]} s wall x GPUs\n")
     tenants = {name: row for name, row in rows.items() if not name.startswith("__")}
     for place in range(4):
         assert sum(int(row[place]) for row in tenants.values()) == int(total[place])
 
 
 def test_the_headers_in_the_readme_are_those_that_are_sent():
-    shown = dict(re.findall(r"^    (x-[a-z-]+): (.+)$", README.read_text(), re.MULTILINE))
+    shown = dict(re.findall(r"^    +(x-[a-z-]+): (.+)$", README.read_text(), re.MULTILINE))
     sent = reply.headers(
         gpu_time_ns=int(Decimal(shown["x-cost-meter-gpu-seconds"]) * 10**9),
         cost_nanousd=int(Decimal(shown["x-cost-meter-cost-usd"]) * 10**9),
