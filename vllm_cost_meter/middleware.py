@@ -142,8 +142,22 @@ class ReplyEditor:
 
         return noticing
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Pass on, hold or edit one message of the application."""
+        if self._is_token(message):
+            return self._send(message)  # as it is, without a coroutine of our own
+        return self._take(message)
+
+    def _is_token(self, message: Message) -> bool:
+        return (
+            self._events is not None
+            and not self._events.pending
+            and message["type"] == BODY
+            and message.get("more_body", False)
+            and reply.is_token(message.get("body", b""))
+        )
+
+    async def _take(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             await self._start(message)
         elif message["type"] == BODY:
@@ -210,30 +224,13 @@ class ReplyEditor:
         self._usage = self._collector.run("usage", lambda _: reply.usage_of(body)) or Usage()
         if self._mode == "none" or reply.goes_on(body) or not await self._settle():
             return []
-        exchange = self._exchange
-        return (
-            self._collector.run(
-                "headers",
-                lambda _: reply.headers(
-                    gpu_time_ns=exchange.gpu_time_ns,
-                    cost_nanousd=exchange.cost_nanousd,
-                    http_request_id=exchange.http_request_id,
-                    tenant=exchange.tenant,
-                ),
-            )
-            or []
-        )
+        return self._collector.run("headers", lambda _: reply.headers(self._cost())) or []
 
     # -- streams ----------------------------------------------------------------------------
 
     async def _stream(self, events: reply.SseEvents, message: Message) -> None:
-        body = message.get("body", b"")
-        complete = events.feed(body)
-        if len(complete) == 1 and complete[0] is body and reply.is_ordinary(body):
-            await self._send(message)  # nearly every message of a stream
-            return
         out = b""
-        for event in complete:
+        for event in events.feed(message.get("body", b"")):
             out += event if reply.is_ordinary(event) else await self._edited(event)
         if self._complete:
             out += events.rest
@@ -254,8 +251,16 @@ class ReplyEditor:
         return self._collector.run("stream", lambda _: self._with_cost(event, is_end)) or event
 
     def _with_cost(self, event: bytes, is_end: bool) -> bytes:
+        cost = self._cost()
+        edited = reply.insert_usage(event, cost)
+        if not is_end or self._commented:
+            return edited
+        self._commented = True
+        return reply.comment(cost) + edited
+
+    def _cost(self) -> reply.Cost:
         exchange = self._exchange
-        fields = reply.cost_fields(
+        return reply.Cost(
             gpu_time_ns=exchange.gpu_time_ns,
             prefill_ns=exchange.prefill_ns,
             decode_ns=exchange.decode_ns,
@@ -264,11 +269,6 @@ class ReplyEditor:
             tenant=exchange.tenant,
             method=exchange.method,
         )
-        edited = reply.insert_usage(event, fields)
-        if not is_end or self._commented:
-            return edited
-        self._commented = True
-        return reply.comment(fields) + edited
 
     # -- the record -------------------------------------------------------------------------
 

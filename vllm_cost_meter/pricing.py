@@ -7,7 +7,7 @@ unknown can never turn into 0.
 
 from decimal import Decimal, InvalidOperation
 
-from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.records import NS_PER_HOUR, format_nano
 
 NANOUSD_PER_USD = 1_000_000_000
 
@@ -38,8 +38,4 @@ def cost_nanousd(gpu_time_ns: int, usd_per_gpu_hour: Decimal | None) -> int | No
 
 def format_usd(nanousd: int | None) -> str | None:
     """Return nano-USD as a plain decimal string with nine places, e.g. "0.000012345"."""
-    if nanousd is None:
-        return None
-    sign = "-" if nanousd < 0 else ""
-    whole, fraction = divmod(abs(nanousd), NANOUSD_PER_USD)
-    return f"{sign}{whole}.{fraction:09d}"
+    return None if nanousd is None else format_nano(nanousd)

@@ -30,6 +30,13 @@ OVERHEAD_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
 CLASSES = ("requests", "in_flight", *OVERHEAD_CLASSES)
 
 
+def format_nano(amount: int) -> str:
+    """Return a count of billionths as a plain decimal with nine places, e.g. "0.000012345"."""
+    sign = "-" if amount < 0 else ""
+    whole, fraction = divmod(abs(amount), 1_000_000_000)
+    return f"{sign}{whole}.{fraction:09d}"
+
+
 def rfc3339(unix_ns: int) -> str:
     """Format a UTC instant given in nanoseconds since the epoch, with microseconds and `Z`.
 

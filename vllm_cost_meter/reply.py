@@ -17,14 +17,14 @@ its rest, are the bytes it was fed.
 import json
 import re
 from collections.abc import Mapping
-from decimal import Decimal
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
 
-from vllm_cost_meter.records import Usage
+from vllm_cost_meter.records import Usage, format_nano
 
 # A longer event is not held back: it passes through in pieces, unedited.
 EVENT_BYTES_MAX = 16 * 1024 * 1024
@@ -42,6 +42,8 @@ _MAYBE_FINAL = re.compile(
 _END_TYPES = ("message_stop", "error", *_RESPONSES_TERMINAL)
 # One of these is in every end.
 _END_MARKS = (b"[DONE]", *(f'"{name}"'.encode() for name in _END_TYPES))
+# What the meter adds to a usage object.
+_OUR_FIELDS = frozenset({"cost", "cost_details"})
 
 # All printable ASCII but "%", so that percent-decoding gives back any text.
 _HEADER_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
@@ -51,6 +53,22 @@ _COMMENT_SAFE = _HEADER_SAFE.replace(" ", "")
 _Span = tuple[int, int]
 # RecursionError: JSON nested thousands deep.
 _JSON_ERRORS = (ValueError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a reply says of its cost, over all its engine requests. No price: `cost_nanousd` None.
+
+    Its amounts are told as exact decimals with nine places, never with an exponent.
+    """
+
+    gpu_time_ns: int
+    prefill_ns: int
+    decode_ns: int
+    cost_nanousd: int | None
+    http_request_id: str
+    tenant: str
+    method: str
 
 
 class _Reply(msgspec.Struct):
@@ -118,6 +136,11 @@ class SseEvents:
         self._buffer = bytearray()
 
     @property
+    def pending(self) -> bool:
+        """True while an event has begun whose end has not come yet."""
+        return bool(self._buffer)
+
+    @property
     def rest(self) -> bytes:
         """The bytes of an event whose end has not come yet."""
         return bytes(self._buffer)
@@ -140,19 +163,23 @@ class SseEvents:
         return events
 
 
+def is_token(data: bytes) -> bool:
+    """Tell, at a glance, that these bytes are one whole OpenAI chunk with a choice.
+
+    Nearly every message of a stream is, so this is the meter's cost per token: three searches. Two
+    newlines, both at the end, are one event of one line; a chunk with a choice is neither a final
+    usage event nor an end; and a quote within a JSON string has a backslash before it, so no text
+    can pass for the mark. False says nothing.
+    """
+    return data.endswith(b"\n\n") and data.count(b"\n") == 2 and b'"choices":[{' in data
+
+
 def is_ordinary(event: bytes) -> bool:
     """Tell, at a glance, that an event is neither a final usage event nor an end.
 
-    Nearly every event of a stream is: five searches in its bytes, and nothing is parsed. False
-    says nothing.
+    So are the tokens of the other APIs. Nothing is parsed; False says nothing.
     """
-    return not (
-        b'"usage"' in event
-        or b"[DONE]" in event
-        or b'"message_' in event
-        or b'"response.' in event
-        or b'"error"' in event
-    )
+    return b'"usage"' not in event and not any(mark in event for mark in _END_MARKS)
 
 
 def final_usage(event: bytes) -> Usage | None:
@@ -170,20 +197,21 @@ def final_usage(event: bytes) -> Usage | None:
         return None
 
 
-def insert_usage(event: bytes, fields: Mapping[str, Any]) -> bytes:
-    """Return the event with the fields at the end of its usage object, no other byte changed.
+def insert_usage(event: bytes, cost: Cost) -> bytes:
+    """Return the event with the cost at the end of its usage object, no other byte changed.
 
-    Returned as it came: what is not a final usage event, and one that has any of the fields.
+    That is `cost` (null without a price) and `cost_details`. Returned as it came: what is not a
+    final usage event, and one that has any of the two.
     """
     span = _final_usage_span(event)
-    if span is None or not fields:
+    if span is None:
         return event
     present = _members(event[slice(*span)].decode("latin-1"), 0)[0]
-    if not present.keys().isdisjoint(fields):
+    if not present.keys().isdisjoint(_OUR_FIELDS):
         return event
     brace = span[1] - 1
     comma = b"," if present else b""
-    return event[:brace] + comma + _json(fields)[1:-1].encode() + event[brace:]
+    return event[:brace] + comma + _usage_fields(cost).encode("ascii") + event[brace:]
 
 
 def is_end(event: bytes) -> bool:
@@ -275,89 +303,48 @@ def _value(text: str, span: _Span | None) -> object:
     return json.loads(text[slice(*span)], strict=False) if span else None
 
 
-def cost_fields(
-    gpu_time_ns: int,
-    prefill_ns: int,
-    decode_ns: int,
-    cost_nanousd: int | None,
-    http_request_id: str,
-    tenant: str,
-    method: str,
-) -> dict[str, Any]:
-    """Return what a usage object is given: `cost` (null without a price) and `cost_details`.
-
-    Amounts are exact decimals, and are written without an exponent.
-    """
-    return {
-        "cost": None if cost_nanousd is None else _nano(cost_nanousd),
-        "cost_details": {
-            "gpu_seconds": _nano(gpu_time_ns),
-            "prefill_gpu_seconds": _nano(prefill_ns),
-            "decode_gpu_seconds": _nano(decode_ns),
-            "method": method,
-            "request_id": http_request_id,
-            "tenant": tenant,
-            "currency": "USD",
-        },
-    }
+def _usage_fields(cost: Cost) -> str:
+    """Return the members `cost` (null without a price) and `cost_details` of a usage object."""
+    usd = "null" if cost.cost_nanousd is None else format_nano(cost.cost_nanousd)
+    return (
+        f'"cost":{usd},"cost_details":{{"gpu_seconds":{format_nano(cost.gpu_time_ns)},'
+        f'"prefill_gpu_seconds":{format_nano(cost.prefill_ns)},'
+        f'"decode_gpu_seconds":{format_nano(cost.decode_ns)},"method":{json.dumps(cost.method)},'
+        f'"request_id":{json.dumps(cost.http_request_id)},"tenant":{json.dumps(cost.tenant)},'
+        '"currency":"USD"}'
+    )
 
 
-def comment(fields: Mapping[str, Any]) -> bytes:
-    """Return `cost_fields` as an SSE comment, which clients skip and curl shows.
+def comment(cost: Cost) -> bytes:
+    """Return a cost as an SSE comment, which clients skip and curl shows.
 
     Values are percent-encoded, so that they stay on their line; a cost not known is left out.
     """
-    details = fields["cost_details"]
-    said = {
-        "cost_usd": fields["cost"],
-        "gpu_seconds": details["gpu_seconds"],
-        "request_id": details["request_id"],
-        "tenant": details["tenant"],
-    }
-    words = [
-        f"{name}={quote(_plain(value), safe=_COMMENT_SAFE, errors='replace')}"
-        for name, value in said.items()
-        if value is not None
-    ]
-    return f": cost-meter {' '.join(words)}\n\n".encode("ascii")
+    usd = "" if cost.cost_nanousd is None else f"cost_usd={format_nano(cost.cost_nanousd)} "
+    request_id, tenant = (
+        quote(text, safe=_COMMENT_SAFE, errors="replace")
+        for text in (cost.http_request_id, cost.tenant)
+    )
+    seconds = format_nano(cost.gpu_time_ns)
+    said = f"{usd}gpu_seconds={seconds} request_id={request_id} tenant={tenant}"
+    return f": cost-meter {said}\n\n".encode("ascii")
 
 
-def headers(
-    gpu_time_ns: int | None, cost_nanousd: int | None, http_request_id: str, tenant: str
-) -> list[tuple[bytes, bytes]]:
-    """Return the headers of a complete reply; those of amounts not known are left out.
+def headers(cost: Cost) -> list[tuple[bytes, bytes]]:
+    """Return the headers of a complete reply; a cost not known is left out.
 
     Text outside printable ASCII is percent-encoded, and so is the percent sign.
     """
-    cost = None if cost_nanousd is None else _plain(_nano(cost_nanousd))
-    seconds = None if gpu_time_ns is None else _plain(_nano(gpu_time_ns))
+    usd = None if cost.cost_nanousd is None else format_nano(cost.cost_nanousd)
     said = {
-        "x-cost-meter-cost-usd": cost,
-        "x-cost-meter-gpu-seconds": seconds,
-        "x-cost-meter-request-id": http_request_id,
-        "x-cost-meter-tenant": tenant,
-        "x-litellm-response-cost": cost,
+        "x-cost-meter-cost-usd": usd,
+        "x-cost-meter-gpu-seconds": format_nano(cost.gpu_time_ns),
+        "x-cost-meter-request-id": cost.http_request_id,
+        "x-cost-meter-tenant": cost.tenant,
+        "x-litellm-response-cost": usd,
     }
     return [
         (name.encode("ascii"), quote(text, safe=_HEADER_SAFE, errors="replace").encode("ascii"))
         for name, text in said.items()
         if text is not None
     ]
-
-
-def _nano(amount: int) -> Decimal:
-    """Return a count of billionths as an exact decimal with nine places."""
-    return Decimal(f"{amount}e-9")
-
-
-def _plain(value: Decimal | str) -> str:
-    return format(value, "f") if isinstance(value, Decimal) else value
-
-
-def _json(value: object) -> str:
-    """Return compact ASCII JSON with decimals written out: 0.000012345, never 1.2345e-05."""
-    if isinstance(value, Decimal):
-        return _plain(value)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{json.dumps(k)}:{_json(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value)

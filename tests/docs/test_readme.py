@@ -92,7 +92,8 @@ def test_environment_names_are_settings(page):
 
 @EACH_PAGE
 def test_header_names_are_those_of_the_code(page):
-    sent = {name.decode() for name, _ in reply.headers(1, 1, "id", "tenant")} | {BILL_KEY}
+    cost = reply.Cost(1, 1, 0, 1, "id", "tenant", "tokens")
+    sent = {name.decode() for name, _ in reply.headers(cost)} | {BILL_KEY}
     assert set(re.findall(r"\bx-cost-meter-[a-z-]+[a-z]", page.read_text())) <= sent
 
 
@@ -120,10 +121,15 @@ def test_the_bill_in_the_readme_adds_up():
 
 def test_the_headers_in_the_readme_are_those_that_are_sent():
     shown = dict(re.findall(r"^    +(x-[a-z-]+): (.+)$", README.read_text(), re.MULTILINE))
-    sent = reply.headers(
-        gpu_time_ns=int(Decimal(shown["x-cost-meter-gpu-seconds"]) * 10**9),
+    gpu_time_ns = int(Decimal(shown["x-cost-meter-gpu-seconds"]) * 10**9)
+    cost = reply.Cost(
+        gpu_time_ns=gpu_time_ns,
+        prefill_ns=0,
+        decode_ns=gpu_time_ns,
         cost_nanousd=int(Decimal(shown["x-cost-meter-cost-usd"]) * 10**9),
         http_request_id=shown["x-cost-meter-request-id"],
         tenant=shown["x-cost-meter-tenant"],
+        method="tokens",
     )
+    sent = reply.headers(cost)
     assert {name.decode(): value.decode() for name, value in sent} == shown

@@ -9,7 +9,7 @@ from vllm_cost_meter.config import Settings
 from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX
 
 REPLIES, HOOKS = DOCS / "replies.md", DOCS / "hooks.md"
-FIELDS = reply.cost_fields(
+COST = reply.Cost(
     gpu_time_ns=80_742_957,
     prefill_ns=3_373_512,
     decode_ns=77_369_445,
@@ -21,7 +21,7 @@ FIELDS = reply.cost_fields(
 
 
 def test_the_headers_are_those_that_are_sent():
-    sent = [name.decode() for name, _ in reply.headers(1, 1, "id", "tenant")]
+    sent = [name.decode() for name, _ in reply.headers(COST)]
     assert names(REPLIES, "Complete replies") == sent
 
 
@@ -33,12 +33,12 @@ def test_the_usage_of_the_stream_is_what_a_stream_gets():
         b'data: {"choices":[],"usage":{"prompt_tokens":26,"total_tokens":74,'
         b'"completion_tokens":48}}\n\n'
     )
-    edited = reply.insert_usage(event, FIELDS).decode()
+    edited = reply.insert_usage(event, COST).decode()
     assert edited.partition('"choices":[],')[2].removesuffix("}\n\n") in shown
 
 
 def test_the_comment_is_what_a_stream_gets():
-    assert f"    {reply.comment(FIELDS).decode().rstrip()}\n" in REPLIES.read_text()
+    assert f"    {reply.comment(COST).decode().rstrip()}\n" in REPLIES.read_text()
 
 
 def test_the_settings_are_those_of_the_code():

@@ -7,18 +7,20 @@ import pytest
 
 from vllm_cost_meter.records import Usage
 from vllm_cost_meter.reply import (
+    Cost,
     SseEvents,
     comment,
-    cost_fields,
     final_usage,
     goes_on,
     headers,
     insert_usage,
     is_end,
+    is_ordinary,
+    is_token,
     usage_of,
 )
 
-FIELDS = cost_fields(
+COST = Cost(
     gpu_time_ns=1_500_000_001,
     prefill_ns=1_000_000_000,
     decode_ns=500_000_001,
@@ -40,6 +42,10 @@ CHAT_TOKEN = (
 CONTINUOUS = CHAT_TOKEN.replace(
     b"}]}\n", b'}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1}}\n'
 )
+COMPLETION_TOKEN = (
+    b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"m",'
+    b'"choices":[{"index":0,"text":"x","finish_reason":null}],"usage":null}\n\n'
+)
 CHAT_USAGE = (
     b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m",'
     b'"choices":[],"usage":{"prompt_tokens":3,"total_tokens":5,"completion_tokens":2,'
@@ -48,6 +54,10 @@ CHAT_USAGE = (
 ANTHROPIC_START = (
     b'event: message_start\ndata: {"type":"message_start","message":{"id":"chatcmpl-1",'
     b'"content":[],"usage":{"input_tokens":3,"output_tokens":0}}}\n\n'
+)
+ANTHROPIC_TOKEN = (
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
+    b'"delta":{"type":"text_delta","text":"x"}}\n\n'
 )
 ANTHROPIC_DELTA = (
     b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn",'
@@ -59,6 +69,10 @@ ANTHROPIC_ERROR = b'event: error\ndata: {"type":"error","error":{"type":"x","mes
 RESPONSES_CREATED = (
     b'event: response.created\ndata: {"type":"response.created","response":{"id":"resp_1",'
     b'"usage":null}}\n\n'
+)
+RESPONSES_TOKEN = (
+    b'event: response.output_text.delta\ndata: {"delta":"x","item_id":"m","logprobs":[],'
+    b'"sequence_number":5,"type":"response.output_text.delta"}\n\n'
 )
 RESPONSES_COMPLETED = (
     b'event: response.completed\ndata: {"response":{"id":"resp_1","output":[{"usage":{"a":1}}],'
@@ -174,7 +188,7 @@ def test_the_final_usage_event_is_known(event, usage):
 )
 def test_no_other_event_is_final_and_none_is_changed(event):
     assert final_usage(event) is None
-    assert insert_usage(event, FIELDS) == event
+    assert insert_usage(event, COST) == event
 
 
 def test_the_text_of_a_token_cannot_pass_for_usage():
@@ -221,6 +235,39 @@ def test_nothing_else_is_the_end(event):
     assert not is_end(event)
 
 
+@pytest.mark.parametrize("event", [CHAT_TOKEN, CONTINUOUS, COMPLETION_TOKEN])
+def test_a_token_is_known_at_a_glance(event):
+    assert is_token(event)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        CHAT_USAGE,
+        DONE,
+        OPENAI_ERROR,
+        KEEP_ALIVE,
+        ANTHROPIC_STOP,
+        RESPONSES_COMPLETED,
+        CHAT_TOKEN[:-1],
+        CHAT_TOKEN[:-2],
+        CHAT_TOKEN.replace(b"\n", b"\r\n"),
+        CHAT_TOKEN + CHAT_USAGE,
+        CHAT_TOKEN + DONE,
+        KEEP_ALIVE + CHAT_TOKEN,
+        CHAT_USAGE.replace(b'"m"', json.dumps('"choices":[{').encode()),
+        b"",
+    ],
+)
+def test_what_is_not_one_whole_token_is_looked_at(event):
+    assert not is_token(event)
+
+
+@pytest.mark.parametrize("event", [ANTHROPIC_TOKEN, RESPONSES_TOKEN, KEEP_ALIVE])
+def test_tokens_of_the_other_apis_are_not_parsed(event):
+    assert is_ordinary(event)
+
+
 # --- streams: what is put in
 
 
@@ -233,16 +280,16 @@ def test_nothing_else_is_the_end(event):
     ],
 )
 def test_the_cost_goes_to_the_end_of_usage(event, before, after):
-    assert insert_usage(event, FIELDS) == event.replace(
+    assert insert_usage(event, COST) == event.replace(
         before + after, before + b"," + INSERTED + after
     )
-    assert insert_usage(event, FIELDS) != event
+    assert insert_usage(event, COST) != event
 
 
 def test_an_empty_usage_object_gets_no_comma():
     event = b'data: {"choices":[],"usage":{ }}\n\n'
     expected = b'data: {"choices":[],"usage":{ ' + INSERTED + b"}}\n\n"
-    assert insert_usage(event, FIELDS) == expected
+    assert insert_usage(event, COST) == expected
 
 
 def test_everything_around_usage_stays_as_odd_as_it_was():
@@ -251,27 +298,27 @@ def test_everything_around_usage_stays_as_odd_as_it_was():
         b'"usage":{"n":1 } ,"usage2":{}} \r\nretry: 1\r\n\r\n'
     )
     expected = event.replace(b'{"n":1 }', b'{"n":1 ,' + INSERTED + b"}")
-    assert insert_usage(event, FIELDS) == expected
+    assert insert_usage(event, COST) == expected
 
 
 def test_of_two_usages_the_last_counts_as_for_every_json_reader():
     event = b'data: {"usage":{"a":1},"choices":[],"usage":{"b":1}}\n\n'
-    assert insert_usage(event, FIELDS) == event.replace(b'"b":1', b'"b":1,' + INSERTED)
+    assert insert_usage(event, COST) == event.replace(b'"b":1', b'"b":1,' + INSERTED)
 
 
 @pytest.mark.parametrize("name", ["cost", "cost_details"])
 def test_a_cost_that_is_there_already_is_left_alone(name):
     event = CHAT_USAGE.replace(b'"usage":{', b'"usage":{"%s":1,' % name.encode())
-    assert insert_usage(event, FIELDS) == event
+    assert insert_usage(event, COST) == event
 
 
 def test_inserting_twice_is_inserting_once():
-    once = insert_usage(CHAT_USAGE, FIELDS)
-    assert insert_usage(once, FIELDS) == once
+    once = insert_usage(CHAT_USAGE, COST)
+    assert insert_usage(once, COST) == once
 
 
 def test_without_a_price_cost_is_null_and_never_zero():
-    unpriced = cost_fields(1, 1, 0, None, "r", "t", "tokens")
+    unpriced = Cost(1, 1, 0, None, "r", "t", "tokens")
     usage = json.loads(insert_usage(CHAT_USAGE, unpriced)[6:])["usage"]
     assert usage["cost"] is None
     assert usage["cost_details"]["gpu_seconds"] == 1e-9
@@ -280,17 +327,17 @@ def test_without_a_price_cost_is_null_and_never_zero():
 
 def test_a_tenants_name_cannot_break_out():
     evil = 'x"}}\n\ndata: [DONE]\n\né'
-    event = insert_usage(CHAT_USAGE, cost_fields(1, 1, 0, 1, "r", evil, "tokens"))
+    event = insert_usage(CHAT_USAGE, Cost(1, 1, 0, 1, "r", evil, "tokens"))
     assert event.count(b"\n") == 2
     assert json.loads(event[6:])["usage"]["cost_details"]["tenant"] == evil
 
 
 def test_the_comment_is_one_line():
-    assert comment(FIELDS) == (
+    assert comment(COST) == (
         b": cost-meter cost_usd=0.000012345 gpu_seconds=1.500000001 "
         b"request_id=req-1 tenant=alice\n\n"
     )
-    evil = comment(cost_fields(1, 1, 0, None, "r\r\n", "a b\n\ndata: x\x00é%", "tokens"))
+    evil = comment(Cost(1, 1, 0, None, "r\r\n", "a b\n\ndata: x\x00é%", "tokens"))
     assert evil.startswith(b": cost-meter gpu_seconds=0.000000001 request_id=r%0D%0A tenant=")
     assert evil.endswith(b"\n\n")
     assert evil[:-2].isascii()
@@ -302,7 +349,7 @@ def test_the_comment_is_one_line():
 
 
 def test_headers_of_a_priced_reply():
-    assert headers(1_500_000_001, 12_345, "req-1", "alice") == [
+    assert headers(COST) == [
         (b"x-cost-meter-cost-usd", b"0.000012345"),
         (b"x-cost-meter-gpu-seconds", b"1.500000001"),
         (b"x-cost-meter-request-id", b"req-1"),
@@ -312,18 +359,19 @@ def test_headers_of_a_priced_reply():
 
 
 def test_what_is_not_known_has_no_header():
-    names = [name for name, _ in headers(1, None, "r", "t")]
+    names = [name for name, _ in headers(Cost(1, 1, 0, None, "r", "t", "tokens"))]
     assert names == [
         b"x-cost-meter-gpu-seconds",
         b"x-cost-meter-request-id",
         b"x-cost-meter-tenant",
     ]
-    assert len(headers(None, None, "r", "t")) == 2
 
 
 @pytest.mark.parametrize("tenant", ["münchen", "100%", "a b", "x\r\nset-cookie: 1", "日本"])
 def test_a_tenant_header_is_printable_ascii_and_decodes(tenant):
-    value = dict(headers(1, 1, "r", tenant))[b"x-cost-meter-tenant"].decode("ascii")
+    value = dict(headers(Cost(1, 1, 0, 1, "r", tenant, "tokens")))[b"x-cost-meter-tenant"].decode(
+        "ascii"
+    )
     assert value.isprintable()
     assert unquote(value) == tenant
 
