@@ -1,8 +1,10 @@
 """What the meter costs a server: throughput, TTFT and TPOT with it and without it.
 
 Method. Two `vllm serve` of the same build, model and arguments: one with `--plugins cost_meter`,
-one where the meter is installed and not named, and so inert. `vllm bench serve` drives one of them
-while the other idles, in pairs, A B then B A and so on. Both runs of a pair send the same prompts
+one where the meter is installed and not named, and so inert. The client of `vllm bench serve`, in
+one process for all runs, drives one of them while the other idles, in pairs, A B then B A and so
+on. Runs are short, a few seconds, and many: the speed of a shared machine drifts over minutes, and
+what both runs of a pair share falls out of their ratio. Both runs of a pair send the same prompts
 (the seed is the pair's), each pair new ones. Both servers get a discarded warm-up run. After each
 round both are started anew, the other one first, so that the luck of one process (where its memory
 lies, which core it is on) does not pass for the meter's cost. Ratios are metered / unmetered,
@@ -22,13 +24,14 @@ of time are noise; that of CPU time suffers less.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +43,6 @@ from vllm_cost_meter.serving import (
     CPU_ARGUMENTS,
     Server,
     ServerError,
-    command_path,
-    end_of,
     environment_of,
     is_cpu_build,
 )
@@ -88,6 +89,24 @@ class Subject:
         return used
 
 
+def _client_starts(environment: dict[str, str], log: Path) -> None:
+    """Set up the client's process: what it says goes to a file."""
+    os.environ.update(environment)  # which vLLM reads as it is imported
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def _client_runs(arguments: list[str]) -> dict[str, Any]:
+    """Send a run's requests and return what was measured. Called in the client's process."""
+    from vllm.benchmarks import serve  # noqa: PLC0415 - ten seconds, the first time
+
+    parser = argparse.ArgumentParser()
+    serve.add_cli_args(parser)
+    measured: dict[str, Any] = serve.main(parser.parse_args(arguments))
+    return measured
+
+
 class Bench:
     """The two servers of a round, and the client."""
 
@@ -98,6 +117,12 @@ class Bench:
         self.model = options.model or str(default_path())
         self.environment = environment_of(default_path().parent, offline=make_tiny)
         self.arguments = [*(CPU_ARGUMENTS if make_tiny and is_cpu_build() else ())]
+        self.client = ProcessPoolExecutor(
+            max_workers=1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_client_starts,
+            initargs=({**os.environ, **self.environment}, folder / "client.log"),
+        )
         self.own_ns = self.busy_ns = 0
 
     def subject(self, label: str, *, metered: bool, number: int) -> Subject:
@@ -140,25 +165,15 @@ class Bench:
     def drive(self, subject: Subject, seed: int, requests: int) -> dict[str, Any]:
         """Send a run's requests and return what `vllm bench serve` measured."""
         options = self.options
-        log, result = self.folder / "bench.log", self.folder / "bench.json"
-        result.unlink(missing_ok=True)
-        command = [
-            *(command_path("vllm"), "bench", "serve", "--dataset-name", "random"),
-            *("--base-url", subject.server.url, "--model", self.model),
+        arguments = [
+            *("--dataset-name", "random", "--base-url", subject.server.url, "--model", self.model),
             *("--seed", str(seed), "--num-prompts", str(requests), "--ignore-eos"),
             *("--random-input-len", str(options.input_tokens)),
             *("--random-output-len", str(options.output_tokens)),
             *("--max-concurrency", str(options.concurrency), "--disable-tqdm"),
-            *("--ready-check-timeout-sec", "0", "--save-detailed"),
-            *("--save-result", "--result-dir", str(self.folder), "--result-filename", result.name),
+            *("--ready-check-timeout-sec", "0", "--save-detailed"),  # errors are a detail
         ]
-        with log.open("wb") as out:
-            ended = subprocess.run(
-                command, env=self.environment, stdout=out, stderr=subprocess.STDOUT, check=False
-            )
-        if ended.returncode or not result.exists():
-            raise ServerError(f"`vllm bench serve` failed; {end_of(log)}")
-        measured: dict[str, Any] = json.loads(result.read_text())
+        measured = self.client.submit(_client_runs, arguments).result()
         if measured["completed"] != requests:
             errors = {error.strip().splitlines()[-1] for error in measured["errors"] if error}
             raise ServerError(
@@ -242,11 +257,11 @@ def print_cpu_by_process(pairs: list[dict[str, dict[str, Any]]]) -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what the meter costs a server.")
     parser.add_argument("--model", help="model to serve; the tiny one otherwise")
-    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2, help="fresh starts of both servers")
     parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=384, help="in a run")
-    parser.add_argument("--warmup", type=int, default=128, help="requests of the warm-up run")
+    parser.add_argument("--requests", type=int, default=96, help="in a run")
+    parser.add_argument("--warmup", type=int, default=256, help="requests of the warm-up run")
     parser.add_argument("--input-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=1)

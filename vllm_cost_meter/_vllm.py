@@ -259,7 +259,7 @@ def _wrap_sleep(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
         def fell_asleep(_future: object = None) -> None:
-            _meter_of(self).run("sleep", lambda meter, now_ns: meter.books.fall_asleep(now_ns))
+            _meter_of(self).run("sleep", _slept)
 
         result = original(self, *args, **kwargs)
         if isinstance(result, Future):
@@ -276,7 +276,7 @@ def _wrap_wake_up(original: Callable[..., Any]) -> Callable[..., Any]:
     def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if not self.is_sleeping():
-            _meter_of(self).run("wake_up", lambda meter, now_ns: meter.books.wake_up(now_ns))
+            _meter_of(self).run("wake_up", _woke)
         return result
 
     return wake_up
@@ -286,12 +286,28 @@ def _wrap_dummy_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
         meter = _meter_of(self)
-        meter.run("execute_dummy_batch", lambda meter, now_ns: meter.books.begin_dummy(now_ns))
+        meter.run("execute_dummy_batch", _dummy_began)
         result = original(self, *args, **kwargs)
-        meter.run("execute_dummy_batch", lambda meter, now_ns: meter.books.end_dummy(now_ns))
+        meter.run("execute_dummy_batch", _dummy_ended)
         return result
 
     return execute_dummy_batch
+
+
+def _slept(meter: EngineMeter, now_ns: int) -> None:
+    meter.books.fall_asleep(now_ns)
+
+
+def _woke(meter: EngineMeter, now_ns: int) -> None:
+    meter.books.wake_up(now_ns)
+
+
+def _dummy_began(meter: EngineMeter, now_ns: int) -> None:
+    meter.books.begin_dummy(now_ns)
+
+
+def _dummy_ended(meter: EngineMeter, now_ns: int) -> None:
+    meter.books.end_dummy(now_ns)
 
 
 # -- API side ---------------------------------------------------------------------------------

@@ -144,18 +144,17 @@ class ReplyEditor:
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass on, hold or edit one message of the application."""
-        if self._is_token(message):
-            return self._send(message)  # as it is, without a coroutine of our own
-        return self._take(message)
-
-    def _is_token(self, message: Message) -> bool:
-        return (
-            self._events is not None
-            and not self._events.pending
+        # Once per token: what can be told at a glance is passed on without a coroutine of ours.
+        events = self._events
+        if (
+            events is not None
             and message["type"] == BODY
-            and message.get("more_body", False)
             and reply.is_token(message.get("body", b""))
-        )
+            and message.get("more_body", False)
+            and not events.pending
+        ):
+            return self._send(message)
+        return self._take(message)
 
     async def _take(self, message: Message) -> None:
         if message["type"] == "http.response.start":

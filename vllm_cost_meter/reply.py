@@ -171,7 +171,7 @@ def is_token(data: bytes) -> bool:
     usage event nor an end; and a quote within a JSON string has a backslash before it, so no text
     can pass for the mark. False says nothing.
     """
-    return data.endswith(b"\n\n") and data.count(b"\n") == 2 and b'"choices":[{' in data
+    return b'"choices":[{' in data and data.find(b"\n") == len(data) - 2 and data.endswith(b"\n\n")
 
 
 def is_ordinary(event: bytes) -> bool:

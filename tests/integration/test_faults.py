@@ -15,9 +15,13 @@ import pytest
 from tests.integration.server import Server
 from tests.integration.traffic import ask
 
-ENGINE_HOOKS = ("_scheduled", "_result_came", "_carry_late_bills", "_added", "_freed")
-API_HOOKS = ("_born", "_take_bills", "_billed", "poll_engines")
-REPLY_HOOKS = ("usage_of", "headers", "final_usage", "insert_usage")
+ENGINE_HOOKS = ("_scheduled", "_result_came", "_carry_late_bills", "_added", "_freed", "snapshot")
+SLEEP_HOOKS = ("_slept", "_woke")
+API_HOOKS = ("_born", "_take_bills", "_billed", "poll_engines", "set_engine", "count_bill")
+REPLY_HOOKS = ("_new_exchange", "usage_of", "headers", "final_usage", "insert_usage")
+REPLY_HOOKS += ("all_billed", "http_record")
+STAT_LOGGER = ("count_inter_token_latencies",)
+HOOKS = (*ENGINE_HOOKS, *API_HOOKS, *REPLY_HOOKS, *STAT_LOGGER)
 # The default of COST_METER_BILL_TIMEOUT_MS.
 BILL_TIMEOUT_S = 0.25
 
@@ -34,7 +38,10 @@ def faulty(work: Path, faults: Path) -> Iterator[Server]:
     server = Server(
         work / "faulty",
         arguments=["--plugins", "cost_meter"],
-        environment={"CMT_FAULTS": str(faults)},
+        environment={
+            "CMT_FAULTS": str(faults),
+            "VLLM_SERVER_DEV_MODE": "1",  # its /sleep and /wake_up
+        },
     )
     try:
         yield server.start()
@@ -52,7 +59,7 @@ def serves(server: Server) -> None:
             assert reply.output_tokens == 3
 
 
-@pytest.mark.parametrize("hook", [*ENGINE_HOOKS, *API_HOOKS, *REPLY_HOOKS])
+@pytest.mark.parametrize("hook", HOOKS)
 def test_serving_goes_on_while_a_hook_fails_and_metering_returns_after(
     faulty: Server, faults: Path, hook: str
 ) -> None:
@@ -77,9 +84,27 @@ def test_what_a_failed_hook_did_not_measure_is_booked_as_lost(faulty: Server) ->
     run = faulty.cost("audit")["runs"][0]
     assert run["lost_ns"] > 0
     assert run["in_flight_ns"] == 0
-    assert (
-        faulty.log.count("failed and was contained") <= len(ENGINE_HOOKS) * 2 + len(API_HOOKS) * 2
+    assert faulty.log.count("failed and was contained") <= 2 * len(HOOKS + SLEEP_HOOKS), (
+        "each kind of failure is logged once, on each side"
     )
+
+
+@pytest.mark.parametrize("hook", SLEEP_HOOKS)
+def test_an_engine_sleeps_and_wakes_though_the_meter_fails(
+    faulty: Server, faults: Path, hook: str
+) -> None:
+    lost_ns = faulty.cost("audit")["runs"][0]["lost_ns"]
+    faults.write_text(hook)
+    with faulty.client() as client:
+        assert client.post("/sleep?level=0").status_code == 200
+        assert client.get("/is_sleeping").json() == {"is_sleeping": True}
+        assert client.post("/wake_up?tags=scheduling").status_code == 200
+        assert client.get("/is_sleeping").json() == {"is_sleeping": False}
+    faults.write_text("")
+    serves(faulty)
+    run = faulty.cost("audit")["runs"][0]
+    assert run["difference_ns"] == 0
+    assert run["lost_ns"] > lost_ns
 
 
 def test_a_locked_ledger_delays_no_reply_beyond_the_bound_and_loses_nothing(

@@ -5,6 +5,9 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from vllm_cost_meter.ledger.store import (
     parse_url,
 )
 
+NOBODY = 65_534  # a user id without rights
 MOUNTS = (
     "/dev/vda / ext4 rw 0 0\n"
     "server:/home /home nfs4 rw 0 0\n"
@@ -110,11 +114,26 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         check_location(url_of(tmp_path))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(LedgerError, match="cannot write"):
-        check_location(url_of(tmp_path / "ledger.db"))
+@contextmanager
+def not_root() -> Iterator[None]:
+    """Let go of root's rights, which would allow everything, and take them back."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_refused():
+    # Not tmp_path: only root may even look into that where the tests run as root.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        with not_root(), pytest.raises(LedgerError, match="cannot write in the folder"):
+            check_location(url_of(Path(folder) / "ledger.db"))
+        Path(folder).chmod(0o700)
 
 
 def test_the_files_of_a_ledger_are_for_their_owner_only(tmp_path):

@@ -44,24 +44,31 @@ def force_async_scheduling() -> None:
 
 def inject_faults(file: Path) -> None:
     """Make every hook's body look, each time, whether it is to fail."""
-    from vllm_cost_meter import _vllm, reply
+    from vllm_cost_meter import _vllm, engine, reply
 
-    for module, name in (
-        (_vllm, "_scheduled"),
-        (_vllm, "_result_came"),
-        (_vllm, "_carry_late_bills"),
-        (_vllm, "_added"),
-        (_vllm, "_freed"),
-        (_vllm, "_born"),
-        (_vllm, "_take_bills"),
-        (_vllm, "_billed"),
-        (_vllm, "poll_engines"),
-        (reply, "usage_of"),
-        (reply, "headers"),
-        (reply, "final_usage"),
-        (reply, "insert_usage"),
-    ):
-        original = getattr(module, name)
+    fail_where(file, engine.EngineMeter, "snapshot")
+    fail_where(
+        file,
+        _vllm,
+        *("_scheduled", "_result_came", "_carry_late_bills", "_added", "_freed"),
+        *("_slept", "_woke"),
+        *("_born", "_take_bills", "_billed", "poll_engines"),
+    )
+    fail_where(file, reply, "usage_of", "headers", "final_usage", "insert_usage")
+    if "serve" in sys.argv:
+        # Not in engines: they must not load the ledger.
+        from vllm_cost_meter import collector, exchange, metrics, middleware
+
+        fail_where(file, collector.Collector, "http_record")
+        fail_where(file, exchange.Exchange, "all_billed")
+        fail_where(file, metrics, "count_bill", "count_inter_token_latencies", "set_engine")
+        fail_where(file, middleware, "_new_exchange")
+
+
+def fail_where(file: Path, owner: object, *names: str) -> None:
+    """Replace functions of a module or class by ones that raise while the file names them."""
+    for name in names:
+        original = getattr(owner, name)
 
         @functools.wraps(original)
         def failing(*args, _original=original, _name=name, **kwargs):
@@ -69,7 +76,7 @@ def inject_faults(file: Path) -> None:
                 raise RuntimeError(f"injected fault in {_name}")
             return _original(*args, **kwargs)
 
-        setattr(module, name, failing)
+        setattr(owner, name, failing)
 
 
 def move_clock(file: Path) -> None:
