@@ -39,10 +39,10 @@ from typing import Any
 import psutil
 from bench_attribution import machine
 
+from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.serving import (
     CPU_ARGUMENTS,
     Server,
-    ServerError,
     environment_of,
     is_cpu_build,
 )

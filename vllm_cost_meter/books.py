@@ -17,13 +17,11 @@ each hour, over the run's part of that hour; what is billed in total equals the 
 """
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypedDict
 
 from vllm_cost_meter.attribution import StepMeter
 from vllm_cost_meter.records import (
-    CLASSES,
     NS_PER_HOUR,
     Bill,
     ClassTotals,
@@ -307,8 +305,3 @@ class EngineBooks:
         for hour, number in list(self._changed.items()):
             if number <= acknowledged and hour != self._hour:
                 del self._changed[hour]
-
-
-def hours_total(hours: Mapping[int, ClassTotals]) -> ClassTotals:
-    """Return the sum of hourly totals, class by class."""
-    return ClassTotals(**{n: sum(getattr(cell, n) for cell in hours.values()) for n in CLASSES})

@@ -21,7 +21,8 @@ from typing import Any
 import openai
 from openai.types import CompletionUsage
 
-from vllm_cost_meter.serving import ServerError, command_path, end_of
+from vllm_cost_meter.errors import ServerError
+from vllm_cost_meter.serving import command_path, end_of
 
 CHAT, SEARCH, BATCH = TENANTS = ("chat-team", "search-team", "batch-team")
 

@@ -3,6 +3,7 @@
     CostMeterError
     ├── SettingError        the operator's: stops the start, one line
     ├── LedgerError         the ledger cannot be opened, read or written
+    ├── ServerError         a server that the demo or a benchmark runs is not what it should be
     └── VllmMismatchError   this vLLM does not look as the meter expects: it is left untouched
 
 Every message says what was expected, what came, where, and what to do. Errors at run time inside
@@ -28,3 +29,7 @@ class LedgerError(CostMeterError):
 
 class VllmMismatchError(CostMeterError):
     """vLLM has a name or signature the meter does not understand."""
+
+
+class ServerError(CostMeterError):
+    """The vLLM server could not be started, ended by itself, or did not answer."""

@@ -127,11 +127,6 @@ def route_of(path: str) -> str:
     return path[:LABEL_CHARS_MAX]
 
 
-def generates(route: str) -> bool:
-    """Tell whether requests on this route reach the engine, as far as the meter knows."""
-    return route in _RULES
-
-
 def response_id_of(route: str, external_id: str) -> str | None:
     """Return the id that the client saw in the reply, None where it cannot be told."""
     rule = _RULES.get(route)

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.text import plain
 
 LOOPBACK = "127.0.0.1"
@@ -43,10 +43,6 @@ STAGES = (
     ("KV cache size", "warming up"),
     ("Starting vLLM server", "opening the HTTP port"),
 )
-
-
-class ServerError(CostMeterError):
-    """The vLLM server could not be started, ended by itself, or did not answer."""
 
 
 def is_cpu_build() -> bool:

@@ -35,6 +35,7 @@ from vllm_cost_meter.demo_traffic import (
     Sightings,
     Told,
 )
+from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.tenants import resolve
 
 
@@ -280,7 +281,7 @@ def test_an_environment_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch) ->
         raise serving.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(serving.metadata, "version", version)
-    with pytest.raises(serving.ServerError, match="found none"):
+    with pytest.raises(ServerError, match="found none"):
         serving.is_cpu_build()
 
 
