@@ -42,6 +42,9 @@ ifeq ($(MODEL),)
 export HF_HOME := $(CACHE)/huggingface
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
+# vLLM compiles a part of log-probabilities (which beam search asks for) even where all else is
+# eager, and an engine dies of it where there is no C++ compiler.
+export TORCH_COMPILE_DISABLE := 1
 endif
 
 # `make PIP_QUIET=0` shows what pip does; 2 leaves the errors.
@@ -77,6 +80,7 @@ check: .venv/.meter
 
 bench: setup
 	$(RUN) python benchmarks/bench_attribution.py
+	$(RUN) python benchmarks/bench_ledger.py
 	$(RUN) python benchmarks/bench_serving.py
 
 clean:
