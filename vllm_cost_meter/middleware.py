@@ -73,7 +73,7 @@ class CostMiddleware:
     async def _served(self, scope: Scope, receive: Receive, editor: "ReplyEditor") -> None:
         """Call the application; what it left of an incomplete reply leaves as it came."""
         try:
-            await self.app(scope, editor.receiving(receive), editor.send)
+            await self.app(scope, editor.receiving(receive), editor.sending())
         except Exception:
             with contextlib.suppress(Exception):  # the application's own error counts
                 await editor.release()
@@ -127,6 +127,8 @@ class ReplyEditor:
         # A held reply: its start and the body messages so far.
         self._held: list[Message] | None = None
         self._events: reply.SseEvents | None = None
+        # True while a stream is edited and stands between two events.
+        self._between_events = False
         self._streamed = False
         self._told: bool | None = None
         self._commented = False
@@ -142,21 +144,25 @@ class ReplyEditor:
 
         return noticing
 
-    def send(self, message: Message) -> Awaitable[None]:
-        """Pass on, hold or edit one message of the application."""
-        # Once per token: what can be told at a glance is passed on without a coroutine of ours.
-        events = self._events
-        if (
-            events is not None
-            and message["type"] == BODY
-            and reply.is_token(message.get("body", b""))
-            and message.get("more_body", False)
-            and not events.pending
-        ):
-            return self._send(message)
-        return self._take(message)
+    def sending(self) -> Send:
+        """Wrap `send` for the application: a token of a stream passes, all else is taken."""
+        # Called for each token, in caches that the model's work has emptied: what it needs is
+        # bound here, and no coroutine of ours is made.
+        send, take, is_token = self._send, self.take, reply.is_token
 
-    async def _take(self, message: Message) -> None:
+        def editing_send(message: Message) -> Awaitable[None]:
+            if (
+                self._between_events
+                and is_token(message.get("body", b""))
+                and message.get("more_body", False)
+            ):
+                return send(message)
+            return take(message)
+
+        return editing_send
+
+    async def take(self, message: Message) -> None:
+        """Pass on, hold or edit one message of the application."""
         if message["type"] == "http.response.start":
             await self._start(message)
         elif message["type"] == BODY:
@@ -179,6 +185,7 @@ class ReplyEditor:
         for message in held or ():
             await self._send(message)
         events, self._events = self._events, None
+        self._between_events = False
         if events is not None and not self._complete and events.rest:
             await self._send({"type": BODY, "body": events.rest, "more_body": True})
 
@@ -199,6 +206,7 @@ class ReplyEditor:
             self._streamed = True
             if _can_grow(message):
                 self._events = reply.SseEvents()
+                self._between_events = True
         elif content_type == b"application/json" and self._exchange.born:
             self._held = [message]
             return
@@ -231,6 +239,7 @@ class ReplyEditor:
         out = b""
         for event in events.feed(message.get("body", b"")):
             out += event if reply.is_ordinary(event) else await self._edited(event)
+        self._between_events = not events.pending
         if self._complete:
             out += events.rest
         if out or self._complete:

@@ -35,6 +35,11 @@ _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _EVENT_END = re.compile(rb"\n\r?\n")
 _DATA_LINE = re.compile(rb"^data:[ ]?([^\r\n]*)\r?$", re.MULTILINE)
+# Tells, at a glance, that a message is one whole OpenAI chunk with a choice, as nearly every one of
+# a stream is; None says nothing. An event of one line with a choice is neither a final usage event
+# nor an end, and no text can pass for the mark: within a JSON string a quote has a backslash before
+# it. One call into C and no function of ours, because it is the meter's cost per token.
+is_token = re.compile(rb'data: [^\n]*"choices":\[\{[^\n]*\n\n').fullmatch
 _RESPONSES_TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 _MAYBE_FINAL = re.compile(
     rb'"choices"\s*:\s*\[\s*\]|"message_delta"|"response\.(?:completed|incomplete|failed)"'
@@ -74,6 +79,15 @@ class Cost:
 class _Reply(msgspec.Struct):
     usage: Any = None
     status: Any = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: msgspec.Raw
+    usage: msgspec.Raw
+    type: Any = None
+
+
+_CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 def usage_of(body: bytes | Mapping[str, Any]) -> Usage:
@@ -163,17 +177,6 @@ class SseEvents:
         return events
 
 
-def is_token(data: bytes) -> bool:
-    """Tell, at a glance, that these bytes are one whole OpenAI chunk with a choice.
-
-    Nearly every message of a stream is, so this is the meter's cost per token: three searches. Two
-    newlines, both at the end, are one event of one line; a chunk with a choice is neither a final
-    usage event nor an end; and a quote within a JSON string has a backslash before it, so no text
-    can pass for the mark. False says nothing.
-    """
-    return b'"choices":[{' in data and data.find(b"\n") == len(data) - 2 and data.endswith(b"\n\n")
-
-
 def is_ordinary(event: bytes) -> bool:
     """Tell, at a glance, that an event is neither a final usage event nor an end.
 
@@ -188,13 +191,8 @@ def final_usage(event: bytes) -> Usage | None:
     Final are: OpenAI's chunk without choices (one with choices carries a running count),
     Anthropic's message_delta, and the terminal events of the Responses API.
     """
-    span = _final_usage_span(event)
-    if span is None:
-        return None
-    try:
-        return _tokens(json.loads(event[slice(*span)].decode("latin-1"), strict=False))
-    except _JSON_ERRORS:
-        return None
+    found = _final_usage(event)
+    return None if found is None else _tokens(found[1])
 
 
 def insert_usage(event: bytes, cost: Cost) -> bytes:
@@ -203,14 +201,14 @@ def insert_usage(event: bytes, cost: Cost) -> bytes:
     That is `cost` (null without a price) and `cost_details`. Returned as it came: what is not a
     final usage event, and one that has any of the two.
     """
-    span = _final_usage_span(event)
-    if span is None:
+    found = _final_usage(event)
+    if found is None:
         return event
-    present = _members(event[slice(*span)].decode("latin-1"), 0)[0]
-    if not present.keys().isdisjoint(_OUR_FIELDS):
+    (_, end), usage = found
+    if not usage.keys().isdisjoint(_OUR_FIELDS):
         return event
-    brace = span[1] - 1
-    comma = b"," if present else b""
+    brace = end - 1
+    comma = b"," if usage else b""
     return event[:brace] + comma + _usage_fields(cost).encode("ascii") + event[brace:]
 
 
@@ -220,6 +218,8 @@ def is_end(event: bytes) -> bool:
     That is `[DONE]`, Anthropic's message_stop, a terminal event of the Responses API, and an
     event of type error (of the latter two APIs; OpenAI's error chunk is followed by `[DONE]`).
     """
+    if event == b"data: [DONE]\n\n":
+        return True
     if event.startswith(b"data: {"):
         return False  # OpenAI: [DONE] is its only end; events of the other APIs start "event:"
     if not any(mark in event for mark in _END_MARKS):
@@ -235,10 +235,44 @@ def is_end(event: bytes) -> bool:
 
 
 @lru_cache(maxsize=8)  # a final event is asked twice in a row: what it says, where ours goes
-def _final_usage_span(event: bytes) -> _Span | None:
-    """Return where the usage object of a final usage event is, None if there is none."""
+def _final_usage(event: bytes) -> tuple[_Span, Mapping[str, Any]] | None:
+    """Return where the usage object of a final usage event is, and what it says."""
     if b'"usage"' not in event or not _MAYBE_FINAL.search(event):
         return None
+    span = _usual_span(event) or _span(event)
+    if span is None:
+        return None
+    try:
+        usage = json.loads(event[slice(*span)].decode("latin-1"), strict=False)
+    except _JSON_ERRORS:
+        return None
+    return span, usage
+
+
+def _usual_span(event: bytes) -> _Span | None:
+    """Return what `_span` does, for a final chunk as vLLM writes them; None says nothing.
+
+    Parsed in C, which gives the text of the usage object but not its place: that is told where it
+    can be no other.
+    """
+    if not event.startswith(b"data: {") or event.count(b"\n") != 2 or not event.endswith(b"\n\n"):
+        return None
+    try:
+        chunk = _CHUNK.decode(event[6:])
+    except (msgspec.MsgspecError, *_JSON_ERRORS):
+        return None
+    usage = bytes(chunk.usage)
+    member = b'"usage":' + usage
+    if chunk.type is not None or bytes(chunk.choices) != b"[]" or not usage.startswith(b"{"):
+        return None
+    if event.count(member) != 1:
+        return None
+    end = event.index(member) + len(member)
+    return end - len(usage), end
+
+
+def _span(event: bytes) -> _Span | None:
+    """Return where the usage object of an event is that may be final, None if it is not."""
     start, payload = _payload(event)
     try:
         members, end = _members(payload, 0)

@@ -16,6 +16,8 @@ from vllm_cost_meter.records import Usage
 from vllm_cost_meter.reply import (
     Cost,
     SseEvents,
+    _span,
+    _usual_span,
     comment,
     final_usage,
     headers,
@@ -104,6 +106,19 @@ def test_only_the_documented_bytes_are_new(made, new):
 def test_the_usage_read_from_an_event_is_that_of_the_same_body(made):
     event, usage = made
     assert final_usage(event) == usage_of({"usage": usage})
+
+
+@given(final_events())
+def test_the_usual_way_finds_what_the_thorough_one_does(made):
+    event, _ = made
+    assert _usual_span(event) in (None, _span(event))
+
+
+def test_an_event_as_vllm_writes_it_goes_the_usual_way():
+    event = (
+        b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":1,"d":{"a":1}},"f":"\xc3\xa9"}\n\n'
+    )
+    assert event[slice(*_usual_span(event))] == b'{"prompt_tokens":1,"d":{"a":1}}'
 
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:

@@ -98,7 +98,7 @@ def tee_replies(folder: Path) -> None:
     """Write what enters our reply editor, and what leaves it, to one file each per exchange."""
     from vllm_cost_meter.middleware import ReplyEditor
 
-    original_init, original_send = ReplyEditor.__init__, ReplyEditor.send
+    original_init, original_sending = ReplyEditor.__init__, ReplyEditor.sending
 
     def append(side, exchange, message) -> None:
         if message["type"] == "http.response.body":
@@ -113,8 +113,13 @@ def tee_replies(folder: Path) -> None:
 
         original_init(self, collector, exchange, leaving)
 
-    async def send(self, message) -> None:
-        append("entered", self._exchange, message)
-        await original_send(self, message)
+    def sending(self):
+        send = original_sending(self)
 
-    ReplyEditor.__init__, ReplyEditor.send = init, send
+        async def entering(message) -> None:
+            append("entered", self._exchange, message)
+            await send(message)
+
+        return entering
+
+    ReplyEditor.__init__, ReplyEditor.sending = init, sending
