@@ -91,25 +91,33 @@ def test_a_stop_token_leaves_a_tail_that_no_request_pays(hard: Server) -> None:
 
 def test_an_abort_pays_for_its_steps_in_flight(hard: Server) -> None:
     before = hard.balanced()["runs"][0]["last_seq"]
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 2800, "stream": True}
-    body["ignore_eos"] = True
-    for index in range(4):
-        headers = {"x-request-id": f"async-abort-{index}"}
-        with (
-            hard.client("beta", headers=headers) as client,
-            client.stream("POST", "/v1/completions", json=body) as reply,
-        ):
-            for count, _line in enumerate(reply.iter_lines()):
-                if count > 4 + 6 * index:
-                    break
-        row = hard.bill_of(f"async-abort-{index}")
-        assert row["engine_status"] == "aborted"
+    # Where the engine's processes spin on every core, a client may get none until its request has
+    # run to the end: then it left nothing early, and tries again.
+    rows = [leave_early(hard, attempt) for attempt in range(12)]
+    aborted = [row for row in rows if row["engine_status"] == "aborted"]
+    assert len(aborted) >= 3
+    for row in aborted:
         part = row["parts"][0]
         # Under async scheduling the device is a step ahead of the tokens that came out.
         assert part["steps"] >= part["output_tokens"]
     after = hard.balanced()["runs"][0]
-    assert after["last_seq"] - before == 4
+    assert after["last_seq"] - before == len(rows)
     assert after["in_flight_ns"] == 0
+
+
+def leave_early(server: Server, number: int) -> dict:
+    """Ask for a long stream, leave after some tokens, and return the request's row."""
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 2800, "stream": True}
+    body["ignore_eos"] = True
+    headers = {"x-request-id": f"leaves-early-{number}"}
+    with (
+        server.client("beta", headers=headers) as client,
+        client.stream("POST", "/v1/completions", json=body) as reply,
+    ):
+        for count, _line in enumerate(reply.iter_lines()):
+            if count > 4 + 6 * (number % 4):
+                break
+    return server.bill_of(f"leaves-early-{number}")
 
 
 def test_preempted_requests_are_billed_once_with_what_was_computed_again(hard: Server) -> None:
@@ -145,9 +153,14 @@ def test_a_request_across_an_hours_end_is_cut_there(hard: Server) -> None:
 
     before = {hour: gamma_ns(hard, hour) for hour in (0, 1)}
     all_before = hard.cost("tenants/gamma")["gpu_time_ns"]
-    asyncio.run(run())
-    hard.balanced()
-    spent = {hour: gamma_ns(hard, hour) - before[hour] for hour in (0, 1)}
+    # Again where this process got no core in mid-request, and moved the clock after all had ended.
+    for _attempt in range(5):
+        clock.write_text("0")
+        asyncio.run(run())
+        hard.balanced()
+        spent = {hour: gamma_ns(hard, hour) - before[hour] for hour in (0, 1)}
+        if all(ns > 0 for ns in spent.values()):
+            break
     assert all(ns > 0 for ns in spent.values())
     assert sum(spent.values()) == hard.cost("tenants/gamma")["gpu_time_ns"] - all_before
     clock.write_text("0")
