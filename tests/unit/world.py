@@ -54,6 +54,8 @@ GPU_HOUR_USD = "36"
 def make_collector(folder: Path, **settings: Any) -> Collector:
     """A collector of its own, with a ledger in the folder that is open already."""
     given = {"gpu_hour_usd": GPU_HOUR_USD, **settings}
+    # Tests of the bound set their own; no other may fail because the machine is busy.
+    given = {"bill_timeout_ms": 10_000, **given}
     collector = Collector(Settings(ledger=f"sqlite:///{folder / 'ledger.db'}", **given))
     collector.writer.commit().result(10)
     return collector
