@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_cost_meter import _vllm
 from vllm_cost_meter import engine as engine_module
 from vllm_cost_meter.books import RequestFacts
 from vllm_cost_meter.engine import EngineMeter, NoMeter, process_created_ns
@@ -223,6 +225,27 @@ def test_a_success_in_between_keeps_it_on(engine):
         engine.schedule()
     assert engine.snapshot().state == "on"
     assert engine.snapshot().errors == 45
+
+
+@pytest.mark.parametrize("hook", ["_dummy_began", "_dummy_ended"])
+def test_a_dummy_batch_runs_though_the_meter_fails(engine, monkeypatch, hook):
+    core = SimpleNamespace(scheduler=SimpleNamespace(cost_meter=engine.meter))
+    ran = []
+
+    def execute_dummy_batch(self: object) -> str:
+        ran.append(self)
+        time.sleep(0.001)
+        return "result"
+
+    wrapped = _vllm._wrap_dummy_batch(execute_dummy_batch)
+    monkeypatch.setattr(_vllm, hook, boom)
+    assert wrapped(core) == "result"
+    assert engine.meter.guard.errors == 1
+    assert engine.settled().totals.lost > 0
+    monkeypatch.undo()
+    assert wrapped(core) == "result"
+    assert engine.settled().totals.dummy >= 1_000_000
+    assert ran == [core, core]
 
 
 def test_no_meter_does_nothing():
