@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from vllm_cost_meter.pricing import format_usd
 from vllm_cost_meter.records import Usage, format_nano
 
 # A longer event is not held back: it passes through in pieces, unedited.
@@ -339,9 +340,9 @@ def _value(text: str, span: _Span | None) -> object:
 
 def _usage_fields(cost: Cost) -> str:
     """Return the members `cost` (null without a price) and `cost_details` of a usage object."""
-    usd = "null" if cost.cost_nanousd is None else format_nano(cost.cost_nanousd)
     return (
-        f'"cost":{usd},"cost_details":{{"gpu_seconds":{format_nano(cost.gpu_time_ns)},'
+        f'"cost":{format_usd(cost.cost_nanousd) or "null"},'
+        f'"cost_details":{{"gpu_seconds":{format_nano(cost.gpu_time_ns)},'
         f'"prefill_gpu_seconds":{format_nano(cost.prefill_ns)},'
         f'"decode_gpu_seconds":{format_nano(cost.decode_ns)},"method":{json.dumps(cost.method)},'
         f'"request_id":{json.dumps(cost.http_request_id)},"tenant":{json.dumps(cost.tenant)},'
@@ -354,13 +355,14 @@ def comment(cost: Cost) -> bytes:
 
     Values are percent-encoded, so that they stay on their line; a cost not known is left out.
     """
-    usd = "" if cost.cost_nanousd is None else f"cost_usd={format_nano(cost.cost_nanousd)} "
+    usd = format_usd(cost.cost_nanousd)
+    priced = f"cost_usd={usd} " if usd is not None else ""
     request_id, tenant = (
         quote(text, safe=_COMMENT_SAFE, errors="replace")
         for text in (cost.http_request_id, cost.tenant)
     )
     seconds = format_nano(cost.gpu_time_ns)
-    said = f"{usd}gpu_seconds={seconds} request_id={request_id} tenant={tenant}"
+    said = f"{priced}gpu_seconds={seconds} request_id={request_id} tenant={tenant}"
     return f": cost-meter {said}\n\n".encode("ascii")
 
 
@@ -369,7 +371,7 @@ def headers(cost: Cost) -> list[tuple[bytes, bytes]]:
 
     Text outside printable ASCII is percent-encoded, and so is the percent sign.
     """
-    usd = None if cost.cost_nanousd is None else format_nano(cost.cost_nanousd)
+    usd = format_usd(cost.cost_nanousd)
     said = {
         "x-cost-meter-cost-usd": usd,
         "x-cost-meter-gpu-seconds": format_nano(cost.gpu_time_ns),
