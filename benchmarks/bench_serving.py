@@ -43,6 +43,7 @@ from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.serving import (
     CPU_ARGUMENTS,
     Server,
+    end_of,
     environment_of,
     is_cpu_build,
 )
@@ -173,7 +174,11 @@ class Bench:
             *("--max-concurrency", str(options.concurrency), "--disable-tqdm"),
             *("--ready-check-timeout-sec", "0", "--save-detailed"),  # errors are a detail
         ]
-        measured = self.client.submit(_client_runs, arguments).result()
+        try:
+            measured = self.client.submit(_client_runs, arguments).result()
+        except Exception as error:
+            log = end_of(self.folder / "client.log")
+            raise ServerError(f"the client failed: {error!r}; {log}") from error
         if measured["completed"] != requests:
             errors = {error.strip().splitlines()[-1] for error in measured["errors"] if error}
             raise ServerError(
