@@ -1,7 +1,10 @@
 """Checks of the integers that come in: anything but an int in its range is a ValueError."""
 
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_Check
+from libc.math cimport isfinite
 from libc.stdint cimport int64_t
+
+from csrc.fit cimport TERMS
 
 cdef enum:
     WEIGHT_MAX = 0x7FFFFFFF
@@ -12,6 +15,29 @@ cdef inline int64_t tokens_of(object request_id, object tokens) except -1:
     if number < 0:
         raise out_of_range(tokens, WEIGHT_MAX, f"StepMeter.begin: tokens of {request_id!r}")
     return number
+
+
+cdef inline int64_t rejected_tokens_of(object request_id, object tokens) except -1:
+    cdef int64_t number = in_range(tokens, WEIGHT_MAX)
+    if number < 0:
+        raise out_of_range(
+            tokens, WEIGHT_MAX, f"StepMeter.settle: rejected tokens of {request_id!r}"
+        )
+    return number
+
+
+cdef inline object tokens_out_of_range(int64_t total):
+    return out_of_range(total, WEIGHT_MAX, "StepMeter.begin: tokens of all requests")
+
+
+cdef inline int check_tokens(dict scheduled) except -1:
+    """Raise ValueError unless each count of a step, and their sum, is in range."""
+    cdef object total = 0
+    for request_id, tokens in scheduled.items():
+        total += tokens_of(request_id, tokens)
+    if total > WEIGHT_MAX:
+        raise tokens_out_of_range(total)
+    return 0
 
 
 cdef inline int64_t whole_number(object value, int64_t maximum, str what) except -1:
@@ -32,3 +58,27 @@ cdef inline int64_t in_range(object value, int64_t maximum):
 
 cdef inline object out_of_range(object value, int64_t maximum, str what):
     return ValueError(f"{what}: expected an int from 0 to {maximum}, got {value!r}")
+
+
+cdef inline int planes_of(object prior, double *planes) except -1:
+    """Read three planes of coefficients >= 0, or write the prior of a meter that knows nothing."""
+    cdef int kind, k
+    cdef double value
+    for kind in range(3):
+        for k in range(TERMS):
+            planes[kind * TERMS + k] = k == 1 and kind != 1
+    if prior is None:
+        return 0
+    try:
+        sizes = [len(plane) for plane in prior]
+    except TypeError:
+        sizes = []
+    if sizes != [TERMS] * 3:
+        raise ValueError(f"StepMeter: expected a prior of 3 planes of {TERMS}, got {prior!r}")
+    for kind in range(3):
+        for k in range(TERMS):
+            value = prior[kind][k]
+            if not (isfinite(value) and value >= 0.0):
+                raise ValueError(f"StepMeter: expected coefficients >= 0, got {prior!r}")
+            planes[kind * TERMS + k] = value
+    return 0

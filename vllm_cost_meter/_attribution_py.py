@@ -11,14 +11,17 @@ so a change to one lands in the other.
 
    so the shares add up to D exactly, each is within 1 ns of D * w_k / W whatever the order, and
    equal weights get shares at most 1 ns apart. If all weights are 0, all count as 1.
-2. A method is how requests are weighed, nothing else: one function per method in `_WEIGH`. "tokens"
-   weighs a request by the tokens the step computed for it, "equal" by 1. Weights add up to less
-   than 2**31, which lets the native code do exact division in 64 bits; a method that thinks in
-   floats scales and rounds to that.
+2. A method is how requests are weighed, nothing else. "shapley" weighs a request by its Shapley
+   value in the step's game (`_shapley_py.py`), by the cost model that the engine's own steps taught
+   (`_fit_py.py`); "tokens" by the tokens the step computed for it, "equal" by 1. Weights add up to
+   less than 2**31, which lets the native code do exact division in 64 bits; Shapley values are
+   scaled and rounded to that. Whatever the method, the model is learnt, and gives each request its
+   marginal cost too: what the step would have saved without it.
 3. A request's part of a step is prefill while its position in its context, where the step starts,
    lies before its prefill end; otherwise decode. The end is its prompt's length, or, once it was
-   preempted, the position it had reached if that is further: recomputing is prefill too.
-   Positions count scheduled tokens, so drafts that were rejected are in them.
+   preempted, the position it had reached if that is further: recomputing is prefill too, and is
+   counted apart. So are drafts that were rejected: they were computed, and their positions are
+   computed again. Of a request's share of a step, the part of these is that of the tokens.
 4. Steps overlap (async scheduling, pipelines): each is begun, perhaps shared in parts, and settled;
    results come in order, so settling a step drops older ones that never got theirs.
 5. A request is open from `open` to `close`. Steps in flight at its close still use the GPU, but
@@ -28,15 +31,25 @@ so a change to one lands in the other.
 Invariant: the ns settled or shared = those closed, cut, discarded + all tails + `open_ns`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 
-# Weights and tokens of one step add up to at most this, so that (W - 1) * W fits 64 bits.
-WEIGHT_MAX = 2**31 - 1
+from vllm_cost_meter._fit_py import TERMS, TOKENS_PRIOR, Planes, StepFit, total_of
+from vllm_cost_meter._requests_py import WEIGHT_MAX, Part, Request, Step
+from vllm_cost_meter._shapley_py import solve_game
+from vllm_cost_meter.accrued import Accrued
+
 # Largest time of a step, and of all that is accrued and unbilled: a signed 64-bit integer.
 NS_MAX = 2**63 - 1
 # Steps in flight. vLLM has one per pipeline stage and one more; so many mean that none is settled.
 STEPS_MAX = 1024
+MODELS_MAX = 64  # that are remembered
+ENDED = "(ended)"
+
+METHODS = ("shapley", "tokens", "equal")
+
+# Version, form, planes, steps, errors of two planes and of one, variance explained.
+Model = tuple[int, str, Planes, int, float, float, float]
 
 
 def split(total_ns: int, weights: Sequence[int]) -> list[int]:
@@ -62,17 +75,25 @@ class StepMeter:
     seen in a step, without an `open`.
     """
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, prior: Planes | None = None, trusted: bool = False) -> None:
+        """Start with a prior for the cost model (None: a step costs its tokens).
+
+        `trusted` says that the heights of the prior's two planes can be compared, e.g. because
+        they are an earlier fit; else their scales are fitted apart.
+        """
         if method not in METHODS:
             raise ValueError(f"StepMeter: expected a method of {METHODS}, got {method!r}")
+        self._fit = StepFit(_checked(prior), trusted and prior is not None)
+        self._published: list[Model] = []
+        self._remember_model()
         self.open_ns = 0
         self.fallbacks = 0
         self.strangers = 0
-        self._weigh = _WEIGH[method]
-        self._requests: dict[str, _Request] = {}  # the open ones
-        self._steps: dict[int, list[_Part]] = {}  # those in flight, oldest first
+        self._method = method
+        self._requests: dict[str, Request] = {}  # the open ones
+        self._steps: dict[int, Step] = {}  # those in flight, oldest first
         self._last_step = 0
-        self._drained: list[_Request] = []
+        self._drained: list[Request] = []
 
     @property
     def open_requests(self) -> int:
@@ -90,7 +111,24 @@ class StepMeter:
 
     def step_requests(self, step: int) -> int:
         """Return how many requests a step in flight holds. Raises ValueError if it is not."""
-        return len(self._parts_of(step))
+        return len(self._step(step).parts)
+
+    def step_parts(self, step: int) -> list[tuple[str, int, int, int]]:
+        """Return what a step in flight is made of, in scheduler order.
+
+        Of each request (id, tokens, position where they start, where its prefill ends); the id of
+        one that was closed meanwhile is ENDED and its place. Raises ValueError if the step is not
+        in flight.
+        """
+        return [
+            (
+                part.request.request_id if part.request.is_open else f"{ENDED} {place}",
+                part.work.tokens,
+                part.work.context - part.work.tokens,
+                part.request.prefill_end,
+            )
+            for place, part in enumerate(self._step(step).parts)
+        ]
 
     # The life of a request
 
@@ -98,7 +136,7 @@ class StepMeter:
         """Start to accrue for a request. Does nothing if it is open already."""
         _check(prompt_tokens, WEIGHT_MAX, "StepMeter.open: prompt_tokens")
         if request_id not in self._requests:
-            self._requests[request_id] = _Request(request_id, prefill_end=prompt_tokens)
+            self._requests[request_id] = Request(request_id, prefill_end=prompt_tokens)
 
     def position(self, request_id: str, computed_tokens: int, resumed: bool) -> None:
         """Say where in its context the next step of a request starts, before `begin`.
@@ -110,6 +148,7 @@ class StepMeter:
         request = self._requests.get(request_id) or self._welcome_stranger(request_id)
         if resumed:
             request.prefill_end = max(request.prefill_end, request.position)
+            request.recompute_end = request.position
         request.position = computed_tokens
 
     def leave(self, request_id: str) -> bool:
@@ -130,25 +169,15 @@ class StepMeter:
         self._drained.clear()
         return ended
 
-    def accrued(self, request_id: str) -> tuple[int, int, int, int, int]:
-        """Return what `close` would, and leave the request open."""
-        request = self._request(request_id)
-        return (
-            request.prefill_ns,
-            request.decode_ns,
-            request.prefill_tokens,
-            request.decode_tokens,
-            request.steps,
-        )
+    def accrued(self, request_id: str) -> Accrued:
+        """Return what a request accrued since the last `cut`."""
+        return self._request(request_id).accrued()
 
-    def close(self, request_id: str) -> tuple[int, int, int, int, int]:
-        """End a request. Return (prefill ns, decode ns, prefill tokens, decode tokens, steps).
-
-        Time and tokens are those since the last `cut`, steps those of its whole life.
-        """
-        totals = self.accrued(request_id)
+    def close(self, request_id: str) -> Accrued:
+        """End a request. Return what it accrued since the last `cut`."""
+        accrued = self.accrued(request_id)
         self._forget(request_id)
-        return totals
+        return accrued
 
     def discard(self, request_id: str) -> int:
         """Forget an open request that nobody will bill. Return the ns it had accrued."""
@@ -156,18 +185,17 @@ class StepMeter:
         self._forget(request_id)
         return request.prefill_ns + request.decode_ns
 
-    def cut(self) -> list[tuple[str, int, int, int, int]]:
+    def cut(self) -> list[tuple[str, Accrued]]:
         """Take what all open requests accrued since the last cut, and set it to 0.
 
-        Return (request id, prefill ns, decode ns, prefill tokens, decode tokens) of each that
-        accrued anything, in the order they were opened.
+        Return it for each that accrued time or tokens, in the order they were opened.
         """
         pieces = []
-        for request_id in self._requests:
-            accrued = self.accrued(request_id)[:4]
-            if any(accrued):
-                pieces.append((request_id, *accrued))
-                self._requests[request_id].reset()
+        for request_id, request in self._requests.items():
+            accrued = request.accrued()
+            if any(accrued[:4]):
+                pieces.append((request_id, accrued))
+                request.reset()
         self.open_ns = 0
         return pieces
 
@@ -189,10 +217,12 @@ class StepMeter:
             _check(tokens, WEIGHT_MAX, f"StepMeter.begin: tokens of {request_id!r}")
         _check(sum(scheduled.values()), WEIGHT_MAX, "StepMeter.begin: tokens of all requests")
         self._last_step += 1
-        self._steps[self._last_step] = [
-            (self._requests.get(request_id) or self._welcome_stranger(request_id)).enter(tokens)
-            for request_id, tokens in scheduled.items()
-        ]
+        self._steps[self._last_step] = Step(
+            [
+                (self._requests.get(request_id) or self._welcome_stranger(request_id)).enter(tokens)
+                for request_id, tokens in scheduled.items()
+            ]
+        )
         return self._last_step
 
     def share(self, step: int, gpu_ns: int) -> int:
@@ -201,39 +231,46 @@ class StepMeter:
         Return the tail: the ns of requests closed by now. Raises ValueError, and does nothing, if
         the step is not in flight or the time is negative or too large.
         """
-        parts = self._parts_of(step)
+        parts = self._step(step).parts
         _check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
+        self._step(step).shared_ns += gpu_ns
         if not parts:
             return gpu_ns
-        weights = self._weigh(parts)
-        if not any(weights):
-            self.fallbacks += 1
+        weights, margins = self._weigh(parts, gpu_ns)
         tail_ns = 0
-        for part, share_ns in zip(parts, _shares(gpu_ns, weights), strict=True):
-            if not part.request.is_open:
-                tail_ns += share_ns
-            elif part.is_prefill:
-                part.request.prefill_ns += share_ns
+        shares = _shares(gpu_ns, weights)
+        for part, share_ns, marginal_ns in zip(parts, shares, margins, strict=True):
+            if part.request.is_open:
+                part.pay(share_ns, marginal_ns)
             else:
-                part.request.decode_ns += share_ns
+                tail_ns += share_ns
         self.open_ns += gpu_ns - tail_ns
         return tail_ns
 
-    def settle(self, step: int, gpu_ns: int) -> int:
-        """Divide the (rest of the) time of a step and end it. Returns and raises as `share`.
+    def settle(self, step: int, gpu_ns: int, rejected: dict[str, int] | None = None) -> int:
+        """Divide the (rest of the) time of a step, end it, and learn from it. As `share` else.
 
-        Older steps in flight never got a result: they end first, without time or tokens.
+        `rejected` has the requests of the step whose drafts were not all accepted, and how many
+        tokens were not; of a request that is not in the step it is ignored. Older steps in flight
+        never got a result: they end first, without time or tokens.
         """
+        parts = self._step(step).parts
+        _check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
+        for request_id, tokens in (rejected or {}).items():
+            _check(tokens, WEIGHT_MAX, f"StepMeter.settle: rejected tokens of {request_id!r}")
+        for part in parts:
+            if part.request.is_open:
+                part.reject((rejected or {}).get(part.request.request_id, 0))
         tail_ns = self.share(step, gpu_ns)
         for older in [number for number in self._steps if number < step]:
             self._drop(older)
-        for part in self._steps[step]:
-            part.request.steps += 1
-            if part.is_prefill:
-                part.request.prefill_tokens += part.tokens
-            else:
-                part.request.decode_tokens += part.tokens
+        ended = self._steps[step]
+        for part in ended.parts:
+            part.end(len(ended.parts))
         self._drop(step)
+        work = total_of([part.work for part in ended.parts])
+        if self._fit.observe(work, ended.shared_ns):
+            self._remember_model()
         return tail_ns
 
     def abandon(self) -> None:
@@ -241,19 +278,77 @@ class StepMeter:
         for step in list(self._steps):
             self._drop(step)
 
+    # The cost model
+
+    def adopt(self, prior: Planes, two_planes: bool) -> None:
+        """Go on from an earlier fit. Raises ValueError if these are not its planes."""
+        checked = _checked(prior)
+        self._fit.adopt(checked or TOKENS_PRIOR, two_planes)
+        self._remember_model()
+
+    @property
+    def model_version(self) -> int:
+        """Return the version of the model in use."""
+        return self._fit.version
+
+    def models(self, since_version: int) -> list[Model]:
+        """Return the models published after a version, as `model` does, oldest first."""
+        return [model for model in self._published if model[0] > since_version]
+
+    def model(self) -> Model:
+        """Return the model in use and how good it is.
+
+        That is (version, form, planes as published, steps learnt from, running mean relative error
+        of two planes and of one, share of the variance of step times it explains). Of the planes
+        compute, memory and one, the form "two planes" uses the first two, "one plane" the last.
+        """
+        fit = self._fit
+        return (
+            fit.version,
+            "two planes" if fit.two_planes else "one plane",
+            self._planes_in_use,
+            fit.steps,
+            fit.errors[0],
+            fit.errors[1],
+            fit.explained,
+        )
+
+    def planes(self) -> Planes:
+        """Return the three planes as they are learnt now: a prior for `adopt`."""
+        return self._fit.planes()
+
     # Helpers
 
-    def _request(self, request_id: str) -> "_Request":
+    def _request(self, request_id: str) -> Request:
         if request_id not in self._requests:
             raise ValueError(f"StepMeter: expected an open request, got {request_id!r}")
         return self._requests[request_id]
 
-    def _parts_of(self, step: int) -> list["_Part"]:
+    def _step(self, step: int) -> Step:
         if not isinstance(step, int) or step not in self._steps:
             raise ValueError(f"StepMeter: expected a step in flight, got {step!r}")
         return self._steps[step]
 
-    def _welcome_stranger(self, request_id: str) -> "_Request":
+    def _weigh(self, parts: Sequence[Part], gpu_ns: int) -> tuple[list[int], list[float]]:
+        """Return the weights and the marginal costs, in GPU-ns, of a step's parts."""
+        works = [part.work for part in parts]
+        compute, memory = self._fit.compute, self._fit.memory
+        game = solve_game(compute, memory, works)
+        weights = game.weigh(compute, memory, works)
+        if self._method == "tokens":
+            weights = [work.tokens for work in works]
+        elif self._method == "equal":
+            weights = [1 for _ in works]
+        if not any(weights):
+            self.fallbacks += 1
+        return weights, game.margins(compute, memory, works, float(gpu_ns))
+
+    def _remember_model(self) -> None:
+        self._planes_in_use = self.planes()
+        self._published.append(self.model())
+        del self._published[:-MODELS_MAX]
+
+    def _welcome_stranger(self, request_id: str) -> Request:
         self.strangers += 1
         self.open(request_id, 0)
         return self._requests[request_id]
@@ -265,66 +360,32 @@ class StepMeter:
         self.open_ns -= request.prefill_ns + request.decode_ns
 
     def _drop(self, step: int) -> None:
-        for part in self._steps.pop(step):
+        for part in self._steps.pop(step).parts:
             request = part.request
             request.in_flight -= 1
             has_drained = request.in_flight == 0 and request.left and request.is_open
             if has_drained and request not in self._drained:
                 self._drained.append(request)
 
-    def _unqueue(self, request: "_Request") -> None:
+    def _unqueue(self, request: Request) -> None:
         if request in self._drained:
             self._drained.remove(request)
 
 
-@dataclass(slots=True, eq=False)
-class _Request:
-    request_id: str
-    prefill_end: int
-    position: int = 0
-    prefill_ns: int = 0
-    decode_ns: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    steps: int = 0
-    in_flight: int = 0
-    left: bool = False
-    is_open: bool = True
-
-    def enter(self, tokens: int) -> "_Part":
-        """Take part in a step."""
-        part = _Part(self, tokens, is_prefill=self.position < self.prefill_end)
-        self.position += tokens
-        self.in_flight += 1
-        return part
-
-    def reset(self) -> None:
-        """Set what was accrued to zero."""
-        self.prefill_ns = self.decode_ns = self.prefill_tokens = self.decode_tokens = 0
-
-
-@dataclass(slots=True, frozen=True)
-class _Part:
-    """One request's part of one step."""
-
-    request: _Request
-    tokens: int
-    is_prefill: bool
-
-
-def _weigh_tokens(parts: Sequence[_Part]) -> list[int]:
-    return [part.tokens for part in parts]
-
-
-def _weigh_equal(parts: Sequence[_Part]) -> list[int]:
-    return [1 for _ in parts]
-
-
-_WEIGH: dict[str, Callable[[Sequence[_Part]], list[int]]] = {
-    "tokens": _weigh_tokens,
-    "equal": _weigh_equal,
-}
-METHODS = tuple(_WEIGH)
+def _checked(prior: Planes | None) -> Planes | None:
+    if prior is None:
+        return None
+    try:
+        sizes = [len(plane) for plane in prior]
+    except TypeError:
+        sizes = []
+    if sizes != [TERMS] * 3:
+        raise ValueError(f"StepMeter: expected a prior of 3 planes of {TERMS}, got {prior!r}")
+    for plane in prior:
+        if not all(math.isfinite(value) and value >= 0.0 for value in plane):
+            raise ValueError(f"StepMeter: expected coefficients >= 0, got {prior!r}")
+    compute, memory, one = (tuple(map(float, plane)) for plane in prior)
+    return compute, memory, one  # type: ignore[return-value]
 
 
 def _shares(total_ns: int, weights: Sequence[int]) -> list[int]:

@@ -82,6 +82,12 @@ def outcome(function, *args):
 
 REQUESTS = [f"request-{n}" for n in range(6)]  # few, so that lives meet
 COUNTS = st.one_of(st.integers(0, 3), st.integers(0, 5000))
+REJECTED = st.none() | st.dictionaries(
+    st.sampled_from([*REQUESTS, "nobody"]), st.integers(-1, 4000), max_size=3
+)
+COEFFICIENTS = st.floats(0, 1e9, allow_subnormal=False)
+PLANES = st.tuples(*[COEFFICIENTS] * 5)
+PRIORS = st.tuples(PLANES, PLANES, PLANES)
 ANY_REQUEST = st.sampled_from(REQUESTS)
 ANY_STEP = st.integers(0, 3)  # how many steps back from the newest
 
@@ -89,10 +95,14 @@ ANY_STEP = st.integers(0, 3)  # how many steps back from the newest
 class Lockstep(RuleBasedStateMachine):
     """Native and twin live the same life; `given_ns` and `taken_ns` keep the books of it."""
 
-    @initialize(method=st.sampled_from(_attribution_py.METHODS))
-    def start(self, method):
-        self.native = _attribution_c.StepMeter(method)
-        self.twin = _attribution_py.StepMeter(method)
+    @initialize(
+        method=st.sampled_from(_attribution_py.METHODS),
+        prior=st.none() | PRIORS,
+        trusted=st.booleans(),
+    )
+    def start(self, method, prior, trusted):
+        self.native = _attribution_c.StepMeter(method, prior, trusted)
+        self.twin = _attribution_py.StepMeter(method, prior, trusted)
         self.newest = 0
         self.batch = {}
         self.given_ns = self.taken_ns = 0
@@ -133,9 +143,9 @@ class Lockstep(RuleBasedStateMachine):
     def share(self, back, gpu_ns):
         self.take_tail(self.both("share", self.newest - back, gpu_ns), gpu_ns)
 
-    @rule(back=ANY_STEP, gpu_ns=TIMES)
-    def settle(self, back, gpu_ns):
-        self.take_tail(self.both("settle", self.newest - back, gpu_ns), gpu_ns)
+    @rule(back=ANY_STEP, gpu_ns=TIMES, rejected=REJECTED)
+    def settle(self, back, gpu_ns, rejected):
+        self.take_tail(self.both("settle", self.newest - back, gpu_ns, rejected), gpu_ns)
 
     @precondition(lambda self: self.twin.steps_in_flight)
     @rule(gpu_ns=st.integers(0, 10**8))
@@ -175,11 +185,15 @@ class Lockstep(RuleBasedStateMachine):
     @rule()
     def cut(self):
         pieces = self.both("cut")
-        self.taken_ns += sum(prefill_ns + decode_ns for _, prefill_ns, decode_ns, *_ in pieces)
+        self.taken_ns += sum(sum(accrued[:2]) for _, accrued in pieces)
 
     @rule()
     def abandon(self):
         self.both("abandon")
+
+    @rule(prior=PRIORS, two_planes=st.booleans())
+    def adopt(self, prior, two_planes):
+        self.both("adopt", prior, two_planes)
 
     @invariant()
     def all_figures_are_the_same(self):
@@ -191,10 +205,16 @@ class Lockstep(RuleBasedStateMachine):
             "strangers",
         ):
             assert getattr(self.native, name) == getattr(self.twin, name), name
+        self.both("models", -1)
+        self.both("planes")
         for request_id in self.both("request_ids"):
-            self.both("accrued", request_id)
+            accrued = self.both("accrued", request_id)
+            both_ns = accrued.prefill_ns + accrued.decode_ns
+            assert accrued.recomputed_ns <= accrued.prefill_ns
+            assert accrued.rejected_ns <= both_ns
         for back in range(4):
             self.both("step_requests", self.newest - back)
+            self.both("step_parts", self.newest - back)
 
     @invariant()
     def no_nanosecond_appears_or_vanishes(self):

@@ -1,0 +1,146 @@
+"""The requests of one engine: an array of slots that grows by doubling.
+
+Free slots are kept on a stack, and a slot is free only when its request is closed *and* has no
+step in flight. A closed one that still has is a zombie: `key` is NULL, and its shares are tail.
+"""
+
+from cpython.mem cimport PyMem_Free
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.string cimport memset
+
+from csrc.memory cimport resized
+
+cdef enum:  # phases
+    PREFILL = 0
+    DECODE = 1
+
+cdef struct Slot:  # what a step touches of one request: 64 bytes
+    PyObject *key  # its id, owned; NULL unless it is open
+    uint32_t position  # of the next token in its context
+    uint32_t prefill_end
+    uint32_t last_step  # lower half of the number of the step it entered last, and its place there
+    uint32_t last_place
+    uint32_t entered  # steps that it entered, and those of them that have ended or were dropped
+    uint32_t ended
+    uint32_t batch  # since the last cut, as all that follows: the sum of requests in its steps
+    uint32_t tokens[2]  # by phase, as the ns
+    int64_t ns[2]
+    double marginal_ns
+
+cdef struct Rest:  # what is rarely touched
+    uint32_t dropped
+    uint32_t steps_before  # the last cut
+    uint32_t recompute_end  # the position reached before the last preemption
+    uint32_t rejected_now  # tokens, in the step that is settled now
+    uint32_t recomputed_tokens
+    uint32_t rejected_tokens
+    int64_t recomputed_ns
+    int64_t rejected_ns
+    uint8_t left
+    uint8_t queued  # in the queue of drained requests
+
+cdef struct Requests:
+    Slot *slots
+    Rest *rests
+    uint32_t *free_slots  # a stack
+    uint32_t *drained_slots  # a queue
+    uint32_t count
+    uint32_t free_count
+    uint32_t drained_count
+
+
+cdef inline void free_requests(Requests *requests) noexcept:
+    cdef uint32_t k
+    for k in range(requests.count):
+        if requests.slots[k].key != NULL:
+            Py_DECREF(<object>requests.slots[k].key)
+    PyMem_Free(requests.slots)
+    PyMem_Free(requests.rests)
+    PyMem_Free(requests.free_slots)
+    PyMem_Free(requests.drained_slots)
+
+
+cdef inline bint is_in_flight(const Slot *slot) noexcept nogil:
+    return slot.entered != slot.ended
+
+
+cdef inline int make_slot_free(Requests *requests) except -1:
+    """See to it that there is a free slot."""
+    cdef uint32_t count = max(<uint32_t>64, 2 * requests.count), number
+    if requests.free_count:
+        return 0
+    requests.slots = <Slot *>resized(requests.slots, count, sizeof(Slot))
+    requests.rests = <Rest *>resized(requests.rests, count, sizeof(Rest))
+    requests.free_slots = <uint32_t *>resized(requests.free_slots, count, sizeof(uint32_t))
+    requests.drained_slots = <uint32_t *>resized(requests.drained_slots, count, sizeof(uint32_t))
+    for number in range(count, requests.count, -1):  # the lowest on top
+        requests.slots[number - 1].key = NULL
+        free_slot(requests, number - 1)
+    requests.count = count
+    return 0
+
+
+cdef inline uint32_t next_free_slot(const Requests *requests) noexcept:
+    return requests.free_slots[requests.free_count - 1]
+
+
+cdef inline void take_slot(Requests *requests, object request_id, uint32_t prefill_end):
+    """Give the next free slot to a request."""
+    cdef uint32_t number = next_free_slot(requests)
+    cdef Slot *slot = &requests.slots[number]
+    requests.free_count -= 1
+    memset(slot, 0, sizeof(Slot))
+    memset(&requests.rests[number], 0, sizeof(Rest))
+    Py_INCREF(request_id)
+    slot.key = <PyObject *>request_id
+    slot.prefill_end = prefill_end
+
+
+cdef inline void free_slot(Requests *requests, uint32_t number) noexcept nogil:
+    requests.free_slots[requests.free_count] = number
+    requests.free_count += 1
+
+
+cdef inline void adopt_key(Requests *requests, uint32_t number, PyObject *key):
+    """Know a request by the object that stands for its id from now on."""
+    cdef PyObject *old = requests.slots[number].key
+    Py_INCREF(<object>key)
+    requests.slots[number].key = key
+    Py_DECREF(<object>old)
+
+
+cdef inline void end_of_last_step(Requests *requests, uint32_t number) noexcept nogil:
+    """A request has no step in flight any more."""
+    cdef Rest *rest = &requests.rests[number]
+    if requests.slots[number].key == NULL:
+        free_slot(requests, number)
+    elif rest.left and not rest.queued:
+        rest.queued = True
+        requests.drained_slots[requests.drained_count] = number
+        requests.drained_count += 1
+
+
+cdef inline void unqueue(Requests *requests, uint32_t number) noexcept nogil:
+    cdef uint32_t k, kept = 0
+    if not requests.rests[number].queued:
+        return
+    for k in range(requests.drained_count):
+        if requests.drained_slots[k] != number:
+            requests.drained_slots[kept] = requests.drained_slots[k]
+            kept += 1
+    requests.drained_count = kept
+    requests.rests[number].queued = False
+
+
+cdef inline void reset(Requests *requests, uint32_t number) noexcept nogil:
+    """Set what a request accrued to zero."""
+    cdef Slot *slot = &requests.slots[number]
+    cdef Rest *rest = &requests.rests[number]
+    slot.ns[PREFILL] = slot.ns[DECODE] = 0
+    slot.tokens[PREFILL] = slot.tokens[DECODE] = slot.batch = 0
+    slot.marginal_ns = 0.0
+    rest.steps_before = slot.ended - rest.dropped
+    rest.recomputed_ns = rest.rejected_ns = 0
+    rest.recomputed_tokens = rest.rejected_tokens = 0

@@ -1,0 +1,91 @@
+"""The steps in flight of one engine: a ring of steps, each an array of parts.
+
+Steps in flight are consecutive, `oldest` to `newest`; their arrays are reused, and the ring doubles
+when all of it is in flight. Ended steps stay readable until their place is taken again.
+"""
+
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.stdint cimport int64_t, uint32_t
+
+from csrc.fit cimport Work
+from csrc.memory cimport resized
+from csrc.shapley cimport Chunks
+from csrc.shares cimport Part
+
+cdef enum:
+    STEPS_MAX = 1024
+
+cdef struct Step:
+    Part *parts
+    uint32_t count
+    uint32_t capacity
+    Work work  # of all its parts
+    Chunks chunks
+    int64_t shared_ns  # of its time, so far
+
+cdef struct Ring:
+    Step *steps  # step n is at n % size
+    uint32_t size  # a power of 2
+    int64_t oldest  # in flight; none if oldest > newest
+    int64_t newest
+    uint32_t *weights  # of one step at a time
+    uint32_t weights_capacity
+
+
+cdef inline int start_ring(Ring *ring) except -1:
+    ring.oldest = 1
+    ring.size = 4
+    ring.steps = <Step *>PyMem_Calloc(ring.size, sizeof(Step))
+    if ring.steps == NULL:
+        raise MemoryError
+    return 0
+
+
+cdef inline void free_ring(Ring *ring) noexcept:
+    cdef uint32_t k
+    if ring.steps != NULL:
+        for k in range(ring.size):
+            PyMem_Free(ring.steps[k].parts)
+    PyMem_Free(ring.steps)
+    PyMem_Free(ring.weights)
+
+
+cdef inline Step *step_at(const Ring *ring, int64_t number) noexcept nogil:
+    return &ring.steps[number & (ring.size - 1)]
+
+
+cdef inline Step *make_room(Ring *ring, uint32_t count) except NULL:
+    """Return the next step, with room for so many parts. Nothing is begun yet."""
+    cdef uint32_t in_flight = <uint32_t>(ring.newest - ring.oldest + 1)
+    if in_flight >= STEPS_MAX:
+        raise ValueError(
+            f"StepMeter.begin: expected less than {STEPS_MAX} steps in flight, got as many;"
+            " settle or abandon them"
+        )
+    if in_flight == ring.size:
+        grow_ring(ring)
+    cdef Step *step = step_at(ring, ring.newest + 1)
+    cdef uint32_t capacity = max(<uint32_t>64, 2 * count)
+    step.count = step.chunks.count = 0
+    step.shared_ns = 0
+    if step.capacity < count:
+        step.parts = <Part *>resized(step.parts, capacity, sizeof(Part))
+        step.capacity = capacity
+    if ring.weights_capacity < count:
+        ring.weights = <uint32_t *>resized(ring.weights, capacity, sizeof(uint32_t))
+        ring.weights_capacity = capacity
+    return step
+
+
+cdef inline int grow_ring(Ring *ring) except -1:
+    cdef uint32_t size = 2 * ring.size
+    cdef Step *steps = <Step *>PyMem_Calloc(size, sizeof(Step))
+    cdef int64_t number
+    if steps == NULL:
+        raise MemoryError
+    for number in range(ring.oldest, ring.newest + 1):  # all of the old ring
+        steps[number & (size - 1)] = step_at(ring, number)[0]
+    PyMem_Free(ring.steps)
+    ring.steps = steps
+    ring.size = size
+    return 0

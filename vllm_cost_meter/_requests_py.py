@@ -1,0 +1,128 @@
+"""The requests of one engine and their parts of steps: the twin of `csrc/requests.pxd`.
+
+A request is open until it is closed; its parts of steps that are still in flight live on, and what
+they would pay is nobody's.
+"""
+
+from dataclasses import dataclass
+
+from vllm_cost_meter._fit_py import Work
+from vllm_cost_meter.accrued import Accrued
+
+# Weights and tokens of one step add up to at most this, so that (W - 1) * W fits 64 bits.
+WEIGHT_MAX = 2**31 - 1
+# Largest count of a request's tokens in one phase.
+COUNT_MAX = 2**32 - 1
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    request_id: str
+    prefill_end: int
+    position: int = 0
+    recompute_end: int = 0  # the position reached before the last preemption
+    prefill_ns: int = 0
+    decode_ns: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    marginal_ns: float = 0.0
+    recomputed_ns: int = 0
+    recomputed_tokens: int = 0
+    rejected_ns: int = 0
+    rejected_tokens: int = 0
+    steps: int = 0
+    batch: int = 0
+    in_flight: int = 0
+    left: bool = False
+    is_open: bool = True
+
+    def enter(self, tokens: int) -> "Part":
+        """Take part in a step."""
+        is_prefill = self.position < self.prefill_end
+        self.position = min(self.position + tokens, WEIGHT_MAX)
+        self.in_flight += 1
+        return Part(self, Work.of(tokens, self.position), is_prefill)
+
+    def accrued(self) -> Accrued:
+        """Return what was accrued since the last reset."""
+        return Accrued(
+            self.prefill_ns,
+            self.decode_ns,
+            self.prefill_tokens,
+            self.decode_tokens,
+            int(self.marginal_ns),
+            self.recomputed_ns,
+            self.recomputed_tokens,
+            self.rejected_ns,
+            self.rejected_tokens,
+            self.steps,
+            self.batch,
+        )
+
+    def reset(self) -> None:
+        """Set what was accrued to zero."""
+        self.prefill_ns = self.decode_ns = self.prefill_tokens = self.decode_tokens = 0
+        self.recomputed_ns = self.recomputed_tokens = 0
+        self.rejected_ns = self.rejected_tokens = 0
+        self.marginal_ns = 0.0
+        self.steps = self.batch = 0
+
+
+@dataclass(slots=True)
+class Part:
+    """One request's part of one step."""
+
+    request: Request
+    work: Work
+    is_prefill: bool
+    rejected: int = 0  # tokens
+
+    @property
+    def recomputed(self) -> int:
+        """Return how many of the tokens were computed before, until a preemption."""
+        if not self.is_prefill:
+            return 0
+        start = self.work.context - self.work.tokens
+        return max(0, min(self.work.context, self.request.recompute_end) - start)
+
+    def reject(self, tokens: int) -> None:
+        """Note how many of the tokens were rejected drafts."""
+        self.rejected = min(tokens, max(self.work.tokens - 1, 0))
+        self.request.position -= min(self.rejected, self.request.position)
+
+    def pay(self, share_ns: int, marginal_ns: float) -> None:
+        """Take a share of the step's time."""
+        request = self.request
+        request.marginal_ns += marginal_ns
+        if self.is_prefill:
+            request.prefill_ns += share_ns
+        else:
+            request.decode_ns += share_ns
+        request.recomputed_ns += _part_of(share_ns, self.recomputed, self.work.tokens)
+        request.rejected_ns += _part_of(share_ns, self.rejected, self.work.tokens)
+
+    def end(self, batch: int) -> None:
+        """Count the step and its tokens."""
+        request = self.request
+        request.steps += 1
+        request.batch += batch
+        if self.is_prefill:
+            request.prefill_tokens = min(request.prefill_tokens + self.work.tokens, COUNT_MAX)
+        else:
+            request.decode_tokens = min(request.decode_tokens + self.work.tokens, COUNT_MAX)
+        request.recomputed_tokens += self.recomputed
+        request.rejected_tokens += self.rejected
+
+
+@dataclass(slots=True)
+class Step:
+    """A step in flight."""
+
+    parts: list[Part]
+    shared_ns: int = 0
+
+
+def _part_of(share_ns: int, tokens: int, all_tokens: int) -> int:
+    if tokens == 0:
+        return 0
+    return share_ns if tokens == all_tokens else int(float(share_ns) * tokens / all_tokens)

@@ -1,0 +1,28 @@
+"""What a request used, as the attribution counts it: one tuple for the native part and its twin.
+
+Every field adds up: over the pieces of a request, over requests, over hours. `recomputed` and
+`rejected` are parts of `prefill` and `decode` (or, of a draft, of either), never more.
+"""
+
+from typing import NamedTuple
+
+
+class Accrued(NamedTuple):
+    """GPU time in GPU-ns and tokens computed, by phase; all but `marginal_ns` add up to the steps.
+
+    `marginal_ns` is what the steps would have saved without the request, by the cost model.
+    Recomputed is what a preemption threw away and had done again; rejected is what drafts cost
+    that were not accepted. `batch` is the sum, over its steps, of the requests in the step.
+    """
+
+    prefill_ns: int = 0
+    decode_ns: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    marginal_ns: int = 0
+    recomputed_ns: int = 0
+    recomputed_tokens: int = 0
+    rejected_ns: int = 0
+    rejected_tokens: int = 0
+    steps: int = 0
+    batch: int = 0
