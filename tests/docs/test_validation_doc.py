@@ -1,0 +1,104 @@
+"""docs/validation.md says what is simulated and measured as the code does it."""
+
+import re
+
+import pytest
+
+from tests.docs.pages import DOCS, names, section, table_rows
+from vllm_cost_meter.attribution import METHODS
+from vllm_cost_meter.step_log import _Line
+from vllm_cost_meter.validation import roofline, traffic
+from vllm_cost_meter.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES, Plan
+from vllm_cost_meter.validation.compare import WARM_UP_PART, Errors
+from vllm_cost_meter.validation.truth import ENUMERATED_MAX
+
+PAGE = DOCS / "validation.md"
+TEXT = " ".join(PAGE.read_text().split())
+ROWS = {row[0].strip("`"): row[1:] for row in table_rows(PAGE.read_text())}
+
+
+def number(cell: str) -> float:
+    return float(cell.replace(",", ""))
+
+
+def test_the_gpus_are_those_that_are_simulated():
+    for name, gpu in roofline.GPUS.items():
+        units = [gpu.flops_per_s / 1e12, gpu.bytes_per_s / 1e12, gpu.memory_bytes / 1e9]
+        assert [number(cell) for cell in ROWS[name]] == pytest.approx(units)
+
+
+def test_the_tables_list_all_gpus_models_tenants_and_keys():
+    tenants = [tenant.name for tenant in traffic.TENANTS]
+    assert names(PAGE, "The server") == [
+        "--gpu",
+        *roofline.GPUS,
+        "--model",
+        *roofline.MODELS,
+        *tenants,
+    ]
+    assert names(PAGE, "What is measured") == list(Errors.__dataclass_fields__)
+    assert names(PAGE, "Your own traffic") == list(_Line.__struct_fields__)
+
+
+def test_the_tenants_are_those_that_are_simulated():
+    for tenant in traffic.TENANTS:
+        prompt, output, share = ROWS[tenant.name]
+        assert (number(prompt), number(output)) == (tenant.prompt_tokens, tenant.output_tokens)
+        assert share == f"{tenant.requests_share:.0%}".replace("%", " %")
+
+
+def test_the_experts_are_those_of_the_model():
+    shape = roofline.MODELS["qwen3-30b-a3b"]
+    assert f"{shape.experts} experts of which each token chooses {shape.experts_per_token}" in TEXT
+    assert f"min({shape.experts_per_token} T, {shape.experts})" in TEXT
+
+
+def test_figures_in_the_text_are_those_of_the_code():
+    plan = Plan()
+    *batches, last = MEAN_BATCHES
+    for words in (
+        f"Up to {ENUMERATED_MAX} requests",
+        f"2 x {plan.permutations:,} random orders",
+        f"step time = {roofline.LAUNCH_S * 1e3:g} ms",
+        f"peak x {roofline.COMPUTE_EFFICIENCY}",
+        f"bandwidth x {roofline.MEMORY_EFFICIENCY}",
+        f"noise of {traffic.NOISE_SIGMA:.0%}".replace("%", " %"),
+        f"{', '.join(map(str, batches))} and {last} otherwise",
+        f"to about {traffic.CALIBRATION_TOLERANCE:.0%}".replace("%", " %"),
+        f"within {traffic.TOKEN_BUDGET:,} tokens",
+        f"every {plan.every}th step",
+    ):
+        assert words in TEXT
+    assert "first third" in TEXT
+    assert WARM_UP_PART == 1 / 3
+
+
+def test_the_results_are_of_all_truths_and_methods():
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section(DOCS / "attribution.md", "How wrong is it?").splitlines()
+        if line.startswith("|")
+    ]
+    rows = [row for row in rows if row[0].count("/") == 2]
+    assert header[2:] == [*METHODS, LEAVE_ONE_OUT]
+    assert [row[0] for row in rows] == [
+        f"{gpu} / {model} / {batch}"
+        for model in roofline.MODELS
+        for gpu in roofline.GPUS
+        for batch in MEAN_BATCHES
+    ]
+
+
+def test_the_answer_that_is_shown_has_the_keys_of_the_answer():
+    from tests.unit.test_validate import small_answer
+
+    found = small_answer()
+    shown = section(PAGE, "What is measured").partition('    {"h100')[2]
+    assert set(re.findall(r'"(\w+)":', shown)) == {
+        *found,
+        *found["memory"],
+        *found["noise"],
+        *found["truth"],
+        "tokens",
+        *found["noise"]["request_error"],
+    }

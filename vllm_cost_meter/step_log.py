@@ -1,0 +1,284 @@
+"""The step log: what each engine step was made of and how long it held the GPUs, on disk.
+
+JSON lines. The first names the format, its version, the model, vLLM, the run and its GPUs; each
+other line is a step:
+
+    {"unix_ns":…,"gpu_time_ns":…,"new":[[number,"request id",prompt tokens],…],
+     "parts":[[number,tokens,position],…]}
+
+`position` is where in its context the step starts for the request, `tokens` how many the step
+computes for it. A request is named in the first of its steps in a file and has a number from then
+on: ids are many times longer than the rest of a part. Ids only, never a prompt or a reply.
+
+Bounded: a file that has reached half of the maximum becomes FILE.1, which replaces an older one, so
+at most the maximum is on disk, and between half and all of it is the latest past. A file has one
+writer: each engine needs one of its own.
+
+What is written reaches the disk within `FLUSH_AFTER_NS` while steps come, and by `flush` when they
+stop. A process that is killed loses the rest, and leaves a torn last line, which the reader leaves
+out. A write that fails ends the log with one warning: a full disk must not end the meter.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from vllm_cost_meter.errors import StepLogError
+
+logger = logging.getLogger("vllm.cost_meter")
+
+FORMAT = "vllm-cost-meter-step-log"
+VERSION = 1
+# A step of 256 requests takes 3 kB: 90,000 such steps.
+MAX_BYTES = 256 * 1024 * 1024
+# Below it a file could not hold a step of a large batch.
+MAX_BYTES_LEAST = 256 * 1024
+BUFFER_BYTES = 64 * 1024
+FLUSH_AFTER_NS = 1_000_000_000
+# Requests whose number is remembered; when it is reached all are forgotten, and named anew.
+NAMES_MAX = 16_384
+HEADER_BYTES_MAX = 64 * 1024
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class StepLogHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """The first line of a file. `gpus` is the factor between wall time and GPU time."""
+
+    format: str
+    version: int
+    model: str
+    vllm_version: str
+    run_id: str
+    gpus: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Part(NamedTuple):
+    """One request's part of a step: tokens scheduled, and where in its context they start."""
+
+    request_id: str
+    tokens: int
+    position: int
+    prompt_tokens: int
+
+
+PlainPart = tuple[str, int, int, int]
+
+
+class LoggedStep(NamedTuple):
+    """One step: when its result came, the GPU time it took, and its parts in scheduler order."""
+
+    unix_ns: int
+    gpu_time_ns: int
+    parts: list[Part]
+
+
+class _Line(msgspec.Struct):
+    unix_ns: Count
+    gpu_time_ns: Count
+    new: list[tuple[Count, str, Count]]
+    parts: list[tuple[Count, Count, Count]]
+
+
+class StepLogWriter:
+    """Appends the steps of one engine to a file. For one thread of one process.
+
+    `steps` were written, `dropped` could not be: too large for a file, or after a failed write.
+    Raises StepLogError if the file, or FILE.1, exists and is no step log: it is not overwritten.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        model: str,
+        vllm_version: str,
+        run_id: str,
+        gpus: int,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        if max_bytes < MAX_BYTES_LEAST:
+            raise StepLogError(
+                f"step log {path}: expected a maximum of at least {MAX_BYTES_LEAST} bytes,"
+                f" got {max_bytes}"
+            )
+        self.steps = 0
+        self.dropped = 0
+        self._path = path
+        self._file_max = max_bytes // 2
+        self._encoder = msgspec.json.Encoder()
+        self._header = StepLogHeader(
+            format=FORMAT,
+            version=VERSION,
+            model=model,
+            vllm_version=vllm_version,
+            run_id=run_id,
+            gpus=gpus,
+        )
+        for existing in (rotated(path), path):
+            if existing.exists() and existing.stat().st_size:
+                read_header(existing)
+        try:
+            if path.exists() and path.stat().st_size:
+                path.replace(rotated(path))
+            self._start_file()
+        except OSError as error:
+            raise StepLogError(f"step log {path}: cannot be written: {error}") from None
+
+    def write(self, parts: Sequence[PlainPart], gpu_time_ns: int, unix_ns: int) -> None:
+        """Append a step. Never raises OSError: a write that fails ends the log.
+
+        52 microseconds at 256 requests. `parts` may be plain tuples with the fields of `Part`,
+        which are five times cheaper to make.
+        """
+        if self._file.closed:
+            self.dropped += 1
+            return
+        try:
+            self._write(parts, gpu_time_ns, unix_ns)
+        except OSError as error:
+            self.dropped += 1
+            self._end(error)
+
+    def flush(self) -> None:
+        """Hand to the operating system what is buffered. Never raises OSError, as `write`."""
+        self._flushed_ns = time.monotonic_ns()
+        if self._file.closed:
+            return
+        try:
+            self._file.flush()
+        except OSError as error:
+            self._end(error)
+
+    def close(self) -> None:
+        """Flush and end the log; steps written after it are dropped."""
+        try:
+            self._file.close()
+        except OSError as error:
+            logger.warning("cost meter: step log %s lost its last steps: %s", self._path, error)
+
+    def _end(self, error: OSError) -> None:
+        logger.warning("cost meter: step log %s ends here: %s", self._path, error)
+        self.close()
+
+    def _write(self, parts: Sequence[PlainPart], gpu_time_ns: int, unix_ns: int) -> None:
+        line = self._encode(parts, gpu_time_ns, unix_ns)
+        if self._bytes + len(line) > self._file_max:
+            self._file.close()
+            self._path.replace(rotated(self._path))
+            self._start_file()
+            # A file explains itself: what it says of requests starts anew.
+            line = self._encode(parts, gpu_time_ns, unix_ns)
+        if self._bytes + len(line) > self._file_max:
+            self._numbers.clear()
+            self.dropped += 1
+            return
+        self._file.write(line)
+        self._bytes += len(line)
+        self.steps += 1
+        if time.monotonic_ns() - self._flushed_ns > FLUSH_AFTER_NS:
+            self.flush()
+
+    def _start_file(self) -> None:
+        descriptor = os.open(
+            self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
+        )
+        self._file = os.fdopen(descriptor, "wb", buffering=BUFFER_BYTES)
+        header = self._encoder.encode(self._header) + b"\n"
+        self._file.write(header)
+        self._bytes = len(header)
+        # Number and prompt tokens by request id; an id that comes again may be another request.
+        self._numbers: dict[str, tuple[int, int]] = {}
+        self._next_number = 0
+        self.flush()
+
+    def _encode(self, parts: Sequence[PlainPart], gpu_time_ns: int, unix_ns: int) -> bytes:
+        if len(self._numbers) + len(parts) > NAMES_MAX:
+            self._numbers.clear()
+        numbers = self._numbers
+        new = []
+        rows = []
+        for request_id, tokens, position, prompt_tokens in parts:
+            named = numbers.get(request_id)
+            if named is None or named[1] != prompt_tokens:
+                named = numbers[request_id] = (self._next_number, prompt_tokens)
+                self._next_number += 1
+                new.append((named[0], request_id, prompt_tokens))
+            rows.append((named[0], tokens, position))
+        line = _Line(unix_ns=unix_ns, gpu_time_ns=gpu_time_ns, new=new, parts=rows)
+        return self._encoder.encode(line) + b"\n"
+
+
+def rotated(path: Path) -> Path:
+    """Return the name of the older file of a log: FILE.1."""
+    return path.with_name(path.name + ".1")
+
+
+def read_header(path: Path) -> StepLogHeader:
+    """Return the first line of a step log. Raises StepLogError if it is none."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(HEADER_BYTES_MAX)
+    except OSError as error:
+        raise StepLogError(
+            f"step log {path}: cannot be read: {error.strerror}; name a file that"
+            " COST_METER_STEP_LOG wrote"
+        ) from None
+    try:
+        header = msgspec.json.decode(first, type=StepLogHeader)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        header = None
+    if header is None or header.format != FORMAT:
+        raise StepLogError(
+            f"step log {path}: expected a first line with the format {FORMAT!r}, got"
+            f" {first[:60]!r}; name a file that COST_METER_STEP_LOG wrote"
+        )
+    if header.version != VERSION:
+        raise StepLogError(
+            f"step log {path}: expected version {VERSION}, got {header.version}; read it with the"
+            " meter that wrote it"
+        )
+    return header
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files of a log, the older first: FILE.1, if it is of the same run, and FILE."""
+    header = read_header(path)
+    older = rotated(path)
+    if older.exists() and read_header(older).run_id == header.run_id:
+        return [older, path]
+    return [path]
+
+
+def read_steps(path: Path) -> Iterator[LoggedStep]:
+    """Yield the steps of one file, in order; a torn last line is left out.
+
+    Raises StepLogError for a file that is no step log, and for a line within it that is no step.
+    """
+    read_header(path)
+    decoder = msgspec.json.Decoder(_Line)
+    requests: dict[int, tuple[str, int]] = {}
+    with path.open("rb") as file:
+        file.readline()
+        for number, line in enumerate(file, start=2):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                logged = decoder.decode(line)
+                requests.update((key, (name, prompt)) for key, name, prompt in logged.new)
+                parts = [
+                    Part(requests[key][0], tokens, position, requests[key][1])
+                    for key, tokens, position in logged.parts
+                ]
+            except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
+                why = f"unknown request number {error}" if isinstance(error, KeyError) else error
+                raise StepLogError(
+                    f"step log {path}, line {number}: expected a step, got {line[:60]!r} ({why});"
+                    " the file is damaged: record it anew"
+                ) from None
+            yield LoggedStep(logged.unix_ns, logged.gpu_time_ns, parts)
