@@ -65,9 +65,9 @@ def unix_ns_of(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class UsagePiece:
-    """What one engine request used within one UTC hour.
+    """What one engine request used within one UTC hour; fields as in `Accrued`.
 
-    `hour` counts hours since the epoch. Tokens are those the engine computed, phase by phase.
+    `hour` counts hours since the epoch.
     """
 
     hour: int
@@ -75,6 +75,11 @@ class UsagePiece:
     decode_ns: int
     prefill_tokens: int
     decode_tokens: int
+    marginal_ns: int = 0
+    recomputed_ns: int = 0
+    recomputed_tokens: int = 0
+    rejected_ns: int = 0
+    rejected_tokens: int = 0
 
     @property
     def gpu_time_ns(self) -> int:
@@ -83,7 +88,11 @@ class UsagePiece:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """The final account of one engine request, numbered `seq` (from 1) within its run."""
+    """The final account of one engine request, numbered `seq` (from 1) within its run.
+
+    `batch` is the sum, over its steps, of the requests in the step; `first_model` and `last_model`
+    are the versions of the cost model in use when it came and when it was billed.
+    """
 
     run_id: str
     seq: int
@@ -95,6 +104,9 @@ class Bill:
     output_tokens: int
     preemptions: int
     steps: int
+    batch: int
+    first_model: int
+    last_model: int
     pieces: tuple[UsagePiece, ...]
 
     def __post_init__(self) -> None:
@@ -105,23 +117,28 @@ class Bill:
 
     @property
     def prefill_ns(self) -> int:
-        return sum(piece.prefill_ns for piece in self.pieces)
+        return self.sum_of("prefill_ns")
 
     @property
     def decode_ns(self) -> int:
-        return sum(piece.decode_ns for piece in self.pieces)
+        return self.sum_of("decode_ns")
 
     @property
     def gpu_time_ns(self) -> int:
         return self.prefill_ns + self.decode_ns
 
+    @property
+    def marginal_ns(self) -> int:
+        return self.sum_of("marginal_ns")
+
+    def sum_of(self, name: str) -> int:
+        """Return the sum of a field over the pieces."""
+        return sum(getattr(piece, name) for piece in self.pieces)
+
     def to_json(self) -> str:
         """Return the compact form that rides in-band: an array, in field order."""
         values: list[Any] = [getattr(self, name) for name in _BILL_FIELDS]
-        values[-1] = [
-            (p.hour, p.prefill_ns, p.decode_ns, p.prefill_tokens, p.decode_tokens)
-            for p in self.pieces
-        ]
+        values[-1] = [[getattr(piece, name) for name in _PIECE_FIELDS] for piece in self.pieces]
         return json.dumps(values, separators=(",", ":"))
 
     @classmethod
@@ -133,6 +150,45 @@ class Bill:
 
 
 _BILL_FIELDS = tuple(f.name for f in fields(Bill))
+_PIECE_FIELDS = tuple(f.name for f in fields(UsagePiece))
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What an engine's steps cost, as published to split them: see docs/attribution.md.
+
+    `planes` are coefficients in GPU-ns of (1, tokens, sequences, products, context), of the planes
+    compute, memory and one; form "two planes" uses the first two, "one plane" the last. `steps`
+    were learnt from. The errors are running means of |predicted / measured - 1| of each form,
+    every step predicted before it was learnt from; `explained` is the share of the variance of
+    step times that the form in use explains.
+    """
+
+    version: int
+    form: str
+    planes: tuple[tuple[float, ...], ...]
+    steps: int
+    error_two_planes: float
+    error_one_plane: float
+    explained: float
+
+    @property
+    def error(self) -> float:
+        """Return the mean relative error (MAPE) of the form in use."""
+        return self.error_two_planes if self.form == "two planes" else self.error_one_plane
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+        """Build a model from its plain values. Raises TypeError or KeyError on anything else."""
+        return cls(**{**wire, "planes": tuple(tuple(plane) for plane in wire["planes"])})
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierFit:
+    """What an engine of the same model, hardware and parallelism had learnt before."""
+
+    planes: tuple[tuple[float, ...], ...]
+    two_planes: bool
 
 
 @dataclass(slots=True)
@@ -164,9 +220,11 @@ class Snapshot:
     """All books of one engine run at one monotonic instant.
 
     `wall_ns` is wall time since the engine process was created. `last_seq` is the number of the
-    last bill written up to this instant, `billed_ns` the sum of all bills up to it. `hours` holds
-    the totals of those hours that changed since the snapshot the reader acknowledged. `own_ns` is
-    the wall time the meter's own hooks took. `state` is "on" or, after too many errors, "off".
+    last bill written up to this instant, `billed_ns` the sum of all bills up to it. `own_ns` is the
+    wall time the meter's own hooks took. `state` is "on" or, after too many errors, "off". `prior`
+    says where the cost model started from. `cost_model` is the one in use, as good as it is now.
+    `hours` holds the totals of those hours that changed since the snapshot the reader acknowledged,
+    `cost_models` the models that were published since.
     """
 
     run_id: str
@@ -187,11 +245,16 @@ class Snapshot:
     errors: int
     state: str
     model: str
+    hardware: str
+    parallelism: str
     method: str
     native: bool
     engine_index: int
     vllm_version: str
     meter_version: str
+    prior: str
+    cost_model: CostModel
+    cost_models: tuple[CostModel, ...] = ()
     hours: Mapping[int, ClassTotals] = field(default_factory=dict)
 
     @property
@@ -211,6 +274,8 @@ class Snapshot:
         values = dict(wire)
         values["totals"] = ClassTotals(**values["totals"])
         values["hours"] = {int(h): ClassTotals(**t) for h, t in values["hours"].items()}
+        values["cost_model"] = CostModel.from_wire(values["cost_model"])
+        values["cost_models"] = tuple(map(CostModel.from_wire, values["cost_models"]))
         return cls(**values)
 
 
@@ -247,6 +312,7 @@ class EngineRequest:
     lora: str | None
     route: str | None
     cost_nanousd: int | None
+    marginal_cost_nanousd: int | None
     started_at_ns: int
     finished_at_ns: int
     latencies: Latencies

@@ -13,17 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine
 
+from tests.builders import make_bill, make_part, make_snapshot
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.store import open_ledger, writing
 from vllm_cost_meter.records import (
     CLASSES,
     NS_PER_HOUR,
-    Bill,
     ClassTotals,
     EngineRequest,
     HttpRequest,
-    Latencies,
     Snapshot,
     Usage,
     UsagePiece,
@@ -45,17 +44,24 @@ runs = st.lists(st.tuples(st.lists(bills, max_size=12), overheads, st.integers(1
 
 def parts_of(run: int, drawn: list) -> list[EngineRequest]:
     return [
-        EngineRequest(
-            bill=Bill(
-                f"run{run}", seq, f"r{run}-{seq}", "stop", "tokens", prompt, 0, output, 0, 1,
-                tuple(UsagePiece(HOUR + hour, *rest) for hour, *rest in used),
+        make_part(
+            make_bill(
+                run_id=f"run{run}",
+                seq=seq,
+                request_id=f"r{run}-{seq}",
+                prompt_tokens=prompt,
+                cached_tokens=0,
+                output_tokens=output,
+                pieces=tuple(UsagePiece(HOUR + hour, *rest) for hour, *rest in used),
             ),
-            http_request_id=f"{tenant}{group}", response_id=None, external_id=None,
-            prompt_group=f"g{group % 2}", tenant=tenant, model=None, lora=None, route=None,
-            cost_nanousd=None, started_at_ns=NOW, finished_at_ns=NOW, latencies=Latencies(),
+            http_request_id=f"{tenant}{group}",
+            prompt_group=f"g{group % 2}",
+            tenant=tenant,
+            started_at_ns=NOW,
+            finished_at_ns=NOW,
         )
         for seq, (used, tenant, group, prompt, output) in enumerate(drawn, 1)
-    ]  # fmt: skip
+    ]
 
 
 def snapshot_of(run: int, parts: list[EngineRequest], overhead: list, gpus: int) -> Snapshot:
@@ -68,14 +74,17 @@ def snapshot_of(run: int, parts: list[EngineRequest], overhead: list, gpus: int)
         setattr(totals, name, getattr(totals, name) + ns)
     hours[HOUR].idle += -sum(totals.total() for totals in hours.values()) % gpus
     totals = ClassTotals(**{n: sum(getattr(h, n) for h in hours.values()) for n in CLASSES})
-    return Snapshot(
-        run_id=f"run{run}", number=1, taken_at_ns=NOW, started_at_ns=NOW,
-        wall_ns=totals.total() // gpus, gpus=gpus, totals=totals, last_seq=len(parts),
-        billed_ns=sum(part.bill.gpu_time_ns for part in parts), running=0, waiting=0,
-        kv_cache_usage=None, steps=0, busy_ns=0, own_ns=0, errors=0, state="on", model="m",
-        method="tokens", native=True, engine_index=run, vllm_version="", meter_version="",
+    return make_snapshot(
+        run_id=f"run{run}",
+        taken_at_ns=NOW,
+        started_at_ns=NOW,
+        gpus=gpus,
+        totals=totals,
+        last_seq=len(parts),
+        billed_ns=sum(part.bill.gpu_time_ns for part in parts),
+        engine_index=run,
         hours=hours,
-    )  # fmt: skip
+    )
 
 
 def http_of(part: EngineRequest) -> HttpRequest:

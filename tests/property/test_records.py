@@ -13,6 +13,7 @@ from vllm_cost_meter.records import (
     CLASSES,
     Bill,
     ClassTotals,
+    CostModel,
     Snapshot,
     UsagePiece,
     rfc3339,
@@ -22,7 +23,7 @@ from vllm_cost_meter.records import (
 count = st.integers(0, 2**63 - 1)
 text = st.text(max_size=30)
 hours = st.integers(-1_000, 10**6)
-pieces = st.builds(UsagePiece, hours, count, count, count, count)
+pieces = st.builds(UsagePiece, hours, *[count] * 9)
 bills = st.builds(
     Bill,
     run_id=text,
@@ -35,9 +36,24 @@ bills = st.builds(
     output_tokens=count,
     preemptions=count,
     steps=count,
+    batch=count,
+    first_model=count,
+    last_model=count,
     pieces=st.lists(pieces, max_size=4).map(tuple),
 )
 totals = st.builds(ClassTotals, **dict.fromkeys(CLASSES, count))
+plane = st.tuples(*[st.floats(0, 1e12)] * 5)
+share = st.floats(0, 1)
+models = st.builds(
+    CostModel,
+    version=count,
+    form=text,
+    planes=st.tuples(plane, plane, plane),
+    steps=count,
+    error_two_planes=share,
+    error_one_plane=share,
+    explained=share,
+)
 snapshots = st.builds(
     Snapshot,
     **dict.fromkeys(
@@ -46,6 +62,9 @@ snapshots = st.builds(
     ),
     **dict.fromkeys(("waiting", "steps", "busy_ns", "own_ns", "errors", "engine_index"), count),
     **dict.fromkeys(("run_id", "state", "model", "method", "vllm_version", "meter_version"), text),
+    **dict.fromkeys(("hardware", "parallelism", "prior"), text),
+    cost_model=models,
+    cost_models=st.lists(models, max_size=2).map(tuple),
     gpus=st.integers(1, 2**31),
     totals=totals,
     kv_cache_usage=st.none() | st.floats(0, 1),

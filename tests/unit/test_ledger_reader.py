@@ -7,19 +7,18 @@ from dataclasses import replace
 
 import pytest
 
+from tests.builders import make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader, Match
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records import (
     CLASSES,
     NS_PER_HOUR,
-    Bill,
     ClassTotals,
     EngineRequest,
     HttpRequest,
     Latencies,
     Price,
-    Snapshot,
     Usage,
     UsagePiece,
 )
@@ -33,16 +32,24 @@ OVERHEAD = [f"__{n}__" for n in (*CLASSES[2:], "in_flight")]
 def part(seq: int, http_id: str | None = "h1", **changes: object) -> EngineRequest:
     """An engine request of 10 prompt tokens (2 cached), 5 output tokens, 100 + 200 ns."""
     own = {name: changes.pop(name) for name in ("run_id", "pieces", "status") if name in changes}
-    bill = Bill(
-        own.get("run_id", "run"), seq, f"internal-{seq}", own.get("status", "stop"), "tokens",
-        10, 2, 5, 0, 6, own.get("pieces", (UsagePiece(HOUR, 100, 200, 8, 5),)),
-    )  # fmt: skip
-    record = EngineRequest(
-        bill=bill, http_request_id=http_id, response_id=f"resp-{http_id}" if http_id else None,
-        external_id=f"external-{seq}", prompt_group=f"group-{seq}", tenant="alice", model="m",
-        lora=None, route="/v1/completions", cost_nanousd=7, started_at_ns=T0 + seq * 1000,
-        finished_at_ns=T0 + seq * 10**6, latencies=Latencies(seq, 2.0 * seq, 3.0, 4.0 * seq),
-    )  # fmt: skip
+    bill = make_bill(
+        run_id=own.get("run_id", "run"),
+        seq=seq,
+        request_id=f"internal-{seq}",
+        engine_status=own.get("status", "stop"),
+        pieces=own.get("pieces", (UsagePiece(HOUR, 100, 200, 8, 5),)),
+    )
+    record = make_part(
+        bill,
+        http_request_id=http_id,
+        response_id=f"resp-{http_id}" if http_id else None,
+        external_id=f"external-{seq}",
+        prompt_group=f"group-{seq}",
+        cost_nanousd=7,
+        started_at_ns=T0 + seq * 1000,
+        finished_at_ns=T0 + seq * 10**6,
+        latencies=Latencies(seq, 2.0 * seq, 3.0, 4.0 * seq),
+    )
     return replace(record, **changes)
 
 
@@ -58,16 +65,21 @@ def snapshot(bills: list[EngineRequest], number: int = 1, run_id: str = "run", *
     """The snapshot of an engine that wrote these bills, all within HOUR, and idled 1000 ns."""
     billed = sum(b.bill.gpu_time_ns for b in bills)
     totals = changes.pop("totals", ClassTotals(requests=billed, idle=1000, in_flight=40, tail=3))
-    return replace(
-        Snapshot(
-            run_id=run_id, number=number, taken_at_ns=NOW, started_at_ns=T0,
-            wall_ns=totals.total(), gpus=1, totals=totals, last_seq=len(bills), billed_ns=billed,
-            running=1, waiting=0, kv_cache_usage=0.5, steps=9, busy_ns=1000, own_ns=10, errors=0,
-            state="on", model="m", method="tokens", native=True, engine_index=0,
-            vllm_version="0.32", meter_version="0.1", hours={HOUR: totals},
-        ),
-        **changes,
-    )  # fmt: skip
+    values = {
+        "run_id": run_id,
+        "number": number,
+        "taken_at_ns": NOW,
+        "started_at_ns": T0,
+        "totals": totals,
+        "last_seq": len(bills),
+        "billed_ns": billed,
+        "running": 1,
+        "kv_cache_usage": 0.5,
+        "steps": 9,
+        "busy_ns": 1000,
+        "own_ns": 10,
+    }
+    return make_snapshot(**{**values, **changes})
 
 
 class Ledger:
@@ -166,6 +178,7 @@ def test_a_request_row_has_the_names_that_others_rely_on(ledger):
         "status": 200, "streamed": False, "engine_status": "stop", "prompt_tokens": 10,
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "prefill_ns": 100,
         "decode_ns": 200, "cost_nanousd": 7, "cost_usd": "0.000000007", "method": "tokens",
+        "marginal_ns": 0, "marginal_cost_usd": None, "recomputed_ns": 0, "rejected_ns": 0,
         "started_at": "2027-01-15T08:00:00.000000Z", "finished_at": "2027-01-15T08:00:00.003000Z",
         "queue_ms": 1.0, "ttft_ms": 2.0, "tpot_ms": 3.0, "e2e_ms": 4.0,
     }  # fmt: skip

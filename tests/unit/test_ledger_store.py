@@ -7,13 +7,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy import inspect, text
 
+from tests.builders import make_bill, make_part
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import metadata
 from vllm_cost_meter.ledger.store import (
     check_location,
@@ -22,6 +24,7 @@ from vllm_cost_meter.ledger.store import (
     open_ledger,
     parse_url,
 )
+from vllm_cost_meter.ledger.writer import LedgerWriter
 
 NOBODY = 65_534  # a user id without rights
 MOUNTS = (
@@ -165,6 +168,30 @@ def test_a_ledger_of_a_newer_meter_is_refused(tmp_path):
         open_ledger(url)
 
 
+def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tmp_path):
+    path = tmp_path / "ledger.db"
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript((Path(__file__).parent / "ledger_v1.sql").read_text())
+    with pytest.raises(LedgerError, match="version 1, this cost meter needs 2; start a metered"):
+        open_ledger(url_of(path), create=False)
+    open_ledger(url_of(path)).dispose()
+    engine = open_ledger(url_of(path), create=False)
+    with engine.connect() as connection:
+        found = inspect(connection)
+        for name, table in metadata.tables.items():
+            columns = {column["name"] for column in found.get_columns(name)}
+            assert columns == set(table.c.keys()), name
+        kept = connection.execute(text("SELECT gpu_time_ns, marginal_ns, batch FROM requests"))
+        assert kept.all() == [(300, 0, 0)]
+    engine.dispose()
+    reader = LedgerReader(url_of(path))
+    assert reader.audit()["balanced"]
+    writer = LedgerWriter(url_of(path))
+    writer.start()
+    writer.commit(make_part(make_bill(run_id="new"))).result(10)
+    writer.close()
+
+
 def test_a_file_that_is_no_ledger_is_refused(tmp_path):
     path = tmp_path / "ledger.db"
     with pytest.raises(LedgerError, match="no such file"):
@@ -194,5 +221,5 @@ def test_two_processes_may_create_the_ledger_at_once(tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     engine = open_ledger(url, create=False)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(1,)]
+        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(2,)]
     engine.dispose()

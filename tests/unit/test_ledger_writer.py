@@ -7,42 +7,35 @@ import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.builders import HOUR, T0, make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.store import open_ledger
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records import (
-    Bill,
     ClassTotals,
     EngineRequest,
     HttpRequest,
-    Latencies,
     Price,
     Snapshot,
     Usage,
     UsagePiece,
 )
 
-T0 = 1_800_000_000 * 10**9
-HOUR = 500_000
 HOURS = "SELECT hour, idle_ns FROM engine_hours ORDER BY hour"
 
 
 def part(seq: int, run_id: str = "run", ns: int = 100, **changes: object) -> EngineRequest:
-    bill = Bill(
-        run_id, seq, f"internal-{run_id}-{seq}", "stop", "tokens", 10, 2, 5, 0, 6,
-        (UsagePiece(HOUR, ns, 2 * ns, 8, 5),),
-    )  # fmt: skip
-    record = EngineRequest(
-        bill=bill, http_request_id=f"http-{run_id}-{seq}", response_id=None, external_id=None,
-        prompt_group=f"{seq}", tenant="alice", model="m", lora=None, route="/v1/completions",
-        cost_nanousd=7, started_at_ns=T0, finished_at_ns=T0 + seq, latencies=Latencies(),
-    )  # fmt: skip
-    return replace(record, **changes)
+    bill = make_bill(
+        run_id=run_id,
+        seq=seq,
+        request_id=f"internal-{run_id}-{seq}",
+        pieces=(UsagePiece(HOUR, ns, 2 * ns, 8, 5),),
+    )
+    return make_part(bill, cost_nanousd=7, **changes)
 
 
 def http(name: str) -> HttpRequest:
@@ -53,17 +46,7 @@ def http(name: str) -> HttpRequest:
 
 
 def snapshot(number: int, run_id: str = "run", **changes: object) -> Snapshot:
-    totals = ClassTotals(idle=number * 10)
-    return replace(
-        Snapshot(
-            run_id=run_id, number=number, taken_at_ns=T0 + number, started_at_ns=T0,
-            wall_ns=number * 10, gpus=1, totals=totals, last_seq=0, billed_ns=0, running=0,
-            waiting=0, kv_cache_usage=None, steps=0, busy_ns=0, own_ns=0, errors=0, state="on",
-            model="m", method="tokens", native=True, engine_index=0, vllm_version="0.32",
-            meter_version="0.1", hours={HOUR: totals},
-        ),
-        **changes,
-    )  # fmt: skip
+    return make_snapshot(number=number, run_id=run_id, **changes)
 
 
 @pytest.fixture

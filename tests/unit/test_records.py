@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from tests.builders import make_bill
 from vllm_cost_meter.records import (
     CLASSES,
     Bill,
@@ -18,20 +19,8 @@ PIECE = UsagePiece(500_000, 1, 2, 3, 4)
 
 
 def bill(**changes) -> Bill:
-    values = {
-        "run_id": "run",
-        "seq": 1,
-        "request_id": "r",
-        "engine_status": "stopped",
-        "method": "tokens",
-        "prompt_tokens": 10,
-        "cached_tokens": 2,
-        "output_tokens": 5,
-        "preemptions": 0,
-        "steps": 6,
-        "pieces": (PIECE, UsagePiece(500_001, 10, 20, 30, 40)),
-    }
-    return Bill(**{**values, **changes})
+    pieces = (PIECE, UsagePiece(500_001, 10, 20, 30, 40, 5, 6, 7, 8, 9))
+    return make_bill(**{"pieces": pieces, **changes})
 
 
 @pytest.mark.parametrize(
@@ -113,7 +102,8 @@ def test_what_is_no_bill_is_refused(text):
 
 def test_a_bill_rides_as_a_compact_array():
     assert bill().to_json() == (
-        '["run",1,"r","stopped","tokens",10,2,5,0,6,[[500000,1,2,3,4],[500001,10,20,30,40]]]'
+        '["run",1,"internal-1","stopped","tokens",10,2,5,0,6,12,1,3,'
+        "[[500000,1,2,3,4,0,0,0,0,0],[500001,10,20,30,40,5,6,7,8,9]]]"
     )
 
 

@@ -36,8 +36,17 @@ PART_COLUMNS = (
     "decode_ns",
     "cost_nanousd",
     "cost_usd",
+    "marginal_ns",
+    "marginal_cost_nanousd",
+    "recomputed_ns",
+    "recomputed_tokens",
+    "rejected_ns",
+    "rejected_tokens",
     "preemptions",
     "steps",
+    "batch",
+    "first_model",
+    "last_model",
     "started_at",
     "finished_at",
     "queue_ms",
@@ -45,6 +54,10 @@ PART_COLUMNS = (
     "tpot_ms",
     "e2e_ms",
 )
+
+
+# Of an exchange's GPU time; what a request that never reached an engine has none of.
+PART_TIMES = ("prefill_ns", "decode_ns", "marginal_ns", "recomputed_ns", "rejected_ns")
 
 
 def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
@@ -69,6 +82,7 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
         **_gpu_time(told, parts),
         "cost_nanousd": cost,
         "cost_usd": format_usd(cost),
+        "marginal_cost_usd": format_usd(_sum_of(parts, "marginal_cost_nanousd")),
         "method": _common(parts, "method"),
         "started_at": told.get("started_at") or first["started_at"],
         "finished_at": told.get("finished_at") or max(part["finished_at"] for part in parts),
@@ -103,16 +117,20 @@ def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
 
 def _gpu_time(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
     if not parts:
-        return {"gpu_time_ns": told.get("gpu_time_ns"), "prefill_ns": None, "decode_ns": None}
-    names = ("gpu_time_ns", "prefill_ns", "decode_ns")
-    return {name: sum(part[name] for part in parts) for name in names}
+        return {"gpu_time_ns": told.get("gpu_time_ns"), **dict.fromkeys(PART_TIMES)}
+    return {name: sum(part[name] for part in parts) for name in ("gpu_time_ns", *PART_TIMES)}
 
 
 def _cost(told: Row, parts: Sequence[Row]) -> int | None:
     if not parts:
         return told.get("cost_nanousd")
-    costs = [part["cost_nanousd"] for part in parts]
-    return None if None in costs else sum(costs)
+    return _sum_of(parts, "cost_nanousd")
+
+
+def _sum_of(parts: Sequence[Row], name: str) -> int | None:
+    """Return a sum over the parts; None if there are none, or one of them is not known."""
+    amounts = [part[name] for part in parts]
+    return None if None in amounts or not amounts else sum(amounts)
 
 
 def _latencies(parts: Sequence[Row]) -> dict[str, float | None]:

@@ -27,9 +27,13 @@ Record = EngineRequest | HttpRequest | Snapshot
 
 
 def merge_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
-    """Return the newer of two snapshots of a run, with the hours of both, the newer ones' first."""
+    """Return the newer of two snapshots of a run, with the hours and models of both.
+
+    Of what both have, the newer one's stands.
+    """
     older, newer = sorted((one, other), key=lambda snapshot: snapshot.number)
-    return replace(newer, hours={**older.hours, **newer.hours})
+    models = {model.version: model for model in (*older.cost_models, *newer.cost_models)}
+    return replace(newer, hours={**older.hours, **newer.hours}, cost_models=tuple(models.values()))
 
 
 def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
@@ -58,6 +62,8 @@ def write(connection: Connection, records: Sequence[Record], price: Price | None
     _insert(connection, schema.http_requests, [rows.http_row(http) for http in https])
     _insert(connection, schema.runs, [rows.run_row(s, price_id) for s in snapshots])
     _upsert(connection, schema.snapshots, [rows.snapshot_row(s) for s in snapshots])
+    models = [row for snapshot in snapshots for row in rows.model_rows(snapshot)]
+    _insert(connection, schema.cost_models, models)
     hours = [row for snapshot in snapshots for row in rows.hour_rows(snapshot)]
     _upsert(connection, schema.engine_hours, hours)
 

@@ -21,10 +21,12 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.audit import audit_runs
 from vllm_cost_meter.ledger.cut import Cut, Window, read_cut, settle
 from vllm_cost_meter.ledger.exchange import exchange, ordered, shown_part
+from vllm_cost_meter.ledger.models import earlier_fit, models
 from vllm_cost_meter.ledger.paging import Key, exchanges, page_of_keys
 from vllm_cost_meter.ledger.schema import http_requests, requests
 from vllm_cost_meter.ledger.store import open_ledger
 from vllm_cost_meter.ledger.tenants import OVERHEAD_ROWS, after_cut, cost_of_all, tenant_rows
+from vllm_cost_meter.records import EarlierFit, Snapshot
 
 MAX_MATCHES = 100
 MAX_LIMIT = 1000
@@ -217,6 +219,24 @@ class LedgerReader:
             runs = audit_runs(connection, cut)
             late = after_cut(connection, cut)
         return {"balanced": all(run["balanced"] for run in runs), "runs": runs, "after_cut": late}
+
+    # ---- cost models
+
+    def cost_models(self, run_id: str | None = None) -> list[dict[str, Any]]:
+        """Return the latest cost model of each run, newest run first; of one run, all versions."""
+        with self._read() as connection:
+            return models(connection, run_id)
+
+    def earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
+        """Return what an engine like the one of a snapshot had learnt before, None if nothing."""
+        with self._read() as connection:
+            return earlier_fit(
+                connection,
+                snapshot.run_id,
+                snapshot.model,
+                snapshot.hardware,
+                snapshot.parallelism,
+            )
 
     # ---- how
 

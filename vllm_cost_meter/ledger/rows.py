@@ -7,6 +7,7 @@ insert needs.
 Invariant: a row of `requests` equals the sum of the rows of `usage_pieces` it comes with.
 """
 
+import json
 from typing import Any
 
 from vllm_cost_meter.pricing import format_usd
@@ -44,15 +45,24 @@ def part_row(part: EngineRequest) -> Row:
         "prompt_tokens": bill.prompt_tokens,
         "cached_tokens": bill.cached_tokens,
         "output_tokens": bill.output_tokens,
-        "prefill_tokens": sum(piece.prefill_tokens for piece in bill.pieces),
-        "decode_tokens": sum(piece.decode_tokens for piece in bill.pieces),
+        "prefill_tokens": bill.sum_of("prefill_tokens"),
+        "decode_tokens": bill.sum_of("decode_tokens"),
         "gpu_time_ns": prefill_ns + decode_ns,
         "prefill_ns": prefill_ns,
         "decode_ns": decode_ns,
         "cost_nanousd": part.cost_nanousd,
         "cost_usd": format_usd(part.cost_nanousd),
+        "marginal_ns": bill.marginal_ns,
+        "marginal_cost_nanousd": part.marginal_cost_nanousd,
+        "recomputed_ns": bill.sum_of("recomputed_ns"),
+        "recomputed_tokens": bill.sum_of("recomputed_tokens"),
+        "rejected_ns": bill.sum_of("rejected_ns"),
+        "rejected_tokens": bill.sum_of("rejected_tokens"),
         "preemptions": bill.preemptions,
         "steps": bill.steps,
+        "batch": bill.batch,
+        "first_model": bill.first_model,
+        "last_model": bill.last_model,
         "started_at": rfc3339(part.started_at_ns),
         "finished_at": rfc3339(part.finished_at_ns),
         "queue_ms": times.queue_ms,
@@ -75,6 +85,11 @@ def piece_rows(part: EngineRequest) -> list[Row]:
             "decode_ns": piece.decode_ns,
             "prefill_tokens": piece.prefill_tokens,
             "decode_tokens": piece.decode_tokens,
+            "marginal_ns": piece.marginal_ns,
+            "recomputed_ns": piece.recomputed_ns,
+            "recomputed_tokens": piece.recomputed_tokens,
+            "rejected_ns": piece.rejected_ns,
+            "rejected_tokens": piece.rejected_tokens,
         }
         for piece in bill.pieces
     ]
@@ -119,6 +134,8 @@ def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
         "engine_index": snapshot.engine_index,
         "model": snapshot.model,
         "gpus": snapshot.gpus,
+        "hardware": snapshot.hardware,
+        "parallelism": snapshot.parallelism,
         "method": snapshot.method,
         "vllm_version": snapshot.vllm_version,
         "meter_version": snapshot.meter_version,
@@ -146,7 +163,26 @@ def snapshot_row(snapshot: Snapshot) -> Row:
         "own_ns": snapshot.own_ns,
         "errors": snapshot.errors,
         "state": snapshot.state,
+        "prior": snapshot.prior,
     }
+
+
+def model_rows(snapshot: Snapshot) -> list[Row]:
+    """Return the rows of `cost_models` of the models a snapshot brings."""
+    return [
+        {
+            "run_id": snapshot.run_id,
+            "version": model.version,
+            "taken_at": rfc3339(snapshot.taken_at_ns),
+            "form": model.form,
+            "planes": json.dumps(model.planes),
+            "steps": model.steps,
+            "error_two_planes": model.error_two_planes,
+            "error_one_plane": model.error_one_plane,
+            "explained": model.explained,
+        }
+        for model in snapshot.cost_models
+    ]
 
 
 def hour_rows(snapshot: Snapshot) -> list[Row]:

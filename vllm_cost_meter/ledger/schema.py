@@ -24,7 +24,7 @@ from sqlalchemy import (
 
 from vllm_cost_meter.records import CLASSES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -55,12 +55,30 @@ runs = Table(
     Column("engine_index", Integer, nullable=False),
     Column("model", Text, nullable=False),
     Column("gpus", Integer, nullable=False),
+    Column("hardware", Text, nullable=False),
+    Column("parallelism", Text, nullable=False),
     Column("method", Text, nullable=False),
     Column("vllm_version", Text, nullable=False),
     Column("meter_version", Text, nullable=False),
     Column("native", Boolean, nullable=False),
     Column("started_at", _Key, nullable=False),
     Column("price_id", _Key),
+)
+
+cost_models = Table(
+    "cost_models",
+    metadata,
+    Column("run_id", _Key, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    # When a snapshot first told of it, at most a poll later than it was published.
+    Column("taken_at", _Key, nullable=False),
+    Column("form", Text, nullable=False),
+    # JSON: three planes of five coefficients, in GPU-ns.
+    Column("planes", Text, nullable=False),
+    Column("steps", BigInteger, nullable=False),
+    Column("error_two_planes", Float, nullable=False),
+    Column("error_one_plane", Float, nullable=False),
+    Column("explained", Float, nullable=False),
 )
 
 snapshots = Table(
@@ -81,6 +99,7 @@ snapshots = Table(
     Column("own_ns", BigInteger, nullable=False),
     Column("errors", BigInteger, nullable=False),
     Column("state", Text, nullable=False),
+    Column("prior", Text, nullable=False),
 )
 
 engine_hours = Table(
@@ -143,8 +162,17 @@ requests = Table(
     Column("decode_ns", BigInteger, nullable=False),
     Column("cost_nanousd", BigInteger),
     Column("cost_usd", Text),
+    Column("marginal_ns", BigInteger, nullable=False),
+    Column("marginal_cost_nanousd", BigInteger),
+    Column("recomputed_ns", BigInteger, nullable=False),
+    Column("recomputed_tokens", BigInteger, nullable=False),
+    Column("rejected_ns", BigInteger, nullable=False),
+    Column("rejected_tokens", BigInteger, nullable=False),
     Column("preemptions", Integer, nullable=False),
     Column("steps", BigInteger, nullable=False),
+    Column("batch", BigInteger, nullable=False),
+    Column("first_model", Integer, nullable=False),
+    Column("last_model", Integer, nullable=False),
     Column("started_at", _Key, nullable=False),
     Column("finished_at", _Key, nullable=False, index=True),
     Column("queue_ms", Float),
@@ -173,6 +201,11 @@ usage_pieces = Table(
     Column("decode_ns", BigInteger, nullable=False),
     Column("prefill_tokens", BigInteger, nullable=False),
     Column("decode_tokens", BigInteger, nullable=False),
+    Column("marginal_ns", BigInteger, nullable=False),
+    Column("recomputed_ns", BigInteger, nullable=False),
+    Column("recomputed_tokens", BigInteger, nullable=False),
+    Column("rejected_ns", BigInteger, nullable=False),
+    Column("rejected_tokens", BigInteger, nullable=False),
     Index("ix_usage_pieces_hour", "hour", "tenant"),
     # Clustered by key: "all pieces of a run up to a bill" is one range of the file.
     sqlite_with_rowid=False,

@@ -20,6 +20,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.migrations import migrate
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
 
 # Filesystems on which SQLite's WAL mode loses data: its shared memory does not span machines.
@@ -226,7 +227,7 @@ def writing(engine: Engine) -> Engine:
 
 def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
     found = _version(engine)
-    if found is None and create:
+    if create and (found is None or found < SCHEMA_VERSION):
         _create_schema(engine)
         found = _version(engine)
     if found is None:
@@ -235,6 +236,11 @@ def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
         raise LedgerError(
             f"ledger {shown}: has schema version {found}, this cost meter knows"
             f" {SCHEMA_VERSION}; upgrade vllm-cost-meter or use another ledger"
+        )
+    if found < SCHEMA_VERSION:
+        raise LedgerError(
+            f"ledger {shown}: has schema version {found}, this cost meter needs {SCHEMA_VERSION};"
+            " start a metered server with this ledger once, which brings it up to date"
         )
 
 
@@ -252,5 +258,8 @@ def _create_schema(engine: Engine) -> None:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
         # Whoever came second finds everything there once the first has committed.
         metadata.create_all(connection)
-        if connection.execute(select(schema_version.c.version)).first() is None:
+        found = connection.execute(select(schema_version.c.version)).scalar()
+        if found is None:
             connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
+        elif found < SCHEMA_VERSION:
+            migrate(connection, found, SCHEMA_VERSION)

@@ -93,7 +93,7 @@ class LedgerWriter:
         self.failures = 0
         self.last_error: str | None = None
         self.last_commit_ns = 0
-        self._url = url
+        self.url = url
         self._price = price
         self._price_written = price is None
         self._gather_s = gather_s
@@ -231,7 +231,7 @@ class LedgerWriter:
         started_ns = time.perf_counter_ns()
         engine = self._engine
         if engine is None:
-            engine = self._engine = open_ledger(self._url, busy_timeout_s=ATTEMPT_S)
+            engine = self._engine = open_ledger(self.url, busy_timeout_s=ATTEMPT_S)
         records = [record for item in batch for record in item.records]
         try:
             # No savepoint on the usual way: each statement gives up the GIL once more.

@@ -1,0 +1,48 @@
+"""A step log gives back whatever steps it got; cut anywhere, those that came before the cut."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_cost_meter.step_log import LoggedStep, Part, StepLogWriter, read_header, read_steps
+
+COUNT = st.integers(0, 2**31 - 1)
+NS = st.integers(0, 2**63 - 1)
+# vLLM's own messages are encoded as UTF-8 too: an id with half of a pair never comes this far.
+ID = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+PARTS = st.lists(st.builds(Part, ID, COUNT, COUNT, st.integers(0, 3)), max_size=5)
+STEPS = st.lists(st.builds(LoggedStep, NS, NS, PARTS), max_size=8)
+
+
+def write(path: Path, steps: list[LoggedStep]) -> None:
+    writer = StepLogWriter(path, model="m", vllm_version="v", run_id="r", gpus=1)
+    for step in steps:
+        writer.write(step.parts, step.gpu_time_ns, step.unix_ns)
+    writer.close()
+
+
+@settings(deadline=None)
+@given(STEPS)
+def test_steps_are_read_as_they_were_written(steps):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "steps"
+        write(path, steps)
+        assert list(read_steps(path)) == steps
+
+
+@settings(deadline=None)
+@given(STEPS, st.integers(0, 1_000))
+def test_a_log_cut_anywhere_gives_the_steps_before_the_cut(steps, cut):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "steps"
+        write(path, [])
+        head = path.stat().st_size
+        path.unlink()
+        write(path, steps)
+        content = path.read_bytes()
+        path.write_bytes(content[: max(head, len(content) - cut)])
+        whole = path.read_bytes().count(b"\n") - 1
+        assert list(read_steps(path)) == steps[:whole]
+        assert read_header(path).run_id == "r"

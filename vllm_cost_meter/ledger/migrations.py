@@ -1,0 +1,48 @@
+"""How a ledger of an older version becomes one of this version: a step per version, never skipped.
+
+A step is plain SQL that SQLite and PostgreSQL both take, frozen as it was when it was released: it
+must not follow later changes of the schema. What older records do not know is 0 where it is a count
+that nobody kept, and the text "unknown" where it is a name.
+
+Invariant: a ledger is of one version at any instant, as a step and its number are one transaction.
+"""
+
+from collections.abc import Mapping
+
+from sqlalchemy import text
+from sqlalchemy.engine import Connection
+
+
+def _added(table: str, kind: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"ALTER TABLE {table} ADD COLUMN {name} {kind}" for name in names)
+
+
+_COUNT = "BIGINT NOT NULL DEFAULT 0"
+_WASTED = (
+    "marginal_ns",
+    "recomputed_ns",
+    "recomputed_tokens",
+    "rejected_ns",
+    "rejected_tokens",
+)
+
+# By the version a ledger has: what makes it the next one.
+STEPS: Mapping[int, tuple[str, ...]] = {
+    1: (
+        *_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "hardware", "parallelism"),
+        *_added("snapshots", "TEXT NOT NULL DEFAULT 'unknown'", "prior"),
+        *_added("requests", _COUNT, *_WASTED, "batch"),
+        *_added("requests", "BIGINT", "marginal_cost_nanousd"),
+        *_added("requests", "INTEGER NOT NULL DEFAULT 0", "first_model", "last_model"),
+        *_added("usage_pieces", _COUNT, *_WASTED),
+        # The table cost_models is made as every missing table is.
+    ),
+}
+
+
+def migrate(connection: Connection, found: int, wanted: int) -> None:
+    """Bring a ledger from a version to another, within the transaction of the connection."""
+    for version in range(found, wanted):
+        for statement in STEPS[version]:
+            connection.execute(text(statement))
+    connection.execute(text("UPDATE schema_version SET version = :v"), {"v": wanted})
