@@ -6,11 +6,17 @@ prefill chunk of 512. After every step N/50 requests, spread over the batch, hav
 new ones follow at its end. The dict of a step is made right before it, as vLLM's scheduler makes
 it, and its keys are the same str objects as before. Making it, `open` and `close` are not timed
 (the latter come once per request, not per step). Native and twin take turns, block by block of
-steps, in one process; each figure is the median over all steps.
+steps, in one process. A figure is the median over blocks of a block's mean per step, so what comes
+every few steps (the fit) is in it, shared out. The native one has made as many steps before as it
+takes until the fit learns from one step in four, as in an engine that has run for a few minutes.
+
+A second table has the native figures at 256 running by the prefill chunks in the step: with two
+planes each is a large player, and all subsets of at most four are enumerated.
 
 Limits. The process does nothing else, so the meter's memory stays in the CPU's caches more than it
 would beside a model's work. The machine's clock speed is not pinned. A reading of the clock is in
-each step (about 40 ns, which matters to a batch of 1 only).
+each step (about 40 ns, which matters to a batch of 1 only). The end of a sweep of the fit, about
+15 us every 2,048 steps, is in too few blocks to move a median: 7 ns per step.
 """
 
 import argparse
@@ -25,23 +31,33 @@ from time import perf_counter_ns
 from vllm_cost_meter._attribution_c import StepMeter as NativeMeter
 
 from vllm_cost_meter import _attribution_py
+from vllm_cost_meter._fit_py import ALL_STEPS, Planes
 
 BATCHES = (1, 32, 256, 1024, 4096)
+CHUNKS = (0, 1, 2, 4)
+CHUNKS_BATCH = 256
 STEPS_PER_BLOCK = 40
 PREFILL_CHUNK = 512
-STEP_NS = 12_345_678
 METERS = {"native": NativeMeter, "twin": _attribution_py.StepMeter}
+# Two planes, so that large players are enumerated: 20 us a token, or 6 ms and 40 ns of context.
+PRIOR: Planes = (
+    (1e6, 2e4, 0.0, 1.0, 0.0),
+    (6e6, 1e3, 0.0, 0.0, 40.0),
+    (7e6, 2.1e4, 0.0, 1.0, 40.0),
+)
 
 
 class Traffic:
     """A running batch on a meter of its own: some leave after each step, and as many arrive."""
 
-    def __init__(self, meter: _attribution_py.StepMeter, running: int) -> None:
+    def __init__(self, meter: _attribution_py.StepMeter, running: int, chunks: int) -> None:
         self.meter = meter
+        self.chunks = min(chunks, running)
         self.running: list[str] = []
         self.born = self.steps = self.departures = 0
         self.arrive(running)
         self.in_flight = meter.begin(dict.fromkeys(self.running, PREFILL_CHUNK))
+        self.in_flight_ns = 10**7
 
     def arrive(self, count: int) -> None:
         for _ in range(count):
@@ -58,13 +74,19 @@ class Traffic:
         """Return the ns that a step takes the meter."""
         begin, settle, drained = self.meter.begin, self.meter.settle, self.meter.drained
         scheduled = dict.fromkeys(self.running, 1)
-        scheduled[self.running[-1]] = PREFILL_CHUNK
+        for place in range(1, self.chunks + 1):
+            scheduled[self.running[-place]] = PREFILL_CHUNK
         started_ns = perf_counter_ns()
         step = begin(scheduled)
-        settle(self.in_flight, STEP_NS)
+        settle(self.in_flight, self.in_flight_ns)
         drained()
         took_ns = perf_counter_ns() - started_ns
         self.in_flight = step
+        # By two planes, and a little noise.
+        tokens = len(self.running) + self.chunks * (PREFILL_CHUNK - 1)
+        noise = 1 + (self.steps * 37 % 101 - 50) / 2000
+        compute, memory = 1e6 + 2e4 * tokens, 6e6 + 1e3 * tokens
+        self.in_flight_ns = int(max(compute, memory) * noise)
         self.steps += 1
         # One in 50; of a batch smaller than 50 one now and then.
         leaving = self.steps * len(self.running) // 50 - self.departures
@@ -73,19 +95,23 @@ class Traffic:
         return took_ns
 
 
-def measure(running: int, method: str, blocks: int) -> dict[str, float]:
-    """Return the median ns per step and per request of both meters at one batch size."""
-    traffic = {name: Traffic(meter(method), running) for name, meter in METERS.items()}
-    took_ns: dict[str, list[int]] = {name: [] for name in METERS}
+def measure(
+    running: int, method: str, blocks: int, chunks: int = 1, meters: tuple[str, ...] = tuple(METERS)
+) -> dict[str, float]:
+    """Return the ns per step and per request of the meters at one batch size."""
+    traffic = {name: Traffic(METERS[name](method, PRIOR, True), running, chunks) for name in meters}
+    for _ in range(ALL_STEPS):
+        traffic["native"].timed_step()
+    block_means: dict[str, list[float]] = {name: [] for name in meters}
     for number in range(blocks + 1):
         gc.collect()
-        for name in sorted(METERS, reverse=number % 2 == 1):  # they take turns at going first
+        for name in sorted(meters, reverse=number % 2 == 1):  # they take turns at going first
             block_ns = [traffic[name].timed_step() for _ in range(STEPS_PER_BLOCK)]
             if number:  # the first block warms up
-                took_ns[name] += block_ns
+                block_means[name].append(statistics.fmean(block_ns))
     figures = {}
-    for name, steps_ns in took_ns.items():
-        median_ns = statistics.median(steps_ns)
+    for name, means in block_means.items():
+        median_ns = statistics.median(means)
         figures[f"{name}_ns_per_step"] = round(median_ns, 1)
         figures[f"{name}_ns_per_request"] = round(median_ns / running, 2)
     return figures
@@ -104,7 +130,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the attribution, native and twin.")
-    parser.add_argument("--method", choices=_attribution_py.METHODS, default="tokens")
+    parser.add_argument("--method", choices=_attribution_py.METHODS, default="shapley")
     parser.add_argument("--blocks", type=int, default=41, help="timed blocks per batch size")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
@@ -121,6 +147,11 @@ def main() -> None:
             f" {figures['twin_ns_per_request']:>9.2f}",
             flush=True,
         )
+    print(f"\n  chunks  native ns/step  ({CHUNKS_BATCH} running)")
+    for chunks in CHUNKS:
+        figures = measure(CHUNKS_BATCH, options.method, options.blocks, chunks, ("native",))
+        results[f"{CHUNKS_BATCH} with {chunks} chunks"] = figures
+        print(f"{chunks:>8}  {figures['native_ns_per_step']:>14.0f}", flush=True)
     if options.json:
         print(json.dumps(results))
 

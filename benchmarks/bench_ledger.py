@@ -52,6 +52,9 @@ def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
         output_tokens=128,
         preemptions=0,
         steps=128,
+        batch=1280,
+        first_model=3,
+        last_model=4,
         pieces=(UsagePiece(500_000, 1_000_000, 80_000_000, 128, 127),),
     )
     part = EngineRequest(
@@ -65,6 +68,7 @@ def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
         lora=None,
         route="/v1/completions",
         cost_nanousd=56_250,
+        marginal_cost_nanousd=50_000,
         started_at_ns=now_ns,
         finished_at_ns=now_ns,
         latencies=Latencies(1.0, 10.0, 5.0, 700.0),

@@ -1,4 +1,6 @@
-"""The only module that touches vLLM's internals: every hook, and every read of a vLLM object.
+"""vLLM's internals in the engine's process, on the command line and where plugins are loaded.
+
+Only modules named `_vllm*` touch vLLM's internals; the API server's side is `_vllm_api.py`.
 
 What is hooked, and why there, is in docs/hooks.md. No body of vLLM is replaced: each hook calls the
 original with the arguments that came and hands on what it returned. Hooks ask for features, not
@@ -9,14 +11,15 @@ Invariant: with or without an error of ours, vLLM's call returns or raises what 
 """
 
 import argparse
-import asyncio
 import functools
 import inspect
 import logging
+import platform
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import vllm.plugins
 from vllm.config import SchedulerConfig
@@ -24,14 +27,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from vllm_cost_meter.books import RequestFacts
 from vllm_cost_meter.config import load_settings
-from vllm_cost_meter.engine import EngineMeter, NoMeter
+from vllm_cost_meter.engine import EngineIdentity, EngineMeter, NoMeter
 from vllm_cost_meter.errors import VllmMismatchError
-from vllm_cost_meter.exchange import Birth, current_exchange
-from vllm_cost_meter.records import BILL_KEY, CARRIER_ID, NS_PER_SECOND, Bill, Snapshot
-
-if TYPE_CHECKING:
-    # At run time it would bring the ledger into the engine's process.
-    from vllm_cost_meter.collector import Collector
+from vllm_cost_meter.records import BILL_KEY, CARRIER_ID
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -95,7 +93,7 @@ class MeteredScheduler:
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         meter = self.cost_meter
-        meter.run("update_from_output", _result_came, scheduler_output)
+        meter.run("update_from_output", _result_came, scheduler_output, args, kwargs)
         meter.riding = True
         try:
             outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
@@ -118,24 +116,47 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
     """Make the meter of one engine from its scheduler's configuration."""
     from vllm.version import __version__ as vllm_version  # noqa: PLC0415 - not in old workers
 
+    from vllm_cost_meter._vllm_counts import prior_of_model  # noqa: PLC0415 - engine only
+
     config = scheduler.vllm_config
     parallel = config.parallel_config
-    meter = EngineMeter(
-        method=load_settings().method,
-        gpus=parallel.world_size,
+    engine = EngineIdentity(
         model=model_name(config),
         engine_index=getattr(parallel, "data_parallel_index", parallel.data_parallel_rank),
         vllm_version=vllm_version,
+        hardware=_device_name(),
+        parallelism=f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}"
+        f" dp={parallel.data_parallel_size}",
+    )
+    settings = load_settings()
+    meter = EngineMeter(
+        method=settings.method,
+        gpus=parallel.world_size,
+        engine=engine,
+        prior=prior_of_model(config, engine.hardware),
+        step_log=Path(settings.step_log) if settings.step_log else None,
     )
     logger.info(
         "cost meter: engine %d is metered (%s, %d GPU, method %s, run %s)",
-        meter.engine_index,
+        engine.engine_index,
         type(scheduler).__name__.removeprefix("Metered"),
         meter.books.gpus,
         meter.books.method,
         meter.books.run_id,
     )
     return meter
+
+
+def _device_name() -> str:
+    """Return the name of the GPU, or of the CPU where vLLM runs on that."""
+    from vllm.platforms import current_platform  # noqa: PLC0415 - engine only
+
+    if current_platform.is_cpu():
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    return str(current_platform.get_device_name())
 
 
 def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
@@ -153,8 +174,28 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
     meter.books.begin_step(output, output.num_scheduled_tokens, now_ns)
 
 
-def _result_came(meter: EngineMeter, now_ns: int, scheduler_output: Any) -> None:
-    meter.result_came(scheduler_output, now_ns)
+def _result_came(
+    meter: EngineMeter, now_ns: int, scheduler_output: Any, args: Any, kwargs: Any
+) -> None:
+    rejected: dict[str, int] = {}
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    if drafts:
+        model_output = args[0] if args else kwargs["model_runner_output"]
+        rejected = _rejected_drafts(drafts, model_output)
+    meter.result_came(scheduler_output, rejected, now_ns)
+
+
+def _rejected_drafts(drafts: Mapping[str, Any], model_output: Any) -> dict[str, int]:
+    """Return of how many tokens of each request's draft nothing came."""
+    rejected = {}
+    for request_id, draft in drafts.items():
+        place = model_output.req_id_to_index.get(request_id)
+        sampled = model_output.sampled_token_ids[place] if place is not None else ()
+        # What was sampled is the accepted part of the draft and one token more; nothing at all is
+        # of a prefill that goes on, or of a request that was aborted meanwhile.
+        if len(sampled):
+            rejected[request_id] = max(len(draft) + 1 - len(sampled), 0)
+    return rejected
 
 
 def _added(meter: EngineMeter, now_ns: int, request: Any) -> None:
@@ -238,11 +279,19 @@ def _meter_of(engine_core: Any) -> EngineMeter | NoMeter:
     return meter
 
 
-def _cost_meter_snapshot(self: Any, acknowledged: dict[str, int]) -> dict[str, Any] | None:
-    """Utility call: this engine's books now, as plain values; None if it is not metered."""
+def _cost_meter_snapshot(
+    self: Any, acknowledged: dict[str, int], earlier_fits: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Utility call: this engine's books now, as plain values; None if it is not metered.
+
+    By run: `acknowledged` has the number of the last snapshot that is safe, `earlier_fits` the
+    planes of an earlier fit and whether both were used.
+    """
     meter = _meter_of(self)
     if isinstance(meter, NoMeter):
         return None
+    if meter.books.run_id in earlier_fits:
+        meter.run("adopt", _adopted, *earlier_fits[meter.books.run_id])
     scheduler = self.scheduler
     running, waiting = scheduler.get_request_counts()
     snapshot = meter.snapshot(
@@ -294,6 +343,10 @@ def _wrap_dummy_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     return execute_dummy_batch
 
 
+def _adopted(meter: EngineMeter, _now_ns: int, planes: Any, two_planes: bool) -> None:
+    meter.books.adopt(planes, two_planes)
+
+
 def _slept(meter: EngineMeter, now_ns: int) -> None:
     meter.books.fall_asleep(now_ns)
 
@@ -308,110 +361,6 @@ def _dummy_began(meter: EngineMeter, now_ns: int) -> None:
 
 def _dummy_ended(meter: EngineMeter, now_ns: int) -> None:
     meter.books.end_dummy(now_ns)
-
-
-# -- API side ---------------------------------------------------------------------------------
-
-
-def hook_output_processor(collector: Callable[[], "Collector"]) -> None:
-    """Hook the birth of engine requests and the arrival of bills in the API server.
-
-    `collector` is called at each use, so that the API side is made only in the process that needs
-    it. Raises VllmMismatchError if this vLLM's OutputProcessor looks different.
-    """
-    from vllm.v1.engine.output_processor import OutputProcessor  # noqa: PLC0415 - heavy
-
-    add_request = OutputProcessor.add_request
-    process_outputs = OutputProcessor.process_outputs
-    if hasattr(add_request, "cost_meter_original"):
-        return
-    check_parameters(OutputProcessor, OUTPUT_PROCESSOR_PARAMETERS)
-
-    @functools.wraps(add_request)
-    def metered_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        result = add_request(self, request, *args, **kwargs)
-        parent = args[1] if len(args) > 1 else kwargs.get("parent_req")
-        collector().run("add_request", _born, self, request, parent)
-        return result
-
-    @functools.wraps(process_outputs)
-    def metered_process_outputs(
-        self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        bills = collector().run("process_outputs", _take_bills, engine_core_outputs)
-        try:
-            return process_outputs(self, engine_core_outputs, *args, **kwargs)
-        finally:
-            # After the original, which completes the request's own statistics.
-            for bill in bills or ():
-                collector().run("bill", _billed, bill)
-
-    metered_add_request.cost_meter_original = add_request  # type: ignore[attr-defined]
-    OutputProcessor.add_request = metered_add_request
-    OutputProcessor.process_outputs = metered_process_outputs
-
-
-def _born(collector: "Collector", processor: Any, request: Any, parent: Any) -> None:
-    state = processor.request_states.get(request.request_id)
-    lora = request.lora_request
-    collector.born(
-        Birth(
-            request_id=request.request_id,
-            external_id=request.external_req_id,
-            prompt_group=parent.request_id if parent is not None else request.request_id,
-            lora=lora.lora_name if lora is not None else None,
-            arrived_at_ns=int(request.arrival_time * NS_PER_SECOND),
-            exchange=current_exchange.get(),
-            times=state.stats if state is not None else None,
-        )
-    )
-
-
-def _take_bills(_collector: "Collector", outputs: list[Any]) -> list[str]:
-    """Take the bills out of a list of outputs, and the outputs that carry nothing else."""
-    bills: list[str] = []
-    late = False
-    for output in outputs:
-        headers = output.trace_headers
-        if headers is not None and BILL_KEY in headers:
-            bills.append(headers[BILL_KEY])
-            output.trace_headers = {k: v for k, v in headers.items() if k != BILL_KEY} or None
-            late = late or output.request_id == CARRIER_ID
-    if late:
-        outputs[:] = [output for output in outputs if output.request_id != CARRIER_ID]
-    return bills
-
-
-def _billed(collector: "Collector", bill: str) -> None:
-    collector.billed(Bill.from_json(bill))
-
-
-async def poll_engines(
-    engine_client: Any, acknowledged: Mapping[str, int], timeout_s: float
-) -> list[Snapshot | BaseException | None]:
-    """Ask every engine for its books. One result per engine: an error or None is that engine's.
-
-    An engine that has not answered after `timeout_s` has a TimeoutError. One call per engine,
-    because with data parallelism vLLM's own call returns only the first engine's answer.
-    """
-    core = engine_client.engine_core
-
-    async def ask(engine: bytes) -> Snapshot | None:
-        call = core._call_utility_async("cost_meter_snapshot", dict(acknowledged), engine=engine)
-        answer = await asyncio.wait_for(call, timeout_s)
-        return None if answer is None else Snapshot.from_wire(answer)
-
-    return await asyncio.gather(*map(ask, core.core_engines), return_exceptions=True)
-
-
-def api_server_index(engine_client: Any) -> int:
-    """Return which of several API servers this process is; 0 where there is one."""
-    return int(getattr(engine_client.engine_core, "client_index", 0))
-
-
-def served_model(engine_client: Any) -> str:
-    """Return the (first) name under which the model is served."""
-    return model_name(engine_client.vllm_config)
 
 
 def model_name(vllm_config: Any) -> str:

@@ -85,6 +85,7 @@ def make_app(
     _add_error_handlers(app)
     _add_request_routes(app, reader, refresh)
     _add_book_routes(app, reader, refresh)
+    _add_model_route(app, reader, refresh)
 
     @app.get("/openapi.json", include_in_schema=False)
     def openapi() -> dict[str, Any]:
@@ -104,6 +105,14 @@ def make_app(
             return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
+    @app.get("/cost/models")
+    def models(run: str | None = None) -> dict[str, Any]:
+        """Return the latest cost model of each engine run; of one run, all versions."""
+        refresh()
+        return {"models": reader.cost_models(run)}
 
 
 def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:

@@ -17,14 +17,19 @@ each hour, over the run's part of that hour; what is billed in total equals the 
 """
 
 from collections import deque
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
+from vllm_cost_meter._fit_py import Planes
+from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.attribution import StepMeter
+from vllm_cost_meter.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.records import (
     NS_PER_HOUR,
     Bill,
     ClassTotals,
+    CostModel,
     Snapshot,
     UsagePiece,
 )
@@ -54,13 +59,23 @@ class EngineFacts(TypedDict):
     engine_index: int
     vllm_version: str
     meter_version: str
+    hardware: str
+    parallelism: str
 
 
 class EngineBooks:
     """Books of one run. All `now_ns` are monotonic and never decrease; `unix_ns` is UTC."""
 
     def __init__(
-        self, *, run_id: str, method: str, gpus: int, created_ns: int, now_ns: int, unix_ns: int
+        self,
+        *,
+        run_id: str,
+        method: str,
+        gpus: int,
+        created_ns: int,
+        now_ns: int,
+        unix_ns: int,
+        prior: Prior = NOTHING_KNOWN,
     ) -> None:
         """Open the books at `now_ns`, with everything since `created_ns` booked as startup."""
         if gpus < 1:
@@ -68,7 +83,10 @@ class EngineBooks:
         self.run_id = run_id
         self.gpus = gpus
         self.method = method
-        self.meter = StepMeter(method)
+        self.meter = StepMeter(method, prior.planes, prior.trusted)
+        self.prior = prior.source
+        # Told of each step before it is split: its parts, and its GPU-ns.
+        self.on_step: Callable[[list[tuple[str, int, int, int]], int], None] | None = None
         self.steps = 0
         self.busy_ns = 0
         self._created_ns = min(created_ns, now_ns)
@@ -84,8 +102,11 @@ class EngineBooks:
         self._asleep = False
         self._off = False
         self._in_flight: deque[tuple[object, int]] = deque()
-        # Pieces of open requests from hours that have ended.
-        self._earlier: dict[str, list[UsagePiece]] = {}
+        # Of open requests: what came before the hour that is on now.
+        self._earlier: dict[str, _Earlier] = {}
+        # The model version up to which each snapshot told, by its number.
+        self._told_models: dict[int, int] = {}
+        self._acknowledged_model = -1
         self._hour = created_unix_ns // NS_PER_HOUR
         self._hour_end_ns = self._created_ns + NS_PER_HOUR - created_unix_ns % NS_PER_HOUR
         self._cell = self._cell_of(self._hour)
@@ -97,15 +118,18 @@ class EngineBooks:
         """A request joined the engine. Idempotent while it is open."""
         self._book_waiting(now_ns)
         self.meter.open(request_id, prompt_tokens)
+        if request_id not in self._earlier:
+            self._earlier[request_id] = _Earlier(self.meter.model_version)
 
     def begin_step(self, key: object, scheduled: dict[str, int], now_ns: int) -> None:
         """A step with tokens was scheduled; `key` (held until its result) identifies it."""
         self._book_waiting(now_ns)
         self._in_flight.append((key, self.meter.begin(scheduled)))
 
-    def end_step(self, key: object, now_ns: int) -> bool:
+    def end_step(self, key: object, now_ns: int, rejected: dict[str, int] | None = None) -> bool:
         """The result of step `key` was taken up. Returns False for a step never begun.
 
+        `rejected` has, by request, the tokens of drafts that were not accepted.
         Results come in schedule order: steps begun before `key` will never get one, and their
         time is the time of this step.
         """
@@ -114,10 +138,13 @@ class EngineBooks:
         begun, step = self._in_flight.popleft()
         while begun is not key:
             begun, step = self._in_flight.popleft()
+        if self.on_step is not None:
+            step_ns = (now_ns - self._mark_ns) * self.gpus
+            self.on_step(self.meter.step_parts(step), step_ns)
         self.busy_ns += now_ns - self._mark_ns
         self._share_until_hour(step, now_ns)
         gpu_ns = self._advance(now_ns)
-        self._book_busy(gpu_ns, self.meter.settle(step, gpu_ns))
+        self._book_busy(gpu_ns, self.meter.settle(step, gpu_ns, rejected))
         self.steps += 1
         return True
 
@@ -129,14 +156,11 @@ class EngineBooks:
     def bill(self, request_id: str, facts: RequestFacts, now_ns: int) -> Bill:
         """Close a request and return its final, numbered bill."""
         self._book_waiting(now_ns)
-        prefill_ns, decode_ns, prefill_tokens, decode_tokens, steps = self.meter.close(request_id)
-        pieces = self._earlier.pop(request_id, [])
-        if prefill_ns or decode_ns or prefill_tokens or decode_tokens or not pieces:
-            pieces.append(
-                UsagePiece(self._hour, prefill_ns, decode_ns, prefill_tokens, decode_tokens)
-            )
+        used = self.meter.close(request_id)
+        earlier = self._earlier.pop(request_id, None) or _Earlier(self.meter.model_version)
+        earlier.add(self._hour, used)
         self._last_seq += 1
-        for piece in pieces:
+        for piece in earlier.pieces:
             self._move("in_flight", "requests", piece.gpu_time_ns, piece.hour)
             self._billed_ns += piece.gpu_time_ns
         return Bill(
@@ -144,10 +168,19 @@ class EngineBooks:
             seq=self._last_seq,
             request_id=request_id,
             method=self.method,
-            steps=steps,
-            pieces=tuple(pieces),
+            steps=earlier.steps,
+            batch=earlier.batch,
+            first_model=earlier.first_model,
+            last_model=self.meter.model_version,
+            pieces=tuple(earlier.pieces),
             **facts,
         )
+
+    def adopt(self, planes: Planes, two_planes: bool) -> None:
+        """Go on from an earlier fit of the ledger, unless steps have taught us by now."""
+        if self.meter.model_version == 0:
+            self.meter.adopt(planes, two_planes)
+            self.prior = "ledger"
 
     def fall_asleep(self, now_ns: int) -> None:
         """The engine sleeps from now on."""
@@ -176,9 +209,9 @@ class EngineBooks:
 
     def write_off(self, request_id: str) -> None:
         """Book what an open request has accrued as lost: nobody will ever bill it."""
-        pieces = self._earlier.pop(request_id, [])
+        earlier = self._earlier.pop(request_id, None)
         self._move("in_flight", "lost", self.meter.discard(request_id), self._hour)
-        for piece in pieces:
+        for piece in earlier.pieces if earlier else ():
             self._move("in_flight", "lost", piece.gpu_time_ns, piece.hour)
 
     def switch_off(self, now_ns: int) -> None:
@@ -202,6 +235,7 @@ class EngineBooks:
         so_far = ClassTotals(in_flight=running_ns)
         hours = {hour: replace(self._hours[hour]) for hour in self._changed}
         hours[self._hour] = self._cell.plus(so_far)
+        self._told_models[self._number] = self.meter.model_version
         return Snapshot(
             run_id=self.run_id,
             number=self._number,
@@ -215,6 +249,11 @@ class EngineBooks:
             steps=self.steps,
             busy_ns=self.busy_ns,
             method=self.method,
+            prior=self.prior,
+            cost_model=CostModel(*self.meter.model()),
+            cost_models=tuple(
+                CostModel(*model) for model in self.meter.models(self._acknowledged_model)
+            ),
             hours=hours,
             **facts,
         )
@@ -281,8 +320,9 @@ class EngineBooks:
         return cell
 
     def _start_hour(self, hour: int, end_ns: int) -> None:
-        for request_id, *accrued in self.meter.cut():
-            self._earlier.setdefault(request_id, []).append(UsagePiece(self._hour, *accrued))
+        for request_id, used in self.meter.cut():
+            earlier = self._earlier.setdefault(request_id, _Earlier(self.meter.model_version))
+            earlier.add(self._hour, used)
         self._changed[self._hour] = self._number + 1
         self._hour = hour
         self._hour_end_ns = end_ns
@@ -301,7 +341,27 @@ class EngineBooks:
         self._hour_end_ns = end_ns
 
     def _forget_acknowledged(self, acknowledged: int) -> None:
-        """Stop sending past hours that the reader has in their latest form."""
+        """Stop sending past hours, and models, that the reader has in their latest form."""
         for hour, number in list(self._changed.items()):
             if number <= acknowledged and hour != self._hour:
                 del self._changed[hour]
+        for number in [number for number in self._told_models if number <= acknowledged]:
+            self._acknowledged_model = self._told_models.pop(number)
+
+
+@dataclass(slots=True)
+class _Earlier:
+    """What an open request had when the hour that is on began."""
+
+    first_model: int
+    pieces: list[UsagePiece] = field(default_factory=list)
+    steps: int = 0
+    batch: int = 0
+
+    def add(self, hour: int, used: Accrued) -> None:
+        """Add what was used in an hour."""
+        *amounts, steps, batch = used
+        if any(amounts) or not self.pieces:
+            self.pieces.append(UsagePiece(hour, *amounts))
+        self.steps += steps
+        self.batch += batch

@@ -1,4 +1,4 @@
-"""The command `vllm-cost-meter`: reports, audit, doctor, demo.
+"""The command `vllm-cost-meter`: reports, audit, doctor, validate, demo.
 
 Reads the ledger that the settings name, or `--ledger`; a running server is not needed. Exit status:
 0 done, 1 the books do not balance or something is not as it should be, 2 wrong usage or settings,
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vllm_cost_meter import __version__
@@ -25,7 +24,9 @@ from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.errors import CostMeterError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.store import default_url
+from vllm_cost_meter.terminal import print_table
 from vllm_cost_meter.text import plain
+from vllm_cost_meter.tiny_model import default_path
 from vllm_cost_meter.windows import hours_of_window
 
 app = typer.Typer(
@@ -148,6 +149,61 @@ def doctor(ledger: Ledger = None, as_json: Json = False) -> None:
 
 
 @app.command()
+def validate(
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="h100, a100 or l4; repeat it for several, or all.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="llama-3.1-8b, qwen3-30b-a3b, or qwen3-30b-a3b-random (experts chosen at random);"
+            " repeat it for several, or all."
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=1000, help="Mean requests per step; or 10, 60 and 160."),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=100, help="Steps to simulate; the first third is not compared.")
+    ] = 30_000,
+    every: Annotated[int, typer.Option(min=1, help="Compare every n-th step.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other traffic.")] = 0,
+    step_log: Annotated[
+        Path | None, typer.Option(help="Replay a file that COST_METER_STEP_LOG wrote instead.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure on a real server of this model instead: two tenants, apart and"
+            " together. A folder or a name; `tiny` is the demo's."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="With --server: how often.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure how wrong each attribution method is, against a simulated or a measured truth."""
+    # It loads the native attribution, and a simulation loads numpy and vLLM.
+    from vllm_cost_meter.validation import command, tables  # noqa: PLC0415
+
+    with _one_line_errors():
+        if step_log is not None and (gpu or model or batch):
+            raise ValueError("--step-log: expected without --gpu, --model and --batch")
+        if server is not None:
+            path = str(default_path()) if server == "tiny" else server
+            answer, show = command.measured(path, rounds), tables.show_servers
+        elif step_log is None:
+            plan = command.Plan(gpu or (), model or (), batch or (), steps, every, seed=seed)
+            answer, show = command.validate(plan), tables.show_truths
+        else:
+            answer, show = command.replayed(step_log), tables.show_replay
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        show(answer)
+
+
+@app.command()
 def demo(
     model: Annotated[
         str | None, typer.Option(help="Model to serve; a tiny random one otherwise.")
@@ -181,13 +237,20 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print it.")] =
 
 @contextmanager
 def _reader(ledger: str | None) -> Iterator[LedgerReader]:
-    """Open the ledger; a user's error ends the command with one line and status 2."""
-    try:
+    """Open the ledger; a user's error ends the command."""
+    with _one_line_errors():
         reader = LedgerReader(_ledger_url(ledger))
         try:
             yield reader
         finally:
             reader.close()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """End the command with one line and status 2 at a user's error."""
+    try:
+        yield
     except (CostMeterError, ValueError) as error:
         print(plain(f"vllm-cost-meter: {error}"), file=sys.stderr)
         raise typer.Exit(2) from None
@@ -219,15 +282,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
         )
     for row in rows:
         table.add_row(*(_shown(column, row.get(column)) for column in columns))
-    console = Console(markup=False, highlight=False, emoji=False)
-    # As wide as it needs: a terminal wraps a line that is too long, but a figure is never cut.
-    console.width = max(console.width, _width(console, table))
-    console.print(table)
-
-
-def _width(console: Console, table: Table) -> int:
-    unlimited = console.options.update_width(1_000_000)
-    return console.measure(table, options=unlimited).maximum
+    print_table(table)
 
 
 def _shown(column: str, value: object) -> str:

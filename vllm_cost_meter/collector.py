@@ -1,8 +1,8 @@
 """The API side of the meter: joins bills with the exchanges they belong to, and keeps them.
 
 One `Collector` per API-server process, made at its first use. Bills come in through vLLM's output
-stream (`_vllm.py`), are priced, given their tenant and response, and put into the ledger; replies
-wait here, within a bound, until what they will say is committed. In the first API server it also
+stream (`_vllm_api.py`), are priced, given their tenant and response, and put into the ledger.
+Replies wait here, within a bound, until what they will say is committed. The first API server also
 polls the engines for their books.
 
 Invariant: a cost is told to a client only after the ledger has committed it; and no reply waits
@@ -18,15 +18,24 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from vllm_cost_meter import _vllm, metrics
+from vllm_cost_meter import _vllm_api, metrics
 from vllm_cost_meter.config import Settings, load_settings
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.store import default_url
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.poller import Poller
 from vllm_cost_meter.pricing import cost_nanousd
-from vllm_cost_meter.records import Bill, EngineRequest, HttpRequest, Latencies, Price
+from vllm_cost_meter.records import (
+    Bill,
+    EarlierFit,
+    EngineRequest,
+    HttpRequest,
+    Latencies,
+    Price,
+    Snapshot,
+)
 from vllm_cost_meter.routes import response_id_of
 from vllm_cost_meter.tenants import UNKNOWN
 
@@ -110,14 +119,25 @@ class Collector:
 
     async def start(self, engine_client: Any) -> bool:
         """Begin to serve this API server. Returns True if it is the one that polls the engines."""
-        self._model = _vllm.served_model(engine_client)
-        if _vllm.api_server_index(engine_client) != 0 or self.poller is not None:
+        self._model = _vllm_api.served_model(engine_client)
+        if _vllm_api.api_server_index(engine_client) != 0 or self.poller is not None:
             return False
         self.poller = Poller(
-            engine_client, self.writer, self.guard, self.settings.snapshot_interval_s
+            engine_client,
+            self.writer,
+            self.guard,
+            self.settings.snapshot_interval_s,
+            self._earlier_fit,
         )
         self._polling = asyncio.create_task(self.poller.run())
         return True
+
+    def _earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
+        reader = LedgerReader(self.writer.url)
+        try:
+            return reader.earlier_fit(snapshot)
+        finally:
+            reader.close()
 
     async def stop(self) -> None:
         """Take a last look at the engines and flush the ledger."""
@@ -176,6 +196,7 @@ class Collector:
             lora=birth.lora if birth else None,
             route=exchange.route if exchange else None,
             cost_nanousd=cost_nanousd(bill.gpu_time_ns, price),
+            marginal_cost_nanousd=cost_nanousd(bill.marginal_ns, price),
             started_at_ns=birth.arrived_at_ns if birth else finished_at_ns,
             finished_at_ns=finished_at_ns,
             latencies=self._latencies(birth, bill, finished_at_ns),

@@ -48,7 +48,7 @@ OTHER_NAMES = frozenset({"COST_METER_PURE_PYTHON", "COST_METER_SANITIZE", "COST_
 _SHOWN_CHARS_MAX = 60
 _HASH_CHARS_SHOWN = 8
 
-Method = Literal["tokens", "equal"]
+Method = Literal["shapley", "tokens", "equal"]
 Reply = Literal["all", "headers", "none"]
 
 
@@ -122,9 +122,10 @@ class Settings(BaseSettings):
         json_schema_extra=_about(t.TOKEN, secret=True),
     )
     method: Method = Field(
-        default="tokens",
-        description="How a step's GPU time is split: by scheduled tokens, or equally.",
-        json_schema_extra=_about("tokens or equal"),
+        default="shapley",
+        description="How a step's GPU time is split: by the Shapley values of the fitted cost "
+        "model, by scheduled tokens, or equally.",
+        json_schema_extra=_about("shapley, tokens or equal"),
     )
     reply: Reply = Field(
         default="all",
@@ -145,6 +146,14 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="How often the engines' totals are fetched.",
         json_schema_extra=_about("a number from 0.05 to 3600", "s"),
+    )
+    step_log: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A file into which each engine step's requests, tokens and time are written, "
+        "for `vllm-cost-meter validate --step-log`. Ids only, no prompt; at most 256 MiB with the "
+        "older half in FILE.1. Further data-parallel engines add their index to the name.",
+        json_schema_extra=_about("the path of a file"),
     )
     tenant_header: t.HeaderName | None = Field(
         default=None,

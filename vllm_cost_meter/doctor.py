@@ -42,6 +42,7 @@ def examine(ledger_url: str) -> list[Finding]:
         ("vllm", _vllm),
         ("ledger", lambda: _ledger(ledger_url)),
         ("books", lambda: _books(ledger_url)),
+        ("cost model", lambda: _cost_model(ledger_url)),
     ]
     return [_contained(name, check) for name, check in checks]
 
@@ -112,3 +113,23 @@ def _books(url: str) -> Finding:
         detail = f"the meter switched itself off in run {', '.join(engines_off)}: see the log"
         return Finding("books", False, detail)
     return Finding("books", True, f"{len(runs)} engine runs balance")
+
+
+def _cost_model(url: str) -> Finding:
+    reader = LedgerReader(url)
+    try:
+        found = reader.cost_models()
+    finally:
+        reader.close()
+    if not found:
+        return Finding("cost model", True, "no engine has run with this ledger yet")
+    latest = found[0]
+    if not latest["steps"]:
+        return Finding("cost model", True, f"no step learnt from yet; prior: {latest['prior']}")
+    return Finding(
+        "cost model",
+        True,
+        f"{latest['form']}, version {latest['version']}, {latest['steps']} steps of"
+        f" {latest['model']}: mean error {latest['error']:.1%},"
+        f" {latest['explained']:.1%} of the variance explained",
+    )

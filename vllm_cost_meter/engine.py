@@ -2,24 +2,32 @@
 
 It stands between vLLM's hooks (`_vllm.py`, which reads vLLM's objects) and the books (plain
 arithmetic). `run` is the only way in: it takes the clock, contains every error, and measures the
-meter's own time. It does no I/O and starts no thread. Bills that can ride on a request's last
+meter's own time. It starts no thread, and does no I/O but for the step log where
+that is asked for. Bills that can ride on a request's last
 output are handed back to the hook; the others wait in `late` for the next step's outputs.
 
 Invariant: a request that was `ended` is billed exactly once, or its time is booked as lost.
 """
 
+import logging
 import os
 import time
 import uuid
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from vllm_cost_meter import __version__
 from vllm_cost_meter.attribution import NATIVE
 from vllm_cost_meter.books import EngineBooks, EngineFacts, RequestFacts
+from vllm_cost_meter.errors import StepLogError
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.records import NS_PER_SECOND, Bill, Snapshot
+from vllm_cost_meter.step_log import StepLogWriter
+
+logger = logging.getLogger("vllm.cost_meter")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +55,17 @@ def process_created_ns() -> int:
     return now_ns - max(age_ns, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """What an engine is, for its run's record. `parallelism` is e.g. "tp=2 pp=1 dp=1"."""
+
+    model: str
+    engine_index: int
+    vllm_version: str
+    hardware: str
+    parallelism: str
+
+
 class NoMeter:
     """Stands in where no meter could be made: every hook passes through."""
 
@@ -60,8 +79,15 @@ class EngineMeter:
     """Feeds the events of one engine to its books and keeps its own errors to itself."""
 
     def __init__(
-        self, *, method: str, gpus: int, model: str, engine_index: int, vllm_version: str
+        self,
+        *,
+        method: str,
+        gpus: int,
+        engine: EngineIdentity,
+        prior: Prior = NOTHING_KNOWN,
+        step_log: Path | None = None,
     ) -> None:
+        """`step_log` is the file of the first engine; others add their index to its name."""
         self.guard = Guard("engine")
         self.own_ns = 0
         # True while update_from_output runs: what ends now has an output its bill can ride on.
@@ -74,10 +100,10 @@ class EngineMeter:
             created_ns=process_created_ns(),
             now_ns=time.monotonic_ns(),
             unix_ns=time.time_ns(),
+            prior=prior,
         )
-        self._model = model
-        self.engine_index = engine_index
-        self._vllm_version = vllm_version
+        self.engine = engine
+        self._step_log = self._open_step_log(step_log) if step_log is not None else None
         # Tokens found in the prefix cache when the request was first scheduled.
         self._cached_tokens: dict[str, int] = {}
         # The latest requests that have ended, oldest first.
@@ -113,9 +139,12 @@ class EngineMeter:
             self._cached_tokens[request_id] = computed_tokens
         self.books.meter.position(request_id, computed_tokens, resumed)
 
-    def result_came(self, key: object, now_ns: int) -> None:
-        """Split the time of step `key`, and bill the aborted requests it was the last step of."""
-        self.books.end_step(key, now_ns)
+    def result_came(self, key: object, rejected: dict[str, int], now_ns: int) -> None:
+        """Split the time of step `key`, and bill the aborted requests it was the last step of.
+
+        `rejected` says of how many tokens of which requests' drafts nothing came.
+        """
+        self.books.end_step(key, now_ns, rejected)
         for request_id in self.books.meter.drained():
             self._bill_late(request_id, now_ns)
 
@@ -155,6 +184,8 @@ class EngineMeter:
     ) -> Snapshot:
         """Return the books now. `known` are the ids of the requests the scheduler holds."""
         self.run("reconcile", EngineMeter._reconcile, known)
+        if self._step_log is not None:
+            self._step_log.flush()
         now_ns = time.monotonic_ns()
         facts = EngineFacts(
             running=running,
@@ -163,13 +194,33 @@ class EngineMeter:
             own_ns=self.own_ns,
             errors=self.guard.errors,
             state="off" if self.guard.off else "on",
-            model=self._model,
             native=NATIVE,
-            engine_index=self.engine_index,
-            vllm_version=self._vllm_version,
             meter_version=__version__,
+            model=self.engine.model,
+            engine_index=self.engine.engine_index,
+            vllm_version=self.engine.vllm_version,
+            hardware=self.engine.hardware,
+            parallelism=self.engine.parallelism,
         )
         return self.books.snapshot(now_ns, time.time_ns(), acknowledged, facts)
+
+    def _open_step_log(self, path: Path) -> StepLogWriter | None:
+        """Begin the log, and have the books tell it of steps. An unusable file ends no engine."""
+        if self.engine.engine_index:
+            path = path.with_name(f"{path.name}.engine{self.engine.engine_index}")
+        try:
+            log = StepLogWriter(
+                path,
+                model=self.engine.model,
+                vllm_version=self.engine.vllm_version,
+                run_id=self.books.run_id,
+                gpus=self.books.gpus,
+            )
+        except StepLogError as error:
+            logger.error("cost meter: steps are not logged: %s", error)
+            return None
+        self.books.on_step = lambda parts, gpu_ns: log.write(parts, gpu_ns, time.time_ns())
+        return log
 
     def _bill_late(self, request_id: str, now_ns: int) -> None:
         client_index, facts = self._leaving.pop(request_id)

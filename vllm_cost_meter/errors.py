@@ -3,6 +3,8 @@
     CostMeterError
     ├── SettingError        the operator's: stops the start, one line
     ├── LedgerError         the ledger cannot be opened, read or written
+    ├── StepLogError        a step log cannot be written or read, or is none
+    ├── DependencyError     a command needs a package that is not installed
     ├── ServerError         a server that the demo or a benchmark runs is not what it should be
     └── VllmMismatchError   this vLLM does not look as the meter expects: it is left untouched
 
@@ -25,6 +27,14 @@ class SettingError(CostMeterError):
 
 class LedgerError(CostMeterError):
     """The ledger cannot be used: names the ledger, the cause and what to do."""
+
+
+class StepLogError(CostMeterError):
+    """A step log cannot be used: names the file, what was expected, what came and what to do."""
+
+
+class DependencyError(CostMeterError):
+    """A command needs a package that is not installed: names both."""
 
 
 class VllmMismatchError(CostMeterError):

@@ -55,8 +55,10 @@ class Exchange:
     gpu_time_ns: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
+    marginal_ns: int = 0
     # None as soon as one part has no cost.
     cost_nanousd: int | None = 0
+    marginal_cost_nanousd: int | None = 0
     method: str = ""
     # The record of an exchange that ended without an engine request. One may still be born, of a
     # background response; without any there is nothing to record.
@@ -78,11 +80,12 @@ class Exchange:
         self.prefill_ns += bill.prefill_ns
         self.decode_ns += bill.decode_ns
         self.gpu_time_ns += bill.gpu_time_ns
+        self.marginal_ns += bill.marginal_ns
         self.method = bill.method
-        if self.cost_nanousd is not None and part.cost_nanousd is not None:
-            self.cost_nanousd += part.cost_nanousd
-        else:
-            self.cost_nanousd = None
+        self.cost_nanousd = _sum_if_known(self.cost_nanousd, part.cost_nanousd)
+        self.marginal_cost_nanousd = _sum_if_known(
+            self.marginal_cost_nanousd, part.marginal_cost_nanousd
+        )
         if not self.unbilled:
             self._all_billed.set()
 
@@ -90,6 +93,10 @@ class Exchange:
         """Wait until every engine request born so far is billed."""
         if self.unbilled:
             await self._all_billed.wait()
+
+
+def _sum_if_known(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 current_exchange: ContextVar[Exchange | None] = ContextVar("cost_meter_exchange", default=None)

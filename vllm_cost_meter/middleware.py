@@ -273,6 +273,8 @@ class ReplyEditor:
             prefill_ns=exchange.prefill_ns,
             decode_ns=exchange.decode_ns,
             cost_nanousd=exchange.cost_nanousd,
+            marginal_ns=exchange.marginal_ns,
+            marginal_cost_nanousd=exchange.marginal_cost_nanousd,
             http_request_id=exchange.http_request_id,
             tenant=exchange.tenant,
             method=exchange.method,

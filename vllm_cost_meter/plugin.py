@@ -69,14 +69,14 @@ def is_serve_parent() -> bool:
 
 def activate() -> None:
     """Install every hook. A vLLM that is not understood is left untouched, loudly."""
-    from vllm_cost_meter import _vllm  # noqa: PLC0415 - see register
+    from vllm_cost_meter import _vllm, _vllm_api  # noqa: PLC0415 - see register
 
     if is_serve_parent():
         check_settings()
     _vllm.hook_scheduler_choice()
     try:
         _vllm.hook_engine_core()
-        _vllm.hook_output_processor(_collector)
+        _vllm_api.hook_output_processor(_collector)
     except VllmMismatchError as error:
         logger.error("cost meter: this API server runs unmetered: %s", error)
 

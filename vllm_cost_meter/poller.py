@@ -8,12 +8,13 @@ Invariant: an hour's totals are sent again until a snapshot that held them is co
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from vllm_cost_meter import _vllm, metrics
+from vllm_cost_meter import _vllm_api, metrics
+from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import Snapshot
+from vllm_cost_meter.records import EarlierFit, Snapshot
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -25,13 +26,22 @@ class Poller:
     """Polls all engines of one server into the ledger."""
 
     def __init__(
-        self, engine_client: object, writer: LedgerWriter, guard: Guard, interval_s: float
+        self,
+        engine_client: object,
+        writer: LedgerWriter,
+        guard: Guard,
+        interval_s: float,
+        earlier_fit: Callable[[Snapshot], EarlierFit | None] = lambda _: None,
     ) -> None:
+        """`earlier_fit` looks up, in a thread, what a new engine may begin with."""
         self._engine_client = engine_client
         self._writer = writer
         self._guard = guard
         self._interval_s = interval_s
         self._acknowledged: dict[str, int] = {}
+        self._earlier_fit = earlier_fit
+        # By run, until the engine was told.
+        self._fits: dict[str, EarlierFit] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self.latest: dict[str, Snapshot] = {}
         self.stopping = False
@@ -42,6 +52,8 @@ class Poller:
         while True:
             try:
                 await self.refresh()
+                if self._fits:  # before the first requests, if possible
+                    await self.refresh()
                 self._guard.succeeded("poll")
             except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
                 self._guard.failed("poll", error)
@@ -54,17 +66,30 @@ class Poller:
         await asyncio.shield(self._refreshing)
 
     async def _poll(self) -> None:
-        answers = await _vllm.poll_engines(
-            self._engine_client, self._acknowledged, ANSWER_TIMEOUT_S
+        fits, self._fits = self._fits, {}
+        answers = await _vllm_api.poll_engines(
+            self._engine_client, self._acknowledged, fits, ANSWER_TIMEOUT_S
         )
         snapshots = [answer for answer in answers if isinstance(answer, Snapshot)]
         self._note_failures([answer for answer in answers if isinstance(answer, BaseException)])
         for snapshot in snapshots:
+            if snapshot.run_id not in self.latest:
+                await self._look_for_a_fit(snapshot)
             self._note(snapshot)
         if snapshots:
             await asyncio.wrap_future(self._writer.commit(*snapshots))
         for snapshot in snapshots:
             self._acknowledged[snapshot.run_id] = snapshot.number
+
+    async def _look_for_a_fit(self, snapshot: Snapshot) -> None:
+        """Have a new engine told, with the next poll, what one like it had learnt before."""
+        try:
+            fit = await asyncio.to_thread(self._earlier_fit, snapshot)
+        except LedgerError as error:
+            logger.warning("cost meter: no earlier fit could be looked up: %s", error)
+            return
+        if fit is not None:
+            self._fits[snapshot.run_id] = fit
 
     def _note_failures(self, failures: Sequence[BaseException]) -> None:
         if self.stopping:

@@ -63,8 +63,9 @@ _JSON_ERRORS = (ValueError, RecursionError)
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a reply says of its cost, over all its engine requests. No price: `cost_nanousd` None.
+    """What a reply says of its cost, over all its engine requests. No price: costs are None.
 
+    `cost_nanousd` is what it is charged, `marginal_cost_nanousd` what it added to the bill.
     Its amounts are told as exact decimals with nine places, never with an exponent.
     """
 
@@ -72,6 +73,8 @@ class Cost:
     prefill_ns: int
     decode_ns: int
     cost_nanousd: int | None
+    marginal_ns: int
+    marginal_cost_nanousd: int | None
     http_request_id: str
     tenant: str
     method: str
@@ -344,7 +347,10 @@ def _usage_fields(cost: Cost) -> str:
         f'"cost":{format_usd(cost.cost_nanousd) or "null"},'
         f'"cost_details":{{"gpu_seconds":{format_nano(cost.gpu_time_ns)},'
         f'"prefill_gpu_seconds":{format_nano(cost.prefill_ns)},'
-        f'"decode_gpu_seconds":{format_nano(cost.decode_ns)},"method":{json.dumps(cost.method)},'
+        f'"decode_gpu_seconds":{format_nano(cost.decode_ns)},'
+        f'"marginal_gpu_seconds":{format_nano(cost.marginal_ns)},'
+        f'"marginal_cost":{format_usd(cost.marginal_cost_nanousd) or "null"},'
+        f'"method":{json.dumps(cost.method)},'
         f'"request_id":{json.dumps(cost.http_request_id)},"tenant":{json.dumps(cost.tenant)},'
         '"currency":"USD"}'
     )
@@ -375,6 +381,7 @@ def headers(cost: Cost) -> list[tuple[bytes, bytes]]:
     said = {
         "x-cost-meter-cost-usd": usd,
         "x-cost-meter-gpu-seconds": format_nano(cost.gpu_time_ns),
+        "x-cost-meter-marginal-cost-usd": format_usd(cost.marginal_cost_nanousd),
         "x-cost-meter-request-id": cost.http_request_id,
         "x-cost-meter-tenant": cost.tenant,
         "x-litellm-response-cost": usd,

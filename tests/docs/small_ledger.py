@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tests.builders import COST_MODEL
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records import (
@@ -24,13 +25,16 @@ BILL = Bill(
     seq=1,
     request_id="chatcmpl-1-internal",
     engine_status="length_capped",
-    method="tokens",
+    method="shapley",
     prompt_tokens=10,
     cached_tokens=2,
     output_tokens=5,
     preemptions=0,
     steps=6,
-    pieces=(UsagePiece(HOUR, 100, 200, 8, 4),),
+    batch=12,
+    first_model=1,
+    last_model=3,
+    pieces=(UsagePiece(HOUR, 100, 200, 8, 4, 150, 10, 1, 20, 2),),
 )
 PART = EngineRequest(
     bill=BILL,
@@ -43,6 +47,7 @@ PART = EngineRequest(
     lora=None,
     route="/v1/chat/completions",
     cost_nanousd=7,
+    marginal_cost_nanousd=3,
     started_at_ns=START_NS,
     finished_at_ns=START_NS + 10**9,
     latencies=Latencies(1.0, 2.0, 3.0, 4.0),
@@ -82,7 +87,12 @@ SNAPSHOT = Snapshot(
     errors=0,
     state="on",
     model="m",
-    method="tokens",
+    hardware="NVIDIA H100 80GB HBM3",
+    parallelism="tp=1 pp=1 dp=1",
+    method="shapley",
+    prior="ModelMetrics",
+    cost_model=COST_MODEL,
+    cost_models=(COST_MODEL,),
     native=True,
     engine_index=0,
     vllm_version="0.32.0",

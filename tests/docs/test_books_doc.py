@@ -26,6 +26,8 @@ ENGINE = EngineFacts(
     engine_index=0,
     vllm_version="0.32.0",
     meter_version="0.1.0",
+    hardware="a GPU",
+    parallelism="tp=1 pp=1 dp=1",
 )
 ENDED = RequestFacts(
     engine_status="stopped", prompt_tokens=0, cached_tokens=0, output_tokens=0, preemptions=0

@@ -19,6 +19,8 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 COMMAND = re.compile(r"(?<![/\w:])vllm-cost-meter((?: +[-a-z]+)+)")
 # Environment names that look like settings: examples of what goes wrong.
 WRONG_NAMES = {"COST_METER_PROT", "COST_METER_SERVICE_HOST"}
+# Pages of what no user can see yet. Linked from the README, such a page leaves this list.
+UNLINKED = {"docs/energy.md"}
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -53,7 +55,7 @@ def test_links_lead_somewhere(page):
 
 def test_every_page_is_linked_from_the_readme():
     linked = set(re.findall(r"\]\((docs/[^)#]+)\)", README.read_text()))
-    assert linked == {f"docs/{page.name}" for page in DOCS.glob("*.md")}
+    assert linked == {f"docs/{page.name}" for page in DOCS.glob("*.md")} - UNLINKED
 
 
 @EACH_PAGE
@@ -92,7 +94,7 @@ def test_environment_names_are_settings(page):
 
 @EACH_PAGE
 def test_header_names_are_those_of_the_code(page):
-    cost = reply.Cost(1, 1, 0, 1, "id", "tenant", "tokens")
+    cost = reply.Cost(1, 1, 0, 1, 1, 1, "id", "tenant", "tokens")
     sent = {name.decode() for name, _ in reply.headers(cost)} | {BILL_KEY}
     assert set(re.findall(r"\bx-cost-meter-[a-z-]+[a-z]", page.read_text())) <= sent
 
@@ -127,6 +129,8 @@ def test_the_headers_in_the_readme_are_those_that_are_sent():
         prefill_ns=0,
         decode_ns=gpu_time_ns,
         cost_nanousd=int(Decimal(shown["x-cost-meter-cost-usd"]) * 10**9),
+        marginal_ns=0,
+        marginal_cost_nanousd=int(Decimal(shown["x-cost-meter-marginal-cost-usd"]) * 10**9),
         http_request_id=shown["x-cost-meter-request-id"],
         tenant=shown["x-cost-meter-tenant"],
         method="tokens",

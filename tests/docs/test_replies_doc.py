@@ -14,9 +14,11 @@ COST = reply.Cost(
     prefill_ns=3_373_512,
     decode_ns=77_369_445,
     cost_nanousd=56_071,
+    marginal_ns=70_112_233,
+    marginal_cost_nanousd=48_689,
     http_request_id="cost-54b9563aa6ec46049a6fa2d2a838bcdb",
     tenant="chat-team",
-    method="tokens",
+    method="shapley",
 )
 
 

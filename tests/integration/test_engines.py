@@ -142,6 +142,9 @@ def test_preempted_requests_are_billed_once_with_what_was_computed_again(hard: S
     for part in parts:
         once = part["prompt_tokens"] - part["cached_tokens"]
         assert (part["prefill_tokens"] > once) == (part["preemptions"] > 0)
+        # What was computed again stands apart, to the token; it is a part of the prefill's time.
+        assert part["recomputed_tokens"] == part["prefill_tokens"] - once
+        assert (0 < part["recomputed_ns"] < part["prefill_ns"]) == (part["preemptions"] > 0)
     hard.balanced()
 
 

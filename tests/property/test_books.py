@@ -28,6 +28,8 @@ FACTS = EngineFacts(
     engine_index=0,
     vllm_version="0",
     meter_version="0",
+    hardware="a GPU",
+    parallelism="tp=1 pp=1 dp=1",
 )
 
 

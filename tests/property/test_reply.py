@@ -30,7 +30,14 @@ from vllm_cost_meter.reply import (
 
 ns = st.integers(0, 10**18)
 costs = st.builds(
-    Cost, ns, ns, ns, st.none() | ns, st.text(), st.text(), st.sampled_from(["tokens"])
+    Cost,
+    *[ns] * 3,
+    st.none() | ns,
+    ns,
+    st.none() | ns,
+    st.text(),
+    st.text(),
+    st.sampled_from(["tokens"]),
 )
 
 
@@ -93,6 +100,10 @@ def test_only_the_documented_bytes_are_new(made, new):
         "gpu_seconds": nano(new.gpu_time_ns),
         "prefill_gpu_seconds": nano(new.prefill_ns),
         "decode_gpu_seconds": nano(new.decode_ns),
+        "marginal_gpu_seconds": nano(new.marginal_ns),
+        "marginal_cost": None
+        if new.marginal_cost_nanousd is None
+        else nano(new.marginal_cost_nanousd),
         "method": new.method,
         "request_id": new.http_request_id,
         "tenant": new.tenant,
@@ -201,7 +212,7 @@ def test_nothing_added_can_break_a_line(new):
 @pytest.mark.parametrize("opening", [b"[", b'{"a":'])
 def test_deep_nesting_never_raises(opening, depth):
     event = b'data: {"choices":[],"usage":{"x":' + opening * depth + b"\n\n"
-    assert insert_usage(event, Cost(1, 1, 0, None, "r", "t", "tokens")) == event
+    assert insert_usage(event, Cost(1, 1, 0, None, 1, None, "r", "t", "tokens")) == event
     assert final_usage(event) is None
     assert usage_of(event[6:]) == Usage()
 

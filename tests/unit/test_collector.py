@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import sqlalchemy
 
-from tests.unit.world import JSON, replying
+from tests.unit.world import COST_HEADERS, JSON, replying
 from vllm_cost_meter import collector as collector_module
 from vllm_cost_meter import metrics
 from vllm_cost_meter.collector import (
@@ -214,7 +214,7 @@ def test_a_metric_that_cannot_be_counted_costs_no_bill(world, monkeypatch):
 
     monkeypatch.setattr(metrics.BILLS, "labels", full)
     client = world.run(replying(JSON, [b"{}"], world.engine.generate))
-    assert len(client.ours) == 5
+    assert len(client.ours) == len(COST_HEADERS)
     assert world.rows("SELECT count(*) FROM requests") == [(1,)]
     assert world.collector.guard.errors == 1
 
@@ -292,7 +292,7 @@ def test_a_header_waits_for_one_group_commit(world):
                     world.engine.billed(f"{parts}-{number}")
 
             client = await world.ask(replying(JSON, [b"{}"], work))
-            assert len(client.ours) == 5
+            assert len(client.ours) == len(COST_HEADERS)
         return len(seen)
 
     assert [asyncio.run(ask(parts)) for parts in (1, 2, 50)] == [1, 1, 1]
@@ -307,7 +307,7 @@ def test_headers_of_many_replies_share_their_commits(world):
                     for n in range(64)
                 )
             )
-        assert all(len(client.ours) == 5 for client in clients)
+        assert all(len(client.ours) == len(COST_HEADERS) for client in clients)
         return len(seen)
 
     assert asyncio.run(ask()) < 16
@@ -338,7 +338,7 @@ def test_a_header_waits_for_at_most_the_commit_under_way_and_its_own(world, monk
                     client = await world.ask(
                         replying(JSON, [b"{}"], lambda n=number: world.engine.generate(f"r{n}"))
                     )
-            assert len(client.ours) == 5
+            assert len(client.ours) == len(COST_HEADERS)
         await busy
 
     asyncio.run(ask())

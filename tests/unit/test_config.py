@@ -48,7 +48,7 @@ def test_an_empty_environment_gives_the_defaults():
     assert settings.gpu_hour_usd is None
     assert settings.ledger is None
     assert (settings.host, settings.port) == ("127.0.0.1", 9477)
-    assert (settings.method, settings.reply) == ("tokens", "all")
+    assert (settings.method, settings.reply) == ("shapley", "all")
     assert (settings.bill_timeout_ms, settings.snapshot_interval_s) == (250, 1.0)
     assert settings.tenant_rules() == TenantRules({}, None)
 
@@ -145,7 +145,7 @@ def test_settings_never_change():
         ("port", "http", "0 to 65535, or off"),
         ("port", "", "0 to 65535, or off"),
         ("port", "tcp://10.0.0.1:9477", "Kubernetes"),
-        ("method", "shapely", "tokens or equal"),
+        ("method", "shapely", "shapley, tokens or equal"),
         ("reply", "ALL", "all, headers or none"),
         ("bill_timeout_ms", "0", "1 to 10000"),
         ("bill_timeout_ms", "10001", "1 to 10000"),

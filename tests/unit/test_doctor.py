@@ -14,7 +14,7 @@ from vllm_cost_meter.cli import app
 from vllm_cost_meter.doctor import examine
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
-CHECKS = ["entry points", "named", "native", "vllm", "ledger", "books"]
+CHECKS = ["entry points", "named", "native", "vllm", "ledger", "books", "cost model"]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 from vllm_cost_meter import _vllm
 from vllm_cost_meter import engine as engine_module
 from vllm_cost_meter.books import RequestFacts
-from vllm_cost_meter.engine import EngineMeter, NoMeter, process_created_ns
+from vllm_cost_meter.engine import EngineIdentity, EngineMeter, NoMeter, process_created_ns
 from vllm_cost_meter.records import Bill, Snapshot
 
 
@@ -22,7 +22,9 @@ class Scheduler:
 
     def __init__(self, gpus: int = 1) -> None:
         self.meter = EngineMeter(
-            method="tokens", gpus=gpus, model="m", engine_index=0, vllm_version="0.32"
+            method="tokens",
+            gpus=gpus,
+            engine=EngineIdentity("m", 0, "0.32", "a GPU", "tp=1 pp=1 dp=1"),
         )
         self.held: set[str] = set()
         self.bills: list[Bill] = []
@@ -39,7 +41,7 @@ class Scheduler:
 
     def update(self, key: object, *finished: str) -> None:
         time.sleep(0.001)
-        self.meter.run("update_from_output", lambda m, now: m.result_came(key, now))
+        self.meter.run("update_from_output", lambda m, now: m.result_came(key, {}, now))
         self.meter.riding = True
         for name in finished:
             self.end(name)

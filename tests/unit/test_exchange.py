@@ -6,6 +6,7 @@ import pytest
 
 from tests.unit.world import (
     BODY,
+    COST_HEADERS,
     JSON,
     SSE,
     TOKEN,
@@ -92,7 +93,7 @@ def test_a_client_that_leaves_after_its_reply_changes_nothing(world):
         await replying(JSON, [BODY], world.engine.generate)(scope, receive, send)
         await receive()
 
-    assert len(world.run(app, receive=gone).ours) == 5
+    assert len(world.run(app, receive=gone).ours) == len(COST_HEADERS)
     assert world.rows("SELECT status FROM http_requests") == [(200,)]
 
 

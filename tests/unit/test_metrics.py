@@ -7,24 +7,21 @@ from dataclasses import replace
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 
+from tests.builders import make_bill, make_part
 from tests.unit.test_poller import snapshot
 from vllm_cost_meter import metrics
 from vllm_cost_meter.records import (
     CLASSES,
-    Bill,
     ClassTotals,
     EngineRequest,
-    Latencies,
     UsagePiece,
 )
 
 
 def part(tenant: str = "alice", cost: int | None = 5_000_000_000) -> EngineRequest:
     pieces = (UsagePiece(1, 10**9, 2 * 10**9, 1, 1),)
-    bill = Bill("run", 1, "r", "stopped", "tokens", 1, 0, 1, 0, 1, pieces)
-    return EngineRequest(
-        bill, None, None, None, "r", tenant, None, None, None, cost, 0, 0, Latencies()
-    )
+    bill = make_bill(prompt_tokens=1, cached_tokens=0, output_tokens=1, pieces=pieces)
+    return make_part(bill, tenant=tenant, cost_nanousd=cost)
 
 
 class Gained:

@@ -39,7 +39,7 @@ from vllm_cost_meter.middleware import CostMiddleware
 @pytest.mark.parametrize(
     "bodies", [[BODY], [BODY[:7], BODY[7:]], [BODY[:9], b"", BODY[9:], b""], [b""]]
 )
-def test_a_complete_reply_gets_the_five_headers_and_keeps_every_body_message(world, bodies):
+def test_a_complete_reply_gets_the_headers_and_keeps_every_body_message(world, bodies):
     app = replying(JSON, bodies, world.engine.generate, headers=[(b"x-own", b"kept")])
     client = world.run(app, scope_of(headers=[(b"x-request-id", b"mine")]))
     assert client.headers[:2] == [(b"content-type", JSON), (b"x-own", b"kept")]
@@ -52,6 +52,7 @@ def test_a_complete_reply_gets_the_five_headers_and_keeps_every_body_message(wor
     assert client.ours == {
         b"x-cost-meter-cost-usd": b"0.000000030",
         b"x-cost-meter-gpu-seconds": b"0.000003000",
+        b"x-cost-meter-marginal-cost-usd": b"0.000000020",
         b"x-cost-meter-request-id": own_id.encode(),
         b"x-cost-meter-tenant": b"unknown",
         b"x-litellm-response-cost": b"0.000000030",
@@ -75,7 +76,7 @@ def test_a_reply_without_any_body_message_field_is_complete(world):
 def test_without_a_price_gpu_time_is_told_and_cost_is_not(make_world):
     world = make_world(gpu_hour_usd=None)
     client = world.run(replying(JSON, [BODY], world.engine.generate))
-    assert list(client.ours) == [COST_HEADERS[1], COST_HEADERS[2], COST_HEADERS[3]]
+    assert list(client.ours) == [COST_HEADERS[1], COST_HEADERS[3], COST_HEADERS[4]]
     assert client.ours[b"x-cost-meter-gpu-seconds"] == b"0.000003000"
     assert world.rows("SELECT cost_nanousd, cost_usd FROM requests") == [(None, None)]
     assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM http_requests") == [(3_000, None)]
@@ -155,6 +156,8 @@ def test_a_stream_with_usage_has_its_cost_there_and_in_one_comment_before_the_en
         "gpu_seconds": 0.000003,
         "prefill_gpu_seconds": 0.000001,
         "decode_gpu_seconds": 0.000002,
+        "marginal_gpu_seconds": 0.000002,
+        "marginal_cost": 0.00000002,
         "method": "tokens",
         "request_id": own_id,
         "tenant": "unknown",
@@ -299,7 +302,7 @@ def test_what_is_told_may_differ_by_tenant(make_world):
 def test_installed_twice_it_meters_once(world, content_type):
     app = replying(content_type, [USAGE, DONE], world.engine.generate)
     client = world.run(CostMiddleware(app))
-    assert len(client.ours) == (5 if content_type == JSON else 0)
+    assert len(client.ours) == (len(COST_HEADERS) if content_type == JSON else 0)
     assert client.body.count(b": cost-meter ") == (0 if content_type == JSON else 1)
     assert client.body.count(b"cost_details") == (0 if content_type == JSON else 1)
     assert world.rows("SELECT count(*) FROM http_requests") == [(1,)]
@@ -375,7 +378,7 @@ def test_trailers_come_after_the_body(world):
         "http.response.body",
         "http.response.trailers",
     ]
-    assert len(client.ours) == 5
+    assert len(client.ours) == len(COST_HEADERS)
 
 
 def test_a_websocket_passes_and_its_engine_requests_are_linked(world):

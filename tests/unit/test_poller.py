@@ -10,27 +10,19 @@ from typing import Any
 
 import pytest
 
+from tests.builders import make_snapshot
 from vllm_cost_meter import poller as poller_module
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.poller import Poller
-from vllm_cost_meter.records import ClassTotals, Snapshot
+from vllm_cost_meter.records import CostModel, Snapshot
 
 T0 = 1_800_000_000 * 10**9
 
 
 def snapshot(number: int, run_id: str = "run", **changes: Any) -> Snapshot:
-    totals = ClassTotals(idle=number * 10)
-    return replace(
-        Snapshot(
-            run_id=run_id, number=number, taken_at_ns=T0 + number, started_at_ns=T0,
-            wall_ns=number * 10, gpus=1, totals=totals, last_seq=0, billed_ns=0, running=0,
-            waiting=0, kv_cache_usage=None, steps=0, busy_ns=0, own_ns=0, errors=0, state="on",
-            model="m", method="tokens", native=True, engine_index=0, vllm_version="0.32",
-            meter_version="0.1", hours={500_000: totals},
-        ),
-        **changes,
-    )  # fmt: skip
+    return make_snapshot(number=number, run_id=run_id, **changes)
 
 
 class Engines:
@@ -38,16 +30,20 @@ class Engines:
 
     def __init__(self, *answers: Callable[[int], Any]) -> None:
         self.core_engines = list(range(len(answers)))
+        self.earlier_fits: list[dict] = []
         self.engine_core = self
         self.acknowledged: list[dict[str, int]] = []
         self.calls = 0
         self._answers = answers
 
-    async def _call_utility_async(self, method: str, acknowledged: dict, engine: int) -> Any:
+    async def _call_utility_async(
+        self, method: str, acknowledged: dict, earlier_fits: dict, engine: int
+    ) -> Any:
         assert method == "cost_meter_snapshot"
         if engine == 0:
             self.calls += 1
             self.acknowledged.append(acknowledged)
+            self.earlier_fits.append(earlier_fits)
         answer = self._answers[engine](self.calls)
         if asyncio.iscoroutine(answer):
             answer = await answer
@@ -254,3 +250,24 @@ def test_an_engine_that_switched_its_meter_off_is_said_once(writer, caplog):
         logger.removeHandler(caplog.handler)
     said = {id(r) for r in caplog.records if "engine 0 switched its meter off" in r.getMessage()}
     assert len(said) == 1
+
+
+def test_a_new_engine_is_told_once_what_one_like_it_had_learnt(writer, tmp_path):
+    planes = ((1.0,) * 5, (2.0,) * 5, (3.0,) * 5)
+    earlier = CostModel(9, "two planes", planes, 4096, 0.01, 0.02, 0.99)
+    of_another = replace(earlier, planes=((7.0,) * 5,) * 3)
+    writer.commit(
+        make_snapshot(run_id="earlier", cost_models=(earlier,)),
+        make_snapshot(run_id="elsewhere", hardware="another GPU", cost_models=(of_another,)),
+        make_snapshot(run_id="too little", cost_models=(replace(of_another, steps=100),)),
+    ).result(10)
+    reader = LedgerReader(f"sqlite:///{tmp_path / 'ledger.db'}")
+    engines = Engines(snapshot)
+    poller = Poller(engines, writer, Guard("API server"), 60.0, reader.earlier_fit)
+
+    async def poll() -> None:
+        for _ in range(3):
+            await poller.refresh()
+
+    asyncio.run(poll())
+    assert engines.earlier_fits == [{}, {"run": (planes, True)}, {}]

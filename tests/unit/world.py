@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.builders import make_bill
 from vllm_cost_meter import collector as collector_module
 from vllm_cost_meter.collector import Collector
 from vllm_cost_meter.config import Settings
@@ -27,6 +28,7 @@ SSE = b"text/event-stream; charset=utf-8"
 COST_HEADERS = [
     b"x-cost-meter-cost-usd",
     b"x-cost-meter-gpu-seconds",
+    b"x-cost-meter-marginal-cost-usd",
     b"x-cost-meter-request-id",
     b"x-cost-meter-tenant",
     b"x-litellm-response-cost",
@@ -86,8 +88,8 @@ class Engine:
     def bill(self, request_id: str, prefill_ns: int = 1_000, decode_ns: int = 2_000) -> Bill:
         self.seq += 1
         hour = time.time_ns() // NS_PER_HOUR
-        pieces = (UsagePiece(hour, prefill_ns, decode_ns, 8, 5),)
-        return Bill("run", self.seq, request_id, "stopped", "tokens", 10, 2, 5, 0, 6, pieces)
+        pieces = (UsagePiece(hour, prefill_ns, decode_ns, 8, 5, marginal_ns=2_000),)
+        return make_bill(seq=self.seq, request_id=request_id, pieces=pieces)
 
     def billed(self, request_id: str, prefill_ns: int = 1_000, decode_ns: int = 2_000) -> None:
         bill = self.bill(request_id, prefill_ns, decode_ns)

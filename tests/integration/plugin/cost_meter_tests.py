@@ -44,7 +44,7 @@ def force_async_scheduling() -> None:
 
 def inject_faults(file: Path) -> None:
     """Make every hook's body look, each time, whether it is to fail."""
-    from vllm_cost_meter import _vllm, engine, reply
+    from vllm_cost_meter import _vllm, _vllm_api, engine, reply
 
     fail_where(file, engine.EngineMeter, "snapshot")
     fail_where(
@@ -52,8 +52,8 @@ def inject_faults(file: Path) -> None:
         _vllm,
         *("_scheduled", "_result_came", "_carry_late_bills", "_added", "_freed"),
         *("_slept", "_woke"),
-        *("_born", "_take_bills", "_billed", "poll_engines"),
     )
+    fail_where(file, _vllm_api, "_born", "_take_bills", "_billed", "poll_engines")
     fail_where(file, reply, "usage_of", "headers", "final_usage", "insert_usage")
     if "serve" in sys.argv:
         # Not in engines: they must not load the ledger.

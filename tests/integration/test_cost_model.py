@@ -1,0 +1,109 @@
+"""What a real engine's steps teach, where it goes, and what drafts that are always wrong cost.
+
+One server guesses tokens by n-grams, which a random model's output never fulfils, logs its steps,
+and is started twice on one ledger: the second time it begins with what the first had learnt.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.server import Server
+from tests.integration.traffic import PROMPT, ask
+from vllm_cost_meter.attribution import METHODS
+
+DRAFTS = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_max": 2,
+    "prompt_lookup_min": 1,
+}
+ARGUMENTS = ["--plugins", "cost_meter", "--speculative-config", json.dumps(DRAFTS)]
+
+
+@pytest.fixture(scope="module")
+def drafting(work: Path) -> Iterator[Server]:
+    log = work / "steps.jsonl"
+    server = Server(
+        work / "drafting", arguments=ARGUMENTS, environment={"COST_METER_STEP_LOG": str(log)}
+    )
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+def model_of(server: Server) -> Any:
+    return server.cost("models")["models"][0]
+
+
+def test_rejected_drafts_stand_apart_and_the_rest_is_what_came_out(drafting: Server) -> None:
+    with drafting.client() as client:
+        # The same words again and again: there is always an n-gram to guess by.
+        options = {"prompt": PROMPT * 8, "max_tokens": 200, "ignore_eos": True, "temperature": 1}
+        reply = ask(client, "/v1/completions", **options)
+    part = drafting.bill_of(reply.response_id)["parts"][0]
+    assert part["rejected_tokens"] > 0
+    assert 0 < part["rejected_ns"] < part["gpu_time_ns"]
+    # The prefill gave the first token; each further one is a token computed and not rejected.
+    assert part["decode_tokens"] - part["rejected_tokens"] == part["output_tokens"] - 1
+    drafting.balanced()
+
+
+def test_the_engine_learns_from_its_steps_and_bills_name_the_model(drafting: Server) -> None:
+    with drafting.client() as client, ThreadPoolExecutor(8) as pool:
+
+        def one(index: int) -> str:
+            options = {"max_tokens": 40, "ignore_eos": True}
+            prompt = f"{index} {PROMPT * (index % 9 + 1)}"
+            return ask(client, "/v1/completions", prompt=prompt, **options).response_id
+
+        last = list(pool.map(one, range(160)))[-1]
+    drafting.balanced()
+    model = model_of(drafting)
+    assert model["prior"] == "ModelMetrics"
+    assert model["method"] == "shapley"
+    assert model["version"] > 0
+    assert model["steps"] >= 512
+    assert 0 < model["error"] < 0.5
+    versions = drafting.cost(f"models?run={model['run_id']}")["models"]
+    assert [row["version"] for row in versions] == list(range(model["version"] + 1))
+    part = drafting.bill_of(last)["parts"][0]
+    assert 0 <= part["first_model"] <= part["last_model"] <= model["version"]
+    assert 0 < part["marginal_ns"] <= part["gpu_time_ns"] + part["steps"]
+    assert part["batch"] >= part["steps"]
+
+
+def test_the_step_log_replays_through_every_method(drafting: Server) -> None:
+    drafting.balanced()  # a snapshot, which brings what is written so far to the disk
+    log = drafting.folder.parent / "steps.jsonl"
+    command = ["vllm-cost-meter", "validate", "--step-log", str(log), "--json"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+    answer = json.loads(output.splitlines()[-1])
+    assert answer["step_log"]["steps"] > 500
+    assert set(answer["methods"]) == set(METHODS)
+    assert {method["charged_ns"] for method in answer["methods"].values()} == {
+        answer["step_log"]["gpu_time_ns"]
+    }
+    assert PROMPT.split()[0] not in log.read_text()
+
+
+def test_a_new_engine_begins_with_what_one_like_it_had_learnt(drafting: Server) -> None:
+    before = model_of(drafting)
+    drafting.stop()
+    again = Server(
+        drafting.folder, arguments=ARGUMENTS, port=drafting.port, side_port=drafting.side_port
+    ).start()
+    try:
+        after = model_of(again)
+        assert after["run_id"] != before["run_id"]
+        assert after["prior"] == "ledger"
+        assert after["planes"] == before["planes"]
+        assert after["form"] == before["form"]
+    finally:
+        again.stop()
