@@ -142,8 +142,10 @@ def test_preempted_requests_are_billed_once_with_what_was_computed_again(hard: S
     for part in parts:
         once = part["prompt_tokens"] - part["cached_tokens"]
         assert (part["prefill_tokens"] > once) == (part["preemptions"] > 0)
-        # What was computed again stands apart, to the token; it is a part of the prefill's time.
-        assert part["recomputed_tokens"] == part["prefill_tokens"] - once
+        # What was computed again stands apart; the chunk that ends it may go one token further,
+        # to one that was sampled and not yet computed.
+        new_tokens = part["prefill_tokens"] - once - part["recomputed_tokens"]
+        assert 0 <= new_tokens <= part["preemptions"]
         assert (0 < part["recomputed_ns"] < part["prefill_ns"]) == (part["preemptions"] > 0)
     hard.balanced()
 
