@@ -232,12 +232,14 @@ cdef class StepMeter:
     def cut(self):
         """Take what all open requests accrued since the last cut, and set it to 0."""
         cdef Slot *slot
+        cdef uint32_t number
         cdef list pieces = []
         for request_id in self.ids:
-            slot = &self.requests.slots[self.find(request_id)]
+            number = self.find(request_id)
+            slot = &self.requests.slots[number]
             if slot.ns[PREFILL] | slot.ns[DECODE] | slot.tokens[PREFILL] | slot.tokens[DECODE]:
                 pieces.append((request_id, self.accrued(request_id)))
-                reset(&self.requests, self.find(request_id))
+                reset(&self.requests, number)
         self.open_ns = 0
         return pieces
 
@@ -460,17 +462,16 @@ cdef class StepMeter:
         return number
 
     cdef uint32_t welcome_stranger(self, object request_id) except? 0:
-        cdef uint32_t number
-        self.give_slot(request_id, 0)
-        number = self.find(request_id)
+        cdef uint32_t number = self.give_slot(request_id, 0)
         self.strangers += 1
         return number
 
-    cdef int give_slot(self, object request_id, int64_t prompt_tokens) except -1:
+    cdef uint32_t give_slot(self, object request_id, int64_t prompt_tokens) except? 0:
         make_slot_free(&self.requests)
-        self.ids[request_id] = next_free_slot(&self.requests)
+        cdef uint32_t number = next_free_slot(&self.requests)
+        self.ids[request_id] = number
         take_slot(&self.requests, request_id, <uint32_t>prompt_tokens)
-        return 0
+        return number
 
     cdef int64_t forget(self, object request_id) except -1:
         """Close a request. Return the ns it had accrued."""

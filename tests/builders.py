@@ -98,7 +98,6 @@ def make_snapshot(**changes: Any) -> Snapshot:
         "vllm_version": "0.32",
         "meter_version": "0.1",
         "prior": "tokens",
-        "cost_model": COST_MODEL,
         "cost_models": (COST_MODEL,),
         "hours": {HOUR: totals},
     }

@@ -73,7 +73,6 @@ PRIOR_SPREAD = 0.2
 # A term the prior does not have is expected to be this part of a step, give or take.
 UNKNOWN_PART = 0.05
 ERROR_STEPS = 512.0  # time constant of the running errors
-HISTORY_MAX = 64  # published versions that are remembered
 
 # A machine has changed when a sweep's error is this many times the usual one, which is the smallest
 # so far, let rise by a little every sweep.

@@ -45,27 +45,12 @@ class Request:
 
     def accrued(self) -> Accrued:
         """Return what was accrued since the last reset."""
-        return Accrued(
-            self.prefill_ns,
-            self.decode_ns,
-            self.prefill_tokens,
-            self.decode_tokens,
-            int(self.marginal_ns),
-            self.recomputed_ns,
-            self.recomputed_tokens,
-            self.rejected_ns,
-            self.rejected_tokens,
-            self.steps,
-            self.batch,
-        )
+        return Accrued(*(int(getattr(self, name)) for name in Accrued._fields))
 
     def reset(self) -> None:
         """Set what was accrued to zero."""
-        self.prefill_ns = self.decode_ns = self.prefill_tokens = self.decode_tokens = 0
-        self.recomputed_ns = self.recomputed_tokens = 0
-        self.rejected_ns = self.rejected_tokens = 0
-        self.marginal_ns = 0.0
-        self.steps = self.batch = 0
+        for name in Accrued._fields:
+            setattr(self, name, 0)
 
 
 @dataclass(slots=True)

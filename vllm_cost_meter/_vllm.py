@@ -177,7 +177,7 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
 def _result_came(
     meter: EngineMeter, now_ns: int, scheduler_output: Any, args: Any, kwargs: Any
 ) -> None:
-    rejected: dict[str, int] = {}
+    rejected = None
     drafts = scheduler_output.scheduled_spec_decode_tokens
     if drafts:
         model_output = args[0] if args else kwargs["model_runner_output"]

@@ -250,7 +250,6 @@ class EngineBooks:
             busy_ns=self.busy_ns,
             method=self.method,
             prior=self.prior,
-            cost_model=CostModel(*self.meter.model()),
             cost_models=tuple(
                 CostModel(*model) for model in self.meter.models(self._acknowledged_model)
             ),

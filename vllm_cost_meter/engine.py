@@ -139,7 +139,7 @@ class EngineMeter:
             self._cached_tokens[request_id] = computed_tokens
         self.books.meter.position(request_id, computed_tokens, resumed)
 
-    def result_came(self, key: object, rejected: dict[str, int], now_ns: int) -> None:
+    def result_came(self, key: object, rejected: dict[str, int] | None, now_ns: int) -> None:
         """Split the time of step `key`, and bill the aborted requests it was the last step of.
 
         `rejected` says of how many tokens of which requests' drafts nothing came.

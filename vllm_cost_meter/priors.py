@@ -63,11 +63,9 @@ def prior_of_counts(flops: Plane, bytes_moved: Plane, peaks: Peaks | None, sourc
     `flops` and `bytes_moved` are the counts of a step, as planes over (1, tokens, sequences,
     products, context). Without peaks the planes are in units of their own.
     """
-    peaks_per_ns = Peaks(1e3, 1e3 / USUAL_BALANCE)
-    if peaks is not None:
-        peaks_per_ns = Peaks(peaks.flops_per_s / 1e9, peaks.bytes_per_s / 1e9)
-    compute = _scaled(flops, 1.0 / peaks_per_ns.flops_per_s)
-    memory = _scaled(bytes_moved, 1.0 / peaks_per_ns.bytes_per_s)
+    peaks = peaks or Peaks(1e12, 1e12 / USUAL_BALANCE)
+    compute = _scaled(flops, 1e9 / peaks.flops_per_s)
+    memory = _scaled(bytes_moved, 1e9 / peaks.bytes_per_s)
     f, a, b, q, _ = compute
     g, a2, b2, _, k = memory
     one = (f + g, a + a2, b + b2, q, k)

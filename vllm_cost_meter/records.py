@@ -173,9 +173,13 @@ class CostModel:
     explained: float
 
     @property
+    def two_planes(self) -> bool:
+        return self.form == "two planes"
+
+    @property
     def error(self) -> float:
         """Return the mean relative error (MAPE) of the form in use."""
-        return self.error_two_planes if self.form == "two planes" else self.error_one_plane
+        return self.error_two_planes if self.two_planes else self.error_one_plane
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
@@ -222,9 +226,8 @@ class Snapshot:
     `wall_ns` is wall time since the engine process was created. `last_seq` is the number of the
     last bill written up to this instant, `billed_ns` the sum of all bills up to it. `own_ns` is the
     wall time the meter's own hooks took. `state` is "on" or, after too many errors, "off". `prior`
-    says where the cost model started from. `cost_model` is the one in use, as good as it is now.
-    `hours` holds the totals of those hours that changed since the snapshot the reader acknowledged,
-    `cost_models` the models that were published since.
+    says where the cost model started from. `hours` holds the totals of those hours that changed
+    since the snapshot the reader acknowledged, `cost_models` the models that were published since.
     """
 
     run_id: str
@@ -253,7 +256,6 @@ class Snapshot:
     vllm_version: str
     meter_version: str
     prior: str
-    cost_model: CostModel
     cost_models: tuple[CostModel, ...] = ()
     hours: Mapping[int, ClassTotals] = field(default_factory=dict)
 
@@ -274,7 +276,6 @@ class Snapshot:
         values = dict(wire)
         values["totals"] = ClassTotals(**values["totals"])
         values["hours"] = {int(h): ClassTotals(**t) for h, t in values["hours"].items()}
-        values["cost_model"] = CostModel.from_wire(values["cost_model"])
         values["cost_models"] = tuple(map(CostModel.from_wire, values["cost_models"]))
         return cls(**values)
 

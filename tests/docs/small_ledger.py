@@ -91,7 +91,6 @@ SNAPSHOT = Snapshot(
     parallelism="tp=1 pp=1 dp=1",
     method="shapley",
     prior="ModelMetrics",
-    cost_model=COST_MODEL,
     cost_models=(COST_MODEL,),
     native=True,
     engine_index=0,

@@ -24,6 +24,7 @@ from vllm_cost_meter._fit_py import (
 SEEDS = pytest.mark.parametrize("seed", range(3))
 # A GPU: 1 us fixed + 20 us a token against 8 ms of weights + 40 ns a token of context.
 ROOF = ((1e6, 2e4, 0.0, 1.0, 0.0), (8e6, 1e3, 0.0, 0.0, 40.0))
+ROOF_PRIOR = (*ROOF, tuple(a + b for a, b in zip(*ROOF, strict=True)))
 # Only ever compute, as a CPU.
 FLAT = ((2e6, 1e5, 5e4, 5.0, 0.0), ZERO)
 
@@ -65,9 +66,8 @@ def error_of(fit: StepFit, machine: tuple[Plane, Plane], works: list[Work]) -> f
 @SEEDS
 def test_two_planes_are_found_from_a_prior_that_is_wrong_by_half(seed):
     rng = random.Random(seed)
-    compute, memory = (tuple(1.5 * c for c in plane) for plane in ROOF)
-    one = tuple(a + b for a, b in zip(compute, memory, strict=True))
-    fit = taught(StepFit((compute, memory, one), trusted=True), ROOF, steps(rng, 2500), rng)
+    prior = tuple(tuple(1.5 * c for c in plane) for plane in ROOF_PRIOR)
+    fit = taught(StepFit(prior, trusted=True), ROOF, steps(rng, 2500), rng)
     assert fit.two_planes
     assert error_of(fit, ROOF, steps(rng, 200)) < 0.01
     assert fit.explained > 0.95
@@ -97,7 +97,7 @@ def test_one_plane_is_used_where_the_machine_has_one(seed):
 @pytest.mark.parametrize("share", [0.01, 0.05])
 def test_steps_that_took_many_times_longer_do_not_bend_the_fit(seed, share):
     rng = random.Random(seed)
-    fit = StepFit(ROOF + (tuple(a + b for a, b in zip(*ROOF, strict=True)),), trusted=True)
+    fit = StepFit(ROOF_PRIOR, trusted=True)
     for work in steps(rng, 2500):
         slow = rng.uniform(3, 50) if rng.random() < share else 1.0
         fit.observe(work, int(time_on(ROOF, work) * slow * rng.gauss(1, 0.02)))
@@ -107,9 +107,8 @@ def test_steps_that_took_many_times_longer_do_not_bend_the_fit(seed, share):
 def test_with_one_shape_of_traffic_the_prior_says_what_the_steps_cannot():
     # 8 decodes in a context of 1000, for ever: their time is known, its parts are not.
     rng = random.Random(1)
-    prior = (*ROOF, tuple(a + b for a, b in zip(*ROOF, strict=True)))
     work = total_of([Work.of(1, 1000)] * 8)
-    fit = taught(StepFit(prior, trusted=True), ROOF, [work] * 3000, rng)
+    fit = taught(StepFit(ROOF_PRIOR, trusted=True), ROOF, [work] * 3000, rng)
     assert time_on((fit.compute, fit.memory), work) == pytest.approx(time_on(ROOF, work), rel=0.01)
     assert fit.memory[0] == pytest.approx(ROOF[MEMORY][0], rel=0.1)
     assert fit.memory[4] == pytest.approx(ROOF[MEMORY][4], rel=0.1)
@@ -119,8 +118,7 @@ def test_with_one_shape_of_traffic_the_prior_says_what_the_steps_cannot():
 @SEEDS
 def test_a_machine_that_changes_is_followed(seed):
     rng = random.Random(seed)
-    prior = (*ROOF, tuple(a + b for a, b in zip(*ROOF, strict=True)))
-    fit = taught(StepFit(prior, trusted=True), ROOF, steps(rng, 1500), rng)
+    fit = taught(StepFit(ROOF_PRIOR, trusted=True), ROOF, steps(rng, 1500), rng)
     slower = tuple(tuple(2.0 * c for c in plane) for plane in ROOF)
     taught(fit, slower, steps(rng, 6000), rng)
     assert error_of(fit, slower, steps(rng, 200)) < 0.12

@@ -6,13 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from vllm_cost_meter.validation.roofline import GPUS, Machine, StepGame, StepWork
+from vllm_cost_meter.priors import Peaks
+from vllm_cost_meter.validation.roofline import Gpu, Machine, StepGame, StepWork
 from vllm_cost_meter.validation.truth import ENUMERATED_MAX, enumerated, sampled, shapley
 
 # A token takes 1 ms of arithmetic and 0.1 ms of reading, a sequence 1 ms of reading; the weights
 # take 20 ms. A chunk of prompt with some decodes lies at the ridge.
 PER_SECOND = 1e12
-GPU = GPUS["h100"].__class__("test", PER_SECOND / 0.6, PER_SECOND / 0.85, 1.0, "made up")
+GPU = Gpu("test", Peaks(PER_SECOND / 0.6, PER_SECOND / 0.85), 1.0, "made up")
 
 
 def machine_of(experts: int = 0, expert_ms: float = 0.0, compute: bool = True) -> Machine:

@@ -44,7 +44,7 @@ def earlier_fit(
     """Return the last fit of another run of the same model, hardware and parallelism."""
     m, r = cost_models.c, runs.c
     query = (
-        select(m.planes, m.form)
+        select(cost_models)
         .join(runs, r.run_id == m.run_id)
         .where(
             r.run_id != run_id,
@@ -59,12 +59,12 @@ def earlier_fit(
     found = connection.execute(query).first()
     if found is None:
         return None
-    planes = tuple(tuple(plane) for plane in json.loads(found.planes))
-    return EarlierFit(planes, two_planes=found.form == "two planes")
+    fit = _model_of(found._asdict())
+    return EarlierFit(fit.planes, fit.two_planes)
 
 
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    model = CostModel(
+def _model_of(row: Mapping[str, Any]) -> CostModel:
+    return CostModel(
         version=row["version"],
         form=row["form"],
         planes=tuple(tuple(plane) for plane in json.loads(row["planes"])),
@@ -73,6 +73,10 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
         error_one_plane=row["error_one_plane"],
         explained=row["explained"],
     )
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    model = _model_of(row)
     return {
         "run_id": row["run_id"],
         "engine_index": row["engine_index"],

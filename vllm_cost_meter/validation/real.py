@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from vllm_cost_meter.errors import ServerError
@@ -99,26 +100,26 @@ def judge(by_method: Mapping[str, Mapping[str, int]], rounds: int) -> dict[str, 
     tenants = {}
     for tenant in TENANTS:
         others = [one.name for one in TENANTS if one is not tenant]
-        added = _mean(together) - sum(_mean(alone[other]) for other in others)
+        added = fmean(together) - sum(fmean(alone[other]) for other in others)
         noise = _half_range(together) + sum(_half_range(alone[other]) for other in others)
         tenants[tenant.name] = {
             "added_ns": round(added),
             "added_noise_ns": round(noise),
-            "alone_ns": round(_mean(alone[tenant.name])),
+            "alone_ns": round(fmean(alone[tenant.name])),
             "alone_noise_ns": round(_half_range(alone[tenant.name])),
             "charged_ns": {
-                method: round(_mean([found[BOTH, tenant.name, r] for r in range(rounds)]))
+                method: round(fmean([found[BOTH, tenant.name, r] for r in range(rounds)]))
                 for method, found in ns.items()
             },
         }
     outside = {method: sum(_outside(found, method) for found in tenants.values()) for method in ns}
     return {
         "rounds": rounds,
-        "together_ns": round(_mean(together)),
+        "together_ns": round(fmean(together)),
         "together_noise_ns": round(_half_range(together)),
         "tenants": tenants,
         "methods": {
-            method: {"outside_interval_share": ns_outside / _mean(together)}
+            method: {"outside_interval_share": ns_outside / fmean(together)}
             for method, ns_outside in outside.items()
         },
     }
@@ -183,10 +184,6 @@ def _ask(port: int, request_id: str, tenant: Tenant, number: int) -> None:
         connection.close()
     if answer.status != http.client.OK:
         raise ServerError(f"a request was answered {answer.status}: {text[:200]!r}")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _half_range(values: Sequence[float]) -> float:

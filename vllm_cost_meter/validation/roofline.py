@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_cost_meter.priors import Peaks, Prior, prior_of_counts
+from vllm_cost_meter.priors import KNOWN_PEAKS, Peaks, Prior, prior_of_counts
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -34,11 +34,10 @@ LAUNCH_S = 300e-6
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published peaks: dense bf16 FLOP/s, bytes/s of memory, and its size in bytes."""
+    """What its maker publishes: its peaks, and the size of its memory in bytes."""
 
     name: str
-    flops_per_s: float
-    bytes_per_s: float
+    peaks: Peaks
     memory_bytes: float
     source: str
 
@@ -48,23 +47,20 @@ GPUS = {
     for gpu in (
         Gpu(
             "h100",
-            989e12,
-            3.35e12,
+            KNOWN_PEAKS["NVIDIA H100"],
             80e9,
             "NVIDIA H100 Tensor Core GPU datasheet, SXM: bfloat16 1,979 TFLOPS with sparsity,"
             " which is twice the dense rate; 80 GB, 3.35 TB/s",
         ),
         Gpu(
             "a100",
-            312e12,
-            2.039e12,
+            KNOWN_PEAKS["NVIDIA A100-SXM4-80GB"],
             80e9,
             "NVIDIA A100 Tensor Core GPU datasheet, 80GB SXM: bfloat16 312 TFLOPS; 2,039 GB/s",
         ),
         Gpu(
             "l4",
-            121e12,
-            0.3e12,
+            KNOWN_PEAKS["NVIDIA L4"],
             24e9,
             "NVIDIA L4 Tensor Core GPU datasheet: bfloat16 242 TFLOPS with sparsity, which is"
             " twice the dense rate; 24 GB, 300 GB/s",
@@ -222,8 +218,8 @@ class Machine:
         self.gpu = gpu
         self.work = work
         self.launch_s = launch_s
-        flops_per_s = gpu.flops_per_s * COMPUTE_EFFICIENCY
-        bytes_per_s = gpu.bytes_per_s * MEMORY_EFFICIENCY
+        flops_per_s = gpu.peaks.flops_per_s * COMPUTE_EFFICIENCY
+        bytes_per_s = gpu.peaks.bytes_per_s * MEMORY_EFFICIENCY
         self.compute_fixed_s = work.flops_fixed / flops_per_s
         self.memory_fixed_s = work.bytes_fixed / bytes_per_s
         self.expert_s = work.expert_bytes / bytes_per_s
@@ -240,8 +236,7 @@ class Machine:
         compute = (self.work.flops_fixed, tokens, sequences, products, 0.0)
         tokens, sequences, _, context = self.work.bytes_moved
         memory = (self.work.weight_bytes, tokens, sequences, 0.0, context)
-        peaks = Peaks(self.gpu.flops_per_s, self.gpu.bytes_per_s)
-        return prior_of_counts(compute, memory, peaks, "ModelMetrics")
+        return prior_of_counts(compute, memory, self.gpu.peaks, "ModelMetrics")
 
     def experts_s(self, tokens: Floats) -> Floats:
         """Return the seconds it takes to read the experts that so many tokens choose."""
