@@ -38,6 +38,7 @@ CHUNKS = (0, 1, 2, 4)
 CHUNKS_BATCH = 256
 STEPS_PER_BLOCK = 40
 PREFILL_CHUNK = 512
+BLOCK_SIZE = 16  # tokens of a block of the KV cache, vLLM's default
 METERS = {"native": NativeMeter, "twin": _attribution_py.StepMeter}
 # Two planes, so that large players are enumerated: 20 us a token, or 6 ms and 40 ns of context.
 PRIOR: Planes = (
@@ -54,9 +55,10 @@ class Traffic:
         self.meter = meter
         self.chunks = min(chunks, running)
         self.running: list[str] = []
+        self.now_ns = 0
         self.born = self.steps = self.departures = 0
         self.arrive(running)
-        self.in_flight = meter.begin(dict.fromkeys(self.running, PREFILL_CHUNK))
+        self.in_flight = meter.begin(dict.fromkeys(self.running, PREFILL_CHUNK), self.now_ns)
         self.in_flight_ns = 10**7
 
     def arrive(self, count: int) -> None:
@@ -68,7 +70,7 @@ class Traffic:
     def depart(self, count: int) -> None:
         for _ in range(count):
             self.departures += 1
-            self.meter.close(self.running.pop(self.departures * 47 % len(self.running)))
+            self.meter.close(self.running.pop(self.departures * 47 % len(self.running)), self.now_ns)
 
     def timed_step(self) -> int:
         """Return the ns that a step takes the meter."""
@@ -76,8 +78,9 @@ class Traffic:
         scheduled = dict.fromkeys(self.running, 1)
         for place in range(1, self.chunks + 1):
             scheduled[self.running[-place]] = PREFILL_CHUNK
+        self.now_ns += self.in_flight_ns
         started_ns = perf_counter_ns()
-        step = begin(scheduled)
+        step = begin(scheduled, self.now_ns)
         settle(self.in_flight, self.in_flight_ns)
         drained()
         took_ns = perf_counter_ns() - started_ns
@@ -99,7 +102,7 @@ def measure(
     running: int, method: str, blocks: int, chunks: int = 1, meters: tuple[str, ...] = tuple(METERS)
 ) -> dict[str, float]:
     """Return the ns per step and per request of the meters at one batch size."""
-    traffic = {name: Traffic(METERS[name](method, PRIOR, True), running, chunks) for name in meters}
+    traffic = {name: Traffic(METERS[name](method, PRIOR, True, BLOCK_SIZE), running, chunks) for name in meters}
     for _ in range(ALL_STEPS):
         traffic["native"].timed_step()
     block_means: dict[str, list[float]] = {name: [] for name in meters}

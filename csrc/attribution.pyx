@@ -24,30 +24,13 @@ from libc.string cimport memset
 
 from csrc.accrual cimport accrue, drop, take_out
 from csrc.checks cimport (
-    WEIGHT_MAX,
-    check_tokens,
-    in_range,
-    planes_of,
-    rejected_tokens_of,
-    tokens_of,
-    tokens_out_of_range,
-    whole_number,
+    WEIGHT_MAX, check_tokens, in_range, instant, planes_of, rejected_tokens_of, tokens_of,
+    tokens_out_of_range, whole_number,
 )
 from csrc.fit cimport Fit, TERMS, Work, adopt_prior, explained, observe, start_fit, work_of
 from csrc.requests cimport (
-    DECODE,
-    PREFILL,
-    Requests,
-    Rest,
-    Slot,
-    adopt_key,
-    free_requests,
-    free_slot,
-    is_in_flight,
-    make_slot_free,
-    next_free_slot,
-    reset,
-    take_slot,
+    DECODE, PREFILL, Requests, Rest, Slot, accrued_anything, adopt_key, free_requests, count_blocks, free_slot,
+    hold_blocks, is_in_flight, make_slot_free, next_free_slot, release_blocks, reset, take_slot,
     unqueue,
 )
 from csrc.shapley cimport fill_polynomials, note_chunk
@@ -100,10 +83,13 @@ cdef class StepMeter:
     cdef Requests requests
     cdef Ring ring
 
-    def __cinit__(self, object method, object prior=None, bint trusted=False):
+    def __cinit__(
+        self, object method, object prior=None, bint trusted=False, object block_size=0
+    ):
         cdef double planes[3][TERMS]
         if method not in METHODS:
             raise ValueError(f"StepMeter: expected a method of {METHODS}, got {method!r}")
+        self.requests.block_size = whole_number(block_size, WEIGHT_MAX, "StepMeter: block_size")
         self.method = METHODS.index(method)
         planes_of(prior, &planes[0][0])
         self.fit = <Fit *>PyMem_Malloc(sizeof(Fit))
@@ -134,9 +120,9 @@ cdef class StepMeter:
         """Return the ids of all open requests, in the order they were opened."""
         return list(self.ids)
 
-    def step_requests(self, object step):
-        """Return how many requests a step in flight holds. Raises ValueError if it is not."""
-        return step_at(&self.ring, self.number_in_flight(step)).count
+    def is_open(self, object request_id):
+        """Return whether a request is open."""
+        return request_id in self.ids
 
     def step_parts(self, object step):
         """Return (id, tokens, position, prefill end) of a step in flight, in scheduler order."""
@@ -178,6 +164,13 @@ cdef class StepMeter:
             self.requests.rests[number].recompute_end = slot.position
         slot.position = <uint32_t>tokens
 
+    def release(self, object request_id, object now_ns):
+        """Note that an open request was preempted: it holds no blocks from now on."""
+        cdef int64_t until_ns = instant(now_ns)
+        cdef uint32_t number = self.find(request_id)
+        if number != NOBODY:
+            release_blocks(&self.requests, number, until_ns)
+
     def leave(self, object request_id):
         """Note that a request was aborted. Return True if it can be closed now."""
         cdef uint32_t number = self.find_open(request_id)
@@ -200,11 +193,13 @@ cdef class StepMeter:
         self.requests.drained_count = 0
         return ended
 
-    def accrued(self, object request_id):
+    def accrued(self, object request_id, object now_ns):
         """Return what a request accrued since the last `cut`."""
+        cdef int64_t until_ns = instant(now_ns)
         cdef uint32_t number = self.find_open(request_id)
         cdef Slot *slot = &self.requests.slots[number]
         cdef Rest *rest = &self.requests.rests[number]
+        count_blocks(rest, until_ns)
         return Accrued(
             slot.ns[PREFILL],
             slot.ns[DECODE],
@@ -215,13 +210,14 @@ cdef class StepMeter:
             rest.recomputed_tokens,
             rest.rejected_ns,
             rest.rejected_tokens,
+            rest.kv_block_ns,
             slot.ended - rest.dropped - rest.steps_before,
             slot.batch,
         )
 
-    def close(self, object request_id):
+    def close(self, object request_id, object now_ns):
         """End a request. Return what it accrued since the last `cut`."""
-        accrued = self.accrued(request_id)
+        accrued = self.accrued(request_id, now_ns)
         self.forget(request_id)
         return accrued
 
@@ -229,26 +225,34 @@ cdef class StepMeter:
         """Forget an open request that nobody will bill. Return the ns it had accrued."""
         return self.forget(request_id)
 
-    def cut(self):
+    def cut(self, object now_ns):
         """Take what all open requests accrued since the last cut, and set it to 0."""
+        cdef int64_t until_ns = instant(now_ns)
         cdef Slot *slot
+        cdef Rest *rest
         cdef uint32_t number
         cdef list pieces = []
         for request_id in self.ids:
             number = self.find(request_id)
             slot = &self.requests.slots[number]
-            if slot.ns[PREFILL] | slot.ns[DECODE] | slot.tokens[PREFILL] | slot.tokens[DECODE]:
-                pieces.append((request_id, self.accrued(request_id)))
+            rest = &self.requests.rests[number]
+            count_blocks(rest, until_ns)
+            if accrued_anything(slot, rest):
+                pieces.append((request_id, self.accrued(request_id, now_ns)))
                 reset(&self.requests, number)
         self.open_ns = 0
         return pieces
 
     # The life of a step
 
-    def begin(self, dict scheduled not None):
+    def begin(self, dict scheduled not None, object now_ns):
         """Record a step: the tokens scheduled for each request, in scheduler order."""
+        cdef int64_t since_ns = instant(now_ns)
         cdef Step *step = make_room(&self.ring, <uint32_t>PyDict_Size(scheduled))
-        self.fill_in(scheduled, step)
+        cdef uint32_t full = self.fill_in(scheduled, step)
+        cdef uint32_t k
+        for k in range(full):
+            hold_blocks(&self.requests, step.parts[self.ring.weights[k]].slot, since_ns)
         self.ring.newest += 1
         return self.ring.newest
 
@@ -330,13 +334,17 @@ cdef class StepMeter:
     cdef int64_t time_to_share(self, object gpu_ns) except -1:
         return whole_number(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
 
-    cdef int fill_in(self, dict scheduled, Step *step) except -1:
-        """Enter all scheduled requests into a step. Nothing is changed if this raises."""
+    cdef uint32_t fill_in(self, dict scheduled, Step *step) except? 0xFFFFFFFF:
+        """Enter all scheduled requests into a step. Nothing is changed if this raises.
+
+        Return how many of them need another block, their places in the ring's `weights`.
+        """
         cdef PyObject *key
         cdef PyObject *value
         cdef PyObject *last_value = NULL  # nearly always the same small int, once per decode
         cdef Py_ssize_t at = 0
-        cdef uint32_t place = 0, guess_place = 0, number
+        cdef uint32_t place = 0, guess_place = 0, full = 0, number
+        cdef Slot *slot
         cdef Step *guess = step_at(&self.ring, self.ring.newest)
         cdef int64_t tokens = 0
         cdef Work total = Work(0, 0, 0, 0)
@@ -355,6 +363,9 @@ cdef class StepMeter:
                         guess_place = self.requests.slots[number].last_place
                 guess_place += 1
                 self.enter(&step.parts[place], place, number, tokens, &total)
+                slot = &self.requests.slots[number]
+                self.ring.weights[full] = place
+                full += slot.position > slot.block_end
                 if tokens > 1:
                     note_chunk(&step.chunks, place)
                 place += 1
@@ -365,7 +376,7 @@ cdef class StepMeter:
             raise
         total.sequences = step.count = place
         step.work = total
-        return 0
+        return full
 
     cdef uint32_t look_further(
         self, const Step *guess, uint32_t *guess_place, const PyObject *key

@@ -2,7 +2,7 @@
 
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_Check
 from libc.math cimport isfinite
-from libc.stdint cimport int64_t
+from libc.stdint cimport INT64_MAX, int64_t
 
 from csrc.fit cimport TERMS
 
@@ -45,6 +45,10 @@ cdef inline int64_t whole_number(object value, int64_t maximum, str what) except
     if number < 0:
         raise out_of_range(value, maximum, what)
     return number
+
+
+cdef inline int64_t instant(object now_ns) except -1:
+    return whole_number(now_ns, INT64_MAX, "StepMeter: now_ns")
 
 
 cdef inline int64_t in_range(object value, int64_t maximum):

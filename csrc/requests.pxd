@@ -2,21 +2,25 @@
 
 Free slots are kept on a stack, and a slot is free only when its request is closed *and* has no
 step in flight. A closed one that still has is a zombie: `key` is NULL, and its shares are tail.
+
+A request holds the blocks of the KV cache that its context fills, until they are released. Of the
+usual case, that the last one has room, `block_end` tells by one comparison in a step.
 """
 
 from cpython.mem cimport PyMem_Free
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport INT64_MAX, UINT32_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from csrc.memory cimport resized
+from csrc.shares cimport upper_product
 
 cdef enum:  # phases
     PREFILL = 0
     DECODE = 1
 
-cdef struct Slot:  # what a step touches of one request: 64 bytes
+cdef struct Slot:  # what a step touches of one request
     PyObject *key  # its id, owned; NULL unless it is open
     uint32_t position  # of the next token in its context
     uint32_t prefill_end
@@ -24,6 +28,7 @@ cdef struct Slot:  # what a step touches of one request: 64 bytes
     uint32_t last_place
     uint32_t entered  # steps that it entered, and those of them that have ended or were dropped
     uint32_t ended
+    uint32_t block_end  # the context that its blocks have room for
     uint32_t batch  # since the last cut, as all that follows: the sum of requests in its steps
     uint32_t tokens[2]  # by phase, as the ns
     int64_t ns[2]
@@ -38,6 +43,9 @@ cdef struct Rest:  # what is rarely touched
     uint32_t rejected_tokens
     int64_t recomputed_ns
     int64_t rejected_ns
+    uint32_t blocks  # that it holds, since
+    int64_t blocks_since_ns
+    int64_t kv_block_ns  # until then
     uint8_t left
     uint8_t queued  # in the queue of drained requests
 
@@ -46,6 +54,7 @@ cdef struct Requests:
     Rest *rests
     uint32_t *free_slots  # a stack
     uint32_t *drained_slots  # a queue
+    uint32_t block_size  # in tokens; 0: blocks are not counted
     uint32_t count
     uint32_t free_count
     uint32_t drained_count
@@ -96,6 +105,33 @@ cdef inline void take_slot(Requests *requests, object request_id, uint32_t prefi
     Py_INCREF(request_id)
     slot.key = <PyObject *>request_id
     slot.prefill_end = prefill_end
+    slot.block_end = 0 if requests.block_size else UINT32_MAX
+
+
+cdef inline void hold_blocks(Requests *requests, uint32_t number, int64_t now_ns) noexcept nogil:
+    """Hold as many blocks as the context of a request fills."""
+    cdef Slot *slot = &requests.slots[number]
+    cdef Rest *rest = &requests.rests[number]
+    count_blocks(rest, now_ns)
+    rest.blocks = (slot.position - 1) // requests.block_size + 1
+    slot.block_end = rest.blocks * requests.block_size
+
+
+cdef inline void release_blocks(Requests *requests, uint32_t number, int64_t now_ns) noexcept nogil:
+    if requests.block_size:
+        count_blocks(&requests.rests[number], now_ns)
+        requests.rests[number].blocks = requests.slots[number].block_end = 0
+
+
+cdef inline void count_blocks(Rest *rest, int64_t now_ns) noexcept nogil:
+    """Count what the blocks were held for until now, up to the largest number there is."""
+    cdef uint64_t passed_ns = max(now_ns - rest.blocks_since_ns, <int64_t>0)
+    cdef uint64_t block_ns = passed_ns * rest.blocks
+    rest.blocks_since_ns = now_ns
+    if upper_product(passed_ns, rest.blocks) or block_ns > <uint64_t>INT64_MAX - rest.kv_block_ns:
+        rest.kv_block_ns = INT64_MAX
+    else:
+        rest.kv_block_ns += block_ns
 
 
 cdef inline void free_slot(Requests *requests, uint32_t number) noexcept nogil:
@@ -134,6 +170,13 @@ cdef inline void unqueue(Requests *requests, uint32_t number) noexcept nogil:
     requests.rests[number].queued = False
 
 
+cdef inline bint accrued_anything(const Slot *slot, const Rest *rest) noexcept nogil:
+    return (
+        slot.ns[PREFILL] | slot.ns[DECODE] | rest.kv_block_ns
+        | slot.tokens[PREFILL] | slot.tokens[DECODE]
+    ) != 0
+
+
 cdef inline void reset(Requests *requests, uint32_t number) noexcept nogil:
     """Set what a request accrued to zero."""
     cdef Slot *slot = &requests.slots[number]
@@ -142,5 +185,5 @@ cdef inline void reset(Requests *requests, uint32_t number) noexcept nogil:
     slot.tokens[PREFILL] = slot.tokens[DECODE] = slot.batch = 0
     slot.marginal_ns = 0.0
     rest.steps_before = slot.ended - rest.dropped
-    rest.recomputed_ns = rest.rejected_ns = 0
+    rest.recomputed_ns = rest.rejected_ns = rest.kv_block_ns = 0
     rest.recomputed_tokens = rest.rejected_tokens = 0

@@ -92,6 +92,8 @@ def make_snapshot(**changes: Any) -> Snapshot:
         "model": "m",
         "hardware": "a GPU",
         "parallelism": "tp=1 pp=1 dp=1",
+        "kv_blocks": 1000,
+        "kv_block_size": 16,
         "method": "tokens",
         "native": True,
         "engine_index": 0,

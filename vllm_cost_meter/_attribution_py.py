@@ -24,7 +24,10 @@ so a change to one lands in the other.
    computed again. Of a request's share of a step, the part of these is that of the tokens.
 4. Steps overlap (async scheduling, pipelines): each is begun, perhaps shared in parts, and settled;
    results come in order, so settling a step drops older ones that never got theirs.
-5. A request is open from `open` to `close`. Steps in flight at its close still use the GPU, but
+5. A request holds the blocks of the KV cache that its context fills, from the begin of the step
+   that first needs them until it is preempted or closed. Blocks x wall time is its KV residency;
+   a block that several share (a cached prefix) counts for each of them.
+6. A request is open from `open` to `close`. Steps in flight at its close still use the GPU, but
    there is nobody to charge: their shares are returned as the step's *tail*. So is the whole of a
    step that computed nothing for anyone. The same id opened again is another request.
 
@@ -35,12 +38,10 @@ import math
 from collections.abc import Sequence
 
 from vllm_cost_meter._fit_py import TERMS, TOKENS_PRIOR, Planes, StepFit, total_of
-from vllm_cost_meter._requests_py import WEIGHT_MAX, Part, Request, Step
+from vllm_cost_meter._requests_py import NS_MAX, WEIGHT_MAX, Part, Request, Step
 from vllm_cost_meter._shapley_py import solve_game
 from vllm_cost_meter.accrued import Accrued
 
-# Largest time of a step, and of all that is accrued and unbilled: a signed 64-bit integer.
-NS_MAX = 2**63 - 1
 # Steps in flight. vLLM has one per pipeline stage and one more; so many mean that none is settled.
 STEPS_MAX = 1024
 MODELS_MAX = 64  # that are remembered
@@ -75,12 +76,21 @@ class StepMeter:
     seen in a step, without an `open`.
     """
 
-    def __init__(self, method: str, prior: Planes | None = None, trusted: bool = False) -> None:
+    def __init__(
+        self,
+        method: str,
+        prior: Planes | None = None,
+        trusted: bool = False,
+        block_size: int = 0,
+    ) -> None:
         """Start with a prior for the cost model (None: a step costs its tokens).
 
         `trusted` says that the heights of the prior's two planes can be compared, e.g. because
-        they are an earlier fit; else their scales are fitted apart.
+        they are an earlier fit; else their scales are fitted apart. `block_size` is that of the KV
+        cache, in tokens; 0: blocks are not counted.
         """
+        _check(block_size, WEIGHT_MAX, "StepMeter: block_size")
+        self._block_size = block_size
         if method not in METHODS:
             raise ValueError(f"StepMeter: expected a method of {METHODS}, got {method!r}")
         self._fit = StepFit(_checked(prior), trusted and prior is not None)
@@ -109,9 +119,9 @@ class StepMeter:
         """Return the ids of all open requests, in the order they were opened."""
         return list(self._requests)
 
-    def step_requests(self, step: int) -> int:
-        """Return how many requests a step in flight holds. Raises ValueError if it is not."""
-        return len(self._step(step).parts)
+    def is_open(self, request_id: str) -> bool:
+        """Return whether a request is open."""
+        return request_id in self._requests
 
     def step_parts(self, step: int) -> list[tuple[str, int, int, int]]:
         """Return what a step in flight is made of, in scheduler order.
@@ -151,6 +161,15 @@ class StepMeter:
             request.recompute_end = request.position
         request.position = computed_tokens
 
+    def release(self, request_id: str, now_ns: int) -> None:
+        """Note that an open request was preempted: it holds no blocks from now on.
+
+        Ignored if it is not open. As everywhere, `now_ns` is monotonic.
+        """
+        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        if request_id in self._requests:
+            self._requests[request_id].release_blocks(now_ns)
+
     def leave(self, request_id: str) -> bool:
         """Note that a request was aborted. Return True if it can be closed now.
 
@@ -169,13 +188,14 @@ class StepMeter:
         self._drained.clear()
         return ended
 
-    def accrued(self, request_id: str) -> Accrued:
+    def accrued(self, request_id: str, now_ns: int) -> Accrued:
         """Return what a request accrued since the last `cut`."""
-        return self._request(request_id).accrued()
+        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        return self._request(request_id).accrued(now_ns)
 
-    def close(self, request_id: str) -> Accrued:
+    def close(self, request_id: str, now_ns: int) -> Accrued:
         """End a request. Return what it accrued since the last `cut`."""
-        accrued = self.accrued(request_id)
+        accrued = self.accrued(request_id, now_ns)
         self._forget(request_id)
         return accrued
 
@@ -185,15 +205,16 @@ class StepMeter:
         self._forget(request_id)
         return request.prefill_ns + request.decode_ns
 
-    def cut(self) -> list[tuple[str, Accrued]]:
+    def cut(self, now_ns: int) -> list[tuple[str, Accrued]]:
         """Take what all open requests accrued since the last cut, and set it to 0.
 
-        Return it for each that accrued time or tokens, in the order they were opened.
+        Return it for each that accrued time, tokens or blocks, in the order they were opened.
         """
+        _check(now_ns, NS_MAX, "StepMeter: now_ns")
         pieces = []
         for request_id, request in self._requests.items():
-            accrued = request.accrued()
-            if any(accrued[:4]):
+            accrued = request.accrued(now_ns)
+            if any(accrued[:4]) or accrued.kv_block_ns:
                 pieces.append((request_id, accrued))
                 request.reset()
         self.open_ns = 0
@@ -201,13 +222,14 @@ class StepMeter:
 
     # The life of a step
 
-    def begin(self, scheduled: dict[str, int]) -> int:
+    def begin(self, scheduled: dict[str, int], now_ns: int) -> int:
         """Record a step: the tokens scheduled for each request, in scheduler order.
 
         Return the step's number: 1, 2, and so on. A request that is not open is opened as one
         without a prompt. Raises ValueError, and records nothing, if a count is negative, all are
         2**31 or more, or too many steps are in flight.
         """
+        _check(now_ns, NS_MAX, "StepMeter: now_ns")
         if len(self._steps) >= STEPS_MAX:
             raise ValueError(
                 f"StepMeter.begin: expected less than {STEPS_MAX} steps in flight, got as many;"
@@ -223,6 +245,9 @@ class StepMeter:
                 for request_id, tokens in scheduled.items()
             ]
         )
+        if self._block_size:
+            for part in self._steps[self._last_step].parts:
+                part.request.hold_blocks(self._block_size, now_ns)
         return self._last_step
 
     def share(self, step: int, gpu_ns: int) -> int:

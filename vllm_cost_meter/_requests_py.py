@@ -13,6 +13,8 @@ from vllm_cost_meter.accrued import Accrued
 WEIGHT_MAX = 2**31 - 1
 # Largest count of a request's tokens in one phase.
 COUNT_MAX = 2**32 - 1
+# Largest count of nanoseconds.
+NS_MAX = 2**63 - 1
 
 
 @dataclass(slots=True, eq=False)
@@ -30,8 +32,11 @@ class Request:
     recomputed_tokens: int = 0
     rejected_ns: int = 0
     rejected_tokens: int = 0
+    kv_block_ns: int = 0
     steps: int = 0
     batch: int = 0
+    blocks: int = 0  # of the KV cache that it holds, counted until blocks_since_ns
+    blocks_since_ns: int = 0
     in_flight: int = 0
     left: bool = False
     is_open: bool = True
@@ -43,8 +48,27 @@ class Request:
         self.in_flight += 1
         return Part(self, Work.of(tokens, self.position), is_prefill)
 
-    def accrued(self) -> Accrued:
+    def hold_blocks(self, block_size: int, now_ns: int) -> None:
+        """Hold as many blocks as the context fills, but never fewer than before."""
+        blocks = -(-self.position // block_size)
+        if blocks > self.blocks:
+            self.count_blocks(now_ns)
+            self.blocks = blocks
+
+    def release_blocks(self, now_ns: int) -> None:
+        """Hold no blocks any more."""
+        self.count_blocks(now_ns)
+        self.blocks = 0
+
+    def count_blocks(self, now_ns: int) -> None:
+        """Count what the blocks were held for until now."""
+        passed_ns = max(now_ns - self.blocks_since_ns, 0)
+        self.kv_block_ns = min(self.kv_block_ns + self.blocks * passed_ns, NS_MAX)
+        self.blocks_since_ns = now_ns
+
+    def accrued(self, now_ns: int) -> Accrued:
         """Return what was accrued since the last reset."""
+        self.count_blocks(now_ns)
         return Accrued(*(int(getattr(self, name)) for name in Accrued._fields))
 
     def reset(self) -> None:

@@ -30,6 +30,7 @@ from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.engine import EngineIdentity, EngineMeter, NoMeter
 from vllm_cost_meter.errors import VllmMismatchError
 from vllm_cost_meter.records import BILL_KEY, CARRIER_ID
+from vllm_cost_meter.wire import write_bill
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -99,7 +100,8 @@ class MeteredScheduler:
             outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         finally:
             meter.riding = False
-        meter.run("late bills", _carry_late_bills, outputs)
+        if meter.late:
+            meter.run("late bills", _carry_late_bills, outputs)
         return outputs
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,6 +129,8 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         hardware=_device_name(),
         parallelism=f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}"
         f" dp={parallel.data_parallel_size}",
+        kv_blocks=scheduler.kv_cache_config.num_blocks or None,
+        kv_block_size=scheduler.block_size or None,
     )
     settings = load_settings()
     meter = EngineMeter(
@@ -160,6 +164,8 @@ def _device_name() -> str:
 
 
 def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
+    for request_id in output.preempted_req_ids or ():
+        meter.books.preempt(request_id, now_ns)
     if not output.total_num_scheduled_tokens:
         return  # takes no device time
     for new in output.scheduled_new_reqs:
@@ -214,14 +220,12 @@ def _freed(meter: EngineMeter, now_ns: int, request: Any) -> None:
     if bill is not None:
         # Echoed in the request's last output, which is built after this; never mutated in place,
         # as the mapping may be shared.
-        request.trace_headers = {**(request.trace_headers or {}), BILL_KEY: bill.to_json()}
+        request.trace_headers = {**(request.trace_headers or {}), BILL_KEY: write_bill(bill)}
 
 
 def _carry_late_bills(meter: EngineMeter, _now_ns: int, outputs: dict[int, Any]) -> None:
-    if not meter.late:
-        return
     for client_index, bill in meter.take_late():
-        carrier = EngineCoreOutput(CARRIER_ID, [], trace_headers={BILL_KEY: bill.to_json()})
+        carrier = EngineCoreOutput(CARRIER_ID, [], trace_headers={BILL_KEY: write_bill(bill)})
         outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(carrier)
 
 

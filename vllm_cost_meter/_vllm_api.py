@@ -16,10 +16,10 @@ from vllm_cost_meter.records import (
     BILL_KEY,
     CARRIER_ID,
     NS_PER_SECOND,
-    Bill,
     EarlierFit,
     Snapshot,
 )
+from vllm_cost_meter.wire import read_bill
 
 if TYPE_CHECKING:
     # At run time it would bring the ledger into the engine's process.
@@ -96,7 +96,7 @@ def _take_bills(_collector: "Collector", outputs: list[Any]) -> list[str]:
 
 
 def _billed(collector: "Collector", bill: str) -> None:
-    collector.billed(Bill.from_json(bill))
+    collector.billed(read_bill(bill))
 
 
 async def poll_engines(

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 
 class Accrued(NamedTuple):
-    """GPU time in GPU-ns and tokens computed, by phase; all but `marginal_ns` add up to the steps.
+    """GPU time in GPU-ns and tokens computed, by phase; time and tokens add up to the steps'.
 
     `marginal_ns` is what the steps would have saved without the request, by the cost model.
     Recomputed is what a preemption threw away and had done again; rejected is what drafts cost
-    that were not accepted. `batch` is the sum, over its steps, of the requests in the step.
+    that were not accepted. `kv_block_ns` is the blocks of the KV cache that it held x wall time, at
+    most 2**63 - 1. `batch` is the sum, over its steps, of the requests in the step.
     """
 
     prefill_ns: int = 0
@@ -24,5 +25,6 @@ class Accrued(NamedTuple):
     recomputed_tokens: int = 0
     rejected_ns: int = 0
     rejected_tokens: int = 0
+    kv_block_ns: int = 0
     steps: int = 0
     batch: int = 0

@@ -21,12 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
+from vllm_cost_meter._attribution_py import Model
 from vllm_cost_meter._fit_py import Planes
 from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.attribution import StepMeter
 from vllm_cost_meter.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.records import (
     NS_PER_HOUR,
+    TWO_PLANES,
     Bill,
     ClassTotals,
     CostModel,
@@ -61,6 +63,8 @@ class EngineFacts(TypedDict):
     meter_version: str
     hardware: str
     parallelism: str
+    kv_blocks: int | None
+    kv_block_size: int | None
 
 
 class EngineBooks:
@@ -76,14 +80,18 @@ class EngineBooks:
         now_ns: int,
         unix_ns: int,
         prior: Prior = NOTHING_KNOWN,
+        kv_block_size: int = 0,
     ) -> None:
-        """Open the books at `now_ns`, with everything since `created_ns` booked as startup."""
+        """Open the books at `now_ns`, with everything since `created_ns` booked as startup.
+
+        `kv_block_size` is that of the KV cache, in tokens; 0: its blocks are not counted.
+        """
         if gpus < 1:
             raise ValueError(f"an engine has at least 1 GPU, got {gpus}")
         self.run_id = run_id
         self.gpus = gpus
         self.method = method
-        self.meter = StepMeter(method, prior.planes, prior.trusted)
+        self.meter = StepMeter(method, prior.planes, prior.trusted, kv_block_size)
         self.prior = prior.source
         # Told of each step before it is split: its parts, and its GPU-ns.
         self.on_step: Callable[[list[tuple[str, int, int, int]], int], None] | None = None
@@ -121,10 +129,14 @@ class EngineBooks:
         if request_id not in self._earlier:
             self._earlier[request_id] = _Earlier(self.meter.model_version)
 
+    def preempt(self, request_id: str, now_ns: int) -> None:
+        """A running request lost its place, and its blocks of the KV cache."""
+        self.meter.release(request_id, now_ns)
+
     def begin_step(self, key: object, scheduled: dict[str, int], now_ns: int) -> None:
         """A step with tokens was scheduled; `key` (held until its result) identifies it."""
         self._book_waiting(now_ns)
-        self._in_flight.append((key, self.meter.begin(scheduled)))
+        self._in_flight.append((key, self.meter.begin(scheduled, now_ns)))
 
     def end_step(self, key: object, now_ns: int, rejected: dict[str, int] | None = None) -> bool:
         """The result of step `key` was taken up. Returns False for a step never begun.
@@ -133,11 +145,13 @@ class EngineBooks:
         Results come in schedule order: steps begun before `key` will never get one, and their
         time is the time of this step.
         """
-        if not any(begun is key for begun, _ in self._in_flight):
-            return False
-        begun, step = self._in_flight.popleft()
-        while begun is not key:
-            begun, step = self._in_flight.popleft()
+        in_flight = self._in_flight
+        if not in_flight or in_flight[0][0] is not key:
+            if not any(begun is key for begun, _ in in_flight):
+                return False
+            while in_flight[0][0] is not key:
+                in_flight.popleft()
+        _, step = in_flight.popleft()
         if self.on_step is not None:
             step_ns = (now_ns - self._mark_ns) * self.gpus
             self.on_step(self.meter.step_parts(step), step_ns)
@@ -156,12 +170,14 @@ class EngineBooks:
     def bill(self, request_id: str, facts: RequestFacts, now_ns: int) -> Bill:
         """Close a request and return its final, numbered bill."""
         self._book_waiting(now_ns)
-        used = self.meter.close(request_id)
+        used = self.meter.close(request_id, now_ns)
         earlier = self._earlier.pop(request_id, None) or _Earlier(self.meter.model_version)
         earlier.add(self._hour, used)
+        if cached_tokens := facts["cached_tokens"]:
+            earlier.note_saved(saved_ns(self.meter.model(), cached_tokens))
         self._last_seq += 1
         for piece in earlier.pieces:
-            self._move("in_flight", "requests", piece.gpu_time_ns, piece.hour)
+            self._book_billed(piece.gpu_time_ns, piece.hour)
             self._billed_ns += piece.gpu_time_ns
         return Bill(
             run_id=self.run_id,
@@ -210,9 +226,9 @@ class EngineBooks:
     def write_off(self, request_id: str) -> None:
         """Book what an open request has accrued as lost: nobody will ever bill it."""
         earlier = self._earlier.pop(request_id, None)
-        self._move("in_flight", "lost", self.meter.discard(request_id), self._hour)
+        self._book_lost(self.meter.discard(request_id), self._hour)
         for piece in earlier.pieces if earlier else ():
-            self._move("in_flight", "lost", piece.gpu_time_ns, piece.hour)
+            self._book_lost(piece.gpu_time_ns, piece.hour)
 
     def switch_off(self, now_ns: int) -> None:
         """The meter gave up: all that is not yet billed, and all time from now on, is lost."""
@@ -296,7 +312,8 @@ class EngineBooks:
         return gpu_ns
 
     def _book_busy(self, gpu_ns: int, tail_ns: int) -> None:
-        self._add("in_flight", gpu_ns - tail_ns)
+        self._totals.in_flight += gpu_ns - tail_ns
+        self._cell.in_flight += gpu_ns - tail_ns
         if tail_ns:
             self._add("tail", tail_ns)
 
@@ -304,10 +321,15 @@ class EngineBooks:
         for totals in (self._totals, self._cell):
             setattr(totals, name, getattr(totals, name) + gpu_ns)
 
-    def _move(self, source: str, target: str, gpu_ns: int, hour: int) -> None:
+    def _book_billed(self, gpu_ns: int, hour: int) -> None:
         for totals in (self._totals, self._cell_of(hour)):
-            setattr(totals, source, getattr(totals, source) - gpu_ns)
-            setattr(totals, target, getattr(totals, target) + gpu_ns)
+            totals.in_flight -= gpu_ns
+            totals.requests += gpu_ns
+
+    def _book_lost(self, gpu_ns: int, hour: int) -> None:
+        for totals in (self._totals, self._cell_of(hour)):
+            totals.in_flight -= gpu_ns
+            totals.lost += gpu_ns
 
     # -- hours ------------------------------------------------------------------------------
 
@@ -319,7 +341,7 @@ class EngineBooks:
         return cell
 
     def _start_hour(self, hour: int, end_ns: int) -> None:
-        for request_id, used in self.meter.cut():
+        for request_id, used in self.meter.cut(self._mark_ns):
             earlier = self._earlier.setdefault(request_id, _Earlier(self.meter.model_version))
             earlier.add(self._hour, used)
         self._changed[self._hour] = self._number + 1
@@ -348,6 +370,21 @@ class EngineBooks:
             self._acknowledged_model = self._told_models.pop(number)
 
 
+def saved_ns(model: Model, cached_tokens: int) -> int:
+    """Return about how many GPU-ns it would have taken to compute the cached start of a prompt.
+
+    By the plane of the cost model that prefill is on, without its fixed part and that of the
+    sequence, which the rest of the prompt paid for. Token k meets k tokens of context; a chunk is
+    counted as if all its tokens met its last one's, so this is rather too little than too much.
+    """
+    _version, form, (compute, _memory, one), *_quality = model
+    _fixed, per_token, _per_sequence, per_product, _per_context = (
+        compute if form == TWO_PLANES else one
+    )
+    products = cached_tokens * (cached_tokens + 1) / 2
+    return int(per_token * cached_tokens + per_product * products)
+
+
 @dataclass(slots=True)
 class _Earlier:
     """What an open request had when the hour that is on began."""
@@ -359,8 +396,12 @@ class _Earlier:
 
     def add(self, hour: int, used: Accrued) -> None:
         """Add what was used in an hour."""
-        *amounts, steps, batch = used
-        if any(amounts) or not self.pieces:
-            self.pieces.append(UsagePiece(hour, *amounts))
-        self.steps += steps
-        self.batch += batch
+        piece = UsagePiece.of(hour, used)
+        if any(piece[1:]) or not self.pieces:
+            self.pieces.append(piece)
+        self.steps += used.steps
+        self.batch += used.batch
+
+    def note_saved(self, saved_ns: int) -> None:
+        """Note, in the latest hour, what the prefix cache saved."""
+        self.pieces[-1] = self.pieces[-1]._replace(saved_estimate_ns=saved_ns)

@@ -16,7 +16,8 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from time import monotonic_ns
+from typing import TypeVar, TypeVarTuple
 
 from vllm_cost_meter import __version__
 from vllm_cost_meter.attribution import NATIVE
@@ -29,7 +30,7 @@ from vllm_cost_meter.step_log import StepLogWriter
 
 logger = logging.getLogger("vllm.cost_meter")
 
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
 # Ids of ended requests that are remembered; a second end comes right after the first, if ever.
@@ -57,19 +58,25 @@ def process_created_ns() -> int:
 
 @dataclass(frozen=True, slots=True)
 class EngineIdentity:
-    """What an engine is, for its run's record. `parallelism` is e.g. "tp=2 pp=1 dp=1"."""
+    """What an engine is, for its run's record. `parallelism` is e.g. "tp=2 pp=1 dp=1".
+
+    Its KV cache has `kv_blocks` of `kv_block_size` tokens each; None where there is none.
+    """
 
     model: str
     engine_index: int
     vllm_version: str
     hardware: str
     parallelism: str
+    kv_blocks: int | None = None
+    kv_block_size: int | None = None
 
 
 class NoMeter:
     """Stands in where no meter could be made: every hook passes through."""
 
     riding = False
+    late = ()
 
     def run(self, hook: str, body: object, *args: object) -> None:
         """Do nothing."""
@@ -101,6 +108,7 @@ class EngineMeter:
             now_ns=time.monotonic_ns(),
             unix_ns=time.time_ns(),
             prior=prior,
+            kv_block_size=engine.kv_block_size or 0,
         )
         self.engine = engine
         self._step_log = self._open_step_log(step_log) if step_log is not None else None
@@ -114,23 +122,24 @@ class EngineMeter:
     def run(
         self,
         hook: str,
-        body: Callable[Concatenate["EngineMeter", int, P], R],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        body: Callable[["EngineMeter", int, *Ts], R],
+        *args: *Ts,
     ) -> R | None:
         """Call `body(self, now_ns, ...)` for `hook`. Never raises; None after an error."""
-        if self.guard.off:
+        guard = self.guard
+        if guard.off:
             return None
-        now_ns = time.monotonic_ns()
+        now_ns = monotonic_ns()
         try:
-            result = body(self, now_ns, *args, **kwargs)
-            self.guard.succeeded(hook)
+            result = body(self, now_ns, *args)
+            if guard.failing:
+                guard.succeeded(hook)
+            return result
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
             self._contain(hook, error)
             return None
         finally:
-            self.own_ns += time.monotonic_ns() - now_ns
-        return result
+            self.own_ns += monotonic_ns() - now_ns
 
     def placed(self, request_id: str, computed_tokens: int) -> None:
         """A request is about to run from `computed_tokens` on: the first time, or resumed."""
@@ -154,8 +163,9 @@ class EngineMeter:
         """A request has ended. Returns its bill if that can ride on its last output."""
         if self._has_ended(request_id):
             return None
-        # Idempotent; a request whose arrival was missed still gets its bill.
-        self.books.open(request_id, facts["prompt_tokens"], now_ns)
+        if not self.books.meter.is_open(request_id):
+            # Its arrival was missed; it still gets its bill.
+            self.books.open(request_id, facts["prompt_tokens"], now_ns)
         cached_tokens = self._cached_tokens.pop(request_id, 0)
         # The cache is consulted anew after a preemption, but never beyond the prompt.
         facts["cached_tokens"] = min(cached_tokens, facts["prompt_tokens"])
@@ -201,6 +211,8 @@ class EngineMeter:
             vllm_version=self.engine.vllm_version,
             hardware=self.engine.hardware,
             parallelism=self.engine.parallelism,
+            kv_blocks=self.engine.kv_blocks,
+            kv_block_size=self.engine.kv_block_size,
         )
         return self.books.snapshot(now_ns, time.time_ns(), acknowledged, facts)
 
@@ -230,11 +242,7 @@ class EngineMeter:
         """Tell whether this end was told before: ended lately, and not opened again since."""
         if request_id not in self._ended:
             return False
-        try:
-            self.books.meter.accrued(request_id)
-        except ValueError:  # not open
-            return True
-        return request_id in self._leaving
+        return request_id in self._leaving or not self.books.meter.is_open(request_id)
 
     def _reconcile(self, now_ns: int, known: Collection[str]) -> None:
         """Heal what a contained error left behind: nothing may stay open for ever."""

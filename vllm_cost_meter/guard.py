@@ -23,6 +23,11 @@ class Guard:
         self._in_a_row: dict[str, int] = {}
         self._logged: set[str] = set()
 
+    @property
+    def failing(self) -> bool:
+        """True while some hook's last call failed."""
+        return bool(self._in_a_row)
+
     def succeeded(self, hook: str) -> None:
         """Note that `hook` worked, which ends its row of failures."""
         if self._in_a_row:

@@ -2,21 +2,24 @@
 
 All amounts are integers of the smallest useful unit, units last in names (`_ns` is GPU-nanoseconds
 unless the name says wall time). GPU time is wall time multiplied by the GPUs of the engine, so the
-parts of a run add up to `wall x gpus` exactly. A record is built once, checked when built, and
-never changed. Unknown is None, never 0.
+parts of a run add up to `wall x gpus` exactly. A record is built once and never changed; what comes
+from another process is checked when it comes. Bills are named tuples, because the engine makes them
+between two steps: a frozen dataclass takes four times as long. Unknown is None, never 0.
 
 Invariant: `Snapshot.difference_ns == 0`, i.e. at any cut of a run
 *wall x gpus = requests + in_flight + idle + sleep + startup + tail + dummy + host + lost*.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+from vllm_cost_meter.accrued import Accrued
 
 NS_PER_SECOND = 1_000_000_000
+NS_PER_MS = 1_000_000
 NS_PER_HOUR = 3_600 * NS_PER_SECOND
 
 # The key under which a bill rides in a request's trace headers. HTTP header syntax, lower case,
@@ -27,6 +30,8 @@ CARRIER_ID = "cost-meter-late-bills"
 
 # Time of a run that is nobody's request. Each is a row `__name__` of a tenant report.
 OVERHEAD_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
+TWO_PLANES = "two planes"  # a form of the cost model; the other is "one plane"
+
 CLASSES = ("requests", "in_flight", *OVERHEAD_CLASSES)
 
 
@@ -63,11 +68,12 @@ def unix_ns_of(text: str) -> int:
     return seconds * NS_PER_SECOND + since_epoch.microseconds * 1000
 
 
-@dataclass(frozen=True, slots=True)
-class UsagePiece:
+class UsagePiece(NamedTuple):
     """What one engine request used within one UTC hour; fields as in `Accrued`.
 
-    `hour` counts hours since the epoch.
+    `hour` counts hours since the epoch. `kv_block_ms` is blocks of the KV cache x milliseconds: in
+    nanoseconds, the sum of a large server's bills would not fit 64 bits. `saved_estimate_ns` is
+    what computing the cached tokens would have taken, by the cost model when it was billed.
     """
 
     hour: int
@@ -80,14 +86,20 @@ class UsagePiece:
     recomputed_tokens: int = 0
     rejected_ns: int = 0
     rejected_tokens: int = 0
+    kv_block_ms: int = 0
+    saved_estimate_ns: int = 0
 
     @property
     def gpu_time_ns(self) -> int:
         return self.prefill_ns + self.decode_ns
 
+    @classmethod
+    def of(cls, hour: int, used: Accrued) -> Self:
+        """Return the piece of an hour in which so much accrued."""
+        return cls(hour, *used[:9], used.kv_block_ns // NS_PER_MS)
 
-@dataclass(frozen=True, slots=True)
-class Bill:
+
+class Bill(NamedTuple):
     """The final account of one engine request, numbered `seq` (from 1) within its run.
 
     `batch` is the sum, over its steps, of the requests in the step; `first_model` and `last_model`
@@ -109,12 +121,6 @@ class Bill:
     last_model: int
     pieces: tuple[UsagePiece, ...]
 
-    def __post_init__(self) -> None:
-        if self.seq < 1:
-            raise ValueError(f"a bill's seq starts at 1, got {self.seq}")
-        if any(piece.prefill_ns < 0 or piece.decode_ns < 0 for piece in self.pieces):
-            raise ValueError(f"a bill's pieces cannot be negative: {self.pieces}")
-
     @property
     def prefill_ns(self) -> int:
         return self.sum_of("prefill_ns")
@@ -134,23 +140,6 @@ class Bill:
     def sum_of(self, name: str) -> int:
         """Return the sum of a field over the pieces."""
         return sum(getattr(piece, name) for piece in self.pieces)
-
-    def to_json(self) -> str:
-        """Return the compact form that rides in-band: an array, in field order."""
-        values: list[Any] = [getattr(self, name) for name in _BILL_FIELDS]
-        values[-1] = [[getattr(piece, name) for name in _PIECE_FIELDS] for piece in self.pieces]
-        return json.dumps(values, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Parse `to_json`'s form. Raises ValueError or TypeError on anything else."""
-        values = dict(zip(_BILL_FIELDS, json.loads(text), strict=True))
-        values["pieces"] = tuple(UsagePiece(*piece) for piece in values["pieces"])
-        return cls(**values)
-
-
-_BILL_FIELDS = tuple(f.name for f in fields(Bill))
-_PIECE_FIELDS = tuple(f.name for f in fields(UsagePiece))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +163,7 @@ class CostModel:
 
     @property
     def two_planes(self) -> bool:
-        return self.form == "two planes"
+        return self.form == TWO_PLANES
 
     @property
     def error(self) -> float:
@@ -226,8 +215,9 @@ class Snapshot:
     `wall_ns` is wall time since the engine process was created. `last_seq` is the number of the
     last bill written up to this instant, `billed_ns` the sum of all bills up to it. `own_ns` is the
     wall time the meter's own hooks took. `state` is "on" or, after too many errors, "off". `prior`
-    says where the cost model started from. `hours` holds the totals of those hours that changed
-    since the snapshot the reader acknowledged, `cost_models` the models that were published since.
+    says where the cost model started from. The KV cache has `kv_blocks` of `kv_block_size` tokens
+    each, None if there is none. `hours` holds the totals of those hours that changed since the
+    snapshot the reader acknowledged, `cost_models` the models that were published since.
     """
 
     run_id: str
@@ -250,6 +240,8 @@ class Snapshot:
     model: str
     hardware: str
     parallelism: str
+    kv_blocks: int | None
+    kv_block_size: int | None
     method: str
     native: bool
     engine_index: int

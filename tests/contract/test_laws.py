@@ -44,6 +44,7 @@ ENGINE_SIDE = {
         "books",
         "attribution",
         "records",
+        "wire",
         "step_log",
         "energy",
         "energy_shares",

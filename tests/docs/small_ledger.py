@@ -34,7 +34,7 @@ BILL = Bill(
     batch=12,
     first_model=1,
     last_model=3,
-    pieces=(UsagePiece(HOUR, 100, 200, 8, 4, 150, 10, 1, 20, 2),),
+    pieces=(UsagePiece(HOUR, 100, 200, 8, 4, 150, 10, 1, 20, 2, 6, 40),),
 )
 PART = EngineRequest(
     bill=BILL,
@@ -89,6 +89,8 @@ SNAPSHOT = Snapshot(
     model="m",
     hardware="NVIDIA H100 80GB HBM3",
     parallelism="tp=1 pp=1 dp=1",
+    kv_blocks=1000,
+    kv_block_size=16,
     method="shapley",
     prior="ModelMetrics",
     cost_models=(COST_MODEL,),

@@ -28,6 +28,8 @@ ENGINE = EngineFacts(
     meter_version="0.1.0",
     hardware="a GPU",
     parallelism="tp=1 pp=1 dp=1",
+    kv_blocks=None,
+    kv_block_size=None,
 )
 ENDED = RequestFacts(
     engine_status="stopped", prompt_tokens=0, cached_tokens=0, output_tokens=0, preemptions=0
@@ -110,7 +112,7 @@ def test_the_tail_of_the_example_is_half_of_the_step():
     books.bill("A", ENDED, 2701)
     books.end_step(3, 3001)
     assert look(books, 3001).totals.tail == 150
-    assert sum(books.meter.accrued("B")[:2]) == 301 + 150
+    assert sum(books.meter.accrued("B", 3001)[:2]) == 301 + 150
     assert "`tail` the other 150" in EXAMPLE.replace("\n", " ")
 
 

@@ -89,6 +89,7 @@ COEFFICIENTS = st.floats(0, 1e9, allow_subnormal=False)
 PLANES = st.tuples(*[COEFFICIENTS] * 5)
 PRIORS = st.tuples(PLANES, PLANES, PLANES)
 ANY_REQUEST = st.sampled_from(REQUESTS)
+PASSED_NS = st.one_of(st.integers(-5, 100), st.integers(0, 2**62))
 ANY_STEP = st.integers(0, 3)  # how many steps back from the newest
 
 
@@ -99,10 +100,12 @@ class Lockstep(RuleBasedStateMachine):
         method=st.sampled_from(_attribution_py.METHODS),
         prior=st.none() | PRIORS,
         trusted=st.booleans(),
+        block_size=st.sampled_from([0, 1, 16, 2**31 - 1]),
     )
-    def start(self, method, prior, trusted):
-        self.native = _attribution_c.StepMeter(method, prior, trusted)
-        self.twin = _attribution_py.StepMeter(method, prior, trusted)
+    def start(self, method, prior, trusted, block_size):
+        self.native = _attribution_c.StepMeter(method, prior, trusted, block_size)
+        self.twin = _attribution_py.StepMeter(method, prior, trusted, block_size)
+        self.now_ns = 10
         self.newest = 0
         self.batch = {}
         self.given_ns = self.taken_ns = 0
@@ -115,6 +118,19 @@ class Lockstep(RuleBasedStateMachine):
         assert type(native) is type(twin)
         return native
 
+    @rule(passed_ns=PASSED_NS)
+    def the_clock_moves(self, passed_ns):
+        self.now_ns = min(max(0, self.now_ns + passed_ns), 2**63 - 1)
+
+    @rule(now_ns=st.sampled_from([-1, 2**63, None]), request_id=ANY_REQUEST)
+    def the_clock_is_wrong(self, now_ns, request_id):
+        for name, *args in (("begin", {}), ("release", request_id), ("cut",)):
+            assert "now_ns: expected an int" in self.both(name, *args, now_ns)
+
+    @rule(request_id=ANY_REQUEST)
+    def release(self, request_id):
+        self.both("release", request_id, self.now_ns)
+
     @rule(request_id=ANY_REQUEST, prompt_tokens=COUNTS)
     def open(self, request_id, prompt_tokens):
         self.both("open", request_id, prompt_tokens)
@@ -126,7 +142,7 @@ class Lockstep(RuleBasedStateMachine):
     @rule(batch=st.dictionaries(ANY_REQUEST, COUNTS, max_size=6))
     def begin_any_batch(self, batch):
         self.batch = batch
-        self.newest = self.both("begin", batch)
+        self.newest = self.both("begin", batch, self.now_ns)
 
     @rule(leaving=st.sets(ANY_REQUEST, max_size=2), arriving=st.sets(ANY_REQUEST, max_size=2))
     def begin_much_the_same_batch(self, leaving, arriving):
@@ -137,7 +153,7 @@ class Lockstep(RuleBasedStateMachine):
     def begin_wrongly(self, tokens, place):
         batch = dict.fromkeys([*REQUESTS[:place], "someone new", *REQUESTS[place:]], 1)
         batch[REQUESTS[place]] = tokens
-        assert "expected an int from 0 to" in self.both("begin", batch)
+        assert "expected an int from 0 to" in self.both("begin", batch, self.now_ns)
 
     @rule(back=ANY_STEP, gpu_ns=TIMES)
     def share(self, back, gpu_ns):
@@ -161,8 +177,8 @@ class Lockstep(RuleBasedStateMachine):
 
     @rule(request_id=ANY_REQUEST)
     def close(self, request_id):
-        accrued = self.both("accrued", request_id)
-        closed = self.both("close", request_id)
+        accrued = self.both("accrued", request_id, self.now_ns)
+        closed = self.both("close", request_id, self.now_ns)
         assert closed == accrued
         if isinstance(closed, tuple):
             self.taken_ns += closed[0] + closed[1]
@@ -184,7 +200,7 @@ class Lockstep(RuleBasedStateMachine):
 
     @rule()
     def cut(self):
-        pieces = self.both("cut")
+        pieces = self.both("cut", self.now_ns)
         self.taken_ns += sum(sum(accrued[:2]) for _, accrued in pieces)
 
     @rule()
@@ -208,18 +224,17 @@ class Lockstep(RuleBasedStateMachine):
         self.both("models", -1)
         self.both("planes")
         for request_id in self.both("request_ids"):
-            accrued = self.both("accrued", request_id)
+            accrued = self.both("accrued", request_id, self.now_ns)
             both_ns = accrued.prefill_ns + accrued.decode_ns
             assert accrued.recomputed_ns <= accrued.prefill_ns
             assert accrued.rejected_ns <= both_ns
         for back in range(4):
-            self.both("step_requests", self.newest - back)
             self.both("step_parts", self.newest - back)
 
     @invariant()
     def no_nanosecond_appears_or_vanishes(self):
         assert self.given_ns == self.taken_ns + self.native.open_ns
-        accrued = [self.native.accrued(request_id) for request_id in self.native.request_ids()]
+        accrued = [self.native.accrued(i, self.now_ns) for i in self.native.request_ids()]
         assert sum(prefill + decode for prefill, decode, *_ in accrued) == self.native.open_ns
 
 

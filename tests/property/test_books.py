@@ -30,6 +30,8 @@ FACTS = EngineFacts(
     meter_version="0",
     hardware="a GPU",
     parallelism="tp=1 pp=1 dp=1",
+    kv_blocks=None,
+    kv_block_size=None,
 )
 
 

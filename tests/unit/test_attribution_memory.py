@@ -6,12 +6,14 @@ import tracemalloc
 from tests.unit.test_attribution import copy_of
 from vllm_cost_meter import _attribution_c
 
+NOW = 0
+
 
 class TestNativeMemory:
     def run_steps(self, meter, ids, count):
-        in_flight = meter.begin(dict.fromkeys(ids, 1))
+        in_flight = meter.begin(dict.fromkeys(ids, 1), NOW)
         for _ in range(count):
-            step = meter.begin(dict.fromkeys(ids, 1))
+            step = meter.begin(dict.fromkeys(ids, 1), NOW)
             meter.settle(in_flight, 10**6)
             meter.drained()
             in_flight = step
@@ -20,14 +22,14 @@ class TestNativeMemory:
     def test_steady_step_allocates_nothing_per_request(self):
         meter = _attribution_c.StepMeter("tokens")
         scheduled = dict.fromkeys([f"r{n}" for n in range(2000)], 1)
-        for _ in range(8):
-            meter.settle(meter.begin(scheduled), 10**6)
+        for _ in range(257):  # the next model is published at step 512, and is kept
+            meter.settle(meter.begin(scheduled, NOW), 10**6)
         tracemalloc.start()
         try:
             before, _ = tracemalloc.get_traced_memory()
             tracemalloc.reset_peak()
             for _ in range(100):
-                meter.settle(meter.begin(scheduled), 10**6)
+                meter.settle(meter.begin(scheduled, NOW), 10**6)
                 meter.drained()
             after, peak = tracemalloc.get_traced_memory()
         finally:
@@ -42,9 +44,9 @@ class TestNativeMemory:
             for generation in range(generations):
                 ids = [f"{generation}-{n}" for n in range(500)]
                 self.run_steps(meter, ids, 3)
-                meter.begin(dict.fromkeys(ids, 1))  # closed with a step in flight
+                meter.begin(dict.fromkeys(ids, 1), NOW)  # closed with a step in flight
                 for request_id in ids:
-                    meter.close(request_id)
+                    meter.close(request_id, NOW)
             meter.abandon()
             current, _ = tracemalloc.get_traced_memory()
             return meter, current
@@ -65,8 +67,8 @@ class TestNativeMemory:
         same = copy_of("an id of its own")
         before = sys.getrefcount(request_id), sys.getrefcount(same)
         meter.open(request_id, 1)
-        step = meter.begin({same: 1})
-        meter.begin({request_id: 1})
-        meter.close(same)
+        step = meter.begin({same: 1}, NOW)
+        meter.begin({request_id: 1}, NOW)
+        meter.close(same, NOW)
         meter.settle(step, 1)
         assert (sys.getrefcount(request_id), sys.getrefcount(same)) == before

@@ -179,6 +179,7 @@ def test_a_request_row_has_the_names_that_others_rely_on(ledger):
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "prefill_ns": 100,
         "decode_ns": 200, "cost_nanousd": 7, "cost_usd": "0.000000007", "method": "tokens",
         "marginal_ns": 0, "marginal_cost_usd": None, "recomputed_ns": 0, "rejected_ns": 0,
+        "kv_block_ms": 0, "saved_estimate_ns": 0,
         "started_at": "2027-01-15T08:00:00.000000Z", "finished_at": "2027-01-15T08:00:00.003000Z",
         "queue_ms": 1.0, "ttft_ms": 2.0, "tpot_ms": 3.0, "e2e_ms": 4.0,
     }  # fmt: skip
@@ -449,3 +450,20 @@ def test_nobody_waits_twice_for_the_same_missing_bill_nor_for_a_dead_run(ledger)
     ledger.write(snapshot([part(1, run_id="old")], run_id="old"))
     ledger.audit(settle_s=5, now_ns=NOW + 10**12)
     assert time.monotonic() - started < 4
+
+
+def test_a_tenants_share_of_the_cache_is_its_blocks_over_time(ledger):
+    pieces = (UsagePiece(HOUR, 100, 200, 8, 5, kv_block_ms=30, saved_estimate_ns=7),)
+    bills = [part(1, pieces=pieces), part(2, pieces=pieces), part(3, "h2", tenant="bob")]
+    totals = ClassTotals(requests=900, idle=10 * 10**6 - 900)
+    ledger.write(*bills, snapshot(bills, totals=totals, kv_blocks=20))
+    rows = ledger.rows()
+    assert (rows["alice"]["kv_block_ms"], rows["alice"]["saved_estimate_ns"]) == (60, 14)
+    assert rows["alice"]["kv_cache_share"] == 60 / (20 * 10)
+    assert rows["bob"]["kv_cache_share"] == 0
+    assert rows["__idle__"]["kv_cache_share"] is None
+
+
+def test_a_cache_of_unknown_size_has_no_shares(ledger):
+    ledger.write(part(1), snapshot([part(1)], kv_blocks=None))
+    assert ledger.rows()["alice"]["kv_cache_share"] is None

@@ -90,7 +90,7 @@ def driven(*steps: tuple[int, int, int]) -> tuple[int, int]:
     driver = _Driver("tokens")
     for tokens, position, prompt in steps:
         driver.settle(LoggedStep(0, 100, [Part("a", tokens, position, prompt)]))
-    return driver._meter.accrued("a")[:2]
+    return driver._meter.accrued("a", 0)[:2]
 
 
 def test_what_is_computed_again_after_a_preemption_is_prefill():

@@ -24,6 +24,7 @@ from vllm_cost_meter.pricing import parse_price
 from vllm_cost_meter.records import (
     CLASSES,
     NS_PER_HOUR,
+    NS_PER_MS,
     NS_PER_SECOND,
     rfc3339,
     unix_ns_of,
@@ -126,6 +127,16 @@ class Cut:
     def overhead_ns(self, name: str) -> dict[str, int]:
         """Return the time of one class, run by run."""
         return {run.run_id: run.classes[name] for run in self.runs}
+
+    def kv_cache_block_ms(self) -> float | None:
+        """Return the KV cache of all runs x their time; None if a run does not know its size."""
+        block_ms = 0.0
+        for run in self.runs:
+            if run.row["kv_blocks"] is None:
+                return None
+            wall_ms = run.total_ns() / (int(run.row["gpus"]) * NS_PER_MS)
+            block_ms += int(run.row["kv_blocks"]) * wall_ms
+        return block_ms
 
     def at(self) -> str | None:
         """Return the instant of the latest snapshot."""

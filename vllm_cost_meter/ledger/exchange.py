@@ -42,6 +42,8 @@ PART_COLUMNS = (
     "recomputed_tokens",
     "rejected_ns",
     "rejected_tokens",
+    "kv_block_ms",
+    "saved_estimate_ns",
     "preemptions",
     "steps",
     "batch",
@@ -56,8 +58,16 @@ PART_COLUMNS = (
 )
 
 
-# Of an exchange's GPU time; what a request that never reached an engine has none of.
-PART_TIMES = ("prefill_ns", "decode_ns", "marginal_ns", "recomputed_ns", "rejected_ns")
+# Of an exchange's GPU time and cache; what a request that never reached an engine has none of.
+PART_SUMS = (
+    "prefill_ns",
+    "decode_ns",
+    "marginal_ns",
+    "recomputed_ns",
+    "rejected_ns",
+    "kv_block_ms",
+    "saved_estimate_ns",
+)
 
 
 def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
@@ -117,8 +127,8 @@ def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
 
 def _gpu_time(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
     if not parts:
-        return {"gpu_time_ns": told.get("gpu_time_ns"), **dict.fromkeys(PART_TIMES)}
-    return {name: sum(part[name] for part in parts) for name in ("gpu_time_ns", *PART_TIMES)}
+        return {"gpu_time_ns": told.get("gpu_time_ns"), **dict.fromkeys(PART_SUMS)}
+    return {name: sum(part[name] for part in parts) for name in ("gpu_time_ns", *PART_SUMS)}
 
 
 def _cost(told: Row, parts: Sequence[Row]) -> int | None:

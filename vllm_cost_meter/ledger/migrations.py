@@ -37,6 +37,12 @@ STEPS: Mapping[int, tuple[str, ...]] = {
         *_added("usage_pieces", _COUNT, *_WASTED),
         # The table cost_models is made as every missing table is.
     ),
+    2: (
+        *_added("runs", "BIGINT", "kv_blocks"),
+        *_added("runs", "INTEGER", "kv_block_size"),
+        *_added("requests", _COUNT, "kv_block_ms", "saved_estimate_ns"),
+        *_added("usage_pieces", _COUNT, "kv_block_ms", "saved_estimate_ns"),
+    ),
 }
 
 

@@ -58,6 +58,8 @@ def part_row(part: EngineRequest) -> Row:
         "recomputed_tokens": bill.sum_of("recomputed_tokens"),
         "rejected_ns": bill.sum_of("rejected_ns"),
         "rejected_tokens": bill.sum_of("rejected_tokens"),
+        "kv_block_ms": bill.sum_of("kv_block_ms"),
+        "saved_estimate_ns": bill.sum_of("saved_estimate_ns"),
         "preemptions": bill.preemptions,
         "steps": bill.steps,
         "batch": bill.batch,
@@ -90,6 +92,8 @@ def piece_rows(part: EngineRequest) -> list[Row]:
             "recomputed_tokens": piece.recomputed_tokens,
             "rejected_ns": piece.rejected_ns,
             "rejected_tokens": piece.rejected_tokens,
+            "kv_block_ms": piece.kv_block_ms,
+            "saved_estimate_ns": piece.saved_estimate_ns,
         }
         for piece in bill.pieces
     ]
@@ -136,6 +140,8 @@ def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
         "gpus": snapshot.gpus,
         "hardware": snapshot.hardware,
         "parallelism": snapshot.parallelism,
+        "kv_blocks": snapshot.kv_blocks,
+        "kv_block_size": snapshot.kv_block_size,
         "method": snapshot.method,
         "vllm_version": snapshot.vllm_version,
         "meter_version": snapshot.meter_version,

@@ -24,7 +24,7 @@ from sqlalchemy import (
 
 from vllm_cost_meter.records import CLASSES
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = MetaData()
 
@@ -57,6 +57,8 @@ runs = Table(
     Column("gpus", Integer, nullable=False),
     Column("hardware", Text, nullable=False),
     Column("parallelism", Text, nullable=False),
+    Column("kv_blocks", BigInteger),
+    Column("kv_block_size", Integer),
     Column("method", Text, nullable=False),
     Column("vllm_version", Text, nullable=False),
     Column("meter_version", Text, nullable=False),
@@ -168,6 +170,8 @@ requests = Table(
     Column("recomputed_tokens", BigInteger, nullable=False),
     Column("rejected_ns", BigInteger, nullable=False),
     Column("rejected_tokens", BigInteger, nullable=False),
+    Column("kv_block_ms", BigInteger, nullable=False),
+    Column("saved_estimate_ns", BigInteger, nullable=False),
     Column("preemptions", Integer, nullable=False),
     Column("steps", BigInteger, nullable=False),
     Column("batch", BigInteger, nullable=False),
@@ -206,6 +210,8 @@ usage_pieces = Table(
     Column("recomputed_tokens", BigInteger, nullable=False),
     Column("rejected_ns", BigInteger, nullable=False),
     Column("rejected_tokens", BigInteger, nullable=False),
+    Column("kv_block_ms", BigInteger, nullable=False),
+    Column("saved_estimate_ns", BigInteger, nullable=False),
     Index("ix_usage_pieces_hour", "hour", "tenant"),
     # Clustered by key: "all pieces of a run up to a bill" is one range of the file.
     sqlite_with_rowid=False,

@@ -29,21 +29,23 @@ Prices = Mapping[str, Decimal | None]
 def tenant_rows(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
     """Return one row for each tenant, the most GPU time first, then one for each class."""
     prices = cut.price_of()
-    used = _gpu_time(connection, cut)
+    used = _used(connection, cut)
     counted = _counts(connection, cut.window)
+    cache_ms = cut.kv_cache_block_ms()
     rows = []
     for tenant in used.keys() | counted.keys():
         per_run = used.get(tenant, {})
         counts = counted.get(tenant, (0, 0, 0, 0))
-        prefill_ns = sum(prefill for prefill, _ in per_run.values())
-        decode_ns = sum(decode for _, decode in per_run.values())
-        spent = {run_id: sum(ns) for run_id, ns in per_run.items()}
-        row = {"tenant": tenant, **dict(zip(_COUNTS, counts, strict=True))}
-        rows.append({**row, **_money(spent, prices, prefill_ns, decode_ns)})
+        spent = {run_id: sums["prefill_ns"] + sums["decode_ns"] for run_id, sums in per_run.items()}
+        totals = {name: sum(sums[name] for sums in per_run.values()) for name in _SUMS}
+        share = totals["kv_block_ms"] / cache_ms if cache_ms else None
+        cache = {**totals, "kv_cache_share": share}
+        rows.append(_row(tenant, dict(zip(_COUNTS, counts, strict=True)), spent, cache, prices))
     rows.sort(key=lambda row: (-row["gpu_time_ns"], row["tenant"]))
+    of_none = dict.fromkeys((*_SUMS, "kv_cache_share"))
     for name in OVERHEAD_ROWS:
-        row = {"tenant": f"__{name}__", **dict.fromkeys(_COUNTS), "requests": 0}
-        rows.append({**row, **_money(cut.overhead_ns(name), prices, None, None)})
+        no_counts = {**dict.fromkeys(_COUNTS), "requests": 0}
+        rows.append(_row(f"__{name}__", no_counts, cut.overhead_ns(name), of_none, prices))
     return rows
 
 
@@ -87,33 +89,50 @@ _TOKENS = ("prompt_tokens", "cached_tokens", "output_tokens")
 _COUNTS = ("requests", *_TOKENS)
 
 
-def _money(
-    spent_ns: Mapping[str, int], prices: Prices, prefill_ns: int | None, decode_ns: int | None
+# Of the usage pieces of a tenant.
+_SUMS = (
+    "prefill_ns",
+    "decode_ns",
+    "marginal_ns",
+    "recomputed_ns",
+    "rejected_ns",
+    "saved_estimate_ns",
+    "kv_block_ms",
+)
+
+
+def _row(
+    tenant: str,
+    counts: Mapping[str, int | None],
+    spent_ns: Mapping[str, int],
+    sums: Mapping[str, float | None],
+    prices: Prices,
 ) -> dict[str, Any]:
     cost = cost_of(spent_ns, prices)
     return {
+        "tenant": tenant,
+        **counts,
         "gpu_time_ns": sum(spent_ns.values()),
-        "prefill_ns": prefill_ns,
-        "decode_ns": decode_ns,
+        **sums,
         "cost_nanousd": cost,
         "cost_usd": format_usd(cost),
     }
 
 
-def _gpu_time(connection: Connection, cut: Cut) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return prefill and decode time by tenant and run, of the bills up to the cut."""
+def _used(connection: Connection, cut: Cut) -> dict[str, dict[str, dict[str, int]]]:
+    """Return what the bills up to the cut used, by tenant and run."""
     if not cut.runs:
         return {}
     at, p = cut.cte(), usage_pieces.c
     used = (
-        select(p.tenant, p.run_id, func.sum(p.prefill_ns), func.sum(p.decode_ns))
+        select(p.tenant, p.run_id, *(func.sum(p[name]) for name in _SUMS))
         .join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
         .where(cut.window.on_hours(p.hour))
         .group_by(p.tenant, p.run_id)
     )
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    for tenant, run_id, prefill_ns, decode_ns in connection.execute(used):
-        found.setdefault(tenant, {})[run_id] = (int(prefill_ns), int(decode_ns))
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for tenant, run_id, *sums in connection.execute(used):
+        found.setdefault(tenant, {})[run_id] = dict(zip(_SUMS, map(int, sums), strict=True))
     return found
 
 

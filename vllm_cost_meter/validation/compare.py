@@ -62,9 +62,9 @@ class MeterSplitter:
         self._close(step)
 
     def split(self, step: TraceStep, game: StepGame) -> Floats:
-        self._meter.cut()
+        self._meter.cut(0)
         self._settle(step)
-        shares = {name: used.prefill_ns + used.decode_ns for name, used in self._meter.cut()}
+        shares = {name: used.prefill_ns + used.decode_ns for name, used in self._meter.cut(0)}
         self._close(step)
         return np.array([shares.get(self._ids[number], 0) for number in step.requests], dtype=float)
 
@@ -73,12 +73,12 @@ class MeterSplitter:
             self._meter.open(self._ids[number], self._trace.prompt_tokens[number])
             self._meter.position(self._ids[number], self._trace.first_positions[number], False)
         ids = [self._ids[number] for number in step.requests]
-        begun = self._meter.begin(dict(zip(ids, step.tokens.tolist(), strict=True)))
+        begun = self._meter.begin(dict(zip(ids, step.tokens.tolist(), strict=True)), 0)
         self._meter.settle(begun, step.gpu_time_ns)
 
     def _close(self, step: TraceStep) -> None:
         for number in step.ended:
-            self._meter.close(self._ids[number])
+            self._meter.close(self._ids[number], 0)
 
 
 class LeaveOneOut:

@@ -109,7 +109,7 @@ class _Driver:
     def settle(self, step: LoggedStep) -> None:
         for part in step.parts:
             self._place(part)
-        begun = self._meter.begin({part.request_id: part.tokens for part in step.parts})
+        begun = self._meter.begin({part.request_id: part.tokens for part in step.parts}, 0)
         self._meter.settle(begun, step.gpu_time_ns)
 
     def totals(self) -> dict[str, int]:
@@ -134,7 +134,7 @@ class _Driver:
 
     def _close(self, request_id: str) -> None:
         del self._known[request_id]
-        prefill_ns, decode_ns, *_ = self._meter.close(request_id)
+        prefill_ns, decode_ns, *_ = self._meter.close(request_id, 0)
         before_ns = self._closed_ns.get(request_id, 0)
         self._closed_ns[request_id] = before_ns + prefill_ns + decode_ns
 
