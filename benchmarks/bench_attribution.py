@@ -70,7 +70,9 @@ class Traffic:
     def depart(self, count: int) -> None:
         for _ in range(count):
             self.departures += 1
-            self.meter.close(self.running.pop(self.departures * 47 % len(self.running)), self.now_ns)
+            self.meter.close(
+                self.running.pop(self.departures * 47 % len(self.running)), self.now_ns
+            )
 
     def timed_step(self) -> int:
         """Return the ns that a step takes the meter."""
@@ -102,7 +104,10 @@ def measure(
     running: int, method: str, blocks: int, chunks: int = 1, meters: tuple[str, ...] = tuple(METERS)
 ) -> dict[str, float]:
     """Return the ns per step and per request of the meters at one batch size."""
-    traffic = {name: Traffic(METERS[name](method, PRIOR, True, BLOCK_SIZE), running, chunks) for name in meters}
+    traffic = {
+        name: Traffic(METERS[name](method, PRIOR, True, BLOCK_SIZE), running, chunks)
+        for name in meters
+    }
     for _ in range(ALL_STEPS):
         traffic["native"].timed_step()
     block_means: dict[str, list[float]] = {name: [] for name in meters}

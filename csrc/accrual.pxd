@@ -4,7 +4,7 @@
 Invariant: what `accrue` adds to open requests plus the tail it returns is the time it was given.
 """
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 from csrc.fit cimport Fit
 from csrc.requests cimport PREFILL, Requests, Rest, Slot, end_of_last_step
@@ -57,6 +57,7 @@ cdef inline int64_t accrue(
             tail_ns += share_ns
         else:
             slot.ns[part.phase] += share_ns
+            slot.step_ns = min(slot.step_ns + <uint64_t>total_ns, <uint64_t>INT64_MAX)
             slot.marginal_ns += margin_of(&margins, compute, memory, part)
             if part.tokens > 1 or part.phase == PREFILL:
                 count_wasted(&requests.rests[part.slot], part, share_ns, ends)

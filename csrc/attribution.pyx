@@ -20,7 +20,6 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t, uint32_t
-from libc.string cimport memset
 
 from csrc.accrual cimport accrue, drop, take_out
 from csrc.checks cimport (
@@ -211,6 +210,7 @@ cdef class StepMeter:
             rest.rejected_ns,
             rest.rejected_tokens,
             rest.kv_block_ns,
+            <int64_t>slot.step_ns,
             slot.ended - rest.dropped - rest.steps_before,
             slot.batch,
         )
@@ -249,8 +249,7 @@ cdef class StepMeter:
         """Record a step: the tokens scheduled for each request, in scheduler order."""
         cdef int64_t since_ns = instant(now_ns)
         cdef Step *step = make_room(&self.ring, <uint32_t>PyDict_Size(scheduled))
-        cdef uint32_t full = self.fill_in(scheduled, step)
-        cdef uint32_t k
+        cdef uint32_t full = self.fill_in(scheduled, step), k
         for k in range(full):
             hold_blocks(&self.requests, step.parts[self.ring.weights[k]].slot, since_ns)
         self.ring.newest += 1

@@ -32,6 +32,7 @@ cdef struct Slot:  # what a step touches of one request
     uint32_t batch  # since the last cut, as all that follows: the sum of requests in its steps
     uint32_t tokens[2]  # by phase, as the ns
     int64_t ns[2]
+    uint64_t step_ns  # of its steps in all
     double marginal_ns
 
 cdef struct Rest:  # what is rarely touched
@@ -184,6 +185,7 @@ cdef inline void reset(Requests *requests, uint32_t number) noexcept nogil:
     slot.ns[PREFILL] = slot.ns[DECODE] = 0
     slot.tokens[PREFILL] = slot.tokens[DECODE] = slot.batch = 0
     slot.marginal_ns = 0.0
+    slot.step_ns = 0
     rest.steps_before = slot.ended - rest.dropped
     rest.recomputed_ns = rest.rejected_ns = rest.kv_block_ns = 0
     rest.recomputed_tokens = rest.rejected_tokens = 0

@@ -266,7 +266,7 @@ class StepMeter:
         shares = _shares(gpu_ns, weights)
         for part, share_ns, marginal_ns in zip(parts, shares, margins, strict=True):
             if part.request.is_open:
-                part.pay(share_ns, marginal_ns)
+                part.pay(share_ns, marginal_ns, gpu_ns)
             else:
                 tail_ns += share_ns
         self.open_ns += gpu_ns - tail_ns

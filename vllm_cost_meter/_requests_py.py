@@ -33,6 +33,7 @@ class Request:
     rejected_ns: int = 0
     rejected_tokens: int = 0
     kv_block_ns: int = 0
+    step_ns: int = 0
     steps: int = 0
     batch: int = 0
     blocks: int = 0  # of the KV cache that it holds, counted until blocks_since_ns
@@ -99,9 +100,10 @@ class Part:
         self.rejected = min(tokens, max(self.work.tokens - 1, 0))
         self.request.position -= min(self.rejected, self.request.position)
 
-    def pay(self, share_ns: int, marginal_ns: float) -> None:
+    def pay(self, share_ns: int, marginal_ns: float, step_ns: int) -> None:
         """Take a share of the step's time."""
         request = self.request
+        request.step_ns = min(request.step_ns + step_ns, NS_MAX)
         request.marginal_ns += marginal_ns
         if self.is_prefill:
             request.prefill_ns += share_ns

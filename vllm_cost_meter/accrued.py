@@ -11,9 +11,10 @@ class Accrued(NamedTuple):
     """GPU time in GPU-ns and tokens computed, by phase; time and tokens add up to the steps'.
 
     `marginal_ns` is what the steps would have saved without the request, by the cost model.
-    Recomputed is what a preemption threw away and had done again; rejected is what drafts cost
-    that were not accepted. `kv_block_ns` is the blocks of the KV cache that it held x wall time, at
-    most 2**63 - 1. `batch` is the sum, over its steps, of the requests in the step.
+    Recomputed is what a preemption threw away and had done again; rejected is what drafts cost that
+    were not accepted. `kv_block_ns` is the blocks of the KV cache that it held x wall time, at most
+    2**63 - 1; `step_ns` is what its steps took in all, of which it has its share. `batch` is the
+    sum, over its steps, of the requests in the step.
     """
 
     prefill_ns: int = 0
@@ -26,5 +27,6 @@ class Accrued(NamedTuple):
     rejected_ns: int = 0
     rejected_tokens: int = 0
     kv_block_ns: int = 0
+    step_ns: int = 0
     steps: int = 0
     batch: int = 0

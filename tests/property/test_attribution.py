@@ -227,7 +227,7 @@ class Lockstep(RuleBasedStateMachine):
             accrued = self.both("accrued", request_id, self.now_ns)
             both_ns = accrued.prefill_ns + accrued.decode_ns
             assert accrued.recomputed_ns <= accrued.prefill_ns
-            assert accrued.rejected_ns <= both_ns
+            assert accrued.rejected_ns <= both_ns <= accrued.step_ns
         for back in range(4):
             self.both("step_parts", self.newest - back)
 

@@ -1,4 +1,4 @@
-"""Goal: KV residency is blocks x wall time, on the native attribution and its twin."""
+"""Goal: KV residency is blocks x wall time, and what steps took in all is known, on both meters."""
 
 from types import ModuleType
 
@@ -10,6 +10,17 @@ from vllm_cost_meter import _attribution_c, _attribution_py
 @pytest.fixture(params=[_attribution_c, _attribution_py], ids=["native", "twin"])
 def impl(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
+
+
+def test_a_request_knows_what_its_steps_took_in_all(impl):
+    meter = impl.StepMeter("tokens")
+    meter.settle(meter.begin({"a": 3, "b": 1}, 0), 100)
+    step = meter.begin({"a": 1}, 0)
+    meter.share(step, 20)
+    meter.settle(step, 30)
+    a, b = meter.close("a", 0), meter.close("b", 0)
+    assert (a.step_ns, a.decode_ns) == (150, 75 + 50)
+    assert (b.step_ns, b.decode_ns) == (100, 25)
 
 
 class TestBlocks:

@@ -43,6 +43,7 @@ PART_COLUMNS = (
     "rejected_ns",
     "rejected_tokens",
     "kv_block_ms",
+    "step_ns",
     "saved_estimate_ns",
     "preemptions",
     "steps",

@@ -40,8 +40,8 @@ STEPS: Mapping[int, tuple[str, ...]] = {
     2: (
         *_added("runs", "BIGINT", "kv_blocks"),
         *_added("runs", "INTEGER", "kv_block_size"),
-        *_added("requests", _COUNT, "kv_block_ms", "saved_estimate_ns"),
-        *_added("usage_pieces", _COUNT, "kv_block_ms", "saved_estimate_ns"),
+        *_added("requests", _COUNT, "kv_block_ms", "step_ns", "saved_estimate_ns"),
+        *_added("usage_pieces", _COUNT, "kv_block_ms", "step_ns", "saved_estimate_ns"),
     ),
 }
 

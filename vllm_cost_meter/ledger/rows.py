@@ -59,6 +59,7 @@ def part_row(part: EngineRequest) -> Row:
         "rejected_ns": bill.sum_of("rejected_ns"),
         "rejected_tokens": bill.sum_of("rejected_tokens"),
         "kv_block_ms": bill.sum_of("kv_block_ms"),
+        "step_ns": bill.sum_of("step_ns"),
         "saved_estimate_ns": bill.sum_of("saved_estimate_ns"),
         "preemptions": bill.preemptions,
         "steps": bill.steps,
@@ -93,6 +94,7 @@ def piece_rows(part: EngineRequest) -> list[Row]:
             "rejected_ns": piece.rejected_ns,
             "rejected_tokens": piece.rejected_tokens,
             "kv_block_ms": piece.kv_block_ms,
+            "step_ns": piece.step_ns,
             "saved_estimate_ns": piece.saved_estimate_ns,
         }
         for piece in bill.pieces

@@ -171,6 +171,7 @@ requests = Table(
     Column("rejected_ns", BigInteger, nullable=False),
     Column("rejected_tokens", BigInteger, nullable=False),
     Column("kv_block_ms", BigInteger, nullable=False),
+    Column("step_ns", BigInteger, nullable=False),
     Column("saved_estimate_ns", BigInteger, nullable=False),
     Column("preemptions", Integer, nullable=False),
     Column("steps", BigInteger, nullable=False),
@@ -211,6 +212,7 @@ usage_pieces = Table(
     Column("rejected_ns", BigInteger, nullable=False),
     Column("rejected_tokens", BigInteger, nullable=False),
     Column("kv_block_ms", BigInteger, nullable=False),
+    Column("step_ns", BigInteger, nullable=False),
     Column("saved_estimate_ns", BigInteger, nullable=False),
     Index("ix_usage_pieces_hour", "hour", "tenant"),
     # Clustered by key: "all pieces of a run up to a bill" is one range of the file.
