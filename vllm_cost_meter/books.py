@@ -110,7 +110,8 @@ class EngineBooks:
         self._asleep = False
         self._off = False
         self._in_flight: deque[tuple[object, int]] = deque()
-        # Of open requests: what came before the hour that is on now.
+        # Of open requests: the model in use when they came, and what was before this hour.
+        self._first_models: dict[str, int] = {}
         self._earlier: dict[str, _Earlier] = {}
         # The model version up to which each snapshot told, by its number.
         self._told_models: dict[int, int] = {}
@@ -124,10 +125,10 @@ class EngineBooks:
 
     def open(self, request_id: str, prompt_tokens: int, now_ns: int) -> None:
         """A request joined the engine. Idempotent while it is open."""
-        self._book_waiting(now_ns)
+        if not self.meter.open_requests:  # else it waits for what it waited for before
+            self._book_waiting(now_ns)
         self.meter.open(request_id, prompt_tokens)
-        if request_id not in self._earlier:
-            self._earlier[request_id] = _Earlier(self.meter.model_version)
+        self._first_models.setdefault(request_id, self.meter.model_version)
 
     def preempt(self, request_id: str, now_ns: int) -> None:
         """A running request lost its place, and its blocks of the KV cache."""
@@ -162,17 +163,16 @@ class EngineBooks:
         self.steps += 1
         return True
 
-    def leave(self, request_id: str, now_ns: int) -> bool:
+    def leave(self, request_id: str) -> bool:
         """A request was aborted. True: bill it now; False: it still pays for steps in flight."""
-        self._book_waiting(now_ns)
         return self.meter.leave(request_id)
 
     def bill(self, request_id: str, facts: RequestFacts, now_ns: int) -> Bill:
         """Close a request and return its final, numbered bill."""
-        self._book_waiting(now_ns)
-        used = self.meter.close(request_id, now_ns)
-        earlier = self._earlier.pop(request_id, None) or _Earlier(self.meter.model_version)
-        earlier.add(self._hour, used)
+        if self.meter.open_requests == 1 or now_ns >= self._hour_end_ns:
+            self._book_waiting(now_ns)
+        earlier = self._earlier.pop(request_id, None) or _Earlier()
+        earlier.add(self._hour, self.meter.close(request_id, now_ns))
         if cached_tokens := facts["cached_tokens"]:
             earlier.note_saved(saved_ns(self.meter.model(), cached_tokens))
         self._last_seq += 1
@@ -186,7 +186,7 @@ class EngineBooks:
             method=self.method,
             steps=earlier.steps,
             batch=earlier.batch,
-            first_model=earlier.first_model,
+            first_model=self._first_models.pop(request_id, self.meter.model_version),
             last_model=self.meter.model_version,
             pieces=tuple(earlier.pieces),
             **facts,
@@ -218,7 +218,10 @@ class EngineBooks:
             self._spend(now_ns, "dummy")
 
     def abandon(self, now_ns: int) -> None:
-        """Something went wrong: forget the steps in flight and book the time since as lost."""
+        """Something went wrong: forget the steps in flight, and book what was not booked as lost.
+
+        That may be a little more than went wrong; what is not known is not called idle.
+        """
         self.meter.abandon()
         self._in_flight.clear()
         self._spend(now_ns, "lost")
@@ -226,6 +229,7 @@ class EngineBooks:
     def write_off(self, request_id: str) -> None:
         """Book what an open request has accrued as lost: nobody will ever bill it."""
         earlier = self._earlier.pop(request_id, None)
+        self._first_models.pop(request_id, None)
         self._book_lost(self.meter.discard(request_id), self._hour)
         for piece in earlier.pieces if earlier else ():
             self._book_lost(piece.gpu_time_ns, piece.hour)
@@ -342,8 +346,7 @@ class EngineBooks:
 
     def _start_hour(self, hour: int, end_ns: int) -> None:
         for request_id, used in self.meter.cut(self._mark_ns):
-            earlier = self._earlier.setdefault(request_id, _Earlier(self.meter.model_version))
-            earlier.add(self._hour, used)
+            self._earlier.setdefault(request_id, _Earlier()).add(self._hour, used)
         self._changed[self._hour] = self._number + 1
         self._hour = hour
         self._hour_end_ns = end_ns
@@ -389,7 +392,6 @@ def saved_ns(model: Model, cached_tokens: int) -> int:
 class _Earlier:
     """What an open request had when the hour that is on began."""
 
-    first_model: int
     pieces: list[UsagePiece] = field(default_factory=list)
     steps: int = 0
     batch: int = 0

@@ -175,7 +175,7 @@ class EngineMeter:
         if self.riding:
             return self.books.bill(request_id, facts, now_ns)
         self._leaving[request_id] = (client_index, facts)
-        if self.books.leave(request_id, now_ns):
+        if self.books.leave(request_id):
             self._bill_late(request_id, now_ns)
         return None
 
@@ -250,7 +250,7 @@ class EngineMeter:
         for request_id in list(self._leaving):
             if request_id not in still_open:
                 del self._leaving[request_id]
-            elif self.books.leave(request_id, now_ns):
+            elif self.books.leave(request_id):
                 self._bill_late(request_id, now_ns)
         for request_id in self.books.meter.request_ids():
             if request_id not in known and request_id not in self._leaving:

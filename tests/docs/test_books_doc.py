@@ -62,7 +62,7 @@ def live_the_example(gpus: int = 1) -> tuple[list[int], Snapshot]:
     books.end_step(2, 2701)
     bills.append(books.bill("A", ENDED, 2701))
     books.begin_step(3, {"B": 1}, 2750)
-    assert not books.leave("B", 2950)
+    assert not books.leave("B")
     books.end_step(3, 3050)
     assert books.meter.drained() == ["B"]
     bills.append(books.bill("B", ENDED, 3050))

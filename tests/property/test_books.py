@@ -1,8 +1,9 @@
 """The books balance at every instant, whatever the engine does.
 
 A rule-based machine plays an engine: requests come, go and are aborted, steps overlap, hours pass,
-the wall clock jumps, the engine sleeps, hooks fail. After every move the classes must add up to
-wall x gpus to the nanosecond, over the run and hour by hour, and the bills to what was billed.
+the wall clock jumps, the engine sleeps, hooks fail. Whenever somebody looks, the classes must add
+up to wall x gpus to the nanosecond, over the run and hour by hour, and the bills to what was
+billed; and what the engine waited for is known, however seldom somebody looks.
 """
 
 from collections import Counter
@@ -10,7 +11,7 @@ from functools import reduce
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from vllm_cost_meter.books import EngineBooks, EngineFacts, RequestFacts
 from vllm_cost_meter.records import NS_PER_HOUR, Bill, ClassTotals
@@ -61,10 +62,15 @@ class Engine(RuleBasedStateMachine):
         self.hours: dict[int, ClassTotals] = {}
         self.acknowledged = 0
         self.names = 0
+        self.asleep = False
+        self.waited: Counter[str] = Counter()
 
     @rule(ns=st.one_of(st.integers(0, 10**7), st.integers(0, 3 * NS_PER_HOUR)))
     def time_passes(self, ns: int) -> None:
         self.now_ns += ns
+        if not self.steps:
+            awake = "host" if self.open or self.leaving else "idle"
+            self.waited["sleep" if self.asleep else awake] += ns * self.books.gpus
 
     @rule(ns=st.integers(-2 * NS_PER_HOUR, 2 * NS_PER_HOUR))
     def the_wall_clock_is_set(self, ns: int) -> None:
@@ -112,13 +118,14 @@ class Engine(RuleBasedStateMachine):
     def a_request_is_aborted(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.open))
         self.open.remove(name)
-        if self.books.leave(name, self.now_ns):
+        if self.books.leave(name):
             self.bills.append(self.books.bill(name, facts("aborted"), self.now_ns))
         else:
             self.leaving.append(name)
 
     @rule(asleep=st.booleans())
     def it_sleeps_or_wakes(self, asleep: bool) -> None:
+        self.asleep = asleep
         (self.books.fall_asleep if asleep else self.books.wake_up)(self.now_ns)
 
     @rule(ns=st.integers(0, 10**9))
@@ -129,10 +136,11 @@ class Engine(RuleBasedStateMachine):
 
     @rule()
     def a_hook_fails(self) -> None:
+        self.the_books_balance()  # what was not booked before would be lost
         self.books.abandon(self.now_ns)
         self.steps.clear()
         for name in self.leaving:
-            assert self.books.leave(name, self.now_ns)
+            assert self.books.leave(name)
             self.bills.append(self.books.bill(name, facts("aborted"), self.now_ns))
         self.leaving.clear()
 
@@ -141,12 +149,20 @@ class Engine(RuleBasedStateMachine):
     def a_request_is_forgotten(self) -> None:
         self.books.write_off(self.open.pop())
 
-    @invariant()
+    @rule()
+    def somebody_looks(self) -> None:
+        self.the_books_balance()
+
+    def teardown(self) -> None:
+        self.the_books_balance()
+
     def the_books_balance(self) -> None:
         snapshot = self.books.snapshot(
             self.now_ns, self.unix_ahead_ns + self.now_ns, self.acknowledged, FACTS
         )
         assert snapshot.difference_ns == 0
+        waited = {name: getattr(snapshot.totals, name) for name in ("idle", "host", "sleep")}
+        assert {name: ns for name, ns in waited.items() if ns} == +self.waited
         assert all(amount >= 0 for amount in snapshot.totals.as_dict().values())
         self.hours.update(snapshot.hours)
         total = reduce(ClassTotals.plus, self.hours.values(), ClassTotals())
