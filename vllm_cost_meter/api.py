@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter import __version__
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.reader import LedgerReader, Match
 from vllm_cost_meter.windows import hours_of_window
 
 logger = logging.getLogger("vllm.cost_meter")
@@ -116,15 +116,24 @@ def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
 
 
 def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
-    @app.get("/cost/requests/{request_id:path}")
-    def request(request_id: str) -> Any:
-        """Return one HTTP request, by response id, X-Request-Id, internal id or its own id."""
+    def answer(request_id: str, tell: Callable[[Match], dict[str, Any] | None]) -> Any:
         matches = reader.find(request_id)
         if not matches:
             raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
         if len(matches) > 1:
-            return OrjsonResponse({"matches": [reader.request(m) for m in matches]}, 300)
-        return reader.request(matches[0])
+            return OrjsonResponse({"matches": [tell(match) for match in matches]}, 300)
+        return tell(matches[0])
+
+    # Before the route that takes any path for an id.
+    @app.get("/cost/requests/{request_id:path}/explain")
+    def explain(request_id: str) -> Any:
+        """Return how the bill of one HTTP request came about, to be recomputed by hand."""
+        return answer(request_id, reader.explain)
+
+    @app.get("/cost/requests/{request_id:path}")
+    def request(request_id: str) -> Any:
+        """Return one HTTP request, by response id, X-Request-Id, internal id or its own id."""
+        return answer(request_id, reader.request)
 
     @app.get("/cost/requests")
     def requests(

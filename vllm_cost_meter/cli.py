@@ -119,6 +119,28 @@ def report(
 
 
 @app.command()
+def explain(
+    request_id: Annotated[
+        str,
+        typer.Argument(help="Id in the reply, X-Request-Id, the record's own, or an internal one."),
+    ],
+    ledger: Ledger = None,
+    as_json: Json = False,
+) -> None:
+    """Print how the bill of one request came about, so that it can be recomputed by hand."""
+    with _reader(ledger) as reader:
+        matches = reader.find(request_id)
+        if not matches:
+            raise ValueError(f"no request with the id {request_id!r} in the ledger")
+        answers = [answer for match in matches if (answer := reader.explain(match))]
+    if as_json:
+        print(json.dumps(answers[0] if len(answers) == 1 else {"matches": answers}, indent=2))
+        return
+    for answer in answers:
+        print("\n".join(plain(line) for line in answer["text"]))
+
+
+@app.command()
 def audit(ledger: Ledger = None, as_json: Json = False) -> None:
     """Prove that the books balance at the last snapshot of every engine run; exit 1 if not."""
     with _reader(ledger) as reader:

@@ -63,6 +63,7 @@ def test_every_query_parameter_is_documented_and_no_other(client):
         ("Tenant row", lambda get: get("/cost/tenants")["tenants"][-1]),
         ("Tenant report", lambda get: get("/cost/tenants")),
         ("Runs", lambda get: get("/cost/summary")["runs"][0]),
+        ("Explanation", lambda get: get("/cost/requests/mine/explain")["parts"][0]),
         ("Cost models", lambda get: get("/cost/models")["models"][0]),
         ("Audit", lambda get: get("/cost/audit")["runs"][0]),
     ],

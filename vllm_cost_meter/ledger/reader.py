@@ -21,9 +21,10 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.audit import audit_runs
 from vllm_cost_meter.ledger.cut import Cut, Window, read_cut, settle
 from vllm_cost_meter.ledger.exchange import exchange, ordered, shown_part
+from vllm_cost_meter.ledger.explain import explained
 from vllm_cost_meter.ledger.models import earlier_fit, models
 from vllm_cost_meter.ledger.paging import Key, exchanges, page_of_keys
-from vllm_cost_meter.ledger.schema import http_requests, requests
+from vllm_cost_meter.ledger.schema import http_requests, prices, requests, runs
 from vllm_cost_meter.ledger.store import open_ledger
 from vllm_cost_meter.ledger.tenants import OVERHEAD_ROWS, after_cut, cost_of_all, tenant_rows
 from vllm_cost_meter.records import EarlierFit, Snapshot
@@ -105,6 +106,25 @@ class LedgerReader:
             **exchange(http._asdict() if http else None, parts),
             "parts": [shown_part(part) for part in ordered(parts)],
         }
+
+    def explain(self, match: Match) -> dict[str, Any] | None:
+        """Return how the bill of one match came about; None if there is none.
+
+        Nothing is explained of a request that never reached an engine: it has no parts.
+        """
+        request = self.request(match)
+        if request is None:
+            return None
+        run_ids = {part["run_id"] for part in request["parts"]}
+        priced = (
+            select(runs.c.run_id, prices.c.usd_per_gpu_hour, prices.c.source)
+            .join(prices, prices.c.price_id == runs.c.price_id)
+            .where(runs.c.run_id.in_(run_ids))
+        )
+        with self._read() as connection:
+            known = {row.run_id: row._asdict() for row in connection.execute(priced)}
+            used = [model for run_id in run_ids for model in models(connection, run_id)]
+        return explained(request, known, used)
 
     def requests(
         self, limit: int = 100, next: str | None = None, tenant: str | None = None
