@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from decimal import Decimal
+from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
 
 import httpx
@@ -154,6 +154,8 @@ def test_cached_prompt_tokens_are_as_told(server: Server) -> None:
     assert row["parts"][0]["cached_tokens"] == again.cached_tokens
     computed = row["parts"][0]["prefill_tokens"]
     assert computed == row["prompt_tokens"] - row["cached_tokens"]
+    assert row["saved_estimate_ns"] > 0
+    assert row["parts"][0]["kv_block_ms"] >= 0
 
 
 @pytest.mark.parametrize("after_tokens", [0, 5])
@@ -177,6 +179,52 @@ def test_a_disconnect_is_billed_to_whoever_asked(server: Server, after_tokens: i
     assert 0 < row["parts"][0]["output_tokens"] < 7000
     assert row["gpu_time_ns"] > 0
     server.balanced()
+
+
+def test_a_disconnect_in_mid_prefill_pays_for_what_was_computed(server: Server) -> None:
+    # Prompts of several chunks, one after the other: some are always in the middle of theirs.
+    for attempt in range(5):
+        prompts = [[10 + attempt, number, *([9] * 6_000)] for number in range(1, 9)]
+        request_id = f"leaves-in-prefill-{attempt}"
+        with server.client("beta", headers={"x-request-id": request_id}) as client:
+            body = {"model": "tiny", "prompt": prompts, "max_tokens": 500, "ignore_eos": True}
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=body, timeout=0.5)
+        server.balanced()  # all its parts are billed
+        row = server.bill_of(request_id)
+        assert (row["tenant"], row["engine_status"], row["status"]) == ("beta", "aborted", 499)
+        mid_prefill = [
+            part
+            for part in row["parts"]
+            if 0 < part["prefill_tokens"] + part["cached_tokens"] < part["prompt_tokens"]
+        ]
+        for part in mid_prefill:
+            assert part["output_tokens"] == part["decode_ns"] == 0 < part["prefill_ns"]
+        if mid_prefill:
+            break
+    assert mid_prefill
+
+
+def test_a_bill_is_recomputed_by_hand_from_its_explanation(server: Server) -> None:
+    with server.client() as client:
+        reply = ask(client, "/v1/completions", n=2, temperature=1, max_tokens=20)
+    server.bill_of(reply.response_id)
+    explanation = server.cost(f"requests/{reply.response_id}/explain")
+    nanousd = 0
+    for part in explanation["parts"]:
+        prefill, decode = part["phases"]["prefill"], part["phases"]["decode"]
+        gpu_time_ns = prefill["gpu_time_ns"] + decode["gpu_time_ns"]
+        assert gpu_time_ns == part["gpu_time_ns"]
+        assert gpu_time_ns == pytest.approx(part["share"] * part["step_ns"])
+        assert 1 <= part["average_batch"] == part["batch"] / part["steps"]
+        assert part["common_ns"] + part["marginal_ns"] == gpu_time_ns <= part["step_ns"]
+        assert part["kv_block_ms"] > 0
+        versions = {model["version"] for model in part["cost_models"]}
+        assert versions
+        cost = Decimal(gpu_time_ns) * Decimal(part["usd_per_gpu_hour"]) / 3600
+        nanousd += int(cost.quantize(Decimal(1), ROUND_HALF_EVEN))
+    assert nanousd == explanation["cost_nanousd"]
+    assert Decimal(nanousd) / 10**9 == Decimal(reply.headers["x-cost-meter-cost-usd"])
 
 
 def test_a_background_response_is_not_waited_for_and_billed_when_it_ends(server: Server) -> None:
