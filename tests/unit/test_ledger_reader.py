@@ -420,13 +420,25 @@ def test_each_way_of_not_adding_up_is_seen(ledger, changes, name):
     assert audit["runs"][0][name] != 0
 
 
-def test_a_bill_that_is_not_the_sum_of_its_pieces_is_seen(ledger, tmp_path):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "decode_ns = 199, prefill_ns = 101",
+        "marginal_ns = 1",
+        "recomputed_tokens = 1",
+        "rejected_ns = 1",
+        "kv_block_ms = 1",
+        "step_ns = 1",
+        "saved_estimate_ns = 1",
+    ],
+)
+def test_a_bill_that_is_not_the_sum_of_its_pieces_is_seen(ledger, tmp_path, changed):
     import sqlite3
 
     ledger.write(part(1), snapshot([part(1)]))
     connection = sqlite3.connect(tmp_path / "ledger.db")
     with connection:
-        connection.execute("UPDATE usage_pieces SET decode_ns = 199, prefill_ns = 101")
+        connection.execute(f"UPDATE usage_pieces SET {changed}")
     connection.close()
     audit = ledger.audit()
     assert (audit["balanced"], audit["runs"][0]["uneven_bills"]) == (False, 1)

@@ -11,7 +11,7 @@ Invariant: `balanced` is true if and only if every one of these differences is 0
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import and_, func, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.cut import Cut, RunCut, count_bills
@@ -53,6 +53,12 @@ _DIFFERENCES = (
     "hours_difference_ns",
     "uneven_bills",
 )
+
+
+# What a bill and each of its pieces have.
+_AMOUNTS = [
+    column.name for column in usage_pieces.c if column.name.endswith(("_ns", "_ms", "_tokens"))
+]
 
 
 def _audit_run(run: RunCut, *, ledger_ns: int, uneven: int, missing: list[str]) -> dict[str, Any]:
@@ -102,29 +108,19 @@ def _bills_ns(connection: Connection, cut: Cut) -> dict[str, int]:
 
 
 def _uneven_bills(connection: Connection, cut: Cut) -> dict[str, int]:
-    """Count the bills that are not the sum of their pieces, phase by phase."""
+    """Count the bills that are not the sum of their pieces, amount by amount."""
     if not cut.runs:
         return {}
     at, r, p = cut.cte(), requests.c, usage_pieces.c
     joined = and_(p.run_id == r.run_id, p.seq == r.seq)
-    pieces = [
-        func.coalesce(func.sum(amount), 0)
-        for amount in (p.prefill_ns, p.decode_ns, p.prefill_tokens, p.decode_tokens)
-    ]
-    prefill_ns, decode_ns, prefill_tokens, decode_tokens = pieces
-    amounts = (r.gpu_time_ns, r.prefill_ns, r.decode_ns, r.prefill_tokens, r.decode_tokens)
+    differences = [r[name] != func.coalesce(func.sum(p[name]), 0) for name in _AMOUNTS]
+    gpu_time_ns = func.coalesce(func.sum(p.prefill_ns + p.decode_ns), 0)
     uneven = (
         select(r.run_id, r.seq)
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
         .join(usage_pieces, joined, isouter=True)
-        .group_by(r.run_id, r.seq, *amounts)
-        .having(
-            (r.gpu_time_ns != prefill_ns + decode_ns)
-            | (r.prefill_ns != prefill_ns)
-            | (r.decode_ns != decode_ns)
-            | (r.prefill_tokens != prefill_tokens)
-            | (r.decode_tokens != decode_tokens)
-        )
+        .group_by(r.run_id, r.seq, r.gpu_time_ns, *(r[name] for name in _AMOUNTS))
+        .having(or_(r.gpu_time_ns != gpu_time_ns, *differences))
         .subquery()
     )
     counted = select(uneven.c.run_id, func.count()).group_by(uneven.c.run_id)
