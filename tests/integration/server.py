@@ -40,6 +40,7 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
     metered: bool = True
     price: str | None = "2.50"
+    model_path: Path = field(default_factory=default_path)
     port: int = field(default_factory=free_port)
     side_port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -90,7 +91,7 @@ class Server:
         }
         command = [
             str(Path(sys.executable).parent / "vllm"),
-            *("serve", str(default_path()), "--served-model-name", MODEL),
+            *("serve", str(self.model_path), "--served-model-name", MODEL),
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *("--dtype", "float32", "--enforce-eager", "--max-model-len", "8192"),
             *("--api-key", *TENANT_KEYS.values(), "any-key"),

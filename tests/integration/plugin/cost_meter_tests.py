@@ -6,6 +6,8 @@ What it does is said by the environment, so that it reaches every process of a s
 - CMT_ASYNC=1        forces async scheduling, which the CPU platform switches off
 - CMT_FAULTS=FILE    makes the hooks named in FILE (one a line) raise, as long as they stand there
 - CMT_CLOCK=FILE     adds the seconds that FILE holds to the engine's wall clock
+- CMT_EXPERTS=1      lets engines on CPUs share the experts of a model: the CPU build lacks two
+                     collective operations that it takes
 - CMT_TEE=FOLDER     writes the bytes of every reply as they enter and leave the middleware
 """
 
@@ -22,6 +24,8 @@ def register() -> None:
             file.write(f"{os.getpid()} cost_meter_tests\n")
     if os.environ.get("CMT_ASYNC") == "1":
         force_async_scheduling()
+    if os.environ.get("CMT_EXPERTS") == "1":
+        share_experts()
     if "CMT_FAULTS" in os.environ:
         inject_faults(Path(os.environ["CMT_FAULTS"]))
     if "CMT_CLOCK" in os.environ:
@@ -40,6 +44,32 @@ def force_async_scheduling() -> None:
         vllm_config.scheduler_config.async_scheduling = True
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def share_experts() -> None:
+    """Give the CPU communicator what a mixture of experts across data-parallel engines needs."""
+    import torch
+    import torch.distributed as dist
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    def all_gatherv(self, input_, dim=0, sizes=None):
+        if isinstance(input_, list):
+            return [all_gatherv(self, each, dim, sizes) for each in input_]
+        rows = sizes or [input_.shape[0]] * self.world_size
+        parts = [input_.new_empty((count, *input_.shape[1:])) for count in rows]
+        parts[self.rank_in_group] = input_.contiguous()
+        for rank, part in enumerate(parts):
+            dist.broadcast(part, src=self.ranks[rank], group=self.cpu_group)
+        return torch.cat(parts)
+
+    def reduce_scatterv(self, input_, dim=-1, sizes=None):
+        rows = sizes or [input_.shape[0] // self.world_size] * self.world_size
+        total = input_.contiguous().clone()
+        dist.all_reduce(total, group=self.cpu_group)
+        return total.split(rows)[self.rank_in_group].contiguous()
+
+    CpuCommunicator.all_gatherv = all_gatherv
+    CpuCommunicator.reduce_scatterv = reduce_scatterv
 
 
 def inject_faults(file: Path) -> None:
