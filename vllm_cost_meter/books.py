@@ -257,6 +257,28 @@ class EngineBooks:
             **facts,
         )
 
+    # -- what the energy is divided by ------------------------------------------------------
+
+    def open_gpu_ns(self) -> dict[str, int]:
+        """Return what each open request has used so far, in GPU-ns."""
+        used = {}
+        for request_id in self.meter.request_ids():
+            accrued, earlier = self.meter.accrued(request_id), self._earlier.get(request_id)
+            used[request_id] = accrued.prefill_ns + accrued.decode_ns
+            if earlier is not None and earlier.pieces:
+                used[request_id] += sum(piece.gpu_time_ns for piece in earlier.pieces)
+        return used
+
+    def running_ns(self, now_ns: int) -> int:
+        """Return how long the step in flight has run that is to be split next, in GPU-ns."""
+        return (now_ns - self._mark_ns) * self.gpus if self._in_flight else 0
+
+    def running(self) -> list[str]:
+        """Return the requests of that step."""
+        if not self._in_flight:
+            return []
+        return [part[0] for part in self.meter.step_parts(self._in_flight[0][1])]
+
     # -- booking ----------------------------------------------------------------------------
 
     def _book_waiting(self, now_ns: int) -> None:
