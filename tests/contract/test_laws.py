@@ -50,6 +50,7 @@ ENGINE_SIDE = {
         "energy",
         "energy_shares",
         "energy_books",
+        "energy_meter",
     )
 }
 # They would cost the engine's process memory and start-up for nothing.
