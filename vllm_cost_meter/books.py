@@ -261,11 +261,11 @@ class EngineBooks:
 
     def open_gpu_ns(self) -> dict[str, int]:
         """Return what each open request has used so far, in GPU-ns."""
-        used = {}
-        for request_id in self.meter.request_ids():
-            accrued, earlier = self.meter.accrued(request_id), self._earlier.get(request_id)
-            used[request_id] = accrued.prefill_ns + accrued.decode_ns
-            if earlier is not None and earlier.pieces:
+        accrued = self.meter.accrued
+        # By place, not by name: there may be a thousand requests.
+        used = {name: (now := accrued(name))[0] + now[1] for name in self.meter.request_ids()}
+        for request_id, earlier in self._earlier.items():
+            if earlier.pieces and request_id in used:
                 used[request_id] += sum(piece.gpu_time_ns for piece in earlier.pieces)
         return used
 

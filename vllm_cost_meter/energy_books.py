@@ -195,7 +195,7 @@ class EnergyBooks:
     def _parties(self, before: WindowEnd) -> tuple[_Parties, list[tuple[int, _Request]]]:
         """Return who was busy in the window, and the requests that were billed in it."""
         end = self._end
-        known, self._open = self._open, {}
+        known = self._open
         parties: _Parties = {}
         ended = []
         for seq, request_id, gpu_ns in self._billed:
@@ -203,15 +203,21 @@ class EnergyBooks:
             parties[request] = gpu_ns - request.gpu_ns
             ended.append((seq, request))
         self._billed.clear()
+        # Who is neither open nor billed was written off, and so was who has less than it had: that
+        # is another request of the same id.
+        gone = [known.pop(request_id) for request_id in known.keys() - end.open_gpu_ns.keys()]
         for request_id, gpu_ns in end.open_gpu_ns.items():
-            request = self._open[request_id] = _take(known, request_id, gpu_ns)
-            if gpu_ns > request.gpu_ns:
-                parties[request] = gpu_ns - request.gpu_ns
-                request.gpu_ns = gpu_ns
+            found = known.get(request_id)
+            if found is None or found.gpu_ns > gpu_ns:
+                gone += [found] if found else []
+                found = known[request_id] = _Request()
+            if gpu_ns > found.gpu_ns:
+                parties[found] = gpu_ns - found.gpu_ns
+                found.gpu_ns = gpu_ns
         parties |= {name: self._grown(name, before) for name in BUSY_CLASSES}
-        # Who is neither open nor billed was written off: all that it had has become lost.
-        parties["lost"] = max(parties["lost"] - sum(each.gpu_ns for each in known.values()), 0)
-        for request in known.values():
+        # All that they had has become lost.
+        parties["lost"] = max(parties["lost"] - sum(each.gpu_ns for each in gone), 0)
+        for request in gone:
             self._move_all("lost", request)
         parties["unattributed"], self._dropped_ns = self._dropped_ns, 0
         parties["in_flight"] = end.running_ns
