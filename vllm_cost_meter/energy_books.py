@@ -123,8 +123,6 @@ class EnergyBooks:
     ) -> None:
         """Divide what was read since the window before; None with a reason if it is unknown."""
         before, self._end = self._end, replace(end, totals=replace(end.totals))
-        if end.hour != before.hour:
-            self._changed_in(before.hour)  # it was told with what was not divided then
         window_ns = end.measured_ns - before.measured_ns
         if energy_mj is None:
             self._unknown_ns += window_ns
@@ -140,6 +138,7 @@ class EnergyBooks:
         else:
             self._energy_mj = (self._energy_mj or 0) + energy_mj
             self._carried_mj += energy_mj
+            self._cell_of(end.hour)  # known, though it may be 0
             if busy_ns or any(quiet.values()):
                 self._bounds = replace(self._bounds, max_mw=power_max_mw)
                 self._bounds = self._bounds.after(self._carried_mj, window_ns)
@@ -178,8 +177,13 @@ class EnergyBooks:
                 None, self._reason, self._unknown_ns, devices=tuple(devices), told=told
             )
         undivided_mj = self._running_mj + self._carried_mj
-        hours = {past: dict(self._cell_of(past)) for past in {*self._changed, hour}}
-        hours[hour]["in_flight"] += undivided_mj
+        if undivided_mj or hour in self._hours:
+            self._cell_of(hour)
+            # The next snapshot tells of it again, if in another hour without what is undivided.
+            self._changed_in(hour)
+        hours = {past: dict(self._hours[past]) for past in self._changed}
+        if undivided_mj:
+            hours[hour]["in_flight"] += undivided_mj
         return RunEnergy(
             energy_mj=self._energy_mj,
             reason=self._reason,

@@ -7,11 +7,14 @@ a clock that the tests move.
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from msgspec import msgpack
 
+from tests.builders import make_part
 from tests.unit.nvml import GPU_IS_LOST, TIMEOUT, A, B, Card, Machine, S
 from vllm_cost_meter import energy_books
 from vllm_cost_meter import engine as engine_module
@@ -19,7 +22,9 @@ from vllm_cost_meter.books import RequestFacts
 from vllm_cost_meter.energy import RETRY_NS, EnergyCounter
 from vllm_cost_meter.energy_records import RequestEnergy, RunEnergy
 from vllm_cost_meter.engine import EngineIdentity, EngineMeter
-from vllm_cost_meter.records import NS_PER_HOUR, Bill
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.records import NS_PER_HOUR, Bill, Snapshot
 
 HOUR = 500_000
 MS = 10**6
@@ -75,12 +80,16 @@ class Engine:
         assert bill is not None
         return bill
 
-    def look(self) -> RunEnergy:
-        """Take a snapshot; what is told of requests is not told again."""
-        snapshot = self.meter.snapshot(self.acknowledged, self.known, 0, 0, None)
+    def snapshot(self) -> Snapshot:
+        """Take a snapshot, as it comes over the wire; it is acknowledged at once."""
+        wire = self.meter.snapshot(self.acknowledged, self.known, 0, 0, None).to_wire()
+        snapshot = Snapshot.from_wire(msgpack.decode(msgpack.encode(wire)))
         assert snapshot.difference_ns == 0
         self.acknowledged = snapshot.number
-        energy = snapshot.energy
+        return snapshot
+
+    def look(self) -> RunEnergy:
+        energy = self.snapshot().energy
         assert sum(energy.classes.values()) == (energy.energy_mj or 0)
         return energy
 
@@ -257,3 +266,82 @@ def test_an_error_of_the_energy_books_costs_the_energy_and_nothing_else(
     assert after.reason == "error: the meter failed with RuntimeError('no such luck')"
     assert engine.meter.guard.errors == 0
     assert [record.name for record in caplog.records] == ["vllm.cost_meter"]
+
+
+# All the way to the reports
+
+
+class Books:
+    """A ledger that the engine's bills and snapshots go into, as they do in a server."""
+
+    def __init__(self, url: str) -> None:
+        self.writer = LedgerWriter(url)
+        self.writer.start()
+        self.writer.commit().result(10)
+        self.reader = LedgerReader(url)
+
+    def run(self, engine: Engine, machine: Machine, name: str, ms: int = 1_000) -> None:
+        """Let a request run alone, bill it, and end the window: the GPU used 600 W."""
+        engine.step(ms, name)
+        self.writer.put(make_part(engine.end(name), tenant="alice", http_request_id=name))
+        for card in machine.cards:
+            card.energy_mj += 600 * ms
+        machine.tell()
+        self.writer.commit(engine.snapshot()).result(10)
+
+    def energies(self) -> dict[str, tuple[int | None, str | None]]:
+        rows = self.reader.requests()["requests"]
+        found = {r["http_request_id"]: (r["energy_mj"], r["energy_reason"]) for r in rows}
+        return dict(sorted(found.items()))
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Iterator[Books]:
+    books = Books(f"sqlite:///{tmp_path / 'ledger.db'}")
+    yield books
+    books.writer.close()
+    books.reader.close()
+
+
+def test_reports_have_what_was_read_and_null_for_what_was_not(make, machine, books):
+    machine.add(Card(A, energy_mj=2**32 - 900_000))
+    engine = make(0)
+    books.run(engine, machine, "a")
+    machine.cards[0].energy_mj -= 2**32  # it wraps in the next window
+    books.run(engine, machine, "b")
+    machine.cards[0].energy_result = GPU_IS_LOST
+    books.run(engine, machine, "c")
+    machine.cards[0].energy_result = 0
+    engine.idle(RETRY_NS // MS)
+    books.run(engine, machine, "d")
+    books.run(engine, machine, "e", ms=500)
+    assert books.energies() == {
+        "a": (600_000, None),
+        "b": (600_000, None),
+        "c": (None, "error"),
+        "d": (None, "first"),
+        "e": (300_000, None),
+    }
+    now_ns = HOUR * NS_PER_HOUR + 60 * S
+    report = books.reader.tenants(now_ns=now_ns, settle_s=0)
+    alice = report["tenants"][0]
+    assert (alice["energy_mj"], alice["energy_unknown_requests"]) == (1_500_000, 2)
+    assert report["energy_mj"] == 1_500_000
+    (run,) = report["runs"]
+    assert run["energy_unknown_ns"] == 2 * S + RETRY_NS
+    assert run["energy_reason"].startswith("first: ")
+    assert run["devices"] == [{"name": "NVIDIA H100 80GB HBM3", "uuid": A}]
+    (audit,) = books.reader.audit(now_ns=now_ns, settle_s=0)["runs"]
+    assert (audit["energy_difference_mj"], audit["balanced"]) == (0, True)
+
+
+def test_reports_of_an_engine_on_the_cpu_say_why_they_have_no_energy(make, machine, books):
+    engine = make()
+    books.run(engine, machine, "a")
+    reason = "no_device: expected the ordinals of the engine's GPUs, got []"
+    assert books.energies() == {"a": (None, reason)}
+    report = books.reader.tenants(now_ns=HOUR * NS_PER_HOUR, settle_s=0)
+    assert report["energy_mj"] is None
+    assert {row["energy_mj"] for row in report["tenants"]} == {None}
+    assert (report["runs"][0]["devices"], report["runs"][0]["energy_reason"]) == (None, reason)
+    assert books.reader.audit(now_ns=HOUR * NS_PER_HOUR, settle_s=0)["balanced"]

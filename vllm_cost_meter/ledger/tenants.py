@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, o
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.cut import Cut, Window
+from vllm_cost_meter.ledger.energy import by_tenant, class_mj
 from vllm_cost_meter.ledger.schema import http_requests, requests, usage_pieces
 from vllm_cost_meter.pricing import cost_nanousd, format_usd
 from vllm_cost_meter.records import OVERHEAD_CLASSES
@@ -31,6 +32,7 @@ def tenant_rows(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
     prices = cut.price_of()
     used = _gpu_time(connection, cut)
     counted = _counts(connection, cut.window)
+    energies = by_tenant(connection, cut)
     rows = []
     for tenant in used.keys() | counted.keys():
         per_run = used.get(tenant, {})
@@ -39,11 +41,14 @@ def tenant_rows(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
         decode_ns = sum(decode for _, decode in per_run.values())
         spent = {run_id: sum(ns) for run_id, ns in per_run.items()}
         row = {"tenant": tenant, **dict(zip(_COUNTS, counts, strict=True))}
-        rows.append({**row, **_money(spent, prices, prefill_ns, decode_ns)})
+        unused = (0, 0) if energies else (None, None)
+        energy = dict(zip(_ENERGY, energies.get(tenant, unused), strict=True))
+        rows.append({**row, **_money(spent, prices, prefill_ns, decode_ns), **energy})
     rows.sort(key=lambda row: (-row["gpu_time_ns"], row["tenant"]))
     for name in OVERHEAD_ROWS:
         row = {"tenant": f"__{name}__", **dict.fromkeys(_COUNTS), "requests": 0}
-        rows.append({**row, **_money(cut.overhead_ns(name), prices, None, None)})
+        energy = dict(zip(_ENERGY, (class_mj(cut, name), None), strict=True))
+        rows.append({**row, **_money(cut.overhead_ns(name), prices, None, None), **energy})
     return rows
 
 
@@ -85,6 +90,7 @@ def after_cut(connection: Connection, cut: Cut) -> dict[str, int]:
 
 _TOKENS = ("prompt_tokens", "cached_tokens", "output_tokens")
 _COUNTS = ("requests", *_TOKENS)
+_ENERGY = ("energy_mj", "energy_unknown_requests")
 
 
 def _money(
