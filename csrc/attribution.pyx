@@ -28,13 +28,13 @@ from csrc.checks cimport (
 )
 from csrc.fit cimport Fit, TERMS, Work, adopt_prior, explained, observe, start_fit, work_of
 from csrc.requests cimport (
-    DECODE, PREFILL, Requests, Rest, Slot, accrued_anything, adopt_key, free_requests, count_blocks, free_slot,
+    DECODE, NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, adopt_key, free_requests, count_blocks, free_slot,
     hold_blocks, is_in_flight, make_slot_free, next_free_slot, release_blocks, reset, take_slot,
     unqueue,
 )
 from csrc.shapley cimport fill_polynomials, note_chunk
 from csrc.shares cimport Part, Split, next_share, start_split
-from csrc.steps cimport Ring, Step, free_ring, make_room, start_ring, step_at
+from csrc.steps cimport Ring, Step, free_ring, look_further, make_room, start_ring, step_at
 
 from vllm_cost_meter.accrued import Accrued
 
@@ -45,10 +45,6 @@ fill_polynomials()
 cdef int64_t NS_MAX = 2**63 - 1
 MODELS_MAX = 64  # that are remembered
 ENDED = "(ended)"
-
-cdef enum:
-    NOBODY = 0xFFFFFFFF  # a slot number: not open
-    DEPARTED_MAX = 3  # in a row, that a guess looks past
 
 
 def split(object total_ns, object weights):
@@ -215,6 +211,15 @@ cdef class StepMeter:
             slot.batch,
         )
 
+    def open_gpu_ns(self):
+        """Return what each open request accrued since the last `cut`, in GPU-ns."""
+        cdef Slot *slot
+        cdef dict times = {}
+        for request_id in self.ids:
+            slot = &self.requests.slots[self.find(request_id)]
+            times[request_id] = slot.ns[PREFILL] + slot.ns[DECODE]
+        return times
+
     def close(self, object request_id, object now_ns):
         """End a request. Return what it accrued since the last `cut`."""
         accrued = self.accrued(request_id, now_ns)
@@ -354,7 +359,7 @@ cdef class StepMeter:
                     last_value = value
                 number = guess.parts[guess_place].slot if guess_place < guess.count else NOBODY
                 if number == NOBODY or self.requests.slots[number].key != key:
-                    number = self.look_further(guess, &guess_place, key)
+                    number = look_further(guess, &guess_place, self.requests.slots, key)
                 if number == NOBODY:
                     number = self.look_up(scheduled, key)
                     if self.is_kept(&self.requests.slots[number]):
@@ -376,18 +381,6 @@ cdef class StepMeter:
         total.sequences = step.count = place
         step.work = total
         return full
-
-    cdef uint32_t look_further(
-        self, const Step *guess, uint32_t *guess_place, const PyObject *key
-    ) noexcept nogil:
-        """Return the slot of a request if it is a few places behind the guess, else NOBODY."""
-        cdef uint32_t number, place
-        for place in range(guess_place[0] + 1, min(guess.count, guess_place[0] + 1 + DEPARTED_MAX)):
-            number = guess.parts[place].slot
-            if self.requests.slots[number].key == key:
-                guess_place[0] = place
-                return number
-        return NOBODY
 
     cdef inline void enter(
         self, Part *part, uint32_t place, uint32_t number, int64_t tokens, Work *total

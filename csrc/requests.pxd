@@ -16,6 +16,9 @@ from libc.string cimport memset
 from csrc.memory cimport resized
 from csrc.shares cimport upper_product
 
+cdef enum:
+    NOBODY = 0xFFFFFFFF  # a slot number: not open
+
 cdef enum:  # phases
     PREFILL = 0
     DECODE = 1

@@ -5,15 +5,18 @@ when all of it is in flight. Ended steps stay readable until their place is take
 """
 
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t
 
 from csrc.fit cimport Work
 from csrc.memory cimport resized
+from csrc.requests cimport NOBODY, Slot
 from csrc.shapley cimport Chunks
 from csrc.shares cimport Part
 
 cdef enum:
     STEPS_MAX = 1024
+    DEPARTED_MAX = 3  # in a row, that a guess looks past
 
 cdef struct Step:
     Part *parts
@@ -52,6 +55,19 @@ cdef inline void free_ring(Ring *ring) noexcept:
 
 cdef inline Step *step_at(const Ring *ring, int64_t number) noexcept nogil:
     return &ring.steps[number & (ring.size - 1)]
+
+
+cdef inline uint32_t look_further(
+    const Step *guess, uint32_t *guess_place, const Slot *slots, const PyObject *key
+) noexcept nogil:
+    """Return the slot of a request if it is a few places behind the guess, else NOBODY."""
+    cdef uint32_t number, place
+    for place in range(guess_place[0] + 1, min(guess.count, guess_place[0] + 1 + DEPARTED_MAX)):
+        number = guess.parts[place].slot
+        if slots[number].key == key:
+            guess_place[0] = place
+            return number
+    return NOBODY
 
 
 cdef inline Step *make_room(Ring *ring, uint32_t count) except NULL:

@@ -193,6 +193,13 @@ class StepMeter:
         _check(now_ns, NS_MAX, "StepMeter: now_ns")
         return self._request(request_id).accrued(now_ns)
 
+    def open_gpu_ns(self) -> dict[str, int]:
+        """Return what each open request accrued since the last `cut`, in GPU-ns."""
+        return {
+            request_id: request.prefill_ns + request.decode_ns
+            for request_id, request in self._requests.items()
+        }
+
     def close(self, request_id: str, now_ns: int) -> Accrued:
         """End a request. Return what it accrued since the last `cut`."""
         accrued = self.accrued(request_id, now_ns)

@@ -27,6 +27,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 from vllm_cost_meter.books import RequestFacts
 from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.energy import EnergyCounter
 from vllm_cost_meter.engine import EngineIdentity, EngineMeter, NoMeter
 from vllm_cost_meter.errors import VllmMismatchError
 from vllm_cost_meter.records import BILL_KEY, CARRIER_ID
@@ -139,6 +140,7 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         engine=engine,
         prior=prior_of_model(config, engine.hardware),
         step_log=Path(settings.step_log) if settings.step_log else None,
+        energy=_energy_counter(parallel),
     )
     logger.info(
         "cost meter: engine %d is metered (%s, %d GPU, method %s, run %s)",
@@ -149,6 +151,17 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         meter.books.run_id,
     )
     return meter
+
+
+def _energy_counter(parallel: Any) -> EnergyCounter:
+    """Make the counter of the engine's own GPUs. Never raises: without one, the rest goes on."""
+    try:
+        from vllm_cost_meter import _vllm_devices  # noqa: PLC0415 - engine only
+
+        ordinals, why_none = _vllm_devices.gpu_ordinals(parallel)
+    except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+        ordinals, why_none = [], f"which GPUs are the engine's cannot be told: {error!r}"
+    return EnergyCounter(ordinals, why_none=why_none)
 
 
 def _device_name() -> str:

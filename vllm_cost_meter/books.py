@@ -277,6 +277,26 @@ class EngineBooks:
             **facts,
         )
 
+    # -- what the energy is divided by ------------------------------------------------------
+
+    def open_gpu_ns(self) -> dict[str, int]:
+        """Return what each open request has used so far, in GPU-ns."""
+        used = self.meter.open_gpu_ns()
+        for request_id, earlier in self._earlier.items():
+            if earlier.pieces and request_id in used:
+                used[request_id] += sum(piece.gpu_time_ns for piece in earlier.pieces)
+        return used
+
+    def running_ns(self, now_ns: int) -> int:
+        """Return how long the step in flight has run that is to be split next, in GPU-ns."""
+        return (now_ns - self._mark_ns) * self.gpus if self._in_flight else 0
+
+    def running(self) -> list[str]:
+        """Return the requests of that step."""
+        if not self._in_flight:
+            return []
+        return [part[0] for part in self.meter.step_parts(self._in_flight[0][1])]
+
     # -- booking ----------------------------------------------------------------------------
 
     def _book_waiting(self, now_ns: int) -> None:

@@ -60,6 +60,10 @@ REQUEST_COLUMNS: tuple[str, ...] = (
 )
 
 
+# Shown where the energy of any row is known; in JSON and CSV always.
+ENERGY_COLUMN = "energy_mj"
+# Columns whose unit is another one at a terminal, with what divides them.
+_UNITS = {"gpu_time_ns": ("gpu_seconds", 10**9, 6), ENERGY_COLUMN: ("joules", 1000, 3)}
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
@@ -111,6 +115,8 @@ def report(
     elif as_csv:
         print(to_csv(rows), end="")
     else:
+        if any(row[ENERGY_COLUMN] is not None for row in rows):
+            columns = (*columns, ENERGY_COLUMN)
         print_rows(rows, columns)
         if what is What.tenants:
             print(plain(adds_up_line(answer)))
@@ -293,12 +299,12 @@ def _dicts(findings: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Print rows as a table; GPU time in seconds, unknown as a dash."""
+    """Print rows as a table; GPU time in seconds, energy in joules, unknown as a dash."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        is_number = column.endswith(("tokens", "_ns", "_usd", "requests", "status"))
+        is_number = column.endswith(("tokens", "_ns", "_mj", "_usd", "requests", "status"))
         table.add_column(
-            "gpu_seconds" if column == "gpu_time_ns" else column,
+            _UNITS[column][0] if column in _UNITS else column,
             justify="right" if is_number else "left",
             no_wrap=True,
         )
@@ -310,8 +316,9 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
 def _shown(column: str, value: object) -> str:
     if value is None:
         return "-"
-    if column == "gpu_time_ns" and isinstance(value, int):
-        return f"{value / 1e9:.6f}"
+    if column in _UNITS and isinstance(value, int):
+        _, unit, places = _UNITS[column]
+        return f"{value / unit:.{places}f}"
     return plain(str(value))
 
 
@@ -341,6 +348,7 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             "ledger_difference_ns",
             "hours_difference_ns",
             "uneven_bills",
+            "energy_difference_mj",
         ):
             if run[name]:
                 yield f"  {name}: {run[name]}"

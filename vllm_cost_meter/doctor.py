@@ -7,6 +7,7 @@ Invariant: it changes nothing but the ledger's file, which it creates if there i
 """
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -14,6 +15,7 @@ from importlib.metadata import entry_points
 from sqlalchemy import make_url, update
 
 from vllm_cost_meter import __version__
+from vllm_cost_meter.energy import EnergyCounter
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import schema_version
 from vllm_cost_meter.ledger.store import check_location, open_ledger, writing
@@ -43,6 +45,7 @@ def examine(ledger_url: str) -> list[Finding]:
         ("ledger", lambda: _ledger(ledger_url)),
         ("books", lambda: _books(ledger_url)),
         ("cost model", lambda: _cost_model(ledger_url)),
+        ("energy", _energy),
     ]
     return [_contained(name, check) for name, check in checks]
 
@@ -133,3 +136,15 @@ def _cost_model(url: str) -> Finding:
         f" {latest['model']}: mean error {latest['error']:.1%},"
         f" {latest['explained']:.1%} of the variance explained",
     )
+
+
+def _energy() -> Finding:
+    """Read the first GPU that a server started here would see. Without one nothing is wrong."""
+    counter = EnergyCounter([0])
+    reading = counter.read(time.monotonic_ns())
+    code, _, detail = (reading.reason or "").partition(": ")
+    if code != "first":  # the first reading of a counter that can be read
+        # Everything but the binding, which is installed with the meter, may be as it should.
+        return Finding("energy", code != "no_binding", f"not measured: {detail}")
+    device = counter.devices[0]
+    return Finding("energy", True, f"the counter of {device.name} ({device.uuid}) can be read")

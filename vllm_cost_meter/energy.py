@@ -27,6 +27,8 @@ logger = logging.getLogger("vllm.cost_meter")
 FINAL_REASONS = ("no_device", "no_binding", "no_library", "order")
 # ... or until a reading says otherwise.
 REASONS = (*FINAL_REASONS, "mig", "no_counter", "error", "first", "reset", "jump", "still")
+# For as long as the cards are what they are: where nothing else was ever read, nothing will be.
+LASTING_REASONS = (*FINAL_REASONS, "mig", "no_counter")
 
 # Far more than a board draws (an H100 SXM: 700 W): what is beyond is no reading but an error.
 POWER_MAX_W = 5_000
@@ -181,12 +183,19 @@ class EnergyCounter:
     of it in the same process and this one do not disturb each other.
     """
 
-    def __init__(self, ordinals: Sequence[int], environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        ordinals: Sequence[int],
+        environ: Mapping[str, str] = os.environ,
+        *,
+        why_none: str | None = None,
+    ) -> None:
         """Take the cards with these CUDA ordinals, among those that `environ` makes visible.
 
         The ordinals are the engine's own: one engine's of several on a host start at its local
         rank x world size, unless its CUDA_VISIBLE_DEVICES was cut already. An engine without an
-        NVIDIA GPU of its own, or with some on another host, gives none. Never raises.
+        NVIDIA GPU of its own, or with some on another host, gives none, and says why in
+        `why_none`. Never raises.
         """
         self._nvml: _Nvml | None = None
         self._initialised = False
@@ -200,7 +209,7 @@ class EnergyCounter:
             ids = visible_device_ids(environ.get("CUDA_VISIBLE_DEVICES"), ordinals)
             self._devices = [_Device(device_id) for device_id in ids]
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-            self._give_up(f"no_device: {error}")
+            self._give_up(f"no_device: {why_none or error}")
 
     @property
     def devices(self) -> tuple[DeviceInfo, ...]:

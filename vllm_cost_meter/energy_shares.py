@@ -26,10 +26,12 @@ Invariant: the parts of a window add up to its energy, to the millijoule.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 from vllm_cost_meter.attribution import split
 from vllm_cost_meter.records import NS_PER_SECOND
+
+Key = TypeVar("Key")
 
 # Classes of time in which no step ran. Not `startup`, much of which is work, nor `lost`, which is
 # mostly steps that could not be measured.
@@ -101,12 +103,13 @@ def split_energy(
         raise ValueError(f"split_energy: expected some GPU time for {energy_mj} mJ, got none")
     busy_mj = bounds.busy_mj(energy_mj, total_busy_ns, total_quiet_ns)
     return EnergyShares(
-        busy_mj=_split_by_time(busy_mj, busy_gpu_ns),
-        quiet_mj=_split_by_time(energy_mj - busy_mj, quiet_gpu_ns),
+        busy_mj=split_by_time(busy_mj, busy_gpu_ns),
+        quiet_mj=split_by_time(energy_mj - busy_mj, quiet_gpu_ns),
     )
 
 
-def _split_by_time(energy_mj: int, gpu_ns: Mapping[str, int]) -> dict[str, int]:
+def split_by_time(energy_mj: int, gpu_ns: Mapping[Key, int]) -> dict[Key, int]:
+    """Divide an energy in proportion to GPU-ns: point 3 above."""
     # `split` wants weights that add up to less than 2**31, which is 2 GPU-seconds in ns: a longer
     # window is weighed in units of 2, 4, 8 ... ns. It then still has 2**30 of them at least.
     shift = max(0, sum(gpu_ns.values()).bit_length() - 31)

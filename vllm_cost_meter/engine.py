@@ -2,9 +2,9 @@
 
 It stands between vLLM's hooks (`_vllm.py`, which reads vLLM's objects) and the books (plain
 arithmetic). `run` is the only way in: it takes the clock, contains every error, and measures the
-meter's own time. It starts no thread, and does no I/O but for the step log where
-that is asked for. Bills that can ride on a request's last
-output are handed back to the hook; the others wait in `late` for the next step's outputs.
+meter's own time. It starts no thread, and does no I/O but for the step log where that is asked for
+and, when a snapshot is taken, the energy counter of the GPUs. Bills that can ride on a request's
+last output are handed back to the hook; the others wait in `late` for the next step's outputs.
 
 Invariant: a request that was `ended` is billed exactly once, or its time is booked as lost.
 """
@@ -22,6 +22,8 @@ from typing import TypeVar, TypeVarTuple
 from vllm_cost_meter import __version__
 from vllm_cost_meter.attribution import NATIVE
 from vllm_cost_meter.books import EngineBooks, EngineFacts, RequestFacts
+from vllm_cost_meter.energy import EnergyCounter
+from vllm_cost_meter.energy_meter import EnergyMeter
 from vllm_cost_meter.errors import StepLogError
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.priors import NOTHING_KNOWN, Prior
@@ -93,6 +95,7 @@ class EngineMeter:
         engine: EngineIdentity,
         prior: Prior = NOTHING_KNOWN,
         step_log: Path | None = None,
+        energy: EnergyCounter | None = None,
     ) -> None:
         """`step_log` is the file of the first engine; others add their index to its name."""
         self.guard = Guard("engine")
@@ -111,6 +114,8 @@ class EngineMeter:
             kv_block_size=engine.kv_block_size or 0,
         )
         self.engine = engine
+        # Right after the books: what they booked so far is startup, and no energy of it is known.
+        self.energy = EnergyMeter(energy or EnergyCounter(()), gpus, time.monotonic_ns())
         self._step_log = self._open_step_log(step_log) if step_log is not None else None
         # Tokens found in the prefix cache when the request was first scheduled.
         self._cached_tokens: dict[str, int] = {}
@@ -173,7 +178,7 @@ class EngineMeter:
         if len(self._ended) > ENDED_MAX:
             del self._ended[next(iter(self._ended))]
         if self.riding:
-            return self.books.bill(request_id, facts, now_ns)
+            return self._bill(request_id, facts, now_ns)
         self._leaving[request_id] = (client_index, facts)
         if self.books.leave(request_id):
             self._bill_late(request_id, now_ns)
@@ -214,7 +219,8 @@ class EngineMeter:
             kv_blocks=self.engine.kv_blocks,
             kv_block_size=self.engine.kv_block_size,
         )
-        return self.books.snapshot(now_ns, time.time_ns(), acknowledged, facts)
+        snapshot = self.books.snapshot(now_ns, time.time_ns(), acknowledged, facts)
+        return self.energy.added_to(snapshot, self.books, now_ns, acknowledged)
 
     def _open_step_log(self, path: Path) -> StepLogWriter | None:
         """Begin the log, and have the books tell it of steps. An unusable file ends no engine."""
@@ -236,7 +242,12 @@ class EngineMeter:
 
     def _bill_late(self, request_id: str, now_ns: int) -> None:
         client_index, facts = self._leaving.pop(request_id)
-        self.late.append((client_index, self.books.bill(request_id, facts, now_ns)))
+        self.late.append((client_index, self._bill(request_id, facts, now_ns)))
+
+    def _bill(self, request_id: str, facts: RequestFacts, now_ns: int) -> Bill:
+        bill = self.books.bill(request_id, facts, now_ns)
+        self.energy.billed(bill)
+        return bill
 
     def _has_ended(self, request_id: str) -> bool:
         """Tell whether this end was told before: ended lately, and not opened again since."""

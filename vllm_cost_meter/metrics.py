@@ -41,6 +41,12 @@ ENGINE_SECONDS = Gauge(
     ["engine", "class"],
     multiprocess_mode="mostrecent",
 )
+ENERGY_JOULES = Gauge(
+    "cost_meter_engine_energy_joules",
+    "Energy of the engine's run so far, by class; absent where it is unknown",
+    ["engine", "class"],
+    multiprocess_mode="mostrecent",
+)
 OWN_SECONDS = Gauge(
     "cost_meter_own_seconds",
     "Time the meter's own hooks took in the engine since its start",
@@ -107,6 +113,8 @@ def set_engine(snapshot: Snapshot) -> None:
     for name in CLASSES:
         seconds = getattr(snapshot.totals, name) / NS_PER_SECOND
         ENGINE_SECONDS.labels(engine, name).set(seconds)
+    for name, mj in snapshot.energy.classes.items():
+        ENERGY_JOULES.labels(engine, name).set(mj / 1000)
     OWN_SECONDS.labels(engine).set(snapshot.own_ns / NS_PER_SECOND)
     ENGINE_ON.labels(engine).set(snapshot.state == "on")
 

@@ -11,12 +11,13 @@ Invariant: `Snapshot.difference_ns == 0`, i.e. at any cut of a run
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 from vllm_cost_meter.accrued import Accrued
+from vllm_cost_meter.energy_records import NO_ENERGY, RunEnergy
 
 NS_PER_SECOND = 1_000_000_000
 NS_PER_MS = 1_000_000
@@ -219,6 +220,7 @@ class Snapshot:
     says where the cost model started from. The KV cache has `kv_blocks` of `kv_block_size` tokens
     each, None if there is none. `hours` holds the totals of those hours that changed since the
     snapshot the reader acknowledged, `cost_models` the models that were published since.
+    `energy` is what the GPUs used, to the same instant.
     """
 
     run_id: str
@@ -251,6 +253,7 @@ class Snapshot:
     prior: str
     cost_models: tuple[CostModel, ...] = ()
     hours: Mapping[int, ClassTotals] = field(default_factory=dict)
+    energy: RunEnergy = NO_ENERGY
 
     @property
     def difference_ns(self) -> int:
@@ -259,7 +262,8 @@ class Snapshot:
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain msgpack-able values (the utility RPC carries nothing else)."""
-        wire = asdict(self)
+        wire = asdict(replace(self, energy=NO_ENERGY))
+        wire["energy"] = self.energy.to_wire()
         wire["hours"] = {str(hour): totals for hour, totals in wire["hours"].items()}
         return wire
 
@@ -270,6 +274,7 @@ class Snapshot:
         values["totals"] = ClassTotals(**values["totals"])
         values["hours"] = {int(h): ClassTotals(**t) for h, t in values["hours"].items()}
         values["cost_models"] = tuple(map(CostModel.from_wire, values["cost_models"]))
+        values["energy"] = RunEnergy.from_wire(values["energy"])
         return cls(**values)
 
 

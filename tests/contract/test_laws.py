@@ -33,6 +33,8 @@ CORE = {
     f"{PACKAGE}.priors",
     f"{PACKAGE}.books",
     f"{PACKAGE}.energy_shares",
+    f"{PACKAGE}.energy_books",
+    f"{PACKAGE}.energy_records",
 }
 # What runs inside EngineCore and the workers, or is imported there by vLLM's plugin loader.
 ENGINE_SIDE = {
@@ -48,6 +50,8 @@ ENGINE_SIDE = {
         "step_log",
         "energy",
         "energy_shares",
+        "energy_books",
+        "energy_meter",
     )
 }
 # They would cost the engine's process memory and start-up for nothing.

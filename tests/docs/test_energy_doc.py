@@ -4,12 +4,14 @@ import pytest
 
 from tests.docs.pages import DOCS, names, section, table_rows
 from vllm_cost_meter import energy
+from vllm_cost_meter.energy_books import UNTOLD_MAX
 from vllm_cost_meter.energy_shares import (
     POWER_WINDOW_NS_MIN,
     QUIET_CLASSES,
     PowerBounds,
     split_energy,
 )
+from vllm_cost_meter.ledger.energy import PENDING
 
 PAGE = DOCS / "energy.md"
 TEXT = " ".join(PAGE.read_text().split())
@@ -23,7 +25,7 @@ def test_the_reasons_are_those_of_the_code():
 def test_what_lasts_until_a_restart_is_what_the_code_never_asks_again():
     rows = table_rows(section(PAGE, "What null means"))
     lasting = {row[0].strip("`") for row in rows if row[2] == "restart"}
-    assert lasting == {*energy.FINAL_REASONS, "mig"}
+    assert lasting == set(energy.LASTING_REASONS)
 
 
 def test_the_example_comes_out_as_written():
@@ -53,6 +55,8 @@ def test_the_quiet_classes_are_those_of_the_code():
         f"stood still for {energy.COUNTER_PERIOD_NS_MAX // S} s",
         f"looked for anew every {energy.RETRY_NS // S} s",
         f"any window of at least {POWER_WINDOW_NS_MIN // S} s",
+        f"energy of at most {UNTOLD_MAX:,} requests",
+        f"null with the reason `{PENDING}`",
     ],
 )
 def test_the_numbers_are_those_of_the_code(said):

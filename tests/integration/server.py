@@ -78,7 +78,10 @@ class Server:
         )
         environment = {
             **os.environ,
-            "PYTHONPATH": str(PLUGIN_FOLDER),
+            # Whose code the tests run, the server runs too: also in another checkout.
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(PLUGIN_FOLDER), os.environ.get("PYTHONPATH")))
+            ),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",

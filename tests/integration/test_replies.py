@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 import time
@@ -362,3 +363,17 @@ def _environ() -> dict[str, str]:
     import os
 
     return dict(os.environ)
+
+
+def test_an_engine_without_a_gpu_has_no_energy_and_says_why(server: Server) -> None:
+    with server.client() as client:
+        reply = ask(client, "/v1/completions")
+    row = server.bill_of(reply.response_id)
+    server.balanced()  # a snapshot after the bill
+    reason = "no_device: vLLM runs on cpu, not on NVIDIA GPUs"
+    assert (row["energy_mj"], row["energy_reason"]) == (None, reason)
+    tenants = server.cost("tenants")
+    assert {row["energy_mj"] for row in tenants["tenants"]} == {None}
+    assert [(run["devices"], run["energy_reason"]) for run in tenants["runs"]] == [(None, reason)]
+    with sqlite3.connect(server.ledger_file) as ledger:
+        assert ledger.execute("SELECT count(*) FROM request_energy").fetchone() == (0,)

@@ -223,6 +223,7 @@ class Lockstep(RuleBasedStateMachine):
             assert getattr(self.native, name) == getattr(self.twin, name), name
         self.both("models", -1)
         self.both("planes")
+        self.both("open_gpu_ns")
         for request_id in self.both("request_ids"):
             accrued = self.both("accrued", request_id, self.now_ns)
             both_ns = accrued.prefill_ns + accrued.decode_ns

@@ -68,7 +68,10 @@ class Machine:
 
     def tell(self) -> None:
         lines = [f"init {self.init_result}", *(card.line() for card in self.cards)]
-        self.script.write_text("\n".join(lines) + "\n")
+        # At once: another process may be reading it.
+        new = self.script.with_suffix(".new")
+        new.write_text("\n".join(lines) + "\n")
+        new.replace(self.script)
 
     def use(self, *energies_mj: int) -> None:
         """Let each card use so much."""

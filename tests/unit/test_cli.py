@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from tests.unit.test_ledger_reader import OVERHEAD, http, part, snapshot
 from vllm_cost_meter import __version__
 from vllm_cost_meter.cli import app, to_csv
+from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
 EVIL = "=HYPERLINK(1)"
@@ -75,6 +76,25 @@ def test_tenants_are_a_table_whose_rows_are_the_whole(ledger):
     assert cells(rows[0]) == ["alice", "2", "20", "4", "10", "0.000001", "-"]
     assert [cells(row)[0] for row in rows] == ["alice", EVIL, *OVERHEAD]
     assert last == "adds up: the rows are all of 0.000002 GPU-seconds, to the nanosecond"
+
+
+def test_energy_is_a_column_in_joules_where_any_is_known(ledger):
+    sql(ledger, "INSERT INTO request_energy VALUES ('run', 1, 500000, 700001, NULL)")
+    sql(ledger, "UPDATE snapshots SET energy_mj = 700071, energy_reason = NULL")
+    for name in ENERGY_CLASSES:
+        mj = {"requests": 700_001, "idle": 70}.get(name, 0)
+        sql(ledger, f"UPDATE snapshots SET {name}_mj = ?", mj)
+    head, *rows, _ = run("report", "--ledger", ledger).stdout.splitlines()
+    energies = {cells(row)[0]: cells(row)[-1] for row in rows}
+    assert cells(head)[-1] == "joules"
+    assert (energies["alice"], energies[EVIL], energies["__idle__"]) == ("700.001", "-", "0.070")
+    head, *rows = run("report", "requests", "--ledger", ledger).stdout.splitlines()
+    assert [cells(head)[-1], *(cells(row)[-1] for row in rows)] == ["joules", "-", "-", "700.001"]
+    assert run("audit", "--ledger", ledger).exit_code == 0
+    sql(ledger, "DELETE FROM request_energy")
+    failed = run("audit", "--ledger", ledger)
+    assert failed.exit_code == 1
+    assert "  energy_difference_mj: 700001" in failed.stdout
 
 
 def test_requests_are_a_table_the_newest_first(ledger):

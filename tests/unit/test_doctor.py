@@ -3,18 +3,20 @@
 import contextlib
 import json
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.unit.nvml import A, Card, nvmls
 from tests.unit.test_ledger_reader import part, snapshot
 from vllm_cost_meter import doctor
 from vllm_cost_meter.cli import app
 from vllm_cost_meter.doctor import examine
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
-CHECKS = ["entry points", "named", "native", "vllm", "ledger", "books", "cost model"]
+CHECKS = ["entry points", "named", "native", "vllm", "ledger", "books", "cost model", "energy"]
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +138,34 @@ def test_a_ledger_that_refuses_a_write_cannot_be_written(path):
 def test_a_password_in_the_ledgers_url_is_not_shown():
     found = {f.name: f.detail for f in examine("postgresql+psycopg://me:s3cret@127.0.0.1:1/x")}
     assert "s3cret" not in str(found)
+
+
+def test_a_gpu_whose_energy_can_be_read_is_named(machine, path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine.add(Card(A))
+    detail = f"the counter of NVIDIA H100 80GB HBM3 ({A}) can be read"
+    assert findings(path)["energy"] == (True, detail)
+
+
+def test_a_gpu_whose_energy_cannot_be_read_says_why_and_fails_nothing(machine, path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine.add(Card(A, mig_mode=1))
+    ok, detail = findings(path)["energy"]
+    assert ok
+    assert detail.startswith("not measured: a MIG slice has no counter")
+
+
+def test_a_machine_without_a_driver_passes(tmp_path, path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with nvmls(tmp_path / "none.so", tmp_path / "script"):
+        assert findings(path)["energy"] == (
+            True,
+            "not measured: no libnvidia-ml.so.1, so no NVIDIA driver is here",
+        )
+
+
+def test_an_installation_without_the_binding_fails(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    ok, detail = findings(path)["energy"]
+    assert not ok
+    assert "pip install nvidia-ml-py" in detail

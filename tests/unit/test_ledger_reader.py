@@ -182,6 +182,7 @@ def test_a_request_row_has_the_names_that_others_rely_on(ledger):
         "kv_block_ms": 0, "saved_estimate_ns": 0,
         "started_at": "2027-01-15T08:00:00.000000Z", "finished_at": "2027-01-15T08:00:00.003000Z",
         "queue_ms": 1.0, "ttft_ms": 2.0, "tpot_ms": 3.0, "e2e_ms": 4.0,
+        "energy_mj": None, "energy_reason": "pending",
     }  # fmt: skip
     assert (shown["seq"], shown["prefill_tokens"], shown["decode_tokens"]) == (1, 8, 5)
 

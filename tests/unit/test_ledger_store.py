@@ -183,6 +183,8 @@ def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tm
             assert columns == set(table.c.keys()), name
         kept = connection.execute(text("SELECT gpu_time_ns, marginal_ns, batch FROM requests"))
         assert kept.all() == [(300, 0, 0)]
+        energy = connection.execute(text("SELECT energy_mj, energy_reason FROM snapshots"))
+        assert energy.all() == [(None, "earlier: this version did not measure it")]
     engine.dispose()
     reader = LedgerReader(url_of(path))
     assert reader.audit()["balanced"]

@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY, generate_latest
 from tests.builders import make_bill, make_part
 from tests.unit.test_poller import snapshot
 from vllm_cost_meter import metrics
+from vllm_cost_meter.energy_records import RunEnergy
 from vllm_cost_meter.records import (
     CLASSES,
     ClassTotals,
@@ -83,6 +84,18 @@ def test_an_engine_shows_every_class_of_its_time():
     assert REGISTRY.get_sample_value("cost_meter_engine_on", {"engine": "7"}) == 1
     metrics.set_engine(replace(snapshot(2, engine_index=7), state="off"))
     assert REGISTRY.get_sample_value("cost_meter_engine_on", {"engine": "7"}) == 0
+
+
+def test_an_engine_shows_its_energy_by_class_and_nothing_where_it_is_unknown():
+    def shown(name: str) -> float | None:
+        labels = {"engine": "8", "class": name}
+        return REGISTRY.get_sample_value("cost_meter_engine_energy_joules", labels)
+
+    metrics.set_engine(snapshot(1, engine_index=8))
+    assert shown("idle") is None
+    energy = RunEnergy(75_500, None, classes={"idle": 70_000, "requests": 5_500})
+    metrics.set_engine(snapshot(2, engine_index=8, energy=energy))
+    assert (shown("idle"), shown("requests")) == (70.0, 5.5)
 
 
 def test_inter_token_latencies_are_counted_by_their_bound():

@@ -1,8 +1,9 @@
 """Do the books balance? Each run at its cut, every way of adding up compared with every other.
 
-Five sums must agree for each run: wall x gpus and the classes; the class `requests` and what the
+Six sums must agree for each run: wall x gpus and the classes; the class `requests` and what the
 engine says it billed; that and the bills in the ledger; the bills' numbers, without a gap from 1 to
-the last; the engine's hours and its totals, class by class. And each bill must be the sum of its
+the last; the engine's hours and its totals, class by class; and, where it is known, the energy read
+and that of the classes and of the requests in the ledger. And each bill must be the sum of its
 pieces. Missing bills are found by counting; only if the count differs are the gaps looked for.
 
 Invariant: `balanced` is true if and only if every one of these differences is 0.
@@ -15,6 +16,7 @@ from sqlalchemy import and_, func, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.cut import Cut, RunCut, count_bills
+from vllm_cost_meter.ledger.energy import audited, told_mj
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
 from vllm_cost_meter.records import CLASSES
 
@@ -28,11 +30,13 @@ def audit_runs(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
     held = count_bills(connection, cut)
     billed = _bills_ns(connection, cut)
     uneven = _uneven_bills(connection, cut)
+    told = told_mj(connection, cut)
     return [
         _audit_run(
             run,
             ledger_ns=billed.get(run.run_id, 0),
             uneven=uneven.get(run.run_id, 0),
+            energy=audited(run, told),
             missing=[]
             if held.get(run.run_id, 0) == run.last_seq
             else _missing(connection, run.run_id, run.last_seq),
@@ -52,6 +56,7 @@ _DIFFERENCES = (
     "ledger_difference_ns",
     "hours_difference_ns",
     "uneven_bills",
+    "energy_difference_mj",
 )
 
 
@@ -61,7 +66,14 @@ _AMOUNTS = [
 ]
 
 
-def _audit_run(run: RunCut, *, ledger_ns: int, uneven: int, missing: list[str]) -> dict[str, Any]:
+def _audit_run(
+    run: RunCut,
+    *,
+    ledger_ns: int,
+    uneven: int,
+    energy: Mapping[str, int | None],
+    missing: list[str],
+) -> dict[str, Any]:
     row = run.row
     totals = {name: int(row[f"{name}_ns"]) for name in CLASSES}
     billed_ns = int(row["billed_ns"])
@@ -84,6 +96,7 @@ def _audit_run(run: RunCut, *, ledger_ns: int, uneven: int, missing: list[str]) 
         "missing_bills": missing,
         "uneven_bills": uneven,
         "hours_difference_ns": _hours_difference(run, totals),
+        **energy,
     }
     return {**audit, "balanced": is_balanced(audit)}
 

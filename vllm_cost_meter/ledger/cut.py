@@ -19,7 +19,15 @@ from typing import Any
 from sqlalchemy import CTE, BigInteger, Text, and_, column, func, select, true, values
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.schema import engine_hours, prices, requests, runs, snapshots
+from vllm_cost_meter.energy_records import ENERGY_CLASSES
+from vllm_cost_meter.ledger.schema import (
+    energy_hours,
+    engine_hours,
+    prices,
+    requests,
+    runs,
+    snapshots,
+)
 from vllm_cost_meter.pricing import parse_price
 from vllm_cost_meter.records import (
     CLASSES,
@@ -80,7 +88,8 @@ class Window:
 class RunCut:
     """One run at the cut. `classes` are its totals, of a window if one was asked for.
 
-    The in-flight time of a dead run is lost: nobody will be billed for it.
+    The in-flight time of a dead run is lost: nobody will be billed for it. `energy` are the
+    millijoules by class, likewise; None where none was known.
     """
 
     run_id: str
@@ -89,6 +98,7 @@ class RunCut:
     classes: Mapping[str, int]
     hours: Mapping[int, Mapping[str, int]]
     price: Decimal | None
+    energy: Mapping[str, int] | None = None
 
     @property
     def last_seq(self) -> int:
@@ -167,6 +177,9 @@ def read_cut(connection: Connection, window: Window, *, alive: Collection[str], 
     hours: dict[str, dict[int, Mapping[str, int]]] = {}
     for hour in connection.execute(select(engine_hours)):
         hours.setdefault(hour.run_id, {})[hour.hour] = _classes(hour._asdict())
+    energies: dict[str, dict[int, Mapping[str, int]]] = {}
+    for hour in connection.execute(select(energy_hours)):
+        energies.setdefault(hour.run_id, {})[hour.hour] = _energy(hour._asdict())
     joined = (
         select(runs, *(c for c in snapshots.c if c.name != "run_id"), prices.c.usd_per_gpu_hour)
         .join(snapshots, snapshots.c.run_id == runs.c.run_id)
@@ -183,6 +196,9 @@ def read_cut(connection: Connection, window: Window, *, alive: Collection[str], 
         if not window.is_all:
             inside = [c for h, c in hours.get(run_id, {}).items() if window.contains(h)]
             classes = {name: sum(c[name] for c in inside) for name in CLASSES}
+        energy = None if row["energy_mj"] is None else _energy(row)
+        if not window.is_all:
+            energy = _within(window, energies.get(run_id, {}))
         usd = row["usd_per_gpu_hour"]
         cuts.append(
             RunCut(
@@ -192,6 +208,7 @@ def read_cut(connection: Connection, window: Window, *, alive: Collection[str], 
                 classes=classes if up else _as_lost(classes),
                 hours=hours.get(run_id, {}),
                 price=None if usd is None else parse_price(usd),
+                energy=energy if up or energy is None else _as_lost(energy),
             )
         )
     return Cut(tuple(cuts), window)
@@ -245,6 +262,18 @@ def _between(of: Any, low: Any, high: Any) -> Any:
 
 def _classes(row: Mapping[str, Any]) -> dict[str, int]:
     return {name: int(row[f"{name}_ns"]) for name in CLASSES}
+
+
+def _energy(row: Mapping[str, Any]) -> dict[str, int]:
+    return {name: int(row[f"{name}_mj"]) for name in ENERGY_CLASSES}
+
+
+def _within(window: Window, hours: Mapping[int, Mapping[str, int]]) -> dict[str, int] | None:
+    """Return the energies of the hours of a window; None if it was known in none of them."""
+    inside = [classes for hour, classes in hours.items() if window.contains(hour)]
+    if not inside:
+        return None
+    return {name: sum(classes[name] for classes in inside) for name in ENERGY_CLASSES}
 
 
 def _as_lost(classes: Mapping[str, int]) -> dict[str, int]:

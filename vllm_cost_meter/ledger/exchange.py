@@ -5,8 +5,8 @@ are those the client was told; where the reply did not say, they follow from the
 that several parts share counting once. The HTTP row may not be there yet (or never, after a
 crash): its columns are null then, but the bill is told.
 
-Invariant: GPU time of an exchange is the sum of its parts', and its cost is null unless every part
-has one.
+Invariant: GPU time of an exchange is the sum of its parts', and its cost and its energy are null
+unless every part has one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,6 +56,8 @@ PART_COLUMNS = (
     "ttft_ms",
     "tpot_ms",
     "e2e_ms",
+    "energy_mj",
+    "energy_reason",
 )
 
 
@@ -98,6 +100,8 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
         "started_at": told.get("started_at") or first["started_at"],
         "finished_at": told.get("finished_at") or max(part["finished_at"] for part in parts),
         **_latencies(parts),
+        "energy_mj": _sum_of(parts, "energy_mj"),
+        "energy_reason": next((p["energy_reason"] for p in parts if p["energy_reason"]), None),
     }
 
 

@@ -27,13 +27,18 @@ Record = EngineRequest | HttpRequest | Snapshot
 
 
 def merge_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
-    """Return the newer of two snapshots of a run, with the hours and models of both.
+    """Return the newer of two snapshots of a run, with the hours, models and energies of both.
 
     Of what both have, the newer one's stands.
     """
     older, newer = sorted((one, other), key=lambda snapshot: snapshot.number)
     models = {model.version: model for model in (*older.cost_models, *newer.cost_models)}
-    return replace(newer, hours={**older.hours, **newer.hours}, cost_models=tuple(models.values()))
+    return replace(
+        newer,
+        hours={**older.hours, **newer.hours},
+        cost_models=tuple(models.values()),
+        energy=newer.energy.merged_over(older.energy),
+    )
 
 
 def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
@@ -66,6 +71,10 @@ def write(connection: Connection, records: Sequence[Record], price: Price | None
     _insert(connection, schema.cost_models, models)
     hours = [row for snapshot in snapshots for row in rows.hour_rows(snapshot)]
     _upsert(connection, schema.engine_hours, hours)
+    energy_hours = [row for snapshot in snapshots for row in rows.energy_hour_rows(snapshot)]
+    _upsert(connection, schema.energy_hours, energy_hours)
+    energies = [row for snapshot in snapshots for row in rows.request_energy_rows(snapshot)]
+    _insert(connection, schema.request_energy, energies)
 
 
 def write_price(connection: Connection, price: Price) -> None:

@@ -2,7 +2,7 @@
 
 A step is plain SQL that SQLite and PostgreSQL both take, frozen as it was when it was released: it
 must not follow later changes of the schema. What older records do not know is 0 where it is a count
-that nobody kept, and the text "unknown" where it is a name.
+that nobody kept, the text "unknown" where it is a name, and NULL where an amount is unknown.
 
 Invariant: a ledger is of one version at any instant, as a step and its number are one transaction.
 """
@@ -26,6 +26,18 @@ _WASTED = (
     "rejected_tokens",
 )
 
+_ENERGY_CLASSES = (
+    "requests_mj",
+    "in_flight_mj",
+    "idle_mj",
+    "sleep_mj",
+    "tail_mj",
+    "dummy_mj",
+    "host_mj",
+    "lost_mj",
+    "unattributed_mj",
+)
+
 # By the version a ledger has: what makes it the next one.
 STEPS: Mapping[int, tuple[str, ...]] = {
     1: (
@@ -42,6 +54,11 @@ STEPS: Mapping[int, tuple[str, ...]] = {
         *_added("runs", "INTEGER", "kv_block_size"),
         *_added("requests", _COUNT, "kv_block_ms", "step_ns", "saved_estimate_ns"),
         *_added("usage_pieces", _COUNT, "kv_block_ms", "step_ns", "saved_estimate_ns"),
+        *_added("runs", "TEXT", "devices"),
+        *_added("snapshots", "BIGINT", "energy_mj", *_ENERGY_CLASSES, "energy_unknown_ns"),
+        *_added("snapshots", "TEXT", "energy_reason"),
+        "UPDATE snapshots SET energy_reason = 'earlier: this version did not measure it'",
+        # The tables energy_hours and request_energy are made as every missing table is.
     ),
 }
 

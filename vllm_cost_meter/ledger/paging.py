@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import Text, and_, cast, func, or_, select, tuple_
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.energy import select_parts
 from vllm_cost_meter.ledger.exchange import Row, exchange
 from vllm_cost_meter.ledger.schema import http_requests, requests
 
@@ -105,10 +106,10 @@ def exchanges(connection: Connection, keys: Sequence[Key]) -> list[dict[str, Any
     told = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
     http = {row.http_request_id: row._asdict() for row in told}
     parts: dict[str, list[Row]] = {}
-    for row in connection.execute(select(requests).where(r.http_request_id.in_(ids))):
+    for row in connection.execute(select_parts().where(r.http_request_id.in_(ids))):
         parts.setdefault(row.http_request_id, []).append(row._asdict())
     for key in keys:
         if key.run_id is not None:
-            alone = select(requests).where(r.run_id == key.run_id, r.seq == key.seq)
+            alone = select_parts().where(r.run_id == key.run_id, r.seq == key.seq)
             parts[key.id] = [row._asdict() for row in connection.execute(alone)]
     return [exchange(http.get(key.id), parts.get(key.id, [])) for key in keys]

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.audit import audit_runs
 from vllm_cost_meter.ledger.cut import Cut, Window, read_cut, settle
+from vllm_cost_meter.ledger.energy import class_mj, energy_state, select_parts, total_mj
 from vllm_cost_meter.ledger.exchange import exchange, ordered, shown_part
 from vllm_cost_meter.ledger.explain import explained
 from vllm_cost_meter.ledger.models import earlier_fit, models
@@ -99,7 +100,7 @@ class LedgerReader:
         told = select(http_requests).where(h.http_request_id == match.http_request_id)
         with self._read() as connection:
             http = connection.execute(told).first()
-            parts = [row._asdict() for row in connection.execute(select(requests).where(mine))]
+            parts = [row._asdict() for row in connection.execute(select_parts().where(mine))]
         if http is None and not parts:
             return None
         return {
@@ -174,7 +175,9 @@ class LedgerReader:
             "after_cut": late,
             **cost_of_all(cut),
             **cut.own_time(),
-            "runs": [run.state() for run in cut.runs],
+            "energy_mj": total_mj(cut),
+            **{f"{name}_mj": class_mj(cut, name) for name in ("requests", "unattributed")},
+            "runs": [{**run.state(), **energy_state(run)} for run in cut.runs],
         }
 
     def tenant(
@@ -223,6 +226,10 @@ class LedgerReader:
             **{name: sum(row[name] for row in tenants) for name in counts},
             "requests_ns": requests_ns,
             **class_ns,
+            **{
+                f"{name}_mj": row["energy_mj"]
+                for name, row in zip(OVERHEAD_ROWS, overhead, strict=True)
+            },
             "utilization": worked_ns / wall_gpu_ns if wall_gpu_ns else None,
         }
 

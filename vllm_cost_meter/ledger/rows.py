@@ -10,6 +10,7 @@ Invariant: a row of `requests` equals the sum of the rows of `usage_pieces` it c
 import json
 from typing import Any
 
+from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.pricing import format_usd
 from vllm_cost_meter.records import (
     CLASSES,
@@ -150,6 +151,7 @@ def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
         "native": snapshot.native,
         "started_at": rfc3339(snapshot.started_at_ns),
         "price_id": price_id,
+        "devices": _devices(snapshot),
     }
 
 
@@ -172,6 +174,7 @@ def snapshot_row(snapshot: Snapshot) -> Row:
         "errors": snapshot.errors,
         "state": snapshot.state,
         "prior": snapshot.prior,
+        **_energy_columns(snapshot),
     }
 
 
@@ -204,6 +207,39 @@ def hour_rows(snapshot: Snapshot) -> list[Row]:
         }
         for hour, totals in snapshot.hours.items()
     ]
+
+
+def energy_hour_rows(snapshot: Snapshot) -> list[Row]:
+    """Return the rows of `energy_hours` of the hours a snapshot brings."""
+    return [
+        {
+            "run_id": snapshot.run_id,
+            "hour": hour,
+            "number": snapshot.number,
+            **{f"{name}_mj": classes[name] for name in ENERGY_CLASSES},
+        }
+        for hour, classes in snapshot.energy.hours.items()
+    ]
+
+
+def request_energy_rows(snapshot: Snapshot) -> list[Row]:
+    """Return the rows of `request_energy` of the requests a snapshot tells of."""
+    return [{"run_id": snapshot.run_id, **told._asdict()} for told in snapshot.energy.told]
+
+
+def _devices(snapshot: Snapshot) -> str | None:
+    devices = [{"name": name, "uuid": uuid} for name, uuid in snapshot.energy.devices]
+    return json.dumps(devices) if devices else None
+
+
+def _energy_columns(snapshot: Snapshot) -> Row:
+    energy = snapshot.energy
+    return {
+        "energy_mj": energy.energy_mj,
+        **{f"{name}_mj": energy.classes.get(name) for name in ENERGY_CLASSES},
+        "energy_unknown_ns": energy.unknown_ns,
+        "energy_reason": energy.reason,
+    }
 
 
 def _class_columns(totals: ClassTotals) -> Row:

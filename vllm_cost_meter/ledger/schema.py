@@ -1,13 +1,14 @@
 """The tables of the ledger, one schema for SQLite and PostgreSQL.
 
 Rows of fact (bills, their pieces, HTTP exchanges, prices, runs) are written once by key and never
-changed. Only two tables are cumulative counters and are overwritten, by a higher snapshot number
-and by nothing else: `snapshots`, the latest cut of each run, and `engine_hours`, the same classes
-hour by hour. Amounts are 64-bit integers, instants are RFC 3339 text of fixed width (text order is
-time order), unknown is NULL.
+changed. Only three tables are cumulative counters and are overwritten, by a higher snapshot number
+and by nothing else: `snapshots`, the latest cut of each run, and `engine_hours` and `energy_hours`,
+the same classes hour by hour. Amounts are 64-bit integers, instants are RFC 3339 text of fixed
+width (text order is time order), unknown is NULL.
 
 Invariant: a snapshot and its hours change in one transaction, and so do a bill and its pieces;
-so at any instant the hours of a run add up to its snapshot, and the pieces of a bill to the bill.
+so at any instant the hours of a run add up to its snapshot, and the pieces of a bill to the bill;
+and what a snapshot tells of the energy of requests, to its class `requests`.
 """
 
 from sqlalchemy import (
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Text,
 )
 
+from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.records import CLASSES
 
 SCHEMA_VERSION = 3
@@ -35,6 +37,11 @@ _Key = Text().with_variant(Text(collation="C"), "postgresql")
 def _class_columns() -> list[Column[int]]:
     """Return one column of GPU-nanoseconds for each class of time."""
     return [Column(f"{name}_ns", BigInteger, nullable=False) for name in CLASSES]
+
+
+def _energy_columns(*, nullable: bool) -> list[Column[int]]:
+    """Return one column of millijoules for each class of energy."""
+    return [Column(f"{name}_mj", BigInteger, nullable=nullable) for name in ENERGY_CLASSES]
 
 
 schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
@@ -65,6 +72,8 @@ runs = Table(
     Column("native", Boolean, nullable=False),
     Column("started_at", _Key, nullable=False),
     Column("price_id", _Key),
+    # JSON: name and UUID of each GPU.
+    Column("devices", Text),
 )
 
 cost_models = Table(
@@ -102,6 +111,11 @@ snapshots = Table(
     Column("errors", BigInteger, nullable=False),
     Column("state", Text, nullable=False),
     Column("prior", Text, nullable=False),
+    # NULL until the energy was known for the first time.
+    Column("energy_mj", BigInteger),
+    *_energy_columns(nullable=True),
+    Column("energy_unknown_ns", BigInteger),
+    Column("energy_reason", Text),
 )
 
 engine_hours = Table(
@@ -112,6 +126,15 @@ engine_hours = Table(
     # The snapshot these totals are from: an older one that comes late must not overwrite them.
     Column("number", BigInteger, nullable=False),
     *_class_columns(),
+)
+
+energy_hours = Table(
+    "energy_hours",
+    metadata,
+    Column("run_id", _Key, primary_key=True),
+    Column("hour", Integer, primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    *_energy_columns(nullable=False),
 )
 
 http_requests = Table(
@@ -216,5 +239,17 @@ usage_pieces = Table(
     Column("saved_estimate_ns", BigInteger, nullable=False),
     Index("ix_usage_pieces_hour", "hour", "tenant"),
     # Clustered by key: "all pieces of a run up to a bill" is one range of the file.
+    sqlite_with_rowid=False,
+)
+
+# Told by a snapshot after the bill: NULL with the code of the reason where it is unknown.
+request_energy = Table(
+    "request_energy",
+    metadata,
+    Column("run_id", _Key, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("hour", Integer, primary_key=True, autoincrement=False),
+    Column("energy_mj", BigInteger),
+    Column("reason", Text),
     sqlite_with_rowid=False,
 )

@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, o
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.cut import Cut, Window
+from vllm_cost_meter.ledger.energy import by_tenant, class_mj
 from vllm_cost_meter.ledger.schema import http_requests, requests, usage_pieces
 from vllm_cost_meter.pricing import cost_nanousd, format_usd
 from vllm_cost_meter.records import OVERHEAD_CLASSES
@@ -32,6 +33,7 @@ def tenant_rows(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
     used = _used(connection, cut)
     counted = _counts(connection, cut.window)
     cache_ms = cut.kv_cache_block_ms()
+    energies = by_tenant(connection, cut)
     rows = []
     for tenant in used.keys() | counted.keys():
         per_run = used.get(tenant, {})
@@ -40,12 +42,17 @@ def tenant_rows(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
         totals = {name: sum(sums[name] for sums in per_run.values()) for name in _SUMS}
         share = totals["kv_block_ms"] / cache_ms if cache_ms else None
         cache = {**totals, "kv_cache_share": share}
-        rows.append(_row(tenant, dict(zip(_COUNTS, counts, strict=True)), spent, cache, prices))
+        unused = (0, 0) if energies else (None, None)
+        energy = dict(zip(_ENERGY, energies.get(tenant, unused), strict=True))
+        row = _row(tenant, dict(zip(_COUNTS, counts, strict=True)), spent, cache, prices)
+        rows.append({**row, **energy})
     rows.sort(key=lambda row: (-row["gpu_time_ns"], row["tenant"]))
     of_none = dict.fromkeys((*_SUMS, "kv_cache_share"))
     for name in OVERHEAD_ROWS:
         no_counts = {**dict.fromkeys(_COUNTS), "requests": 0}
-        rows.append(_row(f"__{name}__", no_counts, cut.overhead_ns(name), of_none, prices))
+        row = _row(f"__{name}__", no_counts, cut.overhead_ns(name), of_none, prices)
+        energy = dict(zip(_ENERGY, (class_mj(cut, name), None), strict=True))
+        rows.append({**row, **energy})
     return rows
 
 
@@ -87,6 +94,7 @@ def after_cut(connection: Connection, cut: Cut) -> dict[str, int]:
 
 _TOKENS = ("prompt_tokens", "cached_tokens", "output_tokens")
 _COUNTS = ("requests", *_TOKENS)
+_ENERGY = ("energy_mj", "energy_unknown_requests")
 
 
 # Of the usage pieces of a tenant.

@@ -8,6 +8,7 @@ What it does is said by the environment, so that it reaches every process of a s
 - CMT_CLOCK=FILE     adds the seconds that FILE holds to the engine's wall clock
 - CMT_EXPERTS=1      lets engines on CPUs share the experts of a model: the CPU build lacks two
                      collective operations that it takes
+- CMT_NVML=FILE      gives the engine a GPU to read the energy of, which FILE stands for
 - CMT_TEE=FOLDER     writes the bytes of every reply as they enter and leave the middleware
 """
 
@@ -30,6 +31,8 @@ def register() -> None:
         inject_faults(Path(os.environ["CMT_FAULTS"]))
     if "CMT_CLOCK" in os.environ:
         move_clock(Path(os.environ["CMT_CLOCK"]))
+    if "CMT_NVML" in os.environ:
+        give_a_gpu(os.environ["CMT_NVML"])
     if "CMT_TEE" in os.environ and "serve" in sys.argv:
         tee_replies(Path(os.environ["CMT_TEE"]))
 
@@ -122,6 +125,20 @@ def move_clock(file: Path) -> None:
             return time.time_ns() + int(float(file.read_text() or 0) * 1e9)
 
     engine.time = Time
+
+
+def give_a_gpu(script: str) -> None:
+    """Make GPU 0 of the NVML that the tests compiled the engine's own, though it runs on the CPU.
+
+    NVML shows it only from then on: vLLM would take it for a GPU to run on.
+    """
+    from vllm_cost_meter import _vllm_devices
+
+    def gpu_ordinals(_parallel_config: object) -> tuple[list[int], None]:
+        os.environ["FAKE_NVML"] = script
+        return [0], None
+
+    _vllm_devices.gpu_ordinals = gpu_ordinals
 
 
 def tee_replies(folder: Path) -> None:
