@@ -100,5 +100,7 @@ def make_snapshot(**changes: Any) -> Snapshot:
         "prior": "tokens",
         "cost_models": (COST_MODEL,),
         "hours": {HOUR: totals},
+        # What is in flight and not the running requests' is the step's.
+        "step_ns": totals.in_flight - sum(used.gpu_time_ns for _, used in changes.get("live", ())),
     }
     return Snapshot(**{**values, **changes})

@@ -13,7 +13,8 @@ A stretch that crosses a UTC hour is cut there, and so is what each open request
 that months balance. Values in, values out: clocks and vLLM objects stop at the edge.
 
 Invariant: at any snapshot the classes add up to (now - created) x gpus, over the run and, within
-each hour, over the run's part of that hour; what is billed in total equals the sum of all bills.
+each hour, over the run's part of that hour; what is billed in total equals the sum of all bills;
+and what is in flight is what the open requests have accrued, and the step that runs.
 """
 
 from collections import deque
@@ -168,8 +169,8 @@ class EngineBooks:
             seq=self._last_seq,
             request_id=request_id,
             method=self.method,
-            steps=earlier.steps,
-            batch=earlier.batch,
+            steps=earlier.used.steps,
+            batch=earlier.used.batch,
             first_model=earlier.first_model,
             last_model=self.meter.model_version,
             pieces=tuple(earlier.pieces),
@@ -254,8 +255,25 @@ class EngineBooks:
                 CostModel(*model) for model in self.meter.models(self._acknowledged_model)
             ),
             hours=hours,
+            step_ns=running_ns,
+            live=tuple(self._live()),
             **facts,
         )
+
+    def _live(self) -> list[tuple[str, Accrued]]:
+        """Return what each open request has accrued so far; those that have nothing are left out.
+
+        Once a second for all that run, so it makes nothing new of what the meter returns.
+        """
+        live = []
+        for request_id in self.meter.request_ids():
+            used = self.meter.accrued(request_id)
+            earlier = self._earlier.get(request_id)
+            if earlier is not None and earlier.pieces:
+                live.append((request_id, earlier.used.plus(used)))
+            elif any(used):
+                live.append((request_id, used))
+        return live
 
     # -- booking ----------------------------------------------------------------------------
 
@@ -354,13 +372,11 @@ class _Earlier:
 
     first_model: int
     pieces: list[UsagePiece] = field(default_factory=list)
-    steps: int = 0
-    batch: int = 0
+    used: Accrued = Accrued()
 
     def add(self, hour: int, used: Accrued) -> None:
         """Add what was used in an hour."""
-        *amounts, steps, batch = used
+        *amounts, _steps, _batch = used
         if any(amounts) or not self.pieces:
             self.pieces.append(UsagePiece(hour, *amounts))
-        self.steps += steps
-        self.batch += batch
+        self.used = self.used.plus(used)

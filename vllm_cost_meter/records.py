@@ -11,10 +11,12 @@ Invariant: `Snapshot.difference_ns == 0`, i.e. at any cut of a run
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Self
+
+from vllm_cost_meter.accrued import Accrued
 
 NS_PER_SECOND = 1_000_000_000
 NS_PER_HOUR = 3_600 * NS_PER_SECOND
@@ -228,6 +230,9 @@ class Snapshot:
     wall time the meter's own hooks took. `state` is "on" or, after too many errors, "off". `prior`
     says where the cost model started from. `hours` holds the totals of those hours that changed
     since the snapshot the reader acknowledged, `cost_models` the models that were published since.
+    `live` has what each open request has accrued so far, over all hours, and `step_ns` the time of
+    the step in flight, which is nobody's before its result: together they are the class
+    `in_flight`.
     """
 
     run_id: str
@@ -258,6 +263,13 @@ class Snapshot:
     prior: str
     cost_models: tuple[CostModel, ...] = ()
     hours: Mapping[int, ClassTotals] = field(default_factory=dict)
+    step_ns: int = 0
+    live: tuple[tuple[str, Accrued], ...] = ()
+
+    @property
+    def live_ns(self) -> int:
+        """What the open requests have accrued together."""
+        return sum(used.gpu_time_ns for _, used in self.live)
 
     @property
     def difference_ns(self) -> int:
@@ -266,7 +278,9 @@ class Snapshot:
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain msgpack-able values (the utility RPC carries nothing else)."""
-        wire = asdict(self)
+        # Apart, because asdict would copy each number of each running request.
+        wire = asdict(replace(self, live=()))
+        wire["live"] = list(self.live)
         wire["hours"] = {str(hour): totals for hour, totals in wire["hours"].items()}
         return wire
 
@@ -277,6 +291,7 @@ class Snapshot:
         values["totals"] = ClassTotals(**values["totals"])
         values["hours"] = {int(h): ClassTotals(**t) for h, t in values["hours"].items()}
         values["cost_models"] = tuple(map(CostModel.from_wire, values["cost_models"]))
+        values["live"] = tuple((id, Accrued(*used)) for id, used in values["live"])
         return cls(**values)
 
 
@@ -300,7 +315,7 @@ class EngineRequest:
     """One engine request as the ledger keeps it: its bill, and whose it was.
 
     `prompt_group` is shared by the parts of one prompt (n > 1), so that the prompt can be
-    counted once.
+    counted once. `announced` tells that an `OpenRequest` went before.
     """
 
     bill: Bill
@@ -317,6 +332,27 @@ class EngineRequest:
     started_at_ns: int
     finished_at_ns: int
     latencies: Latencies
+    announced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """Whose an engine request is that has no bill yet: announced while it runs, gone when billed.
+
+    `request_id` and `started_at_ns` tell it from all others, and are those of the bill to come.
+    """
+
+    request_id: str
+    external_id: str | None
+    response_id: str | None
+    http_request_id: str | None
+    x_request_id: str | None
+    prompt_group: str
+    tenant: str
+    model: str | None
+    lora: str | None
+    route: str | None
+    started_at_ns: int
 
 
 @dataclass(frozen=True, slots=True)

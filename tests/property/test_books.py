@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.books import EngineBooks, EngineFacts, RequestFacts
 from vllm_cost_meter.records import NS_PER_HOUR, Bill, ClassTotals
 
@@ -39,6 +40,12 @@ def facts(status: str = "stopped") -> RequestFacts:
     )
 
 
+def used_by(bill: Bill) -> Accrued:
+    """What a bill says that was accrued in all."""
+    amounts = (bill.sum_of(name) for name in Accrued._fields[:-2])
+    return Accrued(*amounts, bill.steps, bill.batch)
+
+
 class Engine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +64,7 @@ class Engine(RuleBasedStateMachine):
         self.steps: list[tuple[object, dict[str, int]]] = []
         self.bills: list[Bill] = []
         self.hours: dict[int, ClassTotals] = {}
+        self.live: dict[str, Accrued] = {}
         self.acknowledged = 0
         self.names = 0
 
@@ -103,7 +111,11 @@ class Engine(RuleBasedStateMachine):
     def a_request_finishes(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.open))
         self.open.remove(name)
-        self.bills.append(self.books.bill(name, facts(), self.now_ns))
+        bill = self.books.bill(name, facts(), self.now_ns)
+        self.bills.append(bill)
+        if not self.steps:
+            # Nothing was split since the last snapshot, so that knew all of the bill already.
+            assert used_by(bill) == self.live.get(name, Accrued())
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -152,6 +164,9 @@ class Engine(RuleBasedStateMachine):
         assert all(
             amount >= 0 for cell in self.hours.values() for amount in cell.as_dict().values()
         )
+        assert snapshot.live_ns + snapshot.step_ns == snapshot.totals.in_flight
+        assert {name for name, _ in snapshot.live} <= {*self.open, *self.leaving}
+        self.live = dict(snapshot.live)
         assert [bill.seq for bill in self.bills] == list(range(1, snapshot.last_seq + 1))
         assert sum(bill.gpu_time_ns for bill in self.bills) == snapshot.billed_ns
         assert snapshot.billed_ns == snapshot.totals.requests
