@@ -8,6 +8,7 @@ from vllm_cost_meter.records import (
     CostModel,
     EngineRequest,
     Latencies,
+    OpenRequest,
     Snapshot,
     UsagePiece,
 )
@@ -66,6 +67,24 @@ def make_part(bill: Bill | None = None, **changes: Any) -> EngineRequest:
         "latencies": Latencies(),
     }
     return EngineRequest(**{**values, **changes})
+
+
+def make_open(**changes: Any) -> OpenRequest:
+    """Return an engine request of alice without a bill, in the exchange `http-1`."""
+    values: dict[str, Any] = {
+        "request_id": "internal-1",
+        "external_id": "external-1",
+        "response_id": "resp-1",
+        "http_request_id": "http-1",
+        "x_request_id": "x-1",
+        "prompt_group": "group-1",
+        "tenant": "alice",
+        "model": "m",
+        "lora": None,
+        "route": "/v1/completions",
+        "started_at_ns": T0,
+    }
+    return OpenRequest(**{**values, **changes})
 
 
 def make_snapshot(**changes: Any) -> Snapshot:

@@ -19,7 +19,14 @@ from typing import Any
 from sqlalchemy import CTE, BigInteger, Text, and_, column, func, select, true, values
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.schema import engine_hours, prices, requests, runs, snapshots
+from vllm_cost_meter.ledger.schema import (
+    engine_hours,
+    live_usage,
+    prices,
+    requests,
+    runs,
+    snapshots,
+)
 from vllm_cost_meter.pricing import parse_price
 from vllm_cost_meter.records import (
     CLASSES,
@@ -157,8 +164,15 @@ def read_cut(connection: Connection, window: Window, *, alive: Collection[str], 
     for hour in connection.execute(select(engine_hours)):
         hours.setdefault(hour.run_id, {})[hour.hour] = _classes(hour._asdict())
     joined = (
-        select(runs, *(c for c in snapshots.c if c.name != "run_id"), prices.c.usd_per_gpu_hour)
+        select(
+            runs,
+            *(c for c in snapshots.c if c.name != "run_id"),
+            prices.c.usd_per_gpu_hour,
+            live_usage.c.live_ns,
+            live_usage.c.step_ns,
+        )
         .join(snapshots, snapshots.c.run_id == runs.c.run_id)
+        .join(live_usage, live_usage.c.run_id == runs.c.run_id, isouter=True)
         .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
         .order_by(runs.c.started_at, runs.c.run_id)
     )
