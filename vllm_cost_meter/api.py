@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter import __version__
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.exchange import FINISHED
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.windows import hours_of_window
 
@@ -119,12 +120,15 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
     @app.get("/cost/requests/{request_id:path}")
     def request(request_id: str) -> Any:
         """Return one HTTP request, by response id, X-Request-Id, internal id or its own id."""
-        matches = reader.find(request_id)
-        if not matches:
+        rows = reader.look_up(request_id)
+        if not all(row["state"] == FINISHED for row in rows) or not rows:
+            refresh()
+            rows = reader.look_up(request_id)
+        if not rows:
             raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
-        if len(matches) > 1:
-            return OrjsonResponse({"matches": [reader.request(m) for m in matches]}, 300)
-        return reader.request(matches[0])
+        if len(rows) > 1:
+            return OrjsonResponse({"matches": rows}, 300)
+        return rows[0]
 
     @app.get("/cost/requests")
     def requests(
@@ -132,7 +136,7 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
         next: str | None = None,  # noqa: A002 - the parameter's public name
         tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Return HTTP requests, newest first."""
+        """Return HTTP requests, newest first, and on the first page those that run."""
         with _asked_wrongly():
             return reader.requests(limit=limit, next=next, tenant=tenant)
 
