@@ -22,6 +22,7 @@ from rich.table import Table
 from vllm_cost_meter import __version__
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.ledger.live import MAX_LOST
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.store import default_url
 from vllm_cost_meter.terminal import print_table
@@ -51,6 +52,7 @@ REQUEST_COLUMNS: tuple[str, ...] = (
     "http_request_id",
     "tenant",
     "route",
+    "state",
     "status",
     "engine_status",
     "prompt_tokens",
@@ -60,6 +62,8 @@ REQUEST_COLUMNS: tuple[str, ...] = (
 )
 
 
+# Lost requests of a run that the audit prints.
+LOST_LINES_MAX = 20
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
@@ -82,7 +86,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def report(
-    what: Annotated[What, typer.Argument(help="tenants, or requests, newest first")] = What.tenants,
+    what: Annotated[
+        What,
+        typer.Argument(help="tenants, or requests: those that run, then the others, newest first"),
+    ] = What.tenants,
     ledger: Ledger = None,
     window: Annotated[
         str | None, typer.Option(help="today, yesterday, 24h, 7d, or two RFC 3339 instants.")
@@ -105,7 +112,7 @@ def report(
             rows, columns = answer["tenants"], TENANT_COLUMNS
         else:
             answer = reader.requests(limit=limit, tenant=tenant)
-            rows, columns = answer["requests"], REQUEST_COLUMNS
+            rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
     if as_json:
         print(json.dumps(answer, indent=2))
     elif as_csv:
@@ -318,13 +325,34 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             "billed_difference_ns",
             "ledger_difference_ns",
             "hours_difference_ns",
+            "in_flight_difference_ns",
             "uneven_bills",
         ):
             if run[name]:
                 yield f"  {name}: {run[name]}"
         if run["missing_bills"]:
             yield f"  missing bills: {', '.join(map(str, run['missing_bills']))}"
+        yield from _lost_lines(run)
     yield "balanced" if answer["balanced"] else "NOT BALANCED"
+
+
+def _lost_lines(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield whose the time was that a dead engine had in flight."""
+    lost = run["lost_requests"]
+    if not lost and not run["lost_step_ns"]:
+        return
+    yield (
+        f"  lost {run['lost_ns'] / 1e9:.3f} s: {run['lost_requests_ns'] / 1e9:.3f} of requests"
+        f" without a bill, {run['lost_step_ns'] / 1e9:.3f} of the step in flight"
+    )
+    for one in lost[:LOST_LINES_MAX]:
+        yield (
+            f"    {one['gpu_time_ns'] / 1e9:.3f} s at {one['as_of']}: tenant"
+            f" {one['tenant'] or '(unknown)'}, {one['http_request_id'] or one['request_id']}"
+        )
+    if len(lost) > LOST_LINES_MAX:
+        more = len(lost) - LOST_LINES_MAX
+        yield f"    and {more} more with less time; --json lists them, up to {MAX_LOST} in all"
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

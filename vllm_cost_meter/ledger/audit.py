@@ -1,20 +1,22 @@
 """Do the books balance? Each run at its cut, every way of adding up compared with every other.
 
-Five sums must agree for each run: wall x gpus and the classes; the class `requests` and what the
+Six sums must agree for each run: wall x gpus and the classes; the class `requests` and what the
 engine says it billed; that and the bills in the ledger; the bills' numbers, without a gap from 1 to
-the last; the engine's hours and its totals, class by class. And each bill must be the sum of its
-pieces. Missing bills are found by counting; only if the count differs are the gaps looked for.
+the last; the engine's hours and its totals, class by class; the class `in_flight`, and what was in
+flight for each request and in the step that ran. And each bill must be the sum of its pieces.
+Missing bills are found by counting; only if the count differs are the gaps looked for.
 
 Invariant: `balanced` is true if and only if every one of these differences is 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import and_, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.cut import Cut, RunCut, count_bills
+from vllm_cost_meter.ledger.live import MAX_LOST, lost_requests
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
 from vllm_cost_meter.records import CLASSES
 
@@ -36,6 +38,7 @@ def audit_runs(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
             missing=[]
             if held.get(run.run_id, 0) == run.last_seq
             else _missing(connection, run.run_id, run.last_seq),
+            lost=[] if run.alive else lost_requests(connection, run),
         )
         for run in cut.runs
     ]
@@ -51,11 +54,14 @@ _DIFFERENCES = (
     "billed_difference_ns",
     "ledger_difference_ns",
     "hours_difference_ns",
+    "in_flight_difference_ns",
     "uneven_bills",
 )
 
 
-def _audit_run(run: RunCut, *, ledger_ns: int, uneven: int, missing: list[str]) -> dict[str, Any]:
+def _audit_run(
+    run: RunCut, *, ledger_ns: int, uneven: int, missing: list[str], lost: list[dict[str, Any]]
+) -> dict[str, Any]:
     row = run.row
     totals = {name: int(row[f"{name}_ns"]) for name in CLASSES}
     billed_ns = int(row["billed_ns"])
@@ -78,6 +84,8 @@ def _audit_run(run: RunCut, *, ledger_ns: int, uneven: int, missing: list[str]) 
         "missing_bills": missing,
         "uneven_bills": uneven,
         "hours_difference_ns": _hours_difference(run, totals),
+        "in_flight_difference_ns": _in_flight_difference(run, totals),
+        **_lost(run, lost),
     }
     return {**audit, "balanced": is_balanced(audit)}
 
@@ -87,6 +95,24 @@ def _hours_difference(run: RunCut, totals: Mapping[str, int]) -> int:
     return sum(
         abs(totals[name] - sum(hour[name] for hour in run.hours.values())) for name in CLASSES
     )
+
+
+def _in_flight_difference(run: RunCut, totals: Mapping[str, int]) -> int:
+    """Return how far what was in flight by request is from the class; 0 where nobody told."""
+    if run.row["live_ns"] is None:
+        return 0
+    return totals["in_flight"] - int(run.row["live_ns"]) - int(run.row["step_ns"])
+
+
+def _lost(run: RunCut, lost: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return whose the time was that a dead run had in flight; null where nobody told."""
+    unknown = run.row["live_ns"] is None
+    step_ns = 0 if run.alive else run.row["step_ns"]
+    return {
+        "lost_requests": list(lost[:MAX_LOST]),
+        "lost_requests_ns": None if unknown else sum(one["gpu_time_ns"] for one in lost),
+        "lost_step_ns": None if unknown else step_ns,
+    }
 
 
 def _bills_ns(connection: Connection, cut: Cut) -> dict[str, int]:
