@@ -8,6 +8,7 @@ from vllm_cost_meter.records import (
     CostModel,
     EngineRequest,
     Latencies,
+    OpenRequest,
     Snapshot,
     UsagePiece,
 )
@@ -68,6 +69,24 @@ def make_part(bill: Bill | None = None, **changes: Any) -> EngineRequest:
     return EngineRequest(**{**values, **changes})
 
 
+def make_open(**changes: Any) -> OpenRequest:
+    """Return an engine request of alice without a bill, in the exchange `http-1`."""
+    values: dict[str, Any] = {
+        "request_id": "internal-1",
+        "external_id": "external-1",
+        "response_id": "resp-1",
+        "http_request_id": "http-1",
+        "x_request_id": "x-1",
+        "prompt_group": "group-1",
+        "tenant": "alice",
+        "model": "m",
+        "lora": None,
+        "route": "/v1/completions",
+        "started_at_ns": T0,
+    }
+    return OpenRequest(**{**values, **changes})
+
+
 def make_snapshot(**changes: Any) -> Snapshot:
     """Return a snapshot of an engine that has idled all its life, all of it in HOUR."""
     totals = changes.pop("totals", ClassTotals(idle=changes.get("number", 1) * 10))
@@ -102,5 +121,7 @@ def make_snapshot(**changes: Any) -> Snapshot:
         "prior": "tokens",
         "cost_models": (COST_MODEL,),
         "hours": {HOUR: totals},
+        # What is in flight and not the running requests' is the step's.
+        "step_ns": totals.in_flight - sum(used.gpu_time_ns for _, used in changes.get("live", ())),
     }
     return Snapshot(**{**values, **changes})

@@ -4,6 +4,7 @@ Every field adds up: over the pieces of a request, over requests, over hours. `r
 `rejected` are parts of `prefill` and `decode` (or, of a draft, of either), never more.
 """
 
+from operator import add
 from typing import NamedTuple
 
 
@@ -30,3 +31,10 @@ class Accrued(NamedTuple):
     step_ns: int = 0
     steps: int = 0
     batch: int = 0
+
+    @property
+    def gpu_time_ns(self) -> int:
+        return self.prefill_ns + self.decode_ns
+
+    def plus(self, other: "Accrued") -> "Accrued":
+        return Accrued(*map(add, self, other))

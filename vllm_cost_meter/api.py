@@ -24,7 +24,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter import __version__
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.reader import LedgerReader, Match
+from vllm_cost_meter.ledger.exchange import FINISHED
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.windows import hours_of_window
 
 logger = logging.getLogger("vllm.cost_meter")
@@ -116,13 +117,16 @@ def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
 
 
 def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
-    def answer(request_id: str, tell: Callable[[Match], dict[str, Any] | None]) -> Any:
-        matches = reader.find(request_id)
-        if not matches:
+    def answer(request_id: str, tell: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
+        rows = reader.look_up(request_id)
+        if not all(row["state"] == FINISHED for row in rows) or not rows:
+            refresh()
+            rows = reader.look_up(request_id)
+        if not rows:
             raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
-        if len(matches) > 1:
-            return OrjsonResponse({"matches": [tell(match) for match in matches]}, 300)
-        return tell(matches[0])
+        if len(rows) > 1:
+            return OrjsonResponse({"matches": [tell(row) for row in rows]}, 300)
+        return tell(rows[0])
 
     # Before the route that takes any path for an id.
     @app.get("/cost/requests/{request_id:path}/explain")
@@ -133,7 +137,7 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
     @app.get("/cost/requests/{request_id:path}")
     def request(request_id: str) -> Any:
         """Return one HTTP request, by response id, X-Request-Id, internal id or its own id."""
-        return answer(request_id, reader.request)
+        return answer(request_id, lambda row: row)
 
     @app.get("/cost/requests")
     def requests(
@@ -141,7 +145,7 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
         next: str | None = None,  # noqa: A002 - the parameter's public name
         tenant: str | None = None,
     ) -> dict[str, Any]:
-        """Return HTTP requests, newest first."""
+        """Return HTTP requests, newest first, and on the first page those that run."""
         with _asked_wrongly():
             return reader.requests(limit=limit, next=next, tenant=tenant)
 

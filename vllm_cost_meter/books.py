@@ -13,7 +13,8 @@ A stretch that crosses a UTC hour is cut there, and so is what each open request
 that months balance. Values in, values out: clocks and vLLM objects stop at the edge.
 
 Invariant: at any snapshot the classes add up to (now - created) x gpus, over the run and, within
-each hour, over the run's part of that hour; what is billed in total equals the sum of all bills.
+each hour, over the run's part of that hour; what is billed in total equals the sum of all bills;
+and what is in flight is what the open requests have accrued, and the step that runs.
 """
 
 from collections import deque
@@ -35,6 +36,8 @@ from vllm_cost_meter.records import (
     Snapshot,
     UsagePiece,
 )
+
+NOTHING = Accrued()
 
 
 class RequestFacts(TypedDict):
@@ -184,8 +187,8 @@ class EngineBooks:
             seq=self._last_seq,
             request_id=request_id,
             method=self.method,
-            steps=earlier.steps,
-            batch=earlier.batch,
+            steps=earlier.used.steps,
+            batch=earlier.used.batch,
             first_model=self._first_models.pop(request_id, self.meter.model_version),
             last_model=self.meter.model_version,
             pieces=tuple(earlier.pieces),
@@ -226,8 +229,9 @@ class EngineBooks:
         self._in_flight.clear()
         self._spend(now_ns, "lost")
 
-    def write_off(self, request_id: str) -> None:
+    def write_off(self, request_id: str, now_ns: int) -> None:
         """Book what an open request has accrued as lost: nobody will ever bill it."""
+        self._book_waiting(now_ns)
         earlier = self._earlier.pop(request_id, None)
         self._first_models.pop(request_id, None)
         self._book_lost(self.meter.discard(request_id), self._hour)
@@ -238,7 +242,7 @@ class EngineBooks:
         """The meter gave up: all that is not yet billed, and all time from now on, is lost."""
         self.abandon(now_ns)
         for request_id in self.meter.request_ids():
-            self.write_off(request_id)
+            self.write_off(request_id, now_ns)
         self._off = True
 
     def snapshot(
@@ -274,6 +278,8 @@ class EngineBooks:
                 CostModel(*model) for model in self.meter.models(self._acknowledged_model)
             ),
             hours=hours,
+            step_ns=running_ns,
+            live=tuple(self._live(now_ns)),
             **facts,
         )
 
@@ -296,6 +302,21 @@ class EngineBooks:
         if not self._in_flight:
             return []
         return [part[0] for part in self.meter.step_parts(self._in_flight[0][1])]
+
+    def _live(self, now_ns: int) -> list[tuple[str, Accrued]]:
+        """Return what each open request has accrued so far; those that have nothing are left out.
+
+        Once a second for all that run, so it makes nothing new of what the meter returns.
+        """
+        live = []
+        for request_id in self.meter.request_ids():
+            used = self.meter.accrued(request_id, now_ns)
+            earlier = self._earlier.get(request_id)
+            if earlier is not None and earlier.pieces:
+                live.append((request_id, earlier.used.plus(used)))
+            elif any(used):
+                live.append((request_id, used))
+        return live
 
     # -- booking ----------------------------------------------------------------------------
 
@@ -413,16 +434,14 @@ class _Earlier:
     """What an open request had when the hour that is on began."""
 
     pieces: list[UsagePiece] = field(default_factory=list)
-    steps: int = 0
-    batch: int = 0
+    used: Accrued = NOTHING
 
     def add(self, hour: int, used: Accrued) -> None:
         """Add what was used in an hour."""
         piece = UsagePiece.of(hour, used)
         if any(piece[1:]) or not self.pieces:
             self.pieces.append(piece)
-        self.steps += used.steps
-        self.batch += used.batch
+        self.used = self.used.plus(used) if self.used is not NOTHING else used
 
     def note_saved(self, saved_ns: int) -> None:
         """Note, in the latest hour, what the prefix cache saved."""

@@ -22,6 +22,7 @@ from rich.table import Table
 from vllm_cost_meter import __version__
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.ledger.live import MAX_LOST
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.store import default_url
 from vllm_cost_meter.terminal import print_table
@@ -51,6 +52,7 @@ REQUEST_COLUMNS: tuple[str, ...] = (
     "http_request_id",
     "tenant",
     "route",
+    "state",
     "status",
     "engine_status",
     "prompt_tokens",
@@ -64,6 +66,8 @@ REQUEST_COLUMNS: tuple[str, ...] = (
 ENERGY_COLUMN = "energy_mj"
 # Columns whose unit is another one at a terminal, with what divides them.
 _UNITS = {"gpu_time_ns": ("gpu_seconds", 10**9, 6), ENERGY_COLUMN: ("joules", 1000, 3)}
+# Lost requests of a run that the audit prints.
+LOST_LINES_MAX = 20
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
@@ -86,7 +90,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def report(
-    what: Annotated[What, typer.Argument(help="tenants, or requests, newest first")] = What.tenants,
+    what: Annotated[
+        What,
+        typer.Argument(help="tenants, or requests: those that run, then the others, newest first"),
+    ] = What.tenants,
     ledger: Ledger = None,
     window: Annotated[
         str | None, typer.Option(help="today, yesterday, 24h, 7d, or two RFC 3339 instants.")
@@ -109,7 +116,7 @@ def report(
             rows, columns = answer["tenants"], TENANT_COLUMNS
         else:
             answer = reader.requests(limit=limit, tenant=tenant)
-            rows, columns = answer["requests"], REQUEST_COLUMNS
+            rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
     if as_json:
         print(json.dumps(answer, indent=2))
     elif as_csv:
@@ -135,10 +142,10 @@ def explain(
 ) -> None:
     """Print how the bill of one request came about, so that it can be recomputed by hand."""
     with _reader(ledger) as reader:
-        matches = reader.find(request_id)
-        if not matches:
+        rows = reader.look_up(request_id)
+        if not rows:
             raise ValueError(f"no request with the id {request_id!r} in the ledger")
-        answers = [answer for match in matches if (answer := reader.explain(match))]
+        answers = [reader.explain(row) for row in rows]
     if as_json:
         print(json.dumps(answers[0] if len(answers) == 1 else {"matches": answers}, indent=2))
         return
@@ -347,6 +354,7 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             "billed_difference_ns",
             "ledger_difference_ns",
             "hours_difference_ns",
+            "in_flight_difference_ns",
             "uneven_bills",
             "energy_difference_mj",
         ):
@@ -354,7 +362,27 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
                 yield f"  {name}: {run[name]}"
         if run["missing_bills"]:
             yield f"  missing bills: {', '.join(map(str, run['missing_bills']))}"
+        yield from _lost_lines(run)
     yield "balanced" if answer["balanced"] else "NOT BALANCED"
+
+
+def _lost_lines(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield whose the time was that a dead engine had in flight."""
+    lost = run["lost_requests"]
+    if not lost and not run["lost_step_ns"]:
+        return
+    yield (
+        f"  lost {run['lost_ns'] / 1e9:.3f} s: {run['lost_requests_ns'] / 1e9:.3f} of requests"
+        f" without a bill, {run['lost_step_ns'] / 1e9:.3f} of the step in flight"
+    )
+    for one in lost[:LOST_LINES_MAX]:
+        yield (
+            f"    {one['gpu_time_ns'] / 1e9:.3f} s at {one['as_of']}: tenant"
+            f" {one['tenant'] or '(unknown)'}, {one['http_request_id'] or one['request_id']}"
+        )
+    if len(lost) > LOST_LINES_MAX:
+        more = len(lost) - LOST_LINES_MAX
+        yield f"    and {more} more with less time; --json lists them, up to {MAX_LOST} in all"
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,8 +2,9 @@
 
 One `Collector` per API-server process, made at its first use. Bills come in through vLLM's output
 stream (`_vllm_api.py`), are priced, given their tenant and response, and put into the ledger.
-Replies wait here, within a bound, until what they will say is committed. The first API server also
-polls the engines for their books.
+Replies wait here, within a bound, until what they will say is committed. Whose a request is that
+runs for longer is announced to the ledger before its bill. The first API server also polls the
+engines for their books.
 
 Invariant: a cost is told to a client only after the ledger has committed it; and no reply waits
 longer than `bill_timeout_ms`, or at all once `MISSES_IN_A_ROW_MAX` waits in a row were in vain.
@@ -13,12 +14,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm_cost_meter import _vllm_api, metrics
+from vllm_cost_meter.births import Births
 from vllm_cost_meter.config import Settings, load_settings
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.guard import Guard
@@ -33,6 +35,7 @@ from vllm_cost_meter.records import (
     EngineRequest,
     HttpRequest,
     Latencies,
+    OpenRequest,
     Price,
     Snapshot,
 )
@@ -46,8 +49,6 @@ R = TypeVar("R")
 
 # Replies that waited in vain, in a row, before nobody waits any more.
 MISSES_IN_A_ROW_MAX = 5
-# Requests whose bill has not come; a server holds far fewer, so more means bills are not coming.
-BIRTHS_MAX = 100_000
 
 
 class Breaker:
@@ -89,9 +90,10 @@ class Collector:
         # Opens the ledger, or makes it, now: the first reply must not wait for that.
         self.writer.commit()
         self.poller: Poller | None = None
-        self._births: dict[str, Birth] = {}
+        self._births = Births()
         self._model: str | None = None
         self._polling: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
 
     def run(
         self,
@@ -120,6 +122,8 @@ class Collector:
     async def start(self, engine_client: Any) -> bool:
         """Begin to serve this API server. Returns True if it is the one that polls the engines."""
         self._model = _vllm_api.served_model(engine_client)
+        if self._sweeping is None:
+            self._sweeping = asyncio.create_task(self._sweep())
         if _vllm_api.api_server_index(engine_client) != 0 or self.poller is not None:
             return False
         self.poller = Poller(
@@ -128,6 +132,7 @@ class Collector:
             self.guard,
             self.settings.snapshot_interval_s,
             self._earlier_fit,
+            announce=lambda: self.run("announce", Collector.announce_all),
         )
         self._polling = asyncio.create_task(self.poller.run())
         return True
@@ -140,7 +145,10 @@ class Collector:
             reader.close()
 
     async def stop(self) -> None:
-        """Take a last look at the engines and flush the ledger."""
+        """Take a last look at the engines, and flush the ledger with the names of what runs."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        self.run("announce", Collector.announce_all)
         if self._polling is not None and self.poller is not None:
             self._polling.cancel()
             self.poller.stopping = True
@@ -148,15 +156,17 @@ class Collector:
                 await asyncio.wait_for(self.poller.refresh(), timeout=1.0)
         await asyncio.to_thread(self.writer.close, 2.0)
 
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.snapshot_interval_s)
+            self.run("announce", lambda _: self._announce(self._births.due()))
+
     # -- bills ------------------------------------------------------------------------------
 
     def born(self, birth: Birth) -> None:
         """An engine request was born in this process. Idempotent."""
-        if birth.request_id in self._births:
+        if not self._births.add(birth):
             return
-        if len(self._births) >= BIRTHS_MAX:
-            self._births.pop(next(iter(self._births)))
-        self._births[birth.request_id] = birth
         if (exchange := birth.exchange) is not None:
             exchange.part_was_born(_response_id(birth))
             if (record := exchange.unrecorded) is not None:
@@ -165,8 +175,8 @@ class Collector:
 
     def billed(self, bill: Bill) -> None:
         """A bill came: keep it, and tell the exchange it belongs to."""
-        birth = self._births.pop(bill.request_id, None)
-        part = self._part(bill, birth)
+        birth, announced = self._births.take(bill.request_id)
+        part = self._part(bill, birth, announced)
         if self.breaker.open:
             self.writer.commit(part).add_done_callback(self._committed_while_open)
         else:
@@ -181,7 +191,31 @@ class Collector:
         if not committed.cancelled() and committed.exception() is None:
             self.breaker.bill_came()
 
-    def _part(self, bill: Bill, birth: Birth | None) -> EngineRequest:
+    def announce_all(self) -> None:
+        """Tell the ledger whose every request without a bill is, so that it can be looked up."""
+        self._announce(self._births.unannounced())
+
+    def _announce(self, births: Sequence[Birth]) -> None:
+        # Bills go the same way, later: a request cannot be announced after its bill.
+        self.writer.put(*(self._open_request(birth) for birth in births))
+
+    def _open_request(self, birth: Birth) -> OpenRequest:
+        exchange = birth.exchange
+        return OpenRequest(
+            request_id=birth.request_id,
+            external_id=birth.external_id,
+            response_id=_response_id(birth),
+            http_request_id=exchange.http_request_id if exchange else None,
+            x_request_id=exchange.x_request_id if exchange else None,
+            prompt_group=birth.prompt_group,
+            tenant=exchange.tenant if exchange else UNKNOWN,
+            model=self._model,
+            lora=birth.lora,
+            route=exchange.route if exchange else None,
+            started_at_ns=birth.arrived_at_ns,
+        )
+
+    def _part(self, bill: Bill, birth: Birth | None, announced: bool) -> EngineRequest:
         finished_at_ns = time.time_ns()
         exchange = birth.exchange if birth is not None else None
         price = self.settings.gpu_hour_usd
@@ -200,6 +234,7 @@ class Collector:
             started_at_ns=birth.arrived_at_ns if birth else finished_at_ns,
             finished_at_ns=finished_at_ns,
             latencies=self._latencies(birth, bill, finished_at_ns),
+            announced=announced,
         )
 
     def _latencies(self, birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencies:

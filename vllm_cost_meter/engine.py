@@ -266,7 +266,7 @@ class EngineMeter:
         for request_id in self.books.meter.request_ids():
             if request_id not in known and request_id not in self._leaving:
                 self._cached_tokens.pop(request_id, None)
-                self.books.write_off(request_id)
+                self.books.write_off(request_id, now_ns)
 
     def _contain(self, hook: str, error: Exception) -> None:
         self.guard.failed(hook, error)

@@ -32,14 +32,19 @@ class Poller:
         guard: Guard,
         interval_s: float,
         earlier_fit: Callable[[Snapshot], EarlierFit | None] = lambda _: None,
+        announce: Callable[[], None] = lambda: None,
     ) -> None:
-        """`earlier_fit` looks up, in a thread, what a new engine may begin with."""
+        """`earlier_fit` looks up, in a thread, what a new engine may begin with.
+
+        `announce` tells the ledger whose the requests are that run in this process.
+        """
         self._engine_client = engine_client
         self._writer = writer
         self._guard = guard
         self._interval_s = interval_s
         self._acknowledged: dict[str, int] = {}
         self._earlier_fit = earlier_fit
+        self._announce = announce
         # By run, until the engine was told.
         self._fits: dict[str, EarlierFit] = {}
         self._refreshing: asyncio.Task[None] | None = None
@@ -64,6 +69,13 @@ class Poller:
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._poll())
         await asyncio.shield(self._refreshing)
+
+    async def look(self) -> None:
+        """Bring the ledger up to now for a reader, with the names of the youngest requests too."""
+        self._announce()
+        await self.refresh()
+        # The refresh may have been under way, and its commit come before what was announced.
+        await asyncio.wrap_future(self._writer.commit())
 
     async def _poll(self) -> None:
         fits, self._fits = self._fits, {}

@@ -221,6 +221,9 @@ class Snapshot:
     each, None if there is none. `hours` holds the totals of those hours that changed since the
     snapshot the reader acknowledged, `cost_models` the models that were published since.
     `energy` is what the GPUs used, to the same instant.
+    `live` has what each open request has accrued so far, over all hours, and `step_ns` the time of
+    the step in flight, which is nobody's before its result: together they are the class
+    `in_flight`.
     """
 
     run_id: str
@@ -254,6 +257,13 @@ class Snapshot:
     cost_models: tuple[CostModel, ...] = ()
     hours: Mapping[int, ClassTotals] = field(default_factory=dict)
     energy: RunEnergy = NO_ENERGY
+    step_ns: int = 0
+    live: tuple[tuple[str, Accrued], ...] = ()
+
+    @property
+    def live_ns(self) -> int:
+        """What the open requests have accrued together."""
+        return sum(used.gpu_time_ns for _, used in self.live)
 
     @property
     def difference_ns(self) -> int:
@@ -262,7 +272,9 @@ class Snapshot:
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain msgpack-able values (the utility RPC carries nothing else)."""
-        wire = asdict(replace(self, energy=NO_ENERGY))
+        # Apart, because asdict would copy each number of each running request.
+        wire = asdict(replace(self, live=(), energy=NO_ENERGY))
+        wire["live"] = list(self.live)
         wire["energy"] = self.energy.to_wire()
         wire["hours"] = {str(hour): totals for hour, totals in wire["hours"].items()}
         return wire
@@ -275,6 +287,7 @@ class Snapshot:
         values["hours"] = {int(h): ClassTotals(**t) for h, t in values["hours"].items()}
         values["cost_models"] = tuple(map(CostModel.from_wire, values["cost_models"]))
         values["energy"] = RunEnergy.from_wire(values["energy"])
+        values["live"] = tuple((id, Accrued(*used)) for id, used in values["live"])
         return cls(**values)
 
 
@@ -298,7 +311,7 @@ class EngineRequest:
     """One engine request as the ledger keeps it: its bill, and whose it was.
 
     `prompt_group` is shared by the parts of one prompt (n > 1), so that the prompt can be
-    counted once.
+    counted once. `announced` tells that an `OpenRequest` went before.
     """
 
     bill: Bill
@@ -315,6 +328,27 @@ class EngineRequest:
     started_at_ns: int
     finished_at_ns: int
     latencies: Latencies
+    announced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """Whose an engine request is that has no bill yet: announced while it runs, gone when billed.
+
+    `request_id` and `started_at_ns` tell it from all others, and are those of the bill to come.
+    """
+
+    request_id: str
+    external_id: str | None
+    response_id: str | None
+    http_request_id: str | None
+    x_request_id: str | None
+    prompt_group: str
+    tenant: str
+    model: str | None
+    lora: str | None
+    route: str | None
+    started_at_ns: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ def _refresher(poller: Poller, loop: asyncio.AbstractEventLoop) -> Callable[[], 
     def refresh() -> None:
         # A slow or dead engine means older figures, not an error.
         with contextlib.suppress(Exception):
-            asyncio.run_coroutine_threadsafe(poller.refresh(), loop).result(REFRESH_TIMEOUT_S)
+            asyncio.run_coroutine_threadsafe(poller.look(), loop).result(REFRESH_TIMEOUT_S)
 
     return refresh
 

@@ -93,7 +93,7 @@ def test_one_tenant_has_a_row_and_what_the_page_says(get):
 
 
 def test_the_other_objects_have_the_keys_that_the_page_says(get):
-    assert set(get("/cost/requests")) == {"requests", "next"}
+    assert set(get("/cost/requests")) == {"requests", "running", "next"}
     assert set(get("/cost/audit")) == {"balanced", "after_cut", "runs"}
     assert set(get("/cost/tenants")["after_cut"]) == {"bills", "gpu_time_ns"}
     assert set(get("/cost/tenants")["window"]) == {"from", "to", "from_hour", "to_hour"}

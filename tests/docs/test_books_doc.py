@@ -133,7 +133,9 @@ def test_the_audit_line_has_the_form_of_the_command():
     run |= {"run_id": "194d4656", "engine_index": 0, "wall_ns": 116_702_000_000, "gpus": 1}
     run |= {"last_seq": 622, "difference_ns": 0, "ledger_difference_ns": 0}
     run |= {"billed_difference_ns": 0, "uneven_bills": 0}
-    run |= {"hours_difference_ns": 0, "missing_bills": [], "energy_difference_mj": 0}
+    run |= {"hours_difference_ns": 0, "in_flight_difference_ns": 0, "missing_bills": []}
+    run |= {"lost_requests": [], "lost_step_ns": 0}
+    run |= {"energy_difference_mj": 0}
     assert list(audit_lines({"runs": [run], "balanced": True})) == [line.strip(), "balanced"]
 
 

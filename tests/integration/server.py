@@ -6,6 +6,7 @@ Everything a server writes goes into its own folder; only processes started here
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -133,6 +134,13 @@ class Server:
             pass
         self.kill()
 
+    @property
+    def engine_pid(self) -> int:
+        """The process of the (first) engine, as vLLM's log names it."""
+        found = re.search(r"\(EngineCore\w* pid=(\d+)\)", self.log)
+        assert found, "no line of an engine in the log"
+        return int(found[1])
+
     def kill(self) -> None:
         """kill -9 every process of the server."""
         if self.process is not None:
@@ -154,6 +162,11 @@ class Server:
         reply = httpx.get(f"{self.side_url}/cost/{path}", timeout=30)
         reply.raise_for_status()
         return reply.json()
+
+    def row_of(self, request_id: str) -> Any:
+        """Return a request's row as it is now; None if it is not found."""
+        reply = httpx.get(f"{self.side_url}/cost/requests/{request_id}", timeout=30)
+        return None if reply.status_code == 404 else reply.raise_for_status().json()
 
     def bill_of(self, request_id: str, timeout_s: float = 5.0) -> Any:
         """Return a request's row once all its parts are billed."""

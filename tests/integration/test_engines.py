@@ -6,17 +6,23 @@ servers, a KV cache too small for its load, and a wall clock that tests can move
 """
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.integration.running import Watched, watch
 from tests.integration.server import TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask
+from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records import NS_PER_SECOND, OVERHEAD_CLASSES, unix_ns_of
 
@@ -196,17 +202,93 @@ def window_of(hours_from_now: int) -> str:
     return ",".join(stamps)
 
 
-def test_a_cost_seen_in_a_header_survives_kill_9_of_everything(hard: Server) -> None:
-    # Last: it ends this server.
+def test_running_requests_of_all_api_servers_show_their_cost_as_it_grows(hard: Server) -> None:
+    for attempt in range(5):
+        streams = [Watched(f"live-{attempt}-{index}", "beta") for index in range(3)]
+        watch(hard, streams, max_tokens=850)
+        if all(stream.grew for stream in streams):
+            break
+    for stream in streams:
+        assert stream.grew, f"seen running {len(stream.rows)} times"
+        bill = hard.bill_of(stream.x_request_id)
+        assert bill["state"] == "finished"
+        assert bill["gpu_time_ns"] >= stream.rows[-1]["gpu_time_ns"]
+        assert bill["http_request_id"] == stream.rows[-1]["http_request_id"]
+    hard.balanced()
+
+
+@dataclass
+class Killed:
+    """What was told before the end: a reply with its cost, and a request that still ran."""
+
+    reply: Reply
+    running: dict
+
+
+@pytest.fixture(scope="module")
+def killed(hard: Server) -> Killed:
+    """End the engine's process by kill -9 in mid-request, then all others. For the last tests."""
+    told = []
+
+    def end_the_engine(stream: Watched) -> None:
+        if stream.rows[-1]["gpu_time_ns"] and not told:
+            told.append(stream.rows[-1])
+            os.kill(hard.engine_pid, signal.SIGKILL)
+
     with hard.client() as client:
         reply = ask(client, "/v1/chat/completions")
-        hard.kill()
+    for attempt in range(5):
+        stream = Watched(f"killed-{attempt}", "gamma")
+        # The stream ends with its engine, and so does the endpoint that is looked at.
+        with contextlib.suppress(httpx.TransportError):
+            watch(hard, [stream], max_tokens=2800, look=end_the_engine)
+        if told:
+            break
+    hard.kill()
+    assert told, "this process never got a core in mid-stream"
+    return Killed(reply, told[0])
+
+
+def test_a_cost_seen_in_a_header_survives_kill_9_of_everything(
+    hard: Server, killed: Killed
+) -> None:
     reader = LedgerReader(hard.ledger_url)
-    [match] = reader.find(reply.response_id)
+    [match] = reader.find(killed.reply.response_id)
     row = reader.request(match)
     assert row is not None
-    assert row["cost_usd"] == reply.headers["x-cost-meter-cost-usd"]
-    assert row["output_tokens"] == reply.output_tokens
+    assert row["cost_usd"] == killed.reply.headers["x-cost-meter-cost-usd"]
+    assert row["output_tokens"] == killed.reply.output_tokens
+    reader.close()
+
+
+def test_kill_9_of_an_engine_leaves_what_its_request_had_used_and_the_audit_names_it(
+    hard: Server, killed: Killed
+) -> None:
+    running = killed.running
+    reader = LedgerReader(hard.ledger_url)
+    later = {"now_ns": time.time_ns() + DEAD_AFTER_NS}
+    [match] = reader.find(running["x_request_id"])
+    row = reader.request(match, **later)
+    assert row is not None
+    assert (row["state"], row["tenant"]) == ("lost", "gamma")
+    # Nothing that was told is taken back: what is lost came after the last snapshot.
+    assert row["as_of"] >= running["as_of"]
+    assert row["gpu_time_ns"] >= running["gpu_time_ns"] > 0
+    assert row["cost_nanousd"] >= running["cost_nanousd"] > 0
+    audit = reader.audit(**later)
+    assert audit["balanced"], audit
+    [run] = audit["runs"]
+    assert run["lost_requests"] == [
+        {
+            "request_id": row["request_id"],
+            "http_request_id": row["http_request_id"],
+            "tenant": "gamma",
+            "gpu_time_ns": row["gpu_time_ns"],
+            "as_of": row["as_of"],
+        }
+    ]
+    assert run["lost_requests_ns"] == row["gpu_time_ns"]
+    assert run["lost_ns"] == run["lost_requests_ns"] + run["lost_step_ns"]
     reader.close()
 
 

@@ -13,8 +13,9 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.books import EngineBooks, EngineFacts, RequestFacts
-from vllm_cost_meter.records import NS_PER_HOUR, Bill, ClassTotals
+from vllm_cost_meter.records import NS_PER_HOUR, Bill, ClassTotals, UsagePiece
 
 START_UNIX_NS = 1_790_000_000 * 10**9
 FACTS = EngineFacts(
@@ -42,6 +43,13 @@ def facts(status: str = "stopped") -> RequestFacts:
     )
 
 
+def used_by(bill: Bill) -> Accrued:
+    """What a bill says that was accrued in all."""
+    names = [name for name in Accrued._fields if name in UsagePiece._fields]
+    amounts = {name: bill.sum_of(name) for name in names}
+    return Accrued(**amounts, steps=bill.steps, batch=bill.batch)
+
+
 class Engine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +68,7 @@ class Engine(RuleBasedStateMachine):
         self.steps: list[tuple[object, dict[str, int]]] = []
         self.bills: list[Bill] = []
         self.hours: dict[int, ClassTotals] = {}
+        self.live: dict[str, Accrued] = {}
         self.acknowledged = 0
         self.names = 0
         self.asleep = False
@@ -107,11 +116,16 @@ class Engine(RuleBasedStateMachine):
         assert not self.books.end_step(object(), self.now_ns)
 
     @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def a_request_finishes(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), looked=st.booleans())
+    def a_request_finishes(self, data: st.DataObject, looked: bool) -> None:
         name = data.draw(st.sampled_from(self.open))
+        if looked:
+            self.the_books_balance()
         self.open.remove(name)
-        self.bills.append(self.books.bill(name, facts(), self.now_ns))
+        bill = self.books.bill(name, facts(), self.now_ns)
+        self.bills.append(bill)
+        if looked:
+            assert used_by(bill) == self.live.get(name, Accrued())
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -147,7 +161,7 @@ class Engine(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule()
     def a_request_is_forgotten(self) -> None:
-        self.books.write_off(self.open.pop())
+        self.books.write_off(self.open.pop(), self.now_ns)
 
     @rule()
     def somebody_looks(self) -> None:
@@ -170,6 +184,9 @@ class Engine(RuleBasedStateMachine):
         assert all(
             amount >= 0 for cell in self.hours.values() for amount in cell.as_dict().values()
         )
+        assert snapshot.live_ns + snapshot.step_ns == snapshot.totals.in_flight
+        assert {name for name, _ in snapshot.live} <= {*self.open, *self.leaving}
+        self.live = dict(snapshot.live)
         assert [bill.seq for bill in self.bills] == list(range(1, snapshot.last_seq + 1))
         assert sum(bill.gpu_time_ns for bill in self.bills) == snapshot.billed_ns
         assert snapshot.billed_ns == snapshot.totals.requests

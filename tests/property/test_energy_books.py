@@ -89,7 +89,7 @@ class MeteredEngine(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule()
     def a_request_is_forgotten(self) -> None:
-        self.books.write_off(self.open.pop())
+        self.books.write_off(self.open.pop(), self.now_ns)
 
     @rule()
     def a_hook_fails(self) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
-from tests.builders import make_bill, make_part, make_snapshot
+from tests.builders import make_bill, make_open, make_part, make_snapshot
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.schema import open_requests
 from vllm_cost_meter.ledger.store import open_ledger, writing
 from vllm_cost_meter.records import (
     CLASSES,
@@ -23,6 +24,7 @@ from vllm_cost_meter.records import (
     ClassTotals,
     EngineRequest,
     HttpRequest,
+    OpenRequest,
     Snapshot,
     Usage,
     UsagePiece,
@@ -59,6 +61,7 @@ def parts_of(run: int, drawn: list) -> list[EngineRequest]:
             tenant=tenant,
             started_at_ns=NOW,
             finished_at_ns=NOW,
+            announced=True,
         )
         for seq, (used, tenant, group, prompt, output) in enumerate(drawn, 1)
     ]
@@ -94,6 +97,14 @@ def http_of(part: EngineRequest) -> HttpRequest:
     )  # fmt: skip
 
 
+def open_of(part: EngineRequest) -> OpenRequest:
+    return make_open(
+        request_id=part.bill.request_id,
+        http_request_id=part.http_request_id,
+        started_at_ns=part.started_at_ns,
+    )
+
+
 def store(engine: Engine, records: list, seed: int) -> None:
     """Write records shuffled, cut into transactions anywhere, some of them twice."""
     chance = random.Random(seed)
@@ -121,7 +132,10 @@ class World:
         with tempfile.TemporaryDirectory() as folder:
             url = f"sqlite:///{Path(folder) / 'ledger.db'}"
             engine = open_ledger(url)
-            store(engine, [*kept, *self.snapshots, *https.values()], seed)
+            announced = [open_of(part) for part in self.bills]
+            store(engine, [*kept, *announced, *self.snapshots, *https.values()], seed)
+            with engine.connect() as connection:
+                self.open = set(connection.execute(select(open_requests.c.request_id)).scalars())
             engine.dispose()
             reader = LedgerReader(url)
             self.report = reader.tenants(now_ns=NOW, settle_s=0)
@@ -141,6 +155,7 @@ slow = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 def test_the_rows_add_up_and_the_audit_balances(drawn, seed):
     world = World(drawn, seed)
     assert world.audit["balanced"], world.audit
+    assert world.open == set()
     wall_gpu_ns = sum(snapshot.wall_ns * snapshot.gpus for snapshot in world.snapshots)
     assert world.report["wall_gpu_ns"] == wall_gpu_ns
     assert world.report["adds_up"]
@@ -180,5 +195,8 @@ def test_a_bill_that_is_taken_away_is_named_by_the_audit(drawn, data):
     run_id, seq = data.draw(st.sampled_from(keys))
     world = World(drawn, seed=0, drop={(run_id, seq)})
     assert not world.audit["balanced"]
+    # In whatever order it was told: a request is open as long as it has no bill, and no longer.
+    [gone] = [part for part in world.bills if (part.bill.run_id, part.bill.seq) == (run_id, seq)]
+    assert world.open == {gone.bill.request_id}
     for run in world.audit["runs"]:
         assert run["missing_bills"] == ([str(seq)] if run["run_id"] == run_id else [])

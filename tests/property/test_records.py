@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.records import (
     CLASSES,
     Bill,
@@ -72,6 +73,10 @@ snapshots = st.builds(
     kv_cache_usage=st.none() | st.floats(0, 1),
     native=st.booleans(),
     hours=st.dictionaries(hours, totals, max_size=3),
+    step_ns=count,
+    live=st.lists(
+        st.tuples(text, st.builds(Accrued, *[count] * len(Accrued._fields))), max_size=3
+    ).map(tuple),
 )
 # Years 1 to 9999, in nanoseconds since 1970.
 instants = st.integers(-62_135_596_800 * 10**9, 253_402_300_800 * 10**9 - 1)

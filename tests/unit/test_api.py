@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import orjson
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
+from tests.builders import make_open
 from tests.unit.test_ledger_reader import HOUR, T0, http, part, snapshot
+from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.api import make_app
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import rfc3339
+from vllm_cost_meter.records import ClassTotals, rfc3339
 
 JSON_ROUTES = [
     "/health",
@@ -44,11 +47,19 @@ class Side:
         writer.commit(*bills, *told, snapshot(bills)).result(10)
         writer.close(5)
         self.refreshed = 0
+        self.on_refresh = lambda: None
         self.reader = LedgerReader(self.url)
         self.app = make_app(self.reader, refresh=self._refresh, **options)
 
     def _refresh(self) -> None:
         self.refreshed += 1
+        self.on_refresh()
+
+    def write(self, *records: Any) -> None:
+        writer = LedgerWriter(self.url)
+        writer.start()
+        writer.commit(*records).result(10)
+        writer.close(5)
 
     def get(self, path: str, method: str = "GET", **headers: str) -> httpx.Response:
         async def ask() -> httpx.Response:
@@ -108,6 +119,42 @@ def test_a_request_is_found_by_every_id_it_has(side, path):
     assert row["http_request_id"] == "h1"
     assert row["gpu_time_ns"] == 300
     assert [p["request_id"] for p in row["parts"]] == ["internal-1"]
+
+
+def test_a_finished_request_is_told_without_asking_the_engines(side):
+    assert side.get("/cost/requests/h1").json()["state"] == "finished"
+    assert side.refreshed == 0
+
+
+def test_what_is_not_found_finished_is_looked_up_again_with_the_engines_asked(side):
+    assert side.get("/cost/requests/h4").status_code == 404
+    assert side.refreshed == 1
+    opened = make_open(request_id="internal-4", http_request_id="h4", started_at_ns=T0)
+    side.on_refresh = lambda: side.write(opened)
+    row = side.get("/cost/requests/h4").json()
+    assert (row["request_id"], row["state"]) == ("internal-4", "running")
+    side.on_refresh = lambda: side.write(part(4, "h4"), http("h4"))
+    assert side.get("/cost/requests/h4").json()["state"] == "finished"
+    assert side.refreshed == 3
+
+
+def test_a_running_request_is_listed_and_its_cost_grows(side):
+    def told(decode_ns: int, number: int) -> None:
+        live = (("internal-4", Accrued(decode_ns=decode_ns)),)
+        totals = ClassTotals(requests=900, in_flight=decode_ns)
+        now_ns = time.time_ns()
+        bills = [part(1), part(2, "h2"), part(3, "h3")]
+        changes = {"totals": totals, "live": live, "taken_at_ns": now_ns, "step_ns": 0}
+        side.write(snapshot(bills, number, **changes))
+
+    side.write(make_open(request_id="internal-4", http_request_id="h4", started_at_ns=T0))
+    told(70, 2)
+    (listed,) = side.get("/cost/requests").json()["running"]
+    assert (listed["http_request_id"], listed["gpu_time_ns"]) == ("h4", 70)
+    assert side.get("/cost/requests?tenant=bob").json()["running"] == []
+    side.on_refresh = lambda: told(90, 3)
+    row = side.get("/cost/requests/h4").json()
+    assert (row["state"], row["gpu_time_ns"]) == ("running", 90)
 
 
 def test_an_id_may_hold_what_a_path_does_not(side):

@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.unit.test_ledger_reader import OVERHEAD, http, part, snapshot
+from tests.builders import make_open
+from tests.unit.test_ledger_reader import OVERHEAD, T0, http, part, snapshot
 from vllm_cost_meter import __version__
+from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.cli import app, to_csv
 from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.records import ClassTotals
 
 EVIL = "=HYPERLINK(1)"
 
@@ -242,6 +245,49 @@ def test_a_bill_that_was_deleted_is_named_with_the_difference(ledger):
     assert as_json.exit_code == 1
     found = json.loads(as_json.stdout)["runs"][0]
     assert (found["missing_bills"], found["ledger_difference_ns"]) == (["2"], 300)
+
+
+def test_requests_that_run_come_first_with_what_they_cost_so_far(ledger):
+    live = (("internal-4", Accrued(decode_ns=5_000_000)),)
+    bills = [part(1), part(2, "h2"), part(3, "h3", tenant=EVIL, cost_nanousd=None)]
+    totals = ClassTotals(requests=900, in_flight=5_000_000)
+    record(ledger, make_open(request_id="internal-4", http_request_id="h4", started_at_ns=T0))
+    record(ledger, snapshot(bills, 2, totals=totals, live=live, step_ns=0))
+    head, *rows = run("report", "requests", "--ledger", ledger).stdout.splitlines()
+    assert "state" in cells(head)
+    assert cells(rows[0])[:5] == ["-", "h4", "alice", "/v1/completions", "running"]
+    assert cells(rows[0])[-2:] == ["0.005000", "-"]
+    assert [cells(row)[4] for row in rows[1:]] == ["finished"] * 3
+
+
+def test_an_audit_names_whose_time_a_dead_engine_lost(ledger):
+    live = tuple((f"internal-{n}", Accrued(decode_ns=n * 10**9)) for n in range(10, 35))
+    bills = [part(1), part(2, "h2"), part(3, "h3", tenant=EVIL, cost_nanousd=None)]
+    spent = sum(used.gpu_time_ns for _, used in live)
+    totals = ClassTotals(requests=900, in_flight=spent + 5 * 10**8)
+    record(ledger, make_open(request_id="internal-34", http_request_id="h34", tenant=EVIL))
+    at = {"started_at_ns": T0 - 10**9, "taken_at_ns": T0}
+    record(ledger, snapshot(bills, 2, totals=totals, live=live, step_ns=5 * 10**8, **at))
+    sql(ledger, "UPDATE runs SET started_at = '2020-01-01T00:00:00.000000Z'")
+    sql(ledger, "UPDATE snapshots SET taken_at = '2020-01-01T00:01:00.000000Z'")
+    result = run("audit", "--ledger", ledger)
+    assert result.exit_code == 0, "what a dead engine lost is booked, and balances"
+    _, lost, *named, more, last = result.stdout.splitlines()
+    assert lost == (
+        "  lost 550.500 s: 550.000 of requests without a bill, 0.500 of the step in flight"
+    )
+    assert named[0] == f"    34.000 s at 2027-01-15T08:00:00.000000Z: tenant {EVIL}, h34"
+    assert named[1] == "    33.000 s at 2027-01-15T08:00:00.000000Z: tenant (unknown), internal-33"
+    assert len(named) == 20
+    assert more == "    and 5 more with less time; --json lists them, up to 1000 in all"
+    assert last == "balanced"
+
+
+def record(path: Path, *records: Any) -> None:
+    writer = LedgerWriter(f"sqlite:///{path}")
+    writer.start()
+    writer.commit(*records).result(10)
+    writer.close(5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy
 
 from tests.unit.world import COST_HEADERS, JSON, replying
+from vllm_cost_meter import births as births_module
 from vllm_cost_meter import collector as collector_module
 from vllm_cost_meter import metrics
 from vllm_cost_meter.collector import (
@@ -75,7 +76,7 @@ def test_a_bill_told_twice_does_not_make_a_reply_wait_less(world):
 
 
 def test_births_are_bounded_and_the_oldest_goes_first(world, monkeypatch):
-    monkeypatch.setattr(collector_module, "BIRTHS_MAX", 3)
+    monkeypatch.setattr(births_module, "BIRTHS_MAX", 3)
     exchange = exchange_of()
     for name in "abcde":
         world.engine.born(name, exchange=exchange)

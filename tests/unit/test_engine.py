@@ -287,7 +287,7 @@ def test_what_cannot_be_healed_is_given_up_and_snapshots_go_on(engine):
     engine.add("a")
     key = engine.schedule(a=8)
     engine.end("a")
-    engine.meter.books.write_off("a")
+    engine.meter.books.write_off("a", time.monotonic_ns())
     for _ in range(20):
         engine.snapshot()
     engine.update(key)

@@ -161,8 +161,8 @@ def test_what_was_wasted_and_a_missing_price_are_told(tmp_path):
     writer.commit(part, make_snapshot(last_seq=1, billed_ns=300)).result(10)
     writer.close()
     reader = LedgerReader(url)
-    (match,) = reader.find("internal-1")
-    explanation = reader.explain(match)
+    (row,) = reader.look_up("internal-1")
+    explanation = reader.explain(row)
     reader.close()
     (told,) = explanation["parts"]
     assert told["preempted"] == {"preemptions": 1, "recomputed_tokens": 3, "recomputed_ns": 30}

@@ -124,7 +124,7 @@ def test_an_empty_ledger_answers_everything(ledger):
     reader = ledger.reader
     assert reader.find("x") == []
     assert reader.request(Match("x")) is None
-    assert reader.requests() == {"requests": [], "next": None}
+    assert reader.requests() == {"requests": [], "running": [], "next": None}
     assert reader.tenant("alice") is None
     assert reader.audit() == {
         "balanced": True, "runs": [], "after_cut": {"bills": 0, "gpu_time_ns": 0},
@@ -175,7 +175,8 @@ def test_a_request_row_has_the_names_that_others_rely_on(ledger):
     assert row == {
         "request_id": "internal-1", "response_id": "resp-h1", "http_request_id": "h1",
         "x_request_id": "x-h1", "tenant": "alice", "model": "m", "route": "/v1/completions",
-        "status": 200, "streamed": False, "engine_status": "stop", "prompt_tokens": 10,
+        "status": 200, "streamed": False, "state": "finished", "as_of": None,
+        "engine_status": "stop", "prompt_tokens": 10,
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "prefill_ns": 100,
         "decode_ns": 200, "cost_nanousd": 7, "cost_usd": "0.000000007", "method": "tokens",
         "marginal_ns": 0, "marginal_cost_usd": None, "recomputed_ns": 0, "rejected_ns": 0,

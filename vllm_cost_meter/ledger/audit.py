@@ -1,15 +1,16 @@
 """Do the books balance? Each run at its cut, every way of adding up compared with every other.
 
-Six sums must agree for each run: wall x gpus and the classes; the class `requests` and what the
+Seven sums must agree for each run: wall x gpus and the classes; the class `requests` and what the
 engine says it billed; that and the bills in the ledger; the bills' numbers, without a gap from 1 to
-the last; the engine's hours and its totals, class by class; and, where it is known, the energy read
-and that of the classes and of the requests in the ledger. And each bill must be the sum of its
-pieces. Missing bills are found by counting; only if the count differs are the gaps looked for.
+the last; the engine's hours and its totals, class by class; the class `in_flight`, and what was in
+flight for each request and in the step that ran; and, where it is known, the energy read and that
+of the classes and of the requests in the ledger. And each bill must be the sum of its pieces.
+Missing bills are found by counting; only if the count differs are the gaps looked for.
 
 Invariant: `balanced` is true if and only if every one of these differences is 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import and_, func, or_, select
@@ -17,6 +18,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.cut import Cut, RunCut, count_bills
 from vllm_cost_meter.ledger.energy import audited, told_mj
+from vllm_cost_meter.ledger.live import MAX_LOST, lost_requests
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
 from vllm_cost_meter.records import CLASSES
 
@@ -40,6 +42,7 @@ def audit_runs(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
             missing=[]
             if held.get(run.run_id, 0) == run.last_seq
             else _missing(connection, run.run_id, run.last_seq),
+            lost=[] if run.alive else lost_requests(connection, run),
         )
         for run in cut.runs
     ]
@@ -55,6 +58,7 @@ _DIFFERENCES = (
     "billed_difference_ns",
     "ledger_difference_ns",
     "hours_difference_ns",
+    "in_flight_difference_ns",
     "uneven_bills",
     "energy_difference_mj",
 )
@@ -73,6 +77,7 @@ def _audit_run(
     uneven: int,
     energy: Mapping[str, int | None],
     missing: list[str],
+    lost: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     row = run.row
     totals = {name: int(row[f"{name}_ns"]) for name in CLASSES}
@@ -97,6 +102,8 @@ def _audit_run(
         "uneven_bills": uneven,
         "hours_difference_ns": _hours_difference(run, totals),
         **energy,
+        "in_flight_difference_ns": _in_flight_difference(run, totals),
+        **_lost(run, lost),
     }
     return {**audit, "balanced": is_balanced(audit)}
 
@@ -106,6 +113,24 @@ def _hours_difference(run: RunCut, totals: Mapping[str, int]) -> int:
     return sum(
         abs(totals[name] - sum(hour[name] for hour in run.hours.values())) for name in CLASSES
     )
+
+
+def _in_flight_difference(run: RunCut, totals: Mapping[str, int]) -> int:
+    """Return how far what was in flight by request is from the class; 0 where nobody told."""
+    if run.row["live_ns"] is None:
+        return 0
+    return totals["in_flight"] - int(run.row["live_ns"]) - int(run.row["step_ns"])
+
+
+def _lost(run: RunCut, lost: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return whose the time was that a dead run had in flight; null where nobody told."""
+    unknown = run.row["live_ns"] is None
+    step_ns = 0 if run.alive else run.row["step_ns"]
+    return {
+        "lost_requests": list(lost[:MAX_LOST]),
+        "lost_requests_ns": None if unknown else sum(one["gpu_time_ns"] for one in lost),
+        "lost_step_ns": None if unknown else step_ns,
+    }
 
 
 def _bills_ns(connection: Connection, cut: Cut) -> dict[str, int]:

@@ -23,6 +23,7 @@ from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.ledger.schema import (
     energy_hours,
     engine_hours,
+    live_usage,
     prices,
     requests,
     runs,
@@ -181,8 +182,15 @@ def read_cut(connection: Connection, window: Window, *, alive: Collection[str], 
     for hour in connection.execute(select(energy_hours)):
         energies.setdefault(hour.run_id, {})[hour.hour] = _energy(hour._asdict())
     joined = (
-        select(runs, *(c for c in snapshots.c if c.name != "run_id"), prices.c.usd_per_gpu_hour)
+        select(
+            runs,
+            *(c for c in snapshots.c if c.name != "run_id"),
+            prices.c.usd_per_gpu_hour,
+            live_usage.c.live_ns,
+            live_usage.c.step_ns,
+        )
         .join(snapshots, snapshots.c.run_id == runs.c.run_id)
+        .join(live_usage, live_usage.c.run_id == runs.c.run_id, isouter=True)
         .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
         .order_by(runs.c.started_at, runs.c.run_id)
     )

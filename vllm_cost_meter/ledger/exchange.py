@@ -3,7 +3,8 @@
 Pure functions from rows of `http_requests` and `requests` to the request row of reports. Tokens
 are those the client was told; where the reply did not say, they follow from the parts, a prompt
 that several parts share counting once. The HTTP row may not be there yet (or never, after a
-crash): its columns are null then, but the bill is told.
+crash): its columns are null then, but the bill is told. Parts without a bill (live.py) count with
+what they used so far; what only a bill says is null then, of the exchange too.
 
 Invariant: GPU time of an exchange is the sum of its parts', and its cost and its energy are null
 unless every part has one.
@@ -16,6 +17,11 @@ from vllm_cost_meter.pricing import format_usd
 
 Row = Mapping[str, Any]
 
+# States of a part, and of an exchange: see live.py. A bill is "finished".
+RUNNING = "running"
+LOST = "lost"
+FINISHED = "finished"
+
 # A part as it is shown below its exchange, with the tokens that the engine computed for it.
 PART_COLUMNS = (
     "run_id",
@@ -24,6 +30,7 @@ PART_COLUMNS = (
     "external_id",
     "prompt_group",
     "lora",
+    "state",
     "engine_status",
     "method",
     "prompt_tokens",
@@ -52,6 +59,7 @@ PART_COLUMNS = (
     "last_model",
     "started_at",
     "finished_at",
+    "as_of",
     "queue_ms",
     "ttft_ms",
     "tpot_ms",
@@ -80,16 +88,18 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
     whose: Row = http if http is not None else first
     told: Row = http if http is not None else {}
     cost = _cost(told, parts)
+    as_of = [part["as_of"] for part in parts if part.get("as_of") is not None]
     return {
         "request_id": first.get("request_id"),
         "response_id": whose["response_id"] or first.get("response_id"),
         "http_request_id": whose["http_request_id"],
-        "x_request_id": told.get("x_request_id"),
+        "x_request_id": told.get("x_request_id") or _any(parts, "x_request_id"),
         "tenant": whose["tenant"],
         "model": whose["model"] or first.get("model"),
         "route": whose["route"],
         "status": told.get("status"),
         "streamed": told.get("streamed"),
+        "state": _state(parts),
         "engine_status": _common(parts, "engine_status"),
         **_tokens(told, parts),
         **_gpu_time(told, parts),
@@ -98,7 +108,8 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
         "marginal_cost_usd": format_usd(_sum_of(parts, "marginal_cost_nanousd")),
         "method": _common(parts, "method"),
         "started_at": told.get("started_at") or first["started_at"],
-        "finished_at": told.get("finished_at") or max(part["finished_at"] for part in parts),
+        "finished_at": told.get("finished_at") or _last(parts, "finished_at"),
+        "as_of": min(as_of, default=None),
         **_latencies(parts),
         "energy_mj": _sum_of(parts, "energy_mj"),
         "energy_reason": next((p["energy_reason"] for p in parts if p["energy_reason"]), None),
@@ -107,19 +118,23 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
 
 def ordered(parts: Sequence[Row]) -> list[Row]:
     """Return parts in the order they started in."""
-    return sorted(parts, key=lambda part: (part["started_at"], part["run_id"], part["seq"]))
+
+    def order(part: Row) -> tuple[str, str, int]:
+        return part["started_at"], part["run_id"] or "", part["seq"] or 0
+
+    return sorted(parts, key=order)
 
 
 def shown_part(part: Row) -> dict[str, Any]:
     """Return a part as it is listed under `parts`."""
-    return {name: part[name] for name in PART_COLUMNS}
+    return {**{name: part.get(name) for name in PART_COLUMNS}, "state": _state([part])}
 
 
 def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
     derived: dict[str, int | None] = dict.fromkeys(
         ("prompt_tokens", "cached_tokens", "output_tokens")
     )
-    if parts:
+    if parts and _state(parts) == FINISHED:
         for name in ("prompt_tokens", "cached_tokens"):
             by_prompt: dict[str, int] = {}
             for part in parts:
@@ -133,7 +148,7 @@ def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
 def _gpu_time(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
     if not parts:
         return {"gpu_time_ns": told.get("gpu_time_ns"), **dict.fromkeys(PART_SUMS)}
-    return {name: sum(part[name] for part in parts) for name in ("gpu_time_ns", *PART_SUMS)}
+    return {name: _sum_of(parts, name) for name in ("gpu_time_ns", *PART_SUMS)}
 
 
 def _cost(told: Row, parts: Sequence[Row]) -> int | None:
@@ -162,4 +177,21 @@ def _latencies(parts: Sequence[Row]) -> dict[str, float | None]:
 
 def _common(parts: Sequence[Row], name: str) -> str | None:
     """Return what the parts have in common, or all they have, joined by a plus sign."""
-    return "+".join(sorted({part[name] for part in parts})) or None
+    found = {part[name] for part in parts}
+    return None if None in found else "+".join(sorted(found)) or None
+
+
+def _state(parts: Sequence[Row]) -> str:
+    """Return running if any part is, else lost if any is."""
+    states = {part.get("state", FINISHED) for part in parts}
+    return next((state for state in (RUNNING, LOST) if state in states), FINISHED)
+
+
+def _last(parts: Sequence[Row], name: str) -> str | None:
+    """Return the latest instant; None if a part has none."""
+    instants = [part[name] for part in parts]
+    return None if None in instants else max(instants)
+
+
+def _any(parts: Sequence[Row], name: str) -> str | None:
+    return next((part[name] for part in parts if part.get(name) is not None), None)

@@ -12,6 +12,7 @@ that `formulas` states.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vllm_cost_meter.ledger.exchange import FINISHED
 from vllm_cost_meter.pricing import cost_nanousd, format_usd, parse_price
 
 Row = Mapping[str, Any]
@@ -34,9 +35,18 @@ def explained(request: Row, prices: Mapping[str, Row], models: Sequence[Row]) ->
     parts = [
         _part(part, prices.get(part["run_id"], {}), [m for m in models if _used(m, part)])
         for part in request["parts"]
+        if part["state"] == FINISHED
     ]
-    names = ("http_request_id", "response_id", "x_request_id", "tenant", "model", "route")
-    figures = ("gpu_time_ns", "cost_nanousd", "cost_usd")
+    names = (
+        "request_id",
+        "http_request_id",
+        "response_id",
+        "x_request_id",
+        "tenant",
+        "model",
+        "route",
+    )
+    figures = ("state", "gpu_time_ns", "cost_nanousd", "cost_usd")
     explanation = {name: request[name] for name in (*names, *figures)}
     explanation["parts"] = parts
     explanation["formulas"] = FORMULAS
@@ -101,10 +111,11 @@ def lines(explanation: Row) -> Iterator[str]:
     """Yield an explanation as sentences."""
     parts = explanation["parts"]
     of = f" of {len(parts)} engine requests" if len(parts) != 1 else ""
+    so_far = "" if explanation["state"] == FINISHED else f" so far ({explanation['state']})"
     cost = explanation["cost_usd"]
     yield (
-        f"{explanation['http_request_id'] or parts[0]['request_id']}, tenant"
-        f" {explanation['tenant']}: {_seconds(explanation['gpu_time_ns'] or 0)}{of},"
+        f"{explanation['http_request_id'] or explanation['request_id']}, tenant"
+        f" {explanation['tenant']}: {_seconds(explanation['gpu_time_ns'] or 0)}{so_far}{of},"
         f" {'no price' if cost is None else f'{cost} USD'}"
     )
     for part in parts:

@@ -3,7 +3,8 @@
 A fact that is already there stays as it is (`ON CONFLICT DO NOTHING`): bills may be replayed.
 Cumulative totals give way to those of a higher snapshot number only. Snapshots of one run are
 merged before they are written, because PostgreSQL refuses to touch a row twice in one statement,
-and because nobody needs the older one.
+and because nobody needs the older one. An open request and its bill may come in either order, and
+twice: where both are there, the open one goes.
 
 Invariant: writing a batch twice, or its records in another order or grouping, leaves the same rows.
 """
@@ -13,17 +14,18 @@ from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
-from sqlalchemy import Table
+from sqlalchemy import Table, delete
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import rows, schema
-from vllm_cost_meter.records import EngineRequest, HttpRequest, Price, Snapshot
+from vllm_cost_meter.ledger.live import is_billed
+from vllm_cost_meter.records import EngineRequest, HttpRequest, OpenRequest, Price, Snapshot
 
 # SQLite takes 32,766 since 3.32; smaller statements are no slower, and their text stays small.
 MAX_PARAMETERS = 8_000
 
-Record = EngineRequest | HttpRequest | Snapshot
+Record = EngineRequest | HttpRequest | OpenRequest | Snapshot
 
 
 def merge_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
@@ -52,21 +54,25 @@ def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
 
 def write(connection: Connection, records: Sequence[Record], price: Price | None) -> None:
     """Write records; `price` is that of the runs that start with them."""
+    if not all(isinstance(record, Record) for record in records):
+        kinds = sorted({type(record).__name__ for record in records})
+        raise TypeError(f"expected {Record} among {kinds}")
     parts = [record for record in records if isinstance(record, EngineRequest)]
     https = [record for record in records if isinstance(record, HttpRequest)]
+    opened = [record for record in records if isinstance(record, OpenRequest)]
     merged = newest_snapshots(record for record in records if isinstance(record, Snapshot))
     snapshots = merged.values()
-    known = len(parts) + len(https) + sum(isinstance(record, Snapshot) for record in records)
-    if known != len(records):
-        kinds = sorted({type(record).__name__ for record in records})
-        raise TypeError(f"expected EngineRequest, HttpRequest or Snapshot among {kinds}")
     price_id = price.price_id if price else None
     _insert(connection, schema.requests, [rows.part_row(part) for part in parts])
     pieces = [row for part in parts for row in rows.piece_rows(part)]
     _insert(connection, schema.usage_pieces, pieces)
     _insert(connection, schema.http_requests, [rows.http_row(http) for http in https])
+    _insert(connection, schema.open_requests, [rows.open_row(request) for request in opened])
+    announced = [part.bill.request_id for part in parts if part.announced]
+    _close_billed(connection, [*announced, *(request.request_id for request in opened)])
     _insert(connection, schema.runs, [rows.run_row(s, price_id) for s in snapshots])
     _upsert(connection, schema.snapshots, [rows.snapshot_row(s) for s in snapshots])
+    _upsert(connection, schema.live_usage, [rows.live_row(s) for s in snapshots])
     models = [row for snapshot in snapshots for row in rows.model_rows(snapshot)]
     _insert(connection, schema.cost_models, models)
     hours = [row for snapshot in snapshots for row in rows.hour_rows(snapshot)]
@@ -80,6 +86,16 @@ def write(connection: Connection, records: Sequence[Record], price: Price | None
 def write_price(connection: Connection, price: Price) -> None:
     """Write a price unless it is there."""
     _insert(connection, schema.prices, [rows.price_row(price)])
+
+
+def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:
+    """Remove the open requests of these ids that have their bill."""
+    opened = schema.open_requests.c
+    for at in range(0, len(request_ids), MAX_PARAMETERS):
+        chunk = request_ids[at : at + MAX_PARAMETERS]
+        connection.execute(
+            delete(schema.open_requests).where(opened.request_id.in_(chunk), is_billed())
+        )
 
 
 def _insert(connection: Connection, table: Table, values: list[rows.Row]) -> None:

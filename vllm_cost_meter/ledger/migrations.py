@@ -58,7 +58,7 @@ STEPS: Mapping[int, tuple[str, ...]] = {
         *_added("snapshots", "BIGINT", "energy_mj", *_ENERGY_CLASSES, "energy_unknown_ns"),
         *_added("snapshots", "TEXT", "energy_reason"),
         "UPDATE snapshots SET energy_reason = 'earlier: this version did not measure it'",
-        # The tables energy_hours and request_energy are made as every missing table is.
+        # Missing tables are made: energy_hours, request_energy, live_usage, open_requests.
     ),
 }
 

@@ -20,7 +20,8 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.energy import select_parts
 from vllm_cost_meter.ledger.exchange import Row, exchange
-from vllm_cost_meter.ledger.schema import http_requests, requests
+from vllm_cost_meter.ledger.live import Living, open_parts
+from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,8 @@ def _untold_keys(
     ]
 
 
-def exchanges(connection: Connection, keys: Sequence[Key]) -> list[dict[str, Any]]:
-    """Return the request rows of a page."""
+def exchanges(connection: Connection, keys: Sequence[Key], living: Living) -> list[dict[str, Any]]:
+    """Return the request rows of a page, with what of them still runs."""
     h, r = http_requests.c, requests.c
     ids = [key.id for key in keys if key.run_id is None]
     told = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
@@ -108,8 +109,20 @@ def exchanges(connection: Connection, keys: Sequence[Key]) -> list[dict[str, Any
     parts: dict[str, list[Row]] = {}
     for row in connection.execute(select_parts().where(r.http_request_id.in_(ids))):
         parts.setdefault(row.http_request_id, []).append(row._asdict())
+    for part in open_parts(connection, open_requests.c.http_request_id.in_(ids), living):
+        parts.setdefault(part["http_request_id"], []).append(part)
     for key in keys:
         if key.run_id is not None:
             alone = select_parts().where(r.run_id == key.run_id, r.seq == key.seq)
             parts[key.id] = [row._asdict() for row in connection.execute(alone)]
     return [exchange(http.get(key.id), parts.get(key.id, [])) for key in keys]
+
+
+def rows_of_parts(parts: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the request rows of exchanges known by these parts only, in their order."""
+    grouped: dict[tuple[str | None, str | None], list[Row]] = {}
+    for part in parts:
+        http_id = part["http_request_id"]
+        alone = part["request_id"] if http_id is None else None
+        grouped.setdefault((http_id, alone), []).append(part)
+    return [exchange(None, group) for group in grouped.values()]

@@ -8,12 +8,12 @@ Invariant: a reader writes nothing.
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, select
+from sqlalchemy import and_, null, or_, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -21,11 +21,12 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.audit import audit_runs
 from vllm_cost_meter.ledger.cut import Cut, Window, read_cut, settle
 from vllm_cost_meter.ledger.energy import class_mj, energy_state, select_parts, total_mj
-from vllm_cost_meter.ledger.exchange import exchange, ordered, shown_part
+from vllm_cost_meter.ledger.exchange import RUNNING, exchange, ordered, shown_part
 from vllm_cost_meter.ledger.explain import explained
+from vllm_cost_meter.ledger.live import Living, is_billed, open_parts, running_parts
 from vllm_cost_meter.ledger.models import earlier_fit, models
-from vllm_cost_meter.ledger.paging import Key, exchanges, page_of_keys
-from vllm_cost_meter.ledger.schema import http_requests, prices, requests, runs
+from vllm_cost_meter.ledger.paging import Key, exchanges, page_of_keys, rows_of_parts
+from vllm_cost_meter.ledger.schema import http_requests, open_requests, prices, requests, runs
 from vllm_cost_meter.ledger.store import open_ledger
 from vllm_cost_meter.ledger.tenants import OVERHEAD_ROWS, after_cut, cost_of_all, tenant_rows
 from vllm_cost_meter.records import EarlierFit, Snapshot
@@ -40,11 +41,15 @@ _WORK = ("in_flight", "tail", "dummy")
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What an id stands for: an HTTP exchange, or an engine request that belongs to none."""
+    """What an id stands for: an HTTP exchange, or an engine request that belongs to none.
+
+    Such a one has a bill, or else is open and known by its internal id.
+    """
 
     http_request_id: str | None
     run_id: str | None = None
     seq: int | None = None
+    request_id: str | None = None
 
 
 class LedgerReader:
@@ -70,15 +75,20 @@ class LedgerReader:
         It may be an HTTP record's own id, a response id, an X-Request-Id, or the internal or
         external id of an engine request.
         """
-        h, r = http_requests.c, requests.c
+        h, r, o = http_requests.c, requests.c, open_requests.c
         told = select(h.http_request_id, h.finished_at)
         part = select(r.http_request_id, r.finished_at, r.run_id, r.seq)
+        nothing = (null(), null())  # in place of a bill's key
+        running = select(o.http_request_id, o.started_at, *nothing, o.request_id)
+        running = running.where(~is_billed())
         queries = [
             query.where(column == id).order_by(at.desc()).limit(MAX_MATCHES)
             for query, at, columns in (
                 (told, h.finished_at, (h.http_request_id, h.response_id, h.x_request_id)),
                 (part, r.finished_at, (r.http_request_id, r.response_id)),
                 (part, r.finished_at, (r.request_id, r.external_id)),
+                (running, o.started_at, (o.http_request_id, o.response_id, o.x_request_id)),
+                (running, o.started_at, (o.request_id, o.external_id)),
             )
             for column in columns
         ]
@@ -90,33 +100,38 @@ class LedgerReader:
                     found.setdefault(match, at)
         return sorted(found, key=lambda match: found[match], reverse=True)[:MAX_MATCHES]
 
-    def request(self, match: Match) -> dict[str, Any] | None:
-        """Return the request row of one match, with its `parts`; None if there is none."""
-        h, r = http_requests.c, requests.c
-        if match.http_request_id is not None:
-            mine = r.http_request_id == match.http_request_id
-        else:
-            mine = and_(r.run_id == match.run_id, r.seq == match.seq)
-        told = select(http_requests).where(h.http_request_id == match.http_request_id)
-        with self._read() as connection:
-            http = connection.execute(told).first()
-            parts = [row._asdict() for row in connection.execute(select_parts().where(mine))]
-        if http is None and not parts:
-            return None
-        return {
-            **exchange(http._asdict() if http else None, parts),
-            "parts": [shown_part(part) for part in ordered(parts)],
-        }
+    def request(
+        self,
+        match: Match,
+        *,
+        alive: Collection[str] = (),
+        now_ns: int | None = None,
+        settle_s: float = SETTLE_S,
+    ) -> dict[str, Any] | None:
+        """Return the request row of one match, with its `parts`; None if there is none.
 
-    def explain(self, match: Match) -> dict[str, Any] | None:
-        """Return how the bill of one match came about; None if there is none.
-
-        Nothing is explained of a request that never reached an engine: it has no parts.
+        `alive` names runs known to live though their last snapshot is old.
         """
-        request = self.request(match)
-        if request is None:
-            return None
-        run_ids = {part["run_id"] for part in request["parts"]}
+        row = self._request(match, alive, now_ns)
+        if row is not None and any(
+            part["state"] == RUNNING and part["run_id"] is None for part in row["parts"]
+        ):
+            # No snapshot tells of it: it has not begun, or has ended and its bill is on its way.
+            self._cut(Window(), alive, now_ns, settle_s)
+            row = self._request(match, alive, now_ns)
+        return row
+
+    def look_up(self, id: str) -> list[dict[str, Any]]:
+        """Return the request rows of all that an id means."""
+        rows = (self.request(match) for match in self.find(id))
+        return [row for row in rows if row is not None]
+
+    def explain(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return how the bills of a request row, with its `parts`, came about.
+
+        Only what has ended is explained; a request that never reached an engine has no parts.
+        """
+        run_ids = {part["run_id"] for part in request["parts"] if part["run_id"]}
         priced = (
             select(runs.c.run_id, prices.c.usd_per_gpu_hour, prices.c.source)
             .join(prices, prices.c.price_id == runs.c.price_id)
@@ -128,19 +143,32 @@ class LedgerReader:
         return explained(request, known, used)
 
     def requests(
-        self, limit: int = 100, next: str | None = None, tenant: str | None = None
+        self,
+        limit: int = 100,
+        next: str | None = None,
+        tenant: str | None = None,
+        *,
+        alive: Collection[str] = (),
+        now_ns: int | None = None,
     ) -> dict[str, Any]:
         """Return a page of request rows, the newest first, and the token of the next page.
 
+        `running`, on the first page, has the newest requests of which nothing has ended yet.
         Raises ValueError for a token that this method did not make.
         """
         limit = max(1, min(limit, MAX_LIMIT))
         before = None if next is None else Key.from_token(next)
+        living = _living(alive, now_ns)
         with self._read() as connection:
             keys = page_of_keys(connection, limit + 1, before, tenant)
-            rows = exchanges(connection, keys[:limit])
+            rows = exchanges(connection, keys[:limit], living)
+            parts = running_parts(connection, tenant, living, limit) if before is None else []
         more = len(keys) > limit
-        return {"requests": rows, "next": keys[limit - 1].token() if more else None}
+        return {
+            "requests": rows,
+            "running": rows_of_parts(parts),
+            "next": keys[limit - 1].token() if more else None,
+        }
 
     # ---- reports
 
@@ -267,6 +295,30 @@ class LedgerReader:
 
     # ---- how
 
+    def _request(
+        self, match: Match, alive: Collection[str], now_ns: int | None
+    ) -> dict[str, Any] | None:
+        h, r, o = http_requests.c, requests.c, open_requests.c
+        if match.http_request_id is not None:
+            billed = r.http_request_id == match.http_request_id
+            opened = o.http_request_id == match.http_request_id
+        else:
+            key = and_(r.run_id == match.run_id, r.seq == match.seq)
+            # It may have got its bill since it was found.
+            billed = or_(key, and_(r.request_id == match.request_id, r.http_request_id.is_(None)))
+            opened = and_(o.request_id == match.request_id, o.http_request_id.is_(None))
+        told = select(http_requests).where(h.http_request_id == match.http_request_id)
+        with self._read() as connection:
+            http = connection.execute(told).first()
+            parts = [row._asdict() for row in connection.execute(select_parts().where(billed))]
+            parts += open_parts(connection, opened, _living(alive, now_ns))
+        if http is None and not parts:
+            return None
+        return {
+            **exchange(http._asdict() if http else None, parts),
+            "parts": [shown_part(part) for part in ordered(parts)],
+        }
+
     @contextmanager
     def _read(self) -> Iterator[Connection]:
         """Open a transaction that sees one state of the ledger."""
@@ -286,3 +338,7 @@ class LedgerReader:
             cut = read_cut(connection, window, alive=alive, now_ns=now_ns)
         settle(self._read, cut, settle_s, self._known_missing)
         return cut
+
+
+def _living(alive: Collection[str], now_ns: int | None) -> Living:
+    return Living(time.time_ns() if now_ns is None else now_ns, alive)

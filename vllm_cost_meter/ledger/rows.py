@@ -10,6 +10,9 @@ Invariant: a row of `requests` equals the sum of the rows of `usage_pieces` it c
 import json
 from typing import Any
 
+import orjson
+
+from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.pricing import format_usd
 from vllm_cost_meter.records import (
@@ -17,6 +20,7 @@ from vllm_cost_meter.records import (
     ClassTotals,
     EngineRequest,
     HttpRequest,
+    OpenRequest,
     Price,
     Snapshot,
     rfc3339,
@@ -121,6 +125,53 @@ def http_row(http: HttpRequest) -> Row:
         "cost_usd": format_usd(http.cost_nanousd),
         "started_at": rfc3339(http.started_at_ns),
         "finished_at": rfc3339(http.finished_at_ns),
+    }
+
+
+def open_row(request: OpenRequest) -> Row:
+    """Return the row of `open_requests` of one engine request without a bill."""
+    return {
+        "request_id": request.request_id,
+        "started_at": rfc3339(request.started_at_ns),
+        "external_id": request.external_id,
+        "response_id": request.response_id,
+        "http_request_id": request.http_request_id,
+        "x_request_id": request.x_request_id,
+        "prompt_group": request.prompt_group,
+        "tenant": request.tenant,
+        "model": request.model,
+        "lora": request.lora,
+        "route": request.route,
+    }
+
+
+def live_row(snapshot: Snapshot) -> Row:
+    """Return the row of `live_usage` of one cut; `live_requests` reads it again."""
+    # By orjson: a busy server has a thousand, each second, beside the event loop.
+    told = {
+        "fields": Accrued._fields,
+        "requests": [[request_id, *used] for request_id, used in snapshot.live],
+    }
+    return {
+        "run_id": snapshot.run_id,
+        "number": snapshot.number,
+        "taken_at": rfc3339(snapshot.taken_at_ns),
+        "live_ns": snapshot.live_ns,
+        "step_ns": snapshot.step_ns,
+        "requests": orjson.dumps(told).decode(),
+    }
+
+
+def live_requests(text: str) -> dict[str, Accrued]:
+    """Return what a row of `live_usage` says of each request, by its internal id.
+
+    By name, and only what is known here: the meter that wrote it may be another version.
+    """
+    told = orjson.loads(text)
+    known = [(at, name) for at, name in enumerate(told["fields"], 1) if name in Accrued._fields]
+    return {
+        request[0]: Accrued(**{name: request[at] for at, name in known})
+        for request in told["requests"]
     }
 
 

@@ -1,14 +1,16 @@
 """The tables of the ledger, one schema for SQLite and PostgreSQL.
 
 Rows of fact (bills, their pieces, HTTP exchanges, prices, runs) are written once by key and never
-changed. Only three tables are cumulative counters and are overwritten, by a higher snapshot number
-and by nothing else: `snapshots`, the latest cut of each run, and `engine_hours` and `energy_hours`,
-the same classes hour by hour. Amounts are 64-bit integers, instants are RFC 3339 text of fixed
-width (text order is time order), unknown is NULL.
+changed. Only four tables are cumulative counters and are overwritten, by a higher snapshot number
+and by nothing else: `snapshots`, the latest cut of each run, `engine_hours` and `energy_hours`, the
+same classes hour by hour, and `live_usage`, what its running requests had used. Rows of
+`open_requests` go when the bill comes. Amounts are 64-bit integers, instants are RFC 3339 text of
+fixed width (text order is time order), unknown is NULL.
 
-Invariant: a snapshot and its hours change in one transaction, and so do a bill and its pieces;
-so at any instant the hours of a run add up to its snapshot, and the pieces of a bill to the bill;
-and what a snapshot tells of the energy of requests, to its class `requests`.
+Invariant: a snapshot, its hours and its live usage change in one transaction, and so do a bill, its
+pieces and its open request; so at any instant the hours of a run add up to its snapshot, the pieces
+of a bill to the bill, what a snapshot tells of the energy of requests to its class `requests`, and
+no request is both billed and open.
 """
 
 from sqlalchemy import (
@@ -135,6 +137,36 @@ energy_hours = Table(
     Column("hour", Integer, primary_key=True),
     Column("number", BigInteger, nullable=False),
     *_energy_columns(nullable=False),
+)
+
+live_usage = Table(
+    "live_usage",
+    metadata,
+    Column("run_id", _Key, primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("taken_at", _Key, nullable=False),
+    # Together the class in_flight of that snapshot: of all requests, and of the step in flight.
+    Column("live_ns", BigInteger, nullable=False),
+    Column("step_ns", BigInteger, nullable=False),
+    # JSON: {"fields": [...], "requests": [[request_id, amounts as the fields say], ...]}.
+    Column("requests", Text, nullable=False),
+)
+
+open_requests = Table(
+    "open_requests",
+    metadata,
+    Column("request_id", _Key, primary_key=True),
+    # vLLM can be told to use the ids that clients choose, which then come again.
+    Column("started_at", _Key, primary_key=True),
+    Column("external_id", _Key, index=True),
+    Column("response_id", _Key, index=True),
+    Column("http_request_id", _Key, index=True),
+    Column("x_request_id", _Key, index=True),
+    Column("prompt_group", _Key, nullable=False),
+    Column("tenant", _Key, nullable=False),
+    Column("model", Text),
+    Column("lora", Text),
+    Column("route", Text),
 )
 
 http_requests = Table(

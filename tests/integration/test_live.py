@@ -1,0 +1,50 @@
+"""A request that still runs, on the real server: found by its ids, with a cost that grows."""
+
+from tests.integration.running import Watched, watch
+from tests.integration.server import Server
+
+# On a busy machine this process may get no core before a stream has ended: only then again.
+ATTEMPTS = 5
+
+
+def test_a_running_request_costs_more_and_more_and_then_what_its_bill_says(server: Server) -> None:
+    for attempt in range(ATTEMPTS):
+        stream = Watched(f"live-{attempt}", "beta")
+        watch(server, [stream], max_tokens=4000)
+        if stream.grew:
+            break
+    assert stream.grew, f"seen running {len(stream.rows)} times in a stream of 4000 tokens"
+    for before, after in zip(stream.rows, stream.rows[1:], strict=False):
+        assert before["gpu_time_ns"] <= after["gpu_time_ns"]
+        assert before["as_of"] < after["as_of"], "each look asks the engine anew"
+    last = stream.rows[-1]
+    assert (last["tenant"], last["x_request_id"]) == ("beta", stream.x_request_id)
+    assert last["response_id"] == stream.response_id
+    assert (last["status"], last["finished_at"], last["engine_status"]) == (None, None, None)
+    assert last["parts"][0]["state"] == "running"
+    bill = server.bill_of(stream.response_id)
+    assert (bill["state"], bill["as_of"]) == ("finished", None)
+    assert bill["http_request_id"] == last["http_request_id"]
+    assert bill["gpu_time_ns"] >= last["gpu_time_ns"]
+    assert bill["cost_nanousd"] >= last["cost_nanousd"] > 0
+    assert bill["parts"][0]["run_id"] == last["parts"][0]["run_id"]
+    server.balanced()
+
+
+def test_running_requests_are_listed_and_the_books_balance_meanwhile(server: Server) -> None:
+    listed, audits = [], []
+
+    def look(_stream: Watched) -> None:
+        page = server.cost("requests")
+        listed.extend(row["x_request_id"] for row in page["running"])
+        audits.append(server.cost("audit"))
+
+    for attempt in range(ATTEMPTS):
+        stream = Watched(f"listed-{attempt}", "alpha")
+        watch(server, [stream], max_tokens=4000, look=look)
+        if stream.x_request_id in listed:
+            break
+    assert stream.x_request_id in listed
+    assert all(audit["balanced"] for audit in audits), audits
+    assert server.bill_of(stream.x_request_id)["state"] == "finished"
+    assert server.cost("requests")["running"] == []
