@@ -20,7 +20,9 @@ VLLM_COMMAND = """\
 #!{python}
 import sys
 from vllm.entrypoints.cli.main import main
-sys.exit(main())
+# Spawned processes of vLLM run this file too, by another name.
+if __name__ == "__main__":
+    sys.exit(main())
 """
 
 
