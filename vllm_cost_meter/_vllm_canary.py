@@ -33,6 +33,7 @@ SCHEDULER: Parameters = {
     "update_from_output": ("self", "scheduler_output", "model_runner_output"),
     "_free_request": ("self", "request"),
     "add_request": ("self", "request"),
+    "get_request_counts": ("self",),
 }
 OUTPUT_PROCESSOR: Parameters = {
     "add_request": ("self", "request", "prompt", "parent_req", "request_index", "queue"),
@@ -136,7 +137,7 @@ def check_callables(owner: Any, expected: Parameters, where: str) -> None:
             raise VllmMismatchError(f"{wanted}, found no such name")
         if not callable(method):
             raise VllmMismatchError(f"{wanted}, found a {type(method).__name__}")
-        found = inspect.signature(method)
+        found = _signature(method, wanted)
         names = tuple(found.parameters)
         if names[: len(parameters)] != parameters or _needs_more(found, len(parameters)):
             raise VllmMismatchError(f"{wanted}, found {_shown(found)}")
@@ -144,6 +145,13 @@ def check_callables(owner: Any, expected: Parameters, where: str) -> None:
         if inspect.iscoroutinefunction(method) != name.endswith("_async"):
             kind = "async" if inspect.iscoroutinefunction(method) else "not async"
             raise VllmMismatchError(f"{wanted}, found it {kind}")
+
+
+def _signature(method: Any, wanted: str) -> inspect.Signature:
+    try:
+        return inspect.signature(method)
+    except (TypeError, ValueError):  # compiled, say
+        raise VllmMismatchError(f"{wanted}, found one without a signature") from None
 
 
 def _needs_more(signature: inspect.Signature, known: int) -> bool:

@@ -105,7 +105,7 @@ def _refusing() -> Iterator[None]:
         logger.log(
             logging.DEBUG if is_child else logging.ERROR,
             "cost meter: vLLM %s is left untouched and runs unmetered: %s. %s",
-            *(vllm_version(), error, WHAT_TO_DO),
+            *(vllm_version(), " ".join(str(error).split()), WHAT_TO_DO),
         )
     except Exception:
         refused = True

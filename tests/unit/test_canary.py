@@ -6,7 +6,8 @@ import re
 import msgspec
 import pytest
 
-from vllm_cost_meter._vllm_canary import check_callables, check_fields, find
+from vllm_cost_meter import _vllm
+from vllm_cost_meter._vllm_canary import WHAT_TO_DO, check_callables, check_fields, find
 from vllm_cost_meter.errors import VllmMismatchError
 
 KNOWN = {"step": ("self", "request")}
@@ -58,6 +59,10 @@ class Property:
     def step(self): ...
 
 
+class Compiled:
+    step = type("builtin", (), {"__call__": None, "__signature__": "none of its own"})()
+
+
 class Async:
     async def step(self, request): ...
 
@@ -78,6 +83,7 @@ def test_what_begins_as_known_and_needs_no_more_is_understood(owner):
         (NeedsMoreByName, "found (self, request, *, budget)"),
         (Static, "found (request)"),
         (Property, "found a property"),
+        (Compiled, "found one without a signature"),
         (Async, "found it async"),
     ],
 )
@@ -114,3 +120,39 @@ def test_a_module_or_a_name_that_is_gone_is_named():
         find("vllm.gone", "Scheduler")
     with pytest.raises(VllmMismatchError, match=r"^expected vllm\.plugins\.Gone, found no such"):
         find("vllm.plugins", "Gone")
+
+
+class Scheduler:
+    """As the operator's own may be (`--scheduler-cls`)."""
+
+    def schedule(self): ...
+    def update_from_output(self, scheduler_output, model_runner_output): ...
+    def _free_request(self, request): ...
+    def add_request(self, request): ...
+    def get_request_counts(self): ...
+
+
+class OtherScheduler(Scheduler):
+    def _free_request(self, request, reason): ...
+
+
+def test_a_scheduler_class_that_is_understood_is_subclassed_once():
+    metered = _vllm.meter_scheduler_class(Scheduler)
+    assert metered.__bases__ == (_vllm.MeteredScheduler, Scheduler)
+    assert _vllm.meter_scheduler_class(metered) is metered
+
+
+def test_a_scheduler_class_that_is_not_stays_as_it_is_with_one_line(caplog):
+    assert _vllm.meter_scheduler_class(OtherScheduler) is OtherScheduler
+    [record] = caplog.records
+    where = f"{__name__}.OtherScheduler._free_request(self, request)"
+    assert record.getMessage() == (
+        "cost meter: the engine runs unmetered: "
+        f"expected {where}, found (self, request, reason). {WHAT_TO_DO}"
+    )
+
+
+def test_what_is_no_class_is_handed_on(caplog):
+    nothing = object()
+    assert _vllm.meter_scheduler_class(nothing) is nothing
+    assert len(caplog.records) == 1
