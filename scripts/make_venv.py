@@ -1,9 +1,10 @@
 """Create a virtual environment for the project, or say in one line what the machine lacks.
 
-Usage: `python scripts/make_venv.py DIRECTORY`, with the Python that the environment is to have.
-Where that Python already has vLLM and there is an NVIDIA GPU, the environment builds on both;
-`scripts/install_vllm_cpu.py` then leaves that vLLM alone. Only the standard library is used, and
-nothing newer than Python 3.7, so that an old Python is told so and not shown a syntax error.
+Usage: `python scripts/make_venv.py [--plain] DIRECTORY`, with the Python that the environment is to
+have. Where that Python already has vLLM and there is an NVIDIA GPU, the environment builds on both,
+unless it is to be plain; `scripts/install_vllm_cpu.py` then leaves that vLLM alone. Only the
+standard library is used, and nothing newer than Python 3.7, so that an old Python is told so and
+not shown a syntax error.
 """
 
 import importlib.util
@@ -20,7 +21,9 @@ VLLM_COMMAND = """\
 #!{python}
 import sys
 from vllm.entrypoints.cli.main import main
-sys.exit(main())
+# Spawned processes of vLLM run this file too, by another name.
+if __name__ == "__main__":
+    sys.exit(main())
 """
 
 
@@ -70,7 +73,7 @@ def build_on_installed_vllm(directory):
     command.chmod(0o755)
 
 
-def main(directory):
+def main(directory, plain):
     if sys.version_info < OLDEST:
         oldest, this = (".".join(map(str, version[:2])) for version in (OLDEST, sys.version_info))
         fail(
@@ -83,7 +86,7 @@ def main(directory):
     if missing:
         what = " and ".join(what for what, _ in missing)
         fail(f"missing {what}: apt-get install {' '.join(package for _, package in missing)}")
-    if importlib.util.find_spec("vllm") and has_nvidia_gpu():
+    if not plain and importlib.util.find_spec("vllm") and has_nvidia_gpu():
         print("NVIDIA GPU and vLLM found: using them", flush=True)
         build_on_installed_vllm(directory)
     else:
@@ -91,4 +94,4 @@ def main(directory):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    main(Path(sys.argv[-1]).absolute(), plain="--plain" in sys.argv[1:-1])

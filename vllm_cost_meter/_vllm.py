@@ -3,16 +3,14 @@
 Only modules named `_vllm*` touch vLLM's internals; the API server's side is `_vllm_api.py`.
 
 What is hooked, and why there, is in docs/hooks.md. No body of vLLM is replaced: each hook calls the
-original with the arguments that came and hands on what it returned. Hooks ask for features, not
-versions, and are idempotent; a class that does not look as expected is left untouched, with one
-line in the log (`VllmMismatchError`'s text).
+original with the arguments that came and hands on what it returned. Hooks are idempotent.
+A vLLM that does not look as expected is left untouched (`_vllm_canary.py`).
 
 Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
 """
 
 import argparse
 import functools
-import inspect
 import logging
 import platform
 import sys
@@ -22,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import vllm.plugins
-from vllm.config import SchedulerConfig
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
+from vllm_cost_meter import _vllm_canary as canary
 from vllm_cost_meter.books import RequestFacts
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.energy import EnergyCounter
@@ -35,43 +32,7 @@ from vllm_cost_meter.wire import write_bill
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# Parameters we pass or read by position, by method. A vLLM that changed one is not understood.
-SCHEDULER_PARAMETERS = {
-    "schedule": (),
-    "update_from_output": ("scheduler_output", "model_runner_output"),
-    "_free_request": ("request",),
-    "add_request": ("request",),
-}
-OUTPUT_PROCESSOR_PARAMETERS = {
-    "add_request": ("request", "prompt", "parent_req", "request_index", "queue"),
-    "process_outputs": ("engine_core_outputs",),
-}
-
-
-def check_parameters(owner: type, expected: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise VllmMismatchError unless `owner`'s methods start with the expected parameters."""
-    for name, parameters in expected.items():
-        method = getattr(owner, name, None)
-        if method is None:
-            raise VllmMismatchError(f"expected {owner.__qualname__}.{name}, found no such method")
-        found = tuple(inspect.signature(method).parameters)[1:]
-        if found[: len(parameters)] != parameters:
-            raise VllmMismatchError(
-                f"expected {owner.__qualname__}.{name}({', '.join(parameters)}, ...), "
-                f"found ({', '.join(found)})"
-            )
-
-
-def check_all() -> str:
-    """Raise VllmMismatchError unless vLLM looks as expected; return its version."""
-    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415 - heavy; for doctor only
-    from vllm.v1.engine.output_processor import OutputProcessor  # noqa: PLC0415
-    from vllm.version import __version__ as vllm_version  # noqa: PLC0415
-
-    check_parameters(Scheduler, SCHEDULER_PARAMETERS)
-    check_parameters(OutputProcessor, OUTPUT_PROCESSOR_PARAMETERS)
-    return str(vllm_version)
-
+STAT_LOGGER_PLUGINS = "vllm.stat_logger_plugins"
 
 # -- engine side ------------------------------------------------------------------------------
 
@@ -237,6 +198,8 @@ def _freed(meter: EngineMeter, now_ns: int, request: Any) -> None:
 
 
 def _carry_late_bills(meter: EngineMeter, _now_ns: int, outputs: dict[int, Any]) -> None:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs  # noqa: PLC0415 - see canary
+
     for client_index, bill in meter.take_late():
         carrier = EngineCoreOutput(CARRIER_ID, [], trace_headers={BILL_KEY: write_bill(bill)})
         outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(carrier)
@@ -244,18 +207,21 @@ def _carry_late_bills(meter: EngineMeter, _now_ns: int, outputs: dict[int, Any])
 
 def meter_scheduler_class(scheduler_class: type) -> type:
     """Return a metered subclass of a scheduler class; of one not understood, the class itself."""
-    if issubclass(scheduler_class, MeteredScheduler):
-        return scheduler_class
     try:
-        check_parameters(scheduler_class, SCHEDULER_PARAMETERS)
-    except VllmMismatchError as error:
-        logger.error("cost meter: the engine runs unmetered: %s", error)
+        if issubclass(scheduler_class, MeteredScheduler):
+            return scheduler_class
+        where = f"{scheduler_class.__module__}.{scheduler_class.__qualname__}"
+        canary.check_callables(scheduler_class, canary.SCHEDULER, where)
+        return type(f"Metered{scheduler_class.__name__}", (MeteredScheduler, scheduler_class), {})
+    except Exception as error:  # noqa: BLE001 - of a class that somebody else chose
+        logger.error("cost meter: the engine runs unmetered: %s. %s", error, canary.WHAT_TO_DO)
         return scheduler_class
-    return type(f"Metered{scheduler_class.__name__}", (MeteredScheduler, scheduler_class), {})
 
 
 def hook_scheduler_choice() -> None:
     """Make SchedulerConfig.get_scheduler_cls return metered classes."""
+    from vllm.config import SchedulerConfig  # noqa: PLC0415 - see canary
+
     original = SchedulerConfig.get_scheduler_cls
     if hasattr(original, "cost_meter_original"):
         return
@@ -284,11 +250,7 @@ def hook_engine_core() -> None:
         ("wake_up", _wrap_wake_up),
         ("execute_dummy_batch", _wrap_dummy_batch),
     ):
-        original = getattr(EngineCore, name, None)
-        if original is None:
-            logger.error("cost meter: EngineCore.%s not found; its time is idle or host", name)
-        else:
-            setattr(EngineCore, name, wrap(original))
+        setattr(EngineCore, name, wrap(getattr(EngineCore, name)))
 
 
 def _meter_of(engine_core: Any) -> EngineMeter | NoMeter:
@@ -398,17 +360,20 @@ def hook_cli_flags(add_flags: Callable[[argparse.ArgumentParser], None]) -> None
         return
 
     @functools.wraps(original)
-    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        filled: argparse.ArgumentParser = original(parser)
-        add_flags(filled)
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        filled = original(parser, *args, **kwargs)
+        try:
+            add_flags(filled)
+        except Exception:
+            logger.exception("cost meter: without its flags; VLLM_PLUGINS can name it")
         return filled
 
     add_cli_args.cost_meter_original = original  # type: ignore[attr-defined]
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
 
 
-def hook_stat_logger_loading(is_named: Callable[[], bool], plugin_name: str) -> None:
-    """Keep vLLM from using our stat logger while the meter is not named.
+def hook_stat_logger_loading(is_active: Callable[[], bool], plugin_name: str) -> None:
+    """Keep vLLM from using our stat logger while the meter is not active.
 
     Its mere presence would turn statistics on under --disable-log-stats.
     """
@@ -417,9 +382,9 @@ def hook_stat_logger_loading(is_named: Callable[[], bool], plugin_name: str) -> 
         return
 
     @functools.wraps(original)
-    def load_plugins_by_group(group: str) -> dict[str, Any]:
-        plugins: dict[str, Any] = original(group)
-        if group == vllm.plugins.STAT_LOGGER_PLUGINS_GROUP and not is_named():
+    def load_plugins_by_group(group: str, *args: Any, **kwargs: Any) -> Any:
+        plugins = original(group, *args, **kwargs)
+        if group == STAT_LOGGER_PLUGINS and not (is_active() and _stat_logger_fits()):
             plugins.pop(plugin_name, None)
         return plugins
 
@@ -428,3 +393,13 @@ def hook_stat_logger_loading(is_named: Callable[[], bool], plugin_name: str) -> 
     # It may already hold the original under its own name; importing it here would be heavy.
     if loggers := sys.modules.get("vllm.v1.metrics.loggers"):
         loggers.load_plugins_by_group = load_plugins_by_group  # type: ignore[attr-defined]
+
+
+def _stat_logger_fits() -> bool:
+    """Tell whether vLLM will call our stat logger as it expects: an error in it stops vLLM."""
+    try:
+        canary.check(canary.STAT_LOGGER)
+    except VllmMismatchError as error:
+        logger.error("cost meter: without latency metrics, all else is metered: %s", error)
+        return False
+    return True

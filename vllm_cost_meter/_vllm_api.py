@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_cost_meter._vllm import OUTPUT_PROCESSOR_PARAMETERS, check_parameters, model_name
+from vllm_cost_meter._vllm import model_name
 from vllm_cost_meter.exchange import Birth, current_exchange
 from vllm_cost_meter.records import (
     BILL_KEY,
@@ -30,7 +30,7 @@ def hook_output_processor(collector: Callable[[], "Collector"]) -> None:
     """Hook the birth of engine requests and the arrival of bills in the API server.
 
     `collector` is called at each use, so that the API side is made only in the process that needs
-    it. Raises VllmMismatchError if this vLLM's OutputProcessor looks different.
+    it.
     """
     from vllm.v1.engine.output_processor import OutputProcessor  # noqa: PLC0415 - heavy
 
@@ -38,7 +38,6 @@ def hook_output_processor(collector: Callable[[], "Collector"]) -> None:
     process_outputs = OutputProcessor.process_outputs
     if hasattr(add_request, "cost_meter_original"):
         return
-    check_parameters(OutputProcessor, OUTPUT_PROCESSOR_PARAMETERS)
 
     @functools.wraps(add_request)
     def metered_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

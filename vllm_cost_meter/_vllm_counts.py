@@ -9,8 +9,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm.v1.metrics.perf import ExecutionContext, ModelMetrics
-
 from vllm_cost_meter._fit_py import Plane
 from vllm_cost_meter.priors import NOTHING_KNOWN, Prior, peaks_of, prior_of_counts
 
@@ -21,8 +19,10 @@ Batch = Sequence[tuple[int, int]]  # (tokens, context at the end of the step) of
 MANY = 4_096
 
 
-def context_of(batch: Batch) -> ExecutionContext:
+def context_of(batch: Batch) -> Any:
     """Return vLLM's form of a batch. More than one token is a prefill chunk, as vLLM has it."""
+    from vllm.v1.metrics.perf import ExecutionContext  # noqa: PLC0415 - a vLLM may not have it
+
     context = ExecutionContext()
     for tokens, context_tokens in batch:
         context.add(tokens, context_tokens, is_prefill=tokens > 1)
@@ -54,6 +54,8 @@ def prior_of_model(vllm_config: Any, device_name: str) -> Prior:
     level = perf_logger.level
     perf_logger.setLevel(logging.WARNING)  # it tells what it instantiates
     try:
+        from vllm.v1.metrics.perf import ModelMetrics  # noqa: PLC0415 - a vLLM may not have it
+
         metrics = ModelMetrics(vllm_config)
         if not metrics.is_enabled():
             return NOTHING_KNOWN
@@ -70,7 +72,7 @@ def prior_of_model(vllm_config: Any, device_name: str) -> Prior:
         perf_logger.setLevel(level)
 
 
-def _bytes(metrics: ModelMetrics, context: ExecutionContext) -> int:
+def _bytes(metrics: Any, context: Any) -> int:
     moved: int = metrics.get_read_bytes(context) + metrics.get_write_bytes(context)
     return moved
 

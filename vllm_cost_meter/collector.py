@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from vllm_cost_meter import _vllm_api, metrics
+from vllm_cost_meter import _vllm_api, metrics, plugin
 from vllm_cost_meter.births import Births
 from vllm_cost_meter.config import Settings, load_settings
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
@@ -309,7 +309,8 @@ def get_collector() -> Collector | NoCollector:
     global _collector
     if _collector is None:
         try:
-            _collector = Collector(load_settings())
+            # `--middleware` brings it into a vLLM that was refused, too.
+            _collector = NoCollector() if plugin.refused else Collector(load_settings())
         except Exception:
             logger.exception("cost meter: could not start in the API server; it runs unmetered")
             _collector = NoCollector()

@@ -84,7 +84,7 @@ def _native() -> Finding:
 
 
 def _vllm() -> Finding:
-    from vllm_cost_meter._vllm import check_all  # noqa: PLC0415 - takes seconds
+    from vllm_cost_meter._vllm_canary import check_all  # noqa: PLC0415 - takes seconds
 
     return Finding("vllm", True, f"vLLM {check_all()} looks as the meter expects")
 

@@ -8,15 +8,17 @@ by `--plugins`; otherwise it adds its two flags, withholds its stat logger, and 
 Flags are exported to the environment as soon as they are parsed: API servers and engines are child
 processes that see no namespace.
 
-Invariant: not named, no vLLM class is changed but `EngineArgs.add_cli_args`.
+Invariant: not named, or in a vLLM that is not understood, no vLLM class is changed but
+`EngineArgs.add_cli_args`.
 """
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -33,23 +35,24 @@ GROUPS_LOADED_BY_DEFAULT = (
     "vllm.platform_plugins",
     "vllm.stat_logger_plugins",
 )
+# True once this process has met a vLLM that is not understood, or could not install a hook.
+refused = False
 
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`."""
-    try:
+    with _refusing():
         # It needs vLLM's internals and our native part; vLLM does not catch what we raise, and an
         # installation that is broken must not end every `vllm` command.
-        from vllm_cost_meter import _vllm  # noqa: PLC0415
+        from vllm_cost_meter import _vllm, _vllm_canary  # noqa: PLC0415
 
+        _vllm_canary.check(_vllm_canary.PLUGIN_LOADING)
+        _vllm.hook_stat_logger_loading(is_active, NAME)
+        _vllm_canary.check(_vllm_canary.COMMAND_LINE)
         _vllm.hook_cli_flags(add_flags)
-        _vllm.hook_stat_logger_loading(is_named, NAME)
-        if is_named():
-            activate()
-    except Exception:
-        logger.exception("cost meter: it could not be installed; vLLM goes on unmetered")
-        return
-    if not is_named() and is_serve_parent() and not _given("--plugins", sys.argv):
+    if is_named():
+        activate()
+    elif not refused and is_serve_parent() and not _given("--plugins", sys.argv):
         # vLLM's logging is not set up yet.
         sys.stderr.write(
             "cost meter: installed but not named, so it does nothing. To measure what requests "
@@ -62,23 +65,51 @@ def is_named() -> bool:
     return NAME in os.environ.get("VLLM_PLUGINS", "").split(",")
 
 
+def is_active() -> bool:
+    """Tell whether the meter is named, and vLLM understood."""
+    return is_named() and not refused
+
+
 def is_serve_parent() -> bool:
     """Tell whether this is the process the operator started with `vllm serve`."""
     return multiprocessing.parent_process() is None and sys.argv[1:2] == ["serve"]
 
 
 def activate() -> None:
-    """Install every hook. A vLLM that is not understood is left untouched, loudly."""
-    from vllm_cost_meter import _vllm, _vllm_api  # noqa: PLC0415 - see register
-
+    """Install every hook; in a vLLM that is not understood, none."""
+    if refused:
+        return
     if is_serve_parent():
         check_settings()
-    _vllm.hook_scheduler_choice()
-    try:
+    with _refusing():
+        from vllm_cost_meter import _vllm, _vllm_api, _vllm_canary  # noqa: PLC0415 - see register
+
+        _vllm_canary.check_when_named()
+        _vllm.hook_scheduler_choice()
         _vllm.hook_engine_core()
         _vllm_api.hook_output_processor(_collector)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Contain what the body raises: the meter stays out of this process, and says so once."""
+    global refused
+    try:
+        yield
     except VllmMismatchError as error:
-        logger.error("cost meter: this API server runs unmetered: %s", error)
+        refused = True
+        from vllm_cost_meter._vllm_canary import WHAT_TO_DO, vllm_version  # noqa: PLC0415
+
+        # Every process of a server meets the same vLLM: the one that started them speaks for all.
+        is_child = multiprocessing.parent_process() is not None
+        logger.log(
+            logging.DEBUG if is_child else logging.ERROR,
+            "cost meter: vLLM %s is left untouched and runs unmetered: %s. %s",
+            *(vllm_version(), " ".join(str(error).split()), WHAT_TO_DO),
+        )
+    except Exception:
+        refused = True
+        logger.exception("cost meter: it could not be installed; vLLM goes on unmetered")
 
 
 def check_settings() -> None:
@@ -202,6 +233,8 @@ class EndpointPlugin:
 
     def attach_router(self, app: Any) -> None:
         """Add the middleware, inside vLLM's authentication."""
+        if not is_active():
+            return
         from vllm_cost_meter.middleware import CostMiddleware  # noqa: PLC0415 - API servers only
 
         app.add_middleware(CostMiddleware)

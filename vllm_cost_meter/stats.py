@@ -33,6 +33,7 @@ class CostStatLogger(AggregateStatLoggerBase):
         iteration_stats: Any,
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
+        **_newer: Any,
     ) -> None:
         """Count the latencies that one iteration completed."""
         if iteration_stats is None or self.guard.off:

@@ -3,7 +3,7 @@
 import re
 
 from tests.docs.pages import DOCS, names, section, table_rows
-from vllm_cost_meter import _vllm, reply
+from vllm_cost_meter import _vllm, _vllm_canary, reply
 from vllm_cost_meter.collector import MISSES_IN_A_ROW_MAX
 from vllm_cost_meter.config import Settings
 from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX
@@ -63,7 +63,7 @@ def test_every_hook_is_documented_and_no_other():
     added = {"get_scheduler_cls", "sleep", "wake_up", "execute_dummy_batch", "cost_meter_snapshot"}
     assert engine == ours | added
     api = set(re.findall(r"`(\w+\.\S+?)`", section(HOOKS, "In the API servers")))
-    hooked = {f"OutputProcessor.{name}" for name in _vllm.OUTPUT_PROCESSOR_PARAMETERS}
+    hooked = {f"OutputProcessor.{name}" for name in _vllm_canary.OUTPUT_PROCESSOR}
     assert api == hooked | {"EngineArgs.add_cli_args", "vllm.plugins.load_plugins_by_group"}
 
 

@@ -1,10 +1,13 @@
 """Servers for the integration tests: real ones, each started once and shared where it can be."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.integration.probe import Probe
 from tests.integration.server import Server
 
 
@@ -31,3 +34,19 @@ def server(work: Path) -> Iterator[Server]:
         yield server.start()
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[subprocess.Popen[str]]:
+    script = str(Path(__file__).parent / "zygote.py")
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def probe(zygote: subprocess.Popen[str], tmp_path: Path) -> Probe:
+    return Probe(zygote, tmp_path)

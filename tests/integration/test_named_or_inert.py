@@ -4,98 +4,14 @@ Most of it needs no server: a process of its own loads vLLM's plugins as `vllm s
 what changed. Another plugin, `cost_meter_tests`, is installed beside ours throughout.
 """
 
-import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from tests.integration.server import PLUGIN_FOLDER, Server
+from tests.integration.probe import Probe
+from tests.integration.server import Server
 from vllm_cost_meter.plugin import GROUPS_LOADED_BY_DEFAULT
-
-PROBE = """
-import json, os, sys
-from vllm.config import SchedulerConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine.core import EngineCore
-from vllm.v1.engine.output_processor import OutputProcessor
-from vllm.v1.metrics import loggers
-import vllm.plugins
-{before}
-parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-namespace = parser.parse_args(sys.argv[2:])
-hooked = lambda f: hasattr(f, "cost_meter_original")
-print("PROBE" + json.dumps({{
-    "scheduler": hooked(SchedulerConfig.get_scheduler_cls),
-    "engine": hasattr(EngineCore, "cost_meter_snapshot"),
-    "outputs": hooked(OutputProcessor.add_request) or hooked(OutputProcessor.process_outputs),
-    "stat_loggers": [f.__name__ for f in loggers.load_stat_logger_plugin_factories()],
-    "endpoint_plugins": [p.name for p in vllm.plugins.load_endpoint_plugins(("generate",))],
-    "VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS"),
-    "COST_METER_CONFIG": os.environ.get("COST_METER_CONFIG"),
-    "plugins_flag": getattr(namespace, "plugins", None),
-    "ledger_loaded": "vllm_cost_meter.ledger" in sys.modules,
-}}))
-"""
-
-
-@dataclass
-class Probe:
-    """Loads vLLM's plugins as `vllm serve` would, in a process of its own."""
-
-    zygote: subprocess.Popen[str]
-    folder: Path
-    status: int = 0
-    output: str = ""
-
-    def __call__(self, *arguments: str, before: str = "", **environment: str) -> dict[str, Any]:
-        seen, out = self.folder / "seen", self.folder / "out"
-        seen.unlink(missing_ok=True)
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_PLUGINS", "COST_"))}
-        order = {
-            "code": PROBE.format(before=before),
-            "argv": ["vllm", "serve", *arguments],
-            "environment": {
-                **clean,
-                "PYTHONPATH": str(PLUGIN_FOLDER),
-                "CMT_SEEN": str(seen),
-                "COST_METER_LEDGER": f"sqlite:///{self.folder}/state/ledger.db",
-                **environment,
-            },
-            "out": str(out),
-        }
-        assert self.zygote.stdin is not None
-        assert self.zygote.stdout is not None
-        self.zygote.stdin.write(json.dumps(order) + "\n")
-        self.zygote.stdin.flush()
-        self.status = int(self.zygote.stdout.readline())
-        self.output = out.read_text()
-        found = re.search(r"^PROBE(.*)$", self.output, re.MULTILINE)
-        return {**(json.loads(found[1]) if found else {}), "other_plugin_loaded": seen.exists()}
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[subprocess.Popen[str]]:
-    script = str(Path(__file__).parent / "zygote.py")
-    with subprocess.Popen(  # noqa: S603
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-@pytest.fixture
-def probe(zygote: subprocess.Popen[str], tmp_path: Path) -> Probe:
-    return Probe(zygote, tmp_path)
 
 
 def test_installed_but_not_named_it_changes_nothing_and_says_so_once(probe: Probe) -> None:

@@ -35,6 +35,9 @@ def child(order: dict) -> None:
 
 
 def main() -> None:
+    # Its own, because older versions of vLLM log to the standard output.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     # What every probe needs; none of it loads plugins when imported.
     import vllm.engine.arg_utils
     import vllm.v1.engine.core
@@ -47,7 +50,7 @@ def main() -> None:
         if pid == 0:
             child(json.loads(line))
         _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sqlalchemy
 from tests.unit.world import COST_HEADERS, JSON, replying
 from vllm_cost_meter import births as births_module
 from vllm_cost_meter import collector as collector_module
-from vllm_cost_meter import metrics
+from vllm_cost_meter import metrics, plugin
 from vllm_cost_meter.collector import (
     Breaker,
     Collector,
@@ -227,6 +227,15 @@ def test_a_collector_that_cannot_be_made_is_one_that_does_nothing(monkeypatch, t
     assert isinstance(found, NoCollector)
     assert found.run("hook", lambda: 1 / 0) is None
     assert get_collector() is found
+
+
+def test_there_is_no_collector_where_this_vllm_was_refused(monkeypatch, tmp_path):
+    """`--middleware` brings the middleware into a vLLM that is to be left untouched, too."""
+    monkeypatch.setattr(collector_module, "_collector", None)
+    monkeypatch.setattr(plugin, "refused", True)
+    monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path}/ledger.db")
+    assert isinstance(get_collector(), NoCollector)
+    assert not (tmp_path / "ledger.db").exists()
 
 
 def test_errors_that_are_not_in_a_row_do_not_switch_the_meter_off(world):

@@ -48,6 +48,7 @@ def test_it_is_called_as_vllm_calls_it(stat_logger):
     stat_logger.record(scheduler_stats=None, iteration_stats=None, engine_idx=1)
     stat_logger.record(None, iteration(), None, 0)
     stat_logger.record(scheduler_stats=None, iteration_stats=iteration(), mm_cache_stats=None)
+    stat_logger.record(None, iteration(), what_a_newer_one_passes=1)
     stat_logger.log_engine_initialized()
     stat_logger.log()
     assert stat_logger.guard.errors == 0

@@ -4,6 +4,7 @@ What it does is said by the environment, so that it reaches every process of a s
 
 - CMT_SEEN=FILE      appends "pid name" when it is loaded: shows whether other plugins still load
 - CMT_ASYNC=1        forces async scheduling, which the CPU platform switches off
+- CMT_CHANGED=NAME   gives a callable, "module:Class.method", a signature that nobody knows
 - CMT_FAULTS=FILE    makes the hooks named in FILE (one a line) raise, as long as they stand there
 - CMT_CLOCK=FILE     adds the seconds that FILE holds to the engine's wall clock
 - CMT_EXPERTS=1      lets engines on CPUs share the experts of a model: the CPU build lacks two
@@ -13,6 +14,8 @@ What it does is said by the environment, so that it reaches every process of a s
 """
 
 import functools
+import importlib
+import inspect
 import os
 import sys
 import time
@@ -27,6 +30,8 @@ def register() -> None:
         force_async_scheduling()
     if os.environ.get("CMT_EXPERTS") == "1":
         share_experts()
+    if changed := os.environ.get("CMT_CHANGED"):
+        change_signature(changed)
     if "CMT_FAULTS" in os.environ:
         inject_faults(Path(os.environ["CMT_FAULTS"]))
     if "CMT_CLOCK" in os.environ:
@@ -73,6 +78,30 @@ def share_experts() -> None:
 
     CpuCommunicator.all_gatherv = all_gatherv
     CpuCommunicator.reduce_scatterv = reduce_scatterv
+
+
+def change_signature(name: str) -> None:
+    """Make a callable of vLLM look as if it took "horizon" first; called as before, it works."""
+    module, _, attributes = name.partition(":")
+    owner = importlib.import_module(module)
+    *classes, attribute = attributes.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    original = getattr(owner, attribute)
+    is_static = isinstance(vars(owner).get(attribute), staticmethod)
+
+    @functools.wraps(original)
+    def changed(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    signature = inspect.signature(original)
+    parameters = list(signature.parameters.values())
+    place = 0 if is_static or not classes else 1  # after self
+    horizon = inspect.Parameter("horizon", inspect.Parameter.POSITIONAL_ONLY)
+    parameters.insert(place, horizon)
+    first = [p.replace(kind=inspect.Parameter.POSITIONAL_ONLY) for p in parameters[:place]]
+    changed.__signature__ = signature.replace(parameters=[*first, *parameters[place:]])
+    setattr(owner, attribute, staticmethod(changed) if is_static else changed)
 
 
 def inject_faults(file: Path) -> None:

@@ -1,0 +1,143 @@
+"""Run the integration tests on several versions of vLLM, one after another, and print a table.
+
+Usage: `make matrix`, or `python scripts/matrix.py VERSION...`. Each version has an environment of
+its own in `.cache/matrix`, set up and tested by the Makefile's own targets, so that a version
+differs from `make test` in its vLLM and in nothing else. The environments stay: a second run
+installs nothing. They share the checkout, and with it the native part that was built in place.
+
+What failed on one version does not keep the others from running; the exit status is 1 then. The
+table goes to `.cache/matrix/table.md` too, with the reason of each test that was skipped.
+
+Invariant: every version that was asked for has its row, and a row has counts only where pytest
+wrote them on the version that the row names.
+"""
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+FOLDER = Path(".cache") / "matrix"
+TESTS = "tests/integration"
+HEADER = "| vLLM | torch | passed | failed | skipped | minutes |\n|---|---|---|---|---|---|"
+# Of the environment that runs it: the version as its metadata has it, "+cpu" and all.
+VERSIONS_THERE = "from importlib.metadata import version as v; print(v('vllm'), v('torch'))"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the tests did on one version. No counts: `problem` says why."""
+
+    version: str
+    torch: str = ""
+    passed: int = 0
+    failed: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    seconds: float = 0.0
+    problem: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.passed > 0 and not self.failed and not self.problem
+
+
+def row(outcome: Outcome) -> str:
+    if outcome.problem:
+        cells = [outcome.version, outcome.torch, outcome.problem, "", "", ""]
+    else:
+        counts = (outcome.passed, len(outcome.failed), len(outcome.skipped))
+        minutes = f"{outcome.seconds / 60:.1f}"
+        cells = [outcome.version, outcome.torch, *map(str, counts), minutes]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Return the Markdown table, and below it what was skipped and why."""
+    lines = [HEADER, *map(row, outcomes)]
+    reasons = [
+        f"- {test} on {outcome.version}: {reason}"
+        for outcome in outcomes
+        for test, reason in outcome.skipped
+    ]
+    return "\n".join([*lines, *(["", "Skipped:", "", *reasons] if reasons else [])]) + "\n"
+
+
+def make(log: Path, *arguments: str) -> bool:
+    command = ["make", "--no-print-directory", *arguments]
+    with log.open("a", encoding="utf-8") as file:
+        return subprocess.run(command, stdout=file, stderr=file, check=False).returncode == 0
+
+
+def read_report(path: Path) -> tuple[int, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Return (passed, names of the failed, (name, reason) of the skipped) of a JUnit file."""
+    passed, failed, skipped = Counter[str](), [], []
+    # A test that passed and whose fixture then failed to end stands there twice.
+    for case in ElementTree.parse(path).iter("testcase"):
+        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(name)
+        elif (skip := case.find("skipped")) is not None:
+            skipped.append((name, skip.get("message") or "no reason given"))
+        else:
+            passed[name] += 1
+    return len(passed.keys() - set(failed)), tuple(dict.fromkeys(failed)), tuple(skipped)
+
+
+def run(version: str, folder: Path = FOLDER) -> Outcome:
+    """Set a version up and run the tests on it."""
+    log, report = folder / f"{version}.log", folder / f"{version}.xml"
+    log.write_text("")
+    report.unlink(missing_ok=True)
+    environment = folder / version
+    same = (f"VENV={environment}", f"VLLM={version}", f"PYTHON={sys.executable}")
+    print(f"==> vLLM {version}: setting up (minutes the first time; {log})", flush=True)
+    if not make(log, "setup", *same):
+        return Outcome(version, problem=f"could not be installed: {last_line(log)}")
+    present, torch = there(environment)
+    if present != f"{version}+cpu":
+        return Outcome(version, torch, problem=f"found vLLM {present} in {environment} instead")
+    print(f"==> vLLM {version}: {TESTS}", flush=True)
+    start = time.monotonic()
+    make(log, "test", *same, f"TEST_ARGS={TESTS} --junitxml={report}")
+    seconds = time.monotonic() - start
+    if not report.exists():
+        return Outcome(version, torch, problem=f"the tests did not end: {last_line(log)}")
+    passed, failed, skipped = read_report(report)
+    if not passed and not failed:
+        return Outcome(version, torch, problem=f"no test ran: {last_line(log)}")
+    for name in failed:
+        print(f"    failed: {name}", flush=True)
+    return Outcome(version, torch, passed, failed, skipped, seconds)
+
+
+def there(environment: Path) -> tuple[str, str]:
+    command = [str(environment / "bin" / "python"), "-c", VERSIONS_THERE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    vllm, torch = done.stdout.split()
+    return vllm, torch
+
+
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip().replace("|", "\\|")[:200] if lines else f"{log} is empty"
+
+
+def main(versions: list[str]) -> int:
+    if not versions:
+        print("expected the versions of vLLM to test, got none: make matrix MATRIX='0.32.0'")
+        return 2
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    for version in versions:
+        outcomes.append(run(version))
+        # After each, so that a run that is broken off leaves what it found.
+        (FOLDER / "table.md").write_text(table(outcomes), encoding="utf-8")
+    print(f"\n{table(outcomes)}", end="")
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
