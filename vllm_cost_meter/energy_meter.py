@@ -35,6 +35,8 @@ class EnergyMeter:
 
     def billed(self, bill: Bill) -> None:
         """Note a bill, whose energy is known when the window ends."""
+        if self._books.off:
+            return
         try:
             self._books.billed(bill.seq, bill.request_id, bill.gpu_time_ns)
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not

@@ -211,13 +211,14 @@ def test_ten_errors_in_a_row_switch_it_off_and_all_that_follows_is_lost(engine):
     before = engine.settled()
     assert before.state == "off"
     assert before.totals.in_flight == 0
+    own_ns = engine.meter.own_ns
     engine.add("c")
     engine.step("a", "c", a=1, c=8)
+    assert engine.meter.own_ns == own_ns, "it costs no time any more"
     assert len(engine.bills) == 1, "nobody is billed any more"
     time.sleep(0.002)
     after = engine.settled()
     assert after.totals.lost - before.totals.lost == after.wall_ns - before.wall_ns
-    assert after.own_ns == before.own_ns, "it costs no time any more"
 
 
 def test_a_success_in_between_keeps_it_on(engine):
@@ -307,6 +308,13 @@ def test_own_time_grows_with_every_hook(engine):
         engine.step(a=1)
     own_ns = engine.snapshot().own_ns - before
     assert 0 < own_ns < 100 * 1_000_000
+
+
+def test_a_snapshot_is_own_time_of_the_next_one(engine):
+    engine.add("a")
+    first = engine.snapshot()
+    assert engine.meter.own_ns > first.own_ns
+    assert engine.snapshot().own_ns > first.own_ns
 
 
 def test_time_that_a_hook_took_before_it_failed_is_own_time(engine):
