@@ -137,3 +137,14 @@ def test_the_headers_in_the_readme_are_those_that_are_sent():
     )
     sent = reply.headers(cost)
     assert {name.decode(): value.decode() for name, value in sent} == shown
+
+
+def test_the_errors_in_the_readme_are_those_of_the_whole_table():
+    whole = (DOCS / "attribution.md").read_text()
+    rows = re.findall(
+        r"^\| (\w+) / llama-3.1-8b / (\d+) \| [\d.]+ \| (.*) \|$", whole, re.MULTILINE
+    )
+    assert len(rows) == 9
+    for gpu, batch, figures in rows:
+        p95 = [cell.split(" · ")[0] for cell in figures.split(" | ")]
+        assert f"| {gpu.upper()}, {batch} | {' | '.join(p95)} |" in README.read_text()
