@@ -160,7 +160,8 @@ class EngineBooks:
             step_ns = (now_ns - self._mark_ns) * self.gpus
             self.on_step(self.meter.step_parts(step), step_ns)
         self.busy_ns += now_ns - self._mark_ns
-        self._share_until_hour(step, now_ns)
+        if now_ns >= self._hour_end_ns:
+            self._share_until_hour(step, now_ns)
         gpu_ns = self._advance(now_ns)
         self._book_busy(gpu_ns, self.meter.settle(step, gpu_ns, rejected))
         self.steps += 1
@@ -363,8 +364,9 @@ class EngineBooks:
             self._add("tail", tail_ns)
 
     def _add(self, name: str, gpu_ns: int) -> None:
-        for totals in (self._totals, self._cell):
-            setattr(totals, name, getattr(totals, name) + gpu_ns)
+        totals, cell = self._totals, self._cell
+        setattr(totals, name, getattr(totals, name) + gpu_ns)
+        setattr(cell, name, getattr(cell, name) + gpu_ns)
 
     def _book_billed(self, gpu_ns: int, hour: int) -> None:
         for totals in (self._totals, self._cell_of(hour)):
