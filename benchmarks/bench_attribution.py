@@ -3,9 +3,10 @@
 Method. A step is `begin`, `settle` and `drained`, as the engine calls them, with two steps in
 flight (async scheduling). Each of N running requests decodes one token, but the newest is a
 prefill chunk of 512. After every step N/50 requests, spread over the batch, have left and as many
-new ones follow at its end. The dict of a step is made right before it, as vLLM's scheduler makes
-it, and its keys are the same str objects as before. Making it, `open` and `close` are not timed
-(the latter come once per request, not per step). Native and twin take turns, block by block of
+new ones follow at its end. As the hook hands them over, those that decode are a list and the others
+a dict, both made right before the step, as vLLM's scheduler makes them, of the same str objects as
+before. Making them, `open` and `close` are not timed (the latter come once per request, not per
+step). Native and twin take turns, block by block of
 steps, in one process. A figure is the median over blocks of a block's mean per step, so what comes
 every few steps (the fit) is in it, shared out. The native one has made as many steps before as it
 takes until the fit learns from one step in four, as in an engine that has run for a few minutes.
@@ -77,12 +78,11 @@ class Traffic:
     def timed_step(self) -> int:
         """Return the ns that a step takes the meter."""
         begin, settle, drained = self.meter.begin, self.meter.settle, self.meter.drained
-        scheduled = dict.fromkeys(self.running, 1)
-        for place in range(1, self.chunks + 1):
-            scheduled[self.running[-place]] = PREFILL_CHUNK
+        decoding = self.running[: len(self.running) - self.chunks]
+        scheduled = dict.fromkeys(self.running[len(decoding) :], PREFILL_CHUNK)
         self.now_ns += self.in_flight_ns
         started_ns = perf_counter_ns()
-        step = begin(scheduled, self.now_ns)
+        step = begin(scheduled, self.now_ns, decoding)
         settle(self.in_flight, self.in_flight_ns)
         drained()
         took_ns = perf_counter_ns() - started_ns

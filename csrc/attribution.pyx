@@ -15,6 +15,7 @@ once in `settle`. Requests are in `requests.pxd`, steps in `steps.pxd`; how time
 
 cimport cython
 from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next, PyDict_Size
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.long cimport PyLong_AsUnsignedLong
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
@@ -26,15 +27,18 @@ from csrc.checks cimport (
     WEIGHT_MAX, check_tokens, in_range, instant, planes_of, rejected_tokens_of, tokens_of,
     tokens_out_of_range, whole_number,
 )
-from csrc.fit cimport Fit, TERMS, Work, adopt_prior, explained, observe, start_fit, work_of
+from csrc.fit cimport Fit, TERMS, Work, adopt_prior, explained, observe, start_fit
 from csrc.requests cimport (
-    DECODE, NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, adopt_key, free_requests, count_blocks, free_slot,
+    DECODE, NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, adopt_key, count_blocks,
+    free_requests, free_slot,
     hold_blocks, is_in_flight, make_slot_free, next_free_slot, release_blocks, reset, take_slot,
     unqueue,
 )
-from csrc.shapley cimport fill_polynomials, note_chunk
+from csrc.shapley cimport fill_polynomials
 from csrc.shares cimport Part, Split, next_share, start_split
-from csrc.steps cimport Ring, Step, free_ring, look_further, make_room, start_ring, step_at
+from csrc.steps cimport (
+    Guess, Ring, Step, enter, free_ring, look_further, make_room, start_ring, step_at
+)
 
 from vllm_cost_meter.accrued import Accrued
 
@@ -250,11 +254,12 @@ cdef class StepMeter:
 
     # The life of a step
 
-    def begin(self, dict scheduled not None, object now_ns):
+    def begin(self, dict scheduled not None, object now_ns, list decoding=None):
         """Record a step: the tokens scheduled for each request, in scheduler order."""
         cdef int64_t since_ns = instant(now_ns)
-        cdef Step *step = make_room(&self.ring, <uint32_t>PyDict_Size(scheduled))
-        cdef uint32_t full = self.fill_in(scheduled, step), k
+        cdef Py_ssize_t count = 0 if decoding is None else PyList_GET_SIZE(decoding)
+        cdef Step *step = make_room(&self.ring, <uint32_t>(count + PyDict_Size(scheduled)))
+        cdef uint32_t full = self.fill_in(scheduled, decoding, count, step), k
         for k in range(full):
             hold_blocks(&self.requests, step.parts[self.ring.weights[k]].slot, since_ns)
         self.ring.newest += 1
@@ -338,40 +343,37 @@ cdef class StepMeter:
     cdef int64_t time_to_share(self, object gpu_ns) except -1:
         return whole_number(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
 
-    cdef uint32_t fill_in(self, dict scheduled, Step *step) except? 0xFFFFFFFF:
+    cdef uint32_t fill_in(
+        self, dict scheduled, list decoding, Py_ssize_t count, Step *step
+    ) except? 0xFFFFFFFF:
         """Enter all scheduled requests into a step. Nothing is changed if this raises.
 
         Return how many of them need another block, their places in the ring's `weights`.
         """
         cdef PyObject *key
         cdef PyObject *value
-        cdef PyObject *last_value = NULL  # nearly always the same small int, once per decode
-        cdef Py_ssize_t at = 0
-        cdef uint32_t place = 0, guess_place = 0, full = 0, number
-        cdef Slot *slot
-        cdef Step *guess = step_at(&self.ring, self.ring.newest)
+        cdef PyObject *last_value = NULL  # mostly the same small int as before
+        cdef Py_ssize_t at = 0, k
+        cdef uint32_t place = 0, full = 0, this_step = <uint32_t>(self.ring.newest + 1), number
+        cdef Guess guess = Guess(step_at(&self.ring, self.ring.newest), 0)
         cdef int64_t tokens = 0
         cdef Work total = Work(0, 0, 0, 0)
         try:
+            for k in range(count):
+                key = <PyObject *>PyList_GET_ITEM(decoding, k)
+                number = self.find_next(&guess, scheduled, key)
+                self.ring.weights[full] = place
+                full += enter(&self.requests.slots[number], number, 1, this_step, step, place, &total)
+                place += 1
             while PyDict_Next(scheduled, &at, &key, &value):
                 if value != last_value:
                     tokens = tokens_of(<object>key, <object>value)
                     last_value = value
-                number = guess.parts[guess_place].slot if guess_place < guess.count else NOBODY
-                if number == NOBODY or self.requests.slots[number].key != key:
-                    number = look_further(guess, &guess_place, self.requests.slots, key)
-                if number == NOBODY:
-                    number = self.look_up(scheduled, key)
-                    if self.is_kept(&self.requests.slots[number]):
-                        guess = step_at(&self.ring, self.requests.slots[number].last_step)
-                        guess_place = self.requests.slots[number].last_place
-                guess_place += 1
-                self.enter(&step.parts[place], place, number, tokens, &total)
-                slot = &self.requests.slots[number]
+                number = self.find_next(&guess, scheduled, key)
                 self.ring.weights[full] = place
-                full += slot.position > slot.block_end
-                if tokens > 1:
-                    note_chunk(&step.chunks, place)
+                full += enter(
+                    &self.requests.slots[number], number, tokens, this_step, step, place, &total
+                )
                 place += 1
             if total.tokens > WEIGHT_MAX:
                 raise tokens_out_of_range(total.tokens)
@@ -382,22 +384,22 @@ cdef class StepMeter:
         step.work = total
         return full
 
-    cdef inline void enter(
-        self, Part *part, uint32_t place, uint32_t number, int64_t tokens, Work *total
-    ) noexcept nogil:
-        cdef Slot *slot = &self.requests.slots[number]
-        part.slot = number
-        part.tokens = <uint32_t>tokens
-        part.phase = PREFILL if slot.position < slot.prefill_end else DECODE
-        slot.position += part.tokens  # at most twice WEIGHT_MAX
-        slot.entered += 1
-        slot.last_step = <uint32_t>(self.ring.newest + 1)
-        slot.last_place = place
-        slot.position = min(slot.position, <uint32_t>WEIGHT_MAX)
-        part.context = slot.position
-        total.tokens += tokens
-        total.context += part.context
-        total.products += part.context if tokens == 1 else work_of(part).products
+    cdef inline uint32_t find_next(
+        self, Guess *guess, dict scheduled, PyObject *key
+    ) except? 0xFFFFFFFF:
+        """Return the slot of the next request of a step, which is mostly where it is guessed."""
+        cdef uint32_t number = NOBODY
+        if guess.place < guess.step.count:
+            number = guess.step.parts[guess.place].slot
+        if number == NOBODY or self.requests.slots[number].key != key:
+            number = look_further(guess, self.requests.slots, key)
+        if number == NOBODY:
+            number = self.look_up(scheduled, key)
+            if self.is_kept(&self.requests.slots[number]):
+                guess.step = step_at(&self.ring, self.requests.slots[number].last_step)
+                guess.place = self.requests.slots[number].last_place
+        guess.place += 1
+        return number
 
     cdef uint32_t look_up(self, dict scheduled, PyObject *key) except? 0:
         """Return the slot of a scheduled request that was not where it was expected."""

@@ -8,10 +8,11 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t
 
-from csrc.fit cimport Work
+from csrc.checks cimport WEIGHT_MAX
+from csrc.fit cimport Work, work_of
 from csrc.memory cimport resized
-from csrc.requests cimport NOBODY, Slot
-from csrc.shapley cimport Chunks
+from csrc.requests cimport DECODE, NOBODY, PREFILL, Slot
+from csrc.shapley cimport Chunks, note_chunk
 from csrc.shares cimport Part
 
 cdef enum:
@@ -25,6 +26,10 @@ cdef struct Step:
     Work work  # of all its parts
     Chunks chunks
     int64_t shared_ns  # of its time, so far
+
+cdef struct Guess:  # where the next request of a step was before
+    Step *step
+    uint32_t place
 
 cdef struct Ring:
     Step *steps  # step n is at n % size
@@ -58,16 +63,47 @@ cdef inline Step *step_at(const Ring *ring, int64_t number) noexcept nogil:
 
 
 cdef inline uint32_t look_further(
-    const Step *guess, uint32_t *guess_place, const Slot *slots, const PyObject *key
+    Guess *guess, const Slot *slots, const PyObject *key
 ) noexcept nogil:
     """Return the slot of a request if it is a few places behind the guess, else NOBODY."""
     cdef uint32_t number, place
-    for place in range(guess_place[0] + 1, min(guess.count, guess_place[0] + 1 + DEPARTED_MAX)):
-        number = guess.parts[place].slot
+    for place in range(guess.place + 1, min(guess.step.count, guess.place + 1 + DEPARTED_MAX)):
+        number = guess.step.parts[place].slot
         if slots[number].key == key:
-            guess_place[0] = place
+            guess.place = place
             return number
     return NOBODY
+
+
+cdef inline bint enter(
+    Slot *slot,
+    uint32_t number,
+    int64_t tokens,
+    uint32_t this_step,
+    Step *step,
+    uint32_t place,
+    Work *total,
+) noexcept nogil:
+    """Make a request the next part of a step. Return whether it needs another block."""
+    cdef Part *part = &step.parts[place]
+    part.slot = number
+    part.tokens = <uint32_t>tokens
+    part.phase = PREFILL if slot.position < slot.prefill_end else DECODE
+    slot.position += part.tokens  # at most twice WEIGHT_MAX
+    slot.entered += 1
+    slot.last_step = this_step
+    slot.last_place = place
+    slot.position = min(slot.position, <uint32_t>WEIGHT_MAX)
+    part.context = slot.position
+    total.tokens += tokens
+    total.context += part.context
+    if tokens == 1:
+        total.products += part.context
+    else:
+        total.products += work_of(part).products
+        if tokens:
+            note_chunk(&step.chunks, place)
+    return slot.position > slot.block_end
 
 
 cdef inline Step *make_room(Ring *ring, uint32_t count) except NULL:

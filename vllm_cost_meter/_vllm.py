@@ -142,8 +142,11 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
         meter.books.preempt(request_id, now_ns)
     if not output.total_num_scheduled_tokens:
         return  # takes no device time
+    tokens = output.num_scheduled_tokens
+    others = {}
     for new in output.scheduled_new_reqs:
         meter.placed(new.req_id, new.num_computed_tokens)
+        others[new.req_id] = tokens[new.req_id]
     cached = output.scheduled_cached_reqs
     if cached.resumed_req_ids:
         for request_id, computed_tokens in zip(
@@ -151,7 +154,12 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
         ):
             if request_id in cached.resumed_req_ids:
                 meter.placed(request_id, computed_tokens)
-    meter.books.begin_step(output, output.num_scheduled_tokens, now_ns)
+    decoding = cached.req_ids
+    one_token_each = output.total_num_scheduled_tokens - sum(others.values()) == len(decoding)
+    if one_token_each and len(tokens) == len(others) + len(decoding):
+        meter.books.begin_step(output, others, now_ns, decoding)
+    else:
+        meter.books.begin_step(output, tokens, now_ns)
 
 
 def _result_came(

@@ -137,10 +137,19 @@ class EngineBooks:
         """A running request lost its place, and its blocks of the KV cache."""
         self.meter.release(request_id, now_ns)
 
-    def begin_step(self, key: object, scheduled: dict[str, int], now_ns: int) -> None:
-        """A step with tokens was scheduled; `key` (held until its result) identifies it."""
+    def begin_step(
+        self,
+        key: object,
+        scheduled: dict[str, int],
+        now_ns: int,
+        decoding: list[str] | None = None,
+    ) -> None:
+        """A step with tokens was scheduled; `key` (held until its result) identifies it.
+
+        `scheduled` has the tokens of each request, but for those of `decoding`, which have one.
+        """
         self._book_waiting(now_ns)
-        self._in_flight.append((key, self.meter.begin(scheduled, now_ns)))
+        self._in_flight.append((key, self.meter.begin(scheduled, now_ns, decoding)))
 
     def end_step(self, key: object, now_ns: int, rejected: dict[str, int] | None = None) -> bool:
         """The result of step `key` was taken up. Returns False for a step never begun.

@@ -144,6 +144,15 @@ class Lockstep(RuleBasedStateMachine):
         self.batch = batch
         self.newest = self.both("begin", batch, self.now_ns)
 
+    @rule(
+        batch=st.dictionaries(ANY_REQUEST, COUNTS, max_size=6),
+        decoding=st.none() | st.lists(ANY_REQUEST, max_size=6, unique=True),
+    )
+    def begin_with_a_list_of_those_that_decode(self, batch, decoding):
+        batch = {name: tokens for name, tokens in batch.items() if name not in (decoding or ())}
+        self.batch = dict.fromkeys(decoding or (), 1) | batch
+        self.newest = self.both("begin", batch, self.now_ns, decoding)
+
     @rule(leaving=st.sets(ANY_REQUEST, max_size=2), arriving=st.sets(ANY_REQUEST, max_size=2))
     def begin_much_the_same_batch(self, leaving, arriving):
         kept = {request_id: 1 for request_id in self.batch if request_id not in leaving}
