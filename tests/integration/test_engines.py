@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.integration.adapter import make_adapter
 from tests.integration.running import Watched, watch
 from tests.integration.server import TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask
@@ -294,9 +295,13 @@ def test_kill_9_of_an_engine_leaves_what_its_request_had_used_and_the_audit_name
 
 @pytest.fixture(scope="module")
 def parallel(work: Path) -> Iterator[Server]:
+    adapter = make_adapter(work / "adapter")
     server = Server(
         work / "parallel",
-        arguments=[*("--data-parallel-size", "2", "--max-model-len", "1024")],
+        arguments=[
+            *("--data-parallel-size", "2", "--max-model-len", "1024"),
+            *("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapter}"),
+        ],
         environment={
             "VLLM_PLUGINS": "cost_meter,cost_meter_tests",
             "VLLM_SERVER_DEV_MODE": "1",  # its /sleep and /wake_up
@@ -327,6 +332,15 @@ def test_each_data_parallel_engine_is_a_run_of_its_own(parallel: Server) -> None
     assert all(run["requests_ns"] > 0 for run in audit["runs"])
     assert sum(run["last_seq"] for run in audit["runs"]) == 40
     assert parallel.cost("summary")["gpus"] == 2
+
+
+def test_a_bill_names_the_adapter_and_the_served_model(parallel: Server) -> None:
+    with parallel.client() as client:
+        tuned = ask(client, "/v1/completions", model="tuned")
+        plain = ask(client, "/v1/completions")
+    for reply, adapter in ((tuned, "tuned"), (plain, None)):
+        row = parallel.bill_of(reply.response_id)
+        assert (row["model"], [part["lora"] for part in row["parts"]]) == ("tiny", [adapter])
 
 
 def test_a_sleeping_engine_is_booked_as_asleep_until_it_wakes(parallel: Server) -> None:
