@@ -8,6 +8,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ DRAFTS = {
     "prompt_lookup_max": 2,
     "prompt_lookup_min": 1,
 }
-ARGUMENTS = ["--plugins", "cost_meter", "--speculative-config", json.dumps(DRAFTS)]
+# vLLM 0.30.0's CPU build looks for a Triton kernel when it checks a draft, and its engine dies,
+# metered or not. All else that is tested here is tested there without drafts.
+VLLM = metadata.version("vllm")
+DRAFTS_WORK = VLLM != "0.30.0+cpu"
+ARGUMENTS = [
+    *("--plugins", "cost_meter"),
+    *(["--speculative-config", json.dumps(DRAFTS)] if DRAFTS_WORK else []),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +50,10 @@ def model_of(server: Server) -> Any:
     return server.cost("models")["models"][0]
 
 
+@pytest.mark.skipif(
+    not DRAFTS_WORK,
+    reason=f"vLLM {VLLM} cannot serve drafts: 'Cannot inspect kernel parameters' in its worker",
+)
 def test_rejected_drafts_stand_apart_and_the_rest_is_what_came_out(drafting: Server) -> None:
     with drafting.client() as client:
         # The same words again and again: there is always an n-gram to guess by.
