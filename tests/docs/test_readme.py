@@ -58,6 +58,19 @@ def test_every_page_is_linked_from_the_readme():
     assert linked == {f"docs/{page.name}" for page in DOCS.glob("*.md")} - UNLINKED
 
 
+def test_the_table_of_vllm_versions_is_of_those_that_make_matrix_runs():
+    """Its figures are a run's; that all passed is what the README claims."""
+    text = README.read_text()
+    table = re.search(r"<!-- make matrix -->(.*)<!-- /make matrix -->", text, re.DOTALL)[1]
+    head, _, *rows = [line.strip("|").split("|") for line in table.split("\n") if line[:1] == "|"]
+    assert [cell.strip() for cell in head] == [
+        *("vLLM", "torch", "passed", "failed", "skipped", "minutes"),
+    ]
+    versions = re.search(r"^MATRIX := (.*)$", MAKEFILE, re.MULTILINE)[1].split()
+    assert [row[0].strip() for row in rows] == versions
+    assert {row[3].strip() for row in rows} == {"0"}
+
+
 @EACH_PAGE
 def test_make_targets_and_variables_exist(page):
     targets = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split()
