@@ -10,10 +10,10 @@ ATTEMPTS = 5
 def test_a_running_request_costs_more_and_more_and_then_what_its_bill_says(server: Server) -> None:
     for attempt in range(ATTEMPTS):
         stream = Watched(f"live-{attempt}", "beta")
-        watch(server, [stream], max_tokens=4000)
+        watch(server, [stream], max_tokens=1500)
         if stream.grew:
             break
-    assert stream.grew, f"seen running {len(stream.rows)} times in a stream of 4000 tokens"
+    assert stream.grew, f"seen running {len(stream.rows)} times in a stream of 1500 tokens"
     for before, after in zip(stream.rows, stream.rows[1:], strict=False):
         assert before["gpu_time_ns"] <= after["gpu_time_ns"]
         assert before["as_of"] < after["as_of"], "each look asks the engine anew"
@@ -41,7 +41,7 @@ def test_running_requests_are_listed_and_the_books_balance_meanwhile(server: Ser
 
     for attempt in range(ATTEMPTS):
         stream = Watched(f"listed-{attempt}", "alpha")
-        watch(server, [stream], max_tokens=4000, look=look)
+        watch(server, [stream], max_tokens=1500, look=look)
         if stream.x_request_id in listed:
             break
     assert stream.x_request_id in listed
