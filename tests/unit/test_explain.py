@@ -143,7 +143,8 @@ def test_the_command_says_it_in_sentences(ledger):
     assert told.exit_code == 0
     assert "tenant alice" in told.output
     assert "x 2.5 USD per GPU-hour (the invoice) = " in told.output
-    assert "cost model 1: one plane" in told.output
+    assert "cost model 1: one plane, what it began with" in told.output
+    assert "off by 0.0%" not in told.output
 
 
 def test_an_id_that_is_not_there_is_404_and_one_line(explain, ledger):

@@ -156,10 +156,10 @@ def _part_lines(part: Row) -> Iterator[str]:
         )
     yield f"  split by {part['method']}"
     for model in part["cost_models"]:
-        yield (
-            f"  cost model {model['version']}: {model['form']}, learnt from {model['steps']} steps,"
-            f" off by {model['error']:.1%} on average"
-        )
+        quality = f"learnt from {model['steps']} steps, off by {model['error']:.1%} on average"
+        if not model["steps"]:  # its error is not known, and 0 would be a claim
+            quality = "what it began with, before any step was learnt from"
+        yield f"  cost model {model['version']}: {model['form']}, {quality}"
 
 
 def _seconds(gpu_ns: int) -> str:
