@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm_cost_meter.books import EngineFacts
 from vllm_cost_meter.records import (
     Bill,
     ClassTotals,
@@ -23,6 +24,25 @@ COST_MODEL = CostModel(
     error_two_planes=0.05,
     error_one_plane=0.04,
     explained=0.93,
+)
+
+
+ENGINE_FACTS = EngineFacts(
+    running=0,
+    waiting=0,
+    kv_cache_usage=None,
+    own_ns=0,
+    errors=0,
+    state="on",
+    model="m",
+    native=True,
+    engine_index=0,
+    vllm_version="0.32.0",
+    meter_version="0.1.0",
+    hardware="a GPU",
+    parallelism="tp=1 pp=1 dp=1",
+    kv_blocks=None,
+    kv_block_size=None,
 )
 
 

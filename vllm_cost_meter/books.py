@@ -300,15 +300,11 @@ class EngineBooks:
         used = self.meter.open_gpu_ns()
         for request_id, earlier in self._earlier.items():
             if earlier.pieces and request_id in used:
-                used[request_id] += sum(piece.gpu_time_ns for piece in earlier.pieces)
+                used[request_id] += earlier.used.gpu_time_ns
         return used
 
-    def running_ns(self, now_ns: int) -> int:
-        """Return how long the step in flight has run that is to be split next, in GPU-ns."""
-        return (now_ns - self._mark_ns) * self.gpus if self._in_flight else 0
-
     def running(self) -> list[str]:
-        """Return the requests of that step."""
+        """Return the requests of the step in flight that is to be split next."""
         if not self._in_flight:
             return []
         return [part[0] for part in self.meter.step_parts(self._in_flight[0][1])]

@@ -70,7 +70,7 @@ class EnergyMeter:
             hour=snapshot.taken_at_ns // NS_PER_HOUR,
             totals=snapshot.totals,
             open_gpu_ns={} if off else books.open_gpu_ns(),
-            running_ns=books.running_ns(now_ns),
+            running_ns=snapshot.step_ns,
             running=books.running() if energy_mj is None and not off else (),
         )
         self._give_up_if_lasting(reason)

@@ -4,9 +4,10 @@ import re
 
 import pytest
 
+from tests.builders import ENGINE_FACTS
 from tests.docs.pages import DOCS, names, section
 from vllm_cost_meter import guard
-from vllm_cost_meter.books import EngineBooks, EngineFacts, RequestFacts
+from vllm_cost_meter.books import EngineBooks, RequestFacts
 from vllm_cost_meter.cli import audit_lines
 from vllm_cost_meter.ledger.audit import _DIFFERENCES
 from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
@@ -14,23 +15,6 @@ from vllm_cost_meter.records import CLASSES, NS_PER_HOUR, Snapshot
 
 PAGE = DOCS / "books.md"
 EXAMPLE = section(PAGE, "An example by hand")
-ENGINE = EngineFacts(
-    running=0,
-    waiting=0,
-    kv_cache_usage=None,
-    own_ns=0,
-    errors=0,
-    state="on",
-    model="m",
-    native=True,
-    engine_index=0,
-    vllm_version="0.32.0",
-    meter_version="0.1.0",
-    hardware="a GPU",
-    parallelism="tp=1 pp=1 dp=1",
-    kv_blocks=None,
-    kv_block_size=None,
-)
 ENDED = RequestFacts(
     engine_status="stopped", prompt_tokens=0, cached_tokens=0, output_tokens=0, preemptions=0
 )
@@ -48,7 +32,7 @@ def books_of(gpus: int) -> EngineBooks:
 
 
 def look(books: EngineBooks, now_ns: int) -> Snapshot:
-    return books.snapshot(now_ns, 500_000 * NS_PER_HOUR + now_ns, 0, ENGINE)
+    return books.snapshot(now_ns, 500_000 * NS_PER_HOUR + now_ns, 0, ENGINE_FACTS)
 
 
 def live_the_example(gpus: int = 1) -> tuple[list[int], Snapshot]:

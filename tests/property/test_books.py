@@ -13,28 +13,12 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from tests.builders import ENGINE_FACTS
 from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.books import EngineBooks, EngineFacts, RequestFacts
+from vllm_cost_meter.books import EngineBooks, RequestFacts
 from vllm_cost_meter.records import NS_PER_HOUR, Bill, ClassTotals, UsagePiece
 
 START_UNIX_NS = 1_790_000_000 * 10**9
-FACTS = EngineFacts(
-    running=0,
-    waiting=0,
-    kv_cache_usage=None,
-    own_ns=0,
-    errors=0,
-    state="on",
-    model="m",
-    native=True,
-    engine_index=0,
-    vllm_version="0",
-    meter_version="0",
-    hardware="a GPU",
-    parallelism="tp=1 pp=1 dp=1",
-    kv_blocks=None,
-    kv_block_size=None,
-)
 
 
 def facts(status: str = "stopped") -> RequestFacts:
@@ -172,7 +156,7 @@ class Engine(RuleBasedStateMachine):
 
     def the_books_balance(self) -> None:
         snapshot = self.books.snapshot(
-            self.now_ns, self.unix_ahead_ns + self.now_ns, self.acknowledged, FACTS
+            self.now_ns, self.unix_ahead_ns + self.now_ns, self.acknowledged, ENGINE_FACTS
         )
         assert snapshot.difference_ns == 0
         waited = {name: getattr(snapshot.totals, name) for name in ("idle", "host", "sleep")}

@@ -13,7 +13,8 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from tests.property.test_books import FACTS, START_UNIX_NS, facts
+from tests.builders import ENGINE_FACTS
+from tests.property.test_books import START_UNIX_NS, facts
 from vllm_cost_meter.books import EngineBooks
 from vllm_cost_meter.energy_books import EnergyBooks, WindowEnd
 from vllm_cost_meter.energy_records import RunEnergy
@@ -105,13 +106,13 @@ class MeteredEngine(RuleBasedStateMachine):
     def it_is_read(self, energy_mj: int | None, ns: int, arrives: bool, acknowledges: bool) -> None:
         self.now_ns += ns
         unix_ns = START_UNIX_NS + self.now_ns
-        snapshot = self.books.snapshot(self.now_ns, unix_ns, 0, FACTS)
+        snapshot = self.books.snapshot(self.now_ns, unix_ns, 0, ENGINE_FACTS)
         end = WindowEnd(
             snapshot.number,
             unix_ns // NS_PER_HOUR,
             snapshot.totals,
             self.books.open_gpu_ns(),
-            self.books.running_ns(self.now_ns),
+            snapshot.step_ns,
             self.books.running(),
         )
         self.judge(end, is_known=energy_mj is not None)

@@ -6,9 +6,9 @@ import pytest
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from tests.builders import HOUR, make_bill, make_part, make_snapshot
+from tests.builders import ENGINE_FACTS, HOUR, make_bill, make_part, make_snapshot
 from vllm_cost_meter.api import make_app
-from vllm_cost_meter.books import EngineBooks, EngineFacts, RequestFacts
+from vllm_cost_meter.books import EngineBooks, RequestFacts
 from vllm_cost_meter.cli import app
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
@@ -18,23 +18,6 @@ from vllm_cost_meter.records import Price, UsagePiece
 USD = Decimal("2.5")
 # In GPU-ns: fixed, per token, per sequence, per token x context, per token of context.
 ONE = (4e6, 3e5, 2e5, 1e3, 5e3)
-FACTS = EngineFacts(
-    running=0,
-    waiting=0,
-    kv_cache_usage=None,
-    own_ns=0,
-    errors=0,
-    state="on",
-    model="m",
-    native=True,
-    engine_index=0,
-    vllm_version="0",
-    meter_version="0",
-    hardware="a GPU",
-    parallelism="tp=1 pp=1 dp=1",
-    kv_blocks=100,
-    kv_block_size=16,
-)
 # Who is in each step, with the tokens computed for them; and where their contexts end.
 STEPS = [
     {"alice-1": (64, 96)},
@@ -83,7 +66,7 @@ def ledger(tmp_path):
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
     writer = LedgerWriter(url, price=Price("p", str(USD), "the invoice", 0))
     writer.start()
-    snapshot = books.snapshot(now_ns, unix_ns + 10**9, 0, FACTS)
+    snapshot = books.snapshot(now_ns, unix_ns + 10**9, 0, ENGINE_FACTS)
     writer.commit(*parts, snapshot).result(10)
     writer.close()
     return url

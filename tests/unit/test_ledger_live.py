@@ -21,9 +21,7 @@ USD = "3600"  # 1 nano-USD a nanosecond
 def ledger(tmp_path):
     ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     yield ledger
-    for writer in ledger.writers.values():
-        writer.close(5)
-    ledger.reader.close()
+    ledger.close()
 
 
 def open_(number: int = 1, http_id: str | None = "h1", **changes) -> OpenRequest:

@@ -107,14 +107,17 @@ class Ledger:
     def audit(self, **options):
         return self.reader.audit(**{"now_ns": NOW, "settle_s": 0, **options})
 
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close(5)
+        self.reader.close()
+
 
 @pytest.fixture
 def ledger(tmp_path):
     ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     yield ledger
-    for writer in ledger.writers.values():
-        writer.close(5)
-    ledger.reader.close()
+    ledger.close()
 
 
 # ---- an empty ledger, and none

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.cut import Cut, Window
 from vllm_cost_meter.ledger.energy import by_tenant, class_mj
+from vllm_cost_meter.ledger.exchange import PART_SUMS
 from vllm_cost_meter.ledger.schema import http_requests, requests, usage_pieces
 from vllm_cost_meter.pricing import cost_nanousd, format_usd
 from vllm_cost_meter.records import OVERHEAD_CLASSES
@@ -39,7 +40,7 @@ def tenant_rows(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
         per_run = used.get(tenant, {})
         counts = counted.get(tenant, (0, 0, 0, 0))
         spent = {run_id: sums["prefill_ns"] + sums["decode_ns"] for run_id, sums in per_run.items()}
-        totals = {name: sum(sums[name] for sums in per_run.values()) for name in _SUMS}
+        totals = {name: sum(sums[name] for sums in per_run.values()) for name in PART_SUMS}
         share = totals["kv_block_ms"] / cache_ms if cache_ms else None
         cache = {**totals, "kv_cache_share": share}
         unused = (0, 0) if energies else (None, None)
@@ -47,7 +48,7 @@ def tenant_rows(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
         row = _row(tenant, dict(zip(_COUNTS, counts, strict=True)), spent, cache, prices)
         rows.append({**row, **energy})
     rows.sort(key=lambda row: (-row["gpu_time_ns"], row["tenant"]))
-    of_none = dict.fromkeys((*_SUMS, "kv_cache_share"))
+    of_none = dict.fromkeys((*PART_SUMS, "kv_cache_share"))
     for name in OVERHEAD_ROWS:
         no_counts = {**dict.fromkeys(_COUNTS), "requests": 0}
         row = _row(f"__{name}__", no_counts, cut.overhead_ns(name), of_none, prices)
@@ -97,18 +98,6 @@ _COUNTS = ("requests", *_TOKENS)
 _ENERGY = ("energy_mj", "energy_unknown_requests")
 
 
-# Of the usage pieces of a tenant.
-_SUMS = (
-    "prefill_ns",
-    "decode_ns",
-    "marginal_ns",
-    "recomputed_ns",
-    "rejected_ns",
-    "saved_estimate_ns",
-    "kv_block_ms",
-)
-
-
 def _row(
     tenant: str,
     counts: Mapping[str, int | None],
@@ -133,14 +122,14 @@ def _used(connection: Connection, cut: Cut) -> dict[str, dict[str, dict[str, int
         return {}
     at, p = cut.cte(), usage_pieces.c
     used = (
-        select(p.tenant, p.run_id, *(func.sum(p[name]) for name in _SUMS))
+        select(p.tenant, p.run_id, *(func.sum(p[name]) for name in PART_SUMS))
         .join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
         .where(cut.window.on_hours(p.hour))
         .group_by(p.tenant, p.run_id)
     )
     found: dict[str, dict[str, dict[str, int]]] = {}
     for tenant, run_id, *sums in connection.execute(used):
-        found.setdefault(tenant, {})[run_id] = dict(zip(_SUMS, map(int, sums), strict=True))
+        found.setdefault(tenant, {})[run_id] = dict(zip(PART_SUMS, map(int, sums), strict=True))
     return found
 
 
