@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,17 @@ class Server:
         return f"sqlite:///{self.ledger_file}"
 
     @property
+    def pace_file(self) -> Path:
+        return self.folder / "pace"
+
+    @property
     def log(self) -> str:
         return (self.folder / "server.log").read_text(errors="replace")
 
     def launch(self) -> None:
         """Start the process without waiting for it."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.pace_file.write_text("0")
         config = self.folder / "meter.toml"
         config.write_text(
             "".join(
@@ -88,6 +94,7 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
             # Five seconds by default: a busy client then finds its idle connections closed.
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
+            "CMT_PACE": str(self.pace_file),
             "COST_METER_LEDGER": self.ledger_url,
             "COST_METER_PORT": str(self.side_port),
             **({"COST_METER_GPU_HOUR_USD": self.price} if self.price else {}),
@@ -177,6 +184,15 @@ class Server:
                 return reply.json()
             assert time.monotonic() < deadline, f"no bill of {request_id}: {reply.text}"
             time.sleep(0.1)
+
+    @contextlib.contextmanager
+    def paced(self, step_s: float) -> Iterator[None]:
+        """Let each step of the model take so much longer meanwhile."""
+        self.pace_file.write_text(str(step_s))
+        try:
+            yield
+        finally:
+            self.pace_file.write_text("0")
 
     def balanced(self, timeout_s: float = 10.0) -> Any:
         """Assert that the books balance with nothing in flight, and return the audit."""

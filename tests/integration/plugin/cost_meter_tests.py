@@ -7,6 +7,7 @@ What it does is said by the environment, so that it reaches every process of a s
 - CMT_CHANGED=NAME   gives a callable, "module:Class.method", a signature that nobody knows
 - CMT_FAULTS=FILE    makes the hooks named in FILE (one a line) raise, as long as they stand there
 - CMT_CLOCK=FILE     adds the seconds that FILE holds to the engine's wall clock
+- CMT_PACE=FILE      makes each step of the model take longer by the seconds that FILE holds
 - CMT_EXPERTS=1      lets engines on CPUs share the experts of a model: the CPU build lacks two
                      collective operations that it takes
 - CMT_NVML=FILE      gives the engine a GPU to read the energy of, which FILE stands for
@@ -36,6 +37,8 @@ def register() -> None:
         inject_faults(Path(os.environ["CMT_FAULTS"]))
     if "CMT_CLOCK" in os.environ:
         move_clock(Path(os.environ["CMT_CLOCK"]))
+    if "CMT_PACE" in os.environ:
+        slow_down(Path(os.environ["CMT_PACE"]))
     if "CMT_NVML" in os.environ:
         give_a_gpu(os.environ["CMT_NVML"])
     if "CMT_TEE" in os.environ and "serve" in sys.argv:
@@ -154,6 +157,21 @@ def move_clock(file: Path) -> None:
             return time.time_ns() + int(float(file.read_text() or 0) * 1e9)
 
     engine.time = Time
+
+
+def slow_down(file: Path) -> None:
+    """Let a model that takes 2 ms a step run as slowly as a large one, with the cores left free."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    for executor_class in (MultiprocExecutor, UniProcExecutor):
+        original = executor_class.execute_model
+
+        def execute_model(self, *args, _original=original, **kwargs):
+            time.sleep(float(file.read_text() or 0))
+            return _original(self, *args, **kwargs)
+
+        executor_class.execute_model = execute_model
 
 
 def give_a_gpu(script: str) -> None:
