@@ -43,6 +43,7 @@ ENGINE_FACTS = EngineFacts(
     parallelism="tp=1 pp=1 dp=1",
     kv_blocks=None,
     kv_block_size=None,
+    host="node-1",
 )
 
 
@@ -133,6 +134,7 @@ def make_snapshot(**changes: Any) -> Snapshot:
         "parallelism": "tp=1 pp=1 dp=1",
         "kv_blocks": 1000,
         "kv_block_size": 16,
+        "host": "node-1",
         "method": "tokens",
         "native": True,
         "engine_index": 0,

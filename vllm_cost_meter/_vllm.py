@@ -93,6 +93,7 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         f" dp={parallel.data_parallel_size}",
         kv_blocks=scheduler.kv_cache_config.num_blocks or None,
         kv_block_size=scheduler.block_size or None,
+        host=platform.node() or "unknown",
     )
     settings = load_settings()
     meter = EngineMeter(

@@ -68,6 +68,7 @@ class EngineFacts(TypedDict):
     parallelism: str
     kv_blocks: int | None
     kv_block_size: int | None
+    host: str
 
 
 class EngineBooks:

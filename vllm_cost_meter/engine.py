@@ -62,6 +62,7 @@ def process_created_ns() -> int:
 class EngineIdentity:
     """What an engine is, for its run's record. `parallelism` is e.g. "tp=2 pp=1 dp=1".
 
+    `host` is the name of its machine, by which a price may be chosen.
     Its KV cache has `kv_blocks` of `kv_block_size` tokens each; None where there is none.
     """
 
@@ -72,6 +73,7 @@ class EngineIdentity:
     parallelism: str
     kv_blocks: int | None = None
     kv_block_size: int | None = None
+    host: str = "unknown"
 
 
 class NoMeter:
@@ -222,6 +224,7 @@ class EngineMeter:
             parallelism=self.engine.parallelism,
             kv_blocks=self.engine.kv_blocks,
             kv_block_size=self.engine.kv_block_size,
+            host=self.engine.host,
         )
         snapshot = self.books.snapshot(now_ns, time.time_ns(), acknowledged, facts)
         snapshot = self.energy.added_to(snapshot, self.books, now_ns, acknowledged)

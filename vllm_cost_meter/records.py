@@ -248,6 +248,7 @@ class Snapshot:
     parallelism: str
     kv_blocks: int | None
     kv_block_size: int | None
+    host: str
     method: str
     native: bool
     engine_index: int
@@ -310,6 +311,8 @@ class Latencies:
 class EngineRequest:
     """One engine request as the ledger keeps it: its bill, and whose it was.
 
+    `tenant_rule` is the rule that named the tenant. `tenant_parent` and `tags`, a JSON object, are
+    what the tenant had declared of it when the request came; None if nothing.
     `prompt_group` is shared by the parts of one prompt (n > 1), so that the prompt can be
     counted once. `announced` tells that an `OpenRequest` went before.
     """
@@ -329,6 +332,9 @@ class EngineRequest:
     finished_at_ns: int
     latencies: Latencies
     announced: bool = False
+    tenant_rule: str = "none"
+    tenant_parent: str | None = None
+    tags: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +355,9 @@ class OpenRequest:
     lora: str | None
     route: str | None
     started_at_ns: int
+    tenant_rule: str = "none"
+    tenant_parent: str | None = None
+    tags: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +390,7 @@ class HttpRequest:
     cost_nanousd: int | None
     started_at_ns: int
     finished_at_ns: int
+    tenant_rule: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,7 @@ SNAPSHOT = Snapshot(
     parallelism="tp=1 pp=1 dp=1",
     kv_blocks=1000,
     kv_block_size=16,
+    host="node-1",
     method="shapley",
     prior="ModelMetrics",
     cost_models=(COST_MODEL,),

@@ -8,13 +8,22 @@ Invariant: a ledger is of one version at any instant, as a step and its number a
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from sqlalchemy import text
+from sqlalchemy import inspect, text
 from sqlalchemy.engine import Connection
 
 
-def _added(table: str, kind: str, *names: str) -> tuple[str, ...]:
-    return tuple(f"ALTER TABLE {table} ADD COLUMN {name} {kind}" for name in names)
+class Column(NamedTuple):
+    """A column that a step adds."""
+
+    table: str
+    name: str
+    kind: str
+
+
+def _added(table: str, kind: str, *names: str) -> tuple[Column, ...]:
+    return tuple(Column(table, name, kind) for name in names)
 
 
 _COUNT = "BIGINT NOT NULL DEFAULT 0"
@@ -39,7 +48,7 @@ _ENERGY_CLASSES = (
 )
 
 # By the version a ledger has: what makes it the next one.
-STEPS: Mapping[int, tuple[str, ...]] = {
+STEPS: Mapping[int, tuple[str | Column, ...]] = {
     1: (
         *_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "hardware", "parallelism"),
         *_added("snapshots", "TEXT NOT NULL DEFAULT 'unknown'", "prior"),
@@ -60,12 +69,32 @@ STEPS: Mapping[int, tuple[str, ...]] = {
         "UPDATE snapshots SET energy_reason = 'earlier: this version did not measure it'",
         # Missing tables are made: energy_hours, request_energy, live_usage, open_requests.
     ),
+    3: (
+        *_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "host"),
+        *(
+            column
+            for table in ("requests", "open_requests", "http_requests")
+            for column in _added(table, "TEXT NOT NULL DEFAULT 'unknown'", "tenant_rule")
+        ),
+        *_added("requests", "TEXT", "tenant_parent", "tags"),
+        *_added("open_requests", "TEXT", "tenant_parent", "tags"),
+    ),
 }
 
 
 def migrate(connection: Connection, found: int, wanted: int) -> None:
     """Bring a ledger from a version to another, within the transaction of the connection."""
     for version in range(found, wanted):
-        for statement in STEPS[version]:
-            connection.execute(text(statement))
+        for step in STEPS[version]:
+            if isinstance(step, str):
+                connection.execute(text(step))
+            elif step.name not in _columns(connection, step.table):
+                connection.execute(
+                    text(f"ALTER TABLE {step.table} ADD COLUMN {step.name} {step.kind}")
+                )
     connection.execute(text("UPDATE schema_version SET version = :v"), {"v": wanted})
+
+
+def _columns(connection: Connection, table: str) -> set[str]:
+    # A table that the older version lacked is there already, as it is today.
+    return {column["name"] for column in inspect(connection).get_columns(table)}

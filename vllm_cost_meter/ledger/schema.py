@@ -28,7 +28,7 @@ from sqlalchemy import (
 from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.records import CLASSES
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 metadata = MetaData()
 
@@ -68,6 +68,7 @@ runs = Table(
     Column("parallelism", Text, nullable=False),
     Column("kv_blocks", BigInteger),
     Column("kv_block_size", Integer),
+    Column("host", Text, nullable=False),
     Column("method", Text, nullable=False),
     Column("vllm_version", Text, nullable=False),
     Column("meter_version", Text, nullable=False),
@@ -164,6 +165,11 @@ open_requests = Table(
     Column("x_request_id", _Key, index=True),
     Column("prompt_group", _Key, nullable=False),
     Column("tenant", _Key, nullable=False),
+    # The rule that named the tenant, and what was declared of that tenant when the request came.
+    Column("tenant_rule", Text, nullable=False),
+    Column("tenant_parent", _Key),
+    # JSON: an object of texts.
+    Column("tags", Text),
     Column("model", Text),
     Column("lora", Text),
     Column("route", Text),
@@ -176,6 +182,7 @@ http_requests = Table(
     Column("response_id", _Key, index=True),
     Column("x_request_id", _Key, index=True),
     Column("tenant", _Key, nullable=False),
+    Column("tenant_rule", Text, nullable=False),
     Column("model", Text),
     Column("route", Text, nullable=False),
     Column("status", Integer, nullable=False),
@@ -204,6 +211,11 @@ requests = Table(
     Column("http_request_id", _Key),
     Column("prompt_group", _Key, nullable=False),
     Column("tenant", _Key, nullable=False),
+    # The rule that named the tenant, and what was declared of that tenant when the request came.
+    Column("tenant_rule", Text, nullable=False),
+    Column("tenant_parent", _Key),
+    # JSON: an object of texts.
+    Column("tags", Text),
     Column("model", Text),
     Column("lora", Text),
     Column("route", Text),
