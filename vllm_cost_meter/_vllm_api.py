@@ -130,3 +130,13 @@ def api_server_index(engine_client: Any) -> int:
 def served_model(engine_client: Any) -> str:
     """Return the (first) name under which the model is served."""
     return model_name(engine_client.vllm_config)
+
+
+def served_names(engine_client: Any, state: Any) -> list[str]:
+    """Return all names under which the model is served.
+
+    The engine knows the first only, the application's state all of them.
+    """
+    models = getattr(state, "openai_serving_models", None)
+    names = [str(path.name) for path in getattr(models, "base_model_paths", ())]
+    return names or [served_model(engine_client)]

@@ -40,7 +40,7 @@ from vllm_cost_meter.records import (
     Snapshot,
 )
 from vllm_cost_meter.routes import response_id_of
-from vllm_cost_meter.tenants import UNKNOWN
+from vllm_cost_meter.tenants import NOBODY
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -82,7 +82,6 @@ class Collector:
         self.breaker = Breaker()
         # Wall time of the hooks on this side that the metrics do not show yet.
         self.own_ns = 0
-        self.tenant_rules = settings.tenant_rules()
         self.price = settings_price(settings)
         self.ledger_url = settings.ledger or default_url()
         self.writer = LedgerWriter(self.ledger_url, price=self.price)
@@ -92,6 +91,8 @@ class Collector:
         self.poller: Poller | None = None
         self._births = Births()
         self._model: str | None = None
+        # The names of the server's model, none as long as they are unknown.
+        self.served: frozenset[str] = frozenset()
         self._polling: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -119,9 +120,13 @@ class Collector:
 
     # -- life -------------------------------------------------------------------------------
 
-    async def start(self, engine_client: Any) -> bool:
-        """Begin to serve this API server. Returns True if it is the one that polls the engines."""
+    async def start(self, engine_client: Any, state: Any = None) -> bool:
+        """Begin to serve this API server, whose application has this state.
+
+        Returns True if it is the one that polls the engines.
+        """
         self._model = _vllm_api.served_model(engine_client)
+        self.served = frozenset(_vllm_api.served_names(engine_client, state))
         if self._sweeping is None:
             self._sweeping = asyncio.create_task(self._sweep())
         if _vllm_api.api_server_index(engine_client) != 0 or self.poller is not None:
@@ -201,6 +206,7 @@ class Collector:
 
     def _open_request(self, birth: Birth) -> OpenRequest:
         exchange = birth.exchange
+        owner = exchange.owner if exchange else NOBODY
         return OpenRequest(
             request_id=birth.request_id,
             external_id=birth.external_id,
@@ -208,8 +214,10 @@ class Collector:
             http_request_id=exchange.http_request_id if exchange else None,
             x_request_id=exchange.x_request_id if exchange else None,
             prompt_group=birth.prompt_group,
-            tenant=exchange.tenant if exchange else UNKNOWN,
-            tenant_rule=exchange.tenant_rule if exchange else "none",
+            tenant=owner.tenant,
+            tenant_rule=owner.rule,
+            tenant_parent=owner.parent,
+            tags=owner.tags,
             model=self._model,
             lora=birth.lora,
             route=exchange.route if exchange else None,
@@ -219,6 +227,7 @@ class Collector:
     def _part(self, bill: Bill, birth: Birth | None, announced: bool) -> EngineRequest:
         finished_at_ns = time.time_ns()
         exchange = birth.exchange if birth is not None else None
+        owner = exchange.owner if exchange else NOBODY
         price = self.settings.gpu_hour_usd
         return EngineRequest(
             bill=bill,
@@ -226,8 +235,10 @@ class Collector:
             response_id=_response_id(birth) if birth else None,
             external_id=birth.external_id if birth else None,
             prompt_group=birth.prompt_group if birth else bill.request_id,
-            tenant=exchange.tenant if exchange else UNKNOWN,
-            tenant_rule=exchange.tenant_rule if exchange else "none",
+            tenant=owner.tenant,
+            tenant_rule=owner.rule,
+            tenant_parent=owner.parent,
+            tags=owner.tags,
             model=self._model,
             lora=birth.lora if birth else None,
             route=exchange.route if exchange else None,
@@ -283,8 +294,8 @@ class Collector:
             http_request_id=exchange.http_request_id,
             response_id=exchange.response_id,
             x_request_id=exchange.x_request_id,
-            tenant=exchange.tenant,
-            tenant_rule=exchange.tenant_rule,
+            tenant=exchange.owner.tenant,
+            tenant_rule=exchange.owner.rule,
             model=self._model,
             route=exchange.route,
             status=status,

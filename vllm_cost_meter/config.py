@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -39,46 +38,22 @@ from pydantic_settings import (
 
 from vllm_cost_meter import setting_types as t
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.tenants import TenantRules
+from vllm_cost_meter.tenant_settings import (
+    RuleSetting,
+    TenantSetting,
+    check_rules,
+    check_tenants,
+    replies_of,
+    resolver_of,
+)
+from vllm_cost_meter.tenants import SLASH, Resolver
 
 PREFIX = "COST_METER_"
 # Names that are no settings: they choose the build and the tests' set-up.
 OTHER_NAMES = frozenset({"COST_METER_PURE_PYTHON", "COST_METER_SANITIZE", "COST_METER_CACHE"})
 
-_SHOWN_CHARS_MAX = 60
-_HASH_CHARS_SHOWN = 8
-
 Method = Literal["shapley", "tokens", "equal"]
-Reply = Literal["all", "headers", "none"]
-
-
-def _about(expected: str, unit: str = "", *, secret: bool = False) -> dict[str, Any]:
-    """Return what docs and messages say of a field beside its description."""
-    return {"expected": expected, "unit": unit, "secret": secret}
-
-
-class TenantSetting(BaseModel):
-    """One `[[tenants]]` entry: who is billed for which API keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: t.TenantName = Field(
-        description="Name of the tenant in bills and reports; unique.",
-        json_schema_extra=_about(
-            "1 to 128 printable characters, not `unknown`, not starting with `__`"
-        ),
-    )
-    api_key_sha256: tuple[t.Digest, ...] = Field(
-        default=(),
-        repr=False,
-        description="SHA-256 of each of the tenant's API keys; a key belongs to one tenant.",
-        json_schema_extra=_about(f"a list, each {t.SHA256}", secret=True),
-    )
-    reply: Reply | None = Field(
-        default=None,
-        description="What this tenant's clients are told; overrides `reply`.",
-        json_schema_extra=_about("all, headers or none"),
-    )
+_about = t.about
 
 
 class Settings(BaseSettings):
@@ -127,10 +102,10 @@ class Settings(BaseSettings):
         "model, by scheduled tokens, or equally.",
         json_schema_extra=_about("shapley, tokens or equal"),
     )
-    reply: Reply = Field(
+    reply: t.Reply = Field(
         default="all",
         description="What clients are told: cost in headers and streams, headers only, nothing.",
-        json_schema_extra=_about("all, headers or none"),
+        json_schema_extra=_about(t.REPLY, live=True),
     )
     bill_timeout_ms: t.WholeNumber = Field(
         default=250,
@@ -155,16 +130,26 @@ class Settings(BaseSettings):
         "older half in FILE.1. Further data-parallel engines add their index to the name.",
         json_schema_extra=_about("the path of a file"),
     )
-    tenant_header: t.HeaderName | None = Field(
+    gateway_secret: t.Token | None = Field(
         default=None,
-        description="Request header trusted to carry the tenant. Set it only behind a gateway "
-        "that strips the header from what clients send; without it none is trusted.",
-        json_schema_extra=_about(t.TENANT_HEADER),
+        description="The secret that the gateway sends to be believed, for `header` rules without "
+        "`proof_sha256`. It belongs in the environment.",
+        json_schema_extra=_about(t.TOKEN, secret=True, live=True),
     )
     tenants: tuple[TenantSetting, ...] = Field(
         default=(),
-        description="The tenants and their API keys, see below.",
-        json_schema_extra=_about("a list of tenants (in the environment: as JSON)", secret=True),
+        description="The tenants, see below.",
+        json_schema_extra=_about(
+            "a list of tenants (in the environment: as JSON)", secret=True, live=True
+        ),
+    )
+    tenant_rules: tuple[RuleSetting, ...] = Field(
+        default=(),
+        description="How a request finds its tenant, in this order, see below; without it by "
+        "`api_key` only.",
+        json_schema_extra=_about(
+            "a list of rules (in the environment: as JSON)", secret=True, live=True
+        ),
     )
 
     @field_validator("admin_token")
@@ -180,18 +165,14 @@ class Settings(BaseSettings):
     @field_validator("tenants")
     @classmethod
     def _each_once(cls, tenants: tuple[TenantSetting, ...]) -> tuple[TenantSetting, ...]:
-        names: set[str] = set()
-        owners: dict[str, str] = {}
-        for tenant in tenants:
-            if tenant.name in names:
-                raise t.WrongError("each tenant's name once", f"{tenant.name!r} twice")
-            names.add(tenant.name)
-            for digest in tenant.api_key_sha256:
-                if (owner := owners.setdefault(digest, tenant.name)) != tenant.name:
-                    short = f"{digest[:_HASH_CHARS_SHOWN]}..."
-                    got = f"{short} at {owner!r} and {tenant.name!r}"
-                    raise t.WrongError("each api_key_sha256 at one tenant", got)
+        check_tenants(tenants)
         return tenants
+
+    @field_validator("tenant_rules")
+    @classmethod
+    def _askable(cls, rules: tuple[RuleSetting, ...], info: ValidationInfo) -> object:
+        check_rules(rules, info.data.get("tenants", ()), info.data.get("gateway_secret"))
+        return rules
 
     @classmethod
     def settings_customise_sources(
@@ -205,40 +186,48 @@ class Settings(BaseSettings):
         """Take values from the caller only: `load_settings` says which source it uses."""
         return (init_settings,)
 
-    def tenant_rules(self) -> TenantRules:
-        """Return what `tenants.resolve` needs to know."""
-        owners = {h: tenant.name for tenant in self.tenants for h in tenant.api_key_sha256}
-        return TenantRules(owners, self.tenant_header)
+    @cached_property
+    def resolver(self) -> Resolver:
+        """What tells whose a request is."""
+        return resolver_of(self.tenant_rules, self.tenants, self.gateway_secret)
 
-    def reply_for(self, tenant: str) -> Reply:
-        """Return what the clients of this tenant are told."""
-        return self._replies.get(tenant, self.reply)
+    def reply_for(self, tenant: str) -> t.Reply:
+        """Return what the clients of this tenant, or of this child of a tenant, are told."""
+        said = self._replies.get(tenant) or self._replies.get(tenant.rpartition(SLASH)[0])
+        return said or self.reply
 
     @cached_property
-    def _replies(self) -> dict[str, Reply]:
-        return {tenant.name: tenant.reply for tenant in self.tenants if tenant.reply}
+    def _replies(self) -> dict[str, t.Reply]:
+        return replies_of(self.tenants, self.reply)
+
+
+# Settings that are lists of entries, in the environment as JSON.
+_ENTRIES: Mapping[str, type[BaseModel]] = {"tenants": TenantSetting, "tenant_rules": RuleSetting}
 
 
 def load_settings(
-    environ: Mapping[str, str] = os.environ, config: str | Path | None = None
+    environ: Mapping[str, str] = os.environ,
+    config: str | Path | None = None,
+    text: str | None = None,
 ) -> Settings:
     """Return the settings of this environment and of the file it (or `config`) names.
 
-    Raises SettingError: one line with the key, what was expected and what came.
+    `text`, if given, is taken for what that file says. Raises SettingError: one line with the key,
+    what was expected and what came.
     """
     given = {name: value for name, value in environ.items() if name.upper().startswith(PREFIX)}
     _refuse_unknown_names(given)
     if config is not None:
         given["COST_METER_CONFIG"] = str(config)
     path = given.get("COST_METER_CONFIG")
-    from_file = {} if path is None else _read_file(path)
+    from_file = {} if path is None else _read_file(path, text)
     source = EnvSettingsSource(Settings)
     source.env_vars = {name.lower(): value for name, value in given.items()}
     try:
         from_environment = source()
-    except SettingsError:  # only of `tenants`, the one setting that is not plain text
-        expected = _expected(Settings, "tenants")
-        key = f"{PREFIX}TENANTS"
+    except SettingsError as error:  # only of `_ENTRIES`: all others are plain text
+        field = next(name for name in _ENTRIES if f'"{name}"' in str(error))
+        key, expected = f"{PREFIX}{field.upper()}", _expected(Settings, field)
         raise SettingError(key, expected, t.Text("text that is not JSON")) from None
     try:
         return Settings(**{**from_file, **from_environment})
@@ -260,10 +249,11 @@ def _refuse_unknown_names(given: Mapping[str, str]) -> None:
         raise SettingError(_line(name), f"a known setting{hint}", t.Text("an unknown name"))
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str, text: str | None) -> dict[str, Any]:
     key, expected = f"{PREFIX}CONFIG", _expected(Settings, "config")
     try:
-        text = Path(path).expanduser().read_bytes().decode()
+        if text is None:
+            text = Path(path).expanduser().read_bytes().decode()
         values = tomllib.loads(text)
     except (OSError, ValueError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
@@ -292,8 +282,8 @@ def _setting_error(
     key += "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inner)
     model: type[BaseModel] = Settings
     names = [step for step in inner if isinstance(step, str)]
-    if field == "tenants" and names:
-        model, field = TenantSetting, names[0]
+    if field in _ENTRIES and names:
+        model, field = _ENTRIES[field], names[0]
     wrong = problem.get("ctx", {}).get("error")
     got: object = _shown(problem["input"], secret=_is_secret(model, field))
     expected = _expected(model, field)
@@ -328,8 +318,8 @@ def _shown(value: object, *, secret: bool) -> object:
         return t.Text(f"a text of {len(value)} characters")
     if secret or not isinstance(value, str | int | float | None):
         return t.Text(f"a value of type {type(value).__name__}")
-    if isinstance(value, str) and len(value) > _SHOWN_CHARS_MAX:
-        return value[:_SHOWN_CHARS_MAX] + "..."
+    if isinstance(value, str) and len(value) > t.SHOWN_CHARS_MAX:
+        return value[: t.SHOWN_CHARS_MAX] + "..."
     return value
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vllm_cost_meter.records import EngineRequest, HttpRequest
+from vllm_cost_meter.tenants import Resolved
 
 
 class RequestTimes(Protocol):
@@ -44,8 +45,8 @@ class Exchange:
     """One HTTP request being served, and what has been billed for it so far."""
 
     route: str
-    tenant: str
-    tenant_rule: str
+    # As it was when the request came: what is declared of tenants may change while it runs.
+    owner: Resolved
     x_request_id: str | None
     started_at_ns: int
     http_request_id: str = field(default_factory=new_http_request_id)

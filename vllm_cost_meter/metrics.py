@@ -3,7 +3,8 @@
 Counted in the API process that receives a bill, which is right with one API server and with
 several (prometheus_client sums over processes). Names start with `cost_meter_` and hold no "vllm":
 vLLM unregisters what looks like its own. Money and time are counters. Tenants are labels, request
-ids never; beyond `TENANT_LABELS_MAX` tenants the rest are `other`, and the folding is counted.
+ids never; beyond `TENANT_LABELS_MAX` tenants the rest are `other`, and the folding is counted. At
+most half of these labels go to names that clients chose: inventing names hides no other tenant.
 
 Invariant: nothing here raises into a caller that is not contained, and series are bounded.
 """
@@ -19,9 +20,10 @@ from vllm_cost_meter.records import (
     EngineRequest,
     Snapshot,
 )
+from vllm_cost_meter.tenants import OTHER, is_clients_choice
 
 TENANT_LABELS_MAX = 1_000
-OTHER = "other"
+CLIENTS_LABELS_MAX = TENANT_LABELS_MAX // 2
 # Seconds; TTFT and end-to-end of a loaded server reach minutes.
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 # Seconds between tokens: from a tiny model's milliseconds to a starved decode.
@@ -79,12 +81,14 @@ END_TO_END = Histogram(
 )
 
 _labelled_tenants: set[str] = set()
+# Those of them whose names clients chose.
+_labelled_choices: set[str] = set()
 _INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]
 
 
 def count_bill(part: EngineRequest) -> None:
     """Count one billed engine request."""
-    tenant, bill = _tenant_label(part.tenant), part.bill
+    tenant, bill = _tenant_label(part.tenant, part.tenant_rule), part.bill
     GPU_SECONDS.labels(tenant, "prefill").inc(bill.prefill_ns / NS_PER_SECOND)
     GPU_SECONDS.labels(tenant, "decode").inc(bill.decode_ns / NS_PER_SECOND)
     BILLS.labels(tenant, bill.engine_status).inc()
@@ -129,11 +133,15 @@ def count_inter_token_latencies(seconds: Sequence[float]) -> None:
         _INTER_TOKEN_BUCKETS[bucket].inc(count)
 
 
-def _tenant_label(tenant: str) -> str:
+def _tenant_label(tenant: str, rule: str) -> str:
     if tenant in _labelled_tenants:
         return tenant
-    if len(_labelled_tenants) >= TENANT_LABELS_MAX:
+    chosen = is_clients_choice(rule)
+    is_full = len(_labelled_tenants) >= TENANT_LABELS_MAX
+    if is_full or (chosen and len(_labelled_choices) >= CLIENTS_LABELS_MAX):
         TENANTS_FOLDED.inc()
         return OTHER
     _labelled_tenants.add(tenant)
+    if chosen:
+        _labelled_choices.add(tenant)
     return tenant

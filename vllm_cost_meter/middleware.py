@@ -14,22 +14,19 @@ and every message that entered leaves, whatever fails here.
 
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable
 from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cost_meter import reply
 from vllm_cost_meter.collector import Collector, get_collector
 from vllm_cost_meter.exchange import Exchange, current_exchange
 from vllm_cost_meter.records import Usage
-from vllm_cost_meter.routes import route_of
+from vllm_cost_meter.request_body import claims_of, is_json, read_ahead
+from vllm_cost_meter.routes import is_generating, route_of
 from vllm_cost_meter.side import start_side
-from vllm_cost_meter.tenants import resolve
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from vllm_cost_meter.tenants import NO_CLAIMS, BodyClaims
 
 # nginx's "client closed request": the client left before any status was sent.
 CLIENT_LEFT = 499
@@ -41,7 +38,7 @@ BODY = "http.response.body"
 class CostMiddleware:
     """Puts the measured cost of a request into its reply."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,7 +55,12 @@ class CostMiddleware:
     async def _metered(
         self, scope: Scope, receive: Receive, send: Send, collector: Collector
     ) -> None:
-        exchange = collector.run("new exchange", _new_exchange, scope)
+        started_at_ns = time.time_ns()
+        claims = NO_CLAIMS
+        if collector.settings.resolver.reads_body and collector.run("body", _has_claims, scope):
+            body, receive = await read_ahead(receive)
+            claims = collector.run("body", lambda c: claims_of(body, c.served)) or NO_CLAIMS
+        exchange = collector.run("new exchange", _new_exchange, scope, claims, started_at_ns)
         if exchange is None:
             await self.app(scope, receive, send)
             return
@@ -97,17 +99,25 @@ def _starting(scope: Scope, send: Send, collector: Collector) -> Send:
     return starting_send
 
 
-def _new_exchange(collector: Collector, scope: Scope) -> Exchange:
+def _route(scope: Scope) -> str:
+    return route_of(scope["path"].removeprefix(scope.get("root_path", "")))
+
+
+def _has_claims(_collector: Collector, scope: Scope) -> bool:
+    """Tell whether the body of a request may say something of its tenant."""
+    return scope["type"] == "http" and is_generating(_route(scope)) and is_json(scope["headers"])
+
+
+def _new_exchange(
+    collector: Collector, scope: Scope, claims: BodyClaims, started_at_ns: int
+) -> Exchange:
     headers = scope["headers"]
-    resolved = resolve(headers, collector.tenant_rules)
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
     request_ids = [value for name, value in headers if name == b"x-request-id"]
     return Exchange(
-        route=route_of(path),
-        tenant=resolved.tenant,
-        tenant_rule=resolved.rule,
+        route=_route(scope),
+        owner=collector.settings.resolver.resolve(headers, claims),
         x_request_id=request_ids[0].decode("latin-1")[:256] if request_ids else None,
-        started_at_ns=time.time_ns(),
+        started_at_ns=started_at_ns,
     )
 
 
@@ -118,7 +128,7 @@ class ReplyEditor:
         self._collector = collector
         self._exchange = exchange
         self._send = send
-        self._mode = collector.settings.reply_for(exchange.tenant)
+        self._mode = collector.settings.reply_for(exchange.owner.tenant)
         self._status: int | None = None
         self._usage = Usage()
         self._complete = False
@@ -276,7 +286,7 @@ class ReplyEditor:
             marginal_ns=exchange.marginal_ns,
             marginal_cost_nanousd=exchange.marginal_cost_nanousd,
             http_request_id=exchange.http_request_id,
-            tenant=exchange.tenant,
+            tenant=exchange.owner.tenant,
             method=exchange.method,
         )
 

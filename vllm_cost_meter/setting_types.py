@@ -9,16 +9,17 @@ Invariant: a WrongError never holds a secret value.
 import hashlib
 import re
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from vllm_cost_meter.pricing import parse_price
-from vllm_cost_meter.tenants import name_problem
+from vllm_cost_meter.tenants import NAME_CHARS_MAX, name_problem
 
 # Beyond these a price is a slip of the finger, and its digits would cost more than the GPUs.
 _PRICE_USD_MAX = 1_000_000
 _PRICE_PLACES_MAX = 18
+SHOWN_CHARS_MAX = 60
 _SHA256_OF_NOTHING = hashlib.sha256(b"").hexdigest()
 # Their values are secrets, which must not become names in a ledger.
 _SECRET_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization", "x-api-key"})
@@ -43,6 +44,16 @@ class WrongError(ValueError):
         self.got = None if got is None else Text(got)
 
 
+def about(
+    expected: str, unit: str = "", *, secret: bool = False, live: bool = False
+) -> dict[str, Any]:
+    """Return what docs and messages say of a field beside its description.
+
+    What is `live` may change while a server runs.
+    """
+    return {"expected": expected, "unit": unit, "secret": secret, "live": live}
+
+
 KUBERNETES = (
     "Kubernetes sets this for a Service named cost-meter: rename it or set enableServiceLinks: "
     "false"
@@ -53,9 +64,15 @@ PRICE = (
 PORT = "0 to 65535, or off"
 LEDGER = "an SQLAlchemy URL such as sqlite:////var/lib/cost-meter/ledger.db"
 HOST = "a host name or an IP address"
-TENANT_HEADER = "the name of an HTTP header, at most 64 characters"
+HEADER = "the name of an HTTP header, at most 64 characters"
 TOKEN = "printable ASCII without spaces"  # noqa: S105 - what is expected of one
 SHA256 = "64 hexadecimal digits"
+REPLY = "all, headers or none"
+METADATA_KEY = "1 to 64 letters, digits, `_`, `-` or `.`"
+TAGS = (
+    "a table of texts: keys of 1 to 64 small letters, digits, `_` or `-`, values of 1 to 128"
+    " printable characters"
+)
 
 
 def _matching(pattern: str, expected: str) -> AfterValidator:
@@ -110,17 +127,27 @@ def _tenant_name(name: str) -> str:
     return name
 
 
+def _tags(tags: dict[str, str]) -> dict[str, str]:
+    for key, value in tags.items():
+        if not re.fullmatch(r"[a-z0-9_-]{1,64}", key):
+            raise WrongError(TAGS, f"the key {key[:SHOWN_CHARS_MAX]!r}")
+        if not 1 <= len(value) <= NAME_CHARS_MAX or not value.isprintable():
+            raise WrongError(TAGS, f"{value[:SHOWN_CHARS_MAX]!r} at {key!r}")
+    return tags
+
+
 def _digest_of_something(digest: str) -> str:
     if digest.lower() == _SHA256_OF_NOTHING:
         raise WrongError("the SHA-256 of a key", "that of the empty text")
     return digest.lower()
 
 
+Reply = Literal["all", "headers", "none"]
 Digest = Annotated[str, _matching(r"[0-9a-fA-F]{64}", SHA256), AfterValidator(_digest_of_something)]
 Port = Annotated[Annotated[int, Field(ge=0, le=65_535)] | None, BeforeValidator(_port)]
 HeaderName = Annotated[
     str,
-    _matching(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", TENANT_HEADER),
+    _matching(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", HEADER),
     AfterValidator(_public_header),
 ]
 Price = Annotated[Decimal, BeforeValidator(_price)]
@@ -128,5 +155,7 @@ Url = Annotated[str, _matching(r"[a-z][a-z0-9+_]*://.*", LEDGER)]
 Host = Annotated[str, _matching(r"[0-9A-Za-z.:_%-]{1,255}", HOST)]
 Token = Annotated[SecretStr, AfterValidator(_printable)]
 TenantName = Annotated[str, AfterValidator(_tenant_name)]
+Tags = Annotated[dict[str, str], AfterValidator(_tags)]
+MetadataKey = Annotated[str, _matching(r"[0-9A-Za-z_.-]{1,64}", METADATA_KEY)]
 WholeNumber = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]

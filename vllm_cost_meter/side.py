@@ -39,7 +39,7 @@ async def start_side(collector: Collector, app: Any) -> None:
     if engine_client is None:
         return  # a render server has no engine
     try:
-        if await collector.start(engine_client) and collector.poller is not None:
+        if await collector.start(engine_client, app.state) and collector.poller is not None:
             serve(collector.settings, collector.ledger_url, collector.poller)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
         collector.guard.failed("start", error)

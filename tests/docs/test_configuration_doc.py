@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings, TenantSetting
+from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings
+from vllm_cost_meter.tenant_settings import RuleSetting, TenantSetting
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -13,7 +14,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 def shown_default(field) -> str:
     if field.is_required():
         return "required"
-    return f"`{field.default}`" if field.default not in (None, ()) else "none"
+    if isinstance(field.default, bool):
+        return f"`{field.default}`".lower()
+    return f"`{field.default}`" if field.default not in (None, (), {}) else "none"
 
 
 def row(name: str, field, *, environment: bool) -> str:
@@ -28,7 +31,11 @@ def rows(model: type[BaseModel], *, environment: bool) -> list[str]:
     return [row(n, f, environment=environment) for n, f in model.model_fields.items()]
 
 
-EXPECTED = rows(Settings, environment=True) + rows(TenantSetting, environment=False)
+EXPECTED = [
+    *rows(Settings, environment=True),
+    *rows(TenantSetting, environment=False),
+    *rows(RuleSetting, environment=False),
+]
 
 
 @pytest.mark.parametrize("line", EXPECTED)
@@ -48,7 +55,7 @@ def test_names_that_are_no_settings_are_mentioned(name):
 
 
 def test_every_setting_says_what_it_means():
-    for model in (Settings, TenantSetting):
+    for model in (Settings, TenantSetting, RuleSetting):
         for field in model.model_fields.values():
             assert field.description
             assert field.json_schema_extra["expected"]

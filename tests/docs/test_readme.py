@@ -12,6 +12,7 @@ from vllm_cost_meter import reply
 from vllm_cost_meter.cli import app
 from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings
 from vllm_cost_meter.records import BILL_KEY
+from vllm_cost_meter.tenants import PROOF_HEADER
 
 README = ROOT / "README.md"
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -108,7 +109,7 @@ def test_environment_names_are_settings(page):
 @EACH_PAGE
 def test_header_names_are_those_of_the_code(page):
     cost = reply.Cost(1, 1, 0, 1, 1, 1, "id", "tenant", "tokens")
-    sent = {name.decode() for name, _ in reply.headers(cost)} | {BILL_KEY}
+    sent = {name.decode() for name, _ in reply.headers(cost)} | {BILL_KEY, PROOF_HEADER}
     assert set(re.findall(r"\bx-cost-meter-[a-z-]+[a-z]", page.read_text())) <= sent
 
 

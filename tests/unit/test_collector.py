@@ -24,12 +24,13 @@ from vllm_cost_meter.collector import (
 from vllm_cost_meter.config import Settings
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.records import Latencies, Usage
+from vllm_cost_meter.tenants import Resolved
 
 EVERYTHING = "SELECT request_id, http_request_id, tenant, route, response_id FROM requests"
 
 
 def exchange_of(route: str = "/v1/completions", tenant: str = "alice") -> Exchange:
-    return Exchange(route, tenant, "api_key", None, time.time_ns())
+    return Exchange(route, Resolved(tenant, "api_key"), None, time.time_ns())
 
 
 # ---- births and bills

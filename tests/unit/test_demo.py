@@ -36,7 +36,6 @@ from vllm_cost_meter.demo_traffic import (
     Told,
 )
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.tenants import resolve
 
 
 def request_row(response_id: str, tenant: str, prompt: int, cached: int, output: int) -> Any:
@@ -187,7 +186,7 @@ def test_the_settings_file_names_tenants_by_hash_and_is_private(tmp_path: Path) 
     digest = hashlib.sha256(keys[CHAT].encode()).hexdigest()
     assert tomllib.loads(path.read_text())["tenants"][0]["api_key_sha256"] == [digest]
     header = (b"authorization", f"Bearer {keys[CHAT]}".encode())
-    assert resolve([header], load_settings({}, path).tenant_rules()).tenant == CHAT
+    assert load_settings({}, path).resolver.resolve([header]).tenant == CHAT
 
 
 def test_a_private_file_never_follows_what_is_there(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from vllm_cost_meter.records import (
 )
 
 
-def part(tenant: str = "alice", cost: int | None = 5_000_000_000) -> EngineRequest:
+def part(
+    tenant: str = "alice", cost: int | None = 5_000_000_000, rule: str = "api_key"
+) -> EngineRequest:
     pieces = (UsagePiece(1, 10**9, 2 * 10**9, 1, 1),)
     bill = make_bill(prompt_tokens=1, cached_tokens=0, output_tokens=1, pieces=pieces)
-    return make_part(bill, tenant=tenant, cost_nanousd=cost)
+    return make_part(bill, tenant=tenant, cost_nanousd=cost, tenant_rule=rule)
 
 
 class Gained:
@@ -43,6 +45,7 @@ class Gained:
 @pytest.fixture(autouse=True)
 def no_tenants_yet(monkeypatch):
     monkeypatch.setattr(metrics, "_labelled_tenants", set())
+    monkeypatch.setattr(metrics, "_labelled_choices", set())
 
 
 def test_a_bill_is_counted_under_its_tenant():
@@ -73,6 +76,31 @@ def test_tenants_beyond_the_limit_are_others_and_the_folding_is_counted(monkeypa
     text = generate_latest().decode()
     assert 'tenant="many-2"' in text
     assert 'tenant="many-3"' not in text
+
+
+def test_names_that_clients_chose_take_at_most_half_of_the_labels(monkeypatch):
+    monkeypatch.setattr(metrics, "TENANT_LABELS_MAX", 6)
+    monkeypatch.setattr(metrics, "CLIENTS_LABELS_MAX", 3)
+    folded = Gained("cost_meter_tenants_folded_total")
+    for number in range(5):
+        metrics.count_bill(part(f"noisy/{number}", rule="api_key+user"))
+    for number in range(3):
+        metrics.count_bill(part(f"honest-{number}"))
+    metrics.count_bill(part("noisy/0", rule="api_key+user"))
+    assert folded() == 2.0
+    assert metrics._labelled_tenants == {
+        *(f"noisy/{number}" for number in range(3)),
+        *(f"honest-{number}" for number in range(3)),
+    }
+
+
+def test_ten_thousand_tenants_are_a_thousand_series():
+    folded = Gained("cost_meter_tenants_folded_total")
+    costs = Gained("cost_meter_cost_usd_total", tenant="other")
+    for number in range(10_000):
+        metrics.count_bill(part(f"crowd-{number}"))
+    assert (folded(), costs()) == (9_000.0, 45_000.0)
+    assert len(metrics._labelled_tenants) == 1_000
 
 
 def test_an_engine_shows_every_class_of_its_time():

@@ -1,0 +1,26 @@
+"""docs/tenants.md names every rule and every bound as the code has them."""
+
+from typing import get_args
+
+from tests.docs.pages import DOCS, names, section
+from vllm_cost_meter import metrics, request_body
+from vllm_cost_meter.tenant_settings import RuleSetting
+from vllm_cost_meter.tenants import CHILD_KINDS, NAME_CHARS_MAX, PROOF_HEADER
+
+PAGE = DOCS / "tenants.md"
+
+
+def test_every_rule_is_explained_and_no_other():
+    kinds = set(get_args(RuleSetting.model_fields["rule"].annotation))
+    rules = names(PAGE, "Whose a request is")
+    assert set(rules) == kinds
+    assert set(rules[-4:]) == set(CHILD_KINDS)
+
+
+def test_the_bounds_are_as_documented():
+    assert f"1 to {NAME_CHARS_MAX} printable ASCII" in section(PAGE, "Whose a request is")
+    assert f"`{PROOF_HEADER}`" in section(PAGE, "What a client can do")
+    assert f"longer than {request_body.BODY_BYTES_MAX >> 20} MiB" in section(PAGE, "The body")
+    many = section(PAGE, "Many tenants")
+    assert f"first {metrics.TENANT_LABELS_MAX:,} names" in many.replace("\n", " ")
+    assert f"at most {metrics.CLIENTS_LABELS_MAX} of them" in many
