@@ -8,6 +8,7 @@ engines for their books.
 
 Invariant: a cost is told to a client only after the ledger has committed it; and no reply waits
 longer than `bill_timeout_ms`, or at all once `MISSES_IN_A_ROW_MAX` waits in a row were in vain.
+Settings are read from `settings` at each use, never kept: some change while the server runs.
 """
 
 import asyncio
@@ -39,6 +40,7 @@ from vllm_cost_meter.records import (
     Price,
     Snapshot,
 )
+from vllm_cost_meter.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.routes import response_id_of
 from vllm_cost_meter.tenants import NOBODY
 
@@ -95,6 +97,7 @@ class Collector:
         self.served: frozenset[str] = frozenset()
         self._polling: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
+        self._reloading: asyncio.Task[None] | None = None
 
     def run(
         self,
@@ -129,6 +132,8 @@ class Collector:
         self.served = frozenset(_vllm_api.served_names(engine_client, state))
         if self._sweeping is None:
             self._sweeping = asyncio.create_task(self._sweep())
+        if self._reloading is None and self.settings.config is not None:
+            self._reloading = asyncio.create_task(self._reload(Reloader(self.settings.config)))
         if _vllm_api.api_server_index(engine_client) != 0 or self.poller is not None:
             return False
         self.poller = Poller(
@@ -151,8 +156,9 @@ class Collector:
 
     async def stop(self) -> None:
         """Take a last look at the engines, and flush the ledger with the names of what runs."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        for task in (self._sweeping, self._reloading):
+            if task is not None:
+                task.cancel()
         self.run("announce", Collector.announce_all)
         if self._polling is not None and self.poller is not None:
             self._polling.cancel()
@@ -165,6 +171,17 @@ class Collector:
         while True:
             await asyncio.sleep(self.settings.snapshot_interval_s)
             self.run("announce", lambda _: self._announce(self._births.due()))
+
+    async def _reload(self, reloader: Reloader) -> None:
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            try:
+                # Reading a file takes its time, and vLLM's tokens must not wait for it.
+                new = await asyncio.to_thread(reloader.look, self.settings)
+                self.settings = new or self.settings
+                self.guard.succeeded("reload")
+            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+                self.guard.failed("reload", error)
 
     # -- bills ------------------------------------------------------------------------------
 

@@ -1,11 +1,14 @@
 """docs/configuration.md says what the code says: every setting, its default, unit and meaning."""
 
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
+from tests.docs.pages import section
 from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings
+from vllm_cost_meter.reload import live_names
 from vllm_cost_meter.tenant_settings import RuleSetting, TenantSetting
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -59,3 +62,8 @@ def test_every_setting_says_what_it_means():
         for field in model.model_fields.values():
             assert field.description
             assert field.json_schema_extra["expected"]
+
+
+def test_what_may_change_while_a_server_runs_is_listed():
+    listed = section(PAGE, "Changes while a server runs").partition("\n\n")[0]
+    assert set(re.findall("`([a-z_]+)`", listed)) == live_names()
