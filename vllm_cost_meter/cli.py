@@ -1,4 +1,4 @@
-"""The command `vllm-cost-meter`: reports, audit, doctor, validate, demo.
+"""The command `vllm-cost-meter`: reports, audit, doctor, validate, demo, tenants.
 
 Reads the ledger that the settings name, or `--ledger`; a running server is not needed. Exit status:
 0 done, 1 the books do not balance or something is not as it should be, 2 wrong usage or settings,
@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -21,11 +20,11 @@ from rich.table import Table
 
 from vllm_cost_meter import __version__
 from vllm_cost_meter.config import load_settings
-from vllm_cost_meter.errors import CostMeterError
 from vllm_cost_meter.ledger.live import MAX_LOST
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.store import default_url
-from vllm_cost_meter.terminal import print_table
+from vllm_cost_meter.tenant_commands import app as tenants
+from vllm_cost_meter.terminal import one_line_errors, print_table
 from vllm_cost_meter.text import plain
 from vllm_cost_meter.tiny_model import default_path
 from vllm_cost_meter.windows import hours_of_window
@@ -37,6 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(tenants)
 
 TENANT_COLUMNS: tuple[str, ...] = (
     "tenant",
@@ -221,7 +221,7 @@ def validate(
     # It loads the native attribution, and a simulation loads numpy and vLLM.
     from vllm_cost_meter.validation import command, tables  # noqa: PLC0415
 
-    with _one_line_errors():
+    with one_line_errors():
         if step_log is not None and (gpu or model or batch):
             raise ValueError("--step-log: expected without --gpu, --model and --batch")
         if server is not None:
@@ -273,7 +273,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print it.")] =
 @contextmanager
 def _reader(ledger: str | None) -> Iterator[LedgerReader]:
     """Open the ledger; a user's error ends the command."""
-    with _one_line_errors():
+    with one_line_errors():
         reader = LedgerReader(_ledger_url(ledger))
         try:
             yield reader
@@ -281,23 +281,10 @@ def _reader(ledger: str | None) -> Iterator[LedgerReader]:
             reader.close()
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """End the command with one line and status 2 at a user's error."""
-    try:
-        yield
-    except (CostMeterError, ValueError) as error:
-        print(plain(f"vllm-cost-meter: {error}"), file=sys.stderr)
-        raise typer.Exit(2) from None
-
-
 def _ledger_url(ledger: str | None) -> str:
     if ledger is None:
-        try:
+        with one_line_errors():
             ledger = load_settings().ledger or default_url()
-        except CostMeterError as error:
-            print(plain(f"vllm-cost-meter: {error}"), file=sys.stderr)
-            raise typer.Exit(2) from None
     return ledger if "://" in ledger else f"sqlite:///{Path(ledger).resolve()}"
 
 

@@ -4,6 +4,8 @@ A complete JSON reply is held until its bills are committed, and leaves with the
 stream passes event by event; the final usage event gets `usage.cost`, and a comment line with the
 cost goes before the last event. Bodies of complete replies are never changed. What is told, and
 how long is waited, is the collector's to say; without a cost in time the reply leaves as it came.
+Where a rule wants to know what the body of a request says, it is read before the application reads
+it, and handed on as it came.
 
 Installed by the endpoint plugin (vLLM 0.27 and later) or `--middleware
 vllm_cost_meter.middleware.CostMiddleware` (any version), and harmless when installed twice.
@@ -58,8 +60,7 @@ class CostMiddleware:
         started_at_ns = time.time_ns()
         claims = NO_CLAIMS
         if collector.settings.resolver.reads_body and collector.run("body", _has_claims, scope):
-            body, receive = await read_ahead(receive)
-            claims = collector.run("body", lambda c: claims_of(body, c.served)) or NO_CLAIMS
+            claims, receive = await _read_claims(receive, collector)
         exchange = collector.run("new exchange", _new_exchange, scope, claims, started_at_ns)
         if exchange is None:
             await self.app(scope, receive, send)
@@ -106,6 +107,13 @@ def _route(scope: Scope) -> str:
 def _has_claims(_collector: Collector, scope: Scope) -> bool:
     """Tell whether the body of a request may say something of its tenant."""
     return scope["type"] == "http" and is_generating(_route(scope)) and is_json(scope["headers"])
+
+
+async def _read_claims(receive: Receive, collector: Collector) -> tuple[BodyClaims, Receive]:
+    # A function of its own, so that the body does not live as long as the exchange.
+    body, replayed = await read_ahead(receive)
+    claims = collector.run("claims", lambda c: claims_of(body, c.served))
+    return claims or NO_CLAIMS, replayed
 
 
 def _new_exchange(

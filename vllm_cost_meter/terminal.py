@@ -1,7 +1,28 @@
-"""Tables on a terminal or in a pipe: never cut, and nothing in them is taken for markup."""
+"""What commands show on a terminal or in a pipe: tables that are never cut, errors in one line.
 
+Nothing in a table is taken for markup, and no error moves a cursor.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
 from rich.console import Console
 from rich.table import Table
+
+from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.text import plain
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the command with one line and status 2 at a user's error."""
+    try:
+        yield
+    except (CostMeterError, ValueError) as error:
+        print(plain(f"vllm-cost-meter: {error}"), file=sys.stderr)
+        raise typer.Exit(2) from None
 
 
 def print_table(table: Table, above: str = "", below: str = "") -> None:

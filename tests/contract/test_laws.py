@@ -66,7 +66,9 @@ NOT_IN_THE_ENGINE = {
     f"{PACKAGE}.validation",
 }
 # These speak to a person at a terminal; everything else logs or returns.
-PRINTERS = {f"{PACKAGE}.{name}" for name in ("cli", "demo", "doctor")}
+PRINTERS = {
+    f"{PACKAGE}.{name}" for name in ("cli", "demo", "doctor", "tenant_commands", "terminal")
+}
 
 LONGEST_FUNCTION = 70
 LONGEST_FILE = 500

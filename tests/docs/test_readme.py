@@ -91,7 +91,11 @@ def test_commands_and_their_options_exist(page):
                 assert name in ("--version", "--help"), piece
                 continue
             assert name in COMMANDS, piece
-            options = {o for parameter in COMMANDS[name].params for o in parameter.opts}
+            command = COMMANDS[name]
+            if rest and (inner := getattr(command, "commands", None)):
+                assert rest[0] in inner, piece
+                command = inner[rest[0]]
+            options = {o for parameter in command.params for o in parameter.opts}
             assert {word for word in rest if word.startswith("--")} <= options, piece
 
 

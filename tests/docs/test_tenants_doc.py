@@ -2,8 +2,11 @@
 
 from typing import get_args
 
+import typer.main
+
 from tests.docs.pages import DOCS, names, section
 from vllm_cost_meter import metrics, request_body
+from vllm_cost_meter.tenant_commands import app
 from vllm_cost_meter.tenant_settings import RuleSetting
 from vllm_cost_meter.tenants import CHILD_KINDS, NAME_CHARS_MAX, PROOF_HEADER
 
@@ -24,3 +27,8 @@ def test_the_bounds_are_as_documented():
     many = section(PAGE, "Many tenants")
     assert f"first {metrics.TENANT_LABELS_MAX:,} names" in many.replace("\n", " ")
     assert f"at most {metrics.CLIENTS_LABELS_MAX} of them" in many
+
+
+def test_every_command_is_explained_and_no_other():
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert [name.partition(" ")[0] for name in names(PAGE, "Changing them")] == list(commands)

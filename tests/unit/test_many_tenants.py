@@ -2,7 +2,7 @@
 
 import time
 
-from tests.unit.test_ledger_reader import NOW, Ledger, http, part, snapshot
+from tests.unit.test_ledger_reader import Ledger, http, part, snapshot
 from vllm_cost_meter.records import UsagePiece
 
 TENANTS = 10_000
