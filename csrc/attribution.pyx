@@ -7,10 +7,9 @@ once in `settle`. Requests are in `requests.pxd`, steps in `steps.pxd`; how time
 `accrual.pxd`, by the arithmetic of `shapley.pxd`, `fit.pxd` and `shares.pxd`.
 
 `begin` rarely looks an id up. vLLM passes the same str objects in the same order step after step,
-so the guess is: the request that came next in the step where the last one was found. It is right if
-that slot's `key` is the very object in the dict (slots own their keys, so an address means one id).
-If not, one dict lookup says where the request was seen last, and guessing goes on from there: a
-departure, an arrival, a switch between a pipeline's batches costs one lookup.
+so the guess is: what came next in the step where the last one was found. It is right if that slot's
+`key` is the very object in the dict (slots own their keys, so an address means one id). If not, one
+dict lookup says where the request was seen last, and guessing goes on from there.
 """
 
 cimport cython
