@@ -20,11 +20,14 @@ from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm_cost_meter import _vllm_api, metrics, plugin
+from vllm_cost_meter.admission import Admission, Rules
 from vllm_cost_meter.births import Births
+from vllm_cost_meter.budgets import Owner
 from vllm_cost_meter.config import Settings, load_settings
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.spending import Spending
 from vllm_cost_meter.ledger.store import default_url
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.poller import Poller
@@ -49,6 +52,7 @@ R = TypeVar("R")
 
 # Replies that waited in vain, in a row, before nobody waits any more.
 MISSES_IN_A_ROW_MAX = 5
+STOP_TIMEOUT_S = 10.0
 
 
 class Breaker:
@@ -94,6 +98,8 @@ class Collector:
         self._model: str | None = None
         self._polling: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
+        self.admission: Admission | None = None
+        self._admitting: asyncio.Task[None] | None = None
 
     def run(
         self,
@@ -124,6 +130,7 @@ class Collector:
         self._model = _vllm_api.served_model(engine_client)
         if self._sweeping is None:
             self._sweeping = asyncio.create_task(self._sweep())
+            await self._hold_to_budgets(engine_client)
         if _vllm_api.api_server_index(engine_client) != 0 or self.poller is not None:
             return False
         self.poller = Poller(
@@ -137,6 +144,35 @@ class Collector:
         self._polling = asyncio.create_task(self.poller.run())
         return True
 
+    async def _hold_to_budgets(self, engine_client: Any) -> None:
+        if not self.settings.budgets:
+            return
+        spending = await asyncio.to_thread(Spending, self.writer.url)
+        self.admission = Admission(
+            spending,
+            self._budget_rules,
+            self.guard,
+            self.settings.snapshot_interval_s,
+            running_of=self._running_of,
+            stop=lambda ids: _vllm_api.stop_requests(engine_client, ids, STOP_TIMEOUT_S),
+        )
+        self._admitting = asyncio.create_task(self.admission.run())
+
+    def _budget_rules(self) -> Rules:
+        settings = self.settings
+        return Rules(
+            budgets=tuple(setting.budget() for setting in settings.budgets),
+            fail_closed=frozenset(t.name for t in settings.tenants if t.fail_closed),
+            price_of=lambda _run_id, _hour: settings.gpu_hour_usd,
+        )
+
+    def _running_of(self, covers: Callable[[Owner], bool]) -> list[str]:
+        return [
+            birth.request_id
+            for birth in self._births
+            if birth.exchange is not None and covers(birth.exchange.owner())
+        ]
+
     def _earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
         reader = LedgerReader(self.writer.url)
         try:
@@ -146,8 +182,9 @@ class Collector:
 
     async def stop(self) -> None:
         """Take a last look at the engines, and flush the ledger with the names of what runs."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        for task in (self._sweeping, self._admitting):
+            if task is not None:
+                task.cancel()
         self.run("announce", Collector.announce_all)
         if self._polling is not None and self.poller is not None:
             self._polling.cancel()
@@ -159,7 +196,11 @@ class Collector:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self.settings.snapshot_interval_s)
-            self.run("announce", lambda _: self._announce(self._births.due()))
+            # A budget counts what runs by who it is for, so that must be known at once.
+            if self.admission is not None:
+                self.run("announce", Collector.announce_all)
+            else:
+                self.run("announce", lambda _: self._announce(self._births.due()))
 
     # -- bills ------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ from pydantic_settings import (
 
 from vllm_cost_meter import setting_types as t
 from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.setting_budgets import BudgetSetting, check_budgets
 from vllm_cost_meter.tenants import TenantRules
 
 PREFIX = "COST_METER_"
@@ -73,6 +74,12 @@ class TenantSetting(BaseModel):
         repr=False,
         description="SHA-256 of each of the tenant's API keys; a key belongs to one tenant.",
         json_schema_extra=_about(f"a list, each {t.SHA256}", secret=True),
+    )
+    fail_closed: bool = Field(
+        default=False,
+        description="Whether this tenant's requests are refused (503) while what its budgets' "
+        "tenants use cannot be measured.",
+        json_schema_extra=_about("true or false"),
     )
     reply: Reply | None = Field(
         default=None,
@@ -161,6 +168,19 @@ class Settings(BaseSettings):
         "that strips the header from what clients send; without it none is trusted.",
         json_schema_extra=_about(t.TENANT_HEADER),
     )
+    budgets: tuple[BudgetSetting, ...] = Field(
+        default=(),
+        description="What tenants may use in a period, see below.",
+        json_schema_extra=_about("a list of budgets (in the environment: as JSON)"),
+    )
+    budget_throttle_s: t.Number = Field(
+        default=5.0,
+        ge=0.1,
+        le=600,
+        allow_inf_nan=False,
+        description="How long a new request waits whose budget is used up and throttles.",
+        json_schema_extra=_about("a number from 0.1 to 600", "s"),
+    )
     tenants: tuple[TenantSetting, ...] = Field(
         default=(),
         description="The tenants and their API keys, see below.",
@@ -176,6 +196,14 @@ class Settings(BaseSettings):
                 f"a token, as the side endpoint listens on {host}, off loopback", "nothing"
             )
         return token
+
+    @field_validator("budgets")
+    @classmethod
+    def _countable(
+        cls, budgets: tuple[BudgetSetting, ...], info: ValidationInfo
+    ) -> tuple[BudgetSetting, ...]:
+        check_budgets(budgets, has_price=info.data.get("gpu_hour_usd") is not None)
+        return budgets
 
     @field_validator("tenants")
     @classmethod
@@ -219,6 +247,10 @@ class Settings(BaseSettings):
         return {tenant.name: tenant.reply for tenant in self.tenants if tenant.reply}
 
 
+# Settings that are lists of tables, and what stands in one.
+SECTIONS: Mapping[str, type[BaseModel]] = {"tenants": TenantSetting, "budgets": BudgetSetting}
+
+
 def load_settings(
     environ: Mapping[str, str] = os.environ, config: str | Path | None = None
 ) -> Settings:
@@ -236,10 +268,11 @@ def load_settings(
     source.env_vars = {name.lower(): value for name, value in given.items()}
     try:
         from_environment = source()
-    except SettingsError:  # only of `tenants`, the one setting that is not plain text
-        expected = _expected(Settings, "tenants")
-        key = f"{PREFIX}TENANTS"
-        raise SettingError(key, expected, t.Text("text that is not JSON")) from None
+    except SettingsError as error:  # only of sections, which are not plain text
+        section = next((name for name in SECTIONS if f'"{name}"' in str(error)), "tenants")
+        key = f"{PREFIX}{section.upper()}"
+        got = t.Text("text that is not JSON")
+        raise SettingError(key, _expected(Settings, section), got) from None
     try:
         return Settings(**{**from_file, **from_environment})
     except ValidationError as error:
@@ -292,8 +325,8 @@ def _setting_error(
     key += "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inner)
     model: type[BaseModel] = Settings
     names = [step for step in inner if isinstance(step, str)]
-    if field == "tenants" and names:
-        model, field = TenantSetting, names[0]
+    if field in SECTIONS and names:
+        model, field = SECTIONS[field], names[0]
     wrong = problem.get("ctx", {}).get("error")
     got: object = _shown(problem["input"], secret=_is_secret(model, field))
     expected = _expected(model, field)

@@ -12,16 +12,19 @@ Invariant: what leaves is byte for byte what entered, but for the fields listed 
 and every message that entered leaves, whatever fails here.
 """
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from vllm_cost_meter import reply
+from vllm_cost_meter.budgets import Verdict
 from vllm_cost_meter.collector import Collector, get_collector
 from vllm_cost_meter.exchange import Exchange, current_exchange
 from vllm_cost_meter.records import Usage
-from vllm_cost_meter.routes import route_of
+from vllm_cost_meter.refusal import Refusal, refusal, warning
+from vllm_cost_meter.routes import reaches_engine, route_of
 from vllm_cost_meter.side import start_side
 from vllm_cost_meter.tenants import resolve
 
@@ -36,6 +39,7 @@ CLIENT_LEFT = 499
 # The HTTP status that accepts a WebSocket.
 SWITCHED_PROTOCOLS = 101
 BODY = "http.response.body"
+_ADMITTED = Verdict("admitted")
 
 
 class CostMiddleware:
@@ -62,8 +66,14 @@ class CostMiddleware:
         if exchange is None:
             await self.app(scope, receive, send)
             return
+        verdict = collector.run("budgets", _judged, exchange) or _ADMITTED
+        if verdict.kind in ("blocked", "unavailable"):
+            await _refuse(refusal(verdict, exchange.tenant, exchange.route), scope, send)
+            return
+        if verdict.kind == "throttled":
+            await asyncio.sleep(collector.settings.budget_throttle_s)
         token = current_exchange.set(exchange)
-        editor = ReplyEditor(collector, exchange, send)
+        editor = ReplyEditor(collector, exchange, send, warning(verdict.soft))
         try:
             await self._served(scope, receive, editor)
         finally:
@@ -111,14 +121,37 @@ def _new_exchange(collector: Collector, scope: Scope) -> Exchange:
     )
 
 
+def _judged(collector: Collector, exchange: Exchange) -> Verdict:
+    """Return what its budgets make of a new request."""
+    if collector.admission is None or not reaches_engine(exchange.route):
+        return _ADMITTED
+    return collector.admission.verdict(exchange.owner())
+
+
+async def _refuse(told: Refusal, scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        # Before it was accepted: the server answers the handshake with 403.
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await send({"type": "http.response.start", "status": told.status, "headers": told.headers})
+    await send({"type": BODY, "body": told.body})
+
+
 class ReplyEditor:
     """Stands between the application and the client for one exchange."""
 
-    def __init__(self, collector: Collector, exchange: Exchange, send: Send) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        exchange: Exchange,
+        send: Send,
+        warnings: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
         self._collector = collector
         self._exchange = exchange
         self._send = send
         self._mode = collector.settings.reply_for(exchange.tenant)
+        self._warnings = warnings if self._mode != "none" else ()
         self._status: int | None = None
         self._usage = Usage()
         self._complete = False
@@ -201,6 +234,8 @@ class ReplyEditor:
 
     async def _start(self, message: Message) -> None:
         self._status = message["status"]
+        if self._warnings:
+            message = {**message, "headers": [*message.get("headers", ()), *self._warnings]}
         content_type = _header(message, b"content-type").partition(b";")[0].strip().lower()
         if content_type == b"text/event-stream":
             self._streamed = True

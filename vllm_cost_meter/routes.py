@@ -127,6 +127,11 @@ def route_of(path: str) -> str:
     return path[:LABEL_CHARS_MAX]
 
 
+def reaches_engine(route: str) -> bool:
+    """Tell whether requests of a route, by its label, use an engine."""
+    return route in _RULES
+
+
 def response_id_of(route: str, external_id: str) -> str | None:
     """Return the id that the client saw in the reply, None where it cannot be told."""
     rule = _RULES.get(route)

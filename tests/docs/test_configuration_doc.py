@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings, TenantSetting
+from vllm_cost_meter.config import OTHER_NAMES, PREFIX, SECTIONS, Settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -28,7 +28,10 @@ def rows(model: type[BaseModel], *, environment: bool) -> list[str]:
     return [row(n, f, environment=environment) for n, f in model.model_fields.items()]
 
 
-EXPECTED = rows(Settings, environment=True) + rows(TenantSetting, environment=False)
+EXPECTED = [
+    *rows(Settings, environment=True),
+    *(line for section in SECTIONS.values() for line in rows(section, environment=False)),
+]
 
 
 @pytest.mark.parametrize("line", EXPECTED)
@@ -48,7 +51,7 @@ def test_names_that_are_no_settings_are_mentioned(name):
 
 
 def test_every_setting_says_what_it_means():
-    for model in (Settings, TenantSetting):
+    for model in (Settings, *SECTIONS.values()):
         for field in model.model_fields.values():
             assert field.description
             assert field.json_schema_extra["expected"]
