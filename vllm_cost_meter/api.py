@@ -23,9 +23,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter import __version__
+from vllm_cost_meter.budgets import Figures, told
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.exchange import FINISHED
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.records import rfc3339
 from vllm_cost_meter.windows import hours_of_window
 
 logger = logging.getLogger("vllm.cost_meter")
@@ -55,10 +57,12 @@ def make_app(
     refresh: Callable[[], None] = lambda: None,
     admin_token: str | None = None,
     registry: Callable[[], CollectorRegistry] | None = None,
+    budgets: Callable[[], Figures] = Figures,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
-    `refresh` is called, in a worker thread, before figures are read; `registry` gives the metrics.
+    `refresh` is called, in a worker thread, before figures are read; `registry` gives the metrics;
+    `budgets` says where the budgets stand.
     """
 
     def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
@@ -87,6 +91,7 @@ def make_app(
     _add_request_routes(app, reader, refresh)
     _add_book_routes(app, reader, refresh)
     _add_model_route(app, reader, refresh)
+    _add_budget_route(app, budgets)
 
     @app.get("/openapi.json", include_in_schema=False)
     def openapi() -> dict[str, Any]:
@@ -114,6 +119,18 @@ def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         """Return the latest cost model of each engine run; of one run, all versions."""
         refresh()
         return {"models": reader.cost_models(run)}
+
+
+def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
+    @app.get("/cost/budgets")
+    def standings() -> dict[str, Any]:
+        """Return what each budget's tenants have used in its period, as new requests are judged."""
+        figures = budgets()
+        return {
+            "as_of": None if figures.as_of_ns is None else rfc3339(figures.as_of_ns),
+            "broken": figures.broken,
+            "budgets": [told(standing) for standing in figures.standings],
+        }
 
 
 def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ nobody.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Literal
+from typing import Any, Literal
 
 from vllm_cost_meter.records import NS_PER_HOUR, NS_PER_SECOND, format_nano
 
@@ -177,6 +177,31 @@ class Figures:
         if age_ns > max_age_ns:
             return f"the latest figures are {age_ns / NS_PER_SECOND:.0f} s old"
         return None
+
+
+def told(standing: Standing) -> dict[str, Any]:
+    """Return what the side endpoint says of a budget. Amounts are nano-USD or GPU-nanoseconds."""
+    budget, total = standing.budget, standing.total
+    first, _ = budget.hours(standing.now_ns)
+    state = "unknown" if total is None else "soft" if standing.is_soft_spent else "within"
+    return {
+        "budget": budget.name,
+        "tenant": budget.tenant,
+        "tag": None if budget.tag is None else "=".join(budget.tag),
+        "unit": budget.unit,
+        "limit": budget.limit,
+        "soft_limit": budget.soft_limit,
+        "used": total,
+        "over": standing.over,
+        "state": "spent" if standing.is_spent else state,
+        "hard": budget.hard,
+        "over_action": budget.over,
+        "stop_running": budget.stop_running,
+        "period": budget.period,
+        "period_from": _local(first, budget.zone).isoformat(),
+        "resets_at": standing.resets_at().isoformat(),
+        "timezone": str(budget.zone),
+    }
 
 
 def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) -> Verdict:

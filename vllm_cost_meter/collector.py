@@ -22,7 +22,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from vllm_cost_meter import _vllm_api, metrics, plugin
 from vllm_cost_meter.admission import Admission, Rules
 from vllm_cost_meter.births import Births
-from vllm_cost_meter.budgets import Owner
+from vllm_cost_meter.budgets import Figures, Owner
 from vllm_cost_meter.config import Settings, load_settings
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.guard import Guard
@@ -157,6 +157,10 @@ class Collector:
             stop=lambda ids: _vllm_api.stop_requests(engine_client, ids, STOP_TIMEOUT_S),
         )
         self._admitting = asyncio.create_task(self.admission.run())
+
+    def figures(self) -> Figures:
+        """Return where the budgets stand."""
+        return self.admission.figures if self.admission is not None else Figures()
 
     def _budget_rules(self) -> Rules:
         settings = self.settings

@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from vllm_cost_meter.api import make_app
+from vllm_cost_meter.budgets import Figures
 from vllm_cost_meter.collector import Collector
 from vllm_cost_meter.config import Settings
 from vllm_cost_meter.errors import LedgerError
@@ -40,12 +41,17 @@ async def start_side(collector: Collector, app: Any) -> None:
         return  # a render server has no engine
     try:
         if await collector.start(engine_client) and collector.poller is not None:
-            serve(collector.settings, collector.ledger_url, collector.poller)
+            serve(collector.settings, collector.ledger_url, collector.poller, collector.figures)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
         collector.guard.failed("start", error)
 
 
-def serve(settings: Settings, ledger_url: str, poller: Poller) -> None:
+def serve(
+    settings: Settings,
+    ledger_url: str,
+    poller: Poller,
+    budgets: Callable[[], Figures] = Figures,
+) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken."""
     if settings.port is None:
         return
@@ -71,6 +77,7 @@ def serve(settings: Settings, ledger_url: str, poller: Poller) -> None:
         refresh=_refresher(poller, asyncio.get_running_loop()),
         admin_token=token,
         registry=metrics_registry,
+        budgets=budgets,
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -42,6 +42,7 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
     metered: bool = True
     price: str | None = "2.50"
+    config: str = ""
     model_path: Path = field(default_factory=default_path)
     port: int = field(default_factory=free_port)
     side_port: int = field(default_factory=free_port)
@@ -82,6 +83,7 @@ class Server:
                 f'api_key_sha256 = ["{hashlib.sha256(key.encode()).hexdigest()}"]\n'
                 for name, key in TENANT_KEYS.items()
             )
+            + self.config
         )
         environment = {
             **os.environ,
