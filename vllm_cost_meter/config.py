@@ -11,6 +11,7 @@ Invariant: `load_settings` returns settings whose every value was checked, or ra
 """
 
 import difflib
+import hashlib
 import ipaddress
 import os
 import re
@@ -123,9 +124,15 @@ class Settings(BaseSettings):
         description="Port of the side endpoint; 0 takes any free one, `off` runs none.",
         json_schema_extra=_about(t.PORT),
     )
+    admin_token_sha256: t.Digest | None = Field(
+        default=None,
+        repr=False,
+        description="The SHA-256 of the admin token, in place of `admin_token`.",
+        json_schema_extra=_about(t.SHA256, secret=True),
+    )
     admin_token: t.Token | None = Field(
         default=None,
-        description="Bearer token that the side endpoint demands.",
+        description="Bearer token that the side endpoint demands; tenants show their API keys.",
         json_schema_extra=_about(t.TOKEN, secret=True),
     )
     method: Method = Field(
@@ -191,7 +198,11 @@ class Settings(BaseSettings):
     @classmethod
     def _guarded_off_loopback(cls, token: SecretStr | None, info: ValidationInfo) -> object:
         host = info.data.get("host", "localhost")
-        if token is None and info.data.get("port") is not None and not _is_loopback(host):
+        digest = info.data.get("admin_token_sha256")
+        if token is not None and digest is not None:
+            raise t.WrongError("either admin_token or admin_token_sha256", "both")
+        is_open = token is None and digest is None
+        if is_open and info.data.get("port") is not None and not _is_loopback(host):
             raise t.WrongError(
                 f"a token, as the side endpoint listens on {host}, off loopback", "nothing"
             )
@@ -232,6 +243,12 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take values from the caller only: `load_settings` says which source it uses."""
         return (init_settings,)
+
+    def admin_sha256(self) -> str | None:
+        """Return the SHA-256 of the admin token; None without one."""
+        if self.admin_token is None:
+            return self.admin_token_sha256
+        return hashlib.sha256(self.admin_token.get_secret_value().encode()).hexdigest()
 
     def tenant_rules(self) -> TenantRules:
         """Return what `tenants.resolve` needs to know."""

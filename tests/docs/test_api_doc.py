@@ -9,11 +9,13 @@ from prometheus_client import CollectorRegistry
 
 from tests.docs.pages import DOCS, section, table_rows
 from tests.docs.small_ledger import small_ledger
+from vllm_cost_meter.access import Access, sha256
 from vllm_cost_meter.api import REQUESTS_PER_PAGE_MAX, make_app
 from vllm_cost_meter.budgets import Budget, Figures, Standing
 from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.reader import MAX_MATCHES, SETTLE_S, LedgerReader
 from vllm_cost_meter.side import REFRESH_TIMEOUT_S
+from vllm_cost_meter.tenants import TenantRules
 
 PAGE = DOCS / "api.md"
 
@@ -127,11 +129,14 @@ def test_errors_are_as_documented(client, get, tmp_path):
         assert reply.json()["error"]["type"] == told[status]
         assert reply.json()["error"]["code"] == reply.status_code
     reader = LedgerReader(f"sqlite:///{tmp_path}/ledger.db")
-    guarded = TestClient(make_app(reader, admin_token="secret"))
+    rules = TenantRules({sha256("key-of-search"): "search"})
+    guarded = TestClient(make_app(reader, access=Access(sha256("secret"), lambda: rules)))
     reply = guarded.get("/cost/summary")
     assert (reply.status_code, reply.json()["error"]["type"]) == (401, told["401"])
     assert guarded.get("/openapi.json").status_code == 401
     assert guarded.get("/health").status_code == 401
+    reply = guarded.get("/cost/summary", headers={"authorization": "Bearer key-of-search"})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (403, told["403"])
     reader.close()
 
 

@@ -129,7 +129,7 @@ def test_a_spent_budget_refuses_all_api_servers_new_requests_within_one_snapshot
     error = refused.json()["error"]
     assert (error["type"], error["code"]) == ("insufficient_quota", "budget_exceeded")
     assert refused.headers["x-should-retry"] == "false"
-    assert "T00:00:00+05:30 (Asia/Kolkata)" in error["message"]
+    assert "T00:30:00+05:30 (Asia/Kolkata)" in error["message"]
     assert "x-cost-meter-cost-usd" not in refused.headers
     standing = settled_standing(server, "alpha")
     assert standing["over"] == standing["used"] - LIMIT_S * NS_PER_SECOND > 0
