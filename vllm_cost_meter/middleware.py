@@ -16,10 +16,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_cost_meter import reply
-from vllm_cost_meter.budgets import Verdict
 from vllm_cost_meter.collector import Collector, get_collector
 from vllm_cost_meter.exchange import Exchange, current_exchange
 from vllm_cost_meter.records import Usage
@@ -39,7 +39,6 @@ CLIENT_LEFT = 499
 # The HTTP status that accepts a WebSocket.
 SWITCHED_PROTOCOLS = 101
 BODY = "http.response.body"
-_ADMITTED = Verdict("admitted")
 
 
 class CostMiddleware:
@@ -66,14 +65,17 @@ class CostMiddleware:
         if exchange is None:
             await self.app(scope, receive, send)
             return
-        verdict = collector.run("budgets", _judged, exchange) or _ADMITTED
-        if verdict.kind in ("blocked", "unavailable"):
-            await _refuse(refusal(verdict, exchange.tenant, exchange.route), scope, send)
+        judged = collector.run("budgets", _judged, exchange) or _ADMITTED
+        if judged.refusal is not None:
+            await _refuse(judged.refusal, scope, send)
             return
-        if verdict.kind == "throttled":
-            await asyncio.sleep(collector.settings.budget_throttle_s)
+        if judged.delay_s:
+            await asyncio.sleep(judged.delay_s)
+        editor = collector.run("new editor", ReplyEditor, exchange, send, judged.warnings)
+        if editor is None:
+            await self.app(scope, receive, send)
+            return
         token = current_exchange.set(exchange)
-        editor = ReplyEditor(collector, exchange, send, warning(verdict.soft))
         try:
             await self._served(scope, receive, editor)
         finally:
@@ -121,11 +123,27 @@ def _new_exchange(collector: Collector, scope: Scope) -> Exchange:
     )
 
 
-def _judged(collector: Collector, exchange: Exchange) -> Verdict:
-    """Return what its budgets make of a new request."""
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What its budgets make of a new request: refused, delayed, or warned in its reply."""
+
+    refusal: Refusal | None = None
+    delay_s: float = 0.0
+    warnings: Sequence[tuple[bytes, bytes]] = ()
+
+
+_ADMITTED = Judged()
+
+
+def _judged(collector: Collector, exchange: Exchange) -> Judged:
     if collector.admission is None or not reaches_engine(exchange.route):
         return _ADMITTED
-    return collector.admission.verdict(exchange.owner())
+    verdict = collector.admission.verdict(exchange.owner())
+    if verdict.kind in ("blocked", "unavailable"):
+        return Judged(refusal(verdict, exchange.tenant, exchange.route))
+    if verdict.kind == "throttled":
+        return Judged(delay_s=collector.settings.budget_throttle_s)
+    return Judged(warnings=warning(verdict.soft))
 
 
 async def _refuse(told: Refusal, scope: Scope, send: Send) -> None:

@@ -7,14 +7,11 @@ connections of their own, until each was refused; where the budget stands is rea
 
 import asyncio
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
-import pytest
 
-from tests.integration.server import TENANT_KEYS, Server
+from tests.integration.server import BUDGET_S, LIMITED_KEYS, Server
 from tests.integration.traffic import PROMPT
 from vllm_cost_meter.records import NS_PER_SECOND, unix_ns_of
 
@@ -22,36 +19,6 @@ CLIENTS = 64
 INTERVAL_S = 1.0
 # From a snapshot's instant to its commit, to the look of the other API server, to our own clock.
 LATENESS_S = 0.75
-LIMIT_S = 4
-CONFIG = f"""
-[[budgets]]
-name = "alpha today"
-tenant = "alpha"
-gpu_seconds = {LIMIT_S}
-period = "day"
-timezone = "Asia/Kolkata"
-
-[[budgets]]
-name = "beta stops"
-tenant = "beta"
-gpu_seconds = {LIMIT_S}
-period = "rolling"
-days = 1
-stop_running = true
-"""
-
-
-@pytest.fixture(scope="module")
-def server(work: Path) -> Iterator[Server]:
-    server = Server(
-        work / "budgets",
-        arguments=["--plugins", "cost_meter", "--api-server-count", "2"],
-        config=CONFIG,
-    )
-    try:
-        yield server.start()
-    finally:
-        server.stop()
 
 
 @dataclass
@@ -78,7 +45,7 @@ class Load:
         return self
 
     async def _ask_until_refused(self) -> None:
-        headers = {"authorization": f"Bearer {TENANT_KEYS[self.tenant]}"}
+        headers = {"authorization": f"Bearer {LIMITED_KEYS[self.tenant]}"}
         body = {"model": "tiny", "prompt": PROMPT, "max_tokens": self.max_tokens}
         body["ignore_eos"] = True
         async with httpx.AsyncClient(base_url=self.server.url, headers=headers, timeout=60) as api:
@@ -120,8 +87,10 @@ def settled_standing(server: Server, tenant: str) -> dict:
         time.sleep(0.1)
 
 
-def test_a_spent_budget_refuses_all_api_servers_new_requests_within_one_snapshot(server):
-    load = asyncio.run(Load(server, "alpha", max_tokens=40).run())
+def test_a_spent_budget_refuses_all_api_servers_new_requests_within_one_snapshot(
+    hard: Server,
+) -> None:
+    load = asyncio.run(Load(hard, "delta", max_tokens=40).run())
     assert load.crossed_at_s is not None
     latest_s = max(load.admitted_at_s) - load.crossed_at_s
     assert latest_s < INTERVAL_S + LATENESS_S, f"{latest_s:.2f} s after the crossing"
@@ -131,24 +100,24 @@ def test_a_spent_budget_refuses_all_api_servers_new_requests_within_one_snapshot
     assert refused.headers["x-should-retry"] == "false"
     assert "T00:30:00+05:30 (Asia/Kolkata)" in error["message"]
     assert "x-cost-meter-cost-usd" not in refused.headers
-    standing = settled_standing(server, "alpha")
-    assert standing["over"] == standing["used"] - LIMIT_S * NS_PER_SECOND > 0
+    standing = settled_standing(hard, "delta")
+    assert standing["over"] == standing["used"] - BUDGET_S * NS_PER_SECOND > 0
 
 
-def test_others_are_served_meanwhile_and_the_refused_are_in_no_book(server):
-    with server.client("gamma") as client:
+def test_others_are_served_meanwhile_and_the_refused_are_in_no_book(hard: Server) -> None:
+    with hard.client("gamma") as client:
         body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3}
         assert client.post("/v1/completions", json=body).status_code == 200
-    requests = server.cost("requests?limit=1000")["requests"]
+    requests = hard.cost("requests?tenant=delta&limit=1000")["requests"]
     assert {row["status"] for row in requests} == {200}
 
 
-def test_what_runs_is_ended_by_a_budget_that_says_so_with_the_reason_length(server):
-    load = asyncio.run(Load(server, "beta", max_tokens=4_000).run())
+def test_what_runs_is_ended_by_a_budget_that_says_so_with_the_reason_length(hard: Server) -> None:
+    load = asyncio.run(Load(hard, "epsilon", max_tokens=2_000).run())
     assert set(load.finish_reasons) == {"length"}
-    assert max(load.output_tokens) < 4_000
-    standing = settled_standing(server, "beta")
+    assert max(load.output_tokens) < 2_000
+    standing = settled_standing(hard, "epsilon")
     assert standing["state"] == "spent"
     # A snapshot apart, a look, and the step in which each ends.
     assert standing["over"] < (INTERVAL_S + LATENESS_S) * 2 * NS_PER_SECOND
-    server.balanced()
+    hard.balanced()
