@@ -63,10 +63,13 @@ class Traffic:
         self.in_flight_ns = 10**7
 
     def arrive(self, count: int) -> None:
-        for _ in range(count):
+        """Open so many requests. The prompts of all but the newest `chunks` are computed."""
+        for left in range(count, 0, -1):
             self.born += 1
             self.running.append(f"cmpl-{self.born:032x}-0")
             self.meter.open(self.running[-1], PREFILL_CHUNK)
+            if left > self.chunks:
+                self.meter.position(self.running[-1], PREFILL_CHUNK, False)
 
     def depart(self, count: int) -> None:
         for _ in range(count):

@@ -7,8 +7,8 @@ Invariant: what `accrue` adds to open requests plus the tail it returns is the t
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 from csrc.fit cimport Fit
-from csrc.requests cimport PREFILL, Requests, Rest, Slot, end_of_last_step
-from csrc.shapley cimport Game, Margins, margin_of, solve_game, start_margins, weigh_game
+from csrc.requests cimport DECODE, PREFILL, Requests, Rest, Slot, end_of_last_step
+from csrc.shapley cimport Game, Margins, margin_of, margin_of_decode, solve_game, start_margins, weigh_game
 from csrc.shares cimport Part, Split, next_share, start_split, weigh_equal, weigh_tokens
 from csrc.steps cimport Step
 
@@ -44,28 +44,46 @@ cdef inline int64_t accrue(
     # Copies, which the compiler need not read again after each write to a slot.
     cdef Slot *slots = requests.slots
     cdef const Part *parts = step.parts
-    cdef uint32_t count = step.count
+    cdef uint32_t count = step.count, plain = step.plain if ends else 0
     cdef Slot *slot
-    cdef const Part *part
+    cdef Part part
     cdef int64_t tail_ns = 0, share_ns
     cdef uint32_t place
-    for place in range(count):
-        part = &parts[place]
+    for place in range(plain):
+        slot = &slots[parts[place].slot]
+        share_ns = <int64_t>next_share(&state, weights[place])
+        if slot.key == NULL:
+            tail_ns += share_ns
+        else:
+            slot.decode_ns += share_ns
+            slot.step_ns = sum_up(slot.step_ns, total_ns)
+            slot.marginal_ns += margin_of_decode(&margins, parts[place].context)
+        slot.decode_tokens = added(slot.decode_tokens, 1)
+        slot.batch += count
+        slot.ended += 1
+        slot.in_flight -= 1
+        if slot.in_flight == 0:
+            end_of_last_step(requests, parts[place].slot)
+    for place in range(plain, count):
+        part = parts[place]
         slot = &slots[part.slot]
         share_ns = <int64_t>next_share(&state, weights[place])
         if slot.key == NULL:
             tail_ns += share_ns
         else:
-            slot.ns[part.phase] += share_ns
-            slot.step_ns = min(slot.step_ns + <uint64_t>total_ns, <uint64_t>INT64_MAX)
-            slot.marginal_ns += margin_of(&margins, compute, memory, part)
-            if part.tokens > 1 or part.phase == PREFILL:
-                count_wasted(&requests.rests[part.slot], part, share_ns, ends)
+            if part.phase == DECODE:
+                slot.decode_ns += share_ns
+            slot.step_ns = sum_up(slot.step_ns, total_ns)
+            slot.marginal_ns += margin_of(&margins, compute, memory, &part)
+            if part.phase == PREFILL or part.tokens > 1:
+                count_unusual(&requests.rests[part.slot], &part, share_ns, ends)
         if ends:
-            slot.tokens[part.phase] = added(slot.tokens[part.phase], part.tokens)
+            if part.phase == DECODE:
+                slot.decode_tokens = added(slot.decode_tokens, part.tokens)
             slot.batch += count
             slot.ended += 1
-            if slot.ended == slot.entered:
+            slot.in_flight -= 1
+            if slot.in_flight == 0:
                 end_of_last_step(requests, part.slot)
     return tail_ns
 
@@ -76,8 +94,9 @@ cdef inline void drop(Requests *requests, const Step *step) noexcept nogil:
     for place in range(step.count):
         number = step.parts[place].slot
         requests.slots[number].ended += 1
+        requests.slots[number].in_flight -= 1
         requests.rests[number].dropped += 1
-        if requests.slots[number].ended == requests.slots[number].entered:
+        if requests.slots[number].in_flight == 0:
             end_of_last_step(requests, number)
 
 
@@ -88,7 +107,7 @@ cdef inline void take_out(Requests *requests, const Step *step, uint32_t count) 
     for place in range(count):
         slot = &requests.slots[step.parts[place].slot]
         slot.position -= step.parts[place].tokens
-        slot.entered -= 1
+        slot.in_flight -= 1
 
 
 cdef inline uint64_t weigh(
@@ -102,12 +121,16 @@ cdef inline uint64_t weigh(
     return weigh_equal(step.count, weights)
 
 
-cdef inline void count_wasted(
+cdef inline void count_unusual(
     Rest *rest, const Part *part, int64_t share_ns, bint ends
 ) noexcept nogil:
-    """Count apart what was recomputed and rejected of a part."""
+    """Count what is of prefill, and apart from it what was recomputed and rejected of a part."""
     cdef uint32_t start = part.context - part.tokens
     cdef uint32_t recomputed = 0
+    if part.phase == PREFILL:
+        rest.prefill_ns += share_ns
+        if ends:
+            rest.prefill_tokens = added(rest.prefill_tokens, part.tokens)
     if part.phase == PREFILL and rest.recompute_end > start:
         recomputed = min(part.context, rest.recompute_end) - start
         rest.recomputed_ns += part_of(share_ns, recomputed, part.tokens)
@@ -117,6 +140,12 @@ cdef inline void count_wasted(
         rest.recomputed_tokens += recomputed
         rest.rejected_tokens += rest.rejected_now
         rest.rejected_now = 0
+
+
+cdef inline uint64_t sum_up(uint64_t so_far, int64_t total_ns) noexcept nogil:
+    """Return the sum, or the largest number there is."""
+    cdef uint64_t total = so_far + <uint64_t>total_ns
+    return total if total <= <uint64_t>INT64_MAX else <uint64_t>INT64_MAX
 
 
 cdef inline int64_t part_of(int64_t share_ns, uint32_t tokens, uint32_t all_tokens) noexcept nogil:

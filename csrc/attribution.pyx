@@ -6,11 +6,10 @@ So do the full docstrings. Here is only how it is made fast: the step path (`beg
 once in `settle`. Requests are in `requests.pxd`, steps in `steps.pxd`; how time reaches them is in
 `accrual.pxd`, by the arithmetic of `shapley.pxd`, `fit.pxd` and `shares.pxd`.
 
-`begin` rarely looks an id up. vLLM passes the same str objects in the same order step after
-  step, so the guess is: the request that came next in the step where the last one was found. It is
-  right if that slot's `key` is the very object in the dict (slots own their keys, so an address
-  means one id). If not, one dict lookup says where the request was seen last, and guessing goes on
-  from there: a departure, an arrival, a switch between a pipeline's batches costs one lookup.
+`begin` rarely looks an id up. vLLM passes the same str objects in the same order step after step,
+so the guess is: what came next in the step where the last one was found. It is right if that slot's
+`key` is the very object in the dict (slots own their keys, so an address means one id). If not, one
+dict lookup says where the request was seen last, and guessing goes on from there.
 """
 
 cimport cython
@@ -29,15 +28,15 @@ from csrc.checks cimport (
 )
 from csrc.fit cimport Fit, TERMS, Work, adopt_prior, explained, observe, start_fit
 from csrc.requests cimport (
-    DECODE, NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, adopt_key, count_blocks,
-    free_requests, free_slot,
-    hold_blocks, is_in_flight, make_slot_free, next_free_slot, release_blocks, reset, take_slot,
-    unqueue,
+    NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, adopt_key, count_blocks, free_requests,
+    free_slot, hold_blocks, is_in_flight, make_slot_free, next_free_slot, release_blocks, reset,
+    take_slot, unqueue,
 )
 from csrc.shapley cimport fill_polynomials
 from csrc.shares cimport Part, Split, next_share, start_split
 from csrc.steps cimport (
-    Guess, Ring, Step, enter, free_ring, look_further, make_room, start_ring, step_at
+    Guess, Ring, Step, enter, free_ring, guess_after, guess_in, is_kept, is_right, look_further,
+    make_room, start_ring, step_at,
 )
 
 from vllm_cost_meter.accrued import Accrued
@@ -200,10 +199,10 @@ cdef class StepMeter:
         cdef Rest *rest = &self.requests.rests[number]
         count_blocks(rest, until_ns)
         return Accrued(
-            slot.ns[PREFILL],
-            slot.ns[DECODE],
-            slot.tokens[PREFILL],
-            slot.tokens[DECODE],
+            rest.prefill_ns,
+            slot.decode_ns,
+            rest.prefill_tokens,
+            slot.decode_tokens,
             <int64_t>slot.marginal_ns,
             rest.recomputed_ns,
             rest.recomputed_tokens,
@@ -217,11 +216,9 @@ cdef class StepMeter:
 
     def open_gpu_ns(self):
         """Return what each open request accrued since the last `cut`, in GPU-ns."""
-        cdef Slot *slot
         cdef dict times = {}
         for request_id in self.ids:
-            slot = &self.requests.slots[self.find(request_id)]
-            times[request_id] = slot.ns[PREFILL] + slot.ns[DECODE]
+            times[request_id] = self.gpu_ns(self.find(request_id))
         return times
 
     def close(self, object request_id, object now_ns):
@@ -355,25 +352,39 @@ cdef class StepMeter:
         cdef PyObject *last_value = NULL  # mostly the same small int as before
         cdef Py_ssize_t at = 0, k
         cdef uint32_t place = 0, full = 0, this_step = <uint32_t>(self.ring.newest + 1), number
-        cdef Guess guess = Guess(step_at(&self.ring, self.ring.newest), 0)
+        cdef Guess guess = guess_in(step_at(&self.ring, self.ring.newest), 0), found
+        cdef Slot *slots = self.requests.slots
         cdef int64_t tokens = 0
+        cdef bint prefills = False
         cdef Work total = Work(0, 0, 0, 0)
         try:
             for k in range(count):
                 key = <PyObject *>PyList_GET_ITEM(decoding, k)
-                number = self.find_next(&guess, scheduled, key)
+                if is_right(guess, slots, key):
+                    number = guess.part.slot
+                    guess.part += 1
+                else:
+                    number = self.find_next(&found, guess, scheduled, key)
+                    guess = found
+                    slots = self.requests.slots
                 self.ring.weights[full] = place
-                full += enter(&self.requests.slots[number], number, 1, this_step, step, place, &total)
+                full += enter(&slots[number], number, 1, this_step, step, place, &total)
+                prefills |= step.parts[place].phase == PREFILL
                 place += 1
+            step.plain = 0 if prefills else place
             while PyDict_Next(scheduled, &at, &key, &value):
                 if value != last_value:
                     tokens = tokens_of(<object>key, <object>value)
                     last_value = value
-                number = self.find_next(&guess, scheduled, key)
+                if is_right(guess, slots, key):
+                    number = guess.part.slot
+                    guess.part += 1
+                else:
+                    number = self.find_next(&found, guess, scheduled, key)
+                    guess = found
+                    slots = self.requests.slots
                 self.ring.weights[full] = place
-                full += enter(
-                    &self.requests.slots[number], number, tokens, this_step, step, place, &total
-                )
+                full += enter(&slots[number], number, tokens, this_step, step, place, &total)
                 place += 1
             if total.tokens > WEIGHT_MAX:
                 raise tokens_out_of_range(total.tokens)
@@ -384,21 +395,20 @@ cdef class StepMeter:
         step.work = total
         return full
 
-    cdef inline uint32_t find_next(
-        self, Guess *guess, dict scheduled, PyObject *key
+    cdef uint32_t find_next(
+        self, Guess *after, Guess guess, dict scheduled, PyObject *key
     ) except? 0xFFFFFFFF:
-        """Return the slot of the next request of a step, which is mostly where it is guessed."""
-        cdef uint32_t number = NOBODY
-        if guess.place < guess.step.count:
-            number = guess.step.parts[guess.place].slot
-        if number == NOBODY or self.requests.slots[number].key != key:
-            number = look_further(guess, self.requests.slots, key)
-        if number == NOBODY:
-            number = self.look_up(scheduled, key)
-            if self.is_kept(&self.requests.slots[number]):
-                guess.step = step_at(&self.ring, self.requests.slots[number].last_step)
-                guess.place = self.requests.slots[number].last_place
-        guess.place += 1
+        """Return the slot of a request that is not where it was guessed, and the guess after it."""
+        cdef uint32_t number
+        after[0] = look_further(guess, self.requests.slots, key)
+        if after.part < after.end:
+            number = after.part.slot
+            after.part += 1
+            return number
+        number = self.look_up(scheduled, key)
+        after[0] = guess  # stays, for one that comes for the first time
+        if is_kept(&self.ring, &self.requests.slots[number]):
+            after[0] = guess_after(&self.ring, &self.requests.slots[number])
         return number
 
     cdef uint32_t look_up(self, dict scheduled, PyObject *key) except? 0:
@@ -409,14 +419,6 @@ cdef class StepMeter:
             return self.welcome_stranger(<object>key)
         adopt_key(&self.requests, number, key)
         return number
-
-    cdef inline bint is_kept(self, const Slot *slot) noexcept nogil:
-        """Tell if the parts of its last step, in flight or ended, are still in the ring.
-
-        True for a step 2**32 ago too: what is found there is compared by key.
-        """
-        cdef uint32_t age = <uint32_t>(self.ring.newest + 1) - slot.last_step
-        return slot.entered and age < self.ring.size
 
     cdef int64_t accrue(self, const Step *step, int64_t total_ns, bint ends) noexcept nogil:
         cdef int64_t tail_ns = accrue(
@@ -478,12 +480,16 @@ cdef class StepMeter:
         take_slot(&self.requests, request_id, <uint32_t>prompt_tokens)
         return number
 
+    cdef int64_t gpu_ns(self, uint32_t number) noexcept:
+        """Return what a request accrued since the last `cut`."""
+        return self.requests.slots[number].decode_ns + self.requests.rests[number].prefill_ns
+
     cdef int64_t forget(self, object request_id) except -1:
         """Close a request. Return the ns it had accrued."""
         cdef uint32_t number = self.find_open(request_id)
         cdef Slot *slot = &self.requests.slots[number]
         cdef PyObject *key = slot.key
-        cdef int64_t unbilled_ns = slot.ns[PREFILL] + slot.ns[DECODE]
+        cdef int64_t unbilled_ns = self.gpu_ns(number)
         del self.ids[request_id]
         unqueue(&self.requests, number)
         self.open_ns -= unbilled_ns

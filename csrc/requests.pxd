@@ -10,7 +10,7 @@ usual case, that the last one has room, `block_end` tells by one comparison in a
 from cpython.mem cimport PyMem_Free
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport INT64_MAX, UINT32_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from csrc.memory cimport resized
@@ -23,18 +23,18 @@ cdef enum:  # phases
     PREFILL = 0
     DECODE = 1
 
-cdef struct Slot:  # what a step touches of one request
+cdef struct Slot:  # what a step of decodes touches of one request: 64 bytes, as a line of a cache
     PyObject *key  # its id, owned; NULL unless it is open
     uint32_t position  # of the next token in its context
     uint32_t prefill_end
-    uint32_t last_step  # lower half of the number of the step it entered last, and its place there
-    uint32_t last_place
-    uint32_t entered  # steps that it entered, and those of them that have ended or were dropped
-    uint32_t ended
     uint32_t block_end  # the context that its blocks have room for
+    uint32_t last_step  # lower half of the number of the step it entered last, and its place there
+    uint16_t last_place  # its lower half
+    uint16_t in_flight  # steps that it entered and that have neither ended nor were dropped
+    uint32_t ended  # steps, dropped or not
     uint32_t batch  # since the last cut, as all that follows: the sum of requests in its steps
-    uint32_t tokens[2]  # by phase, as the ns
-    int64_t ns[2]
+    uint32_t decode_tokens
+    int64_t decode_ns
     uint64_t step_ns  # of its steps in all
     double marginal_ns
 
@@ -43,8 +43,10 @@ cdef struct Rest:  # what is rarely touched
     uint32_t steps_before  # the last cut
     uint32_t recompute_end  # the position reached before the last preemption
     uint32_t rejected_now  # tokens, in the step that is settled now
+    uint32_t prefill_tokens
     uint32_t recomputed_tokens
     uint32_t rejected_tokens
+    int64_t prefill_ns
     int64_t recomputed_ns
     int64_t rejected_ns
     uint32_t blocks  # that it holds, since
@@ -76,7 +78,7 @@ cdef inline void free_requests(Requests *requests) noexcept:
 
 
 cdef inline bint is_in_flight(const Slot *slot) noexcept nogil:
-    return slot.entered != slot.ended
+    return slot.in_flight != 0
 
 
 cdef inline int make_slot_free(Requests *requests) except -1:
@@ -176,8 +178,8 @@ cdef inline void unqueue(Requests *requests, uint32_t number) noexcept nogil:
 
 cdef inline bint accrued_anything(const Slot *slot, const Rest *rest) noexcept nogil:
     return (
-        slot.ns[PREFILL] | slot.ns[DECODE] | rest.kv_block_ns
-        | slot.tokens[PREFILL] | slot.tokens[DECODE]
+        slot.decode_ns | rest.prefill_ns | rest.kv_block_ns
+        | slot.decode_tokens | rest.prefill_tokens
     ) != 0
 
 
@@ -185,8 +187,8 @@ cdef inline void reset(Requests *requests, uint32_t number) noexcept nogil:
     """Set what a request accrued to zero."""
     cdef Slot *slot = &requests.slots[number]
     cdef Rest *rest = &requests.rests[number]
-    slot.ns[PREFILL] = slot.ns[DECODE] = 0
-    slot.tokens[PREFILL] = slot.tokens[DECODE] = slot.batch = 0
+    slot.decode_ns = rest.prefill_ns = 0
+    slot.decode_tokens = rest.prefill_tokens = slot.batch = 0
     slot.marginal_ns = 0.0
     slot.step_ns = 0
     rest.steps_before = slot.ended - rest.dropped

@@ -163,16 +163,19 @@ cdef inline Margins start_margins(
     return margins
 
 
+cdef inline double margin_of_decode(const Margins *margins, uint32_t context) noexcept nogil:
+    return smaller(
+        margins.c.at_0 + margins.c.slope * context, margins.m.at_0 + margins.m.slope * context
+    )
+
+
 cdef inline double margin_of(
     const Margins *margins, const double *compute, const double *memory, const Part *part
 ) noexcept nogil:
     """Return the marginal cost of a part, in ns of the step."""
     cdef Work work
     if part.tokens == 1 or margins.is_alone:
-        return smaller(
-            margins.c.at_0 + margins.c.slope * part.context,
-            margins.m.at_0 + margins.m.slope * part.context,
-        )
+        return margin_of_decode(margins, part.context)
     work = work_of(part)
     return margins.to_ns * smaller(
         margins.above_compute + time_of(compute, &work),

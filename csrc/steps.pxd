@@ -6,7 +6,7 @@ when all of it is in flight. Ended steps stay readable until their place is take
 
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 from csrc.checks cimport WEIGHT_MAX
 from csrc.fit cimport Work, work_of
@@ -22,14 +22,15 @@ cdef enum:
 cdef struct Step:
     Part *parts
     uint32_t count
+    uint32_t plain  # so many of them come first: decodes of one token each
     uint32_t capacity
     Work work  # of all its parts
     Chunks chunks
     int64_t shared_ns  # of its time, so far
 
 cdef struct Guess:  # where the next request of a step was before
-    Step *step
-    uint32_t place
+    const Part *part
+    const Part *end
 
 cdef struct Ring:
     Step *steps  # step n is at n % size
@@ -62,17 +63,39 @@ cdef inline Step *step_at(const Ring *ring, int64_t number) noexcept nogil:
     return &ring.steps[number & (ring.size - 1)]
 
 
-cdef inline uint32_t look_further(
-    Guess *guess, const Slot *slots, const PyObject *key
+cdef inline Guess guess_in(const Step *step, uint32_t place) noexcept nogil:
+    return Guess(step.parts + min(place, step.count), step.parts + step.count)
+
+
+cdef inline Guess guess_after(const Ring *ring, const Slot *slot) noexcept nogil:
+    """Return the guess that what came after a request in its last step comes after it again."""
+    return guess_in(step_at(ring, slot.last_step), slot.last_place + 1)
+
+
+cdef inline bint is_kept(const Ring *ring, const Slot *slot) noexcept nogil:
+    """Tell if the parts of its last step, in flight or ended, are still in the ring.
+
+    True for a step 2**32 ago too: what is found there is compared by key.
+    """
+    cdef uint32_t age = <uint32_t>(ring.newest + 1) - slot.last_step
+    return (slot.ended or slot.in_flight) and age < ring.size
+
+
+cdef inline bint is_right(Guess guess, const Slot *slots, const PyObject *key) noexcept nogil:
+    return guess.part < guess.end and slots[guess.part.slot].key == key
+
+
+cdef inline Guess look_further(
+    Guess guess, const Slot *slots, const PyObject *key
 ) noexcept nogil:
-    """Return the slot of a request if it is a few places behind the guess, else NOBODY."""
-    cdef uint32_t number, place
-    for place in range(guess.place + 1, min(guess.step.count, guess.place + 1 + DEPARTED_MAX)):
-        number = guess.step.parts[place].slot
-        if slots[number].key == key:
-            guess.place = place
-            return number
-    return NOBODY
+    """Return the guess moved to a request that is a few places behind it, else to the end."""
+    cdef const Part *end = guess.part + min(guess.end - guess.part, <int64_t>DEPARTED_MAX + 1)
+    while guess.part < end:
+        if slots[guess.part.slot].key == key:
+            return guess
+        guess.part += 1
+    guess.part = guess.end
+    return guess
 
 
 cdef inline bint enter(
@@ -90,9 +113,9 @@ cdef inline bint enter(
     part.tokens = <uint32_t>tokens
     part.phase = PREFILL if slot.position < slot.prefill_end else DECODE
     slot.position += part.tokens  # at most twice WEIGHT_MAX
-    slot.entered += 1
+    slot.in_flight += 1
     slot.last_step = this_step
-    slot.last_place = place
+    slot.last_place = <uint16_t>place
     slot.position = min(slot.position, <uint32_t>WEIGHT_MAX)
     part.context = slot.position
     total.tokens += tokens
@@ -118,7 +141,7 @@ cdef inline Step *make_room(Ring *ring, uint32_t count) except NULL:
         grow_ring(ring)
     cdef Step *step = step_at(ring, ring.newest + 1)
     cdef uint32_t capacity = max(<uint32_t>64, 2 * count)
-    step.count = step.chunks.count = 0
+    step.count = step.plain = step.chunks.count = 0
     step.shared_ns = 0
     if step.capacity < count:
         step.parts = <Part *>resized(step.parts, capacity, sizeof(Part))

@@ -254,6 +254,7 @@ def hook_engine_core() -> None:
     if hasattr(EngineCore, "cost_meter_snapshot"):
         return
     EngineCore.cost_meter_snapshot = _cost_meter_snapshot
+    EngineCore.cost_meter_stop = _cost_meter_stop
     for name, wrap in (
         ("sleep", _wrap_sleep),
         ("wake_up", _wrap_wake_up),
@@ -290,6 +291,18 @@ def _cost_meter_snapshot(
         kv_cache_usage=scheduler.kv_cache_manager.usage,
     )
     return snapshot.to_wire()
+
+
+def _cost_meter_stop(self: Any, request_ids: list[str]) -> None:
+    """Utility call: let these requests end with their next token, as if they had asked for that.
+
+    Ids that this engine does not know are none of its business, or have ended meanwhile.
+    """
+    requests = self.scheduler.requests
+    for request_id in request_ids:
+        request = requests.get(request_id)
+        if request is not None:
+            request.max_tokens = min(request.max_tokens, max(request.num_output_tokens, 1))
 
 
 def _wrap_sleep(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ Invariant: with or without an error of ours, vLLM's call returns or raises what 
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_cost_meter._vllm import model_name
@@ -120,6 +120,16 @@ async def poll_engines(
         return None if answer is None else Snapshot.from_wire(answer)
 
     return await asyncio.gather(*map(ask, core.core_engines), return_exceptions=True)
+
+
+async def stop_requests(engine_client: Any, request_ids: Sequence[str], timeout_s: float) -> None:
+    """Have requests end with their next token. Raises TimeoutError if no engine answers."""
+    core = engine_client.engine_core
+    calls = [
+        core._call_utility_async("cost_meter_stop", list(request_ids), engine=engine)
+        for engine in core.core_engines
+    ]
+    await asyncio.wait_for(asyncio.gather(*calls), timeout_s)
 
 
 def api_server_index(engine_client: Any) -> int:

@@ -9,7 +9,6 @@ One error shape, `{"error": {"message", "type", "code"}}`; objects on top; `next
 Invariant: read-only; every JSON body is an object.
 """
 
-import hmac
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,9 +22,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter import __version__
+from vllm_cost_meter.access import OPEN, Access, Viewer
+from vllm_cost_meter.budgets import Figures, told
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.exchange import FINISHED
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.records import rfc3339
 from vllm_cost_meter.windows import hours_of_window
 
 logger = logging.getLogger("vllm.cost_meter")
@@ -41,6 +43,24 @@ Window = Annotated[
 ]
 
 
+# No request can have it, as names are never empty.
+NO_TENANT = ""
+
+
+def _viewer(request: Request) -> Viewer:
+    viewer: Viewer = request.state.viewer
+    return viewer
+
+
+def _for_admins(request: Request) -> None:
+    if not _viewer(request).is_admin:
+        raise HTTPException(403, "expected the admin token: this holds figures of all tenants")
+
+
+ViewerOf = Annotated[Viewer, Depends(_viewer)]
+FOR_ADMINS = [Depends(_for_admins)]
+
+
 class OrjsonResponse(JSONResponse):
     """JSON by orjson: exact 64-bit integers, and fast."""
 
@@ -53,24 +73,25 @@ def make_app(
     reader: LedgerReader,
     *,
     refresh: Callable[[], None] = lambda: None,
-    admin_token: str | None = None,
+    access: Access = OPEN,
     registry: Callable[[], CollectorRegistry] | None = None,
+    budgets: Callable[[], Figures] = Figures,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
-    `refresh` is called, in a worker thread, before figures are read; `registry` gives the metrics.
+    `refresh` is called, in a worker thread, before figures are read; `access` says who may see
+    which; `registry` gives the metrics; `budgets` says where the budgets stand.
     """
 
-    def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
-        if admin_token is None:
-            return
-        expected = f"Bearer {admin_token}".encode()
-        if not hmac.compare_digest((authorization or "").encode(), expected):
+    def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
+        viewer = access.viewer(authorization)
+        if viewer is None:
             raise HTTPException(
                 401,
-                "expected the header Authorization: Bearer <admin token>",
+                "expected the header Authorization: Bearer <admin token, or a tenant's API key>",
                 {"WWW-Authenticate": "Bearer"},
             )
+        request.state.viewer = viewer
 
     app = FastAPI(
         title="vllm-cost-meter",
@@ -87,8 +108,9 @@ def make_app(
     _add_request_routes(app, reader, refresh)
     _add_book_routes(app, reader, refresh)
     _add_model_route(app, reader, refresh)
+    _add_budget_route(app, budgets)
 
-    @app.get("/openapi.json", include_in_schema=False)
+    @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
     def openapi() -> dict[str, Any]:
         """Return the OpenAPI description of this endpoint."""
         return app.openapi()
@@ -100,7 +122,7 @@ def make_app(
 
     if registry is not None:
 
-        @app.get("/metrics", response_class=Response)
+        @app.get("/metrics", response_class=Response, dependencies=FOR_ADMINS)
         def metrics() -> Response:
             """Return Prometheus metrics of the meter and of vLLM."""
             return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
@@ -109,73 +131,113 @@ def make_app(
 
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
-    @app.get("/cost/models")
+    @app.get("/cost/models", dependencies=FOR_ADMINS)
     def models(run: str | None = None) -> dict[str, Any]:
         """Return the latest cost model of each engine run; of one run, all versions."""
         refresh()
         return {"models": reader.cost_models(run)}
 
 
+def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
+    @app.get("/cost/budgets")
+    def standings(viewer: ViewerOf) -> dict[str, Any]:
+        """Return what each budget's tenants have used in its period, as new requests are judged."""
+        figures = budgets()
+        return {
+            "as_of": None if figures.as_of_ns is None else rfc3339(figures.as_of_ns),
+            "broken": figures.broken,
+            # What a tag's tenants use together is nothing for one of them.
+            "budgets": [
+                told(standing)
+                for standing in figures.standings
+                if viewer.may_see(standing.budget.tenant)
+            ],
+        }
+
+
+def look_up(
+    reader: LedgerReader, refresh: Callable[[], None], request_id: str, viewer: Viewer
+) -> list[dict[str, Any]]:
+    """Return the request rows of an id that a viewer may see. Raises HTTPException without any.
+
+    What still runs is looked up anew after `refresh`.
+    """
+
+    def rows_now() -> list[dict[str, Any]]:
+        return [row for row in reader.look_up(request_id) if viewer.may_see(row["tenant"])]
+
+    rows = rows_now()
+    if not all(row["state"] == FINISHED for row in rows) or not rows:
+        refresh()
+        rows = rows_now()
+    # An ambiguous id lists its matches to an operator only.
+    if not rows or (len(rows) > 1 and not viewer.is_admin):
+        raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
+    return rows
+
+
 def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
-    def answer(request_id: str, tell: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
-        rows = reader.look_up(request_id)
-        if not all(row["state"] == FINISHED for row in rows) or not rows:
-            refresh()
-            rows = reader.look_up(request_id)
-        if not rows:
-            raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
+    def answer(
+        request_id: str, viewer: Viewer, tell: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    ) -> Any:
+        rows = look_up(reader, refresh, request_id, viewer)
         if len(rows) > 1:
             return OrjsonResponse({"matches": [tell(row) for row in rows]}, 300)
         return tell(rows[0])
 
     # Before the route that takes any path for an id.
     @app.get("/cost/requests/{request_id:path}/explain")
-    def explain(request_id: str) -> Any:
+    def explain(request_id: str, viewer: ViewerOf) -> Any:
         """Return how the bill of one HTTP request came about, to be recomputed by hand."""
-        return answer(request_id, reader.explain)
+        return answer(request_id, viewer, reader.explain)
 
     @app.get("/cost/requests/{request_id:path}")
-    def request(request_id: str) -> Any:
+    def request(request_id: str, viewer: ViewerOf) -> Any:
         """Return one HTTP request, by response id, X-Request-Id, internal id or its own id."""
-        return answer(request_id, lambda row: row)
+        return answer(request_id, viewer, lambda row: row)
 
     @app.get("/cost/requests")
     def requests(
+        viewer: ViewerOf,
         limit: Annotated[int, Query(ge=1, le=REQUESTS_PER_PAGE_MAX)] = 100,
         next: str | None = None,  # noqa: A002 - the parameter's public name
         tenant: str | None = None,
     ) -> dict[str, Any]:
         """Return HTTP requests, newest first, and on the first page those that run."""
-        with _asked_wrongly():
+        if tenant is None:
+            tenant = viewer.tenant
+        with asked_wrongly():
+            if not viewer.may_see(tenant):
+                tenant = NO_TENANT
             return reader.requests(limit=limit, next=next, tenant=tenant)
 
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
-    @app.get("/cost/tenants")
+    @app.get("/cost/tenants", dependencies=FOR_ADMINS)
     def tenants(window: Window = None) -> dict[str, Any]:
         """Return what each tenant used, and each class of engine time, adding up to the total."""
-        hours = _hours(window)
+        hours = hours_asked(window)
         refresh()
         return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant:path}")
-    def tenant(tenant: str, window: Window = None) -> dict[str, Any]:
+    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> dict[str, Any]:
         """Return what one tenant used."""
-        hours = _hours(window)
+        hours = hours_asked(window)
         refresh()
-        row = reader.tenant(tenant, *hours)
+        row = reader.tenant(tenant, *hours) if viewer.may_see(tenant) else None
         if row is None:
             raise HTTPException(404, f"no tenant {tenant!r} in the ledger")
         return row
 
-    @app.get("/cost/summary")
+    @app.get("/cost/summary", dependencies=FOR_ADMINS)
     def summary(window: Window = None) -> dict[str, Any]:
         """Return totals over all tenants and engines."""
-        hours = _hours(window)
+        hours = hours_asked(window)
         refresh()
         return reader.summary(*hours)
 
-    @app.get("/cost/audit")
+    @app.get("/cost/audit", dependencies=FOR_ADMINS)
     def audit() -> dict[str, Any]:
         """Prove, run by run, that the books balance at the last snapshot."""
         refresh()
@@ -183,7 +245,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
 
 
 @contextmanager
-def _asked_wrongly() -> Iterator[None]:
+def asked_wrongly() -> Iterator[None]:
     """Make a ValueError about what the asker wrote a 422; any other is our own bug."""
     try:
         yield
@@ -191,8 +253,9 @@ def _asked_wrongly() -> Iterator[None]:
         raise HTTPException(422, str(error)) from None
 
 
-def _hours(window: str | None) -> tuple[int | None, int | None]:
-    with _asked_wrongly():
+def hours_asked(window: str | None) -> tuple[int | None, int | None]:
+    """Return the hours of a window. Raises HTTPException for what is none."""
+    with asked_wrongly():
         return hours_of_window(window)
 
 

@@ -7,6 +7,7 @@ announced when it was here for one sweep already, or when somebody asks.
 Invariant: each birth is announced at most once, and never after it was taken.
 """
 
+from collections.abc import Iterator
 from itertools import islice
 
 from vllm_cost_meter.exchange import Birth
@@ -44,6 +45,10 @@ class Births:
         newer = self._newer.pop(request_id, None)
         older = self._older.pop(request_id, None)
         return birth, birth is not None and newer is None and older is None
+
+    def __iter__(self) -> Iterator[Birth]:
+        """Return those whose bill has not come, the oldest first."""
+        return iter(self._births.values())
 
     def due(self) -> list[Birth]:
         """Sweep: return those to announce that were here at the last sweep too."""

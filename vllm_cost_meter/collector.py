@@ -21,11 +21,14 @@ from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm_cost_meter import _vllm_api, metrics, plugin
+from vllm_cost_meter.admission import Admission, Rules
 from vllm_cost_meter.births import Births
+from vllm_cost_meter.budgets import Figures, Owner
 from vllm_cost_meter.config import Settings, load_settings
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.spending import Spending
 from vllm_cost_meter.ledger.store import default_url
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.poller import Poller
@@ -51,6 +54,7 @@ R = TypeVar("R")
 
 # Replies that waited in vain, in a row, before nobody waits any more.
 MISSES_IN_A_ROW_MAX = 5
+STOP_TIMEOUT_S = 10.0
 
 
 class Breaker:
@@ -98,6 +102,8 @@ class Collector:
         self._polling: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
+        self.admission: Admission | None = None
+        self._admitting: asyncio.Task[None] | None = None
 
     def run(
         self,
@@ -132,8 +138,10 @@ class Collector:
         self.served = frozenset(_vllm_api.served_names(engine_client, state))
         if self._sweeping is None:
             self._sweeping = asyncio.create_task(self._sweep())
+            await self._hold_to_budgets(engine_client)
         if self._reloading is None and self.settings.config is not None:
-            self._reloading = asyncio.create_task(self._reload(Reloader(self.settings.config)))
+            reloader = Reloader(self.settings.config)
+            self._reloading = asyncio.create_task(self._reload(reloader, engine_client))
         if _vllm_api.api_server_index(engine_client) != 0 or self.poller is not None:
             return False
         self.poller = Poller(
@@ -147,6 +155,39 @@ class Collector:
         self._polling = asyncio.create_task(self.poller.run())
         return True
 
+    async def _hold_to_budgets(self, engine_client: Any) -> None:
+        if not self.settings.budgets or self.admission is not None:
+            return
+        spending = await asyncio.to_thread(Spending, self.writer.url)
+        self.admission = Admission(
+            spending,
+            self._budget_rules,
+            self.guard,
+            self.settings.snapshot_interval_s,
+            running_of=self._running_of,
+            stop=lambda ids: _vllm_api.stop_requests(engine_client, ids, STOP_TIMEOUT_S),
+        )
+        self._admitting = asyncio.create_task(self.admission.run())
+
+    def figures(self) -> Figures:
+        """Return where the budgets stand."""
+        return self.admission.figures if self.admission is not None else Figures()
+
+    def _budget_rules(self) -> Rules:
+        settings = self.settings
+        return Rules(
+            budgets=settings.declared_budgets,
+            fail_closed=settings.failing_closed,
+            price_of=lambda _run_id, _hour: settings.gpu_hour_usd,
+        )
+
+    def _running_of(self, covers: Callable[[Owner], bool]) -> list[str]:
+        return [
+            birth.request_id
+            for birth in self._births
+            if birth.exchange is not None and covers(birth.exchange.payer())
+        ]
+
     def _earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
         reader = LedgerReader(self.writer.url)
         try:
@@ -156,7 +197,7 @@ class Collector:
 
     async def stop(self) -> None:
         """Take a last look at the engines, and flush the ledger with the names of what runs."""
-        for task in (self._sweeping, self._reloading):
+        for task in (self._sweeping, self._reloading, self._admitting):
             if task is not None:
                 task.cancel()
         self.run("announce", Collector.announce_all)
@@ -170,15 +211,20 @@ class Collector:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self.settings.snapshot_interval_s)
-            self.run("announce", lambda _: self._announce(self._births.due()))
+            # A budget counts what runs by who it is for, so that must be known at once.
+            if self.admission is not None:
+                self.run("announce", Collector.announce_all)
+            else:
+                self.run("announce", lambda _: self._announce(self._births.due()))
 
-    async def _reload(self, reloader: Reloader) -> None:
+    async def _reload(self, reloader: Reloader, engine_client: Any) -> None:
         while True:
             await asyncio.sleep(INTERVAL_S)
             try:
                 # Reading a file takes its time, and vLLM's tokens must not wait for it.
                 new = await asyncio.to_thread(reloader.look, self.settings)
                 self.settings = new or self.settings
+                await self._hold_to_budgets(engine_client)
                 self.guard.succeeded("reload")
             except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
                 self.guard.failed("reload", error)

@@ -11,6 +11,7 @@ Invariant: `load_settings` returns settings whose every value was checked, or ra
 """
 
 import difflib
+import hashlib
 import ipaddress
 import os
 import re
@@ -37,12 +38,17 @@ from pydantic_settings import (
 )
 
 from vllm_cost_meter import setting_types as t
+from vllm_cost_meter.budgets import Budget
 from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.setting_budgets import BudgetSetting, check_budgets
 from vllm_cost_meter.tenant_settings import (
     RuleSetting,
     TenantSetting,
+    below,
     check_rules,
     check_tenants,
+    failing_closed,
+    keys_of,
     replies_of,
     resolver_of,
 )
@@ -91,9 +97,15 @@ class Settings(BaseSettings):
         description="Port of the side endpoint; 0 takes any free one, `off` runs none.",
         json_schema_extra=_about(t.PORT),
     )
+    admin_token_sha256: t.Digest | None = Field(
+        default=None,
+        repr=False,
+        description="The SHA-256 of the admin token, in place of `admin_token`.",
+        json_schema_extra=_about(t.SHA256, secret=True),
+    )
     admin_token: t.Token | None = Field(
         default=None,
-        description="Bearer token that the side endpoint demands.",
+        description="Bearer token that the side endpoint demands; tenants show their API keys.",
         json_schema_extra=_about(t.TOKEN, secret=True),
     )
     method: Method = Field(
@@ -136,6 +148,19 @@ class Settings(BaseSettings):
         "`proof_sha256`. It belongs in the environment.",
         json_schema_extra=_about(t.TOKEN, secret=True, live=True),
     )
+    budgets: tuple[BudgetSetting, ...] = Field(
+        default=(),
+        description="What tenants may use in a period, see below.",
+        json_schema_extra=_about("a list of budgets (in the environment: as JSON)", live=True),
+    )
+    budget_throttle_s: t.Number = Field(
+        default=5.0,
+        ge=0.1,
+        le=600,
+        allow_inf_nan=False,
+        description="How long a new request waits whose budget is used up and throttles.",
+        json_schema_extra=_about("a number from 0.1 to 600", "s", live=True),
+    )
     tenants: tuple[TenantSetting, ...] = Field(
         default=(),
         description="The tenants, see below.",
@@ -156,11 +181,23 @@ class Settings(BaseSettings):
     @classmethod
     def _guarded_off_loopback(cls, token: SecretStr | None, info: ValidationInfo) -> object:
         host = info.data.get("host", "localhost")
-        if token is None and info.data.get("port") is not None and not _is_loopback(host):
+        digest = info.data.get("admin_token_sha256")
+        if token is not None and digest is not None:
+            raise t.WrongError("either admin_token or admin_token_sha256", "both")
+        is_open = token is None and digest is None
+        if is_open and info.data.get("port") is not None and not _is_loopback(host):
             raise t.WrongError(
                 f"a token, as the side endpoint listens on {host}, off loopback", "nothing"
             )
         return token
+
+    @field_validator("budgets")
+    @classmethod
+    def _countable(
+        cls, budgets: tuple[BudgetSetting, ...], info: ValidationInfo
+    ) -> tuple[BudgetSetting, ...]:
+        check_budgets(budgets, has_price=info.data.get("gpu_hour_usd") is not None)
+        return budgets
 
     @field_validator("tenants")
     @classmethod
@@ -186,10 +223,35 @@ class Settings(BaseSettings):
         """Take values from the caller only: `load_settings` says which source it uses."""
         return (init_settings,)
 
+    def derive(self) -> None:
+        """Derive now what the first request would otherwise wait for."""
+        _ = self.resolver, self._replies, self.declared_budgets, self.failing_closed
+
     @cached_property
     def resolver(self) -> Resolver:
         """What tells whose a request is."""
         return resolver_of(self.tenant_rules, self.tenants, self.gateway_secret)
+
+    @cached_property
+    def declared_budgets(self) -> tuple[Budget, ...]:
+        """The budgets, with the tenants below theirs."""
+        return tuple(each.budget(below(self.tenants, each.tenant or "")) for each in self.budgets)
+
+    @cached_property
+    def failing_closed(self) -> frozenset[str]:
+        """The declared tenants that are refused while nothing can be measured."""
+        return failing_closed(self.tenants)
+
+    @cached_property
+    def tenant_keys(self) -> dict[str, str]:
+        """The tenants by the SHA-256 of their API keys."""
+        return keys_of(self.tenants)
+
+    def admin_sha256(self) -> str | None:
+        """Return the SHA-256 of the admin token; None without one."""
+        if self.admin_token is None:
+            return self.admin_token_sha256
+        return hashlib.sha256(self.admin_token.get_secret_value().encode()).hexdigest()
 
     def reply_for(self, tenant: str) -> t.Reply:
         """Return what the clients of this tenant, or of this child of a tenant, are told."""
@@ -201,8 +263,12 @@ class Settings(BaseSettings):
         return replies_of(self.tenants, self.reply)
 
 
-# Settings that are lists of entries, in the environment as JSON.
-_ENTRIES: Mapping[str, type[BaseModel]] = {"tenants": TenantSetting, "tenant_rules": RuleSetting}
+# Settings that are lists of tables, and what stands in one.
+SECTIONS: Mapping[str, type[BaseModel]] = {
+    "tenants": TenantSetting,
+    "tenant_rules": RuleSetting,
+    "budgets": BudgetSetting,
+}
 
 
 def load_settings(
@@ -225,10 +291,11 @@ def load_settings(
     source.env_vars = {name.lower(): value for name, value in given.items()}
     try:
         from_environment = source()
-    except SettingsError as error:  # only of `_ENTRIES`: all others are plain text
-        field = next(name for name in _ENTRIES if f'"{name}"' in str(error))
-        key, expected = f"{PREFIX}{field.upper()}", _expected(Settings, field)
-        raise SettingError(key, expected, t.Text("text that is not JSON")) from None
+    except SettingsError as error:  # only of sections, which are not plain text
+        section = next((name for name in SECTIONS if f'"{name}"' in str(error)), "tenants")
+        key = f"{PREFIX}{section.upper()}"
+        got = t.Text("text that is not JSON")
+        raise SettingError(key, _expected(Settings, section), got) from None
     try:
         return Settings(**{**from_file, **from_environment})
     except ValidationError as error:
@@ -282,8 +349,8 @@ def _setting_error(
     key += "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inner)
     model: type[BaseModel] = Settings
     names = [step for step in inner if isinstance(step, str)]
-    if field in _ENTRIES and names:
-        model, field = _ENTRIES[field], names[0]
+    if field in SECTIONS and names:
+        model, field = SECTIONS[field], names[0]
     wrong = problem.get("ctx", {}).get("error")
     got: object = _shown(problem["input"], secret=_is_secret(model, field))
     expected = _expected(model, field)

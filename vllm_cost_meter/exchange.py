@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vllm_cost_meter.budgets import Owner
 from vllm_cost_meter.records import EngineRequest, HttpRequest
 from vllm_cost_meter.tenants import Resolved
 
@@ -65,6 +66,10 @@ class Exchange:
     # background response; without any there is nothing to record.
     unrecorded: HttpRequest | None = None
     _all_billed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def payer(self) -> Owner:
+        """Return whose it is, as budgets ask."""
+        return Owner.of(self.owner.tenant, self.owner.parent, self.owner.tags)
 
     def part_was_born(self, response_id: str | None) -> None:
         """Count an engine request of this exchange."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from vllm_cost_meter.budgets import Standing
 from vllm_cost_meter.records import (
     CLASSES,
     NS_PER_SECOND,
@@ -36,6 +37,17 @@ TENANTS_FOLDED = Counter(
     "cost_meter_tenants_folded", f"Bills counted under {OTHER}: too many tenants for labels"
 )
 MISSES = Counter("cost_meter_reply_misses", "Replies sent without a cost: it was not there in time")
+BUDGET_USED = Gauge(
+    "cost_meter_budget_used_ratio",
+    "What a budget's tenants used in its period, of its amount; absent where it is not known",
+    ["budget"],
+    multiprocess_mode="mostrecent",
+)
+REFUSED = Counter(
+    "cost_meter_refused_requests",
+    "New requests blocked or throttled by a budget, or unavailable as its figures were stale",
+    ["kind", "budget"],
+)
 ERRORS = Counter("cost_meter_errors", "Errors of the meter itself, contained", ["side"])
 ENGINE_SECONDS = Gauge(
     "cost_meter_engine_gpu_seconds",
@@ -84,6 +96,18 @@ _labelled_tenants: set[str] = set()
 # Those of them whose names clients chose.
 _labelled_choices: set[str] = set()
 _INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]
+
+
+def count_refused(kind: str, budget: str) -> None:
+    """Count one new request that was not simply admitted; `kind` is that of its verdict."""
+    REFUSED.labels(kind, budget).inc()
+
+
+def set_budgets(standings: Sequence[Standing]) -> None:
+    """Show how much of each budget is used."""
+    for standing in standings:
+        if standing.total is not None:
+            BUDGET_USED.labels(standing.budget.name).set(standing.total / standing.budget.limit)
 
 
 def count_bill(part: EngineRequest) -> None:

@@ -14,9 +14,11 @@ Invariant: what leaves is byte for byte what entered, but for the fields listed 
 and every message that entered leaves, whatever fails here.
 """
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,8 +27,9 @@ from vllm_cost_meter import reply
 from vllm_cost_meter.collector import Collector, get_collector
 from vllm_cost_meter.exchange import Exchange, current_exchange
 from vllm_cost_meter.records import Usage
+from vllm_cost_meter.refusal import Refusal, refusal, warning
 from vllm_cost_meter.request_body import claims_of, is_json, read_ahead
-from vllm_cost_meter.routes import is_generating, route_of
+from vllm_cost_meter.routes import reaches_engine, route_of
 from vllm_cost_meter.side import start_side
 from vllm_cost_meter.tenants import NO_CLAIMS, BodyClaims
 
@@ -65,8 +68,17 @@ class CostMiddleware:
         if exchange is None:
             await self.app(scope, receive, send)
             return
+        judged = collector.run("budgets", _judged, exchange) or _ADMITTED
+        if judged.refusal is not None:
+            await _refuse(judged.refusal, scope, send)
+            return
+        if judged.delay_s:
+            await asyncio.sleep(judged.delay_s)
+        editor = collector.run("new editor", ReplyEditor, exchange, send, judged.warnings)
+        if editor is None:
+            await self.app(scope, receive, send)
+            return
         token = current_exchange.set(exchange)
-        editor = ReplyEditor(collector, exchange, send)
         try:
             await self._served(scope, receive, editor)
         finally:
@@ -106,7 +118,7 @@ def _route(scope: Scope) -> str:
 
 def _has_claims(_collector: Collector, scope: Scope) -> bool:
     """Tell whether the body of a request may say something of its tenant."""
-    return scope["type"] == "http" and is_generating(_route(scope)) and is_json(scope["headers"])
+    return scope["type"] == "http" and reaches_engine(_route(scope)) and is_json(scope["headers"])
 
 
 async def _read_claims(receive: Receive, collector: Collector) -> tuple[BodyClaims, Receive]:
@@ -129,14 +141,53 @@ def _new_exchange(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What its budgets make of a new request: refused, delayed, or warned in its reply."""
+
+    refusal: Refusal | None = None
+    delay_s: float = 0.0
+    warnings: Sequence[tuple[bytes, bytes]] = ()
+
+
+_ADMITTED = Judged()
+
+
+def _judged(collector: Collector, exchange: Exchange) -> Judged:
+    if collector.admission is None or not reaches_engine(exchange.route):
+        return _ADMITTED
+    verdict = collector.admission.verdict(exchange.payer())
+    if verdict.kind in ("blocked", "unavailable"):
+        return Judged(refusal(verdict, exchange.owner.tenant, exchange.route))
+    if verdict.kind == "throttled":
+        return Judged(delay_s=collector.settings.budget_throttle_s)
+    return Judged(warnings=warning(verdict.soft))
+
+
+async def _refuse(told: Refusal, scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        # Before it was accepted: the server answers the handshake with 403.
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await send({"type": "http.response.start", "status": told.status, "headers": told.headers})
+    await send({"type": BODY, "body": told.body})
+
+
 class ReplyEditor:
     """Stands between the application and the client for one exchange."""
 
-    def __init__(self, collector: Collector, exchange: Exchange, send: Send) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        exchange: Exchange,
+        send: Send,
+        warnings: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
         self._collector = collector
         self._exchange = exchange
         self._send = send
         self._mode = collector.settings.reply_for(exchange.owner.tenant)
+        self._warnings = warnings if self._mode != "none" else ()
         self._status: int | None = None
         self._usage = Usage()
         self._complete = False
@@ -219,6 +270,8 @@ class ReplyEditor:
 
     async def _start(self, message: Message) -> None:
         self._status = message["status"]
+        if self._warnings:
+            message = {**message, "headers": [*message.get("headers", ()), *self._warnings]}
         content_type = _header(message, b"content-type").partition(b";")[0].strip().lower()
         if content_type == b"text/event-stream":
             self._streamed = True

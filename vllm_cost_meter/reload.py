@@ -1,9 +1,9 @@
 """Takes over what changed in the settings file while the server runs.
 
 Once a second the file's stamp is looked at; when it differs, the file is read as at the start. What
-may change while a server runs (`live` in the settings: tenants, their rules, what clients are told)
-is taken over as one, for the requests that come from then on. A file that is wrong changes nothing:
-one line says so, once per change, and the settings stay as they were.
+may change while a server runs (`live` in the settings: tenants, their rules and budgets, what
+clients are told) is taken over as one, for the requests that come from then on. A file that is
+wrong changes nothing: one line says so, once per change, and the settings stay as they were.
 
 Invariant: settings in use were checked as a whole, and what is not live is what the server started
 with.
@@ -13,6 +13,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from vllm_cost_meter.config import Settings, load_settings
 from vllm_cost_meter.errors import SettingError
@@ -73,10 +75,16 @@ class Reloader:
         taken = changed & live
         if not taken:
             return None
-        # Built anew: a copy would keep what was derived from the old values.
-        new = Settings(**values | {name: getattr(loaded, name) for name in taken})
-        # Derived here, where no request waits for it.
-        _ = new.resolver, new.reply_for("")
+        try:
+            # Built anew: a copy would keep what was derived from the old values.
+            new = Settings(**values | {name: getattr(loaded, name) for name in taken})
+        except ValidationError:  # a budget in USD beside a first price, say
+            logger.error(
+                "cost meter: the settings stay as they were: %s needs a restart as a whole",
+                self._path,
+            )
+            return None
+        new.derive()
         logger.info("cost meter: %s: taken over, changed %s", self._path, _list(taken))
         return new
 

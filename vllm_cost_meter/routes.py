@@ -127,8 +127,8 @@ def route_of(path: str) -> str:
     return path[:LABEL_CHARS_MAX]
 
 
-def is_generating(route: str) -> bool:
-    """Tell whether the requests of a route (its label) ask an engine for something."""
+def reaches_engine(route: str) -> bool:
+    """Tell whether requests of a route, by its label, use an engine."""
     return route in _RULES
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import prometheus_client
@@ -20,11 +20,14 @@ import prometheus_client.multiprocess
 import uvicorn
 from fastapi import FastAPI
 
+from vllm_cost_meter.access import Access
 from vllm_cost_meter.api import make_app
+from vllm_cost_meter.budgets import Figures
 from vllm_cost_meter.collector import Collector
 from vllm_cost_meter.config import Settings
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.own_figures import make_router
 from vllm_cost_meter.poller import Poller
 
 logger = logging.getLogger("vllm.cost_meter")
@@ -39,13 +42,36 @@ async def start_side(collector: Collector, app: Any) -> None:
     if engine_client is None:
         return  # a render server has no engine
     try:
-        if await collector.start(engine_client, app.state) and collector.poller is not None:
-            serve(collector.settings, collector.ledger_url, collector.poller)
+        polls = await collector.start(engine_client, app.state)
+        if polls and collector.poller is not None:
+            serve(
+                collector.settings,
+                collector.ledger_url,
+                collector.poller,
+                collector.figures,
+                lambda: collector.settings.tenant_keys,
+            )
+        _add_own_figures(collector, app)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
         collector.guard.failed("start", error)
 
 
-def serve(settings: Settings, ledger_url: str, poller: Poller) -> None:
+def _add_own_figures(collector: Collector, app: Any) -> None:
+    """Put tenants' own figures on vLLM's port; those of other API servers are a snapshot old."""
+    poller = collector.poller
+    loop = asyncio.get_running_loop()
+    refresh = (lambda: None) if poller is None else _refresher(poller, loop)
+    reader = LedgerReader(collector.ledger_url, create=True)
+    app.include_router(make_router(reader, refresh, collector.figures))
+
+
+def serve(
+    settings: Settings,
+    ledger_url: str,
+    poller: Poller,
+    budgets: Callable[[], Figures] = Figures,
+    keys: Callable[[], Mapping[str, str]] = dict,
+) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken."""
     if settings.port is None:
         return
@@ -60,7 +86,6 @@ def serve(settings: Settings, ledger_url: str, poller: Poller) -> None:
             error.strerror,
         )
         return
-    token = settings.admin_token.get_secret_value() if settings.admin_token else None
     try:
         reader = LedgerReader(ledger_url, create=True)
     except LedgerError:
@@ -69,8 +94,9 @@ def serve(settings: Settings, ledger_url: str, poller: Poller) -> None:
     app = make_app(
         reader,
         refresh=_refresher(poller, asyncio.get_running_loop()),
-        admin_token=token,
+        access=Access(settings.admin_sha256(), keys),
         registry=metrics_registry,
+        budgets=budgets,
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

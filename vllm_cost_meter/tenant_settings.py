@@ -58,6 +58,12 @@ class TenantSetting(BaseModel):
         "parent's tags too, where it does not set them itself.",
         json_schema_extra=t.about(t.TAGS),
     )
+    fail_closed: bool = Field(
+        default=False,
+        description="Whether requests of this tenant, and of all below it, are refused (503) while "
+        "what its budgets' tenants use cannot be measured.",
+        json_schema_extra=t.about("true or false"),
+    )
     reply: t.Reply | None = Field(
         default=None,
         description="What this tenant's clients are told; without it what its parent says, else "
@@ -233,7 +239,7 @@ def _rule(
     secret: SecretStr | None,
 ) -> Rule:
     if rule.rule == "api_key":
-        return ApiKeyRule({h: tenant.name for tenant in tenants for h in tenant.api_key_sha256})
+        return ApiKeyRule(keys_of(tenants))
     if rule.rule == "header":
         known = "" if secret is None else secret.get_secret_value()
         return HeaderRule(
@@ -249,9 +255,27 @@ def _rule(
     return ChildRule(rule.rule, rule.key or "", taken)
 
 
+def keys_of(tenants: Iterable[TenantSetting]) -> dict[str, str]:
+    """Return the tenants by the SHA-256 of their API keys."""
+    return {digest: tenant.name for tenant in tenants for digest in tenant.api_key_sha256}
+
+
 def declared_of(tenants: Iterable[TenantSetting]) -> dict[str, Declared]:
     """Return what is declared of each tenant, with the tags it has from its parents."""
     return {chain[0].name: Declared(chain[0].owner, _tags_of(chain)) for chain in _chains(tenants)}
+
+
+def below(tenants: Iterable[TenantSetting], name: str) -> frozenset[str]:
+    """Return the declared tenants that have this one above them."""
+    chains = _chains(tenants)
+    return frozenset(one[0].name for one in chains if name in {each.name for each in one[1:]})
+
+
+def failing_closed(tenants: Iterable[TenantSetting]) -> frozenset[str]:
+    """Return the declared tenants that fail closed, or have one above them that does."""
+    return frozenset(
+        one[0].name for one in _chains(tenants) if any(each.fail_closed for each in one)
+    )
 
 
 def replies_of(tenants: Iterable[TenantSetting], otherwise: t.Reply) -> dict[str, t.Reply]:

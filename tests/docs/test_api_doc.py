@@ -9,7 +9,9 @@ from prometheus_client import CollectorRegistry
 
 from tests.docs.pages import DOCS, section, table_rows
 from tests.docs.small_ledger import small_ledger
+from vllm_cost_meter.access import Access, sha256
 from vllm_cost_meter.api import REQUESTS_PER_PAGE_MAX, make_app
+from vllm_cost_meter.budgets import Budget, Figures, Standing
 from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.reader import MAX_MATCHES, SETTLE_S, LedgerReader
 from vllm_cost_meter.side import REFRESH_TIMEOUT_S
@@ -20,7 +22,10 @@ PAGE = DOCS / "api.md"
 @pytest.fixture
 def client(tmp_path):
     reader = small_ledger(tmp_path)
-    yield TestClient(make_app(reader, registry=CollectorRegistry))
+    budget = Budget("b", 10, "usd", "month", tenant="search")
+    figures = Figures([Standing(budget, {0: 1}, 0)], as_of_ns=0)
+    app = make_app(reader, registry=CollectorRegistry, budgets=lambda: figures)
+    yield TestClient(app)
     reader.close()
 
 
@@ -65,6 +70,7 @@ def test_every_query_parameter_is_documented_and_no_other(client):
         ("Runs", lambda get: get("/cost/summary")["runs"][0]),
         ("Explanation", lambda get: get("/cost/requests/mine/explain")["parts"][0]),
         ("Cost models", lambda get: get("/cost/models")["models"][0]),
+        ("Budgets", lambda get: get("/cost/budgets")["budgets"][0]),
         ("Audit", lambda get: get("/cost/audit")["runs"][0]),
     ],
 )
@@ -94,6 +100,7 @@ def test_one_tenant_has_a_row_and_what_the_page_says(get):
 
 def test_the_other_objects_have_the_keys_that_the_page_says(get):
     assert set(get("/cost/requests")) == {"requests", "running", "next"}
+    assert set(get("/cost/budgets")) == {"as_of", "broken", "budgets"}
     assert set(get("/cost/audit")) == {"balanced", "after_cut", "runs"}
     assert set(get("/cost/tenants")["after_cut"]) == {"bills", "gpu_time_ns"}
     assert set(get("/cost/tenants")["window"]) == {"from", "to", "from_hour", "to_hour"}
@@ -121,11 +128,14 @@ def test_errors_are_as_documented(client, get, tmp_path):
         assert reply.json()["error"]["type"] == told[status]
         assert reply.json()["error"]["code"] == reply.status_code
     reader = LedgerReader(f"sqlite:///{tmp_path}/ledger.db")
-    guarded = TestClient(make_app(reader, admin_token="secret"))
+    keys = {sha256("key-of-search"): "search"}
+    guarded = TestClient(make_app(reader, access=Access(sha256("secret"), lambda: keys)))
     reply = guarded.get("/cost/summary")
     assert (reply.status_code, reply.json()["error"]["type"]) == (401, told["401"])
     assert guarded.get("/openapi.json").status_code == 401
     assert guarded.get("/health").status_code == 401
+    reply = guarded.get("/cost/summary", headers={"authorization": "Bearer key-of-search"})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (403, told["403"])
     reader.close()
 
 

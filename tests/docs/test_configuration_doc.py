@@ -7,9 +7,8 @@ import pytest
 from pydantic import BaseModel
 
 from tests.docs.pages import section
-from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings
+from vllm_cost_meter.config import OTHER_NAMES, PREFIX, SECTIONS, Settings
 from vllm_cost_meter.reload import live_names
-from vllm_cost_meter.tenant_settings import RuleSetting, TenantSetting
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -36,8 +35,7 @@ def rows(model: type[BaseModel], *, environment: bool) -> list[str]:
 
 EXPECTED = [
     *rows(Settings, environment=True),
-    *rows(TenantSetting, environment=False),
-    *rows(RuleSetting, environment=False),
+    *(line for model in SECTIONS.values() for line in rows(model, environment=False)),
 ]
 
 
@@ -58,7 +56,7 @@ def test_names_that_are_no_settings_are_mentioned(name):
 
 
 def test_every_setting_says_what_it_means():
-    for model in (Settings, TenantSetting, RuleSetting):
+    for model in (Settings, *SECTIONS.values()):
         for field in model.model_fields.values():
             assert field.description
             assert field.json_schema_extra["expected"]

@@ -9,9 +9,11 @@ import typer.main
 
 from tests.docs.pages import DOCS, PAGES, ROOT
 from vllm_cost_meter import reply
+from vllm_cost_meter.budgets import Budget, Standing, Verdict
 from vllm_cost_meter.cli import app
 from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings
 from vllm_cost_meter.records import BILL_KEY
+from vllm_cost_meter.refusal import refusal, warning
 from vllm_cost_meter.tenants import PROOF_HEADER
 
 README = ROOT / "README.md"
@@ -113,7 +115,12 @@ def test_environment_names_are_settings(page):
 @EACH_PAGE
 def test_header_names_are_those_of_the_code(page):
     cost = reply.Cost(1, 1, 0, 1, 1, 1, "id", "tenant", "tokens")
-    sent = {name.decode() for name, _ in reply.headers(cost)} | {BILL_KEY, PROOF_HEADER}
+    spent = Standing(Budget("b", 1, "usd", "day", tenant="t"), {0: 1}, 0)
+    of_budgets = [*warning((spent,)), *refusal(Verdict("blocked", spent), "t", "").headers]
+    sent = {name.decode() for name, _ in (*reply.headers(cost), *of_budgets)} | {
+        BILL_KEY,
+        PROOF_HEADER,
+    }
     assert set(re.findall(r"\bx-cost-meter-[a-z-]+[a-z]", page.read_text())) <= sent
 
 

@@ -60,7 +60,8 @@ def test_every_hook_is_documented_and_no_other():
         for name in vars(_vllm.MeteredScheduler)
         if callable(vars(_vllm.MeteredScheduler)[name])
     }
-    added = {"get_scheduler_cls", "sleep", "wake_up", "execute_dummy_batch", "cost_meter_snapshot"}
+    added = {"get_scheduler_cls", "sleep", "wake_up", "execute_dummy_batch"}
+    added |= {"cost_meter_snapshot", "cost_meter_stop"}
     assert engine == ours | added
     api = set(re.findall(r"`(\w+\.\S+?)`", section(HOOKS, "In the API servers")))
     hooked = {f"OutputProcessor.{name}" for name in _vllm_canary.OUTPUT_PROCESSOR}

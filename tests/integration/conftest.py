@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.probe import Probe
-from tests.integration.server import Server
+from tests.integration.server import BUDGETS, Server
+
+KV_BLOCKS = "24"  # of 128 tokens
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +31,32 @@ def server(work: Path) -> Iterator[Server]:
             "CMT_SEEN": str(work / "seen"),
             "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # background responses need it
         },
+    )
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def hard(work: Path) -> Iterator[Server]:
+    """Two API servers, async scheduling, a small KV cache, a clock to move, and two budgets.
+
+    test_engines.py ends it by kill -9, last.
+    """
+    clock = work / "clock"
+    clock.write_text("0")
+    tee = work / "hard-tee"
+    tee.mkdir()
+    server = Server(
+        work / "hard",
+        arguments=[
+            *("--plugins", "cost_meter", "--api-server-count", "2"),
+            *("--num-gpu-blocks-override", KV_BLOCKS, "--max-model-len", "2900"),
+            "--enable-prompt-tokens-details",
+        ],
+        config=BUDGETS,
+        environment={"CMT_ASYNC": "1", "CMT_CLOCK": str(clock), "CMT_TEE": str(tee)},
     )
     try:
         yield server.start()

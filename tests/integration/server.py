@@ -24,6 +24,25 @@ from vllm_cost_meter.tiny_model import default_path
 START_TIMEOUT_S = 240
 PLUGIN_FOLDER = Path(__file__).parent / "plugin"
 TENANT_KEYS = {"alpha": "key-of-alpha", "beta": "key-of-beta", "gamma": "key-of-gamma"}
+# Of tenants that only test_budgets.py asks as.
+LIMITED_KEYS = {"delta": "key-of-delta", "epsilon": "key-of-epsilon"}
+BUDGET_S = 4
+BUDGETS = f"""
+[[budgets]]
+name = "delta today"
+tenant = "delta"
+gpu_seconds = {BUDGET_S}
+period = "day"
+timezone = "Asia/Kolkata"
+
+[[budgets]]
+name = "epsilon stops"
+tenant = "epsilon"
+gpu_seconds = {BUDGET_S}
+period = "rolling"
+days = 1
+stop_running = true
+"""
 MODEL = "tiny"
 
 
@@ -42,6 +61,7 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
     metered: bool = True
     price: str | None = "2.50"
+    config: str = ""
     model_path: Path = field(default_factory=default_path)
     port: int = field(default_factory=free_port)
     side_port: int = field(default_factory=free_port)
@@ -80,8 +100,9 @@ class Server:
             "".join(
                 f'[[tenants]]\nname = "{name}"\n'
                 f'api_key_sha256 = ["{hashlib.sha256(key.encode()).hexdigest()}"]\n'
-                for name, key in TENANT_KEYS.items()
+                for name, key in (TENANT_KEYS | LIMITED_KEYS).items()
             )
+            + self.config
         )
         environment = {
             **os.environ,
@@ -105,7 +126,7 @@ class Server:
             *("serve", str(self.model_path), "--served-model-name", MODEL),
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *("--dtype", "float32", "--enforce-eager", "--max-model-len", "8192"),
-            *("--api-key", *TENANT_KEYS.values(), "any-key"),
+            *("--api-key", *TENANT_KEYS.values(), *LIMITED_KEYS.values(), "any-key"),
             *(["--cost-meter-config", str(config)] if self.metered else []),
             *self.arguments,
         ]

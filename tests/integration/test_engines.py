@@ -27,29 +27,6 @@ from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records import OVERHEAD_CLASSES
 
-KV_BLOCKS = "24"  # of 128 tokens
-
-
-@pytest.fixture(scope="module")
-def hard(work: Path) -> Iterator[Server]:
-    clock = work / "clock"
-    clock.write_text("0")
-    tee = work / "hard-tee"
-    tee.mkdir()
-    server = Server(
-        work / "hard",
-        arguments=[
-            *("--plugins", "cost_meter", "--api-server-count", "2"),
-            *("--num-gpu-blocks-override", KV_BLOCKS, "--max-model-len", "2900"),
-            "--enable-prompt-tokens-details",
-        ],
-        environment={"CMT_ASYNC": "1", "CMT_CLOCK": str(clock), "CMT_TEE": str(tee)},
-    )
-    try:
-        yield server.start()
-    finally:
-        server.stop()
-
 
 def class_ns(server: Server, name: str) -> int:
     return sum(run[f"{name}_ns"] for run in server.cost("audit")["runs"])

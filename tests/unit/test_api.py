@@ -16,8 +16,10 @@ from prometheus_client import CollectorRegistry, Counter
 
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import HOUR, T0, http, part, snapshot
+from vllm_cost_meter.access import Access, sha256
 from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.api import make_app
+from vllm_cost_meter.budgets import Budget, Figures, Standing
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records import ClassTotals, rfc3339
@@ -298,7 +300,7 @@ TOKEN = "s3cret-token"
     + [f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}"],
 )
 def test_without_the_token_nothing_is_told(make, authorization):
-    side = make(admin_token=TOKEN, registry=CollectorRegistry)
+    side = make(access=Access(sha256(TOKEN)), registry=CollectorRegistry)
     headers = {} if authorization is None else {"authorization": authorization}
     for path in [*JSON_ROUTES[:-1], "/metrics"]:
         reply = side.get(path, **headers)
@@ -309,16 +311,16 @@ def test_without_the_token_nothing_is_told(make, authorization):
 
 
 def test_with_the_token_all_is_told_and_the_comparison_takes_the_same_time(make, monkeypatch):
-    side = make(admin_token=TOKEN)
+    side = make(access=Access(sha256(TOKEN)))
     compared = []
     compare = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(a) or compare(a, b))
     assert side.get("/cost/tenants", authorization=f"Bearer {TOKEN}").status_code == 200
-    assert compared == [f"Bearer {TOKEN}".encode()]
+    assert compared == [sha256(TOKEN)]
 
 
 def test_a_token_outside_ascii_is_wrong_and_no_error(make):
-    side = make(admin_token=TOKEN)
+    side = make(access=Access(sha256(TOKEN)))
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(
@@ -327,3 +329,82 @@ def test_a_token_outside_ascii_is_wrong_and_no_error(make):
             return await client.get("/cost/tenants", headers={b"authorization": b"Bearer \xff"})
 
     assert error_of(asyncio.run(ask()))["code"] == 401
+
+
+# ---- tenants
+
+
+KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
+BY_HASH = {sha256(key): tenant for tenant, key in KEYS.items()}
+ADMIN_ONLY = ["/cost/tenants", "/cost/summary", "/cost/audit", "/cost/models", "/metrics"]
+
+
+@pytest.fixture(params=[None, sha256(TOKEN)], ids=["without an admin token", "with one"])
+def shared(request, make):
+    """Return a side endpoint that tenants may ask."""
+    budgets = [
+        Standing(Budget(name, 10, "usd", "day", **of), {}, 0)
+        for name, of in (
+            ("of alice", {"tenant": "alice"}),
+            ("of bob", {"tenant": "bob"}),
+            ("of a tag", {"tag": ("team", "x")}),
+        )
+    ]
+    access = Access(request.param, lambda: BY_HASH)
+    return make(access=access, registry=CollectorRegistry, budgets=lambda: Figures(budgets))
+
+
+def as_alice(side, path: str) -> httpx.Response:
+    return side.get(path, authorization=f"Bearer {KEYS['alice']}")
+
+
+def test_a_tenant_sees_its_own_requests_and_no_others(shared):
+    assert {row["tenant"] for row in as_alice(shared, "/cost/requests").json()["requests"]} == {
+        "alice"
+    }
+    assert as_alice(shared, "/cost/requests/h1").json()["tenant"] == "alice"
+    assert as_alice(shared, "/cost/tenants/alice").json()["tenant"] == "alice"
+    assert as_alice(shared, "/cost/requests?tenant=bob").json() == {
+        "requests": [],
+        "running": [],
+        "next": None,
+    }
+
+
+@pytest.mark.parametrize("after", ["", "/explain"])
+def test_another_tenants_request_and_an_unknown_one_answer_alike(shared, after):
+    # h3 is bob's, and so is its X-Request-Id.
+    answers = [
+        as_alice(shared, f"/cost/requests/{name}{after}") for name in ("h3", "a/b c", "none")
+    ]
+    assert [answer.status_code for answer in answers] == [404] * 3
+    assert {
+        answer.text.replace(name, "ID")
+        for answer, name in zip(answers, ("h3", "a/b c", "none"), strict=True)
+    } == {answers[2].text.replace("none", "ID")}
+
+
+def test_another_tenants_row_and_an_unknown_one_answer_alike(shared):
+    of_bob, unknown = (as_alice(shared, f"/cost/tenants/{name}") for name in ("bob", "none"))
+    assert of_bob.status_code == unknown.status_code == 404
+    assert of_bob.text.replace("bob", "none") == unknown.text
+
+
+@pytest.mark.parametrize("path", [*ADMIN_ONLY, "/openapi.json"])
+def test_what_holds_figures_of_all_is_for_the_admin(shared, path):
+    assert error_of(as_alice(shared, path))["code"] == 403
+
+
+def test_a_tenant_sees_its_own_budgets_and_none_that_it_shares(shared):
+    assert [each["budget"] for each in as_alice(shared, "/cost/budgets").json()["budgets"]] == [
+        "of alice"
+    ]
+
+
+def test_a_wrong_token_is_nobody_also_where_none_is_needed(shared):
+    assert error_of(shared.get("/cost/requests", authorization="Bearer wrong"))["code"] == 401
+
+
+def test_an_id_that_a_tenant_chose_twice_is_not_listed_to_it(shared):
+    shared.write(http("h4", at=3, x_request_id="twice"), http("h5", at=4, x_request_id="twice"))
+    assert as_alice(shared, "/cost/requests/twice").status_code == 404

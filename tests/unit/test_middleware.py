@@ -29,6 +29,7 @@ from tests.unit.world import (
     scope_of,
 )
 from vllm_cost_meter import collector as collector_module
+from vllm_cost_meter import middleware
 from vllm_cost_meter.collector import NoCollector
 from vllm_cost_meter.exchange import current_exchange
 from vllm_cost_meter.middleware import CostMiddleware
@@ -415,3 +416,13 @@ def test_lifespan_messages_pass_also_of_an_application_without_an_engine(world):
     for more in ({}, {"app": object()}):
         scope = {"type": "lifespan", **more}
         assert world.run(CostMiddleware(app), scope).messages == sent
+
+
+def test_a_reply_that_cannot_be_edited_passes_as_it_came(world, monkeypatch):
+    def broken(*_args) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(middleware.ReplyEditor, "__init__", broken)
+    client = world.run(replying(JSON, [BODY], world.engine.generate))
+    assert (client.status, client.body, client.ours) == (200, BODY, {})
+    assert world.collector.guard.errors == 1

@@ -195,6 +195,30 @@ def test_what_the_environment_sets_the_file_cannot_change(file, lines, monkeypat
     assert lines == []
 
 
+BUDGET = '[[budgets]]\nname = "b"\ntenant = "a"\nusd = 1\n'
+
+
+def test_a_budget_is_taken_over_with_the_tenants_below_its_own(file, monkeypatch):
+    monkeypatch.setenv("COST_METER_GPU_HOUR_USD", "1")
+    settings, reloader = load_settings(), Reloader(str(file))
+    reloader.look(settings)
+    file.write_text(tenant("a") + tenant("b", 'parent = "a"') + BUDGET)
+    (budget,) = reloader.look(settings).declared_budgets
+    assert (budget.tenant, budget.members, budget.limit) == ("a", {"b"}, 10**9)
+
+
+def test_a_budget_that_needs_what_takes_a_restart_waits_for_that(file, lines):
+    settings, reloader = load_settings(), Reloader(str(file))
+    reloader.look(settings)
+    file.write_text("gpu_hour_usd = 1\n" + tenant("b") + BUDGET.replace('"a"', '"b"'))
+    for _ in range(2):
+        assert reloader.look(settings) is None
+    assert lines == [
+        f"cost meter: {file}: a restart is needed for gpu_hour_usd",
+        f"cost meter: the settings stay as they were: {file} needs a restart as a whole",
+    ]
+
+
 # ---- the server
 
 
@@ -252,6 +276,28 @@ def test_a_running_server_takes_a_change_over_for_requests_that_come_from_then_o
     assert asyncio.run(asyncio.wait_for(live(), 20)) == [b"a/carol", b"a"]
     rows = rows_of(tmp_path, "SELECT request_id, tenant, tenant_parent, tags FROM requests")
     assert rows == [("quick-0", "a/carol", "a", '{"kind":"new"}'), ("slow", "a", None, None)]
+
+
+def test_a_first_budget_holds_without_a_restart(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(collector_module, "INTERVAL_S", 0.02)
+    monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path / 'ledger.db'}")
+
+    async def live() -> list[str]:
+        collector = Collector(load_settings())
+        await collector.start(Stub())
+        assert collector.admission is None
+        file.write_text(tenant("a") + BUDGET.replace("usd", "gpu_seconds"))
+        while not collector.figures().standings:
+            await asyncio.sleep(0.01)
+        names = [standing.budget.name for standing in collector.figures().standings]
+        file.write_text(tenant("a"))
+        while collector.figures().standings:
+            await asyncio.sleep(0.01)
+        assert collector.guard.errors == 0
+        await collector.stop()
+        return names
+
+    assert asyncio.run(asyncio.wait_for(live(), 20)) == ["b"]
 
 
 def test_an_error_of_the_reloader_is_contained(file, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from tests.unit.test_poller import Engines, poller_of, snapshot
@@ -68,8 +69,10 @@ class Client(Engines):
         )
 
 
-def application(client: Client | None) -> SimpleNamespace:
-    return SimpleNamespace(state=SimpleNamespace(engine_client=client))
+def application(client: Client | None) -> FastAPI:
+    app = FastAPI()
+    app.state.engine_client = client
+    return app
 
 
 async def get(base: str, path: str, **headers: str) -> httpx.Response:

@@ -200,12 +200,12 @@ def tee_replies(folder: Path) -> None:
             with (folder / name).open("ab") as file:
                 file.write(message.get("body", b""))
 
-    def init(self, collector, exchange, send) -> None:
+    def init(self, collector, exchange, send, *warnings) -> None:
         async def leaving(message):
             append("left", exchange, message)
             await send(message)
 
-        original_init(self, collector, exchange, leaving)
+        original_init(self, collector, exchange, leaving, *warnings)
 
     def sending(self):
         send = original_sending(self)

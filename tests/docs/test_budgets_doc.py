@@ -1,0 +1,39 @@
+"""docs/budgets.md shows the error that a client gets, and the numbers of the code."""
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+from vllm_cost_meter.admission import FRESH_S_MIN, SNAPSHOTS_MISSED_MAX
+from vllm_cost_meter.budgets import Budget, Standing, Verdict
+from vllm_cost_meter.config import Settings
+from vllm_cost_meter.refusal import TOO_MANY_REQUESTS, UNAVAILABLE, refusal, warning
+
+TEXT = (Path(__file__).parents[2] / "docs" / "budgets.md").read_text()
+BERLIN = ZoneInfo("Europe/Berlin")
+NOW = int(datetime(2026, 11, 24, 12, tzinfo=BERLIN).timestamp()) * 10**9
+
+
+def spent() -> Standing:
+    budget = Budget("search, November", 500 * 10**9, "usd", "month", BERLIN, tenant="search")
+    return Standing(budget, {NOW // (3600 * 10**9): 500_010_000_000}, NOW)
+
+
+def test_the_error_is_the_one_that_a_client_gets():
+    shown = "".join(line.strip() + " " for line in TEXT.splitlines() if line[:4] == "    ")
+    told = refusal(Verdict("blocked", spent()), "search", "/v1/chat/completions")
+    assert json.loads(shown) == json.loads(told.body)
+
+
+def test_headers_statuses_and_numbers_are_those_of_the_code():
+    told = refusal(Verdict("blocked", spent()), "search", "/v1/completions")
+    names = {name.decode() for name, _ in (*told.headers, *warning((spent(),)))}
+    assert set(re.findall(r"`(x-[a-z-]+)", TEXT)) == {name for name in names if name[:2] == "x-"}
+    assert f"| {TOO_MANY_REQUESTS}, the error below" in TEXT
+    assert f"| {UNAVAILABLE}, code `cost_meter_stale`" in TEXT
+    assert SNAPSHOTS_MISSED_MAX == 3
+    assert f"three intervals (and {FRESH_S_MIN:.0f} s)" in TEXT
+    interval_s = Settings.model_fields["snapshot_interval_s"].default
+    assert f"(`COST_METER_SNAPSHOT_INTERVAL_S`, {interval_s:.0f} s)" in TEXT

@@ -1,0 +1,123 @@
+"""Budgets on a real server with two API servers and 64 requests at a time.
+
+Goal: a hard limit admits nothing later than one snapshot after its crossing, on any API server;
+what ran on is told apart, and ends where it is to be stopped. Method: tenants ask without pause, on
+connections of their own, until each was refused; where the budget stands is read 20 times a second.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import httpx
+
+from tests.integration.server import BUDGET_S, LIMITED_KEYS, Server
+from tests.integration.traffic import PROMPT
+from vllm_cost_meter.records import NS_PER_SECOND, unix_ns_of
+
+CLIENTS = 64
+INTERVAL_S = 1.0
+# From a snapshot's instant to its commit, to the look of the other API server, to our own clock.
+LATENESS_S = 0.75
+
+
+@dataclass
+class Load:
+    """What many clients of one tenant saw, and where its budget stood meanwhile."""
+
+    server: Server
+    tenant: str
+    max_tokens: int
+    admitted_at_s: list[float] = field(default_factory=list)
+    refused: list[httpx.Response] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+    output_tokens: list[int] = field(default_factory=list)
+    crossed_at_s: float | None = None
+
+    async def run(self) -> "Load":
+        """Ask until every client was refused once."""
+        async with asyncio.timeout(120), asyncio.TaskGroup() as group:
+            watching = group.create_task(self._watch())
+            async with asyncio.TaskGroup() as clients:
+                for _ in range(CLIENTS):
+                    clients.create_task(self._ask_until_refused())
+            watching.cancel()
+        return self
+
+    async def _ask_until_refused(self) -> None:
+        headers = {"authorization": f"Bearer {LIMITED_KEYS[self.tenant]}"}
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": self.max_tokens}
+        body["ignore_eos"] = True
+        async with httpx.AsyncClient(base_url=self.server.url, headers=headers, timeout=60) as api:
+            while True:
+                asked_at_s = time.time()
+                reply = await api.post("/v1/completions", json=body)
+                if reply.status_code == 429:
+                    self.refused.append(reply)
+                    return
+                assert reply.status_code == 200, reply.text
+                self.admitted_at_s.append(asked_at_s)
+                self.finish_reasons.append(reply.json()["choices"][0]["finish_reason"])
+                self.output_tokens.append(reply.json()["usage"]["completion_tokens"])
+
+    async def _watch(self) -> None:
+        async with httpx.AsyncClient(timeout=30) as side:
+            while self.crossed_at_s is None:
+                answer = (await side.get(f"{self.server.side_url}/cost/budgets")).json()
+                if standing_of(answer, self.tenant)["state"] == "spent":
+                    self.crossed_at_s = unix_ns_of(answer["as_of"]) / NS_PER_SECOND
+                await asyncio.sleep(0.05)
+
+
+def standing_of(answer: dict, tenant: str) -> dict:
+    [standing] = [each for each in answer["budgets"] if each["tenant"] == tenant]
+    return standing
+
+
+def settled_standing(server: Server, tenant: str) -> dict:
+    """Return where a budget stands once all that ran on is billed."""
+    server.balanced()
+    used = [row for row in server.cost("tenants")["tenants"] if row["tenant"] == tenant]
+    deadline = time.monotonic() + 10
+    while True:
+        standing = standing_of(server.cost("budgets"), tenant)
+        if standing["used"] == used[0]["gpu_time_ns"] or time.monotonic() > deadline:
+            assert standing["used"] == used[0]["gpu_time_ns"]
+            return standing
+        time.sleep(0.1)
+
+
+def test_a_spent_budget_refuses_all_api_servers_new_requests_within_one_snapshot(
+    hard: Server,
+) -> None:
+    load = asyncio.run(Load(hard, "delta", max_tokens=40).run())
+    assert load.crossed_at_s is not None
+    latest_s = max(load.admitted_at_s) - load.crossed_at_s
+    assert latest_s < INTERVAL_S + LATENESS_S, f"{latest_s:.2f} s after the crossing"
+    refused = load.refused[0]
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("insufficient_quota", "budget_exceeded")
+    assert refused.headers["x-should-retry"] == "false"
+    assert "T00:30:00+05:30 (Asia/Kolkata)" in error["message"]
+    assert "x-cost-meter-cost-usd" not in refused.headers
+    standing = settled_standing(hard, "delta")
+    assert standing["over"] == standing["used"] - BUDGET_S * NS_PER_SECOND > 0
+
+
+def test_others_are_served_meanwhile_and_the_refused_are_in_no_book(hard: Server) -> None:
+    with hard.client("gamma") as client:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3}
+        assert client.post("/v1/completions", json=body).status_code == 200
+    requests = hard.cost("requests?tenant=delta&limit=1000")["requests"]
+    assert {row["status"] for row in requests} == {200}
+
+
+def test_what_runs_is_ended_by_a_budget_that_says_so_with_the_reason_length(hard: Server) -> None:
+    load = asyncio.run(Load(hard, "epsilon", max_tokens=2_000).run())
+    assert set(load.finish_reasons) == {"length"}
+    assert max(load.output_tokens) < 2_000
+    standing = settled_standing(hard, "epsilon")
+    assert standing["state"] == "spent"
+    # A snapshot apart, a look, and the step in which each ends.
+    assert standing["over"] < (INTERVAL_S + LATENESS_S) * 2 * NS_PER_SECOND
+    hard.balanced()

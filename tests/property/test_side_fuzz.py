@@ -1,0 +1,45 @@
+"""Whatever the side endpoint is asked by its own description, it never fails with a 500.
+
+Goal: bad input is the asker's error, told as such. Method: schemathesis makes requests from the
+OpenAPI document, right ones and wrong ones, over a real ledger, as an operator and as a tenant.
+"""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from prometheus_client import CollectorRegistry
+from schemathesis.checks import not_a_server_error
+
+from tests.docs.small_ledger import small_ledger
+from vllm_cost_meter.access import Access, sha256
+from vllm_cost_meter.api import make_app
+
+TENANT = {"authorization": "Bearer key-of-search"}
+BY_HASH = {sha256("key-of-search"): "search"}
+# Few, for each of a dozen routes: they are enough to go through every parameter.
+FEW = settings(
+    max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    reader = small_ledger(tmp_path_factory.mktemp("side"))
+    app = make_app(reader, registry=CollectorRegistry, access=Access(None, lambda: BY_HASH))
+    yield schemathesis.openapi.from_asgi("/openapi.json", app)
+    reader.close()
+
+
+schema = schemathesis.pytest.from_fixture("api")
+
+
+@schema.parametrize()
+@FEW
+def test_no_question_of_an_operator_is_answered_by_a_500(case):
+    case.call_and_validate(checks=[not_a_server_error])
+
+
+@schema.parametrize()
+@FEW
+def test_no_question_of_a_tenant_is_answered_by_a_500(case):
+    case.call_and_validate(headers=TENANT, checks=[not_a_server_error])
