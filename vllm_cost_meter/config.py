@@ -12,10 +12,13 @@ Invariant: `load_settings` returns settings whose every value was checked, or ra
 
 import difflib
 import ipaddress
+import json
 import os
 import re
 import tomllib
 from collections.abc import Mapping
+from datetime import date, time
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -37,9 +40,14 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from vllm_cost_meter import setting_prices
 from vllm_cost_meter import setting_types as t
 from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.price_book import PriceBook
+from vllm_cost_meter.setting_prices import EnergyPriceSetting, OverheadSetting, PriceSetting
+from vllm_cost_meter.setting_types import about as _about
 from vllm_cost_meter.tenants import TenantRules
+from vllm_cost_meter.toml_lines import line_of
 
 PREFIX = "COST_METER_"
 # Names that are no settings: they choose the build and the tests' set-up.
@@ -50,11 +58,6 @@ _HASH_CHARS_SHOWN = 8
 
 Method = Literal["shapley", "tokens", "equal"]
 Reply = Literal["all", "headers", "none"]
-
-
-def _about(expected: str, unit: str = "", *, secret: bool = False) -> dict[str, Any]:
-    """Return what docs and messages say of a field beside its description."""
-    return {"expected": expected, "unit": unit, "secret": secret}
 
 
 class TenantSetting(BaseModel):
@@ -95,8 +98,8 @@ class Settings(BaseSettings):
     )
     gpu_hour_usd: t.Price | None = Field(
         default=None,
-        description="Price of one GPU for one hour. Without it GPU time is reported and cost is "
-        "null.",
+        description="Price of one GPU for one hour, at any time for which `prices` have none. "
+        "Without any price GPU time is reported and cost is null.",
         json_schema_extra=_about(t.PRICE, "USD per GPU-hour"),
     )
     ledger: t.Url | None = Field(
@@ -166,6 +169,21 @@ class Settings(BaseSettings):
         description="The tenants and their API keys, see below.",
         json_schema_extra=_about("a list of tenants (in the environment: as JSON)", secret=True),
     )
+    prices: tuple[PriceSetting, ...] = Field(
+        default=(),
+        description="What GPUs cost, and from when: [prices.md](prices.md).",
+        json_schema_extra=_about("a list of prices (in the environment: as JSON)"),
+    )
+    energy_prices: tuple[EnergyPriceSetting, ...] = Field(
+        default=(),
+        description="What a kilowatt-hour costs, and from when: [prices.md](prices.md).",
+        json_schema_extra=_about("a list of energy prices (in the environment: as JSON)"),
+    )
+    overheads: tuple[OverheadSetting, ...] = Field(
+        default=(),
+        description="What is paid besides the GPUs: [prices.md](prices.md).",
+        json_schema_extra=_about("a list of overheads (in the environment: as JSON)"),
+    )
 
     @field_validator("admin_token")
     @classmethod
@@ -193,6 +211,18 @@ class Settings(BaseSettings):
                     raise t.WrongError("each api_key_sha256 at one tenant", got)
         return tenants
 
+    @field_validator("prices", "energy_prices")
+    @classmethod
+    def _one_at_a_time(cls, prices: Any, info: ValidationInfo) -> Any:
+        setting_prices.refuse_two_at_once(str(info.field_name), prices)
+        return prices
+
+    @field_validator("overheads")
+    @classmethod
+    def _one_of_a_name(cls, overheads: tuple[OverheadSetting, ...]) -> tuple[OverheadSetting, ...]:
+        setting_prices.refuse_overlaps(overheads)
+        return overheads
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -210,6 +240,12 @@ class Settings(BaseSettings):
         owners = {h: tenant.name for tenant in self.tenants for h in tenant.api_key_sha256}
         return TenantRules(owners, self.tenant_header)
 
+    def price_book(self) -> PriceBook:
+        """Return the declared prices and overheads."""
+        return setting_prices.price_book(
+            self.gpu_hour_usd, self.prices, self.energy_prices, self.overheads
+        )
+
     def reply_for(self, tenant: str) -> Reply:
         """Return what the clients of this tenant are told."""
         return self._replies.get(tenant, self.reply)
@@ -217,6 +253,17 @@ class Settings(BaseSettings):
     @cached_property
     def _replies(self) -> dict[str, Reply]:
         return {tenant.name: tenant.reply for tenant in self.tenants if tenant.reply}
+
+
+# The settings that are lists of tables.
+_TABLES: Mapping[str, type[BaseModel]] = {
+    "tenants": TenantSetting,
+    "prices": PriceSetting,
+    "energy_prices": EnergyPriceSetting,
+    "overheads": OverheadSetting,
+}
+# Of long tables a message says the line too.
+_WITH_LINES = ("prices", "energy_prices", "overheads")
 
 
 def load_settings(
@@ -231,14 +278,15 @@ def load_settings(
     if config is not None:
         given["COST_METER_CONFIG"] = str(config)
     path = given.get("COST_METER_CONFIG")
-    from_file = {} if path is None else _read_file(path)
+    from_file, text = ({}, "") if path is None else _read_file(path)
     source = EnvSettingsSource(Settings)
     source.env_vars = {name.lower(): value for name, value in given.items()}
     try:
         from_environment = source()
-    except SettingsError:  # only of `tenants`, the one setting that is not plain text
-        expected = _expected(Settings, "tenants")
-        key = f"{PREFIX}TENANTS"
+    except SettingsError:  # only of lists of tables, the settings that are not plain text
+        name = next(name for name in _TABLES if not _is_json(source.env_vars, name))
+        expected = _expected(Settings, name)
+        key = f"{PREFIX}{name.upper()}"
         raise SettingError(key, expected, t.Text("text that is not JSON")) from None
     try:
         return Settings(**{**from_file, **from_environment})
@@ -247,7 +295,15 @@ def load_settings(
     # Raised out here, as the caught error holds the values, secrets among them.
     # First the unknown keys: what is missing is missing because its key was mistyped.
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
-    raise _setting_error(problem, from_environment, from_file, path)
+    raise _setting_error(problem, from_environment, from_file, path, text)
+
+
+def _is_json(env_vars: Mapping[str, str | None], name: str) -> bool:
+    try:
+        json.loads(env_vars.get(f"{PREFIX}{name}".lower()) or "null")
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse_unknown_names(given: Mapping[str, str]) -> None:
@@ -260,11 +316,12 @@ def _refuse_unknown_names(given: Mapping[str, str]) -> None:
         raise SettingError(_line(name), f"a known setting{hint}", t.Text("an unknown name"))
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str) -> tuple[dict[str, Any], str]:
+    """Return the values of a TOML file, decimals as they are written, and its text."""
     key, expected = f"{PREFIX}CONFIG", _expected(Settings, "config")
     try:
         text = Path(path).expanduser().read_bytes().decode()
-        values = tomllib.loads(text)
+        values = tomllib.loads(text, parse_float=Decimal)
     except (OSError, ValueError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise SettingError(key, expected, t.Text(f"{_line(path)!r}: {_line(str(why))}")) from None
@@ -277,7 +334,7 @@ def _read_file(path: str) -> dict[str, Any]:
             like = difflib.get_close_matches(name, Settings.model_fields, n=1)
             hint = f", perhaps {like[0]}" if like else ""
             raise SettingError(_line(name), f"a known key{hint}", t.Text("an unknown one"), where)
-    return values
+    return values, text
 
 
 def _setting_error(
@@ -285,16 +342,21 @@ def _setting_error(
     from_environment: Mapping[str, Any],
     from_file: Mapping[str, Any],
     path: str | None,
+    text: str,
 ) -> SettingError:
+    wrong = problem.get("ctx", {}).get("error")
     field, *inner = problem["loc"]
+    inner += wrong.within if isinstance(wrong, t.WrongError) else ()
     in_file = field in from_file and field not in from_environment
     key = str(field) if in_file else PREFIX + str(field).upper()
     key += "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inner)
     model: type[BaseModel] = Settings
     names = [step for step in inner if isinstance(step, str)]
-    if field == "tenants" and names:
-        model, field = TenantSetting, names[0]
-    wrong = problem.get("ctx", {}).get("error")
+    where = _line(path) if in_file and path else "environment"
+    if in_file and field in _WITH_LINES and (line := line_of(text, (field, *inner))):
+        where += f":{line}"
+    if field in _TABLES and names:
+        model, field = _TABLES[field], names[0]
     got: object = _shown(problem["input"], secret=_is_secret(model, field))
     expected = _expected(model, field)
     if isinstance(wrong, t.WrongError):
@@ -303,7 +365,6 @@ def _setting_error(
         got = t.Text("nothing")
     elif problem["type"] == "extra_forbidden":
         got = t.Text("an unknown key")
-    where = _line(path) if in_file and path else "environment"
     return SettingError(_line(key), expected, got, where)
 
 
@@ -326,6 +387,8 @@ def _shown(value: object, *, secret: bool) -> object:
     """Return what a message may show of a value: never a secret, never much."""
     if isinstance(value, str | SecretStr) and secret:
         return t.Text(f"a text of {len(value)} characters")
+    if isinstance(value, Decimal | date | time) and not secret:
+        return t.Text(value if isinstance(value, Decimal) else value.isoformat())
     if secret or not isinstance(value, str | int | float | None):
         return t.Text(f"a value of type {type(value).__name__}")
     if isinstance(value, str) and len(value) > _SHOWN_CHARS_MAX:
