@@ -321,15 +321,19 @@ def total_nanousd(spent_ns: Mapping[GpuHourPrice, int]) -> int:
 
 def described(price: Mapping[str, Any]) -> str:
     """Return a price, as `GpuHourPrice.as_dict` gives it, in words: amount, scope and source."""
-    of = price["scope"]
-    if price["scope"] != "gpu":
-        of = f"{price['amount']} {price['currency']} per {of} of {price['gpus']} GPUs"
-    elif price["currency"] != USD:
-        of = f"{price['amount']} {price['currency']} per {of}"
-    rate = "" if price["currency"] == USD else f"{price['usd_rate']} USD per {price['currency']}"
-    since = f"from {price['effective_from'][:13]}Z" if price["effective_from"] else ""
-    about = ", ".join(filter(None, (of, rate, price["kind"], since, price["source"])))
-    return f"{price['usd_per_gpu_hour']} USD per GPU-hour ({about})"
+    since = f"from {price['effective_from'][:13]}Z" if price["effective_from"] else None
+    about = (terms(price), price["kind"], since, price["source"])
+    return f"{price['usd_per_gpu_hour']} USD per GPU-hour ({', '.join(filter(None, about))})"
+
+
+def terms(price: Mapping[str, Any]) -> str:
+    """Return for what a price was agreed, e.g. "98.32 USD per node of 8 GPUs"; "gpu" for one."""
+    scope, currency = price["scope"], price["currency"]
+    if scope == "gpu" and currency == USD:
+        return "gpu"
+    of = "" if scope == "gpu" else f" of {price['gpus']} GPUs"
+    rate = "" if currency == USD else f", {price['usd_rate']} USD per {currency}"
+    return f"{price['amount']} {currency} per {scope}{of}{rate}"
 
 
 def _changes(table: _Timetable[Any]) -> list[int]:

@@ -106,7 +106,8 @@ SNAPSHOT = Snapshot(
 def small_ledger(folder: Path) -> LedgerReader:
     """Write the ledger into a folder and return a reader of it."""
     url = f"sqlite:///{folder / 'ledger.db'}"
-    writer = LedgerWriter(url, price=Price("settings:2.5", "2.5", "COST_METER_GPU_HOUR_USD", 0))
+    price = Price("settings:2.5", "2.5", "COST_METER_GPU_HOUR_USD", 0)
+    writer = LedgerWriter(url, price_of=lambda _: price)
     writer.start()
     writer.commit(PART, HTTP, SNAPSHOT).result(10)
     writer.close()

@@ -64,7 +64,8 @@ def ledger(tmp_path):
         cost = cost_nanousd(bill.gpu_time_ns, USD)
         parts.append(make_part(bill, tenant=name[:-2], cost_nanousd=cost, external_id=name))
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
-    writer = LedgerWriter(url, price=Price("p", str(USD), "the invoice", 0))
+    price = Price("p", str(USD), "the invoice", 0)
+    writer = LedgerWriter(url, price_of=lambda _: price)
     writer.start()
     snapshot = books.snapshot(now_ns, unix_ns + 10**9, 0, ENGINE_FACTS)
     writer.commit(*parts, snapshot).result(10)

@@ -94,7 +94,7 @@ class Ledger:
     def write(self, *records, usd: str | None = None) -> None:
         if usd not in self.writers:
             price = Price(f"p{usd}", usd, "settings", T0) if usd else None
-            self.writers[usd] = LedgerWriter(self.url, price=price)
+            self.writers[usd] = LedgerWriter(self.url, price_of=lambda _: price)
             self.writers[usd].start()
         self.writers[usd].commit(*records).result(10)
 
