@@ -62,7 +62,7 @@ def serve(settings: Settings, ledger_url: str, poller: Poller) -> None:
         return
     token = settings.admin_token.get_secret_value() if settings.admin_token else None
     try:
-        reader = LedgerReader(ledger_url, create=True)
+        reader = LedgerReader(ledger_url, create=True, book=settings.price_book())
     except LedgerError:
         listening.close()  # or clients would connect and wait for ever
         raise
