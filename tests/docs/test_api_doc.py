@@ -91,7 +91,7 @@ def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get)
 
 def test_one_tenant_has_a_row_and_what_the_page_says(get):
     row = set(get("/cost/tenants")["tenants"][0])
-    assert set(get("/cost/tenants/search")) == row | {"window", "taken_at", "recent"}
+    assert set(get("/cost/tenants/search")) == row | {"window", "taken_at", "prices", "recent"}
 
 
 def test_the_other_objects_have_the_keys_that_the_page_says(get):

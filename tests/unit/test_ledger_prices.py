@@ -76,6 +76,7 @@ def test_each_hour_is_priced_by_the_price_of_that_hour(ledger):
     }
     assert [row["usd_per_gpu_hour"] for row in report["prices"]] == ["36", "72", "360"]
     assert report["usd_per_gpu_hour"] is None
+    assert ledger.reader.tenant("alice", now_ns=NOW, settle_s=0)["prices"] == report["prices"]
     assert {row["cost_reason"] for row in report["tenants"]} == {None}
 
 

@@ -367,6 +367,7 @@ def test_one_tenant_has_its_row_and_its_latest_requests(ledger):
     bob = ledger.reader.tenant("bob", now_ns=NOW)
     assert (bob["requests"], bob["gpu_time_ns"]) == (1, 300)
     assert [row["http_request_id"] for row in bob["recent"]] == ["h2"]
+    assert bob["prices"] == []
     assert ledger.reader.tenant("carol", now_ns=NOW) is None
 
 

@@ -144,7 +144,7 @@ def lines(explanation: Row) -> Iterator[str]:
     yield (
         f"{explanation['http_request_id'] or explanation['request_id']}, tenant"
         f" {explanation['tenant']}: {_seconds(explanation['gpu_time_ns'] or 0)}{so_far}{of},"
-        f" {'no price' if cost is None else f'{cost} USD'}"
+        f" {'no price at the time' if cost is None else f'{cost} USD'}"
     )
     for part in parts:
         yield from _part_lines(part)

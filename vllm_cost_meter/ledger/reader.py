@@ -255,7 +255,7 @@ class LedgerReader:
         for row in report["tenants"]:
             if row["tenant"] == name:
                 latest = self.requests(limit=recent, tenant=name)["requests"]
-                about = {key: report[key] for key in ("window", "taken_at")}
+                about = {key: report[key] for key in ("window", "taken_at", "prices")}
                 return {**row, **about, "recent": latest}
         return None
 

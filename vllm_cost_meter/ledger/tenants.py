@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.cut import Cut, Window
 from vllm_cost_meter.ledger.energy import TenantEnergy, by_tenant, class_mj
 from vllm_cost_meter.ledger.exchange import PART_SUMS
-from vllm_cost_meter.ledger.prices import Cost, Used, cost_of, energy_cost_of, stretch
+from vllm_cost_meter.ledger.prices import Cost, RunPrices, Used, cost_of, energy_cost_of, stretch
 from vllm_cost_meter.ledger.schema import http_requests, requests, usage_pieces
 from vllm_cost_meter.overheads import overhead_lines
 from vllm_cost_meter.price_book import EnergyPrice, GpuHourPrice
@@ -33,8 +33,9 @@ OVERHEAD_ROWS = (*OVERHEAD_CLASSES, "in_flight")
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What all time and all energy of a cut cost, by which the rows are priced."""
+    """The prices of the runs of a cut, and what all its time and all its energy cost."""
 
+    prices: Mapping[str, RunPrices]
     cost: Cost[GpuHourPrice]
     energy_cost: Cost[EnergyPrice]
 
@@ -45,9 +46,18 @@ class Totals:
         no_time: Cost[GpuHourPrice] = Cost(None, "no engine has run in this window")
         no_energy: Cost[EnergyPrice] = Cost(None, "no energy is known")
         return cls(
+            prices,
             cost_of(cut.used_ns(), prices, no_time),
             energy_cost_of(cut.used_mj(), prices, no_energy),
         )
+
+    def cost_of(self, used_ns: Used) -> Cost[GpuHourPrice]:
+        """Return the cost of a row's time."""
+        return cost_of(used_ns, self.prices, self.cost.of_nothing())
+
+    def energy_cost_of(self, used_mj: Used) -> Cost[EnergyPrice]:
+        """Return the cost of a row's energy."""
+        return energy_cost_of(used_mj, self.prices, self.energy_cost.of_nothing())
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a report says of them, with the prices that are in it."""
@@ -79,17 +89,17 @@ def tenant_rows(connection: Connection, cut: Cut, totals: Totals) -> list[dict[s
         of_all = [sums for hours in by_run.values() for sums in hours.values()]
         cache = {name: sum(sums[name] for sums in of_all) for name in PART_SUMS}
         share = cache["kv_block_ms"] / cache_ms if cache_ms else None
-        row = _row(tenant, counts, spent, {**cache, "kv_cache_share": share}, cut, totals)
+        row = _row(tenant, counts, spent, {**cache, "kv_cache_share": share}, totals)
         energy = energies.get(tenant, TenantEnergy()) if energies else None
-        rows.append({**row, **_energy_of(energy, cut, totals)})
+        rows.append({**row, **_energy_of(energy, totals)})
     rows.sort(key=lambda row: (-row["gpu_time_ns"], row["tenant"]))
     of_none = dict.fromkeys((*PART_SUMS, "kv_cache_share"))
     for name in OVERHEAD_ROWS:
         no_counts = {**dict.fromkeys(_COUNTS), "requests": 0}
-        row = _row(f"__{name}__", no_counts, cut.used_ns(name), of_none, cut, totals)
+        row = _row(f"__{name}__", no_counts, cut.used_ns(name), of_none, totals)
         mj = class_mj(cut, name)
         energy = None if mj is None else TenantEnergy(mj, None, cut.used_mj(name))
-        rows.append({**row, **_energy_of(energy, cut, totals)})
+        rows.append({**row, **_energy_of(energy, totals)})
     return rows
 
 
@@ -138,16 +148,14 @@ def _row(
     counts: Mapping[str, int | None],
     spent: Used,
     sums: Mapping[str, float | None],
-    cut: Cut,
     totals: Totals,
 ) -> dict[str, Any]:
-    cost = cost_of(spent, cut.prices_of(), totals.cost.of_nothing())
     return {
         "tenant": tenant,
         **counts,
         "gpu_time_ns": sum(ns for hours in spent.values() for ns in hours.values()),
         **sums,
-        **_cost_fields(cost),
+        **_cost_fields(totals.cost_of(spent)),
     }
 
 
@@ -163,12 +171,12 @@ def _energy_cost_fields(cost: Cost[EnergyPrice]) -> dict[str, Any]:
     return {"energy_cost_nanousd": cost.nanousd, "energy_cost_reason": cost.reason}
 
 
-def _energy_of(energy: TenantEnergy | None, cut: Cut, totals: Totals) -> dict[str, Any]:
+def _energy_of(energy: TenantEnergy | None, totals: Totals) -> dict[str, Any]:
     """Return what a row says of its energy; None is of no engine that counts any."""
     if energy is None or energy.energy_mj is None:
         cost: Cost[EnergyPrice] = Cost(None, "no energy is known")
     else:
-        cost = energy_cost_of(energy.used_mj, cut.prices_of(), totals.energy_cost.of_nothing())
+        cost = totals.energy_cost_of(energy.used_mj)
     return {
         "energy_mj": energy.energy_mj if energy else None,
         "energy_unknown_requests": energy.unknown_requests if energy else None,
