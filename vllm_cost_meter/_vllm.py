@@ -88,12 +88,12 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         model=model_name(config),
         engine_index=getattr(parallel, "data_parallel_index", parallel.data_parallel_rank),
         vllm_version=vllm_version,
-        hardware=_device_name(),
+        hardware=device_name(),
         parallelism=f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}"
         f" dp={parallel.data_parallel_size}",
         kv_blocks=scheduler.kv_cache_config.num_blocks or None,
         kv_block_size=scheduler.block_size or None,
-        host=platform.node() or "unknown",
+        host=host_name() or "unknown",
     )
     settings = load_settings()
     meter = EngineMeter(
@@ -126,9 +126,14 @@ def _energy_counter(parallel: Any) -> EnergyCounter:
     return EnergyCounter(ordinals, why_none=why_none)
 
 
-def _device_name() -> str:
+def host_name() -> str:
+    """Return the name of this machine, empty where it has none."""
+    return platform.node()
+
+
+def device_name() -> str:
     """Return the name of the GPU, or of the CPU where vLLM runs on that."""
-    from vllm.platforms import current_platform  # noqa: PLC0415 - engine only
+    from vllm.platforms import current_platform  # noqa: PLC0415 - engines and API servers only
 
     if current_platform.is_cpu():
         cpuinfo = Path("/proc/cpuinfo")

@@ -10,8 +10,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_cost_meter._vllm import model_name
+from vllm_cost_meter._vllm import device_name, host_name, model_name
 from vllm_cost_meter.exchange import Birth, current_exchange
+from vllm_cost_meter.price_book import RunFacts
 from vllm_cost_meter.records import (
     BILL_KEY,
     CARRIER_ID,
@@ -137,11 +138,6 @@ def api_server_index(engine_client: Any) -> int:
     return int(getattr(engine_client.engine_core, "client_index", 0))
 
 
-def served_model(engine_client: Any) -> str:
-    """Return the (first) name under which the model is served."""
-    return model_name(engine_client.vllm_config)
-
-
 def served_names(engine_client: Any, state: Any) -> list[str]:
     """Return all names under which the model is served.
 
@@ -149,4 +145,31 @@ def served_names(engine_client: Any, state: Any) -> list[str]:
     """
     models = getattr(state, "openai_serving_models", None)
     names = [str(path.name) for path in getattr(models, "base_model_paths", ())]
-    return names or [served_model(engine_client)]
+    return names or [model_name(engine_client.vllm_config)]
+
+
+def run_facts(engine_client: Any) -> RunFacts:
+    """Return what of its engines this API server knows by itself: one answer for all of them.
+
+    So that every API server can price every bill, though only the first one sees snapshots. What
+    may differ between its engines, or cannot be told here, is None.
+    """
+    config = engine_client.vllm_config
+    try:
+        gpu_name = device_name() or None
+    except Exception:  # noqa: BLE001 - an API server may run where there is no GPU
+        gpu_name = None
+    return RunFacts(
+        gpus=config.parallel_config.world_size,
+        model=model_name(config),
+        gpu_name=gpu_name,
+        host=(host_name() or None) if _engines_are_here(config.parallel_config) else None,
+    )
+
+
+def _engines_are_here(parallel_config: Any) -> bool:
+    """Tell whether all engines of this API server run on its own machine."""
+    if getattr(parallel_config, "local_engines_only", False):
+        return True
+    engines = int(getattr(parallel_config, "data_parallel_size", 1))
+    return int(getattr(parallel_config, "data_parallel_size_local", engines)) == engines

@@ -23,6 +23,7 @@ from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.ledger.live import MAX_LOST
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.store import default_url
+from vllm_cost_meter.price_text import PRICE_COLUMNS, price_lines
 from vllm_cost_meter.tenant_commands import app as tenants
 from vllm_cost_meter.terminal import one_line_errors, print_table
 from vllm_cost_meter.text import plain
@@ -126,7 +127,8 @@ def report(
             columns = (*columns, ENERGY_COLUMN)
         print_rows(rows, columns)
         if what is What.tenants:
-            print(plain(adds_up_line(answer)))
+            for line in (adds_up_line(answer), *price_lines(answer)):
+                print(plain(line))
     if what is What.tenants and not answer["adds_up"]:
         raise typer.Exit(1)
 
@@ -154,6 +156,21 @@ def explain(
 
 
 @app.command()
+def prices(as_json: Json = False) -> None:
+    """Print the price book of the settings: each entry, and from when to when it holds."""
+    with one_line_errors():
+        book = load_settings().price_book.listed()
+    if as_json:
+        print(json.dumps(book, indent=2))
+        return
+    for name, columns in PRICE_COLUMNS.items():
+        if book[name]:
+            print_rows(book[name], columns)
+    if not book["prices"]:
+        print("no price: set COST_METER_GPU_HOUR_USD, or [[prices]] in the configuration file")
+
+
+@app.command()
 def audit(ledger: Ledger = None, as_json: Json = False) -> None:
     """Prove that the books balance at the last snapshot of every engine run; exit 1 if not."""
     with _reader(ledger) as reader:
@@ -173,7 +190,9 @@ def doctor(ledger: Ledger = None, as_json: Json = False) -> None:
     # It imports vLLM, which takes seconds that a report should not take.
     from vllm_cost_meter.doctor import examine  # noqa: PLC0415
 
-    findings = examine(_ledger_url(ledger))
+    with one_line_errors():
+        book = load_settings().price_book
+    findings = examine(_ledger_url(ledger), book)
     if as_json:
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": _dicts(findings)}))
     else:
@@ -274,7 +293,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print it.")] =
 def _reader(ledger: str | None) -> Iterator[LedgerReader]:
     """Open the ledger; a user's error ends the command."""
     with one_line_errors():
-        reader = LedgerReader(_ledger_url(ledger))
+        reader = LedgerReader(_ledger_url(ledger), book=load_settings().price_book)
         try:
             yield reader
         finally:

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm_cost_meter import _vllm_api, metrics, plugin
@@ -32,8 +34,9 @@ from vllm_cost_meter.ledger.spending import Spending
 from vllm_cost_meter.ledger.store import default_url
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.poller import Poller
-from vllm_cost_meter.pricing import cost_nanousd
+from vllm_cost_meter.price_book import PriceBook, RunFacts, by_price, terms, total_nanousd
 from vllm_cost_meter.records import (
+    NS_PER_HOUR,
     Bill,
     EarlierFit,
     EngineRequest,
@@ -42,6 +45,8 @@ from vllm_cost_meter.records import (
     OpenRequest,
     Price,
     Snapshot,
+    UsagePiece,
+    rfc3339,
 )
 from vllm_cost_meter.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.routes import response_id_of
@@ -88,17 +93,16 @@ class Collector:
         self.breaker = Breaker()
         # Wall time of the hooks on this side that the metrics do not show yet.
         self.own_ns = 0
-        self.price = settings_price(settings)
         self.ledger_url = settings.ledger or default_url()
-        self.writer = LedgerWriter(self.ledger_url, price=self.price)
+        self.writer = LedgerWriter(self.ledger_url, price_of=self._told_price)
         self.writer.start()
         # Opens the ledger, or makes it, now: the first reply must not wait for that.
         self.writer.commit()
         self.poller: Poller | None = None
         self._births = Births()
-        self._model: str | None = None
         # The names of the server's model, none as long as they are unknown.
         self.served: frozenset[str] = frozenset()
+        self._facts = RunFacts()
         self._polling: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._reloading: asyncio.Task[None] | None = None
@@ -134,7 +138,7 @@ class Collector:
 
         Returns True if it is the one that polls the engines.
         """
-        self._model = _vllm_api.served_model(engine_client)
+        self._facts = _vllm_api.run_facts(engine_client)
         self.served = frozenset(_vllm_api.served_names(engine_client, state))
         if self._sweeping is None:
             self._sweeping = asyncio.create_task(self._sweep())
@@ -178,8 +182,13 @@ class Collector:
         return Rules(
             budgets=settings.declared_budgets,
             fail_closed=settings.failing_closed,
-            price_of=lambda _run_id, _hour: settings.gpu_hour_usd,
+            price_of=self._price_at,
         )
+
+    def _price_at(self, _run_id: str, hour: int) -> Fraction | None:
+        """Return the price of an hour of this deployment, which budgets take for all runs."""
+        price = self.book().price_at(self._facts, hour)
+        return None if price is None else price.usd_per_gpu_hour
 
     def _running_of(self, covers: Callable[[Owner], bool]) -> list[str]:
         return [
@@ -281,7 +290,7 @@ class Collector:
             tenant_rule=owner.rule,
             tenant_parent=owner.parent,
             tags=owner.tags,
-            model=self._model,
+            model=self._facts.model,
             lora=birth.lora,
             route=exchange.route if exchange else None,
             started_at_ns=birth.arrived_at_ns,
@@ -291,7 +300,6 @@ class Collector:
         finished_at_ns = time.time_ns()
         exchange = birth.exchange if birth is not None else None
         owner = exchange.owner if exchange else NOBODY
-        price = self.settings.gpu_hour_usd
         return EngineRequest(
             bill=bill,
             http_request_id=exchange.http_request_id if exchange else None,
@@ -302,16 +310,31 @@ class Collector:
             tenant_rule=owner.rule,
             tenant_parent=owner.parent,
             tags=owner.tags,
-            model=self._model,
+            model=self._facts.model,
             lora=birth.lora if birth else None,
             route=exchange.route if exchange else None,
-            cost_nanousd=cost_nanousd(bill.gpu_time_ns, price),
-            marginal_cost_nanousd=cost_nanousd(bill.marginal_ns, price),
+            cost_nanousd=self._cost_nanousd(bill, lambda piece: piece.gpu_time_ns),
+            marginal_cost_nanousd=self._cost_nanousd(bill, lambda piece: piece.marginal_ns),
             started_at_ns=birth.arrived_at_ns if birth else finished_at_ns,
             finished_at_ns=finished_at_ns,
             latencies=self._latencies(birth, bill, finished_at_ns),
             announced=announced,
         )
+
+    def book(self) -> PriceBook:
+        """Return the prices as they are declared now."""
+        return self.settings.price_book
+
+    def _told_price(self, snapshot: Snapshot) -> Price | None:
+        return told_price(self.book(), snapshot)
+
+    def _cost_nanousd(self, bill: Bill, ns_of: Callable[[UsagePiece], int]) -> int | None:
+        """Return what time of a bill costs, each hour at its own price; None if one has none."""
+        # What has used nothing has no hour of its own, and costs nothing if now has a price.
+        now = time.time_ns() // NS_PER_HOUR
+        spent = [(piece.hour, ns_of(piece)) for piece in bill.pieces] or [(now, 0)]
+        at = by_price(spent, partial(self.book().price_at, self._facts))
+        return None if at is None else total_nanousd(at)
 
     def _latencies(self, birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencies:
         if birth is None or birth.times is None:
@@ -359,7 +382,7 @@ class Collector:
             x_request_id=exchange.x_request_id,
             tenant=exchange.owner.tenant,
             tenant_rule=exchange.owner.rule,
-            model=self._model,
+            model=self._facts.model,
             route=exchange.route,
             status=status,
             streamed=streamed,
@@ -394,17 +417,21 @@ def get_collector() -> Collector | NoCollector:
     return _collector
 
 
-def settings_price(settings: Settings) -> Price | None:
-    """Return the settings' price as a ledger record; None if there is none."""
-    if settings.gpu_hour_usd is None:
+def told_price(book: PriceBook, snapshot: Snapshot) -> Price | None:
+    """Return the price of a run in the hour it began, as the ledger keeps it; None without one."""
+    run = RunFacts(snapshot.gpus, snapshot.model, snapshot.hardware, snapshot.host)
+    price = book.price_at(run, snapshot.started_at_ns // NS_PER_HOUR)
+    if price is None:
         return None
-    usd = format(settings.gpu_hour_usd, "f")
-    return Price(
-        price_id=f"settings:{usd}",
-        usd_per_gpu_hour=usd,
-        source="COST_METER_GPU_HOUR_USD",
-        effective_from_ns=time.time_ns(),
-    )
+    entry, agreed = price.entry, terms(price.as_dict())
+    source = entry.source if agreed == "gpu" else f"{entry.source}: {agreed}"
+    if entry.effective_from_hour is None:
+        since_ns, price_id = snapshot.started_at_ns, f"settings:{price.text}"
+    else:
+        since_ns = entry.effective_from_hour * NS_PER_HOUR
+        # A fact is written once: what is in it is in its key.
+        price_id = f"book:{price.text}:{rfc3339(since_ns)}:{source}"
+    return Price(price_id, price.text, source, since_ns)
 
 
 def latencies(times: RequestTimes, output_tokens: int, finished_at_ns: int) -> Latencies:

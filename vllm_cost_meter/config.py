@@ -17,6 +17,8 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from datetime import date, time
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +39,13 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from vllm_cost_meter import setting_prices
 from vllm_cost_meter import setting_types as t
 from vllm_cost_meter.budgets import Budget
 from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.price_book import PriceBook
 from vllm_cost_meter.setting_budgets import BudgetSetting, check_budgets
+from vllm_cost_meter.setting_prices import EnergyPriceSetting, OverheadSetting, PriceSetting
 from vllm_cost_meter.tenant_settings import (
     RuleSetting,
     TenantSetting,
@@ -53,6 +58,7 @@ from vllm_cost_meter.tenant_settings import (
     resolver_of,
 )
 from vllm_cost_meter.tenants import SLASH, Resolver
+from vllm_cost_meter.toml_lines import line_of
 
 PREFIX = "COST_METER_"
 # Names that are no settings: they choose the build and the tests' set-up.
@@ -76,8 +82,8 @@ class Settings(BaseSettings):
     )
     gpu_hour_usd: t.Price | None = Field(
         default=None,
-        description="Price of one GPU for one hour. Without it GPU time is reported and cost is "
-        "null.",
+        description="Price of one GPU for one hour, at any time for which `prices` have none. "
+        "Without any price GPU time is reported and cost is null.",
         json_schema_extra=_about(t.PRICE, "USD per GPU-hour"),
     )
     ledger: t.Url | None = Field(
@@ -148,19 +154,6 @@ class Settings(BaseSettings):
         "`proof_sha256`. It belongs in the environment.",
         json_schema_extra=_about(t.TOKEN, secret=True, live=True),
     )
-    budgets: tuple[BudgetSetting, ...] = Field(
-        default=(),
-        description="What tenants may use in a period, see below.",
-        json_schema_extra=_about("a list of budgets (in the environment: as JSON)", live=True),
-    )
-    budget_throttle_s: t.Number = Field(
-        default=5.0,
-        ge=0.1,
-        le=600,
-        allow_inf_nan=False,
-        description="How long a new request waits whose budget is used up and throttles.",
-        json_schema_extra=_about("a number from 0.1 to 600", "s", live=True),
-    )
     tenants: tuple[TenantSetting, ...] = Field(
         default=(),
         description="The tenants, see below.",
@@ -175,6 +168,36 @@ class Settings(BaseSettings):
         json_schema_extra=_about(
             "a list of rules (in the environment: as JSON)", secret=True, live=True
         ),
+    )
+    prices: tuple[PriceSetting, ...] = Field(
+        default=(),
+        description="What GPUs cost, and from when: [prices.md](prices.md).",
+        json_schema_extra=_about("a list of prices (in the environment: as JSON)", live=True),
+    )
+    energy_prices: tuple[EnergyPriceSetting, ...] = Field(
+        default=(),
+        description="What a kilowatt-hour costs, and from when: [prices.md](prices.md).",
+        json_schema_extra=_about(
+            "a list of energy prices (in the environment: as JSON)", live=True
+        ),
+    )
+    overheads: tuple[OverheadSetting, ...] = Field(
+        default=(),
+        description="What is paid besides the GPUs: [prices.md](prices.md).",
+        json_schema_extra=_about("a list of overheads (in the environment: as JSON)", live=True),
+    )
+    budgets: tuple[BudgetSetting, ...] = Field(
+        default=(),
+        description="What tenants may use in a period, see below.",
+        json_schema_extra=_about("a list of budgets (in the environment: as JSON)", live=True),
+    )
+    budget_throttle_s: t.Number = Field(
+        default=5.0,
+        ge=0.1,
+        le=600,
+        allow_inf_nan=False,
+        description="How long a new request waits whose budget is used up and throttles.",
+        json_schema_extra=_about("a number from 0.1 to 600", "s", live=True),
     )
 
     @field_validator("admin_token")
@@ -196,7 +219,8 @@ class Settings(BaseSettings):
     def _countable(
         cls, budgets: tuple[BudgetSetting, ...], info: ValidationInfo
     ) -> tuple[BudgetSetting, ...]:
-        check_budgets(budgets, has_price=info.data.get("gpu_hour_usd") is not None)
+        of_all = info.data.get("gpu_hour_usd") is not None
+        check_budgets(budgets, has_price=of_all or bool(info.data.get("prices")))
         return budgets
 
     @field_validator("tenants")
@@ -210,6 +234,18 @@ class Settings(BaseSettings):
     def _askable(cls, rules: tuple[RuleSetting, ...], info: ValidationInfo) -> object:
         check_rules(rules, info.data.get("tenants", ()), info.data.get("gateway_secret"))
         return rules
+
+    @field_validator("prices", "energy_prices")
+    @classmethod
+    def _one_at_a_time(cls, prices: Any, info: ValidationInfo) -> Any:
+        setting_prices.refuse_two_at_once(str(info.field_name), prices)
+        return prices
+
+    @field_validator("overheads")
+    @classmethod
+    def _one_of_a_name(cls, overheads: tuple[OverheadSetting, ...]) -> tuple[OverheadSetting, ...]:
+        setting_prices.refuse_overlaps(overheads)
+        return overheads
 
     @classmethod
     def settings_customise_sources(
@@ -226,6 +262,14 @@ class Settings(BaseSettings):
     def derive(self) -> None:
         """Derive now what the first request would otherwise wait for."""
         _ = self.resolver, self._replies, self.declared_budgets, self.failing_closed
+        _ = self.price_book
+
+    @cached_property
+    def price_book(self) -> PriceBook:
+        """The declared prices and overheads."""
+        return setting_prices.price_book(
+            self.gpu_hour_usd, self.prices, self.energy_prices, self.overheads
+        )
 
     @cached_property
     def resolver(self) -> Resolver:
@@ -267,8 +311,15 @@ class Settings(BaseSettings):
 SECTIONS: Mapping[str, type[BaseModel]] = {
     "tenants": TenantSetting,
     "tenant_rules": RuleSetting,
+    "prices": PriceSetting,
+    "energy_prices": EnergyPriceSetting,
+    "overheads": OverheadSetting,
     "budgets": BudgetSetting,
 }
+
+
+# Of long tables a message says the line too.
+_WITH_LINES = ("prices", "energy_prices", "overheads")
 
 
 def load_settings(
@@ -286,13 +337,13 @@ def load_settings(
     if config is not None:
         given["COST_METER_CONFIG"] = str(config)
     path = given.get("COST_METER_CONFIG")
-    from_file = {} if path is None else _read_file(path, text)
+    from_file, text = ({}, "") if path is None else _read_file(path, text)
     source = EnvSettingsSource(Settings)
     source.env_vars = {name.lower(): value for name, value in given.items()}
     try:
         from_environment = source()
     except SettingsError as error:  # only of sections, which are not plain text
-        section = next((name for name in SECTIONS if f'"{name}"' in str(error)), "tenants")
+        section = next(name for name in SECTIONS if f'"{name}"' in str(error))
         key = f"{PREFIX}{section.upper()}"
         got = t.Text("text that is not JSON")
         raise SettingError(key, _expected(Settings, section), got) from None
@@ -303,7 +354,7 @@ def load_settings(
     # Raised out here, as the caught error holds the values, secrets among them.
     # First the unknown keys: what is missing is missing because its key was mistyped.
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
-    raise _setting_error(problem, from_environment, from_file, path)
+    raise _setting_error(problem, from_environment, from_file, path, text)
 
 
 def _refuse_unknown_names(given: Mapping[str, str]) -> None:
@@ -316,12 +367,13 @@ def _refuse_unknown_names(given: Mapping[str, str]) -> None:
         raise SettingError(_line(name), f"a known setting{hint}", t.Text("an unknown name"))
 
 
-def _read_file(path: str, text: str | None) -> dict[str, Any]:
+def _read_file(path: str, text: str | None) -> tuple[dict[str, Any], str]:
+    """Return the values of a TOML file, decimals as they are written, and its text."""
     key, expected = f"{PREFIX}CONFIG", _expected(Settings, "config")
     try:
         if text is None:
             text = Path(path).expanduser().read_bytes().decode()
-        values = tomllib.loads(text)
+        values = tomllib.loads(text, parse_float=Decimal)
     except (OSError, ValueError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise SettingError(key, expected, t.Text(f"{_line(path)!r}: {_line(str(why))}")) from None
@@ -334,7 +386,7 @@ def _read_file(path: str, text: str | None) -> dict[str, Any]:
             like = difflib.get_close_matches(name, Settings.model_fields, n=1)
             hint = f", perhaps {like[0]}" if like else ""
             raise SettingError(_line(name), f"a known key{hint}", t.Text("an unknown one"), where)
-    return values
+    return values, text
 
 
 def _setting_error(
@@ -342,13 +394,19 @@ def _setting_error(
     from_environment: Mapping[str, Any],
     from_file: Mapping[str, Any],
     path: str | None,
+    text: str,
 ) -> SettingError:
+    wrong = problem.get("ctx", {}).get("error")
     field, *inner = problem["loc"]
+    inner += wrong.within if isinstance(wrong, t.WrongError) else ()
     in_file = field in from_file and field not in from_environment
     key = str(field) if in_file else PREFIX + str(field).upper()
     key += "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inner)
     model: type[BaseModel] = Settings
     names = [step for step in inner if isinstance(step, str)]
+    where = _line(path) if in_file and path else "environment"
+    if in_file and field in _WITH_LINES and (line := line_of(text, (field, *inner))):
+        where += f":{line}"
     if field in SECTIONS and names:
         model, field = SECTIONS[field], names[0]
     wrong = problem.get("ctx", {}).get("error")
@@ -360,7 +418,6 @@ def _setting_error(
         got = t.Text("nothing")
     elif problem["type"] == "extra_forbidden":
         got = t.Text("an unknown key")
-    where = _line(path) if in_file and path else "environment"
     return SettingError(_line(key), expected, got, where)
 
 
@@ -383,6 +440,8 @@ def _shown(value: object, *, secret: bool) -> object:
     """Return what a message may show of a value: never a secret, never much."""
     if isinstance(value, str | SecretStr) and secret:
         return t.Text(f"a text of {len(value)} characters")
+    if isinstance(value, Decimal | date | time) and not secret:
+        return t.Text(value if isinstance(value, Decimal) else value.isoformat())
     if secret or not isinstance(value, str | int | float | None):
         return t.Text(f"a value of type {type(value).__name__}")
     if isinstance(value, str) and len(value) > t.SHOWN_CHARS_MAX:

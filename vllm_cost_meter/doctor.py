@@ -20,6 +20,8 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import schema_version
 from vllm_cost_meter.ledger.store import check_location, open_ledger, writing
 from vllm_cost_meter.plugin import NAME
+from vllm_cost_meter.price_book import NO_PRICES, PriceBook, RunFacts, described
+from vllm_cost_meter.records import NS_PER_HOUR
 
 # Servers hold the ledger for milliseconds at a time.
 LEDGER_TIMEOUT_S = 2.0
@@ -35,8 +37,8 @@ class Finding:
     detail: str
 
 
-def examine(ledger_url: str) -> list[Finding]:
-    """Run all checks."""
+def examine(ledger_url: str, book: PriceBook = NO_PRICES) -> list[Finding]:
+    """Run all checks; `book` is that of the settings."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("entry points", _entry_points),
         ("named", _named),
@@ -45,6 +47,7 @@ def examine(ledger_url: str) -> list[Finding]:
         ("ledger", lambda: _ledger(ledger_url)),
         ("books", lambda: _books(ledger_url)),
         ("cost model", lambda: _cost_model(ledger_url)),
+        ("price", lambda: _price(ledger_url, book)),
         ("energy", _energy),
     ]
     return [_contained(name, check) for name, check in checks]
@@ -136,6 +139,26 @@ def _cost_model(url: str) -> Finding:
         f" {latest['model']}: mean error {latest['error']:.1%},"
         f" {latest['explained']:.1%} of the variance explained",
     )
+
+
+def _price(url: str, book: PriceBook) -> Finding:
+    """Look for the price of now, for the latest run. To have none at all is the operator's choice.
+
+    So it is with one that is for certain runs only, as long as no run is known.
+    """
+    reader = LedgerReader(url)
+    try:
+        run = reader.latest_run()
+    finally:
+        reader.close()
+    hour = time.time_ns() // NS_PER_HOUR
+    facts = RunFacts() if run is None else run
+    price = book.price_at(facts, hour)
+    if price is not None:
+        return Finding("price", True, f"now {described(price.as_dict())}, by {price.key}")
+    is_meant = run is None or not book.listed()["prices"]
+    detail = f"none now, so cost is null: {book.why_no_price(facts, hour)}"
+    return Finding("price", is_meant, detail)
 
 
 def _energy() -> Finding:

@@ -1,15 +1,20 @@
-"""Money from GPU time: exact integers, one rounding.
+"""Money from GPU time and energy: exact integers, one rounding.
 
-A price is a decimal in USD per GPU-hour; a cost is an integer of nano-USD, rounded half to even
-once, at the end. No price means no cost: None travels through every function here, so that an
-unknown can never turn into 0.
+A price is a decimal or a fraction of USD per GPU-hour or kilowatt-hour; a cost is an integer of
+nano-USD, rounded half to even once, at the end. No price means no cost: None travels through every
+function here, so that an unknown can never turn into 0.
 """
 
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 
 from vllm_cost_meter.records import NS_PER_HOUR, format_nano
 
 NANOUSD_PER_USD = 1_000_000_000
+MJ_PER_KWH = 3_600_000_000
+# Decimal places of a price that cannot be written in full: what they leave out of the GPU time of
+# thirty years is less than a nano-USD.
+PLACES_MAX = 18
 
 
 def parse_price(text: str) -> Decimal:
@@ -20,20 +25,37 @@ def parse_price(text: str) -> Decimal:
         raise ValueError(f"expected a decimal number of USD per GPU-hour, got {text!r}") from None
     if not price.is_finite() or price < 0:
         raise ValueError(f"expected a finite price of at least 0 USD per GPU-hour, got {text!r}")
-    return price
+    return price.copy_abs()  # of -0, which is a price too
 
 
-def cost_nanousd(gpu_time_ns: int, usd_per_gpu_hour: Decimal | None) -> int | None:
+def cost_nanousd(gpu_time_ns: int, usd_per_gpu_hour: Decimal | Fraction | None) -> int | None:
     """Return the cost of GPU time in nano-USD, rounded half to even; None without a price."""
-    if usd_per_gpu_hour is None:
+    return _rounded(gpu_time_ns, usd_per_gpu_hour, NS_PER_HOUR)
+
+
+def energy_cost_nanousd(energy_mj: int, usd_per_kwh: Decimal | None) -> int | None:
+    """Return the cost of energy in nano-USD, rounded half to even; None without a price."""
+    return _rounded(energy_mj, usd_per_kwh, MJ_PER_KWH)
+
+
+def _rounded(amount: int, usd: Decimal | Fraction | None, per: int) -> int | None:
+    if usd is None:
         return None
-    numerator, denominator = usd_per_gpu_hour.as_integer_ratio()
-    dividend = gpu_time_ns * numerator * NANOUSD_PER_USD
-    divisor = denominator * NS_PER_HOUR
+    numerator, denominator = usd.as_integer_ratio()
+    dividend = amount * numerator * NANOUSD_PER_USD
+    divisor = denominator * per
     quotient, remainder = divmod(dividend, divisor)
     if 2 * remainder > divisor or (2 * remainder == divisor and quotient % 2):
         quotient += 1
     return quotient
+
+
+def decimal_text(value: Fraction) -> str:
+    """Return a fraction as a plain decimal, rounded half to even to at most 18 places."""
+    units = round(value * 10**PLACES_MAX)
+    sign, digits = "-" if units < 0 else "", str(abs(units)).zfill(PLACES_MAX + 1)
+    text = f"{sign}{digits[:-PLACES_MAX]}.{digits[-PLACES_MAX:]}"
+    return text.rstrip("0").rstrip(".")
 
 
 def format_usd(nanousd: int | None) -> str | None:

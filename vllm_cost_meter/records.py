@@ -59,6 +59,16 @@ def _second_text(unix_s: int) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat()[:19]
 
 
+def instant_of(hour: int | None) -> str | None:
+    """Return the RFC 3339 instant at which an hour since the epoch begins; None of None."""
+    return None if hour is None else rfc3339(hour * NS_PER_HOUR)
+
+
+def hour_text(hour: int) -> str:
+    """Return an hour since the epoch for people to read, e.g. "2026-01-01T00Z"."""
+    return f"{rfc3339(hour * NS_PER_HOUR)[:13]}Z"
+
+
 def unix_ns_of(text: str) -> int:
     """Return the nanoseconds since the epoch of an RFC 3339 instant. Raises ValueError."""
     instant = datetime.fromisoformat(text)

@@ -172,6 +172,6 @@ def check_budgets(budgets: Sequence[BudgetSetting], has_price: bool) -> None:
         names.add(budget.name)
         if budget.usd is not None and not has_price:
             raise t.WrongError(
-                "a price for a budget in USD (COST_METER_GPU_HOUR_USD), or gpu_seconds",
+                "a price for a budget in USD (prices, gpu_hour_usd), or gpu_seconds",
                 f"{budget.name!r} in USD and no price",
             )

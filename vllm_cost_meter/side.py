@@ -29,6 +29,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.own_figures import make_router
 from vllm_cost_meter.poller import Poller
+from vllm_cost_meter.price_book import PriceBook
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -50,6 +51,7 @@ async def start_side(collector: Collector, app: Any) -> None:
                 collector.poller,
                 collector.figures,
                 lambda: collector.settings.tenant_keys,
+                collector.book,
             )
         _add_own_figures(collector, app)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
@@ -61,7 +63,7 @@ def _add_own_figures(collector: Collector, app: Any) -> None:
     poller = collector.poller
     loop = asyncio.get_running_loop()
     refresh = (lambda: None) if poller is None else _refresher(poller, loop)
-    reader = LedgerReader(collector.ledger_url, create=True)
+    reader = LedgerReader(collector.ledger_url, create=True, book=collector.book)
     app.include_router(make_router(reader, refresh, collector.figures))
 
 
@@ -71,6 +73,7 @@ def serve(
     poller: Poller,
     budgets: Callable[[], Figures] = Figures,
     keys: Callable[[], Mapping[str, str]] = dict,
+    book: Callable[[], PriceBook] | None = None,
 ) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken."""
     if settings.port is None:
@@ -87,7 +90,7 @@ def serve(
         )
         return
     try:
-        reader = LedgerReader(ledger_url, create=True)
+        reader = LedgerReader(ledger_url, create=True, book=book or settings.price_book)
     except LedgerError:
         listening.close()  # or clients would connect and wait for ever
         raise

@@ -22,6 +22,8 @@ CORE = {
     f"{PACKAGE}.errors",
     f"{PACKAGE}.guard",
     f"{PACKAGE}.pricing",
+    f"{PACKAGE}.price_book",
+    f"{PACKAGE}.overheads",
     f"{PACKAGE}.tenants",
     f"{PACKAGE}.attribution",
     f"{PACKAGE}._attribution_c",

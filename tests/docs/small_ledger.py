@@ -1,10 +1,14 @@
 """A small real ledger: one run, one HTTP request with its bill, one snapshot, one price."""
 
+from decimal import Decimal
 from pathlib import Path
 
 from tests.builders import COST_MODEL
+from vllm_cost_meter.energy_records import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.overheads import Overhead
+from vllm_cost_meter.price_book import EnergyPrice, PriceBook
 from vllm_cost_meter.records import (
     NS_PER_HOUR,
     Bill,
@@ -67,6 +71,7 @@ HTTP = HttpRequest(
     started_at_ns=START_NS,
     finished_at_ns=START_NS + 10**9,
 )
+ENERGY = dict.fromkeys(ENERGY_CLASSES, 0) | {"requests": 30, "idle": 10}
 TOTALS = ClassTotals(requests=300, idle=1_000, host=50)
 SNAPSHOT = Snapshot(
     run_id="run",
@@ -100,14 +105,20 @@ SNAPSHOT = Snapshot(
     vllm_version="0.32.0",
     meter_version="0.1.0",
     hours={HOUR: TOTALS},
+    energy=RunEnergy(40, None, 0, ENERGY, (), {HOUR: ENERGY}, (RequestEnergy(1, HOUR, 30, None),)),
 )
 
 
 def small_ledger(folder: Path) -> LedgerReader:
     """Write the ledger into a folder and return a reader of it."""
     url = f"sqlite:///{folder / 'ledger.db'}"
-    writer = LedgerWriter(url, price=Price("settings:2.5", "2.5", "COST_METER_GPU_HOUR_USD", 0))
+    price = Price("settings:2.5", "2.5", "COST_METER_GPU_HOUR_USD", 0)
+    writer = LedgerWriter(url, price_of=lambda _: price)
     writer.start()
     writer.commit(PART, HTTP, SNAPSHOT).result(10)
     writer.close()
-    return LedgerReader(url)
+    book = PriceBook(
+        energy_prices=[EnergyPrice("energy_prices[0]", Decimal("0.3"), "the bill", HOUR)],
+        overheads=[Overhead("overheads[0]", "rent", "the lease", usd_per_month=Decimal(744))],
+    )
+    return LedgerReader(url, book=book)

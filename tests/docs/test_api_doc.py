@@ -69,6 +69,8 @@ def test_every_query_parameter_is_documented_and_no_other(client):
         ("Tenant report", lambda get: get("/cost/tenants")),
         ("Runs", lambda get: get("/cost/summary")["runs"][0]),
         ("Explanation", lambda get: get("/cost/requests/mine/explain")["parts"][0]),
+        ("Prices", lambda get: get("/cost/tenants")["prices"][0]),
+        ("Overheads", lambda get: get("/cost/summary")["overheads"][0]),
         ("Cost models", lambda get: get("/cost/models")["models"][0]),
         ("Budgets", lambda get: get("/cost/budgets")["budgets"][0]),
         ("Audit", lambda get: get("/cost/audit")["runs"][0]),
@@ -95,7 +97,7 @@ def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get)
 
 def test_one_tenant_has_a_row_and_what_the_page_says(get):
     row = set(get("/cost/tenants")["tenants"][0])
-    assert set(get("/cost/tenants/search")) == row | {"window", "taken_at", "recent"}
+    assert set(get("/cost/tenants/search")) == row | {"window", "taken_at", "prices", "recent"}
 
 
 def test_the_other_objects_have_the_keys_that_the_page_says(get):
@@ -104,6 +106,10 @@ def test_the_other_objects_have_the_keys_that_the_page_says(get):
     assert set(get("/cost/audit")) == {"balanced", "after_cut", "runs"}
     assert set(get("/cost/tenants")["after_cut"]) == {"bills", "gpu_time_ns"}
     assert set(get("/cost/tenants")["window"]) == {"from", "to", "from_hour", "to_hour"}
+    [energy] = get("/cost/tenants")["energy_prices"]
+    assert set(energy) == {"usd_per_kwh", "source", "effective_from", "host"}
+    [priced] = get("/cost/requests/mine/explain")["parts"][0]["prices"]
+    assert set(priced) == {"gpu_time_ns", *_fields("Prices")}
     assert set(get("/health")) == {"status", "version"}
 
 

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what the code says: every setting, its default, unit and meaning."""
+"""docs/configuration.md and prices.md say what the code says: each setting, default and unit."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,14 @@ import pytest
 from pydantic import BaseModel
 
 from tests.docs.pages import section
-from vllm_cost_meter.config import OTHER_NAMES, PREFIX, SECTIONS, Settings
+from vllm_cost_meter.config import OTHER_NAMES, PREFIX, SECTIONS, Settings, load_settings
+from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.reload import live_names
+from vllm_cost_meter.setting_prices import EnergyPriceSetting, OverheadSetting, PriceSetting
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+PRICES = PAGE.with_name("prices.md")
 
 
 def shown_default(field) -> str:
@@ -35,7 +39,11 @@ def rows(model: type[BaseModel], *, environment: bool) -> list[str]:
 
 EXPECTED = [
     *rows(Settings, environment=True),
-    *(line for model in SECTIONS.values() for line in rows(model, environment=False)),
+    *(
+        line
+        for name in ("tenants", "tenant_rules", "budgets")  # the price book has its own page
+        for line in rows(SECTIONS[name], environment=False)
+    ),
 ]
 
 
@@ -53,6 +61,37 @@ def test_the_page_documents_nothing_else():
 @pytest.mark.parametrize("name", sorted(OTHER_NAMES))
 def test_names_that_are_no_settings_are_mentioned(name):
     assert f"| `{name}` |" in PAGE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [
+        ("Prices of GPUs", PriceSetting),
+        ("Energy", EnergyPriceSetting),
+        ("Overheads", OverheadSetting),
+    ],
+)
+def test_every_key_of_the_price_book_is_documented_as_it_is_and_no_other(heading, model):
+    lines = section(PRICES, heading).splitlines()
+    shown = [line for line in lines if line.startswith("| `")]
+    assert shown == rows(model, environment=False)
+
+
+def test_the_book_on_the_page_can_be_loaded_and_the_error_below_is_what_a_slip_in_it_gives(
+    tmp_path, monkeypatch
+):
+    page = PRICES.read_text()
+    above = page.partition("## Prices of GPUs")[0]
+    book = [line[4:] for line in above.splitlines() if line.startswith("    ") or not line]
+    text = "\n".join(book).strip("\n") + "\n"
+    monkeypatch.chdir(tmp_path)
+    Path("meter.toml").write_text(text)
+    loaded = load_settings({"COST_METER_CONFIG": "meter.toml"}).price_book
+    assert [len(entries) for entries in loaded.listed().values()] == [2, 1, 2]
+    Path("meter.toml").write_text(text.replace('"2.10"', '"-2.10"'))
+    with pytest.raises(SettingError) as caught:
+        load_settings({"COST_METER_CONFIG": "meter.toml"})
+    assert f"    {caught.value}" in page.splitlines()
 
 
 def test_every_setting_says_what_it_means():

@@ -113,7 +113,7 @@ def store(engine: Engine, records: list, seed: int) -> None:
     while records:
         size = chance.randint(1, len(records))
         with writing(engine).begin() as connection:
-            write(connection, records[:size], None)
+            write(connection, records[:size])
         records = records[size:]
 
 

@@ -109,7 +109,10 @@ def test_every_api_server_sweeps_and_names_what_runs_when_it_stops(tmp_path):
         engine = Engine(collector)
         client = SimpleNamespace(
             engine_core=SimpleNamespace(client_index=index, core_engines=[]),
-            vllm_config=SimpleNamespace(model_config=SimpleNamespace(served_model_name="m")),
+            vllm_config=SimpleNamespace(
+                model_config=SimpleNamespace(served_model_name="m"),
+                parallel_config=SimpleNamespace(world_size=1),
+            ),
         )
         for _ in range(2):  # as when the middleware is installed twice
             await collector.start(client)
@@ -135,7 +138,10 @@ def test_a_reader_who_asks_finds_a_request_that_has_just_begun(tmp_path):
         collector = make_collector(tmp_path, snapshot_interval_s=3_600, port="off")
         client = SimpleNamespace(
             engine_core=SimpleNamespace(client_index=0, core_engines=[]),
-            vllm_config=SimpleNamespace(model_config=SimpleNamespace(served_model_name="m")),
+            vllm_config=SimpleNamespace(
+                model_config=SimpleNamespace(served_model_name="m"),
+                parallel_config=SimpleNamespace(world_size=1),
+            ),
         )
         await collector.start(client)
         Engine(collector).born("young")

@@ -64,7 +64,7 @@ def cells(line: str) -> list[str]:
 def test_tenants_are_a_table_whose_rows_are_the_whole(ledger):
     result = run("report", "--ledger", ledger)
     assert result.exit_code == 0
-    head, *rows, last = result.stdout.splitlines()
+    head, *rows, adds_up, last = result.stdout.splitlines()
     assert cells(head) == (
         [
             "tenant",
@@ -78,7 +78,8 @@ def test_tenants_are_a_table_whose_rows_are_the_whole(ledger):
     )
     assert cells(rows[0]) == ["alice", "2", "20", "4", "10", "0.000001", "-"]
     assert [cells(row)[0] for row in rows] == ["alice", EVIL, *OVERHEAD]
-    assert last == "adds up: the rows are all of 0.000002 GPU-seconds, to the nanosecond"
+    assert adds_up == "adds up: the rows are all of 0.000002 GPU-seconds, to the nanosecond"
+    assert last.startswith("no cost in all: no price for run run at 2027-01-15T08Z: none is set by")
 
 
 def test_energy_is_a_column_in_joules_where_any_is_known(ledger):
@@ -87,7 +88,7 @@ def test_energy_is_a_column_in_joules_where_any_is_known(ledger):
     for name in ENERGY_CLASSES:
         mj = {"requests": 700_001, "idle": 70}.get(name, 0)
         sql(ledger, f"UPDATE snapshots SET {name}_mj = ?", mj)
-    head, *rows, _ = run("report", "--ledger", ledger).stdout.splitlines()
+    head, *rows, _, _ = run("report", "--ledger", ledger).stdout.splitlines()
     energies = {cells(row)[0]: cells(row)[-1] for row in rows}
     assert cells(head)[-1] == "joules"
     assert (energies["alice"], energies[EVIL], energies["__idle__"]) == ("700.001", "-", "0.070")
@@ -216,6 +217,107 @@ def test_an_option_that_does_not_apply_is_refused_and_not_passed_over(ledger):
         result = run("report", *arguments, "--ledger", ledger)
         assert result.exit_code == 2
         assert one_line(result).startswith(f"vllm-cost-meter: {name}: expected ")
+
+
+# ---- prices
+
+BOOK = """\
+gpu_hour_usd = 1.5
+[[prices]]
+amount = 7.2e3
+scope = "node"
+gpus = 2
+kind = "reserved"
+effective_from = 2027-01-15T08:00:00Z
+source = "contract 17"
+[[prices]]
+amount = 10
+scope = "node"
+gpus = 2
+kind = "reserved"
+effective_from = 2027-02-01T00:00:00Z
+source = "contract 18"
+[[energy_prices]]
+usd_per_kwh = 0.3
+effective_from = 2026-01-01T00:00:00Z
+source = "utility"
+[[overheads]]
+name = "rent"
+usd_per_month = 744
+source = "lease"
+[[overheads]]
+name = "staff"
+percent = 10
+source = "plan"
+"""
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> str:
+    path = tmp_path / "meter.toml"
+    path.write_text(BOOK)
+    return str(path)
+
+
+def test_a_report_is_priced_by_the_settings_and_says_by_which_prices(ledger, book):
+    *_, adds_up, price, rent, staff = run(
+        "report", "--ledger", ledger, COST_METER_CONFIG=book
+    ).stdout.splitlines()
+    assert adds_up.startswith("adds up: ")
+    assert price == (
+        "priced at 3600 USD per GPU-hour (7200 USD per node of 2 GPUs, reserved, from"
+        " 2027-01-15T08Z, contract 17)"
+    )
+    assert rent == "besides, rent (744 USD a month, lease): 1.000000000 USD"
+    assert staff == "besides, staff (10 %, plan): 0.000000194 USD"
+    answer = json.loads(run("report", "--json", "--ledger", ledger, COST_METER_CONFIG=book).stdout)
+    assert answer["tenants"][0]["cost_nanousd"] == 600
+    [row, *_] = csv.DictReader(
+        io.StringIO(run("report", "--csv", "--ledger", ledger, COST_METER_CONFIG=book).stdout)
+    )
+    assert (row["cost_nanousd"], row["cost_reason"]) == ("600", "")
+
+
+def test_a_percentage_of_no_cost_says_why(ledger, book):
+    Path(book).write_text('[[overheads]]\nname = "staff"\npercent = 10\nsource = "plan"')
+    *_, staff = run("report", "--ledger", ledger, COST_METER_CONFIG=book).stdout.splitlines()
+    assert staff == "besides, staff (10 %, plan): the cost it is a part of is null"
+
+
+def test_the_book_is_listed_with_the_time_for_which_each_entry_holds(book):
+    head, *rows = run("prices", COST_METER_CONFIG=book).stdout.splitlines()
+    assert cells(head)[:4] == ["key", "effective_from", "effective_until", "usd_per_gpu_hour"]
+    instants = ["2027-01-15T08:00:00.000000Z", "2027-02-01T00:00:00.000000Z"]
+    assert cells(rows[0])[:4] == ["prices[0]", *instants, "3600"]
+    assert cells(rows[1])[:4] == ["prices[1]", instants[1], "-", "5"]
+    assert cells(rows[2])[:4] == ["COST_METER_GPU_HOUR_USD", "-", "-", "1.5"]
+    assert cells(rows[4])[:4] == ["energy_prices[0]", "2026-01-01T00:00:00.000000Z", "-", "0.3"]
+    assert [cells(row)[0] for row in rows[6:]] == ["overheads[0]", "overheads[1]"]
+
+
+def test_the_book_is_one_json_object(book):
+    listed = json.loads(run("prices", "--json", COST_METER_CONFIG=book).stdout)
+    assert list(listed) == ["prices", "energy_prices", "overheads"]
+    first, second, _ = listed["prices"]
+    assert first["effective_until"] == second["effective_from"]
+    assert (first["amount"], first["kind"], first["source"]) == ("7200", "reserved", "contract 17")
+
+
+def test_an_empty_book_says_where_prices_are_set():
+    assert run("prices").stdout == (
+        "no price: set COST_METER_GPU_HOUR_USD, or [[prices]] in the configuration file\n"
+    )
+
+
+def test_a_bad_price_is_one_line_and_2(ledger, book):
+    Path(book).write_text(BOOK.replace("744", "-744"))
+    for arguments in (["prices"], ["report", "--ledger", ledger], ["doctor"]):
+        result = run(*arguments, COST_METER_CONFIG=book)
+        assert result.exit_code == 2
+        assert one_line(result) == (
+            f"vllm-cost-meter: overheads[0].usd_per_month ({book}:22): expected a decimal number"
+            " from 0 to 1,000,000,000,000 with at most 18 decimal places, got -744"
+        )
 
 
 # ---- audit

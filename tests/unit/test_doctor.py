@@ -4,6 +4,7 @@ import contextlib
 import json
 import sqlite3
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,19 @@ from vllm_cost_meter import doctor
 from vllm_cost_meter.cli import app
 from vllm_cost_meter.doctor import examine
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.price_book import Matches, PriceBook, PriceEntry
 
-CHECKS = ["entry points", "named", "native", "vllm", "ledger", "books", "cost model", "energy"]
+CHECKS = [
+    "entry points",
+    "named",
+    "native",
+    "vllm",
+    "ledger",
+    "books",
+    "cost model",
+    "price",
+    "energy",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +150,48 @@ def test_a_ledger_that_refuses_a_write_cannot_be_written(path):
 def test_a_password_in_the_ledgers_url_is_not_shown():
     found = {f.name: f.detail for f in examine("postgresql+psycopg://me:s3cret@127.0.0.1:1/x")}
     assert "s3cret" not in str(found)
+
+
+def priced(path: Path, *entries: PriceEntry) -> tuple[bool, str]:
+    found = {f.name: f for f in examine(f"sqlite:///{path}", PriceBook(entries))}
+    return found["price"].ok, found["price"].detail
+
+
+def test_the_price_in_force_is_named_with_its_source_for_the_latest_run(path):
+    then = PriceEntry("prices[0]", Decimal("2"), "old list", 0, matches=Matches(host="node-1"))
+    now = PriceEntry("prices[1]", Decimal("3"), "list", 1, matches=Matches(host="node-1"))
+    later = PriceEntry("prices[2]", Decimal("4"), "x", 10**6, matches=Matches(host="node-1"))
+    other = PriceEntry("prices[3]", Decimal("5"), "y", 1)
+    assert priced(path, then, now, later, other) == (
+        True,
+        "now 3 USD per GPU-hour (gpu, from 1970-01-01T01Z, list), by prices[1]",
+    )
+
+
+def test_no_price_at_all_is_no_fault(path):
+    assert priced(path) == (
+        True,
+        "none now, so cost is null: none is set by COST_METER_GPU_HOUR_USD or [[prices]]",
+    )
+
+
+def test_prices_of_which_none_is_for_the_latest_run_fail(path, tmp_path):
+    other = PriceEntry("prices[0]", Decimal("2"), "list", 0, matches=Matches(host="node-2"))
+    ok, detail = priced(path, other)
+    assert not ok
+    assert detail == (
+        "none now, so cost is null: no entry matches model 'm', GPU 'a GPU', host 'node-1'"
+    )
+    assert priced(tmp_path / "new.db", other)[0], "no engine has run yet"
+
+
+def test_the_command_takes_the_prices_of_the_settings(path, monkeypatch):
+    monkeypatch.setenv("COST_METER_GPU_HOUR_USD", "2.49")
+    said = CliRunner().invoke(app, ["doctor", "--ledger", str(path)]).stdout
+    assert (
+        "ok   price: now 2.49 USD per GPU-hour (gpu, COST_METER_GPU_HOUR_USD), by"
+        " COST_METER_GPU_HOUR_USD\n"
+    ) in said
 
 
 def test_a_gpu_whose_energy_can_be_read_is_named(machine, path, monkeypatch):

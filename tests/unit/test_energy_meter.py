@@ -8,6 +8,7 @@ a clock that the tests move.
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from vllm_cost_meter.energy_records import RequestEnergy, RunEnergy
 from vllm_cost_meter.engine import EngineIdentity, EngineMeter
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.price_book import EnergyPrice, PriceBook
 from vllm_cost_meter.records import NS_PER_HOUR, Bill, Snapshot
 
 HOUR = 500_000
@@ -272,13 +274,17 @@ def test_an_error_of_the_energy_books_costs_the_energy_and_nothing_else(
 
 
 class Books:
-    """A ledger that the engine's bills and snapshots go into, as they do in a server."""
+    """A ledger that the engine's bills and snapshots go into, as they do in a server.
+
+    Energy is priced at a nano-USD for each millijoule.
+    """
 
     def __init__(self, url: str) -> None:
         self.writer = LedgerWriter(url)
         self.writer.start()
         self.writer.commit().result(10)
-        self.reader = LedgerReader(url)
+        energy_price = EnergyPrice("energy_prices[0]", Decimal("3.6"), "the bill", 0)
+        self.reader = LedgerReader(url, book=PriceBook(energy_prices=[energy_price]))
 
     def run(self, engine: Engine, machine: Machine, name: str, ms: int = 1_000) -> None:
         """Let a request run alone, bill it, and end the window: the GPU used 600 W."""
@@ -327,6 +333,7 @@ def test_reports_have_what_was_read_and_null_for_what_was_not(make, machine, boo
     alice = report["tenants"][0]
     assert (alice["energy_mj"], alice["energy_unknown_requests"]) == (1_500_000, 2)
     assert report["energy_mj"] == 1_500_000
+    assert alice["energy_cost_nanousd"] == report["energy_cost_nanousd"] == 1_500_000
     (run,) = report["runs"]
     assert run["energy_unknown_ns"] == 2 * S + RETRY_NS
     assert run["energy_reason"].startswith("first: ")

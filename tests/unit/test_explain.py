@@ -64,7 +64,8 @@ def ledger(tmp_path):
         cost = cost_nanousd(bill.gpu_time_ns, USD)
         parts.append(make_part(bill, tenant=name[:-2], cost_nanousd=cost, external_id=name))
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
-    writer = LedgerWriter(url, price=Price("p", str(USD), "the invoice", 0))
+    price = Price("p", str(USD), "the invoice", 0)
+    writer = LedgerWriter(url, price_of=lambda _: price)
     writer.start()
     snapshot = books.snapshot(now_ns, unix_ns + 10**9, 0, ENGINE_FACTS)
     writer.commit(*parts, snapshot).result(10)
@@ -125,7 +126,10 @@ def test_the_command_says_it_in_sentences(ledger):
     told = CliRunner().invoke(app, ["explain", "alice-1", "--ledger", ledger])
     assert told.exit_code == 0
     assert "tenant alice" in told.output
-    assert "x 2.5 USD per GPU-hour (the invoice) = " in told.output
+    invoice = (
+        "x 2.5 USD per GPU-hour (gpu, the invoice (told when the run began)) = 0.000025135 USD"
+    )
+    assert invoice in told.output
     assert "cost model 1: one plane, what it began with" in told.output
     assert "off by 0.0%" not in told.output
 
@@ -153,6 +157,7 @@ def test_what_was_wasted_and_a_missing_price_are_told(tmp_path):
     assert told["drafts"] == {"rejected_tokens": 2, "rejected_ns": 20}
     assert (told["usd_per_gpu_hour"], told["cost_nanousd"]) == (None, None)
     text = " ".join(explanation["text"])
-    assert "no price" in text
+    assert "no price for run run at 2027-01-15T08Z: none is set by COST_METER_GPU_HOUR_USD" in text
+    assert told["cost_reason"] in text
     assert "preempted 1 times: 3 tokens were computed again" in text
     assert "2 draft tokens were rejected" in text

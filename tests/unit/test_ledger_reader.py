@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.builders import make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader, Match
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.price_book import PriceBook, PriceEntry
 from vllm_cost_meter.records import (
     CLASSES,
     NS_PER_HOUR,
@@ -91,10 +93,15 @@ class Ledger:
         self.write()
         self.reader = LedgerReader(url)
 
+    def priced(self, *entries: PriceEntry, **more: Any) -> None:
+        """Read from now on with a book of these prices."""
+        self.reader.close()
+        self.reader = LedgerReader(self.url, book=PriceBook(entries, **more))
+
     def write(self, *records, usd: str | None = None) -> None:
         if usd not in self.writers:
             price = Price(f"p{usd}", usd, "settings", T0) if usd else None
-            self.writers[usd] = LedgerWriter(self.url, price=price)
+            self.writers[usd] = LedgerWriter(self.url, price_of=lambda _: price)
             self.writers[usd].start()
         self.writers[usd].commit(*records).result(10)
 
@@ -181,7 +188,8 @@ def test_a_request_row_has_the_names_that_others_rely_on(ledger):
         "status": 200, "streamed": False, "state": "finished", "as_of": None,
         "engine_status": "stop", "prompt_tokens": 10,
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "prefill_ns": 100,
-        "decode_ns": 200, "cost_nanousd": 7, "cost_usd": "0.000000007", "method": "tokens",
+        "decode_ns": 200, "cost_nanousd": 7, "cost_usd": "0.000000007", "cost_reason": None,
+        "method": "tokens",
         "marginal_ns": 0, "marginal_cost_usd": None, "recomputed_ns": 0, "rejected_ns": 0,
         "kv_block_ms": 0, "saved_estimate_ns": 0,
         "started_at": "2027-01-15T08:00:00.000000Z", "finished_at": "2027-01-15T08:00:00.003000Z",
@@ -311,7 +319,12 @@ def test_each_run_is_priced_with_its_own_price(ledger):
     assert ledger.rows()["alice"]["cost_nanousd"] == 300 + 600
     third = [part(1, run_id="run3")]
     ledger.write(*third, snapshot(third, run_id="run3"))
-    assert ledger.rows()["alice"]["cost_nanousd"] is None
+    alice = ledger.rows()["alice"]
+    assert (alice["cost_nanousd"], alice["cost_reason"]) == (
+        None,
+        "no price for run run3 at 2027-01-15T08Z: none is set by COST_METER_GPU_HOUR_USD or"
+        " [[prices]]",
+    )
 
 
 def test_the_in_flight_time_of_a_dead_run_is_lost(ledger):
@@ -354,6 +367,7 @@ def test_one_tenant_has_its_row_and_its_latest_requests(ledger):
     bob = ledger.reader.tenant("bob", now_ns=NOW)
     assert (bob["requests"], bob["gpu_time_ns"]) == (1, 300)
     assert [row["http_request_id"] for row in bob["recent"]] == ["h2"]
+    assert bob["prices"] == []
     assert ledger.reader.tenant("carol", now_ns=NOW) is None
 
 

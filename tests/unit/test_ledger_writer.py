@@ -128,7 +128,7 @@ def test_an_older_snapshot_still_brings_hours_that_the_newer_did_not(writer, pat
 def test_the_price_is_written_once_and_a_run_names_it(path):
     price = Price("p1", "2.50", "settings", T0)
     for number in (1, 2):
-        writer = LedgerWriter(f"sqlite:///{path}", price=price)
+        writer = LedgerWriter(f"sqlite:///{path}", price_of=lambda _: price)
         writer.start()
         writer.commit(snapshot(number)).result(5)
         writer.close(5)

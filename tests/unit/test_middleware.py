@@ -17,7 +17,6 @@ from tests.unit.world import (
     COST,
     COST_HEADERS,
     DONE,
-    GPU_HOUR_USD,
     JSON,
     SSE,
     TOKEN,
@@ -139,7 +138,6 @@ def test_what_a_header_says_is_in_the_file_already(world):
         return seen
 
     assert asyncio.run(ask()) == [[(30,)], [(30,)]]
-    assert world.collector.price.usd_per_gpu_hour == GPU_HOUR_USD
 
 
 # ---- streams

@@ -333,6 +333,9 @@ class Stub:
         class model_config:  # noqa: N801
             served_model_name = "m"
 
+        class parallel_config:  # noqa: N801
+            world_size = 1
+
 
 def rows_of(folder, query: str) -> list:
     with contextlib.closing(sqlite3.connect(folder / "ledger.db")) as connection:

@@ -322,7 +322,10 @@ def test_a_child_is_told_what_its_tenants_clients_are(make_world):
 def test_all_names_of_the_model_are_known_once_the_application_is_up(world):
     engine = SimpleNamespace(
         engine_core=SimpleNamespace(client_index=1, core_engines=[]),
-        vllm_config=SimpleNamespace(model_config=SimpleNamespace(served_model_name="llama")),
+        vllm_config=SimpleNamespace(
+            model_config=SimpleNamespace(served_model_name="llama"),
+            parallel_config=SimpleNamespace(world_size=1),
+        ),
     )
     paths = [SimpleNamespace(name="llama"), SimpleNamespace(name="org/llama")]
     state = SimpleNamespace(openai_serving_models=SimpleNamespace(base_model_paths=paths))

@@ -65,7 +65,8 @@ class Client(Engines):
         super().__init__(snapshot)
         self.client_index = index
         self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(served_model_name=["m", "alias"])
+            model_config=SimpleNamespace(served_model_name=["m", "alias"]),
+            parallel_config=SimpleNamespace(world_size=1),
         )
 
 

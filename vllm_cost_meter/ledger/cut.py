@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import CTE, BigInteger, Text, and_, column, func, select, true, values
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.energy_records import ENERGY_CLASSES
+from vllm_cost_meter.ledger.prices import RunPrices, by_stretch
 from vllm_cost_meter.ledger.schema import (
     energy_hours,
     engine_hours,
@@ -29,7 +29,7 @@ from vllm_cost_meter.ledger.schema import (
     runs,
     snapshots,
 )
-from vllm_cost_meter.pricing import parse_price
+from vllm_cost_meter.price_book import NO_PRICES, PriceBook
 from vllm_cost_meter.records import (
     CLASSES,
     NS_PER_HOUR,
@@ -90,7 +90,8 @@ class RunCut:
     """One run at the cut. `classes` are its totals, of a window if one was asked for.
 
     The in-flight time of a dead run is lost: nobody will be billed for it. `energy` are the
-    millijoules by class, likewise; None where none was known.
+    millijoules by class, likewise; None where none was known. `stretches` and `energy_stretches`
+    are both by stretch of hours (see prices.py), `wall_gpu_ns` is wall x gpus.
     """
 
     run_id: str
@@ -98,8 +99,11 @@ class RunCut:
     alive: bool
     classes: Mapping[str, int]
     hours: Mapping[int, Mapping[str, int]]
-    price: Decimal | None
+    prices: RunPrices
+    wall_gpu_ns: int
+    stretches: Mapping[int, Mapping[str, int]]
     energy: Mapping[str, int] | None = None
+    energy_stretches: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def last_seq(self) -> int:
@@ -107,6 +111,18 @@ class RunCut:
 
     def total_ns(self) -> int:
         return sum(self.classes.values())
+
+    def used_ns(self, name: str | None = None) -> dict[int | None, int]:
+        """Return the GPU time of a class, or of all of them, by stretch."""
+        total = self.wall_gpu_ns if name is None else self.classes[name]
+        return _by_hour(self.stretches, name, total)
+
+    def used_mj(self, name: str | None = None) -> dict[int | None, int]:
+        """Return the energy of a class, or of all of them, by stretch; empty if none is known."""
+        if self.energy is None:
+            return {}
+        total = sum(self.energy.values()) if name is None else self.energy.get(name, 0)
+        return _by_hour(self.energy_stretches, name, total)
 
     def state(self) -> dict[str, Any]:
         """Return what a summary says of the run."""
@@ -125,19 +141,22 @@ class Cut:
 
     runs: tuple[RunCut, ...]
     window: Window = field(default_factory=Window)
+    book: PriceBook = NO_PRICES
 
-    def price_of(self) -> dict[str, Decimal | None]:
-        return {run.run_id: run.price for run in self.runs}
+    def prices_of(self) -> dict[str, RunPrices]:
+        return {run.run_id: run.prices for run in self.runs}
 
     def wall_gpu_ns(self) -> int:
         """Wall x gpus of all runs; within a window, what their engines account for in it."""
-        if not self.window.is_all:
-            return sum(run.total_ns() for run in self.runs)
-        return sum(int(run.row["wall_ns"]) * int(run.row["gpus"]) for run in self.runs)
+        return sum(run.wall_gpu_ns for run in self.runs)
 
-    def overhead_ns(self, name: str) -> dict[str, int]:
-        """Return the time of one class, run by run."""
-        return {run.run_id: run.classes[name] for run in self.runs}
+    def used_ns(self, name: str | None = None) -> dict[str, dict[int | None, int]]:
+        """Return the GPU time of a class, or of all of them, run by run and by stretch."""
+        return {run.run_id: run.used_ns(name) for run in self.runs}
+
+    def used_mj(self, name: str | None = None) -> dict[str, dict[int | None, int]]:
+        """Return the energy of a class, or of all of them, run by run and by stretch."""
+        return {run.run_id: run.used_mj(name) for run in self.runs}
 
     def kv_cache_block_ms(self) -> float | None:
         """Return the KV cache of all runs x their time; None if a run does not know its size."""
@@ -173,7 +192,14 @@ class Cut:
         return table.data(rows).cte()
 
 
-def read_cut(connection: Connection, window: Window, *, alive: Collection[str], now_ns: int) -> Cut:
+def read_cut(
+    connection: Connection,
+    window: Window,
+    *,
+    alive: Collection[str],
+    now_ns: int,
+    book: PriceBook = NO_PRICES,
+) -> Cut:
     """Read the snapshots and hours of all runs; both must come from one transaction."""
     hours: dict[str, dict[int, Mapping[str, int]]] = {}
     for hour in connection.execute(select(engine_hours)):
@@ -186,6 +212,7 @@ def read_cut(connection: Connection, window: Window, *, alive: Collection[str], 
             runs,
             *(c for c in snapshots.c if c.name != "run_id"),
             prices.c.usd_per_gpu_hour,
+            prices.c.source.label("price_source"),
             live_usage.c.live_ns,
             live_usage.c.step_ns,
         )
@@ -197,29 +224,52 @@ def read_cut(connection: Connection, window: Window, *, alive: Collection[str], 
     cuts = []
     for each in connection.execute(joined):
         row = each._asdict()
-        run_id = row["run_id"]
-        age_ns = now_ns - unix_ns_of(row["taken_at"])
+        run_id, age_ns = row["run_id"], now_ns - unix_ns_of(row["taken_at"])
         up = run_id in alive or age_ns <= DEAD_AFTER_NS
-        classes = _classes(row)
-        if not window.is_all:
-            inside = [c for h, c in hours.get(run_id, {}).items() if window.contains(h)]
-            classes = {name: sum(c[name] for c in inside) for name in CLASSES}
-        energy = None if row["energy_mj"] is None else _energy(row)
-        if not window.is_all:
-            energy = _within(window, energies.get(run_id, {}))
-        usd = row["usd_per_gpu_hour"]
-        cuts.append(
-            RunCut(
-                run_id=run_id,
-                row=row,
-                alive=up,
-                classes=classes if up else _as_lost(classes),
-                hours=hours.get(run_id, {}),
-                price=None if usd is None else parse_price(usd),
-                energy=energy if up or energy is None else _as_lost(energy),
-            )
-        )
-    return Cut(tuple(cuts), window)
+        ours = hours.get(run_id, {}), energies.get(run_id, {})
+        cuts.append(_run_cut(row, window, up, RunPrices.of(row, book), *ours))
+    return Cut(tuple(cuts), window, book)
+
+
+def _run_cut(
+    row: Mapping[str, Any],
+    window: Window,
+    alive: bool,
+    prices: RunPrices,
+    hours: Mapping[int, Mapping[str, int]],
+    energies: Mapping[int, Mapping[str, int]],
+) -> RunCut:
+    def shown(by_class: Mapping[str, int]) -> Mapping[str, int]:
+        return by_class if alive else _as_lost(by_class)
+
+    def stretches(
+        of: Mapping[int, Mapping[str, int]], changes: list[int]
+    ) -> dict[int, Mapping[str, int]]:
+        inside = {hour: classes for hour, classes in of.items() if window.contains(hour)}
+        return {hour: shown(sums) for hour, sums in by_stretch(inside, changes).items()}
+
+    used = stretches(hours, prices.book.price_changes())
+    energy_used = stretches(energies, prices.book.energy_price_changes())
+    wall_gpu_ns = int(row["wall_ns"]) * int(row["gpus"])
+    classes, energy = shown(_classes(row)), None
+    if row["energy_mj"] is not None:
+        energy = shown(_energy(row))
+    if not window.is_all:
+        classes = _sums(used, CLASSES)
+        energy = _sums(energy_used, ENERGY_CLASSES) if energy_used else None
+        wall_gpu_ns = sum(classes.values())
+    return RunCut(
+        run_id=row["run_id"],
+        row=row,
+        alive=alive,
+        classes=classes,
+        hours=hours,
+        prices=prices,
+        wall_gpu_ns=wall_gpu_ns,
+        stretches=used,
+        energy=energy,
+        energy_stretches=energy_used,
+    )
 
 
 def count_bills(connection: Connection, cut: Cut) -> dict[str, int]:
@@ -276,12 +326,20 @@ def _energy(row: Mapping[str, Any]) -> dict[str, int]:
     return {name: int(row[f"{name}_mj"]) for name in ENERGY_CLASSES}
 
 
-def _within(window: Window, hours: Mapping[int, Mapping[str, int]]) -> dict[str, int] | None:
-    """Return the energies of the hours of a window; None if it was known in none of them."""
-    inside = [classes for hour, classes in hours.items() if window.contains(hour)]
-    if not inside:
-        return None
-    return {name: sum(classes[name] for classes in inside) for name in ENERGY_CLASSES}
+def _sums(stretches: Mapping[int, Mapping[str, int]], names: Collection[str]) -> dict[str, int]:
+    return {name: sum(classes[name] for classes in stretches.values()) for name in names}
+
+
+def _by_hour(
+    stretches: Mapping[int, Mapping[str, int]], name: str | None, total: int
+) -> dict[int | None, int]:
+    """Return a class, or all, by stretch; what of its total is in none of them is under None."""
+    used: dict[int | None, int] = {
+        hour: sum(classes.values()) if name is None else classes.get(name, 0)
+        for hour, classes in stretches.items()
+    }
+    rest = total - sum(used.values())
+    return {**used, None: rest} if rest else used
 
 
 def _as_lost(classes: Mapping[str, int]) -> dict[str, int]:

@@ -10,6 +10,7 @@ of a run add up to what was read of its GPUs.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Select, Text, and_, case, cast, distinct, func, select
@@ -17,6 +18,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.ledger.cut import Cut, RunCut
+from vllm_cost_meter.ledger.prices import Used, stretch
 from vllm_cost_meter.ledger.schema import (
     request_energy,
     requests,
@@ -44,27 +46,44 @@ def select_parts() -> Select[Any]:
     )
 
 
-def by_tenant(connection: Connection, cut: Cut) -> dict[str, tuple[int | None, int]]:
-    """Return each tenant's known energy (None: of no request), and how many requests have none.
+@dataclass(frozen=True, slots=True)
+class TenantEnergy:
+    """The known energy of a row (None: of no request), how many have none, and when it was used."""
+
+    energy_mj: int | None = 0
+    unknown_requests: int | None = 0
+    used_mj: Used = field(default_factory=dict)
+
+
+def by_tenant(connection: Connection, cut: Cut) -> dict[str, TenantEnergy]:
+    """Return the energy of each tenant's requests.
 
     Empty where no engine counts energy. Energy goes by the hour it was used in, requests by theirs.
     """
     if all(run.energy is None for run in cut.runs):
         return {}
     at, e, r = cut.cte(), request_energy.c, requests.c
+    first = func.min(e.hour)
     known = (
-        select(r.tenant, func.sum(e.energy_mj))
+        select(r.tenant, r.run_id, first, func.sum(e.energy_mj))
         .join(request_energy, and_(e.run_id == r.run_id, e.seq == r.seq))
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
         .where(cut.window.on_hours(e.hour), e.energy_mj.is_not(None))
-        .group_by(r.tenant)
+        .group_by(r.tenant, r.run_id, *stretch(e.hour, cut.book.energy_price_changes()))
+        .order_by(first)
     )
-    amounts = {tenant: int(mj) for tenant, mj in connection.execute(known)}
+    used: dict[str, dict[str, dict[int | None, int]]] = {}
+    for tenant, run_id, hour, mj in connection.execute(known):
+        used.setdefault(tenant, {}).setdefault(run_id, {})[hour] = int(mj)
     unknown = {tenant: int(count) for tenant, count in connection.execute(_unknown(cut))}
     return {
-        tenant: (amounts.get(tenant), unknown.get(tenant, 0))
-        for tenant in amounts.keys() | unknown.keys()
+        tenant: TenantEnergy(_sum(used.get(tenant)), unknown.get(tenant, 0), used.get(tenant, {}))
+        for tenant in used.keys() | unknown.keys()
     }
+
+
+def _sum(used_mj: Used | None) -> int | None:
+    return None if used_mj is None else sum(mj for run in used_mj.values() for mj in run.values())
 
 
 def _unknown(cut: Cut) -> Select[Any]:

@@ -43,6 +43,7 @@ PART_COLUMNS = (
     "decode_ns",
     "cost_nanousd",
     "cost_usd",
+    "cost_reason",
     "marginal_ns",
     "marginal_cost_nanousd",
     "recomputed_ns",
@@ -105,6 +106,7 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
         **_gpu_time(told, parts),
         "cost_nanousd": cost,
         "cost_usd": format_usd(cost),
+        "cost_reason": None if cost is not None else _why_no_cost(parts),
         "marginal_cost_usd": format_usd(_sum_of(parts, "marginal_cost_nanousd")),
         "method": _common(parts, "method"),
         "started_at": told.get("started_at") or first["started_at"],
@@ -127,7 +129,9 @@ def ordered(parts: Sequence[Row]) -> list[Row]:
 
 def shown_part(part: Row) -> dict[str, Any]:
     """Return a part as it is listed under `parts`."""
-    return {**{name: part.get(name) for name in PART_COLUMNS}, "state": _state([part])}
+    shown = {name: part.get(name) for name in PART_COLUMNS}
+    reason = None if shown["cost_nanousd"] is not None else _why_no_cost([part])
+    return {**shown, "state": _state([part]), "cost_reason": reason}
 
 
 def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
@@ -155,6 +159,16 @@ def _cost(told: Row, parts: Sequence[Row]) -> int | None:
     if not parts:
         return told.get("cost_nanousd")
     return _sum_of(parts, "cost_nanousd")
+
+
+def _why_no_cost(parts: Sequence[Row]) -> str:
+    """Return why the first part without a cost has none."""
+    for part in parts:
+        if part["cost_nanousd"] is None:
+            if part["gpu_time_ns"] is None:
+                return "no snapshot told what it used"
+            return part.get("cost_reason") or "there was no price when it was billed"
+    return "no engine worked on it"
 
 
 def _sum_of(parts: Sequence[Row], name: str) -> int | None:

@@ -3,7 +3,8 @@
 Pure functions from a request row with its parts, as `LedgerReader.request` returns it, to the
 explanation. Per part: what it used in each phase, the steps it was in and its share of them, what
 of its charge it caused itself and what is its share of what the batch needs anyway, what caching
-saved, what preemption and drafts wasted, the price, and the cost models in use while it ran.
+saved, what preemption and drafts wasted, the prices of its hours, and the cost models in use while
+it ran.
 
 Invariant: every figure of a part is in its bill or follows from figures beside it, by the formula
 that `formulas` states.
@@ -13,27 +14,40 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm_cost_meter.ledger.exchange import FINISHED
-from vllm_cost_meter.pricing import cost_nanousd, format_usd, parse_price
+from vllm_cost_meter.ledger.prices import RunPrices
+from vllm_cost_meter.price_book import by_price, described, total_nanousd
+from vllm_cost_meter.pricing import format_usd
+from vllm_cost_meter.records import NS_PER_HOUR, unix_ns_of
 
 Row = Mapping[str, Any]
+# (hour, GPU-ns) of bills, by run and number.
+Spent = Mapping[tuple[str, int], Sequence[tuple[int, int]]]
 
 FORMULAS = {
     "gpu_time_ns": "phases.prefill.gpu_time_ns + phases.decode.gpu_time_ns",
     "share": "gpu_time_ns / step_ns",
     "average_batch": "batch / steps",
     "common_ns": "gpu_time_ns - marginal_ns",
-    "cost_nanousd": "gpu_time_ns x usd_per_gpu_hour / 3600, rounded half to even",
+    "cost_nanousd": "the sum over prices of gpu_time_ns x usd_per_gpu_hour / 3600, each rounded"
+    " half to even",
 }
 
 
-def explained(request: Row, prices: Mapping[str, Row], models: Sequence[Row]) -> dict[str, Any]:
+def explained(
+    request: Row, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Row]
+) -> dict[str, Any]:
     """Return the explanation of a request row with its `parts`.
 
-    `prices` has, by run, `usd_per_gpu_hour` and `source`; `models` are cost models as they are
-    shown, of the runs of the parts, oldest first.
+    `prices` are those of the runs of the parts, `spent` the hours and GPU-ns of each bill by its
+    key, `models` cost models as they are shown, of these runs, oldest first.
     """
     parts = [
-        _part(part, prices.get(part["run_id"], {}), [m for m in models if _used(m, part)])
+        _part(
+            part,
+            prices[part["run_id"]],
+            spent.get((part["run_id"], part["seq"]), []),
+            [model for model in models if _used(model, part)],
+        )
         for part in request["parts"]
         if part["state"] == FINISHED
     ]
@@ -58,10 +72,9 @@ def _used(model: Row, part: Row) -> bool:
     return is_of_run and part["first_model"] <= model["version"] <= part["last_model"]
 
 
-def _part(part: Row, price: Row, models: Sequence[Row]) -> dict[str, Any]:
-    usd = price.get("usd_per_gpu_hour")
-    per_hour = None if usd is None else parse_price(usd)
-    cost = cost_nanousd(part["gpu_time_ns"], per_hour)
+def _part(
+    part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Row]
+) -> dict[str, Any]:
     steps, step_ns = part["steps"], part["step_ns"]
     saved_ns = part["saved_estimate_ns"]
     return {
@@ -92,13 +105,28 @@ def _part(part: Row, price: Row, models: Sequence[Row]) -> dict[str, Any]:
             "rejected_ns": part["rejected_ns"],
         },
         "kv_block_ms": part["kv_block_ms"],
-        "usd_per_gpu_hour": usd,
-        "price_source": price.get("source"),
-        "cost_nanousd": cost,
-        "cost_usd": format_usd(cost),
+        **_cost(part, prices, spent),
         "told_nanousd": part["cost_nanousd"],
         "method": part["method"],
         "cost_models": [_model(model) for model in models],
+    }
+
+
+def _cost(part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return what a bill costs at the prices of its hours, and these."""
+    # What has used nothing has no hour but that of its end.
+    spent = spent or [(unix_ns_of(part["finished_at"]) // NS_PER_HOUR, 0)]
+    at = by_price(spent, prices.at)
+    cost = None if at is None else total_nanousd(at)
+    missing = next((hour for hour, _ in spent if prices.at(hour) is None), None)
+    only = next(iter(at)) if at is not None and len(at) == 1 else None
+    return {
+        "usd_per_gpu_hour": only.text if only else None,
+        "price_source": only.entry.source if only else None,
+        "prices": [{"gpu_time_ns": ns, **price.as_dict()} for price, ns in (at or {}).items()],
+        "cost_nanousd": cost,
+        "cost_usd": format_usd(cost),
+        "cost_reason": None if missing is None else prices.why_none(missing),
     }
 
 
@@ -116,7 +144,7 @@ def lines(explanation: Row) -> Iterator[str]:
     yield (
         f"{explanation['http_request_id'] or explanation['request_id']}, tenant"
         f" {explanation['tenant']}: {_seconds(explanation['gpu_time_ns'] or 0)}{so_far}{of},"
-        f" {'no price' if cost is None else f'{cost} USD'}"
+        f" {'no price at the time' if cost is None else f'{cost} USD'}"
     )
     for part in parts:
         yield from _part_lines(part)
@@ -149,17 +177,25 @@ def _part_lines(part: Row) -> Iterator[str]:
         )
     if tokens := part["drafts"]["rejected_tokens"]:
         yield f"  {tokens} draft tokens were rejected: {_seconds(part['drafts']['rejected_ns'])}"
-    if part["cost_nanousd"] is not None:
-        yield (
-            f"  {part['gpu_time_ns']} ns x {part['usd_per_gpu_hour']} USD per GPU-hour"
-            f" ({part['price_source']}) = {part['cost_usd']} USD"
-        )
+    yield from _price_lines(part)
     yield f"  split by {part['method']}"
     for model in part["cost_models"]:
         quality = f"learnt from {model['steps']} steps, off by {model['error']:.1%} on average"
         if not model["steps"]:  # its error is not known, and 0 would be a claim
             quality = "what it began with, before any step was learnt from"
         yield f"  cost model {model['version']}: {model['form']}, {quality}"
+
+
+def _price_lines(part: Row) -> Iterator[str]:
+    if part["cost_nanousd"] is None:
+        yield f"  {part['cost_reason']}"
+        return
+    priced = [f"  {price['gpu_time_ns']} ns x {described(price)}" for price in part["prices"]]
+    if len(priced) == 1:
+        yield f"{priced[0]} = {part['cost_usd']} USD"
+        return
+    yield from priced
+    yield f"  together {part['cost_usd']} USD"
 
 
 def _seconds(gpu_ns: int) -> str:

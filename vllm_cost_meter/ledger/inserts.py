@@ -9,7 +9,7 @@ twice: where both are there, the open one goes.
 Invariant: writing a batch twice, or its records in another order or grouping, leaves the same rows.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TypeVar
@@ -26,6 +26,12 @@ from vllm_cost_meter.records import EngineRequest, HttpRequest, OpenRequest, Pri
 MAX_PARAMETERS = 8_000
 
 Record = EngineRequest | HttpRequest | OpenRequest | Snapshot
+# The price that a run begins with, by its snapshot.
+PriceOf = Callable[[Snapshot], Price | None]
+
+
+def no_price(_snapshot: Snapshot) -> None:
+    """Return the price of every run where none is known."""
 
 
 def merge_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
@@ -52,8 +58,8 @@ def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
     return merged
 
 
-def write(connection: Connection, records: Sequence[Record], price: Price | None) -> None:
-    """Write records; `price` is that of the runs that start with them."""
+def write(connection: Connection, records: Sequence[Record], price_of: PriceOf = no_price) -> None:
+    """Write records; `price_of` gives that of the runs that start with them."""
     if not all(isinstance(record, Record) for record in records):
         kinds = sorted({type(record).__name__ for record in records})
         raise TypeError(f"expected {Record} among {kinds}")
@@ -62,7 +68,7 @@ def write(connection: Connection, records: Sequence[Record], price: Price | None
     opened = [record for record in records if isinstance(record, OpenRequest)]
     merged = newest_snapshots(record for record in records if isinstance(record, Snapshot))
     snapshots = merged.values()
-    price_id = price.price_id if price else None
+    told = [(snapshot, price_of(snapshot)) for snapshot in snapshots]
     _insert(connection, schema.requests, [rows.part_row(part) for part in parts])
     pieces = [row for part in parts for row in rows.piece_rows(part)]
     _insert(connection, schema.usage_pieces, pieces)
@@ -70,7 +76,9 @@ def write(connection: Connection, records: Sequence[Record], price: Price | None
     _insert(connection, schema.open_requests, [rows.open_row(request) for request in opened])
     announced = [part.bill.request_id for part in parts if part.announced]
     _close_billed(connection, [*announced, *(request.request_id for request in opened)])
-    _insert(connection, schema.runs, [rows.run_row(s, price_id) for s in snapshots])
+    prices = {price.price_id: price for _, price in told if price is not None}
+    _insert(connection, schema.prices, [rows.price_row(price) for price in prices.values()])
+    _insert(connection, schema.runs, [rows.run_row(s, p.price_id if p else None) for s, p in told])
     _upsert(connection, schema.snapshots, [rows.snapshot_row(s) for s in snapshots])
     _upsert(connection, schema.live_usage, [rows.live_row(s) for s in snapshots])
     models = [row for snapshot in snapshots for row in rows.model_rows(snapshot)]
@@ -81,11 +89,6 @@ def write(connection: Connection, records: Sequence[Record], price: Price | None
     _upsert(connection, schema.energy_hours, energy_hours)
     energies = [row for snapshot in snapshots for row in rows.request_energy_rows(snapshot)]
     _insert(connection, schema.request_energy, energies)
-
-
-def write_price(connection: Connection, price: Price) -> None:
-    """Write a price unless it is there."""
-    _insert(connection, schema.prices, [rows.price_row(price)])
 
 
 def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:

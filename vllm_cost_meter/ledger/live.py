@@ -1,7 +1,8 @@
 """What has no bill yet: whose it is, and what it had used at the last snapshot of its engine.
 
 Two tables meet here by vLLM's internal request id. `open_requests` says whose a request is, from
-its API server; `live_usage` what it had used, from its engine. A request is *running* as long as
+its API server; `live_usage` what it had used, from its engine: over all hours, so that it is priced
+as a whole, by the hour of that snapshot. A request is *running* as long as
 an engine may bill it, and *lost* when none can: its run is dead, or its meter switched itself off.
 What no snapshot has told of has used nothing so far, while it runs; once lost, nobody knows.
 
@@ -19,6 +20,7 @@ from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS, RunCut
 from vllm_cost_meter.ledger.energy import PENDING
 from vllm_cost_meter.ledger.exchange import LOST, PART_COLUMNS, RUNNING, Row
+from vllm_cost_meter.ledger.prices import RUN_COLUMNS, RunPrices
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import (
     http_requests,
@@ -29,8 +31,9 @@ from vllm_cost_meter.ledger.schema import (
     runs,
     snapshots,
 )
-from vllm_cost_meter.pricing import cost_nanousd, format_usd, parse_price
-from vllm_cost_meter.records import NS_PER_MS, rfc3339
+from vllm_cost_meter.price_book import PriceBook
+from vllm_cost_meter.pricing import cost_nanousd, format_usd
+from vllm_cost_meter.records import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
 
 # Lost requests of a run that are listed in an audit; their sum has all of them.
 MAX_LOST = 1000
@@ -55,6 +58,7 @@ class _Run:
 
     row: Row
     used: dict[str, Accrued]
+    prices: RunPrices
 
     @property
     def bills(self) -> bool:
@@ -70,7 +74,11 @@ def is_billed() -> ColumnElement[bool]:
 
 
 def open_parts(
-    connection: Connection, mine: ColumnElement[bool], living: Living, limit: int | None = None
+    connection: Connection,
+    mine: ColumnElement[bool],
+    living: Living,
+    book: PriceBook,
+    limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """Return the open requests of a condition as parts, the newest first."""
     wanted = select(open_requests).where(mine, ~is_billed())
@@ -78,12 +86,12 @@ def open_parts(
     rows = [row._asdict() for row in connection.execute(wanted.limit(limit))]
     if not rows:
         return []
-    candidates = _runs(connection, rows[-1]["started_at"], rows[0]["started_at"], living)
+    candidates = _runs(connection, rows[-1]["started_at"], rows[0]["started_at"], living, book)
     return [_part(row, candidates) for row in rows]
 
 
 def running_parts(
-    connection: Connection, tenant: str | None, living: Living, limit: int
+    connection: Connection, tenant: str | None, living: Living, limit: int, book: PriceBook
 ) -> list[dict[str, Any]]:
     """Return the newest running requests of exchanges of which nothing has ended yet."""
     o = open_requests.c
@@ -96,7 +104,7 @@ def running_parts(
     ]
     if tenant is not None:
         mine.append(o.tenant == tenant)
-    parts = open_parts(connection, and_(*mine), living, limit)
+    parts = open_parts(connection, and_(*mine), living, book, limit)
     return [part for part in parts if part["state"] == RUNNING]
 
 
@@ -135,17 +143,18 @@ def lost_requests(connection: Connection, run: RunCut) -> list[dict[str, Any]]:
     return sorted(lost, key=lambda one: (-one["gpu_time_ns"], one["request_id"]))
 
 
-def _runs(connection: Connection, oldest: str, newest: str, living: Living) -> list[_Run]:
+def _runs(
+    connection: Connection, oldest: str, newest: str, living: Living, book: PriceBook
+) -> list[_Run]:
     """Return the runs that requests which came between two instants may be in, the newest first."""
     bills = living.condition()
     found = (
         select(
-            runs.c.run_id,
+            *RUN_COLUMNS,
             runs.c.started_at,
             runs.c.method,
             snapshots.c.taken_at,
             bills.label("bills"),
-            prices.c.usd_per_gpu_hour,
             live_usage.c.requests,
         )
         .join(snapshots, snapshots.c.run_id == runs.c.run_id)
@@ -154,9 +163,14 @@ def _runs(connection: Connection, oldest: str, newest: str, living: Living) -> l
         .where(runs.c.started_at <= newest, or_(snapshots.c.taken_at >= oldest, bills))
         .order_by(runs.c.started_at.desc(), runs.c.run_id)
     )
+    rows = [row._asdict() for row in connection.execute(found)]
     return [
-        _Run(row._asdict(), live_requests(row.requests) if row.requests else {})
-        for row in connection.execute(found)
+        _Run(
+            row,
+            live_requests(row["requests"]) if row["requests"] else {},
+            RunPrices.of(row, book),
+        )
+        for row in rows
     ]
 
 
@@ -181,14 +195,16 @@ def _part(row: Row, candidates: Sequence[_Run]) -> dict[str, Any]:
 
 
 def _amounts(used: Accrued, run: _Run) -> dict[str, Any]:
-    usd = run.row["usd_per_gpu_hour"]
-    price = None if usd is None else parse_price(usd)
-    cost = cost_nanousd(used.gpu_time_ns, price)
+    hour = unix_ns_of(run.row["taken_at"]) // NS_PER_HOUR
+    price = run.prices.at(hour)
+    usd = None if price is None else price.usd_per_gpu_hour
+    cost = cost_nanousd(used.gpu_time_ns, usd)
     return {
         **{name: amount for name, amount in used._asdict().items() if name in PART_COLUMNS},
         "kv_block_ms": used.kv_block_ns // NS_PER_MS,
         "gpu_time_ns": used.gpu_time_ns,
         "cost_nanousd": cost,
         "cost_usd": format_usd(cost),
-        "marginal_cost_nanousd": cost_nanousd(used.marginal_ns, price),
+        "cost_reason": run.prices.why_none(hour) if price is None else None,
+        "marginal_cost_nanousd": cost_nanousd(used.marginal_ns, usd),
     }

@@ -22,6 +22,7 @@ from vllm_cost_meter.ledger.energy import select_parts
 from vllm_cost_meter.ledger.exchange import Row, exchange
 from vllm_cost_meter.ledger.live import Living, open_parts
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
+from vllm_cost_meter.price_book import PriceBook
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,9 @@ def _untold_keys(
     ]
 
 
-def exchanges(connection: Connection, keys: Sequence[Key], living: Living) -> list[dict[str, Any]]:
+def exchanges(
+    connection: Connection, keys: Sequence[Key], living: Living, book: PriceBook
+) -> list[dict[str, Any]]:
     """Return the request rows of a page, with what of them still runs."""
     h, r = http_requests.c, requests.c
     ids = [key.id for key in keys if key.run_id is None]
@@ -109,7 +112,7 @@ def exchanges(connection: Connection, keys: Sequence[Key], living: Living) -> li
     parts: dict[str, list[Row]] = {}
     for row in connection.execute(select_parts().where(r.http_request_id.in_(ids))):
         parts.setdefault(row.http_request_id, []).append(row._asdict())
-    for part in open_parts(connection, open_requests.c.http_request_id.in_(ids), living):
+    for part in open_parts(connection, open_requests.c.http_request_id.in_(ids), living, book):
         parts.setdefault(part["http_request_id"], []).append(part)
     for key in keys:
         if key.run_id is not None:

@@ -8,12 +8,12 @@ Invariant: a reader writes nothing.
 """
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, null, or_, select
+from sqlalchemy import and_, null, or_, select, tuple_
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -26,9 +26,24 @@ from vllm_cost_meter.ledger.explain import explained
 from vllm_cost_meter.ledger.live import Living, is_billed, open_parts, running_parts
 from vllm_cost_meter.ledger.models import earlier_fit, models
 from vllm_cost_meter.ledger.paging import Key, exchanges, page_of_keys, rows_of_parts
-from vllm_cost_meter.ledger.schema import http_requests, open_requests, prices, requests, runs
+from vllm_cost_meter.ledger.prices import RUN_COLUMNS, RunPrices
+from vllm_cost_meter.ledger.schema import (
+    http_requests,
+    open_requests,
+    prices,
+    requests,
+    runs,
+    usage_pieces,
+)
 from vllm_cost_meter.ledger.store import open_ledger
-from vllm_cost_meter.ledger.tenants import OVERHEAD_ROWS, after_cut, cost_of_all, tenant_rows
+from vllm_cost_meter.ledger.tenants import (
+    OVERHEAD_ROWS,
+    Totals,
+    after_cut,
+    overhead_rows,
+    tenant_rows,
+)
+from vllm_cost_meter.price_book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.records import EarlierFit, Snapshot
 
 MAX_MATCHES = 100
@@ -55,13 +70,28 @@ class Match:
 class LedgerReader:
     """Reads one ledger. Thread-safe; every method blocks, so keep it off the event loop."""
 
-    def __init__(self, url: str, *, create: bool = False) -> None:
-        """Open the ledger. Raises LedgerError, also when there is none and `create` is not set."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        create: bool = False,
+        book: PriceBook | Callable[[], PriceBook] = NO_PRICES,
+    ) -> None:
+        """Open the ledger, to be priced by a book, or by what gives the book as it is now.
+
+        Raises LedgerError, also when there is none and `create` is not set.
+        """
+        self._given_book = book
         # Bills already waited for in vain, by run: nobody waits for them again.
         self._known_missing: dict[str, int] = {}
         self._engine = open_ledger(url, create=create)
         if self._engine.dialect.name == "postgresql":
             self._engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
+
+    @property
+    def _book(self) -> PriceBook:
+        book = self._given_book
+        return book if isinstance(book, PriceBook) else book()
 
     def close(self) -> None:
         """Close the connections."""
@@ -133,14 +163,23 @@ class LedgerReader:
         """
         run_ids = {part["run_id"] for part in request["parts"] if part["run_id"]}
         priced = (
-            select(runs.c.run_id, prices.c.usd_per_gpu_hour, prices.c.source)
-            .join(prices, prices.c.price_id == runs.c.price_id)
+            select(*RUN_COLUMNS)
+            .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
             .where(runs.c.run_id.in_(run_ids))
         )
+        p = usage_pieces.c
+        keys = [(part["run_id"], part["seq"]) for part in request["parts"] if part["seq"]]
+        pieces = select(p.run_id, p.seq, p.hour, p.prefill_ns + p.decode_ns)
+        pieces = pieces.where(tuple_(p.run_id, p.seq).in_(keys)).order_by(p.hour)
+        known = {run_id: RunPrices(run_id, RunFacts(), self._book) for run_id in run_ids}
+        spent: dict[tuple[str, int], list[tuple[int, int]]] = {}
         with self._read() as connection:
-            known = {row.run_id: row._asdict() for row in connection.execute(priced)}
+            for row in connection.execute(priced):
+                known[row.run_id] = RunPrices.of(row._asdict(), self._book)
+            for run_id, seq, hour, ns in connection.execute(pieces):
+                spent.setdefault((run_id, seq), []).append((hour, ns))
             used = [model for run_id in run_ids for model in models(connection, run_id)]
-        return explained(request, known, used)
+        return explained(request, known, spent, used)
 
     def requests(
         self,
@@ -161,8 +200,9 @@ class LedgerReader:
         living = _living(alive, now_ns)
         with self._read() as connection:
             keys = page_of_keys(connection, limit + 1, before, tenant)
-            rows = exchanges(connection, keys[:limit], living)
-            parts = running_parts(connection, tenant, living, limit) if before is None else []
+            rows = exchanges(connection, keys[:limit], living, self._book)
+            first = before is None
+            parts = running_parts(connection, tenant, living, limit, self._book) if first else []
         more = len(keys) > limit
         return {
             "requests": rows,
@@ -188,7 +228,8 @@ class LedgerReader:
         """
         cut = self._cut(Window(from_hour, to_hour), alive, now_ns, settle_s)
         with self._read() as connection:
-            rows = tenant_rows(connection, cut)
+            totals = Totals.of(cut)
+            rows = tenant_rows(connection, cut, totals)
             late = after_cut(connection, cut)
         wall_gpu_ns = cut.wall_gpu_ns()
         difference_ns = wall_gpu_ns - sum(row["gpu_time_ns"] for row in rows)
@@ -201,7 +242,8 @@ class LedgerReader:
             "adds_up": difference_ns == 0,
             "difference_ns": difference_ns,
             "after_cut": late,
-            **cost_of_all(cut),
+            **totals.as_dict(),
+            "overheads": overhead_rows(cut),
             **cut.own_time(),
             "energy_mj": total_mj(cut),
             **{f"{name}_mj": class_mj(cut, name) for name in ("requests", "unattributed")},
@@ -224,7 +266,7 @@ class LedgerReader:
         for row in report["tenants"]:
             if row["tenant"] == name:
                 latest = self.requests(limit=recent, tenant=name)["requests"]
-                about = {key: report[key] for key in ("window", "taken_at")}
+                about = {key: report[key] for key in ("window", "taken_at", "prices")}
                 return {**row, **about, "recent": latest}
         return None
 
@@ -275,6 +317,18 @@ class LedgerReader:
             late = after_cut(connection, cut)
         return {"balanced": all(run["balanced"] for run in runs), "runs": runs, "after_cut": late}
 
+    def latest_run(self) -> RunFacts | None:
+        """Return what the price of the latest run depends on; None if there has been none."""
+        latest = (
+            select(*RUN_COLUMNS)
+            .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
+            .order_by(runs.c.started_at.desc(), runs.c.run_id)
+            .limit(1)
+        )
+        with self._read() as connection:
+            row = connection.execute(latest).first()
+        return None if row is None else RunPrices.of(row._asdict(), self._book).facts
+
     # ---- cost models
 
     def cost_models(self, run_id: str | None = None) -> list[dict[str, Any]]:
@@ -311,7 +365,7 @@ class LedgerReader:
         with self._read() as connection:
             http = connection.execute(told).first()
             parts = [row._asdict() for row in connection.execute(select_parts().where(billed))]
-            parts += open_parts(connection, opened, _living(alive, now_ns))
+            parts += open_parts(connection, opened, _living(alive, now_ns), self._book)
         if http is None and not parts:
             return None
         return {
@@ -335,7 +389,7 @@ class LedgerReader:
     ) -> Cut:
         with self._read() as connection:
             now_ns = time.time_ns() if now_ns is None else now_ns
-            cut = read_cut(connection, window, alive=alive, now_ns=now_ns)
+            cut = read_cut(connection, window, alive=alive, now_ns=now_ns, book=self._book)
         settle(self._read, cut, settle_s, self._known_missing)
         return cut
 

@@ -12,6 +12,7 @@ Invariant: a request counts once: by its bill, or else by the snapshot of the en
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from fractions import Fraction
 from itertools import islice
 from typing import Any
 
@@ -41,7 +42,7 @@ _IDS_AT_ONCE = 500
 # GPU-nanoseconds by budget, and in it by run and UTC hour.
 Sums = dict[str, dict[tuple[str, int], int]]
 # (run_id, hour) to USD per GPU-hour; None where there is no price.
-PriceOf = Callable[[str, int], Decimal | None]
+PriceOf = Callable[[str, int], Decimal | Fraction | None]
 
 
 class Spending:

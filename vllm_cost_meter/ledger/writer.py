@@ -26,9 +26,9 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DataError, IntegrityError
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.inserts import Record, newest_snapshots, write, write_price
+from vllm_cost_meter.ledger.inserts import PriceOf, Record, newest_snapshots, no_price, write
 from vllm_cost_meter.ledger.store import open_ledger, writing
-from vllm_cost_meter.records import Price, Snapshot
+from vllm_cost_meter.records import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +76,14 @@ class LedgerWriter:
     `queued`, `committed` and `dropped` count records (a snapshot replaced by a newer one while it
     waited counts as committed with it), `failures` failed attempts; `last_error` is the text of
     the last failure, None again after a success; `last_commit_ns` is how long the last
-    transaction took.
+    transaction took. `price_of` says what a run is told that it costs, when its row is written.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        price: Price | None = None,
+        price_of: PriceOf = no_price,
         gather_s: float = 0.02,
         max_records: int = 200_000,
     ) -> None:
@@ -94,8 +94,7 @@ class LedgerWriter:
         self.last_error: str | None = None
         self.last_commit_ns = 0
         self.url = url
-        self._price = price
-        self._price_written = price is None
+        self._price_of = price_of
         self._gather_s = gather_s
         self._max_records = max_records
         self._engine: Engine | None = None
@@ -236,23 +235,16 @@ class LedgerWriter:
         try:
             # No savepoint on the usual way: each statement gives up the GIL once more.
             with writing(engine).begin() as connection:
-                self._write_price(connection)
-                write(connection, records, self._price)
+                write(connection, records, self._price_of)
             bad: dict[int, Exception] = {}
         except Exception as error:
             if not _is_the_records_fault(error):
                 raise
             with writing(engine).begin() as connection:
-                self._write_price(connection)
                 bad = self._write_what_can_be(connection, records)
         self.last_commit_ns = time.perf_counter_ns() - started_ns
-        self._price_written = True
         self.last_error = None
         self._settle(batch, bad)
-
-    def _write_price(self, connection: Connection) -> None:
-        if self._price is not None and not self._price_written:
-            write_price(connection, self._price)
 
     def _write_what_can_be(
         self, connection: Connection, records: Sequence[Record]
@@ -260,7 +252,7 @@ class LedgerWriter:
         """Write records; split where one is bad, and return the errors of those by `id(record)`."""
         try:
             with connection.begin_nested():
-                write(connection, records, self._price)
+                write(connection, records, self._price_of)
         except Exception as error:
             if not _is_the_records_fault(error):
                 raise
