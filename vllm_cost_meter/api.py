@@ -25,10 +25,12 @@ from vllm_cost_meter import __version__
 from vllm_cost_meter.access import OPEN, Access, Viewer
 from vllm_cost_meter.budgets import Figures, told
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.grammar import STEPS, question
+from vllm_cost_meter.idle import EXPECTED as POLICIES
 from vllm_cost_meter.ledger.exchange import FINISHED
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records import rfc3339
-from vllm_cost_meter.windows import hours_of_window
+from vllm_cost_meter.windows import EXPECTED, hours_of_window
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -37,8 +39,7 @@ REQUESTS_PER_PAGE_MAX = 1_000
 Window = Annotated[
     str | None,
     Query(
-        description="today, yesterday, 24h, 7d, or two RFC 3339 instants joined by a comma; "
-        "widened to whole UTC hours. Without it: everything in the ledger."
+        description=f"{EXPECTED}; widened to whole UTC hours. Without it: everything in the ledger."
     ),
 ]
 
@@ -107,6 +108,7 @@ def make_app(
     _add_error_handlers(app)
     _add_request_routes(app, reader, refresh)
     _add_book_routes(app, reader, refresh)
+    _add_report_route(app, reader, refresh)
     _add_model_route(app, reader, refresh)
     _add_budget_route(app, budgets)
 
@@ -242,6 +244,34 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         """Prove, run by run, that the books balance at the last snapshot."""
         refresh()
         return reader.audit()
+
+
+def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
+    @app.get("/cost/report", dependencies=FOR_ADMINS)
+    def report(
+        window: Window = None,
+        tz: Annotated[str | None, Query(description="Time zone of days; otherwise UTC.")] = None,
+        aggregate: Annotated[str | None, Query(description="Columns to add up by.")] = None,
+        step: Annotated[str | None, Query(description=f"One of {', '.join(STEPS)}.")] = None,
+        accumulate: Annotated[bool, Query(description="Add the steps up again.")] = False,
+        idle: Annotated[str | None, Query(description=f"{POLICIES}; otherwise none.")] = None,
+        filter: Annotated[str | None, Query(description="Rows to show.")] = None,
+        price: Annotated[str | None, Query(description="What if: USD per GPU-hour.")] = None,
+    ) -> dict[str, Any]:
+        """Return what was used, with and without its share of idle, added up as asked."""
+        with asked_wrongly():
+            asked = question(
+                window=window,
+                tz=tz,
+                aggregate=aggregate,
+                step=step,
+                accumulate=accumulate,
+                idle=idle,
+                filter=filter,
+                price=price,
+            )
+        refresh()
+        return reader.report(asked)
 
 
 @contextmanager

@@ -1,34 +1,27 @@
-"""The command `vllm-cost-meter`: reports, audit, doctor, validate, demo, tenants.
+"""The command `vllm-cost-meter`: reports, statements, prices, tenants, audit, validate, demo.
 
 Reads the ledger that the settings name, or `--ledger`; a running server is not needed. Exit status:
 0 done, 1 the books do not balance or something is not as it should be, 2 wrong usage or settings,
 one line saying which. Nothing imports this module.
 """
 
-import csv
-import io
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from vllm_cost_meter import __version__
+from vllm_cost_meter.command_line import Json, Ledger, ledger_url, reading
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.ledger.live import MAX_LOST
-from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.store import default_url
-from vllm_cost_meter.price_text import PRICE_COLUMNS, price_lines
+from vllm_cost_meter.price_text import PRICE_COLUMNS
+from vllm_cost_meter.report_commands import report, statement
 from vllm_cost_meter.tenant_commands import app as tenants
-from vllm_cost_meter.terminal import one_line_errors, print_table
+from vllm_cost_meter.terminal import one_line_errors, print_rows
 from vllm_cost_meter.text import plain
 from vllm_cost_meter.tiny_model import default_path
-from vllm_cost_meter.windows import hours_of_window
 
 app = typer.Typer(
     name="vllm-cost-meter",
@@ -39,98 +32,10 @@ app = typer.Typer(
 )
 app.add_typer(tenants)
 
-TENANT_COLUMNS: tuple[str, ...] = (
-    "tenant",
-    "requests",
-    "prompt_tokens",
-    "cached_tokens",
-    "output_tokens",
-    "gpu_time_ns",
-    "cost_usd",
-)
-REQUEST_COLUMNS: tuple[str, ...] = (
-    "finished_at",
-    "http_request_id",
-    "tenant",
-    "route",
-    "state",
-    "status",
-    "engine_status",
-    "prompt_tokens",
-    "output_tokens",
-    "gpu_time_ns",
-    "cost_usd",
-)
-
-
-# Shown where the energy of any row is known; in JSON and CSV always.
-ENERGY_COLUMN = "energy_mj"
-# Columns whose unit is another one at a terminal, with what divides them.
-_UNITS = {"gpu_time_ns": ("gpu_seconds", 10**9, 6), ENERGY_COLUMN: ("joules", 1000, 3)}
 # Lost requests of a run that the audit prints.
 LOST_LINES_MAX = 20
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
-
-
-class What(StrEnum):
-    """What a report is about."""
-
-    tenants = "tenants"
-    requests = "requests"
-
-
-Ledger = Annotated[
-    str | None,
-    typer.Option(
-        help="SQLAlchemy URL of the ledger, or a SQLite file; otherwise COST_METER_LEDGER or the "
-        "default."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-@app.command()
-def report(
-    what: Annotated[
-        What,
-        typer.Argument(help="tenants, or requests: those that run, then the others, newest first"),
-    ] = What.tenants,
-    ledger: Ledger = None,
-    window: Annotated[
-        str | None, typer.Option(help="today, yesterday, 24h, 7d, or two RFC 3339 instants.")
-    ] = None,
-    tenant: Annotated[str | None, typer.Option(help="Only this tenant's requests.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests to list.")] = 100,
-    as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-) -> None:
-    """Print what each tenant used and what the engines did besides, or the latest requests."""
-    with _reader(ledger) as reader:
-        if what is What.requests and window is not None:
-            raise ValueError("--window: expected with `report tenants`, got it with requests")
-        if what is What.tenants and tenant is not None:
-            raise ValueError("--tenant: expected with `report requests`, got it with tenants")
-        if as_json and as_csv:
-            raise ValueError("--csv: expected without --json, got both")
-        if what is What.tenants:
-            answer = reader.tenants(*hours_of_window(window))
-            rows, columns = answer["tenants"], TENANT_COLUMNS
-        else:
-            answer = reader.requests(limit=limit, tenant=tenant)
-            rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
-    if as_json:
-        print(json.dumps(answer, indent=2))
-    elif as_csv:
-        print(to_csv(rows), end="")
-    else:
-        if any(row[ENERGY_COLUMN] is not None for row in rows):
-            columns = (*columns, ENERGY_COLUMN)
-        print_rows(rows, columns)
-        if what is What.tenants:
-            for line in (adds_up_line(answer), *price_lines(answer)):
-                print(plain(line))
-    if what is What.tenants and not answer["adds_up"]:
-        raise typer.Exit(1)
+app.command()(report)
+app.command()(statement)
 
 
 @app.command()
@@ -143,7 +48,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Print how the bill of one request came about, so that it can be recomputed by hand."""
-    with _reader(ledger) as reader:
+    with reading(ledger) as reader:
         rows = reader.look_up(request_id)
         if not rows:
             raise ValueError(f"no request with the id {request_id!r} in the ledger")
@@ -173,7 +78,7 @@ def prices(as_json: Json = False) -> None:
 @app.command()
 def audit(ledger: Ledger = None, as_json: Json = False) -> None:
     """Prove that the books balance at the last snapshot of every engine run; exit 1 if not."""
-    with _reader(ledger) as reader:
+    with reading(ledger) as reader:
         answer = reader.audit()
     if as_json:
         print(json.dumps(answer, indent=2))
@@ -192,7 +97,7 @@ def doctor(ledger: Ledger = None, as_json: Json = False) -> None:
 
     with one_line_errors():
         book = load_settings().price_book
-    findings = examine(_ledger_url(ledger), book)
+    findings = examine(ledger_url(ledger), book)
     if as_json:
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": _dicts(findings)}))
     else:
@@ -289,58 +194,8 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print it.")] =
 # -- helpers ------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _reader(ledger: str | None) -> Iterator[LedgerReader]:
-    """Open the ledger; a user's error ends the command."""
-    with one_line_errors():
-        reader = LedgerReader(_ledger_url(ledger), book=load_settings().price_book)
-        try:
-            yield reader
-        finally:
-            reader.close()
-
-
-def _ledger_url(ledger: str | None) -> str:
-    if ledger is None:
-        with one_line_errors():
-            ledger = load_settings().ledger or default_url()
-    return ledger if "://" in ledger else f"sqlite:///{Path(ledger).resolve()}"
-
-
 def _dicts(findings: Sequence[Any]) -> list[dict[str, Any]]:
     return [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in findings]
-
-
-def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Print rows as a table; GPU time in seconds, energy in joules, unknown as a dash."""
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        is_number = column.endswith(("tokens", "_ns", "_mj", "_usd", "requests", "status"))
-        table.add_column(
-            _UNITS[column][0] if column in _UNITS else column,
-            justify="right" if is_number else "left",
-            no_wrap=True,
-        )
-    for row in rows:
-        table.add_row(*(_shown(column, row.get(column)) for column in columns))
-    print_table(table)
-
-
-def _shown(column: str, value: object) -> str:
-    if value is None:
-        return "-"
-    if column in _UNITS and isinstance(value, int):
-        _, unit, places = _UNITS[column]
-        return f"{value / unit:.{places}f}"
-    return plain(str(value))
-
-
-def adds_up_line(answer: Mapping[str, Any]) -> str:
-    """Return the line under a tenant report that says whether its rows are the whole."""
-    wall_s = answer["wall_gpu_ns"] / 1e9
-    if answer["adds_up"]:
-        return f"adds up: the rows are all of {wall_s:.6f} GPU-seconds, to the nanosecond"
-    return f"DOES NOT ADD UP: {answer['difference_ns']} ns of {wall_s:.6f} GPU-seconds are missing"
 
 
 def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
@@ -389,29 +244,6 @@ def _lost_lines(run: Mapping[str, Any]) -> Iterator[str]:
     if len(lost) > LOST_LINES_MAX:
         more = len(lost) - LOST_LINES_MAX
         yield f"    and {more} more with less time; --json lists them, up to {MAX_LOST} in all"
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV with a header. Text that a spreadsheet would run is made text."""
-    if not rows:
-        return ""
-    names = [name for name in rows[0] if name != "parts"]
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(names)
-    for row in rows:
-        writer.writerow([_csv_cell(row.get(name)) for name in names])
-    return out.getvalue()
-
-
-def _csv_cell(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    text = plain(value)
-    # A cell that starts like a formula is run by spreadsheets (OWASP: CSV injection).
-    if text.startswith(("=", "+", "-", "@")) and not _NUMBER.fullmatch(text):
-        return f"'{text}"
-    return text
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ CARRIER_ID = "cost-meter-late-bills"
 
 # Time of a run that is nobody's request. Each is a row `__name__` of a tenant report.
 OVERHEAD_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
+# Those rows in the order they are shown, and that of requests without a bill yet.
+OVERHEAD_ROWS = (*OVERHEAD_CLASSES, "in_flight")
 TWO_PLANES = "two planes"  # a form of the cost model; the other is "one plane"
 
 CLASSES = ("requests", "in_flight", *OVERHEAD_CLASSES)

@@ -4,8 +4,9 @@ Nothing in a table is taken for markup, and no error moves a cursor.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import IO, Any
 
 import typer
 from rich.console import Console
@@ -25,9 +26,40 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def print_table(table: Table, above: str = "", below: str = "") -> None:
+# Columns whose unit is another one at a terminal, with what divides them.
+_UNITS = {
+    "gpu_time_ns": ("gpu_seconds", 10**9, 6),
+    "idle_share_ns": ("idle_share_seconds", 10**9, 6),
+    "energy_mj": ("joules", 1000, 3),
+}
+_NUMBERS = ("tokens", "_ns", "_mj", "_usd", "requests", "status")
+
+
+def print_rows(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    above: str = "",
+    below: str = "",
+    file: IO[str] | None = None,
+) -> None:
+    """Print rows as a table; GPU time in seconds, energy in joules, unknown as a dash."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(
+            _UNITS[column][0] if column in _UNITS else plain(column),
+            justify="right" if column.endswith(_NUMBERS) else "left",
+            no_wrap=True,
+        )
+    for row in rows:
+        table.add_row(*(_shown(column, row.get(column, "")) for column in columns))
+    print_table(table, above, below, file)
+
+
+def print_table(
+    table: Table, above: str = "", below: str = "", file: IO[str] | None = None
+) -> None:
     """Print a table as wide as it needs: a terminal wraps a line too long, no figure is cut."""
-    console = Console(markup=False, highlight=False, emoji=False)
+    console = Console(markup=False, highlight=False, emoji=False, file=file)
     unlimited = console.options.update_width(1_000_000)
     console.width = max(console.width, console.measure(table, options=unlimited).maximum)
     # Not the table's own title and caption, which are wrapped to its width.
@@ -36,3 +68,12 @@ def print_table(table: Table, above: str = "", below: str = "") -> None:
     console.print(table)
     if below:
         console.print(below, soft_wrap=True)
+
+
+def _shown(column: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if column in _UNITS and isinstance(value, int):
+        _, unit, places = _UNITS[column]
+        return f"{value / unit:.{places}f}"
+    return plain(str(value))

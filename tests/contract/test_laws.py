@@ -37,6 +37,13 @@ CORE = {
     f"{PACKAGE}.energy_shares",
     f"{PACKAGE}.energy_books",
     f"{PACKAGE}.energy_records",
+    f"{PACKAGE}.windows",
+    f"{PACKAGE}.text",
+    f"{PACKAGE}.rounding",
+    f"{PACKAGE}.idle",
+    f"{PACKAGE}.grammar",
+    f"{PACKAGE}.reports",
+    f"{PACKAGE}.statement",
 }
 # What runs inside EngineCore and the workers, or is imported there by vLLM's plugin loader.
 ENGINE_SIDE = {
@@ -69,7 +76,8 @@ NOT_IN_THE_ENGINE = {
 }
 # These speak to a person at a terminal; everything else logs or returns.
 PRINTERS = {
-    f"{PACKAGE}.{name}" for name in ("cli", "demo", "doctor", "tenant_commands", "terminal")
+    f"{PACKAGE}.{name}"
+    for name in ("cli", "demo", "doctor", "report_commands", "tenant_commands", "terminal")
 }
 
 LONGEST_FUNCTION = 70

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, select
 
 from tests.builders import make_bill, make_open, make_part, make_snapshot
+from vllm_cost_meter.grammar import question
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import open_requests
@@ -143,6 +144,8 @@ class World:
                 reader.tenants(hour, hour + 1, now_ns=NOW, settle_s=0)
                 for hour in range(HOUR, HOUR + 4)
             ]
+            asked = question(aggregate="tenant,model,status,hour", idle="proportional")
+            self.asked = reader.report(asked, now_ns=NOW, settle_s=0)
             self.audit = reader.audit(now_ns=NOW, settle_s=0)
             reader.close()
 
@@ -186,6 +189,19 @@ def test_tenants_owe_what_their_bills_say_and_windows_add_up_to_the_whole(drawn,
             for other in window["tenants"]
             if other["tenant"] == name
         )
+
+
+@slow
+@given(runs, st.integers(0, 2**32))
+def test_rows_told_apart_by_more_add_up_to_those_of_tenants(drawn, seed):
+    world = World(drawn, seed)
+    (series,) = world.asked["series"]
+    assert world.asked["adds_up"]
+    assert sum(row["idle_share_ns"] for row in series["rows"]) == 0
+    for row in world.report["tenants"]:
+        mine = [other for other in series["rows"] if other["tenant"] == row["tenant"]]
+        for name in ("gpu_time_ns", "requests", "prompt_tokens", "output_tokens"):
+            assert sum(other[name] or 0 for other in mine) == (row[name] or 0)
 
 
 @slow

@@ -31,6 +31,7 @@ JSON_ROUTES = [
     "/cost/tenants",
     "/cost/tenants/alice",
     "/cost/summary",
+    "/cost/report",
     "/cost/audit",
     "/openapi.json",
 ]
@@ -190,7 +191,7 @@ def test_integers_are_exact_and_costs_are_text(side):
     assert row.json()["cost_usd"] == "0.000000007"
 
 
-@pytest.mark.parametrize("path", ["tenants", "tenants/alice", "summary", "audit"])
+@pytest.mark.parametrize("path", ["tenants", "tenants/alice", "summary", "report", "audit"])
 def test_the_ledger_is_brought_up_to_now_before_a_figure_is_read(side, path):
     side.get(f"/cost/{path}")
     assert side.refreshed == 1
@@ -205,6 +206,26 @@ def test_a_window_chooses_whole_hours(side):
     assert inside["adds_up"]
     outside = side.get("/cost/summary?window=1h").json()
     assert outside["requests_ns"] == 0
+
+
+def test_a_report_answers_in_the_words_of_its_question(side):
+    words = "aggregate=tenant,model&idle=reserved:bob=50&filter=tenant:bob+model:m&price=3600"
+    answer = side.get(f"/cost/report?{words}&window=2027-01&tz=Europe/Berlin").json()
+    assert (answer["aggregate"], answer["idle"]) == (["tenant", "model"], "reserved:bob=50")
+    assert (answer["what_if_usd_per_gpu_hour"], answer["window"]["tz"]) == ("3600", "Europe/Berlin")
+    (series,) = answer["series"]
+    (row,) = series["rows"]
+    # Half of 1000 idle and 3 tail; of the two halves the first row is rounded up.
+    assert (row["tenant"], row["gpu_time_ns"], row["idle_share_ns"]) == ("bob", 300, 502)
+    assert (row["usage_cost_nanousd"], row["cost_nanousd"]) == (300, 802)
+    assert series["cost_nanousd"] == answer["wall_cost_nanousd"] == 1943
+
+
+def test_a_report_in_steps_can_be_added_up_again(side):
+    stepped = side.get("/cost/report?step=1h&aggregate=tenant,hour").json()["series"]
+    assert [one["from"] for one in stepped] == ["2027-01-15T08:00:00.000000Z"]
+    (together,) = side.get("/cost/report?step=1h&accumulate=true").json()["series"]
+    assert (together["from"], together["gpu_time_ns"]) == (None, 1943)
 
 
 def test_the_openapi_document_names_every_route(side):
@@ -256,6 +277,15 @@ def test_what_is_not_there_is_404(side, path):
         "tenants?window=0h",
         "tenants/alice?window=1h,2h",
         "summary?window=2026-01-02T00:00:00Z,2026-01-01T00:00:00Z",
+        "report?window=now",
+        "report?tz=Mars/Olympus",
+        "report?aggregate=pod",
+        "report?step=1m",
+        "report?accumulate=perhaps",
+        "report?idle=weighted",
+        "report?idle=reserved:alice=60,bob=41",
+        "report?filter=alice",
+        "report?price=cheap",
     ],
 )
 def test_a_wrong_parameter_is_422_and_says_what_came(side, query):

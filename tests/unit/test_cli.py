@@ -18,10 +18,11 @@ from tests.builders import make_open
 from tests.unit.test_ledger_reader import OVERHEAD, T0, http, part, snapshot
 from vllm_cost_meter import __version__
 from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.cli import app, to_csv
+from vllm_cost_meter.cli import app
 from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records import ClassTotals
+from vllm_cost_meter.text import to_csv
 
 EVIL = "=HYPERLINK(1)"
 
@@ -35,7 +36,11 @@ def no_settings(monkeypatch, tmp_path):
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
-    path = tmp_path / "ledger.db"
+    return write_ledger(tmp_path / "ledger.db")
+
+
+def write_ledger(path: Path) -> Path:
+    """A ledger of three exchanges, two of alice and one of a name that a spreadsheet would run."""
     bills = [part(1), part(2, "h2"), part(3, "h3", tenant=EVIL, cost_nanousd=None)]
     told = [http(), http("h2", at=1), http("h3", at=2, tenant=EVIL, cost_nanousd=None)]
     writer = LedgerWriter(f"sqlite:///{path}")

@@ -124,6 +124,10 @@ class RunCut:
         total = sum(self.energy.values()) if name is None else self.energy.get(name, 0)
         return _by_hour(self.energy_stretches, name, total)
 
+    def classes_in(self, hour: int) -> Mapping[str, int]:
+        """Return the classes of one hour, as `classes` counts them."""
+        return self.hours[hour] if self.alive else _as_lost(self.hours[hour])
+
     def state(self) -> dict[str, Any]:
         """Return what a summary says of the run."""
         names = ("run_id", "engine_index", "model", "gpus", "method", "started_at", "taken_at")

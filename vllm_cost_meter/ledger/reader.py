@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from sqlalchemy import and_, null, or_, select, tuple_
@@ -18,6 +19,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.grammar import Question
+from vllm_cost_meter.idle import IdlePolicy
 from vllm_cost_meter.ledger.audit import audit_runs
 from vllm_cost_meter.ledger.cut import Cut, Window, read_cut, settle
 from vllm_cost_meter.ledger.energy import class_mj, energy_state, select_parts, total_mj
@@ -27,6 +30,7 @@ from vllm_cost_meter.ledger.live import Living, is_billed, open_parts, running_p
 from vllm_cost_meter.ledger.models import earlier_fit, models
 from vllm_cost_meter.ledger.paging import Key, exchanges, page_of_keys, rows_of_parts
 from vllm_cost_meter.ledger.prices import RUN_COLUMNS, RunPrices
+from vllm_cost_meter.ledger.report import read_facts
 from vllm_cost_meter.ledger.schema import (
     http_requests,
     open_requests,
@@ -37,14 +41,16 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.ledger.store import open_ledger
 from vllm_cost_meter.ledger.tenants import (
-    OVERHEAD_ROWS,
     Totals,
     after_cut,
-    overhead_rows,
+    declared_overheads,
     tenant_rows,
 )
 from vllm_cost_meter.price_book import NO_PRICES, PriceBook, RunFacts
-from vllm_cost_meter.records import EarlierFit, Snapshot
+from vllm_cost_meter.records import OVERHEAD_ROWS, EarlierFit, Snapshot
+from vllm_cost_meter.reports import PriceOf, report
+from vllm_cost_meter.statement import OverheadCost, month_question, statement
+from vllm_cost_meter.windows import zone_of
 
 MAX_MATCHES = 100
 MAX_LIMIT = 1000
@@ -243,7 +249,7 @@ class LedgerReader:
             "difference_ns": difference_ns,
             "after_cut": late,
             **totals.as_dict(),
-            "overheads": overhead_rows(cut),
+            "overheads": [line.as_dict() for line in declared_overheads(cut)],
             **cut.own_time(),
             "energy_mj": total_mj(cut),
             **{f"{name}_mj": class_mj(cut, name) for name in ("requests", "unattributed")},
@@ -301,6 +307,61 @@ class LedgerReader:
                 for name, row in zip(OVERHEAD_ROWS, overhead, strict=True)
             },
             "utilization": worked_ns / wall_gpu_ns if wall_gpu_ns else None,
+        }
+
+    def report(
+        self,
+        question: Question,
+        *,
+        alive: Collection[str] = (),
+        now_ns: int | None = None,
+        settle_s: float = SETTLE_S,
+    ) -> dict[str, Any]:
+        """Return the answer to a question in the words of reports."""
+        cut = self._cut(Window(question.from_hour, question.to_hour), alive, now_ns, settle_s)
+        with self._read() as connection:
+            facts = read_facts(connection, cut, question.dimensions)
+        return {
+            "window": {**cut.window.as_dict(), "tz": str(question.zone)},
+            "taken_at": cut.at(),
+            "prices": Totals.of(cut).cost.listed(),
+            **report(facts, question, _price_of(cut)),
+        }
+
+    def statement(
+        self,
+        month: str,
+        *,
+        tenant: str | None = None,
+        tz: str | None = None,
+        idle: str | None = None,
+        alive: Collection[str] = (),
+        now_ns: int | None = None,
+        settle_s: float = SETTLE_S,
+    ) -> dict[str, Any]:
+        """Return one tenant's statement of a month, or that of all.
+
+        Raises ValueError for words that are not understood and a tenant without a line.
+        """
+        now_ns = time.time_ns() if now_ns is None else now_ns
+        asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle))
+        cut = self._cut(Window(asked.from_hour, asked.to_hour), alive, now_ns, settle_s)
+        with self._read() as connection:
+            facts = read_facts(connection, cut, asked.dimensions)
+        overhead = [
+            OverheadCost(line.overhead.name, line.overhead.source, line.nanousd)
+            for line in declared_overheads(cut)
+        ]
+        answer = statement(
+            facts, asked, _price_of(cut), tenant=tenant, overhead=overhead, now_ns=now_ns
+        )
+        return {
+            "month": month,
+            "window": {**cut.window.as_dict(), "tz": str(asked.zone)},
+            "taken_at": cut.at(),
+            "methods": sorted({run.row["method"] for run in cut.runs if run.total_ns()}),
+            "prices": Totals.of(cut).cost.listed(),
+            **answer,
         }
 
     def audit(
@@ -392,6 +453,17 @@ class LedgerReader:
             cut = read_cut(connection, window, alive=alive, now_ns=now_ns, book=self._book)
         settle(self._read, cut, settle_s, self._known_missing)
         return cut
+
+
+def _price_of(cut: Cut) -> PriceOf:
+    """Return the price of each run and hour."""
+    prices = cut.prices_of()
+
+    def price_of(run_id: str, hour: int) -> Fraction | None:
+        price = prices[run_id].at(hour)
+        return None if price is None else price.usd_per_gpu_hour
+
+    return price_of
 
 
 def _living(alive: Collection[str], now_ns: int | None) -> Living:

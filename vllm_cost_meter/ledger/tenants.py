@@ -14,21 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, or_, select
+from sqlalchemy import and_, func, or_, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.cut import Cut, Window
+from vllm_cost_meter.ledger.counts import count_ended
+from vllm_cost_meter.ledger.cut import Cut
 from vllm_cost_meter.ledger.energy import TenantEnergy, by_tenant, class_mj
 from vllm_cost_meter.ledger.exchange import PART_SUMS
 from vllm_cost_meter.ledger.prices import Cost, RunPrices, Used, cost_of, energy_cost_of, stretch
-from vllm_cost_meter.ledger.schema import http_requests, requests, usage_pieces
-from vllm_cost_meter.overheads import overhead_lines
+from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.overheads import OverheadLine, overhead_lines
 from vllm_cost_meter.price_book import EnergyPrice, GpuHourPrice
 from vllm_cost_meter.pricing import format_usd
-from vllm_cost_meter.records import OVERHEAD_CLASSES
-
-# The rows of an overhead report, in the order they are shown.
-OVERHEAD_ROWS = (*OVERHEAD_CLASSES, "in_flight")
+from vllm_cost_meter.records import OVERHEAD_ROWS
+from vllm_cost_meter.reports import COUNTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +74,13 @@ class Totals:
 def tenant_rows(connection: Connection, cut: Cut, totals: Totals) -> list[dict[str, Any]]:
     """Return one row for each tenant, the most GPU time first, then one for each class."""
     used = _used(connection, cut)
-    counted = _counts(connection, cut.window)
+    counted = {key[0]: counts for key, counts in count_ended(connection, cut.window).items()}
     cache_ms = cut.kv_cache_block_ms()
     energies = by_tenant(connection, cut)
     rows = []
     for tenant in used.keys() | counted.keys() | energies.keys():
         by_run = used.get(tenant, {})
-        counts = dict(zip(_COUNTS, counted.get(tenant, (0, 0, 0, 0)), strict=True))
+        counts = dict(zip(COUNTS, counted.get(tenant, (0, 0, 0, 0)), strict=True))
         spent: Used = {
             run_id: {hour: sums["prefill_ns"] + sums["decode_ns"] for hour, sums in hours.items()}
             for run_id, hours in by_run.items()
@@ -95,7 +94,7 @@ def tenant_rows(connection: Connection, cut: Cut, totals: Totals) -> list[dict[s
     rows.sort(key=lambda row: (-row["gpu_time_ns"], row["tenant"]))
     of_none = dict.fromkeys((*PART_SUMS, "kv_cache_share"))
     for name in OVERHEAD_ROWS:
-        no_counts = {**dict.fromkeys(_COUNTS), "requests": 0}
+        no_counts = {**dict.fromkeys(COUNTS), "requests": 0}
         row = _row(f"__{name}__", no_counts, cut.used_ns(name), of_none, totals)
         mj = class_mj(cut, name)
         energy = None if mj is None else TenantEnergy(mj, None, cut.used_mj(name))
@@ -103,7 +102,7 @@ def tenant_rows(connection: Connection, cut: Cut, totals: Totals) -> list[dict[s
     return rows
 
 
-def overhead_rows(cut: Cut) -> list[dict[str, Any]]:
+def declared_overheads(cut: Cut) -> list[OverheadLine]:
     """Return the declared overheads of the window; where it is open, of the hours in the ledger."""
     prices = cut.prices_of()
     hours = {hour for run in cut.runs for hour in run.hours}
@@ -124,7 +123,7 @@ def overhead_rows(cut: Cut) -> list[dict[str, Any]]:
         }
         return cost_of(spent, prices, Cost(0)).nanousd
 
-    return [line.as_dict() for line in overhead_lines(cut.book.overheads, first, last, cost)]
+    return overhead_lines(cut.book.overheads, first, last, cost)
 
 
 def after_cut(connection: Connection, cut: Cut) -> dict[str, int]:
@@ -137,10 +136,6 @@ def after_cut(connection: Connection, cut: Cut) -> dict[str, int]:
         ).where(or_(at.c.run_id.is_(None), requests.c.seq > at.c.last_seq))
     count, gpu_time_ns = connection.execute(billed).one()
     return {"bills": int(count), "gpu_time_ns": int(gpu_time_ns or 0)}
-
-
-_TOKENS = ("prompt_tokens", "cached_tokens", "output_tokens")
-_COUNTS = ("requests", *_TOKENS)
 
 
 def _row(
@@ -202,71 +197,3 @@ def _used(connection: Connection, cut: Cut) -> dict[str, dict[str, dict[int, dic
         amounts = dict(zip(PART_SUMS, map(int, sums), strict=True))
         found.setdefault(tenant, {}).setdefault(run_id, {})[hour] = amounts
     return found
-
-
-def _counts(connection: Connection, window: Window) -> dict[str, tuple[int, int, int, int]]:
-    """Return requests and tokens by tenant."""
-    found: dict[str, tuple[int, int, int, int]] = {}
-    for query in (_told_counts(window), _untold_counts(window)):
-        for tenant, *counts in connection.execute(query):
-            known = found.get(tenant, (0, 0, 0, 0))
-            sums = (a + int(b) for a, b in zip(known, counts, strict=True))
-            found[tenant] = tuple(sums)  # type: ignore[assignment]
-    return found
-
-
-def _told_counts(window: Window) -> Select[Any]:
-    """Count exchanges with an HTTP row and at least one part; tokens told, else from the parts."""
-    h, r = http_requests.c, requests.c
-    prompts = (
-        select(
-            h.http_request_id,
-            h.tenant,
-            *(h[name].label(f"told_{name}") for name in _TOKENS),
-            *_prompt_tokens(),
-        )
-        .join(requests, r.http_request_id == h.http_request_id)
-        .where(window.on_instants(h.finished_at))
-        .group_by(h.http_request_id, r.prompt_group)
-        .subquery()
-    )
-    p = prompts.c
-    exchanges = (
-        select(
-            func.max(p.tenant).label("tenant"),
-            *(
-                func.coalesce(func.max(p[f"told_{name}"]), func.sum(p[name])).label(name)
-                for name in _TOKENS
-            ),
-        )
-        .group_by(p.http_request_id)
-        .subquery()
-    )
-    e = exchanges.c
-    sums = (func.sum(e[name]) for name in _TOKENS)
-    return select(e.tenant, func.count(), *sums).group_by(e.tenant)
-
-
-def _prompt_tokens() -> list[ColumnElement[Any]]:
-    """Return the tokens of the parts of one prompt: itself counts once, what it drew in full."""
-    r = requests.c
-    return [
-        func.max(r.prompt_tokens).label("prompt_tokens"),
-        func.max(r.cached_tokens).label("cached_tokens"),
-        func.sum(r.output_tokens).label("output_tokens"),
-    ]
-
-
-def _untold_counts(window: Window) -> Select[Any]:
-    """Count the tokens of parts without an HTTP row, as requests 0."""
-    h, r = http_requests.c, requests.c
-    own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
-    prompts = (
-        select(r.tenant, *_prompt_tokens())
-        .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
-        .where(h.http_request_id.is_(None), window.on_instants(r.finished_at))
-        .group_by(r.tenant, own, r.prompt_group)
-        .subquery()
-    )
-    sums = (func.sum(prompts.c[name]) for name in _TOKENS)
-    return select(prompts.c.tenant, literal(0), *sums).group_by(prompts.c.tenant)

@@ -1,0 +1,118 @@
+"""Any month of any time zone, any prices and policy: the lines add up to the cent."""
+
+import zoneinfo
+from fractions import Fraction
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.property.worlds_of_usage import facts, policies, priced, prices
+from vllm_cost_meter.idle import IdlePolicy
+from vllm_cost_meter.reports import wall_cost
+from vllm_cost_meter.statement import (
+    NANOUSD_PER_CENT,
+    OverheadCost,
+    month_question,
+    statement,
+)
+from vllm_cost_meter.windows import period_name, zone_of
+
+# Leap days, months in which clocks change, zones off by half an hour and by three quarters.
+months = st.tuples(st.integers(2024, 2032), st.integers(1, 12)).map(lambda m: f"{m[0]}-{m[1]:02d}")
+zones = st.one_of(
+    st.sampled_from(
+        ["UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Asia/Kathmandu"]
+        + ["Australia/Lord_Howe", "America/St_Johns", "Africa/Casablanca", "America/Nuuk"]
+    ),
+    st.sampled_from(sorted(zoneinfo.available_timezones())),
+).map(zone_of)
+costs = st.lists(
+    st.builds(OverheadCost, st.sampled_from(["rent", "power"]), st.just("lease"),
+              st.fractions(0, 10**13, max_denominator=1000)),
+    max_size=2,
+)  # fmt: skip
+
+
+@st.composite
+def whole_months(draw):
+    """A question of a month, and facts of hours all over it, its first and last among them."""
+    asked = month_question(draw(months), draw(zones), IdlePolicy.parse(draw(policies)))
+    edges = st.sampled_from([asked.from_hour, asked.to_hour - 1])
+    hours = edges | st.integers(asked.from_hour, asked.to_hour - 1)
+    return asked, draw(facts(hours))
+
+
+@given(whole_months(), prices, costs)
+def test_all_lines_add_up_to_wall_time_times_price_to_the_cent(month, base, overhead):
+    asked, known = month
+    answer = statement(known, asked, priced(base), overhead=overhead, now_ns=0)
+    if not known.wall_gpu_ns:
+        return
+    exact = wall_cost(known, asked, priced(base)) + sum(cost.nanousd for cost in overhead)
+    cents = round(exact / NANOUSD_PER_CENT)
+    assert answer["total"]["amount_cents"] == answer["whole"]["amount_cents"] == cents
+    assert sum(line["amount_cents"] for line in answer["lines"]) == cents
+    assert answer["whole"]["wall_cents"] + sum(
+        cost["cents"] for cost in answer["whole"]["overhead"]
+    ) == cents  # fmt: skip
+    for line in answer["lines"]:
+        assert line["usage_cents"] + line["idle_share_cents"] == line["amount_cents"]
+    assert answer["total"]["gpu_time_ns"] == known.wall_gpu_ns
+    assert answer["total"]["idle_share_ns"] == 0
+
+
+@given(whole_months(), prices, costs)
+def test_a_tenants_statement_is_a_slice_of_the_whole(month, base, overhead):
+    asked, known = month
+    told = {"overhead": overhead, "now_ns": 0}
+    everyone = statement(known, asked, priced(base), **told)
+    for total in everyone["tenants"]:
+        mine = statement(known, asked, priced(base), tenant=total["tenant"], **told)
+        assert mine["lines"] == [
+            line for line in everyone["lines"] if line["tenant"] == total["tenant"]
+        ]
+        assert {"tenant": total["tenant"], **mine["total"]} == total
+
+
+@given(whole_months(), prices)
+def test_no_line_and_no_tenants_total_moves_by_a_cent(month, base):
+    asked, known = month
+    price_of = priced(base)
+    answer = statement(known, asked, price_of, now_ns=0)
+
+    def cost(one) -> Fraction:
+        return one.gpu_time_ns * price_of(one.run_id, one.hour) / 3600 / NANOUSD_PER_CENT
+
+    shared = [one for one in known.overhead if one.key != ("in_flight",)]
+    pool = sum(map(cost, shared), Fraction(0))
+    used_ns = dict.fromkeys((one.key[0] for one in known.used), 0)
+    for one in known.used:
+        used_ns[one.key[0]] += one.gpu_time_ns
+    shares = asked.idle.shares(used_ns)
+    for total in answer["tenants"]:
+        name = total["tenant"]
+        usage = sum((cost(one) for one in known.used if one.key[0] == name), Fraction(0))
+        due = usage + pool * shares.get(name, 0)
+        assert total["amount_cents"] is None or abs(total["amount_cents"] - due) < 1
+    for line in answer["lines"]:
+        if line["kind"] != "usage" or line["usage_cents"] is None:
+            continue
+        usage = sum(
+            cost(one)
+            for one in known.used
+            if one.key == (line["tenant"], line["item"])
+            and period_name(one.hour, "day", asked.zone) == line["day"]
+        )
+        assert abs(line["usage_cents"] - usage) < 1
+
+
+@given(whole_months(), st.data())
+def test_every_hour_of_the_month_is_on_one_line_of_its_own_day(month, data):
+    asked, known = month
+    hour = data.draw(st.integers(asked.from_hour, asked.to_hour - 1))
+    day = period_name(hour, "day", asked.zone)
+    answer = statement(known, asked, priced(Fraction(1)), now_ns=0)
+    used = sum(one.gpu_time_ns for one in known.used
+               if period_name(one.hour, "day", asked.zone) == day)  # fmt: skip
+    lines = [line for line in answer["lines"] if line["day"] == day]
+    assert sum(line["gpu_time_ns"] for line in lines) == used

@@ -1,0 +1,43 @@
+"""Drawn facts of a ledger: usage and overhead of a few runs, over hours that a test chooses."""
+
+from fractions import Fraction
+
+from hypothesis import strategies as st
+
+from vllm_cost_meter.records import OVERHEAD_ROWS
+from vllm_cost_meter.reports import Ended, Facts, Used
+
+RUNS = ("run-1", "run-2")
+TENANTS = ("alice", "bob", "carol")
+MODELS = ("m", "n")
+amounts = st.integers(0, 10**15)
+prices = st.decimals(0, 1000, places=9).map(Fraction) | st.fractions(0, 10, max_denominator=7)
+policies = st.one_of(
+    st.sampled_from(["none", "proportional", "even", "owner:carol", "owner:dave"]),
+    st.tuples(st.integers(0, 60), st.integers(0, 40)).map(
+        lambda percent: f"reserved:alice={percent[0]},dave={percent[1]}"
+    ),
+)
+
+
+@st.composite
+def facts(draw, hours: st.SearchStrategy[int]) -> Facts:
+    """Facts of books that balance, told apart by tenant and model."""
+    run = st.sampled_from(RUNS)
+    key = st.tuples(st.sampled_from(TENANTS), st.sampled_from(MODELS))
+    used = draw(st.lists(st.builds(Used, run, hours, key, amounts), max_size=12))
+    name = st.tuples(st.sampled_from(OVERHEAD_ROWS))
+    overhead = draw(st.lists(st.builds(Used, run, hours, name, amounts), max_size=12))
+    counts = st.tuples(*[st.integers(0, 9)] * 4)
+    ended = draw(st.lists(st.builds(Ended, hours, key, counts), max_size=6))
+    wall = [one._replace(key=()) for one in (*used, *overhead)]
+    return Facts(used, overhead, ended, wall, sum(one.gpu_time_ns for one in wall))
+
+
+def priced(base: Fraction):
+    """A price for each run and hour: none is the same as the next."""
+
+    def price_of(run_id: str, hour: int) -> Fraction:
+        return base * (1 + RUNS.index(run_id)) + Fraction(hour % 5, 3)
+
+    return price_of

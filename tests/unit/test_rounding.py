@@ -1,0 +1,47 @@
+"""Largest remainder, on figures small enough to do by hand."""
+
+from fractions import Fraction
+
+import pytest
+
+from vllm_cost_meter.rounding import largest_remainder, rounded_known
+
+THIRD = Fraction(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "units"),
+    [
+        ([], []),
+        ([Fraction(7)], [7]),
+        ([THIRD, THIRD, THIRD], [1, 0, 0]),
+        ([Fraction(12, 10), Fraction(27, 10), Fraction(1, 10)], [1, 3, 0]),
+        # Equal remainders: the first gets it. 0.5 and 1.5 make 2, rounded by themselves 0 and 2.
+        ([Fraction(1, 2), Fraction(3, 2)], [1, 1]),
+        # 2.5 is rounded half to even.
+        ([Fraction(1, 2), Fraction(2)], [0, 2]),
+        ([Fraction(-3, 2), Fraction(3, 2)], [-1, 1]),
+        ([Fraction(-1, 3), Fraction(1, 3)], [0, 0]),
+    ],
+)
+def test_the_lines_that_lost_most_are_rounded_up(amounts, units):
+    assert largest_remainder(amounts) == units
+
+
+def test_a_total_may_be_given():
+    assert largest_remainder([THIRD, THIRD], 0) == [0, 0]
+    assert largest_remainder([THIRD, THIRD], 1) == [1, 0]
+    assert largest_remainder([THIRD, THIRD], 2) == [1, 1]
+
+
+@pytest.mark.parametrize("total", [-1, 3])
+def test_a_total_that_a_line_would_move_too_far_for_is_refused(total):
+    with pytest.raises(ValueError, match=f"got {total}"):
+        largest_remainder([THIRD, THIRD], total)
+    with pytest.raises(ValueError, match="near the sum"):
+        largest_remainder([Fraction(1)], 2)
+
+
+def test_what_is_unknown_stays_so_and_the_others_add_up():
+    assert rounded_known([THIRD, None, Fraction(2, 3)]) == [0, None, 1]
+    assert rounded_known([None]) == [None]
