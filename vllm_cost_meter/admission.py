@@ -42,6 +42,12 @@ Stop = Callable[[Sequence[str]], Awaitable[None]]
 RunningOf = Callable[[Callable[[Owner], bool]], Sequence[str]]
 
 
+def fails_closed(owner: Owner, tenants: Collection[str]) -> bool:
+    """Tell whether an owner is, or is a child of, one of the tenants that are to fail closed."""
+    # Its parent too: a child that a client chose is declared nowhere.
+    return owner.tenant in tenants or owner.parent in tenants
+
+
 class Admission:
     """Judges new requests by the budgets that cover them."""
 
@@ -72,10 +78,8 @@ class Admission:
         stale = self.figures.stale(now_ns, self._max_age_ns)
         if stale is None and self._guard.off:
             stale = "the meter switched itself off after errors"
-        rules = self._rules()
-        # Its parent too: a child that a client chose is declared nowhere.
-        fails_closed = owner.tenant in rules.fail_closed or owner.parent in rules.fail_closed
-        verdict = decide(self.standings_of(owner), stale, fails_closed)
+        closed = fails_closed(owner, self._rules().fail_closed)
+        verdict = decide(self.standings_of(owner), stale, closed)
         if verdict.kind != "admitted":
             name = verdict.standing.budget.name if verdict.standing else ""
             metrics.count_refused(verdict.kind, name)

@@ -160,14 +160,16 @@ class Collector:
         return True
 
     async def _hold_to_budgets(self, engine_client: Any) -> None:
-        if not self.settings.budgets or self.admission is not None:
+        settings = self.settings
+        has_rules = settings.budgets or settings.failing_closed
+        if not has_rules or self.admission is not None:
             return
         spending = await asyncio.to_thread(Spending, self.writer.url)
         self.admission = Admission(
             spending,
             self._budget_rules,
             self.guard,
-            self.settings.snapshot_interval_s,
+            settings.snapshot_interval_s,
             running_of=self._running_of,
             stop=lambda ids: _vllm_api.stop_requests(engine_client, ids, STOP_TIMEOUT_S),
         )
@@ -395,7 +397,13 @@ class Collector:
 
 
 class NoCollector:
-    """Stands in where no collector could be made: every hook passes through."""
+    """Stands in where no collector could be made: every hook passes through.
+
+    `settings` say who is to fail closed; None if they are what could not be read.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings
 
     def run(self, hook: str, body: object, *args: object) -> None:
         """Do nothing."""
@@ -408,12 +416,14 @@ def get_collector() -> Collector | NoCollector:
     """Return this process's collector, made at the first call. Never raises."""
     global _collector
     if _collector is None:
+        settings = None
         try:
+            settings = load_settings()
             # `--middleware` brings it into a vLLM that was refused, too.
-            _collector = NoCollector() if plugin.refused else Collector(load_settings())
+            _collector = NoCollector(settings) if plugin.refused else Collector(settings)
         except Exception:
             logger.exception("cost meter: could not start in the API server; it runs unmetered")
-            _collector = NoCollector()
+            _collector = NoCollector(settings)
     return _collector
 
 

@@ -23,15 +23,18 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_cost_meter import reply
+from vllm_cost_meter import metrics, reply
+from vllm_cost_meter.admission import fails_closed
+from vllm_cost_meter.budgets import Owner, Verdict
 from vllm_cost_meter.collector import Collector, get_collector
+from vllm_cost_meter.config import Settings
 from vllm_cost_meter.exchange import Exchange, current_exchange
 from vllm_cost_meter.records import Usage
-from vllm_cost_meter.refusal import Refusal, refusal, warning
+from vllm_cost_meter.refusal import Refusal, contradicting, refusal, warning
 from vllm_cost_meter.request_body import claims_of, is_json, read_ahead
 from vllm_cost_meter.routes import reaches_engine, route_of
 from vllm_cost_meter.side import start_side
-from vllm_cost_meter.tenants import NO_CLAIMS, BodyClaims
+from vllm_cost_meter.tenants import CONTRADICTION, NO_CLAIMS, BodyClaims
 
 # nginx's "client closed request": the client left before any status was sent.
 CLIENT_LEFT = 499
@@ -49,7 +52,8 @@ class CostMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         collector = get_collector()
         if not isinstance(collector, Collector):
-            await self.app(scope, receive, send)
+            refused = _refused_while_down(scope, collector.settings)
+            await (_refuse(refused, scope, send) if refused else self.app(scope, receive, send))
         elif scope["type"] == "lifespan":
             await self.app(scope, receive, _starting(scope, send, collector))
         elif current_exchange.get() is not None:
@@ -65,12 +69,14 @@ class CostMiddleware:
         if collector.settings.resolver.reads_body and collector.run("body", _has_claims, scope):
             claims, receive = await _read_claims(receive, collector)
         exchange = collector.run("new exchange", _new_exchange, scope, claims, started_at_ns)
-        if exchange is None:
-            await self.app(scope, receive, send)
-            return
-        judged = collector.run("budgets", _judged, exchange) or _ADMITTED
+        judged = collector.run("budgets", _judged, exchange) if exchange else None
+        if judged is None:
+            judged = Judged(_refused_while_down(scope, collector.settings))
         if judged.refusal is not None:
             await _refuse(judged.refusal, scope, send)
+            return
+        if exchange is None:
+            await self.app(scope, receive, send)
             return
         if judged.delay_s:
             await asyncio.sleep(judged.delay_s)
@@ -151,17 +157,37 @@ class Judged:
 
 
 _ADMITTED = Judged()
+_DOWN = Verdict("unavailable", stale="the meter of this server is off")
 
 
 def _judged(collector: Collector, exchange: Exchange) -> Judged:
     if collector.admission is None or not reaches_engine(exchange.route):
         return _ADMITTED
+    if exchange.owner == CONTRADICTION:
+        metrics.count_refused("contradicting", "")
+        return Judged(contradicting(exchange.route))
     verdict = collector.admission.verdict(exchange.payer())
     if verdict.kind in ("blocked", "unavailable"):
         return Judged(refusal(verdict, exchange.owner.tenant, exchange.route))
     if verdict.kind == "throttled":
         return Judged(delay_s=collector.settings.budget_throttle_s)
     return Judged(warnings=warning(verdict.soft))
+
+
+def _refused_while_down(scope: Scope, settings: Settings | None) -> Refusal | None:
+    """Return what those who are to fail closed are told while nothing is measured, else None."""
+    if settings is None or not settings.failing_closed or scope["type"] == "lifespan":
+        return None
+    with contextlib.suppress(Exception):  # metering may fail, serving may not
+        route = _route(scope)
+        owner = settings.resolver.resolve(scope["headers"])
+        if not reaches_engine(route):
+            return None
+        if owner == CONTRADICTION:
+            return contradicting(route)
+        if fails_closed(Owner(owner.tenant, owner.parent), settings.failing_closed):
+            return refusal(_DOWN, owner.tenant, route)
+    return None
 
 
 async def _refuse(told: Refusal, scope: Scope, send: Send) -> None:

@@ -125,6 +125,12 @@ def check_settings() -> None:
         raise SystemExit(f"cost meter: {error}") from None
 
 
+def _anyone_fails_closed() -> bool:
+    from vllm_cost_meter.config import load_settings  # noqa: PLC0415 - API servers only
+
+    return bool(load_settings().failing_closed)
+
+
 def _collector() -> Any:
     # The ledger must not be loaded into engine processes, which register but never call this.
     from vllm_cost_meter.collector import get_collector  # noqa: PLC0415
@@ -232,12 +238,17 @@ class EndpointPlugin:
     required_tasks = None
 
     def attach_router(self, app: Any) -> None:
-        """Add the middleware, inside vLLM's authentication."""
-        if not is_active():
-            return
-        from vllm_cost_meter.middleware import CostMiddleware  # noqa: PLC0415 - API servers only
+        """Add the middleware, inside vLLM's authentication.
 
-        app.add_middleware(CostMiddleware)
+        In a vLLM that is not understood only for tenants that are to fail closed.
+        """
+        if not is_named():
+            return
+        with _refusing():
+            if is_active() or _anyone_fails_closed():
+                from vllm_cost_meter.middleware import CostMiddleware  # noqa: PLC0415 - API servers
+
+                app.add_middleware(CostMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Nothing to do: see the class."""

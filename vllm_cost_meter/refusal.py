@@ -13,6 +13,7 @@ import orjson
 
 from vllm_cost_meter.budgets import Standing, Verdict
 
+BAD_REQUEST = 400
 TOO_MANY_REQUESTS = 429
 UNAVAILABLE = 503
 # Stale figures are fresh again within some snapshots, if at all.
@@ -55,6 +56,21 @@ def refusal(verdict: Verdict, tenant: str, route: str) -> Refusal:
             (b"x-cost-meter-budget", _header_text(budget.name)),
             (b"x-cost-meter-budget-reset", standing.resets_at().isoformat().encode()),
         ],
+    )
+
+
+def contradicting(route: str) -> Refusal:
+    """Return the reply to a request that claims to be of two tenants, where budgets hold.
+
+    Without it, whoever has spent its budget sends its key twice, differently, and is nobody.
+    """
+    return _reply(
+        BAD_REQUEST,
+        "expected one API key and one tenant, got headers that contradict each other: send each"
+        " of Authorization, x-api-key and the tenant's header once",
+        ("invalid_request_error", "invalid_request_error", "contradicting_credentials"),
+        route,
+        [],
     )
 
 

@@ -64,7 +64,7 @@ class Resolved:
     """A tenant, the rule that named it, and what was declared of it at that moment.
 
     `rule` is `api_key`, `header:NAME`, `constant` or a child rule, and `...+user` where a child
-    was chosen; `none` goes with `unknown`. `tags` is a JSON object of texts.
+    was chosen; `none` and `contradiction` go with `unknown`. `tags` is a JSON object of texts.
     """
 
     tenant: str
@@ -74,6 +74,8 @@ class Resolved:
 
 
 NOBODY = Resolved(UNKNOWN, "none")
+# Of a request that claims to be two at once.
+CONTRADICTION = Resolved(UNKNOWN, "contradiction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,7 @@ class Resolver:
                 if (tenant := rule.tenant(asked)) is not None:
                     return self._child(asked, tenant, rule)
         except ContradictionError:
-            pass
+            return CONTRADICTION
         return NOBODY
 
     def _said(self, headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

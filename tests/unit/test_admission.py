@@ -14,6 +14,7 @@ from tests.builders import make_snapshot
 from tests.unit.world import BODY, DONE, JSON, SSE, TOKEN, Client, replying, scope_of
 from vllm_cost_meter.admission import Admission, Rules
 from vllm_cost_meter.budgets import Budget, Figures, Owner, Standing
+from vllm_cost_meter.collector import NoCollector
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.spending import Spending
 
@@ -184,6 +185,50 @@ def test_a_meter_that_switched_itself_off_fails_as_stale(world):
         "unavailable",
         "the meter switched itself off after errors",
     )
+    assert_only_who_fails_closed_is_refused(world)
+
+
+def assert_only_who_fails_closed_is_refused(world) -> None:
+    client = ask(world, as_tenant("strict"))
+    assert client.status == 503
+    assert "the meter of this server is off" in json.loads(client.body)["error"]["message"]
+    assert ask(world).status == 200
+    assert ask(world, as_tenant("strict", "/v1/models", method="GET")).status == 200
+
+
+def test_where_judging_fails_only_who_fails_closed_is_refused(world, monkeypatch):
+    monkeypatch.setattr(Admission, "verdict", lambda *_: 1 / 0)
+    assert_only_who_fails_closed_is_refused(world)
+
+
+def test_where_no_meter_could_be_made_only_who_fails_closed_is_refused(world, monkeypatch):
+    down = NoCollector(world.collector.settings)
+    monkeypatch.setattr("vllm_cost_meter.middleware.get_collector", lambda: down)
+    assert_only_who_fails_closed_is_refused(world)
+
+
+def test_headers_that_contradict_each_other_leave_no_budget(world):
+    """Otherwise whoever has spent its budget would send two keys, and be nobody."""
+    used(world, 10**9)
+    twice = [(b"authorization", b"Bearer acme"), (b"authorization", b"Bearer other")]
+    client = ask(world, scope_of(headers=twice))
+    assert client.status == 400
+    error = json.loads(client.body)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "contradicting_credentials")
+    world.collector.admission = None
+    assert ask(world, scope_of(headers=twice)).status == 200
+
+
+def test_tenants_that_fail_closed_are_held_to_it_without_any_budget(make_world):
+    world = make_world(tenants=TENANTS)
+
+    async def hold() -> None:
+        await world.collector._hold_to_budgets(None)
+        world.collector._admitting.cancel()
+
+    asyncio.run(hold())
+    assert ask(world, as_tenant("strict")).status == 503
+    assert ask(world).status == 200
 
 
 def test_figures_are_read_anew_with_each_new_snapshot_and_not_before(world, monkeypatch):

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 
 from vllm_cost_meter.tenants import (
+    CONTRADICTION,
     NO_CLAIMS,
     NOBODY,
     ApiKeyRule,
@@ -219,13 +220,13 @@ def test_the_longest_claim_is_128_characters():
 def test_contradicting_headers_are_nobodys_and_no_later_rule_is_asked(headers):
     rules = [BY_KEY, BY_ANYONE, ConstantRule("alice")]
     for resolver in (TRUSTING, Resolver(rules, DECLARED)):
-        assert resolver.resolve(headers) == NOBODY
-        assert resolver.resolve(headers[::-1]) == NOBODY
+        assert resolver.resolve(headers) == CONTRADICTION
+        assert resolver.resolve(headers[::-1]) == CONTRADICTION
 
 
 def test_a_proof_that_stands_twice_differently_is_nobodys():
     said = [FROM_GATEWAY, (PROOF, b"a client's guess"), (HEADER, b"team-a")]
-    assert PROVEN.resolve(said) == PROVEN.resolve(said[::-1]) == NOBODY
+    assert PROVEN.resolve(said) == PROVEN.resolve(said[::-1]) == CONTRADICTION
 
 
 @pytest.mark.parametrize(
@@ -375,7 +376,7 @@ def test_the_rule_that_named_a_tenant_chooses_no_child_of_it_and_others_may():
 def test_rules_that_chose_a_clients_word_are_told_from_others():
     for text in ("user", "api_key+user", "constant+metadata:team", "metadata:api_key", "user+lora"):
         assert is_clients_choice(text)
-    for text in ("api_key", "header:user", "constant", "none"):
+    for text in ("api_key", "header:user", "constant", "none", "contradiction"):
         assert not is_clients_choice(text)
 
 
