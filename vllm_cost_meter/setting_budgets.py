@@ -16,6 +16,7 @@ from vllm_cost_meter import setting_types as t
 from vllm_cost_meter.budgets import Budget
 from vllm_cost_meter.pricing import NANOUSD_PER_USD
 from vllm_cost_meter.records import NS_PER_SECOND
+from vllm_cost_meter.tenants import UNKNOWN
 
 ROLLING_DAYS_MAX = 366
 AMOUNT = "a decimal number above 0, at most 1,000,000,000,000, with at most 9 decimal places"
@@ -43,6 +44,10 @@ def _zone(name: str) -> str:
     return name
 
 
+def _payer(name: str) -> str:
+    return name if name == UNKNOWN else t._tenant_name(name)
+
+
 def _tag(text: str) -> str:
     key, equals, value = text.partition("=")
     if not (key and equals and value):
@@ -62,11 +67,11 @@ class BudgetSetting(BaseModel):
         description="Name of the budget in replies, reports and metrics; unique.",
         json_schema_extra=t.about("1 to 128 printable characters"),
     )
-    tenant: t.TenantName | None = Field(
+    tenant: Annotated[str, AfterValidator(_payer)] | None = Field(
         default=None,
         description="Whose use counts: this tenant's, and that of all below it. Either this or "
         "`tag`.",
-        json_schema_extra=t.about("the name of a tenant"),
+        json_schema_extra=t.about("the name of a tenant, or unknown: of all that no rule names"),
     )
     tag: Annotated[str, AfterValidator(_tag)] | None = Field(
         default=None,

@@ -166,6 +166,21 @@ def test_a_client_that_names_a_user_escapes_neither_budget_nor_fail_closed(make_
     spending.close()
 
 
+def test_those_whom_no_rule_names_can_have_a_budget_too(make_world):
+    budgets = [{"name": "strangers", "tenant": "unknown", "gpu_seconds": 1}]
+    world = make_world(tenants=TENANTS, budgets=budgets)
+    collector = world.collector
+    spending = Spending(collector.ledger_url)
+    collector.admission = Admission(spending, collector._budget_rules, collector.guard, 1.0)
+    (declared,) = collector.settings.declared_budgets
+    now_ns = time.time_ns()
+    standing = Standing(declared, {now_ns // (3600 * 10**9): 10**9}, now_ns)
+    collector.admission.figures = Figures([standing], now_ns)
+    assert ask(world, scope_of()).status == ask(world, as_tenant("stranger")).status == 429
+    assert ask(world).status == 200
+    spending.close()
+
+
 def test_a_healthy_idle_meter_admits_those_who_fail_closed(world):
     used(world, 0)
     assert ask(world, as_tenant("strict")).status == 200
