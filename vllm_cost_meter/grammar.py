@@ -37,7 +37,8 @@ class Question:
 
     `aggregate` are the columns that rows are added up by, `conditions` the values that a row must
     have one of, by column. `price` in USD per GPU-hour is used for all time instead of the real
-    ones.
+    ones. Where a tenant itself asks, `only` names it: it is told its own rows, and of the whole
+    nothing.
     """
 
     from_hour: int | None = None
@@ -49,6 +50,11 @@ class Question:
     idle: IdlePolicy = field(default_factory=IdlePolicy)
     conditions: Mapping[str, frozenset[str]] = field(default_factory=dict)
     price: Decimal | None = None
+    only: str | None = None
+
+    def shows(self, tenant: str) -> bool:
+        """Tell whether rows of a tenant may be shown: of the one that asks, or of a child of it."""
+        return self.only in (None, tenant) or tenant.startswith(f"{self.only}/")
 
     @property
     def dimensions(self) -> tuple[str, ...]:

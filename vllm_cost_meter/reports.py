@@ -184,18 +184,28 @@ class _Cells:
 
 def report(facts: Facts, question: Question, price_of: PriceOf) -> dict[str, Any]:
     """Return the answer to a question, as JSON has it."""
-    exact = wall_cost(facts, question, price_of)
-    cost = None if exact is None else round(exact)
+    series = [_series(piece, question) for piece in pieces(facts, question, price_of)]
+    if question.only is not None:
+        # Not even that something was used at a time: others did.
+        series = [piece for piece in series if piece["rows"]]
     return {
         "aggregate": list(question.aggregate),
         "idle": question.idle.text,
         "what_if_usd_per_gpu_hour": None if question.price is None else f"{question.price:f}",
+        **({} if question.only is not None else _whole(facts, question, price_of)),
+        "series": series,
+    }
+
+
+def _whole(facts: Facts, question: Question, price_of: PriceOf) -> dict[str, Any]:
+    exact = wall_cost(facts, question, price_of)
+    cost = None if exact is None else round(exact)
+    return {
         "wall_gpu_ns": facts.wall_gpu_ns,
         "wall_cost_nanousd": cost,
         "wall_cost_usd": format_usd(cost),
         "adds_up": facts.difference_ns == 0,
         "difference_ns": facts.difference_ns,
-        "series": [_series(piece, question) for piece in pieces(facts, question, price_of)],
     }
 
 
@@ -309,12 +319,14 @@ def _shared(cells: dict[_Cell, Row], question: Question) -> dict[_Cell, Row]:
 
 
 def _rows(cells: Mapping[_Cell, Row], question: Question) -> list[Row]:
-    """Add cells up to rows, those that a filter hides apart; each class has a row, even of 0."""
+    """Add cells up to rows, those that are hidden apart; each class has a row, even of 0."""
     place = {name: i for i, name in enumerate((*question.dimensions, *question.times))}
     found: dict[tuple[str, Key, bool], Row] = {}
 
     def row_of(class_name: str, values: Key) -> Row:
-        shown = all(values[place[name]] in any_of for name, any_of in question.conditions.items())
+        shown = question.shows(values[0]) and all(
+            values[place[name]] in any_of for name, any_of in question.conditions.items()
+        )
         key = tuple(values[place[name]] for name in question.aggregate)
         return found.setdefault((class_name, key, shown), Row(class_name, key, shown=shown))
 
@@ -355,13 +367,20 @@ def _series(piece: Piece, question: Question) -> dict[str, Any]:
     shares = largest_remainder([row.share.gpu_time_ns for row in piece.rows])
     usage_costs = rounded_known(piece.costs(row.used for row in piece.rows))
     costs = rounded_known(piece.costs(row.whole for row in piece.rows))
-    total = None if None in costs else sum(cost for cost in costs if cost is not None)
+    # Of all rows, whatever a filter hides, but to a tenant of its own.
+    counted = [
+        (int(row.used.gpu_time_ns), cost)
+        for row, cost in zip(piece.rows, costs, strict=True)
+        if question.only is None or row.shown
+    ]
+    known = [cost for _, cost in counted if cost is not None]
+    total = sum(known) if len(known) == len(counted) else None
     return {
         **{
             name: None if hour is None else rfc3339(hour * NS_PER_HOUR)
             for name, hour in (("from", piece.from_hour), ("to", piece.to_hour))
         },
-        "gpu_time_ns": int(sum(row.used.gpu_time_ns for row in piece.rows)),
+        "gpu_time_ns": sum(gpu_time_ns for gpu_time_ns, _ in counted),
         "cost_nanousd": total,
         "cost_usd": format_usd(total),
         "rows": [

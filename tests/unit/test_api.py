@@ -20,9 +20,10 @@ from vllm_cost_meter.access import Access, sha256
 from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.api import make_app
 from vllm_cost_meter.budgets import Budget, Figures, Standing
+from vllm_cost_meter.grammar import question
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import ClassTotals, rfc3339
+from vllm_cost_meter.records import ClassTotals, UsagePiece, rfc3339
 
 JSON_ROUTES = [
     "/health",
@@ -423,6 +424,40 @@ def test_another_tenants_row_and_an_unknown_one_answer_alike(shared):
 @pytest.mark.parametrize("path", [*ADMIN_ONLY, "/openapi.json"])
 def test_what_holds_figures_of_all_is_for_the_admin(shared, path):
     assert error_of(as_alice(shared, path))["code"] == 403
+
+
+WORDS = ["aggregate=model", "aggregate=tenant,hour&step=1h", "filter=tenant:bob", "aggregate=day"]
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_a_report_tells_a_tenant_its_own_rows_and_nothing_of_the_whole(shared, words):
+    answer = as_alice(shared, f"/cost/report?{words}").json()
+    whole = {"wall_gpu_ns", "wall_cost_nanousd", "wall_cost_usd", "adds_up", "difference_ns"}
+    assert not whole & set(answer)
+    rows = [row for piece in answer["series"] for row in piece["rows"]]
+    assert {row["class"] for row in rows} <= {"requests"}
+    own_ns = 0 if "bob" in words else 600
+    assert sum(row["gpu_time_ns"] for row in rows) == own_ns
+    assert sum(piece["gpu_time_ns"] for piece in answer["series"]) == own_ns
+
+
+def test_a_report_does_not_tell_a_tenant_when_others_were_served(shared):
+    at = T0 + 3_600 * 10**9
+    pieces = (UsagePiece(HOUR + 1, 100, 200, 8, 5),)
+    late = part(4, "h4", tenant="bob", finished_at_ns=at, pieces=pieces)
+    hours = {HOUR: ClassTotals(requests=900), HOUR + 1: ClassTotals(requests=300)}
+    totals = ClassTotals(requests=1200)
+    taken = {"number": 2, "taken_at_ns": at + 60 * 10**9, "last_seq": 4, "billed_ns": 1200}
+    shared.write(late, snapshot([], totals=totals, hours=hours, **taken))
+    whole = shared.reader.report(question(step="1h"))["series"]
+    assert [piece["gpu_time_ns"] for piece in whole] == [900, 300]
+    pieces_of_alice = as_alice(shared, "/cost/report?step=1h").json()["series"]
+    assert [piece["from"] for piece in pieces_of_alice] == ["2027-01-15T08:00:00.000000Z"]
+
+
+@pytest.mark.parametrize("idle", ["proportional", "even", "owner:alice", "reserved:alice=50"])
+def test_a_tenant_is_not_told_how_much_was_idle(shared, idle):
+    assert error_of(as_alice(shared, f"/cost/report?idle={idle}"))["code"] == 403
 
 
 def test_a_tenant_sees_its_own_budgets_and_none_that_it_shares(shared):
