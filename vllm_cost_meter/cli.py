@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_cost_meter import __version__
+from vllm_cost_meter.budget_commands import budgets
 from vllm_cost_meter.command_line import Json, Ledger, ledger_url, reading
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.ledger.live import MAX_LOST
@@ -34,6 +35,7 @@ app.add_typer(tenants)
 
 # Lost requests of a run that the audit prints.
 LOST_LINES_MAX = 20
+app.command()(budgets)
 app.command()(report)
 app.command()(statement)
 

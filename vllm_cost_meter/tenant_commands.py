@@ -49,6 +49,14 @@ Tags = Annotated[
 ]
 Parent = Annotated[str | None, typer.Option(help="The tenant that this one belongs to.")]
 Reply = Annotated[str | None, typer.Option(help="What its clients are told: all, headers or none.")]
+FailClosed = Annotated[
+    bool | None,
+    typer.Option(
+        "--fail-closed/--no-fail-closed",
+        help="Refuse its requests while nothing can be measured.",
+        show_default=False,
+    ),
+]
 
 
 @app.command("list")
@@ -63,12 +71,13 @@ def list_(
         print(json.dumps({"tenants": [_shown(tenant) for tenant in tenants]}, indent=2))
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("tenant", "parent", "tags", "reply", "keys"):
+    for column in ("tenant", "parent", "tags", "reply", "fail closed", "keys"):
         table.add_column(column, no_wrap=True, justify="right" if column == "keys" else "left")
     for tenant in tenants:
         tags = ", ".join(f"{key}={value}" for key, value in sorted(tenant.tags.items()))
         cells = (tenant.name, tenant.owner or "-", tags or "-", tenant.reply or "-")
-        table.add_row(*map(plain, cells), str(len(tenant.api_key_sha256)))
+        closed = "yes" if tenant.fail_closed else "-"
+        table.add_row(*map(plain, cells), closed, str(len(tenant.api_key_sha256)))
     print_table(table)
 
 
@@ -80,13 +89,20 @@ def add(
     tag: Tags = None,
     parent: Parent = None,
     reply: Reply = None,
+    fail_closed: FailClosed = None,
     config: Config = None,
 ) -> None:
     """Add a tenant."""
     with one_line_errors():
         keys = [*(key_sha256 or ()), *_hashes(key_from_env)]
         tags = tenant_file.inline_table(_pairs(tag))
-        given = {"api_key_sha256": keys, "parent": parent, "tags": tags, "reply": reply}
+        given = {
+            "api_key_sha256": keys,
+            "parent": parent,
+            "tags": tags,
+            "reply": reply,
+            "fail_closed": fail_closed,
+        }
         entry = {"name": name, **{key: value for key, value in given.items() if value}}
 
         def edit(text: str, settings: Settings) -> str:
@@ -110,14 +126,16 @@ def set_(
     tag: Tags = None,
     parent: Parent = None,
     reply: Reply = None,
+    fail_closed: FailClosed = None,
     config: Config = None,
 ) -> None:
     """Change a tenant: keys are added, all else is set; an empty value takes a tag or one away."""
     with one_line_errors():
         keys = [*(key_sha256 or ()), *_hashes(key_from_env)]
         tags = _pairs(tag)
-        simple = {"parent": parent, "reply": reply}
-        if not (keys or remove_key or tags or parent is not None or reply is not None):
+        simple = {"parent": parent, "reply": reply, "fail_closed": fail_closed}
+        set_to = {key: value for key, value in simple.items() if value is not None}
+        if not (keys or remove_key or tags or set_to):
             raise ValueError("tenants set: expected an option that changes something, got none")
 
         def change(entry: Entry) -> None:
@@ -127,7 +145,7 @@ def set_(
                 _put(entry.setdefault("tags", tenant_file.inline_table({})), tags)
                 if not entry["tags"]:
                     del entry["tags"]
-            _put(entry, {key: value for key, value in simple.items() if value is not None})
+            _put(entry, set_to)
 
         def edit(text: str, settings: Settings) -> str:
             _check_known(name, settings)
@@ -231,5 +249,6 @@ def _shown(tenant: TenantSetting) -> dict[str, Any]:
         "parent": tenant.owner,
         "tags": tenant.tags,
         "reply": tenant.reply,
+        "fail_closed": tenant.fail_closed,
         "api_key_sha256": [f"{digest[:HASH_CHARS_SHOWN]}..." for digest in tenant.api_key_sha256],
     }

@@ -77,7 +77,15 @@ NOT_IN_THE_ENGINE = {
 # These speak to a person at a terminal; everything else logs or returns.
 PRINTERS = {
     f"{PACKAGE}.{name}"
-    for name in ("cli", "demo", "doctor", "report_commands", "tenant_commands", "terminal")
+    for name in (
+        "budget_commands",
+        "cli",
+        "demo",
+        "doctor",
+        "report_commands",
+        "tenant_commands",
+        "terminal",
+    )
 }
 
 LONGEST_FUNCTION = 70

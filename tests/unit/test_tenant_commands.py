@@ -102,6 +102,19 @@ reply = "none"
     assert file.read_text() == before + new + comment + after
 
 
+def test_a_tenant_fails_closed_and_no_longer(file):
+    done("add", "web", "--config", file, "--fail-closed")
+    assert "web" in load_settings({}, file).failing_closed
+    done("set", "search", "--config", file, "--fail-closed")
+    done("set", "web", "--config", file, "--no-fail-closed")
+    closed = load_settings({}, file).failing_closed
+    assert "search" in closed
+    assert "web" not in closed
+    assert "fail_closed = true" in file.read_text()
+    rows = [line.split() for line in done("list", "--config", file).splitlines()]
+    assert [row[-2] for row in rows if row[0] in ("search", "web")] == ["yes", "-"]
+
+
 def test_a_key_may_come_from_the_environment_and_only_its_hash_is_written(file):
     done("add", "web", "--config", file, "--key-from-env", "WEB_KEY", WEB_KEY=f"{KEYS['c']}\n")
     assert KEYS["c"] not in file.read_text()
@@ -324,15 +337,16 @@ def test_commands_that_come_at_once_wait_for_each_other(file):
 
 def test_the_list_shows_tenants_and_no_key(file):
     lines = done("list", "--config", file).splitlines()
-    assert lines[0].split() == ["tenant", "parent", "tags", "reply", "keys"]
-    assert lines[1].split() == ["search", "-", "kind=cogs", "-", "2"]
-    assert lines[2].split() == ["support", "search", "kind=r-d", "-", "0"]
+    assert lines[0].split() == ["tenant", "parent", "tags", "reply", "fail", "closed", "keys"]
+    assert lines[1].split() == ["search", "-", "kind=cogs", "-", "-", "2"]
+    assert lines[2].split() == ["support", "search", "kind=r-d", "-", "-", "0"]
     shown = json.loads(done("list", "--json", COST_METER_CONFIG=str(file)))["tenants"]
     assert shown[0] == {
         "name": "search",
         "parent": None,
         "tags": {"kind": "cogs"},
         "reply": None,
+        "fail_closed": False,
         "api_key_sha256": [f"{HASHES[name][:8]}..." for name in "ab"],
     }
     assert HASHES["a"][:9] not in str(shown)

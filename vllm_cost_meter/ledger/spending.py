@@ -48,8 +48,9 @@ PriceOf = Callable[[str, int], Decimal | Fraction | None]
 class Spending:
     """Follows what is spent. Blocks, and is used by one thread at a time."""
 
-    def __init__(self, url: str) -> None:
-        self._engine: Engine = open_ledger(url, create=True)
+    def __init__(self, url: str, *, create: bool = True) -> None:
+        """Open the ledger. Raises LedgerError, also when there is none and `create` is not set."""
+        self._engine: Engine = open_ledger(url, create=create)
         self._budgets: Sequence[Budget] = ()
         self._billed: Sums = {}
         self._counted_at_ns = 0
