@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +40,7 @@ from vllm_cost_meter.demo_traffic import (
     Traffic,
 )
 from vllm_cost_meter.errors import CostMeterError, SettingError
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.pricing import format_usd
 from vllm_cost_meter.serving import (
     CPU_ARGUMENTS,
@@ -47,6 +48,7 @@ from vllm_cost_meter.serving import (
     environment_of,
     is_cpu_build,
 )
+from vllm_cost_meter.statement_text import print_statement
 from vllm_cost_meter.text import plain
 from vllm_cost_meter.tiny_model import default_path, make_tiny_model
 
@@ -54,6 +56,9 @@ ASSUMED_GPU_HOUR_USD = "2.50"
 # How long the bill of an aborted request may take to reach the ledger.
 QUIET_TIMEOUT_S = 15
 PAGE = 1000
+SETTINGS = "meter.toml"
+# By which the demo's statement charges idle time.
+IDLE_POLICY = "proportional"
 # Of what does not add up; the rest is in the ledger.
 PROBLEMS_SHOWN = 10
 # A pipe has no width.
@@ -135,7 +140,7 @@ def _demo(console: Console, model: str | None, *, keep: bool) -> int:
         finally:
             keys_file.unlink(missing_ok=True)
         seen = _traffic(console, server, setting)
-        figures = _quiet_figures(server, seen.abandoned_id)
+        figures = _quiet_figures(server, setting, seen.abandoned_id)
         _show(console, server, setting, seen, figures)
         status = _verdict(console, problems(seen, figures), seen)
         if keep:
@@ -164,7 +169,7 @@ def _prepare(console: Console, model: str | None) -> Setting:
     folder = tiny.parent / "demo" / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f")
     folder.mkdir(parents=True, mode=0o700)
     keys = {tenant: f"sk-demo-{secrets.token_hex(24)}" for tenant in TENANTS}
-    config = folder / "meter.toml"
+    config = folder / SETTINGS
     write_private(config, settings_file(keys))
     environment = {
         name: value
@@ -261,11 +266,16 @@ def _traffic(console: Console, server: Server, setting: Setting) -> Sightings:
         return asyncio.run(run())
 
 
-def _quiet_figures(server: Server, abandoned_id: str) -> Figures:
+def _quiet_figures(server: Server, setting: Setting, abandoned_id: str) -> Figures:
     """Return the figures once nothing is in flight and the abandoned request has its bill."""
     deadline = time.monotonic() + QUIET_TIMEOUT_S
     while True:
-        figures = Figures(server.cost("tenants"), server.cost("audit"), _all_requests(server))
+        figures = Figures(
+            server.cost("tenants"),
+            server.cost("audit"),
+            _all_requests(server),
+            _statement(setting),
+        )
         in_flight = any(run["in_flight_ns"] for run in figures.audit["runs"])
         billed = any(
             row["response_id"] == abandoned_id and row["status"] and row["engine_status"]
@@ -274,6 +284,15 @@ def _quiet_figures(server: Server, abandoned_id: str) -> Figures:
         if (billed and not in_flight) or time.monotonic() > deadline:
             return figures
         time.sleep(0.3)
+
+
+def _statement(setting: Setting) -> dict[str, Any]:
+    settings = load_settings(setting.environment, setting.folder / SETTINGS)
+    reader = LedgerReader(str(settings.ledger), book=settings.price_book)
+    try:
+        return reader.statement(f"{datetime.now(UTC):%Y-%m}", idle=IDLE_POLICY)
+    finally:
+        reader.close()
 
 
 def _all_requests(server: Server) -> list[Mapping[str, Any]]:
@@ -302,6 +321,9 @@ def _show(
     console.print(sum_line(figures.tenants), soft_wrap=True)
     for run in figures.audit["runs"]:
         console.print(audit_line(run), soft_wrap=True)
+    ask = f"statement --all --month {figures.statement['month']} --idle {IDLE_POLICY}"
+    console.print(f"\nvllm-cost-meter {ask}")
+    print_statement(figures.statement, console.file)
     console.print()
     for name, what in (
         ("one request", f"curl {server.side_url}/cost/requests/{seen.reply_id}"),

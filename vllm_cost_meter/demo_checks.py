@@ -7,6 +7,7 @@ each one line. No problem, no line.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from vllm_cost_meter.demo_traffic import (
@@ -19,6 +20,7 @@ from vllm_cost_meter.demo_traffic import (
     Told,
 )
 
+GPU_HOUR_NS = 3600 * 10**9
 TOKENS = ("prompt_tokens", "cached_tokens", "output_tokens")
 Row = Mapping[str, Any]
 
@@ -31,6 +33,8 @@ class Figures:
     audit: Row
     # Every HTTP request in the ledger.
     requests: Sequence[Row]
+    # Of all tenants, for the month.
+    statement: Row
 
 
 def problems(seen: Sightings, figures: Figures) -> list[str]:
@@ -41,6 +45,7 @@ def problems(seen: Sightings, figures: Figures) -> list[str]:
         *every_request_is_billed(seen.sent, figures.tenants),
         *replies_agree(seen.told, figures.requests),
         *tenants_agree(figures),
+        *statement_is_wall_time_times_price(figures.statement),
         *batch_agrees(seen.batch, figures.tenants),
         *abandoned_is_billed(seen.abandoned_id, figures.requests),
         *something_was_shown(seen),
@@ -108,6 +113,18 @@ def tenants_agree(figures: Figures) -> Iterator[str]:
             if row["tenant"] in TENANTS and row[name] != sums[row["tenant"], name]:
                 together = sums[row["tenant"], name]
                 yield f"{row['tenant']}: {name} is {row[name]}, its requests have {together}"
+
+
+def statement_is_wall_time_times_price(statement: Row) -> Iterator[str]:
+    """The lines of a statement must add up to wall time x the one price there is, to the cent."""
+    if not statement["adds_up"]:
+        yield f"the statement misses {statement['difference_ns']} ns"
+    (price,) = statement["prices"]
+    wall_gpu_ns = statement["whole"]["wall_gpu_ns"]
+    cents = round(wall_gpu_ns * Fraction(price["usd_per_gpu_hour"]) * 100 / GPU_HOUR_NS)
+    lines = sum(line["amount_cents"] for line in statement["lines"])
+    if lines != cents:
+        yield f"the statement's lines add up to {lines} cents, wall time x price is {cents}"
 
 
 def batch_agrees(batch: Row, tenants: Row) -> Iterator[str]:

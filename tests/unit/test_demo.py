@@ -86,7 +86,14 @@ def world() -> tuple[Sightings, Figures]:
         },
     )
     tenants = {"tenants": rows, "wall_gpu_ns": 6000, "adds_up": True}
-    return seen, Figures(tenants, {"balanced": True, "runs": [run]}, requests)
+    statement = {
+        "adds_up": True,
+        "difference_ns": 0,
+        "prices": [{"usd_per_gpu_hour": "3600"}],
+        "lines": [{"amount_cents": cents} for cents in (100, 0, 51)],
+        "whole": {"wall_gpu_ns": 1_512_000_000},
+    }
+    return seen, Figures(tenants, {"balanced": True, "runs": [run]}, requests, statement)
 
 
 def tenant_row(name: str, requests: int, tokens: tuple[int | None, ...], gpu_time_ns: int) -> Any:
@@ -111,6 +118,11 @@ Change = Callable[[Sightings, Any], Any]
         (lambda s, f: f.audit["runs"].clear(), "no engine run"),
         (lambda s, f: f.audit["runs"][0].update(difference_ns=-1), "-1 ns too many or too few"),
         (lambda s, f: f.audit["runs"][0].update(missing_bills=[7]), "[7] are missing"),
+        (lambda s, f: f.statement.update(adds_up=False, difference_ns=4), "statement misses 4 ns"),
+        (
+            lambda s, f: f.statement["lines"].pop(),
+            "lines add up to 100 cents, wall time x price is 151",
+        ),
         (lambda s, f: s.sent.update([CHAT]), "chat-team: 3 requests sent, 2 billed"),
         (
             lambda s, f: f.tenants["tenants"].append(tenant_row("unknown", 1, (0, 0, 0), 0)),
