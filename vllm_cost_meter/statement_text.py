@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from vllm_cost_meter.statement import format_cents, notes
+from vllm_cost_meter.statement import CLASS, format_cents, notes
 from vllm_cost_meter.terminal import print_rows
 from vllm_cost_meter.text import plain
 
@@ -42,7 +42,10 @@ def title(answer: Mapping[str, Any]) -> str:
 
 
 def rows(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the lines with the total of each tenant below its own, and the grand total last."""
+    """Return the lines with the total of each tenant below its own, and the grand total last.
+
+    Classes in which the engines spent no time are left out.
+    """
     lines: Sequence[Mapping[str, Any]] = answer["lines"]
     if answer["tenant"] is not None:
         return [*lines, {"item": "total", **answer["total"]}]
@@ -50,7 +53,8 @@ def rows(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     for total in answer["tenants"]:
         found += [line for line in lines if line["tenant"] == total["tenant"]]
         found.append({"item": "total", **total})
-    found += [line for line in lines if line["tenant"] is None]
+    nobodys = (line for line in lines if line["tenant"] is None)
+    found += [line for line in nobodys if line["kind"] != CLASS or line["gpu_time_ns"]]
     return [*found, {"item": "grand total", **answer["total"]}]
 
 

@@ -293,6 +293,15 @@ def test_the_table_of_all_ends_with_what_was_paid():
     ) in shown
 
 
+def test_the_table_leaves_out_classes_in_which_no_time_was_spent():
+    answer = make()
+    items = {line["item"]: line["gpu_time_ns"] for line in answer["lines"] if not line["tenant"]}
+    assert {name for name, ns in items.items() if ns} == {"__idle__", "__host__"}
+    assert "__idle__" in text(answer)
+    assert "__sleep__" in items
+    assert "__sleep__" not in text(answer)
+
+
 class Page(HTMLParser):
     """The cells of a page, the text outside tables, and all tags."""
 
