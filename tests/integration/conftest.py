@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.probe import Probe
-from tests.integration.server import BUDGETS, Server
+from tests.integration.server import BUDGETS, CHILDREN, Server
 
 KV_BLOCKS = "24"  # of 128 tokens
 
@@ -40,7 +40,7 @@ def server(work: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def hard(work: Path) -> Iterator[Server]:
-    """Two API servers, async scheduling, a small KV cache, a clock to move, and two budgets.
+    """Two API servers, async scheduling, a small KV cache, a clock to move, budgets, children.
 
     test_engines.py ends it by kill -9, last.
     """
@@ -55,7 +55,7 @@ def hard(work: Path) -> Iterator[Server]:
             *("--num-gpu-blocks-override", KV_BLOCKS, "--max-model-len", "2900"),
             "--enable-prompt-tokens-details",
         ],
-        config=BUDGETS,
+        config=BUDGETS + CHILDREN,
         environment={"CMT_ASYNC": "1", "CMT_CLOCK": str(clock), "CMT_TEE": str(tee)},
     )
     try:

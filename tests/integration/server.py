@@ -43,6 +43,13 @@ period = "rolling"
 days = 1
 stop_running = true
 """
+CHILDREN = """
+[[tenant_rules]]
+rule = "api_key"
+
+[[tenant_rules]]
+rule = "user"
+"""
 MODEL = "tiny"
 
 

@@ -184,7 +184,8 @@ def test_a_request_row_has_the_names_that_others_rely_on(ledger):
     (shown,) = row.pop("parts")
     assert row == {
         "request_id": "internal-1", "response_id": "resp-h1", "http_request_id": "h1",
-        "x_request_id": "x-h1", "tenant": "alice", "model": "m", "route": "/v1/completions",
+        "x_request_id": "x-h1", "tenant": "alice", "tenant_rule": "none", "model": "m",
+        "route": "/v1/completions",
         "status": 200, "streamed": False, "state": "finished", "as_of": None,
         "engine_status": "stop", "prompt_tokens": 10,
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "prefill_ns": 100,

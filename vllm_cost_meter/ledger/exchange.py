@@ -96,6 +96,7 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
         "http_request_id": whose["http_request_id"],
         "x_request_id": told.get("x_request_id") or _any(parts, "x_request_id"),
         "tenant": whose["tenant"],
+        "tenant_rule": whose.get("tenant_rule"),
         "model": whose["model"] or first.get("model"),
         "route": whose["route"],
         "status": told.get("status"),

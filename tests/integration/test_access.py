@@ -1,0 +1,111 @@
+"""Whose a request is, who may look, and what is kept of it, on a real server.
+
+Goal: a client is itself or a child of itself, sees its own figures and nobody else's, and nothing
+that it wrote or was answered is on disk afterwards. The server has two API servers, budgets, and
+rules by API key and by the body's `user`.
+"""
+
+import json
+import time
+
+import httpx
+import pytest
+
+from tests.integration.server import TENANT_KEYS, Server
+from tests.integration.traffic import PROMPT
+
+# In no other test, and in no name.
+SECRET = "zyxwelk-7741-okapi"
+
+
+def complete(client: httpx.Client, **more: object) -> httpx.Response:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, **more}
+    return client.post("/v1/completions", json=body)
+
+
+def test_a_user_chooses_a_child_of_the_keys_tenant_whatever_else_it_claims(hard: Server) -> None:
+    with hard.client("gamma", headers={"x-tenant-id": "alpha"}) as client:
+        reply = complete(client, user="web", metadata={"team": "alpha"})
+    assert reply.headers["x-cost-meter-tenant"] == "gamma/web"
+    row = hard.bill_of(reply.json()["id"])
+    assert (row["tenant"], row["tenant_rule"]) == ("gamma/web", "api_key+user")
+    rows = {row["tenant"]: row["requests"] for row in hard.cost("tenants")["tenants"]}
+    assert rows["gamma/web"] >= 1
+    hard.balanced()
+
+
+@pytest.mark.parametrize(
+    "user", ["../alpha", "alpha/x", "__idle__", "u" * 1_000_000, "x\x1b[2J", 7]
+)
+def test_a_user_that_is_no_name_leaves_the_cost_with_its_tenant(hard: Server, user: object) -> None:
+    with hard.client("gamma") as client:
+        reply = complete(client, user=user)
+    # vLLM may refuse it; what it serves is the tenant's.
+    assert reply.headers.get("x-cost-meter-tenant", "gamma") == "gamma"
+    assert reply.status_code in (200, 400, 422)
+
+
+def test_a_key_that_comes_twice_differently_is_refused_where_budgets_hold(hard: Server) -> None:
+    twice = [("authorization", f"Bearer {TENANT_KEYS[name]}") for name in ("gamma", "alpha")]
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4}
+    reply = httpx.post(f"{hard.url}/v1/completions", json=body, headers=twice, timeout=60)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "contradicting_credentials"
+
+
+def own(hard: Server, path: str, key: str | None) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.get(f"{hard.url}{path}", headers=headers, timeout=30)
+
+
+def test_on_vllms_port_a_tenant_sees_its_own_figures_and_nobody_elses(hard: Server) -> None:
+    with hard.client("beta") as client:
+        response_id = complete(client).json()["id"]
+    hard.bill_of(response_id)
+    mine, others = TENANT_KEYS["beta"], TENANT_KEYS["gamma"]
+    deadline = time.monotonic() + 10
+    while (found := own(hard, f"/v1/cost/requests/{response_id}", mine)).status_code == 404:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert found.json()["tenant"] == "beta"
+    assert own(hard, "/v1/cost/me", mine).json()["tenant"] == "beta"
+    theirs, unknown = (
+        own(hard, f"/v1/cost/requests/{name}", others) for name in (response_id, "cmpl-none")
+    )
+    assert theirs.status_code == unknown.status_code == 404
+    assert theirs.text.replace(response_id, "cmpl-none") == unknown.text
+    assert own(hard, "/v1/cost/me", None).status_code == 401
+    assert own(hard, "/v1/cost/me", "any-key").status_code == 401  # vLLM's, and no tenant's
+
+
+@pytest.mark.parametrize("path", ["/cost/summary", "/cost/tenants", "/v1/cost/tenants", "/v1/cost"])
+def test_nothing_else_of_the_meter_is_on_vllms_port(hard: Server, path: str) -> None:
+    assert own(hard, path, TENANT_KEYS["beta"]).status_code == 404
+
+
+def test_nothing_that_a_client_wrote_or_was_answered_is_kept(hard: Server) -> None:
+    with hard.client("gamma") as client:
+        replies = [
+            complete(client, prompt=f"{SECRET} {PROMPT}", stop=[SECRET], echo=True),
+            client.post(
+                "/v1/chat/completions",
+                json={
+                    "model": "tiny",
+                    "messages": [{"role": "user", "content": SECRET}],
+                    "metadata": {"note": SECRET},
+                    "max_tokens": 4,
+                },
+            ),
+            client.post("/v1/completions", content=json.dumps({"model": SECRET, "prompt": 1})),
+        ]
+    assert [reply.status_code for reply in replies[:2]] == [200, 200]
+    assert SECRET in replies[0].text
+    hard.bill_of(replies[1].json()["id"])
+    hard.balanced()
+    files = [path for path in hard.folder.rglob("*") if path.is_file()]
+    assert hard.ledger_file in files
+    ours = [path for path in files if SECRET.encode() in path.read_bytes()]
+    # vLLM itself logs the name of a model that it does not know.
+    assert [path.name for path in ours] in ([], ["server.log"])
+    lines = [line for line in hard.log.splitlines() if SECRET in line]
+    assert not [line for line in lines if "cost meter" in line or "prompt" in line.lower()]
