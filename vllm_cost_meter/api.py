@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from vllm_cost_meter import __version__
 from vllm_cost_meter.access import OPEN, Access, Viewer
 from vllm_cost_meter.budgets import Figures, told
+from vllm_cost_meter.calc_api import add_calculators
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.grammar import STEPS, question
 from vllm_cost_meter.idle import EXPECTED as POLICIES
@@ -112,6 +113,7 @@ def make_app(
     _add_report_route(app, reader, refresh)
     _add_model_route(app, reader, refresh)
     _add_budget_route(app, budgets)
+    add_calculators(app)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
     def openapi() -> dict[str, Any]:

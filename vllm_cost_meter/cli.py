@@ -14,6 +14,8 @@ import typer
 
 from vllm_cost_meter import __version__
 from vllm_cost_meter.budget_commands import budgets
+from vllm_cost_meter.calc_commands import app as calc
+from vllm_cost_meter.calc_commands import break_even_
 from vllm_cost_meter.command_line import Json, Ledger, ledger_url, reading
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.ledger.live import MAX_LOST
@@ -32,10 +34,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(tenants)
+app.add_typer(calc)
 
 # Lost requests of a run that the audit prints.
 LOST_LINES_MAX = 20
 app.command()(budgets)
+app.command("break-even")(break_even_)
 app.command()(report)
 app.command()(statement)
 

@@ -79,6 +79,7 @@ PRINTERS = {
     f"{PACKAGE}.{name}"
     for name in (
         "budget_commands",
+        "calc_commands",
         "cli",
         "demo",
         "doctor",

@@ -1,0 +1,64 @@
+"""What a deployment costs by its load: the formulas, as functions of plain numbers.
+
+`calc` and `break-even` of the command line and `/cost/calc` of the side endpoint are these very
+functions: what one of them takes, returns and refuses is the same in all three (`calculators`).
+Money is USD, a month is 730 hours unless it is said otherwise, and a price is always that of a
+whole deployment: a price per GPU is multiplied by its GPUs once, in `usd_per_hour_of`. Nothing here
+knows what an API or a GPU costs. Standard library only.
+
+Invariant: every result is a finite number, or None where it is undefined; an argument that is none
+a rate, price or share raises ValueError with one line that names it.
+"""
+
+from vllm_cost_meter.economics.break_even import BreakEven, Verdict, break_even
+from vllm_cost_meter.economics.curves import (
+    Crossover,
+    Curve,
+    Penalty,
+    PenaltyPoint,
+    Point,
+    SloCost,
+    crossover,
+    curve_of,
+    penalty,
+    slo,
+)
+from vllm_cost_meter.economics.formulas import (
+    Arrival,
+    Blended,
+    EffectiveCost,
+    RequestCost,
+    arrival,
+    blended,
+    c_eff,
+    request,
+    usd_per_hour_of,
+)
+from vllm_cost_meter.economics.serverless import Serverless, serverless
+
+__all__ = [
+    "Arrival",
+    "Blended",
+    "BreakEven",
+    "Crossover",
+    "Curve",
+    "EffectiveCost",
+    "Penalty",
+    "PenaltyPoint",
+    "Point",
+    "RequestCost",
+    "Serverless",
+    "SloCost",
+    "Verdict",
+    "arrival",
+    "blended",
+    "break_even",
+    "c_eff",
+    "crossover",
+    "curve_of",
+    "penalty",
+    "request",
+    "serverless",
+    "slo",
+    "usd_per_hour_of",
+]

@@ -1,0 +1,212 @@
+"""The bare formulas of one operating point: price and rates in, cost per token and request out.
+
+Invariant: a rate that was not given leaves None, never 0, at what depends on it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_cost_meter.economics.numbers import (
+    HOURS_PER_MONTH,
+    S_PER_HOUR,
+    not_negative,
+    positive,
+    share,
+    usd_per_m,
+)
+
+
+def usd_per_hour_of(
+    usd_per_hour: float | None, usd_per_gpu_hour: float | None, gpus: int | None
+) -> float:
+    """Return what the whole deployment costs in an hour, from either way to say it.
+
+    Raises ValueError unless it is said in exactly one: a deployment's price times its GPUs would
+    be priced twice.
+    """
+    if (usd_per_hour is None) == (usd_per_gpu_hour is None):
+        got = "neither" if usd_per_hour is None else "both"
+        raise ValueError(f"usd_per_hour: expected either it or usd_per_gpu_hour, got {got}")
+    if usd_per_hour is not None:
+        if gpus is not None:
+            raise ValueError(
+                "gpus: expected with usd_per_gpu_hour only, as usd_per_hour is for the whole"
+                f" deployment, got {gpus!r}"
+            )
+        return positive("usd_per_hour", usd_per_hour)
+    if gpus is None:
+        raise ValueError("gpus: expected how many GPUs usd_per_gpu_hour is for, got none")
+    return positive("usd_per_gpu_hour", usd_per_gpu_hour or 0) * positive("gpus", gpus)
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveCost:
+    """What a deployment's tokens and requests cost at one throughput."""
+
+    FORMULA: ClassVar = (
+        "usd_per_m_output_tokens = usd_per_hour x 10^6 / (3600 x output_tokens_per_s); of total"
+        " tokens likewise; usd_per_1k_requests = usd_per_hour x 1000 / (3600 x requests_per_s);"
+        " usd_per_month = usd_per_hour x 730"
+    )
+
+    usd_per_hour: float
+    usd_per_m_output_tokens: float | None
+    usd_per_m_total_tokens: float | None
+    usd_per_1k_requests: float | None
+    usd_per_month: float
+
+
+def c_eff(
+    *,
+    usd_per_hour: float | None = None,
+    usd_per_gpu_hour: float | None = None,
+    gpus: int | None = None,
+    output_tokens_per_s: float | None = None,
+    total_tokens_per_s: float | None = None,
+    requests_per_s: float | None = None,
+) -> EffectiveCost:
+    """Return the effective cost (C_eff) at a throughput.
+
+    The price is that of the deployment, or of one GPU with how many there are. Rates are of the
+    whole deployment; None leaves undefined what depends on it. Raises ValueError.
+    """
+    price = usd_per_hour_of(usd_per_hour, usd_per_gpu_hour, gpus)
+
+    def of(name: str, tokens_per_s: float | None) -> float | None:
+        return None if tokens_per_s is None else usd_per_m(price, positive(name, tokens_per_s))
+
+    per_1k = None
+    if requests_per_s is not None:
+        per_1k = price * 1000 / (S_PER_HOUR * positive("requests_per_s", requests_per_s))
+    return EffectiveCost(
+        usd_per_hour=price,
+        usd_per_m_output_tokens=of("output_tokens_per_s", output_tokens_per_s),
+        usd_per_m_total_tokens=of("total_tokens_per_s", total_tokens_per_s),
+        usd_per_1k_requests=per_1k,
+        usd_per_month=price * HOURS_PER_MONTH,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What output tokens cost where arrivals, and not the GPUs, set the pace."""
+
+    FORMULA: ClassVar = (
+        "below saturation output_tokens_per_s = requests_per_s x output_tokens_per_request;"
+        " usd_per_m_output_tokens = usd_per_hour x 10^6 / (3600 x output_tokens_per_s)"
+    )
+
+    output_tokens_per_s: float
+    usd_per_m_output_tokens: float
+    usd_per_request: float
+
+
+def arrival(
+    *, usd_per_hour: float, requests_per_s: float, output_tokens_per_request: float
+) -> Arrival:
+    """Return the arrival-limited cost at low load: all arrivals are served, and the rest is idle.
+
+    Raises ValueError.
+    """
+    price = positive("usd_per_hour", usd_per_hour)
+    rate = positive("requests_per_s", requests_per_s)
+    tokens_per_s = rate * positive("output_tokens_per_request", output_tokens_per_request)
+    return Arrival(tokens_per_s, usd_per_m(price, tokens_per_s), price / (S_PER_HOUR * rate))
+
+
+@dataclass(frozen=True, slots=True)
+class Blended:
+    """An API's price of a million tokens in a mix of input and output."""
+
+    FORMULA: ClassVar = (
+        "usd_per_m_blended = (input_usd_per_m x I + output_usd_per_m x O) / (I + O);"
+        " usd_per_month = usd_per_m_blended x m_tokens_per_day x days"
+    )
+
+    usd_per_m_blended: float
+    usd_per_month: float | None
+
+
+def blended(
+    *,
+    input_usd_per_m: float,
+    output_usd_per_m: float,
+    ratio: str,
+    m_tokens_per_day: float | None = None,
+    days: float = 30,
+) -> Blended:
+    """Return the blended price of input and output tokens in a ratio such as "3:1".
+
+    With millions of tokens per day (input and output together) also what so many days cost. It
+    compares with a cost per total tokens, never with one per output tokens. Raises ValueError.
+    """
+    inputs, outputs = _ratio(ratio)
+    prices = (
+        not_negative("input_usd_per_m", input_usd_per_m),
+        not_negative("output_usd_per_m", output_usd_per_m),
+    )
+    mixed = (prices[0] * inputs + prices[1] * outputs) / (inputs + outputs)
+    month = None
+    if m_tokens_per_day is not None:
+        month = mixed * positive("m_tokens_per_day", m_tokens_per_day) * positive("days", days)
+    return Blended(mixed, month)
+
+
+def _ratio(text: str) -> tuple[float, float]:
+    left, colon, right = text.partition(":")
+    try:
+        found = not_negative("", float(left)), not_negative("", float(right))
+    except ValueError:
+        found = (0.0, 0.0)
+    if not colon or not sum(found):
+        raise ValueError(f"ratio: expected INPUT:OUTPUT, such as 3:1, got {text!r}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCost:
+    """What one request costs that is served, with the attempts that were not."""
+
+    FORMULA: ClassVar = (
+        "usd_per_attempt = usd_per_hour / (3600 x requests_per_s); attempts_per_request ="
+        " (1 - p^(n+1)) / (1 - p) of failure_share p and retries_max n; served_share = 1 - p^(n+1);"
+        " usd_per_served_request = usd_per_attempt x attempts_per_request / served_share"
+    )
+
+    usd_per_attempt: float
+    attempts_per_request: float
+    served_share: float
+    usd_per_served_request: float
+    usd_added_by_failures: float
+
+
+def request(
+    *,
+    usd_per_hour: float,
+    requests_per_s: float,
+    failure_share: float = 0,
+    retries_max: int = 0,
+) -> RequestCost:
+    """Return the cost of a request, and what failures and their retries add to it.
+
+    `requests_per_s` counts attempts, as the server sees them; each fails with the same chance,
+    independently, having cost as much as one that is served, and is sent again at most so often.
+    Raises ValueError.
+    """
+    attempt = positive("usd_per_hour", usd_per_hour) / (
+        S_PER_HOUR * positive("requests_per_s", requests_per_s)
+    )
+    failed = share("failure_share", failure_share, may_be_0=True)
+    if failed == 1:
+        raise ValueError("failure_share: expected less than 1, got 1: nothing is ever served")
+    if isinstance(retries_max, bool) or not 0 <= retries_max <= 1000 or retries_max % 1:
+        raise ValueError(f"retries_max: expected a whole number, 0 to 1000, got {retries_max!r}")
+    served = 1 - failed ** (retries_max + 1)
+    attempts = served / (1 - failed)
+    return RequestCost(
+        usd_per_attempt=attempt,
+        attempts_per_request=attempts,
+        served_share=served,
+        usd_per_served_request=attempt * attempts / served,
+        usd_added_by_failures=attempt * attempts / served - attempt,
+    )
