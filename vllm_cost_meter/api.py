@@ -26,9 +26,11 @@ from vllm_cost_meter import __version__
 from vllm_cost_meter.access import OPEN, Access, Viewer
 from vllm_cost_meter.budgets import Figures, told
 from vllm_cost_meter.calc_api import add_calculators
+from vllm_cost_meter.economics import Slo
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.grammar import STEPS, question
 from vllm_cost_meter.idle import EXPECTED as POLICIES
+from vllm_cost_meter.ledger.economics import economics, method
 from vllm_cost_meter.ledger.exchange import FINISHED
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records import rfc3339
@@ -45,6 +47,10 @@ Window = Annotated[
     ),
 ]
 
+
+# Of the figures that a page may show: they update themselves.
+WEEK = "7d"
+Trailing = Annotated[str, Query(description=f"{EXPECTED}; widened to whole UTC hours.")]
 
 # No request can have it, as names are never empty.
 NO_TENANT = ""
@@ -79,11 +85,13 @@ def make_app(
     access: Access = OPEN,
     registry: Callable[[], CollectorRegistry] | None = None,
     budgets: Callable[[], Figures] = Figures,
+    slo: Callable[[], Slo] = Slo,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
     `refresh` is called, in a worker thread, before figures are read; `access` says who may see
-    which; `registry` gives the metrics; `budgets` says where the budgets stand.
+    which; `registry` gives the metrics; `budgets` says where the budgets stand; `slo` gives the
+    latency bounds.
     """
 
     def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
@@ -112,6 +120,7 @@ def make_app(
     _add_book_routes(app, reader, refresh)
     _add_report_route(app, reader, refresh)
     _add_model_route(app, reader, refresh)
+    _add_economics_routes(app, reader, refresh, slo)
     _add_budget_route(app, budgets)
     add_calculators(app)
 
@@ -280,6 +289,22 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
             )
         refresh()
         return reader.report(replace(asked, only=viewer.tenant))
+
+
+def _add_economics_routes(
+    app: FastAPI, reader: LedgerReader, refresh: Callable[[], None], slo: Callable[[], Slo]
+) -> None:
+    @app.get("/cost/economics", dependencies=FOR_ADMINS)
+    def figures(window: Trailing = WEEK) -> dict[str, Any]:
+        """Return what tokens and requests cost in all, at which load and latency."""
+        hours = hours_asked(window)
+        refresh()
+        return economics(reader, slo(), *hours)
+
+    @app.get("/cost/economics/method", dependencies=FOR_ADMINS)
+    def how(window: Trailing = WEEK) -> dict[str, Any]:
+        """Return the SQL behind each of these figures, as it is executed."""
+        return {"figures": method(reader, slo(), *hours_asked(window))}
 
 
 @contextmanager

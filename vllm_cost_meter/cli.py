@@ -18,6 +18,8 @@ from vllm_cost_meter.calc_commands import app as calc
 from vllm_cost_meter.calc_commands import break_even_
 from vllm_cost_meter.command_line import Json, Ledger, ledger_url, reading
 from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.economics_commands import economics_, explain_figure
+from vllm_cost_meter.ledger.economics import FIGURES
 from vllm_cost_meter.ledger.live import MAX_LOST
 from vllm_cost_meter.price_text import PRICE_COLUMNS
 from vllm_cost_meter.report_commands import report, statement
@@ -40,6 +42,7 @@ app.add_typer(calc)
 LOST_LINES_MAX = 20
 app.command()(budgets)
 app.command("break-even")(break_even_)
+app.command("economics")(economics_)
 app.command()(report)
 app.command()(statement)
 
@@ -48,12 +51,18 @@ app.command()(statement)
 def explain(
     request_id: Annotated[
         str,
-        typer.Argument(help="Id in the reply, X-Request-Id, the record's own, or an internal one."),
+        typer.Argument(
+            help="Id in the reply, X-Request-Id, the record's own, an internal one, or the name of"
+            " a figure of `economics`."
+        ),
     ],
     ledger: Ledger = None,
     as_json: Json = False,
 ) -> None:
-    """Print how the bill of one request came about, so that it can be recomputed by hand."""
+    """Print how a request's bill came about, to be recomputed by hand, or a figure's SQL."""
+    if request_id in FIGURES:
+        explain_figure(request_id, ledger, as_json=as_json)
+        return
     with reading(ledger) as reader:
         rows = reader.look_up(request_id)
         if not rows:

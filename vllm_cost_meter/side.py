@@ -25,6 +25,7 @@ from vllm_cost_meter.api import make_app
 from vllm_cost_meter.budgets import Figures
 from vllm_cost_meter.collector import Collector
 from vllm_cost_meter.config import Settings
+from vllm_cost_meter.economics import Slo
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.own_figures import make_router
@@ -52,6 +53,7 @@ async def start_side(collector: Collector, app: Any) -> None:
                 collector.figures,
                 lambda: collector.settings.tenant_keys,
                 collector.book,
+                lambda: collector.settings.slo,
             )
         _add_own_figures(collector, app)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
@@ -74,6 +76,7 @@ def serve(
     budgets: Callable[[], Figures] = Figures,
     keys: Callable[[], Mapping[str, str]] = dict,
     book: Callable[[], PriceBook] | None = None,
+    slo: Callable[[], Slo] = Slo,
 ) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken."""
     if settings.port is None:
@@ -100,6 +103,7 @@ def serve(
         access=Access(settings.admin_sha256(), keys),
         registry=metrics_registry,
         budgets=budgets,
+        slo=slo,
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -83,6 +83,7 @@ PRINTERS = {
         "cli",
         "demo",
         "doctor",
+        "economics_commands",
         "report_commands",
         "tenant_commands",
         "terminal",

@@ -103,4 +103,4 @@ def test_every_setting_says_what_it_means():
 
 def test_what_may_change_while_a_server_runs_is_listed():
     listed = section(PAGE, "Changes while a server runs").partition("\n\n")[0]
-    assert set(re.findall("`([a-z_]+)`", listed)) == live_names()
+    assert set(re.findall("`([a-z0-9_]+)`", listed)) == live_names()

@@ -1,4 +1,4 @@
-"""docs/economics.md has every calculator, its inputs, results and formula."""
+"""docs/economics.md has every figure and calculator, their units, inputs, results and formulas."""
 
 import inspect
 import re
@@ -10,6 +10,7 @@ import pytest
 from tests.docs.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.calculators import CALCULATORS, INPUTS
 from vllm_cost_meter.economics import Point
+from vllm_cost_meter.ledger.economics import FIGURES
 
 PAGE = DOCS / "economics.md"
 
@@ -43,3 +44,9 @@ def test_every_input_is_explained_and_no_other():
 
 def test_the_fields_of_a_point_are_documented():
     assert names(PAGE, "Curves") == [each.name for each in fields(Point)]
+
+
+def test_every_figure_is_documented_with_its_unit_and_meaning_and_no_other():
+    assert [
+        (cells[0].strip("`"), cells[1], cells[2]) for cells in table_rows(section(PAGE, "Measured"))
+    ] == [(name, figure.unit, figure.meaning) for name, figure in FIGURES.items()]

@@ -33,6 +33,8 @@ JSON_ROUTES = [
     "/cost/tenants/alice",
     "/cost/summary",
     "/cost/report",
+    "/cost/economics",
+    "/cost/economics/method",
     "/cost/audit",
     "/openapi.json",
 ]
@@ -367,7 +369,15 @@ def test_a_token_outside_ascii_is_wrong_and_no_error(make):
 
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
 BY_HASH = {sha256(key): tenant for tenant, key in KEYS.items()}
-ADMIN_ONLY = ["/cost/tenants", "/cost/summary", "/cost/audit", "/cost/models", "/metrics"]
+ADMIN_ONLY = [
+    "/cost/tenants",
+    "/cost/summary",
+    "/cost/audit",
+    "/cost/models",
+    "/cost/economics",
+    "/cost/economics/method",
+    "/metrics",
+]
 
 
 @pytest.fixture(params=[None, sha256(TOKEN)], ids=["without an admin token", "with one"])

@@ -10,7 +10,7 @@ Invariant: every result is a finite number, or None where it is undefined; an ar
 a rate, price or share raises ValueError with one line that names it.
 """
 
-from vllm_cost_meter.economics.break_even import BreakEven, Verdict, break_even
+from vllm_cost_meter.economics.bounds import Slo
 from vllm_cost_meter.economics.curves import (
     Crossover,
     Curve,
@@ -23,6 +23,7 @@ from vllm_cost_meter.economics.curves import (
     penalty,
     slo,
 )
+from vllm_cost_meter.economics.fixed_cost import BreakEven, Verdict, break_even
 from vllm_cost_meter.economics.formulas import (
     Arrival,
     Blended,
@@ -34,7 +35,7 @@ from vllm_cost_meter.economics.formulas import (
     request,
     usd_per_hour_of,
 )
-from vllm_cost_meter.economics.serverless import Serverless, serverless
+from vllm_cost_meter.economics.per_second import Serverless, serverless
 
 __all__ = [
     "Arrival",
@@ -48,6 +49,7 @@ __all__ = [
     "Point",
     "RequestCost",
     "Serverless",
+    "Slo",
     "SloCost",
     "Verdict",
     "arrival",

@@ -129,7 +129,7 @@ class LedgerReader:
             for column in columns
         ]
         found: dict[Match, str] = {}
-        with self._read() as connection:
+        with self.transaction() as connection:
             for query in queries:
                 for http_id, at, *key in connection.execute(query):
                     match = Match(None, *key) if http_id is None else Match(http_id)
@@ -153,7 +153,7 @@ class LedgerReader:
             part["state"] == RUNNING and part["run_id"] is None for part in row["parts"]
         ):
             # No snapshot tells of it: it has not begun, or has ended and its bill is on its way.
-            self._cut(Window(), alive, now_ns, settle_s)
+            self.cut(Window(), alive, now_ns, settle_s)
             row = self._request(match, alive, now_ns)
         return row
 
@@ -179,7 +179,7 @@ class LedgerReader:
         pieces = pieces.where(tuple_(p.run_id, p.seq).in_(keys)).order_by(p.hour)
         known = {run_id: RunPrices(run_id, RunFacts(), self._book) for run_id in run_ids}
         spent: dict[tuple[str, int], list[tuple[int, int]]] = {}
-        with self._read() as connection:
+        with self.transaction() as connection:
             for row in connection.execute(priced):
                 known[row.run_id] = RunPrices.of(row._asdict(), self._book)
             for run_id, seq, hour, ns in connection.execute(pieces):
@@ -204,7 +204,7 @@ class LedgerReader:
         limit = max(1, min(limit, MAX_LIMIT))
         before = None if next is None else Key.from_token(next)
         living = _living(alive, now_ns)
-        with self._read() as connection:
+        with self.transaction() as connection:
             keys = page_of_keys(connection, limit + 1, before, tenant)
             rows = exchanges(connection, keys[:limit], living, self._book)
             first = before is None
@@ -232,8 +232,8 @@ class LedgerReader:
         Hours count since the epoch, [from_hour, to_hour). `alive` names runs known to live though
         their last snapshot is old.
         """
-        cut = self._cut(Window(from_hour, to_hour), alive, now_ns, settle_s)
-        with self._read() as connection:
+        cut = self.cut(Window(from_hour, to_hour), alive, now_ns, settle_s)
+        with self.transaction() as connection:
             totals = Totals.of(cut)
             rows = tenant_rows(connection, cut, totals)
             late = after_cut(connection, cut)
@@ -318,8 +318,8 @@ class LedgerReader:
         settle_s: float = SETTLE_S,
     ) -> dict[str, Any]:
         """Return the answer to a question in the words of reports."""
-        cut = self._cut(Window(question.from_hour, question.to_hour), alive, now_ns, settle_s)
-        with self._read() as connection:
+        cut = self.cut(Window(question.from_hour, question.to_hour), alive, now_ns, settle_s)
+        with self.transaction() as connection:
             facts = read_facts(connection, cut, question.dimensions)
         return {
             "window": {**cut.window.as_dict(), "tz": str(question.zone)},
@@ -345,8 +345,8 @@ class LedgerReader:
         """
         now_ns = time.time_ns() if now_ns is None else now_ns
         asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle))
-        cut = self._cut(Window(asked.from_hour, asked.to_hour), alive, now_ns, settle_s)
-        with self._read() as connection:
+        cut = self.cut(Window(asked.from_hour, asked.to_hour), alive, now_ns, settle_s)
+        with self.transaction() as connection:
             facts = read_facts(connection, cut, asked.dimensions)
         overhead = [
             OverheadCost(line.overhead.name, line.overhead.source, line.nanousd)
@@ -372,8 +372,8 @@ class LedgerReader:
         settle_s: float = SETTLE_S,
     ) -> dict[str, Any]:
         """Return whether the books of every run balance at its latest cut, and all differences."""
-        cut = self._cut(Window(), alive, now_ns, settle_s)
-        with self._read() as connection:
+        cut = self.cut(Window(), alive, now_ns, settle_s)
+        with self.transaction() as connection:
             runs = audit_runs(connection, cut)
             late = after_cut(connection, cut)
         return {"balanced": all(run["balanced"] for run in runs), "runs": runs, "after_cut": late}
@@ -386,7 +386,7 @@ class LedgerReader:
             .order_by(runs.c.started_at.desc(), runs.c.run_id)
             .limit(1)
         )
-        with self._read() as connection:
+        with self.transaction() as connection:
             row = connection.execute(latest).first()
         return None if row is None else RunPrices.of(row._asdict(), self._book).facts
 
@@ -394,12 +394,12 @@ class LedgerReader:
 
     def cost_models(self, run_id: str | None = None) -> list[dict[str, Any]]:
         """Return the latest cost model of each run, newest run first; of one run, all versions."""
-        with self._read() as connection:
+        with self.transaction() as connection:
             return models(connection, run_id)
 
     def earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
         """Return what an engine like the one of a snapshot had learnt before, None if nothing."""
-        with self._read() as connection:
+        with self.transaction() as connection:
             return earlier_fit(
                 connection,
                 snapshot.run_id,
@@ -423,7 +423,7 @@ class LedgerReader:
             billed = or_(key, and_(r.request_id == match.request_id, r.http_request_id.is_(None)))
             opened = and_(o.request_id == match.request_id, o.http_request_id.is_(None))
         told = select(http_requests).where(h.http_request_id == match.http_request_id)
-        with self._read() as connection:
+        with self.transaction() as connection:
             http = connection.execute(told).first()
             parts = [row._asdict() for row in connection.execute(select_parts().where(billed))]
             parts += open_parts(connection, opened, _living(alive, now_ns), self._book)
@@ -435,7 +435,7 @@ class LedgerReader:
         }
 
     @contextmanager
-    def _read(self) -> Iterator[Connection]:
+    def transaction(self) -> Iterator[Connection]:
         """Open a transaction that sees one state of the ledger."""
         try:
             with self._engine.connect() as connection:
@@ -445,13 +445,14 @@ class LedgerReader:
             shown = self._engine.url.render_as_string(hide_password=True)
             raise LedgerError(f"ledger {shown}: cannot be read: {cause}") from error
 
-    def _cut(
+    def cut(
         self, window: Window, alive: Collection[str], now_ns: int | None, settle_s: float
     ) -> Cut:
-        with self._read() as connection:
+        """Return all runs at their latest snapshots; bills up to there are waited for so long."""
+        with self.transaction() as connection:
             now_ns = time.time_ns() if now_ns is None else now_ns
             cut = read_cut(connection, window, alive=alive, now_ns=now_ns, book=self._book)
-        settle(self._read, cut, settle_s, self._known_missing)
+        settle(self.transaction, cut, settle_s, self._known_missing)
         return cut
 
 

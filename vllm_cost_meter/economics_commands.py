@@ -1,0 +1,81 @@
+"""The command `economics`: what tokens cost in a window, under the traffic that there was."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from vllm_cost_meter.command_line import Json, Ledger, reading
+from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.ledger.economics import FIGURES, economics, method
+from vllm_cost_meter.price_book import described
+from vllm_cost_meter.terminal import one_line_errors, print_rows
+from vllm_cost_meter.text import plain
+from vllm_cost_meter.windows import EXPECTED, hours_of_window
+
+WEEK = "7d"
+
+
+def economics_(
+    ledger: Ledger = None,
+    window: Annotated[str, typer.Option(help=f"{EXPECTED}.")] = WEEK,
+    as_json: Json = False,
+) -> None:
+    """Print what a million tokens and a request cost, at which load and latency."""
+    with one_line_errors():
+        slo = load_settings().slo
+        with reading(ledger) as reader:
+            answer = economics(reader, slo, *hours_of_window(window))
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    rows = [
+        {"figure": name, "value": _text(value), "unit": FIGURES[name].unit, **_about(name)}
+        for name, value in answer["figures"].items()
+    ]
+    print_rows(rows, ("figure", "value", "unit", "meaning"))
+    for line in lines_below(answer):
+        print(plain(line))
+
+
+def explain_figure(name: str, ledger: str | None, *, as_json: bool) -> None:
+    """Print the SQL behind a figure of the trailing week."""
+    with one_line_errors():
+        slo = load_settings().slo
+        with reading(ledger) as reader:
+            known = {row["figure"]: row for row in method(reader, slo, *hours_of_window(WEEK))}
+        if name not in known:
+            raise ValueError(f"{name}: expected latency bounds (slo_ttft_ms, ...), got none")
+    if as_json:
+        print(json.dumps(known[name], indent=2))
+    else:
+        print(plain(f"{name}: {known[name]['meaning']}"))
+        print(known[name]["sql"])
+
+
+def lines_below(answer: Mapping[str, Any]) -> list[str]:
+    """Return of what the figures are: the window, what ran, the prices, the bounds."""
+    window = answer["window"]
+    lines = [f"from {window['from'] or 'the beginning'} to {window['to'] or answer['taken_at']}"]
+    lines += [
+        f"{one['model']} on {one['gpus']} x {one['hardware']}, {one['parallelism']}, vLLM"
+        f" {one['vllm_version']}"
+        for one in answer["deployments"]
+    ]
+    lines += [f"priced at {described(price)}" for price in answer["prices"]]
+    if (slo := answer["slo"]) is not None:
+        verdict = {None: "no request ended", True: "met", False: "NOT met"}[slo["met"]]
+        bounds = [f"{n[:-3]} {slo[n]:g} ms" for n in ("ttft_ms", "tpot_ms", "e2e_ms") if slo[n]]
+        lines.append(f"bounds: {', '.join(bounds)} for {slo['percentile']:g} %: {verdict}")
+    return lines
+
+
+def _about(name: str) -> dict[str, str]:
+    return {"meaning": FIGURES[name].meaning}
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
