@@ -44,6 +44,7 @@ ENGINE_FACTS = EngineFacts(
     kv_blocks=None,
     kv_block_size=None,
     host="node-1",
+    precision="bfloat16",
 )
 
 
@@ -135,6 +136,7 @@ def make_snapshot(**changes: Any) -> Snapshot:
         "kv_blocks": 1000,
         "kv_block_size": 16,
         "host": "node-1",
+        "precision": "bfloat16",
         "method": "tokens",
         "native": True,
         "engine_index": 0,

@@ -94,6 +94,7 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         kv_blocks=scheduler.kv_cache_config.num_blocks or None,
         kv_block_size=scheduler.block_size or None,
         host=host_name() or "unknown",
+        precision=precision_of(config),
     )
     settings = load_settings()
     meter = EngineMeter(
@@ -367,6 +368,18 @@ def _dummy_began(meter: EngineMeter, now_ns: int) -> None:
 
 def _dummy_ended(meter: EngineMeter, now_ns: int) -> None:
     meter.books.end_dummy(now_ns)
+
+
+def precision_of(vllm_config: Any) -> str:
+    """Return what an engine computes in: its data type, and quantization of weights and cache."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    # It is told and nothing depends on it, so an engine is metered without it too.
+    parts = [str(getattr(model, "dtype", "unknown")).removeprefix("torch.")]
+    if quantization := getattr(model, "quantization", None):
+        parts.append(f"{quantization} weights")
+    if (cache_dtype := getattr(cache, "cache_dtype", "auto")) != "auto":
+        parts.append(f"{cache_dtype} KV cache")
+    return ", ".join(parts)
 
 
 def model_name(vllm_config: Any) -> str:

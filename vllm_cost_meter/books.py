@@ -69,6 +69,7 @@ class EngineFacts(TypedDict):
     kv_blocks: int | None
     kv_block_size: int | None
     host: str
+    precision: str
 
 
 class EngineBooks:

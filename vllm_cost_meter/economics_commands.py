@@ -59,8 +59,8 @@ def lines_below(answer: Mapping[str, Any]) -> list[str]:
     window = answer["window"]
     lines = [f"from {window['from'] or 'the beginning'} to {window['to'] or answer['taken_at']}"]
     lines += [
-        f"{one['model']} on {one['gpus']} x {one['hardware']}, {one['parallelism']}, vLLM"
-        f" {one['vllm_version']}"
+        f"{one['model']} in {one['precision']} on {one['gpus']} x {one['hardware']},"
+        f" {one['parallelism']}, vLLM {one['vllm_version']}"
         for one in answer["deployments"]
     ]
     lines += [f"priced at {described(price)}" for price in answer["prices"]]

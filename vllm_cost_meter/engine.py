@@ -62,7 +62,8 @@ def process_created_ns() -> int:
 class EngineIdentity:
     """What an engine is, for its run's record. `parallelism` is e.g. "tp=2 pp=1 dp=1".
 
-    `host` is the name of its machine, by which a price may be chosen.
+    `host` is the name of its machine, by which a price may be chosen. `precision` is what it
+    computes in, e.g. "bfloat16" or "bfloat16, fp8 weights, fp8 KV cache".
     Its KV cache has `kv_blocks` of `kv_block_size` tokens each; None where there is none.
     """
 
@@ -74,6 +75,7 @@ class EngineIdentity:
     kv_blocks: int | None = None
     kv_block_size: int | None = None
     host: str = "unknown"
+    precision: str = "unknown"
 
 
 class NoMeter:
@@ -225,6 +227,7 @@ class EngineMeter:
             kv_blocks=self.engine.kv_blocks,
             kv_block_size=self.engine.kv_block_size,
             host=self.engine.host,
+            precision=self.engine.precision,
         )
         snapshot = self.books.snapshot(now_ns, time.time_ns(), acknowledged, facts)
         snapshot = self.energy.added_to(snapshot, self.books, now_ns, acknowledged)

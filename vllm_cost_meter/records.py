@@ -261,6 +261,7 @@ class Snapshot:
     kv_blocks: int | None
     kv_block_size: int | None
     host: str
+    precision: str
     method: str
     native: bool
     engine_index: int

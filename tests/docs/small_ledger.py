@@ -97,6 +97,7 @@ SNAPSHOT = Snapshot(
     kv_blocks=1000,
     kv_block_size=16,
     host="node-1",
+    precision="bfloat16",
     method="shapley",
     prior="ModelMetrics",
     cost_models=(COST_MODEL,),

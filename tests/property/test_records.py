@@ -65,7 +65,7 @@ snapshots = st.builds(
     ),
     **dict.fromkeys(("waiting", "steps", "busy_ns", "own_ns", "errors", "engine_index"), count),
     **dict.fromkeys(("run_id", "state", "model", "method", "vllm_version", "meter_version"), text),
-    **dict.fromkeys(("hardware", "parallelism", "prior", "host"), text),
+    **dict.fromkeys(("hardware", "parallelism", "prior", "host", "precision"), text),
     cost_models=st.lists(models, max_size=2).map(tuple),
     gpus=st.integers(1, 2**31),
     totals=totals,

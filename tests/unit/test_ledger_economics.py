@@ -184,6 +184,8 @@ def test_load_and_tokens_are_those_of_the_summary(ledger):
 def test_what_ran_is_told_by_the_engines(ledger):
     write(ledger)
     (one,) = economics(ledger.reader, Slo(), settle_s=0)["deployments"]
-    assert set(one) == {"hardware", "gpus", "model", "parallelism", "vllm_version", "runs"}
+    assert set(one) == {
+        "hardware", "gpus", "model", "precision", "parallelism", "vllm_version", "runs",
+    }  # fmt: skip
     assert (one["gpus"], one["runs"]) == (2, 1)
     assert economics(ledger.reader, Slo(), HOUR + 8, HOUR + 9, settle_s=0)["deployments"] == []

@@ -290,8 +290,8 @@ def read_figures(connection: Connection, cut: Cut, slo: Slo) -> dict[str, float 
 
 
 def deployments(cut: Cut) -> list[dict[str, Any]]:
-    """Return what ran in the window, as the engines said: hardware, model, parallelism, version."""
-    names = ("hardware", "gpus", "model", "parallelism", "vllm_version")
+    """Return what ran in the window, as the engines said: hardware, model, precision and so on."""
+    names = ("hardware", "gpus", "model", "precision", "parallelism", "vllm_version")
     counted: Counter[tuple[Any, ...]] = Counter(
         tuple(run.row[name] for name in names) for run in cut.runs if run.total_ns()
     )

@@ -79,6 +79,7 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
         *_added("requests", "TEXT", "tenant_parent", "tags"),
         *_added("open_requests", "TEXT", "tenant_parent", "tags"),
     ),
+    4: (*_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "precision"),),
 }
 
 

@@ -204,6 +204,7 @@ def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
         "kv_blocks": snapshot.kv_blocks,
         "kv_block_size": snapshot.kv_block_size,
         "host": snapshot.host,
+        "precision": snapshot.precision,
         "method": snapshot.method,
         "vllm_version": snapshot.vllm_version,
         "meter_version": snapshot.meter_version,

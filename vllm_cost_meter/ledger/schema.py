@@ -28,7 +28,7 @@ from sqlalchemy import (
 from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.records import CLASSES
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 metadata = MetaData()
 
@@ -69,6 +69,7 @@ runs = Table(
     Column("kv_blocks", BigInteger),
     Column("kv_block_size", Integer),
     Column("host", Text, nullable=False),
+    Column("precision", Text, nullable=False),
     Column("method", Text, nullable=False),
     Column("vllm_version", Text, nullable=False),
     Column("meter_version", Text, nullable=False),
