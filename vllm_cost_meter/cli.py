@@ -17,6 +17,7 @@ from vllm_cost_meter.budget_commands import budgets
 from vllm_cost_meter.calc_commands import app as calc
 from vllm_cost_meter.calc_commands import break_even_
 from vllm_cost_meter.command_line import Json, Ledger, ledger_url, reading
+from vllm_cost_meter.compare_commands import compare_
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.economics_commands import economics_, explain_figure
 from vllm_cost_meter.ledger.economics import FIGURES
@@ -42,6 +43,7 @@ app.add_typer(calc)
 LOST_LINES_MAX = 20
 app.command()(budgets)
 app.command("break-even")(break_even_)
+app.command("compare")(compare_)
 app.command("economics")(economics_)
 app.command()(report)
 app.command()(statement)

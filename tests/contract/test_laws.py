@@ -81,6 +81,7 @@ PRINTERS = {
         "budget_commands",
         "calc_commands",
         "cli",
+        "compare_commands",
         "demo",
         "doctor",
         "economics_commands",

@@ -11,6 +11,7 @@ a rate, price or share raises ValueError with one line that names it.
 """
 
 from vllm_cost_meter.economics.bounds import Slo
+from vllm_cost_meter.economics.comparison import Compared, Mix, Offer, Sent, compare
 from vllm_cost_meter.economics.curves import (
     Crossover,
     Curve,
@@ -41,13 +42,17 @@ __all__ = [
     "Arrival",
     "Blended",
     "BreakEven",
+    "Compared",
     "Crossover",
     "Curve",
     "EffectiveCost",
+    "Mix",
+    "Offer",
     "Penalty",
     "PenaltyPoint",
     "Point",
     "RequestCost",
+    "Sent",
     "Serverless",
     "Slo",
     "SloCost",
@@ -56,6 +61,7 @@ __all__ = [
     "blended",
     "break_even",
     "c_eff",
+    "compare",
     "crossover",
     "curve_of",
     "penalty",

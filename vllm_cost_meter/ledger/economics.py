@@ -16,14 +16,15 @@ Invariant: figures of the window's parts add up to the window's, where they are 
 # ruff: noqa: S608 - numbers, instants and run ids are all that is written into the SQL below
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.economics import Slo
+from vllm_cost_meter.economics import Sent, Slo
 from vllm_cost_meter.ledger.cut import Cut, Window
 from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
 from vllm_cost_meter.ledger.tenants import Totals
@@ -79,7 +80,9 @@ WHERE {hours}""",
     # Parts of exchanges that ended, by prompt, which counts once however many parts share it.
     "prompts": """SELECT COALESCE(r.http_request_id, r.run_id || '/' || r.seq) AS id,
        MAX(CASE WHEN h.http_request_id IS NULL THEN 0 ELSE 1 END) AS exchanges,
+       MAX(COALESCE(h.finished_at, r.finished_at)) AS finished_at,
        MAX(h.prompt_tokens) AS told_prompt_tokens, MAX(h.output_tokens) AS told_output_tokens,
+       MAX(h.cached_tokens) AS told_cached_tokens, MAX(r.cached_tokens) AS cached_tokens,
        MAX(r.prompt_tokens) AS prompt_tokens, SUM(r.output_tokens) AS output_tokens,
        MIN(r.ttft_ms) AS ttft_ms, MAX(r.tpot_ms) AS tpot_ms, MAX(r.e2e_ms) AS e2e_ms,
        1.0 * SUM(r.gpu_time_ns) AS gpu_time_ns
@@ -87,7 +90,8 @@ FROM requests AS r LEFT JOIN http_requests AS h ON h.http_request_id = r.http_re
 WHERE {ended}
 GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq), r.prompt_group""",
     # Exchanges that ended, a row each.
-    "ended": """SELECT MAX(exchanges) AS exchanges,
+    "ended": """SELECT MAX(exchanges) AS exchanges, MAX(finished_at) AS finished_at,
+       COALESCE(MAX(told_cached_tokens), SUM(cached_tokens)) AS cached_tokens,
        COALESCE(MAX(told_prompt_tokens), SUM(prompt_tokens)) AS prompt_tokens,
        COALESCE(MAX(told_output_tokens), SUM(output_tokens)) AS output_tokens,
        MIN(ttft_ms) AS ttft_ms, MAX(tpot_ms) AS tpot_ms, MAX(e2e_ms) AS e2e_ms,
@@ -269,7 +273,11 @@ def method(
 def sql_of(names: Iterable[str], cut: Cut, slo: Slo) -> str:
     """Return the statement whose one row has these figures, in this order."""
     columns = [f"{_expanded(name, slo)} AS {name}" for name in names]
-    selected = "SELECT\n  " + ",\n  ".join(columns)
+    return _with_tables("SELECT\n  " + ",\n  ".join(columns), cut)
+
+
+def _with_tables(selected: str, cut: Cut) -> str:
+    """Return a query with the tables that it names, and those that they name, before it."""
     needed: dict[str, str] = {}
     values = _values(cut)
     for name, body in reversed(list(TABLES.items())):
@@ -280,12 +288,25 @@ def sql_of(names: Iterable[str], cut: Cut, slo: Slo) -> str:
     return f"WITH {', '.join(tables)}\n{selected}" if tables else selected
 
 
+def read_mix(connection: Connection, cut: Cut) -> Iterator[Sent]:
+    """Yield what ended in a cut's window, each with its own time and size, oldest first."""
+    query = (
+        "SELECT finished_at, prompt_tokens, cached_tokens, output_tokens FROM ended"
+        " ORDER BY finished_at"
+    )
+    for row in connection.execute(_statement(_with_tables(query, cut))):
+        yield Sent(datetime.fromisoformat(row[0]), *(int(tokens) for tokens in row[1:]))
+
+
+def _statement(sql: str) -> TextClause:
+    # A colon would be taken for a parameter: instants have some.
+    return text(sql.replace(":", "\\:"))
+
+
 def read_figures(connection: Connection, cut: Cut, slo: Slo) -> dict[str, float | None]:
     """Return all figures of a cut's window; those of latency bounds only if any is declared."""
     names = figures_told(slo)
-    # A colon would be taken for a parameter: instants have some.
-    statement = text(sql_of(names, cut, slo).replace(":", "\\:"))
-    row = connection.execute(statement).one()
+    row = connection.execute(_statement(sql_of(names, cut, slo))).one()
     return dict(zip(names, map(_number, row), strict=True))
 
 

@@ -1,0 +1,183 @@
+"""What the same requests would cost at APIs: priced one by one, at their own time and size."""
+
+import json
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pytest
+
+from tests.unit.test_cli import no_settings, run
+from tests.unit.test_ledger_economics import write
+from tests.unit.test_ledger_reader import Ledger
+from vllm_cost_meter.api_prices import offers_of_file, offers_of_package
+from vllm_cost_meter.economics import Mix, Offer, Sent, compare
+
+__all__ = ["no_settings"]
+
+AT = datetime(2027, 1, 15, 8, tzinfo=UTC)
+ALL_TIME = ("--window", "2026-01-01T00:00:00Z,2028-01-01T00:00:00Z")
+PRICES = """
+[[api_prices]]
+provider = "here"
+model = "small"
+input_usd_per_m = 1
+cached_usd_per_m = 0.1
+output_usd_per_m = 4
+source = "their page"
+
+[[api_prices]]
+provider = "there"
+model = "large"
+label = "frontier"
+input_usd_per_m = 5000
+output_usd_per_m = 30_000
+source = "contract 7"
+effective_from = 2026-06-01
+"""
+
+
+def sent(prompt: int, cached: int, output: int, at: datetime = AT) -> Sent:
+    return Sent(at, prompt, cached, output)
+
+
+def offer(usd: str, name: str = "m") -> Offer:
+    return Offer("p", name, "l", "s", None, lambda _: Decimal(usd))
+
+
+@pytest.fixture
+def price_file(tmp_path):
+    path = tmp_path / "prices.toml"
+    path.write_text(PRICES)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "ledger.db"
+    ledger = Ledger(f"sqlite:///{path}")
+    write(ledger)  # four requests of 10 + 5 tokens, 2 of them cached; 0.60 USD
+    ledger.close()
+    return path
+
+
+# ---- arithmetic
+
+
+def test_a_request_costs_its_computed_cached_and_output_tokens(price_file):
+    small, large = offers_of_file(price_file)
+    assert small.usd(sent(1_000, 200, 50)) == Decimal("0.00102")
+    # Without a price of their own cached tokens cost what all input does.
+    assert large.usd(sent(1_000, 200, 50)) == Decimal("6.5")
+    assert (large.label, large.source, large.as_of) == ("frontier", "contract 7", "2026-06-01")
+
+
+def test_every_request_is_priced_by_itself_and_the_cheapest_offer_comes_first():
+    requests = [sent(10, 0, 5), sent(20, 5, 5)]
+    found = compare(requests, Decimal(3), [offer("2", "dear"), offer("1.5", "even"), offer("1")])
+    assert [(one.usd, one.cheaper) for one in found] == [
+        (2, "api"), (3, "equal"), (4, "self-hosted"),
+    ]  # fmt: skip
+    assert found[0].times == Decimal(2) / 3
+    mix = Mix.of(requests)
+    assert mix == Mix(2, 30, 5, 10)
+    assert mix.usd_per_m_output_tokens(Decimal(2)) == 200_000
+    assert mix.usd_per_m_total_tokens(Decimal(2)) == 50_000
+
+
+def test_without_requests_or_a_price_nothing_is_judged():
+    (nothing,) = compare([], None, [offer("1")])
+    assert (nothing.usd, nothing.times, nothing.cheaper) == (0, None, None)
+    assert Mix.of([]).usd_per_m_output_tokens(Decimal(1)) is None
+    assert compare([sent(1, 0, 1)], Decimal(0), [offer("1")])[0].times is None
+
+
+def test_prices_of_long_contexts_are_those_of_each_request():
+    (gemini,) = offers_of_package(["google/gemini-2.5-pro"], [])
+    short, long = (gemini.usd(sent(tokens, 0, 10)) for tokens in (150_000, 300_000))
+    assert long > 2 * short * Decimal("1.5")  # twice the tokens, all at the price of long contexts
+    (both,) = compare([sent(150_000, 0, 10)] * 2, None, [gemini])
+    assert both.usd == 2 * short < long
+
+
+def test_a_price_holds_from_its_date_on(tmp_path):
+    path = tmp_path / "prices.toml"
+    entry = '[[api_prices]]\nprovider = "p"\nmodel = "m"\nsource = "s"\ninput_usd_per_m = 0\n'
+    path.write_text(
+        f"{entry}output_usd_per_m = 1\neffective_from = 2026-01-01\n"
+        f"{entry}output_usd_per_m = 3\neffective_from = 2027-01-15T08:00:00Z\n"
+    )
+    (one,) = offers_of_file(path)
+    before = datetime(2027, 1, 15, 7, 59, tzinfo=UTC)
+    assert [one.usd(sent(0, 0, 10**6, at)) for at in (before, AT)] == [1, 3]
+    with pytest.raises(ValueError, match="no price of p/m at 2025-12-31"):
+        one.usd(sent(1, 0, 1, datetime(2025, 12, 31, tzinfo=UTC)))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected [[api_prices]] entries and nothing else"),
+        ("x = 1\n" + PRICES, "expected [[api_prices]] entries and nothing else"),
+        ("[[api_prices]]\n", "api_prices[0].provider"),
+        (PRICES.replace("= 4", "= -4"), "api_prices[0].output_usd_per_m"),
+        (PRICES.replace("= 4", "= nan"), "api_prices[0].output_usd_per_m"),
+        (PRICES.replace("= 4", '= "x"'), "api_prices[0].output_usd_per_m"),
+        (PRICES.replace("source", "sauce"), "api_prices[0]"),
+        (PRICES + PRICES, "expected one price of here/small at a time, got two from the beginning"),
+        ("[[", "expected TOML in"),
+    ],
+)
+def test_a_file_of_no_prices_is_one_line(tmp_path, path, text, said):
+    prices = tmp_path / "wrong.toml"
+    prices.write_text(text)
+    result = run("compare", "--ledger", path, "--prices", prices)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert said in result.stderr
+
+
+# ---- the command
+
+
+def test_the_same_requests_are_compared_with_what_they_cost_here(path, price_file):
+    result = run("compare", "--ledger", path, *ALL_TIME, "--prices", price_file)
+    assert (result.exit_code, result.stderr) == (0, "")
+    head, own, small, large, mix, note = result.stdout.splitlines()
+    assert head.split()[:3] == ["provider", "model", "usd"]
+    assert own.split()[0] == "self-hosted"
+    assert "0.6" in own.split()
+    # 32 computed, 8 cached, 20 output tokens.
+    assert small.split()[2] == "0.0001128"
+    assert large.split()[2] == "0.8"
+    assert ("api" in small.split(), "self-hosted" in large.split()) == (True, True)
+    assert mix.startswith("the same 4 requests each: 40 prompt tokens, of which 8 cached, and 20 ")
+    assert note.startswith("note: an API's price promises no latency")
+
+
+def test_the_note_may_be_accepted_and_offers_filtered(path, price_file):
+    ask = ("compare", "--ledger", path, *ALL_TIME, "--prices", price_file, "--json")
+    answer = json.loads(run(*ask, "--accept-no-latency-promise").stdout)
+    assert answer["note"] is None
+    assert answer["mix"]["cached_tokens"] == 8
+    assert [row["usd"] for row in answer["offers"]] == ["0.0001128", "0.8"]
+    assert answer["offers"][1]["usd_per_m_output_tokens"] == "40000.0"
+    for words, left in (
+        (("--label", "frontier"), ["there"]),
+        (("--provider", "here"), ["here"]),
+        (("--max-usd-per-m-output", 100), ["here"]),
+    ):
+        rows = json.loads(run(*ask, *words).stdout)["offers"]
+        assert [row["provider"] for row in rows] == left
+
+
+def test_offers_of_the_package_are_named_with_their_source(path):
+    ask = ("compare", "--ledger", path, *ALL_TIME, "--model", "openai/gpt-4o-mini", "--json")
+    (row,) = json.loads(run(*ask).stdout)["offers"]
+    assert (row["provider"], row["model"]) == ("openai", "gpt-4o-mini")
+    assert row["source"].startswith("genai-prices ")
+    assert "https://" in row["source"]
+
+
+@pytest.mark.parametrize("words", [(), ("--model", "nobody/nothing"), ("--provider", "nobody")])
+def test_no_offer_is_one_line(path, words):
+    result = run("compare", "--ledger", path, *words)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

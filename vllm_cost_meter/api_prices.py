@@ -1,0 +1,167 @@
+"""What APIs charge: from the optional package genai-prices, and from a price file of the user's.
+
+genai-prices is an extra (`pip install vllm-cost-meter[compare]`), works offline and knows history
+and tiers; it is imported when it is asked for, as it takes seconds and tens of megabytes. A price
+file is TOML; its entries hold from `effective_from` on until the next of the same model.
+
+Invariant: every offer says where its price is from; no price is made up for a request before the
+first entry of its model.
+"""
+
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from vllm_cost_meter.economics import Offer, Sent
+from vllm_cost_meter.economics.comparison import TOKENS_PER_M
+
+FROM_PACKAGE = "genai-prices"
+FILE_BYTES_MAX = 10_000_000
+
+
+def _text_of_number(value: object) -> object:
+    # A float's digits as they were written, not its binary expansion.
+    return str(value) if isinstance(value, float) else value
+
+
+Usd = Annotated[Decimal, BeforeValidator(_text_of_number), Field(ge=0, le=10**9)]
+
+
+class ApiPrice(BaseModel):
+    """One `[[api_prices]]` entry of a price file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    provider: str = Field(min_length=1, max_length=128)
+    model: str = Field(min_length=1, max_length=128)
+    label: str = "file"
+    input_usd_per_m: Usd
+    output_usd_per_m: Usd
+    cached_usd_per_m: Usd | None = None
+    source: str = Field(min_length=1, max_length=500)
+    effective_from: datetime | None = None
+
+    def usd(self, sent: Sent) -> Decimal:
+        """Return what a request costs."""
+        cached = self.input_usd_per_m if self.cached_usd_per_m is None else self.cached_usd_per_m
+        computed = sent.prompt_tokens - sent.cached_tokens
+        return (
+            computed * self.input_usd_per_m
+            + sent.cached_tokens * cached
+            + sent.output_tokens * self.output_usd_per_m
+        ) / TOKENS_PER_M
+
+
+def offers_of_file(path: Path) -> list[Offer]:
+    """Return the offers of a price file. Raises ValueError with one line for what is none."""
+    try:
+        if path.stat().st_size > FILE_BYTES_MAX:
+            raise ValueError(f"--prices: expected at most {FILE_BYTES_MAX} bytes in {path}")
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--prices: {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prices: expected TOML in {path}: {error}") from None
+    entries = told.get("api_prices")
+    if set(told) != {"api_prices"} or not isinstance(entries, list) or not entries:
+        raise ValueError(f"--prices: expected [[api_prices]] entries and nothing else in {path}")
+    by_model: dict[tuple[str, str, str], list[ApiPrice]] = {}
+    for number, entry in enumerate(entries):
+        try:
+            price = ApiPrice.model_validate(entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, (f"api_prices[{number}]", *first["loc"])))
+            raise ValueError(f"--prices: {where} in {path}: {first['msg']}") from None
+        by_model.setdefault((price.provider, price.model, price.label), []).append(price)
+    return [_dated(prices) for prices in by_model.values()]
+
+
+def _dated(prices: Sequence[ApiPrice]) -> Offer:
+    """Return the offer of one model's entries. Raises ValueError for two of the same date."""
+    first = datetime.min.replace(tzinfo=UTC)
+    dated = {}
+    for price in prices:
+        since = price.effective_from or first
+        since = since if since.tzinfo else since.replace(tzinfo=UTC)
+        if since in dated:
+            raise ValueError(
+                f"--prices: expected one price of {price.provider}/{price.model} at a time, got two"
+                f" from {price.effective_from or 'the beginning'}"
+            )
+        dated[since] = price
+    starts = sorted(dated)
+
+    def usd(sent: Sent) -> Decimal:
+        held = [start for start in starts if start <= sent.at]
+        if not held:
+            raise ValueError(
+                f"--prices: no price of {prices[0].provider}/{prices[0].model} at {sent.at}"
+            )
+        return dated[held[-1]].usd(sent)
+
+    latest = dated[starts[-1]]
+    as_of = None if latest.effective_from is None else starts[-1].date().isoformat()
+    return Offer(latest.provider, latest.model, latest.label, latest.source, as_of, usd)
+
+
+def offers_of_package(models: Sequence[str], providers: Sequence[str]) -> Iterator[Offer]:
+    """Yield genai-prices' offers whose "provider/model" and provider match one of the patterns.
+
+    Raises ValueError if the package is not installed, or nothing matches.
+    """
+    try:
+        from genai_prices import data_snapshot  # noqa: PLC0415 - an extra, and heavy
+    except ImportError:
+        raise ValueError(
+            "--model: expected genai-prices to be installed: pip install 'vllm-cost-meter[compare]'"
+        ) from None
+    found = False
+    for provider in data_snapshot.get_snapshot().providers:
+        if providers and not _matches(provider.id, providers):
+            continue
+        for model in provider.models:
+            if models and not _matches(f"{provider.id}/{model.id}", models):
+                continue
+            found = True
+            urls = provider.pricing_urls or ()
+            source = f"{FROM_PACKAGE} {version(FROM_PACKAGE)}"
+            yield Offer(
+                provider.id,
+                model.id,
+                FROM_PACKAGE,
+                f"{source}, {urls[0]}" if urls else source,
+                None,
+                _package_usd(model, provider),
+            )
+    if not found:
+        raise ValueError(
+            "--model: expected PROVIDER/MODEL as genai-prices knows them, such as openai/gpt-4o*,"
+            " got none that matches"
+        )
+
+
+def _package_usd(model: Any, provider: Any) -> Callable[[Sent], Decimal]:
+    from genai_prices import Usage  # noqa: PLC0415 - see above
+
+    def usd(sent: Sent) -> Decimal:
+        usage = Usage(
+            input_tokens=sent.prompt_tokens,
+            cache_read_tokens=sent.cached_tokens,
+            output_tokens=sent.output_tokens,
+        )
+        priced = model.calc_price(usage, provider, genai_request_timestamp=sent.at)
+        return Decimal(priced.total_price)
+
+    return usd
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name.casefold(), pattern.casefold()) for pattern in patterns)
