@@ -34,7 +34,7 @@ from vllm_cost_meter.ledger.economics import economics, method
 from vllm_cost_meter.ledger.exchange import FINISHED
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records import rfc3339
-from vllm_cost_meter.windows import EXPECTED, hours_of_window
+from vllm_cost_meter.windows import EXPECTED, WEEK, hours_of_window
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -48,8 +48,6 @@ Window = Annotated[
 ]
 
 
-# Of the figures that a page may show: they update themselves.
-WEEK = "7d"
 Trailing = Annotated[str, Query(description=f"{EXPECTED}; widened to whole UTC hours.")]
 
 # No request can have it, as names are never empty.

@@ -18,7 +18,7 @@ from vllm_cost_meter.calculators import CALCULATORS, INPUTS, calculate
 from vllm_cost_meter.command_line import Json
 from vllm_cost_meter.economics import Curve, break_even, curve_of
 from vllm_cost_meter.terminal import one_line_errors, print_rows
-from vllm_cost_meter.text import plain
+from vllm_cost_meter.text import plain, rounded
 
 app = typer.Typer(
     name="calc",
@@ -154,21 +154,14 @@ def _show(answer: Mapping[str, Any], *, as_json: bool) -> None:
             continue
         if isinstance(value, Mapping):
             rows += [
-                {"figure": f"{name} at {at}", "value": _text(each)} for at, each in value.items()
+                {"figure": f"{name} at {at}", "value": rounded(each)} for at, each in value.items()
             ]
         elif isinstance(value, list | tuple):
-            tables.append([{key: _text(each) for key, each in row.items()} for row in value])
+            tables.append([{key: rounded(each) for key, each in row.items()} for row in value])
         else:
-            rows.append({"figure": name, "value": _text(value)})
+            rows.append({"figure": name, "value": rounded(value)})
     print_rows(rows, ("figure", "value"))
     for table in tables:
         if table:
             print_rows(table, tuple(table[0]))
     print(plain(f"formula: {answer['formula']}"))
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return "-"
-    # Exact to what anybody reads; --json has all digits.
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

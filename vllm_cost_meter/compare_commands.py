@@ -14,7 +14,7 @@ from vllm_cost_meter.ledger.cut import Window
 from vllm_cost_meter.ledger.economics import read_figures, read_mix
 from vllm_cost_meter.terminal import print_rows
 from vllm_cost_meter.text import plain
-from vllm_cost_meter.windows import EXPECTED, hours_of_window
+from vllm_cost_meter.windows import EXPECTED, WEEK, hours_of_window
 
 NO_PROMISE = (
     "note: an API's price promises no latency; what was measured here came with the one that"
@@ -38,7 +38,7 @@ PRICED_MAX = 20_000_000
 
 def compare_(
     ledger: Ledger = None,
-    window: Annotated[str, typer.Option(help=f"{EXPECTED}.")] = "7d",
+    window: Annotated[str, typer.Option(help=f"{EXPECTED}.")] = WEEK,
     model: Annotated[
         list[str] | None,
         typer.Option(help="PROVIDER/MODEL of genai-prices, or a pattern; repeat it for several."),

@@ -11,10 +11,8 @@ from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.ledger.economics import FIGURES, economics, method
 from vllm_cost_meter.price_book import described
 from vllm_cost_meter.terminal import one_line_errors, print_rows
-from vllm_cost_meter.text import plain
-from vllm_cost_meter.windows import EXPECTED, hours_of_window
-
-WEEK = "7d"
+from vllm_cost_meter.text import plain, rounded
+from vllm_cost_meter.windows import EXPECTED, WEEK, hours_of_window
 
 
 def economics_(
@@ -31,7 +29,7 @@ def economics_(
         print(json.dumps(answer, indent=2))
         return
     rows = [
-        {"figure": name, "value": _text(value), "unit": FIGURES[name].unit, **_about(name)}
+        {"figure": name, "value": rounded(value), **FIGURES[name]._asdict()}
         for name, value in answer["figures"].items()
     ]
     print_rows(rows, ("figure", "value", "unit", "meaning"))
@@ -69,13 +67,3 @@ def lines_below(answer: Mapping[str, Any]) -> list[str]:
         bounds = [f"{n[:-3]} {slo[n]:g} ms" for n in ("ttft_ms", "tpot_ms", "e2e_ms") if slo[n]]
         lines.append(f"bounds: {', '.join(bounds)} for {slo['percentile']:g} %: {verdict}")
     return lines
-
-
-def _about(name: str) -> dict[str, str]:
-    return {"meaning": FIGURES[name].meaning}
-
-
-def _text(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

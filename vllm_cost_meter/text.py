@@ -20,6 +20,13 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def rounded(value: object) -> str:
+    """Return a figure for people: six digits, a dash for what is unknown; JSON has all digits."""
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def fields(text: str) -> list[str]:
     """Return what commas separate; a comma inside double quotes does not. Raises ValueError."""
     try:

@@ -39,6 +39,8 @@ _WORDS: dict[str, tuple[Unit, int]] = {
     "month": ("month", 0),
     "lastmonth": ("month", 1),
 }
+# The trailing week, of which economics are where no other window is named.
+WEEK = "7d"
 EXPECTED = (
     f"{', '.join(_WORDS)}, a month such as 2026-11, a length such as 30m, 24h or 7d, or two "
     "RFC 3339 instants with a comma"
