@@ -14,8 +14,9 @@ from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, Usage, UsagePiece
 S = 10**9
 BOUNDS = Slo(ttft_ms=3, tpot_ms=3, e2e_ms=9, percentile=60)
 AMOUNTS = (
-    "cost_usd", "wall_gpu_seconds", "observed_seconds", "requests", "arrivals", "prompt_tokens",
-    "output_tokens", "good_requests", "good_output_tokens",
+    "cost_usd", "wall_gpu_seconds", "observed_seconds", "cold_starts", "cold_start_gpu_seconds",
+    "cold_start_usd", "requests", "arrivals", "prompt_tokens", "output_tokens", "good_requests",
+    "good_output_tokens",
 )  # fmt: skip
 
 
@@ -62,6 +63,8 @@ def test_figures_are_those_computed_by_hand(ledger):
     assert found["cost_usd"] == pytest.approx(0.60)
     assert (found["wall_gpu_seconds"], found["observed_seconds"]) == (60, 30)
     assert found["utilization"] == pytest.approx(12 / 60)
+    assert (found["cold_starts"], found["cold_start_gpu_seconds"]) == (1, 18)
+    assert found["cold_start_usd"] == pytest.approx(0.18)
     assert (found["requests"], found["arrivals"]) == (4, 5)
     assert (found["prompt_tokens"], found["output_tokens"]) == (40, 20)
     assert found["arrivals_per_s"] == pytest.approx(5 / 30)

@@ -63,12 +63,12 @@ TABLES: Mapping[str, str] = {
     # Every engine's hours: GPU time in all and while the GPUs worked.
     "hours": f"""SELECT engine_hours.run_id, hour, engine_index, gpus,
        1.0 * ({_sum_of(CLASSES)}) AS gpu_ns,
-       1.0 * ({_sum_of(BUSY)}) AS busy_ns
+       1.0 * ({_sum_of(BUSY)}) AS busy_ns, 1.0 * startup_ns AS startup_ns
 FROM engine_hours JOIN runs ON runs.run_id = engine_hours.run_id
 WHERE {{hours}}""",
     # USD per GPU-hour of each run, from an hour on and until before another.
     "price": "{price}",
-    "priced": """SELECT gpu_ns, usd_per_gpu_hour
+    "priced": """SELECT gpu_ns, startup_ns, usd_per_gpu_hour
 FROM hours LEFT JOIN price
   ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour""",
     # Prefill and decode by hour: time, and the tokens that were computed in it.
@@ -97,6 +97,8 @@ GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq), r.prompt_group""
        MIN(ttft_ms) AS ttft_ms, MAX(tpot_ms) AS tpot_ms, MAX(e2e_ms) AS e2e_ms,
        SUM(gpu_time_ns) AS gpu_time_ns
 FROM prompts GROUP BY id""",
+    # Engine runs that began.
+    "began": "SELECT run_id FROM runs WHERE {began}",
     # Exchanges that came, finished or not.
     "arrived": """SELECT id FROM (
   SELECT COALESCE(http_request_id, request_id) AS id, started_at FROM requests
@@ -134,6 +136,15 @@ _FIGURES: Mapping[str, Figure] = {
         "s",
         "wall time of the first engine",
         "(SELECT SUM(gpu_ns / gpus) / 1e9 FROM hours WHERE engine_index = 0)",
+    ),
+    "cold_starts": Figure("", "engine runs that began", "(SELECT COUNT(*) FROM began)"),
+    "cold_start_gpu_seconds": Figure(
+        "GPU-s",
+        "from the start of an engine's process until it was ready, of all",
+        "(SELECT SUM(startup_ns) / 1e9 FROM hours)",
+    ),
+    "cold_start_usd": Figure(
+        "USD", "what that cost", f"({_COST.format(ns='startup_ns', table='priced')})"
     ),
     "requests": Figure(
         "", "exchanges that ended", "(SELECT COALESCE(SUM(exchanges), 0) FROM ended)"
@@ -354,6 +365,7 @@ def _values(cut: Cut) -> dict[str, str]:
         "hours": between("hour", low, high),
         "ended": between("COALESCE(h.finished_at, r.finished_at)", *instants),
         "arrived": between("MIN(started_at)", *instants),
+        "began": between("started_at", *instants),
         "price": _price_table(cut),
     }
 
