@@ -1,6 +1,8 @@
 """The command `compare`: what the requests of a window would have cost at APIs."""
 
 import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +11,21 @@ import typer
 
 from vllm_cost_meter.api_prices import offers_of_file, offers_of_package
 from vllm_cost_meter.command_line import Json, Ledger, reading
-from vllm_cost_meter.economics import Compared, Mix, Slo, compare
+from vllm_cost_meter.economics import (
+    Compared,
+    Mix,
+    Offer,
+    Slo,
+    WhatIf,
+    compare,
+    ratio_of,
+    volumes_of,
+    what_if,
+)
+from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH, S_PER_HOUR
 from vllm_cost_meter.ledger.cut import Window
 from vllm_cost_meter.ledger.economics import read_figures, read_mix
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.terminal import print_rows
 from vllm_cost_meter.text import plain
 from vllm_cost_meter.windows import EXPECTED, WEEK, hours_of_window
@@ -20,7 +34,6 @@ NO_PROMISE = (
     "note: an API's price promises no latency; what was measured here came with the one that"
     " `economics` shows"
 )
-HERE = "self-hosted"
 COLUMNS = (
     "provider",
     "model",
@@ -32,6 +45,9 @@ COLUMNS = (
     "as_of",
     "source",
 )
+WHAT_IF_COLUMNS = ("provider", "model", "tokens_per_month", "usd", "cheaper")
+# Of a supposed request, where none was measured.
+TOKENS_PER_REQUEST = 1_000
 # Requests x offers: each is priced by itself.
 PRICED_MAX = 20_000_000
 
@@ -55,6 +71,14 @@ def compare_(
     max_usd_per_m_output: Annotated[
         float | None, typer.Option(min=0, help="Only offers up to this, for the measured mix.")
     ] = None,
+    ratio: Annotated[
+        str | None,
+        typer.Option(help="What if: input tokens to output tokens, such as 3:1; with --volume."),
+    ] = None,
+    volume: Annotated[
+        list[str] | None,
+        typer.Option(help="What if: tokens per month, such as 100M or 1M..1B; with --ratio."),
+    ] = None,
     accept_no_latency_promise: Annotated[
         bool, typer.Option(help="Leave out the note on latency.")
     ] = False,
@@ -62,42 +86,124 @@ def compare_(
 ) -> None:
     """Print what the requests of a window cost here, and what they would have at APIs."""
     with reading(ledger) as reader:
-        offers = [] if prices is None else offers_of_file(prices)
-        offers = [one for one in offers if not provider or one.provider in provider]
-        if model or (provider and prices is None):
-            offers += offers_of_package(model or (), provider or ())
-        offers = [one for one in offers if not label or one.label in label]
-        if not offers:
-            raise ValueError("expected offers by --model, --provider or --prices, got none")
-        cut = reader.cut(Window(*hours_of_window(window)), (), None, 0)
-        with reader.transaction() as connection:
-            cost = read_figures(connection, cut, Slo())["cost_usd"]
-            sent = list(read_mix(connection, cut))
-        if len(sent) * len(offers) > PRICED_MAX:
-            raise ValueError(
-                f"expected at most {PRICED_MAX} requests x offers, got {len(sent)} x"
-                f" {len(offers)}: name fewer, or a shorter window"
-            )
-        mix = Mix.of(sent)
-        here = None if cost is None else Decimal(repr(cost))
-        rows = [_row(one, mix) for one in compare(sent, here, offers)]
+        if bool(ratio) != bool(volume):
+            raise ValueError("--ratio: expected it and --volume together, got one of them")
+        offers = _offers(model or (), provider or (), prices, label or ())
+        asked = None
+        if ratio and volume:
+            asked = (ratio_of(ratio), [tokens for each in volume for tokens in volumes_of(each)])
+        answer = _answer(reader, hours_of_window(window), offers, asked)
     if max_usd_per_m_output is not None:
-        rows = [row for row in rows if _at_most(row, max_usd_per_m_output)]
-    own = {"provider": HERE, "model": "all of this ledger", **_usd(mix, here), "times": None}
-    own |= {"cheaper": None, "source": "measured, idle included", "as_of": cut.at()}
-    note = None if accept_no_latency_promise else NO_PROMISE
+        answer["offers"] = [row for row in answer["offers"] if _at_most(row, max_usd_per_m_output)]
+    answer["note"] = None if accept_no_latency_promise else NO_PROMISE
     if as_json:
-        mixed = {name: getattr(mix, name) for name in mix.__slots__}
-        answer = {"window": cut.window.as_dict(), "mix": mixed, "self_hosted": own}
-        print(json.dumps({**answer, "offers": rows, "note": note}, indent=2))
-        return
-    print_rows([_rounded(row) for row in (own, *rows)], COLUMNS)
+        print(json.dumps(answer, indent=2))
+    else:
+        _show(answer)
+
+
+def _offers(
+    models: Sequence[str], providers: Sequence[str], prices: Path | None, labels: Sequence[str]
+) -> list[Offer]:
+    found = [] if prices is None else offers_of_file(prices)
+    found = [one for one in found if not providers or one.provider in providers]
+    if models or (providers and prices is None):
+        found += offers_of_package(models, providers)
+    found = [one for one in found if not labels or one.label in labels]
+    if not found:
+        raise ValueError("expected offers, by --model, --provider or --prices, got none")
+    return found
+
+
+def _answer(
+    reader: LedgerReader,
+    hours: tuple[int | None, int | None],
+    offers: Sequence[Offer],
+    asked: tuple[tuple[float, float], list[int]] | None,
+) -> dict[str, Any]:
+    cut = reader.cut(Window(*hours), (), None, 0)
+    with reader.transaction() as connection:
+        figures = read_figures(connection, cut, Slo())
+        sent = list(read_mix(connection, cut))
+    if len(sent) * len(offers) > PRICED_MAX:
+        raise ValueError(
+            f"expected at most {PRICED_MAX} requests x offers, got {len(sent)} x {len(offers)}:"
+            " name fewer, or a shorter window"
+        )
+    mix = Mix.of(sent)
+    here = None if figures["cost_usd"] is None else Decimal(repr(figures["cost_usd"]))
+    answer = {
+        "window": cut.window.as_dict(),
+        "mix": {name: getattr(mix, name) for name in Mix.__slots__},
+        "self_hosted": {
+            "provider": "self-hosted",
+            "model": "all of this ledger",
+            **_usd(mix, here),
+            "source": "measured, idle included",
+            "as_of": cut.at(),
+        },
+        "offers": [_row(one, mix) for one in compare(sent, here, offers)],
+        "what_if": None,
+    }
+    if asked is not None:
+        month, size = _usd_per_month(here, figures["observed_seconds"]), _mean_size(mix)
+        rows = what_if(
+            offers,
+            ratio=asked[0],
+            volumes=asked[1],
+            tokens_per_request=size,
+            at=datetime.now(UTC),
+            self_hosted_usd_per_month=month,
+        )
+        answer["what_if"] = {
+            "tokens_per_request": size,
+            "self_hosted_usd_per_month": None if month is None else f"{month:f}",
+            "offers": [_supposed(one) for one in rows],
+        }
+    return answer
+
+
+def _show(answer: Mapping[str, Any]) -> None:
+    mix, supposed = answer["mix"], answer["what_if"]
+    print_rows([_rounded(row) for row in (answer["self_hosted"], *answer["offers"])], COLUMNS)
     print(
-        f"the same {mix.requests} requests each: {mix.prompt_tokens} prompt tokens, of which"
-        f" {mix.cached_tokens} cached, and {mix.output_tokens} output tokens"
+        f"the same {mix['requests']} requests each: {mix['prompt_tokens']} prompt tokens, of which"
+        f" {mix['cached_tokens']} cached, and {mix['output_tokens']} output tokens"
     )
-    if note:
-        print(plain(note))
+    if supposed is not None:
+        month = supposed["self_hosted_usd_per_month"]
+        shown = "unknown, no price" if month is None else f"{float(month):.2f} USD"
+        print(
+            f"what if, of requests of {supposed['tokens_per_request']} tokens, none cached; a month"
+            f" here, at any volume: {shown}"
+        )
+        print_rows([_rounded(row) for row in supposed["offers"]], WHAT_IF_COLUMNS)
+    if answer["note"] is not None:
+        print(plain(answer["note"]))
+
+
+def _mean_size(mix: Mix) -> int:
+    """Return the tokens of a mean request."""
+    if not mix.requests:
+        return TOKENS_PER_REQUEST
+    return max(round((mix.prompt_tokens + mix.output_tokens) / mix.requests), 2)
+
+
+def _usd_per_month(usd: Decimal | None, observed_s: float | None) -> Decimal | None:
+    """Return what a month costs at the price of the time that was observed."""
+    if usd is None or not observed_s:
+        return None
+    return usd / Decimal(repr(observed_s)) * int(S_PER_HOUR * HOURS_PER_MONTH)
+
+
+def _supposed(one: WhatIf) -> dict[str, Any]:
+    return {
+        "provider": one.offer.provider,
+        "model": one.offer.model,
+        "tokens_per_month": one.tokens_per_month,
+        "usd": f"{one.usd:f}",
+        "cheaper": one.cheaper,
+    }
 
 
 def _row(compared: Compared, mix: Mix) -> dict[str, Any]:

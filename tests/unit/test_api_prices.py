@@ -10,7 +10,7 @@ from tests.unit.test_cli import no_settings, run
 from tests.unit.test_ledger_economics import write
 from tests.unit.test_ledger_reader import Ledger
 from vllm_cost_meter.api_prices import offers_of_file, offers_of_package
-from vllm_cost_meter.economics import Mix, Offer, Sent, compare
+from vllm_cost_meter.economics import Mix, Offer, Sent, compare, volumes_of
 
 __all__ = ["no_settings"]
 
@@ -167,6 +167,48 @@ def test_the_note_may_be_accepted_and_offers_filtered(path, price_file):
     ):
         rows = json.loads(run(*ask, *words).stdout)["offers"]
         assert [row["provider"] for row in rows] == left
+
+
+def test_volumes_that_nobody_sent_are_supposed_in_a_ratio(path, price_file):
+    ask = ("compare", "--ledger", path, *ALL_TIME, "--prices", price_file)
+    what_if = ("--ratio", "2:1", "--volume", "1M..50M")
+    supposed = json.loads(run(*ask, *what_if, "--json").stdout)["what_if"]
+    # Mean requests of 15 tokens: 10 of input, 5 of output. 0.60 USD in 30 s, so much a month.
+    assert supposed["tokens_per_request"] == 15
+    month = 0.60 / 30 * 3600 * 730
+    assert float(supposed["self_hosted_usd_per_month"]) == pytest.approx(month)
+    small = [row for row in supposed["offers"] if row["provider"] == "here"]
+    assert [row["tokens_per_month"] for row in small] == [10**6, 10**7, 5 * 10**7]
+    assert float(small[0]["usd"]) == pytest.approx(2)  # a million tokens at 1, 1 and 4 USD
+    large = [row for row in supposed["offers"] if row["provider"] == "there"]
+    assert [row["cheaper"] for row in large] == ["api", "self-hosted", "self-hosted"]
+    shown = run(*ask, *what_if).stdout
+    assert f"a month here, at any volume: {month:.2f} USD" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("250k", [250_000]), ("1.5M", [1_500_000]), ("7", [7]), ("5M..5M", [5 * 10**6]),
+        ("1M..1B", [10**6, 10**7, 10**8, 10**9]),
+    ],
+)  # fmt: skip
+def test_a_volume_is_a_number_of_tokens_or_a_range(text, tokens):
+    assert volumes_of(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1M", "0", "1M..", "2M..1M", "1e9", "9999T", "nan"])
+def test_what_is_no_volume_is_one_line(path, price_file, text):
+    result = run(
+        "compare", "--ledger", path, "--prices", price_file, "--ratio", "1:1", "--volume", text
+    )
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("words", [("--ratio", "1:1"), ("--volume", "1M")])
+def test_ratio_and_volume_go_together(path, price_file, words):
+    result = run("compare", "--ledger", path, "--prices", price_file, *words)
+    assert "expected it and --volume together" in result.stderr
 
 
 def test_offers_of_the_package_are_named_with_their_source(path):

@@ -11,7 +11,16 @@ a rate, price or share raises ValueError with one line that names it.
 """
 
 from vllm_cost_meter.economics.bounds import Slo
-from vllm_cost_meter.economics.comparison import Compared, Mix, Offer, Sent, compare
+from vllm_cost_meter.economics.comparison import (
+    Compared,
+    Mix,
+    Offer,
+    Sent,
+    WhatIf,
+    compare,
+    volumes_of,
+    what_if,
+)
 from vllm_cost_meter.economics.curves import (
     Crossover,
     Curve,
@@ -33,6 +42,7 @@ from vllm_cost_meter.economics.formulas import (
     arrival,
     blended,
     c_eff,
+    ratio_of,
     request,
     usd_per_hour_of,
 )
@@ -57,6 +67,7 @@ __all__ = [
     "Slo",
     "SloCost",
     "Verdict",
+    "WhatIf",
     "arrival",
     "blended",
     "break_even",
@@ -65,8 +76,11 @@ __all__ = [
     "crossover",
     "curve_of",
     "penalty",
+    "ratio_of",
     "request",
     "serverless",
     "slo",
     "usd_per_hour_of",
+    "volumes_of",
+    "what_if",
 ]

@@ -7,6 +7,7 @@ all. An API's price buys no latency; what was measured here came with one.
 Invariant: the mix is the same for every offer, so the totals compare.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +15,9 @@ from decimal import Decimal
 from typing import Literal, NamedTuple
 
 TOKENS_PER_M = 1_000_000
+_VOLUME = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([kMBT]?)\Z", re.ASCII)
+_TIMES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+Cheaper = Literal["self-hosted", "api", "equal"]
 
 
 class Sent(NamedTuple):
@@ -75,7 +79,15 @@ class Compared:
     offer: Offer
     usd: Decimal
     times: Decimal | None
-    cheaper: Literal["self-hosted", "api", "equal"] | None
+    cheaper: Cheaper | None
+
+
+def _cheaper(api_usd: Decimal, self_hosted_usd: Decimal | None) -> Cheaper | None:
+    if self_hosted_usd is None:
+        return None
+    if api_usd == self_hosted_usd:
+        return "equal"
+    return "api" if api_usd < self_hosted_usd else "self-hosted"
 
 
 def compare(
@@ -90,10 +102,65 @@ def compare(
     for offer in offers:
         usd = sum((offer.usd(one) for one in sent), Decimal(0))
         times = usd / self_hosted_usd if self_hosted_usd else None
-        cheaper: Literal["self-hosted", "api", "equal"] | None = None
-        if self_hosted_usd is not None:
-            cheaper = "equal"
-            if usd != self_hosted_usd:
-                cheaper = "api" if usd < self_hosted_usd else "self-hosted"
-        found.append(Compared(offer, usd, times, cheaper))
+        found.append(Compared(offer, usd, times, _cheaper(usd, self_hosted_usd)))
     return sorted(found, key=lambda one: (one.usd, one.offer.provider, one.offer.model))
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """What a volume of tokens in a month would cost at an offer, and a fixed cost here."""
+
+    offer: Offer
+    tokens_per_month: int
+    usd: Decimal
+    cheaper: Cheaper | None
+
+
+def what_if(
+    offers: Iterable[Offer],
+    *,
+    ratio: tuple[float, float],
+    volumes: Sequence[int],
+    tokens_per_request: int,
+    at: datetime,
+    self_hosted_usd_per_month: Decimal | None,
+) -> list[WhatIf]:
+    """Return what volumes of prompt and output tokens in a ratio would cost at each offer.
+
+    All requests have the same size, of which the ratio is as near as whole tokens allow; nothing is
+    cached. Here a month costs the same at every volume; whether it could be served is not asked.
+    """
+    prompt = round(tokens_per_request * ratio[0] / sum(ratio))
+    one = Sent(at, prompt, 0, tokens_per_request - prompt)
+    found = []
+    for offer in offers:
+        usd_per_token = offer.usd(one) / tokens_per_request
+        for volume in volumes:
+            usd = usd_per_token * volume
+            found.append(WhatIf(offer, volume, usd, _cheaper(usd, self_hosted_usd_per_month)))
+    return found
+
+
+def volumes_of(text: str) -> list[int]:
+    """Return the tokens of "100M", or of "1M..1B" each ten times the one before.
+
+    Raises ValueError for anything else.
+    """
+    low, dots, high = text.partition("..")
+    volumes = [_volume(text, low)]
+    if not dots:
+        return volumes
+    last = _volume(text, high)
+    if last < volumes[0]:
+        raise ValueError(f"volume: expected the smaller one first, got {text!r}")
+    while volumes[-1] * 10 <= last:
+        volumes.append(volumes[-1] * 10)
+    return volumes if volumes[-1] == last else [*volumes, last]
+
+
+def _volume(text: str, number: str) -> int:
+    found = _VOLUME.match(number.strip())
+    tokens = int(Decimal(found[1]) * _TIMES[found[2]]) if found else 0
+    if not 0 < tokens <= 10**15:
+        raise ValueError(f"volume: expected tokens such as 100M, or 1M..1B, got {text!r}")
+    return tokens

@@ -140,7 +140,7 @@ def blended(
     With millions of tokens per day (input and output together) also what so many days cost. It
     compares with a cost per total tokens, never with one per output tokens. Raises ValueError.
     """
-    inputs, outputs = _ratio(ratio)
+    inputs, outputs = ratio_of(ratio)
     prices = (
         not_negative("input_usd_per_m", input_usd_per_m),
         not_negative("output_usd_per_m", output_usd_per_m),
@@ -152,7 +152,8 @@ def blended(
     return Blended(mixed, month)
 
 
-def _ratio(text: str) -> tuple[float, float]:
+def ratio_of(text: str) -> tuple[float, float]:
+    """Return the two sides of a ratio such as "3:1". Raises ValueError for what is none."""
     left, colon, right = text.partition(":")
     try:
         found = not_negative("", float(left)), not_negative("", float(right))
