@@ -5,6 +5,7 @@ own list and changed, one at a time, in a process that then loads vLLM's plugins
 would; one is changed on a real server.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +143,15 @@ def test_stat_loggers_that_are_not_understood_cost_the_latencies_only(
     )
 
 
-def test_a_real_server_whose_scheduler_changed_serves_unmetered_and_says_so_once(
+def test_a_real_server_whose_scheduler_changed_serves_all_but_who_fails_closed_unmetered(
     work: Path,
 ) -> None:
     server = Server(
         work / "changed",
         arguments=["--plugins", "cost_meter"],
         environment={"CMT_CHANGED": "vllm.v1.core.sched.scheduler:Scheduler.schedule"},
+        config='[[tenants]]\nname = "strict"\nfail_closed = true\n'
+        f'api_key_sha256 = ["{hashlib.sha256(b"any-key").hexdigest()}"]\n',
     )
     try:
         server.start()
@@ -159,7 +162,14 @@ def test_a_real_server_whose_scheduler_changed_serves_unmetered_and_says_so_once
                 assert reply.output_tokens == 3
                 assert not [name for name in reply.headers if "cost" in name]
                 assert b"cost" not in reply.body
-        assert "cost_meter_" not in httpx.get(f"{server.url}/metrics").text
+        with server.client("strict") as client:
+            body = {"model": "tiny", "prompt": "Hi", "max_tokens": 3}
+            refused = client.post("/v1/completions", json=body)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "cost_meter_stale"
+        samples = httpx.get(f"{server.url}/metrics").text.splitlines()
+        counted = [line for line in samples if line.startswith("cost_meter_")]
+        assert not [line for line in counted if "_created" not in line and line[-4:] != " 0.0"]
     finally:
         server.stop()
     [line] = [line for line in server.log.splitlines() if "cost meter" in line]
