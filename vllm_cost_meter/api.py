@@ -26,7 +26,7 @@ from vllm_cost_meter import __version__
 from vllm_cost_meter.access import OPEN, Access, Viewer
 from vllm_cost_meter.budgets import Figures, told
 from vllm_cost_meter.calc_api import add_calculators
-from vllm_cost_meter.economics import Slo
+from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.grammar import STEPS, question
 from vllm_cost_meter.idle import EXPECTED as POLICIES
@@ -83,13 +83,13 @@ def make_app(
     access: Access = OPEN,
     registry: Callable[[], CollectorRegistry] | None = None,
     budgets: Callable[[], Figures] = Figures,
-    slo: Callable[[], Slo] = Slo,
+    declared: Callable[[], Declared] = Declared,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
     `refresh` is called, in a worker thread, before figures are read; `access` says who may see
-    which; `registry` gives the metrics; `budgets` says where the budgets stand; `slo` gives the
-    latency bounds.
+    which; `registry` gives the metrics; `budgets` says where the budgets stand; `declared`
+    what the operator declared of the deployment.
     """
 
     def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
@@ -118,7 +118,7 @@ def make_app(
     _add_book_routes(app, reader, refresh)
     _add_report_route(app, reader, refresh)
     _add_model_route(app, reader, refresh)
-    _add_economics_routes(app, reader, refresh, slo)
+    _add_economics_routes(app, reader, refresh, declared)
     _add_budget_route(app, budgets)
     add_calculators(app)
 
@@ -290,19 +290,22 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
 
 
 def _add_economics_routes(
-    app: FastAPI, reader: LedgerReader, refresh: Callable[[], None], slo: Callable[[], Slo]
+    app: FastAPI,
+    reader: LedgerReader,
+    refresh: Callable[[], None],
+    declared: Callable[[], Declared],
 ) -> None:
     @app.get("/cost/economics", dependencies=FOR_ADMINS)
     def figures(window: Trailing = WEEK) -> dict[str, Any]:
         """Return what tokens and requests cost in all, at which load and latency."""
         hours = hours_asked(window)
         refresh()
-        return economics(reader, slo(), *hours)
+        return economics(reader, declared(), *hours)
 
     @app.get("/cost/economics/method", dependencies=FOR_ADMINS)
     def how(window: Trailing = WEEK) -> dict[str, Any]:
         """Return the SQL behind each of these figures, as it is executed."""
-        return {"figures": method(reader, slo(), *hours_asked(window))}
+        return {"figures": method(reader, declared(), *hours_asked(window))}
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from vllm_cost_meter.api_prices import offers_of_file, offers_of_package
 from vllm_cost_meter.command_line import Json, Ledger, reading
 from vllm_cost_meter.economics import (
     Compared,
+    Declared,
     Mix,
     Offer,
-    Slo,
     WhatIf,
     compare,
     ratio_of,
@@ -123,7 +123,7 @@ def _answer(
 ) -> dict[str, Any]:
     cut = reader.cut(Window(*hours), (), None, 0)
     with reader.transaction() as connection:
-        figures = read_figures(connection, cut, Slo())
+        figures = read_figures(connection, cut, Declared())
         sent = list(read_mix(connection, cut))
     if len(sent) * len(offers) > PRICED_MAX:
         raise ValueError(

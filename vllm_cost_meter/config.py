@@ -42,10 +42,10 @@ from pydantic_settings import (
 from vllm_cost_meter import setting_prices
 from vllm_cost_meter import setting_types as t
 from vllm_cost_meter.budgets import Budget
-from vllm_cost_meter.economics import Slo
 from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.price_book import PriceBook
 from vllm_cost_meter.setting_budgets import BudgetSetting, check_budgets
+from vllm_cost_meter.setting_economics import EconomicsSettings
 from vllm_cost_meter.setting_prices import EnergyPriceSetting, OverheadSetting, PriceSetting
 from vllm_cost_meter.tenant_settings import (
     RuleSetting,
@@ -66,11 +66,10 @@ PREFIX = "COST_METER_"
 OTHER_NAMES = frozenset({"COST_METER_PURE_PYTHON", "COST_METER_SANITIZE", "COST_METER_CACHE"})
 
 Method = Literal["shapley", "tokens", "equal"]
-SLO_BOUND = "a number above 0, at most 1,000,000,000"
 _about = t.about
 
 
-class Settings(BaseSettings):
+class Settings(EconomicsSettings, BaseSettings):
     """All settings, checked. Built by `load_settings`; never changed afterwards."""
 
     model_config = SettingsConfigDict(
@@ -202,35 +201,6 @@ class Settings(BaseSettings):
         json_schema_extra=_about("a number from 0.1 to 600", "s", live=True),
     )
 
-    slo_ttft_ms: t.Number | None = Field(
-        default=None,
-        gt=0,
-        le=1e9,
-        description="A request is good that gets its first token within this time.",
-        json_schema_extra=_about(SLO_BOUND, "ms", live=True),
-    )
-    slo_tpot_ms: t.Number | None = Field(
-        default=None,
-        gt=0,
-        le=1e9,
-        description="... and each further token within this time, on average.",
-        json_schema_extra=_about(SLO_BOUND, "ms", live=True),
-    )
-    slo_e2e_ms: t.Number | None = Field(
-        default=None,
-        gt=0,
-        le=1e9,
-        description="... and ends within this time.",
-        json_schema_extra=_about(SLO_BOUND, "ms", live=True),
-    )
-    slo_percentile: t.Number = Field(
-        default=99.0,
-        gt=0,
-        le=100,
-        description="How many of all requests must be good.",
-        json_schema_extra=_about("a number above 0, at most 100", "%", live=True),
-    )
-
     @field_validator("admin_token")
     @classmethod
     def _guarded_off_loopback(cls, token: SecretStr | None, info: ValidationInfo) -> object:
@@ -321,11 +291,6 @@ class Settings(BaseSettings):
     def tenant_keys(self) -> dict[str, str]:
         """The tenants by the SHA-256 of their API keys."""
         return keys_of(self.tenants)
-
-    @property
-    def slo(self) -> Slo:
-        """The declared latency bounds."""
-        return Slo(self.slo_ttft_ms, self.slo_tpot_ms, self.slo_e2e_ms, self.slo_percentile)
 
     def admin_sha256(self) -> str | None:
         """Return the SHA-256 of the admin token; None without one."""

@@ -22,9 +22,9 @@ def economics_(
 ) -> None:
     """Print what a million tokens and a request cost, at which load and latency."""
     with one_line_errors():
-        slo = load_settings().slo
+        declared = load_settings().declared
         with reading(ledger) as reader:
-            answer = economics(reader, slo, *hours_of_window(window))
+            answer = economics(reader, declared, *hours_of_window(window))
     if as_json:
         print(json.dumps(answer, indent=2))
         return
@@ -40,9 +40,9 @@ def economics_(
 def explain_figure(name: str, ledger: str | None, *, as_json: bool) -> None:
     """Print the SQL behind a figure of the trailing week."""
     with one_line_errors():
-        slo = load_settings().slo
+        declared = load_settings().declared
         with reading(ledger) as reader:
-            known = {row["figure"]: row for row in method(reader, slo, *hours_of_window(WEEK))}
+            known = {row["figure"]: row for row in method(reader, declared, *hours_of_window(WEEK))}
         if name not in known:
             raise ValueError(f"{name}: expected latency bounds (slo_ttft_ms, ...), got none")
     if as_json:

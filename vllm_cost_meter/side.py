@@ -25,7 +25,7 @@ from vllm_cost_meter.api import make_app
 from vllm_cost_meter.budgets import Figures
 from vllm_cost_meter.collector import Collector
 from vllm_cost_meter.config import Settings
-from vllm_cost_meter.economics import Slo
+from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.own_figures import make_router
@@ -53,7 +53,7 @@ async def start_side(collector: Collector, app: Any) -> None:
                 collector.figures,
                 lambda: collector.settings.tenant_keys,
                 collector.book,
-                lambda: collector.settings.slo,
+                lambda: collector.settings.declared,
             )
         _add_own_figures(collector, app)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
@@ -76,7 +76,7 @@ def serve(
     budgets: Callable[[], Figures] = Figures,
     keys: Callable[[], Mapping[str, str]] = dict,
     book: Callable[[], PriceBook] | None = None,
-    slo: Callable[[], Slo] = Slo,
+    declared: Callable[[], Declared] = Declared,
 ) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken."""
     if settings.port is None:
@@ -103,7 +103,7 @@ def serve(
         access=Access(settings.admin_sha256(), keys),
         registry=metrics_registry,
         budgets=budgets,
-        slo=slo,
+        declared=declared,
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

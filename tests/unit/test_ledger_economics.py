@@ -7,12 +7,12 @@ import pytest
 
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import HOUR, T0, Ledger, http, part, snapshot
-from vllm_cost_meter.economics import Slo
+from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.ledger.economics import FIGURES, OF_SLO, economics, method
 from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, Usage, UsagePiece
 
 S = 10**9
-BOUNDS = Slo(ttft_ms=3, tpot_ms=3, e2e_ms=9, percentile=60)
+BOUNDS = Declared(ttft_ms=3, tpot_ms=3, e2e_ms=9, percentile=60)
 AMOUNTS = (
     "cost_usd", "wall_gpu_seconds", "observed_seconds", "cold_starts", "cold_start_gpu_seconds",
     "cold_start_usd", "requests", "arrivals", "prompt_tokens", "output_tokens", "good_requests",
@@ -52,8 +52,8 @@ def write(ledger, usd: str | None = "36") -> None:
     ledger.write(taken, usd=usd)
 
 
-def figures(ledger, *hours, slo: Slo = BOUNDS):
-    return economics(ledger.reader, slo, *hours, settle_s=0)["figures"]
+def figures(ledger, *hours, declared: Declared = BOUNDS):
+    return economics(ledger.reader, declared, *hours, settle_s=0)["figures"]
 
 
 def test_figures_are_those_computed_by_hand(ledger):
@@ -94,12 +94,21 @@ def test_goodput_is_of_what_kept_every_bound(ledger):
     assert answer["slo"] == {
         "ttft_ms": 3, "tpot_ms": 3, "e2e_ms": 9, "percentile": 60, "met": False,
     }  # fmt: skip
-    assert economics(ledger.reader, Slo(e2e_ms=16), settle_s=0)["slo"]["met"]
+    assert economics(ledger.reader, Declared(e2e_ms=16), settle_s=0)["slo"]["met"]
+
+
+def test_the_penalty_is_against_a_full_load_that_was_declared_and_else_blank(ledger):
+    write(ledger)
+    full = figures(ledger, declared=Declared(theta_max=20))
+    assert full["penalty"] == pytest.approx(20 / (20 / 30))
+    blank = figures(ledger, declared=Declared())
+    assert blank.pop("penalty") is None
+    assert {name: full[name] for name in blank} == blank
 
 
 def test_without_bounds_there_is_no_goodput(ledger):
     write(ledger)
-    answer = economics(ledger.reader, Slo(), settle_s=0)
+    answer = economics(ledger.reader, Declared(), settle_s=0)
     assert answer["slo"] is None
     assert not set(OF_SLO) & set(answer["figures"])
 
@@ -186,9 +195,9 @@ def test_load_and_tokens_are_those_of_the_summary(ledger):
 
 def test_what_ran_is_told_by_the_engines(ledger):
     write(ledger)
-    (one,) = economics(ledger.reader, Slo(), settle_s=0)["deployments"]
+    (one,) = economics(ledger.reader, Declared(), settle_s=0)["deployments"]
     assert set(one) == {
         "hardware", "gpus", "model", "precision", "parallelism", "vllm_version", "runs",
     }  # fmt: skip
     assert (one["gpus"], one["runs"]) == (2, 1)
-    assert economics(ledger.reader, Slo(), HOUR + 8, HOUR + 9, settle_s=0)["deployments"] == []
+    assert economics(ledger.reader, Declared(), HOUR + 8, HOUR + 9, settle_s=0)["deployments"] == []

@@ -10,7 +10,6 @@ Invariant: every result is a finite number, or None where it is undefined; an ar
 a rate, price or share raises ValueError with one line that names it.
 """
 
-from vllm_cost_meter.economics.bounds import Slo
 from vllm_cost_meter.economics.comparison import (
     Compared,
     Mix,
@@ -33,6 +32,7 @@ from vllm_cost_meter.economics.curves import (
     penalty,
     slo,
 )
+from vllm_cost_meter.economics.declared import Declared
 from vllm_cost_meter.economics.fixed_cost import BreakEven, Verdict, break_even
 from vllm_cost_meter.economics.formulas import (
     Arrival,
@@ -55,6 +55,7 @@ __all__ = [
     "Compared",
     "Crossover",
     "Curve",
+    "Declared",
     "EffectiveCost",
     "Mix",
     "Offer",
@@ -64,7 +65,6 @@ __all__ = [
     "RequestCost",
     "Sent",
     "Serverless",
-    "Slo",
     "SloCost",
     "Verdict",
     "WhatIf",

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import TextClause, text
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.economics import Sent, Slo
+from vllm_cost_meter.economics import Declared, Sent
 from vllm_cost_meter.ledger.cut import Cut, Window
 from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
 from vllm_cost_meter.ledger.tenants import Totals
@@ -42,14 +42,14 @@ class Figure(NamedTuple):
     expression: str
 
 
-def condition(slo: Slo) -> str:
+def condition(declared: Declared) -> str:
     """Return the SQL condition on a row of `ended` that kept all bounds."""
     # A reply of one token has no time between tokens.
-    tpot = f"(tpot_ms <= {slo.tpot_ms!r} OR (tpot_ms IS NULL AND output_tokens <= 1))"
+    tpot = f"(tpot_ms <= {declared.tpot_ms!r} OR (tpot_ms IS NULL AND output_tokens <= 1))"
     kept = [
-        *([f"ttft_ms <= {slo.ttft_ms!r}"] if slo.ttft_ms is not None else []),
-        *([tpot] if slo.tpot_ms is not None else []),
-        *([f"e2e_ms <= {slo.e2e_ms!r}"] if slo.e2e_ms is not None else []),
+        *([f"ttft_ms <= {declared.ttft_ms!r}"] if declared.ttft_ms is not None else []),
+        *([tpot] if declared.tpot_ms is not None else []),
+        *([f"e2e_ms <= {declared.e2e_ms!r}"] if declared.e2e_ms is not None else []),
     ]
     return " AND ".join(kept)
 
@@ -165,6 +165,11 @@ _FIGURES: Mapping[str, Figure] = {
         "C_eff: all costs / output tokens",
         "1e6 * {cost_usd} / NULLIF({output_tokens}, 0)",
     ),
+    "penalty": Figure(
+        "",
+        "theta_max / theta: how many times the cost at full load; null unless that is declared",
+        "{theta_max} / NULLIF({output_tokens_per_s}, 0)",
+    ),
     "usd_per_m_total_tokens": Figure(
         "USD",
         "all costs / prompt and output tokens",
@@ -242,7 +247,7 @@ _NAMED = re.compile(r"\{(\w+)\}")
 
 def economics(
     reader: LedgerReader,
-    slo: Slo,
+    declared: Declared,
     from_hour: int | None = None,
     to_hour: int | None = None,
     *,
@@ -254,19 +259,22 @@ def economics(
     """
     cut = reader.cut(Window(from_hour, to_hour), (), None, settle_s)
     with reader.transaction() as connection:
-        figures = read_figures(connection, cut, slo)
+        figures = read_figures(connection, cut, declared)
     return {
         "window": cut.window.as_dict(),
         "taken_at": cut.at(),
         "deployments": deployments(cut),
-        "slo": slo.told(figures["good_requests_share"]) if slo.is_declared else None,
+        "slo": declared.slo(figures.get("good_requests_share")),
         "prices": Totals.of(cut).cost.listed(),
         "figures": figures,
     }
 
 
 def method(
-    reader: LedgerReader, slo: Slo, from_hour: int | None = None, to_hour: int | None = None
+    reader: LedgerReader,
+    declared: Declared,
+    from_hour: int | None = None,
+    to_hour: int | None = None,
 ) -> list[dict[str, Any]]:
     """Return how each figure of a window comes about: unit, meaning, and the SQL as it is."""
     cut = reader.cut(Window(from_hour, to_hour), (), None, 0)
@@ -275,15 +283,15 @@ def method(
             "figure": name,
             "unit": FIGURES[name].unit or None,
             "meaning": FIGURES[name].meaning,
-            "sql": sql_of([name], cut, slo),
+            "sql": sql_of([name], cut, declared),
         }
-        for name in figures_told(slo)
+        for name in figures_told(declared)
     ]
 
 
-def sql_of(names: Iterable[str], cut: Cut, slo: Slo) -> str:
+def sql_of(names: Iterable[str], cut: Cut, declared: Declared) -> str:
     """Return the statement whose one row has these figures, in this order."""
-    columns = [f"{_expanded(name, slo)} AS {name}" for name in names]
+    columns = [f"{_expanded(name, declared)} AS {name}" for name in names]
     return _with_tables("SELECT\n  " + ",\n  ".join(columns), cut)
 
 
@@ -314,10 +322,10 @@ def _statement(sql: str) -> TextClause:
     return text(sql.replace(":", "\\:"))
 
 
-def read_figures(connection: Connection, cut: Cut, slo: Slo) -> dict[str, float | None]:
+def read_figures(connection: Connection, cut: Cut, declared: Declared) -> dict[str, float | None]:
     """Return all figures of a cut's window; those of latency bounds only if any is declared."""
-    names = figures_told(slo)
-    row = connection.execute(_statement(sql_of(names, cut, slo))).one()
+    names = figures_told(declared)
+    row = connection.execute(_statement(sql_of(names, cut, declared))).one()
     return dict(zip(names, map(_number, row), strict=True))
 
 
@@ -330,20 +338,25 @@ def deployments(cut: Cut) -> list[dict[str, Any]]:
     return [{**dict(zip(names, of, strict=True)), "runs": n} for of, n in counted.items()]
 
 
-def figures_told(slo: Slo) -> list[str]:
+def figures_told(declared: Declared) -> list[str]:
     """Return the names of the figures that are told."""
-    return [name for name in FIGURES if slo.is_declared or name not in OF_SLO]
+    return [name for name in FIGURES if declared.has_slo or name not in OF_SLO]
 
 
 def _number(value: Any) -> Any:
     return float(value) if isinstance(value, Decimal) else value
 
 
-def _expanded(name: str, slo: Slo) -> str:
+def _expanded(name: str, declared: Declared) -> str:
     """Return the expression of a figure with those it names in their place."""
 
     def of(found: re.Match[str]) -> str:
-        return condition(slo) if found[1] == "slo" else f"({_expanded(found[1], slo)})"
+        if found[1] == "slo":
+            return condition(declared)
+        if found[1] == "theta_max":
+            known = declared.theta_max
+            return "CAST(NULL AS DOUBLE PRECISION)" if known is None else repr(known)
+        return f"({_expanded(found[1], declared)})"
 
     return _NAMED.sub(of, FIGURES[name].expression)
 

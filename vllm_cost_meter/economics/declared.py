@@ -1,0 +1,39 @@
+"""What an operator declared of a deployment, and no engine can say: latency bounds, full load."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """Latency bounds (SLO) in ms, None for no bound, and the throughput at full load.
+
+    `percentile` is the percentage of requests that must keep all bounds; `theta_max` are output
+    tokens per second of the whole deployment, None where nobody measured it.
+    """
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
+    percentile: float = 99.0
+    theta_max: float | None = None
+
+    @property
+    def has_slo(self) -> bool:
+        """Whether there is any latency bound."""
+        return any(bound is not None for bound in (self.ttft_ms, self.tpot_ms, self.e2e_ms))
+
+    def slo(self, share: float | None) -> dict[str, Any] | None:
+        """Return the bounds, and whether such a share of requests that keep them is enough.
+
+        None if there is no bound.
+        """
+        if not self.has_slo:
+            return None
+        return {
+            "ttft_ms": self.ttft_ms,
+            "tpot_ms": self.tpot_ms,
+            "e2e_ms": self.e2e_ms,
+            "percentile": self.percentile,
+            "met": None if share is None else 100 * share >= self.percentile,
+        }
