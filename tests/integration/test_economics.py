@@ -31,4 +31,5 @@ def test_figures_of_real_traffic_are_the_summarys_and_their_sql_gives_them(serve
             (value,) = by.execute(step["sql"]).fetchone()
             if step["unit"] in ("", None, "ms") and "share" not in step["figure"]:
                 told = figures[step["figure"]]
-                assert value == pytest.approx(told, rel=0.05), step["figure"]
+                is_blank = told is None  # the penalty: nobody declared what full load is
+                assert value == (None if is_blank else pytest.approx(told, rel=0.05)), step
