@@ -16,7 +16,8 @@ import typer
 
 from vllm_cost_meter.calculators import CALCULATORS, INPUTS, calculate
 from vllm_cost_meter.command_line import Json
-from vllm_cost_meter.economics import Curve, break_even, curve_of
+from vllm_cost_meter.economics import Curve, curve_of
+from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH
 from vllm_cost_meter.terminal import one_line_errors, print_rows
 from vllm_cost_meter.text import plain, rounded
 
@@ -82,7 +83,7 @@ def break_even_(
     overhead_usd_per_month: Annotated[float, _option("overhead_usd_per_month")] = 0,
     overhead_percent: Annotated[float, _option("overhead_percent")] = 0,
     redundancy: Annotated[float, _option("redundancy")] = 1,
-    hours_per_month: Annotated[float, _option("hours_per_month")] = 730,
+    hours_per_month: Annotated[float, _option("hours_per_month")] = HOURS_PER_MONTH,
     utilization: Annotated[
         list[str] | None, typer.Option(help="Parts of the capacity, 0 to 1; several by commas.")
     ] = None,
@@ -111,9 +112,6 @@ def break_even_(
             given["volume"] = volumes
         answer = calculate("break-even", given)
     _show(answer, as_json=as_json)
-
-
-break_even_.__doc__ = (break_even.__doc__ or "").partition("\n")[0]
 
 
 def _numbers(name: str, texts: Sequence[str]) -> list[float]:

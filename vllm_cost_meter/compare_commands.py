@@ -123,7 +123,7 @@ def _answer(
 ) -> dict[str, Any]:
     cut = reader.cut(Window(*hours), (), None, 0)
     with reader.transaction() as connection:
-        figures = read_figures(connection, cut, Declared())
+        figures = read_figures(connection, cut, Declared(), ("cost_usd", "observed_seconds"))
         sent = list(read_mix(connection, cut))
     if len(sent) * len(offers) > PRICED_MAX:
         raise ValueError(

@@ -16,7 +16,7 @@ Invariant: figures of the window's parts add up to the window's, where they are 
 # ruff: noqa: S608 - numbers, instants and run ids are all that is written into the SQL below
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -26,12 +26,12 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.economics import Declared, Sent
 from vllm_cost_meter.ledger.cut import Cut, Window
-from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
+from vllm_cost_meter.ledger.reader import SETTLE_S, WORK, LedgerReader
 from vllm_cost_meter.ledger.tenants import Totals
 from vllm_cost_meter.records import CLASSES, NS_PER_HOUR, rfc3339
 
 # Classes in which the GPUs worked.
-BUSY = ("requests", "in_flight", "tail", "dummy")
+BUSY = ("requests", *WORK)
 
 
 class Figure(NamedTuple):
@@ -58,7 +58,7 @@ def _sum_of(names: Iterable[str]) -> str:
     return " + ".join(f"{name}_ns" for name in names)
 
 
-# In the order in which one may name another. {hours}, {since} ... are conditions on the window.
+# In the order in which one may name another. {hours}, {ended} ... are conditions on the window.
 TABLES: Mapping[str, str] = {
     # Every engine's hours: GPU time in all and while the GPUs worked.
     "hours": f"""SELECT engine_hours.run_id, hour, engine_index, gpus,
@@ -120,7 +120,7 @@ _COST = (
     "SELECT CASE WHEN COUNT(*) = COUNT(usd_per_gpu_hour)"
     " THEN SUM({ns} * usd_per_gpu_hour) / 3.6e12 END FROM {table}"
 )
-_FIGURES: Mapping[str, Figure] = {
+FIGURES: Mapping[str, Figure] = {
     "cost_usd": Figure(
         "USD", "wall time x price of all GPUs", f"({_COST.format(ns='gpu_ns', table='priced')})"
     ),
@@ -240,8 +240,7 @@ _FIGURES: Mapping[str, Figure] = {
     ),
 }
 # Told only where bounds were declared.
-OF_SLO = tuple(name for name in _FIGURES if "good" in name or "missed" in name)
-FIGURES: Mapping[str, Figure] = _FIGURES
+OF_SLO = tuple(name for name in FIGURES if "good" in name or "missed" in name)
 _NAMED = re.compile(r"\{(\w+)\}")
 
 
@@ -259,7 +258,7 @@ def economics(
     """
     cut = reader.cut(Window(from_hour, to_hour), (), None, settle_s)
     with reader.transaction() as connection:
-        figures = read_figures(connection, cut, declared)
+        figures = read_figures(connection, cut, declared, figures_told(declared))
     return {
         "window": cut.window.as_dict(),
         "taken_at": cut.at(),
@@ -322,9 +321,10 @@ def _statement(sql: str) -> TextClause:
     return text(sql.replace(":", "\\:"))
 
 
-def read_figures(connection: Connection, cut: Cut, declared: Declared) -> dict[str, float | None]:
-    """Return all figures of a cut's window; those of latency bounds only if any is declared."""
-    names = figures_told(declared)
+def read_figures(
+    connection: Connection, cut: Cut, declared: Declared, names: Sequence[str]
+) -> dict[str, float | None]:
+    """Return these figures of a cut's window; those of latency bounds need one declared."""
     row = connection.execute(_statement(sql_of(names, cut, declared))).one()
     return dict(zip(names, map(_number, row), strict=True))
 

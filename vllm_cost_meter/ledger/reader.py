@@ -57,7 +57,7 @@ MAX_LIMIT = 1000
 # How long a report waits for bills that its cut counts and that are still on their way.
 SETTLE_S = 2.0
 # Overhead in which the GPUs worked all the same.
-_WORK = ("in_flight", "tail", "dummy")
+WORK = ("in_flight", "tail", "dummy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +294,7 @@ class LedgerReader:
             f"{name}_ns": row["gpu_time_ns"]
             for name, row in zip(OVERHEAD_ROWS, overhead, strict=True)
         }
-        worked_ns = requests_ns + sum(class_ns[f"{name}_ns"] for name in _WORK)
+        worked_ns = requests_ns + sum(class_ns[f"{name}_ns"] for name in WORK)
         wall_gpu_ns = report["wall_gpu_ns"]
         counts = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
         return {
