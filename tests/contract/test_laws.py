@@ -7,6 +7,7 @@ imports inside functions too. Modules that do not exist are not missed: files ar
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -246,6 +247,15 @@ def test_only_what_speaks_at_a_terminal_prints() -> None:
         and node.func.id == "print"
     ]
     assert wrong == []
+
+
+def test_every_package_is_shipped() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / PACKAGE).rglob("__init__.py")
+    }
+    assert set(project["tool"]["setuptools"]["packages"]) == packages
 
 
 def test_every_module_says_what_it_is_for() -> None:
