@@ -56,11 +56,12 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check bench matrix clean
+.PHONY: help setup demo demo-sweep test check bench matrix clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
 	@echo '             MODEL=... another model; DEMO_ARGS=--keep leaves it running'
+	@echo 'make demo-sweep  the same server at several loads: a plot of cost and latency; 5 minutes'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
 	@echo 'make bench   the benchmarks; some minutes, on an otherwise idle machine'
@@ -75,6 +76,9 @@ setup: $(VENV)/.vllm $(VENV)/.meter $(if $(MODEL),,$(TINY_MODEL))
 
 demo: setup
 	@$(RUN) vllm-cost-meter demo $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
+
+demo-sweep: setup
+	@$(RUN) vllm-cost-meter demo --sweep $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
 
 test: setup
 	@$(RUN) python -m pytest $(TEST_ARGS)

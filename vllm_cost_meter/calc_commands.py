@@ -126,6 +126,11 @@ def _numbers(name: str, texts: Sequence[str]) -> list[float]:
 
 def read_curve(path: Path) -> Curve:
     """Return the curve of a JSON or CSV file. Raises ValueError for any other."""
+    return curve_of(read_points(path))
+
+
+def read_points(path: Path) -> Any:
+    """Return what the file of a curve holds: JSON, or the rows of CSV. Raises ValueError."""
     try:
         if path.stat().st_size > CURVE_BYTES_MAX:
             raise ValueError(f"--curve: expected at most {CURVE_BYTES_MAX} bytes in {path}")
@@ -134,9 +139,9 @@ def read_curve(path: Path) -> Curve:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ValueError(f"--curve: {path} cannot be read: {why}") from None
     if text.lstrip()[:1] not in ("{", "["):
-        return curve_of(list(csv.DictReader(io.StringIO(text))))
+        return list(csv.DictReader(io.StringIO(text)))
     try:
-        return curve_of(json.loads(text))
+        return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--curve: expected JSON in {path}: {error}") from None
 

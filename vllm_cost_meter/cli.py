@@ -24,6 +24,8 @@ from vllm_cost_meter.ledger.economics import FIGURES
 from vllm_cost_meter.ledger.live import MAX_LOST
 from vllm_cost_meter.price_text import PRICE_COLUMNS
 from vllm_cost_meter.report_commands import report, statement
+from vllm_cost_meter.sweep_commands import app as saturation
+from vllm_cost_meter.sweep_commands import sweep
 from vllm_cost_meter.tenant_commands import app as tenants
 from vllm_cost_meter.terminal import one_line_errors, print_rows
 from vllm_cost_meter.text import plain
@@ -38,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(tenants)
 app.add_typer(calc)
+app.add_typer(saturation)
 
 # Lost requests of a run that the audit prints.
 LOST_LINES_MAX = 20
@@ -47,6 +50,7 @@ app.command("compare")(compare_)
 app.command("economics")(economics_)
 app.command()(report)
 app.command()(statement)
+app.command()(sweep)
 
 
 @app.command()
@@ -185,6 +189,9 @@ def demo(
         str | None, typer.Option(help="Model to serve; a tiny random one otherwise.")
     ] = None,
     keep: Annotated[bool, typer.Option(help="Leave the server running at the end.")] = False,
+    sweep: Annotated[
+        bool, typer.Option(help="Measure cost against load instead, and plot it.")
+    ] = False,
     print_model_path: Annotated[
         bool, typer.Option(help="Print where the tiny model is, and do nothing else.")
     ] = False,
@@ -197,7 +204,7 @@ def demo(
     if print_model_path:
         print(default_path())
         return
-    raise typer.Exit(run_demo(model, keep=keep))
+    raise typer.Exit(run_demo(model, keep=keep, sweep=sweep))
 
 
 @app.callback(invoke_without_command=True)

@@ -15,7 +15,6 @@ import json
 import os
 import secrets
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.status import Status
@@ -31,6 +30,7 @@ from rich.table import Table
 
 from vllm_cost_meter.config import OTHER_NAMES, PREFIX, load_settings
 from vllm_cost_meter.demo_checks import Figures, problems
+from vllm_cost_meter.demo_sweep import sweep_demo
 from vllm_cost_meter.demo_traffic import (
     BATCH,
     CHAT,
@@ -49,6 +49,7 @@ from vllm_cost_meter.serving import (
     is_cpu_build,
 )
 from vllm_cost_meter.statement_text import print_statement
+from vllm_cost_meter.terminal import interruptible
 from vllm_cost_meter.text import plain
 from vllm_cost_meter.tiny_model import default_path, make_tiny_model
 
@@ -82,16 +83,25 @@ class Setting:
     arguments: Sequence[str]
 
 
-def run_demo(model: str | None, *, keep: bool) -> int:
+def run_demo(model: str | None, *, keep: bool, sweep: bool = False) -> int:
     """Serve `model` (the tiny one if None), let the tenants use it, print the bill.
 
-    Returns the exit status: 0 if everything adds up. With `keep` the server goes on.
+    Returns the exit status: 0 if everything adds up. With `keep` the server goes on. With `sweep`
+    it is driven through loads instead, and the end is a curve of cost against load.
     """
     tty = sys.stdout.isatty()
     console = Console(markup=False, highlight=False, width=None if tty else PIPE_WIDTH)
     try:
-        with _terminable():
-            return _demo(console, model, keep=keep)
+        with interruptible(), served(console, model) as (server, setting):
+            if sweep:
+                key = setting.keys[BATCH]
+                status = sweep_demo(console, server, setting.environment, key)
+            else:
+                status = _demo(console, server, setting)
+            if keep:
+                _tell_how_to_use(console, server, setting)
+                server.keep()
+            return status
     except KeyboardInterrupt:
         return _failed("interrupted; the server was stopped", INTERRUPTED)
     except SettingError as error:
@@ -107,23 +117,11 @@ def _failed(why: str, status: int) -> int:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does, so that it cleans up."""
+def served(console: Console, model: str | None) -> Iterator[tuple[Server, Setting]]:
+    """Serve a model with the meter inside; the server ends with the block unless told otherwise.
 
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _demo(console: Console, model: str | None, *, keep: bool) -> int:
+    Whoever wants it to go on calls `Server.keep`.
+    """
     setting = _prepare(console, model)
     keys_file = setting.folder / "keys.yaml"
     server = Server(
@@ -132,24 +130,22 @@ def _demo(console: Console, model: str | None, *, keep: bool) -> int:
         setting.environment,
         setting.folder / "vllm.log",
     )
-    kept = False
     try:
         try:
             write_private(keys_file, f"api-key: {json.dumps(list(setting.keys.values()))}\n")
             _serve(console, server, setting)
         finally:
             keys_file.unlink(missing_ok=True)
-        seen = _traffic(console, server, setting)
-        figures = _quiet_figures(server, setting, seen.abandoned_id)
-        _show(console, server, setting, seen, figures)
-        status = _verdict(console, problems(seen, figures), seen)
-        if keep:
-            _tell_how_to_use(console, server, setting)
-            kept = True
-        return status
+        yield server, setting
     finally:
-        if not kept:
-            server.stop()
+        server.stop()
+
+
+def _demo(console: Console, server: Server, setting: Setting) -> int:
+    seen = _traffic(console, server, setting)
+    figures = _quiet_figures(server, setting, seen.abandoned_id)
+    _show(console, server, setting, seen, figures)
+    return _verdict(console, problems(seen, figures), seen)
 
 
 # -- setting up ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
@@ -27,6 +28,15 @@ def new_figure(width_inches: float, height_inches: float) -> "Figure":
     except ImportError:
         raise ValueError(MISSING) from None
     return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
+def label_log_scale(axis: "Axis") -> None:
+    """Label a logarithmic axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def is_plot(path: Path) -> bool:

@@ -134,6 +134,7 @@ class Server:
         ]
         self._environment = {**environment, "COST_METER_PORT": str(self.side_port)}
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_kept = False
 
     @property
     def url(self) -> str:
@@ -181,10 +182,14 @@ class Server:
         """GET a figure of the side endpoint, such as `tenants`."""
         return get_json(self.side_port, f"/cost/{path}")
 
+    def keep(self) -> None:
+        """Let it go on: whoever wants to end it does so by its `pid`."""
+        self._is_kept = True
+
     def stop(self) -> None:
         """End the server: SIGTERM, time to finish, then SIGKILL to what is left of it."""
         process = self._process
-        if process is None:
+        if process is None or self._is_kept:
             return
         try:
             if process.poll() is None:

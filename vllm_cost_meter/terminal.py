@@ -3,10 +3,11 @@
 Nothing in a table is taken for markup, and no error moves a cursor.
 """
 
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,6 +25,23 @@ def one_line_errors() -> Iterator[None]:
     except (CostMeterError, ValueError) as error:
         print(plain(f"vllm-cost-meter: {error}"), file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what runs as Ctrl-C does, so that it cleans up."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # Columns whose unit is another one at a terminal, with what divides them.

@@ -87,6 +87,7 @@ PRINTERS = {
         "doctor",
         "economics_commands",
         "report_commands",
+        "sweep_commands",
         "tenant_commands",
         "terminal",
     )

@@ -102,7 +102,8 @@ def test_the_penalty_is_against_a_full_load_that_was_declared_and_else_blank(led
     full = figures(ledger, declared=Declared(theta_max=20))
     assert full["penalty"] == pytest.approx(20 / (20 / 30))
     blank = figures(ledger, declared=Declared())
-    assert blank.pop("penalty") is None
+    assert full["saturation_output_tokens_per_s"] == 20
+    assert blank.pop("penalty") is blank.pop("saturation_output_tokens_per_s") is None
     assert {name: full[name] for name in blank} == blank
 
 

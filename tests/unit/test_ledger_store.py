@@ -172,7 +172,7 @@ def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tm
     path = tmp_path / "ledger.db"
     with closing(sqlite3.connect(path)) as old:
         old.executescript((Path(__file__).parent / "ledger_v1.sql").read_text())
-    with pytest.raises(LedgerError, match="version 1, this cost meter needs 5; start a metered"):
+    with pytest.raises(LedgerError, match="version 1, this cost meter needs 6; start a metered"):
         open_ledger(url_of(path), create=False)
     open_ledger(url_of(path)).dispose()
     engine = open_ledger(url_of(path), create=False)
@@ -223,5 +223,5 @@ def test_two_processes_may_create_the_ledger_at_once(tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     engine = open_ledger(url, create=False)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(5,)]
+        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(6,)]
     engine.dispose()

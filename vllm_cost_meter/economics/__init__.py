@@ -47,6 +47,7 @@ from vllm_cost_meter.economics.formulas import (
     usd_per_hour_of,
 )
 from vllm_cost_meter.economics.per_second import Serverless, serverless
+from vllm_cost_meter.economics.saturation import SaturationPoint, saturation_of
 
 __all__ = [
     "Arrival",
@@ -63,6 +64,7 @@ __all__ = [
     "PenaltyPoint",
     "Point",
     "RequestCost",
+    "SaturationPoint",
     "Sent",
     "Serverless",
     "SloCost",
@@ -78,6 +80,7 @@ __all__ = [
     "penalty",
     "ratio_of",
     "request",
+    "saturation_of",
     "serverless",
     "slo",
     "usd_per_hour_of",

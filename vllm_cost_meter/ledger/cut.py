@@ -130,10 +130,11 @@ class RunCut:
 
     def state(self) -> dict[str, Any]:
         """Return what a summary says of the run."""
-        names = ("run_id", "engine_index", "model", "gpus", "method", "started_at", "taken_at")
+        names = ("run_id", "engine_index", "model", "gpus", "hardware", "parallelism", "precision")
+        more = ("vllm_version", "method", "started_at", "taken_at")
         about = ("running", "waiting", "kv_cache_usage", "steps", "errors", "state")
         return {
-            **{name: self.row[name] for name in (*names, *about)},
+            **{name: self.row[name] for name in (*names, *more, *about)},
             "alive": self.alive,
             "usd_per_gpu_hour": self.row["usd_per_gpu_hour"],
         }

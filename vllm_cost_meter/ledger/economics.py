@@ -25,11 +25,14 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.economics import Declared, Sent
+from vllm_cost_meter.economics.saturation import IDENTITY
 from vllm_cost_meter.ledger.cut import Cut, Window
 from vllm_cost_meter.ledger.reader import SETTLE_S, WORK, LedgerReader
 from vllm_cost_meter.ledger.tenants import Totals
 from vllm_cost_meter.records import CLASSES, NS_PER_HOUR, rfc3339
 
+# Requests are of about the same size up to this factor, prompts and replies each.
+SIZE_FACTOR = 1.25
 # Classes in which the GPUs worked.
 BUSY = ("requests", *WORK)
 
@@ -56,6 +59,15 @@ def condition(declared: Declared) -> str:
 
 def _sum_of(names: Iterable[str]) -> str:
     return " + ".join(f"{name}_ns" for name in names)
+
+
+def _same(one: str, other: str) -> str:
+    return " AND ".join(f"{one}.{name} = {other}.{name}" for name in IDENTITY)
+
+
+def _about(column: str, tokens: str) -> str:
+    mean = f"(SELECT 1.0 * SUM({column}) / NULLIF(SUM(exchanges), 0) FROM ended)"
+    return f"{mean} BETWEEN {tokens} / {SIZE_FACTOR} AND {tokens} * {SIZE_FACTOR}"
 
 
 # In the order in which one may name another. {hours}, {ended} ... are conditions on the window.
@@ -97,6 +109,17 @@ GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq), r.prompt_group""
        MIN(ttft_ms) AS ttft_ms, MAX(tpot_ms) AS tpot_ms, MAX(e2e_ms) AS e2e_ms,
        SUM(gpu_time_ns) AS gpu_time_ns
 FROM prompts GROUP BY id""",
+    # What ran in the window.
+    "ran": """SELECT model, precision, vllm_version, hardware, gpus, parallelism FROM runs
+WHERE run_id IN (SELECT run_id FROM hours WHERE gpu_ns > 0)
+GROUP BY model, precision, vllm_version, hardware, gpus, parallelism""",
+    # Full load that was measured on the one deployment that ran, with requests of such a size.
+    "saturation": f"""SELECT s.measured_at, s.output_tokens_per_s
+FROM saturation_points AS s JOIN ran ON {_same("s", "ran")}
+WHERE (SELECT COUNT(*) FROM ran) = 1
+  AND s.engines = (SELECT COUNT(DISTINCT engine_index) FROM hours)
+  AND {_about("prompt_tokens", "s.input_tokens")}
+  AND {_about("output_tokens", "s.output_tokens")}""",
     # Engine runs that began.
     "began": "SELECT run_id FROM runs WHERE {began}",
     # Exchanges that came, finished or not.
@@ -165,10 +188,17 @@ FIGURES: Mapping[str, Figure] = {
         "C_eff: all costs / output tokens",
         "1e6 * {cost_usd} / NULLIF({output_tokens}, 0)",
     ),
+    "saturation_output_tokens_per_s": Figure(
+        "1/s",
+        "theta_max: full load as declared, or as a sweep measured it on this very deployment with"
+        " requests of about this size; else null",
+        "COALESCE({theta_max}, (SELECT output_tokens_per_s FROM saturation"
+        " ORDER BY measured_at DESC LIMIT 1))",
+    ),
     "penalty": Figure(
         "",
-        "theta_max / theta: how many times the cost at full load; null unless that is declared",
-        "{theta_max} / NULLIF({output_tokens_per_s}, 0)",
+        "theta_max / theta: how many times the cost at full load",
+        "{saturation_output_tokens_per_s} / NULLIF({output_tokens_per_s}, 0)",
     ),
     "usd_per_m_total_tokens": Figure(
         "USD",

@@ -80,6 +80,8 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
         *_added("open_requests", "TEXT", "tenant_parent", "tags"),
     ),
     4: (*_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "precision"),),
+    # The missing table is made: saturation_points.
+    5: (),
 }
 
 

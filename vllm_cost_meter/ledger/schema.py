@@ -28,7 +28,7 @@ from sqlalchemy import (
 from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.records import CLASSES
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 metadata = MetaData()
 
@@ -297,4 +297,28 @@ request_energy = Table(
     Column("energy_mj", BigInteger),
     Column("reason", Text),
     sqlite_with_rowid=False,
+)
+
+# Full load, as sweeps measured it: of which deployment, and with requests of which shape.
+saturation_points = Table(
+    "saturation_points",
+    metadata,
+    # A digest of the curve's file.
+    Column("point_id", _Key, primary_key=True),
+    Column("measured_at", _Key, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("precision", Text, nullable=False),
+    Column("vllm_version", Text, nullable=False),
+    Column("hardware", Text, nullable=False),
+    Column("gpus", Integer, nullable=False),
+    Column("parallelism", Text, nullable=False),
+    Column("engines", Integer, nullable=False),
+    # Tokens of each request.
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("output_tokens_per_s", Float, nullable=False),
+    Column("requests_per_s", Float, nullable=False),
+    Column("window_s", Float, nullable=False),
+    # JSON: how it was measured.
+    Column("protocol", Text, nullable=False),
 )

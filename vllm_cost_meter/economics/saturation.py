@@ -1,0 +1,109 @@
+"""Full load, out of the file of a sweep: the largest throughput, and what it is true of.
+
+A throughput says something of another deployment only if that is the same in all that `IDENTITY`
+names, has as many engines, and serves requests of about the same size. So a curve without its
+protocol is nobody's full load; nor is one in which every rate was served.
+
+Invariant: a point tells the curve it is from by a digest of the whole file.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from vllm_cost_meter.economics.curves import curve_of
+from vllm_cost_meter.economics.numbers import positive
+
+# Of one engine.
+IDENTITY = ("model", "precision", "vllm_version", "hardware", "gpus", "parallelism")
+# What a protocol must say.
+PROTOCOL = (
+    "client",
+    "plan",
+    "deployment",
+    "meter_version",
+    "prices",
+    "started_at",
+    "finished_at",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SaturationPoint:
+    """Full load of a deployment with requests of `input_tokens` and `output_tokens` each.
+
+    `about` has what `IDENTITY` names. `point_id` is a digest of the curve, `protocol` is JSON.
+    """
+
+    point_id: str
+    measured_at: str
+    about: Mapping[str, Any]
+    engines: int
+    input_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    requests_per_s: float
+    window_s: float
+    protocol: str
+
+
+def saturation_of(told: object) -> SaturationPoint:
+    """Return the full load that the file of a sweep tells of; `told` is its JSON.
+
+    Raises ValueError for a file without its protocol, and for one in which every rate was served.
+    """
+    curve = curve_of(told)
+    protocol = told.get("protocol") if isinstance(told, Mapping) else None
+    if not isinstance(told, Mapping) or not isinstance(protocol, Mapping):
+        raise ValueError("curve: expected the `protocol` by which it was measured, got none")
+    if missing := [name for name in PROTOCOL if name not in protocol]:
+        raise ValueError(f"curve: expected {', '.join(missing)} in its protocol, got none")
+    if told.get("saturated") is not True:
+        raise ValueError(
+            "curve: expected a rate that was more than the deployment served, got none;"
+            " sweep higher rates"
+        )
+    best = max(curve.points, key=lambda point: point.output_tokens_per_s)
+    plan, deployment = protocol["plan"], protocol["deployment"]
+    try:
+        return SaturationPoint(
+            point_id=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+            measured_at=_utc(protocol["finished_at"]),
+            about={
+                name: _count(deployment, name) if name == "gpus" else str(deployment[name])
+                for name in IDENTITY
+            },
+            engines=_count(deployment, "engines"),
+            input_tokens=_count(plan, "input_tokens"),
+            output_tokens=_count(plan, "output_tokens"),
+            output_tokens_per_s=best.output_tokens_per_s,
+            requests_per_s=best.requests_per_s,
+            window_s=positive("window_s", plan["window_s"]),
+            protocol=json.dumps(protocol, sort_keys=True),
+        )
+    except KeyError as error:
+        raise ValueError(f"curve: expected {error} in its protocol, got none") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"curve: in its protocol: {error}") from None
+
+
+def instant_text(at: datetime) -> str:
+    """Return an instant as RFC 3339 in UTC, of fixed width."""
+    return f"{at.astimezone(UTC).isoformat(timespec='microseconds')[:26]}Z"
+
+
+def _utc(text: str) -> str:
+    at = datetime.fromisoformat(text)
+    if at.tzinfo is None:
+        raise ValueError(f"expected finished_at with a time zone, got {text!r}")
+    return instant_text(at)
+
+
+def _count(told: Mapping[str, Any], name: str) -> int:
+    value = told[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number above 0, got {value!r}")
+    return value
