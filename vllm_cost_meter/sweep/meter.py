@@ -162,4 +162,5 @@ def _get(url: str, token: str | None, expected: str) -> bytes:
     except urllib.error.HTTPError as error:
         raise ServerError(f"{url} answered {error.code}; expected {expected} there") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ServerError(f"expected {expected} at {url}: {error}") from None
+        why = getattr(error, "reason", error)
+        raise ServerError(f"expected {expected} at {url}: {why}") from None
