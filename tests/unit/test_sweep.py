@@ -56,10 +56,12 @@ class Quiet:
 class Simulated(Sweep):
     """One server that takes the requests one after the other, so many in a second at most."""
 
-    def __init__(self, plan: Plan, served_per_s: float, fails: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, served_per_s: float, fails: bool = False, others: int = 0
+    ) -> None:
         self.watched = Quiet()
         super().__init__(plan, TARGET, None, Path(), {}, self.watched)  # type: ignore[arg-type]
-        self._served, self._fails = served_per_s, fails
+        self._served, self._fails, self._others = served_per_s, fails, others
 
     def _send(self, rate: float | None, requests: int) -> tuple[list[Reply], list[Sample]]:
         self._runs += 1
@@ -73,7 +75,10 @@ class Simulated(Sweep):
             replies.append(Reply(sent_s, sent_s, 100, 0, ()) if self._fails else reply)
         busy = requests / self._served
         end = max(free_s, 1.0)
-        return replies, [Sample(0.0, 0.0, 0.0, 5.0), Sample(end, end, busy, 5.0 + requests + 1)]
+        return replies, [
+            Sample(0.0, 0.0, 0.0, 5.0),
+            Sample(end, end, busy, 5.0 + requests + self._others),
+        ]
 
 
 def swept(plan: Plan, served_per_s: float = 20.0) -> list[Measured]:
@@ -107,6 +112,11 @@ def test_without_rates_a_burst_finds_them_and_the_last_one_is_more_than_is_serve
     assert points[2].utilization == pytest.approx(0.5, rel=0.05)
     assert [p.other_requests for p in points] == [0] * 6
     assert sweep.watched.done[0] == "100:10: a burst, to find the rates"
+
+
+def test_requests_of_others_are_counted():
+    sweep = Simulated(Plan(SHAPE, rates=(5.0,), window_s=20, warmup_s=5), 20, others=7)
+    assert [point.other_requests for point in sweep.points()] == [7]
 
 
 def test_a_last_rate_that_is_served_is_raised_until_one_is_not():

@@ -204,11 +204,10 @@ class Sweep:
 
 
 def _others(samples: Sequence[Sample], replies: Sequence[Reply]) -> int | None:
-    """Return how many bills were not for this client, which sends one request to try the server."""
+    """Return how many bills were not for this client, of whose requests each has one at most."""
     if len(samples) < 2:
         return None
-    own = sum(not reply.failed for reply in replies) + 1
-    return max(round(samples[-1].bills - samples[0].bills) - own, 0)
+    return max(round(samples[-1].bills - samples[0].bills) - len(replies), 0)
 
 
 def _rounded(rate: float) -> float:
