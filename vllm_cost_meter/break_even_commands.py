@@ -100,8 +100,9 @@ def _rates(
     """Return the rates by input, and of the price book what they come from."""
     rates = {name: usd for name, usd in said.items() if usd is not None}
     if not from_book:
-        if gpus is not None or gpu_name is not None:
-            raise ValueError("gpus: expected --price-book with it, got none")
+        for name, value in (("gpus", gpus), ("gpu_name", gpu_name)):
+            if value is not None:
+                raise ValueError(f"{name}: expected --price-book with it, got none")
         if "usd_per_hour" not in rates:
             raise ValueError("usd_per_hour: expected it or --price-book, got neither")
         return rates, None

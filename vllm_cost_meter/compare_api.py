@@ -139,7 +139,7 @@ def _hold_back(pid: int, timeout_s: float) -> None:
 def _told(status: int, out: str, err: str) -> dict[str, Any]:
     """Return the answer of a child that ended."""
     line = (err.strip().splitlines() or [""])[-1].removeprefix(PROGRAM)
-    if status == ASKED_WRONGLY:
+    if status == ASKED_WRONGLY:  # every LedgerError names the ledger first
         raise LedgerError(line) if line.startswith("ledger") else ValueError(line)
     if status == 0:
         with contextlib.suppress(orjson.JSONDecodeError):

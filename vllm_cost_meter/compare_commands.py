@@ -54,6 +54,8 @@ Supposition = tuple[tuple[float, float], list[int]]
 TOKENS_PER_REQUEST = 1_000
 # Requests x offers: each is priced by itself.
 PRICED_MAX = 20_000_000
+# Offers x volumes: the side endpoint has the whole answer in memory.
+SUPPOSED_MAX = 10_000
 
 
 def compare_(
@@ -162,6 +164,11 @@ def _answer(
         raise ValueError(
             f"expected at most {PRICED_MAX} requests x offers, got {len(sent)} x {len(offers)}:"
             " name fewer, or a shorter window"
+        )
+    if asked is not None and len(asked[1]) * len(offers) > SUPPOSED_MAX:
+        raise ValueError(
+            f"volume: expected at most {SUPPOSED_MAX} offers x volumes, got {len(offers)} x"
+            f" {len(asked[1])}"
         )
     mix = Mix.of(sent)
     here = None if figures["cost_usd"] is None else Decimal(repr(figures["cost_usd"]))

@@ -271,6 +271,13 @@ def test_what_is_no_volume_is_one_line(path, price_file, text):
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
 
 
+def test_more_volumes_than_anybody_reads_are_one_line(path, price_file):
+    volumes = [word for n in range(1, 5_002) for word in ("--volume", n)]
+    ask = ("compare", "--ledger", path, "--prices", price_file, "--ratio", "1:1", *volumes)
+    assert "at most 10000 offers x volumes, got 2 x 5001" in run(*ask).stderr
+    assert run(*ask[:-2]).exit_code == 0
+
+
 @pytest.mark.parametrize("words", [("--ratio", "1:1"), ("--volume", "1M")])
 def test_ratio_and_volume_go_together(path, price_file, words):
     result = run("compare", "--ledger", path, "--prices", price_file, *words)

@@ -64,6 +64,7 @@ def test_rates_come_from_the_price_book_and_say_where_from(book):
         (("--price-book",), "gpus: expected how many the deployment has"),
         (("--price-book", "--gpus", 0), "gpus: expected a whole number above 0, got 0"),
         (("--usd-per-hour", 1, "--gpus", 1), "gpus: expected --price-book with it"),
+        (("--usd-per-hour", 1, "--gpu-name", "x"), "gpu_name: expected --price-book with it"),
         (("--price-book", "--gpus", 1), "expected an on_demand price in force, got none"),
     ],
 )
