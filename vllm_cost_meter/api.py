@@ -26,6 +26,7 @@ from vllm_cost_meter import __version__
 from vllm_cost_meter.access import OPEN, Access, Viewer
 from vllm_cost_meter.budgets import Figures, told
 from vllm_cost_meter.calc_api import add_calculators
+from vllm_cost_meter.compare_api import Comparer, add_compare
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.grammar import STEPS, question
@@ -50,6 +51,8 @@ Window = Annotated[
 
 Trailing = Annotated[str, Query(description=f"{EXPECTED}; widened to whole UTC hours.")]
 
+# Types of errors by status; of any other the request is invalid.
+KINDS = {404: "not_found", 503: "unavailable"}
 # No request can have it, as names are never empty.
 NO_TENANT = ""
 
@@ -121,6 +124,7 @@ def make_app(
     _add_economics_routes(app, reader, refresh, declared)
     _add_budget_route(app, budgets)
     add_calculators(app)
+    add_compare(app, Comparer(reader.url), refresh, FOR_ADMINS)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
     def openapi() -> dict[str, Any]:
@@ -332,7 +336,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     def http_error(_request: Request, exception: StarletteHTTPException) -> Response:
-        kind = "not_found" if exception.status_code == 404 else "invalid_request"
+        kind = KINDS.get(exception.status_code, "invalid_request")
         return error(exception.status_code, str(exception.detail), kind, exception.headers)
 
     @app.exception_handler(RequestValidationError)

@@ -63,15 +63,15 @@ def offers_of_file(path: Path) -> list[Offer]:
     """Return the offers of a price file. Raises ValueError with one line for what is none."""
     try:
         if path.stat().st_size > FILE_BYTES_MAX:
-            raise ValueError(f"--prices: expected at most {FILE_BYTES_MAX} bytes in {path}")
+            raise ValueError(f"{path}: expected at most {FILE_BYTES_MAX} bytes")
         told = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--prices: {path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prices: expected TOML in {path}: {error}") from None
+        raise ValueError(f"{path}: expected TOML: {error}") from None
     entries = told.get("api_prices")
     if set(told) != {"api_prices"} or not isinstance(entries, list) or not entries:
-        raise ValueError(f"--prices: expected [[api_prices]] entries and nothing else in {path}")
+        raise ValueError(f"{path}: expected [[api_prices]] entries and nothing else")
     by_model: dict[tuple[str, str, str], list[ApiPrice]] = {}
     for number, entry in enumerate(entries):
         try:
@@ -79,7 +79,7 @@ def offers_of_file(path: Path) -> list[Offer]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, (f"api_prices[{number}]", *first["loc"])))
-            raise ValueError(f"--prices: {where} in {path}: {first['msg']}") from None
+            raise ValueError(f"{path}: {where}: {first['msg']}") from None
         by_model.setdefault((price.provider, price.model, price.label), []).append(price)
     return [_dated(prices) for prices in by_model.values()]
 
@@ -93,8 +93,8 @@ def _dated(prices: Sequence[ApiPrice]) -> Offer:
         since = since if since.tzinfo else since.replace(tzinfo=UTC)
         if since in dated:
             raise ValueError(
-                f"--prices: expected one price of {price.provider}/{price.model} at a time, got two"
-                f" from {price.effective_from or 'the beginning'}"
+                f"api_prices: expected one price of {price.provider}/{price.model} at a time, got"
+                f" two from {price.effective_from or 'the beginning'}"
             )
         dated[since] = price
     starts = sorted(dated)
@@ -103,7 +103,7 @@ def _dated(prices: Sequence[ApiPrice]) -> Offer:
         held = [start for start in starts if start <= sent.at]
         if not held:
             raise ValueError(
-                f"--prices: no price of {prices[0].provider}/{prices[0].model} at {sent.at}"
+                f"api_prices: no price of {prices[0].provider}/{prices[0].model} at {sent.at}"
             )
         return dated[held[-1]].usd(sent)
 
@@ -121,14 +121,14 @@ def offers_of_package(models: Sequence[str], providers: Sequence[str]) -> Iterat
         from genai_prices import data_snapshot  # noqa: PLC0415 - an extra, and heavy
     except ImportError:
         raise ValueError(
-            "--model: expected genai-prices to be installed: pip install 'vllm-cost-meter[compare]'"
+            "model: expected genai-prices to be installed: pip install 'vllm-cost-meter[compare]'"
         ) from None
     found = False
     for provider in data_snapshot.get_snapshot().providers:
-        if providers and not _matches(provider.id, providers):
+        if providers and not matches(provider.id, providers):
             continue
         for model in provider.models:
-            if models and not _matches(f"{provider.id}/{model.id}", models):
+            if models and not matches(f"{provider.id}/{model.id}", models):
                 continue
             found = True
             urls = provider.pricing_urls or ()
@@ -143,7 +143,7 @@ def offers_of_package(models: Sequence[str], providers: Sequence[str]) -> Iterat
             )
     if not found:
         raise ValueError(
-            "--model: expected PROVIDER/MODEL as genai-prices knows them, such as openai/gpt-4o*,"
+            "model: expected PROVIDER/MODEL as genai-prices knows them, such as openai/gpt-4o*,"
             " got none that matches"
         )
 
@@ -163,5 +163,6 @@ def _package_usd(model: Any, provider: Any) -> Callable[[Sent], Decimal]:
     return usd
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether a name is like one of the patterns, in any case."""
     return any(fnmatchcase(name.casefold(), pattern.casefold()) for pattern in patterns)

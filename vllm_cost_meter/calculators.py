@@ -48,6 +48,8 @@ INPUTS: Mapping[str, str] = {
     "api_usd_per_m_output": "USD per million output tokens at the API",
     "tokens_per_hour": "tokens per hour at full load, of those that the API's price is for",
     "api_usd_per_m": "USD per million tokens at the API",
+    "reserved_usd_per_hour": "the same as usd_per_hour, reserved",
+    "spot_usd_per_hour": "the same as usd_per_hour, spot",
     "overhead_usd_per_month": "USD per month besides: engineering, storage",
     "overhead_percent": "percent of the hardware's cost besides",
     "redundancy": "factor on the hardware's price for standby, 1 or more",

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from vllm_cost_meter import __version__
+from vllm_cost_meter.break_even_commands import break_even_
 from vllm_cost_meter.budget_commands import budgets
 from vllm_cost_meter.calc_commands import app as calc
-from vllm_cost_meter.calc_commands import break_even_
 from vllm_cost_meter.command_line import Json, Ledger, ledger_url, reading
 from vllm_cost_meter.compare_commands import compare_
 from vllm_cost_meter.config import load_settings

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.api_prices import offers_of_file, offers_of_package
+from vllm_cost_meter.api_prices import matches, offers_of_file, offers_of_package
 from vllm_cost_meter.command_line import Json, Ledger, reading
+from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.economics import (
     Compared,
     Declared,
@@ -22,7 +23,8 @@ from vllm_cost_meter.economics import (
     volumes_of,
     what_if,
 )
-from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH, S_PER_HOUR
+from vllm_cost_meter.economics.comparison import FORMULA
+from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH, S_PER_HOUR, not_negative
 from vllm_cost_meter.ledger.cut import Window
 from vllm_cost_meter.ledger.economics import read_figures, read_mix
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -46,10 +48,14 @@ COLUMNS = (
     "source",
 )
 WHAT_IF_COLUMNS = ("provider", "model", "tokens_per_month", "usd", "cheaper")
+# A ratio of prompt to output tokens, and volumes per month.
+Supposition = tuple[tuple[float, float], list[int]]
 # Of a supposed request, where none was measured.
 TOKENS_PER_REQUEST = 1_000
 # Requests x offers: each is priced by itself.
 PRICED_MAX = 20_000_000
+# Offers x volumes: the side endpoint has the whole answer in memory.
+SUPPOSED_MAX = 10_000
 
 
 def compare_(
@@ -63,13 +69,16 @@ def compare_(
         list[str] | None, typer.Option(help="A provider, or a pattern; repeat it for several.")
     ] = None,
     prices: Annotated[
-        Path | None, typer.Option(help="A TOML file of [[api_prices]] of your own.")
+        Path | None,
+        typer.Option(
+            help="A TOML file of [[api_prices]] of your own; otherwise COST_METER_API_PRICES."
+        ),
     ] = None,
     label: Annotated[
         list[str] | None, typer.Option(help="Only offers with this label; repeat it for several.")
     ] = None,
     max_usd_per_m_output: Annotated[
-        float | None, typer.Option(min=0, help="Only offers up to this, for the measured mix.")
+        float | None, typer.Option(help="Only offers up to this, for the measured mix.")
     ] = None,
     ratio: Annotated[
         str | None,
@@ -85,33 +94,58 @@ def compare_(
     as_json: Json = False,
 ) -> None:
     """Print what the requests of a window cost here, and what they would have at APIs."""
+    inputs = {
+        "window": window,
+        "model": model,
+        "provider": provider,
+        "prices": None,
+        "label": label,
+        "max_usd_per_m_output": max_usd_per_m_output,
+        "ratio": ratio,
+        "volume": volume,
+        "accept_no_latency_promise": accept_no_latency_promise,
+    }
     with reading(ledger) as reader:
-        if bool(ratio) != bool(volume):
-            raise ValueError("--ratio: expected it and --volume together, got one of them")
-        offers = _offers(model or (), provider or (), prices, label or ())
-        asked = None
-        if ratio and volume:
-            asked = (ratio_of(ratio), [tokens for each in volume for tokens in volumes_of(each)])
-        answer = _answer(reader, hours_of_window(window), offers, asked)
-    if max_usd_per_m_output is not None:
-        answer["offers"] = [row for row in answer["offers"] if _at_most(row, max_usd_per_m_output)]
+        file = _price_file(prices)
+        inputs["prices"] = None if file is None else str(file)
+        if max_usd_per_m_output is not None:
+            not_negative("max_usd_per_m_output", max_usd_per_m_output)
+        offers = _offers(model or (), provider or (), file, label or ())
+        asked = _supposition(ratio, volume or ())
+        answer = _answer(reader, hours_of_window(window), offers, asked, max_usd_per_m_output)
     answer["note"] = None if accept_no_latency_promise else NO_PROMISE
     if as_json:
-        print(json.dumps(answer, indent=2))
+        print(json.dumps({"inputs": inputs, "formula": FORMULA, **answer}, indent=2))
     else:
         _show(answer)
+
+
+def _price_file(given: Path | None) -> Path | None:
+    """Return the price file that is given, or that the settings name."""
+    if given is not None:
+        return given
+    named = load_settings().api_prices
+    return None if named is None else Path(named).expanduser()
+
+
+def _supposition(ratio: str | None, volumes: Sequence[str]) -> Supposition | None:
+    if bool(ratio) != bool(volumes):
+        raise ValueError("ratio: expected it and volume together, got one of them")
+    if not ratio:
+        return None
+    return ratio_of(ratio), [tokens for each in volumes for tokens in volumes_of(each)]
 
 
 def _offers(
     models: Sequence[str], providers: Sequence[str], prices: Path | None, labels: Sequence[str]
 ) -> list[Offer]:
     found = [] if prices is None else offers_of_file(prices)
-    found = [one for one in found if not providers or one.provider in providers]
-    if models or (providers and prices is None):
+    found = [one for one in found if not providers or matches(one.provider, providers)]
+    if models or (providers and not found):
         found += offers_of_package(models, providers)
     found = [one for one in found if not labels or one.label in labels]
     if not found:
-        raise ValueError("expected offers, by --model, --provider or --prices, got none")
+        raise ValueError("offers: expected some, by model, provider or prices, got none")
     return found
 
 
@@ -119,7 +153,8 @@ def _answer(
     reader: LedgerReader,
     hours: tuple[int | None, int | None],
     offers: Sequence[Offer],
-    asked: tuple[tuple[float, float], list[int]] | None,
+    asked: Supposition | None,
+    limit: float | None,
 ) -> dict[str, Any]:
     cut = reader.cut(Window(*hours), (), None, 0)
     with reader.transaction() as connection:
@@ -130,8 +165,14 @@ def _answer(
             f"expected at most {PRICED_MAX} requests x offers, got {len(sent)} x {len(offers)}:"
             " name fewer, or a shorter window"
         )
+    if asked is not None and len(asked[1]) * len(offers) > SUPPOSED_MAX:
+        raise ValueError(
+            f"volume: expected at most {SUPPOSED_MAX} offers x volumes, got {len(offers)} x"
+            f" {len(asked[1])}"
+        )
     mix = Mix.of(sent)
     here = None if figures["cost_usd"] is None else Decimal(repr(figures["cost_usd"]))
+    compared = [one for one in compare(sent, here, offers) if _at_most(mix, one.usd, limit)]
     answer = {
         "window": cut.window.as_dict(),
         "mix": {name: getattr(mix, name) for name in Mix.__slots__},
@@ -142,13 +183,13 @@ def _answer(
             "source": "measured, idle included",
             "as_of": cut.at(),
         },
-        "offers": [_row(one, mix) for one in compare(sent, here, offers)],
+        "offers": [_row(one, mix) for one in compared],
         "what_if": None,
     }
     if asked is not None:
         month, size = _usd_per_month(here, figures["observed_seconds"]), _mean_size(mix)
         rows = what_if(
-            offers,
+            [one.offer for one in compared],
             ratio=asked[0],
             volumes=asked[1],
             tokens_per_request=size,
@@ -232,9 +273,11 @@ def _usd(mix: Mix, usd: Decimal | None) -> dict[str, str | None]:
     return {name: None if value is None else f"{value:f}" for name, value in found.items()}
 
 
-def _at_most(row: dict[str, Any], limit: float) -> bool:
-    usd = row["usd_per_m_output_tokens"]
-    return usd is not None and Decimal(usd) <= Decimal(repr(limit))
+def _at_most(mix: Mix, usd: Decimal, limit: float | None) -> bool:
+    if limit is None:
+        return True
+    per_m = mix.usd_per_m_output_tokens(usd)
+    return per_m is not None and per_m <= Decimal(repr(limit))
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A figure is drawn without a display and without pyplot, which would keep every f
 Invariant: a plot is written as PNG or SVG, or refused with the line that says how to have it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,11 +44,17 @@ def is_plot(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def save(figure: "Figure", paths: Iterable[Path]) -> None:
-    """Write a figure to files whose names end in .png or .svg. Raises ValueError for any other."""
+def refuse_other_names(paths: Iterable[Path]) -> None:
+    """Raise ValueError for a file that is no plot by its name."""
     for path in paths:
         if not is_plot(path):
             raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+
+
+def save(figure: "Figure", paths: Sequence[Path]) -> None:
+    """Write a figure to files whose names end in .png or .svg. Raises ValueError for any other."""
+    refuse_other_names(paths)
+    for path in paths:
         try:
             # Without a date the same figures give the same file.
             metadata = {"Date": None} if path.suffix.lower() == ".svg" else None

@@ -273,6 +273,11 @@ class PriceBook:
         """Return why `energy_price_at` has none."""
         return self._energy.why_none(run, hour, "[[energy_prices]]")
 
+    def prices_in_force(self, hour: int) -> list[GpuHourPrice]:
+        """Return the prices of an hour (since the epoch), of all runs, the most specific first."""
+        found = (line.at(hour) for line in self._prices.lines)
+        return [price for price in found if price is not None]
+
     def price_changes(self) -> list[int]:
         """Return the hours at which prices may change: between two of them none does."""
         return _changes(self._prices)

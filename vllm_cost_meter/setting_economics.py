@@ -1,4 +1,4 @@
-"""The settings of economics: which latencies are good, and what full load is.
+"""The settings of economics: which latencies are good, what full load is, what APIs charge.
 
 Invariant: no figure of the books depends on them, so they may change at any time.
 """
@@ -49,6 +49,14 @@ class EconomicsSettings(BaseModel):
         description="Output tokens per second of the whole deployment at full load, as it was "
         "measured for this model, hardware and traffic: `penalty` is against it.",
         json_schema_extra=t.about(BOUND, "1/s", live=True),
+    )
+
+    api_prices: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A TOML file of what APIs charge, for `compare`: "
+        "[economics.md](economics.md#compared-with-apis).",
+        json_schema_extra=t.about("the path of a file", live=True),
     )
 
     @property

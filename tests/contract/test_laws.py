@@ -24,6 +24,7 @@ CORE = {
     f"{PACKAGE}.guard",
     f"{PACKAGE}.pricing",
     f"{PACKAGE}.price_book",
+    f"{PACKAGE}.price_rates",
     f"{PACKAGE}.overheads",
     f"{PACKAGE}.tenants",
     f"{PACKAGE}.attribution",
@@ -79,6 +80,7 @@ NOT_IN_THE_ENGINE = {
 PRINTERS = {
     f"{PACKAGE}.{name}"
     for name in (
+        "break_even_commands",
         "budget_commands",
         "calc_commands",
         "cli",

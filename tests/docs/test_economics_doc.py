@@ -9,7 +9,9 @@ import pytest
 
 from tests.docs.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.calculators import CALCULATORS, INPUTS
+from vllm_cost_meter.compare_api import MEMORY_BYTES_MAX, TIMEOUT_S
 from vllm_cost_meter.economics import Point
+from vllm_cost_meter.economics.comparison import FORMULA
 from vllm_cost_meter.ledger.economics import FIGURES
 
 PAGE = DOCS / "economics.md"
@@ -36,6 +38,15 @@ def test_inputs_results_and_formula_are_those_of_the_function(name):
         line.strip() for line in section(PAGE, name).splitlines() if line.startswith("    ")
     )
     assert formula == result.FORMULA
+
+
+def test_the_formula_of_a_comparison_is_that_of_the_code():
+    assert FORMULA in " ".join(section(PAGE, "Compared with APIs").split())
+
+
+def test_the_bounds_of_a_comparison_are_those_of_the_code():
+    said = " ".join(section(PAGE, "Compared with APIs").split())
+    assert f"within {TIMEOUT_S:.0f} s and {MEMORY_BYTES_MAX // 2**30} GiB" in said
 
 
 def test_every_input_is_explained_and_no_other():

@@ -10,6 +10,7 @@ from vllm_cost_meter import economics as e
 
 amounts = st.floats(1e-3, 1e6)
 prices = amounts
+overheads = st.just(0.0) | st.floats(1e-3, 1e3)
 points = st.builds(
     lambda rate, tokens: {"rps": rate, "output_tokens_per_s": tokens}, amounts, amounts
 )
@@ -93,6 +94,45 @@ def test_the_break_even_volume_is_the_same_at_every_utilization(price, tokens, a
         assert cost * each * found.monthly_capacity_m_tokens == pytest.approx(
             found.monthly_cost_usd, rel=1e-4
         )
+
+
+@given(prices, prices, amounts, amounts, prices, overheads, overheads)
+def test_the_break_even_volume_does_not_depend_on_capacity_and_doubles_with_all_costs(
+    usd, reserved, tokens, other_tokens, api, fixed, percent
+):
+    def found(tokens_per_hour, times=1):
+        return e.break_even(
+            usd_per_hour=usd * times,
+            reserved_usd_per_hour=reserved * times,
+            tokens_per_hour=tokens_per_hour,
+            api_usd_per_m=api,
+            overhead_usd_per_month=fixed * times,
+            overhead_percent=percent,
+        )
+
+    one, other, twice = found(tokens), found(other_tokens), found(tokens, 2)
+    for a, b, c in zip(one.rates, other.rates, twice.rates, strict=True):
+        assert a.break_even_m_tokens_per_month == b.break_even_m_tokens_per_month
+        assert c.break_even_m_tokens_per_month == about(2 * a.break_even_m_tokens_per_month)
+        assert c.savings_percent == pytest.approx(a.savings_percent, abs=1e-9)
+
+
+@given(prices, amounts, prices, overheads, overheads)
+def test_a_step_of_the_sensitivity_is_what_that_input_itself_would_give(
+    usd, tokens, api, fixed, percent
+):
+    given = {
+        "usd_per_hour": usd,
+        "tokens_per_hour": tokens,
+        "api_usd_per_m": api,
+        "overhead_usd_per_month": fixed,
+        "overhead_percent": percent,
+    }
+    for moved in e.break_even(**given).sensitivity:
+        itself = e.break_even(**given | {moved.input: moved.value})
+        assert moved.monthly_cost_usd == itself.monthly_cost_usd
+        assert moved.break_even_m_tokens_per_month == itself.break_even_m_tokens_per_month
+        assert moved.break_even_utilization == itself.break_even_utilization
 
 
 @given(st.floats(0, 0.99), st.integers(0, 20))

@@ -11,6 +11,7 @@ from tests.unit.test_ledger_economics import write
 from tests.unit.test_ledger_reader import Ledger
 from vllm_cost_meter.api_prices import offers_of_file, offers_of_package
 from vllm_cost_meter.economics import Mix, Offer, Sent, compare, volumes_of
+from vllm_cost_meter.economics.comparison import FORMULA
 
 __all__ = ["no_settings"]
 
@@ -91,12 +92,16 @@ def test_without_requests_or_a_price_nothing_is_judged():
     assert compare([sent(1, 0, 1)], Decimal(0), [offer("1")])[0].times is None
 
 
-def test_prices_of_long_contexts_are_those_of_each_request():
+def test_a_request_in_a_long_tier_costs_that_tier_and_is_summed_after():
     (gemini,) = offers_of_package(["google/gemini-2.5-pro"], [])
-    short, long = (gemini.usd(sent(tokens, 0, 10)) for tokens in (150_000, 300_000))
-    assert long > 2 * short * Decimal("1.5")  # twice the tokens, all at the price of long contexts
-    (both,) = compare([sent(150_000, 0, 10)] * 2, None, [gemini])
-    assert both.usd == 2 * short < long
+    # Per million: up to 200k input tokens 1.25 and 10 USD, cached 0.125; beyond 2.50, 15 and 0.25.
+    short, long = sent(150_000, 50_000, 1_000), sent(300_000, 100_000, 1_000)
+    assert gemini.usd(short) == Decimal("0.14125")  # 0.125 + 0.00625 + 0.01
+    assert gemini.usd(long) == Decimal("0.54")  # 0.5 + 0.025 + 0.015
+    (both,) = compare([short, short, long], None, [gemini])
+    assert both.usd == Decimal("0.8225")
+    # The sum of their tokens would be in the long tier as a whole.
+    assert gemini.usd(sent(600_000, 200_000, 3_000)) == Decimal("1.095")
 
 
 def test_a_price_holds_from_its_date_on(tmp_path):
@@ -124,7 +129,7 @@ def test_a_price_holds_from_its_date_on(tmp_path):
         (PRICES.replace("= 4", '= "x"'), "api_prices[0].output_usd_per_m"),
         (PRICES.replace("source", "sauce"), "api_prices[0]"),
         (PRICES + PRICES, "expected one price of here/small at a time, got two from the beginning"),
-        ("[[", "expected TOML in"),
+        ("[[", "wrong.toml: expected TOML: "),
     ],
 )
 def test_a_file_of_no_prices_is_one_line(tmp_path, path, text, said):
@@ -169,6 +174,67 @@ def test_the_note_may_be_accepted_and_offers_filtered(path, price_file):
         assert [row["provider"] for row in rows] == left
 
 
+def test_an_answer_echoes_its_inputs_and_names_its_formula(path, price_file):
+    words = ("--ratio", "2:1", "--volume", "1M", "--label", "frontier", "--label", "file")
+    ask = ("compare", "--ledger", path, *ALL_TIME, "--prices", price_file, "--json", *words)
+    answer = json.loads(run(*ask).stdout)
+    assert answer["inputs"] == {
+        "window": ALL_TIME[1],
+        "model": None,
+        "provider": None,
+        "prices": str(price_file),
+        "label": ["frontier", "file"],
+        "max_usd_per_m_output": None,
+        "ratio": "2:1",
+        "volume": ["1M"],
+        "accept_no_latency_promise": False,
+    }
+    assert answer["formula"] == FORMULA
+    named = set(answer["self_hosted"]) | set(answer["offers"][0]) | set(answer["what_if"])
+    assert all(name in FORMULA for name in named if "usd" in name or name == "times")
+
+
+def test_numbers_are_not_rounded(tmp_path, path):
+    prices = tmp_path / "thirds.toml"
+    prices.write_text(PRICES.replace("= 4", "= 3.3333333333333"))
+    ask = ("compare", "--ledger", path, *ALL_TIME, "--prices", prices)
+    (small, _) = json.loads(run(*ask, "--json").stdout)["offers"]
+    assert small["usd"] == "0.0000994666666666660"  # 32 x 1 + 8 x 0.1 + 20 x 3.3333333333333
+    assert "9.94667e-05" in run(*ask).stdout
+
+
+def test_the_settings_may_name_the_price_file(path, price_file):
+    ask = ("compare", "--ledger", path, *ALL_TIME, "--json")
+    named = {"COST_METER_API_PRICES": str(price_file)}
+    answer = json.loads(run(*ask, **named).stdout)
+    assert [row["provider"] for row in answer["offers"]] == ["here", "there"]
+    assert answer["inputs"]["prices"] == str(price_file)
+    other = price_file.with_name("other.toml")
+    other.write_text(PRICES.replace('"here"', '"elsewhere"'))
+    rows = json.loads(run(*ask, "--prices", other, **named).stdout)["offers"]
+    assert rows[0]["provider"] == "elsewhere"
+    # A provider that the file does not have is one of the package's.
+    for provider, expected in (("THER?", {"there"}), ("openai", {"openai"})):
+        rows = json.loads(run(*ask, "--provider", provider, **named).stdout)["offers"]
+        assert {row["provider"] for row in rows} == expected
+
+
+def test_an_offer_that_costs_too_much_is_in_no_table(path, price_file):
+    ask = ("compare", "--ledger", path, *ALL_TIME, "--prices", price_file, "--json")
+    words = ("--ratio", "1:1", "--volume", "1M", "--max-usd-per-m-output", "5.64")
+    answer = json.loads(run(*ask, *words).stdout)
+    assert [row["usd_per_m_output_tokens"] for row in answer["offers"]] == ["5.6400000"]
+    assert [row["provider"] for row in answer["what_if"]["offers"]] == ["here"]
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "-1"])
+def test_a_limit_that_is_no_price_is_one_line(path, price_file, limit):
+    ask = ("compare", "--ledger", path, "--prices", price_file, "--max-usd-per-m-output", limit)
+    result = run(*ask)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "max_usd_per_m_output: expected 0 or a number above it" in result.stderr
+
+
 def test_volumes_that_nobody_sent_are_supposed_in_a_ratio(path, price_file):
     ask = ("compare", "--ledger", path, *ALL_TIME, "--prices", price_file)
     what_if = ("--ratio", "2:1", "--volume", "1M..50M")
@@ -205,10 +271,17 @@ def test_what_is_no_volume_is_one_line(path, price_file, text):
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
 
 
+def test_more_volumes_than_anybody_reads_are_one_line(path, price_file):
+    volumes = [word for n in range(1, 5_002) for word in ("--volume", n)]
+    ask = ("compare", "--ledger", path, "--prices", price_file, "--ratio", "1:1", *volumes)
+    assert "at most 10000 offers x volumes, got 2 x 5001" in run(*ask).stderr
+    assert run(*ask[:-2]).exit_code == 0
+
+
 @pytest.mark.parametrize("words", [("--ratio", "1:1"), ("--volume", "1M")])
 def test_ratio_and_volume_go_together(path, price_file, words):
     result = run("compare", "--ledger", path, "--prices", price_file, *words)
-    assert "expected it and --volume together" in result.stderr
+    assert "ratio: expected it and volume together" in result.stderr
 
 
 def test_offers_of_the_package_are_named_with_their_source(path):

@@ -36,6 +36,8 @@ GIVEN = {
         "usd_per_hour": 2.0,
         "tokens_per_hour": 3.6e6,
         "api_usd_per_m": 1.0,
+        "reserved_usd_per_hour": 1.25,
+        "spot_usd_per_hour": 0.5,
         "utilization": [0.25, 0.5],
         "volume": [100.0],
     },

@@ -201,6 +201,64 @@ def test_break_even_is_fixed_cost_over_the_apis_price_at_every_utilization():
     assert exactly.verdicts[0].cheaper == "equal"
 
 
+def test_rates_stand_side_by_side_with_the_same_overheads():
+    # (hours 100) on demand 2 x 2 x 100 x 1.1 + 60 = 500; reserved at 1: 280; spot at 3: 720 USD.
+    found = e.break_even(
+        usd_per_hour=2, reserved_usd_per_hour=1, spot_usd_per_hour=3, tokens_per_hour=10**7,
+        api_usd_per_m=2, overhead_usd_per_month=60, overhead_percent=10, redundancy=2,
+        hours_per_month=100,
+    )  # fmt: skip
+    assert [(one.kind, one.usd_per_hour) for one in found.rates] == [
+        ("on_demand", 2), ("reserved", 1), ("spot", 3),
+    ]  # fmt: skip
+    assert [one.monthly_cost_usd for one in found.rates] == pytest.approx([500, 280, 720])
+    volumes = [one.break_even_m_tokens_per_month for one in found.rates]
+    assert volumes == pytest.approx([250, 140, 360])
+    # Of 1000 M tokens at full load.
+    used = [one.break_even_utilization for one in found.rates]
+    assert used == pytest.approx([0.25, 0.14, 0.36])
+    full = [one.effective_usd_per_m_at_full_load for one in found.rates]
+    assert full == pytest.approx([0.5, 0.28, 0.72])
+    assert [one.savings_percent for one in found.rates] == pytest.approx([0, 44, -44])
+
+
+def test_without_other_rates_there_is_the_one_on_demand():
+    found = e.break_even(usd_per_hour=1, tokens_per_hour=1, api_usd_per_m=1)
+    assert [(one.kind, one.savings_percent) for one in found.rates] == [("on_demand", 0)]
+
+
+def test_sensitivity_moves_one_input_at_a_time():
+    # 200 x 1.1 + 80 = 300 USD, 100 M tokens to break even, of 400.
+    found = e.break_even(
+        usd_per_hour=2, tokens_per_hour=4 * 10**6, api_usd_per_m=3, overhead_usd_per_month=80,
+        overhead_percent=10, hours_per_month=100,
+    )  # fmt: skip
+    doubled = {
+        one.input: (
+            one.value,
+            one.monthly_cost_usd,
+            one.break_even_m_tokens_per_month,
+            one.break_even_utilization,
+        )
+        for one in found.sensitivity
+        if one.factor == 2
+    }
+    assert doubled == {
+        "usd_per_hour": pytest.approx((4, 520, 520 / 3, 1.3 / 3)),
+        "api_usd_per_m": pytest.approx((6, 300, 50, 0.125)),
+        "tokens_per_hour": pytest.approx((8 * 10**6, 300, 100, 0.125)),
+        "overhead_usd_per_month": pytest.approx((160, 380, 380 / 3, 0.95 / 3)),
+        "overhead_percent": pytest.approx((20, 320, 320 / 3, 0.8 / 3)),
+    }
+    assert [one.factor for one in found.sensitivity[:4]] == [0.5, 0.8, 1.25, 2]
+
+
+def test_an_overhead_that_was_not_given_has_no_sensitivity():
+    found = e.break_even(usd_per_hour=1, tokens_per_hour=1, api_usd_per_m=1)
+    moved = {one.input for one in found.sensitivity}
+    assert moved == {"usd_per_hour", "api_usd_per_m", "tokens_per_hour"}
+
+
 def test_a_serverless_bill_is_the_sum_of_its_lines():
     # (0.001 + 4 x 0.0001 + 10 x 0.00001) x 2 = 0.003 USD a second.
     bill = e.serverless(
@@ -266,6 +324,8 @@ def test_what_is_no_rate_or_price_is_refused_by_its_name(function, given, name, 
         ({"redundancy": 0.5}, "redundancy: expected 1 or more"),
         ({"overhead_percent": -1}, "overhead_percent: expected 0 or a number above it"),
         ({"volume": [0]}, "volume: expected a number above 0"),
+        ({"reserved_usd_per_hour": 0}, "reserved_usd_per_hour: expected a number above 0"),
+        ({"spot_usd_per_hour": math.nan}, "spot_usd_per_hour: expected a number above 0"),
     ],
 )
 def test_a_break_even_of_no_sense_is_refused(given, said):

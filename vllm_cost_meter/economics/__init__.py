@@ -33,7 +33,7 @@ from vllm_cost_meter.economics.curves import (
     slo,
 )
 from vllm_cost_meter.economics.declared import Declared
-from vllm_cost_meter.economics.fixed_cost import BreakEven, Verdict, break_even
+from vllm_cost_meter.economics.fixed_cost import BreakEven, Moved, Rate, Verdict, break_even
 from vllm_cost_meter.economics.formulas import (
     Arrival,
     Blended,
@@ -59,10 +59,12 @@ __all__ = [
     "Declared",
     "EffectiveCost",
     "Mix",
+    "Moved",
     "Offer",
     "Penalty",
     "PenaltyPoint",
     "Point",
+    "Rate",
     "RequestCost",
     "SaturationPoint",
     "Sent",

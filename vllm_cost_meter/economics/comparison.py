@@ -15,6 +15,16 @@ from decimal import Decimal
 from typing import Literal, NamedTuple
 
 TOKENS_PER_M = 1_000_000
+# What `compare` and `what_if` compute, as `compare --json` tells it; times and tiers of a price are
+# in the `price` of each request.
+FORMULA = (
+    "usd of an offer = sum over the requests of its price of (time, prompt_tokens, cached_tokens,"
+    " output_tokens); usd here = wall time x price, idle included; times = usd / usd here;"
+    " usd_per_m_output_tokens = usd x 10^6 / output_tokens; usd_per_m_total_tokens = usd x 10^6 /"
+    " (prompt_tokens + output_tokens); what_if: usd = price of a request of tokens_per_request in"
+    " the ratio / tokens_per_request x tokens_per_month; self_hosted_usd_per_month = usd here /"
+    " observed_seconds x 3600 x 730"
+)
 _VOLUME = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([kMBT]?)\Z", re.ASCII)
 _TIMES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 Cheaper = Literal["self-hosted", "api", "equal"]
@@ -93,7 +103,7 @@ def _cheaper(api_usd: Decimal, self_hosted_usd: Decimal | None) -> Cheaper | Non
 def compare(
     sent: Sequence[Sent], self_hosted_usd: Decimal | None, offers: Iterable[Offer]
 ) -> list[Compared]:
-    """Return what the same requests cost at each offer, the cheapest first.
+    """Return what the same requests cost at each offer, in USD, the cheapest first.
 
     `self_hosted_usd` is all that the deployment cost meanwhile, idle included; None if a price
     misses: then nothing is judged.

@@ -3,11 +3,12 @@
 The volume at which the two are equal is fixed cost / API price: how busy the deployment is does not
 enter into it, and only says which part of its capacity that volume is.
 
-Invariant: at the break-even volume both cost the same, at every utilization.
+Invariant: at the break-even volume both cost the same, at every utilization; and every rate and
+every step of the sensitivity is worked out as the main case is.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from vllm_cost_meter.economics.numbers import (
@@ -19,6 +20,15 @@ from vllm_cost_meter.economics.numbers import (
 )
 
 UTILIZATIONS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+FACTORS = (0.5, 0.8, 1.25, 2.0)
+# What the sensitivity moves; an overhead that is 0 stays 0 at every factor, and has no rows.
+MOVED = (
+    "usd_per_hour",
+    "api_usd_per_m",
+    "tokens_per_hour",
+    "overhead_usd_per_month",
+    "overhead_percent",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,31 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """One way of buying the deployment. `savings_percent` is against on demand."""
+
+    kind: Literal["on_demand", "reserved", "spot"]
+    usd_per_hour: float
+    monthly_cost_usd: float
+    break_even_m_tokens_per_month: float
+    break_even_utilization: float
+    effective_usd_per_m_at_full_load: float
+    savings_percent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What comes of one input x `factor`, all others as they were; `value` is what it then is."""
+
+    input: str
+    factor: float
+    value: float
+    monthly_cost_usd: float
+    break_even_m_tokens_per_month: float
+    break_even_utilization: float
+
+
+@dataclass(frozen=True, slots=True)
 class BreakEven:
     """Fixed cost against an API. `effective_usd_per_m` is by utilization, as it was written."""
 
@@ -41,7 +76,9 @@ class BreakEven:
         " (1 + overhead_percent / 100) + overhead_usd_per_month; monthly_capacity_m_tokens ="
         " tokens_per_hour x hours_per_month / 10^6; break_even_m_tokens_per_month ="
         " monthly_cost_usd / api_usd_per_m; break_even_utilization = that / capacity;"
-        " effective_usd_per_m = monthly_cost_usd / (capacity x utilization)"
+        " effective_usd_per_m = monthly_cost_usd / (capacity x utilization); rates: the same at"
+        " each usd_per_hour, savings_percent = 100 x (1 - monthly_cost_usd / that on demand);"
+        " sensitivity: the same with one input x factor"
     )
 
     monthly_cost_usd: float
@@ -50,6 +87,34 @@ class BreakEven:
     break_even_utilization: float
     effective_usd_per_m: Mapping[str, float]
     verdicts: Sequence[Verdict]
+    rates: Sequence[Rate]
+    sensitivity: Sequence[Moved]
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """Inputs that were checked, and what follows from them."""
+
+    usd_per_hour: float
+    api_usd_per_m: float
+    tokens_per_hour: float
+    overhead_usd_per_month: float
+    overhead_percent: float
+    redundancy: float
+    hours_per_month: float
+
+    @property
+    def usd(self) -> float:
+        hardware_usd = self.usd_per_hour * self.redundancy * self.hours_per_month
+        return hardware_usd * (1 + self.overhead_percent / 100) + self.overhead_usd_per_month
+
+    @property
+    def capacity(self) -> float:
+        return self.tokens_per_hour * self.hours_per_month / TOKENS_PER_M
+
+    @property
+    def volume(self) -> float:
+        return self.usd / self.api_usd_per_m
 
 
 def break_even(
@@ -57,6 +122,8 @@ def break_even(
     usd_per_hour: float,
     tokens_per_hour: float,
     api_usd_per_m: float,
+    reserved_usd_per_hour: float | None = None,
+    spot_usd_per_hour: float | None = None,
     overhead_usd_per_month: float = 0,
     overhead_percent: float = 0,
     redundancy: float = 1,
@@ -66,6 +133,7 @@ def break_even(
 ) -> BreakEven:
     """Return the volume from which on self-hosting costs less than an API.
 
+    `usd_per_hour` is the rate on demand, and what all but `rates` is worked out with.
     `tokens_per_hour` is what the deployment makes at full load, of the tokens that `api_usd_per_m`
     is the price of: of all with a blended price, of output with an output price. `redundancy`
     multiplies the price and not the capacity, as standby serves nobody. `volume` are millions of
@@ -75,28 +143,68 @@ def break_even(
     factor = positive("redundancy", redundancy)
     if factor < 1:
         raise ValueError(f"redundancy: expected 1 or more, got {redundancy!r}")
-    hours = positive("hours_per_month", hours_per_month)
-    percent = not_negative("overhead_percent", overhead_percent)
-    fixed = not_negative("overhead_usd_per_month", overhead_usd_per_month)
-    hardware = positive("usd_per_hour", usd_per_hour) * factor * hours
-    cost = hardware * (1 + percent / 100) + fixed
-    capacity = positive("tokens_per_hour", tokens_per_hour) * hours / TOKENS_PER_M
-    api = positive("api_usd_per_m", api_usd_per_m)
+    case = _Case(
+        usd_per_hour=positive("usd_per_hour", usd_per_hour),
+        api_usd_per_m=positive("api_usd_per_m", api_usd_per_m),
+        tokens_per_hour=positive("tokens_per_hour", tokens_per_hour),
+        overhead_usd_per_month=not_negative("overhead_usd_per_month", overhead_usd_per_month),
+        overhead_percent=not_negative("overhead_percent", overhead_percent),
+        redundancy=factor,
+        hours_per_month=positive("hours_per_month", hours_per_month),
+    )
+    rates = [_rate("on_demand", case, case)]
+    if reserved_usd_per_hour is not None:
+        usd = positive("reserved_usd_per_hour", reserved_usd_per_hour)
+        rates.append(_rate("reserved", replace(case, usd_per_hour=usd), case))
+    if spot_usd_per_hour is not None:
+        usd = positive("spot_usd_per_hour", spot_usd_per_hour)
+        rates.append(_rate("spot", replace(case, usd_per_hour=usd), case))
     return BreakEven(
-        monthly_cost_usd=cost,
-        monthly_capacity_m_tokens=capacity,
-        break_even_m_tokens_per_month=cost / api,
-        break_even_utilization=cost / api / capacity,
+        monthly_cost_usd=case.usd,
+        monthly_capacity_m_tokens=case.capacity,
+        break_even_m_tokens_per_month=case.volume,
+        break_even_utilization=case.volume / case.capacity,
         effective_usd_per_m={
-            f"{used:g}": cost / (capacity * share("utilization", used)) for used in utilization
+            f"{used:g}": case.usd / (case.capacity * share("utilization", used))
+            for used in utilization
         },
-        verdicts=[_verdict(positive("volume", each), cost, api, capacity) for each in volume],
+        verdicts=[_verdict(positive("volume", each), case) for each in volume],
+        rates=rates,
+        sensitivity=list(_sensitivity(case)),
     )
 
 
-def _verdict(volume: float, cost: float, api: float, capacity: float) -> Verdict:
-    there = volume * api
+def _rate(kind: Literal["on_demand", "reserved", "spot"], case: _Case, on_demand: _Case) -> Rate:
+    return Rate(
+        kind=kind,
+        usd_per_hour=case.usd_per_hour,
+        monthly_cost_usd=case.usd,
+        break_even_m_tokens_per_month=case.volume,
+        break_even_utilization=case.volume / case.capacity,
+        effective_usd_per_m_at_full_load=case.usd / case.capacity,
+        savings_percent=100 * (1 - case.usd / on_demand.usd),
+    )
+
+
+def _sensitivity(case: _Case) -> Iterator[Moved]:
+    for name in MOVED:
+        if not (told := getattr(case, name)):
+            continue
+        for factor in FACTORS:
+            moved = replace(case, **{name: told * factor})
+            yield Moved(
+                input=name,
+                factor=factor,
+                value=told * factor,
+                monthly_cost_usd=moved.usd,
+                break_even_m_tokens_per_month=moved.volume,
+                break_even_utilization=moved.volume / moved.capacity,
+            )
+
+
+def _verdict(volume: float, case: _Case) -> Verdict:
+    there = volume * case.api_usd_per_m
     cheaper: Literal["self-hosted", "api", "equal"] = "equal"
-    if there != cost:
-        cheaper = "self-hosted" if cost < there else "api"
-    return Verdict(volume, cost, there, cheaper, volume <= capacity)
+    if there != case.usd:
+        cheaper = "self-hosted" if case.usd < there else "api"
+    return Verdict(volume, case.usd, there, cheaper, volume <= case.capacity)

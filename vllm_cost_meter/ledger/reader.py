@@ -87,6 +87,8 @@ class LedgerReader:
 
         Raises LedgerError, also when there is none and `create` is not set.
         """
+        # It may hold a password.
+        self.url = url
         self._given_book = book
         # Bills already waited for in vain, by run: nobody waits for them again.
         self._known_missing: dict[str, int] = {}
