@@ -34,6 +34,8 @@ class Viewer:
 
 
 ADMIN = Viewer()
+# Who has shown no token where one is expected: no tenant has an empty name.
+NOBODY = Viewer("")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ Invariant: read-only; every JSON body is an object.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -23,52 +22,28 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter import __version__
-from vllm_cost_meter.access import OPEN, Access, Viewer
+from vllm_cost_meter.access import NOBODY, OPEN, Access, Viewer
+from vllm_cost_meter.asking import FOR_ADMINS, ViewerOf, Window, asked_wrongly, hours_asked
 from vllm_cost_meter.budgets import Figures, told
 from vllm_cost_meter.calc_api import add_calculators
 from vllm_cost_meter.compare_api import Comparer, add_compare
 from vllm_cost_meter.economics import Declared
+from vllm_cost_meter.economics_api import PUBLIC_PATHS, add_economics
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.grammar import STEPS, question
 from vllm_cost_meter.idle import EXPECTED as POLICIES
-from vllm_cost_meter.ledger.economics import economics, method
 from vllm_cost_meter.ledger.exchange import FINISHED
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records import rfc3339
-from vllm_cost_meter.windows import EXPECTED, WEEK, hours_of_window
 
 logger = logging.getLogger("vllm.cost_meter")
 
 REQUESTS_PER_PAGE_MAX = 1_000
 
-Window = Annotated[
-    str | None,
-    Query(
-        description=f"{EXPECTED}; widened to whole UTC hours. Without it: everything in the ledger."
-    ),
-]
-
-
-Trailing = Annotated[str, Query(description=f"{EXPECTED}; widened to whole UTC hours.")]
-
 # Types of errors by status; of any other the request is invalid.
 KINDS = {404: "not_found", 503: "unavailable"}
 # No request can have it, as names are never empty.
 NO_TENANT = ""
-
-
-def _viewer(request: Request) -> Viewer:
-    viewer: Viewer = request.state.viewer
-    return viewer
-
-
-def _for_admins(request: Request) -> None:
-    if not _viewer(request).is_admin:
-        raise HTTPException(403, "expected the admin token: this holds figures of all tenants")
-
-
-ViewerOf = Annotated[Viewer, Depends(_viewer)]
-FOR_ADMINS = [Depends(_for_admins)]
 
 
 class OrjsonResponse(JSONResponse):
@@ -87,16 +62,21 @@ def make_app(
     registry: Callable[[], CollectorRegistry] | None = None,
     budgets: Callable[[], Figures] = Figures,
     declared: Callable[[], Declared] = Declared,
+    public_economics: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
     `refresh` is called, in a worker thread, before figures are read; `access` says who may see
     which; `registry` gives the metrics; `budgets` says where the budgets stand; `declared`
-    what the operator declared of the deployment.
+    what the operator declared of the deployment, and `public_economics` whether anybody may read
+    what its tokens cost.
     """
 
     def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
         viewer = access.viewer(authorization)
+        is_open = request.url.path in PUBLIC_PATHS and not authorization and public_economics()
+        if viewer is None and is_open:
+            viewer = NOBODY
         if viewer is None:
             raise HTTPException(
                 401,
@@ -121,10 +101,10 @@ def make_app(
     _add_book_routes(app, reader, refresh)
     _add_report_route(app, reader, refresh)
     _add_model_route(app, reader, refresh)
-    _add_economics_routes(app, reader, refresh, declared)
+    add_economics(app, reader, refresh, declared, public_economics)
     _add_budget_route(app, budgets)
     add_calculators(app)
-    add_compare(app, Comparer(reader.url), refresh, FOR_ADMINS)
+    add_compare(app, Comparer(reader.url), refresh)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
     def openapi() -> dict[str, Any]:
@@ -291,40 +271,6 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
             )
         refresh()
         return reader.report(replace(asked, only=viewer.tenant))
-
-
-def _add_economics_routes(
-    app: FastAPI,
-    reader: LedgerReader,
-    refresh: Callable[[], None],
-    declared: Callable[[], Declared],
-) -> None:
-    @app.get("/cost/economics", dependencies=FOR_ADMINS)
-    def figures(window: Trailing = WEEK) -> dict[str, Any]:
-        """Return what tokens and requests cost in all, at which load and latency."""
-        hours = hours_asked(window)
-        refresh()
-        return economics(reader, declared(), *hours)
-
-    @app.get("/cost/economics/method", dependencies=FOR_ADMINS)
-    def how(window: Trailing = WEEK) -> dict[str, Any]:
-        """Return the SQL behind each of these figures, as it is executed."""
-        return {"figures": method(reader, declared(), *hours_asked(window))}
-
-
-@contextmanager
-def asked_wrongly() -> Iterator[None]:
-    """Make a ValueError about what the asker wrote a 422; any other is our own bug."""
-    try:
-        yield
-    except ValueError as error:
-        raise HTTPException(422, str(error)) from None
-
-
-def hours_asked(window: str | None) -> tuple[int | None, int | None]:
-    """Return the hours of a window. Raises HTTPException for what is none."""
-    with asked_wrongly():
-        return hours_of_window(window)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -15,15 +15,15 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
 from fastapi import FastAPI, HTTPException, Query
-from fastapi.params import Depends
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_cost_meter.asking import FOR_ADMINS, asked_wrongly
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.windows import EXPECTED, WEEK, hours_of_window
 
@@ -152,25 +152,17 @@ def add_compare(
     app: FastAPI,
     comparer: Callable[[Sequence[str]], dict[str, Any]],
     refresh: Callable[[], None],
-    dependencies: Sequence[Depends],
 ) -> None:
     """Add the route. `refresh` brings the ledger up to now before it is read."""
 
-    @app.get("/cost/compare", dependencies=dependencies)
+    @app.get("/cost/compare", dependencies=FOR_ADMINS)
     def compare(asked: Annotated[Asked, Query()]) -> dict[str, Any]:
         """Return what the requests of a window cost here, and what they would have at APIs."""
-        with _refusals():
+        with asked_wrongly():
             options = asked.options()
         refresh()
-        with _refusals():
-            return comparer(options)
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise HTTPException(422, str(error)) from None
-    except ComparingError as error:
-        raise HTTPException(503, str(error), {"Retry-After": "60"}) from None
+        try:
+            with asked_wrongly():
+                return comparer(options)
+        except ComparingError as error:
+            raise HTTPException(503, str(error), {"Retry-After": "60"}) from None

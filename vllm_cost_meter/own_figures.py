@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, HTTPException
 
 from vllm_cost_meter.access import Viewer
-from vllm_cost_meter.api import OrjsonResponse, Window, hours_asked, look_up
+from vllm_cost_meter.api import OrjsonResponse, look_up
+from vllm_cost_meter.asking import Window, hours_asked
 from vllm_cost_meter.budgets import Figures, told
 from vllm_cost_meter.exchange import current_exchange
 from vllm_cost_meter.ledger.reader import LedgerReader

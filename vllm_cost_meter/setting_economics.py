@@ -59,6 +59,13 @@ class EconomicsSettings(BaseModel):
         json_schema_extra=t.about("the path of a file", live=True),
     )
 
+    public_economics: bool = Field(
+        default=False,
+        description="Let anybody read `/cost/economics` of the trailing week, costs per token and "
+        "the SQL behind them with the prices, without a token. Totals are not in it.",
+        json_schema_extra=t.about("true or false", live=True),
+    )
+
     @property
     def declared(self) -> Declared:
         """What was declared of the deployment."""

@@ -54,6 +54,7 @@ async def start_side(collector: Collector, app: Any) -> None:
                 lambda: collector.settings.tenant_keys,
                 collector.book,
                 lambda: collector.settings.declared,
+                lambda: collector.settings.public_economics,
             )
         _add_own_figures(collector, app)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
@@ -77,6 +78,7 @@ def serve(
     keys: Callable[[], Mapping[str, str]] = dict,
     book: Callable[[], PriceBook] | None = None,
     declared: Callable[[], Declared] = Declared,
+    public_economics: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken."""
     if settings.port is None:
@@ -104,6 +106,7 @@ def serve(
         registry=metrics_registry,
         budgets=budgets,
         declared=declared,
+        public_economics=public_economics,
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
