@@ -10,7 +10,7 @@ first entry of its model.
 
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -130,6 +130,8 @@ def offers_of_package(models: Sequence[str], providers: Sequence[str]) -> Iterat
         for model in provider.models:
             if models and not matches(f"{provider.id}/{model.id}", models):
                 continue
+            if not _is_by_token(model):
+                continue
             found = True
             urls = provider.pricing_urls or ()
             source = f"{FROM_PACKAGE} {version(FROM_PACKAGE)}"
@@ -138,14 +140,36 @@ def offers_of_package(models: Sequence[str], providers: Sequence[str]) -> Iterat
                 model.id,
                 FROM_PACKAGE,
                 f"{source}, {urls[0]}" if urls else source,
-                None,
+                _held_since(model),
                 _package_usd(model, provider),
             )
     if not found:
         raise ValueError(
             "model: expected PROVIDER/MODEL as genai-prices knows them, such as openai/gpt-4o*,"
-            " got none that matches"
+            " got none that matches and has a price per token"
         )
+
+
+def _prices_of(model: Any) -> list[tuple[date | None, Any]]:
+    """Return a model's prices with the day from which each holds, None for always."""
+    if not isinstance(model.prices, list):
+        return [(None, model.prices)]
+    return [(getattr(one.constraint, "start_date", None), one.prices) for one in model.prices]
+
+
+def _is_by_token(model: Any) -> bool:
+    # Those that come with a subscription, or are no longer sold, have no price and would be free.
+    return all(
+        price.input_mtok is not None or price.output_mtok is not None
+        for _, price in _prices_of(model)
+    )
+
+
+def _held_since(model: Any) -> str | None:
+    """Return the day since which a model has the price it has today; None if nobody tells."""
+    today = datetime.now(UTC).date()
+    days = [day for day, _ in _prices_of(model) if day is not None and day <= today]
+    return max(days).isoformat() if days else None
 
 
 def _package_usd(model: Any, provider: Any) -> Callable[[Sent], Decimal]:

@@ -104,6 +104,23 @@ def test_a_request_in_a_long_tier_costs_that_tier_and_is_summed_after():
     assert gemini.usd(sent(600_000, 200_000, 3_000)) == Decimal("1.095")
 
 
+def test_a_model_without_a_price_per_token_is_no_offer_rather_than_a_free_one():
+    # In its list, and paid by a subscription.
+    with pytest.raises(ValueError, match="got none that matches and has a price per token"):
+        list(offers_of_package(["github-copilot/gpt-4o"], []))
+    million = sent(10**6, 0, 10**6)
+    prices = {f"{o.provider}/{o.model}": o.usd(million) for o in offers_of_package([], ["openai"])}
+    assert len(prices) > 20
+    assert [name for name, usd in prices.items() if not usd] == []
+
+
+def test_the_date_of_a_packages_price_is_the_day_from_which_it_holds():
+    dates = [one.as_of for one in offers_of_package([], [])]
+    known = [datetime.fromisoformat(each).date() for each in dates if each is not None]
+    assert known
+    assert max(known) <= datetime.now(UTC).date()
+
+
 def test_a_price_holds_from_its_date_on(tmp_path):
     path = tmp_path / "prices.toml"
     entry = '[[api_prices]]\nprovider = "p"\nmodel = "m"\nsource = "s"\ninput_usd_per_m = 0\n'
