@@ -20,7 +20,7 @@ from vllm_cost_meter.command_line import Json, Ledger, ledger_url, reading
 from vllm_cost_meter.compare_commands import compare_
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.economics_commands import economics_, explain_figure
-from vllm_cost_meter.ledger.economics import FIGURES
+from vllm_cost_meter.ledger.figures import FIGURES
 from vllm_cost_meter.ledger.live import MAX_LOST
 from vllm_cost_meter.price_text import PRICE_COLUMNS
 from vllm_cost_meter.report_commands import report, statement

@@ -10,7 +10,7 @@ import pytest
 from tests.docs.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.calculators import CALCULATORS, INPUTS
 from vllm_cost_meter.economics import Point
-from vllm_cost_meter.ledger.economics import FIGURES
+from vllm_cost_meter.ledger.figures import FIGURES
 
 PAGE = DOCS / "economics.md"
 

@@ -8,7 +8,8 @@ import pytest
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import HOUR, T0, Ledger, http, part, snapshot
 from vllm_cost_meter.economics import Declared
-from vllm_cost_meter.ledger.economics import FIGURES, OF_SLO, economics, method
+from vllm_cost_meter.ledger.economics import economics, method
+from vllm_cost_meter.ledger.figures import FIGURES, OF_SLO
 from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, Usage, UsagePiece
 
 S = 10**9
