@@ -1,8 +1,8 @@
 """What a deployment's tokens cost in a window, with the SQL behind each figure.
 
-A figure is an expression over scalar subqueries on a few named tables (both in `figures`), which are
-the ledger's own with the window, the prices and the declared latency bounds written into them. What
-is executed is exactly the text that `sql_of` returns, so whoever doubts a figure can run it by hand.
+A figure is an expression over scalar subqueries on a few named tables (all in `figures`): the
+ledger's own with the window, the prices and the declared latency bounds written into them. What is
+executed is exactly the text that `sql_of` returns, so whoever doubts a figure can run it by hand.
 SQLite and PostgreSQL both take it.
 
 GPU time and money are of the engines' hours: idle, start-up and all else are in them. Requests and
