@@ -14,14 +14,16 @@ Invariant: a counter never makes a spend negative; the spends of the parts of a 
 that of the window, exactly; the hours of a stretch add up to its amount, to the nano-USD.
 """
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Literal, NamedTuple, get_args
 
 from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.rounding import half_even
 
 Kind = Literal["gpu", "disk", "network", "other"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -158,11 +160,13 @@ def billed_hours(found: Iterable[Stretch]) -> list[BilledHour]:
     sums: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     bases: dict[int, set[str]] = defaultdict(set)
     for stretch in found:
-        spent = 0
+        spent, length_ns = 0, stretch.to_ns - stretch.from_ns
+        # Integers: an hour of a fraction takes four times as long.
+        amount, parts = (stretch.nanousd or Fraction(0)).as_integer_ratio()
         for hour in hours_between(stretch.from_ns, stretch.to_ns):
             end_ns = (hour + 1) * NS_PER_HOUR
             low, high = max(stretch.from_ns, end_ns - NS_PER_HOUR), min(stretch.to_ns, end_ns)
-            so_far = round(stretch.before(high))
+            so_far = half_even(amount * (high - stretch.from_ns), parts * length_ns)
             known = sums[hour]
             known[0] += so_far - spent
             known[1] += (high - low) * (stretch.covers and stretch.nanousd is not None)
@@ -207,7 +211,8 @@ def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def _outside(stretch: Stretch, spans: Sequence[tuple[int, int]]) -> Iterator[Stretch]:
     """Yield the pieces of a stretch that lie outside of spans, each with its part of the amount."""
     begin = stretch.from_ns
-    for low, high in [*spans, (stretch.to_ns, stretch.to_ns)]:
+    first = bisect_right(spans, begin, key=lambda span: span[1])
+    for low, high in chain(islice(spans, first, None), [(stretch.to_ns, stretch.to_ns)]):
         end = min(low, stretch.to_ns)
         if begin < end:
             nanousd = stretch.nanousd

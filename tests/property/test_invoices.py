@@ -1,11 +1,17 @@
-"""Whatever was read and charged: windows add up, counters make no debt, order means nothing."""
+"""Whatever was read and charged: windows add up, counters make no debt, order means nothing.
 
+In a real ledger too, whatever file a fact comes in and however often.
+"""
+
+import contextlib
+import sqlite3
 from dataclasses import replace
 from fractions import Fraction
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_cost_meter.invoice_files import InvoiceFile
 from vllm_cost_meter.invoices import (
     CHARGE_CLASSES,
     BillingSnapshot,
@@ -14,6 +20,8 @@ from vllm_cost_meter.invoices import (
     spend,
     stretches,
 )
+from vllm_cost_meter.ledger.invoices import import_invoice
+from vllm_cost_meter.ledger.store import open_ledger
 from vllm_cost_meter.records import NS_PER_HOUR
 
 SPAN_NS = 60 * NS_PER_HOUR
@@ -115,3 +123,45 @@ def test_twice_the_amounts_are_twice_the_money_and_no_other_time(read, charged, 
     assert [one.nanousd for one in doubled] == [
         None if one.nanousd is None else 2 * one.nanousd for one in once
     ]
+
+
+def imported(path, files, gap_ns):
+    """What a new ledger holds after these files, a list of facts each."""
+    path.unlink(missing_ok=True)
+    url = f"sqlite:///{path}"
+    open_ledger(url).dispose()
+    for facts in files:
+        read = {one: "f:1" for one in facts if isinstance(one, BillingSnapshot)}
+        charged = {one: "f:1" for one in facts if isinstance(one, InvoiceLine)}
+        import_invoice(url, InvoiceFile("f", read, charged, 0), gap_ns, 0)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return [
+            connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2, 3, 4, 5, 6").fetchall()
+            for table in ("billing_snapshots", "invoice_lines", "billed_hours")
+        ]
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(snapshots(), lines(), st.randoms(), st.integers(0, 10))
+def test_a_ledger_holds_the_same_however_facts_are_split_into_files(
+    tmp_path, read, charged, random, place
+):
+    # Instants of a ledger are of whole microseconds.
+    read = list({one.key: one for one in (whole(one, "at_ns") for one in read)}.values())
+    charged = [whole(one, "from_ns", "to_ns") for one in charged]
+    facts = [*read, *(one for one in charged if one.from_ns < one.to_ns)]
+    once = imported(tmp_path / "ledger.db", [facts], SPAN_NS)
+    random.shuffle(facts)
+    files = [facts[place:], facts[:place], facts]
+    assert imported(tmp_path / "ledger.db", files, SPAN_NS) == once
+    assert once[2] == [
+        ("r", "gpu", *hour) for hour in billed_hours(stretches(read, facts_of(facts), SPAN_NS))
+    ]
+
+
+def whole(fact, *names):
+    return replace(fact, **{name: getattr(fact, name) // 1000 * 1000 for name in names})
+
+
+def facts_of(facts):
+    return [one for one in facts if isinstance(one, InvoiceLine)]
