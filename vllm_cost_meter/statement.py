@@ -161,7 +161,8 @@ def statement(
 def notes(answer: Mapping[str, Any]) -> list[str]:
     """Return what a reader of a statement must know of it, a line each.
 
-    `answer` has what `statement` returns, and the `window`, `taken_at`, `methods` and `prices`.
+    `answer` has what `statement` returns, and the `window`, `taken_at`, `methods`, `prices` and
+    `billed`.
     """
     seconds = f"{answer['in_flight_ns'] / NS_PER_SECOND:.6f}"
     methods = ", ".join(answer["methods"]) or "no engine ran"
@@ -176,6 +177,12 @@ def notes(answer: Mapping[str, Any]) -> list[str]:
     ]
     if not answer["prices"]:
         found.append("price: none, so no cost is known")
+    if billed := answer.get("billed"):
+        found.append(
+            f"bills: {billed['covered_hours']:g} hours of the month count at what was billed;"
+            f" {billed['unobserved_hours']:g} hours of resources were not observed,"
+            f" {billed['resets']} counters reset"
+        )
     if not answer["is_over"]:
         found.append(f"preliminary: the month is not over; figures are of {answer['taken_at']}")
     if answer["in_flight_ns"]:

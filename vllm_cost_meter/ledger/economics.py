@@ -28,7 +28,8 @@ from vllm_cost_meter.economics import Declared, Sent
 from vllm_cost_meter.ledger.cut import Cut, Window
 from vllm_cost_meter.ledger.figures import FIGURES, OF_SLO, TABLES
 from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
-from vllm_cost_meter.ledger.tenants import Totals
+from vllm_cost_meter.ledger.tenants import Totals, overheads_of
+from vllm_cost_meter.pricing import NANOUSD_PER_USD
 from vllm_cost_meter.records import NS_PER_HOUR, rfc3339
 
 _NAMED = re.compile(r"\{(\w+)\}")
@@ -182,6 +183,7 @@ def _values(cut: Cut) -> dict[str, str]:
         "arrived": between("MIN(started_at)", *instants),
         "began": between("started_at", *instants),
         "price": _price_table(cut),
+        "overhead": _overhead_table(cut),
     }
 
 
@@ -206,6 +208,26 @@ def _price_table(cut: Cut) -> str:
     nothing = (
         "SELECT run_id AS price_run_id, 0 AS from_hour, 0 AS to_hour, 0.0 AS usd_per_gpu_hour"
         " FROM runs WHERE 1 = 0"
+    )
+    return "\nUNION ALL ".join(told) or nothing
+
+
+def _overhead_table(cut: Cut) -> str:
+    """Return the declared overheads in the window as a query."""
+    told = []
+    # Of a percentage the amount is worked out in the SQL.
+    for line in overheads_of(cut, lambda _begin, _end: None):
+        usd = None if line.nanousd is None else line.nanousd / NANOUSD_PER_USD
+        amounts = [
+            "CAST(NULL AS DOUBLE PRECISION)" if amount is None else repr(float(amount))
+            for amount in (line.overhead.percent, usd)
+        ]
+        told.append(
+            f"SELECT {line.from_hour} AS from_hour, {line.to_hour} AS to_hour,"
+            f" {amounts[0]} AS percent, {amounts[1]} AS usd"
+        )
+    nothing = (
+        "SELECT 0 AS from_hour, 0 AS to_hour, 0.0 AS percent, 0.0 AS usd FROM runs WHERE 1 = 0"
     )
     return "\nUNION ALL ".join(told) or nothing
 

@@ -39,9 +39,25 @@ FROM engine_hours JOIN runs ON runs.run_id = engine_hours.run_id
 WHERE {{hours}}""",
     # USD per GPU-hour of each run, from an hour on and until before another.
     "price": "{price}",
-    "priced": """SELECT gpu_ns, startup_ns, usd_per_gpu_hour
+    "priced": """SELECT hour, gpu_ns, startup_ns, usd_per_gpu_hour
 FROM hours LEFT JOIN price
   ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour""",
+    # What the provider billed; rows of which neither time nor money is known say nothing.
+    "billed": """SELECT hour, kind, 1.0 * nanousd AS nanousd, covered_ns FROM billed_hours
+WHERE {hours} AND (covered_ns > 0 OR nanousd <> 0)""",
+    # Of each hour the part that is billed: the largest of any GPU resource.
+    "covered": """SELECT hour AS covered_hour, MAX(covered_ns) / 3.6e12 AS share
+FROM billed WHERE kind = 'gpu' GROUP BY hour""",
+    "compared": """SELECT gpu_ns, usd_per_gpu_hour, COALESCE(share, 0.0) AS share
+FROM priced LEFT JOIN covered ON covered_hour = hour
+WHERE gpu_ns > 0""",
+    # Declared overheads: a percentage of the cost of their hours, or an amount.
+    "overhead": "{overhead}",
+    "overheads": """SELECT CASE WHEN percent IS NULL THEN usd ELSE percent / 100.0 * (
+  SELECT CASE WHEN COUNT(*) = COUNT(usd_per_gpu_hour)
+    THEN COALESCE(SUM(gpu_ns * usd_per_gpu_hour), 0.0) / 3.6e12 END
+  FROM priced WHERE gpu_ns > 0 AND hour >= from_hour AND hour < to_hour
+) END AS usd FROM overhead""",
     # Prefill and decode by hour: time, and the tokens that were computed in it.
     "pieces": """SELECT 1.0 * prefill_ns AS prefill_ns, 1.0 * decode_ns AS decode_ns,
        prefill_tokens, decode_tokens, usd_per_gpu_hour
@@ -91,9 +107,72 @@ _COST = (
     "SELECT CASE WHEN COUNT(*) = COUNT(usd_per_gpu_hour)"
     " THEN SUM({ns} * usd_per_gpu_hour) / 3.6e12 END FROM {table}"
 )
+# What of the compared hours no bill covers; null if there was none, or one without a price.
+_UNBILLED = (
+    "SELECT CASE WHEN COUNT(*) = COUNT(CASE WHEN share >= 1 THEN 1.0 ELSE usd_per_gpu_hour END)"
+    " THEN SUM(CASE WHEN share >= 1 THEN 0.0 ELSE gpu_ns * usd_per_gpu_hour * (1 - share) END)"
+    " / 3.6e12 END FROM compared"
+)
+_UNKNOWN = (
+    "SELECT COUNT(*) FROM compared WHERE share < 1 AND usd_per_gpu_hour IS NULL",
+    "SELECT COUNT(*) FROM overheads WHERE usd IS NULL",
+)
+_BLENDED = ("{unbilled_usd}", "{billed_gpu_usd}", "{billed_other_usd}", "{overhead_usd}")
 FIGURES: Mapping[str, Figure] = {
     "cost_usd": Figure(
         "USD", "wall time x price of all GPUs", f"({_COST.format(ns='gpu_ns', table='priced')})"
+    ),
+    "billed_gpu_usd": Figure(
+        "USD",
+        "what the provider billed of GPUs; null if nothing was imported of the window",
+        "(SELECT SUM(nanousd) / 1e9 FROM billed WHERE kind = 'gpu')",
+    ),
+    "metered_while_billed_usd": Figure(
+        "USD",
+        "wall time x price of the time that bills of GPUs cover",
+        "CASE WHEN {billed_gpu_usd} IS NOT NULL THEN (SELECT CASE WHEN COUNT(*) ="
+        " COUNT(usd_per_gpu_hour) THEN COALESCE(SUM(gpu_ns * usd_per_gpu_hour * share), 0.0)"
+        " / 3.6e12 END FROM compared WHERE share > 0) END",
+    ),
+    "billed_difference_usd": Figure(
+        "USD",
+        "billed of GPUs - metered while billed",
+        "{billed_gpu_usd} - {metered_while_billed_usd}",
+    ),
+    "capture_rate": Figure(
+        "",
+        "metered while billed / billed of GPUs",
+        "{metered_while_billed_usd} / NULLIF({billed_gpu_usd}, 0)",
+    ),
+    "unbilled_usd": Figure(
+        "USD", "wall time x price of the time that no bill covers", f"({_UNBILLED})"
+    ),
+    "billed_other_usd": Figure(
+        "USD",
+        "what the provider billed besides GPUs: disks, network and other",
+        "(SELECT SUM(nanousd) / 1e9 FROM billed WHERE kind <> 'gpu')",
+    ),
+    "overhead_usd": Figure(
+        "USD",
+        "declared overheads",
+        "(SELECT CASE WHEN COUNT(*) = COUNT(usd) THEN SUM(usd) END FROM overheads)",
+    ),
+    "blended_cost_usd": Figure(
+        "USD",
+        "everything: what was billed, price x time where nothing was, and overheads",
+        f"CASE WHEN ({_UNKNOWN[0]}) = 0 AND ({_UNKNOWN[1]}) = 0"
+        f" AND COALESCE({', '.join(_BLENDED)}) IS NOT NULL"
+        f" THEN {' + '.join(f'COALESCE({name}, 0.0)' for name in _BLENDED)} END",
+    ),
+    "blended_usd_per_m_output_tokens": Figure(
+        "USD",
+        "everything / output tokens",
+        "1e6 * {blended_cost_usd} / NULLIF({output_tokens}, 0)",
+    ),
+    "blended_usd_per_m_total_tokens": Figure(
+        "USD",
+        "everything / prompt and output tokens",
+        "1e6 * {blended_cost_usd} / NULLIF({prompt_tokens} + {output_tokens}, 0)",
     ),
     "wall_gpu_seconds": Figure(
         "GPU-s", "wall time x GPUs", "(SELECT SUM(gpu_ns) / 1e9 FROM hours)"
