@@ -13,7 +13,7 @@ from vllm_cost_meter.api import make_app
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.invoice_files import InvoiceFile, InvoiceRules, read_invoice
 from vllm_cost_meter.invoice_rows import FILE_BYTES_MAX
-from vllm_cost_meter.invoices import CHARGE_CLASSES, KINDS, InvoiceLine
+from vllm_cost_meter.invoices import CHARGE_CLASSES, KINDS, BillingSnapshot, InvoiceLine
 from vllm_cost_meter.ledger.billed import DIFFERENCE
 from vllm_cost_meter.ledger.invoices import HOURS_MAX, import_invoice
 from vllm_cost_meter.records import NS_PER_HOUR
@@ -84,6 +84,18 @@ def test_the_numbers_and_words_are_those_of_the_code():
     assert "`Correction`, `Credit` or `Adjustment`" in text
     assert CHARGE_CLASSES == ("Correction", "Credit", "Adjustment")
     assert f"`{DIFFERENCE}`" in text
+
+
+def test_every_field_of_a_resource_and_of_an_import_is_documented_and_no_other(client, tmp_path):
+    begin, end = HOUR * NS_PER_HOUR, (HOUR + 1) * NS_PER_HOUR
+    read = [BillingSnapshot("r", "gpu", at, usd) for at, usd in ((begin, 2), (end, 1))]
+    told = InvoiceFile("f", dict.fromkeys(read, "f:1"), {}, 0)
+    answer = import_invoice(f"sqlite:///{tmp_path / 'ledger.db'}", told, NS_PER_HOUR, 0)
+    assert names(PAGE, "What import and list tell") == list(answer["resources"][0])
+    said = section(PAGE, "What import and list tell").partition("`import` has")[2]
+    [lost] = answer["unobserved"]
+    fields = (answer.keys() | lost.keys()) - {"resources", "resource", "kind"}
+    assert set(re.findall("`(.*?)`", said)) == fields
 
 
 def test_every_field_of_a_day_and_of_a_summary_is_documented_and_no_other(client):

@@ -35,6 +35,7 @@ JSON_ROUTES = [
     "/cost/report",
     "/cost/economics",
     "/cost/economics/method",
+    "/cost/invoices",
     "/cost/audit",
     "/openapi.json",
 ]
@@ -372,6 +373,7 @@ BY_HASH = {sha256(key): tenant for tenant, key in KEYS.items()}
 ADMIN_ONLY = [
     "/cost/tenants",
     "/cost/summary",
+    "/cost/invoices",
     "/cost/audit",
     "/cost/models",
     "/cost/economics",

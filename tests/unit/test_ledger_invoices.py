@@ -169,6 +169,11 @@ def test_resources_are_listed_with_one_reading_too(ledger):
     assert disk["to"] == "2027-01-15T11:00:00.000000Z"
 
 
+def test_of_a_resource_that_nobody_observed_no_sum_is_told(ledger):
+    [row] = bring(ledger, read(0, 9), read(1, 1))["resources"]
+    assert (row["billed_usd"], row["billed_nanousd"], row["resets"]) == (None, None, 1)
+
+
 # ---- against the meter
 
 
@@ -253,6 +258,16 @@ def test_what_nobody_observed_is_not_billed_at_nothing(ledger):
     assert found["blended_cost_usd"] == pytest.approx(0.6)
     told = summary(ledger)
     assert (told["billed_gpu_usd"], told["unobserved_hours"], told["resets"]) == (None, 1.0, 1)
+
+
+def test_a_credit_by_itself_lowers_the_cost_and_covers_no_time(ledger):
+    write(ledger)
+    bring(ledger, charged(0, 1, -0.1, charge_class="Credit"))
+    found = figures(ledger)
+    assert found["billed_gpu_usd"] == pytest.approx(-0.1)
+    assert (found["metered_while_billed_usd"], found["capture_rate"]) == (0, None)
+    assert found["blended_cost_usd"] == pytest.approx(0.5)
+    assert summary(ledger)["capture_rate"] is None
 
 
 def test_gpus_that_were_billed_and_ran_nothing_are_captured_at_0(ledger):

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from sqlalchemy import case, func, or_, select
@@ -64,7 +65,8 @@ class Compared:
     @property
     def capture_rate(self) -> float | None:
         """Metered / billed."""
-        if self.metered_while_billed is None or not self.billed_gpu:
+        # Of a credit by itself it would say nothing.
+        if self.metered_while_billed is None or self.billed_gpu is None or self.billed_gpu <= 0:
             return None
         return float(self.metered_while_billed / self.billed_gpu)
 
@@ -87,8 +89,13 @@ class Bills:
     """What a ledger knows of the bills of a cut's window, and what was metered in its hours."""
 
     def __init__(self, connection: Connection, cut: Cut) -> None:
-        self._metered = _metered(cut)
+        self._cut = cut
         self._billed = _by_hour(connection, cut.window)
+
+    @cached_property
+    def _metered(self) -> dict[int, Fraction | None]:
+        # Most ledgers have no bills: a summary of theirs does not wait for this.
+        return _metered(self._cut)
 
     @property
     def is_any(self) -> bool:
@@ -124,8 +131,8 @@ class Bills:
         }
         seen = [one for of in kinds.values() for one in of]
         return Compared(
-            metered.nanousd,
-            None if amounts[GPU] is None else matched.nanousd_or_nothing,
+            metered.nanousd_if_any,
+            None if amounts[GPU] is None else matched.nanousd,
             amounts[GPU],
             {kind: amounts[kind] for kind in OTHERS},
             covered_hours,
@@ -135,7 +142,7 @@ class Bills:
 
 
 class _Sum:
-    """A sum of costs of which one may be unknown; None, too, of none at all."""
+    """A sum of costs, each with its part that counts; unknown if one of them is."""
 
     def __init__(self) -> None:
         self._known, self._unknown, self._count = Fraction(0), 0, 0
@@ -150,12 +157,14 @@ class _Sum:
             self._known += cost * share
 
     @property
-    def nanousd_or_nothing(self) -> Fraction | None:
+    def nanousd(self) -> Fraction | None:
+        """The sum: 0 of nothing."""
         return None if self._unknown else self._known
 
     @property
-    def nanousd(self) -> Fraction | None:
-        return self.nanousd_or_nothing if self._count else None
+    def nanousd_if_any(self) -> Fraction | None:
+        """The sum: None of nothing."""
+        return self.nanousd if self._count else None
 
 
 def billed_summary(connection: Connection, cut: Cut) -> dict[str, Any] | None:
@@ -210,7 +219,11 @@ def _metered(cut: Cut) -> dict[int, Fraction | None]:
     return found
 
 
-def _is_known() -> Any:
+def is_known() -> Any:
+    """Return the SQL sum of the rows of `billed_hours` of which time or money is known.
+
+    The others are of time that nobody observed: of them alone an amount is null.
+    """
     b = billed_hours.c
     return func.sum(case((or_(b.covered_ns > 0, b.nanousd != 0), 1), else_=0))
 
@@ -220,7 +233,7 @@ def _by_hour(connection: Connection, window: Window) -> dict[int, dict[str, _Bil
     asked = (
         select(
             *(b.hour, b.kind, func.sum(b.nanousd), func.max(b.covered_ns)),
-            *(func.sum(b.unobserved_ns), func.sum(b.resets), _is_known()),
+            *(func.sum(b.unobserved_ns), func.sum(b.resets), is_known()),
         )
         .where(window.on_hours(b.hour))
         .group_by(b.hour, b.kind)
@@ -238,7 +251,7 @@ def _others(connection: Connection, window: Window) -> list[tuple[str, str, int]
         select(b.kind, b.resource, func.sum(b.nanousd))
         .where(window.on_hours(b.hour), b.kind != GPU)
         .group_by(b.kind, b.resource)
-        .having(_is_known() > 0)
+        .having(is_known() > 0)
         .order_by(b.kind, b.resource)
     )
     return [(kind, name, int(nanousd)) for kind, name, nanousd in connection.execute(asked)]

@@ -142,7 +142,7 @@ FIGURES: Mapping[str, Figure] = {
     "capture_rate": Figure(
         "",
         "metered while billed / billed of GPUs",
-        "{metered_while_billed_usd} / NULLIF({billed_gpu_usd}, 0)",
+        "CASE WHEN {billed_gpu_usd} > 0 THEN {metered_while_billed_usd} / {billed_gpu_usd} END",
     ),
     "unbilled_usd": Figure(
         "USD", "wall time x price of the time that no bill covers", f"({_UNBILLED})"

@@ -29,6 +29,7 @@ from vllm_cost_meter.invoices import (
     stretches,
 )
 from vllm_cost_meter.ledger import schema
+from vllm_cost_meter.ledger.billed import is_known
 from vllm_cost_meter.ledger.store import cause_of, open_ledger, writing
 from vllm_cost_meter.pricing import format_usd
 from vllm_cost_meter.records import NS_PER_HOUR, rfc3339, unix_ns_of
@@ -71,7 +72,7 @@ def import_invoice(
 
 def meters(connection: Connection, resources: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Return what is known of each resource and kind, or of these resources: span, facts, sum."""
-    s, i, h = schema.billing_snapshots.c, schema.invoice_lines.c, schema.billed_hours.c
+    s, i = schema.billing_snapshots.c, schema.invoice_lines.c
     count, none = func.count(), {"snapshots": 0, "lines": 0}
     found: dict[Meter, dict[str, Any]] = {}
     for name, table, low, high in (
@@ -82,18 +83,10 @@ def meters(connection: Connection, resources: Sequence[str] | None = None) -> li
         for resource, kind, begin, end, rows in connection.execute(
             _only(told, table.resource, resources).group_by(table.resource, table.kind)
         ):
-            known = found.setdefault((resource, kind), {**none, "from": begin, "to": end})
+            known = found.setdefault((resource, kind), {"from": begin, "to": end, **none})
             known["from"], known["to"] = min(known["from"], begin), max(known["to"], end)
             known[name] = int(rows)
-    sums = select(
-        *(h.resource, h.kind, func.sum(h.nanousd), func.sum(h.unobserved_ns), func.sum(h.resets))
-    )
-    spent = {
-        (resource, kind): (int(nanousd), int(unobserved_ns) / NS_PER_HOUR, int(resets))
-        for resource, kind, nanousd, unobserved_ns, resets in connection.execute(
-            _only(sums, h.resource, resources).group_by(h.resource, h.kind)
-        )
-    }
+    spent = _spent(connection, resources)
     rows = []
     for meter, known in sorted(found.items()):
         nanousd, unobserved, resets = spent.get(meter, (None, 0.0, 0))
@@ -111,6 +104,25 @@ def meters(connection: Connection, resources: Sequence[str] | None = None) -> li
     return rows
 
 
+def _spent(
+    connection: Connection, resources: Sequence[str] | None
+) -> dict[Meter, tuple[int | None, float, int]]:
+    """Return nano-USD (None if nothing is known), unobserved hours and resets of each meter."""
+    h = schema.billed_hours.c
+    sums = (func.sum(h.nanousd), is_known(), func.sum(h.unobserved_ns), func.sum(h.resets))
+    asked = _only(select(h.resource, h.kind, *sums), h.resource, resources)
+    return {
+        (resource, kind): (
+            int(nanousd) if known else None,
+            int(unobserved_ns) / NS_PER_HOUR,
+            int(resets),
+        )
+        for resource, kind, nanousd, known, unobserved_ns, resets in connection.execute(
+            asked.group_by(h.resource, h.kind)
+        )
+    }
+
+
 def _only(query: Any, column: Any, resources: Sequence[str] | None) -> Any:
     return query if resources is None else query.where(column.in_(resources))
 
@@ -126,21 +138,12 @@ def _import(connection: Connection, file: InvoiceFile, gap_ns: int, now_ns: int)
     _insert(connection, schema.billing_snapshots, [_snapshot_row(s) | told for s in new_snapshots])
     _insert(connection, schema.invoice_lines, [_line_row(line) | told for line in new_lines])
     found = _stretches(
-        [*known_snapshots.values(), *new_snapshots], [*known_lines.values(), *new_lines], gap_ns
+        file.name,
+        [*known_snapshots.values(), *new_snapshots],
+        [*known_lines.values(), *new_lines],
+        gap_ns,
     )
-    for chunk in _chunks(resources):
-        connection.execute(
-            delete(schema.billed_hours).where(schema.billed_hours.c.resource.in_(chunk))
-        )
-    _insert(
-        connection,
-        schema.billed_hours,
-        (
-            {"resource": resource, "kind": kind, **hour._asdict()}
-            for (resource, kind), pieces in found.items()
-            for hour in billed_hours(pieces)
-        ),
-    )
+    _write_hours(connection, resources, found)
     return {
         "snapshots": len(new_snapshots),
         "lines": len(new_lines),
@@ -154,6 +157,25 @@ def _import(connection: Connection, file: InvoiceFile, gap_ns: int, now_ns: int)
             if piece.unobserved is not None
         ],
     }
+
+
+def _write_hours(
+    connection: Connection, resources: Sequence[str], found: Mapping[Meter, Sequence[Stretch]]
+) -> None:
+    """Write the hours of these resources in place of what was there."""
+    for chunk in _chunks(resources):
+        connection.execute(
+            delete(schema.billed_hours).where(schema.billed_hours.c.resource.in_(chunk))
+        )
+    _insert(
+        connection,
+        schema.billed_hours,
+        (
+            {"resource": resource, "kind": kind, **hour._asdict()}
+            for (resource, kind), pieces in found.items()
+            for hour in billed_hours(pieces)
+        ),
+    )
 
 
 def _new(told: Mapping[Fact, str], known: Mapping[tuple[Any, ...], Fact]) -> list[Fact]:
@@ -193,7 +215,7 @@ def _refuse_another_kind(
 
 
 def _stretches(
-    snapshots: Iterable[BillingSnapshot], lines: Iterable[InvoiceLine], gap_ns: int
+    name: str, snapshots: Iterable[BillingSnapshot], lines: Iterable[InvoiceLine], gap_ns: int
 ) -> dict[Meter, list[Stretch]]:
     """Return the stretches of each meter. Raises ValueError for too many hours."""
     facts: dict[Meter, tuple[list[BillingSnapshot], list[InvoiceLine]]]
@@ -210,8 +232,8 @@ def _stretches(
     )
     if hours > HOURS_MAX:
         raise ValueError(
-            f"expected at most {HOURS_MAX:,} hours x charges of the resources in a file, got"
-            f" {hours:,}: ignore what is not of this deployment, or import it in parts"
+            f"{name}: expected at most {HOURS_MAX:,} hours x charges of the resources in a file,"
+            f" got {hours:,}: ignore what is not of this deployment, or import it in parts"
         )
     return found
 
