@@ -282,6 +282,7 @@ def test_what_is_not_there_is_404(side, path):
         "tenants/alice?window=1h,2h",
         "summary?window=2026-01-02T00:00:00Z,2026-01-01T00:00:00Z",
         "report?window=now",
+        "invoices?window=now",
         "report?tz=Mars/Olympus",
         "report?aggregate=pod",
         "report?step=1m",
