@@ -33,6 +33,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.grammar import STEPS, question
 from vllm_cost_meter.idle import EXPECTED as POLICIES
 from vllm_cost_meter.ledger.exchange import FINISHED
+from vllm_cost_meter.ledger.invoice_days import invoice_days
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records import rfc3339
 
@@ -232,6 +233,13 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         hours = hours_asked(window)
         refresh()
         return reader.summary(*hours)
+
+    @app.get("/cost/invoices", dependencies=FOR_ADMINS)
+    def invoices(window: Window = None) -> dict[str, Any]:
+        """Return what was metered and what was billed, day by day."""
+        hours = hours_asked(window)
+        refresh()
+        return invoice_days(reader, *hours)
 
     @app.get("/cost/audit", dependencies=FOR_ADMINS)
     def audit() -> dict[str, Any]:

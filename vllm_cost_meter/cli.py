@@ -20,7 +20,8 @@ from vllm_cost_meter.command_line import Json, Ledger, ledger_url, reading
 from vllm_cost_meter.compare_commands import compare_
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.economics_commands import economics_, explain_figure
-from vllm_cost_meter.ledger.economics import FIGURES
+from vllm_cost_meter.invoice_commands import app as invoice
+from vllm_cost_meter.ledger.figures import FIGURES
 from vllm_cost_meter.ledger.live import MAX_LOST
 from vllm_cost_meter.price_text import PRICE_COLUMNS
 from vllm_cost_meter.report_commands import report, statement
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.add_typer(tenants)
 app.add_typer(calc)
 app.add_typer(saturation)
+app.add_typer(invoice)
 
 # Lost requests of a run that the audit prints.
 LOST_LINES_MAX = 20

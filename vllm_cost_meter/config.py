@@ -46,6 +46,12 @@ from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.price_book import PriceBook
 from vllm_cost_meter.setting_budgets import BudgetSetting, check_budgets
 from vllm_cost_meter.setting_economics import EconomicsSettings
+from vllm_cost_meter.setting_invoices import (
+    InvoiceSetting,
+    InvoiceSettings,
+    RateSetting,
+    ResourceSetting,
+)
 from vllm_cost_meter.setting_prices import EnergyPriceSetting, OverheadSetting, PriceSetting
 from vllm_cost_meter.tenant_settings import (
     RuleSetting,
@@ -69,7 +75,7 @@ Method = Literal["shapley", "tokens", "equal"]
 _about = t.about
 
 
-class Settings(EconomicsSettings, BaseSettings):
+class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     """All settings, checked. Built by `load_settings`; never changed afterwards."""
 
     model_config = SettingsConfigDict(
@@ -316,11 +322,14 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "energy_prices": EnergyPriceSetting,
     "overheads": OverheadSetting,
     "budgets": BudgetSetting,
+    "invoices": InvoiceSetting,
+    "invoice_resources": ResourceSetting,
+    "invoice_rates": RateSetting,
 }
 
 
 # Of long tables a message says the line too.
-_WITH_LINES = ("prices", "energy_prices", "overheads")
+_WITH_LINES = ("prices", "energy_prices", "overheads", *InvoiceSettings.model_fields)
 
 
 def load_settings(

@@ -26,6 +26,8 @@ METHOD_PATH = f"{PATH}/method"
 PUBLIC_PATHS = (PATH, METHOD_PATH)
 # What a public page has: costs per token, the load and the latency that they came with.
 PUBLIC_FIGURES = (
+    "blended_usd_per_m_output_tokens",
+    "blended_usd_per_m_total_tokens",
     "usd_per_m_output_tokens",
     "usd_per_m_total_tokens",
     "usd_per_m_computed_prompt_tokens",

@@ -8,7 +8,8 @@ import typer
 
 from vllm_cost_meter.command_line import Json, Ledger, reading
 from vllm_cost_meter.config import load_settings
-from vllm_cost_meter.ledger.economics import FIGURES, economics, method
+from vllm_cost_meter.ledger.economics import economics, method
+from vllm_cost_meter.ledger.figures import FIGURES
 from vllm_cost_meter.price_book import described
 from vllm_cost_meter.terminal import one_line_errors, print_rows
 from vllm_cost_meter.text import plain, rounded

@@ -65,7 +65,7 @@ class Matches:
         """Tell whether an entry is for a run. What is not known of the run fits no match."""
         names = (run.model, run.gpu_name, run.host)
         return all(
-            pattern is None or (name is not None and _is_like(name.casefold(), pattern))
+            pattern is None or (name is not None and is_like(name.casefold(), pattern))
             for name, pattern in zip(names, self.folded(), strict=True)
         )
 
@@ -361,7 +361,8 @@ def _folded(pattern: str | None) -> str | None:
     return None if pattern is None else pattern.casefold()
 
 
-def _is_like(name: str, pattern: str) -> bool:
+def is_like(name: str, pattern: str) -> bool:
+    """Return whether a name is a pattern's, or fits it as a glob; both in one case."""
     # A name may hold brackets, which a glob reads as a class of characters.
     return name == pattern or fnmatchcase(name, pattern)
 

@@ -9,6 +9,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 from vllm_cost_meter.records import NS_PER_HOUR, format_nano
+from vllm_cost_meter.rounding import half_even
 
 NANOUSD_PER_USD = 1_000_000_000
 MJ_PER_KWH = 3_600_000_000
@@ -42,12 +43,7 @@ def _rounded(amount: int, usd: Decimal | Fraction | None, per: int) -> int | Non
     if usd is None:
         return None
     numerator, denominator = usd.as_integer_ratio()
-    dividend = amount * numerator * NANOUSD_PER_USD
-    divisor = denominator * per
-    quotient, remainder = divmod(dividend, divisor)
-    if 2 * remainder > divisor or (2 * remainder == divisor and quotient % 2):
-        quotient += 1
-    return quotient
+    return half_even(amount * numerator * NANOUSD_PER_USD, denominator * per)
 
 
 def decimal_text(value: Fraction) -> str:

@@ -12,6 +12,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 
+def half_even(dividend: int, divisor: int) -> int:
+    """Return a quotient rounded half to even, as `round` does a fraction; the divisor is > 0."""
+    quotient, remainder = divmod(dividend, divisor)
+    if 2 * remainder > divisor or (2 * remainder == divisor and quotient % 2):
+        quotient += 1
+    return quotient
+
+
 def largest_remainder(amounts: Sequence[Fraction], total: int | None = None) -> list[int]:
     """Return amounts in whole units that add up to `total`, else to their sum, half to even.
 

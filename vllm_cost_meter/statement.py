@@ -1,11 +1,11 @@
 """What a tenant is charged for a month: lines by model and day that add up to the cent.
 
-The statements of all tenants are slices of one whole: the month's wall time x price, and overhead
-that was declared. The whole is rounded to the cent; by largest remainder each tenant gets its total
-and each class what nobody carries; then each tenant's total is divided over its lines, and each
-line over usage and idle share. From the top down, because lines rounded all at once would add up
-too, and could still leave a tenant of many small lines whole cents from what it owes. Core:
-standard library only.
+The statements of all tenants are slices of one whole: the month's wall time x price, and overhead,
+which is what was declared or billed beside it. The whole is rounded to the cent; by largest
+remainder each tenant gets its total and each class what nobody carries; then each tenant's total is
+divided over its lines, and each line over usage and idle share. From the top down, because lines
+rounded all at once would add up too, and could still leave a tenant of many small lines whole cents
+from what it owes. Core: standard library only.
 
 Invariant: the lines of all tenants and of what nobody carries add up to the whole to the cent; each
 line, and each tenant's total, is less than one cent from its exact amount.
@@ -50,9 +50,10 @@ SHOWN_MAX = 10
 
 @dataclass(frozen=True, slots=True)
 class OverheadCost:
-    """A cost beside the GPUs' that was declared for the month: power, space, staff.
+    """A cost beside price x time: power, space, staff that were declared, or what a bill has more.
 
-    `nanousd` is exact, None where it is a percentage of what is not known.
+    `nanousd` is exact, less than 0 where a bill is lower; None where it depends on what is not
+    known.
     """
 
     name: str
@@ -161,7 +162,8 @@ def statement(
 def notes(answer: Mapping[str, Any]) -> list[str]:
     """Return what a reader of a statement must know of it, a line each.
 
-    `answer` has what `statement` returns, and the `window`, `taken_at`, `methods` and `prices`.
+    `answer` has what `statement` returns, and the `window`, `taken_at`, `methods`, `prices` and
+    `billed`.
     """
     seconds = f"{answer['in_flight_ns'] / NS_PER_SECOND:.6f}"
     methods = ", ".join(answer["methods"]) or "no engine ran"
@@ -176,6 +178,12 @@ def notes(answer: Mapping[str, Any]) -> list[str]:
     ]
     if not answer["prices"]:
         found.append("price: none, so no cost is known")
+    if billed := answer.get("billed"):
+        found.append(
+            f"bills: {billed['covered_hours']:g} hours of the month count at what was billed;"
+            f" {billed['unobserved_hours']:g} hours of resources were not observed,"
+            f" {billed['resets']} counters reset"
+        )
     if not answer["is_over"]:
         found.append(f"preliminary: the month is not over; figures are of {answer['taken_at']}")
     if answer["in_flight_ns"]:

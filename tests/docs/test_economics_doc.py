@@ -12,7 +12,7 @@ from vllm_cost_meter.calculators import CALCULATORS, INPUTS
 from vllm_cost_meter.compare_api import MEMORY_BYTES_MAX, TIMEOUT_S
 from vllm_cost_meter.economics import Point
 from vllm_cost_meter.economics.comparison import FORMULA
-from vllm_cost_meter.ledger.economics import FIGURES
+from vllm_cost_meter.ledger.figures import FIGURES
 
 PAGE = DOCS / "economics.md"
 

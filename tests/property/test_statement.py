@@ -26,10 +26,11 @@ zones = st.one_of(
     ),
     st.sampled_from(sorted(zoneinfo.available_timezones())),
 ).map(zone_of)
+# Of a bill below price x time the difference is less than 0.
 costs = st.lists(
-    st.builds(OverheadCost, st.sampled_from(["rent", "power"]), st.just("lease"),
-              st.fractions(0, 10**13, max_denominator=1000)),
-    max_size=2,
+    st.builds(OverheadCost, st.sampled_from(["rent", "power", "difference to the bill"]),
+              st.just("lease"), st.fractions(-(10**13), 10**13, max_denominator=1000)),
+    max_size=3,
 )  # fmt: skip
 
 

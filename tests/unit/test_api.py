@@ -35,6 +35,7 @@ JSON_ROUTES = [
     "/cost/report",
     "/cost/economics",
     "/cost/economics/method",
+    "/cost/invoices",
     "/cost/audit",
     "/openapi.json",
 ]
@@ -281,6 +282,7 @@ def test_what_is_not_there_is_404(side, path):
         "tenants/alice?window=1h,2h",
         "summary?window=2026-01-02T00:00:00Z,2026-01-01T00:00:00Z",
         "report?window=now",
+        "invoices?window=now",
         "report?tz=Mars/Olympus",
         "report?aggregate=pod",
         "report?step=1m",
@@ -372,6 +374,7 @@ BY_HASH = {sha256(key): tenant for tenant, key in KEYS.items()}
 ADMIN_ONLY = [
     "/cost/tenants",
     "/cost/summary",
+    "/cost/invoices",
     "/cost/audit",
     "/cost/models",
     "/cost/economics",

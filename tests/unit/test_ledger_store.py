@@ -194,6 +194,25 @@ def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tm
     writer.close()
 
 
+def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_rest(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    bills = ("billing_snapshots", "invoice_lines", "billed_hours")
+    engine = open_ledger(url)
+    with engine.begin() as connection:
+        for table in bills:
+            connection.execute(text(f"DROP TABLE {table}"))
+        connection.execute(text("UPDATE schema_version SET version = 5"))
+        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
+    engine.dispose()
+    with pytest.raises(LedgerError, match="version 5, this cost meter needs 6; start a metered"):
+        open_ledger(url, create=False)
+    engine = open_ledger(url)
+    with engine.connect() as connection:
+        assert set(bills) < set(inspect(connection).get_table_names())
+        assert connection.execute(text("SELECT price_id FROM prices")).all() == [("p",)]
+    engine.dispose()
+
+
 def test_a_file_that_is_no_ledger_is_refused(tmp_path):
     path = tmp_path / "ledger.db"
     with pytest.raises(LedgerError, match="no such file"):

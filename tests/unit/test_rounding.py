@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.rounding import largest_remainder, rounded_known
+from vllm_cost_meter.rounding import half_even, largest_remainder, rounded_known
 
 THIRD = Fraction(1, 3)
 
@@ -26,6 +26,14 @@ THIRD = Fraction(1, 3)
 )
 def test_the_lines_that_lost_most_are_rounded_up(amounts, units):
     assert largest_remainder(amounts) == units
+
+
+@pytest.mark.parametrize(
+    ("dividend", "divisor", "quotient"),
+    [(5, 2, 2), (7, 2, 4), (-5, 2, -2), (-7, 2, -4), (8, 3, 3), (-8, 3, -3), (0, 7, 0)],
+)
+def test_a_quotient_is_rounded_half_to_even(dividend, divisor, quotient):
+    assert half_even(dividend, divisor) == quotient == round(Fraction(dividend, divisor))
 
 
 def test_a_total_may_be_given():

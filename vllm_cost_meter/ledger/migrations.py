@@ -80,7 +80,7 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
         *_added("open_requests", "TEXT", "tenant_parent", "tags"),
     ),
     4: (*_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "precision"),),
-    # The missing table is made: saturation_points.
+    # Missing tables are made: saturation_points, billing_snapshots, invoice_lines, billed_hours.
     5: (),
 }
 

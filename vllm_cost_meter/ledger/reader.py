@@ -22,6 +22,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.grammar import Question
 from vllm_cost_meter.idle import IdlePolicy
 from vllm_cost_meter.ledger.audit import audit_runs
+from vllm_cost_meter.ledger.billed import bill_lines, billed_summary
 from vllm_cost_meter.ledger.cut import Cut, Window, read_cut, settle
 from vllm_cost_meter.ledger.energy import class_mj, energy_state, select_parts, total_mj
 from vllm_cost_meter.ledger.exchange import RUNNING, exchange, ordered, shown_part
@@ -39,7 +40,7 @@ from vllm_cost_meter.ledger.schema import (
     runs,
     usage_pieces,
 )
-from vllm_cost_meter.ledger.store import open_ledger
+from vllm_cost_meter.ledger.store import cause_of, open_ledger
 from vllm_cost_meter.ledger.tenants import (
     Totals,
     after_cut,
@@ -239,6 +240,7 @@ class LedgerReader:
             totals = Totals.of(cut)
             rows = tenant_rows(connection, cut, totals)
             late = after_cut(connection, cut)
+            billed = billed_summary(connection, cut)
         wall_gpu_ns = cut.wall_gpu_ns()
         difference_ns = wall_gpu_ns - sum(row["gpu_time_ns"] for row in rows)
         return {
@@ -252,6 +254,7 @@ class LedgerReader:
             "after_cut": late,
             **totals.as_dict(),
             "overheads": [line.as_dict() for line in declared_overheads(cut)],
+            "billed": billed,
             **cut.own_time(),
             "energy_mj": total_mj(cut),
             **{f"{name}_mj": class_mj(cut, name) for name in ("requests", "unattributed")},
@@ -350,7 +353,8 @@ class LedgerReader:
         cut = self.cut(Window(asked.from_hour, asked.to_hour), alive, now_ns, settle_s)
         with self.transaction() as connection:
             facts = read_facts(connection, cut, asked.dimensions)
-        overhead = [
+            overhead, billed = bill_lines(connection, cut)
+        overhead += [
             OverheadCost(line.overhead.name, line.overhead.source, line.nanousd)
             for line in declared_overheads(cut)
         ]
@@ -363,6 +367,7 @@ class LedgerReader:
             "taken_at": cut.at(),
             "methods": sorted({run.row["method"] for run in cut.runs if run.total_ns()}),
             "prices": Totals.of(cut).cost.listed(),
+            "billed": billed,
             **answer,
         }
 
@@ -443,9 +448,8 @@ class LedgerReader:
             with self._engine.connect() as connection:
                 yield connection
         except SQLAlchemyError as error:
-            cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
             shown = self._engine.url.render_as_string(hide_password=True)
-            raise LedgerError(f"ledger {shown}: cannot be read: {cause}") from error
+            raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
     def cut(
         self, window: Window, alive: Collection[str], now_ns: int | None, settle_s: float

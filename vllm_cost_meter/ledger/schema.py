@@ -4,7 +4,8 @@ Rows of fact (bills, their pieces, HTTP exchanges, prices, runs) are written onc
 changed. Only four tables are cumulative counters and are overwritten, by a higher snapshot number
 and by nothing else: `snapshots`, the latest cut of each run, `engine_hours` and `energy_hours`, the
 same classes hour by hour, and `live_usage`, what its running requests had used. Rows of
-`open_requests` go when the bill comes. Amounts are 64-bit integers, instants are RFC 3339 text of
+`open_requests` go when the bill comes. `billed_hours` follows from the facts of a provider's bills
+and is written anew with each import. Amounts are 64-bit integers, instants are RFC 3339 text of
 fixed width (text order is time order), unknown is NULL.
 
 Invariant: a snapshot, its hours and its live usage change in one transaction, and so do a bill, its
@@ -297,6 +298,53 @@ request_energy = Table(
     Column("energy_mj", BigInteger),
     Column("reason", Text),
     sqlite_with_rowid=False,
+)
+
+# ---- what providers billed: imported, see invoices.py
+
+billing_snapshots = Table(
+    "billing_snapshots",
+    metadata,
+    Column("resource", _Key, primary_key=True),
+    Column("taken_at", _Key, primary_key=True),
+    Column("kind", Text, nullable=False),
+    # One of them is NULL.
+    Column("cumulative_nanousd", BigInteger),
+    Column("nanousd_per_hour", BigInteger),
+    Column("source", Text, nullable=False),
+    Column("imported_at", _Key, nullable=False),
+)
+
+invoice_lines = Table(
+    "invoice_lines",
+    metadata,
+    Column("resource", _Key, primary_key=True),
+    Column("begins_at", _Key, primary_key=True),
+    Column("ends_at", _Key, primary_key=True),
+    # Empty where a bill does not tell them.
+    Column("invoice", _Key, primary_key=True),
+    Column("item", _Key, primary_key=True),
+    Column("charge_class", _Key, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("nanousd", BigInteger, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("imported_at", _Key, nullable=False),
+)
+
+# Follows from both: what each resource was billed in each hour.
+billed_hours = Table(
+    "billed_hours",
+    metadata,
+    Column("resource", _Key, primary_key=True),
+    Column("kind", _Key, primary_key=True),
+    Column("hour", Integer, primary_key=True, autoincrement=False),
+    Column("nanousd", BigInteger, nullable=False),
+    # Of the hour: whose spend is known, and what nobody looked at.
+    Column("covered_ns", BigInteger, nullable=False),
+    Column("unobserved_ns", BigInteger, nullable=False),
+    Column("resets", Integer, nullable=False),
+    Column("basis", Text, nullable=False),
+    Index("ix_billed_hours_hour", "hour"),
 )
 
 # Full load, as sweeps measured it: of which deployment, and with requests of which shape.

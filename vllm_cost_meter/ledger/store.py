@@ -146,12 +146,16 @@ def open_ledger(url: str, *, create: bool = True, busy_timeout_s: float = BUSY_T
         raise LedgerError(f"ledger {shown}: install its driver ({error})") from error
     except SQLAlchemyError as error:
         _dispose(engine)
-        cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise LedgerError(f"ledger {shown}: cannot be opened: {cause}") from error
+        raise LedgerError(f"ledger {shown}: cannot be opened: {cause_of(error)}") from error
     except BaseException:
         _dispose(engine)
         raise
     return engine
+
+
+def cause_of(error: SQLAlchemyError) -> str:
+    """Return what a database's error says, in one line."""
+    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
 
 
 def _dispose(engine: Engine | None) -> None:

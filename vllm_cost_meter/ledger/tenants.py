@@ -10,7 +10,7 @@ Invariant: `difference_ns` = wall x gpus - the sum of all rows' GPU time, and is
 misses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,12 +105,6 @@ def tenant_rows(connection: Connection, cut: Cut, totals: Totals) -> list[dict[s
 def declared_overheads(cut: Cut) -> list[OverheadLine]:
     """Return the declared overheads of the window; where it is open, of the hours in the ledger."""
     prices = cut.prices_of()
-    hours = {hour for run in cut.runs for hour in run.hours}
-    low, high = cut.window.from_hour, cut.window.to_hour
-    first = min(hours, default=None) if low is None else low
-    last = max(hours) + 1 if high is None and hours else high
-    if first is None or last is None:
-        return []
 
     def cost(begin: int, end: int) -> int | None:
         spent: Used = {
@@ -123,6 +117,17 @@ def declared_overheads(cut: Cut) -> list[OverheadLine]:
         }
         return cost_of(spent, prices, Cost(0)).nanousd
 
+    return overheads_of(cut, cost)
+
+
+def overheads_of(cut: Cut, cost: Callable[[int, int], int | None]) -> list[OverheadLine]:
+    """Return the declared overheads of the window, by what its hours [begin, end) cost."""
+    hours = {hour for run in cut.runs for hour in run.hours}
+    low, high = cut.window.from_hour, cut.window.to_hour
+    first = min(hours, default=None) if low is None else low
+    last = max(hours) + 1 if high is None and hours else high
+    if first is None or last is None:
+        return []
     return overhead_lines(cut.book.overheads, first, last, cost)
 
 

@@ -1,0 +1,110 @@
+"""docs/invoices.md says what files of bills are read, and what is told of them."""
+
+import re
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.docs.pages import DOCS, names, section
+from tests.docs.small_ledger import HOUR, small_ledger
+from tests.docs.test_configuration_doc import rows
+from vllm_cost_meter import invoice_focus
+from vllm_cost_meter.api import make_app
+from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.invoice_files import InvoiceFile, InvoiceRules, read_invoice
+from vllm_cost_meter.invoice_rows import FILE_BYTES_MAX
+from vllm_cost_meter.invoices import CHARGE_CLASSES, KINDS, BillingSnapshot, InvoiceLine
+from vllm_cost_meter.ledger.billed import DIFFERENCE
+from vllm_cost_meter.ledger.invoices import HOURS_MAX, import_invoice
+from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.setting_invoices import (
+    InvoiceSetting,
+    InvoiceSettings,
+    RateSetting,
+    ResourceSetting,
+)
+
+PAGE = DOCS / "invoices.md"
+
+
+@pytest.fixture
+def client(tmp_path):
+    reader = small_ledger(tmp_path)
+    line = InvoiceLine("vol", "disk", HOUR * NS_PER_HOUR, (HOUR + 1) * NS_PER_HOUR, 5)
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    import_invoice(url, InvoiceFile("f", {}, {line: "f:1"}, 0), NS_PER_HOUR, 0)
+    yield TestClient(make_app(reader))
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [("Layouts", InvoiceSetting), ("Resources", ResourceSetting), ("Currencies", RateSetting)],
+)
+def test_every_key_is_documented_as_it_is_and_no_other(heading, model):
+    shown = [line for line in section(PAGE, heading).splitlines() if line.startswith("| `")]
+    assert shown == rows(model, environment=False)
+
+
+def test_the_settings_on_the_page_can_be_loaded(tmp_path):
+    above = section(PAGE, "Formats").partition("### Layouts")[0].partition("**A layout**")[2]
+    lines = [line[4:] for line in above.splitlines() if line.startswith("    ") or not line]
+    path = tmp_path / "meter.toml"
+    path.write_text("\n".join(lines))
+    rules = load_settings({"COST_METER_CONFIG": str(path)}).invoice_rules
+    assert (list(rules.layouts), len(rules.kinds), list(rules.usd_rates)) == (
+        ["lambda"],
+        2,
+        ["EUR"],
+    )
+
+
+def test_a_snapshot_has_the_fields_that_the_page_says(tmp_path):
+    before = section(PAGE, "Formats").partition("### Layouts")[0]
+    fields = re.findall(r"^\| `(\w+)`", before, re.MULTILINE)
+    path = tmp_path / "readings.csv"
+    path.write_text(f"{','.join(fields)}\nr,2026-11-01T00:00:00Z,1,,disk\n")
+    [snapshot] = read_invoice(path, "snapshots", InvoiceRules()).snapshots
+    assert (snapshot.cumulative_nanousd, snapshot.kind) == (10**9, "disk")
+    row = re.search(r"^\| `kind` \| \| (.*) \|$", before, re.MULTILINE)[1]
+    assert tuple(re.findall("`(.*?)`", row.partition(";")[0])) == KINDS
+
+
+def test_the_columns_of_focus_are_those_that_are_needed():
+    said = re.findall("`(.*?)`", section(PAGE, "Formats").partition(" are needed")[0])
+    assert set(said) - {"focus"} == set(invoice_focus.COLUMNS.values())
+
+
+def test_the_numbers_and_words_are_those_of_the_code():
+    text = " ".join(PAGE.read_text().split())
+    assert f"{FILE_BYTES_MAX // 10**6} MB" in text
+    assert f"{HOURS_MAX:,} in all" in text
+    gap = InvoiceSettings.model_fields["invoice_gap_hours"].default
+    assert f"`invoice_gap_hours` ({gap:g} hours)" in text
+    assert "`Correction`, `Credit` or `Adjustment`" in text
+    assert CHARGE_CLASSES == ("Correction", "Credit", "Adjustment")
+    assert f"`{DIFFERENCE}`" in text
+
+
+def test_every_field_of_a_resource_and_of_an_import_is_documented_and_no_other(client, tmp_path):
+    begin, end = HOUR * NS_PER_HOUR, (HOUR + 1) * NS_PER_HOUR
+    read = [BillingSnapshot("r", "gpu", at, usd) for at, usd in ((begin, 2), (end, 1))]
+    told = InvoiceFile("f", dict.fromkeys(read, "f:1"), {}, 0)
+    answer = import_invoice(f"sqlite:///{tmp_path / 'ledger.db'}", told, NS_PER_HOUR, 0)
+    assert names(PAGE, "What import and list tell") == list(answer["resources"][0])
+    said = section(PAGE, "What import and list tell").partition("`import` has")[2]
+    [lost] = answer["unobserved"]
+    fields = (answer.keys() | lost.keys()) - {"resources", "resource", "kind"}
+    assert set(re.findall("`(.*?)`", said)) == fields
+
+
+def test_every_field_of_a_day_and_of_a_summary_is_documented_and_no_other(client):
+    answer = client.get("/cost/invoices").json()
+    assert set(answer) == {"window", "taken_at", "prices", "days", "total"}
+    [day] = answer["days"]
+    fields = names(PAGE, "Day by day")
+    assert fields == list(day)
+    assert fields[1:] == list(answer["total"])
+    billed = client.get("/cost/summary").json()["billed"]
+    assert list(billed) == [*fields[1:], *names(DOCS / "api.md", "Billed")]
+    assert billed["others"] == [{"resource": "vol", "kind": "disk", "billed_usd": "0.000000005"}]

@@ -1,0 +1,167 @@
+"""Whatever was read and charged: windows add up, counters make no debt, order means nothing.
+
+In a real ledger too, whatever file a fact comes in and however often.
+"""
+
+import contextlib
+import sqlite3
+from dataclasses import replace
+from fractions import Fraction
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_cost_meter.invoice_files import InvoiceFile
+from vllm_cost_meter.invoices import (
+    CHARGE_CLASSES,
+    BillingSnapshot,
+    InvoiceLine,
+    billed_hours,
+    spend,
+    stretches,
+)
+from vllm_cost_meter.ledger.invoices import import_invoice
+from vllm_cost_meter.ledger.store import open_ledger
+from vllm_cost_meter.records import NS_PER_HOUR
+
+SPAN_NS = 60 * NS_PER_HOUR
+instants = st.one_of(
+    st.integers(0, SPAN_NS), st.integers(0, 60).map(lambda hour: hour * NS_PER_HOUR)
+)
+amounts = st.integers(0, 10**15)
+gaps = st.integers(1, SPAN_NS)
+
+
+@st.composite
+def snapshots(draw):
+    """Readings of one meter, mostly a counter."""
+    at = draw(st.lists(instants, unique=True, max_size=6))
+    is_rate = draw(st.lists(st.sampled_from([False, False, True]), min_size=6, max_size=6))
+    found = []
+    for each, rated in zip(at, is_rate, strict=False):
+        usd = draw(amounts)
+        found.append(BillingSnapshot("r", "gpu", each, *((None, usd) if rated else (usd, None))))
+    return found
+
+
+@st.composite
+def lines(draw):
+    found = []
+    for number in range(draw(st.integers(0, 4))):
+        low, high = sorted(draw(st.tuples(instants, instants).filter(lambda two: two[0] != two[1])))
+        charge_class = draw(st.sampled_from(["", "", *CHARGE_CLASSES]))
+        usd = draw(amounts) * (-1 if charge_class and draw(st.booleans()) else 1)
+        found.append(InvoiceLine("r", "gpu", low, high, usd, "", str(number), charge_class))
+    return found
+
+
+@given(snapshots(), lines(), gaps, st.lists(instants, max_size=4))
+def test_the_parts_of_a_window_add_up_to_it_exactly(read, charged, gap_ns, cuts):
+    found = stretches(read, charged, gap_ns)
+    bounds = [0, *sorted(cuts), SPAN_NS]
+    parts = [spend(found, low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+    assert sum(parts, Fraction(0)) == spend(found, 0, SPAN_NS)
+
+
+@given(snapshots(), gaps, instants, instants)
+def test_no_counter_makes_a_spend_negative(read, gap_ns, low, high):
+    found = stretches(read, [], gap_ns)
+    assert spend(found, min(low, high), max(low, high)) >= 0
+    assert all(hour.nanousd >= 0 for hour in billed_hours(found))
+
+
+@given(snapshots(), lines(), gaps)
+def test_the_hours_add_up_to_the_whole(read, charged, gap_ns):
+    found = stretches(read, charged, gap_ns)
+    hours = billed_hours(found)
+    assert sum(hour.nanousd for hour in hours) == sum(
+        round(one.nanousd) for one in found if one.nanousd is not None
+    )
+    for hour in hours:
+        begin_ns = hour.hour * NS_PER_HOUR
+        exact = spend(found, begin_ns, begin_ns + NS_PER_HOUR)
+        assert abs(hour.nanousd - exact) <= len(found)
+        assert 0 <= hour.covered_ns <= NS_PER_HOUR
+        assert 0 <= hour.unobserved_ns <= NS_PER_HOUR
+
+
+@given(lines(), gaps)
+def test_all_that_was_charged_is_in_the_hours(charged, gap_ns):
+    hours = billed_hours(stretches([], charged, gap_ns))
+    assert sum(hour.nanousd for hour in hours) == sum(line.nanousd for line in charged)
+
+
+@given(snapshots(), lines(), gaps, st.randoms())
+def test_the_order_of_facts_is_irrelevant(read, charged, gap_ns, random):
+    whole = billed_hours(stretches(read, charged, gap_ns))
+    random.shuffle(read)
+    random.shuffle(charged)
+    assert billed_hours(stretches(read, charged, gap_ns)) == whole
+
+
+@given(snapshots(), lines(), gaps)
+def test_twice_the_amounts_are_twice_the_money_and_no_other_time(read, charged, gap_ns):
+    def twice(usd: int | None) -> int | None:
+        return None if usd is None else 2 * usd
+
+    once = stretches(read, charged, gap_ns)
+    doubled = stretches(
+        [
+            replace(
+                one,
+                cumulative_nanousd=twice(one.cumulative_nanousd),
+                nanousd_per_hour=twice(one.nanousd_per_hour),
+            )
+            for one in read
+        ],
+        [replace(one, nanousd=2 * one.nanousd) for one in charged],
+        gap_ns,
+    )
+    assert [replace(one, nanousd=None) for one in doubled] == [
+        replace(one, nanousd=None) for one in once
+    ]
+    assert [one.nanousd for one in doubled] == [
+        None if one.nanousd is None else 2 * one.nanousd for one in once
+    ]
+
+
+def imported(path, files, gap_ns):
+    """What a new ledger holds after these files, a list of facts each."""
+    path.unlink(missing_ok=True)
+    url = f"sqlite:///{path}"
+    open_ledger(url).dispose()
+    for facts in files:
+        read = {one: "f:1" for one in facts if isinstance(one, BillingSnapshot)}
+        charged = {one: "f:1" for one in facts if isinstance(one, InvoiceLine)}
+        import_invoice(url, InvoiceFile("f", read, charged, 0), gap_ns, 0)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return [
+            connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2, 3, 4, 5, 6").fetchall()
+            for table in ("billing_snapshots", "invoice_lines", "billed_hours")
+        ]
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(snapshots(), lines(), st.randoms(), st.integers(0, 10))
+def test_a_ledger_holds_the_same_however_facts_are_split_into_files(
+    tmp_path, read, charged, random, place
+):
+    # Instants of a ledger are of whole microseconds.
+    read = list({one.key: one for one in (whole(one, "at_ns") for one in read)}.values())
+    charged = [whole(one, "from_ns", "to_ns") for one in charged]
+    facts = [*read, *(one for one in charged if one.from_ns < one.to_ns)]
+    once = imported(tmp_path / "ledger.db", [facts], SPAN_NS)
+    random.shuffle(facts)
+    files = [facts[place:], facts[:place], facts]
+    assert imported(tmp_path / "ledger.db", files, SPAN_NS) == once
+    assert once[2] == [
+        ("r", "gpu", *hour) for hour in billed_hours(stretches(read, facts_of(facts), SPAN_NS))
+    ]
+
+
+def whole(fact, *names):
+    return replace(fact, **{name: getattr(fact, name) // 1000 * 1000 for name in names})
+
+
+def facts_of(facts):
+    return [one for one in facts if isinstance(one, InvoiceLine)]
