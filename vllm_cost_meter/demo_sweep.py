@@ -22,9 +22,9 @@ from vllm_cost_meter.text import plain
 
 WINDOW_S, WARMUP_S = 12, 5
 SHAPE = "128:32"
-PARTS = "0.1,0.35,0.7,1.3"
+PARTS = "0.1,0.3,0.6,0.85,1.3"
 BURST_REQUESTS = 96
-SLO_TTFT_MS = 500
+SLO_TTFT_MS = 1000
 
 
 def sweep_demo(console: Console, server: Server, environment: Mapping[str, str], key: str) -> int:
