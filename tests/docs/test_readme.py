@@ -57,7 +57,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_linked_from_the_readme():
-    linked = set(re.findall(r"\]\((docs/[^)#]+)\)", README.read_text()))
+    linked = set(re.findall(r"\]\((docs/[^)#]+\.md)\)", README.read_text()))
     assert linked == {f"docs/{page.name}" for page in DOCS.glob("*.md")} - UNLINKED
 
 
