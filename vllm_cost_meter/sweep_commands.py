@@ -40,7 +40,7 @@ TOKEN = "COST_METER_ADMIN_TOKEN"  # noqa: S105 - the name of a variable
 COLUMNS = (
     "shape", "requests_per_s", "window_s", "sent", "failed", "utilization", "concurrency",
     "output_tokens_per_s", "usd_per_m_output_tokens", "usd_per_m_total_tokens", "ttft_p99_ms",
-    "tpot_ms", "saturated",
+    "tpot_ms", "settled", "saturated",
 )  # fmt: skip
 KEPT_COLUMNS = (
     "measured_at", "model", "precision", "vllm_version", "hardware", "gpus", "engines",
@@ -115,7 +115,7 @@ def sweep(
         ]
         bound = settings.slo_ttft_ms if slo_ttft_ms is None else positive("slo", slo_ttft_ms)
         plots.new_figure(1, 1)  # a missing package is told now, not at the end
-        output.mkdir(parents=True, exist_ok=True)
+        _make_folder(output)
         meter = Meter(side_url or f"http://127.0.0.1:{settings.port}", os.environ.get(TOKEN))
         model, root = served_by(url)
         deployment = meter.deployment()
@@ -173,7 +173,7 @@ def _write(found: _Found, slo_ttft_ms: float | None, ledger: str | None, *, as_j
         for curve in found.curves:
             name = str(curve["protocol"]["plan"]["shape"]).replace(":", "x")
             path = found.output / f"curve-{name}.json"
-            path.write_text(json.dumps(curve, indent=2) + "\n", encoding="utf-8")
+            _write_text(path, json.dumps(curve, indent=2) + "\n")
             lines += [f"curve: {path}", *_kept(curve, path, ledger, found.deployment)]
             rows += [
                 {"shape": name, **{key: _cell(value) for key, value in point.items()}}
@@ -187,6 +187,22 @@ def _write(found: _Found, slo_ttft_ms: float | None, ledger: str | None, *, as_j
         return
     print_rows(rows, COLUMNS)
     print("\n".join(map(plain, lines)))
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder that files can be written to. Raises ValueError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
 
 
 def _kept(
@@ -263,6 +279,7 @@ class _Watcher:
         found = point.steady
         notes = [
             *(["more than it serves"] if found.saturated else []),
+            *([] if found.saturated or point.settled else ["NOT settled: the warm-up was short"]),
             *([f"{found.failed} requests FAILED"] if found.failed else []),
             *([f"{point.other_requests} OTHER requests came"] if point.other_requests else []),
         ]

@@ -114,6 +114,17 @@ def test_without_rates_a_burst_finds_them_and_the_last_one_is_more_than_is_serve
     assert sweep.watched.done[0] == "100:10: a burst, to find the rates"
 
 
+def test_a_warm_up_is_as_long_as_a_few_requests_take_and_a_point_says_if_it_was():
+    slow = Plan(SHAPE, rates=(0.1, 0.2, 3.0), window_s=200, warmup_s=1)
+    first, second, third = swept(slow, served_per_s=0.5)
+    assert first.warmup_s == 1
+    assert not first.settled, "a request takes 2 s"
+    assert second.warmup_s == pytest.approx(6, abs=0.5)
+    assert second.settled
+    assert third.steady.saturated
+    assert not third.settled
+
+
 def test_requests_of_others_are_counted():
     sweep = Simulated(Plan(SHAPE, rates=(5.0,), window_s=20, warmup_s=5), 20, others=7)
     assert [point.other_requests for point in sweep.points()] == [7]

@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,14 @@ def command(
         *("--result-dir", str(result.parent), "--result-filename", result.name),
         *extra,
     ]
+
+
+def client_version() -> str:
+    """Return the version of vLLM that the client is of."""
+    try:
+        return metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 class Bench:

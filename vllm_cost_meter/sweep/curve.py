@@ -15,12 +15,13 @@ from typing import Any
 from vllm_cost_meter import __version__
 from vllm_cost_meter.economics.numbers import usd_per_m
 from vllm_cost_meter.economics.saturation import instant_text
+from vllm_cost_meter.sweep.bench import client_version
 from vllm_cost_meter.sweep.meter import Deployment
 from vllm_cost_meter.sweep.run import Measured, Plan
 
 FORMAT = 1
 # Of a point: what is not of one repeat.
-_OF_REPEATS = ("repeat", "seed", "requests_per_s", "saturated", "warmup_s")
+_OF_REPEATS = ("repeat", "seed", "requests_per_s", "saturated", "settled", "warmup_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ def curve_file(context: Context, measured: Sequence[Measured]) -> dict[str, Any]
         "measurements": [point.as_dict() for point in measured],
         "protocol": {
             "client": "vllm bench serve",
+            "client_version": client_version(),
+            "rates": sorted({point.requests_per_s for point in measured}),
             "arrivals": "gamma-distributed gaps; Poisson at burstiness 1",
             "tokens": "as the client received them, chunk by chunk",
             "plan": context.plan.as_dict(),
@@ -75,7 +78,8 @@ def points_of(measured: Sequence[Measured], usd_per_hour: float | None) -> list[
         row: dict[str, Any] = {
             "requests_per_s": rate,
             "repeats": len(repeats),
-            "warmup_s": repeats[0].warmup_s,
+            "warmup_s": min(one.warmup_s for one in repeats),
+            "settled": all(one.settled for one in repeats),
             "saturated": any(one.steady.saturated for one in repeats),
         }
         for name in dicts[0]:

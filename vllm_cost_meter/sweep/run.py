@@ -2,7 +2,9 @@
 
 Without rates of the user's, a burst of requests says first about how many the deployment can serve;
 the rates are parts of that, and the last ones are raised until one is more than it serves. Only
-then is the largest throughput of the sweep that of full load.
+then is the largest throughput of the sweep that of full load. A deployment is taken to be steady
+once requests have come for a few times as long as one of them takes; each point says whether they
+had.
 
 Invariant: a sweep that is interrupted has all the rates that were measured before.
 """
@@ -19,6 +21,8 @@ from vllm_cost_meter.sweep.bench import Shape, Target, command, now_s, replies_o
 from vllm_cost_meter.sweep.meter import Meter, Sample, busy_share
 from vllm_cost_meter.sweep.steady import Reply, Steady, steady
 
+# Warm-up is so many times as long as requests took at the rate before, if not longer.
+RESIDENCES = 3
 # Of what the deployment seems to serve.
 PARTS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.2)
 # What the last rate is raised by while it is served, and how often at most.
@@ -52,7 +56,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one run of the client at one rate gave.
+    """What one run of the client at one rate gave. `settled` says that it was steady (above).
 
     `other_requests` came to the server meanwhile from elsewhere; None where it cannot be told.
     """
@@ -63,6 +67,7 @@ class Measured:
     requests: int
     warmup_s: float
     steady: Steady
+    settled: bool
     utilization: float | None
     other_requests: int | None
 
@@ -103,6 +108,8 @@ class Sweep:
         self._plan, self._target, self._meter = plan, target, meter
         self._folder, self._environment, self._watcher = folder, environment, watcher
         self._runs = 0
+        # Of the rate before: how long a request was in the system.
+        self._residence_s = 0.0
         self.served_per_s: float | None = None
 
     def points(self) -> Iterator[Measured]:
@@ -153,26 +160,34 @@ class Sweep:
 
     def _measure(self, rate: float, repeat: int) -> Measured:
         plan = self._plan
-        requests = max(ceil(rate * (plan.warmup_s + plan.window_s)), 2)
+        warmup_s = max(plan.warmup_s, RESIDENCES * self._residence_s)
+        span_s = warmup_s + plan.window_s
+        requests = max(ceil(rate * span_s), 2)
         again = f", repeat {repeat + 1} of {plan.repeats}" if plan.repeats > 1 else ""
         self._watcher.doing(f"{plan.shape} at {rate:g} requests/s{again}")
         seed = plan.seed + self._runs
         replies, samples = self._send(rate, requests)
         begin, end = min(r.sent_s for r in replies), max(r.sent_s for r in replies)
-        low = begin + plan.warmup_s
+        low = begin + warmup_s
         high = min(low + plan.window_s, end)
         if all(reply.failed for reply in replies) or not low < high:
             raise ServerError(
-                f"expected replies over {plan.warmup_s + plan.window_s:g} s at {rate:g} requests/s,"
+                f"expected replies over {span_s:g} s at {rate:g} requests/s,"
                 f" got {sum(not reply.failed for reply in replies)} of {requests}"
             )
+        found = steady(replies, low, high)
+        # Little's law.
+        took_s = found.concurrency / found.arrivals_per_s if found.sent else 0.0
+        if not found.saturated:
+            self._residence_s = took_s
         return Measured(
             requests_per_s=rate,
             repeat=repeat,
             seed=seed,
             requests=requests,
-            warmup_s=plan.warmup_s,
-            steady=steady(replies, low, high),
+            warmup_s=warmup_s,
+            steady=found,
+            settled=not found.saturated and warmup_s >= RESIDENCES * took_s,
             utilization=busy_share(samples, low, high),
             other_requests=_others(samples, replies),
         )
