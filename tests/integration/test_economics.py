@@ -1,7 +1,13 @@
 """Economics of real traffic: the side endpoint, the summary, and the SQL run by hand, agree."""
 
 import contextlib
+import json
 import sqlite3
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +39,31 @@ def test_figures_of_real_traffic_are_the_summarys_and_their_sql_gives_them(serve
                 told = figures[step["figure"]]
                 is_blank = told is None  # the penalty: nobody declared what full load is
                 assert value == (None if is_blank else pytest.approx(told, rel=0.05)), step
+
+
+def test_a_bill_that_is_imported_while_the_server_runs_stands_against_what_was_metered(
+    server: Server, tmp_path: Path
+) -> None:
+    hour = int(time.time()) // 3600
+    read = [datetime.fromtimestamp(3600 * at, UTC).isoformat() for at in (hour - 1, hour + 3)]
+    bill = tmp_path / "readings.csv"
+    bill.write_text(
+        "resource,timestamp,cumulative_usd,kind\n"
+        f"node-1,{read[0]},100,gpu\nnode-1,{read[1]},112,gpu\n"
+        f"vol-1,{read[0]},5,disk\nvol-1,{read[1]},5.40,disk\n"
+    )
+    command = [str(Path(sys.executable).parent / "vllm-cost-meter"), "invoice", "import"]
+    words = [str(bill), "--format", "snapshots", "--ledger", server.ledger_url, "--json"]
+    for new in (4, 0):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["snapshots"] == new
+    # 3 USD an hour of GPU and 0.10 of disk, of the four hours that were read.
+    window = f"{read[0]},{read[1]}".replace("+00:00", "Z")
+    total = server.cost(f"invoices?window={window}")["total"]
+    assert (total["billed_gpu_usd"], total["billed_disk_usd"]) == ("12.000000000", "0.400000000")
+    assert float(total["metered_usd"]) == pytest.approx(12 * total["capture_rate"])
+    figures = server.cost(f"economics?window={window}")["figures"]
+    assert figures["blended_cost_usd"] == pytest.approx(12.4)
+    assert 0 < figures["capture_rate"] < 1
+    assert server.cost(f"summary?window={window}")["billed"]["billed_gpu_usd"] == "12.000000000"
+    server.balanced()
