@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,17 +24,15 @@ from vllm_cost_meter.command_line import Json, Ledger, ledger_url
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.economics import saturation_of
 from vllm_cost_meter.economics.numbers import positive
-from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.errors import CostMeterError, ServerError
 from vllm_cost_meter.ledger import saturation
-from vllm_cost_meter.serving import environment_of
 from vllm_cost_meter.sweep.bench import Shape, Target
 from vllm_cost_meter.sweep.curve import Context, curve_file
 from vllm_cost_meter.sweep.meter import Deployment, Meter, served_by
 from vllm_cost_meter.sweep.plot import sweep_figure
-from vllm_cost_meter.sweep.run import Measured, Plan, Sweep
+from vllm_cost_meter.sweep.run import PARTS, Measured, Plan, Sweep
 from vllm_cost_meter.terminal import interruptible, one_line_errors, print_rows
 from vllm_cost_meter.text import plain, rounded
-from vllm_cost_meter.tiny_model import default_path
 
 FAILED, INTERRUPTED = 1, 130
 TOKEN = "COST_METER_ADMIN_TOKEN"  # noqa: S105 - the name of a variable
@@ -98,28 +97,22 @@ def sweep(
     """Measure what tokens cost at one load after another, with `vllm bench serve` as the client."""
     with one_line_errors():
         settings = load_settings()
-        given = {} if parts is None else {"parts": _rates("parts", parts)}
-        plans = [
-            Plan(
-                shape=Shape.parse(each),
-                rates=_rates("rates", rates) if rates else (),
-                window_s=positive("window", window),
-                warmup_s=positive("warmup", warmup),
-                repeats=repeats,
-                burstiness=positive("burstiness", burstiness),
-                seed=seed,
-                burst_requests=burst_requests,
-                **given,
-            )
-            for each in shape or ["512:256"]
-        ]
+        plan = Plan(
+            Shape(1, 1),  # of each in its turn
+            rates=_rates("rates", rates) if rates else (),
+            window_s=positive("window", window),
+            warmup_s=positive("warmup", warmup),
+            repeats=repeats,
+            burstiness=positive("burstiness", burstiness),
+            seed=seed,
+            burst_requests=burst_requests,
+            parts=PARTS if parts is None else _rates("parts", parts),
+        )
+        plans = [replace(plan, shape=Shape.parse(each)) for each in shape or ["512:256"]]
         bound = settings.slo_ttft_ms if slo_ttft_ms is None else positive("slo", slo_ttft_ms)
         plots.new_figure(1, 1)  # a missing package is told now, not at the end
         _make_folder(output)
-        meter = Meter(side_url or f"http://127.0.0.1:{settings.port}", os.environ.get(TOKEN))
-        model, root = served_by(url)
-        deployment = meter.deployment()
-    found = _Found(Target(url, model, tokenizer or root), meter, deployment, output)
+        found = _Found(url, _side_url(side_url, settings.port), tokenizer, output)
     status = found.measure(plans)
     if found.curves:
         _write(found, bound, ledger, as_json=as_json)
@@ -130,8 +123,13 @@ def sweep(
 class _Found:
     """Measures plan after plan, and holds what came of it, at any end."""
 
-    def __init__(self, target: Target, meter: Meter, deployment: Deployment, output: Path) -> None:
-        self.target, self.meter, self.deployment, self.output = target, meter, deployment, output
+    def __init__(self, url: str, side_url: str, tokenizer: str | None, output: Path) -> None:
+        """Raises ServerError where there is no metered server."""
+        self.output = output
+        self.meter = Meter(side_url, os.environ.get(TOKEN))
+        model, root = served_by(url)
+        self.target = Target(url, model, tokenizer or root)
+        self.deployment = self.meter.deployment()
         self.curves: list[dict[str, Any]] = []
 
     def measure(self, plans: Sequence[Plan]) -> int:
@@ -150,20 +148,39 @@ class _Found:
     def _measure(self, plan: Plan, watcher: "_Watcher") -> None:
         measured: list[Measured] = []
         started_at = datetime.now(UTC)
+        # Now: at the end of a sweep that fails nobody may be there to tell.
+        price, prices = self.meter.prices()
         done = False
-        environment = environment_of(default_path().parent, offline=False)
         try:
             with tempfile.TemporaryDirectory(prefix="vllm-cost-meter-sweep-") as folder:
-                sweep = Sweep(plan, self.target, self.meter, Path(folder), environment, watcher)
+                sweep = Sweep(plan, self.target, self.meter, Path(folder), os.environ, watcher)
                 for point in sweep.points():
                     measured += [point]
+            self._refuse_another()
             done = True
         finally:
             if measured:
-                price, prices = self.meter.prices()
                 times = (started_at, datetime.now(UTC))
                 context = Context(plan, self.deployment, price, prices, *times, not done)
                 self.curves.append(curve_file(context, measured))
+
+    def _refuse_another(self) -> None:
+        """Raise ServerError if something else serves than when the sweep began."""
+        if (now := self.meter.deployment()) != self.deployment:
+            raise ServerError(
+                f"expected the engines that the sweep began with ({_ids(self.deployment)}), got"
+                f" others ({_ids(now)}): was the server restarted?"
+            )
+
+
+def _side_url(told: str | None, port: int | None) -> str:
+    if told is None and not port:
+        raise ValueError("--side-url: expected where the side endpoint is, got no port of it")
+    return told or f"http://127.0.0.1:{port}"
+
+
+def _ids(deployment: Deployment) -> str:
+    return ", ".join(deployment.run_ids)
 
 
 def _write(found: _Found, slo_ttft_ms: float | None, ledger: str | None, *, as_json: bool) -> None:
