@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.server import TENANT_KEYS, Server
 
-TIMEOUT_S = 120
+TIMEOUT_S = 200
 RATE, INTERRUPTED_RATE = 4, 5
 WINDOW_S, WARMUP_S = 4, 1
 
