@@ -15,7 +15,8 @@ from vllm_cost_meter.invoice_files import InvoiceFile, InvoiceRules, read_invoic
 from vllm_cost_meter.invoice_rows import FILE_BYTES_MAX
 from vllm_cost_meter.invoices import CHARGE_CLASSES, KINDS, BillingSnapshot, InvoiceLine
 from vllm_cost_meter.ledger.billed import DIFFERENCE
-from vllm_cost_meter.ledger.invoices import HOURS_MAX, import_invoice
+from vllm_cost_meter.ledger.invoice_hours import HOURS_MAX
+from vllm_cost_meter.ledger.invoices import import_invoice
 from vllm_cost_meter.records import NS_PER_HOUR
 from vllm_cost_meter.setting_invoices import (
     InvoiceSetting,
