@@ -11,6 +11,7 @@ Limits. The file stands in the page cache. The other process takes a core of its
 """
 
 import argparse
+import contextlib
 import json
 import sqlite3
 import subprocess
@@ -80,18 +81,13 @@ def _probe(path: str, done: threading.Event, locked: list[float]) -> None:
     connection = sqlite3.connect(path, timeout=0, isolation_level=None)
     free_at_s = time.perf_counter()
     while not done.is_set():
-        try:
+        with contextlib.suppress(sqlite3.OperationalError):
             connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            pass
-        else:
             connection.execute("ROLLBACK")
             now_s = time.perf_counter()
             locked.append(now_s - free_at_s)
             free_at_s = now_s
         time.sleep(0.002)
-        if not locked or locked[-1] < 0 or connection.in_transaction:
-            continue
     connection.close()
 
 
