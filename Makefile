@@ -92,6 +92,7 @@ check: $(VENV)/.meter
 bench: setup
 	$(RUN) python benchmarks/bench_attribution.py
 	$(RUN) python benchmarks/bench_ledger.py
+	$(RUN) python benchmarks/bench_invoices.py
 	$(RUN) python benchmarks/bench_serving.py
 
 matrix:

@@ -16,7 +16,8 @@ from vllm_cost_meter.command_line import Json, Ledger, ledger_url, reading
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.invoice_files import FOCUS, SNAPSHOTS, read_invoice
 from vllm_cost_meter.ledger.invoice_days import invoice_days
-from vllm_cost_meter.ledger.invoices import import_invoice, meters
+from vllm_cost_meter.ledger.invoice_meters import meters
+from vllm_cost_meter.ledger.invoices import import_invoice
 from vllm_cost_meter.terminal import one_line_errors, print_rows
 from vllm_cost_meter.text import plain, rounded, to_csv
 from vllm_cost_meter.windows import EXPECTED, hours_of_window

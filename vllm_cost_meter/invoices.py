@@ -151,8 +151,16 @@ def hours_between(from_ns: int, to_ns: int) -> range:
     return range(from_ns // NS_PER_HOUR, -(-to_ns // NS_PER_HOUR))
 
 
-def billed_hours(found: Iterable[Stretch]) -> list[BilledHour]:
-    """Return the hours that the stretches of a meter touch.
+def hours_of(stretch: Stretch, within: range | None = None) -> range:
+    """Return the hours that a stretch touches; with `within` those of them."""
+    hours = hours_between(stretch.from_ns, stretch.to_ns)
+    if within is None:
+        return hours
+    return range(max(hours.start, within.start), min(hours.stop, within.stop))
+
+
+def billed_hours(found: Iterable[Stretch], within: range | None = None) -> list[BilledHour]:
+    """Return the hours that the stretches of a meter touch; with `within` those of them.
 
     Each stretch is rounded cumulatively, half to even, so its hours add up to it.
     """
@@ -160,12 +168,14 @@ def billed_hours(found: Iterable[Stretch]) -> list[BilledHour]:
     sums: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     bases: dict[int, set[str]] = defaultdict(set)
     for stretch in found:
-        spent, length_ns = 0, stretch.to_ns - stretch.from_ns
+        spent, length_ns = None, stretch.to_ns - stretch.from_ns
         # Integers: an hour of a fraction takes four times as long.
         amount, parts = (stretch.nanousd or Fraction(0)).as_integer_ratio()
-        for hour in hours_between(stretch.from_ns, stretch.to_ns):
+        for hour in hours_of(stretch, within):
             end_ns = (hour + 1) * NS_PER_HOUR
             low, high = max(stretch.from_ns, end_ns - NS_PER_HOUR), min(stretch.to_ns, end_ns)
+            if spent is None:
+                spent = half_even(amount * (low - stretch.from_ns), parts * length_ns)
             so_far = half_even(amount * (high - stretch.from_ns), parts * length_ns)
             known = sums[hour]
             known[0] += so_far - spent

@@ -15,7 +15,8 @@ from vllm_cost_meter.invoice_files import InvoiceFile, InvoiceRules, read_invoic
 from vllm_cost_meter.invoice_rows import FILE_BYTES_MAX
 from vllm_cost_meter.invoices import CHARGE_CLASSES, KINDS, BillingSnapshot, InvoiceLine
 from vllm_cost_meter.ledger.billed import DIFFERENCE
-from vllm_cost_meter.ledger.invoices import HOURS_MAX, import_invoice
+from vllm_cost_meter.ledger.invoice_hours import HOURS_MAX, ROWS_MAX
+from vllm_cost_meter.ledger.invoices import import_invoice
 from vllm_cost_meter.records import NS_PER_HOUR
 from vllm_cost_meter.setting_invoices import (
     InvoiceSetting,
@@ -78,7 +79,8 @@ def test_the_columns_of_focus_are_those_that_are_needed():
 def test_the_numbers_and_words_are_those_of_the_code():
     text = " ".join(PAGE.read_text().split())
     assert f"{FILE_BYTES_MAX // 10**6} MB" in text
-    assert f"{HOURS_MAX:,} in all" in text
+    assert f"at most {ROWS_MAX:,} rows of facts and of hours" in text
+    assert f"{HOURS_MAX:,} hours x charges" in text
     gap = InvoiceSettings.model_fields["invoice_gap_hours"].default
     assert f"`invoice_gap_hours` ({gap:g} hours)" in text
     assert "`Correction`, `Credit` or `Adjustment`" in text

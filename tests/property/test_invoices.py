@@ -8,7 +8,8 @@ import sqlite3
 from dataclasses import replace
 from fractions import Fraction
 
-from hypothesis import HealthCheck, given, settings
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_cost_meter.invoice_files import InvoiceFile
@@ -125,43 +126,98 @@ def test_twice_the_amounts_are_twice_the_money_and_no_other_time(read, charged, 
     ]
 
 
-def imported(path, files, gap_ns):
-    """What a new ledger holds after these files, a list of facts each."""
-    path.unlink(missing_ok=True)
-    url = f"sqlite:///{path}"
-    open_ledger(url).dispose()
-    for facts in files:
-        read = {one: "f:1" for one in facts if isinstance(one, BillingSnapshot)}
-        charged = {one: "f:1" for one in facts if isinstance(one, InvoiceLine)}
-        import_invoice(url, InvoiceFile("f", read, charged, 0), gap_ns, 0)
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return [
-            connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2, 3, 4, 5, 6").fetchall()
-            for table in ("billing_snapshots", "invoice_lines", "billed_hours")
-        ]
-
-
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(snapshots(), lines(), st.randoms(), st.integers(0, 10))
-def test_a_ledger_holds_the_same_however_facts_are_split_into_files(
-    tmp_path, read, charged, random, place
-):
-    # Instants of a ledger are of whole microseconds.
-    read = list({one.key: one for one in (whole(one, "at_ns") for one in read)}.values())
-    charged = [whole(one, "from_ns", "to_ns") for one in charged]
-    facts = [*read, *(one for one in charged if one.from_ns < one.to_ns)]
-    once = imported(tmp_path / "ledger.db", [facts], SPAN_NS)
-    random.shuffle(facts)
-    files = [facts[place:], facts[:place], facts]
-    assert imported(tmp_path / "ledger.db", files, SPAN_NS) == once
-    assert once[2] == [
-        ("r", "gpu", *hour) for hour in billed_hours(stretches(read, facts_of(facts), SPAN_NS))
+@st.composite
+def facts_in_files(draw):
+    """Facts of two resources, lines of two kinds, over files in any order; some come twice."""
+    facts = [
+        replace(fact, resource=resource)
+        for resource in ("r", "s")
+        for fact in draw(st.tuples(snapshots(), lines()).map(lambda both: [*both[0], *both[1]]))
     ]
+    facts = [
+        replace(fact, kind=draw(st.sampled_from(["gpu", "gpu", "disk"])))
+        if isinstance(fact, InvoiceLine)
+        else fact
+        for fact in map(of_whole_microseconds, facts)
+    ]
+    facts = list({one.key: one for one in facts if is_possible(one)}.values())
+    files = [[] for _ in range(draw(st.integers(1, 6)))]
+    for fact in draw(st.permutations(facts)):
+        for place in draw(st.sets(st.integers(0, len(files) - 1), min_size=1, max_size=2)):
+            files[place].append(fact)
+    return files
 
 
-def whole(fact, *names):
+def of_whole_microseconds(fact):
+    """As a ledger has instants."""
+    names = ("from_ns", "to_ns") if isinstance(fact, InvoiceLine) else ("at_ns",)
     return replace(fact, **{name: getattr(fact, name) // 1000 * 1000 for name in names})
 
 
-def facts_of(facts):
-    return [one for one in facts if isinstance(one, InvoiceLine)]
+def is_possible(fact):
+    return isinstance(fact, BillingSnapshot) or fact.from_ns < fact.to_ns
+
+
+def recomputed(files, gap_ns):
+    """The rows of all hours, computed at once from all facts, by the functions alone."""
+    facts = {fact for file in files for fact in file}
+    return sorted(
+        (*meter, *hour)
+        for meter in {(fact.resource, fact.kind) for fact in facts}
+        for hour in billed_hours(stretches(
+            [one for one in facts if isinstance(one, BillingSnapshot)
+             and (one.resource, one.kind) == meter],
+            [one for one in facts if isinstance(one, InvoiceLine)
+             and (one.resource, one.kind) == meter],
+            gap_ns,
+        ))
+    )  # fmt: skip
+
+
+TABLES = ("billing_snapshots", "invoice_lines", "billed_hours")
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    """Import files into a ledger that is empty, and return its rows by table, and what was told."""
+    path = tmp_path_factory.mktemp("invoices") / "ledger.db"
+    url = f"sqlite:///{path}"
+    open_ledger(url).dispose()
+
+    def imported(files, gap_ns):
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            with connection:
+                for table in TABLES:
+                    connection.execute(f"DELETE FROM {table}")
+            for facts in files:
+                read = {one: "f:1" for one in facts if isinstance(one, BillingSnapshot)}
+                charged = {one: "f:1" for one in facts if isinstance(one, InvoiceLine)}
+                file = InvoiceFile("f", read, charged, 0)
+                told = import_invoice(url, file, gap_ns, 0)["resources"]
+            found = [
+                connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2, 3, 4, 5, 6").fetchall()
+                for table in TABLES
+            ]
+        return found, told
+
+    return imported
+
+
+@settings(deadline=None)
+@given(facts_in_files(), gaps)
+def test_hours_are_those_of_all_facts_whatever_file_each_came_in_and_in_which_order(
+    ledger, files, gap_ns
+):
+    (_, _, hours), _ = ledger(files, gap_ns)
+    assert hours == recomputed(files, gap_ns)
+
+
+@settings(deadline=None, max_examples=30)
+@given(facts_in_files(), gaps)
+def test_a_ledger_holds_and_tells_the_same_however_facts_are_split_into_files(
+    ledger, files, gap_ns
+):
+    whole = [list({fact: None for file in files for fact in file})]
+    once = ledger(whole, gap_ns)
+    assert ledger([*files, *whole], gap_ns) == once
+    assert ledger([*whole, *reversed(files)], gap_ns)[0] == once[0]

@@ -19,7 +19,9 @@ from vllm_cost_meter.invoice_files import InvoiceFile
 from vllm_cost_meter.invoices import BillingSnapshot, InvoiceLine
 from vllm_cost_meter.ledger.economics import economics, method
 from vllm_cost_meter.ledger.invoice_days import invoice_days
-from vllm_cost_meter.ledger.invoices import HOURS_MAX, import_invoice, meters
+from vllm_cost_meter.ledger.invoice_hours import HOURS_MAX
+from vllm_cost_meter.ledger.invoice_meters import meters
+from vllm_cost_meter.ledger.invoices import import_invoice
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.overheads import Overhead
 from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, UsagePiece

@@ -4,9 +4,9 @@ Rows of fact (bills, their pieces, HTTP exchanges, prices, runs) are written onc
 changed. Only four tables are cumulative counters and are overwritten, by a higher snapshot number
 and by nothing else: `snapshots`, the latest cut of each run, `engine_hours` and `energy_hours`, the
 same classes hour by hour, and `live_usage`, what its running requests had used. Rows of
-`open_requests` go when the bill comes. `billed_hours` follows from the facts of a provider's bills
-and is written anew with each import. Amounts are 64-bit integers, instants are RFC 3339 text of
-fixed width (text order is time order), unknown is NULL.
+`open_requests` go when the bill comes. `billed_hours` follows from the facts of a provider's bills:
+an import writes anew the hours that it changes. Amounts are 64-bit integers, instants are RFC 3339
+text of fixed width (text order is time order), unknown is NULL.
 
 Invariant: a snapshot, its hours and its live usage change in one transaction, and so do a bill, its
 pieces and its open request; so at any instant the hours of a run add up to its snapshot, the pieces
