@@ -9,7 +9,7 @@ from vllm_cost_meter.sweep.steady import Reply, is_too_many, nearest_rank, stead
 
 def reply(sent_s: float, ttft_s: float = 0.5, tokens: int = 5, gap_s: float = 0.25) -> Reply:
     gaps = [gap_s] * (tokens - 1)
-    return Reply.of(sent_s, ttft_s + sum(gaps), (10, tokens), ttft_s, gaps)
+    return Reply.of(sent_s, (10, tokens), ttft_s, gaps)
 
 
 FAILED = Reply(1.0, 1.5, 10, 0, ())
@@ -37,7 +37,7 @@ def test_latencies_are_of_what_was_sent_in_the_window_and_not_of_the_warm_up():
 
 
 def test_a_reply_that_came_in_larger_chunks_counts_all_its_tokens():
-    two_chunks = Reply.of(0.0, 2.0, (10, 8), 1.0, [1.0])
+    two_chunks = Reply.of(0.0, (10, 8), 1.0, [1.0])
     assert two_chunks.tokens_between(0.0, 1.5) == 4
     assert two_chunks.tokens_between(0.0, 2.5) == 8
 

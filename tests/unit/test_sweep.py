@@ -71,7 +71,7 @@ class Simulated(Sweep):
             free_s = max(free_s, sent_s) + 1 / self._served
             took = free_s - sent_s
             gap = 0.1 / self._served
-            reply = Reply.of(sent_s, took, (100, 10), took - 9 * gap, [gap] * 9)
+            reply = Reply.of(sent_s, (100, 10), took - 9 * gap, [gap] * 9)
             replies.append(Reply(sent_s, sent_s, 100, 0, ()) if self._fails else reply)
         busy = requests / self._served
         end = max(free_s, 1.0)
@@ -331,7 +331,7 @@ def test_the_busy_share_is_that_between_two_instants():
 
 def test_what_the_client_saved_is_read_and_what_it_did_not_is_said(tmp_path):
     saved = {
-        "start_times": [1.0, 2.0, 3.0], "latencies": [1.0, 0.5, 0.0], "ttfts": [0.4, 0.5, 0.0],
+        "start_times": [1.0, 2.0, 3.0], "ttfts": [0.4, 0.5, 0.0],
         "itls": [[0.3, 0.3], [], []], "input_lens": [9, 9, 9], "output_lens": [3, 1, 0],
         "errors": ["", "", "refused"],
     }  # fmt: skip

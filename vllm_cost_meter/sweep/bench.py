@@ -24,7 +24,7 @@ from vllm_cost_meter.serving import command_path, end_of
 from vllm_cost_meter.sweep.steady import Reply
 
 STOP_TIMEOUT_S = 10
-NEEDED = ("start_times", "latencies", "ttfts", "itls", "input_lens", "output_lens", "errors")
+NEEDED = ("start_times", "ttfts", "itls", "input_lens", "output_lens", "errors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +150,13 @@ def replies_of(result: Path) -> list[Reply]:
             " is this vLLM older than 0.27?"
         )
     found = []
-    for sent_s, latency_s, ttft_s, gaps_s, inputs, outputs, wrong in zip(
+    for sent_s, ttft_s, gaps_s, inputs, outputs, wrong in zip(
         *(saved[name] for name in NEEDED), strict=True
     ):
         if wrong or not outputs:
-            found.append(Reply(sent_s, max(sent_s, sent_s + latency_s), inputs, 0, ()))
+            found.append(Reply(sent_s, sent_s, inputs, 0, ()))
         else:
-            found.append(Reply.of(sent_s, latency_s, (inputs, outputs), ttft_s, gaps_s))
+            found.append(Reply.of(sent_s, (inputs, outputs), ttft_s, gaps_s))
     return found
 
 

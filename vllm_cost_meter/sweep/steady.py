@@ -38,16 +38,11 @@ class Reply:
 
     @classmethod
     def of(
-        cls,
-        sent_s: float,
-        latency_s: float,
-        tokens: tuple[int, int],
-        ttft_s: float,
-        gaps_s: Sequence[float],
+        cls, sent_s: float, tokens: tuple[int, int], ttft_s: float, gaps_s: Sequence[float]
     ) -> "Reply":
-        """Return a reply of its latencies: to the end, to the first token, between chunks."""
+        """Return a reply of its prompt's and its own tokens, time to the first, and gaps."""
         chunks = list(accumulate([sent_s + ttft_s, *gaps_s]))
-        return cls(sent_s, sent_s + latency_s, *tokens, chunks)
+        return cls(sent_s, chunks[-1], *tokens, chunks)
 
     @property
     def failed(self) -> bool:
