@@ -49,6 +49,8 @@ def test_a_sweep_measures_real_loads_and_ctrl_c_keeps_what_it_has(
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # As at a terminal, also where a shell runs the tests in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         deadline = time.monotonic() + TIMEOUT_S

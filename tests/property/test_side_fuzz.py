@@ -16,9 +16,9 @@ from vllm_cost_meter.api import make_app
 
 TENANT = {"authorization": "Bearer key-of-search"}
 BY_HASH = {sha256("key-of-search"): "search"}
-# Few, for each of a dozen routes: they are enough to go through every parameter.
+# Few, for each of thirty routes: they are enough to go through every parameter.
 FEW = settings(
-    max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 
 
