@@ -4,7 +4,10 @@ Most of it needs no server: a process of its own loads vLLM's plugins as `vllm s
 what changed. Another plugin, `cost_meter_tests`, is installed beside ours throughout.
 """
 
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -12,6 +15,8 @@ import pytest
 from tests.integration.probe import Probe
 from tests.integration.server import Server
 from vllm_cost_meter.plugin import GROUPS_LOADED_BY_DEFAULT
+
+HALF_A_MINUTE_S = 30
 
 
 def test_installed_but_not_named_it_changes_nothing_and_says_so_once(probe: Probe) -> None:
@@ -122,32 +127,56 @@ def test_the_config_flag_reaches_child_processes_and_is_checked(
         assert "gpu_hour_usd" in probe.output
 
 
-def test_a_taken_port_is_one_warning_and_inert_serves_beside(work: Path) -> None:
-    """One real server that is not named, and one named whose side port it holds."""
+class Beside(NamedTuple):
+    """Two servers, one that is not named and one whose side port it holds; and what the books of
+    the shared one said before and after they were started, with nothing sent to it."""
+
+    inert: Server
+    named: Server
+    books: tuple[Mapping[str, Any], Mapping[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def beside(work: Path, server: Server) -> Iterator[Beside]:
+    before, began_s = server.balanced()["runs"][0], time.monotonic()
     inert = Server(work / "inert", metered=False)
     named = Server(work / "named", price=None, side_port=inert.port)
     named.arguments = ["--plugins", "cost_meter"]
     try:
         inert.start()
         named.start()
-        for server, is_metered in ((inert, False), (named, True)):
-            with server.client() as client:
-                body = {"model": "tiny", "prompt": "a", "max_tokens": 2}
-                reply = client.post("/v1/completions", json=body)
-            assert reply.status_code == 200
-            ours = [name for name in reply.headers if name.startswith("x-cost-meter")]
-            assert bool(ours) == is_metered
-            # Without a price there is GPU time and no cost, never 0.
-            assert "x-cost-meter-cost-usd" not in reply.headers
-            assert "x-litellm-response-cost" not in reply.headers
-            assert ("x-cost-meter-gpu-seconds" in reply.headers) == is_metered
-        assert named.log.count("side endpoint could not listen") == 1
-        assert not inert.ledger_file.exists()
-        with named.client() as client:
-            sent = {"stream": True, "stream_options": {"include_usage": True}}
-            body = {"model": "tiny", "prompt": "a", "max_tokens": 2, **sent}
-            assert '"cost":null' in client.post("/v1/completions", json=body).text
-        assert httpx.get(f"{inert.url}/metrics").text.count("cost_meter_") == 0
+        time.sleep(max(0.0, began_s + HALF_A_MINUTE_S - time.monotonic()))
+        yield Beside(inert, named, (before, server.balanced()["runs"][0]))
     finally:
         inert.stop()
         named.stop()
+
+
+def test_the_books_still_balance_after_half_a_minute_without_requests(beside: Beside) -> None:
+    before, after = beside.books
+    assert after["requests_ns"] == before["requests_ns"]
+    assert after["idle_ns"] - before["idle_ns"] > (HALF_A_MINUTE_S - 1) * 1e9
+    assert after["alive"]
+
+
+def test_a_taken_port_is_one_warning_and_inert_serves_beside(beside: Beside) -> None:
+    """One real server that is not named, and one named whose side port it holds."""
+    inert, named, _ = beside
+    for server, is_metered in ((inert, False), (named, True)):
+        with server.client() as client:
+            body = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+            reply = client.post("/v1/completions", json=body)
+        assert reply.status_code == 200
+        ours = [name for name in reply.headers if name.startswith("x-cost-meter")]
+        assert bool(ours) == is_metered
+        # Without a price there is GPU time and no cost, never 0.
+        assert "x-cost-meter-cost-usd" not in reply.headers
+        assert "x-litellm-response-cost" not in reply.headers
+        assert ("x-cost-meter-gpu-seconds" in reply.headers) == is_metered
+    assert named.log.count("side endpoint could not listen") == 1
+    assert not inert.ledger_file.exists()
+    with named.client() as client:
+        sent = {"stream": True, "stream_options": {"include_usage": True}}
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 2, **sent}
+        assert '"cost":null' in client.post("/v1/completions", json=body).text
+    assert httpx.get(f"{inert.url}/metrics").text.count("cost_meter_") == 0
