@@ -80,8 +80,15 @@ demo: setup
 demo-sweep: setup
 	@$(RUN) vllm-cost-meter demo --sweep $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
 
+# The servers of the integration tests have both cores for themselves; all other tests are spread
+# over the cores there are.
 test: setup
+ifneq ($(TEST_ARGS),)
 	@$(RUN) python -m pytest $(TEST_ARGS)
+else
+	@$(RUN) python -m pytest tests/integration
+	@$(RUN) python -m pytest --ignore tests/integration --numprocesses auto
+endif
 
 check: $(VENV)/.meter
 	$(BIN)/ruff check .
