@@ -7,10 +7,10 @@ rates were measured, 130 after Ctrl-C, 1 if the client or the server failed, 2 f
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,7 +147,7 @@ class _Found:
 
     def _measure(self, plan: Plan, watcher: "_Watcher") -> None:
         measured: list[Measured] = []
-        started_at = datetime.now(UTC)
+        started_at_ns = time.time_ns()
         # Now: at the end of a sweep that fails nobody may be there to tell.
         price, prices = self.meter.prices()
         done = False
@@ -160,8 +160,8 @@ class _Found:
             done = True
         finally:
             if measured:
-                times = (started_at, datetime.now(UTC))
-                context = Context(plan, self.deployment, price, prices, *times, not done)
+                times_ns = (started_at_ns, time.time_ns())
+                context = Context(plan, self.deployment, price, prices, *times_ns, not done)
                 self.curves.append(curve_file(context, measured))
 
     def _refuse_another(self) -> None:

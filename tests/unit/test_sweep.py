@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from vllm_cost_meter.cli import app
 from vllm_cost_meter.economics import Declared, curve_of, saturation_of
 from vllm_cost_meter.errors import LedgerError, ServerError
 from vllm_cost_meter.ledger import saturation
-from vllm_cost_meter.records import ClassTotals
+from vllm_cost_meter.records import ClassTotals, unix_ns_of
 from vllm_cost_meter.sweep.bench import Shape, Target, command, replies_of
 from vllm_cost_meter.sweep.curve import Context, curve_file
 from vllm_cost_meter.sweep.meter import Deployment, Sample, busy_share, deployment_of
@@ -88,9 +87,9 @@ def swept(plan: Plan, served_per_s: float = 20.0) -> list[Measured]:
 def curve(measured: list[Measured], usd: float | None = 2.5, **deployment: Any) -> dict[str, Any]:
     about = {**RUN, **deployment}
     found = Deployment(deployment_of([about]).about, 1, ("run",))
-    at = datetime(2026, 11, 26, 12, tzinfo=UTC)
+    at_ns = unix_ns_of("2026-11-26T12:00:00Z")
     prices = [{"usd_per_gpu_hour": "2.5", "source": "contract"}]
-    context = Context(Plan(SHAPE), found, usd, prices, at, at, interrupted=False)
+    context = Context(Plan(SHAPE), found, usd, prices, at_ns, at_ns, interrupted=False)
     made: dict[str, Any] = json.loads(json.dumps(curve_file(context, measured)))
     return made
 

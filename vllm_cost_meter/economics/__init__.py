@@ -4,7 +4,7 @@
 functions: what one of them takes, returns and refuses is the same in all three (`calculators`).
 Money is USD, a month is 730 hours unless it is said otherwise, and a price is always that of a
 whole deployment: a price per GPU is multiplied by its GPUs once, in `usd_per_hour_of`. Nothing here
-knows what an API or a GPU costs. Standard library only.
+knows what an API or a GPU costs. The standard library and core only.
 
 Invariant: every result is a finite number, or None where it is undefined; an argument that is none
 a rate, price or share raises ValueError with one line that names it.

@@ -11,11 +11,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from vllm_cost_meter.economics.curves import curve_of
 from vllm_cost_meter.economics.numbers import positive
+from vllm_cost_meter.records import rfc3339, unix_ns_of
 
 # Of one engine.
 IDENTITY = ("model", "precision", "vllm_version", "hardware", "gpus", "parallelism")
@@ -71,7 +71,7 @@ def saturation_of(told: object) -> SaturationPoint:
     try:
         return SaturationPoint(
             point_id=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
-            measured_at=_utc(protocol["finished_at"]),
+            measured_at=rfc3339(unix_ns_of(protocol["finished_at"])),
             about={
                 name: _count(deployment, name) if name == "gpus" else str(deployment[name])
                 for name in IDENTITY
@@ -88,18 +88,6 @@ def saturation_of(told: object) -> SaturationPoint:
         raise ValueError(f"curve: expected {error} in its protocol, got none") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"curve: in its protocol: {error}") from None
-
-
-def instant_text(at: datetime) -> str:
-    """Return an instant as RFC 3339 in UTC, of fixed width."""
-    return f"{at.astimezone(UTC).isoformat(timespec='microseconds')[:26]}Z"
-
-
-def _utc(text: str) -> str:
-    at = datetime.fromisoformat(text)
-    if at.tzinfo is None:
-        raise ValueError(f"expected finished_at with a time zone, got {text!r}")
-    return instant_text(at)
 
 
 def _count(told: Mapping[str, Any], name: str) -> int:

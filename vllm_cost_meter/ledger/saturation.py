@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vllm_cost_meter.economics import SaturationPoint
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.schema import runs, saturation_points
-from vllm_cost_meter.ledger.store import open_ledger, writing
+from vllm_cost_meter.ledger.store import cause_of, open_ledger, writing
 
 
 def knows_runs(url: str, run_ids: Collection[str]) -> bool:
@@ -43,7 +43,8 @@ def keep(url: str, points: Iterable[SaturationPoint]) -> int:
                 connection.execute(insert(saturation_points), list(rows.values()))
             return len(rows)
     except SQLAlchemyError as error:
-        raise LedgerError(f"ledger: the curve could not be kept: {error}") from None
+        shown = engine.url.render_as_string(hide_password=True)
+        raise LedgerError(f"ledger {shown}: cannot be written: {cause_of(error)}") from error
     finally:
         engine.dispose()
 

@@ -66,7 +66,6 @@ def command(
     burstiness: float,
     seed: int,
     result: Path,
-    extra: Sequence[str] = (),
 ) -> list[str]:
     """Return the command that sends so many requests at a mean rate, or all at once if None."""
     rate = "inf" if requests_per_s is None else repr(requests_per_s)
@@ -82,7 +81,6 @@ def command(
         *("--ready-check-timeout-sec", "0", "--disable-tqdm"),
         *("--save-result", "--save-detailed"),
         *("--result-dir", str(result.parent), "--result-filename", result.name),
-        *extra,
     ]
 
 

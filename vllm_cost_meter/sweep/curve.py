@@ -8,13 +8,12 @@ Invariant: a point's figures are medians over its repeats, which stand in `measu
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from statistics import median
 from typing import Any
 
 from vllm_cost_meter import __version__
 from vllm_cost_meter.economics.numbers import usd_per_m
-from vllm_cost_meter.economics.saturation import instant_text
+from vllm_cost_meter.records import rfc3339
 from vllm_cost_meter.sweep.bench import client_version
 from vllm_cost_meter.sweep.meter import Deployment
 from vllm_cost_meter.sweep.run import Measured, Plan
@@ -32,8 +31,8 @@ class Context:
     deployment: Deployment
     usd_per_gpu_hour: float | None
     prices: Sequence[Mapping[str, Any]]
-    started_at: datetime
-    finished_at: datetime
+    started_at_ns: int
+    finished_at_ns: int
     interrupted: bool
 
     @property
@@ -62,8 +61,8 @@ def curve_file(context: Context, measured: Sequence[Measured]) -> dict[str, Any]
             "meter_version": __version__,
             "usd_per_gpu_hour": context.usd_per_gpu_hour,
             "prices": list(context.prices),
-            "started_at": instant_text(context.started_at),
-            "finished_at": instant_text(context.finished_at),
+            "started_at": rfc3339(context.started_at_ns),
+            "finished_at": rfc3339(context.finished_at_ns),
             "interrupted": context.interrupted,
         },
     }
