@@ -39,3 +39,14 @@ def ledger_url(ledger: str | None) -> str:
         with one_line_errors():
             ledger = load_settings().ledger or default_url()
     return ledger if "://" in ledger else f"sqlite:///{Path(ledger).resolve()}"
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write what --output names, as it is: CSV has the line ends of its standard.
+
+    Raises ValueError.
+    """
+    try:
+        path.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None

@@ -9,11 +9,11 @@ against it.
 
 import subprocess
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 
-from vllm_cost_meter.command_line import ledger_url
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.ledger.economics import economics
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -49,11 +49,8 @@ def sweep_demo(console: Console, server: Server, environment: Mapping[str, str],
 
 
 def _penalty(console: Console, ledger: str, folder: Path) -> int:
-    reader = LedgerReader(ledger_url(ledger))
-    try:
+    with closing(LedgerReader(ledger)) as reader:
         figures = economics(reader, Declared())["figures"]
-    finally:
-        reader.close()
     full, penalty = figures["saturation_output_tokens_per_s"], figures["penalty"]
     if penalty is None:
         console.print("NO PENALTY: full load was not reached, or is not in the ledger")

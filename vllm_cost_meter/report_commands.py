@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.command_line import Json, Ledger, reading
+from vllm_cost_meter.command_line import Json, Ledger, reading, write_output
 from vllm_cost_meter.grammar import DIMENSIONS, STEPS, TAG, TIMES, question
 from vllm_cost_meter.idle import EXPECTED as POLICIES
 from vllm_cost_meter.price_text import price_lines
@@ -161,7 +161,7 @@ def statement(
         answer = reader.statement(month, tenant=tenant, tz=tz, idle=idle)
         text = _written(answer, format)
         if output is not None:
-            _write(output, text)
+            write_output(output, text)
     if output is None:
         print(text, end="")
     if not answer["adds_up"]:
@@ -219,11 +219,3 @@ def _written(answer: Mapping[str, Any], format: Format) -> str:
     out = io.StringIO()
     print_statement(answer, out)
     return out.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        # As it is: CSV has the line ends that its standard says.
-        path.write_text(text, encoding="utf-8", newline="")
-    except OSError as error:
-        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from vllm_cost_meter import plots
 from vllm_cost_meter.calc_commands import read_points
-from vllm_cost_meter.command_line import Json, Ledger, ledger_url
+from vllm_cost_meter.command_line import Json, Ledger, ledger_url, write_output
 from vllm_cost_meter.config import load_settings
 from vllm_cost_meter.economics import saturation_of
 from vllm_cost_meter.economics.numbers import positive
@@ -190,7 +190,7 @@ def _write(found: _Found, slo_ttft_ms: float | None, ledger: str | None, *, as_j
         for curve in found.curves:
             name = str(curve["protocol"]["plan"]["shape"]).replace(":", "x")
             path = found.output / f"curve-{name}.json"
-            _write_text(path, json.dumps(curve, indent=2) + "\n")
+            write_output(path, json.dumps(curve, indent=2) + "\n")
             lines += [f"curve: {path}", *_kept(curve, path, ledger, found.deployment)]
             rows += [
                 {"shape": name, **{key: _cell(value) for key, value in point.items()}}
@@ -211,13 +211,6 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
 

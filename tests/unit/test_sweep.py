@@ -211,13 +211,17 @@ def run_of(ledger: Ledger) -> dict[str, Any]:
     return dict(ledger.reader.summary(settle_s=0)["runs"][0])
 
 
+def full_load_of(ledger: Ledger) -> dict[str, Any]:
+    """A curve of the deployment in a ledger that `write` wrote, with requests of its size."""
+    run = run_of(ledger)
+    file = full_load(**{name: run[name] for name in RUN if name not in ("alive", "state")})
+    file["protocol"]["plan"].update(input_tokens=10, output_tokens=5)
+    return file
+
+
 def test_the_penalty_is_against_the_full_load_of_this_very_deployment(ledger):
     write(ledger)
-    run = run_of(ledger)
-    same = {name: run[name] for name in RUN if name in run and name not in ("alive", "state")}
-    file = full_load(**same)
-    # The window's requests have 10 prompt tokens and 5 output tokens.
-    file["protocol"]["plan"].update(input_tokens=10, output_tokens=5)
+    file = full_load_of(ledger)
     assert figures(ledger, declared=Declared())["penalty"] is None
     assert saturation.keep(ledger.url, [saturation_of(file)]) == 1
     found = figures(ledger, declared=Declared())
@@ -243,10 +247,7 @@ def test_the_penalty_is_against_the_full_load_of_this_very_deployment(ledger):
 )
 def test_another_deployment_or_shape_says_nothing_of_this_one(ledger, of, change):
     write(ledger)
-    run = run_of(ledger)
-    same = {name: run[name] for name in RUN if name in run and name not in ("alive", "state")}
-    file = full_load(**same)
-    file["protocol"]["plan"].update(input_tokens=10, output_tokens=5)
+    file = full_load_of(ledger)
     file["protocol"][of].update(change)
     saturation.keep(ledger.url, [saturation_of(file)])
     found = figures(ledger, declared=Declared())
@@ -255,10 +256,7 @@ def test_another_deployment_or_shape_says_nothing_of_this_one(ledger, of, change
 
 def test_a_window_of_two_deployments_has_no_penalty(ledger):
     write(ledger)
-    run = run_of(ledger)
-    same = {name: run[name] for name in RUN if name in run and name not in ("alive", "state")}
-    file = full_load(**same)
-    file["protocol"]["plan"].update(input_tokens=10, output_tokens=5)
+    file = full_load_of(ledger)
     saturation.keep(ledger.url, [saturation_of(file)])
     hours = {HOUR: ClassTotals(idle=S)}
     ledger.write(
@@ -269,11 +267,8 @@ def test_a_window_of_two_deployments_has_no_penalty(ledger):
 
 def test_the_latest_sweep_counts_and_each_once(ledger):
     write(ledger)
-    run = run_of(ledger)
-    same = {name: run[name] for name in RUN if name in run and name not in ("alive", "state")}
-    old, new = full_load(**same), full_load(**same)
+    old, new = full_load_of(ledger), full_load_of(ledger)
     for file, day, tokens_per_s in ((old, "25", 300.0), (new, "27", 100.0)):
-        file["protocol"]["plan"].update(input_tokens=10, output_tokens=5)
         file["protocol"]["finished_at"] = f"2026-11-{day}T00:00:00+00:00"
         file["points"][-1]["output_tokens_per_s"] = tokens_per_s
     points = [saturation_of(new), saturation_of(old), saturation_of(new)]
