@@ -8,13 +8,12 @@ Invariant: what is drawn is in the answer that it is drawn from; no figure is wo
 the points of the lines.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from math import ceil, floor, log10
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from vllm_cost_meter.plots import COLOURS, new_figure, save
+from vllm_cost_meter.plots import COLOURS, label_log_axis, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,8 +61,8 @@ def _draw_cost(axes: "Axes", answer: Mapping[str, Any]) -> None:
     bottom, top = min(*ends, api) / 1.5, max(ends) / low
     legend = (len(rates) + 1) / 12
     axes.set_ylim(bottom, bottom * (top / bottom) ** (1 / (1 - legend)))
-    _label_ticks(axes, "x", _percent)
-    _label_ticks(axes, "y", lambda usd: f"{usd:g}")
+    label_log_axis(axes, "x", _percent)
+    label_log_axis(axes, "y", lambda usd: f"{usd:g}")
     axes.set_title("What a million tokens cost, by load")
     axes.set(xlabel="utilization (log)", ylabel="USD per million tokens (log)")
     axes.grid(alpha=0.3)
@@ -100,21 +99,9 @@ def _draw_sensitivity(axes: "Axes", answer: Mapping[str, Any]) -> None:
     axes.set(xscale="log", ylim=(len(names) - 0.4, -0.9))
     axes.set_xlim(min(ends) / ROOM**2, max(ends) * ROOM**2)
     axes.set_yticks(range(len(names)), names)
-    _label_ticks(axes, "x", _percent)
+    label_log_axis(axes, "x", _percent)
     axes.set_title("Where one input moves break-even")
     axes.set(xlabel=f"break-even utilization (as given: {_percent(base)})")
-
-
-def _label_ticks(axes: "Axes", which: Literal["x", "y"], text: Callable[[float], str]) -> None:
-    """Mark 1, 2 and 5 of each power of ten, or the powers alone where there are many."""
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    first, last = floor(log10(low)), ceil(log10(high))
-    steps = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-    shown = [tick for tick in ticks if low <= tick <= high]
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_ticks(shown, [text(tick) for tick in shown])
-    axis.set_ticks([], minor=True)
 
 
 def _percent(part: float) -> str:

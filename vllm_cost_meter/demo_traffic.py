@@ -22,7 +22,8 @@ import openai
 from openai.types import CompletionUsage
 
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.serving import command_path, end_of
+from vllm_cost_meter.serving import end_of
+from vllm_cost_meter.sweep.bench import Shape, Target, bench_command
 
 CHAT, SEARCH, BATCH = TENANTS = ("chat-team", "search-team", "batch-team")
 
@@ -217,19 +218,16 @@ class Traffic:
 
     async def _batch(self, folder: Path, environment: Mapping[str, str]) -> None:
         log, result = folder / "bench.log", folder / "bench.json"
-        command = [
-            *(command_path("vllm"), "bench", "serve", "--dataset-name", "random"),
-            *("--base-url", self._url, "--model", self._model, "--tokenizer", self._tokenizer),
-            *("--num-prompts", str(BATCH_REQUESTS)),
-            *("--request-rate", str(BATCH_REQUESTS_PER_SECOND)),
-            *("--random-input-len", str(BATCH_INPUT_TOKENS)),
-            *("--random-output-len", str(BATCH_OUTPUT_TOKENS), "--ignore-eos"),
-            *("--ready-check-timeout-sec", "0", "--disable-tqdm"),
-            *("--save-result", "--result-dir", str(folder), "--result-filename", result.name),
-        ]
+        arguments = bench_command(
+            Target(self._url, self._model, self._tokenizer),
+            Shape(BATCH_INPUT_TOKENS, BATCH_OUTPUT_TOKENS),
+            requests=BATCH_REQUESTS,
+            requests_per_s=BATCH_REQUESTS_PER_SECOND,
+            result=result,
+        )
         with log.open("wb") as out:
             process = await asyncio.create_subprocess_exec(
-                *command,
+                *arguments,
                 env={**environment, "OPENAI_API_KEY": self._keys[BATCH]},
                 stdin=subprocess.DEVNULL,
                 stdout=out,

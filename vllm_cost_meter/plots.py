@@ -6,12 +6,13 @@ A figure is drawn without a display and without pyplot, which would keep every f
 Invariant: a plot is written as PNG or SVG, or refused with the line that says how to have it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from math import ceil, floor, log10
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from matplotlib.axis import Axis
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
@@ -30,13 +31,16 @@ def new_figure(width_inches: float, height_inches: float) -> "Figure":
     return Figure(figsize=(width_inches, height_inches), layout="constrained")
 
 
-def label_log_scale(axis: "Axis") -> None:
-    """Label a logarithmic axis with plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axis.set_minor_formatter(NullFormatter())
+def label_log_axis(axes: "Axes", which: Literal["x", "y"], text: Callable[[float], str]) -> None:
+    """Mark 1, 2 and 5 of each power of ten, or the powers alone over more than two of them."""
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    first, last = floor(log10(low)), ceil(log10(high))
+    steps = (1, 2, 5) if high <= 100 * low else (1,)
+    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_ticks(shown, [text(tick) for tick in shown])
+    axis.set_ticks([], minor=True)
 
 
 def is_plot(path: Path) -> bool:

@@ -16,7 +16,7 @@ from vllm_cost_meter.economics import Declared, curve_of, saturation_of
 from vllm_cost_meter.errors import LedgerError, ServerError
 from vllm_cost_meter.ledger import saturation
 from vllm_cost_meter.records import ClassTotals, unix_ns_of
-from vllm_cost_meter.sweep.bench import Shape, Target, command, replies_of
+from vllm_cost_meter.sweep.bench import Shape, Target, bench_command, replies_of
 from vllm_cost_meter.sweep.curve import Context, curve_file
 from vllm_cost_meter.sweep.meter import Deployment, Sample, busy_share, deployment_of
 from vllm_cost_meter.sweep.plot import sweep_figure, title_of
@@ -344,7 +344,7 @@ def test_what_the_client_saved_is_read_and_what_it_did_not_is_said(tmp_path):
 
 
 def test_the_client_sends_poisson_arrivals_of_one_shape_with_a_seed_of_its_own(tmp_path):
-    words = command(
+    words = bench_command(
         TARGET, SHAPE, requests=30, requests_per_s=2.5, burstiness=1.0, seed=7,
         result=tmp_path / "r.json",
     )  # fmt: skip

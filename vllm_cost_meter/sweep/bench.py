@@ -57,15 +57,15 @@ class Target:
     tokenizer: str
 
 
-def command(
+def bench_command(
     target: Target,
     shape: Shape,
     *,
     requests: int,
     requests_per_s: float | None,
-    burstiness: float,
-    seed: int,
     result: Path,
+    burstiness: float = 1.0,
+    seed: int = 0,
 ) -> list[str]:
     """Return the command that sends so many requests at a mean rate, or all at once if None."""
     rate = "inf" if requests_per_s is None else repr(requests_per_s)

@@ -51,9 +51,10 @@ def sweep_figure(curves: Sequence[Mapping[str, Any]], slo_ttft_ms: float | None 
         )
     for axes in (cost, latency):
         axes.margins(0.09, 0.15)
-        axes.grid(visible=True, which="both", alpha=0.25)
-    for axis in (cost.yaxis, latency.yaxis, latency.xaxis):
-        plots.label_log_scale(axis)
+        axes.grid(visible=True, alpha=0.25)
+    plots.label_log_axis(cost, "y", _number)
+    plots.label_log_axis(latency, "y", _number)
+    plots.label_log_axis(latency, "x", _number)
     cost.plot([], [], "o", color="grey", fillstyle="none", label="more than it serves")
     cost.legend(fontsize=9)
     figure.suptitle(title_of(curves[0]), fontsize=10)
@@ -71,6 +72,10 @@ def title_of(curve: Mapping[str, Any]) -> str:
         f" {about['hardware']}\nvLLM {about['vllm_version']}, {price}, windows of"
         f" {plan['window_s']:g} s after {plan['warmup_s']:g} s, {protocol['finished_at'][:10]}"
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.6g}"
 
 
 def _cost_of(curve: Mapping[str, Any], point: Mapping[str, Any], priced: bool) -> float | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.sweep.bench import Shape, Target, command, now_s, replies_of, running
+from vllm_cost_meter.sweep.bench import Shape, Target, bench_command, now_s, replies_of, running
 from vllm_cost_meter.sweep.meter import Meter, Sample, busy_share
 from vllm_cost_meter.sweep.steady import Reply, Steady, steady
 
@@ -196,7 +196,7 @@ class Sweep:
         """Run the client; return what it saw, and what the engines did meanwhile."""
         name = f"{self._plan.shape}-{self._runs}".replace(":", "x")
         result = self._folder / f"bench-{name}.json"
-        arguments = command(
+        arguments = bench_command(
             self._target,
             self._plan.shape,
             requests=requests,
