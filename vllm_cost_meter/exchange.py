@@ -4,15 +4,20 @@ The middleware puts an `Exchange` into `current_exchange`, a ContextVar. Tasks c
 their creator, so every engine request born on behalf of the exchange, also in background tasks
 that outlive the reply, finds it there. An exchange is used by one event loop only.
 
+A context says where work comes from, not which HTTP request it is: uvicorn begins a pipelined
+request in the context of the one before. Which requests the meter has seen, and whose a request
+is, therefore stands in its ASGI scope (`exchange_of`).
+
 Invariant: `unbilled` counts the births whose bill has not come yet; it never goes below 0.
 """
 
 import asyncio
 import os
 import random
+from collections.abc import MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_cost_meter.budgets import Owner
 from vllm_cost_meter.records import EngineRequest, HttpRequest
@@ -106,6 +111,25 @@ def _sum_if_known(one: int | None, other: int | None) -> int | None:
 
 
 current_exchange: ContextVar[Exchange | None] = ContextVar("cost_meter_exchange", default=None)
+
+# The key of an ASGI scope under which its exchange stands.
+_SCOPE_KEY = "vllm_cost_meter.exchange"
+
+
+def is_metered(scope: MutableMapping[str, Any]) -> bool:
+    """Tell whether the meter has seen this very request already."""
+    return _SCOPE_KEY in scope
+
+
+def set_exchange(scope: MutableMapping[str, Any], exchange: Exchange | None) -> None:
+    """Mark a request as seen; `exchange` is None where it could not be metered."""
+    scope[_SCOPE_KEY] = exchange
+
+
+def exchange_of(scope: MutableMapping[str, Any]) -> Exchange | None:
+    """Return the exchange of this very request, None where it is not metered."""
+    exchange: Exchange | None = scope.get(_SCOPE_KEY)
+    return exchange
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from vllm_cost_meter.admission import fails_closed
 from vllm_cost_meter.budgets import Owner, Verdict
 from vllm_cost_meter.collector import Collector, get_collector
 from vllm_cost_meter.config import Settings
-from vllm_cost_meter.exchange import Exchange, current_exchange
+from vllm_cost_meter.exchange import Exchange, current_exchange, is_metered, set_exchange
 from vllm_cost_meter.records import Usage
 from vllm_cost_meter.refusal import Refusal, contradicting, refusal, warning
 from vllm_cost_meter.request_body import claims_of, is_json, read_ahead
@@ -56,7 +56,7 @@ class CostMiddleware:
             await (_refuse(refused, scope, send) if refused else self.app(scope, receive, send))
         elif scope["type"] == "lifespan":
             await self.app(scope, receive, _starting(scope, send, collector))
-        elif current_exchange.get() is not None:
+        elif is_metered(scope):
             await self.app(scope, receive, send)
         else:
             await self._metered(scope, receive, send, collector)
@@ -75,24 +75,29 @@ class CostMiddleware:
         if judged.refusal is not None:
             await _refuse(judged.refusal, scope, send)
             return
-        if exchange is None:
-            await self.app(scope, receive, send)
-            return
         if judged.delay_s:
             await asyncio.sleep(judged.delay_s)
-        editor = collector.run("new editor", ReplyEditor, exchange, send, judged.warnings)
+        editor = None
+        if exchange is not None:
+            editor = collector.run("new editor", ReplyEditor, exchange, send, judged.warnings)
+        # Always set, also to None: the context may be that of another tenant's request.
+        exchange = exchange if editor is not None else None
+        set_exchange(scope, exchange)
+        token = current_exchange.set(exchange)
+        try:
+            await self._served(scope, receive, send, editor)
+        finally:
+            current_exchange.reset(token)
+            if editor is not None:
+                collector.run("end of exchange", lambda _collector: editor.close())
+
+    async def _served(
+        self, scope: Scope, receive: Receive, send: Send, editor: "ReplyEditor | None"
+    ) -> None:
+        """Call the application; what it left of an incomplete reply leaves as it came."""
         if editor is None:
             await self.app(scope, receive, send)
             return
-        token = current_exchange.set(exchange)
-        try:
-            await self._served(scope, receive, editor)
-        finally:
-            current_exchange.reset(token)
-            collector.run("end of exchange", lambda _collector: editor.close())
-
-    async def _served(self, scope: Scope, receive: Receive, editor: "ReplyEditor") -> None:
-        """Call the application; what it left of an incomplete reply leaves as it came."""
         try:
             await self.app(scope, editor.receiving(receive), editor.sending())
         except Exception:

@@ -11,19 +11,19 @@ Invariant: nothing else of the meter is on vLLM's port, and nothing here tells o
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, HTTPException
+from fastapi import APIRouter, Depends, HTTPException, Request
 
 from vllm_cost_meter.access import Viewer
 from vllm_cost_meter.api import OrjsonResponse, look_up
 from vllm_cost_meter.asking import Window, hours_asked
 from vllm_cost_meter.budgets import Figures, told
-from vllm_cost_meter.exchange import current_exchange
+from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.ledger.reader import LedgerReader
 
 
-def _own() -> Viewer:
+def _own(request: Request) -> Viewer:
     """Return who asks. Raises HTTPException unless an API key said so."""
-    exchange = current_exchange.get()
+    exchange = exchange_of(request.scope)
     if exchange is None or exchange.owner.rule.partition("+")[0] != "api_key":
         raise HTTPException(401, "expected the API key of a tenant that the cost meter knows")
     return Viewer(exchange.owner.tenant)
