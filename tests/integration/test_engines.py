@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -196,6 +197,10 @@ def killed(hard: Server) -> Killed:
             told.append(stream.rows[-1])
             os.kill(hard.engine_pid, signal.SIGKILL)
 
+    for command in ("audit", "report", "doctor"):
+        # A command that closes the ledger beside the server must not take its WAL away.
+        environment = {**os.environ, "COST_METER_LEDGER": hard.ledger_url}
+        subprocess.run(["vllm-cost-meter", command], env=environment, check=True)  # noqa: S603
     with hard.client() as client:
         reply = ask(client, "/v1/chat/completions")
     # The stream ends with its engine, and so does the endpoint that is looked at.

@@ -244,3 +244,67 @@ def test_two_processes_may_create_the_ledger_at_once(tmp_path):
     with engine.connect() as connection:
         assert connection.execute(text("SELECT version FROM schema_version")).all() == [(6,)]
     engine.dispose()
+
+
+# A server: it has the ledger open, opens it once more, as its readers do, and writes on when told.
+SERVER = """
+import sys
+from sqlalchemy import text
+from vllm_cost_meter.ledger.store import open_ledger, writing
+first = open_ledger(sys.argv[1])
+kept = first.connect()  # a pooled connection: closed, it would let go of its locks itself
+kept.execute(text("SELECT 1"))
+kept.commit()
+second = open_ledger(sys.argv[1])
+second.dispose()
+with writing(first).begin() as connection:
+    connection.execute(text("CREATE TABLE told (cost INTEGER)"))
+for number, _line in enumerate(sys.stdin):
+    with writing(first).begin() as connection:
+        connection.execute(text("INSERT INTO told VALUES (:number)"), {"number": number})
+    print("committed", flush=True)
+"""
+
+
+def test_a_command_beside_a_server_leaves_the_servers_wal_alone(tmp_path):
+    path = tmp_path / "ledger.db"
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, url_of(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+
+        def commit() -> None:
+            server.stdin.write("on\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "committed\n"
+
+        commit()
+        wal = path.with_name("ledger.db-wal").stat().st_ino
+        # Another process that opens the file and is the last to close it folds the WAL into the
+        # file and removes it, unless it sees the server's locks.
+        command = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM told')"
+        subprocess.run([sys.executable, "-c", command, str(path)], check=True)
+        commit()
+        commit()
+        server.kill()
+    assert path.with_name("ledger.db-wal").stat().st_ino == wal
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT cost FROM told").fetchall() == [(0,), (1,), (2,)]
+
+
+def test_an_existing_ledger_is_never_opened_but_by_sqlite(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.db"
+    open_ledger(url_of(path)).dispose()
+    opened = []
+    real = os.open
+
+    def watched(name, flags, *rest, **more):
+        descriptor = real(name, flags, *rest, **more)
+        opened.append(Path(name))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", watched)
+    open_ledger(url_of(path)).dispose()
+    assert path not in opened

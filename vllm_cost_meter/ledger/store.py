@@ -180,9 +180,16 @@ def _make_folder(path: Path) -> None:
 
 
 def _make_file(path: Path) -> None:
-    """Create the file readable by its owner only; SQLite gives -wal and -shm the same mode."""
+    """Create the file readable by its owner only; SQLite gives -wal and -shm the same mode.
+
+    An existing ledger is never opened here: closing any descriptor of a file drops all POSIX locks
+    of the process on it, SQLite's among them. A command beside the server would then believe itself
+    alone, and remove the write-ahead log that the server goes on writing to.
+    """
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return
     except OSError as error:
         raise LedgerError(f"ledger {path}: cannot be written: {error.strerror}") from error
 
