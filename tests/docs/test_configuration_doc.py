@@ -7,10 +7,10 @@ import pytest
 from pydantic import BaseModel
 
 from tests.docs.pages import section
-from vllm_cost_meter.config import OTHER_NAMES, PREFIX, SECTIONS, Settings, load_settings
+from vllm_cost_meter.config.prices import EnergyPriceSetting, OverheadSetting, PriceSetting
+from vllm_cost_meter.config.reload import live_names
+from vllm_cost_meter.config.settings import OTHER_NAMES, PREFIX, SECTIONS, Settings, load_settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.reload import live_names
-from vllm_cost_meter.setting_prices import EnergyPriceSetting, OverheadSetting, PriceSetting
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 

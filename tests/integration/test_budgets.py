@@ -14,7 +14,7 @@ import httpx
 
 from tests.integration.server import BUDGET_S, LIMITED_KEYS, Server
 from tests.integration.traffic import PROMPT
-from vllm_cost_meter.records import NS_PER_SECOND, unix_ns_of
+from vllm_cost_meter.units.time import NS_PER_SECOND, unix_ns_of
 
 CLIENTS = 64
 INTERVAL_S = 1.0
