@@ -150,8 +150,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-class NamePlugins(argparse.Action):
-    """Exports `--plugins a,b` as VLLM_PLUGINS, and switches the meter on if it is among them."""
+class _Exporting(argparse.Action):
+    """Keeps a flag's value and exports it to the environment, for the processes to come."""
 
     def __call__(
         self,
@@ -161,24 +161,30 @@ class NamePlugins(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, values)
-        wanted = [name.strip() for name in str(values).split(",") if name.strip()]
+        self.export(str(values))
+
+    def export(self, value: str) -> None:
+        """Export the value, and do what it asks for."""
+        raise NotImplementedError
+
+
+class NamePlugins(_Exporting):
+    """Exports `--plugins a,b` as VLLM_PLUGINS, and switches the meter on if it is among them."""
+
+    def export(self, value: str) -> None:
+        """Name the plugins."""
+        wanted = [name.strip() for name in value.split(",") if name.strip()]
         os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_name(wanted))
         if is_named():
             activate()
 
 
-class NameConfig(argparse.Action):
+class NameConfig(_Exporting):
     """Exports `--cost-meter-config FILE` as COST_METER_CONFIG, and checks what it says."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, values)
-        os.environ["COST_METER_CONFIG"] = os.path.abspath(values)  # noqa: PTH100 - keeps symlinks
+    def export(self, value: str) -> None:
+        """Name the file."""
+        os.environ["COST_METER_CONFIG"] = os.path.abspath(value)  # noqa: PTH100 - keeps symlinks
         if is_named():
             check_settings()
 
