@@ -75,7 +75,7 @@ def activate() -> None:
         canary.check_when_named()
         scheduler.hook_scheduler_choice()
         engine_core.hook_engine_core()
-        output_processor.hook_output_processor(_collector)
+        output_processor.hook_output_processor(_runtime)
 
 
 @contextlib.contextmanager
@@ -118,11 +118,11 @@ def _anyone_fails_closed() -> bool:
     return bool(load_settings().failing_closed)
 
 
-def _collector() -> Any:
+def _runtime() -> Any:
     # The ledger must not be loaded into engine processes, which register but never call this.
-    from vllm_cost_meter.api_server.collector import get_collector
+    from vllm_cost_meter.api_server.runtime import get_runtime
 
-    return get_collector()
+    return get_runtime()
 
 
 # -- flags --------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def _given(flag: str, argv: Sequence[str]) -> bool:
 class EndpointPlugin:
     """Entry point of `vllm.endpoint_plugins` (vLLM 0.27 and later): adds the middleware.
 
-    The collector starts with the application's lifespan, which both ways of installing the
+    The meter starts with the application's lifespan, which both ways of installing the
     middleware share.
     """
 

@@ -13,7 +13,6 @@ import uvicorn
 
 from tests.unit.world import BODY, JSON, replying, scope_of
 from vllm_cost_meter.api_server import middleware
-from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.exchange import current_exchange, exchange_of
 from vllm_cost_meter.tenants.rules import Resolved
 
@@ -115,7 +114,7 @@ def test_pipelined_requests_of_two_tenants_in_one_write_are_billed_to_each(make_
 
     async def ask() -> bytes:
         config = uvicorn.Config(
-            CostMiddleware(app), port=0, http=http, lifespan="off", log_level="error"
+            world.metered(app), port=0, http=http, lifespan="off", log_level="error"
         )
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve())

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tests.builders import make_snapshot
-from vllm_cost_meter.api_server import poller as poller_module
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -70,8 +69,10 @@ def rows(tmp_path):
     return rows
 
 
-def poller_of(engines: Engines, writer: LedgerWriter, interval_s: float = 0.01) -> Poller:
-    return Poller(engines, writer, Guard("API server"), interval_s)
+def poller_of(
+    engines: Engines, writer: LedgerWriter, interval_s: float = 0.01, **more: float
+) -> Poller:
+    return Poller(engines, writer, Guard("API server"), interval_s, **more)
 
 
 def test_a_refresh_brings_every_engine_into_the_ledger(writer, rows):
@@ -183,9 +184,8 @@ def test_failures_that_are_not_in_a_row_do_not_switch_the_meter_off(writer):
     assert not guard.off
 
 
-def test_an_engine_that_is_busy_for_minutes_does_not_switch_the_meter_off(writer, monkeypatch):
+def test_an_engine_that_is_busy_for_minutes_does_not_switch_the_meter_off(writer):
     """It answers between two steps; new weights or a first compilation take longer than that."""
-    monkeypatch.setattr(poller_module, "ANSWER_TIMEOUT_S", 0.001)
 
     async def answer(call: int) -> Snapshot:
         if call < 20:
@@ -193,7 +193,7 @@ def test_an_engine_that_is_busy_for_minutes_does_not_switch_the_meter_off(writer
         return snapshot(call)
 
     async def poll() -> Poller:
-        poller = poller_of(Engines(answer), writer, interval_s=0)
+        poller = poller_of(Engines(answer), writer, interval_s=0, answer_timeout_s=0.001)
         polling = asyncio.create_task(poller.run())
         while not poller.latest:
             await asyncio.sleep(0.005)

@@ -34,6 +34,7 @@ class Poller:
         interval_s: float,
         earlier_fit: Callable[[Snapshot], EarlierFit | None] = lambda _: None,
         announce: Callable[[], None] = lambda: None,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         """`earlier_fit` looks up, in a thread, what a new engine may begin with.
 
@@ -43,6 +44,7 @@ class Poller:
         self._writer = writer
         self._guard = guard
         self._interval_s = interval_s
+        self._answer_timeout_s = answer_timeout_s
         self._acknowledged: dict[str, int] = {}
         self._earlier_fit = earlier_fit
         self._announce = announce
@@ -81,7 +83,7 @@ class Poller:
     async def _poll(self) -> None:
         fits, self._fits = self._fits, {}
         answers = await engines.poll_engines(
-            self._engine_client, self._acknowledged, fits, ANSWER_TIMEOUT_S
+            self._engine_client, self._acknowledged, fits, self._answer_timeout_s
         )
         snapshots = [answer for answer in answers if isinstance(answer, Snapshot)]
         self._note_failures([answer for answer in answers if isinstance(answer, BaseException)])
@@ -122,7 +124,7 @@ class Poller:
             logger.warning(
                 "cost meter: an engine did not answer within %g s; asking again until it does. "
                 "Until then its figures are old.",
-                ANSWER_TIMEOUT_S,
+                self._answer_timeout_s,
             )
         self._overdue = True
 
