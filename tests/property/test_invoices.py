@@ -22,7 +22,7 @@ from vllm_cost_meter.invoices.timeline import (
     stretches,
 )
 from vllm_cost_meter.ledger.billing.importing import import_invoice
-from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 SPAN_NS = 60 * NS_PER_HOUR
@@ -182,7 +182,7 @@ def ledger(tmp_path_factory):
     """Import files into a ledger that is empty, and return its rows by table, and what was told."""
     path = tmp_path_factory.mktemp("invoices") / "ledger.db"
     url = f"sqlite:///{path}"
-    open_ledger(url).dispose()
+    open_database(url).dispose()
 
     def imported(files, gap_ns):
         with contextlib.closing(sqlite3.connect(path)) as connection:

@@ -6,7 +6,7 @@ may take the last commits with it, never the file's consistency. WAL needs share
 network filesystem is refused at the start. Transactions are explicit here: readers begin DEFERRED
 and see one state of the file throughout, writers begin IMMEDIATE and never have to upgrade a lock.
 
-Invariant: an engine that `open_ledger` returns has our schema, whole, whoever created it and
+Invariant: an engine that `open_database` returns has our schema, whole, whoever created it and
 however many processes tried to at once.
 """
 
@@ -121,8 +121,10 @@ def filesystem_of(path: Path, mounts: str) -> str:
     return kind
 
 
-def open_ledger(url: str, *, create: bool = True, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
-    """Open a ledger, creating folder, file and schema if they are absent and `create` is set.
+def open_database(
+    url: str, *, create: bool = True, busy_timeout_s: float = BUSY_TIMEOUT_S
+) -> Engine:
+    """Open a ledger's database; create folder, file and schema if absent and `create` is set.
 
     Raises LedgerError when it cannot be opened, or was written by a newer cost meter.
     """

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.comparison import bill_lines, billed_summary
-from vllm_cost_meter.ledger.database import cause_of, open_ledger
+from vllm_cost_meter.ledger.database import cause_of, open_database
 from vllm_cost_meter.ledger.queries.audit import audit_runs
 from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS, Cut, Window, read_cut, settle
@@ -98,7 +98,7 @@ class LedgerReader:
         self._given_book = book
         # Bills already waited for in vain, by run: nobody waits for them again.
         self._known_missing: dict[str, int] = {}
-        self._engine = open_ledger(url, create=create)
+        self._engine = open_database(url, create=create)
         if self._engine.dialect.name == "postgresql":
             self._engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
 
