@@ -14,8 +14,9 @@ from tests.unit.world import BODY, JSON, Engine, replying, scope_of
 from vllm_cost_meter.api_server import collector as collector_module
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.middleware import CostMiddleware
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import Reloader, stamp_of
-from vllm_cost_meter.config.settings import Settings, load_settings
+from vllm_cost_meter.config.settings import Settings
 
 HASHES = {name: hashlib.sha256(f"sk-{name}".encode()).hexdigest() for name in ("a", "b")}
 

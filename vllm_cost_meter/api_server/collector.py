@@ -29,8 +29,9 @@ from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.open_requests import Births
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.routes import response_id_of
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
-from vllm_cost_meter.config.settings import Settings, load_settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.database import default_url

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import CostMeterError
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.reader import LedgerReader
