@@ -81,13 +81,14 @@ demo-sweep: setup
 	@$(RUN) vllm-cost-meter demo --sweep $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
 
 # The servers of the integration tests have both cores for themselves; all other tests are spread
-# over the cores there are.
+# over the cores there are, those of the wheel on one, so that it is built once.
+SPREAD := --numprocesses auto --dist loadgroup
 test: setup
 ifneq ($(TEST_ARGS),)
 	@$(RUN) python -m pytest $(TEST_ARGS)
 else
-	@$(RUN) python -m pytest tests/integration
-	@$(RUN) python -m pytest --ignore tests/integration --numprocesses auto
+	@$(RUN) python -m pytest tests/integration --durations 20
+	@$(RUN) python -m pytest --ignore tests/integration $(SPREAD) --durations 20
 endif
 
 check: $(VENV)/.meter
@@ -106,9 +107,10 @@ matrix:
 	@$(PYTHON) scripts/matrix.py $(MATRIX)
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info vllm_cost_meter/attribution/*.so
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .cache build dist *.egg-info
+	rm -rf .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
+	find vllm_cost_meter -name '*.so' -delete
 
 $(VENV)/.made: scripts/make_venv.py
 	@echo '==> virtual environment in $(VENV), with $(PYTHON) (10 s)'
