@@ -50,6 +50,17 @@ def default_url() -> str:
     return f"sqlite:///{home / 'vllm-cost-meter' / 'ledger.db'}"
 
 
+def url_of(ledger: str | os.PathLike[str] | None) -> str:
+    """Return the URL of a ledger that is named by its URL or its SQLite file; None is the default.
+
+    The default is the ledger of this user, `default_url`.
+    """
+    if ledger is None:
+        return default_url()
+    name = os.fspath(ledger)
+    return name if "://" in name else f"sqlite:///{Path(name).resolve()}"
+
+
 def parse_url(url: str) -> URL:
     """Return the parsed URL of a ledger we can use. Raises LedgerError."""
     hint = "sqlite:////path/ledger.db or postgresql+psycopg://user@host/database"
