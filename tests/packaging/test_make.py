@@ -1,6 +1,7 @@
 """`make` builds anew what has changed, and leaves nothing that was built long ago."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -51,6 +52,13 @@ def test_clean_removes_all_that_git_ignores_and_no_source(checkout: Path) -> Non
     assert make("clean", folder=checkout).returncode == 0
     left = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
     assert left == {"Makefile", "vllm_cost_meter/units/time.py"}
+
+
+def test_help_tells_of_every_target() -> None:
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    told = re.findall(r"^make ([a-z-]+)", make("help").stdout, re.MULTILINE)
+    assert sorted(told) == sorted(set(phony[1].split()) - {"help"})
 
 
 @pytest.mark.parametrize("changed", [None, *BUILT_FROM])

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import (
     CHARGE_CLASSES,
@@ -203,7 +204,6 @@ def ledger(tmp_path_factory):
     return imported
 
 
-@settings(deadline=None)
 @given(facts_in_files(), gaps)
 def test_hours_are_those_of_all_facts_whatever_file_each_came_in_and_in_which_order(
     ledger, files, gap_ns
@@ -212,7 +212,7 @@ def test_hours_are_those_of_all_facts_whatever_file_each_came_in_and_in_which_or
     assert hours == recomputed(files, gap_ns)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(facts_in_files(), gaps)
 def test_a_ledger_holds_and_tells_the_same_however_facts_are_split_into_files(
     ledger, files, gap_ns

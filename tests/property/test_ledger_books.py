@@ -9,11 +9,12 @@ import random
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select
 
 from tests.builders import make_bill, make_open, make_part, make_snapshot
+from tests.support.examples import examples
 from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -143,7 +144,7 @@ class World:
             reader.close()
 
 
-slow = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slow = settings(max_examples=examples(25))
 
 
 @slow
