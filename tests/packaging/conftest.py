@@ -4,50 +4,17 @@ Everything is made from a copy of the sources, so that the checkout stays as it 
 lies what a checkout of long ago has built.
 """
 
-import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import venv
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.installed import ROOT, STALE, Installed, run
+
 SOURCES = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
-# What earlier versions of setup.py have built, or an earlier Python.
-STALE = (
-    "vllm_cost_meter/_attribution_c.cpython-311-x86_64-linux-gnu.so",
-    "vllm_cost_meter/attribution/_fit.cpython-311-x86_64-linux-gnu.so",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Installed:
-    """An environment with the wheel, and a folder outside the checkout to run things in."""
-
-    bin: Path
-    elsewhere: Path
-    package: Path
-
-    def run(self, *command: str | Path, status: int = 0) -> str:
-        """Run a command of the environment in the folder, and return what it prints."""
-        program, *arguments = command
-        return run(self.bin / program, *arguments, folder=self.elsewhere, status=status)
-
-
-def run(*command: str | Path, folder: Path, status: int = 0) -> str:
-    """Run a command that knows neither the checkout nor a setting, and return what it prints."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name != "PYTHONPATH" and not name.startswith("COST_METER_")
-    }
-    done = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True)
-    assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 @pytest.fixture(scope="session")

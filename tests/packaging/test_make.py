@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.conftest import ROOT
+from tests.support.installed import ROOT
 
 IGNORED = [
     line for line in (ROOT / ".gitignore").read_text().splitlines() if line and line[0] != "#"

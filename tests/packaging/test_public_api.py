@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tests.docs.small_ledger import small_ledger
-from tests.packaging.conftest import Installed
+from tests.support.installed import Installed
 from vllm_cost_meter import __version__, open_ledger
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.endpoint.app import make_app

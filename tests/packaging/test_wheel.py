@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.conftest import ROOT, STALE, Installed
+from tests.support.installed import ROOT, STALE, Installed
 
 # One worker builds the wheel.
 pytestmark = pytest.mark.xdist_group("wheel")

@@ -147,7 +147,9 @@ class LedgerReader:
     def explain(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return how the bills of a request row, with its `parts`, came about.
 
-        Only what has ended is explained; a request that never reached an engine has no parts.
+        `text` is a list of lines for people, `parts` a list of dicts with the same figures. Only
+        what has ended is explained; a request that never reached an engine has no parts. Raises
+        LedgerError.
         """
         run_ids = {part["run_id"] for part in request["parts"] if part["run_id"]}
         priced = (
@@ -304,6 +306,10 @@ class LedgerReader:
     ) -> dict[str, Any]:
         """Return the answer of `/cost/report` to a question, or to the words that ask one.
 
+        `series` is a list of pieces of time, each with its `rows`: a dict for each value of what is
+        aggregated by, and one for each class of overhead. `_ns` are nanoseconds of GPU time,
+        `_nanousd` 10^-9 USD, integers both; None is unknown.
+
         Raises ValueError for a word that is not understood, and LedgerError.
         """
         if asked is not None and words:
@@ -331,6 +337,9 @@ class LedgerReader:
         settle_s: float = SETTLE_S,
     ) -> dict[str, Any]:
         """Return one tenant's statement of a month such as 2026-11, or that of all.
+
+        `lines` are dicts by tenant, day and model; their `amount_cents`, integers, add up to the
+        total to the cent.
 
         Raises ValueError for words that are not understood and a tenant without a line, and
         LedgerError.
@@ -365,7 +374,11 @@ class LedgerReader:
         now_ns: int | None = None,
         settle_s: float = SETTLE_S,
     ) -> dict[str, Any]:
-        """Return whether the books of every run balance at its latest cut, and all differences."""
+        """Return whether the books of every run balance at its latest cut, and all differences.
+
+        `balanced` is a bool, `runs` a list of dicts with the times and differences of each run in
+        nanoseconds. Raises LedgerError.
+        """
         cut = self.cut(Window(), alive, now_ns, settle_s)
         with self.transaction() as connection:
             runs = audit_runs(connection, cut)
