@@ -85,14 +85,13 @@ demo-sweep: setup
 	@$(RUN) vllm-cost-meter demo --sweep $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
 
 # The servers of the integration tests have both cores for themselves; all other tests are spread
-# over the cores there are, those of the wheel on one, so that it is built once.
-SPREAD := --numprocesses auto --dist loadgroup
+# over the cores there are.
 test: setup
 ifneq ($(TEST_ARGS),)
 	@$(RUN) python -m pytest $(TEST_ARGS)
 else
 	@$(RUN) python -m pytest tests/integration --durations 20
-	@$(RUN) python -m pytest --ignore tests/integration $(SPREAD) --durations 20
+	@$(RUN) python -m pytest --ignore tests/integration --numprocesses auto --durations 20
 endif
 
 check: $(VENV)/.meter
@@ -104,8 +103,8 @@ check: $(VENV)/.meter
 # Tests that try what Hypothesis makes up; `make test` runs them with fewer examples. One of them may
 # take longer than any other test.
 fuzz: setup
-	@$(RUN) python -m pytest tests/property --hypothesis-profile fuzz --timeout 3600 $(SPREAD) \
-	  --durations 20 $(FUZZ_ARGS)
+	@$(RUN) python -m pytest tests/property --hypothesis-profile fuzz --timeout 3600 \
+	  --numprocesses auto --durations 20 $(FUZZ_ARGS)
 
 # Tests that replay a short trace are in `make test`.
 simulate: setup

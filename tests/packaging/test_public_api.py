@@ -15,8 +15,6 @@ from vllm_cost_meter import __version__, open_ledger
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.endpoint.app import make_app
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
 PROGRAM = Path(__file__).parent / "user_program.py"
 PUBLIC = [
     "CostMeterError",
