@@ -157,9 +157,10 @@ cdef class StepMeter:
         if number == NOBODY:
             number = self.welcome_stranger(request_id)
         cdef Slot *slot = &self.requests.slots[number]
+        cdef Rest *rest = &self.requests.rests[number]
         if resumed:
             slot.prefill_end = max(slot.prefill_end, slot.position)
-            self.requests.rests[number].recompute_end = slot.position
+            rest.recompute_end = max(rest.recompute_end, slot.position)
         slot.position = <uint32_t>tokens
 
     def release(self, object request_id, object now_ns):

@@ -42,7 +42,7 @@ cdef struct Slot:  # what a step of decodes touches of one request: 64 bytes, as
 cdef struct Rest:  # what is rarely touched
     uint32_t dropped
     uint32_t steps_before  # the last cut
-    uint32_t recompute_end  # the position reached before the last preemption
+    uint32_t recompute_end  # the farthest position reached before a preemption
     uint32_t rejected_now  # tokens, in the step that is settled now
     uint32_t prefill_tokens
     uint32_t recomputed_tokens

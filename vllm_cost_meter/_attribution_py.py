@@ -160,7 +160,7 @@ class StepMeter:
         request = self._requests.get(request_id) or self._welcome_stranger(request_id)
         if resumed:
             request.prefill_end = max(request.prefill_end, request.position)
-            request.recompute_end = request.position
+            request.recompute_end = max(request.recompute_end, request.position)
         request.position = computed_tokens
 
     def release(self, request_id: str, now_ns: int) -> None:

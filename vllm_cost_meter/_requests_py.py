@@ -22,7 +22,7 @@ class Request:
     request_id: str
     prefill_end: int
     position: int = 0
-    recompute_end: int = 0  # the position reached before the last preemption
+    recompute_end: int = 0  # the farthest position reached before a preemption
     prefill_ns: int = 0
     decode_ns: int = 0
     prefill_tokens: int = 0
