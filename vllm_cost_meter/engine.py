@@ -172,7 +172,8 @@ class EngineMeter:
         `rejected` says of how many tokens of which requests' drafts nothing came, `outputs_uncut`
         how many tokens the outputs of requests with drafts will have if vLLM cuts none off.
         """
-        self._outputs_uncut = {}
+        if self._outputs_uncut:  # of an earlier step
+            self._outputs_uncut = {}
         if self.books.end_step(key, now_ns, rejected) and outputs_uncut:
             self._outputs_uncut = outputs_uncut
         for request_id in self.books.meter.drained():
