@@ -103,7 +103,7 @@ def check_settings() -> None:
     """Stop the start, with one line, if a setting is wrong or the ledger cannot be where it is."""
     if _given("--cost-meter-config", sys.argv) and "COST_METER_CONFIG" not in os.environ:
         return  # not parsed yet; its own action checks
-    from vllm_cost_meter.config.settings import load_settings
+    from vllm_cost_meter.config.loading import load_settings
     from vllm_cost_meter.ledger.database import check_location, default_url
 
     try:
@@ -113,7 +113,7 @@ def check_settings() -> None:
 
 
 def _anyone_fails_closed() -> bool:
-    from vllm_cost_meter.config.settings import load_settings
+    from vllm_cost_meter.config.loading import load_settings
 
     return bool(load_settings().failing_closed)
 

@@ -7,9 +7,10 @@ import pytest
 from pydantic import BaseModel
 
 from tests.docs.pages import section
+from vllm_cost_meter.config.loading import OTHER_NAMES, SECTIONS, load_settings
 from vllm_cost_meter.config.prices import EnergyPriceSetting, OverheadSetting, PriceSetting
 from vllm_cost_meter.config.reload import live_names
-from vllm_cost_meter.config.settings import OTHER_NAMES, PREFIX, SECTIONS, Settings, load_settings
+from vllm_cost_meter.config.settings import PREFIX, Settings
 from vllm_cost_meter.errors import SettingError
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"

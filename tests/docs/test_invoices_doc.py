@@ -14,7 +14,7 @@ from vllm_cost_meter.config.invoices import (
     RateSetting,
     ResourceSetting,
 )
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.invoices import focus as invoice_focus
 from vllm_cost_meter.invoices.files import InvoiceFile, InvoiceRules, read_invoice

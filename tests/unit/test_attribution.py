@@ -161,6 +161,17 @@ class TestStep:
             meter.settle(meter.begin({"a": tokens}, NOW), 100)
         assert used(meter.close("a", NOW)) == (210, 120, 6, 3, 6)
 
+    def test_a_preemption_amid_recomputing_forgets_nothing_that_was_reached_before(self, meter):
+        meter.open("a", 2)
+        for tokens in (2, 1, 1):  # reaches position 4
+            meter.settle(meter.begin({"a": tokens}, NOW), 10)
+        meter.position("a", 0, True)
+        meter.settle(meter.begin({"a": 1}, NOW), 10)
+        meter.position("a", 0, True)
+        meter.settle(meter.begin({"a": 5}, NOW), 50)
+        accrued = meter.close("a", NOW)
+        assert (accrued.recomputed_tokens, accrued.recomputed_ns) == (1 + 4, 10 + 40)
+
     def test_phase_is_that_of_the_beginning_of_the_step(self, meter):
         meter.open("a", 2)
         first = meter.begin({"a": 2}, NOW)
@@ -182,6 +193,14 @@ class TestStep:
         meter.settle(meter.begin({"a": 0, "b": 2}, NOW), 10)
         assert meter.fallbacks == 0
         assert used(meter.accrued("a", NOW)) == (0, 0, 0, 0, 1)
+
+    @pytest.mark.parametrize("coefficient", [sys.float_info.min, 1e-300, 1e-12])
+    def test_a_model_that_knows_next_to_no_time_shares_equally(self, impl, coefficient):
+        meter = impl.StepMeter("shapley")
+        meter.adopt(((0.0,) * 5, (0.0,) * 5, (0.0, 0.0, 0.0, 0.0, coefficient)), False)
+        meter.settle(meter.begin({"a": 1, "b": 3}, NOW), 400)
+        assert [used(meter.close(name, NOW))[:2] for name in "ab"] == [(0, 200), (0, 200)]
+        assert meter.fallbacks == 1
 
     def test_time_of_an_empty_step_is_tail(self, meter):
         step = meter.begin({}, NOW)

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from vllm_cost_meter.config.engine import EngineSettings, load_engine_settings
-from vllm_cost_meter.config.settings import OTHER_NAMES, Settings, load_settings
+from vllm_cost_meter.config.loading import OTHER_NAMES, load_settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.tenants.rules import ApiKeyRule, HeaderRule
 

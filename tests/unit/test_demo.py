@@ -22,7 +22,7 @@ pytest.importorskip("openai", reason="comes with vLLM")
 
 from rich.console import Console
 
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab import server as serving
 from vllm_cost_meter.lab.demo import run as demo

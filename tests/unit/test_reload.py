@@ -13,8 +13,9 @@ from tests.unit.test_request_body import SENDS_JSON, part, sending
 from tests.unit.world import BODY, JSON, Engine, replying, scope_of
 from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.api_server.runtime import Runtime
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import Reloader, stamp_of
-from vllm_cost_meter.config.settings import Settings, load_settings
+from vllm_cost_meter.config.settings import Settings
 
 HASHES = {name: hashlib.sha256(f"sk-{name}".encode()).hexdigest() for name in ("a", "b")}
 
@@ -52,11 +53,12 @@ class Lines(logging.Handler):
 def lines():
     handler = Lines()
     logger = logging.getLogger("vllm.cost_meter")
-    before, logger.level = logger.level, logging.INFO
+    before = logger.level
+    logger.setLevel(logging.INFO)  # not `level =`: a logger remembers which levels it lets through
     logger.addHandler(handler)
     yield handler.said
     logger.removeHandler(handler)
-    logger.level = before
+    logger.setLevel(before)
 
 
 def whose(settings, name: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.units.time import NS_PER_HOUR
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.prices.book import RunFacts
 

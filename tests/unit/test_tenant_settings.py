@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from vllm_cost_meter.config.settings import Settings, load_settings
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.tenants import RuleSetting
 from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.tenants.rules import (

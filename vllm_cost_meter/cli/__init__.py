@@ -23,7 +23,7 @@ from vllm_cost_meter.cli.report import report, statement
 from vllm_cost_meter.cli.sweep import app as saturation
 from vllm_cost_meter.cli.sweep import sweep
 from vllm_cost_meter.cli.tenants import app as tenants
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.lab.tiny_model import default_path
 from vllm_cost_meter.ledger.economics.figures import FIGURES

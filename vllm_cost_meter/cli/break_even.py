@@ -16,7 +16,7 @@ import typer
 from vllm_cost_meter.cli.break_even_plot import draw
 from vllm_cost_meter.cli.calc import option, show
 from vllm_cost_meter.cli.options import Json, one_line_errors
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.economics.calculators import calculate
 from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH
 from vllm_cost_meter.plots import refuse_other_names

@@ -9,7 +9,7 @@ from contextlib import closing
 from fractions import Fraction
 
 from vllm_cost_meter.cli.options import Json, Ledger, ledger_url, one_line_errors, reading
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.prices.book import RunFacts

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from vllm_cost_meter.cli.options import Json, Ledger, reading
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import matches, offers_of_file, offers_of_package
-from vllm_cost_meter.config.settings import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.economics import (
     Compared,

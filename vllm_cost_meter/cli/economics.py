@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_cost_meter.cli.options import Json, Ledger, one_line_errors, reading
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.economics.figures import FIGURES
 from vllm_cost_meter.ledger.economics.query import economics, method

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_cost_meter.cli.options import Json, Ledger, ledger_url, one_line_errors, reading
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.invoices.files import FOCUS, SNAPSHOTS, read_invoice
 from vllm_cost_meter.ledger.billing.days import invoice_days

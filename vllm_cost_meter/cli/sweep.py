@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from vllm_cost_meter import plots
 from vllm_cost_meter.cli.calc import read_points
 from vllm_cost_meter.cli.options import Json, Ledger, ledger_url, one_line_errors, write_output
-from vllm_cost_meter.config.settings import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import interruptible, print_rows
 from vllm_cost_meter.economics import saturation_of
 from vllm_cost_meter.economics.numbers import positive

@@ -19,7 +19,8 @@ from rich.table import Table
 from vllm_cost_meter.cli.options import one_line_errors
 from vllm_cost_meter.config import tenant_file
 from vllm_cost_meter.config.engine import PREFIX
-from vllm_cost_meter.config.settings import Settings, load_settings
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.tenant_file import Entry
 from vllm_cost_meter.config.tenants import HASH_CHARS_SHOWN, TenantSetting
 from vllm_cost_meter.config.types import Text

@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vllm_cost_meter.config.settings import Settings, load_settings
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import SettingError
 
 logger = logging.getLogger("vllm.cost_meter")

@@ -1,42 +1,26 @@
-"""The settings: where they come from, what they may be, and the one line that says what is wrong.
+"""The settings: what may be set, what each value may be, and what follows from them.
 
-Every setting has a name in the environment (`COST_METER_PORT`) and a key in a TOML file (`port`)
-that COST_METER_CONFIG names; the environment beats the file. A name or key that the meter does
-not know is an error and never skipped: a mistyped tenant or price would quietly bill nobody.
+Where they are read from, and what a mistake says, is in `loading.py`. Every vLLM process of the API
+side reads them; an engine reads its two by `engine.py`.
 
-Settings are read in every vLLM process. Nothing here touches the network or the ledger, and no
-message shows a secret: tokens, ledger URLs and API keys that stand where a hash belongs.
-
-Invariant: `load_settings` returns settings whose every value was checked, or raises SettingError.
+Invariant: every field says what it expects, and a `Settings` holds checked values only.
 """
 
-import difflib
 import hashlib
 import ipaddress
-import os
-import re
-import tomllib
-from collections.abc import Mapping
-from datetime import date, time
-from decimal import Decimal
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pydantic import (
-    BaseModel,
     Field,
     SecretStr,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
 )
 
 from vllm_cost_meter.config import prices as setting_prices
@@ -45,10 +29,7 @@ from vllm_cost_meter.config.budgets import BudgetSetting, check_budgets
 from vllm_cost_meter.config.economics import EconomicsSettings
 from vllm_cost_meter.config.engine import METHOD_EXPECTED, PREFIX, EngineSettings, Method
 from vllm_cost_meter.config.invoices import (
-    InvoiceSetting,
     InvoiceSettings,
-    RateSetting,
-    ResourceSetting,
 )
 from vllm_cost_meter.config.prices import EnergyPriceSetting, OverheadSetting, PriceSetting
 from vllm_cost_meter.config.tenants import (
@@ -62,14 +43,9 @@ from vllm_cost_meter.config.tenants import (
     replies_of,
     resolver_of,
 )
-from vllm_cost_meter.config.toml_lines import line_of
-from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.tenants.budgets import Budget
 from vllm_cost_meter.tenants.rules import SLASH, Resolver
-
-# Names that are no settings: they choose the build and the tests' set-up.
-OTHER_NAMES = frozenset({"COST_METER_PURE_PYTHON", "COST_METER_SANITIZE", "COST_METER_CACHE"})
 
 _about = t.about
 
@@ -311,155 +287,6 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     @cached_property
     def _replies(self) -> dict[str, t.Reply]:
         return replies_of(self.tenants, self.reply)
-
-
-# Settings that are lists of tables, and what stands in one.
-SECTIONS: Mapping[str, type[BaseModel]] = {
-    "tenants": TenantSetting,
-    "tenant_rules": RuleSetting,
-    "prices": PriceSetting,
-    "energy_prices": EnergyPriceSetting,
-    "overheads": OverheadSetting,
-    "budgets": BudgetSetting,
-    "invoices": InvoiceSetting,
-    "invoice_resources": ResourceSetting,
-    "invoice_rates": RateSetting,
-}
-
-
-# Of long tables a message says the line too.
-_WITH_LINES = ("prices", "energy_prices", "overheads", *InvoiceSettings.model_fields)
-
-
-def load_settings(
-    environ: Mapping[str, str] = os.environ,
-    config: str | Path | None = None,
-    text: str | None = None,
-) -> Settings:
-    """Return the settings of this environment and of the file it (or `config`) names.
-
-    `text`, if given, is taken for what that file says. Raises SettingError: one line with the key,
-    what was expected and what came.
-    """
-    given = {name: value for name, value in environ.items() if name.upper().startswith(PREFIX)}
-    _refuse_unknown_names(given)
-    if config is not None:
-        given["COST_METER_CONFIG"] = str(config)
-    path = given.get("COST_METER_CONFIG")
-    from_file, text = ({}, "") if path is None else _read_file(path, text)
-    source = EnvSettingsSource(Settings)
-    source.env_vars = {name.lower(): value for name, value in given.items()}
-    try:
-        from_environment = source()
-    except SettingsError as error:  # only of sections, which are not plain text
-        section = next(name for name in SECTIONS if f'"{name}"' in str(error))
-        key = f"{PREFIX}{section.upper()}"
-        got = t.Text("text that is not JSON")
-        raise SettingError(key, _expected(Settings, section), got) from None
-    try:
-        return Settings(**{**from_file, **from_environment})
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-    # Raised out here, as the caught error holds the values, secrets among them.
-    # First the unknown keys: what is missing is missing because its key was mistyped.
-    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
-    raise _setting_error(problem, from_environment, from_file, path, text)
-
-
-def _refuse_unknown_names(given: Mapping[str, str]) -> None:
-    known = OTHER_NAMES | {PREFIX + field.upper() for field in Settings.model_fields}
-    for name in sorted(given.keys() - known):
-        like = difflib.get_close_matches(name.upper(), known, n=1)
-        hint = f", perhaps {like[0]}" if like else ""
-        if re.search(r"_SERVICE_(HOST|PORT)|_TCP|_UDP", name):
-            hint = f" ({t.KUBERNETES})"
-        raise SettingError(_line(name), f"a known setting{hint}", t.Text("an unknown name"))
-
-
-def _read_file(path: str, text: str | None) -> tuple[dict[str, Any], str]:
-    """Return the values of a TOML file, decimals as they are written, and its text."""
-    key, expected = f"{PREFIX}CONFIG", _expected(Settings, "config")
-    try:
-        if text is None:
-            text = Path(path).expanduser().read_bytes().decode()
-        values = tomllib.loads(text, parse_float=Decimal)
-    except (OSError, ValueError, RuntimeError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise SettingError(key, expected, t.Text(f"{_line(path)!r}: {_line(str(why))}")) from None
-    where = _line(path)
-    for name in values:
-        if name == "config":
-            got = t.Text("it in the file itself")
-            raise SettingError(name, "COST_METER_CONFIG in the environment", got, where)
-        if name not in Settings.model_fields:
-            like = difflib.get_close_matches(name, Settings.model_fields, n=1)
-            hint = f", perhaps {like[0]}" if like else ""
-            raise SettingError(_line(name), f"a known key{hint}", t.Text("an unknown one"), where)
-    return values, text
-
-
-def _setting_error(
-    problem: Mapping[str, Any],
-    from_environment: Mapping[str, Any],
-    from_file: Mapping[str, Any],
-    path: str | None,
-    text: str,
-) -> SettingError:
-    wrong = problem.get("ctx", {}).get("error")
-    field, *inner = problem["loc"]
-    inner += wrong.within if isinstance(wrong, t.WrongError) else ()
-    in_file = field in from_file and field not in from_environment
-    key = str(field) if in_file else PREFIX + str(field).upper()
-    key += "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inner)
-    model: type[BaseModel] = Settings
-    names = [step for step in inner if isinstance(step, str)]
-    where = _line(path) if in_file and path else "environment"
-    if in_file and field in _WITH_LINES and (line := line_of(text, (field, *inner))):
-        where += f":{line}"
-    if field in SECTIONS and names:
-        model, field = SECTIONS[field], names[0]
-    wrong = problem.get("ctx", {}).get("error")
-    got: object = _shown(problem["input"], secret=_is_secret(model, field))
-    expected = _expected(model, field)
-    if isinstance(wrong, t.WrongError):
-        expected, got = wrong.expected or expected, got if wrong.got is None else wrong.got
-    elif problem["type"] == "missing":
-        got = t.Text("nothing")
-    elif problem["type"] == "extra_forbidden":
-        got = t.Text("an unknown key")
-    return SettingError(_line(key), expected, got, where)
-
-
-def _expected(model: type[BaseModel], field: str) -> str:
-    if field not in model.model_fields:
-        return f"one of {', '.join(model.model_fields)}"
-    return str(_extra(model, field)["expected"])
-
-
-def _is_secret(model: type[BaseModel], field: str) -> bool:
-    return field not in model.model_fields or bool(_extra(model, field)["secret"])
-
-
-def _extra(model: type[BaseModel], field: str) -> Mapping[str, Any]:
-    extra = model.model_fields[field].json_schema_extra
-    return extra if isinstance(extra, Mapping) else {}
-
-
-def _shown(value: object, *, secret: bool) -> object:
-    """Return what a message may show of a value: never a secret, never much."""
-    if isinstance(value, str | SecretStr) and secret:
-        return t.Text(f"a text of {len(value)} characters")
-    if isinstance(value, Decimal | date | time) and not secret:
-        return t.Text(value if isinstance(value, Decimal) else value.isoformat())
-    if secret or not isinstance(value, str | int | float | None):
-        return t.Text(f"a value of type {type(value).__name__}")
-    if isinstance(value, str) and len(value) > t.SHOWN_CHARS_MAX:
-        return value[: t.SHOWN_CHARS_MAX] + "..."
-    return value
-
-
-def _line(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _is_loopback(host: str) -> bool:

@@ -29,7 +29,7 @@ from rich.status import Status
 from rich.table import Table
 
 from vllm_cost_meter.config.engine import PREFIX
-from vllm_cost_meter.config.settings import OTHER_NAMES, load_settings
+from vllm_cost_meter.config.loading import OTHER_NAMES, load_settings
 from vllm_cost_meter.console import interruptible
 from vllm_cost_meter.errors import CostMeterError, SettingError
 from vllm_cost_meter.lab.demo.checks import Figures, problems
