@@ -216,11 +216,13 @@ def test_with_the_application_it_starts_once_though_installed_twice_and_takes_a_
     with worlds(tmp_path) as make:
         world = make(port=0, snapshot_interval_s=3_600)
         client = Client()
-        scope = {"type": "lifespan", "app": application(client)}
+        served = application(client)
+        scope = {"type": "lifespan", "app": served}
         sent = asyncio.run(live(scope))
         assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
         assert client.calls >= 1
         assert world.runtime.guard.errors == 0
+        assert [getattr(route, "path", None) for route in served.routes].count("/v1/cost/me") == 1
         assert world.runtime.writer.waiting == 0
     assert sum("side endpoint at" in line for line in said(logged)) == 1
 

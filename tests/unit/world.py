@@ -9,9 +9,11 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import uvicorn
 
 from tests.builders import make_bill
 from vllm_cost_meter import metrics
@@ -234,6 +236,22 @@ class World:
             yield
         finally:
             blocker.close()
+
+
+@contextlib.asynccontextmanager
+async def listening(app: Any, http: str = "auto") -> AsyncIterator[tuple[str, int]]:
+    """Serve an application from a real uvicorn; yield its host and port."""
+    config = uvicorn.Config(app, port=0, http=http, lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield host, port
+    finally:
+        server.should_exit = True
+        await serving
 
 
 @contextlib.contextmanager

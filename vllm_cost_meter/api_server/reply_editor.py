@@ -19,8 +19,12 @@ from vllm_cost_meter.config.types import Reply
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.records.requests import Usage
 
-# The HTTP status that accepts a WebSocket.
-SWITCHED_PROTOCOLS = 101
+# What answers the handshake of a WebSocket, and the HTTP status of an answer that names none.
+WEBSOCKET_ANSWERS = {
+    "websocket.accept": 101,
+    "websocket.close": 403,
+    "websocket.http.response.start": 500,
+}
 BODY = "http.response.body"
 
 
@@ -96,8 +100,8 @@ class ReplyEditor:
             else:
                 await self._send(message)
         else:
-            if message["type"] == "websocket.accept":
-                self._sent.status = SWITCHED_PROTOCOLS
+            if message["type"] in WEBSOCKET_ANSWERS and self._sent.status is None:
+                self._sent.status = message.get("status", WEBSOCKET_ANSWERS[message["type"]])
             await self.release()
             await self._send(message)
 
