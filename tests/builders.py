@@ -1,9 +1,11 @@
 """Records with every field filled in, of which a test changes those it is about."""
 
+import json
 from typing import Any
 
 from vllm_cost_meter.engine.books import EngineFacts
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.owner import NamedBy, Owner
 from vllm_cost_meter.records.requests import EngineRequest, Latencies, OpenRequest
 from vllm_cost_meter.records.snapshot import ClassTotals, CostModel, Snapshot
 
@@ -41,6 +43,39 @@ ENGINE_FACTS = EngineFacts(
 )
 
 
+def make_owner(
+    tenant: str, rule: str = "none", parent: str | None = None, tags: str | None = None
+) -> Owner:
+    """Return an owner by texts as the ledger has them, e.g. `api_key+user` and `{"a":"b"}`."""
+    named, _, child = rule.partition("+")
+    return Owner(
+        tenant, _named_by(named), _named_by(child) if child else None, parent,
+        json.loads(tags) if tags else {},
+    )  # fmt: skip
+
+
+def _named_by(text: str) -> NamedBy:
+    kind, _, key = text.partition(":")
+    return NamedBy(kind, key)  # type: ignore[arg-type]
+
+
+def owned(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a record's changes with the owner that `tenant` and what goes with it describe."""
+    loose = {name: changes[name] for name in _OWNER if name in changes}
+    if not loose:
+        return changes
+    owner = make_owner(
+        loose.get("tenant", "alice"),
+        loose.get("tenant_rule", "none"),
+        loose.get("tenant_parent"),
+        loose.get("tags"),
+    )
+    return {**{name: to for name, to in changes.items() if name not in _OWNER}, "owner": owner}
+
+
+_OWNER = ("tenant", "tenant_rule", "tenant_parent", "tags")
+
+
 def make_bill(**changes: Any) -> Bill:
     """Return a bill of 10 prompt tokens (2 cached) and 5 output tokens: 100 + 200 ns in HOUR."""
     values: dict[str, Any] = {
@@ -71,7 +106,7 @@ def make_part(bill: Bill | None = None, **changes: Any) -> EngineRequest:
         "response_id": None,
         "external_id": None,
         "prompt_group": f"{bill.seq}",
-        "tenant": "alice",
+        "owner": Owner("alice"),
         "model": "m",
         "lora": None,
         "route": "/v1/completions",
@@ -81,7 +116,7 @@ def make_part(bill: Bill | None = None, **changes: Any) -> EngineRequest:
         "finished_at_ns": T0 + bill.seq,
         "latencies": Latencies(),
     }
-    return EngineRequest(**{**values, **changes})
+    return EngineRequest(**{**values, **owned(changes)})
 
 
 def make_open(**changes: Any) -> OpenRequest:
@@ -93,13 +128,13 @@ def make_open(**changes: Any) -> OpenRequest:
         "http_request_id": "http-1",
         "x_request_id": "x-1",
         "prompt_group": "group-1",
-        "tenant": "alice",
+        "owner": Owner("alice"),
         "model": "m",
         "lora": None,
         "route": "/v1/completions",
         "started_at_ns": T0,
     }
-    return OpenRequest(**{**values, **changes})
+    return OpenRequest(**{**values, **owned(changes)})
 
 
 def make_snapshot(**changes: Any) -> Snapshot:

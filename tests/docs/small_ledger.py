@@ -10,6 +10,7 @@ from vllm_cost_meter.prices.book import EnergyPrice, PriceBook
 from vllm_cost_meter.prices.overheads import Overhead
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Price, Usage
 from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -38,7 +39,7 @@ PART = EngineRequest(
     response_id="chatcmpl-1",
     external_id="chatcmpl-1",
     prompt_group="chatcmpl-1-internal",
-    tenant="search",
+    owner=Owner("search"),
     model="m",
     lora=None,
     route="/v1/chat/completions",
@@ -52,7 +53,7 @@ HTTP = HttpRequest(
     http_request_id="cost-1",
     response_id="chatcmpl-1",
     x_request_id="mine",
-    tenant="search",
+    owner=Owner("search"),
     model="m",
     route="/v1/chat/completions",
     status=200,

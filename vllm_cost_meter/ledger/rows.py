@@ -14,6 +14,7 @@ import orjson
 
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Price
 from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
 from vllm_cost_meter.units.money import format_usd
@@ -34,10 +35,7 @@ def part_row(part: EngineRequest) -> Row:
         "response_id": part.response_id,
         "http_request_id": part.http_request_id,
         "prompt_group": part.prompt_group,
-        "tenant": part.tenant,
-        "tenant_rule": part.tenant_rule,
-        "tenant_parent": part.tenant_parent,
-        "tags": part.tags,
+        **_owner_columns(part.owner),
         "model": part.model,
         "lora": part.lora,
         "route": part.route,
@@ -84,7 +82,7 @@ def piece_rows(part: EngineRequest) -> list[Row]:
             "run_id": bill.run_id,
             "seq": bill.seq,
             "hour": piece.hour,
-            "tenant": part.tenant,
+            "tenant": part.owner.tenant,
             "prefill_ns": piece.prefill_ns,
             "decode_ns": piece.decode_ns,
             "prefill_tokens": piece.prefill_tokens,
@@ -108,8 +106,8 @@ def http_row(http: HttpRequest) -> Row:
         "http_request_id": http.http_request_id,
         "response_id": http.response_id,
         "x_request_id": http.x_request_id,
-        "tenant": http.tenant,
-        "tenant_rule": http.tenant_rule,
+        "tenant": http.owner.tenant,
+        "tenant_rule": http.owner.rule_text,
         "model": http.model,
         "route": http.route,
         "status": http.status,
@@ -135,10 +133,7 @@ def open_row(request: OpenRequest) -> Row:
         "http_request_id": request.http_request_id,
         "x_request_id": request.x_request_id,
         "prompt_group": request.prompt_group,
-        "tenant": request.tenant,
-        "tenant_rule": request.tenant_rule,
-        "tenant_parent": request.tenant_parent,
-        "tags": request.tags,
+        **_owner_columns(request.owner),
         "model": request.model,
         "lora": request.lora,
         "route": request.route,
@@ -292,6 +287,15 @@ def _energy_columns(snapshot: Snapshot) -> Row:
         **{f"{name}_mj": energy.classes.get(name) for name in ENERGY_CLASSES},
         "energy_unknown_ns": energy.unknown_ns,
         "energy_reason": energy.reason,
+    }
+
+
+def _owner_columns(owner: Owner) -> Row:
+    return {
+        "tenant": owner.tenant,
+        "tenant_rule": owner.rule_text,
+        "tenant_parent": owner.parent,
+        "tags": orjson.dumps(owner.tags).decode() if owner.tags else None,
     }
 
 
