@@ -1,10 +1,12 @@
 """Records with every field filled in, of which a test changes those it is about."""
 
 import json
+from dataclasses import fields, replace
 from typing import Any
 
-from vllm_cost_meter.engine.books import EngineFacts
+from vllm_cost_meter.engine.books import EngineState
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.owner import NamedBy, Owner
 from vllm_cost_meter.records.requests import EngineRequest, Latencies, OpenRequest
 from vllm_cost_meter.records.snapshot import ClassTotals, CostModel, Snapshot
@@ -22,24 +24,28 @@ COST_MODEL = CostModel(
 )
 
 
-ENGINE_FACTS = EngineFacts(
+ENGINE = EngineIdentity(
+    model="m",
+    engine_index=0,
+    vllm_version="0.32.0",
+    hardware="a GPU",
+    parallelism="tp=1 pp=1 dp=1",
+    gpus=1,
+    method="tokens",
+    native=True,
+    kv_blocks=1000,
+    kv_block_size=16,
+    host="node-1",
+    precision="bfloat16",
+    meter_version="0.1.0",
+)
+ENGINE_STATE = EngineState(
     running=0,
     waiting=0,
     kv_cache_usage=None,
     own_ns=0,
     errors=0,
     state="on",
-    model="m",
-    native=True,
-    engine_index=0,
-    vllm_version="0.32.0",
-    meter_version="0.1.0",
-    hardware="a GPU",
-    parallelism="tp=1 pp=1 dp=1",
-    kv_blocks=None,
-    kv_block_size=None,
-    host="node-1",
-    precision="bfloat16",
 )
 
 
@@ -138,15 +144,20 @@ def make_open(**changes: Any) -> OpenRequest:
 
 
 def make_snapshot(**changes: Any) -> Snapshot:
-    """Return a snapshot of an engine that has idled all its life, all of it in HOUR."""
+    """Return a snapshot of an engine that has idled all its life, all of it in HOUR.
+
+    What is of `EngineIdentity` goes into its engine.
+    """
+    facts = {field.name for field in fields(EngineIdentity)} & changes.keys()
+    engine = replace(ENGINE, **{name: changes.pop(name) for name in facts})
     totals = changes.pop("totals", ClassTotals(idle=changes.get("number", 1) * 10))
     values: dict[str, Any] = {
         "run_id": "run",
         "number": 1,
         "taken_at_ns": T0 + changes.get("number", 1),
         "started_at_ns": T0,
-        "wall_ns": totals.total() // changes.get("gpus", 1),
-        "gpus": 1,
+        "wall_ns": totals.total() // engine.gpus,
+        "engine": engine,
         "totals": totals,
         "last_seq": 0,
         "billed_ns": 0,
@@ -158,18 +169,6 @@ def make_snapshot(**changes: Any) -> Snapshot:
         "own_ns": 0,
         "errors": 0,
         "state": "on",
-        "model": "m",
-        "hardware": "a GPU",
-        "parallelism": "tp=1 pp=1 dp=1",
-        "kv_blocks": 1000,
-        "kv_block_size": 16,
-        "host": "node-1",
-        "precision": "bfloat16",
-        "method": "tokens",
-        "native": True,
-        "engine_index": 0,
-        "vllm_version": "0.32",
-        "meter_version": "0.1",
         "prior": "tokens",
         "cost_models": (COST_MODEL,),
         "hours": {HOUR: totals},

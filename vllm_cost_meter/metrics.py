@@ -135,7 +135,7 @@ def count_error(side: str) -> None:
 
 def set_engine(snapshot: Snapshot) -> None:
     """Show an engine's books as they are at a snapshot."""
-    engine = str(snapshot.engine_index)
+    engine = str(snapshot.engine.engine_index)
     for name in CLASSES:
         seconds = getattr(snapshot.totals, name) / NS_PER_SECOND
         ENGINE_SECONDS.labels(engine, name).set(seconds)

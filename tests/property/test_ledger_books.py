@@ -152,7 +152,7 @@ def test_the_rows_add_up_and_the_audit_balances(drawn, seed):
     world = World(drawn, seed)
     assert world.audit["balanced"], world.audit
     assert world.open == set()
-    wall_gpu_ns = sum(snapshot.wall_ns * snapshot.gpus for snapshot in world.snapshots)
+    wall_gpu_ns = sum(snapshot.wall_ns * snapshot.engine.gpus for snapshot in world.snapshots)
     assert world.report["wall_gpu_ns"] == wall_gpu_ns
     assert world.report["adds_up"]
     assert sum(row["gpu_time_ns"] for row in world.report["tenants"]) == wall_gpu_ns

@@ -421,7 +421,8 @@ def get_collector() -> Collector | NoCollector:
 
 def told_price(book: PriceBook, snapshot: Snapshot) -> Price | None:
     """Return the price of a run in the hour it began, as the ledger keeps it; None without one."""
-    run = RunFacts(snapshot.gpus, snapshot.model, snapshot.hardware, snapshot.host)
+    engine = snapshot.engine
+    run = RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
     price = book.price_at(run, snapshot.started_at_ns // NS_PER_HOUR)
     if price is None:
         return None

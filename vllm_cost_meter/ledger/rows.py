@@ -8,6 +8,7 @@ Invariant: a row of `requests` equals the sum of the rows of `usage_pieces` it c
 """
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -188,19 +189,7 @@ def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
     """Return the row of `runs` of the run a snapshot is of."""
     return {
         "run_id": snapshot.run_id,
-        "engine_index": snapshot.engine_index,
-        "model": snapshot.model,
-        "gpus": snapshot.gpus,
-        "hardware": snapshot.hardware,
-        "parallelism": snapshot.parallelism,
-        "kv_blocks": snapshot.kv_blocks,
-        "kv_block_size": snapshot.kv_block_size,
-        "host": snapshot.host,
-        "precision": snapshot.precision,
-        "method": snapshot.method,
-        "vllm_version": snapshot.vllm_version,
-        "meter_version": snapshot.meter_version,
-        "native": snapshot.native,
+        **asdict(snapshot.engine),
         "started_at": rfc3339(snapshot.started_at_ns),
         "price_id": price_id,
         "devices": _devices(snapshot),
