@@ -23,9 +23,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from vllm_cost_meter.attribution import StepMeter
-from vllm_cost_meter.attribution.cost_model_py import Planes
+from vllm_cost_meter.attribution.cost_model import Model, Planes
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
-from vllm_cost_meter.attribution.step_meter_py import Model
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.engine import EngineIdentity
