@@ -94,6 +94,17 @@ class EngineMeter:
             prior=prior,
         )
         self.engine = engine
+        self.run_id = self.books.run_id
+        # The events that the books take as they come: bound once, so that a hook that speaks to
+        # its meter pays for no call in between.
+        self.open = self.books.open
+        self.preempt = self.books.preempt
+        self.begin_step = self.books.begin_step
+        self.adopt = self.books.adopt
+        self.fall_asleep = self.books.fall_asleep
+        self.wake_up = self.books.wake_up
+        self.begin_dummy = self.books.begin_dummy
+        self.end_dummy = self.books.end_dummy
         # Right after the books: what they booked so far is startup, and no energy of it is known.
         self.energy = EnergyMeter(energy or EnergyCounter(()), engine.gpus, time.monotonic_ns())
         self._step_log = self._open_step_log(step_log) if step_log is not None else None
@@ -106,10 +117,6 @@ class EngineMeter:
         self._outputs_uncut: dict[str, int] = {}
         # Aborted requests that still pay for steps in flight.
         self._leaving: dict[str, tuple[int, RequestFacts]] = {}
-
-    @property
-    def run_id(self) -> str:
-        return self.books.run_id
 
     def run(
         self,
