@@ -27,6 +27,7 @@ from bench_attribution import machine
 from vllm_cost_meter.ledger import rows
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Usage
 
 BLOCK = 100
@@ -57,7 +58,7 @@ def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
         response_id=f"cmpl-{number:016x}",
         external_id=f"cmpl-{number:016x}-0",
         prompt_group=bill.request_id,
-        tenant="alpha",
+        owner=Owner("alpha"),
         model="model",
         lora=None,
         route="/v1/completions",
@@ -71,7 +72,7 @@ def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
         http_request_id=http_id,
         response_id=part.response_id,
         x_request_id=None,
-        tenant="alpha",
+        owner=Owner("alpha"),
         model="model",
         route="/v1/completions",
         status=200,

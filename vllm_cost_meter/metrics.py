@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.records.snapshot import CLASSES, Snapshot
 from vllm_cost_meter.tenants.budgets import Standing
-from vllm_cost_meter.tenants.rules import OTHER, is_clients_choice
+from vllm_cost_meter.tenants.rules import OTHER
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
 TENANT_LABELS_MAX = 1_000
@@ -109,7 +110,7 @@ def set_budgets(standings: Sequence[Standing]) -> None:
 
 def count_bill(part: EngineRequest) -> None:
     """Count one billed engine request."""
-    tenant, bill = _tenant_label(part.tenant, part.tenant_rule), part.bill
+    tenant, bill = _tenant_label(part.owner), part.bill
     GPU_SECONDS.labels(tenant, "prefill").inc(bill.prefill_ns / NS_PER_SECOND)
     GPU_SECONDS.labels(tenant, "decode").inc(bill.decode_ns / NS_PER_SECOND)
     BILLS.labels(tenant, bill.engine_status).inc()
@@ -134,7 +135,7 @@ def count_error(side: str) -> None:
 
 def set_engine(snapshot: Snapshot) -> None:
     """Show an engine's books as they are at a snapshot."""
-    engine = str(snapshot.engine_index)
+    engine = str(snapshot.engine.engine_index)
     for name in CLASSES:
         seconds = getattr(snapshot.totals, name) / NS_PER_SECOND
         ENGINE_SECONDS.labels(engine, name).set(seconds)
@@ -154,10 +155,11 @@ def count_inter_token_latencies(seconds: Sequence[float]) -> None:
         _INTER_TOKEN_BUCKETS[bucket].inc(count)
 
 
-def _tenant_label(tenant: str, rule: str) -> str:
+def _tenant_label(owner: Owner) -> str:
+    tenant = owner.tenant
     if tenant in _labelled_tenants:
         return tenant
-    chosen = is_clients_choice(rule)
+    chosen = owner.is_clients_choice
     is_full = len(_labelled_tenants) >= TENANT_LABELS_MAX
     if is_full or (chosen and len(_labelled_choices) >= CLIENTS_LABELS_MAX):
         TENANTS_FOLDED.inc()

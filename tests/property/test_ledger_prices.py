@@ -87,12 +87,12 @@ def check(book: PriceBook, bills: list, snapshots: list, whole: dict, hours: lis
         for hour, totals in snapshot.hours.items()
     ]
     assert priced(whole) == judged(book, every, every)
-    for tenant in {part.tenant for part in bills}:
+    for tenant in {part.owner.tenant for part in bills}:
         spent = [
             (part.bill.run_id, piece.hour, piece.gpu_time_ns)
             for part in bills
             for piece in part.bill.pieces
-            if part.tenant == tenant
+            if part.owner.tenant == tenant
         ]
         if tenant in rows:
             assert priced(rows[tenant]) == judged(book, spent, every)

@@ -16,6 +16,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Price, Usage
 from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
 
@@ -34,8 +35,8 @@ def part(seq: int, run_id: str = "run", ns: int = 100, **changes: object) -> Eng
 
 def http(name: str) -> HttpRequest:
     return HttpRequest(
-        name, None, None, "alice", "m", "/v1/completions", 200, False, Usage(10, 2, 5), 300, 7,
-        T0, T0 + 5,
+        name, None, None, Owner("alice"), "m", "/v1/completions", 200, False, Usage(10, 2, 5),
+        300, 7, T0, T0 + 5,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from vllm_cost_meter.exchange import Birth, Exchange
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.bill import Bill
-from vllm_cost_meter.tenants.budgets import Owner
+from vllm_cost_meter.records.owner import Owner
 
 
 class Collector:
@@ -97,11 +97,11 @@ class Collector:
         self._writer.put(*(open_request(birth, model) for birth in births))
 
     def open_requests_of(self, covers: Callable[[Owner], bool]) -> list[str]:
-        """Return the internal ids of the open requests whose payer `covers` accepts."""
+        """Return the internal ids of the open requests whose owner `covers` accepts."""
         return [
             birth.request_id
             for birth in self._open
-            if birth.exchange is not None and covers(birth.exchange.payer())
+            if birth.exchange is not None and covers(birth.exchange.owner)
         ]
 
     # -- replies ----------------------------------------------------------------------------

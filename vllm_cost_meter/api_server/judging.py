@@ -15,8 +15,8 @@ from vllm_cost_meter.api_server.refusal import Refusal, contradicting, refusal, 
 from vllm_cost_meter.api_server.routes import reaches_engine, route_of
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Exchange
-from vllm_cost_meter.tenants.budgets import Owner, Verdict
-from vllm_cost_meter.tenants.rules import CONTRADICTION
+from vllm_cost_meter.records.owner import CONTRADICTION
+from vllm_cost_meter.tenants.budgets import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) ->
     if exchange.owner == CONTRADICTION:
         metrics.count_refused("contradicting", "")
         return Judged(contradicting(exchange.route))
-    verdict = admission.verdict(exchange.payer())
+    verdict = admission.verdict(exchange.owner)
     if verdict.kind in ("blocked", "unavailable"):
         return Judged(refusal(verdict, exchange.owner.tenant, exchange.route))
     if verdict.kind == "throttled":
@@ -66,6 +66,6 @@ def judge_unmetered(scope: Scope, settings: Settings | None) -> Judged:
             return ADMITTED
         if owner == CONTRADICTION:
             return Judged(contradicting(route))
-        if fails_closed(Owner(owner.tenant, owner.parent), settings.failing_closed):
+        if fails_closed(owner, settings.failing_closed):
             return Judged(refusal(_DOWN, owner.tenant, route))
     return ADMITTED

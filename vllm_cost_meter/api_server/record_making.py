@@ -15,6 +15,7 @@ from vllm_cost_meter.api_server.routes import response_id_of
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.prices.book import PriceBook, RunFacts, by_price, terms, total_nanousd
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.owner import NOBODY
 from vllm_cost_meter.records.requests import (
     EngineRequest,
     HttpRequest,
@@ -23,14 +24,12 @@ from vllm_cost_meter.records.requests import (
     Price,
 )
 from vllm_cost_meter.records.snapshot import Snapshot
-from vllm_cost_meter.tenants.rules import NOBODY
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
 
 def open_request(birth: Birth, model: str | None) -> OpenRequest:
     """Return the record of an engine request that has no bill yet."""
     exchange = birth.exchange
-    owner = exchange.owner if exchange else NOBODY
     return OpenRequest(
         request_id=birth.request_id,
         external_id=birth.external_id,
@@ -38,10 +37,7 @@ def open_request(birth: Birth, model: str | None) -> OpenRequest:
         http_request_id=exchange.http_request_id if exchange else None,
         x_request_id=exchange.x_request_id if exchange else None,
         prompt_group=birth.prompt_group,
-        tenant=owner.tenant,
-        tenant_rule=owner.rule,
-        tenant_parent=owner.parent,
-        tags=owner.tags,
+        owner=exchange.owner if exchange else NOBODY,
         model=model,
         lora=birth.lora,
         route=exchange.route if exchange else None,
@@ -55,17 +51,13 @@ def engine_request(
     """Return the record of a billed engine request; without a birth it is nobody's."""
     finished_at_ns = time.time_ns()
     exchange = birth.exchange if birth is not None else None
-    owner = exchange.owner if exchange else NOBODY
     return EngineRequest(
         bill=bill,
         http_request_id=exchange.http_request_id if exchange else None,
         response_id=response_id(birth) if birth else None,
         external_id=birth.external_id if birth else None,
         prompt_group=birth.prompt_group if birth else bill.request_id,
-        tenant=owner.tenant,
-        tenant_rule=owner.rule,
-        tenant_parent=owner.parent,
-        tags=owner.tags,
+        owner=exchange.owner if exchange else NOBODY,
         model=run.model,
         lora=birth.lora if birth else None,
         route=exchange.route if exchange else None,
@@ -85,8 +77,7 @@ def http_request(exchange: Exchange, model: str | None, *, told: bool) -> HttpRe
         http_request_id=exchange.http_request_id,
         response_id=exchange.response_id,
         x_request_id=exchange.x_request_id,
-        tenant=exchange.owner.tenant,
-        tenant_rule=exchange.owner.rule,
+        owner=exchange.owner,
         model=model,
         route=exchange.route,
         status=sent.final_status(),
@@ -123,7 +114,8 @@ def response_id(birth: Birth) -> str | None:
 
 def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
     """Return the price of a run in the hour it began, as the ledger keeps it; None without one."""
-    run = RunFacts(snapshot.gpus, snapshot.model, snapshot.hardware, snapshot.host)
+    engine = snapshot.engine
+    run = RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
     price = book.price_at(run, snapshot.started_at_ns // NS_PER_HOUR)
     if price is None:
         return None

@@ -12,7 +12,7 @@ Invariant: coefficients are in ns per unit, finite and >= 0.
 
 from dataclasses import dataclass
 
-from vllm_cost_meter.attribution.cost_model_py import Plane, Planes
+from vllm_cost_meter.attribution.cost_model import Plane, Planes
 
 
 @dataclass(frozen=True, slots=True)

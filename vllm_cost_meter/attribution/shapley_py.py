@@ -33,7 +33,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_cost_meter.attribution.cost_model_py import Plane, Work, time_of, total_of
+from vllm_cost_meter.attribution.cost_model import Plane
+from vllm_cost_meter.attribution.cost_model_py import Work, time_of, total_of
 
 LARGE_MAX = 4
 # Weights of a step's requests add up to about this: half of what there is room for.

@@ -13,8 +13,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from vllm_cost_meter.config import types as t
+from vllm_cost_meter.records.owner import UNKNOWN
 from vllm_cost_meter.tenants.budgets import Budget
-from vllm_cost_meter.tenants.rules import UNKNOWN
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_SECOND
 

@@ -7,7 +7,6 @@ Invariant: `resolver_of` is given checked settings only, and never fails.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Self
 
@@ -297,10 +296,8 @@ def _chains(tenants: Iterable[TenantSetting]) -> Iterable[list[TenantSetting]]:
         yield chain
 
 
-def _tags_of(chain: Sequence[TenantSetting]) -> str | None:
+def _tags_of(chain: Sequence[TenantSetting]) -> dict[str, str]:
     tags: dict[str, str] = {}
     for tenant in reversed(chain):
         tags |= tenant.tags
-    if not tags:
-        return None
-    return json.dumps(tags, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return dict(sorted(tags.items()))

@@ -410,9 +410,9 @@ class LedgerReader:
             return earlier_fit(
                 connection,
                 snapshot.run_id,
-                snapshot.model,
-                snapshot.hardware,
-                snapshot.parallelism,
+                snapshot.engine.model,
+                snapshot.engine.hardware,
+                snapshot.engine.parallelism,
             )
 
     # ---- how

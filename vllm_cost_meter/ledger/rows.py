@@ -8,12 +8,14 @@ Invariant: a row of `requests` equals the sum of the rows of `usage_pieces` it c
 """
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import orjson
 
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Price
 from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
 from vllm_cost_meter.units.money import format_usd
@@ -34,10 +36,7 @@ def part_row(part: EngineRequest) -> Row:
         "response_id": part.response_id,
         "http_request_id": part.http_request_id,
         "prompt_group": part.prompt_group,
-        "tenant": part.tenant,
-        "tenant_rule": part.tenant_rule,
-        "tenant_parent": part.tenant_parent,
-        "tags": part.tags,
+        **_owner_columns(part.owner),
         "model": part.model,
         "lora": part.lora,
         "route": part.route,
@@ -86,7 +85,7 @@ def piece_rows(part: EngineRequest) -> list[Row]:
             "run_id": bill.run_id,
             "seq": bill.seq,
             "hour": piece.hour,
-            "tenant": part.tenant,
+            "tenant": part.owner.tenant,
             "prefill_ns": piece.prefill_ns,
             "decode_ns": piece.decode_ns,
             "prefill_tokens": piece.prefill_tokens,
@@ -112,8 +111,8 @@ def http_row(http: HttpRequest) -> Row:
         "http_request_id": http.http_request_id,
         "response_id": http.response_id,
         "x_request_id": http.x_request_id,
-        "tenant": http.tenant,
-        "tenant_rule": http.tenant_rule,
+        "tenant": http.owner.tenant,
+        "tenant_rule": http.owner.rule_text,
         "model": http.model,
         "route": http.route,
         "status": http.status,
@@ -139,10 +138,7 @@ def open_row(request: OpenRequest) -> Row:
         "http_request_id": request.http_request_id,
         "x_request_id": request.x_request_id,
         "prompt_group": request.prompt_group,
-        "tenant": request.tenant,
-        "tenant_rule": request.tenant_rule,
-        "tenant_parent": request.tenant_parent,
-        "tags": request.tags,
+        **_owner_columns(request.owner),
         "model": request.model,
         "lora": request.lora,
         "route": request.route,
@@ -193,19 +189,7 @@ def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
     """Return the row of `runs` of the run a snapshot is of."""
     return {
         "run_id": snapshot.run_id,
-        "engine_index": snapshot.engine_index,
-        "model": snapshot.model,
-        "gpus": snapshot.gpus,
-        "hardware": snapshot.hardware,
-        "parallelism": snapshot.parallelism,
-        "kv_blocks": snapshot.kv_blocks,
-        "kv_block_size": snapshot.kv_block_size,
-        "host": snapshot.host,
-        "precision": snapshot.precision,
-        "method": snapshot.method,
-        "vllm_version": snapshot.vllm_version,
-        "meter_version": snapshot.meter_version,
-        "native": snapshot.native,
+        **asdict(snapshot.engine),
         "started_at": rfc3339(snapshot.started_at_ns),
         "price_id": price_id,
         "devices": _devices(snapshot),
@@ -296,6 +280,15 @@ def _energy_columns(snapshot: Snapshot) -> Row:
         **{f"{name}_mj": energy.classes.get(name) for name in ENERGY_CLASSES},
         "energy_unknown_ns": energy.unknown_ns,
         "energy_reason": energy.reason,
+    }
+
+
+def _owner_columns(owner: Owner) -> Row:
+    return {
+        "tenant": owner.tenant,
+        "tenant_rule": owner.rule_text,
+        "tenant_parent": owner.parent,
+        "tags": orjson.dumps(owner.tags).decode() if owner.tags else None,
     }
 
 

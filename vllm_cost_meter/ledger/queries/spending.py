@@ -31,7 +31,8 @@ from vllm_cost_meter.ledger.schema import (
     usage_pieces,
 )
 from vllm_cost_meter.prices.cost import cost_nanousd
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Owner, Standing
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND, rfc3339, unix_ns_of
 
 # How late a bill may be committed and still be seen by the next look.
@@ -204,7 +205,7 @@ def _add_to(
     gpu_ns: int,
     run_id: str | None = None,
 ) -> None:
-    of = Owner.of(owner.tenant, owner.tenant_parent, owner.tags)
+    of = Owner.stored(owner.tenant, owner.tenant_parent, owner.tags)
     key = (owner.run_id if run_id is None else run_id, hour)
     for budget in budgets:
         if budget.covers(of):
