@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vllm_cost_meter.invoices.files import InvoiceRules, Layout, read_invoice
-from vllm_cost_meter.invoices.timeline import BillingSnapshot, InvoiceLine
+from vllm_cost_meter.invoices.timeline import InvoiceLine, Reading
 from vllm_cost_meter.units.calendar import zone_of
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
@@ -63,26 +63,26 @@ def test_readings_come_as_csv_and_as_json(tmp_path):
         ' {"resource": "vol-1", "timestamp": "2026-11-01", "usd_per_hour": "0.25", "kind": null}]'
     )
     expected = [
-        BillingSnapshot("gpu-1", "gpu", T0, 1_500_000_000),
+        Reading("gpu-1", "gpu", T0, 1_500_000_000),
         # What the settings say of a resource goes before the file.
-        BillingSnapshot("vol-1", "disk", T0, None, 250_000_000),
+        Reading("vol-1", "disk", T0, None, 250_000_000),
     ]
-    assert list(read(tmp_path, "snapshots", csv).snapshots) == expected
-    assert list(read(tmp_path, "snapshots", json).snapshots) == expected
+    assert list(read(tmp_path, "snapshots", csv).readings) == expected
+    assert list(read(tmp_path, "snapshots", json).readings) == expected
 
 
 def test_the_same_reading_twice_is_one_reading(tmp_path):
     row = "gpu-1,2026-11-01T00:00:00Z,1.5\n"
     told = read(tmp_path, "snapshots", f"resource,timestamp,cumulative_usd\n{row}{row}")
-    assert len(told.snapshots) == 1
+    assert len(told.readings) == 1
 
 
 def test_an_amount_is_exact_however_it_is_written(tmp_path):
     texts = ["0.1", "1e-1", ".1", "+0.10", "0.1000000000000000000"]
     for text in texts:
         csv = f"resource,timestamp,cumulative_usd\nr,2026-11-01T00:00:00Z,{text}\n"
-        [snapshot] = read(tmp_path, "snapshots", csv).snapshots
-        assert snapshot.cumulative_nanousd == 100_000_000
+        [reading] = read(tmp_path, "snapshots", csv).readings
+        assert reading.cumulative_nanousd == 100_000_000
 
 
 @pytest.mark.parametrize(

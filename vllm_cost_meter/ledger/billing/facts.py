@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.invoices.timeline import BilledHour, BillingSnapshot, InvoiceLine
+from vllm_cost_meter.invoices.timeline import BilledHour, InvoiceLine, Reading
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
 
@@ -38,14 +38,14 @@ _CHUNK = 2_000
 _SAME_NAMES = ("invoice", "item", "charge_class", "kind", "nanousd")
 
 
-def span_of(fact: BillingSnapshot | InvoiceLine) -> tuple[int, int]:
+def span_of(fact: Reading | InvoiceLine) -> tuple[int, int]:
     """Return from when to when a fact is; of a reading both are its instant."""
     if isinstance(fact, InvoiceLine):
         return fact.from_ns, fact.to_ns
     return fact.at_ns, fact.at_ns
 
 
-def spans_of(facts: Iterable[BillingSnapshot | InvoiceLine]) -> Spans:
+def spans_of(facts: Iterable[Reading | InvoiceLine]) -> Spans:
     """Return from when to when there are facts, by resource."""
     found: dict[str, tuple[int, int]] = {}
     for fact in facts:
@@ -92,7 +92,7 @@ def kinds_read(connection: Connection, spans: Spans) -> dict[str, str]:
     return found
 
 
-def snapshots_in(connection: Connection, spans: Spans) -> Iterator[BillingSnapshot]:
+def readings_in(connection: Connection, spans: Spans) -> Iterator[Reading]:
     """Yield the readings in these spans, both ends included."""
     table = schema.billing_snapshots
     s = table.c
@@ -100,7 +100,7 @@ def snapshots_in(connection: Connection, spans: Spans) -> Iterator[BillingSnapsh
         lies_in = (s.resource == of.c.resource, s.taken_at >= of.c.low, s.taken_at <= of.c.high)
         for row in connection.execute(_joined(of, table, lies_in)):
             amounts = (row.cumulative_nanousd, row.nanousd_per_hour)
-            yield BillingSnapshot(row.resource, row.kind, unix_ns_of(row.taken_at), *amounts)
+            yield Reading(row.resource, row.kind, unix_ns_of(row.taken_at), *amounts)
 
 
 def lines_in(connection: Connection, spans: Spans) -> Iterator[InvoiceLine]:
@@ -129,14 +129,14 @@ def hours_in(
             yield (resource, kind), BilledHour(*told)
 
 
-def snapshot_row(snapshot: BillingSnapshot) -> dict[str, Any]:
+def reading_row(reading: Reading) -> dict[str, Any]:
     """Return the row of a reading, without what is told of its import."""
     return {
-        "resource": snapshot.resource,
-        "taken_at": rfc3339(snapshot.at_ns),
-        "kind": snapshot.kind,
-        "cumulative_nanousd": snapshot.cumulative_nanousd,
-        "nanousd_per_hour": snapshot.nanousd_per_hour,
+        "resource": reading.resource,
+        "taken_at": rfc3339(reading.at_ns),
+        "kind": reading.kind,
+        "cumulative_nanousd": reading.cumulative_nanousd,
+        "nanousd_per_hour": reading.nanousd_per_hour,
     }
 
 

@@ -19,8 +19,8 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import (
     BilledHour,
-    BillingSnapshot,
     InvoiceLine,
+    Reading,
     Stretch,
     billed_hours,
     hours_between,
@@ -32,7 +32,7 @@ from vllm_cost_meter.ledger.billing.facts import (
     hours_in,
     kinds_read,
     lines_in,
-    snapshots_in,
+    readings_in,
     spans_of,
     spans_of_hours,
     widened,
@@ -46,7 +46,7 @@ HOURS_MAX = 1_000_000
 # benchmarks/bench_invoices.py.
 ROWS_MAX = 200_000
 
-Fact = TypeVar("Fact", BillingSnapshot, InvoiceLine)
+Fact = TypeVar("Fact", Reading, InvoiceLine)
 Hours = dict[Meter, dict[int, BilledHour]]
 
 
@@ -57,7 +57,7 @@ class Change:
     `unobserved` are the times that nobody observed in the hours that were computed.
     """
 
-    snapshots: list[BillingSnapshot]
+    readings: list[Reading]
     lines: list[InvoiceLine]
     gone: list[tuple[Meter, BilledHour]]
     come: list[tuple[Meter, BilledHour]]
@@ -66,7 +66,7 @@ class Change:
     @property
     def rows(self) -> int:
         """How many rows are written or removed."""
-        return len(self.snapshots) + len(self.lines) + len(self.gone) + len(self.come)
+        return len(self.readings) + len(self.lines) + len(self.gone) + len(self.come)
 
 
 def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
@@ -74,18 +74,18 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
 
     Raises ValueError for a fact that contradicts the ledger and for too many hours.
     """
-    spans = spans_of([*file.snapshots, *file.lines])
-    _refuse_another_kind(file.snapshots, kinds_read(connection, spans))
+    spans = spans_of([*file.readings, *file.lines])
+    _refuse_another_kind(file.readings, kinds_read(connection, spans))
     hours = {
         resource: hours_between(*span) for resource, span in widened(connection, spans).items()
     }
     around = widened(connection, spans_of_hours(hours))
-    known_snapshots = {one.key: one for one in snapshots_in(connection, around)}
+    known_readings = {one.key: one for one in readings_in(connection, around)}
     known_lines = {one.key: one for one in lines_in(connection, around)}
-    new_snapshots = _new(file.snapshots, known_snapshots)
+    new_readings = _new(file.readings, known_readings)
     new_lines = _new(file.lines, known_lines)
     found = _stretches(
-        [*known_snapshots.values(), *new_snapshots], [*known_lines.values(), *new_lines], gap_ns
+        [*known_readings.values(), *new_readings], [*known_lines.values(), *new_lines], gap_ns
     )
     _refuse_too_many(file.name, found, hours)
     computed: Hours = {
@@ -96,7 +96,7 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
     for meter, hour in hours_in(connection, hours):
         there[meter][hour.hour] = hour
     change = Change(
-        new_snapshots,
+        new_readings,
         new_lines,
         list(_only_in(there, computed)),
         list(_only_in(computed, there)),
@@ -130,7 +130,7 @@ def _new(told: Mapping[Fact, str], known: Mapping[tuple[Any, ...], Fact]) -> lis
     return sorted(found, key=lambda fact: fact.key)
 
 
-def _amount(fact: BillingSnapshot | InvoiceLine) -> str:
+def _amount(fact: Reading | InvoiceLine) -> str:
     if isinstance(fact, InvoiceLine):
         return f"{format_usd(fact.nanousd)} USD of {fact.kind}"
     if fact.cumulative_nanousd is not None:
@@ -138,23 +138,23 @@ def _amount(fact: BillingSnapshot | InvoiceLine) -> str:
     return f"{format_usd(fact.nanousd_per_hour)} USD of {fact.kind} per hour"
 
 
-def _refuse_another_kind(told: Mapping[BillingSnapshot, str], kinds: Mapping[str, str]) -> None:
+def _refuse_another_kind(told: Mapping[Reading, str], kinds: Mapping[str, str]) -> None:
     """Raise ValueError for a counter that was one of another kind: it would count twice."""
-    for snapshot, where in told.items():
-        if (kind := kinds.get(snapshot.resource, snapshot.kind)) != snapshot.kind:
+    for reading, where in told.items():
+        if (kind := kinds.get(reading.resource, reading.kind)) != reading.kind:
             raise ValueError(
-                f"{where}: kind of {snapshot.resource!r}: expected {kind}, as the ledger has it,"
-                f" got {snapshot.kind}"
+                f"{where}: kind of {reading.resource!r}: expected {kind}, as the ledger has it,"
+                f" got {reading.kind}"
             )
 
 
 def _stretches(
-    snapshots: Iterable[BillingSnapshot], lines: Iterable[InvoiceLine], gap_ns: int
+    readings: Iterable[Reading], lines: Iterable[InvoiceLine], gap_ns: int
 ) -> dict[Meter, list[Stretch]]:
-    facts: dict[Meter, tuple[list[BillingSnapshot], list[InvoiceLine]]]
+    facts: dict[Meter, tuple[list[Reading], list[InvoiceLine]]]
     facts = defaultdict(lambda: ([], []))
-    for snapshot in snapshots:
-        facts[snapshot.resource, snapshot.kind][0].append(snapshot)
+    for reading in readings:
+        facts[reading.resource, reading.kind][0].append(reading)
     for line in lines:
         facts[line.resource, line.kind][1].append(line)
     return {meter: stretches(*facts[meter], gap_ns) for meter in sorted(facts)}

@@ -30,7 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.ledger import schema
-from vllm_cost_meter.ledger.billing.facts import hour_row, line_row, snapshot_row, spans_of
+from vllm_cost_meter.ledger.billing.facts import hour_row, line_row, reading_row, spans_of
 from vllm_cost_meter.ledger.billing.hours import Change, change_of
 from vllm_cost_meter.ledger.billing.meters import add_facts, shown, totals_of
 from vllm_cost_meter.ledger.database import cause_of, open_ledger, writing
@@ -80,16 +80,16 @@ def _mark(connection: Connection) -> list[int | None]:
 
 def _answer(connection: Connection, file: InvoiceFile, change: Change) -> dict[str, Any]:
     """Return what an import tells: what is known of its resources once it is written."""
-    known = totals_of(connection, sorted(spans_of([*file.snapshots, *file.lines])))
-    add_facts(known, [*change.snapshots, *change.lines])
+    known = totals_of(connection, sorted(spans_of([*file.readings, *file.lines])))
+    add_facts(known, [*change.readings, *change.lines])
     for sign, hours in ((-1, change.gone), (1, change.come)):
         for meter, hour in hours:
             known[meter].add_hour(hour, sign)
-    new = len(change.snapshots) + len(change.lines)
+    new = len(change.readings) + len(change.lines)
     return {
-        "snapshots": len(change.snapshots),
+        "snapshots": len(change.readings),
         "lines": len(change.lines),
-        "known": len(file.snapshots) + len(file.lines) - new,
+        "known": len(file.readings) + len(file.lines) - new,
         "ignored": file.ignored,
         "resources": shown(known),
         "unobserved": change.unobserved,
@@ -103,7 +103,7 @@ def _write(engine: Engine, change: Change, told: dict[str, str], seen: list[int 
     statements = [
         _prepared(engine, statement, rows)
         for statement, rows in (
-            (insert(schema.billing_snapshots), [snapshot_row(s) | told for s in change.snapshots]),
+            (insert(schema.billing_snapshots), [reading_row(s) | told for s in change.readings]),
             (insert(schema.invoice_lines), [line_row(line) | told for line in change.lines]),
             (delete(hours).where(*is_that_hour), [hour_row(*gone) for gone in change.gone]),
             (insert(hours), [hour_row(*come) for come in change.come]),

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.invoices.timeline import BilledHour, BillingSnapshot, InvoiceLine
+from vllm_cost_meter.invoices.timeline import BilledHour, InvoiceLine, Reading
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.billing.comparison import is_known
 from vllm_cost_meter.ledger.billing.facts import Meter, span_of
@@ -28,7 +28,7 @@ class MeterTotals:
 
     begin: str
     end: str
-    snapshots: int = 0
+    readings: int = 0
     lines: int = 0
     nanousd: int = 0
     known: int = 0
@@ -50,7 +50,7 @@ class MeterTotals:
             "kind": meter[1],
             "from": self.begin,
             "to": self.end,
-            "snapshots": self.snapshots,
+            "snapshots": self.readings,
             "lines": self.lines,
             "billed_nanousd": nanousd,
             "billed_usd": format_usd(nanousd),
@@ -72,9 +72,7 @@ def totals_of(connection: Connection, resources: Sequence[str]) -> dict[Meter, M
     return found
 
 
-def add_facts(
-    found: dict[Meter, MeterTotals], facts: Iterable[BillingSnapshot | InvoiceLine]
-) -> None:
+def add_facts(found: dict[Meter, MeterTotals], facts: Iterable[Reading | InvoiceLine]) -> None:
     """Add facts that are new to what is known."""
     for fact in facts:
         is_line = isinstance(fact, InvoiceLine)
@@ -82,7 +80,7 @@ def add_facts(
         known = found.setdefault((fact.resource, fact.kind), MeterTotals(begin, end))
         known.begin, known.end = min(known.begin, begin), max(known.end, end)
         known.lines += is_line
-        known.snapshots += not is_line
+        known.readings += not is_line
 
 
 def shown(found: dict[Meter, MeterTotals]) -> list[dict[str, Any]]:
@@ -104,7 +102,7 @@ def _totals(connection: Connection, resources: Sequence[str] | None) -> dict[Met
         return connection.execute(asked.group_by(table.resource, table.kind))
 
     for *meter, begin, end, rows in ask(s, func.min(s.taken_at), func.max(s.taken_at), count):
-        found[*meter,] = MeterTotals(begin, end, snapshots=int(rows))
+        found[*meter,] = MeterTotals(begin, end, readings=int(rows))
     for *meter, begin, end, rows in ask(i, func.min(i.begins_at), func.max(i.ends_at), count):
         known = found.setdefault((*meter,), MeterTotals(begin, end))
         known.begin, known.end = min(known.begin, begin), max(known.end, end)
