@@ -19,10 +19,10 @@ from vllm_cost_meter.prices.book import (
     USD,
     EnergyPrice,
     GpuHourPrice,
-    Kind,
     Matches,
     PriceBook,
     PriceEntry,
+    PurchaseKind,
     Scope,
     same_start,
 )
@@ -63,7 +63,7 @@ class PriceSetting(BaseModel):
         "`amount` / `gpus`.",
         json_schema_extra=about(f"a whole number from 1 to {GPUS_MAX}", "GPUs"),
     )
-    kind: Kind = Field(
+    kind: PurchaseKind = Field(
         description="How it is bought.",
         json_schema_extra=about("on_demand, reserved or spot"),
     )
