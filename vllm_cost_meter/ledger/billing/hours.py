@@ -1,12 +1,11 @@
-"""What an import changes: the facts that are new, and the hours that follow from them.
+"""The change that an import makes: new facts, and the billed hours that follow from them.
 
-A new line or reading re-splits the interval between two readings that it falls into, and the hours
-of an interval are rounded together. So of a resource those hours can change which lie between the
-last reading before the file's facts and the first after them, and no other: they are computed from
-all facts that reach into them. Readings around them are cut by lines on both sides as ever, so the
-lines around these count too.
+A new line or reading re-splits the interval between two readings into which it falls, and the hours
+in an interval are rounded together. So only hours between the last reading before the file's facts
+and the first reading after them can change. They are computed from all facts that reach into them.
+Lines cut the readings around them too, so the lines around those readings count as well.
 
-Invariant: the hours are those that a computation from all facts gives, row for row.
+Invariant: the hours equal, row for row, a computation from all facts in the ledger.
 """
 
 from collections import defaultdict
@@ -40,10 +39,10 @@ from vllm_cost_meter.ledger.billing.facts import (
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import rfc3339
 
-# Of one import. What is computed takes time and memory, and nobody waits for it.
+# Limit per import: computing hours costs memory and time. No server waits for it.
 HOURS_MAX = 1_000_000
-# What is written or removed: for these a server's bills wait, about a second; measured by
-# benchmarks/bench_invoices.py.
+# Limit per import on rows written or removed. A server's bills wait for them, about a second
+# (benchmarks/bench_invoices.py).
 ROWS_MAX = 200_000
 
 Fact = TypeVar("Fact", Reading, InvoiceLine)
@@ -52,9 +51,9 @@ Hours = dict[Meter, dict[int, BilledHour]]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What an import brings into a ledger: facts, and hours in place of those that are `gone`.
+    """The change that an import makes: new facts, and hours that `come` and that are `gone`.
 
-    `unobserved` are the times that nobody observed in the hours that were computed.
+    `unobserved` lists the unobserved times in the computed hours.
     """
 
     readings: list[Reading]
@@ -65,14 +64,14 @@ class Change:
 
     @property
     def rows(self) -> int:
-        """How many rows are written or removed."""
+        """The number of rows to write and to remove."""
         return len(self.readings) + len(self.lines) + len(self.gone) + len(self.come)
 
 
 def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
-    """Return what a file changes in a ledger; nothing is written.
+    """Return the change that a file makes in a ledger. This writes nothing.
 
-    Raises ValueError for a fact that contradicts the ledger and for too many hours.
+    Raises ValueError for a fact that contradicts the ledger, and for too many hours or rows.
     """
     spans = spans_of([*file.readings, *file.lines])
     _refuse_another_kind(file.readings, kinds_read(connection, spans))
@@ -108,16 +107,16 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
 
 
 def _only_in(some: Hours, others: Hours) -> Iterator[tuple[Meter, BilledHour]]:
-    """Yield the hours that the others do not have, or have otherwise, in the order of their key."""
+    """Yield, by key, the hours that the others lack or have with other amounts."""
     for meter, of in sorted(some.items()):
         known = others.get(meter, {})
         yield from ((meter, hour) for at, hour in sorted(of.items()) if known.get(at) != hour)
 
 
-def _new(told: Mapping[Fact, str], known: Mapping[tuple[Any, ...], Fact]) -> list[Fact]:
-    """Return the facts that are not there yet. Raises ValueError for one that is otherwise."""
+def _new(given: Mapping[Fact, str], known: Mapping[tuple[Any, ...], Fact]) -> list[Fact]:
+    """Return the facts that the ledger lacks. Raises ValueError for one that contradicts it."""
     found = []
-    for fact, where in told.items():
+    for fact, where in given.items():
         there = known.get(fact.key)
         if there is None:
             found.append(fact)
@@ -126,7 +125,7 @@ def _new(told: Mapping[Fact, str], known: Mapping[tuple[Any, ...], Fact]) -> lis
                 f"{where}: {fact.resource!r} at {rfc3339(fact.key[1])}: expected"
                 f" {_amount(there)}, as the ledger has it, got {_amount(fact)}"
             )
-    # In the order of the key a table grows page by page.
+    # Rows in key order let the table grow page by page.
     return sorted(found, key=lambda fact: fact.key)
 
 
@@ -138,9 +137,9 @@ def _amount(fact: Reading | InvoiceLine) -> str:
     return f"{format_usd(fact.nanousd_per_hour)} USD of {fact.kind} per hour"
 
 
-def _refuse_another_kind(told: Mapping[Reading, str], kinds: Mapping[str, str]) -> None:
-    """Raise ValueError for a counter that was one of another kind: it would count twice."""
-    for reading, where in told.items():
+def _refuse_another_kind(given: Mapping[Reading, str], kinds: Mapping[str, str]) -> None:
+    """Raise ValueError for a resource with readings of another kind: it would count twice."""
+    for reading, where in given.items():
         if (kind := kinds.get(reading.resource, reading.kind)) != reading.kind:
             raise ValueError(
                 f"{where}: kind of {reading.resource!r}: expected {kind}, as the ledger has it,"
@@ -163,7 +162,7 @@ def _stretches(
 def _refuse_too_many(
     name: str, found: Mapping[Meter, list[Stretch]], hours: Mapping[str, range]
 ) -> None:
-    """Raise ValueError for more hours than may be computed at once."""
+    """Raise ValueError for more hours than one import may compute."""
     count = sum(
         len(hours_of(piece, hours[resource]))
         for (resource, _), pieces in found.items()
@@ -175,8 +174,8 @@ def _refuse_too_many(
 
 def _too_many(name: str, most: int, what: str, count: int) -> ValueError:
     return ValueError(
-        f"{name}: expected at most {most:,} {what}, got {count:,}: ignore what is not of this"
-        " deployment, or import it in parts"
+        f"{name}: expected at most {most:,} {what}, got {count:,}: ignore resources of other"
+        " deployments, or import the file in parts"
     )
 
 
