@@ -105,7 +105,8 @@ def test_of_a_long_line_only_the_hours_that_can_change_are_written_anew(ledger):
 
 def test_more_rows_than_a_server_should_wait_for_are_refused_with_one_line(ledger, monkeypatch):
     monkeypatch.setattr(invoice_hours, "ROWS_MAX", 5)
-    with pytest.raises(ValueError, match=r"bill\.csv: expected at most 5 rows .* import the file in par"):
+    message = r"bill\.csv: expected at most 5 rows .* import the file in parts"
+    with pytest.raises(ValueError, match=message):
         bring(ledger, *(charged(hour, 1, 1) for hour in range(3)))
     assert everything(ledger) == [[], [], []]
 
