@@ -26,7 +26,7 @@ from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab import server as serving
 from vllm_cost_meter.lab.demo import run as demo
-from vllm_cost_meter.lab.demo.checks import Figures, problems
+from vllm_cost_meter.lab.demo.checks import DemoFigures, problems
 from vllm_cost_meter.lab.demo.traffic import (
     BATCH,
     BATCH_INPUT_TOKENS,
@@ -53,7 +53,7 @@ def request_row(response_id: str, tenant: str, prompt: int, cached: int, output:
     }
 
 
-def world() -> tuple[Sightings, Figures]:
+def world() -> tuple[Sightings, DemoFigures]:
     batch_prompt, batch_output = BATCH_REQUESTS * BATCH_INPUT_TOKENS + 3, BATCH_REQUESTS * 2
     requests = [
         request_row("chat", CHAT, 10, 0, 5),
@@ -94,7 +94,7 @@ def world() -> tuple[Sightings, Figures]:
         "lines": [{"amount_cents": cents} for cents in (100, 0, 51)],
         "whole": {"wall_gpu_ns": 1_512_000_000},
     }
-    return seen, Figures(tenants, {"balanced": True, "runs": [run]}, requests, statement)
+    return seen, DemoFigures(tenants, {"balanced": True, "runs": [run]}, requests, statement)
 
 
 def tenant_row(name: str, requests: int, tokens: tuple[int | None, ...], gpu_time_ns: int) -> Any:

@@ -1,12 +1,12 @@
-"""The demo: a real vLLM server with the meter inside, three tenants, and the bill.
+"""Run the demo: a real vLLM server with the meter inside, three tenants, and the bill.
 
-Everything it writes goes into one folder below the cache beside the tiny model: the ledger, the
-settings, the logs. The API keys are made for this run and exist in memory; the settings file holds
-their SHA-256. vLLM must be told them, and on its command line every user of the machine could read
-them: so it gets them in a file that only this user can read and that is removed once vLLM serves.
+The demo writes into one folder beside the tiny model: the ledger, the settings, the logs. It makes
+API keys for this run and keeps them in memory; the settings file holds their SHA-256. Every user of
+the machine could read keys on vLLM's command line. So vLLM gets them in a file that only this user
+can read, and that is removed once vLLM serves.
 
-Invariant: the exit status is 0 only if what the clients sent and were told, the bill and the books
-agree; and unless asked to keep it, no server outlives the demo.
+Invariant: the exit status is 0 only if the clients' requests and replies, the bill and the books
+agree. No server outlives the demo unless the user asks to keep it.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from vllm_cost_meter.config.engine import PREFIX
 from vllm_cost_meter.config.loading import OTHER_NAMES, load_settings
 from vllm_cost_meter.console import interruptible
 from vllm_cost_meter.errors import CostMeterError, SettingError
-from vllm_cost_meter.lab.demo.checks import Figures, problems
+from vllm_cost_meter.lab.demo.checks import DemoFigures, problems
 from vllm_cost_meter.lab.demo.sweep import sweep_demo
 from vllm_cost_meter.lab.demo.traffic import BATCH, CHAT, SEARCH, TENANTS, Sightings, Traffic
 from vllm_cost_meter.lab.server import CPU_ARGUMENTS, Server, environment_of, is_cpu_build
@@ -43,17 +43,17 @@ from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.text import plain
 
 ASSUMED_GPU_HOUR_USD = "2.50"
-# How long the bill of an aborted request may take to reach the ledger.
+# The bill of an aborted request may take so long to reach the ledger.
 QUIET_TIMEOUT_S = 15
 PAGE = 1000
 SETTINGS = "meter.toml"
-# By which the demo's statement charges idle time.
+# The demo's statement charges idle time by this policy.
 IDLE_POLICY = "proportional"
-# Of what does not add up; the rest is in the ledger.
+# So many problems are shown; the rest is in the ledger.
 PROBLEMS_SHOWN = 10
-# A pipe has no width.
+# The width for a pipe, which has none itself.
 PIPE_WIDTH = 100
-# Settings of the user's that the demo keeps; all others are its own.
+# The demo keeps these settings of the user; all others are its own.
 KEPT_SETTINGS = OTHER_NAMES | {f"{PREFIX}GPU_HOUR_USD", f"{PREFIX}METHOD"}
 
 DONE, FAILED, WRONG_SETTING, INTERRUPTED = 0, 1, 2, 130
@@ -61,9 +61,9 @@ DONE, FAILED, WRONG_SETTING, INTERRUPTED = 0, 1, 2, 130
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What this run of the demo serves, where, and for whom."""
+    """One run of the demo: the model, the folder, the tenants' keys and vLLM's arguments."""
 
-    # What vLLM loads, and the name clients call it by.
+    # The path or name that vLLM loads, and the name that clients use.
     model: str
     name: str
     folder: Path
@@ -75,8 +75,8 @@ class Setting:
 def run_demo(model: str | None, *, keep: bool, sweep: bool = False) -> int:
     """Serve `model` (the tiny one if None), let the tenants use it, print the bill.
 
-    Returns the exit status: 0 if everything adds up. With `keep` the server goes on. With `sweep`
-    it is driven through loads instead, and the end is a curve of cost against load.
+    Returns the exit status: 0 if everything adds up. With `keep` the server goes on running. With
+    `sweep` a load sweep replaces the tenants, and the result is a curve of cost against load.
     """
     tty = sys.stdout.isatty()
     console = Console(markup=False, highlight=False, width=None if tty else PIPE_WIDTH)
@@ -107,9 +107,9 @@ def _failed(why: str, status: int) -> int:
 
 @contextmanager
 def served(console: Console, model: str | None) -> Iterator[tuple[Server, Setting]]:
-    """Serve a model with the meter inside; the server ends with the block unless told otherwise.
+    """Serve a model with the meter inside. The server ends with the block, unless it is kept.
 
-    Whoever wants it to go on calls `Server.keep`.
+    `Server.keep` lets it go on.
     """
     setting = _prepare(console, model)
     keys_file = setting.folder / "keys.yaml"
@@ -141,7 +141,7 @@ def _demo(console: Console, server: Server, setting: Setting) -> int:
 
 
 def _prepare(console: Console, model: str | None) -> Setting:
-    """Make the folder, the keys, the settings file and, if no model was named, the tiny one."""
+    """Make the folder, the keys, the settings file and, if no model was named, the tiny model."""
     on_cpu = is_cpu_build()
     tiny = default_path()
     arguments = ["--plugins", "cost_meter", "--enable-prompt-tokens-details"]
@@ -163,7 +163,7 @@ def _prepare(console: Console, model: str | None) -> Setting:
     }
     environment[f"{PREFIX}LEDGER"] = f"sqlite:///{folder / 'ledger.db'}"
     _say_price(console, environment, on_cpu=on_cpu)
-    load_settings(environment, config)  # a wrong one is told now, not in half a minute
+    load_settings(environment, config)  # A wrong setting fails now, and not in half a minute.
     return Setting(
         model=model or str(tiny),
         name=model or tiny.name,
@@ -183,7 +183,7 @@ def _say_price(console: Console, environment: dict[str, str], *, on_cpu: bool) -
 
 
 def settings_file(keys: Mapping[str, str]) -> str:
-    """Return the TOML that names the tenants by the SHA-256 of their keys."""
+    """Return a settings file (TOML) with the tenants and the SHA-256 of their keys."""
     return "\n".join(
         f'[[tenants]]\nname = "{tenant}"\n'
         f'api_key_sha256 = ["{hashlib.sha256(key.encode()).hexdigest()}"]\n'
@@ -199,7 +199,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 class Progress:
-    """Says what is being done: on one line of a terminal, or a line each where there is none."""
+    """Shows the current activity: on one line of a terminal, otherwise on a line each."""
 
     def __init__(self, console: Console, status: Status) -> None:
         self._console, self._status = console, status
@@ -251,11 +251,14 @@ def _traffic(console: Console, server: Server, setting: Setting) -> Sightings:
         return asyncio.run(run())
 
 
-def _quiet_figures(server: Server, setting: Setting, abandoned_id: str) -> Figures:
-    """Return the figures once nothing is in flight and the abandoned request has its bill."""
+def _quiet_figures(server: Server, setting: Setting, abandoned_id: str) -> DemoFigures:
+    """Return the figures once nothing is in flight and the abandoned request has its bill.
+
+    After QUIET_TIMEOUT_S they are returned as they are.
+    """
     deadline = time.monotonic() + QUIET_TIMEOUT_S
     while True:
-        figures = Figures(
+        figures = DemoFigures(
             server.cost("tenants"),
             server.cost("audit"),
             _all_requests(server),
@@ -294,7 +297,7 @@ def _all_requests(server: Server) -> list[Mapping[str, Any]]:
 
 
 def _show(
-    console: Console, server: Server, setting: Setting, seen: Sightings, figures: Figures
+    console: Console, server: Server, setting: Setting, seen: Sightings, figures: DemoFigures
 ) -> None:
     console.print("\nthe headers of one reply")
     for name, value in seen.headers:
@@ -320,7 +323,7 @@ def _show(
 
 
 def bill_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the bill: tenants, the classes of engine time that are not zero, the total."""
+    """Return the bill as a table: tenants, classes of engine time above zero, the total."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("  tenant")
     for column in ("requests", "prompt", "cached", "output", "GPU seconds", "USD"):
@@ -339,7 +342,7 @@ def bill_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def is_class(row: Mapping[str, Any]) -> bool:
-    """Tell a class of engine time, such as `__idle__`, from a tenant."""
+    """Return whether a row is a class of engine time, such as `__idle__`, and not a tenant."""
     return str(row["tenant"]).startswith("__")
 
 
@@ -348,7 +351,7 @@ def _money(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def sum_line(tenants: Mapping[str, Any]) -> str:
-    """Return the line under the bill: whether its rows are all of the time there was."""
+    """Return the line under the bill, which says whether its rows cover all GPU time."""
     rows_ns = sum(row["gpu_time_ns"] for row in tenants["tenants"])
     missing_ns = tenants["wall_gpu_ns"] - rows_ns
     verdict = "the rows are all of" if not missing_ns else f"{missing_ns} ns are missing of"
@@ -356,7 +359,7 @@ def sum_line(tenants: Mapping[str, Any]) -> str:
 
 
 def audit_line(run: Mapping[str, Any]) -> str:
-    """Return one engine run of the audit as a line."""
+    """Return a line for one engine run in the audit."""
     verdict = "balanced" if not run["difference_ns"] else f"{run['difference_ns']} ns are missing"
     missing = f", {len(run['missing_bills'])} bills missing" if run["missing_bills"] else ""
     return (
@@ -367,9 +370,9 @@ def audit_line(run: Mapping[str, Any]) -> str:
 
 
 def _verdict(console: Console, wrong: Sequence[str], seen: Sightings) -> int:
-    untold = sum(reply.cost_usd is None for reply in seen.told)
-    if untold:
-        console.print(f"{untold} of {len(seen.told)} replies left before their bill was committed")
+    without = sum(reply.cost_usd is None for reply in seen.told)
+    if without:
+        console.print(f"{without} of {len(seen.told)} replies left before their bill was committed")
     if not wrong:
         console.print(
             f"checked: {seen.sent.total()} requests sent and billed, the tokens and costs of "
@@ -395,6 +398,6 @@ def _tell_how_to_use(console: Console, server: Server, setting: Setting) -> None
 
 
 def _short(path: str) -> str:
-    """Return a path relative to where the user is, if it is below that."""
+    """Return a path relative to the current folder, if it is below it."""
     here = f"{Path.cwd()}{os.sep}"
     return plain(path.removeprefix(here))
