@@ -83,6 +83,10 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
     4: (*_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "precision"),),
     # `create_all` creates saturation_points, billing_snapshots, invoice_lines and billed_hours.
     5: (),
+    6: (
+        *_added("requests", _COUNT, "cut_ns", "cut_tokens"),
+        *_added("usage_pieces", _COUNT, "cut_ns", "cut_tokens"),
+    ),
 }
 
 
