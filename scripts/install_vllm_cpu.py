@@ -34,11 +34,13 @@ MISMATCHED_COMPANIONS = {"torchvision", "torchaudio", "torchcodec"}
 
 
 def pip(*arguments: str, may_fail: bool = False) -> bool:
+    """Run this environment's pip; return whether it succeeded. Raises if it must not fail."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, check=not may_fail, capture_output=may_fail).returncode == 0
 
 
 def installed_version(distribution: str) -> str | None:
+    """Return the installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -67,6 +69,7 @@ def pip_install(*arguments: str, may_fail: bool = False) -> bool:
 
 
 def install_torch(version: str) -> None:
+    """Install torch: the `+cpu` build if an index has it, else the plain one."""
     present = installed_version("torch") or ""
     if present.split("+")[0] == version:
         return

@@ -43,10 +43,12 @@ def what_is_missing():
 
 
 def fail(message):
+    """End with a message in one line, and a status that is not 0."""
     sys.exit(f"make: {message}")
 
 
 def has_nvidia_gpu():
+    """Return whether `nvidia-smi` lists a GPU."""
     if shutil.which("nvidia-smi") is None:
         return False
     listing = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, check=False)

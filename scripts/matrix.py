@@ -41,10 +41,12 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
+        """True if tests ran and all passed."""
         return self.passed > 0 and not self.failed and not self.problem
 
 
 def row(outcome: Outcome) -> str:
+    """Return a version's row in the Markdown table."""
     if outcome.problem:
         cells = [outcome.version, outcome.torch, outcome.problem, "", "", ""]
     else:
@@ -66,6 +68,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def make(log: Path, *arguments: str) -> bool:
+    """Run make with its output in a log; return whether it succeeded."""
     command = ["make", "--no-print-directory", *arguments]
     with log.open("a", encoding="utf-8") as file:
         return subprocess.run(command, stdout=file, stderr=file, check=False).returncode == 0
@@ -114,6 +117,7 @@ def run(version: str, folder: Path = FOLDER) -> Outcome:
 
 
 def there(environment: Path) -> tuple[str, str]:
+    """Return the versions of vLLM and torch in an environment."""
     command = [str(environment / "bin" / "python"), "-c", VERSIONS_THERE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     vllm, torch = done.stdout.split()
@@ -121,6 +125,7 @@ def there(environment: Path) -> tuple[str, str]:
 
 
 def last_line(log: Path) -> str:
+    """Return a log's last line with text, fit for a table cell."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip().replace("|", "\\|")[:200] if lines else f"{log} is empty"
 
