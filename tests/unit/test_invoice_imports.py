@@ -73,7 +73,7 @@ def test_an_import_that_another_one_overtook_is_computed_anew(ledger, monkeypatc
 def test_an_import_that_is_overtaken_again_and_again_gives_up_with_one_line(ledger, monkeypatch):
     monkeypatch.setattr(invoices, "ATTEMPTS", 1)
     before_writing(monkeypatch, lambda: bring(ledger, charged(1, 1, 7)))
-    with pytest.raises(LedgerError, match="other imports came between, try again"):
+    with pytest.raises(LedgerError, match="other imports came between; nothing written, try again"):
         bring(ledger, read(2, 3))
     assert rows(ledger, "SELECT count(*) FROM billing_snapshots") == [(0,)]
 

@@ -180,7 +180,7 @@ class InvoiceSettings(BaseModel):
         _refuse_twice(settings, "currency", lambda one: one.currency)
         for place, one in enumerate(settings):
             if one.currency == USD:
-                raise WrongError("a currency but USD", repr(USD), (place, "currency"))
+                raise WrongError("a currency other than USD", repr(USD), (place, "currency"))
         return settings
 
     @property

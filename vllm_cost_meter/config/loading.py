@@ -123,7 +123,7 @@ def _read_file(path: str, text: str | None) -> tuple[dict[str, Any], str]:
     where = _line(path)
     for name in values:
         if name == "config":
-            got = t.Text("it in the file itself")
+            got = t.Text("the key in the file itself")
             raise SettingError(name, "COST_METER_CONFIG in the environment", got, where)
         if name not in Settings.model_fields:
             like = difflib.get_close_matches(name, Settings.model_fields, n=1)

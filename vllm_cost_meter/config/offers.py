@@ -62,8 +62,8 @@ class ApiPrice(BaseModel):
 def offers_of_file(path: Path) -> list[Offer]:
     """Return the offers in a price file. Raises ValueError with one line for a faulty file."""
     try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise ValueError(f"{path}: expected at most {FILE_BYTES_MAX} bytes")
+        if (size := path.stat().st_size) > FILE_BYTES_MAX:
+            raise ValueError(f"{path}: expected at most {FILE_BYTES_MAX:,} bytes, got {size:,}")
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None

@@ -96,12 +96,14 @@ class PriceSetting(BaseModel):
             expected = f"how many USD one {self.currency} is worth"
             raise WrongError(expected, "nothing", ("usd_rate",))
         if self.currency == USD and self.usd_rate is not None:
-            raise WrongError("none, as the currency is USD", str(self.usd_rate), ("usd_rate",))
+            expected = "no rate, because the currency is USD"
+            raise WrongError(expected, str(self.usd_rate), ("usd_rate",))
         if self.scope != "gpu" and self.gpus is None:
             expected = f"how many GPUs the amount of a {self.scope} pays for"
             raise WrongError(expected, "nothing", ("gpus",))
         if self.scope == "gpu" and self.gpus is not None:
-            raise WrongError("none, as the amount is of one GPU", str(self.gpus), ("gpus",))
+            expected = "no number, because the amount is for one GPU"
+            raise WrongError(expected, str(self.gpus), ("gpus",))
         price = GpuHourPrice.of(self.entry("prices"))
         if price.usd_per_gpu_hour > t.PRICE_USD_MAX:
             expected = f"at most {t.PRICE_USD_MAX:,} USD per GPU-hour"

@@ -192,7 +192,7 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         is_open = token is None and digest is None
         if is_open and info.data.get("port") is not None and not _is_loopback(host):
             raise t.WrongError(
-                f"a token, as the side endpoint listens on {host}, off loopback", "nothing"
+                f"a token, because the side endpoint listens on {host}, off loopback", "nothing"
             )
         return token
 

@@ -129,7 +129,7 @@ class RuleSetting(BaseModel):
     @model_validator(mode="after")
     def _only_what_belongs_to_it(self) -> Self:
         for name in sorted(self.model_fields_set - {"rule"} - _TAKES[self.rule]):
-            raise t.WrongError(f"nothing about `{name}` in a rule {self.rule!r}", "a value")
+            raise t.WrongError(f"no `{name}` in a rule {self.rule!r}", "a value")
         if (needed := _NEEDS.get(self.rule)) and getattr(self, needed) is None:
             raise t.WrongError(f"`{needed}` in a rule {self.rule!r}", "nothing")
         if self.trust is not None and self.proof_sha256 is not None:
@@ -181,7 +181,7 @@ def _check_parent(tenant: TenantSetting, parents: Mapping[str, str | None]) -> N
         raise t.WrongError("each parent to be a declared tenant", got)
     if slash and tenant.owner != before:
         got = f"{tenant.owner!r} of {tenant.name!r}"
-        raise t.WrongError("the parent that the name of a PARENT/CHILD says", got)
+        raise t.WrongError("the same parent as in the name PARENT/CHILD", got)
 
 
 def _check_no_circle(parents: Mapping[str, str | None]) -> None:
@@ -215,7 +215,7 @@ def check_rules(
                 raise t.WrongError("one header for the tenant, another for the proof", "one")
         elif rule.tenant is not None and SLASH in rule.tenant and rule.tenant not in names:
             got = repr(rule.tenant)
-            raise t.WrongError("the name of a declared tenant where it has a slash", got)
+            raise t.WrongError("a declared tenant, because the name has a slash", got)
 
 
 # -- values derived from the entries ------------------------------------------------------------

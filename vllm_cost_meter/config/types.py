@@ -149,7 +149,7 @@ def _full_hour(value: object) -> int:
         raise WrongError(FULL_HOUR) from None
     hour, rest_ns = divmod(unix_ns, NS_PER_HOUR)
     if rest_ns:
-        raise WrongError(f"{FULL_HOUR}, as usage is kept by the hour")
+        raise WrongError(f"{FULL_HOUR}, because usage is kept by the hour")
     return hour
 
 
@@ -208,7 +208,7 @@ def _tags(tags: dict[str, str]) -> dict[str, str]:
 
 def _digest_of_something(digest: str) -> str:
     if digest.lower() == _SHA256_OF_NOTHING:
-        raise WrongError("the SHA-256 of a key", "that of the empty text")
+        raise WrongError("the SHA-256 of a key", "the SHA-256 of an empty text")
     return digest.lower()
 
 

@@ -107,7 +107,8 @@ def read_invoice(path: Path, format: str, rules: InvoiceRules) -> InvoiceFile:
         found = _invoice(path, text, rules, rules.layouts[format])
     else:
         known = ", ".join((*BUILT_IN, *rules.layouts))
-        raise ValueError(f"--format: expected {known} (or a name of [[invoices]]), got {format!r}")
+        expected = f"{known} (or the name of a layout in [[invoices]])"
+        raise ValueError(f"--format: expected {expected}, got {format!r}")
     if not found.readings and not found.lines and not found.ignored:
         raise ValueError(f"{path}: expected at least one row, got none")
     return found
@@ -138,7 +139,7 @@ def _rounded(charge: _Charge) -> InvoiceLine:
     if abs(charge.nanousd) > USD_MAX * NANOUSD_PER_USD:
         got = f"{float(charge.nanousd / NANOUSD_PER_USD):.6g}"
         raise ValueError(
-            f"{charge.where}: amount: expected at most {USD_MAX:,} USD of a resource, got {got}"
+            f"{charge.where}: amount: expected at most {USD_MAX:,} USD per resource, got {got}"
         )
     return replace(charge.line, nanousd=round(charge.nanousd))
 
@@ -199,7 +200,7 @@ def _charge(
     charge_class = names[2]
     amount = row.number(columns["amount"])
     if amount < 0 and not charge_class:
-        expected = f"at least 0, as it is no {' or '.join(CHARGE_CLASSES)}"
+        expected = f"at least 0 unless the charge is a {' or '.join(CHARGE_CLASSES)}"
         raise row.wrong(columns["amount"], expected, row.get(columns["amount"]))
     nanousd = amount * _usd_rate(row, layout, rules) * NANOUSD_PER_USD
     line = InvoiceLine(resource, kind, from_ns, to_ns, 0, invoice, item, charge_class)
@@ -245,7 +246,7 @@ def _readings(path: Path, text: str, rules: InvoiceRules) -> InvoiceFile:
             ignored += 1
             continue
         if (kind := kinds.setdefault(reading.resource, reading.kind)) != reading.kind:
-            raise row.wrong("kind", f"{kind}, as above", reading.kind)
+            raise row.wrong("kind", f"{kind}, as in an earlier row", reading.kind)
         if (known := found.setdefault(reading.key, reading)) != reading:
             expected = f"one reading of {reading.resource!r} at an instant, as in {where[known]}"
             raise row.wrong("timestamp", expected, row.get("timestamp"))
@@ -265,7 +266,7 @@ def _reading(row: FileRow, rules: InvoiceRules) -> Reading | None:
     given = [name for name in ("cumulative_usd", "usd_per_hour") if row.get(name)]
     if len(given) != 1:
         got = "both" if given else "neither"
-        raise row.wrong("cumulative_usd", "it or usd_per_hour", got)
+        raise row.wrong("cumulative_usd", "an amount either here or in usd_per_hour", got)
     usd = row.number(given[0])
     if not 0 <= usd <= USD_MAX:
         raise row.wrong(given[0], f"a decimal number from 0 to {USD_MAX:,}", row.get(given[0]))

@@ -81,7 +81,10 @@ def read_text(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > FILE_BYTES_MAX:
-            raise ValueError(f"{path}: expected at most {FILE_BYTES_MAX} bytes, got {size}")
+            raise ValueError(
+                f"{path}: expected at most {FILE_BYTES_MAX:,} bytes, got {size:,}: import the file"
+                " in parts"
+            )
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None

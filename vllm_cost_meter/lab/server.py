@@ -64,7 +64,9 @@ def command_path(name: str) -> str:
     """Return the path of a command in this environment. Raises ServerError if it is missing."""
     path = Path(sys.executable).parent / name
     if not path.exists():
-        raise ServerError(f"expected the command {path}, found none")
+        raise ServerError(
+            f"expected the command {path}, found none; install its package into this environment"
+        )
     return str(path)
 
 

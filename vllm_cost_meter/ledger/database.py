@@ -69,9 +69,9 @@ def parse_url(url: str) -> URL:
     except NoSuchModuleError:
         backend, driver = "", ""
     if backend not in SYNC_DRIVERS or driver not in SYNC_DRIVERS[backend]:
-        raise LedgerError(f"ledger {shown}: unsupported database, expected {hint}")
+        raise LedgerError(f"ledger {shown}: expected {hint}, got an unsupported database or driver")
     if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise LedgerError(f"ledger {shown}: a ledger in memory is lost, expected {hint}")
+        raise LedgerError(f"ledger {shown}: expected {hint}, got memory, where it would be lost")
     if backend == "sqlite" and str(parsed.database).startswith("file:"):
         raise LedgerError(f"ledger {shown}: expected a plain path, sqlite:////path/ledger.db")
     return parsed
@@ -151,7 +151,10 @@ def open_ledger(url: str, *, create: bool = True, busy_timeout_s: float = BUSY_T
         engine = _engine(parsed, busy_timeout_s)
         _ensure_schema(engine, shown, create=create)
     except ImportError as error:
-        raise LedgerError(f"ledger {shown}: install its driver ({error})") from error
+        raise LedgerError(
+            f"ledger {shown}: its driver is not installed ({error}); install it into this"
+            " environment"
+        ) from error
     except SQLAlchemyError as error:
         _dispose(engine)
         raise LedgerError(f"ledger {shown}: cannot be opened: {cause_of(error)}") from error

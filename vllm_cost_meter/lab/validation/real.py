@@ -184,7 +184,7 @@ def _ask(port: int, request_id: str, tenant: Tenant, number: int) -> None:
     finally:
         connection.close()
     if answer.status != http.client.OK:
-        raise ServerError(f"a request was answered {answer.status}: {text[:200]!r}")
+        raise ServerError(f"expected status 200 for a request, got {answer.status}: {text[:200]!r}")
 
 
 def _half_range(values: Sequence[float]) -> float:

@@ -69,7 +69,7 @@ def import_invoice(
         raise LedgerError(f"ledger {shown_url}: cannot be written: {cause_of(error)}") from error
     finally:
         engine.dispose()
-    raise LedgerError(f"ledger {shown_url}: other imports came between, try again")
+    raise LedgerError(f"ledger {shown_url}: other imports came between; nothing written, try again")
 
 
 def _mark(connection: Connection) -> list[int | None]:
