@@ -75,7 +75,7 @@ def validate(plan: Plan) -> dict[str, Any]:
 
 def measured(model: str, rounds: int) -> dict[str, Any]:
     """Return each method's errors on a real server. Raises ServerError."""
-    from vllm_cost_meter.lab.validation.real import measure  # noqa: PLC0415 - as `validate`
+    from vllm_cost_meter.lab.validation.real_server import measure  # noqa: PLC0415 - as `validate`
 
     console = Console(stderr=True)
     name = Path(model).name
