@@ -16,7 +16,7 @@ ERRORS_IN_A_ROW_MAX = 10
 
 
 class Guard:
-    """The error account of one side (engine or API server) of the meter."""
+    """The error account for one side of the meter: engine or API server."""
 
     def __init__(self, side: str) -> None:
         self.side = side

@@ -1,4 +1,4 @@
-"""Cost formulas of a deployment as functions of plain numbers: per token, request and month.
+"""Cost formulas for a deployment, on plain numbers: cost per token, request and month.
 
 The commands `calc` and `break-even` and the endpoint's `/cost/calc` call these functions, so all
 three take, return and refuse the same (`calculators`). Money is in USD. A month has 730 hours

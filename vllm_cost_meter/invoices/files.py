@@ -215,7 +215,7 @@ def _short(text: str) -> str:
 
 
 def _usd_rate(row: FileRow, layout: Layout, rules: InvoiceRules) -> Fraction:
-    """Return the USD value of one unit of the row's currency."""
+    """Return the worth of one unit in the row's currency, in USD."""
     column = layout.columns.get("currency")
     currency = layout.constants.get("currency", USD) if column is None else row.get(column)
     if currency == USD:

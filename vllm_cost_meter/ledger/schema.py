@@ -41,12 +41,12 @@ _Key = Text().with_variant(Text(collation="C"), "postgresql")
 
 
 def _class_columns() -> list[Column[int]]:
-    """Return one column of GPU-nanoseconds for each class of time."""
+    """Return a column for each class of time, in GPU-nanoseconds."""
     return [Column(f"{name}_ns", BigInteger, nullable=False) for name in CLASSES]
 
 
 def _energy_columns(*, nullable: bool) -> list[Column[int]]:
-    """Return one column of millijoules for each class of energy."""
+    """Return a column for each class of energy, in millijoules."""
     return [Column(f"{name}_mj", BigInteger, nullable=nullable) for name in ENERGY_CLASSES]
 
 

@@ -197,7 +197,7 @@ class _Line(Generic[E]):
 
 
 class _Timetable(Generic[E]):
-    """The entries of a book, and which of them are in force for a run at an hour."""
+    """A book's entries, and which of them are in force for a run at an hour."""
 
     def __init__(self, entries: Sequence[E]) -> None:
         if (twice := same_start(entries)) is not None:
