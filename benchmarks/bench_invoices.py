@@ -27,7 +27,7 @@ from bench_ledger import records
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import InvoiceLine
 from vllm_cost_meter.ledger.billing.importing import import_invoice
-from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -120,7 +120,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
-        open_ledger(f"sqlite:///{path}").dispose()
+        open_database(f"sqlite:///{path}").dispose()
         for month in range(given.months):
             file = a_file(given.nodes, FIRST_HOUR + month * MONTH_HOURS, MONTH_HOURS)
             import_invoice(f"sqlite:///{path}", file, NS_PER_HOUR, month)

@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from tests.builders import ENGINE_FACTS
+from tests.support.examples import examples
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece
@@ -185,4 +186,4 @@ class Engine(RuleBasedStateMachine):
 
 
 TestBooks = Engine.TestCase
-TestBooks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBooks.settings = settings(max_examples=examples(60), stateful_step_count=40)

@@ -164,4 +164,4 @@ class MeteredEngine(RuleBasedStateMachine):
 
 
 TestEnergyBooks = MeteredEngine.TestCase
-TestEnergyBooks.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestEnergyBooks.settings = settings(stateful_step_count=60)

@@ -9,12 +9,13 @@ import random
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select
 
 from tests.builders import make_bill, make_open, make_part, make_snapshot
-from vllm_cost_meter.ledger.database import open_ledger, writing
+from tests.support.examples import examples
+from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import open_requests
@@ -125,7 +126,7 @@ class World:
         https = {part.http_request_id: http_of(part) for part in self.bills}
         with tempfile.TemporaryDirectory() as folder:
             url = f"sqlite:///{Path(folder) / 'ledger.db'}"
-            engine = open_ledger(url)
+            engine = open_database(url)
             announced = [open_of(part) for part in self.bills]
             store(engine, [*kept, *announced, *self.snapshots, *https.values()], seed)
             with engine.connect() as connection:
@@ -143,7 +144,7 @@ class World:
             reader.close()
 
 
-slow = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slow = settings(max_examples=examples(25))
 
 
 @slow

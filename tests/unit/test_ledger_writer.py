@@ -13,7 +13,7 @@ import pytest
 
 from tests.builders import HOUR, T0, make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Price, Usage
@@ -184,7 +184,7 @@ def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog, monkeypatch)
     full = [True]
 
     def open_small(url: str, **options: float):
-        engine = open_ledger(url, **options)
+        engine = open_database(url, **options)
         if full[0]:
             from sqlalchemy import event
 
@@ -195,7 +195,7 @@ def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog, monkeypatch)
             engine.dispose()
         return engine
 
-    monkeypatch.setattr("vllm_cost_meter.ledger.writer.open_ledger", open_small)
+    monkeypatch.setattr("vllm_cost_meter.ledger.writer.open_database", open_small)
     writer = LedgerWriter(f"sqlite:///{path}")
     writer.start()
     future = writer.commit(*(part(seq) for seq in range(1, 2001)))

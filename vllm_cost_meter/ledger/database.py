@@ -6,7 +6,7 @@ last commits, but never the file's consistency. WAL needs shared memory, so a ne
 refused at the start. Transactions are explicit here: readers begin DEFERRED and see one state of
 the file throughout; writers begin IMMEDIATE and never have to upgrade a lock.
 
-Invariant: an engine that `open_ledger` returns has our schema, whole, whoever created it and
+Invariant: an engine that `open_database` returns has our schema, whole, whoever created it and
 however many processes tried to at once.
 """
 
@@ -49,6 +49,17 @@ def default_url() -> str:
     # The XDG rules tell programs to ignore a relative path.
     home = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
     return f"sqlite:///{home / 'vllm-cost-meter' / 'ledger.db'}"
+
+
+def url_of(ledger: str | os.PathLike[str] | None) -> str:
+    """Return the URL of a ledger that is named by its URL or its SQLite file; None is the default.
+
+    The default is the ledger of this user, `default_url`.
+    """
+    if ledger is None:
+        return default_url()
+    name = os.fspath(ledger)
+    return name if "://" in name else f"sqlite:///{Path(name).resolve()}"
 
 
 def parse_url(url: str) -> URL:
@@ -129,8 +140,10 @@ def filesystem_of(path: Path, mounts: str) -> str:
     return kind
 
 
-def open_ledger(url: str, *, create: bool = True, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
-    """Open a ledger, creating folder, file and schema if they are absent and `create` is set.
+def open_database(
+    url: str, *, create: bool = True, busy_timeout_s: float = BUSY_TIMEOUT_S
+) -> Engine:
+    """Open a ledger's database; create folder, file and schema if absent and `create` is set.
 
     Raises LedgerError when it cannot be opened, or was written by a newer cost meter.
     """

@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DataError, IntegrityError
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import open_ledger, writing
+from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import PriceOf, Record, newest_snapshots, no_price, write
 from vllm_cost_meter.records.snapshot import Snapshot
 
@@ -232,7 +232,7 @@ class LedgerWriter:
         started_ns = time.perf_counter_ns()
         engine = self._engine
         if engine is None:
-            engine = self._engine = open_ledger(self.url, busy_timeout_s=ATTEMPT_S)
+            engine = self._engine = open_database(self.url, busy_timeout_s=ATTEMPT_S)
         records = [record for item in batch for record in item.records]
         try:
             # The usual way has no savepoint: each statement gives up the GIL once more.

@@ -14,14 +14,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.economics import SaturationPoint
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import cause_of, open_ledger, writing
+from vllm_cost_meter.ledger.database import cause_of, open_database, writing
 from vllm_cost_meter.ledger.schema import runs, saturation_points
 
 
 def knows_runs(url: str, run_ids: Collection[str]) -> bool:
     """Return whether a ledger has all of these engine runs; False if there is no ledger."""
     try:
-        engine = open_ledger(url, create=False)
+        engine = open_database(url, create=False)
     except LedgerError:
         return False
     try:
@@ -34,7 +34,7 @@ def knows_runs(url: str, run_ids: Collection[str]) -> bool:
 
 def keep(url: str, points: Iterable[SaturationPoint]) -> int:
     """Keep these points in an existing ledger; return how many are new. Raises LedgerError."""
-    engine = open_ledger(url, create=False)
+    engine = open_database(url, create=False)
     try:
         with writing(engine).begin() as connection:
             known = set(connection.execute(select(saturation_points.c.point_id)).scalars())
@@ -51,7 +51,7 @@ def keep(url: str, points: Iterable[SaturationPoint]) -> int:
 
 def kept(url: str) -> list[dict[str, Any]]:
     """Return all points, the latest first. Raises LedgerError."""
-    engine = open_ledger(url, create=False)
+    engine = open_database(url, create=False)
     try:
         with engine.begin() as connection:
             latest = select(saturation_points).order_by(saturation_points.c.measured_at.desc())

@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import Engine, Select, and_, func, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.rows import live_requests
@@ -50,7 +50,7 @@ class Spending:
 
     def __init__(self, url: str, *, create: bool = True) -> None:
         """Open the ledger. Raises LedgerError, also when there is none and `create` is not set."""
-        self._engine: Engine = open_ledger(url, create=create)
+        self._engine: Engine = open_database(url, create=create)
         self._budgets: Sequence[Budget] = ()
         self._billed: Sums = {}
         self._counted_at_ns = 0
