@@ -332,6 +332,19 @@ def test_energy_has_a_cost_of_its_own_by_the_hour_and_adds_to_no_other(ledger):
     assert rows["__startup__"]["energy_cost_reason"] == "no energy is known"
 
 
+def test_energy_costs_of_rows_and_of_nobody_add_up_to_that_of_all_energy(ledger):
+    bills = [part(n, f"h{n}", tenant=f"t{n}") for n in (1, 2, 3)]
+    mj = {"requests": 30, "idle": 10, "unattributed": 10}
+    full = dict.fromkeys(energy().classes, 0) | mj
+    used = energy(*(told(n, 10) for n in (1, 2, 3)), hours={HOUR: full}, idle=10, unattributed=10)
+    ledger.write(*bills, snapshot(bills, energy=used))
+    # 10 mJ cost 1/3 nano-USD: each by itself would be 0, and all 50 mJ are 1.67.
+    ledger.priced(energy_prices=[energy_price("0.12")])
+    report = ledger.tenants()
+    rows = [row["energy_cost_nanousd"] or 0 for row in report["tenants"]]
+    assert report["energy_cost_nanousd"] == sum(rows) == 2
+
+
 def test_energy_without_a_price_has_no_cost_and_says_why(ledger):
     write_energy(ledger)
     ledger.priced(energy_prices=[energy_price("3.6", HOUR + 1)])

@@ -6,7 +6,7 @@ from tests.unit.test_ledger_reader import HOUR, NOW, T0, Ledger, http, part, sna
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Usage
 from vllm_cost_meter.records.snapshot import ClassTotals
-from vllm_cost_meter.reports.allocation import UNALLOCATED
+from vllm_cost_meter.reports.facts import UNALLOCATED
 from vllm_cost_meter.reports.grammar import question
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -167,7 +167,8 @@ def test_runs_without_a_price_are_named(ledger):
     ledger.write(*first, snapshot(first), usd="3600")
     ledger.write(*second, snapshot(second, run_id="second-run"))
     assert figures(ledger, "tenant", "cost_nanousd", "cost_reason") == {
-        ("alice",): (300, None), ("bob",): (None, "no price for run second-r"),
+        ("alice",): (300, None), ("bob",): (None, "no price for run second-run at 2027-01-15T08Z: "
+        "none is set by COST_METER_GPU_HOUR_USD or [[prices]]"),
     }  # fmt: skip
     assert figures(ledger, "tenant", "cost_nanousd", price="7200") == {
         ("alice",): (600,), ("bob",): (600,),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
+from datetime import UTC, tzinfo
 from typing import Any
 
 from sqlalchemy import and_, null, or_, select, tuple_
@@ -23,6 +23,7 @@ from vllm_cost_meter.ledger.billing.comparison import bill_lines, billed_summary
 from vllm_cost_meter.ledger.database import cause_of, open_ledger
 from vllm_cost_meter.ledger.queries.audit import audit_runs
 from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
+from vllm_cost_meter.ledger.queries.costs import CutCosts, declared_overheads
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS, Cut, Window, read_cut, settle
 from vllm_cost_meter.ledger.queries.energy import class_mj, energy_state, select_parts, total_mj
 from vllm_cost_meter.ledger.queries.open_requests import (
@@ -32,12 +33,7 @@ from vllm_cost_meter.ledger.queries.open_requests import (
     running_parts,
 )
 from vllm_cost_meter.ledger.queries.pages import Key, exchanges, page_of_keys, rows_of_parts
-from vllm_cost_meter.ledger.queries.tenants import (
-    Totals,
-    after_cut,
-    declared_overheads,
-    tenant_rows,
-)
+from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.ledger.queries.usage import read_facts
 from vllm_cost_meter.ledger.schema import (
     http_requests,
@@ -50,7 +46,7 @@ from vllm_cost_meter.ledger.schema import (
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS, EarlierFit, Snapshot
-from vllm_cost_meter.reports.allocation import PriceOf, report
+from vllm_cost_meter.reports.allocation import report
 from vllm_cost_meter.reports.explanation import explained
 from vllm_cost_meter.reports.grammar import Question
 from vllm_cost_meter.reports.idle import IdlePolicy
@@ -231,40 +227,20 @@ class LedgerReader:
         from_hour: int | None = None,
         to_hour: int | None = None,
         *,
+        zone: tzinfo = UTC,
         alive: Collection[str] = (),
         now_ns: int | None = None,
         settle_s: float = SETTLE_S,
     ) -> dict[str, Any]:
-        """Return a row for each tenant and for each class of overhead; they add up to wall x gpus.
+        """Return the report by tenant, and what the engines say of themselves beside it.
 
         Hours count since the epoch, [from_hour, to_hour). `alive` names runs known to live though
         their last snapshot is old.
         """
         cut = self.cut(Window(from_hour, to_hour), alive, now_ns, settle_s)
         with self.transaction() as connection:
-            totals = Totals.of(cut)
-            rows = tenant_rows(connection, cut, totals)
-            late = after_cut(connection, cut)
-            billed = billed_summary(connection, cut)
-        wall_gpu_ns = cut.wall_gpu_ns()
-        difference_ns = wall_gpu_ns - sum(row["gpu_time_ns"] for row in rows)
-        return {
-            "window": cut.window.as_dict(),
-            "taken_at": cut.at(),
-            "tenants": rows,
-            "wall_gpu_ns": wall_gpu_ns,
-            "gpus": cut.gpus(),
-            "adds_up": difference_ns == 0,
-            "difference_ns": difference_ns,
-            "after_cut": late,
-            **totals.as_dict(),
-            "overheads": [line.as_dict() for line in declared_overheads(cut)],
-            "billed": billed,
-            **cut.own_time(),
-            "energy_mj": total_mj(cut),
-            **{f"{name}_mj": class_mj(cut, name) for name in ("requests", "unattributed")},
-            "runs": [{**run.state(), **energy_state(run)} for run in cut.runs],
-        }
+            answer = _answer(connection, cut, Question(from_hour, to_hour, zone))
+            return {**answer, "tenants": _only_rows(answer), **_engines(connection, cut, answer)}
 
     def tenant(
         self,
@@ -297,7 +273,9 @@ class LedgerReader:
     ) -> dict[str, Any]:
         """Return the totals of everything: requests, tokens, time by class, cost, own time."""
         report = self.tenants(from_hour, to_hour, alive=alive, now_ns=now_ns, settle_s=settle_s)
-        rows = report.pop("tenants")
+        rows = _only_rows(report)
+        for key in (*_OF_ROWS, "tenants"):
+            del report[key]
         tenants, overhead = rows[: -len(OVERHEAD_ROWS)], rows[-len(OVERHEAD_ROWS) :]
         requests_ns = sum(row["gpu_time_ns"] for row in tenants)
         class_ns = {
@@ -330,13 +308,7 @@ class LedgerReader:
         """Return the answer to a question in the words of reports."""
         cut = self.cut(Window(question.from_hour, question.to_hour), alive, now_ns, settle_s)
         with self.transaction() as connection:
-            facts = read_facts(connection, cut, question.dimensions)
-        return {
-            "window": {**cut.window.as_dict(), "tz": str(question.zone)},
-            "taken_at": cut.at(),
-            "prices": Totals.of(cut).cost.listed(),
-            **report(facts, question, _price_of(cut)),
-        }
+            return _answer(connection, cut, question)
 
     def statement(
         self,
@@ -357,21 +329,28 @@ class LedgerReader:
         asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle))
         cut = self.cut(Window(asked.from_hour, asked.to_hour), alive, now_ns, settle_s)
         with self.transaction() as connection:
-            facts = read_facts(connection, cut, asked.dimensions)
+            facts = read_facts(connection, cut, asked)
             overhead, billed = bill_lines(connection, cut)
         overhead += [
             OverheadCost(line.overhead.name, line.overhead.source, line.nanousd)
             for line in declared_overheads(cut)
         ]
+        costs = CutCosts.of(cut)
         answer = statement(
-            facts, asked, _price_of(cut), tenant=tenant, overhead=overhead, now_ns=now_ns
+            facts,
+            asked,
+            costs.price_of,
+            tenant=tenant,
+            overhead=overhead,
+            why=costs.why_none,
+            now_ns=now_ns,
         )
         return {
             "month": month,
             "window": {**cut.window.as_dict(), "tz": str(asked.zone)},
             "taken_at": cut.at(),
             "methods": sorted({run.row["method"] for run in cut.runs if run.total_ns()}),
-            "prices": Totals.of(cut).cost.listed(),
+            "prices": costs.cost.listed(),
             "billed": billed,
             **answer,
         }
@@ -467,15 +446,48 @@ class LedgerReader:
         return cut
 
 
-def _price_of(cut: Cut) -> PriceOf:
-    """Return the price of each run and hour."""
-    prices = cut.prices_of()
+def _answer(connection: Connection, cut: Cut, question: Question) -> dict[str, Any]:
+    """Return the answer to a question at a cut."""
+    costs = CutCosts.of(cut)
+    facts = read_facts(connection, cut, question)
+    return {
+        "window": {**cut.window.as_dict(), "tz": str(question.zone)},
+        "taken_at": cut.at(),
+        "prices": costs.cost.listed(),
+        **report(facts, question, costs.price_of, costs.why_none),
+    }
 
-    def price_of(run_id: str, hour: int) -> Fraction | None:
-        price = prices[run_id].at(hour)
-        return None if price is None else price.usd_per_gpu_hour
 
-    return price_of
+# Of a report by tenant, what a summary has no use for.
+_OF_ROWS = ("aggregate", "idle", "what_if_usd_per_gpu_hour", "series")
+
+
+def _only_rows(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a report without steps."""
+    (piece,) = answer["series"]
+    rows: list[dict[str, Any]] = piece["rows"]
+    return rows
+
+
+def _engines(connection: Connection, cut: Cut, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what engines say of themselves at a cut, beside a report by tenant."""
+    costs = CutCosts.of(cut)
+    prices = {price["usd_per_gpu_hour"] for price in answer["prices"]}
+    return {
+        "gpus": cut.gpus(),
+        "after_cut": after_cut(connection, cut),
+        "cost_nanousd": answer["wall_cost_nanousd"],
+        "cost_usd": answer["wall_cost_usd"],
+        "cost_reason": costs.cost.reason,
+        "usd_per_gpu_hour": prices.pop() if len(prices) == 1 else None,
+        **costs.energy_fields(),
+        "overheads": [line.as_dict() for line in declared_overheads(cut)],
+        "billed": billed_summary(connection, cut),
+        **cut.own_time(),
+        "energy_mj": total_mj(cut),
+        **{f"{name}_mj": class_mj(cut, name) for name in ("requests", "unattributed")},
+        "runs": [{**run.state(), **energy_state(run)} for run in cut.runs],
+    }
 
 
 def _living(alive: Collection[str], now_ns: int | None) -> Living:

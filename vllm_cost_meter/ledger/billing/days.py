@@ -6,8 +6,8 @@ Invariant: days are those of UTC, and each hour of the window is in one of them.
 from typing import Any
 
 from vllm_cost_meter.ledger.billing.comparison import Bills
+from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Window
-from vllm_cost_meter.ledger.queries.tenants import Totals
 from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
 from vllm_cost_meter.units.calendar import period_name
 
@@ -29,7 +29,7 @@ def invoice_days(
     return {
         "window": cut.window.as_dict(),
         "taken_at": cut.at(),
-        "prices": Totals.of(cut).cost.listed(),
+        "prices": CutCosts.of(cut).cost.listed(),
         "days": [
             {"day": period_name(hours[0], "day"), **bills.compared(hours).as_dict()}
             for hours in bills.days().values()

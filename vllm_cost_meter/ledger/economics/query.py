@@ -26,8 +26,8 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.economics import Declared, Sent
 from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO, TABLES
+from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
 from vllm_cost_meter.ledger.queries.cut import Cut, Window
-from vllm_cost_meter.ledger.queries.tenants import Totals, overheads_of
 from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
@@ -55,7 +55,7 @@ def economics(
         "taken_at": cut.at(),
         "deployments": deployments(cut),
         "slo": declared.slo(figures.get("good_requests_share")),
-        "prices": Totals.of(cut).cost.listed(),
+        "prices": CutCosts.of(cut).cost.listed(),
         "figures": figures,
     }
 
