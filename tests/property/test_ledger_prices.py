@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.property.test_ledger_books import NOW, parts_of, runs, slow, snapshot_of, store
 from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import NO_PRICES, Matches, PriceBook, PriceEntry, RunFacts
 
@@ -71,8 +72,8 @@ def test_reports_price_each_hour_by_the_book_at_hand_and_change_no_record(
         before = dump(path)
         for book in (NO_PRICES, book_of(first), book_of(later)):
             reader = LedgerReader(f"sqlite:///{path}", book=book)
-            whole = reader.tenants(now_ns=NOW, settle_s=0)
-            hours = [reader.tenants(h, h + 1, now_ns=NOW, settle_s=0) for h in HOURS]
+            whole = reader.tenants(as_of=AsOf(NOW, 0))
+            hours = [reader.tenants(h, h + 1, as_of=AsOf(NOW, 0)) for h in HOURS]
             reader.close()
             check(book, bills, snapshots, whole, hours)
         assert dump(path) == before

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from tests.property.test_ledger_books import NOW, parts_of, runs, slow, snapshot_of, store
 from tests.property.test_ledger_prices import HOUR, HOURS, book_of, entries
 from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
 from vllm_cost_meter.reports.grammar import Question, question
 
-AT = {"now_ns": NOW, "settle_s": 0}
+AT = {"as_of": AsOf(NOW, 0)}
 policies = st.sampled_from(["none", "even", "proportional", "owner:z", "reserved:a=30,z=12.5"])
 Spent = dict[str, list[tuple[int, int]]]
 

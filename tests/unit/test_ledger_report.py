@@ -3,6 +3,7 @@
 import pytest
 
 from tests.unit.test_ledger_reader import HOUR, NOW, T0, Ledger, http, part, snapshot
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Usage
 from vllm_cost_meter.records.snapshot import ClassTotals
@@ -10,7 +11,7 @@ from vllm_cost_meter.reports.facts import UNALLOCATED
 from vllm_cost_meter.reports.grammar import question
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
-OFF = {"now_ns": NOW, "settle_s": 0}
+OFF = {"as_of": AsOf(NOW, 0)}
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_bills_after_the_cut_wait_and_missing_ones_are_a_difference(ledger):
 def test_in_flight_time_of_a_dead_run_is_lost_and_shared_as_such(ledger):
     bills = [part(1)]
     ledger.write(*bills, snapshot(bills), usd="3600")
-    later = {"now_ns": NOW + 16 * 10**9, "settle_s": 0}
+    later = {"as_of": AsOf(NOW + 16 * 10**9, 0)}
     (series,) = ledger.reader.report(question(idle="even"), **later)["series"]
     shown = {row["class"]: row["gpu_time_ns"] for row in series["rows"]}
     assert (shown["in_flight"], shown["lost"]) == (0, 40)

@@ -7,8 +7,8 @@ from typing import Any
 
 from vllm_cost_meter.ledger.billing.comparison import Bills
 from vllm_cost_meter.ledger.queries.costs import CutCosts
-from vllm_cost_meter.ledger.queries.cut import Window
-from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
+from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Window
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.calendar import period_name
 
 
@@ -16,14 +16,13 @@ def invoice_days(
     reader: LedgerReader,
     from_hour: int | None = None,
     to_hour: int | None = None,
-    *,
-    settle_s: float = SETTLE_S,
+    as_of: AsOf = NOW,
 ) -> dict[str, Any]:
     """Return metered and billed of each UTC day of a window, and of all of it.
 
     Hours count since the epoch, [from_hour, to_hour).
     """
-    cut = reader.cut(Window(from_hour, to_hour), (), None, settle_s)
+    cut = reader.cut(Window(from_hour, to_hour), as_of)
     with reader.transaction() as connection:
         bills = Bills(connection, cut)
     return {

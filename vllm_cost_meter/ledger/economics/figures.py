@@ -11,13 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from vllm_cost_meter.economics.saturation import IDENTITY
-from vllm_cost_meter.ledger.reader import WORK
-from vllm_cost_meter.records.snapshot import CLASSES
+from vllm_cost_meter.records.snapshot import BUSY, CLASSES
 
 # Requests are of about the same size up to this factor, prompts and replies each.
 SIZE_FACTOR = 1.25
-# Classes in which the GPUs worked.
-BUSY = ("requests", *WORK)
 
 
 class Figure(NamedTuple):

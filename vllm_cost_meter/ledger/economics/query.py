@@ -27,8 +27,8 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.economics import Declared, Sent
 from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO, TABLES
 from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
-from vllm_cost_meter.ledger.queries.cut import Cut, Window
-from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
+from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
@@ -40,14 +40,13 @@ def economics(
     declared: Declared,
     from_hour: int | None = None,
     to_hour: int | None = None,
-    *,
-    settle_s: float = SETTLE_S,
+    as_of: AsOf = NOW,
 ) -> dict[str, Any]:
     """Return what tokens and requests of a window cost, at which load and latency.
 
     Hours count since the epoch, [from_hour, to_hour).
     """
-    cut = reader.cut(Window(from_hour, to_hour), (), None, settle_s)
+    cut = reader.cut(Window(from_hour, to_hour), as_of)
     with reader.transaction() as connection:
         figures = read_figures(connection, cut, declared, figures_told(declared))
     return {
@@ -67,7 +66,7 @@ def method(
     to_hour: int | None = None,
 ) -> list[dict[str, Any]]:
     """Return how each figure of a window comes about: unit, meaning, and the SQL as it is."""
-    cut = reader.cut(Window(from_hour, to_hour), (), None, 0)
+    cut = reader.cut(Window(from_hour, to_hour), AsOf(settle_s=0))
     return [
         {
             "figure": name,
