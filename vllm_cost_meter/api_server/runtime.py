@@ -35,6 +35,7 @@ async def start_side(collector: Collector, app: Any) -> None:
                 collector.book,
                 lambda: collector.settings.declared,
                 lambda: collector.settings.public_economics,
+                collector.poller.alive,
             )
         _add_own_figures(collector, app)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
@@ -45,7 +46,8 @@ def _add_own_figures(collector: Collector, app: Any) -> None:
     """Put tenants' own figures on vLLM's port; those of other API servers are a snapshot old."""
     poller = collector.poller
     refresh = (lambda: None) if poller is None else refresher(poller, asyncio.get_running_loop())
-    reader = LedgerReader(collector.ledger_url, create=True, book=collector.book)
+    alive = tuple if poller is None else poller.alive
+    reader = LedgerReader(collector.ledger_url, create=True, book=collector.book, alive=alive)
     app.include_router(make_router(reader, refresh, collector.figures))
 
 
