@@ -16,6 +16,8 @@ import typer
 
 from vllm_cost_meter.cli.options import Json, Ledger, reading, write_output
 from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.reports.answers import TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
 from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
@@ -111,6 +113,7 @@ def report(
         "filter": filter,
         "price": price,
     }
+    answer: Any
     with reading(ledger) as reader:
         if what is What.requests:
             _refuse({"window": window, "tz": tz, **words}, "requests", "tenants")
@@ -122,8 +125,7 @@ def report(
             answer = reader.report(question(window=window, tz=tz, **words))
             rows, columns = _series_rows(answer)
         elif what is What.tenants:
-            hours = hours_of_window(window, zone=zone_of(tz))
-            answer = reader.tenants(*hours, zone=zone_of(tz))
+            answer = _plain_report(reader, window, tz)
             rows, columns = _series_rows(answer)[0], TENANT_COLUMNS
         else:
             answer = reader.requests(limit=limit, tenant=tenant)
@@ -168,6 +170,11 @@ def statement(
         print(text, end="")
     if not answer["adds_up"]:
         raise typer.Exit(1)
+
+
+def _plain_report(reader: LedgerReader, window: str | None, tz: str | None) -> TenantsReport:
+    zone = zone_of(tz)
+    return reader.tenants(*hours_of_window(window, zone=zone), zone)
 
 
 def adds_up_line(answer: Mapping[str, Any]) -> str:

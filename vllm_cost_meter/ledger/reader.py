@@ -1,6 +1,6 @@
 """Questions to the ledger: one request, many, tenants, the summary, the audit.
 
-Every answer is a plain dict ready for JSON, under the names of the public interface, and is read
+Every answer is a dict ready for JSON whose type names its fields and their units, and is read
 in one transaction, so that its parts agree with each other. Aggregation is SQL; Python touches
 rows by the page only. An empty ledger has answers too: zeros and nulls.
 
@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, open_ledger
 from vllm_cost_meter.ledger.queries import reports, requests
+from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.audit import audit_runs
 from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut, settle
@@ -27,9 +28,12 @@ from vllm_cost_meter.ledger.queries.requests import Match
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
+from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
 from vllm_cost_meter.reports.grammar import Question
 from vllm_cost_meter.reports.idle import IdlePolicy
+from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.statement import month_question
+from vllm_cost_meter.reports.statement_answers import TenantStatement
 from vllm_cost_meter.units.calendar import zone_of
 
 MAX_LIMIT = 1000
@@ -96,7 +100,7 @@ class LedgerReader:
         with self.transaction() as connection:
             return requests.find(connection, id)
 
-    def request(self, match: Match, as_of: AsOf = NOW) -> dict[str, Any] | None:
+    def request(self, match: Match, as_of: AsOf = NOW) -> RequestWithParts | None:
         """Return the request row of one match, with its `parts`; None if there is none."""
         row = self._request(match, as_of)
         if row is not None and requests.is_unseen(row):
@@ -105,12 +109,12 @@ class LedgerReader:
             row = self._request(match, as_of)
         return row
 
-    def look_up(self, id: str) -> list[dict[str, Any]]:
+    def look_up(self, id: str) -> list[RequestWithParts]:
         """Return the request rows of all that an id means."""
         rows = (self.request(match) for match in self.find(id))
         return [row for row in rows if row is not None]
 
-    def explain(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def explain(self, request: Mapping[str, Any]) -> Explanation:
         """Return how the bills of a request row, with its `parts`, came about."""
         with self.transaction() as connection:
             return requests.explain(connection, request, self._book)
@@ -121,7 +125,7 @@ class LedgerReader:
         next: str | None = None,
         tenant: str | None = None,
         as_of: AsOf = NOW,
-    ) -> dict[str, Any]:
+    ) -> RequestsPage:
         """Return a page of request rows, the newest first, and the token of the next page.
 
         `running`, on the first page, has the newest requests of which nothing has ended yet.
@@ -144,7 +148,7 @@ class LedgerReader:
 
     # ---- reports
 
-    def report(self, question: Question, as_of: AsOf = NOW) -> dict[str, Any]:
+    def report(self, question: Question, as_of: AsOf = NOW) -> Report:
         """Return the answer to a question in the words of reports."""
         cut = self.cut(Window(question.from_hour, question.to_hour), as_of)
         with self.transaction() as connection:
@@ -156,7 +160,7 @@ class LedgerReader:
         to_hour: int | None = None,
         zone: tzinfo = UTC,
         as_of: AsOf = NOW,
-    ) -> dict[str, Any]:
+    ) -> TenantsReport:
         """Return the report by tenant, and what the engines say of themselves beside it."""
         cut = self.cut(Window(from_hour, to_hour), as_of)
         with self.transaction() as connection:
@@ -170,19 +174,24 @@ class LedgerReader:
         *,
         recent: int = 20,
         as_of: AsOf = NOW,
-    ) -> dict[str, Any] | None:
+    ) -> Tenant | None:
         """Return one tenant's row and its latest requests; None for a name without any."""
         answer = self.report(Question(from_hour, to_hour), as_of)
         for row in reports.rows_of(answer):
             if row["tenant"] == name:
                 latest = self.requests(limit=recent, tenant=name)["requests"]
-                about = {key: answer[key] for key in ("window", "taken_at", "prices")}
-                return {**row, **about, "recent": latest}
+                return {
+                    **row,
+                    "window": answer["window"],
+                    "taken_at": answer["taken_at"],
+                    "prices": answer["prices"],
+                    "recent": latest,
+                }
         return None
 
     def summary(
         self, from_hour: int | None = None, to_hour: int | None = None, as_of: AsOf = NOW
-    ) -> dict[str, Any]:
+    ) -> Summary:
         """Return the totals of everything: requests, tokens, time by class, cost, own time."""
         cut = self.cut(Window(from_hour, to_hour), as_of)
         with self.transaction() as connection:
@@ -196,7 +205,7 @@ class LedgerReader:
         tz: str | None = None,
         idle: str | None = None,
         as_of: AsOf = NOW,
-    ) -> dict[str, Any]:
+    ) -> TenantStatement:
         """Return one tenant's statement of a month, or that of all.
 
         Raises ValueError for words that are not understood and a tenant without a line.
@@ -209,7 +218,7 @@ class LedgerReader:
                 connection, cut, asked, month=month, tenant=tenant, now_ns=now_ns
             )
 
-    def audit(self, as_of: AsOf = NOW) -> dict[str, Any]:
+    def audit(self, as_of: AsOf = NOW) -> Audit:
         """Return whether the books of every run balance at its latest cut, and all differences."""
         cut = self.cut(Window(), as_of)
         with self.transaction() as connection:
@@ -224,7 +233,7 @@ class LedgerReader:
         with self.transaction() as connection:
             return requests.latest_run(connection, self._book)
 
-    def cost_models(self, run_id: str | None = None) -> list[dict[str, Any]]:
+    def cost_models(self, run_id: str | None = None) -> list[CostModelRow]:
         """Return the latest cost model of each run, newest run first; of one run, all versions."""
         with self.transaction() as connection:
             return models(connection, run_id)
@@ -245,7 +254,7 @@ class LedgerReader:
     def _living(self, as_of: AsOf) -> Living:
         return Living(as_of.instant_ns(), frozenset(self._alive()))
 
-    def _request(self, match: Match, as_of: AsOf) -> dict[str, Any] | None:
+    def _request(self, match: Match, as_of: AsOf) -> RequestWithParts | None:
         living = self._living(as_of)
         with self.transaction() as connection:
             return requests.request_row(connection, match, living, self._book)

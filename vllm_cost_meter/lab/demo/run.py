@@ -271,7 +271,7 @@ def _quiet_figures(server: Server, setting: Setting, abandoned_id: str) -> Figur
         time.sleep(0.3)
 
 
-def _statement(setting: Setting) -> dict[str, Any]:
+def _statement(setting: Setting) -> Mapping[str, Any]:
     settings = load_settings(setting.environment, setting.folder / SETTINGS)
     reader = LedgerReader(str(settings.ledger), book=settings.price_book)
     try:

@@ -25,6 +25,7 @@ from vllm_cost_meter.ledger.schema import (
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.reports.explanation import explained
+from vllm_cost_meter.reports.request_answers import Explanation, RequestWithParts
 from vllm_cost_meter.reports.request_row import RUNNING, exchange, ordered, shown_part
 
 MAX_MATCHES = 100
@@ -76,7 +77,7 @@ def find(connection: Connection, id: str) -> list[Match]:
 
 def request_row(
     connection: Connection, match: Match, living: Living, book: PriceBook
-) -> dict[str, Any] | None:
+) -> RequestWithParts | None:
     """Return the request row of one match, with its `parts`; None if there is none."""
     h, r, o = http_requests.c, requests.c, open_requests.c
     if match.http_request_id is not None:
@@ -104,7 +105,7 @@ def is_unseen(row: Mapping[str, Any]) -> bool:
     return any(part["state"] == RUNNING and part["run_id"] is None for part in row["parts"])
 
 
-def explain(connection: Connection, request: Mapping[str, Any], book: PriceBook) -> dict[str, Any]:
+def explain(connection: Connection, request: Mapping[str, Any], book: PriceBook) -> Explanation:
     """Return how the bills of a request row, with its `parts`, came about.
 
     Only what has ended is explained; a request that never reached an engine has no parts.

@@ -14,6 +14,7 @@ from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.ledger.queries.energy import by_tenant, class_energy
 from vllm_cost_meter.ledger.schema import requests
 from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.answers import AfterCut
 from vllm_cost_meter.reports.tenant_details import TenantFacts
 
 
@@ -30,7 +31,7 @@ def tenant_facts(
     )
 
 
-def after_cut(connection: Connection, cut: Cut) -> dict[str, int]:
+def after_cut(connection: Connection, cut: Cut) -> AfterCut:
     """Return the bills that no snapshot counts yet: they wait for the next one."""
     billed = select(func.count(), func.sum(requests.c.gpu_time_ns))
     if cut.runs:
