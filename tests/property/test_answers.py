@@ -20,7 +20,7 @@ from tests.property.test_ledger_books import (
     store,
 )
 from tests.property.test_ledger_prices import HOUR, book_of, entries
-from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -93,7 +93,7 @@ def test_answers_of_any_ledger_are_of_their_types(drawn, priced, answered):
     records = [*bills[:-1], *map(open_of, bills), *told.values(), *snapshots]
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'ledger.db'}"
-        engine = open_ledger(url)
+        engine = open_database(url)
         store(engine, records, seed=0)
         engine.dispose()
         reader = LedgerReader(url, book=book_of(priced))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.property.test_ledger_books import NOW, parts_of, runs, slow, snapshot_of, store
 from tests.property.test_ledger_prices import HOUR, HOURS, book_of, entries
-from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
@@ -42,7 +42,7 @@ def spent_by_row(bills: list, snapshots: list, hours: set[int]) -> Spent:
     for part in bills:
         for piece in part.bill.pieces:
             if piece.hour in hours:
-                spent[part.tenant].append((piece.hour, piece.gpu_time_ns))
+                spent[part.owner.tenant].append((piece.hour, piece.gpu_time_ns))
     for snapshot in snapshots:
         for hour, totals in snapshot.hours.items():
             for name in OVERHEAD_ROWS:
@@ -72,7 +72,7 @@ def asked(drawn: list, book: PriceBook, questions: list[Question], windows: list
     bills, snapshots = world(drawn)
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'ledger.db'}"
-        engine = open_ledger(url)
+        engine = open_database(url)
         store(engine, [*bills, *snapshots], seed=0)
         engine.dispose()
         reader = LedgerReader(url, book=book)

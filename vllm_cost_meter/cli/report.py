@@ -19,7 +19,7 @@ from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.answers import TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
-from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, question
+from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, Words
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
@@ -105,7 +105,9 @@ def report(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
     """Print what each tenant used and what the engines did besides, or the latest requests."""
-    words: dict[str, Any] = {
+    words: Words = {
+        "window": window,
+        "tz": tz,
         "aggregate": aggregate,
         "step": step,
         "accumulate": accumulate,
@@ -115,14 +117,12 @@ def report(
     }
     answer: Any
     with reading(ledger) as reader:
-        if what is What.requests:
-            _refuse({"window": window, "tz": tz, **words}, "requests", "tenants")
-        else:
-            _refuse({"tenant": tenant}, "tenants", "requests")
+        _refuse(words if what is What.requests else {"tenant": tenant}, what)
         if as_json and as_csv:
             raise ValueError("--csv: expected without --json, got both")
-        if any(words.values()):
-            answer = reader.report(question(window=window, tz=tz, **words))
+        has_words = any(value for word, value in words.items() if word not in ("window", "tz"))
+        if has_words:
+            answer = reader.report(**words)
             rows, columns = _series_rows(answer)
         elif what is What.tenants:
             answer = _plain_report(reader, window, tz)
@@ -139,7 +139,7 @@ def report(
             columns = (*columns, ENERGY_COLUMN)
         print_rows(rows, columns)
         if what is What.tenants:
-            print("\n".join(map(plain, _lines_below(answer, filter, any(words.values())))))
+            print("\n".join(map(plain, _lines_below(answer, filter, has_words))))
     if what is What.tenants and not answer["adds_up"]:
         raise typer.Exit(1)
 
@@ -185,8 +185,9 @@ def adds_up_line(answer: Mapping[str, Any]) -> str:
     return f"DOES NOT ADD UP: {answer['difference_ns']} ns of {wall_s:.6f} GPU-seconds are missing"
 
 
-def _refuse(words: Mapping[str, object], got: str, expected: str) -> None:
-    """Raise ValueError for a word that would be passed over."""
+def _refuse(words: Mapping[str, object], got: What) -> None:
+    """Raise ValueError for a word that would be passed over: it is of the other report."""
+    expected = What.tenants if got is What.requests else What.requests
     for name, value in words.items():
         if value:
             raise ValueError(f"--{name}: expected with `report {expected}`, got it with {got}")

@@ -10,13 +10,13 @@ Invariant: a reader writes nothing.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, tzinfo
-from typing import Any
+from typing import Any, Self, Unpack
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import cause_of, open_ledger
+from vllm_cost_meter.ledger.database import cause_of, open_database
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.audit import audit_runs
@@ -29,7 +29,8 @@ from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
-from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.grammar import Question, Words
+from vllm_cost_meter.reports.grammar import question as ask
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.statement import month_question
@@ -65,13 +66,19 @@ class LedgerReader:
         self._alive = alive
         # Bills already waited for in vain, by run: nobody waits for them again.
         self._known_missing: dict[str, int] = {}
-        self._engine = open_ledger(url, create=create)
+        self._engine = open_database(url, create=create)
         if self._engine.dialect.name == "postgresql":
             self._engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
 
     def close(self) -> None:
         """Close the connections."""
         self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -100,8 +107,14 @@ class LedgerReader:
         with self.transaction() as connection:
             return requests.find(connection, id)
 
-    def request(self, match: Match, as_of: AsOf = NOW) -> RequestWithParts | None:
-        """Return the request row of one match, with its `parts`; None if there is none."""
+    def request(self, id: str | Match, as_of: AsOf = NOW) -> RequestWithParts | None:
+        """Return the request row of an id or a match, with its `parts`; None if there is none.
+
+        Raises ValueError for an id that several requests have, and LedgerError.
+        """
+        match = id if isinstance(id, Match) else self._only_match(id)
+        if match is None:
+            return None
         row = self._request(match, as_of)
         if row is not None and requests.is_unseen(row):
             # Its bill may be on its way.
@@ -110,12 +123,17 @@ class LedgerReader:
         return row
 
     def look_up(self, id: str) -> list[RequestWithParts]:
-        """Return the request rows of all that an id means."""
+        """Return the request rows of all that an id means, the newest first."""
         rows = (self.request(match) for match in self.find(id))
         return [row for row in rows if row is not None]
 
     def explain(self, request: Mapping[str, Any]) -> Explanation:
-        """Return how the bills of a request row, with its `parts`, came about."""
+        """Return how the bills of a request row, with its `parts`, came about.
+
+        `text` is a list of lines for people, `parts` a list of dicts with the same figures. Only
+        what has ended is explained; a request that never reached an engine has no parts. Raises
+        LedgerError.
+        """
         with self.transaction() as connection:
             return requests.explain(connection, request, self._book)
 
@@ -148,8 +166,20 @@ class LedgerReader:
 
     # ---- reports
 
-    def report(self, question: Question, as_of: AsOf = NOW) -> Report:
-        """Return the answer to a question in the words of reports."""
+    def report(
+        self, asked: Question | None = None, as_of: AsOf = NOW, **words: Unpack[Words]
+    ) -> Report:
+        """Return the answer of `/cost/report` to a question, or to the words that ask one.
+
+        `series` is a list of pieces of time, each with its `rows`: a dict for each value of what is
+        aggregated by, and one for each class of overhead. `_ns` are nanoseconds of GPU time,
+        `_nanousd` 10^-9 USD, integers both; None is unknown.
+
+        Raises ValueError for a word that is not understood, and LedgerError.
+        """
+        if asked is not None and words:
+            raise TypeError(f"report: expected a question or words, got both: {', '.join(words)}")
+        question = ask(**words) if asked is None else asked
         cut = self.cut(Window(question.from_hour, question.to_hour), as_of)
         with self.transaction() as connection:
             return reports.report_at(connection, cut, question)
@@ -206,9 +236,13 @@ class LedgerReader:
         idle: str | None = None,
         as_of: AsOf = NOW,
     ) -> TenantStatement:
-        """Return one tenant's statement of a month, or that of all.
+        """Return one tenant's statement of a month such as 2026-11, or that of all.
 
-        Raises ValueError for words that are not understood and a tenant without a line.
+        `lines` are dicts by tenant, day and model; their `amount_cents`, integers, add up to the
+        total to the cent.
+
+        Raises ValueError for words that are not understood and a tenant without a line, and
+        LedgerError.
         """
         asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle))
         now_ns = as_of.instant_ns()
@@ -219,7 +253,11 @@ class LedgerReader:
             )
 
     def audit(self, as_of: AsOf = NOW) -> Audit:
-        """Return whether the books of every run balance at its latest cut, and all differences."""
+        """Return whether the books of every run balance at its latest cut, and all differences.
+
+        `balanced` is a bool, `runs` a list of dicts with the times and differences of each run in
+        nanoseconds. Raises LedgerError.
+        """
         cut = self.cut(Window(), as_of)
         with self.transaction() as connection:
             runs = audit_runs(connection, cut)
@@ -240,9 +278,10 @@ class LedgerReader:
 
     def earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
         """Return what an engine like the one of a snapshot had learnt before, None if nothing."""
-        about = (snapshot.run_id, snapshot.model, snapshot.hardware, snapshot.parallelism)
+        engine = snapshot.engine
+        about = (engine.model, engine.hardware, engine.parallelism)
         with self.transaction() as connection:
-            return earlier_fit(connection, *about)
+            return earlier_fit(connection, snapshot.run_id, *about)
 
     # ---- how
 
@@ -253,6 +292,14 @@ class LedgerReader:
 
     def _living(self, as_of: AsOf) -> Living:
         return Living(as_of.instant_ns(), frozenset(self._alive()))
+
+    def _only_match(self, id: str) -> Match | None:
+        """Return the match of an id, None if there is none. Raises ValueError for several."""
+        matches = self.find(id)
+        if len(matches) > 1:
+            own = ", ".join(str(match.http_request_id or match.request_id) for match in matches)
+            raise ValueError(f"id {id!r}: expected that of one request, got that of {own}")
+        return matches[0] if matches else None
 
     def _request(self, match: Match, as_of: AsOf) -> RequestWithParts | None:
         living = self._living(as_of)
