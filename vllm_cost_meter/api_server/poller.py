@@ -54,6 +54,8 @@ class Poller:
         self.latest: dict[str, Snapshot] = {}
         self.stopping = False
         self._overdue = False
+        # By the place of its engine: the run that answered last, until its engine fails.
+        self._runs: dict[int, str] = {}
 
     async def run(self) -> None:
         """Poll for ever; an error is contained and counted."""
@@ -80,11 +82,16 @@ class Poller:
         # The refresh may have been under way, and its commit come before what was announced.
         await asyncio.wrap_future(self._writer.commit())
 
+    def alive(self) -> frozenset[str]:
+        """Return the runs whose engines have not failed, however long they take to answer."""
+        return frozenset(self._runs.values())
+
     async def _poll(self) -> None:
         fits, self._fits = self._fits, {}
         answers = await engines.poll_engines(
             self._engine_client, self._acknowledged, fits, self._answer_timeout_s
         )
+        self._note_runs(answers)
         snapshots = [answer for answer in answers if isinstance(answer, Snapshot)]
         self._note_failures([answer for answer in answers if isinstance(answer, BaseException)])
         for snapshot in snapshots:
@@ -105,6 +112,17 @@ class Poller:
             return
         if fit is not None:
             self._fits[snapshot.run_id] = fit
+
+    def _note_runs(self, answers: Sequence[Snapshot | BaseException | None]) -> None:
+        """An engine in a long step does not answer in time: it lives. One that fails may not."""
+        runs = dict(self._runs)
+        for place, answer in enumerate(answers):
+            if isinstance(answer, Snapshot):
+                runs[place] = answer.run_id
+            elif not isinstance(answer, TimeoutError):
+                runs.pop(place, None)
+        # Readers are in other threads: they see the old runs or the new ones.
+        self._runs = runs
 
     def _note_failures(self, failures: Sequence[BaseException]) -> None:
         if self.stopping:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from fractions import Fraction
 from typing import Any
 
@@ -212,6 +212,10 @@ class Runtime:
             return lambda: None
         return refresher(self.poller, asyncio.get_running_loop())
 
+    def _alive(self) -> Callable[[], Collection[str]]:
+        """Return what names the runs whose engines are known to live; the poller knows them."""
+        return tuple if self.poller is None else self.poller.alive
+
     def _serve_endpoint(self) -> None:
         serve(
             self.settings,
@@ -222,10 +226,11 @@ class Runtime:
             self.book,
             lambda: self.settings.declared,
             lambda: self.settings.public_economics,
+            self._alive(),
         )
 
     def _add_tenant_routes(self, app: Any) -> None:
-        reader = LedgerReader(self.ledger_url, create=True, book=self.book)
+        reader = LedgerReader(self.ledger_url, create=True, book=self.book, alive=self._alive())
         app.include_router(make_router(reader, self._refresh(), self.figures))
 
 
