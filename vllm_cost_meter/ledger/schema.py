@@ -29,7 +29,7 @@ from sqlalchemy import (
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 metadata = MetaData()
 
@@ -79,6 +79,8 @@ runs = Table(
     Column("price_id", _Key),
     # JSON: name and UUID of each GPU.
     Column("devices", Text),
+    # JSON: an object of texts, that the operator declared; NULL before there were labels.
+    Column("labels", Text),
 )
 
 cost_models = Table(
