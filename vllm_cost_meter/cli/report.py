@@ -16,7 +16,7 @@ import typer
 from vllm_cost_meter.cli.options import Json, Ledger, reading, write_output
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.reports.allocation import COUNTS
-from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, Words
+from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
@@ -80,8 +80,8 @@ def report(
     aggregate: Annotated[
         str | None,
         typer.Option(
-            help=f"Columns to add up by, with commas: {', '.join((*DIMENSIONS, *TIMES))}, {TAG}NAME"
-            "; otherwise tenant."
+            help=f"Columns to add up by, with commas: {', '.join((*DIMENSIONS, *TIMES))},"
+            f" {TAG}NAME, {LABEL}NAME; otherwise tenant."
         ),
     ] = None,
     step: Annotated[
