@@ -16,8 +16,8 @@ from tests.support.examples import examples
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import (
     CHARGE_CLASSES,
-    BillingSnapshot,
     InvoiceLine,
+    Reading,
     billed_hours,
     spend,
     stretches,
@@ -42,7 +42,7 @@ def snapshots(draw):
     found = []
     for each, rated in zip(at, is_rate, strict=False):
         usd = draw(amounts)
-        found.append(BillingSnapshot("r", "gpu", each, *((None, usd) if rated else (usd, None))))
+        found.append(Reading("r", "gpu", each, *((None, usd) if rated else (usd, None))))
     return found
 
 
@@ -156,7 +156,7 @@ def of_whole_microseconds(fact):
 
 
 def is_possible(fact):
-    return isinstance(fact, BillingSnapshot) or fact.from_ns < fact.to_ns
+    return isinstance(fact, Reading) or fact.from_ns < fact.to_ns
 
 
 def recomputed(files, gap_ns):
@@ -166,7 +166,7 @@ def recomputed(files, gap_ns):
         (*meter, *hour)
         for meter in {(fact.resource, fact.kind) for fact in facts}
         for hour in billed_hours(stretches(
-            [one for one in facts if isinstance(one, BillingSnapshot)
+            [one for one in facts if isinstance(one, Reading)
              and (one.resource, one.kind) == meter],
             [one for one in facts if isinstance(one, InvoiceLine)
              and (one.resource, one.kind) == meter],
@@ -191,7 +191,7 @@ def ledger(tmp_path_factory):
                 for table in TABLES:
                     connection.execute(f"DELETE FROM {table}")
             for facts in files:
-                read = {one: "f:1" for one in facts if isinstance(one, BillingSnapshot)}
+                read = {one: "f:1" for one in facts if isinstance(one, Reading)}
                 charged = {one: "f:1" for one in facts if isinstance(one, InvoiceLine)}
                 file = InvoiceFile("f", read, charged, 0)
                 told = import_invoice(url, file, gap_ns, 0)["resources"]

@@ -129,7 +129,7 @@ def test_the_command_says_it_in_sentences(ledger):
     assert told.exit_code == 0
     assert "tenant alice" in told.output
     invoice = (
-        "x 2.5 USD per GPU-hour (gpu, the invoice (told when the run began)) = 0.000025135 USD"
+        "x 2.5 USD per GPU-hour (gpu, the invoice (recorded when the run began)) = 0.000025135 USD"
     )
     assert invoice in told.output
     assert "cost model 1: one plane, what it began with" in told.output

@@ -1,7 +1,7 @@
-"""Full load as sweeps measured it: kept in the ledger, so that a window can be set against it.
+"""Full load in the ledger: the points that sweeps measured, to compare a window with.
 
-Which point is that of a window is decided in SQL, where the figure is (`economics`): the latest one
-of the very same deployment whose requests were of about the size of those of the window.
+The SQL for the figure `saturation_output_tokens_per_s` chooses the point for a window: the latest
+point measured on the same deployment with requests of about the same size.
 
 Invariant: a curve is kept once, however often it is imported.
 """
@@ -19,7 +19,7 @@ from vllm_cost_meter.ledger.schema import runs, saturation_points
 
 
 def knows_runs(url: str, run_ids: Collection[str]) -> bool:
-    """Return whether a ledger has all of these engine runs; not if there is no ledger."""
+    """Return whether a ledger has all of these engine runs; False if there is no ledger."""
     try:
         engine = open_database(url, create=False)
     except LedgerError:
@@ -33,7 +33,7 @@ def knows_runs(url: str, run_ids: Collection[str]) -> bool:
 
 
 def keep(url: str, points: Iterable[SaturationPoint]) -> int:
-    """Keep these points in a ledger that is there; return how many are new. Raises LedgerError."""
+    """Keep these points in an existing ledger; return how many are new. Raises LedgerError."""
     engine = open_database(url, create=False)
     try:
         with writing(engine).begin() as connection:
