@@ -38,6 +38,7 @@ ENGINE = EngineIdentity(
     host="node-1",
     precision="bfloat16",
     meter_version="0.1.0",
+    labels={"pool": "spot"},
 )
 ENGINE_STATE = EngineState(
     running=0,

@@ -10,7 +10,7 @@ from tests.docs.small_ledger import small_ledger
 from vllm_cost_meter.cli.report import Format
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.prices.run_prices import Cost
-from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, question
+from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, question
 from vllm_cost_meter.reports.idle import SHARED_CLASSES, IdlePolicy
 from vllm_cost_meter.reports.statement import CLASS, OVERHEAD, USAGE
 from vllm_cost_meter.reports.tenant_details import TenantFacts, tenant_details
@@ -46,7 +46,7 @@ def test_the_words_are_the_parameters_of_the_endpoint(reader):
 def test_the_values_of_the_words_are_those_of_the_code():
     for window in values("window"):
         hours_of_window(window)
-    assert values("aggregate") == [*DIMENSIONS, *TIMES, f"{TAG}NAME"]
+    assert values("aggregate") == [*DIMENSIONS, *TIMES, f"{TAG}NAME", f"{LABEL}NAME"]
     assert values("step") == list(STEPS)
     question(filter=values("filter")[0])
     question(tz=values("tz")[0])

@@ -91,6 +91,28 @@ def test_usage_is_told_apart_by_each_dimension(ledger, aggregate, found):
     assert figures(ledger, aggregate, "requests", "gpu_time_ns", "prompt_tokens") == found
 
 
+def test_usage_is_told_apart_by_a_label_of_the_engine_and_by_none_where_it_has_none(ledger):
+    pools = {"run": {"pool": "spot", "zone": "a"}, "two": {"zone": "a", "pool": "spot"}, "bare": {}}
+    for run_id, labels in pools.items():
+        http_id = f"h-{run_id}"
+        tags = '{"team":"red"}'
+        bills = [part(1, http_id, run_id=run_id, tags=tags), part(2, None, run_id=run_id)]
+        ledger.write(*bills, http(http_id), usd="3600")
+        ledger.write(snapshot(bills, run_id=run_id, labels=labels), usd="3600")
+    names = ("requests", "gpu_time_ns", "prompt_tokens")
+    assert figures(ledger, "label:pool", *names) == {
+        ("spot",): (2, 1200, 40), (UNALLOCATED,): (1, 600, 20),
+    }  # fmt: skip
+    assert figures(ledger, "label:pool,tag:team,tenant", *names) == {
+        ("spot", "red", "alice"): (2, 600, 20), ("spot", UNALLOCATED, "alice"): (0, 600, 20),
+        (UNALLOCATED, "red", "alice"): (1, 300, 10),
+        (UNALLOCATED, UNALLOCATED, "alice"): (0, 300, 10),
+    }  # fmt: skip
+    spot = figures(ledger, "tenant", *names, filter="label:pool=spot,big+label:zone=a")
+    assert spot == {("alice",): (2, 1200, 40)}
+    assert figures(ledger, "tenant", *names, filter="label:zone=b") == {}
+
+
 def test_a_day_is_of_the_time_zone(ledger):
     write_five(ledger)
     # 9 hours behind: the second hour, from 09:00 UTC, begins at midnight.

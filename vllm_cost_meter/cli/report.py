@@ -19,7 +19,7 @@ from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.answers import TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
-from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, Words
+from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
@@ -83,8 +83,8 @@ def report(
     aggregate: Annotated[
         str | None,
         typer.Option(
-            help=f"Columns to add up by, with commas: {', '.join((*DIMENSIONS, *TIMES))}, {TAG}NAME"
-            "; otherwise tenant."
+            help=f"Columns to add up by, with commas: {', '.join((*DIMENSIONS, *TIMES))},"
+            f" {TAG}NAME, {LABEL}NAME; otherwise tenant."
         ),
     ] = None,
     step: Annotated[

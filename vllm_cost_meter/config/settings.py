@@ -1,7 +1,7 @@
 """All settings: each field with its type, range and description, and values derived from them.
 
 `loading.py` reads them and writes the error messages. Every vLLM process on the API side uses them;
-an engine reads its two settings with `engine.py`.
+an engine reads its three settings with `engine.py`.
 
 Invariant: every field says what it expects, and a `Settings` holds only checked values.
 """
@@ -9,9 +9,10 @@ Invariant: every field says what it expects, and a `Settings` holds only checked
 import hashlib
 import ipaddress
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import (
+    BeforeValidator,
     Field,
     SecretStr,
     ValidationInfo,
@@ -19,6 +20,7 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -27,7 +29,14 @@ from vllm_cost_meter.config import prices as setting_prices
 from vllm_cost_meter.config import types as t
 from vllm_cost_meter.config.budgets import BudgetSetting, check_budgets
 from vllm_cost_meter.config.economics import EconomicsSettings
-from vllm_cost_meter.config.engine import METHOD_EXPECTED, PREFIX, EngineSettings, Method
+from vllm_cost_meter.config.engine import (
+    LABELS_EXPECTED,
+    METHOD_EXPECTED,
+    PREFIX,
+    EngineSettings,
+    Method,
+    labels_of,
+)
 from vllm_cost_meter.config.invoices import (
     InvoiceSettings,
 )
@@ -48,6 +57,13 @@ from vllm_cost_meter.tenants.budgets import Budget
 from vllm_cost_meter.tenants.rules import SLASH, Resolver
 
 _about = t.about
+
+
+def _labels(given: object) -> dict[str, str]:
+    try:
+        return labels_of(given)
+    except ValueError as error:
+        raise t.WrongError(LABELS_EXPECTED, str(error)) from None
 
 
 class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
@@ -121,6 +137,12 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         allow_inf_nan=False,
         description="How often the engines' totals are fetched.",
         json_schema_extra=_about("a number from 0.05 to 3600", "s"),
+    )
+    labels: Annotated[dict[str, str], NoDecode, BeforeValidator(_labels)] = Field(
+        default={},
+        description="What the engines of this server are labelled with, such as their pool or zone:"
+        " every run keeps them, so that reports can tell runs apart.",
+        json_schema_extra=_about(LABELS_EXPECTED),
     )
     step_log: str | None = Field(
         default=None,

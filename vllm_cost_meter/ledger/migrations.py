@@ -87,6 +87,7 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
         *_added("requests", _COUNT, "cut_ns", "cut_tokens"),
         *_added("usage_pieces", _COUNT, "cut_ns", "cut_tokens"),
     ),
+    7: (*_added("runs", "TEXT", "labels"),),
 }
 
 

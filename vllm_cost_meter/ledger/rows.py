@@ -191,6 +191,7 @@ def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
     return {
         "run_id": snapshot.run_id,
         **asdict(snapshot.engine),
+        "labels": json.dumps(snapshot.engine.labels, ensure_ascii=False),
         "started_at": rfc3339(snapshot.started_at_ns),
         "price_id": price_id,
         "devices": _devices(snapshot),

@@ -32,7 +32,7 @@ from sqlalchemy import (
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 metadata = MetaData()
 
@@ -82,6 +82,8 @@ runs = Table(
     Column("price_id", _Key),
     # This JSON has each GPU's name and UUID.
     Column("devices", Text),
+    # JSON: an object of texts, that the operator declared; NULL before there were labels.
+    Column("labels", Text),
 )
 
 cost_models = Table(

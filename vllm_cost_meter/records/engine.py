@@ -6,7 +6,8 @@ the same names of the table `runs`: a new fact about an engine is a field here a
 Invariant: two snapshots of one run have equal identities.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from vllm_cost_meter.version import __version__
 
@@ -18,6 +19,7 @@ class EngineIdentity:
     `parallelism` is e.g. "tp=2 pp=1 dp=1". `host` is the name of its machine, by which a price may
     be chosen. `precision` is what it computes in, e.g. "bfloat16" or "bfloat16, fp8 weights".
     Its KV cache has `kv_blocks` of `kv_block_size` tokens each, None where there is none.
+    `labels` are what the operator declared of it, e.g. its pool.
     `native` tells that the native module splits the steps, and not its twin in Python.
     """
 
@@ -34,3 +36,4 @@ class EngineIdentity:
     host: str = "unknown"
     precision: str = "unknown"
     meter_version: str = __version__
+    labels: Mapping[str, str] = field(default_factory=dict)

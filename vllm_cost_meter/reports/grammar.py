@@ -20,13 +20,15 @@ from vllm_cost_meter.units.text import fields
 
 DIMENSIONS = ("tenant", "model", "lora", "route", "status")
 TIMES = ("hour", "day", "month")
+# Before a name: a tag that was declared of the tenant, a label of the engine.
 TAG = "tag:"
+LABEL = "label:"
 STEPS: Mapping[str, Unit] = {"1h": "hour", "1d": "day", "1w": "week", "month": "month"}
-_COLUMNS = f"{', '.join((*DIMENSIONS, *TIMES))} or {TAG}NAME"
+_COLUMNS = f"{', '.join((*DIMENSIONS, *TIMES))}, {TAG}NAME or {LABEL}NAME"
 _PRICE = re.compile(r"\d{1,9}(\.\d{1,18})?\Z", re.ASCII)
 # Before another condition. A plus sign that was not encoded in a URL comes as a space.
 _TOKEN = re.compile(
-    rf'"(?:[^"]|"")*"|(?P<and>[+ ]\s*)(?=(?:{"|".join((*DIMENSIONS, *TIMES, "tag"))}):)|.',
+    rf'"(?:[^"]|"")*"|(?P<and>[+ ]\s*)(?=(?:{"|".join((*DIMENSIONS, *TIMES, "tag", "label"))}):)|.',
     re.DOTALL,
 )
 
@@ -136,14 +138,14 @@ def _conditions(text: str) -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     for term in _terms(text):
         column, colon, values = term.partition(":")
-        if column == "tag":
-            tag, colon, values = values.partition("=")
-            column = f"{TAG}{tag}"
+        if column in ("tag", "label"):
+            name, colon, values = values.partition("=")
+            column = f"{column}:{name}"
         allowed = frozenset(fields(values))
         if not colon or not _is_column(column) or not allowed:
             raise ValueError(
                 f"filter: expected COLUMN:VALUE,... joined by +, the column one of {_COLUMNS} "
-                f"(tag:NAME=VALUE,...), got {term!r}"
+                f"(tag:NAME=VALUE,..., label:NAME=VALUE,...), got {term!r}"
             )
         found[column] = found[column] & allowed if column in found else allowed
     return found
@@ -160,8 +162,8 @@ def _terms(text: str) -> list[str]:
 
 
 def _is_column(name: str) -> bool:
-    is_tag = name.startswith(TAG) and len(name) > len(TAG)
-    return is_tag or name in DIMENSIONS or name in TIMES
+    is_named = any(name.startswith(kind) and name != kind for kind in (TAG, LABEL))
+    return is_named or name in DIMENSIONS or name in TIMES
 
 
 def _price(text: str | None) -> Decimal | None:

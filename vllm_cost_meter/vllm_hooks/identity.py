@@ -41,6 +41,7 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         kv_block_size=scheduler.block_size or None,
         host=host_name() or "unknown",
         precision=precision_of(config),
+        labels=settings.labels,
     )
     meter = EngineMeter(
         engine=engine,

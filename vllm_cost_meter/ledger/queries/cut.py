@@ -9,6 +9,7 @@ Invariant: whatever arrives after a cut was read, the same cut gives the same fi
 bills up to the cut that were still on their way.
 """
 
+import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -167,6 +168,7 @@ class RunCut:
         about = ("running", "waiting", "kv_cache_usage", "steps", "errors", "state")
         return {
             **{name: self.row[name] for name in (*names, *more, *about)},
+            "labels": None if self.row["labels"] is None else json.loads(self.row["labels"]),
             "alive": self.alive,
             "usd_per_gpu_hour": self.row["usd_per_gpu_hour"],
         }

@@ -3,7 +3,7 @@
 An HTTP exchange counts once, with the tokens that its client was told; where the reply did not say,
 with those of its parts, a prompt that several parts share counting once. Parts without an HTTP row
 add their tokens and no request. An exchange has one tenant; should its parts differ in model,
-adapter, route, tags or the way they ended, it counts under the first by name.
+adapter, route, tags, label or the way they ended, it counts under the first by name.
 
 Invariant: each exchange and each part without one is in exactly one group, so the groups add up to
 the same totals whatever they are told apart by.
@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Select, Text, cast, func, literal, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cut import Window
-from vllm_cost_meter.ledger.schema import http_requests, requests
+from vllm_cost_meter.ledger.schema import http_requests, requests, runs
 from vllm_cost_meter.reports.facts import COUNTS
 
 TOKENS = COUNTS[1:]
@@ -30,7 +30,8 @@ def count_ended(
 ) -> dict[tuple[Any, ...], Counts]:
     """Return requests and tokens of those that ended in the window.
 
-    `by` are columns of `requests`, and `hour`, the beginning of the instant at which each ended.
+    `by` are columns of `requests`, `labels` of their run, and `hour`, the beginning of the instant
+    at which each ended.
     """
     found: dict[tuple[Any, ...], Counts] = {}
     for query in (_told(window, by), _untold(window, by)):
@@ -45,7 +46,11 @@ def count_ended(
 def _told(window: Window, by: Sequence[str]) -> Select[Any]:
     """Count exchanges with an HTTP row and at least one part; tokens told, else from the parts."""
     h, r = http_requests.c, requests.c
-    own = {"tenant": h.tenant, "hour": func.substr(h.finished_at, 1, HOUR_CHARS)}
+    own = {
+        "tenant": h.tenant,
+        "hour": func.substr(h.finished_at, 1, HOUR_CHARS),
+        "labels": func.min(labels_of(r.run_id)),
+    }
     prompts = (
         select(
             h.http_request_id,
@@ -79,7 +84,11 @@ def _untold(window: Window, by: Sequence[str]) -> Select[Any]:
     """Count the tokens of parts without an HTTP row, as requests 0."""
     h, r = http_requests.c, requests.c
     exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
-    own = {"tenant": r.tenant, "hour": func.max(func.substr(r.finished_at, 1, HOUR_CHARS))}
+    own = {
+        "tenant": r.tenant,
+        "hour": func.max(func.substr(r.finished_at, 1, HOUR_CHARS)),
+        "labels": func.min(labels_of(r.run_id)),
+    }
     prompts = (
         select(
             *((own[name] if name in own else func.min(r[name])).label(name) for name in by),
@@ -93,6 +102,11 @@ def _untold(window: Window, by: Sequence[str]) -> Select[Any]:
     p = prompts.c
     keys = [p[name] for name in by]
     return select(*keys, literal(0), *(func.sum(p[name]) for name in TOKENS)).group_by(*keys)
+
+
+def labels_of(run_id: ColumnElement[str]) -> ColumnElement[Any]:
+    """Return the labels of the run in this column, as the ledger has them."""
+    return select(runs.c.labels).where(runs.c.run_id == run_id).scalar_subquery()
 
 
 def _prompt_tokens() -> list[ColumnElement[Any]]:

@@ -19,18 +19,20 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
-from vllm_cost_meter.ledger.queries.ended import count_ended
+from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
 from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
 from vllm_cost_meter.reports.facts import COUNTS, UNALLOCATED, Ended, Facts, Key, Used
-from vllm_cost_meter.reports.grammar import TAG, Question
+from vllm_cost_meter.reports.grammar import LABEL, TAG, Question
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.reports.tenant_details import tenant_details
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
 # Dimensions whose column has another name.
 _COLUMN = {"status": "engine_status"}
+# Dimensions that are a name within a column of JSON.
+_WITHIN = {TAG: "tags", LABEL: "labels"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,10 @@ def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequen
         return Usage([], {})
     at, p, r = cut.cte(), usage_pieces.c, requests.c
     # Pieces have the tenant themselves: with that alone, no request is read.
-    keys = [p.tenant if name == "tenant" else r[name] for name in columns]
+    own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
+    keys = [own[name] if name in own else r[name] for name in columns]
     joined = usage_pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
-    if set(columns) - {"tenant"}:
+    if set(columns) - own.keys():
         joined = joined.join(requests, and_(r.run_id == p.run_id, r.seq == p.seq))
     more = PART_SUMS if question.is_by_tenant else ()
     apart = question.tells_hours_apart
@@ -124,7 +127,7 @@ def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequen
         .where(cut.window.on_hours(p.hour))
         .group_by(p.run_id, *hours, *keys)
     )
-    # Two texts of tags may have the same values for what is asked.
+    # Two texts of tags or labels may have the same values for what is asked.
     spent: Counter[tuple[str, int, Key]] = Counter()
     sums: dict[str, dict[str, int]] = {}
     for run_id, hour, gpu_time_ns, *values in connection.execute(asked):
@@ -138,15 +141,21 @@ def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequen
 
 
 def _column(dimension: str) -> str:
-    return "tags" if dimension.startswith(TAG) else _COLUMN.get(dimension, dimension)
+    for kind, column in _WITHIN.items():
+        if dimension.startswith(kind):
+            return column
+    return _COLUMN.get(dimension, dimension)
 
 
 def _key(dimensions: Sequence[str], columns: Sequence[str], values: Sequence[Any]) -> Key:
     """Return the values of the dimensions, of a row's columns."""
     row = dict(zip(columns, values, strict=True))
-    tags = json.loads(row["tags"]) if row.get("tags") else {}
-    found = (
-        tags.get(name.removeprefix(TAG)) if name.startswith(TAG) else row[_column(name)]
-        for name in dimensions
-    )
+    texts = {name: json.loads(row[name]) for name in _WITHIN.values() if row.get(name)}
+
+    def value_of(dimension: str) -> Any:
+        kind, colon, name = dimension.partition(":")
+        within = _WITHIN.get(kind + colon)
+        return row[_column(dimension)] if within is None else texts.get(within, {}).get(name)
+
+    found = map(value_of, dimensions)
     return tuple(UNALLOCATED if value is None else str(value) for value in found)
