@@ -7,7 +7,7 @@ import pytest
 from tests.builders import ENGINE_FACTS
 from tests.docs.pages import DOCS, names, section
 from vllm_cost_meter import guard
-from vllm_cost_meter.cli import audit_lines
+from vllm_cost_meter.cli.audit import audit_lines
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.ledger.queries.audit import _DIFFERENCES
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS

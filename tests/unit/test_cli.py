@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import OVERHEAD, T0, http, part, snapshot
-from vllm_cost_meter.cli import app
+from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.energy import ENERGY_CLASSES

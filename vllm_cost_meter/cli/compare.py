@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Json, Ledger, reading
+from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, reading
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import matches, offers_of_file, offers_of_package
 from vllm_cost_meter.console import print_rows
@@ -29,7 +29,7 @@ from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH, S_PER_HOUR, not_n
 from vllm_cost_meter.ledger.economics.query import read_figures, read_mix
 from vllm_cost_meter.ledger.queries.cut import Window
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.units.calendar import EXPECTED, WEEK, hours_of_window
+from vllm_cost_meter.units.calendar import WEEK, hours_of_window
 from vllm_cost_meter.units.text import plain
 
 NO_PROMISE = (
@@ -60,7 +60,8 @@ SUPPOSED_MAX = 10_000
 
 def compare_(
     ledger: Ledger = None,
-    window: Annotated[str, typer.Option(help=f"{EXPECTED}.")] = WEEK,
+    config: Config = None,
+    window: Week = WEEK,
     model: Annotated[
         list[str] | None,
         typer.Option(help="PROVIDER/MODEL of genai-prices, or a pattern; repeat it for several."),
@@ -93,7 +94,12 @@ def compare_(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what the requests of a window cost here, and what they would have at APIs."""
+    """What the same requests cost at an API.
+
+    It prices every request of the window, one by one.
+
+    Example: vllm-cost-meter compare --model 'openai/gpt-4o*' --window 7d
+    """
     inputs = {
         "window": window,
         "model": model,
@@ -105,8 +111,8 @@ def compare_(
         "volume": volume,
         "accept_no_latency_promise": accept_no_latency_promise,
     }
-    with reading(ledger) as reader:
-        file = _price_file(prices)
+    with reading(ledger, config) as reader:
+        file = _price_file(prices, config)
         inputs["prices"] = None if file is None else str(file)
         if max_usd_per_m_output is not None:
             not_negative("max_usd_per_m_output", max_usd_per_m_output)
@@ -120,11 +126,11 @@ def compare_(
         _show(answer)
 
 
-def _price_file(given: Path | None) -> Path | None:
+def _price_file(given: Path | None, config: Path | None) -> Path | None:
     """Return the price file that is given, or that the settings name."""
     if given is not None:
         return given
-    named = load_settings().api_prices
+    named = load_settings(config=config).api_prices
     return None if named is None else Path(named).expanduser()
 
 
