@@ -8,8 +8,11 @@ import typer
 
 from vllm_cost_meter.cli.options import Config, Json, Ledger, reading
 from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST
+from vllm_cost_meter.records.snapshot import CLASSES
 from vllm_cost_meter.units.text import plain
 
+# Classes of time that the audit leaves out where there is none of them.
+SELDOM = {"sleep", "dummy", "lost"}
 # Lost requests of a run that the audit prints.
 LOST_LINES_MAX = 20
 
@@ -33,17 +36,21 @@ def audit(ledger: Ledger = None, config: Config = None, as_json: Json = False) -
 
 
 def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the audit as text: one line per run, more where it does not balance."""
+    """Yield the audit as text: two lines per run, more where it does not balance."""
     for run in answer["runs"]:
+        seconds = {name: run[f"{name}_ns"] / 1e9 for name in CLASSES}
         parts = " + ".join(
-            f"{name} {run[f'{name}_ns'] / 1e9:.3f}"
-            for name in ("requests", "in_flight", "idle", "host", "startup", "tail")
+            f"{name} {value:.3f}"
+            for name, value in seconds.items()
+            if name not in SELDOM or run[f"{name}_ns"]
         )
-        rest = sum(run[f"{name}_ns"] for name in ("sleep", "dummy", "lost")) / 1e9
         yield (
-            f"run {run['run_id'][:8]} engine {run['engine_index']}: wall {run['wall_ns'] / 1e9:.3f}"
-            f" s x {run['gpus']} GPU = {parts} + other {rest:.3f}; {run['last_seq']} bills;"
-            f" difference {run['difference_ns']} ns"
+            f"{run['started_at'][:16].replace('T', ' ')} {run['host']} {run['model']},"
+            f" engine {run['engine_index']}, run {run['run_id'][:8]}"
+        )
+        yield (
+            f"  wall {run['wall_ns'] / 1e9:.3f} s x {run['gpus']} GPU = {parts}; {run['last_seq']}"
+            f" bills; difference {run['difference_ns']} ns"
         )
         for name in (
             "billed_difference_ns",
