@@ -1,4 +1,4 @@
-"""Print what `vllm-cost-meter validate --json` printed as the Markdown table of docs/validation.md.
+"""Turn the output of `vllm-cost-meter validate --json` into the Markdown table in the docs.
 
 vllm-cost-meter validate --json | tail -1 | python scripts/validation_table.py
 """

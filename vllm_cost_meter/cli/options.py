@@ -10,7 +10,8 @@ import typer
 
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import CostMeterError
-from vllm_cost_meter.ledger.database import default_url
+from vllm_cost_meter.ledger.database import url_of
+from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.calendar import EXPECTED as WINDOWS
 from vllm_cost_meter.units.text import plain
@@ -51,21 +52,16 @@ def one_line_errors() -> Iterator[None]:
 def reading(ledger: str | None, config: Path | None = None) -> Iterator[LedgerReader]:
     """Open the ledger; a user's error ends the command."""
     with one_line_errors():
-        reader = LedgerReader(
-            ledger_url(ledger, config), book=load_settings(config=config).price_book
-        )
-        try:
+        book = load_settings(config=config).price_book
+        with open_ledger(ledger_url(ledger, config), book=book) as reader:
             yield reader
-        finally:
-            reader.close()
 
 
 def ledger_url(ledger: str | None, config: Path | None = None) -> str:
     """Return the URL of the ledger that an option or the settings name."""
-    if ledger is None:
-        with one_line_errors():
-            ledger = load_settings(config=config).ledger or default_url()
-    return ledger if "://" in ledger else f"sqlite:///{Path(ledger).resolve()}"
+    with one_line_errors():
+        named = load_settings(config=config).ledger if ledger is None else ledger
+        return url_of(named or None)
 
 
 def write_output(path: Path, text: str) -> None:
