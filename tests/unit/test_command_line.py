@@ -77,8 +77,10 @@ def test_the_list_of_commands_loads_no_domain():
     assert [module for module in loaded if is_heavy(module)] == []
 
 
-def test_the_version_is_the_same_by_both_ways():
+def test_version_and_help():
     assert run("--version").stdout == f"{__version__}\n"
+    shown = run("--help").stdout
+    assert all(command in shown for command in ("report", "audit", "doctor", "demo"))
 
 
 def test_commands_are_listed_by_panel_each_with_one_line():
