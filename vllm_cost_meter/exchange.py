@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Usage
 
 
 class RequestTimes(Protocol):
@@ -40,9 +40,33 @@ _ids = random.Random()  # noqa: S311
 os.register_at_fork(after_in_child=_ids.seed)
 
 
+_NO_USAGE = Usage()
+
+
 def new_http_request_id() -> str:
     """Return an id for an HTTP exchange, unique over all processes and servers."""
     return f"cost-{_ids.getrandbits(128):032x}"
+
+
+# nginx's "client closed request": the client left before any status was sent.
+CLIENT_LEFT = 499
+
+
+@dataclass(slots=True)
+class Sent:
+    """What the client of an exchange was sent so far, and whether it is still there."""
+
+    status: int | None = None
+    streamed: bool = False
+    usage: Usage = _NO_USAGE
+    # It left before its reply was complete.
+    client_left: bool = False
+
+    def final_status(self) -> int:
+        """Return the status that the ledger keeps: 499 for a client that was sent no reply."""
+        if self.status is None or (self.client_left and not self.streamed):
+            return CLIENT_LEFT if self.client_left else 500
+        return self.status
 
 
 @dataclass(slots=True)
@@ -66,6 +90,9 @@ class Exchange:
     cost_nanousd: int | None = 0
     marginal_cost_nanousd: int | None = 0
     method: str = ""
+    sent: Sent = field(default_factory=Sent)
+    # True once the record of this exchange, as it ended, was made.
+    recorded: bool = False
     # The record of an exchange that ended without an engine request. One may still be born, of a
     # background response; without any there is nothing to record.
     unrecorded: HttpRequest | None = None

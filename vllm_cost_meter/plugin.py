@@ -75,7 +75,7 @@ def activate() -> None:
         canary.check_when_named()
         scheduler.hook_scheduler_choice()
         engine_core.hook_engine_core()
-        output_processor.hook_output_processor(_collector)
+        output_processor.hook_output_processor(_runtime)
 
 
 @contextlib.contextmanager
@@ -118,11 +118,11 @@ def _anyone_fails_closed() -> bool:
     return bool(load_settings().failing_closed)
 
 
-def _collector() -> Any:
+def _runtime() -> Any:
     # The ledger must not be loaded into engine processes, which register but never call this.
-    from vllm_cost_meter.api_server.collector import get_collector
+    from vllm_cost_meter.api_server.runtime import get_runtime
 
-    return get_collector()
+    return get_runtime()
 
 
 # -- flags --------------------------------------------------------------------------------------
@@ -150,8 +150,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-class NamePlugins(argparse.Action):
-    """Exports `--plugins a,b` as VLLM_PLUGINS, and switches the meter on if it is among them."""
+class _Exporting(argparse.Action):
+    """Keeps a flag's value and exports it to the environment, for the processes to come."""
 
     def __call__(
         self,
@@ -161,24 +161,30 @@ class NamePlugins(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, values)
-        wanted = [name.strip() for name in str(values).split(",") if name.strip()]
+        self.export(str(values))
+
+    def export(self, value: str) -> None:
+        """Export the value, and do what it asks for."""
+        raise NotImplementedError
+
+
+class NamePlugins(_Exporting):
+    """Exports `--plugins a,b` as VLLM_PLUGINS, and switches the meter on if it is among them."""
+
+    def export(self, value: str) -> None:
+        """Name the plugins."""
+        wanted = [name.strip() for name in value.split(",") if name.strip()]
         os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_name(wanted))
         if is_named():
             activate()
 
 
-class NameConfig(argparse.Action):
+class NameConfig(_Exporting):
     """Exports `--cost-meter-config FILE` as COST_METER_CONFIG, and checks what it says."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, values)
-        os.environ["COST_METER_CONFIG"] = os.path.abspath(values)  # noqa: PTH100 - keeps symlinks
+    def export(self, value: str) -> None:
+        """Name the file."""
+        os.environ["COST_METER_CONFIG"] = os.path.abspath(value)  # noqa: PTH100 - keeps symlinks
         if is_named():
             check_settings()
 
@@ -217,7 +223,7 @@ def _given(flag: str, argv: Sequence[str]) -> bool:
 class EndpointPlugin:
     """Entry point of `vllm.endpoint_plugins` (vLLM 0.27 and later): adds the middleware.
 
-    The collector starts with the application's lifespan, which both ways of installing the
+    The meter starts with the application's lifespan, which both ways of installing the
     middleware share.
     """
 

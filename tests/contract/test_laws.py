@@ -41,10 +41,12 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "engine": {"msgspec", "pynvml"},
     "lab": {"matplotlib", "numpy", "openai", "prometheus_client", "rich"}
     | {"tokenizers", "torch", "transformers", "vllm"},
-    "ledger": {"orjson", "sqlalchemy"},
+    "ledger": {"orjson", "sqlalchemy", "typing_extensions"},
     "metrics": {"prometheus_client"},
     "plots": {"matplotlib"},
     "records": {"msgspec"},
+    # TypedDict as pydantic needs it to describe answers, on Python 3.11.
+    "reports": {"typing_extensions"},
     "vllm_hooks": {"vllm"},
 }
 # What vLLM imports in the processes of an engine, and what would cost those processes memory and

@@ -12,9 +12,9 @@ from tests.docs.small_ledger import small_ledger
 from vllm_cost_meter.api_server.runtime import REFRESH_TIMEOUT_S
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import REQUESTS_PER_PAGE_MAX, make_app
-from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, SETTLE_S
 from vllm_cost_meter.ledger.queries.requests import MAX_MATCHES
-from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 
 PAGE = DOCS / "api.md"
@@ -93,7 +93,8 @@ def test_every_field_of_a_request_row_is_documented_and_no_other(get):
 
 def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get):
     summary = set(get("/cost/summary"))
-    report = set(get("/cost/tenants")) - {"tenants"}
+    asked = {"aggregate", "idle", "what_if_usd_per_gpu_hour"}
+    report = set(get("/cost/tenants")) - {"tenants", "series"} - asked
     assert report <= summary
     assert set(_fields("Summary")) == summary - report
 
@@ -108,7 +109,7 @@ def test_the_other_objects_have_the_keys_that_the_page_says(get):
     assert set(get("/cost/budgets")) == {"as_of", "broken", "budgets"}
     assert set(get("/cost/audit")) == {"balanced", "after_cut", "runs"}
     assert set(get("/cost/tenants")["after_cut"]) == {"bills", "gpu_time_ns"}
-    assert set(get("/cost/tenants")["window"]) == {"from", "to", "from_hour", "to_hour"}
+    assert set(get("/cost/tenants")["window"]) == {"from", "to", "from_hour", "to_hour", "tz"}
     [energy] = get("/cost/tenants")["energy_prices"]
     assert set(energy) == {"usd_per_kwh", "source", "effective_from", "host"}
     [priced] = get("/cost/requests/mine/explain")["parts"][0]["prices"]

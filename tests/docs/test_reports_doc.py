@@ -9,9 +9,11 @@ from tests.docs.pages import DOCS, names, section
 from tests.docs.small_ledger import small_ledger
 from vllm_cost_meter.cli.report import Format
 from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.prices.run_prices import Cost
 from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, question
 from vllm_cost_meter.reports.idle import SHARED_CLASSES, IdlePolicy
 from vllm_cost_meter.reports.statement import CLASS, OVERHEAD, USAGE
+from vllm_cost_meter.reports.tenant_details import TenantFacts, tenant_details
 from vllm_cost_meter.units.calendar import hours_of_window
 
 PAGE = DOCS / "reports.md"
@@ -55,8 +57,11 @@ def test_every_field_of_an_answer_is_documented_and_no_other(reader):
     before_pieces = section(PAGE, "The answer").partition("### Pieces")[0]
     assert first_names(before_pieces) == list(answer)
     assert names(PAGE, "Pieces") == list(answer["series"][0])
+    more = list(tenant_details(TenantFacts({}, None, {}, {}), lambda _: Cost(None))[""])
     for row in (answer["series"][0]["rows"][0], answer["series"][0]["rows"][-1]):
-        assert first_names(section(PAGE, "Rows")) == list(row)
+        assert [*first_names(section(PAGE, "Rows")), *more] == list(row)
+    by_day = reader.report(question(aggregate="tenant,day"))["series"][0]["rows"][0]
+    assert first_names(section(PAGE, "Rows")) == [name for name in by_day if name != "day"]
     assert set(answer["window"]) == {"from", "to", "from_hour", "to_hour", "tz"}
 
 

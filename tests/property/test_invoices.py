@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.bills import spend
 from tests.support.examples import examples
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import (
@@ -19,7 +20,6 @@ from vllm_cost_meter.invoices.timeline import (
     InvoiceLine,
     Reading,
     billed_hours,
-    spend,
     stretches,
 )
 from vllm_cost_meter.ledger.billing.importing import import_invoice

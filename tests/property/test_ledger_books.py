@@ -17,6 +17,7 @@ from tests.builders import make_bill, make_open, make_part, make_snapshot
 from tests.support.examples import examples
 from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import write
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import open_requests
 from vllm_cost_meter.records.bill import UsagePiece
@@ -133,14 +134,13 @@ class World:
                 self.open = set(connection.execute(select(open_requests.c.request_id)).scalars())
             engine.dispose()
             reader = LedgerReader(url)
-            self.report = reader.tenants(now_ns=NOW, settle_s=0)
+            self.report = reader.tenants(as_of=AsOf(NOW, 0))
             self.windows = [
-                reader.tenants(hour, hour + 1, now_ns=NOW, settle_s=0)
-                for hour in range(HOUR, HOUR + 4)
+                reader.tenants(hour, hour + 1, as_of=AsOf(NOW, 0)) for hour in range(HOUR, HOUR + 4)
             ]
             asked = question(aggregate="tenant,model,status,hour", idle="proportional")
-            self.asked = reader.report(asked, now_ns=NOW, settle_s=0)
-            self.audit = reader.audit(now_ns=NOW, settle_s=0)
+            self.asked = reader.report(asked, as_of=AsOf(NOW, 0))
+            self.audit = reader.audit(as_of=AsOf(NOW, 0))
             reader.close()
 
 

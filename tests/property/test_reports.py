@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tests.property.worlds_of_usage import facts, policies, priced, prices
 from tests.support.examples import examples
 from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
-from vllm_cost_meter.reports.allocation import REQUESTS, Facts, pieces, report, wall_cost
+from vllm_cost_meter.reports.allocation import pieces, report, wall_cost
+from vllm_cost_meter.reports.facts import REQUESTS, Facts
 from vllm_cost_meter.reports.grammar import Question, question
 from vllm_cost_meter.reports.idle import SHARED_CLASSES
 

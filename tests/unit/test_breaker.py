@@ -33,7 +33,7 @@ def test_a_bill_that_never_comes_delays_the_reply_by_the_bound_and_is_counted(ma
     assert client.ours == {}
     assert client.body == BODY
     assert 0.2 <= client.waited_s < 2
-    assert world.collector.breaker.misses == 1
+    assert world.misses == 1
     assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM http_requests") == [(None, None)]
 
 
@@ -43,7 +43,7 @@ def test_a_stream_waits_once_for_a_bill_that_never_comes(make_world):
     assert client.body == TOKEN + USAGE + DONE
     assert 0.2 <= client.at_s[-1] < 2
     assert client.at_s[1] < 0.2, "tokens do not wait"
-    assert world.collector.breaker.misses == 1
+    assert world.misses == 1
 
 
 def test_after_five_misses_nobody_waits_until_a_bill_comes(make_world):
@@ -58,7 +58,7 @@ def test_after_five_misses_nobody_waits_until_a_bill_comes(make_world):
     waits = [never(number).waited_s for number in range(8)]
     assert all(wait >= 0.2 for wait in waits[:5])
     assert median(waits[5:]) < 0.2
-    assert world.collector.breaker.misses == 8
+    assert world.misses == 8
     # The first that comes is not waited for, the next is told.
     assert ask(lambda: world.engine.generate("a")).ours == {}
     assert world.rows("SELECT count(*) FROM requests") == [(1,)]
@@ -94,14 +94,14 @@ def test_a_locked_ledger_delays_five_replies_and_loses_nothing(make_world):
             for n in range(8)
         ]
         stream = world.run(replying(SSE, [USAGE, DONE], lambda: world.engine.generate("s")))
-        assert world.collector.writer.committed == 0
+        assert world.runtime.writer.committed == 0
     assert all(client.ours == {} for client in clients)
     assert stream.body == USAGE + DONE
     assert all(0.2 <= client.waited_s < 2 for client in clients[:5])
     assert all(client.waited_s < 0.2 for client in clients[5:])
     assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(9, 9)]
     assert world.rows("SELECT count(*) FROM http_requests") == [(9,)]
-    assert world.collector.writer.dropped == 0
+    assert world.runtime.writer.dropped == 0
     assert len(world.run(replying(JSON, [BODY], lambda: world.engine.generate("z"))).ours) == len(
         COST_HEADERS
     )
@@ -117,7 +117,7 @@ def full(world: World):
         connection.execute(f"PRAGMA max_page_count={pages}")
 
     sqlalchemy.event.listen(Pool, "connect", limit)
-    world.collector.writer._engine.dispose()  # the next connection is limited
+    world.runtime.writer._engine.dispose()  # the next connection is limited
     try:
         yield
     finally:
@@ -140,10 +140,10 @@ def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
         assert all(client.ours == {} for client in clients)
         assert [client.waited_s >= 0.2 for client in clients] == [True] * 5 + [False] * 3
         assert all(client.waited_s < 2 for client in clients)
-        assert world.collector.writer.committed == 0
-        assert "full" in world.collector.writer.last_error
+        assert world.runtime.writer.committed == 0
+        assert "full" in world.runtime.writer.last_error
     assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(8, 8)]
     assert world.rows("SELECT count(*) FROM http_requests") == [(8,)]
-    assert world.collector.writer.dropped == 0
+    assert world.runtime.writer.dropped == 0
     client = world.run(replying(JSON, [b"{}"], lambda: world.engine.generate("z")))
     assert len(client.ours) == len(COST_HEADERS)

@@ -23,6 +23,7 @@ from vllm_cost_meter.engine.books import RequestFacts
 from vllm_cost_meter.engine.energy import books as energy_books
 from vllm_cost_meter.engine.energy.nvml import RETRY_NS, EnergyCounter
 from vllm_cost_meter.engine.meter import EngineMeter
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import EnergyPrice, PriceBook
@@ -330,7 +331,7 @@ def test_reports_have_what_was_read_and_null_for_what_was_not(make, machine, boo
         "e": (300_000, None),
     }
     now_ns = HOUR * NS_PER_HOUR + 60 * S
-    report = books.reader.tenants(now_ns=now_ns, settle_s=0)
+    report = books.reader.tenants(as_of=AsOf(now_ns, 0))
     alice = report["tenants"][0]
     assert (alice["energy_mj"], alice["energy_unknown_requests"]) == (1_500_000, 2)
     assert report["energy_mj"] == 1_500_000
@@ -339,7 +340,7 @@ def test_reports_have_what_was_read_and_null_for_what_was_not(make, machine, boo
     assert run["energy_unknown_ns"] == 2 * S + RETRY_NS
     assert run["energy_reason"].startswith("first: ")
     assert run["devices"] == [{"name": "NVIDIA H100 80GB HBM3", "uuid": A}]
-    (audit,) = books.reader.audit(now_ns=now_ns, settle_s=0)["runs"]
+    (audit,) = books.reader.audit(as_of=AsOf(now_ns, 0))["runs"]
     assert (audit["energy_difference_mj"], audit["balanced"]) == (0, True)
 
 
@@ -348,8 +349,8 @@ def test_reports_of_an_engine_on_the_cpu_say_why_they_have_no_energy(make, machi
     books.run(engine, machine, "a")
     reason = "no_device: expected the ordinals of the engine's GPUs, got []"
     assert books.energies() == {"a": (None, reason)}
-    report = books.reader.tenants(now_ns=HOUR * NS_PER_HOUR, settle_s=0)
+    report = books.reader.tenants(as_of=AsOf(HOUR * NS_PER_HOUR, 0))
     assert report["energy_mj"] is None
     assert {row["energy_mj"] for row in report["tenants"]} == {None}
     assert (report["runs"][0]["devices"], report["runs"][0]["energy_reason"]) == (None, reason)
-    assert books.reader.audit(now_ns=HOUR * NS_PER_HOUR, settle_s=0)["balanced"]
+    assert books.reader.audit(as_of=AsOf(HOUR * NS_PER_HOUR, 0))["balanced"]

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 
+from tests.support.bills import spend
 from vllm_cost_meter.invoices.timeline import (
     GAP,
     RESET,
@@ -11,7 +12,6 @@ from vllm_cost_meter.invoices.timeline import (
     InvoiceLine,
     Reading,
     billed_hours,
-    spend,
     stretches,
 )
 from vllm_cost_meter.units.time import NS_PER_HOUR as H

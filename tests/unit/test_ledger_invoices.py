@@ -22,6 +22,7 @@ from vllm_cost_meter.ledger.billing.hours import HOURS_MAX
 from vllm_cost_meter.ledger.billing.importing import import_invoice
 from vllm_cost_meter.ledger.billing.meters import meters
 from vllm_cost_meter.ledger.economics.query import economics, method
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.overheads import Overhead
 from vllm_cost_meter.records.bill import UsagePiece
@@ -76,11 +77,13 @@ def everything(ledger):
 
 
 def figures(ledger, *hours, declared=None):
-    return economics(ledger.reader, declared or Declared(), *hours, settle_s=0)["figures"]
+    return economics(ledger.reader, declared or Declared(), *hours, as_of=AsOf(settle_s=0))[
+        "figures"
+    ]
 
 
 def summary(ledger, *hours):
-    return ledger.reader.summary(*hours, now_ns=NOW, settle_s=0)["billed"]
+    return ledger.reader.summary(*hours, as_of=AsOf(NOW, 0))["billed"]
 
 
 # ---- import
@@ -311,7 +314,7 @@ def test_renaming_tenants_moves_no_money(ledger):
 def test_each_day_has_metered_billed_and_the_rest_on_its_own(ledger):
     bills(ledger)
     bring(ledger, read(24, 1), read(25, 3), read(26, 1))
-    answer = invoice_days(ledger.reader, settle_s=0)
+    answer = invoice_days(ledger.reader, as_of=AsOf(settle_s=0))
     first, second = answer["days"]
     assert first == {
         "day": "2027-01-15",
@@ -360,7 +363,7 @@ def write_balanced(ledger) -> None:
 
 
 def statement(ledger, **told):
-    return ledger.reader.statement(MONTH, now_ns=AFTER, settle_s=0, **told)
+    return ledger.reader.statement(MONTH, as_of=AsOf(AFTER, 0), **told)
 
 
 @pytest.mark.parametrize("idle", ["none", "proportional", "even", "owner:alice"])
@@ -394,7 +397,7 @@ def test_a_month_without_bills_has_a_statement_as_ever(ledger):
 
 
 def test_a_reader_of_an_empty_ledger_has_no_days(ledger):
-    answer = invoice_days(LedgerReader(ledger.url), settle_s=0)
+    answer = invoice_days(LedgerReader(ledger.url), as_of=AsOf(settle_s=0))
     assert (answer["days"], answer["total"]["billed_gpu_usd"]) == ([], None)
 
 

@@ -3,14 +3,15 @@
 import pytest
 
 from tests.unit.test_ledger_reader import HOUR, NOW, T0, Ledger, http, part, snapshot
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Usage
 from vllm_cost_meter.records.snapshot import ClassTotals
-from vllm_cost_meter.reports.allocation import UNALLOCATED
+from vllm_cost_meter.reports.facts import UNALLOCATED
 from vllm_cost_meter.reports.grammar import question
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
-OFF = {"now_ns": NOW, "settle_s": 0}
+OFF = {"as_of": AsOf(NOW, 0)}
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_bills_after_the_cut_wait_and_missing_ones_are_a_difference(ledger):
 def test_in_flight_time_of_a_dead_run_is_lost_and_shared_as_such(ledger):
     bills = [part(1)]
     ledger.write(*bills, snapshot(bills), usd="3600")
-    later = {"now_ns": NOW + 16 * 10**9, "settle_s": 0}
+    later = {"as_of": AsOf(NOW + 16 * 10**9, 0)}
     (series,) = ledger.reader.report(question(idle="even"), **later)["series"]
     shown = {row["class"]: row["gpu_time_ns"] for row in series["rows"]}
     assert (shown["in_flight"], shown["lost"]) == (0, 40)
@@ -167,7 +168,8 @@ def test_runs_without_a_price_are_named(ledger):
     ledger.write(*first, snapshot(first), usd="3600")
     ledger.write(*second, snapshot(second, run_id="second-run"))
     assert figures(ledger, "tenant", "cost_nanousd", "cost_reason") == {
-        ("alice",): (300, None), ("bob",): (None, "no price for run second-r"),
+        ("alice",): (300, None), ("bob",): (None, "no price for run second-run at 2027-01-15T08Z: "
+        "none is set by COST_METER_GPU_HOUR_USD or [[prices]]"),
     }  # fmt: skip
     assert figures(ledger, "tenant", "cost_nanousd", price="7200") == {
         ("alice",): (600,), ("bob",): (600,),

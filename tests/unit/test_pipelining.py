@@ -9,11 +9,9 @@ import hashlib
 import re
 
 import pytest
-import uvicorn
 
-from tests.unit.world import BODY, JSON, replying, scope_of
+from tests.unit.world import BODY, JSON, listening, replying, scope_of
 from vllm_cost_meter.api_server import middleware
-from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.exchange import current_exchange, exchange_of
 from vllm_cost_meter.records.owner import Owner
 
@@ -114,21 +112,12 @@ def test_pipelined_requests_of_two_tenants_in_one_write_are_billed_to_each(make_
     )
 
     async def ask() -> bytes:
-        config = uvicorn.Config(
-            CostMiddleware(app), port=0, http=http, lifespan="off", log_level="error"
-        )
-        server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        host, port = server.servers[0].sockets[0].getsockname()
-        reader, writer = await asyncio.open_connection(host, port)
-        writer.write(requests)
-        answer = await asyncio.wait_for(reader.read(), 20)
-        writer.close()
-        server.should_exit = True
-        await serving
-        return answer
+        async with listening(world.metered(app), http) as address:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(requests)
+            answer = await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            return answer
 
     answer = asyncio.run(ask())
     assert re.findall(rb"x-cost-meter-tenant: (\w+)", answer) == [n.encode() for n in names]

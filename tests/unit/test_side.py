@@ -16,10 +16,9 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from tests.unit.test_poller import Engines, poller_of, snapshot
-from tests.unit.world import make_collector, worlds
-from vllm_cost_meter.api_server.middleware import CostMiddleware
+from tests.unit.world import make_runtime, worlds
 from vllm_cost_meter.api_server.poller import Poller
-from vllm_cost_meter.api_server.runtime import refresher, start_side
+from vllm_cost_meter.api_server.runtime import refresher
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.server import metrics_registry
 from vllm_cost_meter.endpoint.server import serve as serve_endpoint
@@ -180,10 +179,10 @@ def test_the_first_api_server_polls_and_serves_and_the_others_do_not(tmp_path, l
         for index in (0, 1):
             folder = tmp_path / str(index)
             folder.mkdir()
-            collector = make_collector(folder, port=0, snapshot_interval_s=0.05)
+            runtime = make_runtime(folder, port=0, snapshot_interval_s=0.05)
             client = Client(index)
-            await start_side(collector, application(client))
-            assert (collector.poller is not None) is (index == 0)
+            await runtime.start(application(client))
+            assert (runtime.poller is not None) is (index == 0)
             if index == 0:
                 async with asyncio.timeout(20):
                     while client.calls < 2:
@@ -191,8 +190,8 @@ def test_the_first_api_server_polls_and_serves_and_the_others_do_not(tmp_path, l
             else:
                 await asyncio.sleep(0.2)
                 assert client.calls == 0
-            await collector.stop()
-            assert collector.guard.errors == 0
+            await runtime.stop()
+            assert runtime.guard.errors == 0
 
     asyncio.run(start())
     assert sum("side endpoint at" in line for line in said(logged)) == 1
@@ -211,30 +210,32 @@ def test_with_the_application_it_starts_once_though_installed_twice_and_takes_a_
         async def send(message):
             sent.append(message["type"])
 
-        await CostMiddleware(CostMiddleware(app))(scope, None, send)
+        await world.metered(world.metered(app))(scope, None, send)
         return sent
 
     with worlds(tmp_path) as make:
         world = make(port=0, snapshot_interval_s=3_600)
         client = Client()
-        scope = {"type": "lifespan", "app": application(client)}
+        served = application(client)
+        scope = {"type": "lifespan", "app": served}
         sent = asyncio.run(live(scope))
         assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
         assert client.calls >= 1
-        assert world.collector.guard.errors == 0
-        assert world.collector.writer.waiting == 0
+        assert world.runtime.guard.errors == 0
+        assert [getattr(route, "path", None) for route in served.routes].count("/v1/cost/me") == 1
+        assert world.runtime.writer.waiting == 0
     assert sum("side endpoint at" in line for line in said(logged)) == 1
 
 
 def test_a_start_that_fails_is_contained(tmp_path):
-    collector = make_collector(tmp_path, port=0)
+    runtime = make_runtime(tmp_path, port=0)
     broken = application(SimpleNamespace())
-    asyncio.run(start_side(collector, broken))
-    assert collector.guard.errors == 1
-    asyncio.run(start_side(collector, application(None)))
-    asyncio.run(start_side(collector, SimpleNamespace()))
-    assert collector.guard.errors == 1
-    collector.writer.close(5)
+    asyncio.run(runtime.start(broken))
+    assert runtime.guard.errors == 1
+    asyncio.run(runtime.start(application(None)))
+    asyncio.run(runtime.start(SimpleNamespace()))
+    assert runtime.guard.errors == 1
+    runtime.writer.close(5)
 
 
 def test_the_registry_covers_all_processes_where_there_are_several(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from vllm_cost_meter.reports.allocation import UNALLOCATED, Ended, Facts, Used
+from vllm_cost_meter.reports.facts import UNALLOCATED, Ended, Facts, Used
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.reports.statement import (
     OverheadCost,

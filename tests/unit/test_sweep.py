@@ -21,6 +21,7 @@ from vllm_cost_meter.lab.sweep.plot import sweep_figure, title_of
 from vllm_cost_meter.lab.sweep.run import Measured, Plan, Sweep
 from vllm_cost_meter.lab.sweep.steady import Reply, steady
 from vllm_cost_meter.ledger.economics import saturation
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.units.time import unix_ns_of
 
@@ -209,7 +210,7 @@ def test_a_curve_without_its_whole_protocol_is_refused(damage, expected, tmp_pat
 
 
 def run_of(ledger: Ledger) -> dict[str, Any]:
-    return dict(ledger.reader.summary(settle_s=0)["runs"][0])
+    return dict(ledger.reader.summary(as_of=AsOf(settle_s=0))["runs"][0])
 
 
 def full_load_of(ledger: Ledger) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The engine requests of one API server whose bill has not come, and which of them were announced.
+"""The engine requests of one API server that have no bill yet, and which of them were announced.
 
 A running request can be looked up in the ledger once it is announced there: whose it is, under
 which ids. Most requests end within a second, and would cost two writes for nothing; so a request is
-announced when it was here for one sweep already, or when somebody asks.
+announced when it was here at the round before too, or when somebody asks.
 
 Invariant: each birth is announced at most once, and never after it was taken.
 """
@@ -12,18 +12,24 @@ from itertools import islice
 
 from vllm_cost_meter.exchange import Birth
 
-# Requests whose bill has not come; a server holds far fewer, so more means bills are not coming.
-BIRTHS_MAX = 100_000
-# Announced at once: they are made on vLLM's event loop.
-ANNOUNCED_MAX = 1_000
+# A server holds far fewer requests, so more means that bills are not coming.
+REQUESTS_MAX = 100_000
+# They are announced on vLLM's event loop.
+ANNOUNCED_AT_ONCE_MAX = 1_000
 
 
-class Births:
+class OpenRequests:
     """Births by internal request id, the oldest first. Used by one event loop only."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        requests_max: int = REQUESTS_MAX,
+        announced_at_once_max: int = ANNOUNCED_AT_ONCE_MAX,
+    ) -> None:
+        self._requests_max = requests_max
+        self._announced_at_once_max = announced_at_once_max
         self._births: dict[str, Birth] = {}
-        # Not announced: those that were here at the last sweep, and those that came since.
+        # Not announced: those that were here at the last round, and those that came since.
         self._older: dict[str, Birth] = {}
         self._newer: dict[str, Birth] = {}
 
@@ -34,7 +40,7 @@ class Births:
         """Keep a birth, in place of the oldest when there are too many; False if it is known."""
         if birth.request_id in self._births:
             return False
-        if len(self._births) >= BIRTHS_MAX:
+        if len(self._births) >= self._requests_max:
             self.take(next(iter(self._births)))
         self._births[birth.request_id] = self._newer[birth.request_id] = birth
         return True
@@ -47,11 +53,11 @@ class Births:
         return birth, birth is not None and newer is None and older is None
 
     def __iter__(self) -> Iterator[Birth]:
-        """Return those whose bill has not come, the oldest first."""
+        """Return those without a bill, the oldest first."""
         return iter(self._births.values())
 
     def due(self) -> list[Birth]:
-        """Sweep: return those to announce that were here at the last sweep too."""
+        """Begin a round: return those to announce that were here at the last round too."""
         due = self._announce(self._older)
         if not self._older:
             self._older, self._newer = self._newer, self._older
@@ -61,9 +67,8 @@ class Births:
         """Return those to announce that were not announced yet, however young."""
         return [*self._announce(self._older), *self._announce(self._newer)]
 
-    @staticmethod
-    def _announce(births: dict[str, Birth]) -> list[Birth]:
-        chosen = list(islice(births.values(), ANNOUNCED_MAX))
+    def _announce(self, births: dict[str, Birth]) -> list[Birth]:
+        chosen = list(islice(births.values(), self._announced_at_once_max))
         for birth in chosen:
             del births[birth.request_id]
         return chosen

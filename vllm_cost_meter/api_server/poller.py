@@ -34,6 +34,7 @@ class Poller:
         interval_s: float,
         earlier_fit: Callable[[Snapshot], EarlierFit | None] = lambda _: None,
         announce: Callable[[], None] = lambda: None,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         """`earlier_fit` looks up, in a thread, what a new engine may begin with.
 
@@ -43,6 +44,7 @@ class Poller:
         self._writer = writer
         self._guard = guard
         self._interval_s = interval_s
+        self._answer_timeout_s = answer_timeout_s
         self._acknowledged: dict[str, int] = {}
         self._earlier_fit = earlier_fit
         self._announce = announce
@@ -52,6 +54,8 @@ class Poller:
         self.latest: dict[str, Snapshot] = {}
         self.stopping = False
         self._overdue = False
+        # By the place of its engine: the run that answered last, until its engine fails.
+        self._runs: dict[int, str] = {}
 
     async def run(self) -> None:
         """Poll for ever; an error is contained and counted."""
@@ -78,11 +82,16 @@ class Poller:
         # The refresh may have been under way, and its commit come before what was announced.
         await asyncio.wrap_future(self._writer.commit())
 
+    def alive(self) -> frozenset[str]:
+        """Return the runs whose engines have not failed, however long they take to answer."""
+        return frozenset(self._runs.values())
+
     async def _poll(self) -> None:
         fits, self._fits = self._fits, {}
         answers = await engines.poll_engines(
-            self._engine_client, self._acknowledged, fits, ANSWER_TIMEOUT_S
+            self._engine_client, self._acknowledged, fits, self._answer_timeout_s
         )
+        self._note_runs(answers)
         snapshots = [answer for answer in answers if isinstance(answer, Snapshot)]
         self._note_failures([answer for answer in answers if isinstance(answer, BaseException)])
         for snapshot in snapshots:
@@ -104,6 +113,17 @@ class Poller:
         if fit is not None:
             self._fits[snapshot.run_id] = fit
 
+    def _note_runs(self, answers: Sequence[Snapshot | BaseException | None]) -> None:
+        """An engine in a long step does not answer in time: it lives. One that fails may not."""
+        runs = dict(self._runs)
+        for place, answer in enumerate(answers):
+            if isinstance(answer, Snapshot):
+                runs[place] = answer.run_id
+            elif not isinstance(answer, TimeoutError):
+                runs.pop(place, None)
+        # Readers are in other threads: they see the old runs or the new ones.
+        self._runs = runs
+
     def _note_failures(self, failures: Sequence[BaseException]) -> None:
         if self.stopping:
             return  # engines go before we do
@@ -122,7 +142,7 @@ class Poller:
             logger.warning(
                 "cost meter: an engine did not answer within %g s; asking again until it does. "
                 "Until then its figures are old.",
-                ANSWER_TIMEOUT_S,
+                self._answer_timeout_s,
             )
         self._overdue = True
 

@@ -44,14 +44,16 @@ def is_json(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     return len(types) == 1 and types[0].partition(b";")[0].strip().lower() == b"application/json"
 
 
-async def read_ahead(receive: Receive) -> tuple[bytes | None, Receive]:
+async def read_ahead(
+    receive: Receive, bytes_max: int = BODY_BYTES_MAX
+) -> tuple[bytes | None, Receive]:
     """Return the body, and a `receive` that tells every message of it again.
 
-    The body is None if it is longer than BODY_BYTES_MAX or its client left before its end.
+    The body is None if it is longer than `bytes_max` or its client left before its end.
     """
     messages: deque[Message] = deque()
     size, is_whole = 0, False
-    while not is_whole and size <= BODY_BYTES_MAX:
+    while not is_whole and size <= bytes_max:
         message = await receive()
         messages.append(message)
         if message["type"] != "http.request":
@@ -62,7 +64,7 @@ async def read_ahead(receive: Receive) -> tuple[bytes | None, Receive]:
     async def replayed() -> Message:
         return messages.popleft() if messages else await receive()
 
-    if not is_whole or size > BODY_BYTES_MAX:
+    if not is_whole or size > bytes_max:
         return None, replayed
     return b"".join(message.get("body", b"") for message in messages), replayed
 

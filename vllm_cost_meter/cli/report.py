@@ -1,7 +1,8 @@
 """The commands `report` and `statement`: figures of the ledger for people and spreadsheets.
 
-A report without words of the grammar is the tenants' rows of the ledger; with any of them it is the
-answer to that question, as `/cost/report` gives it. Exit status 1 if the books do not add up.
+A report without words of the grammar is that by tenant, with the prices and overheads below it, as
+`/cost/tenants` gives it; with any of them it is that of `/cost/report`. Exit status 1 if the books
+do not add up.
 """
 
 import io
@@ -24,7 +25,9 @@ from vllm_cost_meter.cli.options import (
     write_output,
 )
 from vllm_cost_meter.console import print_rows
-from vllm_cost_meter.reports.allocation import COUNTS
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.reports.answers import TenantsReport
+from vllm_cost_meter.reports.facts import COUNTS
 from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, Words
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.price_lines import price_lines
@@ -125,16 +128,18 @@ def report(
         "filter": filter,
         "price": price,
     }
+    answer: Any
     with reading(ledger, config) as reader:
         _refuse(words if what is What.requests else {"tenant": tenant}, what)
         if as_json and as_csv:
             raise ValueError("--csv: expected without --json, got both")
-        if any(value for word, value in words.items() if word not in ("window", "tz")):
+        has_words = any(value for word, value in words.items() if word not in ("window", "tz"))
+        if has_words:
             answer = reader.report(**words)
             rows, columns = _series_rows(answer)
         elif what is What.tenants:
-            answer = reader.tenants(*hours_of_window(window, zone=zone_of(tz)))
-            rows, columns = answer["tenants"], TENANT_COLUMNS
+            answer = _plain_report(reader, window, tz)
+            rows, columns = _series_rows(answer)[0], TENANT_COLUMNS
         else:
             answer = reader.requests(limit=limit, tenant=tenant)
             rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
@@ -143,7 +148,7 @@ def report(
     elif as_csv:
         print(to_csv(rows), end="")
     else:
-        below = _lines_below(answer, filter) if what is What.tenants else []
+        below = _lines_below(answer, filter, has_words) if what is What.tenants else []
         _print_table(rows, columns, below)
     if what is What.tenants and not answer["adds_up"]:
         raise typer.Exit(1)
@@ -193,6 +198,11 @@ def _print_table(
         print(plain(line))
 
 
+def _plain_report(reader: LedgerReader, window: str | None, tz: str | None) -> TenantsReport:
+    zone = zone_of(tz)
+    return reader.tenants(*hours_of_window(window, zone=zone), zone)
+
+
 def adds_up_line(answer: Mapping[str, Any]) -> str:
     """Return the line under a tenant report that says whether its rows are the whole."""
     wall_s = answer["wall_gpu_ns"] / 1e9
@@ -223,7 +233,7 @@ def _series_rows(answer: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple
     return rows, (*start, *names_class, *answer["aggregate"], *REPORT_COLUMNS)
 
 
-def _lines_below(answer: Mapping[str, Any], filter: str | None) -> list[str]:
+def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool) -> list[str]:
     lines = []
     if answer.get("what_if_usd_per_gpu_hour") is not None:
         usd = answer["what_if_usd_per_gpu_hour"]
@@ -231,8 +241,8 @@ def _lines_below(answer: Mapping[str, Any], filter: str | None) -> list[str]:
     if filter:
         lines.append("filtered: rows that are not shown belong to the whole too")
     lines.append(adds_up_line(answer))
-    # A series has its own price in each row, and overheads are of a month, in statements.
-    return lines if "series" in answer else [*lines, *price_lines(answer)]
+    # Prices and overheads are told beside the plain report only.
+    return lines if has_words else [*lines, *price_lines(answer)]
 
 
 def _written(answer: Mapping[str, Any], format: Format) -> str:

@@ -38,6 +38,7 @@ from vllm_cost_meter.ledger.billing.days import invoice_days
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
+from vllm_cost_meter.reports.request_answers import RequestWithParts
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.tenants.budgets import Figures, told
 from vllm_cost_meter.units.time import rfc3339
@@ -160,13 +161,13 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
 
 def look_up(
     reader: LedgerReader, refresh: Callable[[], None], request_id: str, viewer: Viewer
-) -> list[dict[str, Any]]:
+) -> list[RequestWithParts]:
     """Return the request rows of an id that a viewer may see. Raises HTTPException without any.
 
     What still runs is looked up anew after `refresh`.
     """
 
-    def rows_now() -> list[dict[str, Any]]:
+    def rows_now() -> list[RequestWithParts]:
         return [row for row in reader.look_up(request_id) if viewer.may_see(row["tenant"])]
 
     rows = rows_now()
@@ -205,7 +206,7 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
         limit: Annotated[int, Query(ge=1, le=REQUESTS_PER_PAGE_MAX)] = 100,
         next: str | None = None,  # noqa: A002 - the parameter's public name
         tenant: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, Any]:
         """Return HTTP requests, newest first, and on the first page those that run."""
         if tenant is None:
             tenant = viewer.tenant
@@ -217,14 +218,14 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/tenants", dependencies=FOR_ADMINS)
-    def tenants(window: Window = None) -> dict[str, Any]:
+    def tenants(window: Window = None) -> Mapping[str, Any]:
         """Return what each tenant used, and each class of engine time, adding up to the total."""
         hours = hours_asked(window)
         refresh()
         return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant:path}")
-    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> dict[str, Any]:
+    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> Mapping[str, Any]:
         """Return what one tenant used."""
         hours = hours_asked(window)
         refresh()
@@ -234,7 +235,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return row
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
-    def summary(window: Window = None) -> dict[str, Any]:
+    def summary(window: Window = None) -> Mapping[str, Any]:
         """Return totals over all tenants and engines."""
         hours = hours_asked(window)
         refresh()
@@ -248,7 +249,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return invoice_days(reader, *hours)
 
     @app.get("/cost/audit", dependencies=FOR_ADMINS)
-    def audit() -> dict[str, Any]:
+    def audit() -> Mapping[str, Any]:
         """Prove, run by run, that the books balance at the last snapshot."""
         refresh()
         return reader.audit()
@@ -266,7 +267,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
         idle: Annotated[str | None, Query(description=f"{POLICIES}; otherwise none.")] = None,
         filter: Annotated[str | None, Query(description="Rows to show.")] = None,
         price: Annotated[str | None, Query(description="What if: USD per GPU-hour.")] = None,
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, Any]:
         """Return what was used, with and without its share of idle, added up as asked."""
         with asked_wrongly():
             asked = question(

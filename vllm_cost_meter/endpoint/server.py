@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import prometheus_client
 import prometheus_client.multiprocess
@@ -38,10 +38,12 @@ def serve(
     book: Callable[[], PriceBook] | None = None,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
+    alive: Callable[[], Collection[str]] = tuple,
 ) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken.
 
-    `refresh` brings the ledger up to now. What may change while the server runs is a function.
+    `refresh` brings the ledger up to now, `alive` names the runs that are known to live. What may
+    change while the server runs is a function.
     """
     if settings.port is None:
         return
@@ -57,7 +59,9 @@ def serve(
         )
         return
     try:
-        reader = LedgerReader(ledger_url, create=True, book=book or settings.price_book)
+        reader = LedgerReader(
+            ledger_url, create=True, book=book or settings.price_book, alive=alive
+        )
     except LedgerError:
         listening.close()  # or clients would connect and wait for ever
         raise

@@ -8,7 +8,7 @@ handlers.
 Invariant: nothing else of the meter is on vLLM's port, and nothing here tells of another tenant.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
@@ -50,7 +50,7 @@ def make_router(
         return {**row, "budgets": own_budgets}
 
     @router.get("/requests/{request_id:path}")
-    def request(request_id: str, own: Own) -> dict[str, Any]:
+    def request(request_id: str, own: Own) -> Mapping[str, Any]:
         """Return one HTTP request of the caller's tenant, by any of its ids."""
         return look_up(reader, refresh, request_id, own)[0]
 

@@ -144,12 +144,6 @@ def stretches(
     return [*read, *covered, *charged]
 
 
-def spend(found: Iterable[Stretch], from_ns: int, to_ns: int) -> Fraction:
-    """Return the spend that stretches put into [from_ns, to_ns), in nano-USD, exact."""
-    spent = (stretch.before(to_ns) - stretch.before(from_ns) for stretch in found)
-    return sum(spent, Fraction(0))
-
-
 def hours_between(from_ns: int, to_ns: int) -> range:
     """Return the hours since the epoch that [from_ns, to_ns) touches."""
     return range(from_ns // NS_PER_HOUR, -(-to_ns // NS_PER_HOUR))

@@ -30,16 +30,17 @@ def parse_price(text: str) -> Decimal:
 
 def cost_nanousd(gpu_time_ns: int, usd_per_gpu_hour: Decimal | Fraction | None) -> int | None:
     """Return the cost of GPU time in nano-USD, rounded half to even; None without a price."""
-    return _rounded(gpu_time_ns, usd_per_gpu_hour, NS_PER_HOUR)
-
-
-def energy_cost_nanousd(energy_mj: int, usd_per_kwh: Decimal | None) -> int | None:
-    """Return the cost of energy in nano-USD, rounded half to even; None without a price."""
-    return _rounded(energy_mj, usd_per_kwh, MJ_PER_KWH)
-
-
-def _rounded(amount: int, usd: Decimal | Fraction | None, per: int) -> int | None:
-    if usd is None:
+    if usd_per_gpu_hour is None:
         return None
-    numerator, denominator = usd.as_integer_ratio()
-    return half_even(amount * numerator * NANOUSD_PER_USD, denominator * per)
+    numerator, denominator = usd_per_gpu_hour.as_integer_ratio()
+    return half_even(gpu_time_ns * numerator * NANOUSD_PER_USD, denominator * NS_PER_HOUR)
+
+
+def exact_nanousd(gpu_time_ns: int, usd_per_gpu_hour: Decimal | Fraction) -> Fraction:
+    """Return the cost of GPU time in nano-USD, to be rounded together with others."""
+    return Fraction(usd_per_gpu_hour) * gpu_time_ns * NANOUSD_PER_USD / NS_PER_HOUR
+
+
+def exact_energy_nanousd(energy_mj: int, usd_per_kwh: Decimal) -> Fraction:
+    """Return the cost of energy in nano-USD, to be rounded together with others."""
+    return Fraction(usd_per_kwh) * energy_mj * NANOUSD_PER_USD / MJ_PER_KWH

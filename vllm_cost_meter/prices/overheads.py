@@ -20,6 +20,8 @@ from vllm_cost_meter.units.time import instant_of
 
 SECONDS_PER_HOUR = 3_600
 HOURS_PER_DAY = 24
+# Why an overhead that is a percentage has no cost.
+UNKNOWN_PART = "the cost it is a part of is null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class OverheadLine:
             "to": instant_of(self.to_hour),
             "cost_nanousd": self.cost_nanousd,
             "cost_usd": format_usd(self.cost_nanousd),
-            "cost_reason": None if self.nanousd is not None else "the cost it is a part of is null",
+            "cost_reason": None if self.nanousd is not None else UNKNOWN_PART,
         }
 
 

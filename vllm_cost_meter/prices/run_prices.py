@@ -11,10 +11,11 @@ and an hour without one.
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Generic, TypeVar
 
 from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice, PriceBook, PriceEntry, RunFacts
-from vllm_cost_meter.prices.cost import cost_nanousd, energy_cost_nanousd, parse_price
+from vllm_cost_meter.prices.cost import exact_energy_nanousd, exact_nanousd, parse_price
 from vllm_cost_meter.units.time import hour_text
 
 # Amounts that runs used, by run and hour (or a stretch's first hour). None holds time of no hour.
@@ -70,15 +71,20 @@ P = TypeVar("P", GpuHourPrice, EnergyPrice)
 
 @dataclass(frozen=True, slots=True)
 class Cost(Generic[P]):
-    """A cost in nano-USD, or None and why; and the prices that were found for it."""
+    """A cost in nano-USD, exact, or None and why; and the prices that were found for it."""
 
-    nanousd: int | None
+    exact: Fraction | None
     reason: str | None = None
     prices: tuple[P, ...] = ()
 
+    @property
+    def nanousd(self) -> int | None:
+        """Return it rounded half to even, by itself."""
+        return None if self.exact is None else round(self.exact)
+
     def of_nothing(self) -> "Cost[P]":
         """Return what nothing costs, beside this cost of all: 0, if any price is known."""
-        return Cost(0) if self.prices else Cost(None, self.reason)
+        return Cost(Fraction(0)) if self.prices else Cost(None, self.reason)
 
     def listed(self) -> list[dict[str, Any]]:
         """Return the prices as an answer lists them, each once, the earliest first."""
@@ -88,13 +94,13 @@ class Cost(Generic[P]):
 
 
 def cost_of(used_ns: Used, runs: Mapping[str, RunPrices], nothing: Cost[Any]) -> Cost[GpuHourPrice]:
-    """Return the cost of GPU time, rounded once for each run and price; `nothing` if it is 0."""
+    """Return the cost of GPU time; `nothing` if there is none."""
     return _cost(
         used_ns,
         runs,
         RunPrices.at,
         RunPrices.why_none,
-        lambda ns, price: cost_nanousd(ns, price.usd_per_gpu_hour),
+        lambda ns, price: exact_nanousd(ns, price.usd_per_gpu_hour),
         nothing,
     )
 
@@ -102,13 +108,13 @@ def cost_of(used_ns: Used, runs: Mapping[str, RunPrices], nothing: Cost[Any]) ->
 def energy_cost_of(
     used_mj: Used, runs: Mapping[str, RunPrices], nothing: Cost[Any]
 ) -> Cost[EnergyPrice]:
-    """Return the cost of energy, rounded once for each run and price; `nothing` if it is 0."""
+    """Return the cost of energy; `nothing` if there is none."""
     return _cost(
         used_mj,
         runs,
         RunPrices.energy_at,
         RunPrices.why_no_energy,
-        lambda mj, price: energy_cost_nanousd(mj, price.usd_per_kwh),
+        lambda mj, price: exact_energy_nanousd(mj, price.usd_per_kwh),
         nothing,
     )
 
@@ -118,27 +124,30 @@ def _cost(
     runs: Mapping[str, RunPrices],
     at: Callable[[RunPrices, int | None], P | None],
     why_none: Callable[[RunPrices, int | None], str],
-    cost: Callable[[int, P], int | None],
+    cost: Callable[[int, P], Fraction],
     nothing: Cost[P],
 ) -> Cost[P]:
-    amounts: dict[tuple[str, P], int] = {}
-    reason = None
+    amounts: dict[P, int] = {}
+    # The earliest of it without a price; time of no hour comes first.
+    missing: tuple[int, str] | None = None
     for run_id, run in runs.items():
         for hour, amount in used.get(run_id, {}).items():
             if not amount:
                 continue
             price = at(run, hour)
             if price is None:
-                reason = reason or why_none(run, hour)
+                here = (-1 if hour is None else hour, run_id)
+                missing = here if missing is None else min(missing, here)
             else:
-                amounts[run_id, price] = amounts.get((run_id, price), 0) + amount
-    if not amounts and reason is None:
+                amounts[price] = amounts.get(price, 0) + amount
+    if not amounts and missing is None:
         return nothing
-    found = tuple(dict.fromkeys(price for _, price in amounts))
-    if reason is not None:
-        return Cost(None, reason, found)
-    costs = [cost(amount, price) for (_, price), amount in amounts.items()]
-    return Cost(sum(each for each in costs if each is not None), None, found)
+    found = tuple(amounts)
+    if missing is not None:
+        hour, run_id = missing
+        return Cost(None, why_none(runs[run_id], None if hour < 0 else hour), found)
+    exact = sum((cost(amount, price) for price, amount in amounts.items()), Fraction(0))
+    return Cost(exact, None, found)
 
 
 def by_stretch(

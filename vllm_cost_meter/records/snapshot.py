@@ -25,6 +25,9 @@ OVERHEAD_ROWS = (*OVERHEAD_CLASSES, "in_flight")
 TWO_PLANES = "two planes"  # a form of the cost model; the other is "one plane"
 
 CLASSES = ("requests", "in_flight", *OVERHEAD_CLASSES)
+# Rows of overhead in which the GPUs worked all the same; with requests, all their work.
+WORK = ("in_flight", "tail", "dummy")
+BUSY = ("requests", *WORK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,102 +4,45 @@ Facts of the ledger go in, GPU time by run and hour; rows come out. Usage is kep
 each way that the question tells it apart. Overhead that the policy shares is pooled over a piece of
 the report (the window, or one step of it), divided among tenants, and within a tenant over its
 cells by GPU time. A tenant that carries a share and used nothing gets a row for it. Then cells are
-added up to rows, and only then is anything rounded. Core: standard library only.
+added up to rows, and only then is anything rounded: the whole to the nano-USD, the steps of a
+report by largest remainder, and within each step its rows. There is no other rounding of a report's
+money. Core: standard library only.
 
-Invariant: GPU time and money are exact fractions until the end, and the rows of a piece, shown or
-not, are rounded together; so they add up to the piece, on both bases, whatever the aggregation and
-the policy, and a filter changes no row.
+Invariant: GPU time and money are exact fractions until the end, and all rows, shown or not, are
+rounded together; so they add up to their step, and the steps to the whole, on both bases, whatever
+the aggregation and the policy, and a filter changes no row.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.facts import (
+    COUNTS,
+    NOTHING,
+    NOTHING_RAN,
+    REQUESTS,
+    UNALLOCATED,
+    Amount,
+    Facts,
+    Hour,
+    Key,
+    PriceOf,
+    Unpriced,
+    WhyNone,
+    earliest,
+    no_price,
+)
 from vllm_cost_meter.reports.grammar import Question
 from vllm_cost_meter.reports.idle import SHARED_CLASSES
 from vllm_cost_meter.units.calendar import period_name, period_of
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.rounding import largest_remainder, rounded_known
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
-
-# The class of a row of usage; the others are in the order they are shown.
-REQUESTS = "requests"
-# In place of a value that usage does not have: no model was named, no adapter used, no tag given.
-UNALLOCATED = "__unallocated__"
-COUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
-
-Key = tuple[str, ...]
-# USD per GPU-hour of a run in an hour; None where it has no price.
-PriceOf = Callable[[str, int], Fraction | Decimal | None]
-
-
-class Used(NamedTuple):
-    """GPU time of a run in an hour: of usage by the values of the dimensions, of a class."""
-
-    run_id: str
-    hour: int
-    key: Key
-    gpu_time_ns: int
-
-
-class Ended(NamedTuple):
-    """Requests that ended in an hour, and their tokens as in `COUNTS`."""
-
-    hour: int
-    key: Key
-    counts: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the ledger holds of a window: usage, overhead (its key is the class), what ended.
-
-    `wall` are the engines' hours, all classes together, as they say themselves; `wall_gpu_ns` is
-    their sum, and without a window wall time x GPUs.
-    """
-
-    used: Sequence[Used]
-    overhead: Sequence[Used]
-    ended: Sequence[Ended]
-    wall: Sequence[Used]
-    wall_gpu_ns: int
-
-    @property
-    def difference_ns(self) -> int:
-        """What usage and overhead miss of wall x GPUs: 0 when no bill is missing."""
-        return self.wall_gpu_ns - sum(one.gpu_time_ns for one in (*self.used, *self.overhead))
-
-
-@dataclass(frozen=True, slots=True)
-class Amount:
-    """GPU time and what it costs, exact. `unpriced` are the runs in it that have no price."""
-
-    gpu_time_ns: Fraction = Fraction(0)
-    nanousd: Fraction = Fraction(0)
-    unpriced: frozenset[str] = frozenset()
-
-    def plus(self, other: "Amount") -> "Amount":
-        """Return the sum."""
-        if self is NOTHING or other is NOTHING:
-            return self if other is NOTHING else other
-        return Amount(
-            self.gpu_time_ns + other.gpu_time_ns,
-            self.nanousd + other.nanousd,
-            self.unpriced | other.unpriced,
-        )
-
-    def times(self, factor: Fraction) -> "Amount":
-        """Return a part, or, times -1, what is taken away."""
-        unpriced = self.unpriced if factor else frozenset()
-        return Amount(self.gpu_time_ns * factor, self.nanousd * factor, unpriced)
-
-
-NOTHING = Amount()
 
 
 @dataclass(slots=True)
@@ -127,20 +70,30 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The rows of a stretch of hours, exact, in the order they are shown; None is open."""
+    """The rows of a stretch of hours, exact, in the order they are shown; None is open.
+
+    `is_priced` says whether any of its time has a price: if so, nothing costs 0.
+    """
 
     from_hour: int | None
     to_hour: int | None
     rows: tuple[Row, ...]
+    is_priced: bool
 
-    def costs(self, amounts: Iterable[Amount]) -> list[Fraction | None]:
+    def cost(self, amount: Amount) -> Fraction | None:
         """Return nano-USD, exact; None where a price misses, of nothing too if all prices do."""
-        is_priced = any(row.used.gpu_time_ns and not row.used.unpriced for row in self.rows)
-        return [a.nanousd if is_priced and not a.unpriced else None for a in amounts]
+        return amount.nanousd if self.is_priced and amount.unpriced is None else None
+
+    def why_no_cost(self, amount: Amount, why: WhyNone) -> str | None:
+        """Return why an amount has no cost; None if it has one."""
+        if self.cost(amount) is not None:
+            return None
+        missing = amount.unpriced or earliest(row.whole.unpriced for row in self.rows)
+        return NOTHING_RAN if missing is None else why(missing.run_id, missing.hour)
 
 
 class _Prices:
-    """The price of each run and hour, asked for once. In place of one that misses is the run's id.
+    """The price of each run and hour, asked for once.
 
     GPU time is added up by price, so that money is computed once for each and not for each hour.
     """
@@ -148,13 +101,14 @@ class _Prices:
     def __init__(self, question: Question, price_of: PriceOf) -> None:
         self._what_if = question.price
         self._price_of = price_of
-        self._known: dict[tuple[str, int], Fraction | str] = {}
+        self._known: dict[tuple[str, Hour], Fraction | Unpriced] = {}
 
-    def of(self, run_id: str, hour: int) -> Fraction | str:
+    def of(self, run_id: str, hour: Hour) -> Fraction | Unpriced:
         price = self._known.get((run_id, hour))
         if price is None:
-            told = self._price_of(run_id, hour) if self._what_if is None else self._what_if
-            price = self._known[run_id, hour] = run_id if told is None else Fraction(told)
+            found = self._price_of(run_id, hour) if self._what_if is None else self._what_if
+            price = Unpriced.of(run_id, hour) if found is None else Fraction(found)
+            self._known[run_id, hour] = price
         return price
 
 
@@ -170,22 +124,39 @@ class _Cells:
     """The cells of one piece."""
 
     def __init__(self) -> None:
-        self.spent: dict[_Cell, Counter[Fraction | str]] = defaultdict(Counter)
+        self.spent: dict[_Cell, Counter[Fraction | Unpriced]] = defaultdict(Counter)
         self.counts: dict[_Cell, list[int]] = {}
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether any time in them has a price."""
+        return any(
+            ns and isinstance(price, Fraction)
+            for spent in self.spent.values()
+            for price, ns in spent.items()
+        )
 
     def rows(self) -> dict[_Cell, Row]:
         """Return the cells with their cost, nothing shared yet."""
         found = {}
         for cell in self.spent.keys() | self.counts.keys():
             counts = self.counts.get(cell, [0] * len(COUNTS))
-            used = _amount(self.spent[cell]) if cell in self.spent else NOTHING
+            used = Amount.of(self.spent[cell]) if cell in self.spent else NOTHING
             found[cell] = Row(cell.class_name, (), used, NOTHING, counts)
         return dict(sorted(found.items()))
 
 
-def report(facts: Facts, question: Question, price_of: PriceOf) -> dict[str, Any]:
-    """Return the answer to a question, as JSON has it."""
-    series = [_series(piece, question) for piece in pieces(facts, question, price_of)]
+def report(
+    facts: Facts, question: Question, price_of: PriceOf, why: WhyNone = no_price
+) -> dict[str, Any]:
+    """Return the answer to a question, as JSON has it. `why` says why a price misses."""
+    found = pieces(facts, question, price_of)
+    usage_costs = _rounded_costs(found, lambda row: row.used)
+    costs = _rounded_costs(found, lambda row: row.whole)
+    series = [
+        _series(piece, facts, question, why, usage, whole)
+        for piece, usage, whole in zip(found, usage_costs, costs, strict=True)
+    ]
     if question.only is not None:
         # Not even that something was used at a time: others did.
         series = [piece for piece in series if piece["rows"]]
@@ -196,6 +167,17 @@ def report(facts: Facts, question: Question, price_of: PriceOf) -> dict[str, Any
         **({} if question.only is not None else _whole(facts, question, price_of)),
         "series": series,
     }
+
+
+def _rounded_costs(
+    found: Sequence[Piece], amount_of: Callable[[Row], Amount]
+) -> list[list[int | None]]:
+    """Round the costs of all rows from the whole down, so that rows and pieces add up to it."""
+    exact = [[piece.cost(amount_of(row)) for row in piece.rows] for piece in found]
+    totals = largest_remainder(
+        [sum((cost for cost in costs if cost is not None), Fraction(0)) for costs in exact]
+    )
+    return [rounded_known(costs, total) for costs, total in zip(exact, totals, strict=True)]
 
 
 def _whole(facts: Facts, question: Question, price_of: PriceOf) -> dict[str, Any]:
@@ -218,25 +200,26 @@ def pieces(facts: Facts, question: Question, price_of: PriceOf) -> list[Piece]:
     found = []
     for (low, high), cells in sorted(by_piece.items(), key=lambda item: item[0][0] or 0):
         shared = _shared(cells.rows(), question)
-        found.append(Piece(low, high, tuple(_rows(shared, question))))
+        found.append(Piece(low, high, tuple(_rows(shared, question)), cells.is_priced))
     if question.accumulate and question.step is not None:
         together: dict[tuple[str, Key, bool], Row] = {}
         for row in (row for piece in found for row in piece.rows):
             key = (row.class_name, row.key, row.shown)
             together.setdefault(key, Row(row.class_name, row.key, shown=row.shown)).add(row)
         rows = sorted(together.values(), key=_order(question))
-        return [Piece(question.from_hour, question.to_hour, tuple(rows))]
+        is_priced = any(piece.is_priced for piece in found)
+        return [Piece(question.from_hour, question.to_hour, tuple(rows), is_priced)]
     return found
 
 
 def wall_cost(facts: Facts, question: Question, price_of: PriceOf) -> Fraction | None:
     """Return what the engines' hours cost in nano-USD, exact; None where a price misses."""
     prices = _Prices(question, price_of)
-    spent: Counter[Fraction | str] = Counter()
+    spent: Counter[Fraction | Unpriced] = Counter()
     for run_id, hour, _, gpu_time_ns in facts.wall:
         spent[prices.of(run_id, hour)] += gpu_time_ns
-    amount = _amount(spent)
-    return None if amount.unpriced or not facts.wall else amount.nanousd
+    amount = Amount.of(spent)
+    return None if amount.unpriced or not amount.gpu_time_ns else amount.nanousd
 
 
 def _cells(
@@ -244,11 +227,12 @@ def _cells(
 ) -> dict[tuple[int | None, int | None], _Cells]:
     by_piece: dict[tuple[int | None, int | None], _Cells] = defaultdict(_Cells)
     prices = _Prices(question, price_of)
-    where: dict[int, tuple[_Cells, Key]] = {}
+    where: dict[Hour, tuple[_Cells, Key]] = {}
 
-    def place(hour: int) -> tuple[_Cells, Key]:
+    def place(hour: Hour) -> tuple[_Cells, Key]:
         if hour not in where:
-            times = tuple(period_name(hour, unit, question.zone) for unit in question.times)
+            # Time of no hour comes only where no column is a time.
+            times = tuple(period_name(hour, unit, question.zone) for unit in question.times if hour)
             where[hour] = (by_piece[_piece(hour, question)], times)
         return where[hour]
 
@@ -265,25 +249,13 @@ def _cells(
     return by_piece
 
 
-def _piece(hour: int, question: Question) -> tuple[int | None, int | None]:
-    if question.step is None:
+def _piece(hour: Hour, question: Question) -> tuple[int | None, int | None]:
+    if question.step is None or hour is None:
         return question.from_hour, question.to_hour
     low, high = period_of(hour, question.step, question.zone)
     return (
         low if question.from_hour is None else max(low, question.from_hour),
         high if question.to_hour is None else min(high, question.to_hour),
-    )
-
-
-def _amount(spent: Mapping[Fraction | str, int]) -> Amount:
-    nanousd = sum(
-        (ns * price for price, ns in spent.items() if not isinstance(price, str)), Fraction(0)
-    )
-    return Amount(
-        Fraction(sum(spent.values())),
-        # A GPU-hour is 3600 x 10^9 ns, a USD 10^9 nano-USD.
-        nanousd / 3600,
-        frozenset(run for run, ns in spent.items() if isinstance(run, str) and ns),
     )
 
 
@@ -363,12 +335,17 @@ def _instant(period: str) -> datetime:
     return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
 
 
-def _series(piece: Piece, question: Question) -> dict[str, Any]:
-    """Round the rows of a piece together, and return those that are shown."""
+def _series(
+    piece: Piece,
+    facts: Facts,
+    question: Question,
+    why: WhyNone,
+    usage_costs: Sequence[int | None],
+    costs: Sequence[int | None],
+) -> dict[str, Any]:
+    """Return a piece with those of its rows that are shown; the costs are those of all its rows."""
     shares = largest_remainder([row.share.gpu_time_ns for row in piece.rows])
-    usage_costs = rounded_known(piece.costs(row.used for row in piece.rows))
-    costs = rounded_known(piece.costs(row.whole for row in piece.rows))
-    # Of all rows, whatever a filter hides, but to a tenant of its own.
+    # Sums hold hidden rows too; but a tenant that asks is told sums of its own rows.
     counted = [
         (int(row.used.gpu_time_ns), cost)
         for row, cost in zip(piece.rows, costs, strict=True)
@@ -385,7 +362,15 @@ def _series(piece: Piece, question: Question) -> dict[str, Any]:
         "cost_nanousd": total,
         "cost_usd": format_usd(total),
         "rows": [
-            _shown(row, question, share_ns, usage_cost, cost)
+            {
+                **_shown(row, question, share_ns),
+                "usage_cost_nanousd": usage_cost,
+                "usage_cost_usd": format_usd(usage_cost),
+                "cost_nanousd": cost,
+                "cost_usd": format_usd(cost),
+                "cost_reason": None if cost is not None else piece.why_no_cost(row.whole, why),
+                **(facts.details_of(row.key[0]) if facts.details else {}),
+            }
             for row, share_ns, usage_cost, cost in zip(
                 piece.rows, shares, usage_costs, costs, strict=True
             )
@@ -394,9 +379,7 @@ def _series(piece: Piece, question: Question) -> dict[str, Any]:
     }
 
 
-def _shown(
-    row: Row, question: Question, share_ns: int, usage_cost: int | None, cost: int | None
-) -> dict[str, Any]:
+def _shown(row: Row, question: Question, share_ns: int) -> dict[str, Any]:
     counts: Sequence[int | None] = row.counts
     if row.class_name != REQUESTS:
         counts = (0, None, None, None)
@@ -406,18 +389,4 @@ def _shown(
         **dict(zip(COUNTS, counts, strict=True)),
         "gpu_time_ns": int(row.used.gpu_time_ns),
         "idle_share_ns": share_ns,
-        "usage_cost_nanousd": usage_cost,
-        "usage_cost_usd": format_usd(usage_cost),
-        "cost_nanousd": cost,
-        "cost_usd": format_usd(cost),
-        "cost_reason": None if cost is not None else no_price(row.whole),
     }
-
-
-def no_price(amount: Amount) -> str:
-    """Return why an amount has no cost."""
-    runs = sorted(amount.unpriced)
-    if not runs:
-        return "no price"
-    more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
-    return f"no price for run {runs[0][:8]}{more}"

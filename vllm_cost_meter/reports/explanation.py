@@ -11,10 +11,11 @@ that `formulas` states.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from vllm_cost_meter.prices.book import by_price, described, total_nanousd
 from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.reports.request_answers import Explanation
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
@@ -35,7 +36,7 @@ FORMULAS = {
 
 def explained(
     request: Row, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Row]
-) -> dict[str, Any]:
+) -> Explanation:
     """Return the explanation of a request row with its `parts`.
 
     `prices` are those of the runs of the parts, `spent` the hours and GPU-ns of each bill by its
@@ -64,7 +65,7 @@ def explained(
     explanation = {name: request[name] for name in (*names, *figures)}
     explanation["parts"] = parts
     explanation["formulas"] = FORMULAS
-    return {**explanation, "text": list(lines(explanation))}
+    return cast("Explanation", {**explanation, "text": list(lines(explanation))})
 
 
 def _used(model: Row, part: Row) -> bool:

@@ -81,6 +81,17 @@ class Question:
         named = (name for name in (*self.aggregate, *self.conditions) if name in TIMES)
         return cast("tuple[Unit, ...]", tuple(dict.fromkeys(named)))
 
+    @property
+    def tells_hours_apart(self) -> bool:
+        """Whether it matters for a row in which hour something was used, but for its price."""
+        return self.step is not None or bool(self.times)
+
+    @property
+    def is_by_tenant(self) -> bool:
+        """Whether rows are by tenant alone, over the whole window."""
+        columns = (*self.aggregate, *self.conditions)
+        return set(columns) == {"tenant"} and not self.tells_hours_apart
+
 
 def question(
     *,

@@ -11,8 +11,9 @@ unless every part has one.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+from vllm_cost_meter.reports.request_answers import PartRow, RequestRow
 from vllm_cost_meter.units.money import format_usd
 
 Row = Mapping[str, Any]
@@ -85,7 +86,7 @@ PART_SUMS = (
 )
 
 
-def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
+def exchange(http: Row | None, parts: Sequence[Row]) -> RequestRow:
     """Return the request row of an exchange; one of `http` and `parts` must be there."""
     parts = ordered(parts)
     first: Row = parts[0] if parts else {}
@@ -93,7 +94,7 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
     told: Row = http if http is not None else {}
     cost = _cost(told, parts)
     as_of = [part["as_of"] for part in parts if part.get("as_of") is not None]
-    return {
+    row = {
         "request_id": first.get("request_id"),
         "response_id": whose["response_id"] or first.get("response_id"),
         "http_request_id": whose["http_request_id"],
@@ -120,6 +121,7 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> dict[str, Any]:
         "energy_mj": _sum_of(parts, "energy_mj"),
         "energy_reason": next((p["energy_reason"] for p in parts if p["energy_reason"]), None),
     }
+    return cast("RequestRow", row)
 
 
 def ordered(parts: Sequence[Row]) -> list[Row]:
@@ -131,11 +133,11 @@ def ordered(parts: Sequence[Row]) -> list[Row]:
     return sorted(parts, key=order)
 
 
-def shown_part(part: Row) -> dict[str, Any]:
+def shown_part(part: Row) -> PartRow:
     """Return a part as it is listed under `parts`."""
     shown = {name: part.get(name) for name in PART_COLUMNS}
     reason = None if shown["cost_nanousd"] is not None else _why_no_cost([part])
-    return {**shown, "state": _state([part]), "cost_reason": reason}
+    return cast("PartRow", {**shown, "state": _state([part]), "cost_reason": reason})
 
 
 def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:

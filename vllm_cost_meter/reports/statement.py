@@ -19,19 +19,18 @@ from fractions import Fraction
 from typing import Any
 
 from vllm_cost_meter.prices.book import described
+from vllm_cost_meter.prices.overheads import UNKNOWN_PART
 from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
-from vllm_cost_meter.reports.allocation import (
+from vllm_cost_meter.reports.allocation import Piece, Row, pieces, wall_cost
+from vllm_cost_meter.reports.facts import (
     COUNTS,
     NOTHING,
     REQUESTS,
     Amount,
     Facts,
-    Piece,
     PriceOf,
-    Row,
+    WhyNone,
     no_price,
-    pieces,
-    wall_cost,
 )
 from vllm_cost_meter.reports.grammar import Question
 from vllm_cost_meter.reports.idle import IdlePolicy
@@ -76,6 +75,8 @@ class _Line:
     costs: tuple[Fraction | None, Fraction | None, Fraction | None]
     counts: Sequence[int | None] = (None,) * len(COUNTS)
     source: str | None = None
+    # Why its cost is unknown.
+    reason: str | None = None
     cents: int | None = None
 
     def order(self) -> tuple[bool, str, str]:
@@ -102,8 +103,7 @@ class _Line:
             "idle_share_cents": cells[1],
             "amount_cents": self.cents,
         }
-        reason = no_price(self.used.plus(self.share)) if self.cents is None else None
-        return {**_with_usd(shown), "cost_reason": reason}
+        return {**_with_usd(shown), "cost_reason": self.reason}
 
 
 def month_question(month: str, zone: tzinfo, idle: IdlePolicy) -> Question:
@@ -119,14 +119,16 @@ def statement(
     *,
     tenant: str | None = None,
     overhead: Sequence[OverheadCost] = (),
+    why: WhyNone = no_price,
     now_ns: int,
 ) -> dict[str, Any]:
     """Return the statement of one tenant, or of all with what nobody carries and the grand total.
 
-    `facts` are told apart by tenant and model, `asked` is of `month_question`. Raises ValueError
-    for a tenant without a line.
+    `facts` are told apart by tenant and model, `asked` is of `month_question`, `why` says why a
+    price misses. Raises ValueError for a tenant without a line.
     """
-    lines = _lines(facts, asked, price_of, overhead)
+    (piece,) = pieces(facts, asked, price_of)
+    lines = _lines(_groups(piece, asked, overhead, why))
     tenants = list(dict.fromkeys(line["tenant"] for line in lines if line["tenant"] is not None))
     in_flight_ns = sum(one.gpu_time_ns for one in facts.overhead if one.key == ("in_flight",))
     is_over = asked.to_hour is not None and now_ns >= asked.to_hour * NS_PER_HOUR
@@ -203,12 +205,8 @@ _IDLE_NOTES = {
 }
 
 
-def _lines(
-    facts: Facts, asked: Question, price_of: PriceOf, overhead: Sequence[OverheadCost]
-) -> list[dict[str, Any]]:
+def _lines(groups: Sequence[Sequence[_Line]]) -> list[dict[str, Any]]:
     """Return all lines there are, rounded from the whole down."""
-    (piece,) = pieces(facts, asked, price_of)
-    groups = _groups(piece, asked, overhead)
     exact = [_sum(line.costs[0] for line in group) for group in groups]
     for group, cents in zip(groups, _round_cents(exact), strict=True):
         costs = [line.costs[0] for line in group]
@@ -251,7 +249,9 @@ def _total(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return _with_usd(sums)
 
 
-def _groups(piece: Piece, asked: Question, overhead: Sequence[OverheadCost]) -> list[list[_Line]]:
+def _groups(
+    piece: Piece, asked: Question, overhead: Sequence[OverheadCost], why: WhyNone
+) -> list[list[_Line]]:
     """Return the lines of each tenant, by name, then one group for each that nobody carries."""
     used_ns: Counter[str] = Counter()
     tenants: dict[str, list[_Line]] = defaultdict(list)
@@ -262,14 +262,14 @@ def _groups(piece: Piece, asked: Question, overhead: Sequence[OverheadCost]) -> 
             continue
         tenant, model, day = row.key
         used_ns[tenant] += int(row.used.gpu_time_ns)
-        tenants[tenant].append(_line(piece, row, USAGE, model, tenant, day))
+        tenants[tenant].append(_line(piece, row, why, USAGE, model, tenant, day))
     shares = asked.idle.shares(used_ns)
     for tenant, share in shares.items():
         tenants[tenant] += [_overhead_line(cost, share, tenant) for cost in overhead]
     rest = 1 - sum(shares.values(), Fraction(0))
     return [
         *(sorted(tenants[name], key=_Line.order) for name in sorted(tenants)),
-        *([_line(piece, row, CLASS, f"__{name}__")] for name, row in classes.items()),
+        *([_line(piece, row, why, CLASS, f"__{name}__")] for name, row in classes.items()),
         *([_overhead_line(cost, rest, None)] for cost in overhead if rest),
     ]
 
@@ -277,20 +277,32 @@ def _groups(piece: Piece, asked: Question, overhead: Sequence[OverheadCost]) -> 
 def _line(
     piece: Piece,
     row: Row,
+    why: WhyNone,
     kind: str,
     item: str,
     tenant: str | None = None,
     day: str | None = None,
 ) -> _Line:
-    cost, usage, share = piece.costs((row.whole, row.used, row.share))
+    cost, usage, share = (piece.cost(amount) for amount in (row.whole, row.used, row.share))
     counts: Sequence[int | None] = row.counts if kind == USAGE else (None,) * len(COUNTS)
-    return _Line(kind, tenant, day, item, row.used, row.share, (cost, usage, share), counts)
+    reason = piece.why_no_cost(row.whole, why)
+    costs = (cost, usage, share)
+    return _Line(kind, tenant, day, item, row.used, row.share, costs, counts, reason=reason)
 
 
 def _overhead_line(cost: OverheadCost, share: Fraction, tenant: str | None) -> _Line:
     nanousd = None if cost.nanousd is None else cost.nanousd * share
-    costs = (nanousd, nanousd, Fraction(0))
-    return _Line(OVERHEAD, tenant, None, cost.name, NOTHING, NOTHING, costs, source=cost.source)
+    return _Line(
+        OVERHEAD,
+        tenant,
+        None,
+        cost.name,
+        NOTHING,
+        NOTHING,
+        (nanousd, nanousd, Fraction(0)),
+        source=cost.source,
+        reason=UNKNOWN_PART if nanousd is None else None,
+    )
 
 
 def _sum(costs: Iterable[Fraction | None]) -> Fraction | None:

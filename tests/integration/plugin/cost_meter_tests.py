@@ -128,7 +128,7 @@ def inject_faults(file: Path) -> None:
         from vllm_cost_meter import exchange, metrics
         from vllm_cost_meter.api_server import collector, middleware
 
-        fail_where(file, collector.Collector, "http_record")
+        fail_where(file, collector, "http_request")
         fail_where(file, exchange.Exchange, "all_billed")
         fail_where(file, metrics, "count_bill", "count_inter_token_latencies", "set_engine")
         fail_where(file, middleware, "_new_exchange")
@@ -194,7 +194,7 @@ def give_a_gpu(script: str) -> None:
 
 def tee_replies(folder: Path) -> None:
     """Write what enters our reply editor, and what leaves it, to one file each per exchange."""
-    from vllm_cost_meter.api_server.middleware import ReplyEditor
+    from vllm_cost_meter.api_server.reply_editor import ReplyEditor
 
     original_init, original_sending = ReplyEditor.__init__, ReplyEditor.sending
 
@@ -204,12 +204,12 @@ def tee_replies(folder: Path) -> None:
             with (folder / name).open("ab") as file:
                 file.write(message.get("body", b""))
 
-    def init(self, collector, exchange, send, *warnings) -> None:
+    def init(self, collector, guard, exchange, send, *more) -> None:
         async def leaving(message):
             append("left", exchange, message)
             await send(message)
 
-        original_init(self, collector, exchange, leaving, *warnings)
+        original_init(self, collector, guard, exchange, leaving, *more)
 
     def sending(self):
         send = original_sending(self)

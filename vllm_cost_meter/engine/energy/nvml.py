@@ -80,11 +80,9 @@ class EnergyReading:
     """What an engine's cards used since the reading before, in millijoules.
 
     `energy_mj` is their sum, None if that of any card is unknown; then `reason` says why.
-    `devices_mj` has one entry per card, in the order of the engine's devices.
     """
 
     energy_mj: int | None
-    devices_mj: tuple[int | None, ...]
     reason: str | None
 
     def __post_init__(self) -> None:
@@ -232,12 +230,12 @@ class EnergyCounter:
             amounts = self._read(now_ns)
             reason = self._final_reason or next((d.reason for d in self._devices if d.reason), None)
             if reason is None:
-                return EnergyReading(sum(mj for mj in amounts if mj is not None), amounts, None)
+                return EnergyReading(sum(mj for mj in amounts if mj is not None), None)
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-            amounts, reason = (None,) * len(self._devices), f"error: {error!r}"
+            reason = f"error: {error!r}"
             for device in self._devices:
                 device.value_mj = None
-        return EnergyReading(None, amounts, reason)
+        return EnergyReading(None, reason)
 
     def _read(self, now_ns: int) -> tuple[int | None, ...]:
         wall_ns = now_ns - (now_ns if self._read_ns is None else self._read_ns)

@@ -182,7 +182,7 @@ def _quiet_figures(server: Server, setup: Setup, abandoned_id: str) -> DemoFigur
         time.sleep(0.3)
 
 
-def _statement(setup: Setup) -> dict[str, Any]:
+def _statement(setup: Setup) -> Mapping[str, Any]:
     settings = load_settings(setup.environment, setup.folder / SETTINGS)
     reader = LedgerReader(str(settings.ledger), book=settings.price_book)
     try:

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_cost_meter.economics.saturation import IDENTITY
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.ledger.economics.figures import BUSY
+from vllm_cost_meter.records.snapshot import BUSY
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_HOUR
 

@@ -6,9 +6,9 @@ Invariant: days are UTC days, and each hour in the window is in exactly one of t
 from typing import Any
 
 from vllm_cost_meter.ledger.billing.comparison import Bills
-from vllm_cost_meter.ledger.queries.cut import Window
-from vllm_cost_meter.ledger.queries.tenants import Totals
-from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
+from vllm_cost_meter.ledger.queries.costs import CutCosts
+from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Window
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.calendar import period_name
 
 
@@ -16,20 +16,19 @@ def invoice_days(
     reader: LedgerReader,
     from_hour: int | None = None,
     to_hour: int | None = None,
-    *,
-    settle_s: float = SETTLE_S,
+    as_of: AsOf = NOW,
 ) -> dict[str, Any]:
     """Return the amounts metered and billed on each UTC day of a window, and their total.
 
     Hours count since the epoch, [from_hour, to_hour); None means no bound.
     """
-    cut = reader.cut(Window(from_hour, to_hour), (), None, settle_s)
+    cut = reader.cut(Window(from_hour, to_hour), as_of)
     with reader.transaction() as connection:
         bills = Bills(connection, cut)
     return {
         "window": cut.window.as_dict(),
         "taken_at": cut.at(),
-        "prices": Totals.of(cut).cost.listed(),
+        "prices": CutCosts.of(cut).cost.listed(),
         "days": [
             {"day": period_name(hours[0], "day"), **bills.compared(hours).as_dict()}
             for hours in bills.days().values()

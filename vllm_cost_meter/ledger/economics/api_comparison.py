@@ -25,7 +25,7 @@ from vllm_cost_meter.economics import (
 from vllm_cost_meter.economics.comparison import FORMULA
 from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH, S_PER_HOUR, not_negative
 from vllm_cost_meter.ledger.economics.query import read_figures, read_mix
-from vllm_cost_meter.ledger.queries.cut import Window
+from vllm_cost_meter.ledger.queries.cut import AsOf, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.calendar import WEEK, hours_of_window
 
@@ -102,7 +102,7 @@ def _answer(
     asked: Supposition | None,
     limit: float | None,
 ) -> dict[str, Any]:
-    cut = reader.cut(Window(*hours), (), None, 0)
+    cut = reader.cut(Window(*hours), AsOf(settle_s=0))
     with reader.transaction() as connection:
         figures = read_figures(connection, cut, Declared(), ("cost_usd", "observed_seconds"))
         sent = list(read_mix(connection, cut))

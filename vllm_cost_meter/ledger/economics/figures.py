@@ -12,13 +12,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from vllm_cost_meter.economics.saturation import IDENTITY
-from vllm_cost_meter.ledger.reader import WORK
-from vllm_cost_meter.records.snapshot import CLASSES
+from vllm_cost_meter.records.snapshot import BUSY, CLASSES
 
 # Two sizes are about the same up to this factor, for prompts and replies each.
 SIZE_FACTOR = 1.25
-# The GPUs worked in these classes.
-BUSY = ("requests", *WORK)
 
 
 class Figure(NamedTuple):

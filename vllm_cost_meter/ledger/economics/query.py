@@ -26,9 +26,9 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.economics import Declared, Sent
 from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO, TABLES
-from vllm_cost_meter.ledger.queries.cut import Cut, Window
-from vllm_cost_meter.ledger.queries.tenants import Totals, overheads_of
-from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
+from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
+from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
@@ -40,15 +40,14 @@ def economics(
     declared: Declared,
     from_hour: int | None = None,
     to_hour: int | None = None,
-    *,
-    settle_s: float = SETTLE_S,
+    as_of: AsOf = NOW,
 ) -> dict[str, Any]:
     """Return the cost of a window's tokens and requests, with load and latency, ready for JSON.
 
     Hours count since the epoch, [from_hour, to_hour); None means no bound. `declared` has the
     operator's latency bounds and full load.
     """
-    cut = reader.cut(Window(from_hour, to_hour), (), None, settle_s)
+    cut = reader.cut(Window(from_hour, to_hour), as_of)
     with reader.transaction() as connection:
         figures = read_figures(connection, cut, declared, figures_shown(declared))
     return {
@@ -56,7 +55,7 @@ def economics(
         "taken_at": cut.at(),
         "deployments": deployments(cut),
         "slo": declared.slo(figures.get("good_requests_share")),
-        "prices": Totals.of(cut).cost.listed(),
+        "prices": CutCosts.of(cut).cost.listed(),
         "figures": figures,
     }
 
@@ -68,7 +67,7 @@ def method(
     to_hour: int | None = None,
 ) -> list[dict[str, Any]]:
     """Return the unit, meaning and executed SQL of each figure for a window, ready for JSON."""
-    cut = reader.cut(Window(from_hour, to_hour), (), None, 0)
+    cut = reader.cut(Window(from_hour, to_hour), AsOf(settle_s=0))
     return [
         {
             "figure": name,

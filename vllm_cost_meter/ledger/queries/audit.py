@@ -11,11 +11,12 @@ Invariant: `balanced` is true if and only if every one of these differences is 0
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.queries.answers import AuditRun, LostRequest
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, count_bills
 from vllm_cost_meter.ledger.queries.energy import audited, told_mj
 from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST, lost_requests
@@ -27,7 +28,7 @@ MAX_RANGES = 1000
 MORE = "more"
 
 
-def audit_runs(connection: Connection, cut: Cut) -> list[dict[str, Any]]:
+def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
     """Return one row for each run, all differences in it."""
     held = count_bills(connection, cut)
     billed = _bills_ns(connection, cut)
@@ -77,8 +78,8 @@ def _audit_run(
     uneven: int,
     energy: Mapping[str, int | None],
     missing: list[str],
-    lost: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+    lost: Sequence[LostRequest],
+) -> AuditRun:
     row = run.row
     totals = {name: int(row[f"{name}_ns"]) for name in CLASSES}
     billed_ns = int(row["billed_ns"])
@@ -107,7 +108,7 @@ def _audit_run(
         "in_flight_difference_ns": _in_flight_difference(run, totals),
         **_lost(run, lost),
     }
-    return {**audit, "balanced": is_balanced(audit)}
+    return cast("AuditRun", {**audit, "balanced": is_balanced(audit)})
 
 
 def _hours_difference(run: RunCut, totals: Mapping[str, int]) -> int:
@@ -124,7 +125,7 @@ def _in_flight_difference(run: RunCut, totals: Mapping[str, int]) -> int:
     return totals["in_flight"] - int(run.row["live_ns"]) - int(run.row["step_ns"])
 
 
-def _lost(run: RunCut, lost: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _lost(run: RunCut, lost: Sequence[LostRequest]) -> dict[str, Any]:
     """Return whose the time was that a dead run had in flight; null where nobody told."""
     unknown = run.row["live_ns"] is None
     step_ns = 0 if run.alive else run.row["step_ns"]

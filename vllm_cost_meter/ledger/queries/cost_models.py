@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import and_, func, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.queries.answers import CostModelRow
 from vllm_cost_meter.ledger.schema import cost_models, runs, snapshots
 from vllm_cost_meter.records.snapshot import CostModel, EarlierFit
 
@@ -19,7 +20,7 @@ TERMS = ("fixed_ns", "token_ns", "sequence_ns", "product_ns", "context_ns")
 STEPS_MIN = 512
 
 
-def models(connection: Connection, run_id: str | None) -> list[dict[str, Any]]:
+def models(connection: Connection, run_id: str | None) -> list[CostModelRow]:
     """Return the latest model of each run, newest run first; of one run, all its versions."""
     m, r, s = cost_models.c, runs.c, snapshots.c
     query = (
@@ -75,7 +76,7 @@ def _model_of(row: Mapping[str, Any]) -> CostModel:
     )
 
 
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(row: Mapping[str, Any]) -> CostModelRow:
     model = _model_of(row)
     return {
         "run_id": row["run_id"],

@@ -56,7 +56,24 @@ from vllm_cost_meter.units.time import (
 
 # Engines are asked for a snapshot each second; one that has been silent this long is dead.
 DEAD_AFTER_NS = 15 * NS_PER_SECOND
+# How long an answer waits for bills that its cut counts and that are still on their way.
+SETTLE_S = 2.0
 SETTLE_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class AsOf:
+    """When a question is asked (None is now), and how long it may wait for bills on their way."""
+
+    now_ns: int | None = None
+    settle_s: float = SETTLE_S
+
+    def instant_ns(self) -> int:
+        """Return the instant, in ns since the epoch."""
+        return time.time_ns() if self.now_ns is None else self.now_ns
+
+
+NOW = AsOf()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cut import Window
 from vllm_cost_meter.ledger.schema import http_requests, requests
-from vllm_cost_meter.reports.allocation import COUNTS
+from vllm_cost_meter.reports.facts import COUNTS
 
 TOKENS = COUNTS[1:]
 # "2027-01-15T08" of an RFC 3339 instant: the UTC hour in which a request ended.

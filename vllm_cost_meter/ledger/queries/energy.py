@@ -10,7 +10,6 @@ of a run add up to what was read of its GPUs.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Select, Text, and_, case, cast, distinct, func, select
@@ -25,6 +24,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.prices.run_prices import Used
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.reports.tenant_details import RowEnergy
 
 # Of a request whose energy no snapshot has told: it will, if its engine lives so long.
 PENDING = "pending"
@@ -46,16 +46,7 @@ def select_parts() -> Select[Any]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class TenantEnergy:
-    """The known energy of a row (None: of no request), how many have none, and when it was used."""
-
-    energy_mj: int | None = 0
-    unknown_requests: int | None = 0
-    used_mj: Used = field(default_factory=dict)
-
-
-def by_tenant(connection: Connection, cut: Cut) -> dict[str, TenantEnergy]:
+def by_tenant(connection: Connection, cut: Cut) -> dict[str, RowEnergy]:
     """Return the energy of each tenant's requests.
 
     Empty where no engine counts energy. Energy goes by the hour it was used in, requests by theirs.
@@ -77,7 +68,7 @@ def by_tenant(connection: Connection, cut: Cut) -> dict[str, TenantEnergy]:
         used.setdefault(tenant, {}).setdefault(run_id, {})[hour] = int(mj)
     unknown = {tenant: int(count) for tenant, count in connection.execute(_unknown(cut))}
     return {
-        tenant: TenantEnergy(_sum(used.get(tenant)), unknown.get(tenant, 0), used.get(tenant, {}))
+        tenant: RowEnergy(_sum(used.get(tenant)), unknown.get(tenant, 0), used.get(tenant, {}))
         for tenant in used.keys() | unknown.keys()
     }
 
@@ -123,6 +114,12 @@ def class_mj(cut: Cut, name: str) -> int | None:
         run.energy[name] for run in cut.runs if run.energy is not None and name in run.energy
     ]
     return sum(amounts) if amounts else None
+
+
+def class_energy(cut: Cut, name: str) -> RowEnergy | None:
+    """Return the energy of a class and when it was used; None where no run counts it."""
+    mj = class_mj(cut, name)
+    return None if mj is None else RowEnergy(mj, None, cut.used_mj(name))
 
 
 def total_mj(cut: Cut) -> int | None:

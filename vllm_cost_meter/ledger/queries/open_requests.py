@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, exists, func, or_, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.queries.answers import LostRequest
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut
 from vllm_cost_meter.ledger.queries.energy import PENDING
 from vllm_cost_meter.ledger.rows import live_requests
@@ -109,7 +110,7 @@ def running_parts(
     return [part for part in parts if part["state"] == RUNNING]
 
 
-def lost_requests(connection: Connection, run: RunCut) -> list[dict[str, Any]]:
+def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
     """Return what a dead run had in flight for requests that have no bill, the most time first."""
     told = connection.execute(
         select(live_usage.c.requests, live_usage.c.taken_at).where(
@@ -129,7 +130,7 @@ def lost_requests(connection: Connection, run: RunCut) -> list[dict[str, Any]]:
     since = select(o.request_id, o.http_request_id, o.tenant).order_by(o.started_at)
     since = since.where(o.started_at >= run.row["started_at"], o.started_at <= told.taken_at)
     whose = {row.request_id: row for row in connection.execute(since)}
-    lost = []
+    lost: list[LostRequest] = []
     for request_id in used.keys() - billed:
         row = whose.get(request_id)
         lost.append(

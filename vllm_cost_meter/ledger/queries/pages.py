@@ -13,7 +13,6 @@ import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import Text, and_, cast, func, or_, select, tuple_
 from sqlalchemy.engine import Connection
@@ -22,6 +21,7 @@ from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.reports.request_answers import RequestRow
 from vllm_cost_meter.reports.request_row import Row, exchange
 
 
@@ -103,7 +103,7 @@ def _untold_keys(
 
 def exchanges(
     connection: Connection, keys: Sequence[Key], living: Living, book: PriceBook
-) -> list[dict[str, Any]]:
+) -> list[RequestRow]:
     """Return the request rows of a page, with what of them still runs."""
     h, r = http_requests.c, requests.c
     ids = [key.id for key in keys if key.run_id is None]
@@ -121,7 +121,7 @@ def exchanges(
     return [exchange(http.get(key.id), parts.get(key.id, [])) for key in keys]
 
 
-def rows_of_parts(parts: Sequence[Row]) -> list[dict[str, Any]]:
+def rows_of_parts(parts: Sequence[Row]) -> list[RequestRow]:
     """Return the request rows of exchanges known by these parts only, in their order."""
     grouped: dict[tuple[str | None, str | None], list[Row]] = {}
     for part in parts:
