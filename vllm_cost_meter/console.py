@@ -31,6 +31,13 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _Console(Console):
+    """A console that leaves a closed pipe to the command line, as `print` does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 # Columns whose unit is another one at a terminal, with what divides them.
 _UNITS = {
     "gpu_time_ns": ("gpu_seconds", 10**9, 6),
@@ -64,7 +71,7 @@ def print_table(
     table: Table, above: str = "", below: str = "", file: IO[str] | None = None
 ) -> None:
     """Print a table as wide as it needs: a terminal wraps a line too long, no figure is cut."""
-    console = Console(markup=False, highlight=False, emoji=False, file=file)
+    console = _Console(markup=False, highlight=False, emoji=False, file=file)
     unlimited = console.options.update_width(1_000_000)
     console.width = max(console.width, console.measure(table, options=unlimited).maximum)
     # Not the table's own title and caption, which are wrapped to its width.

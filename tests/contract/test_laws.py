@@ -34,7 +34,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # What each room may import besides the standard library, and lower floors.
 THIRD_PARTIES: dict[str, set[str]] = {
     "api_server": {"msgspec", "orjson", "starlette"},
-    "cli": {"matplotlib", "rich", "sqlalchemy", "typer"},
+    "cli": {"rich", "sqlalchemy", "typer"},
     "config": {"genai_prices", "pydantic", "pydantic_settings", "tomlkit"},
     "console": {"rich"},
     "endpoint": {"fastapi", "orjson", "prometheus_client", "pydantic", "starlette", "uvicorn"},

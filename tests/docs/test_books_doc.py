@@ -8,7 +8,7 @@ import pytest
 from tests.builders import ENGINE, ENGINE_STATE
 from tests.docs.pages import DOCS, names, section
 from vllm_cost_meter import guard
-from vllm_cost_meter.cli import audit_lines
+from vllm_cost_meter.cli.audit import audit_lines
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.ledger.queries.audit import _DIFFERENCES
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
@@ -112,7 +112,10 @@ def test_what_the_audit_compares_is_all_there():
 
 
 def test_the_audit_line_has_the_form_of_the_command():
-    line = next(line for line in PAGE.read_text().splitlines() if "run 194d4656" in line)
+    lines = PAGE.read_text().splitlines()
+    place = next(place for place, line in enumerate(lines) if "run 194d4656" in line)
+    shown = [line.removeprefix("    ") for line in lines[place : place + 3]]
+    line = shown[1]
     seconds = dict(re.findall(r"(\w+) (\d+\.\d+) [+;]", line.replace(";", " ;")))
     run = {f"{name}_ns": round(float(seconds.get(name, 0)) * 1e9) for name in CLASSES}
     run |= {"run_id": "194d4656", "engine_index": 0, "wall_ns": 116_702_000_000, "gpus": 1}
@@ -121,7 +124,8 @@ def test_the_audit_line_has_the_form_of_the_command():
     run |= {"hours_difference_ns": 0, "in_flight_difference_ns": 0, "missing_bills": []}
     run |= {"lost_requests": [], "lost_step_ns": 0}
     run |= {"energy_difference_mj": 0}
-    assert list(audit_lines({"runs": [run], "balanced": True})) == [line.strip(), "balanced"]
+    run |= {"started_at": "2026-11-25T09:30:00.000000Z", "host": "gpu-7", "model": "llama"}
+    assert list(audit_lines({"runs": [run], "balanced": True})) == shown
 
 
 @pytest.mark.parametrize(

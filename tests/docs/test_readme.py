@@ -5,12 +5,11 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from tests.docs.pages import DOCS, PAGES, ROOT
 from vllm_cost_meter.api_server import reply_bytes as reply
 from vllm_cost_meter.api_server.refusal import refusal, warning
-from vllm_cost_meter.cli import app
+from vllm_cost_meter.cli.commands import whole
 from vllm_cost_meter.config.loading import OTHER_NAMES
 from vllm_cost_meter.config.settings import PREFIX, Settings
 from vllm_cost_meter.records.bill import BILL_KEY
@@ -19,7 +18,7 @@ from vllm_cost_meter.tenants.rules import PROOF_HEADER
 
 README = ROOT / "README.md"
 MAKEFILE = (ROOT / "Makefile").read_text()
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = whole().commands
 COMMAND = re.compile(r"(?<![/\w:])vllm-cost-meter((?: +[-a-z]+)+)")
 # Environment names that look like settings: examples of what goes wrong.
 WRONG_NAMES = {"COST_METER_PROT", "COST_METER_SERVICE_HOST"}

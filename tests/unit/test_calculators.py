@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner, Result
 
 from vllm_cost_meter import economics
-from vllm_cost_meter.cli import app
+from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS, calculate
 from vllm_cost_meter.endpoint.calc import add_calculators
 

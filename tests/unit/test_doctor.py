@@ -1,7 +1,6 @@
 """The doctor: each check finds what it looks for, and what is wrong with it."""
 
 import contextlib
-import importlib
 import json
 import sqlite3
 import sys
@@ -13,7 +12,8 @@ from typer.testing import CliRunner
 
 from tests.unit.nvml import A, Card, nvmls
 from tests.unit.test_ledger_reader import part, snapshot
-from vllm_cost_meter.cli import app
+from vllm_cost_meter.cli import doctor
+from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry
@@ -108,8 +108,7 @@ def test_an_engine_whose_meter_is_off_fails(path):
 
 
 def test_a_ledger_that_is_locked_is_a_ledger_that_cannot_be_written(path, monkeypatch):
-    module = importlib.import_module("vllm_cost_meter.cli.doctor")  # `cli.doctor` is the command
-    monkeypatch.setattr(module, "LEDGER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(doctor, "LEDGER_TIMEOUT_S", 0.1)
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     try:

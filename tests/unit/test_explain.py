@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from tests.builders import ENGINE, ENGINE_STATE, HOUR, make_bill, make_part, make_snapshot
-from vllm_cost_meter.cli import app
+from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.ledger.reader import LedgerReader

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.unit.test_ledger_economics import S, figures, write
 from tests.unit.test_ledger_reader import HOUR, Ledger, snapshot
 from vllm_cost_meter import plots
-from vllm_cost_meter.cli import app
+from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.economics import Declared, curve_of, saturation_of
 from vllm_cost_meter.errors import LedgerError, ServerError
 from vllm_cost_meter.lab.sweep.bench import Shape, Target, bench_command, replies_of

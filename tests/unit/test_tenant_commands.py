@@ -13,7 +13,7 @@ import tomllib
 import pytest
 from typer.testing import CliRunner, Result
 
-from vllm_cost_meter.cli import app
+from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.config import tenant_file
 from vllm_cost_meter.config.loading import load_settings
 

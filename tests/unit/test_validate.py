@@ -110,7 +110,7 @@ def test_without_vllm_or_numpy_it_says_so_in_one_line(missing):
 
 def test_a_replay_loads_neither_numpy_nor_vllm(tmp_path):
     program = (
-        "import sys; from vllm_cost_meter.cli import app;"
+        "import sys; from vllm_cost_meter.cli.commands import app;"
         f"app(['validate', '--step-log', {str(simulated(tmp_path / 'steps'))!r}],"
         " standalone_mode=False);"
         "assert not {'numpy', 'vllm'} & set(sys.modules)"

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.break_even_plot import draw
 from vllm_cost_meter.cli.calc import option, show
-from vllm_cost_meter.cli.options import Json, one_line_errors
+from vllm_cost_meter.cli.options import Config, Json, one_line_errors
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.economics.calculators import calculate
 from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH
 from vllm_cost_meter.plots import refuse_other_names
-from vllm_cost_meter.prices.book import described
+from vllm_cost_meter.plots.break_even import draw
+from vllm_cost_meter.prices.book import PriceBook, described
 from vllm_cost_meter.prices.purchase_kinds import listed, prices_by_kind, usd_per_hour_of
 from vllm_cost_meter.units.text import plain
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -64,9 +64,16 @@ def break_even_(
     plot: Annotated[
         list[Path] | None, typer.Option(help="A .png or .svg to draw; repeat it for several.")
     ] = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Print from which volume on self-hosting costs less than an API."""
+    """From which volume on hosting pays.
+
+    Give the rates, or let --price-book take them from the settings.
+
+    Example: vllm-cost-meter break-even --tokens-per-hour 9e6 --api-usd-per-m 0.6
+    --usd-per-hour 2.49
+    """
     given: dict[str, Any] = {
         "tokens_per_hour": tokens_per_hour,
         "api_usd_per_m": api_usd_per_m,
@@ -84,7 +91,9 @@ def break_even_(
             given["utilization"] = used
         if volumes := _numbers("volume", volume or ()):
             given["volume"] = volumes
-        rates, book = _rates(said, gpus, gpu_name, from_book=price_book)
+        rates, book = _rates(
+            said, gpus, gpu_name, load_settings(config=config).price_book if price_book else None
+        )
         answer = calculate("break-even", given | rates)
         if plot:
             draw(answer, plot)
@@ -94,11 +103,11 @@ def break_even_(
 
 
 def _rates(
-    said: dict[str, float | None], gpus: int | None, gpu_name: str | None, *, from_book: bool
+    said: dict[str, float | None], gpus: int | None, gpu_name: str | None, book: PriceBook | None
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Return the rates by input, and of the price book what they come from."""
     rates = {name: usd for name, usd in said.items() if usd is not None}
-    if not from_book:
+    if book is None:
         for name, value in (("gpus", gpus), ("gpu_name", gpu_name)):
             if value is not None:
                 raise ValueError(f"{name}: expected --price-book with it, got none")
@@ -109,7 +118,7 @@ def _rates(
         raise ValueError(f"price book: expected it or {', '.join(rates)}, got both")
     if gpus is None:
         raise ValueError("gpus: expected how many the deployment has, got nothing")
-    prices = prices_by_kind(load_settings().price_book, time.time_ns() // NS_PER_HOUR, gpu_name)
+    prices = prices_by_kind(book, time.time_ns() // NS_PER_HOUR, gpu_name)
     found = {RATES[kind]: float(usd_per_hour_of(one, gpus)) for kind, one in prices.items()}
     return found, {"gpus": gpus, "gpu_name": gpu_name, "prices": listed(prices)}
 

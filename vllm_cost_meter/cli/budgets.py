@@ -8,7 +8,7 @@ import time
 from contextlib import closing
 from fractions import Fraction
 
-from vllm_cost_meter.cli.options import Json, Ledger, ledger_url, one_line_errors, reading
+from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_line_errors, reading
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.queries.spending import Spending
@@ -18,18 +18,21 @@ from vllm_cost_meter.tenants.budgets import told
 COLUMNS = ("budget", "of", "state", "used", "limit", "over", "period", "resets_at")
 
 
-def budgets(ledger: Ledger = None, as_json: Json = False) -> None:
-    """Print where each budget of the settings stands at the latest snapshots in the ledger."""
+def budgets(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+    """How much of each budget is used.
+
+    Example: vllm-cost-meter budgets --json
+    """
     with one_line_errors():
-        settings = load_settings()
-        with reading(ledger) as reader:
+        settings = load_settings(config=config)
+        with reading(ledger, config) as reader:
             run = reader.latest_run() or RunFacts()
 
         def price_of(_run_id: str, hour: int) -> Fraction | None:
             price = settings.price_book.price_at(run, hour)
             return None if price is None else price.usd_per_gpu_hour
 
-        with closing(Spending(ledger_url(ledger), create=False)) as spending:
+        with closing(Spending(ledger_url(ledger, config), create=False)) as spending:
             figures = spending.look(settings.declared_budgets, price_of, time.time_ns())
     if as_json:
         answer = {"budgets": [told(standing) for standing in figures.standings]}

@@ -14,18 +14,48 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Json, one_line_errors
+from vllm_cost_meter.cli.options import Json, new_group, one_line_errors
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.economics import Curve, curve_of
 from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS, calculate
 from vllm_cost_meter.units.text import plain, rounded
 
-app = typer.Typer(
-    name="calc",
-    help="The bare formulas of cost and load; no ledger is read.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = new_group("calc")
+# What each calculator is for, and an example of its options.
+HELP = {
+    "c-eff": (
+        "Effective cost per token at a given throughput.",
+        "--usd-per-hour 2.49 --output-tokens-per-s 2500",
+    ),
+    "arrival": (
+        "Cost at low load, where every arrival is served and the rest is idle.",
+        "--usd-per-hour 2.49 --requests-per-s 0.5 --output-tokens-per-request 256",
+    ),
+    "request": (
+        "Cost of a request, and what failures and retries add to it.",
+        "--usd-per-hour 2.49 --requests-per-s 3 --failure-share 0.02",
+    ),
+    "blended": (
+        "Price of input and output tokens together.",
+        "--input-usd-per-m 0.15 --output-usd-per-m 0.6 --ratio 3:1",
+    ),
+    "penalty": (
+        "Cost at each measured load, and how much dearer it is than full load.",
+        "--curve sweep/curve-512x256.json --usd-per-hour 2.49",
+    ),
+    "slo": (
+        "The highest measured rate within latency bounds, and what it costs.",
+        "--curve sweep/curve-512x256.json --ttft-p99-ms 500 --tpot-ms 50",
+    ),
+    "crossover": (
+        "The rate from which on your output tokens cost less than an API's.",
+        "--usd-per-hour 2.49 --api-usd-per-m-output 0.6 --output-tokens-per-request 256",
+    ),
+    "serverless": (
+        "Cost of a month where hardware is billed by the second.",
+        "--gpu-usd-per-s 0.001 --run-s 2 --calls 100000",
+    ),
+}
 # Nobody measures a curve that is larger.
 CURVE_BYTES_MAX = 10_000_000
 
@@ -54,7 +84,8 @@ def _add(name: str) -> None:
             answer = calculate(name, given)
         show(answer, as_json=as_json)
 
-    command.__doc__ = (function.__doc__ or "").partition("\n")[0]
+    text, example = HELP[name]
+    command.__doc__ = f"{text}\n\nExample: vllm-cost-meter calc {name} {example}"
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     app.command(name)(command)

@@ -6,20 +6,26 @@ failed check with the error as its detail.
 Invariant: it changes nothing but the ledger's file, which it creates if there is none.
 """
 
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
+import typer
 from sqlalchemy import make_url, update
 
 from vllm_cost_meter.activation import NAME
+from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_line_errors
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.engine.energy.nvml import EnergyCounter
 from vllm_cost_meter.ledger.database import check_location, open_database, writing
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import schema_version
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts, described
+from vllm_cost_meter.units.text import plain
 from vllm_cost_meter.units.time import NS_PER_HOUR
 from vllm_cost_meter.version import __version__
 
@@ -35,6 +41,25 @@ class Finding:
     name: str
     ok: bool
     detail: str
+
+
+def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+    """Is the meter installed, and does it work?
+
+    Each check says in one line what it found. Exit status 1 if one fails.
+
+    Example: vllm-cost-meter doctor --ledger ledger.db
+    """
+    with one_line_errors():
+        book = load_settings(config=config).price_book
+    findings = examine(ledger_url(ledger, config), book)
+    if as_json:
+        print(json.dumps({"ok": all(f.ok for f in findings), "findings": _dicts(findings)}))
+    else:
+        for finding in findings:
+            print(plain(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {finding.detail}"))
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
 
 
 def examine(ledger_url: str, book: PriceBook = NO_PRICES) -> list[Finding]:
@@ -171,3 +196,7 @@ def _energy() -> Finding:
         return Finding("energy", code != "no_binding", f"not measured: {detail}")
     device = counter.devices[0]
     return Finding("energy", True, f"the counter of {device.name} ({device.uuid}) can be read")
+
+
+def _dicts(findings: Sequence[Any]) -> list[dict[str, Any]]:
+    return [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in findings]

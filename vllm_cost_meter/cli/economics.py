@@ -1,31 +1,44 @@
 """The command `economics`: what tokens cost in a window, under the traffic that there was."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Json, Ledger, one_line_errors, reading
+from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, one_line_errors, reading
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.economics.figures import FIGURES
 from vllm_cost_meter.ledger.economics.query import economics, method
 from vllm_cost_meter.prices.book import described
-from vllm_cost_meter.units.calendar import EXPECTED, WEEK, hours_of_window
+from vllm_cost_meter.units.calendar import WEEK, hours_of_window
 from vllm_cost_meter.units.text import plain, rounded
 
 
 def economics_(
     ledger: Ledger = None,
-    window: Annotated[str, typer.Option(help=f"{EXPECTED}.")] = WEEK,
+    config: Config = None,
+    window: Week = WEEK,
+    explain: Annotated[
+        str | None, typer.Option(metavar="FIGURE", help="Print the SQL of this figure instead.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print what a million tokens and a request cost, at which load and latency."""
+    """What a million tokens cost.
+
+    It also shows the load and the latency under which they cost that.
+
+    Example: vllm-cost-meter economics --window 30d
+    """
     with one_line_errors():
-        declared = load_settings().declared
-        with reading(ledger) as reader:
-            answer = economics(reader, declared, *hours_of_window(window))
+        declared = load_settings(config=config).declared
+        hours = hours_of_window(window)
+        with reading(ledger, config) as reader:
+            if explain is not None:
+                _explain_figure(explain, method(reader, declared, *hours), as_json=as_json)
+                return
+            answer = economics(reader, declared, *hours)
     if as_json:
         print(json.dumps(answer, indent=2))
         return
@@ -38,14 +51,13 @@ def economics_(
         print(plain(line))
 
 
-def explain_figure(name: str, ledger: str | None, *, as_json: bool) -> None:
-    """Print the SQL behind a figure of the trailing week."""
-    with one_line_errors():
-        declared = load_settings().declared
-        with reading(ledger) as reader:
-            known = {row["figure"]: row for row in method(reader, declared, *hours_of_window(WEEK))}
-        if name not in known:
-            raise ValueError(f"{name}: expected latency bounds (slo_ttft_ms, ...), got none")
+def _explain_figure(name: str, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print the SQL behind a figure. Raises ValueError for one that is not known."""
+    if name not in FIGURES:
+        raise ValueError(f"--explain: expected a figure that `economics` lists, got {name!r}")
+    known = {row["figure"]: row for row in rows}
+    if name not in known:
+        raise ValueError(f"{name}: expected latency bounds (slo_ttft_ms, ...), got none")
     if as_json:
         print(json.dumps(known[name], indent=2))
     else:

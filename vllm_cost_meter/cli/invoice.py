@@ -12,22 +12,27 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Json, Ledger, ledger_url, one_line_errors, reading
+from vllm_cost_meter.cli.options import (
+    Config,
+    Csv,
+    Json,
+    Ledger,
+    Window,
+    ledger_url,
+    new_group,
+    one_line_errors,
+    reading,
+)
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.invoices.files import FOCUS, SNAPSHOTS, read_invoice
 from vllm_cost_meter.ledger.billing.days import invoice_days
 from vllm_cost_meter.ledger.billing.importing import import_invoice
 from vllm_cost_meter.ledger.billing.meters import meters
-from vllm_cost_meter.units.calendar import EXPECTED, hours_of_window
+from vllm_cost_meter.units.calendar import hours_of_window
 from vllm_cost_meter.units.text import plain, rounded, to_csv
 
-app = typer.Typer(
-    name="invoice",
-    help="What the provider billed: imported into the ledger, and held against what was metered.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = new_group("invoice")
 
 METER_COLUMNS = (
     "resource",
@@ -68,14 +73,20 @@ def import_(
         ),
     ] = FOCUS,
     ledger: Ledger = None,
+    config: Config = None,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what a provider billed into the ledger; the same file again changes nothing."""
+    """Read a file of what a provider billed into the ledger.
+
+    The same file again changes nothing.
+
+    Example: vllm-cost-meter invoice import bill.csv --format focus --dry-run
+    """
     with one_line_errors():
-        rules = load_settings().invoice_rules
+        rules = load_settings(config=config).invoice_rules
         told = read_invoice(file, format, rules)
-        url, now_ns = ledger_url(ledger), time.time_ns()
+        url, now_ns = ledger_url(ledger, config), time.time_ns()
         answer = import_invoice(url, told, rules.gap_ns, now_ns, dry_run=dry_run)
     if as_json:
         print(json.dumps(answer, indent=2))
@@ -86,9 +97,12 @@ def import_(
 
 
 @app.command("list")
-def list_(ledger: Ledger = None, as_json: Json = False) -> None:
-    """Print the resources of which the ledger has bills: span, sum, and what nobody observed."""
-    with reading(ledger) as reader, reader.transaction() as connection:
+def list_(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+    """List what was billed: resource, time span, sum and gaps.
+
+    Example: vllm-cost-meter invoice list
+    """
+    with reading(ledger, config) as reader, reader.transaction() as connection:
         rows = meters(connection)
     if as_json:
         print(json.dumps({"resources": rows}, indent=2))
@@ -101,14 +115,16 @@ def list_(ledger: Ledger = None, as_json: Json = False) -> None:
 @app.command()
 def days(
     ledger: Ledger = None,
-    window: Annotated[
-        str | None, typer.Option(help=f"{EXPECTED}. Without it: everything in the ledger.")
-    ] = None,
+    config: Config = None,
+    window: Window = None,
     as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_csv: Csv = False,
 ) -> None:
-    """Print, for each UTC day, what was metered and what was billed."""
-    with reading(ledger) as reader:
+    """What was metered and billed on each UTC day.
+
+    Example: vllm-cost-meter invoice days --window 30d
+    """
+    with reading(ledger, config) as reader:
         if as_json and as_csv:
             raise ValueError("--csv: expected without --json, got both")
         answer = invoice_days(reader, *hours_of_window(window))

@@ -13,16 +13,29 @@ from vllm_cost_meter.errors import CostMeterError
 from vllm_cost_meter.ledger.database import url_of
 from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.units.calendar import EXPECTED as WINDOWS
 from vllm_cost_meter.units.text import plain
 
 Ledger = Annotated[
     str | None,
     typer.Option(
-        help="SQLAlchemy URL of the ledger, or a SQLite file; otherwise COST_METER_LEDGER or the "
-        "default."
+        help="The ledger: a SQLite file, or a SQLAlchemy URL; otherwise COST_METER_LEDGER or the"
+        " default."
     ),
 ]
+Config = Annotated[
+    Path | None, typer.Option(help="The settings file; otherwise that of COST_METER_CONFIG.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+TimeZone = Annotated[
+    str | None,
+    typer.Option("--tz", help="Time zone of days, such as Europe/Berlin; otherwise UTC."),
+]
+Week = Annotated[str, typer.Option("--window", help=f"{WINDOWS}.")]
+Window = Annotated[
+    str | None, typer.Option("--window", help=f"{WINDOWS}. Without it: the whole ledger.")
+]
 
 
 @contextmanager
@@ -36,19 +49,19 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def reading(ledger: str | None) -> Iterator[LedgerReader]:
+def reading(ledger: str | None, config: Path | None = None) -> Iterator[LedgerReader]:
     """Open the ledger; a user's error ends the command."""
-    with (
-        one_line_errors(),
-        open_ledger(ledger_url(ledger), book=load_settings().price_book) as reader,
-    ):
-        yield reader
+    with one_line_errors():
+        book = load_settings(config=config).price_book
+        with open_ledger(ledger_url(ledger, config), book=book) as reader:
+            yield reader
 
 
-def ledger_url(ledger: str | None) -> str:
+def ledger_url(ledger: str | None, config: Path | None = None) -> str:
     """Return the URL of the ledger that an option or the settings name."""
     with one_line_errors():
-        return url_of(ledger if ledger is not None else load_settings().ledger or None)
+        named = load_settings(config=config).ledger if ledger is None else ledger
+        return url_of(named or None)
 
 
 def write_output(path: Path, text: str) -> None:
@@ -60,3 +73,14 @@ def write_output(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
         raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
+
+
+def new_group(name: str) -> typer.Typer:
+    """Return an app for several commands; its help shows brackets as they are."""
+    return typer.Typer(
+        name=name,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )

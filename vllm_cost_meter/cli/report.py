@@ -7,14 +7,23 @@ do not add up.
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Json, Ledger, reading, write_output
+from vllm_cost_meter.cli.options import (
+    Config,
+    Csv,
+    Json,
+    Ledger,
+    TimeZone,
+    Window,
+    reading,
+    write_output,
+)
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.answers import TenantsReport
@@ -24,7 +33,6 @@ from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
 from vllm_cost_meter.reports.statement_text import print_statement
-from vllm_cost_meter.units.calendar import EXPECTED as WINDOWS
 from vllm_cost_meter.units.calendar import hours_of_window, zone_of
 from vllm_cost_meter.units.text import plain, to_csv
 
@@ -63,12 +71,19 @@ class Format(StrEnum):
     html = "html"
 
 
-TimeZone = Annotated[
-    str | None,
-    typer.Option(help="Time zone of days and months, such as Europe/Berlin; otherwise UTC."),
-]
 Idle = Annotated[
     str | None, typer.Option(help=f"Who pays for idle time: {POLICIES}. Otherwise none.")
+]
+
+Aggregate = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Columns to add up by, with commas: {', '.join((*DIMENSIONS, *TIMES))}, {TAG}NAME,"
+        f" {LABEL}NAME; otherwise tenant."
+    ),
+]
+Filter = Annotated[
+    str | None, typer.Option(help=f"Rows to show, such as tenant:a,b+model:m+{TAG}team=x.")
 ]
 
 
@@ -78,33 +93,31 @@ def report(
         typer.Argument(help="tenants, or requests: those that run, then the others, newest first"),
     ] = What.tenants,
     ledger: Ledger = None,
-    window: Annotated[str | None, typer.Option(help=f"{WINDOWS}.")] = None,
+    config: Config = None,
+    window: Window = None,
     tz: TimeZone = None,
-    aggregate: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Columns to add up by, with commas: {', '.join((*DIMENSIONS, *TIMES))},"
-            f" {TAG}NAME, {LABEL}NAME; otherwise tenant."
-        ),
-    ] = None,
+    aggregate: Aggregate = None,
     step: Annotated[
         str | None, typer.Option(help=f"A report for each of these: {', '.join(STEPS)}.")
     ] = None,
     accumulate: Annotated[bool, typer.Option(help="Add the steps up again.")] = False,
     idle: Idle = None,
-    filter: Annotated[
-        str | None,
-        typer.Option(help=f"Rows to show, such as tenant:a,b+model:m+{TAG}team=x."),
-    ] = None,
+    filter: Filter = None,
     price: Annotated[
         str | None, typer.Option(help="What if every GPU-hour had cost so many USD?")
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's requests.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests to list.")] = 100,
     as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_csv: Csv = False,
 ) -> None:
-    """Print what each tenant used and what the engines did besides, or the latest requests."""
+    """What each tenant used and cost, idle time included.
+
+    The rows add up to all the time of all engines. With `requests` it lists requests instead: first
+    those that run, then the others, the newest first.
+
+    Example: vllm-cost-meter report --window 7d --aggregate tenant,model
+    """
     words: Words = {
         "window": window,
         "tz": tz,
@@ -116,7 +129,7 @@ def report(
         "price": price,
     }
     answer: Any
-    with reading(ledger) as reader:
+    with reading(ledger, config) as reader:
         _refuse(words if what is What.requests else {"tenant": tenant}, what)
         if as_json and as_csv:
             raise ValueError("--csv: expected without --json, got both")
@@ -135,11 +148,8 @@ def report(
     elif as_csv:
         print(to_csv(rows), end="")
     else:
-        if any(row.get(ENERGY_COLUMN) is not None for row in rows):
-            columns = (*columns, ENERGY_COLUMN)
-        print_rows(rows, columns)
-        if what is What.tenants:
-            print("\n".join(map(plain, _lines_below(answer, filter, has_words))))
+        below = _lines_below(answer, filter, has_words) if what is What.tenants else []
+        _print_table(rows, columns, below)
     if what is What.tenants and not answer["adds_up"]:
         raise typer.Exit(1)
 
@@ -153,13 +163,19 @@ def statement(
     tz: TimeZone = None,
     idle: Idle = None,
     ledger: Ledger = None,
+    config: Config = None,
     format: Annotated[Format, typer.Option(help="HTML prints well, also to PDF.")] = Format.table,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A file to write, or write anew.")
     ] = None,
 ) -> None:
-    """Print a month's statement: lines by model and day that add up to the cent."""
-    with reading(ledger) as reader:
+    """A tenant's month, line by line to the cent.
+
+    The lines are by model and day, and add up to the total.
+
+    Example: vllm-cost-meter statement --month 2026-11 --tenant search
+    """
+    with reading(ledger, config) as reader:
         if everyone == (tenant is not None):
             raise ValueError("--tenant: expected it or --all, and not both")
         answer = reader.statement(month, tenant=tenant, tz=tz, idle=idle)
@@ -170,6 +186,16 @@ def statement(
         print(text, end="")
     if not answer["adds_up"]:
         raise typer.Exit(1)
+
+
+def _print_table(
+    rows: Sequence[Mapping[str, Any]], columns: tuple[str, ...], below: Sequence[str]
+) -> None:
+    if any(row.get(ENERGY_COLUMN) is not None for row in rows):
+        columns = (*columns, ENERGY_COLUMN)
+    print_rows(rows, columns)
+    for line in below:
+        print(plain(line))
 
 
 def _plain_report(reader: LedgerReader, window: str | None, tz: str | None) -> TenantsReport:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vllm_cost_meter.cli.options import one_line_errors
+from vllm_cost_meter.cli.options import Config, Json, new_group, one_line_errors
 from vllm_cost_meter.config import tenant_file
 from vllm_cost_meter.config.engine import PREFIX
 from vllm_cost_meter.config.loading import load_settings
@@ -29,16 +29,8 @@ from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.tenants.rules import sha256_of
 from vllm_cost_meter.units.text import plain
 
-app = typer.Typer(
-    name="tenants",
-    help="The tenants of the settings file; running servers take changes over.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = new_group("tenants")
 
-Config = Annotated[
-    Path | None, typer.Option(help="The settings file; otherwise that of COST_METER_CONFIG.")
-]
 Name = Annotated[str, typer.Argument(help="The tenant's name.")]
 KeySha256 = Annotated[
     list[str] | None, typer.Option(help="SHA-256 of an API key; repeat it for several.")
@@ -65,9 +57,12 @@ FailClosed = Annotated[
 @app.command("list")
 def list_(
     config: Config = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Print the declared tenants, their parents, tags and how many keys they have."""
+    """List the tenants, their parents, tags and number of keys.
+
+    Example: vllm-cost-meter tenants list --config meter.toml
+    """
     with one_line_errors():
         tenants = load_settings(config=config).tenants
     if as_json:
@@ -95,7 +90,12 @@ def add(
     fail_closed: FailClosed = None,
     config: Config = None,
 ) -> None:
-    """Add a tenant."""
+    """Add a tenant.
+
+    A running server takes it over within seconds.
+
+    Example: vllm-cost-meter tenants add search --key-from-env SEARCH_KEY --config meter.toml
+    """
     with one_line_errors():
         keys = [*(key_sha256 or ()), *_hashes(key_from_env)]
         tags = tenant_file.inline_table(_pairs(tag))
@@ -132,7 +132,12 @@ def set_(
     fail_closed: FailClosed = None,
     config: Config = None,
 ) -> None:
-    """Change a tenant: keys are added, all else is set; an empty value takes a tag or one away."""
+    """Change a tenant.
+
+    Keys are added; anything else is replaced. An empty value removes it.
+
+    Example: vllm-cost-meter tenants set search --tag team=web --config meter.toml
+    """
     with one_line_errors():
         keys = [*(key_sha256 or ()), *_hashes(key_from_env)]
         tags = _pairs(tag)
@@ -159,7 +164,12 @@ def set_(
 
 @app.command()
 def remove(name: Name, config: Config = None) -> None:
-    """Remove a tenant: its keys name nobody from then on. What it used stays in the ledger."""
+    """Remove a tenant; its keys name nobody from then on.
+
+    What it used stays in the ledger.
+
+    Example: vllm-cost-meter tenants remove search --config meter.toml
+    """
 
     def edit(text: str, settings: Settings) -> str:
         _check_known(name, settings)

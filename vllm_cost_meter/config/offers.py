@@ -191,3 +191,20 @@ def _package_usd(model: Any, provider: Any) -> Callable[[Sent], Decimal]:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Return whether a name fits one of the glob patterns, in any case."""
     return any(fnmatchcase(name.casefold(), pattern.casefold()) for pattern in patterns)
+
+
+def offers_for(
+    models: Sequence[str], providers: Sequence[str], prices: Path | None, labels: Sequence[str]
+) -> list[Offer]:
+    """Return the offers of a price file and of genai-prices that are asked for.
+
+    Raises ValueError where there is none.
+    """
+    found = [] if prices is None else offers_of_file(prices)
+    found = [one for one in found if not providers or matches(one.provider, providers)]
+    if models or (providers and not found):
+        found += offers_of_package(models, providers)
+    found = [one for one in found if not labels or one.label in labels]
+    if not found:
+        raise ValueError("offers: expected some, by model, provider or prices, got none")
+    return found

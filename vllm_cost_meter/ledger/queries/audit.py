@@ -87,6 +87,8 @@ def _audit_run(
         "run_id": run.run_id,
         "engine_index": row["engine_index"],
         "model": row["model"],
+        "host": row["host"],
+        "started_at": row["started_at"],
         "state": row["state"],
         "alive": run.alive,
         "taken_at": row["taken_at"],
