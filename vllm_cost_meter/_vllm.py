@@ -2,8 +2,8 @@
 
 Only modules named `_vllm*` touch vLLM's internals; the API server's side is `_vllm_api.py`.
 
-What is hooked, and why there, is in docs/hooks.md. No body of vLLM is replaced: each hook calls the
-original with the arguments that came and hands on what it returned. Hooks are idempotent.
+What is hooked, and why there, is in docs/reference/hooks.md. No body of vLLM is replaced: each hook
+calls the original with the arguments that came and hands on what it returned. Hooks are idempotent.
 A vLLM that does not look as expected is left untouched (`_vllm_canary.py`).
 
 Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.

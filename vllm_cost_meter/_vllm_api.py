@@ -1,6 +1,7 @@
 """vLLM's internals on the API server's side: births of requests, arriving bills, asking engines.
 
-As in `_vllm.py`, no body of vLLM is replaced. docs/hooks.md says what is hooked, and why there.
+As in `_vllm.py`, no body of vLLM is replaced. docs/reference/hooks.md says what is
+hooked, and why there.
 
 Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
 """

@@ -178,19 +178,20 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     )
     prices: tuple[PriceSetting, ...] = Field(
         default=(),
-        description="What GPUs cost, and from when: [prices.md](prices.md).",
+        description="What GPUs cost, and from when: [set prices](../howto/set-prices.md).",
         json_schema_extra=_about("a list of prices (in the environment: as JSON)", live=True),
     )
     energy_prices: tuple[EnergyPriceSetting, ...] = Field(
         default=(),
-        description="What a kilowatt-hour costs, and from when: [prices.md](prices.md).",
+        description="What a kilowatt-hour costs, and from when: "
+        "[set prices](../howto/set-prices.md).",
         json_schema_extra=_about(
             "a list of energy prices (in the environment: as JSON)", live=True
         ),
     )
     overheads: tuple[OverheadSetting, ...] = Field(
         default=(),
-        description="What is paid besides the GPUs: [prices.md](prices.md).",
+        description="What is paid besides the GPUs: [set prices](../howto/set-prices.md).",
         json_schema_extra=_about("a list of overheads (in the environment: as JSON)", live=True),
     )
     budgets: tuple[BudgetSetting, ...] = Field(

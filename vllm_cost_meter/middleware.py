@@ -10,8 +10,8 @@ it, and handed on as it came.
 Installed by the endpoint plugin (vLLM 0.27 and later) or `--middleware
 vllm_cost_meter.middleware.CostMiddleware` (any version), and harmless when installed twice.
 
-Invariant: what leaves is byte for byte what entered, but for the fields listed in docs/replies.md;
-and every message that entered leaves, whatever fails here.
+Invariant: what leaves is byte for byte what entered, but for the fields listed in
+docs/reference/headers-and-streams.md; and every message that entered leaves, whatever fails here.
 """
 
 import asyncio

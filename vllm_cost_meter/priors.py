@@ -1,7 +1,8 @@
 """What a step costs before any step was seen: planes from counts of FLOPs and bytes.
 
-A model's FLOPs and bytes of memory traffic are linear in what a batch holds (docs/attribution.md),
-so divided by a GPU's published peaks they are the two planes of its roofline, too low by whatever
+A model's FLOPs and bytes of memory traffic are linear in what a batch holds
+(docs/explanation/attribution.md), so divided by a GPU's published peaks they are the two planes of
+its roofline, too low by whatever
 the GPU does not reach of its peaks. The fit finds the scale of each plane from the first steps;
 the prior's part is the ratio of the terms within a plane. Which plane is higher for a step it
 cannot say, as a GPU reaches more of its bandwidth than of its arithmetic: only the planes of an

@@ -55,7 +55,7 @@ class EconomicsSettings(BaseModel):
         default=None,
         min_length=1,
         description="A TOML file of what APIs charge, for `compare`: "
-        "[economics.md](economics.md#compared-with-apis).",
+        "[compare with APIs](../howto/compare-with-apis.md).",
         json_schema_extra=t.about("the path of a file", live=True),
     )
 

@@ -144,17 +144,20 @@ class InvoiceSettings(BaseModel):
 
     invoices: tuple[InvoiceSetting, ...] = Field(
         default=(),
-        description="How the CSV files of providers are laid out: [invoices.md](invoices.md).",
+        description="How the CSV files of providers are laid out: "
+        "[invoices](../howto/against-the-invoice.md).",
         json_schema_extra=about("a list of layouts (in the environment: as JSON)", live=True),
     )
     invoice_resources: tuple[ResourceSetting, ...] = Field(
         default=(),
-        description="What kinds the resources of bills are: [invoices.md](invoices.md).",
+        description="What kinds the resources of bills are: "
+        "[invoices](../howto/against-the-invoice.md).",
         json_schema_extra=about("a list of resources (in the environment: as JSON)", live=True),
     )
     invoice_rates: tuple[RateSetting, ...] = Field(
         default=(),
-        description="What the currencies of bills are worth: [invoices.md](invoices.md).",
+        description="What the currencies of bills are worth: "
+        "[invoices](../howto/against-the-invoice.md).",
         json_schema_extra=about("a list of rates (in the environment: as JSON)", live=True),
     )
     invoice_gap_hours: t.Number = Field(

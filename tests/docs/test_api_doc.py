@@ -1,4 +1,4 @@
-"""docs/api.md says what the side endpoint has: its routes, parameters and every field."""
+"""The HTTP pages say what the side endpoint has: its routes, parameters and every field."""
 
 import re
 from inspect import signature
@@ -16,7 +16,7 @@ from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.reader import MAX_MATCHES, SETTLE_S, LedgerReader
 from vllm_cost_meter.side import REFRESH_TIMEOUT_S
 
-PAGE = DOCS / "api.md"
+PAGE = DOCS / "reference" / "http-api.md"
 
 
 @pytest.fixture

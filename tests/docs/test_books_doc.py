@@ -1,4 +1,4 @@
-"""docs/books.md: its example is computed by the real books, its classes are all there are."""
+"""The page on the books: the real books compute its example, its classes are all there are."""
 
 import re
 
@@ -13,7 +13,7 @@ from vllm_cost_meter.ledger.audit import _DIFFERENCES
 from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
 from vllm_cost_meter.records import CLASSES, NS_PER_HOUR, Snapshot
 
-PAGE = DOCS / "books.md"
+PAGE = DOCS / "explanation" / "books.md"
 EXAMPLE = section(PAGE, "An example by hand")
 ENDED = RequestFacts(
     engine_status="stopped", prompt_tokens=0, cached_tokens=0, output_tokens=0, preemptions=0

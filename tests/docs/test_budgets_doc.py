@@ -1,17 +1,17 @@
-"""docs/budgets.md shows the error that a client gets, and the numbers of the code."""
+"""The page on budgets shows the error that a client gets, and the numbers of the code."""
 
 import json
 import re
 from datetime import datetime
-from pathlib import Path
 from zoneinfo import ZoneInfo
 
+from tests.docs.pages import DOCS
 from vllm_cost_meter.admission import FRESH_S_MIN, SNAPSHOTS_MISSED_MAX
 from vllm_cost_meter.budgets import Budget, Standing, Verdict
 from vllm_cost_meter.config import Settings
 from vllm_cost_meter.refusal import TOO_MANY_REQUESTS, UNAVAILABLE, refusal, warning
 
-TEXT = (Path(__file__).parents[2] / "docs" / "budgets.md").read_text()
+TEXT = (DOCS / "howto" / "budgets.md").read_text()
 BERLIN = ZoneInfo("Europe/Berlin")
 NOW = int(datetime(2026, 11, 24, 12, tzinfo=BERLIN).timestamp()) * 10**9
 

@@ -1,4 +1,4 @@
-"""docs/configuration.md and prices.md say what the code says: each setting, default and unit."""
+"""The configuration page says what the code says: each setting, default and unit."""
 
 import re
 from pathlib import Path
@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from tests.docs.pages import section
+from tests.docs.pages import DOCS, section
 from vllm_cost_meter.config import OTHER_NAMES, PREFIX, SECTIONS, Settings, load_settings
 from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.reload import live_names
 from vllm_cost_meter.setting_prices import EnergyPriceSetting, OverheadSetting, PriceSetting
 
-PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
-
-PRICES = PAGE.with_name("prices.md")
+PAGE = DOCS / "reference" / "configuration.md"
+PRICES = DOCS / "howto" / "set-prices.md"
 
 
 def shown_default(field) -> str:

@@ -1,4 +1,4 @@
-"""docs/energy.md: its reasons are all there are, its example is computed by the real arithmetic."""
+"""The page on energy: its reasons are all there are, the real arithmetic gives its example."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from vllm_cost_meter.energy_shares import (
 )
 from vllm_cost_meter.ledger.energy import PENDING
 
-PAGE = DOCS / "energy.md"
+PAGE = DOCS / "explanation" / "energy.md"
 TEXT = " ".join(PAGE.read_text().split())
 MS, S = 10**6, 10**9
 

@@ -1,4 +1,4 @@
-"""docs/invoices.md says what files of bills are read, and what is told of them."""
+"""The page on invoices says which files are read, and what is told of them."""
 
 import re
 
@@ -25,7 +25,7 @@ from vllm_cost_meter.setting_invoices import (
     ResourceSetting,
 )
 
-PAGE = DOCS / "invoices.md"
+PAGE = DOCS / "howto" / "against-the-invoice.md"
 
 
 @pytest.fixture
@@ -108,5 +108,5 @@ def test_every_field_of_a_day_and_of_a_summary_is_documented_and_no_other(client
     assert fields == list(day)
     assert fields[1:] == list(answer["total"])
     billed = client.get("/cost/summary").json()["billed"]
-    assert list(billed) == [*fields[1:], *names(DOCS / "api.md", "Billed")]
+    assert list(billed) == [*fields[1:], *names(DOCS / "reference" / "http-api.md", "Billed")]
     assert billed["others"] == [{"resource": "vol", "kind": "disk", "billed_usd": "0.000000005"}]

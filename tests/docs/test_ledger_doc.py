@@ -1,4 +1,4 @@
-"""docs/ledger.md has every table and column of the schema, and nothing else."""
+"""The page on the schema has every table and column of the ledger, and nothing else."""
 
 from inspect import signature
 
@@ -9,7 +9,7 @@ from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
 from vllm_cost_meter.ledger.store import default_url
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
-PAGE = DOCS / "ledger.md"
+PAGE = DOCS / "reference" / "ledger-schema.md"
 
 
 @pytest.mark.parametrize("table", metadata.sorted_tables, ids=lambda table: table.name)

@@ -1,4 +1,4 @@
-"""docs/replies.md shows what replies get, to the byte, and docs/hooks.md every hook."""
+"""The page on replies shows what clients get, to the byte; the page on hooks every hook."""
 
 import re
 
@@ -8,7 +8,7 @@ from vllm_cost_meter.collector import MISSES_IN_A_ROW_MAX
 from vllm_cost_meter.config import Settings
 from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX
 
-REPLIES, HOOKS = DOCS / "replies.md", DOCS / "hooks.md"
+REPLIES, HOOKS = DOCS / "reference" / "headers-and-streams.md", DOCS / "reference" / "hooks.md"
 COST = reply.Cost(
     gpu_time_ns=80_742_957,
     prefill_ns=3_373_512,

@@ -1,4 +1,4 @@
-"""docs/reports.md has every word, field, policy and class of reports and statements."""
+"""The pages on reports have every word, field, policy and class of reports and statements."""
 
 import re
 
@@ -14,7 +14,7 @@ from vllm_cost_meter.report_commands import Format
 from vllm_cost_meter.statement import CLASS, OVERHEAD, USAGE
 from vllm_cost_meter.windows import hours_of_window
 
-PAGE = DOCS / "reports.md"
+PAGE = DOCS / "reference" / "reports.md"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""docs/tenants.md names every rule and every bound as the code has them."""
+"""The page on tenants names every rule and every bound as the code has them."""
 
 from typing import get_args
 
@@ -10,7 +10,7 @@ from vllm_cost_meter.tenant_commands import app
 from vllm_cost_meter.tenant_settings import RuleSetting
 from vllm_cost_meter.tenants import CHILD_KINDS, NAME_CHARS_MAX, PROOF_HEADER
 
-PAGE = DOCS / "tenants.md"
+PAGE = DOCS / "howto" / "tenants-from-keys.md"
 
 
 def test_every_rule_is_explained_and_no_other():
