@@ -14,7 +14,7 @@ from vllm_cost_meter.economics import Point
 from vllm_cost_meter.economics.comparison import FORMULA
 from vllm_cost_meter.ledger.figures import FIGURES
 
-PAGE = DOCS / "explanation" / "economics.md"
+PAGE = DOCS / "reference" / "economics.md"
 COMPARE = (DOCS / "howto" / "compare-with-apis.md").read_text()
 
 
@@ -60,5 +60,5 @@ def test_the_fields_of_a_point_are_documented():
 
 def test_every_figure_is_documented_with_its_unit_and_meaning_and_no_other():
     assert [
-        (cells[0].strip("`"), cells[1], cells[2]) for cells in table_rows(section(PAGE, "Measured"))
+        (cells[0].strip("`"), cells[1], cells[2]) for cells in table_rows(section(PAGE, "Figures"))
     ] == [(name, figure.unit, figure.meaning) for name, figure in FIGURES.items()]

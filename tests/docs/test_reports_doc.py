@@ -15,6 +15,8 @@ from vllm_cost_meter.statement import CLASS, OVERHEAD, USAGE
 from vllm_cost_meter.windows import hours_of_window
 
 PAGE = DOCS / "reference" / "reports.md"
+HOWTO = DOCS / "howto" / "month-statement.md"
+EXPLANATION = DOCS / "explanation" / "reports.md"
 
 
 @pytest.fixture
@@ -64,9 +66,9 @@ def test_every_field_of_a_line_is_documented_and_no_other(reader):
     month = "2027-01"
     for told in ({"tenant": "search"}, {}):
         answer = reader.statement(month, **told)
-        before_cents = section(PAGE, "Statements").partition("### To the cent")[0]
-        assert first_names(before_cents) == list(answer["lines"][0])
-        said = re.findall("`([a-z_]+)`", before_cents)
+        text = section(PAGE, "Statements")
+        assert first_names(text) == list(answer["lines"][0])
+        said = re.findall("`([a-z_]+)`", text)
         assert set(answer) - {"tenant", "month", "currency"} <= set(said)
     assert {USAGE, OVERHEAD, CLASS} <= set(said)
 
@@ -75,10 +77,11 @@ def test_every_policy_is_documented_and_can_be_asked_for():
     text = section(PAGE, "Idle policies")
     policies = [IdlePolicy.parse(policy).name for policy in first_names(text)]
     assert policies == ["none", "proportional", "even", "reserved", "owner"]
-    shared = re.findall("`([a-z_]+)`", text.partition("`in_flight`")[0])
-    assert tuple(shared) == SHARED_CLASSES
+    for said in (text, section(EXPLANATION, "How idle time is shared")):
+        shared = re.findall("`([a-z_]+)`", said.partition("`in_flight`")[0])
+        assert tuple(shared) == SHARED_CLASSES
 
 
 def test_every_format_is_documented():
-    said = re.search(r"`--format` is (.*?)\.", section(PAGE, "Statements"))[1]
+    said = re.search(r"`--format` is (.*?)\.", HOWTO.read_text())[1]
     assert re.findall("`(.*?)`", said) == [each.value for each in Format]
