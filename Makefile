@@ -106,7 +106,7 @@ matrix:
 	@$(PYTHON) scripts/matrix.py $(MATRIX)
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info vllm_cost_meter/*.so
+	rm -rf .venv .cache build dist *.egg-info vllm_cost_meter/attribution/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -130,7 +130,7 @@ $(VENV)/.meter: pyproject.toml setup.py $(wildcard csrc/*) $(VENV)/.made
 	  --editable '.[dev]'
 	@touch $@
 
-$(TINY_MODEL): vllm_cost_meter/tiny_model.py | $(VENV)/.vllm $(VENV)/.meter
+$(TINY_MODEL): vllm_cost_meter/lab/tiny_model.py | $(VENV)/.vllm $(VENV)/.meter
 	@echo '==> a tiny random model (10 s)'
-	@$(BIN)/python -m vllm_cost_meter.tiny_model
+	@$(BIN)/python -m vllm_cost_meter.lab.tiny_model
 	@touch $@

@@ -18,7 +18,7 @@ setup(
     ext_modules=cythonize(
         [
             Extension(
-                "vllm_cost_meter._attribution_c",
+                "vllm_cost_meter.attribution._native",
                 ["csrc/attribution.pyx"],
                 extra_compile_args=FLAGS,
                 extra_link_args=[flag for flag in FLAGS if flag.startswith("-fsanitize")],

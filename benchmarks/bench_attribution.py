@@ -32,10 +32,10 @@ import statistics
 from pathlib import Path
 from time import perf_counter_ns
 
-from vllm_cost_meter._attribution_c import StepMeter as NativeMeter
+from vllm_cost_meter.attribution._native import StepMeter as NativeMeter
 
-from vllm_cost_meter import _attribution_py
-from vllm_cost_meter._fit_py import ALL_STEPS, Planes
+from vllm_cost_meter.attribution import step_meter_py
+from vllm_cost_meter.attribution.cost_model_py import ALL_STEPS, Planes
 
 BATCHES = (1, 32, 256, 1024, 4096)
 CHUNKS = (0, 1, 2, 4)
@@ -43,7 +43,7 @@ CHUNKS_BATCH = 256
 STEPS_PER_BLOCK = 40
 PREFILL_CHUNK = 512
 BLOCK_SIZE = 16  # tokens of a block of the KV cache, vLLM's default
-METERS = {"native": NativeMeter, "twin": _attribution_py.StepMeter}
+METERS = {"native": NativeMeter, "twin": step_meter_py.StepMeter}
 # Two planes, so that large players are enumerated: 20 us a token, or 6 ms and 40 ns of context.
 PRIOR: Planes = (
     (1e6, 2e4, 0.0, 1.0, 0.0),
@@ -55,7 +55,7 @@ PRIOR: Planes = (
 class Traffic:
     """A running batch on a meter of its own: some leave after each step, and as many arrive."""
 
-    def __init__(self, meter: _attribution_py.StepMeter, running: int, chunks: int) -> None:
+    def __init__(self, meter: step_meter_py.StepMeter, running: int, chunks: int) -> None:
         self.meter = meter
         self.chunks = min(chunks, running)
         self.running: list[str] = []
@@ -144,7 +144,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the attribution, native and twin.")
-    parser.add_argument("--method", choices=_attribution_py.METHODS, default="shapley")
+    parser.add_argument("--method", choices=step_meter_py.METHODS, default="shapley")
     parser.add_argument("--blocks", type=int, default=41, help="timed blocks per batch size")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()

@@ -24,12 +24,12 @@ from pathlib import Path
 from bench_attribution import machine
 from bench_ledger import records
 
-from vllm_cost_meter.invoice_files import InvoiceFile
-from vllm_cost_meter.invoices import InvoiceLine
-from vllm_cost_meter.ledger.invoices import import_invoice
-from vllm_cost_meter.ledger.store import open_ledger
+from vllm_cost_meter.invoices.files import InvoiceFile
+from vllm_cost_meter.invoices.timeline import InvoiceLine
+from vllm_cost_meter.ledger.billing.importing import import_invoice
+from vllm_cost_meter.ledger.database import open_ledger
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 FIRST_HOUR = 490_000
 MONTH_HOURS = 720

@@ -26,14 +26,8 @@ from bench_attribution import machine
 
 from vllm_cost_meter.ledger import rows
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import (
-    Bill,
-    EngineRequest,
-    HttpRequest,
-    Latencies,
-    Usage,
-    UsagePiece,
-)
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Usage
 
 BLOCK = 100
 

@@ -40,14 +40,8 @@ import psutil
 from bench_attribution import machine
 
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.serving import (
-    CPU_ARGUMENTS,
-    Server,
-    end_of,
-    environment_of,
-    is_cpu_build,
-)
-from vllm_cost_meter.tiny_model import default_path, make_tiny_model
+from vllm_cost_meter.lab.server import CPU_ARGUMENTS, Server, end_of, environment_of, is_cpu_build
+from vllm_cost_meter.lab.tiny_model import default_path, make_tiny_model
 
 RATIOS = {
     "throughput_ratio": "output_throughput",

@@ -1,6 +1,6 @@
 # cython: cdivision=True
 """What each request of a step would be charged in fairness. The theory stands in the twin,
-`_shapley_py.py`; same names. Plain arithmetic over a step's parts: no memory but the stack.
+`shapley_py.py`; same names. Plain arithmetic over a step's parts: no memory but the stack.
 """
 
 from libc.stdint cimport uint32_t, uint64_t

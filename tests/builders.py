@@ -2,17 +2,10 @@
 
 from typing import Any
 
-from vllm_cost_meter.books import EngineFacts
-from vllm_cost_meter.records import (
-    Bill,
-    ClassTotals,
-    CostModel,
-    EngineRequest,
-    Latencies,
-    OpenRequest,
-    Snapshot,
-    UsagePiece,
-)
+from vllm_cost_meter.engine.books import EngineFacts
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.requests import EngineRequest, Latencies, OpenRequest
+from vllm_cost_meter.records.snapshot import ClassTotals, CostModel, Snapshot
 
 HOUR = 500_000
 T0 = 1_800_000_000 * 10**9

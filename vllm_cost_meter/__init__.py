@@ -1,3 +1,5 @@
 """vllm_cost_meter: measured cost of every request that a vLLM server runs."""
 
-__version__ = "0.1.0"
+from vllm_cost_meter.version import __version__
+
+__all__ = ["__version__"]

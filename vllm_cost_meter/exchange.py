@@ -19,9 +19,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from vllm_cost_meter.budgets import Owner
-from vllm_cost_meter.records import EngineRequest, HttpRequest
-from vllm_cost_meter.tenants import Resolved
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
+from vllm_cost_meter.tenants.budgets import Owner
+from vllm_cost_meter.tenants.rules import Resolved
 
 
 class RequestTimes(Protocol):

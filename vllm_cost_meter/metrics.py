@@ -14,14 +14,11 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from vllm_cost_meter.budgets import Standing
-from vllm_cost_meter.records import (
-    CLASSES,
-    NS_PER_SECOND,
-    EngineRequest,
-    Snapshot,
-)
-from vllm_cost_meter.tenants import OTHER, is_clients_choice
+from vllm_cost_meter.records.requests import EngineRequest
+from vllm_cost_meter.records.snapshot import CLASSES, Snapshot
+from vllm_cost_meter.tenants.budgets import Standing
+from vllm_cost_meter.tenants.rules import OTHER, is_clients_choice
+from vllm_cost_meter.units.time import NS_PER_SECOND
 
 TENANT_LABELS_MAX = 1_000
 CLIENTS_LABELS_MAX = TENANT_LABELS_MAX // 2

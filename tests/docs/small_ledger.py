@@ -4,23 +4,15 @@ from decimal import Decimal
 from pathlib import Path
 
 from tests.builders import COST_MODEL
-from vllm_cost_meter.energy_records import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.overheads import Overhead
-from vllm_cost_meter.price_book import EnergyPrice, PriceBook
-from vllm_cost_meter.records import (
-    NS_PER_HOUR,
-    Bill,
-    ClassTotals,
-    EngineRequest,
-    HttpRequest,
-    Latencies,
-    Price,
-    Snapshot,
-    Usage,
-    UsagePiece,
-)
+from vllm_cost_meter.prices.book import EnergyPrice, PriceBook
+from vllm_cost_meter.prices.overheads import Overhead
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Price, Usage
+from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 HOUR = 500_000
 START_NS = HOUR * NS_PER_HOUR

@@ -7,11 +7,12 @@ import pytest
 from tests.builders import ENGINE_FACTS
 from tests.docs.pages import DOCS, names, section
 from vllm_cost_meter import guard
-from vllm_cost_meter.books import EngineBooks, RequestFacts
 from vllm_cost_meter.cli import audit_lines
-from vllm_cost_meter.ledger.audit import _DIFFERENCES
-from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
-from vllm_cost_meter.records import CLASSES, NS_PER_HOUR, Snapshot
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
+from vllm_cost_meter.ledger.queries.audit import _DIFFERENCES
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
+from vllm_cost_meter.records.snapshot import CLASSES, Snapshot
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 PAGE = DOCS / "explanation" / "books.md"
 EXAMPLE = section(PAGE, "An example by hand")

@@ -6,10 +6,10 @@ from datetime import datetime
 from zoneinfo import ZoneInfo
 
 from tests.docs.pages import DOCS
-from vllm_cost_meter.admission import FRESH_S_MIN, SNAPSHOTS_MISSED_MAX
-from vllm_cost_meter.budgets import Budget, Standing, Verdict
-from vllm_cost_meter.config import Settings
-from vllm_cost_meter.refusal import TOO_MANY_REQUESTS, UNAVAILABLE, refusal, warning
+from vllm_cost_meter.api_server.admission import FRESH_S_MIN, SNAPSHOTS_MISSED_MAX
+from vllm_cost_meter.api_server.refusal import TOO_MANY_REQUESTS, UNAVAILABLE, refusal, warning
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.tenants.budgets import Budget, Standing, Verdict
 
 TEXT = (DOCS / "howto" / "budgets.md").read_text()
 BERLIN = ZoneInfo("Europe/Berlin")

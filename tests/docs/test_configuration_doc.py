@@ -7,9 +7,10 @@ import pytest
 from pydantic import BaseModel
 
 from tests.docs.pages import DOCS, section
-from vllm_cost_meter.config import OTHER_NAMES, PREFIX, SECTIONS, Settings, load_settings
+from vllm_cost_meter.config.loading import OTHER_NAMES, SECTIONS, load_settings
+from vllm_cost_meter.config.reload import live_names
+from vllm_cost_meter.config.settings import PREFIX, Settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.reload import live_names
 
 PAGE = DOCS / "reference" / "configuration.md"
 PRICES = DOCS / "howto" / "set-prices.md"

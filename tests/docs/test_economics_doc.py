@@ -8,11 +8,11 @@ from dataclasses import fields
 import pytest
 
 from tests.docs.pages import DOCS, names, section, table_rows
-from vllm_cost_meter.calculators import CALCULATORS, INPUTS
-from vllm_cost_meter.compare_api import MEMORY_BYTES_MAX, TIMEOUT_S
 from vllm_cost_meter.economics import Point
+from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS
 from vllm_cost_meter.economics.comparison import FORMULA
-from vllm_cost_meter.ledger.figures import FIGURES
+from vllm_cost_meter.endpoint.compare import MEMORY_BYTES_MAX, TIMEOUT_S
+from vllm_cost_meter.ledger.economics.figures import FIGURES
 
 PAGE = DOCS / "reference" / "economics.md"
 COMPARE = (DOCS / "howto" / "compare-with-apis.md").read_text()

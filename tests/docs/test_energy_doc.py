@@ -3,15 +3,15 @@
 import pytest
 
 from tests.docs.pages import DOCS, names, section, table_rows
-from vllm_cost_meter import energy
-from vllm_cost_meter.energy_books import UNTOLD_MAX
-from vllm_cost_meter.energy_shares import (
+from vllm_cost_meter.engine.energy import nvml as energy
+from vllm_cost_meter.engine.energy.books import UNTOLD_MAX
+from vllm_cost_meter.engine.energy.shares import (
     POWER_WINDOW_NS_MIN,
     QUIET_CLASSES,
     PowerBounds,
     split_energy,
 )
-from vllm_cost_meter.ledger.energy import PENDING
+from vllm_cost_meter.ledger.queries.energy import PENDING
 
 PAGE = DOCS / "explanation" / "energy.md"
 TEXT = " ".join(PAGE.read_text().split())

@@ -10,12 +10,12 @@ from prometheus_client import CollectorRegistry
 
 from tests.docs.pages import DOCS, section, table_rows
 from tests.docs.small_ledger import small_ledger
-from vllm_cost_meter.access import Access, sha256
-from vllm_cost_meter.api import REQUESTS_PER_PAGE_MAX, make_app
-from vllm_cost_meter.budgets import Budget, Figures, Standing
-from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
+from vllm_cost_meter.api_server.runtime import REFRESH_TIMEOUT_S
+from vllm_cost_meter.endpoint.access import Access, sha256
+from vllm_cost_meter.endpoint.app import REQUESTS_PER_PAGE_MAX, make_app
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.reader import MAX_MATCHES, SETTLE_S, LedgerReader
-from vllm_cost_meter.side import REFRESH_TIMEOUT_S
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 
 REFERENCE = DOCS / "reference"
 PAGE = REFERENCE / "http-api.md"

@@ -7,17 +7,17 @@ from fastapi.testclient import TestClient
 
 from tests.docs.pages import DOCS, names, section
 from tests.docs.small_ledger import HOUR, small_ledger
-from vllm_cost_meter import invoice_focus
-from vllm_cost_meter.api import make_app
-from vllm_cost_meter.config import load_settings
-from vllm_cost_meter.invoice_files import InvoiceFile, InvoiceRules, read_invoice
-from vllm_cost_meter.invoice_rows import FILE_BYTES_MAX
-from vllm_cost_meter.invoices import CHARGE_CLASSES, KINDS, BillingSnapshot, InvoiceLine
-from vllm_cost_meter.ledger.billed import DIFFERENCE
-from vllm_cost_meter.ledger.invoice_hours import HOURS_MAX, ROWS_MAX
-from vllm_cost_meter.ledger.invoices import import_invoice
-from vllm_cost_meter.records import NS_PER_HOUR
-from vllm_cost_meter.setting_invoices import InvoiceSettings
+from vllm_cost_meter.config.invoices import InvoiceSettings
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.invoices import focus as invoice_focus
+from vllm_cost_meter.invoices.files import InvoiceFile, InvoiceRules, read_invoice
+from vllm_cost_meter.invoices.rows import FILE_BYTES_MAX
+from vllm_cost_meter.invoices.timeline import CHARGE_CLASSES, KINDS, BillingSnapshot, InvoiceLine
+from vllm_cost_meter.ledger.billing.comparison import DIFFERENCE
+from vllm_cost_meter.ledger.billing.hours import HOURS_MAX, ROWS_MAX
+from vllm_cost_meter.ledger.billing.importing import import_invoice
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 PAGE = DOCS / "howto" / "against-the-invoice.md"
 

@@ -5,8 +5,8 @@ from inspect import signature
 import pytest
 
 from tests.docs.pages import DOCS, names, section
+from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
-from vllm_cost_meter.ledger.store import default_url
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
 PAGE = DOCS / "reference" / "ledger-schema.md"

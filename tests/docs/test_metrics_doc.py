@@ -7,7 +7,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from tests.docs.pages import DOCS, section, table_rows
 from vllm_cost_meter import metrics
-from vllm_cost_meter.records import CLASSES
+from vllm_cost_meter.records.snapshot import CLASSES
 
 PAGE = DOCS / "reference" / "metrics.md"
 METRICS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]

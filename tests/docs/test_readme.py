@@ -8,13 +8,14 @@ import pytest
 import typer.main
 
 from tests.docs.pages import DOCS, PAGES, ROOT
-from vllm_cost_meter import reply
-from vllm_cost_meter.budgets import Budget, Standing, Verdict
+from vllm_cost_meter.api_server import reply_bytes as reply
+from vllm_cost_meter.api_server.refusal import refusal, warning
 from vllm_cost_meter.cli import app
-from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings
-from vllm_cost_meter.records import BILL_KEY
-from vllm_cost_meter.refusal import refusal, warning
-from vllm_cost_meter.tenants import PROOF_HEADER
+from vllm_cost_meter.config.loading import OTHER_NAMES
+from vllm_cost_meter.config.settings import PREFIX, Settings
+from vllm_cost_meter.records.bill import BILL_KEY
+from vllm_cost_meter.tenants.budgets import Budget, Standing, Verdict
+from vllm_cost_meter.tenants.rules import PROOF_HEADER
 
 README = ROOT / "README.md"
 MAKEFILE = (ROOT / "Makefile").read_text()

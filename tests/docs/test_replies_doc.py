@@ -3,10 +3,11 @@
 import re
 
 from tests.docs.pages import DOCS, names, section, table_rows
-from vllm_cost_meter import _vllm, _vllm_canary, reply
-from vllm_cost_meter.collector import MISSES_IN_A_ROW_MAX
-from vllm_cost_meter.config import Settings
+from vllm_cost_meter.api_server import reply_bytes as reply
+from vllm_cost_meter.api_server.collector import MISSES_IN_A_ROW_MAX
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX
+from vllm_cost_meter.vllm_hooks import canary, scheduler
 
 REPLIES, HOOKS = DOCS / "reference" / "headers-and-streams.md", DOCS / "reference" / "hooks.md"
 COST = reply.Cost(
@@ -57,18 +58,18 @@ def test_every_hook_is_documented_and_no_other():
     engine = {name.rpartition(".")[2] for name in names(HOOKS, "In the engine process")}
     ours = {
         name
-        for name in vars(_vllm.MeteredScheduler)
-        if callable(vars(_vllm.MeteredScheduler)[name])
+        for name in vars(scheduler.MeteredScheduler)
+        if callable(vars(scheduler.MeteredScheduler)[name])
     }
     added = {"get_scheduler_cls", "sleep", "wake_up", "execute_dummy_batch"}
     added |= {"cost_meter_snapshot", "cost_meter_stop"}
     assert engine == ours | added
     api = set(re.findall(r"`(\w+\.\S+?)`", section(HOOKS, "In the API servers")))
-    hooked = {f"OutputProcessor.{name}" for name in _vllm_canary.OUTPUT_PROCESSOR}
+    hooked = {f"OutputProcessor.{name}" for name in canary.OUTPUT_PROCESSOR}
     assert api == hooked | {"EngineArgs.add_cli_args", "vllm.plugins.load_plugins_by_group"}
 
 
 def test_the_carriers_name_and_the_limit_are_those_of_the_code():
     text = HOOKS.read_text()
-    assert f"`{_vllm.CARRIER_ID}`" in text
+    assert f"`{scheduler.CARRIER_ID}`" in text
     assert f"After {ERRORS_IN_A_ROW_MAX} failures of one hook in a row" in text

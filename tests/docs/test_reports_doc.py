@@ -7,12 +7,12 @@ from fastapi.testclient import TestClient
 
 from tests.docs.pages import DOCS, names, section
 from tests.docs.small_ledger import small_ledger
-from vllm_cost_meter.api import make_app
-from vllm_cost_meter.grammar import DIMENSIONS, STEPS, TAG, TIMES, question
-from vllm_cost_meter.idle import SHARED_CLASSES, IdlePolicy
-from vllm_cost_meter.report_commands import Format
-from vllm_cost_meter.statement import CLASS, OVERHEAD, USAGE
-from vllm_cost_meter.windows import hours_of_window
+from vllm_cost_meter.cli.report import Format
+from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, question
+from vllm_cost_meter.reports.idle import SHARED_CLASSES, IdlePolicy
+from vllm_cost_meter.reports.statement import CLASS, OVERHEAD, USAGE
+from vllm_cost_meter.units.calendar import hours_of_window
 
 PAGE = DOCS / "reference" / "reports.md"
 HOWTO = DOCS / "howto" / "month-statement.md"

@@ -6,11 +6,11 @@ import pytest
 
 from tests.docs.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.attribution import METHODS
-from vllm_cost_meter.step_log import _Line
-from vllm_cost_meter.validation import roofline, traffic
-from vllm_cost_meter.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES, Plan
-from vllm_cost_meter.validation.compare import WARM_UP_PART, Errors
-from vllm_cost_meter.validation.truth import ENUMERATED_MAX
+from vllm_cost_meter.engine.step_log import _Line
+from vllm_cost_meter.lab.validation import roofline, traffic
+from vllm_cost_meter.lab.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES, Plan
+from vllm_cost_meter.lab.validation.compare import WARM_UP_PART, Errors
+from vllm_cost_meter.lab.validation.truth import ENUMERATED_MAX
 
 PAGE = DOCS / "explanation" / "validation.md"
 TEXT = " ".join(PAGE.read_text().split())

@@ -24,9 +24,9 @@ from tests.integration.adapter import make_adapter
 from tests.integration.running import Watched, watch
 from tests.integration.server import TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask
-from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.records import OVERHEAD_CLASSES
+from vllm_cost_meter.records.snapshot import OVERHEAD_CLASSES
 
 
 def class_ns(server: Server, name: str) -> int:

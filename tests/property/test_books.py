@@ -14,9 +14,11 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from tests.builders import ENGINE_FACTS
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.books import EngineBooks, RequestFacts
-from vllm_cost_meter.records import NS_PER_HOUR, Bill, ClassTotals, UsagePiece
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 START_UNIX_NS = 1_790_000_000 * 10**9
 

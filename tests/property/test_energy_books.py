@@ -15,10 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from tests.builders import ENGINE_FACTS
 from tests.property.test_books import START_UNIX_NS, facts
-from vllm_cost_meter.books import EngineBooks
-from vllm_cost_meter.energy_books import EnergyBooks, WindowEnd
-from vllm_cost_meter.energy_records import RunEnergy
-from vllm_cost_meter.records import NS_PER_HOUR, Bill
+from vllm_cost_meter.engine.books import EngineBooks
+from vllm_cost_meter.engine.energy.books import EnergyBooks, WindowEnd
+from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.energy import RunEnergy
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 
 class MeteredEngine(RuleBasedStateMachine):

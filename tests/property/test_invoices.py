@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_cost_meter.invoice_files import InvoiceFile
-from vllm_cost_meter.invoices import (
+from vllm_cost_meter.invoices.files import InvoiceFile
+from vllm_cost_meter.invoices.timeline import (
     CHARGE_CLASSES,
     BillingSnapshot,
     InvoiceLine,
@@ -21,9 +21,9 @@ from vllm_cost_meter.invoices import (
     spend,
     stretches,
 )
-from vllm_cost_meter.ledger.invoices import import_invoice
-from vllm_cost_meter.ledger.store import open_ledger
-from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.ledger.billing.importing import import_invoice
+from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 SPAN_NS = 60 * NS_PER_HOUR
 instants = st.one_of(

@@ -14,22 +14,15 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, select
 
 from tests.builders import make_bill, make_open, make_part, make_snapshot
-from vllm_cost_meter.grammar import question
+from vllm_cost_meter.ledger.database import open_ledger, writing
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import open_requests
-from vllm_cost_meter.ledger.store import open_ledger, writing
-from vllm_cost_meter.records import (
-    CLASSES,
-    NS_PER_HOUR,
-    ClassTotals,
-    EngineRequest,
-    HttpRequest,
-    OpenRequest,
-    Snapshot,
-    Usage,
-    UsagePiece,
-)
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Usage
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
+from vllm_cost_meter.reports.grammar import question
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 HOUR = 500_000
 NOW = HOUR * NS_PER_HOUR

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.property.test_ledger_books import NOW, parts_of, runs, slow, snapshot_of, store
+from vllm_cost_meter.ledger.database import open_ledger
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.store import open_ledger
-from vllm_cost_meter.price_book import NO_PRICES, Matches, PriceBook, PriceEntry, RunFacts
-from vllm_cost_meter.pricing import cost_nanousd
+from vllm_cost_meter.prices.book import NO_PRICES, Matches, PriceBook, PriceEntry, RunFacts
+from vllm_cost_meter.prices.cost import cost_nanousd
 
 HOUR = 500_000
 HOURS = range(HOUR, HOUR + 4)

@@ -10,18 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.records import (
-    CLASSES,
-    Bill,
-    ClassTotals,
-    CostModel,
-    Snapshot,
-    UsagePiece,
-    rfc3339,
-    unix_ns_of,
-)
-from vllm_cost_meter.wire import read_bill, write_bill
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.bill import Bill, UsagePiece, read_bill, write_bill
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, CostModel, Snapshot
+from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 
 count = st.integers(0, 2**63 - 1)
 text = st.text(max_size=30)

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.property.worlds_of_usage import facts, policies, priced, prices
-from vllm_cost_meter.grammar import Question, question
-from vllm_cost_meter.idle import SHARED_CLASSES
-from vllm_cost_meter.records import OVERHEAD_ROWS
-from vllm_cost_meter.reports import REQUESTS, Facts, pieces, report, wall_cost
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.allocation import REQUESTS, Facts, pieces, report, wall_cost
+from vllm_cost_meter.reports.grammar import Question, question
+from vllm_cost_meter.reports.idle import SHARED_CLASSES
 
 HOUR = 500_000
 hours = st.integers(HOUR, HOUR + 24 * 40)

@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry
 from schemathesis.checks import not_a_server_error
 
 from tests.docs.small_ledger import small_ledger
-from vllm_cost_meter.access import Access, sha256
-from vllm_cost_meter.api import make_app
+from vllm_cost_meter.endpoint.access import Access, sha256
+from vllm_cost_meter.endpoint.app import make_app
 
 TENANT = {"authorization": "Bearer key-of-search"}
 BY_HASH = {sha256("key-of-search"): "search"}

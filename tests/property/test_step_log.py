@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_cost_meter.step_log import LoggedStep, Part, StepLogWriter, read_header, read_steps
+from vllm_cost_meter.engine.step_log import LoggedStep, Part, StepLogWriter, read_header, read_steps
 
 COUNT = st.integers(0, 2**31 - 1)
 NS = st.integers(0, 2**63 - 1)

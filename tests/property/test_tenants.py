@@ -11,9 +11,9 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.request_body import claims_of
-from vllm_cost_meter.tenant_settings import RuleSetting, TenantSetting, check_tenants, resolver_of
-from vllm_cost_meter.tenants import (
+from vllm_cost_meter.api_server.request_body import claims_of
+from vllm_cost_meter.config.tenants import RuleSetting, TenantSetting, check_tenants, resolver_of
+from vllm_cost_meter.tenants.rules import (
     CONTRADICTION,
     NOBODY,
     PROOF_HEADER,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from vllm_cost_meter.energy import REASONS, EnergyCounter, EnergyReading
+from vllm_cost_meter.engine.energy.nvml import REASONS, EnergyCounter, EnergyReading
 
 S = 10**9
 A, B = "GPU-aaaa1111-0000-0000-0000-000000000000", "GPU-bbbb2222-0000-0000-0000-000000000000"

@@ -12,11 +12,11 @@ import pytest
 
 from tests.builders import make_snapshot
 from tests.unit.world import BODY, DONE, JSON, SSE, TOKEN, Client, replying, scope_of
-from vllm_cost_meter.admission import Admission, Rules
-from vllm_cost_meter.budgets import Budget, Figures, Owner, Standing
-from vllm_cost_meter.collector import NoCollector
+from vllm_cost_meter.api_server.admission import Admission, Rules
+from vllm_cost_meter.api_server.collector import NoCollector
 from vllm_cost_meter.guard import Guard
-from vllm_cost_meter.ledger.spending import Spending
+from vllm_cost_meter.ledger.queries.spending import Spending
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Owner, Standing
 
 TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()], **more}
@@ -218,7 +218,7 @@ def test_where_judging_fails_only_who_fails_closed_is_refused(world, monkeypatch
 
 def test_where_no_meter_could_be_made_only_who_fails_closed_is_refused(world, monkeypatch):
     down = NoCollector(world.collector.settings)
-    monkeypatch.setattr("vllm_cost_meter.middleware.get_collector", lambda: down)
+    monkeypatch.setattr("vllm_cost_meter.api_server.middleware.get_collector", lambda: down)
     assert_only_who_fails_closed_is_refused(world)
 
 

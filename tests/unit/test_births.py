@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 from tests.unit.test_collector import exchange_of
 from tests.unit.world import Engine, make_collector
-from vllm_cost_meter import births as births_module
-from vllm_cost_meter.collector import Collector
+from vllm_cost_meter.api_server import open_requests as births_module
+from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.exchange import Exchange
-from vllm_cost_meter.tenants import Resolved
+from vllm_cost_meter.tenants.rules import Resolved
 
 ANNOUNCED = "SELECT request_id, http_request_id, tenant, x_request_id FROM open_requests"
 

@@ -16,13 +16,13 @@ from typer.testing import CliRunner, Result
 
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import OVERHEAD, T0, http, part, snapshot
-from vllm_cost_meter import __version__
-from vllm_cost_meter.accrued import Accrued
 from vllm_cost_meter.cli import app
-from vllm_cost_meter.energy_records import ENERGY_CLASSES
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import ClassTotals
-from vllm_cost_meter.text import to_csv
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.text import to_csv
+from vllm_cost_meter.version import __version__
 
 EVIL = "=HYPERLINK(1)"
 

@@ -11,10 +11,10 @@ import sqlalchemy
 
 from tests.builders import make_bill, make_snapshot
 from tests.unit.world import COST_HEADERS, JSON, replying
-from vllm_cost_meter import _vllm_api, metrics, plugin
-from vllm_cost_meter import births as births_module
-from vllm_cost_meter import collector as collector_module
-from vllm_cost_meter.collector import (
+from vllm_cost_meter import activation, metrics
+from vllm_cost_meter.api_server import collector as collector_module
+from vllm_cost_meter.api_server import open_requests as births_module
+from vllm_cost_meter.api_server.collector import (
     Breaker,
     Collector,
     NoCollector,
@@ -22,10 +22,13 @@ from vllm_cost_meter.collector import (
     latencies,
     told_price,
 )
-from vllm_cost_meter.config import Settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Exchange
-from vllm_cost_meter.records import NS_PER_HOUR, Latencies, Usage, UsagePiece
-from vllm_cost_meter.tenants import Resolved
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import Latencies, Usage
+from vllm_cost_meter.tenants.rules import Resolved
+from vllm_cost_meter.units.time import NS_PER_HOUR
+from vllm_cost_meter.vllm_hooks import engines
 
 EVERYTHING = "SELECT request_id, http_request_id, tenant, route, response_id FROM requests"
 
@@ -190,8 +193,8 @@ def test_a_bill_with_an_hour_before_all_prices_has_no_cost(make_world):
 
 
 def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch):
-    monkeypatch.setattr(_vllm_api, "device_name", lambda: "NVIDIA H100")
-    monkeypatch.setattr(_vllm_api, "host_name", lambda: "node-1")
+    monkeypatch.setattr(engines, "device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(engines, "host_name", lambda: "node-1")
     matches = {"model": "LLAMA", "gpu_name": "*h100*", "host": "node-?"}
     world = make_world(prices=[price_setting("288", scope="node", gpus=8, **matches)])
     assert costs_of(world, serving(), UsagePiece(490_896, 1_000, 2_000, 8, 5)) == (30, 0)
@@ -215,7 +218,7 @@ def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch)
 def test_where_engines_run_on_several_machines_no_price_is_chosen_by_host(
     make_world, monkeypatch, parallel, cost
 ):
-    monkeypatch.setattr(_vllm_api, "host_name", lambda: "node-1")
+    monkeypatch.setattr(engines, "host_name", lambda: "node-1")
     world = make_world(prices=[price_setting("72", host="node-1")])
     assert costs_of(world, serving(**parallel), UsagePiece(490_896, 3_000, 0, 8, 0)) == (cost, 0)
 
@@ -224,7 +227,7 @@ def test_an_api_server_without_a_gpu_prices_what_needs_none(make_world, monkeypa
     def no_gpu():
         raise NotImplementedError
 
-    monkeypatch.setattr(_vllm_api, "device_name", no_gpu)
+    monkeypatch.setattr(engines, "device_name", no_gpu)
     world = make_world(prices=[price_setting("72", gpu_name="*")])
     assert costs_of(world, serving(), UsagePiece(490_896, 3_000, 0, 8, 0)) == (30, 0)
     assert world.collector.guard.errors == 0
@@ -340,7 +343,7 @@ def test_a_collector_that_cannot_be_made_is_one_that_does_nothing(monkeypatch, t
 def test_there_is_no_collector_where_this_vllm_was_refused(monkeypatch, tmp_path):
     """`--middleware` brings the middleware into a vLLM that is to be left untouched, too."""
     monkeypatch.setattr(collector_module, "_collector", None)
-    monkeypatch.setattr(plugin, "refused", True)
+    monkeypatch.setattr(activation, "_refused", True)
     monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path}/ledger.db")
     assert isinstance(get_collector(), NoCollector)
     assert not (tmp_path / "ledger.db").exists()

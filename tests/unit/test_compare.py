@@ -8,17 +8,17 @@ import pytest
 
 from tests.unit.test_truth import machine_of
 from vllm_cost_meter.attribution import METHODS
-from vllm_cost_meter.validation.compare import (
+from vllm_cost_meter.lab.validation.compare import (
     Comparison,
     LeaveOneOut,
     MeterSplitter,
     Splitter,
     compare,
 )
-from vllm_cost_meter.validation.roofline import StepGame
-from vllm_cost_meter.validation.spread import Spread
-from vllm_cost_meter.validation.traffic import Trace, TraceStep, make_trace
-from vllm_cost_meter.validation.truth import enumerated
+from vllm_cost_meter.lab.validation.roofline import StepGame
+from vllm_cost_meter.lab.validation.spread import Spread
+from vllm_cost_meter.lab.validation.traffic import Trace, TraceStep, make_trace
+from vllm_cost_meter.lab.validation.truth import enumerated
 
 MACHINE = machine_of()
 

@@ -14,9 +14,9 @@ from tests.unit.test_api_prices import ALL_TIME, PRICES
 from tests.unit.test_cli import no_settings, run
 from tests.unit.test_ledger_economics import write
 from tests.unit.test_ledger_reader import Ledger
-from vllm_cost_meter.access import Access, sha256
-from vllm_cost_meter.api import make_app
-from vllm_cost_meter.compare_api import MEMORY_BYTES_MAX, Comparer, ComparingError
+from vllm_cost_meter.endpoint.access import Access, sha256
+from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.endpoint.compare import MEMORY_BYTES_MAX, Comparer, ComparingError
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
 

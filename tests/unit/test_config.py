@@ -7,9 +7,11 @@ from decimal import Decimal
 import pytest
 from pydantic import ValidationError
 
-from vllm_cost_meter.config import OTHER_NAMES, Settings, load_settings
+from vllm_cost_meter.config.engine import EngineSettings, load_engine_settings
+from vllm_cost_meter.config.loading import OTHER_NAMES, load_settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.tenants import ApiKeyRule, HeaderRule
+from vllm_cost_meter.tenants.rules import ApiKeyRule, HeaderRule
 
 HASH_A = hashlib.sha256(b"sk-a").hexdigest()
 HASH_B = hashlib.sha256(b"sk-b").hexdigest()
@@ -297,3 +299,27 @@ def test_text_may_stand_in_for_a_file_that_is_yet_to_be_written(toml):
     assert load_settings(environ, text="port = 2").port == 2
     with pytest.raises(SettingError, match="meter.toml"):
         load_settings(environ, text="prot = 2")
+
+
+@pytest.mark.parametrize(
+    ("environment", "file"),
+    [
+        ({}, ""),
+        ({"COST_METER_METHOD": "equal"}, ""),
+        ({"COST_METER_METHOD": "tokens", "COST_METER_STEP_LOG": "/x/steps"}, ""),
+        ({}, 'method = "tokens"\nstep_log = "/y/steps"\nport = 9'),
+        ({"COST_METER_METHOD": "equal"}, 'method = "tokens"\nstep_log = "/y/steps"'),
+    ],
+)
+def test_an_engine_reads_the_same_settings_without_the_rest(tmp_path, environment, file):
+    path = tmp_path / "meter.toml"
+    path.write_text(file)
+    given = {**environment, "COST_METER_CONFIG": str(path)}
+    all_of_them, engine = load_settings(given), load_engine_settings(given)
+    assert (engine.method, engine.step_log) == (all_of_them.method, all_of_them.step_log)
+    assert load_engine_settings({}) == EngineSettings(load_settings({}).method, None)
+
+
+def test_an_engine_refuses_a_method_that_is_none():
+    with pytest.raises(SettingError, match="expected shapley, tokens or equal, got 'shapely'"):
+        load_engine_settings({"COST_METER_METHOD": "shapely"})

@@ -22,10 +22,12 @@ pytest.importorskip("openai", reason="comes with vLLM")
 
 from rich.console import Console
 
-from vllm_cost_meter import demo, serving
-from vllm_cost_meter.config import load_settings
-from vllm_cost_meter.demo_checks import Figures, problems
-from vllm_cost_meter.demo_traffic import (
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.errors import ServerError
+from vllm_cost_meter.lab import server as serving
+from vllm_cost_meter.lab.demo import run as demo
+from vllm_cost_meter.lab.demo.checks import Figures, problems
+from vllm_cost_meter.lab.demo.traffic import (
     BATCH,
     BATCH_INPUT_TOKENS,
     BATCH_REQUESTS,
@@ -35,7 +37,6 @@ from vllm_cost_meter.demo_traffic import (
     Sightings,
     Told,
 )
-from vllm_cost_meter.errors import ServerError
 
 
 def request_row(response_id: str, tenant: str, prompt: int, cached: int, output: int) -> Any:

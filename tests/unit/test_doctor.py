@@ -1,6 +1,7 @@
 """The doctor: each check finds what it looks for, and what is wrong with it."""
 
 import contextlib
+import importlib
 import json
 import sqlite3
 import sys
@@ -12,11 +13,10 @@ from typer.testing import CliRunner
 
 from tests.unit.nvml import A, Card, nvmls
 from tests.unit.test_ledger_reader import part, snapshot
-from vllm_cost_meter import doctor
 from vllm_cost_meter.cli import app
-from vllm_cost_meter.doctor import examine
+from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.price_book import Matches, PriceBook, PriceEntry
+from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry
 
 CHECKS = [
     "entry points",
@@ -108,7 +108,8 @@ def test_an_engine_whose_meter_is_off_fails(path):
 
 
 def test_a_ledger_that_is_locked_is_a_ledger_that_cannot_be_written(path, monkeypatch):
-    monkeypatch.setattr(doctor, "LEDGER_TIMEOUT_S", 0.1)
+    module = importlib.import_module("vllm_cost_meter.cli.doctor")  # `cli.doctor` is the command
+    monkeypatch.setattr(module, "LEDGER_TIMEOUT_S", 0.1)
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     try:

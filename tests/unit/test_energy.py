@@ -29,12 +29,7 @@ from tests.unit.nvml import (
     nvmls,
     reader,
 )
-from vllm_cost_meter.energy import (
-    RETRY_NS,
-    DeviceInfo,
-    EnergyCounter,
-    EnergyReading,
-)
+from vllm_cost_meter.engine.energy.nvml import RETRY_NS, DeviceInfo, EnergyCounter, EnergyReading
 
 ROOT = Path(__file__).parents[2]
 
@@ -315,7 +310,8 @@ def test_the_binding_loads_the_library_by_itself(nvml_library, tmp_path):
     machine = Machine(script)
     machine.add(Card(A, energy_mj=123))
     body = (
-        "import sys; from vllm_cost_meter.energy import EnergyCounter; c = EnergyCounter([0]);"
+        "import sys; from vllm_cost_meter.engine.energy.nvml import EnergyCounter;"
+        "c = EnergyCounter([0]);"
         "assert 'pynvml' not in sys.modules; c.read(1); r = c.read(2);"
         "print(r.energy_mj, c.devices[0].uuid)"
     )

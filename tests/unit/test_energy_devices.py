@@ -7,7 +7,7 @@ Method: the real binding (pynvml) on a library that the tests compile, see `nvml
 import pytest
 
 from tests.unit.nvml import GPU_IS_LOST, A, B, Card, code, reader
-from vllm_cost_meter.energy import DeviceInfo, EnergyReading, visible_device_ids
+from vllm_cost_meter.engine.energy.nvml import DeviceInfo, EnergyReading, visible_device_ids
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,18 @@ from msgspec import msgpack
 
 from tests.builders import make_part
 from tests.unit.nvml import GPU_IS_LOST, TIMEOUT, A, B, Card, Machine, S
-from vllm_cost_meter import energy_books
-from vllm_cost_meter import engine as engine_module
-from vllm_cost_meter.books import RequestFacts
-from vllm_cost_meter.energy import RETRY_NS, EnergyCounter
-from vllm_cost_meter.energy_records import RequestEnergy, RunEnergy
-from vllm_cost_meter.engine import EngineIdentity, EngineMeter
+from vllm_cost_meter.engine import meter as engine_module
+from vllm_cost_meter.engine.books import RequestFacts
+from vllm_cost_meter.engine.energy import books as energy_books
+from vllm_cost_meter.engine.energy.nvml import RETRY_NS, EnergyCounter
+from vllm_cost_meter.engine.meter import EngineIdentity, EngineMeter
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.price_book import EnergyPrice, PriceBook
-from vllm_cost_meter.records import NS_PER_HOUR, Bill, Snapshot
+from vllm_cost_meter.prices.book import EnergyPrice, PriceBook
+from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.energy import RequestEnergy, RunEnergy
+from vllm_cost_meter.records.snapshot import Snapshot
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 HOUR = 500_000
 MS = 10**6

@@ -15,8 +15,8 @@ from tests.unit.world import (
     replying,
     scope_of,
 )
+from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.exchange import current_exchange
-from vllm_cost_meter.middleware import CostMiddleware
 
 
 @pytest.mark.parametrize("content_type", [JSON, SSE, b"text/plain"])

@@ -7,13 +7,14 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from tests.builders import ENGINE_FACTS, HOUR, make_bill, make_part, make_snapshot
-from vllm_cost_meter.api import make_app
-from vllm_cost_meter.books import EngineBooks, RequestFacts
 from vllm_cost_meter.cli import app
+from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.pricing import cost_nanousd
-from vllm_cost_meter.records import Price, UsagePiece
+from vllm_cost_meter.prices.cost import cost_nanousd
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import Price
 
 USD = Decimal("2.5")
 # In GPU-ns: fixed, per token, per sequence, per token x context, per token of context.

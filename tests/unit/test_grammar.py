@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 
-from vllm_cost_meter.grammar import Question, question
+from vllm_cost_meter.reports.grammar import Question, question
 
 NOW = 1_790_000_000 * 10**9  # 2026-09-21 14:13:20 UTC
 MIDNIGHT = NOW // 10**9 // 3600 - 14

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter.invoice_files import InvoiceRules, Layout, read_invoice
-from vllm_cost_meter.invoices import BillingSnapshot, InvoiceLine
-from vllm_cost_meter.records import NS_PER_HOUR, unix_ns_of
-from vllm_cost_meter.windows import zone_of
+from vllm_cost_meter.invoices.files import InvoiceRules, Layout, read_invoice
+from vllm_cost_meter.invoices.timeline import BillingSnapshot, InvoiceLine
+from vllm_cost_meter.units.calendar import zone_of
+from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
 USD = 10**9
 T0 = unix_ns_of("2026-11-01T00:00:00Z")

@@ -9,8 +9,9 @@ import pytest
 from tests.unit.test_ledger_invoices import USD, bring, charged, everything, ledger, read, rows
 from tests.unit.test_ledger_reader import HOUR, part
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger import invoice_hours, invoices
-from vllm_cost_meter.ledger.store import BUSY_TIMEOUT_S
+from vllm_cost_meter.ledger.billing import hours as invoice_hours
+from vllm_cost_meter.ledger.billing import importing as invoices
+from vllm_cost_meter.ledger.database import BUSY_TIMEOUT_S
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
 __all__ = ["ledger"]

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.invoices import (
+from vllm_cost_meter.invoices.timeline import (
     GAP,
     RESET,
     BilledHour,
@@ -14,7 +14,7 @@ from vllm_cost_meter.invoices import (
     spend,
     stretches,
 )
-from vllm_cost_meter.records import NS_PER_HOUR as H
+from vllm_cost_meter.units.time import NS_PER_HOUR as H
 
 DAY = 24 * H
 

@@ -8,9 +8,12 @@ import pytest
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import HOUR, T0, Ledger, http, part, snapshot
 from vllm_cost_meter.economics import Declared
-from vllm_cost_meter.ledger.economics import economics, method
-from vllm_cost_meter.ledger.figures import FIGURES, OF_SLO
-from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, Usage, UsagePiece
+from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO
+from vllm_cost_meter.ledger.economics.query import economics, method
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import Usage
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 S = 10**9
 BOUNDS = Declared(ttft_ms=3, tpot_ms=3, e2e_ms=9, percentile=60)

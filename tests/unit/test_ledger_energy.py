@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from tests.builders import HOUR, T0, make_bill, make_part, make_snapshot
-from vllm_cost_meter.energy_records import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import ClassTotals, EngineRequest, Snapshot, UsagePiece
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
+from vllm_cost_meter.records.requests import EngineRequest
+from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
 
 NOW = T0 + 10**9
 

@@ -15,16 +15,18 @@ from tests.unit.test_ledger_economics import write
 from tests.unit.test_ledger_reader import HOUR, NOW, Ledger, part, snapshot
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.invoice_files import InvoiceFile
-from vllm_cost_meter.invoices import BillingSnapshot, InvoiceLine
-from vllm_cost_meter.ledger.economics import economics, method
-from vllm_cost_meter.ledger.invoice_days import invoice_days
-from vllm_cost_meter.ledger.invoice_hours import HOURS_MAX
-from vllm_cost_meter.ledger.invoice_meters import meters
-from vllm_cost_meter.ledger.invoices import import_invoice
+from vllm_cost_meter.invoices.files import InvoiceFile
+from vllm_cost_meter.invoices.timeline import BillingSnapshot, InvoiceLine
+from vllm_cost_meter.ledger.billing.days import invoice_days
+from vllm_cost_meter.ledger.billing.hours import HOURS_MAX
+from vllm_cost_meter.ledger.billing.importing import import_invoice
+from vllm_cost_meter.ledger.billing.meters import meters
+from vllm_cost_meter.ledger.economics.query import economics, method
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.overheads import Overhead
-from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, UsagePiece
+from vllm_cost_meter.prices.overheads import Overhead
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 USD = 10**9
 DAY = 24 * NS_PER_HOUR

@@ -7,10 +7,12 @@ import pytest
 
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import NOW, T0, Ledger, http, part, snapshot
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.ledger.live import MAX_LOST
+from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST
 from vllm_cost_meter.ledger.reader import Match
-from vllm_cost_meter.records import ClassTotals, OpenRequest, rfc3339
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.requests import OpenRequest
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import rfc3339
 
 USED = Accrued(100, 200, 8, 5, 30, 1, 2, 3, 4, 2_500_000, 900, 6, 12)
 DEAD = NOW + 16 * 10**9

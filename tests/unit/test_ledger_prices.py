@@ -12,10 +12,12 @@ import pytest
 from tests.builders import make_open
 from tests.unit.test_ledger_energy import energy, told
 from tests.unit.test_ledger_reader import HOUR, NOW, T0, Ledger, http, part, snapshot
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.overheads import Overhead
-from vllm_cost_meter.price_book import EnergyPrice, Matches, PriceEntry
-from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, UsagePiece, rfc3339
+from vllm_cost_meter.prices.book import EnergyPrice, Matches, PriceEntry
+from vllm_cost_meter.prices.overheads import Overhead
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
 PIECES = (UsagePiece(HOUR, 1_000, 0, 8, 0), UsagePiece(HOUR + 2, 0, 3_000, 0, 5))
 # What the engine of such a bill says of its hours.

@@ -12,18 +12,11 @@ from tests.builders import make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader, Match
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.price_book import PriceBook, PriceEntry
-from vllm_cost_meter.records import (
-    CLASSES,
-    NS_PER_HOUR,
-    ClassTotals,
-    EngineRequest,
-    HttpRequest,
-    Latencies,
-    Price,
-    Usage,
-    UsagePiece,
-)
+from vllm_cost_meter.prices.book import PriceBook, PriceEntry
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Price, Usage
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 HOUR = 500_000
 T0 = HOUR * NS_PER_HOUR

@@ -3,9 +3,12 @@
 import pytest
 
 from tests.unit.test_ledger_reader import HOUR, NOW, T0, Ledger, http, part, snapshot
-from vllm_cost_meter.grammar import question
-from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, Usage, UsagePiece
-from vllm_cost_meter.reports import UNALLOCATED
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import Usage
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.reports.allocation import UNALLOCATED
+from vllm_cost_meter.reports.grammar import question
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 OFF = {"now_ns": NOW, "settle_s": 0}
 

@@ -15,15 +15,15 @@ from sqlalchemy import inspect, text
 
 from tests.builders import make_bill, make_part
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.schema import metadata
-from vllm_cost_meter.ledger.store import (
+from vllm_cost_meter.ledger.database import (
     check_location,
     default_url,
     filesystem_of,
     open_ledger,
     parse_url,
 )
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.schema import metadata
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
 NOBODY = 65_534  # a user id without rights
@@ -230,7 +230,7 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
 def test_two_processes_may_create_the_ledger_at_once(tmp_path):
     url = url_of(tmp_path / "deep" / "ledger.db")
     program = (
-        "import sys; from vllm_cost_meter.ledger.store import open_ledger; sys.stdin.read(1);"
+        "import sys; from vllm_cost_meter.ledger.database import open_ledger; sys.stdin.read(1);"
         f" open_ledger({url!r}).dispose()"
     )
     processes = [
@@ -250,7 +250,7 @@ def test_two_processes_may_create_the_ledger_at_once(tmp_path):
 SERVER = """
 import sys
 from sqlalchemy import text
-from vllm_cost_meter.ledger.store import open_ledger, writing
+from vllm_cost_meter.ledger.database import open_ledger, writing
 first = open_ledger(sys.argv[1])
 kept = first.connect()  # a pooled connection: closed, it would let go of its locks itself
 kept.execute(text("SELECT 1"))

@@ -13,17 +13,11 @@ import pytest
 
 from tests.builders import HOUR, T0, make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.store import open_ledger
+from vllm_cost_meter.ledger.database import open_ledger
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import (
-    ClassTotals,
-    EngineRequest,
-    HttpRequest,
-    Price,
-    Snapshot,
-    Usage,
-    UsagePiece,
-)
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Price, Usage
+from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
 
 HOURS = "SELECT hour, idle_ns FROM engine_hours ORDER BY hour"
 

@@ -8,10 +8,10 @@ import pytest
 from fastapi import FastAPI
 
 from tests.unit.world import BODY, JSON, World, replying, scope_of
-from vllm_cost_meter.budgets import Budget, Figures, Standing
+from vllm_cost_meter.api_server.middleware import CostMiddleware
+from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.middleware import CostMiddleware
-from vllm_cost_meter.own_figures import make_router
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 
 TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()]}

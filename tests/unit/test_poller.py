@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tests.builders import make_snapshot
-from vllm_cost_meter import poller as poller_module
+from vllm_cost_meter.api_server import poller as poller_module
+from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.poller import Poller
-from vllm_cost_meter.records import CostModel, Snapshot
+from vllm_cost_meter.records.snapshot import CostModel, Snapshot
 
 T0 = 1_800_000_000 * 10**9
 

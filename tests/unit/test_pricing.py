@@ -5,13 +5,8 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.pricing import (
-    cost_nanousd,
-    decimal_text,
-    energy_cost_nanousd,
-    format_usd,
-    parse_price,
-)
+from vllm_cost_meter.prices.cost import cost_nanousd, energy_cost_nanousd, parse_price
+from vllm_cost_meter.units.money import decimal_text, format_usd
 
 
 @pytest.mark.parametrize("text", ["0", "2.5", "1e-6", "0.000000000000000001", "1000000"])

@@ -11,11 +11,12 @@ import pytest
 
 from tests.unit.test_request_body import SENDS_JSON, part, sending
 from tests.unit.world import BODY, JSON, Engine, replying, scope_of
-from vllm_cost_meter import collector as collector_module
-from vllm_cost_meter.collector import Collector
-from vllm_cost_meter.config import Settings, load_settings
-from vllm_cost_meter.middleware import CostMiddleware
-from vllm_cost_meter.reload import Reloader, stamp_of
+from vllm_cost_meter.api_server import collector as collector_module
+from vllm_cost_meter.api_server.collector import Collector
+from vllm_cost_meter.api_server.middleware import CostMiddleware
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.reload import Reloader, stamp_of
+from vllm_cost_meter.config.settings import Settings
 
 HASHES = {name: hashlib.sha256(f"sk-{name}".encode()).hexdigest() for name in ("a", "b")}
 
@@ -70,7 +71,9 @@ def whose(settings, name: str) -> str:
 def test_a_file_that_did_not_change_is_read_once_and_gives_nothing(file, lines, monkeypatch):
     settings, reloader = load_settings(), Reloader(str(file))
     assert reloader.look(settings) is None
-    monkeypatch.setattr("vllm_cost_meter.reload.load_settings", lambda **_: pytest.fail("read"))
+    monkeypatch.setattr(
+        "vllm_cost_meter.config.reload.load_settings", lambda **_: pytest.fail("read")
+    )
     assert reloader.look(settings) is None
     assert lines == []
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.test_cli import EVIL, cells, one_line, record, run, sql, write_ledger
 from tests.unit.test_ledger_reader import T0, part, snapshot
-from vllm_cost_meter.records import ClassTotals
+from vllm_cost_meter.records.snapshot import ClassTotals
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from decimal import Decimal
 
 import pytest
 
-from vllm_cost_meter.grammar import question
-from vllm_cost_meter.records import OVERHEAD_ROWS, unix_ns_of
-from vllm_cost_meter.reports import UNALLOCATED, Ended, Facts, Used, report
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.allocation import UNALLOCATED, Ended, Facts, Used, report
+from vllm_cost_meter.reports.grammar import question
+from vllm_cost_meter.units.time import unix_ns_of
 
 HOUR = 500_000  # 2027-01-15T08Z
 DAY = HOUR + 24

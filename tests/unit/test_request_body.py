@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.unit.world import BODY, COST_HEADERS, JSON, no_more_messages, replying, scope_of
-from vllm_cost_meter import request_body
-from vllm_cost_meter.request_body import claims_of, is_json, read_ahead
-from vllm_cost_meter.tenants import NO_CLAIMS, BodyClaims
+from vllm_cost_meter.api_server import request_body
+from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahead
+from vllm_cost_meter.tenants.rules import NO_CLAIMS, BodyClaims
 
 SERVED = frozenset({"llama", "org/llama"})
 KEY = (b"authorization", b"Bearer sk-alice")
@@ -296,7 +296,7 @@ def test_a_body_that_cannot_be_understood_by_mistake_of_ours_is_still_handed_on(
     def fail(*_):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("vllm_cost_meter.middleware.claims_of", fail)
+    monkeypatch.setattr("vllm_cost_meter.api_server.middleware.claims_of", fail)
     client, app = ask(by_user, part(b'{"user":"carol"}'))
     assert client.ours[b"x-cost-meter-tenant"] == b"alice"
     assert app.messages == [part(b'{"user":"carol"}')]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_cost_meter.books import EngineBooks, RequestFacts, saved_ns
-from vllm_cost_meter.priors import Prior
-from vllm_cost_meter.records import NS_PER_HOUR, NS_PER_MS
+from vllm_cost_meter.attribution.priors import Prior
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts, saved_ns
+from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS
 
 HOUR = 500_000
 START_NS = 10**9

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 COLUMNS = 'columns = { resource = "R", from = "F", to = "T", amount = "A" }'
 

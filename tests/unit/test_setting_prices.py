@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.price_book import RunFacts
+from vllm_cost_meter.prices.book import RunFacts
 
 HOUR = 490_897  # 2026-01-01T01Z
 RUN = RunFacts(gpus=8, model="m", gpu_name="NVIDIA H100 80GB HBM3", host="node-1")

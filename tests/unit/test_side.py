@@ -17,11 +17,14 @@ from prometheus_client import REGISTRY
 
 from tests.unit.test_poller import Engines, poller_of, snapshot
 from tests.unit.world import make_collector, worlds
-from vllm_cost_meter.config import Settings
+from vllm_cost_meter.api_server.middleware import CostMiddleware
+from vllm_cost_meter.api_server.poller import Poller
+from vllm_cost_meter.api_server.runtime import refresher, start_side
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.endpoint.server import metrics_registry
+from vllm_cost_meter.endpoint.server import serve as serve_endpoint
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.middleware import CostMiddleware
-from vllm_cost_meter.side import metrics_registry, serve, start_side
 
 
 @pytest.fixture
@@ -56,6 +59,11 @@ def writer(url: str) -> Iterator[LedgerWriter]:
     writer.commit().result(10)
     yield writer
     writer.close(5)
+
+
+def serve(settings: Settings, url: str, poller: Poller) -> None:
+    """Serve as the runtime does, with figures as new as the poller can have them."""
+    serve_endpoint(settings, url, refresher(poller, asyncio.get_running_loop()))
 
 
 class Client(Engines):
@@ -124,14 +132,14 @@ def test_a_taken_port_is_one_warning(writer, url, logged):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        serve(Settings(port=port), url, poller_of(Engines(snapshot), writer))
+        serve_endpoint(Settings(port=port), url, lambda: None)
     (line,) = said(logged)
     assert f"could not listen on 127.0.0.1 port {port} (Address already in use)" in line
     assert "COST_METER_PORT" in line
 
 
 def test_port_off_runs_none(writer, url, logged):
-    serve(Settings(port="off"), url, poller_of(Engines(snapshot), writer))
+    serve_endpoint(Settings(port="off"), url, lambda: None)
     assert said(logged) == []
 
 

@@ -8,18 +8,18 @@ from html.parser import HTMLParser
 
 import pytest
 
-from vllm_cost_meter.idle import IdlePolicy
-from vllm_cost_meter.reports import UNALLOCATED, Ended, Facts, Used
-from vllm_cost_meter.statement import (
+from vllm_cost_meter.reports.allocation import UNALLOCATED, Ended, Facts, Used
+from vllm_cost_meter.reports.idle import IdlePolicy
+from vllm_cost_meter.reports.statement import (
     OverheadCost,
     format_cents,
     month_question,
     notes,
     statement,
 )
-from vllm_cost_meter.statement_html import statement_html
-from vllm_cost_meter.statement_text import print_statement
-from vllm_cost_meter.windows import zone_of
+from vllm_cost_meter.reports.statement_html import statement_html
+from vllm_cost_meter.reports.statement_text import print_statement
+from vllm_cost_meter.units.calendar import zone_of
 
 UTC = zone_of(None)
 HOUR = 500_000  # 2027-01-15T08Z

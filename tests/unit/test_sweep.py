@@ -14,14 +14,15 @@ from vllm_cost_meter import plots
 from vllm_cost_meter.cli import app
 from vllm_cost_meter.economics import Declared, curve_of, saturation_of
 from vllm_cost_meter.errors import LedgerError, ServerError
-from vllm_cost_meter.ledger import saturation
-from vllm_cost_meter.records import ClassTotals, unix_ns_of
-from vllm_cost_meter.sweep.bench import Shape, Target, bench_command, replies_of
-from vllm_cost_meter.sweep.curve import Context, curve_file
-from vllm_cost_meter.sweep.meter import Deployment, Sample, busy_share, deployment_of
-from vllm_cost_meter.sweep.plot import sweep_figure, title_of
-from vllm_cost_meter.sweep.run import Measured, Plan, Sweep
-from vllm_cost_meter.sweep.steady import Reply, steady
+from vllm_cost_meter.lab.sweep.bench import Shape, Target, bench_command, replies_of
+from vllm_cost_meter.lab.sweep.curve import Context, curve_file
+from vllm_cost_meter.lab.sweep.meter import Deployment, Sample, busy_share, deployment_of
+from vllm_cost_meter.lab.sweep.plot import sweep_figure, title_of
+from vllm_cost_meter.lab.sweep.run import Measured, Plan, Sweep
+from vllm_cost_meter.lab.sweep.steady import Reply, steady
+from vllm_cost_meter.ledger.economics import saturation
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import unix_ns_of
 
 SHAPE = Shape(100, 10)
 TARGET = Target("http://127.0.0.1:1", "m", "/models/m")

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from vllm_cost_meter.config import Settings, load_settings
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.config.tenants import RuleSetting
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.tenant_settings import RuleSetting
-from vllm_cost_meter.tenants import (
+from vllm_cost_meter.tenants.rules import (
     ApiKeyRule,
     BodyClaims,
     ChildRule,

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from vllm_cost_meter.tenants import (
+from vllm_cost_meter.tenants.rules import (
     CONTRADICTION,
     NO_CLAIMS,
     NOBODY,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter import tiny_model
+from vllm_cost_meter.lab import tiny_model
 
 transformers = pytest.importorskip("transformers", reason="comes with vLLM")
 

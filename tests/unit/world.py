@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from tests.builders import make_bill
-from vllm_cost_meter import collector as collector_module
-from vllm_cost_meter.collector import Collector
-from vllm_cost_meter.config import Settings
+from vllm_cost_meter.api_server import collector as collector_module
+from vllm_cost_meter.api_server.collector import Collector
+from vllm_cost_meter.api_server.middleware import CostMiddleware
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Birth, current_exchange
-from vllm_cost_meter.middleware import CostMiddleware
-from vllm_cost_meter.records import NS_PER_HOUR, Bill, UsagePiece
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 JSON = b"application/json"
 SSE = b"text/event-stream; charset=utf-8"

@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_cost_meter.economics.curves import curve_of
 from vllm_cost_meter.economics.numbers import positive
-from vllm_cost_meter.records import rfc3339, unix_ns_of
+from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 
 # Of one engine.
 IDENTITY = ("model", "precision", "vllm_version", "hardware", "gpus", "parallelism")

@@ -19,19 +19,26 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.grammar import Question
-from vllm_cost_meter.idle import IdlePolicy
-from vllm_cost_meter.ledger.audit import audit_runs
-from vllm_cost_meter.ledger.billed import bill_lines, billed_summary
-from vllm_cost_meter.ledger.cut import Cut, Window, read_cut, settle
-from vllm_cost_meter.ledger.energy import class_mj, energy_state, select_parts, total_mj
-from vllm_cost_meter.ledger.exchange import RUNNING, exchange, ordered, shown_part
-from vllm_cost_meter.ledger.explain import explained
-from vllm_cost_meter.ledger.live import Living, is_billed, open_parts, running_parts
-from vllm_cost_meter.ledger.models import earlier_fit, models
-from vllm_cost_meter.ledger.paging import Key, exchanges, page_of_keys, rows_of_parts
-from vllm_cost_meter.ledger.prices import RUN_COLUMNS, RunPrices
-from vllm_cost_meter.ledger.report import read_facts
+from vllm_cost_meter.ledger.billing.comparison import bill_lines, billed_summary
+from vllm_cost_meter.ledger.database import cause_of, open_ledger
+from vllm_cost_meter.ledger.queries.audit import audit_runs
+from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
+from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS, Cut, Window, read_cut, settle
+from vllm_cost_meter.ledger.queries.energy import class_mj, energy_state, select_parts, total_mj
+from vllm_cost_meter.ledger.queries.open_requests import (
+    Living,
+    is_billed,
+    open_parts,
+    running_parts,
+)
+from vllm_cost_meter.ledger.queries.pages import Key, exchanges, page_of_keys, rows_of_parts
+from vllm_cost_meter.ledger.queries.tenants import (
+    Totals,
+    after_cut,
+    declared_overheads,
+    tenant_rows,
+)
+from vllm_cost_meter.ledger.queries.usage import read_facts
 from vllm_cost_meter.ledger.schema import (
     http_requests,
     open_requests,
@@ -40,18 +47,16 @@ from vllm_cost_meter.ledger.schema import (
     runs,
     usage_pieces,
 )
-from vllm_cost_meter.ledger.store import cause_of, open_ledger
-from vllm_cost_meter.ledger.tenants import (
-    Totals,
-    after_cut,
-    declared_overheads,
-    tenant_rows,
-)
-from vllm_cost_meter.price_book import NO_PRICES, PriceBook, RunFacts
-from vllm_cost_meter.records import OVERHEAD_ROWS, EarlierFit, Snapshot
-from vllm_cost_meter.reports import PriceOf, report
-from vllm_cost_meter.statement import OverheadCost, month_question, statement
-from vllm_cost_meter.windows import zone_of
+from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
+from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS, EarlierFit, Snapshot
+from vllm_cost_meter.reports.allocation import PriceOf, report
+from vllm_cost_meter.reports.explanation import explained
+from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.idle import IdlePolicy
+from vllm_cost_meter.reports.request_row import RUNNING, exchange, ordered, shown_part
+from vllm_cost_meter.reports.statement import OverheadCost, month_question, statement
+from vllm_cost_meter.units.calendar import zone_of
 
 MAX_MATCHES = 100
 MAX_LIMIT = 1000

@@ -12,19 +12,12 @@ from typing import Any
 
 import orjson
 
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.energy_records import ENERGY_CLASSES
-from vllm_cost_meter.pricing import format_usd
-from vllm_cost_meter.records import (
-    CLASSES,
-    ClassTotals,
-    EngineRequest,
-    HttpRequest,
-    OpenRequest,
-    Price,
-    Snapshot,
-    rfc3339,
-)
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Price
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
+from vllm_cost_meter.units.money import format_usd
+from vllm_cost_meter.units.time import rfc3339
 
 Row = dict[str, Any]
 

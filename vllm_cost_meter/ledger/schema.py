@@ -26,8 +26,8 @@ from sqlalchemy import (
     Text,
 )
 
-from vllm_cost_meter.energy_records import ENERGY_CLASSES
-from vllm_cost_meter.records import CLASSES
+from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.snapshot import CLASSES
 
 SCHEMA_VERSION = 6
 

@@ -26,9 +26,9 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DataError, IntegrityError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.database import open_ledger, writing
 from vllm_cost_meter.ledger.inserts import PriceOf, Record, newest_snapshots, no_price, write
-from vllm_cost_meter.ledger.store import open_ledger, writing
-from vllm_cost_meter.records import Snapshot
+from vllm_cost_meter.records.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 

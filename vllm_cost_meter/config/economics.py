@@ -1,0 +1,78 @@
+"""The settings of economics: which latencies are good, what full load is, what APIs charge.
+
+Invariant: no figure of the books depends on them, so they may change at any time.
+"""
+
+from pydantic import BaseModel, Field
+
+from vllm_cost_meter.config import types as t
+from vllm_cost_meter.economics import Declared
+
+BOUND = "a number above 0, at most 1,000,000,000"
+
+
+class EconomicsSettings(BaseModel):
+    """A part of all settings."""
+
+    slo_ttft_ms: t.Number | None = Field(
+        default=None,
+        gt=0,
+        le=1e9,
+        description="A request is good that gets its first token within this time.",
+        json_schema_extra=t.about(BOUND, "ms", live=True),
+    )
+    slo_tpot_ms: t.Number | None = Field(
+        default=None,
+        gt=0,
+        le=1e9,
+        description="... and each further token within this time, on average.",
+        json_schema_extra=t.about(BOUND, "ms", live=True),
+    )
+    slo_e2e_ms: t.Number | None = Field(
+        default=None,
+        gt=0,
+        le=1e9,
+        description="... and ends within this time.",
+        json_schema_extra=t.about(BOUND, "ms", live=True),
+    )
+    slo_percentile: t.Number = Field(
+        default=99.0,
+        gt=0,
+        le=100,
+        description="How many of all requests must be good.",
+        json_schema_extra=t.about("a number above 0, at most 100", "%", live=True),
+    )
+    saturation_output_tokens_per_s: t.Number | None = Field(
+        default=None,
+        gt=0,
+        le=1e9,
+        description="Output tokens per second of the whole deployment at full load, as it was "
+        "measured for this model, hardware and traffic: `penalty` is against it.",
+        json_schema_extra=t.about(BOUND, "1/s", live=True),
+    )
+
+    api_prices: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A TOML file of what APIs charge, for `compare`: "
+        "[compare with APIs](../howto/compare-with-apis.md).",
+        json_schema_extra=t.about("the path of a file", live=True),
+    )
+
+    public_economics: bool = Field(
+        default=False,
+        description="Let anybody read `/cost/economics` of the trailing week, costs per token and "
+        "the SQL behind them with the prices, without a token. Totals are not in it.",
+        json_schema_extra=t.about("true or false", live=True),
+    )
+
+    @property
+    def declared(self) -> Declared:
+        """What was declared of the deployment."""
+        return Declared(
+            self.slo_ttft_ms,
+            self.slo_tpot_ms,
+            self.slo_e2e_ms,
+            self.slo_percentile,
+            self.saturation_output_tokens_per_s,
+        )

@@ -1,0 +1,1 @@
+"""A provider's bills: read from files, and spread over hours."""

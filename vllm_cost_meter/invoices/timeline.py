@@ -1,0 +1,235 @@
+"""What a provider billed, put on a line of time: counters, rates and the lines of invoices.
+
+A *meter* is what one resource is billed for one kind of thing. Its counter was read now and then:
+between two readings the increment is spread evenly, so windows that split it add up. A counter that
+fell was reset, or its resource made anew: what was spent before that is unknown, so nothing is
+counted and the time is *unobserved*. So is, besides its money, time between readings that are
+further apart than a gap: the money is real, but nobody knows when in it. A rate holds until the
+next reading, and over a gap only for as long as the gap may be. Lines of an invoice are spread over
+their period and stand in place of what counters say of the same meter in that time; credits and
+corrections are added. Before the first reading and after the last nothing is claimed. Core:
+standard library only.
+
+Invariant: a counter never makes a spend negative; the spends of the parts of a window add up to
+that of the window, exactly; the hours of a stretch add up to its amount, to the nano-USD.
+"""
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import chain, islice, pairwise
+from typing import Literal, NamedTuple, get_args
+
+from vllm_cost_meter.units.rounding import half_even
+from vllm_cost_meter.units.time import NS_PER_HOUR
+
+Kind = Literal["gpu", "disk", "network", "other"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+GPU: Kind = "gpu"
+# How an amount is known.
+COUNTER, RATE, INVOICE = "counter", "rate", "invoice"
+# Why a time is unobserved.
+RESET, GAP = "reset", "gap"
+# Classes of charges that are added to a bill: only these may be negative.
+CHARGE_CLASSES = ("Correction", "Credit", "Adjustment")
+
+
+@dataclass(frozen=True, slots=True)
+class BillingSnapshot:
+    """A reading at an instant: what was spent so far, or what an hour costs; the other is None."""
+
+    resource: str
+    kind: Kind
+    at_ns: int
+    cumulative_nanousd: int | None = None
+    nanousd_per_hour: int | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Return what there is one reading of."""
+        return self.resource, self.at_ns
+
+
+@dataclass(frozen=True, slots=True)
+class InvoiceLine:
+    """What was charged for the time [from_ns, to_ns).
+
+    `invoice` and `item` tell lines of the same resource and time apart. A line with a
+    `charge_class` is added to what is there and says nothing of which time is billed.
+    """
+
+    resource: str
+    kind: Kind
+    from_ns: int
+    to_ns: int
+    nanousd: int
+    invoice: str = ""
+    item: str = ""
+    charge_class: str = ""
+
+    @property
+    def key(self) -> tuple[str, int, int, str, str, str]:
+        """Return what there is one line of."""
+        return (
+            *(self.resource, self.from_ns, self.to_ns),
+            *(self.invoice, self.item, self.charge_class),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """An amount spread evenly over [from_ns, to_ns); None if it is unknown.
+
+    `unobserved` is why nobody looked, `covers` whether it says that the time is billed, `resets`
+    how often the counter fell at its end.
+    """
+
+    from_ns: int
+    to_ns: int
+    nanousd: Fraction | None
+    basis: str
+    unobserved: str | None = None
+    covers: bool = True
+    resets: int = 0
+
+    def before(self, at_ns: int) -> Fraction:
+        """Return what was spent before an instant."""
+        if self.nanousd is None:
+            return Fraction(0)
+        passed_ns = min(max(at_ns, self.from_ns), self.to_ns) - self.from_ns
+        return self.nanousd * Fraction(passed_ns, self.to_ns - self.from_ns)
+
+
+class BilledHour(NamedTuple):
+    """What a meter was billed in an hour since the epoch.
+
+    Of `covered_ns` of it the spend is known; `unobserved_ns` lie in a gap or before a reset.
+    """
+
+    hour: int
+    nanousd: int
+    covered_ns: int
+    unobserved_ns: int
+    resets: int
+    basis: str
+
+
+def stretches(
+    snapshots: Iterable[BillingSnapshot], lines: Iterable[InvoiceLine], gap_ns: int
+) -> list[Stretch]:
+    """Return the stretches of one meter, from its readings and lines in any order.
+
+    Readings further apart than `gap_ns` leave a gap.
+    """
+    lines = sorted(lines, key=lambda line: line.key)
+    invoiced = _union((line.from_ns, line.to_ns) for line in lines if not line.charge_class)
+    read = [
+        piece
+        for one, two in pairwise(sorted(snapshots, key=lambda snapshot: snapshot.at_ns))
+        for stretch in _between(one, two, gap_ns)
+        for piece in _outside(stretch, invoiced)
+    ]
+    # Two lines may be of one time, which is covered once.
+    covered = [Stretch(low, high, Fraction(0), INVOICE) for low, high in invoiced]
+    charged = [
+        Stretch(line.from_ns, line.to_ns, Fraction(line.nanousd), INVOICE, covers=False)
+        for line in lines
+    ]
+    return [*read, *covered, *charged]
+
+
+def spend(found: Iterable[Stretch], from_ns: int, to_ns: int) -> Fraction:
+    """Return what stretches say was spent in [from_ns, to_ns), in nano-USD, exact."""
+    spent = (stretch.before(to_ns) - stretch.before(from_ns) for stretch in found)
+    return sum(spent, Fraction(0))
+
+
+def hours_between(from_ns: int, to_ns: int) -> range:
+    """Return the hours since the epoch that [from_ns, to_ns) touches."""
+    return range(from_ns // NS_PER_HOUR, -(-to_ns // NS_PER_HOUR))
+
+
+def hours_of(stretch: Stretch, within: range | None = None) -> range:
+    """Return the hours that a stretch touches; with `within` those of them."""
+    hours = hours_between(stretch.from_ns, stretch.to_ns)
+    if within is None:
+        return hours
+    return range(max(hours.start, within.start), min(hours.stop, within.stop))
+
+
+def billed_hours(found: Iterable[Stretch], within: range | None = None) -> list[BilledHour]:
+    """Return the hours that the stretches of a meter touch; with `within` those of them.
+
+    Each stretch is rounded cumulatively, half to even, so its hours add up to it.
+    """
+    # nano-USD, covered, unobserved, resets.
+    sums: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    bases: dict[int, set[str]] = defaultdict(set)
+    for stretch in found:
+        spent, length_ns = None, stretch.to_ns - stretch.from_ns
+        # Integers: an hour of a fraction takes four times as long.
+        amount, parts = (stretch.nanousd or Fraction(0)).as_integer_ratio()
+        for hour in hours_of(stretch, within):
+            end_ns = (hour + 1) * NS_PER_HOUR
+            low, high = max(stretch.from_ns, end_ns - NS_PER_HOUR), min(stretch.to_ns, end_ns)
+            if spent is None:
+                spent = half_even(amount * (low - stretch.from_ns), parts * length_ns)
+            so_far = half_even(amount * (high - stretch.from_ns), parts * length_ns)
+            known = sums[hour]
+            known[0] += so_far - spent
+            known[1] += (high - low) * (stretch.covers and stretch.nanousd is not None)
+            known[2] += (high - low) * (stretch.unobserved is not None)
+            known[3] += stretch.resets * (high == stretch.to_ns)
+            bases[hour].add(stretch.basis)
+            spent = so_far
+    return [
+        BilledHour(hour, known[0], known[1], known[2], known[3], "+".join(sorted(bases[hour])))
+        for hour, known in sorted(sums.items())
+    ]
+
+
+def _between(one: BillingSnapshot, two: BillingSnapshot, gap_ns: int) -> Iterator[Stretch]:
+    """Yield what two readings, one after the other, say of the time between."""
+    begin, end = one.at_ns, two.at_ns
+    if one.nanousd_per_hour is not None:
+        held = min(end, begin + gap_ns)
+        nanousd = Fraction(one.nanousd_per_hour * (held - begin), NS_PER_HOUR)
+        yield Stretch(begin, held, nanousd, RATE)
+        if held < end:
+            yield Stretch(held, end, None, RATE, GAP)
+    elif one.cumulative_nanousd is None or two.cumulative_nanousd is None:
+        yield Stretch(begin, end, None, COUNTER, GAP)  # of a counter that became a rate
+    elif two.cumulative_nanousd < one.cumulative_nanousd:
+        yield Stretch(begin, end, None, COUNTER, RESET, resets=1)
+    else:
+        increment = Fraction(two.cumulative_nanousd - one.cumulative_nanousd)
+        yield Stretch(begin, end, increment, COUNTER, GAP if end - begin > gap_ns else None)
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for low, high in sorted(spans):
+        if found and low <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], high))
+        else:
+            found.append((low, high))
+    return found
+
+
+def _outside(stretch: Stretch, spans: Sequence[tuple[int, int]]) -> Iterator[Stretch]:
+    """Yield the pieces of a stretch that lie outside of spans, each with its part of the amount."""
+    begin = stretch.from_ns
+    first = bisect_right(spans, begin, key=lambda span: span[1])
+    for low, high in chain(islice(spans, first, None), [(stretch.to_ns, stretch.to_ns)]):
+        end = min(low, stretch.to_ns)
+        if begin < end:
+            nanousd = stretch.nanousd
+            if nanousd is not None:
+                nanousd *= Fraction(end - begin, stretch.to_ns - stretch.from_ns)
+            resets = stretch.resets if end == stretch.to_ns else 0
+            yield replace(stretch, from_ns=begin, to_ns=end, nanousd=nanousd, resets=resets)
+        begin = max(begin, high)
+        if begin >= stretch.to_ns:
+            return

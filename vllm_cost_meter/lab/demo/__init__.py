@@ -1,0 +1,1 @@
+"""The demo: a real server, three tenants, and the bill."""

@@ -1,0 +1,38 @@
+"""What was metered and billed, day by day: the answer of `invoice days` and `/cost/invoices`.
+
+Invariant: days are those of UTC, and each hour of the window is in one of them.
+"""
+
+from typing import Any
+
+from vllm_cost_meter.ledger.billing.comparison import Bills
+from vllm_cost_meter.ledger.queries.cut import Window
+from vllm_cost_meter.ledger.queries.tenants import Totals
+from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
+from vllm_cost_meter.units.calendar import period_name
+
+
+def invoice_days(
+    reader: LedgerReader,
+    from_hour: int | None = None,
+    to_hour: int | None = None,
+    *,
+    settle_s: float = SETTLE_S,
+) -> dict[str, Any]:
+    """Return metered and billed of each UTC day of a window, and of all of it.
+
+    Hours count since the epoch, [from_hour, to_hour).
+    """
+    cut = reader.cut(Window(from_hour, to_hour), (), None, settle_s)
+    with reader.transaction() as connection:
+        bills = Bills(connection, cut)
+    return {
+        "window": cut.window.as_dict(),
+        "taken_at": cut.at(),
+        "prices": Totals.of(cut).cost.listed(),
+        "days": [
+            {"day": period_name(hours[0], "day"), **bills.compared(hours).as_dict()}
+            for hours in bills.days().values()
+        ],
+        "total": bills.compared().as_dict(),
+    }

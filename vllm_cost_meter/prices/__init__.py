@@ -1,0 +1,1 @@
+"""What GPU time and energy cost: the price book, declared overheads, costs of amounts."""

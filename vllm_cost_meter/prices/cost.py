@@ -1,0 +1,43 @@
+"""Money from GPU time and energy: exact integers, one rounding.
+
+A price is a decimal or a fraction of USD per GPU-hour or kilowatt-hour; a cost is an integer of
+nano-USD, rounded half to even once, at the end. No price means no cost: None travels through every
+function here, so that an unknown can never turn into 0.
+"""
+
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+from vllm_cost_meter.units.money import NANOUSD_PER_USD
+from vllm_cost_meter.units.rounding import half_even
+from vllm_cost_meter.units.time import NS_PER_HOUR
+
+MJ_PER_KWH = 3_600_000_000
+
+
+def parse_price(text: str) -> Decimal:
+    """Return USD per GPU-hour from its decimal text. Raises ValueError unless finite and >= 0."""
+    try:
+        price = Decimal(text)
+    except InvalidOperation:
+        raise ValueError(f"expected a decimal number of USD per GPU-hour, got {text!r}") from None
+    if not price.is_finite() or price < 0:
+        raise ValueError(f"expected a finite price of at least 0 USD per GPU-hour, got {text!r}")
+    return price.copy_abs()  # of -0, which is a price too
+
+
+def cost_nanousd(gpu_time_ns: int, usd_per_gpu_hour: Decimal | Fraction | None) -> int | None:
+    """Return the cost of GPU time in nano-USD, rounded half to even; None without a price."""
+    return _rounded(gpu_time_ns, usd_per_gpu_hour, NS_PER_HOUR)
+
+
+def energy_cost_nanousd(energy_mj: int, usd_per_kwh: Decimal | None) -> int | None:
+    """Return the cost of energy in nano-USD, rounded half to even; None without a price."""
+    return _rounded(energy_mj, usd_per_kwh, MJ_PER_KWH)
+
+
+def _rounded(amount: int, usd: Decimal | Fraction | None, per: int) -> int | None:
+    if usd is None:
+        return None
+    numerator, denominator = usd.as_integer_ratio()
+    return half_even(amount * numerator * NANOUSD_PER_USD, denominator * per)

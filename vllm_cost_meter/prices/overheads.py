@@ -1,0 +1,144 @@
+"""Declared overhead: what is paid besides the GPUs, in lines of its own.
+
+A line is a percentage of what the GPUs cost while it holds, or USD per month. Of a month a window
+has its share of hours, by the UTC calendar. A line is never part of a cost, so that nobody has to
+ask which of two figures has the rent in it.
+
+Invariant: the lines of the parts of a window add up to those of the whole, exactly, before they are
+rounded.
+"""
+
+import calendar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from vllm_cost_meter.units.money import NANOUSD_PER_USD, format_usd
+from vllm_cost_meter.units.time import instant_of
+
+SECONDS_PER_HOUR = 3_600
+HOURS_PER_DAY = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """One declared overhead: `percent` of the cost or `usd_per_month`, the other is None.
+
+    It holds in the hours (since the epoch) [effective_from_hour, effective_until_hour); None is
+    open. `key` names it in messages.
+    """
+
+    key: str
+    name: str
+    source: str
+    percent: Decimal | None = None
+    usd_per_month: Decimal | None = None
+    effective_from_hour: int | None = None
+    effective_until_hour: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as the command line lists it."""
+        return {
+            "key": self.key,
+            **self.terms(),
+            "effective_from": instant_of(self.effective_from_hour),
+            "effective_until": instant_of(self.effective_until_hour),
+        }
+
+    def terms(self) -> dict[str, Any]:
+        """Return what was declared of it, but for the time."""
+        return {
+            "name": self.name,
+            "percent": _text(self.percent),
+            "usd_per_month": _text(self.usd_per_month),
+            "source": self.source,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class OverheadLine:
+    """An overhead in the hours [from_hour, to_hour) of a window; `nanousd` is exact.
+
+    None is a percentage of a cost that is not known.
+    """
+
+    overhead: Overhead
+    from_hour: int
+    to_hour: int
+    nanousd: Fraction | None
+
+    @property
+    def cost_nanousd(self) -> int | None:
+        """Return it in nano-USD, rounded half to even."""
+        return None if self.nanousd is None else round(self.nanousd)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as a summary shows it."""
+        return {
+            **self.overhead.terms(),
+            "from": instant_of(self.from_hour),
+            "to": instant_of(self.to_hour),
+            "cost_nanousd": self.cost_nanousd,
+            "cost_usd": format_usd(self.cost_nanousd),
+            "cost_reason": None if self.nanousd is not None else "the cost it is a part of is null",
+        }
+
+
+def overhead_lines(
+    overheads: Iterable[Overhead],
+    from_hour: int,
+    to_hour: int,
+    cost_of: Callable[[int, int], int | Fraction | None],
+) -> list[OverheadLine]:
+    """Return the lines of the overheads that hold in any of the hours [from_hour, to_hour).
+
+    `cost_of(from_hour, to_hour)` is the cost of the GPUs in these hours in nano-USD, None where it
+    is not known.
+    """
+    lines = []
+    for overhead in overheads:
+        low, high = overhead.effective_from_hour, overhead.effective_until_hour
+        begin = from_hour if low is None else max(from_hour, low)
+        end = to_hour if high is None else min(to_hour, high)
+        if begin < end:
+            nanousd = _nanousd(overhead, begin, end, cost_of)
+            lines.append(OverheadLine(overhead, begin, end, nanousd))
+    return lines
+
+
+def months_between(from_hour: int, to_hour: int) -> Fraction:
+    """Return how many months the hours [from_hour, to_hour) are: of each its share of hours."""
+    return sum((Fraction(hours, of) for hours, of in _months(from_hour, to_hour)), Fraction(0))
+
+
+def _nanousd(
+    overhead: Overhead,
+    from_hour: int,
+    to_hour: int,
+    cost_of: Callable[[int, int], int | Fraction | None],
+) -> Fraction | None:
+    if overhead.usd_per_month is not None:
+        months = months_between(from_hour, to_hour)
+        return Fraction(overhead.usd_per_month) * NANOUSD_PER_USD * months
+    cost = cost_of(from_hour, to_hour)
+    if cost is None or overhead.percent is None:
+        return None
+    return Fraction(overhead.percent) / 100 * cost
+
+
+def _months(from_hour: int, to_hour: int) -> Iterator[tuple[int, int]]:
+    """Yield the hours in each month between two hours, and the hours of that month."""
+    hour = from_hour
+    while hour < to_hour:
+        day = datetime.fromtimestamp(hour * SECONDS_PER_HOUR, UTC)
+        length = calendar.monthrange(day.year, day.month)[1] * HOURS_PER_DAY
+        end = min(hour - ((day.day - 1) * HOURS_PER_DAY + day.hour) + length, to_hour)
+        yield end - hour, length
+        hour = end
+
+
+def _text(value: Decimal | None) -> str | None:
+    return None if value is None else format(value, "f")

@@ -1,0 +1,166 @@
+"""What time and energy in a ledger cost: each hour of each run by the price book.
+
+Where the book has no price for a run, what the run was told when it began counts, so that a report
+that is made without the settings has costs, too; the price's source then says so. No price changes
+between two dates of the book, so the hours between them may be taken together, as a *stretch*: its
+first hour stands for all of them.
+
+Invariant: a cost is null unless all that was used has a price, and then the reason names a run and
+an hour without one.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice, PriceBook, PriceEntry, RunFacts
+from vllm_cost_meter.prices.cost import cost_nanousd, energy_cost_nanousd, parse_price
+from vllm_cost_meter.units.time import hour_text
+
+# What runs used, by run and by hour (or the first of a stretch); under None, by no hour.
+Used = Mapping[str, Mapping[int | None, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPrices:
+    """The prices of one run, hour by hour."""
+
+    run_id: str
+    facts: RunFacts
+    book: PriceBook
+    told: GpuHourPrice | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], book: PriceBook) -> "RunPrices":
+        """Return the prices of the run whose RUN_COLUMNS are in a row."""
+        facts = RunFacts(row["gpus"], row["model"], row["hardware"], row["host"])
+        return cls(row["run_id"], facts, book, _told(row))
+
+    def at(self, hour: int | None) -> GpuHourPrice | None:
+        """Return the price in an hour since the epoch, None if there is none."""
+        if hour is None:
+            return None
+        price = self.book.price_at(self.facts, hour)
+        return self.told if price is None else price
+
+    def energy_at(self, hour: int | None) -> EnergyPrice | None:
+        """Return the price of energy in an hour, None if there is none."""
+        return None if hour is None else self.book.energy_price_at(self.facts, hour)
+
+    def why_none(self, hour: int | None) -> str:
+        """Return why there is no price in an hour."""
+        if hour is None:
+            return self._no_hour()
+        why = self.book.why_no_price(self.facts, hour)
+        return f"no price for run {self.run_id} at {hour_text(hour)}: {why}"
+
+    def why_no_energy(self, hour: int | None) -> str:
+        """Return why there is no price of energy in an hour."""
+        if hour is None:
+            return self._no_hour()
+        why = self.book.why_no_energy_price(self.facts, hour)
+        return f"no energy price for run {self.run_id} at {hour_text(hour)}: {why}"
+
+    def _no_hour(self) -> str:
+        return f"the hours of run {self.run_id} do not add up to its totals: see the audit"
+
+
+P = TypeVar("P", GpuHourPrice, EnergyPrice)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost(Generic[P]):
+    """A cost in nano-USD, or None and why; and the prices that were found for it."""
+
+    nanousd: int | None
+    reason: str | None = None
+    prices: tuple[P, ...] = ()
+
+    def of_nothing(self) -> "Cost[P]":
+        """Return what nothing costs, beside this cost of all: 0, if any price is known."""
+        return Cost(0) if self.prices else Cost(None, self.reason)
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return the prices as an answer lists them, each once, the earliest first."""
+        shown = [price.as_dict() for price in self.prices]
+        once = [row for place, row in enumerate(shown) if row not in shown[:place]]
+        return sorted(once, key=lambda row: str(row["effective_from"] or ""))
+
+
+def cost_of(used_ns: Used, runs: Mapping[str, RunPrices], nothing: Cost[Any]) -> Cost[GpuHourPrice]:
+    """Return the cost of GPU time, rounded once for each run and price; `nothing` if it is 0."""
+    return _cost(
+        used_ns,
+        runs,
+        RunPrices.at,
+        RunPrices.why_none,
+        lambda ns, price: cost_nanousd(ns, price.usd_per_gpu_hour),
+        nothing,
+    )
+
+
+def energy_cost_of(
+    used_mj: Used, runs: Mapping[str, RunPrices], nothing: Cost[Any]
+) -> Cost[EnergyPrice]:
+    """Return the cost of energy, rounded once for each run and price; `nothing` if it is 0."""
+    return _cost(
+        used_mj,
+        runs,
+        RunPrices.energy_at,
+        RunPrices.why_no_energy,
+        lambda mj, price: energy_cost_nanousd(mj, price.usd_per_kwh),
+        nothing,
+    )
+
+
+def _cost(
+    used: Used,
+    runs: Mapping[str, RunPrices],
+    at: Callable[[RunPrices, int | None], P | None],
+    why_none: Callable[[RunPrices, int | None], str],
+    cost: Callable[[int, P], int | None],
+    nothing: Cost[P],
+) -> Cost[P]:
+    amounts: dict[tuple[str, P], int] = {}
+    reason = None
+    for run_id, run in runs.items():
+        for hour, amount in used.get(run_id, {}).items():
+            if not amount:
+                continue
+            price = at(run, hour)
+            if price is None:
+                reason = reason or why_none(run, hour)
+            else:
+                amounts[run_id, price] = amounts.get((run_id, price), 0) + amount
+    if not amounts and reason is None:
+        return nothing
+    found = tuple(dict.fromkeys(price for _, price in amounts))
+    if reason is not None:
+        return Cost(None, reason, found)
+    costs = [cost(amount, price) for (_, price), amount in amounts.items()]
+    return Cost(sum(each for each in costs if each is not None), None, found)
+
+
+def by_stretch(
+    hours: Mapping[int, Mapping[str, int]], changes: Sequence[int]
+) -> dict[int, dict[str, int]]:
+    """Return the sums of amounts by stretch, each under its first hour that has any."""
+    firsts: dict[int, int] = {}
+    sums: dict[int, dict[str, int]] = {}
+    for hour in sorted(hours):
+        first = firsts.setdefault(bisect_right(changes, hour), hour)
+        known = sums.get(first)
+        amounts = hours[hour]
+        sums[first] = (
+            dict(amounts) if known is None else {n: known[n] + amounts[n] for n in amounts}
+        )
+    return sums
+
+
+def _told(row: Mapping[str, Any]) -> GpuHourPrice | None:
+    if row["usd_per_gpu_hour"] is None:
+        return None
+    source = f"{row['price_source']} (told when the run began)"
+    amount = parse_price(row["usd_per_gpu_hour"])
+    return GpuHourPrice.of(PriceEntry("prices of the ledger", amount, source, None))
