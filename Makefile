@@ -56,7 +56,7 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep test check bench matrix clean
+.PHONY: help setup demo demo-sweep test check docs reference bench matrix clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
@@ -64,6 +64,8 @@ help:
 	@echo 'make demo-sweep  the same server at several loads: a plot of cost and latency; 5 minutes'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
+	@echo 'make docs    the pages of docs/ as one site in site/; a dead link fails'
+	@echo 'make reference  the pages that commands and side endpoint describe themselves'
 	@echo 'make bench   the benchmarks; some minutes, on an otherwise idle machine'
 	@echo 'make matrix  the integration tests on each of six versions of vLLM: 12 minutes and 3.5 GB'
 	@echo '             each, 3 minutes more the first time; MATRIX="0.27.1 0.32.0" for some'
@@ -96,6 +98,13 @@ check: $(VENV)/.meter
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/contract/test_laws.py
 
+# Not --quiet: that hides the warnings which --strict counts. The variable hides an advertisement.
+docs: $(VENV)/.meter
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+reference: $(VENV)/.meter
+	@$(BIN)/python scripts/make_reference.py
+
 bench: setup
 	$(RUN) python benchmarks/bench_attribution.py
 	$(RUN) python benchmarks/bench_ledger.py
@@ -106,7 +115,7 @@ matrix:
 	@$(PYTHON) scripts/matrix.py $(MATRIX)
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info vllm_cost_meter/attribution/*.so
+	rm -rf .venv .cache build dist site *.egg-info vllm_cost_meter/attribution/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
