@@ -53,7 +53,7 @@ def test_the_quiet_classes_are_those_of_the_code():
         f"by more than {energy.POWER_MAX_W // 1000} kW can",
         f"at most {energy.POWER_MAX_W // 1000} kW; otherwise",
         f"stood still for {energy.COUNTER_PERIOD_NS_MAX // S} s",
-        f"looked for anew every {energy.RETRY_NS // S} s",
+        f"looks for it anew every {energy.RETRY_NS // S} s",
         f"any window of at least {POWER_WINDOW_NS_MIN // S} s",
         f"energy of at most {UNTOLD_MAX:,} requests",
         f"null with the reason `{PENDING}`",
