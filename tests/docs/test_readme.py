@@ -1,5 +1,6 @@
 """What README.md and the other pages tell people to do can be done: commands, links, names."""
 
+import importlib
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +23,11 @@ QUICKSTART = DOCS / "quickstart.md"
 MAKEFILE = (ROOT / "Makefile").read_text()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 COMMAND = re.compile(r"(?<![/\w:])vllm-cost-meter((?: +[-a-z]+)+)")
+FILES = [
+    str(path.relative_to(ROOT))
+    for folder in ("vllm_cost_meter", "csrc", "scripts", "tests", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py*")
+] + ["setup.py"]
 # Environment names that look like settings: examples of what goes wrong.
 WRONG_NAMES = {"COST_METER_PROT", "COST_METER_SERVICE_HOST"}
 # Pages of what no user can see yet. Linked from the README, such a page leaves this list.
@@ -41,6 +47,15 @@ def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def resolve(name: str) -> object:
+    """Return the module or the thing in it that a dotted name stands for; None for nothing."""
+    module, _, rest = name.rpartition(".")
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return getattr(resolve(module), rest, None) if module else None
 
 
 def test_the_pages_are_found():
@@ -137,9 +152,20 @@ def test_header_names_are_those_of_the_code(page):
 def test_files_that_are_named_exist(page):
     for piece in code_of(page):
         for name in re.findall(
-            r"(?<![\w/.])((?:tests|csrc|docs|scripts|vllm_cost_meter)/\S+)", piece
+            r"(?<![\w/.])((?:tests|csrc|docs|scripts|benchmarks|vllm_cost_meter)/[^\s)]*)", piece
         ):
-            assert (ROOT / name.rstrip(")")).exists(), piece
+            assert (ROOT / name).exists(), piece
+        # A module may be named by the end of its path; vLLM's are not here.
+        for name in re.findall(r"(?<![\w/.*])(?!vllm/)([\w/]+\.pyx?)\b", piece):
+            assert any(f"/{path}".endswith(f"/{name}") for path in FILES), piece
+
+
+@EACH_PAGE
+def test_modules_that_are_named_can_be_imported(page):
+    for piece in code_of(page):
+        for name in re.findall(r"\bvllm_cost_meter(?:\.\w+)+", piece):
+            if page.name != "CHANGELOG.md" and not name.endswith(".md"):
+                assert resolve(name) is not None, piece
 
 
 def test_the_report_in_the_readme_adds_up():
