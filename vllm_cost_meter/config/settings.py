@@ -64,8 +64,8 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     )
     gpu_hour_usd: t.Price | None = Field(
         default=None,
-        description="Price of one GPU for one hour, at any time for which `prices` have none. "
-        "Without any price GPU time is reported and cost is null.",
+        description="Price of one GPU for one hour, wherever `prices` have none. Without any "
+        "price the meter reports GPU time, and cost is null.",
         json_schema_extra=_about(t.PRICE, "USD per GPU-hour"),
     )
     ledger: t.Url | None = Field(
@@ -179,7 +179,7 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         ge=0.1,
         le=600,
         allow_inf_nan=False,
-        description="How long a new request waits whose budget is used up and throttles.",
+        description="How long a throttling budget delays each new request once it is used up.",
         json_schema_extra=_about("a number from 0.1 to 600", "s", live=True),
     )
 
