@@ -7,10 +7,10 @@ Invariant: what `accrue` adds to open requests plus the tail it returns is the t
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 from csrc.fit cimport Fit
-from csrc.requests cimport DECODE, PREFILL, Requests, Rest, Slot, end_of_last_step
+from csrc.requests cimport CUT, DECODE, PREFILL, Requests, Rest, Slot, end_of_last_step
 from csrc.shapley cimport Game, Margins, margin_of, margin_of_decode, solve_game, start_margins, weigh_game
 from csrc.shares cimport Part, Split, next_share, start_split, weigh_equal, weigh_tokens
-from csrc.steps cimport Step
+from csrc.steps cimport Ring, Step, step_at
 
 cdef enum:  # places in METHODS
     SHAPLEY = 0
@@ -71,14 +71,14 @@ cdef inline int64_t accrue(
         if slot.key == NULL:
             tail_ns += share_ns
         else:
-            if part.phase == DECODE:
+            if part.phase & DECODE:
                 slot.decode_ns += share_ns
             slot.step_ns = sum_up(slot.step_ns, total_ns)
             slot.marginal_ns += margin_of(&margins, compute, memory, &part)
-            if part.phase == PREFILL or part.tokens > 1:
-                count_unusual(&requests.rests[part.slot], &part, share_ns, ends)
+            if part.phase != DECODE or part.tokens > 1:
+                count_unusual(slot, &requests.rests[part.slot], &part, share_ns, ends)
         if ends:
-            if part.phase == DECODE:
+            if part.phase & DECODE:
                 slot.decode_tokens = added(slot.decode_tokens, part.tokens)
             slot.batch += count
             slot.ended += 1
@@ -122,24 +122,68 @@ cdef inline uint64_t weigh(
 
 
 cdef inline void count_unusual(
-    Rest *rest, const Part *part, int64_t share_ns, bint ends
+    const Slot *slot, Rest *rest, const Part *part, int64_t share_ns, bint ends
 ) noexcept nogil:
-    """Count what is of prefill, and apart from it what was recomputed and rejected of a part."""
+    """Count what is of prefill, and what was recomputed, rejected and cut off of a part."""
     cdef uint32_t start = part.context - part.tokens
-    cdef uint32_t recomputed = 0
-    if part.phase == PREFILL:
+    cdef uint32_t recomputed = 0, kept = part.tokens - rest.rejected_now
+    cdef uint32_t cut = cut_in_part(part, kept, slot.prefill_end)
+    cdef int64_t rejected_ns = part_of(share_ns, rest.rejected_now, part.tokens)
+    cdef int64_t kept_ns = share_ns - rejected_ns
+    cdef int64_t cut_ns = part_of(kept_ns, cut, kept)
+    cdef bint is_prefill = not part.phase & DECODE
+    if is_prefill:
         rest.prefill_ns += share_ns
         if ends:
             rest.prefill_tokens = added(rest.prefill_tokens, part.tokens)
-    if part.phase == PREFILL and rest.recompute_end > start:
+    if is_prefill and rest.recompute_end > start:
         recomputed = min(part.context, rest.recompute_end) - start
         rest.recomputed_ns += part_of(share_ns, recomputed, part.tokens)
-    if rest.rejected_now:
-        rest.rejected_ns += part_of(share_ns, rest.rejected_now, part.tokens)
+    rest.rejected_ns += rejected_ns
+    rest.cut_ns += cut_ns
     if ends:
         rest.recomputed_tokens += recomputed
         rest.rejected_tokens += rest.rejected_now
+        rest.cut_tokens += cut
         rest.rejected_now = 0
+        if part.tokens > 1:
+            rest.kept_tokens = kept - cut
+            rest.kept_ns = kept_ns - cut_ns
+
+
+cdef inline uint32_t cut_in_part(
+    const Part *part, uint32_t kept, uint32_t prefill_end
+) noexcept nogil:
+    """Return how many tokens kept are cut off, as the request was aborted: those of its output."""
+    cdef uint32_t end = part.context - part.tokens + kept
+    if not part.phase & CUT:
+        return 0
+    if part.phase & DECODE:
+        return kept
+    return min(kept, end - prefill_end) if end > prefill_end else 0
+
+
+cdef inline void cut_off(Rest *rest, int64_t tokens) noexcept nogil:
+    """Count so many tokens of its last ended step as cut off."""
+    cdef uint32_t cut = <uint32_t>min(tokens, <int64_t>rest.kept_tokens)
+    cdef int64_t cut_ns = part_of(rest.kept_ns, cut, rest.kept_tokens)
+    rest.cut_tokens += cut
+    rest.cut_ns += cut_ns
+    rest.kept_tokens -= cut
+    rest.kept_ns -= cut_ns
+
+
+cdef inline void cut_in_flight(Ring *ring, uint32_t number) noexcept nogil:
+    """Note that what the steps in flight compute behind a request's prefill is cut off."""
+    cdef int64_t at
+    cdef uint32_t place
+    cdef Step *step
+    for at in range(ring.oldest, ring.newest + 1):
+        step = step_at(ring, at)
+        for place in range(step.count):
+            if step.parts[place].slot == number:
+                step.parts[place].phase |= CUT
+                step.plain = min(step.plain, place)
 
 
 cdef inline uint64_t sum_up(uint64_t so_far, int64_t total_ns) noexcept nogil:

@@ -21,10 +21,10 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t, uint32_t
 
-from csrc.accrual cimport accrue, drop, take_out
+from csrc.accrual cimport accrue, cut_in_flight, cut_off, drop, take_out
 from csrc.checks cimport (
-    WEIGHT_MAX, check_tokens, in_range, instant, planes_of, rejected_tokens_of, tokens_of,
-    tokens_out_of_range, whole_number,
+    WEIGHT_MAX, check_tokens, in_range, instant, planes_of, tokens_of, tokens_out_of_range,
+    whole_number,
 )
 from csrc.fit cimport Fit, TERMS, Work, adopt_prior, explained, observe, start_fit
 from csrc.requests cimport (
@@ -36,7 +36,7 @@ from csrc.shapley cimport fill_polynomials
 from csrc.shares cimport Part, Split, next_share, start_split
 from csrc.steps cimport (
     Guess, Ring, Step, enter, free_ring, guess_after, guess_in, is_kept, is_right, look_further,
-    make_room, start_ring, step_at,
+    make_room, reject, start_ring, step_at,
 )
 
 from vllm_cost_meter.records.accrued import Accrued
@@ -157,9 +157,10 @@ cdef class StepMeter:
         if number == NOBODY:
             number = self.welcome_stranger(request_id)
         cdef Slot *slot = &self.requests.slots[number]
+        cdef Rest *rest = &self.requests.rests[number]
         if resumed:
             slot.prefill_end = max(slot.prefill_end, slot.position)
-            self.requests.rests[number].recompute_end = slot.position
+            rest.recompute_end = max(rest.recompute_end, slot.position)
         slot.position = <uint32_t>tokens
 
     def release(self, object request_id, object now_ns):
@@ -174,6 +175,7 @@ cdef class StepMeter:
         cdef uint32_t number = self.find_open(request_id)
         self.requests.rests[number].left = True
         if is_in_flight(&self.requests.slots[number]):
+            cut_in_flight(&self.ring, number)
             return False
         unqueue(&self.requests, number)
         return True
@@ -190,6 +192,11 @@ cdef class StepMeter:
                 ended.append(<object>slot.key)
         self.requests.drained_count = 0
         return ended
+
+    def trim(self, object request_id, object tokens):
+        """Say that so many of the last tokens computed for an open request were cut off."""
+        cdef int64_t count = whole_number(tokens, WEIGHT_MAX, "StepMeter.trim: tokens")
+        cut_off(&self.requests.rests[self.find_open(request_id)], count)
 
     def accrued(self, object request_id, object now_ns):
         """Return what a request accrued since the last `cut`."""
@@ -208,6 +215,8 @@ cdef class StepMeter:
             rest.recomputed_tokens,
             rest.rejected_ns,
             rest.rejected_tokens,
+            rest.cut_ns,
+            rest.cut_tokens,
             rest.kv_block_ns,
             <int64_t>slot.step_ns,
             slot.ended - rest.dropped - rest.steps_before,
@@ -275,7 +284,7 @@ cdef class StepMeter:
         cdef int64_t total_ns = self.time_to_share(gpu_ns)
         cdef Step *ended = step_at(&self.ring, number)
         if rejected:
-            self.reject(ended, rejected)
+            reject(&self.requests, ended, rejected)
         self.drop_before(number)
         self.ring.oldest += 1
         cdef int64_t tail_ns = self.accrue(ended, total_ns, True)
@@ -433,21 +442,6 @@ cdef class StepMeter:
         )
         self.open_ns += total_ns - tail_ns
         return tail_ns
-
-    cdef int reject(self, const Step *step, dict rejected) except -1:
-        """Note the drafts of a step that were rejected: their positions are computed again."""
-        cdef uint32_t place
-        cdef Slot *slot
-        for request_id, tokens in rejected.items():
-            rejected_tokens_of(request_id, tokens)
-        for place in range(step.count):
-            slot = &self.requests.slots[step.parts[place].slot]
-            if slot.key != NULL and step.parts[place].tokens > 1:
-                tokens = rejected.get(<object>slot.key, 0)
-                tokens = min(tokens, step.parts[place].tokens - 1)
-                self.requests.rests[step.parts[place].slot].rejected_now = tokens
-                slot.position -= min(slot.position, <uint32_t>tokens)
-        return 0
 
     cdef void drop_before(self, int64_t number) noexcept nogil:
         """End all older steps in flight, without time or tokens."""

@@ -22,6 +22,7 @@ cdef enum:
 cdef enum:  # phases
     PREFILL = 0
     DECODE = 1
+    CUT = 2  # added to either: the request was aborted meanwhile
 
 cdef struct Slot:  # what a step of decodes touches of one request: 64 bytes, as a line of a cache
     PyObject *key  # its id, owned; NULL unless it is open
@@ -41,14 +42,18 @@ cdef struct Slot:  # what a step of decodes touches of one request: 64 bytes, as
 cdef struct Rest:  # what is rarely touched
     uint32_t dropped
     uint32_t steps_before  # the last cut
-    uint32_t recompute_end  # the position reached before the last preemption
+    uint32_t recompute_end  # the farthest position reached before a preemption
     uint32_t rejected_now  # tokens, in the step that is settled now
     uint32_t prefill_tokens
     uint32_t recomputed_tokens
     uint32_t rejected_tokens
+    uint32_t cut_tokens
+    uint32_t kept_tokens  # of its last ended step of several: not rejected, nor cut off so far
+    int64_t kept_ns
     int64_t prefill_ns
     int64_t recomputed_ns
     int64_t rejected_ns
+    int64_t cut_ns
     uint32_t blocks  # that it holds, since
     int64_t blocks_since_ns
     int64_t kv_block_ns  # until then
@@ -192,5 +197,5 @@ cdef inline void reset(Requests *requests, uint32_t number) noexcept nogil:
     slot.marginal_ns = 0.0
     slot.step_ns = 0
     rest.steps_before = slot.ended - rest.dropped
-    rest.recomputed_ns = rest.rejected_ns = rest.kv_block_ns = 0
-    rest.recomputed_tokens = rest.rejected_tokens = 0
+    rest.recomputed_ns = rest.rejected_ns = rest.cut_ns = rest.kv_block_ns = 0
+    rest.recomputed_tokens = rest.rejected_tokens = rest.cut_tokens = 0

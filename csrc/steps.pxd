@@ -8,10 +8,10 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint16_t, uint32_t
 
-from csrc.checks cimport WEIGHT_MAX
+from csrc.checks cimport WEIGHT_MAX, rejected_tokens_of
 from csrc.fit cimport Work, work_of
 from csrc.memory cimport resized
-from csrc.requests cimport DECODE, NOBODY, PREFILL, Slot
+from csrc.requests cimport DECODE, NOBODY, PREFILL, Requests, Slot
 from csrc.shapley cimport Chunks, note_chunk
 from csrc.shares cimport Part
 
@@ -127,6 +127,22 @@ cdef inline bint enter(
         if tokens:
             note_chunk(&step.chunks, place)
     return slot.position > slot.block_end
+
+
+cdef inline int reject(Requests *requests, const Step *step, dict rejected) except -1:
+    """Note the drafts of a step that were rejected: their positions are computed again."""
+    cdef uint32_t place
+    cdef Slot *slot
+    for request_id, tokens in rejected.items():
+        rejected_tokens_of(request_id, tokens)
+    for place in range(step.count):
+        slot = &requests.slots[step.parts[place].slot]
+        if slot.key != NULL and step.parts[place].tokens > 1:
+            tokens = rejected.get(<object>slot.key, 0)
+            tokens = min(tokens, step.parts[place].tokens - 1)
+            requests.rests[step.parts[place].slot].rejected_now = tokens
+            slot.position -= min(slot.position, <uint32_t>tokens)
+    return 0
 
 
 cdef inline Step *make_room(Ring *ring, uint32_t count) except NULL:

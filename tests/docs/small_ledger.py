@@ -30,7 +30,7 @@ BILL = Bill(
     batch=12,
     first_model=1,
     last_model=3,
-    pieces=(UsagePiece(HOUR, 100, 200, 8, 4, 150, 10, 1, 20, 2, 6, 900, 40),),
+    pieces=(UsagePiece(HOUR, 100, 200, 8, 4, 150, 10, 1, 20, 2, 30, 3, 6, 900, 40),),
 )
 PART = EngineRequest(
     bill=BILL,

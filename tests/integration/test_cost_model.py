@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ DRAFTS = {
 # metered or not. All else that is tested here is tested there without drafts.
 VLLM = metadata.version("vllm")
 DRAFTS_WORK = VLLM != "0.30.0+cpu"
+# So many requests with drafts end in as many ways.
+SEEDS = 48
 ARGUMENTS = [
     *("--plugins", "cost_meter"),
     *(["--speculative-config", json.dumps(DRAFTS)] if DRAFTS_WORK else []),
@@ -55,16 +58,47 @@ def model_of(server: Server) -> Any:
     reason=f"vLLM {VLLM} cannot serve drafts: 'Cannot inspect kernel parameters' in its worker",
 )
 def test_rejected_drafts_stand_apart_and_the_rest_is_what_came_out(drafting: Server) -> None:
-    with drafting.client() as client:
-        # The same words again and again: there is always an n-gram to guess by.
-        options = {"prompt": PROMPT * 8, "max_tokens": 200, "ignore_eos": True, "temperature": 1}
-        reply = ask(client, "/v1/completions", **options)
-    part = drafting.bill_of(reply.response_id)["parts"][0]
-    assert part["rejected_tokens"] > 0
-    assert 0 < part["rejected_ns"] < part["gpu_time_ns"]
-    # The prefill gave the first token; each further one is a token computed and not rejected.
-    assert part["decode_tokens"] - part["rejected_tokens"] == part["output_tokens"] - 1
-    drafting.balanced()
+    with drafting.client() as client, ThreadPoolExecutor(8) as pool:
+
+        def one(seed: int) -> Any:
+            return ask(client, "/v1/completions", **drafted(seed)).response_id
+
+        replies = list(pool.map(one, range(SEEDS)))
+    drafting.balanced()  # all have their bills, those that ended at a stop string too
+    parts = [drafting.bill_of(reply)["parts"][0] for reply in replies]
+    for part in parts:
+        computed = part["prefill_tokens"] + part["decode_tokens"]
+        nobody_got = part["recomputed_tokens"] + part["rejected_tokens"] + part["cut_tokens"]
+        kept = part["prompt_tokens"] - part["cached_tokens"] + part["output_tokens"] - 1
+        assert computed - nobody_got == kept, part
+        assert part["rejected_ns"] + part["cut_ns"] < part["gpu_time_ns"]
+        assert (part["rejected_ns"] > 0) == (part["rejected_tokens"] > 0)
+        assert (part["cut_ns"] > 0) == (part["cut_tokens"] > 0)
+    wrong, right = parts[0::4], parts[1::4]
+    assert all(part["rejected_tokens"] for part in wrong)
+    # Each step brings several tokens, and most of these requests end before the last of them.
+    assert any(part["cut_tokens"] for part in right)
+
+
+def drafted(seed: int) -> dict[str, Any]:
+    """Return a request: its drafts are, by turns, mostly wrong, all right, or what they are.
+
+    Of few words there is always an n-gram to guess by, of one word it is always right. It ends by
+    its length, at a stop string, or at a stop token if one comes.
+    """
+    random = Random(seed)
+    options = {"prompt": PROMPT * random.randint(1, 8), "temperature": 1, "seed": seed}
+    if seed % 4 == 0:
+        some = list(range(300, 308))
+        return {**options, "max_tokens": random.randint(150, 200), "allowed_token_ids": some}
+    options["max_tokens"] = random.randint(1, 50)
+    if seed % 4 == 1:
+        return {**options, "allowed_token_ids": [300]}
+    if seed % 4 == 2:
+        word = [300]  # " re"
+        return {**options, "max_tokens": 4000, "allowed_token_ids": word, "stop": [" re" * 9]}
+    options["temperature"] = random.choice([0, 1])
+    return {**options, "stop_token_ids": sorted(random.sample(range(900), 100))}
 
 
 def test_the_engine_learns_from_its_steps_and_bills_name_the_model(drafting: Server) -> None:

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 )
 
 from vllm_cost_meter.attribution import _native, step_meter_py
+from vllm_cost_meter.records.accrued import Accrued
 
 IMPLEMENTATIONS = [_native, step_meter_py]
 TIMES = st.one_of(st.integers(0, 10**11), st.integers(0, 2**63 - 1))
@@ -108,6 +109,7 @@ class Lockstep(RuleBasedStateMachine):
         self.now_ns = 10
         self.newest = 0
         self.batch = {}
+        self.cut_before = {}  # what was cut at hours of the requests that are open
         self.given_ns = self.taken_ns = 0
 
     def both(self, name, *args):
@@ -172,6 +174,10 @@ class Lockstep(RuleBasedStateMachine):
     def settle(self, back, gpu_ns, rejected):
         self.take_tail(self.both("settle", self.newest - back, gpu_ns, rejected), gpu_ns)
 
+    @rule(request_id=ANY_REQUEST, tokens=COUNTS)
+    def trim(self, request_id, tokens):
+        self.both("trim", request_id, tokens)
+
     @precondition(lambda self: self.twin.steps_in_flight)
     @rule(gpu_ns=st.integers(0, 10**8))
     def settle_the_oldest(self, gpu_ns):
@@ -189,12 +195,14 @@ class Lockstep(RuleBasedStateMachine):
         accrued = self.both("accrued", request_id, self.now_ns)
         closed = self.both("close", request_id, self.now_ns)
         assert closed == accrued
+        self.cut_before.pop(request_id, None)
         if isinstance(closed, tuple):
             self.taken_ns += closed[0] + closed[1]
 
     @rule(request_id=ANY_REQUEST)
     def discard(self, request_id):
         discarded_ns = self.both("discard", request_id)
+        self.cut_before.pop(request_id, None)
         if isinstance(discarded_ns, int):
             self.taken_ns += discarded_ns
 
@@ -210,6 +218,9 @@ class Lockstep(RuleBasedStateMachine):
     @rule()
     def cut(self):
         pieces = self.both("cut", self.now_ns)
+        for request_id, accrued in pieces:
+            before = self.cut_before.get(request_id, Accrued())
+            self.cut_before[request_id] = before.plus(accrued)
         self.taken_ns += sum(sum(accrued[:2]) for _, accrued in pieces)
 
     @rule()
@@ -238,8 +249,16 @@ class Lockstep(RuleBasedStateMachine):
             both_ns = accrued.prefill_ns + accrued.decode_ns
             assert accrued.recomputed_ns <= accrued.prefill_ns
             assert accrued.rejected_ns <= both_ns <= accrued.step_ns
+            self.what_nobody_got_was_computed_and_is_counted_once(request_id, accrued)
         for back in range(4):
             self.both("step_parts", self.newest - back)
+
+    def what_nobody_got_was_computed_and_is_counted_once(self, request_id, accrued):
+        # Of the whole life: the end of a request may be found after an hour was cut.
+        life = accrued.plus(self.cut_before.get(request_id, Accrued()))
+        assert life.rejected_ns + life.cut_ns <= life.gpu_time_ns
+        computed = life.prefill_tokens + life.decode_tokens
+        assert life.rejected_tokens + life.cut_tokens <= computed
 
     @invariant()
     def no_nanosecond_appears_or_vanishes(self):

@@ -161,6 +161,17 @@ class TestStep:
             meter.settle(meter.begin({"a": tokens}, NOW), 100)
         assert used(meter.close("a", NOW)) == (210, 120, 6, 3, 6)
 
+    def test_a_preemption_amid_recomputing_forgets_nothing_that_was_reached_before(self, meter):
+        meter.open("a", 2)
+        for tokens in (2, 1, 1):  # reaches position 4
+            meter.settle(meter.begin({"a": tokens}, NOW), 10)
+        meter.position("a", 0, True)
+        meter.settle(meter.begin({"a": 1}, NOW), 10)
+        meter.position("a", 0, True)
+        meter.settle(meter.begin({"a": 5}, NOW), 50)
+        accrued = meter.close("a", NOW)
+        assert (accrued.recomputed_tokens, accrued.recomputed_ns) == (1 + 4, 10 + 40)
+
     def test_phase_is_that_of_the_beginning_of_the_step(self, meter):
         meter.open("a", 2)
         first = meter.begin({"a": 2}, NOW)

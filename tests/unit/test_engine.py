@@ -40,9 +40,17 @@ class Scheduler:
         self.meter.run("schedule", lambda m, now: m.books.begin_step(key, tokens, now))
         return key
 
-    def update(self, key: object, *finished: str) -> None:
+    def update(
+        self,
+        key: object,
+        *finished: str,
+        rejected: dict[str, int] | None = None,
+        uncut: dict[str, int] | None = None,
+    ) -> None:
         time.sleep(0.001)
-        self.meter.run("update_from_output", lambda m, now: m.result_came(key, {}, now))
+        self.meter.run(
+            "update_from_output", lambda m, now: m.result_came(key, rejected, now, uncut)
+        )
         self.meter.riding = True
         for name in finished:
             self.end(name)
@@ -130,6 +138,41 @@ def test_an_aborted_request_pays_for_its_steps_in_flight(engine):
     assert finished.request_id == "b"
     assert bill.gpu_time_ns > finished.gpu_time_ns
     assert engine.settled().totals.tail > 0, "what b's last step used after b was billed"
+
+
+def cut_tokens_of(bill: Bill) -> tuple[int, int]:
+    return bill.sum_of("rejected_tokens"), bill.sum_of("cut_tokens")
+
+
+def test_what_vllm_cut_off_behind_the_end_stands_apart(engine):
+    engine.add("a", "b")
+    key = engine.schedule(a=5, b=5)
+    # Of both, 4 tokens were sampled: a had 2 before, and ends with 3; b goes on.
+    engine.update(key, "a", rejected={"a": 1, "b": 1}, uncut={"a": 6, "b": 6})
+    engine.step("b", b=1)
+    a, b = engine.bills
+    assert cut_tokens_of(a) == (1, 3)
+    assert 0 < a.sum_of("cut_ns") < a.gpu_time_ns
+    assert (cut_tokens_of(b), b.sum_of("cut_ns")) == ((1, 0), 0)
+    engine.settled()
+
+
+def test_a_request_that_ends_between_steps_had_nothing_cut_off(engine):
+    engine.add("a")
+    engine.update(engine.schedule(a=5), uncut={"a": 6})
+    engine.end("a")
+    ((_, bill),) = engine.take_late()
+    assert cut_tokens_of(bill) == (0, 0)
+
+
+def test_of_a_step_that_the_books_do_not_know_nothing_is_cut_off(engine):
+    engine.add("a")
+    engine.step(a=5)
+    key = engine.schedule(a=5)
+    engine.fail()
+    engine.update(key, "a", uncut={"a": 6})
+    assert cut_tokens_of(engine.bills[0]) == (0, 0)
+    engine.settled()
 
 
 def test_a_request_that_never_ran_is_billed_nothing(engine):

@@ -143,7 +143,7 @@ def test_an_id_that_is_not_there_is_404_and_one_line(explain, ledger):
 
 def test_what_was_wasted_and_a_missing_price_are_told(tmp_path):
     url = f"sqlite:///{tmp_path / 'other.db'}"
-    pieces = (UsagePiece(HOUR, 100, 200, 8, 5, 50, 30, 3, 20, 2, 6, 900),)
+    pieces = (UsagePiece(HOUR, 100, 200, 8, 5, 50, 30, 3, 20, 2, 10, 1, 6, 900),)
     writer = LedgerWriter(url)
     writer.start()
     part = make_part(make_bill(preemptions=1, pieces=pieces))
@@ -156,9 +156,11 @@ def test_what_was_wasted_and_a_missing_price_are_told(tmp_path):
     (told,) = explanation["parts"]
     assert told["preempted"] == {"preemptions": 1, "recomputed_tokens": 3, "recomputed_ns": 30}
     assert told["drafts"] == {"rejected_tokens": 2, "rejected_ns": 20}
+    assert told["cut_off"] == {"cut_tokens": 1, "cut_ns": 10}
     assert (told["usd_per_gpu_hour"], told["cost_nanousd"]) == (None, None)
     text = " ".join(explanation["text"])
     assert "no price for run run at 2027-01-15T08Z: none is set by COST_METER_GPU_HOUR_USD" in text
     assert told["cost_reason"] in text
     assert "preempted 1 times: 3 tokens were computed again" in text
     assert "2 draft tokens were rejected" in text
+    assert "1 tokens were computed that are not in the output" in text

@@ -14,7 +14,7 @@ from vllm_cost_meter.records.requests import OpenRequest
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.units.time import rfc3339
 
-USED = Accrued(100, 200, 8, 5, 30, 1, 2, 3, 4, 2_500_000, 900, 6, 12)
+USED = Accrued(100, 200, 8, 5, 30, 1, 2, 3, 4, 7, 9, 2_500_000, 900, 6, 12)
 DEAD = NOW + 16 * 10**9
 USD = "3600"  # 1 nano-USD a nanosecond
 
@@ -70,13 +70,14 @@ def test_a_running_request_costs_what_it_used_at_the_last_snapshot(ledger):
     assert (row["gpu_time_ns"], row["prefill_ns"], row["decode_ns"]) == (300, 100, 200)
     assert (row["cost_nanousd"], row["cost_usd"]) == (300, "0.000000300")
     assert (row["marginal_ns"], row["marginal_cost_usd"]) == (30, "0.000000030")
-    assert (row["recomputed_ns"], row["rejected_ns"]) == (1, 3)
+    assert (row["recomputed_ns"], row["rejected_ns"], row["cut_ns"]) == (1, 3, 7)
     assert (row["tenant"], row["route"], row["model"]) == ("alice", "/v1/completions", "m")
     assert (row["request_id"], row["x_request_id"]) == ("internal-1", "x-h1")
     assert (row["engine_status"], row["output_tokens"], row["method"]) == (None, None, "tokens")
     (shown,) = row["parts"]
     assert (shown["run_id"], shown["seq"], shown["state"]) == ("run", None, "running")
-    assert (shown["decode_tokens"], shown["steps"], shown["batch"]) == (5, 6, 12)
+    assert (shown["decode_tokens"], shown["cut_tokens"]) == (5, 9)
+    assert (shown["steps"], shown["batch"]) == (6, 12)
     assert (shown["kv_block_ms"], shown["step_ns"], shown["saved_estimate_ns"]) == (2, 900, None)
     later = Accrued(100, 900, 8, 9, 30)
     ledger.write(seen(("internal-1", later), number=2, taken_at_ns=NOW + 10**9))

@@ -1,6 +1,7 @@
 """The reader's answers: exchanges with several parts, paging, tenants at a cut, the audit."""
 
 import json
+import sqlite3
 import threading
 import time
 from dataclasses import replace
@@ -184,7 +185,7 @@ def test_a_request_row_has_the_names_that_others_rely_on(ledger):
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "prefill_ns": 100,
         "decode_ns": 200, "cost_nanousd": 7, "cost_usd": "0.000000007", "cost_reason": None,
         "method": "tokens", "marginal_ns": 0, "marginal_cost_usd": None, "recomputed_ns": 0,
-        "rejected_ns": 0, "kv_block_ms": 0, "saved_estimate_ns": 0,
+        "rejected_ns": 0, "cut_ns": 0, "kv_block_ms": 0, "saved_estimate_ns": 0,
         "started_at": "2027-01-15T08:00:00.000000Z", "finished_at": "2027-01-15T08:00:00.003000Z",
         "queue_ms": 1.0, "ttft_ms": 2.0, "tpot_ms": 3.0, "e2e_ms": 4.0,
         "energy_mj": None, "energy_reason": "pending",
@@ -439,14 +440,13 @@ def test_each_way_of_not_adding_up_is_seen(ledger, changes, name):
         "marginal_ns = 1",
         "recomputed_tokens = 1",
         "rejected_ns = 1",
+        "cut_ns = 1",
         "kv_block_ms = 1",
         "step_ns = 1",
         "saved_estimate_ns = 1",
     ],
 )
 def test_a_bill_that_is_not_the_sum_of_its_pieces_is_seen(ledger, tmp_path, changed):
-    import sqlite3
-
     ledger.write(part(1), snapshot([part(1)]))
     connection = sqlite3.connect(tmp_path / "ledger.db")
     with connection:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import inspect, text
 
-from tests.builders import make_bill, make_part
+from tests.builders import make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import (
     check_location,
@@ -25,6 +25,7 @@ from vllm_cost_meter.ledger.database import (
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import metadata
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.records.snapshot import ClassTotals
 
 NOBODY = 65_534  # a user id without rights
 MOUNTS = (
@@ -172,7 +173,7 @@ def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tm
     path = tmp_path / "ledger.db"
     with closing(sqlite3.connect(path)) as old:
         old.executescript((Path(__file__).parent / "ledger_v1.sql").read_text())
-    with pytest.raises(LedgerError, match="version 1, this cost meter needs 6; start a metered"):
+    with pytest.raises(LedgerError, match="version 1, this cost meter needs 7; start a metered"):
         open_ledger(url_of(path), create=False)
     open_ledger(url_of(path)).dispose()
     engine = open_ledger(url_of(path), create=False)
@@ -204,13 +205,38 @@ def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_
         connection.execute(text("UPDATE schema_version SET version = 5"))
         connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
     engine.dispose()
-    with pytest.raises(LedgerError, match="version 5, this cost meter needs 6; start a metered"):
+    with pytest.raises(LedgerError, match="version 5, this cost meter needs 7; start a metered"):
         open_ledger(url, create=False)
     engine = open_ledger(url)
     with engine.connect() as connection:
         assert set(bills) < set(inspect(connection).get_table_names())
         assert connection.execute(text("SELECT price_id FROM prices")).all() == [("p",)]
     engine.dispose()
+
+
+def test_a_bill_of_before_tokens_cut_off_were_counted_has_none_and_still_adds_up(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    writer = LedgerWriter(url)
+    writer.start()
+    totals = ClassTotals(requests=300)
+    writer.commit(make_part(), make_snapshot(totals=totals, last_seq=1, billed_ns=300)).result(10)
+    writer.close()
+    engine = open_ledger(url)
+    with engine.begin() as connection:
+        for table in ("requests", "usage_pieces"):
+            for column in ("cut_ns", "cut_tokens"):
+                connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
+        connection.execute(text("UPDATE schema_version SET version = 6"))
+    engine.dispose()
+    with pytest.raises(LedgerError, match="version 6, this cost meter needs 7; start a metered"):
+        open_ledger(url, create=False)
+    open_ledger(url).dispose()
+    reader = LedgerReader(url)
+    (row,) = reader.look_up("internal-1")
+    (part,) = row["parts"]
+    assert (part["gpu_time_ns"], part["cut_ns"], part["cut_tokens"]) == (300, 0, 0)
+    assert reader.audit()["balanced"]
+    reader.close()
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path):
@@ -242,7 +268,7 @@ def test_two_processes_may_create_the_ledger_at_once(tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     engine = open_ledger(url, create=False)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(6,)]
+        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(7,)]
     engine.dispose()
 
 

@@ -54,11 +54,12 @@ class Lines(logging.Handler):
 def lines():
     handler = Lines()
     logger = logging.getLogger("vllm.cost_meter")
-    before, logger.level = logger.level, logging.INFO
+    before = logger.level
+    logger.setLevel(logging.INFO)  # not `level =`: a logger remembers which levels it lets through
     logger.addHandler(handler)
     yield handler.said
     logger.removeHandler(handler)
-    logger.level = before
+    logger.setLevel(before)
 
 
 def whose(settings, name: str) -> str:

@@ -24,7 +24,7 @@ class Request:
     request_id: str
     prefill_end: int
     position: int = 0
-    recompute_end: int = 0  # the position reached before the last preemption
+    recompute_end: int = 0  # the farthest position reached before a preemption
     prefill_ns: int = 0
     decode_ns: int = 0
     prefill_tokens: int = 0
@@ -34,12 +34,17 @@ class Request:
     recomputed_tokens: int = 0
     rejected_ns: int = 0
     rejected_tokens: int = 0
+    cut_ns: int = 0
+    cut_tokens: int = 0
     kv_block_ns: int = 0
     step_ns: int = 0
     steps: int = 0
     batch: int = 0
     blocks: int = 0  # of the KV cache that it holds, counted until blocks_since_ns
     blocks_since_ns: int = 0
+    # Of its last ended step of several tokens, what was not rejected and is not cut off so far.
+    kept_tokens: int = 0
+    kept_ns: int = 0
     in_flight: int = 0
     left: bool = False
     is_open: bool = True
@@ -69,6 +74,15 @@ class Request:
         self.kv_block_ns = min(self.kv_block_ns + self.blocks * passed_ns, NS_MAX)
         self.blocks_since_ns = now_ns
 
+    def trim(self, tokens: int) -> None:
+        """Count so many tokens of its last ended step as cut off."""
+        tokens = min(tokens, self.kept_tokens)
+        cut_ns = _part_of(self.kept_ns, tokens, self.kept_tokens)
+        self.cut_tokens += tokens
+        self.cut_ns += cut_ns
+        self.kept_tokens -= tokens
+        self.kept_ns -= cut_ns
+
     def accrued(self, now_ns: int) -> Accrued:
         """Return what was accrued since the last reset."""
         self.count_blocks(now_ns)
@@ -88,6 +102,8 @@ class Part:
     work: Work
     is_prefill: bool
     rejected: int = 0  # tokens
+    is_cut: bool = False  # the request was aborted meanwhile
+    kept_ns: int = 0  # of its last share, what was neither rejected nor cut off
 
     @property
     def recomputed(self) -> int:
@@ -96,6 +112,23 @@ class Part:
             return 0
         start = self.work.context - self.work.tokens
         return max(0, min(self.work.context, self.request.recompute_end) - start)
+
+    @property
+    def kept(self) -> int:
+        """Return how many of the tokens were not rejected."""
+        return self.work.tokens - self.rejected
+
+    @property
+    def cut(self) -> int:
+        """Return how many of those kept are cut off, as the request was aborted.
+
+        They are what would have been its output: all of a decode, what is behind the end of a
+        prefill.
+        """
+        if not self.is_cut or not self.is_prefill:
+            return self.kept if self.is_cut else 0
+        end = self.work.context - self.rejected
+        return max(0, min(self.kept, end - self.request.prefill_end))
 
     def reject(self, tokens: int) -> None:
         """Note how many of the tokens were rejected drafts."""
@@ -112,7 +145,12 @@ class Part:
         else:
             request.decode_ns += share_ns
         request.recomputed_ns += _part_of(share_ns, self.recomputed, self.work.tokens)
-        request.rejected_ns += _part_of(share_ns, self.rejected, self.work.tokens)
+        rejected_ns = _part_of(share_ns, self.rejected, self.work.tokens)
+        request.rejected_ns += rejected_ns
+        self.kept_ns = share_ns - rejected_ns
+        cut_ns = _part_of(self.kept_ns, self.cut, self.kept)
+        request.cut_ns += cut_ns
+        self.kept_ns -= cut_ns
 
     def end(self, batch: int) -> None:
         """Count the step and its tokens."""
@@ -125,6 +163,10 @@ class Part:
             request.decode_tokens = min(request.decode_tokens + self.work.tokens, COUNT_MAX)
         request.recomputed_tokens += self.recomputed
         request.rejected_tokens += self.rejected
+        request.cut_tokens += self.cut
+        if self.work.tokens > 1:
+            request.kept_tokens = self.kept - self.cut
+            request.kept_ns = self.kept_ns
 
 
 @dataclass(slots=True)

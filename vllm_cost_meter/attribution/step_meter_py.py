@@ -21,7 +21,9 @@ so a change to one lands in the other.
    lies before its prefill end; otherwise decode. The end is its prompt's length, or, once it was
    preempted, the position it had reached if that is further: recomputing is prefill too, and is
    counted apart. So are drafts that were rejected: they were computed, and their positions are
-   computed again. Of a request's share of a step, the part of these is that of the tokens.
+   computed again. So are tokens that were cut off: nobody got them, because the request had ended
+   before them in its last step, or was aborted while the step decoded. Of a request's share of a
+   step, the part of these is that of the tokens.
 4. Steps overlap (async scheduling, pipelines): each is begun, perhaps shared in parts, and settled;
    results come in order, so settling a step drops older ones that never got theirs.
 5. A request holds the blocks of the KV cache that its context fills, from the begin of the step
@@ -158,7 +160,7 @@ class StepMeter:
         request = self._requests.get(request_id) or self._welcome_stranger(request_id)
         if resumed:
             request.prefill_end = max(request.prefill_end, request.position)
-            request.recompute_end = request.position
+            request.recompute_end = max(request.recompute_end, request.position)
         request.position = computed_tokens
 
     def release(self, request_id: str, now_ns: int) -> None:
@@ -173,11 +175,15 @@ class StepMeter:
     def leave(self, request_id: str) -> bool:
         """Note that a request was aborted. Return True if it can be closed now.
 
-        False if it has steps in flight: it goes on accruing until `drained` names it.
+        False if it has steps in flight: it goes on accruing until `drained` names it. What they
+        compute behind its prefill is cut off.
         """
         request = self._request(request_id)
         request.left = True
         if request.in_flight:
+            for step in self._steps.values():
+                for part in step.parts:
+                    part.is_cut |= part.request is request
             return False
         self._unqueue(request)
         return True
@@ -187,6 +193,15 @@ class StepMeter:
         ended = [request.request_id for request in self._drained if request.in_flight == 0]
         self._drained.clear()
         return ended
+
+    def trim(self, request_id: str, tokens: int) -> None:
+        """Say that so many of the last tokens computed for an open request were cut off.
+
+        They are tokens of its step of several tokens that was settled last; more than it kept of
+        them are none.
+        """
+        _check(tokens, WEIGHT_MAX, "StepMeter.trim: tokens")
+        self._request(request_id).trim(tokens)
 
     def accrued(self, request_id: str, now_ns: int) -> Accrued:
         """Return what a request accrued since the last `cut`."""

@@ -176,8 +176,13 @@ class EngineBooks:
         """A request was aborted. True: bill it now; False: it still pays for steps in flight."""
         return self.meter.leave(request_id)
 
-    def bill(self, request_id: str, facts: RequestFacts, now_ns: int) -> Bill:
-        """Close a request and return its final, numbered bill."""
+    def bill(self, request_id: str, facts: RequestFacts, now_ns: int, cut_tokens: int = 0) -> Bill:
+        """Close a request and return its final, numbered bill.
+
+        `cut_tokens` of its last step were cut off, as the request had ended before them.
+        """
+        if cut_tokens:  # before an hour may be cut: they are of the step that has just ended
+            self.meter.trim(request_id, cut_tokens)
         if self.meter.open_requests == 1 or now_ns >= self._hour_end_ns:
             self._book_waiting(now_ns)
         earlier = self._earlier.pop(request_id, None) or _Earlier()

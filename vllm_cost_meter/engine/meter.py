@@ -127,6 +127,9 @@ class EngineMeter:
         self._cached_tokens: dict[str, int] = {}
         # The latest requests that have ended, oldest first.
         self._ended: dict[str, None] = {}
+        # Of the requests with drafts in the step whose result is taken up: how many tokens their
+        # outputs will have if none are cut off.
+        self._outputs_uncut: dict[str, int] = {}
         # Aborted requests that still pay for steps in flight.
         self._leaving: dict[str, tuple[int, RequestFacts]] = {}
 
@@ -159,12 +162,22 @@ class EngineMeter:
             self._cached_tokens[request_id] = computed_tokens
         self.books.meter.position(request_id, computed_tokens, resumed)
 
-    def result_came(self, key: object, rejected: dict[str, int] | None, now_ns: int) -> None:
+    def result_came(
+        self,
+        key: object,
+        rejected: dict[str, int] | None,
+        now_ns: int,
+        outputs_uncut: dict[str, int] | None = None,
+    ) -> None:
         """Split the time of step `key`, and bill the aborted requests it was the last step of.
 
-        `rejected` says of how many tokens of which requests' drafts nothing came.
+        `rejected` says of how many tokens of which requests' drafts nothing came, `outputs_uncut`
+        how many tokens the outputs of requests with drafts will have if vLLM cuts none off.
         """
-        self.books.end_step(key, now_ns, rejected)
+        if self._outputs_uncut:  # of an earlier step
+            self._outputs_uncut = {}
+        if self.books.end_step(key, now_ns, rejected) and outputs_uncut:
+            self._outputs_uncut = outputs_uncut
         for request_id in self.books.meter.drained():
             self._bill_late(request_id, now_ns)
 
@@ -184,7 +197,9 @@ class EngineMeter:
         if len(self._ended) > ENDED_MAX:
             del self._ended[next(iter(self._ended))]
         if self.riding:
-            return self._bill(request_id, facts, now_ns)
+            output_tokens = facts["output_tokens"]
+            uncut_tokens = self._outputs_uncut.get(request_id, output_tokens)
+            return self._bill(request_id, facts, now_ns, max(uncut_tokens - output_tokens, 0))
         self._leaving[request_id] = (client_index, facts)
         if self.books.leave(request_id):
             self._bill_late(request_id, now_ns)
@@ -258,8 +273,8 @@ class EngineMeter:
         client_index, facts = self._leaving.pop(request_id)
         self.late.append((client_index, self._bill(request_id, facts, now_ns)))
 
-    def _bill(self, request_id: str, facts: RequestFacts, now_ns: int) -> Bill:
-        bill = self.books.bill(request_id, facts, now_ns)
+    def _bill(self, request_id: str, facts: RequestFacts, now_ns: int, cut_tokens: int = 0) -> Bill:
+        bill = self.books.bill(request_id, facts, now_ns, cut_tokens)
         self.energy.billed(bill)
         return bill
 

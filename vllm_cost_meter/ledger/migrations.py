@@ -82,6 +82,10 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
     4: (*_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "precision"),),
     # Missing tables are made: saturation_points, billing_snapshots, invoice_lines, billed_hours.
     5: (),
+    6: (
+        *_added("requests", _COUNT, "cut_ns", "cut_tokens"),
+        *_added("usage_pieces", _COUNT, "cut_ns", "cut_tokens"),
+    ),
 }
 
 

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 metadata = MetaData()
 
@@ -239,6 +239,8 @@ requests = Table(
     Column("recomputed_tokens", BigInteger, nullable=False),
     Column("rejected_ns", BigInteger, nullable=False),
     Column("rejected_tokens", BigInteger, nullable=False),
+    Column("cut_ns", BigInteger, nullable=False),
+    Column("cut_tokens", BigInteger, nullable=False),
     Column("kv_block_ms", BigInteger, nullable=False),
     Column("step_ns", BigInteger, nullable=False),
     Column("saved_estimate_ns", BigInteger, nullable=False),
@@ -280,6 +282,8 @@ usage_pieces = Table(
     Column("recomputed_tokens", BigInteger, nullable=False),
     Column("rejected_ns", BigInteger, nullable=False),
     Column("rejected_tokens", BigInteger, nullable=False),
+    Column("cut_ns", BigInteger, nullable=False),
+    Column("cut_tokens", BigInteger, nullable=False),
     Column("kv_block_ms", BigInteger, nullable=False),
     Column("step_ns", BigInteger, nullable=False),
     Column("saved_estimate_ns", BigInteger, nullable=False),

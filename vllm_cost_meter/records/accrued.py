@@ -1,7 +1,7 @@
 """What a request used, as the attribution counts it: one tuple for the native part and its twin.
 
-Every field adds up: over the pieces of a request, over requests, over hours. `recomputed` and
-`rejected` are parts of `prefill` and `decode` (or, of a draft, of either), never more.
+Every field adds up: over the pieces of a request, over requests, over hours. `recomputed`,
+`rejected` and `cut` are parts of `prefill` and `decode` (or, of a draft, of either), never more.
 """
 
 from operator import add
@@ -13,9 +13,10 @@ class Accrued(NamedTuple):
 
     `marginal_ns` is what the steps would have saved without the request, by the cost model.
     Recomputed is what a preemption threw away and had done again; rejected is what drafts cost that
-    were not accepted. `kv_block_ns` is the blocks of the KV cache that it held x wall time, at most
-    2**63 - 1; `step_ns` is what its steps took in all, of which it has its share. `batch` is the
-    sum, over its steps, of the requests in the step.
+    were not accepted; cut is what was computed for the output and is not in it: behind its end, or
+    of a request that was aborted meanwhile. `kv_block_ns` is the blocks of the KV cache that it
+    held x wall time, at most 2**63 - 1; `step_ns` is what its steps took in all, of which it has
+    its share. `batch` is the sum, over its steps, of the requests in the step.
     """
 
     prefill_ns: int = 0
@@ -27,6 +28,8 @@ class Accrued(NamedTuple):
     recomputed_tokens: int = 0
     rejected_ns: int = 0
     rejected_tokens: int = 0
+    cut_ns: int = 0
+    cut_tokens: int = 0
     kv_block_ns: int = 0
     step_ns: int = 0
     steps: int = 0

@@ -39,6 +39,8 @@ class UsagePiece(NamedTuple):
     recomputed_tokens: int = 0
     rejected_ns: int = 0
     rejected_tokens: int = 0
+    cut_ns: int = 0
+    cut_tokens: int = 0
     kv_block_ms: int = 0
     step_ns: int = 0
     saved_estimate_ns: int = 0
@@ -50,7 +52,7 @@ class UsagePiece(NamedTuple):
     @classmethod
     def of(cls, hour: int, used: Accrued) -> Self:
         """Return the piece of an hour in which so much accrued."""
-        return cls(hour, *used[:9], used.kv_block_ns // NS_PER_MS, used.step_ns)
+        return cls(hour, *used[:11], used.kv_block_ns // NS_PER_MS, used.step_ns)
 
 
 class Bill(NamedTuple):

@@ -3,8 +3,8 @@
 Pure functions from a request row with its parts, as `LedgerReader.request` returns it, to the
 explanation. Per part: what it used in each phase, the steps it was in and its share of them, what
 of its charge it caused itself and what is its share of what the batch needs anyway, what caching
-saved, what preemption and drafts wasted, the prices of its hours, and the cost models in use while
-it ran.
+saved, what preemption, drafts and tokens that are not in the output wasted, the prices of its
+hours, and the cost models in use while it ran.
 
 Invariant: every figure of a part is in its bill or follows from figures beside it, by the formula
 that `formulas` states.
@@ -104,6 +104,7 @@ def _part(
             "rejected_tokens": part["rejected_tokens"],
             "rejected_ns": part["rejected_ns"],
         },
+        "cut_off": {"cut_tokens": part["cut_tokens"], "cut_ns": part["cut_ns"]},
         "kv_block_ms": part["kv_block_ms"],
         **_cost(part, prices, spent),
         "told_nanousd": part["cost_nanousd"],
@@ -177,6 +178,9 @@ def _part_lines(part: Row) -> Iterator[str]:
         )
     if tokens := part["drafts"]["rejected_tokens"]:
         yield f"  {tokens} draft tokens were rejected: {_seconds(part['drafts']['rejected_ns'])}"
+    if tokens := part["cut_off"]["cut_tokens"]:
+        cut = _seconds(part["cut_off"]["cut_ns"])
+        yield f"  {tokens} tokens were computed that are not in the output: {cut}"
     yield from _price_lines(part)
     yield f"  split by {part['method']}"
     for model in part["cost_models"]:

@@ -50,6 +50,8 @@ PART_COLUMNS = (
     "recomputed_tokens",
     "rejected_ns",
     "rejected_tokens",
+    "cut_ns",
+    "cut_tokens",
     "kv_block_ms",
     "step_ns",
     "saved_estimate_ns",
@@ -77,6 +79,7 @@ PART_SUMS = (
     "marginal_ns",
     "recomputed_ns",
     "rejected_ns",
+    "cut_ns",
     "kv_block_ms",
     "saved_estimate_ns",
 )

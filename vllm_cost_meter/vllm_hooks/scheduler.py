@@ -42,7 +42,7 @@ class MeteredScheduler:
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         meter = self.cost_meter
-        meter.run("update_from_output", _result_came, scheduler_output, args, kwargs)
+        meter.run("update_from_output", _result_came, self, scheduler_output, args, kwargs)
         meter.riding = True
         try:
             outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
@@ -88,19 +88,26 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
 
 
 def _result_came(
-    meter: EngineMeter, now_ns: int, scheduler_output: Any, args: Any, kwargs: Any
+    meter: EngineMeter, now_ns: int, scheduler: Any, scheduler_output: Any, args: Any, kwargs: Any
 ) -> None:
-    rejected = None
     drafts = scheduler_output.scheduled_spec_decode_tokens
-    if drafts:
-        model_output = args[0] if args else kwargs["model_runner_output"]
-        rejected = _rejected_drafts(drafts, model_output)
-    meter.result_came(scheduler_output, rejected, now_ns)
+    if not drafts:
+        meter.result_came(scheduler_output, None, now_ns)
+        return
+    model_output = args[0] if args else kwargs["model_runner_output"]
+    rejected, outputs_uncut = _results_of_drafts(drafts, model_output, scheduler.requests)
+    meter.result_came(scheduler_output, rejected, now_ns, outputs_uncut)
 
 
-def _rejected_drafts(drafts: Mapping[str, Any], model_output: Any) -> dict[str, int]:
-    """Return of how many tokens of each request's draft nothing came."""
-    rejected = {}
+def _results_of_drafts(
+    drafts: Mapping[str, Any], model_output: Any, requests: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return of how many tokens of each draft nothing came, and of its request's output the length.
+
+    That is the length if all that was sampled goes into it. vLLM cuts off what is behind the end of
+    the request: what is left when the request is freed tells how much that was.
+    """
+    rejected, outputs_uncut = {}, {}
     for request_id, draft in drafts.items():
         place = model_output.req_id_to_index.get(request_id)
         sampled = model_output.sampled_token_ids[place] if place is not None else ()
@@ -108,7 +115,9 @@ def _rejected_drafts(drafts: Mapping[str, Any], model_output: Any) -> dict[str, 
         # of a prefill that goes on, or of a request that was aborted meanwhile.
         if len(sampled):
             rejected[request_id] = max(len(draft) + 1 - len(sampled), 0)
-    return rejected
+            if (request := requests.get(request_id)) is not None:
+                outputs_uncut[request_id] = request.num_output_tokens + len(sampled)
+    return rejected, outputs_uncut
 
 
 def _added(meter: EngineMeter, now_ns: int, request: Any) -> None:
