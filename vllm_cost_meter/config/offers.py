@@ -1,6 +1,6 @@
 """What APIs charge: from the optional package genai-prices, and from a price file of the user's.
 
-genai-prices is an extra (`pip install vllm-cost-meter[compare]`), works offline and knows history
+genai-prices is the extra `compare` (`pip install genai-prices`), works offline and knows history
 and tiers; it is imported when it is asked for, as it takes seconds and tens of megabytes. A price
 file is TOML; its entries hold from `effective_from` on until the next of the same model.
 
@@ -121,7 +121,7 @@ def offers_of_package(models: Sequence[str], providers: Sequence[str]) -> Iterat
         from genai_prices import data_snapshot  # noqa: PLC0415 - an extra, and heavy
     except ImportError:
         raise ValueError(
-            "model: expected genai-prices to be installed: pip install 'vllm-cost-meter[compare]'"
+            "model: expected genai-prices to be installed: pip install genai-prices"
         ) from None
     found = False
     for provider in data_snapshot.get_snapshot().providers:
