@@ -1,6 +1,8 @@
-"""Whether the meter is on in this process: named by the operator, and understanding this vLLM.
+"""Whether the meter is active in this process.
 
-Invariant: what was refused once stays refused for the life of the process.
+The meter is active if the operator named it in VLLM_PLUGINS and it understands this vLLM.
+
+Invariant: once the meter is refused in a process, it stays refused.
 """
 
 import os
@@ -12,12 +14,12 @@ _refused = False
 
 
 def is_named() -> bool:
-    """Tell whether VLLM_PLUGINS names the meter."""
+    """Return whether VLLM_PLUGINS names the meter."""
     return NAME in os.environ.get("VLLM_PLUGINS", "").split(",")
 
 
 def is_refused() -> bool:
-    """Tell whether this process met a vLLM that is not understood, or could not install a hook."""
+    """Return whether this process found an unknown vLLM, or could not install a hook."""
     return _refused
 
 
@@ -28,5 +30,5 @@ def refuse() -> None:
 
 
 def is_active() -> bool:
-    """Tell whether the meter is named, and vLLM understood."""
+    """Return whether the meter is named and was not refused."""
     return is_named() and not _refused

@@ -19,9 +19,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
-from vllm_cost_meter.tenants.budgets import Owner
-from vllm_cost_meter.tenants.rules import Resolved
 
 
 class RequestTimes(Protocol):
@@ -52,7 +51,7 @@ class Exchange:
 
     route: str
     # As it was when the request came: what is declared of tenants may change while it runs.
-    owner: Resolved
+    owner: Owner
     x_request_id: str | None
     started_at_ns: int
     http_request_id: str = field(default_factory=new_http_request_id)
@@ -71,10 +70,6 @@ class Exchange:
     # background response; without any there is nothing to record.
     unrecorded: HttpRequest | None = None
     _all_billed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def payer(self) -> Owner:
-        """Return whose it is, as budgets ask."""
-        return Owner.of(self.owner.tenant, self.owner.parent, self.owner.tags)
 
     def part_was_born(self, response_id: str | None) -> None:
         """Count an engine request of this exchange."""

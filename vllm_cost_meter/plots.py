@@ -1,9 +1,9 @@
-"""What all plots have in common: where Matplotlib comes from, and how a figure becomes files.
+"""Plots with Matplotlib: make a figure, label its axes, and save it as PNG or SVG.
 
-Matplotlib is an optional extra and loaded when something is to be drawn; nobody's server loads it.
-A figure is drawn without a display and without pyplot, which would keep every figure in memory.
+Matplotlib is an optional extra, loaded only to draw; no server loads it. Figures need no display.
+They do not use pyplot, which would keep every figure in memory.
 
-Invariant: a plot is written as PNG or SVG, or refused with the line that says how to have it.
+Invariant: a plot is written as PNG or SVG, or refused with a line that says how to get it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 DOTS_PER_INCH = 150
-# Colours that the colour-blind can tell apart (Okabe and Ito 2008), in the order they are used.
+# Colours that the colour-blind can distinguish (Okabe and Ito 2008), in order of use.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MISSING = "expected Matplotlib for a plot, it is not installed: pip install matplotlib"
+MISSING = "a plot needs Matplotlib, which is not installed: pip install matplotlib"
 
 
 def new_figure(width_inches: float, height_inches: float) -> "Figure":
-    """Return an empty figure. Raises ValueError where Matplotlib is missing."""
+    """Return an empty figure. Raises ValueError if Matplotlib is missing."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
     except ImportError:
@@ -32,7 +32,10 @@ def new_figure(width_inches: float, height_inches: float) -> "Figure":
 
 
 def label_log_axis(axes: "Axes", which: Literal["x", "y"], text: Callable[[float], str]) -> None:
-    """Mark 1, 2 and 5 of each power of ten, or the powers alone over more than two of them."""
+    """Put ticks on a logarithmic axis; `text` gives a tick's label.
+
+    The ticks are 1, 2 and 5 times each power of ten, or only the powers over more than two decades.
+    """
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     first, last = floor(log10(low)), ceil(log10(high))
     steps = (1, 2, 5) if high <= 100 * low else (1,)
@@ -44,23 +47,26 @@ def label_log_axis(axes: "Axes", which: Literal["x", "y"], text: Callable[[float
 
 
 def is_plot(path: Path) -> bool:
-    """Return whether a file's name says that it is a plot."""
+    """Return whether a file's name ends like a plot's."""
     return path.suffix.lower() in SUFFIXES
 
 
 def refuse_other_names(paths: Iterable[Path]) -> None:
-    """Raise ValueError for a file that is no plot by its name."""
+    """Raise ValueError for a file whose name does not end like a plot's."""
     for path in paths:
         if not is_plot(path):
             raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
 def save(figure: "Figure", paths: Sequence[Path]) -> None:
-    """Write a figure to files whose names end in .png or .svg. Raises ValueError for any other."""
+    """Write a figure to files whose names end in .png or .svg.
+
+    Raises ValueError for any other name, and for a file that cannot be written.
+    """
     refuse_other_names(paths)
     for path in paths:
         try:
-            # Without a date the same figures give the same file.
+            # Without a date, equal figures give equal files.
             metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
             figure.savefig(path, dpi=DOTS_PER_INCH, metadata=metadata)
         except OSError as error:

@@ -253,6 +253,17 @@ def test_importing_the_engine_side_loads_no_settings_no_web_no_database_and_no_r
     assert wrong == []
 
 
+def test_hooks_speak_to_the_engines_meter_and_reach_through_it_to_nothing() -> None:
+    wrong = [
+        where(module, node.lineno)
+        for module, path in MODULES.items()
+        if room_of(module) == "vllm_hooks"
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Attribute) and node.attr == "books"
+    ]
+    assert wrong == []
+
+
 def test_only_what_speaks_at_a_terminal_prints() -> None:
     wrong = [
         where(module, node.lineno)

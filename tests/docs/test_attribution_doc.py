@@ -3,7 +3,7 @@
 from tests.docs.pages import DOCS
 from vllm_cost_meter.attribution import cost_model_py as fit
 from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
-from vllm_cost_meter.lab.validation.real import TENANTS
+from vllm_cost_meter.lab.validation.real_server import TENANTS
 
 TEXT = " ".join((DOCS / "explanation" / "attribution.md").read_text().split())
 

@@ -1,10 +1,11 @@
 """The page on the books: the real books compute its example, its classes are all there are."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from tests.builders import ENGINE_FACTS
+from tests.builders import ENGINE, ENGINE_STATE
 from tests.docs.pages import DOCS, names, section
 from vllm_cost_meter import guard
 from vllm_cost_meter.cli import audit_lines
@@ -24,8 +25,7 @@ ENDED = RequestFacts(
 def books_of(gpus: int) -> EngineBooks:
     return EngineBooks(
         run_id="run",
-        method="tokens",
-        gpus=gpus,
+        engine=replace(ENGINE, gpus=gpus, kv_block_size=None),
         created_ns=0,
         now_ns=1000,
         unix_ns=500_000 * NS_PER_HOUR + 1000,
@@ -33,7 +33,7 @@ def books_of(gpus: int) -> EngineBooks:
 
 
 def look(books: EngineBooks, now_ns: int) -> Snapshot:
-    return books.snapshot(now_ns, 500_000 * NS_PER_HOUR + now_ns, 0, ENGINE_FACTS)
+    return books.snapshot(now_ns, 500_000 * NS_PER_HOUR + now_ns, 0, ENGINE_STATE)
 
 
 def live_the_example(gpus: int = 1) -> tuple[list[int], Snapshot]:

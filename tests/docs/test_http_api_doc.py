@@ -14,7 +14,8 @@ from vllm_cost_meter.api_server.runtime import REFRESH_TIMEOUT_S
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import REQUESTS_PER_PAGE_MAX, make_app
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
-from vllm_cost_meter.ledger.reader import MAX_MATCHES, SETTLE_S, LedgerReader
+from vllm_cost_meter.ledger.queries.requests import MAX_MATCHES
+from vllm_cost_meter.ledger.reader import SETTLE_S, LedgerReader
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 
 REFERENCE = DOCS / "reference"

@@ -13,7 +13,7 @@ from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.invoices import focus as invoice_focus
 from vllm_cost_meter.invoices.files import InvoiceFile, InvoiceRules, read_invoice
 from vllm_cost_meter.invoices.rows import FILE_BYTES_MAX
-from vllm_cost_meter.invoices.timeline import CHARGE_CLASSES, KINDS, BillingSnapshot, InvoiceLine
+from vllm_cost_meter.invoices.timeline import CHARGE_CLASSES, KINDS, InvoiceLine, Reading
 from vllm_cost_meter.ledger.billing.comparison import DIFFERENCE
 from vllm_cost_meter.ledger.billing.hours import HOURS_MAX, ROWS_MAX
 from vllm_cost_meter.ledger.billing.importing import import_invoice
@@ -50,8 +50,8 @@ def test_a_snapshot_has_the_fields_that_the_page_says(tmp_path):
     fields = re.findall(r"^\| `(\w+)`", before, re.MULTILINE)
     path = tmp_path / "readings.csv"
     path.write_text(f"{','.join(fields)}\nr,2026-11-01T00:00:00Z,1,,disk\n")
-    [snapshot] = read_invoice(path, "snapshots", InvoiceRules()).snapshots
-    assert (snapshot.cumulative_nanousd, snapshot.kind) == (10**9, "disk")
+    [reading] = read_invoice(path, "snapshots", InvoiceRules()).readings
+    assert (reading.cumulative_nanousd, reading.kind) == (10**9, "disk")
     row = re.search(r"^\| `kind` \| \| (.*) \|$", before, re.MULTILINE)[1]
     assert tuple(re.findall("`(.*?)`", row.partition(";")[0])) == KINDS
 
@@ -75,7 +75,7 @@ def test_the_numbers_and_words_are_those_of_the_code():
 
 def test_every_field_of_a_resource_and_of_an_import_is_documented_and_no_other(client, tmp_path):
     begin, end = HOUR * NS_PER_HOUR, (HOUR + 1) * NS_PER_HOUR
-    read = [BillingSnapshot("r", "gpu", at, usd) for at, usd in ((begin, 2), (end, 1))]
+    read = [Reading("r", "gpu", at, usd) for at, usd in ((begin, 2), (end, 1))]
     told = InvoiceFile("f", dict.fromkeys(read, "f:1"), {}, 0)
     answer = import_invoice(f"sqlite:///{tmp_path / 'ledger.db'}", told, NS_PER_HOUR, 0)
     assert names(PAGE, "What import and list report") == list(answer["resources"][0])

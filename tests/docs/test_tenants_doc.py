@@ -9,7 +9,8 @@ from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server import request_body
 from vllm_cost_meter.cli.tenants import app
 from vllm_cost_meter.config.tenants import RuleSetting
-from vllm_cost_meter.tenants.rules import CHILD_KINDS, NAME_CHARS_MAX, PROOF_HEADER
+from vllm_cost_meter.records.owner import CHILD_KINDS
+from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, PROOF_HEADER
 
 PAGE = DOCS / "howto" / "tenants-from-keys.md"
 

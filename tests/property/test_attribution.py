@@ -268,4 +268,4 @@ class Lockstep(RuleBasedStateMachine):
 
 
 TestLockstep = Lockstep.TestCase
-TestLockstep.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestLockstep.settings = settings(stateful_step_count=50)

@@ -27,6 +27,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from tests.support.examples import examples
 from vllm_cost_meter.lab.tiny_model import default_path
 from vllm_cost_meter.records.bill import BILL_KEY, CARRIER_ID, Bill, read_bill
 from vllm_cost_meter.vllm_hooks.scheduler import meter_scheduler_class
@@ -231,7 +232,7 @@ def check(life: Life, caching: bool) -> None:
     aborts=st.sampled_from([0, 0.02, 0.2]),
     caching=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_computed_tokens_are_output_rejected_or_cut_off(
     config, base, seed, requests, aborts, caching
 ):

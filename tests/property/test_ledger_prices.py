@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.property.test_ledger_books import NOW, parts_of, runs, slow, snapshot_of, store
-from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import NO_PRICES, Matches, PriceBook, PriceEntry, RunFacts
 from vllm_cost_meter.prices.cost import cost_nanousd
@@ -66,7 +66,7 @@ def test_reports_price_each_hour_by_the_book_at_hand_and_change_no_record(
     bills = [part for run in parts for part in run]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
-        engine = open_ledger(f"sqlite:///{path}")
+        engine = open_database(f"sqlite:///{path}")
         store(engine, [*bills, *snapshots], seed)
         engine.dispose()
         before = dump(path)
@@ -87,12 +87,12 @@ def check(book: PriceBook, bills: list, snapshots: list, whole: dict, hours: lis
         for hour, totals in snapshot.hours.items()
     ]
     assert priced(whole) == judged(book, every, every)
-    for tenant in {part.tenant for part in bills}:
+    for tenant in {part.owner.tenant for part in bills}:
         spent = [
             (part.bill.run_id, piece.hour, piece.gpu_time_ns)
             for part in bills
             for piece in part.bill.pieces
-            if part.tenant == tenant
+            if part.owner.tenant == tenant
         ]
         if tenant in rows:
             assert priced(rows[tenant]) == judged(book, spent, every)

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.attribution.cost_model_py import ZERO, Plane, Work, time_of
+from vllm_cost_meter.attribution.cost_model import Plane
+from vllm_cost_meter.attribution.cost_model_py import ZERO, Work, time_of
 from vllm_cost_meter.attribution.shapley_py import LARGE_MAX, WEIGHT_SUM, Game, solve_game
 
 COEFFICIENT = st.just(0.0) | st.floats(1e-3, 1e4)

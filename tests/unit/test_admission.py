@@ -16,7 +16,8 @@ from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.collector import NoCollector
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.queries.spending import Spending
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Owner, Standing
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 
 TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()], **more}

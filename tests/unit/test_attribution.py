@@ -194,6 +194,14 @@ class TestStep:
         assert meter.fallbacks == 0
         assert used(meter.accrued("a", NOW)) == (0, 0, 0, 0, 1)
 
+    @pytest.mark.parametrize("coefficient", [sys.float_info.min, 1e-300, 1e-12])
+    def test_a_model_that_knows_next_to_no_time_shares_equally(self, impl, coefficient):
+        meter = impl.StepMeter("shapley")
+        meter.adopt(((0.0,) * 5, (0.0,) * 5, (0.0, 0.0, 0.0, 0.0, coefficient)), False)
+        meter.settle(meter.begin({"a": 1, "b": 3}, NOW), 400)
+        assert [used(meter.close(name, NOW))[:2] for name in "ab"] == [(0, 200), (0, 200)]
+        assert meter.fallbacks == 1
+
     def test_time_of_an_empty_step_is_tail(self, meter):
         step = meter.begin({}, NOW)
         assert meter.share(step, 3) == 3

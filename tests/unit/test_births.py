@@ -11,7 +11,7 @@ from tests.unit.world import Engine, make_collector
 from vllm_cost_meter.api_server import open_requests as births_module
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.exchange import Exchange
-from vllm_cost_meter.tenants.rules import Resolved
+from vllm_cost_meter.records.owner import NamedBy, Owner
 
 ANNOUNCED = "SELECT request_id, http_request_id, tenant, x_request_id FROM open_requests"
 
@@ -23,7 +23,9 @@ def sweep(world, times: int = 1) -> None:
 
 
 def test_a_request_is_announced_at_its_second_sweep_and_gone_with_its_bill(world):
-    exchange = Exchange("/v1/completions", Resolved("alice", "api_key"), "mine", time.time_ns())
+    exchange = Exchange(
+        "/v1/completions", Owner("alice", NamedBy("api_key")), "mine", time.time_ns()
+    )
     world.engine.born("cmpl-x-0-abc", "cmpl-x-0", exchange=exchange, prompt_group="g", lora="l")
     sweep(world)
     assert world.rows(ANNOUNCED) == []

@@ -25,8 +25,8 @@ from vllm_cost_meter.api_server.collector import (
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.owner import NamedBy, Owner
 from vllm_cost_meter.records.requests import Latencies, Usage
-from vllm_cost_meter.tenants.rules import Resolved
 from vllm_cost_meter.units.time import NS_PER_HOUR
 from vllm_cost_meter.vllm_hooks import engines
 
@@ -34,7 +34,7 @@ EVERYTHING = "SELECT request_id, http_request_id, tenant, route, response_id FRO
 
 
 def exchange_of(route: str = "/v1/completions", tenant: str = "alice") -> Exchange:
-    return Exchange(route, Resolved(tenant, "api_key"), None, time.time_ns())
+    return Exchange(route, Owner(tenant, NamedBy("api_key")), None, time.time_ns())
 
 
 # ---- births and bills

@@ -15,8 +15,8 @@ from vllm_cost_meter.lab.validation.compare import (
     Splitter,
     compare,
 )
+from vllm_cost_meter.lab.validation.percentiles import Percentiles
 from vllm_cost_meter.lab.validation.roofline import StepGame
-from vllm_cost_meter.lab.validation.spread import Spread
 from vllm_cost_meter.lab.validation.traffic import Trace, TraceStep, make_trace
 from vllm_cost_meter.lab.validation.truth import enumerated
 
@@ -170,4 +170,4 @@ def test_each_step_is_announced():
     ],
 )
 def test_percentiles_are_interpolated(values, expected):
-    assert dataclasses.astuple(Spread.of(values)) == pytest.approx(expected)
+    assert dataclasses.astuple(Percentiles.of(values)) == pytest.approx(expected)

@@ -8,6 +8,7 @@ a clock that the tests move.
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,13 @@ from types import SimpleNamespace
 import pytest
 from msgspec import msgpack
 
-from tests.builders import make_part
+from tests.builders import ENGINE, make_part
 from tests.unit.nvml import GPU_IS_LOST, TIMEOUT, A, B, Card, Machine, S
 from vllm_cost_meter.engine import meter as engine_module
 from vllm_cost_meter.engine.books import RequestFacts
 from vllm_cost_meter.engine.energy import books as energy_books
 from vllm_cost_meter.engine.energy.nvml import RETRY_NS, EnergyCounter
-from vllm_cost_meter.engine.meter import EngineIdentity, EngineMeter
+from vllm_cost_meter.engine.meter import EngineMeter
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import EnergyPrice, PriceBook
@@ -48,9 +49,7 @@ class Engine:
         monkeypatch.setattr(engine_module, "time", clock)
         monkeypatch.setattr(engine_module, "process_created_ns", lambda: self.now_ns - 20 * S)
         self.meter = EngineMeter(
-            method="tokens",
-            gpus=max(len(ordinals), 1),
-            engine=EngineIdentity("m", 0, "0.32", "a GPU", "tp=1 pp=1 dp=1"),
+            engine=replace(ENGINE, gpus=max(len(ordinals), 1)),
             energy=EnergyCounter(ordinals, ENVIRON),
         )
         self.known: set[str] = set()

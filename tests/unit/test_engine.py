@@ -4,15 +4,17 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.builders import ENGINE
 from vllm_cost_meter.engine import meter as engine_module
 from vllm_cost_meter.engine.books import RequestFacts
-from vllm_cost_meter.engine.meter import EngineIdentity, EngineMeter, NoMeter, process_created_ns
+from vllm_cost_meter.engine.meter import EngineMeter, NoMeter, process_created_ns
 from vllm_cost_meter.records.bill import Bill
 from vllm_cost_meter.records.snapshot import Snapshot
 from vllm_cost_meter.vllm_hooks import engine_core
@@ -23,9 +25,7 @@ class Scheduler:
 
     def __init__(self, gpus: int = 1) -> None:
         self.meter = EngineMeter(
-            method="tokens",
-            gpus=gpus,
-            engine=EngineIdentity("m", 0, "0.32", "a GPU", "tp=1 pp=1 dp=1"),
+            engine=replace(ENGINE, gpus=gpus),
         )
         self.held: set[str] = set()
         self.bills: list[Bill] = []
@@ -376,7 +376,7 @@ def test_gpu_time_is_wall_time_times_gpus():
     engine.step("a", a=8)
     snapshot = engine.settled()
     assert snapshot.totals.total() == 4 * snapshot.wall_ns
-    assert snapshot.gpus == 4
+    assert snapshot.engine.gpus == 4
 
 
 def test_startup_is_booked_since_the_process_was_created(engine):

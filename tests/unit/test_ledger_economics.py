@@ -43,7 +43,7 @@ def write(ledger, usd: str | None = "36") -> None:
     at = T0 + NS_PER_HOUR
     bills = [part(n, f"h{n}", pieces=pieces) for n in (1, 2, 3)]
     bills.append(part(4, "h4", pieces=late, tenant="bob", started_at_ns=at, finished_at_ns=at + S))
-    told = [http(b.http_request_id, tenant=b.tenant, at=n) for n, b in enumerate(bills[:3])]
+    told = [http(b.http_request_id, owner=b.owner, at=n) for n, b in enumerate(bills[:3])]
     told.append(http("h4", tenant="bob", started_at_ns=at, finished_at_ns=at + S))
     hours = {
         HOUR: ClassTotals(requests=9 * S, in_flight=S, idle=30 * S),

@@ -16,7 +16,7 @@ from tests.unit.test_ledger_reader import HOUR, NOW, Ledger, part, snapshot
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.invoices.files import InvoiceFile
-from vllm_cost_meter.invoices.timeline import BillingSnapshot, InvoiceLine
+from vllm_cost_meter.invoices.timeline import InvoiceLine, Reading
 from vllm_cost_meter.ledger.billing.days import invoice_days
 from vllm_cost_meter.ledger.billing.hours import HOURS_MAX
 from vllm_cost_meter.ledger.billing.importing import import_invoice
@@ -34,9 +34,9 @@ MONTH = "2027-01"
 AFTER = (HOUR + 24 * 30) * NS_PER_HOUR
 
 
-def read(hour: float, usd: float, resource: str = "gpu-1", kind: str = "gpu") -> BillingSnapshot:
+def read(hour: float, usd: float, resource: str = "gpu-1", kind: str = "gpu") -> Reading:
     at_ns = round((HOUR + hour) * NS_PER_HOUR)
-    return BillingSnapshot(resource, kind, at_ns, round(usd * USD))
+    return Reading(resource, kind, at_ns, round(usd * USD))
 
 
 def charged(
@@ -50,7 +50,7 @@ def a_file(*facts) -> InvoiceFile:
     def those(kind):
         return {fact: f"bill.csv:{n}" for n, fact in enumerate(facts, 2) if isinstance(fact, kind)}
 
-    return InvoiceFile("bill.csv", those(BillingSnapshot), those(InvoiceLine), 0)
+    return InvoiceFile("bill.csv", those(Reading), those(InvoiceLine), 0)
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_without_the_settings_a_run_costs_what_it_was_told_when_it_began(ledger)
     assert (report["cost_nanousd"], report["usd_per_gpu_hour"]) == (56, "36")
     [shown] = report["prices"]
     assert (shown["source"], shown["effective_from"]) == (
-        "settings (told when the run began)",
+        "settings (recorded when the run began)",
         None,
     )
     ledger.priced(price("72", HOUR + 2))

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.builders import make_bill, make_part, make_snapshot
+from tests.builders import make_bill, make_part, make_snapshot, owned
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader, Match
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry
 from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Price, Usage
 from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -46,15 +47,15 @@ def part(seq: int, http_id: str | None = "h1", **changes: object) -> EngineReque
         finished_at_ns=T0 + seq * 10**6,
         latencies=Latencies(seq, 2.0 * seq, 3.0, 4.0 * seq),
     )
-    return replace(record, **changes)
+    return replace(record, **owned(changes))
 
 
 def http(http_id: str = "h1", usage: Usage | None = None, at: int = 0, **changes) -> HttpRequest:
     record = HttpRequest(
-        http_id, f"resp-{http_id}", f"x-{http_id}", "alice", "m", "/v1/completions", 200, False,
-        usage or Usage(), 300, 7, T0, T0 + at * 10**6,
+        http_id, f"resp-{http_id}", f"x-{http_id}", Owner("alice"), "m", "/v1/completions", 200,
+        False, usage or Usage(), 300, 7, T0, T0 + at * 10**6,
     )  # fmt: skip
-    return replace(record, **changes)
+    return replace(record, **owned(changes))
 
 
 def snapshot(bills: list[EngineRequest], number: int = 1, run_id: str = "run", **changes: object):
@@ -271,7 +272,7 @@ def test_a_token_we_did_not_make_is_refused(ledger, token):
 
 def test_tenant_rows_and_class_rows_add_up_to_wall_times_gpus(ledger):
     bills = [part(1, "h1"), part(2, "h2", tenant="bob"), part(3, "h3", tenant="bob")]
-    ledger.write(*bills, *(http(b.http_request_id, tenant=b.tenant) for b in bills), usd="3600")
+    ledger.write(*bills, *(http(b.http_request_id, owner=b.owner) for b in bills), usd="3600")
     ledger.write(snapshot(bills), usd="3600")
     report = ledger.tenants()
     rows = report["tenants"]

@@ -46,7 +46,7 @@ def write_five(ledger) -> None:
         part(4, "h4", tenant="bob", route="/v1/chat/completions"),
         part(5, "h5", tenant="bob", model=None, finished_at_ns=at, **late),
     ]
-    told = [http(b.http_request_id, tenant=b.tenant) for b in bills[:4]]
+    told = [http(b.http_request_id, owner=b.owner) for b in bills[:4]]
     told.append(http("h5", tenant="bob", finished_at_ns=at))
     hours = {
         HOUR: ClassTotals(requests=1200, idle=1000, in_flight=40),

@@ -15,7 +15,7 @@ from tests.unit.world import BODY, JSON, replying, scope_of
 from vllm_cost_meter.api_server import middleware
 from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.exchange import current_exchange, exchange_of
-from vllm_cost_meter.tenants.rules import Resolved
+from vllm_cost_meter.records.owner import Owner
 
 TWO_TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()]}
@@ -91,7 +91,7 @@ def test_a_route_finds_the_exchange_of_its_own_scope(world):
     scope = scope_of()
     assert exchange_of(scope) is None
     world.run(app, scope)
-    assert isinstance(found[0].owner, Resolved)
+    assert isinstance(found[0].owner, Owner)
 
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])

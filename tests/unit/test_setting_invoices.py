@@ -68,7 +68,7 @@ def test_settings_make_the_rules(tmp_path):
         ),
         (
             '[[invoice_rates]]\ncurrency = "USD"\nusd_rate = 1',
-            "invoice_rates[0].currency (FILE:2): expected a currency but USD, got 'USD'",
+            "invoice_rates[0].currency (FILE:2): expected a currency other than USD, got 'USD'",
         ),
         (
             '[[invoice_rates]]\ncurrency = "XXX"\nusd_rate = 1',

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from vllm_cost_meter import metrics
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.queries.spending import PriceOf, Spending
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Owner, Standing, Verdict, decide
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, Verdict, decide
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
 # The ledger is asked for new snapshots so many times in the time between two of them.

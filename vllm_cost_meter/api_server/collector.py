@@ -40,6 +40,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook, RunFacts, by_price, terms, total_nanousd
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.owner import NOBODY, Owner
 from vllm_cost_meter.records.requests import (
     EngineRequest,
     HttpRequest,
@@ -48,8 +49,7 @@ from vllm_cost_meter.records.requests import (
     Price,
 )
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
-from vllm_cost_meter.tenants.budgets import Figures, Owner
-from vllm_cost_meter.tenants.rules import NOBODY
+from vllm_cost_meter.tenants.budgets import Figures
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 from vllm_cost_meter.vllm_hooks import engines
 
@@ -197,7 +197,7 @@ class Collector:
         return [
             birth.request_id
             for birth in self._births
-            if birth.exchange is not None and covers(birth.exchange.payer())
+            if birth.exchange is not None and covers(birth.exchange.owner)
         ]
 
     def _earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
@@ -281,7 +281,6 @@ class Collector:
 
     def _open_request(self, birth: Birth) -> OpenRequest:
         exchange = birth.exchange
-        owner = exchange.owner if exchange else NOBODY
         return OpenRequest(
             request_id=birth.request_id,
             external_id=birth.external_id,
@@ -289,10 +288,7 @@ class Collector:
             http_request_id=exchange.http_request_id if exchange else None,
             x_request_id=exchange.x_request_id if exchange else None,
             prompt_group=birth.prompt_group,
-            tenant=owner.tenant,
-            tenant_rule=owner.rule,
-            tenant_parent=owner.parent,
-            tags=owner.tags,
+            owner=exchange.owner if exchange else NOBODY,
             model=self._facts.model,
             lora=birth.lora,
             route=exchange.route if exchange else None,
@@ -302,17 +298,13 @@ class Collector:
     def _part(self, bill: Bill, birth: Birth | None, announced: bool) -> EngineRequest:
         finished_at_ns = time.time_ns()
         exchange = birth.exchange if birth is not None else None
-        owner = exchange.owner if exchange else NOBODY
         return EngineRequest(
             bill=bill,
             http_request_id=exchange.http_request_id if exchange else None,
             response_id=_response_id(birth) if birth else None,
             external_id=birth.external_id if birth else None,
             prompt_group=birth.prompt_group if birth else bill.request_id,
-            tenant=owner.tenant,
-            tenant_rule=owner.rule,
-            tenant_parent=owner.parent,
-            tags=owner.tags,
+            owner=exchange.owner if exchange else NOBODY,
             model=self._facts.model,
             lora=birth.lora if birth else None,
             route=exchange.route if exchange else None,
@@ -383,8 +375,7 @@ class Collector:
             http_request_id=exchange.http_request_id,
             response_id=exchange.response_id,
             x_request_id=exchange.x_request_id,
-            tenant=exchange.owner.tenant,
-            tenant_rule=exchange.owner.rule,
+            owner=exchange.owner,
             model=self._facts.model,
             route=exchange.route,
             status=status,
@@ -430,7 +421,8 @@ def get_collector() -> Collector | NoCollector:
 
 def told_price(book: PriceBook, snapshot: Snapshot) -> Price | None:
     """Return the price of a run in the hour it began, as the ledger keeps it; None without one."""
-    run = RunFacts(snapshot.gpus, snapshot.model, snapshot.hardware, snapshot.host)
+    engine = snapshot.engine
+    run = RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
     price = book.price_at(run, snapshot.started_at_ns // NS_PER_HOUR)
     if price is None:
         return None

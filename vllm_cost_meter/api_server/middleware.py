@@ -33,9 +33,10 @@ from vllm_cost_meter.api_server.routes import reaches_engine, route_of
 from vllm_cost_meter.api_server.runtime import start_side
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Exchange, current_exchange, is_metered, set_exchange
+from vllm_cost_meter.records.owner import CONTRADICTION
 from vllm_cost_meter.records.requests import Usage
-from vllm_cost_meter.tenants.budgets import Owner, Verdict
-from vllm_cost_meter.tenants.rules import CONTRADICTION, NO_CLAIMS, BodyClaims
+from vllm_cost_meter.tenants.budgets import Verdict
+from vllm_cost_meter.tenants.rules import NO_CLAIMS, BodyClaims
 
 # nginx's "client closed request": the client left before any status was sent.
 CLIENT_LEFT = 499
@@ -172,7 +173,7 @@ def _judged(collector: Collector, exchange: Exchange) -> Judged:
     if exchange.owner == CONTRADICTION:
         metrics.count_refused("contradicting", "")
         return Judged(contradicting(exchange.route))
-    verdict = collector.admission.verdict(exchange.payer())
+    verdict = collector.admission.verdict(exchange.owner)
     if verdict.kind in ("blocked", "unavailable"):
         return Judged(refusal(verdict, exchange.owner.tenant, exchange.route))
     if verdict.kind == "throttled":
@@ -191,7 +192,7 @@ def _refused_while_down(scope: Scope, settings: Settings | None) -> Refusal | No
             return None
         if owner == CONTRADICTION:
             return contradicting(route)
-        if fails_closed(Owner(owner.tenant, owner.parent), settings.failing_closed):
+        if fails_closed(owner, settings.failing_closed):
             return refusal(_DOWN, owner.tenant, route)
     return None
 

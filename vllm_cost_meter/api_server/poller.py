@@ -132,7 +132,7 @@ class Poller:
             logger.error(
                 "cost meter: engine %d switched its meter off after %d errors; its time is "
                 "booked as lost until the server is restarted",
-                snapshot.engine_index,
+                snapshot.engine.engine_index,
                 snapshot.errors,
             )
         metrics.set_engine(snapshot)

@@ -37,9 +37,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A plane: coefficients of 1, tokens, sequences, products, context.
-Plane = tuple[float, float, float, float, float]
-Planes = tuple[Plane, Plane, Plane]  # compute, memory, one
+from vllm_cost_meter.attribution.cost_model import Plane, Planes
+
 COMPUTE, MEMORY, ONE = 0, 1, 2
 ZERO: Plane = (0.0, 0.0, 0.0, 0.0, 0.0)
 # Without any prior a step costs its tokens.

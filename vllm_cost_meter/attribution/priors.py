@@ -1,24 +1,23 @@
-"""What a step costs before any step was seen: planes from counts of FLOPs and bytes.
+"""Priors for the cost model: a step's cost before any step was seen, from FLOPs and bytes.
 
-A model's FLOPs and bytes of memory traffic are linear in what a batch holds
-(docs/explanation/attribution.md), so divided by a GPU's published peaks they are the two planes of
-its roofline, too low by whatever
-the GPU does not reach of its peaks. The fit finds the scale of each plane from the first steps;
-the prior's part is the ratio of the terms within a plane. Which plane is higher for a step it
-cannot say, as a GPU reaches more of its bandwidth than of its arithmetic: only the planes of an
-earlier fit are trusted with that.
+A model's FLOPs and memory traffic are linear in the batch's sums (docs/explanation/attribution.md).
+Divided by a GPU's published peaks, they give the two planes of its roofline. Both planes are too
+low, because no GPU reaches its peaks. The fit finds each plane's scale from the first steps; the
+prior gives the ratio between the terms within a plane. A prior cannot say which plane is higher for
+a step, because a GPU reaches more of its bandwidth than of its arithmetic. Only an earlier fit's
+planes are trusted with that.
 
 Invariant: coefficients are in ns per unit, finite and >= 0.
 """
 
 from dataclasses import dataclass
 
-from vllm_cost_meter.attribution.cost_model_py import Plane, Planes
+from vllm_cost_meter.attribution.cost_model import Plane, Planes
 
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """What a GPU could do at best, as its maker publishes it: dense FLOP/s, bytes/s of memory."""
+    """A GPU's published peaks: dense FLOP/s, and memory bandwidth in bytes/s."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -26,15 +25,18 @@ class Peaks:
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """Planes to start from. `trusted`: an earlier fit's. `source` says whence."""
+    """The planes that a fit starts from. `trusted` means that they come from an earlier fit.
+
+    `source` says where they come from.
+    """
 
     planes: Planes | None
     trusted: bool
     source: str
 
 
-# A known GPU by the start of the name that its driver tells. Sources: NVIDIA datasheets (dense
-# bf16, half of the figures with sparsity).
+# Known GPUs by the first part of the name in their driver. The figures are from NVIDIA's
+# datasheets: dense bf16, which is half of the figures with sparsity.
 KNOWN_PEAKS = {
     "NVIDIA H200": Peaks(989e12, 4.8e12),
     "NVIDIA H100 PCIe": Peaks(756e12, 2.0e12),
@@ -47,22 +49,22 @@ KNOWN_PEAKS = {
     "NVIDIA L4": Peaks(121e12, 0.3e12),
     "NVIDIA A10": Peaks(125e12, 0.6e12),
 }
-# FLOPs per byte at which a GPU of this decade is as busy with either: for one that is not known.
+# For an unknown GPU: the FLOPs per byte at which a GPU of this decade is equally busy with both.
 USUAL_BALANCE = 250.0
 NOTHING_KNOWN = Prior(None, trusted=False, source="tokens")
 
 
 def peaks_of(device_name: str) -> Peaks | None:
-    """Return the published peaks of a device by the name its driver tells, None if not known."""
+    """Return a device's published peaks by the name in its driver; None if not known."""
     known = [name for name in KNOWN_PEAKS if device_name.startswith(name)]
     return KNOWN_PEAKS[max(known, key=len)] if known else None
 
 
 def prior_of_counts(flops: Plane, bytes_moved: Plane, peaks: Peaks | None, source: str) -> Prior:
-    """Return the prior of a model on a GPU.
+    """Return the prior for a model on a GPU.
 
-    `flops` and `bytes_moved` are the counts of a step, as planes over (1, tokens, sequences,
-    products, context). Without peaks the planes are in units of their own.
+    `flops` and `bytes_moved` are a step's counts, as planes over (1, tokens, sequences, products,
+    context). The prior's planes are in ns; without peaks they are in arbitrary units.
     """
     peaks = peaks or Peaks(1e12, 1e12 / USUAL_BALANCE)
     compute = _scaled(flops, 1e9 / peaks.flops_per_s)

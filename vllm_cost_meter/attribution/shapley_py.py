@@ -34,12 +34,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_cost_meter.attribution.cost_model_py import Plane, Work, time_of, total_of
+from vllm_cost_meter.attribution.cost_model import Plane
+from vllm_cost_meter.attribution.cost_model_py import Work, time_of, total_of
 
 LARGE_MAX = 4
 # Weights of a step's requests add up to about this: half of what there is room for.
 WEIGHT_SUM = 2**30
-LARGEST_NS = 9.2e18
+# What a model may say that a step takes. Weights of a shorter one would not be finite.
+SMALLEST_NS, LARGEST_NS = 1e-9, 9.2e18
 
 
 @dataclass(slots=True, frozen=True)
@@ -97,7 +99,7 @@ class Game:
         return margins
 
     def _is_sound(self) -> bool:
-        return 0.0 < self.total_ns < LARGEST_NS
+        return SMALLEST_NS < self.total_ns < LARGEST_NS
 
 
 def _decode_line(plane: Plane) -> tuple[float, float]:

@@ -39,7 +39,8 @@ Invariant: the ns settled or shared = those closed, cut, discarded + all tails +
 import math
 from collections.abc import Sequence
 
-from vllm_cost_meter.attribution.cost_model_py import TERMS, TOKENS_PRIOR, Planes, StepFit, total_of
+from vllm_cost_meter.attribution.cost_model import Model, Planes
+from vllm_cost_meter.attribution.cost_model_py import TERMS, TOKENS_PRIOR, StepFit, total_of
 from vllm_cost_meter.attribution.requests_py import NS_MAX, WEIGHT_MAX, Part, Request, Step
 from vllm_cost_meter.attribution.shapley_py import solve_game
 from vllm_cost_meter.records.accrued import Accrued
@@ -50,9 +51,6 @@ MODELS_MAX = 64  # that are remembered
 ENDED = "(ended)"
 
 METHODS = ("shapley", "tokens", "equal")
-
-# Version, form, planes, steps, errors of two planes and of one, variance explained.
-Model = tuple[int, str, Planes, int, float, float, float]
 
 
 def split(total_ns: int, weights: Sequence[int]) -> list[int]:

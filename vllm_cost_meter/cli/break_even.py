@@ -21,7 +21,7 @@ from vllm_cost_meter.economics.calculators import calculate
 from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH
 from vllm_cost_meter.plots import refuse_other_names
 from vllm_cost_meter.prices.book import described
-from vllm_cost_meter.prices.by_kind import listed, prices_by_kind, usd_per_hour_of
+from vllm_cost_meter.prices.purchase_kinds import listed, prices_by_kind, usd_per_hour_of
 from vllm_cost_meter.units.text import plain
 from vllm_cost_meter.units.time import NS_PER_HOUR
 

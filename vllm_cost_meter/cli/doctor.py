@@ -16,7 +16,7 @@ from sqlalchemy import make_url, update
 
 from vllm_cost_meter.activation import NAME
 from vllm_cost_meter.engine.energy.nvml import EnergyCounter
-from vllm_cost_meter.ledger.database import check_location, open_ledger, writing
+from vllm_cost_meter.ledger.database import check_location, open_database, writing
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import schema_version
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts, described
@@ -94,7 +94,7 @@ def _vllm() -> Finding:
 
 def _ledger(url: str) -> Finding:
     check_location(url)
-    engine = open_ledger(url, busy_timeout_s=LEDGER_TIMEOUT_S)
+    engine = open_database(url, busy_timeout_s=LEDGER_TIMEOUT_S)
     try:
         with writing(engine).begin() as connection:
             # Changes nothing, and fails where a bill would: locked, read-only, full.

@@ -10,7 +10,8 @@ import typer
 
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import CostMeterError
-from vllm_cost_meter.ledger.database import default_url
+from vllm_cost_meter.ledger.database import url_of
+from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.text import plain
 
@@ -37,20 +38,17 @@ def one_line_errors() -> Iterator[None]:
 @contextmanager
 def reading(ledger: str | None) -> Iterator[LedgerReader]:
     """Open the ledger; a user's error ends the command."""
-    with one_line_errors():
-        reader = LedgerReader(ledger_url(ledger), book=load_settings().price_book)
-        try:
-            yield reader
-        finally:
-            reader.close()
+    with (
+        one_line_errors(),
+        open_ledger(ledger_url(ledger), book=load_settings().price_book) as reader,
+    ):
+        yield reader
 
 
 def ledger_url(ledger: str | None) -> str:
     """Return the URL of the ledger that an option or the settings name."""
-    if ledger is None:
-        with one_line_errors():
-            ledger = load_settings().ledger or default_url()
-    return ledger if "://" in ledger else f"sqlite:///{Path(ledger).resolve()}"
+    with one_line_errors():
+        return url_of(ledger if ledger is not None else load_settings().ledger or None)
 
 
 def write_output(path: Path, text: str) -> None:

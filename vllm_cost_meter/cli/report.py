@@ -16,7 +16,7 @@ import typer
 from vllm_cost_meter.cli.options import Json, Ledger, reading, write_output
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.reports.allocation import COUNTS
-from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, question
+from vllm_cost_meter.reports.grammar import DIMENSIONS, STEPS, TAG, TIMES, Words
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
@@ -102,7 +102,9 @@ def report(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
     """Print what each tenant used and what the engines did besides, or the latest requests."""
-    words: dict[str, Any] = {
+    words: Words = {
+        "window": window,
+        "tz": tz,
         "aggregate": aggregate,
         "step": step,
         "accumulate": accumulate,
@@ -111,14 +113,11 @@ def report(
         "price": price,
     }
     with reading(ledger) as reader:
-        if what is What.requests:
-            _refuse({"window": window, "tz": tz, **words}, "requests", "tenants")
-        else:
-            _refuse({"tenant": tenant}, "tenants", "requests")
+        _refuse(words if what is What.requests else {"tenant": tenant}, what)
         if as_json and as_csv:
             raise ValueError("--csv: expected without --json, got both")
-        if any(words.values()):
-            answer = reader.report(question(window=window, tz=tz, **words))
+        if any(value for word, value in words.items() if word not in ("window", "tz")):
+            answer = reader.report(**words)
             rows, columns = _series_rows(answer)
         elif what is What.tenants:
             answer = reader.tenants(*hours_of_window(window, zone=zone_of(tz)))
@@ -176,8 +175,9 @@ def adds_up_line(answer: Mapping[str, Any]) -> str:
     return f"DOES NOT ADD UP: {answer['difference_ns']} ns of {wall_s:.6f} GPU-seconds are missing"
 
 
-def _refuse(words: Mapping[str, object], got: str, expected: str) -> None:
-    """Raise ValueError for a word that would be passed over."""
+def _refuse(words: Mapping[str, object], got: What) -> None:
+    """Raise ValueError for a word that would be passed over: it is of the other report."""
+    expected = What.tenants if got is What.requests else What.requests
     for name, value in words.items():
         if value:
             raise ValueError(f"--{name}: expected with `report {expected}`, got it with {got}")

@@ -1,1 +1,1 @@
-"""Settings: what may be set, where it is read from, and what a mistake says."""
+"""Settings: the values an operator may set, where they are read from, and their error messages."""

@@ -1,6 +1,7 @@
-"""The settings of a budget: what may stand in a `[[budgets]]` table, and the `Budget` it means.
+"""Budget settings: the `[[budgets]]` tables, and the `Budget` that each declares.
 
-A money budget without a price would never be reached, so it refuses to start (`check_budgets`).
+A budget in USD would never be reached without a price, so the server refuses to start with one
+(`check_budgets`).
 
 Invariant: `budget()` of a checked setting never fails.
 """
@@ -13,8 +14,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from vllm_cost_meter.config import types as t
+from vllm_cost_meter.records.owner import UNKNOWN
 from vllm_cost_meter.tenants.budgets import Budget
-from vllm_cost_meter.tenants.rules import UNKNOWN
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
@@ -142,7 +143,7 @@ class BudgetSetting(BaseModel):
         return self
 
     def budget(self, members: Collection[str] = frozenset()) -> Budget:
-        """Return the budget this declares, of a tenant that has these below it."""
+        """Return the declared budget; `members` are the tenants below its tenant."""
         amount, of_one = (
             (self.usd, NANOUSD_PER_USD)
             if self.usd is not None
@@ -169,7 +170,7 @@ class BudgetSetting(BaseModel):
 
 
 def check_budgets(budgets: Sequence[BudgetSetting], has_price: bool) -> None:
-    """Raise WrongError unless names are unique and money budgets have a price to count by."""
+    """Raise WrongError unless names are unique, and there is a price for budgets in USD."""
     names: set[str] = set()
     for budget in budgets:
         if budget.name in names:

@@ -1,6 +1,6 @@
-"""The settings of economics: which latencies are good, what full load is, what APIs charge.
+"""Economics settings: latency bounds (SLO), full load, and the file with API prices.
 
-Invariant: no figure of the books depends on them, so they may change at any time.
+Invariant: no figure in the books depends on them, so they may change at any time.
 """
 
 from pydantic import BaseModel, Field
@@ -12,7 +12,7 @@ BOUND = "a number above 0, at most 1,000,000,000"
 
 
 class EconomicsSettings(BaseModel):
-    """A part of all settings."""
+    """The economics part of the settings."""
 
     slo_ttft_ms: t.Number | None = Field(
         default=None,
@@ -68,7 +68,7 @@ class EconomicsSettings(BaseModel):
 
     @property
     def declared(self) -> Declared:
-        """What was declared of the deployment."""
+        """The declared latency bounds and full load."""
         return Declared(
             self.slo_ttft_ms,
             self.slo_tpot_ms,

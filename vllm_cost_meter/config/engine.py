@@ -1,10 +1,10 @@
-"""The settings that an engine needs, read without the machinery that checks all the others.
+"""Engine settings: the two values that an engine process needs, read without pydantic.
 
-EngineCore and every worker import this; the whole of the settings would bring pydantic and fifty of
-our modules into them to read two values. The operator's process has checked the same environment
-and file before any engine starts (`plugin.check_settings`).
+EngineCore and every worker import this module. The full settings would bring pydantic and fifty of
+our modules into them to read two values. The operator's process checks the same environment and
+file before any engine starts (`plugin.check_settings`).
 
-Invariant: what is returned is what `load_settings` would return in this process.
+Invariant: the values are those that `load_settings` would return in this process.
 """
 
 import os
@@ -23,14 +23,14 @@ METHOD_EXPECTED = "shapley, tokens or equal"
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How a step's time is split, and the file into which steps are logged, if any."""
+    """The method that splits a step's time, and the file for the step log, if any."""
 
     method: Method = "shapley"
     step_log: str | None = None
 
 
 def load_engine_settings(environ: Mapping[str, str] = os.environ) -> EngineSettings:
-    """Return the engine's settings of this environment and of the file that it names.
+    """Return the engine's settings from this environment and the file that it names.
 
     Raises SettingError, OSError or ValueError where `load_settings` raises SettingError.
     """

@@ -1,8 +1,9 @@
-"""How files of bills are read, as settings: `[[invoices]]`, `[[invoice_resources]]` and rates.
+"""Invoice settings: `[[invoices]]`, `[[invoice_resources]]` and `[[invoice_rates]]`.
 
-Only the command line reads bills, so a server takes every change of these for granted.
+They say how the command line reads a provider's bill files. A server does not use them, so it
+accepts every change.
 
-Invariant: what is here makes `InvoiceRules` in which every field of a charge is found somewhere.
+Invariant: checked settings give `InvoiceRules` with a source for every field of a charge.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,7 +104,7 @@ class InvoiceSetting(BaseModel):
         return self
 
     def layout(self) -> Layout:
-        """Return how a file is laid out."""
+        """Return the file layout that this entry declares."""
         zone = zone_of(self.timezone)
         return Layout(self.columns, self.constants, self.time_format, zone, self.delimiter)
 
@@ -139,7 +140,7 @@ class RateSetting(BaseModel):
 
 
 class InvoiceSettings(BaseModel):
-    """A part of all settings."""
+    """The invoices part of the settings."""
 
     invoices: tuple[InvoiceSetting, ...] = Field(
         default=(),
@@ -179,12 +180,12 @@ class InvoiceSettings(BaseModel):
         _refuse_twice(settings, "currency", lambda one: one.currency)
         for place, one in enumerate(settings):
             if one.currency == USD:
-                raise WrongError("a currency but USD", repr(USD), (place, "currency"))
+                raise WrongError("a currency other than USD", repr(USD), (place, "currency"))
         return settings
 
     @property
     def invoice_rules(self) -> InvoiceRules:
-        """How files of bills are read."""
+        """The rules for reading bill files."""
         return InvoiceRules(
             {one.name: one.layout() for one in self.invoices},
             [(one.resource, one.kind) for one in self.invoice_resources],

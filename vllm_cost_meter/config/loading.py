@@ -1,10 +1,11 @@
-"""On which line of a TOML file a key stands: what a message adds so that nobody has to count.
+"""Load the settings from environment and TOML file, and say in one line what is wrong with them.
 
-`tomllib` tells values and no places. So the text is looked through for the header of the table and,
-below it, for the key: enough for files as people write them. Where that finds nothing (a list
-written inline, a key in quotes) there is no line, and the message names the key only.
+An error names the key, the place, what was expected and what came. For a key in a long list of
+tables it names the file's line too, so that nobody has to count. `tomllib` gives no lines, so
+`line_of` searches the text for the table's header and the key below it. It finds no line for a list
+written inline or a key in quotes; then the message names only the key.
 
-Invariant: what is returned is a line on which the table or its key begins, or None.
+Invariant: an error never shows a secret value.
 """
 
 import difflib
@@ -44,10 +45,10 @@ from vllm_cost_meter.config.tenants import (
 )
 from vllm_cost_meter.errors import SettingError
 
-# These names are no settings: they choose the build and the set-up of the tests.
+# These names are not settings: they choose the build and the tests' set-up.
 OTHER_NAMES = frozenset({"COST_METER_PURE_PYTHON", "COST_METER_SANITIZE", "COST_METER_CACHE"})
 
-# Settings that are lists of tables, each with the model of one table.
+# The settings that are lists of tables, each with the model for one table.
 SECTIONS: Mapping[str, type[BaseModel]] = {
     "tenants": TenantSetting,
     "tenant_rules": RuleSetting,
@@ -60,7 +61,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "invoice_rates": RateSetting,
 }
 
-# A message about these long tables names the line as well.
+# A message about these long tables names the line too.
 _WITH_LINES = ("prices", "energy_prices", "overheads", *InvoiceSettings.model_fields)
 
 
@@ -69,10 +70,10 @@ def load_settings(
     config: str | Path | None = None,
     text: str | None = None,
 ) -> Settings:
-    """Return the settings of this environment and of the file it (or `config`) names.
+    """Return the settings from this environment and the file that it (or `config`) names.
 
-    `text`, if given, is taken for what that file says. Raises SettingError: one line with the key,
-    what was expected and what came.
+    The environment overrides the file. `text`, if given, replaces the file's content. Raises
+    SettingError with one line: the key, the place, what was expected and what came.
     """
     given = {name: value for name, value in environ.items() if name.upper().startswith(PREFIX)}
     _refuse_unknown_names(given)
@@ -84,7 +85,7 @@ def load_settings(
     source.env_vars = {name.lower(): value for name, value in given.items()}
     try:
         from_environment = source()
-    except SettingsError as error:  # only of sections, which are not plain text
+    except SettingsError as error:  # Only the sections raise it: they are JSON.
         section = next(name for name in SECTIONS if f'"{name}"' in str(error))
         key = f"{PREFIX}{section.upper()}"
         got = t.Text("text that is not JSON")
@@ -93,8 +94,8 @@ def load_settings(
         return Settings(**{**from_file, **from_environment})
     except ValidationError as error:
         problems = error.errors(include_url=False)
-    # Raised out here, as the caught error holds the values, secrets among them.
-    # First the unknown keys: what is missing is missing because its key was mistyped.
+    # The error is raised outside `except`, because the caught error holds secret values.
+    # Unknown keys come first: a key is often missing because it was mistyped.
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
     raise _setting_error(problem, from_environment, from_file, path, text)
 
@@ -110,7 +111,7 @@ def _refuse_unknown_names(given: Mapping[str, str]) -> None:
 
 
 def _read_file(path: str, text: str | None) -> tuple[dict[str, Any], str]:
-    """Return the values of a TOML file, decimals as they are written, and its text."""
+    """Return a TOML file's values, with decimals exactly as written, and its text."""
     key, expected = f"{PREFIX}CONFIG", _expected(Settings, "config")
     try:
         if text is None:
@@ -122,7 +123,7 @@ def _read_file(path: str, text: str | None) -> tuple[dict[str, Any], str]:
     where = _line(path)
     for name in values:
         if name == "config":
-            got = t.Text("it in the file itself")
+            got = t.Text("the key in the file itself")
             raise SettingError(name, "COST_METER_CONFIG in the environment", got, where)
         if name not in Settings.model_fields:
             like = difflib.get_close_matches(name, Settings.model_fields, n=1)
@@ -179,7 +180,7 @@ def _extra(model: type[BaseModel], field: str) -> Mapping[str, Any]:
 
 
 def _shown(value: object, *, secret: bool) -> object:
-    """Return what a message may show of a value: never a secret, never much."""
+    """Return the part of a value that a message may show: never a secret, never a long text."""
     if isinstance(value, str | SecretStr) and secret:
         return t.Text(f"a text of {len(value)} characters")
     if isinstance(value, Decimal | date | time) and not secret:
@@ -196,9 +197,9 @@ def _line(text: str) -> str:
 
 
 def line_of(text: str, path: Sequence[int | str]) -> int | None:
-    """Return the line, from 1, of a key such as ("prices", 1, "amount"); None if it is not found.
+    """Return the line, from 1, of a key such as ("prices", 1, "amount"); None if not found.
 
-    A key that is missing is looked for in vain: then it is the line of its table.
+    For a missing key it is the line on which its table begins.
     """
     if len(path) < 2 or not isinstance(path[1], int):
         return None

@@ -1,11 +1,11 @@
-"""What APIs charge: from the optional package genai-prices, and from a price file of the user's.
+"""API prices for `compare`: from the optional package genai-prices, and from the user's file.
 
-genai-prices is the extra `compare` (`pip install genai-prices`), works offline and knows history
-and tiers; it is imported when it is asked for, as it takes seconds and tens of megabytes. A price
-file is TOML; its entries hold from `effective_from` on until the next of the same model.
+genai-prices is an extra (`pip install genai-prices`). It works offline and knows price
+history and tiers. Importing it takes seconds and tens of megabytes, so it happens on demand. A
+price file is TOML; an entry holds from `effective_from` until the next one for the same model.
 
-Invariant: every offer says where its price is from; no price is made up for a request before the
-first entry of its model.
+Invariant: every offer says where its price comes from. A request before its model's first entry
+gets no price.
 """
 
 import tomllib
@@ -27,7 +27,7 @@ FILE_BYTES_MAX = 10_000_000
 
 
 def _text_of_number(value: object) -> object:
-    # A float's digits as they were written, not its binary expansion.
+    # `str` gives a float's digits as they were written, not its binary expansion.
     return str(value) if isinstance(value, float) else value
 
 
@@ -49,7 +49,7 @@ class ApiPrice(BaseModel):
     effective_from: datetime | None = None
 
     def usd(self, sent: Sent) -> Decimal:
-        """Return what a request costs."""
+        """Return the price of a request in USD."""
         cached = self.input_usd_per_m if self.cached_usd_per_m is None else self.cached_usd_per_m
         computed = sent.prompt_tokens - sent.cached_tokens
         return (
@@ -60,17 +60,17 @@ class ApiPrice(BaseModel):
 
 
 def offers_of_file(path: Path) -> list[Offer]:
-    """Return the offers of a price file. Raises ValueError with one line for what is none."""
+    """Return the offers in a price file. Raises ValueError with one line for a faulty file."""
     try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise ValueError(f"{path}: expected at most {FILE_BYTES_MAX} bytes")
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > FILE_BYTES_MAX:
+            raise ValueError(f"{path}: expected at most {FILE_BYTES_MAX:,} bytes, got {size:,}")
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected TOML: {error}") from None
-    entries = told.get("api_prices")
-    if set(told) != {"api_prices"} or not isinstance(entries, list) or not entries:
+    entries = found.get("api_prices")
+    if set(found) != {"api_prices"} or not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected [[api_prices]] entries and nothing else")
     by_model: dict[tuple[str, str, str], list[ApiPrice]] = {}
     for number, entry in enumerate(entries):
@@ -85,7 +85,7 @@ def offers_of_file(path: Path) -> list[Offer]:
 
 
 def _dated(prices: Sequence[ApiPrice]) -> Offer:
-    """Return the offer of one model's entries. Raises ValueError for two of the same date."""
+    """Return the offer for one model's entries. Raises ValueError for two with the same date."""
     first = datetime.min.replace(tzinfo=UTC)
     dated = {}
     for price in prices:
@@ -113,9 +113,10 @@ def _dated(prices: Sequence[ApiPrice]) -> Offer:
 
 
 def offers_of_package(models: Sequence[str], providers: Sequence[str]) -> Iterator[Offer]:
-    """Yield genai-prices' offers whose "provider/model" and provider match one of the patterns.
+    """Yield offers from genai-prices whose "provider/model" and provider match a pattern.
 
-    Raises ValueError if the package is not installed, or nothing matches.
+    An empty list of patterns matches all. Raises ValueError if the package is not installed, and if
+    nothing matches.
     """
     try:
         from genai_prices import data_snapshot  # noqa: PLC0415 - an extra, and heavy
@@ -151,14 +152,14 @@ def offers_of_package(models: Sequence[str], providers: Sequence[str]) -> Iterat
 
 
 def _prices_of(model: Any) -> list[tuple[date | None, Any]]:
-    """Return a model's prices with the day from which each holds, None for always."""
+    """Return a model's prices, each with the day from which it holds; None means always."""
     if not isinstance(model.prices, list):
         return [(None, model.prices)]
     return [(getattr(one.constraint, "start_date", None), one.prices) for one in model.prices]
 
 
 def _is_by_token(model: Any) -> bool:
-    # Those that come with a subscription, or are no longer sold, have no price and would be free.
+    # Models in a subscription, or no longer sold, have no price per token and would seem free.
     return all(
         price.input_mtok is not None or price.output_mtok is not None
         for _, price in _prices_of(model)
@@ -166,7 +167,7 @@ def _is_by_token(model: Any) -> bool:
 
 
 def _held_since(model: Any) -> str | None:
-    """Return the day since which a model has the price it has today; None if nobody tells."""
+    """Return the day since which a model has today's price; None if the package does not say."""
     today = datetime.now(UTC).date()
     days = [day for day, _ in _prices_of(model) if day is not None and day <= today]
     return max(days).isoformat() if days else None
@@ -188,5 +189,5 @@ def _package_usd(model: Any, provider: Any) -> Callable[[Sent], Decimal]:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Tell whether a name is like one of the patterns, in any case."""
+    """Return whether a name fits one of the glob patterns, in any case."""
     return any(fnmatchcase(name.casefold(), pattern.casefold()) for pattern in patterns)

@@ -1,10 +1,9 @@
-"""The price book as settings: `[[prices]]`, `[[energy_prices]]` and `[[overheads]]`.
+"""Price settings: `[[prices]]`, `[[energy_prices]]` and `[[overheads]]`, and their price book.
 
-Every key of a table is checked by itself, then with the others of its table, then the tables with
-each other: two prices for the same runs from the same hour on are refused, as a report could not
-say which one a figure is of.
+Each key is checked alone, then with its table's other keys, then the tables with each other. Two
+prices for the same runs from the same hour are refused: a report could not say which one it used.
 
-Invariant: what is here makes a `PriceBook` without an error.
+Invariant: checked settings give a `PriceBook` without an error.
 """
 
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ from vllm_cost_meter.prices.book import (
     USD,
     EnergyPrice,
     GpuHourPrice,
-    Kind,
     Matches,
     PriceBook,
     PriceEntry,
+    PurchaseKind,
     Scope,
     same_start,
 )
@@ -35,7 +34,7 @@ _PATTERN_IS = "; without it any."
 
 
 class PriceSetting(BaseModel):
-    """One `[[prices]]` entry: what GPUs cost in an hour, which ones, and from when."""
+    """One `[[prices]]` entry: the price of GPUs per hour, for which runs, and from when."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,7 +62,7 @@ class PriceSetting(BaseModel):
         "`amount` / `gpus`.",
         json_schema_extra=about(f"a whole number from 1 to {GPUS_MAX}", "GPUs"),
     )
-    kind: Kind = Field(
+    kind: PurchaseKind = Field(
         description="How it is bought.",
         json_schema_extra=about("on_demand, reserved or spot"),
     )
@@ -97,12 +96,14 @@ class PriceSetting(BaseModel):
             expected = f"how many USD one {self.currency} is worth"
             raise WrongError(expected, "nothing", ("usd_rate",))
         if self.currency == USD and self.usd_rate is not None:
-            raise WrongError("none, as the currency is USD", str(self.usd_rate), ("usd_rate",))
+            expected = "no rate, because the currency is USD"
+            raise WrongError(expected, str(self.usd_rate), ("usd_rate",))
         if self.scope != "gpu" and self.gpus is None:
             expected = f"how many GPUs the amount of a {self.scope} pays for"
             raise WrongError(expected, "nothing", ("gpus",))
         if self.scope == "gpu" and self.gpus is not None:
-            raise WrongError("none, as the amount is of one GPU", str(self.gpus), ("gpus",))
+            expected = "no number, because the amount is for one GPU"
+            raise WrongError(expected, str(self.gpus), ("gpus",))
         price = GpuHourPrice.of(self.entry("prices"))
         if price.usd_per_gpu_hour > t.PRICE_USD_MAX:
             expected = f"at most {t.PRICE_USD_MAX:,} USD per GPU-hour"
@@ -110,7 +111,7 @@ class PriceSetting(BaseModel):
         return self
 
     def entry(self, key: str) -> PriceEntry:
-        """Return it as an entry of the book; `key` names it in messages."""
+        """Return the price as an entry for the book; `key` names it in messages."""
         return PriceEntry(
             key=key,
             amount=self.amount,
@@ -126,7 +127,7 @@ class PriceSetting(BaseModel):
 
 
 class EnergyPriceSetting(BaseModel):
-    """One `[[energy_prices]]` entry: what a kilowatt-hour costs, where, and from when."""
+    """One `[[energy_prices]]` entry: the price of a kilowatt-hour, where, and from when."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -149,13 +150,13 @@ class EnergyPriceSetting(BaseModel):
     )
 
     def entry(self, key: str) -> EnergyPrice:
-        """Return it as an entry of the book; `key` names it in messages."""
+        """Return the price as an entry for the book; `key` names it in messages."""
         matches = Matches(host=self.host)
         return EnergyPrice(key, self.usd_per_kwh, self.source, self.effective_from, matches)
 
 
 class OverheadSetting(BaseModel):
-    """One `[[overheads]]` entry: what is paid besides the GPUs, shown in a line of its own."""
+    """One `[[overheads]]` entry: money paid besides the GPUs, shown in a line of its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -201,7 +202,7 @@ class OverheadSetting(BaseModel):
         return self
 
     def overhead(self, key: str) -> Overhead:
-        """Return it as an overhead of the book; `key` names it in messages."""
+        """Return the overhead for the book; `key` names it in messages."""
         return Overhead(
             key=key,
             name=self.name,
@@ -216,7 +217,7 @@ class OverheadSetting(BaseModel):
 def refuse_two_at_once(
     field: str, settings: Sequence[PriceSetting] | Sequence[EnergyPriceSetting]
 ) -> None:
-    """Raise WrongError where two entries have the same matches and the same first hour."""
+    """Raise WrongError if two entries have the same matches and the same first hour."""
     twice = same_start([setting.entry("") for setting in settings])
     if twice is not None:
         earlier, place = twice
@@ -228,7 +229,7 @@ def refuse_two_at_once(
 
 
 def refuse_overlaps(settings: Sequence[OverheadSetting]) -> None:
-    """Raise WrongError where two overheads of one name hold at the same time."""
+    """Raise WrongError if two overheads with one name hold at the same time."""
     for place, one in enumerate(settings):
         for earlier, other in enumerate(settings[:place]):
             if one.name == other.name and _overlap(one, other):
@@ -250,7 +251,7 @@ def price_book(
     energy_prices: Sequence[EnergyPriceSetting],
     overheads: Sequence[OverheadSetting],
 ) -> PriceBook:
-    """Return the book of these settings; `gpu_hour_usd` is the price where no other holds."""
+    """Return the price book; `gpu_hour_usd` is the price where no other entry holds."""
     entries = [price.entry(f"prices[{n}]") for n, price in enumerate(prices)]
     if gpu_hour_usd is not None:
         name = "COST_METER_GPU_HOUR_USD"

@@ -1,12 +1,12 @@
-"""Takes over what changed in the settings file while the server runs.
+"""Reload the settings file while the server runs.
 
-Once a second the file's stamp is looked at; when it differs, the file is read as at the start. What
-may change while a server runs (`live` in the settings: tenants, their rules and budgets, what
-clients are told) is taken over as one, for the requests that come from then on. A file that is
-wrong changes nothing: one line says so, once per change, and the settings stay as they were.
+Once a second the file's stamp is compared. If it differs, the file is read as at the start. The
+settings that may change while a server runs (`live`: tenants, their rules and budgets, prices, what
+clients are told) take effect together, for requests that come from then on. A faulty file changes
+nothing: one line in the log says so, once per change, and the settings stay as they were.
 
-Invariant: settings in use were checked as a whole, and what is not live is what the server started
-with.
+Invariant: the settings in use were checked as a whole. A setting that is not live keeps the value
+that it had when the server started.
 """
 
 import logging
@@ -24,12 +24,12 @@ logger = logging.getLogger("vllm.cost_meter")
 
 INTERVAL_S = 1.0
 
-# Modification time, size and inode: a file that is replaced within the clock's resolution differs.
+# Modification time, size and inode: a file replaced within the clock's resolution differs too.
 Stamp = tuple[int, int, int]
 
 
 def stamp_of(path: str | Path) -> Stamp | None:
-    """Return what tells one state of a file from another, None where there is no file."""
+    """Return a stamp that differs between two states of a file; None without a file."""
     try:
         stat = Path(path).expanduser().stat()
     except OSError:
@@ -48,17 +48,17 @@ def live_names() -> frozenset[str]:
 
 
 class Reloader:
-    """Looks after the settings file of one process."""
+    """Watches the settings file for one process."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        # None of a file's: so the first look reads it, as it may have changed since the start.
+        # No file has this stamp, so the first look reads it: it may have changed since the start.
         self._seen: Stamp | None = (0, 0, 0)
 
     def look(self, current: Settings) -> Settings | None:
-        """Return the settings to use from now on, None if nothing changed. Blocks on the file.
+        """Return the settings to use from now on; None if nothing changed. Blocks on the file.
 
-        Whether or not the file is right, the same state of it is read and spoken of once.
+        Each state of the file is read and logged once, right or wrong.
         """
         stamp = stamp_of(self._path)
         if stamp == self._seen:
@@ -77,9 +77,9 @@ class Reloader:
         if not taken:
             return None
         try:
-            # Built anew: a copy would keep what was derived from the old values.
+            # Settings are built anew: a copy would keep values derived from the old ones.
             new = Settings(**values | {name: getattr(loaded, name) for name in taken})
-        except ValidationError:  # a budget in USD beside a first price, say
+        except ValidationError:  # One cause is a first budget in USD together with a first price.
             logger.error(
                 "cost meter: the settings stay as they were: %s needs a restart as a whole",
                 self._path,
@@ -91,7 +91,7 @@ class Reloader:
 
 
 def _values(settings: Settings) -> dict[str, Any]:
-    # Not dict(settings), which has what was derived from them, too.
+    # `dict(settings)` would also have the derived values.
     return {name: getattr(settings, name) for name in Settings.model_fields}
 
 

@@ -1,9 +1,9 @@
-"""The settings: what may be set, what each value may be, and what follows from them.
+"""All settings: each field with its type, range and description, and values derived from them.
 
-Where they are read from, and what a mistake says, is in `loading.py`. Every vLLM process of the API
-side reads them; an engine reads its two by `engine.py`.
+`loading.py` reads them and writes the error messages. Every vLLM process on the API side uses them;
+an engine reads its two settings with `engine.py`.
 
-Invariant: every field says what it expects, and a `Settings` holds checked values only.
+Invariant: every field says what it expects, and a `Settings` holds only checked values.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ _about = t.about
 
 
 class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
-    """All settings, checked. Built by `load_settings`; never changed afterwards."""
+    """All settings, checked. `load_settings` builds them, and they never change afterwards."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", env_prefix=PREFIX, validate_default=True
@@ -193,7 +193,7 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         is_open = token is None and digest is None
         if is_open and info.data.get("port") is not None and not _is_loopback(host):
             raise t.WrongError(
-                f"a token, as the side endpoint listens on {host}, off loopback", "nothing"
+                f"a token, because the side endpoint listens on {host}, off loopback", "nothing"
             )
         return token
 
@@ -239,11 +239,11 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take values from the caller only: `load_settings` says which source it uses."""
+        """Take values only from the caller: `load_settings` chooses the sources."""
         return (init_settings,)
 
     def derive(self) -> None:
-        """Derive now what the first request would otherwise wait for."""
+        """Compute the derived values now, so that the first request does not wait for them."""
         _ = self.resolver, self._replies, self.declared_budgets, self.failing_closed
         _ = self.price_book
 
@@ -256,32 +256,32 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
 
     @cached_property
     def resolver(self) -> Resolver:
-        """What tells whose a request is."""
+        """The resolver that finds a request's tenant."""
         return resolver_of(self.tenant_rules, self.tenants, self.gateway_secret)
 
     @cached_property
     def declared_budgets(self) -> tuple[Budget, ...]:
-        """The budgets, with the tenants below theirs."""
+        """The declared budgets, each with the tenants below its tenant."""
         return tuple(each.budget(below(self.tenants, each.tenant or "")) for each in self.budgets)
 
     @cached_property
     def failing_closed(self) -> frozenset[str]:
-        """The declared tenants that are refused while nothing can be measured."""
+        """The declared tenants whose requests are refused while nothing can be measured."""
         return failing_closed(self.tenants)
 
     @cached_property
     def tenant_keys(self) -> dict[str, str]:
-        """The tenants by the SHA-256 of their API keys."""
+        """Tenant names by the SHA-256 of their API keys."""
         return keys_of(self.tenants)
 
     def admin_sha256(self) -> str | None:
-        """Return the SHA-256 of the admin token; None without one."""
+        """Return the admin token's SHA-256; None without a token."""
         if self.admin_token is None:
             return self.admin_token_sha256
         return hashlib.sha256(self.admin_token.get_secret_value().encode()).hexdigest()
 
     def reply_for(self, tenant: str) -> t.Reply:
-        """Return what the clients of this tenant, or of this child of a tenant, are told."""
+        """Return what clients of this tenant (or child of a tenant) are told."""
         said = self._replies.get(tenant) or self._replies.get(tenant.rpartition(SLASH)[0])
         return said or self.reply
 

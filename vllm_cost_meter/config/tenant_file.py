@@ -1,12 +1,12 @@
-"""Edits `[[tenants]]` in a settings file as a careful person would: comments and order stay.
+"""Edit `[[tenants]]` in a settings file and keep its comments and order.
 
-An entry is its header, its lines and the comments directly above it; it is found by its lines and
-edited alone, by tomlkit. (As a whole, tomlkit takes the comments above an entry for the end of the
-one before, and ten seconds for 10,000 entries.) Entries that are written inline, `tenants = [...]`,
-are edited in the whole document.
+An entry is its header, its lines and the comments directly above it. It is found by its lines, and
+tomlkit edits it alone. (With the whole document, tomlkit takes the comments above an entry for the
+end of the entry before, and needs ten seconds for 10,000 entries.) Entries written inline,
+`tenants = [...]`, are edited in the whole document.
 
-Invariant: the text that comes out says what was asked, and of everything else what it said before,
-or SettingError is raised; and a file is the old one or the new one at every instant.
+Invariant: the new text has the requested change and nothing else, or SettingError is raised. At
+every instant the file is the old one or the new one.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ Entry = MutableMapping[str, Any]
 _NO_VALUE = re.compile(r"\s*(#.*)?\s*")
 _HEADER = re.compile(rf"\s*\[\[?[^\[\]\"'=,]+\]\]?{_NO_VALUE.pattern}")
 _ENTRY = re.compile(rf"\s*\[\[\s*tenants\s*\]\]{_NO_VALUE.pattern}")
-# A table within an entry.
+# The header of a table inside an entry.
 _INNER = re.compile(r"\s*\[\[?\s*tenants\s*\..*")
 
 
 def added(text: str, entry: Entry) -> str:
-    """Return the text with one more tenant, after the others."""
+    """Return the text with one more tenant, after the others. Raises SettingError."""
     tenants = _tenants(text)
     lines = text.splitlines(keepends=True)
     blocks = _blocks(lines, len(tenants))
@@ -55,7 +55,7 @@ def added(text: str, entry: Entry) -> str:
 
 
 def removed(text: str, name: str) -> str:
-    """Return the text without a tenant and the comments directly above it."""
+    """Return the text without a tenant and the comments directly above it. Raises SettingError."""
     tenants = _tenants(text)
     at = _index(tenants, name)
     lines = text.splitlines(keepends=True)
@@ -72,7 +72,7 @@ def removed(text: str, name: str) -> str:
 
 
 def changed(text: str, name: str, change: Callable[[Entry], None]) -> str:
-    """Return the text with a tenant that `change` has changed."""
+    """Return the text in which `change` has edited a tenant's entry. Raises SettingError."""
     tenants = _tenants(text)
     at = _index(tenants, name)
     lines = text.splitlines(keepends=True)
@@ -94,7 +94,7 @@ def changed(text: str, name: str, change: Callable[[Entry], None]) -> str:
 
 
 def inline_table(values: Mapping[str, Any]) -> Entry:
-    """Return a table that is written in one line."""
+    """Return a TOML table that is written in one line."""
     table = tomlkit.inline_table()
     table.update(values)
     return table
@@ -109,9 +109,9 @@ def _index(tenants: Sequence[Entry], name: str) -> int:
 
 
 def _blocks(lines: Sequence[str], count: int) -> list[range]:
-    """Return the lines of each entry, from the comments directly above it to its last value.
+    """Return each entry's range of lines, from the comments above it to its last value.
 
-    None if they are written inline. Raises SettingError if not all of them are found.
+    The list is empty if entries are written inline. Raises SettingError if some are not found.
     """
     headers = [i for i, line in enumerate(lines) if _HEADER.fullmatch(line)]
     headers = [i for i in headers if not _INNER.match(lines[i])]
@@ -145,12 +145,12 @@ def _written(entry: Entry) -> str:
 
 
 def _checked(before: str, after: str, wanted: Sequence[Entry]) -> str:
-    """Return the text after. Raises SettingError unless it differs from before as wanted."""
+    """Return `after`. Raises SettingError unless only the tenants changed, as `wanted`."""
     with contextlib.suppress(tomllib.TOMLDecodeError):
-        told, expected = tomllib.loads(after), tomllib.loads(before)
-        told["tenants"] = told.get("tenants", [])
+        found, expected = tomllib.loads(after), tomllib.loads(before)
+        found["tenants"] = found.get("tenants", [])
         expected["tenants"] = list(wanted)
-        if told == expected:
+        if found == expected:
             return after
     raise _unclear()
 
@@ -165,7 +165,7 @@ def _unclear() -> SettingError:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Keep other commands from editing the files of a folder meanwhile. Raises OSError."""
+    """Keep other commands from editing files in this file's folder meanwhile. Raises OSError."""
     folder = os.open(path.resolve().parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -175,13 +175,13 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put a file with this text in a file's place, with its mode and owner. Raises OSError."""
-    target = path.resolve()  # a link stays a link
+    """Replace a file's text in one step, and keep its mode and owner. Raises OSError."""
+    target = path.resolve()  # A link stays a link.
     old = target.stat()
     number, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(number, "wb") as file:
-            with contextlib.suppress(PermissionError):  # an editor of the owner's group, say
+            with contextlib.suppress(PermissionError):  # The editor may be in the owner's group.
                 os.fchown(number, old.st_uid, old.st_gid)
             os.fchmod(number, stat.S_IMODE(old.st_mode))
             file.write(text.encode())

@@ -1,13 +1,11 @@
-"""The settings of tenants: `[[tenants]]`, `[[tenant_rules]]`, and what they amount to.
+"""Tenant settings: `[[tenants]]` and `[[tenant_rules]]`, and the resolver that they declare.
 
-Apart from `config`, which reads them with all others. What one entry cannot know (another's name,
-who is whose parent) is checked over all of them here.
+The checks here cover all entries together: unique names and keys, declared parents, no circle.
 
-Invariant: `resolver_of` is given checked settings only, and never fails.
+Invariant: `resolver_of` gets only checked settings, and never fails.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Self
 
@@ -30,7 +28,7 @@ HASH_CHARS_SHOWN = 8
 
 
 class TenantSetting(BaseModel):
-    """One `[[tenants]]` entry: who is billed for which API keys, and how reports group it."""
+    """One `[[tenants]]` entry: a tenant's API keys, and how reports group it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,12 +71,12 @@ class TenantSetting(BaseModel):
 
     @property
     def owner(self) -> str | None:
-        """The parent: as it is set, or as the name says it."""
+        """The parent's name: the `parent` setting, else the part before the slash in the name."""
         return self.parent or self.name.rpartition(SLASH)[0] or None
 
 
 class RuleSetting(BaseModel):
-    """One `[[tenant_rules]]` entry: a way to tell whose a request is."""
+    """One `[[tenant_rules]]` entry: a way to find a request's tenant."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -130,7 +128,7 @@ class RuleSetting(BaseModel):
     @model_validator(mode="after")
     def _only_what_belongs_to_it(self) -> Self:
         for name in sorted(self.model_fields_set - {"rule"} - _TAKES[self.rule]):
-            raise t.WrongError(f"nothing about `{name}` in a rule {self.rule!r}", "a value")
+            raise t.WrongError(f"no `{name}` in a rule {self.rule!r}", "a value")
         if (needed := _NEEDS.get(self.rule)) and getattr(self, needed) is None:
             raise t.WrongError(f"`{needed}` in a rule {self.rule!r}", "nothing")
         if self.trust is not None and self.proof_sha256 is not None:
@@ -148,7 +146,7 @@ _TAKES: Mapping[str, set[str]] = {
     "constant": {"tenant"},
 }
 _NEEDS: Mapping[str, str] = {"header": "name", "metadata": "key", "constant": "tenant"}
-# What names tenants where the settings say nothing.
+# Without rules in the settings, only API keys name tenants.
 _BY_DEFAULT = (RuleSetting(rule="api_key"),)
 
 
@@ -156,7 +154,7 @@ _BY_DEFAULT = (RuleSetting(rule="api_key"),)
 
 
 def check_tenants(tenants: Sequence[TenantSetting]) -> None:
-    """Raise WrongError unless names and keys are unique, and parents declared and no circle."""
+    """Raise WrongError unless names and keys are unique, parents declared, and without a circle."""
     owners: dict[str, str] = {}
     parents: dict[str, str | None] = {}
     for tenant in tenants:
@@ -182,7 +180,7 @@ def _check_parent(tenant: TenantSetting, parents: Mapping[str, str | None]) -> N
         raise t.WrongError("each parent to be a declared tenant", got)
     if slash and tenant.owner != before:
         got = f"{tenant.owner!r} of {tenant.name!r}"
-        raise t.WrongError("the parent that the name of a PARENT/CHILD says", got)
+        raise t.WrongError("the same parent as in the name PARENT/CHILD", got)
 
 
 def _check_no_circle(parents: Mapping[str, str | None]) -> None:
@@ -201,7 +199,7 @@ def _check_no_circle(parents: Mapping[str, str | None]) -> None:
 def check_rules(
     rules: Sequence[RuleSetting], tenants: Iterable[TenantSetting], secret: SecretStr | None
 ) -> None:
-    """Raise WrongError unless every rule can be asked."""
+    """Raise WrongError unless every rule has what it needs: a proof, a header, a known tenant."""
     names = {tenant.name for tenant in tenants}
     proofs = {rule.proof_header for rule in rules if rule.rule == "header" and rule.trust is None}
     for rule in rules:
@@ -212,20 +210,20 @@ def check_rules(
                     f" header {rule.name!r}",
                     "none of them",
                 )
-            if rule.name in proofs:  # or the secret would become a name in the ledger
+            if rule.name in proofs:  # The secret would become a name in the ledger.
                 raise t.WrongError("one header for the tenant, another for the proof", "one")
         elif rule.tenant is not None and SLASH in rule.tenant and rule.tenant not in names:
             got = repr(rule.tenant)
-            raise t.WrongError("the name of a declared tenant where it has a slash", got)
+            raise t.WrongError("a declared tenant, because the name has a slash", got)
 
 
-# -- what they amount to ------------------------------------------------------------------------
+# -- values derived from the entries ------------------------------------------------------------
 
 
 def resolver_of(
     rules: Sequence[RuleSetting], tenants: Sequence[TenantSetting], secret: SecretStr | None
 ) -> Resolver:
-    """Return what tells whose a request is."""
+    """Return the resolver that finds a request's tenant by these rules, in their order."""
     declared = declared_of(tenants)
     return Resolver(
         [_rule(rule, tenants, declared, secret) for rule in rules or _BY_DEFAULT], declared
@@ -256,30 +254,30 @@ def _rule(
 
 
 def keys_of(tenants: Iterable[TenantSetting]) -> dict[str, str]:
-    """Return the tenants by the SHA-256 of their API keys."""
+    """Return tenant names by the SHA-256 of their API keys."""
     return {digest: tenant.name for tenant in tenants for digest in tenant.api_key_sha256}
 
 
 def declared_of(tenants: Iterable[TenantSetting]) -> dict[str, Declared]:
-    """Return what is declared of each tenant, with the tags it has from its parents."""
+    """Return each tenant's declared parent and tags; tags include its parents' tags."""
     return {chain[0].name: Declared(chain[0].owner, _tags_of(chain)) for chain in _chains(tenants)}
 
 
 def below(tenants: Iterable[TenantSetting], name: str) -> frozenset[str]:
-    """Return the declared tenants that have this one above them."""
+    """Return the declared tenants below this one, at any depth."""
     chains = _chains(tenants)
     return frozenset(one[0].name for one in chains if name in {each.name for each in one[1:]})
 
 
 def failing_closed(tenants: Iterable[TenantSetting]) -> frozenset[str]:
-    """Return the declared tenants that fail closed, or have one above them that does."""
+    """Return the declared tenants that fail closed, or are below a tenant that does."""
     return frozenset(
         one[0].name for one in _chains(tenants) if any(each.fail_closed for each in one)
     )
 
 
 def replies_of(tenants: Iterable[TenantSetting], otherwise: t.Reply) -> dict[str, t.Reply]:
-    """Return what the clients of each declared tenant are told."""
+    """Return, by declared tenant, what its clients are told."""
     return {
         chain[0].name: next((one.reply for one in chain if one.reply), otherwise)
         for chain in _chains(tenants)
@@ -287,7 +285,7 @@ def replies_of(tenants: Iterable[TenantSetting], otherwise: t.Reply) -> dict[str
 
 
 def _chains(tenants: Iterable[TenantSetting]) -> Iterable[list[TenantSetting]]:
-    """Yield each tenant with all above it."""
+    """Yield each tenant followed by all tenants above it."""
     by_name = {tenant.name: tenant for tenant in tenants}
     for tenant in by_name.values():
         chain, above = [tenant], tenant.owner
@@ -297,10 +295,8 @@ def _chains(tenants: Iterable[TenantSetting]) -> Iterable[list[TenantSetting]]:
         yield chain
 
 
-def _tags_of(chain: Sequence[TenantSetting]) -> str | None:
+def _tags_of(chain: Sequence[TenantSetting]) -> dict[str, str]:
     tags: dict[str, str] = {}
     for tenant in reversed(chain):
         tags |= tenant.tags
-    if not tags:
-        return None
-    return json.dumps(tags, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return dict(sorted(tags.items()))

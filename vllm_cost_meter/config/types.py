@@ -1,7 +1,7 @@
-"""What the value of a single setting may be, and how a message calls what was expected.
+"""Types for single settings: the check of each value, and the text for what it expects.
 
-Apart from `config`, so that there the list of settings can be read as a list. A check raises
-WrongError; what came is added where the setting's name is known.
+They are apart from `settings.py` so that the list of settings can be read as a list. A check raises
+WrongError; `loading.py` adds the setting's name and the value.
 
 Invariant: a WrongError never holds a secret value.
 """
@@ -18,7 +18,7 @@ from vllm_cost_meter.prices.cost import parse_price
 from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, name_problem
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
 
-# Beyond these a price is a slip of the finger, and its digits would cost more than the GPUs.
+# A larger price, or one with more decimal places, is a slip of the finger.
 PRICE_USD_MAX = 1_000_000
 _PRICE_PLACES_MAX = 18
 SHOWN_CHARS_MAX = 60
@@ -26,7 +26,7 @@ _AMOUNT_MAX = 1_000_000_000_000
 _PERCENT_MAX = 10_000
 _NOTE_CHARS_MAX = 200
 _SHA256_OF_NOTHING = hashlib.sha256(b"").hexdigest()
-# ISO 4217 of 2026: what one can be billed in, so no metals, drawing rights and test codes.
+# The ISO 4217 codes (2026) in which somebody can be billed: no metals, drawing rights, test codes.
 CURRENCIES = frozenset(
     """
     AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BHD BIF BMD BND BOB BOV BRL BSD BTN BWP
@@ -39,22 +39,23 @@ CURRENCIES = frozenset(
     WST XAF XCD XCG XOF XPF YER ZAR ZMW ZWG
     """.split()  # noqa: SIM905 - a list of 164 literals would be read by nobody
 )
-# Their values are secrets, which must not become names in a ledger.
+# The values of these headers are secrets, which must not become names in a ledger.
 _SECRET_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization", "x-api-key"})
 
 
 class Text(str):
-    """Text that stands in a message as it is, without quotes."""
+    """Text that a message shows without quotes."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 class WrongError(ValueError):
-    """A value that is not what was expected.
+    """A setting's value is not what was expected.
 
-    Without `expected` the message says what the setting's own text does; `got` replaces the value.
-    `within` leads to it from the setting that was checked, as in (1, "source") of a list of tables.
+    Without `expected` the message uses the setting's own text. `got`, if given, replaces the value.
+    `within` is the path to the value inside the checked setting, e.g. (1, "source") in a list of
+    tables.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class WrongError(ValueError):
 def about(
     expected: str, unit: str = "", *, secret: bool = False, live: bool = False
 ) -> dict[str, Any]:
-    """Return what docs and messages say of a field beside its description.
+    """Return a field's facts for docs and messages, besides its description.
 
-    What is `live` may change while a server runs.
+    `expected` and `unit` are shown, `secret` hides the value in messages, and a `live` setting may
+    change while a server runs.
     """
     return {"expected": expected, "unit": unit, "secret": secret, "live": live}
 
@@ -137,17 +139,17 @@ def _decimal(expected: str, most: int, *, above_zero: bool = False) -> BeforeVal
 
 
 def _full_hour(value: object) -> int:
-    """Return an instant as hours since the epoch; TOML has instants of its own, JSON has text."""
+    """Return an instant as hours since the epoch; TOML gives a datetime, JSON gives text."""
     if not isinstance(value, str | datetime):
         raise WrongError(FULL_HOUR)
     try:
         unix_ns = unix_ns_of(str(value))
-        rfc3339(unix_ns)  # a year that can be written
+        rfc3339(unix_ns)  # This raises for a year that cannot be written.
     except (ValueError, OverflowError):
         raise WrongError(FULL_HOUR) from None
     hour, rest_ns = divmod(unix_ns, NS_PER_HOUR)
     if rest_ns:
-        raise WrongError(f"{FULL_HOUR}, as usage is kept by the hour")
+        raise WrongError(f"{FULL_HOUR}, because usage is kept by the hour")
     return hour
 
 
@@ -164,7 +166,7 @@ def _note(text: str) -> str:
 
 
 def _number(value: object) -> object:
-    if isinstance(value, bool):  # which pydantic would take for 0 or 1
+    if isinstance(value, bool):  # pydantic would take it for 0 or 1.
         raise WrongError
     return value
 
@@ -206,7 +208,7 @@ def _tags(tags: dict[str, str]) -> dict[str, str]:
 
 def _digest_of_something(digest: str) -> str:
     if digest.lower() == _SHA256_OF_NOTHING:
-        raise WrongError("the SHA-256 of a key", "that of the empty text")
+        raise WrongError("the SHA-256 of a key", "the SHA-256 of an empty text")
     return digest.lower()
 
 

@@ -1,9 +1,9 @@
-"""The calculators by name: each is a function of `economics`, with its inputs and its formula told.
+"""The cost calculators by name, with a description for each input.
 
-The command line and the side endpoint build their options and bodies from the functions' own
-signatures, so that neither can say or refuse something else. Core: standard library only.
+Each calculator is a function of `economics`. The command line and the side endpoint build their
+options and bodies from the signatures of these functions, so that both take and refuse the same.
 
-Invariant: an answer has the inputs as they were used, the formula, and the result unrounded.
+Invariant: an answer holds the inputs as they were used, the formula, and the unrounded result.
 """
 
 import inspect
@@ -25,7 +25,7 @@ CALCULATORS: Mapping[str, Callable[..., Any]] = {
     "break-even": economics.break_even,
     "serverless": economics.serverless,
 }
-# What the inputs are, units and all.
+# The meaning and unit of each input. The command line and the OpenAPI document show these.
 INPUTS: Mapping[str, str] = {
     "usd_per_hour": "USD per hour of the whole deployment",
     "usd_per_gpu_hour": "USD per hour of one GPU",
@@ -75,7 +75,11 @@ INPUTS: Mapping[str, str] = {
 
 
 def calculate(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the answer of a calculator. Raises ValueError for inputs it refuses."""
+    """Return a calculator's inputs, formula and result, ready for JSON.
+
+    `name` is a key of CALCULATORS; `given` holds the function's arguments. Raises ValueError for
+    an input that the calculator refuses.
+    """
     function = CALCULATORS[name]
     bound = inspect.signature(function).bind(**given)
     bound.apply_defaults()

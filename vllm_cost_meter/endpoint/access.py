@@ -35,7 +35,7 @@ class Viewer:
 
 ADMIN = Viewer()
 # Who has shown no token where one is expected: no tenant has an empty name.
-NOBODY = Viewer("")
+STRANGER = Viewer("")
 
 
 @dataclass(frozen=True, slots=True)

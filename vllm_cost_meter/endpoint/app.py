@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter.economics import Declared
-from vllm_cost_meter.endpoint.access import NOBODY, OPEN, Access, Viewer
+from vllm_cost_meter.endpoint.access import OPEN, STRANGER, Access, Viewer
 from vllm_cost_meter.endpoint.calc import add_calculators
 from vllm_cost_meter.endpoint.compare import Comparer, add_compare
 from vllm_cost_meter.endpoint.dependencies import (
@@ -83,7 +83,7 @@ def make_app(
         viewer = access.viewer(authorization)
         is_open = request.url.path in PUBLIC_PATHS and not authorization and public_economics()
         if viewer is None and is_open:
-            viewer = NOBODY
+            viewer = STRANGER
         if viewer is None:
             raise HTTPException(
                 401,

@@ -24,7 +24,7 @@ from vllm_cost_meter.tenants.budgets import Figures, told
 def _own(request: Request) -> Viewer:
     """Return who asks. Raises HTTPException unless an API key said so."""
     exchange = exchange_of(request.scope)
-    if exchange is None or exchange.owner.rule.partition("+")[0] != "api_key":
+    if exchange is None or not exchange.owner.by_api_key:
         raise HTTPException(401, "expected the API key of a tenant that the cost meter knows")
     return Viewer(exchange.owner.tenant)
 

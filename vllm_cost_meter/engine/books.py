@@ -23,11 +23,11 @@ from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from vllm_cost_meter.attribution import StepMeter
-from vllm_cost_meter.attribution.cost_model_py import Planes
+from vllm_cost_meter.attribution.cost_model import Model, Planes
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
-from vllm_cost_meter.attribution.step_meter_py import Model
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.snapshot import TWO_PLANES, ClassTotals, CostModel, Snapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -44,8 +44,8 @@ class RequestFacts(TypedDict):
     preemptions: int
 
 
-class EngineFacts(TypedDict):
-    """What a snapshot says about its engine besides the books."""
+class EngineState(TypedDict):
+    """What a snapshot says of its instant besides the books."""
 
     running: int
     waiting: int
@@ -53,17 +53,6 @@ class EngineFacts(TypedDict):
     own_ns: int
     errors: int
     state: str
-    model: str
-    native: bool
-    engine_index: int
-    vllm_version: str
-    meter_version: str
-    hardware: str
-    parallelism: str
-    kv_blocks: int | None
-    kv_block_size: int | None
-    host: str
-    precision: str
 
 
 class EngineBooks:
@@ -73,24 +62,23 @@ class EngineBooks:
         self,
         *,
         run_id: str,
-        method: str,
-        gpus: int,
+        engine: EngineIdentity,
         created_ns: int,
         now_ns: int,
         unix_ns: int,
         prior: Prior = NOTHING_KNOWN,
-        kv_block_size: int = 0,
     ) -> None:
         """Open the books at `now_ns`, with everything since `created_ns` booked as startup.
 
-        `kv_block_size` is that of the KV cache, in tokens; 0: its blocks are not counted.
+        Without a block size of the KV cache its blocks are not counted.
         """
-        if gpus < 1:
-            raise ValueError(f"an engine has at least 1 GPU, got {gpus}")
+        if engine.gpus < 1:
+            raise ValueError(f"an engine has at least 1 GPU, got {engine.gpus}")
         self.run_id = run_id
-        self.gpus = gpus
-        self.method = method
-        self.meter = StepMeter(method, prior.planes, prior.trusted, kv_block_size)
+        self.engine = engine
+        self.gpus = engine.gpus  # of every step
+        block_size = engine.kv_block_size or 0
+        self.meter = StepMeter(engine.method, prior.planes, prior.trusted, block_size)
         self.prior = prior.source
         # Told of each step before it is split: its parts, and its GPU-ns.
         self.on_step: Callable[[list[tuple[str, int, int, int]], int], None] | None = None
@@ -197,7 +185,7 @@ class EngineBooks:
             run_id=self.run_id,
             seq=self._last_seq,
             request_id=request_id,
-            method=self.method,
+            method=self.engine.method,
             steps=earlier.used.steps,
             batch=earlier.used.batch,
             first_model=self._first_models.pop(request_id, self.meter.model_version),
@@ -257,7 +245,7 @@ class EngineBooks:
         self._off = True
 
     def snapshot(
-        self, now_ns: int, unix_ns: int, acknowledged: int, facts: EngineFacts
+        self, now_ns: int, unix_ns: int, acknowledged: int, state: EngineState
     ) -> Snapshot:
         """Return all books at `now_ns`, with the hours changed since snapshot `acknowledged`."""
         self._book_until(now_ns)
@@ -277,13 +265,12 @@ class EngineBooks:
             taken_at_ns=unix_ns,
             started_at_ns=self._started_at_ns,
             wall_ns=now_ns - self._created_ns,
-            gpus=self.gpus,
+            engine=self.engine,
             totals=self._totals.plus(so_far),
             last_seq=self._last_seq,
             billed_ns=self._billed_ns,
             steps=self.steps,
             busy_ns=self.busy_ns,
-            method=self.method,
             prior=self.prior,
             cost_models=tuple(
                 CostModel(*model) for model in self.meter.models(self._acknowledged_model)
@@ -291,7 +278,7 @@ class EngineBooks:
             hours=hours,
             step_ns=running_ns,
             live=tuple(self._live(now_ns)),
-            **facts,
+            **state,
         )
 
     # -- what the energy is divided by ------------------------------------------------------

@@ -14,23 +14,21 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic_ns
 from typing import TypeVar, TypeVarTuple
 
-from vllm_cost_meter.attribution import NATIVE
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
-from vllm_cost_meter.engine.books import EngineBooks, EngineFacts, RequestFacts
+from vllm_cost_meter.engine.books import EngineBooks, EngineState, RequestFacts
 from vllm_cost_meter.engine.energy.meter import EnergyMeter
 from vllm_cost_meter.engine.energy.nvml import EnergyCounter
 from vllm_cost_meter.engine.step_log import StepLogWriter
 from vllm_cost_meter.errors import StepLogError
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.snapshot import Snapshot
 from vllm_cost_meter.units.time import NS_PER_SECOND
-from vllm_cost_meter.version import __version__
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -60,26 +58,6 @@ def process_created_ns() -> int:
     return now_ns - max(age_ns, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineIdentity:
-    """What an engine is, for its run's record. `parallelism` is e.g. "tp=2 pp=1 dp=1".
-
-    `host` is the name of its machine, by which a price may be chosen. `precision` is what it
-    computes in, e.g. "bfloat16" or "bfloat16, fp8 weights, fp8 KV cache".
-    Its KV cache has `kv_blocks` of `kv_block_size` tokens each; None where there is none.
-    """
-
-    model: str
-    engine_index: int
-    vllm_version: str
-    hardware: str
-    parallelism: str
-    kv_blocks: int | None = None
-    kv_block_size: int | None = None
-    host: str = "unknown"
-    precision: str = "unknown"
-
-
 class NoMeter:
     """Stands in where no meter could be made: every hook passes through."""
 
@@ -96,8 +74,6 @@ class EngineMeter:
     def __init__(
         self,
         *,
-        method: str,
-        gpus: int,
         engine: EngineIdentity,
         prior: Prior = NOTHING_KNOWN,
         step_log: Path | None = None,
@@ -111,17 +87,26 @@ class EngineMeter:
         self.late: list[tuple[int, Bill]] = []
         self.books = EngineBooks(
             run_id=uuid.uuid4().hex,
-            method=method,
-            gpus=gpus,
+            engine=engine,
             created_ns=process_created_ns(),
             now_ns=time.monotonic_ns(),
             unix_ns=time.time_ns(),
             prior=prior,
-            kv_block_size=engine.kv_block_size or 0,
         )
         self.engine = engine
+        self.run_id = self.books.run_id
+        # The events that the books take as they come: bound once, so that a hook that speaks to
+        # its meter pays for no call in between.
+        self.open = self.books.open
+        self.preempt = self.books.preempt
+        self.begin_step = self.books.begin_step
+        self.adopt = self.books.adopt
+        self.fall_asleep = self.books.fall_asleep
+        self.wake_up = self.books.wake_up
+        self.begin_dummy = self.books.begin_dummy
+        self.end_dummy = self.books.end_dummy
         # Right after the books: what they booked so far is startup, and no energy of it is known.
-        self.energy = EnergyMeter(energy or EnergyCounter(()), gpus, time.monotonic_ns())
+        self.energy = EnergyMeter(energy or EnergyCounter(()), engine.gpus, time.monotonic_ns())
         self._step_log = self._open_step_log(step_log) if step_log is not None else None
         # Tokens found in the prefix cache when the request was first scheduled.
         self._cached_tokens: dict[str, int] = {}
@@ -227,26 +212,15 @@ class EngineMeter:
         if self._step_log is not None:
             self._step_log.flush()
         now_ns = time.monotonic_ns()
-        facts = EngineFacts(
+        state = EngineState(
             running=running,
             waiting=waiting,
             kv_cache_usage=kv_cache_usage,
             own_ns=self.own_ns,
             errors=self.guard.errors,
             state="off" if self.guard.off else "on",
-            native=NATIVE,
-            meter_version=__version__,
-            model=self.engine.model,
-            engine_index=self.engine.engine_index,
-            vllm_version=self.engine.vllm_version,
-            hardware=self.engine.hardware,
-            parallelism=self.engine.parallelism,
-            kv_blocks=self.engine.kv_blocks,
-            kv_block_size=self.engine.kv_block_size,
-            host=self.engine.host,
-            precision=self.engine.precision,
         )
-        snapshot = self.books.snapshot(now_ns, time.time_ns(), acknowledged, facts)
+        snapshot = self.books.snapshot(now_ns, time.time_ns(), acknowledged, state)
         snapshot = self.energy.added_to(snapshot, self.books, now_ns, acknowledged)
         self.own_ns = own_ns + monotonic_ns() - began_ns
         return snapshot

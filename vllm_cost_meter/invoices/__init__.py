@@ -1,1 +1,1 @@
-"""A provider's bills: read from files, and spread over hours."""
+"""Provider bills (invoices): read from files, and spread over hours."""

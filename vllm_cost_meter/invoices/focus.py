@@ -1,16 +1,15 @@
-"""FOCUS, the FinOps cost and usage specification (1.2 and later): which column is what.
+"""FOCUS columns (FinOps cost and usage specification, 1.2 and later), and the kind of each row.
 
-A file of FOCUS is of a whole account and names what was charged in its own words, so what kind of
-thing a row is has to be guessed from its service, resource type and meter; `[[invoice_resources]]`
-goes before the guess.
+A FOCUS file covers a whole account and names charges in its provider's words. So the kind of a row
+is a guess from its service, resource type and meter. `[[invoice_resources]]` overrides the guess.
 
-Invariant: every row has a kind, an item and an invoice, whichever optional columns are missing.
+Invariant: every row has a kind, an item and an invoice, even if optional columns are missing.
 """
 
 import re
 
-from vllm_cost_meter.invoices.rows import Row
-from vllm_cost_meter.invoices.timeline import CHARGE_CLASSES, Kind
+from vllm_cost_meter.invoices.rows import FileRow
+from vllm_cost_meter.invoices.timeline import CHARGE_CLASSES, ResourceKind
 
 COLUMNS = {
     "resource": "ResourceId",
@@ -20,14 +19,14 @@ COLUMNS = {
     "currency": "BillingCurrency",
 }
 SERVICE = "ServiceName"
-# What tells charges for one resource and time apart.
+# These columns distinguish charges for one resource and time.
 _ITEM = (
     *(SERVICE, "SubAccountId", "SkuId", "SkuPriceId", "SkuMeter", "ChargeCategory"),
     *("PricingCategory", "CommitmentDiscountId", "ChargeDescription"),
 )
-# The more specific column first; a virtual machine's own disk is of the service Compute.
+# The more specific column comes first: a virtual machine's own disk has the service Compute.
 _SAYS_KIND = ("SkuMeter", "ResourceType", SERVICE)
-_WORDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
+_WORDS: tuple[tuple[ResourceKind, re.Pattern[str]], ...] = (
     ("gpu", re.compile(r"\bgpus?\b|accelerat", re.IGNORECASE)),
     ("disk", re.compile(r"disk|volume|storage|snapshot|block store|\bebs\b", re.IGNORECASE)),
     (
@@ -38,7 +37,7 @@ _WORDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
         ),
     ),
 )
-_CATEGORIES: dict[str, Kind] = {
+_CATEGORIES: dict[str, ResourceKind] = {
     "compute": "gpu",
     "ai and machine learning": "gpu",
     "storage": "disk",
@@ -46,8 +45,8 @@ _CATEGORIES: dict[str, Kind] = {
 }
 
 
-def kind_of(row: Row) -> Kind:
-    """Return what kind of thing a row charges for, by its words."""
+def kind_of(row: FileRow) -> ResourceKind:
+    """Return the kind of resource that a row charges for, guessed from its words."""
     if row.get("ChargeCategory") == "Tax":
         return "other"
     for column in _SAYS_KIND:
@@ -57,17 +56,17 @@ def kind_of(row: Row) -> Kind:
     return _CATEGORIES.get(row.get("ServiceCategory").casefold(), "other")
 
 
-def item_of(row: Row) -> str:
-    """Return what tells a row from others of its resource and time."""
+def item_of(row: FileRow) -> str:
+    """Return the text that distinguishes a row from others for its resource and time."""
     return " / ".join(filter(None, map(row.get, _ITEM)))
 
 
-def invoice_of(row: Row) -> str:
-    """Return the invoice of a row: a later one may correct the same time."""
+def invoice_of(row: FileRow) -> str:
+    """Return a row's invoice, else its billing period: a later one may correct the same time."""
     return row.get("InvoiceId") or row.get("BillingPeriodStart")
 
 
-def charge_class_of(row: Row) -> str:
-    """Return the class by which a row is added to a bill; empty for a charge of its own."""
+def charge_class_of(row: FileRow) -> str:
+    """Return a row's class (Correction, Credit, Adjustment); empty for an ordinary charge."""
     words = (row.get("ChargeClass"), row.get("ChargeCategory"))
     return next((word for word in words if word in CHARGE_CLASSES), "")

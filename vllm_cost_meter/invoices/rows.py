@@ -1,9 +1,9 @@
-"""The rows of a file of bills, each with the place it stands at, and what its cells may be.
+"""Rows of a bill file, from CSV or JSON, with checked cells.
 
-A file comes from somewhere else: every cell is checked, and the first that is wrong is one line
-with file, line and column. Nothing here knows which columns there are.
+The file comes from outside, so every cell is checked. The first wrong cell is refused in one line
+with file, line and column. Nothing here knows which columns exist.
 
-Invariant: an amount is an exact fraction, an instant is one that RFC 3339 can write.
+Invariant: an amount is an exact fraction, and RFC 3339 can write every instant.
 """
 
 import csv
@@ -29,37 +29,40 @@ _SHOWN_CHARS_MAX = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row: its cells by column, and where it stands, as "file:line"."""
+class FileRow:
+    """One row: its cells by column, and its place as "file:line"."""
 
     where: str
     cells: Mapping[str, str]
 
     def wrong(self, column: str, expected: str, got: str) -> ValueError:
-        """Return what says that a cell is not what was expected."""
+        """Return the error for a wrong cell: place, column, expected, got."""
         shown = got if len(got) <= _SHOWN_CHARS_MAX else f"{got[:_SHOWN_CHARS_MAX]}..."
         return ValueError(f"{self.where}: {column}: expected {expected}, got {shown!r}")
 
     def get(self, column: str) -> str:
-        """Return a cell's text; empty where there is none."""
+        """Return a cell's text; empty if the row has no such cell."""
         return self.cells.get(column, "").strip()
 
     def name(self, column: str) -> str:
-        """Return a cell that names something."""
+        """Return a cell that holds a name. Raises ValueError for an empty or unprintable one."""
         text = self.get(column)
         if not 1 <= len(text) <= NAME_CHARS_MAX or not text.isprintable():
             raise self.wrong(column, f"1 to {NAME_CHARS_MAX} printable characters", text)
         return text
 
     def number(self, column: str) -> Fraction:
-        """Return a cell's number, exact; of either sign."""
+        """Return a cell's number, exact and of either sign. Raises ValueError for other text."""
         text = self.get(column)
         if not _NUMBER.match(text):
             raise self.wrong(column, "a decimal number, such as 12.50", text)
         return Fraction(Decimal(text))
 
     def instant_ns(self, column: str, format: str | None = None, zone: tzinfo = UTC) -> int:
-        """Return a cell's instant; one that names no zone is of `zone`."""
+        """Return a cell's instant in ns since the epoch; `zone` counts if the cell names none.
+
+        `format` is a `strptime` format; without it the cell is RFC 3339. Raises ValueError.
+        """
         text = self.get(column)
         like = f"an instant like {format}" if format else "an RFC 3339 instant"
         try:
@@ -74,11 +77,14 @@ class Row:
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text. Raises ValueError for none, one too large, or no text."""
+    """Return a file's text. Raises ValueError if it is missing, too large or not UTF-8."""
     try:
         size = path.stat().st_size
         if size > FILE_BYTES_MAX:
-            raise ValueError(f"{path}: expected at most {FILE_BYTES_MAX} bytes, got {size}")
+            raise ValueError(
+                f"{path}: expected at most {FILE_BYTES_MAX:,} bytes, got {size:,}: import the file"
+                " in parts"
+            )
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
@@ -86,19 +92,21 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: expected UTF-8 text, got {error.reason}") from None
 
 
-def csv_rows(path: Path, text: str, needed: tuple[str, ...], delimiter: str = ",") -> Iterator[Row]:
-    """Yield the rows of a CSV file with a header that has the columns that are needed."""
+def csv_rows(
+    path: Path, text: str, needed: tuple[str, ...], delimiter: str = ","
+) -> Iterator[FileRow]:
+    """Yield the rows of a CSV file. Raises ValueError unless its header has each needed column."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        first = Row(f"{path}:1", {})
+        first = FileRow(f"{path}:1", {})
         for column in needed:
             if (times := header.count(column)) != 1:
                 raise first.wrong("header", f"one column {column!r}", f"{times} of it")
         for cells in reader:
             if not cells:
                 continue
-            row = Row(f"{path}:{reader.line_num}", dict(zip(header, cells, strict=False)))
+            row = FileRow(f"{path}:{reader.line_num}", dict(zip(header, cells, strict=False)))
             if len(cells) != len(header):
                 raise row.wrong("row", f"{len(header)} cells", f"{len(cells)}")
             yield row
@@ -106,20 +114,23 @@ def csv_rows(path: Path, text: str, needed: tuple[str, ...], delimiter: str = ",
         raise ValueError(f"{path}:{reader.line_num}: expected CSV, got {error}") from None
 
 
-def json_rows(path: Path, text: str) -> Iterator[Row]:
-    """Yield the objects of a JSON list as rows, `where` with their number, from 0."""
+def json_rows(path: Path, text: str) -> Iterator[FileRow]:
+    """Yield the objects in a JSON list as rows; `where` has their number, from 0.
+
+    Raises ValueError for any other JSON.
+    """
     try:
-        # As they are written: a float would round an amount.
-        told = json.loads(text, parse_float=Decimal, parse_constant=str)
+        # Decimals keep an amount as it is written; a float would round it.
+        found = json.loads(text, parse_float=Decimal, parse_constant=str)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(told, list):
-        raise ValueError(f"{path}: expected a JSON list of objects, got {type(told).__name__}")
-    for number, one in enumerate(told):
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: expected a JSON list of objects, got {type(found).__name__}")
+    for number, one in enumerate(found):
         where = f"{path}[{number}]"
         if not isinstance(one, dict):
             raise ValueError(f"{where}: expected an object, got {type(one).__name__}")
-        yield Row(where, {name: _cell(value) for name, value in one.items()})
+        yield FileRow(where, {name: _cell(value) for name, value in one.items()})
 
 
 def _cell(value: Any) -> str:

@@ -1,17 +1,18 @@
-"""What a provider billed, put on a line of time: counters, rates and the lines of invoices.
+"""Billed amounts over time: a provider's readings and invoice lines, spread over hours.
 
-A *meter* is what one resource is billed for one kind of thing. Its counter was read now and then:
-between two readings the increment is spread evenly, so windows that split it add up. A counter that
-fell was reset, or its resource made anew: what was spent before that is unknown, so nothing is
-counted and the time is *unobserved*. So is, besides its money, time between readings that are
-further apart than a gap: the money is real, but nobody knows when in it. A rate holds until the
-next reading, and over a gap only for as long as the gap may be. Lines of an invoice are spread over
-their period and stand in place of what counters say of the same meter in that time; credits and
-corrections are added. Before the first reading and after the last nothing is claimed. Core:
-standard library only.
+A *meter* is one resource billed for one kind of thing. A provider's counter is read now and then.
+The increment between two readings is spread evenly, so windows that split it add up.
 
-Invariant: a counter never makes a spend negative; the spends of the parts of a window add up to
-that of the window, exactly; the hours of a stretch add up to its amount, to the nano-USD.
+A counter that fell was reset, or its resource was created anew. The spend before that is unknown:
+nothing is counted, and the time is *unobserved*. Time between two readings further apart than the
+gap is unobserved too. There the money is real, but nobody knows when it was spent.
+
+A rate holds until the next reading, but no longer than the gap. An invoice line is spread over its
+period. It replaces the counter's figures for the same meter and time. Credits and corrections are
+added. Nothing is claimed before the first reading and after the last.
+
+Invariant: a counter never makes a spend negative. The spends in a window's parts add up exactly to
+the window's. The hours of a stretch add up to its amount, to the nano-USD.
 """
 
 from bisect import bisect_right
@@ -25,43 +26,46 @@ from typing import Literal, NamedTuple, get_args
 from vllm_cost_meter.units.rounding import half_even
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
-Kind = Literal["gpu", "disk", "network", "other"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-GPU: Kind = "gpu"
-# How an amount is known.
+ResourceKind = Literal["gpu", "disk", "network", "other"]
+KINDS: tuple[ResourceKind, ...] = get_args(ResourceKind)
+GPU: ResourceKind = "gpu"
+# The basis of an amount: where it is known from.
 COUNTER, RATE, INVOICE = "counter", "rate", "invoice"
-# Why a time is unobserved.
+# The reasons for unobserved time.
 RESET, GAP = "reset", "gap"
-# Classes of charges that are added to a bill: only these may be negative.
+# Charges in these classes are added to a bill, and only they may be negative.
 CHARGE_CLASSES = ("Correction", "Credit", "Adjustment")
 
 
 @dataclass(frozen=True, slots=True)
-class BillingSnapshot:
-    """A reading at an instant: what was spent so far, or what an hour costs; the other is None."""
+class Reading:
+    """A provider's counter or rate at an instant: the spend so far, or the price of an hour.
+
+    One of the two is None.
+    """
 
     resource: str
-    kind: Kind
+    kind: ResourceKind
     at_ns: int
     cumulative_nanousd: int | None = None
     nanousd_per_hour: int | None = None
 
     @property
     def key(self) -> tuple[str, int]:
-        """Return what there is one reading of."""
+        """The key of a reading: there is one per resource and instant."""
         return self.resource, self.at_ns
 
 
 @dataclass(frozen=True, slots=True)
 class InvoiceLine:
-    """What was charged for the time [from_ns, to_ns).
+    """One charge on an invoice for the time [from_ns, to_ns).
 
-    `invoice` and `item` tell lines of the same resource and time apart. A line with a
-    `charge_class` is added to what is there and says nothing of which time is billed.
+    `invoice` and `item` distinguish lines for the same resource and time. A line with a
+    `charge_class` adds to other lines, and does not make its time billed time.
     """
 
     resource: str
-    kind: Kind
+    kind: ResourceKind
     from_ns: int
     to_ns: int
     nanousd: int
@@ -71,7 +75,7 @@ class InvoiceLine:
 
     @property
     def key(self) -> tuple[str, int, int, str, str, str]:
-        """Return what there is one line of."""
+        """The key of a line: a ledger holds one line per key."""
         return (
             *(self.resource, self.from_ns, self.to_ns),
             *(self.invoice, self.item, self.charge_class),
@@ -82,8 +86,8 @@ class InvoiceLine:
 class Stretch:
     """An amount spread evenly over [from_ns, to_ns); None if it is unknown.
 
-    `unobserved` is why nobody looked, `covers` whether it says that the time is billed, `resets`
-    how often the counter fell at its end.
+    `unobserved` is the reason why the time is unobserved, if it is. `covers` says that the time is
+    billed time. `resets` counts how often the counter fell at its end.
     """
 
     from_ns: int
@@ -95,7 +99,7 @@ class Stretch:
     resets: int = 0
 
     def before(self, at_ns: int) -> Fraction:
-        """Return what was spent before an instant."""
+        """Return the part spent before an instant, in nano-USD, exact; 0 if unknown."""
         if self.nanousd is None:
             return Fraction(0)
         passed_ns = min(max(at_ns, self.from_ns), self.to_ns) - self.from_ns
@@ -103,9 +107,9 @@ class Stretch:
 
 
 class BilledHour(NamedTuple):
-    """What a meter was billed in an hour since the epoch.
+    """A meter's bill for one hour; `hour` counts since the epoch.
 
-    Of `covered_ns` of it the spend is known; `unobserved_ns` lie in a gap or before a reset.
+    The spend is known for `covered_ns` of the hour. `unobserved_ns` lie in a gap or before a reset.
     """
 
     hour: int
@@ -117,21 +121,21 @@ class BilledHour(NamedTuple):
 
 
 def stretches(
-    snapshots: Iterable[BillingSnapshot], lines: Iterable[InvoiceLine], gap_ns: int
+    readings: Iterable[Reading], lines: Iterable[InvoiceLine], gap_ns: int
 ) -> list[Stretch]:
     """Return the stretches of one meter, from its readings and lines in any order.
 
-    Readings further apart than `gap_ns` leave a gap.
+    Two readings further apart than `gap_ns` leave a gap.
     """
     lines = sorted(lines, key=lambda line: line.key)
     invoiced = _union((line.from_ns, line.to_ns) for line in lines if not line.charge_class)
     read = [
         piece
-        for one, two in pairwise(sorted(snapshots, key=lambda snapshot: snapshot.at_ns))
+        for one, two in pairwise(sorted(readings, key=lambda reading: reading.at_ns))
         for stretch in _between(one, two, gap_ns)
         for piece in _outside(stretch, invoiced)
     ]
-    # Two lines may be of one time, which is covered once.
+    # Two lines may share a time, which is covered once.
     covered = [Stretch(low, high, Fraction(0), INVOICE) for low, high in invoiced]
     charged = [
         Stretch(line.from_ns, line.to_ns, Fraction(line.nanousd), INVOICE, covers=False)
@@ -141,7 +145,7 @@ def stretches(
 
 
 def spend(found: Iterable[Stretch], from_ns: int, to_ns: int) -> Fraction:
-    """Return what stretches say was spent in [from_ns, to_ns), in nano-USD, exact."""
+    """Return the spend that stretches put into [from_ns, to_ns), in nano-USD, exact."""
     spent = (stretch.before(to_ns) - stretch.before(from_ns) for stretch in found)
     return sum(spent, Fraction(0))
 
@@ -152,7 +156,7 @@ def hours_between(from_ns: int, to_ns: int) -> range:
 
 
 def hours_of(stretch: Stretch, within: range | None = None) -> range:
-    """Return the hours that a stretch touches; with `within` those of them."""
+    """Return the hours that a stretch touches; `within` limits them."""
     hours = hours_between(stretch.from_ns, stretch.to_ns)
     if within is None:
         return hours
@@ -160,16 +164,16 @@ def hours_of(stretch: Stretch, within: range | None = None) -> range:
 
 
 def billed_hours(found: Iterable[Stretch], within: range | None = None) -> list[BilledHour]:
-    """Return the hours that the stretches of a meter touch; with `within` those of them.
+    """Return the billed hours that a meter's stretches touch; `within` limits them.
 
     Each stretch is rounded cumulatively, half to even, so its hours add up to it.
     """
-    # nano-USD, covered, unobserved, resets.
+    # Each list holds nano-USD, covered ns, unobserved ns and resets.
     sums: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     bases: dict[int, set[str]] = defaultdict(set)
     for stretch in found:
         spent, length_ns = None, stretch.to_ns - stretch.from_ns
-        # Integers: an hour of a fraction takes four times as long.
+        # Integers are four times as fast as fractions here.
         amount, parts = (stretch.nanousd or Fraction(0)).as_integer_ratio()
         for hour in hours_of(stretch, within):
             end_ns = (hour + 1) * NS_PER_HOUR
@@ -190,8 +194,8 @@ def billed_hours(found: Iterable[Stretch], within: range | None = None) -> list[
     ]
 
 
-def _between(one: BillingSnapshot, two: BillingSnapshot, gap_ns: int) -> Iterator[Stretch]:
-    """Yield what two readings, one after the other, say of the time between."""
+def _between(one: Reading, two: Reading, gap_ns: int) -> Iterator[Stretch]:
+    """Yield the stretches between two readings, one after the other."""
     begin, end = one.at_ns, two.at_ns
     if one.nanousd_per_hour is not None:
         held = min(end, begin + gap_ns)
@@ -200,7 +204,7 @@ def _between(one: BillingSnapshot, two: BillingSnapshot, gap_ns: int) -> Iterato
         if held < end:
             yield Stretch(held, end, None, RATE, GAP)
     elif one.cumulative_nanousd is None or two.cumulative_nanousd is None:
-        yield Stretch(begin, end, None, COUNTER, GAP)  # of a counter that became a rate
+        yield Stretch(begin, end, None, COUNTER, GAP)  # The counter became a rate.
     elif two.cumulative_nanousd < one.cumulative_nanousd:
         yield Stretch(begin, end, None, COUNTER, RESET, resets=1)
     else:
@@ -219,7 +223,7 @@ def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _outside(stretch: Stretch, spans: Sequence[tuple[int, int]]) -> Iterator[Stretch]:
-    """Yield the pieces of a stretch that lie outside of spans, each with its part of the amount."""
+    """Yield the pieces of a stretch outside the spans, each with its part of the amount."""
     begin = stretch.from_ns
     first = bisect_right(spans, begin, key=lambda span: span[1])
     for low, high in chain(islice(spans, first, None), [(stretch.to_ns, stretch.to_ns)]):

@@ -1,7 +1,8 @@
-"""Starts a real `vllm serve` on loopback and waits for it: what the demo and the benchmark share.
+"""Start a real `vllm serve` on loopback, wait for it, and stop it.
 
-The server is the one of the environment that runs this. It gets a session of its own, so that a
-Ctrl-C at the terminal reaches the caller first, who stops it; its output goes to a log file.
+The demo, the validation and the benchmarks use it. It runs the vLLM of this Python environment. The
+server gets its own session, so that a Ctrl-C at the terminal reaches only the caller, which then
+stops the server. Its output goes to a log file.
 
 Invariant: `stop` ends the processes of this server and no others.
 """
@@ -24,7 +25,7 @@ from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.units.text import plain
 
 LOOPBACK = "127.0.0.1"
-# The first start of a large model compiles for minutes.
+# A large model compiles for minutes at its first start.
 START_TIMEOUT_S = 1800
 STOP_TIMEOUT_S = 30
 # A report waits for bills on their way; the engine answers between two steps.
@@ -34,7 +35,7 @@ LOG_LINES_SHOWN = 15
 # bf16 ends the worker with SIGILL on some CPUs, and compiling is not worth it for a tiny model.
 CPU_ARGUMENTS = ("--dtype", "float32", "--enforce-eager")
 
-# What vLLM's log says, in the order it says it, and what that means to somebody who waits.
+# The marks in vLLM's log, in their order, and what each means to somebody who waits.
 STAGES = (
     ("Resolved architecture", "vLLM is there, starting the engine's process"),
     ("Initializing a V1 LLM engine", "the engine starts its worker"),
@@ -48,7 +49,7 @@ STAGES = (
 def is_cpu_build() -> bool:
     """Return whether this environment's vLLM is a CPU build, by vLLM's own criterion.
 
-    Raises ServerError where there is no vLLM.
+    Raises ServerError if there is no vLLM.
     """
     try:
         return "cpu" in metadata.version("vllm")
@@ -60,18 +61,21 @@ def is_cpu_build() -> bool:
 
 
 def command_path(name: str) -> str:
-    """Return the path of a command of this environment. Raises ServerError if it is not there."""
+    """Return the path of a command in this environment. Raises ServerError if it is missing."""
     path = Path(sys.executable).parent / name
     if not path.exists():
-        raise ServerError(f"expected the command {path}, found none")
+        raise ServerError(
+            f"expected the command {path}, found none; install its package into this environment"
+        )
     return str(path)
 
 
 def environment_of(cache: Path, *, offline: bool) -> dict[str, str]:
-    """Return the environment for vLLM's commands: what is unset goes below `cache`.
+    """Return the environment variables for vLLM's commands.
 
-    `offline` is for a model that needs no hub. Usage statistics are off, and nothing listens
-    beyond this machine or goes through a proxy.
+    Caches go below `cache` unless the user has set them. `offline` is for a model that needs no
+    hub. Usage statistics are off, nothing listens beyond this machine, and requests to it go
+    through no proxy.
     """
     defaults = {
         "VLLM_CACHE_ROOT": str(cache / "vllm"),
@@ -81,16 +85,16 @@ def environment_of(cache: Path, *, offline: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_HOST_IP": LOOPBACK,
-        # Seconds. With vLLM's 5, a client that was held up by a busy machine finds its connection
-        # closed, and its request fails.
+        # The unit is seconds. With vLLM's 5, a client held up by a busy machine finds its
+        # connection closed, and its request fails.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
     if offline:
         defaults |= {"HF_HOME": str(cache / "huggingface"), "HF_HUB_OFFLINE": "1"}
-        # GiB; only the CPU build reads it. With 1 it starts in half a minute.
+        # The unit is GiB, and only the CPU build reads it. With 1 it starts in half a minute.
         defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
     environment = {**defaults, **os.environ}
-    # What vLLM starts finds the tools of the environment first.
+    # vLLM's child processes find this environment's tools first.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     for name in ("no_proxy", "NO_PROXY"):
         environment[name] = ",".join(filter(None, (os.environ.get(name), LOOPBACK)))
@@ -98,7 +102,7 @@ def environment_of(cache: Path, *, offline: bool) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different ports of loopback that nobody listens on now."""
+    """Return different free ports on loopback."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -107,7 +111,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def get_json(port: int, path: str) -> Any:
-    """GET a JSON answer from this machine. Raises OSError, or ServerError for another status."""
+    """GET a JSON answer from this machine. Raises OSError, or ServerError unless it is a 200."""
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=ANSWER_TIMEOUT_S)
     with contextlib.closing(connection):
         connection.request("GET", path)
@@ -119,12 +123,12 @@ def get_json(port: int, path: str) -> Any:
 
 
 class Server:
-    """One `vllm serve` process with its two ports and its log."""
+    """One `vllm serve` process, with its two ports and its log."""
 
     def __init__(
         self, model: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path
     ) -> None:
-        """Choose free ports; the arguments are those of `vllm serve` besides host and port."""
+        """Choose free ports. `arguments` go to `vllm serve`, besides host and port."""
         self.log = log
         self.port, self.side_port = free_ports(2)
         self._command = [
@@ -138,17 +142,17 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where vLLM listens."""
+        """The URL on which vLLM listens."""
         return f"http://{LOOPBACK}:{self.port}"
 
     @property
     def side_url(self) -> str:
-        """Where the cost meter's side endpoint listens."""
+        """The URL on which the cost meter's side endpoint listens."""
         return f"http://{LOOPBACK}:{self.side_port}"
 
     @property
     def pid(self) -> int:
-        """The process to end, with SIGTERM, to stop the server."""
+        """The id of the process: a SIGTERM to it stops the server."""
         return self._running().pid
 
     def launch(self) -> None:
@@ -164,9 +168,9 @@ class Server:
             )
 
     def wait(self, on_stage: Callable[[str], None] = lambda _stage: None) -> None:
-        """Wait until it serves; `on_stage` is told now and then what it is doing.
+        """Wait until the server serves; `on_stage` is called now and then with the current stage.
 
-        Raises ServerError, with the end of the log, if it ends or takes too long.
+        Raises ServerError if the server ends (with the end of its log) or takes too long.
         """
         process = self._running()
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -179,15 +183,15 @@ class Server:
             time.sleep(0.25)
 
     def cost(self, path: str) -> Any:
-        """GET a figure of the side endpoint, such as `tenants`."""
+        """GET an answer from the side endpoint below `/cost/`, such as `tenants`."""
         return get_json(self.side_port, f"/cost/{path}")
 
     def keep(self) -> None:
-        """Let it go on: whoever wants to end it does so by its `pid`."""
+        """Let the server go on after `stop`; it can be ended by its `pid`."""
         self._is_kept = True
 
     def stop(self) -> None:
-        """End the server: SIGTERM, time to finish, then SIGKILL to what is left of it."""
+        """End the server: SIGTERM, time to finish, then SIGKILL to its remaining processes."""
         process = self._process
         if process is None or self._is_kept:
             return
@@ -196,14 +200,14 @@ class Server:
                 process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(STOP_TIMEOUT_S)
-        finally:  # also after a second Ctrl-C
-            # Its children are in its group and in no other.
+        finally:  # This runs after a second Ctrl-C too.
+            # The group holds the server's children and no other process.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def log_end(self) -> str:
-        """Return the last lines of the log, fit to be shown."""
+        """Return the last lines of the log, safe to show on a terminal."""
         return end_of(self.log)
 
     def _healthy(self) -> bool:
@@ -222,7 +226,7 @@ class Server:
 
 
 def stage_of(log: str) -> str:
-    """Return what a starting server is doing, from its log so far."""
+    """Return the stage of a starting server, from its log so far."""
     for mark, stage in reversed(STAGES):
         if mark in log:
             return stage
@@ -230,6 +234,6 @@ def stage_of(log: str) -> str:
 
 
 def end_of(log: Path) -> str:
-    """Return the last lines of a log file under its name, made safe to show."""
+    """Return a log file's name and its last lines, safe to show on a terminal."""
     lines = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
     return "\n".join([f"the end of {log}:", *(f"  {plain(line)}" for line in lines)])

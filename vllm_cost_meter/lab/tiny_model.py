@@ -1,10 +1,10 @@
-"""A tiny random Llama, made on the spot: what `make demo` and the tests serve.
+"""Make a tiny random Llama for `make demo` and the tests.
 
 Nothing is downloaded. The tokenizer is a byte-level BPE trained on `TRAINING_TEXT`, with a chat
-template, so every HTTP route of vLLM that generates works. The weights are random, and what they
-write is nonsense of exactly the length that was asked for: the row of the output layer for the end
-of the text is zero and the others are large, so an end by itself comes about once in thousands
-of tokens. The same versions of the libraries make the same bytes, on every machine.
+template, so every generating HTTP route of vLLM works. The weights are random, so the model writes
+nonsense, almost always with exactly the requested length: in the output layer the row for the end
+of the text is zero and the others are large, so the text ends by itself about once in thousands of
+tokens. The same library versions make the same bytes on every machine.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ CONTEXT_TOKENS = 8192
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|padding|>"
 TURN, TURN_END = "<|turn|>", "<|turn_end|>"
 
-# Standard deviations. Attention and MLP as Llama is initialised; the output layer wider, so that
-# sampling at temperature 1 prefers some tokens to others, as a trained model does.
+# Standard deviations of the weights. Attention and MLP are initialised as in Llama. The output
+# layer is wider, so that sampling at temperature 1 prefers some tokens, as a trained model does.
 LAYER_SPREAD = 0.02
 OUTPUT_SPREAD = 0.15
 
@@ -39,15 +39,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '" + TURN + "assistant\n' }}{% endif %}"
 )
 
-# The recipe is this file: a model made by another version of it is made again.
+# The recipe is this file: a model made by another version of this file is made again.
 RECIPE_FILE = "recipe.sha256"
 
 
 def default_path() -> Path:
-    """Return where the tiny model of this installation is, or will be.
+    """Return the path of this installation's tiny model, which may not exist yet.
 
-    `.cache/tiny-llama` beside the virtual environment that runs this, so the checkout's own when
-    that is `.venv`; outside any virtual environment, under the user's cache directory.
+    It is `.cache/tiny-llama` beside the running virtual environment, so inside the checkout if that
+    is `.venv`. Outside any virtual environment it is below the user's cache folder.
     """
     if sys.prefix != sys.base_prefix:
         return Path(sys.prefix).resolve().parent / ".cache" / "tiny-llama"
@@ -56,12 +56,18 @@ def default_path() -> Path:
 
 
 def make_tiny_model(path: Path) -> None:
-    """Make the model at `path`, unless it is there; it appears there whole or not at all."""
+    """Make the model at `path` unless it exists; it appears whole or not at all.
+
+    Raises FileExistsError if something else is at `path`.
+    """
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     if _is_made_by(recipe, path):
         return
     if path.exists() and not (path / RECIPE_FILE).exists():
-        raise FileExistsError(f"{path} is there and no tiny model: remove it or name another")
+        raise FileExistsError(
+            f"{path}: expected a tiny model or nothing, got something else: remove it or name"
+            " another path"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as directory:
         made = Path(directory) / "made"
@@ -84,14 +90,14 @@ def _move_into_place(made: Path, path: Path, recipe: str) -> None:
     try:
         made.rename(path)
     except OSError:
-        # Another process was faster; what it made is as good as ours.
+        # Another process was faster, and its model is as good as ours.
         if not _is_made_by(recipe, path):
             raise
         shutil.rmtree(made)
 
 
 def _write_model(directory: Path) -> None:
-    # Seconds and hundreds of megabytes: only who makes the model imports these.
+    # These imports take seconds and hundreds of megabytes, so they happen only here.
     import torch  # noqa: PLC0415
     import transformers  # noqa: PLC0415
 
@@ -132,7 +138,7 @@ def _write_model(directory: Path) -> None:
 
 
 def _train_tokenizer() -> "transformers.PreTrainedTokenizerFast":
-    # As in `_write_model`.
+    # These imports are local for the same reason as in `_write_model`.
     import tokenizers  # noqa: PLC0415
     import transformers  # noqa: PLC0415
 
@@ -162,7 +168,7 @@ def _train_tokenizer() -> "transformers.PreTrainedTokenizerFast":
     )
 
 
-# Its words become the tokens: plain English, so that the nonsense reads like words.
+# The words here become the tokens: with plain English the nonsense reads like words.
 TRAINING_TEXT = """\
 A server that answers many people at once must share its machine among them. Each step of the
 engine takes a little time; some of the requests in that step are long, others are short, and a few

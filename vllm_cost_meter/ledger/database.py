@@ -1,12 +1,12 @@
-"""Where the ledger is, whether it may be there, and how it is opened.
+"""Open a ledger: its URL, its location, SQLite's WAL mode, and its schema.
 
-SQLite runs in WAL mode with `synchronous=NORMAL`: a commit is written to the file (page cache)
-before it returns, so it survives `kill -9` of every process; only a crash of the machine itself
-may take the last commits with it, never the file's consistency. WAL needs shared memory, so a
-network filesystem is refused at the start. Transactions are explicit here: readers begin DEFERRED
-and see one state of the file throughout, writers begin IMMEDIATE and never have to upgrade a lock.
+SQLite runs in WAL mode with `synchronous=NORMAL`. A commit is written to the file (page cache)
+before it returns, so it survives `kill -9` of every process. A crash of the machine may lose the
+last commits, but never the file's consistency. WAL needs shared memory, so a network filesystem is
+refused at the start. Transactions are explicit here: readers begin DEFERRED and see one state of
+the file throughout; writers begin IMMEDIATE and never have to upgrade a lock.
 
-Invariant: an engine that `open_ledger` returns has our schema, whole, whoever created it and
+Invariant: an engine that `open_database` returns has our schema, whole, whoever created it and
 however many processes tried to at once.
 """
 
@@ -23,13 +23,13 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.migrations import migrate
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
 
-# Filesystems on which SQLite's WAL mode loses data: its shared memory does not span machines.
+# SQLite's WAL mode loses data on these filesystems: its shared memory does not span machines.
 NETWORK_FILESYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "ncpfs", "afs", "coda", "9p", "ceph"}
     | {"lustre", "gpfs", "glusterfs", "beegfs", "orangefs", "pvfs2", "ocfs2", "gfs2", "davfs"}
     | {"virtiofs", "panfs"}
 )
-# FUSE names its driver after the dot; these drivers are network ones.
+# FUSE names its driver after a dot; these drivers are for networks.
 NETWORK_FUSE = frozenset(
     {"sshfs", "glusterfs", "ceph", "ceph-fuse", "s3fs", "gcsfuse", "rclone", "davfs", "davfs2"}
     | {"smbnetfs", "goofys", "juicefs", "blobfuse", "blobfuse2", "mount-s3", "hdfs", "seaweedfs"}
@@ -38,26 +38,41 @@ BUSY_TIMEOUT_S = 5.0
 SYNC_DRIVERS = {"sqlite": {"pysqlite"}, "postgresql": {"psycopg", "psycopg2", "pg8000"}}
 # Marks a connection that will write; see `_begin`.
 WRITE_OPTION = "cost_meter_write"
-# An arbitrary constant: who holds this PostgreSQL advisory lock may create the schema.
+# The process that holds this PostgreSQL advisory lock may create the schema. The number is
+# arbitrary.
 _SCHEMA_LOCK = 7_366_101_477
 
 
 def default_url() -> str:
-    """Return the URL of the ledger of this user: a SQLite file below the XDG state folder."""
+    """Return the URL of this user's ledger: a SQLite file below the XDG state folder."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    # The XDG rules say that a relative path is to be ignored.
+    # The XDG rules tell programs to ignore a relative path.
     home = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
     return f"sqlite:///{home / 'vllm-cost-meter' / 'ledger.db'}"
 
 
+def url_of(ledger: str | os.PathLike[str] | None) -> str:
+    """Return the URL of a ledger that is named by its URL or its SQLite file; None is the default.
+
+    The default is the ledger of this user, `default_url`.
+    """
+    if ledger is None:
+        return default_url()
+    name = os.fspath(ledger)
+    return name if "://" in name else f"sqlite:///{Path(name).resolve()}"
+
+
 def parse_url(url: str) -> URL:
-    """Return the parsed URL of a ledger we can use. Raises LedgerError."""
+    """Return a ledger's URL, parsed. Raises LedgerError for a database that the meter cannot use.
+
+    A SQLite URL must name a file by a plain path.
+    """
     hint = "sqlite:////path/ledger.db or postgresql+psycopg://user@host/database"
     try:
         parsed = make_url(url)
         backend = parsed.get_backend_name()
     except (ArgumentError, ValueError):
-        came = url.rpartition("@")[2]  # what stands before an @ may be a password
+        came = url.rpartition("@")[2]  # The text before an @ may be a password.
         raise LedgerError(f"ledger: expected a URL such as {hint}, got {came!r}") from None
     shown = parsed.render_as_string(hide_password=True)
     try:
@@ -65,25 +80,26 @@ def parse_url(url: str) -> URL:
     except NoSuchModuleError:
         backend, driver = "", ""
     if backend not in SYNC_DRIVERS or driver not in SYNC_DRIVERS[backend]:
-        raise LedgerError(f"ledger {shown}: unsupported database, expected {hint}")
+        raise LedgerError(f"ledger {shown}: expected {hint}, got an unsupported database or driver")
     if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise LedgerError(f"ledger {shown}: a ledger in memory is lost, expected {hint}")
+        raise LedgerError(f"ledger {shown}: expected {hint}, got memory, where it would be lost")
     if backend == "sqlite" and str(parsed.database).startswith("file:"):
         raise LedgerError(f"ledger {shown}: expected a plain path, sqlite:////path/ledger.db")
     return parsed
 
 
 def sqlite_path(url: URL) -> Path | None:
-    """Return the absolute path of a SQLite ledger, None for another database."""
+    """Return a SQLite ledger's absolute path; None for another database."""
     if url.get_backend_name() != "sqlite":
         return None
     return Path(str(url.database)).absolute()
 
 
 def check_location(url: str, *, mounts: str | None = None) -> None:
-    """Raise LedgerError, one line, unless a ledger may live at this URL and can be written.
+    """Raise LedgerError with one line unless a ledger may live at this URL and can be written.
 
-    `mounts` is the text of /proc/mounts; it is read from there by default.
+    This creates a SQLite ledger's folder. `mounts` is the text of /proc/mounts, read from there by
+    default.
     """
     path = sqlite_path(parse_url(url))
     if path is None:
@@ -106,7 +122,10 @@ def check_location(url: str, *, mounts: str | None = None) -> None:
 
 
 def filesystem_of(path: Path, mounts: str) -> str:
-    """Return the filesystem type under a path: that of the longest mount point above it."""
+    """Return the filesystem type under a path: the type at the longest mount point above it.
+
+    `mounts` is the text of /proc/mounts. Returns "" if no mount point is above the path.
+    """
     real = path.resolve()
     best, kind = -1, ""
     for line in mounts.splitlines():
@@ -115,14 +134,16 @@ def filesystem_of(path: Path, mounts: str) -> str:
             continue
         # /proc/mounts writes blanks in octal.
         point = words[1].encode().decode("unicode_escape")
-        # Of two mounts on one point the later one covers the earlier.
+        # A later mount on the same point covers the earlier one.
         if real.is_relative_to(point) and len(point) >= best:
             best, kind = len(point), words[2]
     return kind
 
 
-def open_ledger(url: str, *, create: bool = True, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
-    """Open a ledger, creating folder, file and schema if they are absent and `create` is set.
+def open_database(
+    url: str, *, create: bool = True, busy_timeout_s: float = BUSY_TIMEOUT_S
+) -> Engine:
+    """Open a ledger's database; create folder, file and schema if absent and `create` is set.
 
     Raises LedgerError when it cannot be opened, or was written by a newer cost meter.
     """
@@ -143,7 +164,10 @@ def open_ledger(url: str, *, create: bool = True, busy_timeout_s: float = BUSY_T
         engine = _engine(parsed, busy_timeout_s)
         _ensure_schema(engine, shown, create=create)
     except ImportError as error:
-        raise LedgerError(f"ledger {shown}: install its driver ({error})") from error
+        raise LedgerError(
+            f"ledger {shown}: its driver is not installed ({error}); install it into this"
+            " environment"
+        ) from error
     except SQLAlchemyError as error:
         _dispose(engine)
         raise LedgerError(f"ledger {shown}: cannot be opened: {cause_of(error)}") from error
@@ -154,7 +178,7 @@ def open_ledger(url: str, *, create: bool = True, busy_timeout_s: float = BUSY_T
 
 
 def cause_of(error: SQLAlchemyError) -> str:
-    """Return what a database's error says, in one line."""
+    """Return a database error's own message, its first line only."""
     return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
 
 
@@ -166,7 +190,7 @@ def _dispose(engine: Engine | None) -> None:
 def _read_mounts() -> str:
     try:
         return Path("/proc/mounts").read_text(errors="replace")
-    except OSError:  # not Linux: nothing is known, nothing is refused
+    except OSError:  # Outside Linux no mount is known, so none is refused.
         return ""
 
 
@@ -201,7 +225,7 @@ def _engine(url: URL, busy_timeout_s: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # BEGIN is ours: see `_begin`
+        connection.isolation_level = None  # `_begin` executes BEGIN itself.
         _set_wal(connection, busy_timeout_s)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA cache_size=-16384")
@@ -215,7 +239,7 @@ def _engine(url: URL, busy_timeout_s: float) -> Engine:
 
 
 def _set_wal(connection: Any, timeout_s: float) -> None:
-    """Switch the file to WAL: SQLite does not wait by itself when others open it just now."""
+    """Switch the file to WAL, and retry while others open it: SQLite itself does not wait here."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -232,7 +256,7 @@ def _set_wal(connection: Any, timeout_s: float) -> None:
 
 
 def writing(engine: Engine) -> Engine:
-    """Return the same engine, its transactions begun as a writer's."""
+    """Return the same engine with transactions that begin as a writer's (BEGIN IMMEDIATE)."""
     return engine.execution_options(**{WRITE_OPTION: True})
 
 
@@ -267,7 +291,7 @@ def _create_schema(engine: Engine) -> None:
     with writing(engine).begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
-        # Whoever came second finds everything there once the first has committed.
+        # A second process finds everything once the first has committed.
         metadata.create_all(connection)
         found = connection.execute(select(schema_version.c.version)).scalar()
         if found is None:

@@ -10,28 +10,27 @@ Invariant: a reader writes nothing.
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self, Unpack
 
-from sqlalchemy import and_, null, or_, select, tuple_
+from sqlalchemy import and_, or_, select, tuple_
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.comparison import bill_lines, billed_summary
-from vllm_cost_meter.ledger.database import cause_of, open_ledger
+from vllm_cost_meter.ledger.database import cause_of, open_database
 from vllm_cost_meter.ledger.queries.audit import audit_runs
 from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS, Cut, Window, read_cut, settle
 from vllm_cost_meter.ledger.queries.energy import class_mj, energy_state, select_parts, total_mj
 from vllm_cost_meter.ledger.queries.open_requests import (
     Living,
-    is_billed,
     open_parts,
     running_parts,
 )
 from vllm_cost_meter.ledger.queries.pages import Key, exchanges, page_of_keys, rows_of_parts
+from vllm_cost_meter.ledger.queries.requests import Match, find
 from vllm_cost_meter.ledger.queries.tenants import (
     Totals,
     after_cut,
@@ -52,31 +51,18 @@ from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS, EarlierFit, Snapshot
 from vllm_cost_meter.reports.allocation import PriceOf, report
 from vllm_cost_meter.reports.explanation import explained
-from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.grammar import Question, Words
+from vllm_cost_meter.reports.grammar import question as ask
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.reports.request_row import RUNNING, exchange, ordered, shown_part
 from vllm_cost_meter.reports.statement import OverheadCost, month_question, statement
 from vllm_cost_meter.units.calendar import zone_of
 
-MAX_MATCHES = 100
 MAX_LIMIT = 1000
 # How long a report waits for bills that its cut counts and that are still on their way.
 SETTLE_S = 2.0
 # Overhead in which the GPUs worked all the same.
 WORK = ("in_flight", "tail", "dummy")
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What an id stands for: an HTTP exchange, or an engine request that belongs to none.
-
-    Such a one has a bill, or else is open and known by its internal id.
-    """
-
-    http_request_id: str | None
-    run_id: str | None = None
-    seq: int | None = None
-    request_id: str | None = None
 
 
 class LedgerReader:
@@ -98,7 +84,7 @@ class LedgerReader:
         self._given_book = book
         # Bills already waited for in vain, by run: nobody waits for them again.
         self._known_missing: dict[str, int] = {}
-        self._engine = open_ledger(url, create=create)
+        self._engine = open_database(url, create=create)
         if self._engine.dialect.name == "postgresql":
             self._engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
 
@@ -111,6 +97,12 @@ class LedgerReader:
         """Close the connections."""
         self._engine.dispose()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
     # ---- requests
 
     def find(self, id: str) -> list[Match]:
@@ -119,43 +111,25 @@ class LedgerReader:
         It may be an HTTP record's own id, a response id, an X-Request-Id, or the internal or
         external id of an engine request.
         """
-        h, r, o = http_requests.c, requests.c, open_requests.c
-        told = select(h.http_request_id, h.finished_at)
-        part = select(r.http_request_id, r.finished_at, r.run_id, r.seq)
-        nothing = (null(), null())  # in place of a bill's key
-        running = select(o.http_request_id, o.started_at, *nothing, o.request_id)
-        running = running.where(~is_billed())
-        queries = [
-            query.where(column == id).order_by(at.desc()).limit(MAX_MATCHES)
-            for query, at, columns in (
-                (told, h.finished_at, (h.http_request_id, h.response_id, h.x_request_id)),
-                (part, r.finished_at, (r.http_request_id, r.response_id)),
-                (part, r.finished_at, (r.request_id, r.external_id)),
-                (running, o.started_at, (o.http_request_id, o.response_id, o.x_request_id)),
-                (running, o.started_at, (o.request_id, o.external_id)),
-            )
-            for column in columns
-        ]
-        found: dict[Match, str] = {}
         with self.transaction() as connection:
-            for query in queries:
-                for http_id, at, *key in connection.execute(query):
-                    match = Match(None, *key) if http_id is None else Match(http_id)
-                    found.setdefault(match, at)
-        return sorted(found, key=lambda match: found[match], reverse=True)[:MAX_MATCHES]
+            return find(connection, id)
 
     def request(
         self,
-        match: Match,
+        id: str | Match,
         *,
         alive: Collection[str] = (),
         now_ns: int | None = None,
         settle_s: float = SETTLE_S,
     ) -> dict[str, Any] | None:
-        """Return the request row of one match, with its `parts`; None if there is none.
+        """Return the request row of an id or a match, with its `parts`; None if there is none.
 
-        `alive` names runs known to live though their last snapshot is old.
+        `alive` names runs known to live though their last snapshot is old. Raises ValueError for an
+        id that several requests have, and LedgerError.
         """
+        match = id if isinstance(id, Match) else self._only_match(id)
+        if match is None:
+            return None
         row = self._request(match, alive, now_ns)
         if row is not None and any(
             part["state"] == RUNNING and part["run_id"] is None for part in row["parts"]
@@ -166,14 +140,16 @@ class LedgerReader:
         return row
 
     def look_up(self, id: str) -> list[dict[str, Any]]:
-        """Return the request rows of all that an id means."""
+        """Return the request rows of all that an id means, the newest first."""
         rows = (self.request(match) for match in self.find(id))
         return [row for row in rows if row is not None]
 
     def explain(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return how the bills of a request row, with its `parts`, came about.
 
-        Only what has ended is explained; a request that never reached an engine has no parts.
+        `text` is a list of lines for people, `parts` a list of dicts with the same figures. Only
+        what has ended is explained; a request that never reached an engine has no parts. Raises
+        LedgerError.
         """
         run_ids = {part["run_id"] for part in request["parts"] if part["run_id"]}
         priced = (
@@ -321,13 +297,24 @@ class LedgerReader:
 
     def report(
         self,
-        question: Question,
+        asked: Question | None = None,
         *,
         alive: Collection[str] = (),
         now_ns: int | None = None,
         settle_s: float = SETTLE_S,
+        **words: Unpack[Words],
     ) -> dict[str, Any]:
-        """Return the answer to a question in the words of reports."""
+        """Return the answer of `/cost/report` to a question, or to the words that ask one.
+
+        `series` is a list of pieces of time, each with its `rows`: a dict for each value of what is
+        aggregated by, and one for each class of overhead. `_ns` are nanoseconds of GPU time,
+        `_nanousd` 10^-9 USD, integers both; None is unknown.
+
+        Raises ValueError for a word that is not understood, and LedgerError.
+        """
+        if asked is not None and words:
+            raise TypeError(f"report: expected a question or words, got both: {', '.join(words)}")
+        question = ask(**words) if asked is None else asked
         cut = self.cut(Window(question.from_hour, question.to_hour), alive, now_ns, settle_s)
         with self.transaction() as connection:
             facts = read_facts(connection, cut, question.dimensions)
@@ -349,9 +336,13 @@ class LedgerReader:
         now_ns: int | None = None,
         settle_s: float = SETTLE_S,
     ) -> dict[str, Any]:
-        """Return one tenant's statement of a month, or that of all.
+        """Return one tenant's statement of a month such as 2026-11, or that of all.
 
-        Raises ValueError for words that are not understood and a tenant without a line.
+        `lines` are dicts by tenant, day and model; their `amount_cents`, integers, add up to the
+        total to the cent.
+
+        Raises ValueError for words that are not understood and a tenant without a line, and
+        LedgerError.
         """
         now_ns = time.time_ns() if now_ns is None else now_ns
         asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle))
@@ -383,7 +374,11 @@ class LedgerReader:
         now_ns: int | None = None,
         settle_s: float = SETTLE_S,
     ) -> dict[str, Any]:
-        """Return whether the books of every run balance at its latest cut, and all differences."""
+        """Return whether the books of every run balance at its latest cut, and all differences.
+
+        `balanced` is a bool, `runs` a list of dicts with the times and differences of each run in
+        nanoseconds. Raises LedgerError.
+        """
         cut = self.cut(Window(), alive, now_ns, settle_s)
         with self.transaction() as connection:
             runs = audit_runs(connection, cut)
@@ -415,12 +410,20 @@ class LedgerReader:
             return earlier_fit(
                 connection,
                 snapshot.run_id,
-                snapshot.model,
-                snapshot.hardware,
-                snapshot.parallelism,
+                snapshot.engine.model,
+                snapshot.engine.hardware,
+                snapshot.engine.parallelism,
             )
 
     # ---- how
+
+    def _only_match(self, id: str) -> Match | None:
+        """Return the match of an id, None if there is none. Raises ValueError for several."""
+        matches = self.find(id)
+        if len(matches) > 1:
+            own = ", ".join(str(match.http_request_id or match.request_id) for match in matches)
+            raise ValueError(f"id {id!r}: expected that of one request, got that of {own}")
+        return matches[0] if matches else None
 
     def _request(
         self, match: Match, alive: Collection[str], now_ns: int | None

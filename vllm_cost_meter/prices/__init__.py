@@ -1,1 +1,1 @@
-"""What GPU time and energy cost: the price book, declared overheads, costs of amounts."""
+"""Prices for GPU time and energy: the price book, declared overheads, and costs."""

@@ -1,14 +1,15 @@
-"""The price book: what a GPU-hour and a kilowatt-hour cost, from when, and by whose word.
+"""The price book: dated prices for GPU-hours and kilowatt-hours, and which one holds for a run.
 
-Pure choice over declared entries. The API server prices a bill by the hours it ran in, and reports
-price every hour of every run anew; so a price that comes late changes what reports say of the past,
-and no record. An entry holds from its hour until the next one with the same matches. Of the entries
-in force for a run the most specific wins: the one with the most matches, and of as many the one
-with the most plain names among them. Two that are equally specific are no price, because to pick
-one would be to guess money; nor is there any default.
+The API server prices a bill by the hours in which it ran. Reports price every hour of every run
+anew, so a price that is declared late changes reports on the past, and changes no record.
 
-Invariant: the order in which entries are given changes no choice; and a price is an exact fraction
-of USD per GPU-hour, whatever its currency is and how many GPUs it pays for.
+An entry holds from its hour until the next entry with the same matches. Among the entries in force
+for a run, the most specific wins: first the one with the most matches, then the one with the most
+plain names among them. Two equally specific entries give no price, because to pick one would be to
+guess money. There is no default price.
+
+Invariant: the order of the entries changes no choice. A price is an exact fraction of USD per
+GPU-hour, whatever its currency and however many GPUs it pays for.
 """
 
 import sys
@@ -26,14 +27,14 @@ from vllm_cost_meter.units.money import decimal_text
 from vllm_cost_meter.units.time import hour_text, instant_of
 
 Scope = Literal["gpu", "node", "deployment"]
-Kind = Literal["on_demand", "reserved", "spot"]
+PurchaseKind = Literal["on_demand", "reserved", "spot"]
 USD = "USD"
-ALWAYS = -sys.maxsize  # an hour before all others
+ALWAYS = -sys.maxsize  # An hour before all others.
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What of an engine run its price may depend on; None where it is not known."""
+    """The facts about an engine run on which its price may depend; None if not known."""
 
     gpus: int | None = None
     model: str | None = None
@@ -47,14 +48,14 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """Which runs an entry is for. Each is a name or a glob in any case, or None for any run."""
+    """The runs that an entry prices. A match is a name or glob in any case; None fits any run."""
 
     model: str | None = None
     gpu_name: str | None = None
     host: str | None = None
 
     def folded(self) -> tuple[str | None, str | None, str | None]:
-        """Return what tells one set of matches from another."""
+        """Return the matches in one case: equal for two entries that match the same runs."""
         return _folded(self.model), _folded(self.gpu_name), _folded(self.host)
 
     def specificity(self) -> tuple[int, int]:
@@ -63,7 +64,7 @@ class Matches:
         return len(given), sum(not any(c in pattern for c in "*?[") for pattern in given)
 
     def fit(self, run: RunFacts) -> bool:
-        """Tell whether an entry is for a run. What is not known of the run fits no match."""
+        """Return whether the entry prices a run. An unknown fact fits no match."""
         names = (run.model, run.gpu_name, run.host)
         return all(
             pattern is None or (name is not None and is_like(name.casefold(), pattern))
@@ -76,10 +77,11 @@ ANY_RUN = Matches()
 
 @dataclass(frozen=True, slots=True)
 class PriceEntry:
-    """What `gpus` GPUs cost in an hour: `amount` of `currency`, at `usd_rate` USD for one of it.
+    """The declared price of `gpus` GPUs for an hour: `amount` in `currency`.
 
-    `key` names it in messages. `effective_from_hour` counts hours since the epoch; None is always,
-    and such an entry stands behind all that have a date. `kind` is None where it is not known.
+    One unit of the currency is worth `usd_rate` USD. `key` names the entry in messages.
+    `effective_from_hour` counts hours since the epoch; None means always, and an entry with a date
+    goes before one without. `kind` is None if it is not known.
     """
 
     key: str
@@ -88,7 +90,7 @@ class PriceEntry:
     effective_from_hour: int | None
     scope: Scope = "gpu"
     gpus: int = 1
-    kind: Kind | None = None
+    kind: PurchaseKind | None = None
     currency: str = USD
     usd_rate: Decimal = Decimal(1)
     matches: Matches = ANY_RUN
@@ -96,9 +98,9 @@ class PriceEntry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GpuHourPrice:
-    """The price of one GPU for one hour, by an entry; a book has one such object for each.
+    """The price of one GPU for one hour, from an entry. A book has one such object per entry.
 
-    `usd_per_gpu_hour` is exact, `text` the same as a decimal of at most 18 places, to be shown.
+    `usd_per_gpu_hour` is exact. `text` shows it as a decimal with at most 18 places.
     """
 
     usd_per_gpu_hour: Fraction
@@ -107,25 +109,28 @@ class GpuHourPrice:
 
     @classmethod
     def of(cls, entry: PriceEntry) -> Self:
-        """Return the price by an entry."""
+        """Return the price that an entry declares."""
         usd = Fraction(entry.amount) * Fraction(entry.usd_rate) / entry.gpus
         is_as_given = entry.currency == USD and entry.gpus == 1
         return cls(usd, format(entry.amount, "f") if is_as_given else decimal_text(usd), entry)
 
     @property
     def key(self) -> str:
+        """The entry's name in messages."""
         return self.entry.key
 
     @property
     def matches(self) -> Matches:
+        """The runs that the entry prices."""
         return self.entry.matches
 
     @property
     def effective_from_hour(self) -> int | None:
+        """The hour since the epoch from which the entry holds; None means always."""
         return self.entry.effective_from_hour
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as reports and the command line list prices."""
+        """Return the price as reports and the command line list it."""
         entry = self.entry
         return {
             "usd_per_gpu_hour": self.text,
@@ -143,7 +148,7 @@ class GpuHourPrice:
 
 @dataclass(frozen=True, slots=True)
 class EnergyPrice:
-    """What a kilowatt-hour costs, from an hour on; fields as in `PriceEntry`."""
+    """The price of a kilowatt-hour from an hour on; fields as in `PriceEntry`."""
 
     key: str
     usd_per_kwh: Decimal
@@ -152,7 +157,7 @@ class EnergyPrice:
     matches: Matches = ANY_RUN
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as reports and the command line list it."""
+        """Return the price as reports and the command line list it."""
         return {
             "usd_per_kwh": format(self.usd_per_kwh, "f"),
             "source": self.source,
@@ -192,7 +197,7 @@ class _Line(Generic[E]):
 
 
 class _Timetable(Generic[E]):
-    """The entries of a book, and which of them are in force for a run at an hour."""
+    """A book's entries, and which of them are in force for a run at an hour."""
 
     def __init__(self, entries: Sequence[E]) -> None:
         if (twice := same_start(entries)) is not None:
@@ -207,7 +212,7 @@ class _Timetable(Generic[E]):
             key=lambda line: (*line.specificity, str(line.matches.folded())),
             reverse=True,
         )
-        # Reports ask for each hour of a run: its lines are found once.
+        # Reports ask for each hour of a run, so its lines are looked up once.
         self._of_run: dict[RunFacts, list[_Line[E]]] = {}
 
     def of(self, run: RunFacts) -> list[_Line[E]]:
@@ -218,7 +223,7 @@ class _Timetable(Generic[E]):
         return found
 
     def at(self, run: RunFacts, hour: int) -> list[E]:
-        """Return the most specific entries in force: one, none, or several that are alike."""
+        """Return the most specific entries in force: one, none, or several equally specific."""
         found: list[E] = []
         specificity = None
         for line in self.of(run):
@@ -230,7 +235,7 @@ class _Timetable(Generic[E]):
         return found
 
     def why_none(self, run: RunFacts, hour: int, settings: str) -> str:
-        """Return why there is not one entry for a run at an hour."""
+        """Return the reason why a run has no single entry at an hour."""
         if len(found := self.at(run, hour)) > 1:
             keys = " and ".join(sorted(entry.key for entry in found))
             return f"{keys} are equally specific for {run}: give one of them more matches"
@@ -243,7 +248,7 @@ class _Timetable(Generic[E]):
 
 
 class PriceBook:
-    """All prices that were declared, and the overheads, which are in no price."""
+    """All declared prices, and the declared overheads, which are in no price."""
 
     def __init__(
         self,
@@ -257,34 +262,34 @@ class PriceBook:
         self.overheads = overheads
 
     def price_at(self, run: RunFacts, hour: int) -> GpuHourPrice | None:
-        """Return the price of a run in an hour (since the epoch); None if there is not one."""
+        """Return a run's price in an hour since the epoch; None without a single best entry."""
         found = self._prices.at(run, hour)
         return found[0] if len(found) == 1 else None
 
     def energy_price_at(self, run: RunFacts, hour: int) -> EnergyPrice | None:
-        """Return the price of a run's energy in an hour; None if there is not one."""
+        """Return a run's energy price in an hour; None without a single best entry."""
         found = self._energy.at(run, hour)
         return found[0] if len(found) == 1 else None
 
     def why_no_price(self, run: RunFacts, hour: int) -> str:
-        """Return why `price_at` has none."""
+        """Return the reason why `price_at` returns None."""
         return self._prices.why_none(run, hour, "COST_METER_GPU_HOUR_USD or [[prices]]")
 
     def why_no_energy_price(self, run: RunFacts, hour: int) -> str:
-        """Return why `energy_price_at` has none."""
+        """Return the reason why `energy_price_at` returns None."""
         return self._energy.why_none(run, hour, "[[energy_prices]]")
 
     def prices_in_force(self, hour: int) -> list[GpuHourPrice]:
-        """Return the prices of an hour (since the epoch), of all runs, the most specific first."""
+        """Return all runs' prices in an hour since the epoch, the most specific first."""
         found = (line.at(hour) for line in self._prices.lines)
         return [price for price in found if price is not None]
 
     def price_changes(self) -> list[int]:
-        """Return the hours at which prices may change: between two of them none does."""
+        """Return the hours at which a price may change, in order: no price changes between two."""
         return _changes(self._prices)
 
     def energy_price_changes(self) -> list[int]:
-        """Return the hours at which prices of energy may change."""
+        """Return the hours at which an energy price may change, in order."""
         return _changes(self._energy)
 
     def listed(self) -> dict[str, list[dict[str, Any]]]:
@@ -297,7 +302,7 @@ class PriceBook:
 
 
 def same_start(entries: Sequence[_Dated]) -> tuple[int, int] | None:
-    """Return the places of the first two entries that begin at once with the same matches."""
+    """Return the places of the first two entries with the same hour and matches; None if none."""
     seen: dict[tuple[object, ...], int] = {}
     for place, entry in enumerate(entries):
         earlier = seen.setdefault((_start(entry), *entry.matches.folded()), place)
@@ -309,7 +314,7 @@ def same_start(entries: Sequence[_Dated]) -> tuple[int, int] | None:
 def by_price(
     spent: Iterable[tuple[int, int]], price_at: Callable[[int], GpuHourPrice | None]
 ) -> dict[GpuHourPrice, int] | None:
-    """Return the GPU-ns at each price, of (hour, GPU-ns) pairs; None if any hour has no price."""
+    """Return GPU-ns by price, from (hour, GPU-ns) pairs; None if any hour has no price."""
     found: dict[GpuHourPrice, int] = {}
     for hour, gpu_time_ns in spent:
         price = price_at(hour)
@@ -320,20 +325,20 @@ def by_price(
 
 
 def total_nanousd(spent_ns: Mapping[GpuHourPrice, int]) -> int:
-    """Return the cost of GPU time at each price in nano-USD, rounded once for each price."""
+    """Return the cost of GPU time by price, in nano-USD, rounded once for each price."""
     costs = (cost_nanousd(ns, price.usd_per_gpu_hour) for price, ns in spent_ns.items())
     return sum(cost for cost in costs if cost is not None)
 
 
 def described(price: Mapping[str, Any]) -> str:
-    """Return a price, as `GpuHourPrice.as_dict` gives it, in words: amount, scope and source."""
+    """Return a price from `GpuHourPrice.as_dict` in words: amount, scope and source."""
     since = f"from {price['effective_from'][:13]}Z" if price["effective_from"] else None
     about = (terms(price), price["kind"], since, price["source"])
     return f"{price['usd_per_gpu_hour']} USD per GPU-hour ({', '.join(filter(None, about))})"
 
 
 def terms(price: Mapping[str, Any]) -> str:
-    """Return for what a price was agreed, e.g. "98.32 USD per node of 8 GPUs"; "gpu" for one."""
+    """Return a price's terms, e.g. "98.32 USD per node of 8 GPUs"; "gpu" for USD per GPU."""
     scope, currency = price["scope"], price["currency"]
     if scope == "gpu" and currency == USD:
         return "gpu"
@@ -363,8 +368,8 @@ def _folded(pattern: str | None) -> str | None:
 
 
 def is_like(name: str, pattern: str) -> bool:
-    """Return whether a name is a pattern's, or fits it as a glob; both in one case."""
-    # A name may hold brackets, which a glob reads as a class of characters.
+    """Return whether a name equals a pattern or fits it as a glob. Both must be in one case."""
+    # The name may hold brackets, which a glob reads as a class of characters.
     return name == pattern or fnmatchcase(name, pattern)
 
 

@@ -1,8 +1,10 @@
-"""Money from GPU time and energy: exact integers, one rounding.
+"""Cost of GPU time and energy: exact arithmetic, rounded once.
 
-A price is a decimal or a fraction of USD per GPU-hour or kilowatt-hour; a cost is an integer of
-nano-USD, rounded half to even once, at the end. No price means no cost: None travels through every
-function here, so that an unknown can never turn into 0.
+A price is a decimal or fraction: USD per GPU-hour or per kilowatt-hour. A cost is an integer number
+of nano-USD, rounded half to even once, at the end. Without a price there is no cost: None passes
+through every function here.
+
+Invariant: an unknown amount never becomes 0.
 """
 
 from decimal import Decimal, InvalidOperation
@@ -16,14 +18,14 @@ MJ_PER_KWH = 3_600_000_000
 
 
 def parse_price(text: str) -> Decimal:
-    """Return USD per GPU-hour from its decimal text. Raises ValueError unless finite and >= 0."""
+    """Return USD per GPU-hour from decimal text. Raises ValueError unless finite and >= 0."""
     try:
         price = Decimal(text)
     except InvalidOperation:
         raise ValueError(f"expected a decimal number of USD per GPU-hour, got {text!r}") from None
     if not price.is_finite() or price < 0:
         raise ValueError(f"expected a finite price of at least 0 USD per GPU-hour, got {text!r}")
-    return price.copy_abs()  # of -0, which is a price too
+    return price.copy_abs()  # -0 is a price too.
 
 
 def cost_nanousd(gpu_time_ns: int, usd_per_gpu_hour: Decimal | Fraction | None) -> int | None:

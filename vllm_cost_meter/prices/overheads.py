@@ -1,11 +1,10 @@
-"""Declared overhead: what is paid besides the GPUs, in lines of its own.
+"""Declared overheads: money paid besides the GPUs (engineering, rent), in lines of their own.
 
-A line is a percentage of what the GPUs cost while it holds, or USD per month. Of a month a window
-has its share of hours, by the UTC calendar. A line is never part of a cost, so that nobody has to
-ask which of two figures has the rent in it.
+A line is a percentage of the GPUs' cost while it holds, or USD per month. A window has its share of
+each month's hours, by the UTC calendar. A line is never part of a cost, so nobody has to ask which
+of two figures includes the rent.
 
-Invariant: the lines of the parts of a window add up to those of the whole, exactly, before they are
-rounded.
+Invariant: before rounding, the lines of a window's parts add up exactly to the window's.
 """
 
 import calendar
@@ -25,10 +24,10 @@ HOURS_PER_DAY = 24
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """One declared overhead: `percent` of the cost or `usd_per_month`, the other is None.
+    """One declared overhead: `percent` of the cost, or `usd_per_month`; the other is None.
 
-    It holds in the hours (since the epoch) [effective_from_hour, effective_until_hour); None is
-    open. `key` names it in messages.
+    It holds in the hours since the epoch [effective_from_hour, effective_until_hour). None means no
+    bound. `key` names it in messages.
     """
 
     key: str
@@ -40,7 +39,7 @@ class Overhead:
     effective_until_hour: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as the command line lists it."""
+        """Return the overhead as the command line lists it."""
         return {
             "key": self.key,
             **self.terms(),
@@ -49,7 +48,7 @@ class Overhead:
         }
 
     def terms(self) -> dict[str, Any]:
-        """Return what was declared of it, but for the time."""
+        """Return the declared terms without their dates."""
         return {
             "name": self.name,
             "percent": _text(self.percent),
@@ -60,9 +59,9 @@ class Overhead:
 
 @dataclass(frozen=True, slots=True)
 class OverheadLine:
-    """An overhead in the hours [from_hour, to_hour) of a window; `nanousd` is exact.
+    """An overhead in a window's hours [from_hour, to_hour); `nanousd` is exact.
 
-    None is a percentage of a cost that is not known.
+    `nanousd` is None for a percentage of an unknown cost.
     """
 
     overhead: Overhead
@@ -72,11 +71,11 @@ class OverheadLine:
 
     @property
     def cost_nanousd(self) -> int | None:
-        """Return it in nano-USD, rounded half to even."""
+        """The amount in nano-USD, rounded half to even."""
         return None if self.nanousd is None else round(self.nanousd)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as a summary shows it."""
+        """Return the line as a summary shows it."""
         return {
             **self.overhead.terms(),
             "from": instant_of(self.from_hour),
@@ -93,10 +92,9 @@ def overhead_lines(
     to_hour: int,
     cost_of: Callable[[int, int], int | Fraction | None],
 ) -> list[OverheadLine]:
-    """Return the lines of the overheads that hold in any of the hours [from_hour, to_hour).
+    """Return a line for each overhead that holds in any of the hours [from_hour, to_hour).
 
-    `cost_of(from_hour, to_hour)` is the cost of the GPUs in these hours in nano-USD, None where it
-    is not known.
+    `cost_of(from_hour, to_hour)` is the GPUs' cost in these hours in nano-USD, None if unknown.
     """
     lines = []
     for overhead in overheads:
@@ -110,7 +108,7 @@ def overhead_lines(
 
 
 def months_between(from_hour: int, to_hour: int) -> Fraction:
-    """Return how many months the hours [from_hour, to_hour) are: of each its share of hours."""
+    """Return the length of [from_hour, to_hour) in months; each month counts its share of hours."""
     return sum((Fraction(hours, of) for hours, of in _months(from_hour, to_hour)), Fraction(0))
 
 
@@ -130,7 +128,7 @@ def _nanousd(
 
 
 def _months(from_hour: int, to_hour: int) -> Iterator[tuple[int, int]]:
-    """Yield the hours in each month between two hours, and the hours of that month."""
+    """Yield, for each month between two hours, its hours in between and its hours in all."""
     hour = from_hour
     while hour < to_hour:
         day = datetime.fromtimestamp(hour * SECONDS_PER_HOUR, UTC)

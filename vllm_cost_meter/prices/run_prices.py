@@ -1,12 +1,11 @@
-"""What time and energy in a ledger cost: each hour of each run by the price book.
+"""Prices of engine runs hour by hour, and the cost of the time and energy that they used.
 
-Where the book has no price for a run, what the run was told when it began counts, so that a report
-that is made without the settings has costs, too; the price's source then says so. No price changes
-between two dates of the book, so the hours between them may be taken together, as a *stretch*: its
-first hour stands for all of them.
+Where the book has no price for a run, the price in the run's own record counts, and its source says
+so. So a report made without the settings has costs too. No price changes between two dates of the
+book, so the hours between them may be summed as a *stretch*, which its first hour represents.
 
-Invariant: a cost is null unless all that was used has a price, and then the reason names a run and
-an hour without one.
+Invariant: a cost is null unless everything that was used has a price. Then the reason names a run
+and an hour without one.
 """
 
 from bisect import bisect_right
@@ -18,7 +17,7 @@ from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice, PriceBook, Pr
 from vllm_cost_meter.prices.cost import cost_nanousd, energy_cost_nanousd, parse_price
 from vllm_cost_meter.units.time import hour_text
 
-# What runs used, by run and by hour (or the first of a stretch); under None, by no hour.
+# Amounts that runs used, by run and hour (or a stretch's first hour). None holds time of no hour.
 Used = Mapping[str, Mapping[int | None, int]]
 
 
@@ -29,34 +28,34 @@ class RunPrices:
     run_id: str
     facts: RunFacts
     book: PriceBook
-    told: GpuHourPrice | None = None
+    recorded: GpuHourPrice | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, Any], book: PriceBook) -> "RunPrices":
-        """Return the prices of the run whose RUN_COLUMNS are in a row."""
+        """Return the prices for the run in a ledger row, which has its RUN_COLUMNS."""
         facts = RunFacts(row["gpus"], row["model"], row["hardware"], row["host"])
-        return cls(row["run_id"], facts, book, _told(row))
+        return cls(row["run_id"], facts, book, _recorded(row))
 
     def at(self, hour: int | None) -> GpuHourPrice | None:
-        """Return the price in an hour since the epoch, None if there is none."""
+        """Return the price at an hour since the epoch; None if there is none."""
         if hour is None:
             return None
         price = self.book.price_at(self.facts, hour)
-        return self.told if price is None else price
+        return self.recorded if price is None else price
 
     def energy_at(self, hour: int | None) -> EnergyPrice | None:
-        """Return the price of energy in an hour, None if there is none."""
+        """Return the energy price at an hour; None if there is none."""
         return None if hour is None else self.book.energy_price_at(self.facts, hour)
 
     def why_none(self, hour: int | None) -> str:
-        """Return why there is no price in an hour."""
+        """Return the reason why an hour has no price."""
         if hour is None:
             return self._no_hour()
         why = self.book.why_no_price(self.facts, hour)
         return f"no price for run {self.run_id} at {hour_text(hour)}: {why}"
 
     def why_no_energy(self, hour: int | None) -> str:
-        """Return why there is no price of energy in an hour."""
+        """Return the reason why an hour has no energy price."""
         if hour is None:
             return self._no_hour()
         why = self.book.why_no_energy_price(self.facts, hour)
@@ -145,7 +144,10 @@ def _cost(
 def by_stretch(
     hours: Mapping[int, Mapping[str, int]], changes: Sequence[int]
 ) -> dict[int, dict[str, int]]:
-    """Return the sums of amounts by stretch, each under its first hour that has any."""
+    """Return the amounts summed by stretch, each under the stretch's first hour with an amount.
+
+    `changes` are the sorted hours at which prices may change.
+    """
     firsts: dict[int, int] = {}
     sums: dict[int, dict[str, int]] = {}
     for hour in sorted(hours):
@@ -158,9 +160,9 @@ def by_stretch(
     return sums
 
 
-def _told(row: Mapping[str, Any]) -> GpuHourPrice | None:
+def _recorded(row: Mapping[str, Any]) -> GpuHourPrice | None:
     if row["usd_per_gpu_hour"] is None:
         return None
-    source = f"{row['price_source']} (told when the run began)"
+    source = f"{row['price_source']} (recorded when the run began)"
     amount = parse_price(row["usd_per_gpu_hour"])
     return GpuHourPrice.of(PriceEntry("prices of the ledger", amount, source, None))

@@ -2,12 +2,13 @@
 
 A record is built once and never changed. Unknown is None, never 0.
 
-Invariant: an engine request and its `OpenRequest` name the same request, tenant and start.
+Invariant: an engine request and its `OpenRequest` name the same request, owner and start.
 """
 
 from dataclasses import dataclass
 
 from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.owner import Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,6 @@ class Latencies:
 class EngineRequest:
     """One engine request as the ledger keeps it: its bill, and whose it was.
 
-    `tenant_rule` is the rule that named the tenant. `tenant_parent` and `tags`, a JSON object, are
-    what the tenant had declared of it when the request came; None if nothing.
     `prompt_group` is shared by the parts of one prompt (n > 1), so that the prompt can be
     counted once. `announced` tells that an `OpenRequest` went before.
     """
@@ -40,7 +39,7 @@ class EngineRequest:
     response_id: str | None
     external_id: str | None
     prompt_group: str
-    tenant: str
+    owner: Owner
     model: str | None
     lora: str | None
     route: str | None
@@ -50,9 +49,6 @@ class EngineRequest:
     finished_at_ns: int
     latencies: Latencies
     announced: bool = False
-    tenant_rule: str = "none"
-    tenant_parent: str | None = None
-    tags: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +64,11 @@ class OpenRequest:
     http_request_id: str | None
     x_request_id: str | None
     prompt_group: str
-    tenant: str
+    owner: Owner
     model: str | None
     lora: str | None
     route: str | None
     started_at_ns: int
-    tenant_rule: str = "none"
-    tenant_parent: str | None = None
-    tags: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +91,7 @@ class HttpRequest:
     http_request_id: str
     response_id: str | None
     x_request_id: str | None
-    tenant: str
+    owner: Owner
     model: str | None
     route: str
     status: int
@@ -108,7 +101,6 @@ class HttpRequest:
     cost_nanousd: int | None
     started_at_ns: int
     finished_at_ns: int
-    tenant_rule: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.energy import NO_ENERGY, RunEnergy
+from vllm_cost_meter.records.engine import EngineIdentity
 
 # Time of a run that is nobody's request. Each is a row `__name__` of a tenant report.
 OVERHEAD_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
@@ -99,9 +100,8 @@ class Snapshot:
     `wall_ns` is wall time since the engine process was created. `last_seq` is the number of the
     last bill written up to this instant, `billed_ns` the sum of all bills up to it. `own_ns` is the
     wall time the meter's own hooks took. `state` is "on" or, after too many errors, "off". `prior`
-    says where the cost model started from. The KV cache has `kv_blocks` of `kv_block_size` tokens
-    each, None if there is none. `hours` holds the totals of those hours that changed since the
-    snapshot the reader acknowledged, `cost_models` the models that were published since.
+    says where the cost model started from. `hours` holds the totals of those hours that changed
+    since the snapshot the reader acknowledged, `cost_models` the models that were published since.
     `energy` is what the GPUs used, to the same instant.
     `live` has what each open request has accrued so far, over all hours, and `step_ns` the time of
     the step in flight, which is nobody's before its result: together they are the class
@@ -113,7 +113,7 @@ class Snapshot:
     taken_at_ns: int
     started_at_ns: int
     wall_ns: int
-    gpus: int
+    engine: EngineIdentity
     totals: ClassTotals
     last_seq: int
     billed_ns: int
@@ -125,18 +125,6 @@ class Snapshot:
     own_ns: int
     errors: int
     state: str
-    model: str
-    hardware: str
-    parallelism: str
-    kv_blocks: int | None
-    kv_block_size: int | None
-    host: str
-    precision: str
-    method: str
-    native: bool
-    engine_index: int
-    vllm_version: str
-    meter_version: str
     prior: str
     cost_models: tuple[CostModel, ...] = ()
     hours: Mapping[int, ClassTotals] = field(default_factory=dict)
@@ -152,7 +140,7 @@ class Snapshot:
     @property
     def difference_ns(self) -> int:
         """What the classes miss of wall x gpus: 0, or the books do not balance."""
-        return self.wall_ns * self.gpus - self.totals.total()
+        return self.wall_ns * self.engine.gpus - self.totals.total()
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain msgpack-able values (the utility RPC carries nothing else)."""
@@ -167,6 +155,7 @@ class Snapshot:
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         """Build a snapshot from `to_wire`'s form. Raises TypeError or KeyError on anything else."""
         values = dict(wire)
+        values["engine"] = EngineIdentity(**values["engine"])
         values["totals"] = ClassTotals(**values["totals"])
         values["hours"] = {int(h): ClassTotals(**t) for h, t in values["hours"].items()}
         values["cost_models"] = tuple(map(CostModel.from_wire, values["cost_models"]))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, tzinfo
 from decimal import Decimal
-from typing import cast
+from typing import TypedDict, cast
 
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.units.calendar import Unit, hours_of_window, zone_of
@@ -29,6 +29,19 @@ _TOKEN = re.compile(
     rf'"(?:[^"]|"")*"|(?P<and>[+ ]\s*)(?=(?:{"|".join((*DIMENSIONS, *TIMES, "tag"))}):)|.',
     re.DOTALL,
 )
+
+
+class Words(TypedDict, total=False):
+    """The words of a question, as people write them; docs/reference lists what each may say."""
+
+    window: str | None
+    tz: str | None
+    aggregate: str | None
+    step: str | None
+    accumulate: bool
+    idle: str | None
+    filter: str | None
+    price: str | None
 
 
 @dataclass(frozen=True, slots=True)

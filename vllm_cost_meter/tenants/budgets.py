@@ -11,12 +11,12 @@ Invariant: a verdict depends on the arguments alone; a budget of which nothing i
 nobody.
 """
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.units.money import format_nano
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
@@ -27,20 +27,6 @@ Over = Literal["block", "throttle"]
 HOURS_PER_DAY = 24
 _ONE_HOUR = timedelta(hours=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """Whose a request is, as far as budgets ask."""
-
-    tenant: str
-    parent: str | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, tenant: str, parent: str | None, tags: str | None) -> Self:
-        """Return the owner that a record names; `tags` is a JSON object."""
-        return cls(tenant, parent, json.loads(tags) if tags else {})
 
 
 @dataclass(frozen=True, slots=True)

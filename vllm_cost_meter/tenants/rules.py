@@ -24,9 +24,17 @@ import hashlib
 import hmac
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-UNKNOWN = "unknown"
+from vllm_cost_meter.records.owner import (
+    CONTRADICTION,
+    NOBODY,
+    UNKNOWN,
+    ChildKind,
+    NamedBy,
+    Owner,
+)
+
 # Reports and metrics say it of many small tenants together.
 OTHER = "other"
 NAME_CHARS_MAX = 128
@@ -35,9 +43,6 @@ CREDENTIAL_BYTES_MAX = 8_192
 PROOF_HEADER = "x-cost-meter-gateway-secret"
 # Between a tenant and its child.
 SLASH = "/"
-
-ChildKind = Literal["user", "metadata", "lora", "model"]
-CHILD_KINDS: tuple[ChildKind, ...] = ("user", "metadata", "lora", "model")
 
 _AUTHORIZATION, _API_KEY = b"authorization", b"x-api-key"
 
@@ -60,30 +65,11 @@ NO_CLAIMS = BodyClaims()
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
-    """A tenant, the rule that named it, and what was declared of it at that moment.
-
-    `rule` is `api_key`, `header:NAME`, `constant` or a child rule, and `...+user` where a child
-    was chosen; `none` and `contradiction` go with `unknown`. `tags` is a JSON object of texts.
-    """
-
-    tenant: str
-    rule: str
-    parent: str | None = None
-    tags: str | None = None
-
-
-NOBODY = Resolved(UNKNOWN, "none")
-# Of a request that claims to be two at once.
-CONTRADICTION = Resolved(UNKNOWN, "contradiction")
-
-
-@dataclass(frozen=True, slots=True)
 class Declared:
     """What the operator declared of a tenant, and it has from its parents."""
 
     parent: str | None = None
-    tags: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class ContradictionError(Exception):
@@ -114,12 +100,7 @@ def name_problem(name: str) -> str | None:
     return None
 
 
-def is_clients_choice(rule: str) -> bool:
-    """Tell whether a client chose (a part of) the name that this rule answered with."""
-    return rule.rpartition("+")[2].partition(":")[0] in CHILD_KINDS
-
-
-# -- the rules: `text` is what the record says, `headers` are those a rule looks at --------------
+# -- the rules: `named_by` goes into the owner, `headers` are those a rule looks at --------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +108,7 @@ class ApiKeyRule:
     """The tenant whose API key the request carries; tenants by lower-case hex SHA-256 of a key."""
 
     by_sha256: Mapping[str, str]
-    text: ClassVar = "api_key"
+    named_by: ClassVar = NamedBy("api_key")
     headers: ClassVar = (_AUTHORIZATION, _API_KEY)
 
     def tenant(self, asked: Asked) -> str | None:
@@ -157,8 +138,8 @@ class HeaderRule:
     paths: Container[str] = frozenset()
 
     @property
-    def text(self) -> str:
-        return f"header:{self.name}"
+    def named_by(self) -> NamedBy:
+        return NamedBy("header", self.name)
 
     @property
     def headers(self) -> tuple[bytes, ...]:
@@ -182,7 +163,7 @@ class ConstantRule:
     """One tenant for whatever no rule before it has named."""
 
     constant: str
-    text: ClassVar = "constant"
+    named_by: ClassVar = NamedBy("constant")
     headers: ClassVar[tuple[bytes, ...]] = ()
 
     def tenant(self, asked: Asked) -> str | None:
@@ -204,8 +185,8 @@ class ChildRule:
     headers: ClassVar[tuple[bytes, ...]] = ()
 
     @property
-    def text(self) -> str:
-        return f"{self.kind}:{self.key}" if self.key else self.kind
+    def named_by(self) -> NamedBy:
+        return NamedBy(self.kind, self.key)
 
     def tenant(self, asked: Asked) -> str | None:
         """Return the tenant named outright, None where clients are not trusted with that."""
@@ -245,8 +226,8 @@ class Resolver:
 
     def resolve(
         self, headers: Iterable[tuple[bytes, bytes]], body: BodyClaims = NO_CLAIMS
-    ) -> Resolved:
-        """Return the tenant of a request with these (ASGI) headers and this body. Never raises."""
+    ) -> Owner:
+        """Return the owner of a request with these (ASGI) headers and this body. Never raises."""
         try:
             asked = Asked(self._said(headers), body)
             for rule in self.rules:
@@ -267,21 +248,21 @@ class Resolver:
                     raise ContradictionError
         return said
 
-    def _child(self, asked: Asked, tenant: str, by: Rule) -> Resolved:
+    def _child(self, asked: Asked, tenant: str, by: Rule) -> Owner:
         """Return the tenant's child that a rule chooses, else the tenant itself."""
         for rule in self._children:
             child = None if rule is by else rule.child(asked)
             if child is not None and len(tenant) + 1 + len(child) <= NAME_CHARS_MAX:
-                return self._resolved(f"{tenant}{SLASH}{child}", f"{by.text}+{rule.text}")
-        return self._resolved(tenant, by.text)
+                return self._owner(f"{tenant}{SLASH}{child}", by.named_by, rule.named_by)
+        return self._owner(tenant, by.named_by)
 
-    def _resolved(self, tenant: str, rule: str) -> Resolved:
-        of = self.declared.get(tenant)
-        if of is None:
+    def _owner(self, tenant: str, rule: NamedBy, child_rule: NamedBy | None = None) -> Owner:
+        declared = self.declared.get(tenant)
+        if declared is None:
             parent = tenant.rpartition(SLASH)[0] or None
-            tags = self.declared.get(parent, _UNDECLARED).tags if parent else None
-            return Resolved(tenant, rule, parent, tags)
-        return Resolved(tenant, rule, of.parent, of.tags)
+            tags = self.declared.get(parent or "", _UNDECLARED).tags
+            return Owner(tenant, rule, child_rule, parent, tags)
+        return Owner(tenant, rule, child_rule, declared.parent, declared.tags)
 
 
 _UNDECLARED = Declared()

@@ -1,12 +1,11 @@
-"""Windows of a report and the periods in them: from the words people type to whole UTC hours.
+"""Report windows and calendar periods: words such as `lastmonth` become whole UTC hours.
 
-Usage is kept by UTC hour, so a window is widened to whole hours; that figures are exact for it is
-worth more than the odd minutes. The words are OpenCost's, and so is the week, from Sunday. Days,
-weeks and months are those of a time zone: an hour belongs to the local day in which it begins. So
-where a zone is off by half an hour, the first half hour of a day counts to the day before. Core:
-standard library only.
+The ledger keeps usage by UTC hour, so a window is widened to whole hours: exact figures are worth
+more than the odd minutes. The words are OpenCost's, and so is the week, which begins on Sunday.
+Days, weeks and months follow a time zone: an hour belongs to the local day in which it begins. In a
+zone that is off by half an hour, the first half hour of a day therefore counts to the day before.
 
-Invariant: the hours returned are half-open, `from_hour <= hour < to_hour`, and not empty; the
+Invariant: the hours returned are half-open, `from_hour <= hour < to_hour`, and not empty. The
 periods of one unit follow each other without a gap, so each hour is in exactly one day and month.
 """
 
@@ -20,7 +19,7 @@ from zoneinfo import ZoneInfo
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
 HOURS_PER_DAY = 24
-# The hours that RFC 3339 can write: 0001-01-01T00Z to 9999-12-31T23Z.
+# RFC 3339 can write these hours only: 0001-01-01T00Z to 9999-12-31T23Z.
 FIRST_HOUR = -17_259_888
 LAST_HOUR = 70_389_527
 Unit = Literal["hour", "day", "week", "month"]
@@ -30,7 +29,7 @@ _HOUR = timedelta(hours=1)
 _DAY = timedelta(days=1)
 _LENGTH = re.compile(r"(\d{1,6})([mhd])\Z", re.ASCII)
 _MONTH = re.compile(r"(\d{4})-(\d{2})\Z", re.ASCII)
-# Unit of a word, and how many of them ago.
+# Each word means a unit, and how many units ago.
 _WORDS: dict[str, tuple[Unit, int]] = {
     "today": ("day", 0),
     "yesterday": ("day", 1),
@@ -39,7 +38,7 @@ _WORDS: dict[str, tuple[Unit, int]] = {
     "month": ("month", 0),
     "lastmonth": ("month", 1),
 }
-# The trailing week, of which economics are where no other window is named.
+# Economics show the trailing week unless another window is named.
 WEEK = "7d"
 EXPECTED = (
     f"{', '.join(_WORDS)}, a month such as 2026-11, a length such as 30m, 24h or 7d, or two "
@@ -48,7 +47,7 @@ EXPECTED = (
 
 
 def zone_of(name: str | None) -> tzinfo:
-    """Return the time zone of an IANA name, UTC without one. Raises ValueError for no zone."""
+    """Return the time zone with an IANA name, UTC without a name. Raises ValueError if unknown."""
     if name is None or name in ("", "UTC"):
         return UTC
     try:
@@ -62,9 +61,11 @@ def zone_of(name: str | None) -> tzinfo:
 def hours_of_window(
     window: str | None, now_ns: int | None = None, zone: tzinfo = UTC
 ) -> tuple[int | None, int | None]:
-    """Return a window's (first hour, hour after the last), hours since the epoch.
+    """Return a window's (first hour, hour after the last), in hours since the epoch.
 
-    (None, None) without a window: everything. Raises ValueError for what is not a window.
+    Without a window it is (None, None), which means everything. `now_ns` is the instant that
+    `today` and lengths such as `24h` refer to; without it, the present. Raises ValueError for a
+    text that is not a window.
     """
     if window is None or window == "":
         return None, None
@@ -88,9 +89,9 @@ def hours_of_window(
 
 
 def month_hours(month: str, zone: tzinfo = UTC) -> tuple[int, int]:
-    """Return the (first hour, hour after the last) of a month such as 2026-11.
+    """Return the (first hour, hour after the last) in a month such as 2026-11.
 
-    Raises ValueError for what is not a month.
+    Raises ValueError for a text that is not a month.
     """
     first = _first_of_month(month)
     if first is None:
@@ -99,17 +100,17 @@ def month_hours(month: str, zone: tzinfo = UTC) -> tuple[int, int]:
 
 
 def period_of(hour: int, unit: Unit, zone: tzinfo = UTC) -> tuple[int, int]:
-    """Return the (first hour, hour after the last) of the local period that an hour belongs to."""
+    """Return the local period that contains an hour: its (first hour, hour after the last)."""
     if unit == "hour":
         return hour, hour + 1
     return _hours_of_days(_start(_day_of(hour, zone), unit), unit, zone)
 
 
 def period_name(hour: int, unit: Unit, zone: tzinfo = UTC) -> str:
-    """Return how the local period of an hour is written.
+    """Return the name of the local period that contains an hour.
 
-    An hour by its RFC 3339 beginning, a day as 2026-11-24, a week by its first day, a month as
-    2026-11.
+    An hour is named by its RFC 3339 beginning, a day as 2026-11-24, a week by its first day, and a
+    month as 2026-11.
     """
     if unit == "hour":
         return (_EPOCH + hour * _HOUR).astimezone(zone).isoformat().replace("+00:00", "Z")
@@ -131,7 +132,7 @@ def _first_of_month(text: str) -> date | None:
 
 
 def _start(day: date, unit: Unit) -> date:
-    """Return the first day of the period of a day."""
+    """Return the first day in the period that contains a day."""
     if unit == "week":
         return day - _DAY * (day.isoweekday() % 7)
     return day.replace(day=1) if unit == "month" else day
@@ -139,9 +140,9 @@ def _start(day: date, unit: Unit) -> date:
 
 @lru_cache(maxsize=10_000)
 def _hours_of_days(start: date, unit: Unit, zone: tzinfo) -> tuple[int, int]:
-    """Return the hours of the period that begins with a day."""
+    """Return the hours in the period that begins with a day."""
     try:
-        # No month has more than 31 days, and none so few that the next would be passed over.
+        # 31 days reach into the next month from every month, and never past it.
         end = _start(start + {"day": 1, "week": 7, "month": 31}[unit] * _DAY, unit)
     except OverflowError:
         return _first_hour(start, zone), LAST_HOUR
@@ -149,8 +150,8 @@ def _hours_of_days(start: date, unit: Unit, zone: tzinfo) -> tuple[int, int]:
 
 
 def _first_hour(day: date, zone: tzinfo) -> int:
-    """Return the first hour that begins in a local day, or after it, if none does."""
-    # The first of two midnights where clocks are set back, the jump where they skip midnight.
+    """Return the first hour that begins in a local day, or the next hour if none does."""
+    # Where clocks go back over midnight this is the first midnight; where they skip it, the jump.
     midnight = datetime(day.year, day.month, day.day, tzinfo=zone)
     return min(max(-((_EPOCH - midnight) // _HOUR), FIRST_HOUR), LAST_HOUR)
 

@@ -1,6 +1,6 @@
-"""Amounts of money as text: nano-USD are integers, and shown as plain decimals.
+"""Money as text: nano-USD are integers, and people see plain decimals.
 
-Invariant: no amount is ever written in scientific notation, and unknown stays None.
+Invariant: no amount is written in scientific notation, and an unknown amount stays None.
 """
 
 from fractions import Fraction
@@ -14,8 +14,8 @@ def format_nano(amount: int) -> str:
 
 
 NANOUSD_PER_USD = 1_000_000_000
-# Decimal places of a price that cannot be written in full: what they leave out of the GPU time of
-# thirty years is less than a nano-USD.
+# A price that has no finite decimal is written with so many places. The error over thirty years'
+# GPU time is less than a nano-USD.
 PLACES_MAX = 18
 
 

@@ -1,7 +1,7 @@
-"""Text that came from outside: taken apart, and made safe to show on a terminal or in CSV.
+"""Safe text for terminals and CSV, and the parsing of comma-separated words.
 
-Invariant: what `plain` returns has no control characters, so it cannot move a cursor or hide a
-line; what `to_csv` returns holds no cell that a spreadsheet would run.
+Invariant: text from `plain` has no control characters, so it cannot move a cursor or hide a line.
+CSV from `to_csv` has no cell that a spreadsheet would run.
 """
 
 import csv
@@ -21,14 +21,17 @@ def plain(text: str) -> str:
 
 
 def rounded(value: object) -> str:
-    """Return a figure for people: six digits, a dash for what is unknown; JSON has all digits."""
+    """Return a figure for people: six digits, or a dash if unknown. JSON has all digits."""
     if value is None:
         return "-"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def fields(text: str) -> list[str]:
-    """Return what commas separate; a comma inside double quotes does not. Raises ValueError."""
+    """Return the words between commas. A comma inside double quotes does not separate.
+
+    Raises ValueError for a text with broken quotes or several lines.
+    """
     try:
         return [each.strip() for each in next(csv.reader([text], skipinitialspace=True), [])]
     except csv.Error:
@@ -36,7 +39,10 @@ def fields(text: str) -> list[str]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV with a header. Text that a spreadsheet would run is made text."""
+    """Return rows as CSV with a header; empty without rows. The column `parts` is left out.
+
+    A cell that a spreadsheet would run gets an apostrophe in front.
+    """
     if not rows:
         return ""
     names = [name for name in rows[0] if name != "parts"]

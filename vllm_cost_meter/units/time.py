@@ -1,7 +1,7 @@
-"""Instants and lengths of time: integer nanoseconds, and RFC 3339 text.
+"""Time as integer nanoseconds, and instants as RFC 3339 text.
 
-Invariant: `unix_ns_of(rfc3339(ns))` is `ns` to the microsecond, and the width of the text is
-fixed, so that text order is time order.
+Invariant: `unix_ns_of(rfc3339(ns))` is `ns` to the microsecond. The text has a fixed width, so text
+order is time order.
 """
 
 from datetime import UTC, datetime
@@ -21,15 +21,15 @@ def rfc3339(unix_ns: int) -> str:
     return f"{_second_text(second)}.{ns // 1000:06d}Z"
 
 
-# Two to six instants are written per bill; a busy ledger sees thousands of them in one second.
+# A bill has two to six instants, and a busy ledger writes thousands of them within one second.
 @lru_cache(maxsize=1024)
 def _second_text(unix_s: int) -> str:
-    # Not strftime: it is slow, and does not pad the year.
+    # `strftime` would be slow, and does not pad the year.
     return datetime.fromtimestamp(unix_s, UTC).isoformat()[:19]
 
 
 def instant_of(hour: int | None) -> str | None:
-    """Return the RFC 3339 instant at which an hour since the epoch begins; None of None."""
+    """Return the RFC 3339 instant at which an hour since the epoch begins; None for None."""
     return None if hour is None else rfc3339(hour * NS_PER_HOUR)
 
 
@@ -39,7 +39,10 @@ def hour_text(hour: int) -> str:
 
 
 def unix_ns_of(text: str) -> int:
-    """Return the nanoseconds since the epoch of an RFC 3339 instant. Raises ValueError."""
+    """Return an RFC 3339 instant as nanoseconds since the epoch.
+
+    Raises ValueError for any other text, and for an instant without a time zone.
+    """
     instant = datetime.fromisoformat(text)
     if instant.tzinfo is None:
         raise ValueError(f"expected an instant with a time zone, e.g. ending in Z, got {text!r}")

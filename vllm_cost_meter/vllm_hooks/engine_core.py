@@ -50,12 +50,12 @@ def _cost_meter_snapshot(
     meter = _meter_of(self)
     if isinstance(meter, NoMeter):
         return None
-    if meter.books.run_id in earlier_fits:
-        meter.run("adopt", _adopted, *earlier_fits[meter.books.run_id])
+    if meter.run_id in earlier_fits:
+        meter.run("adopt", _adopted, *earlier_fits[meter.run_id])
     scheduler = self.scheduler
     running, waiting = scheduler.get_request_counts()
     snapshot = meter.snapshot(
-        acknowledged.get(meter.books.run_id, 0),
+        acknowledged.get(meter.run_id, 0),
         known=scheduler.requests.keys(),
         running=running,
         waiting=waiting,
@@ -116,20 +116,20 @@ def _wrap_dummy_batch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _adopted(meter: EngineMeter, _now_ns: int, planes: Any, two_planes: bool) -> None:
-    meter.books.adopt(planes, two_planes)
+    meter.adopt(planes, two_planes)
 
 
 def _slept(meter: EngineMeter, now_ns: int) -> None:
-    meter.books.fall_asleep(now_ns)
+    meter.fall_asleep(now_ns)
 
 
 def _woke(meter: EngineMeter, now_ns: int) -> None:
-    meter.books.wake_up(now_ns)
+    meter.wake_up(now_ns)
 
 
 def _dummy_began(meter: EngineMeter, now_ns: int) -> None:
-    meter.books.begin_dummy(now_ns)
+    meter.begin_dummy(now_ns)
 
 
 def _dummy_ended(meter: EngineMeter, now_ns: int) -> None:
-    meter.books.end_dummy(now_ns)
+    meter.end_dummy(now_ns)

@@ -9,9 +9,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from vllm_cost_meter.attribution import NATIVE
 from vllm_cost_meter.config.engine import load_engine_settings
 from vllm_cost_meter.engine.energy.nvml import EnergyCounter
-from vllm_cost_meter.engine.meter import EngineIdentity, EngineMeter
+from vllm_cost_meter.engine.meter import EngineMeter
+from vllm_cost_meter.records.engine import EngineIdentity
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -22,6 +24,7 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
 
     from vllm_cost_meter.vllm_hooks.model_counts import prior_of_model  # engine only
 
+    settings = load_engine_settings()
     config = scheduler.vllm_config
     parallel = config.parallel_config
     engine = EngineIdentity(
@@ -31,15 +34,15 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         hardware=device_name(),
         parallelism=f"tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}"
         f" dp={parallel.data_parallel_size}",
+        gpus=parallel.world_size,
+        method=settings.method,
+        native=NATIVE,
         kv_blocks=scheduler.kv_cache_config.num_blocks or None,
         kv_block_size=scheduler.block_size or None,
         host=host_name() or "unknown",
         precision=precision_of(config),
     )
-    settings = load_engine_settings()
     meter = EngineMeter(
-        method=settings.method,
-        gpus=parallel.world_size,
         engine=engine,
         prior=prior_of_model(config, engine.hardware),
         step_log=Path(settings.step_log) if settings.step_log else None,
@@ -49,9 +52,9 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         "cost meter: engine %d is metered (%s, %d GPU, method %s, run %s)",
         engine.engine_index,
         type(scheduler).__name__.removeprefix("Metered"),
-        meter.books.gpus,
-        meter.books.method,
-        meter.books.run_id,
+        engine.gpus,
+        engine.method,
+        meter.run_id,
     )
     return meter
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_cost_meter.attribution.cost_model_py import Plane
+from vllm_cost_meter.attribution.cost_model import Plane
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior, peaks_of, prior_of_counts
 
 logger = logging.getLogger("vllm.cost_meter")

@@ -64,7 +64,7 @@ class MeteredScheduler:
 
 def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
     for request_id in output.preempted_req_ids or ():
-        meter.books.preempt(request_id, now_ns)
+        meter.preempt(request_id, now_ns)
     if not output.total_num_scheduled_tokens:
         return  # takes no device time
     tokens = output.num_scheduled_tokens
@@ -82,9 +82,9 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
     decoding = cached.req_ids
     one_token_each = output.total_num_scheduled_tokens - sum(others.values()) == len(decoding)
     if one_token_each and len(tokens) == len(others) + len(decoding):
-        meter.books.begin_step(output, others, now_ns, decoding)
+        meter.begin_step(output, others, now_ns, decoding)
     else:
-        meter.books.begin_step(output, tokens, now_ns)
+        meter.begin_step(output, tokens, now_ns)
 
 
 def _result_came(
@@ -121,7 +121,7 @@ def _results_of_drafts(
 
 
 def _added(meter: EngineMeter, now_ns: int, request: Any) -> None:
-    meter.books.open(request.request_id, request.num_prompt_tokens, now_ns)
+    meter.open(request.request_id, request.num_prompt_tokens, now_ns)
 
 
 def _freed(meter: EngineMeter, now_ns: int, request: Any) -> None:

@@ -1,1 +1,1 @@
-"""The demo: a real server, three tenants, and the bill."""
+"""The demo (`make demo`): a real server, three tenants, and the bill."""

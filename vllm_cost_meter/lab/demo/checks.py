@@ -1,7 +1,7 @@
-"""What must be true after the demo's traffic: the clients' side against the meter's, to the unit.
+"""Checks after the demo's traffic: the clients' figures must equal the meter's, to the unit.
 
-Pure functions from what the clients saw and what the side endpoint answered to lists of problems,
-each one line. No problem, no line.
+These pure functions take what the clients saw and what the side endpoint answered. Each yields one
+line per problem, and nothing if all is well.
 """
 
 from collections import Counter
@@ -26,19 +26,19 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """What the side endpoint answered once all was quiet."""
+class DemoFigures:
+    """The meter's answers after all requests have ended."""
 
     tenants: Row
     audit: Row
-    # Every HTTP request in the ledger.
+    # All HTTP requests in the ledger.
     requests: Sequence[Row]
-    # Of all tenants, for the month.
+    # The month's statement for all tenants.
     statement: Row
 
 
-def problems(seen: Sightings, figures: Figures) -> list[str]:
-    """Return everything that does not add up, a line each."""
+def problems(seen: Sightings, figures: DemoFigures) -> list[str]:
+    """Return a line for everything that does not add up."""
     return [
         *rows_are_all_of_the_time(figures.tenants),
         *books_balance(figures.audit),
@@ -53,14 +53,14 @@ def problems(seen: Sightings, figures: Figures) -> list[str]:
 
 
 def rows_are_all_of_the_time(tenants: Row) -> Iterator[str]:
-    """The rows of tenants and classes must add up to wall x GPUs."""
+    """Check that the rows of tenants and classes add up to wall x GPUs."""
     rows_ns = sum(row["gpu_time_ns"] for row in tenants["tenants"])
     if rows_ns != tenants["wall_gpu_ns"] or not tenants["adds_up"]:
         yield f"the rows add up to {rows_ns} ns, wall x GPUs is {tenants['wall_gpu_ns']} ns"
 
 
 def books_balance(audit: Row) -> Iterator[str]:
-    """The audit of every engine run must balance, with no bill missing."""
+    """Check that the audit of every engine run balances, with no bill missing."""
     if not audit["runs"]:
         yield "the ledger has no engine run"
     if not audit["balanced"]:
@@ -73,7 +73,7 @@ def books_balance(audit: Row) -> Iterator[str]:
 
 
 def every_request_is_billed(sent: Counter[str], tenants: Row) -> Iterator[str]:
-    """Each tenant must be billed for as many HTTP requests as it sent, and nobody else for any."""
+    """Check that each tenant is billed for the requests it sent, and nobody else for any."""
     billed = Counter({row["tenant"]: row["requests"] for row in tenants["tenants"]})
     for name in sorted(sent.keys() | +billed):
         if sent[name] != billed[name]:
@@ -81,7 +81,7 @@ def every_request_is_billed(sent: Counter[str], tenants: Row) -> Iterator[str]:
 
 
 def replies_agree(told: Sequence[Told], requests: Sequence[Row]) -> Iterator[str]:
-    """Tenant, tokens and cost in a reply must be what the ledger says of it."""
+    """Check that tenant, tokens and cost in each reply equal those in the ledger."""
     rows = {row["response_id"]: row for row in requests}
     for reply in told:
         row = rows.get(reply.response_id)
@@ -102,8 +102,8 @@ def replies_agree(told: Sequence[Told], requests: Sequence[Row]) -> Iterator[str
                 yield f"{reply.response_id}: {name} told {value}, in the ledger {row[name]}"
 
 
-def tenants_agree(figures: Figures) -> Iterator[str]:
-    """A tenant's tokens must be those of its requests."""
+def tenants_agree(figures: DemoFigures) -> Iterator[str]:
+    """Check that a tenant's tokens are the sums over its requests."""
     sums: Counter[tuple[str, str]] = Counter()
     for row in figures.requests:
         for name in TOKENS:
@@ -116,7 +116,7 @@ def tenants_agree(figures: Figures) -> Iterator[str]:
 
 
 def statement_is_wall_time_times_price(statement: Row) -> Iterator[str]:
-    """The lines of a statement must add up to wall time x the one price there is, to the cent."""
+    """Check that a statement's lines add up to wall time x the only price, to the cent."""
     if not statement["adds_up"]:
         yield f"the statement misses {statement['difference_ns']} ns"
     (price,) = statement["prices"]
@@ -128,7 +128,7 @@ def statement_is_wall_time_times_price(statement: Row) -> Iterator[str]:
 
 
 def batch_agrees(batch: Row, tenants: Row) -> Iterator[str]:
-    """What `vllm bench serve` counted must be what its tenant is billed for."""
+    """Check that the tokens counted by `vllm bench serve` are those billed to its tenant."""
     row = next((row for row in tenants["tenants"] if row["tenant"] == BATCH), None)
     if batch["completed"] != BATCH_REQUESTS:
         yield f"{BATCH}: {batch['completed']} of {BATCH_REQUESTS} requests completed"
@@ -137,7 +137,7 @@ def batch_agrees(batch: Row, tenants: Row) -> Iterator[str]:
     if batch["total_output_tokens"] != row["output_tokens"]:
         counted = batch["total_output_tokens"]
         yield f"{BATCH}: {counted} output tokens told, {row['output_tokens']} in the ledger"
-    # An older bench reports the prompt tokens it asked for, not those it was told.
+    # An older bench reports the prompt tokens that it asked for, not those that it was told.
     asked = BATCH_REQUESTS * BATCH_INPUT_TOKENS
     if batch["total_input_tokens"] not in (row["prompt_tokens"], asked):
         counted = batch["total_input_tokens"]
@@ -145,7 +145,7 @@ def batch_agrees(batch: Row, tenants: Row) -> Iterator[str]:
 
 
 def abandoned_is_billed(response_id: str, requests: Sequence[Row]) -> Iterator[str]:
-    """The request whose client left must have its row, as aborted, with the time it took."""
+    """Check that the request whose client left has a row: aborted, with its GPU time."""
     row = next((row for row in requests if row["response_id"] == response_id), None)
     if row is None:
         yield f"the request whose client left in mid-stream ({response_id}) is missing"
@@ -158,7 +158,7 @@ def abandoned_is_billed(response_id: str, requests: Sequence[Row]) -> Iterator[s
 
 
 def something_was_shown(seen: Sightings) -> Iterator[str]:
-    """A complete reply must have carried its cost, and a stream as well."""
+    """Check that a complete reply and a stream carried their cost."""
     if not seen.headers:
         yield "no complete reply carried a cost"
     if '"cost_details"' not in seen.last_chunk:

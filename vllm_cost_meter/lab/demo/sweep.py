@@ -1,7 +1,8 @@
-"""The demo's sweep: cost against load of its server, by the command that users have, and a penalty.
+"""The demo's load sweep: cost against load for its server, and the penalty against full load.
 
-Windows are short, so that all of it takes less than five minutes on two cores; a sweep that is to
-be believed has those of two minutes that the command has by default.
+It runs the users' own command `sweep`. Windows are short here, so that the whole sweep takes less
+than five minutes on two cores. For results to rely on, use the command's default windows of two
+minutes.
 
 Invariant: the exit status is 0 only if the sweep reached full load and the ledger has a penalty
 against it.
@@ -28,7 +29,7 @@ SLO_TTFT_MS = 1000
 
 
 def sweep_demo(console: Console, server: Server, environment: Mapping[str, str], key: str) -> int:
-    """Sweep a server that the demo serves, as the tenant of a key; return the exit status."""
+    """Sweep the demo's server as the tenant with this key; return the exit status."""
     folder = server.log.parent / "sweep"
     words = [
         *("sweep", "--url", server.url, "--side-url", server.side_url, "--shape", SHAPE),

@@ -1,11 +1,11 @@
-"""The demo's traffic: three tenants at once, by the clients people use, and what they were told.
+"""The demo's traffic: three tenants at once, with real clients, and what the clients were told.
 
-`chat-team` chats through the `openai` client: complete, streamed, two choices at a time, and one
-client that leaves in mid-stream. `search-team` asks short questions about one long text, so that
-the prefix cache helps. `batch-team` is `vllm bench serve`. The first two go on until the third is
-done. Nothing is retried, so what was sent is known exactly.
+`chat-team` chats through the `openai` client: complete replies, streams, two choices at a time, and
+one client that leaves in mid-stream. `search-team` asks short questions about one long text, so the
+prefix cache helps. `batch-team` is `vllm bench serve`. The first two go on until the third is done.
+Nothing is retried, so the number of requests sent is exact.
 
-Invariant: every HTTP request that a tenant sent to a route that generates is counted in `sent`.
+Invariant: `sent` counts every HTTP request that a tenant sent to a generating route.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from vllm_cost_meter.lab.sweep.bench import Shape, Target, bench_command
 CHAT, SEARCH, BATCH = TENANTS = ("chat-team", "search-team", "batch-team")
 
 REQUEST_TIMEOUT_S = 300
-# Between two requests of one client.
+# A client waits so long between two requests.
 THINK_S = 0.5
 ROUNDS_MAX = 500
 CHAT_TOKENS, SEARCH_TOKENS = 48, 16
-# After so many the client leaves that does not wait for its reply.
+# The client that does not wait for its reply leaves after so many chunks.
 CHUNKS_READ = 8
 BATCH_REQUESTS, BATCH_INPUT_TOKENS, BATCH_OUTPUT_TOKENS = 48, 128, 64
 BATCH_REQUESTS_PER_SECOND = 12
@@ -54,7 +54,7 @@ LONG_TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What one reply told its client. `cost_usd` is None for a reply that went out without."""
+    """What one reply told its client. `cost_usd` is None for a reply without a cost."""
 
     tenant: str
     response_id: str
@@ -66,18 +66,18 @@ class Told:
 
 @dataclass(slots=True)
 class Sightings:
-    """What the clients sent and saw."""
+    """The requests that clients sent, and the replies that they saw."""
 
     sent: Counter[str] = field(default_factory=Counter)
     told: list[Told] = field(default_factory=list)
-    # Of one complete reply: its response id and its cost headers.
+    # One complete reply's response id and cost headers.
     reply_id: str = ""
     headers: list[tuple[str, str]] = field(default_factory=list)
-    # The data line with the usage of one stream.
+    # One stream's data line with its usage.
     last_chunk: str = ""
-    # The response that its client did not wait for.
+    # The id of the response whose client left.
     abandoned_id: str = ""
-    # What `vllm bench serve` saved as its result.
+    # The result that `vllm bench serve` saved.
     batch: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -90,7 +90,10 @@ class Traffic:
         self._batch_done = asyncio.Event()
 
     async def run(self, folder: Path, environment: Mapping[str, str]) -> Sightings:
-        """Send everything; returns when the last reply came. The batch's files go to `folder`."""
+        """Send all requests, and return what the clients saw once the last reply came.
+
+        The batch's files go to `folder`. Raises ServerError if a request or the batch fails.
+        """
         async with self._client(CHAT) as chat, self._client(SEARCH) as search:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -168,7 +171,7 @@ class Traffic:
                 self._note(CHAT, chunk.id, chunk.usage, told)
 
     async def _raw_stream(self, client: openai.AsyncOpenAI, question: str) -> None:
-        """Stream one chat and keep its last data line as it came over the wire."""
+        """Stream one chat, and keep its last data line exactly as it came."""
         request = client.chat.completions.with_streaming_response.create(
             **self._chat_arguments(question),
             stream=True,
@@ -188,7 +191,8 @@ class Traffic:
     async def _abandon(self, client: openai.AsyncOpenAI) -> None:
         """Leave in the middle of a stream."""
         arguments = self._chat_arguments(QUESTIONS[1])
-        # Without a limit it is as long as the model can: however slow this client, it is too early.
+        # Without a limit the reply is as long as the model can make it, so even a slow client
+        # leaves before its end.
         del arguments["max_tokens"]
         stream = await client.chat.completions.create(
             **arguments, stream=True, extra_body={"ignore_eos": True}

@@ -1,7 +1,7 @@
-"""The command `validate` without its options: plans what to simulate, and answers.
+"""The work behind the command `validate`: run the simulations, and build the answer.
 
-An answer is what `--json` prints. Loading this module loads neither numpy nor vLLM; a replay does
-without them.
+`--json` prints the answer as it is. Loading this module loads neither numpy nor vLLM, and a replay
+does not need them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,10 +28,10 @@ LEAVE_ONE_OUT = "leave-one-out"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to simulate. Empty names and batches are all there are.
+    """The simulations to run. Empty `gpus`, `models` or `mean_batches` mean all of them.
 
-    Each trace has `steps` steps; of those after the warm-up every `every`-th is compared with a
-    truth of twice `permutations` random orders.
+    Each trace has `steps` steps. After the warm-up, every `every`-th step is compared with a truth
+    from twice `permutations` random orders.
     """
 
     gpus: Sequence[str] = ()
@@ -44,22 +44,22 @@ class Plan:
 
 
 def validate(plan: Plan) -> dict[str, Any]:
-    """Return the errors of every method against every truth, by "GPU/model/mean batch".
+    """Return each method's errors against each simulated truth, by "GPU/model/mean batch".
 
-    Raises ValueError for a name that is none, DependencyError without numpy or vLLM.
+    Raises ValueError for an unknown GPU or model, and DependencyError without numpy or vLLM.
     """
     try:
         # numpy comes with vLLM; neither is a dependency of the meter itself.
         from vllm_cost_meter.lab.validation.roofline import GPUS, MODELS, Machine  # noqa: PLC0415
 
-        # Before vLLM is loaded, which takes seconds.
+        # Names are checked before vLLM is loaded, which takes seconds.
         gpus = [_named("--gpu", name, GPUS) for name in plan.gpus or GPUS]
         models = [_named("--model", name, MODELS) for name in plan.models or MODELS]
         from vllm_cost_meter.lab.validation.vllm_work import step_work  # noqa: PLC0415
     except ImportError as error:
         raise DependencyError(
             f"validate: expected vLLM, for its counts of FLOPs and bytes, got: {error}; install"
-            " vLLM beside the meter, or replay a log with --step-log, which does without"
+            " vLLM beside the meter, or replay a log with --step-log, which needs no vLLM"
         ) from None
     batches = plan.mean_batches or MEAN_BATCHES
     answer = {}
@@ -74,8 +74,8 @@ def validate(plan: Plan) -> dict[str, Any]:
 
 
 def measured(model: str, rounds: int) -> dict[str, Any]:
-    """Return the errors of every method on a real server. Raises ServerError."""
-    from vllm_cost_meter.lab.validation.real import measure  # noqa: PLC0415 - as `validate`
+    """Return each method's errors on a real server. Raises ServerError."""
+    from vllm_cost_meter.lab.validation.real_server import measure  # noqa: PLC0415 - as `validate`
 
     console = Console(stderr=True)
     name = Path(model).name
@@ -83,7 +83,7 @@ def measured(model: str, rounds: int) -> dict[str, Any]:
 
 
 def replayed(path: Path) -> dict[str, Any]:
-    """Return how the methods differ on a step log. Raises StepLogError."""
+    """Return the differences between the methods on a step log. Raises StepLogError."""
     with _progress("steps", None) as on_step:
         found = replay(path, on_step)
     header = found.header
@@ -114,7 +114,7 @@ def _truth(
     plan: Plan, machine: "Machine", mean_batch: int, on_step: Callable[[], None]
 ) -> dict[str, Any]:
     """Simulate one trace and compare all methods on it."""
-    # They need numpy: see `validate`.
+    # These modules need numpy: see `validate`.
     from vllm_cost_meter.lab.validation.compare import LeaveOneOut, MeterSplitter, Splitter, compare  # noqa: PLC0415
     from vllm_cost_meter.lab.validation.traffic import make_trace  # noqa: PLC0415
 
@@ -160,7 +160,7 @@ def _named(option: str, name: str, known: Mapping[str, T]) -> T:
 
 @contextmanager
 def _progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """Give a function to call after each step; a bar shows it, on a terminal only."""
+    """Yield a function to call after each step; on a terminal, a progress bar shows the steps."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)

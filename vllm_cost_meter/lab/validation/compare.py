@@ -1,22 +1,23 @@
-"""Every method over one trace, step by step, against the truth: how wrong is it.
+"""Compare each attribution method with the truth, step by step, over one simulated trace.
 
-The production StepMeter is driven through its public methods, by the engine's calls in the engine's
-order, and learns (where its method does) from every step. The first part of the trace is fed and
-not compared; after that every n-th step is. The truth of a step is scaled to the time that was
-measured, which has noise: what a method is charged with is how it divides a step, not the step.
+The production StepMeter is driven through its public methods, with the engine's calls in the
+engine's order, and learns from every step (if its method learns). The first part of the trace is
+fed and not compared; after that every n-th step is compared. The true shares are scaled to the
+measured time, which has noise. So an error is about how a method divides a step, not about the
+step's time.
 
-All errors are fractions. With s the share that a method gives a request in a step and t the true
-one, both in ns and summed over the compared steps:
+All errors are fractions. Let s be the share that a method gives a request in a step, and t the true
+share, both in ns and summed over the compared steps:
 
-- `request_error`: |sum of s / sum of t - 1| of each request; `tenant_error` the same of tenants;
-- `misplaced_share`: half of the sum of |s - t| over all parts of all steps, of all GPU time: what
-  would have to move from one request to another;
-- `outside_interval_share`: a request should pay no less than it adds to the step,
-  v(N) - v(N without it), and no more than the step would take with it alone, v({it}). It is the
-  GPU time by which shares are outside that interval, of all GPU time;
-  `outside_interval_parts_share` is how many parts (a request in a step) are outside at all;
-- `uncharged_share`: GPU time that is charged to nobody, of all GPU time; negative if more is
-  charged than there was.
+- `request_error`: |sum of s / sum of t - 1| for each request; `tenant_error`: the same for tenants.
+- `misplaced_share`: the time that would have to move from one request to another, as a fraction of
+  all GPU time. It is half the sum of |s - t| over all parts of all steps.
+- `outside_interval_share`: the GPU time by which shares lie outside their interval, as a fraction
+  of all GPU time. A request should pay at least what it adds to the step, v(N) - v(N without it),
+  and at most the time of a step with it alone, v({it}). `outside_interval_parts_share` is the
+  fraction of parts (a request in a step) that lie outside.
+- `uncharged_share`: GPU time that nobody is charged for, as a fraction of all GPU time. It is
+  negative if more is charged than was measured.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,30 +28,30 @@ import numpy as np
 
 from vllm_cost_meter.attribution import StepMeter
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
+from vllm_cost_meter.lab.validation.percentiles import Percentiles
 from vllm_cost_meter.lab.validation.roofline import Floats, Ints, Machine, StepGame
-from vllm_cost_meter.lab.validation.spread import Spread
 from vllm_cost_meter.lab.validation.traffic import TENANTS, Trace, TraceStep
 from vllm_cost_meter.lab.validation.truth import shapley
 
-# Methods that learn have seen so much of a trace before they are compared.
+# This part of a trace comes before any comparison, so that methods can learn from it.
 WARM_UP_PART = 1 / 3
-# Shares are whole nanoseconds, and the ends of an interval have the rounding of floats.
+# Shares are whole nanoseconds, and the ends of an interval have floating-point errors.
 TOLERANCE_NS = 1.0
 TOLERANCE_PART = 1e-9
 
 
 class Splitter(Protocol):
-    """What divides steps: a method of the meter, or another rule."""
+    """A rule that divides steps: a method of the meter, or another rule."""
 
     def feed(self, step: TraceStep) -> None:
-        """See a step that is not compared."""
+        """Take in a step that is not compared."""
 
     def split(self, step: TraceStep, game: StepGame) -> Floats:
-        """Return the shares of a step, in ns, in its order; shape (n,)."""
+        """Return the step's shares in ns, in the step's order; shape (n,)."""
 
 
 class MeterSplitter:
-    """A method of the production StepMeter, which sees what the engine would show it."""
+    """A method of the production StepMeter, driven with the engine's calls."""
 
     def __init__(self, method: str, trace: Trace, prior: Prior = NOTHING_KNOWN) -> None:
         self._meter = StepMeter(method, prior.planes, prior.trusted)
@@ -82,7 +83,7 @@ class MeterSplitter:
 
 
 class LeaveOneOut:
-    """Charges what a request adds, v(N) - v(N without it). It does not add up to the step."""
+    """Charges each request what it adds, v(N) - v(N without it). The shares miss the step's sum."""
 
     def feed(self, step: TraceStep) -> None:
         pass
@@ -93,10 +94,10 @@ class LeaveOneOut:
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """How far a method is from the truth; the module says what each figure is."""
+    """A method's errors against the truth; the module's docstring defines each figure."""
 
-    request_error: Spread
-    tenant_error: Spread
+    request_error: Percentiles
+    tenant_error: Percentiles
     misplaced_share: float
     outside_interval_share: float
     outside_interval_parts_share: float
@@ -105,16 +106,16 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """How far the truth itself may be off: half of what two independent halves of it differ by."""
+    """The truth's own error: half the difference between two independent halves of it."""
 
-    request_error: Spread
-    tenant_error: Spread
+    request_error: Percentiles
+    tenant_error: Percentiles
     misplaced_share: float
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What was found on one trace. `truth` holds the intervals' figures for the truth itself."""
+    """The results on one trace. `truth` has the same figures for the truth itself."""
 
     compared_steps: int
     compared_requests: int
@@ -135,8 +136,8 @@ def compare(
 ) -> Comparison:
     """Drive all splitters over the trace and compare every `every`-th step after the warm-up.
 
-    The truth is the mean of two independent halves of `permutations` random orders each, exact in
-    steps of few requests. `on_step` is called after each step.
+    The truth is the mean of two independent halves, each from `permutations` random orders; it is
+    exact for steps with few requests. `on_step` is called after each step.
     """
     rng = np.random.default_rng([seed, 1])
     tenants = np.array(trace.tenants)
@@ -155,7 +156,7 @@ def compare(
             true = (halves[0] + halves[1]) / 2
             interval = (game.marginal_s() * to_ns, game.alone_s() * to_ns)
             sums[""].add(step, true, true, interval)
-            # Their difference is twice that of their mean from either.
+            # Their mean differs from either half by half their difference.
             sums["halves"].add(step, halves[0], true, interval)
             for name, splitter in splitters.items():
                 sums[name].add(step, splitter.split(step, game), true, interval)
@@ -176,7 +177,7 @@ def compare(
 
 
 class _Sums:
-    """What one method gave and should have given, summed over the compared steps."""
+    """One method's shares and the true shares, summed over the compared steps."""
 
     def __init__(self, requests: int) -> None:
         self.given_ns = np.zeros(requests)
@@ -210,8 +211,10 @@ class _Sums:
         present = per_tenant[1] > 0
         whole_ns = max(1, self.step_ns)
         return Errors(
-            request_error=Spread.of(np.abs(given / true - 1)),
-            tenant_error=Spread.of(np.abs(per_tenant[0][present] / per_tenant[1][present] - 1)),
+            request_error=Percentiles.of(np.abs(given / true - 1)),
+            tenant_error=Percentiles.of(
+                np.abs(per_tenant[0][present] / per_tenant[1][present] - 1)
+            ),
             misplaced_share=self.misplaced_ns / whole_ns,
             outside_interval_share=self.outside_ns / whole_ns,
             outside_interval_parts_share=self.outside_parts / max(1, self.parts),

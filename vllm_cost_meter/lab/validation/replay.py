@@ -1,7 +1,8 @@
-"""A recorded step log through every method: no truth there, so how much the methods differ.
+"""Replay a recorded step log through every attribution method, and compare the methods.
 
-Each method's StepMeter sees the log's steps as the engine's meter did: a request is opened and
-placed in the first of its steps, and placed again where it resumes after a preemption.
+A log has no truth, so this shows how much the methods differ. Each method's StepMeter sees the
+steps as the engine's meter did: a request is opened and placed at its first step, and placed again
+when it resumes after a preemption.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,30 +13,31 @@ from vllm_cost_meter.attribution import METHODS, StepMeter
 from vllm_cost_meter.engine.step_log import LoggedStep, Part, StepLogHeader, files_of, read_header
 from vllm_cost_meter.engine.step_log import read_steps as read_file
 from vllm_cost_meter.errors import StepLogError
-from vllm_cost_meter.lab.validation.spread import Spread
+from vllm_cost_meter.lab.validation.percentiles import Percentiles
 
-# Requests listed, those about which the methods differ most.
+# The answer lists so many requests, those with the largest differences.
 LISTED_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far one method is from another, as fractions of the other's figures.
+    """The difference of one method from another, as fractions.
 
-    `request_difference`: of each request, |its GPU time / the other's - 1|. `moved_share`: half of
-    the sum of |GPU time - the other's| over requests, of all GPU time.
+    `request_difference` is |GPU time / the other method's GPU time - 1| over requests.
+    `moved_share` is half the sum of |GPU time - the other's| over requests, as a fraction of all
+    GPU time.
     """
 
-    request_difference: Spread
+    request_difference: Percentiles
     moved_share: float
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a log holds, and what each method makes of it. All in GPU-ns.
+    """The contents of a log, and each method's charges for it in GPU-ns.
 
-    `charged_ns` is what requests get by method; `differences[a][b]` is how far a is from b;
-    `requests` are those that the methods differ most about, by method.
+    `charged_ns` has the total charge by method. `differences[a][b]` is the difference of a from b.
+    `requests` has, by id and method, the charges with the largest differences.
     """
 
     header: StepLogHeader
@@ -71,9 +73,9 @@ def replay(path: Path, on_step: Callable[[], None] = lambda: None) -> Replay:
 def charges_of_log(
     path: Path, on_step: Callable[[], None] = lambda: None
 ) -> tuple[int, int, dict[str, dict[str, int]]]:
-    """Return a log's steps, its GPU-ns, and by method the GPU-ns that each request is charged.
+    """Return a log's number of steps, its GPU-ns, and each request's GPU-ns by method and id.
 
-    Raises StepLogError.
+    Raises StepLogError for a log without steps.
     """
     drivers = {method: _Driver(method) for method in METHODS}
     steps = gpu_time_ns = 0
@@ -98,11 +100,11 @@ def read_log(path: Path) -> Iterator[LoggedStep]:
 
 
 class _Driver:
-    """One method's meter, and where each request is."""
+    """One method's meter, and the position of each request."""
 
     def __init__(self, method: str) -> None:
         self._meter = StepMeter(method)
-        # By request: its prompt tokens, and where its last step began.
+        # The prompt tokens of each request, and the position at which its last step began.
         self._known: dict[str, tuple[int, int]] = {}
         self._closed_ns: dict[str, int] = {}
 
@@ -113,7 +115,7 @@ class _Driver:
         self._meter.settle(begun, step.gpu_time_ns)
 
     def totals(self) -> dict[str, int]:
-        """Close all requests; return the GPU-ns of each id."""
+        """Close all requests; return GPU-ns by request id."""
         for request_id in list(self._known):
             self._close(request_id)
         return self._closed_ns
@@ -121,14 +123,14 @@ class _Driver:
     def _place(self, part: Part) -> None:
         known = self._known.get(part.request_id)
         if known is not None and known[0] != part.prompt_tokens:
-            # The same id, another request.
+            # Another request uses the same id.
             self._close(part.request_id)
             known = None
         if known is None:
             self._meter.open(part.request_id, part.prompt_tokens)
             self._meter.position(part.request_id, part.position, False)
         elif part.position <= known[1]:
-            # Rejected drafts take back some tokens of a step, only a preemption takes back all.
+            # Rejected drafts take back some tokens of a step; only a preemption takes back all.
             self._meter.position(part.request_id, part.position, True)
         self._known[part.request_id] = (part.prompt_tokens, part.position)
 
@@ -142,11 +144,11 @@ class _Driver:
 def _difference(one: dict[str, int], other: dict[str, int], gpu_time_ns: int) -> Difference:
     moved_ns = sum(abs(one[request] - ns) for request, ns in other.items()) / 2
     relative = (abs(one[request] / ns - 1) for request, ns in other.items() if ns)
-    return Difference(Spread.of(relative), moved_ns / max(1, gpu_time_ns))
+    return Difference(Percentiles.of(relative), moved_ns / max(1, gpu_time_ns))
 
 
 def _most_different(by_method: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Return the GPU-ns by method of the requests with the widest range, the widest first."""
+    """Return, by id and method, the GPU-ns with the widest range, the widest first."""
 
     def range_ns(request_id: str) -> int:
         values = [totals[request_id] for totals in by_method.values()]

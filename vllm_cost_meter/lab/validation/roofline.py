@@ -1,14 +1,14 @@
-"""How long a step takes: a roofline of its arithmetic and its memory traffic, and a step as a game.
+"""A roofline model of a step's time, and the step as a cooperative game between its requests.
 
     time = launch + max(FLOPs / (peak x 0.6), bytes / (bandwidth x 0.85))
 
-The roofline is that of Williams, Waterman and Patterson, "Roofline: an insightful visual
-performance model", CACM 52(4), 2009. FLOPs and bytes are linear in what a batch adds up to
-(`FEATURES`), but for the weights of a mixture of experts, of which a step reads those that its
-tokens chose. Everything is in seconds, FLOPs and bytes, as float64; `n` is the size of a batch.
+The roofline model is from Williams, Waterman and Patterson, "Roofline: an insightful visual
+performance model", CACM 52(4), 2009. FLOPs and bytes are linear in the batch's sums (`FEATURES`).
+The exception is a mixture of experts: a step reads only the experts that its tokens chose. Units
+are seconds, FLOPs and bytes, as float64; `n` is the size of a batch.
 
-Invariant: the value of a coalition depends on sums over its members only, so it is computed for
-many coalitions at once from running sums.
+Invariant: a coalition's value depends only on sums over its members, so running sums give the
+values of many coalitions at once.
 """
 
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ from vllm_cost_meter.attribution.priors import KNOWN_PEAKS, Peaks, Prior, prior_
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# What a batch's work is linear in: tokens computed, requests, the sum of tokens x context, and of
-# context; a request's context is counted at the end of the step, as vLLM's ModelMetrics does.
+# A batch's work is linear in these sums: computed tokens, requests, tokens x context, and context.
+# A request's context is counted at the end of the step, as in vLLM's ModelMetrics.
 FEATURES = ("tokens", "sequences", "token_context", "context")
 
-# Shares of the published peaks that dense matrix products and streaming reads reach in practice.
+# Dense matrix products and streaming reads reach these shares of the published peaks in practice.
 COMPUTE_EFFICIENCY = 0.6
 MEMORY_EFFICIENCY = 0.85
-# A step's launches, input preparation and sampling, which take their time whatever the batch.
+# Launches, input preparation and sampling take this time in every step, whatever its batch.
 LAUNCH_S = 300e-6
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What its maker publishes: its peaks, and the size of its memory in bytes."""
+    """A GPU as its maker publishes it: peaks, and memory size in bytes."""
 
     name: str
     peaks: Peaks
@@ -71,11 +71,11 @@ GPUS = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a transformer in bf16, from its config.json. No experts: a dense model.
+    """The shape of a transformer in bf16, from its config.json. Without experts it is dense.
 
-    `expected_experts`: how many distinct experts T tokens choose is min(T x top, experts) in
-    vLLM's ModelMetrics, which is as if no two tokens chose the same. If true it is the expected
-    number where each token chooses at random.
+    vLLM's ModelMetrics counts min(T x top, experts) distinct experts for T tokens, as if no two
+    tokens chose the same expert. With `expected_experts` the count is the expected number if each
+    token chooses at random.
     """
 
     name: str
@@ -111,11 +111,10 @@ MODELS = {
 
 @dataclass(frozen=True)
 class StepWork:
-    """FLOPs and bytes of a step of one model: a fixed part, and so much per unit of `FEATURES`.
+    """FLOPs and bytes for a step of one model: a fixed part, and a part per unit of `FEATURES`.
 
-    `expert_bytes` are the weights of one expert in all layers, read if any token of the step chose
-    it; 0 in a dense model. `kv_bytes` are what one token keeps in the KV cache, `weight_bytes` what
-    all weights take.
+    `expert_bytes` are one expert's weights in all layers. A step reads them if any of its tokens
+    chose that expert; they are 0 in a dense model. `kv_bytes` is one token's size in the KV cache.
     """
 
     flops_fixed: float
@@ -130,14 +129,14 @@ class StepWork:
 
     @property
     def weight_bytes(self) -> float:
-        """Return the bytes of all weights that a step can read."""
+        """The bytes of all weights."""
         return self.bytes_fixed + self.expert_bytes * self.experts
 
     def distinct_experts(self, tokens: Floats) -> Floats:
-        """Return how many distinct experts of a layer are chosen by so many tokens.
+        """Return the number of distinct experts per layer that so many tokens choose.
 
-        At random each of E experts is left out by a token with the probability 1 - k/E, so the
-        expected number is E x (1 - (1 - k/E)^T). Shape as `tokens`.
+        If tokens choose at random, each token leaves out each of the E experts with the probability
+        1 - k/E, so the expected number is E x (1 - (1 - k/E)^T). Shape as `tokens`.
         """
         if not self.experts:
             return np.zeros_like(tokens)
@@ -147,7 +146,7 @@ class StepWork:
         return np.minimum(tokens * self.experts_per_token, self.experts)
 
     def totals(self, tokens: Ints, positions: Ints) -> tuple[float, float]:
-        """Return the FLOPs and the bytes of a batch; both arrays have the shape (n,)."""
+        """Return a batch's FLOPs and bytes; both arguments have the shape (n,)."""
         sums = features(tokens, positions).sum(axis=0)
         flops = self.flops_fixed + float(sums @ self.flops)
         experts = float(self.distinct_experts(sums[0]))
@@ -156,7 +155,7 @@ class StepWork:
 
 
 def features(tokens: Ints, positions: Ints) -> Floats:
-    """Return what each request adds to the sums that work is linear in; shape (n, 4)."""
+    """Return each request's part in the sums of FEATURES; shape (n, 4)."""
     result = np.empty((len(tokens), len(FEATURES)))
     context = positions + tokens
     result[:, 0] = tokens
@@ -167,11 +166,11 @@ def features(tokens: Ints, positions: Ints) -> Floats:
 
 
 class StepGame:
-    """One step as a cooperative game: what it would take with only some of its requests in it.
+    """A step as a cooperative game: its time with only some of its requests in it.
 
-    `compute_s`, `memory_s` and `tokens`, of shape (n,), are what each request adds; a coalition is
-    given by the sums of its members. The empty coalition takes no time; `base_s` is what any other
-    takes before its first token.
+    `compute_s`, `memory_s` and `tokens`, each with the shape (n,), are the parts that requests add.
+    The sums over its members define a coalition. The empty coalition takes no time; `base_s` is the
+    time that every other coalition takes before its first token.
     """
 
     def __init__(self, machine: "Machine", compute_s: Floats, memory_s: Floats, tokens: Floats):
@@ -187,7 +186,7 @@ class StepGame:
         return len(self.tokens)
 
     def value(self, compute_s: Floats, memory_s: Floats, tokens: Floats) -> Floats:
-        """Return the seconds that coalitions which are not empty take; shapes as the sums."""
+        """Return the seconds of non-empty coalitions from their members' sums; shapes as given."""
         machine = self.machine
         read_s = memory_s + machine.memory_fixed_s
         if machine.expert_s:
@@ -196,7 +195,7 @@ class StepGame:
         return slower + machine.launch_s
 
     def marginal_s(self) -> Floats:
-        """Return what the step takes because each request is in it: v(N) - v(N without it)."""
+        """Return the seconds that each request adds, v(N) - v(N without it); shape (n,)."""
         if len(self) == 1:
             return np.array([self.total_s])
         without = self.value(
@@ -207,12 +206,12 @@ class StepGame:
         return self.total_s - without
 
     def alone_s(self) -> Floats:
-        """Return what a step with each request alone would take."""
+        """Return the seconds of a step with each request alone; shape (n,)."""
         return self.value(self.compute_s, self.memory_s, self.tokens)
 
 
 class Machine:
-    """A GPU that runs a model: times of steps, in seconds."""
+    """A GPU that runs a model: it gives the times of steps in seconds."""
 
     def __init__(self, gpu: Gpu, work: StepWork, launch_s: float = LAUNCH_S) -> None:
         self.gpu = gpu
@@ -227,10 +226,10 @@ class Machine:
         self._memory_s = np.array(work.bytes_moved) / bytes_per_s
 
     def prior(self) -> Prior:
-        """Return what the meter would know of this machine: vLLM's counts and published peaks.
+        """Return the prior that the meter would have: vLLM's counts and the published peaks.
 
-        Not what it does not: launches, and how much of its peaks the machine reaches. A step of
-        any size reads all experts.
+        It lacks what the meter cannot know: launches, and the share of its peaks that the machine
+        reaches. In the prior, a step of any size reads all experts.
         """
         tokens, sequences, products, _ = self.work.flops
         compute = (self.work.flops_fixed, tokens, sequences, products, 0.0)
@@ -239,10 +238,10 @@ class Machine:
         return prior_of_counts(compute, memory, self.gpu.peaks, "ModelMetrics")
 
     def experts_s(self, tokens: Floats) -> Floats:
-        """Return the seconds it takes to read the experts that so many tokens choose."""
+        """Return the seconds to read the experts that so many tokens choose; shape as `tokens`."""
         return self.expert_s * self.work.distinct_experts(tokens)
 
     def game(self, tokens: Ints, positions: Ints) -> StepGame:
-        """Return the game of a step; both arrays have the shape (n,), n at least 1."""
+        """Return a step's game; both arguments have the shape (n,), n at least 1."""
         parts = features(tokens, positions)
         return StepGame(self, parts @ self._compute_s, parts @ self._memory_s, parts[:, 0])

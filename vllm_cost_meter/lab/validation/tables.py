@@ -1,4 +1,4 @@
-"""What `validate` found, as tables: all errors in percent."""
+"""Tables for the results of `validate`, with errors in percent."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from rich.table import Table
 from vllm_cost_meter.console import print_table
 from vllm_cost_meter.units.text import plain
 
-SPREAD = ("median", "p95", "max")
+PERCENTILES = ("median", "p95", "max")
 TRUTH_ROW = "(the truth's noise)"
 
 
@@ -23,12 +23,12 @@ def show_truths(answer: Mapping[str, Any]) -> None:
 
 
 def truth_table(found: Mapping[str, Any]) -> Table:
-    """Return the errors of each method against one truth. The last row is the truth's own noise."""
+    """Return each method's errors against one truth. The last row is the truth's own noise."""
     table = Table(box=None, pad_edge=False)
     table.add_column("\nmethod", no_wrap=True)
     for head in (
-        *(f"request\n{part}" for part in SPREAD),
-        *(f"tenant\n{part}" for part in SPREAD),
+        *(f"request\n{part}" for part in PERCENTILES),
+        *(f"tenant\n{part}" for part in PERCENTILES),
         "\nmisplaced",
         "outside interval\nGPU time",
         "outside interval\nparts",
@@ -38,8 +38,8 @@ def truth_table(found: Mapping[str, Any]) -> Table:
     for method, errors in found["methods"].items():
         table.add_row(
             method,
-            *_spread(errors["request_error"]),
-            *_spread(errors["tenant_error"]),
+            *_percentiles(errors["request_error"]),
+            *_percentiles(errors["tenant_error"]),
             *(
                 _percent(errors[key])
                 for key in (
@@ -53,8 +53,8 @@ def truth_table(found: Mapping[str, Any]) -> Table:
     noise, truth = found["noise"], found["truth"]
     table.add_row(
         TRUTH_ROW,
-        *_spread(noise["request_error"]),
-        *_spread(noise["tenant_error"]),
+        *_percentiles(noise["request_error"]),
+        *_percentiles(noise["tenant_error"]),
         _percent(noise["misplaced_share"]),
         _percent(truth["outside_interval_share"]),
         _percent(truth["outside_interval_parts_share"]),
@@ -64,7 +64,7 @@ def truth_table(found: Mapping[str, Any]) -> Table:
 
 
 def show_servers(answer: Mapping[str, Any]) -> None:
-    """Print, for each real server, whether charges lie between what was added and alone."""
+    """Print, for each real server, the charges beside each tenant's added and alone time."""
     for name, found in answer.items():
         together, noise = found["together_ns"] / 1e9, found["together_noise_ns"] / 1e9
         above = (
@@ -75,7 +75,7 @@ def show_servers(answer: Mapping[str, Any]) -> None:
 
 
 def server_table(found: Mapping[str, Any]) -> Table:
-    """Return each tenant's interval and charges, in GPU-seconds."""
+    """Return each tenant's interval and charges in GPU-seconds."""
     table = Table(box=None, pad_edge=False)
     table.add_column("tenant", no_wrap=True)
     for head in ("added", "alone", *found["methods"]):
@@ -93,7 +93,7 @@ def server_table(found: Mapping[str, Any]) -> Table:
 
 
 def show_replay(answer: Mapping[str, Any]) -> None:
-    """Print what each method charges for a log, and where they differ most."""
+    """Print each method's charges for a step log, and the requests with the largest differences."""
     log = answer["step_log"]
     above = (
         f"{log['model']} on vLLM {log['vllm_version']}, run {log['run_id'][:8]}:"
@@ -118,7 +118,7 @@ def difference_table(answer: Mapping[str, Any]) -> Table:
     table.add_column("\nmethod", no_wrap=True)
     table.add_column("charged\nGPU-seconds", justify="right", no_wrap=True)
     table.add_column("\nagainst", no_wrap=True)
-    for head in (*(f"request, %\n{part}" for part in SPREAD), "moved\n%"):
+    for head in (*(f"request, %\n{part}" for part in PERCENTILES), "moved\n%"):
         table.add_column(head, justify="right", no_wrap=True)
     for method, found in answer["methods"].items():
         for other, difference in found["differences"].items():
@@ -126,7 +126,7 @@ def difference_table(answer: Mapping[str, Any]) -> Table:
                 method,
                 f"{found['charged_ns'] / 1e9:.6f}",
                 other,
-                *_spread(difference["request_difference"]),
+                *_percentiles(difference["request_difference"]),
                 _percent(difference["moved_share"]),
             )
     return table
@@ -142,10 +142,10 @@ def _memory_line(found: Mapping[str, Any]) -> str:
     )
 
 
-def _spread(spread: Mapping[str, float | None]) -> list[str]:
-    return [_percent(spread[part]) for part in SPREAD]
+def _percentiles(values: Mapping[str, float | None]) -> list[str]:
+    return [_percent(values[part]) for part in PERCENTILES]
 
 
 def _percent(value: float | None) -> str:
-    # Not "-0.00".
+    # Adding 0.0 avoids "-0.00".
     return "-" if value is None else f"{round(100 * value, 2) + 0.0:.2f}"

@@ -1,20 +1,19 @@
-"""A trace of engine steps: mixed traffic on a simulated server.
+"""Simulated traffic: a trace of engine steps with mixed requests from three tenants.
 
-Three tenants at once send requests in an open loop, each a Poisson process; lengths are log-normal
-with the means of `TENANTS`. The server schedules as vLLM v1 does with chunked prefill: running
-requests first, in the order they were admitted, a decode one token, then waiting ones first come,
-first served, all within a budget of tokens per step. Of the requests that run, at most the one
-admitted last can be in the midst of its prompt: one that did not get its whole prompt has used up
-the budget, and nobody is admitted after it.
+The tenants send requests at once in an open loop, each as a Poisson process. Lengths are log-normal
+with the means in `TENANTS`. The server schedules like vLLM v1 with chunked prefill, within a budget
+of tokens per step. Running requests come first, in their order of admission; a decode takes one
+token. Waiting requests follow, first come, first served. At most the request admitted last can be
+in the middle of its prompt: it has used up the budget, so nobody is admitted after it.
 
-A trace starts in the middle of life: as many requests as the mean batch are running, each drawn
-with the chance of being met at a random instant (long ones more often) and at a random point of its
-output. KV memory is not limited; what would be needed is noted.
+A trace starts in the middle of operation: as many requests run as the mean batch has. Each is drawn
+as if met at a random instant, so long requests are more frequent, at a random point of its output.
+KV memory is not limited; the trace records how much it would need.
 
-The arrival rate that leads to a mean batch L is found in two ways, one after the other. If so many
-arrive per *step* that L is what Little's law gives, the mean step time tells how many that is per
-second. A server near its limit answers a little more load with a much larger batch; so the trace is
-made anew with a corrected rate until its mean batch is L to 3 %, or `CALIBRATIONS_MAX` times.
+The arrival rate for a mean batch L is found in two steps. Little's law gives the arrivals per
+*step* for L, and the mean step time turns them into arrivals per second. Near its limit a server
+answers a little more load with a much larger batch. So the trace is made again with a corrected
+rate until its mean batch is L to 3 %, at most `CALIBRATIONS_MAX` times.
 """
 
 import math
@@ -26,22 +25,22 @@ import numpy as np
 from vllm_cost_meter.lab.validation.roofline import Ints, Machine
 
 TOKEN_BUDGET = 2_048
-# vLLM's default for a server on large GPUs; far above what is simulated unless it is overloaded.
+# vLLM's default for large GPUs. Simulated batches stay far below, unless the server is overloaded.
 SEQUENCES_MAX = 1_024
 PROMPT_SIGMA = 0.3
 OUTPUT_SIGMA = 0.5
 TOKENS_LEAST = 8
-# Standard deviation of the logarithm of a step's time around the roofline.
+# The standard deviation of a step's log time around the roofline.
 NOISE_SIGMA = 0.02
 CALIBRATIONS_MAX = 8
 CALIBRATION_TOLERANCE = 0.03
-# Steps of the trace that says how long a step takes at the mean batch.
+# The length of the trace that measures the mean step time at the mean batch.
 PILOT_STEPS = 2_000
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """Mean tokens of a tenant's prompts and replies, and which part of all requests is theirs."""
+    """A tenant's mean prompt and output tokens, and its share of all requests."""
 
     name: str
     prompt_tokens: int
@@ -60,8 +59,8 @@ TENANTS = (
 class TraceStep:
     """One step. Requests are numbers; arrays have the shape (n,), in scheduler order.
 
-    `started` are scheduled for the first time, `ended` for the last; `gpu_time_ns` is measured,
-    with noise.
+    `started` are scheduled for the first time, `ended` for the last time. `gpu_time_ns` is the
+    measured time, with noise.
     """
 
     requests: list[int]
@@ -74,9 +73,10 @@ class TraceStep:
 
 @dataclass(slots=True)
 class Trace:
-    """Steps, and by request number: its tenant's place in `TENANTS`, prompt tokens, first position.
+    """A trace's steps and requests, which are counted from 0.
 
-    `requests_per_s` is the rate at which requests arrive.
+    `tenants` (places in `TENANTS`), `prompt_tokens` and `first_positions` have an entry for each
+    request. `requests_per_s` is the arrival rate.
     """
 
     steps: list[TraceStep] = field(default_factory=list)
@@ -87,18 +87,18 @@ class Trace:
 
     @property
     def mean_batch(self) -> float:
-        """Return the mean requests per step."""
+        """The mean number of requests per step."""
         return sum(len(step.requests) for step in self.steps) / max(1, len(self.steps))
 
     @property
     def kv_tokens_max(self) -> int:
-        """Return the largest sum of contexts that the requests of a step hold."""
+        """The largest sum of contexts in a step, in tokens."""
         sums = (int((step.positions + step.tokens).sum()) for step in self.steps)
         return max(sums, default=0)
 
 
 def make_trace(machine: Machine, mean_batch: int, steps: int, seed: int) -> Trace:
-    """Return a trace whose mean batch is `mean_batch`, as near as it could be calibrated."""
+    """Return a trace whose mean batch is as near to `mean_batch` as calibration brings it."""
     per_step = mean_batch / _mean_life_steps()
     pilot = _Server(machine, mean_batch, seed, requests_per_s=per_step, step_s=1.0)
     pilot.run(min(steps, PILOT_STEPS))
@@ -121,7 +121,7 @@ def make_trace(machine: Machine, mean_batch: int, steps: int, seed: int) -> Trac
 
 
 class _Server:
-    """Runs requests step by step. `step_s` makes every step take as long for arrivals."""
+    """Runs requests step by step. With `step_s`, every step takes that long for arrivals."""
 
     def __init__(
         self,
@@ -135,15 +135,15 @@ class _Server:
         self.trace = Trace(requests_per_s=requests_per_s)
         self._machine = machine
         self._step_s = step_s
-        # Apart, so that another rate meets the same requests and the same noise.
+        # Three streams let another rate meet the same requests and the same noise.
         self._lengths, self._arrivals, self._noise = (
             np.random.default_rng([seed, stream]) for stream in range(3)
         )
         self._now_s = 0.0
         self._next_arrival_s = self._gap_s()
-        self._ends: list[int] = []  # by request: the position after its last step
+        self._ends: list[int] = []  # The position of each request after its last step.
         self._waiting: deque[int] = deque()
-        # Decodes, in the order they were admitted, and who is in the midst of a prompt.
+        # The decoding requests in order of admission, and the request in the middle of its prompt.
         self._decoding: list[int] = []
         self._positions = np.empty(0, dtype=np.int64)
         self._decode_ends = np.empty(0, dtype=np.int64)
@@ -152,7 +152,7 @@ class _Server:
         self._start_mid_life(mean_batch)
 
     def run(self, steps: int) -> None:
-        """Add so many steps to the trace."""
+        """Add steps until the trace has so many."""
         while len(self.trace.steps) < steps:
             self._admit_arrivals()
             if not (self._waiting or self._decoding or self._prefilling):
@@ -177,7 +177,7 @@ class _Server:
         self._started = []
 
     def _schedule_chunks(self) -> list[tuple[int, int, int]]:
-        """Return (request, start, tokens) of each prompt that this step works on."""
+        """Return (request, start, tokens) for each prompt in this step."""
         left = TOKEN_BUDGET - len(self._decoding)
         chunks = []
         running = len(self._decoding)
@@ -195,7 +195,7 @@ class _Server:
         return chunks
 
     def _advance(self, chunks: list[tuple[int, int, int]]) -> list[int]:
-        """Move every request on; return those that ended."""
+        """Advance every request; return those that ended."""
         self._positions += 1
         self._prefilling = None
         for request, start, count in chunks:
@@ -226,21 +226,21 @@ class _Server:
             self._waiting.append(self._add(place, size_biased=False))
 
     def _gap_s(self) -> float:
-        # Three independent Poisson processes are one whose arrivals draw their tenant.
+        # Three independent Poisson processes equal one process whose arrivals draw their tenant.
         return float(self._arrivals.standard_exponential()) / self.trace.requests_per_s
 
     def _add(self, place: int, *, size_biased: bool) -> int:
         """Add a request of a tenant; return its number."""
         tenant = TENANTS[place]
         prompt = self._length(tenant.prompt_tokens, PROMPT_SIGMA)
-        # Met at a random instant, a log-normal length is log-normal with sigma^2 more in its mu.
+        # A log-normal length that is met at a random instant is log-normal with mu + sigma^2.
         bias = math.exp(OUTPUT_SIGMA**2) if size_biased else 1.0
         output = self._length(tenant.output_tokens * bias, OUTPUT_SIGMA)
         trace = self.trace
         trace.tenants.append(place)
         trace.prompt_tokens.append(prompt)
         trace.first_positions.append(0)
-        # The last chunk of the prompt makes the first token, so that the last token is not run.
+        # The prompt's last chunk makes the first token, so the last token needs no step.
         self._ends.append(prompt + output - 1)
         return len(trace.tenants) - 1
 
@@ -261,7 +261,7 @@ class _Server:
 
 
 def _mean_life_steps() -> float:
-    """Return how many steps a request is in on average: its output, and whole chunks before."""
+    """Return the mean number of steps per request: its output, and the whole chunks before."""
     return sum(
         tenant.requests_share
         * (tenant.output_tokens + max(0, math.ceil(tenant.prompt_tokens / TOKEN_BUDGET) - 1))
@@ -274,12 +274,12 @@ def _miss(trace: Trace, mean_batch: int) -> float:
 
 
 def _next_log_rate(tried: list[tuple[float, float]], target: float) -> float:
-    """Return the next rate to try, by the secant through the last two, all as logarithms."""
+    """Return the next log rate to try: the secant through the last two trials, as logarithms."""
     rate, batch = tried[-1]
     slope = 2.0
     if len(tried) > 1:
         before_rate, before_batch = tried[-2]
         if before_rate != rate:
             slope = (batch - before_batch) / (rate - before_rate)
-    # A batch grows at least as much as the rate; far more only near saturation.
+    # A batch grows at least as fast as the rate, and far faster only near full load.
     return rate + (target - batch) / min(10.0, max(1.0, slope))

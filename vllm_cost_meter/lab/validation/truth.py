@@ -1,21 +1,21 @@
-"""The truth that methods are measured against: the Shapley value of each step.
+"""The Shapley value of a step: the true share of each request, which methods are measured against.
 
-It is the only split of a game's total that adds up, treats equals alike, charges nothing to who
-adds nothing, and of two games played at once charges the sum (L. S. Shapley, "A value for n-person
-games", 1953). Player i gets the mean, over all orders in which the players can arrive, of what the
-total grows by when i arrives.
+It is the only split of a game's total that adds up, treats equals alike, charges nothing to a
+player who adds nothing, and is additive over games (L. S. Shapley, "A value for n-person games",
+1953). Player i gets the mean, over all orders in which the players can arrive, of the growth in the
+total when i arrives.
 
-Up to `ENUMERATED_MAX` requests it is enumerated. Above, the game is taken apart, and only what has
-to be is sampled, because most of a step's time lies in parts whose value is known. With C, M, X the
-seconds of arithmetic, of memory traffic and of reading experts that a coalition adds, and c, m what
-every step takes,
+With up to `ENUMERATED_MAX` requests the value is enumerated. With more, the game is split into
+terms. Most of a step's time lies in terms with a known value, and only the rest is sampled. Let C,
+M and X be the seconds that a coalition adds for arithmetic, memory traffic and reading experts, and
+let c and m be the seconds that every step takes for arithmetic and memory traffic:
 
     v(S) = base + M + X + max(c + C - m - M - X, 0) - max(c - m, 0)        S not empty
 
-- the base, launch + max(c, m), is the same for everybody who comes first: base / n each;
-- M is a sum over members: each their own;
-- X depends on how many tokens there are, so requests with as many tokens get the same;
-- what arithmetic takes longer than memory traffic is sampled, if it can be more than nothing.
+- The base, launch + max(c, m), is the same for whoever comes first: base / n for each.
+- M is a sum over members: each gets its own part.
+- X depends on the number of tokens, so requests with equally many tokens get the same.
+- The excess of arithmetic over memory traffic is sampled, if it can be above 0.
 """
 
 from functools import lru_cache
@@ -25,14 +25,14 @@ import numpy as np
 
 from vllm_cost_meter.lab.validation.roofline import Floats, Ints, StepGame
 
-# 4,096 coalitions; each further player doubles them.
+# 12 players have 4,096 coalitions; each further player doubles them.
 ENUMERATED_MAX = 12
 
 
 def shapley(game: StepGame, permutations: int, rng: np.random.Generator) -> Floats:
-    """Return each request's share of a step, in seconds; they add up to `total_s`. Shape (n,).
+    """Return each request's share in seconds, shape (n,); the shares add up to `total_s`.
 
-    Exact up to `ENUMERATED_MAX` requests, else from `permutations` orders.
+    They are exact up to `ENUMERATED_MAX` requests, else estimated from `permutations` orders.
     """
     if len(game) <= ENUMERATED_MAX:
         return enumerated(game)
@@ -40,19 +40,20 @@ def shapley(game: StepGame, permutations: int, rng: np.random.Generator) -> Floa
 
 
 def enumerated(game: StepGame) -> Floats:
-    """Return the exact value from all 2^n coalitions."""
+    """Return the exact shares in seconds from all 2^n coalitions; shape (n,)."""
     members, weights = _coalitions(len(game))
     value = game.value(members @ game.compute_s, members @ game.memory_s, members @ game.tokens)
-    above_base = value - game.base_s  # 0 for the empty one
+    above_base = value - game.base_s  # 0 for the empty coalition
     return game.base_s / len(game) + above_base @ weights
 
 
 def sampled(game: StepGame, permutations: int, rng: np.random.Generator) -> Floats:
-    """Return the mean over random orders of arrival, each with its reverse.
+    """Return the shares in seconds, as means over random orders of arrival and their reverses.
 
-    Antithetic: who comes early in one order comes late in the other, so that what is gained by
-    being convex or concave cancels (Mitchell et al., "Sampling permutations for Shapley value
-    estimation", JMLR 23, 2022). `permutations` counts both, and is rounded up to an even number.
+    The sampling is antithetic: a player who comes early in one order comes late in its reverse, so
+    the effects of convexity and concavity cancel (Mitchell et al., "Sampling permutations for
+    Shapley value estimation", JMLR 23, 2022). `permutations` counts orders and reverses, rounded up
+    to an even number. Shape (n,).
     """
     machine = game.machine
     count = len(game)
@@ -71,9 +72,10 @@ def sampled(game: StepGame, permutations: int, rng: np.random.Generator) -> Floa
 
 
 def _mean_growth(values: Floats, empty: float, orders: Ints) -> Floats:
-    """Return by how much each player's arrival raises a game's value, on average over orders.
+    """Return the mean growth in a game's value when each player arrives; shape (n,).
 
-    Both have a row per order and a column per arrival; `empty` is the value before the first.
+    `values` and `orders` have a row per order and a column per arrival. `empty` is the value before
+    the first arrival.
     """
     grown = np.diff(values, axis=1, prepend=empty)
     sums = np.bincount(orders.ravel(), weights=grown.ravel(), minlength=orders.shape[1])
@@ -81,7 +83,7 @@ def _mean_growth(values: Floats, empty: float, orders: Ints) -> Floats:
 
 
 def _mean_of_equals(values: Floats, keys: Floats) -> Floats:
-    """Return each value replaced by the mean of those with the same key."""
+    """Return each value replaced by the mean over values with the same key."""
     _, groups = np.unique(keys, return_inverse=True)
     means: Floats = (np.bincount(groups, weights=values) / np.bincount(groups))[groups]
     return means
@@ -89,10 +91,10 @@ def _mean_of_equals(values: Floats, keys: Floats) -> Floats:
 
 @lru_cache(maxsize=ENUMERATED_MAX)
 def _coalitions(count: int) -> tuple[Floats, Floats]:
-    """Return all coalitions as rows of 0 and 1, and each one's weight for each player.
+    """Return all coalitions as rows of 0 and 1, and their weight for each player.
 
-    Both have the shape (2^n, n). With s members, v(S) counts for a member with
-    (s-1)! (n-s)! / n!, and against another with s! (n-s-1)! / n!.
+    Both have the shape (2^n, n). If S has s members, v(S) counts for each member with the weight
+    (s-1)! (n-s)! / n!, and against each other player with s! (n-s-1)! / n!.
     """
     rows = np.arange(2**count)
     members = ((rows[:, None] >> np.arange(count)) & 1).astype(np.float64)

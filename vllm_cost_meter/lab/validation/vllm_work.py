@@ -1,9 +1,11 @@
-"""FLOPs and bytes of a step from vLLM's own ModelMetrics, as coefficients.
+"""Coefficients for a step's FLOPs and bytes, from vLLM's own ModelMetrics.
 
 vLLM's component classes (`vllm/v1/metrics/perf.py`) count a batch in Python, operation by
-operation: too slow to ask a million times. What they count is linear in a batch's sums, so a few
-batches made up for the purpose give the coefficients, and two more show that they are right. A vLLM
-that counts otherwise is a VllmMismatchError, never a wrong figure.
+operation. That is too slow for a million batches. Their counts are linear in a batch's sums, so a
+few artificial batches give the coefficients, and two more check them.
+
+Invariant: a vLLM that counts in another way raises VllmMismatchError, and never gives a wrong
+figure.
 """
 
 import numpy as np
@@ -53,7 +55,7 @@ class VllmCounts:
         ]
 
     def totals(self, batch: Batch) -> tuple[int, int]:
-        """Return the FLOPs, and the bytes read and written, of a batch."""
+        """Return a batch's FLOPs, and its bytes read and written."""
         context = context_of(batch)
         flops = sum(part.get_num_flops(context) for part in self._components)
         read = sum(part.get_read_bytes(context) for part in self._components)
@@ -62,16 +64,16 @@ class VllmCounts:
 
 
 def step_work(shape: ModelShape) -> StepWork:
-    """Return the coefficients of a model. Raises VllmMismatchError if they are not vLLM's counts.
+    """Return a model's coefficients. Raises VllmMismatchError if they do not give vLLM's counts.
 
-    `expected_experts` changes how many experts are read, not what one of them takes.
+    `expected_experts` changes the number of experts that are read, not the bytes of one expert.
     """
     counts = VllmCounts(shape)
     flops_fixed, flops = linear(lambda batch: counts.totals(batch)[0])
     bytes_fixed, bytes_moved = linear(lambda batch: counts.totals(batch)[1])
     expert_bytes = 0.0
     if shape.experts:
-        # One token chooses `experts_per_token` of them where many choose all.
+        # One token chooses `experts_per_token` experts, and many tokens choose all.
         one = bytes_fixed + bytes_moved[0] + bytes_moved[1]
         unread = shape.experts - shape.experts_per_token
         expert_bytes = (one - counts.totals([(1, 0)])[1]) / unread

@@ -1,1 +1,1 @@
-"""A provider's bills in the ledger: import them, and hold them against what was metered."""
+"""Provider bills in the ledger: import them, and compare them with the metered cost."""

@@ -1,10 +1,11 @@
-"""What was metered beside what was billed: by day, for a summary, and for a statement.
+"""Compare the metered cost with the provider's bills: by day, in a summary, in a statement.
 
-Metered is wall time x price of the GPUs; of an hour that bills cover in part, the same part of it
-stands against them. What is covered is the largest part that any GPU resource is: bills are taken
-to be of all GPUs. All else that was billed (disks, network and so on) has nothing beside it.
+The metered cost is the GPUs' wall time x price. If bills cover a part of an hour, the same part of
+its metered cost is compared with them. The covered part is the largest among the GPU resources,
+because bills are taken to cover all GPUs. Other billed kinds (disk, network and so on) have no
+metered counterpart.
 
-Invariant: money is exact until it is shown; the days of a window add up to the window.
+Invariant: money is exact until it is shown. The days of a window add up to the window.
 """
 
 from collections import defaultdict
@@ -31,7 +32,7 @@ OTHERS = tuple(kind for kind in KINDS if kind != GPU)
 
 
 class _Billed(NamedTuple):
-    """What all resources of a kind were billed in an hour; `covered_ns` is the most of any."""
+    """The bill for all resources of one kind in one hour; `covered_ns` is the largest of any."""
 
     nanousd: int
     covered_ns: int
@@ -41,10 +42,11 @@ class _Billed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """Metered and billed of some hours, in nano-USD; None is not known, or nothing was billed.
+class MeteredAndBilled:
+    """Metered and billed amounts for some hours in nano-USD; None if unknown or nothing was billed.
 
-    `others` are those of kinds but GPUs; hours that nobody observed are of all resources together.
+    `others` has the billed amounts by kind, without GPUs. `unobserved_hours` sums the unobserved
+    hours over all resources.
     """
 
     metered: Fraction | None
@@ -57,21 +59,21 @@ class Compared:
 
     @property
     def difference(self) -> Fraction | None:
-        """What was billed of GPUs and not metered; less than 0, what was metered and not billed."""
+        """Billed GPU amount - metered amount; below 0 if more was metered than billed."""
         if self.billed_gpu is None or self.metered_while_billed is None:
             return None
         return self.billed_gpu - self.metered_while_billed
 
     @property
     def capture_rate(self) -> float | None:
-        """Metered / billed."""
-        # Of a credit by itself it would say nothing.
+        """Metered / billed; None if either is unknown."""
+        # A credit alone gives no meaningful rate.
         if self.metered_while_billed is None or self.billed_gpu is None or self.billed_gpu <= 0:
             return None
         return float(self.metered_while_billed / self.billed_gpu)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as answers show it."""
+        """Return the amounts as answers show them, in USD."""
         return {
             "metered_usd": _usd(self.metered),
             "metered_while_billed_usd": _usd(self.metered_while_billed),
@@ -86,7 +88,7 @@ class Compared:
 
 
 class Bills:
-    """What a ledger knows of the bills of a cut's window, and what was metered in its hours."""
+    """The bills in a cut's window, and the metered cost in the same hours."""
 
     def __init__(self, connection: Connection, cut: Cut) -> None:
         self._cut = cut
@@ -94,12 +96,12 @@ class Bills:
 
     @cached_property
     def _metered(self) -> dict[int, Fraction | None]:
-        # Most ledgers have no bills: a summary of theirs does not wait for this.
+        # Most ledgers have no bills, so their summaries need not wait for this.
         return _metered(self._cut)
 
     @property
     def is_any(self) -> bool:
-        """Whether anything at all was imported of the window."""
+        """True if any bill was imported for the window."""
         return bool(self._billed)
 
     def days(self) -> dict[int, list[int]]:
@@ -109,8 +111,8 @@ class Bills:
             found[hour // HOURS_PER_DAY].append(hour)
         return dict(sorted(found.items()))
 
-    def compared(self, hours: Iterable[int] | None = None) -> Compared:
-        """Return metered and billed of these hours, or of all."""
+    def compared(self, hours: Iterable[int] | None = None) -> MeteredAndBilled:
+        """Return the amounts metered and billed in these hours, or in all hours."""
         hours = self._metered.keys() | self._billed.keys() if hours is None else list(hours)
         metered = _Sum()
         matched = _Sum()
@@ -130,7 +132,7 @@ class Bills:
             for kind, of in kinds.items()
         }
         seen = [one for of in kinds.values() for one in of]
-        return Compared(
+        return MeteredAndBilled(
             metered.nanousd_if_any,
             None if amounts[GPU] is None else matched.nanousd,
             amounts[GPU],
@@ -142,7 +144,7 @@ class Bills:
 
 
 class _Sum:
-    """A sum of costs, each with its part that counts; unknown if one of them is."""
+    """A sum of costs, each weighted by a share; unknown if any cost is unknown."""
 
     def __init__(self) -> None:
         self._known, self._unknown, self._count = Fraction(0), 0, 0
@@ -158,17 +160,17 @@ class _Sum:
 
     @property
     def nanousd(self) -> Fraction | None:
-        """The sum: 0 of nothing."""
+        """The sum in nano-USD; 0 if nothing was added."""
         return None if self._unknown else self._known
 
     @property
     def nanousd_if_any(self) -> Fraction | None:
-        """The sum: None of nothing."""
+        """The sum in nano-USD; None if nothing was added."""
         return self.nanousd if self._count else None
 
 
 def billed_summary(connection: Connection, cut: Cut) -> dict[str, Any] | None:
-    """Return what a summary says of the bills of a window; None if there is none."""
+    """Return a summary's part about bills, ready for JSON; None if the window has no bill."""
     bills = Bills(connection, cut)
     if not bills.is_any:
         return None
@@ -182,9 +184,10 @@ def billed_summary(connection: Connection, cut: Cut) -> dict[str, Any] | None:
 def bill_lines(
     connection: Connection, cut: Cut
 ) -> tuple[list[OverheadCost], dict[str, Any] | None]:
-    """Return what a statement has beside price x time so that it is what was billed.
+    """Return the lines that raise a statement from price x time to the billed amount.
 
-    And how much of the month that is: None where nothing was billed.
+    The second value says how many hours the bills cover. It is None if nothing was billed, and then
+    there are no lines.
     """
     bills = Bills(connection, cut)
     if not bills.is_any:
@@ -196,8 +199,8 @@ def bill_lines(
     ]
     if compared.billed_gpu is not None:
         lines.insert(0, OverheadCost(DIFFERENCE, SOURCE, compared.difference))
-    told = compared.as_dict()
-    return lines, {name: told[name] for name in ("covered_hours", "unobserved_hours", "resets")}
+    shown = compared.as_dict()
+    return lines, {name: shown[name] for name in ("covered_hours", "unobserved_hours", "resets")}
 
 
 def _usd(nanousd: Fraction | int | None) -> str | None:
@@ -205,7 +208,7 @@ def _usd(nanousd: Fraction | int | None) -> str | None:
 
 
 def _metered(cut: Cut) -> dict[int, Fraction | None]:
-    """Return what GPU time cost in each hour of the window; None where a price misses."""
+    """Return the GPU time's exact cost in each hour of the window; None if a price is missing."""
     found: dict[int, Fraction | None] = {}
     for run in cut.runs:
         for hour, classes in run.hours.items():
@@ -220,9 +223,9 @@ def _metered(cut: Cut) -> dict[int, Fraction | None]:
 
 
 def is_known() -> Any:
-    """Return the SQL sum of the rows of `billed_hours` of which time or money is known.
+    """Return the SQL count of rows in `billed_hours` with known time or money.
 
-    The others are of time that nobody observed: of them alone an amount is null.
+    The other rows are unobserved time: an amount over such rows alone is null.
     """
     b = billed_hours.c
     return func.sum(case((or_(b.covered_ns > 0, b.nanousd != 0), 1), else_=0))
@@ -245,7 +248,7 @@ def _by_hour(connection: Connection, window: Window) -> dict[int, dict[str, _Bil
 
 
 def _others(connection: Connection, window: Window) -> list[tuple[str, str, int]]:
-    """Return kind, resource and nano-USD of what was billed besides GPUs."""
+    """Return the billed amounts besides GPUs, as (kind, resource, nano-USD)."""
     b = billed_hours.c
     asked = (
         select(b.kind, b.resource, func.sum(b.nanousd))

@@ -1,6 +1,6 @@
-"""What was metered and billed, day by day: the answer of `invoice days` and `/cost/invoices`.
+"""Metered and billed amounts by day: the answer of `invoice days` and `/cost/invoices`.
 
-Invariant: days are those of UTC, and each hour of the window is in one of them.
+Invariant: days are UTC days, and each hour in the window is in exactly one of them.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ def invoice_days(
     *,
     settle_s: float = SETTLE_S,
 ) -> dict[str, Any]:
-    """Return metered and billed of each UTC day of a window, and of all of it.
+    """Return the amounts metered and billed on each UTC day of a window, and their total.
 
-    Hours count since the epoch, [from_hour, to_hour).
+    Hours count since the epoch, [from_hour, to_hour); None means no bound.
     """
     cut = reader.cut(Window(from_hour, to_hour), (), None, settle_s)
     with reader.transaction() as connection:

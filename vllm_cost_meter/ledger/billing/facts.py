@@ -1,10 +1,10 @@
-"""Facts of a provider's bills as rows of the ledger, read for the time that an import touches.
+"""Read and write a provider's readings, invoice lines and billed hours as ledger rows.
 
-What a file names is little beside what years of imports left, so nothing here reads all facts of a
-resource: each is asked for the span of time that matters, by the index of its key. `Spans` has such
-a span, [low, high] in nanoseconds since the epoch, for each resource.
+A file names little beside the facts that years of imports left. So nothing here reads all facts for
+a resource: each query takes a span of time, and the index on the key finds it. `Spans` holds such a
+span for each resource: [low, high] in nanoseconds since the epoch.
 
-Invariant: a fact that was written is read as it was; all that lies in a span is read.
+Invariant: a fact is read as it was written, and every fact in a span is read.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,27 +26,27 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.invoices.timeline import BilledHour, BillingSnapshot, InvoiceLine
+from vllm_cost_meter.invoices.timeline import BilledHour, InvoiceLine, Reading
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
 
 Meter = tuple[str, str]
 Spans = Mapping[str, tuple[int, int]]
-# Resources that are asked for at once: SQLite takes 32,766 values, three for each.
+# Resources per query: SQLite takes 32,766 values, and each resource needs three.
 _CHUNK = 2_000
 
 _SAME_NAMES = ("invoice", "item", "charge_class", "kind", "nanousd")
 
 
-def span_of(fact: BillingSnapshot | InvoiceLine) -> tuple[int, int]:
-    """Return from when to when a fact is; of a reading both are its instant."""
+def span_of(fact: Reading | InvoiceLine) -> tuple[int, int]:
+    """Return a fact's first and last instant in ns; for a reading both are its instant."""
     if isinstance(fact, InvoiceLine):
         return fact.from_ns, fact.to_ns
     return fact.at_ns, fact.at_ns
 
 
-def spans_of(facts: Iterable[BillingSnapshot | InvoiceLine]) -> Spans:
-    """Return from when to when there are facts, by resource."""
+def spans_of(facts: Iterable[Reading | InvoiceLine]) -> Spans:
+    """Return, by resource, the span that its facts take."""
     found: dict[str, tuple[int, int]] = {}
     for fact in facts:
         low, high = span_of(fact)
@@ -56,14 +56,14 @@ def spans_of(facts: Iterable[BillingSnapshot | InvoiceLine]) -> Spans:
 
 
 def spans_of_hours(hours: Mapping[str, range]) -> Spans:
-    """Return the time that hours take, by resource."""
+    """Return, by resource, the span that its hours take."""
     return {
         resource: (of.start * NS_PER_HOUR, of.stop * NS_PER_HOUR) for resource, of in hours.items()
     }
 
 
 def widened(connection: Connection, spans: Spans) -> Spans:
-    """Return each span from the last reading before it to the first one after it, if any."""
+    """Return each span, widened to the last reading before it and the first one after it."""
     s = schema.billing_snapshots.c
     found = {}
     for of in _tables(_texts(spans)):
@@ -81,18 +81,18 @@ def widened(connection: Connection, spans: Spans) -> Spans:
 
 
 def kinds_read(connection: Connection, spans: Spans) -> dict[str, str]:
-    """Return the kind of which each resource's counter is; resources without one are left out."""
+    """Return each resource's kind as its readings say; a resource without readings is left out."""
     s = schema.billing_snapshots.c
     found: dict[str, str] = {}
     for of in _tables(_texts(spans)):
-        # Imports see to it that a resource has readings of one kind: any will do.
+        # Imports refuse a second kind for a resource, so any reading will do.
         kind = select(s.kind).where(s.resource == of.c.resource).limit(1).scalar_subquery()
-        told = connection.execute(select(of.c.resource, kind))
-        found |= {resource: its for resource, its in told if its is not None}
+        rows = connection.execute(select(of.c.resource, kind))
+        found |= {resource: its for resource, its in rows if its is not None}
     return found
 
 
-def snapshots_in(connection: Connection, spans: Spans) -> Iterator[BillingSnapshot]:
+def readings_in(connection: Connection, spans: Spans) -> Iterator[Reading]:
     """Yield the readings in these spans, both ends included."""
     table = schema.billing_snapshots
     s = table.c
@@ -100,7 +100,7 @@ def snapshots_in(connection: Connection, spans: Spans) -> Iterator[BillingSnapsh
         lies_in = (s.resource == of.c.resource, s.taken_at >= of.c.low, s.taken_at <= of.c.high)
         for row in connection.execute(_joined(of, table, lies_in)):
             amounts = (row.cumulative_nanousd, row.nanousd_per_hour)
-            yield BillingSnapshot(row.resource, row.kind, unix_ns_of(row.taken_at), *amounts)
+            yield Reading(row.resource, row.kind, unix_ns_of(row.taken_at), *amounts)
 
 
 def lines_in(connection: Connection, spans: Spans) -> Iterator[InvoiceLine]:
@@ -119,29 +119,29 @@ def lines_in(connection: Connection, spans: Spans) -> Iterator[InvoiceLine]:
 def hours_in(
     connection: Connection, hours: Mapping[str, range]
 ) -> Iterator[tuple[Meter, BilledHour]]:
-    """Yield what is billed in these hours of each resource."""
+    """Yield the billed hours among these hours, each with its meter."""
     table = schema.billed_hours
     b = table.c
     bounds = {resource: (of.start, of.stop) for resource, of in hours.items()}
     for of in _tables(bounds, BigInteger()):
         lies_in = (b.resource == of.c.resource, b.hour >= of.c.low, b.hour < of.c.high)
-        for resource, kind, *told in connection.execute(_joined(of, table, lies_in)):
-            yield (resource, kind), BilledHour(*told)
+        for resource, kind, *amounts in connection.execute(_joined(of, table, lies_in)):
+            yield (resource, kind), BilledHour(*amounts)
 
 
-def snapshot_row(snapshot: BillingSnapshot) -> dict[str, Any]:
-    """Return the row of a reading, without what is told of its import."""
+def reading_row(reading: Reading) -> dict[str, Any]:
+    """Return the ledger row for a reading, without the columns about its import."""
     return {
-        "resource": snapshot.resource,
-        "taken_at": rfc3339(snapshot.at_ns),
-        "kind": snapshot.kind,
-        "cumulative_nanousd": snapshot.cumulative_nanousd,
-        "nanousd_per_hour": snapshot.nanousd_per_hour,
+        "resource": reading.resource,
+        "taken_at": rfc3339(reading.at_ns),
+        "kind": reading.kind,
+        "cumulative_nanousd": reading.cumulative_nanousd,
+        "nanousd_per_hour": reading.nanousd_per_hour,
     }
 
 
 def line_row(line: InvoiceLine) -> dict[str, Any]:
-    """Return the row of a line, without what is told of its import."""
+    """Return the ledger row for an invoice line, without the columns about its import."""
     return {
         "resource": line.resource,
         "begins_at": rfc3339(line.from_ns),
@@ -151,7 +151,7 @@ def line_row(line: InvoiceLine) -> dict[str, Any]:
 
 
 def hour_row(meter: Meter, hour: BilledHour) -> dict[str, Any]:
-    """Return the row of an hour of a meter."""
+    """Return the ledger row for a meter's billed hour."""
     return {"resource": meter[0], "kind": meter[1], **hour._asdict()}
 
 
@@ -162,7 +162,7 @@ def _texts(spans: Spans) -> dict[str, tuple[str, str]]:
 def _tables(
     bounds: Mapping[str, tuple[Any, Any]], of_type: Text | BigInteger | None = None
 ) -> Iterator[CTE]:
-    """Yield the bounds as tables of (resource, low, high), to be joined with."""
+    """Yield the bounds as tables (resource, low, high) for a join."""
     of_type = of_type or Text()
     columns = (column("resource", Text), column("low", of_type), column("high", of_type))
     rows = ((resource, low, high) for resource, (low, high) in bounds.items())

@@ -1,12 +1,11 @@
-"""What an import changes: the facts that are new, and the hours that follow from them.
+"""The change that an import makes: new facts, and the billed hours that follow from them.
 
-A new line or reading re-splits the interval between two readings that it falls into, and the hours
-of an interval are rounded together. So of a resource those hours can change which lie between the
-last reading before the file's facts and the first after them, and no other: they are computed from
-all facts that reach into them. Readings around them are cut by lines on both sides as ever, so the
-lines around these count too.
+A new line or reading re-splits the interval between two readings into which it falls, and the hours
+in an interval are rounded together. So only hours between the last reading before the file's facts
+and the first reading after them can change. They are computed from all facts that reach into them.
+Lines cut the readings around them too, so the lines around those readings count as well.
 
-Invariant: the hours are those that a computation from all facts gives, row for row.
+Invariant: the hours equal, row for row, a computation from all facts in the ledger.
 """
 
 from collections import defaultdict
@@ -19,8 +18,8 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import (
     BilledHour,
-    BillingSnapshot,
     InvoiceLine,
+    Reading,
     Stretch,
     billed_hours,
     hours_between,
@@ -32,7 +31,7 @@ from vllm_cost_meter.ledger.billing.facts import (
     hours_in,
     kinds_read,
     lines_in,
-    snapshots_in,
+    readings_in,
     spans_of,
     spans_of_hours,
     widened,
@@ -40,24 +39,24 @@ from vllm_cost_meter.ledger.billing.facts import (
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import rfc3339
 
-# Of one import. What is computed takes time and memory, and nobody waits for it.
+# Limit per import: computing hours costs memory and time. No server waits for it.
 HOURS_MAX = 1_000_000
-# What is written or removed: for these a server's bills wait, about a second; measured by
-# benchmarks/bench_invoices.py.
+# Limit per import on rows written or removed. A server's bills wait for them, about a second
+# (benchmarks/bench_invoices.py).
 ROWS_MAX = 200_000
 
-Fact = TypeVar("Fact", BillingSnapshot, InvoiceLine)
+Fact = TypeVar("Fact", Reading, InvoiceLine)
 Hours = dict[Meter, dict[int, BilledHour]]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What an import brings into a ledger: facts, and hours in place of those that are `gone`.
+    """The change that an import makes: new facts, and hours that `come` and that are `gone`.
 
-    `unobserved` are the times that nobody observed in the hours that were computed.
+    `unobserved` lists the unobserved times in the computed hours.
     """
 
-    snapshots: list[BillingSnapshot]
+    readings: list[Reading]
     lines: list[InvoiceLine]
     gone: list[tuple[Meter, BilledHour]]
     come: list[tuple[Meter, BilledHour]]
@@ -65,27 +64,27 @@ class Change:
 
     @property
     def rows(self) -> int:
-        """How many rows are written or removed."""
-        return len(self.snapshots) + len(self.lines) + len(self.gone) + len(self.come)
+        """The number of rows to write and to remove."""
+        return len(self.readings) + len(self.lines) + len(self.gone) + len(self.come)
 
 
 def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
-    """Return what a file changes in a ledger; nothing is written.
+    """Return the change that a file makes in a ledger. This writes nothing.
 
-    Raises ValueError for a fact that contradicts the ledger and for too many hours.
+    Raises ValueError for a fact that contradicts the ledger, and for too many hours or rows.
     """
-    spans = spans_of([*file.snapshots, *file.lines])
-    _refuse_another_kind(file.snapshots, kinds_read(connection, spans))
+    spans = spans_of([*file.readings, *file.lines])
+    _refuse_another_kind(file.readings, kinds_read(connection, spans))
     hours = {
         resource: hours_between(*span) for resource, span in widened(connection, spans).items()
     }
     around = widened(connection, spans_of_hours(hours))
-    known_snapshots = {one.key: one for one in snapshots_in(connection, around)}
+    known_readings = {one.key: one for one in readings_in(connection, around)}
     known_lines = {one.key: one for one in lines_in(connection, around)}
-    new_snapshots = _new(file.snapshots, known_snapshots)
+    new_readings = _new(file.readings, known_readings)
     new_lines = _new(file.lines, known_lines)
     found = _stretches(
-        [*known_snapshots.values(), *new_snapshots], [*known_lines.values(), *new_lines], gap_ns
+        [*known_readings.values(), *new_readings], [*known_lines.values(), *new_lines], gap_ns
     )
     _refuse_too_many(file.name, found, hours)
     computed: Hours = {
@@ -96,7 +95,7 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
     for meter, hour in hours_in(connection, hours):
         there[meter][hour.hour] = hour
     change = Change(
-        new_snapshots,
+        new_readings,
         new_lines,
         list(_only_in(there, computed)),
         list(_only_in(computed, there)),
@@ -108,16 +107,16 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
 
 
 def _only_in(some: Hours, others: Hours) -> Iterator[tuple[Meter, BilledHour]]:
-    """Yield the hours that the others do not have, or have otherwise, in the order of their key."""
+    """Yield, by key, the hours that the others lack or have with other amounts."""
     for meter, of in sorted(some.items()):
         known = others.get(meter, {})
         yield from ((meter, hour) for at, hour in sorted(of.items()) if known.get(at) != hour)
 
 
-def _new(told: Mapping[Fact, str], known: Mapping[tuple[Any, ...], Fact]) -> list[Fact]:
-    """Return the facts that are not there yet. Raises ValueError for one that is otherwise."""
+def _new(given: Mapping[Fact, str], known: Mapping[tuple[Any, ...], Fact]) -> list[Fact]:
+    """Return the facts that the ledger lacks. Raises ValueError for one that contradicts it."""
     found = []
-    for fact, where in told.items():
+    for fact, where in given.items():
         there = known.get(fact.key)
         if there is None:
             found.append(fact)
@@ -126,11 +125,11 @@ def _new(told: Mapping[Fact, str], known: Mapping[tuple[Any, ...], Fact]) -> lis
                 f"{where}: {fact.resource!r} at {rfc3339(fact.key[1])}: expected"
                 f" {_amount(there)}, as the ledger has it, got {_amount(fact)}"
             )
-    # In the order of the key a table grows page by page.
+    # Rows in key order let the table grow page by page.
     return sorted(found, key=lambda fact: fact.key)
 
 
-def _amount(fact: BillingSnapshot | InvoiceLine) -> str:
+def _amount(fact: Reading | InvoiceLine) -> str:
     if isinstance(fact, InvoiceLine):
         return f"{format_usd(fact.nanousd)} USD of {fact.kind}"
     if fact.cumulative_nanousd is not None:
@@ -138,23 +137,23 @@ def _amount(fact: BillingSnapshot | InvoiceLine) -> str:
     return f"{format_usd(fact.nanousd_per_hour)} USD of {fact.kind} per hour"
 
 
-def _refuse_another_kind(told: Mapping[BillingSnapshot, str], kinds: Mapping[str, str]) -> None:
-    """Raise ValueError for a counter that was one of another kind: it would count twice."""
-    for snapshot, where in told.items():
-        if (kind := kinds.get(snapshot.resource, snapshot.kind)) != snapshot.kind:
+def _refuse_another_kind(given: Mapping[Reading, str], kinds: Mapping[str, str]) -> None:
+    """Raise ValueError for a resource with readings of another kind: it would count twice."""
+    for reading, where in given.items():
+        if (kind := kinds.get(reading.resource, reading.kind)) != reading.kind:
             raise ValueError(
-                f"{where}: kind of {snapshot.resource!r}: expected {kind}, as the ledger has it,"
-                f" got {snapshot.kind}"
+                f"{where}: kind of {reading.resource!r}: expected {kind}, as the ledger has it,"
+                f" got {reading.kind}"
             )
 
 
 def _stretches(
-    snapshots: Iterable[BillingSnapshot], lines: Iterable[InvoiceLine], gap_ns: int
+    readings: Iterable[Reading], lines: Iterable[InvoiceLine], gap_ns: int
 ) -> dict[Meter, list[Stretch]]:
-    facts: dict[Meter, tuple[list[BillingSnapshot], list[InvoiceLine]]]
+    facts: dict[Meter, tuple[list[Reading], list[InvoiceLine]]]
     facts = defaultdict(lambda: ([], []))
-    for snapshot in snapshots:
-        facts[snapshot.resource, snapshot.kind][0].append(snapshot)
+    for reading in readings:
+        facts[reading.resource, reading.kind][0].append(reading)
     for line in lines:
         facts[line.resource, line.kind][1].append(line)
     return {meter: stretches(*facts[meter], gap_ns) for meter in sorted(facts)}
@@ -163,7 +162,7 @@ def _stretches(
 def _refuse_too_many(
     name: str, found: Mapping[Meter, list[Stretch]], hours: Mapping[str, range]
 ) -> None:
-    """Raise ValueError for more hours than may be computed at once."""
+    """Raise ValueError for more hours than one import may compute."""
     count = sum(
         len(hours_of(piece, hours[resource]))
         for (resource, _), pieces in found.items()
@@ -175,8 +174,8 @@ def _refuse_too_many(
 
 def _too_many(name: str, most: int, what: str, count: int) -> ValueError:
     return ValueError(
-        f"{name}: expected at most {most:,} {what}, got {count:,}: ignore what is not of this"
-        " deployment, or import it in parts"
+        f"{name}: expected at most {most:,} {what}, got {count:,}: ignore resources of other"
+        " deployments, or import the file in parts"
     )
 
 

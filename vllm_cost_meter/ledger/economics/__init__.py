@@ -1,1 +1,1 @@
-"""The figures of a window, each one SQL statement that can be run by hand."""
+"""Economic figures of a window from the ledger, each as SQL that anybody can run by hand."""

@@ -1,9 +1,10 @@
-"""What each figure of economics is: its unit, its meaning, and the SQL that it is made of.
+"""The list of economic figures: the unit, meaning and SQL expression of each.
 
-Apart from `economics`, which puts a window into it and asks the ledger, so that the list can be
-read as a list. SQLite and PostgreSQL both take every expression.
+`query.py` fills in a window and asks the ledger; here the list can be read as a list. SQLite and
+PostgreSQL both take every expression.
 
-Invariant: a figure names only figures and tables of this module, and a table only those before it.
+Invariant: a figure names only figures and tables in this module. A table names only tables before
+it.
 """
 
 # ruff: noqa: S608 - nothing is written into the SQL here but names of this package
@@ -14,14 +15,14 @@ from vllm_cost_meter.economics.saturation import IDENTITY
 from vllm_cost_meter.ledger.reader import WORK
 from vllm_cost_meter.records.snapshot import CLASSES
 
-# Requests are of about the same size up to this factor, prompts and replies each.
+# Two sizes are about the same up to this factor, for prompts and replies each.
 SIZE_FACTOR = 1.25
-# Classes in which the GPUs worked.
+# The GPUs worked in these classes.
 BUSY = ("requests", *WORK)
 
 
 class Figure(NamedTuple):
-    """What a figure is. `expression` names others in braces, and tables by themselves."""
+    """One figure. `expression` is SQL: it has other figures in braces, and tables by name."""
 
     unit: str
     meaning: str
@@ -41,23 +42,24 @@ def _about(column: str, tokens: str) -> str:
     return f"{mean} BETWEEN {tokens} / {SIZE_FACTOR} AND {tokens} * {SIZE_FACTOR}"
 
 
-# In the order in which one may name another. {hours}, {ended} ... are conditions on the window.
+# Each table may name the tables before it. `query.py` replaces {hours}, {ended} and the like with
+# conditions on the window.
 TABLES: Mapping[str, str] = {
-    # Every engine's hours: GPU time in all and while the GPUs worked.
+    # Each engine's hours: all GPU time, and the part in which the GPUs worked.
     "hours": f"""SELECT engine_hours.run_id, hour, engine_index, gpus,
        1.0 * ({_sum_of(CLASSES)}) AS gpu_ns,
        1.0 * ({_sum_of(BUSY)}) AS busy_ns, 1.0 * startup_ns AS startup_ns
 FROM engine_hours JOIN runs ON runs.run_id = engine_hours.run_id
 WHERE {{hours}}""",
-    # USD per GPU-hour of each run, from an hour on and until before another.
+    # USD per GPU-hour for each run in the hours [from_hour, to_hour).
     "price": "{price}",
     "priced": """SELECT hour, gpu_ns, startup_ns, usd_per_gpu_hour
 FROM hours LEFT JOIN price
   ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour""",
-    # What the provider billed; rows of which neither time nor money is known say nothing.
+    # The provider's billed hours, without rows that have neither known time nor money.
     "billed": """SELECT hour, kind, 1.0 * nanousd AS nanousd, covered_ns FROM billed_hours
 WHERE {hours} AND (covered_ns > 0 OR nanousd <> 0)""",
-    # Of each hour the part that is billed: the largest of any GPU resource.
+    # The billed part of each hour: the largest among the GPU resources.
     "covered": """SELECT hour AS covered_hour, MAX(covered_ns) / 3.6e12 AS share
 FROM billed WHERE kind = 'gpu' GROUP BY hour""",
     "compared": """SELECT gpu_ns, usd_per_gpu_hour, COALESCE(share, 0.0) AS share
@@ -70,13 +72,13 @@ WHERE gpu_ns > 0""",
     THEN COALESCE(SUM(gpu_ns * usd_per_gpu_hour), 0.0) / 3.6e12 END
   FROM priced WHERE gpu_ns > 0 AND hour >= from_hour AND hour < to_hour
 ) END AS usd FROM overhead""",
-    # Prefill and decode by hour: time, and the tokens that were computed in it.
+    # Prefill and decode by hour: their time, and the tokens computed in it.
     "pieces": """SELECT 1.0 * prefill_ns AS prefill_ns, 1.0 * decode_ns AS decode_ns,
        prefill_tokens, decode_tokens, usd_per_gpu_hour
 FROM usage_pieces LEFT JOIN price
   ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour
 WHERE {hours}""",
-    # Parts of exchanges that ended, by prompt, which counts once however many parts share it.
+    # The parts of ended exchanges by prompt. A prompt counts once, even if several parts share it.
     "prompts": """SELECT COALESCE(r.http_request_id, r.run_id || '/' || r.seq) AS id,
        MAX(CASE WHEN h.http_request_id IS NULL THEN 0 ELSE 1 END) AS exchanges,
        MAX(COALESCE(h.finished_at, r.finished_at)) AS finished_at,
@@ -88,7 +90,7 @@ WHERE {hours}""",
 FROM requests AS r LEFT JOIN http_requests AS h ON h.http_request_id = r.http_request_id
 WHERE {ended}
 GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq), r.prompt_group""",
-    # Exchanges that ended, a row each.
+    # One row for each exchange that ended.
     "ended": """SELECT MAX(exchanges) AS exchanges, MAX(finished_at) AS finished_at,
        COALESCE(MAX(told_cached_tokens), SUM(cached_tokens)) AS cached_tokens,
        COALESCE(MAX(told_prompt_tokens), SUM(prompt_tokens)) AS prompt_tokens,
@@ -96,20 +98,20 @@ GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq), r.prompt_group""
        MIN(ttft_ms) AS ttft_ms, MAX(tpot_ms) AS tpot_ms, MAX(e2e_ms) AS e2e_ms,
        SUM(gpu_time_ns) AS gpu_time_ns
 FROM prompts GROUP BY id""",
-    # What ran in the window.
+    # The deployments that ran in the window.
     "ran": """SELECT model, precision, vllm_version, hardware, gpus, parallelism FROM runs
 WHERE run_id IN (SELECT run_id FROM hours WHERE gpu_ns > 0)
 GROUP BY model, precision, vllm_version, hardware, gpus, parallelism""",
-    # Full load that was measured on the one deployment that ran, with requests of such a size.
+    # Full load as measured on the only deployment that ran, with requests of about the same size.
     "saturation": f"""SELECT s.measured_at, s.output_tokens_per_s
 FROM saturation_points AS s JOIN ran ON {_same("s", "ran")}
 WHERE (SELECT COUNT(*) FROM ran) = 1
   AND s.engines = (SELECT COUNT(DISTINCT engine_index) FROM hours)
   AND {_about("prompt_tokens", "s.input_tokens")}
   AND {_about("output_tokens", "s.output_tokens")}""",
-    # Engine runs that began.
+    # The engine runs that began in the window.
     "began": "SELECT run_id FROM runs WHERE {began}",
-    # Exchanges that came, finished or not.
+    # The exchanges that arrived in the window, finished or not.
     "arrived": """SELECT id FROM (
   SELECT COALESCE(http_request_id, request_id) AS id, started_at FROM requests
   UNION ALL SELECT COALESCE(http_request_id, request_id), started_at FROM open_requests
@@ -118,7 +120,7 @@ WHERE (SELECT COUNT(*) FROM ran) = 1
 
 
 def _percentile(column: str, percent: int) -> str:
-    # Nearest rank: the smallest value that so many percent do not exceed.
+    # Nearest rank: the smallest value that at least so many percent of the values do not exceed.
     rank = f"SELECT ({percent} * COUNT({column}) + 99) / 100 - 1 FROM ended"
     return (
         f"SELECT {column} FROM ended WHERE {column} IS NOT NULL ORDER BY {column} LIMIT 1"
@@ -130,7 +132,7 @@ _COST = (
     "SELECT CASE WHEN COUNT(*) = COUNT(usd_per_gpu_hour)"
     " THEN SUM({ns} * usd_per_gpu_hour) / 3.6e12 END FROM {table}"
 )
-# What of the compared hours no bill covers; null if there was none, or one without a price.
+# The cost of hours that no bill covers; null without hours, and if one has no price.
 _UNBILLED = (
     "SELECT CASE WHEN COUNT(*) = COUNT(CASE WHEN share >= 1 THEN 1.0 ELSE usd_per_gpu_hour END)"
     " THEN SUM(CASE WHEN share >= 1 THEN 0.0 ELSE gpu_ns * usd_per_gpu_hour * (1 - share) END)"
@@ -319,5 +321,5 @@ FIGURES: Mapping[str, Figure] = {
         " / NULLIF(SUM(gpu_time_ns), 0) FROM ended)",
     ),
 }
-# Told only where bounds were declared.
+# Answers have these figures only if latency bounds are declared.
 OF_SLO = tuple(name for name in FIGURES if "good" in name or "missed" in name)

@@ -1,19 +1,19 @@
-"""What a deployment's tokens cost in a window, with the SQL behind each figure.
+"""Cost per token and request in a window, with the SQL behind each figure.
 
-A figure is an expression over scalar subqueries on a few named tables (all in `figures`): the
-ledger's own with the window, the prices and the declared latency bounds written into them. What is
-executed is exactly the text that `sql_of` returns, so whoever doubts a figure can run it by hand.
-SQLite and PostgreSQL both take it.
+A figure is an expression over scalar subqueries on a few named tables (see `figures`). The tables
+are the ledger's own, with the window, the prices and the declared latency bounds written into them.
+`sql_of` returns exactly the text that is executed, so anybody who doubts a figure can run it by
+hand. SQLite and PostgreSQL both take it.
 
-GPU time and money are of the engines' hours: idle, start-up and all else are in them. Requests and
-tokens are of what ended in the window, arrivals of what came in it. What cannot be divided by
-nothing is null, so a window without traffic has dollars, and no cost per token. Figures are
-floating-point numbers; the books, which are exact, are in `reports`.
+GPU time and money come from the engines' hours, which include idle time and start-up. Requests and
+tokens count exchanges that ended in the window; arrivals count exchanges that came in it. A ratio
+whose denominator is zero is null, so a window without traffic has a cost, but no cost per token.
+Figures are floating-point numbers; the exact books are in `reports`.
 
-Invariant: figures of the window's parts add up to the window's, where they are amounts.
+Invariant: a figure that is an amount adds up over the parts of a window.
 """
 
-# ruff: noqa: S608 - numbers, instants and run ids are all that is written into the SQL below
+# ruff: noqa: S608 - only numbers, instants and run ids are written into the SQL below
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,13 +43,14 @@ def economics(
     *,
     settle_s: float = SETTLE_S,
 ) -> dict[str, Any]:
-    """Return what tokens and requests of a window cost, at which load and latency.
+    """Return the cost of a window's tokens and requests, with load and latency, ready for JSON.
 
-    Hours count since the epoch, [from_hour, to_hour).
+    Hours count since the epoch, [from_hour, to_hour); None means no bound. `declared` has the
+    operator's latency bounds and full load.
     """
     cut = reader.cut(Window(from_hour, to_hour), (), None, settle_s)
     with reader.transaction() as connection:
-        figures = read_figures(connection, cut, declared, figures_told(declared))
+        figures = read_figures(connection, cut, declared, figures_shown(declared))
     return {
         "window": cut.window.as_dict(),
         "taken_at": cut.at(),
@@ -66,7 +67,7 @@ def method(
     from_hour: int | None = None,
     to_hour: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Return how each figure of a window comes about: unit, meaning, and the SQL as it is."""
+    """Return the unit, meaning and executed SQL of each figure for a window, ready for JSON."""
     cut = reader.cut(Window(from_hour, to_hour), (), None, 0)
     return [
         {
@@ -75,18 +76,18 @@ def method(
             "meaning": FIGURES[name].meaning,
             "sql": sql_of([name], cut, declared),
         }
-        for name in figures_told(declared)
+        for name in figures_shown(declared)
     ]
 
 
 def sql_of(names: Iterable[str], cut: Cut, declared: Declared) -> str:
-    """Return the statement whose one row has these figures, in this order."""
+    """Return the SQL statement whose single row has these figures, in this order."""
     columns = [f"{_expanded(name, declared)} AS {name}" for name in names]
     return _with_tables("SELECT\n  " + ",\n  ".join(columns), cut)
 
 
 def _with_tables(selected: str, cut: Cut) -> str:
-    """Return a query with the tables that it names, and those that they name, before it."""
+    """Return a query preceded by the tables that it names, directly or through other tables."""
     needed: dict[str, str] = {}
     values = _values(cut)
     for name, body in reversed(list(TABLES.items())):
@@ -98,7 +99,7 @@ def _with_tables(selected: str, cut: Cut) -> str:
 
 
 def read_mix(connection: Connection, cut: Cut) -> Iterator[Sent]:
-    """Yield what ended in a cut's window, each with its own time and size, oldest first."""
+    """Yield each exchange that ended in a cut's window, with its time and size, oldest first."""
     query = (
         "SELECT finished_at, prompt_tokens, cached_tokens, output_tokens FROM ended"
         " ORDER BY finished_at"
@@ -108,20 +109,23 @@ def read_mix(connection: Connection, cut: Cut) -> Iterator[Sent]:
 
 
 def _statement(sql: str) -> TextClause:
-    # A colon would be taken for a parameter: instants have some.
+    # SQLAlchemy takes a colon for a parameter, and instants have colons.
     return text(sql.replace(":", "\\:"))
 
 
 def read_figures(
     connection: Connection, cut: Cut, declared: Declared, names: Sequence[str]
 ) -> dict[str, float | None]:
-    """Return these figures of a cut's window; those of latency bounds need one declared."""
+    """Return these figures for a cut's window. The figures in OF_SLO need a declared bound."""
     row = connection.execute(_statement(sql_of(names, cut, declared))).one()
     return dict(zip(names, map(_number, row), strict=True))
 
 
 def deployments(cut: Cut) -> list[dict[str, Any]]:
-    """Return what ran in the window, as the engines said: hardware, model, precision and so on."""
+    """Return the deployments that ran in the window, and the number of runs for each.
+
+    Hardware, GPUs, model, precision, parallelism and vLLM version are as the engines reported.
+    """
     names = ("hardware", "gpus", "model", "precision", "parallelism", "vllm_version")
     counted: Counter[tuple[Any, ...]] = Counter(
         tuple(run.row[name] for name in names) for run in cut.runs if run.total_ns()
@@ -129,8 +133,8 @@ def deployments(cut: Cut) -> list[dict[str, Any]]:
     return [{**dict(zip(names, of, strict=True)), "runs": n} for of, n in counted.items()]
 
 
-def figures_told(declared: Declared) -> list[str]:
-    """Return the names of the figures that are told."""
+def figures_shown(declared: Declared) -> list[str]:
+    """Return the names of the figures in an answer."""
     return [name for name in FIGURES if declared.has_slo or name not in OF_SLO]
 
 
@@ -139,7 +143,7 @@ def _number(value: Any) -> Any:
 
 
 def condition(declared: Declared) -> str:
-    """Return the SQL condition on a row of `ended` that kept all bounds."""
+    """Return the SQL condition that holds for a row of `ended` within all bounds."""
     # A reply of one token has no time between tokens.
     tpot = f"(tpot_ms <= {declared.tpot_ms!r} OR (tpot_ms IS NULL AND output_tokens <= 1))"
     kept = [
@@ -151,7 +155,7 @@ def condition(declared: Declared) -> str:
 
 
 def _expanded(name: str, declared: Declared) -> str:
-    """Return the expression of a figure with those it names in their place."""
+    """Return a figure's expression, with the figures that it names filled in."""
 
     def of(found: re.Match[str]) -> str:
         if found[1] == "slo":
@@ -188,7 +192,7 @@ def _values(cut: Cut) -> dict[str, str]:
 
 
 def _price_table(cut: Cut) -> str:
-    """Return the prices of the runs in the window as a query; a run without one has no row."""
+    """Return the runs' prices in the window as SQL; a run without a price has no row."""
     rows: list[tuple[str, int, int, float | None]] = []
     for run in cut.runs:
         hours = sorted(hour for hour in run.hours if cut.window.contains(hour))
@@ -199,7 +203,7 @@ def _price_table(cut: Cut) -> str:
                 rows[-1] = (*rows[-1][:2], hour + 1, usd)
             else:
                 rows.append((run.run_id, hour, hour + 1, usd))
-    told = [
+    selects = [
         f"SELECT {_quoted(run_id)} AS price_run_id, {low} AS from_hour, {high} AS to_hour,"
         f" {usd!r} AS usd_per_gpu_hour"
         for run_id, low, high, usd in rows
@@ -209,27 +213,27 @@ def _price_table(cut: Cut) -> str:
         "SELECT run_id AS price_run_id, 0 AS from_hour, 0 AS to_hour, 0.0 AS usd_per_gpu_hour"
         " FROM runs WHERE 1 = 0"
     )
-    return "\nUNION ALL ".join(told) or nothing
+    return "\nUNION ALL ".join(selects) or nothing
 
 
 def _overhead_table(cut: Cut) -> str:
-    """Return the declared overheads in the window as a query."""
-    told = []
-    # Of a percentage the amount is worked out in the SQL.
+    """Return the declared overheads in the window as SQL."""
+    selects = []
+    # The SQL works out the amount of a percentage.
     for line in overheads_of(cut, lambda _begin, _end: None):
         usd = None if line.nanousd is None else line.nanousd / NANOUSD_PER_USD
         amounts = [
             "CAST(NULL AS DOUBLE PRECISION)" if amount is None else repr(float(amount))
             for amount in (line.overhead.percent, usd)
         ]
-        told.append(
+        selects.append(
             f"SELECT {line.from_hour} AS from_hour, {line.to_hour} AS to_hour,"
             f" {amounts[0]} AS percent, {amounts[1]} AS usd"
         )
     nothing = (
         "SELECT 0 AS from_hour, 0 AS to_hour, 0.0 AS percent, 0.0 AS usd FROM runs WHERE 1 = 0"
     )
-    return "\nUNION ALL ".join(told) or nothing
+    return "\nUNION ALL ".join(selects) or nothing
 
 
 def _quoted(value: str) -> str:

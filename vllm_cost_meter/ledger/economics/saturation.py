@@ -1,7 +1,7 @@
-"""Full load as sweeps measured it: kept in the ledger, so that a window can be set against it.
+"""Full load in the ledger: the points that sweeps measured, to compare a window with.
 
-Which point is that of a window is decided in SQL, where the figure is (`economics`): the latest one
-of the very same deployment whose requests were of about the size of those of the window.
+The SQL for the figure `saturation_output_tokens_per_s` chooses the point for a window: the latest
+point measured on the same deployment with requests of about the same size.
 
 Invariant: a curve is kept once, however often it is imported.
 """
@@ -14,14 +14,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.economics import SaturationPoint
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import cause_of, open_ledger, writing
+from vllm_cost_meter.ledger.database import cause_of, open_database, writing
 from vllm_cost_meter.ledger.schema import runs, saturation_points
 
 
 def knows_runs(url: str, run_ids: Collection[str]) -> bool:
-    """Return whether a ledger has all of these engine runs; not if there is no ledger."""
+    """Return whether a ledger has all of these engine runs; False if there is no ledger."""
     try:
-        engine = open_ledger(url, create=False)
+        engine = open_database(url, create=False)
     except LedgerError:
         return False
     try:
@@ -33,8 +33,8 @@ def knows_runs(url: str, run_ids: Collection[str]) -> bool:
 
 
 def keep(url: str, points: Iterable[SaturationPoint]) -> int:
-    """Keep these points in a ledger that is there; return how many are new. Raises LedgerError."""
-    engine = open_ledger(url, create=False)
+    """Keep these points in an existing ledger; return how many are new. Raises LedgerError."""
+    engine = open_database(url, create=False)
     try:
         with writing(engine).begin() as connection:
             known = set(connection.execute(select(saturation_points.c.point_id)).scalars())
@@ -51,7 +51,7 @@ def keep(url: str, points: Iterable[SaturationPoint]) -> int:
 
 def kept(url: str) -> list[dict[str, Any]]:
     """Return all points, the latest first. Raises LedgerError."""
-    engine = open_ledger(url, create=False)
+    engine = open_database(url, create=False)
     try:
         with engine.begin() as connection:
             latest = select(saturation_points).order_by(saturation_points.c.measured_at.desc())

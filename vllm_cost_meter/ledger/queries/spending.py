@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import Engine, Select, and_, func, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.database import open_ledger
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.rows import live_requests
@@ -31,7 +31,8 @@ from vllm_cost_meter.ledger.schema import (
     usage_pieces,
 )
 from vllm_cost_meter.prices.cost import cost_nanousd
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Owner, Standing
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND, rfc3339, unix_ns_of
 
 # How late a bill may be committed and still be seen by the next look.
@@ -50,7 +51,7 @@ class Spending:
 
     def __init__(self, url: str, *, create: bool = True) -> None:
         """Open the ledger. Raises LedgerError, also when there is none and `create` is not set."""
-        self._engine: Engine = open_ledger(url, create=create)
+        self._engine: Engine = open_database(url, create=create)
         self._budgets: Sequence[Budget] = ()
         self._billed: Sums = {}
         self._counted_at_ns = 0
@@ -204,7 +205,7 @@ def _add_to(
     gpu_ns: int,
     run_id: str | None = None,
 ) -> None:
-    of = Owner.of(owner.tenant, owner.tenant_parent, owner.tags)
+    of = Owner.stored(owner.tenant, owner.tenant_parent, owner.tags)
     key = (owner.run_id if run_id is None else run_id, hour)
     for budget in budgets:
         if budget.covers(of):

@@ -1,4 +1,4 @@
-"""How figures spread: their median, 95th percentile and maximum."""
+"""Median, 95th percentile and maximum of values."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """Fractions: 0.05 is 5 %. None where there was nothing to measure."""
+class Percentiles:
+    """Fractions: 0.05 is 5 %. All are None without values."""
 
     median: float | None
     p95: float | None
@@ -15,7 +15,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Self:
-        """Return the spread of values; between two of them percentiles are interpolated."""
+        """Return the percentiles of values, with linear interpolation between two values."""
         ordered = sorted(float(value) for value in values)
         if not ordered:
             return cls(None, None, None)

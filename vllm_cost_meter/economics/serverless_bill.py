@@ -1,4 +1,4 @@
-"""What a serverless provider bills for a model: hardware by the second, storage by the month.
+"""Monthly bill of a serverless provider: hardware by the second, storage by the month.
 
 Invariant: the total is the sum of its four lines.
 """
@@ -11,7 +11,7 @@ from vllm_cost_meter.economics.numbers import not_negative, positive
 
 @dataclass(frozen=True, slots=True)
 class Serverless:
-    """A month's bill, and what one second of the hardware costs."""
+    """A month's bill in four lines, the price of one hardware second, and USD per call."""
 
     FORMULA: ClassVar = (
         "usd_per_s = (gpu_usd_per_s + cpu_cores x cpu_usd_per_core_s + memory_gib x"
@@ -47,11 +47,11 @@ def serverless(
     free_storage_gib: float = 0,
     storage_usd_per_gib_month: float = 0,
 ) -> Serverless:
-    """Return what a month costs where hardware is billed by the second.
+    """Monthly cost at a provider that bills hardware by the second.
 
-    `multiplier` is that of a price tier or region, on hardware; `calls` of `run_s` seconds each;
-    `builds` of the image, `cold_starts` in which a machine loads the model and is billed for it.
-    Raises ValueError.
+    `multiplier` is the factor for a price tier or region; it applies to hardware only. Each of the
+    `calls` takes `run_s` seconds. `builds` build the image. In each of the `cold_starts` a machine
+    loads the model, which is billed too. Raises ValueError for an argument out of range.
     """
     cores = not_negative("cpu_cores", cpu_cores)
     memory = not_negative("memory_gib", memory_gib)

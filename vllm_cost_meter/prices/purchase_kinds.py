@@ -1,29 +1,30 @@
-"""What a deployment costs on demand, reserved and spot, by the price book as it is in force.
+"""On-demand, reserved and spot prices in force, taken from the price book without a run.
 
-A book is asked for the price of a run elsewhere; here there is no run, so what an entry matches
-besides the name of a GPU is not looked at. Where that leaves two entries of a kind, neither is
-taken: to pick one would be to guess money. Core: standard library only.
+`break-even` needs a price for each kind of purchase before anything ran. So only the GPU name of an
+entry's matches counts here. If that leaves two entries for a kind, neither is taken: to pick one
+would be to guess money.
 
-Invariant: a price is that of one GPU x the GPUs asked for, exactly, in any scope and currency.
+Invariant: an hourly price is exactly one GPU's price x the GPUs asked for, in any scope and
+currency.
 """
 
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from vllm_cost_meter.prices.book import GpuHourPrice, Kind, Matches, PriceBook, RunFacts
+from vllm_cost_meter.prices.book import GpuHourPrice, Matches, PriceBook, PurchaseKind, RunFacts
 
-KINDS: tuple[Kind, ...] = ("on_demand", "reserved", "spot")
+KINDS: tuple[PurchaseKind, ...] = ("on_demand", "reserved", "spot")
 
 
 def prices_by_kind(
     book: PriceBook, hour: int, gpu_name: str | None = None
-) -> dict[Kind, GpuHourPrice]:
-    """Return the price in force of each kind that is declared, in an hour since the epoch.
+) -> dict[PurchaseKind, GpuHourPrice]:
+    """Return the price in force for each declared kind of purchase, at an hour since the epoch.
 
-    `gpu_name` leaves only entries for that GPU, of which the most specific wins. A price without a
-    kind (COST_METER_GPU_HOUR_USD) stands for on demand where no other does. Raises ValueError if a
-    kind has two, or there is none on demand.
+    With `gpu_name`, only entries for that GPU count, and the most specific wins. A price without a
+    kind (COST_METER_GPU_HOUR_USD) serves as on-demand price if there is no other. Raises ValueError
+    if a kind has two prices, and if there is no on-demand price.
     """
     prices = [price for price in book.prices_in_force(hour) if _is_for(gpu_name, price)]
     found = {}
@@ -44,14 +45,14 @@ def prices_by_kind(
 
 
 def usd_per_hour_of(price: GpuHourPrice, gpus: int) -> Fraction:
-    """Return USD per hour of so many GPUs, exactly. Raises ValueError for less than one."""
+    """Return the exact USD per hour for a number of GPUs. Raises ValueError for less than one."""
     if gpus < 1:
         raise ValueError(f"gpus: expected a whole number above 0, got {gpus!r}")
     return price.usd_per_gpu_hour * gpus
 
 
-def listed(prices: Mapping[Kind, GpuHourPrice]) -> list[dict[str, Any]]:
-    """Return the prices as they are declared, each with its key, source and date."""
+def listed(prices: Mapping[PurchaseKind, GpuHourPrice]) -> list[dict[str, Any]]:
+    """Return the prices as declared, each with its key, source and date, ready for JSON."""
     return [{"key": price.key, **price.as_dict()} for price in prices.values()]
 
 
@@ -62,7 +63,7 @@ def _is_for(gpu_name: str | None, price: GpuHourPrice) -> bool:
 
 
 def _one_of(
-    kind: Kind, prices: Iterable[GpuHourPrice], gpu_name: str | None
+    kind: PurchaseKind, prices: Iterable[GpuHourPrice], gpu_name: str | None
 ) -> GpuHourPrice | None:
     found = list(prices)
     if gpu_name is not None:

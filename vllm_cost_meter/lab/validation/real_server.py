@@ -1,12 +1,12 @@
-"""A real vLLM server as the truth: each tenant alone, then both together, with the same requests.
+"""Measure attribution on a real vLLM server: each tenant alone, then both together.
 
-What tenant A added is the time of both together less the time of B alone; what it would have cost
-alone was measured too. A fair charge lies between the two (where both together take longer than
-apart, the addition is the larger one). The server logs its steps, and the log
-is replayed through every method of the meter, so all methods are judged on the very same steps.
-Rounds take turns at who goes first; half the range of a phase's time over the rounds is its noise.
+The requests are the same in all phases. Tenant A added the time of both together minus the time of
+B alone. The time of A alone was measured too. A fair charge lies between the two. (If both together
+take longer than apart, the added time is the larger one.) The server logs its steps, and every
+method replays that log, so all methods are judged on the same steps. Rounds take turns at which
+phase goes first. A phase's noise is half the range of its time over the rounds.
 
-Invariant: every method charges exactly the time that was measured, in every phase.
+Invariant: every method charges exactly the measured time, in every phase.
 """
 
 import http.client
@@ -24,14 +24,14 @@ from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab.server import CPU_ARGUMENTS, LOOPBACK, Server, environment_of, is_cpu_build
 from vllm_cost_meter.lab.validation.replay import charges_of_log
 
-# Ids that every tokenizer of a language model has, and that end nothing.
+# Every language model's tokenizer has these ids, and none of them ends the text.
 TOKEN_IDS = range(100, 400)
 REQUEST_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Requests that are sent all at once: how many, how long the prompt and the output."""
+    """A tenant's requests, sent all at once: their number, prompt tokens and output tokens."""
 
     name: str
     requests: int
@@ -46,9 +46,10 @@ WARM_UP_ROUNDS = 2
 
 
 def measure(model: str, rounds: int, on_phase: Callable[[str], None]) -> dict[str, Any]:
-    """Run all phases on a server of its own and return what each method charges in them.
+    """Run all phases on a new server and return each method's charges, ready for JSON.
 
-    `on_phase` is told what is being done. Raises ServerError if the server or a request fails.
+    `on_phase` is called with a text for each phase. Raises ServerError if the server or a request
+    fails.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-cost-meter-validate-") as name:
         folder = Path(name)
@@ -71,7 +72,7 @@ def measure(model: str, rounds: int, on_phase: Callable[[str], None]) -> dict[st
                 for phase in phases_of(number):
                     on_phase(f"round {number + 1} of {rounds}: {phase}")
                     _run(server.port, f"{WARM_UP if number < 0 else number}.{phase}", phase)
-            server.cost("audit")  # a snapshot, which brings the rest of the log to the disk
+            server.cost("audit")  # This takes a snapshot, which writes the rest of the log.
         finally:
             server.stop()
         _, _, by_method = charges_of_log(log)
@@ -79,16 +80,16 @@ def measure(model: str, rounds: int, on_phase: Callable[[str], None]) -> dict[st
 
 
 def phases_of(number: int) -> list[str]:
-    """Return the phases of a round, another one first in each."""
+    """Return the phases of a round; the first one changes from round to round."""
     phases = [*(tenant.name for tenant in TENANTS), BOTH]
     first = number % len(phases)
     return phases[first:] + phases[:first]
 
 
 def judge(by_method: Mapping[str, Mapping[str, int]], rounds: int) -> dict[str, Any]:
-    """Set each tenant's charge between what it added and what it cost alone.
+    """Compare each tenant's charge with the time that it added and the time that it took alone.
 
-    `by_method` has the GPU-ns of each request by its id, "...<round>.<phase>.<tenant>.<number>...".
+    `by_method` has each request's GPU-ns by its id, "...<round>.<phase>.<tenant>.<number>...".
     """
     ns = {method: _by_phase(charges, rounds) for method, charges in by_method.items()}
     measured = next(iter(ns.values()))
@@ -126,7 +127,7 @@ def judge(by_method: Mapping[str, Mapping[str, int]], rounds: int) -> dict[str, 
 
 
 def _outside(found: Mapping[str, Any], method: str) -> float:
-    """Return by how much a charge is outside the interval, widened by the noise of its ends."""
+    """Return the ns by which a charge lies outside its interval, widened by its ends' noise."""
     ends = [(found[f"{end}_ns"], found[f"{end}_noise_ns"]) for end in ("added", "alone")]
     least = min(ns - noise for ns, noise in ends)
     most = max(ns + noise for ns, noise in ends)
@@ -135,7 +136,7 @@ def _outside(found: Mapping[str, Any], method: str) -> float:
 
 
 def _by_phase(charges: Mapping[str, int], rounds: int) -> dict[tuple[str, str, int], int]:
-    """Return the GPU-ns by (phase, tenant, round)."""
+    """Return GPU-ns by (phase, tenant, round)."""
     found = {
         (phase, tenant.name, number): 0
         for phase in phases_of(0)
@@ -144,7 +145,7 @@ def _by_phase(charges: Mapping[str, int], rounds: int) -> dict[tuple[str, str, i
     }
     for request_id, ns in charges.items():
         if not request_id.startswith("cmpl-"):
-            continue  # the server's own warm-up, or a step after its request had ended
+            continue  # The server's own warm-up, or a step after its request had ended.
         number, phase, tenant, _ = request_id.removeprefix("cmpl-").split(".", 3)
         if number != WARM_UP:
             found[phase, tenant, int(number)] += ns
@@ -152,7 +153,7 @@ def _by_phase(charges: Mapping[str, int], rounds: int) -> dict[tuple[str, str, i
 
 
 def _run(port: int, label: str, phase: str) -> None:
-    """Send all requests of a phase at once, and wait for all."""
+    """Send all requests in a phase at once, and wait for them."""
     sent = [
         (tenant, number)
         for tenant in TENANTS
@@ -164,7 +165,7 @@ def _run(port: int, label: str, phase: str) -> None:
 
 
 def _ask(port: int, request_id: str, tenant: Tenant, number: int) -> None:
-    # The same prompts in every phase.
+    # The seed makes the prompts the same in every phase.
     rng = random.Random(f"{tenant.name} {number}")  # noqa: S311 - no secret
     body = {
         "model": "model",
@@ -183,7 +184,7 @@ def _ask(port: int, request_id: str, tenant: Tenant, number: int) -> None:
     finally:
         connection.close()
     if answer.status != http.client.OK:
-        raise ServerError(f"a request was answered {answer.status}: {text[:200]!r}")
+        raise ServerError(f"expected status 200 for a request, got {answer.status}: {text[:200]!r}")
 
 
 def _half_range(values: Sequence[float]) -> float:
