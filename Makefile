@@ -56,7 +56,7 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep test check fuzz simulate bench matrix clean
+.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate bench matrix clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
@@ -64,6 +64,8 @@ help:
 	@echo 'make demo-sweep  the same server at several loads: a plot of cost and latency; 5 minutes'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
+	@echo 'make docs    the pages of docs/ as one site in site/; a dead link fails'
+	@echo 'make reference  the pages that commands and side endpoint describe themselves'
 	@echo 'make fuzz    the property tests and the fuzzed side endpoint with 20 times the examples, new'
 	@echo '             ones each time; FUZZ_ARGS="-k invoices" for some'
 	@echo 'make simulate  how wrong each attribution method is: the whole table of simulated GPUs,'
@@ -100,6 +102,13 @@ check: $(VENV)/.meter
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/contract/test_laws.py
 
+# Not --quiet: that hides the warnings which --strict counts. The variable hides an advertisement.
+docs: $(VENV)/.meter
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+reference: $(VENV)/.meter
+	@$(BIN)/python scripts/make_reference.py
+
 # Tests that try what Hypothesis makes up; `make test` runs them with fewer examples. One of them may
 # take longer than any other test.
 fuzz: setup
@@ -120,7 +129,7 @@ matrix:
 	@$(PYTHON) scripts/matrix.py $(MATRIX)
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info
+	rm -rf .venv .cache build dist site *.egg-info
 	rm -rf .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find vllm_cost_meter -name '*.so' -delete

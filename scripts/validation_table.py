@@ -1,4 +1,4 @@
-"""Turn the output of `vllm-cost-meter validate --json` into the Markdown table in the docs.
+"""Print `vllm-cost-meter validate --json` as the table of docs/explanation/attribution.md.
 
 vllm-cost-meter validate --json | tail -1 | python scripts/validation_table.py
 """

@@ -1,4 +1,4 @@
-"""docs/books.md: its example is computed by the real books, its classes are all there are."""
+"""The page on the books: the real books compute its example, its classes are all there are."""
 
 import re
 from dataclasses import replace
@@ -15,7 +15,7 @@ from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.records.snapshot import CLASSES, Snapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
-PAGE = DOCS / "books.md"
+PAGE = DOCS / "explanation" / "books.md"
 EXAMPLE = section(PAGE, "An example by hand")
 ENDED = RequestFacts(
     engine_status="stopped", prompt_tokens=0, cached_tokens=0, output_tokens=0, preemptions=0

@@ -1,4 +1,4 @@
-"""docs/reference/python-api.md has every public name, and its examples run as they stand."""
+"""The page on the Python API has every public name, and its examples run as they stand."""
 
 import re
 import textwrap
@@ -8,6 +8,8 @@ import pytest
 import vllm_cost_meter
 from tests.docs.pages import DOCS, names, section
 from tests.docs.small_ledger import small_ledger
+from vllm_cost_meter import economics
+from vllm_cost_meter.economics.calculators import CALCULATORS
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.grammar import Words
 
@@ -50,3 +52,13 @@ def test_the_questions_on_the_page_have_answers(ledger):
 def test_the_words_of_a_report_are_those_of_the_code():
     words = section(PAGE, "Asking a ledger").partition("all of them optional:")[2]
     assert set(re.findall("`([a-z]+)`", words.partition(".")[0])) == Words.__annotations__.keys()
+
+
+def test_every_calculator_is_a_function_that_the_page_names():
+    assert names(PAGE, "Economics") == [function.__name__ for function in CALCULATORS.values()]
+    assert all(hasattr(economics, name) for name in names(PAGE, "Economics"))
+
+
+def test_the_example_of_a_calculator_can_be_run():
+    [call] = re.findall(r"^    (c_eff\(.*)$", section(PAGE, "Economics"), re.MULTILINE)
+    assert eval(call, vars(economics)) > 0

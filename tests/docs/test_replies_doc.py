@@ -1,4 +1,4 @@
-"""docs/replies.md shows what replies get, to the byte, and docs/hooks.md every hook."""
+"""The page on replies shows what clients get, to the byte; the page on hooks every hook."""
 
 import re
 
@@ -9,7 +9,7 @@ from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX
 from vllm_cost_meter.vllm_hooks import canary, scheduler
 
-REPLIES, HOOKS = DOCS / "replies.md", DOCS / "hooks.md"
+REPLIES, HOOKS = DOCS / "reference" / "headers-and-streams.md", DOCS / "reference" / "hooks.md"
 COST = reply.Cost(
     gpu_time_ns=80_742_957,
     prefill_ns=3_373_512,
@@ -49,7 +49,7 @@ def test_the_settings_are_those_of_the_code():
     assert [row[0].split("`")[1] for row in rows] == ["all", "headers", "none"]
     fields = Settings.model_fields
     assert f"`{fields['reply'].default}` (the default)" in rows[0][0]
-    text = REPLIES.read_text()
+    text = " ".join(REPLIES.read_text().split())
     assert f"`COST_METER_BILL_TIMEOUT_MS` ({fields['bill_timeout_ms'].default} ms)" in text
     assert f"After {MISSES_IN_A_ROW_MAX} misses in a row" in text
 
@@ -70,6 +70,6 @@ def test_every_hook_is_documented_and_no_other():
 
 
 def test_the_carriers_name_and_the_limit_are_those_of_the_code():
-    text = HOOKS.read_text()
+    text = " ".join(HOOKS.read_text().split())
     assert f"`{scheduler.CARRIER_ID}`" in text
     assert f"After {ERRORS_IN_A_ROW_MAX} failures of one hook in a row" in text

@@ -1,4 +1,4 @@
-"""docs/tenants.md names every rule and every bound as the code has them."""
+"""The page on tenants names every rule and every bound as the code has them."""
 
 from typing import get_args
 
@@ -12,7 +12,7 @@ from vllm_cost_meter.config.tenants import RuleSetting
 from vllm_cost_meter.records.owner import CHILD_KINDS
 from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, PROOF_HEADER
 
-PAGE = DOCS / "tenants.md"
+PAGE = DOCS / "howto" / "tenants-from-keys.md"
 
 
 def test_every_rule_is_explained_and_no_other():

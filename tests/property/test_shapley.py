@@ -2,8 +2,8 @@
 
 Method: random planes and batches. Up to four requests the charges are compared with the average
 over all orders of joining, computed the long way; above, with the same over enumerated subsets, to
-the bound that docs/attribution.md states, and with the axioms. Native and twin are compared in
-test_attribution.py; here the twin is the theory.
+the bound that docs/explanation/attribution.md states, and with the axioms. Native and twin are
+compared in test_attribution.py; here the twin is the theory.
 """
 
 import math

@@ -166,9 +166,7 @@ def test_without_the_extra_the_line_says_how_to_have_it(side, package):
     package("raise ImportError")
     status, _, message = error_of(ask(side, model="openai/*"))
     assert status == 422
-    assert message == (
-        "model: expected genai-prices to be installed: pip install 'vllm-cost-meter[compare]'"
-    )
+    assert message == ("model: expected genai-prices to be installed: pip install genai-prices")
 
 
 # ---- what goes wrong

@@ -1,8 +1,8 @@
 """What a client is told when a budget speaks: the reply that refuses, the header that warns.
 
 The error is OpenAI's, so that its SDKs raise what they raise for a spent quota and, by
-`x-should-retry`, do not try again; for Anthropic's messages it has their frame. docs/budgets.md
-lists it.
+`x-should-retry`, do not try again; for Anthropic's messages it has their frame.
+docs/howto/budgets.md lists it.
 
 Invariant: nothing here says anything of another tenant than the one that asks.
 """

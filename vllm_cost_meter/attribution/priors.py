@@ -1,11 +1,11 @@
 """Priors for the cost model: a step's cost before any step was seen, from FLOPs and bytes.
 
-A model's FLOPs and memory traffic are linear in the batch's sums (docs/attribution.md). Divided by
-a GPU's published peaks, they give the two planes of its roofline. Both planes are too low, because
-no GPU reaches its peaks. The fit finds each plane's scale from the first steps; the prior gives the
-ratio between the terms within a plane. A prior cannot say which plane is higher for a step, because
-a GPU reaches more of its bandwidth than of its arithmetic. Only an earlier fit's planes are trusted
-with that.
+A model's FLOPs and memory traffic are linear in the batch's sums (docs/explanation/attribution.md).
+Divided by a GPU's published peaks, they give the two planes of its roofline. Both planes are too
+low, because no GPU reaches its peaks. The fit finds each plane's scale from the first steps; the
+prior gives the ratio between the terms within a plane. A prior cannot say which plane is higher for
+a step, because a GPU reaches more of its bandwidth than of its arithmetic. Only an earlier fit's
+planes are trusted with that.
 
 Invariant: coefficients are in ns per unit, finite and >= 0.
 """

@@ -3,7 +3,8 @@
 This is the twin of `csrc/shapley.pxd`; both agree bit for bit, so a change to one lands in the
 other.
 
-The step is a cooperative game (docs/attribution.md): with only the requests S in it, it would take
+The step is a cooperative game (docs/explanation/attribution.md): with only the requests S in it, it
+would take
 
     v(S) = max(f + sum of c_i, g + sum of m_i) over S,   v of nobody = 0
 

@@ -70,13 +70,12 @@ class BudgetSetting(BaseModel):
     )
     tenant: Annotated[str, AfterValidator(_payer)] | None = Field(
         default=None,
-        description="Whose use counts: this tenant's, and that of all below it. Either this or "
-        "`tag`.",
+        description="The tenant that the budget covers, with all below it. Either this or `tag`.",
         json_schema_extra=t.about("the name of a tenant, or unknown: of all that no rule names"),
     )
     tag: Annotated[str, AfterValidator(_tag)] | None = Field(
         default=None,
-        description="Whose use counts: that of all tenants with this tag.",
+        description="The budget covers all tenants with this tag.",
         json_schema_extra=t.about(TAG),
     )
     usd: Amount | None = Field(
@@ -91,8 +90,8 @@ class BudgetSetting(BaseModel):
     )
     period: Literal["day", "week", "month", "rolling"] = Field(
         default="month",
-        description="When it begins anew: by the calendar (weeks begin on Monday), or never: "
-        "`rolling` looks back `days` days.",
+        description="When the budget begins anew: by the calendar (weeks begin on Monday), or "
+        "never: `rolling` looks back `days` days.",
         json_schema_extra=t.about("day, week, month or rolling"),
     )
     days: Annotated[int, BeforeValidator(t._number)] = Field(
@@ -104,7 +103,8 @@ class BudgetSetting(BaseModel):
     )
     timezone: Annotated[str, AfterValidator(_zone)] = Field(
         default="UTC",
-        description="Whose midnight begins a period; a UTC hour belongs to the day it begins in.",
+        description="A period begins at midnight in this time zone; a UTC hour belongs to the day "
+        "in which it begins.",
         json_schema_extra=t.about(ZONE),
     )
     soft_percent: Annotated[float, BeforeValidator(t._number)] | None = Field(
@@ -129,7 +129,7 @@ class BudgetSetting(BaseModel):
     )
     stop_running: bool = Field(
         default=False,
-        description="Whether requests that run end (finish reason `length`) once a hard budget is "
+        description="Whether running requests end (finish reason `length`) once a hard budget is "
         "used up.",
         json_schema_extra=t.about("true or false"),
     )

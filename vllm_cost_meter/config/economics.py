@@ -18,36 +18,36 @@ class EconomicsSettings(BaseModel):
         default=None,
         gt=0,
         le=1e9,
-        description="A request is good that gets its first token within this time.",
+        description="The longest time to the first token of a good request.",
         json_schema_extra=t.about(BOUND, "ms", live=True),
     )
     slo_tpot_ms: t.Number | None = Field(
         default=None,
         gt=0,
         le=1e9,
-        description="... and each further token within this time, on average.",
+        description="The longest mean time for each further token of a good request.",
         json_schema_extra=t.about(BOUND, "ms", live=True),
     )
     slo_e2e_ms: t.Number | None = Field(
         default=None,
         gt=0,
         le=1e9,
-        description="... and ends within this time.",
+        description="The longest time from arrival to end of a good request.",
         json_schema_extra=t.about(BOUND, "ms", live=True),
     )
     slo_percentile: t.Number = Field(
         default=99.0,
         gt=0,
         le=100,
-        description="How many of all requests must be good.",
+        description="Percentage of all requests that must be good.",
         json_schema_extra=t.about("a number above 0, at most 100", "%", live=True),
     )
     saturation_output_tokens_per_s: t.Number | None = Field(
         default=None,
         gt=0,
         le=1e9,
-        description="Output tokens per second of the whole deployment at full load, as it was "
-        "measured for this model, hardware and traffic: `penalty` is against it.",
+        description="Output tokens per second at full load, measured on the whole deployment with "
+        "this model, hardware and traffic; `penalty` compares with it.",
         json_schema_extra=t.about(BOUND, "1/s", live=True),
     )
 
@@ -55,14 +55,14 @@ class EconomicsSettings(BaseModel):
         default=None,
         min_length=1,
         description="A TOML file of what APIs charge, for `compare`: "
-        "[economics.md](economics.md#compared-with-apis).",
+        "[compare with APIs](../howto/compare-with-apis.md).",
         json_schema_extra=t.about("the path of a file", live=True),
     )
 
     public_economics: bool = Field(
         default=False,
-        description="Let anybody read `/cost/economics` of the trailing week, costs per token and "
-        "the SQL behind them with the prices, without a token. Totals are not in it.",
+        description="Let anybody read `/cost/economics` for the trailing week without a token: "
+        "costs per token, and the SQL behind them with the prices; no totals.",
         json_schema_extra=t.about("true or false", live=True),
     )
 

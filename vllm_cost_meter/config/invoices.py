@@ -61,29 +61,28 @@ class InvoiceSetting(BaseModel):
         json_schema_extra=about(f"{t.NOTE}, not {' or '.join(BUILT_IN)}"),
     )
     columns: Annotated[dict[str, str], _of_fields(FIELDS, COLUMNS)] = Field(
-        description="In which column a field stands. `item` and `invoice` tell charges of one "
-        "resource and time apart; only one with a `charge_class` may be negative.",
+        description="The column of each field. `item` and `invoice` separate charges for the same "
+        "resource and time; a negative charge needs a `charge_class`.",
         json_schema_extra=about(COLUMNS),
     )
     constants: Annotated[dict[str, str], _of_fields(CONSTANTS, SAME)] = Field(
         default={},
-        description="What is the same in all rows. Without a currency it is USD.",
+        description="Values that are the same in all rows. Without a currency it is USD.",
         json_schema_extra=about(SAME),
     )
     time_format: t.Note | None = Field(
         default=None,
-        description="How instants are written, in the words of Python's `strptime`; without it as "
-        "in RFC 3339.",
+        description="The format of instants, for Python's `strptime`; without it RFC 3339.",
         json_schema_extra=about("a text such as %d/%m/%Y %H:%M"),
     )
     timezone: Annotated[str, AfterValidator(_zone)] = Field(
         default="UTC",
-        description="Of instants that name none.",
+        description="The time zone of instants that name none.",
         json_schema_extra=about("the name of a time zone, such as Europe/Berlin"),
     )
     delimiter: Literal[",", ";", "|", "\t"] = Field(
         default=",",
-        description="What stands between two cells.",
+        description="The character between two cells.",
         json_schema_extra=about(DELIMITER),
     )
 
@@ -116,11 +115,11 @@ class ResourceSetting(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resource: t.Note = Field(
-        description="Which resources of a bill. The first entry that fits holds.",
+        description="The resources that this entry is for; the first entry that fits holds.",
         json_schema_extra=about(t.PATTERN),
     )
     kind: Literal["gpu", "disk", "network", "other", "ignore"] = Field(
-        description="What they are; `ignore` leaves out what is not of this deployment.",
+        description="Their kind; `ignore` leaves out what does not belong to this deployment.",
         json_schema_extra=about(f"{', '.join(KINDS)} or ignore"),
     )
 
@@ -131,11 +130,11 @@ class RateSetting(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     currency: t.Currency = Field(
-        description="A currency of bills; USD needs none.",
+        description="A currency in bills; USD needs no entry.",
         json_schema_extra=about(t.CURRENCY),
     )
     usd_rate: t.Rate = Field(
-        description="What one of it is worth when a bill is imported.",
+        description="What one unit is worth when a bill is imported.",
         json_schema_extra=about(t.RATE, "USD"),
     )
 
@@ -145,17 +144,18 @@ class InvoiceSettings(BaseModel):
 
     invoices: tuple[InvoiceSetting, ...] = Field(
         default=(),
-        description="How the CSV files of providers are laid out: [invoices.md](invoices.md).",
+        description="Layouts of providers' CSV files: [invoices](../howto/against-the-invoice.md).",
         json_schema_extra=about("a list of layouts (in the environment: as JSON)", live=True),
     )
     invoice_resources: tuple[ResourceSetting, ...] = Field(
         default=(),
-        description="What kinds the resources of bills are: [invoices.md](invoices.md).",
+        description="Kinds of billed resources: [invoices](../howto/against-the-invoice.md).",
         json_schema_extra=about("a list of resources (in the environment: as JSON)", live=True),
     )
     invoice_rates: tuple[RateSetting, ...] = Field(
         default=(),
-        description="What the currencies of bills are worth: [invoices.md](invoices.md).",
+        description="What currencies in bills are worth: "
+        "[invoices](../howto/against-the-invoice.md).",
         json_schema_extra=about("a list of rates (in the environment: as JSON)", live=True),
     )
     invoice_gap_hours: t.Number = Field(
@@ -163,8 +163,8 @@ class InvoiceSettings(BaseModel):
         gt=0,
         le=_GAP_HOURS_MAX,
         allow_inf_nan=False,
-        description="Readings of a provider's counter that are further apart leave a gap, for "
-        "imports from then on.",
+        description="Readings of a provider's counter that are further apart leave a gap; a "
+        "change applies to later imports.",
         json_schema_extra=about(f"a number above 0, at most {_GAP_HOURS_MAX}", "hours", live=True),
     )
 

@@ -1,6 +1,6 @@
 """API prices for `compare`: from the optional package genai-prices, and from the user's file.
 
-genai-prices is an extra (`pip install vllm-cost-meter[compare]`). It works offline and knows price
+genai-prices is an extra (`pip install genai-prices`). It works offline and knows price
 history and tiers. Importing it takes seconds and tens of megabytes, so it happens on demand. A
 price file is TOML; an entry holds from `effective_from` until the next one for the same model.
 
@@ -122,7 +122,7 @@ def offers_of_package(models: Sequence[str], providers: Sequence[str]) -> Iterat
         from genai_prices import data_snapshot  # noqa: PLC0415 - an extra, and heavy
     except ImportError:
         raise ValueError(
-            "model: expected genai-prices to be installed: pip install 'vllm-cost-meter[compare]'"
+            "model: expected genai-prices to be installed: pip install genai-prices"
         ) from None
     found = False
     for provider in data_snapshot.get_snapshot().providers:

@@ -49,7 +49,7 @@ class PriceSetting(BaseModel):
     )
     usd_rate: t.Rate | None = Field(
         default=None,
-        description="What one of `currency` is worth. Needed for every currency but USD.",
+        description="What one unit of `currency` is worth. Needed for every currency but USD.",
         json_schema_extra=about(t.RATE, "USD"),
     )
     scope: Scope = Field(
@@ -76,17 +76,17 @@ class PriceSetting(BaseModel):
     )
     model: t.Note | None = Field(
         default=None,
-        description=f"Served model of the runs it is for{_PATTERN_IS}",
+        description=f"The served model{_PATTERN_IS}",
         json_schema_extra=about(t.PATTERN),
     )
     gpu_name: t.Note | None = Field(
         default=None,
-        description=f"Name of their GPU, `hardware` in the ledger{_PATTERN_IS}",
+        description=f"Name of the GPU, `hardware` in the ledger{_PATTERN_IS}",
         json_schema_extra=about(t.PATTERN),
     )
     host: t.Note | None = Field(
         default=None,
-        description=f"Name of their machine{_PATTERN_IS}",
+        description=f"Name of the machine{_PATTERN_IS}",
         json_schema_extra=about(t.PATTERN),
     )
 
@@ -166,12 +166,12 @@ class OverheadSetting(BaseModel):
     )
     percent: t.Percent | None = Field(
         default=None,
-        description="Of the cost of the GPUs. Either this or `usd_per_month`.",
+        description="Percentage of the cost of the GPUs. Either this or `usd_per_month`.",
         json_schema_extra=about(t.PERCENT, "%"),
     )
     usd_per_month: t.Amount | None = Field(
         default=None,
-        description="A fixed amount; a window has its share of the hours of each UTC month.",
+        description="A fixed amount, spread over the hours of each UTC month.",
         json_schema_extra=about(t.AMOUNT, "USD per month"),
     )
     source: t.Note = Field(

@@ -80,8 +80,8 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     )
     gpu_hour_usd: t.Price | None = Field(
         default=None,
-        description="Price of one GPU for one hour, at any time for which `prices` have none. "
-        "Without any price GPU time is reported and cost is null.",
+        description="Price of one GPU for one hour, wherever `prices` have none. Without any "
+        "price the meter reports GPU time, and cost is null.",
         json_schema_extra=_about(t.PRICE, "USD per GPU-hour"),
     )
     ledger: t.Url | None = Field(
@@ -175,19 +175,20 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     )
     prices: tuple[PriceSetting, ...] = Field(
         default=(),
-        description="What GPUs cost, and from when: [prices.md](prices.md).",
+        description="What GPUs cost, and from when: [set prices](../howto/set-prices.md).",
         json_schema_extra=_about("a list of prices (in the environment: as JSON)", live=True),
     )
     energy_prices: tuple[EnergyPriceSetting, ...] = Field(
         default=(),
-        description="What a kilowatt-hour costs, and from when: [prices.md](prices.md).",
+        description="What a kilowatt-hour costs, and from when: "
+        "[set prices](../howto/set-prices.md).",
         json_schema_extra=_about(
             "a list of energy prices (in the environment: as JSON)", live=True
         ),
     )
     overheads: tuple[OverheadSetting, ...] = Field(
         default=(),
-        description="What is paid besides the GPUs: [prices.md](prices.md).",
+        description="What is paid besides the GPUs: [set prices](../howto/set-prices.md).",
         json_schema_extra=_about("a list of overheads (in the environment: as JSON)", live=True),
     )
     budgets: tuple[BudgetSetting, ...] = Field(
@@ -200,7 +201,7 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         ge=0.1,
         le=600,
         allow_inf_nan=False,
-        description="How long a new request waits whose budget is used up and throttles.",
+        description="How long a throttling budget delays each new request once it is used up.",
         json_schema_extra=_about("a number from 0.1 to 600", "s", live=True),
     )
 

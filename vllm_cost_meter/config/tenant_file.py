@@ -156,7 +156,7 @@ def _checked(before: str, after: str, wanted: Sequence[Entry]) -> str:
 
 
 def _unclear() -> SettingError:
-    expected = "entries [[tenants]] as in docs/configuration.md"
+    expected = "entries [[tenants]] as in docs/reference/configuration.md"
     return SettingError("tenants", expected, Text("others: edit the file by hand"), "file")
 
 

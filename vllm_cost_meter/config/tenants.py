@@ -58,8 +58,8 @@ class TenantSetting(BaseModel):
     )
     fail_closed: bool = Field(
         default=False,
-        description="Whether requests of this tenant, and of all below it, are refused (503) while "
-        "what its budgets' tenants use cannot be measured.",
+        description="Whether requests of this tenant and all below it are refused (503) while the "
+        "meter cannot measure what their budgets count.",
         json_schema_extra=t.about("true or false"),
     )
     reply: t.Reply | None = Field(

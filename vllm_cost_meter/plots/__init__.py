@@ -19,7 +19,7 @@ SUFFIXES = (".png", ".svg")
 DOTS_PER_INCH = 150
 # Colours that the colour-blind can distinguish (Okabe and Ito 2008), in order of use.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MISSING = "a plot needs Matplotlib, which is not installed: pip install 'vllm-cost-meter[plot]'"
+MISSING = "a plot needs Matplotlib, which is not installed: pip install matplotlib"
 
 
 def new_figure(width_inches: float, height_inches: float) -> "Figure":

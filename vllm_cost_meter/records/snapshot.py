@@ -32,7 +32,7 @@ BUSY = ("requests", *WORK)
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What an engine's steps cost, as published to split them: see docs/attribution.md.
+    """What an engine's steps cost, as published to split them: see docs/explanation/attribution.md.
 
     `planes` are coefficients in GPU-ns of (1, tokens, sequences, products, context), of the planes
     compute, memory and one; form "two planes" uses the first two, "one plane" the last. `steps`

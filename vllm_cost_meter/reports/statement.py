@@ -172,7 +172,7 @@ def notes(answer: Mapping[str, Any]) -> list[str]:
     methods = ", ".join(answer["methods"]) or "no engine ran"
     found = [
         "GPU time is measured: each engine step's time is split among the requests in it "
-        f"({methods}; docs/attribution.md)",
+        f"({methods}; docs/explanation/attribution.md)",
         f"idle time: {_IDLE_NOTES[answer['idle'].partition(':')[0]]} (policy {answer['idle']})",
         f"days are those of {answer['window']['tz']}; each UTC hour is of the day in which it "
         "begins",

@@ -23,7 +23,7 @@ from vllm_cost_meter.errors import VllmMismatchError
 Parameters = Mapping[str, tuple[str, ...]]
 
 WHAT_TO_DO = (
-    "To be metered, use a vLLM of the table in the meter's README, or a newer meter: "
+    "To be metered, use a vLLM that the meter's README names, or a newer meter: "
     "`vllm-cost-meter doctor` compares them without a server."
 )
 

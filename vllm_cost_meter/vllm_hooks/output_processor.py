@@ -1,6 +1,6 @@
 """Hooks on vLLM's output processor: births of engine requests, and bills that arrive.
 
-No body of vLLM is replaced. docs/hooks.md says what is hooked, and why there.
+No body of vLLM is replaced. docs/reference/hooks.md says what is hooked, and why there.
 
 Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
 """

@@ -1,7 +1,7 @@
 """Hooks on vLLM's scheduler, where each engine step is measured.
 
-What is hooked, and why there, is in docs/hooks.md. No body of vLLM is replaced: each hook calls the
-original with the arguments that came and hands on what it returned. Hooks are idempotent.
+What is hooked, and why there, is in docs/reference/hooks.md. No body of vLLM is replaced: each hook
+calls the original with the arguments that came and hands on what it returned. Hooks are idempotent.
 A vLLM that does not look as expected is left untouched (`canary.py`).
 
 Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.

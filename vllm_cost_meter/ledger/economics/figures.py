@@ -201,7 +201,7 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "utilization": Figure(
         "",
-        "busy / wall: the part of it in which the GPUs worked",
+        "busy / wall: the part of the wall time in which the GPUs worked",
         "(SELECT SUM(busy_ns) / NULLIF(SUM(gpu_ns), 0) FROM hours)",
     ),
     "observed_seconds": Figure(
@@ -212,7 +212,7 @@ FIGURES: Mapping[str, Figure] = {
     "cold_starts": Figure("", "engine runs that began", "(SELECT COUNT(*) FROM began)"),
     "cold_start_gpu_seconds": Figure(
         "GPU-s",
-        "from the start of an engine's process until it was ready, of all",
+        "from the start of an engine's process until it was ready, summed over cold starts",
         "(SELECT SUM(startup_ns) / 1e9 FROM hours)",
     ),
     "cold_start_usd": Figure(
@@ -223,10 +223,10 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "arrivals": Figure("", "exchanges that came, ended or not", "(SELECT COUNT(*) FROM arrived)"),
     "prompt_tokens": Figure(
-        "", "of what ended", "(SELECT COALESCE(SUM(prompt_tokens), 0) FROM ended)"
+        "", "in exchanges that ended", "(SELECT COALESCE(SUM(prompt_tokens), 0) FROM ended)"
     ),
     "output_tokens": Figure(
-        "", "of what ended", "(SELECT COALESCE(SUM(output_tokens), 0) FROM ended)"
+        "", "in exchanges that ended", "(SELECT COALESCE(SUM(output_tokens), 0) FROM ended)"
     ),
     "arrivals_per_s": Figure("1/s", "lambda", "1.0 * {arrivals} / NULLIF({observed_seconds}, 0)"),
     "output_tokens_per_s": Figure(
@@ -272,7 +272,7 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "concurrency": Figure(
         "",
-        "L: time in the system of what ended / observed time",
+        "L: time in the system, summed over exchanges that ended / observed time",
         "(SELECT SUM(e2e_ms) / 1e3 FROM ended) / NULLIF({observed_seconds}, 0)",
     ),
     "littles_law": Figure(
@@ -300,11 +300,11 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "good_output_tokens": Figure(
         "",
-        "goodput: output tokens of those",
+        "goodput: output tokens of good requests",
         "(SELECT COALESCE(SUM(output_tokens), 0) FROM ended WHERE {slo})",
     ),
     "good_requests_share": Figure(
-        "", "of all that ended", "1.0 * {good_requests} / NULLIF({requests}, 0)"
+        "", "good requests / exchanges that ended", "1.0 * {good_requests} / NULLIF({requests}, 0)"
     ),
     "usd_per_m_good_output_tokens": Figure(
         "USD",
@@ -313,7 +313,7 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "missed_spend_share": Figure(
         "",
-        "part of the GPU time of what ended that went into requests outside a bound",
+        "share of the GPU time that went into ended requests outside a bound",
         "(SELECT SUM(CASE WHEN {slo} THEN 0.0 ELSE gpu_time_ns END)"
         " / NULLIF(SUM(gpu_time_ns), 0) FROM ended)",
     ),

@@ -1,7 +1,8 @@
-"""docs/api.md says what the side endpoint has: its routes, parameters and every field."""
+"""The HTTP pages say what the side endpoint has: its routes, parameters and every field."""
 
 import re
 from inspect import signature
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -17,7 +18,10 @@ from vllm_cost_meter.ledger.queries.requests import MAX_MATCHES
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 
-PAGE = DOCS / "api.md"
+REFERENCE = DOCS / "reference"
+PAGE = REFERENCE / "http-api.md"
+ROWS = REFERENCE / "request-rows.md"
+TOTALS = REFERENCE / "totals.md"
 
 
 @pytest.fixture
@@ -64,29 +68,29 @@ def test_every_query_parameter_is_documented_and_no_other(client):
 
 
 @pytest.mark.parametrize(
-    ("heading", "answer"),
+    ("page", "heading", "answer"),
     [
-        ("Parts", lambda get: get("/cost/requests/mine")["parts"][0]),
-        ("Tenant row", lambda get: get("/cost/tenants")["tenants"][0]),
-        ("Tenant row", lambda get: get("/cost/tenants")["tenants"][-1]),
-        ("Tenant report", lambda get: get("/cost/tenants")),
-        ("Runs", lambda get: get("/cost/summary")["runs"][0]),
-        ("Explanation", lambda get: get("/cost/requests/mine/explain")["parts"][0]),
-        ("Prices", lambda get: get("/cost/tenants")["prices"][0]),
-        ("Overheads", lambda get: get("/cost/summary")["overheads"][0]),
-        ("Cost models", lambda get: get("/cost/models")["models"][0]),
-        ("Budgets", lambda get: get("/cost/budgets")["budgets"][0]),
-        ("Audit", lambda get: get("/cost/audit")["runs"][0]),
+        (ROWS, "Parts", lambda get: get("/cost/requests/mine")["parts"][0]),
+        (TOTALS, "Tenant row", lambda get: get("/cost/tenants")["tenants"][0]),
+        (TOTALS, "Tenant row", lambda get: get("/cost/tenants")["tenants"][-1]),
+        (TOTALS, "Tenant report", lambda get: get("/cost/tenants")),
+        (TOTALS, "Runs", lambda get: get("/cost/summary")["runs"][0]),
+        (ROWS, "Explanation", lambda get: get("/cost/requests/mine/explain")["parts"][0]),
+        (TOTALS, "Prices", lambda get: get("/cost/tenants")["prices"][0]),
+        (TOTALS, "Overheads", lambda get: get("/cost/summary")["overheads"][0]),
+        (ROWS, "Cost models", lambda get: get("/cost/models")["models"][0]),
+        (TOTALS, "Budgets", lambda get: get("/cost/budgets")["budgets"][0]),
+        (TOTALS, "Audit", lambda get: get("/cost/audit")["runs"][0]),
     ],
 )
-def test_every_field_is_documented_and_no_other(get, heading, answer):
-    assert _fields(heading) == list(answer(get))
+def test_every_field_is_documented_and_no_other(get, page, heading, answer):
+    assert _fields(page, heading) == list(answer(get))
 
 
 def test_every_field_of_a_request_row_is_documented_and_no_other(get):
     one = get("/cost/requests/mine")
     listed = get("/cost/requests")["requests"][0]
-    before_parts = section(PAGE, "Request row").partition("### Parts")[0]
+    before_parts = section(ROWS, "Request row").partition("### Parts")[0]
     assert [row[0].strip("`") for row in table_rows(before_parts)] == list(one)
     assert list(one) == [*listed, "parts"]
 
@@ -96,7 +100,7 @@ def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get)
     asked = {"aggregate", "idle", "what_if_usd_per_gpu_hour"}
     report = set(get("/cost/tenants")) - {"tenants", "series"} - asked
     assert report <= summary
-    assert set(_fields("Summary")) == summary - report
+    assert set(_fields(TOTALS, "Summary")) == summary - report
 
 
 def test_one_tenant_has_a_row_and_what_the_page_says(get):
@@ -113,12 +117,12 @@ def test_the_other_objects_have_the_keys_that_the_page_says(get):
     [energy] = get("/cost/tenants")["energy_prices"]
     assert set(energy) == {"usd_per_kwh", "source", "effective_from", "host"}
     [priced] = get("/cost/requests/mine/explain")["parts"][0]["prices"]
-    assert set(priced) == {"gpu_time_ns", *_fields("Prices")}
+    assert set(priced) == {"gpu_time_ns", *_fields(TOTALS, "Prices")}
     assert set(get("/health")) == {"status", "version"}
 
 
 def test_every_class_has_the_row_that_the_page_names(get):
-    named = set(re.findall("`(__.*?__)`", section(PAGE, "Tenant row")))
+    named = set(re.findall("`(__.*?__)`", section(TOTALS, "Tenant row")))
     rows = {row["tenant"] for row in get("/cost/tenants")["tenants"]}
     assert named == {name for name in rows if name.startswith("__")}
 
@@ -150,21 +154,22 @@ def test_errors_are_as_documented(client, get, tmp_path):
 
 
 def test_numbers_on_the_page_are_those_of_the_code():
-    text = PAGE.read_text()
+    text = " ".join(PAGE.read_text().split())
     recent = signature(LedgerReader.tenant).parameters["recent"].default
     for said in (
         f"1 to {REQUESTS_PER_PAGE_MAX}, default 100",
         f"most {MAX_MATCHES} full request rows",
-        f"at most {DEAD_AFTER_NS // 10**9} s old",
+        f"is over {DEAD_AFTER_NS // 10**9} s old",
         f"totals (at most {REFRESH_TIMEOUT_S:.0f} s)",
-        f"for (at most {SETTLE_S:.0f} s)",
+        f"totals count (at most {SETTLE_S:.0f} s)",
         f"latest {recent} request rows",
     ):
         assert said in text, said
+    assert f"at most {DEAD_AFTER_NS // 10**9} s old" in section(TOTALS, "Runs")
 
 
-def _fields(heading: str) -> list[str]:
-    rows = table_rows(section(PAGE, heading))
+def _fields(page: Path, heading: str) -> list[str]:
+    rows = table_rows(section(page, heading))
     return [re.findall("`(.*?)`", row[0])[0] for row in rows]
 
 
