@@ -106,6 +106,8 @@ def load(name: str) -> Any:
         found = one
     command = typer.main.get_command(found)
     command.name = name
+    command.rich_help_panel = entry.panel
+    command.short_help = entry.help
     if isinstance(command, TyperGroup):
         command.help = entry.help
     return command
