@@ -9,7 +9,7 @@ import pytest
 import typer
 import typer.main
 
-from tests.docs.pages import DOCS, ROOT
+from tests.support.pages import DOCS, ROOT
 
 
 def load_script() -> ModuleType:
