@@ -137,8 +137,10 @@ class RunRow(TypedDict):
     """Errors of the meter in the engine, contained."""
     state: str
     """`on`, or `off` after too many errors."""
+    labels: dict[str, str] | None
+    """What the operator declared of the engine; null before schema version 8."""
     alive: bool
-    """Whether its latest snapshot is at most 15 s old."""
+    """Whether its engine was asked for a snapshot and has not failed, or answered within 15 s."""
     usd_per_gpu_hour: str | None
     """USD: the price when the run began."""
     devices: list[dict[str, str]] | None
