@@ -355,7 +355,7 @@ class Summary(EnginesPart):
     in_flight_ns: int
     """GPU-ns: used by requests that have no bill yet."""
     idle_ns: int
-    """GPU-ns: classes: books.md."""
+    """GPU-ns: a class of engine time, as those below; docs/explanation/books.md explains them."""
     sleep_ns: int
     """GPU-ns."""
     startup_ns: int
