@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.builders import ENGINE, ENGINE_STATE
-from tests.docs.pages import DOCS, names, section
+from tests.support.builders import ENGINE, ENGINE_STATE
+from tests.support.pages import DOCS, names, section
 from vllm_cost_meter import guard
 from vllm_cost_meter.cli.audit import audit_lines
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts

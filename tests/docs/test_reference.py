@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 import typer
 
-from tests.docs.pages import DOCS, ROOT
+from tests.support.pages import DOCS, ROOT
 
 
 def load_script() -> ModuleType:

@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typing_extensions import is_typeddict
 
-from tests.docs.small_ledger import small_ledger
 from tests.property.test_ledger_books import (
     NOW,
     http_of,
@@ -20,6 +19,7 @@ from tests.property.test_ledger_books import (
     store,
 )
 from tests.property.test_ledger_prices import HOUR, book_of, entries
+from tests.support.small_ledger import small_ledger
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.cut import AsOf
