@@ -7,7 +7,7 @@ Invariant: the figures are those of `economics.break_even`, with inputs that are
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,12 +98,19 @@ def break_even_(
         answer = calculate("break-even", given | rates)
         if plot:
             draw(answer, plot)
-    whole = answer | {"price_book": book} if as_json and book else answer
-    show(whole, wide=wide, as_json=as_json)
+    _print(answer, book, wide=wide, as_json=as_json)
+
+
+def _print(
+    answer: Mapping[str, Any], book: Mapping[str, Any] | None, *, wide: bool, as_json: bool
+) -> None:
+    """Print the answer, with the prices of the price book that it comes from."""
+    if as_json and book:
+        answer = {**answer, "price_book": book}
+    show(answer, wide=wide, as_json=as_json)
     if book and not as_json:
-        print_lines(
-            f"{price['kind'] or 'on_demand'}: {described(price)}" for price in book["prices"]
-        )
+        prices = book["prices"]
+        print_lines(f"{price['kind'] or 'on_demand'}: {described(price)}" for price in prices)
 
 
 def _rates(

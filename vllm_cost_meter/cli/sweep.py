@@ -121,8 +121,7 @@ def sweep(
     status = session.measure(plans)
     if session.curves:
         _write(session, bound, ledger_url(ledger, config), wide=wide, as_json=as_json)
-    if status:
-        raise typer.Exit(status)
+    raise typer.Exit(status)
 
 
 def _side_url(told: str | None, port: int | None) -> str:
