@@ -56,9 +56,11 @@ def budgets(
     for standing in figures.standings:
         shown, row = standing.budget.shown, told(standing)
         of = row["tenant"] or row["tag"]
+        used, over = row["used"], row["over"]
         amounts = {
-            name: None if row[name] is None else shown(row[name])
-            for name in ("used", "limit", "over")
+            "used": None if used is None else shown(used),
+            "limit": shown(row["limit"]),
+            "over": None if over is None else shown(over),
         }
         rows.append({**row, "of": of, **amounts})
     print_rows(rows, COLUMNS, first=FIRST, wide=wide)

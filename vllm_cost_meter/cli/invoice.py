@@ -6,7 +6,7 @@ ledger. Invariant: a file that is wrong anywhere, or contradicts the ledger, cha
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,7 +161,7 @@ def import_lines(answer: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _shown(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {name: rounded(value) if isinstance(value, float) else value for name, value in row.items()}
         for row in rows
