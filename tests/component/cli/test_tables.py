@@ -65,6 +65,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "budgets": ("budgets",),
     "prices": ("prices",),
     "audit": ("audit",),
+    "doctor": ("doctor",),
     "economics": ("economics", "--window", ALL_TIME),
     "compare": ("compare", "--window", ALL_TIME, "--model", "openai/gpt-4o*"),
     "invoice list": ("invoice", "list"),
