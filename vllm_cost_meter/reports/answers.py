@@ -125,7 +125,7 @@ class RunRow(TypedDict):
     engine_index: int
     """Data-parallel rank."""
     model: str
-    """Model."""
+    """The served name."""
     gpus: int
     """`world_size` of the engine."""
     hardware: str
@@ -154,6 +154,8 @@ class RunRow(TypedDict):
     """Errors of the meter in the engine, contained."""
     state: str
     """`on`, or `off` after too many errors."""
+    labels: dict[str, str] | None
+    """The labels of the engine when the run began, by name; null if none were recorded."""
     alive: bool
     """Whether its latest snapshot is at most 15 s old."""
     usd_per_gpu_hour: str | None
