@@ -155,9 +155,9 @@ class RunRow(TypedDict):
     state: str
     """`on`, or `off` after too many errors."""
     labels: dict[str, str] | None
-    """The labels of the engine when the run began, by name; null if none were recorded."""
+    """What the operator declared of the engine; null before schema version 8."""
     alive: bool
-    """Whether its latest snapshot is at most 15 s old."""
+    """Whether its engine was asked for a snapshot and has not failed, or answered within 15 s."""
     usd_per_gpu_hour: str | None
     """USD: the price when the run began."""
     devices: list[dict[str, str]] | None
@@ -426,7 +426,7 @@ class Summary(EnginesPart):
     in_flight_ns: int
     """GPU-ns: used by requests that have no bill yet."""
     idle_ns: int
-    """GPU-ns: classes: books.md."""
+    """GPU-ns: a class of engine time, as those below; docs/explanation/books.md explains them."""
     sleep_ns: int
     """GPU-ns."""
     startup_ns: int

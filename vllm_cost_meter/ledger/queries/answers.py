@@ -41,7 +41,7 @@ class AuditRun(TypedDict):
     state: str
     """`on`, or `off` after too many errors."""
     alive: bool
-    """Whether its latest snapshot is at most 15 s old."""
+    """Whether its engine was asked for a snapshot and has not failed, or answered within 15 s."""
     taken_at: str | None
     """RFC 3339 UTC: the cut."""
     wall_ns: int
