@@ -117,7 +117,9 @@ def test_others_are_served_meanwhile_and_the_refused_are_in_no_book(hard: Server
 
 
 def test_what_runs_is_ended_by_a_budget_that_says_so_with_the_reason_length(hard: Server) -> None:
-    load = asyncio.run(Load(hard, "epsilon", max_tokens=2_000).run())
+    # So slow that the budget is used up long before the first of them would end by itself.
+    with hard.paced(0.01):
+        load = asyncio.run(Load(hard, "epsilon", max_tokens=2_000).run())
     assert set(load.finish_reasons) == {"length"}
     assert max(load.output_tokens) < 2_000
     standing = settled_standing(hard, "epsilon")
