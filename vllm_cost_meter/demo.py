@@ -54,7 +54,7 @@ from vllm_cost_meter.text import plain
 from vllm_cost_meter.tiny_model import default_path, make_tiny_model
 
 ASSUMED_GPU_HOUR_USD = "2.50"
-# How long the bill of an aborted request may take to reach the ledger.
+# How long the last bill may take to reach the ledger.
 QUIET_TIMEOUT_S = 15
 PAGE = 1000
 SETTINGS = "meter.toml"
@@ -143,7 +143,7 @@ def served(console: Console, model: str | None) -> Iterator[tuple[Server, Settin
 
 def _demo(console: Console, server: Server, setting: Setting) -> int:
     seen = _traffic(console, server, setting)
-    figures = _quiet_figures(server, setting, seen.abandoned_id)
+    figures = _quiet_figures(server, setting, seen)
     _show(console, server, setting, seen, figures)
     return _verdict(console, problems(seen, figures), seen)
 
@@ -262,8 +262,11 @@ def _traffic(console: Console, server: Server, setting: Setting) -> Sightings:
         return asyncio.run(run())
 
 
-def _quiet_figures(server: Server, setting: Setting, abandoned_id: str) -> Figures:
-    """Return the figures once nothing is in flight and the abandoned request has its bill."""
+def _quiet_figures(server: Server, setting: Setting, seen: Sightings) -> Figures:
+    """Return the figures once nothing is in flight and all is written, or as they are then.
+
+    They are asked for one after the other, and what is written in between is in some of them only.
+    """
     deadline = time.monotonic() + QUIET_TIMEOUT_S
     while True:
         figures = Figures(
@@ -273,11 +276,7 @@ def _quiet_figures(server: Server, setting: Setting, abandoned_id: str) -> Figur
             _statement(setting),
         )
         in_flight = any(run["in_flight_ns"] for run in figures.audit["runs"])
-        billed = any(
-            row["response_id"] == abandoned_id and row["status"] and row["engine_status"]
-            for row in figures.requests
-        )
-        if (billed and not in_flight) or time.monotonic() > deadline:
+        if time.monotonic() > deadline or not (in_flight or problems(seen, figures)):
             return figures
         time.sleep(0.3)
 
