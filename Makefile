@@ -56,7 +56,7 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep test check bench matrix clean
+.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate bench matrix clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
@@ -64,6 +64,12 @@ help:
 	@echo 'make demo-sweep  the same server at several loads: a plot of cost and latency; 5 minutes'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
+	@echo 'make docs    the pages of docs/ as one site in site/; a dead link fails'
+	@echo 'make reference  the pages that commands and side endpoint describe themselves'
+	@echo 'make fuzz    the property tests and the fuzzed side endpoint with 20 times the examples, new'
+	@echo '             ones each time; FUZZ_ARGS="-k invoices" for some'
+	@echo 'make simulate  how wrong each attribution method is: the whole table of simulated GPUs,'
+	@echo '             models and batches; SIMULATE_ARGS="--gpu l4" for some'
 	@echo 'make bench   the benchmarks; some minutes, on an otherwise idle machine'
 	@echo 'make matrix  the integration tests on each of six versions of vLLM: 12 minutes and 3.5 GB'
 	@echo '             each, 3 minutes more the first time; MATRIX="0.27.1 0.32.0" for some'
@@ -86,8 +92,8 @@ test: setup
 ifneq ($(TEST_ARGS),)
 	@$(RUN) python -m pytest $(TEST_ARGS)
 else
-	@$(RUN) python -m pytest tests/integration
-	@$(RUN) python -m pytest --ignore tests/integration --numprocesses auto
+	@$(RUN) python -m pytest tests/integration --durations 20
+	@$(RUN) python -m pytest --ignore tests/integration --numprocesses auto --durations 20
 endif
 
 check: $(VENV)/.meter
@@ -95,6 +101,23 @@ check: $(VENV)/.meter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/contract/test_laws.py
+
+# Not --quiet: that hides the warnings which --strict counts. The variable hides an advertisement.
+docs: $(VENV)/.meter
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+reference: $(VENV)/.meter
+	@$(BIN)/python scripts/make_reference.py
+
+# Tests that try what Hypothesis makes up; `make test` runs them with fewer examples. One of them may
+# take longer than any other test.
+fuzz: setup
+	@$(RUN) python -m pytest tests/property --hypothesis-profile fuzz --timeout 3600 \
+	  --numprocesses auto --durations 20 $(FUZZ_ARGS)
+
+# Tests that replay a short trace are in `make test`.
+simulate: setup
+	@$(RUN) vllm-cost-meter validate $(SIMULATE_ARGS)
 
 bench: setup
 	$(RUN) python benchmarks/bench_attribution.py
@@ -106,9 +129,10 @@ matrix:
 	@$(PYTHON) scripts/matrix.py $(MATRIX)
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info vllm_cost_meter/*.so
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .cache build dist site *.egg-info
+	rm -rf .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
+	find vllm_cost_meter -name '*.so' -delete
 
 $(VENV)/.made: scripts/make_venv.py
 	@echo '==> virtual environment in $(VENV), with $(PYTHON) (10 s)'
@@ -130,7 +154,7 @@ $(VENV)/.meter: pyproject.toml setup.py $(wildcard csrc/*) $(VENV)/.made
 	  --editable '.[dev]'
 	@touch $@
 
-$(TINY_MODEL): vllm_cost_meter/tiny_model.py | $(VENV)/.vllm $(VENV)/.meter
+$(TINY_MODEL): vllm_cost_meter/lab/tiny_model.py | $(VENV)/.vllm $(VENV)/.meter
 	@echo '==> a tiny random model (10 s)'
-	@$(BIN)/python -m vllm_cost_meter.tiny_model
+	@$(BIN)/python -m vllm_cost_meter.lab.tiny_model
 	@touch $@

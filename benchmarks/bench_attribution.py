@@ -1,26 +1,28 @@
-"""Nanoseconds that the attribution takes per step and per running request, native and twin.
+"""Benchmark: nanoseconds that attribution takes per step and per request, native and twin.
 
 Method. A step is `begin`, `settle` and `drained`, as the engine calls them, with two steps in
-flight (async scheduling). Each of N running requests decodes one token, but the newest is a
-prefill chunk of 512. After every step N/50 requests, spread over the batch, have left and as many
-new ones follow at its end. As the hook hands them over, those that decode are a list and the others
-a dict, both made right before the step, as vLLM's scheduler makes them, of the same str objects as
-before. Making them, `open` and `close` are not timed (the latter come once per request, not per
-step). Native and twin take turns, block by block of
-steps, in one process. A figure is the median over blocks of a block's mean per step, so what comes
-every few steps (the fit) is in it, shared out. The native one has made as many steps before as it
-takes until the fit learns from one step in four, as in an engine that has run for a few minutes.
+flight (async scheduling). Each of N running requests decodes one token, but the newest computes a
+prefill chunk of 512. After every step N/50 requests, spread over the batch, leave, and as many new
+ones join at its end. The hook hands over a list of the decoding requests and a dict of the others.
+Both are made right before the step from the same str objects, as vLLM's scheduler makes them. That
+work, `open` and `close` are not timed (the latter two come once per request, not per step).
 
-What is fixed in a step of decodes is the time of a step of one request that decodes; the reading of
-the clock is in it.
+Native and twin take turns in one process, block by block of steps. A figure is the median over
+blocks of a block's mean per step, so it includes work that comes every few steps (the fit). Before
+the first block, the native meter runs until its fit learns from one step in four, as in an engine
+that has run for a few minutes.
 
-A second table has the native figures at 256 running by the prefill chunks in the step: with two
-planes each is a large player, and all subsets of at most four are enumerated.
+The fixed cost of a decode step is the time of a step with one decoding request, with the reading of
+the clock.
+
+A second table has the native figures with 256 running requests, by the number of prefill chunks in
+the step. With two planes each chunk is a large player, and all subsets of at most four are
+enumerated.
 
 Limits. The process does nothing else, so the meter's memory stays in the CPU's caches more than it
-would beside a model's work. The machine's clock speed is not pinned. A reading of the clock is in
-each step (about 40 ns, which matters to a batch of 1 only). The end of a sweep of the fit, about
-15 us every 2,048 steps, is in too few blocks to move a median: 7 ns per step.
+would beside a model's work. The machine's clock speed is not pinned. Each step includes a reading
+of the clock (about 40 ns, which matters only with one request). The end of a sweep by the fit,
+about 15 us every 2,048 steps (7 ns per step), is in too few blocks to move a median.
 """
 
 import argparse
@@ -32,19 +34,19 @@ import statistics
 from pathlib import Path
 from time import perf_counter_ns
 
-from vllm_cost_meter._attribution_c import StepMeter as NativeMeter
+from vllm_cost_meter.attribution._native import StepMeter as NativeMeter
 
-from vllm_cost_meter import _attribution_py
-from vllm_cost_meter._fit_py import ALL_STEPS, Planes
+from vllm_cost_meter.attribution import step_meter_py
+from vllm_cost_meter.attribution.cost_model_py import ALL_STEPS, Planes
 
 BATCHES = (1, 32, 256, 1024, 4096)
 CHUNKS = (0, 1, 2, 4)
 CHUNKS_BATCH = 256
 STEPS_PER_BLOCK = 40
 PREFILL_CHUNK = 512
-BLOCK_SIZE = 16  # tokens of a block of the KV cache, vLLM's default
-METERS = {"native": NativeMeter, "twin": _attribution_py.StepMeter}
-# Two planes, so that large players are enumerated: 20 us a token, or 6 ms and 40 ns of context.
+BLOCK_SIZE = 16  # tokens per block of the KV cache, vLLM's default
+METERS = {"native": NativeMeter, "twin": step_meter_py.StepMeter}
+# With two planes, large players are enumerated: 20 us per token, or 6 ms and 40 ns per context.
 PRIOR: Planes = (
     (1e6, 2e4, 0.0, 1.0, 0.0),
     (6e6, 1e3, 0.0, 0.0, 40.0),
@@ -53,9 +55,9 @@ PRIOR: Planes = (
 
 
 class Traffic:
-    """A running batch on a meter of its own: some leave after each step, and as many arrive."""
+    """A running batch with its own meter: after each step some requests leave and others come."""
 
-    def __init__(self, meter: _attribution_py.StepMeter, running: int, chunks: int) -> None:
+    def __init__(self, meter: step_meter_py.StepMeter, running: int, chunks: int) -> None:
         self.meter = meter
         self.chunks = min(chunks, running)
         self.running: list[str] = []
@@ -66,7 +68,7 @@ class Traffic:
         self.in_flight_ns = 10**7
 
     def arrive(self, count: int) -> None:
-        """Open so many requests. The prompts of all but the newest `chunks` are computed."""
+        """Open `count` requests; all but the newest `chunks` have their prompt computed."""
         for left in range(count, 0, -1):
             self.born += 1
             self.running.append(f"cmpl-{self.born:032x}-0")
@@ -75,6 +77,7 @@ class Traffic:
                 self.meter.position(self.running[-1], PREFILL_CHUNK, False)
 
     def depart(self, count: int) -> None:
+        """Close `count` requests, spread over the batch."""
         for _ in range(count):
             self.departures += 1
             self.meter.close(
@@ -82,7 +85,7 @@ class Traffic:
             )
 
     def timed_step(self) -> int:
-        """Return the ns that a step takes the meter."""
+        """Run one step, and return the ns that the meter took for it."""
         begin, settle, drained = self.meter.begin, self.meter.settle, self.meter.drained
         decoding = self.running[: len(self.running) - self.chunks]
         scheduled = dict.fromkeys(self.running[len(decoding) :], PREFILL_CHUNK)
@@ -93,13 +96,13 @@ class Traffic:
         drained()
         took_ns = perf_counter_ns() - started_ns
         self.in_flight = step
-        # By two planes, and a little noise.
+        # The step's time follows two planes, with a little noise.
         tokens = len(self.running) + self.chunks * (PREFILL_CHUNK - 1)
         noise = 1 + (self.steps * 37 % 101 - 50) / 2000
         compute, memory = 1e6 + 2e4 * tokens, 6e6 + 1e3 * tokens
         self.in_flight_ns = int(max(compute, memory) * noise)
         self.steps += 1
-        # One in 50; of a batch smaller than 50 one now and then.
+        # One request in 50 leaves; from a smaller batch one leaves now and then.
         leaving = self.steps * len(self.running) // 50 - self.departures
         self.depart(leaving)
         self.arrive(leaving)
@@ -109,7 +112,7 @@ class Traffic:
 def measure(
     running: int, method: str, blocks: int, chunks: int = 1, meters: tuple[str, ...] = tuple(METERS)
 ) -> dict[str, float]:
-    """Return the ns per step and per request of the meters at one batch size."""
+    """Return each meter's ns per step and per request at one batch size."""
     traffic = {
         name: Traffic(METERS[name](method, PRIOR, True, BLOCK_SIZE), running, chunks)
         for name in meters
@@ -119,9 +122,11 @@ def measure(
     block_means: dict[str, list[float]] = {name: [] for name in meters}
     for number in range(blocks + 1):
         gc.collect()
-        for name in sorted(meters, reverse=number % 2 == 1):  # they take turns at going first
+        for name in sorted(
+            meters, reverse=number % 2 == 1
+        ):  # The meters take turns at going first.
             block_ns = [traffic[name].timed_step() for _ in range(STEPS_PER_BLOCK)]
-            if number:  # the first block warms up
+            if number:  # The first block warms up.
                 block_means[name].append(statistics.fmean(block_ns))
     figures = {}
     for name, means in block_means.items():
@@ -132,6 +137,7 @@ def measure(
 
 
 def machine() -> str:
+    """Return this machine's CPU, number of CPUs, platform and Python version in one line."""
     cpu = platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -144,7 +150,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the attribution, native and twin.")
-    parser.add_argument("--method", choices=_attribution_py.METHODS, default="shapley")
+    parser.add_argument("--method", choices=step_meter_py.METHODS, default="shapley")
     parser.add_argument("--blocks", type=int, default=41, help="timed blocks per batch size")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
@@ -163,7 +169,7 @@ def main() -> None:
         )
     fixed = measure(1, options.method, options.blocks, 0, ("native",))
     results["1 that decodes"] = fixed
-    print(f"\nFixed: {fixed['native_ns_per_step']:.0f} ns, a step of one request that decodes.")
+    print(f"\nFixed: {fixed['native_ns_per_step']:.0f} ns, a step with one decoding request.")
     print(f"\n  chunks  native ns/step  ({CHUNKS_BATCH} running)")
     for chunks in CHUNKS:
         figures = measure(CHUNKS_BATCH, options.method, options.blocks, chunks, ("native",))

@@ -1,13 +1,13 @@
-"""What an import of bills costs a server that writes to the same ledger meanwhile.
+"""Benchmark: how long an import of provider bills keeps a server from writing to the ledger.
 
-Method. A ledger gets months of hourly invoice lines of a fleet (100 nodes, 12 months; 72,000 lines
-a month), imported as a user does. Then one more month is imported, while another process commits
-bills one by one by the real writer and asks each 2 ms, on a connection of its own that does not
-wait, whether the file may be written. `locked_s` is the longest time for which it might not,
-`commit_s` the longest commit of a bill, `import_s` the import as a whole. Then the same file again,
-and the same with the last day of a month that is otherwise there.
+Method. A ledger gets months of hourly invoice lines for a fleet (100 nodes, 12 months; 72,000 lines
+per month), imported as a user imports them. Then one more month is imported while another process
+commits request bills one by one with the real writer. Every 2 ms that process tries, on a separate
+connection that does not wait, whether the file can be written. `locked_s` is the longest time for
+which it could not, `commit_s` the longest commit of a bill, `import_s` the whole import. Then the
+same file is imported again, and once more with one further day.
 
-Limits. The file stands in the page cache. The other process takes a core of its own.
+Limits. The file is in the page cache. The other process takes a core of its own.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from pathlib import Path
 from bench_attribution import machine
 from bench_ledger import records
 
-from vllm_cost_meter.invoice_files import InvoiceFile
-from vllm_cost_meter.invoices import InvoiceLine
-from vllm_cost_meter.ledger.invoices import import_invoice
-from vllm_cost_meter.ledger.store import open_ledger
+from vllm_cost_meter.invoices.files import InvoiceFile
+from vllm_cost_meter.invoices.timeline import InvoiceLine
+from vllm_cost_meter.ledger.billing.importing import import_invoice
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 FIRST_HOUR = 490_000
 MONTH_HOURS = 720
@@ -37,6 +37,7 @@ DAY_HOURS = 24
 
 
 def a_file(nodes: int, begin: int, hours: int) -> InvoiceFile:
+    """Return a bill file with one line per node and hour."""
     lines = {
         InvoiceLine(
             f"arn:aws:ec2:us-east-1:123456789012:instance/i-{node:017x}",
@@ -54,7 +55,7 @@ def a_file(nodes: int, begin: int, hours: int) -> InvoiceFile:
 
 
 def serve(path: str) -> None:
-    """Commit bills until standard input ends; then print the longest commit and lock."""
+    """Commit bills until standard input ends; then print the longest commit and lock time."""
     writer = LedgerWriter(f"sqlite:///{path}")
     writer.start()
     done = threading.Event()
@@ -72,8 +73,8 @@ def serve(path: str) -> None:
         longest_s, number = max(longest_s, time.perf_counter() - started_s), number + 1
         time.sleep(0.01)
     probe.join()
-    told = {"commit_s": longest_s, "commits": number, "failures": writer.failures}
-    print(json.dumps({"locked_s": max(locked), **told, "dropped": writer.dropped}))
+    figures = {"commit_s": longest_s, "commits": number, "failures": writer.failures}
+    print(json.dumps({"locked_s": max(locked), **figures, "dropped": writer.dropped}))
     writer.close()
 
 
@@ -92,6 +93,7 @@ def _probe(path: str, done: threading.Event, locked: list[float]) -> None:
 
 
 def measured(path: Path, file: InvoiceFile) -> dict[str, float]:
+    """Import a file while another process commits bills; return the figures of both."""
     command = [sys.executable, __file__, "--serve", str(path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -102,8 +104,8 @@ def measured(path: Path, file: InvoiceFile) -> dict[str, float]:
         started_s = time.perf_counter()
         answer = import_invoice(f"sqlite:///{path}", file, NS_PER_HOUR, time.time_ns())
         import_s = time.perf_counter() - started_s
-        told, _ = server.communicate()
-    return {"lines": answer["lines"], "import_s": import_s, **json.loads(told)}
+        output, _ = server.communicate()
+    return {"lines": answer["lines"], "import_s": import_s, **json.loads(output)}
 
 
 def main() -> None:
@@ -118,7 +120,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
-        open_ledger(f"sqlite:///{path}").dispose()
+        open_database(f"sqlite:///{path}").dispose()
         for month in range(given.months):
             file = a_file(given.nodes, FIRST_HOUR + month * MONTH_HOURS, MONTH_HOURS)
             import_invoice(f"sqlite:///{path}", file, NS_PER_HOUR, month)
@@ -134,8 +136,8 @@ def main() -> None:
         return
     print(machine(), f"{size / 1e6:.0f} MB", sep="\n")
     for name, figures in found.items():
-        told = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
-        print(f"{name}: {told}")
+        shown = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
+        print(f"{name}: {shown}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""What the ledger costs: how long a commit takes that a reply waits for, and how much it writes.
+"""Benchmark: the time of a ledger commit, which a reply waits for, and the records per second.
 
-Method. The real writer on a real SQLite file. First single records, each committed before the next,
-as the replies of a server with one client do: median and 99th percentile. Then all at once, as on a
-server that never waits: records per second until the last one is committed. A record is an engine
-request with one piece (two rows) and its HTTP request (one row).
+Method. The real writer writes to a real SQLite file. First it commits single records one after
+another, as with the replies to one client: the figures are the median and the 99th percentile. Then
+it gets all records at once, as on a server that never waits: the figure is records per second until
+the last commit. A record is an engine request with one piece (two rows) and its HTTP request (one
+row).
 
-Compared with: the same number of commits of the same rows by sqlite3 alone, in this thread, in the
-same mode (WAL, synchronous=NORMAL), in turn with the writer's. The ratio is what the writer's
-thread, its queue and SQLAlchemy add.
+The comparison is sqlite3 alone, in this thread: the same rows in as many commits, in the same mode
+(WAL, synchronous=NORMAL), in turn with the writer's. The ratio shows the cost of the writer's
+thread, its queue and SQLAlchemy.
 
 Limits. Nothing else runs in this process. Beside a busy event loop the writer's thread also waits
-for the interpreter's lock, up to 5 ms at a time; `bench_serving.py` has that in its figures.
+for the interpreter's lock, up to 5 ms at a time; the figures of `bench_serving.py` include that.
 """
 
 import argparse
@@ -26,19 +27,15 @@ from bench_attribution import machine
 
 from vllm_cost_meter.ledger import rows
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import (
-    Bill,
-    EngineRequest,
-    HttpRequest,
-    Latencies,
-    Usage,
-    UsagePiece,
-)
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Usage
 
 BLOCK = 100
 
 
 def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
+    """Return an engine request with its bill, and its HTTP request."""
     now_ns = time.time_ns()
     http_id = f"cost-{run_id}-{number:032x}"
     bill = Bill(
@@ -63,7 +60,7 @@ def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
         response_id=f"cmpl-{number:016x}",
         external_id=f"cmpl-{number:016x}-0",
         prompt_group=bill.request_id,
-        tenant="alpha",
+        owner=Owner("alpha"),
         model="model",
         lora=None,
         route="/v1/completions",
@@ -77,7 +74,7 @@ def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
         http_request_id=http_id,
         response_id=part.response_id,
         x_request_id=None,
-        tenant="alpha",
+        owner=Owner("alpha"),
         model="model",
         route="/v1/completions",
         status=200,
@@ -92,13 +89,14 @@ def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
 
 
 class Plain:
-    """sqlite3 and nothing else, with the tables and the mode of a ledger."""
+    """sqlite3 alone, with a ledger's tables and mode."""
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.execute("PRAGMA synchronous=NORMAL")
 
     def commit(self, part: EngineRequest, http: HttpRequest) -> None:
+        """Write both records in one transaction."""
         self._connection.execute("BEGIN IMMEDIATE")
         for table, row in (
             ("requests", rows.part_row(part)),
@@ -112,6 +110,7 @@ class Plain:
 
 
 def timed_ms(commit: Callable[[EngineRequest, HttpRequest], None], run_id: str) -> list[float]:
+    """Return the time of each commit in a block, in ms."""
     took_ms = []
     for number in range(BLOCK):
         part, http = records(run_id, number)
@@ -122,9 +121,10 @@ def timed_ms(commit: Callable[[EngineRequest, HttpRequest], None], run_id: str) 
 
 
 def measure(folder: Path, blocks: int, at_once: int) -> dict[str, float]:
+    """Return the figures of the writer and of sqlite3 alone, in turn, on files in a folder."""
     writer = LedgerWriter(f"sqlite:///{folder / 'writer.db'}")
     other = LedgerWriter(f"sqlite:///{folder / 'plain.db'}")
-    for each in (writer, other):  # make both ledgers
+    for each in (writer, other):  # This creates both ledgers.
         each.start()
         each.commit().result()
     other.close()

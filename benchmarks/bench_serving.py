@@ -1,24 +1,26 @@
-"""What the meter costs a server: throughput, TTFT and TPOT with it and without it.
+"""Benchmark: throughput, TTFT, TPOT and CPU time of a server with the meter and without it.
 
-Method. Two `vllm serve` of the same build, model and arguments: one with `--plugins cost_meter`,
-one where the meter is installed and not named, and so inert. The client of `vllm bench serve`, in
-one process for all runs, drives one of them while the other idles, in pairs, A B then B A and so
-on. Runs are short, a few seconds, and many: the speed of a shared machine drifts over minutes, and
-what both runs of a pair share falls out of their ratio. Both runs of a pair send the same prompts
-(the seed is the pair's), each pair new ones. Both servers get a discarded warm-up run. After each
-round both are started anew, the other one first, so that the luck of one process (where its memory
-lies, which core it is on) does not pass for the meter's cost. Ratios are metered / unmetered,
-within each pair; TTFT and TPOT are each run's medians. "API CPU" is the CPU time that the driven
-server's API process used for a run (that of EngineCore says little: it spins while it waits for the
-worker). What all processes of the idle server used meanwhile is shown too: next to nothing.
+Method. Two `vllm serve` run with the same build, model and arguments: one with `--plugins
+cost_meter`, the other with the meter installed but not named, and so inert. The client of `vllm
+bench serve`, in one process for all runs, drives one server while the other idles. Runs come in
+pairs: A B, then B A, and so on. They are many and short, a few seconds each: the speed of a shared
+machine drifts over minutes, and the ratio within a pair cancels what both runs share. Both runs in
+a pair send the same prompts (the pair has a seed), and each pair has new ones. Both servers get a
+discarded warm-up run. After each round both are started again, in the other order, so that one
+process's luck (the place of its memory, its core) does not pass for the meter's cost.
 
-`--control` starts both without the meter: what it shows is the noise, and a difference smaller
-than that says nothing.
+Ratios are metered / unmetered within each pair. TTFT and TPOT are each run's medians. "API CPU" is
+the CPU time of the driven server's API process in a run. (EngineCore's CPU time says little: it
+spins while it waits for the worker.) The output also has the CPU time of the idle server, which is
+next to nothing.
+
+`--control` starts both servers without the meter. Its figures are the noise, and a smaller
+difference means nothing.
 
 Limits. Clients and servers share the machine, so a slower server also has a slower client. On the
-CPU a step of the tiny model takes 3 to 6 ms, against 10 to 50 ms on a GPU with a real model: what
-the meter does per step and token weighs most here. On a machine that does other things the ratios
-of time are noise; that of CPU time suffers less.
+CPU a step of the tiny model takes 3 to 6 ms, against 10 to 50 ms on a GPU with a real model, so the
+meter's work per step and token weighs most here. On a machine with other work the ratios of time
+are noise; the ratio of CPU time suffers less.
 """
 
 import argparse
@@ -40,14 +42,8 @@ import psutil
 from bench_attribution import machine
 
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.serving import (
-    CPU_ARGUMENTS,
-    Server,
-    end_of,
-    environment_of,
-    is_cpu_build,
-)
-from vllm_cost_meter.tiny_model import default_path, make_tiny_model
+from vllm_cost_meter.lab.server import CPU_ARGUMENTS, Server, end_of, environment_of, is_cpu_build
+from vllm_cost_meter.lab.tiny_model import default_path, make_tiny_model
 
 RATIOS = {
     "throughput_ratio": "output_throughput",
@@ -60,19 +56,22 @@ API_SERVER = "API server"
 
 @dataclass(frozen=True)
 class Process:
+    """A process of a server, with its role as name."""
+
     name: str
     process: psutil.Process
 
 
 @dataclass
 class Subject:
-    """A server under test."""
+    """A server under test, and its processes."""
 
     label: str
     server: Server
     processes: list[Process] = field(default_factory=list)
 
     def start(self) -> None:
+        """Start the server, wait until it serves, and find its processes."""
         self.server.launch()
         self.server.wait()
         main = psutil.Process(self.server.pid)
@@ -83,6 +82,7 @@ class Subject:
                 self.processes.append(Process(name.removeprefix("VLLM::"), child))
 
     def cpu_s(self) -> dict[str, float]:
+        """Return the CPU seconds used so far, by process."""
         used: dict[str, float] = {}
         for entry in self.processes:
             times = entry.process.cpu_times()
@@ -91,15 +91,15 @@ class Subject:
 
 
 def _client_starts(environment: dict[str, str], log: Path) -> None:
-    """Set up the client's process: what it says goes to a file."""
-    os.environ.update(environment)  # which vLLM reads as it is imported
+    """Set up the client's process: its output goes to a file."""
+    os.environ.update(environment)  # vLLM reads the environment when it is imported.
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
 
 
 def _client_runs(arguments: list[str]) -> dict[str, Any]:
-    """Send a run's requests and return what was measured. Called in the client's process."""
+    """Send a run's requests and return the measurements. This runs in the client's process."""
     from vllm.benchmarks import serve  # noqa: PLC0415 - ten seconds, the first time
 
     parser = argparse.ArgumentParser()
@@ -127,6 +127,7 @@ class Bench:
         self.own_ns = self.busy_ns = 0
 
     def subject(self, label: str, *, metered: bool, number: int) -> Subject:
+        """Return a server for a round, with the meter or without it; it is not started yet."""
         name = f"{label}-{number}".replace(" ", "-")
         environment = {
             **self.environment,
@@ -164,7 +165,10 @@ class Bench:
                 subject.server.stop()
 
     def drive(self, subject: Subject, seed: int, requests: int) -> dict[str, Any]:
-        """Send a run's requests and return what `vllm bench serve` measured."""
+        """Send a run's requests and return the measurements of `vllm bench serve`.
+
+        Raises ServerError if the client fails or a request does not complete.
+        """
         options = self.options
         arguments = [
             *("--dataset-name", "random", "--base-url", subject.server.url, "--model", self.model),
@@ -183,12 +187,12 @@ class Bench:
             errors = {error.strip().splitlines()[-1] for error in measured["errors"] if error}
             raise ServerError(
                 f"{subject.label}: {measured['completed']} of {requests} requests completed; "
-                f"{'; '.join(sorted(errors)[:3]) or 'no error told'}"
+                f"{'; '.join(sorted(errors)[:3]) or 'no error reported'}"
             )
         return measured
 
     def run(self, subject: Subject, idle: Subject, seed: int) -> dict[str, Any]:
-        """Drive one server while the other idles; the CPU time of both is in the answer."""
+        """Drive one server while the other idles; the answer has the CPU time of both."""
         before, idle_before = subject.cpu_s(), idle.cpu_s()
         measured = self.drive(subject, seed, self.options.requests)
         after, idle_after = subject.cpu_s(), idle.cpu_s()
@@ -203,6 +207,7 @@ class Bench:
 
 
 def pair_line(number: int, runs: dict[str, dict[str, Any]], first: str) -> str:
+    """Return a pair's figures as a table row; `first` names the server that was driven first."""
     cells = [f"{number:>4}  {first:<9}"]
     for key in RATIOS.values():
         cells += [f"{run[key]:>9.2f}" for run in runs.values()]
@@ -212,6 +217,7 @@ def pair_line(number: int, runs: dict[str, dict[str, Any]], first: str) -> str:
 
 
 def measure(bench: Bench) -> list[dict[str, dict[str, Any]]]:
+    """Run all pairs, print a row for each, and return their measurements by server label."""
     options = bench.options
     print(
         "pair  first          tokens/s: with, without, ratio   TTFT ms: with, without, ratio"
@@ -233,7 +239,7 @@ def measure(bench: Bench) -> list[dict[str, dict[str, Any]]]:
 
 
 def summed_up(pairs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Return median, least and greatest of each ratio over the pairs."""
+    """Return the median, minimum and maximum of each ratio over the pairs."""
     results = {}
     for name, key in RATIOS.items():
         ratios = []
@@ -249,6 +255,7 @@ def summed_up(pairs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, flo
 
 
 def print_cpu_by_process(pairs: list[dict[str, dict[str, Any]]]) -> None:
+    """Print the median CPU seconds of a run for each server and process."""
     print("\nCPU seconds of a run by process, median:")
     for label in pairs[0]:
         names = pairs[0][label]["by_process"]

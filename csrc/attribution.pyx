@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
-"""The native attribution. What it computes, and why, stands in its twin, `_attribution_py.py`.
+"""The native attribution. What it computes, and why, stands in its twin, `attribution/step_meter_py.py`.
 
 So do the full docstrings. Here is only how it is made fast: the step path (`begin`, `share`,
 `settle`, `drained`) allocates nothing per request, and touches each request once in `begin` and
@@ -39,7 +39,7 @@ from csrc.steps cimport (
     make_room, reject, start_ring, step_at,
 )
 
-from vllm_cost_meter.accrued import Accrued
+from vllm_cost_meter.records.accrued import Accrued
 
 METHODS = ("shapley", "tokens", "equal")
 

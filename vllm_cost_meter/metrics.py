@@ -1,12 +1,13 @@
 """Prometheus metrics of the meter, in the default registry, so vLLM's own /metrics shows them too.
 
-Counted in the API process that receives a bill, which is right with one API server and with
-several (prometheus_client sums over processes). Names start with `cost_meter_` and hold no "vllm":
-vLLM unregisters what looks like its own. Money and time are counters. Tenants are labels, request
-ids never; beyond `TENANT_LABELS_MAX` tenants the rest are `other`, and the folding is counted. At
-most half of these labels go to names that clients chose: inventing names hides no other tenant.
+The API process that receives a bill counts it. That is right with one API server and with several:
+prometheus_client sums over processes. Names start with `cost_meter_` and do not contain "vllm",
+because vLLM unregisters metrics that look like its own. Money and time are counters. Tenants are
+labels, request ids never. Beyond `TENANT_LABELS_MAX` tenants the rest are `other`, and these bills
+are counted. At most half of the labels go to names that clients chose, so a client that invents
+names hides no other tenant.
 
-Invariant: nothing here raises into a caller that is not contained, and series are bounded.
+Invariant: the number of series is bounded, and every caller contains errors raised here.
 """
 
 from bisect import bisect_left
@@ -14,20 +15,18 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from vllm_cost_meter.budgets import Standing
-from vllm_cost_meter.records import (
-    CLASSES,
-    NS_PER_SECOND,
-    EngineRequest,
-    Snapshot,
-)
-from vllm_cost_meter.tenants import OTHER, is_clients_choice
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.requests import EngineRequest
+from vllm_cost_meter.records.snapshot import CLASSES, Snapshot
+from vllm_cost_meter.tenants.budgets import Standing
+from vllm_cost_meter.tenants.rules import OTHER
+from vllm_cost_meter.units.time import NS_PER_SECOND
 
 TENANT_LABELS_MAX = 1_000
 CLIENTS_LABELS_MAX = TENANT_LABELS_MAX // 2
-# Seconds; TTFT and end-to-end of a loaded server reach minutes.
+# Bounds in seconds; on a loaded server TTFT and end-to-end latency reach minutes.
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-# Seconds between tokens: from a tiny model's milliseconds to a starved decode.
+# Bounds in seconds between tokens, from a tiny model's milliseconds to a starved decode.
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
 GPU_SECONDS = Counter("cost_meter_gpu_seconds", "GPU time of billed requests", ["tenant", "phase"])
@@ -82,7 +81,7 @@ ENGINE_AWAKE = Gauge(
     multiprocess_mode="mostrecent",
 )
 TTFT = Histogram("cost_meter_ttft_seconds", "Time to first token", buckets=LATENCY_BUCKETS)
-# Not a Histogram: that takes a microsecond a value, and a step of 256 requests brings 256 values.
+# A Histogram would take a microsecond per value, and a step of 256 requests brings 256 values.
 INTER_TOKEN = Counter(
     "cost_meter_inter_token_latencies",
     "Output tokens by the upper bound (s) of the time since the token before; not cumulative",
@@ -93,13 +92,13 @@ END_TO_END = Histogram(
 )
 
 _labelled_tenants: set[str] = set()
-# Those of them whose names clients chose.
+# The labelled tenants whose names clients chose.
 _labelled_choices: set[str] = set()
 _INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]
 
 
 def count_refused(kind: str, budget: str) -> None:
-    """Count one new request that was not simply admitted; `kind` is that of its verdict."""
+    """Count a new request that a budget blocked, throttled or refused; `kind` is its verdict's."""
     REFUSED.labels(kind, budget).inc()
 
 
@@ -111,8 +110,8 @@ def set_budgets(standings: Sequence[Standing]) -> None:
 
 
 def count_bill(part: EngineRequest) -> None:
-    """Count one billed engine request."""
-    tenant, bill = _tenant_label(part.tenant, part.tenant_rule), part.bill
+    """Count one billed engine request: GPU time, cost and status."""
+    tenant, bill = _tenant_label(part.owner), part.bill
     GPU_SECONDS.labels(tenant, "prefill").inc(bill.prefill_ns / NS_PER_SECOND)
     GPU_SECONDS.labels(tenant, "decode").inc(bill.decode_ns / NS_PER_SECOND)
     BILLS.labels(tenant, bill.engine_status).inc()
@@ -121,23 +120,23 @@ def count_bill(part: EngineRequest) -> None:
 
 
 def count_miss() -> None:
-    """Count a reply that went out without its cost."""
+    """Count a reply that was sent without its cost."""
     MISSES.inc()
 
 
 def count_own_time(own_ns: int) -> None:
-    """Count time that the meter's own hooks took in this API server."""
+    """Add time that the meter's own hooks took in this API server."""
     API_OWN_SECONDS.inc(own_ns / NS_PER_SECOND)
 
 
 def count_error(side: str) -> None:
-    """Count a contained error of the meter."""
+    """Count a contained error of the meter; `side` is engine or API server."""
     ERRORS.labels(side).inc()
 
 
 def set_engine(snapshot: Snapshot) -> None:
-    """Show an engine's books as they are at a snapshot."""
-    engine = str(snapshot.engine_index)
+    """Set an engine's gauges from a snapshot of its books."""
+    engine = str(snapshot.engine.engine_index)
     for name in CLASSES:
         seconds = getattr(snapshot.totals, name) / NS_PER_SECOND
         ENGINE_SECONDS.labels(engine, name).set(seconds)
@@ -148,7 +147,7 @@ def set_engine(snapshot: Snapshot) -> None:
 
 
 def count_inter_token_latencies(seconds: Sequence[float]) -> None:
-    """Count the inter-token latencies of one iteration."""
+    """Count one iteration's inter-token latencies, in seconds."""
     counts: dict[int, int] = {}
     for latency in seconds:
         bucket = bisect_left(TOKEN_BUCKETS, latency)
@@ -157,10 +156,11 @@ def count_inter_token_latencies(seconds: Sequence[float]) -> None:
         _INTER_TOKEN_BUCKETS[bucket].inc(count)
 
 
-def _tenant_label(tenant: str, rule: str) -> str:
+def _tenant_label(owner: Owner) -> str:
+    tenant = owner.tenant
     if tenant in _labelled_tenants:
         return tenant
-    chosen = is_clients_choice(rule)
+    chosen = owner.is_clients_choice
     is_full = len(_labelled_tenants) >= TENANT_LABELS_MAX
     if is_full or (chosen and len(_labelled_choices) >= CLIENTS_LABELS_MAX):
         TENANTS_FOLDED.inc()

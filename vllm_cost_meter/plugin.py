@@ -22,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
+from vllm_cost_meter.activation import NAME, is_active, is_named, is_refused, refuse
 from vllm_cost_meter.errors import CostMeterError, VllmMismatchError
 
 logger = logging.getLogger("vllm.cost_meter")
 
-NAME = "cost_meter"
 # Groups that vLLM loads in full while VLLM_PLUGINS is unset. Endpoint plugins are not: those load
 # only when named.
 GROUPS_LOADED_BY_DEFAULT = (
@@ -35,8 +35,6 @@ GROUPS_LOADED_BY_DEFAULT = (
     "vllm.platform_plugins",
     "vllm.stat_logger_plugins",
 )
-# True once this process has met a vLLM that is not understood, or could not install a hook.
-refused = False
 
 
 def register() -> None:
@@ -44,30 +42,20 @@ def register() -> None:
     with _refusing():
         # It needs vLLM's internals and our native part; vLLM does not catch what we raise, and an
         # installation that is broken must not end every `vllm` command.
-        from vllm_cost_meter import _vllm, _vllm_canary  # noqa: PLC0415
+        from vllm_cost_meter.vllm_hooks import canary, loading
 
-        _vllm_canary.check(_vllm_canary.PLUGIN_LOADING)
-        _vllm.hook_stat_logger_loading(is_active, NAME)
-        _vllm_canary.check(_vllm_canary.COMMAND_LINE)
-        _vllm.hook_cli_flags(add_flags)
+        canary.check(canary.PLUGIN_LOADING)
+        loading.hook_stat_logger_loading(is_active, NAME)
+        canary.check(canary.COMMAND_LINE)
+        loading.hook_cli_flags(add_flags)
     if is_named():
         activate()
-    elif not refused and is_serve_parent() and not _given("--plugins", sys.argv):
+    elif not is_refused() and is_serve_parent() and not _given("--plugins", sys.argv):
         # vLLM's logging is not set up yet.
         sys.stderr.write(
             "cost meter: installed but not named, so it does nothing. To measure what requests "
             f"cost: vllm serve ... --plugins {NAME}\n"
         )
-
-
-def is_named() -> bool:
-    """Tell whether VLLM_PLUGINS names the meter."""
-    return NAME in os.environ.get("VLLM_PLUGINS", "").split(",")
-
-
-def is_active() -> bool:
-    """Tell whether the meter is named, and vLLM understood."""
-    return is_named() and not refused
 
 
 def is_serve_parent() -> bool:
@@ -77,28 +65,27 @@ def is_serve_parent() -> bool:
 
 def activate() -> None:
     """Install every hook; in a vLLM that is not understood, none."""
-    if refused:
+    if is_refused():
         return
     if is_serve_parent():
         check_settings()
     with _refusing():
-        from vllm_cost_meter import _vllm, _vllm_api, _vllm_canary  # noqa: PLC0415 - see register
+        from vllm_cost_meter.vllm_hooks import canary, engine_core, output_processor, scheduler
 
-        _vllm_canary.check_when_named()
-        _vllm.hook_scheduler_choice()
-        _vllm.hook_engine_core()
-        _vllm_api.hook_output_processor(_collector)
+        canary.check_when_named()
+        scheduler.hook_scheduler_choice()
+        engine_core.hook_engine_core()
+        output_processor.hook_output_processor(_runtime)
 
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
     """Contain what the body raises: the meter stays out of this process, and says so once."""
-    global refused
     try:
         yield
     except VllmMismatchError as error:
-        refused = True
-        from vllm_cost_meter._vllm_canary import WHAT_TO_DO, vllm_version  # noqa: PLC0415
+        refuse()
+        from vllm_cost_meter.vllm_hooks.canary import WHAT_TO_DO, vllm_version
 
         # Every process of a server meets the same vLLM: the one that started them speaks for all.
         is_child = multiprocessing.parent_process() is not None
@@ -108,7 +95,7 @@ def _refusing() -> Iterator[None]:
             *(vllm_version(), " ".join(str(error).split()), WHAT_TO_DO),
         )
     except Exception:
-        refused = True
+        refuse()
         logger.exception("cost meter: it could not be installed; vLLM goes on unmetered")
 
 
@@ -116,8 +103,8 @@ def check_settings() -> None:
     """Stop the start, with one line, if a setting is wrong or the ledger cannot be where it is."""
     if _given("--cost-meter-config", sys.argv) and "COST_METER_CONFIG" not in os.environ:
         return  # not parsed yet; its own action checks
-    from vllm_cost_meter.config import load_settings  # noqa: PLC0415 - only the parent needs them
-    from vllm_cost_meter.ledger.store import check_location, default_url  # noqa: PLC0415
+    from vllm_cost_meter.config.loading import load_settings
+    from vllm_cost_meter.ledger.database import check_location, default_url
 
     try:
         check_location(load_settings().ledger or default_url())
@@ -126,16 +113,16 @@ def check_settings() -> None:
 
 
 def _anyone_fails_closed() -> bool:
-    from vllm_cost_meter.config import load_settings  # noqa: PLC0415 - API servers only
+    from vllm_cost_meter.config.loading import load_settings
 
     return bool(load_settings().failing_closed)
 
 
-def _collector() -> Any:
+def _runtime() -> Any:
     # The ledger must not be loaded into engine processes, which register but never call this.
-    from vllm_cost_meter.collector import get_collector  # noqa: PLC0415
+    from vllm_cost_meter.api_server.runtime import get_runtime
 
-    return get_collector()
+    return get_runtime()
 
 
 # -- flags --------------------------------------------------------------------------------------
@@ -163,8 +150,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-class NamePlugins(argparse.Action):
-    """Exports `--plugins a,b` as VLLM_PLUGINS, and switches the meter on if it is among them."""
+class _Exporting(argparse.Action):
+    """Keeps a flag's value and exports it to the environment, for the processes to come."""
 
     def __call__(
         self,
@@ -174,24 +161,30 @@ class NamePlugins(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, values)
-        wanted = [name.strip() for name in str(values).split(",") if name.strip()]
+        self.export(str(values))
+
+    def export(self, value: str) -> None:
+        """Export the value, and do what it asks for."""
+        raise NotImplementedError
+
+
+class NamePlugins(_Exporting):
+    """Exports `--plugins a,b` as VLLM_PLUGINS, and switches the meter on if it is among them."""
+
+    def export(self, value: str) -> None:
+        """Name the plugins."""
+        wanted = [name.strip() for name in value.split(",") if name.strip()]
         os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_name(wanted))
         if is_named():
             activate()
 
 
-class NameConfig(argparse.Action):
+class NameConfig(_Exporting):
     """Exports `--cost-meter-config FILE` as COST_METER_CONFIG, and checks what it says."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, values)
-        os.environ["COST_METER_CONFIG"] = os.path.abspath(values)  # noqa: PTH100 - keeps symlinks
+    def export(self, value: str) -> None:
+        """Name the file."""
+        os.environ["COST_METER_CONFIG"] = os.path.abspath(value)  # noqa: PTH100 - keeps symlinks
         if is_named():
             check_settings()
 
@@ -230,7 +223,7 @@ def _given(flag: str, argv: Sequence[str]) -> bool:
 class EndpointPlugin:
     """Entry point of `vllm.endpoint_plugins` (vLLM 0.27 and later): adds the middleware.
 
-    The collector starts with the application's lifespan, which both ways of installing the
+    The meter starts with the application's lifespan, which both ways of installing the
     middleware share.
     """
 
@@ -246,7 +239,7 @@ class EndpointPlugin:
             return
         with _refusing():
             if is_active() or _anyone_fails_closed():
-                from vllm_cost_meter.middleware import CostMiddleware  # noqa: PLC0415 - API servers
+                from vllm_cost_meter.api_server.middleware import CostMiddleware
 
                 app.add_middleware(CostMiddleware)
 

@@ -1,13 +1,13 @@
 """The laws of the code base, each a test whose name is the law.
 
-Goal: the structure that the design promises stays true without anyone having to remember it.
+Goal: the structure that docs/architecture promises stays true without anyone having to remember it.
 Method: the sources are parsed, never imported, so this runs without vLLM, in a second, and sees
-imports inside functions too. Modules that do not exist are not missed: files are globbed.
+imports inside functions too. The laws know folders, not files: a new file is under them as soon as
+it is saved.
 """
 
 import ast
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,88 +17,55 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "vllm_cost_meter"
 
-# Values and arithmetic: the standard library and each other.
-CORE = {
-    f"{PACKAGE}.records",
-    f"{PACKAGE}.errors",
-    f"{PACKAGE}.guard",
-    f"{PACKAGE}.pricing",
-    f"{PACKAGE}.price_book",
-    f"{PACKAGE}.price_rates",
-    f"{PACKAGE}.overheads",
-    f"{PACKAGE}.tenants",
-    f"{PACKAGE}.attribution",
-    f"{PACKAGE}._attribution_c",
-    f"{PACKAGE}._attribution_py",
-    f"{PACKAGE}._fit_py",
-    f"{PACKAGE}._shapley_py",
-    f"{PACKAGE}._requests_py",
-    f"{PACKAGE}.accrued",
-    f"{PACKAGE}.priors",
-    f"{PACKAGE}.books",
-    f"{PACKAGE}.energy_shares",
-    f"{PACKAGE}.energy_books",
-    f"{PACKAGE}.energy_records",
-    f"{PACKAGE}.windows",
-    f"{PACKAGE}.text",
-    f"{PACKAGE}.rounding",
-    f"{PACKAGE}.invoices",
-    f"{PACKAGE}.idle",
-    f"{PACKAGE}.grammar",
-    f"{PACKAGE}.reports",
-    f"{PACKAGE}.statement",
+# The import law: a file imports its own room and lower floors only. A room is a folder of the
+# package, or a file beside those folders.
+FLOORS: dict[int, set[str]] = {
+    0: {"errors", "guard", "plots", "units", "version"},
+    1: {"console", "records"},
+    2: {"attribution", "economics", "prices", "tenants"},
+    3: {"engine", "invoices", "reports"},
+    4: {"activation", "config", "exchange", "ledger", "metrics"},
+    5: {"endpoint", "vllm_hooks"},
+    6: {"api_server", "lab"},
+    7: {"__init__", "middleware", "plugin", "stats"},
+    8: {"cli"},
 }
-# What runs inside EngineCore and the workers, or is imported there by vLLM's plugin loader.
-ENGINE_SIDE = {
-    f"{PACKAGE}.{name}"
-    for name in (
-        "engine",
-        "plugin",
-        "_vllm",
-        "books",
-        "attribution",
-        "records",
-        "wire",
-        "step_log",
-        "energy",
-        "energy_shares",
-        "energy_books",
-        "energy_meter",
-    )
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+# What each room may import besides the standard library, and lower floors.
+THIRD_PARTIES: dict[str, set[str]] = {
+    "api_server": {"msgspec", "orjson", "starlette"},
+    "cli": {"rich", "sqlalchemy", "typer"},
+    "config": {"genai_prices", "pydantic", "pydantic_settings", "tomlkit"},
+    "console": {"rich"},
+    "endpoint": {"fastapi", "orjson", "prometheus_client", "pydantic", "starlette", "uvicorn"},
+    "engine": {"msgspec", "pynvml"},
+    "lab": {"matplotlib", "numpy", "openai", "prometheus_client", "rich"}
+    | {"tokenizers", "torch", "transformers", "vllm"},
+    "ledger": {"orjson", "sqlalchemy", "typing_extensions"},
+    "metrics": {"prometheus_client"},
+    "plots": {"matplotlib"},
+    "records": {"msgspec"},
+    # TypedDict as pydantic needs it to describe answers, on Python 3.11.
+    "reports": {"typing_extensions"},
+    "vllm_hooks": {"vllm"},
 }
-# They would cost the engine's process memory and start-up for nothing.
+# What vLLM imports in the processes of an engine, and what would cost those processes memory and
+# start-up for nothing.
+ENGINE_ROOTS = {f"{PACKAGE}.plugin", f"{PACKAGE}.vllm_hooks.scheduler"}
 NOT_IN_THE_ENGINE = {
-    "numpy",
-    "fastapi",
-    "starlette",
-    "uvicorn",
-    "sqlalchemy",
-    "sqlite3",
-    f"{PACKAGE}.ledger",
-    f"{PACKAGE}.validation",
-}
-# These speak to a person at a terminal; everything else logs or returns.
-PRINTERS = {
-    f"{PACKAGE}.{name}"
-    for name in (
-        "break_even_commands",
-        "budget_commands",
-        "calc_commands",
-        "cli",
-        "compare_commands",
-        "demo",
-        "doctor",
-        "economics_commands",
-        "invoice_commands",
-        "report_commands",
-        "sweep_commands",
-        "tenant_commands",
-        "terminal",
+    f"{PACKAGE}.{room}"
+    for room in (
+        *("api_server", "cli", "config.settings", "economics", "endpoint", "invoices", "lab"),
+        *("ledger", "reports"),
     )
-}
+} | {"fastapi", "numpy", "pydantic", "sqlalchemy", "sqlite3", "starlette", "uvicorn"}
+# These speak to a person at a terminal; everything else logs or returns.
+PRINTERS = {"cli", "console", "lab"}
 
 LONGEST_FUNCTION = 70
 LONGEST_FILE = 500
+MOST_MODULES_OF_A_FOLDER = 20
+MOST_FILES_ON_TOP = 12
 
 
 class Import(NamedTuple):
@@ -113,6 +80,8 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+# Built from csrc/, not parsed.
+NATIVE = {f"{PACKAGE}.attribution._native"}
 SOURCES = sorted(
     path
     for folder in (PACKAGE, "tests", "benchmarks", "scripts")
@@ -154,7 +123,7 @@ def imports_of(module: str) -> list[Import]:
                 base = ".".join([*parents, *([node.module] if node.module else [])])
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                name = inner if inner in MODULES or inner in CORE else base
+                name = inner if inner in MODULES or inner in NATIVE else base
                 found.append(Import(name, node.lineno, at_load))
     return found
 
@@ -166,6 +135,15 @@ def is_in(module: str, names: set[str]) -> bool:
 
 def where(module: str, line: int) -> str:
     return f"{MODULES[module].relative_to(ROOT)}:{line}"
+
+
+def room_of(module: str) -> str:
+    """Return the room a module of ours is in; the package itself is the room `__init__`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def is_ours(module: str) -> bool:
+    return is_in(module, {PACKAGE})
 
 
 def loaded_with(roots: set[str]) -> dict[str, str]:
@@ -183,60 +161,107 @@ def loaded_with(roots: set[str]) -> dict[str, str]:
     return ways
 
 
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of nodes that reach each other, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(edges[node]):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            place = stack.index(node)
+            group, stack[place:] = stack[place:], []
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in sorted(edges):
+        if node not in index:
+            visit(node)
+    return found
+
+
 def test_the_sources_are_found() -> None:
-    assert f"{PACKAGE}.records" in MODULES
-    assert PACKAGE in loaded_with({f"{PACKAGE}.records"})
+    assert f"{PACKAGE}.records.bill" in MODULES
+    assert PACKAGE in loaded_with({f"{PACKAGE}.records.bill"})
 
 
-def test_core_imports_only_the_standard_library_and_core() -> None:
-    allowed = set(sys.stdlib_module_names) | CORE | {PACKAGE}
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(module) for module in MODULES} == set(FLOOR_OF)
+
+
+def test_a_file_imports_its_own_room_and_lower_floors_only() -> None:
     wrong = [
         f"{where(module, entry.line)} imports {entry.module}"
-        for module in sorted(CORE & MODULES.keys())
+        for module in MODULES
         for entry in imports_of(module)
-        if entry.module != PACKAGE and not is_in(entry.module, allowed - {PACKAGE})
+        if is_ours(entry.module)
+        and room_of(entry.module) != room_of(module)
+        and FLOOR_OF[room_of(entry.module)] >= FLOOR_OF[room_of(module)]
     ]
     assert wrong == []
 
 
-def test_importing_the_engine_side_loads_no_web_framework_no_database_and_no_ledger() -> None:
+def test_a_room_imports_only_the_third_parties_of_its_own() -> None:
+    wrong = [
+        f"{where(module, entry.line)} imports {entry.module}"
+        for module in MODULES
+        for entry in imports_of(module)
+        if not is_ours(entry.module)
+        and entry.module.split(".")[0]
+        not in sys.stdlib_module_names | THIRD_PARTIES.get(room_of(module), set())
+    ]
+    assert wrong == []
+
+
+def test_the_table_of_third_parties_names_none_that_is_not_imported() -> None:
+    used = {
+        (room_of(module), entry.module.split(".")[0])
+        for module in MODULES
+        for entry in imports_of(module)
+    }
+    named = {(room, name) for room, names in THIRD_PARTIES.items() for name in names}
+    assert named - used == set()
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    edges = {
+        module: {entry.module for entry in imports_of(module) if entry.module in MODULES} - {module}
+        for module in MODULES
+    }
+    assert circles(edges) == []
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": set()}) == []
+
+
+def test_importing_the_engine_side_loads_no_settings_no_web_no_database_and_no_reports() -> None:
     wrong = [
         f"{where(module, entry.line)} imports {entry.module} (reached by {way})"
-        for module, way in loaded_with(ENGINE_SIDE).items()
+        for module, way in loaded_with(ENGINE_ROOTS).items()
         for entry in imports_of(module)
         if entry.at_load and is_in(entry.module, NOT_IN_THE_ENGINE)
     ]
     assert wrong == []
 
 
-# The base class of vLLM's stat-logger plugins, which an entry point must subclass: public, and too
-# heavy to import in every process.
-STAT_LOGGER_BASE = (f"{PACKAGE}.stats", "vllm.v1.metrics.loggers")
-
-
-def touches_vllm(module: str) -> bool:
-    """Return whether a module is one of those that may: its name begins with `_vllm`."""
-    return module.rpartition(".")[2].startswith("_vllm")
-
-
-def test_only_modules_named_vllm_import_vllm() -> None:
+def test_hooks_speak_to_the_engines_meter_and_reach_through_it_to_nothing() -> None:
     wrong = [
-        f"{where(module, entry.line)} imports {entry.module}"
-        for module in MODULES
-        if not touches_vllm(module)
-        for entry in imports_of(module)
-        if is_in(entry.module, {"vllm"}) and (module, entry.module) != STAT_LOGGER_BASE
-    ]
-    assert wrong == []
-
-
-def test_nothing_imports_the_command_line() -> None:
-    wrong = [
-        f"{where(module, entry.line)} imports {entry.module}"
-        for module in MODULES
-        if module != f"{PACKAGE}.__main__"
-        for entry in imports_of(module)
-        if is_in(entry.module, {f"{PACKAGE}.cli"})
+        where(module, node.lineno)
+        for module, path in MODULES.items()
+        if room_of(module) == "vllm_hooks"
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Attribute) and node.attr == "books"
     ]
     assert wrong == []
 
@@ -245,7 +270,7 @@ def test_only_what_speaks_at_a_terminal_prints() -> None:
     wrong = [
         where(module, node.lineno)
         for module, path in MODULES.items()
-        if not is_in(module, PRINTERS)
+        if room_of(module) not in PRINTERS
         for node in ast.walk(TREES[path])
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
@@ -254,13 +279,14 @@ def test_only_what_speaks_at_a_terminal_prints() -> None:
     assert wrong == []
 
 
-def test_every_package_is_shipped() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    packages = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / PACKAGE).rglob("__init__.py")
-    }
-    assert set(project["tool"]["setuptools"]["packages"]) == packages
+def test_a_folder_holds_few_modules() -> None:
+    folders: dict[Path, int] = {}
+    for path in MODULES.values():
+        folders[path.parent] = folders.get(path.parent, 0) + 1
+    top = folders.pop(ROOT / PACKAGE)
+    assert top <= MOST_FILES_ON_TOP
+    crowded = {str(f.relative_to(ROOT)): n for f, n in folders.items()}
+    assert {name: n for name, n in crowded.items() if n > MOST_MODULES_OF_A_FOLDER} == {}
 
 
 def test_every_module_says_what_it_is_for() -> None:
@@ -301,6 +327,7 @@ def test_a_file_is_read_in_one_sitting() -> None:
         ("from vllm_cost_meter import records", [("vllm_cost_meter.records", True)]),
         ("from . import records", [("vllm_cost_meter.records", True)]),
         ("from .records import Usage", [("vllm_cost_meter.records", True)]),
+        ("from vllm_cost_meter.records import bill", [("vllm_cost_meter.records.bill", True)]),
         ("def f():\n    import vllm", [("vllm", False)]),
         ("class A:\n    import vllm", [("vllm", True)]),
         ("if TYPE_CHECKING:\n    import a\nelse:\n    import b", [("a", False), ("b", True)]),

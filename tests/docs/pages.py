@@ -1,13 +1,14 @@
-"""Reads the tables of a page of docs/, so that tests can compare them with the code."""
+"""Reads the pages of docs/, their tables and links, so that tests can compare them with code."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
 _HEADING = re.compile(r"^(#+) (.*)$")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def section(page: Path, heading: str) -> str:
@@ -37,3 +38,18 @@ def names(page: Path, heading: str) -> list[str]:
     return [
         name for row in table_rows(section(page, heading)) for name in re.findall("`(.*?)`", row[0])
     ]
+
+
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Return the file and the anchor that each link of a page leads to, but for the web."""
+    found = []
+    for target in _LINK.findall(page.read_text()):
+        if not target.startswith("https:"):
+            path, _, anchor = target.partition("#")
+            found.append(((page.parent / path).resolve() if path else page, anchor))
+    return found
+
+
+def linked_pages(page: Path) -> set[Path]:
+    """Return the pages that a page links to."""
+    return {path for path, _ in links(page) if path.suffix == ".md"}

@@ -1,26 +1,20 @@
 """A small real ledger: one run, one HTTP request with its bill, one snapshot, one price."""
 
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
-from tests.builders import COST_MODEL
-from vllm_cost_meter.energy_records import ENERGY_CLASSES, RequestEnergy, RunEnergy
+from tests.builders import COST_MODEL, ENGINE
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.overheads import Overhead
-from vllm_cost_meter.price_book import EnergyPrice, PriceBook
-from vllm_cost_meter.records import (
-    NS_PER_HOUR,
-    Bill,
-    ClassTotals,
-    EngineRequest,
-    HttpRequest,
-    Latencies,
-    Price,
-    Snapshot,
-    Usage,
-    UsagePiece,
-)
+from vllm_cost_meter.prices.book import EnergyPrice, PriceBook
+from vllm_cost_meter.prices.overheads import Overhead
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Price, Usage
+from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 HOUR = 500_000
 START_NS = HOUR * NS_PER_HOUR
@@ -46,7 +40,7 @@ PART = EngineRequest(
     response_id="chatcmpl-1",
     external_id="chatcmpl-1",
     prompt_group="chatcmpl-1-internal",
-    tenant="search",
+    owner=Owner("search"),
     model="m",
     lora=None,
     route="/v1/chat/completions",
@@ -60,7 +54,7 @@ HTTP = HttpRequest(
     http_request_id="cost-1",
     response_id="chatcmpl-1",
     x_request_id="mine",
-    tenant="search",
+    owner=Owner("search"),
     model="m",
     route="/v1/chat/completions",
     status=200,
@@ -79,7 +73,6 @@ SNAPSHOT = Snapshot(
     taken_at_ns=START_NS + 2 * 10**9,
     started_at_ns=START_NS,
     wall_ns=TOTALS.total(),
-    gpus=1,
     totals=TOTALS,
     last_seq=1,
     billed_ns=300,
@@ -91,20 +84,9 @@ SNAPSHOT = Snapshot(
     own_ns=3,
     errors=0,
     state="on",
-    model="m",
-    hardware="NVIDIA H100 80GB HBM3",
-    parallelism="tp=1 pp=1 dp=1",
-    kv_blocks=1000,
-    kv_block_size=16,
-    host="node-1",
-    precision="bfloat16",
-    method="shapley",
+    engine=replace(ENGINE, method="shapley", hardware="NVIDIA H100 80GB HBM3"),
     prior="ModelMetrics",
     cost_models=(COST_MODEL,),
-    native=True,
-    engine_index=0,
-    vllm_version="0.32.0",
-    meter_version="0.1.0",
     hours={HOUR: TOTALS},
     energy=RunEnergy(40, None, 0, ENERGY, (), {HOUR: ENERGY}, (RequestEnergy(1, HOUR, 30, None),)),
 )

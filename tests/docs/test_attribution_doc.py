@@ -1,11 +1,11 @@
-"""docs/attribution.md says how the cost model is learnt with the figures of the code."""
+"""The page on attribution says how the cost model is learnt, with the figures of the code."""
 
 from tests.docs.pages import DOCS
-from vllm_cost_meter import _fit_py as fit
-from vllm_cost_meter._shapley_py import LARGE_MAX
-from vllm_cost_meter.validation.real import TENANTS
+from vllm_cost_meter.attribution import cost_model_py as fit
+from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
+from vllm_cost_meter.lab.validation.real_server import TENANTS
 
-TEXT = " ".join((DOCS / "attribution.md").read_text().split())
+TEXT = " ".join((DOCS / "explanation" / "attribution.md").read_text().split())
 
 
 def test_the_figures_of_the_fit_are_those_of_the_code():

@@ -1,19 +1,21 @@
-"""docs/books.md: its example is computed by the real books, its classes are all there are."""
+"""The page on the books: the real books compute its example, its classes are all there are."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from tests.builders import ENGINE_FACTS
+from tests.builders import ENGINE, ENGINE_STATE
 from tests.docs.pages import DOCS, names, section
 from vllm_cost_meter import guard
-from vllm_cost_meter.books import EngineBooks, RequestFacts
-from vllm_cost_meter.cli import audit_lines
-from vllm_cost_meter.ledger.audit import _DIFFERENCES
-from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
-from vllm_cost_meter.records import CLASSES, NS_PER_HOUR, Snapshot
+from vllm_cost_meter.cli.audit import audit_lines
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
+from vllm_cost_meter.ledger.queries.audit import _DIFFERENCES
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
+from vllm_cost_meter.records.snapshot import CLASSES, Snapshot
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
-PAGE = DOCS / "books.md"
+PAGE = DOCS / "explanation" / "books.md"
 EXAMPLE = section(PAGE, "An example by hand")
 ENDED = RequestFacts(
     engine_status="stopped", prompt_tokens=0, cached_tokens=0, output_tokens=0, preemptions=0
@@ -23,8 +25,7 @@ ENDED = RequestFacts(
 def books_of(gpus: int) -> EngineBooks:
     return EngineBooks(
         run_id="run",
-        method="tokens",
-        gpus=gpus,
+        engine=replace(ENGINE, gpus=gpus, kv_block_size=None),
         created_ns=0,
         now_ns=1000,
         unix_ns=500_000 * NS_PER_HOUR + 1000,
@@ -32,7 +33,7 @@ def books_of(gpus: int) -> EngineBooks:
 
 
 def look(books: EngineBooks, now_ns: int) -> Snapshot:
-    return books.snapshot(now_ns, 500_000 * NS_PER_HOUR + now_ns, 0, ENGINE_FACTS)
+    return books.snapshot(now_ns, 500_000 * NS_PER_HOUR + now_ns, 0, ENGINE_STATE)
 
 
 def live_the_example(gpus: int = 1) -> tuple[list[int], Snapshot]:
@@ -111,7 +112,10 @@ def test_what_the_audit_compares_is_all_there():
 
 
 def test_the_audit_line_has_the_form_of_the_command():
-    line = next(line for line in PAGE.read_text().splitlines() if "run 194d4656" in line)
+    lines = PAGE.read_text().splitlines()
+    place = next(place for place, line in enumerate(lines) if "run 194d4656" in line)
+    shown = [line.removeprefix("    ") for line in lines[place : place + 3]]
+    line = shown[1]
     seconds = dict(re.findall(r"(\w+) (\d+\.\d+) [+;]", line.replace(";", " ;")))
     run = {f"{name}_ns": round(float(seconds.get(name, 0)) * 1e9) for name in CLASSES}
     run |= {"run_id": "194d4656", "engine_index": 0, "wall_ns": 116_702_000_000, "gpus": 1}
@@ -120,7 +124,8 @@ def test_the_audit_line_has_the_form_of_the_command():
     run |= {"hours_difference_ns": 0, "in_flight_difference_ns": 0, "missing_bills": []}
     run |= {"lost_requests": [], "lost_step_ns": 0}
     run |= {"energy_difference_mj": 0}
-    assert list(audit_lines({"runs": [run], "balanced": True})) == [line.strip(), "balanced"]
+    run |= {"started_at": "2026-11-25T09:30:00.000000Z", "host": "gpu-7", "model": "llama"}
+    assert list(audit_lines({"runs": [run], "balanced": True})) == shown
 
 
 @pytest.mark.parametrize(

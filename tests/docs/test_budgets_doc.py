@@ -1,17 +1,18 @@
-"""docs/budgets.md shows the error that a client gets, and the numbers of the code."""
+"""The page on budgets shows the error that a client gets, and the numbers of the code."""
 
 import json
 import re
 from datetime import datetime
-from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from vllm_cost_meter.admission import FRESH_S_MIN, SNAPSHOTS_MISSED_MAX
-from vllm_cost_meter.budgets import Budget, Standing, Verdict
-from vllm_cost_meter.config import Settings
-from vllm_cost_meter.refusal import TOO_MANY_REQUESTS, UNAVAILABLE, refusal, warning
+from tests.docs.pages import DOCS, section
+from vllm_cost_meter.api_server.admission import FRESH_S_MIN, SNAPSHOTS_MISSED_MAX
+from vllm_cost_meter.api_server.refusal import TOO_MANY_REQUESTS, UNAVAILABLE, refusal, warning
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.tenants.budgets import Budget, Standing, Verdict
 
-TEXT = (Path(__file__).parents[2] / "docs" / "budgets.md").read_text()
+PAGE = DOCS / "howto" / "budgets.md"
+TEXT = " ".join(PAGE.read_text().split())
 BERLIN = ZoneInfo("Europe/Berlin")
 NOW = int(datetime(2026, 11, 24, 12, tzinfo=BERLIN).timestamp()) * 10**9
 
@@ -22,7 +23,8 @@ def spent() -> Standing:
 
 
 def test_the_error_is_the_one_that_a_client_gets():
-    shown = "".join(line.strip() + " " for line in TEXT.splitlines() if line[:4] == "    ")
+    lines = section(PAGE, "What clients see").splitlines()
+    shown = "".join(line.strip() + " " for line in lines if line[:4] == "    ")
     told = refusal(Verdict("blocked", spent()), "search", "/v1/chat/completions")
     assert json.loads(shown) == json.loads(told.body)
 

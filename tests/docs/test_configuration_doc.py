@@ -1,4 +1,4 @@
-"""docs/configuration.md and prices.md say what the code says: each setting, default and unit."""
+"""The configuration page says what the code says: each setting, default and unit."""
 
 import re
 from pathlib import Path
@@ -6,15 +6,26 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from tests.docs.pages import section
-from vllm_cost_meter.config import OTHER_NAMES, PREFIX, SECTIONS, Settings, load_settings
+from tests.docs.pages import DOCS, section
+from vllm_cost_meter.config.loading import OTHER_NAMES, SECTIONS, load_settings
+from vllm_cost_meter.config.reload import live_names
+from vllm_cost_meter.config.settings import PREFIX, Settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.reload import live_names
-from vllm_cost_meter.setting_prices import EnergyPriceSetting, OverheadSetting, PriceSetting
 
-PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
-
-PRICES = PAGE.with_name("prices.md")
+PAGE = DOCS / "reference" / "configuration.md"
+PRICES = DOCS / "howto" / "set-prices.md"
+# Each section of the file has its heading, in the order of the code.
+HEADINGS = (
+    "Tenants",
+    "Tenant rules",
+    "Prices of GPUs",
+    "Energy prices",
+    "Overheads",
+    "Budgets",
+    "Invoice layouts",
+    "Invoice resources",
+    "Invoice currencies",
+)
 
 
 def shown_default(field) -> str:
@@ -39,11 +50,7 @@ def rows(model: type[BaseModel], *, environment: bool) -> list[str]:
 
 EXPECTED = [
     *rows(Settings, environment=True),
-    *(
-        line
-        for name in ("tenants", "tenant_rules", "budgets")  # the price book has its own page
-        for line in rows(SECTIONS[name], environment=False)
-    ),
+    *(line for model in SECTIONS.values() for line in rows(model, environment=False)),
 ]
 
 
@@ -63,16 +70,9 @@ def test_names_that_are_no_settings_are_mentioned(name):
     assert f"| `{name}` |" in PAGE.read_text()
 
 
-@pytest.mark.parametrize(
-    ("heading", "model"),
-    [
-        ("Prices of GPUs", PriceSetting),
-        ("Energy", EnergyPriceSetting),
-        ("Overheads", OverheadSetting),
-    ],
-)
-def test_every_key_of_the_price_book_is_documented_as_it_is_and_no_other(heading, model):
-    lines = section(PRICES, heading).splitlines()
+@pytest.mark.parametrize(("heading", "model"), list(zip(HEADINGS, SECTIONS.values(), strict=True)))
+def test_every_key_of_a_section_is_documented_as_it_is_and_no_other(heading, model):
+    lines = section(PAGE, heading).splitlines()
     shown = [line for line in lines if line.startswith("| `")]
     assert shown == rows(model, environment=False)
 
@@ -81,7 +81,7 @@ def test_the_book_on_the_page_can_be_loaded_and_the_error_below_is_what_a_slip_i
     tmp_path, monkeypatch
 ):
     page = PRICES.read_text()
-    above = page.partition("## Prices of GPUs")[0]
+    above = section(PRICES, "A price book")
     book = [line[4:] for line in above.splitlines() if line.startswith("    ") or not line]
     text = "\n".join(book).strip("\n") + "\n"
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""docs/economics.md has every figure and calculator, their units, inputs, results and formulas."""
+"""The pages on economics have every figure, calculator, unit, input, result and formula."""
 
 import inspect
 import re
@@ -8,13 +8,14 @@ from dataclasses import fields
 import pytest
 
 from tests.docs.pages import DOCS, names, section, table_rows
-from vllm_cost_meter.calculators import CALCULATORS, INPUTS
-from vllm_cost_meter.compare_api import MEMORY_BYTES_MAX, TIMEOUT_S
 from vllm_cost_meter.economics import Point
+from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS
 from vllm_cost_meter.economics.comparison import FORMULA
-from vllm_cost_meter.ledger.figures import FIGURES
+from vllm_cost_meter.endpoint.compare import MEMORY_BYTES_MAX, TIMEOUT_S
+from vllm_cost_meter.ledger.economics.figures import FIGURES
 
-PAGE = DOCS / "economics.md"
+PAGE = DOCS / "reference" / "economics.md"
+COMPARE = (DOCS / "howto" / "compare-with-apis.md").read_text()
 
 
 def row(name: str, of: str) -> list[str]:
@@ -41,11 +42,11 @@ def test_inputs_results_and_formula_are_those_of_the_function(name):
 
 
 def test_the_formula_of_a_comparison_is_that_of_the_code():
-    assert FORMULA in " ".join(section(PAGE, "Compared with APIs").split())
+    assert FORMULA in " ".join(COMPARE.split())
 
 
 def test_the_bounds_of_a_comparison_are_those_of_the_code():
-    said = " ".join(section(PAGE, "Compared with APIs").split())
+    said = " ".join(COMPARE.split())
     assert f"within {TIMEOUT_S:.0f} s and {MEMORY_BYTES_MAX // 2**30} GiB" in said
 
 
@@ -59,5 +60,5 @@ def test_the_fields_of_a_point_are_documented():
 
 def test_every_figure_is_documented_with_its_unit_and_meaning_and_no_other():
     assert [
-        (cells[0].strip("`"), cells[1], cells[2]) for cells in table_rows(section(PAGE, "Measured"))
+        (cells[0].strip("`"), cells[1], cells[2]) for cells in table_rows(section(PAGE, "Figures"))
     ] == [(name, figure.unit, figure.meaning) for name, figure in FIGURES.items()]

@@ -1,19 +1,19 @@
-"""docs/energy.md: its reasons are all there are, its example is computed by the real arithmetic."""
+"""The page on energy: its reasons are all there are, the real arithmetic gives its example."""
 
 import pytest
 
 from tests.docs.pages import DOCS, names, section, table_rows
-from vllm_cost_meter import energy
-from vllm_cost_meter.energy_books import UNTOLD_MAX
-from vllm_cost_meter.energy_shares import (
+from vllm_cost_meter.engine.energy import nvml as energy
+from vllm_cost_meter.engine.energy.books import UNTOLD_MAX
+from vllm_cost_meter.engine.energy.shares import (
     POWER_WINDOW_NS_MIN,
     QUIET_CLASSES,
     PowerBounds,
     split_energy,
 )
-from vllm_cost_meter.ledger.energy import PENDING
+from vllm_cost_meter.ledger.queries.energy import PENDING
 
-PAGE = DOCS / "energy.md"
+PAGE = DOCS / "explanation" / "energy.md"
 TEXT = " ".join(PAGE.read_text().split())
 MS, S = 10**6, 10**9
 
@@ -53,7 +53,7 @@ def test_the_quiet_classes_are_those_of_the_code():
         f"by more than {energy.POWER_MAX_W // 1000} kW can",
         f"at most {energy.POWER_MAX_W // 1000} kW; otherwise",
         f"stood still for {energy.COUNTER_PERIOD_NS_MAX // S} s",
-        f"looked for anew every {energy.RETRY_NS // S} s",
+        f"looks for it anew every {energy.RETRY_NS // S} s",
         f"any window of at least {POWER_WINDOW_NS_MIN // S} s",
         f"energy of at most {UNTOLD_MAX:,} requests",
         f"null with the reason `{PENDING}`",

@@ -1,4 +1,4 @@
-"""docs/invoices.md says what files of bills are read, and what is told of them."""
+"""The page on invoices says which files are read, and what is told of them."""
 
 import re
 
@@ -7,25 +7,19 @@ from fastapi.testclient import TestClient
 
 from tests.docs.pages import DOCS, names, section
 from tests.docs.small_ledger import HOUR, small_ledger
-from tests.docs.test_configuration_doc import rows
-from vllm_cost_meter import invoice_focus
-from vllm_cost_meter.api import make_app
-from vllm_cost_meter.config import load_settings
-from vllm_cost_meter.invoice_files import InvoiceFile, InvoiceRules, read_invoice
-from vllm_cost_meter.invoice_rows import FILE_BYTES_MAX
-from vllm_cost_meter.invoices import CHARGE_CLASSES, KINDS, BillingSnapshot, InvoiceLine
-from vllm_cost_meter.ledger.billed import DIFFERENCE
-from vllm_cost_meter.ledger.invoice_hours import HOURS_MAX, ROWS_MAX
-from vllm_cost_meter.ledger.invoices import import_invoice
-from vllm_cost_meter.records import NS_PER_HOUR
-from vllm_cost_meter.setting_invoices import (
-    InvoiceSetting,
-    InvoiceSettings,
-    RateSetting,
-    ResourceSetting,
-)
+from vllm_cost_meter.config.invoices import InvoiceSettings
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.invoices import focus as invoice_focus
+from vllm_cost_meter.invoices.files import InvoiceFile, InvoiceRules, read_invoice
+from vllm_cost_meter.invoices.rows import FILE_BYTES_MAX
+from vllm_cost_meter.invoices.timeline import CHARGE_CLASSES, KINDS, InvoiceLine, Reading
+from vllm_cost_meter.ledger.billing.comparison import DIFFERENCE
+from vllm_cost_meter.ledger.billing.hours import HOURS_MAX, ROWS_MAX
+from vllm_cost_meter.ledger.billing.importing import import_invoice
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
-PAGE = DOCS / "invoices.md"
+PAGE = DOCS / "howto" / "against-the-invoice.md"
 
 
 @pytest.fixture
@@ -38,17 +32,8 @@ def client(tmp_path):
     reader.close()
 
 
-@pytest.mark.parametrize(
-    ("heading", "model"),
-    [("Layouts", InvoiceSetting), ("Resources", ResourceSetting), ("Currencies", RateSetting)],
-)
-def test_every_key_is_documented_as_it_is_and_no_other(heading, model):
-    shown = [line for line in section(PAGE, heading).splitlines() if line.startswith("| `")]
-    assert shown == rows(model, environment=False)
-
-
 def test_the_settings_on_the_page_can_be_loaded(tmp_path):
-    above = section(PAGE, "Formats").partition("### Layouts")[0].partition("**A layout**")[2]
+    above = section(PAGE, "Formats").partition("**A layout**")[2]
     lines = [line[4:] for line in above.splitlines() if line.startswith("    ") or not line]
     path = tmp_path / "meter.toml"
     path.write_text("\n".join(lines))
@@ -61,12 +46,12 @@ def test_the_settings_on_the_page_can_be_loaded(tmp_path):
 
 
 def test_a_snapshot_has_the_fields_that_the_page_says(tmp_path):
-    before = section(PAGE, "Formats").partition("### Layouts")[0]
+    before = section(PAGE, "Formats")
     fields = re.findall(r"^\| `(\w+)`", before, re.MULTILINE)
     path = tmp_path / "readings.csv"
     path.write_text(f"{','.join(fields)}\nr,2026-11-01T00:00:00Z,1,,disk\n")
-    [snapshot] = read_invoice(path, "snapshots", InvoiceRules()).snapshots
-    assert (snapshot.cumulative_nanousd, snapshot.kind) == (10**9, "disk")
+    [reading] = read_invoice(path, "snapshots", InvoiceRules()).readings
+    assert (reading.cumulative_nanousd, reading.kind) == (10**9, "disk")
     row = re.search(r"^\| `kind` \| \| (.*) \|$", before, re.MULTILINE)[1]
     assert tuple(re.findall("`(.*?)`", row.partition(";")[0])) == KINDS
 
@@ -90,11 +75,11 @@ def test_the_numbers_and_words_are_those_of_the_code():
 
 def test_every_field_of_a_resource_and_of_an_import_is_documented_and_no_other(client, tmp_path):
     begin, end = HOUR * NS_PER_HOUR, (HOUR + 1) * NS_PER_HOUR
-    read = [BillingSnapshot("r", "gpu", at, usd) for at, usd in ((begin, 2), (end, 1))]
+    read = [Reading("r", "gpu", at, usd) for at, usd in ((begin, 2), (end, 1))]
     told = InvoiceFile("f", dict.fromkeys(read, "f:1"), {}, 0)
     answer = import_invoice(f"sqlite:///{tmp_path / 'ledger.db'}", told, NS_PER_HOUR, 0)
-    assert names(PAGE, "What import and list tell") == list(answer["resources"][0])
-    said = section(PAGE, "What import and list tell").partition("`import` has")[2]
+    assert names(PAGE, "What import and list report") == list(answer["resources"][0])
+    said = section(PAGE, "What import and list report").partition("`import` also has")[2]
     [lost] = answer["unobserved"]
     fields = (answer.keys() | lost.keys()) - {"resources", "resource", "kind"}
     assert set(re.findall("`(.*?)`", said)) == fields
@@ -108,5 +93,5 @@ def test_every_field_of_a_day_and_of_a_summary_is_documented_and_no_other(client
     assert fields == list(day)
     assert fields[1:] == list(answer["total"])
     billed = client.get("/cost/summary").json()["billed"]
-    assert list(billed) == [*fields[1:], *names(DOCS / "api.md", "Billed")]
+    assert list(billed) == [*fields[1:], *names(DOCS / "reference" / "totals.md", "Billed")]
     assert billed["others"] == [{"resource": "vol", "kind": "disk", "billed_usd": "0.000000005"}]

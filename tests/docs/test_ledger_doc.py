@@ -1,15 +1,16 @@
-"""docs/ledger.md has every table and column of the schema, and nothing else."""
+"""The pages on the ledger have every table and column, nothing else, and the code's numbers."""
 
 from inspect import signature
 
 import pytest
 
 from tests.docs.pages import DOCS, names, section
+from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
-from vllm_cost_meter.ledger.store import default_url
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
-PAGE = DOCS / "ledger.md"
+PAGE = DOCS / "reference" / "ledger-schema.md"
+EXPLANATION = DOCS / "explanation" / "ledger.md"
 
 
 @pytest.mark.parametrize("table", metadata.sorted_tables, ids=lambda table: table.name)
@@ -27,11 +28,11 @@ def test_every_table_is_documented_and_no_other():
 
 
 def test_the_numbers_are_those_of_the_code(monkeypatch):
-    text = PAGE.read_text()
+    text = EXPLANATION.read_text()
     writer = signature(LedgerWriter).parameters
     assert f"within {writer['gather_s'].default * 1000:.0f} ms" in text
     assert f"up to {writer['max_records'].default:,} per API server" in text
-    assert f"schema version {SCHEMA_VERSION}" in text
+    assert f"schema version {SCHEMA_VERSION}" in PAGE.read_text()
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/me")
     assert default_url() == "sqlite:////home/me/.local/state/vllm-cost-meter/ledger.db"

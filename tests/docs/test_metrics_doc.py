@@ -1,4 +1,4 @@
-"""docs/metrics.md names every metric of the meter, its labels, and nothing else."""
+"""The page on metrics names every metric of the meter, its labels, and nothing else."""
 
 import re
 
@@ -7,9 +7,9 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from tests.docs.pages import DOCS, section, table_rows
 from vllm_cost_meter import metrics
-from vllm_cost_meter.records import CLASSES
+from vllm_cost_meter.records.snapshot import CLASSES
 
-PAGE = DOCS / "metrics.md"
+PAGE = DOCS / "reference" / "metrics.md"
 METRICS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 
 

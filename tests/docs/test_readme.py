@@ -1,30 +1,37 @@
 """What README.md and the other pages tell people to do can be done: commands, links, names."""
 
+import importlib
 import re
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from tests.docs.pages import DOCS, PAGES, ROOT
-from vllm_cost_meter import reply
-from vllm_cost_meter.budgets import Budget, Standing, Verdict
-from vllm_cost_meter.cli import app
-from vllm_cost_meter.config import OTHER_NAMES, PREFIX, Settings
-from vllm_cost_meter.records import BILL_KEY
-from vllm_cost_meter.refusal import refusal, warning
-from vllm_cost_meter.tenants import PROOF_HEADER
+from vllm_cost_meter.api_server import reply_bytes as reply
+from vllm_cost_meter.api_server.refusal import refusal, warning
+from vllm_cost_meter.cli.commands import whole
+from vllm_cost_meter.config.loading import OTHER_NAMES
+from vllm_cost_meter.config.settings import PREFIX, Settings
+from vllm_cost_meter.records.bill import BILL_KEY
+from vllm_cost_meter.tenants.budgets import Budget, Standing, Verdict
+from vllm_cost_meter.tenants.rules import PROOF_HEADER
 
 README = ROOT / "README.md"
+QUICKSTART = DOCS / "quickstart.md"
 MAKEFILE = (ROOT / "Makefile").read_text()
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = whole().commands
 COMMAND = re.compile(r"(?<![/\w:])vllm-cost-meter((?: +[-a-z]+)+)")
+FILES = [
+    str(path.relative_to(ROOT))
+    for folder in ("vllm_cost_meter", "csrc", "scripts", "tests", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py*")
+] + ["setup.py"]
 # Environment names that look like settings: examples of what goes wrong.
 WRONG_NAMES = {"COST_METER_PROT", "COST_METER_SERVICE_HOST"}
 # Pages of what no user can see yet. Linked from the README, such a page leaves this list.
 UNLINKED: set[str] = set()
-EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def code_of(page: Path) -> list[str]:
@@ -41,8 +48,17 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def resolve(name: str) -> object:
+    """Return the module or the thing in it that a dotted name stands for; None for nothing."""
+    module, _, rest = name.rpartition(".")
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return getattr(resolve(module), rest, None) if module else None
+
+
 def test_the_pages_are_found():
-    assert {README, DOCS / "api.md", ROOT / "CHANGELOG.md"} <= set(PAGES)
+    assert {README, DOCS / "reference" / "http-api.md", ROOT / "CHANGELOG.md"} <= set(PAGES)
 
 
 @EACH_PAGE
@@ -57,13 +73,13 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_linked_from_the_readme():
-    linked = set(re.findall(r"\]\((docs/[^)#]+\.md)\)", README.read_text()))
-    assert linked == {f"docs/{page.name}" for page in DOCS.glob("*.md")} - UNLINKED
+    linked = set(re.findall(r"\]\((docs/[^)#]+\.md)[)#]", README.read_text()))
+    assert linked == {str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md")} - UNLINKED
 
 
 def test_the_table_of_vllm_versions_is_of_those_that_make_matrix_runs():
     """Its figures are a run's; that all passed is what the README claims."""
-    text = README.read_text()
+    text = (DOCS / "reference" / "vllm-versions.md").read_text()
     table = re.search(r"<!-- make matrix -->(.*)<!-- /make matrix -->", text, re.DOTALL)[1]
     head, _, *rows = [line.strip("|").split("|") for line in table.split("\n") if line[:1] == "|"]
     assert [cell.strip() for cell in head] == [
@@ -72,6 +88,7 @@ def test_the_table_of_vllm_versions_is_of_those_that_make_matrix_runs():
     versions = re.search(r"^MATRIX := (.*)$", MAKEFILE, re.MULTILINE)[1].split()
     assert [row[0].strip() for row in rows] == versions
     assert {row[3].strip() for row in rows} == {"0"}
+    assert f"[vLLM {versions[0]} to {versions[-1]}]" in " ".join(README.read_text().split())
 
 
 @EACH_PAGE
@@ -101,8 +118,14 @@ def test_commands_and_their_options_exist(page):
             assert {word for word in rest if word.startswith("--")} <= options, piece
 
 
-def test_every_command_is_told_in_the_readme():
-    told = {words.split()[0] for piece in code_of(README) for words in COMMAND.findall(piece)}
+def test_every_command_is_told_on_a_page_that_a_person_wrote():
+    pages = [README, *(page for page in DOCS.rglob("*.md") if page.name != "cli.md")]
+    told = {
+        words.split()[0]
+        for page in pages
+        for piece in code_of(page)
+        for words in COMMAND.findall(piece)
+    }
     assert told | {"demo"} == set(COMMANDS)
 
 
@@ -128,13 +151,37 @@ def test_header_names_are_those_of_the_code(page):
 def test_files_that_are_named_exist(page):
     for piece in code_of(page):
         for name in re.findall(
-            r"(?<![\w/.])((?:tests|csrc|docs|scripts|vllm_cost_meter)/\S+)", piece
+            r"(?<![\w/.])((?:tests|csrc|docs|scripts|benchmarks|vllm_cost_meter)/[^\s)]*)", piece
         ):
-            assert (ROOT / name.rstrip(")")).exists(), piece
+            assert (ROOT / name).exists(), piece
+        # A module may be named by the end of its path; vLLM's are not here.
+        for name in re.findall(r"(?<![\w/.*])(?!vllm/)([\w/]+\.pyx?)\b", piece):
+            assert any(f"/{path}".endswith(f"/{name}") for path in FILES), piece
 
 
-def test_the_bill_in_the_readme_adds_up():
-    bill, _, after = README.read_text().partition("    the bill\n")[2].partition("    sum:")
+@EACH_PAGE
+def test_modules_that_are_named_can_be_imported(page):
+    for piece in code_of(page):
+        for name in re.findall(r"\bvllm_cost_meter(?:\.\w+)+", piece):
+            if page.name != "CHANGELOG.md" and not name.endswith(".md"):
+                assert resolve(name) is not None, piece
+
+
+def test_the_report_in_the_readme_adds_up():
+    report = README.read_text().partition("$ vllm-cost-meter report\n")[2]
+    table, _, after = report.partition("    adds up: the rows are all of ")
+    head, *rows = [line.split() for line in table.splitlines()]
+    assert head[-2:] == ["gpu_seconds", "cost_usd"]
+    total, shown = Decimal(after.split()[0]), sum(Decimal(row[-2]) for row in rows)
+    # Each row is shown to the microsecond.
+    assert abs(total - shown) < Decimal("0.000001") * len(rows)
+    [request] = [row for row in rows if not row[0].startswith("__")]
+    assert request[0] == re.search("x-cost-meter-tenant: (.*)", README.read_text())[1]
+    assert request[-1] == re.search("x-cost-meter-cost-usd: (.*)", README.read_text())[1]
+
+
+def test_the_bill_of_the_demo_adds_up():
+    bill, _, after = QUICKSTART.read_text().partition("    the bill\n")[2].partition("    sum:")
     rows = {row.split()[0]: row.split()[1:] for row in bill.splitlines() if row.split()}
     heading, total = rows.pop("tenant"), rows.pop("total")
     assert heading == ["requests", "prompt", "cached", "output", "GPU", "seconds", "USD"]
@@ -146,8 +193,18 @@ def test_the_bill_in_the_readme_adds_up():
         assert sum(int(row[place]) for row in tenants.values()) == int(total[place])
 
 
-def test_the_headers_in_the_readme_are_those_that_are_sent():
-    shown = dict(re.findall(r"^    +(x-[a-z-]+): (.+)$", README.read_text(), re.MULTILINE))
+def headers_shown() -> list[dict[str, str]]:
+    """The blocks of headers that README and quickstart show."""
+    blocks = [
+        re.findall(r"^    +(x-[a-z-]+): (.+)$", block, re.MULTILINE)
+        for page in (README, QUICKSTART)
+        for block in re.findall(r"(?:^    +x-.*\n)+", page.read_text(), re.MULTILINE)
+    ]
+    return [dict(block) for block in blocks]
+
+
+@pytest.mark.parametrize("shown", headers_shown(), ids=lambda shown: shown["x-cost-meter-tenant"])
+def test_the_headers_that_are_shown_are_those_that_are_sent(shown):
     gpu_time_ns = int(Decimal(shown["x-cost-meter-gpu-seconds"]) * 10**9)
     cost = reply.Cost(
         gpu_time_ns=gpu_time_ns,
@@ -164,12 +221,15 @@ def test_the_headers_in_the_readme_are_those_that_are_sent():
     assert {name.decode(): value.decode() for name, value in sent} == shown
 
 
-def test_the_errors_in_the_readme_are_those_of_the_whole_table():
-    whole = (DOCS / "attribution.md").read_text()
+@pytest.mark.parametrize("page", [README, DOCS / "explanation" / "scope.md"], ids=lambda p: p.name)
+def test_the_errors_that_are_told_are_those_of_the_whole_table(page):
+    whole = (DOCS / "explanation" / "attribution.md").read_text()
     rows = re.findall(
-        r"^\| (\w+) / llama-3.1-8b / (\d+) \| [\d.]+ \| (.*) \|$", whole, re.MULTILINE
+        r"^\| \w+ / llama-3.1-8b / \d+ \| [\d.]+ \| ([\d.]+) .*? \| ([\d.]+) ", whole, re.MULTILINE
     )
     assert len(rows) == 9
-    for gpu, batch, figures in rows:
-        p95 = [cell.split(" · ")[0] for cell in figures.split(" | ")]
-        assert f"| {gpu.upper()}, {batch} | {' | '.join(p95)} |" in README.read_text()
+    shapley, tokens = ([float(row[place]) for row in rows] for place in (0, 1))
+    digits = 2 if page == README else 1
+    text = " ".join(page.read_text().split())
+    assert f"{min(shapley):.{digits}f} to {max(shapley):.{digits}f} %" in text
+    assert f"off by {min(tokens):.0f} to {max(tokens):.0f} %" in text

@@ -1,14 +1,15 @@
-"""docs/replies.md shows what replies get, to the byte, and docs/hooks.md every hook."""
+"""The page on replies shows what clients get, to the byte; the page on hooks every hook."""
 
 import re
 
 from tests.docs.pages import DOCS, names, section, table_rows
-from vllm_cost_meter import _vllm, _vllm_canary, reply
-from vllm_cost_meter.collector import MISSES_IN_A_ROW_MAX
-from vllm_cost_meter.config import Settings
+from vllm_cost_meter.api_server import reply_bytes as reply
+from vllm_cost_meter.api_server.breaker import MISSES_IN_A_ROW_MAX
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX
+from vllm_cost_meter.vllm_hooks import canary, scheduler
 
-REPLIES, HOOKS = DOCS / "replies.md", DOCS / "hooks.md"
+REPLIES, HOOKS = DOCS / "reference" / "headers-and-streams.md", DOCS / "reference" / "hooks.md"
 COST = reply.Cost(
     gpu_time_ns=80_742_957,
     prefill_ns=3_373_512,
@@ -48,7 +49,7 @@ def test_the_settings_are_those_of_the_code():
     assert [row[0].split("`")[1] for row in rows] == ["all", "headers", "none"]
     fields = Settings.model_fields
     assert f"`{fields['reply'].default}` (the default)" in rows[0][0]
-    text = REPLIES.read_text()
+    text = " ".join(REPLIES.read_text().split())
     assert f"`COST_METER_BILL_TIMEOUT_MS` ({fields['bill_timeout_ms'].default} ms)" in text
     assert f"After {MISSES_IN_A_ROW_MAX} misses in a row" in text
 
@@ -57,18 +58,18 @@ def test_every_hook_is_documented_and_no_other():
     engine = {name.rpartition(".")[2] for name in names(HOOKS, "In the engine process")}
     ours = {
         name
-        for name in vars(_vllm.MeteredScheduler)
-        if callable(vars(_vllm.MeteredScheduler)[name])
+        for name in vars(scheduler.MeteredScheduler)
+        if callable(vars(scheduler.MeteredScheduler)[name])
     }
     added = {"get_scheduler_cls", "sleep", "wake_up", "execute_dummy_batch"}
     added |= {"cost_meter_snapshot", "cost_meter_stop"}
     assert engine == ours | added
     api = set(re.findall(r"`(\w+\.\S+?)`", section(HOOKS, "In the API servers")))
-    hooked = {f"OutputProcessor.{name}" for name in _vllm_canary.OUTPUT_PROCESSOR}
+    hooked = {f"OutputProcessor.{name}" for name in canary.OUTPUT_PROCESSOR}
     assert api == hooked | {"EngineArgs.add_cli_args", "vllm.plugins.load_plugins_by_group"}
 
 
 def test_the_carriers_name_and_the_limit_are_those_of_the_code():
-    text = HOOKS.read_text()
-    assert f"`{_vllm.CARRIER_ID}`" in text
+    text = " ".join(HOOKS.read_text().split())
+    assert f"`{scheduler.CARRIER_ID}`" in text
     assert f"After {ERRORS_IN_A_ROW_MAX} failures of one hook in a row" in text

@@ -1,16 +1,18 @@
-"""docs/tenants.md names every rule and every bound as the code has them."""
+"""The page on tenants names every rule and every bound as the code has them."""
 
 from typing import get_args
 
 import typer.main
 
 from tests.docs.pages import DOCS, names, section
-from vllm_cost_meter import metrics, request_body
-from vllm_cost_meter.tenant_commands import app
-from vllm_cost_meter.tenant_settings import RuleSetting
-from vllm_cost_meter.tenants import CHILD_KINDS, NAME_CHARS_MAX, PROOF_HEADER
+from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server import request_body
+from vllm_cost_meter.cli.tenants import app
+from vllm_cost_meter.config.tenants import RuleSetting
+from vllm_cost_meter.records.owner import CHILD_KINDS
+from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, PROOF_HEADER
 
-PAGE = DOCS / "tenants.md"
+PAGE = DOCS / "howto" / "tenants-from-keys.md"
 
 
 def test_every_rule_is_explained_and_no_other():

@@ -1,4 +1,4 @@
-"""docs/validation.md says what is simulated and measured as the code does it."""
+"""The page on validation says what is simulated and measured as the code does it."""
 
 import re
 
@@ -6,13 +6,13 @@ import pytest
 
 from tests.docs.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.attribution import METHODS
-from vllm_cost_meter.step_log import _Line
-from vllm_cost_meter.validation import roofline, traffic
-from vllm_cost_meter.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES, Plan
-from vllm_cost_meter.validation.compare import WARM_UP_PART, Errors
-from vllm_cost_meter.validation.truth import ENUMERATED_MAX
+from vllm_cost_meter.engine.step_log import _Line
+from vllm_cost_meter.lab.validation import roofline, traffic
+from vllm_cost_meter.lab.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES, Plan
+from vllm_cost_meter.lab.validation.compare import WARM_UP_PART, Errors
+from vllm_cost_meter.lab.validation.truth import ENUMERATED_MAX
 
-PAGE = DOCS / "validation.md"
+PAGE = DOCS / "explanation" / "validation.md"
 TEXT = " ".join(PAGE.read_text().split())
 ROWS = {row[0].strip("`"): row[1:] for row in table_rows(PAGE.read_text())}
 
@@ -77,7 +77,7 @@ def test_figures_in_the_text_are_those_of_the_code():
 def test_the_results_are_of_all_truths_and_methods():
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in section(DOCS / "attribution.md", "How wrong is it?").splitlines()
+        for line in section(PAGE.with_name("attribution.md"), "How wrong is it?").splitlines()
         if line.startswith("|")
     ]
     rows = [row for row in rows if row[0].count("/") == 2]

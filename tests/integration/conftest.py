@@ -29,6 +29,7 @@ def server(work: Path) -> Iterator[Server]:
         environment={
             "CMT_TEE": str(tee),
             "CMT_SEEN": str(work / "seen"),
+            "COST_METER_LABELS": "pool=spot,zone=a",
             "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # background responses need it
         },
     )

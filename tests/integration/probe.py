@@ -30,7 +30,7 @@ namespace = parser.parse_args(sys.argv[2:])
 hooked = lambda f: hasattr(f, "cost_meter_original")
 def is_ours(function):
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return code is not None and pathlib.Path(code.co_filename).name.startswith("_vllm")
+    return code is not None and "vllm_hooks" in pathlib.Path(code.co_filename).parts
 OWNERS = (AsyncMPClient, EngineArgs, EngineCore, OutputProcessor, Scheduler, SchedulerConfig)
 class App:
     added = []

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from vllm_cost_meter.tiny_model import default_path
+from vllm_cost_meter.lab.tiny_model import default_path
 
 START_TIMEOUT_S = 240
 PLUGIN_FOLDER = Path(__file__).parent / "plugin"

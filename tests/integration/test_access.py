@@ -6,6 +6,8 @@ rules by API key and by the body's `user`.
 """
 
 import json
+import re
+import socket
 import time
 
 import httpx
@@ -51,6 +53,27 @@ def test_a_key_that_comes_twice_differently_is_refused_where_budgets_hold(hard: 
     reply = httpx.post(f"{hard.url}/v1/completions", json=body, headers=twice, timeout=60)
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "contradicting_credentials"
+
+
+def test_pipelined_requests_of_two_tenants_in_one_write_are_billed_to_each(hard: Server) -> None:
+    names = ["alpha", "beta", "beta", "alpha"]
+    body = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 4}).encode()
+    requests = b"".join(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        + f"Authorization: Bearer {TENANT_KEYS[name]}\r\nContent-Length: {len(body)}\r\n"
+        f"Connection: {'close' if number == len(names) else 'keep-alive'}\r\n\r\n".encode()
+        + body
+        for number, name in enumerate(names, 1)
+    )
+    url = httpx.URL(hard.url)
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        connection.sendall(requests)
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    told = re.findall(rb"x-cost-meter-tenant: (\w+)", answer)
+    assert told == [name.encode() for name in names]
+    ids = re.findall(rb'"id":"(cmpl-[^"]+)"', answer)
+    rows = [hard.bill_of(response_id.decode()) for response_id in ids]
+    assert [(row["tenant"], len(row["parts"])) for row in rows] == [(name, 1) for name in names]
 
 
 def own(hard: Server, path: str, key: str | None) -> httpx.Response:

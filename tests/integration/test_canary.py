@@ -15,7 +15,7 @@ import pytest
 from tests.integration.probe import Probe
 from tests.integration.server import Server
 from tests.integration.traffic import ask
-from vllm_cost_meter import _vllm_canary as canary
+from vllm_cost_meter.vllm_hooks import canary
 
 
 def callables(listed: canary.Listed) -> list[str]:

@@ -15,6 +15,19 @@ from tests.integration.server import Server
 from tests.integration.traffic import ask
 
 
+def test_an_engine_carries_its_labels_to_the_summary_and_the_reports(server: Server) -> None:
+    with server.client() as client:
+        ask(client, "/v1/completions")
+    server.balanced()
+    assert [run["labels"] for run in server.cost("summary")["runs"]] == [
+        {"pool": "spot", "zone": "a"}
+    ]
+    answer = server.cost("report?aggregate=label:pool&filter=label:zone%3Da")
+    (row,) = [row for row in answer["series"][0]["rows"] if row["class"] == "requests"]
+    assert row["label:pool"] == "spot"
+    assert row["requests"] > 0
+
+
 def test_figures_of_real_traffic_are_the_summarys_and_their_sql_gives_them(server: Server) -> None:
     with server.client() as client:
         for _ in range(3):

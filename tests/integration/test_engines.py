@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,9 @@ from tests.integration.adapter import make_adapter
 from tests.integration.running import Watched, watch
 from tests.integration.server import TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask
-from vllm_cost_meter.ledger.cut import DEAD_AFTER_NS
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.records import OVERHEAD_CLASSES
+from vllm_cost_meter.records.snapshot import OVERHEAD_CLASSES
 
 REACHED_WITHIN_S = 60
 
@@ -201,6 +202,10 @@ def killed(hard: Server) -> Killed:
             told.append(stream.rows[-1])
             os.kill(hard.engine_pid, signal.SIGKILL)
 
+    for command in ("audit", "report", "doctor"):
+        # A command that closes the ledger beside the server must not take its WAL away.
+        environment = {**os.environ, "COST_METER_LEDGER": hard.ledger_url}
+        subprocess.run(["vllm-cost-meter", command], env=environment, check=True)  # noqa: S603
     with hard.client() as client:
         reply = ask(client, "/v1/chat/completions")
     # The stream ends with its engine, and so does the endpoint that is looked at.

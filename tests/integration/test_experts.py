@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.server import Server
 from tests.integration.traffic import ask
-from vllm_cost_meter.tiny_model import default_path
+from vllm_cost_meter.lab.tiny_model import default_path
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ ENGINE_HOOKS = ("_scheduled", "_result_came", "_carry_late_bills", "_added", "_f
 SLEEP_HOOKS = ("_slept", "_woke")
 API_HOOKS = ("_born", "_take_bills", "_billed", "poll_engines", "set_engine", "count_bill")
 REPLY_HOOKS = ("_new_exchange", "usage_of", "headers", "final_usage", "insert_usage")
-REPLY_HOOKS += ("all_billed", "http_record")
+REPLY_HOOKS += ("all_billed", "http_request")
 STAT_LOGGER = ("count_inter_token_latencies",)
 HOOKS = (*ENGINE_HOOKS, *API_HOOKS, *REPLY_HOOKS, *STAT_LOGGER)
 # Longer than the default: what does not wait for a bill is well below it, on a busy machine too.

@@ -377,7 +377,7 @@ def _output_tokens(answer: dict, tenant: str) -> int:
 
 
 def _model_path() -> str:
-    from vllm_cost_meter.tiny_model import default_path
+    from vllm_cost_meter.lab.tiny_model import default_path
 
     return str(default_path())
 

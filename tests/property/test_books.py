@@ -7,16 +7,20 @@ billed; and what the engine waited for is known, however seldom somebody looks.
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import reduce
 
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from tests.builders import ENGINE_FACTS
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.books import EngineBooks, RequestFacts
-from vllm_cost_meter.records import NS_PER_HOUR, Bill, ClassTotals, UsagePiece
+from tests.builders import ENGINE, ENGINE_STATE
+from tests.support.examples import examples
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 START_UNIX_NS = 1_790_000_000 * 10**9
 
@@ -41,8 +45,7 @@ class Engine(RuleBasedStateMachine):
         self.unix_ahead_ns = START_UNIX_NS
         self.books = EngineBooks(
             run_id="run",
-            method="tokens",
-            gpus=3,
+            engine=replace(ENGINE, gpus=3, kv_block_size=None),
             created_ns=7,
             now_ns=self.now_ns,
             unix_ns=self.unix_ahead_ns + self.now_ns,
@@ -156,7 +159,7 @@ class Engine(RuleBasedStateMachine):
 
     def the_books_balance(self) -> None:
         snapshot = self.books.snapshot(
-            self.now_ns, self.unix_ahead_ns + self.now_ns, self.acknowledged, ENGINE_FACTS
+            self.now_ns, self.unix_ahead_ns + self.now_ns, self.acknowledged, ENGINE_STATE
         )
         assert snapshot.difference_ns == 0
         waited = {name: getattr(snapshot.totals, name) for name in ("idle", "host", "sleep")}
@@ -183,4 +186,4 @@ class Engine(RuleBasedStateMachine):
 
 
 TestBooks = Engine.TestCase
-TestBooks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBooks.settings = settings(max_examples=examples(60), stateful_step_count=40)

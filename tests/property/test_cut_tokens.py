@@ -27,10 +27,10 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_cost_meter._vllm import meter_scheduler_class
-from vllm_cost_meter.records import BILL_KEY, CARRIER_ID, Bill
-from vllm_cost_meter.tiny_model import default_path
-from vllm_cost_meter.wire import read_bill
+from tests.support.examples import examples
+from vllm_cost_meter.lab.tiny_model import default_path
+from vllm_cost_meter.records.bill import BILL_KEY, CARRIER_ID, Bill, read_bill
+from vllm_cost_meter.vllm_hooks.scheduler import meter_scheduler_class
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2}
 BLOCK_SIZE = 16
@@ -232,7 +232,7 @@ def check(life: Life, caching: bool) -> None:
     aborts=st.sampled_from([0, 0.02, 0.2]),
     caching=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_computed_tokens_are_output_rejected_or_cut_off(
     config, base, seed, requests, aborts, caching
 ):

@@ -8,17 +8,19 @@ was unknown is known from the books' own figures, by a judge of a few lines.
 """
 
 from collections import defaultdict
+from dataclasses import replace
 
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from tests.builders import ENGINE_FACTS
+from tests.builders import ENGINE, ENGINE_STATE
 from tests.property.test_books import START_UNIX_NS, facts
-from vllm_cost_meter.books import EngineBooks
-from vllm_cost_meter.energy_books import EnergyBooks, WindowEnd
-from vllm_cost_meter.energy_records import RunEnergy
-from vllm_cost_meter.records import NS_PER_HOUR, Bill
+from vllm_cost_meter.engine.books import EngineBooks
+from vllm_cost_meter.engine.energy.books import EnergyBooks, WindowEnd
+from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.energy import RunEnergy
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 
 class MeteredEngine(RuleBasedStateMachine):
@@ -27,8 +29,7 @@ class MeteredEngine(RuleBasedStateMachine):
         self.now_ns = 50_000_000
         self.books = EngineBooks(
             run_id="run",
-            method="tokens",
-            gpus=2,
+            engine=replace(ENGINE, gpus=2, kv_block_size=None),
             created_ns=7,
             now_ns=self.now_ns,
             unix_ns=START_UNIX_NS + self.now_ns,
@@ -106,7 +107,7 @@ class MeteredEngine(RuleBasedStateMachine):
     def it_is_read(self, energy_mj: int | None, ns: int, arrives: bool, acknowledges: bool) -> None:
         self.now_ns += ns
         unix_ns = START_UNIX_NS + self.now_ns
-        snapshot = self.books.snapshot(self.now_ns, unix_ns, 0, ENGINE_FACTS)
+        snapshot = self.books.snapshot(self.now_ns, unix_ns, 0, ENGINE_STATE)
         end = WindowEnd(
             snapshot.number,
             unix_ns // NS_PER_HOUR,
@@ -163,4 +164,4 @@ class MeteredEngine(RuleBasedStateMachine):
 
 
 TestEnergyBooks = MeteredEngine.TestCase
-TestEnergyBooks.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestEnergyBooks.settings = settings(stateful_step_count=60)

@@ -7,7 +7,7 @@ Method: Hypothesis, with times from nanoseconds to days, on one to sixteen cards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.energy_shares import PowerBounds, split_energy
+from vllm_cost_meter.engine.energy.shares import PowerBounds, split_energy
 
 TIMES = st.dictionaries(
     st.text(max_size=2), st.integers(0, 10**9) | st.integers(0, 10**15), max_size=8

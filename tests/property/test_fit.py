@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from vllm_cost_meter._fit_py import (
+from vllm_cost_meter.attribution.cost_model_py import (
     COMPUTE,
     FIRST_PUBLISH,
     MEMORY,

@@ -12,18 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_cost_meter.invoice_files import InvoiceFile
-from vllm_cost_meter.invoices import (
+from tests.support.bills import spend
+from tests.support.examples import examples
+from vllm_cost_meter.invoices.files import InvoiceFile
+from vllm_cost_meter.invoices.timeline import (
     CHARGE_CLASSES,
-    BillingSnapshot,
     InvoiceLine,
+    Reading,
     billed_hours,
-    spend,
     stretches,
 )
-from vllm_cost_meter.ledger.invoices import import_invoice
-from vllm_cost_meter.ledger.store import open_ledger
-from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.ledger.billing.importing import import_invoice
+from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 SPAN_NS = 60 * NS_PER_HOUR
 instants = st.one_of(
@@ -41,7 +42,7 @@ def snapshots(draw):
     found = []
     for each, rated in zip(at, is_rate, strict=False):
         usd = draw(amounts)
-        found.append(BillingSnapshot("r", "gpu", each, *((None, usd) if rated else (usd, None))))
+        found.append(Reading("r", "gpu", each, *((None, usd) if rated else (usd, None))))
     return found
 
 
@@ -155,7 +156,7 @@ def of_whole_microseconds(fact):
 
 
 def is_possible(fact):
-    return isinstance(fact, BillingSnapshot) or fact.from_ns < fact.to_ns
+    return isinstance(fact, Reading) or fact.from_ns < fact.to_ns
 
 
 def recomputed(files, gap_ns):
@@ -165,7 +166,7 @@ def recomputed(files, gap_ns):
         (*meter, *hour)
         for meter in {(fact.resource, fact.kind) for fact in facts}
         for hour in billed_hours(stretches(
-            [one for one in facts if isinstance(one, BillingSnapshot)
+            [one for one in facts if isinstance(one, Reading)
              and (one.resource, one.kind) == meter],
             [one for one in facts if isinstance(one, InvoiceLine)
              and (one.resource, one.kind) == meter],
@@ -182,7 +183,7 @@ def ledger(tmp_path_factory):
     """Import files into a ledger that is empty, and return its rows by table, and what was told."""
     path = tmp_path_factory.mktemp("invoices") / "ledger.db"
     url = f"sqlite:///{path}"
-    open_ledger(url).dispose()
+    open_database(url).dispose()
 
     def imported(files, gap_ns):
         with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -190,7 +191,7 @@ def ledger(tmp_path_factory):
                 for table in TABLES:
                     connection.execute(f"DELETE FROM {table}")
             for facts in files:
-                read = {one: "f:1" for one in facts if isinstance(one, BillingSnapshot)}
+                read = {one: "f:1" for one in facts if isinstance(one, Reading)}
                 charged = {one: "f:1" for one in facts if isinstance(one, InvoiceLine)}
                 file = InvoiceFile("f", read, charged, 0)
                 told = import_invoice(url, file, gap_ns, 0)["resources"]
@@ -203,7 +204,6 @@ def ledger(tmp_path_factory):
     return imported
 
 
-@settings(deadline=None)
 @given(facts_in_files(), gaps)
 def test_hours_are_those_of_all_facts_whatever_file_each_came_in_and_in_which_order(
     ledger, files, gap_ns
@@ -212,7 +212,7 @@ def test_hours_are_those_of_all_facts_whatever_file_each_came_in_and_in_which_or
     assert hours == recomputed(files, gap_ns)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(facts_in_files(), gaps)
 def test_a_ledger_holds_and_tells_the_same_however_facts_are_split_into_files(
     ledger, files, gap_ns

@@ -9,27 +9,22 @@ import random
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select
 
 from tests.builders import make_bill, make_open, make_part, make_snapshot
-from vllm_cost_meter.grammar import question
+from tests.support.examples import examples
+from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import write
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import open_requests
-from vllm_cost_meter.ledger.store import open_ledger, writing
-from vllm_cost_meter.records import (
-    CLASSES,
-    NS_PER_HOUR,
-    ClassTotals,
-    EngineRequest,
-    HttpRequest,
-    OpenRequest,
-    Snapshot,
-    Usage,
-    UsagePiece,
-)
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Usage
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
+from vllm_cost_meter.reports.grammar import question
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 HOUR = 500_000
 NOW = HOUR * NS_PER_HOUR
@@ -93,7 +88,7 @@ def snapshot_of(run: int, parts: list[EngineRequest], overhead: list, gpus: int)
 
 def http_of(part: EngineRequest) -> HttpRequest:
     return HttpRequest(
-        part.http_request_id, None, None, part.tenant, None, "/", 200, False, Usage(), None, None,
+        part.http_request_id, None, None, part.owner, None, "/", 200, False, Usage(), None, None,
         NOW, NOW,
     )  # fmt: skip
 
@@ -132,25 +127,24 @@ class World:
         https = {part.http_request_id: http_of(part) for part in self.bills}
         with tempfile.TemporaryDirectory() as folder:
             url = f"sqlite:///{Path(folder) / 'ledger.db'}"
-            engine = open_ledger(url)
+            engine = open_database(url)
             announced = [open_of(part) for part in self.bills]
             store(engine, [*kept, *announced, *self.snapshots, *https.values()], seed)
             with engine.connect() as connection:
                 self.open = set(connection.execute(select(open_requests.c.request_id)).scalars())
             engine.dispose()
             reader = LedgerReader(url)
-            self.report = reader.tenants(now_ns=NOW, settle_s=0)
+            self.report = reader.tenants(as_of=AsOf(NOW, 0))
             self.windows = [
-                reader.tenants(hour, hour + 1, now_ns=NOW, settle_s=0)
-                for hour in range(HOUR, HOUR + 4)
+                reader.tenants(hour, hour + 1, as_of=AsOf(NOW, 0)) for hour in range(HOUR, HOUR + 4)
             ]
             asked = question(aggregate="tenant,model,status,hour", idle="proportional")
-            self.asked = reader.report(asked, now_ns=NOW, settle_s=0)
-            self.audit = reader.audit(now_ns=NOW, settle_s=0)
+            self.asked = reader.report(asked, as_of=AsOf(NOW, 0))
+            self.audit = reader.audit(as_of=AsOf(NOW, 0))
             reader.close()
 
 
-slow = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slow = settings(max_examples=examples(25))
 
 
 @slow
@@ -159,7 +153,7 @@ def test_the_rows_add_up_and_the_audit_balances(drawn, seed):
     world = World(drawn, seed)
     assert world.audit["balanced"], world.audit
     assert world.open == set()
-    wall_gpu_ns = sum(snapshot.wall_ns * snapshot.gpus for snapshot in world.snapshots)
+    wall_gpu_ns = sum(snapshot.wall_ns * snapshot.engine.gpus for snapshot in world.snapshots)
     assert world.report["wall_gpu_ns"] == wall_gpu_ns
     assert world.report["adds_up"]
     assert sum(row["gpu_time_ns"] for row in world.report["tenants"]) == wall_gpu_ns
@@ -171,7 +165,7 @@ def test_tenants_owe_what_their_bills_say_and_windows_add_up_to_the_whole(drawn,
     world = World(drawn, seed)
     rows = {row["tenant"]: row for row in world.report["tenants"]}
     for tenant in "abc":
-        mine = [part for part in world.bills if part.tenant == tenant]
+        mine = [part for part in world.bills if part.owner.tenant == tenant]
         row = rows.get(tenant, {"gpu_time_ns": 0, "requests": 0, "prompt_tokens": 0})
         assert row["gpu_time_ns"] == sum(part.bill.gpu_time_ns for part in mine)
         assert row["requests"] == len({part.http_request_id for part in mine})

@@ -12,10 +12,10 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.overheads import Overhead, overhead_lines
-from vllm_cost_meter.price_book import Matches, PriceBook, PriceEntry, RunFacts, by_price
-from vllm_cost_meter.pricing import NANOUSD_PER_USD, decimal_text
-from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry, RunFacts, by_price
+from vllm_cost_meter.prices.overheads import Overhead, overhead_lines
+from vllm_cost_meter.units.money import NANOUSD_PER_USD, decimal_text
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 HOUR = 500_000
 names = st.sampled_from(["a", "B", "ab"])

@@ -6,8 +6,9 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.pricing import NANOUSD_PER_USD, cost_nanousd, format_usd, parse_price
-from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.prices.cost import cost_nanousd, parse_price
+from vllm_cost_meter.units.money import NANOUSD_PER_USD, format_usd
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 times = st.integers(0, 10**18)
 prices = st.decimals(

@@ -10,18 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.records import (
-    CLASSES,
-    Bill,
-    ClassTotals,
-    CostModel,
-    Snapshot,
-    UsagePiece,
-    rfc3339,
-    unix_ns_of,
-)
-from vllm_cost_meter.wire import read_bill, write_bill
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.bill import Bill, UsagePiece, read_bill, write_bill
+from vllm_cost_meter.records.engine import EngineIdentity
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, CostModel, Snapshot
+from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 
 count = st.integers(0, 2**63 - 1)
 text = st.text(max_size=30)
@@ -57,23 +50,29 @@ models = st.builds(
     error_one_plane=share,
     explained=share,
 )
+engines = st.builds(
+    EngineIdentity,
+    **dict.fromkeys(("model", "vllm_version", "meter_version", "hardware", "parallelism"), text),
+    **dict.fromkeys(("method", "host", "precision"), text),
+    engine_index=count,
+    gpus=st.integers(1, 2**31),
+    native=st.booleans(),
+    **dict.fromkeys(("kv_blocks", "kv_block_size"), st.none() | count),
+    labels=st.dictionaries(text, text, max_size=3),
+)
 snapshots = st.builds(
     Snapshot,
     **dict.fromkeys(
         ("number", "taken_at_ns", "started_at_ns", "wall_ns", "last_seq", "billed_ns", "running"),
         count,
     ),
-    **dict.fromkeys(("waiting", "steps", "busy_ns", "own_ns", "errors", "engine_index"), count),
-    **dict.fromkeys(("run_id", "state", "model", "method", "vllm_version", "meter_version"), text),
-    **dict.fromkeys(("hardware", "parallelism", "prior", "host", "precision"), text),
+    **dict.fromkeys(("waiting", "steps", "busy_ns", "own_ns", "errors", "step_ns"), count),
+    **dict.fromkeys(("run_id", "state", "prior"), text),
+    engine=engines,
     cost_models=st.lists(models, max_size=2).map(tuple),
-    gpus=st.integers(1, 2**31),
     totals=totals,
-    **dict.fromkeys(("kv_blocks", "kv_block_size"), st.none() | count),
     kv_cache_usage=st.none() | st.floats(0, 1),
-    native=st.booleans(),
     hours=st.dictionaries(hours, totals, max_size=3),
-    step_ns=count,
     live=st.lists(
         st.tuples(text, st.builds(Accrued, *[count] * len(Accrued._fields))), max_size=3
     ).map(tuple),

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.records import Usage
-from vllm_cost_meter.reply import (
+from vllm_cost_meter.api_server.reply_bytes import (
     Cost,
     SseEvents,
     _span,
@@ -27,6 +26,7 @@ from vllm_cost_meter.reply import (
     is_token,
     usage_of,
 )
+from vllm_cost_meter.records.requests import Usage
 
 ns = st.integers(0, 10**18)
 costs = st.builds(

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.property.worlds_of_usage import facts, policies, priced, prices
-from vllm_cost_meter.grammar import Question, question
-from vllm_cost_meter.idle import SHARED_CLASSES
-from vllm_cost_meter.records import OVERHEAD_ROWS
-from vllm_cost_meter.reports import REQUESTS, Facts, pieces, report, wall_cost
+from tests.support.examples import examples
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.allocation import pieces, report, wall_cost
+from vllm_cost_meter.reports.facts import REQUESTS, Facts
+from vllm_cost_meter.reports.grammar import Question, question
+from vllm_cost_meter.reports.idle import SHARED_CLASSES
 
 HOUR = 500_000
 hours = st.integers(HOUR, HOUR + 24 * 40)
@@ -110,7 +112,7 @@ def test_a_filter_chooses_rows_and_changes_none(known, asked, base, data):
         ]
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(facts(hours), prices, zones, steps)
 def test_without_sharing_steps_accumulate_to_the_report_without_steps(known, base, tz, step):
     whole = question(aggregate="tenant,model", tz=tz)

@@ -5,7 +5,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.rounding import largest_remainder
+from vllm_cost_meter.units.rounding import largest_remainder
 
 amounts = st.lists(st.fractions(-(10**12), 10**12), max_size=40)
 

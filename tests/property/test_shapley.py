@@ -2,8 +2,8 @@
 
 Method: random planes and batches. Up to four requests the charges are compared with the average
 over all orders of joining, computed the long way; above, with the same over enumerated subsets, to
-the bound that docs/attribution.md states, and with the axioms. Native and twin are compared in
-test_attribution.py; here the twin is the theory.
+the bound that docs/explanation/attribution.md states, and with the axioms. Native and twin are
+compared in test_attribution.py; here the twin is the theory.
 """
 
 import math
@@ -14,8 +14,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vllm_cost_meter._fit_py import ZERO, Plane, Work, time_of
-from vllm_cost_meter._shapley_py import LARGE_MAX, WEIGHT_SUM, Game, solve_game
+from vllm_cost_meter.attribution.cost_model import Plane
+from vllm_cost_meter.attribution.cost_model_py import ZERO, Work, time_of
+from vllm_cost_meter.attribution.shapley_py import LARGE_MAX, WEIGHT_SUM, Game, solve_game
 
 COEFFICIENT = st.just(0.0) | st.floats(1e-3, 1e4)
 COMPUTE = st.tuples(COEFFICIENT, COEFFICIENT, COEFFICIENT, COEFFICIENT, st.just(0.0))

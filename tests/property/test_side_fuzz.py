@@ -11,15 +11,14 @@ from prometheus_client import CollectorRegistry
 from schemathesis.checks import not_a_server_error
 
 from tests.docs.small_ledger import small_ledger
-from vllm_cost_meter.access import Access, sha256
-from vllm_cost_meter.api import make_app
+from tests.support.examples import examples
+from vllm_cost_meter.endpoint.access import Access, sha256
+from vllm_cost_meter.endpoint.app import make_app
 
 TENANT = {"authorization": "Bearer key-of-search"}
 BY_HASH = {sha256("key-of-search"): "search"}
 # Few, for each of thirty routes: they are enough to go through every parameter.
-FEW = settings(
-    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+FEW = settings(max_examples=examples(12), suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

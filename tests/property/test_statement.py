@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.property.worlds_of_usage import facts, policies, priced, prices
-from vllm_cost_meter.idle import IdlePolicy
-from vllm_cost_meter.reports import wall_cost
-from vllm_cost_meter.statement import (
+from vllm_cost_meter.reports.allocation import wall_cost
+from vllm_cost_meter.reports.idle import IdlePolicy
+from vllm_cost_meter.reports.statement import (
     NANOUSD_PER_CENT,
     OverheadCost,
     month_question,
     statement,
 )
-from vllm_cost_meter.windows import period_name, zone_of
+from vllm_cost_meter.units.calendar import period_name, zone_of
 
 # Leap days, months in which clocks change, zones off by half an hour and by three quarters.
 months = st.tuples(st.integers(2024, 2032), st.integers(1, 12)).map(lambda m: f"{m[0]}-{m[1]:02d}")

@@ -3,10 +3,10 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.step_log import LoggedStep, Part, StepLogWriter, read_header, read_steps
+from vllm_cost_meter.engine.step_log import LoggedStep, Part, StepLogWriter, read_header, read_steps
 
 COUNT = st.integers(0, 2**31 - 1)
 NS = st.integers(0, 2**63 - 1)
@@ -23,7 +23,6 @@ def write(path: Path, steps: list[LoggedStep]) -> None:
     writer.close()
 
 
-@settings(deadline=None)
 @given(STEPS)
 def test_steps_are_read_as_they_were_written(steps):
     with TemporaryDirectory() as folder:
@@ -32,7 +31,6 @@ def test_steps_are_read_as_they_were_written(steps):
         assert list(read_steps(path)) == steps
 
 
-@settings(deadline=None)
 @given(STEPS, st.integers(0, 1_000))
 def test_a_log_cut_anywhere_gives_the_steps_before_the_cut(steps, cut):
     with TemporaryDirectory() as folder:

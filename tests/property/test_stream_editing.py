@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.unit.world import COST, DONE, SSE, TOKEN, USAGE, event_of, replying, worlds
-from vllm_cost_meter.reply import SseEvents, is_end
+from vllm_cost_meter.api_server.reply_bytes import SseEvents, is_end
 
 BLOCKS = [
     TOKEN,
@@ -33,7 +34,7 @@ def world(tmp_path_factory):
         yield make()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     stream=streams, cuts=st.lists(st.integers(0, 1_000), max_size=12), byte_by_byte=st.booleans()
 )

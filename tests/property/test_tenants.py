@@ -11,13 +11,11 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.request_body import claims_of
-from vllm_cost_meter.tenant_settings import RuleSetting, TenantSetting, check_tenants, resolver_of
-from vllm_cost_meter.tenants import (
-    CONTRADICTION,
-    NOBODY,
+from vllm_cost_meter.api_server.request_body import claims_of
+from vllm_cost_meter.config.tenants import RuleSetting, TenantSetting, check_tenants, resolver_of
+from vllm_cost_meter.records.owner import CONTRADICTION, NOBODY, UNKNOWN
+from vllm_cost_meter.tenants.rules import (
     PROOF_HEADER,
-    UNKNOWN,
     Resolver,
     name_problem,
 )
@@ -96,14 +94,15 @@ def test_a_client_is_nobody_itself_or_a_child_of_itself(rules, headers, body):
     if found.tenant == UNKNOWN:
         assert found in (NOBODY, CONTRADICTION)
     elif found.tenant == "alice":
-        assert (found.rule, found.parent, found.tags) == ("api_key", None, '{"kind":"cogs"}')
+        assert (found.rule_text, found.parent, found.tags) == ("api_key", None, {"kind": "cogs"})
     else:
         parent, _, child = found.tenant.partition("/")
         assert (parent, found.parent) == ("alice", "alice")
         assert "/" not in child
         assert found.tenant.isascii()
-        assert found.rule.startswith("api_key+")
-        assert '"kind":"cogs"' in found.tags
+        assert found.by_api_key
+        assert found.is_clients_choice
+        assert found.tags["kind"] == "cogs"
     assert found.tenant == UNKNOWN or name_problem(found.tenant) is None
     carries_the_key = any(ALICE_KEY in value for _, value in headers)
     assert found.tenant == UNKNOWN or carries_the_key
@@ -139,4 +138,4 @@ def test_the_gateway_names_whom_it_wants_whatever_else_stands_there(headers, bod
     # A request that says two things elsewhere is nobody's, the gateway's too.
     assert found.tenant in ("bob", UNKNOWN)
     if not any(n.lower() in (b"authorization", b"x-api-key") for n, _ in others):
-        assert (found.tenant, found.rule) == ("bob", "header:x-tenant-id")
+        assert (found.tenant, found.rule_text) == ("bob", "header:x-tenant-id")

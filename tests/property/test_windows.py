@@ -6,8 +6,14 @@ from datetime import UTC, datetime
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.records import NS_PER_HOUR
-from vllm_cost_meter.windows import hours_of_window, month_hours, period_name, period_of, zone_of
+from vllm_cost_meter.units.calendar import (
+    hours_of_window,
+    month_hours,
+    period_name,
+    period_of,
+    zone_of,
+)
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 # Of what a ledger may hold: from before this was written, over three leap days.
 FIRST = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp()) // 3600

@@ -4,8 +4,8 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from vllm_cost_meter.records import OVERHEAD_ROWS
-from vllm_cost_meter.reports import Ended, Facts, Used
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.facts import Ended, Facts, Used
 
 RUNS = ("run-1", "run-2")
 TENANTS = ("alice", "bob", "carol")

@@ -12,11 +12,12 @@ import pytest
 
 from tests.builders import make_snapshot
 from tests.unit.world import BODY, DONE, JSON, SSE, TOKEN, Client, replying, scope_of
-from vllm_cost_meter.admission import Admission, Rules
-from vllm_cost_meter.budgets import Budget, Figures, Owner, Standing
-from vllm_cost_meter.collector import NoCollector
+from vllm_cost_meter.api_server.admission import Admission, Rules
+from vllm_cost_meter.api_server.runtime import NoRuntime
 from vllm_cost_meter.guard import Guard
-from vllm_cost_meter.ledger.spending import Spending
+from vllm_cost_meter.ledger.queries.spending import Spending
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 
 TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()], **more}
@@ -36,10 +37,10 @@ def budget(**changes) -> Budget:
 @pytest.fixture
 def world(make_world):
     world = make_world(tenants=TENANTS, budget_throttle_s=0.1)
-    collector = world.collector
-    spending = Spending(collector.ledger_url)
-    rules = collector._budget_rules
-    collector.admission = Admission(spending, rules, collector.guard, interval_s=1.0)
+    runtime = world.runtime
+    spending = Spending(runtime.ledger_url)
+    rules = runtime.budget_rules
+    runtime.admission = Admission(spending, rules, runtime.guard, interval_s=1.0)
     yield world
     spending.close()
 
@@ -50,7 +51,7 @@ def used(world, amount: int | None, as_of_ns: int | None = None, **changes) -> S
     hours = None if amount is None else {now_ns // (3600 * 10**9): amount}
     standing = Standing(budget(**changes), hours, now_ns)
     as_of_ns = now_ns if as_of_ns is None else as_of_ns
-    world.collector.admission.figures = Figures([standing], as_of_ns)
+    world.runtime.admission.figures = Figures([standing], as_of_ns)
     return standing
 
 
@@ -147,17 +148,17 @@ def test_a_client_that_names_a_user_escapes_neither_budget_nor_fail_closed(make_
         tenant_rules=[{"rule": "api_key"}, {"rule": "user"}],
         budgets=[{"name": "b", "tenant": "acme", "usd": 1}],
     )
-    collector = world.collector
-    spending = Spending(collector.ledger_url)
-    rules = collector._budget_rules
-    collector.admission = Admission(spending, rules, collector.guard, interval_s=1.0)
+    runtime = world.runtime
+    spending = Spending(runtime.ledger_url)
+    rules = runtime.budget_rules
+    runtime.admission = Admission(spending, rules, runtime.guard, interval_s=1.0)
     assert asking_as_user(world, "key", "bob").status == 503
     (declared,) = rules().budgets
     now_ns = time.time_ns()
 
     def stand_at(amount: int) -> None:
         standing = Standing(declared, {now_ns // (3600 * 10**9): amount}, now_ns)
-        collector.admission.figures = Figures([standing], now_ns)
+        runtime.admission.figures = Figures([standing], now_ns)
 
     stand_at(10**9)
     assert asking_as_user(world, "key", "bob").status == 429
@@ -169,13 +170,13 @@ def test_a_client_that_names_a_user_escapes_neither_budget_nor_fail_closed(make_
 def test_those_whom_no_rule_names_can_have_a_budget_too(make_world):
     budgets = [{"name": "strangers", "tenant": "unknown", "gpu_seconds": 1}]
     world = make_world(tenants=TENANTS, budgets=budgets)
-    collector = world.collector
-    spending = Spending(collector.ledger_url)
-    collector.admission = Admission(spending, collector._budget_rules, collector.guard, 1.0)
-    (declared,) = collector.settings.declared_budgets
+    runtime = world.runtime
+    spending = Spending(runtime.ledger_url)
+    runtime.admission = Admission(spending, runtime.budget_rules, runtime.guard, 1.0)
+    (declared,) = runtime.settings.declared_budgets
     now_ns = time.time_ns()
     standing = Standing(declared, {now_ns // (3600 * 10**9): 10**9}, now_ns)
-    collector.admission.figures = Figures([standing], now_ns)
+    runtime.admission.figures = Figures([standing], now_ns)
     assert ask(world, scope_of()).status == ask(world, as_tenant("stranger")).status == 429
     assert ask(world).status == 200
     spending.close()
@@ -194,8 +195,8 @@ def test_before_any_engine_was_heard_of_only_fail_closed_is_refused(world):
 def test_a_meter_that_switched_itself_off_fails_as_stale(world):
     used(world, 0)
     for _ in range(10):
-        world.collector.guard.failed("test", RuntimeError("broken"))
-    verdict = world.collector.admission.verdict(Owner("strict"))
+        world.runtime.guard.failed("test", RuntimeError("broken"))
+    verdict = world.runtime.admission.verdict(Owner("strict"))
     assert (verdict.kind, verdict.stale) == (
         "unavailable",
         "the meter switched itself off after errors",
@@ -216,9 +217,8 @@ def test_where_judging_fails_only_who_fails_closed_is_refused(world, monkeypatch
     assert_only_who_fails_closed_is_refused(world)
 
 
-def test_where_no_meter_could_be_made_only_who_fails_closed_is_refused(world, monkeypatch):
-    down = NoCollector(world.collector.settings)
-    monkeypatch.setattr("vllm_cost_meter.middleware.get_collector", lambda: down)
+def test_where_no_meter_could_be_made_only_who_fails_closed_is_refused(world):
+    world.found = NoRuntime(world.runtime.settings)
     assert_only_who_fails_closed_is_refused(world)
 
 
@@ -230,7 +230,7 @@ def test_headers_that_contradict_each_other_leave_no_budget(world):
     assert client.status == 400
     error = json.loads(client.body)["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "contradicting_credentials")
-    world.collector.admission = None
+    world.runtime.admission = None
     assert ask(world, scope_of(headers=twice)).status == 200
 
 
@@ -238,8 +238,8 @@ def test_tenants_that_fail_closed_are_held_to_it_without_any_budget(make_world):
     world = make_world(tenants=TENANTS)
 
     async def hold() -> None:
-        await world.collector._hold_to_budgets(None)
-        world.collector._admitting.cancel()
+        await world.runtime._hold_to_budgets(None)
+        world.runtime._tasks["budgets"].cancel()
 
     asyncio.run(hold())
     assert ask(world, as_tenant("strict")).status == 503
@@ -248,7 +248,7 @@ def test_tenants_that_fail_closed_are_held_to_it_without_any_budget(make_world):
 
 def test_figures_are_read_anew_with_each_new_snapshot_and_not_before(world, monkeypatch):
     looks = []
-    admission = world.collector.admission
+    admission = world.runtime.admission
     admission._rules = lambda: Rules((budget(),), (), lambda *_: None)
     look = admission._spending.look
     monkeypatch.setattr(
@@ -258,13 +258,13 @@ def test_figures_are_read_anew_with_each_new_snapshot_and_not_before(world, monk
     def follow() -> None:
         asyncio.run(admission.follow())
 
-    world.collector.writer.commit(make_snapshot(taken_at_ns=time.time_ns())).result(10)
+    world.runtime.writer.commit(make_snapshot(taken_at_ns=time.time_ns())).result(10)
     follow()
     follow()
     assert len(looks) == 1
     assert admission.figures.stale(time.time_ns(), 5 * 10**9) is None
     later = make_snapshot(number=2, taken_at_ns=time.time_ns())
-    world.collector.writer.commit(later).result(10)
+    world.runtime.writer.commit(later).result(10)
     follow()
     assert len(looks) == 2
 

@@ -16,14 +16,16 @@ from prometheus_client import CollectorRegistry, Counter
 
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import HOUR, T0, http, part, snapshot
-from vllm_cost_meter.access import Access, sha256
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.api import make_app
-from vllm_cost_meter.budgets import Budget, Figures, Standing
-from vllm_cost_meter.grammar import question
+from vllm_cost_meter.endpoint.access import Access, sha256
+from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import ClassTotals, UsagePiece, rfc3339
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.reports.grammar import question
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.units.time import rfc3339
 
 JSON_ROUTES = [
     "/health",

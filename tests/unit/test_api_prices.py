@@ -9,7 +9,7 @@ import pytest
 from tests.unit.test_cli import no_settings, run
 from tests.unit.test_ledger_economics import write
 from tests.unit.test_ledger_reader import Ledger
-from vllm_cost_meter.api_prices import offers_of_file, offers_of_package
+from vllm_cost_meter.config.offers import offers_of_file, offers_of_package
 from vllm_cost_meter.economics import Mix, Offer, Sent, compare, volumes_of
 from vllm_cost_meter.economics.comparison import FORMULA
 

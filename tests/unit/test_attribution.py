@@ -1,4 +1,4 @@
-"""Goal: the attribution does what `_attribution_py.py` states. Every test runs on both of them."""
+"""The native attribution does what its twin `step_meter_py.py` states: each test runs on both."""
 
 import os
 import subprocess
@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from vllm_cost_meter import _attribution_c, _attribution_py, attribution
-from vllm_cost_meter.accrued import Accrued
+from vllm_cost_meter import attribution
+from vllm_cost_meter.attribution import _native, step_meter_py
+from vllm_cost_meter.records.accrued import Accrued
 
 # What the chooser takes, asked in a fresh process.
 CHOSEN = (
@@ -26,7 +27,7 @@ def used(accrued: Accrued) -> tuple[int, int, int, int, int]:
     return (*accrued[:4], accrued.steps)
 
 
-@pytest.fixture(params=[_attribution_c, _attribution_py], ids=["native", "twin"])
+@pytest.fixture(params=[_native, step_meter_py], ids=["native", "twin"])
 def impl(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
@@ -50,15 +51,15 @@ def run_python(code, **environment):
 
 class TestChooser:
     def test_native_is_the_one_loaded(self):
-        assert run_python(CHOSEN).stdout.split() == ["True", "vllm_cost_meter._attribution_c"]
-        assert _attribution_c.__file__.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
+        assert run_python(CHOSEN).stdout.split() == ["True", "vllm_cost_meter.attribution._native"]
+        assert _native.__file__.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
 
     def test_twin_is_loaded_when_asked_for(self):
         chosen = run_python(CHOSEN, COST_METER_PURE_PYTHON="1")
-        assert chosen.stdout.split() == ["False", "vllm_cost_meter._attribution_py"]
+        assert chosen.stdout.split() == ["False", "vllm_cost_meter.attribution.step_meter_py"]
 
     def test_missing_native_is_an_error_that_says_what_to_do_and_never_the_twin(self):
-        broken = "import sys; sys.modules['vllm_cost_meter._attribution_c'] = None\n" + CHOSEN
+        broken = "import sys; sys.modules['vllm_cost_meter.attribution._native'] = None\n" + CHOSEN
         failed = run_python(broken)
         assert failed.returncode == 1
         assert "ImportError: expected the native module" in failed.stderr
@@ -66,9 +67,9 @@ class TestChooser:
             assert advice in failed.stderr
 
     def test_both_have_the_same_methods_and_names(self):
-        assert _attribution_c.METHODS == _attribution_py.METHODS == ("shapley", "tokens", "equal")
-        public = {name for name in dir(_attribution_py.StepMeter("equal")) if name[0] != "_"}
-        assert public == {name for name in dir(_attribution_c.StepMeter) if name[0] != "_"}
+        assert _native.METHODS == step_meter_py.METHODS == ("shapley", "tokens", "equal")
+        public = {name for name in dir(step_meter_py.StepMeter("equal")) if name[0] != "_"}
+        assert public == {name for name in dir(_native.StepMeter) if name[0] != "_"}
 
 
 class TestSplit:
@@ -192,6 +193,14 @@ class TestStep:
         meter.settle(meter.begin({"a": 0, "b": 2}, NOW), 10)
         assert meter.fallbacks == 0
         assert used(meter.accrued("a", NOW)) == (0, 0, 0, 0, 1)
+
+    @pytest.mark.parametrize("coefficient", [sys.float_info.min, 1e-300, 1e-12])
+    def test_a_model_that_knows_next_to_no_time_shares_equally(self, impl, coefficient):
+        meter = impl.StepMeter("shapley")
+        meter.adopt(((0.0,) * 5, (0.0,) * 5, (0.0, 0.0, 0.0, 0.0, coefficient)), False)
+        meter.settle(meter.begin({"a": 1, "b": 3}, NOW), 400)
+        assert [used(meter.close(name, NOW))[:2] for name in "ab"] == [(0, 200), (0, 200)]
+        assert meter.fallbacks == 1
 
     def test_time_of_an_empty_step_is_tail(self, meter):
         step = meter.begin({}, NOW)

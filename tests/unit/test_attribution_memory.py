@@ -4,7 +4,7 @@ import sys
 import tracemalloc
 
 from tests.unit.test_attribution import copy_of
-from vllm_cost_meter import _attribution_c
+from vllm_cost_meter.attribution import _native
 
 NOW = 0
 
@@ -20,7 +20,7 @@ class TestNativeMemory:
         meter.settle(in_flight, 10**6)
 
     def test_steady_step_allocates_nothing_per_request(self):
-        meter = _attribution_c.StepMeter("tokens")
+        meter = _native.StepMeter("tokens")
         scheduled = dict.fromkeys([f"r{n}" for n in range(2000)], 1)
         for _ in range(257):  # the next model is published at step 512, and is kept
             meter.settle(meter.begin(scheduled, NOW), 10**6)
@@ -40,7 +40,7 @@ class TestNativeMemory:
 
     def test_memory_is_given_back_with_the_meter_and_reused_by_later_requests(self):
         def live(generations):
-            meter = _attribution_c.StepMeter("tokens")
+            meter = _native.StepMeter("tokens")
             for generation in range(generations):
                 ids = [f"{generation}-{n}" for n in range(500)]
                 self.run_steps(meter, ids, 3)
@@ -62,7 +62,7 @@ class TestNativeMemory:
         assert left - empty < 20_000 < few
 
     def test_ids_are_released_with_their_request(self):
-        meter = _attribution_c.StepMeter("tokens")
+        meter = _native.StepMeter("tokens")
         request_id = copy_of("an id of its own")
         same = copy_of("an id of its own")
         before = sys.getrefcount(request_id), sys.getrefcount(same)

@@ -4,10 +4,10 @@ from types import ModuleType
 
 import pytest
 
-from vllm_cost_meter import _attribution_c, _attribution_py
+from vllm_cost_meter.attribution import _native, step_meter_py
 
 
-@pytest.fixture(params=[_attribution_c, _attribution_py], ids=["native", "twin"])
+@pytest.fixture(params=[_native, step_meter_py], ids=["native", "twin"])
 def impl(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 

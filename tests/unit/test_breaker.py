@@ -36,7 +36,7 @@ def test_a_bill_that_never_comes_delays_the_reply_by_the_bound_and_is_counted(ma
     assert client.ours == {}
     assert client.body == BODY
     assert BOUND_S <= client.waited_s < 2
-    assert world.collector.breaker.misses == 1
+    assert world.misses == 1
     assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM http_requests") == [(None, None)]
 
 
@@ -46,7 +46,7 @@ def test_a_stream_waits_once_for_a_bill_that_never_comes(make_world):
     assert client.body == TOKEN + USAGE + DONE
     assert BOUND_S <= client.at_s[-1] < 2
     assert client.at_s[1] < BOUND_S, "tokens do not wait"
-    assert world.collector.breaker.misses == 1
+    assert world.misses == 1
 
 
 def test_after_five_misses_nobody_waits_until_a_bill_comes(make_world):
@@ -61,7 +61,7 @@ def test_after_five_misses_nobody_waits_until_a_bill_comes(make_world):
     waits = [never(number).waited_s for number in range(8)]
     assert all(wait >= BOUND_S for wait in waits[:5])
     assert median(waits[5:]) < BOUND_S
-    assert world.collector.breaker.misses == 8
+    assert world.misses == 8
     # The first that comes is not waited for, the next is told.
     assert ask(lambda: world.engine.generate("a")).ours == {}
     assert world.rows("SELECT count(*) FROM requests") == [(1,)]
@@ -97,14 +97,14 @@ def test_a_locked_ledger_delays_five_replies_and_loses_nothing(make_world):
             for n in range(8)
         ]
         stream = world.run(replying(SSE, [USAGE, DONE], lambda: world.engine.generate("s")))
-        assert world.collector.writer.committed == 0
+        assert world.runtime.writer.committed == 0
     assert all(client.ours == {} for client in clients)
     assert stream.body == USAGE + DONE
     assert all(BOUND_S <= client.waited_s < 2 for client in clients[:5])
     assert all(client.waited_s < BOUND_S for client in clients[5:])
     assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(9, 9)]
     assert world.rows("SELECT count(*) FROM http_requests") == [(9,)]
-    assert world.collector.writer.dropped == 0
+    assert world.runtime.writer.dropped == 0
     assert len(world.run(replying(JSON, [BODY], lambda: world.engine.generate("z"))).ours) == len(
         COST_HEADERS
     )
@@ -120,7 +120,7 @@ def full(world: World):
         connection.execute(f"PRAGMA max_page_count={pages}")
 
     sqlalchemy.event.listen(Pool, "connect", limit)
-    world.collector.writer._engine.dispose()  # the next connection is limited
+    world.runtime.writer._engine.dispose()  # the next connection is limited
     try:
         yield
     finally:
@@ -143,10 +143,10 @@ def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
         assert all(client.ours == {} for client in clients)
         assert [client.waited_s >= BOUND_S for client in clients] == [True] * 5 + [False] * 3
         assert all(client.waited_s < 2 for client in clients)
-        assert world.collector.writer.committed == 0
-        assert "full" in world.collector.writer.last_error
+        assert world.runtime.writer.committed == 0
+        assert "full" in world.runtime.writer.last_error
     assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(8, 8)]
     assert world.rows("SELECT count(*) FROM http_requests") == [(8,)]
-    assert world.collector.writer.dropped == 0
+    assert world.runtime.writer.dropped == 0
     client = world.run(replying(JSON, [b"{}"], lambda: world.engine.generate("z")))
     assert len(client.ours) == len(COST_HEADERS)

@@ -9,7 +9,8 @@ import pytest
 from tests.unit.test_cli import no_settings, run
 from tests.unit.test_ledger_reader import part, snapshot
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import NS_PER_HOUR, UsagePiece
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 __all__ = ["no_settings"]
 

@@ -5,8 +5,9 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from vllm_cost_meter.budgets import Budget, Figures, Owner, Standing, decide
-from vllm_cost_meter.records import NS_PER_HOUR, NS_PER_SECOND
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, decide
+from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 S = NS_PER_SECOND
 BERLIN = ZoneInfo("Europe/Berlin")

@@ -10,9 +10,9 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner, Result
 
 from vllm_cost_meter import economics
-from vllm_cost_meter.calc_api import add_calculators
-from vllm_cost_meter.calculators import CALCULATORS, INPUTS, calculate
-from vllm_cost_meter.cli import app
+from vllm_cost_meter.cli.commands import app
+from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS, calculate
+from vllm_cost_meter.endpoint.calc import add_calculators
 
 CURVE = [
     {"requests_per_s": 1, "output_tokens_per_s": 100, "ttft_p99_ms": 50, "tpot_ms": 20},

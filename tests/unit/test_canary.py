@@ -6,9 +6,9 @@ import re
 import msgspec
 import pytest
 
-from vllm_cost_meter import _vllm
-from vllm_cost_meter._vllm_canary import WHAT_TO_DO, check_callables, check_fields, find
 from vllm_cost_meter.errors import VllmMismatchError
+from vllm_cost_meter.vllm_hooks import scheduler
+from vllm_cost_meter.vllm_hooks.canary import WHAT_TO_DO, check_callables, check_fields, find
 
 KNOWN = {"step": ("self", "request")}
 
@@ -137,13 +137,13 @@ class OtherScheduler(Scheduler):
 
 
 def test_a_scheduler_class_that_is_understood_is_subclassed_once():
-    metered = _vllm.meter_scheduler_class(Scheduler)
-    assert metered.__bases__ == (_vllm.MeteredScheduler, Scheduler)
-    assert _vllm.meter_scheduler_class(metered) is metered
+    metered = scheduler.meter_scheduler_class(Scheduler)
+    assert metered.__bases__ == (scheduler.MeteredScheduler, Scheduler)
+    assert scheduler.meter_scheduler_class(metered) is metered
 
 
 def test_a_scheduler_class_that_is_not_stays_as_it_is_with_one_line(caplog):
-    assert _vllm.meter_scheduler_class(OtherScheduler) is OtherScheduler
+    assert scheduler.meter_scheduler_class(OtherScheduler) is OtherScheduler
     [record] = caplog.records
     where = f"{__name__}.OtherScheduler._free_request(self, request)"
     assert record.getMessage() == (
@@ -154,5 +154,5 @@ def test_a_scheduler_class_that_is_not_stays_as_it_is_with_one_line(caplog):
 
 def test_what_is_no_class_is_handed_on(caplog):
     nothing = object()
-    assert _vllm.meter_scheduler_class(nothing) is nothing
+    assert scheduler.meter_scheduler_class(nothing) is nothing
     assert len(caplog.records) == 1

@@ -1,4 +1,4 @@
-"""The join of bills with their exchanges, in the real collector with a real ledger."""
+"""The join of bills with their exchanges, in the real runtime with a real ledger."""
 
 import asyncio
 import contextlib
@@ -10,28 +10,26 @@ import pytest
 import sqlalchemy
 
 from tests.builders import make_bill, make_snapshot
-from tests.unit.world import COST_HEADERS, JSON, replying
-from vllm_cost_meter import _vllm_api, metrics, plugin
-from vllm_cost_meter import births as births_module
-from vllm_cost_meter import collector as collector_module
-from vllm_cost_meter.collector import (
-    Breaker,
-    Collector,
-    NoCollector,
-    get_collector,
-    latencies,
-    told_price,
-)
-from vllm_cost_meter.config import Settings
+from tests.unit.world import COST_HEADERS, JSON, misses, replying
+from vllm_cost_meter import activation, metrics
+from vllm_cost_meter.api_server.breaker import Breaker
+from vllm_cost_meter.api_server.open_requests import OpenRequests
+from vllm_cost_meter.api_server.record_making import latencies, price_of_run
+from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime, get_runtime, make_runtime
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Exchange
-from vllm_cost_meter.records import NS_PER_HOUR, Latencies, Usage, UsagePiece
-from vllm_cost_meter.tenants import Resolved
+from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.owner import NamedBy, Owner
+from vllm_cost_meter.records.requests import Latencies
+from vllm_cost_meter.units.time import NS_PER_HOUR
+from vllm_cost_meter.vllm_hooks import engines
 
 EVERYTHING = "SELECT request_id, http_request_id, tenant, route, response_id FROM requests"
 
 
 def exchange_of(route: str = "/v1/completions", tenant: str = "alice") -> Exchange:
-    return Exchange(route, Resolved(tenant, "api_key"), None, time.time_ns())
+    return Exchange(route, Owner(tenant, NamedBy("api_key")), None, time.time_ns())
 
 
 # ---- births and bills
@@ -77,12 +75,13 @@ def test_a_bill_told_twice_does_not_make_a_reply_wait_less(world):
     assert exchange.unbilled == 1
 
 
-def test_births_are_bounded_and_the_oldest_goes_first(world, monkeypatch):
-    monkeypatch.setattr(births_module, "BIRTHS_MAX", 3)
+def test_births_are_bounded_and_the_oldest_goes_first(make_world):
+    open_requests = OpenRequests(requests_max=3)
+    world = make_world(open_requests=open_requests)
     exchange = exchange_of()
     for name in "abcde":
         world.engine.born(name, exchange=exchange)
-    assert len(world.collector._births) == 3
+    assert len(open_requests) == 3
     for name in "abcde":
         world.engine.billed(name)
     tenants = world.rows("SELECT request_id, tenant FROM requests ORDER BY seq")
@@ -162,9 +161,9 @@ def costs_of(world, client: SimpleNamespace, *pieces: UsagePiece) -> tuple:
     """The cost and the marginal cost of a bill of these pieces, by an API server's book."""
 
     async def bill() -> None:
-        assert await world.collector.start(client) is False
+        assert await world.runtime.start_work(client) is False
         world.collector.billed(make_bill(request_id="r", pieces=pieces))
-        await world.collector.stop()
+        await world.runtime.stop()
 
     asyncio.run(bill())
     with contextlib.closing(sqlite3.connect(world.path)) as connection:
@@ -190,8 +189,8 @@ def test_a_bill_with_an_hour_before_all_prices_has_no_cost(make_world):
 
 
 def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch):
-    monkeypatch.setattr(_vllm_api, "device_name", lambda: "NVIDIA H100")
-    monkeypatch.setattr(_vllm_api, "host_name", lambda: "node-1")
+    monkeypatch.setattr(engines, "device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(engines, "host_name", lambda: "node-1")
     matches = {"model": "LLAMA", "gpu_name": "*h100*", "host": "node-?"}
     world = make_world(prices=[price_setting("288", scope="node", gpus=8, **matches)])
     assert costs_of(world, serving(), UsagePiece(490_896, 1_000, 2_000, 8, 5)) == (30, 0)
@@ -215,7 +214,7 @@ def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch)
 def test_where_engines_run_on_several_machines_no_price_is_chosen_by_host(
     make_world, monkeypatch, parallel, cost
 ):
-    monkeypatch.setattr(_vllm_api, "host_name", lambda: "node-1")
+    monkeypatch.setattr(engines, "host_name", lambda: "node-1")
     world = make_world(prices=[price_setting("72", host="node-1")])
     assert costs_of(world, serving(**parallel), UsagePiece(490_896, 3_000, 0, 8, 0)) == (cost, 0)
 
@@ -224,16 +223,16 @@ def test_an_api_server_without_a_gpu_prices_what_needs_none(make_world, monkeypa
     def no_gpu():
         raise NotImplementedError
 
-    monkeypatch.setattr(_vllm_api, "device_name", no_gpu)
+    monkeypatch.setattr(engines, "device_name", no_gpu)
     world = make_world(prices=[price_setting("72", gpu_name="*")])
     assert costs_of(world, serving(), UsagePiece(490_896, 3_000, 0, 8, 0)) == (30, 0)
-    assert world.collector.guard.errors == 0
+    assert world.runtime.guard.errors == 0
 
 
 def test_a_run_is_told_the_price_of_the_hour_it_began_in():
     def told(**settings):
         book = Settings(**settings).price_book
-        return told_price(book, make_snapshot(started_at_ns=490_897 * NS_PER_HOUR + 5, gpus=4))
+        return price_of_run(book, make_snapshot(started_at_ns=490_897 * NS_PER_HOUR + 5, gpus=4))
 
     assert told() is None
     short = told(gpu_hour_usd="1e-7")
@@ -295,26 +294,26 @@ def test_times_that_are_not_understood_cost_their_columns_and_not_the_bill(world
         world.engine.born(f"r{number}", times=broken)
         world.engine.billed(f"r{number}")
     assert world.rows("SELECT count(*), count(queue_ms) FROM requests") == [(20, 0)]
-    assert not world.collector.guard.off
+    assert not world.runtime.guard.off
 
 
 # ---- errors
 
 
 def test_run_contains_and_counts_and_gives_up_after_ten_in_a_row(world):
-    collector = world.collector
+    runtime = world.runtime
 
-    def fail(_collector: Collector) -> None:
+    def fail(_collector: object) -> None:
         raise RuntimeError("boom")
 
     for _ in range(9):
-        assert collector.run("hook", fail) is None
-    assert collector.run("hook", lambda c: c is collector) is True
+        assert runtime.run("hook", fail) is None
+    assert runtime.run("hook", lambda collector: collector is runtime.collector) is True
     for _ in range(10):
-        collector.run("hook", fail)
-    assert collector.guard.off
-    assert collector.guard.errors == 19
-    assert collector.run("hook", lambda _: 1) is None
+        runtime.run("hook", fail)
+    assert runtime.guard.off
+    assert runtime.guard.errors == 19
+    assert runtime.run("hook", lambda _: 1) is None
 
 
 def test_a_metric_that_cannot_be_counted_costs_no_bill(world, monkeypatch):
@@ -325,24 +324,30 @@ def test_a_metric_that_cannot_be_counted_costs_no_bill(world, monkeypatch):
     client = world.run(replying(JSON, [b"{}"], world.engine.generate))
     assert len(client.ours) == len(COST_HEADERS)
     assert world.rows("SELECT count(*) FROM requests") == [(1,)]
-    assert world.collector.guard.errors == 1
+    assert world.runtime.guard.errors == 1
 
 
-def test_a_collector_that_cannot_be_made_is_one_that_does_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(collector_module, "_collector", None)
+def test_a_runtime_that_cannot_be_made_is_one_that_does_nothing(monkeypatch):
     monkeypatch.setenv("COST_METER_PORT", "wrong")
-    found = get_collector()
-    assert isinstance(found, NoCollector)
+    found = make_runtime()
+    assert isinstance(found, NoRuntime)
     assert found.run("hook", lambda: 1 / 0) is None
-    assert get_collector() is found
 
 
-def test_there_is_no_collector_where_this_vllm_was_refused(monkeypatch, tmp_path):
+def test_a_process_has_one_runtime(monkeypatch):
+    monkeypatch.setenv("COST_METER_PORT", "wrong")
+    get_runtime.cache_clear()
+    try:
+        assert get_runtime() is get_runtime()
+    finally:
+        get_runtime.cache_clear()
+
+
+def test_there_is_no_runtime_where_this_vllm_was_refused(monkeypatch, tmp_path):
     """`--middleware` brings the middleware into a vLLM that is to be left untouched, too."""
-    monkeypatch.setattr(collector_module, "_collector", None)
-    monkeypatch.setattr(plugin, "refused", True)
+    monkeypatch.setattr(activation, "_refused", True)
     monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path}/ledger.db")
-    assert isinstance(get_collector(), NoCollector)
+    assert isinstance(make_runtime(), NoRuntime)
     assert not (tmp_path / "ledger.db").exists()
 
 
@@ -351,25 +356,21 @@ def test_errors_that_are_not_in_a_row_do_not_switch_the_meter_off(world):
 
     async def settle(good: bool) -> bool:
         exchange = exchange_of()
-
-        def record():
-            made = world.collector.http_record(exchange, 200, False, Usage(), True)
-            return made if good else None
-
-        return await world.collector.settle(exchange, record)
+        exchange.sent.status = 200 if good else object()
+        return await world.collector.settle(exchange) is not None
 
     for _ in range(12):
         assert asyncio.run(settle(False)) is False
         assert asyncio.run(settle(True)) is True
-    assert not world.collector.guard.off
-    assert world.collector.guard.errors == 12
+    assert not world.runtime.guard.off
+    assert world.runtime.guard.errors == 12
 
 
 # ---- the breaker and the ledger
 
 
 def test_the_breaker_opens_at_five_in_a_row_and_closes_at_the_first_bill():
-    breaker = Breaker()
+    breaker, before = Breaker(Guard("test")), misses()
     for _ in range(4):
         breaker.missed()
     breaker.bill_came()
@@ -379,7 +380,7 @@ def test_the_breaker_opens_at_five_in_a_row_and_closes_at_the_first_bill():
     breaker.missed()
     assert breaker.open
     breaker.missed()
-    assert breaker.misses == 10
+    assert misses() - before == 10
     breaker.bill_came()
     assert not breaker.open
 
@@ -443,7 +444,7 @@ def test_a_header_waits_for_at_most_the_commit_under_way_and_its_own(world, monk
         busy = asyncio.create_task(others())
         for number in range(20):
             with commits() as seen:
-                commit = world.collector.writer.commit
+                commit = world.runtime.writer.commit
 
                 def counted(*records, commit=commit, seen=seen):
                     future = commit(*records)
@@ -452,7 +453,7 @@ def test_a_header_waits_for_at_most_the_commit_under_way_and_its_own(world, monk
                     return future
 
                 with monkeypatch.context() as patch:
-                    patch.setattr(world.collector.writer, "commit", counted)
+                    patch.setattr(world.runtime.writer, "commit", counted)
                     client = await world.ask(
                         replying(JSON, [b"{}"], lambda n=number: world.engine.generate(f"r{n}"))
                     )
@@ -467,18 +468,19 @@ def test_a_header_waits_for_at_most_the_commit_under_way_and_its_own(world, monk
 
 def test_the_first_reply_does_not_wait_for_the_ledger_to_be_made(tmp_path):
     """API servers but the first write nothing before their first bill."""
-    collector = Collector(Settings(ledger=f"sqlite:///{tmp_path / 'new' / 'ledger.db'}"))
+    runtime = Runtime(Settings(ledger=f"sqlite:///{tmp_path / 'new' / 'ledger.db'}"))
     deadline = time.monotonic() + 10
     while not (tmp_path / "new" / "ledger.db-wal").exists():
         assert time.monotonic() < deadline, "opened only when it is needed"
         time.sleep(0.01)
-    collector.writer.close(5)
+    runtime.writer.close(5)
 
 
 def test_stop_flushes_what_waits(tmp_path):
-    collector = Collector(Settings(ledger=f"sqlite:///{tmp_path / 'ledger.db'}"))
+    runtime = Runtime(Settings(ledger=f"sqlite:///{tmp_path / 'ledger.db'}"))
     exchange = exchange_of()
-    collector.writer.put(collector.http_record(exchange, 200, False, Usage(), True))
-    asyncio.run(collector.stop())
+    exchange.part_was_born(None)
+    runtime.collector.ended(exchange)
+    asyncio.run(runtime.stop())
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
         assert connection.execute("SELECT count(*) FROM http_requests").fetchall() == [(1,)]

@@ -8,17 +8,17 @@ import pytest
 
 from tests.unit.test_truth import machine_of
 from vllm_cost_meter.attribution import METHODS
-from vllm_cost_meter.validation.compare import (
+from vllm_cost_meter.lab.validation.compare import (
     Comparison,
     LeaveOneOut,
     MeterSplitter,
     Splitter,
     compare,
 )
-from vllm_cost_meter.validation.roofline import StepGame
-from vllm_cost_meter.validation.spread import Spread
-from vllm_cost_meter.validation.traffic import Trace, TraceStep, make_trace
-from vllm_cost_meter.validation.truth import enumerated
+from vllm_cost_meter.lab.validation.percentiles import Percentiles
+from vllm_cost_meter.lab.validation.roofline import StepGame
+from vllm_cost_meter.lab.validation.traffic import Trace, TraceStep, make_trace
+from vllm_cost_meter.lab.validation.truth import enumerated
 
 MACHINE = machine_of()
 
@@ -170,4 +170,4 @@ def test_each_step_is_announced():
     ],
 )
 def test_percentiles_are_interpolated(values, expected):
-    assert dataclasses.astuple(Spread.of(values)) == pytest.approx(expected)
+    assert dataclasses.astuple(Percentiles.of(values)) == pytest.approx(expected)

@@ -15,10 +15,11 @@ from tests.unit.test_api_prices import ALL_TIME, PRICES
 from tests.unit.test_cli import no_settings, run
 from tests.unit.test_ledger_economics import write
 from tests.unit.test_ledger_reader import Ledger
-from vllm_cost_meter.access import Access, sha256
-from vllm_cost_meter.api import make_app
-from vllm_cost_meter.compare_api import MEMORY_BYTES_MAX, Comparer, ComparingError
+from vllm_cost_meter.endpoint.access import Access, sha256
+from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.endpoint.compare import MEMORY_BYTES_MAX, Comparer, ComparingError
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.economics.api_comparison import Question
 from vllm_cost_meter.ledger.reader import LedgerReader
 
 __all__ = ["no_settings"]
@@ -167,9 +168,7 @@ def test_without_the_extra_the_line_says_how_to_have_it(side, package):
     package("raise ImportError")
     status, _, message = error_of(ask(side, model="openai/*"))
     assert status == 422
-    assert message == (
-        "model: expected genai-prices to be installed: pip install 'vllm-cost-meter[compare]'"
-    )
+    assert message == ("model: expected genai-prices to be installed: pip install genai-prices")
 
 
 # ---- what goes wrong
@@ -178,7 +177,7 @@ def test_without_the_extra_the_line_says_how_to_have_it(side, package):
 def test_a_child_that_fails_is_a_503_with_one_line(side, package):
     package("raise RuntimeError('boom')")
     assert error_of(ask(side, model="m")) == (
-        503, "unavailable", "compare: expected an answer, got exit status 1: RuntimeError: boom",
+        503, "unavailable", "compare: expected an answer, got RuntimeError: boom",
     )  # fmt: skip
 
 
@@ -191,8 +190,13 @@ def test_a_child_that_takes_too_much_memory_ends_by_itself(side, package):
 def test_a_ledger_that_cannot_be_read_is_a_503_that_hides_its_password():
     comparer = Comparer("postgresql+psycopg://user:secret@127.0.0.1:1/database")
     with pytest.raises(LedgerError, match=r"^ledger postgresql\+psycopg://user:\*\*\*@127") as told:
-        comparer(["--model=m"])
+        comparer(Question(model=("m",)))
     assert "secret" not in str(told.value)
+
+
+def test_a_child_that_is_killed_is_a_503(side, package):
+    package("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert error_of(ask(side, model="m"))[2] == "compare: expected an answer, got exit status -9"
 
 
 def children() -> list[Path]:
@@ -216,7 +220,7 @@ def test_one_child_at_a_time_is_held_back_ended_in_time_and_told_no_secret(reade
 
     def compare() -> None:
         try:
-            comparer(["--model=m"])
+            comparer(Question(model=("m",)))
         except ComparingError as error:
             failed.append(error)
 
@@ -230,7 +234,7 @@ def test_one_child_at_a_time_is_held_back_ended_in_time_and_told_no_secret(reade
     assert f"COST_METER_LEDGER={url}".encode() in (child / "environ").read_bytes().split(b"\0")
     assert b"timeout=7" not in (child / "cmdline").read_bytes()
     with pytest.raises(ComparingError, match="another comparison is running"):
-        comparer(["--model=m"])
+        comparer(Question(model=("m",)))
     asker.join(30)
     assert [str(error) for error in failed] == [
         "compare: expected an answer within 6 s, got none;"

@@ -7,9 +7,11 @@ from decimal import Decimal
 import pytest
 from pydantic import ValidationError
 
-from vllm_cost_meter.config import OTHER_NAMES, Settings, load_settings
+from vllm_cost_meter.config.engine import EngineSettings, load_engine_settings
+from vllm_cost_meter.config.loading import OTHER_NAMES, load_settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.tenants import ApiKeyRule, HeaderRule
+from vllm_cost_meter.tenants.rules import ApiKeyRule, HeaderRule
 
 HASH_A = hashlib.sha256(b"sk-a").hexdigest()
 HASH_B = hashlib.sha256(b"sk-b").hexdigest()
@@ -297,3 +299,66 @@ def test_text_may_stand_in_for_a_file_that_is_yet_to_be_written(toml):
     assert load_settings(environ, text="port = 2").port == 2
     with pytest.raises(SettingError, match="meter.toml"):
         load_settings(environ, text="prot = 2")
+
+
+@pytest.mark.parametrize(
+    ("environment", "file"),
+    [
+        ({}, ""),
+        ({"COST_METER_METHOD": "equal"}, ""),
+        ({"COST_METER_METHOD": "tokens", "COST_METER_STEP_LOG": "/x/steps"}, ""),
+        ({}, 'method = "tokens"\nstep_log = "/y/steps"\nport = 9'),
+        ({"COST_METER_METHOD": "equal"}, 'method = "tokens"\nstep_log = "/y/steps"'),
+        ({"COST_METER_LABELS": "pool=spot, zone=a"}, ""),
+        ({"COST_METER_LABELS": "pool=spot"}, 'labels = { pool = "reserved", zone = "a" }'),
+        ({}, 'labels = { zone = "Europe, west", pool = "a=b" }'),
+    ],
+)
+def test_an_engine_reads_the_same_settings_without_the_rest(tmp_path, environment, file):
+    path = tmp_path / "meter.toml"
+    path.write_text(file)
+    given = {**environment, "COST_METER_CONFIG": str(path)}
+    all_of_them, engine = load_settings(given), load_engine_settings(given)
+    assert (engine.method, engine.step_log) == (all_of_them.method, all_of_them.step_log)
+    assert engine.labels == all_of_them.labels
+    assert load_engine_settings({}) == EngineSettings(load_settings({}).method, None, {})
+
+
+def test_labels_are_pairs_in_the_environment_and_a_table_in_the_file(toml):
+    pairs = load_settings({"COST_METER_LABELS": "zone=a,pool=spot"}).labels
+    assert pairs == load_settings(toml('[labels]\npool = "spot"\nzone = "a"')).labels
+    assert list(pairs.items()) == [("pool", "spot"), ("zone", "a")]
+    assert load_settings({}).labels == {}
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        ("", "the name ''"),
+        ("pool", "'' at 'pool'"),
+        ("Pool=spot", "the name 'Pool'"),
+        ("pool=spot,pool=big", "a name twice"),
+        (f"{'n' * 65}=x", f"the name '{'n' * 65}'"),
+        (f"pool={'x' * 129}", f"'{'x' * 128}' at 'pool'"),
+        (",".join(f"n{n}=x" for n in range(17)), "17 labels"),
+    ],
+)
+def test_labels_that_are_none_stop_the_start_and_no_engine_takes_them(labels, got):
+    with pytest.raises(SettingError, match="COST_METER_LABELS.*expected at most 16 of") as caught:
+        load_settings({"COST_METER_LABELS": labels})
+    assert str(caught.value).endswith(f"got {got}")
+    if labels:
+        with pytest.raises(SettingError, match="COST_METER_LABELS.*expected at most 16 of"):
+            load_engine_settings({"COST_METER_LABELS": labels})
+
+
+def test_a_label_in_the_file_that_is_no_text_is_an_error(toml):
+    with pytest.raises(SettingError, match="labels .*got '5' at 'pool'"):
+        load_settings(toml("labels = { pool = 5 }"))
+    with pytest.raises(SettingError, match="labels .*got a list"):
+        load_settings(toml("labels = [5]"))
+
+
+def test_an_engine_refuses_a_method_that_is_none():
+    with pytest.raises(SettingError, match="expected shapley, tokens or equal, got 'shapely'"):
+        load_engine_settings({"COST_METER_METHOD": "shapely"})

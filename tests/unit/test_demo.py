@@ -24,10 +24,14 @@ pytest.importorskip("openai", reason="comes with vLLM")
 
 from rich.console import Console
 
-from vllm_cost_meter import demo, serving
-from vllm_cost_meter.config import load_settings
-from vllm_cost_meter.demo_checks import Figures, problems
-from vllm_cost_meter.demo_traffic import (
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.errors import ServerError
+from vllm_cost_meter.lab import server as serving
+from vllm_cost_meter.lab.demo import run as demo
+from vllm_cost_meter.lab.demo import setup as demo_setup
+from vllm_cost_meter.lab.demo import show as demo_show
+from vllm_cost_meter.lab.demo.checks import DemoFigures, problems
+from vllm_cost_meter.lab.demo.traffic import (
     BATCH,
     BATCH_INPUT_TOKENS,
     BATCH_REQUESTS,
@@ -38,7 +42,6 @@ from vllm_cost_meter.demo_traffic import (
     Told,
     Traffic,
 )
-from vllm_cost_meter.errors import ServerError
 
 
 def request_row(response_id: str, tenant: str, prompt: int, cached: int, output: int) -> Any:
@@ -55,7 +58,7 @@ def request_row(response_id: str, tenant: str, prompt: int, cached: int, output:
     }
 
 
-def world() -> tuple[Sightings, Figures]:
+def world() -> tuple[Sightings, DemoFigures]:
     batch_prompt, batch_output = BATCH_REQUESTS * BATCH_INPUT_TOKENS + 3, BATCH_REQUESTS * 2
     requests = [
         request_row("chat", CHAT, 10, 0, 5),
@@ -96,7 +99,7 @@ def world() -> tuple[Sightings, Figures]:
         "lines": [{"amount_cents": cents} for cents in (100, 0, 51)],
         "whole": {"wall_gpu_ns": 1_512_000_000},
     }
-    return seen, Figures(tenants, {"balanced": True, "runs": [run]}, requests, statement)
+    return seen, DemoFigures(tenants, {"balanced": True, "runs": [run]}, requests, statement)
 
 
 def tenant_row(name: str, requests: int, tokens: tuple[int | None, ...], gpu_time_ns: int) -> Any:
@@ -197,7 +200,7 @@ def test_what_does_not_add_up_fails_the_demo_in_one_line(
 
 def test_the_bill_shows_every_class_that_is_not_zero_and_the_total() -> None:
     out = io.StringIO()
-    Console(file=out, width=100).print(demo.bill_table(world()[1].tenants["tenants"]))
+    Console(file=out, width=100).print(demo_show.bill_table(world()[1].tenants["tenants"]))
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert [line[0] for line in lines] == ["tenant", *TENANTS, "__idle__", "total"]
     assert lines[-2] == ["__idle__", "0.000000900", "0.000000900"]
@@ -207,22 +210,24 @@ def test_the_bill_shows_every_class_that_is_not_zero_and_the_total() -> None:
 
 def test_the_line_under_the_bill_says_what_is_missing() -> None:
     _, figures = world()
-    assert demo.sum_line(figures.tenants) == "sum: the rows are all of 0.000006000 s wall x GPUs"
+    assert (
+        demo_show.sum_line(figures.tenants) == "sum: the rows are all of 0.000006000 s wall x GPUs"
+    )
     figures.tenants["tenants"].pop(3)
-    assert "900 ns are missing of" in demo.sum_line(figures.tenants)
+    assert "900 ns are missing of" in demo_show.sum_line(figures.tenants)
 
 
 def test_a_bill_without_a_price_has_no_total_cost() -> None:
     rows = [{**tenant_row(CHAT, 1, (1, 0, 1), 5), "cost_nanousd": None, "cost_usd": None}]
     out = io.StringIO()
-    Console(file=out, width=100).print(demo.bill_table(rows))
+    Console(file=out, width=100).print(demo_show.bill_table(rows))
     assert [line.split()[-1] for line in out.getvalue().splitlines()[1:]] == ["-", "-"]
 
 
 def test_the_settings_file_names_tenants_by_hash_and_is_private(tmp_path: Path) -> None:
     keys = {tenant: f"key-of-{tenant}" for tenant in TENANTS}
     path = tmp_path / "meter.toml"
-    demo.write_private(path, demo.settings_file(keys))
+    demo_setup.write_private(path, demo_setup.settings_file(keys))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert not any(key in path.read_text() for key in keys.values())
     digest = hashlib.sha256(keys[CHAT].encode()).hexdigest()
@@ -234,7 +239,7 @@ def test_the_settings_file_names_tenants_by_hash_and_is_private(tmp_path: Path) 
 def test_a_private_file_never_follows_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FileExistsError):
-        demo.write_private(tmp_path / "keys.yaml", "secret")
+        demo_setup.write_private(tmp_path / "keys.yaml", "secret")
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -246,8 +251,8 @@ def fake_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Non
     command.chmod(0o700)
     monkeypatch.setattr(serving.sys, "executable", str(command.parent / "python"))
     monkeypatch.setattr(serving.metadata, "version", lambda _name: "0.32.0+cpu")
-    monkeypatch.setattr(demo, "default_path", lambda: folder / "cache" / "tiny-llama")
-    monkeypatch.setattr(demo, "make_tiny_model", lambda _path: None)
+    monkeypatch.setattr(demo_setup, "default_path", lambda: folder / "cache" / "tiny-llama")
+    monkeypatch.setattr(demo_setup, "make_tiny_model", lambda _path: None)
 
 
 def test_a_server_that_dies_fails_the_demo_with_the_end_of_its_log(

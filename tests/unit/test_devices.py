@@ -1,4 +1,4 @@
-"""_vllm_devices.py: an engine's GPUs are those that vLLM's workers take, or none with a reason.
+"""devices.py: an engine's GPUs are those that vLLM's workers take, or none with a reason.
 
 Goal: no engine is charged with another's energy.
 Method: vLLM's rule for workers, stated again in the table; vLLM's platform is told what it is.
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import vllm.platforms
 
-from vllm_cost_meter import _vllm, _vllm_devices
-from vllm_cost_meter._vllm_devices import gpu_ordinals
+from vllm_cost_meter.vllm_hooks import devices, identity
+from vllm_cost_meter.vllm_hooks.devices import gpu_ordinals
 
 
 @pytest.fixture(autouse=True)
@@ -87,18 +87,18 @@ def test_gpus_that_the_engine_process_cannot_know_are_none(changes, reason):
 def test_an_engine_on_the_cpu_has_no_gpu(monkeypatch):
     monkeypatch.setattr(vllm.platforms.current_platform, "is_cuda", lambda: False)
     monkeypatch.setattr(vllm.platforms.current_platform, "device_name", "cpu")
-    counter = _vllm._energy_counter(config())
+    counter = identity._energy_counter(config())
     reason = "no_device: vLLM runs on cpu, not on NVIDIA GPUs"
     assert counter.read(0).reason == reason
 
 
 def test_gpus_that_cannot_be_found_out_make_an_engine_without_energy(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    counter = _vllm._energy_counter(config(assigned_physical_gpu_ids=[6, 7]))
+    counter = identity._energy_counter(config(assigned_physical_gpu_ids=[6, 7]))
     assert "no_device: which GPUs are the engine's cannot be told" in counter.read(0).reason
 
 
 def test_the_counter_is_of_the_gpus_that_were_found(monkeypatch):
-    monkeypatch.setattr(_vllm_devices, "gpu_ordinals", lambda _config: ([1, 0], None))
+    monkeypatch.setattr(devices, "gpu_ordinals", lambda _config: ([1, 0], None))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    assert len(_vllm._energy_counter(config()).devices) == 2
+    assert len(identity._energy_counter(config()).devices) == 2

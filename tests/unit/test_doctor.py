@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from tests.unit.nvml import A, Card, nvmls
 from tests.unit.test_ledger_reader import part, snapshot
-from vllm_cost_meter import doctor
-from vllm_cost_meter.cli import app
-from vllm_cost_meter.doctor import examine
+from vllm_cost_meter.cli import doctor
+from vllm_cost_meter.cli.commands import app
+from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.price_book import Matches, PriceBook, PriceEntry
+from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry
 
 CHECKS = [
     "entry points",

@@ -8,9 +8,9 @@ import pytest
 
 from tests.unit.test_api import Side, error_of
 from tests.unit.test_ledger_reader import http, part
-from vllm_cost_meter.access import Access, sha256
-from vllm_cost_meter.economics_api import PUBLIC_FIELDS, PUBLIC_FIGURES
-from vllm_cost_meter.ledger.figures import FIGURES
+from vllm_cost_meter.endpoint.access import Access, sha256
+from vllm_cost_meter.endpoint.economics import PUBLIC_FIELDS, PUBLIC_FIGURES
+from vllm_cost_meter.ledger.economics.figures import FIGURES
 
 TOKEN = "the-admin-token"
 KEY = "key-of-alice"

@@ -48,20 +48,45 @@ def test_a_week_without_anything_has_no_cost_and_no_error(path):
 
 
 def test_explain_prints_the_sql_behind_a_figure(path):
-    result = run("explain", "arrivals_per_s", "--ledger", path)
+    result = run("economics", "--explain", "arrivals_per_s", "--ledger", path)
     assert result.exit_code == 0
     about, sql = result.stdout.split("\n", 1)
     assert about == "arrivals_per_s: lambda"
     with sqlite3.connect(path) as connection:
         assert connection.execute(sql).fetchall() == [(None,)]  # nothing ran in the last week
-    told = run("explain", "arrivals_per_s", "--ledger", path, "--json").stdout
+    told = run("economics", "--explain", "arrivals_per_s", "--ledger", path, "--json").stdout
     assert json.loads(told)["sql"].strip() == sql.strip()
 
 
 def test_a_figure_of_bounds_that_nobody_declared_is_refused(path):
-    result = run("explain", "good_requests", "--ledger", path)
+    result = run("economics", "--explain", "good_requests", "--ledger", path)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "good_requests: expected latency bounds" in result.stderr
+
+
+def test_the_sql_of_a_figure_is_that_of_the_window_that_is_asked_for(path):
+    asked = ("economics", "--explain", "arrivals_per_s", "--ledger", path)
+    week = run(*asked).stdout
+    year = run(*asked, "--window", "2027-01-01T00:00:00Z,2028-01-01T00:00:00Z").stdout
+    assert week != year
+    with sqlite3.connect(path) as connection:
+        ((arrivals,),) = connection.execute(year.split("\n", 1)[1]).fetchall()
+    assert arrivals is not None
+
+
+def test_a_figure_that_is_none_is_refused(path):
+    result = run("economics", "--explain", "x", "--ledger", path)
+    assert result.exit_code == 2
+    assert "--explain: expected a figure that `economics` lists, got 'x'" in result.stderr
+
+
+def test_explain_with_a_figure_says_where_figures_are_explained(path):
+    result = run("explain", "arrivals_per_s", "--ledger", path)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "vllm-cost-meter: no request with the id 'arrivals_per_s' in the ledger; a figure is"
+        " explained by `economics --explain arrivals_per_s`\n",
+    )
 
 
 @pytest.mark.parametrize("window", ["nonsense", "2027-02-01T00:00:00Z,2027-01-01T00:00:00Z"])

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from vllm_cost_meter import energy_books
-from vllm_cost_meter.energy_books import EnergyBooks, WindowEnd
-from vllm_cost_meter.energy_records import RequestEnergy, RunEnergy
-from vllm_cost_meter.records import ClassTotals
+from vllm_cost_meter.engine.energy import books as energy_books
+from vllm_cost_meter.engine.energy.books import EnergyBooks, WindowEnd
+from vllm_cost_meter.records.energy import RequestEnergy, RunEnergy
+from vllm_cost_meter.records.snapshot import ClassTotals
 
 MS, S = 10**6, 10**9
 HOUR = 500_000

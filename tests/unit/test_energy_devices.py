@@ -7,7 +7,7 @@ Method: the real binding (pynvml) on a library that the tests compile, see `nvml
 import pytest
 
 from tests.unit.nvml import GPU_IS_LOST, A, B, Card, code, reader
-from vllm_cost_meter.energy import DeviceInfo, EnergyReading, visible_device_ids
+from vllm_cost_meter.engine.energy.nvml import DeviceInfo, EnergyReading, visible_device_ids
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_cards_of_an_engine_are_summed_and_others_are_not(machine):
     clock = reader([0, 1], visible="3,1,0")
     clock.read()
     machine.use(1_000, 200, 30, 4)
-    assert clock.read() == EnergyReading(204, (4, 200), None)
+    assert clock.read() == EnergyReading(204, None)
 
 
 def test_two_engines_of_one_host_read_their_own_cards(machine):

@@ -8,6 +8,7 @@ a clock that the tests move.
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,18 +16,21 @@ from types import SimpleNamespace
 import pytest
 from msgspec import msgpack
 
-from tests.builders import make_part
+from tests.builders import ENGINE, make_part
 from tests.unit.nvml import GPU_IS_LOST, TIMEOUT, A, B, Card, Machine, S
-from vllm_cost_meter import energy_books
-from vllm_cost_meter import engine as engine_module
-from vllm_cost_meter.books import RequestFacts
-from vllm_cost_meter.energy import RETRY_NS, EnergyCounter
-from vllm_cost_meter.energy_records import RequestEnergy, RunEnergy
-from vllm_cost_meter.engine import EngineIdentity, EngineMeter
+from vllm_cost_meter.engine import meter as engine_module
+from vllm_cost_meter.engine.books import RequestFacts
+from vllm_cost_meter.engine.energy import books as energy_books
+from vllm_cost_meter.engine.energy.nvml import RETRY_NS, EnergyCounter
+from vllm_cost_meter.engine.meter import EngineMeter
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.price_book import EnergyPrice, PriceBook
-from vllm_cost_meter.records import NS_PER_HOUR, Bill, Snapshot
+from vllm_cost_meter.prices.book import EnergyPrice, PriceBook
+from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.energy import RequestEnergy, RunEnergy
+from vllm_cost_meter.records.snapshot import Snapshot
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 HOUR = 500_000
 MS = 10**6
@@ -46,9 +50,7 @@ class Engine:
         monkeypatch.setattr(engine_module, "time", clock)
         monkeypatch.setattr(engine_module, "process_created_ns", lambda: self.now_ns - 20 * S)
         self.meter = EngineMeter(
-            method="tokens",
-            gpus=max(len(ordinals), 1),
-            engine=EngineIdentity("m", 0, "0.32", "a GPU", "tp=1 pp=1 dp=1"),
+            engine=replace(ENGINE, gpus=max(len(ordinals), 1)),
             energy=EnergyCounter(ordinals, ENVIRON),
         )
         self.known: set[str] = set()
@@ -329,7 +331,7 @@ def test_reports_have_what_was_read_and_null_for_what_was_not(make, machine, boo
         "e": (300_000, None),
     }
     now_ns = HOUR * NS_PER_HOUR + 60 * S
-    report = books.reader.tenants(now_ns=now_ns, settle_s=0)
+    report = books.reader.tenants(as_of=AsOf(now_ns, 0))
     alice = report["tenants"][0]
     assert (alice["energy_mj"], alice["energy_unknown_requests"]) == (1_500_000, 2)
     assert report["energy_mj"] == 1_500_000
@@ -338,7 +340,7 @@ def test_reports_have_what_was_read_and_null_for_what_was_not(make, machine, boo
     assert run["energy_unknown_ns"] == 2 * S + RETRY_NS
     assert run["energy_reason"].startswith("first: ")
     assert run["devices"] == [{"name": "NVIDIA H100 80GB HBM3", "uuid": A}]
-    (audit,) = books.reader.audit(now_ns=now_ns, settle_s=0)["runs"]
+    (audit,) = books.reader.audit(as_of=AsOf(now_ns, 0))["runs"]
     assert (audit["energy_difference_mj"], audit["balanced"]) == (0, True)
 
 
@@ -347,8 +349,8 @@ def test_reports_of_an_engine_on_the_cpu_say_why_they_have_no_energy(make, machi
     books.run(engine, machine, "a")
     reason = "no_device: expected the ordinals of the engine's GPUs, got []"
     assert books.energies() == {"a": (None, reason)}
-    report = books.reader.tenants(now_ns=HOUR * NS_PER_HOUR, settle_s=0)
+    report = books.reader.tenants(as_of=AsOf(HOUR * NS_PER_HOUR, 0))
     assert report["energy_mj"] is None
     assert {row["energy_mj"] for row in report["tenants"]} == {None}
     assert (report["runs"][0]["devices"], report["runs"][0]["energy_reason"]) == (None, reason)
-    assert books.reader.audit(now_ns=HOUR * NS_PER_HOUR, settle_s=0)["balanced"]
+    assert books.reader.audit(as_of=AsOf(HOUR * NS_PER_HOUR, 0))["balanced"]

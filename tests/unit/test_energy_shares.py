@@ -6,14 +6,14 @@ Method: windows made of a true idle power and a true busy power, so that the rig
 
 import pytest
 
-from vllm_cost_meter.energy_shares import (
+from vllm_cost_meter.engine.energy.shares import (
     POWER_WINDOW_NS_MIN,
     QUIET_CLASSES,
     EnergyShares,
     PowerBounds,
     split_energy,
 )
-from vllm_cost_meter.records import OVERHEAD_CLASSES
+from vllm_cost_meter.records.snapshot import OVERHEAD_CLASSES
 
 MS, S = 10**6, 10**9
 IDLE_W, BUSY_W, MAX_W = 70, 600, 700

@@ -4,27 +4,28 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_cost_meter import _vllm
-from vllm_cost_meter import engine as engine_module
-from vllm_cost_meter.books import RequestFacts
-from vllm_cost_meter.engine import EngineIdentity, EngineMeter, NoMeter, process_created_ns
-from vllm_cost_meter.records import Bill, Snapshot
+from tests.builders import ENGINE
+from vllm_cost_meter.engine import meter as engine_module
+from vllm_cost_meter.engine.books import RequestFacts
+from vllm_cost_meter.engine.meter import EngineMeter, NoMeter, process_created_ns
+from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.snapshot import Snapshot
+from vllm_cost_meter.vllm_hooks import engine_core
 
 
 class Scheduler:
-    """Calls the meter as `_vllm.py` does for a scheduler; time passes in every step."""
+    """Calls the meter as the hooks does for a scheduler; time passes in every step."""
 
     def __init__(self, gpus: int = 1) -> None:
         self.meter = EngineMeter(
-            method="tokens",
-            gpus=gpus,
-            engine=EngineIdentity("m", 0, "0.32", "a GPU", "tp=1 pp=1 dp=1"),
+            engine=replace(ENGINE, gpus=gpus),
         )
         self.held: set[str] = set()
         self.bills: list[Bill] = []
@@ -283,8 +284,8 @@ def test_a_dummy_batch_runs_though_the_meter_fails(engine, monkeypatch, hook):
         time.sleep(0.001)
         return "result"
 
-    wrapped = _vllm._wrap_dummy_batch(execute_dummy_batch)
-    monkeypatch.setattr(_vllm, hook, boom)
+    wrapped = engine_core._wrap_dummy_batch(execute_dummy_batch)
+    monkeypatch.setattr(engine_core, hook, boom)
     assert wrapped(core) == "result"
     assert engine.meter.guard.errors == 1
     assert engine.settled().totals.lost > 0
@@ -375,7 +376,7 @@ def test_gpu_time_is_wall_time_times_gpus():
     engine.step("a", a=8)
     snapshot = engine.settled()
     assert snapshot.totals.total() == 4 * snapshot.wall_ns
-    assert snapshot.gpus == 4
+    assert snapshot.engine.gpus == 4
 
 
 def test_startup_is_booked_since_the_process_was_created(engine):
@@ -398,7 +399,7 @@ def test_the_creation_of_a_process_is_right_to_its_clock_tick(tmp_path):
     python = tmp_path / ") R 1 (x y"
     python.symlink_to(sys.executable)
     before_ns = time.monotonic_ns()
-    code = "from vllm_cost_meter.engine import process_created_ns as p; print(p())"
+    code = "from vllm_cost_meter.engine.meter import process_created_ns as p; print(p())"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run(
         [python, "-c", code], env=environment, check=True, capture_output=True, text=True

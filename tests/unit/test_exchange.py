@@ -16,7 +16,6 @@ from tests.unit.world import (
     scope_of,
 )
 from vllm_cost_meter.exchange import current_exchange
-from vllm_cost_meter.middleware import CostMiddleware
 
 
 @pytest.mark.parametrize("content_type", [JSON, SSE, b"text/plain"])
@@ -34,7 +33,7 @@ def test_an_application_that_raises_in_its_reply_loses_no_byte(world, content_ty
 
     client = Client()
     with pytest.raises(RuntimeError, match="boom"):
-        asyncio.run(CostMiddleware(app)(scope_of(), no_more_messages, client.send))
+        asyncio.run(world.metered(app)(scope_of(), no_more_messages, client.send))
     assert client.headers == [(b"content-type", content_type)]
     assert client.body == b"data: half"
     assert all(m["more_body"] for m in client.messages[1:])

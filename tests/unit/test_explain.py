@@ -1,19 +1,21 @@
 """A bill can be recomputed by hand from its explanation: the books make it, the ledger explains."""
 
+from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, Decimal
 
 import pytest
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from tests.builders import ENGINE_FACTS, HOUR, make_bill, make_part, make_snapshot
-from vllm_cost_meter.api import make_app
-from vllm_cost_meter.books import EngineBooks, RequestFacts
-from vllm_cost_meter.cli import app
+from tests.builders import ENGINE, ENGINE_STATE, HOUR, make_bill, make_part, make_snapshot
+from vllm_cost_meter.cli.commands import app
+from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.pricing import cost_nanousd
-from vllm_cost_meter.records import Price, UsagePiece
+from vllm_cost_meter.prices.cost import cost_nanousd
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import Price
 
 USD = Decimal("2.5")
 # In GPU-ns: fixed, per token, per sequence, per token x context, per token of context.
@@ -42,8 +44,8 @@ def ledger(tmp_path):
     now_ns = 10**12
     unix_ns = 1_800_000_000 * 10**9
     books = EngineBooks(
-        run_id="run", method="shapley", gpus=1, created_ns=now_ns, now_ns=now_ns, unix_ns=unix_ns,
-        kv_block_size=16,
+        run_id="run", engine=replace(ENGINE, method="shapley"), created_ns=now_ns, now_ns=now_ns,
+        unix_ns=unix_ns,
     )  # fmt: skip
     books.adopt((ONE, (0.0,) * 5, ONE), False)
     for name, prompt in (("alice-1", 96), ("bob-1", 32)):
@@ -67,7 +69,7 @@ def ledger(tmp_path):
     price = Price("p", str(USD), "the invoice", 0)
     writer = LedgerWriter(url, price_of=lambda _: price)
     writer.start()
-    snapshot = books.snapshot(now_ns, unix_ns + 10**9, 0, ENGINE_FACTS)
+    snapshot = books.snapshot(now_ns, unix_ns + 10**9, 0, ENGINE_STATE)
     writer.commit(*parts, snapshot).result(10)
     writer.close()
     return url
@@ -127,7 +129,7 @@ def test_the_command_says_it_in_sentences(ledger):
     assert told.exit_code == 0
     assert "tenant alice" in told.output
     invoice = (
-        "x 2.5 USD per GPU-hour (gpu, the invoice (told when the run began)) = 0.000025135 USD"
+        "x 2.5 USD per GPU-hour (gpu, the invoice (recorded when the run began)) = 0.000025135 USD"
     )
     assert invoice in told.output
     assert "cost model 1: one plane, what it began with" in told.output

@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 
-from vllm_cost_meter.grammar import Question, question
+from vllm_cost_meter.reports.grammar import Question, question
 
 NOW = 1_790_000_000 * 10**9  # 2026-09-21 14:13:20 UTC
 MIDNIGHT = NOW // 10**9 // 3600 - 14
@@ -43,6 +43,7 @@ def test_columns_are_told_apart_whether_shown_or_chosen_by():
         (" tenant: a , b + model:x ", {"tenant": {"a", "b"}, "model": {"x"}}),
         ("tag:team=x,y", {"tag:team": {"x", "y"}}),
         ("tag:a=b=c", {"tag:a": {"b=c"}}),
+        ("label:pool=spot,big label:zone=a", {"label:pool": {"spot", "big"}, "label:zone": {"a"}}),
         ("tenant:a,b+tenant:b,c", {"tenant": {"b"}}),
         ("tenant:a+tenant:b", {"tenant": set()}),
         # Signs that belong to a value.
@@ -77,6 +78,7 @@ def test_steps_and_what_if():
         ),
         ({"aggregate": "tenant,"}, "joined by commas, got ''"),
         ({"aggregate": "tag:"}, "got 'tag:'"),
+        ({"aggregate": "label:"}, "got 'label:'"),
         ({"aggregate": "Tenant"}, "got 'Tenant'"),
         ({"step": "1m"}, "step: expected one of 1h, 1d, 1w, month, got '1m'"),
         ({"idle": "weighted"}, "idle: expected none, proportional, even, "),
@@ -85,6 +87,7 @@ def test_steps_and_what_if():
         ({"filter": "tenant:"}, "got 'tenant:'"),
         ({"filter": "tag:team"}, "got 'tag:team'"),
         ({"filter": "tag:=x"}, "got 'tag:=x'"),
+        ({"filter": "label:pool"}, "got 'label:pool'"),
         ({"filter": "+tenant:a"}, "got ''"),
         ({"filter": "tenant:a\nb"}, "on one line"),
         ({"price": "cheap"}, "price: expected USD per GPU-hour, such as 2.10, got 'cheap'"),

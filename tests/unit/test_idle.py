@@ -4,8 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.idle import EXPECTED, SHARED_CLASSES, IdlePolicy
-from vllm_cost_meter.records import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.idle import EXPECTED, SHARED_CLASSES, IdlePolicy
 
 USED = {"alice": 300, "bob": 100, "carol": 0}
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter.invoice_files import InvoiceRules, Layout, read_invoice
-from vllm_cost_meter.invoices import BillingSnapshot, InvoiceLine
-from vllm_cost_meter.records import NS_PER_HOUR, unix_ns_of
-from vllm_cost_meter.windows import zone_of
+from vllm_cost_meter.invoices.files import InvoiceRules, Layout, read_invoice
+from vllm_cost_meter.invoices.timeline import InvoiceLine, Reading
+from vllm_cost_meter.units.calendar import zone_of
+from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
 USD = 10**9
 T0 = unix_ns_of("2026-11-01T00:00:00Z")
@@ -63,26 +63,26 @@ def test_readings_come_as_csv_and_as_json(tmp_path):
         ' {"resource": "vol-1", "timestamp": "2026-11-01", "usd_per_hour": "0.25", "kind": null}]'
     )
     expected = [
-        BillingSnapshot("gpu-1", "gpu", T0, 1_500_000_000),
+        Reading("gpu-1", "gpu", T0, 1_500_000_000),
         # What the settings say of a resource goes before the file.
-        BillingSnapshot("vol-1", "disk", T0, None, 250_000_000),
+        Reading("vol-1", "disk", T0, None, 250_000_000),
     ]
-    assert list(read(tmp_path, "snapshots", csv).snapshots) == expected
-    assert list(read(tmp_path, "snapshots", json).snapshots) == expected
+    assert list(read(tmp_path, "snapshots", csv).readings) == expected
+    assert list(read(tmp_path, "snapshots", json).readings) == expected
 
 
 def test_the_same_reading_twice_is_one_reading(tmp_path):
     row = "gpu-1,2026-11-01T00:00:00Z,1.5\n"
     told = read(tmp_path, "snapshots", f"resource,timestamp,cumulative_usd\n{row}{row}")
-    assert len(told.snapshots) == 1
+    assert len(told.readings) == 1
 
 
 def test_an_amount_is_exact_however_it_is_written(tmp_path):
     texts = ["0.1", "1e-1", ".1", "+0.10", "0.1000000000000000000"]
     for text in texts:
         csv = f"resource,timestamp,cumulative_usd\nr,2026-11-01T00:00:00Z,{text}\n"
-        [snapshot] = read(tmp_path, "snapshots", csv).snapshots
-        assert snapshot.cumulative_nanousd == 100_000_000
+        [reading] = read(tmp_path, "snapshots", csv).readings
+        assert reading.cumulative_nanousd == 100_000_000
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,10 @@ def test_an_amount_is_exact_however_it_is_written(tmp_path):
         ("r,2026-11-01T00:00:00Z,1e999", "cumulative_usd: expected a decimal number"),
         ("r,2026-11-01T00:00:00Z,-1", "cumulative_usd: expected a decimal number from 0 to"),
         ("r,2026-11-01T00:00:00Z,2e9", "cumulative_usd: expected a decimal number from 0 to"),
-        ("r,2026-11-01T00:00:00Z,", "cumulative_usd: expected it or usd_per_hour, got 'neither'"),
+        (
+            "r,2026-11-01T00:00:00Z,",
+            "cumulative_usd: expected an amount either here or in usd_per_hour, got 'neither'",
+        ),
         ("r,yesterday,1", "timestamp: expected an RFC 3339 instant, got 'yesterday'"),
         (",2026-11-01T00:00:00Z,1", "resource: expected 1 to 500 printable characters, got ''"),
         ("r,2026-11-01T00:00:00Z,1,2", "row: expected 3 cells, got '4'"),
@@ -112,7 +115,7 @@ def test_two_readings_at_one_instant_and_two_kinds_of_one_resource_are_refused(t
     twice = refusal(tmp_path, "snapshots", f"{head}{first}r,2026-11-01T00:00:00Z,2,gpu\n")
     assert twice.startswith("bill.csv:3: timestamp: expected one reading of 'r' at an instant")
     kinds = refusal(tmp_path, "snapshots", f"{head}{first}r,2026-11-02T00:00:00Z,2,disk\n")
-    assert kinds == "bill.csv:3: kind: expected gpu, as above, got 'disk'"
+    assert kinds == "bill.csv:3: kind: expected gpu, as in an earlier row, got 'disk'"
     other = refusal(tmp_path, "snapshots", f"{head}r,2026-11-02T00:00:00Z,2,tpu\n")
     assert other.startswith("bill.csv:2: kind: expected gpu, disk, network, other")
 
@@ -148,14 +151,15 @@ def test_a_file_that_is_not_there_or_too_large_is_one_line(tmp_path):
     large = tmp_path / "large.csv"
     with large.open("wb") as file:
         file.truncate(64_000_001)
-    with pytest.raises(ValueError, match="expected at most 64000000 bytes, got 64000001"):
+    with pytest.raises(ValueError, match="expected at most 64,000,000 bytes, got 64,000,001"):
         read_invoice(large, "focus", NO_RULES)
 
 
 def test_a_format_that_nobody_declared_is_one_line(tmp_path):
     found = refusal(tmp_path, "runpod", "a\n1\n")
     assert found == (
-        "--format: expected focus, snapshots, lambda (or a name of [[invoices]]), got 'runpod'"
+        "--format: expected focus, snapshots, lambda (or the name of a layout in [[invoices]]),"
+        " got 'runpod'"
     )
 
 
@@ -184,7 +188,10 @@ def test_a_layout_says_in_which_column_what_stands(tmp_path):
         ("g;02.11.2026 01:00;01.11.2026 01:00;1;USD;;", "End: expected an instant after Start"),
         ("g;2026-11-01;02.11.2026 01:00;1;USD;;", "Start: expected an instant like %d.%m.%Y"),
         ("g;01.11.2026 01:00;02.11.2026 01:00;1;XXX;;", "Cur: expected USD, EUR (or one of"),
-        ("g;01.11.2026 01:00;02.11.2026 01:00;-1;USD;;", "Cost: expected at least 0, as it is no"),
+        (
+            "g;01.11.2026 01:00;02.11.2026 01:00;-1;USD;;",
+            "Cost: expected at least 0 unless the charge is a Correction or Credit",
+        ),
         ("g;01.11.2026 01:00;02.11.2026 01:00;1,5;USD;;", "Cost: expected a decimal number"),
         ("g;01.11.2026 01:00;02.11.2026 01:00;1;USD;;gift", "Class: expected nothing, or Corr"),
         ("g;01.11.2026 01:00;02.11.2026 01:00;2e9;USD;;", "amount: expected at most 1,000,000,000"),

@@ -9,8 +9,9 @@ import pytest
 from tests.unit.test_ledger_invoices import USD, bring, charged, everything, ledger, read, rows
 from tests.unit.test_ledger_reader import HOUR, part
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger import invoice_hours, invoices
-from vllm_cost_meter.ledger.store import BUSY_TIMEOUT_S
+from vllm_cost_meter.ledger.billing import hours as invoice_hours
+from vllm_cost_meter.ledger.billing import importing as invoices
+from vllm_cost_meter.ledger.database import BUSY_TIMEOUT_S
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
 __all__ = ["ledger"]
@@ -72,7 +73,7 @@ def test_an_import_that_another_one_overtook_is_computed_anew(ledger, monkeypatc
 def test_an_import_that_is_overtaken_again_and_again_gives_up_with_one_line(ledger, monkeypatch):
     monkeypatch.setattr(invoices, "ATTEMPTS", 1)
     before_writing(monkeypatch, lambda: bring(ledger, charged(1, 1, 7)))
-    with pytest.raises(LedgerError, match="other imports came between, try again"):
+    with pytest.raises(LedgerError, match="other imports came between; nothing written, try again"):
         bring(ledger, read(2, 3))
     assert rows(ledger, "SELECT count(*) FROM billing_snapshots") == [(0,)]
 
@@ -104,7 +105,8 @@ def test_of_a_long_line_only_the_hours_that_can_change_are_written_anew(ledger):
 
 def test_more_rows_than_a_server_should_wait_for_are_refused_with_one_line(ledger, monkeypatch):
     monkeypatch.setattr(invoice_hours, "ROWS_MAX", 5)
-    with pytest.raises(ValueError, match=r"bill\.csv: expected at most 5 rows .* import it in par"):
+    message = r"bill\.csv: expected at most 5 rows .* import the file in parts"
+    with pytest.raises(ValueError, match=message):
         bring(ledger, *(charged(hour, 1, 1) for hour in range(3)))
     assert everything(ledger) == [[], [], []]
 

@@ -4,30 +4,28 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.invoices import (
+from tests.support.bills import spend
+from vllm_cost_meter.invoices.timeline import (
     GAP,
     RESET,
     BilledHour,
-    BillingSnapshot,
     InvoiceLine,
+    Reading,
     billed_hours,
-    spend,
     stretches,
 )
-from vllm_cost_meter.records import NS_PER_HOUR as H
+from vllm_cost_meter.units.time import NS_PER_HOUR as H
 
 DAY = 24 * H
 
 
-def counter(*readings: tuple[int, int]) -> list[BillingSnapshot]:
+def counter(*readings: tuple[int, int]) -> list[Reading]:
     """Readings of a counter at hours."""
-    return [BillingSnapshot("gpu-1", "gpu", hour * H, usd) for hour, usd in readings]
+    return [Reading("gpu-1", "gpu", hour * H, usd) for hour, usd in readings]
 
 
-def rates(*readings: tuple[int, int]) -> list[BillingSnapshot]:
-    return [
-        BillingSnapshot("gpu-1", "gpu", hour * H, nanousd_per_hour=usd) for hour, usd in readings
-    ]
+def rates(*readings: tuple[int, int]) -> list[Reading]:
+    return [Reading("gpu-1", "gpu", hour * H, nanousd_per_hour=usd) for hour, usd in readings]
 
 
 def line(from_hour: int, to_hour: int, nanousd: int, **more: str) -> InvoiceLine:
@@ -35,7 +33,7 @@ def line(from_hour: int, to_hour: int, nanousd: int, **more: str) -> InvoiceLine
 
 
 def of(*facts, gap_ns: int = DAY):
-    snapshots = [fact for fact in facts if isinstance(fact, BillingSnapshot)]
+    snapshots = [fact for fact in facts if isinstance(fact, Reading)]
     lines = [fact for fact in facts if isinstance(fact, InvoiceLine)]
     return stretches(snapshots, lines, gap_ns)
 

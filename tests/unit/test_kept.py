@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from vllm_cost_meter.kept import Kept
+from vllm_cost_meter.endpoint.cached import Kept
 
 
 class Clock:

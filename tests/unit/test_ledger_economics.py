@@ -8,9 +8,13 @@ import pytest
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import HOUR, T0, Ledger, http, part, snapshot
 from vllm_cost_meter.economics import Declared
-from vllm_cost_meter.ledger.economics import economics, method
-from vllm_cost_meter.ledger.figures import FIGURES, OF_SLO
-from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, Usage, UsagePiece
+from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO
+from vllm_cost_meter.ledger.economics.query import economics, method
+from vllm_cost_meter.ledger.queries.cut import AsOf
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import Usage
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 S = 10**9
 BOUNDS = Declared(ttft_ms=3, tpot_ms=3, e2e_ms=9, percentile=60)
@@ -40,7 +44,7 @@ def write(ledger, usd: str | None = "36") -> None:
     at = T0 + NS_PER_HOUR
     bills = [part(n, f"h{n}", pieces=pieces) for n in (1, 2, 3)]
     bills.append(part(4, "h4", pieces=late, tenant="bob", started_at_ns=at, finished_at_ns=at + S))
-    told = [http(b.http_request_id, tenant=b.tenant, at=n) for n, b in enumerate(bills[:3])]
+    told = [http(b.http_request_id, owner=b.owner, at=n) for n, b in enumerate(bills[:3])]
     told.append(http("h4", tenant="bob", started_at_ns=at, finished_at_ns=at + S))
     hours = {
         HOUR: ClassTotals(requests=9 * S, in_flight=S, idle=30 * S),
@@ -54,7 +58,7 @@ def write(ledger, usd: str | None = "36") -> None:
 
 
 def figures(ledger, *hours, declared: Declared = BOUNDS):
-    return economics(ledger.reader, declared, *hours, settle_s=0)["figures"]
+    return economics(ledger.reader, declared, *hours, as_of=AsOf(settle_s=0))["figures"]
 
 
 def test_figures_are_those_computed_by_hand(ledger):
@@ -85,7 +89,7 @@ def test_figures_are_those_computed_by_hand(ledger):
 
 def test_goodput_is_of_what_kept_every_bound(ledger):
     write(ledger)
-    answer = economics(ledger.reader, BOUNDS, settle_s=0)
+    answer = economics(ledger.reader, BOUNDS, as_of=AsOf(settle_s=0))
     found = answer["figures"]
     # TTFT 2 ms and end to end 4 ms: the first alone, as the second has its first token at 4 ms.
     assert (found["good_requests"], found["good_output_tokens"]) == (1, 5)
@@ -95,7 +99,7 @@ def test_goodput_is_of_what_kept_every_bound(ledger):
     assert answer["slo"] == {
         "ttft_ms": 3, "tpot_ms": 3, "e2e_ms": 9, "percentile": 60, "met": False,
     }  # fmt: skip
-    assert economics(ledger.reader, Declared(e2e_ms=16), settle_s=0)["slo"]["met"]
+    assert economics(ledger.reader, Declared(e2e_ms=16), as_of=AsOf(settle_s=0))["slo"]["met"]
 
 
 def test_the_penalty_is_against_a_full_load_that_was_declared_and_else_blank(ledger):
@@ -110,7 +114,7 @@ def test_the_penalty_is_against_a_full_load_that_was_declared_and_else_blank(led
 
 def test_without_bounds_there_is_no_goodput(ledger):
     write(ledger)
-    answer = economics(ledger.reader, Declared(), settle_s=0)
+    answer = economics(ledger.reader, Declared(), as_of=AsOf(settle_s=0))
     assert answer["slo"] is None
     assert not set(OF_SLO) & set(answer["figures"])
 
@@ -189,7 +193,7 @@ def test_load_and_tokens_are_those_of_the_summary(ledger):
     ledger.write(part(5, None), part(6, "h6"), part(7, "h6", prompt_group="group-6"))
     ledger.write(http("h6", Usage(11, None, 7), at=9))
     for hours in ((), (HOUR, HOUR + 1)):
-        summary = ledger.reader.summary(*hours, settle_s=0)
+        summary = ledger.reader.summary(*hours, as_of=AsOf(settle_s=0))
         found = figures(ledger, *hours)
         for name in ("requests", "prompt_tokens", "output_tokens"):
             assert found[name] == summary[name], name
@@ -198,9 +202,14 @@ def test_load_and_tokens_are_those_of_the_summary(ledger):
 
 def test_what_ran_is_told_by_the_engines(ledger):
     write(ledger)
-    (one,) = economics(ledger.reader, Declared(), settle_s=0)["deployments"]
+    (one,) = economics(ledger.reader, Declared(), as_of=AsOf(settle_s=0))["deployments"]
     assert set(one) == {
         "hardware", "gpus", "model", "precision", "parallelism", "vllm_version", "runs",
     }  # fmt: skip
     assert (one["gpus"], one["runs"]) == (2, 1)
-    assert economics(ledger.reader, Declared(), HOUR + 8, HOUR + 9, settle_s=0)["deployments"] == []
+    assert (
+        economics(ledger.reader, Declared(), HOUR + 8, HOUR + 9, as_of=AsOf(settle_s=0))[
+            "deployments"
+        ]
+        == []
+    )

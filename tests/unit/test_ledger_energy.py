@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 from tests.builders import HOUR, T0, make_bill, make_part, make_snapshot
-from vllm_cost_meter.energy_records import ENERGY_CLASSES, RequestEnergy, RunEnergy
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import ClassTotals, EngineRequest, Snapshot, UsagePiece
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
+from vllm_cost_meter.records.requests import EngineRequest
+from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
 
 NOW = T0 + 10**9
 
@@ -51,7 +54,7 @@ class Ledger:
         return row["energy_mj"], row["energy_reason"]
 
     def report(self, *hours: int) -> dict[str, Any]:
-        return self.reader.tenants(*hours, now_ns=NOW, settle_s=0)
+        return self.reader.tenants(*hours, as_of=AsOf(NOW, 0))
 
     def rows(self, *hours: int) -> dict[str, tuple[int | None, int | None]]:
         """Return energy and number of unknown requests by tenant and class, if there is either."""
@@ -192,7 +195,7 @@ def test_the_rows_and_what_is_nobodys_add_up_to_the_energy_of_the_engine(ledger)
     }
     report = ledger.report()
     assert (report["energy_mj"], report["requests_mj"], report["unattributed_mj"]) == (805, 725, 2)
-    summary = ledger.reader.summary(now_ns=NOW, settle_s=0)
+    summary = ledger.reader.summary(as_of=AsOf(NOW, 0))
     assert (summary["idle_mj"], summary["in_flight_mj"], summary["startup_mj"]) == (70, 8, None)
 
 
@@ -248,12 +251,12 @@ def test_a_bill_after_the_cut_is_not_in_the_report_and_neither_is_its_energy(led
     ledger.write(part(1), part(2), snapshot(energy(told(1, 700)), last_seq=1))
     ledger.sql("INSERT INTO request_energy VALUES ('run', 2, 500000, 50, NULL)")
     assert ledger.rows() == {"alice": (700, 0)}
-    assert ledger.reader.audit(now_ns=NOW, settle_s=0)["runs"][0]["energy_difference_mj"] == 0
+    assert ledger.reader.audit(as_of=AsOf(NOW, 0))["runs"][0]["energy_difference_mj"] == 0
 
 
 def test_what_a_dead_engine_had_in_flight_is_lost(ledger):
     ledger.write(snapshot(energy(in_flight=40, lost=2)))
-    later = ledger.reader.tenants(now_ns=NOW + 10**12, settle_s=0)["tenants"]
+    later = ledger.reader.tenants(as_of=AsOf(NOW + 10**12, 0))["tenants"]
     rows = {row["tenant"]: row["energy_mj"] for row in later}
     assert (rows["__in_flight__"], rows["__lost__"]) == (0, 42)
 
@@ -273,14 +276,14 @@ def test_a_run_names_its_gpus(ledger):
 
 def test_the_audit_finds_an_energy_that_is_missing(ledger):
     ledger.write(part(1), snapshot(energy(told(1, 700), idle=5), last_seq=1))
-    (run,) = ledger.reader.audit(now_ns=NOW, settle_s=0)["runs"]
+    (run,) = ledger.reader.audit(as_of=AsOf(NOW, 0))["runs"]
     assert (run["energy_mj"], run["energy_difference_mj"], run["balanced"]) == (705, 0, True)
     ledger.sql("DELETE FROM request_energy")
-    (run,) = ledger.reader.audit(now_ns=NOW, settle_s=0)["runs"]
+    (run,) = ledger.reader.audit(as_of=AsOf(NOW, 0))["runs"]
     assert (run["energy_difference_mj"], run["balanced"]) == (700, False)
 
 
 def test_books_without_energy_balance(ledger):
     ledger.write(part(1), snapshot(RunEnergy(None, "no_device: none"), last_seq=1))
-    (run,) = ledger.reader.audit(now_ns=NOW, settle_s=0)["runs"]
+    (run,) = ledger.reader.audit(as_of=AsOf(NOW, 0))["runs"]
     assert (run["energy_mj"], run["energy_difference_mj"], run["balanced"]) == (None, None, True)

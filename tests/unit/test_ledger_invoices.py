@@ -15,16 +15,19 @@ from tests.unit.test_ledger_economics import write
 from tests.unit.test_ledger_reader import HOUR, NOW, Ledger, part, snapshot
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.invoice_files import InvoiceFile
-from vllm_cost_meter.invoices import BillingSnapshot, InvoiceLine
-from vllm_cost_meter.ledger.economics import economics, method
-from vllm_cost_meter.ledger.invoice_days import invoice_days
-from vllm_cost_meter.ledger.invoice_hours import HOURS_MAX
-from vllm_cost_meter.ledger.invoice_meters import meters
-from vllm_cost_meter.ledger.invoices import import_invoice
+from vllm_cost_meter.invoices.files import InvoiceFile
+from vllm_cost_meter.invoices.timeline import InvoiceLine, Reading
+from vllm_cost_meter.ledger.billing.days import invoice_days
+from vllm_cost_meter.ledger.billing.hours import HOURS_MAX
+from vllm_cost_meter.ledger.billing.importing import import_invoice
+from vllm_cost_meter.ledger.billing.meters import meters
+from vllm_cost_meter.ledger.economics.query import economics, method
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.overheads import Overhead
-from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, UsagePiece
+from vllm_cost_meter.prices.overheads import Overhead
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 USD = 10**9
 DAY = 24 * NS_PER_HOUR
@@ -32,9 +35,9 @@ MONTH = "2027-01"
 AFTER = (HOUR + 24 * 30) * NS_PER_HOUR
 
 
-def read(hour: float, usd: float, resource: str = "gpu-1", kind: str = "gpu") -> BillingSnapshot:
+def read(hour: float, usd: float, resource: str = "gpu-1", kind: str = "gpu") -> Reading:
     at_ns = round((HOUR + hour) * NS_PER_HOUR)
-    return BillingSnapshot(resource, kind, at_ns, round(usd * USD))
+    return Reading(resource, kind, at_ns, round(usd * USD))
 
 
 def charged(
@@ -48,7 +51,7 @@ def a_file(*facts) -> InvoiceFile:
     def those(kind):
         return {fact: f"bill.csv:{n}" for n, fact in enumerate(facts, 2) if isinstance(fact, kind)}
 
-    return InvoiceFile("bill.csv", those(BillingSnapshot), those(InvoiceLine), 0)
+    return InvoiceFile("bill.csv", those(Reading), those(InvoiceLine), 0)
 
 
 @pytest.fixture
@@ -74,11 +77,13 @@ def everything(ledger):
 
 
 def figures(ledger, *hours, declared=None):
-    return economics(ledger.reader, declared or Declared(), *hours, settle_s=0)["figures"]
+    return economics(ledger.reader, declared or Declared(), *hours, as_of=AsOf(settle_s=0))[
+        "figures"
+    ]
 
 
 def summary(ledger, *hours):
-    return ledger.reader.summary(*hours, now_ns=NOW, settle_s=0)["billed"]
+    return ledger.reader.summary(*hours, as_of=AsOf(NOW, 0))["billed"]
 
 
 # ---- import
@@ -309,7 +314,7 @@ def test_renaming_tenants_moves_no_money(ledger):
 def test_each_day_has_metered_billed_and_the_rest_on_its_own(ledger):
     bills(ledger)
     bring(ledger, read(24, 1), read(25, 3), read(26, 1))
-    answer = invoice_days(ledger.reader, settle_s=0)
+    answer = invoice_days(ledger.reader, as_of=AsOf(settle_s=0))
     first, second = answer["days"]
     assert first == {
         "day": "2027-01-15",
@@ -358,7 +363,7 @@ def write_balanced(ledger) -> None:
 
 
 def statement(ledger, **told):
-    return ledger.reader.statement(MONTH, now_ns=AFTER, settle_s=0, **told)
+    return ledger.reader.statement(MONTH, as_of=AsOf(AFTER, 0), **told)
 
 
 @pytest.mark.parametrize("idle", ["none", "proportional", "even", "owner:alice"])
@@ -392,7 +397,7 @@ def test_a_month_without_bills_has_a_statement_as_ever(ledger):
 
 
 def test_a_reader_of_an_empty_ledger_has_no_days(ledger):
-    answer = invoice_days(LedgerReader(ledger.url), settle_s=0)
+    answer = invoice_days(LedgerReader(ledger.url), as_of=AsOf(settle_s=0))
     assert (answer["days"], answer["total"]["billed_gpu_usd"]) == ([], None)
 
 

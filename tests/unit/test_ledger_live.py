@@ -7,10 +7,13 @@ import pytest
 
 from tests.builders import make_open
 from tests.unit.test_ledger_reader import NOW, T0, Ledger, http, part, snapshot
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.ledger.live import MAX_LOST
-from vllm_cost_meter.ledger.reader import Match
-from vllm_cost_meter.records import ClassTotals, OpenRequest, rfc3339
+from vllm_cost_meter.ledger.queries.cut import AsOf
+from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST
+from vllm_cost_meter.ledger.queries.requests import Match
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.requests import OpenRequest
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import rfc3339
 
 USED = Accrued(100, 200, 8, 5, 30, 1, 2, 3, 4, 7, 9, 2_500_000, 900, 6, 12)
 DEAD = NOW + 16 * 10**9
@@ -47,9 +50,9 @@ def seen(*live, bills=(), number=1, step_ns=40, **changes):
     return snapshot(list(bills), number, totals=totals, live=live, **changes)
 
 
-def row_of(ledger: Ledger, id: str = "h1", now_ns: int = NOW, **options):
+def row_of(ledger: Ledger, id: str = "h1", now_ns: int = NOW):
     (match,) = ledger.reader.find(id)
-    return ledger.reader.request(match, now_ns=now_ns, settle_s=0, **options)
+    return ledger.reader.request(match, AsOf(now_ns, settle_s=0))
 
 
 # ---- one request that runs
@@ -125,9 +128,9 @@ def test_a_running_request_without_an_exchange_is_found_before_and_after_its_bil
     ledger.write(open_(http_id=None), seen(("internal-1", USED)))
     (match,) = ledger.reader.find("internal-1")
     assert match == Match(None, request_id="internal-1")
-    assert ledger.reader.request(match, now_ns=NOW)["state"] == "running"
+    assert ledger.reader.request(match, AsOf(NOW))["state"] == "running"
     ledger.write(part(1, None, announced=True))
-    assert ledger.reader.request(match, now_ns=NOW)["state"] == "finished"
+    assert ledger.reader.request(match, AsOf(NOW))["state"] == "finished"
     assert ledger.reader.find("internal-1") == [Match(None, "run", 1)]
 
 
@@ -205,35 +208,36 @@ def opened(folder) -> list[str]:
 def test_running_requests_are_listed_apart_the_newest_first(ledger):
     ledger.write(part(1, "h1"), http("h1"), open_(2, "h2"), open_(3, "h3"), open_(4, "h3"))
     ledger.write(seen(("internal-2", USED), ("internal-4", USED), bills=[part(1)]))
-    page = ledger.reader.requests(now_ns=NOW)
+    page = ledger.reader.requests(as_of=AsOf(NOW))
     assert [(r["http_request_id"], r["state"]) for r in page["requests"]] == [("h1", "finished")]
     assert [(r["http_request_id"], r["gpu_time_ns"]) for r in page["running"]] == [
         ("h3", 300),
         ("h2", 300),
     ]
     assert "parts" not in page["running"][0]
-    assert ledger.reader.requests(tenant="bob", now_ns=NOW)["running"] == []
-    assert len(ledger.reader.requests(limit=1, now_ns=NOW)["running"]) == 1
+    assert ledger.reader.requests(tenant="bob", as_of=AsOf(NOW))["running"] == []
+    assert len(ledger.reader.requests(limit=1, as_of=AsOf(NOW))["running"]) == 1
 
 
 def test_an_exchange_is_in_one_list_only_and_on_the_first_page_only(ledger):
     bills = [part(1, "h1"), part(2, "h2")]
     ledger.write(*bills, http("h1"), open_(3, "h2"), open_(4, "h4"))
     ledger.write(seen(("internal-3", USED), bills=bills))
-    first = ledger.reader.requests(limit=1, now_ns=NOW)
+    first = ledger.reader.requests(limit=1, as_of=AsOf(NOW))
     assert [(r["http_request_id"], r["state"]) for r in first["requests"]] == [("h2", "running")]
     assert first["requests"][0]["gpu_time_ns"] == 600
     assert [r["http_request_id"] for r in first["running"]] == ["h4"]
-    second = ledger.reader.requests(limit=1, next=first["next"], now_ns=NOW)
+    second = ledger.reader.requests(limit=1, next=first["next"], as_of=AsOf(NOW))
     assert [r["http_request_id"] for r in second["requests"]] == ["h1"]
     assert second["running"] == []
 
 
 def test_what_a_dead_engine_had_is_not_listed_as_running(ledger):
     ledger.write(open_(), seen(("internal-1", USED)))
-    assert ledger.reader.requests(now_ns=DEAD)["running"] == []
+    assert ledger.reader.requests(as_of=AsOf(DEAD))["running"] == []
     ledger.write(open_(2, started_at_ns=DEAD), seen(run_id="run2", started_at_ns=DEAD - 1))
-    page = ledger.reader.requests(now_ns=DEAD, alive={"run2"})
+    ledger.knowing("run2")
+    page = ledger.reader.requests(as_of=AsOf(DEAD))
     assert [r["request_id"] for r in page["running"]] == ["internal-2"]
 
 
@@ -242,9 +246,10 @@ def test_what_a_dead_engine_had_is_not_listed_as_running(ledger):
 
 def test_a_request_of_a_dead_engine_is_lost_with_what_it_had_used(ledger):
     ledger.write(open_(), seen(("internal-1", USED)), usd=USD)
-    assert row_of(ledger, now_ns=DEAD, alive={"run"})["state"] == "running"
     row = row_of(ledger, now_ns=DEAD)
     assert (row["state"], row["as_of"], row["cost_nanousd"]) == ("lost", rfc3339(NOW), 300)
+    ledger.knowing("run")
+    assert row_of(ledger, now_ns=DEAD)["state"] == "running"
 
 
 def test_what_a_dead_engine_never_told_of_is_unknown(ledger):
@@ -256,7 +261,7 @@ def test_what_a_dead_engine_never_told_of_is_unknown(ledger):
 def test_an_engine_whose_meter_is_off_bills_nothing_any_more(ledger):
     ledger.write(open_(), seen(state="off", step_ns=0))
     assert row_of(ledger)["state"] == "lost"
-    assert ledger.reader.requests(now_ns=NOW)["running"] == []
+    assert ledger.reader.requests(as_of=AsOf(NOW))["running"] == []
 
 
 def test_the_audit_names_whose_time_a_dead_engine_lost(ledger):

@@ -12,10 +12,13 @@ import pytest
 from tests.builders import make_open
 from tests.unit.test_ledger_energy import energy, told
 from tests.unit.test_ledger_reader import HOUR, NOW, T0, Ledger, http, part, snapshot
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.overheads import Overhead
-from vllm_cost_meter.price_book import EnergyPrice, Matches, PriceEntry
-from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, UsagePiece, rfc3339
+from vllm_cost_meter.ledger.queries.cut import AsOf
+from vllm_cost_meter.prices.book import EnergyPrice, Matches, PriceEntry
+from vllm_cost_meter.prices.overheads import Overhead
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
 PIECES = (UsagePiece(HOUR, 1_000, 0, 8, 0), UsagePiece(HOUR + 2, 0, 3_000, 0, 5))
 # What the engine of such a bill says of its hours.
@@ -76,7 +79,7 @@ def test_each_hour_is_priced_by_the_price_of_that_hour(ledger):
     }
     assert [row["usd_per_gpu_hour"] for row in report["prices"]] == ["36", "72", "360"]
     assert report["usd_per_gpu_hour"] is None
-    assert ledger.reader.tenant("alice", now_ns=NOW, settle_s=0)["prices"] == report["prices"]
+    assert ledger.reader.tenant("alice", as_of=AsOf(NOW, 0))["prices"] == report["prices"]
     assert {row["cost_reason"] for row in report["tenants"]} == {None}
 
 
@@ -182,7 +185,7 @@ def test_without_the_settings_a_run_costs_what_it_was_told_when_it_began(ledger)
     assert (report["cost_nanousd"], report["usd_per_gpu_hour"]) == (56, "36")
     [shown] = report["prices"]
     assert (shown["source"], shown["effective_from"]) == (
-        "settings (told when the run began)",
+        "settings (recorded when the run began)",
         None,
     )
     ledger.priced(price("72", HOUR + 2))
@@ -269,17 +272,17 @@ def test_a_running_request_is_priced_by_the_hour_of_its_snapshot(ledger):
     ledger.write(make_open(), snapshot([], totals=totals, live=live, taken_at_ns=NOW))
     ledger.priced(price("36", HOUR - 1), price("72"), price("360", HOUR + 1))
     [match] = ledger.reader.find("internal-1")
-    row = ledger.reader.request(match, now_ns=NOW, settle_s=0)
+    row = ledger.reader.request(match, as_of=AsOf(NOW, 0))
     assert (row["state"], row["as_of"]) == ("running", rfc3339(NOW))
     assert (row["cost_nanousd"], row["marginal_cost_usd"]) == (60, "0.000000020")
     ledger.priced(price("360", HOUR + 1))
-    row = ledger.reader.request(match, now_ns=NOW, settle_s=0)
+    row = ledger.reader.request(match, as_of=AsOf(NOW, 0))
     assert row["cost_nanousd"] is None
     assert row["cost_reason"].startswith(
         "no price for run run at 2027-01-15T08Z: at 360, the first"
     )
     assert row["parts"][0]["cost_reason"] == row["cost_reason"]
-    [listed] = ledger.reader.requests(now_ns=NOW)["running"]
+    [listed] = ledger.reader.requests(as_of=AsOf(NOW))["running"]
     assert listed["cost_reason"] == row["cost_reason"]
 
 
@@ -330,6 +333,19 @@ def test_energy_has_a_cost_of_its_own_by_the_hour_and_adds_to_no_other(ledger):
     assert rows["__startup__"]["energy_cost_reason"] == "no energy is known"
 
 
+def test_energy_costs_of_rows_and_of_nobody_add_up_to_that_of_all_energy(ledger):
+    bills = [part(n, f"h{n}", tenant=f"t{n}") for n in (1, 2, 3)]
+    mj = {"requests": 30, "idle": 10, "unattributed": 10}
+    full = dict.fromkeys(energy().classes, 0) | mj
+    used = energy(*(told(n, 10) for n in (1, 2, 3)), hours={HOUR: full}, idle=10, unattributed=10)
+    ledger.write(*bills, snapshot(bills, energy=used))
+    # 10 mJ cost 1/3 nano-USD: each by itself would be 0, and all 50 mJ are 1.67.
+    ledger.priced(energy_prices=[energy_price("0.12")])
+    report = ledger.tenants()
+    rows = [row["energy_cost_nanousd"] or 0 for row in report["tenants"]]
+    assert report["energy_cost_nanousd"] == sum(rows) == 2
+
+
 def test_energy_without_a_price_has_no_cost_and_says_why(ledger):
     write_energy(ledger)
     ledger.priced(energy_prices=[energy_price("3.6", HOUR + 1)])
@@ -363,7 +379,7 @@ def test_overheads_are_lines_apart_from_every_cost(ledger):
     rent = Overhead("o0", "rent", "the lease", usd_per_month=Decimal("744"))
     staff = Overhead("o1", "staff", "plan", percent=Decimal(10), effective_from_hour=HOUR + 2)
     ledger.priced(price("36"), overheads=[rent, staff])
-    summary = ledger.reader.summary(now_ns=NOW, settle_s=0)
+    summary = ledger.reader.summary(as_of=AsOf(NOW, 0))
     shown = [(row["name"], row["cost_nanousd"], row["from"]) for row in summary["overheads"]]
     assert shown == [
         ("rent", 3 * 10**9, rfc3339(HOUR * NS_PER_HOUR)),  # three of the 744 hours of January

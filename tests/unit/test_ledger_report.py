@@ -3,11 +3,15 @@
 import pytest
 
 from tests.unit.test_ledger_reader import HOUR, NOW, T0, Ledger, http, part, snapshot
-from vllm_cost_meter.grammar import question
-from vllm_cost_meter.records import NS_PER_HOUR, ClassTotals, Usage, UsagePiece
-from vllm_cost_meter.reports import UNALLOCATED
+from vllm_cost_meter.ledger.queries.cut import AsOf
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.requests import Usage
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.reports.facts import UNALLOCATED
+from vllm_cost_meter.reports.grammar import question
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
-OFF = {"now_ns": NOW, "settle_s": 0}
+OFF = {"as_of": AsOf(NOW, 0)}
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def write_five(ledger) -> None:
         part(4, "h4", tenant="bob", route="/v1/chat/completions"),
         part(5, "h5", tenant="bob", model=None, finished_at_ns=at, **late),
     ]
-    told = [http(b.http_request_id, tenant=b.tenant) for b in bills[:4]]
+    told = [http(b.http_request_id, owner=b.owner) for b in bills[:4]]
     told.append(http("h5", tenant="bob", finished_at_ns=at))
     hours = {
         HOUR: ClassTotals(requests=1200, idle=1000, in_flight=40),
@@ -85,6 +89,28 @@ def write_five(ledger) -> None:
 def test_usage_is_told_apart_by_each_dimension(ledger, aggregate, found):
     write_five(ledger)
     assert figures(ledger, aggregate, "requests", "gpu_time_ns", "prompt_tokens") == found
+
+
+def test_usage_is_told_apart_by_a_label_of_the_engine_and_by_none_where_it_has_none(ledger):
+    pools = {"run": {"pool": "spot", "zone": "a"}, "two": {"zone": "a", "pool": "spot"}, "bare": {}}
+    for run_id, labels in pools.items():
+        http_id = f"h-{run_id}"
+        tags = '{"team":"red"}'
+        bills = [part(1, http_id, run_id=run_id, tags=tags), part(2, None, run_id=run_id)]
+        ledger.write(*bills, http(http_id), usd="3600")
+        ledger.write(snapshot(bills, run_id=run_id, labels=labels), usd="3600")
+    names = ("requests", "gpu_time_ns", "prompt_tokens")
+    assert figures(ledger, "label:pool", *names) == {
+        ("spot",): (2, 1200, 40), (UNALLOCATED,): (1, 600, 20),
+    }  # fmt: skip
+    assert figures(ledger, "label:pool,tag:team,tenant", *names) == {
+        ("spot", "red", "alice"): (2, 600, 20), ("spot", UNALLOCATED, "alice"): (0, 600, 20),
+        (UNALLOCATED, "red", "alice"): (1, 300, 10),
+        (UNALLOCATED, UNALLOCATED, "alice"): (0, 300, 10),
+    }  # fmt: skip
+    spot = figures(ledger, "tenant", *names, filter="label:pool=spot,big+label:zone=a")
+    assert spot == {("alice",): (2, 1200, 40)}
+    assert figures(ledger, "tenant", *names, filter="label:zone=b") == {}
 
 
 def test_a_day_is_of_the_time_zone(ledger):
@@ -152,7 +178,7 @@ def test_bills_after_the_cut_wait_and_missing_ones_are_a_difference(ledger):
 def test_in_flight_time_of_a_dead_run_is_lost_and_shared_as_such(ledger):
     bills = [part(1)]
     ledger.write(*bills, snapshot(bills), usd="3600")
-    later = {"now_ns": NOW + 16 * 10**9, "settle_s": 0}
+    later = {"as_of": AsOf(NOW + 16 * 10**9, 0)}
     (series,) = ledger.reader.report(question(idle="even"), **later)["series"]
     shown = {row["class"]: row["gpu_time_ns"] for row in series["rows"]}
     assert (shown["in_flight"], shown["lost"]) == (0, 40)
@@ -164,7 +190,8 @@ def test_runs_without_a_price_are_named(ledger):
     ledger.write(*first, snapshot(first), usd="3600")
     ledger.write(*second, snapshot(second, run_id="second-run"))
     assert figures(ledger, "tenant", "cost_nanousd", "cost_reason") == {
-        ("alice",): (300, None), ("bob",): (None, "no price for run second-r"),
+        ("alice",): (300, None), ("bob",): (None, "no price for run second-run at 2027-01-15T08Z: "
+        "none is set by COST_METER_GPU_HOUR_USD or [[prices]]"),
     }  # fmt: skip
     assert figures(ledger, "tenant", "cost_nanousd", price="7200") == {
         ("alice",): (600,), ("bob",): (600,),

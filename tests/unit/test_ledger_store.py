@@ -15,17 +15,17 @@ from sqlalchemy import inspect, text
 
 from tests.builders import make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.schema import metadata
-from vllm_cost_meter.ledger.store import (
+from vllm_cost_meter.ledger.database import (
     check_location,
     default_url,
     filesystem_of,
-    open_ledger,
+    open_database,
     parse_url,
 )
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.schema import metadata
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import ClassTotals
+from vllm_cost_meter.records.snapshot import ClassTotals
 
 NOBODY = 65_534  # a user id without rights
 MOUNTS = (
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_refused():
 
 def test_the_files_of_a_ledger_are_for_their_owner_only(tmp_path):
     path = tmp_path / "meter" / "ledger.db"
-    engine = open_ledger(url_of(path))
+    engine = open_database(url_of(path))
     with engine.begin() as connection:
         connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
         files = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
@@ -151,7 +151,7 @@ def test_the_files_of_a_ledger_are_for_their_owner_only(tmp_path):
 
 
 def test_a_ledger_is_in_wal_mode_and_has_every_table(tmp_path):
-    engine = open_ledger(url_of(tmp_path / "ledger.db"))
+    engine = open_database(url_of(tmp_path / "ledger.db"))
     with engine.connect() as connection:
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 1
@@ -161,22 +161,22 @@ def test_a_ledger_is_in_wal_mode_and_has_every_table(tmp_path):
 
 def test_a_ledger_of_a_newer_meter_is_refused(tmp_path):
     url = url_of(tmp_path / "ledger.db")
-    engine = open_ledger(url)
+    engine = open_database(url)
     with engine.begin() as connection:
         connection.execute(text("UPDATE schema_version SET version = 99"))
     engine.dispose()
     with pytest.raises(LedgerError, match="schema version 99"):
-        open_ledger(url)
+        open_database(url)
 
 
 def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tmp_path):
     path = tmp_path / "ledger.db"
     with closing(sqlite3.connect(path)) as old:
         old.executescript((Path(__file__).parent / "ledger_v1.sql").read_text())
-    with pytest.raises(LedgerError, match="version 1, this cost meter needs 7; start a metered"):
-        open_ledger(url_of(path), create=False)
-    open_ledger(url_of(path)).dispose()
-    engine = open_ledger(url_of(path), create=False)
+    with pytest.raises(LedgerError, match="version 1, this cost meter needs 8; start a metered"):
+        open_database(url_of(path), create=False)
+    open_database(url_of(path)).dispose()
+    engine = open_database(url_of(path), create=False)
     with engine.connect() as connection:
         found = inspect(connection)
         for name, table in metadata.tables.items():
@@ -198,16 +198,16 @@ def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tm
 def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_rest(tmp_path):
     url = url_of(tmp_path / "ledger.db")
     bills = ("billing_snapshots", "invoice_lines", "billed_hours")
-    engine = open_ledger(url)
+    engine = open_database(url)
     with engine.begin() as connection:
         for table in bills:
             connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("UPDATE schema_version SET version = 5"))
         connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
     engine.dispose()
-    with pytest.raises(LedgerError, match="version 5, this cost meter needs 7; start a metered"):
-        open_ledger(url, create=False)
-    engine = open_ledger(url)
+    with pytest.raises(LedgerError, match="version 5, this cost meter needs 8; start a metered"):
+        open_database(url, create=False)
+    engine = open_database(url)
     with engine.connect() as connection:
         assert set(bills) < set(inspect(connection).get_table_names())
         assert connection.execute(text("SELECT price_id FROM prices")).all() == [("p",)]
@@ -221,16 +221,16 @@ def test_a_bill_of_before_tokens_cut_off_were_counted_has_none_and_still_adds_up
     totals = ClassTotals(requests=300)
     writer.commit(make_part(), make_snapshot(totals=totals, last_seq=1, billed_ns=300)).result(10)
     writer.close()
-    engine = open_ledger(url)
+    engine = open_database(url)
     with engine.begin() as connection:
         for table in ("requests", "usage_pieces"):
             for column in ("cut_ns", "cut_tokens"):
                 connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
         connection.execute(text("UPDATE schema_version SET version = 6"))
     engine.dispose()
-    with pytest.raises(LedgerError, match="version 6, this cost meter needs 7; start a metered"):
-        open_ledger(url, create=False)
-    open_ledger(url).dispose()
+    with pytest.raises(LedgerError, match="version 6, this cost meter needs 8; start a metered"):
+        open_database(url, create=False)
+    open_database(url).dispose()
     reader = LedgerReader(url)
     (row,) = reader.look_up("internal-1")
     (part,) = row["parts"]
@@ -239,25 +239,46 @@ def test_a_bill_of_before_tokens_cut_off_were_counted_has_none_and_still_adds_up
     reader.close()
 
 
+def test_a_run_shows_its_labels_and_one_of_before_there_were_any_has_none_that_are_known(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    writer = LedgerWriter(url)
+    writer.start()
+    writer.commit(make_snapshot(labels={"pool": "spot", "zone": "ü"})).result(10)
+    writer.close()
+    reader = LedgerReader(url)
+    assert [run["labels"] for run in reader.summary()["runs"]] == [{"pool": "spot", "zone": "ü"}]
+    reader.close()
+    engine = open_database(url)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE runs DROP COLUMN labels"))
+        connection.execute(text("UPDATE schema_version SET version = 7"))
+    engine.dispose()
+    open_database(url).dispose()
+    reader = LedgerReader(url)
+    (run,) = reader.summary()["runs"]
+    assert run["labels"] is None
+    reader.close()
+
+
 def test_a_file_that_is_no_ledger_is_refused(tmp_path):
     path = tmp_path / "ledger.db"
     with pytest.raises(LedgerError, match="no such file"):
-        open_ledger(url_of(path), create=False)
+        open_database(url_of(path), create=False)
     path.write_text("this is not a database, it only looks long enough to be one " * 20)
     with pytest.raises(LedgerError, match="not a database"):
-        open_ledger(url_of(path))
+        open_database(url_of(path))
     other = sqlite3.connect(tmp_path / "other.db")
     other.execute("CREATE TABLE mine (x)")
     other.close()
     with pytest.raises(LedgerError, match="holds no ledger"):
-        open_ledger(url_of(tmp_path / "other.db"), create=False)
+        open_database(url_of(tmp_path / "other.db"), create=False)
 
 
 def test_two_processes_may_create_the_ledger_at_once(tmp_path):
     url = url_of(tmp_path / "deep" / "ledger.db")
     program = (
-        "import sys; from vllm_cost_meter.ledger.store import open_ledger; sys.stdin.read(1);"
-        f" open_ledger({url!r}).dispose()"
+        "import sys; from vllm_cost_meter.ledger.database import open_database; sys.stdin.read(1);"
+        f" open_database({url!r}).dispose()"
     )
     processes = [
         subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) for _ in range(2)
@@ -266,7 +287,71 @@ def test_two_processes_may_create_the_ledger_at_once(tmp_path):
         process.stdin.write(b"g")
         process.stdin.close()
     assert [process.wait() for process in processes] == [0, 0]
-    engine = open_ledger(url, create=False)
+    engine = open_database(url, create=False)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(7,)]
+        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(8,)]
     engine.dispose()
+
+
+# A server: it has the ledger open, opens it once more, as its readers do, and writes on when told.
+SERVER = """
+import sys
+from sqlalchemy import text
+from vllm_cost_meter.ledger.database import open_database, writing
+first = open_database(sys.argv[1])
+kept = first.connect()  # a pooled connection: closed, it would let go of its locks itself
+kept.execute(text("SELECT 1"))
+kept.commit()
+second = open_database(sys.argv[1])
+second.dispose()
+with writing(first).begin() as connection:
+    connection.execute(text("CREATE TABLE told (cost INTEGER)"))
+for number, _line in enumerate(sys.stdin):
+    with writing(first).begin() as connection:
+        connection.execute(text("INSERT INTO told VALUES (:number)"), {"number": number})
+    print("committed", flush=True)
+"""
+
+
+def test_a_command_beside_a_server_leaves_the_servers_wal_alone(tmp_path):
+    path = tmp_path / "ledger.db"
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, url_of(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+
+        def commit() -> None:
+            server.stdin.write("on\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "committed\n"
+
+        commit()
+        wal = path.with_name("ledger.db-wal").stat().st_ino
+        # Another process that opens the file and is the last to close it folds the WAL into the
+        # file and removes it, unless it sees the server's locks.
+        command = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM told')"
+        subprocess.run([sys.executable, "-c", command, str(path)], check=True)
+        commit()
+        commit()
+        server.kill()
+    assert path.with_name("ledger.db-wal").stat().st_ino == wal
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT cost FROM told").fetchall() == [(0,), (1,), (2,)]
+
+
+def test_an_existing_ledger_is_never_opened_but_by_sqlite(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.db"
+    open_database(url_of(path)).dispose()
+    opened = []
+    real = os.open
+
+    def watched(name, flags, *rest, **more):
+        descriptor = real(name, flags, *rest, **more)
+        opened.append(Path(name))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", watched)
+    open_database(url_of(path)).dispose()
+    assert path not in opened

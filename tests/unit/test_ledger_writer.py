@@ -13,17 +13,12 @@ import pytest
 
 from tests.builders import HOUR, T0, make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.store import open_ledger
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import (
-    ClassTotals,
-    EngineRequest,
-    HttpRequest,
-    Price,
-    Snapshot,
-    Usage,
-    UsagePiece,
-)
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Price, Usage
+from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
 
 HOURS = "SELECT hour, idle_ns FROM engine_hours ORDER BY hour"
 
@@ -40,8 +35,8 @@ def part(seq: int, run_id: str = "run", ns: int = 100, **changes: object) -> Eng
 
 def http(name: str) -> HttpRequest:
     return HttpRequest(
-        name, None, None, "alice", "m", "/v1/completions", 200, False, Usage(10, 2, 5), 300, 7,
-        T0, T0 + 5,
+        name, None, None, Owner("alice"), "m", "/v1/completions", 200, False, Usage(10, 2, 5),
+        300, 7, T0, T0 + 5,
     )  # fmt: skip
 
 
@@ -190,7 +185,7 @@ def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog, monkeypatch)
     full = [True]
 
     def open_small(url: str, **options: float):
-        engine = open_ledger(url, **options)
+        engine = open_database(url, **options)
         if full[0]:
             from sqlalchemy import event
 
@@ -201,7 +196,7 @@ def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog, monkeypatch)
             engine.dispose()
         return engine
 
-    monkeypatch.setattr("vllm_cost_meter.ledger.writer.open_ledger", open_small)
+    monkeypatch.setattr("vllm_cost_meter.ledger.writer.open_database", open_small)
     writer = LedgerWriter(f"sqlite:///{path}")
     writer.start()
     future = writer.commit(*(part(seq) for seq in range(1, 2001)))

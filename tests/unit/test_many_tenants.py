@@ -3,7 +3,7 @@
 import time
 
 from tests.unit.test_ledger_reader import Ledger, http, part, snapshot
-from vllm_cost_meter.records import UsagePiece
+from vllm_cost_meter.records.bill import UsagePiece
 
 TENANTS = 10_000
 

@@ -10,13 +10,10 @@ from prometheus_client import REGISTRY, generate_latest
 from tests.builders import make_bill, make_part
 from tests.unit.test_poller import snapshot
 from vllm_cost_meter import metrics
-from vllm_cost_meter.energy_records import RunEnergy
-from vllm_cost_meter.records import (
-    CLASSES,
-    ClassTotals,
-    EngineRequest,
-    UsagePiece,
-)
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.energy import RunEnergy
+from vllm_cost_meter.records.requests import EngineRequest
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals
 
 
 def part(

@@ -27,11 +27,10 @@ from tests.unit.world import (
     replying,
     scope_of,
 )
-from vllm_cost_meter import collector as collector_module
-from vllm_cost_meter import middleware
-from vllm_cost_meter.collector import NoCollector
+from vllm_cost_meter.api_server.middleware import CostMiddleware
+from vllm_cost_meter.api_server.reply_editor import ReplyEditor
+from vllm_cost_meter.api_server.runtime import NoRuntime
 from vllm_cost_meter.exchange import current_exchange
-from vllm_cost_meter.middleware import CostMiddleware
 
 # ---- complete replies
 
@@ -110,7 +109,7 @@ def test_what_the_client_was_told_of_tokens_is_recorded(world):
 
 def test_a_real_http_client_gets_the_headers_and_an_unchanged_body(world):
     async def ask() -> httpx.Response:
-        app = CostMiddleware(replying(JSON, [BODY], world.engine.generate))
+        app = world.metered(replying(JSON, [BODY], world.engine.generate))
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return await client.post("/v1/completions", json={})
@@ -134,7 +133,7 @@ def test_what_a_header_says_is_in_the_file_already(world):
                 seen.append(other.execute("SELECT cost_nanousd FROM http_requests").fetchall())
                 other.close()
 
-        await CostMiddleware(app)(scope_of(), no_more_messages, send)
+        await world.metered(app)(scope_of(), no_more_messages, send)
         return seen
 
     assert asyncio.run(ask()) == [[(30,)], [(30,)]]
@@ -223,7 +222,7 @@ def test_a_token_is_not_held_back(world):
             world.engine.billed("r")
             await send({"type": "http.response.body", "body": DONE})
 
-        task = asyncio.create_task(CostMiddleware(app)(scope_of(), no_more_messages, client.send))
+        task = asyncio.create_task(world.metered(app)(scope_of(), no_more_messages, client.send))
         await asyncio.sleep(0.01)
         assert client.body == TOKEN
         go.set()
@@ -268,7 +267,7 @@ def test_reply_none_tells_and_waits_for_nothing_and_records_all(make_world):
     stream = world.run(replying(SSE, [USAGE, DONE], lambda: world.engine.generate("b")))
     assert (json_reply.ours, stream.body) == ({}, USAGE + DONE)
     assert json_reply.waited_s < 0.2
-    assert world.collector.breaker.misses == 0
+    assert world.misses == 0
     assert world.rows("SELECT prompt_tokens, cost_nanousd FROM http_requests") == [(10, None)] * 2
 
 
@@ -300,17 +299,16 @@ def test_what_is_told_may_differ_by_tenant(make_world):
 @pytest.mark.parametrize("content_type", [JSON, SSE])
 def test_installed_twice_it_meters_once(world, content_type):
     app = replying(content_type, [USAGE, DONE], world.engine.generate)
-    client = world.run(CostMiddleware(app))
+    client = world.run(world.metered(app))
     assert len(client.ours) == (len(COST_HEADERS) if content_type == JSON else 0)
     assert client.body.count(b": cost-meter ") == (0 if content_type == JSON else 1)
     assert client.body.count(b"cost_details") == (0 if content_type == JSON else 1)
     assert world.rows("SELECT count(*) FROM http_requests") == [(1,)]
 
 
-def test_without_a_collector_everything_passes(monkeypatch):
-    monkeypatch.setattr(collector_module, "_collector", NoCollector())
+def test_without_a_runtime_everything_passes():
     client = Client()
-    app = CostMiddleware(replying(SSE, [USAGE, DONE]))
+    app = CostMiddleware(replying(SSE, [USAGE, DONE]), NoRuntime)
     asyncio.run(app(scope_of(), no_more_messages, client.send))
     assert client.body == USAGE + DONE
 
@@ -413,14 +411,14 @@ def test_lifespan_messages_pass_also_of_an_application_without_an_engine(world):
 
     for more in ({}, {"app": object()}):
         scope = {"type": "lifespan", **more}
-        assert world.run(CostMiddleware(app), scope).messages == sent
+        assert world.run(world.metered(app), scope).messages == sent
 
 
 def test_a_reply_that_cannot_be_edited_passes_as_it_came(world, monkeypatch):
     def broken(*_args) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(middleware.ReplyEditor, "__init__", broken)
+    monkeypatch.setattr(ReplyEditor, "__init__", broken)
     client = world.run(replying(JSON, [BODY], world.engine.generate))
     assert (client.status, client.body, client.ours) == (200, BODY, {})
-    assert world.collector.guard.errors == 1
+    assert world.runtime.guard.errors == 1

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.overheads import Overhead, months_between, overhead_lines
+from vllm_cost_meter.prices.overheads import Overhead, months_between, overhead_lines
 
 
 def hour(*date: int) -> int:

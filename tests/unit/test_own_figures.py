@@ -8,10 +8,9 @@ import pytest
 from fastapi import FastAPI
 
 from tests.unit.world import BODY, JSON, World, replying, scope_of
-from vllm_cost_meter.budgets import Budget, Figures, Standing
+from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.middleware import CostMiddleware
-from vllm_cost_meter.own_figures import make_router
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 
 TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()]}
@@ -41,12 +40,12 @@ def world(make_world) -> World:
 
 
 def ask(world: World, path: str, key: str | None = "acme") -> httpx.Response:
-    reader = LedgerReader(world.collector.ledger_url)
+    reader = LedgerReader(world.runtime.ledger_url)
     app = FastAPI()
     app.include_router(make_router(reader, lambda: None, lambda: Figures(BUDGETS)))
 
     async def get() -> httpx.Response:
-        transport = httpx.ASGITransport(CostMiddleware(app))
+        transport = httpx.ASGITransport(world.metered(app))
         async with httpx.AsyncClient(
             transport=transport, base_url="http://vllm", follow_redirects=True
         ) as client:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tests.builders import make_snapshot
-from vllm_cost_meter import poller as poller_module
+from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.poller import Poller
-from vllm_cost_meter.records import CostModel, Snapshot
+from vllm_cost_meter.records.snapshot import ClassTotals, CostModel, Snapshot
 
 T0 = 1_800_000_000 * 10**9
 
@@ -70,8 +70,10 @@ def rows(tmp_path):
     return rows
 
 
-def poller_of(engines: Engines, writer: LedgerWriter, interval_s: float = 0.01) -> Poller:
-    return Poller(engines, writer, Guard("API server"), interval_s)
+def poller_of(
+    engines: Engines, writer: LedgerWriter, interval_s: float = 0.01, **more: float
+) -> Poller:
+    return Poller(engines, writer, Guard("API server"), interval_s, **more)
 
 
 def test_a_refresh_brings_every_engine_into_the_ledger(writer, rows):
@@ -183,9 +185,8 @@ def test_failures_that_are_not_in_a_row_do_not_switch_the_meter_off(writer):
     assert not guard.off
 
 
-def test_an_engine_that_is_busy_for_minutes_does_not_switch_the_meter_off(writer, monkeypatch):
+def test_an_engine_that_is_busy_for_minutes_does_not_switch_the_meter_off(writer):
     """It answers between two steps; new weights or a first compilation take longer than that."""
-    monkeypatch.setattr(poller_module, "ANSWER_TIMEOUT_S", 0.001)
 
     async def answer(call: int) -> Snapshot:
         if call < 20:
@@ -193,7 +194,7 @@ def test_an_engine_that_is_busy_for_minutes_does_not_switch_the_meter_off(writer
         return snapshot(call)
 
     async def poll() -> Poller:
-        poller = poller_of(Engines(answer), writer, interval_s=0)
+        poller = poller_of(Engines(answer), writer, interval_s=0, answer_timeout_s=0.001)
         polling = asyncio.create_task(poller.run())
         while not poller.latest:
             await asyncio.sleep(0.005)
@@ -202,6 +203,40 @@ def test_an_engine_that_is_busy_for_minutes_does_not_switch_the_meter_off(writer
 
     guard = asyncio.run(asyncio.wait_for(poll(), 20))._guard
     assert not guard.off
+
+
+def test_an_engine_that_is_busy_for_20_s_lives_and_what_it_has_in_flight_is_not_lost(
+    writer, tmp_path
+):
+    """A long prefill: it was asked and has not answered yet; only who asks knows that it lives."""
+    later = AsOf(T0 + 20 * 10**9, settle_s=0)
+    answers = iter(
+        [
+            snapshot(1, taken_at_ns=T0, totals=ClassTotals(in_flight=70)),
+            asyncio.Event().wait(),  # it never comes
+            RuntimeError("the engine is dead"),
+        ]
+    )
+
+    async def poll() -> list[list[tuple[bool, int, int]]]:
+        poller = poller_of(Engines(lambda _: next(answers)), writer, answer_timeout_s=0.001)
+        readers = [
+            LedgerReader(f"sqlite:///{tmp_path / 'ledger.db'}", alive=alive)
+            for alive in (poller.alive, tuple)
+        ]
+        seen = []
+        for _ in range(3):
+            await poller.refresh()
+            summaries = [reader.summary(as_of=later) for reader in readers]
+            seen.append(
+                [(s["runs"][0]["alive"], s["in_flight_ns"], s["lost_ns"]) for s in summaries]
+            )
+        for reader in readers:
+            reader.close()
+        return seen
+
+    living, dead = (True, 70, 0), (False, 0, 70)
+    assert asyncio.run(poll()) == [[living, dead], [living, dead], [dead, dead]]
 
 
 def test_it_polls_for_ever_and_contains_errors(writer, rows):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_cost_meter._vllm import precision_of
+from vllm_cost_meter.vllm_hooks.identity import precision_of
 
 
 @pytest.mark.parametrize(

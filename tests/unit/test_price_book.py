@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.price_book import (
+from vllm_cost_meter.prices.book import (
     NO_PRICES,
     EnergyPrice,
     GpuHourPrice,

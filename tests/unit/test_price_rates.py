@@ -5,8 +5,8 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.price_book import Matches, PriceBook, PriceEntry
-from vllm_cost_meter.price_rates import listed, prices_by_kind, usd_per_hour_of
+from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry
+from vllm_cost_meter.prices.purchase_kinds import listed, prices_by_kind, usd_per_hour_of
 
 NOW = 500_000
 

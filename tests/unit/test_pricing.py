@@ -5,13 +5,12 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.pricing import (
+from vllm_cost_meter.prices.cost import (
     cost_nanousd,
-    decimal_text,
-    energy_cost_nanousd,
-    format_usd,
+    exact_energy_nanousd,
     parse_price,
 )
+from vllm_cost_meter.units.money import decimal_text, format_usd
 
 
 @pytest.mark.parametrize("text", ["0", "2.5", "1e-6", "0.000000000000000001", "1000000"])
@@ -65,8 +64,7 @@ def test_a_price_may_be_a_fraction_that_no_decimal_is():
     [(3_600_000_000, "0.30", 300_000_000), (18, "0.30", 2), (6, "0.30", 0), (0, "1", 0)],
 )
 def test_energy_costs_its_kilowatt_hours_rounded_half_to_even(energy_mj, usd, nanousd):
-    assert energy_cost_nanousd(energy_mj, Decimal(usd)) == nanousd
-    assert energy_cost_nanousd(energy_mj, None) is None
+    assert round(exact_energy_nanousd(energy_mj, Decimal(usd))) == nanousd
 
 
 @pytest.mark.parametrize(

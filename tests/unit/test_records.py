@@ -5,16 +5,9 @@ from datetime import UTC, datetime
 import pytest
 
 from tests.builders import make_bill
-from vllm_cost_meter.records import (
-    CLASSES,
-    Bill,
-    ClassTotals,
-    Snapshot,
-    UsagePiece,
-    rfc3339,
-    unix_ns_of,
-)
-from vllm_cost_meter.wire import read_bill, write_bill
+from vllm_cost_meter.records.bill import Bill, UsagePiece, read_bill, write_bill
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
+from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 
 PIECE = UsagePiece(500_000, 1, 2, 3, 4)
 

@@ -11,11 +11,11 @@ import pytest
 
 from tests.unit.test_request_body import SENDS_JSON, part, sending
 from tests.unit.world import BODY, JSON, Engine, replying, scope_of
-from vllm_cost_meter import collector as collector_module
-from vllm_cost_meter.collector import Collector
-from vllm_cost_meter.config import Settings, load_settings
-from vllm_cost_meter.middleware import CostMiddleware
-from vllm_cost_meter.reload import Reloader, stamp_of
+from vllm_cost_meter.api_server.middleware import CostMiddleware
+from vllm_cost_meter.api_server.runtime import Runtime
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.reload import Reloader, stamp_of
+from vllm_cost_meter.config.settings import Settings
 
 HASHES = {name: hashlib.sha256(f"sk-{name}".encode()).hexdigest() for name in ("a", "b")}
 
@@ -53,11 +53,12 @@ class Lines(logging.Handler):
 def lines():
     handler = Lines()
     logger = logging.getLogger("vllm.cost_meter")
-    before, logger.level = logger.level, logging.INFO
+    before = logger.level
+    logger.setLevel(logging.INFO)  # not `level =`: a logger remembers which levels it lets through
     logger.addHandler(handler)
     yield handler.said
     logger.removeHandler(handler)
-    logger.level = before
+    logger.setLevel(before)
 
 
 def whose(settings, name: str) -> str:
@@ -70,7 +71,9 @@ def whose(settings, name: str) -> str:
 def test_a_file_that_did_not_change_is_read_once_and_gives_nothing(file, lines, monkeypatch):
     settings, reloader = load_settings(), Reloader(str(file))
     assert reloader.look(settings) is None
-    monkeypatch.setattr("vllm_cost_meter.reload.load_settings", lambda **_: pytest.fail("read"))
+    monkeypatch.setattr(
+        "vllm_cost_meter.config.reload.load_settings", lambda **_: pytest.fail("read")
+    )
     assert reloader.look(settings) is None
     assert lines == []
 
@@ -81,7 +84,7 @@ def test_a_tenant_that_was_added_is_taken_over_with_its_tags(file, lines):
     file.write_text(tenant("a") + tenant("b", 'tags = { kind = "cogs" }'))
     new = reloader.look(settings)
     assert (whose(settings, "b"), whose(new, "b"), whose(new, "a")) == ("unknown", "b", "a")
-    assert new.resolver.resolve([key("b")]).tags == '{"kind":"cogs"}'
+    assert new.resolver.resolve([key("b")]).tags == {"kind": "cogs"}
     assert lines == [f"cost meter: {file}: taken over, changed tenants"]
     assert reloader.look(new) is None
 
@@ -225,15 +228,13 @@ def test_a_budget_that_needs_what_takes_a_restart_waits_for_that(file, lines):
 def test_a_running_server_takes_a_change_over_for_requests_that_come_from_then_on(
     file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(collector_module, "INTERVAL_S", 0.02)
     monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path / 'ledger.db'}")
     monkeypatch.setenv("COST_METER_BILL_TIMEOUT_MS", "10000")
 
     async def live() -> list[tuple[bytes, bytes]]:
-        collector = Collector(load_settings())
-        monkeypatch.setattr(collector_module, "_collector", collector)
-        engine = Engine(collector)
-        await collector.start(Stub())
+        runtime = Runtime(load_settings(), reload_interval_s=0.02)
+        engine = Engine(runtime)
+        await runtime.start_work(Stub())
         arrived, go_on = asyncio.Event(), asyncio.Event()
 
         async def app(scope, receive, send):
@@ -254,7 +255,7 @@ def test_a_running_server_takes_a_change_over_for_requests_that_come_from_then_o
 
             scope = scope_of(path, [key("a"), SENDS_JSON])
             receive = sending(part(b'{"user":"carol"}'))
-            await CostMiddleware(app)(scope, receive, send)
+            await CostMiddleware(app, lambda: runtime)(scope, receive, send)
             return dict(messages[0]["headers"])[b"x-cost-meter-tenant"]
 
         slow = asyncio.create_task(ask("/v1/chat/completions"))
@@ -263,14 +264,14 @@ def test_a_running_server_takes_a_change_over_for_requests_that_come_from_then_o
             '[[tenant_rules]]\nrule = "api_key"\n[[tenant_rules]]\nrule = "user"\n'
             + tenant("a", 'tags = { kind = "new" }')
         )
-        before = collector.settings
-        while collector.settings is before:
+        before = runtime.settings
+        while runtime.settings is before:
             await asyncio.sleep(0.01)
         told = [await ask("/v1/completions")]
         go_on.set()
         told.append(await slow)
-        assert collector.guard.errors == 0
-        await collector.stop()
+        assert runtime.guard.errors == 0
+        await runtime.stop()
         return told
 
     assert asyncio.run(asyncio.wait_for(live(), 20)) == [b"a/carol", b"a"]
@@ -279,29 +280,27 @@ def test_a_running_server_takes_a_change_over_for_requests_that_come_from_then_o
 
 
 def test_a_first_budget_holds_without_a_restart(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(collector_module, "INTERVAL_S", 0.02)
     monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path / 'ledger.db'}")
 
     async def live() -> list[str]:
-        collector = Collector(load_settings())
-        await collector.start(Stub())
-        assert collector.admission is None
+        runtime = Runtime(load_settings(), reload_interval_s=0.02)
+        await runtime.start_work(Stub())
+        assert runtime.admission is None
         file.write_text(tenant("a") + BUDGET.replace("usd", "gpu_seconds"))
-        while not collector.figures().standings:
+        while not runtime.figures().standings:
             await asyncio.sleep(0.01)
-        names = [standing.budget.name for standing in collector.figures().standings]
+        names = [standing.budget.name for standing in runtime.figures().standings]
         file.write_text(tenant("a"))
-        while collector.figures().standings:
+        while runtime.figures().standings:
             await asyncio.sleep(0.01)
-        assert collector.guard.errors == 0
-        await collector.stop()
+        assert runtime.guard.errors == 0
+        await runtime.stop()
         return names
 
     assert asyncio.run(asyncio.wait_for(live(), 20)) == ["b"]
 
 
 def test_an_error_of_the_reloader_is_contained(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(collector_module, "INTERVAL_S", 0.01)
     monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path / 'ledger.db'}")
     looks = []
 
@@ -313,18 +312,18 @@ def test_an_error_of_the_reloader_is_contained(file, tmp_path, monkeypatch):
     monkeypatch.setattr(Reloader, "look", look)
 
     async def live() -> None:
-        collector = Collector(load_settings())
-        await collector.start(Stub())
+        runtime = Runtime(load_settings(), reload_interval_s=0.02)
+        await runtime.start_work(Stub())
         while len(looks) < 3:
             await asyncio.sleep(0.01)
-        assert (collector.guard.errors, collector.guard.off) == (1, False)
-        await collector.stop()
+        assert (runtime.guard.errors, runtime.guard.off) == (1, False)
+        await runtime.stop()
 
     asyncio.run(asyncio.wait_for(live(), 20))
 
 
 class Stub:
-    """What the collector asks of vLLM's engine client in an API server that does not poll."""
+    """What the runtime asks of vLLM's engine client in an API server that does not poll."""
 
     class engine_core:  # noqa: N801
         client_index = 1

@@ -6,10 +6,10 @@ import pytest
 
 from tests.unit.test_compare import MACHINE, small_trace
 from vllm_cost_meter.attribution import METHODS
+from vllm_cost_meter.engine.step_log import MAX_BYTES_LEAST, LoggedStep, Part, StepLogWriter
 from vllm_cost_meter.errors import StepLogError
-from vllm_cost_meter.step_log import MAX_BYTES_LEAST, LoggedStep, Part, StepLogWriter
-from vllm_cost_meter.validation.compare import MeterSplitter
-from vllm_cost_meter.validation.replay import LISTED_MAX, _Driver, replay
+from vllm_cost_meter.lab.validation.compare import MeterSplitter
+from vllm_cost_meter.lab.validation.replay import LISTED_MAX, _Driver, replay
 
 
 @pytest.fixture

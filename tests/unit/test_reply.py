@@ -5,8 +5,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from vllm_cost_meter.records import Usage
-from vllm_cost_meter.reply import (
+from vllm_cost_meter.api_server.reply_bytes import (
     Cost,
     SseEvents,
     comment,
@@ -19,6 +18,7 @@ from vllm_cost_meter.reply import (
     is_token,
     usage_of,
 )
+from vllm_cost_meter.records.requests import Usage
 
 COST = Cost(
     gpu_time_ns=1_500_000_001,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.test_cli import EVIL, cells, one_line, record, run, sql, write_ledger
 from tests.unit.test_ledger_reader import T0, part, snapshot
-from vllm_cost_meter.records import ClassTotals
+from vllm_cost_meter.records.snapshot import ClassTotals
 
 
 @pytest.fixture
@@ -84,7 +84,19 @@ def test_a_tag_and_its_values_cannot_steer_the_terminal_nor_a_spreadsheet(ledger
 
 def test_the_window_of_a_report_may_be_of_a_time_zone(ledger):
     tokyo = run("report", "--window", "2027-01", "--tz", "Asia/Tokyo", "--json", "--ledger", ledger)
-    assert json.loads(tokyo.stdout)["window"]["from"] == "2026-12-31T15:00:00.000000Z"
+    window = json.loads(tokyo.stdout)["window"]
+    assert (window["from"], window["tz"]) == ("2026-12-31T15:00:00.000000Z", "Asia/Tokyo")
+
+
+def test_a_report_without_words_is_that_by_tenant_with_its_old_keys(ledger):
+    plain, by_tenant = (
+        json.loads(run("report", *words, "--json", "--ledger", ledger).stdout)
+        for words in ([], ["--aggregate", "tenant"])
+    )
+    assert {name: plain[name] for name in by_tenant} == by_tenant
+    assert plain["tenants"] == by_tenant["series"][0]["rows"]
+    assert plain["cost_nanousd"] == by_tenant["wall_cost_nanousd"]
+    assert {"gpus", "after_cut", "overheads", "runs"} <= set(plain) - set(by_tenant)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.unit.world import BODY, COST_HEADERS, JSON, no_more_messages, replying, scope_of
-from vllm_cost_meter import request_body
-from vllm_cost_meter.request_body import claims_of, is_json, read_ahead
-from vllm_cost_meter.tenants import NO_CLAIMS, BodyClaims
+from vllm_cost_meter.api_server import request_body
+from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahead
+from vllm_cost_meter.tenants.rules import NO_CLAIMS, BodyClaims
 
 SERVED = frozenset({"llama", "org/llama"})
 KEY = (b"authorization", b"Bearer sk-alice")
@@ -115,13 +115,11 @@ def heard(messages, bytes_max=request_body.BODY_BYTES_MAX):
         return next(coming)
 
     async def read():
-        body, replayed = await read_ahead(receive)
+        body, replayed = await read_ahead(receive, bytes_max)
         left = list(coming)
         return body, [await replayed() for _ in range(len(messages) - len(left))], left
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(request_body, "BODY_BYTES_MAX", bytes_max)
-        return asyncio.run(read())
+    return asyncio.run(read())
 
 
 @pytest.mark.parametrize(
@@ -216,7 +214,7 @@ def test_a_users_child_is_told_and_recorded_with_its_parent_and_tags(make_world)
 )
 def test_each_rule_reads_its_own_field(make_world, rules, said, tenant):
     world = make_world(tenants=[TENANT], tenant_rules=[{"rule": "api_key"}, rules])
-    world.collector.served = SERVED
+    world.runtime.served = SERVED
     ask(world, part(json.dumps(said).encode()))
     assert world.rows("SELECT tenant FROM requests") == [(tenant,)]
 
@@ -263,7 +261,7 @@ def test_without_such_rules_nothing_is_read_before_the_application_is_called(mak
     app = replying(JSON, [BODY], world.engine.generate)
     client = world.run(app, scope_of(headers=[KEY, SENDS_JSON]), receive=never)
     assert client.ours[b"x-cost-meter-tenant"] == b"alice"
-    assert world.collector.guard.errors == 0
+    assert world.runtime.guard.errors == 0
 
 
 def test_a_client_that_leaves_within_its_body_is_told_to_the_application(by_user):
@@ -296,15 +294,15 @@ def test_a_body_that_cannot_be_understood_by_mistake_of_ours_is_still_handed_on(
     def fail(*_):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("vllm_cost_meter.middleware.claims_of", fail)
+    monkeypatch.setattr("vllm_cost_meter.api_server.middleware.claims_of", fail)
     client, app = ask(by_user, part(b'{"user":"carol"}'))
     assert client.ours[b"x-cost-meter-tenant"] == b"alice"
     assert app.messages == [part(b'{"user":"carol"}')]
-    assert by_user.collector.guard.errors == 1
+    assert by_user.runtime.guard.errors == 1
 
 
 def test_a_meter_that_switched_itself_off_hands_the_body_on(by_user):
-    by_user.collector.guard.off = True
+    by_user.runtime.guard.off = True
     client, app = ask(by_user, part(b'{"user":"carol"}'))
     assert (client.ours, app.messages) == ({}, [part(b'{"user":"carol"}')])
 
@@ -331,8 +329,8 @@ def test_all_names_of_the_model_are_known_once_the_application_is_up(world):
     state = SimpleNamespace(openai_serving_models=SimpleNamespace(base_model_paths=paths))
 
     async def served(state):
-        await world.collector.start(engine, state)
-        return world.collector.served
+        await world.runtime.start_work(engine, state)
+        return world.runtime.served
 
     assert asyncio.run(served(state)) == SERVED
     assert asyncio.run(served(SimpleNamespace())) == {"llama"}

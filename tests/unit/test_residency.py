@@ -1,10 +1,13 @@
 """What a bill says of the KV cache: how long it held blocks of it, and what cached tokens saved."""
 
+from dataclasses import replace
+
 import pytest
 
-from vllm_cost_meter.books import EngineBooks, RequestFacts, saved_ns
-from vllm_cost_meter.priors import Prior
-from vllm_cost_meter.records import NS_PER_HOUR, NS_PER_MS
+from tests.builders import ENGINE
+from vllm_cost_meter.attribution.priors import Prior
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts, saved_ns
+from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS
 
 HOUR = 500_000
 START_NS = 10**9
@@ -17,13 +20,11 @@ def make_books(until_hour_ns: int = NS_PER_HOUR) -> EngineBooks:
     """Open the books so long before the end of HOUR; blocks are of 16 tokens."""
     return EngineBooks(
         run_id="run",
-        method="tokens",
-        gpus=2,
+        engine=replace(ENGINE, gpus=2),
         created_ns=START_NS,
         now_ns=START_NS,
         unix_ns=(HOUR + 1) * NS_PER_HOUR - until_hour_ns,
         prior=Prior((COMPUTE, MEMORY, ONE), False, "tokens"),
-        kv_block_size=16,
     )
 
 

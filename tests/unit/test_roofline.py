@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from vllm_cost_meter.errors import VllmMismatchError
-from vllm_cost_meter.validation import _vllm_work as vllm_work
-from vllm_cost_meter.validation.roofline import GPUS, LAUNCH_S, MODELS, Machine
+from vllm_cost_meter.lab.validation import vllm_work
+from vllm_cost_meter.lab.validation.roofline import GPUS, LAUNCH_S, MODELS, Machine
 
 AS_VLLM_COUNTS = [name for name, shape in MODELS.items() if not shape.expected_experts]
 

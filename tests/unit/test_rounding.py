@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.rounding import half_even, largest_remainder, rounded_known
+from vllm_cost_meter.units.rounding import half_even, largest_remainder, rounded_known
 
 THIRD = Fraction(1, 3)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.routes import response_id_of, route_of
+from vllm_cost_meter.api_server.routes import response_id_of, route_of
 
 UUID16 = "0123456789abcdef"
 UUID32 = UUID16 * 2

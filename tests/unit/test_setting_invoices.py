@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.records import NS_PER_HOUR
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 COLUMNS = 'columns = { resource = "R", from = "F", to = "T", amount = "A" }'
 
@@ -68,7 +68,7 @@ def test_settings_make_the_rules(tmp_path):
         ),
         (
             '[[invoice_rates]]\ncurrency = "USD"\nusd_rate = 1',
-            "invoice_rates[0].currency (FILE:2): expected a currency but USD, got 'USD'",
+            "invoice_rates[0].currency (FILE:2): expected a currency other than USD, got 'USD'",
         ),
         (
             '[[invoice_rates]]\ncurrency = "XXX"\nusd_rate = 1',

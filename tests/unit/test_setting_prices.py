@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.price_book import RunFacts
+from vllm_cost_meter.prices.book import RunFacts
 
 HOUR = 490_897  # 2026-01-01T01Z
 RUN = RunFacts(gpus=8, model="m", gpu_name="NVIDIA H100 80GB HBM3", host="node-1")
@@ -136,7 +136,11 @@ def test_without_settings_there_is_no_price(load):
         ("EUR", "EUX", "prices[1].currency (meter.toml:14): expected the three capital letters"),
         ("EUR", "eur", "prices[1].currency (meter.toml:14): expected the three capital letters"),
         ("EUR", "XAU", "prices[1].currency (meter.toml:14): expected the three capital letters"),
-        ("EUR", "USD", "prices[1].usd_rate (meter.toml:15): expected none, as the currency is USD"),
+        (
+            "EUR",
+            "USD",
+            "prices[1].usd_rate (meter.toml:15): expected no rate, because the currency is USD",
+        ),
         (
             "1.1234567890123456",
             "0",
@@ -150,7 +154,7 @@ def test_without_settings_there_is_no_price(load):
         (
             '"node"',
             '"gpu"',
-            "prices[0].gpus (meter.toml:6): expected none, as the amount is of one",
+            "prices[0].gpus (meter.toml:6): expected no number, because the amount is for one",
         ),
         ("gpus = 8\n", "", "prices[0].gpus (meter.toml:3): expected how many GPUs the amount of a"),
         ("gpus = 8", "gpus = 0", "prices[0].gpus (meter.toml:6): expected a whole number from 1"),
@@ -188,7 +192,7 @@ def test_a_rate_is_needed_for_every_currency_but_usd(complaint):
 @pytest.mark.parametrize(
     ("instant", "got"),
     [
-        ("2026-01-01T00:30:00Z", "as usage is kept by the hour, got 2026-01-01T00:30:00+00:00"),
+        ("2026-01-01T00:30:00Z", "usage is kept by the hour, got 2026-01-01T00:30:00+00:00"),
         ("2026-01-01T00:00:00+05:30", "by the hour, got 2026-01-01T00:00:00+05:30"),
         ("2026-01-01T00:00:00", "got 2026-01-01T00:00:00"),
         ("2026-01-01", "got 2026-01-01"),

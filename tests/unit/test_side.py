@@ -16,12 +16,14 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from tests.unit.test_poller import Engines, poller_of, snapshot
-from tests.unit.world import make_collector, worlds
-from vllm_cost_meter.config import Settings
+from tests.unit.world import make_runtime, worlds
+from vllm_cost_meter.api_server.poller import Poller
+from vllm_cost_meter.api_server.runtime import refresher
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.endpoint.server import metrics_registry
+from vllm_cost_meter.endpoint.server import serve as serve_endpoint
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.middleware import CostMiddleware
-from vllm_cost_meter.side import metrics_registry, serve, start_side
 
 
 @pytest.fixture
@@ -56,6 +58,11 @@ def writer(url: str) -> Iterator[LedgerWriter]:
     writer.commit().result(10)
     yield writer
     writer.close(5)
+
+
+def serve(settings: Settings, url: str, poller: Poller) -> None:
+    """Serve as the runtime does, with figures as new as the poller can have them."""
+    serve_endpoint(settings, url, refresher(poller, asyncio.get_running_loop()))
 
 
 class Client(Engines):
@@ -124,14 +131,14 @@ def test_a_taken_port_is_one_warning(writer, url, logged):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        serve(Settings(port=port), url, poller_of(Engines(snapshot), writer))
+        serve_endpoint(Settings(port=port), url, lambda: None)
     (line,) = said(logged)
     assert f"could not listen on 127.0.0.1 port {port} (Address already in use)" in line
     assert "COST_METER_PORT" in line
 
 
 def test_port_off_runs_none(writer, url, logged):
-    serve(Settings(port="off"), url, poller_of(Engines(snapshot), writer))
+    serve_endpoint(Settings(port="off"), url, lambda: None)
     assert said(logged) == []
 
 
@@ -172,18 +179,21 @@ def test_the_first_api_server_polls_and_serves_and_the_others_do_not(tmp_path, l
         for index in (0, 1):
             folder = tmp_path / str(index)
             folder.mkdir()
-            collector = make_collector(folder, port=0, snapshot_interval_s=0.05)
+            runtime = make_runtime(folder, port=0, snapshot_interval_s=0.05)
             client = Client(index)
-            await start_side(collector, application(client))
-            assert (collector.poller is not None) is (index == 0)
-            while index == 0 and client.calls < 2:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)  # in which the other one could have asked four times
-            assert (client.calls > 1) is (index == 0)
-            await collector.stop()
-            assert collector.guard.errors == 0
+            await runtime.start(application(client))
+            assert (runtime.poller is not None) is (index == 0)
+            if index == 0:
+                async with asyncio.timeout(20):
+                    while client.calls < 2:
+                        await asyncio.sleep(0.01)
+            else:
+                await asyncio.sleep(0.2)
+                assert client.calls == 0
+            await runtime.stop()
+            assert runtime.guard.errors == 0
 
-    asyncio.run(asyncio.wait_for(start(), 60))
+    asyncio.run(start())
     assert sum("side endpoint at" in line for line in said(logged)) == 1
 
 
@@ -200,30 +210,32 @@ def test_with_the_application_it_starts_once_though_installed_twice_and_takes_a_
         async def send(message):
             sent.append(message["type"])
 
-        await CostMiddleware(CostMiddleware(app))(scope, None, send)
+        await world.metered(world.metered(app))(scope, None, send)
         return sent
 
     with worlds(tmp_path) as make:
         world = make(port=0, snapshot_interval_s=3_600)
         client = Client()
-        scope = {"type": "lifespan", "app": application(client)}
+        served = application(client)
+        scope = {"type": "lifespan", "app": served}
         sent = asyncio.run(live(scope))
         assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
         assert client.calls >= 1
-        assert world.collector.guard.errors == 0
-        assert world.collector.writer.waiting == 0
+        assert world.runtime.guard.errors == 0
+        assert [getattr(route, "path", None) for route in served.routes].count("/v1/cost/me") == 1
+        assert world.runtime.writer.waiting == 0
     assert sum("side endpoint at" in line for line in said(logged)) == 1
 
 
 def test_a_start_that_fails_is_contained(tmp_path):
-    collector = make_collector(tmp_path, port=0)
+    runtime = make_runtime(tmp_path, port=0)
     broken = application(SimpleNamespace())
-    asyncio.run(start_side(collector, broken))
-    assert collector.guard.errors == 1
-    asyncio.run(start_side(collector, application(None)))
-    asyncio.run(start_side(collector, SimpleNamespace()))
-    assert collector.guard.errors == 1
-    collector.writer.close(5)
+    asyncio.run(runtime.start(broken))
+    assert runtime.guard.errors == 1
+    asyncio.run(runtime.start(application(None)))
+    asyncio.run(runtime.start(SimpleNamespace()))
+    assert runtime.guard.errors == 1
+    runtime.writer.close(5)
 
 
 def test_the_registry_covers_all_processes_where_there_are_several(tmp_path, monkeypatch):

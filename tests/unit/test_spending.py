@@ -6,11 +6,13 @@ from decimal import Decimal
 import pytest
 
 from tests.builders import make_bill, make_open, make_part, make_snapshot
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.budgets import Budget
-from vllm_cost_meter.ledger.spending import LATE_NS, RECOUNT_NS, Spending
+from vllm_cost_meter.ledger.queries.spending import LATE_NS, RECOUNT_NS, Spending
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.records import NS_PER_HOUR, NS_PER_SECOND, ClassTotals, UsagePiece
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.tenants.budgets import Budget
+from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 NOW = (time.time_ns() // NS_PER_HOUR) * NS_PER_HOUR + NS_PER_HOUR // 2
 THIS_HOUR = NOW // NS_PER_HOUR

@@ -8,18 +8,18 @@ from html.parser import HTMLParser
 
 import pytest
 
-from vllm_cost_meter.idle import IdlePolicy
-from vllm_cost_meter.reports import UNALLOCATED, Ended, Facts, Used
-from vllm_cost_meter.statement import (
+from vllm_cost_meter.reports.facts import UNALLOCATED, Ended, Facts, Used
+from vllm_cost_meter.reports.idle import IdlePolicy
+from vllm_cost_meter.reports.statement import (
     OverheadCost,
     format_cents,
     month_question,
     notes,
     statement,
 )
-from vllm_cost_meter.statement_html import statement_html
-from vllm_cost_meter.statement_text import print_statement
-from vllm_cost_meter.windows import zone_of
+from vllm_cost_meter.reports.statement_html import statement_html
+from vllm_cost_meter.reports.statement_text import print_statement
+from vllm_cost_meter.units.calendar import zone_of
 
 UTC = zone_of(None)
 HOUR = 500_000  # 2027-01-15T08Z
@@ -259,7 +259,7 @@ def test_the_notes_say_how_the_figures_came_about():
     said = notes(about(make(idle="even")))
     assert said == [
         "GPU time is measured: each engine step's time is split among the requests in it "
-        "(shapley; docs/attribution.md)",
+        "(shapley; docs/explanation/attribution.md)",
         "idle time: charged evenly to the tenants that used something (policy even)",
         "days are those of Europe/Berlin; each UTC hour is of the day in which it begins",
         "price: 36 USD per GPU-hour (gpu, reserved, from 2027-01-01T00Z, invoice 9)",
@@ -268,7 +268,7 @@ def test_the_notes_say_how_the_figures_came_about():
     ]
     unpriced = notes({**about(make()), "prices": [], "methods": []})
     assert "price: none, so no cost is known" in unpriced
-    assert "(no engine ran; docs/attribution.md)" in unpriced[0]
+    assert "(no engine ran; docs/explanation/attribution.md)" in unpriced[0]
 
 
 def test_a_tenants_table_has_its_lines_and_its_total():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_cost_meter.stats import CostStatLogger
+from vllm_cost_meter.vllm_hooks.stat_logger import CostStatLogger
 
 
 @pytest.fixture

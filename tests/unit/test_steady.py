@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.sweep.steady import Reply, is_too_many, nearest_rank, steady
+from vllm_cost_meter.lab.sweep.steady import Reply, is_too_many, nearest_rank, steady
 
 
 def reply(sent_s: float, ttft_s: float = 0.5, tokens: int = 5, gap_s: float = 0.25) -> Reply:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter import step_log
-from vllm_cost_meter.errors import StepLogError
-from vllm_cost_meter.step_log import (
+from vllm_cost_meter.engine import step_log
+from vllm_cost_meter.engine.step_log import (
     MAX_BYTES_LEAST,
     LoggedStep,
     Part,
@@ -18,6 +17,7 @@ from vllm_cost_meter.step_log import (
     read_steps,
     rotated,
 )
+from vllm_cost_meter.errors import StepLogError
 
 
 @pytest.fixture

@@ -11,17 +11,19 @@ from typer.testing import CliRunner
 from tests.unit.test_ledger_economics import S, figures, write
 from tests.unit.test_ledger_reader import HOUR, Ledger, snapshot
 from vllm_cost_meter import plots
-from vllm_cost_meter.cli import app
+from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.economics import Declared, curve_of, saturation_of
 from vllm_cost_meter.errors import LedgerError, ServerError
-from vllm_cost_meter.ledger import saturation
-from vllm_cost_meter.records import ClassTotals, unix_ns_of
-from vllm_cost_meter.sweep.bench import Shape, Target, bench_command, replies_of
-from vllm_cost_meter.sweep.curve import Context, curve_file
-from vllm_cost_meter.sweep.meter import Deployment, Sample, busy_share, deployment_of
-from vllm_cost_meter.sweep.plot import sweep_figure, title_of
-from vllm_cost_meter.sweep.run import Measured, Plan, Sweep
-from vllm_cost_meter.sweep.steady import Reply, steady
+from vllm_cost_meter.lab.sweep.bench import Shape, Target, bench_command, replies_of
+from vllm_cost_meter.lab.sweep.curve import Context, curve_file
+from vllm_cost_meter.lab.sweep.meter import Deployment, Sample, busy_share, deployment_of
+from vllm_cost_meter.lab.sweep.plot import sweep_figure, title_of
+from vllm_cost_meter.lab.sweep.run import Measured, Plan, Sweep
+from vllm_cost_meter.lab.sweep.steady import Reply, steady
+from vllm_cost_meter.ledger.economics import saturation
+from vllm_cost_meter.ledger.queries.cut import AsOf
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.units.time import unix_ns_of
 
 SHAPE = Shape(100, 10)
 TARGET = Target("http://127.0.0.1:1", "m", "/models/m")
@@ -208,7 +210,7 @@ def test_a_curve_without_its_whole_protocol_is_refused(damage, expected, tmp_pat
 
 
 def run_of(ledger: Ledger) -> dict[str, Any]:
-    return dict(ledger.reader.summary(settle_s=0)["runs"][0])
+    return dict(ledger.reader.summary(as_of=AsOf(settle_s=0))["runs"][0])
 
 
 def full_load_of(ledger: Ledger) -> dict[str, Any]:

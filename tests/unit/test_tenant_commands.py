@@ -13,9 +13,9 @@ import tomllib
 import pytest
 from typer.testing import CliRunner, Result
 
-from vllm_cost_meter import tenant_file
-from vllm_cost_meter.cli import app
-from vllm_cost_meter.config import load_settings
+from vllm_cost_meter.cli.commands import app
+from vllm_cost_meter.config import tenant_file
+from vllm_cost_meter.config.loading import load_settings
 
 KEYS = {name: f"sk-{name}-secret" for name in "abcd"}
 HASHES = {name: hashlib.sha256(key.encode()).hexdigest() for name, key in KEYS.items()}

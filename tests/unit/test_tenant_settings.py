@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from vllm_cost_meter.config import Settings, load_settings
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.config.tenants import RuleSetting
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.tenant_settings import RuleSetting
-from vllm_cost_meter.tenants import (
+from vllm_cost_meter.tenants.rules import (
     ApiKeyRule,
     BodyClaims,
     ChildRule,
@@ -69,7 +70,7 @@ def test_a_key_belongs_to_one_tenant_only():
 def test_the_hash_of_nothing_is_no_key():
     nothing = hashlib.sha256(b"").hexdigest()
     tenants = [{"name": "a", "api_key_sha256": [nothing]}]
-    assert "that of the empty text" in complaint(tenants=tenants)
+    assert "the SHA-256 of an empty text" in complaint(tenants=tenants)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_the_hash_of_nothing_is_no_key():
         ([{"name": "/a"}], "of a declared parent, got '/a'"),
         (
             [{"name": "a"}, {"name": "c"}, {"name": "a/b", "parent": "c"}],
-            "the parent that the name of a PARENT/CHILD says, got 'c' of 'a/b'",
+            "the same parent as in the name PARENT/CHILD, got 'c' of 'a/b'",
         ),
     ],
 )
@@ -131,10 +132,10 @@ FAMILY = [
 
 def test_a_tenant_has_the_tags_of_its_parents_and_its_own_go_before():
     assert settings_of(tenants=FAMILY).resolver.declared == {
-        "corp": Declared(None, '{"cost_centre":"ü-1","kind":"cogs"}'),
-        "sales": Declared("corp", '{"cost_centre":"ü-1","kind":"r-d"}'),
-        "sales/web": Declared("sales", '{"cost_centre":"ü-1","kind":"r-d","site":"shop"}'),
-        "alone": Declared(None, None),
+        "corp": Declared(None, {"cost_centre": "ü-1", "kind": "cogs"}),
+        "sales": Declared("corp", {"cost_centre": "ü-1", "kind": "r-d"}),
+        "sales/web": Declared("sales", {"cost_centre": "ü-1", "kind": "r-d", "site": "shop"}),
+        "alone": Declared(None, {}),
     }
 
 
@@ -193,7 +194,7 @@ def test_a_rules_own_proof_goes_before_the_secret_of_the_environment():
         ({**HEADER, "trust": "loopback"}, "[0].trust (environment): expected everyone"),
         ({**HEADER, "trust": "everyone", "proof_sha256": HASH_A}, "got both"),
         ({**HEADER, "proof_sha256": "abc"}, "[0].proof_sha256 (environment): expected 64 hexa"),
-        ({**HEADER, "proof_sha256": hashlib.sha256().hexdigest()}, "that of the empty text"),
+        ({**HEADER, "proof_sha256": hashlib.sha256().hexdigest()}, "the SHA-256 of an empty text"),
         ({**HEADER, "name": "x tenant"}, "[0].name (environment): expected the name of an HTTP"),
         ({**HEADER, "name": "x\n" * 100}, "[0].name (environment): expected the name of an HTTP"),
         ({**HEADER, "name": "Authorization"}, "expected a header that does not carry a secret"),
@@ -210,10 +211,13 @@ def test_a_rules_own_proof_goes_before_the_secret_of_the_environment():
         ({"rule": "metadata", "key": "a b"}, "[0].key (environment): expected 1 to 64 letters"),
         ({"rule": "constant"}, "`tenant` in a rule 'constant', got nothing"),
         ({"rule": "constant", "tenant": "unknown"}, "[0].tenant (environment): expected a name"),
-        ({"rule": "constant", "tenant": "a/b"}, "a declared tenant where it has a slash, got"),
+        (
+            {"rule": "constant", "tenant": "a/b"},
+            "declared tenant, because the name has a slash, got",
+        ),
         ({"rule": "user", "trust_clients": 1}, "[0].trust_clients (environment): expected true or"),
-        ({"rule": "user", "key": "x"}, "nothing about `key` in a rule 'user', got a value"),
-        ({"rule": "api_key", "trust_clients": True}, "nothing about `trust_clients` in a rule"),
+        ({"rule": "user", "key": "x"}, "no `key` in a rule 'user', got a value"),
+        ({"rule": "api_key", "trust_clients": True}, "no `trust_clients` in a rule"),
         ({"rule": "user", "trsut": True}, "[0].trsut (environment): expected one of rule, name"),
     ],
 )

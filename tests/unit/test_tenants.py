@@ -4,19 +4,17 @@ import hashlib
 
 import pytest
 
-from vllm_cost_meter.tenants import (
-    CONTRADICTION,
+from tests.builders import make_owner
+from vllm_cost_meter.records.owner import CONTRADICTION, NOBODY, Owner
+from vllm_cost_meter.tenants.rules import (
     NO_CLAIMS,
-    NOBODY,
     ApiKeyRule,
     BodyClaims,
     ChildRule,
     ConstantRule,
     Declared,
     HeaderRule,
-    Resolved,
     Resolver,
-    is_clients_choice,
     name_problem,
 )
 
@@ -30,10 +28,10 @@ def digest(key: bytes) -> str:
 
 KEYS = {digest(ALICE_KEY): "alice", digest(ALICE_OTHER_KEY): "alice", digest(BOB_KEY): "bob"}
 DECLARED = {
-    "alice": Declared(tags='{"kind":"cogs"}'),
+    "alice": Declared(tags={"kind": "cogs"}),
     "bob": Declared(parent="corp"),
     "corp": Declared(),
-    "corp/web": Declared(parent="corp", tags='{"kind":"web"}'),
+    "corp/web": Declared(parent="corp", tags={"kind": "web"}),
     "münchen": Declared(),
 }
 PATHS = frozenset({"corp/web"})
@@ -46,15 +44,15 @@ FROM_GATEWAY = (PROOF, SECRET)
 KEYS_ONLY = Resolver([BY_KEY], DECLARED)
 PROVEN = Resolver([BY_KEY, BY_GATEWAY], DECLARED)
 TRUSTING = Resolver([BY_KEY, BY_ANYONE], DECLARED)
-ALICE = Resolved("alice", "api_key", None, '{"kind":"cogs"}')
+ALICE = make_owner("alice", "api_key", None, '{"kind":"cogs"}')
 
 
 def bearer(key: bytes) -> tuple[bytes, bytes]:
     return b"authorization", b"Bearer " + key
 
 
-def by_header(name: str) -> Resolved:
-    return Resolved(name, "header:x-llm-d-tenant-id")
+def by_header(name: str) -> Owner:
+    return make_owner(name, "header:x-llm-d-tenant-id")
 
 
 # ---- API keys
@@ -65,7 +63,7 @@ def test_a_bearer_key_names_its_tenant():
 
 
 def test_an_x_api_key_names_its_tenant():
-    assert KEYS_ONLY.resolve([(b"x-api-key", BOB_KEY)]) == Resolved("bob", "api_key", "corp")
+    assert KEYS_ONLY.resolve([(b"x-api-key", BOB_KEY)]) == make_owner("bob", "api_key", "corp")
 
 
 @pytest.mark.parametrize(
@@ -153,12 +151,12 @@ def test_a_gateways_own_key_leaves_the_word_to_the_next_rule():
 
 def test_a_declared_tenant_named_by_the_gateway_has_what_was_declared():
     said = [FROM_GATEWAY, (HEADER, b"bob")]
-    assert PROVEN.resolve(said) == Resolved("bob", "header:x-llm-d-tenant-id", "corp")
+    assert PROVEN.resolve(said) == make_owner("bob", "header:x-llm-d-tenant-id", "corp")
 
 
 def test_a_slash_may_be_claimed_only_in_a_name_that_is_declared():
     said = [FROM_GATEWAY, (HEADER, b"corp/web")]
-    expected = Resolved("corp/web", "header:x-llm-d-tenant-id", "corp", '{"kind":"web"}')
+    expected = make_owner("corp/web", "header:x-llm-d-tenant-id", "corp", '{"kind":"web"}')
     assert PROVEN.resolve(said) == expected
     for claim in (b"corp/sales", b"alice/x", b"/corp", b"corp/", b"/", b"x/y", b"corp/web/x"):
         assert PROVEN.resolve([FROM_GATEWAY, (HEADER, claim)]) == NOBODY
@@ -257,7 +255,7 @@ def test_two_gateways_each_prove_themselves_by_their_own_secret():
     resolver = Resolver([BY_GATEWAY, other], {})
     said = [(b"x-tenant-id", b"team-b"), (HEADER, b"team-a")]
     assert resolver.resolve([*said, FROM_GATEWAY]) == by_header("team-a")
-    assert resolver.resolve([*said, (b"x-proof", b"another secret")]) == Resolved(
+    assert resolver.resolve([*said, (b"x-proof", b"another secret")]) == make_owner(
         "team-b", "header:x-tenant-id"
     )
     assert resolver.resolve([*said, (b"x-proof", SECRET)]) == NOBODY
@@ -266,7 +264,7 @@ def test_two_gateways_each_prove_themselves_by_their_own_secret():
 def test_a_constant_answers_for_whoever_is_left():
     resolver = Resolver([BY_KEY, ConstantRule("corp")], DECLARED)
     assert resolver.resolve([bearer(ALICE_KEY)]) == ALICE
-    assert resolver.resolve([bearer(b"sk-mallory")]) == Resolved("corp", "constant")
+    assert resolver.resolve([bearer(b"sk-mallory")]) == make_owner("corp", "constant")
 
 
 # ---- children
@@ -281,12 +279,12 @@ def user(text: str) -> BodyClaims:
 
 def test_a_user_chooses_a_child_of_the_tenant_found_which_has_its_tags():
     resolved = WITH_USERS.resolve([bearer(ALICE_KEY)], user("carol"))
-    assert resolved == Resolved("alice/carol", "api_key+user", "alice", '{"kind":"cogs"}')
+    assert resolved == make_owner("alice/carol", "api_key+user", "alice", '{"kind":"cogs"}')
 
 
 def test_a_child_that_is_declared_has_what_was_declared_of_it():
     resolver = Resolver([ConstantRule("corp"), BY_USER], DECLARED)
-    assert resolver.resolve([], user("web")) == Resolved(
+    assert resolver.resolve([], user("web")) == make_owner(
         "corp/web", "constant+user", "corp", '{"kind":"web"}'
     )
 
@@ -327,7 +325,7 @@ def test_a_bad_child_leaves_the_cost_with_the_parent(text):
 
 def test_a_child_and_its_parent_have_128_characters_together():
     resolved = WITH_USERS.resolve([bearer(ALICE_KEY)], user("a" * 122))
-    assert (len(resolved.tenant), resolved.rule) == (128, "api_key+user")
+    assert (len(resolved.tenant), resolved.rule_text) == (128, "api_key+user")
 
 
 @pytest.mark.parametrize("value", [5, None, True, ["carol"], {"carol": 1}])
@@ -345,7 +343,7 @@ def test_the_first_child_rule_that_answers_wins_wherever_it_stands():
     def chosen(**left_out: object) -> tuple[str, str]:
         values = {name: getattr(said, name) for name in ("user", "metadata", "lora", "model")}
         resolved = resolver.resolve([bearer(ALICE_KEY)], BodyClaims(**{**values, **left_out}))
-        return resolved.tenant, resolved.rule
+        return resolved.tenant, resolved.rule_text
 
     assert chosen() == ("alice/web", "api_key+metadata:team")
     assert chosen(metadata={}) == ("alice/carol", "api_key+user")
@@ -359,7 +357,7 @@ TRUSTED_USERS = Resolver([BY_KEY, ChildRule("user", taken=TAKEN), ChildRule("mod
 
 
 def test_a_trusted_client_names_a_tenant_where_no_rule_before_found_one():
-    assert TRUSTED_USERS.resolve([], user("carol")) == Resolved("carol", "user")
+    assert TRUSTED_USERS.resolve([], user("carol")) == make_owner("carol", "user")
     assert TRUSTED_USERS.resolve([bearer(ALICE_KEY)], user("carol")).tenant == "alice/carol"
 
 
@@ -370,14 +368,26 @@ def test_a_trusted_client_cannot_name_a_declared_tenant(text):
 
 def test_the_rule_that_named_a_tenant_chooses_no_child_of_it_and_others_may():
     said = BodyClaims(user="carol", model="llama")
-    assert TRUSTED_USERS.resolve([], said) == Resolved("carol/llama", "user+model", "carol")
+    assert TRUSTED_USERS.resolve([], said) == make_owner("carol/llama", "user+model", "carol")
 
 
 def test_rules_that_chose_a_clients_word_are_told_from_others():
     for text in ("user", "api_key+user", "constant+metadata:team", "metadata:api_key", "user+lora"):
-        assert is_clients_choice(text)
+        assert make_owner("carol", text).is_clients_choice
     for text in ("api_key", "header:user", "constant", "none", "contradiction"):
-        assert not is_clients_choice(text)
+        assert not make_owner("carol", text).is_clients_choice
+
+
+def test_only_an_api_key_proves_who_asks_whatever_child_the_client_chose():
+    for text in ("api_key", "api_key+user", "api_key+metadata:team"):
+        assert make_owner("alice", text).by_api_key
+    for text in ("header:api_key", "constant+user", "metadata:api_key", "none", "contradiction"):
+        assert not make_owner("alice", text).by_api_key
+
+
+def test_the_rule_is_told_with_its_key_and_the_childs_rule_behind_a_plus():
+    for text in ("api_key", "header:x-tenant+metadata:team", "constant+lora", "user+model", "none"):
+        assert make_owner("alice", text).rule_text == text
 
 
 def test_the_body_is_wanted_only_by_rules_that_read_it():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_cost_meter.text import plain
+from vllm_cost_meter.units.text import plain
 
 
 @pytest.mark.parametrize("text", ["", "alice", "naïve 東京 🦊", "a b", "it's [bold]"])

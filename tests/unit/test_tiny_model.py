@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter import tiny_model
+from vllm_cost_meter.lab import tiny_model
 
 transformers = pytest.importorskip("transformers", reason="comes with vLLM")
 
@@ -44,7 +44,7 @@ def test_a_model_of_another_recipe_is_replaced_and_nothing_is_left_behind(tmp_pa
 def test_a_directory_that_is_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("Dear")
-    with pytest.raises(FileExistsError, match="no tiny model"):
+    with pytest.raises(FileExistsError, match="expected a tiny model"):
         tiny_model.make_tiny_model(tmp_path / "letters")
     assert (tmp_path / "letters" / "dear.txt").read_text() == "Dear"
     assert [entry.name for entry in tmp_path.iterdir()] == ["letters"]

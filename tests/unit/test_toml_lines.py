@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_cost_meter.toml_lines import line_of
+from vllm_cost_meter.config.loading import line_of
 
 TEXT = """\
 port = 1

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.unit.test_truth import machine_of
-from vllm_cost_meter.validation import traffic
-from vllm_cost_meter.validation.traffic import TENANTS, TOKEN_BUDGET, Trace, make_trace
+from vllm_cost_meter.lab.validation import traffic
+from vllm_cost_meter.lab.validation.traffic import TENANTS, TOKEN_BUDGET, Trace, make_trace
 
 STEPS = 1_500
 

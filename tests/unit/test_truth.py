@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from vllm_cost_meter.priors import Peaks
-from vllm_cost_meter.validation.roofline import Gpu, Machine, StepGame, StepWork
-from vllm_cost_meter.validation.truth import ENUMERATED_MAX, enumerated, sampled, shapley
+from vllm_cost_meter.attribution.priors import Peaks
+from vllm_cost_meter.lab.validation.roofline import Gpu, Machine, StepGame, StepWork
+from vllm_cost_meter.lab.validation.truth import ENUMERATED_MAX, enumerated, sampled, shapley
 
 # A token takes 1 ms of arithmetic and 0.1 ms of reading, a sequence 1 ms of reading; the weights
 # take 20 ms. A chunk of prompt with some decodes lies at the ridge.

@@ -10,9 +10,9 @@ import pytest
 from tests.unit.test_cli import run
 from tests.unit.test_replay import simulated
 from vllm_cost_meter.attribution import METHODS
-from vllm_cost_meter.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES
-from vllm_cost_meter.validation.roofline import GPUS, MODELS
-from vllm_cost_meter.validation.tables import _percent
+from vllm_cost_meter.lab.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES
+from vllm_cost_meter.lab.validation.roofline import GPUS, MODELS
+from vllm_cost_meter.lab.validation.tables import _percent
 
 SMALL = ("validate", "--gpu", "l4", "--model", "llama-3.1-8b", "--batch", 60, "--steps", 200)
 SPREAD = {"median", "p95", "max"}
@@ -110,7 +110,7 @@ def test_without_vllm_or_numpy_it_says_so_in_one_line(missing):
 
 def test_a_replay_loads_neither_numpy_nor_vllm(tmp_path):
     program = (
-        "import sys; from vllm_cost_meter.cli import app;"
+        "import sys; from vllm_cost_meter.cli.commands import app;"
         f"app(['validate', '--step-log', {str(simulated(tmp_path / 'steps'))!r}],"
         " standalone_mode=False);"
         "assert not {'numpy', 'vllm'} & set(sys.modules)"

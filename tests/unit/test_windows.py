@@ -4,8 +4,7 @@ from datetime import UTC
 
 import pytest
 
-from vllm_cost_meter.records import NS_PER_HOUR, unix_ns_of
-from vllm_cost_meter.windows import (
+from vllm_cost_meter.units.calendar import (
     LAST_HOUR,
     hours_of_window,
     month_hours,
@@ -13,6 +12,7 @@ from vllm_cost_meter.windows import (
     period_of,
     zone_of,
 )
+from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
 NOW = 1_790_000_000 * 10**9
 HOUR = NOW // NS_PER_HOUR
@@ -105,7 +105,7 @@ def test_a_window_ends_after_it_starts(window):
     ],
 )
 def test_the_widest_windows_are_hours_that_can_be_written(window):
-    from vllm_cost_meter.ledger.cut import Window
+    from vllm_cost_meter.ledger.queries.cut import Window
 
     low, high = hours_of_window(window, NOW)
     assert low < high

@@ -1,7 +1,7 @@
 """A little world around the API side: an engine that bills when told, an application, a client.
 
-The collector, its ledger and the middleware are the real ones; the engine is these few lines, and
-calls the collector just as vLLM's hooks do.
+The runtime, its ledger and the middleware are the real ones; the engine is these few lines, and
+calls the runtime just as vLLM's hooks do.
 """
 
 import asyncio
@@ -9,19 +9,22 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
+import uvicorn
 
 from tests.builders import make_bill
-from vllm_cost_meter import collector as collector_module
-from vllm_cost_meter.collector import Collector
-from vllm_cost_meter.config import Settings
+from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.collector import Collector
+from vllm_cost_meter.api_server.middleware import CostMiddleware
+from vllm_cost_meter.api_server.open_requests import OpenRequests
+from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Birth, current_exchange
-from vllm_cost_meter.middleware import CostMiddleware
-from vllm_cost_meter.records import NS_PER_HOUR, Bill, UsagePiece
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 JSON = b"application/json"
 SSE = b"text/event-stream; charset=utf-8"
@@ -53,21 +56,24 @@ COST = b',"cost":0.000000030,"cost_details":'
 GPU_HOUR_USD = "36"
 
 
-def make_collector(folder: Path, **settings: Any) -> Collector:
-    """A collector of its own, with a ledger in the folder that is open already."""
+def make_runtime(
+    folder: Path, open_requests: OpenRequests | None = None, **settings: Any
+) -> Runtime:
+    """A runtime of its own, with a ledger in the folder that is open already."""
     given = {"gpu_hour_usd": GPU_HOUR_USD, **settings}
     # Tests of the bound set their own; no other may fail because the machine is busy.
     given = {"bill_timeout_ms": 10_000, **given}
-    collector = Collector(Settings(ledger=f"sqlite:///{folder / 'ledger.db'}", **given))
-    collector.writer.commit().result(10)
-    return collector
+    checked = Settings(ledger=f"sqlite:///{folder / 'ledger.db'}", **given)
+    runtime = Runtime(checked, open_requests=open_requests)
+    runtime.writer.commit().result(10)
+    return runtime
 
 
 class Engine:
     """Gives birth to engine requests and bills them, in the calls that vLLM's hooks make."""
 
-    def __init__(self, collector: Collector) -> None:
-        self.collector = collector
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
         self.seq = 0
 
     def born(self, request_id: str, external_id: str | None = None, **changes: Any) -> None:
@@ -83,7 +89,7 @@ class Engine:
                 **changes,
             }
         )
-        self.collector.run("add_request", Collector.born, birth)
+        self.runtime.run("add_request", Collector.born, birth)
 
     def bill(self, request_id: str, prefill_ns: int = 1_000, decode_ns: int = 2_000) -> Bill:
         self.seq += 1
@@ -93,7 +99,7 @@ class Engine:
 
     def billed(self, request_id: str, prefill_ns: int = 1_000, decode_ns: int = 2_000) -> None:
         bill = self.bill(request_id, prefill_ns, decode_ns)
-        self.collector.run("bill", Collector.billed, bill)
+        self.runtime.run("bill", Collector.billed, bill)
 
     def generate(self, request_id: str = "r") -> None:
         self.born(request_id)
@@ -179,20 +185,37 @@ def replying(
     return app
 
 
-class World:
-    """One API server: its collector, its engine, and its ledger's file."""
+def misses() -> int:
+    """The misses that the metrics of this process show."""
+    return int(metrics.MISSES._value.get())
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, **settings: Any) -> None:
+
+class World:
+    """One API server: its runtime, its engine, and its ledger's file."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
         self.path = folder / "ledger.db"
-        self.collector = make_collector(folder, **settings)
-        self.engine = Engine(self.collector)
-        patch.setattr(collector_module, "_collector", self.collector)
+        self.runtime = make_runtime(folder, **changes)
+        self.collector = self.runtime.collector
+        self.engine = Engine(self.runtime)
+        # What the middleware finds in this process: the runtime, or what stands in for it.
+        self.found: Runtime | NoRuntime = self.runtime
+        self._misses_before = misses()
+
+    @property
+    def misses(self) -> int:
+        """The replies that went out without their cost."""
+        return misses() - self._misses_before
+
+    def metered(self, app: App) -> CostMiddleware:
+        """The application behind the middleware of this API server."""
+        return CostMiddleware(app, lambda: self.found)
 
     async def ask(
         self, app: App, scope: dict[str, Any] | None = None, receive: Any = no_more_messages
     ) -> Client:
         client = Client()
-        await CostMiddleware(app)(scope or scope_of(), receive, client.send)
+        await self.metered(app)(scope or scope_of(), receive, client.send)
         return client
 
     def run(self, app: App, scope: dict[str, Any] | None = None, **more: Any) -> Client:
@@ -200,7 +223,7 @@ class World:
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """Answer a query from the file, once all that was handed over is written."""
-        self.collector.writer.commit().result(10)
+        self.runtime.writer.commit().result(10)
         with contextlib.closing(sqlite3.connect(self.path)) as connection:
             return connection.execute(query).fetchall()
 
@@ -215,18 +238,33 @@ class World:
             blocker.close()
 
 
+@contextlib.asynccontextmanager
+async def listening(app: Any, http: str = "auto") -> AsyncIterator[tuple[str, int]]:
+    """Serve an application from a real uvicorn; yield its host and port."""
+    config = uvicorn.Config(app, port=0, http=http, lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield host, port
+    finally:
+        server.should_exit = True
+        await serving
+
+
 @contextlib.contextmanager
 def worlds(folder: Path) -> Iterator[Callable[..., World]]:
     """Make worlds with the settings given, and end them."""
     made: list[World] = []
-    with pytest.MonkeyPatch.context() as patch:
 
-        def make(**settings: Any) -> World:
-            place = folder / str(len(made))
-            place.mkdir()
-            made.append(World(place, patch, **settings))
-            return made[-1]
+    def make(**changes: Any) -> World:
+        place = folder / str(len(made))
+        place.mkdir()
+        made.append(World(place, **changes))
+        return made[-1]
 
-        yield make
-        for world in made:
-            world.collector.writer.close(5)
+    yield make
+    for world in made:
+        world.runtime.writer.close(5)

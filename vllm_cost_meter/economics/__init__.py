@@ -1,13 +1,12 @@
-"""What a deployment costs by its load: the formulas, as functions of plain numbers.
+"""Cost formulas for a deployment, on plain numbers: cost per token, request and month.
 
-`calc` and `break-even` of the command line and `/cost/calc` of the side endpoint are these very
-functions: what one of them takes, returns and refuses is the same in all three (`calculators`).
-Money is USD, a month is 730 hours unless it is said otherwise, and a price is always that of a
-whole deployment: a price per GPU is multiplied by its GPUs once, in `usd_per_hour_of`. Nothing here
-knows what an API or a GPU costs. The standard library and core only.
+The commands `calc` and `break-even` and the endpoint's `/cost/calc` call these functions, so all
+three take, return and refuse the same (`calculators`). Money is in USD. A month has 730 hours
+unless an argument says otherwise. A price is for the whole deployment: `usd_per_hour_of` multiplies
+a price per GPU by the number of GPUs, once. Nothing here knows what an API or a GPU costs.
 
-Invariant: every result is a finite number, or None where it is undefined; an argument that is none
-a rate, price or share raises ValueError with one line that names it.
+Invariant: every result is a finite number, or None where it is undefined. An argument that is not a
+valid rate, price or share raises a ValueError that names it in one line.
 """
 
 from vllm_cost_meter.economics.comparison import (
@@ -33,7 +32,7 @@ from vllm_cost_meter.economics.curves import (
     slo,
 )
 from vllm_cost_meter.economics.declared import Declared
-from vllm_cost_meter.economics.fixed_cost import BreakEven, Moved, Rate, Verdict, break_even
+from vllm_cost_meter.economics.fixed_cost import BreakEven, Moved, Rate, VolumeVerdict, break_even
 from vllm_cost_meter.economics.formulas import (
     Arrival,
     Blended,
@@ -46,8 +45,8 @@ from vllm_cost_meter.economics.formulas import (
     request,
     usd_per_hour_of,
 )
-from vllm_cost_meter.economics.per_second import Serverless, serverless
 from vllm_cost_meter.economics.saturation import SaturationPoint, saturation_of
+from vllm_cost_meter.economics.serverless_bill import Serverless, serverless
 
 __all__ = [
     "Arrival",
@@ -70,7 +69,7 @@ __all__ = [
     "Sent",
     "Serverless",
     "SloCost",
-    "Verdict",
+    "VolumeVerdict",
     "WhatIf",
     "arrival",
     "blended",

@@ -1,8 +1,9 @@
-"""What the same requests would have cost at an API: each priced at its own time and size.
+"""What the same requests would have cost at an API.
 
-Prices of long contexts and times of day hold per request, so summed tokens cannot be priced. Sums
-are compared, and a cost per token only with one of the same tokens: output with output, all with
-all. An API's price buys no latency; what was measured here came with one.
+Each request is priced at its own time and size, because prices for long contexts and times of day
+hold per request: summed tokens cannot be priced. A cost per token is compared only with a cost for
+the same kind of tokens: output with output, all with all. An API's price promises no latency, but
+the cost measured here came with one.
 
 Invariant: the mix is the same for every offer, so the totals compare.
 """
@@ -15,8 +16,7 @@ from decimal import Decimal
 from typing import Literal, NamedTuple
 
 TOKENS_PER_M = 1_000_000
-# What `compare` and `what_if` compute, as `compare --json` tells it; times and tiers of a price are
-# in the `price` of each request.
+# `compare --json` shows this text. The price of a request depends on its time and size.
 FORMULA = (
     "usd of an offer = sum over the requests of its price of (time, prompt_tokens, cached_tokens,"
     " output_tokens); usd here = wall time x price, idle included; times = usd / usd here;"
@@ -31,7 +31,7 @@ Cheaper = Literal["self-hosted", "api", "equal"]
 
 
 class Sent(NamedTuple):
-    """A request that ended: when, and its tokens. Cached ones are among the prompt's."""
+    """A request that ended: its time and its tokens. `prompt_tokens` include the cached ones."""
 
     at: datetime
     prompt_tokens: int
@@ -41,9 +41,9 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """An API's price of a model. `usd` returns what it takes for a request.
+    """An API's price for a model. `usd(request)` is the price of one request in USD.
 
-    `source` says where the price is from, `as_of` of when it is, None if nobody said.
+    `source` says where the price comes from. `as_of` is its date, None if nobody declared one.
     """
 
     provider: str
@@ -56,7 +56,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What was sent in all."""
+    """All requests that were sent: their number and the sums of their tokens."""
 
     requests: int
     prompt_tokens: int
@@ -65,7 +65,7 @@ class Mix:
 
     @classmethod
     def of(cls, sent: Iterable[Sent]) -> "Mix":
-        """Return the sums."""
+        """Return the sums over requests."""
         sums = [0, 0, 0, 0]
         for one in sent:
             for place, amount in enumerate((1, *one[1:])):
@@ -73,18 +73,18 @@ class Mix:
         return cls(*sums)
 
     def usd_per_m_output_tokens(self, usd: Decimal) -> Decimal | None:
-        """Return a sum per million output tokens; None if there are none."""
+        """Return USD per million output tokens; None without output tokens."""
         return usd * TOKENS_PER_M / self.output_tokens if self.output_tokens else None
 
     def usd_per_m_total_tokens(self, usd: Decimal) -> Decimal | None:
-        """Return a sum per million prompt and output tokens; None if there are none."""
+        """Return USD per million prompt and output tokens; None without any."""
         tokens = self.prompt_tokens + self.output_tokens
         return usd * TOKENS_PER_M / tokens if tokens else None
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What the mix costs at an offer, beside what it cost here: `usd` / here is `times`."""
+    """The mix's cost at one offer in USD; `times` is that cost / the deployment's own cost."""
 
     offer: Offer
     usd: Decimal
@@ -103,10 +103,10 @@ def _cheaper(api_usd: Decimal, self_hosted_usd: Decimal | None) -> Cheaper | Non
 def compare(
     sent: Sequence[Sent], self_hosted_usd: Decimal | None, offers: Iterable[Offer]
 ) -> list[Compared]:
-    """Return what the same requests cost at each offer, in USD, the cheapest first.
+    """Return the cost of the same requests at each offer in USD, the cheapest first.
 
-    `self_hosted_usd` is all that the deployment cost meanwhile, idle included; None if a price
-    misses: then nothing is judged.
+    `self_hosted_usd` is the deployment's whole cost in that time, idle included. It is None if a
+    price is missing; then `times` and `cheaper` are None too.
     """
     found = []
     for offer in offers:
@@ -118,7 +118,7 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class WhatIf:
-    """What a volume of tokens in a month would cost at an offer, and a fixed cost here."""
+    """The price in USD that an offer asks for a month's volume of tokens."""
 
     offer: Offer
     tokens_per_month: int
@@ -135,10 +135,11 @@ def what_if(
     at: datetime,
     self_hosted_usd_per_month: Decimal | None,
 ) -> list[WhatIf]:
-    """Return what volumes of prompt and output tokens in a ratio would cost at each offer.
+    """Return the price that each offer asks for each monthly volume of tokens.
 
-    All requests have the same size, of which the ratio is as near as whole tokens allow; nothing is
-    cached. Here a month costs the same at every volume; whether it could be served is not asked.
+    `ratio` is prompt : output tokens. All requests have the same size, and whole tokens come as
+    near to the ratio as they can. No token is cached. The deployment costs the same at every
+    volume; this function does not check whether the deployment could serve it.
     """
     prompt = round(tokens_per_request * ratio[0] / sum(ratio))
     one = Sent(at, prompt, 0, tokens_per_request - prompt)
@@ -152,9 +153,9 @@ def what_if(
 
 
 def volumes_of(text: str) -> list[int]:
-    """Return the tokens of "100M", or of "1M..1B" each ten times the one before.
+    """Return volumes in tokens: "100M" is one volume, "1M..1B" goes from 1M to 1B in tenfold steps.
 
-    Raises ValueError for anything else.
+    Raises ValueError for any other text.
     """
     low, dots, high = text.partition("..")
     volumes = [_volume(text, low)]

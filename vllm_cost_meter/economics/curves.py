@@ -1,11 +1,12 @@
-"""A curve: what a deployment did at each of several arrival rates, and what follows for its cost.
+"""Cost against load: a curve of measured rates, its penalty, SLO cost and crossover with an API.
 
-Full load is the point with the most output tokens per second (theta_max): the cost there is what a
-calculator that assumes full utilization says (c_naive), and every other point costs more by its
-penalty. Between measured points cost is interpolated in logarithms of rate and cost, in which it is
-a straight line as long as arrivals set the pace.
+A curve holds a deployment's throughput at several arrival rates. Full load is the point with the
+most output tokens per second (`theta_max`). A calculator that assumes full utilization shows the
+cost at full load (`c_naive`); every other point costs more by its penalty. Between two measured
+points, log cost is interpolated linearly in log rate: that line is exact while arrivals set the
+pace.
 
-Invariant: the penalty of a point is at least 1, and 1 at theta_max.
+Invariant: the penalty of a point is at least 1, and it is 1 at full load.
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 from vllm_cost_meter.economics.numbers import S_PER_HOUR, TOKENS_PER_M, positive, usd_per_m
 
 POINTS_MAX = 10_000
-# Names that a curve may have for the same thing.
+# The names under which a curve may hold each number.
 _NAMES = {
     "requests_per_s": ("requests_per_s", "rps"),
     "output_tokens_per_s": ("output_tokens_per_s", "output_tps"),
@@ -28,7 +29,7 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One rate of arrivals, and what came of it. Latencies are None where nobody measured them."""
+    """One arrival rate and its measured throughput. A latency is None if nobody measured it."""
 
     requests_per_s: float
     output_tokens_per_s: float
@@ -38,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points by rising rate, and what the deployment cost when they were measured, if told."""
+    """Points by rising rate, and the deployment's price during the measurement, None if unknown."""
 
     points: Sequence[Point]
     usd_per_hour: float | None = None
@@ -51,14 +52,15 @@ class Curve:
         return positive("usd_per_hour", found)
 
 
-def curve_of(told: object) -> Curve:
-    """Return a curve: of a list of objects, or of an object with `points` and `usd_per_hour`.
+def curve_of(given: object) -> Curve:
+    """Return the curve in a list of points, or in an object with `points` and `usd_per_hour`.
 
-    Raises ValueError for anything else, a rate that stands twice, and a number that is none.
+    `given` is parsed JSON. Raises ValueError for any other shape, for a rate that appears twice and
+    for an invalid number.
     """
-    points, price = told, None
-    if isinstance(told, Mapping):
-        points, price = told.get("points"), told.get("usd_per_hour")
+    points, price = given, None
+    if isinstance(given, Mapping):
+        points, price = given.get("points"), given.get("usd_per_hour")
     if not isinstance(points, Sequence) or isinstance(points, str) or not points:
         raise ValueError("curve: expected a list of points, or an object that has `points`")
     if len(points) > POINTS_MAX:
@@ -73,14 +75,14 @@ def curve_of(told: object) -> Curve:
     return Curve(found, None if price is None else _number("curve: usd_per_hour", price))
 
 
-def _point(number: int, told: object) -> Point:
-    if not isinstance(told, Mapping):
-        raise ValueError(f"curve: expected point {number} to be an object, got {told!r}")
+def _point(number: int, given: object) -> Point:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"curve: expected point {number} to be an object, got {given!r}")
     found: dict[str, float | None] = {}
     for name, names in _NAMES.items():
-        given = next((told[each] for each in names if told.get(each) not in (None, "")), None)
+        value = next((given[each] for each in names if given.get(each) not in (None, "")), None)
         where = f"curve: {name} of point {number}"
-        found[name] = None if given is None else _number(where, given)
+        found[name] = None if value is None else _number(where, value)
     rate, tokens = found["requests_per_s"], found["output_tokens_per_s"]
     if rate is None or tokens is None:
         missing = "requests_per_s" if rate is None else "output_tokens_per_s"
@@ -97,7 +99,7 @@ def _number(where: str, given: Any) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PenaltyPoint:
-    """What a point costs, and how many times what full load does."""
+    """The cost of one load, and its penalty: that cost / the cost at full load."""
 
     requests_per_s: float
     output_tokens_per_s: float
@@ -107,7 +109,7 @@ class PenaltyPoint:
 
 @dataclass(frozen=True, slots=True)
 class Penalty:
-    """What each load of a curve costs against full load."""
+    """The cost of each load on a curve, compared with full load (`theta_max`, `c_naive`)."""
 
     FORMULA: ClassVar = (
         "theta_max = the largest output_tokens_per_s; c_naive = usd_per_hour x 10^6 /"
@@ -121,9 +123,10 @@ class Penalty:
 
 
 def penalty(*, curve: Curve, usd_per_hour: float | None = None) -> Penalty:
-    """Return what each measured load costs, and the penalty against full load.
+    """Return the cost of each measured load, and its penalty against full load.
 
-    Without `usd_per_hour` at the curve's own price. Raises ValueError.
+    Without `usd_per_hour` the curve's own price counts. Raises ValueError for an invalid price, and
+    if neither gives one.
     """
     price = curve.price(usd_per_hour)
     theta_max = max(point.output_tokens_per_s for point in curve.points)
@@ -144,9 +147,9 @@ def penalty(*, curve: Curve, usd_per_hour: float | None = None) -> Penalty:
 
 @dataclass(frozen=True, slots=True)
 class SloCost:
-    """The highest measured rate within latency bounds, and what keeping them costs.
+    """The highest measured rate within latency bounds, and its cost.
 
-    All None where no point keeps them. `premium` is its cost / that at full load, less 1.
+    All fields are None if no point keeps the bounds. `premium` is cost / cost at full load - 1.
     """
 
     FORMULA: ClassVar = (
@@ -165,8 +168,8 @@ def slo(
 ) -> SloCost:
     """Return the highest measured rate that meets both bounds, its cost, and its premium.
 
-    A point without latencies meets none. Without `usd_per_hour` at the curve's own price. Raises
-    ValueError, also for a curve of which no latency was measured.
+    A point without latencies meets no bound. Without `usd_per_hour` the curve's own price counts.
+    Raises ValueError for an invalid bound or price, and for a curve without measured latencies.
     """
     bounds = positive("ttft_p99_ms", ttft_p99_ms), positive("tpot_ms", tpot_ms)
     measured = [(p.ttft_p99_ms, p.tpot_ms, p) for p in curve.points]
@@ -184,10 +187,10 @@ def slo(
 
 @dataclass(frozen=True, slots=True)
 class Crossover:
-    """From which rate of arrivals on self-hosting costs less than an API, by output tokens.
+    """The arrival rate above which self-hosting costs less per output token than an API.
 
-    `requests_per_s` is the closed form, true below saturation. Of a curve `requests_per_s_log_log`
-    is what was measured; None where the curve does not cross the API's price, as `reason` says.
+    `requests_per_s` is the closed form, which holds below full load. `requests_per_s_log_log` comes
+    from a measured curve; it is None if the curve does not cross the API's price (see `reason`).
     """
 
     FORMULA: ClassVar = (
@@ -208,9 +211,10 @@ def crossover(
     output_tokens_per_request: float,
     curve: Curve | None = None,
 ) -> Crossover:
-    """Return the rate at which a deployment's output tokens cost what an API's do.
+    """Return the arrival rate at which the deployment's output tokens cost as much as the API's.
 
-    Both are prices of output tokens: a blended price does not compare. Raises ValueError.
+    `api_usd_per_m_output` must be a price for output tokens: a blended price does not compare.
+    Raises ValueError for an argument that is not a number above 0.
     """
     price = positive("usd_per_hour", usd_per_hour)
     api = positive("api_usd_per_m_output", api_usd_per_m_output)
@@ -228,7 +232,10 @@ def crossover(
 
 
 def _crossing(costs: Iterable[tuple[float, float]], target: float) -> float | None:
-    """Return the lowest rate at which cost falls to the target, log-log between two points."""
+    """Return the lowest rate at which cost falls to the target; None if it never does.
+
+    Log cost is linear in log rate between two points.
+    """
     for (rate, cost), (next_rate, next_cost) in pairwise(costs):
         if cost == target:
             return rate

@@ -1,4 +1,4 @@
-"""What an operator declared of a deployment, and no engine can say: latency bounds, full load."""
+"""Facts that only the operator can declare: latency bounds (SLO) and throughput at full load."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 class Declared:
     """Latency bounds (SLO) in ms, None for no bound, and the throughput at full load.
 
-    `percentile` is the percentage of requests that must keep all bounds; `theta_max` are output
-    tokens per second of the whole deployment, None where nobody measured it.
+    `percentile` is the percentage of requests that must keep all bounds. `theta_max` is the whole
+    deployment's full load in output tokens per second, None if nobody measured it.
     """
 
     ttft_ms: float | None = None
@@ -20,13 +20,14 @@ class Declared:
 
     @property
     def has_slo(self) -> bool:
-        """Whether there is any latency bound."""
+        """True if there is any latency bound."""
         return any(bound is not None for bound in (self.ttft_ms, self.tpot_ms, self.e2e_ms))
 
     def slo(self, share: float | None) -> dict[str, Any] | None:
-        """Return the bounds, and whether such a share of requests that keep them is enough.
+        """Return the bounds, and in `met` whether enough requests keep them.
 
-        None if there is no bound.
+        `share` is the part of requests within all bounds, 0 to 1; None leaves `met` unknown.
+        Returns None if there is no bound.
         """
         if not self.has_slo:
             return None

@@ -1,10 +1,11 @@
-"""When self-hosting costs less than an API: a fixed monthly cost against a price per token.
+"""Break-even: the monthly volume from which self-hosting costs less than an API.
 
-The volume at which the two are equal is fixed cost / API price: how busy the deployment is does not
-enter into it, and only says which part of its capacity that volume is.
+Self-hosting has a fixed monthly cost, an API has a price per token. Both cost the same at the
+volume fixed cost / API price. Utilization does not change that volume; it only says which part of
+the capacity it takes.
 
-Invariant: at the break-even volume both cost the same, at every utilization; and every rate and
-every step of the sensitivity is worked out as the main case is.
+Invariant: at the break-even volume both cost the same, at every utilization. Every rate and every
+step of the sensitivity goes through the same computation as the main case.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from vllm_cost_meter.economics.numbers import (
 
 UTILIZATIONS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 FACTORS = (0.5, 0.8, 1.25, 2.0)
-# What the sensitivity moves; an overhead that is 0 stays 0 at every factor, and has no rows.
+# The inputs that the sensitivity varies. An overhead of 0 stays 0 at every factor: it has no rows.
 MOVED = (
     "usd_per_hour",
     "api_usd_per_m",
@@ -32,8 +33,8 @@ MOVED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a volume costs here and there. `fits` says whether the deployment can serve it."""
+class VolumeVerdict:
+    """A volume's monthly cost, self-hosted and at the API. `fits`: the deployment can serve it."""
 
     m_tokens_per_month: float
     self_hosted_usd: float
@@ -44,7 +45,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """One way of buying the deployment. `savings_percent` is against on demand."""
+    """One way to buy the deployment. `savings_percent` compares it with on demand."""
 
     kind: Literal["on_demand", "reserved", "spot"]
     usd_per_hour: float
@@ -57,7 +58,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What comes of one input x `factor`, all others as they were; `value` is what it then is."""
+    """The result with one input multiplied by `factor`; `value` is that input afterwards."""
 
     input: str
     factor: float
@@ -69,7 +70,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class BreakEven:
-    """Fixed cost against an API. `effective_usd_per_m` is by utilization, as it was written."""
+    """Fixed cost against an API's price. `effective_usd_per_m` has a row for each utilization."""
 
     FORMULA: ClassVar = (
         "monthly_cost_usd = usd_per_hour x redundancy x hours_per_month x"
@@ -86,14 +87,14 @@ class BreakEven:
     break_even_m_tokens_per_month: float
     break_even_utilization: float
     effective_usd_per_m: Mapping[str, float]
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[VolumeVerdict]
     rates: Sequence[Rate]
     sensitivity: Sequence[Moved]
 
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """Inputs that were checked, and what follows from them."""
+    """Checked inputs, and the figures that follow from them."""
 
     usd_per_hour: float
     api_usd_per_m: float
@@ -131,14 +132,14 @@ def break_even(
     utilization: Sequence[float] = UTILIZATIONS,
     volume: Sequence[float] = (),
 ) -> BreakEven:
-    """Return the volume from which on self-hosting costs less than an API.
+    """Return the volume from which self-hosting costs less than an API.
 
-    `usd_per_hour` is the rate on demand, and what all but `rates` is worked out with.
-    `tokens_per_hour` is what the deployment makes at full load, of the tokens that `api_usd_per_m`
-    is the price of: of all with a blended price, of output with an output price. `redundancy`
-    multiplies the price and not the capacity, as standby serves nobody. `volume` are millions of
-    tokens per month to judge. A break-even utilization above 1 says that the deployment is too
-    small to break even. Raises ValueError.
+    `usd_per_hour` is the on-demand rate; every figure but `rates` uses it. `tokens_per_hour` is the
+    throughput at full load. It counts the tokens that `api_usd_per_m` prices: all tokens for a
+    blended price, output tokens for an output price. `redundancy` multiplies the price but not the
+    capacity, because standby machines serve nobody. `volume` lists monthly volumes to judge, in
+    millions of tokens. A break-even utilization above 1 means that the deployment is too small to
+    break even. Raises ValueError for an argument out of range.
     """
     factor = positive("redundancy", redundancy)
     if factor < 1:
@@ -188,23 +189,23 @@ def _rate(kind: Literal["on_demand", "reserved", "spot"], case: _Case, on_demand
 
 def _sensitivity(case: _Case) -> Iterator[Moved]:
     for name in MOVED:
-        if not (told := getattr(case, name)):
+        if not (value := getattr(case, name)):
             continue
         for factor in FACTORS:
-            moved = replace(case, **{name: told * factor})
+            moved = replace(case, **{name: value * factor})
             yield Moved(
                 input=name,
                 factor=factor,
-                value=told * factor,
+                value=value * factor,
                 monthly_cost_usd=moved.usd,
                 break_even_m_tokens_per_month=moved.volume,
                 break_even_utilization=moved.volume / moved.capacity,
             )
 
 
-def _verdict(volume: float, case: _Case) -> Verdict:
+def _verdict(volume: float, case: _Case) -> VolumeVerdict:
     there = volume * case.api_usd_per_m
     cheaper: Literal["self-hosted", "api", "equal"] = "equal"
     if there != case.usd:
         cheaper = "self-hosted" if case.usd < there else "api"
-    return Verdict(volume, case.usd, there, cheaper, volume <= case.capacity)
+    return VolumeVerdict(volume, case.usd, there, cheaper, volume <= case.capacity)

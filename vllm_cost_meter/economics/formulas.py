@@ -1,6 +1,6 @@
-"""The bare formulas of one operating point: price and rates in, cost per token and request out.
+"""Cost per token and per request at one operating point, from a price and rates.
 
-Invariant: a rate that was not given leaves None, never 0, at what depends on it.
+Invariant: a result is None, never 0, if the rate that it needs was not given.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from vllm_cost_meter.economics.numbers import (
 def usd_per_hour_of(
     usd_per_hour: float | None, usd_per_gpu_hour: float | None, gpus: int | None
 ) -> float:
-    """Return what the whole deployment costs in an hour, from either way to say it.
+    """Return the hourly price of the whole deployment, from its own price or a price per GPU.
 
-    Raises ValueError unless it is said in exactly one: a deployment's price times its GPUs would
-    be priced twice.
+    Raises ValueError unless exactly one of the two prices is given: to multiply a deployment's
+    price by its GPUs would count the GPUs twice.
     """
     if (usd_per_hour is None) == (usd_per_gpu_hour is None):
         got = "neither" if usd_per_hour is None else "both"
@@ -41,7 +41,7 @@ def usd_per_hour_of(
 
 @dataclass(frozen=True, slots=True)
 class EffectiveCost:
-    """What a deployment's tokens and requests cost at one throughput."""
+    """The cost of tokens and requests at one throughput."""
 
     FORMULA: ClassVar = (
         "usd_per_m_output_tokens = usd_per_hour x 10^6 / (3600 x output_tokens_per_s); of total"
@@ -65,10 +65,11 @@ def c_eff(
     total_tokens_per_s: float | None = None,
     requests_per_s: float | None = None,
 ) -> EffectiveCost:
-    """Return the effective cost (C_eff) at a throughput.
+    """Effective cost (C_eff) per token and request at a given throughput.
 
-    The price is that of the deployment, or of one GPU with how many there are. Rates are of the
-    whole deployment; None leaves undefined what depends on it. Raises ValueError.
+    The price is either for the whole deployment, or for one GPU together with `gpus`. Rates are for
+    the whole deployment; a rate of None leaves the figures that need it undefined. Raises
+    ValueError for an argument out of range.
     """
     price = usd_per_hour_of(usd_per_hour, usd_per_gpu_hour, gpus)
 
@@ -89,7 +90,7 @@ def c_eff(
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """What output tokens cost where arrivals, and not the GPUs, set the pace."""
+    """The cost of output tokens while arrivals, and not the GPUs, set the pace."""
 
     FORMULA: ClassVar = (
         "below saturation output_tokens_per_s = requests_per_s x output_tokens_per_request;"
@@ -104,9 +105,9 @@ class Arrival:
 def arrival(
     *, usd_per_hour: float, requests_per_s: float, output_tokens_per_request: float
 ) -> Arrival:
-    """Return the arrival-limited cost at low load: all arrivals are served, and the rest is idle.
+    """Cost at low load, where all arrivals are served and the GPUs idle otherwise.
 
-    Raises ValueError.
+    Raises ValueError for an argument that is not a number above 0.
     """
     price = positive("usd_per_hour", usd_per_hour)
     rate = positive("requests_per_s", requests_per_s)
@@ -116,7 +117,7 @@ def arrival(
 
 @dataclass(frozen=True, slots=True)
 class Blended:
-    """An API's price of a million tokens in a mix of input and output."""
+    """An API's price per million tokens in a mix of input and output."""
 
     FORMULA: ClassVar = (
         "usd_per_m_blended = (input_usd_per_m x I + output_usd_per_m x O) / (I + O);"
@@ -135,10 +136,11 @@ def blended(
     m_tokens_per_day: float | None = None,
     days: float = 30,
 ) -> Blended:
-    """Return the blended price of input and output tokens in a ratio such as "3:1".
+    """Blended price of input and output tokens in a ratio such as "3:1".
 
-    With millions of tokens per day (input and output together) also what so many days cost. It
-    compares with a cost per total tokens, never with one per output tokens. Raises ValueError.
+    Given `m_tokens_per_day` (millions, input and output together), the answer has the cost of that
+    many `days` too. Compare a blended price with a cost per total tokens, never with a cost per
+    output tokens. Raises ValueError for an argument out of range.
     """
     inputs, outputs = ratio_of(ratio)
     prices = (
@@ -153,7 +155,7 @@ def blended(
 
 
 def ratio_of(text: str) -> tuple[float, float]:
-    """Return the two sides of a ratio such as "3:1". Raises ValueError for what is none."""
+    """Return the two sides of a ratio such as "3:1". Raises ValueError for any other text."""
     left, colon, right = text.partition(":")
     try:
         found = not_negative("", float(left)), not_negative("", float(right))
@@ -166,7 +168,7 @@ def ratio_of(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class RequestCost:
-    """What one request costs that is served, with the attempts that were not."""
+    """The cost of one served request, failed attempts included."""
 
     FORMULA: ClassVar = (
         "usd_per_attempt = usd_per_hour / (3600 x requests_per_s); attempts_per_request ="
@@ -188,11 +190,11 @@ def request(
     failure_share: float = 0,
     retries_max: int = 0,
 ) -> RequestCost:
-    """Return the cost of a request, and what failures and their retries add to it.
+    """Cost of a served request, and the part that failures and retries add.
 
-    `requests_per_s` counts attempts, as the server sees them; each fails with the same chance,
-    independently, having cost as much as one that is served, and is sent again at most so often.
-    Raises ValueError.
+    `requests_per_s` counts attempts, as the server sees them. Attempts fail independently with the
+    same chance. A failed attempt costs as much as a served one and is sent again at most
+    `retries_max` times. Raises ValueError for an argument out of range.
     """
     attempt = positive("usd_per_hour", usd_per_hour) / (
         S_PER_HOUR * positive("requests_per_s", requests_per_s)

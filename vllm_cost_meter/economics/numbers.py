@@ -1,7 +1,7 @@
-"""Checks of what a formula is given: each names the argument, what was expected and what came.
+"""Range checks for arguments of formulas, and the constants that formulas share.
 
-The bounds are wide enough for any deployment, and narrow enough that no product of a few of them
-leaves the floating-point numbers.
+Each error names the argument, the expected range and the value. The bounds are wide enough for any
+deployment, and narrow enough that a product of a few numbers does not overflow.
 """
 
 HOURS_PER_MONTH = 730.0
@@ -36,5 +36,5 @@ def share(name: str, value: float, *, may_be_0: bool = False) -> float:
 
 
 def usd_per_m(usd_per_hour: float, tokens_per_s: float) -> float:
-    """Return USD per million tokens of a deployment that makes so many."""
+    """Return USD per million tokens, from a price per hour and a throughput."""
     return usd_per_hour * TOKENS_PER_M / (S_PER_HOUR * tokens_per_s)

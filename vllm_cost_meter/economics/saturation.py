@@ -1,10 +1,10 @@
-"""Full load, out of the file of a sweep: the largest throughput, and what it is true of.
+"""Full load from a sweep's file: the largest throughput, and the deployment that reached it.
 
-A throughput says something of another deployment only if that is the same in all that `IDENTITY`
-names, has as many engines, and serves requests of about the same size. So a curve without its
-protocol is nobody's full load; nor is one in which every rate was served.
+A measured throughput holds for another deployment only if both agree in every field of `IDENTITY`,
+have the same number of engines, and serve requests of about the same size. So a curve needs its
+protocol. A curve in which every rate was served never reached full load.
 
-Invariant: a point tells the curve it is from by a digest of the whole file.
+Invariant: `point_id` is a digest of the whole file, so a point identifies its curve.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from typing import Any
 
 from vllm_cost_meter.economics.curves import curve_of
 from vllm_cost_meter.economics.numbers import positive
-from vllm_cost_meter.records import rfc3339, unix_ns_of
+from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 
-# Of one engine.
+# The fields that two engines must share to have the same full load.
 IDENTITY = ("model", "precision", "vllm_version", "hardware", "gpus", "parallelism")
-# What a protocol must say.
+# The fields that a protocol must have.
 PROTOCOL = (
     "client",
     "plan",
@@ -33,9 +33,9 @@ PROTOCOL = (
 
 @dataclass(frozen=True, slots=True)
 class SaturationPoint:
-    """Full load of a deployment with requests of `input_tokens` and `output_tokens` each.
+    """A deployment's full load with requests of `input_tokens` and `output_tokens` each.
 
-    `about` has what `IDENTITY` names. `point_id` is a digest of the curve, `protocol` is JSON.
+    `about` has the fields of `IDENTITY`. `point_id` is a digest of the curve, `protocol` is JSON.
     """
 
     point_id: str
@@ -50,18 +50,18 @@ class SaturationPoint:
     protocol: str
 
 
-def saturation_of(told: object) -> SaturationPoint:
-    """Return the full load that the file of a sweep tells of; `told` is its JSON.
+def saturation_of(sweep: object) -> SaturationPoint:
+    """Return the full load that a sweep measured; `sweep` is its file as parsed JSON.
 
     Raises ValueError for a file without its protocol, and for one in which every rate was served.
     """
-    curve = curve_of(told)
-    protocol = told.get("protocol") if isinstance(told, Mapping) else None
-    if not isinstance(told, Mapping) or not isinstance(protocol, Mapping):
+    curve = curve_of(sweep)
+    protocol = sweep.get("protocol") if isinstance(sweep, Mapping) else None
+    if not isinstance(sweep, Mapping) or not isinstance(protocol, Mapping):
         raise ValueError("curve: expected the `protocol` by which it was measured, got none")
     if missing := [name for name in PROTOCOL if name not in protocol]:
         raise ValueError(f"curve: expected {', '.join(missing)} in its protocol, got none")
-    if told.get("saturated") is not True:
+    if sweep.get("saturated") is not True:
         raise ValueError(
             "curve: expected a rate that was more than the deployment served, got none;"
             " sweep higher rates"
@@ -70,7 +70,7 @@ def saturation_of(told: object) -> SaturationPoint:
     plan, deployment = protocol["plan"], protocol["deployment"]
     try:
         return SaturationPoint(
-            point_id=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+            point_id=hashlib.sha256(json.dumps(sweep, sort_keys=True).encode()).hexdigest(),
             measured_at=rfc3339(unix_ns_of(protocol["finished_at"])),
             about={
                 name: _count(deployment, name) if name == "gpus" else str(deployment[name])
@@ -90,8 +90,8 @@ def saturation_of(told: object) -> SaturationPoint:
         raise ValueError(f"curve: in its protocol: {error}") from None
 
 
-def _count(told: Mapping[str, Any], name: str) -> int:
-    value = told[name]
+def _count(fields: Mapping[str, Any], name: str) -> int:
+    value = fields[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected a whole number above 0, got {value!r}")
     return value

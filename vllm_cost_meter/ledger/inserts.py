@@ -19,8 +19,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import rows, schema
-from vllm_cost_meter.ledger.live import is_billed
-from vllm_cost_meter.records import EngineRequest, HttpRequest, OpenRequest, Price, Snapshot
+from vllm_cost_meter.ledger.queries.open_requests import is_billed
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Price
+from vllm_cost_meter.records.snapshot import Snapshot
 
 # SQLite takes 32,766 since 3.32; smaller statements are no slower, and their text stays small.
 MAX_PARAMETERS = 8_000

@@ -1,10 +1,11 @@
-"""How a ledger of an older version becomes one of this version: a step per version, never skipped.
+"""Schema migrations: bring an older ledger to this version, one step per version.
 
-A step is plain SQL that SQLite and PostgreSQL both take, frozen as it was when it was released: it
-must not follow later changes of the schema. What older records do not know is 0 where it is a count
-that nobody kept, the text "unknown" where it is a name, and NULL where an amount is unknown.
+A step is plain SQL that SQLite and PostgreSQL both take. It stays frozen as it was released, so it
+does not follow later changes to the schema. New columns of old rows hold 0 for a count that nobody
+kept, the text "unknown" for a name, and NULL for an unknown amount.
 
-Invariant: a ledger is of one version at any instant, as a step and its number are one transaction.
+Invariant: a ledger has one version at any instant, because all steps and the new version number are
+one transaction.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ _ENERGY_CLASSES = (
     "unattributed_mj",
 )
 
-# By the version a ledger has: what makes it the next one.
+# The step for each version, which makes it the next version.
 STEPS: Mapping[int, tuple[str | Column, ...]] = {
     1: (
         *_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "hardware", "parallelism"),
@@ -56,7 +57,7 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
         *_added("requests", "BIGINT", "marginal_cost_nanousd"),
         *_added("requests", "INTEGER NOT NULL DEFAULT 0", "first_model", "last_model"),
         *_added("usage_pieces", _COUNT, *_WASTED),
-        # The table cost_models is made as every missing table is.
+        # `create_all` creates the missing table cost_models.
     ),
     2: (
         *_added("runs", "BIGINT", "kv_blocks"),
@@ -67,7 +68,7 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
         *_added("snapshots", "BIGINT", "energy_mj", *_ENERGY_CLASSES, "energy_unknown_ns"),
         *_added("snapshots", "TEXT", "energy_reason"),
         "UPDATE snapshots SET energy_reason = 'earlier: this version did not measure it'",
-        # Missing tables are made: energy_hours, request_energy, live_usage, open_requests.
+        # `create_all` creates energy_hours, request_energy, live_usage and open_requests.
     ),
     3: (
         *_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "host"),
@@ -80,17 +81,18 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
         *_added("open_requests", "TEXT", "tenant_parent", "tags"),
     ),
     4: (*_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "precision"),),
-    # Missing tables are made: saturation_points, billing_snapshots, invoice_lines, billed_hours.
+    # `create_all` creates saturation_points, billing_snapshots, invoice_lines and billed_hours.
     5: (),
     6: (
         *_added("requests", _COUNT, "cut_ns", "cut_tokens"),
         *_added("usage_pieces", _COUNT, "cut_ns", "cut_tokens"),
     ),
+    7: (*_added("runs", "TEXT", "labels"),),
 }
 
 
 def migrate(connection: Connection, found: int, wanted: int) -> None:
-    """Bring a ledger from a version to another, within the transaction of the connection."""
+    """Bring a ledger from version `found` to `wanted`, within the connection's transaction."""
     for version in range(found, wanted):
         for step in STEPS[version]:
             if isinstance(step, str):
@@ -103,5 +105,5 @@ def migrate(connection: Connection, found: int, wanted: int) -> None:
 
 
 def _columns(connection: Connection, table: str) -> set[str]:
-    # A table that the older version lacked is there already, as it is today.
+    # A table that the older version lacked exists already, with today's columns.
     return {column["name"] for column in inspect(connection).get_columns(table)}

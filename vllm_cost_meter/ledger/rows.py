@@ -1,36 +1,31 @@
-"""Records to rows: what of a record goes into which column of which table.
+"""Turn records into ledger rows: which field goes into which column of which table.
 
-Pure functions, no database: the writer runs them inside its error handling, so that a record that
-cannot be turned into rows is dropped alone. Every row of a table has the same keys, as a bulk
-insert needs.
+These are pure functions without a database. The writer runs them inside its error handling, so it
+drops only the record that cannot become a row. All rows of a table have the same keys, because a
+bulk insert needs that.
 
-Invariant: a row of `requests` equals the sum of the rows of `usage_pieces` it comes with.
+Invariant: a row of `requests` equals the sum of its rows in `usage_pieces`.
 """
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import orjson
 
-from vllm_cost_meter.accrued import Accrued
-from vllm_cost_meter.energy_records import ENERGY_CLASSES
-from vllm_cost_meter.pricing import format_usd
-from vllm_cost_meter.records import (
-    CLASSES,
-    ClassTotals,
-    EngineRequest,
-    HttpRequest,
-    OpenRequest,
-    Price,
-    Snapshot,
-    rfc3339,
-)
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Price
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
+from vllm_cost_meter.units.money import format_usd
+from vllm_cost_meter.units.time import rfc3339
 
 Row = dict[str, Any]
 
 
 def part_row(part: EngineRequest) -> Row:
-    """Return the row of `requests` of one engine request."""
+    """Return an engine request's row in `requests`."""
     bill, times = part.bill, part.latencies
     prefill_ns, decode_ns = bill.prefill_ns, bill.decode_ns
     return {
@@ -41,10 +36,7 @@ def part_row(part: EngineRequest) -> Row:
         "response_id": part.response_id,
         "http_request_id": part.http_request_id,
         "prompt_group": part.prompt_group,
-        "tenant": part.tenant,
-        "tenant_rule": part.tenant_rule,
-        "tenant_parent": part.tenant_parent,
-        "tags": part.tags,
+        **_owner_columns(part.owner),
         "model": part.model,
         "lora": part.lora,
         "route": part.route,
@@ -86,14 +78,14 @@ def part_row(part: EngineRequest) -> Row:
 
 
 def piece_rows(part: EngineRequest) -> list[Row]:
-    """Return the rows of `usage_pieces` of one engine request."""
+    """Return an engine request's rows in `usage_pieces`, one per hour."""
     bill = part.bill
     return [
         {
             "run_id": bill.run_id,
             "seq": bill.seq,
             "hour": piece.hour,
-            "tenant": part.tenant,
+            "tenant": part.owner.tenant,
             "prefill_ns": piece.prefill_ns,
             "decode_ns": piece.decode_ns,
             "prefill_tokens": piece.prefill_tokens,
@@ -114,13 +106,13 @@ def piece_rows(part: EngineRequest) -> list[Row]:
 
 
 def http_row(http: HttpRequest) -> Row:
-    """Return the row of `http_requests` of one HTTP exchange."""
+    """Return an HTTP exchange's row in `http_requests`."""
     return {
         "http_request_id": http.http_request_id,
         "response_id": http.response_id,
         "x_request_id": http.x_request_id,
-        "tenant": http.tenant,
-        "tenant_rule": http.tenant_rule,
+        "tenant": http.owner.tenant,
+        "tenant_rule": http.owner.rule_text,
         "model": http.model,
         "route": http.route,
         "status": http.status,
@@ -137,7 +129,7 @@ def http_row(http: HttpRequest) -> Row:
 
 
 def open_row(request: OpenRequest) -> Row:
-    """Return the row of `open_requests` of one engine request without a bill."""
+    """Return the row in `open_requests` for an engine request without a bill."""
     return {
         "request_id": request.request_id,
         "started_at": rfc3339(request.started_at_ns),
@@ -146,10 +138,7 @@ def open_row(request: OpenRequest) -> Row:
         "http_request_id": request.http_request_id,
         "x_request_id": request.x_request_id,
         "prompt_group": request.prompt_group,
-        "tenant": request.tenant,
-        "tenant_rule": request.tenant_rule,
-        "tenant_parent": request.tenant_parent,
-        "tags": request.tags,
+        **_owner_columns(request.owner),
         "model": request.model,
         "lora": request.lora,
         "route": request.route,
@@ -157,9 +146,9 @@ def open_row(request: OpenRequest) -> Row:
 
 
 def live_row(snapshot: Snapshot) -> Row:
-    """Return the row of `live_usage` of one cut; `live_requests` reads it again."""
-    # By orjson: a busy server has a thousand, each second, beside the event loop.
-    told = {
+    """Return a snapshot's row in `live_usage`; `live_requests` reads it again."""
+    # orjson is fast: a busy server writes a thousand requests each second, beside the event loop.
+    usage = {
         "fields": Accrued._fields,
         "requests": [[request_id, *used] for request_id, used in snapshot.live],
     }
@@ -169,25 +158,26 @@ def live_row(snapshot: Snapshot) -> Row:
         "taken_at": rfc3339(snapshot.taken_at_ns),
         "live_ns": snapshot.live_ns,
         "step_ns": snapshot.step_ns,
-        "requests": orjson.dumps(told).decode(),
+        "requests": orjson.dumps(usage).decode(),
     }
 
 
 def live_requests(text: str) -> dict[str, Accrued]:
-    """Return what a row of `live_usage` says of each request, by its internal id.
+    """Return each request's usage from a row of `live_usage`, by internal request id.
 
-    By name, and only what is known here: the meter that wrote it may be another version.
+    `text` is the row's JSON. Fields are read by name and unknown ones are skipped, because another
+    version of the meter may have written the row.
     """
-    told = orjson.loads(text)
-    known = [(at, name) for at, name in enumerate(told["fields"], 1) if name in Accrued._fields]
+    usage = orjson.loads(text)
+    known = [(at, name) for at, name in enumerate(usage["fields"], 1) if name in Accrued._fields]
     return {
         request[0]: Accrued(**{name: request[at] for at, name in known})
-        for request in told["requests"]
+        for request in usage["requests"]
     }
 
 
 def price_row(price: Price) -> Row:
-    """Return the row of `prices` of one price."""
+    """Return a price's row in `prices`."""
     return {
         "price_id": price.price_id,
         "usd_per_gpu_hour": price.usd_per_gpu_hour,
@@ -197,22 +187,11 @@ def price_row(price: Price) -> Row:
 
 
 def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
-    """Return the row of `runs` of the run a snapshot is of."""
+    """Return the row in `runs` for a snapshot's run."""
     return {
         "run_id": snapshot.run_id,
-        "engine_index": snapshot.engine_index,
-        "model": snapshot.model,
-        "gpus": snapshot.gpus,
-        "hardware": snapshot.hardware,
-        "parallelism": snapshot.parallelism,
-        "kv_blocks": snapshot.kv_blocks,
-        "kv_block_size": snapshot.kv_block_size,
-        "host": snapshot.host,
-        "precision": snapshot.precision,
-        "method": snapshot.method,
-        "vllm_version": snapshot.vllm_version,
-        "meter_version": snapshot.meter_version,
-        "native": snapshot.native,
+        **asdict(snapshot.engine),
+        "labels": json.dumps(snapshot.engine.labels, ensure_ascii=False),
         "started_at": rfc3339(snapshot.started_at_ns),
         "price_id": price_id,
         "devices": _devices(snapshot),
@@ -220,7 +199,7 @@ def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
 
 
 def snapshot_row(snapshot: Snapshot) -> Row:
-    """Return the row of `snapshots` of one cut."""
+    """Return a snapshot's row in `snapshots`."""
     return {
         "run_id": snapshot.run_id,
         "number": snapshot.number,
@@ -243,7 +222,7 @@ def snapshot_row(snapshot: Snapshot) -> Row:
 
 
 def model_rows(snapshot: Snapshot) -> list[Row]:
-    """Return the rows of `cost_models` of the models a snapshot brings."""
+    """Return the rows in `cost_models` for the models that a snapshot brings."""
     return [
         {
             "run_id": snapshot.run_id,
@@ -261,7 +240,7 @@ def model_rows(snapshot: Snapshot) -> list[Row]:
 
 
 def hour_rows(snapshot: Snapshot) -> list[Row]:
-    """Return the rows of `engine_hours` of the hours a snapshot brings."""
+    """Return the rows in `engine_hours` for the hours that a snapshot brings."""
     return [
         {
             "run_id": snapshot.run_id,
@@ -274,7 +253,7 @@ def hour_rows(snapshot: Snapshot) -> list[Row]:
 
 
 def energy_hour_rows(snapshot: Snapshot) -> list[Row]:
-    """Return the rows of `energy_hours` of the hours a snapshot brings."""
+    """Return the rows in `energy_hours` for the hours that a snapshot brings."""
     return [
         {
             "run_id": snapshot.run_id,
@@ -287,7 +266,7 @@ def energy_hour_rows(snapshot: Snapshot) -> list[Row]:
 
 
 def request_energy_rows(snapshot: Snapshot) -> list[Row]:
-    """Return the rows of `request_energy` of the requests a snapshot tells of."""
+    """Return the rows in `request_energy` for the requests whose energy a snapshot brings."""
     return [{"run_id": snapshot.run_id, **told._asdict()} for told in snapshot.energy.told]
 
 
@@ -303,6 +282,15 @@ def _energy_columns(snapshot: Snapshot) -> Row:
         **{f"{name}_mj": energy.classes.get(name) for name in ENERGY_CLASSES},
         "energy_unknown_ns": energy.unknown_ns,
         "energy_reason": energy.reason,
+    }
+
+
+def _owner_columns(owner: Owner) -> Row:
+    return {
+        "tenant": owner.tenant,
+        "tenant_rule": owner.rule_text,
+        "tenant_parent": owner.parent,
+        "tags": orjson.dumps(owner.tags).decode() if owner.tags else None,
     }
 
 

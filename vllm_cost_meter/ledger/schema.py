@@ -1,17 +1,20 @@
-"""The tables of the ledger, one schema for SQLite and PostgreSQL.
+"""The ledger's tables: one schema for SQLite and PostgreSQL.
 
-Rows of fact (bills, their pieces, HTTP exchanges, prices, runs) are written once by key and never
-changed. Only four tables are cumulative counters and are overwritten, by a higher snapshot number
-and by nothing else: `snapshots`, the latest cut of each run, `engine_hours` and `energy_hours`, the
-same classes hour by hour, and `live_usage`, what its running requests had used. Rows of
-`open_requests` go when the bill comes. `billed_hours` follows from the facts of a provider's bills:
-an import writes anew the hours that it changes. Amounts are 64-bit integers, instants are RFC 3339
-text of fixed width (text order is time order), unknown is NULL.
+Facts (bills, their pieces, HTTP exchanges, prices, runs) are written once by key and never change.
+Four tables hold cumulative counters, which only a higher snapshot number overwrites:
+
+- `snapshots` has the latest snapshot of each run.
+- `engine_hours` and `energy_hours` have the same classes hour by hour.
+- `live_usage` has the usage of the requests that ran at the snapshot.
+
+A row of `open_requests` goes when its bill comes. `billed_hours` follows from the facts in a
+provider's bills: an import rewrites the hours that it changes. Amounts are 64-bit integers.
+Instants are RFC 3339 text with a fixed width, so text order is time order. NULL means unknown.
 
 Invariant: a snapshot, its hours and its live usage change in one transaction, and so do a bill, its
-pieces and its open request; so at any instant the hours of a run add up to its snapshot, the pieces
-of a bill to the bill, what a snapshot tells of the energy of requests to its class `requests`, and
-no request is both billed and open.
+pieces and its open request. So at any instant a run's hours add up to its snapshot, a bill's pieces
+add up to the bill, the energy of requests adds up to the snapshot's class `requests`, and no
+request is both billed and open.
 """
 
 from sqlalchemy import (
@@ -26,24 +29,24 @@ from sqlalchemy import (
     Text,
 )
 
-from vllm_cost_meter.energy_records import ENERGY_CLASSES
-from vllm_cost_meter.records import CLASSES
+from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 metadata = MetaData()
 
-# Keys and instants compare byte by byte, whatever the locale of a PostgreSQL database is.
+# Keys and instants compare byte by byte, whatever locale a PostgreSQL database has.
 _Key = Text().with_variant(Text(collation="C"), "postgresql")
 
 
 def _class_columns() -> list[Column[int]]:
-    """Return one column of GPU-nanoseconds for each class of time."""
+    """Return a column for each class of time, in GPU-nanoseconds."""
     return [Column(f"{name}_ns", BigInteger, nullable=False) for name in CLASSES]
 
 
 def _energy_columns(*, nullable: bool) -> list[Column[int]]:
-    """Return one column of millijoules for each class of energy."""
+    """Return a column for each class of energy, in millijoules."""
     return [Column(f"{name}_mj", BigInteger, nullable=nullable) for name in ENERGY_CLASSES]
 
 
@@ -77,8 +80,10 @@ runs = Table(
     Column("native", Boolean, nullable=False),
     Column("started_at", _Key, nullable=False),
     Column("price_id", _Key),
-    # JSON: name and UUID of each GPU.
+    # This JSON has each GPU's name and UUID.
     Column("devices", Text),
+    # JSON: an object of texts, that the operator declared; NULL before there were labels.
+    Column("labels", Text),
 )
 
 cost_models = Table(
@@ -86,10 +91,10 @@ cost_models = Table(
     metadata,
     Column("run_id", _Key, primary_key=True),
     Column("version", Integer, primary_key=True, autoincrement=False),
-    # When a snapshot first told of it, at most a poll later than it was published.
+    # The first snapshot that had the model, at most one poll after it was published.
     Column("taken_at", _Key, nullable=False),
     Column("form", Text, nullable=False),
-    # JSON: three planes of five coefficients, in GPU-ns.
+    # This JSON has three planes with five coefficients each, in GPU-ns.
     Column("planes", Text, nullable=False),
     Column("steps", BigInteger, nullable=False),
     Column("error_two_planes", Float, nullable=False),
@@ -116,7 +121,7 @@ snapshots = Table(
     Column("errors", BigInteger, nullable=False),
     Column("state", Text, nullable=False),
     Column("prior", Text, nullable=False),
-    # NULL until the energy was known for the first time.
+    # Energy is NULL until it is known for the first time.
     Column("energy_mj", BigInteger),
     *_energy_columns(nullable=True),
     Column("energy_unknown_ns", BigInteger),
@@ -128,7 +133,7 @@ engine_hours = Table(
     metadata,
     Column("run_id", _Key, primary_key=True),
     Column("hour", Integer, primary_key=True),
-    # The snapshot these totals are from: an older one that comes late must not overwrite them.
+    # The snapshot that has these totals: an older one that comes late must not overwrite them.
     Column("number", BigInteger, nullable=False),
     *_class_columns(),
 )
@@ -148,10 +153,10 @@ live_usage = Table(
     Column("run_id", _Key, primary_key=True),
     Column("number", BigInteger, nullable=False),
     Column("taken_at", _Key, nullable=False),
-    # Together the class in_flight of that snapshot: of all requests, and of the step in flight.
+    # The sum of both is the snapshot's class in_flight: all requests' time, and the running step's.
     Column("live_ns", BigInteger, nullable=False),
     Column("step_ns", BigInteger, nullable=False),
-    # JSON: {"fields": [...], "requests": [[request_id, amounts as the fields say], ...]}.
+    # JSON: {"fields": [...], "requests": [[request_id, an amount for each field], ...]}.
     Column("requests", Text, nullable=False),
 )
 
@@ -159,7 +164,7 @@ open_requests = Table(
     "open_requests",
     metadata,
     Column("request_id", _Key, primary_key=True),
-    # vLLM can be told to use the ids that clients choose, which then come again.
+    # vLLM may use ids that clients choose, and then an id can come again.
     Column("started_at", _Key, primary_key=True),
     Column("external_id", _Key, index=True),
     Column("response_id", _Key, index=True),
@@ -189,7 +194,7 @@ http_requests = Table(
     Column("route", Text, nullable=False),
     Column("status", Integer, nullable=False),
     Column("streamed", Boolean, nullable=False),
-    # As the client was told: NULL where the reply did not say.
+    # These are as the client was told; NULL if the reply did not say.
     Column("prompt_tokens", BigInteger),
     Column("cached_tokens", BigInteger),
     Column("output_tokens", BigInteger),
@@ -255,7 +260,7 @@ requests = Table(
     Column("ttft_ms", Float),
     Column("tpot_ms", Float),
     Column("e2e_ms", Float),
-    # Covers the token counts of a tenant report, in the order they are grouped in.
+    # This index covers the token counts in a tenant report, in their order of grouping.
     Index(
         "ix_requests_http",
         "http_request_id",
@@ -288,11 +293,11 @@ usage_pieces = Table(
     Column("step_ns", BigInteger, nullable=False),
     Column("saved_estimate_ns", BigInteger, nullable=False),
     Index("ix_usage_pieces_hour", "hour", "tenant"),
-    # Clustered by key: "all pieces of a run up to a bill" is one range of the file.
+    # The table is clustered by key, so a run's pieces up to a bill are one range in the file.
     sqlite_with_rowid=False,
 )
 
-# Told by a snapshot after the bill: NULL with the code of the reason where it is unknown.
+# A snapshot after the bill brings the energy: NULL, with a reason's code, if it is unknown.
 request_energy = Table(
     "request_energy",
     metadata,
@@ -304,7 +309,7 @@ request_energy = Table(
     sqlite_with_rowid=False,
 )
 
-# ---- what providers billed: imported, see invoices.py
+# ---- provider bills, imported by billing/importing.py
 
 billing_snapshots = Table(
     "billing_snapshots",
@@ -312,7 +317,7 @@ billing_snapshots = Table(
     Column("resource", _Key, primary_key=True),
     Column("taken_at", _Key, primary_key=True),
     Column("kind", Text, nullable=False),
-    # One of them is NULL.
+    # One of the two is NULL.
     Column("cumulative_nanousd", BigInteger),
     Column("nanousd_per_hour", BigInteger),
     Column("source", Text, nullable=False),
@@ -325,7 +330,7 @@ invoice_lines = Table(
     Column("resource", _Key, primary_key=True),
     Column("begins_at", _Key, primary_key=True),
     Column("ends_at", _Key, primary_key=True),
-    # Empty where a bill does not tell them.
+    # These are empty if a bill does not have them.
     Column("invoice", _Key, primary_key=True),
     Column("item", _Key, primary_key=True),
     Column("charge_class", _Key, primary_key=True),
@@ -335,7 +340,7 @@ invoice_lines = Table(
     Column("imported_at", _Key, nullable=False),
 )
 
-# Follows from both: what each resource was billed in each hour.
+# The bill for each resource and hour; it follows from the two tables above.
 billed_hours = Table(
     "billed_hours",
     metadata,
@@ -343,7 +348,7 @@ billed_hours = Table(
     Column("kind", _Key, primary_key=True),
     Column("hour", Integer, primary_key=True, autoincrement=False),
     Column("nanousd", BigInteger, nullable=False),
-    # Of the hour: whose spend is known, and what nobody looked at.
+    # The parts of the hour with a known spend, and without observation.
     Column("covered_ns", BigInteger, nullable=False),
     Column("unobserved_ns", BigInteger, nullable=False),
     Column("resets", Integer, nullable=False),
@@ -351,11 +356,11 @@ billed_hours = Table(
     Index("ix_billed_hours_hour", "hour"),
 )
 
-# Full load, as sweeps measured it: of which deployment, and with requests of which shape.
+# Full load as sweeps measured it, with the deployment and the size of the requests.
 saturation_points = Table(
     "saturation_points",
     metadata,
-    # A digest of the curve's file.
+    # The id is a digest of the curve's file.
     Column("point_id", _Key, primary_key=True),
     Column("measured_at", _Key, nullable=False),
     Column("model", Text, nullable=False),
@@ -365,12 +370,12 @@ saturation_points = Table(
     Column("gpus", Integer, nullable=False),
     Column("parallelism", Text, nullable=False),
     Column("engines", Integer, nullable=False),
-    # Tokens of each request.
+    # Tokens per request.
     Column("input_tokens", BigInteger, nullable=False),
     Column("output_tokens", BigInteger, nullable=False),
     Column("output_tokens_per_s", Float, nullable=False),
     Column("requests_per_s", Float, nullable=False),
     Column("window_s", Float, nullable=False),
-    # JSON: how it was measured.
+    # This JSON says how the point was measured.
     Column("protocol", Text, nullable=False),
 )

@@ -1,13 +1,13 @@
-"""The one thread of a process that writes to the ledger, in groups.
+"""The ledger writer: one thread per process writes records, many in one transaction.
 
-Serving must never wait for a disk, so records are handed over (`put`) and written a moment later,
-many in one transaction. A reply's cost header may only leave after its bill is safe, so `commit`
-gives a future that resolves after COMMIT and cuts the gathering short. While a transaction runs,
-the next group gathers by itself: the busier the server, the larger the groups.
+Serving must never wait for a disk, so callers hand records over (`put`), and the thread writes them
+a moment later. A reply's cost header may leave only after its bill is safe. So `commit` returns a
+future that resolves after COMMIT, and ends the gathering at once. While a transaction runs, the
+next group gathers: the busier the server, the larger the groups.
 
-A database that fails (locked, full, gone) costs nothing but memory: the batch stays queued and is
-tried again, oldest first, up to `max_records`; beyond that the oldest are dropped and counted.
-A record that can never be written is dropped alone.
+A database that fails (locked, full, gone) costs only memory. The batch stays queued and is tried
+again, oldest first. Beyond `max_records` the oldest records are dropped and counted. A record that
+can never be written is dropped alone.
 
 Invariant: every record that came in is in exactly one of: committed, dropped, or waiting
 (`queued == committed + dropped + waiting`), and a future resolves only after its records' COMMIT.
@@ -26,21 +26,21 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DataError, IntegrityError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import PriceOf, Record, newest_snapshots, no_price, write
-from vllm_cost_meter.ledger.store import open_ledger, writing
-from vllm_cost_meter.records import Snapshot
+from vllm_cost_meter.records.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
 RETRY_FIRST_S = 0.05
 RETRY_MOST_S = 1.0
-# How long one attempt waits for another process's transaction; then the batch is tried again.
+# One attempt waits so long for another process's transaction; then the batch is tried again.
 ATTEMPT_S = 1.0
-# Distinct errors that are logged; past that the counters must do.
+# So many distinct errors are logged; after that only counters show them.
 MAX_LOGGED = 20
 
-# What a record can be guilty of, as against the database: it will not get better by waiting.
-# ValueError covers text that is not UTF-8, ArithmeticError integers over 64 bits.
+# These errors are the record's fault and not the database's, so waiting does not help. ValueError
+# covers text that is not UTF-8, ArithmeticError covers integers over 64 bits.
 RECORD_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -49,13 +49,14 @@ RECORD_ERRORS = (
     TypeError,
     ValueError,
 )
-# A value no driver can bind: which class that is differs by driver and Python; the text does not.
+# No driver can bind such a value. The error's class differs by driver and Python, its text does
+# not.
 _BINDING_ERRORS = ("Error binding parameter", "cannot adapt type")
 
 
 @dataclass(slots=True, eq=False)
 class _Item:
-    """Records that were handed over together, and who waits for them."""
+    """Records that were handed over together, and the future that waits for them."""
 
     records: list[Record]
     future: Future[None] | None = None
@@ -73,10 +74,10 @@ class _Item:
 class LedgerWriter:
     """Writes records to one ledger from one daemon thread. All methods are thread-safe.
 
-    `queued`, `committed` and `dropped` count records (a snapshot replaced by a newer one while it
-    waited counts as committed with it), `failures` failed attempts; `last_error` is the text of
-    the last failure, None again after a success; `last_commit_ns` is how long the last
-    transaction took. `price_of` says what a run is told that it costs, when its row is written.
+    `queued`, `committed` and `dropped` count records. A snapshot that a newer one replaced while it
+    waited counts as committed. `failures` counts failed attempts. `last_error` is the text of the
+    last failure, None again after a success. `last_commit_ns` is the length of the last
+    transaction. `price_of` gives the price that a run's row records.
     """
 
     def __init__(
@@ -108,11 +109,11 @@ class LedgerWriter:
 
     @property
     def waiting(self) -> int:
-        """Records that are neither committed nor dropped yet."""
+        """The number of records that are neither committed nor dropped yet."""
         return self._waiting
 
     def start(self) -> None:
-        """Start the thread; it opens the ledger, and keeps trying where that fails."""
+        """Start the thread. It opens the ledger, and keeps trying if that fails."""
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -121,21 +122,22 @@ class LedgerWriter:
                 self._thread.start()
 
     def put(self, *records: Record) -> None:
-        """Hand records over, to be written within `gather_s`. Never blocks, never raises."""
+        """Hand records over; the thread writes them within `gather_s`. Never blocks or raises."""
         if records:
             self._enqueue(_Item(list(records)))
 
     def commit(self, *records: Record) -> Future[None]:
-        """Hand records over, to be written at once with all before them; done after COMMIT.
+        """Hand records over to be written at once, with all before them.
 
-        The future fails with the cause when a record of this call was dropped.
+        The future resolves after COMMIT. If a record of this call was dropped, the future fails
+        with the cause.
         """
         future: Future[None] = Future()
         self._enqueue(_Item(list(records), future))
         return future
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what waits, for at most about `timeout_s`; drop and count what is left then."""
+        """Write the waiting records, for at most about `timeout_s`; drop and count the rest."""
         with self._changed:
             if self._close_by is None:
                 self._close_by = time.monotonic() + timeout_s
@@ -146,7 +148,7 @@ class LedgerWriter:
         else:
             thread.join(timeout_s + ATTEMPT_S)
 
-    # ---- the caller's side of the queue
+    # ---- the callers' side of the queue
 
     def _enqueue(self, item: _Item) -> None:
         with self._changed:
@@ -199,7 +201,7 @@ class LedgerWriter:
                 break
             try:
                 self._write(batch)
-            except Exception as error:  # anything: the batch waits, serving goes on
+            except Exception as error:  # After any error the batch waits, and serving goes on.
                 self._failed(batch, error)
                 if not self._sleep(pause_s):
                     break
@@ -210,7 +212,7 @@ class LedgerWriter:
         self._drop_engine()
 
     def _next_batch(self) -> list[_Item] | None:
-        """Wait for records, gather a little, and take all there are; None at the end."""
+        """Wait for records, gather for a moment, and take them all; None at the end."""
         with self._changed:
             while not self._items:
                 if self._close_by is not None:
@@ -230,10 +232,10 @@ class LedgerWriter:
         started_ns = time.perf_counter_ns()
         engine = self._engine
         if engine is None:
-            engine = self._engine = open_ledger(self.url, busy_timeout_s=ATTEMPT_S)
+            engine = self._engine = open_database(self.url, busy_timeout_s=ATTEMPT_S)
         records = [record for item in batch for record in item.records]
         try:
-            # No savepoint on the usual way: each statement gives up the GIL once more.
+            # The usual way has no savepoint: each statement gives up the GIL once more.
             with writing(engine).begin() as connection:
                 write(connection, records, self._price_of)
             bad: dict[int, Exception] = {}
@@ -249,7 +251,10 @@ class LedgerWriter:
     def _write_what_can_be(
         self, connection: Connection, records: Sequence[Record]
     ) -> dict[int, Exception]:
-        """Write records; split where one is bad, and return the errors of those by `id(record)`."""
+        """Write all records but the bad ones; return their errors by `id(record)`.
+
+        A group that fails is split in halves until the bad record is alone.
+        """
         try:
             with connection.begin_nested():
                 write(connection, records, self._price_of)
@@ -267,7 +272,7 @@ class LedgerWriter:
         return {}
 
     def _settle(self, batch: list[_Item], bad: dict[int, Exception]) -> None:
-        """Count a committed batch, then tell who waits."""
+        """Count a committed batch, then resolve its futures."""
         lost = 0
         for item in batch:
             errors = (
@@ -285,7 +290,7 @@ class LedgerWriter:
             item.resolve()
 
     def _failed(self, batch: list[_Item], error: Exception) -> None:
-        """Put a batch back in front of the queue, its superseded snapshots merged."""
+        """Put a failed batch back at the head of the queue, without superseded snapshots."""
         self.failures += 1
         self.last_error = _first_line(error)
         self._log(f"the ledger cannot be written, trying again: {self.last_error}")
@@ -296,13 +301,13 @@ class LedgerWriter:
         with self._changed:
             self._items.extendleft(reversed(batch))
             self._waiting -= merged
-            self.committed += merged  # a newer snapshot stands for them
+            self.committed += merged  # A newer snapshot replaces them.
             lost = self._trim()
         for item in lost:
             item.resolve()
 
     def _sleep(self, pause_s: float) -> bool:
-        """Wait before another attempt; False when `close` has run out of time."""
+        """Wait before another attempt; return False if `close` has run out of time."""
         with self._changed:
             wake_at = time.monotonic() + pause_s
             while (left_s := wake_at - time.monotonic()) > 0 and self._close_by is None:
@@ -331,10 +336,10 @@ class LedgerWriter:
 
 
 def _merge_snapshots_of(batch: list[_Item]) -> list[_Item]:
-    """Keep one snapshot of each run, in an item at the end of the batch.
+    """Keep only the newest snapshot of each run, in an item at the end of the batch.
 
-    A batch goes into one transaction, so a future whose snapshot moved to another item of it still
-    resolves only after it is written.
+    A batch is one transaction, so a future still resolves only after its snapshot is written, even
+    if the snapshot moved to another item.
     """
     snapshots = [r for item in batch for r in item.records if isinstance(r, Snapshot)]
     for item in batch:

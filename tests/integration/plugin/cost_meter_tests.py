@@ -109,22 +109,26 @@ def change_signature(name: str) -> None:
 
 def inject_faults(file: Path) -> None:
     """Make every hook's body look, each time, whether it is to fail."""
-    from vllm_cost_meter import _vllm, _vllm_api, engine, reply
+    from vllm_cost_meter.api_server import reply_bytes as reply
+    from vllm_cost_meter.engine import meter as engine
+    from vllm_cost_meter.vllm_hooks import engine_core, engines, output_processor, scheduler
 
     fail_where(file, engine.EngineMeter, "snapshot")
     fail_where(
         file,
-        _vllm,
+        scheduler,
         *("_scheduled", "_result_came", "_carry_late_bills", "_added", "_freed"),
-        *("_slept", "_woke"),
     )
-    fail_where(file, _vllm_api, "_born", "_take_bills", "_billed", "poll_engines")
+    fail_where(file, engine_core, "_slept", "_woke")
+    fail_where(file, output_processor, "_born", "_take_bills", "_billed")
+    fail_where(file, engines, "poll_engines")
     fail_where(file, reply, "usage_of", "headers", "final_usage", "insert_usage")
     if "serve" in sys.argv:
         # Not in engines: they must not load the ledger.
-        from vllm_cost_meter import collector, exchange, metrics, middleware
+        from vllm_cost_meter import exchange, metrics
+        from vllm_cost_meter.api_server import collector, middleware
 
-        fail_where(file, collector.Collector, "http_record")
+        fail_where(file, collector, "http_request")
         fail_where(file, exchange.Exchange, "all_billed")
         fail_where(file, metrics, "count_bill", "count_inter_token_latencies", "set_engine")
         fail_where(file, middleware, "_new_exchange")
@@ -145,7 +149,7 @@ def fail_where(file: Path, owner: object, *names: str) -> None:
 
 
 def move_clock(file: Path) -> None:
-    from vllm_cost_meter import engine
+    from vllm_cost_meter.engine import meter as engine
 
     class Time:
         monotonic_ns = staticmethod(time.monotonic_ns)
@@ -179,18 +183,18 @@ def give_a_gpu(script: str) -> None:
 
     NVML shows it only from then on: vLLM would take it for a GPU to run on.
     """
-    from vllm_cost_meter import _vllm_devices
+    from vllm_cost_meter.vllm_hooks import devices
 
     def gpu_ordinals(_parallel_config: object) -> tuple[list[int], None]:
         os.environ["FAKE_NVML"] = script
         return [0], None
 
-    _vllm_devices.gpu_ordinals = gpu_ordinals
+    devices.gpu_ordinals = gpu_ordinals
 
 
 def tee_replies(folder: Path) -> None:
     """Write what enters our reply editor, and what leaves it, to one file each per exchange."""
-    from vllm_cost_meter.middleware import ReplyEditor
+    from vllm_cost_meter.api_server.reply_editor import ReplyEditor
 
     original_init, original_sending = ReplyEditor.__init__, ReplyEditor.sending
 
@@ -200,12 +204,12 @@ def tee_replies(folder: Path) -> None:
             with (folder / name).open("ab") as file:
                 file.write(message.get("body", b""))
 
-    def init(self, collector, exchange, send, *warnings) -> None:
+    def init(self, collector, guard, exchange, send, *more) -> None:
         async def leaving(message):
             append("left", exchange, message)
             await send(message)
 
-        original_init(self, collector, exchange, leaving, *warnings)
+        original_init(self, collector, guard, exchange, leaving, *more)
 
     def sending(self):
         send = original_sending(self)

@@ -1,0 +1,129 @@
+"""Holds new requests to the budgets: one `Admission` per API server that has any.
+
+Whenever a new snapshot of an engine is in the ledger, and so at most one poll after it was taken,
+what each budget has used is read anew, in a thread: by all API servers together, running requests
+included. Requests that come in between are judged by that reading, in memory, without waiting.
+Nothing is reserved for what a request may come to use, so what was admitted runs on past the limit;
+with `stop_running` the engine is told to end it.
+
+Invariant: a failure here refuses only requests of tenants that are to fail closed.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from vllm_cost_meter import metrics
+from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.ledger.queries.spending import PriceOf, Spending
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, Verdict, decide
+from vllm_cost_meter.units.time import NS_PER_SECOND
+
+# The ledger is asked for new snapshots so many times in the time between two of them.
+ASKS_PER_SNAPSHOT = 4
+# Figures are stale when so many snapshots in a row are missing; never within this many seconds.
+SNAPSHOTS_MISSED_MAX = 3
+FRESH_S_MIN = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What of the settings is needed here; it may change while the server runs."""
+
+    budgets: Sequence[Budget]
+    fail_closed: Collection[str]
+    price_of: PriceOf
+
+
+# Ends requests by their internal ids.
+Stop = Callable[[Sequence[str]], Awaitable[None]]
+# Internal ids of the requests of this server that run for somebody.
+RunningOf = Callable[[Callable[[Owner], bool]], Sequence[str]]
+
+
+def fails_closed(owner: Owner, tenants: Collection[str]) -> bool:
+    """Tell whether an owner is, or is a child of, one of the tenants that are to fail closed."""
+    # Its parent too: a child that a client chose is declared nowhere.
+    return owner.tenant in tenants or owner.parent in tenants
+
+
+class Admission:
+    """Judges new requests by the budgets that cover them."""
+
+    def __init__(
+        self,
+        spending: Spending,
+        rules: Callable[[], Rules],
+        guard: Guard,
+        interval_s: float,
+        *,
+        running_of: RunningOf = lambda _covers: (),
+        stop: Stop | None = None,
+    ) -> None:
+        """`interval_s` is the time between two snapshots."""
+        self._spending = spending
+        self._rules = rules
+        self._guard = guard
+        self._interval_s = interval_s
+        self._running_of = running_of
+        self._stop = stop
+        self._max_age_ns = int(max(interval_s * SNAPSHOTS_MISSED_MAX, FRESH_S_MIN) * NS_PER_SECOND)
+        self._latest: object = None
+        self.figures = Figures()
+
+    def verdict(self, owner: Owner, now_ns: int | None = None) -> Verdict:
+        """Return what becomes of a new request; it takes no I/O."""
+        now_ns = time.time_ns() if now_ns is None else now_ns
+        stale = self.figures.stale(now_ns, self._max_age_ns)
+        if stale is None and self._guard.off:
+            stale = "the meter switched itself off after errors"
+        closed = fails_closed(owner, self._rules().fail_closed)
+        verdict = decide(self.standings_of(owner), stale, closed)
+        if verdict.kind != "admitted":
+            name = verdict.standing.budget.name if verdict.standing else ""
+            metrics.count_refused(verdict.kind, name)
+        return verdict
+
+    def standings_of(self, owner: Owner) -> list[Standing]:
+        """Return the standings of the budgets that cover an owner."""
+        return [standing for standing in self.figures.standings if standing.budget.covers(owner)]
+
+    async def run(self) -> None:
+        """Follow the ledger for ever; an error is contained and counted."""
+        while True:
+            try:
+                await self.follow()
+                self._guard.succeeded("budgets")
+            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+                self._guard.failed("budgets", error)
+            await asyncio.sleep(self._interval_s / ASKS_PER_SNAPSHOT)
+
+    async def follow(self) -> None:
+        """Read the figures anew if there is a new snapshot, and end what is to be ended."""
+        rules = self._rules()
+        latest = (await asyncio.to_thread(self._spending.latest_snapshots), rules.budgets)
+        if latest == self._latest:
+            return
+        self.figures = await asyncio.to_thread(
+            self._spending.look, rules.budgets, rules.price_of, time.time_ns()
+        )
+        self._latest = latest
+        metrics.set_budgets(self.figures.standings)
+        await self._stop_running()
+
+    async def _stop_running(self) -> None:
+        spent = [
+            standing.budget
+            for standing in self.figures.standings
+            if standing.budget.hard and standing.budget.stop_running and standing.is_spent
+        ]
+        if not spent or self._stop is None:
+            return
+
+        def is_covered(owner: Owner) -> bool:
+            return any(budget.covers(owner) for budget in spent)
+
+        if ids := self._running_of(is_covered):
+            await self._stop(ids)

@@ -1,0 +1,44 @@
+"""Contains the errors of the hooks in an API server, and counts the time that they take.
+
+Invariant: `run` never raises, and after the guard switched itself off it calls nothing.
+"""
+
+import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from vllm_cost_meter import metrics
+from vllm_cost_meter.guard import Guard
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ApiGuard(Guard):
+    """The error account of one API server, and the wall time of its hooks."""
+
+    def __init__(self) -> None:
+        super().__init__("API server")
+        # Wall time of the hooks that the metrics do not show yet.
+        self.own_ns = 0
+
+    def run(self, hook: str, body: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """Call `body` for `hook`. Never raises; None after an error."""
+        if self.off:
+            return None
+        start_ns = time.perf_counter_ns()
+        try:
+            result = body(*args, **kwargs)
+            self.succeeded(hook)
+        except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+            self.failed(hook, error)
+            metrics.count_error("api")
+            return None
+        finally:
+            self.own_ns += time.perf_counter_ns() - start_ns
+        return result
+
+    def show_own_time(self) -> None:
+        """Add the time that the hooks took since the last call to the metrics."""
+        metrics.count_own_time(self.own_ns)
+        self.own_ns = 0

@@ -1,0 +1,132 @@
+"""Joins bills with the HTTP requests they belong to, and puts both into the ledger.
+
+Bills come in through vLLM's output stream (`vllm_hooks/output_processor.py`); here they are priced
+and get their tenant and response. A reply waits here, within a bound, until its cost is committed.
+A request that runs for longer is announced to the ledger before its bill.
+
+Invariant: a client is told a cost only after the ledger has committed it. Settings are read at each
+use, as some change while the server runs.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.api_guard import ApiGuard
+from vllm_cost_meter.api_server.breaker import Breaker
+from vllm_cost_meter.api_server.open_requests import OpenRequests
+from vllm_cost_meter.api_server.record_making import (
+    cost_of,
+    engine_request,
+    http_request,
+    open_request,
+    response_id,
+)
+from vllm_cost_meter.api_server.reply_bytes import Cost
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.exchange import Birth, Exchange
+from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.prices.book import RunFacts
+from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.owner import Owner
+
+
+class Collector:
+    """The open requests and the bills of one API server. Used by one event loop only."""
+
+    def __init__(
+        self,
+        writer: LedgerWriter,
+        guard: ApiGuard,
+        settings: Callable[[], Settings],
+        open_requests: OpenRequests | None = None,
+    ) -> None:
+        self.breaker = Breaker(guard)
+        # What is known of the engines; nothing before the application has started.
+        self.run_facts = RunFacts()
+        self._writer = writer
+        self._guard = guard
+        self._settings = settings
+        self._open = OpenRequests() if open_requests is None else open_requests
+
+    # -- births and bills -------------------------------------------------------------------
+
+    def born(self, birth: Birth) -> None:
+        """An engine request was born in this process. Idempotent."""
+        if not self._open.add(birth):
+            return
+        if (exchange := birth.exchange) is not None:
+            exchange.part_was_born(response_id(birth))
+            if (record := exchange.unrecorded) is not None:
+                exchange.unrecorded = None
+                self._writer.put(replace(record, response_id=exchange.response_id))
+
+    def billed(self, bill: Bill) -> None:
+        """A bill came: keep it, and add it to the HTTP request it belongs to."""
+        birth, announced = self._open.take(bill.request_id)
+        book = self._settings().price_book
+        part = engine_request(bill, birth, self.run_facts, book, announced=announced)
+        if self.breaker.open:
+            self._writer.commit(part).add_done_callback(self._committed_while_open)
+        else:
+            self._writer.put(part)
+        if birth is not None and birth.exchange is not None:
+            birth.exchange.part_was_billed(part)
+        metrics.count_bill(part)
+        self._guard.show_own_time()
+
+    def _committed_while_open(self, committed: "Future[None]") -> None:
+        if not committed.cancelled() and committed.exception() is None:
+            self.breaker.bill_came()
+
+    # -- open requests ----------------------------------------------------------------------
+
+    def announce_due(self) -> None:
+        """Announce the requests that were open at the last call too."""
+        self._announce(self._open.due())
+
+    def announce_all(self) -> None:
+        """Announce every open request, so that it can be looked up."""
+        self._announce(self._open.unannounced())
+
+    def _announce(self, births: Sequence[Birth]) -> None:
+        # Bills go the same way, later: a request cannot be announced after its bill.
+        model = self.run_facts.model
+        self._writer.put(*(open_request(birth, model) for birth in births))
+
+    def open_requests_of(self, covers: Callable[[Owner], bool]) -> list[str]:
+        """Return the internal ids of the open requests whose owner `covers` accepts."""
+        return [
+            birth.request_id
+            for birth in self._open
+            if birth.exchange is not None and covers(birth.exchange.owner)
+        ]
+
+    # -- replies ----------------------------------------------------------------------------
+
+    async def settle(self, exchange: Exchange) -> Cost | None:
+        """Return the cost of an HTTP request once it is committed; None if that took too long."""
+        timeout_s = self._settings().bill_timeout_ms / 1000
+        return await self.breaker.settle(self._committed(exchange), timeout_s)
+
+    async def _committed(self, exchange: Exchange) -> Cost:
+        await exchange.all_billed()
+        cost = cost_of(exchange)
+        record = http_request(exchange, self.run_facts.model, told=True)
+        exchange.recorded = True
+        # Shielded: the ledger keeps the record though the reply may not wait for it.
+        await asyncio.shield(asyncio.wrap_future(self._writer.commit(record)))
+        return cost
+
+    def ended(self, exchange: Exchange) -> None:
+        """The application is done with an HTTP request: record it, unless that has been done."""
+        if exchange.recorded:
+            return
+        exchange.recorded = True
+        record = http_request(exchange, self.run_facts.model, told=False)
+        if exchange.born:
+            self._writer.put(record)
+        else:
+            exchange.unrecorded = record

@@ -1,0 +1,71 @@
+"""Decides what becomes of a new request: admitted, delayed, warned in its reply, or refused.
+
+Invariant: without a budget and without a tenant that fails closed, every request is admitted.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.types import Scope
+
+from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.admission import Admission, fails_closed
+from vllm_cost_meter.api_server.refusal import Refusal, contradicting, refusal, warning
+from vllm_cost_meter.api_server.routes import reaches_engine, route_of
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.exchange import Exchange
+from vllm_cost_meter.records.owner import CONTRADICTION
+from vllm_cost_meter.tenants.budgets import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What becomes of a new request: refused, delayed, or warned in its reply."""
+
+    refusal: Refusal | None = None
+    delay_s: float = 0.0
+    warnings: Sequence[tuple[bytes, bytes]] = ()
+
+
+ADMITTED = Judged()
+_DOWN = Verdict("unavailable", stale="the meter of this server is off")
+
+
+def route_of_scope(scope: Scope) -> str:
+    """Return the ledger's label of the path that a request asks for."""
+    return route_of(scope["path"].removeprefix(scope.get("root_path", "")))
+
+
+def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) -> Judged:
+    """Return what becomes of a new request by its budgets; it takes no I/O."""
+    if admission is None or not reaches_engine(exchange.route):
+        return ADMITTED
+    if exchange.owner == CONTRADICTION:
+        metrics.count_refused("contradicting", "")
+        return Judged(contradicting(exchange.route))
+    verdict = admission.verdict(exchange.owner)
+    if verdict.kind in ("blocked", "unavailable"):
+        return Judged(refusal(verdict, exchange.owner.tenant, exchange.route))
+    if verdict.kind == "throttled":
+        return Judged(delay_s=throttle_s)
+    return Judged(warnings=warning(verdict.soft))
+
+
+def judge_unmetered(scope: Scope, settings: Settings | None) -> Judged:
+    """Return what becomes of a new request while nothing is measured. Never raises.
+
+    It is refused if its tenant fails closed.
+    """
+    if settings is None or not settings.failing_closed or scope["type"] == "lifespan":
+        return ADMITTED
+    with contextlib.suppress(Exception):  # metering may fail, serving may not
+        route = route_of_scope(scope)
+        owner = settings.resolver.resolve(scope["headers"])
+        if not reaches_engine(route):
+            return ADMITTED
+        if owner == CONTRADICTION:
+            return Judged(contradicting(route))
+        if fails_closed(owner, settings.failing_closed):
+            return Judged(refusal(_DOWN, owner.tenant, route))
+    return ADMITTED

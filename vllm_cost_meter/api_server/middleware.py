@@ -1,0 +1,165 @@
+"""The ASGI middleware: opens an exchange for each HTTP request and has its reply edited.
+
+Where a rule wants to know what the body of a request says, the body is read before the application
+reads it, and handed on as it came. `judging` decides whether the request is admitted, `ReplyEditor`
+puts the cost into the reply.
+
+Installed by the endpoint plugin (vLLM 0.27 and later) or `--middleware
+vllm_cost_meter.middleware.CostMiddleware` (any version), and harmless when installed twice.
+
+Invariant: a request is served exactly once, metered or not, unless a budget refuses it.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllm_cost_meter.api_server.judging import Judged, judge, judge_unmetered, route_of_scope
+from vllm_cost_meter.api_server.refusal import Refusal
+from vllm_cost_meter.api_server.reply_editor import BODY, ReplyEditor
+from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahead
+from vllm_cost_meter.api_server.routes import reaches_engine
+from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime, get_runtime
+from vllm_cost_meter.exchange import Exchange, current_exchange, is_metered, set_exchange
+from vllm_cost_meter.tenants.rules import NO_CLAIMS, BodyClaims
+
+
+class CostMiddleware:
+    """Puts the measured cost of a request into its reply."""
+
+    def __init__(
+        self, app: ASGIApp, runtime: Callable[[], Runtime | NoRuntime] = get_runtime
+    ) -> None:
+        """`runtime` is called at each request, so that it is made in the process that serves."""
+        self.app = app
+        self._runtime = runtime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_metered(scope):  # installed twice
+            await self.app(scope, receive, send)
+            return
+        runtime = self._runtime()
+        if not isinstance(runtime, Runtime):
+            judged = judge_unmetered(scope, runtime.settings)
+            if judged.refusal is None:
+                await self.app(scope, receive, send)
+            else:
+                await _refuse(judged.refusal, scope, send)
+        elif scope["type"] == "lifespan":
+            set_exchange(scope, None)
+            await self.app(scope, receive, _starting(scope, send, runtime))
+        else:
+            await self._metered(scope, receive, send, runtime)
+
+    async def _metered(self, scope: Scope, receive: Receive, send: Send, runtime: Runtime) -> None:
+        started_at_ns = time.time_ns()
+        claims, guard = NO_CLAIMS, runtime.guard
+        if runtime.settings.resolver.reads_body and guard.run("body", _has_claims, scope):
+            claims, receive = await _read_claims(receive, runtime)
+        exchange = guard.run("new exchange", _new_exchange, runtime, scope, claims, started_at_ns)
+        judged = _judged(exchange, scope, runtime)
+        if judged.refusal is not None:
+            await _refuse(judged.refusal, scope, send)
+            return
+        if judged.delay_s:
+            await asyncio.sleep(judged.delay_s)
+        editor = None
+        if exchange is not None:
+            editor = guard.run("new editor", _new_editor, runtime, exchange, send, judged)
+        # Always set, also to None: the context may be that of another tenant's request.
+        exchange = exchange if editor is not None else None
+        set_exchange(scope, exchange)
+        token = current_exchange.set(exchange)
+        try:
+            await self._served(scope, receive, send, editor)
+        finally:
+            current_exchange.reset(token)
+            if exchange is not None:
+                guard.run("end of exchange", runtime.collector.ended, exchange)
+
+    async def _served(
+        self, scope: Scope, receive: Receive, send: Send, editor: ReplyEditor | None
+    ) -> None:
+        """Call the application; what it left of an incomplete reply leaves as it came."""
+        if editor is None:
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self.app(scope, editor.receiving(receive), editor.sending())
+        except Exception:
+            with contextlib.suppress(Exception):  # the application's own error counts
+                await editor.release()
+            raise
+        await editor.release()
+
+
+def _starting(scope: Scope, send: Send, runtime: Runtime) -> Send:
+    """Start and stop the meter's own work with the application."""
+
+    async def starting_send(message: Message) -> None:
+        if message["type"] == "lifespan.startup.complete":
+            await runtime.start(scope.get("app"))
+        elif message["type"] == "lifespan.shutdown.complete":
+            try:
+                await runtime.stop()
+            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+                runtime.guard.failed("stop", error)
+        await send(message)
+
+    return starting_send
+
+
+def _has_claims(scope: Scope) -> bool:
+    """Tell whether the body of a request may say something of its tenant."""
+    return (
+        scope["type"] == "http"
+        and reaches_engine(route_of_scope(scope))
+        and is_json(scope["headers"])
+    )
+
+
+async def _read_claims(receive: Receive, runtime: Runtime) -> tuple[BodyClaims, Receive]:
+    # A function of its own, so that the body does not live as long as the exchange.
+    body, replayed = await read_ahead(receive)
+    claims = runtime.guard.run("claims", lambda: claims_of(body, runtime.served))
+    return claims or NO_CLAIMS, replayed
+
+
+def _new_exchange(
+    runtime: Runtime, scope: Scope, claims: BodyClaims, started_at_ns: int
+) -> Exchange:
+    headers = scope["headers"]
+    request_ids = [value for name, value in headers if name == b"x-request-id"]
+    return Exchange(
+        route=route_of_scope(scope),
+        owner=runtime.settings.resolver.resolve(headers, claims),
+        x_request_id=request_ids[0].decode("latin-1")[:256] if request_ids else None,
+        started_at_ns=started_at_ns,
+    )
+
+
+def _judged(exchange: Exchange | None, scope: Scope, runtime: Runtime) -> Judged:
+    settings = runtime.settings
+    if exchange is not None:
+        throttle_s = settings.budget_throttle_s
+        judged = runtime.guard.run("budgets", judge, exchange, runtime.admission, throttle_s)
+        if judged is not None:
+            return judged
+    return judge_unmetered(scope, settings)
+
+
+def _new_editor(runtime: Runtime, exchange: Exchange, send: Send, judged: Judged) -> ReplyEditor:
+    mode = runtime.settings.reply_for(exchange.owner.tenant)
+    return ReplyEditor(runtime.collector, runtime.guard, exchange, send, mode, judged.warnings)
+
+
+async def _refuse(told: Refusal, scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        # Before it was accepted: the server answers the handshake with 403.
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await send({"type": "http.response.start", "status": told.status, "headers": told.headers})
+    await send({"type": BODY, "body": told.body})

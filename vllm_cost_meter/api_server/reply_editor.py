@@ -1,0 +1,209 @@
+"""Edits one reply: holds a complete one until its cost is known, passes a stream event by event.
+
+A complete JSON reply leaves with its cost in headers. In a stream the final usage event gets
+`usage.cost`, and a comment line with the cost goes before the last event. Without a cost in time
+the reply leaves as it came.
+
+Invariant: what leaves is byte for byte what entered, but for the fields listed in docs/replies.md;
+and every message that entered leaves, whatever fails here.
+"""
+
+from collections.abc import Awaitable, Sequence
+
+from starlette.types import Message, Receive, Send
+
+from vllm_cost_meter.api_server import reply_bytes
+from vllm_cost_meter.api_server.api_guard import ApiGuard
+from vllm_cost_meter.api_server.collector import Collector
+from vllm_cost_meter.config.types import Reply
+from vllm_cost_meter.exchange import Exchange
+from vllm_cost_meter.records.requests import Usage
+
+# What answers the handshake of a WebSocket, and the HTTP status of an answer that names none.
+WEBSOCKET_ANSWERS = {
+    "websocket.accept": 101,
+    "websocket.close": 403,
+    "websocket.http.response.start": 500,
+}
+BODY = "http.response.body"
+
+
+class ReplyEditor:
+    """Stands between the application and the client for one exchange."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        guard: ApiGuard,
+        exchange: Exchange,
+        send: Send,
+        mode: Reply,
+        warnings: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
+        """`mode` says what is told; `warnings` are headers to add."""
+        self._collector = collector
+        self._guard = guard
+        self._exchange = exchange
+        self._sent = exchange.sent
+        self._send = send
+        self._mode = mode
+        self._warnings = warnings if mode != "none" else ()
+        self._complete = False
+        # A held reply: its start and the body messages so far.
+        self._held: list[Message] | None = None
+        self._events: reply_bytes.SseEvents | None = None
+        # True while a stream is edited and stands between two events.
+        self._between_events = False
+        # The cost that the whole reply tells; None after `_has_settled` if it tells none.
+        self._cost: reply_bytes.Cost | None = None
+        self._has_settled = False
+        self._commented = False
+
+    def receiving(self, receive: Receive) -> Receive:
+        """Wrap `receive` to notice a client that leaves before its reply is complete."""
+
+        async def noticing() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not self._complete:
+                self._sent.client_left = True
+            return message
+
+        return noticing
+
+    def sending(self) -> Send:
+        """Wrap `send` for the application: a token of a stream passes, all else is taken."""
+        # Called for each token, in caches that the model's work has emptied: what it needs is
+        # bound here, and no coroutine of ours is made.
+        send, take, is_token = self._send, self.take, reply_bytes.is_token
+
+        def editing_send(message: Message) -> Awaitable[None]:
+            if (
+                self._between_events
+                and is_token(message.get("body", b""))
+                and message.get("more_body", False)
+            ):
+                return send(message)
+            return take(message)
+
+        return editing_send
+
+    async def take(self, message: Message) -> None:
+        """Pass on, hold or edit one message of the application."""
+        if message["type"] == "http.response.start":
+            await self._start(message)
+        elif message["type"] == BODY:
+            self._complete = not message.get("more_body", False)
+            if self._held is not None:
+                await self._hold(self._held, message)
+            elif self._events is not None:
+                await self._stream(self._events, message)
+            else:
+                await self._send(message)
+        else:
+            if message["type"] in WEBSOCKET_ANSWERS and self._sent.status is None:
+                self._sent.status = message.get("status", WEBSOCKET_ANSWERS[message["type"]])
+            await self.release()
+            await self._send(message)
+
+    async def release(self) -> None:
+        """Let go of what is held, as it came; the rest of the reply passes unedited."""
+        held, self._held = self._held, None
+        for message in held or ():
+            await self._send(message)
+        events, self._events = self._events, None
+        self._between_events = False
+        if events is not None and not self._complete and events.rest:
+            await self._send({"type": BODY, "body": events.rest, "more_body": True})
+
+    async def _start(self, message: Message) -> None:
+        self._sent.status = message["status"]
+        if self._warnings:
+            message = {**message, "headers": [*message.get("headers", ()), *self._warnings]}
+        content_type = _header(message, b"content-type").partition(b";")[0].strip().lower()
+        if content_type == b"text/event-stream":
+            self._sent.streamed = True
+            if _can_grow(message):
+                self._events = reply_bytes.SseEvents()
+                self._between_events = True
+        elif content_type == b"application/json" and self._exchange.born:
+            self._held = [message]
+            return
+        await self._send(message)
+
+    # -- complete replies -------------------------------------------------------------------
+
+    async def _hold(self, held: list[Message], message: Message) -> None:
+        held.append(message)
+        if not self._complete:
+            return
+        self._held = None
+        start = held[0]
+        if headers := await self._cost_headers(held[1:]):
+            start = {**start, "headers": [*start.get("headers", ()), *headers]}
+        await self._send(start)
+        for body in held[1:]:
+            await self._send(body)
+
+    async def _cost_headers(self, bodies: list[Message]) -> list[tuple[bytes, bytes]]:
+        body = b"".join(message.get("body", b"") for message in bodies)
+        self._sent.usage = self._guard.run("usage", reply_bytes.usage_of, body) or Usage()
+        if self._mode == "none" or reply_bytes.goes_on(body):
+            return []
+        cost = await self._settled_cost()
+        if cost is None:
+            return []
+        return self._guard.run("headers", reply_bytes.headers, cost) or []
+
+    # -- streams ----------------------------------------------------------------------------
+
+    async def _stream(self, events: reply_bytes.SseEvents, message: Message) -> None:
+        out = b""
+        for event in events.feed(message.get("body", b"")):
+            out += event if reply_bytes.is_ordinary(event) else await self._edited(event)
+        self._between_events = not events.pending
+        if self._complete:
+            out += events.rest
+        if out or self._complete:
+            await self._send({**message, "body": out})
+
+    async def _edited(self, event: bytes) -> bytes:
+        if not self._exchange.born:
+            return event
+        usage = self._guard.run("final usage", reply_bytes.final_usage, event)
+        is_end = reply_bytes.is_end(event)
+        if usage is not None:
+            self._sent.usage = usage
+        if (usage is None and not is_end) or self._mode != "all":
+            return event
+        cost = await self._settled_cost()
+        if cost is None:
+            return event
+        return self._guard.run("stream", self._with_cost, event, cost, is_end) or event
+
+    def _with_cost(self, event: bytes, cost: reply_bytes.Cost, is_end: bool) -> bytes:
+        edited = reply_bytes.insert_usage(event, cost)
+        if not is_end or self._commented:
+            return edited
+        self._commented = True
+        return reply_bytes.comment(cost) + edited
+
+    # -- the cost ---------------------------------------------------------------------------
+
+    async def _settled_cost(self) -> reply_bytes.Cost | None:
+        """Wait for the cost once; the answer holds for the rest of the reply."""
+        if not self._has_settled:
+            self._has_settled = True
+            self._cost = await self._collector.settle(self._exchange)
+        return self._cost
+
+
+def _header(start: Message, wanted: bytes) -> bytes:
+    for name, value in start.get("headers", ()):
+        if name.lower() == wanted:
+            return bytes(value)
+    return b""
+
+
+def _can_grow(start: Message) -> bool:
+    """Tell whether bytes may be added to a body: its length is open and it is plain text."""
+    return not (_header(start, b"content-length") or _header(start, b"content-encoding"))

@@ -1,0 +1,458 @@
+"""How the GPU time of a step is divided among its requests: the theory, in plain Python.
+
+This is the twin of `csrc/attribution.pyx`. It states what is right and is the judge in the tests;
+production runs the native one. Both have the same names and agree bit for bit, messages included,
+so a change to one lands in the other.
+
+1. Time is an integer of GPU-nanoseconds. A step of D ns with integer weights w_1 .. w_n (in
+   scheduler order, W their sum, S_k the sum of the first k) gives request k
+
+       share_k = floor(D * S_k / W) - floor(D * S_{k-1} / W)
+
+   so the shares add up to D exactly, each is within 1 ns of D * w_k / W whatever the order, and
+   equal weights get shares at most 1 ns apart. If all weights are 0, all count as 1.
+2. A method is how requests are weighed, nothing else. "shapley" weighs a request by its Shapley
+   value in the step's game (`shapley_py.py`), by the cost model that the engine's own steps taught
+   (`cost_model_py.py`); "tokens" by the tokens the step computed for it, "equal" by 1. Weights add
+   up to less than 2**31, which lets the native code divide exactly in 64 bits; Shapley values are
+   scaled and rounded to that. Whatever the method, the model is learnt, and gives each request its
+   marginal cost too: what the step would have saved without it.
+3. A request's part of a step is prefill while its position in its context, where the step starts,
+   lies before its prefill end; otherwise decode. The end is its prompt's length, or, once it was
+   preempted, the position it had reached if that is further: recomputing is prefill too, and is
+   counted apart. So are drafts that were rejected: they were computed, and their positions are
+   computed again. So are tokens that were cut off: nobody got them, because the request had ended
+   before them in its last step, or was aborted while the step decoded. Of a request's share of a
+   step, the part of these is that of the tokens.
+4. Steps overlap (async scheduling, pipelines): each is begun, perhaps shared in parts, and settled;
+   results come in order, so settling a step drops older ones that never got theirs.
+5. A request holds the blocks of the KV cache that its context fills, from the begin of the step
+   that first needs them until it is preempted or closed. Blocks x wall time is its KV residency;
+   a block that several share (a cached prefix) counts for each of them.
+6. A request is open from `open` to `close`. Steps in flight at its close still use the GPU, but
+   there is nobody to charge: their shares are returned as the step's *tail*. So is the whole of a
+   step that computed nothing for anyone. The same id opened again is another request.
+
+Invariant: the ns settled or shared = those closed, cut, discarded + all tails + `open_ns`.
+"""
+
+import math
+from collections.abc import Sequence
+
+from vllm_cost_meter.attribution.cost_model import Model, Planes
+from vllm_cost_meter.attribution.cost_model_py import TERMS, TOKENS_PRIOR, StepFit, total_of
+from vllm_cost_meter.attribution.requests_py import NS_MAX, WEIGHT_MAX, Part, Request, Step
+from vllm_cost_meter.attribution.shapley_py import solve_game
+from vllm_cost_meter.records.accrued import Accrued
+
+# Steps in flight. vLLM has one per pipeline stage and one more; so many mean that none is settled.
+STEPS_MAX = 1024
+MODELS_MAX = 64  # that are remembered
+ENDED = "(ended)"
+
+METHODS = ("shapley", "tokens", "equal")
+
+
+def split(total_ns: int, weights: Sequence[int]) -> list[int]:
+    """Return the share of each weight in a time, in ns, by cumulative rounding in the given order.
+
+    Raises ValueError for a negative time or weight, weights of 2**31 or more in all, or a time
+    with nobody to take it.
+    """
+    _check(total_ns, NS_MAX, "split: total_ns")
+    for weight in weights:
+        _check(weight, WEIGHT_MAX, "split: a weight")
+    _check(sum(weights), WEIGHT_MAX, "split: the sum of the weights")
+    if total_ns and not weights:
+        raise ValueError(f"split: expected at least one weight for {total_ns} ns, got none")
+    return _shares(total_ns, weights)
+
+
+class StepMeter:
+    """Accrues GPU time and tokens to the open requests of one engine, step by step.
+
+    `open_ns` is the time accrued to open requests and not yet cut or closed, `fallbacks` how many
+    splits had only weights of 0 and became equal ones, `strangers` how many requests were first
+    seen in a step, without an `open`.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        prior: Planes | None = None,
+        trusted: bool = False,
+        block_size: int = 0,
+    ) -> None:
+        """Start with a prior for the cost model (None: a step costs its tokens).
+
+        `trusted` says that the heights of the prior's two planes can be compared, e.g. because
+        they are an earlier fit; else their scales are fitted apart. `block_size` is that of the KV
+        cache, in tokens; 0: blocks are not counted.
+        """
+        _check(block_size, WEIGHT_MAX, "StepMeter: block_size")
+        self._block_size = block_size
+        if method not in METHODS:
+            raise ValueError(f"StepMeter: expected a method of {METHODS}, got {method!r}")
+        self._fit = StepFit(_checked(prior), trusted and prior is not None)
+        self._published: list[Model] = []
+        self._remember_model()
+        self.open_ns = 0
+        self.fallbacks = 0
+        self.strangers = 0
+        self._method = method
+        self._requests: dict[str, Request] = {}  # the open ones
+        self._steps: dict[int, Step] = {}  # those in flight, oldest first
+        self._last_step = 0
+        self._drained: list[Request] = []
+
+    @property
+    def open_requests(self) -> int:
+        """Return how many requests are open."""
+        return len(self._requests)
+
+    @property
+    def steps_in_flight(self) -> int:
+        """Return how many steps were begun and neither settled nor dropped."""
+        return len(self._steps)
+
+    def request_ids(self) -> list[str]:
+        """Return the ids of all open requests, in the order they were opened."""
+        return list(self._requests)
+
+    def is_open(self, request_id: str) -> bool:
+        """Return whether a request is open."""
+        return request_id in self._requests
+
+    def step_parts(self, step: int) -> list[tuple[str, int, int, int]]:
+        """Return what a step in flight is made of, in scheduler order.
+
+        Of each request (id, tokens, position where they start, where its prefill ends); the id of
+        one that was closed meanwhile is ENDED and its place. Raises ValueError if the step is not
+        in flight.
+        """
+        return [
+            (
+                part.request.request_id if part.request.is_open else f"{ENDED} {place}",
+                part.work.tokens,
+                part.work.context - part.work.tokens,
+                part.request.prefill_end,
+            )
+            for place, part in enumerate(self._step(step).parts)
+        ]
+
+    # The life of a request
+
+    def open(self, request_id: str, prompt_tokens: int) -> None:
+        """Start to accrue for a request. Does nothing if it is open already."""
+        _check(prompt_tokens, WEIGHT_MAX, "StepMeter.open: prompt_tokens")
+        if request_id not in self._requests:
+            self._requests[request_id] = Request(request_id, prefill_end=prompt_tokens)
+
+    def position(self, request_id: str, computed_tokens: int, resumed: bool) -> None:
+        """Say where in its context the next step of a request starts, before `begin`.
+
+        For a request scheduled for the first time (prefix cache hits are computed already), or
+        `resumed` after a preemption.
+        """
+        _check(computed_tokens, WEIGHT_MAX, "StepMeter.position: computed_tokens")
+        request = self._requests.get(request_id) or self._welcome_stranger(request_id)
+        if resumed:
+            request.prefill_end = max(request.prefill_end, request.position)
+            request.recompute_end = max(request.recompute_end, request.position)
+        request.position = computed_tokens
+
+    def release(self, request_id: str, now_ns: int) -> None:
+        """Note that an open request was preempted: it holds no blocks from now on.
+
+        Ignored if it is not open. As everywhere, `now_ns` is monotonic.
+        """
+        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        if request_id in self._requests:
+            self._requests[request_id].release_blocks(now_ns)
+
+    def leave(self, request_id: str) -> bool:
+        """Note that a request was aborted. Return True if it can be closed now.
+
+        False if it has steps in flight: it goes on accruing until `drained` names it. What they
+        compute behind its prefill is cut off.
+        """
+        request = self._request(request_id)
+        request.left = True
+        if request.in_flight:
+            for step in self._steps.values():
+                for part in step.parts:
+                    part.is_cut |= part.request is request
+            return False
+        self._unqueue(request)
+        return True
+
+    def drained(self) -> list[str]:
+        """Return the requests that left and whose last step in flight ended since last asked."""
+        ended = [request.request_id for request in self._drained if request.in_flight == 0]
+        self._drained.clear()
+        return ended
+
+    def trim(self, request_id: str, tokens: int) -> None:
+        """Say that so many of the last tokens computed for an open request were cut off.
+
+        They are tokens of its step of several tokens that was settled last; more than it kept of
+        them are none.
+        """
+        _check(tokens, WEIGHT_MAX, "StepMeter.trim: tokens")
+        self._request(request_id).trim(tokens)
+
+    def accrued(self, request_id: str, now_ns: int) -> Accrued:
+        """Return what a request accrued since the last `cut`."""
+        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        return self._request(request_id).accrued(now_ns)
+
+    def open_gpu_ns(self) -> dict[str, int]:
+        """Return what each open request accrued since the last `cut`, in GPU-ns."""
+        return {
+            request_id: request.prefill_ns + request.decode_ns
+            for request_id, request in self._requests.items()
+        }
+
+    def close(self, request_id: str, now_ns: int) -> Accrued:
+        """End a request. Return what it accrued since the last `cut`."""
+        accrued = self.accrued(request_id, now_ns)
+        self._forget(request_id)
+        return accrued
+
+    def discard(self, request_id: str) -> int:
+        """Forget an open request that nobody will bill. Return the ns it had accrued."""
+        request = self._request(request_id)
+        self._forget(request_id)
+        return request.prefill_ns + request.decode_ns
+
+    def cut(self, now_ns: int) -> list[tuple[str, Accrued]]:
+        """Take what all open requests accrued since the last cut, and set it to 0.
+
+        Return it for each that accrued time, tokens or blocks, in the order they were opened.
+        """
+        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        pieces = []
+        for request_id, request in self._requests.items():
+            accrued = request.accrued(now_ns)
+            if any(accrued[:4]) or accrued.kv_block_ns:
+                pieces.append((request_id, accrued))
+                request.reset()
+        self.open_ns = 0
+        return pieces
+
+    # The life of a step
+
+    def begin(
+        self, scheduled: dict[str, int], now_ns: int, decoding: list[str] | None = None
+    ) -> int:
+        """Record a step: the tokens scheduled for each request, in scheduler order.
+
+        `decoding` lists requests with one token each, which come before those of `scheduled`: a
+        list is read faster than a dict.
+        Return the step's number: 1, 2, and so on. A request that is not open is opened as one
+        without a prompt. Raises ValueError, and records nothing, if a count is negative, all are
+        2**31 or more, or too many steps are in flight.
+        """
+        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        if len(self._steps) >= STEPS_MAX:
+            raise ValueError(
+                f"StepMeter.begin: expected less than {STEPS_MAX} steps in flight, got as many;"
+                " settle or abandon them"
+            )
+        for request_id, tokens in scheduled.items():
+            _check(tokens, WEIGHT_MAX, f"StepMeter.begin: tokens of {request_id!r}")
+        batch = [*((request_id, 1) for request_id in decoding or ()), *scheduled.items()]
+        all_tokens = sum(tokens for _, tokens in batch)
+        _check(all_tokens, WEIGHT_MAX, "StepMeter.begin: tokens of all requests")
+        self._last_step += 1
+        self._steps[self._last_step] = Step(
+            [
+                (self._requests.get(request_id) or self._welcome_stranger(request_id)).enter(tokens)
+                for request_id, tokens in batch
+            ]
+        )
+        if self._block_size:
+            for part in self._steps[self._last_step].parts:
+                part.request.hold_blocks(self._block_size, now_ns)
+        return self._last_step
+
+    def share(self, step: int, gpu_ns: int) -> int:
+        """Divide a part of a step's time, in GPU-ns, among its requests; the step goes on.
+
+        Return the tail: the ns of requests closed by now. Raises ValueError, and does nothing, if
+        the step is not in flight or the time is negative or too large.
+        """
+        parts = self._step(step).parts
+        _check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
+        self._step(step).shared_ns += gpu_ns
+        if not parts:
+            return gpu_ns
+        weights, margins = self._weigh(parts, gpu_ns)
+        tail_ns = 0
+        shares = _shares(gpu_ns, weights)
+        for part, share_ns, marginal_ns in zip(parts, shares, margins, strict=True):
+            if part.request.is_open:
+                part.pay(share_ns, marginal_ns, gpu_ns)
+            else:
+                tail_ns += share_ns
+        self.open_ns += gpu_ns - tail_ns
+        return tail_ns
+
+    def settle(self, step: int, gpu_ns: int, rejected: dict[str, int] | None = None) -> int:
+        """Divide the (rest of the) time of a step, end it, and learn from it. As `share` else.
+
+        `rejected` has the requests of the step whose drafts were not all accepted, and how many
+        tokens were not; of a request that is not in the step it is ignored. Older steps in flight
+        never got a result: they end first, without time or tokens.
+        """
+        parts = self._step(step).parts
+        _check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
+        for request_id, tokens in (rejected or {}).items():
+            _check(tokens, WEIGHT_MAX, f"StepMeter.settle: rejected tokens of {request_id!r}")
+        for part in parts:
+            if part.request.is_open:
+                part.reject((rejected or {}).get(part.request.request_id, 0))
+        tail_ns = self.share(step, gpu_ns)
+        for older in [number for number in self._steps if number < step]:
+            self._drop(older)
+        ended = self._steps[step]
+        for part in ended.parts:
+            part.end(len(ended.parts))
+        self._drop(step)
+        work = total_of([part.work for part in ended.parts])
+        if self._fit.observe(work, ended.shared_ns):
+            self._remember_model()
+        return tail_ns
+
+    def abandon(self) -> None:
+        """Drop every step in flight: no time, no tokens."""
+        for step in list(self._steps):
+            self._drop(step)
+
+    # The cost model
+
+    def adopt(self, prior: Planes, two_planes: bool) -> None:
+        """Go on from an earlier fit. Raises ValueError if these are not its planes."""
+        checked = _checked(prior)
+        self._fit.adopt(checked or TOKENS_PRIOR, two_planes)
+        self._remember_model()
+
+    @property
+    def model_version(self) -> int:
+        """Return the version of the model in use."""
+        return self._fit.version
+
+    def models(self, since_version: int) -> list[Model]:
+        """Return the models published after a version, as `model` does, oldest first."""
+        return [model for model in self._published if model[0] > since_version]
+
+    def model(self) -> Model:
+        """Return the model in use and how good it is.
+
+        That is (version, form, planes as published, steps learnt from, running mean relative error
+        of two planes and of one, share of the variance of step times it explains). Of the planes
+        compute, memory and one, the form "two planes" uses the first two, "one plane" the last.
+        """
+        fit = self._fit
+        return (
+            fit.version,
+            "two planes" if fit.two_planes else "one plane",
+            self._planes_in_use,
+            fit.steps,
+            fit.errors[0],
+            fit.errors[1],
+            fit.explained,
+        )
+
+    def planes(self) -> Planes:
+        """Return the three planes as they are learnt now: a prior for `adopt`."""
+        return self._fit.planes()
+
+    # Helpers
+
+    def _request(self, request_id: str) -> Request:
+        if request_id not in self._requests:
+            raise ValueError(f"StepMeter: expected an open request, got {request_id!r}")
+        return self._requests[request_id]
+
+    def _step(self, step: int) -> Step:
+        if not isinstance(step, int) or step not in self._steps:
+            raise ValueError(f"StepMeter: expected a step in flight, got {step!r}")
+        return self._steps[step]
+
+    def _weigh(self, parts: Sequence[Part], gpu_ns: int) -> tuple[list[int], list[float]]:
+        """Return the weights and the marginal costs, in GPU-ns, of a step's parts."""
+        works = [part.work for part in parts]
+        compute, memory = self._fit.compute, self._fit.memory
+        game = solve_game(compute, memory, works)
+        weights = game.weigh(compute, memory, works)
+        if self._method == "tokens":
+            weights = [work.tokens for work in works]
+        elif self._method == "equal":
+            weights = [1 for _ in works]
+        if not any(weights):
+            self.fallbacks += 1
+        return weights, game.margins(compute, memory, works, float(gpu_ns))
+
+    def _remember_model(self) -> None:
+        self._planes_in_use = self.planes()
+        self._published.append(self.model())
+        del self._published[:-MODELS_MAX]
+
+    def _welcome_stranger(self, request_id: str) -> Request:
+        self.strangers += 1
+        self.open(request_id, 0)
+        return self._requests[request_id]
+
+    def _forget(self, request_id: str) -> None:
+        request = self._requests.pop(request_id)
+        request.is_open = False
+        self._unqueue(request)
+        self.open_ns -= request.prefill_ns + request.decode_ns
+
+    def _drop(self, step: int) -> None:
+        for part in self._steps.pop(step).parts:
+            request = part.request
+            request.in_flight -= 1
+            has_drained = request.in_flight == 0 and request.left and request.is_open
+            if has_drained and request not in self._drained:
+                self._drained.append(request)
+
+    def _unqueue(self, request: Request) -> None:
+        if request in self._drained:
+            self._drained.remove(request)
+
+
+def _checked(prior: Planes | None) -> Planes | None:
+    if prior is None:
+        return None
+    try:
+        sizes = [len(plane) for plane in prior]
+    except TypeError:
+        sizes = []
+    if sizes != [TERMS] * 3:
+        raise ValueError(f"StepMeter: expected a prior of 3 planes of {TERMS}, got {prior!r}")
+    for plane in prior:
+        if not all(math.isfinite(value) and value >= 0.0 for value in plane):
+            raise ValueError(f"StepMeter: expected coefficients >= 0, got {prior!r}")
+    compute, memory, one = (tuple(map(float, plane)) for plane in prior)
+    return compute, memory, one  # type: ignore[return-value]
+
+
+def _shares(total_ns: int, weights: Sequence[int]) -> list[int]:
+    if not any(weights):
+        weights = [1] * len(weights)
+    whole = sum(weights)
+    shares = []
+    weight_so_far = given_ns = 0
+    for weight in weights:
+        weight_so_far += weight
+        until_ns = total_ns * weight_so_far // whole
+        shares.append(until_ns - given_ns)
+        given_ns = until_ns
+    return shares
+
+
+def _check(value: object, maximum: int, what: str) -> None:
+    if not isinstance(value, int) or not 0 <= value <= maximum:
+        raise ValueError(f"{what}: expected an int from 0 to {maximum}, got {value!r}")

@@ -1,0 +1,19 @@
+"""The command `vllm-cost-meter`, as the entry point calls it.
+
+Invariant: to load this module loads nothing else, so that `--version` is there at once.
+"""
+
+import sys
+from collections.abc import Sequence
+
+
+def app(args: Sequence[str] | None = None) -> None:
+    """Run the command line; `args` stand for those of the process."""
+    if list(sys.argv[1:] if args is None else args) == ["--version"]:
+        from vllm_cost_meter.version import __version__
+
+        print(__version__)
+        return
+    from vllm_cost_meter.cli.commands import app as commands
+
+    commands(args=args)

@@ -1,0 +1,87 @@
+"""The command `audit`: do the books of every engine run balance? Exit status 1 if they do not."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import typer
+
+from vllm_cost_meter.cli.options import Config, Json, Ledger, reading
+from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST
+from vllm_cost_meter.records.snapshot import CLASSES
+from vllm_cost_meter.units.text import plain
+
+# Classes of time that the audit leaves out where there is none of them.
+SELDOM = {"sleep", "dummy", "lost"}
+# Lost requests of a run that the audit prints.
+LOST_LINES_MAX = 20
+
+
+def audit(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+    """Do the books balance? Exit status 1 if not.
+
+    It holds the time of every engine against all that was charged, to the nanosecond.
+
+    Example: vllm-cost-meter audit --ledger ledger.db
+    """
+    with reading(ledger, config) as reader:
+        answer = reader.audit()
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        for line in audit_lines(answer):
+            print(plain(line))
+    if not answer["balanced"]:
+        raise typer.Exit(1)
+
+
+def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the audit as text: two lines per run, more where it does not balance."""
+    for run in answer["runs"]:
+        seconds = {name: run[f"{name}_ns"] / 1e9 for name in CLASSES}
+        parts = " + ".join(
+            f"{name} {value:.3f}"
+            for name, value in seconds.items()
+            if name not in SELDOM or run[f"{name}_ns"]
+        )
+        yield (
+            f"{run['started_at'][:16].replace('T', ' ')} {run['host']} {run['model']},"
+            f" engine {run['engine_index']}, run {run['run_id'][:8]}"
+        )
+        yield (
+            f"  wall {run['wall_ns'] / 1e9:.3f} s x {run['gpus']} GPU = {parts}; {run['last_seq']}"
+            f" bills; difference {run['difference_ns']} ns"
+        )
+        for name in (
+            "billed_difference_ns",
+            "ledger_difference_ns",
+            "hours_difference_ns",
+            "in_flight_difference_ns",
+            "uneven_bills",
+            "energy_difference_mj",
+        ):
+            if run[name]:
+                yield f"  {name}: {run[name]}"
+        if run["missing_bills"]:
+            yield f"  missing bills: {', '.join(map(str, run['missing_bills']))}"
+        yield from _lost_lines(run)
+    yield "balanced" if answer["balanced"] else "NOT BALANCED"
+
+
+def _lost_lines(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield whose the time was that a dead engine had in flight."""
+    lost = run["lost_requests"]
+    if not lost and not run["lost_step_ns"]:
+        return
+    yield (
+        f"  lost {run['lost_ns'] / 1e9:.3f} s: {run['lost_requests_ns'] / 1e9:.3f} of requests"
+        f" without a bill, {run['lost_step_ns'] / 1e9:.3f} of the step in flight"
+    )
+    for one in lost[:LOST_LINES_MAX]:
+        yield (
+            f"    {one['gpu_time_ns'] / 1e9:.3f} s at {one['as_of']}: tenant"
+            f" {one['tenant'] or '(unknown)'}, {one['http_request_id'] or one['request_id']}"
+        )
+    if len(lost) > LOST_LINES_MAX:
+        more = len(lost) - LOST_LINES_MAX
+        yield f"    and {more} more with less time; --json lists them, up to {MAX_LOST} in all"

@@ -1,0 +1,141 @@
+"""All commands with their panels, and how one of them is loaded when it is run.
+
+The list of commands has to be there at once, and the modules behind it take a second to load. So
+each command is a line in a table here, and its module is imported when somebody runs the command or
+asks for its help. Exit status of all: 0 done, 1 the books do not balance or something is not as it
+should be, 2 wrong usage or settings, with one line that says which.
+
+Invariant: no domain module is loaded before a command is chosen.
+"""
+
+import os
+import sys
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+# What a shell reports of a command that SIGPIPE ended.
+PIPE_CLOSED = 141
+
+
+class Entry(NamedTuple):
+    """A command: where it is (a function, or an app of several), and its line in the list."""
+
+    panel: str
+    place: str
+    help: str
+
+
+COMMANDS = {
+    "report": Entry("See", "report:report", "What each tenant used and cost, idle time included."),
+    "statement": Entry("See", "report:statement", "A tenant's month, line by line to the cent."),
+    "explain": Entry("See", "explain:explain", "How the bill of one request came about."),
+    "audit": Entry("See", "audit:audit", "Do the books balance? Exit status 1 if not."),
+    "prices": Entry("Money", "prices:prices", "Which price holds when, by the settings."),
+    "budgets": Entry("Money", "budgets:budgets", "How much of each budget is used."),
+    "tenants": Entry("Money", "tenants:app", "Add, change and list the tenants of the settings."),
+    "invoice": Entry("Money", "invoice:app", "Hold a provider's bill against the meter."),
+    "economics": Entry("Plan", "economics:economics_", "What a million tokens cost."),
+    "compare": Entry("Plan", "compare:compare_", "What the same requests cost at an API."),
+    "break-even": Entry("Plan", "break_even:break_even_", "From which volume on hosting pays."),
+    "sweep": Entry("Plan", "sweep:sweep", "Measure cost at one load after another."),
+    "saturation": Entry("Plan", "saturation:app", "Full load, as sweeps measured it."),
+    "calc": Entry("Plan", "calc:app", "The formulas of cost and load on your own numbers."),
+    "doctor": Entry("Check", "doctor:doctor_", "Is the meter installed, and does it work?"),
+    "validate": Entry("Check", "validate:validate", "How wrong each way to split a step is."),
+    "demo": Entry("Check", "demo:demo", "See it all without a GPU: a real server and its bill."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """The commands of the table; each is a stand-in with one line of help until it is needed."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = {
+            name: TyperCommand(
+                name, help=entry.help, rich_help_panel=entry.panel, rich_markup_mode=None
+            )
+            for name, entry in COMMANDS.items()
+        }
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in COMMANDS:
+            self.commands[args[0]] = load(args[0])
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands, panel by panel."""
+        width = max(map(len, COMMANDS))
+        for panel in dict.fromkeys(entry.panel for entry in COMMANDS.values()):
+            with formatter.section(panel):
+                formatter.write_dl(
+                    [
+                        (name.ljust(width), entry.help)
+                        for name, entry in COMMANDS.items()
+                        if entry.panel == panel
+                    ]
+                )
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. A reader that closes the pipe, as `head` does, has seen enough."""
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # Python flushes once more at its end, to nobody then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(PIPE_CLOSED) from None
+
+
+def load(name: str) -> Any:
+    """Return a command, or a group of commands, with its options."""
+    entry = COMMANDS[name]
+    module, _, attribute = entry.place.partition(":")
+    found = getattr(import_module(f"vllm_cost_meter.cli.{module}"), attribute)
+    if not isinstance(found, typer.Typer):
+        one = typer.Typer(add_completion=False, rich_markup_mode=None)
+        one.command(name)(found)
+        found = one
+    command = typer.main.get_command(found)
+    command.name = name
+    if isinstance(command, TyperGroup):
+        command.help = entry.help
+    return command
+
+
+def whole() -> TyperGroup:
+    """Return the command line with all commands loaded, for what reads their help."""
+    group = typer.main.get_group(app)
+    for name in COMMANDS:
+        group.commands[name] = load(name)
+    return group
+
+
+app = typer.Typer(
+    name="vllm-cost-meter",
+    cls=LazyGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # Brackets in help texts are brackets: [[prices]] is a table of the settings.
+    rich_markup_mode=None,
+)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """What the requests of a vLLM server cost: measured, per request and tenant."""
+    if version:
+        from vllm_cost_meter.version import __version__
+
+        print(__version__)
+        raise typer.Exit

@@ -1,0 +1,120 @@
+"""The command `compare`: what the requests of a window would have cost at APIs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, reading
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.offers import offers_for
+from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
+from vllm_cost_meter.units.calendar import WEEK
+from vllm_cost_meter.units.text import plain
+
+COLUMNS = (
+    "provider",
+    "model",
+    "usd",
+    "usd_per_m_output_tokens",
+    "usd_per_m_total_tokens",
+    "times",
+    "cheaper",
+    "as_of",
+    "source",
+)
+WHAT_IF_COLUMNS = ("provider", "model", "tokens_per_month", "usd", "cheaper")
+
+
+def compare_(
+    ledger: Ledger = None,
+    config: Config = None,
+    window: Week = WEEK,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="PROVIDER/MODEL of genai-prices, or a pattern; repeat it for several."),
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="A provider, or a pattern; repeat it for several.")
+    ] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TOML file of [[api_prices]] of your own; otherwise COST_METER_API_PRICES."
+        ),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Only offers with this label; repeat it for several.")
+    ] = None,
+    max_usd_per_m_output: Annotated[
+        float | None, typer.Option(help="Only offers up to this, for the measured mix.")
+    ] = None,
+    ratio: Annotated[
+        str | None,
+        typer.Option(help="What if: input tokens to output tokens, such as 3:1; with --volume."),
+    ] = None,
+    volume: Annotated[
+        list[str] | None,
+        typer.Option(help="What if: tokens per month, such as 100M or 1M..1B; with --ratio."),
+    ] = None,
+    accept_no_latency_promise: Annotated[
+        bool, typer.Option(help="Leave out the note on latency.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """What the same requests cost at an API.
+
+    It prices every request of the window, one by one.
+
+    Example: vllm-cost-meter compare --model 'openai/gpt-4o*' --window 7d
+    """
+    question = Question(
+        window,
+        tuple(model or ()),
+        tuple(provider or ()),
+        tuple(label or ()),
+        max_usd_per_m_output,
+        ratio,
+        tuple(volume or ()),
+        accept_no_latency_promise,
+    )
+    with reading(ledger, config) as reader:
+        named = prices or load_settings(config=config).api_prices
+        file = None if named is None else Path(named).expanduser()
+        question.check()
+        offers = offers_for(question.model, question.provider, file, question.label)
+        answer = compared(reader, question, offers, None if file is None else str(file))
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        _show(answer)
+
+
+def _show(answer: Mapping[str, Any]) -> None:
+    mix, supposed = answer["mix"], answer["what_if"]
+    print_rows([_rounded(row) for row in (answer["self_hosted"], *answer["offers"])], COLUMNS)
+    print(
+        f"the same {mix['requests']} requests each: {mix['prompt_tokens']} prompt tokens, of which"
+        f" {mix['cached_tokens']} cached, and {mix['output_tokens']} output tokens"
+    )
+    if supposed is not None:
+        month = supposed["self_hosted_usd_per_month"]
+        shown = "unknown, no price" if month is None else f"{float(month):.2f} USD"
+        print(
+            f"what if, of requests of {supposed['tokens_per_request']} tokens, none cached; a month"
+            f" here, at any volume: {shown}"
+        )
+        print_rows([_rounded(row) for row in supposed["offers"]], WHAT_IF_COLUMNS)
+    if answer["note"] is not None:
+        print(plain(answer["note"]))
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    numbers = ("usd", "usd_per_m_output_tokens", "usd_per_m_total_tokens", "times")
+    return {
+        name: f"{float(value):.6g}" if name in numbers and value is not None else value
+        for name, value in row.items()
+    }

@@ -1,0 +1,202 @@
+"""`vllm-cost-meter doctor`: is the meter installed, understood, able to write, and adding up?
+
+Each check looks at the thing itself and says what it found, in one line. A check that raises is a
+failed check with the error as its detail.
+
+Invariant: it changes nothing but the ledger's file, which it creates if there is none.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+import typer
+from sqlalchemy import make_url, update
+
+from vllm_cost_meter.activation import NAME
+from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_line_errors
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.engine.energy.nvml import EnergyCounter
+from vllm_cost_meter.ledger.database import check_location, open_database, writing
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.schema import schema_version
+from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts, described
+from vllm_cost_meter.units.text import plain
+from vllm_cost_meter.units.time import NS_PER_HOUR
+from vllm_cost_meter.version import __version__
+
+# Servers hold the ledger for milliseconds at a time.
+LEDGER_TIMEOUT_S = 2.0
+GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins", "vllm.endpoint_plugins")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one check."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+    """Is the meter installed, and does it work?
+
+    Each check says in one line what it found. Exit status 1 if one fails.
+
+    Example: vllm-cost-meter doctor --ledger ledger.db
+    """
+    with one_line_errors():
+        book = load_settings(config=config).price_book
+    findings = examine(ledger_url(ledger, config), book)
+    if as_json:
+        print(json.dumps({"ok": all(f.ok for f in findings), "findings": _dicts(findings)}))
+    else:
+        for finding in findings:
+            print(plain(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {finding.detail}"))
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def examine(ledger_url: str, book: PriceBook = NO_PRICES) -> list[Finding]:
+    """Run all checks; `book` is that of the settings."""
+    checks: list[tuple[str, Callable[[], Finding]]] = [
+        ("entry points", _entry_points),
+        ("named", _named),
+        ("native", _native),
+        ("vllm", _vllm),
+        ("ledger", lambda: _ledger(ledger_url)),
+        ("books", lambda: _books(ledger_url)),
+        ("cost model", lambda: _cost_model(ledger_url)),
+        ("price", lambda: _price(ledger_url, book)),
+        ("energy", _energy),
+    ]
+    return [_contained(name, check) for name, check in checks]
+
+
+def _contained(name: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - a doctor reports what it meets
+        cause = getattr(error, "orig", None) or error
+        return Finding(name, False, f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}")
+
+
+def _entry_points() -> Finding:
+    missing = [g for g in GROUPS if NAME not in {e.name for e in entry_points(group=g)}]
+    if missing:
+        return Finding("entry points", False, f"{NAME} is missing in {', '.join(missing)}")
+    return Finding("entry points", True, f"{NAME} {__version__} is found in all three groups")
+
+
+def _named() -> Finding:
+    names = os.environ.get("VLLM_PLUGINS")
+    if names is not None and NAME not in names.split(","):
+        detail = f"VLLM_PLUGINS={names} leaves {NAME} out: it is never loaded, nor is --plugins"
+        return Finding("named", False, detail)
+    if names is None:
+        return Finding("named", True, f"VLLM_PLUGINS is unset: start with --plugins {NAME}")
+    return Finding("named", True, f"VLLM_PLUGINS={names}")
+
+
+def _native() -> Finding:
+    from vllm_cost_meter import attribution  # fails where it is not built
+
+    if attribution.NATIVE:
+        return Finding("native", True, "the native attribution is loaded")
+    return Finding("native", False, "the slow Python twin is loaded (COST_METER_PURE_PYTHON=1)")
+
+
+def _vllm() -> Finding:
+    from vllm_cost_meter.vllm_hooks.canary import check_all  # takes seconds
+
+    return Finding("vllm", True, f"vLLM {check_all()} looks as the meter expects")
+
+
+def _ledger(url: str) -> Finding:
+    check_location(url)
+    engine = open_database(url, busy_timeout_s=LEDGER_TIMEOUT_S)
+    try:
+        with writing(engine).begin() as connection:
+            # Changes nothing, and fails where a bill would: locked, read-only, full.
+            connection.execute(update(schema_version).values(version=schema_version.c.version))
+    finally:
+        engine.dispose()
+    shown = make_url(url).render_as_string(hide_password=True)
+    return Finding("ledger", True, f"{shown} can be written")
+
+
+def _books(url: str) -> Finding:
+    reader = LedgerReader(url)
+    try:
+        answer = reader.audit()
+    finally:
+        reader.close()
+    runs = answer["runs"]
+    if not answer["balanced"]:
+        return Finding("books", False, "they do not balance: vllm-cost-meter audit says where")
+    engines_off = [run["run_id"][:8] for run in runs if run["alive"] and run["state"] == "off"]
+    if engines_off:
+        detail = f"the meter switched itself off in run {', '.join(engines_off)}: see the log"
+        return Finding("books", False, detail)
+    return Finding("books", True, f"{len(runs)} engine runs balance")
+
+
+def _cost_model(url: str) -> Finding:
+    reader = LedgerReader(url)
+    try:
+        found = reader.cost_models()
+    finally:
+        reader.close()
+    if not found:
+        return Finding("cost model", True, "no engine has run with this ledger yet")
+    latest = found[0]
+    if not latest["steps"]:
+        return Finding("cost model", True, f"no step learnt from yet; prior: {latest['prior']}")
+    return Finding(
+        "cost model",
+        True,
+        f"{latest['form']}, version {latest['version']}, {latest['steps']} steps of"
+        f" {latest['model']}: mean error {latest['error']:.1%},"
+        f" {latest['explained']:.1%} of the variance explained",
+    )
+
+
+def _price(url: str, book: PriceBook) -> Finding:
+    """Look for the price of now, for the latest run. To have none at all is the operator's choice.
+
+    So it is with one that is for certain runs only, as long as no run is known.
+    """
+    reader = LedgerReader(url)
+    try:
+        run = reader.latest_run()
+    finally:
+        reader.close()
+    hour = time.time_ns() // NS_PER_HOUR
+    facts = RunFacts() if run is None else run
+    price = book.price_at(facts, hour)
+    if price is not None:
+        return Finding("price", True, f"now {described(price.as_dict())}, by {price.key}")
+    is_meant = run is None or not book.listed()["prices"]
+    detail = f"none now, so cost is null: {book.why_no_price(facts, hour)}"
+    return Finding("price", is_meant, detail)
+
+
+def _energy() -> Finding:
+    """Read the first GPU that a server started here would see. Without one nothing is wrong."""
+    counter = EnergyCounter([0])
+    reading = counter.read(time.monotonic_ns())
+    code, _, detail = (reading.reason or "").partition(": ")
+    if code != "first":  # the first reading of a counter that can be read
+        # Everything but the binding, which is installed with the meter, may be as it should.
+        return Finding("energy", code != "no_binding", f"not measured: {detail}")
+    device = counter.devices[0]
+    return Finding("energy", True, f"the counter of {device.name} ({device.uuid}) can be read")
+
+
+def _dicts(findings: Sequence[Any]) -> list[dict[str, Any]]:
+    return [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in findings]

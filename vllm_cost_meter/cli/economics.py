@@ -1,0 +1,82 @@
+"""The command `economics`: what tokens cost in a window, under the traffic that there was."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, one_line_errors, reading
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.ledger.economics.figures import FIGURES
+from vllm_cost_meter.ledger.economics.query import economics, method
+from vllm_cost_meter.prices.book import described
+from vllm_cost_meter.units.calendar import WEEK, hours_of_window
+from vllm_cost_meter.units.text import plain, rounded
+
+
+def economics_(
+    ledger: Ledger = None,
+    config: Config = None,
+    window: Week = WEEK,
+    explain: Annotated[
+        str | None, typer.Option(metavar="FIGURE", help="Print the SQL of this figure instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a million tokens cost.
+
+    It also shows the load and the latency under which they cost that.
+
+    Example: vllm-cost-meter economics --window 30d
+    """
+    with one_line_errors():
+        declared = load_settings(config=config).declared
+        hours = hours_of_window(window)
+        with reading(ledger, config) as reader:
+            if explain is not None:
+                _explain_figure(explain, method(reader, declared, *hours), as_json=as_json)
+                return
+            answer = economics(reader, declared, *hours)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    rows = [
+        {"figure": name, "value": rounded(value), **FIGURES[name]._asdict()}
+        for name, value in answer["figures"].items()
+    ]
+    print_rows(rows, ("figure", "value", "unit", "meaning"))
+    for line in lines_below(answer):
+        print(plain(line))
+
+
+def _explain_figure(name: str, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print the SQL behind a figure. Raises ValueError for one that is not known."""
+    if name not in FIGURES:
+        raise ValueError(f"--explain: expected a figure that `economics` lists, got {name!r}")
+    known = {row["figure"]: row for row in rows}
+    if name not in known:
+        raise ValueError(f"{name}: expected latency bounds (slo_ttft_ms, ...), got none")
+    if as_json:
+        print(json.dumps(known[name], indent=2))
+    else:
+        print(plain(f"{name}: {known[name]['meaning']}"))
+        print(known[name]["sql"])
+
+
+def lines_below(answer: Mapping[str, Any]) -> list[str]:
+    """Return of what the figures are: the window, what ran, the prices, the bounds."""
+    window = answer["window"]
+    lines = [f"from {window['from'] or 'the beginning'} to {window['to'] or answer['taken_at']}"]
+    lines += [
+        f"{one['model']} in {one['precision']} on {one['gpus']} x {one['hardware']},"
+        f" {one['parallelism']}, vLLM {one['vllm_version']}"
+        for one in answer["deployments"]
+    ]
+    lines += [f"priced at {described(price)}" for price in answer["prices"]]
+    if (slo := answer["slo"]) is not None:
+        verdict = {None: "no request ended", True: "met", False: "NOT met"}[slo["met"]]
+        bounds = [f"{n[:-3]} {slo[n]:g} ms" for n in ("ttft_ms", "tpot_ms", "e2e_ms") if slo[n]]
+        lines.append(f"bounds: {', '.join(bounds)} for {slo['percentile']:g} %: {verdict}")
+    return lines

@@ -1,0 +1,161 @@
+"""`vllm-cost-meter invoice`: import bills of a provider, list them, compare them with the meter.
+
+How a file is read stands in the settings (`[[invoices]]` and the like); what was read stays in the
+ledger. Invariant: a file that is wrong anywhere, or contradicts the ledger, changes nothing.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_cost_meter.cli.options import (
+    Config,
+    Csv,
+    Json,
+    Ledger,
+    Window,
+    ledger_url,
+    new_group,
+    one_line_errors,
+    reading,
+)
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.invoices.files import FOCUS, SNAPSHOTS, read_invoice
+from vllm_cost_meter.ledger.billing.days import invoice_days
+from vllm_cost_meter.ledger.billing.importing import import_invoice
+from vllm_cost_meter.ledger.billing.meters import meters
+from vllm_cost_meter.units.calendar import hours_of_window
+from vllm_cost_meter.units.text import plain, rounded, to_csv
+
+app = new_group("invoice")
+
+METER_COLUMNS = (
+    "resource",
+    "kind",
+    "from",
+    "to",
+    "snapshots",
+    "lines",
+    "billed_usd",
+    "unobserved_hours",
+    "resets",
+)
+DAY_COLUMNS = (
+    "day",
+    "metered_usd",
+    "billed_gpu_usd",
+    "difference_usd",
+    "capture_rate",
+    "billed_disk_usd",
+    "billed_network_usd",
+    "billed_other_usd",
+    "covered_hours",
+    "unobserved_hours",
+    "resets",
+)
+# Unobserved times that an import prints.
+UNOBSERVED_LINES_MAX = 20
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="CSV, or JSON for snapshots.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help=f"{FOCUS}: the FinOps specification's CSV; {SNAPSHOTS}: readings of a counter or"
+            " rate; or the name of one of [[invoices]] in the settings."
+        ),
+    ] = FOCUS,
+    ledger: Ledger = None,
+    config: Config = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read a file of what a provider billed into the ledger.
+
+    The same file again changes nothing.
+
+    Example: vllm-cost-meter invoice import bill.csv --format focus --dry-run
+    """
+    with one_line_errors():
+        rules = load_settings(config=config).invoice_rules
+        told = read_invoice(file, format, rules)
+        url, now_ns = ledger_url(ledger, config), time.time_ns()
+        answer = import_invoice(url, told, rules.gap_ns, now_ns, dry_run=dry_run)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    print_rows(_shown(answer["resources"]), METER_COLUMNS)
+    for line in import_lines(answer):
+        print(plain(line))
+
+
+@app.command("list")
+def list_(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+    """List what was billed: resource, time span, sum and gaps.
+
+    Example: vllm-cost-meter invoice list
+    """
+    with reading(ledger, config) as reader, reader.transaction() as connection:
+        rows = meters(connection)
+    if as_json:
+        print(json.dumps({"resources": rows}, indent=2))
+    elif rows:
+        print_rows(_shown(rows), METER_COLUMNS)
+    else:
+        print("no bill: import one with `vllm-cost-meter invoice import`")
+
+
+@app.command()
+def days(
+    ledger: Ledger = None,
+    config: Config = None,
+    window: Window = None,
+    as_json: Json = False,
+    as_csv: Csv = False,
+) -> None:
+    """What was metered and billed on each UTC day.
+
+    Example: vllm-cost-meter invoice days --window 30d
+    """
+    with reading(ledger, config) as reader:
+        if as_json and as_csv:
+            raise ValueError("--csv: expected without --json, got both")
+        answer = invoice_days(reader, *hours_of_window(window))
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    elif as_csv:
+        print(to_csv(answer["days"]), end="")
+    else:
+        print_rows(_shown([*answer["days"], {"day": "total", **answer["total"]}]), DAY_COLUMNS)
+
+
+def import_lines(answer: Mapping[str, Any]) -> list[str]:
+    """Return what an import did, and which times nobody observed."""
+    would = "would be written" if answer["dry_run"] else "written"
+    lines = [
+        f"{answer['file']}: {would}: {answer['lines']} lines and {answer['snapshots']} snapshots;"
+        f" known before: {answer['known']}; ignored rows: {answer['ignored']}"
+    ]
+    unobserved = answer["unobserved"]
+    lines += [
+        f"not observed: {one['resource']} ({one['kind']}) from {one['from']} to {one['to']}:"
+        f" {one['reason']}"
+        for one in unobserved[:UNOBSERVED_LINES_MAX]
+    ]
+    if (more := len(unobserved) - UNOBSERVED_LINES_MAX) > 0:
+        lines.append(f"and {more} more; --json lists them")
+    return lines
+
+
+def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: rounded(value) if isinstance(value, float) else value for name, value in row.items()}
+        for row in rows
+    ]

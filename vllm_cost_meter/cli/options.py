@@ -1,0 +1,86 @@
+"""What the commands of the command line share: their options, and the ledger."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.ledger.database import url_of
+from vllm_cost_meter.ledger.opening import open_ledger
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.units.calendar import EXPECTED as WINDOWS
+from vllm_cost_meter.units.text import plain
+
+Ledger = Annotated[
+    str | None,
+    typer.Option(
+        help="The ledger: a SQLite file, or a SQLAlchemy URL; otherwise COST_METER_LEDGER or the"
+        " default."
+    ),
+]
+Config = Annotated[
+    Path | None, typer.Option(help="The settings file; otherwise that of COST_METER_CONFIG.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+TimeZone = Annotated[
+    str | None,
+    typer.Option("--tz", help="Time zone of days, such as Europe/Berlin; otherwise UTC."),
+]
+Week = Annotated[str, typer.Option("--window", help=f"{WINDOWS}.")]
+Window = Annotated[
+    str | None, typer.Option("--window", help=f"{WINDOWS}. Without it: the whole ledger.")
+]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the command with one line and status 2 at a user's error."""
+    try:
+        yield
+    except (CostMeterError, ValueError) as error:
+        print(plain(f"vllm-cost-meter: {error}"), file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def reading(ledger: str | None, config: Path | None = None) -> Iterator[LedgerReader]:
+    """Open the ledger; a user's error ends the command."""
+    with one_line_errors():
+        book = load_settings(config=config).price_book
+        with open_ledger(ledger_url(ledger, config), book=book) as reader:
+            yield reader
+
+
+def ledger_url(ledger: str | None, config: Path | None = None) -> str:
+    """Return the URL of the ledger that an option or the settings name."""
+    with one_line_errors():
+        named = load_settings(config=config).ledger if ledger is None else ledger
+        return url_of(named or None)
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write what --output names, as it is: CSV has the line ends of its standard.
+
+    Raises ValueError.
+    """
+    try:
+        path.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
+
+
+def new_group(name: str) -> typer.Typer:
+    """Return an app for several commands; its help shows brackets as they are."""
+    return typer.Typer(
+        name=name,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )

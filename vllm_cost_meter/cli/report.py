@@ -1,0 +1,257 @@
+"""The commands `report` and `statement`: figures of the ledger for people and spreadsheets.
+
+A report without words of the grammar is that by tenant, with the prices and overheads below it, as
+`/cost/tenants` gives it; with any of them it is that of `/cost/report`. Exit status 1 if the books
+do not add up.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_cost_meter.cli.options import (
+    Config,
+    Csv,
+    Json,
+    Ledger,
+    TimeZone,
+    Window,
+    reading,
+    write_output,
+)
+from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.reports.answers import TenantsReport
+from vllm_cost_meter.reports.facts import COUNTS
+from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words
+from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
+from vllm_cost_meter.reports.price_lines import price_lines
+from vllm_cost_meter.reports.statement_html import statement_html
+from vllm_cost_meter.reports.statement_text import print_statement
+from vllm_cost_meter.units.calendar import hours_of_window, zone_of
+from vllm_cost_meter.units.text import plain, to_csv
+
+TENANT_COLUMNS: tuple[str, ...] = ("tenant", *COUNTS, "gpu_time_ns", "cost_usd")
+REQUEST_COLUMNS: tuple[str, ...] = (
+    "finished_at",
+    "http_request_id",
+    "tenant",
+    "route",
+    "state",
+    "status",
+    "engine_status",
+    "prompt_tokens",
+    "output_tokens",
+    "gpu_time_ns",
+    "cost_usd",
+)
+REPORT_COLUMNS = (*COUNTS, "gpu_time_ns", "idle_share_ns", "usage_cost_usd", "cost_usd")
+# Shown where the energy of any row is known; in JSON and CSV always.
+ENERGY_COLUMN = "energy_mj"
+
+
+class What(StrEnum):
+    """What a report is about."""
+
+    tenants = "tenants"
+    requests = "requests"
+
+
+class Format(StrEnum):
+    """How a statement is written."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    html = "html"
+
+
+Idle = Annotated[
+    str | None, typer.Option(help=f"Who pays for idle time: {POLICIES}. Otherwise none.")
+]
+
+Aggregate = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Columns to add up by, with commas: {', '.join((*DIMENSIONS, *TIMES))}, {TAG}NAME,"
+        f" {LABEL}NAME; otherwise tenant."
+    ),
+]
+Filter = Annotated[
+    str | None, typer.Option(help=f"Rows to show, such as tenant:a,b+model:m+{TAG}team=x.")
+]
+
+
+def report(
+    what: Annotated[
+        What,
+        typer.Argument(help="tenants, or requests: those that run, then the others, newest first"),
+    ] = What.tenants,
+    ledger: Ledger = None,
+    config: Config = None,
+    window: Window = None,
+    tz: TimeZone = None,
+    aggregate: Aggregate = None,
+    step: Annotated[
+        str | None, typer.Option(help=f"A report for each of these: {', '.join(STEPS)}.")
+    ] = None,
+    accumulate: Annotated[bool, typer.Option(help="Add the steps up again.")] = False,
+    idle: Idle = None,
+    filter: Filter = None,
+    price: Annotated[
+        str | None, typer.Option(help="What if every GPU-hour had cost so many USD?")
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's requests.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests to list.")] = 100,
+    as_json: Json = False,
+    as_csv: Csv = False,
+) -> None:
+    """What each tenant used and cost, idle time included.
+
+    The rows add up to all the time of all engines. With `requests` it lists requests instead: first
+    those that run, then the others, the newest first.
+
+    Example: vllm-cost-meter report --window 7d --aggregate tenant,model
+    """
+    words: Words = {
+        "window": window,
+        "tz": tz,
+        "aggregate": aggregate,
+        "step": step,
+        "accumulate": accumulate,
+        "idle": idle,
+        "filter": filter,
+        "price": price,
+    }
+    answer: Any
+    with reading(ledger, config) as reader:
+        _refuse(words if what is What.requests else {"tenant": tenant}, what)
+        if as_json and as_csv:
+            raise ValueError("--csv: expected without --json, got both")
+        has_words = any(value for word, value in words.items() if word not in ("window", "tz"))
+        if has_words:
+            answer = reader.report(**words)
+            rows, columns = _series_rows(answer)
+        elif what is What.tenants:
+            answer = _plain_report(reader, window, tz)
+            rows, columns = _series_rows(answer)[0], TENANT_COLUMNS
+        else:
+            answer = reader.requests(limit=limit, tenant=tenant)
+            rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    elif as_csv:
+        print(to_csv(rows), end="")
+    else:
+        below = _lines_below(answer, filter, has_words) if what is What.tenants else []
+        _print_table(rows, columns, below)
+    if what is What.tenants and not answer["adds_up"]:
+        raise typer.Exit(1)
+
+
+def statement(
+    month: Annotated[str, typer.Option(help="The month, such as 2026-11.")],
+    tenant: Annotated[str | None, typer.Option(help="Whose statement.")] = None,
+    everyone: Annotated[
+        bool, typer.Option("--all", help="All tenants, what nobody pays, and the grand total.")
+    ] = False,
+    tz: TimeZone = None,
+    idle: Idle = None,
+    ledger: Ledger = None,
+    config: Config = None,
+    format: Annotated[Format, typer.Option(help="HTML prints well, also to PDF.")] = Format.table,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file to write, or write anew.")
+    ] = None,
+) -> None:
+    """A tenant's month, line by line to the cent.
+
+    The lines are by model and day, and add up to the total.
+
+    Example: vllm-cost-meter statement --month 2026-11 --tenant search
+    """
+    with reading(ledger, config) as reader:
+        if everyone == (tenant is not None):
+            raise ValueError("--tenant: expected it or --all, and not both")
+        answer = reader.statement(month, tenant=tenant, tz=tz, idle=idle)
+        text = _written(answer, format)
+        if output is not None:
+            write_output(output, text)
+    if output is None:
+        print(text, end="")
+    if not answer["adds_up"]:
+        raise typer.Exit(1)
+
+
+def _print_table(
+    rows: Sequence[Mapping[str, Any]], columns: tuple[str, ...], below: Sequence[str]
+) -> None:
+    if any(row.get(ENERGY_COLUMN) is not None for row in rows):
+        columns = (*columns, ENERGY_COLUMN)
+    print_rows(rows, columns)
+    for line in below:
+        print(plain(line))
+
+
+def _plain_report(reader: LedgerReader, window: str | None, tz: str | None) -> TenantsReport:
+    zone = zone_of(tz)
+    return reader.tenants(*hours_of_window(window, zone=zone), zone)
+
+
+def adds_up_line(answer: Mapping[str, Any]) -> str:
+    """Return the line under a tenant report that says whether its rows are the whole."""
+    wall_s = answer["wall_gpu_ns"] / 1e9
+    if answer["adds_up"]:
+        return f"adds up: the rows are all of {wall_s:.6f} GPU-seconds, to the nanosecond"
+    return f"DOES NOT ADD UP: {answer['difference_ns']} ns of {wall_s:.6f} GPU-seconds are missing"
+
+
+def _refuse(words: Mapping[str, object], got: What) -> None:
+    """Raise ValueError for a word that would be passed over: it is of the other report."""
+    expected = What.tenants if got is What.requests else What.requests
+    for name, value in words.items():
+        if value:
+            raise ValueError(f"--{name}: expected with `report {expected}`, got it with {got}")
+
+
+def _series_rows(answer: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """Return the rows of all pieces of a report, and the columns of its table."""
+    is_series = len(answer["series"]) > 1
+    rows = [
+        {**({"from": piece["from"], "to": piece["to"]} if is_series else {}), **row}
+        for piece in answer["series"]
+        for row in piece["rows"]
+    ]
+    # Only times: without the class nobody could tell usage from idle.
+    names_class = () if set(answer["aggregate"]) - set(TIMES) else ("class",)
+    start = ("from",) if is_series else ()
+    return rows, (*start, *names_class, *answer["aggregate"], *REPORT_COLUMNS)
+
+
+def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool) -> list[str]:
+    lines = []
+    if answer.get("what_if_usd_per_gpu_hour") is not None:
+        usd = answer["what_if_usd_per_gpu_hour"]
+        lines.append(f"what if: every GPU-hour at {usd} USD; that is not what it cost")
+    if filter:
+        lines.append("filtered: rows that are not shown belong to the whole too")
+    lines.append(adds_up_line(answer))
+    # Prices and overheads are told beside the plain report only.
+    return lines if has_words else [*lines, *price_lines(answer)]
+
+
+def _written(answer: Mapping[str, Any], format: Format) -> str:
+    if format is Format.json:
+        return json.dumps(answer, indent=2) + "\n"
+    if format is Format.csv:
+        return to_csv(answer["lines"])
+    if format is Format.html:
+        return statement_html(answer)
+    out = io.StringIO()
+    print_statement(answer, out)
+    return out.getvalue()

@@ -1,0 +1,182 @@
+"""The command `sweep`: curves of cost against load, and full load out of them.
+
+A sweep writes what it has at any end: done, Ctrl-C, or a client that failed. Exit status 0 if all
+rates were measured, 130 after Ctrl-C, 1 if the client or the server failed, 2 for wrong usage.
+"""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_cost_meter import plots
+from vllm_cost_meter.cli.options import (
+    Config,
+    Json,
+    Ledger,
+    ledger_url,
+    one_line_errors,
+    write_output,
+)
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.economics import saturation_of
+from vllm_cost_meter.economics.numbers import positive
+from vllm_cost_meter.lab.sweep.bench import Shape
+from vllm_cost_meter.lab.sweep.meter import Deployment
+from vllm_cost_meter.lab.sweep.plot import sweep_figure
+from vllm_cost_meter.lab.sweep.run import PARTS, Plan
+from vllm_cost_meter.lab.sweep.session import TOKEN, SweepSession
+from vllm_cost_meter.ledger.economics import saturation
+from vllm_cost_meter.units.text import plain, rounded
+
+COLUMNS = (
+    "shape", "requests_per_s", "window_s", "sent", "failed", "utilization", "concurrency",
+    "output_tokens_per_s", "usd_per_m_output_tokens", "usd_per_m_total_tokens", "ttft_p99_ms",
+    "tpot_ms", "settled", "saturated",
+)  # fmt: skip
+
+
+def sweep(
+    url: Annotated[str, typer.Option(help="vLLM's URL.")] = "http://127.0.0.1:8000",
+    side_url: Annotated[
+        str | None,
+        typer.Option(help=f"The side endpoint's URL; its admin token is taken from {TOKEN}."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokens of each prompt and reply; repeat it for several. 512:256."),
+    ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="Requests per second, with commas; otherwise found by a burst."),
+    ] = None,
+    window: Annotated[float, typer.Option(help="Seconds that count, of each rate.")] = 120.0,
+    warmup: Annotated[float, typer.Option(help="Seconds before them that do not.")] = 30.0,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each rate is measured.")] = 1,
+    burstiness: Annotated[
+        float, typer.Option(help="Of the gaps between arrivals; 1 is a Poisson process.")
+    ] = 1.0,
+    burst_requests: Annotated[
+        int, typer.Option(min=8, help="How many requests the burst is that finds the rates.")
+    ] = 256,
+    parts: Annotated[
+        str | None,
+        typer.Option(help="The rates to find, as parts of what is served, with commas."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random prompts.")] = 0,
+    slo_ttft_ms: Annotated[
+        float | None, typer.Option(help="A line in the plot; otherwise the setting's.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder for curves and plot.")
+    ] = Path("sweep"),
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of the client; otherwise the model that vLLM loaded.")
+    ] = None,
+    ledger: Ledger = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Measure cost at one load after another.
+
+    It sends requests with `vllm bench serve` to your server, writes the curve and draws it.
+
+    Example: vllm-cost-meter sweep --shape 512:256 --rates 1,2,4,8
+    """
+    with one_line_errors():
+        settings = load_settings(config=config)
+        plan = Plan(
+            Shape(1, 1),  # of each in its turn
+            rates=_rates("rates", rates) if rates else (),
+            window_s=positive("window", window),
+            warmup_s=positive("warmup", warmup),
+            repeats=repeats,
+            burstiness=positive("burstiness", burstiness),
+            seed=seed,
+            burst_requests=burst_requests,
+            parts=PARTS if parts is None else _rates("parts", parts),
+        )
+        plans = [replace(plan, shape=Shape.parse(each)) for each in shape or ["512:256"]]
+        bound = settings.slo_ttft_ms if slo_ttft_ms is None else positive("slo", slo_ttft_ms)
+        plots.new_figure(1, 1)  # a missing package is told now, not at the end
+        _make_folder(output)
+        session = SweepSession(url, _side_url(side_url, settings.port), tokenizer, output)
+    status = session.measure(plans)
+    if session.curves:
+        _write(session, bound, ledger_url(ledger, config), as_json=as_json)
+    if status:
+        raise typer.Exit(status)
+
+
+def _side_url(told: str | None, port: int | None) -> str:
+    if told is None and not port:
+        raise ValueError("--side-url: expected where the side endpoint is, got no port of it")
+    return told or f"http://127.0.0.1:{port}"
+
+
+def _write(session: SweepSession, slo_ttft_ms: float | None, url: str, *, as_json: bool) -> None:
+    """Write curves and plot, print the table, and keep full load where the ledger is at hand."""
+    rows, lines = [], []
+    with one_line_errors():
+        for curve in session.curves:
+            name = str(curve["protocol"]["plan"]["shape"]).replace(":", "x")
+            path = session.output / f"curve-{name}.json"
+            write_output(path, json.dumps(curve, indent=2) + "\n")
+            lines += [f"curve: {path}", *_kept(curve, path, url, session.deployment)]
+            rows += [
+                {"shape": name, **{key: _cell(value) for key, value in point.items()}}
+                for point in curve["points"]
+            ]
+        plot = [session.output / f"sweep{suffix}" for suffix in plots.SUFFIXES]
+        plots.save(sweep_figure(session.curves, slo_ttft_ms), plot)
+        lines.append(f"plot: {' and '.join(map(str, plot))}")
+    if as_json:
+        print(json.dumps({"curves": session.curves}, indent=2))
+        return
+    print_rows(rows, COLUMNS)
+    print("\n".join(map(plain, lines)))
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder that files can be written to. Raises ValueError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
+
+
+def _kept(curve: dict[str, Any], path: Path, url: str, deployment: Deployment) -> list[str]:
+    """Keep a curve's full load in the ledger that has this deployment; say what was done."""
+    try:
+        point = saturation_of(curve)
+    except ValueError as error:
+        return [f"no full load: {error}"]
+    if not saturation.knows_runs(url, deployment.run_ids):
+        return [
+            f"full load: {point.output_tokens_per_s:.6g} output tokens/s; to have penalties"
+            f" against it, `vllm-cost-meter saturation import {path}` beside its ledger"
+        ]
+    saturation.keep(url, [point])
+    return [f"full load: {point.output_tokens_per_s:.6g} output tokens/s, kept in the ledger"]
+
+
+def _cell(value: object) -> object:
+    return rounded(value) if isinstance(value, float) else value
+
+
+def _rates(name: str, text: str) -> tuple[float, ...]:
+    """Return numbers, ascending. Raises ValueError for what is none, or stands twice."""
+    found = []
+    for each in text.split(","):
+        try:
+            found.append(positive(name, float(each)))
+        except ValueError:
+            raise ValueError(f"--{name}: expected numbers above 0, got {each!r}") from None
+    if len(set(found)) < len(found):
+        raise ValueError(f"--{name}: expected each number once, got {text!r}")
+    return tuple(sorted(found))

@@ -1,0 +1,79 @@
+"""Engine settings: the three values that an engine process needs, read without pydantic.
+
+EngineCore and every worker import this module. The full settings would bring pydantic and fifty of
+our modules into them to read three values. The operator's process checks the same environment and
+file before any engine starts (`plugin.check_settings`).
+
+Invariant: the values are those that `load_settings` would return in this process.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vllm_cost_meter.errors import SettingError
+
+PREFIX = "COST_METER_"
+Method = Literal["shapley", "tokens", "equal"]
+METHOD_EXPECTED = "shapley, tokens or equal"
+
+
+LABELS_MAX = 16
+LABELS_EXPECTED = (
+    f"at most {LABELS_MAX} of NAME=VALUE joined by commas (in a file a table of texts): names of 1"
+    " to 64 small letters, digits, `_` or `-`, values of 1 to 128 printable characters"
+)
+_LABEL_NAME = re.compile(r"[a-z0-9_-]{1,64}")
+_LABEL_CHARS_MAX = 128
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """The method that splits a step's time, the step log's file if any, the engine's labels."""
+
+    method: Method = "shapley"
+    step_log: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def labels_of(given: object) -> dict[str, str]:
+    """Return the labels of a setting, by name. Raises ValueError that says what was wrong."""
+    if isinstance(given, str):
+        pairs = [pair.partition("=") for pair in given.split(",")]
+        if len({name for name, _, _ in pairs}) < len(pairs):
+            raise ValueError("a name twice")
+        given = {name.strip(): value.strip() for name, _, value in pairs}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"a {type(given).__name__}")  # noqa: TRY004 - a wrong setting's value
+    if len(given) > LABELS_MAX:
+        raise ValueError(f"{len(given)} labels")
+    for name, value in given.items():
+        if not _LABEL_NAME.fullmatch(name):
+            raise ValueError(f"the name {name[:_LABEL_CHARS_MAX]!r}")
+        is_text = isinstance(value, str) and value.isprintable()
+        if not is_text or not 1 <= len(value) <= _LABEL_CHARS_MAX:
+            raise ValueError(f"{str(value)[:_LABEL_CHARS_MAX]!r} at {name!r}")
+    return dict(sorted(given.items()))
+
+
+def load_engine_settings(environ: Mapping[str, str] = os.environ) -> EngineSettings:
+    """Return the engine's settings from this environment and the file that it names.
+
+    Raises SettingError, OSError or ValueError where `load_settings` raises SettingError.
+    """
+    values: dict[str, Any] = asdict(EngineSettings())
+    if path := environ.get(f"{PREFIX}CONFIG"):
+        from_file = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        values |= {name: from_file[name] for name in values if name in from_file}
+    values |= {name: given for name in values if (given := environ.get(PREFIX + name.upper()))}
+    if values["method"] not in get_args(Method):
+        raise SettingError(f"{PREFIX}METHOD", METHOD_EXPECTED, values["method"])
+    try:
+        values["labels"] = labels_of(values["labels"])
+    except ValueError:
+        raise SettingError(f"{PREFIX}LABELS", LABELS_EXPECTED, values["labels"]) from None
+    return EngineSettings(**values)

@@ -1,0 +1,99 @@
+"""Reload the settings file while the server runs.
+
+Once a second the file's stamp is compared. If it differs, the file is read as at the start. The
+settings that may change while a server runs (`live`: tenants, their rules and budgets, prices, what
+clients are told) take effect together, for requests that come from then on. A faulty file changes
+nothing: one line in the log says so, once per change, and the settings stay as they were.
+
+Invariant: the settings in use were checked as a whole. A setting that is not live keeps the value
+that it had when the server started.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.errors import SettingError
+
+logger = logging.getLogger("vllm.cost_meter")
+
+INTERVAL_S = 1.0
+
+# Modification time, size and inode: a file replaced within the clock's resolution differs too.
+Stamp = tuple[int, int, int]
+
+
+def stamp_of(path: str | Path) -> Stamp | None:
+    """Return a stamp that differs between two states of a file; None without a file."""
+    try:
+        stat = Path(path).expanduser().stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def live_names() -> frozenset[str]:
+    """Return the settings that may change while a server runs."""
+    fields = Settings.model_fields.items()
+    return frozenset(
+        name
+        for name, field in fields
+        if isinstance(extra := field.json_schema_extra, dict) and extra.get("live")
+    )
+
+
+class Reloader:
+    """Watches the settings file for one process."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        # No file has this stamp, so the first look reads it: it may have changed since the start.
+        self._seen: Stamp | None = (0, 0, 0)
+
+    def look(self, current: Settings) -> Settings | None:
+        """Return the settings to use from now on; None if nothing changed. Blocks on the file.
+
+        Each state of the file is read and logged once, right or wrong.
+        """
+        stamp = stamp_of(self._path)
+        if stamp == self._seen:
+            return None
+        self._seen = stamp
+        try:
+            loaded = load_settings(config=self._path)
+        except SettingError as error:
+            logger.error("cost meter: the settings stay as they were: %s", error)
+            return None
+        values, live = _values(current), live_names()
+        changed = {name for name, value in _values(loaded).items() if value != values[name]}
+        if held := changed - live:
+            logger.warning("cost meter: %s: a restart is needed for %s", self._path, _list(held))
+        taken = changed & live
+        if not taken:
+            return None
+        try:
+            # Settings are built anew: a copy would keep values derived from the old ones.
+            new = Settings(**values | {name: getattr(loaded, name) for name in taken})
+        except ValidationError:  # One cause is a first budget in USD together with a first price.
+            logger.error(
+                "cost meter: the settings stay as they were: %s needs a restart as a whole",
+                self._path,
+            )
+            return None
+        new.derive()
+        logger.info("cost meter: %s: taken over, changed %s", self._path, _list(taken))
+        return new
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    # `dict(settings)` would also have the derived values.
+    return {name: getattr(settings, name) for name in Settings.model_fields}
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

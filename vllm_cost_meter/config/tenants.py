@@ -1,0 +1,302 @@
+"""Tenant settings: `[[tenants]]` and `[[tenant_rules]]`, and the resolver that they declare.
+
+The checks here cover all entries together: unique names and keys, declared parents, no circle.
+
+Invariant: `resolver_of` gets only checked settings, and never fails.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from vllm_cost_meter.config import types as t
+from vllm_cost_meter.tenants.rules import (
+    PROOF_HEADER,
+    SLASH,
+    ApiKeyRule,
+    ChildRule,
+    ConstantRule,
+    Declared,
+    HeaderRule,
+    Resolver,
+    Rule,
+)
+
+HASH_CHARS_SHOWN = 8
+
+
+class TenantSetting(BaseModel):
+    """One `[[tenants]]` entry: a tenant's API keys, and how reports group it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: t.TenantName = Field(
+        description="Name of the tenant in bills and reports; unique. A slash only in "
+        "`PARENT/CHILD`, of a parent that is declared too.",
+        json_schema_extra=t.about(
+            "1 to 128 printable characters, not `unknown` or `other`, not starting with `__`"
+        ),
+    )
+    api_key_sha256: tuple[t.Digest, ...] = Field(
+        default=(),
+        repr=False,
+        description="SHA-256 of each of the tenant's API keys; a key belongs to one tenant.",
+        json_schema_extra=t.about(f"a list, each {t.SHA256}", secret=True),
+    )
+    parent: t.TenantName | None = Field(
+        default=None,
+        description="The tenant that this one belongs to.",
+        json_schema_extra=t.about("the name of a declared tenant"),
+    )
+    tags: t.Tags = Field(
+        default={},
+        description="What reports group by: cost centre, R&D or COGS, anything. A tenant has its "
+        "parent's tags too, where it does not set them itself.",
+        json_schema_extra=t.about(t.TAGS),
+    )
+    fail_closed: bool = Field(
+        default=False,
+        description="Whether requests of this tenant and all below it are refused (503) while the "
+        "meter cannot measure what their budgets count.",
+        json_schema_extra=t.about("true or false"),
+    )
+    reply: t.Reply | None = Field(
+        default=None,
+        description="What this tenant's clients are told; without it what its parent says, else "
+        "`reply`.",
+        json_schema_extra=t.about(t.REPLY),
+    )
+
+    @property
+    def owner(self) -> str | None:
+        """The parent's name: the `parent` setting, else the part before the slash in the name."""
+        return self.parent or self.name.rpartition(SLASH)[0] or None
+
+
+class RuleSetting(BaseModel):
+    """One `[[tenant_rules]]` entry: a way to find a request's tenant."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rule: Literal["api_key", "header", "user", "metadata", "lora", "model", "constant"] = Field(
+        description="What names the tenant (`api_key`, `header`, `constant`) or chooses a child of "
+        "the tenant found (the others).",
+        json_schema_extra=t.about("api_key, header, user, metadata, lora, model or constant"),
+    )
+    name: t.HeaderName | None = Field(
+        default=None,
+        description="`header`: the header that carries the tenant.",
+        json_schema_extra=t.about(t.HEADER),
+    )
+    proof_sha256: t.Digest | None = Field(
+        default=None,
+        repr=False,
+        description="`header`: SHA-256 of the secret by which the gateway proves itself; without "
+        "it that of `gateway_secret`.",
+        json_schema_extra=t.about(t.SHA256, secret=True),
+    )
+    proof_header: t.HeaderName = Field(
+        default=PROOF_HEADER,
+        description="`header`: the header in which the gateway sends that secret.",
+        json_schema_extra=t.about(t.HEADER),
+    )
+    trust: Literal["everyone"] | None = Field(
+        default=None,
+        description="`header`: believe the header from everyone, without a proof.",
+        json_schema_extra=t.about("everyone"),
+    )
+    key: t.MetadataKey | None = Field(
+        default=None,
+        description="`metadata`: the key of the body's `metadata`.",
+        json_schema_extra=t.about(t.METADATA_KEY),
+    )
+    trust_clients: bool = Field(
+        default=False,
+        strict=True,
+        description="`user`, `metadata`, `lora`, `model`: where no rule before it found a tenant, "
+        "name one outright; never one that is declared.",
+        json_schema_extra=t.about("true or false"),
+    )
+    tenant: t.TenantName | None = Field(
+        default=None,
+        description="`constant`: the tenant.",
+        json_schema_extra=t.about("the name of a tenant"),
+    )
+
+    @model_validator(mode="after")
+    def _only_what_belongs_to_it(self) -> Self:
+        for name in sorted(self.model_fields_set - {"rule"} - _TAKES[self.rule]):
+            raise t.WrongError(f"no `{name}` in a rule {self.rule!r}", "a value")
+        if (needed := _NEEDS.get(self.rule)) and getattr(self, needed) is None:
+            raise t.WrongError(f"`{needed}` in a rule {self.rule!r}", "nothing")
+        if self.trust is not None and self.proof_sha256 is not None:
+            raise t.WrongError("`proof_sha256` or `trust` in a rule 'header'", "both")
+        return self
+
+
+_TAKES: Mapping[str, set[str]] = {
+    "api_key": set(),
+    "header": {"name", "proof_sha256", "proof_header", "trust"},
+    "user": {"trust_clients"},
+    "metadata": {"key", "trust_clients"},
+    "lora": {"trust_clients"},
+    "model": {"trust_clients"},
+    "constant": {"tenant"},
+}
+_NEEDS: Mapping[str, str] = {"header": "name", "metadata": "key", "constant": "tenant"}
+# Without rules in the settings, only API keys name tenants.
+_BY_DEFAULT = (RuleSetting(rule="api_key"),)
+
+
+# -- checks over all entries --------------------------------------------------------------------
+
+
+def check_tenants(tenants: Sequence[TenantSetting]) -> None:
+    """Raise WrongError unless names and keys are unique, parents declared, and without a circle."""
+    owners: dict[str, str] = {}
+    parents: dict[str, str | None] = {}
+    for tenant in tenants:
+        if tenant.name in parents:
+            raise t.WrongError("each tenant's name once", f"{tenant.name!r} twice")
+        parents[tenant.name] = tenant.owner
+        for digest in tenant.api_key_sha256:
+            if (owner := owners.setdefault(digest, tenant.name)) != tenant.name:
+                short = f"{digest[:HASH_CHARS_SHOWN]}..."
+                got = f"{short} at {owner!r} and {tenant.name!r}"
+                raise t.WrongError("each api_key_sha256 at one tenant", got)
+    for tenant in tenants:
+        _check_parent(tenant, parents)
+    _check_no_circle(parents)
+
+
+def _check_parent(tenant: TenantSetting, parents: Mapping[str, str | None]) -> None:
+    before, slash, child = tenant.name.rpartition(SLASH)
+    if slash and (before not in parents or not child or child != child.strip()):
+        raise t.WrongError("a slash only in PARENT/CHILD of a declared parent", repr(tenant.name))
+    if tenant.owner is not None and tenant.owner not in parents:
+        got = f"{tenant.owner!r} of {tenant.name!r}"
+        raise t.WrongError("each parent to be a declared tenant", got)
+    if slash and tenant.owner != before:
+        got = f"{tenant.owner!r} of {tenant.name!r}"
+        raise t.WrongError("the same parent as in the name PARENT/CHILD", got)
+
+
+def _check_no_circle(parents: Mapping[str, str | None]) -> None:
+    good: set[str] = set()
+    for name in parents:
+        chain: dict[str, None] = {}
+        at: str | None = name
+        while at is not None and at not in good:
+            if at in chain:
+                raise t.WrongError("parents without a circle", f"{at!r} above itself")
+            chain[at] = None
+            at = parents[at]
+        good.update(chain)
+
+
+def check_rules(
+    rules: Sequence[RuleSetting], tenants: Iterable[TenantSetting], secret: SecretStr | None
+) -> None:
+    """Raise WrongError unless every rule has what it needs: a proof, a header, a known tenant."""
+    names = {tenant.name for tenant in tenants}
+    proofs = {rule.proof_header for rule in rules if rule.rule == "header" and rule.trust is None}
+    for rule in rules:
+        if rule.rule == "header":
+            if rule.trust is None and rule.proof_sha256 is None and secret is None:
+                raise t.WrongError(
+                    '`proof_sha256`, `trust = "everyone"` or COST_METER_GATEWAY_SECRET for the'
+                    f" header {rule.name!r}",
+                    "none of them",
+                )
+            if rule.name in proofs:  # The secret would become a name in the ledger.
+                raise t.WrongError("one header for the tenant, another for the proof", "one")
+        elif rule.tenant is not None and SLASH in rule.tenant and rule.tenant not in names:
+            got = repr(rule.tenant)
+            raise t.WrongError("a declared tenant, because the name has a slash", got)
+
+
+# -- values derived from the entries ------------------------------------------------------------
+
+
+def resolver_of(
+    rules: Sequence[RuleSetting], tenants: Sequence[TenantSetting], secret: SecretStr | None
+) -> Resolver:
+    """Return the resolver that finds a request's tenant by these rules, in their order."""
+    declared = declared_of(tenants)
+    return Resolver(
+        [_rule(rule, tenants, declared, secret) for rule in rules or _BY_DEFAULT], declared
+    )
+
+
+def _rule(
+    rule: RuleSetting,
+    tenants: Iterable[TenantSetting],
+    declared: Mapping[str, Declared],
+    secret: SecretStr | None,
+) -> Rule:
+    if rule.rule == "api_key":
+        return ApiKeyRule(keys_of(tenants))
+    if rule.rule == "header":
+        known = "" if secret is None else secret.get_secret_value()
+        return HeaderRule(
+            str(rule.name),
+            rule.proof_sha256 or hashlib.sha256(known.encode()).hexdigest(),
+            rule.proof_header,
+            trusts_everyone=rule.trust is not None,
+            paths=frozenset(name for name in declared if SLASH in name),
+        )
+    if rule.rule == "constant":
+        return ConstantRule(str(rule.tenant))
+    taken = frozenset(map(str.casefold, declared)) if rule.trust_clients else None
+    return ChildRule(rule.rule, rule.key or "", taken)
+
+
+def keys_of(tenants: Iterable[TenantSetting]) -> dict[str, str]:
+    """Return tenant names by the SHA-256 of their API keys."""
+    return {digest: tenant.name for tenant in tenants for digest in tenant.api_key_sha256}
+
+
+def declared_of(tenants: Iterable[TenantSetting]) -> dict[str, Declared]:
+    """Return each tenant's declared parent and tags; tags include its parents' tags."""
+    return {chain[0].name: Declared(chain[0].owner, _tags_of(chain)) for chain in _chains(tenants)}
+
+
+def below(tenants: Iterable[TenantSetting], name: str) -> frozenset[str]:
+    """Return the declared tenants below this one, at any depth."""
+    chains = _chains(tenants)
+    return frozenset(one[0].name for one in chains if name in {each.name for each in one[1:]})
+
+
+def failing_closed(tenants: Iterable[TenantSetting]) -> frozenset[str]:
+    """Return the declared tenants that fail closed, or are below a tenant that does."""
+    return frozenset(
+        one[0].name for one in _chains(tenants) if any(each.fail_closed for each in one)
+    )
+
+
+def replies_of(tenants: Iterable[TenantSetting], otherwise: t.Reply) -> dict[str, t.Reply]:
+    """Return, by declared tenant, what its clients are told."""
+    return {
+        chain[0].name: next((one.reply for one in chain if one.reply), otherwise)
+        for chain in _chains(tenants)
+    }
+
+
+def _chains(tenants: Iterable[TenantSetting]) -> Iterable[list[TenantSetting]]:
+    """Yield each tenant followed by all tenants above it."""
+    by_name = {tenant.name: tenant for tenant in tenants}
+    for tenant in by_name.values():
+        chain, above = [tenant], tenant.owner
+        while above is not None:
+            chain.append(by_name[above])
+            above = chain[-1].owner
+        yield chain
+
+
+def _tags_of(chain: Sequence[TenantSetting]) -> dict[str, str]:
+    tags: dict[str, str] = {}
+    for tenant in reversed(chain):
+        tags |= tenant.tags
+    return dict(sorted(tags.items()))

@@ -1,0 +1,237 @@
+"""Types for single settings: the check of each value, and the text for what it expects.
+
+They are apart from `settings.py` so that the list of settings can be read as a list. A check raises
+WrongError; `loading.py` adds the setting's name and the value.
+
+Invariant: a WrongError never holds a secret value.
+"""
+
+import hashlib
+import re
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+
+from vllm_cost_meter.prices.cost import parse_price
+from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, name_problem
+from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
+
+# A larger price, or one with more decimal places, is a slip of the finger.
+PRICE_USD_MAX = 1_000_000
+_PRICE_PLACES_MAX = 18
+SHOWN_CHARS_MAX = 60
+_AMOUNT_MAX = 1_000_000_000_000
+_PERCENT_MAX = 10_000
+_NOTE_CHARS_MAX = 200
+_SHA256_OF_NOTHING = hashlib.sha256(b"").hexdigest()
+# The ISO 4217 codes (2026) in which somebody can be billed: no metals, drawing rights, test codes.
+CURRENCIES = frozenset(
+    """
+    AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BHD BIF BMD BND BOB BOV BRL BSD BTN BWP
+    BYN BZD CAD CDF CHE CHF CHW CLF CLP CNY COP COU CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN
+    ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF GTQ GYD HKD HNL HTG HUF IDR ILS INR IQD IRR ISK
+    JMD JOD JPY KES KGS KHR KMF KPW KRW KWD KYD KZT LAK LBP LKR LRD LSL LYD MAD MDL MGA MKD
+    MMK MNT MOP MRU MUR MVR MWK MXN MXV MYR MZN NAD NGN NIO NOK NPR NZD OMR PAB PEN PGK PHP
+    PKR PLN PYG QAR RON RSD RUB RWF SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP
+    SZL THB TJS TMT TND TOP TRY TTD TWD TZS UAH UGX USD USN UYI UYU UYW UZS VED VES VND VUV
+    WST XAF XCD XCG XOF XPF YER ZAR ZMW ZWG
+    """.split()  # noqa: SIM905 - a list of 164 literals would be read by nobody
+)
+# The values of these headers are secrets, which must not become names in a ledger.
+_SECRET_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization", "x-api-key"})
+
+
+class Text(str):
+    """Text that a message shows without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class WrongError(ValueError):
+    """A setting's value is not what was expected.
+
+    Without `expected` the message uses the setting's own text. `got`, if given, replaces the value.
+    `within` is the path to the value inside the checked setting, e.g. (1, "source") in a list of
+    tables.
+    """
+
+    def __init__(
+        self, expected: str = "", got: str | None = None, within: tuple[int | str, ...] = ()
+    ) -> None:
+        super().__init__(expected)
+        self.expected = expected
+        self.got = None if got is None else Text(got)
+        self.within = within
+
+
+def about(
+    expected: str, unit: str = "", *, secret: bool = False, live: bool = False
+) -> dict[str, Any]:
+    """Return a field's facts for docs and messages, besides its description.
+
+    `expected` and `unit` are shown, `secret` hides the value in messages, and a `live` setting may
+    change while a server runs.
+    """
+    return {"expected": expected, "unit": unit, "secret": secret, "live": live}
+
+
+KUBERNETES = (
+    "Kubernetes sets this for a Service named cost-meter: rename it or set enableServiceLinks: "
+    "false"
+)
+PRICE = (
+    f"a decimal number from 0 to {PRICE_USD_MAX:,} with at most {_PRICE_PLACES_MAX} decimal places"
+)
+AMOUNT = (
+    f"a decimal number from 0 to {_AMOUNT_MAX:,} with at most {_PRICE_PLACES_MAX} decimal places"
+)
+RATE = (
+    f"a decimal number above 0, up to {PRICE_USD_MAX:,}, with at most {_PRICE_PLACES_MAX} decimal"
+    " places"
+)
+PERCENT = (
+    f"a decimal number from 0 to {_PERCENT_MAX:,} with at most {_PRICE_PLACES_MAX} decimal places"
+)
+CURRENCY = "the three capital letters of a currency in ISO 4217"
+FULL_HOUR = "an RFC 3339 instant on a full UTC hour, such as 2026-01-01T00:00:00Z"
+NOTE = f"1 to {_NOTE_CHARS_MAX} printable characters"
+PATTERN = f"{NOTE}: a name, or a pattern with `*`, `?` or `[...]`"
+PORT = "0 to 65535, or off"
+LEDGER = "an SQLAlchemy URL such as sqlite:////var/lib/cost-meter/ledger.db"
+HOST = "a host name or an IP address"
+HEADER = "the name of an HTTP header, at most 64 characters"
+TOKEN = "printable ASCII without spaces"  # noqa: S105 - what is expected of one
+SHA256 = "64 hexadecimal digits"
+REPLY = "all, headers or none"
+METADATA_KEY = "1 to 64 letters, digits, `_`, `-` or `.`"
+TAGS = (
+    "a table of texts: keys of 1 to 64 small letters, digits, `_` or `-`, values of 1 to 128"
+    " printable characters"
+)
+
+
+def _matching(pattern: str, expected: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise WrongError(expected)
+        return value
+
+    return AfterValidator(check)
+
+
+def _decimal(expected: str, most: int, *, above_zero: bool = False) -> BeforeValidator:
+    def check(value: object) -> Decimal:
+        try:
+            number = parse_price(str(value))
+        except ValueError:
+            raise WrongError(expected) from None
+        places = number.as_tuple().exponent
+        if number > most or not isinstance(places, int) or places < -_PRICE_PLACES_MAX:
+            raise WrongError(expected)
+        if above_zero and not number:
+            raise WrongError(expected)
+        return number
+
+    return BeforeValidator(check)
+
+
+def _full_hour(value: object) -> int:
+    """Return an instant as hours since the epoch; TOML gives a datetime, JSON gives text."""
+    if not isinstance(value, str | datetime):
+        raise WrongError(FULL_HOUR)
+    try:
+        unix_ns = unix_ns_of(str(value))
+        rfc3339(unix_ns)  # This raises for a year that cannot be written.
+    except (ValueError, OverflowError):
+        raise WrongError(FULL_HOUR) from None
+    hour, rest_ns = divmod(unix_ns, NS_PER_HOUR)
+    if rest_ns:
+        raise WrongError(f"{FULL_HOUR}, because usage is kept by the hour")
+    return hour
+
+
+def _known_currency(code: str) -> str:
+    if code not in CURRENCIES:
+        raise WrongError(CURRENCY)
+    return code
+
+
+def _note(text: str) -> str:
+    if not 1 <= len(text) <= _NOTE_CHARS_MAX or not text.isprintable() or text != text.strip():
+        raise WrongError
+    return text
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):  # pydantic would take it for 0 or 1.
+        raise WrongError
+    return value
+
+
+def _port(value: object) -> object:
+    if value == "off":
+        return None
+    if isinstance(value, str) and value.startswith("tcp://"):
+        raise WrongError(f"{PORT} ({KUBERNETES})")
+    return _number(value)
+
+
+def _printable(token: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[!-~]+", token.get_secret_value()):
+        raise WrongError(TOKEN)
+    return token
+
+
+def _public_header(name: str) -> str:
+    if name.lower() in _SECRET_HEADERS:
+        raise WrongError("a header that does not carry a secret")
+    return name.lower()
+
+
+def _tenant_name(name: str) -> str:
+    if problem := name_problem(name):
+        raise WrongError(problem)
+    return name
+
+
+def _tags(tags: dict[str, str]) -> dict[str, str]:
+    for key, value in tags.items():
+        if not re.fullmatch(r"[a-z0-9_-]{1,64}", key):
+            raise WrongError(TAGS, f"the key {key[:SHOWN_CHARS_MAX]!r}")
+        if not 1 <= len(value) <= NAME_CHARS_MAX or not value.isprintable():
+            raise WrongError(TAGS, f"{value[:SHOWN_CHARS_MAX]!r} at {key!r}")
+    return tags
+
+
+def _digest_of_something(digest: str) -> str:
+    if digest.lower() == _SHA256_OF_NOTHING:
+        raise WrongError("the SHA-256 of a key", "the SHA-256 of an empty text")
+    return digest.lower()
+
+
+Reply = Literal["all", "headers", "none"]
+Digest = Annotated[str, _matching(r"[0-9a-fA-F]{64}", SHA256), AfterValidator(_digest_of_something)]
+Port = Annotated[Annotated[int, Field(ge=0, le=65_535)] | None, BeforeValidator(_port)]
+HeaderName = Annotated[
+    str,
+    _matching(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", HEADER),
+    AfterValidator(_public_header),
+]
+Price = Annotated[Decimal, _decimal(PRICE, PRICE_USD_MAX)]
+Amount = Annotated[Decimal, _decimal(AMOUNT, _AMOUNT_MAX)]
+Rate = Annotated[Decimal, _decimal(RATE, PRICE_USD_MAX, above_zero=True)]
+Percent = Annotated[Decimal, _decimal(PERCENT, _PERCENT_MAX)]
+Currency = Annotated[str, AfterValidator(_known_currency)]
+FullHour = Annotated[int, BeforeValidator(_full_hour)]
+Note = Annotated[str, AfterValidator(_note)]
+Url = Annotated[str, _matching(r"[a-z][a-z0-9+_]*://.*", LEDGER)]
+Host = Annotated[str, _matching(r"[0-9A-Za-z.:_%-]{1,255}", HOST)]
+Token = Annotated[SecretStr, AfterValidator(_printable)]
+TenantName = Annotated[str, AfterValidator(_tenant_name)]
+Tags = Annotated[dict[str, str], AfterValidator(_tags)]
+MetadataKey = Annotated[str, _matching(r"[0-9A-Za-z_.-]{1,64}", METADATA_KEY)]
+WholeNumber = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]

@@ -1,0 +1,316 @@
+"""The side endpoint: the ledger over HTTP, for operators, on a port of its own.
+
+A FastAPI application over a `LedgerReader`. Before a figure is read, `refresh` brings the ledger up
+to now where the engines can be asked (the process that polls them); elsewhere it is up to one
+snapshot old. Handlers are plain functions, so FastAPI runs their SQL in its thread pool.
+
+One error shape, `{"error": {"message", "type", "code"}}`; objects on top; `next` is opaque.
+
+Invariant: read-only; every JSON body is an object.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from vllm_cost_meter.economics import Declared
+from vllm_cost_meter.endpoint.access import OPEN, STRANGER, Access, Viewer
+from vllm_cost_meter.endpoint.calc import add_calculators
+from vllm_cost_meter.endpoint.compare import Comparer, add_compare
+from vllm_cost_meter.endpoint.dependencies import (
+    FOR_ADMINS,
+    ViewerOf,
+    Window,
+    asked_wrongly,
+    hours_asked,
+)
+from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.billing.days import invoice_days
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.reports.grammar import STEPS, question
+from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
+from vllm_cost_meter.reports.request_answers import RequestWithParts
+from vllm_cost_meter.reports.request_row import FINISHED
+from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.units.time import rfc3339
+from vllm_cost_meter.version import __version__
+
+logger = logging.getLogger("vllm.cost_meter")
+
+REQUESTS_PER_PAGE_MAX = 1_000
+
+# Types of errors by status; of any other the request is invalid.
+KINDS = {404: "not_found", 503: "unavailable"}
+# No request can have it, as names are never empty.
+NO_TENANT = ""
+
+
+class OrjsonResponse(JSONResponse):
+    """JSON by orjson: exact 64-bit integers, and fast."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body's bytes."""
+        return orjson.dumps(content)
+
+
+def make_app(
+    reader: LedgerReader,
+    *,
+    refresh: Callable[[], None] = lambda: None,
+    access: Access = OPEN,
+    registry: Callable[[], CollectorRegistry] | None = None,
+    budgets: Callable[[], Figures] = Figures,
+    declared: Callable[[], Declared] = Declared,
+    public_economics: Callable[[], bool] = lambda: False,
+) -> FastAPI:
+    """Return the side endpoint's application.
+
+    `refresh` is called, in a worker thread, before figures are read; `access` says who may see
+    which; `registry` gives the metrics; `budgets` says where the budgets stand; `declared`
+    what the operator declared of the deployment, and `public_economics` whether anybody may read
+    what its tokens cost.
+    """
+
+    def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
+        viewer = access.viewer(authorization)
+        is_open = request.url.path in PUBLIC_PATHS and not authorization and public_economics()
+        if viewer is None and is_open:
+            viewer = STRANGER
+        if viewer is None:
+            raise HTTPException(
+                401,
+                "expected the header Authorization: Bearer <admin token, or a tenant's API key>",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        request.state.viewer = viewer
+
+    app = FastAPI(
+        title="vllm-cost-meter",
+        version=__version__,
+        default_response_class=OrjsonResponse,
+        dependencies=[Depends(authorized)],
+        # The pages would load scripts from the internet; the document is served below, behind the
+        # token like everything else.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    _add_error_handlers(app)
+    _add_request_routes(app, reader, refresh)
+    _add_book_routes(app, reader, refresh)
+    _add_report_route(app, reader, refresh)
+    _add_model_route(app, reader, refresh)
+    add_economics(app, reader, refresh, declared, public_economics)
+    _add_budget_route(app, budgets)
+    add_calculators(app)
+    add_compare(app, Comparer(reader.url), refresh)
+
+    @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
+    def openapi() -> dict[str, Any]:
+        """Return the OpenAPI description of this endpoint."""
+        return app.openapi()
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        """Say that the endpoint is up."""
+        return {"status": "ok", "version": __version__}
+
+    if registry is not None:
+
+        @app.get("/metrics", response_class=Response, dependencies=FOR_ADMINS)
+        def metrics() -> Response:
+            """Return Prometheus metrics of the meter and of vLLM."""
+            return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
+    @app.get("/cost/models", dependencies=FOR_ADMINS)
+    def models(run: str | None = None) -> dict[str, Any]:
+        """Return the latest cost model of each engine run; of one run, all versions."""
+        refresh()
+        return {"models": reader.cost_models(run)}
+
+
+def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
+    @app.get("/cost/budgets")
+    def standings(viewer: ViewerOf) -> dict[str, Any]:
+        """Return what each budget's tenants have used in its period, as new requests are judged."""
+        figures = budgets()
+        return {
+            "as_of": None if figures.as_of_ns is None else rfc3339(figures.as_of_ns),
+            "broken": figures.broken,
+            # What a tag's tenants use together is nothing for one of them.
+            "budgets": [
+                told(standing)
+                for standing in figures.standings
+                if viewer.may_see(standing.budget.tenant)
+            ],
+        }
+
+
+def look_up(
+    reader: LedgerReader, refresh: Callable[[], None], request_id: str, viewer: Viewer
+) -> list[RequestWithParts]:
+    """Return the request rows of an id that a viewer may see. Raises HTTPException without any.
+
+    What still runs is looked up anew after `refresh`.
+    """
+
+    def rows_now() -> list[RequestWithParts]:
+        return [row for row in reader.look_up(request_id) if viewer.may_see(row["tenant"])]
+
+    rows = rows_now()
+    if not all(row["state"] == FINISHED for row in rows) or not rows:
+        refresh()
+        rows = rows_now()
+    # An ambiguous id lists its matches to an operator only.
+    if not rows or (len(rows) > 1 and not viewer.is_admin):
+        raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
+    return rows
+
+
+def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
+    def answer(
+        request_id: str, viewer: Viewer, tell: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    ) -> Any:
+        rows = look_up(reader, refresh, request_id, viewer)
+        if len(rows) > 1:
+            return OrjsonResponse({"matches": [tell(row) for row in rows]}, 300)
+        return tell(rows[0])
+
+    # Before the route that takes any path for an id.
+    @app.get("/cost/requests/{request_id:path}/explain")
+    def explain(request_id: str, viewer: ViewerOf) -> Any:
+        """Return how the bill of one HTTP request came about, to be recomputed by hand."""
+        return answer(request_id, viewer, reader.explain)
+
+    @app.get("/cost/requests/{request_id:path}")
+    def request(request_id: str, viewer: ViewerOf) -> Any:
+        """Return one HTTP request, by response id, X-Request-Id, internal id or its own id."""
+        return answer(request_id, viewer, lambda row: row)
+
+    @app.get("/cost/requests")
+    def requests(
+        viewer: ViewerOf,
+        limit: Annotated[int, Query(ge=1, le=REQUESTS_PER_PAGE_MAX)] = 100,
+        next: str | None = None,  # noqa: A002 - the parameter's public name
+        tenant: str | None = None,
+    ) -> Mapping[str, Any]:
+        """Return HTTP requests, newest first, and on the first page those that run."""
+        if tenant is None:
+            tenant = viewer.tenant
+        with asked_wrongly():
+            if not viewer.may_see(tenant):
+                tenant = NO_TENANT
+            return reader.requests(limit=limit, next=next, tenant=tenant)
+
+
+def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
+    @app.get("/cost/tenants", dependencies=FOR_ADMINS)
+    def tenants(window: Window = None) -> Mapping[str, Any]:
+        """Return what each tenant used, and each class of engine time, adding up to the total."""
+        hours = hours_asked(window)
+        refresh()
+        return reader.tenants(*hours)
+
+    @app.get("/cost/tenants/{tenant:path}")
+    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> Mapping[str, Any]:
+        """Return what one tenant used."""
+        hours = hours_asked(window)
+        refresh()
+        row = reader.tenant(tenant, *hours) if viewer.may_see(tenant) else None
+        if row is None:
+            raise HTTPException(404, f"no tenant {tenant!r} in the ledger")
+        return row
+
+    @app.get("/cost/summary", dependencies=FOR_ADMINS)
+    def summary(window: Window = None) -> Mapping[str, Any]:
+        """Return totals over all tenants and engines."""
+        hours = hours_asked(window)
+        refresh()
+        return reader.summary(*hours)
+
+    @app.get("/cost/invoices", dependencies=FOR_ADMINS)
+    def invoices(window: Window = None) -> dict[str, Any]:
+        """Return what was metered and what was billed, day by day."""
+        hours = hours_asked(window)
+        refresh()
+        return invoice_days(reader, *hours)
+
+    @app.get("/cost/audit", dependencies=FOR_ADMINS)
+    def audit() -> Mapping[str, Any]:
+        """Prove, run by run, that the books balance at the last snapshot."""
+        refresh()
+        return reader.audit()
+
+
+def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
+    @app.get("/cost/report")
+    def report(
+        viewer: ViewerOf,
+        window: Window = None,
+        tz: Annotated[str | None, Query(description="Time zone of days; otherwise UTC.")] = None,
+        aggregate: Annotated[str | None, Query(description="Columns to add up by.")] = None,
+        step: Annotated[str | None, Query(description=f"One of {', '.join(STEPS)}.")] = None,
+        accumulate: Annotated[bool, Query(description="Add the steps up again.")] = False,
+        idle: Annotated[str | None, Query(description=f"{POLICIES}; otherwise none.")] = None,
+        filter: Annotated[str | None, Query(description="Rows to show.")] = None,
+        price: Annotated[str | None, Query(description="What if: USD per GPU-hour.")] = None,
+    ) -> Mapping[str, Any]:
+        """Return what was used, with and without its share of idle, added up as asked."""
+        with asked_wrongly():
+            asked = question(
+                window=window,
+                tz=tz,
+                aggregate=aggregate,
+                step=step,
+                accumulate=accumulate,
+                idle=idle,
+                filter=filter,
+                price=price,
+            )
+        if not viewer.is_admin and asked.idle.name != "none":
+            raise HTTPException(
+                403, "idle: expected the admin token, as idle time is of all tenants together"
+            )
+        refresh()
+        return reader.report(replace(asked, only=viewer.tenant))
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def error(
+        status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
+    ) -> OrjsonResponse:
+        content = {"error": {"message": message, "type": kind, "code": status}}
+        return OrjsonResponse(content, status, headers)
+
+    @app.exception_handler(StarletteHTTPException)
+    def http_error(_request: Request, exception: StarletteHTTPException) -> Response:
+        kind = KINDS.get(exception.status_code, "invalid_request")
+        return error(exception.status_code, str(exception.detail), kind, exception.headers)
+
+    @app.exception_handler(RequestValidationError)
+    def validation_error(_request: Request, exception: RequestValidationError) -> Response:
+        first = exception.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return error(422, f"{where}: {first['msg']}, got {first.get('input')!r}", "invalid_request")
+
+    @app.exception_handler(LedgerError)
+    def ledger_error(_request: Request, exception: LedgerError) -> Response:
+        return error(503, str(exception), "ledger_unavailable")
+
+    @app.exception_handler(Exception)
+    def our_bug(_request: Request, exception: Exception) -> Response:
+        # The server's log has its traceback.
+        return error(500, f"unexpected {type(exception).__name__}", "internal_error")

@@ -1,0 +1,63 @@
+"""The calculators at the side endpoint: `POST /cost/calc/NAME` with the inputs as a JSON object.
+
+They compute from what they are given and read no figure, so whoever may ask at all may ask them.
+
+Invariant: a body has the names, defaults and types of the function's own signature, and no other.
+"""
+
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, HTTPException
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from vllm_cost_meter.economics import Curve, curve_of
+from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS, calculate
+
+
+def add_calculators(app: FastAPI) -> None:
+    """Add a route for each calculator."""
+    for name, function in CALCULATORS.items():
+        app.post(f"/cost/calc/{name}", name=f"calc {name}")(_handler(name, function))
+
+
+def _handler(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    model = _model(name, function)
+
+    def calc(given: Any) -> dict[str, Any]:
+        inputs = {key: getattr(given, key) for key in type(given).model_fields}
+        try:
+            if inputs.get("curve") is not None:
+                inputs["curve"] = curve_of(inputs["curve"])
+            return calculate(name, inputs)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+
+    calc.__doc__ = (function.__doc__ or "").partition("\n")[0]
+    calc.__annotations__["given"] = model
+    return calc
+
+
+def _model(name: str, function: Callable[..., Any]) -> type[BaseModel]:
+    hints = typing.get_type_hints(function)
+    fields: dict[str, Any] = {
+        parameter.name: (
+            _json_type(hints[parameter.name]),
+            Field(
+                ... if parameter.default is inspect.Parameter.empty else parameter.default,
+                description=INPUTS[parameter.name],
+            ),
+        )
+        for parameter in inspect.signature(function).parameters.values()
+    }
+    title = "".join(part.title() for part in name.split("-"))
+    return create_model(f"{title}Inputs", __config__=ConfigDict(extra="forbid"), **fields)
+
+
+def _json_type(hint: Any) -> Any:
+    """Return what JSON has in place of a curve: its points, or an object that has them."""
+    if hint is Curve:
+        return list[Any] | dict[str, Any]
+    return list[Any] | dict[str, Any] | None if Curve in typing.get_args(hint) else hint

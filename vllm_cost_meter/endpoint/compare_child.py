@@ -1,0 +1,59 @@
+"""The process that answers `GET /cost/compare`: a question on its input, a result on its output.
+
+Both are JSON. The result has either `answer`, or `error` (what is wrong, in one line) and `kind`:
+`question` if the asker is to change it, `ledger` if the ledger cannot be read, `failed` for
+anything else. Where the ledger is stands in COST_METER_LEDGER, as a URL may hold a password.
+
+Invariant: it writes exactly one result, whatever happens, unless it is killed.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+import orjson
+
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.offers import offers_for
+from vllm_cost_meter.errors import CostMeterError, LedgerError
+from vllm_cost_meter.ledger.database import default_url
+from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
+from vllm_cost_meter.ledger.reader import LedgerReader
+
+
+class Result(TypedDict):
+    """What the process writes: an answer, or an error and its kind."""
+
+    answer: NotRequired[dict[str, Any]]
+    error: NotRequired[str]
+    kind: NotRequired[Literal["question", "ledger", "failed"]]
+
+
+def result_of(text: bytes) -> Result:
+    """Return the result of a question that is JSON."""
+    try:
+        return {"answer": _answer(Question(**orjson.loads(text)))}
+    except LedgerError as error:
+        return {"error": str(error), "kind": "ledger"}
+    except (CostMeterError, ValueError) as error:
+        return {"error": str(error), "kind": "question"}
+    except Exception as error:  # noqa: BLE001 - the asker gets a line, whatever it is
+        line = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]
+        return {"error": line, "kind": "failed"}
+
+
+def _answer(question: Question) -> dict[str, Any]:
+    settings = load_settings()
+    reader = LedgerReader(settings.ledger or default_url(), book=settings.price_book)
+    try:
+        question.check()
+        named = settings.api_prices
+        file = None if named is None else Path(named).expanduser()
+        offers = offers_for(question.model, question.provider, file, question.label)
+        return compared(reader, question, offers, None if file is None else str(file))
+    finally:
+        reader.close()
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(orjson.dumps(result_of(sys.stdin.buffer.read())))

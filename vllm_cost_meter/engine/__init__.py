@@ -1,0 +1,1 @@
+"""The books of one engine: where each GPU-nanosecond goes, and what is told of it."""

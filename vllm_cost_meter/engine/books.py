@@ -1,0 +1,443 @@
+"""The books of one engine run: where every GPU-nanosecond since the process began has gone.
+
+Time is a line; `_mark_ns` is the point up to which it has been booked. Each event of the engine
+books the stretch from the mark to now, to exactly one class, and moves the mark:
+
+- While steps are in flight, the stretch that ends when the oldest one's result is taken up is that
+  step's busy time (update entry - max(schedule return, previous update entry)); `StepMeter` splits
+  it among the step's requests. These stretches partition the device's busy time, also under
+  async scheduling and pipeline parallelism, where steps overlap.
+- Otherwise the stretch is `sleep`, `host` (unfinished requests, but no step running) or `idle`.
+
+A stretch that crosses a UTC hour is cut there, and so is what each open request has accrued, so
+that months balance. Values in, values out: clocks and vLLM objects stop at the edge.
+
+Invariant: at any snapshot the classes add up to (now - created) x gpus, over the run and, within
+each hour, over the run's part of that hour; what is billed in total equals the sum of all bills;
+and what is in flight is what the open requests have accrued, and the step that runs.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypedDict
+
+from vllm_cost_meter.attribution import StepMeter
+from vllm_cost_meter.attribution.cost_model import Model, Planes
+from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.engine import EngineIdentity
+from vllm_cost_meter.records.snapshot import TWO_PLANES, ClassTotals, CostModel, Snapshot
+from vllm_cost_meter.units.time import NS_PER_HOUR
+
+NOTHING = Accrued()
+
+
+class RequestFacts(TypedDict):
+    """What the engine knows of a request when it ends."""
+
+    engine_status: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+
+
+class EngineState(TypedDict):
+    """What a snapshot says of its instant besides the books."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float | None
+    own_ns: int
+    errors: int
+    state: str
+
+
+class EngineBooks:
+    """Books of one run. All `now_ns` are monotonic and never decrease; `unix_ns` is UTC."""
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        engine: EngineIdentity,
+        created_ns: int,
+        now_ns: int,
+        unix_ns: int,
+        prior: Prior = NOTHING_KNOWN,
+    ) -> None:
+        """Open the books at `now_ns`, with everything since `created_ns` booked as startup.
+
+        Without a block size of the KV cache its blocks are not counted.
+        """
+        if engine.gpus < 1:
+            raise ValueError(f"an engine has at least 1 GPU, got {engine.gpus}")
+        self.run_id = run_id
+        self.engine = engine
+        self.gpus = engine.gpus  # of every step
+        block_size = engine.kv_block_size or 0
+        self.meter = StepMeter(engine.method, prior.planes, prior.trusted, block_size)
+        self.prior = prior.source
+        # Told of each step before it is split: its parts, and its GPU-ns.
+        self.on_step: Callable[[list[tuple[str, int, int, int]], int], None] | None = None
+        self.steps = 0
+        self.busy_ns = 0
+        self._created_ns = min(created_ns, now_ns)
+        self._mark_ns = self._created_ns
+        created_unix_ns = unix_ns - (now_ns - self._created_ns)
+        self._started_at_ns = created_unix_ns
+        self._totals = ClassTotals()
+        self._hours: dict[int, ClassTotals] = {}
+        self._changed: dict[int, int] = {}
+        self._number = 0
+        self._last_seq = 0
+        self._billed_ns = 0
+        self._asleep = False
+        self._off = False
+        self._in_flight: deque[tuple[object, int]] = deque()
+        # Of open requests: the model in use when they came, and what was before this hour.
+        self._first_models: dict[str, int] = {}
+        self._earlier: dict[str, _Earlier] = {}
+        # The model version up to which each snapshot told, by its number.
+        self._told_models: dict[int, int] = {}
+        self._acknowledged_model = -1
+        self._hour = created_unix_ns // NS_PER_HOUR
+        self._hour_end_ns = self._created_ns + NS_PER_HOUR - created_unix_ns % NS_PER_HOUR
+        self._cell = self._cell_of(self._hour)
+        self._spend(now_ns, "startup")
+
+    # -- events of the engine ---------------------------------------------------------------
+
+    def open(self, request_id: str, prompt_tokens: int, now_ns: int) -> None:
+        """A request joined the engine. Idempotent while it is open."""
+        if not self.meter.open_requests:  # else it waits for what it waited for before
+            self._book_waiting(now_ns)
+        self.meter.open(request_id, prompt_tokens)
+        self._first_models.setdefault(request_id, self.meter.model_version)
+
+    def preempt(self, request_id: str, now_ns: int) -> None:
+        """A running request lost its place, and its blocks of the KV cache."""
+        self.meter.release(request_id, now_ns)
+
+    def begin_step(
+        self,
+        key: object,
+        scheduled: dict[str, int],
+        now_ns: int,
+        decoding: list[str] | None = None,
+    ) -> None:
+        """A step with tokens was scheduled; `key` (held until its result) identifies it.
+
+        `scheduled` has the tokens of each request, but for those of `decoding`, which have one.
+        """
+        self._book_waiting(now_ns)
+        self._in_flight.append((key, self.meter.begin(scheduled, now_ns, decoding)))
+
+    def end_step(self, key: object, now_ns: int, rejected: dict[str, int] | None = None) -> bool:
+        """The result of step `key` was taken up. Returns False for a step never begun.
+
+        `rejected` has, by request, the tokens of drafts that were not accepted.
+        Results come in schedule order: steps begun before `key` will never get one, and their
+        time is the time of this step.
+        """
+        in_flight = self._in_flight
+        if not in_flight or in_flight[0][0] is not key:
+            if not any(begun is key for begun, _ in in_flight):
+                return False
+            while in_flight[0][0] is not key:
+                in_flight.popleft()
+        _, step = in_flight.popleft()
+        if self.on_step is not None:
+            step_ns = (now_ns - self._mark_ns) * self.gpus
+            self.on_step(self.meter.step_parts(step), step_ns)
+        self.busy_ns += now_ns - self._mark_ns
+        if now_ns >= self._hour_end_ns:
+            self._share_until_hour(step, now_ns)
+        gpu_ns = self._advance(now_ns)
+        self._book_busy(gpu_ns, self.meter.settle(step, gpu_ns, rejected))
+        self.steps += 1
+        return True
+
+    def leave(self, request_id: str) -> bool:
+        """A request was aborted. True: bill it now; False: it still pays for steps in flight."""
+        return self.meter.leave(request_id)
+
+    def bill(self, request_id: str, facts: RequestFacts, now_ns: int, cut_tokens: int = 0) -> Bill:
+        """Close a request and return its final, numbered bill.
+
+        `cut_tokens` of its last step were cut off, as the request had ended before them.
+        """
+        if cut_tokens:  # before an hour may be cut: they are of the step that has just ended
+            self.meter.trim(request_id, cut_tokens)
+        if self.meter.open_requests == 1 or now_ns >= self._hour_end_ns:
+            self._book_waiting(now_ns)
+        earlier = self._earlier.pop(request_id, None) or _Earlier()
+        earlier.add(self._hour, self.meter.close(request_id, now_ns))
+        if cached_tokens := facts["cached_tokens"]:
+            earlier.note_saved(saved_ns(self.meter.model(), cached_tokens))
+        self._last_seq += 1
+        for piece in earlier.pieces:
+            self._book_billed(piece.gpu_time_ns, piece.hour)
+            self._billed_ns += piece.gpu_time_ns
+        return Bill(
+            run_id=self.run_id,
+            seq=self._last_seq,
+            request_id=request_id,
+            method=self.engine.method,
+            steps=earlier.used.steps,
+            batch=earlier.used.batch,
+            first_model=self._first_models.pop(request_id, self.meter.model_version),
+            last_model=self.meter.model_version,
+            pieces=tuple(earlier.pieces),
+            **facts,
+        )
+
+    def adopt(self, planes: Planes, two_planes: bool) -> None:
+        """Go on from an earlier fit of the ledger, unless steps have taught us by now."""
+        if self.meter.model_version == 0:
+            self.meter.adopt(planes, two_planes)
+            self.prior = "ledger"
+
+    def fall_asleep(self, now_ns: int) -> None:
+        """The engine sleeps from now on."""
+        self._book_waiting(now_ns)
+        self._asleep = True
+
+    def wake_up(self, now_ns: int) -> None:
+        """The engine is fully awake again."""
+        self._book_waiting(now_ns)
+        self._asleep = False
+
+    def begin_dummy(self, now_ns: int) -> None:
+        """A data-parallel dummy batch begins: GPU time without a request."""
+        self._book_waiting(now_ns)
+
+    def end_dummy(self, now_ns: int) -> None:
+        """A dummy batch has ended. With steps in flight its time stays with them."""
+        if not self._in_flight:
+            self._spend(now_ns, "dummy")
+
+    def abandon(self, now_ns: int) -> None:
+        """Something went wrong: forget the steps in flight, and book what was not booked as lost.
+
+        That may be a little more than went wrong; what is not known is not called idle.
+        """
+        self.meter.abandon()
+        self._in_flight.clear()
+        self._spend(now_ns, "lost")
+
+    def write_off(self, request_id: str, now_ns: int) -> None:
+        """Book what an open request has accrued as lost: nobody will ever bill it."""
+        self._book_waiting(now_ns)
+        earlier = self._earlier.pop(request_id, None)
+        self._first_models.pop(request_id, None)
+        self._book_lost(self.meter.discard(request_id), self._hour)
+        for piece in earlier.pieces if earlier else ():
+            self._book_lost(piece.gpu_time_ns, piece.hour)
+
+    def switch_off(self, now_ns: int) -> None:
+        """The meter gave up: all that is not yet billed, and all time from now on, is lost."""
+        self.abandon(now_ns)
+        for request_id in self.meter.request_ids():
+            self.write_off(request_id, now_ns)
+        self._off = True
+
+    def snapshot(
+        self, now_ns: int, unix_ns: int, acknowledged: int, state: EngineState
+    ) -> Snapshot:
+        """Return all books at `now_ns`, with the hours changed since snapshot `acknowledged`."""
+        self._book_until(now_ns)
+        self._follow_wall_clock(now_ns, unix_ns)
+        self._number += 1
+        self._forget_acknowledged(acknowledged)
+        # The step in flight has no result yet, so its time so far cannot be split: it is
+        # shown as in flight and booked when the result comes.
+        running_ns = (now_ns - self._mark_ns) * self.gpus
+        so_far = ClassTotals(in_flight=running_ns)
+        hours = {hour: replace(self._hours[hour]) for hour in self._changed}
+        hours[self._hour] = self._cell.plus(so_far)
+        self._told_models[self._number] = self.meter.model_version
+        return Snapshot(
+            run_id=self.run_id,
+            number=self._number,
+            taken_at_ns=unix_ns,
+            started_at_ns=self._started_at_ns,
+            wall_ns=now_ns - self._created_ns,
+            engine=self.engine,
+            totals=self._totals.plus(so_far),
+            last_seq=self._last_seq,
+            billed_ns=self._billed_ns,
+            steps=self.steps,
+            busy_ns=self.busy_ns,
+            prior=self.prior,
+            cost_models=tuple(
+                CostModel(*model) for model in self.meter.models(self._acknowledged_model)
+            ),
+            hours=hours,
+            step_ns=running_ns,
+            live=tuple(self._live(now_ns)),
+            **state,
+        )
+
+    # -- what the energy is divided by ------------------------------------------------------
+
+    def open_gpu_ns(self) -> dict[str, int]:
+        """Return what each open request has used so far, in GPU-ns."""
+        used = self.meter.open_gpu_ns()
+        for request_id, earlier in self._earlier.items():
+            if earlier.pieces and request_id in used:
+                used[request_id] += earlier.used.gpu_time_ns
+        return used
+
+    def running(self) -> list[str]:
+        """Return the requests of the step in flight that is to be split next."""
+        if not self._in_flight:
+            return []
+        return [part[0] for part in self.meter.step_parts(self._in_flight[0][1])]
+
+    def _live(self, now_ns: int) -> list[tuple[str, Accrued]]:
+        """Return what each open request has accrued so far; those that have nothing are left out.
+
+        Once a second for all that run, so it makes nothing new of what the meter returns.
+        """
+        live = []
+        for request_id in self.meter.request_ids():
+            used = self.meter.accrued(request_id, now_ns)
+            earlier = self._earlier.get(request_id)
+            if earlier is not None and earlier.pieces:
+                live.append((request_id, earlier.used.plus(used)))
+            elif any(used):
+                live.append((request_id, used))
+        return live
+
+    # -- booking ----------------------------------------------------------------------------
+
+    def _book_waiting(self, now_ns: int) -> None:
+        if not self._in_flight:
+            self._spend(now_ns, self._waiting_class())
+
+    def _waiting_class(self) -> str:
+        if self._off:
+            return "lost"
+        if self._asleep:
+            return "sleep"
+        return "host" if self.meter.open_requests else "idle"
+
+    def _book_until(self, now_ns: int) -> None:
+        """Book up to now, but for a step in flight only up to the hour now lies in."""
+        if self._in_flight:
+            self._share_until_hour(self._in_flight[0][1], now_ns)
+        else:
+            self._spend(now_ns, self._waiting_class())
+
+    def _spend(self, now_ns: int, name: str) -> None:
+        while now_ns >= self._hour_end_ns:
+            self._add(name, self._advance(self._hour_end_ns))
+            self._start_hour(self._hour + 1, self._hour_end_ns + NS_PER_HOUR)
+        self._add(name, self._advance(now_ns))
+
+    def _share_until_hour(self, step: int, now_ns: int) -> None:
+        """Split a running step's time among its requests up to each hour that has ended."""
+        while now_ns >= self._hour_end_ns:
+            gpu_ns = self._advance(self._hour_end_ns)
+            self._book_busy(gpu_ns, self.meter.share(step, gpu_ns))
+            self._start_hour(self._hour + 1, self._hour_end_ns + NS_PER_HOUR)
+
+    def _advance(self, now_ns: int) -> int:
+        gpu_ns = (now_ns - self._mark_ns) * self.gpus
+        self._mark_ns = now_ns
+        return gpu_ns
+
+    def _book_busy(self, gpu_ns: int, tail_ns: int) -> None:
+        self._totals.in_flight += gpu_ns - tail_ns
+        self._cell.in_flight += gpu_ns - tail_ns
+        if tail_ns:
+            self._add("tail", tail_ns)
+
+    def _add(self, name: str, gpu_ns: int) -> None:
+        totals, cell = self._totals, self._cell
+        setattr(totals, name, getattr(totals, name) + gpu_ns)
+        setattr(cell, name, getattr(cell, name) + gpu_ns)
+
+    def _book_billed(self, gpu_ns: int, hour: int) -> None:
+        for totals in (self._totals, self._cell_of(hour)):
+            totals.in_flight -= gpu_ns
+            totals.requests += gpu_ns
+
+    def _book_lost(self, gpu_ns: int, hour: int) -> None:
+        for totals in (self._totals, self._cell_of(hour)):
+            totals.in_flight -= gpu_ns
+            totals.lost += gpu_ns
+
+    # -- hours ------------------------------------------------------------------------------
+
+    def _cell_of(self, hour: int) -> ClassTotals:
+        self._changed[hour] = self._number + 1
+        cell = self._hours.get(hour)
+        if cell is None:
+            cell = self._hours[hour] = ClassTotals()
+        return cell
+
+    def _start_hour(self, hour: int, end_ns: int) -> None:
+        for request_id, used in self.meter.cut(self._mark_ns):
+            self._earlier.setdefault(request_id, _Earlier()).add(self._hour, used)
+        self._changed[self._hour] = self._number + 1
+        self._hour = hour
+        self._hour_end_ns = end_ns
+        self._cell = self._cell_of(hour)
+
+    def _follow_wall_clock(self, now_ns: int, unix_ns: int) -> None:
+        """Keep hours where UTC has them, though the wall clock may be set or drift."""
+        hour = unix_ns // NS_PER_HOUR
+        end_ns = now_ns + NS_PER_HOUR - unix_ns % NS_PER_HOUR
+        if hour != self._hour:
+            if self._in_flight:
+                step = self._in_flight[0][1]
+                gpu_ns = self._advance(now_ns)
+                self._book_busy(gpu_ns, self.meter.share(step, gpu_ns))
+            self._start_hour(hour, end_ns)
+        self._hour_end_ns = end_ns
+
+    def _forget_acknowledged(self, acknowledged: int) -> None:
+        """Stop sending past hours, and models, that the reader has in their latest form."""
+        for hour, number in list(self._changed.items()):
+            if number <= acknowledged and hour != self._hour:
+                del self._changed[hour]
+        for number in [number for number in self._told_models if number <= acknowledged]:
+            self._acknowledged_model = self._told_models.pop(number)
+
+
+def saved_ns(model: Model, cached_tokens: int) -> int:
+    """Return about how many GPU-ns it would have taken to compute the cached start of a prompt.
+
+    By the plane of the cost model that prefill is on, without its fixed part and that of the
+    sequence, which the rest of the prompt paid for. Token k meets k tokens of context; a chunk is
+    counted as if all its tokens met its last one's, so this is rather too little than too much.
+    """
+    _version, form, (compute, _memory, one), *_quality = model
+    _fixed, per_token, _per_sequence, per_product, _per_context = (
+        compute if form == TWO_PLANES else one
+    )
+    products = cached_tokens * (cached_tokens + 1) / 2
+    return int(per_token * cached_tokens + per_product * products)
+
+
+@dataclass(slots=True)
+class _Earlier:
+    """What an open request had when the hour that is on began."""
+
+    pieces: list[UsagePiece] = field(default_factory=list)
+    used: Accrued = NOTHING
+
+    def add(self, hour: int, used: Accrued) -> None:
+        """Add what was used in an hour."""
+        piece = UsagePiece.of(hour, used)
+        if any(piece[1:]) or not self.pieces:
+            self.pieces.append(piece)
+        self.used = self.used.plus(used) if self.used is not NOTHING else used
+
+    def note_saved(self, saved_ns: int) -> None:
+        """Note, in the latest hour, what the prefix cache saved."""
+        self.pieces[-1] = self.pieces[-1]._replace(saved_estimate_ns=saved_ns)

@@ -1,0 +1,1 @@
+"""Energy of an engine's GPUs: read through NVML, divided by GPU time."""

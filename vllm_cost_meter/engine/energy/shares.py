@@ -1,0 +1,117 @@
+"""How a window's energy is divided over what the GPUs did in it: the theory, and the arithmetic.
+
+1. A window is what passed between two readings of the energy counter (`energy.py`). The counter
+   moves every 20 to 100 ms, by 70 J at 700 W. So a step of 5 ms has no energy of its own: windows
+   are divided, not steps, and whole millijoules, the counter's own unit, are fine enough.
+   Microjoules would only show digits that nobody measured.
+2. A window's energy E goes to *busy* time (steps, or what may have been steps) and *quiet* time
+   (`QUIET_CLASSES`). By time alone, a quiet nanosecond would pay for the power of a busy one. So:
+
+       busy = max(even, min(E - p_idle * quiet_ns, p_max * busy_ns)),  quiet = E - busy
+       even = E * busy_ns / (busy_ns + quiet_ns)
+
+   p_idle is the lowest mean power of any window so far: never below the true idle power, but for
+   the counter's coarseness, and equal to it once a window was quiet throughout. Until then, idle
+   and host time pay too much rather than too little. p_max is the largest power that the cards can
+   be set to. Working draws no less than waiting (even) and no more than the card can (p_max), which
+   keeps the noise of p_idle from landing on one short request.
+3. Within busy and within quiet time each share is proportional to its GPU-ns.
+
+Limits: what a step computes is not asked, so a memory-bound nanosecond costs as much energy as a
+compute-bound one of the same window; host time between steps, with clocks up, draws more than the
+idle power it is charged; and up to 100 ms of one window may be counted in the next.
+
+Invariant: the parts of a window add up to its energy, to the millijoule.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
+
+from vllm_cost_meter.attribution import split
+from vllm_cost_meter.units.time import NS_PER_SECOND
+
+Key = TypeVar("Key")
+
+# Classes of time in which no step ran. Not `startup`, much of which is work, nor `lost`, which is
+# mostly steps that could not be measured.
+QUIET_CLASSES = ("idle", "sleep", "host")
+
+# Shorter windows say little about power: of ten movements of the counter, one may be another's.
+POWER_WINDOW_NS_MIN = NS_PER_SECOND
+
+
+@dataclass(frozen=True, slots=True)
+class PowerBounds:
+    """What is known of the power of an engine's `gpus` cards; grows by `after`.
+
+    `max_mw` is `EnergyCounter.power_max_mw`. The lowest mean power seen is `low_mj` millijoules in
+    `low_gpu_ns` GPU-nanoseconds; 0 of these: none yet.
+    """
+
+    gpus: int
+    max_mw: int | None = None
+    low_mj: int = 0
+    low_gpu_ns: int = 0
+
+    def after(self, energy_mj: int, gpu_ns: int) -> Self:
+        """Return the bounds after a window of `gpu_ns` GPU-nanoseconds (wall x gpus) in all."""
+        if gpu_ns < POWER_WINDOW_NS_MIN * self.gpus:
+            return self
+        if self.low_gpu_ns and energy_mj * self.low_gpu_ns >= self.low_mj * gpu_ns:
+            return self
+        return replace(self, low_mj=energy_mj, low_gpu_ns=gpu_ns)
+
+    def busy_mj(self, energy_mj: int, busy_gpu_ns: int, quiet_gpu_ns: int) -> int:
+        """Return the busy time's part of a window's energy, in millijoules: point 2 above."""
+        if not busy_gpu_ns or not quiet_gpu_ns:
+            return energy_mj if busy_gpu_ns else 0
+        even_mj = energy_mj * busy_gpu_ns // (busy_gpu_ns + quiet_gpu_ns)
+        if not self.low_gpu_ns:
+            return even_mj
+        busy_mj = energy_mj - self.low_mj * quiet_gpu_ns // self.low_gpu_ns
+        if self.max_mw is not None:
+            # mW x s = mJ, and the cards' GPU-ns are wall time x gpus.
+            busy_mj = min(busy_mj, self.max_mw * busy_gpu_ns // (self.gpus * NS_PER_SECOND))
+        return max(even_mj, busy_mj)
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyShares:
+    """A window's energy by key, in millijoules. All of both add up to the window's."""
+
+    busy_mj: dict[str, int]
+    quiet_mj: dict[str, int]
+
+
+def split_energy(
+    energy_mj: int,
+    busy_gpu_ns: Mapping[str, int],
+    quiet_gpu_ns: Mapping[str, int],
+    bounds: PowerBounds,
+) -> EnergyShares:
+    """Divide a window's energy over the GPU-ns of the window: busy time, and apart from it quiet.
+
+    Keys are request ids and classes; their time adds up to the window's wall time x gpus. `bounds`
+    are those `after` this window, or before. A share is within 1 mJ of what is due to it by time;
+    in windows of more than 2 GPU-seconds add 2 billionths of the window per key. Raises ValueError
+    for a negative energy or time, and for energy that nobody is there to take: a window of no time
+    is to be read together with the next.
+    """
+    total_busy_ns, total_quiet_ns = sum(busy_gpu_ns.values()), sum(quiet_gpu_ns.values())
+    if energy_mj and not total_busy_ns + total_quiet_ns:
+        raise ValueError(f"split_energy: expected some GPU time for {energy_mj} mJ, got none")
+    busy_mj = bounds.busy_mj(energy_mj, total_busy_ns, total_quiet_ns)
+    return EnergyShares(
+        busy_mj=split_by_time(busy_mj, busy_gpu_ns),
+        quiet_mj=split_by_time(energy_mj - busy_mj, quiet_gpu_ns),
+    )
+
+
+def split_by_time(energy_mj: int, gpu_ns: Mapping[Key, int]) -> dict[Key, int]:
+    """Divide an energy in proportion to GPU-ns: point 3 above."""
+    # `split` wants weights that add up to less than 2**31, which is 2 GPU-seconds in ns: a longer
+    # window is weighed in units of 2, 4, 8 ... ns. It then still has 2**30 of them at least.
+    shift = max(0, sum(gpu_ns.values()).bit_length() - 31)
+    weights = [ns >> shift for ns in gpu_ns.values()]
+    return dict(zip(gpu_ns, split(energy_mj, weights), strict=True))

@@ -1,0 +1,1 @@
+"""Provider bills (invoices): read from files, and spread over hours."""

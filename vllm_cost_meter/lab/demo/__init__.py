@@ -1,0 +1,1 @@
+"""The demo (`make demo`): a real server, three tenants, and the bill."""

@@ -1,0 +1,167 @@
+"""The work behind the command `validate`: run the simulations, and build the answer.
+
+`--json` prints the answer as it is. Loading this module loads neither numpy nor vLLM, and a replay
+does not need them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+
+from vllm_cost_meter.attribution import METHODS
+from vllm_cost_meter.errors import DependencyError
+from vllm_cost_meter.lab.validation.replay import replay
+
+if TYPE_CHECKING:
+    from vllm_cost_meter.lab.validation.roofline import Machine
+
+T = TypeVar("T")
+
+MEAN_BATCHES = (10, 60, 160)
+LEAVE_ONE_OUT = "leave-one-out"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The simulations to run. Empty `gpus`, `models` or `mean_batches` mean all of them.
+
+    Each trace has `steps` steps. After the warm-up, every `every`-th step is compared with a truth
+    from twice `permutations` random orders.
+    """
+
+    gpus: Sequence[str] = ()
+    models: Sequence[str] = ()
+    mean_batches: Sequence[int] = ()
+    steps: int = 30_000
+    every: int = 10
+    permutations: int = 1_000
+    seed: int = 0
+
+
+def validate(plan: Plan) -> dict[str, Any]:
+    """Return each method's errors against each simulated truth, by "GPU/model/mean batch".
+
+    Raises ValueError for an unknown GPU or model, and DependencyError without numpy or vLLM.
+    """
+    try:
+        # numpy comes with vLLM; neither is a dependency of the meter itself.
+        from vllm_cost_meter.lab.validation.roofline import GPUS, MODELS, Machine  # noqa: PLC0415
+
+        # Names are checked before vLLM is loaded, which takes seconds.
+        gpus = [_named("--gpu", name, GPUS) for name in plan.gpus or GPUS]
+        models = [_named("--model", name, MODELS) for name in plan.models or MODELS]
+        from vllm_cost_meter.lab.validation.vllm_work import step_work  # noqa: PLC0415
+    except ImportError as error:
+        raise DependencyError(
+            f"validate: expected vLLM, for its counts of FLOPs and bytes, got: {error}; install"
+            " vLLM beside the meter, or replay a log with --step-log, which needs no vLLM"
+        ) from None
+    batches = plan.mean_batches or MEAN_BATCHES
+    answer = {}
+    with _progress("steps", len(gpus) * len(models) * len(batches) * plan.steps) as on_step:
+        for model in models:
+            work = step_work(model)
+            for gpu in gpus:
+                for mean_batch in batches:
+                    name = f"{gpu.name}/{model.name}/{mean_batch}"
+                    answer[name] = _truth(plan, Machine(gpu, work), mean_batch, on_step)
+    return answer
+
+
+def measured(model: str, rounds: int) -> dict[str, Any]:
+    """Return each method's errors on a real server. Raises ServerError."""
+    from vllm_cost_meter.lab.validation.real_server import measure  # noqa: PLC0415 - as `validate`
+
+    console = Console(stderr=True)
+    name = Path(model).name
+    return {f"server/{name}": measure(model, rounds, lambda phase: console.print(phase))}
+
+
+def replayed(path: Path) -> dict[str, Any]:
+    """Return the differences between the methods on a step log. Raises StepLogError."""
+    with _progress("steps", None) as on_step:
+        found = replay(path, on_step)
+    header = found.header
+    return {
+        "step_log": {
+            "model": header.model,
+            "vllm_version": header.vllm_version,
+            "run_id": header.run_id,
+            "gpus": header.gpus,
+            "steps": found.steps,
+            "requests": found.requests_seen,
+            "gpu_time_ns": found.gpu_time_ns,
+        },
+        "methods": {
+            method: {
+                "charged_ns": found.charged_ns[method],
+                "differences": {
+                    other: asdict(difference) for other, difference in differences.items()
+                },
+            }
+            for method, differences in found.differences.items()
+        },
+        "requests": found.requests,
+    }
+
+
+def _truth(
+    plan: Plan, machine: "Machine", mean_batch: int, on_step: Callable[[], None]
+) -> dict[str, Any]:
+    """Simulate one trace and compare all methods on it."""
+    # These modules need numpy: see `validate`.
+    from vllm_cost_meter.lab.validation.compare import LeaveOneOut, MeterSplitter, Splitter, compare  # noqa: PLC0415
+    from vllm_cost_meter.lab.validation.traffic import make_trace  # noqa: PLC0415
+
+    trace = make_trace(machine, mean_batch, plan.steps, plan.seed)
+    splitters: dict[str, Splitter] = {
+        name: MeterSplitter(name, trace, machine.prior()) for name in METHODS
+    }
+    splitters[LEAVE_ONE_OUT] = LeaveOneOut()
+    found = compare(
+        trace,
+        machine,
+        splitters,
+        every=plan.every,
+        permutations=plan.permutations,
+        seed=plan.seed,
+        on_step=on_step,
+    )
+    work = machine.work
+    return {
+        "mean_batch": trace.mean_batch,
+        "requests_per_s": trace.requests_per_s,
+        "steps": len(trace.steps),
+        "compared_steps": found.compared_steps,
+        "requests": found.compared_requests,
+        "memory": {
+            "needed_bytes": work.weight_bytes + work.kv_bytes * trace.kv_tokens_max,
+            "gpu_bytes": machine.gpu.memory_bytes,
+        },
+        "noise": asdict(found.noise),
+        "truth": {
+            "outside_interval_share": found.truth.outside_interval_share,
+            "outside_interval_parts_share": found.truth.outside_interval_parts_share,
+        },
+        "methods": {method: asdict(errors) for method, errors in found.methods.items()},
+    }
+
+
+def _named(option: str, name: str, known: Mapping[str, T]) -> T:
+    if name not in known:
+        raise ValueError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+@contextmanager
+def _progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each step; on a terminal, a progress bar shows the steps."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)

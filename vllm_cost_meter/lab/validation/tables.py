@@ -1,0 +1,151 @@
+"""Tables for the results of `validate`, with errors in percent."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from vllm_cost_meter.console import print_table
+from vllm_cost_meter.units.text import plain
+
+PERCENTILES = ("median", "p95", "max")
+TRUTH_ROW = "(the truth's noise)"
+
+
+def show_truths(answer: Mapping[str, Any]) -> None:
+    """Print a table per truth, from the answer that `--json` prints."""
+    for name, found in answer.items():
+        above = (
+            f"{name}: mean batch {found['mean_batch']:.1f}, {found['requests']} requests in"
+            f" {found['compared_steps']} of {found['steps']} steps; errors in %"
+        )
+        print_table(truth_table(found), above, _memory_line(found) + "\n")
+
+
+def truth_table(found: Mapping[str, Any]) -> Table:
+    """Return each method's errors against one truth. The last row is the truth's own noise."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("\nmethod", no_wrap=True)
+    for head in (
+        *(f"request\n{part}" for part in PERCENTILES),
+        *(f"tenant\n{part}" for part in PERCENTILES),
+        "\nmisplaced",
+        "outside interval\nGPU time",
+        "outside interval\nparts",
+        "\nuncharged",
+    ):
+        table.add_column(head, justify="right", no_wrap=True)
+    for method, errors in found["methods"].items():
+        table.add_row(
+            method,
+            *_percentiles(errors["request_error"]),
+            *_percentiles(errors["tenant_error"]),
+            *(
+                _percent(errors[key])
+                for key in (
+                    "misplaced_share",
+                    "outside_interval_share",
+                    "outside_interval_parts_share",
+                    "uncharged_share",
+                )
+            ),
+        )
+    noise, truth = found["noise"], found["truth"]
+    table.add_row(
+        TRUTH_ROW,
+        *_percentiles(noise["request_error"]),
+        *_percentiles(noise["tenant_error"]),
+        _percent(noise["misplaced_share"]),
+        _percent(truth["outside_interval_share"]),
+        _percent(truth["outside_interval_parts_share"]),
+        _percent(0.0),
+    )
+    return table
+
+
+def show_servers(answer: Mapping[str, Any]) -> None:
+    """Print, for each real server, the charges beside each tenant's added and alone time."""
+    for name, found in answer.items():
+        together, noise = found["together_ns"] / 1e9, found["together_noise_ns"] / 1e9
+        above = (
+            f"{name}: both together {together:.3f} ± {noise:.3f} GPU-seconds,"
+            f" mean of {found['rounds']} rounds"
+        )
+        print_table(server_table(found), plain(above))
+
+
+def server_table(found: Mapping[str, Any]) -> Table:
+    """Return each tenant's interval and charges in GPU-seconds."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tenant", no_wrap=True)
+    for head in ("added", "alone", *found["methods"]):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, tenant in found["tenants"].items():
+        ends = (
+            f"{tenant[f'{end}_ns'] / 1e9:.3f} ± {tenant[f'{end}_noise_ns'] / 1e9:.3f}"
+            for end in ("added", "alone")
+        )
+        charged = (f"{tenant['charged_ns'][method] / 1e9:.3f}" for method in found["methods"])
+        table.add_row(plain(name), *ends, *charged)
+    outside = (_percent(errors["outside_interval_share"]) for errors in found["methods"].values())
+    table.add_row("outside the interval, %", "", "", *outside)
+    return table
+
+
+def show_replay(answer: Mapping[str, Any]) -> None:
+    """Print each method's charges for a step log, and the requests with the largest differences."""
+    log = answer["step_log"]
+    above = (
+        f"{log['model']} on vLLM {log['vllm_version']}, run {log['run_id'][:8]}:"
+        f" {log['requests']} requests in {log['steps']} steps,"
+        f" {log['gpu_time_ns'] / 1e9:.6f} GPU-seconds"
+    )
+    print_table(difference_table(answer), plain(above))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("request", no_wrap=True)
+    for method in answer["methods"]:
+        table.add_column(method, justify="right", no_wrap=True)
+    for request_id, ns in answer["requests"].items():
+        table.add_row(
+            plain(request_id), *(f"{ns[method] / 1e9:.6f}" for method in answer["methods"])
+        )
+    print_table(table)
+
+
+def difference_table(answer: Mapping[str, Any]) -> Table:
+    """Return each method's total, and its difference from each other method."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("\nmethod", no_wrap=True)
+    table.add_column("charged\nGPU-seconds", justify="right", no_wrap=True)
+    table.add_column("\nagainst", no_wrap=True)
+    for head in (*(f"request, %\n{part}" for part in PERCENTILES), "moved\n%"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for method, found in answer["methods"].items():
+        for other, difference in found["differences"].items():
+            table.add_row(
+                method,
+                f"{found['charged_ns'] / 1e9:.6f}",
+                other,
+                *_percentiles(difference["request_difference"]),
+                _percent(difference["moved_share"]),
+            )
+    return table
+
+
+def _memory_line(found: Mapping[str, Any]) -> str:
+    needed, there = (found["memory"][key] for key in ("needed_bytes", "gpu_bytes"))
+    if needed <= there:
+        return ""
+    return (
+        f"weights and KV cache need {needed / 1e9:.0f} GB, and the GPU has {there / 1e9:.0f} GB:"
+        " it could not hold this batch, and is simulated as if it could"
+    )
+
+
+def _percentiles(values: Mapping[str, float | None]) -> list[str]:
+    return [_percent(values[part]) for part in PERCENTILES]
+
+
+def _percent(value: float | None) -> str:
+    # Adding 0.0 avoids "-0.00".
+    return "-" if value is None else f"{round(100 * value, 2) + 0.0:.2f}"

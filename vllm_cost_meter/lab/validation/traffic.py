@@ -1,0 +1,285 @@
+"""Simulated traffic: a trace of engine steps with mixed requests from three tenants.
+
+The tenants send requests at once in an open loop, each as a Poisson process. Lengths are log-normal
+with the means in `TENANTS`. The server schedules like vLLM v1 with chunked prefill, within a budget
+of tokens per step. Running requests come first, in their order of admission; a decode takes one
+token. Waiting requests follow, first come, first served. At most the request admitted last can be
+in the middle of its prompt: it has used up the budget, so nobody is admitted after it.
+
+A trace starts in the middle of operation: as many requests run as the mean batch has. Each is drawn
+as if met at a random instant, so long requests are more frequent, at a random point of its output.
+KV memory is not limited; the trace records how much it would need.
+
+The arrival rate for a mean batch L is found in two steps. Little's law gives the arrivals per
+*step* for L, and the mean step time turns them into arrivals per second. Near its limit a server
+answers a little more load with a much larger batch. So the trace is made again with a corrected
+rate until its mean batch is L to 3 %, at most `CALIBRATIONS_MAX` times.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_cost_meter.lab.validation.roofline import Ints, Machine
+
+TOKEN_BUDGET = 2_048
+# vLLM's default for large GPUs. Simulated batches stay far below, unless the server is overloaded.
+SEQUENCES_MAX = 1_024
+PROMPT_SIGMA = 0.3
+OUTPUT_SIGMA = 0.5
+TOKENS_LEAST = 8
+# The standard deviation of a step's log time around the roofline.
+NOISE_SIGMA = 0.02
+CALIBRATIONS_MAX = 8
+CALIBRATION_TOLERANCE = 0.03
+# The length of the trace that measures the mean step time at the mean batch.
+PILOT_STEPS = 2_000
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A tenant's mean prompt and output tokens, and its share of all requests."""
+
+    name: str
+    prompt_tokens: int
+    output_tokens: int
+    requests_share: float
+
+
+TENANTS = (
+    Tenant("chat", 512, 256, 0.60),
+    Tenant("rag", 4_096, 1_024, 0.25),
+    Tenant("agentic", 1_024, 4_096, 0.15),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceStep:
+    """One step. Requests are numbers; arrays have the shape (n,), in scheduler order.
+
+    `started` are scheduled for the first time, `ended` for the last time. `gpu_time_ns` is the
+    measured time, with noise.
+    """
+
+    requests: list[int]
+    tokens: Ints
+    positions: Ints
+    gpu_time_ns: int
+    started: list[int]
+    ended: list[int]
+
+
+@dataclass(slots=True)
+class Trace:
+    """A trace's steps and requests, which are counted from 0.
+
+    `tenants` (places in `TENANTS`), `prompt_tokens` and `first_positions` have an entry for each
+    request. `requests_per_s` is the arrival rate.
+    """
+
+    steps: list[TraceStep] = field(default_factory=list)
+    tenants: list[int] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    first_positions: list[int] = field(default_factory=list)
+    requests_per_s: float = 0.0
+
+    @property
+    def mean_batch(self) -> float:
+        """The mean number of requests per step."""
+        return sum(len(step.requests) for step in self.steps) / max(1, len(self.steps))
+
+    @property
+    def kv_tokens_max(self) -> int:
+        """The largest sum of contexts in a step, in tokens."""
+        sums = (int((step.positions + step.tokens).sum()) for step in self.steps)
+        return max(sums, default=0)
+
+
+def make_trace(machine: Machine, mean_batch: int, steps: int, seed: int) -> Trace:
+    """Return a trace whose mean batch is as near to `mean_batch` as calibration brings it."""
+    per_step = mean_batch / _mean_life_steps()
+    pilot = _Server(machine, mean_batch, seed, requests_per_s=per_step, step_s=1.0)
+    pilot.run(min(steps, PILOT_STEPS))
+    mean_step_s = sum(step.gpu_time_ns for step in pilot.trace.steps) / len(pilot.trace.steps) / 1e9
+    rate = per_step / mean_step_s
+    tried: list[tuple[float, float]] = []
+    best: Trace | None = None
+    for _ in range(CALIBRATIONS_MAX):
+        server = _Server(machine, mean_batch, seed, requests_per_s=rate)
+        server.run(steps)
+        trace = server.trace
+        if best is None or _miss(trace, mean_batch) < _miss(best, mean_batch):
+            best = trace
+        if _miss(best, mean_batch) <= CALIBRATION_TOLERANCE:
+            break
+        tried.append((math.log(rate), math.log(trace.mean_batch)))
+        rate = math.exp(_next_log_rate(tried, math.log(mean_batch)))
+    assert best is not None  # noqa: S101 - CALIBRATIONS_MAX is positive
+    return best
+
+
+class _Server:
+    """Runs requests step by step. With `step_s`, every step takes that long for arrivals."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        mean_batch: int,
+        seed: int,
+        *,
+        requests_per_s: float,
+        step_s: float | None = None,
+    ) -> None:
+        self.trace = Trace(requests_per_s=requests_per_s)
+        self._machine = machine
+        self._step_s = step_s
+        # Three streams let another rate meet the same requests and the same noise.
+        self._lengths, self._arrivals, self._noise = (
+            np.random.default_rng([seed, stream]) for stream in range(3)
+        )
+        self._now_s = 0.0
+        self._next_arrival_s = self._gap_s()
+        self._ends: list[int] = []  # The position of each request after its last step.
+        self._waiting: deque[int] = deque()
+        # The decoding requests in order of admission, and the request in the middle of its prompt.
+        self._decoding: list[int] = []
+        self._positions = np.empty(0, dtype=np.int64)
+        self._decode_ends = np.empty(0, dtype=np.int64)
+        self._prefilling: tuple[int, int] | None = None
+        self._started = list(range(mean_batch))
+        self._start_mid_life(mean_batch)
+
+    def run(self, steps: int) -> None:
+        """Add steps until the trace has so many."""
+        while len(self.trace.steps) < steps:
+            self._admit_arrivals()
+            if not (self._waiting or self._decoding or self._prefilling):
+                self._now_s = self._next_arrival_s
+                continue
+            self._step()
+
+    def _step(self) -> None:
+        chunks = self._schedule_chunks()
+        requests = self._decoding + [request for request, _, _ in chunks]
+        positions = np.append(self._positions, [start for _, start, _ in chunks]).astype(np.int64)
+        tokens = np.ones(len(requests), dtype=np.int64)
+        tokens[len(self._decoding) :] = [count for _, _, count in chunks]
+        roofline_s = self._machine.game(tokens, positions).total_s
+        measured_s = roofline_s * math.exp(NOISE_SIGMA * self._noise.standard_normal())
+        self._now_s += self._step_s or measured_s
+        ended = self._advance(chunks)
+        gpu_time_ns = round(measured_s * 1e9)
+        self.trace.steps.append(
+            TraceStep(requests, tokens, positions, gpu_time_ns, self._started, ended)
+        )
+        self._started = []
+
+    def _schedule_chunks(self) -> list[tuple[int, int, int]]:
+        """Return (request, start, tokens) for each prompt in this step."""
+        left = TOKEN_BUDGET - len(self._decoding)
+        chunks = []
+        running = len(self._decoding)
+        if self._prefilling:
+            request, start = self._prefilling
+            chunks.append((request, start, min(left, self.trace.prompt_tokens[request] - start)))
+            left -= chunks[-1][2]
+            running += 1
+        while self._waiting and left > 0 and running < SEQUENCES_MAX:
+            request = self._waiting.popleft()
+            chunks.append((request, 0, min(left, self.trace.prompt_tokens[request])))
+            left -= chunks[-1][2]
+            running += 1
+            self._started.append(request)
+        return chunks
+
+    def _advance(self, chunks: list[tuple[int, int, int]]) -> list[int]:
+        """Advance every request; return those that ended."""
+        self._positions += 1
+        self._prefilling = None
+        for request, start, count in chunks:
+            prompt = self.trace.prompt_tokens[request]
+            if start + count < prompt:
+                self._prefilling = (request, start + count)
+            else:
+                self._decode(request, prompt)
+        is_over = self._positions >= self._decode_ends
+        if not is_over.any():
+            return []
+        ended = [self._decoding[place] for place in np.flatnonzero(is_over)]
+        self._decoding = [self._decoding[place] for place in np.flatnonzero(~is_over)]
+        self._positions = self._positions[~is_over]
+        self._decode_ends = self._decode_ends[~is_over]
+        return ended
+
+    def _decode(self, request: int, position: int) -> None:
+        self._decoding.append(request)
+        self._positions = np.append(self._positions, position)
+        self._decode_ends = np.append(self._decode_ends, self._ends[request])
+
+    def _admit_arrivals(self) -> None:
+        while self._next_arrival_s <= self._now_s:
+            self._next_arrival_s += self._gap_s()
+            shares = [tenant.requests_share for tenant in TENANTS]
+            place = int(self._lengths.choice(len(TENANTS), p=shares))
+            self._waiting.append(self._add(place, size_biased=False))
+
+    def _gap_s(self) -> float:
+        # Three independent Poisson processes equal one process whose arrivals draw their tenant.
+        return float(self._arrivals.standard_exponential()) / self.trace.requests_per_s
+
+    def _add(self, place: int, *, size_biased: bool) -> int:
+        """Add a request of a tenant; return its number."""
+        tenant = TENANTS[place]
+        prompt = self._length(tenant.prompt_tokens, PROMPT_SIGMA)
+        # A log-normal length that is met at a random instant is log-normal with mu + sigma^2.
+        bias = math.exp(OUTPUT_SIGMA**2) if size_biased else 1.0
+        output = self._length(tenant.output_tokens * bias, OUTPUT_SIGMA)
+        trace = self.trace
+        trace.tenants.append(place)
+        trace.prompt_tokens.append(prompt)
+        trace.first_positions.append(0)
+        # The prompt's last chunk makes the first token, so the last token needs no step.
+        self._ends.append(prompt + output - 1)
+        return len(trace.tenants) - 1
+
+    def _length(self, mean: float, sigma: float) -> int:
+        drawn = self._lengths.lognormal(math.log(mean) - sigma**2 / 2, sigma)
+        return max(TOKENS_LEAST, round(drawn))
+
+    def _start_mid_life(self, count: int) -> None:
+        weights = np.array([tenant.requests_share * tenant.output_tokens for tenant in TENANTS])
+        for _ in range(count):
+            place = int(self._lengths.choice(len(TENANTS), p=weights / weights.sum()))
+            request = self._add(place, size_biased=True)
+            position = int(
+                self._lengths.integers(self.trace.prompt_tokens[request], self._ends[request])
+            )
+            self.trace.first_positions[request] = position
+            self._decode(request, position)
+
+
+def _mean_life_steps() -> float:
+    """Return the mean number of steps per request: its output, and the whole chunks before."""
+    return sum(
+        tenant.requests_share
+        * (tenant.output_tokens + max(0, math.ceil(tenant.prompt_tokens / TOKEN_BUDGET) - 1))
+        for tenant in TENANTS
+    )
+
+
+def _miss(trace: Trace, mean_batch: int) -> float:
+    return abs(trace.mean_batch / mean_batch - 1)
+
+
+def _next_log_rate(tried: list[tuple[float, float]], target: float) -> float:
+    """Return the next log rate to try: the secant through the last two trials, as logarithms."""
+    rate, batch = tried[-1]
+    slope = 2.0
+    if len(tried) > 1:
+        before_rate, before_batch = tried[-2]
+        if before_rate != rate:
+            slope = (batch - before_batch) / (rate - before_rate)
+    # A batch grows at least as fast as the rate, and far faster only near full load.
+    return rate + (target - batch) / min(10.0, max(1.0, slope))

@@ -1,0 +1,110 @@
+"""Coefficients for a step's FLOPs and bytes, from vLLM's own ModelMetrics.
+
+vLLM's component classes (`vllm/v1/metrics/perf.py`) count a batch in Python, operation by
+operation. That is too slow for a million batches. Their counts are linear in a batch's sums, so a
+few artificial batches give the coefficients, and two more check them.
+
+Invariant: a vLLM that counts in another way raises VllmMismatchError, and never gives a wrong
+figure.
+"""
+
+import numpy as np
+from vllm.v1.metrics.perf import (
+    AttentionMetrics,
+    FfnMetrics,
+    UnembedMetrics,
+)
+
+from vllm_cost_meter.errors import VllmMismatchError
+from vllm_cost_meter.lab.validation.roofline import ModelShape, StepWork
+from vllm_cost_meter.vllm_hooks.model_counts import Batch, context_of, linear
+
+BF16_BYTES = 2
+
+
+class VllmCounts:
+    """vLLM's own counts for a model on one GPU."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        common = {
+            "num_hidden_layers": shape.layers,
+            "hidden_size": shape.hidden,
+            "vocab_size": shape.vocab,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "weight_byte_size": BF16_BYTES,
+            "activation_byte_size": BF16_BYTES,
+            "cache_byte_size": BF16_BYTES,
+            "tp_size": 1,
+            "pp_size": 1,
+            "dp_size": 1,
+            "ffn_tp_size": 1,
+            "ffn_ep_size": 1,
+            "intermediate_size": shape.intermediate,
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.intermediate if shape.experts else 0,
+            "num_shared_experts": 0,
+            "num_moe_layers": shape.layers if shape.experts else 0,
+        }
+        self._components = [
+            AttentionMetrics(**common),
+            FfnMetrics(**common),
+            UnembedMetrics(**common),
+        ]
+
+    def totals(self, batch: Batch) -> tuple[int, int]:
+        """Return a batch's FLOPs, and its bytes read and written."""
+        context = context_of(batch)
+        flops = sum(part.get_num_flops(context) for part in self._components)
+        read = sum(part.get_read_bytes(context) for part in self._components)
+        written = sum(part.get_write_bytes(context) for part in self._components)
+        return flops, read + written
+
+
+def step_work(shape: ModelShape) -> StepWork:
+    """Return a model's coefficients. Raises VllmMismatchError if they do not give vLLM's counts.
+
+    `expected_experts` changes the number of experts that are read, not the bytes of one expert.
+    """
+    counts = VllmCounts(shape)
+    flops_fixed, flops = linear(lambda batch: counts.totals(batch)[0])
+    bytes_fixed, bytes_moved = linear(lambda batch: counts.totals(batch)[1])
+    expert_bytes = 0.0
+    if shape.experts:
+        # One token chooses `experts_per_token` experts, and many tokens choose all.
+        one = bytes_fixed + bytes_moved[0] + bytes_moved[1]
+        unread = shape.experts - shape.experts_per_token
+        expert_bytes = (one - counts.totals([(1, 0)])[1]) / unread
+        bytes_fixed -= expert_bytes * shape.experts
+    work = StepWork(
+        flops_fixed=flops_fixed,
+        flops=flops,
+        bytes_fixed=bytes_fixed,
+        bytes_moved=bytes_moved,
+        expert_bytes=expert_bytes,
+        experts=shape.experts,
+        experts_per_token=shape.experts_per_token,
+        expected_experts=shape.expected_experts,
+        kv_bytes=2.0 * shape.layers * shape.kv_heads * shape.head_dim * BF16_BYTES,
+    )
+    _check(work, counts, shape)
+    return work
+
+
+def _check(work: StepWork, counts: VllmCounts, shape: ModelShape) -> None:
+    mixed = [(2_000, 3_000), (47, 47), (1, 900), (1, 5_000)]
+    decodes = [(1, 100), (1, 7_000)]
+    for batch in (mixed, decodes):
+        if shape.expected_experts and batch is decodes:
+            continue
+        tokens = np.array([tokens for tokens, _ in batch])
+        positions = np.array([context for _, context in batch]) - tokens
+        expected = counts.totals(batch)
+        if not np.allclose(work.totals(tokens, positions), expected, rtol=1e-9):
+            raise VllmMismatchError(
+                f"expected FLOPs and bytes of {shape.name} to be linear in a batch's sums, found"
+                f" {expected} in vllm.v1.metrics.perf and {work.totals(tokens, positions)} from"
+                f" coefficients for the batch {batch}"
+            )

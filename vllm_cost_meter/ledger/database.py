@@ -1,0 +1,300 @@
+"""Open a ledger: its URL, its location, SQLite's WAL mode, and its schema.
+
+SQLite runs in WAL mode with `synchronous=NORMAL`. A commit is written to the file (page cache)
+before it returns, so it survives `kill -9` of every process. A crash of the machine may lose the
+last commits, but never the file's consistency. WAL needs shared memory, so a network filesystem is
+refused at the start. Transactions are explicit here: readers begin DEFERRED and see one state of
+the file throughout; writers begin IMMEDIATE and never have to upgrade a lock.
+
+Invariant: an engine that `open_database` returns has our schema, whole, whoever created it and
+however many processes tried to at once.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, event, insert, inspect, make_url, select, text
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.migrations import migrate
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
+
+# SQLite's WAL mode loses data on these filesystems: its shared memory does not span machines.
+NETWORK_FILESYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "ncpfs", "afs", "coda", "9p", "ceph"}
+    | {"lustre", "gpfs", "glusterfs", "beegfs", "orangefs", "pvfs2", "ocfs2", "gfs2", "davfs"}
+    | {"virtiofs", "panfs"}
+)
+# FUSE names its driver after a dot; these drivers are for networks.
+NETWORK_FUSE = frozenset(
+    {"sshfs", "glusterfs", "ceph", "ceph-fuse", "s3fs", "gcsfuse", "rclone", "davfs", "davfs2"}
+    | {"smbnetfs", "goofys", "juicefs", "blobfuse", "blobfuse2", "mount-s3", "hdfs", "seaweedfs"}
+)
+BUSY_TIMEOUT_S = 5.0
+SYNC_DRIVERS = {"sqlite": {"pysqlite"}, "postgresql": {"psycopg", "psycopg2", "pg8000"}}
+# Marks a connection that will write; see `_begin`.
+WRITE_OPTION = "cost_meter_write"
+# The process that holds this PostgreSQL advisory lock may create the schema. The number is
+# arbitrary.
+_SCHEMA_LOCK = 7_366_101_477
+
+
+def default_url() -> str:
+    """Return the URL of this user's ledger: a SQLite file below the XDG state folder."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    # The XDG rules tell programs to ignore a relative path.
+    home = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+    return f"sqlite:///{home / 'vllm-cost-meter' / 'ledger.db'}"
+
+
+def url_of(ledger: str | os.PathLike[str] | None) -> str:
+    """Return the URL of a ledger that is named by its URL or its SQLite file; None is the default.
+
+    The default is the ledger of this user, `default_url`.
+    """
+    if ledger is None:
+        return default_url()
+    name = os.fspath(ledger)
+    return name if "://" in name else f"sqlite:///{Path(name).resolve()}"
+
+
+def parse_url(url: str) -> URL:
+    """Return a ledger's URL, parsed. Raises LedgerError for a database that the meter cannot use.
+
+    A SQLite URL must name a file by a plain path.
+    """
+    hint = "sqlite:////path/ledger.db or postgresql+psycopg://user@host/database"
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except (ArgumentError, ValueError):
+        came = url.rpartition("@")[2]  # The text before an @ may be a password.
+        raise LedgerError(f"ledger: expected a URL such as {hint}, got {came!r}") from None
+    shown = parsed.render_as_string(hide_password=True)
+    try:
+        driver = parsed.get_driver_name()
+    except NoSuchModuleError:
+        backend, driver = "", ""
+    if backend not in SYNC_DRIVERS or driver not in SYNC_DRIVERS[backend]:
+        raise LedgerError(f"ledger {shown}: expected {hint}, got an unsupported database or driver")
+    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise LedgerError(f"ledger {shown}: expected {hint}, got memory, where it would be lost")
+    if backend == "sqlite" and str(parsed.database).startswith("file:"):
+        raise LedgerError(f"ledger {shown}: expected a plain path, sqlite:////path/ledger.db")
+    return parsed
+
+
+def sqlite_path(url: URL) -> Path | None:
+    """Return a SQLite ledger's absolute path; None for another database."""
+    if url.get_backend_name() != "sqlite":
+        return None
+    return Path(str(url.database)).absolute()
+
+
+def check_location(url: str, *, mounts: str | None = None) -> None:
+    """Raise LedgerError with one line unless a ledger may live at this URL and can be written.
+
+    This creates a SQLite ledger's folder. `mounts` is the text of /proc/mounts, read from there by
+    default.
+    """
+    path = sqlite_path(parse_url(url))
+    if path is None:
+        return
+    if mounts is None:
+        mounts = _read_mounts()
+    kind = filesystem_of(path, mounts)
+    if kind in NETWORK_FILESYSTEMS or kind.removeprefix("fuse.") in NETWORK_FUSE:
+        raise LedgerError(
+            f"ledger {path}: is on a network filesystem ({kind}), where SQLite's WAL mode is"
+            " unsafe; set COST_METER_LEDGER to a local path or to PostgreSQL"
+        )
+    _make_folder(path)
+    if path.is_dir():
+        raise LedgerError(f"ledger {path}: expected a file, got a folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise LedgerError(f"ledger {path}: cannot write in the folder {path.parent}")
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        raise LedgerError(f"ledger {path}: the file cannot be read and written by this user")
+
+
+def filesystem_of(path: Path, mounts: str) -> str:
+    """Return the filesystem type under a path: the type at the longest mount point above it.
+
+    `mounts` is the text of /proc/mounts. Returns "" if no mount point is above the path.
+    """
+    real = path.resolve()
+    best, kind = -1, ""
+    for line in mounts.splitlines():
+        words = line.split()
+        if len(words) < 3:
+            continue
+        # /proc/mounts writes blanks in octal.
+        point = words[1].encode().decode("unicode_escape")
+        # A later mount on the same point covers the earlier one.
+        if real.is_relative_to(point) and len(point) >= best:
+            best, kind = len(point), words[2]
+    return kind
+
+
+def open_database(
+    url: str, *, create: bool = True, busy_timeout_s: float = BUSY_TIMEOUT_S
+) -> Engine:
+    """Open a ledger's database; create folder, file and schema if absent and `create` is set.
+
+    Raises LedgerError when it cannot be opened, or was written by a newer cost meter.
+    """
+    parsed = parse_url(url)
+    shown = parsed.render_as_string(hide_password=True)
+    path = sqlite_path(parsed)
+    if path is not None:
+        if create:
+            _make_folder(path)
+            _make_file(path)
+        elif not path.exists():
+            raise LedgerError(
+                f"ledger {shown}: no such file; start a server with the meter, or name the right"
+                " ledger in COST_METER_LEDGER"
+            )
+    engine: Engine | None = None
+    try:
+        engine = _engine(parsed, busy_timeout_s)
+        _ensure_schema(engine, shown, create=create)
+    except ImportError as error:
+        raise LedgerError(
+            f"ledger {shown}: its driver is not installed ({error}); install it into this"
+            " environment"
+        ) from error
+    except SQLAlchemyError as error:
+        _dispose(engine)
+        raise LedgerError(f"ledger {shown}: cannot be opened: {cause_of(error)}") from error
+    except BaseException:
+        _dispose(engine)
+        raise
+    return engine
+
+
+def cause_of(error: SQLAlchemyError) -> str:
+    """Return a database error's own message, its first line only."""
+    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+
+
+def _dispose(engine: Engine | None) -> None:
+    if engine is not None:
+        engine.dispose()
+
+
+def _read_mounts() -> str:
+    try:
+        return Path("/proc/mounts").read_text(errors="replace")
+    except OSError:  # Outside Linux no mount is known, so none is refused.
+        return ""
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedgerError(
+            f"ledger {path}: the folder {path.parent} cannot be created: {error.strerror}"
+        ) from error
+
+
+def _make_file(path: Path) -> None:
+    """Create the file readable by its owner only; SQLite gives -wal and -shm the same mode.
+
+    An existing ledger is never opened here: closing any descriptor of a file drops all POSIX locks
+    of the process on it, SQLite's among them. A command beside the server would then believe itself
+    alone, and remove the write-ahead log that the server goes on writing to.
+    """
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise LedgerError(f"ledger {path}: cannot be written: {error.strerror}") from error
+
+
+def _engine(url: URL, busy_timeout_s: float) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True)
+    engine = create_engine(url, connect_args={"timeout": busy_timeout_s})
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # `_begin` executes BEGIN itself.
+        _set_wal(connection, busy_timeout_s)
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA cache_size=-16384")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get(WRITE_OPTION)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _set_wal(connection: Any, timeout_s: float) -> None:
+    """Switch the file to WAL, and retry while others open it: SQLite itself does not wait here."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        except connection.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            if mode == "wal":
+                return
+            if time.monotonic() > deadline:
+                raise connection.OperationalError(f"expected journal mode WAL, got {mode}")
+        time.sleep(0.005)
+
+
+def writing(engine: Engine) -> Engine:
+    """Return the same engine with transactions that begin as a writer's (BEGIN IMMEDIATE)."""
+    return engine.execution_options(**{WRITE_OPTION: True})
+
+
+def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
+    found = _version(engine)
+    if create and (found is None or found < SCHEMA_VERSION):
+        _create_schema(engine)
+        found = _version(engine)
+    if found is None:
+        raise LedgerError(f"ledger {shown}: holds no ledger (no table schema_version)")
+    if found > SCHEMA_VERSION:
+        raise LedgerError(
+            f"ledger {shown}: has schema version {found}, this cost meter knows"
+            f" {SCHEMA_VERSION}; upgrade vllm-cost-meter or use another ledger"
+        )
+    if found < SCHEMA_VERSION:
+        raise LedgerError(
+            f"ledger {shown}: has schema version {found}, this cost meter needs {SCHEMA_VERSION};"
+            " start a metered server with this ledger once, which brings it up to date"
+        )
+
+
+def _version(engine: Engine) -> int | None:
+    with engine.connect() as connection:
+        if not inspect(connection).has_table(schema_version.name):
+            return None
+        rows = connection.execute(select(schema_version.c.version)).scalars().all()
+        return max(rows, default=None)
+
+
+def _create_schema(engine: Engine) -> None:
+    with writing(engine).begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
+        # A second process finds everything once the first has committed.
+        metadata.create_all(connection)
+        found = connection.execute(select(schema_version.c.version)).scalar()
+        if found is None:
+            connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
+        elif found < SCHEMA_VERSION:
+            migrate(connection, found, SCHEMA_VERSION)

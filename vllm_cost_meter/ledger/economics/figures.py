@@ -1,0 +1,322 @@
+"""The list of economic figures: the unit, meaning and SQL expression of each.
+
+`query.py` fills in a window and asks the ledger; here the list can be read as a list. SQLite and
+PostgreSQL both take every expression.
+
+Invariant: a figure names only figures and tables in this module. A table names only tables before
+it.
+"""
+
+# ruff: noqa: S608 - nothing is written into the SQL here but names of this package
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from vllm_cost_meter.economics.saturation import IDENTITY
+from vllm_cost_meter.records.snapshot import BUSY, CLASSES
+
+# Two sizes are about the same up to this factor, for prompts and replies each.
+SIZE_FACTOR = 1.25
+
+
+class Figure(NamedTuple):
+    """One figure. `expression` is SQL: it has other figures in braces, and tables by name."""
+
+    unit: str
+    meaning: str
+    expression: str
+
+
+def _sum_of(names: Iterable[str]) -> str:
+    return " + ".join(f"{name}_ns" for name in names)
+
+
+def _same(one: str, other: str) -> str:
+    return " AND ".join(f"{one}.{name} = {other}.{name}" for name in IDENTITY)
+
+
+def _about(column: str, tokens: str) -> str:
+    mean = f"(SELECT 1.0 * SUM({column}) / NULLIF(SUM(exchanges), 0) FROM ended)"
+    return f"{mean} BETWEEN {tokens} / {SIZE_FACTOR} AND {tokens} * {SIZE_FACTOR}"
+
+
+# Each table may name the tables before it. `query.py` replaces {hours}, {ended} and the like with
+# conditions on the window.
+TABLES: Mapping[str, str] = {
+    # Each engine's hours: all GPU time, and the part in which the GPUs worked.
+    "hours": f"""SELECT engine_hours.run_id, hour, engine_index, gpus,
+       1.0 * ({_sum_of(CLASSES)}) AS gpu_ns,
+       1.0 * ({_sum_of(BUSY)}) AS busy_ns, 1.0 * startup_ns AS startup_ns
+FROM engine_hours JOIN runs ON runs.run_id = engine_hours.run_id
+WHERE {{hours}}""",
+    # USD per GPU-hour for each run in the hours [from_hour, to_hour).
+    "price": "{price}",
+    "priced": """SELECT hour, gpu_ns, startup_ns, usd_per_gpu_hour
+FROM hours LEFT JOIN price
+  ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour""",
+    # The provider's billed hours, without rows that have neither known time nor money.
+    "billed": """SELECT hour, kind, 1.0 * nanousd AS nanousd, covered_ns FROM billed_hours
+WHERE {hours} AND (covered_ns > 0 OR nanousd <> 0)""",
+    # The billed part of each hour: the largest among the GPU resources.
+    "covered": """SELECT hour AS covered_hour, MAX(covered_ns) / 3.6e12 AS share
+FROM billed WHERE kind = 'gpu' GROUP BY hour""",
+    "compared": """SELECT gpu_ns, usd_per_gpu_hour, COALESCE(share, 0.0) AS share
+FROM priced LEFT JOIN covered ON covered_hour = hour
+WHERE gpu_ns > 0""",
+    # Declared overheads: a percentage of the cost of their hours, or an amount.
+    "overhead": "{overhead}",
+    "overheads": """SELECT CASE WHEN percent IS NULL THEN usd ELSE percent / 100.0 * (
+  SELECT CASE WHEN COUNT(*) = COUNT(usd_per_gpu_hour)
+    THEN COALESCE(SUM(gpu_ns * usd_per_gpu_hour), 0.0) / 3.6e12 END
+  FROM priced WHERE gpu_ns > 0 AND hour >= from_hour AND hour < to_hour
+) END AS usd FROM overhead""",
+    # Prefill and decode by hour: their time, and the tokens computed in it.
+    "pieces": """SELECT 1.0 * prefill_ns AS prefill_ns, 1.0 * decode_ns AS decode_ns,
+       prefill_tokens, decode_tokens, usd_per_gpu_hour
+FROM usage_pieces LEFT JOIN price
+  ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour
+WHERE {hours}""",
+    # The parts of ended exchanges by prompt. A prompt counts once, even if several parts share it.
+    "prompts": """SELECT COALESCE(r.http_request_id, r.run_id || '/' || r.seq) AS id,
+       MAX(CASE WHEN h.http_request_id IS NULL THEN 0 ELSE 1 END) AS exchanges,
+       MAX(COALESCE(h.finished_at, r.finished_at)) AS finished_at,
+       MAX(h.prompt_tokens) AS told_prompt_tokens, MAX(h.output_tokens) AS told_output_tokens,
+       MAX(h.cached_tokens) AS told_cached_tokens, MAX(r.cached_tokens) AS cached_tokens,
+       MAX(r.prompt_tokens) AS prompt_tokens, SUM(r.output_tokens) AS output_tokens,
+       MIN(r.ttft_ms) AS ttft_ms, MAX(r.tpot_ms) AS tpot_ms, MAX(r.e2e_ms) AS e2e_ms,
+       1.0 * SUM(r.gpu_time_ns) AS gpu_time_ns
+FROM requests AS r LEFT JOIN http_requests AS h ON h.http_request_id = r.http_request_id
+WHERE {ended}
+GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq), r.prompt_group""",
+    # One row for each exchange that ended.
+    "ended": """SELECT MAX(exchanges) AS exchanges, MAX(finished_at) AS finished_at,
+       COALESCE(MAX(told_cached_tokens), SUM(cached_tokens)) AS cached_tokens,
+       COALESCE(MAX(told_prompt_tokens), SUM(prompt_tokens)) AS prompt_tokens,
+       COALESCE(MAX(told_output_tokens), SUM(output_tokens)) AS output_tokens,
+       MIN(ttft_ms) AS ttft_ms, MAX(tpot_ms) AS tpot_ms, MAX(e2e_ms) AS e2e_ms,
+       SUM(gpu_time_ns) AS gpu_time_ns
+FROM prompts GROUP BY id""",
+    # The deployments that ran in the window.
+    "ran": """SELECT model, precision, vllm_version, hardware, gpus, parallelism FROM runs
+WHERE run_id IN (SELECT run_id FROM hours WHERE gpu_ns > 0)
+GROUP BY model, precision, vllm_version, hardware, gpus, parallelism""",
+    # Full load as measured on the only deployment that ran, with requests of about the same size.
+    "saturation": f"""SELECT s.measured_at, s.output_tokens_per_s
+FROM saturation_points AS s JOIN ran ON {_same("s", "ran")}
+WHERE (SELECT COUNT(*) FROM ran) = 1
+  AND s.engines = (SELECT COUNT(DISTINCT engine_index) FROM hours)
+  AND {_about("prompt_tokens", "s.input_tokens")}
+  AND {_about("output_tokens", "s.output_tokens")}""",
+    # The engine runs that began in the window.
+    "began": "SELECT run_id FROM runs WHERE {began}",
+    # The exchanges that arrived in the window, finished or not.
+    "arrived": """SELECT id FROM (
+  SELECT COALESCE(http_request_id, request_id) AS id, started_at FROM requests
+  UNION ALL SELECT COALESCE(http_request_id, request_id), started_at FROM open_requests
+) AS births GROUP BY id HAVING {arrived}""",
+}
+
+
+def _percentile(column: str, percent: int) -> str:
+    # Nearest rank: the smallest value that at least so many percent of the values do not exceed.
+    rank = f"SELECT ({percent} * COUNT({column}) + 99) / 100 - 1 FROM ended"
+    return (
+        f"SELECT {column} FROM ended WHERE {column} IS NOT NULL ORDER BY {column} LIMIT 1"
+        f" OFFSET (SELECT CASE WHEN COUNT({column}) = 0 THEN 0 ELSE ({rank}) END FROM ended)"
+    )
+
+
+_COST = (
+    "SELECT CASE WHEN COUNT(*) = COUNT(usd_per_gpu_hour)"
+    " THEN SUM({ns} * usd_per_gpu_hour) / 3.6e12 END FROM {table}"
+)
+# The cost of hours that no bill covers; null without hours, and if one has no price.
+_UNBILLED = (
+    "SELECT CASE WHEN COUNT(*) = COUNT(CASE WHEN share >= 1 THEN 1.0 ELSE usd_per_gpu_hour END)"
+    " THEN SUM(CASE WHEN share >= 1 THEN 0.0 ELSE gpu_ns * usd_per_gpu_hour * (1 - share) END)"
+    " / 3.6e12 END FROM compared"
+)
+_UNKNOWN = (
+    "SELECT COUNT(*) FROM compared WHERE share < 1 AND usd_per_gpu_hour IS NULL",
+    "SELECT COUNT(*) FROM overheads WHERE usd IS NULL",
+)
+_BLENDED = ("{unbilled_usd}", "{billed_gpu_usd}", "{billed_other_usd}", "{overhead_usd}")
+FIGURES: Mapping[str, Figure] = {
+    "cost_usd": Figure(
+        "USD", "wall time x price of all GPUs", f"({_COST.format(ns='gpu_ns', table='priced')})"
+    ),
+    "billed_gpu_usd": Figure(
+        "USD",
+        "what the provider billed of GPUs; null if nothing was imported of the window",
+        "(SELECT SUM(nanousd) / 1e9 FROM billed WHERE kind = 'gpu')",
+    ),
+    "metered_while_billed_usd": Figure(
+        "USD",
+        "wall time x price of the time that bills of GPUs cover",
+        "CASE WHEN {billed_gpu_usd} IS NOT NULL THEN (SELECT CASE WHEN COUNT(*) ="
+        " COUNT(usd_per_gpu_hour) THEN COALESCE(SUM(gpu_ns * usd_per_gpu_hour * share), 0.0)"
+        " / 3.6e12 END FROM compared WHERE share > 0) END",
+    ),
+    "billed_difference_usd": Figure(
+        "USD",
+        "billed of GPUs - metered while billed",
+        "{billed_gpu_usd} - {metered_while_billed_usd}",
+    ),
+    "capture_rate": Figure(
+        "",
+        "metered while billed / billed of GPUs",
+        "CASE WHEN {billed_gpu_usd} > 0 THEN {metered_while_billed_usd} / {billed_gpu_usd} END",
+    ),
+    "unbilled_usd": Figure(
+        "USD", "wall time x price of the time that no bill covers", f"({_UNBILLED})"
+    ),
+    "billed_other_usd": Figure(
+        "USD",
+        "what the provider billed besides GPUs: disks, network and other",
+        "(SELECT SUM(nanousd) / 1e9 FROM billed WHERE kind <> 'gpu')",
+    ),
+    "overhead_usd": Figure(
+        "USD",
+        "declared overheads",
+        "(SELECT CASE WHEN COUNT(*) = COUNT(usd) THEN SUM(usd) END FROM overheads)",
+    ),
+    "blended_cost_usd": Figure(
+        "USD",
+        "everything: what was billed, price x time where nothing was, and overheads",
+        f"CASE WHEN ({_UNKNOWN[0]}) = 0 AND ({_UNKNOWN[1]}) = 0"
+        f" AND COALESCE({', '.join(_BLENDED)}) IS NOT NULL"
+        f" THEN {' + '.join(f'COALESCE({name}, 0.0)' for name in _BLENDED)} END",
+    ),
+    "blended_usd_per_m_output_tokens": Figure(
+        "USD",
+        "everything / output tokens",
+        "1e6 * {blended_cost_usd} / NULLIF({output_tokens}, 0)",
+    ),
+    "blended_usd_per_m_total_tokens": Figure(
+        "USD",
+        "everything / prompt and output tokens",
+        "1e6 * {blended_cost_usd} / NULLIF({prompt_tokens} + {output_tokens}, 0)",
+    ),
+    "wall_gpu_seconds": Figure(
+        "GPU-s", "wall time x GPUs", "(SELECT SUM(gpu_ns) / 1e9 FROM hours)"
+    ),
+    "utilization": Figure(
+        "",
+        "busy / wall: the part of the wall time in which the GPUs worked",
+        "(SELECT SUM(busy_ns) / NULLIF(SUM(gpu_ns), 0) FROM hours)",
+    ),
+    "observed_seconds": Figure(
+        "s",
+        "wall time of the first engine",
+        "(SELECT SUM(gpu_ns / gpus) / 1e9 FROM hours WHERE engine_index = 0)",
+    ),
+    "cold_starts": Figure("", "engine runs that began", "(SELECT COUNT(*) FROM began)"),
+    "cold_start_gpu_seconds": Figure(
+        "GPU-s",
+        "from the start of an engine's process until it was ready, summed over cold starts",
+        "(SELECT SUM(startup_ns) / 1e9 FROM hours)",
+    ),
+    "cold_start_usd": Figure(
+        "USD", "what that cost", f"({_COST.format(ns='startup_ns', table='priced')})"
+    ),
+    "requests": Figure(
+        "", "exchanges that ended", "(SELECT COALESCE(SUM(exchanges), 0) FROM ended)"
+    ),
+    "arrivals": Figure("", "exchanges that came, ended or not", "(SELECT COUNT(*) FROM arrived)"),
+    "prompt_tokens": Figure(
+        "", "in exchanges that ended", "(SELECT COALESCE(SUM(prompt_tokens), 0) FROM ended)"
+    ),
+    "output_tokens": Figure(
+        "", "in exchanges that ended", "(SELECT COALESCE(SUM(output_tokens), 0) FROM ended)"
+    ),
+    "arrivals_per_s": Figure("1/s", "lambda", "1.0 * {arrivals} / NULLIF({observed_seconds}, 0)"),
+    "output_tokens_per_s": Figure(
+        "1/s", "theta", "1.0 * {output_tokens} / NULLIF({observed_seconds}, 0)"
+    ),
+    "usd_per_m_output_tokens": Figure(
+        "USD",
+        "C_eff: all costs / output tokens",
+        "1e6 * {cost_usd} / NULLIF({output_tokens}, 0)",
+    ),
+    "saturation_output_tokens_per_s": Figure(
+        "1/s",
+        "theta_max: full load as declared, or as a sweep measured it on this very deployment with"
+        " requests of about this size; else null",
+        "COALESCE({theta_max}, (SELECT output_tokens_per_s FROM saturation"
+        " ORDER BY measured_at DESC LIMIT 1))",
+    ),
+    "penalty": Figure(
+        "",
+        "theta_max / theta: how many times the cost at full load",
+        "{saturation_output_tokens_per_s} / NULLIF({output_tokens_per_s}, 0)",
+    ),
+    "usd_per_m_total_tokens": Figure(
+        "USD",
+        "all costs / prompt and output tokens",
+        "1e6 * {cost_usd} / NULLIF({prompt_tokens} + {output_tokens}, 0)",
+    ),
+    "usd_per_request": Figure("USD", "all costs / requests", "{cost_usd} / NULLIF({requests}, 0)"),
+    "usd_per_m_computed_prompt_tokens": Figure(
+        "USD",
+        "measured input price: prefill time, per prompt token that was computed; idle is not in it",
+        f"1e6 * ({_COST.format(ns='prefill_ns', table='pieces')})"
+        " / NULLIF((SELECT SUM(prefill_tokens) FROM pieces), 0)",
+    ),
+    "usd_per_m_decoded_tokens": Figure(
+        "USD",
+        "measured output price: decode time, per token decoded; idle is not in it",
+        f"1e6 * ({_COST.format(ns='decode_ns', table='pieces')})"
+        " / NULLIF((SELECT SUM(decode_tokens) FROM pieces), 0)",
+    ),
+    "mean_e2e_seconds": Figure(
+        "s", "W: from arrival to end", "(SELECT AVG(e2e_ms) / 1e3 FROM ended)"
+    ),
+    "concurrency": Figure(
+        "",
+        "L: time in the system, summed over exchanges that ended / observed time",
+        "(SELECT SUM(e2e_ms) / 1e3 FROM ended) / NULLIF({observed_seconds}, 0)",
+    ),
+    "littles_law": Figure(
+        "",
+        "lambda x W: near L if as many came as ended",
+        "{arrivals_per_s} * {mean_e2e_seconds}",
+    ),
+    **{
+        f"{name}_p{percent}_ms": Figure(
+            "ms",
+            f"{percent}th percentile of {meaning}, by nearest rank",
+            f"({_percentile(f'{name}_ms', percent)})",
+        )
+        for name, meaning in (
+            ("ttft", "time to first token"),
+            ("tpot", "time per output token"),
+            ("e2e", "time from arrival to end"),
+        )
+        for percent in (50, 99)
+    },
+    "good_requests": Figure(
+        "",
+        "exchanges that ended within all declared bounds",
+        "(SELECT COALESCE(SUM(exchanges), 0) FROM ended WHERE {slo})",
+    ),
+    "good_output_tokens": Figure(
+        "",
+        "goodput: output tokens of good requests",
+        "(SELECT COALESCE(SUM(output_tokens), 0) FROM ended WHERE {slo})",
+    ),
+    "good_requests_share": Figure(
+        "", "good requests / exchanges that ended", "1.0 * {good_requests} / NULLIF({requests}, 0)"
+    ),
+    "usd_per_m_good_output_tokens": Figure(
+        "USD",
+        "all costs / goodput",
+        "1e6 * {cost_usd} / NULLIF({good_output_tokens}, 0)",
+    ),
+    "missed_spend_share": Figure(
+        "",
+        "share of the GPU time that went into ended requests outside a bound",
+        "(SELECT SUM(CASE WHEN {slo} THEN 0.0 ELSE gpu_time_ns END)"
+        " / NULLIF(SUM(gpu_time_ns), 0) FROM ended)",
+    ),
+}
+# Answers have these figures only if latency bounds are declared.
+OF_SLO = tuple(name for name in FIGURES if "good" in name or "missed" in name)

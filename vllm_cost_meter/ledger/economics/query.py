@@ -1,0 +1,239 @@
+"""Cost per token and request in a window, with the SQL behind each figure.
+
+A figure is an expression over scalar subqueries on a few named tables (see `figures`). The tables
+are the ledger's own, with the window, the prices and the declared latency bounds written into them.
+`sql_of` returns exactly the text that is executed, so anybody who doubts a figure can run it by
+hand. SQLite and PostgreSQL both take it.
+
+GPU time and money come from the engines' hours, which include idle time and start-up. Requests and
+tokens count exchanges that ended in the window; arrivals count exchanges that came in it. A ratio
+whose denominator is zero is null, so a window without traffic has a cost, but no cost per token.
+Figures are floating-point numbers; the exact books are in `reports`.
+
+Invariant: a figure that is an amount adds up over the parts of a window.
+"""
+
+# ruff: noqa: S608 - only numbers, instants and run ids are written into the SQL below
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import TextClause, text
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.economics import Declared, Sent
+from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO, TABLES
+from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
+from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.units.money import NANOUSD_PER_USD
+from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
+
+_NAMED = re.compile(r"\{(\w+)\}")
+
+
+def economics(
+    reader: LedgerReader,
+    declared: Declared,
+    from_hour: int | None = None,
+    to_hour: int | None = None,
+    as_of: AsOf = NOW,
+) -> dict[str, Any]:
+    """Return the cost of a window's tokens and requests, with load and latency, ready for JSON.
+
+    Hours count since the epoch, [from_hour, to_hour); None means no bound. `declared` has the
+    operator's latency bounds and full load.
+    """
+    cut = reader.cut(Window(from_hour, to_hour), as_of)
+    with reader.transaction() as connection:
+        figures = read_figures(connection, cut, declared, figures_shown(declared))
+    return {
+        "window": cut.window.as_dict(),
+        "taken_at": cut.at(),
+        "deployments": deployments(cut),
+        "slo": declared.slo(figures.get("good_requests_share")),
+        "prices": CutCosts.of(cut).cost.listed(),
+        "figures": figures,
+    }
+
+
+def method(
+    reader: LedgerReader,
+    declared: Declared,
+    from_hour: int | None = None,
+    to_hour: int | None = None,
+) -> list[dict[str, Any]]:
+    """Return the unit, meaning and executed SQL of each figure for a window, ready for JSON."""
+    cut = reader.cut(Window(from_hour, to_hour), AsOf(settle_s=0))
+    return [
+        {
+            "figure": name,
+            "unit": FIGURES[name].unit or None,
+            "meaning": FIGURES[name].meaning,
+            "sql": sql_of([name], cut, declared),
+        }
+        for name in figures_shown(declared)
+    ]
+
+
+def sql_of(names: Iterable[str], cut: Cut, declared: Declared) -> str:
+    """Return the SQL statement whose single row has these figures, in this order."""
+    columns = [f"{_expanded(name, declared)} AS {name}" for name in names]
+    return _with_tables("SELECT\n  " + ",\n  ".join(columns), cut)
+
+
+def _with_tables(selected: str, cut: Cut) -> str:
+    """Return a query preceded by the tables that it names, directly or through other tables."""
+    needed: dict[str, str] = {}
+    values = _values(cut)
+    for name, body in reversed(list(TABLES.items())):
+        rest = selected + "".join(needed.values())
+        if re.search(rf"\b(FROM|JOIN) {name}\b", rest):
+            needed[name] = _NAMED.sub(lambda found: values[found[1]], body)
+    tables = [f"{name} AS (\n{body}\n)" for name, body in reversed(list(needed.items()))]
+    return f"WITH {', '.join(tables)}\n{selected}" if tables else selected
+
+
+def read_mix(connection: Connection, cut: Cut) -> Iterator[Sent]:
+    """Yield each exchange that ended in a cut's window, with its time and size, oldest first."""
+    query = (
+        "SELECT finished_at, prompt_tokens, cached_tokens, output_tokens FROM ended"
+        " ORDER BY finished_at"
+    )
+    for row in connection.execute(_statement(_with_tables(query, cut))):
+        yield Sent(datetime.fromisoformat(row[0]), *(int(tokens) for tokens in row[1:]))
+
+
+def _statement(sql: str) -> TextClause:
+    # SQLAlchemy takes a colon for a parameter, and instants have colons.
+    return text(sql.replace(":", "\\:"))
+
+
+def read_figures(
+    connection: Connection, cut: Cut, declared: Declared, names: Sequence[str]
+) -> dict[str, float | None]:
+    """Return these figures for a cut's window. The figures in OF_SLO need a declared bound."""
+    row = connection.execute(_statement(sql_of(names, cut, declared))).one()
+    return dict(zip(names, map(_number, row), strict=True))
+
+
+def deployments(cut: Cut) -> list[dict[str, Any]]:
+    """Return the deployments that ran in the window, and the number of runs for each.
+
+    Hardware, GPUs, model, precision, parallelism and vLLM version are as the engines reported.
+    """
+    names = ("hardware", "gpus", "model", "precision", "parallelism", "vllm_version")
+    counted: Counter[tuple[Any, ...]] = Counter(
+        tuple(run.row[name] for name in names) for run in cut.runs if run.total_ns()
+    )
+    return [{**dict(zip(names, of, strict=True)), "runs": n} for of, n in counted.items()]
+
+
+def figures_shown(declared: Declared) -> list[str]:
+    """Return the names of the figures in an answer."""
+    return [name for name in FIGURES if declared.has_slo or name not in OF_SLO]
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, Decimal) else value
+
+
+def condition(declared: Declared) -> str:
+    """Return the SQL condition that holds for a row of `ended` within all bounds."""
+    # A reply of one token has no time between tokens.
+    tpot = f"(tpot_ms <= {declared.tpot_ms!r} OR (tpot_ms IS NULL AND output_tokens <= 1))"
+    kept = [
+        *([f"ttft_ms <= {declared.ttft_ms!r}"] if declared.ttft_ms is not None else []),
+        *([tpot] if declared.tpot_ms is not None else []),
+        *([f"e2e_ms <= {declared.e2e_ms!r}"] if declared.e2e_ms is not None else []),
+    ]
+    return " AND ".join(kept)
+
+
+def _expanded(name: str, declared: Declared) -> str:
+    """Return a figure's expression, with the figures that it names filled in."""
+
+    def of(found: re.Match[str]) -> str:
+        if found[1] == "slo":
+            return condition(declared)
+        if found[1] == "theta_max":
+            known = declared.theta_max
+            return "CAST(NULL AS DOUBLE PRECISION)" if known is None else repr(known)
+        return f"({_expanded(found[1], declared)})"
+
+    return _NAMED.sub(of, FIGURES[name].expression)
+
+
+def _values(cut: Cut) -> dict[str, str]:
+    window = cut.window
+    low, high = window.from_hour, window.to_hour
+    instants = [None if hour is None else rfc3339(hour * NS_PER_HOUR) for hour in (low, high)]
+
+    def between(column: str, *bounds: object) -> str:
+        terms = [
+            f"{column} {sign} {bound if isinstance(bound, int) else _quoted(str(bound))}"
+            for sign, bound in zip((">=", "<"), bounds, strict=True)
+            if bound is not None
+        ]
+        return " AND ".join(terms) or "1 = 1"
+
+    return {
+        "hours": between("hour", low, high),
+        "ended": between("COALESCE(h.finished_at, r.finished_at)", *instants),
+        "arrived": between("MIN(started_at)", *instants),
+        "began": between("started_at", *instants),
+        "price": _price_table(cut),
+        "overhead": _overhead_table(cut),
+    }
+
+
+def _price_table(cut: Cut) -> str:
+    """Return the runs' prices in the window as SQL; a run without a price has no row."""
+    rows: list[tuple[str, int, int, float | None]] = []
+    for run in cut.runs:
+        hours = sorted(hour for hour in run.hours if cut.window.contains(hour))
+        for hour in hours:
+            price = run.prices.at(hour)
+            usd = None if price is None else float(price.usd_per_gpu_hour)
+            if rows and rows[-1][0] == run.run_id and rows[-1][3] == usd:
+                rows[-1] = (*rows[-1][:2], hour + 1, usd)
+            else:
+                rows.append((run.run_id, hour, hour + 1, usd))
+    selects = [
+        f"SELECT {_quoted(run_id)} AS price_run_id, {low} AS from_hour, {high} AS to_hour,"
+        f" {usd!r} AS usd_per_gpu_hour"
+        for run_id, low, high, usd in rows
+        if usd is not None
+    ]
+    nothing = (
+        "SELECT run_id AS price_run_id, 0 AS from_hour, 0 AS to_hour, 0.0 AS usd_per_gpu_hour"
+        " FROM runs WHERE 1 = 0"
+    )
+    return "\nUNION ALL ".join(selects) or nothing
+
+
+def _overhead_table(cut: Cut) -> str:
+    """Return the declared overheads in the window as SQL."""
+    selects = []
+    # The SQL works out the amount of a percentage.
+    for line in overheads_of(cut, lambda _begin, _end: None):
+        usd = None if line.nanousd is None else line.nanousd / NANOUSD_PER_USD
+        amounts = [
+            "CAST(NULL AS DOUBLE PRECISION)" if amount is None else repr(float(amount))
+            for amount in (line.overhead.percent, usd)
+        ]
+        selects.append(
+            f"SELECT {line.from_hour} AS from_hour, {line.to_hour} AS to_hour,"
+            f" {amounts[0]} AS percent, {amounts[1]} AS usd"
+        )
+    nothing = (
+        "SELECT 0 AS from_hour, 0 AS to_hour, 0.0 AS percent, 0.0 AS usd FROM runs WHERE 1 = 0"
+    )
+    return "\nUNION ALL ".join(selects) or nothing
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"

@@ -1,0 +1,1 @@
+"""What is asked of the ledger: one module a question, each inside one transaction."""

@@ -1,0 +1,192 @@
+"""Do the books balance? Each run at its cut, every way of adding up compared with every other.
+
+Seven sums must agree for each run: wall x gpus and the classes; the class `requests` and what the
+engine says it billed; that and the bills in the ledger; the bills' numbers, without a gap from 1 to
+the last; the engine's hours and its totals, class by class; the class `in_flight`, and what was in
+flight for each request and in the step that ran; and, where it is known, the energy read and that
+of the classes and of the requests in the ledger. And each bill must be the sum of its pieces.
+Missing bills are found by counting; only if the count differs are the gaps looked for.
+
+Invariant: `balanced` is true if and only if every one of these differences is 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from sqlalchemy import and_, func, or_, select
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.queries.answers import AuditRun, LostRequest
+from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, count_bills
+from vllm_cost_meter.ledger.queries.energy import audited, told_mj
+from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST, lost_requests
+from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.records.snapshot import CLASSES
+
+# Ranges of missing numbers that are listed; past these, only "more" is said.
+MAX_RANGES = 1000
+MORE = "more"
+
+
+def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
+    """Return one row for each run, all differences in it."""
+    held = count_bills(connection, cut)
+    billed = _bills_ns(connection, cut)
+    uneven = _uneven_bills(connection, cut)
+    told = told_mj(connection, cut)
+    return [
+        _audit_run(
+            run,
+            ledger_ns=billed.get(run.run_id, 0),
+            uneven=uneven.get(run.run_id, 0),
+            energy=audited(run, told),
+            missing=[]
+            if held.get(run.run_id, 0) == run.last_seq
+            else _missing(connection, run.run_id, run.last_seq),
+            lost=[] if run.alive else lost_requests(connection, run),
+        )
+        for run in cut.runs
+    ]
+
+
+def is_balanced(run: Mapping[str, Any]) -> bool:
+    """Say whether nothing is amiss in one run's row."""
+    return not (run["missing_bills"] or any(run[name] for name in _DIFFERENCES))
+
+
+_DIFFERENCES = (
+    "difference_ns",
+    "billed_difference_ns",
+    "ledger_difference_ns",
+    "hours_difference_ns",
+    "in_flight_difference_ns",
+    "uneven_bills",
+    "energy_difference_mj",
+)
+
+
+# What a bill and each of its pieces have.
+_AMOUNTS = [
+    column.name for column in usage_pieces.c if column.name.endswith(("_ns", "_ms", "_tokens"))
+]
+
+
+def _audit_run(
+    run: RunCut,
+    *,
+    ledger_ns: int,
+    uneven: int,
+    energy: Mapping[str, int | None],
+    missing: list[str],
+    lost: Sequence[LostRequest],
+) -> AuditRun:
+    row = run.row
+    totals = {name: int(row[f"{name}_ns"]) for name in CLASSES}
+    billed_ns = int(row["billed_ns"])
+    audit = {
+        "run_id": run.run_id,
+        "engine_index": row["engine_index"],
+        "model": row["model"],
+        "host": row["host"],
+        "started_at": row["started_at"],
+        "state": row["state"],
+        "alive": run.alive,
+        "taken_at": row["taken_at"],
+        "wall_ns": int(row["wall_ns"]),
+        "gpus": int(row["gpus"]),
+        **{f"{name}_ns": run.classes[name] for name in CLASSES},
+        "difference_ns": int(row["wall_ns"]) * int(row["gpus"]) - sum(totals.values()),
+        "billed_ns": billed_ns,
+        "billed_difference_ns": totals["requests"] - billed_ns,
+        "ledger_ns": ledger_ns,
+        "ledger_difference_ns": billed_ns - ledger_ns,
+        "last_seq": run.last_seq,
+        "missing_bills": missing,
+        "uneven_bills": uneven,
+        "hours_difference_ns": _hours_difference(run, totals),
+        **energy,
+        "in_flight_difference_ns": _in_flight_difference(run, totals),
+        **_lost(run, lost),
+    }
+    return cast("AuditRun", {**audit, "balanced": is_balanced(audit)})
+
+
+def _hours_difference(run: RunCut, totals: Mapping[str, int]) -> int:
+    """Return how far the hours are from the totals; classes cannot make up for each other."""
+    return sum(
+        abs(totals[name] - sum(hour[name] for hour in run.hours.values())) for name in CLASSES
+    )
+
+
+def _in_flight_difference(run: RunCut, totals: Mapping[str, int]) -> int:
+    """Return how far what was in flight by request is from the class; 0 where nobody told."""
+    if run.row["live_ns"] is None:
+        return 0
+    return totals["in_flight"] - int(run.row["live_ns"]) - int(run.row["step_ns"])
+
+
+def _lost(run: RunCut, lost: Sequence[LostRequest]) -> dict[str, Any]:
+    """Return whose the time was that a dead run had in flight; null where nobody told."""
+    unknown = run.row["live_ns"] is None
+    step_ns = 0 if run.alive else run.row["step_ns"]
+    return {
+        "lost_requests": list(lost[:MAX_LOST]),
+        "lost_requests_ns": None if unknown else sum(one["gpu_time_ns"] for one in lost),
+        "lost_step_ns": None if unknown else step_ns,
+    }
+
+
+def _bills_ns(connection: Connection, cut: Cut) -> dict[str, int]:
+    if not cut.runs:
+        return {}
+    at, r = cut.cte(), requests.c
+    billed = (
+        select(r.run_id, func.sum(r.gpu_time_ns))
+        .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
+        .group_by(r.run_id)
+    )
+    return {run_id: int(ns) for run_id, ns in connection.execute(billed)}
+
+
+def _uneven_bills(connection: Connection, cut: Cut) -> dict[str, int]:
+    """Count the bills that are not the sum of their pieces, amount by amount."""
+    if not cut.runs:
+        return {}
+    at, r, p = cut.cte(), requests.c, usage_pieces.c
+    joined = and_(p.run_id == r.run_id, p.seq == r.seq)
+    differences = [r[name] != func.coalesce(func.sum(p[name]), 0) for name in _AMOUNTS]
+    gpu_time_ns = func.coalesce(func.sum(p.prefill_ns + p.decode_ns), 0)
+    uneven = (
+        select(r.run_id, r.seq)
+        .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
+        .join(usage_pieces, joined, isouter=True)
+        .group_by(r.run_id, r.seq, r.gpu_time_ns, *(r[name] for name in _AMOUNTS))
+        .having(or_(r.gpu_time_ns != gpu_time_ns, *differences))
+        .subquery()
+    )
+    counted = select(uneven.c.run_id, func.count()).group_by(uneven.c.run_id)
+    return {run_id: int(n) for run_id, n in connection.execute(counted)}
+
+
+def _missing(connection: Connection, run_id: str, last_seq: int) -> list[str]:
+    """Return the numbers missing from 1 to `last_seq`, runs of them as "5-9"."""
+    r = requests.c
+    steps = (
+        select(r.seq, func.lag(r.seq, 1, 0).over(order_by=r.seq).label("before"))
+        .where(r.run_id == run_id, r.seq <= last_seq)
+        .subquery()
+    )
+    gaps = (
+        select(steps.c.before + 1, steps.c.seq - 1)
+        .where(steps.c.seq > steps.c.before + 1)
+        .order_by(steps.c.seq)
+        .limit(MAX_RANGES + 1)
+    )
+    ranges = [(int(first), int(last)) for first, last in connection.execute(gaps)]
+    highest = connection.execute(
+        select(func.max(r.seq)).where(r.run_id == run_id, r.seq <= last_seq)
+    ).scalar()
+    if (highest or 0) < last_seq:
+        ranges.append(((highest or 0) + 1, last_seq))
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in ranges[:MAX_RANGES]]
+    return [*shown, MORE] if len(ranges) > MAX_RANGES else shown

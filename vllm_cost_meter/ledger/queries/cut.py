@@ -1,0 +1,405 @@
+"""The cut: every run at its latest snapshot, and the bills that belong to it.
+
+A report must compare what engines say (snapshots) with what the ledger holds (bills), and bills
+keep coming. So the snapshots are read once, into a `Cut`, and bills count only up to the
+`last_seq` of their run. A bill may reach the ledger a moment after the snapshot that counts it,
+through another API server; `settled` waits for it, at the same cut.
+
+Invariant: whatever arrives after a cut was read, the same cut gives the same figures, but for
+bills up to the cut that were still on their way.
+"""
+
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    ColumnElement,
+    Text,
+    and_,
+    case,
+    column,
+    func,
+    select,
+    true,
+    values,
+)
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.schema import (
+    energy_hours,
+    engine_hours,
+    live_usage,
+    prices,
+    requests,
+    runs,
+    snapshots,
+)
+from vllm_cost_meter.prices.book import (
+    NO_PRICES,
+    PriceBook,
+)
+from vllm_cost_meter.prices.run_prices import RunPrices, by_stretch
+from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.snapshot import CLASSES
+from vllm_cost_meter.units.time import (
+    NS_PER_HOUR,
+    NS_PER_MS,
+    NS_PER_SECOND,
+    rfc3339,
+    unix_ns_of,
+)
+
+# Engines are asked for a snapshot each second; one that has been silent this long is dead.
+DEAD_AFTER_NS = 15 * NS_PER_SECOND
+# How long an answer waits for bills that its cut counts and that are still on their way.
+SETTLE_S = 2.0
+SETTLE_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class AsOf:
+    """When a question is asked (None is now), and how long it may wait for bills on their way."""
+
+    now_ns: int | None = None
+    settle_s: float = SETTLE_S
+
+    def instant_ns(self) -> int:
+        """Return the instant, in ns since the epoch."""
+        return time.time_ns() if self.now_ns is None else self.now_ns
+
+
+NOW = AsOf()
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Whole UTC hours [from_hour, to_hour), counted since the epoch; None is open."""
+
+    from_hour: int | None = None
+    to_hour: int | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.from_hour, self.to_hour
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"expected from_hour <= to_hour, got {low} and {high}")
+
+    @property
+    def is_all(self) -> bool:
+        return self.from_hour is None and self.to_hour is None
+
+    def contains(self, hour: int) -> bool:
+        after = self.from_hour is None or hour >= self.from_hour
+        return after and (self.to_hour is None or hour < self.to_hour)
+
+    def on_hours(self, hour: Any) -> Any:
+        """Return the SQL condition on a column of hours."""
+        return _between(hour, self.from_hour, self.to_hour)
+
+    def on_instants(self, instant: Any) -> Any:
+        """Return the SQL condition on a column of RFC 3339 instants."""
+        return _between(instant, self._instant(self.from_hour), self._instant(self.to_hour))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "from": self._instant(self.from_hour),
+            "to": self._instant(self.to_hour),
+            "from_hour": self.from_hour,
+            "to_hour": self.to_hour,
+        }
+
+    @staticmethod
+    def _instant(hour: int | None) -> str | None:
+        return None if hour is None else rfc3339(hour * NS_PER_HOUR)
+
+
+@dataclass(frozen=True, slots=True)
+class RunCut:
+    """One run at the cut. `classes` are its totals, of a window if one was asked for.
+
+    The in-flight time of a dead run is lost: nobody will be billed for it. `energy` are the
+    millijoules by class, likewise; None where none was known. `stretches` and `energy_stretches`
+    are both by stretch of hours (see prices.py), `wall_gpu_ns` is wall x gpus.
+    """
+
+    run_id: str
+    row: Mapping[str, Any]
+    alive: bool
+    classes: Mapping[str, int]
+    hours: Mapping[int, Mapping[str, int]]
+    prices: RunPrices
+    wall_gpu_ns: int
+    stretches: Mapping[int, Mapping[str, int]]
+    energy: Mapping[str, int] | None = None
+    energy_stretches: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def last_seq(self) -> int:
+        return int(self.row["last_seq"])
+
+    def total_ns(self) -> int:
+        return sum(self.classes.values())
+
+    def used_ns(self, name: str | None = None) -> dict[int | None, int]:
+        """Return the GPU time of a class, or of all of them, by stretch."""
+        total = self.wall_gpu_ns if name is None else self.classes[name]
+        return _by_hour(self.stretches, name, total)
+
+    def used_mj(self, name: str | None = None) -> dict[int | None, int]:
+        """Return the energy of a class, or of all of them, by stretch; empty if none is known."""
+        if self.energy is None:
+            return {}
+        total = sum(self.energy.values()) if name is None else self.energy.get(name, 0)
+        return _by_hour(self.energy_stretches, name, total)
+
+    def classes_in(self, hour: int) -> Mapping[str, int]:
+        """Return the classes of one hour, as `classes` counts them."""
+        return self.hours[hour] if self.alive else _as_lost(self.hours[hour])
+
+    def state(self) -> dict[str, Any]:
+        """Return what a summary says of the run."""
+        names = ("run_id", "engine_index", "model", "gpus", "hardware", "parallelism", "precision")
+        more = ("vllm_version", "method", "started_at", "taken_at")
+        about = ("running", "waiting", "kv_cache_usage", "steps", "errors", "state")
+        return {
+            **{name: self.row[name] for name in (*names, *more, *about)},
+            "labels": None if self.row["labels"] is None else json.loads(self.row["labels"]),
+            "alive": self.alive,
+            "usd_per_gpu_hour": self.row["usd_per_gpu_hour"],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """All runs of a ledger at their latest snapshots."""
+
+    runs: tuple[RunCut, ...]
+    window: Window = field(default_factory=Window)
+    book: PriceBook = NO_PRICES
+
+    def prices_of(self) -> dict[str, RunPrices]:
+        return {run.run_id: run.prices for run in self.runs}
+
+    def wall_gpu_ns(self) -> int:
+        """Wall x gpus of all runs; within a window, what their engines account for in it."""
+        return sum(run.wall_gpu_ns for run in self.runs)
+
+    def used_ns(self, name: str | None = None) -> dict[str, dict[int | None, int]]:
+        """Return the GPU time of a class, or of all of them, run by run and by stretch."""
+        return {run.run_id: run.used_ns(name) for run in self.runs}
+
+    def used_mj(self, name: str | None = None) -> dict[str, dict[int | None, int]]:
+        """Return the energy of a class, or of all of them, run by run and by stretch."""
+        return {run.run_id: run.used_mj(name) for run in self.runs}
+
+    def kv_cache_block_ms(self) -> float | None:
+        """Return the KV cache of all runs x their time; None if a run does not know its size."""
+        block_ms = 0.0
+        for run in self.runs:
+            if run.row["kv_blocks"] is None:
+                return None
+            wall_ms = run.total_ns() / (int(run.row["gpus"]) * NS_PER_MS)
+            block_ms += int(run.row["kv_blocks"]) * wall_ms
+        return block_ms
+
+    def at(self) -> str | None:
+        """Return the instant of the latest snapshot."""
+        return max((run.row["taken_at"] for run in self.runs), default=None)
+
+    def gpus(self) -> int:
+        """GPUs of the engines that were up at the latest snapshot."""
+        at = self.at()
+        since = None if at is None else rfc3339(unix_ns_of(at) - DEAD_AFTER_NS)
+        return sum(int(run.row["gpus"]) for run in self.runs if run.row["taken_at"] >= since)
+
+    def own_time(self) -> dict[str, Any]:
+        """Return the wall time the meter's own hooks took, of the time the engines were busy."""
+        busy_ns = sum(int(run.row["busy_ns"]) for run in self.runs)
+        own_ns = sum(int(run.row["own_ns"]) for run in self.runs)
+        share = own_ns / busy_ns if busy_ns else None
+        return {"busy_ns": busy_ns, "own_ns": own_ns, "own_time_share": share}
+
+    def cte(self) -> CTE:
+        """Return the cut as rows (run_id, last_seq), to be joined with bills."""
+        rows = [(run.run_id, run.last_seq) for run in self.runs]
+        table = values(column("run_id", Text), column("last_seq", BigInteger), name="cut")
+        return table.data(rows).cte()
+
+
+def read_cut(
+    connection: Connection,
+    window: Window,
+    *,
+    alive: Collection[str],
+    now_ns: int,
+    book: PriceBook = NO_PRICES,
+) -> Cut:
+    """Read the snapshots and hours of all runs; both must come from one transaction."""
+    hours: dict[str, dict[int, Mapping[str, int]]] = {}
+    for hour in connection.execute(select(engine_hours)):
+        hours.setdefault(hour.run_id, {})[hour.hour] = _classes(hour._asdict())
+    energies: dict[str, dict[int, Mapping[str, int]]] = {}
+    for hour in connection.execute(select(energy_hours)):
+        energies.setdefault(hour.run_id, {})[hour.hour] = _energy(hour._asdict())
+    joined = (
+        select(
+            runs,
+            *(c for c in snapshots.c if c.name != "run_id"),
+            prices.c.usd_per_gpu_hour,
+            prices.c.source.label("price_source"),
+            live_usage.c.live_ns,
+            live_usage.c.step_ns,
+        )
+        .join(snapshots, snapshots.c.run_id == runs.c.run_id)
+        .join(live_usage, live_usage.c.run_id == runs.c.run_id, isouter=True)
+        .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
+        .order_by(runs.c.started_at, runs.c.run_id)
+    )
+    cuts = []
+    for each in connection.execute(joined):
+        row = each._asdict()
+        run_id, age_ns = row["run_id"], now_ns - unix_ns_of(row["taken_at"])
+        up = run_id in alive or age_ns <= DEAD_AFTER_NS
+        ours = hours.get(run_id, {}), energies.get(run_id, {})
+        cuts.append(_run_cut(row, window, up, RunPrices.of(row, book), *ours))
+    return Cut(tuple(cuts), window, book)
+
+
+def _run_cut(
+    row: Mapping[str, Any],
+    window: Window,
+    alive: bool,
+    prices: RunPrices,
+    hours: Mapping[int, Mapping[str, int]],
+    energies: Mapping[int, Mapping[str, int]],
+) -> RunCut:
+    def shown(by_class: Mapping[str, int]) -> Mapping[str, int]:
+        return by_class if alive else _as_lost(by_class)
+
+    def stretches(
+        of: Mapping[int, Mapping[str, int]], changes: list[int]
+    ) -> dict[int, Mapping[str, int]]:
+        inside = {hour: classes for hour, classes in of.items() if window.contains(hour)}
+        return {hour: shown(sums) for hour, sums in by_stretch(inside, changes).items()}
+
+    used = stretches(hours, prices.book.price_changes())
+    energy_used = stretches(energies, prices.book.energy_price_changes())
+    wall_gpu_ns = int(row["wall_ns"]) * int(row["gpus"])
+    classes, energy = shown(_classes(row)), None
+    if row["energy_mj"] is not None:
+        energy = shown(_energy(row))
+    if not window.is_all:
+        classes = _sums(used, CLASSES)
+        energy = _sums(energy_used, ENERGY_CLASSES) if energy_used else None
+        wall_gpu_ns = sum(classes.values())
+    return RunCut(
+        run_id=row["run_id"],
+        row=row,
+        alive=alive,
+        classes=classes,
+        hours=hours,
+        prices=prices,
+        wall_gpu_ns=wall_gpu_ns,
+        stretches=used,
+        energy=energy,
+        energy_stretches=energy_used,
+    )
+
+
+def count_bills(connection: Connection, cut: Cut) -> dict[str, int]:
+    """Return how many bills up to the cut the ledger holds, run by run."""
+    if not cut.runs:
+        return {}
+    at = cut.cte()
+    counted = (
+        select(requests.c.run_id, func.count())
+        .join(at, and_(requests.c.run_id == at.c.run_id, requests.c.seq <= at.c.last_seq))
+        .group_by(requests.c.run_id)
+    )
+    return {run_id: int(n) for run_id, n in connection.execute(counted)}
+
+
+def settle(
+    read: Callable[[], AbstractContextManager[Connection]],
+    cut: Cut,
+    settle_s: float,
+    known_missing: dict[str, int],
+) -> None:
+    """Wait until no living run misses a bill up to the cut, for at most `settle_s`.
+
+    `known_missing` holds how many bills of a run were waited for in vain before; they are not
+    waited for again.
+    """
+    deadline = time.monotonic() + settle_s
+    while any(run.alive for run in cut.runs):
+        with read() as connection:
+            held = count_bills(connection, cut)
+        missing = {r.run_id: r.last_seq - held.get(r.run_id, 0) for r in cut.runs if r.alive}
+        if all(n <= known_missing.get(run_id, 0) for run_id, n in missing.items()):
+            return
+        if time.monotonic() >= deadline:
+            known_missing.update(missing)
+            return
+        time.sleep(SETTLE_POLL_S)
+
+
+def _between(of: Any, low: Any, high: Any) -> Any:
+    conditions = [true()]
+    if low is not None:
+        conditions.append(of >= low)
+    if high is not None:
+        conditions.append(of < high)
+    return and_(*conditions)
+
+
+def _classes(row: Mapping[str, Any]) -> dict[str, int]:
+    return {name: int(row[f"{name}_ns"]) for name in CLASSES}
+
+
+def _energy(row: Mapping[str, Any]) -> dict[str, int]:
+    return {name: int(row[f"{name}_mj"]) for name in ENERGY_CLASSES}
+
+
+def _sums(stretches: Mapping[int, Mapping[str, int]], names: Collection[str]) -> dict[str, int]:
+    return {name: sum(classes[name] for classes in stretches.values()) for name in names}
+
+
+def _by_hour(
+    stretches: Mapping[int, Mapping[str, int]], name: str | None, total: int
+) -> dict[int | None, int]:
+    """Return a class, or all, by stretch; what of its total is in none of them is under None."""
+    used: dict[int | None, int] = {
+        hour: sum(classes.values()) if name is None else classes.get(name, 0)
+        for hour, classes in stretches.items()
+    }
+    rest = total - sum(used.values())
+    return {**used, None: rest} if rest else used
+
+
+def _as_lost(classes: Mapping[str, int]) -> dict[str, int]:
+    lost = classes["lost"] + classes["in_flight"]
+    return {**classes, "in_flight": 0, "lost": lost}
+
+
+# What the prices of a run depend on; `runs` joined with `prices`.
+RUN_COLUMNS = (
+    runs.c.run_id,
+    runs.c.gpus,
+    runs.c.model,
+    runs.c.hardware,
+    runs.c.host,
+    prices.c.usd_per_gpu_hour,
+    prices.c.source.label("price_source"),
+)
+
+
+def stretch(hour: ColumnElement[int], changes: Sequence[int]) -> list[ColumnElement[Any]]:
+    """Return what an SQL query has to group by, so that all hours of a group are of one stretch."""
+    if not changes:
+        return []
+    return [case(*((hour < at, place) for place, at in enumerate(changes)), else_=len(changes))]

@@ -1,0 +1,119 @@
+"""How many requests ended, and with how many tokens: of tenants, models, hours, whatever is asked.
+
+An HTTP exchange counts once, with the tokens that its client was told; where the reply did not say,
+with those of its parts, a prompt that several parts share counting once. Parts without an HTTP row
+add their tokens and no request. An exchange has one tenant; should its parts differ in model,
+adapter, route, tags, label or the way they ended, it counts under the first by name.
+
+Invariant: each exchange and each part without one is in exactly one group, so the groups add up to
+the same totals whatever they are told apart by.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, Text, cast, func, literal, select
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.queries.cut import Window
+from vllm_cost_meter.ledger.schema import http_requests, requests, runs
+from vllm_cost_meter.reports.facts import COUNTS
+
+TOKENS = COUNTS[1:]
+# "2027-01-15T08" of an RFC 3339 instant: the UTC hour in which a request ended.
+HOUR_CHARS = 13
+Counts = tuple[int, int, int, int]
+
+
+def count_ended(
+    connection: Connection, window: Window, by: Sequence[str] = ("tenant",)
+) -> dict[tuple[Any, ...], Counts]:
+    """Return requests and tokens of those that ended in the window.
+
+    `by` are columns of `requests`, `labels` of their run, and `hour`, the beginning of the instant
+    at which each ended.
+    """
+    found: dict[tuple[Any, ...], Counts] = {}
+    for query in (_told(window, by), _untold(window, by)):
+        for row in connection.execute(query):
+            key, counts = tuple(row[: len(by)]), row[len(by) :]
+            known = found.get(key, (0, 0, 0, 0))
+            sums = (a + int(b) for a, b in zip(known, counts, strict=True))
+            found[key] = tuple(sums)  # type: ignore[assignment]
+    return found
+
+
+def _told(window: Window, by: Sequence[str]) -> Select[Any]:
+    """Count exchanges with an HTTP row and at least one part; tokens told, else from the parts."""
+    h, r = http_requests.c, requests.c
+    own = {
+        "tenant": h.tenant,
+        "hour": func.substr(h.finished_at, 1, HOUR_CHARS),
+        "labels": func.min(labels_of(r.run_id)),
+    }
+    prompts = (
+        select(
+            h.http_request_id,
+            *((own[name] if name in own else func.min(r[name])).label(name) for name in by),
+            *(h[name].label(f"told_{name}") for name in TOKENS),
+            *_prompt_tokens(),
+        )
+        .join(requests, r.http_request_id == h.http_request_id)
+        .where(window.on_instants(h.finished_at))
+        .group_by(h.http_request_id, r.prompt_group)
+        .subquery()
+    )
+    p = prompts.c
+    exchanges = (
+        select(
+            *(func.min(p[name]).label(name) for name in by),
+            *(
+                func.coalesce(func.max(p[f"told_{name}"]), func.sum(p[name])).label(name)
+                for name in TOKENS
+            ),
+        )
+        .group_by(p.http_request_id)
+        .subquery()
+    )
+    e = exchanges.c
+    keys = [e[name] for name in by]
+    return select(*keys, func.count(), *(func.sum(e[name]) for name in TOKENS)).group_by(*keys)
+
+
+def _untold(window: Window, by: Sequence[str]) -> Select[Any]:
+    """Count the tokens of parts without an HTTP row, as requests 0."""
+    h, r = http_requests.c, requests.c
+    exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
+    own = {
+        "tenant": r.tenant,
+        "hour": func.max(func.substr(r.finished_at, 1, HOUR_CHARS)),
+        "labels": func.min(labels_of(r.run_id)),
+    }
+    prompts = (
+        select(
+            *((own[name] if name in own else func.min(r[name])).label(name) for name in by),
+            *_prompt_tokens(),
+        )
+        .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
+        .where(h.http_request_id.is_(None), window.on_instants(r.finished_at))
+        .group_by(r.tenant, exchange, r.prompt_group)
+        .subquery()
+    )
+    p = prompts.c
+    keys = [p[name] for name in by]
+    return select(*keys, literal(0), *(func.sum(p[name]) for name in TOKENS)).group_by(*keys)
+
+
+def labels_of(run_id: ColumnElement[str]) -> ColumnElement[Any]:
+    """Return the labels of the run in this column, as the ledger has them."""
+    return select(runs.c.labels).where(runs.c.run_id == run_id).scalar_subquery()
+
+
+def _prompt_tokens() -> list[ColumnElement[Any]]:
+    """Return the tokens of the parts of one prompt: itself counts once, what it drew in full."""
+    r = requests.c
+    return [
+        func.max(r.prompt_tokens).label("prompt_tokens"),
+        func.max(r.cached_tokens).label("cached_tokens"),
+        func.sum(r.output_tokens).label("output_tokens"),
+    ]

@@ -1,0 +1,212 @@
+"""What has no bill yet: whose it is, and what it had used at the last snapshot of its engine.
+
+Two tables meet here by vLLM's internal request id. `open_requests` says whose a request is, from
+its API server; `live_usage` what it had used, from its engine: over all hours, so that it is priced
+as a whole, by the hour of that snapshot. A request is *running* as long as
+an engine may bill it, and *lost* when none can: its run is dead, or its meter switched itself off.
+What no snapshot has told of has used nothing so far, while it runs; once lost, nobody knows.
+
+Invariant: a request with a bill is never shown here, whatever rows were left.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.queries.answers import LostRequest
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut
+from vllm_cost_meter.ledger.queries.energy import PENDING
+from vllm_cost_meter.ledger.rows import live_requests
+from vllm_cost_meter.ledger.schema import (
+    http_requests,
+    live_usage,
+    open_requests,
+    prices,
+    requests,
+    runs,
+    snapshots,
+)
+from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.prices.cost import cost_nanousd
+from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, Row
+from vllm_cost_meter.units.money import format_usd
+from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
+
+# Lost requests of a run that are listed in an audit; their sum has all of them.
+MAX_LOST = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """Which engine runs are alive: those heard of lately, and those that the asker knows of."""
+
+    now_ns: int
+    alive: Collection[str] = ()
+
+    def condition(self) -> ColumnElement[bool]:
+        """Return the SQL condition on a row of `snapshots`: the run may still write bills."""
+        heard = snapshots.c.taken_at >= rfc3339(self.now_ns - DEAD_AFTER_NS)
+        return and_(snapshots.c.state == "on", or_(heard, snapshots.c.run_id.in_(self.alive)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """An engine run that a request may be in."""
+
+    row: Row
+    used: dict[str, Accrued]
+    prices: RunPrices
+
+    @property
+    def bills(self) -> bool:
+        return bool(self.row["bills"])
+
+
+def is_billed() -> ColumnElement[bool]:
+    """Return the SQL condition on a row of `open_requests`: its bill is there."""
+    r, o = requests.c, open_requests.c
+    # The wall clock may have been set back between birth and bill, or the birth been forgotten.
+    same = or_(r.started_at == o.started_at, r.finished_at >= o.started_at)
+    return exists().where(r.request_id == o.request_id, same)
+
+
+def open_parts(
+    connection: Connection,
+    mine: ColumnElement[bool],
+    living: Living,
+    book: PriceBook,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Return the open requests of a condition as parts, the newest first."""
+    wanted = select(open_requests).where(mine, ~is_billed())
+    wanted = wanted.order_by(open_requests.c.started_at.desc(), open_requests.c.request_id)
+    rows = [row._asdict() for row in connection.execute(wanted.limit(limit))]
+    if not rows:
+        return []
+    candidates = _runs(connection, rows[-1]["started_at"], rows[0]["started_at"], living, book)
+    return [_part(row, candidates) for row in rows]
+
+
+def running_parts(
+    connection: Connection, tenant: str | None, living: Living, limit: int, book: PriceBook
+) -> list[dict[str, Any]]:
+    """Return the newest running requests of exchanges of which nothing has ended yet."""
+    o = open_requests.c
+    first = select(func.min(runs.c.started_at)).join(snapshots, snapshots.c.run_id == runs.c.run_id)
+    mine = [
+        # Older ones cannot be running: they are what earlier engines lost.
+        o.started_at >= first.where(living.condition()).scalar_subquery(),
+        ~exists().where(http_requests.c.http_request_id == o.http_request_id),
+        ~exists().where(requests.c.http_request_id == o.http_request_id),
+    ]
+    if tenant is not None:
+        mine.append(o.tenant == tenant)
+    parts = open_parts(connection, and_(*mine), living, book, limit)
+    return [part for part in parts if part["state"] == RUNNING]
+
+
+def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
+    """Return what a dead run had in flight for requests that have no bill, the most time first."""
+    told = connection.execute(
+        select(live_usage.c.requests, live_usage.c.taken_at).where(
+            live_usage.c.run_id == run.run_id, live_usage.c.number == run.row["number"]
+        )
+    ).first()
+    if told is None:
+        return []
+    used = live_requests(told.requests)
+    r, o = requests.c, open_requests.c
+    billed = set(
+        connection.execute(
+            # Bills that came after the last snapshot.
+            select(r.request_id).where(r.run_id == run.run_id, r.seq > run.last_seq)
+        ).scalars()
+    )
+    since = select(o.request_id, o.http_request_id, o.tenant).order_by(o.started_at)
+    since = since.where(o.started_at >= run.row["started_at"], o.started_at <= told.taken_at)
+    whose = {row.request_id: row for row in connection.execute(since)}
+    lost: list[LostRequest] = []
+    for request_id in used.keys() - billed:
+        row = whose.get(request_id)
+        lost.append(
+            {
+                "request_id": request_id,
+                "http_request_id": row.http_request_id if row else None,
+                "tenant": row.tenant if row else None,
+                "gpu_time_ns": used[request_id].gpu_time_ns,
+                "as_of": told.taken_at,
+            }
+        )
+    return sorted(lost, key=lambda one: (-one["gpu_time_ns"], one["request_id"]))
+
+
+def _runs(
+    connection: Connection, oldest: str, newest: str, living: Living, book: PriceBook
+) -> list[_Run]:
+    """Return the runs that requests which came between two instants may be in, the newest first."""
+    bills = living.condition()
+    found = (
+        select(
+            *RUN_COLUMNS,
+            runs.c.started_at,
+            runs.c.method,
+            snapshots.c.taken_at,
+            bills.label("bills"),
+            live_usage.c.requests,
+        )
+        .join(snapshots, snapshots.c.run_id == runs.c.run_id)
+        .join(live_usage, live_usage.c.run_id == runs.c.run_id, isouter=True)
+        .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
+        .where(runs.c.started_at <= newest, or_(snapshots.c.taken_at >= oldest, bills))
+        .order_by(runs.c.started_at.desc(), runs.c.run_id)
+    )
+    rows = [row._asdict() for row in connection.execute(found)]
+    return [
+        _Run(
+            row,
+            live_requests(row["requests"]) if row["requests"] else {},
+            RunPrices.of(row, book),
+        )
+        for row in rows
+    ]
+
+
+def _part(row: Row, candidates: Sequence[_Run]) -> dict[str, Any]:
+    """Return an open request as a part: the columns of a bill, null where only a bill knows."""
+    mine = [run for run in candidates if run.row["started_at"] <= row["started_at"]]
+    told = [run for run in mine if row["request_id"] in run.used]
+    # With data parallelism several engines may hold one that no snapshot has told of yet.
+    bills = [run for run in told or mine if run.bills]
+    part = {
+        **dict.fromkeys(PART_COLUMNS),
+        **row,
+        "state": RUNNING if bills else LOST,
+        "energy_reason": PENDING,
+        "as_of": min((run.row["taken_at"] for run in bills or told), default=None),
+    }
+    if told:
+        run = (bills or told)[0]
+        part |= {"run_id": run.row["run_id"], "method": run.row["method"]}
+        return part | _amounts(run.used[row["request_id"]], run)
+    return part | (_amounts(Accrued(), bills[0]) if bills else {})
+
+
+def _amounts(used: Accrued, run: _Run) -> dict[str, Any]:
+    hour = unix_ns_of(run.row["taken_at"]) // NS_PER_HOUR
+    price = run.prices.at(hour)
+    usd = None if price is None else price.usd_per_gpu_hour
+    cost = cost_nanousd(used.gpu_time_ns, usd)
+    return {
+        **{name: amount for name, amount in used._asdict().items() if name in PART_COLUMNS},
+        "kv_block_ms": used.kv_block_ns // NS_PER_MS,
+        "gpu_time_ns": used.gpu_time_ns,
+        "cost_nanousd": cost,
+        "cost_usd": format_usd(cost),
+        "cost_reason": run.prices.why_none(hour) if price is None else None,
+        "marginal_cost_nanousd": cost_nanousd(used.marginal_ns, usd),
+    }

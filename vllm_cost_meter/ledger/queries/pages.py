@@ -1,0 +1,131 @@
+"""Pages of exchanges, the newest first, by key and not by offset.
+
+A page continues after the key (finished_at, id) of the last row of the one before, so rows that
+arrive meanwhile shift nothing. Exchanges without an HTTP row (not there yet, or lost in a crash)
+are listed too, by their parts. Those are looked for only within the time that the page spans, so a
+page costs the same at any depth.
+
+Invariant: going from page to page shows every exchange that was there at the start exactly once.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Text, and_, cast, func, or_, select, tuple_
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.queries.energy import select_parts
+from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
+from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
+from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.reports.request_answers import RequestRow
+from vllm_cost_meter.reports.request_row import Row, exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Where an exchange stands in the order; `run_id` and `seq` of a part that has no exchange."""
+
+    finished_at: str
+    id: str
+    run_id: str | None = None
+    seq: int | None = None
+
+    def token(self) -> str:
+        """Return the opaque form, to continue after this key."""
+        text = json.dumps([self.finished_at, self.id])
+        return base64.urlsafe_b64encode(text.encode()).decode()
+
+    @classmethod
+    def from_token(cls, token: str) -> "Key":
+        """Parse `token`'s form. Raises ValueError on anything else."""
+        try:
+            finished_at, id = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
+        except (binascii.Error, ValueError, TypeError):
+            finished_at = id = None
+        if not (isinstance(finished_at, str) and isinstance(id, str)):
+            raise ValueError(f"expected the `next` of an earlier page, got {token[:80]!r}")
+        return cls(finished_at, id)
+
+
+def page_of_keys(
+    connection: Connection, limit: int, before: Key | None, tenant: str | None
+) -> list[Key]:
+    """Return the keys of the newest exchanges before one, at most `limit`."""
+    h = http_requests.c
+    told = select(h.finished_at, h.http_request_id)
+    if tenant is not None:
+        told = told.where(h.tenant == tenant)
+    if before is not None:
+        key = tuple_(h.finished_at, h.http_request_id)
+        told = told.where(key < (before.finished_at, before.id))
+    told = told.order_by(h.finished_at.desc(), h.http_request_id.desc()).limit(limit)
+    keys = [Key(*row) for row in connection.execute(told)]
+    since = keys[-1].finished_at if len(keys) == limit else None
+    keys += _untold_keys(connection, limit, before, since, tenant)
+    keys.sort(key=lambda key: (key.finished_at, key.id), reverse=True)
+    return keys[:limit]
+
+
+def _untold_keys(
+    connection: Connection, limit: int, before: Key | None, since: str | None, tenant: str | None
+) -> list[Key]:
+    """Return the keys of exchanges without an HTTP row, each at its last part's end."""
+    h, r = http_requests.c, requests.c
+    own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
+    other = requests.alias()
+    last = select(func.max(other.c.finished_at)).where(other.c.http_request_id == r.http_request_id)
+    query = (
+        select(r.finished_at, own, r.http_request_id, func.min(r.run_id), func.min(r.seq))
+        .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
+        .where(h.http_request_id.is_(None))
+        .where(or_(r.http_request_id.is_(None), r.finished_at == last.scalar_subquery()))
+        .group_by(r.finished_at, own, r.http_request_id)
+        .order_by(r.finished_at.desc(), own.desc())
+        .limit(limit)
+    )
+    if tenant is not None:
+        query = query.where(r.tenant == tenant)
+    if since is not None:
+        query = query.where(r.finished_at >= since)
+    if before is not None:
+        earlier = and_(r.finished_at == before.finished_at, own < before.id)
+        query = query.where(r.finished_at <= before.finished_at)
+        query = query.where(or_(r.finished_at < before.finished_at, earlier))
+    return [
+        Key(at, id) if http_id is not None else Key(at, id, run_id, seq)
+        for at, id, http_id, run_id, seq in connection.execute(query)
+    ]
+
+
+def exchanges(
+    connection: Connection, keys: Sequence[Key], living: Living, book: PriceBook
+) -> list[RequestRow]:
+    """Return the request rows of a page, with what of them still runs."""
+    h, r = http_requests.c, requests.c
+    ids = [key.id for key in keys if key.run_id is None]
+    told = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
+    http = {row.http_request_id: row._asdict() for row in told}
+    parts: dict[str, list[Row]] = {}
+    for row in connection.execute(select_parts().where(r.http_request_id.in_(ids))):
+        parts.setdefault(row.http_request_id, []).append(row._asdict())
+    for part in open_parts(connection, open_requests.c.http_request_id.in_(ids), living, book):
+        parts.setdefault(part["http_request_id"], []).append(part)
+    for key in keys:
+        if key.run_id is not None:
+            alone = select_parts().where(r.run_id == key.run_id, r.seq == key.seq)
+            parts[key.id] = [row._asdict() for row in connection.execute(alone)]
+    return [exchange(http.get(key.id), parts.get(key.id, [])) for key in keys]
+
+
+def rows_of_parts(parts: Sequence[Row]) -> list[RequestRow]:
+    """Return the request rows of exchanges known by these parts only, in their order."""
+    grouped: dict[tuple[str | None, str | None], list[Row]] = {}
+    for part in parts:
+        http_id = part["http_request_id"]
+        alone = part["request_id"] if http_id is None else None
+        grouped.setdefault((http_id, alone), []).append(part)
+    return [exchange(None, group) for group in grouped.values()]

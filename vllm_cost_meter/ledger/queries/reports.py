@@ -1,0 +1,144 @@
+"""Reports, summary and statement of a cut: facts are read here, `reports` makes answers of them.
+
+Invariant: all parts of an answer are of one cut and one transaction.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.billing.comparison import bill_lines, billed_summary
+from vllm_cost_meter.ledger.queries.costs import CutCosts, declared_overheads
+from vllm_cost_meter.ledger.queries.cut import Cut
+from vllm_cost_meter.ledger.queries.energy import class_mj, energy_state, total_mj
+from vllm_cost_meter.ledger.queries.tenants import after_cut
+from vllm_cost_meter.ledger.queries.usage import read_facts
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS, WORK
+from vllm_cost_meter.reports.allocation import report
+from vllm_cost_meter.reports.answers import EnginesPart, Report, ReportRow, Summary, TenantsReport
+from vllm_cost_meter.reports.facts import COUNTS
+from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.statement import OverheadCost, statement
+from vllm_cost_meter.reports.statement_answers import TenantStatement
+
+
+def report_at(connection: Connection, cut: Cut, question: Question) -> Report:
+    """Return the answer to a question at a cut."""
+    costs = CutCosts.of(cut)
+    facts = read_facts(connection, cut, question)
+    answer = {
+        "window": {**cut.window.as_dict(), "tz": str(question.zone)},
+        "taken_at": cut.at(),
+        "prices": costs.cost.listed(),
+        **report(facts, question, costs.price_of, costs.why_none),
+    }
+    return cast("Report", answer)
+
+
+def tenants_at(connection: Connection, cut: Cut, question: Question) -> TenantsReport:
+    """Return the report by tenant, and beside it what stays for callers of its old form."""
+    answer = report_at(connection, cut, question)
+    return {**answer, "tenants": rows_of(answer), **_engines(connection, cut, answer)}
+
+
+def summary_at(connection: Connection, cut: Cut, question: Question) -> Summary:
+    """Return the totals of everything: requests, tokens, time by class, cost, own time."""
+    answer = report_at(connection, cut, question)
+    rows = rows_of(answer)
+    tenants, overhead = rows[: -len(OVERHEAD_ROWS)], rows[-len(OVERHEAD_ROWS) :]
+    by_class = dict(zip(OVERHEAD_ROWS, overhead, strict=True))
+    requests_ns = sum(row["gpu_time_ns"] for row in tenants)
+    worked_ns = requests_ns + sum(by_class[name]["gpu_time_ns"] for name in WORK)
+    wall_gpu_ns = answer["wall_gpu_ns"]
+    totals = {
+        **{name: value for name, value in answer.items() if name not in _OF_ROWS},
+        **_engines(connection, cut, answer),
+        **_counts(tenants),
+        "requests_ns": requests_ns,
+        **{f"{name}_ns": row["gpu_time_ns"] for name, row in by_class.items()},
+        **{f"{name}_mj": row["energy_mj"] for name, row in by_class.items()},
+        "utilization": worked_ns / wall_gpu_ns if wall_gpu_ns else None,
+    }
+    return cast("Summary", totals)
+
+
+def statement_at(
+    connection: Connection,
+    cut: Cut,
+    asked: Question,
+    *,
+    month: str,
+    tenant: str | None,
+    now_ns: int,
+) -> TenantStatement:
+    """Return one tenant's statement of a month, or that of all.
+
+    Raises ValueError for a tenant without a line.
+    """
+    costs = CutCosts.of(cut)
+    facts = read_facts(connection, cut, asked)
+    overhead, billed = bill_lines(connection, cut)
+    overhead += [
+        OverheadCost(line.overhead.name, line.overhead.source, line.nanousd)
+        for line in declared_overheads(cut)
+    ]
+    found = statement(
+        facts,
+        asked,
+        costs.price_of,
+        tenant=tenant,
+        overhead=overhead,
+        why=costs.why_none,
+        now_ns=now_ns,
+    )
+    answer = {
+        "month": month,
+        "window": {**cut.window.as_dict(), "tz": str(asked.zone)},
+        "taken_at": cut.at(),
+        "methods": sorted({run.row["method"] for run in cut.runs if run.total_ns()}),
+        "prices": costs.cost.listed(),
+        "billed": billed,
+        **found,
+    }
+    return cast("TenantStatement", answer)
+
+
+# Of a report by tenant, what a summary has no use for.
+_OF_ROWS = ("aggregate", "idle", "what_if_usd_per_gpu_hour", "series")
+
+
+def rows_of(answer: Report) -> list[ReportRow]:
+    """Return the rows of a report by tenant without steps."""
+    (piece,) = answer["series"]
+    return piece["rows"]
+
+
+def _counts(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    totals = dict.fromkeys(COUNTS, 0)
+    for row in rows:
+        for name in COUNTS:
+            totals[name] += row[name]
+    return totals
+
+
+def _engines(connection: Connection, cut: Cut, answer: Report) -> EnginesPart:
+    """Return what engines say of themselves at a cut, beside a report by tenant."""
+    costs = CutCosts.of(cut)
+    prices = {price["usd_per_gpu_hour"] for price in answer["prices"]}
+    said = {
+        "gpus": cut.gpus(),
+        "after_cut": after_cut(connection, cut),
+        "cost_nanousd": answer["wall_cost_nanousd"],
+        "cost_usd": answer["wall_cost_usd"],
+        "cost_reason": costs.cost.reason,
+        "usd_per_gpu_hour": prices.pop() if len(prices) == 1 else None,
+        **costs.energy_fields(),
+        "overheads": [line.as_dict() for line in declared_overheads(cut)],
+        "billed": billed_summary(connection, cut),
+        **cut.own_time(),
+        "energy_mj": total_mj(cut),
+        **{f"{name}_mj": class_mj(cut, name) for name in ("requests", "unattributed")},
+        "runs": [{**run.state(), **energy_state(run)} for run in cut.runs],
+    }
+    return cast("EnginesPart", said)

@@ -1,0 +1,142 @@
+"""One request by any of its ids: what an id means, its row with its parts, how its bill came about.
+
+Invariant: a request with a bill is shown by its bill, whatever else is known of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import and_, null, or_, select, tuple_
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.queries.cost_models import models
+from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
+from vllm_cost_meter.ledger.queries.energy import select_parts
+from vllm_cost_meter.ledger.queries.open_requests import Living, is_billed, open_parts
+from vllm_cost_meter.ledger.schema import (
+    http_requests,
+    open_requests,
+    prices,
+    requests,
+    runs,
+    usage_pieces,
+)
+from vllm_cost_meter.prices.book import PriceBook, RunFacts
+from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.reports.explanation import explained
+from vllm_cost_meter.reports.request_answers import Explanation, RequestWithParts
+from vllm_cost_meter.reports.request_row import RUNNING, exchange, ordered, shown_part
+
+MAX_MATCHES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What an id stands for: an HTTP exchange, or an engine request that belongs to none.
+
+    Such a one has a bill, or else is open and known by its internal id.
+    """
+
+    http_request_id: str | None
+    run_id: str | None = None
+    seq: int | None = None
+    request_id: str | None = None
+
+
+def find(connection: Connection, id: str) -> list[Match]:
+    """Return what an id means, the newest first, at most MAX_MATCHES.
+
+    It may be an HTTP record's own id, a response id, an X-Request-Id, or the internal or external
+    id of an engine request.
+    """
+    h, r, o = http_requests.c, requests.c, open_requests.c
+    answered = select(h.http_request_id, h.finished_at)
+    part = select(r.http_request_id, r.finished_at, r.run_id, r.seq)
+    nothing = (null(), null())  # in place of a bill's key
+    running = select(o.http_request_id, o.started_at, *nothing, o.request_id)
+    running = running.where(~is_billed())
+    queries = [
+        query.where(column == id).order_by(at.desc()).limit(MAX_MATCHES)
+        for query, at, columns in (
+            (answered, h.finished_at, (h.http_request_id, h.response_id, h.x_request_id)),
+            (part, r.finished_at, (r.http_request_id, r.response_id)),
+            (part, r.finished_at, (r.request_id, r.external_id)),
+            (running, o.started_at, (o.http_request_id, o.response_id, o.x_request_id)),
+            (running, o.started_at, (o.request_id, o.external_id)),
+        )
+        for column in columns
+    ]
+    found: dict[Match, str] = {}
+    for query in queries:
+        for http_id, at, *key in connection.execute(query):
+            match = Match(None, *key) if http_id is None else Match(http_id)
+            found.setdefault(match, at)
+    return sorted(found, key=lambda match: found[match], reverse=True)[:MAX_MATCHES]
+
+
+def request_row(
+    connection: Connection, match: Match, living: Living, book: PriceBook
+) -> RequestWithParts | None:
+    """Return the request row of one match, with its `parts`; None if there is none."""
+    h, r, o = http_requests.c, requests.c, open_requests.c
+    if match.http_request_id is not None:
+        billed = r.http_request_id == match.http_request_id
+        opened = o.http_request_id == match.http_request_id
+    else:
+        key = and_(r.run_id == match.run_id, r.seq == match.seq)
+        # It may have got its bill since it was found.
+        billed = or_(key, and_(r.request_id == match.request_id, r.http_request_id.is_(None)))
+        opened = and_(o.request_id == match.request_id, o.http_request_id.is_(None))
+    answered = select(http_requests).where(h.http_request_id == match.http_request_id)
+    http = connection.execute(answered).first()
+    parts = [row._asdict() for row in connection.execute(select_parts().where(billed))]
+    parts += open_parts(connection, opened, living, book)
+    if http is None and not parts:
+        return None
+    return {
+        **exchange(http._asdict() if http else None, parts),
+        "parts": [shown_part(part) for part in ordered(parts)],
+    }
+
+
+def is_unseen(row: Mapping[str, Any]) -> bool:
+    """Say whether a part runs that no snapshot has shown: it has not begun, or has just ended."""
+    return any(part["state"] == RUNNING and part["run_id"] is None for part in row["parts"])
+
+
+def explain(connection: Connection, request: Mapping[str, Any], book: PriceBook) -> Explanation:
+    """Return how the bills of a request row, with its `parts`, came about.
+
+    Only what has ended is explained; a request that never reached an engine has no parts.
+    """
+    run_ids = {part["run_id"] for part in request["parts"] if part["run_id"]}
+    priced = (
+        select(*RUN_COLUMNS)
+        .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
+        .where(runs.c.run_id.in_(run_ids))
+    )
+    p = usage_pieces.c
+    keys = [(part["run_id"], part["seq"]) for part in request["parts"] if part["seq"]]
+    pieces = select(p.run_id, p.seq, p.hour, p.prefill_ns + p.decode_ns)
+    pieces = pieces.where(tuple_(p.run_id, p.seq).in_(keys)).order_by(p.hour)
+    known = {run_id: RunPrices(run_id, RunFacts(), book) for run_id in run_ids}
+    for row in connection.execute(priced):
+        known[row.run_id] = RunPrices.of(row._asdict(), book)
+    spent: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for run_id, seq, hour, ns in connection.execute(pieces):
+        spent.setdefault((run_id, seq), []).append((hour, ns))
+    used = [model for run_id in run_ids for model in models(connection, run_id)]
+    return explained(request, known, spent, used)
+
+
+def latest_run(connection: Connection, book: PriceBook) -> RunFacts | None:
+    """Return what the price of the latest run depends on; None if there has been none."""
+    latest = (
+        select(*RUN_COLUMNS)
+        .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
+        .order_by(runs.c.started_at.desc(), runs.c.run_id)
+        .limit(1)
+    )
+    row = connection.execute(latest).first()
+    return None if row is None else RunPrices.of(row._asdict(), book).facts

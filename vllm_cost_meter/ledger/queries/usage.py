@@ -1,0 +1,161 @@
+"""The facts of a report: usage by run, hour and whatever a question tells apart; overhead by class.
+
+One query over the usage pieces of the bills up to the cut, joined with their requests where a
+dimension is a column of those; the engines' hours for the classes; and the counts of what ended.
+Where no column is a time, the hours between two changes of price are one stretch, so that a month
+of many tenants is a row each. What it costs is not asked here: the core prices each run's hours.
+
+Invariant: usage and overhead are all of wall x GPUs, hour by hour, when no bill misses.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import and_, func, select
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.queries.costs import CutCosts
+from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
+from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
+from vllm_cost_meter.ledger.queries.tenants import tenant_facts
+from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.facts import COUNTS, UNALLOCATED, Ended, Facts, Key, Used
+from vllm_cost_meter.reports.grammar import LABEL, TAG, Question
+from vllm_cost_meter.reports.request_row import PART_SUMS
+from vllm_cost_meter.reports.tenant_details import tenant_details
+from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
+
+# Dimensions whose column has another name.
+_COLUMN = {"status": "engine_status"}
+# Dimensions that are a name within a column of JSON.
+_WITHIN = {TAG: "tags", LABEL: "labels"}
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What bills up to a cut used: GPU time, and by tenant alone all that pieces have besides."""
+
+    used: list[Used]
+    sums: dict[str, dict[str, int]]
+
+
+def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
+    """Return what the ledger holds at a cut, told apart as a question asks."""
+    dimensions = question.dimensions
+    columns = tuple(dict.fromkeys(_column(name) for name in dimensions))
+    usage = _usage(connection, cut, question, columns)
+    ended = _ended(connection, cut, question, columns)
+    facts = Facts(
+        used=usage.used,
+        overhead=[
+            Used(run.run_id, hour, (name,), ns)
+            for run in cut.runs
+            for name in OVERHEAD_ROWS
+            for hour, ns in _hours_of(cut, run, question, name).items()
+            if ns
+        ],
+        ended=ended,
+        wall=[
+            Used(run.run_id, hour, (), ns)
+            for run in cut.runs
+            for hour, ns in _hours_of(cut, run, question).items()
+        ],
+        wall_gpu_ns=cut.wall_gpu_ns(),
+    )
+    return _with_details(connection, cut, facts, usage.sums) if question.is_by_tenant else facts
+
+
+def _with_details(
+    connection: Connection, cut: Cut, facts: Facts, sums: Mapping[str, Mapping[str, int]]
+) -> Facts:
+    """Return facts with more columns by tenant, and a row for whoever has nothing else."""
+    used = tenant_facts(connection, cut, sums)
+    costs = CutCosts.of(cut)
+    none = Ended(None, (), (0,) * len(COUNTS))
+    ended = [*facts.ended, *(none._replace(key=(name,)) for name in sorted(used.names))]
+    return replace(facts, ended=ended, details=tenant_details(used, costs.energy_cost_of))
+
+
+def _hours_of(
+    cut: Cut, run: RunCut, question: Question, name: str | None = None
+) -> Mapping[int | None, int]:
+    """Return the GPU time of a class, or of all, by hour; by stretch where that is enough."""
+    if not question.tells_hours_apart:
+        return run.used_ns(name)
+    classes = {hour: run.classes_in(hour) for hour in run.hours if cut.window.contains(hour)}
+    return {hour: sum(of.values()) if name is None else of[name] for hour, of in classes.items()}
+
+
+def _ended(
+    connection: Connection, cut: Cut, question: Question, columns: Sequence[str]
+) -> list[Ended]:
+    by = ("hour", *columns) if question.tells_hours_apart else tuple(columns)
+    found = []
+    for values, counts in count_ended(connection, cut.window, by).items():
+        hour = None
+        if question.tells_hours_apart:
+            hour = unix_ns_of(f"{values[0]}:00Z") // NS_PER_HOUR
+            values = values[1:]
+        found.append(Ended(hour, _key(question.dimensions, columns, values), counts))
+    return found
+
+
+def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequence[str]) -> Usage:
+    if not cut.runs:
+        return Usage([], {})
+    at, p, r = cut.cte(), usage_pieces.c, requests.c
+    # Pieces have the tenant themselves: with that alone, no request is read.
+    own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
+    keys = [own[name] if name in own else r[name] for name in columns]
+    joined = usage_pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
+    if set(columns) - own.keys():
+        joined = joined.join(requests, and_(r.run_id == p.run_id, r.seq == p.seq))
+    more = PART_SUMS if question.is_by_tenant else ()
+    apart = question.tells_hours_apart
+    hours = [p.hour] if apart else stretch(p.hour, cut.book.price_changes())
+    asked = (
+        select(
+            *(p.run_id, p.hour if apart else func.min(p.hour)),
+            *(func.sum(p.prefill_ns + p.decode_ns), *keys),
+            *(func.sum(p[name]) for name in more),
+        )
+        .select_from(joined)
+        .where(cut.window.on_hours(p.hour))
+        .group_by(p.run_id, *hours, *keys)
+    )
+    # Two texts of tags or labels may have the same values for what is asked.
+    spent: Counter[tuple[str, int, Key]] = Counter()
+    sums: dict[str, dict[str, int]] = {}
+    for run_id, hour, gpu_time_ns, *values in connection.execute(asked):
+        key = _key(question.dimensions, columns, values[: len(columns)])
+        spent[run_id, hour, key] += int(gpu_time_ns)
+        if more:
+            known = sums.setdefault(key[0], dict.fromkeys(more, 0))
+            for name, amount in zip(more, values[len(columns) :], strict=True):
+                known[name] += int(amount)
+    return Usage([Used(*key, ns) for key, ns in spent.items()], sums)
+
+
+def _column(dimension: str) -> str:
+    for kind, column in _WITHIN.items():
+        if dimension.startswith(kind):
+            return column
+    return _COLUMN.get(dimension, dimension)
+
+
+def _key(dimensions: Sequence[str], columns: Sequence[str], values: Sequence[Any]) -> Key:
+    """Return the values of the dimensions, of a row's columns."""
+    row = dict(zip(columns, values, strict=True))
+    texts = {name: json.loads(row[name]) for name in _WITHIN.values() if row.get(name)}
+
+    def value_of(dimension: str) -> Any:
+        kind, colon, name = dimension.partition(":")
+        within = _WITHIN.get(kind + colon)
+        return row[_column(dimension)] if within is None else texts.get(within, {}).get(name)
+
+    found = map(value_of, dimensions)
+    return tuple(UNALLOCATED if value is None else str(value) for value in found)

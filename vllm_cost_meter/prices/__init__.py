@@ -1,0 +1,1 @@
+"""Prices for GPU time and energy: the price book, declared overheads, and costs."""

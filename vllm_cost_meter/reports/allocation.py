@@ -1,0 +1,392 @@
+"""A report: what was used, by whom and when, with and without its share of idle.
+
+Facts of the ledger go in, GPU time by run and hour; rows come out. Usage is kept in cells, one for
+each way that the question tells it apart. Overhead that the policy shares is pooled over a piece of
+the report (the window, or one step of it), divided among tenants, and within a tenant over its
+cells by GPU time. A tenant that carries a share and used nothing gets a row for it. Then cells are
+added up to rows, and only then is anything rounded: the whole to the nano-USD, the steps of a
+report by largest remainder, and within each step its rows. There is no other rounding of a report's
+money. Core: standard library only.
+
+Invariant: GPU time and money are exact fractions until the end, and all rows, shown or not, are
+rounded together; so they add up to their step, and the steps to the whole, on both bases, whatever
+the aggregation and the policy, and a filter changes no row.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.facts import (
+    COUNTS,
+    NOTHING,
+    NOTHING_RAN,
+    REQUESTS,
+    UNALLOCATED,
+    Amount,
+    Facts,
+    Hour,
+    Key,
+    PriceOf,
+    Unpriced,
+    WhyNone,
+    earliest,
+    no_price,
+)
+from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.idle import SHARED_CLASSES
+from vllm_cost_meter.units.calendar import period_name, period_of
+from vllm_cost_meter.units.money import format_usd
+from vllm_cost_meter.units.rounding import largest_remainder, rounded_known
+from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
+
+
+@dataclass(slots=True)
+class Row:
+    """Cells added up: what was used, the share of idle besides (of a class: what others carry)."""
+
+    class_name: str
+    key: Key
+    used: Amount = NOTHING
+    share: Amount = NOTHING
+    counts: list[int] = field(default_factory=lambda: [0] * len(COUNTS))
+    shown: bool = True
+
+    @property
+    def whole(self) -> Amount:
+        """Return usage and share."""
+        return self.used.plus(self.share)
+
+    def add(self, cell: "Row") -> None:
+        """Add another one to this."""
+        self.used = self.used.plus(cell.used)
+        self.share = self.share.plus(cell.share)
+        self.counts = [a + b for a, b in zip(self.counts, cell.counts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The rows of a stretch of hours, exact, in the order they are shown; None is open.
+
+    `is_priced` says whether any of its time has a price: if so, nothing costs 0.
+    """
+
+    from_hour: int | None
+    to_hour: int | None
+    rows: tuple[Row, ...]
+    is_priced: bool
+
+    def cost(self, amount: Amount) -> Fraction | None:
+        """Return nano-USD, exact; None where a price misses, of nothing too if all prices do."""
+        return amount.nanousd if self.is_priced and amount.unpriced is None else None
+
+    def why_no_cost(self, amount: Amount, why: WhyNone) -> str | None:
+        """Return why an amount has no cost; None if it has one."""
+        if self.cost(amount) is not None:
+            return None
+        missing = amount.unpriced or earliest(row.whole.unpriced for row in self.rows)
+        return NOTHING_RAN if missing is None else why(missing.run_id, missing.hour)
+
+
+class _Prices:
+    """The price of each run and hour, asked for once.
+
+    GPU time is added up by price, so that money is computed once for each and not for each hour.
+    """
+
+    def __init__(self, question: Question, price_of: PriceOf) -> None:
+        self._what_if = question.price
+        self._price_of = price_of
+        self._known: dict[tuple[str, Hour], Fraction | Unpriced] = {}
+
+    def of(self, run_id: str, hour: Hour) -> Fraction | Unpriced:
+        price = self._known.get((run_id, hour))
+        if price is None:
+            found = self._price_of(run_id, hour) if self._what_if is None else self._what_if
+            price = Unpriced.of(run_id, hour) if found is None else Fraction(found)
+            self._known[run_id, hour] = price
+        return price
+
+
+class _Cell(NamedTuple):
+    """What usage is told apart by before it is shared: all that the question names."""
+
+    class_name: str
+    dimensions: Key
+    times: Key
+
+
+class _Cells:
+    """The cells of one piece."""
+
+    def __init__(self) -> None:
+        self.spent: dict[_Cell, Counter[Fraction | Unpriced]] = defaultdict(Counter)
+        self.counts: dict[_Cell, list[int]] = {}
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether any time in them has a price."""
+        return any(
+            ns and isinstance(price, Fraction)
+            for spent in self.spent.values()
+            for price, ns in spent.items()
+        )
+
+    def rows(self) -> dict[_Cell, Row]:
+        """Return the cells with their cost, nothing shared yet."""
+        found = {}
+        for cell in self.spent.keys() | self.counts.keys():
+            counts = self.counts.get(cell, [0] * len(COUNTS))
+            used = Amount.of(self.spent[cell]) if cell in self.spent else NOTHING
+            found[cell] = Row(cell.class_name, (), used, NOTHING, counts)
+        return dict(sorted(found.items()))
+
+
+def report(
+    facts: Facts, question: Question, price_of: PriceOf, why: WhyNone = no_price
+) -> dict[str, Any]:
+    """Return the answer to a question, as JSON has it. `why` says why a price misses."""
+    found = pieces(facts, question, price_of)
+    usage_costs = _rounded_costs(found, lambda row: row.used)
+    costs = _rounded_costs(found, lambda row: row.whole)
+    series = [
+        _series(piece, facts, question, why, usage, whole)
+        for piece, usage, whole in zip(found, usage_costs, costs, strict=True)
+    ]
+    if question.only is not None:
+        # Not even that something was used at a time: others did.
+        series = [piece for piece in series if piece["rows"]]
+    return {
+        "aggregate": list(question.aggregate),
+        "idle": question.idle.text,
+        "what_if_usd_per_gpu_hour": None if question.price is None else f"{question.price:f}",
+        **({} if question.only is not None else _whole(facts, question, price_of)),
+        "series": series,
+    }
+
+
+def _rounded_costs(
+    found: Sequence[Piece], amount_of: Callable[[Row], Amount]
+) -> list[list[int | None]]:
+    """Round the costs of all rows from the whole down, so that rows and pieces add up to it."""
+    exact = [[piece.cost(amount_of(row)) for row in piece.rows] for piece in found]
+    totals = largest_remainder(
+        [sum((cost for cost in costs if cost is not None), Fraction(0)) for costs in exact]
+    )
+    return [rounded_known(costs, total) for costs, total in zip(exact, totals, strict=True)]
+
+
+def _whole(facts: Facts, question: Question, price_of: PriceOf) -> dict[str, Any]:
+    exact = wall_cost(facts, question, price_of)
+    cost = None if exact is None else round(exact)
+    return {
+        "wall_gpu_ns": facts.wall_gpu_ns,
+        "wall_cost_nanousd": cost,
+        "wall_cost_usd": format_usd(cost),
+        "adds_up": facts.difference_ns == 0,
+        "difference_ns": facts.difference_ns,
+    }
+
+
+def pieces(facts: Facts, question: Question, price_of: PriceOf) -> list[Piece]:
+    """Return the rows of a question: of the window, or of each step in which there is anything."""
+    by_piece = _cells(facts, question, price_of) or {
+        (question.from_hour, question.to_hour): _Cells()
+    }
+    found = []
+    for (low, high), cells in sorted(by_piece.items(), key=lambda item: item[0][0] or 0):
+        shared = _shared(cells.rows(), question)
+        found.append(Piece(low, high, tuple(_rows(shared, question)), cells.is_priced))
+    if question.accumulate and question.step is not None:
+        together: dict[tuple[str, Key, bool], Row] = {}
+        for row in (row for piece in found for row in piece.rows):
+            key = (row.class_name, row.key, row.shown)
+            together.setdefault(key, Row(row.class_name, row.key, shown=row.shown)).add(row)
+        rows = sorted(together.values(), key=_order(question))
+        is_priced = any(piece.is_priced for piece in found)
+        return [Piece(question.from_hour, question.to_hour, tuple(rows), is_priced)]
+    return found
+
+
+def wall_cost(facts: Facts, question: Question, price_of: PriceOf) -> Fraction | None:
+    """Return what the engines' hours cost in nano-USD, exact; None where a price misses."""
+    prices = _Prices(question, price_of)
+    spent: Counter[Fraction | Unpriced] = Counter()
+    for run_id, hour, _, gpu_time_ns in facts.wall:
+        spent[prices.of(run_id, hour)] += gpu_time_ns
+    amount = Amount.of(spent)
+    return None if amount.unpriced or not amount.gpu_time_ns else amount.nanousd
+
+
+def _cells(
+    facts: Facts, question: Question, price_of: PriceOf
+) -> dict[tuple[int | None, int | None], _Cells]:
+    by_piece: dict[tuple[int | None, int | None], _Cells] = defaultdict(_Cells)
+    prices = _Prices(question, price_of)
+    where: dict[Hour, tuple[_Cells, Key]] = {}
+
+    def place(hour: Hour) -> tuple[_Cells, Key]:
+        if hour not in where:
+            # Time of no hour comes only where no column is a time.
+            times = tuple(period_name(hour, unit, question.zone) for unit in question.times if hour)
+            where[hour] = (by_piece[_piece(hour, question)], times)
+        return where[hour]
+
+    for is_usage, spent in ((True, facts.used), (False, facts.overhead)):
+        for run_id, hour, key, gpu_time_ns in spent:
+            cells, times = place(hour)
+            name = REQUESTS if is_usage else key[0]
+            dimensions = key if is_usage else (f"__{name}__",) * len(question.dimensions)
+            cells.spent[_Cell(name, dimensions, times)][prices.of(run_id, hour)] += gpu_time_ns
+    for hour, key, counts in facts.ended:
+        cells, times = place(hour)
+        known = cells.counts.setdefault(_Cell(REQUESTS, key, times), [0] * len(COUNTS))
+        known[:] = (a + b for a, b in zip(known, counts, strict=True))
+    return by_piece
+
+
+def _piece(hour: Hour, question: Question) -> tuple[int | None, int | None]:
+    if question.step is None or hour is None:
+        return question.from_hour, question.to_hour
+    low, high = period_of(hour, question.step, question.zone)
+    return (
+        low if question.from_hour is None else max(low, question.from_hour),
+        high if question.to_hour is None else min(high, question.to_hour),
+    )
+
+
+def _shared(cells: dict[_Cell, Row], question: Question) -> dict[_Cell, Row]:
+    """Divide what the policy shares, cell by cell."""
+    used_ns: Counter[str] = Counter()
+    pools: dict[Key, Amount] = defaultdict(Amount)
+    for cell, row in cells.items():
+        if cell.class_name == REQUESTS:
+            used_ns[cell.dimensions[0]] += int(row.used.gpu_time_ns)
+        elif cell.class_name in SHARED_CLASSES:
+            pools[cell.times] = pools[cell.times].plus(row.used)
+    shares = question.idle.shares(used_ns)
+    pool = NOTHING
+    for amount in pools.values():
+        pool = pool.plus(amount)
+    taken = -sum(shares.values(), Fraction(0))
+    for cell, row in cells.items():
+        tenant = cell.dimensions[0]
+        if cell.class_name in SHARED_CLASSES:
+            row.share = row.used.times(taken)
+        elif cell.class_name == REQUESTS and used_ns[tenant] and tenant in shares:
+            part = row.used.gpu_time_ns / used_ns[tenant]
+            row.share = pool.times(shares[tenant] * part)
+    for tenant, share in shares.items():
+        if used_ns[tenant]:
+            continue
+        others = (UNALLOCATED,) * (len(question.dimensions) - 1)
+        for times, amount in pools.items():
+            # It may have a cell there, of requests that took no time.
+            cell = _Cell(REQUESTS, (tenant, *others), times)
+            cells.setdefault(cell, Row(REQUESTS, ())).share = amount.times(share)
+    return cells
+
+
+def _rows(cells: Mapping[_Cell, Row], question: Question) -> list[Row]:
+    """Add cells up to rows, those that are hidden apart; each class has a row, even of 0."""
+    place = {name: i for i, name in enumerate((*question.dimensions, *question.times))}
+    found: dict[tuple[str, Key, bool], Row] = {}
+
+    def row_of(class_name: str, values: Key) -> Row:
+        shown = question.shows(values[0]) and all(
+            values[place[name]] in any_of for name, any_of in question.conditions.items()
+        )
+        key = tuple(values[place[name]] for name in question.aggregate)
+        return found.setdefault((class_name, key, shown), Row(class_name, key, shown=shown))
+
+    for cell, row in cells.items():
+        row_of(cell.class_name, (*cell.dimensions, *cell.times)).add(row)
+    if not question.times:
+        for name in OVERHEAD_ROWS:
+            row_of(name, (f"__{name}__",) * len(question.dimensions))
+    return sorted(found.values(), key=_order(question))
+
+
+def _order(question: Question) -> Callable[[Row], tuple[Any, ...]]:
+    """Order rows: usage first, by time, then the most GPU time first; then the classes."""
+    times = [i for i, name in enumerate(question.aggregate) if name in question.times]
+
+    def order(row: Row) -> tuple[Any, ...]:
+        rank = 0 if row.class_name == REQUESTS else 1 + OVERHEAD_ROWS.index(row.class_name)
+        return (
+            min(rank, 1),
+            [_instant(row.key[i]) for i in times],
+            rank,
+            -row.used.gpu_time_ns,
+            row.key,
+            row.shown,
+        )
+
+    return order
+
+
+def _instant(period: str) -> datetime:
+    """Return when a period begins: hours of two offsets do not sort as text."""
+    instant = datetime.fromisoformat(f"{period}-01" if len(period) == len("2026-11") else period)
+    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+def _series(
+    piece: Piece,
+    facts: Facts,
+    question: Question,
+    why: WhyNone,
+    usage_costs: Sequence[int | None],
+    costs: Sequence[int | None],
+) -> dict[str, Any]:
+    """Return a piece with those of its rows that are shown; the costs are those of all its rows."""
+    shares = largest_remainder([row.share.gpu_time_ns for row in piece.rows])
+    # Sums hold hidden rows too; but a tenant that asks is told sums of its own rows.
+    counted = [
+        (int(row.used.gpu_time_ns), cost)
+        for row, cost in zip(piece.rows, costs, strict=True)
+        if question.only is None or row.shown
+    ]
+    known = [cost for _, cost in counted if cost is not None]
+    total = sum(known) if len(known) == len(counted) else None
+    return {
+        **{
+            name: None if hour is None else rfc3339(hour * NS_PER_HOUR)
+            for name, hour in (("from", piece.from_hour), ("to", piece.to_hour))
+        },
+        "gpu_time_ns": sum(gpu_time_ns for gpu_time_ns, _ in counted),
+        "cost_nanousd": total,
+        "cost_usd": format_usd(total),
+        "rows": [
+            {
+                **_shown(row, question, share_ns),
+                "usage_cost_nanousd": usage_cost,
+                "usage_cost_usd": format_usd(usage_cost),
+                "cost_nanousd": cost,
+                "cost_usd": format_usd(cost),
+                "cost_reason": None if cost is not None else piece.why_no_cost(row.whole, why),
+                **(facts.details_of(row.key[0]) if facts.details else {}),
+            }
+            for row, share_ns, usage_cost, cost in zip(
+                piece.rows, shares, usage_costs, costs, strict=True
+            )
+            if row.shown
+        ],
+    }
+
+
+def _shown(row: Row, question: Question, share_ns: int) -> dict[str, Any]:
+    counts: Sequence[int | None] = row.counts
+    if row.class_name != REQUESTS:
+        counts = (0, None, None, None)
+    return {
+        "class": row.class_name,
+        **dict(zip(question.aggregate, row.key, strict=True)),
+        **dict(zip(COUNTS, counts, strict=True)),
+        "gpu_time_ns": int(row.used.gpu_time_ns),
+        "idle_share_ns": share_ns,
+    }

@@ -1,0 +1,207 @@
+"""How the bill of one request came about, so that it can be recomputed by hand.
+
+Pure functions from a request row with its parts, as `LedgerReader.request` returns it, to the
+explanation. Per part: what it used in each phase, the steps it was in and its share of them, what
+of its charge it caused itself and what is its share of what the batch needs anyway, what caching
+saved, what preemption, drafts and tokens that are not in the output wasted, the prices of its
+hours, and the cost models in use while it ran.
+
+Invariant: every figure of a part is in its bill or follows from figures beside it, by the formula
+that `formulas` states.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from vllm_cost_meter.prices.book import by_price, described, total_nanousd
+from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.reports.request_answers import Explanation
+from vllm_cost_meter.reports.request_row import FINISHED
+from vllm_cost_meter.units.money import format_usd
+from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
+
+Row = Mapping[str, Any]
+# (hour, GPU-ns) of bills, by run and number.
+Spent = Mapping[tuple[str, int], Sequence[tuple[int, int]]]
+
+FORMULAS = {
+    "gpu_time_ns": "phases.prefill.gpu_time_ns + phases.decode.gpu_time_ns",
+    "share": "gpu_time_ns / step_ns",
+    "average_batch": "batch / steps",
+    "common_ns": "gpu_time_ns - marginal_ns",
+    "cost_nanousd": "the sum over prices of gpu_time_ns x usd_per_gpu_hour / 3600, each rounded"
+    " half to even",
+}
+
+
+def explained(
+    request: Row, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Row]
+) -> Explanation:
+    """Return the explanation of a request row with its `parts`.
+
+    `prices` are those of the runs of the parts, `spent` the hours and GPU-ns of each bill by its
+    key, `models` cost models as they are shown, of these runs, oldest first.
+    """
+    parts = [
+        _part(
+            part,
+            prices[part["run_id"]],
+            spent.get((part["run_id"], part["seq"]), []),
+            [model for model in models if _used(model, part)],
+        )
+        for part in request["parts"]
+        if part["state"] == FINISHED
+    ]
+    names = (
+        "request_id",
+        "http_request_id",
+        "response_id",
+        "x_request_id",
+        "tenant",
+        "model",
+        "route",
+    )
+    figures = ("state", "gpu_time_ns", "cost_nanousd", "cost_usd")
+    explanation = {name: request[name] for name in (*names, *figures)}
+    explanation["parts"] = parts
+    explanation["formulas"] = FORMULAS
+    return cast("Explanation", {**explanation, "text": list(lines(explanation))})
+
+
+def _used(model: Row, part: Row) -> bool:
+    is_of_run: bool = model["run_id"] == part["run_id"]
+    return is_of_run and part["first_model"] <= model["version"] <= part["last_model"]
+
+
+def _part(
+    part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Row]
+) -> dict[str, Any]:
+    steps, step_ns = part["steps"], part["step_ns"]
+    saved_ns = part["saved_estimate_ns"]
+    return {
+        **{name: part[name] for name in ("run_id", "seq", "request_id", "lora", "engine_status")},
+        "phases": {
+            phase: {
+                "gpu_time_ns": part[f"{phase}_ns"],
+                "tokens": part[f"{phase}_tokens"],
+            }
+            for phase in ("prefill", "decode")
+        },
+        "gpu_time_ns": part["gpu_time_ns"],
+        "steps": steps,
+        "batch": part["batch"],
+        "average_batch": part["batch"] / steps if steps else None,
+        "step_ns": step_ns,
+        "share": part["gpu_time_ns"] / step_ns if step_ns else None,
+        "marginal_ns": part["marginal_ns"],
+        "common_ns": part["gpu_time_ns"] - part["marginal_ns"],
+        "cached": {"tokens": part["cached_tokens"], "saved_estimate_ns": saved_ns},
+        "preempted": {
+            "preemptions": part["preemptions"],
+            "recomputed_tokens": part["recomputed_tokens"],
+            "recomputed_ns": part["recomputed_ns"],
+        },
+        "drafts": {
+            "rejected_tokens": part["rejected_tokens"],
+            "rejected_ns": part["rejected_ns"],
+        },
+        "cut_off": {"cut_tokens": part["cut_tokens"], "cut_ns": part["cut_ns"]},
+        "kv_block_ms": part["kv_block_ms"],
+        **_cost(part, prices, spent),
+        "told_nanousd": part["cost_nanousd"],
+        "method": part["method"],
+        "cost_models": [_model(model) for model in models],
+    }
+
+
+def _cost(part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return what a bill costs at the prices of its hours, and these."""
+    # What has used nothing has no hour but that of its end.
+    spent = spent or [(unix_ns_of(part["finished_at"]) // NS_PER_HOUR, 0)]
+    at = by_price(spent, prices.at)
+    cost = None if at is None else total_nanousd(at)
+    missing = next((hour for hour, _ in spent if prices.at(hour) is None), None)
+    only = next(iter(at)) if at is not None and len(at) == 1 else None
+    return {
+        "usd_per_gpu_hour": only.text if only else None,
+        "price_source": only.entry.source if only else None,
+        "prices": [{"gpu_time_ns": ns, **price.as_dict()} for price, ns in (at or {}).items()],
+        "cost_nanousd": cost,
+        "cost_usd": format_usd(cost),
+        "cost_reason": None if missing is None else prices.why_none(missing),
+    }
+
+
+def _model(model: Row) -> dict[str, Any]:
+    names = ("version", "taken_at", "form", "planes", "steps", "error", "explained")
+    return {name: model[name] for name in names}
+
+
+def lines(explanation: Row) -> Iterator[str]:
+    """Yield an explanation as sentences."""
+    parts = explanation["parts"]
+    of = f" of {len(parts)} engine requests" if len(parts) != 1 else ""
+    so_far = "" if explanation["state"] == FINISHED else f" so far ({explanation['state']})"
+    cost = explanation["cost_usd"]
+    yield (
+        f"{explanation['http_request_id'] or explanation['request_id']}, tenant"
+        f" {explanation['tenant']}: {_seconds(explanation['gpu_time_ns'] or 0)}{so_far}{of},"
+        f" {'no price at the time' if cost is None else f'{cost} USD'}"
+    )
+    for part in parts:
+        yield from _part_lines(part)
+
+
+def _part_lines(part: Row) -> Iterator[str]:
+    prefill, decode = part["phases"]["prefill"], part["phases"]["decode"]
+    yield f"engine request {part['request_id']} ({part['engine_status']}):"
+    yield (
+        f"  prefill {_seconds(prefill['gpu_time_ns'])} for {prefill['tokens']} tokens"
+        f" + decode {_seconds(decode['gpu_time_ns'])} for {decode['tokens']} tokens"
+        f" = {_seconds(part['gpu_time_ns'])}"
+    )
+    if part["share"] is not None:
+        yield (
+            f"  {part['share']:.3%} of its {part['steps']} steps, which took"
+            f" {_seconds(part['step_ns'])}, with {part['average_batch']:.1f} requests in each"
+        )
+        yield (
+            f"  it added {_seconds(part['marginal_ns'])} to them; the other"
+            f" {_seconds(part['common_ns'])} are its share of what the batch needs anyway"
+        )
+    if tokens := part["cached"]["tokens"]:
+        saved = _seconds(part["cached"]["saved_estimate_ns"])
+        yield f"  caching {tokens} tokens saved about {saved} (an estimate)"
+    if preemptions := part["preempted"]["preemptions"]:
+        yield (
+            f"  preempted {preemptions} times: {part['preempted']['recomputed_tokens']} tokens were"
+            f" computed again, which took {_seconds(part['preempted']['recomputed_ns'])} of it"
+        )
+    if tokens := part["drafts"]["rejected_tokens"]:
+        yield f"  {tokens} draft tokens were rejected: {_seconds(part['drafts']['rejected_ns'])}"
+    if tokens := part["cut_off"]["cut_tokens"]:
+        cut = _seconds(part["cut_off"]["cut_ns"])
+        yield f"  {tokens} tokens were computed that are not in the output: {cut}"
+    yield from _price_lines(part)
+    yield f"  split by {part['method']}"
+    for model in part["cost_models"]:
+        quality = f"learnt from {model['steps']} steps, off by {model['error']:.1%} on average"
+        if not model["steps"]:  # its error is not known, and 0 would be a claim
+            quality = "what it began with, before any step was learnt from"
+        yield f"  cost model {model['version']}: {model['form']}, {quality}"
+
+
+def _price_lines(part: Row) -> Iterator[str]:
+    if part["cost_nanousd"] is None:
+        yield f"  {part['cost_reason']}"
+        return
+    priced = [f"  {price['gpu_time_ns']} ns x {described(price)}" for price in part["prices"]]
+    if len(priced) == 1:
+        yield f"{priced[0]} = {part['cost_usd']} USD"
+        return
+    yield from priced
+    yield f"  together {part['cost_usd']} USD"
+
+
+def _seconds(gpu_ns: int) -> str:
+    return f"{gpu_ns / 1e9:.6f} GPU-s"

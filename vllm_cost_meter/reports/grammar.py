@@ -1,0 +1,175 @@
+"""The words of a report, the same in CLI and HTTP: which window, split how, added up by what.
+
+They are OpenCost's: `window`, `aggregate`, `step`, `accumulate`, `idle`, `filter`. A question is
+checked in full before the ledger is read; a word that is not understood is refused and never
+skipped. Core: standard library only.
+
+Invariant: a filter names dimensions and values only, so it can choose rows and change none.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, tzinfo
+from decimal import Decimal
+from typing import TypedDict, cast
+
+from vllm_cost_meter.reports.idle import IdlePolicy
+from vllm_cost_meter.units.calendar import Unit, hours_of_window, zone_of
+from vllm_cost_meter.units.text import fields
+
+DIMENSIONS = ("tenant", "model", "lora", "route", "status")
+TIMES = ("hour", "day", "month")
+# Before a name: a tag that was declared of the tenant, a label of the engine.
+TAG = "tag:"
+LABEL = "label:"
+STEPS: Mapping[str, Unit] = {"1h": "hour", "1d": "day", "1w": "week", "month": "month"}
+_COLUMNS = f"{', '.join((*DIMENSIONS, *TIMES))}, {TAG}NAME or {LABEL}NAME"
+_PRICE = re.compile(r"\d{1,9}(\.\d{1,18})?\Z", re.ASCII)
+# Before another condition. A plus sign that was not encoded in a URL comes as a space.
+_TOKEN = re.compile(
+    rf'"(?:[^"]|"")*"|(?P<and>[+ ]\s*)(?=(?:{"|".join((*DIMENSIONS, *TIMES, "tag", "label"))}):)|.',
+    re.DOTALL,
+)
+
+
+class Words(TypedDict, total=False):
+    """The words of a question, as people write them; docs/reference lists what each may say."""
+
+    window: str | None
+    tz: str | None
+    aggregate: str | None
+    step: str | None
+    accumulate: bool
+    idle: str | None
+    filter: str | None
+    price: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a report is asked for. Hours are [from_hour, to_hour) since the epoch, None is open.
+
+    `aggregate` are the columns that rows are added up by, `conditions` the values that a row must
+    have one of, by column. `price` in USD per GPU-hour is used for all time instead of the real
+    ones. Where a tenant itself asks, `only` names it: it is told its own rows, and of the whole
+    nothing.
+    """
+
+    from_hour: int | None = None
+    to_hour: int | None = None
+    zone: tzinfo = UTC
+    aggregate: tuple[str, ...] = ("tenant",)
+    step: Unit | None = None
+    accumulate: bool = False
+    idle: IdlePolicy = field(default_factory=IdlePolicy)
+    conditions: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    price: Decimal | None = None
+    only: str | None = None
+
+    def shows(self, tenant: str) -> bool:
+        """Tell whether rows of a tenant may be shown: of the one that asks, or of a child of it."""
+        return self.only in (None, tenant) or tenant.startswith(f"{self.only}/")
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Return the dimensions that usage must be told apart by; always by tenant, the first."""
+        named = (name for name in (*self.aggregate, *self.conditions) if name not in TIMES)
+        return tuple(dict.fromkeys(("tenant", *named)))
+
+    @property
+    def times(self) -> tuple[Unit, ...]:
+        """Return the periods that usage must be told apart by."""
+        named = (name for name in (*self.aggregate, *self.conditions) if name in TIMES)
+        return cast("tuple[Unit, ...]", tuple(dict.fromkeys(named)))
+
+    @property
+    def tells_hours_apart(self) -> bool:
+        """Whether it matters for a row in which hour something was used, but for its price."""
+        return self.step is not None or bool(self.times)
+
+    @property
+    def is_by_tenant(self) -> bool:
+        """Whether rows are by tenant alone, over the whole window."""
+        columns = (*self.aggregate, *self.conditions)
+        return set(columns) == {"tenant"} and not self.tells_hours_apart
+
+
+def question(
+    *,
+    window: str | None = None,
+    tz: str | None = None,
+    aggregate: str | None = None,
+    step: str | None = None,
+    accumulate: bool = False,
+    idle: str | None = None,
+    filter: str | None = None,  # noqa: A002 - the word of the grammar
+    price: str | None = None,
+    now_ns: int | None = None,
+) -> Question:
+    """Return the question that these words ask. Raises ValueError for a word not understood."""
+    zone = zone_of(tz)
+    from_hour, to_hour = hours_of_window(window, now_ns, zone)
+    if step and step not in STEPS:
+        raise ValueError(f"step: expected one of {', '.join(STEPS)}, got {step!r}")
+    return Question(
+        from_hour=from_hour,
+        to_hour=to_hour,
+        zone=zone,
+        aggregate=_columns(aggregate or "tenant"),
+        step=STEPS[step] if step else None,
+        accumulate=accumulate,
+        idle=IdlePolicy.parse(idle),
+        conditions=_conditions(filter or ""),
+        price=_price(price),
+    )
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(fields(text)))
+    for name in names:
+        if not _is_column(name):
+            raise ValueError(f"aggregate: expected {_COLUMNS}, joined by commas, got {name!r}")
+    return names
+
+
+def _conditions(text: str) -> dict[str, frozenset[str]]:
+    """Return the values to choose by column, of e.g. `tenant:a,b+tag:team=x`."""
+    found: dict[str, frozenset[str]] = {}
+    for term in _terms(text):
+        column, colon, values = term.partition(":")
+        if column in ("tag", "label"):
+            name, colon, values = values.partition("=")
+            column = f"{column}:{name}"
+        allowed = frozenset(fields(values))
+        if not colon or not _is_column(column) or not allowed:
+            raise ValueError(
+                f"filter: expected COLUMN:VALUE,... joined by +, the column one of {_COLUMNS} "
+                f"(tag:NAME=VALUE,..., label:NAME=VALUE,...), got {term!r}"
+            )
+        found[column] = found[column] & allowed if column in found else allowed
+    return found
+
+
+def _terms(text: str) -> list[str]:
+    terms = [""] if text.strip() else []
+    for token in _TOKEN.finditer(text.strip()):
+        if token["and"]:
+            terms.append("")
+        else:
+            terms[-1] += token[0]
+    return terms
+
+
+def _is_column(name: str) -> bool:
+    is_named = any(name.startswith(kind) and name != kind for kind in (TAG, LABEL))
+    return is_named or name in DIMENSIONS or name in TIMES
+
+
+def _price(text: str | None) -> Decimal | None:
+    if not text:
+        return None
+    # No exponent: exact arithmetic would be asked for a million digits.
+    if not _PRICE.match(text):
+        raise ValueError(f"price: expected USD per GPU-hour, such as 2.10, got {text!r}")
+    return Decimal(text)

@@ -1,0 +1,81 @@
+"""Who pays for time that was nobody's: policies, applied when a report is made.
+
+Seven classes of overhead are shared: idle, sleep, startup, tail, dummy, host and lost. Time in
+flight is not: requests that still run will be billed for it. A policy says which part of the shared
+time each tenant carries; what nobody carries stays in the row of its class. Core: standard library
+only.
+
+Invariant: the shares are exact fractions, none is negative, and together they are at most 1: so
+sharing moves time and money and makes or loses none.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from vllm_cost_meter.records.snapshot import OVERHEAD_CLASSES
+from vllm_cost_meter.units.text import fields
+
+SHARED_CLASSES = OVERHEAD_CLASSES
+EXPECTED = "none, proportional, even, reserved:TENANT=PERCENT,... or owner:TENANT"
+_PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%?\Z", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class IdlePolicy:
+    """How shared time is divided; `declared` are the fractions that were declared of tenants."""
+
+    text: str = "none"
+    declared: Mapping[str, Fraction] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str | None) -> "IdlePolicy":
+        """Return the policy of its words; none without any. Raises ValueError for no policy."""
+        name, colon, rest = (text or "none").partition(":")
+        if name in ("none", "proportional", "even") and not colon:
+            return cls(name)
+        if name == "owner" and _is_tenant(rest):
+            return cls(f"owner:{rest}", {rest: Fraction(1)})
+        if name == "reserved" and rest:
+            return cls(f"reserved:{rest}", _reserved(rest))
+        raise ValueError(f"idle: expected {EXPECTED}, got {text!r}")
+
+    @property
+    def name(self) -> str:
+        """Return the policy without the tenants that it names."""
+        return self.text.partition(":")[0]
+
+    def shares(self, used_ns: Mapping[str, int]) -> dict[str, Fraction]:
+        """Return which part each tenant carries, of tenants who used so much GPU time.
+
+        Where nobody used anything, `proportional` and `even` leave it to its class.
+        """
+        users = {tenant: ns for tenant, ns in used_ns.items() if ns > 0}
+        if self.name == "proportional":
+            total_ns = sum(users.values())
+            return {tenant: Fraction(ns, total_ns) for tenant, ns in users.items()}
+        if self.name == "even":
+            return dict.fromkeys(users, Fraction(1, max(len(users), 1)))
+        return dict(self.declared)
+
+
+def _reserved(text: str) -> dict[str, Fraction]:
+    """Return declared shares, such as alice=30,bob=12.5; a name with a comma stands in quotes."""
+    shares: dict[str, Fraction] = {}
+    for each in fields(text):
+        tenant, _, percent = each.rpartition("=")
+        found = _PERCENT.match(percent.strip())
+        if found is None or not _is_tenant(tenant):
+            raise ValueError(f"idle: expected reserved:TENANT=PERCENT,..., got {each!r}")
+        if tenant in shares:
+            raise ValueError(f"idle: expected each tenant once in reserved, got {tenant!r} twice")
+        shares[tenant] = Fraction(found[1]) / 100
+    if sum(shares.values()) > 1:
+        percent = f"{float(sum(shares.values()) * 100):g}"
+        raise ValueError(f"idle: expected reserved shares of at most 100 %, got {percent} %")
+    return shares
+
+
+def _is_tenant(name: str) -> bool:
+    return bool(name) and not name.startswith("__")

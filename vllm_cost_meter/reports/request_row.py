@@ -1,0 +1,217 @@
+"""One HTTP exchange as a row: what the client was told, and what its engine requests cost.
+
+Pure functions from rows of `http_requests` and `requests` to the request row of reports. Tokens
+are those the client was told; where the reply did not say, they follow from the parts, a prompt
+that several parts share counting once. The HTTP row may not be there yet (or never, after a
+crash): its columns are null then, but the bill is told. Parts without a bill (live.py) count with
+what they used so far; what only a bill says is null then, of the exchange too.
+
+Invariant: GPU time of an exchange is the sum of its parts', and its cost and its energy are null
+unless every part has one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from vllm_cost_meter.reports.request_answers import PartRow, RequestRow
+from vllm_cost_meter.units.money import format_usd
+
+Row = Mapping[str, Any]
+
+# States of a part, and of an exchange: see live.py. A bill is "finished".
+RUNNING = "running"
+LOST = "lost"
+FINISHED = "finished"
+
+# A part as it is shown below its exchange, with the tokens that the engine computed for it.
+PART_COLUMNS = (
+    "run_id",
+    "seq",
+    "request_id",
+    "external_id",
+    "prompt_group",
+    "lora",
+    "state",
+    "engine_status",
+    "method",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "prefill_tokens",
+    "decode_tokens",
+    "gpu_time_ns",
+    "prefill_ns",
+    "decode_ns",
+    "cost_nanousd",
+    "cost_usd",
+    "cost_reason",
+    "marginal_ns",
+    "marginal_cost_nanousd",
+    "recomputed_ns",
+    "recomputed_tokens",
+    "rejected_ns",
+    "rejected_tokens",
+    "cut_ns",
+    "cut_tokens",
+    "kv_block_ms",
+    "step_ns",
+    "saved_estimate_ns",
+    "preemptions",
+    "steps",
+    "batch",
+    "first_model",
+    "last_model",
+    "started_at",
+    "finished_at",
+    "as_of",
+    "queue_ms",
+    "ttft_ms",
+    "tpot_ms",
+    "e2e_ms",
+    "energy_mj",
+    "energy_reason",
+)
+
+
+# Of an exchange's GPU time and cache; what a request that never reached an engine has none of.
+PART_SUMS = (
+    "prefill_ns",
+    "decode_ns",
+    "marginal_ns",
+    "recomputed_ns",
+    "rejected_ns",
+    "cut_ns",
+    "kv_block_ms",
+    "saved_estimate_ns",
+)
+
+
+def exchange(http: Row | None, parts: Sequence[Row]) -> RequestRow:
+    """Return the request row of an exchange; one of `http` and `parts` must be there."""
+    parts = ordered(parts)
+    first: Row = parts[0] if parts else {}
+    whose: Row = http if http is not None else first
+    told: Row = http if http is not None else {}
+    cost = _cost(told, parts)
+    as_of = [part["as_of"] for part in parts if part.get("as_of") is not None]
+    row = {
+        "request_id": first.get("request_id"),
+        "response_id": whose["response_id"] or first.get("response_id"),
+        "http_request_id": whose["http_request_id"],
+        "x_request_id": told.get("x_request_id") or _any(parts, "x_request_id"),
+        "tenant": whose["tenant"],
+        "tenant_rule": whose.get("tenant_rule"),
+        "model": whose["model"] or first.get("model"),
+        "route": whose["route"],
+        "status": told.get("status"),
+        "streamed": told.get("streamed"),
+        "state": _state(parts),
+        "engine_status": _common(parts, "engine_status"),
+        **_tokens(told, parts),
+        **_gpu_time(told, parts),
+        "cost_nanousd": cost,
+        "cost_usd": format_usd(cost),
+        "cost_reason": None if cost is not None else _why_no_cost(parts),
+        "marginal_cost_usd": format_usd(_sum_of(parts, "marginal_cost_nanousd")),
+        "method": _common(parts, "method"),
+        "started_at": told.get("started_at") or first["started_at"],
+        "finished_at": told.get("finished_at") or _last(parts, "finished_at"),
+        "as_of": min(as_of, default=None),
+        **_latencies(parts),
+        "energy_mj": _sum_of(parts, "energy_mj"),
+        "energy_reason": next((p["energy_reason"] for p in parts if p["energy_reason"]), None),
+    }
+    return cast("RequestRow", row)
+
+
+def ordered(parts: Sequence[Row]) -> list[Row]:
+    """Return parts in the order they started in."""
+
+    def order(part: Row) -> tuple[str, str, int]:
+        return part["started_at"], part["run_id"] or "", part["seq"] or 0
+
+    return sorted(parts, key=order)
+
+
+def shown_part(part: Row) -> PartRow:
+    """Return a part as it is listed under `parts`."""
+    shown = {name: part.get(name) for name in PART_COLUMNS}
+    reason = None if shown["cost_nanousd"] is not None else _why_no_cost([part])
+    return cast("PartRow", {**shown, "state": _state([part]), "cost_reason": reason})
+
+
+def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
+    derived: dict[str, int | None] = dict.fromkeys(
+        ("prompt_tokens", "cached_tokens", "output_tokens")
+    )
+    if parts and _state(parts) == FINISHED:
+        for name in ("prompt_tokens", "cached_tokens"):
+            by_prompt: dict[str, int] = {}
+            for part in parts:
+                group = part["prompt_group"]
+                by_prompt[group] = max(part[name], by_prompt.get(group, 0))
+            derived[name] = sum(by_prompt.values())
+        derived["output_tokens"] = sum(part["output_tokens"] for part in parts)
+    return {name: n if told.get(name) is None else told[name] for name, n in derived.items()}
+
+
+def _gpu_time(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
+    if not parts:
+        return {"gpu_time_ns": told.get("gpu_time_ns"), **dict.fromkeys(PART_SUMS)}
+    return {name: _sum_of(parts, name) for name in ("gpu_time_ns", *PART_SUMS)}
+
+
+def _cost(told: Row, parts: Sequence[Row]) -> int | None:
+    if not parts:
+        return told.get("cost_nanousd")
+    return _sum_of(parts, "cost_nanousd")
+
+
+def _why_no_cost(parts: Sequence[Row]) -> str:
+    """Return why the first part without a cost has none."""
+    for part in parts:
+        if part["cost_nanousd"] is None:
+            if part["gpu_time_ns"] is None:
+                return "no snapshot told what it used"
+            return part.get("cost_reason") or "there was no price when it was billed"
+    return "no engine worked on it"
+
+
+def _sum_of(parts: Sequence[Row], name: str) -> int | None:
+    """Return a sum over the parts; None if there are none, or one of them is not known."""
+    amounts = [part[name] for part in parts]
+    return None if None in amounts or not amounts else sum(amounts)
+
+
+def _latencies(parts: Sequence[Row]) -> dict[str, float | None]:
+    def known(name: str) -> list[float]:
+        return [part[name] for part in parts if part[name] is not None]
+
+    return {
+        "queue_ms": min(known("queue_ms"), default=None),
+        "ttft_ms": min(known("ttft_ms"), default=None),
+        "tpot_ms": parts[0]["tpot_ms"] if len(parts) == 1 else None,
+        "e2e_ms": max(known("e2e_ms"), default=None),
+    }
+
+
+def _common(parts: Sequence[Row], name: str) -> str | None:
+    """Return what the parts have in common, or all they have, joined by a plus sign."""
+    found = {part[name] for part in parts}
+    return None if None in found else "+".join(sorted(found)) or None
+
+
+def _state(parts: Sequence[Row]) -> str:
+    """Return running if any part is, else lost if any is."""
+    states = {part.get("state", FINISHED) for part in parts}
+    return next((state for state in (RUNNING, LOST) if state in states), FINISHED)
+
+
+def _last(parts: Sequence[Row], name: str) -> str | None:
+    """Return the latest instant; None if a part has none."""
+    instants = [part[name] for part in parts]
+    return None if None in instants else max(instants)
+
+
+def _any(parts: Sequence[Row], name: str) -> str | None:
+    return next((part[name] for part in parts if part.get(name) is not None), None)

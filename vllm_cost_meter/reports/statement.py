@@ -1,0 +1,335 @@
+"""What a tenant is charged for a month: lines by model and day that add up to the cent.
+
+The statements of all tenants are slices of one whole: the month's wall time x price, and overhead,
+which is what was declared or billed beside it. The whole is rounded to the cent; by largest
+remainder each tenant gets its total and each class what nobody carries; then each tenant's total is
+divided over its lines, and each line over usage and idle share. From the top down, because lines
+rounded all at once would add up too, and could still leave a tenant of many small lines whole cents
+from what it owes. Core: standard library only.
+
+Invariant: the lines of all tenants and of what nobody carries add up to the whole to the cent; each
+line, and each tenant's total, is less than one cent from its exact amount.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import tzinfo
+from fractions import Fraction
+from typing import Any
+
+from vllm_cost_meter.prices.book import described
+from vllm_cost_meter.prices.overheads import UNKNOWN_PART
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.allocation import Piece, Row, pieces, wall_cost
+from vllm_cost_meter.reports.facts import (
+    COUNTS,
+    NOTHING,
+    REQUESTS,
+    Amount,
+    Facts,
+    PriceOf,
+    WhyNone,
+    no_price,
+)
+from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.idle import IdlePolicy
+from vllm_cost_meter.units.calendar import month_hours
+from vllm_cost_meter.units.rounding import largest_remainder, rounded_known
+from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
+
+CURRENCY = "USD"
+NANOUSD_PER_CENT = 10_000_000
+# What a line is about: a model on a day, a cost that was declared, a class of engine time.
+USAGE, OVERHEAD, CLASS = "usage", "overhead", "class"
+# Without idle, its share of idle, and both together.
+AMOUNTS = ("usage", "idle_share", "amount")
+# Tenants that the message about an unknown one names.
+SHOWN_MAX = 10
+
+
+@dataclass(frozen=True, slots=True)
+class OverheadCost:
+    """A cost beside price x time: power, space, staff that were declared, or what a bill has more.
+
+    `nanousd` is exact, less than 0 where a bill is lower; None where it depends on what is not
+    known.
+    """
+
+    name: str
+    source: str
+    nanousd: Fraction | None
+
+
+@dataclass(slots=True)
+class _Line:
+    """A line, exact, and the cents it gets. Of a class, tenant and day are None."""
+
+    kind: str
+    tenant: str | None
+    day: str | None
+    item: str
+    used: Amount
+    share: Amount
+    # Of all, of usage, of the share: nano-USD, None if unknown.
+    costs: tuple[Fraction | None, Fraction | None, Fraction | None]
+    counts: Sequence[int | None] = (None,) * len(COUNTS)
+    source: str | None = None
+    # Why its cost is unknown.
+    reason: str | None = None
+    cents: int | None = None
+
+    def order(self) -> tuple[bool, str, str]:
+        """Order the lines of a tenant: by day and model, then what was declared."""
+        return self.kind == OVERHEAD, self.day or "", self.item
+
+    def as_dict(self, share_ns: int) -> dict[str, Any]:
+        """Return the line as it is shown."""
+        usage, share = (None if c is None else c / NANOUSD_PER_CENT for c in self.costs[1:])
+        cells = [None if cell is None else round(cell) for cell in (usage, share)]
+        if self.cents is not None and usage is not None and share is not None:
+            cells = [*largest_remainder([usage, share], self.cents)]
+        is_time = self.kind != OVERHEAD
+        shown = {
+            "kind": self.kind,
+            "tenant": self.tenant,
+            "day": self.day,
+            "item": self.item,
+            "source": self.source,
+            **dict(zip(COUNTS, self.counts, strict=True)),
+            "gpu_time_ns": int(self.used.gpu_time_ns) if is_time else None,
+            "idle_share_ns": share_ns if is_time else None,
+            "usage_cents": cells[0],
+            "idle_share_cents": cells[1],
+            "amount_cents": self.cents,
+        }
+        return {**_with_usd(shown), "cost_reason": self.reason}
+
+
+def month_question(month: str, zone: tzinfo, idle: IdlePolicy) -> Question:
+    """Return what a statement asks the ledger. Raises ValueError for what is not a month."""
+    from_hour, to_hour = month_hours(month, zone)
+    return Question(from_hour, to_hour, zone, aggregate=("tenant", "model", "day"), idle=idle)
+
+
+def statement(
+    facts: Facts,
+    asked: Question,
+    price_of: PriceOf,
+    *,
+    tenant: str | None = None,
+    overhead: Sequence[OverheadCost] = (),
+    why: WhyNone = no_price,
+    now_ns: int,
+) -> dict[str, Any]:
+    """Return the statement of one tenant, or of all with what nobody carries and the grand total.
+
+    `facts` are told apart by tenant and model, `asked` is of `month_question`, `why` says why a
+    price misses. Raises ValueError for a tenant without a line.
+    """
+    (piece,) = pieces(facts, asked, price_of)
+    lines = _lines(_groups(piece, asked, overhead, why))
+    tenants = list(dict.fromkeys(line["tenant"] for line in lines if line["tenant"] is not None))
+    in_flight_ns = sum(one.gpu_time_ns for one in facts.overhead if one.key == ("in_flight",))
+    is_over = asked.to_hour is not None and now_ns >= asked.to_hour * NS_PER_HOUR
+    answer = {
+        "tenant": tenant,
+        "currency": CURRENCY,
+        # One tenant's statement does not tell what others have reserved.
+        "idle": asked.idle.text if tenant is None else asked.idle.name,
+        "taxes": "none",
+        "is_over": is_over,
+        "in_flight_ns": in_flight_ns,
+        "final": is_over and not in_flight_ns,
+        "adds_up": facts.difference_ns == 0,
+        "difference_ns": facts.difference_ns,
+    }
+    if tenant is not None:
+        lines = [line for line in lines if line["tenant"] == tenant]
+        if not lines:
+            known = ", ".join(map(repr, tenants[:SHOWN_MAX])) or "none"
+            raise ValueError(f"tenant: expected one with lines in it ({known}), got {tenant!r}")
+        return {**answer, "lines": lines, "total": _total(lines)}
+    return {
+        **answer,
+        "lines": lines,
+        "tenants": [
+            {"tenant": name, **_total(line for line in lines if line["tenant"] == name)}
+            for name in tenants
+        ],
+        "total": _total(lines),
+        "whole": _whole(facts, asked, price_of, overhead),
+    }
+
+
+def notes(answer: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of a statement must know of it, a line each.
+
+    `answer` has what `statement` returns, and the `window`, `taken_at`, `methods`, `prices` and
+    `billed`.
+    """
+    seconds = f"{answer['in_flight_ns'] / NS_PER_SECOND:.6f}"
+    methods = ", ".join(answer["methods"]) or "no engine ran"
+    found = [
+        "GPU time is measured: each engine step's time is split among the requests in it "
+        f"({methods}; docs/explanation/attribution.md)",
+        f"idle time: {_IDLE_NOTES[answer['idle'].partition(':')[0]]} (policy {answer['idle']})",
+        f"days are those of {answer['window']['tz']}; each UTC hour is of the day in which it "
+        "begins",
+        *(f"price: {described(price)}" for price in answer["prices"]),
+        "rounded to the cent by largest remainder; tokens are of requests that ended on the day",
+    ]
+    if not answer["prices"]:
+        found.append("price: none, so no cost is known")
+    if billed := answer.get("billed"):
+        found.append(
+            f"bills: {billed['covered_hours']:g} hours of the month count at what was billed;"
+            f" {billed['unobserved_hours']:g} hours of resources were not observed,"
+            f" {billed['resets']} counters reset"
+        )
+    if not answer["is_over"]:
+        found.append(f"preliminary: the month is not over; figures are of {answer['taken_at']}")
+    if answer["in_flight_ns"]:
+        found.append(f"preliminary: {seconds} GPU-seconds of requests without a bill yet")
+    balanced = "difference 0 ns: lines and classes are all of wall time x GPUs"
+    missing = f"DOES NOT ADD UP: {answer['difference_ns']} ns of wall time x GPUs are missing"
+    return [*found, f"audit: {balanced if answer['adds_up'] else missing}"]
+
+
+_IDLE_NOTES = {
+    "none": "not charged to tenants",
+    "proportional": "charged in proportion to GPU time used",
+    "even": "charged evenly to the tenants that used something",
+    "reserved": "charged by reserved shares",
+    "owner": "charged to one tenant",
+}
+
+
+def _lines(groups: Sequence[Sequence[_Line]]) -> list[dict[str, Any]]:
+    """Return all lines there are, rounded from the whole down."""
+    exact = [_sum(line.costs[0] for line in group) for group in groups]
+    for group, cents in zip(groups, _round_cents(exact), strict=True):
+        costs = [line.costs[0] for line in group]
+        for line, own in zip(group, _round_cents(costs, cents), strict=True):
+            line.cents = own
+    lines = [line for group in groups for line in group]
+    shares = largest_remainder([line.share.gpu_time_ns for line in lines])
+    return [line.as_dict(share_ns) for line, share_ns in zip(lines, shares, strict=True)]
+
+
+def _whole(
+    facts: Facts, asked: Question, price_of: PriceOf, overhead: Sequence[OverheadCost]
+) -> dict[str, Any]:
+    """Return what the lines must add up to: the engines' own time x price, and overhead."""
+    wall, *others = _round_cents(
+        [wall_cost(facts, asked, price_of), *(cost.nanousd for cost in overhead)]
+    )
+    cents = _sum_cents([wall, *others])
+    return {
+        "wall_gpu_ns": facts.wall_gpu_ns,
+        "wall_cents": wall,
+        "overhead": [
+            {"name": cost.name, "source": cost.source, "cents": own}
+            for cost, own in zip(overhead, others, strict=True)
+        ],
+        "amount_cents": cents,
+        "amount_usd": format_cents(cents),
+    }
+
+
+def _total(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sums of lines; of money None if that of one is unknown."""
+    lines = list(lines)
+    counts = (*COUNTS, "gpu_time_ns", "idle_share_ns")
+    sums: dict[str, Any] = {
+        name: sum(line[name] for line in lines if line[name] is not None) for name in counts
+    }
+    for name in AMOUNTS:
+        sums[f"{name}_cents"] = _sum_cents(line[f"{name}_cents"] for line in lines)
+    return _with_usd(sums)
+
+
+def _groups(
+    piece: Piece, asked: Question, overhead: Sequence[OverheadCost], why: WhyNone
+) -> list[list[_Line]]:
+    """Return the lines of each tenant, by name, then one group for each that nobody carries."""
+    used_ns: Counter[str] = Counter()
+    tenants: dict[str, list[_Line]] = defaultdict(list)
+    classes = {name: Row(name, ()) for name in OVERHEAD_ROWS}
+    for row in piece.rows:
+        if row.class_name != REQUESTS:
+            classes[row.class_name].add(row)
+            continue
+        tenant, model, day = row.key
+        used_ns[tenant] += int(row.used.gpu_time_ns)
+        tenants[tenant].append(_line(piece, row, why, USAGE, model, tenant, day))
+    shares = asked.idle.shares(used_ns)
+    for tenant, share in shares.items():
+        tenants[tenant] += [_overhead_line(cost, share, tenant) for cost in overhead]
+    rest = 1 - sum(shares.values(), Fraction(0))
+    return [
+        *(sorted(tenants[name], key=_Line.order) for name in sorted(tenants)),
+        *([_line(piece, row, why, CLASS, f"__{name}__")] for name, row in classes.items()),
+        *([_overhead_line(cost, rest, None)] for cost in overhead if rest),
+    ]
+
+
+def _line(
+    piece: Piece,
+    row: Row,
+    why: WhyNone,
+    kind: str,
+    item: str,
+    tenant: str | None = None,
+    day: str | None = None,
+) -> _Line:
+    cost, usage, share = (piece.cost(amount) for amount in (row.whole, row.used, row.share))
+    counts: Sequence[int | None] = row.counts if kind == USAGE else (None,) * len(COUNTS)
+    reason = piece.why_no_cost(row.whole, why)
+    costs = (cost, usage, share)
+    return _Line(kind, tenant, day, item, row.used, row.share, costs, counts, reason=reason)
+
+
+def _overhead_line(cost: OverheadCost, share: Fraction, tenant: str | None) -> _Line:
+    nanousd = None if cost.nanousd is None else cost.nanousd * share
+    return _Line(
+        OVERHEAD,
+        tenant,
+        None,
+        cost.name,
+        NOTHING,
+        NOTHING,
+        (nanousd, nanousd, Fraction(0)),
+        source=cost.source,
+        reason=UNKNOWN_PART if nanousd is None else None,
+    )
+
+
+def _sum(costs: Iterable[Fraction | None]) -> Fraction | None:
+    """Return a sum; None if one of its parts is unknown."""
+    costs = list(costs)
+    return None if None in costs else sum((c for c in costs if c is not None), Fraction(0))
+
+
+def _sum_cents(cents: Iterable[int | None]) -> int | None:
+    cents = list(cents)
+    return None if None in cents else sum(c for c in cents if c is not None)
+
+
+def _round_cents(costs: Sequence[Fraction | None], cents: int | None = None) -> list[int | None]:
+    exact = [None if cost is None else cost / NANOUSD_PER_CENT for cost in costs]
+    return rounded_known(exact, cents)
+
+
+def _with_usd(cents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return amounts of cents, and beside them in USD."""
+    usd = {f"{name}_usd": format_cents(cents[f"{name}_cents"]) for name in AMOUNTS}
+    return {**cents, **usd}
+
+
+def format_cents(cents: int | None) -> str | None:
+    """Return cents as USD with two places, e.g. "12.30"."""
+    if cents is None:
+        return None
+    dollars, rest = divmod(abs(cents), 100)
+    return f"{'-' if cents < 0 else ''}{dollars}.{rest:02d}"

@@ -1,0 +1,91 @@
+"""More columns of rows by tenant alone: phases, waste, KV cache and energy, with its own cost.
+
+Invariant: energy costs of all rows and of what is of nobody are rounded together, so that they add
+up to the cost of all energy.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_cost_meter.prices.book import EnergyPrice
+from vllm_cost_meter.prices.run_prices import Cost, Used
+from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.reports.request_row import PART_SUMS
+from vllm_cost_meter.units.rounding import rounded_known
+
+NO_ENERGY = "no energy is known"
+_CLASS_ROWS = frozenset(f"__{name}__" for name in OVERHEAD_ROWS)
+
+
+@dataclass(frozen=True, slots=True)
+class RowEnergy:
+    """The known energy of a row in mJ (None: of no request), when it was used, and what is unknown.
+
+    `unknown_requests` are the engine requests whose energy is not in it; None for a class.
+    """
+
+    energy_mj: int | None = 0
+    unknown_requests: int | None = 0
+    used_mj: Used = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantFacts:
+    """What tenants and classes used besides GPU time, under their names.
+
+    `sums` are those of PART_SUMS by tenant, `cache_ms` is the KV cache of all engines in blocks x
+    ms. `energies` have no tenant where no engine counts energy. `unattributed_mj` is of nobody.
+    """
+
+    sums: Mapping[str, Mapping[str, int]]
+    cache_ms: float | None
+    energies: Mapping[str, RowEnergy]
+    class_energies: Mapping[str, RowEnergy | None]
+    unattributed_mj: Used = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Return the tenants that used anything of it."""
+        return {*self.sums, *self.energies}
+
+
+def tenant_details(
+    facts: TenantFacts, cost_of: Callable[[Used], Cost[EnergyPrice]]
+) -> dict[str, dict[str, Any]]:
+    """Return the columns of each row, and under "" those of a tenant that used nothing."""
+    names = sorted(facts.names)
+    nothing = RowEnergy() if facts.energies else None
+    energies = {name: facts.energies.get(name, nothing) for name in (*names, "")}
+    energies |= {f"__{name}__": facts.class_energies.get(name) for name in OVERHEAD_ROWS}
+    costs: dict[str, Cost[EnergyPrice]] = {
+        name: Cost(None, NO_ENERGY)
+        if energy is None or energy.energy_mj is None
+        else cost_of(energy.used_mj)
+        for name, energy in energies.items()
+    }
+    of_nobody = cost_of(facts.unattributed_mj)
+    rounded = rounded_known([cost.exact for cost in (*costs.values(), of_nobody)])
+    return {
+        name: {**_sums(facts, name), **_energy(energies[name], cost, nanousd)}
+        for (name, cost), nanousd in zip(costs.items(), rounded, strict=False)
+    }
+
+
+def _sums(facts: TenantFacts, name: str) -> dict[str, float | None]:
+    if name in _CLASS_ROWS:
+        return dict.fromkeys((*PART_SUMS, "kv_cache_share"))
+    sums = facts.sums.get(name) or dict.fromkeys(PART_SUMS, 0)
+    share = sums["kv_block_ms"] / facts.cache_ms if facts.cache_ms else None
+    return {**sums, "kv_cache_share": share}
+
+
+def _energy(
+    energy: RowEnergy | None, cost: Cost[EnergyPrice], nanousd: int | None
+) -> dict[str, Any]:
+    return {
+        "energy_mj": energy.energy_mj if energy else None,
+        "energy_unknown_requests": energy.unknown_requests if energy else None,
+        "energy_cost_nanousd": nanousd,
+        "energy_cost_reason": cost.reason,
+    }

@@ -1,0 +1,1 @@
+"""Whose a request is, and what a tenant may spend."""

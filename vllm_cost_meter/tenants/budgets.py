@@ -1,0 +1,231 @@
+"""Budgets: how much a tenant or a tag may use in a period, and what follows once it has.
+
+Pure arithmetic over amounts by UTC hour, the grain of the ledger, in which a local day, week or
+month consists of the hours that begin in it. Amounts are integers: nano-USD or GPU-nanoseconds. A
+rolling period ends with the present hour; it resets when enough of what was used has left it.
+
+What is not measured is not guessed: without fresh figures nobody is refused for what they may have
+used, and those who asked to fail closed are refused for that reason and no other.
+
+Invariant: a verdict depends on the arguments alone; a budget of which nothing is known refuses
+nobody.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any, Literal
+
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.units.money import format_nano
+from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
+
+Unit = Literal["usd", "gpu_seconds"]
+Period = Literal["day", "week", "month", "rolling"]
+Over = Literal["block", "throttle"]
+
+HOURS_PER_DAY = 24
+_ONE_HOUR = timedelta(hours=1)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one tenant with its children, or all that carries a tag, may use in a period.
+
+    `limit` is in nano-USD or GPU-nanoseconds, as `unit` says. At `soft_limit` clients are warned;
+    a `hard` budget at its limit blocks or throttles new requests and, with `stop_running`, ends
+    those that run. `days` counts only for a rolling period. `members` are the tenants that are
+    declared below its tenant, however far.
+    """
+
+    name: str
+    limit: int
+    unit: Unit
+    period: Period
+    zone: tzinfo = UTC
+    tenant: str | None = None
+    members: Collection[str] = frozenset()
+    tag: tuple[str, str] | None = None
+    days: int = 30
+    soft_limit: int | None = None
+    hard: bool = True
+    over: Over = "block"
+    stop_running: bool = False
+
+    def covers(self, owner: Owner) -> bool:
+        """Tell whether what this owner uses counts."""
+        if self.tag is not None:
+            return owner.tags.get(self.tag[0]) == self.tag[1]
+        of = self.tenant
+        if of is None:
+            return False
+        if of in (owner.tenant, owner.parent) or owner.tenant.startswith(f"{of}/"):
+            return True
+        # Its parent too: a child that a client chose is declared nowhere.
+        return owner.tenant in self.members or owner.parent in self.members
+
+    def hours(self, now_ns: int) -> tuple[int, int]:
+        """Return the first hour of the period that holds an instant, and the hour after its last.
+
+        Hours count since the epoch.
+        """
+        this_hour = now_ns // NS_PER_HOUR
+        if self.period == "rolling":
+            return this_hour + 1 - HOURS_PER_DAY * self.days, this_hour + 1
+        now = _local(this_hour, self.zone)
+        first = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        if self.period == "week":
+            first -= timedelta(days=now.weekday())
+        elif self.period == "month":
+            first = first.replace(day=1)
+        days = {"day": 1, "week": 7, "month": 31}[self.period]
+        after = first + timedelta(days=days)
+        if self.period == "month":
+            after = after.replace(day=1)
+        return _first_hour(first), _first_hour(after)
+
+    def shown(self, amount: int) -> str:
+        """Return an amount with its unit."""
+        return f"{format_nano(amount)} {'USD' if self.unit == 'usd' else 'GPU-seconds'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a budget stands: what was used in its period, hour by hour, running requests included.
+
+    `used` has no hour outside the period; None where an amount is not known, as without a price.
+    """
+
+    budget: Budget
+    used: Mapping[int, int] | None
+    now_ns: int
+
+    @property
+    def total(self) -> int | None:
+        """What was used in the period."""
+        return None if self.used is None else sum(self.used.values())
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the limit is reached."""
+        return self.total is not None and self.total >= self.budget.limit
+
+    @property
+    def is_soft_spent(self) -> bool:
+        """Whether the soft limit is reached."""
+        soft = self.budget.soft_limit
+        return self.total is not None and soft is not None and self.total >= soft
+
+    @property
+    def over(self) -> int | None:
+        """What was used beyond the limit: by what ran on, as nothing is reserved in advance."""
+        return None if self.total is None else max(self.total - self.budget.limit, 0)
+
+    def resets_at(self) -> datetime:
+        """Return when the budget has room again, or a fixed period ends, in its time zone."""
+        _, after = self.budget.hours(self.now_ns)
+        if self.budget.period == "rolling" and self.used:
+            length = HOURS_PER_DAY * self.budget.days
+            left = sum(self.used.values())
+            for hour in sorted(self.used):
+                if left < self.budget.limit:
+                    break
+                left -= self.used[hour]
+                after = max(after, hour + length)
+        return _local(after, self.budget.zone)
+
+    def reset_text(self) -> str:
+        """Return when it resets, with the name of the time zone."""
+        return f"{self.resets_at().isoformat()} ({self.budget.zone})"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of a new request; `standing` is that of the budget which decided.
+
+    `admitted` ones may be warned of by `soft` standings. `stale` says why nothing is known.
+    """
+
+    kind: Literal["admitted", "throttled", "blocked", "unavailable"]
+    standing: Standing | None = None
+    soft: tuple[Standing, ...] = ()
+    stale: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """All standings at one instant, and whether they may be relied on.
+
+    `as_of_ns` is the instant of the oldest snapshot of an engine that they hold; None if there is
+    none. `broken` says what is wrong with the meter, None if nothing.
+    """
+
+    standings: Sequence[Standing] = ()
+    as_of_ns: int | None = None
+    broken: str | None = None
+
+    def stale(self, now_ns: int, max_age_ns: int) -> str | None:
+        """Return why the figures cannot be relied on now, or None."""
+        if self.broken is not None:
+            return self.broken
+        if self.as_of_ns is None:
+            return "no engine has been heard of yet"
+        age_ns = now_ns - self.as_of_ns
+        if age_ns > max_age_ns:
+            return f"the latest figures are {age_ns / NS_PER_SECOND:.0f} s old"
+        return None
+
+
+def told(standing: Standing) -> dict[str, Any]:
+    """Return what the side endpoint says of a budget. Amounts are nano-USD or GPU-nanoseconds."""
+    budget, total = standing.budget, standing.total
+    first, _ = budget.hours(standing.now_ns)
+    state = "unknown" if total is None else "soft" if standing.is_soft_spent else "within"
+    return {
+        "budget": budget.name,
+        "tenant": budget.tenant,
+        "tag": None if budget.tag is None else "=".join(budget.tag),
+        "unit": budget.unit,
+        "limit": budget.limit,
+        "soft_limit": budget.soft_limit,
+        "used": total,
+        "over": standing.over,
+        "state": "spent" if standing.is_spent else state,
+        "hard": budget.hard,
+        "over_action": budget.over,
+        "stop_running": budget.stop_running,
+        "period": budget.period,
+        "period_from": _local(first, budget.zone).isoformat(),
+        "resets_at": standing.resets_at().isoformat(),
+        "timezone": str(budget.zone),
+    }
+
+
+def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) -> Verdict:
+    """Return what becomes of a new request that these budgets cover.
+
+    `stale` says why their figures cannot be relied on, None if they can. Blocking goes before
+    throttling; of several spent budgets the first that was declared decides.
+    """
+    if stale is not None:
+        return Verdict("unavailable" if fail_closed else "admitted", stale=stale)
+    mine = list(standings)
+    spent = [standing for standing in mine if standing.budget.hard and standing.is_spent]
+    for standing in spent:
+        if standing.budget.over == "block":
+            return Verdict("blocked", standing)
+    if spent:
+        return Verdict("throttled", spent[0])
+    soft = tuple(s for s in mine if s.is_soft_spent or (s.is_spent and not s.budget.hard))
+    return Verdict("admitted", soft=soft)
+
+
+def _local(hour: int, zone: tzinfo) -> datetime:
+    return (_EPOCH + hour * _ONE_HOUR).astimezone(zone)
+
+
+def _first_hour(local: datetime) -> int:
+    """Return the first UTC hour that begins at or after a local instant, since the epoch."""
+    # A midnight that a clock change skips is the instant of the change: through UTC and back.
+    return -(-int(local.timestamp()) // 3600)

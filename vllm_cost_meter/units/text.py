@@ -1,0 +1,64 @@
+"""Safe text for terminals and CSV, and the parsing of comma-separated words.
+
+Invariant: text from `plain` has no control characters, so it cannot move a cursor or hide a line.
+CSV from `to_csv` has no cell that a spreadsheet would run.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
+
+def plain(text: str) -> str:
+    """Return text with every non-printable character but spaces written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def rounded(value: object) -> str:
+    """Return a figure for people: six digits, or a dash if unknown. JSON has all digits."""
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def fields(text: str) -> list[str]:
+    """Return the words between commas. A comma inside double quotes does not separate.
+
+    Raises ValueError for a text with broken quotes or several lines.
+    """
+    try:
+        return [each.strip() for each in next(csv.reader([text], skipinitialspace=True), [])]
+    except csv.Error:
+        raise ValueError(f"expected words separated by commas, on one line, got {text!r}") from None
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV with a header; empty without rows. The column `parts` is left out.
+
+    A cell that a spreadsheet would run gets an apostrophe in front.
+    """
+    if not rows:
+        return ""
+    names = [name for name in rows[0] if name != "parts"]
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow([_csv_cell(name) for name in names])
+    for row in rows:
+        writer.writerow([_csv_cell(row.get(name)) for name in names])
+    return out.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = plain(value)
+    # A cell that starts like a formula is run by spreadsheets (OWASP: CSV injection).
+    if text.startswith(("=", "+", "-", "@")) and not _NUMBER.fullmatch(text):
+        return f"'{text}"
+    return text

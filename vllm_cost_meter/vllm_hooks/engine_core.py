@@ -1,0 +1,135 @@
+"""Hooks on vLLM's EngineCore: snapshot and stop calls, sleep, wake-up and dummy batches.
+
+In a spawned engine process the plugin is loaded inside `EngineCore.__init__`, so only what is
+looked up later can be hooked: `__init__` itself cannot.
+
+Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
+"""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from vllm_cost_meter.engine.meter import EngineMeter, NoMeter
+
+
+def hook_engine_core() -> None:
+    """Meter sleep, wake-up and dummy batches, and add the snapshot call, on class EngineCore.
+
+    In a spawned engine process the plugin is loaded inside EngineCore.__init__, so only what is
+    looked up later can be hooked.
+    """
+    from vllm.v1.engine.core import EngineCore  # heavy; engine and API processes
+
+    if hasattr(EngineCore, "cost_meter_snapshot"):
+        return
+    EngineCore.cost_meter_snapshot = _cost_meter_snapshot
+    EngineCore.cost_meter_stop = _cost_meter_stop
+    for name, wrap in (
+        ("sleep", _wrap_sleep),
+        ("wake_up", _wrap_wake_up),
+        ("execute_dummy_batch", _wrap_dummy_batch),
+    ):
+        setattr(EngineCore, name, wrap(getattr(EngineCore, name)))
+
+
+def _meter_of(engine_core: Any) -> EngineMeter | NoMeter:
+    meter: EngineMeter | NoMeter = getattr(engine_core.scheduler, "cost_meter", NoMeter())
+    return meter
+
+
+def _cost_meter_snapshot(
+    self: Any, acknowledged: dict[str, int], earlier_fits: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Utility call: this engine's books now, as plain values; None if it is not metered.
+
+    By run: `acknowledged` has the number of the last snapshot that is safe, `earlier_fits` the
+    planes of an earlier fit and whether both were used.
+    """
+    meter = _meter_of(self)
+    if isinstance(meter, NoMeter):
+        return None
+    if meter.run_id in earlier_fits:
+        meter.run("adopt", _adopted, *earlier_fits[meter.run_id])
+    scheduler = self.scheduler
+    running, waiting = scheduler.get_request_counts()
+    snapshot = meter.snapshot(
+        acknowledged.get(meter.run_id, 0),
+        known=scheduler.requests.keys(),
+        running=running,
+        waiting=waiting,
+        kv_cache_usage=scheduler.kv_cache_manager.usage,
+    )
+    return snapshot.to_wire()
+
+
+def _cost_meter_stop(self: Any, request_ids: list[str]) -> None:
+    """Utility call: let these requests end with their next token, as if they had asked for that.
+
+    Ids that this engine does not know are none of its business, or have ended meanwhile.
+    """
+    requests = self.scheduler.requests
+    for request_id in request_ids:
+        request = requests.get(request_id)
+        if request is not None:
+            request.max_tokens = min(request.max_tokens, max(request.num_output_tokens, 1))
+
+
+def _wrap_sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def fell_asleep(_future: object = None) -> None:
+            _meter_of(self).run("sleep", _slept)
+
+        result = original(self, *args, **kwargs)
+        if isinstance(result, Future):
+            result.add_done_callback(fell_asleep)
+        else:
+            fell_asleep()
+        return result
+
+    return sleep
+
+
+def _wrap_wake_up(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if not self.is_sleeping():
+            _meter_of(self).run("wake_up", _woke)
+        return result
+
+    return wake_up
+
+
+def _wrap_dummy_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def execute_dummy_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        meter = _meter_of(self)
+        meter.run("execute_dummy_batch", _dummy_began)
+        result = original(self, *args, **kwargs)
+        meter.run("execute_dummy_batch", _dummy_ended)
+        return result
+
+    return execute_dummy_batch
+
+
+def _adopted(meter: EngineMeter, _now_ns: int, planes: Any, two_planes: bool) -> None:
+    meter.adopt(planes, two_planes)
+
+
+def _slept(meter: EngineMeter, now_ns: int) -> None:
+    meter.fall_asleep(now_ns)
+
+
+def _woke(meter: EngineMeter, now_ns: int) -> None:
+    meter.wake_up(now_ns)
+
+
+def _dummy_began(meter: EngineMeter, now_ns: int) -> None:
+    meter.begin_dummy(now_ns)
+
+
+def _dummy_ended(meter: EngineMeter, now_ns: int) -> None:
+    meter.end_dummy(now_ns)

@@ -1,0 +1,92 @@
+"""Questions to the engines, through the engine client of vLLM's API server.
+
+Invariant: an engine that does not answer, or answers with an error, is one result among others.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_cost_meter.prices.book import RunFacts
+from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
+from vllm_cost_meter.vllm_hooks.identity import device_name, host_name, model_name
+
+if TYPE_CHECKING:
+    # At run time it would bring the ledger into the engine's process.
+    pass
+
+
+async def poll_engines(
+    engine_client: Any,
+    acknowledged: Mapping[str, int],
+    earlier_fits: Mapping[str, EarlierFit],
+    timeout_s: float,
+) -> list[Snapshot | BaseException | None]:
+    """Ask every engine for its books. One result per engine: an error or None is that engine's.
+
+    An engine that has not answered after `timeout_s` has a TimeoutError. One call per engine,
+    because with data parallelism vLLM's own call returns only the first engine's answer.
+    """
+    core = engine_client.engine_core
+
+    async def ask(engine: bytes) -> Snapshot | None:
+        fits = {run_id: (fit.planes, fit.two_planes) for run_id, fit in earlier_fits.items()}
+        call = core._call_utility_async(
+            "cost_meter_snapshot", dict(acknowledged), fits, engine=engine
+        )
+        answer = await asyncio.wait_for(call, timeout_s)
+        return None if answer is None else Snapshot.from_wire(answer)
+
+    return await asyncio.gather(*map(ask, core.core_engines), return_exceptions=True)
+
+
+async def stop_requests(engine_client: Any, request_ids: Sequence[str], timeout_s: float) -> None:
+    """Have requests end with their next token. Raises TimeoutError if no engine answers."""
+    core = engine_client.engine_core
+    calls = [
+        core._call_utility_async("cost_meter_stop", list(request_ids), engine=engine)
+        for engine in core.core_engines
+    ]
+    await asyncio.wait_for(asyncio.gather(*calls), timeout_s)
+
+
+def api_server_index(engine_client: Any) -> int:
+    """Return which of several API servers this process is; 0 where there is one."""
+    return int(getattr(engine_client.engine_core, "client_index", 0))
+
+
+def served_names(engine_client: Any, state: Any) -> list[str]:
+    """Return all names under which the model is served.
+
+    The engine knows the first only, the application's state all of them.
+    """
+    models = getattr(state, "openai_serving_models", None)
+    names = [str(path.name) for path in getattr(models, "base_model_paths", ())]
+    return names or [model_name(engine_client.vllm_config)]
+
+
+def run_facts(engine_client: Any) -> RunFacts:
+    """Return what of its engines this API server knows by itself: one answer for all of them.
+
+    So that every API server can price every bill, though only the first one sees snapshots. What
+    may differ between its engines, or cannot be told here, is None.
+    """
+    config = engine_client.vllm_config
+    try:
+        gpu_name = device_name() or None
+    except Exception:  # noqa: BLE001 - an API server may run where there is no GPU
+        gpu_name = None
+    return RunFacts(
+        gpus=config.parallel_config.world_size,
+        model=model_name(config),
+        gpu_name=gpu_name,
+        host=(host_name() or None) if _engines_are_here(config.parallel_config) else None,
+    )
+
+
+def _engines_are_here(parallel_config: Any) -> bool:
+    """Tell whether all engines of this API server run on its own machine."""
+    if getattr(parallel_config, "local_engines_only", False):
+        return True
+    engines = int(getattr(parallel_config, "data_parallel_size", 1))
+    return int(getattr(parallel_config, "data_parallel_size_local", engines)) == engines

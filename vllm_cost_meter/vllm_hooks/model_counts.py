@@ -1,0 +1,82 @@
+"""What vLLM's own ModelMetrics counts for a model, as coefficients: the cost model's first prior.
+
+vLLM counts FLOPs and bytes of a batch operation by operation (`vllm/v1/metrics/perf.py`). What it
+counts is linear in the batch's sums, so a few made-up batches give the coefficients. Loaded in the
+engine's process, once, when the meter is made; an error there means a prior that knows less.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm_cost_meter.attribution.cost_model import Plane
+from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior, peaks_of, prior_of_counts
+
+logger = logging.getLogger("vllm.cost_meter")
+
+Batch = Sequence[tuple[int, int]]  # (tokens, context at the end of the step) of each request
+# Tokens of the made-up batches: enough that every expert is chosen.
+MANY = 4_096
+
+
+def context_of(batch: Batch) -> Any:
+    """Return vLLM's form of a batch. More than one token is a prefill chunk, as vLLM has it."""
+    from vllm.v1.metrics.perf import ExecutionContext  # a vLLM may not have it
+
+    context = ExecutionContext()
+    for tokens, context_tokens in batch:
+        context.add(tokens, context_tokens, is_prefill=tokens > 1)
+    return context
+
+
+def linear(count: Callable[[Batch], int]) -> tuple[float, tuple[float, float, float, float]]:
+    """Return the fixed part of a count, and its coefficients, by differences.
+
+    The coefficients are of tokens, requests, the sum of tokens x context, and of context.
+    """
+    small, large = count([(MANY, 0)]), count([(2 * MANY, 0)])
+    per_token = (large - small) / MANY
+    per_sequence = count([(MANY, 0), (MANY, 0)]) - large
+    small_context = count([(MANY, 1)]) - small
+    large_context = count([(2 * MANY, 1)]) - large
+    per_token_context = (large_context - small_context) / MANY
+    per_context = small_context - per_token_context * MANY
+    fixed = small - per_token * MANY - per_sequence
+    return fixed, (per_token, per_sequence, per_token_context, per_context)
+
+
+def prior_of_model(vllm_config: Any, device_name: str) -> Prior:
+    """Return the prior of the model that a vLLM configuration describes.
+
+    Where vLLM counts nothing for the model (or fails), that is that a step costs its tokens.
+    """
+    perf_logger = logging.getLogger("vllm.v1.metrics.perf")
+    level = perf_logger.level
+    perf_logger.setLevel(logging.WARNING)  # it tells what it instantiates
+    try:
+        from vllm.v1.metrics.perf import ModelMetrics  # a vLLM may not have it
+
+        metrics = ModelMetrics(vllm_config)
+        if not metrics.is_enabled():
+            return NOTHING_KNOWN
+        return prior_of_counts(
+            _plane(*linear(lambda batch: metrics.get_num_flops(context_of(batch)))),
+            _plane(*linear(lambda batch: _bytes(metrics, context_of(batch)))),
+            peaks_of(device_name),
+            "ModelMetrics",
+        )
+    except Exception as error:  # noqa: BLE001 - vLLM's, for a model it does not know
+        logger.warning("cost meter: no counts of FLOPs and bytes for this model: %r", error)
+        return NOTHING_KNOWN
+    finally:
+        perf_logger.setLevel(level)
+
+
+def _bytes(metrics: Any, context: Any) -> int:
+    moved: int = metrics.get_read_bytes(context) + metrics.get_write_bytes(context)
+    return moved
+
+
+def _plane(fixed: float, per: tuple[float, float, float, float]) -> Plane:
+    per_token, per_sequence, per_token_context, per_context = per
+    return fixed, per_token, per_sequence, per_token_context, per_context

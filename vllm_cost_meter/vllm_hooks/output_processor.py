@@ -1,0 +1,103 @@
+"""Hooks on vLLM's output processor: births of engine requests, and bills that arrive.
+
+No body of vLLM is replaced. docs/reference/hooks.md says what is hooked, and why there.
+
+Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from vllm_cost_meter.exchange import Birth, current_exchange
+from vllm_cost_meter.records.bill import BILL_KEY, CARRIER_ID, Bill, read_bill
+from vllm_cost_meter.units.time import NS_PER_SECOND
+
+
+class Births(Protocol):
+    """What takes births of engine requests, and their bills."""
+
+    def born(self, birth: Birth) -> None:
+        """An engine request was born in this process."""
+
+    def billed(self, bill: Bill) -> None:
+        """A bill came."""
+
+
+class Api(Protocol):
+    """The API side of the meter, which contains every error of the hooks."""
+
+    def run(self, hook: str, body: Callable[..., Any], *args: Any) -> Any:
+        """Call `body(births, *args)`. Never raises; None after an error."""
+
+
+def hook_output_processor(collector: Callable[[], Api]) -> None:
+    """Hook the birth of engine requests and the arrival of bills in the API server.
+
+    `collector` is called at each use, so that the API side is made only in the process that needs
+    it.
+    """
+    from vllm.v1.engine.output_processor import OutputProcessor  # heavy
+
+    add_request = OutputProcessor.add_request
+    process_outputs = OutputProcessor.process_outputs
+    if hasattr(add_request, "cost_meter_original"):
+        return
+
+    @functools.wraps(add_request)
+    def metered_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = add_request(self, request, *args, **kwargs)
+        parent = args[1] if len(args) > 1 else kwargs.get("parent_req")
+        collector().run("add_request", _born, self, request, parent)
+        return result
+
+    @functools.wraps(process_outputs)
+    def metered_process_outputs(
+        self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        bills = collector().run("process_outputs", _take_bills, engine_core_outputs)
+        try:
+            return process_outputs(self, engine_core_outputs, *args, **kwargs)
+        finally:
+            # After the original, which completes the request's own statistics.
+            for bill in bills or ():
+                collector().run("bill", _billed, bill)
+
+    metered_add_request.cost_meter_original = add_request  # type: ignore[attr-defined]
+    OutputProcessor.add_request = metered_add_request
+    OutputProcessor.process_outputs = metered_process_outputs
+
+
+def _born(collector: Births, processor: Any, request: Any, parent: Any) -> None:
+    state = processor.request_states.get(request.request_id)
+    lora = request.lora_request
+    collector.born(
+        Birth(
+            request_id=request.request_id,
+            external_id=request.external_req_id,
+            prompt_group=parent.request_id if parent is not None else request.request_id,
+            lora=lora.lora_name if lora is not None else None,
+            arrived_at_ns=int(request.arrival_time * NS_PER_SECOND),
+            exchange=current_exchange.get(),
+            times=state.stats if state is not None else None,
+        )
+    )
+
+
+def _take_bills(_collector: Births, outputs: list[Any]) -> list[str]:
+    """Take the bills out of a list of outputs, and the outputs that carry nothing else."""
+    bills: list[str] = []
+    late = False
+    for output in outputs:
+        headers = output.trace_headers
+        if headers is not None and BILL_KEY in headers:
+            bills.append(headers[BILL_KEY])
+            output.trace_headers = {k: v for k, v in headers.items() if k != BILL_KEY} or None
+            late = late or output.request_id == CARRIER_ID
+    if late:
+        outputs[:] = [output for output in outputs if output.request_id != CARRIER_ID]
+    return bills
+
+
+def _billed(collector: Births, bill: str) -> None:
+    collector.billed(read_bill(bill))

@@ -1,0 +1,176 @@
+"""Hooks on vLLM's scheduler, where each engine step is measured.
+
+What is hooked, and why there, is in docs/reference/hooks.md. No body of vLLM is replaced: each hook
+calls the original with the arguments that came and hands on what it returned. Hooks are idempotent.
+A vLLM that does not look as expected is left untouched (`canary.py`).
+
+Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
+"""
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_cost_meter.engine.books import RequestFacts
+from vllm_cost_meter.engine.meter import EngineMeter, NoMeter
+from vllm_cost_meter.records.bill import BILL_KEY, CARRIER_ID, write_bill
+from vllm_cost_meter.vllm_hooks import canary
+from vllm_cost_meter.vllm_hooks.identity import make_engine_meter
+
+logger = logging.getLogger("vllm.cost_meter")
+
+# -- engine side ------------------------------------------------------------------------------
+
+
+class MeteredScheduler:
+    """Mixed in front of whatever scheduler class vLLM chose."""
+
+    cost_meter: EngineMeter | NoMeter = NoMeter()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        try:
+            self.cost_meter = make_engine_meter(self)
+        except Exception as error:
+            logger.exception("cost meter: the engine runs unmetered: %r", error)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.cost_meter.run("schedule", _scheduled, output)
+        return output
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        meter = self.cost_meter
+        meter.run("update_from_output", _result_came, self, scheduler_output, args, kwargs)
+        meter.riding = True
+        try:
+            outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            meter.riding = False
+        if meter.late:
+            meter.run("late bills", _carry_late_bills, outputs)
+        return outputs
+
+    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self.cost_meter.run("add_request", _added, request)
+        return super().add_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        self.cost_meter.run("_free_request", _freed, request)
+        return result
+
+
+def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
+    for request_id in output.preempted_req_ids or ():
+        meter.preempt(request_id, now_ns)
+    if not output.total_num_scheduled_tokens:
+        return  # takes no device time
+    tokens = output.num_scheduled_tokens
+    others = {}
+    for new in output.scheduled_new_reqs:
+        meter.placed(new.req_id, new.num_computed_tokens)
+        others[new.req_id] = tokens[new.req_id]
+    cached = output.scheduled_cached_reqs
+    if cached.resumed_req_ids:
+        for request_id, computed_tokens in zip(
+            cached.req_ids, cached.num_computed_tokens, strict=True
+        ):
+            if request_id in cached.resumed_req_ids:
+                meter.placed(request_id, computed_tokens)
+    decoding = cached.req_ids
+    one_token_each = output.total_num_scheduled_tokens - sum(others.values()) == len(decoding)
+    if one_token_each and len(tokens) == len(others) + len(decoding):
+        meter.begin_step(output, others, now_ns, decoding)
+    else:
+        meter.begin_step(output, tokens, now_ns)
+
+
+def _result_came(
+    meter: EngineMeter, now_ns: int, scheduler: Any, scheduler_output: Any, args: Any, kwargs: Any
+) -> None:
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    if not drafts:
+        meter.result_came(scheduler_output, None, now_ns)
+        return
+    model_output = args[0] if args else kwargs["model_runner_output"]
+    rejected, outputs_uncut = _results_of_drafts(drafts, model_output, scheduler.requests)
+    meter.result_came(scheduler_output, rejected, now_ns, outputs_uncut)
+
+
+def _results_of_drafts(
+    drafts: Mapping[str, Any], model_output: Any, requests: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return of how many tokens of each draft nothing came, and of its request's output the length.
+
+    That is the length if all that was sampled goes into it. vLLM cuts off what is behind the end of
+    the request: what is left when the request is freed tells how much that was.
+    """
+    rejected, outputs_uncut = {}, {}
+    for request_id, draft in drafts.items():
+        place = model_output.req_id_to_index.get(request_id)
+        sampled = model_output.sampled_token_ids[place] if place is not None else ()
+        # What was sampled is the accepted part of the draft and one token more; nothing at all is
+        # of a prefill that goes on, or of a request that was aborted meanwhile.
+        if len(sampled):
+            rejected[request_id] = max(len(draft) + 1 - len(sampled), 0)
+            if (request := requests.get(request_id)) is not None:
+                outputs_uncut[request_id] = request.num_output_tokens + len(sampled)
+    return rejected, outputs_uncut
+
+
+def _added(meter: EngineMeter, now_ns: int, request: Any) -> None:
+    meter.open(request.request_id, request.num_prompt_tokens, now_ns)
+
+
+def _freed(meter: EngineMeter, now_ns: int, request: Any) -> None:
+    facts = RequestFacts(
+        engine_status=request.status.name.removeprefix("FINISHED_").lower(),
+        prompt_tokens=request.num_prompt_tokens,
+        cached_tokens=0,
+        output_tokens=request.num_output_tokens,
+        preemptions=request.num_preemptions,
+    )
+    bill = meter.ended(request.request_id, request.client_index, facts, now_ns)
+    if bill is not None:
+        # Echoed in the request's last output, which is built after this; never mutated in place,
+        # as the mapping may be shared.
+        request.trace_headers = {**(request.trace_headers or {}), BILL_KEY: write_bill(bill)}
+
+
+def _carry_late_bills(meter: EngineMeter, _now_ns: int, outputs: dict[int, Any]) -> None:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs  # see canary
+
+    for client_index, bill in meter.take_late():
+        carrier = EngineCoreOutput(CARRIER_ID, [], trace_headers={BILL_KEY: write_bill(bill)})
+        outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(carrier)
+
+
+def meter_scheduler_class(scheduler_class: type) -> type:
+    """Return a metered subclass of a scheduler class; of one not understood, the class itself."""
+    try:
+        if issubclass(scheduler_class, MeteredScheduler):
+            return scheduler_class
+        where = f"{scheduler_class.__module__}.{scheduler_class.__qualname__}"
+        canary.check_callables(scheduler_class, canary.SCHEDULER, where)
+        return type(f"Metered{scheduler_class.__name__}", (MeteredScheduler, scheduler_class), {})
+    except Exception as error:  # noqa: BLE001 - of a class that somebody else chose
+        logger.error("cost meter: the engine runs unmetered: %s. %s", error, canary.WHAT_TO_DO)
+        return scheduler_class
+
+
+def hook_scheduler_choice() -> None:
+    """Make SchedulerConfig.get_scheduler_cls return metered classes."""
+    from vllm.config import SchedulerConfig  # see canary
+
+    original = SchedulerConfig.get_scheduler_cls
+    if hasattr(original, "cost_meter_original"):
+        return
+
+    @functools.wraps(original)
+    def get_scheduler_cls(self: SchedulerConfig, *args: Any, **kwargs: Any) -> type:
+        return meter_scheduler_class(original(self, *args, **kwargs))
+
+    get_scheduler_cls.cost_meter_original = original  # type: ignore[attr-defined]
+    SchedulerConfig.get_scheduler_cls = get_scheduler_cls

@@ -1,0 +1,60 @@
+"""vLLM's `vllm.stat_logger_plugins` entry: latency distributions and sleep state, per API server.
+
+vLLM calls `record` once per batch of outputs, on the event loop, and stops the server when a stat
+logger raises. So every method contains its own errors. It sees no request ids (those come with the
+bills) and, with several API servers, only its own share of the iterations: the histograms of all
+of them add up.
+
+Invariant: no method raises.
+"""
+
+from typing import Any
+
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+from vllm_cost_meter.guard import Guard
+
+
+class CostStatLogger(AggregateStatLoggerBase):
+    """Feeds each iteration's latencies to the meter's histograms."""
+
+    def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
+        # Not at the top: vLLM loads this module also where the meter is inert, and importing our
+        # metrics would show them on its /metrics.
+        from vllm_cost_meter import metrics
+
+        self.guard = Guard("stat logger")
+        self._metrics = metrics
+        metrics.ENGINE_AWAKE.set(1)
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+        **_newer: Any,
+    ) -> None:
+        """Count the latencies that one iteration completed."""
+        if iteration_stats is None or self.guard.off:
+            return
+        try:
+            for seconds in iteration_stats.time_to_first_tokens_iter:
+                self._metrics.TTFT.observe(seconds)
+            self._metrics.count_inter_token_latencies(iteration_stats.inter_token_latencies_iter)
+            for request in iteration_stats.finished_requests:
+                self._metrics.END_TO_END.observe(request.e2e_latency)
+            self.guard.succeeded("record")
+        except Exception as error:  # noqa: BLE001 - an exception here stops the server
+            self.guard.failed("record", error)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say: the meter's own start line says it."""
+
+    def record_sleep_state(self, is_awake: int, level: int) -> None:
+        """Show whether the engines are awake; vLLM calls this after sleep and wake-up."""
+        try:
+            # vLLM passes 1 with the level when it goes to sleep, and 0, 0 when it has woken up.
+            self._metrics.ENGINE_AWAKE.set(0 if is_awake else 1)
+        except Exception as error:  # noqa: BLE001 - an exception here fails the sleep request
+            self.guard.failed("record_sleep_state", error)
