@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import case, func, or_, select
 from sqlalchemy.engine import Connection
@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.invoices.timeline import GPU, KINDS
 from vllm_cost_meter.ledger.queries.cut import Cut, Window
 from vllm_cost_meter.ledger.schema import billed_hours
+from vllm_cost_meter.reports.answers import Billed, BilledAmounts, BilledResource
 from vllm_cost_meter.reports.statement import OverheadCost
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.money import format_usd
@@ -72,9 +73,9 @@ class MeteredAndBilled:
             return None
         return float(self.metered_while_billed / self.billed_gpu)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> BilledAmounts:
         """Return the amounts as answers show them, in USD."""
-        return {
+        shown = {
             "metered_usd": _usd(self.metered),
             "metered_while_billed_usd": _usd(self.metered_while_billed),
             "billed_gpu_usd": _usd(self.billed_gpu),
@@ -85,6 +86,7 @@ class MeteredAndBilled:
             "unobserved_hours": float(self.unobserved_hours),
             "resets": self.resets,
         }
+        return cast("BilledAmounts", shown)
 
 
 class Bills:
@@ -169,12 +171,12 @@ class _Sum:
         return self.nanousd if self._count else None
 
 
-def billed_summary(connection: Connection, cut: Cut) -> dict[str, Any] | None:
+def billed_summary(connection: Connection, cut: Cut) -> Billed | None:
     """Return a summary's part about bills, ready for JSON; None if the window has no bill."""
     bills = Bills(connection, cut)
     if not bills.is_any:
         return None
-    others = [
+    others: list[BilledResource] = [
         {"resource": resource, "kind": kind, "billed_usd": format_usd(nanousd)}
         for kind, resource, nanousd in _others(connection, cut.window)
     ]
@@ -200,7 +202,11 @@ def bill_lines(
     if compared.billed_gpu is not None:
         lines.insert(0, OverheadCost(DIFFERENCE, SOURCE, compared.difference))
     shown = compared.as_dict()
-    return lines, {name: shown[name] for name in ("covered_hours", "unobserved_hours", "resets")}
+    return lines, {
+        "covered_hours": shown["covered_hours"],
+        "unobserved_hours": shown["unobserved_hours"],
+        "resets": shown["resets"],
+    }
 
 
 def _usd(nanousd: Fraction | int | None) -> str | None:

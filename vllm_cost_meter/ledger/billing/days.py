@@ -3,12 +3,14 @@
 Invariant: days are UTC days, and each hour in the window is in exactly one of them.
 """
 
-from typing import Any
+from typing import cast
 
+from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import Bills
 from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.reports.answers import PriceRow
 from vllm_cost_meter.units.calendar import period_name
 
 
@@ -17,7 +19,7 @@ def invoice_days(
     from_hour: int | None = None,
     to_hour: int | None = None,
     as_of: AsOf = NOW,
-) -> dict[str, Any]:
+) -> InvoiceDays:
     """Return the amounts metered and billed on each UTC day of a window, and their total.
 
     Hours count since the epoch, [from_hour, to_hour); None means no bound.
@@ -28,7 +30,7 @@ def invoice_days(
     return {
         "window": cut.window.as_dict(),
         "taken_at": cut.at(),
-        "prices": CutCosts.of(cut).cost.listed(),
+        "prices": cast("list[PriceRow]", CutCosts.of(cut).cost.listed()),
         "days": [
             {"day": period_name(hours[0], "day"), **bills.compared(hours).as_dict()}
             for hours in bills.days().values()
