@@ -23,7 +23,7 @@ from tests.integration.adapter import make_adapter
 from tests.integration.running import Watched, watch
 from tests.integration.server import TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask
-from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records.snapshot import OVERHEAD_CLASSES
 
@@ -232,16 +232,16 @@ def test_kill_9_of_an_engine_leaves_what_its_request_had_used_and_the_audit_name
 ) -> None:
     running = killed.running
     reader = LedgerReader(hard.ledger_url)
-    later = {"now_ns": time.time_ns() + DEAD_AFTER_NS}
+    later = AsOf(now_ns=time.time_ns() + DEAD_AFTER_NS)
     [match] = reader.find(running["x_request_id"])
-    row = reader.request(match, **later)
+    row = reader.request(match, later)
     assert row is not None
     assert (row["state"], row["tenant"]) == ("lost", "gamma")
     # Nothing that was told is taken back: what is lost came after the last snapshot.
     assert row["as_of"] >= running["as_of"]
     assert row["gpu_time_ns"] >= running["gpu_time_ns"] > 0
     assert row["cost_nanousd"] >= running["cost_nanousd"] > 0
-    audit = reader.audit(**later)
+    audit = reader.audit(later)
     assert audit["balanced"], audit
     [run] = audit["runs"]
     assert run["lost_requests"] == [
