@@ -34,7 +34,6 @@ from vllm_cost_meter.endpoint.dependencies import (
 )
 from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.billing.days import invoice_days
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
@@ -246,7 +245,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         """Return what was metered and what was billed, day by day."""
         hours = hours_asked(window)
         refresh()
-        return invoice_days(reader, *hours)
+        return reader.invoice_days(*hours)
 
     @app.get("/cost/audit", dependencies=FOR_ADMINS)
     def audit() -> Mapping[str, Any]:
