@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.unit.test_cli import write_ledger
+from tests.component.cli.test_cli import write_ledger
 
 ROUNDS = 15
 ABOVE_S_MAX = 0.1

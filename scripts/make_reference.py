@@ -19,10 +19,9 @@ from textwrap import dedent
 from typing import Any
 
 import typer
-import typer.main
 from prometheus_client import CollectorRegistry
 
-from vllm_cost_meter.cli import app as commands
+from vllm_cost_meter.cli.commands import whole
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.ledger.reader import LedgerReader
 
@@ -39,14 +38,14 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """Return the text of each page by its file name."""
-    return {"cli.md": cli_page(commands), "openapi.md": openapi_page(openapi_document())}
+    return {"cli.md": cli_page(whole()), "openapi.md": openapi_page(openapi_document())}
 
 
 # -- the command line ---------------------------------------------------------------------------
 
 
-def cli_page(app: typer.Typer) -> str:
-    root = typer.main.get_command(app)
+def cli_page(root: Any) -> str:
+    """Return the page of a group of commands, all of them loaded."""
     lines = ["# Command line", "", MADE, "", *paragraphs(root.help)]
     lines += [
         "Exit status: 0 done; 1 the books do not balance, or a check failed; 2 wrong usage or"

@@ -3,7 +3,7 @@
 import re
 
 from tests.contract.test_laws import FLOORS
-from tests.docs.pages import DOCS, ROOT, section
+from tests.support.pages import DOCS, ROOT, section
 
 PAGE = DOCS / "explanation" / "architecture.md"
 PACKAGE = ROOT / "vllm_cost_meter"

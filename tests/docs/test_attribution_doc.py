@@ -1,6 +1,6 @@
 """The page on attribution says how the cost model is learnt, with the figures of the code."""
 
-from tests.docs.pages import DOCS
+from tests.support.pages import DOCS
 from vllm_cost_meter.attribution import cost_model_py as fit
 from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
 from vllm_cost_meter.lab.validation.real_server import TENANTS

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.builders import ENGINE, ENGINE_STATE
-from tests.docs.pages import DOCS, names, section
+from tests.support.builders import ENGINE, ENGINE_STATE
+from tests.support.pages import DOCS, names, section
 from vllm_cost_meter import guard
 from vllm_cost_meter.cli.audit import audit_lines
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
@@ -114,8 +114,8 @@ def test_what_the_audit_compares_is_all_there():
 def test_the_audit_line_has_the_form_of_the_command():
     lines = PAGE.read_text().splitlines()
     place = next(place for place, line in enumerate(lines) if "run 194d4656" in line)
-    shown = [line.removeprefix("    ") for line in lines[place : place + 3]]
-    line = shown[1]
+    shown = [line.removeprefix("    ") for line in lines[place : place + 4]]
+    line = " ".join(shown[1:3])
     seconds = dict(re.findall(r"(\w+) (\d+\.\d+) [+;]", line.replace(";", " ;")))
     run = {f"{name}_ns": round(float(seconds.get(name, 0)) * 1e9) for name in CLASSES}
     run |= {"run_id": "194d4656", "engine_index": 0, "wall_ns": 116_702_000_000, "gpus": 1}

@@ -5,7 +5,7 @@ import re
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
-from tests.docs.pages import DOCS, section
+from tests.support.pages import DOCS, section
 from vllm_cost_meter.api_server.admission import FRESH_S_MIN, SNAPSHOTS_MISSED_MAX
 from vllm_cost_meter.api_server.refusal import TOO_MANY_REQUESTS, UNAVAILABLE, refusal, warning
 from vllm_cost_meter.config.settings import Settings

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from tests.docs.pages import DOCS, section
+from tests.support.pages import DOCS, section
 from vllm_cost_meter.config.loading import OTHER_NAMES, SECTIONS, load_settings
 from vllm_cost_meter.config.reload import live_names
 from vllm_cost_meter.config.settings import PREFIX, Settings

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from tests.docs.pages import DOCS, names, section, table_rows
+from tests.support.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.economics import Point
 from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS
 from vllm_cost_meter.economics.comparison import FORMULA

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.docs.pages import DOCS, names, section, table_rows
+from tests.support.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.engine.energy import nvml as energy
 from vllm_cost_meter.engine.energy.books import UNTOLD_MAX
 from vllm_cost_meter.engine.energy.shares import (

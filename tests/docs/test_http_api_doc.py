@@ -8,8 +8,8 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 
-from tests.docs.pages import DOCS, section, table_rows
-from tests.docs.small_ledger import small_ledger
+from tests.support.pages import DOCS, section, table_rows
+from tests.support.small_ledger import small_ledger
 from vllm_cost_meter.api_server.runtime import REFRESH_TIMEOUT_S
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import REQUESTS_PER_PAGE_MAX, make_app

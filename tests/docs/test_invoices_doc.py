@@ -5,8 +5,8 @@ import re
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.docs.pages import DOCS, names, section
-from tests.docs.small_ledger import HOUR, small_ledger
+from tests.support.pages import DOCS, names, section
+from tests.support.small_ledger import HOUR, small_ledger
 from vllm_cost_meter.config.invoices import InvoiceSettings
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.endpoint.app import make_app

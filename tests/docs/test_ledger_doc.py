@@ -4,7 +4,7 @@ from inspect import signature
 
 import pytest
 
-from tests.docs.pages import DOCS, names, section
+from tests.support.pages import DOCS, names, section
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
 from vllm_cost_meter.ledger.writer import LedgerWriter

@@ -5,7 +5,7 @@ import re
 from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
 
-from tests.docs.pages import DOCS, section, table_rows
+from tests.support.pages import DOCS, section, table_rows
 from vllm_cost_meter import metrics
 from vllm_cost_meter.records.snapshot import CLASSES
 

@@ -6,8 +6,8 @@ import textwrap
 import pytest
 
 import vllm_cost_meter
-from tests.docs.pages import DOCS, names, section
-from tests.docs.small_ledger import small_ledger
+from tests.support.pages import DOCS, names, section
+from tests.support.small_ledger import small_ledger
 from vllm_cost_meter import economics
 from vllm_cost_meter.economics.calculators import CALCULATORS
 from vllm_cost_meter.ledger.reader import LedgerReader

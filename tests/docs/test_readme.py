@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import DOCS, PAGES, ROOT
+from tests.support.pages import DOCS, PAGES, ROOT
 from vllm_cost_meter.api_server import reply_bytes as reply
 from vllm_cost_meter.api_server.refusal import refusal, warning
 from vllm_cost_meter.cli.commands import whole

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import pytest
 import typer
+import typer.main
 
-from tests.docs.pages import DOCS, ROOT
+from tests.support.pages import DOCS, ROOT
 
 
 def load_script() -> ModuleType:
@@ -66,7 +67,7 @@ def test_the_page_is_as_the_program_describes_itself(name):
 
 
 def test_a_page_has_each_command_with_its_arguments_options_and_defaults():
-    page = reference.cli_page(small_app())
+    page = reference.cli_page(typer.main.get_group(small_app()))
     assert "## vllm-cost-meter show\n" in page
     assert "### vllm-cost-meter inner deep\n\nGo deeper.\n" in page
     rows = [line for line in page.splitlines() if line.startswith("| `")]
@@ -78,7 +79,7 @@ def test_a_page_has_each_command_with_its_arguments_options_and_defaults():
 
 
 def test_a_page_groups_commands_as_help_does_and_hides_what_it_hides():
-    page = reference.cli_page(small_app())
+    page = reference.cli_page(typer.main.get_group(small_app()))
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
         "## See",
         "## Commands",
@@ -90,7 +91,7 @@ def test_a_page_groups_commands_as_help_does_and_hides_what_it_hides():
 
 
 def test_brackets_and_examples_of_a_help_text_stay_as_they_are():
-    page = reference.cli_page(small_app())
+    page = reference.cli_page(typer.main.get_group(small_app()))
     assert page.count("Show it, by the [[tables]] of the settings and a &lt;token>.") == 2
     assert "\n\n    program show it --limit 3\n    program show all\n" in page
 

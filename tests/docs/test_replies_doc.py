@@ -2,7 +2,7 @@
 
 import re
 
-from tests.docs.pages import DOCS, names, section, table_rows
+from tests.support.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.api_server import reply_bytes as reply
 from vllm_cost_meter.api_server.breaker import MISSES_IN_A_ROW_MAX
 from vllm_cost_meter.config.settings import Settings

@@ -5,8 +5,8 @@ import re
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.docs.pages import DOCS, names, section
-from tests.docs.small_ledger import small_ledger
+from tests.support.pages import DOCS, names, section
+from tests.support.small_ledger import small_ledger
 from vllm_cost_meter.cli.report import Format
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.prices.run_prices import Cost

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import DOCS, ROOT, linked_pages
+from tests.support.pages import DOCS, ROOT, linked_pages
 
 # What a browser loads by itself, unlike a link that a reader follows.
 LOADED = re.compile(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(https?:[^\" >]+)")

@@ -4,7 +4,7 @@ from typing import get_args
 
 import typer.main
 
-from tests.docs.pages import DOCS, names, section
+from tests.support.pages import DOCS, names, section
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server import request_body
 from vllm_cost_meter.cli.tenants import app

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.docs.pages import DOCS, names, section, table_rows
+from tests.support.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.attribution import METHODS
 from vllm_cost_meter.engine.step_log import _Line
 from vllm_cost_meter.lab.validation import roofline, traffic
@@ -91,7 +91,7 @@ def test_the_results_are_of_all_truths_and_methods():
 
 
 def test_the_answer_that_is_shown_has_the_keys_of_the_answer():
-    from tests.unit.test_validate import small_answer
+    from tests.unit.lab.test_validate import small_answer
 
     found = small_answer()
     shown = section(PAGE, "What is measured").partition('    {"h100')[2]

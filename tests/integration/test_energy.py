@@ -16,7 +16,7 @@ import pytest
 
 from tests.integration.server import Server
 from tests.integration.traffic import ask
-from tests.unit.nvml import TIMEOUT, A, Card, Machine, compile_library
+from tests.support.nvml import TIMEOUT, A, Card, Machine, compile_library
 
 TICK_S = 0.05
 TOLD_TIMEOUT_S = 15

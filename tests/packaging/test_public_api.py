@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.docs.small_ledger import small_ledger
 from tests.support.installed import Installed
+from tests.support.small_ledger import small_ledger
 from vllm_cost_meter import __version__, open_ledger
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.endpoint.app import make_app

@@ -1,6 +1,7 @@
 """Whatever is in a ledger, an answer has the fields of its type, of those types, and no other."""
 
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -9,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typing_extensions import is_typeddict
 
-from tests.docs.small_ledger import small_ledger
 from tests.property.test_ledger_books import (
     NOW,
     http_of,
@@ -20,6 +20,7 @@ from tests.property.test_ledger_books import (
     store,
 )
 from tests.property.test_ledger_prices import HOUR, book_of, entries
+from tests.support.small_ledger import small_ledger
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.cut import AsOf
@@ -34,6 +35,10 @@ AT = AsOf(NOW, 0)
 LATER = AsOf(NOW + 10**12, 0)
 
 
+# It takes a millisecond, and is asked for each row.
+hints_of = cache(get_type_hints)
+
+
 def assert_is(answer: Any, kind: Any) -> None:
     """Types of values by msgspec, which takes no other; and names of fields, which it ignores."""
     msgspec.convert(answer, kind, strict=True)
@@ -44,7 +49,7 @@ def assert_names(answer: Any, kind: Any) -> None:
     if is_typeddict(kind):
         assert set(answer) <= set(kind.__annotations__), kind
         assert kind.__required_keys__ <= set(answer), kind
-        for name, each in get_type_hints(kind).items():
+        for name, each in hints_of(kind).items():
             if name in answer:
                 assert_names(answer[name], each)
     elif isinstance(answer, list):

@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from tests.builders import ENGINE, ENGINE_STATE
+from tests.support.builders import ENGINE, ENGINE_STATE
 from tests.support.examples import examples
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.records.accrued import Accrued

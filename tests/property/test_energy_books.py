@@ -14,8 +14,8 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from tests.builders import ENGINE, ENGINE_STATE
 from tests.property.test_books import START_UNIX_NS, facts
+from tests.support.builders import ENGINE, ENGINE_STATE
 from vllm_cost_meter.engine.books import EngineBooks
 from vllm_cost_meter.engine.energy.books import EnergyBooks, WindowEnd
 from vllm_cost_meter.records.bill import Bill

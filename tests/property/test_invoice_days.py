@@ -12,9 +12,9 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.component.ledger.test_billing import a_file
+from tests.component.ledger.test_reader import HOUR, NOW, Ledger, snapshot
 from tests.support.examples import examples
-from tests.unit.test_ledger_invoices import a_file
-from tests.unit.test_ledger_reader import HOUR, NOW, Ledger, snapshot
 from vllm_cost_meter.invoices.timeline import InvoiceLine
 from vllm_cost_meter.ledger.billing.importing import import_invoice
 from vllm_cost_meter.ledger.queries.cut import AsOf

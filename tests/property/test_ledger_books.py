@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select
 
-from tests.builders import make_bill, make_open, make_part, make_snapshot
+from tests.support.builders import make_bill, make_open, make_part, make_snapshot
 from tests.support.examples import examples
 from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import write

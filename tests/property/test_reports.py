@@ -6,8 +6,8 @@ from fractions import Fraction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.property.worlds_of_usage import facts, policies, priced, prices
 from tests.support.examples import examples
+from tests.support.worlds_of_usage import facts, policies, priced, prices
 from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
 from vllm_cost_meter.reports.allocation import pieces, report, wall_cost
 from vllm_cost_meter.reports.facts import REQUESTS, Facts

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from prometheus_client import CollectorRegistry
 from schemathesis.checks import not_a_server_error
 
-from tests.docs.small_ledger import small_ledger
 from tests.support.examples import examples
+from tests.support.small_ledger import small_ledger
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import make_app
 

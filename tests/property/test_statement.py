@@ -6,7 +6,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.property.worlds_of_usage import facts, policies, priced, prices
+from tests.support.worlds_of_usage import facts, policies, priced, prices
 from vllm_cost_meter.reports.allocation import wall_cost
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.reports.statement import (

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.examples import examples
-from tests.unit.world import COST, DONE, SSE, TOKEN, USAGE, event_of, replying, worlds
+from tests.support.world import COST, DONE, SSE, TOKEN, USAGE, event_of, replying, worlds
 from vllm_cost_meter.api_server.reply_bytes import SseEvents, is_end
 
 BLOCKS = [

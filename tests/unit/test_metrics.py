@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 
-from tests.builders import make_bill, make_part
-from tests.unit.test_poller import snapshot
+from tests.component.api_server.test_poller import snapshot
+from tests.support.builders import make_bill, make_part
 from vllm_cost_meter import metrics
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.energy import RunEnergy

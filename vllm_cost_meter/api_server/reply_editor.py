@@ -4,8 +4,8 @@ A complete JSON reply leaves with its cost in headers. In a stream the final usa
 `usage.cost`, and a comment line with the cost goes before the last event. Without a cost in time
 the reply leaves as it came.
 
-Invariant: what leaves is byte for byte what entered, but for the fields listed in docs/replies.md;
-and every message that entered leaves, whatever fails here.
+Invariant: what leaves is byte for byte what entered, but for the fields that are listed in
+docs/reference/headers-and-streams.md; and every message that entered leaves, whatever fails here.
 """
 
 from collections.abc import Awaitable, Sequence

@@ -7,13 +7,15 @@ from typing import Any
 import typer
 
 from vllm_cost_meter.cli.options import Config, Json, Ledger, reading
+from vllm_cost_meter.console import print_lines
 from vllm_cost_meter.ledger.queries.audit import DIFFERENCES
 from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST
 from vllm_cost_meter.records.snapshot import CLASSES
-from vllm_cost_meter.units.text import plain
 
 # Classes of time that the audit leaves out where there is none of them.
 SELDOM = {"sleep", "dummy", "lost"}
+# Every terminal has so many columns. A class and its time stay together on a line.
+LINE_CHARS_MAX = 80
 # Lost requests of a run that the audit prints.
 LOST_LINES_MAX = 20
 
@@ -30,28 +32,30 @@ def audit(ledger: Ledger = None, config: Config = None, as_json: Json = False) -
     if as_json:
         print(json.dumps(answer, indent=2))
     else:
-        for line in audit_lines(answer):
-            print(plain(line))
+        print_lines(audit_lines(answer))
     if not answer["balanced"]:
         raise typer.Exit(1)
 
 
 def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the audit as text: two lines per run, more where it does not balance."""
+    """Yield the audit as text: a few lines per run, more where it does not balance."""
     for run in answer["runs"]:
         seconds = {name: run[f"{name}_ns"] / 1e9 for name in CLASSES}
-        parts = " + ".join(
+        charged = [
             f"{name} {value:.3f}"
             for name, value in seconds.items()
             if name not in SELDOM or run[f"{name}_ns"]
-        )
+        ]
         yield (
             f"{run['started_at'][:16].replace('T', ' ')} {run['host']} {run['model']},"
             f" engine {run['engine_index']}, run {run['run_id'][:8]}"
         )
-        yield (
-            f"  wall {run['wall_ns'] / 1e9:.3f} s x {run['gpus']} GPU = {parts}; {run['last_seq']}"
-            f" bills; difference {run['difference_ns']} ns"
+        yield from _wrapped(
+            f"wall {run['wall_ns'] / 1e9:.3f} s x {run['gpus']} GPU = {charged[0]}",
+            *(f"+ {each}" for each in charged[1:-1]),
+            f"+ {charged[-1]};",
+            f"{run['last_seq']} bills;",
+            f"difference {run['difference_ns']} ns",
         )
         for name in DIFFERENCES:
             # The line above has the difference of the classes.
@@ -61,6 +65,18 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             yield f"  missing bills: {', '.join(map(str, run['missing_bills']))}"
         yield from _lost_lines(run)
     yield "balanced" if answer["balanced"] else "NOT BALANCED"
+
+
+def _wrapped(*pieces: str) -> Iterator[str]:
+    """Yield the pieces in lines that fit a terminal; the second line and on stand further in."""
+    line = ""
+    for piece in pieces:
+        longer = f"{line} {piece}" if line else f"  {piece}"
+        if line and len(longer) > LINE_CHARS_MAX:
+            yield line
+            longer = f"    {piece}"
+        line = longer
+    yield line
 
 
 def _lost_lines(run: Mapping[str, Any]) -> Iterator[str]:

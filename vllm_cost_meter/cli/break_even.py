@@ -7,22 +7,22 @@ Invariant: the figures are those of `economics.break_even`, with inputs that are
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vllm_cost_meter.cli.calc import option, show
-from vllm_cost_meter.cli.options import Config, Json, one_line_errors
+from vllm_cost_meter.cli.options import Config, Json, Wide, one_line_errors
 from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.console import print_lines
 from vllm_cost_meter.economics.calculators import calculate
 from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH
 from vllm_cost_meter.plots import refuse_other_names
 from vllm_cost_meter.plots.break_even import draw
 from vllm_cost_meter.prices.book import PriceBook, described
 from vllm_cost_meter.prices.purchase_kinds import listed, prices_by_kind, usd_per_hour_of
-from vllm_cost_meter.units.text import plain
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 # Names of the inputs that a price of each kind is.
@@ -65,6 +65,7 @@ def break_even_(
         list[Path] | None, typer.Option(help="A .png or .svg to draw; repeat it for several.")
     ] = None,
     config: Config = None,
+    wide: Wide = False,
     as_json: Json = False,
 ) -> None:
     """From which volume on hosting pays.
@@ -97,9 +98,19 @@ def break_even_(
         answer = calculate("break-even", given | rates)
         if plot:
             draw(answer, plot)
-    show(answer | {"price_book": book} if as_json and book else answer, as_json=as_json)
-    for price in book["prices"] if book and not as_json else ():
-        print(plain(f"{price['kind'] or 'on_demand'}: {described(price)}"))
+    _print(answer, book, wide=wide, as_json=as_json)
+
+
+def _print(
+    answer: Mapping[str, Any], book: Mapping[str, Any] | None, *, wide: bool, as_json: bool
+) -> None:
+    """Print the answer, with the prices of the price book that it comes from."""
+    if as_json and book:
+        answer = {**answer, "price_book": book}
+    show(answer, wide=wide, as_json=as_json)
+    if book and not as_json:
+        prices = book["prices"]
+        print_lines(f"{price['kind'] or 'on_demand'}: {described(price)}" for price in prices)
 
 
 def _rates(

@@ -8,7 +8,15 @@ import time
 from contextlib import closing
 from fractions import Fraction
 
-from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_line_errors, reading
+from vllm_cost_meter.cli.options import (
+    Config,
+    Json,
+    Ledger,
+    Wide,
+    ledger_url,
+    one_line_errors,
+    reading,
+)
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.queries.spending import Spending
@@ -16,9 +24,12 @@ from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.tenants.budgets import told
 
 COLUMNS = ("budget", "of", "state", "used", "limit", "over", "period", "resets_at")
+FIRST = ("budget", "state", "used", "limit")
 
 
-def budgets(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+def budgets(
+    ledger: Ledger = None, config: Config = None, wide: Wide = False, as_json: Json = False
+) -> None:
     """How much of each budget is used.
 
     Example: vllm-cost-meter budgets --json
@@ -45,9 +56,11 @@ def budgets(ledger: Ledger = None, config: Config = None, as_json: Json = False)
     for standing in figures.standings:
         shown, row = standing.budget.shown, told(standing)
         of = row["tenant"] or row["tag"]
+        used, over = row["used"], row["over"]
         amounts = {
-            name: None if row[name] is None else shown(row[name])
-            for name in ("used", "limit", "over")
+            "used": None if used is None else shown(used),
+            "limit": shown(row["limit"]),
+            "over": None if over is None else shown(over),
         }
         rows.append({**row, "of": of, **amounts})
-    print_rows(rows, COLUMNS)
+    print_rows(rows, COLUMNS, first=FIRST, wide=wide)

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Json, new_group, one_line_errors
-from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.cli.options import Json, Wide, new_group, one_line_errors
+from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.economics import Curve, curve_of
 from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS, calculate
-from vllm_cost_meter.units.text import plain, rounded
+from vllm_cost_meter.units.money import figure_text
 
 app = new_group("calc")
 # What each calculator is for, and an example of its options.
@@ -73,16 +73,17 @@ def _add(name: str) -> None:
         )
         for parameter in inspect.signature(function).parameters.values()
     ]
-    parameters.append(
-        inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
-    )
+    parameters += [
+        inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for flag, kind in (("wide", Wide), ("as_json", Json))
+    ]
 
-    def command(*, as_json: bool, **given: Any) -> None:
+    def command(*, wide: bool, as_json: bool, **given: Any) -> None:
         with one_line_errors():
             if given.get("curve") is not None:
                 given["curve"] = read_curve(given["curve"])
             answer = calculate(name, given)
-        show(answer, as_json=as_json)
+        show(answer, wide=wide, as_json=as_json)
 
     text, example = HELP[name]
     command.__doc__ = f"{text}\n\nExample: vllm-cost-meter calc {name} {example}"
@@ -129,7 +130,7 @@ def read_points(path: Path) -> Any:
         raise ValueError(f"--curve: expected JSON in {path}: {error}") from None
 
 
-def show(answer: Mapping[str, Any], *, as_json: bool) -> None:
+def show(answer: Mapping[str, Any], *, wide: bool, as_json: bool) -> None:
     """Print the answer of a calculator."""
     if as_json:
         print(json.dumps(answer, indent=2))
@@ -141,14 +142,17 @@ def show(answer: Mapping[str, Any], *, as_json: bool) -> None:
             continue
         if isinstance(value, Mapping):
             rows += [
-                {"figure": f"{name} at {at}", "value": rounded(each)} for at, each in value.items()
+                {"figure": f"{name} at {at}", "value": figure_text(name, each)}
+                for at, each in value.items()
             ]
         elif isinstance(value, list | tuple):
-            tables[name] = [{key: rounded(each) for key, each in row.items()} for row in value]
+            tables[name] = [
+                {key: figure_text(key, each) for key, each in row.items()} for row in value
+            ]
         else:
-            rows.append({"figure": name, "value": rounded(value)})
-    print_rows(rows, ("figure", "value"))
+            rows.append({"figure": name, "value": figure_text(name, value)})
+    print_rows(rows, ("figure", "value"), wide=wide)
     for name, table in tables.items():
         if table:
-            print_rows(table, tuple(table[0]), above=f"\n{name}")
-    print(plain(f"formula: {answer['formula']}"))
+            print_rows(table, tuple(table[0]), above=f"\n{name}", wide=wide)
+    print_lines([f"formula: {answer['formula']}"])

@@ -104,8 +104,10 @@ def load(name: str) -> Any:
         one = typer.Typer(add_completion=False, rich_markup_mode=None)
         one.command(name)(found)
         found = one
-    command = typer.main.get_command(found)
+    command: Any = typer.main.get_command(found)
     command.name = name
+    command.rich_help_panel = entry.panel
+    command.short_help = entry.help
     if isinstance(command, TyperGroup):
         command.help = entry.help
     return command

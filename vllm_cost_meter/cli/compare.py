@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, reading
+from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, Wide, reading
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
-from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
 from vllm_cost_meter.units.calendar import WEEK
-from vllm_cost_meter.units.text import plain
+from vllm_cost_meter.units.money import format_amount, format_rate
 
 COLUMNS = (
     "provider",
@@ -26,6 +26,7 @@ COLUMNS = (
     "as_of",
     "source",
 )
+FIRST = ("model", "usd", "times", "usd_per_m_output_tokens", "cheaper", "provider")
 WHAT_IF_COLUMNS = ("provider", "model", "tokens_per_month", "usd", "cheaper")
 
 
@@ -63,6 +64,7 @@ def compare_(
     accept_no_latency_promise: Annotated[
         bool, typer.Option(help="Leave out the note on latency.")
     ] = False,
+    wide: Wide = False,
     as_json: Json = False,
 ) -> None:
     """What the same requests cost at an API.
@@ -90,31 +92,37 @@ def compare_(
     if as_json:
         print(json.dumps(answer, indent=2))
     else:
-        _show(answer)
+        _show(answer, wide=wide)
 
 
-def _show(answer: Mapping[str, Any]) -> None:
+def _show(answer: Mapping[str, Any], *, wide: bool) -> None:
     mix, supposed = answer["mix"], answer["what_if"]
-    print_rows([_rounded(row) for row in (answer["self_hosted"], *answer["offers"])], COLUMNS)
-    print(
+    rows = [_shown(row) for row in (answer["self_hosted"], *answer["offers"])]
+    print_rows(rows, COLUMNS, first=FIRST, wide=wide)
+    said = [
         f"the same {mix['requests']} requests each: {mix['prompt_tokens']} prompt tokens, of which"
         f" {mix['cached_tokens']} cached, and {mix['output_tokens']} output tokens"
-    )
+    ]
     if supposed is not None:
         month = supposed["self_hosted_usd_per_month"]
-        shown = "unknown, no price" if month is None else f"{float(month):.2f} USD"
-        print(
+        shown = "unknown, no price" if month is None else f"{format_amount(month)} USD"
+        said.append(
             f"what if, of requests of {supposed['tokens_per_request']} tokens, none cached; a month"
             f" here, at any volume: {shown}"
         )
-        print_rows([_rounded(row) for row in supposed["offers"]], WHAT_IF_COLUMNS)
+    print_lines(said)
+    if supposed is not None:
+        what_if = [_shown(row) for row in supposed["offers"]]
+        print_rows(what_if, WHAT_IF_COLUMNS, first=FIRST, wide=wide)
     if answer["note"] is not None:
-        print(plain(answer["note"]))
+        print_lines([answer["note"]])
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    numbers = ("usd", "usd_per_m_output_tokens", "usd_per_m_total_tokens", "times")
-    return {
-        name: f"{float(value):.6g}" if name in numbers and value is not None else value
-        for name, value in row.items()
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = {
+        "usd": format_amount,
+        "usd_per_m_output_tokens": format_rate,
+        "usd_per_m_total_tokens": format_rate,
+        "times": format_rate,
     }
+    return {name: numbers[name](row[name]) if name in numbers else row[name] for name in row}

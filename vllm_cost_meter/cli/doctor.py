@@ -20,12 +20,12 @@ from sqlalchemy import make_url, update
 from vllm_cost_meter.activation import NAME
 from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_line_errors
 from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.console import print_lines
 from vllm_cost_meter.engine.energy.nvml import EnergyCounter
 from vllm_cost_meter.ledger.database import check_location, open_database, writing
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import schema_version
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts, described
-from vllm_cost_meter.units.text import plain
 from vllm_cost_meter.units.time import NS_PER_HOUR
 from vllm_cost_meter.version import __version__
 
@@ -57,7 +57,7 @@ def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False)
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": _dicts(findings)}))
     else:
         for finding in findings:
-            print(plain(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {finding.detail}"))
+            print_lines([f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {finding.detail}"])
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 

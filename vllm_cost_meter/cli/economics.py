@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, one_line_errors, reading
+from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, Wide, one_line_errors, reading
 from vllm_cost_meter.config.loading import load_settings
-from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.economics.figures import FIGURES
 from vllm_cost_meter.ledger.economics.query import economics, method
 from vllm_cost_meter.prices.book import described
 from vllm_cost_meter.units.calendar import WEEK, hours_of_window
-from vllm_cost_meter.units.text import plain, rounded
+from vllm_cost_meter.units.money import figure_text
+from vllm_cost_meter.units.text import plain
 
 
 def economics_(
@@ -23,6 +24,7 @@ def economics_(
     explain: Annotated[
         str | None, typer.Option(metavar="FIGURE", help="Print the SQL of this figure instead.")
     ] = None,
+    wide: Wide = False,
     as_json: Json = False,
 ) -> None:
     """What a million tokens cost.
@@ -43,12 +45,11 @@ def economics_(
         print(json.dumps(answer, indent=2))
         return
     rows = [
-        {"figure": name, "value": rounded(value), **FIGURES[name]._asdict()}
+        {"figure": name, "value": figure_text(name, value), **FIGURES[name]._asdict()}
         for name, value in answer["figures"].items()
     ]
-    print_rows(rows, ("figure", "value", "unit", "meaning"))
-    for line in lines_below(answer):
-        print(plain(line))
+    print_rows(rows, ("figure", "value", "unit", "meaning"), wide=wide)
+    print_lines(lines_below(answer))
 
 
 def _explain_figure(name: str, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ ledger. Invariant: a file that is wrong anywhere, or contradicts the ledger, cha
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from vllm_cost_meter.cli.options import (
     Csv,
     Json,
     Ledger,
+    Wide,
     Window,
     ledger_url,
     new_group,
@@ -24,12 +25,12 @@ from vllm_cost_meter.cli.options import (
     reading,
 )
 from vllm_cost_meter.config.loading import load_settings
-from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.invoices.files import FOCUS, SNAPSHOTS, read_invoice
 from vllm_cost_meter.ledger.billing.importing import import_invoice
 from vllm_cost_meter.ledger.billing.meters import meters
 from vllm_cost_meter.units.calendar import hours_of_window
-from vllm_cost_meter.units.text import plain, rounded, to_csv
+from vllm_cost_meter.units.text import rounded, to_csv
 
 app = new_group("invoice")
 
@@ -44,6 +45,7 @@ METER_COLUMNS = (
     "unobserved_hours",
     "resets",
 )
+METER_FIRST = ("resource", "billed_usd", "kind", "from", "to")
 DAY_COLUMNS = (
     "day",
     "metered_usd",
@@ -57,6 +59,7 @@ DAY_COLUMNS = (
     "unobserved_hours",
     "resets",
 )
+DAY_FIRST = ("day", "metered_usd", "billed_gpu_usd", "difference_usd", "capture_rate")
 # Unobserved times that an import prints.
 UNOBSERVED_LINES_MAX = 20
 
@@ -74,6 +77,7 @@ def import_(
     ledger: Ledger = None,
     config: Config = None,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
+    wide: Wide = False,
     as_json: Json = False,
 ) -> None:
     """Read a file of what a provider billed into the ledger.
@@ -90,13 +94,14 @@ def import_(
     if as_json:
         print(json.dumps(answer, indent=2))
         return
-    print_rows(_shown(answer["resources"]), METER_COLUMNS)
-    for line in import_lines(answer):
-        print(plain(line))
+    print_rows(_shown(answer["resources"]), METER_COLUMNS, first=METER_FIRST, wide=wide)
+    print_lines(import_lines(answer))
 
 
 @app.command("list")
-def list_(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+def list_(
+    ledger: Ledger = None, config: Config = None, wide: Wide = False, as_json: Json = False
+) -> None:
     """List what was billed: resource, time span, sum and gaps.
 
     Example: vllm-cost-meter invoice list
@@ -106,7 +111,7 @@ def list_(ledger: Ledger = None, config: Config = None, as_json: Json = False) -
     if as_json:
         print(json.dumps({"resources": rows}, indent=2))
     elif rows:
-        print_rows(_shown(rows), METER_COLUMNS)
+        print_rows(_shown(rows), METER_COLUMNS, first=METER_FIRST, wide=wide)
     else:
         print("no bill: import one with `vllm-cost-meter invoice import`")
 
@@ -116,6 +121,7 @@ def days(
     ledger: Ledger = None,
     config: Config = None,
     window: Window = None,
+    wide: Wide = False,
     as_json: Json = False,
     as_csv: Csv = False,
 ) -> None:
@@ -132,7 +138,8 @@ def days(
     elif as_csv:
         print(to_csv(answer["days"]), end="")
     else:
-        print_rows(_shown([*answer["days"], {"day": "total", **answer["total"]}]), DAY_COLUMNS)
+        rows = _shown([*answer["days"], {"day": "total", **answer["total"]}])
+        print_rows(rows, DAY_COLUMNS, first=DAY_FIRST, wide=wide)
 
 
 def import_lines(answer: Mapping[str, Any]) -> list[str]:
@@ -153,7 +160,7 @@ def import_lines(answer: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _shown(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {name: rounded(value) if isinstance(value, float) else value for name, value in row.items()}
         for row in rows

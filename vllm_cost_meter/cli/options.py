@@ -27,6 +27,14 @@ Config = Annotated[
     Path | None, typer.Option(help="The settings file; otherwise that of COST_METER_CONFIG.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Wide = Annotated[
+    bool,
+    typer.Option(
+        "--wide",
+        help="Show all columns, uncut. Otherwise a terminal shows what fits; a pipe or a file gets"
+        " all of it always.",
+    ),
+]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
 TimeZone = Annotated[
     str | None,

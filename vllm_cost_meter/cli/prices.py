@@ -2,13 +2,25 @@
 
 import json
 
-from vllm_cost_meter.cli.options import Config, Json, one_line_errors
+from vllm_cost_meter.cli.options import Config, Json, Wide, one_line_errors
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.reports.price_lines import PRICE_COLUMNS
 
+# The last columns that a narrow terminal leaves out, of all tables.
+FIRST = (
+    "key",
+    "effective_from",
+    "name",
+    "usd_per_gpu_hour",
+    "usd_per_kwh",
+    "percent",
+    "usd_per_month",
+    "effective_until",
+)
 
-def prices(config: Config = None, as_json: Json = False) -> None:
+
+def prices(config: Config = None, wide: Wide = False, as_json: Json = False) -> None:
     """Which price holds when, by the settings.
 
     Example: vllm-cost-meter prices --config meter.toml
@@ -20,6 +32,6 @@ def prices(config: Config = None, as_json: Json = False) -> None:
         return
     for name, columns in PRICE_COLUMNS.items():
         if book[name]:
-            print_rows(book[name], columns)
+            print_rows(book[name], columns, first=FIRST, wide=wide)
     if not book["prices"]:
         print("no price: set COST_METER_GPU_HOUR_USD, or [[prices]] in the configuration file")

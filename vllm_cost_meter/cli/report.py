@@ -7,6 +7,7 @@ do not add up.
 
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -20,11 +21,12 @@ from vllm_cost_meter.cli.options import (
     Json,
     Ledger,
     TimeZone,
+    Wide,
     Window,
     reading,
     write_output,
 )
-from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.answers import TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
@@ -34,7 +36,7 @@ from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
 from vllm_cost_meter.reports.statement_text import print_statement
 from vllm_cost_meter.units.calendar import hours_of_window, zone_of
-from vllm_cost_meter.units.text import plain, to_csv
+from vllm_cost_meter.units.text import to_csv
 
 TENANT_COLUMNS: tuple[str, ...] = ("tenant", *COUNTS, "gpu_time_ns", "cost_usd")
 REQUEST_COLUMNS: tuple[str, ...] = (
@@ -51,6 +53,18 @@ REQUEST_COLUMNS: tuple[str, ...] = (
     "cost_usd",
 )
 REPORT_COLUMNS = (*COUNTS, "gpu_time_ns", "idle_share_ns", "usage_cost_usd", "cost_usd")
+# The last columns that a narrow terminal leaves out, after what the rows are of.
+FIRST = (
+    "finished_at",
+    "tenant",
+    "cost_usd",
+    "gpu_time_ns",
+    "requests",
+    "idle_share_ns",
+    "status",
+    "prompt_tokens",
+    "output_tokens",
+)
 # Shown where the energy of any row is known; in JSON and CSV always.
 ENERGY_COLUMN = "energy_mj"
 
@@ -108,6 +122,7 @@ def report(
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's requests.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests to list.")] = 100,
+    wide: Wide = False,
     as_json: Json = False,
     as_csv: Csv = False,
 ) -> None:
@@ -149,7 +164,7 @@ def report(
         print(to_csv(rows), end="")
     else:
         below = _lines_below(answer, filter, has_words) if what is What.tenants else []
-        _print_table(rows, columns, below)
+        _print_table(rows, columns, below, wide=wide)
     if what is What.tenants and not answer["adds_up"]:
         raise typer.Exit(1)
 
@@ -168,6 +183,7 @@ def statement(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A file to write, or write anew.")
     ] = None,
+    wide: Wide = False,
 ) -> None:
     """A tenant's month, line by line to the cent.
 
@@ -179,23 +195,28 @@ def statement(
         if everyone == (tenant is not None):
             raise ValueError("--tenant: expected it or --all, and not both")
         answer = reader.statement(month, tenant=tenant, tz=tz, idle=idle)
-        text = _written(answer, format)
         if output is not None:
-            write_output(output, text)
-    if output is None:
-        print(text, end="")
+            write_output(output, _written(answer, format))
+    if output is None and format is Format.table:
+        print_statement(answer, sys.stdout, wide=wide)
+    elif output is None:
+        print(_written(answer, format), end="")
     if not answer["adds_up"]:
         raise typer.Exit(1)
 
 
 def _print_table(
-    rows: Sequence[Mapping[str, Any]], columns: tuple[str, ...], below: Sequence[str]
+    rows: Sequence[Mapping[str, Any]],
+    columns: tuple[str, ...],
+    below: Sequence[str],
+    *,
+    wide: bool,
 ) -> None:
     if any(row.get(ENERGY_COLUMN) is not None for row in rows):
         columns = (*columns, ENERGY_COLUMN)
-    print_rows(rows, columns)
-    for line in below:
-        print(plain(line))
+    names = [name for name in columns if name not in (*REPORT_COLUMNS, *REQUEST_COLUMNS)]
+    print_rows(rows, columns, first=(*names, *FIRST), wide=wide)
+    print_lines(below)
 
 
 def _plain_report(reader: LedgerReader, window: str | None, tz: str | None) -> TenantsReport:

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from vllm_cost_meter.cli.calc import read_points
-from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, new_group, one_line_errors
+from vllm_cost_meter.cli.options import (
+    Config,
+    Json,
+    Ledger,
+    Wide,
+    ledger_url,
+    new_group,
+    one_line_errors,
+)
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.economics import saturation_of
 from vllm_cost_meter.ledger.economics import saturation
@@ -16,6 +24,7 @@ KEPT_COLUMNS = (
     "measured_at", "model", "precision", "vllm_version", "hardware", "gpus", "engines",
     "input_tokens", "output_tokens", "output_tokens_per_s", "requests_per_s", "window_s",
 )  # fmt: skip
+FIRST = ("measured_at", "model", "output_tokens_per_s", "hardware", "gpus")
 
 app = new_group("saturation")
 
@@ -44,7 +53,9 @@ def import_(
 
 
 @app.command("list")
-def list_(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+def list_(
+    ledger: Ledger = None, config: Config = None, wide: Wide = False, as_json: Json = False
+) -> None:
     """The full loads in the ledger, the latest first.
 
     Example: vllm-cost-meter saturation list
@@ -55,4 +66,4 @@ def list_(ledger: Ledger = None, config: Config = None, as_json: Json = False) -
         shown = [{**row, "protocol": json.loads(row["protocol"])} for row in rows]
         print(json.dumps({"saturation_points": shown}, indent=2))
         return
-    print_rows(rows, KEPT_COLUMNS)
+    print_rows(rows, KEPT_COLUMNS, first=FIRST, wide=wide)

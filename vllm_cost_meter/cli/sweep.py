@@ -17,12 +17,13 @@ from vllm_cost_meter.cli.options import (
     Config,
     Json,
     Ledger,
+    Wide,
     ledger_url,
     one_line_errors,
     write_output,
 )
 from vllm_cost_meter.config.loading import load_settings
-from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.economics import saturation_of
 from vllm_cost_meter.economics.numbers import positive
 from vllm_cost_meter.lab.sweep.bench import Shape
@@ -31,13 +32,24 @@ from vllm_cost_meter.lab.sweep.plot import sweep_figure
 from vllm_cost_meter.lab.sweep.run import PARTS, Plan
 from vllm_cost_meter.lab.sweep.session import TOKEN, SweepSession
 from vllm_cost_meter.ledger.economics import saturation
-from vllm_cost_meter.units.text import plain, rounded
+from vllm_cost_meter.units.money import figure_text
+from vllm_cost_meter.units.text import significant
 
 COLUMNS = (
     "shape", "requests_per_s", "window_s", "sent", "failed", "utilization", "concurrency",
     "output_tokens_per_s", "usd_per_m_output_tokens", "usd_per_m_total_tokens", "ttft_p99_ms",
     "tpot_ms", "settled", "saturated",
 )  # fmt: skip
+
+# The last columns that a narrow terminal leaves out.
+FIRST = (
+    "shape",
+    "requests_per_s",
+    "output_tokens_per_s",
+    "usd_per_m_output_tokens",
+    "utilization",
+    "ttft_p99_ms",
+)
 
 
 def sweep(
@@ -79,6 +91,7 @@ def sweep(
     ] = None,
     ledger: Ledger = None,
     config: Config = None,
+    wide: Wide = False,
     as_json: Json = False,
 ) -> None:
     """Measure cost at one load after another.
@@ -107,9 +120,8 @@ def sweep(
         session = SweepSession(url, _side_url(side_url, settings.port), tokenizer, output)
     status = session.measure(plans)
     if session.curves:
-        _write(session, bound, ledger_url(ledger, config), as_json=as_json)
-    if status:
-        raise typer.Exit(status)
+        _write(session, bound, ledger_url(ledger, config), wide=wide, as_json=as_json)
+    raise typer.Exit(status)
 
 
 def _side_url(told: str | None, port: int | None) -> str:
@@ -118,7 +130,9 @@ def _side_url(told: str | None, port: int | None) -> str:
     return told or f"http://127.0.0.1:{port}"
 
 
-def _write(session: SweepSession, slo_ttft_ms: float | None, url: str, *, as_json: bool) -> None:
+def _write(
+    session: SweepSession, slo_ttft_ms: float | None, url: str, *, wide: bool, as_json: bool
+) -> None:
     """Write curves and plot, print the table, and keep full load where the ledger is at hand."""
     rows, lines = [], []
     with one_line_errors():
@@ -128,7 +142,7 @@ def _write(session: SweepSession, slo_ttft_ms: float | None, url: str, *, as_jso
             write_output(path, json.dumps(curve, indent=2) + "\n")
             lines += [f"curve: {path}", *_kept(curve, path, url, session.deployment)]
             rows += [
-                {"shape": name, **{key: _cell(value) for key, value in point.items()}}
+                {"shape": name, **{key: figure_text(key, value) for key, value in point.items()}}
                 for point in curve["points"]
             ]
         plot = [session.output / f"sweep{suffix}" for suffix in plots.SUFFIXES]
@@ -137,8 +151,8 @@ def _write(session: SweepSession, slo_ttft_ms: float | None, url: str, *, as_jso
     if as_json:
         print(json.dumps({"curves": session.curves}, indent=2))
         return
-    print_rows(rows, COLUMNS)
-    print("\n".join(map(plain, lines)))
+    print_rows(rows, COLUMNS, first=FIRST, wide=wide)
+    print_lines(lines)
 
 
 def _make_folder(path: Path) -> None:
@@ -156,17 +170,14 @@ def _kept(curve: dict[str, Any], path: Path, url: str, deployment: Deployment) -
         point = saturation_of(curve)
     except ValueError as error:
         return [f"no full load: {error}"]
+    reached = f"full load: {significant(point.output_tokens_per_s)} output tokens/s"
     if not saturation.knows_runs(url, deployment.run_ids):
         return [
-            f"full load: {point.output_tokens_per_s:.6g} output tokens/s; to have penalties"
-            f" against it, `vllm-cost-meter saturation import {path}` beside its ledger"
+            f"{reached}; to have penalties against it,"
+            f" `vllm-cost-meter saturation import {path}` beside its ledger"
         ]
     saturation.keep(url, [point])
-    return [f"full load: {point.output_tokens_per_s:.6g} output tokens/s, kept in the ledger"]
-
-
-def _cell(value: object) -> object:
-    return rounded(value) if isinstance(value, float) else value
+    return [f"{reached}, kept in the ledger"]
 
 
 def _rates(name: str, text: str) -> tuple[float, ...]:

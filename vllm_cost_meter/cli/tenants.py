@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vllm_cost_meter.cli.options import Config, Json, new_group, one_line_errors
+from vllm_cost_meter.cli.options import Config, Json, Wide, new_group, one_line_errors
 from vllm_cost_meter.config import tenant_file
 from vllm_cost_meter.config.engine import PREFIX
 from vllm_cost_meter.config.loading import load_settings
@@ -57,6 +57,7 @@ FailClosed = Annotated[
 @app.command("list")
 def list_(
     config: Config = None,
+    wide: Wide = False,
     as_json: Json = False,
 ) -> None:
     """List the tenants, their parents, tags and number of keys.
@@ -76,7 +77,7 @@ def list_(
         cells = (tenant.name, tenant.owner or "-", tags or "-", tenant.reply or "-")
         closed = "yes" if tenant.fail_closed else "-"
         table.add_row(*map(plain, cells), closed, str(len(tenant.api_key_sha256)))
-    print_table(table)
+    print_table(table, important=(0, 5, 1, 2, 3, 4), wide=wide)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_cost_meter.cli.options import Json, one_line_errors
+from vllm_cost_meter.cli.options import Json, Wide, one_line_errors
 from vllm_cost_meter.lab.tiny_model import default_path
 
 
@@ -41,6 +41,7 @@ def validate(
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="With --server: how often.")] = 5,
+    wide: Wide = False,
     as_json: Json = False,
 ) -> None:
     """How wrong each way to split a step is.
@@ -66,4 +67,4 @@ def validate(
     if as_json:
         print(json.dumps(answer))
     else:
-        show(answer)
+        show(answer, wide=wide)

@@ -59,9 +59,13 @@ class Mix:
     """All requests that were sent: their number and the sums of their tokens."""
 
     requests: int
+    """How many."""
     prompt_tokens: int
+    """Tokens: of all requests, cached ones included."""
     cached_tokens: int
+    """Tokens: of those, found in the prefix cache."""
     output_tokens: int
+    """Tokens: of all requests."""
 
     @classmethod
     def of(cls, sent: Iterable[Sent]) -> "Mix":

@@ -32,9 +32,13 @@ class Point:
     """One arrival rate and its measured throughput. A latency is None if nobody measured it."""
 
     requests_per_s: float
+    """Requests per second: of the whole deployment."""
     output_tokens_per_s: float
+    """Output tokens per second: of the whole deployment."""
     ttft_p99_ms: float | None = None
+    """ms: the 99th percentile of time to first token, null if nobody measured it."""
     tpot_ms: float | None = None
+    """ms: time per output token, null if nobody measured it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,9 @@ class Curve:
     """Points by rising rate, and the deployment's price during the measurement, None if unknown."""
 
     points: Sequence[Point]
+    """Loads by rising rate."""
     usd_per_hour: float | None = None
+    """USD per hour: of the whole deployment."""
 
     def price(self, usd_per_hour: float | None) -> float:
         """Return the price given, else the curve's own. Raises ValueError if there is neither."""
@@ -102,9 +108,13 @@ class PenaltyPoint:
     """The cost of one load, and its penalty: that cost / the cost at full load."""
 
     requests_per_s: float
+    """Requests per second: of the whole deployment."""
     output_tokens_per_s: float
+    """Output tokens per second: of the whole deployment."""
     usd_per_m_output_tokens: float
+    """USD: of a million output tokens."""
     penalty: float
+    """Its cost / the cost at full load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +128,11 @@ class Penalty:
     )
 
     theta_max: float
+    """Output tokens per second: at full load."""
     c_naive: float
+    """USD: of a million output tokens at full load."""
     points: Sequence[PenaltyPoint]
+    """Loads by rising rate."""
 
 
 def penalty(*, curve: Curve, usd_per_hour: float | None = None) -> Penalty:
@@ -158,9 +171,13 @@ class SloCost:
     )
 
     requests_per_s: float | None
+    """Requests per second: of the whole deployment."""
     output_tokens_per_s: float | None
+    """Output tokens per second: of the whole deployment."""
     usd_per_m_output_tokens: float | None
+    """USD: of a million output tokens."""
     premium: float | None
+    """Its cost / the cost at full load - 1."""
 
 
 def slo(
@@ -200,8 +217,11 @@ class Crossover:
     )
 
     requests_per_s: float
+    """Requests per second: of the whole deployment."""
     requests_per_s_log_log: float | None
+    """Requests per second: from the measured curve, null if it does not cross."""
     reason: str | None
+    """Why that is null."""
 
 
 def crossover(

@@ -1,7 +1,22 @@
 """Facts that only the operator can declare: latency bounds (SLO) and throughput at full load."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
+
+
+class Slo(TypedDict):
+    """The latency bounds that the operator declared, and whether they are kept."""
+
+    ttft_ms: float | None
+    """ms: time to first token, at most; null for no bound."""
+    tpot_ms: float | None
+    """ms: time per output token, at most; null for no bound."""
+    e2e_ms: float | None
+    """ms: from arrival to the last token, at most; null for no bound."""
+    percentile: float
+    """%: the requests that must keep all bounds."""
+    met: bool | None
+    """Whether they do, null without requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +38,7 @@ class Declared:
         """True if there is any latency bound."""
         return any(bound is not None for bound in (self.ttft_ms, self.tpot_ms, self.e2e_ms))
 
-    def slo(self, share: float | None) -> dict[str, Any] | None:
+    def slo(self, share: float | None) -> Slo | None:
         """Return the bounds, and in `met` whether enough requests keep them.
 
         `share` is the part of requests within all bounds, 0 to 1; None leaves `met` unknown.

@@ -37,10 +37,15 @@ class VolumeVerdict:
     """A volume's monthly cost, self-hosted and at the API. `fits`: the deployment can serve it."""
 
     m_tokens_per_month: float
+    """Million tokens: the volume of a month."""
     self_hosted_usd: float
+    """USD: a month of the deployment."""
     api_usd: float
+    """USD: the same volume at the API."""
     cheaper: Literal["self-hosted", "api", "equal"]
+    """Who costs less."""
     fits: bool
+    """Whether the deployment can serve the volume."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +53,19 @@ class Rate:
     """One way to buy the deployment. `savings_percent` compares it with on demand."""
 
     kind: Literal["on_demand", "reserved", "spot"]
+    """How the deployment is bought."""
     usd_per_hour: float
+    """USD per hour: of the whole deployment."""
     monthly_cost_usd: float
+    """USD: a month of the deployment."""
     break_even_m_tokens_per_month: float
+    """Million tokens per month: from here on self-hosting costs less."""
     break_even_utilization: float
+    """That as part of the capacity; above 1 it does not fit."""
     effective_usd_per_m_at_full_load: float
+    """USD: of a million tokens at full load."""
     savings_percent: float
+    """%: what it saves against on demand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +73,17 @@ class Moved:
     """The result with one input multiplied by `factor`; `value` is that input afterwards."""
 
     input: str
+    """The input that moved."""
     factor: float
+    """What it was multiplied by."""
     value: float
+    """The input afterwards, in its own unit."""
     monthly_cost_usd: float
+    """USD: a month of the deployment."""
     break_even_m_tokens_per_month: float
+    """Million tokens per month: from here on self-hosting costs less."""
     break_even_utilization: float
+    """That as part of the capacity; above 1 it does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +101,21 @@ class BreakEven:
     )
 
     monthly_cost_usd: float
+    """USD: a month of the deployment."""
     monthly_capacity_m_tokens: float
+    """Million tokens: what a month at full load serves."""
     break_even_m_tokens_per_month: float
+    """Million tokens per month: from here on self-hosting costs less."""
     break_even_utilization: float
+    """That as part of the capacity; above 1 it does not fit."""
     effective_usd_per_m: Mapping[str, float]
+    """USD: of a million tokens, by utilization."""
     verdicts: Sequence[VolumeVerdict]
+    """For each volume asked for, which is cheaper."""
     rates: Sequence[Rate]
+    """The same for each way to buy the deployment."""
     sensitivity: Sequence[Moved]
+    """The same with one input moved."""
 
 
 @dataclass(frozen=True, slots=True)

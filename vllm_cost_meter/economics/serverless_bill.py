@@ -21,12 +21,19 @@ class Serverless:
     )
 
     usd_per_s: float
+    """USD per second: of the hardware."""
     build_usd: float
+    """USD: the builds of a month."""
     init_usd: float
+    """USD: its cold starts."""
     inference_usd: float
+    """USD: its calls."""
     storage_usd: float
+    """USD: its storage."""
     total_usd: float
+    """USD: the month in all."""
     usd_per_call: float | None
+    """USD: of one call; null without calls."""
 
 
 def serverless(

@@ -12,17 +12,24 @@ Invariant: read-only; every JSON body is an object.
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-import orjson
 from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.endpoint.access import OPEN, STRANGER, Access, Viewer
+from vllm_cost_meter.endpoint.answers import (
+    ERRORS,
+    NOT_FOUND,
+    SEVERAL,
+    SEVERAL_EXPLAINED,
+    Budgets,
+    CostModels,
+    Health,
+)
 from vllm_cost_meter.endpoint.calc import add_calculators
 from vllm_cost_meter.endpoint.compare import Comparer, add_compare
 from vllm_cost_meter.endpoint.dependencies import (
@@ -33,11 +40,15 @@ from vllm_cost_meter.endpoint.dependencies import (
     hours_asked,
 )
 from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
+from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.billing.answers import InvoiceDays
+from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
 from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
-from vllm_cost_meter.reports.request_answers import RequestWithParts
+from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.tenants.budgets import Figures, told
 from vllm_cost_meter.units.time import rfc3339
@@ -52,13 +63,7 @@ KINDS = {404: "not_found", 503: "unavailable"}
 # No request can have it, as names are never empty.
 NO_TENANT = ""
 
-
-class OrjsonResponse(JSONResponse):
-    """JSON by orjson: exact 64-bit integers, and fast."""
-
-    def render(self, content: Any) -> bytes:
-        """Return the body's bytes."""
-        return orjson.dumps(content)
+T = TypeVar("T")
 
 
 def make_app(
@@ -97,12 +102,15 @@ def make_app(
         version=__version__,
         default_response_class=OrjsonResponse,
         dependencies=[Depends(authorized)],
+        responses=ERRORS,
         # The pages would load scripts from the internet; the document is served below, behind the
         # token like everything else.
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
     )
+    # Before the first route is added.
+    app.router.route_class = AnswerRoute
     _add_error_handlers(app)
     _add_request_routes(app, reader, refresh)
     _add_book_routes(app, reader, refresh)
@@ -119,7 +127,7 @@ def make_app(
         return app.openapi()
 
     @app.get("/health")
-    def health() -> dict[str, Any]:
+    def health() -> Health:
         """Say that the endpoint is up."""
         return {"status": "ok", "version": __version__}
 
@@ -135,7 +143,7 @@ def make_app(
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/models", dependencies=FOR_ADMINS)
-    def models(run: str | None = None) -> dict[str, Any]:
+    def models(run: str | None = None) -> CostModels:
         """Return the latest cost model of each engine run; of one run, all versions."""
         refresh()
         return {"models": reader.cost_models(run)}
@@ -143,7 +151,7 @@ def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
 
 def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
     @app.get("/cost/budgets")
-    def standings(viewer: ViewerOf) -> dict[str, Any]:
+    def standings(viewer: ViewerOf) -> Budgets:
         """Return what each budget's tenants have used in its period, as new requests are judged."""
         figures = budgets()
         return {
@@ -181,21 +189,21 @@ def look_up(
 
 def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     def answer(
-        request_id: str, viewer: Viewer, tell: Callable[[Mapping[str, Any]], Mapping[str, Any]]
-    ) -> Any:
+        request_id: str, viewer: Viewer, tell: Callable[[RequestWithParts], T]
+    ) -> T | OrjsonResponse:
         rows = look_up(reader, refresh, request_id, viewer)
         if len(rows) > 1:
             return OrjsonResponse({"matches": [tell(row) for row in rows]}, 300)
         return tell(rows[0])
 
     # Before the route that takes any path for an id.
-    @app.get("/cost/requests/{request_id:path}/explain")
-    def explain(request_id: str, viewer: ViewerOf) -> Any:
+    @app.get("/cost/requests/{request_id:path}/explain", responses=NOT_FOUND | SEVERAL_EXPLAINED)
+    def explain(request_id: str, viewer: ViewerOf) -> Explanation | OrjsonResponse:
         """Return how the bill of one HTTP request came about, to be recomputed by hand."""
         return answer(request_id, viewer, reader.explain)
 
-    @app.get("/cost/requests/{request_id:path}")
-    def request(request_id: str, viewer: ViewerOf) -> Any:
+    @app.get("/cost/requests/{request_id:path}", responses=NOT_FOUND | SEVERAL)
+    def request(request_id: str, viewer: ViewerOf) -> RequestWithParts | OrjsonResponse:
         """Return one HTTP request, by response id, X-Request-Id, internal id or its own id."""
         return answer(request_id, viewer, lambda row: row)
 
@@ -205,7 +213,7 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
         limit: Annotated[int, Query(ge=1, le=REQUESTS_PER_PAGE_MAX)] = 100,
         next: str | None = None,  # noqa: A002 - the parameter's public name
         tenant: str | None = None,
-    ) -> Mapping[str, Any]:
+    ) -> RequestsPage:
         """Return HTTP requests, newest first, and on the first page those that run."""
         if tenant is None:
             tenant = viewer.tenant
@@ -217,14 +225,14 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/tenants", dependencies=FOR_ADMINS)
-    def tenants(window: Window = None) -> Mapping[str, Any]:
+    def tenants(window: Window = None) -> TenantsReport:
         """Return what each tenant used, and each class of engine time, adding up to the total."""
         hours = hours_asked(window)
         refresh()
         return reader.tenants(*hours)
 
-    @app.get("/cost/tenants/{tenant:path}")
-    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> Mapping[str, Any]:
+    @app.get("/cost/tenants/{tenant:path}", responses=NOT_FOUND)
+    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> Tenant:
         """Return what one tenant used."""
         hours = hours_asked(window)
         refresh()
@@ -234,21 +242,21 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return row
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
-    def summary(window: Window = None) -> Mapping[str, Any]:
+    def summary(window: Window = None) -> Summary:
         """Return totals over all tenants and engines."""
         hours = hours_asked(window)
         refresh()
         return reader.summary(*hours)
 
     @app.get("/cost/invoices", dependencies=FOR_ADMINS)
-    def invoices(window: Window = None) -> dict[str, Any]:
+    def invoices(window: Window = None) -> InvoiceDays:
         """Return what was metered and what was billed, day by day."""
         hours = hours_asked(window)
         refresh()
         return reader.invoice_days(*hours)
 
     @app.get("/cost/audit", dependencies=FOR_ADMINS)
-    def audit() -> Mapping[str, Any]:
+    def audit() -> Audit:
         """Prove, run by run, that the books balance at the last snapshot."""
         refresh()
         return reader.audit()
@@ -266,7 +274,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
         idle: Annotated[str | None, Query(description=f"{POLICIES}; otherwise none.")] = None,
         filter: Annotated[str | None, Query(description="Rows to show.")] = None,
         price: Annotated[str | None, Query(description="What if: USD per GPU-hour.")] = None,
-    ) -> Mapping[str, Any]:
+    ) -> Report:
         """Return what was used, with and without its share of idle, added up as asked."""
         with asked_wrongly():
             asked = question(

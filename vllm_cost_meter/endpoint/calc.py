@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from vllm_cost_meter.economics import Curve, curve_of
 from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS, calculate
+from vllm_cost_meter.endpoint.shapes import described, fields_of, shaped
 
 
 def add_calculators(app: FastAPI) -> None:
     """Add a route for each calculator."""
     for name, function in CALCULATORS.items():
-        app.post(f"/cost/calc/{name}", name=f"calc {name}")(_handler(name, function))
+        answer: dict[int | str, Any] = {200: {"model": _answer(name, function)}}
+        route = app.post(f"/cost/calc/{name}", name=f"calc {name}", responses=answer)
+        route(_handler(name, function))
 
 
 def _handler(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,6 +43,21 @@ def _handler(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return calc
 
 
+def _answer(name: str, function: Callable[..., Any]) -> Any:
+    """Return the shape of a calculator's answer: the inputs as used, the formula, the result."""
+    hints = typing.get_type_hints(function)
+    result = hints.pop("return")
+    used = {given: (shaped(hint), INPUTS[given]) for given, hint in hints.items()}
+    inputs = described(f"{_title(name)}Used", "The inputs as they were used.", used)
+    fields = {
+        "calculator": (str, "Its name."),
+        "inputs": (inputs, "The inputs as they were used, defaults included."),
+        "formula": (str, "How the result follows from the inputs."),
+        **fields_of(result),
+    }
+    return described(f"{_title(name)}Answer", inspect.getdoc(result) or "", fields)
+
+
 def _model(name: str, function: Callable[..., Any]) -> type[BaseModel]:
     hints = typing.get_type_hints(function)
     fields: dict[str, Any] = {
@@ -52,8 +70,11 @@ def _model(name: str, function: Callable[..., Any]) -> type[BaseModel]:
         )
         for parameter in inspect.signature(function).parameters.values()
     }
-    title = "".join(part.title() for part in name.split("-"))
-    return create_model(f"{title}Inputs", __config__=ConfigDict(extra="forbid"), **fields)
+    return create_model(f"{_title(name)}Inputs", __config__=ConfigDict(extra="forbid"), **fields)
+
+
+def _title(name: str) -> str:
+    return "".join(part.title() for part in name.split("-"))
 
 
 def _json_type(hint: Any) -> Any:

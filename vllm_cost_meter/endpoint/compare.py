@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import orjson
 from fastapi import FastAPI, HTTPException, Query
@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_cost_meter.endpoint.compare_child import Result
 from vllm_cost_meter.endpoint.dependencies import FOR_ADMINS, asked_wrongly
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.economics.answers import Comparison
 from vllm_cost_meter.ledger.economics.api_comparison import Question
 from vllm_cost_meter.units.calendar import EXPECTED, WEEK, hours_of_window
 
@@ -82,7 +83,7 @@ class Comparer:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
 
-    def __call__(self, question: Question) -> dict[str, Any]:
+    def __call__(self, question: Question) -> Comparison:
         """Return the answer. Raises ValueError for a wrong question, else ComparingError or
         LedgerError."""
         # Who waits holds one of the endpoint's few threads.
@@ -93,7 +94,7 @@ class Comparer:
         finally:
             self._lock.release()
 
-    def _answer(self, question: Question) -> dict[str, Any]:
+    def _answer(self, question: Question) -> Comparison:
         child = self._start()
         with child:
             try:
@@ -137,7 +138,7 @@ def _hold_back(pid: int, timeout_s: float) -> None:
             resource.prlimit(pid, resource.RLIMIT_AS, (MEMORY_BYTES_MAX, MEMORY_BYTES_MAX))
 
 
-def _answer_of(status: int, out: bytes) -> dict[str, Any]:
+def _answer_of(status: int, out: bytes) -> Comparison:
     """Return the answer of a child that ended."""
     try:
         result: Result = orjson.loads(out)
@@ -155,13 +156,13 @@ def _answer_of(status: int, out: bytes) -> dict[str, Any]:
 
 def add_compare(
     app: FastAPI,
-    comparer: Callable[[Question], dict[str, Any]],
+    comparer: Callable[[Question], Comparison],
     refresh: Callable[[], None],
 ) -> None:
     """Add the route. `refresh` brings the ledger up to now before it is read."""
 
     @app.get("/cost/compare", dependencies=FOR_ADMINS)
-    def compare(asked: Annotated[Asked, Query()]) -> dict[str, Any]:
+    def compare(asked: Annotated[Asked, Query()]) -> Comparison:
         """Return what the requests of a window cost here, and what they would have at APIs."""
         with asked_wrongly():
             question = asked.question()

@@ -9,7 +9,7 @@ Invariant: it writes exactly one result, whatever happens, unless it is killed.
 
 import sys
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import orjson
 
@@ -17,6 +17,7 @@ from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
 from vllm_cost_meter.errors import CostMeterError, LedgerError
 from vllm_cost_meter.ledger.database import default_url
+from vllm_cost_meter.ledger.economics.answers import Comparison
 from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
 from vllm_cost_meter.ledger.reader import LedgerReader
 
@@ -24,7 +25,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 class Result(TypedDict):
     """What the process writes: an answer, or an error and its kind."""
 
-    answer: NotRequired[dict[str, Any]]
+    answer: NotRequired[Comparison]
     error: NotRequired[str]
     kind: NotRequired[Literal["question", "ledger", "failed"]]
 
@@ -42,7 +43,7 @@ def result_of(text: bytes) -> Result:
         return {"error": line, "kind": "failed"}
 
 
-def _answer(question: Question) -> dict[str, Any]:
+def _answer(question: Question) -> Comparison:
     settings = load_settings()
     reader = LedgerReader(settings.ledger or default_url(), book=settings.price_book)
     try:

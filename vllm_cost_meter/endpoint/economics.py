@@ -7,15 +7,18 @@ by itself (`kept`): however many ask, the ledger is read seldom.
 Invariant: who is no operator learns no total, no count and no name of a tenant.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, HTTPException
 
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.endpoint.cached import Kept
 from vllm_cost_meter.endpoint.dependencies import Trailing, ViewerOf, hours_asked, refuse_others
+from vllm_cost_meter.endpoint.shapes import OrjsonResponse, described, shape_of
+from vllm_cost_meter.ledger.economics.answers import Economics, Method, PublicEconomics
+from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO
 from vllm_cost_meter.ledger.economics.query import economics, method
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.calendar import WEEK
@@ -39,7 +42,25 @@ PUBLIC_FIGURES = (
     "tpot_p50_ms",
     "tpot_p99_ms",
 )
-PUBLIC_FIELDS = ("window", "taken_at", "deployments", "slo")
+
+T = TypeVar("T")
+
+
+def _figures(name: str, of: Iterable[str]) -> Any:
+    """Return the shape of figures, each described by its unit and meaning."""
+    said = {
+        figure: ": ".join(filter(None, (FIGURES[figure].unit, FIGURES[figure].meaning)))
+        for figure in of
+    }
+    fields = {figure: (float | None, text) for figure, text in said.items()}
+    # Without a declared bound the figures on it are missing.
+    return described(name, "Each figure, null if it is undefined.", fields, OF_SLO)
+
+
+def _answers() -> Any:
+    everything = shape_of(Economics, figures=_figures("Figures", FIGURES))
+    public = shape_of(PublicEconomics, figures=_figures("PublicFigures", PUBLIC_FIGURES))
+    return everything | public
 
 
 def add_economics(
@@ -51,21 +72,24 @@ def add_economics(
 ) -> None:
     """Add both routes."""
 
-    def week() -> dict[str, Any]:
+    def week() -> PublicEconomics:
         refresh()
         answer = economics(reader, declared(), *hours_asked(WEEK))
-        told = {name: answer[name] for name in PUBLIC_FIELDS}
-        return {**told, "figures": {name: answer["figures"][name] for name in PUBLIC_FIGURES}}
+        return {
+            "window": answer["window"],
+            "taken_at": answer["taken_at"],
+            "deployments": answer["deployments"],
+            "slo": answer["slo"],
+            "figures": {name: answer["figures"][name] for name in PUBLIC_FIGURES},
+        }
 
-    def week_method() -> dict[str, Any]:
+    def week_method() -> Method:
         steps = method(reader, declared(), *hours_asked(WEEK))
         return {"figures": [step for step in steps if step["figure"] in PUBLIC_FIGURES]}
 
     kept, kept_method = Kept(week), Kept(week_method)
 
-    def of_public(
-        make: Kept[dict[str, Any]], viewer: Viewer, window: str, response: Response
-    ) -> dict[str, Any]:
+    def of_public(make: Kept[T], viewer: Viewer, window: str) -> OrjsonResponse:
         if not is_public():
             refuse_others(viewer)
         if window != WEEK:
@@ -73,22 +97,21 @@ def add_economics(
         if (answer := make()) is None:
             raise HTTPException(503, "economics: being made; ask again", {"Retry-After": "10"})
         # There is nothing in it that depends on who asks.
-        response.headers["access-control-allow-origin"] = "*"
-        response.headers["cache-control"] = "public, max-age=60"
-        return answer
+        headers = {"access-control-allow-origin": "*", "cache-control": "public, max-age=60"}
+        return OrjsonResponse(answer, headers=headers)
 
-    @app.get(PATH)
-    def figures(viewer: ViewerOf, response: Response, window: Trailing = WEEK) -> dict[str, Any]:
+    @app.get(PATH, responses={200: {"model": _answers()}})
+    def figures(viewer: ViewerOf, window: Trailing = WEEK) -> Economics | OrjsonResponse:
         """Return what tokens and requests cost in all, at which load and latency."""
         if not viewer.is_admin:
-            return of_public(kept, viewer, window, response)
+            return of_public(kept, viewer, window)
         hours = hours_asked(window)
         refresh()
         return economics(reader, declared(), *hours)
 
     @app.get(METHOD_PATH)
-    def how(viewer: ViewerOf, response: Response, window: Trailing = WEEK) -> dict[str, Any]:
+    def how(viewer: ViewerOf, window: Trailing = WEEK) -> Method | OrjsonResponse:
         """Return the SQL behind each of these figures, as it is executed."""
         if not viewer.is_admin:
-            return of_public(kept_method, viewer, window, response)
+            return of_public(kept_method, viewer, window)
         return {"figures": method(reader, declared(), *hours_asked(window))}

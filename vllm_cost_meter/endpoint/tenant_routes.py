@@ -8,16 +8,19 @@ handlers.
 Invariant: nothing else of the meter is on vLLM's port, and nothing here tells of another tenant.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 
 from vllm_cost_meter.endpoint.access import Viewer
-from vllm_cost_meter.endpoint.app import OrjsonResponse, look_up
+from vllm_cost_meter.endpoint.answers import NothingUsed, OwnFigures
+from vllm_cost_meter.endpoint.app import look_up
 from vllm_cost_meter.endpoint.dependencies import Window, hours_asked
+from vllm_cost_meter.endpoint.shapes import AnswerRoute
 from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.reports.request_answers import RequestWithParts
 from vllm_cost_meter.tenants.budgets import Figures, told
 
 
@@ -36,21 +39,23 @@ def make_router(
     reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], Figures]
 ) -> APIRouter:
     """Return the two routes. Arguments are those of the side endpoint's application."""
-    router = APIRouter(prefix="/v1/cost", default_response_class=OrjsonResponse)
+    router = APIRouter(prefix="/v1/cost", route_class=AnswerRoute)
 
     @router.get("/me")
-    def me(own: Own, window: Window = None) -> dict[str, Any]:
+    def me(own: Own, window: Window = None) -> OwnFigures | NothingUsed:
         """Return what the caller's tenant used, and where its budgets stand."""
         hours = hours_asked(window)
         refresh()
         name = str(own.tenant)
-        row = reader.tenant(name, *hours) or {"tenant": name, "requests": 0, "gpu_time_ns": 0}
+        row = reader.tenant(name, *hours)
         standings = budgets().standings
         own_budgets = [told(each) for each in standings if own.may_see(each.budget.tenant)]
+        if row is None:
+            return {"tenant": name, "requests": 0, "gpu_time_ns": 0, "budgets": own_budgets}
         return {**row, "budgets": own_budgets}
 
     @router.get("/requests/{request_id:path}")
-    def request(request_id: str, own: Own) -> Mapping[str, Any]:
+    def request(request_id: str, own: Own) -> RequestWithParts:
         """Return one HTTP request of the caller's tenant, by any of its ids."""
         return look_up(reader, refresh, request_id, own)[0]
 

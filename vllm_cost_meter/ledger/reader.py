@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import invoice_days
 from vllm_cost_meter.ledger.database import cause_of, open_database
 from vllm_cost_meter.ledger.queries import reports, requests
@@ -255,7 +256,7 @@ class LedgerReader:
 
     def invoice_days(
         self, from_hour: int | None = None, to_hour: int | None = None, as_of: AsOf = NOW
-    ) -> dict[str, Any]:
+    ) -> InvoiceDays:
         """Return what was metered and billed on each UTC day of a window, and in total."""
         cut = self.cut(Window(from_hour, to_hour), as_of)
         with self.transaction() as connection:

@@ -7,24 +7,35 @@ Invariant: an answer has these fields and no other; reports by other columns tha
 those columns in place of `tenant`.
 """
 
-from typing import Any, NotRequired
+from typing import Annotated, NotRequired
 
 from typing_extensions import TypedDict
 
 from vllm_cost_meter.reports.request_answers import RequestRow
 
-_Window = TypedDict("_Window", {"from": str | None, "to": str | None})
+_Window = TypedDict(
+    "_Window",
+    {
+        "from": Annotated[str | None, "RFC 3339 UTC: its begin; null where open."],
+        "to": Annotated[str | None, "RFC 3339 UTC: its end, not in it; null where open."],
+    },
+)
 
 
-class Window(_Window):
+class Hours(_Window):
     """The hours of an answer, as RFC 3339 UTC and since the epoch; null where open."""
 
-    tz: str
-    """The time zone of days and months."""
     from_hour: int | None
     """Hours since the epoch: the first."""
     to_hour: int | None
     """Hours since the epoch: the one after the last."""
+
+
+class Window(Hours):
+    """The hours of a report, and the time zone of its days."""
+
+    tz: str
+    """The time zone of days and months."""
 
 
 class AfterCut(TypedDict):
@@ -60,9 +71,9 @@ class PriceRow(TypedDict):
     model: str | None
     """The runs it is for: a name or a pattern, null for any."""
     gpu_name: str | None
-    """Gpu name."""
+    """The GPUs it is for: a name or a pattern, null for any."""
     host: str | None
-    """Host."""
+    """The runs it is for, null for any."""
 
 
 class EnergyPriceRow(TypedDict):
@@ -78,7 +89,13 @@ class EnergyPriceRow(TypedDict):
     """The runs it is for, null for any."""
 
 
-_OverheadRow = TypedDict("_OverheadRow", {"from": str, "to": str})
+_OverheadRow = TypedDict(
+    "_OverheadRow",
+    {
+        "from": Annotated[str, "RFC 3339 UTC: its begin."],
+        "to": Annotated[str, "RFC 3339 UTC: its end, not in it."],
+    },
+)
 
 
 class OverheadRow(_OverheadRow):
@@ -118,7 +135,7 @@ class RunRow(TypedDict):
     precision: str
     """Number format of the weights."""
     vllm_version: str
-    """Vllm version."""
+    """The version of vLLM."""
     method: str
     """How its steps are split."""
     started_at: str
@@ -137,21 +154,26 @@ class RunRow(TypedDict):
     """Errors of the meter in the engine, contained."""
     state: str
     """`on`, or `off` after too many errors."""
+    labels: dict[str, str] | None
+    """What the operator declared of the engine; null before schema version 8."""
     alive: bool
-    """Whether its latest snapshot is at most 15 s old."""
+    """Whether its engine was asked for a snapshot and has not failed, or answered within 15 s."""
     usd_per_gpu_hour: str | None
     """USD: the price when the run began."""
     devices: list[dict[str, str]] | None
     """`name` and `uuid` of each GPU whose energy is read."""
     energy_mj: int | None
-    """MJ: read of them since the engine began."""
+    """mJ: read of them since the engine began."""
     energy_unknown_ns: int | None
     """GPU-ns: since the first reading, of windows whose energy is unknown and not in it."""
     energy_reason: str | None
     """Why that of the latest of these windows is unknown."""
 
 
-_ReportRow = TypedDict("_ReportRow", {"class": str})
+_ReportRow = TypedDict(
+    "_ReportRow",
+    {"class": Annotated[str, "`usage`, or a class of engine time that is nobody's."]},
+)
 
 
 class ReportRow(_ReportRow):
@@ -203,7 +225,7 @@ class ReportRow(_ReportRow):
     kv_cache_share: NotRequired[float | None]
     """`kv_block_ms` / (blocks of the KV caches x their time in the window)."""
     energy_mj: NotRequired[int | None]
-    """MJ: used in the hours of the window, as far as it is known."""
+    """mJ: used in the hours of the window, as far as it is known."""
     energy_unknown_requests: NotRequired[int | None]
     """Engine requests whose energy is not in it, unknown or not told yet."""
     energy_cost_nanousd: NotRequired[int | None]
@@ -212,7 +234,13 @@ class ReportRow(_ReportRow):
     """Why that is null."""
 
 
-_Piece = TypedDict("_Piece", {"from": str | None, "to": str | None})
+_Piece = TypedDict(
+    "_Piece",
+    {
+        "from": Annotated[str | None, "RFC 3339 UTC: its begin; null where open."],
+        "to": Annotated[str | None, "RFC 3339 UTC: its end, not in it; null where open."],
+    },
+)
 
 
 class Piece(_Piece):
@@ -260,6 +288,51 @@ class Report(TypedDict):
     """GPU-ns: `wall_gpu_ns` less all rows, of all steps, before the filter."""
 
 
+class BilledAmounts(TypedDict):
+    """What was metered and what was billed in the same hours."""
+
+    metered_usd: str | None
+    """USD: wall time x price of all GPUs; null without a price, or if nothing ran."""
+    metered_while_billed_usd: str | None
+    """USD: the part of it that GPU bills cover."""
+    billed_gpu_usd: str | None
+    """USD: billed for GPUs; null if nothing was."""
+    difference_usd: str | None
+    """USD: `billed_gpu_usd` - `metered_while_billed_usd`."""
+    capture_rate: float | None
+    """`metered_while_billed_usd` / `billed_gpu_usd`."""
+    billed_disk_usd: str | None
+    """USD: billed for disks."""
+    billed_network_usd: str | None
+    """USD: billed for the network."""
+    billed_other_usd: str | None
+    """USD: billed for anything else."""
+    covered_hours: float
+    """Hours: that GPU bills cover."""
+    unobserved_hours: float
+    """Hours: in a gap or before a reset, all resources together."""
+    resets: int
+    """Counters that fell."""
+
+
+class BilledResource(TypedDict):
+    """What was billed for one resource that is no GPU."""
+
+    resource: str
+    """Its name in the bill."""
+    kind: str
+    """`disk`, `network` or `other`."""
+    billed_usd: str | None
+    """USD."""
+
+
+class Billed(BilledAmounts):
+    """What was billed in a window, and for what besides GPUs."""
+
+    others: list[BilledResource]
+    """Each resource that is no GPU."""
+
+
 class EnginesPart(TypedDict):
     """What engines say of themselves, beside a report by tenant."""
 
@@ -283,8 +356,8 @@ class EnginesPart(TypedDict):
     """All prices that are in it: `usd_per_kwh`, `source`, `effective_from`, `host`."""
     overheads: list[OverheadRow]
     """Declared overheads of the window, in no other figure."""
-    billed: dict[str, Any] | None
-    """What was billed in the window."""
+    billed: Billed | None
+    """What was billed in the window, null without a bill."""
     busy_ns: int
     """Wall ns: time in which a step ran, since the engines began (whatever the window)."""
     own_ns: int
@@ -292,11 +365,11 @@ class EnginesPart(TypedDict):
     own_time_share: float | None
     """`own_ns` / `busy_ns`."""
     energy_mj: int | None
-    """MJ: read of the GPUs of all runs that count energy."""
+    """mJ: read of the GPUs of all runs that count energy."""
     requests_mj: int | None
-    """MJ: of it, told of requests: the sum of the tenants'."""
+    """mJ: of it, told of requests: the sum of the tenants'."""
     unattributed_mj: int | None
-    """MJ: of it, read but of nobody: the rest of requests of which a part is unknown."""
+    """mJ: of it, read but of nobody: the rest of requests of which a part is unknown."""
     runs: list[RunRow]
     """One run for each engine process the ledger knows."""
 
@@ -353,7 +426,7 @@ class Summary(EnginesPart):
     in_flight_ns: int
     """GPU-ns: used by requests that have no bill yet."""
     idle_ns: int
-    """GPU-ns: classes: books.md."""
+    """GPU-ns: a class of engine time, as those below; docs/explanation/books.md explains them."""
     sleep_ns: int
     """GPU-ns."""
     startup_ns: int
@@ -367,20 +440,20 @@ class Summary(EnginesPart):
     lost_ns: int
     """GPU-ns."""
     idle_mj: int | None
-    """MJ: energy by class, as in the rows."""
+    """mJ: energy by class, as in the rows."""
     sleep_mj: int | None
-    """MJ."""
+    """mJ."""
     startup_mj: int | None
-    """MJ: always null."""
+    """mJ: always null."""
     tail_mj: int | None
-    """MJ."""
+    """mJ."""
     dummy_mj: int | None
-    """MJ."""
+    """mJ."""
     host_mj: int | None
-    """MJ."""
+    """mJ."""
     lost_mj: int | None
-    """MJ."""
+    """mJ."""
     in_flight_mj: int | None
-    """MJ."""
+    """mJ."""
     utilization: float | None
     """Share of `wall_gpu_ns` in which the GPUs worked: requests, in flight, tail and dummy."""

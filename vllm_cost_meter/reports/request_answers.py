@@ -15,7 +15,7 @@ class RequestRow(TypedDict):
     """One HTTP exchange: what the client was told, and what its engine requests cost."""
 
     request_id: str | None
-    """VLLM's internal id of the (first) engine request."""
+    """vLLM's internal id of the (first) engine request."""
     response_id: str | None
     """The id in the reply."""
     http_request_id: str | None
@@ -79,15 +79,15 @@ class RequestRow(TypedDict):
     as_of: str | None
     """RFC 3339 UTC: while it runs, or if it was lost: the snapshot that the figures are from."""
     queue_ms: float | None
-    """Ms: shortest wait in the engine's queue among the parts."""
+    """ms: shortest wait in the engine's queue among the parts."""
     ttft_ms: float | None
-    """Ms: from arrival to the first token, the first of all parts."""
+    """ms: from arrival to the first token, the first of all parts."""
     tpot_ms: float | None
-    """Ms: mean time between output tokens."""
+    """ms: mean time between output tokens."""
     e2e_ms: float | None
-    """Ms: from arrival to the bill, the longest of the parts."""
+    """ms: from arrival to the bill, the longest of the parts."""
     energy_mj: int | None
-    """MJ: what it used of the GPUs, sum over the parts (energy.md)."""
+    """mJ: what it used of the GPUs, sum over the parts (energy.md)."""
     energy_reason: str | None
     """Why it is null: `pending` until a snapshot after its end tells it."""
 
@@ -100,7 +100,7 @@ class PartRow(TypedDict):
     seq: int | None
     """The bill's number in its run, from 1, without gaps."""
     request_id: str | None
-    """VLLM's internal id."""
+    """vLLM's internal id."""
     external_id: str | None
     """The id the API server gave the engine."""
     prompt_group: str | None
@@ -174,15 +174,15 @@ class PartRow(TypedDict):
     as_of: str | None
     """RFC 3339 UTC: as in the request row."""
     queue_ms: float | None
-    """Ms: as in the request row."""
+    """ms: as in the request row."""
     ttft_ms: float | None
-    """Ms: as in the request row."""
+    """ms: as in the request row."""
     tpot_ms: float | None
-    """Ms: as in the request row."""
+    """ms: as in the request row."""
     e2e_ms: float | None
-    """Ms: as in the request row."""
+    """ms: as in the request row."""
     energy_mj: int | None
-    """MJ: sum over the hours."""
+    """mJ: sum over the hours."""
     energy_reason: str | None
     """As in the request row."""
 

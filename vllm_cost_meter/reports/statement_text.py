@@ -1,6 +1,6 @@
 """A statement at a terminal: a table of its lines, their totals, and the notes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from vllm_cost_meter.console import print_rows
@@ -23,10 +23,28 @@ COLUMNS = (
 )
 
 
-def print_statement(answer: Mapping[str, Any], file: IO[str]) -> None:
-    """Write a statement as text."""
-    below = "\n".join(map(plain, (*totals(answer), *notes(answer))))
-    print_rows(rows(answer), columns_of(answer), plain(title(answer)), below, file)
+# The last columns that a narrow terminal leaves out.
+FIRST = ("day", "item", "amount_usd", "tenant", "gpu_time_ns", "usage_usd", "idle_share_usd")
+CENTS_NOTE = (
+    "cents: idle_share_usd is amount_usd less usage_usd, and both are rounded so that they add up;"
+    " so it may be 0.01 or -0.01 where no idle time is charged"
+)
+
+
+def print_statement(answer: Mapping[str, Any], file: IO[str], *, wide: bool = False) -> None:
+    """Write a statement as text; on a terminal as much as fits, or with `wide` all."""
+    lines = rows(answer)
+    said = (*totals(answer), *cents_notes(lines), *notes(answer))
+    below = "\n".join(map(plain, said))
+    print_rows(lines, columns_of(answer), plain(title(answer)), below, file, first=FIRST, wide=wide)
+
+
+def cents_notes(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the line that explains cents of idle time where there is none; usually nothing."""
+    is_odd = any(
+        not line["idle_share_ns"] and float(line.get("idle_share_usd") or 0) for line in lines
+    )
+    return [CENTS_NOTE] if is_odd else []
 
 
 def columns_of(answer: Mapping[str, Any]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ nobody.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.units.money import format_nano
@@ -177,7 +177,44 @@ class Figures:
         return None
 
 
-def told(standing: Standing) -> dict[str, Any]:
+class BudgetRow(TypedDict):
+    """Where a budget stands. Amounts are nano-USD or GPU-nanoseconds, as `unit` says."""
+
+    budget: str
+    """Its name."""
+    tenant: str | None
+    """The tenant whose use counts; null for a tag."""
+    tag: str | None
+    """`key=value`; null for a tenant."""
+    unit: str
+    """`usd` or `gpu_seconds`."""
+    limit: int
+    """10^-9 of `unit`: how much may be used."""
+    soft_limit: int | None
+    """10^-9 of `unit`: from when on clients are warned; null for never."""
+    used: int | None
+    """10^-9 of `unit`: what was used in the period, running requests included; null if unknown."""
+    over: int | None
+    """10^-9 of `unit`: what running requests used beyond the limit."""
+    state: str
+    """`within`, `soft`, `spent` or `unknown`."""
+    hard: bool
+    """Whether it acts, or only warns."""
+    over_action: str
+    """`block` or `throttle`."""
+    stop_running: bool
+    """Whether running requests are ended."""
+    period: str
+    """`day`, `week`, `month` or `rolling`."""
+    period_from: str
+    """RFC 3339: when the period began, in its time zone."""
+    resets_at: str
+    """RFC 3339: when the period ends, or has room again, in its time zone."""
+    timezone: str
+    """The name of its time zone."""
+
+
+def told(standing: Standing) -> BudgetRow:
     """Return what the side endpoint says of a budget. Amounts are nano-USD or GPU-nanoseconds."""
     budget, total = standing.budget, standing.total
     first, _ = budget.hours(standing.now_ns)

@@ -3,7 +3,10 @@
 Invariant: no amount is written in scientific notation, and an unknown amount stays None.
 """
 
+from decimal import Decimal
 from fractions import Fraction
+
+from vllm_cost_meter.units.text import rounded, significant
 
 
 def format_nano(amount: int) -> str:
@@ -30,3 +33,32 @@ def decimal_text(value: Fraction) -> str:
 def format_usd(nanousd: int | None) -> str | None:
     """Return nano-USD as a plain decimal string with nine places, e.g. "0.000012345"."""
     return None if nanousd is None else format_nano(nanousd)
+
+
+def format_amount(usd: float | str | Decimal | None) -> str:
+    """Return an amount for people: cents from one USD on, below it up to nine places, None as "-".
+
+    So 12.3456 is "12.35", and 0.0000123 keeps its digits. JSON has them all.
+    """
+    if usd is None:
+        return "-"
+    exact = Decimal(usd)
+    if not exact.is_finite():
+        return str(usd)
+    text = f"{abs(exact):.{2 if abs(exact) >= 1 else 9}f}"
+    whole, _, places = text.partition(".")
+    text = f"{whole}.{places.rstrip('0'):0<2}"
+    return f"-{text}" if exact < 0 and text != "0.00" else text
+
+
+def format_rate(usd: float | str | Decimal | None) -> str:
+    """Return a rate for people, such as USD per million tokens: six digits, None as "-"."""
+    return "-" if usd is None else significant(Decimal(usd))
+
+
+def figure_text(name: str, value: object) -> str:
+    """Return a figure of a table for people, by its name: an amount of money, or another figure."""
+    is_amount = name == "usd" or name.endswith(("_usd", "usd_per_month"))
+    if is_amount and isinstance(value, float | Decimal):
+        return format_amount(value)
+    return rounded(value)

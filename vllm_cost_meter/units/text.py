@@ -1,6 +1,7 @@
-"""Safe text for terminals and CSV, and the parsing of comma-separated words.
+"""Safe text for terminals and CSV, figures with six digits, and comma-separated words.
 
 Invariant: text from `plain` has no control characters, so it cannot move a cursor or hide a line.
+No figure is in scientific notation.
 CSV from `to_csv` has no cell that a spreadsheet would run.
 """
 
@@ -8,6 +9,7 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
@@ -24,7 +26,21 @@ def rounded(value: object) -> str:
     """Return a figure for people: six digits, or a dash if unknown. JSON has all digits."""
     if value is None:
         return "-"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return significant(value) if isinstance(value, float) else str(value)
+
+
+def significant(value: float | Decimal, digits: int = 6) -> str:
+    """Return a number as a plain decimal with so many significant digits, without zeros at the end.
+
+    Whole numbers keep all digits before the point: 1234567.8 is "1234568".
+    """
+    exact = Decimal(value)
+    if not exact.is_finite():
+        return str(value)
+    places = max(0, digits - 1 - exact.adjusted()) if exact else 0
+    text = f"{abs(exact):.{places}f}"
+    sign = "-" if exact < 0 else ""
+    return sign + (text.rstrip("0").rstrip(".") if places else text)
 
 
 def fields(text: str) -> list[str]:

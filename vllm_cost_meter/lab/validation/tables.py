@@ -12,14 +12,14 @@ PERCENTILES = ("median", "p95", "max")
 TRUTH_ROW = "(the truth's noise)"
 
 
-def show_truths(answer: Mapping[str, Any]) -> None:
+def show_truths(answer: Mapping[str, Any], *, wide: bool = False) -> None:
     """Print a table per truth, from the answer that `--json` prints."""
     for name, found in answer.items():
         above = (
             f"{name}: mean batch {found['mean_batch']:.1f}, {found['requests']} requests in"
             f" {found['compared_steps']} of {found['steps']} steps; errors in %"
         )
-        print_table(truth_table(found), above, _memory_line(found) + "\n")
+        print_table(truth_table(found), above, _memory_line(found) + "\n", wide=wide)
 
 
 def truth_table(found: Mapping[str, Any]) -> Table:
@@ -63,7 +63,7 @@ def truth_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def show_servers(answer: Mapping[str, Any]) -> None:
+def show_servers(answer: Mapping[str, Any], *, wide: bool = False) -> None:
     """Print, for each real server, the charges beside each tenant's added and alone time."""
     for name, found in answer.items():
         together, noise = found["together_ns"] / 1e9, found["together_noise_ns"] / 1e9
@@ -71,7 +71,7 @@ def show_servers(answer: Mapping[str, Any]) -> None:
             f"{name}: both together {together:.3f} ± {noise:.3f} GPU-seconds,"
             f" mean of {found['rounds']} rounds"
         )
-        print_table(server_table(found), plain(above))
+        print_table(server_table(found), plain(above), wide=wide)
 
 
 def server_table(found: Mapping[str, Any]) -> Table:
@@ -92,7 +92,7 @@ def server_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def show_replay(answer: Mapping[str, Any]) -> None:
+def show_replay(answer: Mapping[str, Any], *, wide: bool = False) -> None:
     """Print each method's charges for a step log, and the requests with the largest differences."""
     log = answer["step_log"]
     above = (
@@ -100,7 +100,7 @@ def show_replay(answer: Mapping[str, Any]) -> None:
         f" {log['requests']} requests in {log['steps']} steps,"
         f" {log['gpu_time_ns'] / 1e9:.6f} GPU-seconds"
     )
-    print_table(difference_table(answer), plain(above))
+    print_table(difference_table(answer), plain(above), wide=wide)
     table = Table(box=None, pad_edge=False)
     table.add_column("request", no_wrap=True)
     for method in answer["methods"]:
@@ -109,7 +109,7 @@ def show_replay(answer: Mapping[str, Any]) -> None:
         table.add_row(
             plain(request_id), *(f"{ns[method] / 1e9:.6f}" for method in answer["methods"])
         )
-    print_table(table)
+    print_table(table, wide=wide)
 
 
 def difference_table(answer: Mapping[str, Any]) -> Table:

@@ -15,15 +15,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import case, func, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.invoices.timeline import GPU, KINDS
+from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Cut, Window
 from vllm_cost_meter.ledger.schema import billed_hours
+from vllm_cost_meter.reports.answers import Billed, BilledAmounts, BilledResource, PriceRow
 from vllm_cost_meter.reports.statement import OverheadCost
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY, period_name
 from vllm_cost_meter.units.money import format_usd
@@ -76,17 +78,17 @@ class MeteredAndBilled:
             return None
         return float(self.metered_while_billed / self.billed_gpu)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> BilledAmounts:
         """Return the amounts as answers show them, in USD, each rounded by itself."""
         return self.shown(_rounded(self.metered), _rounded(self.metered_while_billed))
 
-    def shown(self, metered: int | None, metered_while_billed: int | None) -> dict[str, Any]:
+    def shown(self, metered: int | None, metered_while_billed: int | None) -> BilledAmounts:
         """Return the amounts as answers show them, with these rounded ones of the meter."""
         # Bills are whole nano-USD, so the difference of rounded amounts needs no rounding.
         difference = None
         if self.billed_gpu is not None and metered_while_billed is not None:
             difference = self.billed_gpu - metered_while_billed
-        return {
+        row = {
             "metered_usd": format_usd(metered),
             "metered_while_billed_usd": format_usd(metered_while_billed),
             "billed_gpu_usd": format_usd(self.billed_gpu),
@@ -97,6 +99,7 @@ class MeteredAndBilled:
             "unobserved_hours": float(self.unobserved_hours),
             "resets": self.resets,
         }
+        return cast("BilledAmounts", row)
 
 
 class Bills:
@@ -181,12 +184,12 @@ class _Sum:
         return self.nanousd if self._count else None
 
 
-def billed_summary(connection: Connection, cut: Cut) -> dict[str, Any] | None:
+def billed_summary(connection: Connection, cut: Cut) -> Billed | None:
     """Return a summary's part about bills, ready for JSON; None if the window has no bill."""
     bills = Bills(connection, cut)
     if not bills.is_any:
         return None
-    others = [
+    others: list[BilledResource] = [
         {"resource": resource, "kind": kind, "billed_usd": format_usd(nanousd)}
         for kind, resource, nanousd in _others(connection, cut.window)
     ]
@@ -212,10 +215,14 @@ def bill_lines(
     if compared.billed_gpu is not None:
         lines.insert(0, OverheadCost(DIFFERENCE, SOURCE, compared.difference))
     shown = compared.as_dict()
-    return lines, {name: shown[name] for name in ("covered_hours", "unobserved_hours", "resets")}
+    return lines, {
+        "covered_hours": shown["covered_hours"],
+        "unobserved_hours": shown["unobserved_hours"],
+        "resets": shown["resets"],
+    }
 
 
-def invoice_days(connection: Connection, cut: Cut) -> dict[str, Any]:
+def invoice_days(connection: Connection, cut: Cut) -> InvoiceDays:
     """Return the amounts metered and billed on each UTC day of a cut's window, and their total."""
     bills = Bills(connection, cut)
     hours_by_day = bills.days()
@@ -228,7 +235,7 @@ def invoice_days(connection: Connection, cut: Cut) -> dict[str, Any]:
     return {
         "window": cut.window.as_dict(),
         "taken_at": cut.at(),
-        "prices": CutCosts.of(cut).cost.listed(),
+        "prices": cast("list[PriceRow]", CutCosts.of(cut).cost.listed()),
         "days": [
             {"day": period_name(hours[0], "day"), **day.shown(*amounts)}
             for hours, day, *amounts in zip(

@@ -6,10 +6,10 @@ Invariant: every request is priced by itself at the price of its time; unknown i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import cast
 
 from vllm_cost_meter.economics import (
     Compared,
@@ -24,6 +24,15 @@ from vllm_cost_meter.economics import (
 )
 from vllm_cost_meter.economics.comparison import FORMULA
 from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH, S_PER_HOUR, not_negative
+from vllm_cost_meter.ledger.economics.answers import (
+    Comparison,
+    ComparisonInputs,
+    Found,
+    MixRow,
+    OfferRow,
+    Sums,
+    SupposedRow,
+)
 from vllm_cost_meter.ledger.economics.query import read_figures, read_mix
 from vllm_cost_meter.ledger.queries.cut import AsOf, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -61,7 +70,7 @@ class Question:
         if self.max_usd_per_m_output is not None:
             not_negative("max_usd_per_m_output", self.max_usd_per_m_output)
 
-    def inputs(self, prices: str | None) -> dict[str, Any]:
+    def inputs(self, prices: str | None) -> ComparisonInputs:
         """Return the question as its answer repeats it; `prices` is the price file."""
         return {
             "window": self.window,
@@ -78,7 +87,7 @@ class Question:
 
 def compared(
     reader: LedgerReader, question: Question, offers: Sequence[Offer], prices: str | None
-) -> dict[str, Any]:
+) -> Comparison:
     """Return the whole answer. Raises ValueError for a question that is wrong or too large."""
     asked = _supposition(question.ratio, question.volume)
     hours = hours_of_window(question.window)
@@ -101,7 +110,7 @@ def _answer(
     offers: Sequence[Offer],
     asked: Supposition | None,
     limit: float | None,
-) -> dict[str, Any]:
+) -> Found:
     cut = reader.cut(Window(*hours), AsOf(settle_s=0))
     with reader.transaction() as connection:
         figures = read_figures(connection, cut, Declared(), ("cost_usd", "observed_seconds"))
@@ -119,9 +128,9 @@ def _answer(
     mix = Mix.of(sent)
     here = None if figures["cost_usd"] is None else Decimal(repr(figures["cost_usd"]))
     compared = [one for one in compare(sent, here, offers) if _at_most(mix, one.usd, limit)]
-    answer = {
+    answer: Found = {
         "window": cut.window.as_dict(),
-        "mix": {name: getattr(mix, name) for name in Mix.__slots__},
+        "mix": cast("MixRow", asdict(mix)),
         "self_hosted": {
             "provider": "self-hosted",
             "model": "all of this ledger",
@@ -144,7 +153,7 @@ def _answer(
         )
         answer["what_if"] = {
             "tokens_per_request": size,
-            "self_hosted_usd_per_month": None if month is None else f"{month:f}",
+            "self_hosted_usd_per_month": _text(month),
             "offers": [_supposed(one) for one in rows],
         }
     return answer
@@ -164,7 +173,7 @@ def _usd_per_month(usd: Decimal | None, observed_s: float | None) -> Decimal | N
     return usd / Decimal(repr(observed_s)) * int(S_PER_HOUR * HOURS_PER_MONTH)
 
 
-def _supposed(one: WhatIf) -> dict[str, Any]:
+def _supposed(one: WhatIf) -> SupposedRow:
     return {
         "provider": one.offer.provider,
         "model": one.offer.model,
@@ -174,13 +183,13 @@ def _supposed(one: WhatIf) -> dict[str, Any]:
     }
 
 
-def _row(compared: Compared, mix: Mix) -> dict[str, Any]:
+def _row(compared: Compared, mix: Mix) -> OfferRow:
     offer = compared.offer
     return {
         "provider": offer.provider,
         "model": offer.model,
         **_usd(mix, compared.usd),
-        "times": None if compared.times is None else f"{compared.times:f}",
+        "times": _text(compared.times),
         "cheaper": compared.cheaper,
         "label": offer.label,
         "source": offer.source,
@@ -188,16 +197,19 @@ def _row(compared: Compared, mix: Mix) -> dict[str, Any]:
     }
 
 
-def _usd(mix: Mix, usd: Decimal | None) -> dict[str, str | None]:
+def _usd(mix: Mix, usd: Decimal | None) -> Sums:
     """Return a sum and what it is per token, as decimal text; None where it is not known."""
-    if usd is None:
-        return dict.fromkeys(("usd", "usd_per_m_output_tokens", "usd_per_m_total_tokens"))
-    found = {
-        "usd": usd,
-        "usd_per_m_output_tokens": mix.usd_per_m_output_tokens(usd),
-        "usd_per_m_total_tokens": mix.usd_per_m_total_tokens(usd),
+    per_m_output = None if usd is None else mix.usd_per_m_output_tokens(usd)
+    per_m_total = None if usd is None else mix.usd_per_m_total_tokens(usd)
+    return {
+        "usd": _text(usd),
+        "usd_per_m_output_tokens": _text(per_m_output),
+        "usd_per_m_total_tokens": _text(per_m_total),
     }
-    return {name: None if value is None else f"{value:f}" for name, value in found.items()}
+
+
+def _text(value: Decimal | None) -> str | None:
+    return None if value is None else f"{value:f}"
 
 
 def _at_most(mix: Mix, usd: Decimal, limit: float | None) -> bool:

@@ -19,16 +19,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import TextClause, text
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.economics import Declared, Sent
+from vllm_cost_meter.ledger.economics.answers import Deployment, Economics, FigureMethod
 from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO, TABLES
 from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.reports.answers import PriceRow
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
@@ -41,7 +43,7 @@ def economics(
     from_hour: int | None = None,
     to_hour: int | None = None,
     as_of: AsOf = NOW,
-) -> dict[str, Any]:
+) -> Economics:
     """Return the cost of a window's tokens and requests, with load and latency, ready for JSON.
 
     Hours count since the epoch, [from_hour, to_hour); None means no bound. `declared` has the
@@ -55,7 +57,7 @@ def economics(
         "taken_at": cut.at(),
         "deployments": deployments(cut),
         "slo": declared.slo(figures.get("good_requests_share")),
-        "prices": CutCosts.of(cut).cost.listed(),
+        "prices": cast("list[PriceRow]", CutCosts.of(cut).cost.listed()),
         "figures": figures,
     }
 
@@ -65,7 +67,7 @@ def method(
     declared: Declared,
     from_hour: int | None = None,
     to_hour: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[FigureMethod]:
     """Return the unit, meaning and executed SQL of each figure for a window, ready for JSON."""
     cut = reader.cut(Window(from_hour, to_hour), AsOf(settle_s=0))
     return [
@@ -120,7 +122,7 @@ def read_figures(
     return dict(zip(names, map(_number, row), strict=True))
 
 
-def deployments(cut: Cut) -> list[dict[str, Any]]:
+def deployments(cut: Cut) -> list[Deployment]:
     """Return the deployments that ran in the window, and the number of runs for each.
 
     Hardware, GPUs, model, precision, parallelism and vLLM version are as the engines reported.
@@ -129,7 +131,8 @@ def deployments(cut: Cut) -> list[dict[str, Any]]:
     counted: Counter[tuple[Any, ...]] = Counter(
         tuple(run.row[name] for name in names) for run in cut.runs if run.total_ns()
     )
-    return [{**dict(zip(names, of, strict=True)), "runs": n} for of, n in counted.items()]
+    rows = [{**dict(zip(names, of, strict=True)), "runs": n} for of, n in counted.items()]
+    return cast("list[Deployment]", rows)
 
 
 def figures_shown(declared: Declared) -> list[str]:

@@ -81,9 +81,9 @@ class AuditRun(TypedDict):
     hours_difference_ns: int
     """GPU-ns: how far the hours are from the totals, over all classes."""
     energy_mj: int | None
-    """MJ: read of the GPUs up to the cut."""
+    """mJ: read of the GPUs up to the cut."""
     energy_difference_mj: int | None
-    """MJ: that less the energy of the requests in the ledger and of all classes."""
+    """mJ: that less the energy of the requests in the ledger and of all classes."""
     in_flight_difference_ns: int
     """GPU-ns: what was in flight, less what each request had used and the step that ran."""
     lost_requests: list[LostRequest]
@@ -119,7 +119,7 @@ class CostModelRow(TypedDict):
     hardware: str
     """Name of the GPU, or of the CPU."""
     parallelism: str
-    """E.g."""
+    """Tensor, pipeline and other parallelism."""
     method: str
     """How its steps are split."""
     prior: str

@@ -47,6 +47,7 @@ from vllm_cost_meter.prices.book import (
 from vllm_cost_meter.prices.run_prices import RunPrices, by_stretch
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
+from vllm_cost_meter.reports.answers import Hours
 from vllm_cost_meter.units.time import (
     NS_PER_HOUR,
     NS_PER_MS,
@@ -105,7 +106,8 @@ class Window:
         """Return the SQL condition on a column of RFC 3339 instants."""
         return _between(instant, self._instant(self.from_hour), self._instant(self.to_hour))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Hours:
+        """Return the hours as an answer shows them."""
         return {
             "from": self._instant(self.from_hour),
             "to": self._instant(self.to_hour),

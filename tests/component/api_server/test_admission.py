@@ -1,0 +1,341 @@
+"""What a client sees of budgets, and when figures are read anew: the middleware with a real ledger.
+
+The figures are put where a look would put them; test_spending.py says how they come about.
+"""
+
+import asyncio
+import hashlib
+import json
+import time
+
+import pytest
+
+from tests.component.api_server.test_poller import Engines
+from tests.support.builders import make_open, make_snapshot
+from tests.support.world import BODY, DONE, JSON, SSE, TOKEN, Client, replying, scope_of
+from vllm_cost_meter.api_server.admission import Admission, Rules
+from vllm_cost_meter.api_server.poller import Poller
+from vllm_cost_meter.api_server.runtime import NoRuntime
+from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
+from vllm_cost_meter.ledger.queries.spending import Spending
+from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+
+TENANTS = [
+    {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()], **more}
+    for name, more in (("acme", {}), ("strict", {"fail_closed": True}), ("rival", {}))
+]
+
+
+def as_tenant(name: str, path: str = "/v1/completions", **more) -> dict:
+    return scope_of(path, [(b"authorization", f"Bearer {name}".encode())], **more)
+
+
+def budget(**changes) -> Budget:
+    values = {"name": "b", "limit": 10**9, "unit": "usd", "period": "month", "tenant": "acme"}
+    return Budget(**{**values, **changes})
+
+
+@pytest.fixture
+def world(make_world):
+    world = make_world(tenants=TENANTS, budget_throttle_s=0.1)
+    runtime = world.runtime
+    spending = Spending(runtime.ledger_url)
+    rules = runtime.budget_rules
+    runtime.admission = Admission(spending, rules, runtime.guard, interval_s=1.0)
+    yield world
+    spending.close()
+
+
+def used(world, amount: int | None, as_of_ns: int | None = None, **changes) -> Standing:
+    """Let a budget stand at an amount; return where it does."""
+    now_ns = time.time_ns()
+    hours = None if amount is None else {now_ns // (3600 * 10**9): amount}
+    standing = Standing(budget(**changes), hours, now_ns)
+    as_of_ns = now_ns if as_of_ns is None else as_of_ns
+    world.runtime.admission.figures = Figures([standing], as_of_ns)
+    return standing
+
+
+def ask(world, scope: dict | None = None) -> Client:
+    app = replying(JSON, [BODY], world.engine.generate)
+    return world.run(app, scope or as_tenant("acme"))
+
+
+def test_a_spent_budget_answers_429_as_openai_does_and_says_when_it_resets(world):
+    standing = used(world, 1_500_000_000)
+    client = ask(world)
+    assert client.status == 429
+    headers = dict(client.headers)
+    assert headers[b"x-should-retry"] == b"false"
+    assert headers[b"x-cost-meter-budget"] == b"b"
+    assert headers[b"x-cost-meter-budget-reset"].decode() == standing.resets_at().isoformat()
+    assert int(headers[b"content-length"]) == len(client.body)
+    error = json.loads(client.body)["error"]
+    message = error.pop("message")
+    assert error == {"type": "insufficient_quota", "param": None, "code": "budget_exceeded"}
+    assert "1.500000000 USD of 1.000000000 USD in its period (the month)" in message
+    assert message.endswith(f"resets at {standing.resets_at().isoformat()} (UTC)")
+    assert world.rows("SELECT * FROM requests") == world.rows("SELECT * FROM http_requests") == []
+
+
+def test_anthropics_messages_are_refused_in_their_own_frame(world):
+    used(world, 10**9)
+    content = json.loads(ask(world, as_tenant("acme", "/v1/messages")).body)
+    assert (content["type"], content["error"]["type"]) == ("error", "rate_limit_error")
+
+
+def test_only_who_is_covered_and_only_what_reaches_an_engine_is_refused(world):
+    used(world, 10**9)
+    assert ask(world, as_tenant("rival")).status == 200
+    assert ask(world, as_tenant("acme", "/v1/models", method="GET")).status == 200
+    assert ask(world).status == 429
+
+
+def test_a_websocket_is_closed_before_it_is_accepted(world):
+    used(world, 10**9)
+    client = ask(world, as_tenant("acme", "/v1/realtime", type="websocket"))
+    assert client.messages == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_a_soft_limit_is_told_in_a_header_of_every_reply(world):
+    used(world, 800_000_000, soft_limit=800_000_000)
+    warning = dict(ask(world).headers)[b"x-cost-meter-budget-warning"].decode()
+    assert warning.startswith("b: 0.800000000 USD of 1.000000000 USD used; resets ")
+    stream = world.run(replying(SSE, [TOKEN, DONE], world.engine.generate), as_tenant("acme"))
+    assert b"x-cost-meter-budget-warning" in dict(stream.headers)
+    used(world, 799_999_999, soft_limit=800_000_000)
+    assert b"x-cost-meter-budget-warning" not in dict(ask(world).headers)
+
+
+def test_a_throttled_request_waits_and_is_served(world):
+    used(world, 10**9, over="throttle")
+    client = ask(world)
+    assert client.status == 200
+    assert client.waited_s >= 0.1
+
+
+def test_stale_figures_refuse_only_who_asked_to_fail_closed(world):
+    used(world, 10**9, as_of_ns=time.time_ns() - 60 * 10**9)
+    assert ask(world).status == 200
+    client = ask(world, as_tenant("strict"))
+    assert client.status == 503
+    assert dict(client.headers)[b"retry-after"] == b"5"
+    error = json.loads(client.body)["error"]
+    assert (error["type"], error["code"]) == ("service_unavailable", "cost_meter_stale")
+    assert "the latest figures are 60 s old" in error["message"]
+
+
+def asking_as_user(world, tenant: str, user: str) -> Client:
+    body = json.dumps({"user": user}).encode()
+    coming = iter([{"type": "http.request", "body": body}])
+
+    async def receive():
+        return next(coming)
+
+    headers = [(b"authorization", f"Bearer {tenant}".encode()), (b"content-type", JSON)]
+    app = replying(JSON, [BODY], world.engine.generate)
+    return world.run(app, scope_of(headers=headers), receive=receive)
+
+
+def test_a_client_that_names_a_user_escapes_neither_budget_nor_fail_closed(make_world):
+    """What clients choose is a child that is declared nowhere, below a tenant that is."""
+    keys = [hashlib.sha256(b"key").hexdigest()]
+    world = make_world(
+        tenants=[
+            {"name": "acme", "fail_closed": True},
+            {"name": "lab", "parent": "acme"},
+            {"name": "bench", "parent": "lab", "api_key_sha256": keys},
+        ],
+        tenant_rules=[{"rule": "api_key"}, {"rule": "user"}],
+        budgets=[{"name": "b", "tenant": "acme", "usd": 1}],
+    )
+    runtime = world.runtime
+    spending = Spending(runtime.ledger_url)
+    rules = runtime.budget_rules
+    runtime.admission = Admission(spending, rules, runtime.guard, interval_s=1.0)
+    assert asking_as_user(world, "key", "bob").status == 503
+    (declared,) = rules().budgets
+    now_ns = time.time_ns()
+
+    def stand_at(amount: int) -> None:
+        standing = Standing(declared, {now_ns // (3600 * 10**9): amount}, now_ns)
+        runtime.admission.figures = Figures([standing], now_ns)
+
+    stand_at(10**9)
+    assert asking_as_user(world, "key", "bob").status == 429
+    stand_at(10**9 - 1)
+    assert asking_as_user(world, "key", "bob").ours[b"x-cost-meter-tenant"] == b"bench/bob"
+    spending.close()
+
+
+def test_those_whom_no_rule_names_can_have_a_budget_too(make_world):
+    budgets = [{"name": "strangers", "tenant": "unknown", "gpu_seconds": 1}]
+    world = make_world(tenants=TENANTS, budgets=budgets)
+    runtime = world.runtime
+    spending = Spending(runtime.ledger_url)
+    runtime.admission = Admission(spending, runtime.budget_rules, runtime.guard, 1.0)
+    (declared,) = runtime.settings.declared_budgets
+    now_ns = time.time_ns()
+    standing = Standing(declared, {now_ns // (3600 * 10**9): 10**9}, now_ns)
+    runtime.admission.figures = Figures([standing], now_ns)
+    assert ask(world, scope_of()).status == ask(world, as_tenant("stranger")).status == 429
+    assert ask(world).status == 200
+    spending.close()
+
+
+def test_a_healthy_idle_meter_admits_those_who_fail_closed(world):
+    used(world, 0)
+    assert ask(world, as_tenant("strict")).status == 200
+
+
+def test_before_any_engine_was_heard_of_only_fail_closed_is_refused(world):
+    assert ask(world).status == 200
+    assert ask(world, as_tenant("strict")).status == 503
+
+
+def test_a_meter_that_switched_itself_off_fails_as_stale(world):
+    used(world, 0)
+    for _ in range(10):
+        world.runtime.guard.failed("test", RuntimeError("broken"))
+    verdict = world.runtime.admission.verdict(Owner("strict"))
+    assert (verdict.kind, verdict.stale) == (
+        "unavailable",
+        "the meter switched itself off after errors",
+    )
+    assert_only_who_fails_closed_is_refused(world)
+
+
+def assert_only_who_fails_closed_is_refused(world) -> None:
+    client = ask(world, as_tenant("strict"))
+    assert client.status == 503
+    assert "the meter of this server is off" in json.loads(client.body)["error"]["message"]
+    assert ask(world).status == 200
+    assert ask(world, as_tenant("strict", "/v1/models", method="GET")).status == 200
+
+
+def test_where_judging_fails_only_who_fails_closed_is_refused(world, monkeypatch):
+    monkeypatch.setattr(Admission, "verdict", lambda *_: 1 / 0)
+    assert_only_who_fails_closed_is_refused(world)
+
+
+def test_where_no_meter_could_be_made_only_who_fails_closed_is_refused(world):
+    world.found = NoRuntime(world.runtime.settings)
+    assert_only_who_fails_closed_is_refused(world)
+
+
+def test_headers_that_contradict_each_other_leave_no_budget(world):
+    """Otherwise whoever has spent its budget would send two keys, and be nobody."""
+    used(world, 10**9)
+    twice = [(b"authorization", b"Bearer acme"), (b"authorization", b"Bearer other")]
+    client = ask(world, scope_of(headers=twice))
+    assert client.status == 400
+    error = json.loads(client.body)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "contradicting_credentials")
+    world.runtime.admission = None
+    assert ask(world, scope_of(headers=twice)).status == 200
+
+
+def test_tenants_that_fail_closed_are_held_to_it_without_any_budget(make_world):
+    world = make_world(tenants=TENANTS)
+
+    async def hold() -> None:
+        await world.runtime._hold_to_budgets(None)
+        world.runtime._tasks["budgets"].cancel()
+
+    asyncio.run(hold())
+    assert ask(world, as_tenant("strict")).status == 503
+    assert ask(world).status == 200
+
+
+def test_the_first_api_server_counts_what_runs_in_an_engine_that_is_silent_but_lives(make_world):
+    declared = [{"name": "b", "tenant": "acme", "gpu_seconds": 1}]
+    runtime = make_world(tenants=TENANTS, budgets=declared).runtime
+    now_ns = time.time_ns()
+    live = (("r1", Accrued(decode_ns=70)),)
+    taken = make_snapshot(taken_at_ns=now_ns, totals=ClassTotals(in_flight=70), live=live)
+
+    async def hold_and_poll() -> None:
+        await runtime._hold_to_budgets(None)
+        runtime._tasks["budgets"].cancel()
+        opened = make_open(request_id="r1", tenant="acme", started_at_ns=now_ns)
+        await asyncio.wrap_future(runtime.writer.commit(opened))
+        poller = Poller(Engines(lambda _: taken), runtime.writer, runtime.guard, 1.0)
+        await poller.refresh()
+        # As in the first API server; others have none.
+        runtime.poller = poller
+
+    def used_ns() -> int | None:
+        silent = now_ns + DEAD_AFTER_NS + 10**9
+        spending = runtime.admission._spending
+        figures = spending.look(runtime.settings.declared_budgets, lambda *_: None, silent)
+        return figures.standings[0].total
+
+    asyncio.run(hold_and_poll())
+    assert used_ns() == 70
+    runtime.poller = None
+    assert used_ns() == 0
+
+
+def test_figures_are_read_anew_with_each_new_snapshot_and_not_before(world, monkeypatch):
+    looks = []
+    admission = world.runtime.admission
+    admission._rules = lambda: Rules((budget(),), (), lambda *_: None)
+    look = admission._spending.look
+    monkeypatch.setattr(
+        admission._spending, "look", lambda *args: looks.append(args[0]) or look(*args)
+    )
+
+    def follow() -> None:
+        asyncio.run(admission.follow())
+
+    world.runtime.writer.commit(make_snapshot(taken_at_ns=time.time_ns())).result(10)
+    follow()
+    follow()
+    assert len(looks) == 1
+    assert admission.figures.stale(time.time_ns(), 5 * 10**9) is None
+    later = make_snapshot(number=2, taken_at_ns=time.time_ns())
+    world.runtime.writer.commit(later).result(10)
+    follow()
+    assert len(looks) == 2
+
+
+def test_what_runs_for_a_spent_budget_is_ended_if_it_says_so(world):
+    ended = []
+
+    async def stop(ids) -> None:
+        ended.extend(ids)
+
+    class Told:
+        """Stands for the ledger: a budget that is spent."""
+
+        latest = 0
+
+        def latest_snapshots(self):
+            self.latest += 1
+            return [("run", self.latest)]
+
+        def look(self, budgets, price_of, now_ns):
+            hour = now_ns // (3600 * 10**9)
+            return Figures([Standing(b, {hour: b.limit}, now_ns) for b in budgets], now_ns)
+
+    owners = {"r1": Owner("acme"), "r2": Owner("rival"), "r3": Owner("acme/bob")}
+
+    def running_of(covers):
+        return [name for name, owner in owners.items() if covers(owner)]
+
+    def follow(**changes) -> list[str]:
+        ended.clear()
+        rules = Rules((budget(**changes),), (), lambda *_: None)
+        admission = Admission(
+            Told(), lambda: rules, Guard("test"), 1.0, running_of=running_of, stop=stop
+        )
+        asyncio.run(admission.follow())
+        return list(ended)
+
+    assert follow(stop_running=True) == ["r1", "r3"]
+    assert follow() == []
+    assert follow(stop_running=True, hard=False) == []

@@ -1,0 +1,149 @@
+"""No reply waits longer than its bound, and nobody waits for what does not come.
+
+The engine's meter off, the ledger locked, its disk full: replies go out without a cost, at the
+bound, and after five of them at once; nothing is lost, and the first bill that comes ends it.
+"""
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+from statistics import median
+
+import sqlalchemy
+from sqlalchemy.pool import Pool
+
+from tests.support.world import (
+    BODY,
+    COST_HEADERS,
+    DONE,
+    JSON,
+    SSE,
+    TOKEN,
+    USAGE,
+    Client,
+    World,
+    replying,
+)
+
+
+def test_a_bill_that_never_comes_delays_the_reply_by_the_bound_and_is_counted(make_world):
+    world = make_world(bill_timeout_ms=200)
+    client = world.run(replying(JSON, [BODY], lambda: world.engine.born("r")))
+    assert client.ours == {}
+    assert client.body == BODY
+    assert 0.2 <= client.waited_s < 2
+    assert world.misses == 1
+    assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM http_requests") == [(None, None)]
+
+
+def test_a_stream_waits_once_for_a_bill_that_never_comes(make_world):
+    world = make_world(bill_timeout_ms=200)
+    client = world.run(replying(SSE, [TOKEN, USAGE, DONE], lambda: world.engine.born("r")))
+    assert client.body == TOKEN + USAGE + DONE
+    assert 0.2 <= client.at_s[-1] < 2
+    assert client.at_s[1] < 0.2, "tokens do not wait"
+    assert world.misses == 1
+
+
+def test_after_five_misses_nobody_waits_until_a_bill_comes(make_world):
+    world = make_world(bill_timeout_ms=200)
+
+    def ask(before) -> Client:
+        return world.run(replying(JSON, [BODY], before))
+
+    def never(number: int) -> Client:
+        return ask(lambda: world.engine.born(f"never-{number}"))
+
+    waits = [never(number).waited_s for number in range(8)]
+    assert all(wait >= 0.2 for wait in waits[:5])
+    assert median(waits[5:]) < 0.2
+    assert world.misses == 8
+    # The first that comes is not waited for, the next is told.
+    assert ask(lambda: world.engine.generate("a")).ours == {}
+    assert world.rows("SELECT count(*) FROM requests") == [(1,)]
+    deadline = time.monotonic() + 5
+    while world.collector.breaker.open and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert len(ask(lambda: world.engine.generate("b")).ours) == len(COST_HEADERS)
+
+
+def test_an_engine_whose_meter_is_off_costs_five_waits_and_no_more(make_world):
+    world = make_world(bill_timeout_ms=200)
+
+    async def ask() -> list[Client]:
+        clients = []
+        for number in range(50):
+            app = replying(JSON, [BODY], lambda number=number: world.engine.born(f"r{number}"))
+            clients.append(await world.ask(app))
+        return clients
+
+    clients = asyncio.run(ask())
+    waits = [client.waited_s for client in clients]
+    assert all(wait >= 0.2 for wait in waits[:5])
+    assert median(waits[5:]) < 0.2
+    assert all(client.body == BODY and client.ours == {} for client in clients)
+    assert len(world.rows("SELECT * FROM http_requests")) == 50
+
+
+def test_a_locked_ledger_delays_five_replies_and_loses_nothing(make_world):
+    world = make_world(bill_timeout_ms=200)
+    with world.locked():
+        clients = [
+            world.run(replying(JSON, [BODY], lambda n=n: world.engine.generate(f"r{n}")))
+            for n in range(8)
+        ]
+        stream = world.run(replying(SSE, [USAGE, DONE], lambda: world.engine.generate("s")))
+        assert world.runtime.writer.committed == 0
+    assert all(client.ours == {} for client in clients)
+    assert stream.body == USAGE + DONE
+    assert all(0.2 <= client.waited_s < 2 for client in clients[:5])
+    assert all(client.waited_s < 0.2 for client in clients[5:])
+    assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(9, 9)]
+    assert world.rows("SELECT count(*) FROM http_requests") == [(9,)]
+    assert world.runtime.writer.dropped == 0
+    assert len(world.run(replying(JSON, [BODY], lambda: world.engine.generate("z"))).ours) == len(
+        COST_HEADERS
+    )
+
+
+@contextlib.contextmanager
+def full(world: World):
+    """Let the ledger's file grow no more, as a full disk would."""
+    with contextlib.closing(sqlite3.connect(world.path)) as connection:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+
+    def limit(connection, _record) -> None:
+        connection.execute(f"PRAGMA max_page_count={pages}")
+
+    sqlalchemy.event.listen(Pool, "connect", limit)
+    world.runtime.writer._engine.dispose()  # the next connection is limited
+    try:
+        yield
+    finally:
+        sqlalchemy.event.remove(Pool, "connect", limit)
+
+
+def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
+    world = make_world(bill_timeout_ms=200)
+    # Too long for what is left on the pages there are.
+    external_id = "x" * 20_000
+    with full(world):
+
+        def generate(number: int) -> None:
+            world.engine.born(f"r{number}", external_id)
+            world.engine.billed(f"r{number}")
+
+        clients = [
+            world.run(replying(JSON, [b"{}"], lambda n=number: generate(n))) for number in range(8)
+        ]
+        assert all(client.ours == {} for client in clients)
+        assert [client.waited_s >= 0.2 for client in clients] == [True] * 5 + [False] * 3
+        assert all(client.waited_s < 2 for client in clients)
+        assert world.runtime.writer.committed == 0
+        assert "full" in world.runtime.writer.last_error
+    assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(8, 8)]
+    assert world.rows("SELECT count(*) FROM http_requests") == [(8,)]
+    assert world.runtime.writer.dropped == 0
+    client = world.run(replying(JSON, [b"{}"], lambda: world.engine.generate("z")))
+    assert len(client.ours) == len(COST_HEADERS)

@@ -1,0 +1,486 @@
+"""The join of bills with their exchanges, in the real runtime with a real ledger."""
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+from types import SimpleNamespace
+
+import pytest
+import sqlalchemy
+
+from tests.support.builders import make_bill, make_snapshot
+from tests.support.world import COST_HEADERS, JSON, misses, replying
+from vllm_cost_meter import activation, metrics
+from vllm_cost_meter.api_server.breaker import Breaker
+from vllm_cost_meter.api_server.open_requests import OpenRequests
+from vllm_cost_meter.api_server.record_making import latencies, price_of_run
+from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime, get_runtime, make_runtime
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.exchange import Exchange
+from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.owner import NamedBy, Owner
+from vllm_cost_meter.records.requests import Latencies
+from vllm_cost_meter.units.time import NS_PER_HOUR
+from vllm_cost_meter.vllm_hooks import engines
+
+EVERYTHING = "SELECT request_id, http_request_id, tenant, route, response_id FROM requests"
+
+
+def exchange_of(route: str = "/v1/completions", tenant: str = "alice") -> Exchange:
+    return Exchange(route, Owner(tenant, NamedBy("api_key")), None, time.time_ns())
+
+
+# ---- births and bills
+
+
+def test_a_bill_without_a_birth_is_kept_under_unknown(world):
+    world.engine.billed("stranger")
+    assert world.rows(EVERYTHING) == [("stranger", None, "unknown", None, None)]
+    assert world.rows("SELECT prompt_group, started_at = finished_at FROM requests") == [
+        ("stranger", 1)
+    ]
+
+
+def test_a_bill_of_an_exchange_has_its_tenant_route_and_response(world):
+    exchange = exchange_of()
+    world.engine.born("cmpl-x-0-abc", "cmpl-x-0", exchange=exchange, prompt_group="g", lora="l")
+    world.engine.billed("cmpl-x-0-abc")
+    assert world.rows(EVERYTHING) == [
+        ("cmpl-x-0-abc", exchange.http_request_id, "alice", "/v1/completions", "cmpl-x")
+    ]
+    assert world.rows("SELECT external_id, prompt_group, lora, cost_nanousd FROM requests") == [
+        ("cmpl-x-0", "g", "l", 30)
+    ]
+    assert exchange.response_id == "cmpl-x"
+    assert (exchange.gpu_time_ns, exchange.prefill_ns, exchange.cost_nanousd) == (3_000, 1_000, 30)
+
+
+def test_a_birth_told_twice_is_one_birth(world):
+    exchange = exchange_of()
+    for _ in range(2):
+        world.engine.born("r", exchange=exchange)
+    assert (exchange.born, exchange.unbilled) == (1, 1)
+    world.engine.billed("r")
+    assert exchange.unbilled == 0
+
+
+def test_a_bill_told_twice_does_not_make_a_reply_wait_less(world):
+    exchange = exchange_of()
+    for name in ("a", "b"):
+        world.engine.born(name, exchange=exchange)
+    for _ in range(2):
+        world.engine.billed("a")
+    assert exchange.unbilled == 1
+
+
+def test_births_are_bounded_and_the_oldest_goes_first(make_world):
+    open_requests = OpenRequests(requests_max=3)
+    world = make_world(open_requests=open_requests)
+    exchange = exchange_of()
+    for name in "abcde":
+        world.engine.born(name, exchange=exchange)
+    assert len(open_requests) == 3
+    for name in "abcde":
+        world.engine.billed(name)
+    tenants = world.rows("SELECT request_id, tenant FROM requests ORDER BY seq")
+    assert tenants == [("a", "unknown"), ("b", "unknown"), *((n, "alice") for n in "cde")]
+
+
+def test_parts_that_come_after_the_reply_link_to_it(world):
+    async def ask():
+        late = []
+
+        async def app(scope, receive, send):
+            async def background():
+                await asyncio.sleep(0.02)
+                world.engine.generate("turn-2")
+
+            late.append(asyncio.create_task(background()))
+            await replying(JSON, [b"{}"], lambda: world.engine.generate("turn-1"))(
+                scope, receive, send
+            )
+
+        await world.ask(app)
+        await asyncio.gather(*late)
+
+    asyncio.run(ask())
+    assert world.rows(
+        "SELECT count(*), count(DISTINCT http_request_id), min(tenant) FROM requests"
+        " JOIN http_requests USING (http_request_id, tenant)"
+    ) == [(2, 1, "unknown")]
+
+
+def test_an_exchange_waits_for_births_that_follow_a_bill(world):
+    async def wait() -> bool:
+        exchange = exchange_of()
+        world.engine.born("a", exchange=exchange)
+        world.engine.billed("a")
+        world.engine.born("b", exchange=exchange)
+        waiting = asyncio.create_task(exchange.all_billed())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        world.engine.billed("b")
+        await asyncio.wait_for(waiting, 1)
+        return exchange.gpu_time_ns == 6_000
+
+    assert asyncio.run(wait())
+
+
+# ---- money
+
+
+def test_a_price_of_zero_is_a_cost_of_zero_and_no_price_is_no_cost(make_world):
+    for price, cost in ((0, 0), (None, None)):
+        world = make_world(gpu_hour_usd=price)
+        exchange = exchange_of()
+        world.engine.born("r", exchange=exchange)
+        world.engine.billed("r")
+        assert world.rows("SELECT cost_nanousd FROM requests") == [(cost,)]
+        assert exchange.cost_nanousd == cost
+
+
+def price_setting(amount: str, since: str = "2026-01-01T00:00:00Z", **more) -> dict:
+    values = {"scope": "gpu", "kind": "spot", "source": "the invoice"}
+    return {**values, "amount": amount, "effective_from": since, **more}
+
+
+def serving(**parallel) -> SimpleNamespace:
+    """vLLM's engine client in an API server that is not the first one."""
+    return SimpleNamespace(
+        engine_core=SimpleNamespace(client_index=1),
+        vllm_config=SimpleNamespace(
+            model_config=SimpleNamespace(served_model_name="llama"),
+            parallel_config=SimpleNamespace(world_size=2, **parallel),
+        ),
+    )
+
+
+def costs_of(world, client: SimpleNamespace, *pieces: UsagePiece) -> tuple:
+    """The cost and the marginal cost of a bill of these pieces, by an API server's book."""
+
+    async def bill() -> None:
+        assert await world.runtime.start_work(client) is False
+        world.collector.billed(make_bill(request_id="r", pieces=pieces))
+        await world.runtime.stop()
+
+    asyncio.run(bill())
+    with contextlib.closing(sqlite3.connect(world.path)) as connection:
+        columns = "cost_nanousd, marginal_cost_nanousd"
+        return connection.execute(f"SELECT {columns} FROM requests").fetchone()
+
+
+def test_each_hour_of_a_bill_is_priced_by_the_price_of_that_hour(make_world):
+    prices = [price_setting("36"), price_setting("72", "2026-01-01T01:00:00Z")]
+    world = make_world(prices=prices)
+    pieces = [
+        UsagePiece(490_896, 1_000, 2_000, 8, 5, marginal_ns=500),
+        UsagePiece(490_897, 0, 1_000, 0, 3, marginal_ns=500),
+        UsagePiece(490_898, 0, 1_000, 0, 3, marginal_ns=500),
+    ]
+    assert costs_of(world, serving(), *pieces) == (30 + 40, 5 + 20)
+
+
+def test_a_bill_with_an_hour_before_all_prices_has_no_cost(make_world):
+    world = make_world(gpu_hour_usd=None, prices=[price_setting("36")])
+    pieces = [UsagePiece(490_895, 1, 0, 1, 0), UsagePiece(490_896, 1, 0, 1, 0)]
+    assert costs_of(world, serving(), *pieces) == (None, None)
+
+
+def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch):
+    monkeypatch.setattr(engines, "device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(engines, "host_name", lambda: "node-1")
+    matches = {"model": "LLAMA", "gpu_name": "*h100*", "host": "node-?"}
+    world = make_world(prices=[price_setting("288", scope="node", gpus=8, **matches)])
+    assert costs_of(world, serving(), UsagePiece(490_896, 1_000, 2_000, 8, 5)) == (30, 0)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cost"),
+    [
+        ({"data_parallel_size": 4, "data_parallel_size_local": 4}, 60),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 2}, 30),
+        (
+            {
+                "data_parallel_size": 4,
+                "data_parallel_size_local": 1,
+                "local_engines_only": True,
+            },
+            60,
+        ),
+    ],
+)
+def test_where_engines_run_on_several_machines_no_price_is_chosen_by_host(
+    make_world, monkeypatch, parallel, cost
+):
+    monkeypatch.setattr(engines, "host_name", lambda: "node-1")
+    world = make_world(prices=[price_setting("72", host="node-1")])
+    assert costs_of(world, serving(**parallel), UsagePiece(490_896, 3_000, 0, 8, 0)) == (cost, 0)
+
+
+def test_an_api_server_without_a_gpu_prices_what_needs_none(make_world, monkeypatch):
+    def no_gpu():
+        raise NotImplementedError
+
+    monkeypatch.setattr(engines, "device_name", no_gpu)
+    world = make_world(prices=[price_setting("72", gpu_name="*")])
+    assert costs_of(world, serving(), UsagePiece(490_896, 3_000, 0, 8, 0)) == (30, 0)
+    assert world.runtime.guard.errors == 0
+
+
+def test_a_run_is_told_the_price_of_the_hour_it_began_in():
+    def told(**settings):
+        book = Settings(**settings).price_book
+        return price_of_run(book, make_snapshot(started_at_ns=490_897 * NS_PER_HOUR + 5, gpus=4))
+
+    assert told() is None
+    short = told(gpu_hour_usd="1e-7")
+    assert (short.usd_per_gpu_hour, short.price_id) == ("0.0000001", "settings:0.0000001")
+    assert (short.source, short.effective_from_ns) == (
+        "COST_METER_GPU_HOUR_USD",
+        490_897 * NS_PER_HOUR + 5,
+    )
+    assert told(gpu_hour_usd="2.50").price_id == "settings:2.50"
+    prices = [
+        price_setting("3"),
+        price_setting("98.32", "2026-01-01T01:00:00Z", scope="node", gpus=8),
+        price_setting("5", "2026-01-01T02:00:00Z"),
+    ]
+    node = told(gpu_hour_usd="2.50", prices=prices)
+    assert (node.usd_per_gpu_hour, node.effective_from_ns) == ("12.29", 490_897 * NS_PER_HOUR)
+    assert node.source == "the invoice: 98.32 USD per node of 8 GPUs"
+    assert node.price_id == f"book:12.29:2026-01-01T01:00:00.000000Z:{node.source}"
+
+
+# ---- latencies
+
+
+def times(**changes) -> SimpleNamespace:
+    values = {
+        "arrival_time": 1_000.0,
+        "queued_ts": 5.0,
+        "scheduled_ts": 5.5,
+        "first_token_ts": 6.0,
+        "last_token_ts": 8.0,
+        "first_token_latency": 1.25,
+        **changes,
+    }
+    return SimpleNamespace(**values)
+
+
+def test_latencies_are_in_milliseconds():
+    assert latencies(times(), 5, 1_004 * 10**9) == Latencies(500.0, 1_250.0, 500.0, 4_000.0)
+
+
+def test_what_has_not_happened_has_no_latency():
+    assert latencies(times(scheduled_ts=0.0), 5, 0).queue_ms is None
+    assert latencies(times(first_token_ts=0.0), 5, 0).ttft_ms is None
+    assert latencies(times(last_token_ts=0.0, first_token_ts=0.0), 5, 0).tpot_ms is None
+    assert latencies(times(), 1, 0).tpot_ms is None
+    assert latencies(times(), 0, 0).tpot_ms is None
+    assert latencies(times(arrival_time=0.0), 5, 0).e2e_ms is None
+
+
+def test_latencies_are_columns_of_the_record(world):
+    world.engine.born("r", times=times(), exchange=None)
+    world.engine.billed("r")
+    assert world.rows("SELECT queue_ms, ttft_ms, tpot_ms FROM requests") == [(500, 1_250, 500)]
+
+
+@pytest.mark.parametrize("broken", [SimpleNamespace(), times(queued_ts=None)])
+def test_times_that_are_not_understood_cost_their_columns_and_not_the_bill(world, broken):
+    for number in range(20):
+        world.engine.born(f"r{number}", times=broken)
+        world.engine.billed(f"r{number}")
+    assert world.rows("SELECT count(*), count(queue_ms) FROM requests") == [(20, 0)]
+    assert not world.runtime.guard.off
+
+
+# ---- errors
+
+
+def test_run_contains_and_counts_and_gives_up_after_ten_in_a_row(world):
+    runtime = world.runtime
+
+    def fail(_collector: object) -> None:
+        raise RuntimeError("boom")
+
+    for _ in range(9):
+        assert runtime.run("hook", fail) is None
+    assert runtime.run("hook", lambda collector: collector is runtime.collector) is True
+    for _ in range(10):
+        runtime.run("hook", fail)
+    assert runtime.guard.off
+    assert runtime.guard.errors == 19
+    assert runtime.run("hook", lambda _: 1) is None
+
+
+def test_a_metric_that_cannot_be_counted_costs_no_bill(world, monkeypatch):
+    def full(*_labels):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.BILLS, "labels", full)
+    client = world.run(replying(JSON, [b"{}"], world.engine.generate))
+    assert len(client.ours) == len(COST_HEADERS)
+    assert world.rows("SELECT count(*) FROM requests") == [(1,)]
+    assert world.runtime.guard.errors == 1
+
+
+def test_a_runtime_that_cannot_be_made_is_one_that_does_nothing(monkeypatch):
+    monkeypatch.setenv("COST_METER_PORT", "wrong")
+    found = make_runtime()
+    assert isinstance(found, NoRuntime)
+    assert found.run("hook", lambda: 1 / 0) is None
+
+
+def test_a_process_has_one_runtime(monkeypatch):
+    monkeypatch.setenv("COST_METER_PORT", "wrong")
+    get_runtime.cache_clear()
+    try:
+        assert get_runtime() is get_runtime()
+    finally:
+        get_runtime.cache_clear()
+
+
+def test_there_is_no_runtime_where_this_vllm_was_refused(monkeypatch, tmp_path):
+    """`--middleware` brings the middleware into a vLLM that is to be left untouched, too."""
+    monkeypatch.setattr(activation, "_refused", True)
+    monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path}/ledger.db")
+    assert isinstance(make_runtime(), NoRuntime)
+    assert not (tmp_path / "ledger.db").exists()
+
+
+def test_errors_that_are_not_in_a_row_do_not_switch_the_meter_off(world):
+    """A record that the ledger refuses is an error of `settle`; so is another, days later."""
+
+    async def settle(good: bool) -> bool:
+        exchange = exchange_of()
+        exchange.sent.status = 200 if good else object()
+        return await world.collector.settle(exchange) is not None
+
+    for _ in range(12):
+        assert asyncio.run(settle(False)) is False
+        assert asyncio.run(settle(True)) is True
+    assert not world.runtime.guard.off
+    assert world.runtime.guard.errors == 12
+
+
+# ---- the breaker and the ledger
+
+
+def test_the_breaker_opens_at_five_in_a_row_and_closes_at_the_first_bill():
+    breaker, before = Breaker(Guard("test")), misses()
+    for _ in range(4):
+        breaker.missed()
+    breaker.bill_came()
+    for _ in range(4):
+        breaker.missed()
+    assert not breaker.open
+    breaker.missed()
+    assert breaker.open
+    breaker.missed()
+    assert misses() - before == 10
+    breaker.bill_came()
+    assert not breaker.open
+
+
+@contextlib.contextmanager
+def commits():
+    """Count the transactions that this process commits, by the hook of SQLAlchemy's engines."""
+    seen: list[float] = []
+
+    def committed(_connection) -> None:
+        seen.append(time.monotonic())
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "commit", committed)
+    try:
+        yield seen
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "commit", committed)
+
+
+def test_a_header_waits_for_one_group_commit(world):
+    async def ask(parts: int) -> int:
+        with commits() as seen:
+
+            async def work():
+                for number in range(parts):
+                    world.engine.born(f"{parts}-{number}")
+                for number in range(parts):
+                    world.engine.billed(f"{parts}-{number}")
+
+            client = await world.ask(replying(JSON, [b"{}"], work))
+            assert len(client.ours) == len(COST_HEADERS)
+        return len(seen)
+
+    assert [asyncio.run(ask(parts)) for parts in (1, 2, 50)] == [1, 1, 1]
+
+
+def test_headers_of_many_replies_share_their_commits(world):
+    async def ask() -> int:
+        with commits() as seen:
+            clients = await asyncio.gather(
+                *(
+                    world.ask(replying(JSON, [b"{}"], lambda n=n: world.engine.generate(f"r{n}")))
+                    for n in range(64)
+                )
+            )
+        assert all(len(client.ours) == len(COST_HEADERS) for client in clients)
+        return len(seen)
+
+    assert asyncio.run(ask()) < 16
+
+
+def test_a_header_waits_for_at_most_the_commit_under_way_and_its_own(world, monkeypatch):
+    waited: list[int] = []
+
+    async def ask() -> None:
+        async def others():
+            for number in range(2_000):
+                world.engine.billed(f"other-{number}")
+                await asyncio.sleep(0)
+
+        busy = asyncio.create_task(others())
+        for number in range(20):
+            with commits() as seen:
+                commit = world.runtime.writer.commit
+
+                def counted(*records, commit=commit, seen=seen):
+                    future = commit(*records)
+                    # Called by the writer, which may be commits ahead of the event loop.
+                    future.add_done_callback(lambda _: waited.append(len(seen)))
+                    return future
+
+                with monkeypatch.context() as patch:
+                    patch.setattr(world.runtime.writer, "commit", counted)
+                    client = await world.ask(
+                        replying(JSON, [b"{}"], lambda n=number: world.engine.generate(f"r{n}"))
+                    )
+            assert len(client.ours) == len(COST_HEADERS)
+        await busy
+
+    asyncio.run(ask())
+    assert len(waited) == 20
+    assert max(waited) <= 2
+    assert world.rows("SELECT count(*) FROM requests") == [(2_020,)]
+
+
+def test_the_first_reply_does_not_wait_for_the_ledger_to_be_made(tmp_path):
+    """API servers but the first write nothing before their first bill."""
+    runtime = Runtime(Settings(ledger=f"sqlite:///{tmp_path / 'new' / 'ledger.db'}"))
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "new" / "ledger.db-wal").exists():
+        assert time.monotonic() < deadline, "opened only when it is needed"
+        time.sleep(0.01)
+    runtime.writer.close(5)
+
+
+def test_stop_flushes_what_waits(tmp_path):
+    runtime = Runtime(Settings(ledger=f"sqlite:///{tmp_path / 'ledger.db'}"))
+    exchange = exchange_of()
+    exchange.part_was_born(None)
+    runtime.collector.ended(exchange)
+    asyncio.run(runtime.stop())
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM http_requests").fetchall() == [(1,)]

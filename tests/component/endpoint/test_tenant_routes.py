@@ -1,0 +1,97 @@
+"""A tenant's own figures on vLLM's port: to whom they are told, and whose they are."""
+
+import asyncio
+import hashlib
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from tests.support.world import BODY, JSON, World, replying, scope_of
+from vllm_cost_meter.endpoint.tenant_routes import make_router
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+
+TENANTS = [
+    {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()]}
+    for name in ("acme", "rival")
+]
+BUDGETS = [
+    Standing(Budget(name, 10, "usd", "day", **of), {}, 0)
+    for name, of in (
+        ("acme's", {"tenant": "acme"}),
+        ("rival's", {"tenant": "rival"}),
+        ("a tag's", {"tag": ("team", "x")}),
+    )
+]
+
+
+@pytest.fixture
+def world(make_world) -> World:
+    """Return a server on which acme and rival have each asked once."""
+    world = make_world(tenants=TENANTS)
+    for name in ("acme", "rival"):
+        key = (b"authorization", f"Bearer {name}".encode())
+        scope = scope_of(headers=[key, (b"x-request-id", f"of-{name}".encode())])
+        app = replying(JSON, [BODY], lambda name=name: world.engine.generate(f"cmpl-{name}-0"))
+        world.run(app, scope)
+    world.rows("SELECT 1")  # all is written
+    return world
+
+
+def ask(world: World, path: str, key: str | None = "acme") -> httpx.Response:
+    reader = LedgerReader(world.runtime.ledger_url)
+    app = FastAPI()
+    app.include_router(make_router(reader, lambda: None, lambda: Figures(BUDGETS)))
+
+    async def get() -> httpx.Response:
+        transport = httpx.ASGITransport(world.metered(app))
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://vllm", follow_redirects=True
+        ) as client:
+            headers = {} if key is None else {"authorization": f"Bearer {key}"}
+            return await client.get(path, headers=headers)
+
+    try:
+        return asyncio.run(get())
+    finally:
+        reader.close()
+
+
+def test_a_tenant_is_told_what_it_used_and_where_its_own_budgets_stand(world):
+    told = ask(world, "/v1/cost/me").json()
+    assert (told["tenant"], told["requests"]) == ("acme", 1)
+    assert [row["tenant"] for row in told["recent"]] == ["acme"]
+    assert [budget["budget"] for budget in told["budgets"]] == ["acme's"]
+
+
+def test_a_tenant_finds_its_own_request(world):
+    told = ask(world, "/v1/cost/requests/of-acme").json()
+    assert (told["tenant"], told["x_request_id"]) == ("acme", "of-acme")
+
+
+def test_another_tenants_request_and_an_unknown_one_answer_alike(world):
+    of_rival, unknown = (
+        ask(world, f"/v1/cost/requests/{name}") for name in ("of-rival", "of-nobody")
+    )
+    assert of_rival.status_code == unknown.status_code == 404
+    assert of_rival.text.replace("rival", "nobody") == unknown.text
+
+
+@pytest.mark.parametrize("key", [None, "wrong"])
+@pytest.mark.parametrize("path", ["/v1/cost/me", "/v1/cost/requests/of-acme"])
+def test_without_the_api_key_of_a_tenant_nothing_is_told(world, key, path):
+    reply = ask(world, path, key)
+    assert reply.status_code == 401
+    assert "acme" not in reply.text
+
+
+def test_nothing_else_of_the_meter_is_there(world):
+    for path in ("/v1/cost", "/v1/cost/requests", "/v1/cost/tenants", "/v1/cost/budgets"):
+        assert ask(world, path).status_code == 404
+
+
+def test_asking_for_figures_is_no_request_in_the_books(world):
+    before = world.rows("SELECT count(*) FROM http_requests")
+    ask(world, "/v1/cost/me")
+    assert world.rows("SELECT count(*) FROM http_requests") == before == [(2,)]

@@ -1,0 +1,132 @@
+"""The simulated traffic is scheduled as vLLM schedules, at the load that was asked for."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.unit.lab.test_truth import machine_of
+from vllm_cost_meter.lab.validation import traffic
+from vllm_cost_meter.lab.validation.traffic import TENANTS, TOKEN_BUDGET, Trace, make_trace
+
+STEPS = 1_500
+
+
+@functools.cache
+def trace_of(mean_batch: int = 20, seed: int = 1) -> Trace:
+    return make_trace(machine_of(compute=False), mean_batch, STEPS, seed)
+
+
+def lives(trace: Trace) -> dict[int, list[tuple[int, int, int]]]:
+    """Return (step, position, tokens) of each request."""
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for number, step in enumerate(trace.steps):
+        for request, position, tokens in zip(
+            step.requests, step.positions.tolist(), step.tokens.tolist(), strict=True
+        ):
+            found.setdefault(request, []).append((number, position, tokens))
+    return found
+
+
+def test_the_mean_batch_is_what_was_asked_for():
+    for mean_batch in (5, 20):
+        assert trace_of(mean_batch).mean_batch == pytest.approx(mean_batch, rel=0.03)
+
+
+def test_no_step_is_beyond_the_budget_and_none_is_empty():
+    for step in trace_of().steps:
+        assert 0 < len(step.requests) == len(set(step.requests))
+        assert step.tokens.sum() <= TOKEN_BUDGET
+        assert step.gpu_time_ns > 0
+
+
+def test_a_request_runs_in_every_step_from_its_first_to_its_last_without_a_gap():
+    trace = trace_of()
+    started = {request: i for i, step in enumerate(trace.steps) for request in step.started}
+    ended = {request: i for i, step in enumerate(trace.steps) for request in step.ended}
+    assert len(ended) > 20
+    for request, life in lives(trace).items():
+        steps, positions, tokens = zip(*life, strict=True)
+        assert steps[0] == started[request]
+        assert steps[-1] == ended.get(request, STEPS - 1)
+        assert steps == tuple(range(steps[0], steps[-1] + 1))
+        assert positions[0] == trace.first_positions[request]
+        assert list(positions[1:]) == [p + t for p, t in zip(positions, tokens, strict=True)][:-1]
+
+
+def test_prompts_come_in_chunks_and_then_one_token_at_a_time():
+    trace = trace_of()
+    for request, life in lives(trace).items():
+        prompt = trace.prompt_tokens[request]
+        for _, position, tokens in life:
+            assert position + tokens <= prompt if position < prompt else tokens == 1
+
+
+def test_only_the_request_that_was_admitted_last_is_in_the_midst_of_its_prompt():
+    trace = trace_of()
+    partial = 0
+    for step in trace.steps:
+        prompts = np.array(trace.prompt_tokens)[step.requests]
+        is_partial = step.positions + step.tokens < prompts
+        assert not is_partial[:-1].any()
+        if is_partial.any():
+            partial += 1
+            assert step.tokens.sum() == TOKEN_BUDGET
+    assert partial > 0
+
+
+def test_requests_are_admitted_in_the_order_they_came():
+    admitted = [request for step in trace_of().steps for request in step.started]
+    assert admitted == sorted(admitted)
+
+
+def test_a_trace_starts_in_the_midst_of_life():
+    trace = trace_of()
+    assert trace.steps[0].started[:20] == list(range(20))
+    assert all(trace.first_positions[r] >= trace.prompt_tokens[r] for r in range(20))
+
+
+def test_lengths_have_the_means_of_the_tenants():
+    server = traffic._Server(machine_of(), 0, 1, requests_per_s=1.0)
+    for place, tenant in enumerate(TENANTS):
+        requests = [server._add(place, size_biased=False) for _ in range(3_000)]
+        prompts = [server.trace.prompt_tokens[r] for r in requests]
+        outputs = [server._ends[r] - server.trace.prompt_tokens[r] + 1 for r in requests]
+        assert np.mean(prompts) == pytest.approx(tenant.prompt_tokens, rel=0.03)
+        assert np.mean(outputs) == pytest.approx(tenant.output_tokens, rel=0.05)
+
+
+def test_arrivals_are_poisson_with_the_tenants_parts():
+    server = traffic._Server(machine_of(), 0, 1, requests_per_s=50.0)
+    server._now_s = 100.0
+    server._admit_arrivals()
+    tenants = np.array(server.trace.tenants)
+    assert len(tenants) == pytest.approx(5_000, abs=4 * 5_000**0.5)
+    parts = np.bincount(tenants) / len(tenants)
+    assert parts == pytest.approx([tenant.requests_share for tenant in TENANTS], abs=0.03)
+    assert sum(tenant.requests_share for tenant in TENANTS) == pytest.approx(1)
+
+
+def test_step_times_have_two_percent_of_noise():
+    trace = trace_of()
+    machine = machine_of(compute=False)
+    logs = [
+        np.log(step.gpu_time_ns / 1e9 / machine.game(step.tokens, step.positions).total_s)
+        for step in trace.steps
+    ]
+    assert np.std(logs) == pytest.approx(0.02, rel=0.1)
+    assert np.mean(logs) == pytest.approx(0, abs=0.002)
+
+
+def test_a_server_without_requests_waits_for_the_next():
+    server = traffic._Server(machine_of(), 0, 1, requests_per_s=0.001)
+    server.run(3)
+    assert server._now_s > 100
+    assert server.trace.steps[0].requests == [0]
+
+
+def test_a_seed_gives_the_same_trace_again():
+    first, second = (make_trace(machine_of(), 5, 50, seed=3) for _ in range(2))
+    other = make_trace(machine_of(), 5, 50, seed=4)
+    times = [[step.gpu_time_ns for step in trace.steps] for trace in (first, second, other)]
+    assert times[0] == times[1] != times[2]

@@ -1,0 +1,155 @@
+"""The command `validate`: what it prints, and with which status it ends."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.component.cli.test_cli import run
+from tests.unit.lab.test_replay import simulated
+from vllm_cost_meter.attribution import METHODS
+from vllm_cost_meter.lab.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES
+from vllm_cost_meter.lab.validation.roofline import GPUS, MODELS
+from vllm_cost_meter.lab.validation.tables import _percent
+
+SMALL = ("validate", "--gpu", "l4", "--model", "llama-3.1-8b", "--batch", 60, "--steps", 200)
+SPREAD = {"median", "p95", "max"}
+ERRORS = {
+    "request_error",
+    "tenant_error",
+    "misplaced_share",
+    "outside_interval_share",
+    "outside_interval_parts_share",
+    "uncharged_share",
+}
+
+
+def small_answer() -> dict[str, Any]:
+    """Return what `--json` prints about one small truth."""
+    (found,) = json.loads(run(*SMALL, "--json").stdout.splitlines()[-1]).values()
+    return found
+
+
+def test_json_is_one_line_with_every_method_of_every_truth():
+    result = run(*SMALL, "--gpu", "h100", "--json")
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert list(answer) == ["l4/llama-3.1-8b/60", "h100/llama-3.1-8b/60"]
+    for found in answer.values():
+        assert found["mean_batch"] == pytest.approx(60, rel=0.1)
+        assert list(found["methods"]) == [*METHODS, LEAVE_ONE_OUT]
+        assert set(found["noise"]) == {"request_error", "tenant_error", "misplaced_share"}
+        assert set(found["noise"]["request_error"]) == SPREAD
+        for errors in found["methods"].values():
+            assert set(errors) == ERRORS
+            for key in ("request_error", "tenant_error"):
+                assert 0 <= errors[key]["median"] <= errors[key]["p95"] <= errors[key]["max"]
+        assert found["methods"]["tokens"]["uncharged_share"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_seed_gives_the_same_figures_again():
+    first, second, other = (run(*SMALL, "--json", "--seed", n).stdout for n in (1, 1, 2))
+    assert first.splitlines()[-1] == second.splitlines()[-1] != other.splitlines()[-1]
+
+
+def test_a_truth_is_a_table_with_a_row_per_method_and_the_noise():
+    result = run(*SMALL)
+    assert result.exit_code == 0
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert lines[0].startswith("l4/llama-3.1-8b/60: mean batch ")
+    rows = [line.split("  ")[0] for line in lines[3:] if line]
+    assert rows[:-1] == [*METHODS, LEAVE_ONE_OUT, "(the truth's noise)"]
+    assert rows[-1].startswith("weights and KV cache need ")
+    assert rows[-1].endswith("it could not hold this batch, and is simulated as if it could")
+    assert "…" not in result.stdout
+
+
+def test_help_names_every_gpu_model_and_batch():
+    shown = " ".join(run("validate", "--help", COLUMNS="200").stdout.split())
+    for name in (*GPUS, *MODELS, *map(str, MEAN_BATCHES)):
+        assert name in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "b200"), "--gpu: expected one of h100, a100, l4, got 'b200'"),
+        (("--model", "gpt"), "--model: expected one of llama-3.1-8b, "),
+        (("--step-log", "nowhere"), "step log nowhere: cannot be read: No such file"),
+        (("--step-log", __file__), "expected a first line with the format"),
+        (
+            ("--step-log", "x", "--gpu", "l4"),
+            "--step-log: expected without --gpu, --model and --batch",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments, message):
+    result = run("validate", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("missing", ["numpy", "vllm"])
+def test_without_vllm_or_numpy_it_says_so_in_one_line(missing):
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None;"
+        "from vllm_cost_meter.cli import app; app(['validate'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("vllm-cost-meter: validate: expected vLLM, for its counts")
+    assert missing in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_replay_loads_neither_numpy_nor_vllm(tmp_path):
+    program = (
+        "import sys; from vllm_cost_meter.cli.commands import app;"
+        f"app(['validate', '--step-log', {str(simulated(tmp_path / 'steps'))!r}],"
+        " standalone_mode=False);"
+        "assert not {'numpy', 'vllm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True)
+
+
+def test_a_replay_is_a_table_of_totals_and_differences(tmp_path):
+    path = simulated(tmp_path / "steps")
+    result = run("validate", "--step-log", path)
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0][:5] == ["tiny", "on", "vLLM", "0.32.0,", "run"]
+    whole = lines[0][-2]
+    rows = [line for line in lines[3:] if line and line[0] in METHODS]
+    assert {row[1] for row in rows} == {whole}
+    assert len(rows) == len(METHODS) * (len(METHODS) - 1)
+
+
+def test_a_replay_as_json_has_the_log_the_methods_and_the_requests(tmp_path):
+    path = simulated(tmp_path / "steps")
+    answer = json.loads(run("validate", "--step-log", path, "--json").stdout)
+    assert answer["step_log"]["model"] == "tiny"
+    assert set(answer["methods"]) == set(METHODS)
+    for method, found in answer["methods"].items():
+        assert found["charged_ns"] == answer["step_log"]["gpu_time_ns"]
+        assert set(found["differences"]) == set(METHODS) - {method}
+    assert all(set(by_method) == set(METHODS) for by_method in answer["requests"].values())
+
+
+def test_an_id_in_a_log_cannot_steer_the_terminal(tmp_path):
+    path = simulated(tmp_path / "steps")
+    text = path.read_text().replace('"request-1"', r'"\u001b[2J"')
+    path.write_text(text)
+    assert "\x1b[2J" not in run("validate", "--step-log", path).stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "-"), (0.0, "0.00"), (-1e-17, "0.00"), (0.12345, "12.35")]
+)
+def test_fractions_are_shown_in_percent(value, shown):
+    assert _percent(value) == shown

@@ -1,0 +1,114 @@
+"""The answers that only the side endpoint gives, and its errors: what JSON has.
+
+A docstring below a field is its description. Other answers are those of the ledger and reports.
+
+Invariant: an answer has these fields and no other, and an error has one shape whatever its status.
+"""
+
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from vllm_cost_meter.endpoint.shapes import shape_of
+from vllm_cost_meter.ledger.queries.answers import CostModelRow
+from vllm_cost_meter.reports.answers import Tenant
+from vllm_cost_meter.reports.request_answers import Explanation, RequestWithParts
+from vllm_cost_meter.tenants.budgets import BudgetRow
+
+
+class Health(TypedDict):
+    """The endpoint is up."""
+
+    status: str
+    """`ok`."""
+    version: str
+    """The version of the meter."""
+
+
+class CostModels(TypedDict):
+    """What engines have learnt of the cost of their steps."""
+
+    models: list[CostModelRow]
+    """One for each engine run, or all versions of one run."""
+
+
+class Budgets(TypedDict):
+    """Where the budgets stand."""
+
+    as_of: str | None
+    """RFC 3339 UTC: the oldest snapshot behind these figures, null if there is none."""
+    broken: str | None
+    """What is wrong with the meter, null if nothing."""
+    budgets: list[BudgetRow]
+    """Each budget that the asker may see."""
+
+
+class OwnFigures(Tenant):
+    """What the caller's tenant used, and where its budgets stand."""
+
+    budgets: list[BudgetRow]
+    """Each budget of the tenant."""
+
+
+class NothingUsed(TypedDict):
+    """The same of a tenant that the ledger does not know yet."""
+
+    tenant: str
+    """Its name."""
+    requests: int
+    """0."""
+    gpu_time_ns: int
+    """GPU-ns: 0."""
+    budgets: list[BudgetRow]
+    """Each budget of the tenant."""
+
+
+class Matches(TypedDict):
+    """The requests that an id fits, where it fits several."""
+
+    matches: list[RequestWithParts]
+    """Each of them."""
+
+
+class ExplainedMatches(TypedDict):
+    """The explanations of the requests that an id fits, where it fits several."""
+
+    matches: list[Explanation]
+    """Each of them."""
+
+
+class ErrorDetail(TypedDict):
+    """What is wrong."""
+
+    message: str
+    """What was expected, what came, and what to do, in one line."""
+    type: str
+    """`invalid_request`, `not_found`, `unavailable`, `ledger_unavailable` or `internal_error`."""
+    code: int
+    """The HTTP status."""
+
+
+class ErrorAnswer(TypedDict):
+    """The one shape of all errors."""
+
+    error: ErrorDetail
+    """The only field."""
+
+
+_ERROR = shape_of(ErrorAnswer)
+# By status: what any route may answer with, and besides what one on a single thing may.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"model": _ERROR, "description": "No token, or one that nobody has."},
+    403: {"model": _ERROR, "description": "The token is not for these figures."},
+    422: {"model": _ERROR, "description": "The question is wrong."},
+    503: {"model": _ERROR, "description": "The ledger cannot be read now."},
+}
+NOT_FOUND: dict[int | str, dict[str, Any]] = {
+    404: {"model": _ERROR, "description": "The ledger does not hold it."}
+}
+SEVERAL: dict[int | str, dict[str, Any]] = {
+    300: {"model": shape_of(Matches), "description": "The id fits several requests."}
+}
+SEVERAL_EXPLAINED: dict[int | str, dict[str, Any]] = {
+    300: {"model": shape_of(ExplainedMatches), "description": "The id fits several requests."}
+}

@@ -1,0 +1,168 @@
+"""The shapes of answers for the OpenAPI document, with the text below each field as description.
+
+Answers are typed dictionaries of the ledger and the reports, which do not know pydantic, and
+dataclasses of the calculators. This module makes of each a type that pydantic describes in full.
+pydantic's own `use_attribute_docstrings` leaves out the fields of base classes, so the texts are
+read here.
+
+Invariant: shapes serve the document only; no answer is checked or copied when it is sent.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired, Union
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from orjson import dumps
+from pydantic import Field
+from typing_extensions import TypedDict, get_original_bases, is_typeddict
+
+
+class OrjsonResponse(JSONResponse):
+    """JSON by orjson: exact 64-bit integers, and fast."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body's bytes."""
+        return dumps(content)
+
+
+class AnswerRoute(APIRoute):
+    """A route whose answer is sent as it is; the document shows the handler's return type."""
+
+    def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
+        given = options.get("responses") or {}
+        kind = _answer_kind(inspect.signature(endpoint).return_annotation)
+        if kind is not None:
+            given = {200: {"model": shaped(kind)}, **given}
+        # Without a model FastAPI does not validate answers, which would take long for large ones.
+        super().__init__(
+            path,
+            _sent_as_it_is(endpoint),
+            **{**options, "responses": given, "response_model": None},
+        )
+
+
+def shape_of(kind: Any, **instead: Any) -> Any:
+    """Return a typed dictionary or a dataclass with a description of each field.
+
+    `instead` has other types for fields, by name.
+    """
+    fields = fields_of(kind)
+    for name, other in instead.items():
+        fields[name] = (other, fields[name][1])
+    optional = getattr(kind, "__optional_keys__", ())
+    return described(kind.__name__, inspect.getdoc(kind) or "", fields, optional)
+
+
+def fields_of(kind: Any) -> dict[str, tuple[Any, str]]:
+    """Return the type and the description of each field."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    plain = typing.get_type_hints(kind)
+    texts = _texts_of(kind)
+    names = hints if is_typeddict(kind) else [each.name for each in dataclasses.fields(kind)]
+    return {name: (shaped(plain[name]), texts.get(name) or _note_of(hints[name])) for name in names}
+
+
+def described(
+    name: str,
+    text: str,
+    fields: Mapping[str, tuple[Any, str]],
+    optional: typing.Collection[str] = (),
+) -> Any:
+    """Return a typed dictionary of these fields, each with its type and its description."""
+    # Through a name of its own, as type checkers know only typed dictionaries that are written out.
+    make: Any = TypedDict
+    of = {field: Annotated[kind, Field(description=said)] for field, (kind, said) in fields.items()}
+    made = make(
+        name, {field: NotRequired[of[field]] if field in optional else of[field] for field in of}
+    )
+    made.__doc__ = text
+    return made
+
+
+@functools.cache
+def _shared(kind: Any) -> Any:
+    # One type for each, so that the document has each once.
+    return shape_of(kind)
+
+
+def shaped(hint: Any) -> Any:
+    """Return a type with described ones in place of typed dictionaries and dataclasses."""
+    if is_typeddict(hint) or dataclasses.is_dataclass(hint):
+        return _shared(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is None or origin is typing.Literal:
+        return hint
+    of = tuple(shaped(each) for each in args)
+    if origin in (Union, types.UnionType):
+        return Union[of]  # noqa: UP007 - made of what is known at run time only
+    return origin[of]
+
+
+def _answer_kind(hint: Any) -> Any:
+    """Return the type of an answer's JSON; None without one."""
+    members = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    kept = [each for each in members if not _is_response(each)]
+    if not kept or kept[0] is inspect.Signature.empty:
+        return None
+    return Union[tuple(kept)]  # noqa: UP007 - made of what is known at run time only
+
+
+def _is_response(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Response)
+
+
+def _sent_as_it_is(endpoint: Any) -> Any:
+    """Return a handler that makes the answer a response, so that FastAPI does not copy it."""
+
+    @functools.wraps(endpoint)
+    def respond(*args: Any, **kwargs: Any) -> Response:
+        answer = endpoint(*args, **kwargs)
+        return answer if isinstance(answer, Response) else OrjsonResponse(answer)
+
+    return respond
+
+
+def _texts_of(kind: Any) -> dict[str, str]:
+    """Return the descriptions of a class's fields, those of its bases first."""
+    found: dict[str, str] = {}
+    for base in get_original_bases(kind):
+        if is_typeddict(base):
+            found |= _texts_of(base)
+    return found | _texts_in(kind.__module__).get(kind.__name__, {})
+
+
+def _note_of(hint: Any) -> str:
+    """Return the text in an annotated type, which names that are no identifiers have."""
+    notes = getattr(hint, "__metadata__", ())
+    return next((note for note in notes if isinstance(note, str)), "")
+
+
+@functools.cache
+def _texts_in(module: str) -> dict[str, dict[str, str]]:
+    """Return the text below each field of each class of a module."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, SyntaxError):
+        return {}  # Installed without its source: the document lacks the texts.
+    return {
+        node.name: {
+            field.target.id: inspect.cleandoc(text.value.value)
+            for field, text in zip(node.body, node.body[1:], strict=False)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        }
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
