@@ -121,15 +121,7 @@ def make_app(
     add_calculators(app)
     add_compare(app, Comparer(reader.url), refresh)
 
-    @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
-    def openapi() -> dict[str, Any]:
-        """Return the OpenAPI description of this endpoint."""
-        return app.openapi()
-
-    @app.get("/health")
-    def health() -> Health:
-        """Say that the endpoint is up."""
-        return {"status": "ok", "version": __version__}
+    _add_own_routes(app)
 
     if registry is not None:
 
@@ -139,6 +131,18 @@ def make_app(
             return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _add_own_routes(app: FastAPI) -> None:
+    @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
+    def openapi() -> dict[str, Any]:
+        """Return the OpenAPI description of this endpoint."""
+        return app.openapi()
+
+    @app.get("/health")
+    def health() -> Health:
+        """Say that the endpoint is up."""
+        return {"status": "ok", "version": __version__}
 
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
