@@ -43,7 +43,6 @@ from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
 from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
-from vllm_cost_meter.ledger.billing.days import invoice_days
 from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
@@ -258,7 +257,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         """Return what was metered and what was billed, day by day."""
         hours = hours_asked(window)
         refresh()
-        return invoice_days(reader, *hours)
+        return reader.invoice_days(*hours)
 
     @app.get("/cost/audit", dependencies=FOR_ADMINS)
     def audit() -> Audit:
