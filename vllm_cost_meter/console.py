@@ -59,7 +59,7 @@ TEXT_CHARS_MAX = 24
 _ELLIPSIS = "..."
 _INSTANT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d+Z")
 # What they hold is to be read or typed as it is.
-_NEVER_SHORTENED = {"figure"}
+_NEVER_SHORTENED = {"figure", "value", "used", "limit", "over"}
 # Sentences lose their end, as much as there is no room for.
 _SENTENCES = {"meaning"}
 # Between two columns.

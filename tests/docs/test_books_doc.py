@@ -115,7 +115,7 @@ def test_the_audit_line_has_the_form_of_the_command():
     lines = PAGE.read_text().splitlines()
     place = next(place for place, line in enumerate(lines) if "run 194d4656" in line)
     shown = [line.removeprefix("    ") for line in lines[place : place + 4]]
-    line = " ".join(shown[1:3])
+    line = " ".join(" ".join(shown[1:3]).split())
     seconds = dict(re.findall(r"(\w+) (\d+\.\d+) [+;]", line.replace(";", " ;")))
     run = {f"{name}_ns": round(float(seconds.get(name, 0)) * 1e9) for name in CLASSES}
     run |= {"run_id": "194d4656", "engine_index": 0, "wall_ns": 116_702_000_000, "gpus": 1}

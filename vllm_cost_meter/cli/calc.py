@@ -56,6 +56,8 @@ HELP = {
         "--gpu-usd-per-s 0.001 --run-s 2 --calls 100000",
     ),
 }
+# What tables are about: a narrow terminal leaves it out last.
+FIRST = ("break_even_m_tokens_per_month",)
 # Nobody measures a curve that is larger.
 CURVE_BYTES_MAX = 10_000_000
 
@@ -154,5 +156,5 @@ def show(answer: Mapping[str, Any], *, wide: bool, as_json: bool) -> None:
     print_rows(rows, ("figure", "value"), wide=wide)
     for name, table in tables.items():
         if table:
-            print_rows(table, tuple(table[0]), above=f"\n{name}", wide=wide)
+            print_rows(table, tuple(table[0]), above=f"\n{name}", first=FIRST, wide=wide)
     print_lines([f"formula: {answer['formula']}"])

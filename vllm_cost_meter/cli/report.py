@@ -62,8 +62,13 @@ FIRST = (
     "requests",
     "idle_share_ns",
     "status",
+    "http_request_id",
     "prompt_tokens",
     "output_tokens",
+)
+NANO_USD_NOTE = (
+    "usage_cost_usd and cost_usd are both rounded so that they add up; so they may differ by a"
+    " nano-USD where no idle time is charged"
 )
 # Shown where the energy of any row is known; in JSON and CSV always.
 ENERGY_COLUMN = "energy_mj"
@@ -254,6 +259,14 @@ def _series_rows(answer: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple
     return rows, (*start, *names_class, *answer["aggregate"], *REPORT_COLUMNS)
 
 
+def nano_usd_notes(answer: Mapping[str, Any]) -> list[str]:
+    """Return the line that explains a nano-USD of idle time where there is none; often nothing."""
+    rows = [row for piece in answer["series"] for row in piece["rows"] if not row["idle_share_ns"]]
+    pairs = ((row["usage_cost_nanousd"], row["cost_nanousd"]) for row in rows)
+    is_odd = any(None not in pair and pair[0] != pair[1] for pair in pairs)
+    return [NANO_USD_NOTE] if is_odd else []
+
+
 def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool) -> list[str]:
     lines = []
     if answer.get("what_if_usd_per_gpu_hour") is not None:
@@ -261,6 +274,8 @@ def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool)
         lines.append(f"what if: every GPU-hour at {usd} USD; that is not what it cost")
     if filter:
         lines.append("filtered: rows that are not shown belong to the whole too")
+    if has_words:
+        lines += nano_usd_notes(answer)
     lines.append(adds_up_line(answer))
     # Prices and overheads are told beside the plain report only.
     return lines if has_words else [*lines, *price_lines(answer)]

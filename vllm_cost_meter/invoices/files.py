@@ -27,7 +27,7 @@ from vllm_cost_meter.invoices.timeline import (
     ResourceKind,
 )
 from vllm_cost_meter.prices.book import USD, is_like
-from vllm_cost_meter.units.money import NANOUSD_PER_USD
+from vllm_cost_meter.units.money import NANOUSD_PER_USD, format_amount
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 FOCUS, SNAPSHOTS = "focus", "snapshots"
@@ -137,7 +137,7 @@ def _invoice(
 
 def _rounded(charge: _Charge) -> InvoiceLine:
     if abs(charge.nanousd) > USD_MAX * NANOUSD_PER_USD:
-        got = f"{float(charge.nanousd / NANOUSD_PER_USD):.6g}"
+        got = format_amount(float(charge.nanousd / NANOUSD_PER_USD))
         raise ValueError(
             f"{charge.where}: amount: expected at most {USD_MAX:,} USD per resource, got {got}"
         )

@@ -55,7 +55,7 @@ READINGS = (
     "projects/a-long-name/instances/gpu-1,2027-01-15T09:00:00Z,1.5\n"
     "projects/a-long-name/instances/gpu-1,2027-01-15T10:00:00Z,0.1\n"
 )
-# Each table of the command line. Those with "fits" are whole at 80 columns.
+# Each table of the command line, on long names.
 COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("report",),
     "report requests": ("report", "requests"),
@@ -65,6 +65,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "budgets": ("budgets",),
     "prices": ("prices",),
     "audit": ("audit",),
+    "doctor": ("doctor",),
     "economics": ("economics", "--window", ALL_TIME),
     "compare": ("compare", "--window", ALL_TIME, "--model", "openai/gpt-4o*"),
     "invoice list": ("invoice", "list"),
@@ -123,7 +124,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("invoice", "import", str(folder / "readings.csv"), "--format", "snapshots", *book),
         ("saturation", "import", str(folder / "curve.json"), *book),
     ):
-        app(args=list(words), standalone_mode=False)
+        assert not app(args=list(words), standalone_mode=False)
     return folder
 
 
@@ -136,11 +137,12 @@ def show(files: Path, monkeypatch: pytest.MonkeyPatch) -> Show:
         monkeypatch.setenv("COLUMNS", str(width or 80))
         monkeypatch.setenv("TERM", "dumb")
         monkeypatch.setenv("COST_METER_CONFIG", str(files / "meter.toml"))
-        monkeypatch.setenv("COST_METER_LEDGER", str(files / "ledger.db"))
+        monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{files / 'ledger.db'}")
         monkeypatch.setattr("sys.stdout", out)
         given = [str(files / "curve.json") if word == "CURVE" else word for word in words]
-        app(args=given, standalone_mode=False)
+        status = app(args=given, standalone_mode=False)
         monkeypatch.undo()
+        assert status != 2, f"{words} were refused"  # 1: the made-up books do not add up
         return [line.rstrip() for line in out.getvalue().splitlines()]
 
     return run
@@ -167,9 +169,11 @@ def test_a_wider_terminal_shows_more_and_wide_shows_all(show: Show, name: str) -
 
 
 def test_what_is_left_out_is_named_below_the_table(show: Show) -> None:
-    head, *_, note = show(("report", "requests"), 80)[:4]
-    assert head.split() == ["finished_at", "tenant", "gpu_seconds", "cost_usd"]
-    assert note.startswith("left out: http_request_id, route, ")
+    head, *rows, note, rest = show(("report", "requests"), 80)
+    assert len(rows) == 5
+    assert head.split() == ["finished_at", "tenant", "status", "gpu_seconds", "cost_usd"]
+    assert note == "left out: http_request_id, route, state, engine_status, prompt_tokens,"
+    assert rest == "output_tokens; --wide shows all"
 
 
 def test_the_sweeps_table_fits() -> None:
@@ -181,6 +185,7 @@ def test_the_sweeps_table_fits() -> None:
     out = Terminal()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
+        patch.setenv("TERM", "dumb")
         print_rows(rows, sweeping.COLUMNS, first=sweeping.FIRST, file=out)
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert out.getvalue().split()[:2] == ["shape", "requests_per_s"]

@@ -246,6 +246,12 @@ def test_rows_of_focus_that_differ_in_the_amount_only_are_one_charge(tmp_path):
     assert told.lines[line].endswith("bill.csv:2")
 
 
+def test_too_much_money_is_named_as_a_plain_decimal(tmp_path):
+    row = f"999999999.5,USD,{DAY},r,Compute,VM,Instance,Hours,,Usage,2026-11-01"
+    message = refusal(tmp_path, "focus", focus(row, row))
+    assert "expected at most 1,000,000,000 USD per resource, got 1999999999.00" in message
+
+
 def test_a_correction_and_a_credit_are_lines_of_their_own_and_may_be_negative(tmp_path):
     tail = f"USD,{DAY},r,Compute,VM,Instance,Hours"
     told = read(tmp_path, "focus", focus(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_cost_meter import plots
+from vllm_cost_meter.units.money import format_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ def title_of(curve: Mapping[str, Any]) -> str:
     protocol = curve["protocol"]
     about, plan = protocol["deployment"], protocol["plan"]
     usd = curve["usd_per_hour"]
-    price = "no price" if usd is None else f"{usd:g} USD per hour"
+    price = "no price" if usd is None else f"{format_rate(usd)} USD per hour"
     return (
         f"{about['model']} in {about['precision']} on {about['engines'] * about['gpus']} x"
         f" {about['hardware']}\nvLLM {about['vllm_version']}, {price}, windows of"
