@@ -102,6 +102,10 @@ def test_every_field_of_an_answer_has_a_description_that_begins_with_its_unit(do
                     assert re.match(unit, said), f"{path}: {name}.{field}: {said}"
 
 
+def test_no_answer_is_checked_or_copied_when_it_is_sent(side):
+    assert [route.path for route in side.app.routes if route.response_field is not None] == []
+
+
 def test_errors_have_one_shape(document):
     for path, route in routes(document):
         for status in (401, 403, 422, 503):
