@@ -144,6 +144,7 @@ def openapi_page(document: Mapping[str, Any]) -> str:
     lines = ["# OpenAPI", "", MADE, ""]
     lines += [
         "The routes of the [side endpoint](http-api.md), as `/openapi.json` describes them.",
+        "An error of any route is an [ErrorAnswer](#erroranswer).",
         "",
     ]
     lines += ["## Routes", ""]

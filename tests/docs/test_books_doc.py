@@ -10,7 +10,7 @@ from tests.support.pages import DOCS, names, section
 from vllm_cost_meter import guard
 from vllm_cost_meter.cli.audit import audit_lines
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
-from vllm_cost_meter.ledger.queries.audit import _DIFFERENCES
+from vllm_cost_meter.ledger.queries.audit import DIFFERENCES
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.records.snapshot import CLASSES, Snapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -108,7 +108,7 @@ def test_the_classes_are_those_of_the_code():
 
 
 def test_what_the_audit_compares_is_all_there():
-    assert set(names(PAGE, "The audit")) == {*_DIFFERENCES, "missing_bills"}
+    assert set(names(PAGE, "The audit")) == {*DIFFERENCES, "missing_bills"}
 
 
 def test_the_audit_line_has_the_form_of_the_command():

@@ -110,6 +110,7 @@ def test_a_request_that_runs_while_the_driver_fails_has_no_energy_and_the_next_h
     powered: Server, gpu: Gpu
 ) -> None:
     gpu.cards[0].energy_result = TIMEOUT
+    time.sleep(2 * TICK_S)  # until the library was told
     with powered.client() as client:
         reply = ask(client, "/v1/completions", max_tokens=20)
         row = wait_for(powered, reply.response_id, lambda row: row["energy_reason"] == "error")

@@ -173,7 +173,8 @@ class Runtime:
         has_rules = self.settings.budgets or self.settings.failing_closed
         if not has_rules or self.admission is not None:
             return
-        spending = await asyncio.to_thread(Spending, self.writer.url)
+        # The poller starts later, and is asked at each look.
+        spending = await asyncio.to_thread(Spending, self.writer.url, alive=self.alive)
         self.admission = Admission(
             spending,
             self.budget_rules,
@@ -212,9 +213,13 @@ class Runtime:
             return lambda: None
         return refresher(self.poller, asyncio.get_running_loop())
 
-    def _alive(self) -> Callable[[], Collection[str]]:
-        """Return what names the runs whose engines are known to live; the poller knows them."""
-        return tuple if self.poller is None else self.poller.alive
+    def alive(self) -> Collection[str]:
+        """Return the runs whose engines are known to live, however silent.
+
+        Only the poller knows them. API servers other than the first have none: to them an engine
+        that is silent for too long is dead, until its next snapshot.
+        """
+        return () if self.poller is None else self.poller.alive()
 
     def _serve_endpoint(self) -> None:
         serve(
@@ -226,11 +231,11 @@ class Runtime:
             self.book,
             lambda: self.settings.declared,
             lambda: self.settings.public_economics,
-            self._alive(),
+            self.alive,
         )
 
     def _add_tenant_routes(self, app: Any) -> None:
-        reader = LedgerReader(self.ledger_url, create=True, book=self.book, alive=self._alive())
+        reader = LedgerReader(self.ledger_url, create=True, book=self.book, alive=self.alive)
         app.include_router(make_router(reader, self._refresh(), self.figures))
 
 

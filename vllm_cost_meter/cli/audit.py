@@ -8,6 +8,7 @@ import typer
 
 from vllm_cost_meter.cli.options import Config, Json, Ledger, reading
 from vllm_cost_meter.console import print_lines
+from vllm_cost_meter.ledger.queries.audit import DIFFERENCES
 from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST
 from vllm_cost_meter.records.snapshot import CLASSES
 
@@ -56,15 +57,9 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             f"{run['last_seq']} bills;",
             f"difference {run['difference_ns']} ns",
         )
-        for name in (
-            "billed_difference_ns",
-            "ledger_difference_ns",
-            "hours_difference_ns",
-            "in_flight_difference_ns",
-            "uneven_bills",
-            "energy_difference_mj",
-        ):
-            if run[name]:
+        for name in DIFFERENCES:
+            # The line above has the difference of the classes.
+            if name != "difference_ns" and run[name]:
                 yield f"  {name}: {run[name]}"
         if run["missing_bills"]:
             yield f"  missing bills: {', '.join(map(str, run['missing_bills']))}"

@@ -27,7 +27,6 @@ from vllm_cost_meter.cli.options import (
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.invoices.files import FOCUS, SNAPSHOTS, read_invoice
-from vllm_cost_meter.ledger.billing.days import invoice_days
 from vllm_cost_meter.ledger.billing.importing import import_invoice
 from vllm_cost_meter.ledger.billing.meters import meters
 from vllm_cost_meter.units.calendar import hours_of_window
@@ -133,7 +132,7 @@ def days(
     with reading(ledger, config) as reader:
         if as_json and as_csv:
             raise ValueError("--csv: expected without --json, got both")
-        answer = invoice_days(reader, *hours_of_window(window))
+        answer = reader.invoice_days(*hours_of_window(window))
     if as_json:
         print(json.dumps(answer, indent=2))
     elif as_csv:

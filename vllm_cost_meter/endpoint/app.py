@@ -43,7 +43,6 @@ from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
 from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
-from vllm_cost_meter.ledger.billing.days import invoice_days
 from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
@@ -122,15 +121,7 @@ def make_app(
     add_calculators(app)
     add_compare(app, Comparer(reader.url), refresh)
 
-    @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
-    def openapi() -> dict[str, Any]:
-        """Return the OpenAPI description of this endpoint."""
-        return app.openapi()
-
-    @app.get("/health")
-    def health() -> Health:
-        """Say that the endpoint is up."""
-        return {"status": "ok", "version": __version__}
+    _add_own_routes(app)
 
     if registry is not None:
 
@@ -140,6 +131,18 @@ def make_app(
             return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _add_own_routes(app: FastAPI) -> None:
+    @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
+    def openapi() -> dict[str, Any]:
+        """Return the OpenAPI description of this endpoint."""
+        return app.openapi()
+
+    @app.get("/health")
+    def health() -> Health:
+        """Say that the endpoint is up."""
+        return {"status": "ok", "version": __version__}
 
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
@@ -254,7 +257,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         """Return what was metered and what was billed, day by day."""
         hours = hours_asked(window)
         refresh()
-        return invoice_days(reader, *hours)
+        return reader.invoice_days(*hours)
 
     @app.get("/cost/audit", dependencies=FOR_ADMINS)
     def audit() -> Audit:

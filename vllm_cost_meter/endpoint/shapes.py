@@ -43,11 +43,8 @@ class AnswerRoute(APIRoute):
         if kind is not None:
             given = {200: {"model": shaped(kind)}, **given}
         # Without a model FastAPI does not validate answers, which would take long for large ones.
-        super().__init__(
-            path,
-            _sent_as_it_is(endpoint),
-            **{**options, "responses": given, "response_model": None},
-        )
+        options |= {"responses": given, "response_model": None}
+        super().__init__(path, _sent_as_it_is(endpoint), **options)
 
 
 def shape_of(kind: Any, **instead: Any) -> Any:

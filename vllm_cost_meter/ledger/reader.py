@@ -16,6 +16,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.billing.answers import InvoiceDays
+from vllm_cost_meter.ledger.billing.comparison import invoice_days
 from vllm_cost_meter.ledger.database import cause_of, open_database
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
@@ -251,6 +253,14 @@ class LedgerReader:
             return reports.statement_at(
                 connection, cut, asked, month=month, tenant=tenant, now_ns=now_ns
             )
+
+    def invoice_days(
+        self, from_hour: int | None = None, to_hour: int | None = None, as_of: AsOf = NOW
+    ) -> InvoiceDays:
+        """Return what was metered and billed on each UTC day of a window, and in total."""
+        cut = self.cut(Window(from_hour, to_hour), as_of)
+        with self.transaction() as connection:
+            return invoice_days(connection, cut)
 
     def audit(self, as_of: AsOf = NOW) -> Audit:
         """Return whether the books of every run balance at its latest cut, and all differences.

@@ -5,8 +5,10 @@ each way that the question tells it apart. Overhead that the policy shares is po
 the report (the window, or one step of it), divided among tenants, and within a tenant over its
 cells by GPU time. A tenant that carries a share and used nothing gets a row for it. Then cells are
 added up to rows, and only then is anything rounded: the whole to the nano-USD, the steps of a
-report by largest remainder, and within each step its rows. There is no other rounding of a report's
-money. Core: standard library only.
+report by largest remainder, and within each step its rows. Accumulated steps are added up exactly
+and rounded after that: a row is right by itself, and may differ by some nano-USD from the sum of
+its rounded steps in another answer. There is no other rounding of a report's money. Core:
+standard library only.
 
 Invariant: GPU time and money are exact fractions until the end, and all rows, shown or not, are
 rounded together; so they add up to their step, and the steps to the whole, on both bases, whatever

@@ -125,7 +125,7 @@ class RunRow(TypedDict):
     engine_index: int
     """Data-parallel rank."""
     model: str
-    """Model."""
+    """The served name."""
     gpus: int
     """`world_size` of the engine."""
     hardware: str

@@ -211,21 +211,21 @@ class ExplainedPart(TypedDict):
     run_id: str
     """As in parts, as all that is not explained here."""
     seq: int
-    """Seq."""
+    """Number of the bill in its run."""
     request_id: str
-    """Request id."""
+    """vLLM's internal id."""
     lora: str | None
-    """Lora."""
+    """Name of the LoRA adapter, if any."""
     engine_status: str | None
-    """Engine status."""
+    """How the engine ended it."""
     phases: dict[str, dict[str, int]]
     """`prefill` and `decode`, each with `gpu_time_ns` and the `tokens` computed in it."""
     gpu_time_ns: int
     """GPU-ns: the sum of both."""
     steps: int
-    """Steps."""
+    """Engine steps it was part of."""
     batch: int
-    """Batch."""
+    """The sum, over these steps, of the requests in the step."""
     average_batch: float | None
     """Requests: `batch` / `steps`."""
     step_ns: int
@@ -286,11 +286,11 @@ class Explanation(TypedDict):
     state: str | None
     """As in the request row."""
     gpu_time_ns: int | None
-    """As in the request row."""
+    """GPU-ns: as in the request row."""
     cost_nanousd: int | None
-    """As in the request row."""
+    """nano-USD: as in the request row."""
     cost_usd: str | None
-    """As in the request row."""
+    """USD: as in the request row."""
     parts: list[ExplainedPart]
     """Each engine request that has ended."""
     formulas: dict[str, str]

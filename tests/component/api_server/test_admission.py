@@ -10,13 +10,18 @@ import time
 
 import pytest
 
-from tests.support.builders import make_snapshot
+from tests.component.api_server.test_poller import Engines
+from tests.support.builders import make_open, make_snapshot
 from tests.support.world import BODY, DONE, JSON, SSE, TOKEN, Client, replying, scope_of
 from vllm_cost_meter.api_server.admission import Admission, Rules
+from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.runtime import NoRuntime
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.queries.spending import Spending
+from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 
 TENANTS = [
@@ -244,6 +249,35 @@ def test_tenants_that_fail_closed_are_held_to_it_without_any_budget(make_world):
     asyncio.run(hold())
     assert ask(world, as_tenant("strict")).status == 503
     assert ask(world).status == 200
+
+
+def test_the_first_api_server_counts_what_runs_in_an_engine_that_is_silent_but_lives(make_world):
+    declared = [{"name": "b", "tenant": "acme", "gpu_seconds": 1}]
+    runtime = make_world(tenants=TENANTS, budgets=declared).runtime
+    now_ns = time.time_ns()
+    live = (("r1", Accrued(decode_ns=70)),)
+    taken = make_snapshot(taken_at_ns=now_ns, totals=ClassTotals(in_flight=70), live=live)
+
+    async def hold_and_poll() -> None:
+        await runtime._hold_to_budgets(None)
+        runtime._tasks["budgets"].cancel()
+        opened = make_open(request_id="r1", tenant="acme", started_at_ns=now_ns)
+        await asyncio.wrap_future(runtime.writer.commit(opened))
+        poller = Poller(Engines(lambda _: taken), runtime.writer, runtime.guard, 1.0)
+        await poller.refresh()
+        # As in the first API server; others have none.
+        runtime.poller = poller
+
+    def used_ns() -> int | None:
+        silent = now_ns + DEAD_AFTER_NS + 10**9
+        spending = runtime.admission._spending
+        figures = spending.look(runtime.settings.declared_budgets, lambda *_: None, silent)
+        return figures.standings[0].total
+
+    asyncio.run(hold_and_poll())
+    assert used_ns() == 70
+    runtime.poller = None
+    assert used_ns() == 0
 
 
 def test_figures_are_read_anew_with_each_new_snapshot_and_not_before(world, monkeypatch):

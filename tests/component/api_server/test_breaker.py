@@ -26,28 +26,31 @@ from tests.support.world import (
     replying,
 )
 
+# Long beside what a busy machine takes for a reply that does not wait.
+BOUND_S = 0.6
+
 
 def test_a_bill_that_never_comes_delays_the_reply_by_the_bound_and_is_counted(make_world):
-    world = make_world(bill_timeout_ms=200)
+    world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
     client = world.run(replying(JSON, [BODY], lambda: world.engine.born("r")))
     assert client.ours == {}
     assert client.body == BODY
-    assert 0.2 <= client.waited_s < 2
+    assert BOUND_S <= client.waited_s < 2
     assert world.misses == 1
     assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM http_requests") == [(None, None)]
 
 
 def test_a_stream_waits_once_for_a_bill_that_never_comes(make_world):
-    world = make_world(bill_timeout_ms=200)
+    world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
     client = world.run(replying(SSE, [TOKEN, USAGE, DONE], lambda: world.engine.born("r")))
     assert client.body == TOKEN + USAGE + DONE
-    assert 0.2 <= client.at_s[-1] < 2
-    assert client.at_s[1] < 0.2, "tokens do not wait"
+    assert BOUND_S <= client.at_s[-1] < 2
+    assert client.at_s[1] < BOUND_S, "tokens do not wait"
     assert world.misses == 1
 
 
 def test_after_five_misses_nobody_waits_until_a_bill_comes(make_world):
-    world = make_world(bill_timeout_ms=200)
+    world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
 
     def ask(before) -> Client:
         return world.run(replying(JSON, [BODY], before))
@@ -56,8 +59,8 @@ def test_after_five_misses_nobody_waits_until_a_bill_comes(make_world):
         return ask(lambda: world.engine.born(f"never-{number}"))
 
     waits = [never(number).waited_s for number in range(8)]
-    assert all(wait >= 0.2 for wait in waits[:5])
-    assert median(waits[5:]) < 0.2
+    assert all(wait >= BOUND_S for wait in waits[:5])
+    assert median(waits[5:]) < BOUND_S
     assert world.misses == 8
     # The first that comes is not waited for, the next is told.
     assert ask(lambda: world.engine.generate("a")).ours == {}
@@ -69,7 +72,7 @@ def test_after_five_misses_nobody_waits_until_a_bill_comes(make_world):
 
 
 def test_an_engine_whose_meter_is_off_costs_five_waits_and_no_more(make_world):
-    world = make_world(bill_timeout_ms=200)
+    world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
 
     async def ask() -> list[Client]:
         clients = []
@@ -80,14 +83,14 @@ def test_an_engine_whose_meter_is_off_costs_five_waits_and_no_more(make_world):
 
     clients = asyncio.run(ask())
     waits = [client.waited_s for client in clients]
-    assert all(wait >= 0.2 for wait in waits[:5])
-    assert median(waits[5:]) < 0.2
+    assert all(wait >= BOUND_S for wait in waits[:5])
+    assert median(waits[5:]) < BOUND_S
     assert all(client.body == BODY and client.ours == {} for client in clients)
     assert len(world.rows("SELECT * FROM http_requests")) == 50
 
 
 def test_a_locked_ledger_delays_five_replies_and_loses_nothing(make_world):
-    world = make_world(bill_timeout_ms=200)
+    world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
     with world.locked():
         clients = [
             world.run(replying(JSON, [BODY], lambda n=n: world.engine.generate(f"r{n}")))
@@ -97,8 +100,8 @@ def test_a_locked_ledger_delays_five_replies_and_loses_nothing(make_world):
         assert world.runtime.writer.committed == 0
     assert all(client.ours == {} for client in clients)
     assert stream.body == USAGE + DONE
-    assert all(0.2 <= client.waited_s < 2 for client in clients[:5])
-    assert all(client.waited_s < 0.2 for client in clients[5:])
+    assert all(BOUND_S <= client.waited_s < 2 for client in clients[:5])
+    assert all(client.waited_s < BOUND_S for client in clients[5:])
     assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(9, 9)]
     assert world.rows("SELECT count(*) FROM http_requests") == [(9,)]
     assert world.runtime.writer.dropped == 0
@@ -125,7 +128,7 @@ def full(world: World):
 
 
 def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
-    world = make_world(bill_timeout_ms=200)
+    world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
     # Too long for what is left on the pages there are.
     external_id = "x" * 20_000
     with full(world):
@@ -138,7 +141,7 @@ def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
             world.run(replying(JSON, [b"{}"], lambda n=number: generate(n))) for number in range(8)
         ]
         assert all(client.ours == {} for client in clients)
-        assert [client.waited_s >= 0.2 for client in clients] == [True] * 5 + [False] * 3
+        assert [client.waited_s >= BOUND_S for client in clients] == [True] * 5 + [False] * 3
         assert all(client.waited_s < 2 for client in clients)
         assert world.runtime.writer.committed == 0
         assert "full" in world.runtime.writer.last_error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -146,12 +147,13 @@ def test_only_the_operator_may_ask(reader):
         ({"prices": "/etc/passwd"}, "query.prices: Extra inputs are not permitted"),
     ],
 )
-def test_what_needs_no_child_is_refused_at_once(side, words, said):
-    start_s = time.monotonic()
+def test_what_is_wrong_by_itself_is_refused_without_a_child(side, words, said, monkeypatch):
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *command, **_: started.append(command))
     status, kind, message = error_of(ask(side, **words))
     assert (status, kind) == (422, "invalid_request")
     assert said in message
-    assert time.monotonic() - start_s < 0.5
+    assert started == []
 
 
 def test_what_the_command_refuses_is_refused_with_its_line(side, prices):
@@ -203,11 +205,17 @@ def children() -> list[Path]:
     return [Path("/proc") / pid for task in tasks for pid in task.read_text().split()]
 
 
+def is_held_back(child: Path) -> bool:
+    """Tell whether a child is the last to get a core and the first to lose its memory."""
+    priority = os.getpriority(os.PRIO_PROCESS, int(child.name))
+    return (priority, (child / "oom_score_adj").read_text().strip()) == (19, "1000")
+
+
 def test_one_child_at_a_time_is_held_back_ended_in_time_and_told_no_secret(reader, package):
     package("import time\ntime.sleep(60)")
     before = set(children())
     url = f"{reader.url}?timeout=7"  # stands for a password
-    comparer = Comparer(url, timeout_s=3)
+    comparer = Comparer(url, timeout_s=6)
     failed: list[Exception] = []
 
     def compare() -> None:
@@ -218,17 +226,18 @@ def test_one_child_at_a_time_is_held_back_ended_in_time_and_told_no_secret(reade
 
     asker = threading.Thread(target=compare)
     asker.start()
-    time.sleep(1)
+    deadline = time.monotonic() + 5
+    while not any(map(is_held_back, set(children()) - before)):  # it does that first of all
+        assert time.monotonic() < deadline, "no child that is held back"
+        time.sleep(0.02)
     (child,) = set(children()) - before
-    assert os.getpriority(os.PRIO_PROCESS, int(child.name)) == 19
-    assert (child / "oom_score_adj").read_text().strip() == "1000"
     assert f"COST_METER_LEDGER={url}".encode() in (child / "environ").read_bytes().split(b"\0")
     assert b"timeout=7" not in (child / "cmdline").read_bytes()
     with pytest.raises(ComparingError, match="another comparison is running"):
         comparer(Question(model=("m",)))
-    asker.join(10)
+    asker.join(30)
     assert [str(error) for error in failed] == [
-        "compare: expected an answer within 3 s, got none;"
+        "compare: expected an answer within 6 s, got none;"
         " ask for a shorter window or fewer offers"
     ]  # fmt: skip
     assert set(children()) == before

@@ -9,7 +9,8 @@ import pytest
 from tests.component.endpoint.test_app import Side, error_of
 from tests.component.ledger.test_reader import http, part
 from vllm_cost_meter.endpoint.access import Access, sha256
-from vllm_cost_meter.endpoint.economics import PUBLIC_FIELDS, PUBLIC_FIGURES
+from vllm_cost_meter.endpoint.economics import PUBLIC_FIGURES
+from vllm_cost_meter.ledger.economics.answers import PublicEconomics
 from vllm_cost_meter.ledger.economics.figures import FIGURES
 
 TOKEN = "the-admin-token"
@@ -49,7 +50,7 @@ def test_with_it_anybody_sees_costs_per_token_and_no_amount(make):
         answer = reply.json()
         assert reply.headers["access-control-allow-origin"] == "*"
         assert list(answer["figures"]) == list(PUBLIC_FIGURES)
-        assert set(answer) == {*PUBLIC_FIELDS, "figures"}
+        assert set(answer) == set(PublicEconomics.__annotations__)
         assert "alice" not in reply.text
     all_of_it = side.get(PATHS[0], **ADMIN)
     assert "access-control-allow-origin" not in all_of_it.headers

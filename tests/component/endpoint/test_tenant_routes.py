@@ -7,6 +7,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from tests.support.openapi import assert_fits
 from tests.support.world import BODY, JSON, World, replying, scope_of
 from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -95,3 +96,16 @@ def test_asking_for_figures_is_no_request_in_the_books(world):
     before = world.rows("SELECT count(*) FROM http_requests")
     ask(world, "/v1/cost/me")
     assert world.rows("SELECT count(*) FROM http_requests") == before == [(2,)]
+
+
+def test_own_figures_are_as_the_document_of_vllm_says(world):
+    app = FastAPI()
+    reader = LedgerReader(world.runtime.ledger_url)
+    app.include_router(make_router(reader, lambda: None, lambda: Figures(BUDGETS)))
+    document = app.openapi()
+    reader.close()
+    assert_fits(document, "/v1/cost/me", ask(world, "/v1/cost/me").json())
+    never = "/v1/cost/me?window=2020-01"
+    assert_fits(document, "/v1/cost/me", ask(world, never).json())
+    path = "/v1/cost/requests/{request_id}"
+    assert_fits(document, path, ask(world, "/v1/cost/requests/of-acme").json())

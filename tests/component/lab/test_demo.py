@@ -4,6 +4,7 @@ Goal: the demo's exit status means what it says. Method: a small world in which 
 thing at a time changed in it.
 """
 
+import asyncio
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("openai", reason="comes with vLLM")
@@ -38,6 +40,7 @@ from vllm_cost_meter.lab.demo.traffic import (
     TENANTS,
     Sightings,
     Told,
+    Traffic,
 )
 
 
@@ -151,6 +154,33 @@ def test_one_thing_that_disagrees_is_said(change: Change, said: str) -> None:
     seen, figures = deepcopy(world())
     change(seen, figures)
     assert any(said in problem for problem in problems(seen, figures)), problems(seen, figures)
+
+
+def test_streams_are_read_as_they_come_until_one_carries_its_cost() -> None:
+    import openai
+
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}
+    costs = [{}, {"cost": 0.5, "cost_details": {}}, {"cost": 0.25, "cost_details": {}}]
+    answers = iter(costs)
+
+    def answer(_request: httpx.Request) -> httpx.Response:
+        chunk = {"id": "c", "choices": [], "usage": {**usage, **next(answers)}}
+        chunk |= {"object": "chat.completion.chunk", "created": 1, "model": "tiny"}
+        stream = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, text=stream)
+
+    async def ask() -> Sightings:
+        traffic = Traffic("http://server", "tiny", "tiny", {})
+        transport = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        client = openai.AsyncOpenAI(base_url="http://server/v1", api_key="k", http_client=transport)
+        for _ in costs:
+            await traffic._stream(client, "?")
+        await client.close()
+        return traffic.seen
+
+    seen = asyncio.run(ask())
+    assert [told.cost_usd for told in seen.told] == [None, "0.500000000", "0.250000000"]
+    assert json.loads(seen.last_chunk.removeprefix("data: "))["usage"]["cost"] == 0.5
 
 
 def test_an_older_bench_that_reports_what_it_asked_for_agrees() -> None:

@@ -17,7 +17,6 @@ from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import InvoiceLine, Reading
-from vllm_cost_meter.ledger.billing.days import invoice_days
 from vllm_cost_meter.ledger.billing.hours import HOURS_MAX
 from vllm_cost_meter.ledger.billing.importing import import_invoice
 from vllm_cost_meter.ledger.billing.meters import meters
@@ -314,7 +313,7 @@ def test_renaming_tenants_moves_no_money(ledger):
 def test_each_day_has_metered_billed_and_the_rest_on_its_own(ledger):
     bills(ledger)
     bring(ledger, read(24, 1), read(25, 3), read(26, 1))
-    answer = invoice_days(ledger.reader, as_of=AsOf(settle_s=0))
+    answer = ledger.reader.invoice_days(as_of=AsOf(settle_s=0))
     first, second = answer["days"]
     assert first == {
         "day": "2027-01-15",
@@ -328,6 +327,19 @@ def test_each_day_has_metered_billed_and_the_rest_on_its_own(ledger):
     )  # fmt: skip
     assert (second["capture_rate"], second["unobserved_hours"], second["resets"]) == (0, 1.0, 1)
     assert answer["total"]["billed_gpu_usd"] == "2.500000000"
+
+
+def test_days_that_lose_half_a_nano_usd_each_add_up_to_their_total(ledger):
+    ran = {hour: ClassTotals(idle=50) for hour in (HOUR, HOUR + 24)}  # 0.5 nano-USD at 36 USD/h
+    ledger.write(snapshot([], totals=ClassTotals(idle=100), hours=ran), usd="36")
+    bring(ledger, charged(0, 1, 3e-9), charged(24, 1, 3e-9))
+    answer = ledger.reader.invoice_days(as_of=AsOf(settle_s=0))
+    money = ("metered_usd", "metered_while_billed_usd", "billed_gpu_usd", "difference_usd")
+    assert [[row[name] for name in money] for row in (*answer["days"], answer["total"])] == [
+        ["0.000000001", "0.000000001", "0.000000003", "0.000000002"],
+        ["0.000000000", "0.000000000", "0.000000003", "0.000000003"],
+        ["0.000000001", "0.000000001", "0.000000006", "0.000000005"],
+    ]
 
 
 def test_the_exact_amounts_of_a_summary_are_those_of_the_figures(ledger):
@@ -397,7 +409,7 @@ def test_a_month_without_bills_has_a_statement_as_ever(ledger):
 
 
 def test_a_reader_of_an_empty_ledger_has_no_days(ledger):
-    answer = invoice_days(LedgerReader(ledger.url), as_of=AsOf(settle_s=0))
+    answer = LedgerReader(ledger.url).invoice_days(as_of=AsOf(settle_s=0))
     assert (answer["days"], answer["total"]["billed_gpu_usd"]) == ([], None)
 
 

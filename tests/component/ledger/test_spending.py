@@ -6,6 +6,7 @@ from decimal import Decimal
 import pytest
 
 from tests.support.builders import make_bill, make_open, make_part, make_snapshot
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.queries.spending import LATE_NS, RECOUNT_NS, Spending
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.accrued import Accrued
@@ -124,3 +125,33 @@ def test_figures_are_as_old_as_the_oldest_living_engines_snapshot(ledger, spendi
     assert figures.as_of_ns == NOW - 3 * NS_PER_SECOND
     write(make_snapshot(run_id="two", number=2, taken_at_ns=NOW, state="off"))
     assert spending.look((), lambda *_: None, NOW).broken == "the meter of engine run two is off"
+
+
+def test_what_runs_in_a_silent_engine_counts_as_long_as_it_is_known_to_live(ledger):
+    url, write = ledger
+    known: list[str] = []
+    follower = Spending(url, alive=lambda: known)
+    write(running(r1=70), make_open(request_id="r1", tenant="acme", started_at_ns=NOW - 5))
+    [(run_id, _)] = follower.latest_snapshots()
+    at = NOW + DEAD_AFTER_NS
+    assert total(follower, now_ns=at) == [70]
+    assert total(follower, now_ns=at + NS_PER_SECOND) == [0]
+    known.append(run_id)
+    assert total(follower, now_ns=at + NS_PER_SECOND) == [70]
+    figures = follower.look((), lambda *_: None, at + NS_PER_SECOND)
+    assert figures.as_of_ns == NOW
+    known.clear()
+    assert total(follower, now_ns=at + NS_PER_SECOND) == [0]
+    follower.close()
+
+
+def test_the_bill_of_a_request_in_a_silent_engine_takes_the_place_of_what_ran(ledger):
+    url, write = ledger
+    write(running(r1=70), make_open(request_id="r1", tenant="acme", started_at_ns=NOW - 5))
+    follower = Spending(url)
+    [(run_id, _)] = follower.latest_snapshots()
+    follower.close()
+    follower = Spending(url, alive=lambda: [run_id])
+    write(part(1, 90, started_at_ns=NOW - 5, announced=True))
+    assert total(follower, now_ns=NOW + DEAD_AFTER_NS + NS_PER_SECOND) == [90]
+    follower.close()

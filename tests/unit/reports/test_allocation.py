@@ -239,6 +239,21 @@ def test_accumulated_steps_are_one_piece_of_what_each_step_shared():
     assert [row["class"] for row in found[3:]] == list(OVERHEAD_ROWS)
 
 
+def test_accumulated_rows_are_rounded_once_and_add_up_to_the_same_total_as_the_steps():
+    """Each row of each day is half a nano-USD: the sums of rounded days are not what it costs."""
+    known = facts(
+        used=[("run", hour, (name, "m"), 1) for hour in (HOUR, DAY) for name in ("alice", "bob")]
+    )
+    words = {"step": "1d", "price": "1800"}
+    steps = ask(known, **words)["series"]
+    (whole,) = ask(known, **words, accumulate=True)["series"]
+    (without_steps,) = ask(known, price="1800")["series"]
+    costs = [list(figures(one["rows"], "cost_nanousd").values()) for one in (*steps, whole)]
+    assert costs == [[(1,), (0,)], [(1,), (0,)], [(1,), (1,)]]
+    assert [one["cost_nanousd"] for one in (*steps, whole)] == [1, 1, 2]
+    assert without_steps["rows"] == whole["rows"]
+
+
 def test_a_filter_chooses_rows_and_changes_none():
     everything = rows(idle="proportional")
     chosen = rows(idle="proportional", filter="tenant:alice,__idle__+model:n,__idle__")

@@ -15,6 +15,7 @@ from vllm_cost_meter.lab.demo.traffic import (
     BATCH_INPUT_TOKENS,
     BATCH_REQUESTS,
     CHAT,
+    COST_DETAILS,
     TENANTS,
     Sightings,
     Told,
@@ -161,5 +162,5 @@ def something_was_shown(seen: Sightings) -> Iterator[str]:
     """Check that a complete reply and a stream carried their cost."""
     if not seen.headers:
         yield "no complete reply carried a cost"
-    if '"cost_details"' not in seen.last_chunk:
+    if COST_DETAILS not in seen.last_chunk:
         yield "the stream's last chunk carried no cost"

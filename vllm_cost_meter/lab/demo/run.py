@@ -104,7 +104,7 @@ def served(console: Console, model: str | None) -> Iterator[tuple[Server, Setup]
 
 def _demo(console: Console, server: Server, setup: Setup) -> int:
     seen = _traffic(console, server, setup)
-    figures = _quiet_figures(server, setup, seen.abandoned_id)
+    figures = _quiet_figures(server, setup, seen)
     show(console, server, setup, seen, figures)
     return _verdict(console, problems(seen, figures), seen)
 
@@ -159,10 +159,11 @@ def _traffic(console: Console, server: Server, setup: Setup) -> Sightings:
         return asyncio.run(run())
 
 
-def _quiet_figures(server: Server, setup: Setup, abandoned_id: str) -> DemoFigures:
-    """Return the figures once nothing is in flight and the abandoned request has its bill.
+def _quiet_figures(server: Server, setup: Setup, seen: Sightings) -> DemoFigures:
+    """Return the figures once nothing is in flight and they agree with what the clients saw.
 
-    After QUIET_TIMEOUT_S they are returned as they are.
+    They are asked for one after the other, so a bill that is written in between is in some of them
+    only. After QUIET_TIMEOUT_S they are returned as they are.
     """
     deadline = time.monotonic() + QUIET_TIMEOUT_S
     while True:
@@ -173,11 +174,7 @@ def _quiet_figures(server: Server, setup: Setup, abandoned_id: str) -> DemoFigur
             _statement(setup),
         )
         in_flight = any(run["in_flight_ns"] for run in figures.audit["runs"])
-        billed = any(
-            row["response_id"] == abandoned_id and row["status"] and row["engine_status"]
-            for row in figures.requests
-        )
-        if (billed and not in_flight) or time.monotonic() > deadline:
+        if time.monotonic() > deadline or not (in_flight or problems(seen, figures)):
             return figures
         time.sleep(0.3)
 

@@ -32,6 +32,8 @@ REQUEST_TIMEOUT_S = 300
 THINK_S = 0.5
 ROUNDS_MAX = 500
 CHAT_TOKENS, SEARCH_TOKENS = 48, 16
+# What a stream's usage has if it carries its cost.
+COST_DETAILS = '"cost_details"'
 # The client that does not wait for its reply leaves after so many chunks.
 CHUNKS_READ = 8
 BATCH_REQUESTS, BATCH_INPUT_TOKENS, BATCH_OUTPUT_TOKENS = 48, 128, 64
@@ -156,7 +158,8 @@ class Traffic:
         await self._chat(client, question, choices=2)
 
     async def _stream(self, client: openai.AsyncOpenAI, question: str) -> None:
-        if not self.seen.last_chunk:
+        # Until one has carried its cost: while the batch's client starts, the machine is busy.
+        if COST_DETAILS not in self.seen.last_chunk:
             await self._raw_stream(client, question)
             return
         stream = await client.chat.completions.create(

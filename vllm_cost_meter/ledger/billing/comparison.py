@@ -5,7 +5,9 @@ its metered cost is compared with them. The covered part is the largest among th
 because bills are taken to cover all GPUs. Other billed kinds (disk, network and so on) have no
 metered counterpart.
 
-Invariant: money is exact until it is shown. The days of a window add up to the window.
+Invariant: money is exact until it is shown. Then the window is rounded once and divided among its
+days, so that days add up to the window to the nano-USD in every column, and in every row the
+difference is the billed amount less the metered one.
 """
 
 from collections import defaultdict
@@ -19,12 +21,15 @@ from sqlalchemy import case, func, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.invoices.timeline import GPU, KINDS
+from vllm_cost_meter.ledger.billing.answers import InvoiceDays
+from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Cut, Window
 from vllm_cost_meter.ledger.schema import billed_hours
-from vllm_cost_meter.reports.answers import Billed, BilledAmounts, BilledResource
+from vllm_cost_meter.reports.answers import Billed, BilledAmounts, BilledResource, PriceRow
 from vllm_cost_meter.reports.statement import OverheadCost
-from vllm_cost_meter.units.calendar import HOURS_PER_DAY
+from vllm_cost_meter.units.calendar import HOURS_PER_DAY, period_name
 from vllm_cost_meter.units.money import format_usd
+from vllm_cost_meter.units.rounding import rounded_known
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 DIFFERENCE = "difference to the bill"
@@ -74,19 +79,27 @@ class MeteredAndBilled:
         return float(self.metered_while_billed / self.billed_gpu)
 
     def as_dict(self) -> BilledAmounts:
-        """Return the amounts as answers show them, in USD."""
-        shown = {
-            "metered_usd": _usd(self.metered),
-            "metered_while_billed_usd": _usd(self.metered_while_billed),
-            "billed_gpu_usd": _usd(self.billed_gpu),
-            "difference_usd": _usd(self.difference),
+        """Return the amounts as answers show them, in USD, each rounded by itself."""
+        return self.shown(_rounded(self.metered), _rounded(self.metered_while_billed))
+
+    def shown(self, metered: int | None, metered_while_billed: int | None) -> BilledAmounts:
+        """Return the amounts as answers show them, with these rounded ones of the meter."""
+        # Bills are whole nano-USD, so the difference of rounded amounts needs no rounding.
+        difference = None
+        if self.billed_gpu is not None and metered_while_billed is not None:
+            difference = self.billed_gpu - metered_while_billed
+        row = {
+            "metered_usd": format_usd(metered),
+            "metered_while_billed_usd": format_usd(metered_while_billed),
+            "billed_gpu_usd": format_usd(self.billed_gpu),
+            "difference_usd": format_usd(difference),
             "capture_rate": self.capture_rate,
-            **{f"billed_{kind}_usd": _usd(nanousd) for kind, nanousd in self.others.items()},
+            **{f"billed_{kind}_usd": format_usd(amount) for kind, amount in self.others.items()},
             "covered_hours": float(self.covered_hours),
             "unobserved_hours": float(self.unobserved_hours),
             "resets": self.resets,
         }
-        return cast("BilledAmounts", shown)
+        return cast("BilledAmounts", row)
 
 
 class Bills:
@@ -209,8 +222,32 @@ def bill_lines(
     }
 
 
-def _usd(nanousd: Fraction | int | None) -> str | None:
-    return None if nanousd is None else format_usd(round(nanousd))
+def invoice_days(connection: Connection, cut: Cut) -> InvoiceDays:
+    """Return the amounts metered and billed on each UTC day of a cut's window, and their total."""
+    bills = Bills(connection, cut)
+    hours_by_day = bills.days()
+    days = [bills.compared(hours) for hours in hours_by_day.values()]
+    total = bills.compared()
+    metered = rounded_known([day.metered for day in days], _rounded(total.metered))
+    while_billed = rounded_known(
+        [day.metered_while_billed for day in days], _rounded(total.metered_while_billed)
+    )
+    return {
+        "window": cut.window.as_dict(),
+        "taken_at": cut.at(),
+        "prices": cast("list[PriceRow]", CutCosts.of(cut).cost.listed()),
+        "days": [
+            {"day": period_name(hours[0], "day"), **day.shown(*amounts)}
+            for hours, day, *amounts in zip(
+                hours_by_day.values(), days, metered, while_billed, strict=True
+            )
+        ],
+        "total": total.as_dict(),
+    }
+
+
+def _rounded(nanousd: Fraction | None) -> int | None:
+    return None if nanousd is None else round(nanousd)
 
 
 def _metered(cut: Cut) -> dict[int, Fraction | None]:

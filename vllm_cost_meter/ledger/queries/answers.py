@@ -29,21 +29,25 @@ class AuditRun(TypedDict):
     """The books of one engine run at its cut, and every difference in them."""
 
     run_id: str
-    """Run id."""
+    """The engine run."""
     engine_index: int
-    """Engine index."""
+    """Data-parallel rank."""
     model: str
-    """Model."""
+    """The served name."""
+    host: str
+    """The name of its machine."""
+    started_at: str
+    """RFC 3339 UTC: creation of the engine process."""
     state: str
-    """State."""
+    """`on`, or `off` after too many errors."""
     alive: bool
-    """Alive."""
+    """Whether its engine was asked for a snapshot and has not failed, or answered within 15 s."""
     taken_at: str | None
     """RFC 3339 UTC: the cut."""
     wall_ns: int
     """Wall ns: from the creation of the engine process to the cut."""
     gpus: int
-    """Gpus."""
+    """`world_size` of the engine."""
     requests_ns: int
     """GPU-ns: classes."""
     in_flight_ns: int

@@ -26,6 +26,16 @@ from vllm_cost_meter.records.snapshot import CLASSES
 # Ranges of missing numbers that are listed; past these, only "more" is said.
 MAX_RANGES = 1000
 MORE = "more"
+# Amounts of a run's row that are 0 in balanced books; `missing_bills` is empty besides.
+DIFFERENCES = (
+    "difference_ns",
+    "billed_difference_ns",
+    "ledger_difference_ns",
+    "hours_difference_ns",
+    "in_flight_difference_ns",
+    "uneven_bills",
+    "energy_difference_mj",
+)
 
 
 def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
@@ -51,18 +61,7 @@ def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
 
 def is_balanced(run: Mapping[str, Any]) -> bool:
     """Say whether nothing is amiss in one run's row."""
-    return not (run["missing_bills"] or any(run[name] for name in _DIFFERENCES))
-
-
-_DIFFERENCES = (
-    "difference_ns",
-    "billed_difference_ns",
-    "ledger_difference_ns",
-    "hours_difference_ns",
-    "in_flight_difference_ns",
-    "uneven_bills",
-    "energy_difference_mj",
-)
+    return not (run["missing_bills"] or any(run[name] for name in DIFFERENCES))
 
 
 # What a bill and each of its pieces have.

@@ -48,10 +48,14 @@ class Living:
     now_ns: int
     alive: Collection[str] = ()
 
+    def is_up(self) -> ColumnElement[bool]:
+        """Return the SQL condition on a row of `snapshots`: the engine of the run lives."""
+        heard = snapshots.c.taken_at >= rfc3339(self.now_ns - DEAD_AFTER_NS)
+        return or_(heard, snapshots.c.run_id.in_(self.alive))
+
     def condition(self) -> ColumnElement[bool]:
         """Return the SQL condition on a row of `snapshots`: the run may still write bills."""
-        heard = snapshots.c.taken_at >= rfc3339(self.now_ns - DEAD_AFTER_NS)
-        return and_(snapshots.c.state == "on", or_(heard, snapshots.c.run_id.in_(self.alive)))
+        return and_(snapshots.c.state == "on", self.is_up())
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ Bills are added up as they come: a look reads only those that finished since a l
 last one, and knows which of them it had. At each new hour, and every `RECOUNT_NS`, all is counted
 anew, so that what came very late, or fell out of a period, is right again within that time. What
 requests that still run had used at their engine's latest snapshot is added on top, in full to the
-present hour; their bills say later which hours it was.
+present hour; their bills say later which hours it was. An engine in a long step sends no snapshot:
+what its requests had used still counts for as long as `alive` names its run.
 
 Invariant: a request counts once: by its bill, or else by the snapshot of the engine it runs in.
 """
@@ -20,8 +21,7 @@ from sqlalchemy import Engine, Select, and_, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.database import open_database
-from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
-from vllm_cost_meter.ledger.queries.open_requests import is_billed
+from vllm_cost_meter.ledger.queries.open_requests import Living, is_billed
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import (
     live_usage,
@@ -49,8 +49,18 @@ PriceOf = Callable[[str, int], Decimal | Fraction | None]
 class Spending:
     """Follows what is spent. Blocks, and is used by one thread at a time."""
 
-    def __init__(self, url: str, *, create: bool = True) -> None:
-        """Open the ledger. Raises LedgerError, also when there is none and `create` is not set."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        create: bool = True,
+        alive: Callable[[], Collection[str]] = tuple,
+    ) -> None:
+        """Open the ledger; `alive` names engine runs that are known to live though they are silent.
+
+        Raises LedgerError, also when there is no ledger and `create` is not set.
+        """
+        self._alive = alive
         self._engine: Engine = open_database(url, create=create)
         self._budgets: Sequence[Budget] = ()
         self._billed: Sums = {}
@@ -80,7 +90,7 @@ class Spending:
                 self._recount(connection, budgets, now_ns)
             else:
                 self._count_new(connection, now_ns)
-            living = _living(connection, now_ns)
+            living = _living(connection, Living(now_ns, frozenset(self._alive())))
             running = self._running(connection, [run.run_id for run in living], hour)
         standings = [
             self._standing(budget, running.get(budget.name, {}), price_of, now_ns)
@@ -182,10 +192,9 @@ def _finished_since(since: str) -> Select[Any]:
     return select(r.run_id, r.seq, r.finished_at).where(r.finished_at >= since)
 
 
-def _living(connection: Connection, now_ns: int) -> Sequence[Any]:
-    heard = snapshots.c.taken_at >= rfc3339(now_ns - DEAD_AFTER_NS)
+def _living(connection: Connection, living: Living) -> Sequence[Any]:
     s = snapshots.c
-    return connection.execute(select(s.run_id, s.taken_at, s.state).where(heard)).all()
+    return connection.execute(select(s.run_id, s.taken_at, s.state).where(living.is_up())).all()
 
 
 def _owners(connection: Connection, ids: Collection[str]) -> Iterator[Any]:
