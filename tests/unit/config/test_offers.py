@@ -166,10 +166,10 @@ def test_the_same_requests_are_compared_with_what_they_cost_here(path, price_fil
     head, own, small, large, mix, note = result.stdout.splitlines()
     assert head.split()[:3] == ["provider", "model", "usd"]
     assert own.split()[0] == "self-hosted"
-    assert "0.6" in own.split()
+    assert "0.60" in own.split()
     # 32 computed, 8 cached, 20 output tokens.
     assert small.split()[2] == "0.0001128"
-    assert large.split()[2] == "0.8"
+    assert large.split()[2] == "0.80"
     assert ("api" in small.split(), "self-hosted" in large.split()) == (True, True)
     assert mix.startswith("the same 4 requests each: 40 prompt tokens, of which 8 cached, and 20 ")
     assert note.startswith("note: an API's price promises no latency")
@@ -217,7 +217,9 @@ def test_numbers_are_not_rounded(tmp_path, path):
     ask = ("compare", "--ledger", path, *ALL_TIME, "--prices", prices)
     (small, _) = json.loads(run(*ask, "--json").stdout)["offers"]
     assert small["usd"] == "0.0000994666666666660"  # 32 x 1 + 8 x 0.1 + 20 x 3.3333333333333
-    assert "9.94667e-05" in run(*ask).stdout
+    row = run(*ask).stdout.splitlines()[2].split()
+    assert "0.000099467" in row, "to the nano-USD, and not in scientific notation"
+    assert "4.97333" in row, "USD per million output tokens"
 
 
 def test_the_settings_may_name_the_price_file(path, price_file):
