@@ -185,11 +185,11 @@ class ReportRow(_ReportRow):
     requests: int
     """HTTP requests that ended in the hours."""
     prompt_tokens: int | None
-    """Tokens: of them."""
+    """Tokens: the prompts of these requests, cached tokens included."""
     cached_tokens: int | None
-    """Tokens."""
+    """Tokens: the part of the prompts that was found in the prefix cache."""
     output_tokens: int | None
-    """Tokens."""
+    """Tokens: the output of these requests."""
     gpu_time_ns: int
     """GPU-ns: used in the hours."""
     idle_share_ns: int
@@ -207,7 +207,7 @@ class ReportRow(_ReportRow):
     tenant: NotRequired[str]
     """A tenant, or a class: `__idle__`, `__sleep__`, `__startup__`, `__tail__`, `__dummy__`."""
     prefill_ns: NotRequired[int | None]
-    """GPU-ns: of `gpu_time_ns`."""
+    """GPU-ns: the part of `gpu_time_ns` in which prompts were computed."""
     decode_ns: NotRequired[int | None]
     """GPU-ns."""
     marginal_ns: NotRequired[int | None]
@@ -247,7 +247,7 @@ class Piece(_Piece):
     """The rows of the window, or of one of its steps."""
 
     gpu_time_ns: int
-    """GPU-ns: of all its rows, shown or not."""
+    """GPU-ns: the sum of all its rows, shown or not."""
     cost_nanousd: int | None
     """nano-USD: likewise."""
     cost_usd: str | None
@@ -416,11 +416,11 @@ class Summary(EnginesPart):
     requests: int
     """HTTP requests of all tenants."""
     prompt_tokens: int
-    """Tokens."""
+    """Tokens: the prompts of all requests, cached tokens included."""
     cached_tokens: int
-    """Tokens."""
+    """Tokens: the part of the prompts that was found in the prefix cache."""
     output_tokens: int
-    """Tokens."""
+    """Tokens: the output of these requests."""
     requests_ns: int
     """GPU-ns: billed to requests."""
     in_flight_ns: int

@@ -47,13 +47,13 @@ class RequestRow(TypedDict):
     gpu_time_ns: int | None
     """GPU-ns: sum over the parts."""
     prefill_ns: int | None
-    """GPU-ns: of it, while the prompt was computed (or computed again after a preemption)."""
+    """GPU-ns: the part in which the prompt was computed, or computed again after a preemption."""
     decode_ns: int | None
-    """GPU-ns: of it, the rest."""
+    """GPU-ns: the part in which the output was computed."""
     marginal_ns: int | None
     """GPU-ns: what its steps took longer because of it, by the cost model."""
     recomputed_ns: int | None
-    """GPU-ns: of `prefill_ns`: computed again after a preemption."""
+    """GPU-ns: the part of `prefill_ns` for what was computed again after a preemption."""
     rejected_ns: int | None
     """GPU-ns: spent on draft tokens that were rejected."""
     cut_ns: int | None
@@ -142,7 +142,7 @@ class PartRow(TypedDict):
     recomputed_ns: int | None
     """GPU-ns: as in the request row."""
     recomputed_tokens: int | None
-    """Tokens: of `prefill_tokens`: computed again after a preemption."""
+    """Tokens: the part of `prefill_tokens` that was computed again after a preemption."""
     rejected_ns: int | None
     """GPU-ns: as in the request row."""
     rejected_tokens: int | None

@@ -21,19 +21,19 @@ class StatementLine(TypedDict):
     tenant: str | None
     """Null for what nobody carries."""
     day: str | None
-    """Of the time zone."""
+    """The day in the statement's time zone."""
     item: str
     """The model."""
     source: str | None
-    """Of such a cost."""
+    """Where the declared cost comes from."""
     requests: int | None
-    """That ended on the day."""
+    """HTTP requests that ended on the day."""
     prompt_tokens: int | None
-    """Tokens: of them."""
+    """Tokens: the prompts of these requests, cached tokens included."""
     cached_tokens: int | None
-    """Tokens."""
+    """Tokens: the part of the prompts that was found in the prefix cache."""
     output_tokens: int | None
-    """Tokens."""
+    """Tokens: the output of these requests."""
     gpu_time_ns: int | None
     """GPU-ns: used on the day."""
     idle_share_ns: int | None
@@ -58,13 +58,13 @@ class StatementTotal(TypedDict):
     """The sums of lines; of money null if that of one is."""
 
     requests: int
-    """That ended."""
+    """HTTP requests that ended in the month."""
     prompt_tokens: int
-    """Tokens: of them."""
+    """Tokens: the prompts of these requests, cached tokens included."""
     cached_tokens: int
-    """Tokens: of them."""
+    """Tokens: the part of the prompts that was found in the prefix cache."""
     output_tokens: int
-    """Tokens: of them."""
+    """Tokens: the output of these requests."""
     gpu_time_ns: int
     """GPU-ns: used."""
     idle_share_ns: int
@@ -121,7 +121,7 @@ class TenantStatement(TypedDict):
     billed: dict[str, Any] | None
     """How much of the month bills cover."""
     tenant: str | None
-    """Whose it is; null for all."""
+    """The tenant that the statement is for; null for all tenants."""
     currency: str
     """ISO 4217."""
     idle: str
@@ -131,7 +131,7 @@ class TenantStatement(TypedDict):
     is_over: bool
     """Whether the month is over."""
     in_flight_ns: int
-    """GPU-ns: of requests without a bill yet."""
+    """GPU-ns: used by requests that have no bill yet."""
     final: bool
     """Whether nothing of it will change."""
     adds_up: bool

@@ -103,11 +103,11 @@ class MixRow(TypedDict):
     requests: int
     """How many."""
     prompt_tokens: int
-    """Tokens: of all of them, cached ones included."""
+    """Tokens: the prompts of all requests, cached tokens included."""
     cached_tokens: int
-    """Tokens: of those, found in the prefix cache."""
+    """Tokens: the part of the prompts that was found in the prefix cache."""
     output_tokens: int
-    """Tokens: of all of them."""
+    """Tokens: the output of all requests."""
 
 
 class Sums(TypedDict):

@@ -91,9 +91,9 @@ class AuditRun(TypedDict):
     in_flight_difference_ns: int
     """GPU-ns: what was in flight, less what each request had used and the step that ran."""
     lost_requests: list[LostRequest]
-    """Of a run that is not alive."""
+    """The requests that were open when the engine died; empty while it lives."""
     lost_requests_ns: int | None
-    """GPU-ns: of all of them."""
+    """GPU-ns: what all lost requests had used."""
     lost_step_ns: int | None
     """GPU-ns: of the step that ran at the cut, which was nobody's yet."""
     balanced: bool
@@ -141,8 +141,8 @@ class CostModelRow(TypedDict):
     error: float
     """Mean relative error of the form in use (MAPE)."""
     error_two_planes: float
-    """That of two planes."""
+    """The mean relative error of the form with two planes."""
     error_one_plane: float
-    """That of one plane."""
+    """The mean relative error of the form with one plane."""
     explained: float
     """Share of the variance of step times that the form in use explains."""
