@@ -133,7 +133,7 @@ def _side_url(told: str | None, port: int | None) -> str:
 def _write(
     session: SweepSession, slo_ttft_ms: float | None, url: str, *, wide: bool, as_json: bool
 ) -> None:
-    """Write curves and plot, print the table, and keep full load if the ledger is on this host."""
+    """Write curves and plot, print the table, and keep full load if the ledger has these runs."""
     rows, lines = [], []
     with one_line_errors():
         for curve in session.curves:

@@ -63,7 +63,7 @@ class Access:
         return None if tenant is None else Viewer(tenant)
 
 
-# The access on loopback without an admin token: every caller is an operator.
+# The access on loopback without an admin token: a caller without a token is an operator.
 OPEN = Access()
 
 

@@ -1,8 +1,8 @@
 """The FastAPI application of the side endpoint: the ledger over HTTP, for operators and tenants.
 
 It reads figures through a `LedgerReader`. Before it does, `refresh` asks the engines for snapshots,
-so the ledger is up to date. Handlers are plain functions, so FastAPI runs their SQL in its thread
-pool.
+so the ledger is up to date. In a process that cannot ask them, figures are up to one snapshot old.
+Handlers are plain functions, so FastAPI runs their SQL in its thread pool.
 
 All errors have one shape: `{"error": {"message", "type", "code"}}`.
 

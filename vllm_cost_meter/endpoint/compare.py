@@ -50,7 +50,7 @@ class Asked(BaseModel):
     provider: list[str] = Field([], description="Providers, or patterns.")
     label: list[str] = Field([], description="Only offers with one of these labels.")
     max_usd_per_m_output: float | None = Field(
-        None, description="Only offers up to this price per million output tokens, in USD."
+        None, description="Only offers up to so many USD per million output tokens of the mix."
     )
     ratio: str | None = Field(
         None, description="A supposed ratio of input to output tokens, as 3:1."

@@ -27,7 +27,7 @@ class RequestRow(TypedDict):
     tenant_rule: str | None
     """The rule by which the tenant was found."""
     model: str | None
-    """The served model that the client asked for; the first one, if there are several."""
+    """The name that the model is served by; the first one, if it has several."""
     route: str | None
     """The path of the HTTP request, such as `/v1/chat/completions`."""
     status: int | None
@@ -83,7 +83,7 @@ class RequestRow(TypedDict):
     ttft_ms: float | None
     """ms: the time from arrival to the first token, the shortest of all parts."""
     tpot_ms: float | None
-    """ms: the mean time between two output tokens."""
+    """ms: the mean time between two output tokens; null with several parts."""
     e2e_ms: float | None
     """ms: the time from arrival to the bill, the longest of all parts."""
     energy_mj: int | None
@@ -280,7 +280,7 @@ class Explanation(TypedDict):
     tenant: str | None
     """The tenant who pays."""
     model: str | None
-    """The served model that the client asked for."""
+    """The name that the model is served by."""
     route: str | None
     """The path of the HTTP request."""
     state: str | None

@@ -4,9 +4,10 @@ These are pure functions over rows of `http_requests` and `requests`. Tokens are
 client was told. If the reply did not say, they follow from the parts; a prompt that several parts
 share counts once.
 
-The HTTP row may be missing: it comes last, and never comes after a crash. Then its columns are
-null, and the bill is still shown. Parts without a bill (see `ledger.queries.open_requests`) count
-with what they used so far; columns that only a bill has are null, in the request row too.
+The HTTP row may be missing: it may come after the bill, and never comes after a crash. Then its
+columns are null, and the bill is still shown. Parts without a bill (see
+`ledger.queries.open_requests`) count with what they used so far; columns that only a bill has are
+null, in the request row too.
 
 Invariant: the GPU time of an exchange is the sum over its parts. Its cost and energy are null
 unless every part has them.

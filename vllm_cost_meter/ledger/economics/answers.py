@@ -33,7 +33,7 @@ class Deployment(TypedDict):
 
 
 class PublicEconomics(TypedDict):
-    """What tokens cost, without any amount of money or load in all."""
+    """The cost per token, with load and latency, but without any total."""
 
     window: Hours
     """The hours that the figures cover."""
@@ -48,7 +48,7 @@ class PublicEconomics(TypedDict):
 
 
 class Economics(PublicEconomics):
-    """What tokens and requests cost in all, at which load and latency."""
+    """The cost of tokens and requests, with totals, prices, load and latency."""
 
     prices: list[PriceRow]
     """The prices that the costs were computed with, the earliest first."""
@@ -111,7 +111,7 @@ class MixRow(TypedDict):
 
 
 class Sums(TypedDict):
-    """What the requests cost, in total and per token."""
+    """The cost of the requests, in total and per million tokens."""
 
     usd: str | None
     """USD: the cost of all requests."""
@@ -122,7 +122,7 @@ class Sums(TypedDict):
 
 
 class Costs(Sums):
-    """What the requests cost with one provider."""
+    """The cost of the requests with one provider."""
 
     provider: str
     """The name of the provider."""
@@ -135,7 +135,7 @@ class Costs(Sums):
 
 
 class OfferRow(Costs):
-    """What the requests would have cost at an API."""
+    """The price of the requests at an API."""
 
     times: str | None
     """How many times the deployment's cost that is: `usd` / the deployment's `usd`."""
@@ -146,7 +146,7 @@ class OfferRow(Costs):
 
 
 class SupposedRow(TypedDict):
-    """What an API asks for a month's volume."""
+    """The price of a month's supposed volume at an API."""
 
     provider: str
     """The name of the provider."""
@@ -161,7 +161,7 @@ class SupposedRow(TypedDict):
 
 
 class Supposed(TypedDict):
-    """What other volumes than the measured one would cost."""
+    """The cost of supposed volumes, here and at APIs."""
 
     tokens_per_request: int
     """Tokens: the size of the supposed request, prompt and output."""
@@ -172,22 +172,22 @@ class Supposed(TypedDict):
 
 
 class Found(TypedDict):
-    """What a comparison found: the cost here, and the price of each offer."""
+    """The result of a comparison: the cost here, and the price of each offer."""
 
     window: Hours
     """The hours in which the compared requests ended."""
     mix: MixRow
     """The requests that are compared, and their tokens."""
     self_hosted: Costs
-    """What the requests cost here, idle time included."""
+    """The cost of the requests here, idle time included."""
     offers: list[OfferRow]
-    """What the requests would have cost at each offer, the cheapest first."""
+    """The price of the requests at each offer, the cheapest first."""
     what_if: Supposed | None
-    """What other volumes would cost; null if the question supposes none."""
+    """The cost of supposed volumes; null if the question supposes none."""
 
 
 class Comparison(Found):
-    """What the requests of a window cost here, and what they would have cost at APIs."""
+    """The cost of a window's requests here, and their price at APIs."""
 
     inputs: ComparisonInputs
     """The question that the comparison answers."""

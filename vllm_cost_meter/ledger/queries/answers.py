@@ -94,9 +94,9 @@ class AuditRun(TypedDict):
     lost_requests: list[LostRequest]
     """The requests that were open when the engine died; empty while it lives."""
     lost_requests_ns: int | None
-    """GPU-ns: the time that all lost requests had used; null while the engine lives."""
+    """GPU-ns: the time that all lost requests had used; 0 if it lives, null if unknown."""
     lost_step_ns: int | None
-    """GPU-ns: the time of the step that ran at the cut, which no request had yet."""
+    """GPU-ns: the time of a dead engine's last step, which no request had yet; null if unknown."""
     balanced: bool
     """Whether every difference is 0 and no bill is missing."""
 
