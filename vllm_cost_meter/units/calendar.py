@@ -38,7 +38,7 @@ _WORDS: dict[str, tuple[Unit, int]] = {
     "month": ("month", 0),
     "lastmonth": ("month", 1),
 }
-# Economics show the trailing week unless another window is named.
+# The default window of economics: the trailing week.
 WEEK = "7d"
 EXPECTED = (
     f"{', '.join(_WORDS)}, a month such as 2026-11, a length such as 30m, 24h or 7d, or two "
@@ -63,9 +63,9 @@ def hours_of_window(
 ) -> tuple[int | None, int | None]:
     """Return a window's (first hour, hour after the last), in hours since the epoch.
 
-    Without a window it is (None, None), which means everything. `now_ns` is the instant that
-    `today` and lengths such as `24h` refer to; without it, the present. Raises ValueError for a
-    text that is not a window.
+    No window gives (None, None), which means all hours. Words such as `today` and lengths such as
+    `24h` count back from `now_ns`; its default is the present. Raises ValueError for a text that
+    is not a window.
     """
     if window is None or window == "":
         return None, None
