@@ -1,7 +1,7 @@
 """Plots with Matplotlib: make a figure, label its axes, and save it as PNG or SVG.
 
-Matplotlib is an optional extra, loaded only to draw; no server loads it. Figures need no display.
-They do not use pyplot, which would keep every figure in memory.
+Matplotlib is an optional extra that is loaded only to draw; no server loads it. Figures need no
+display. We do not use pyplot, because it would keep every figure in memory.
 
 Invariant: a plot is written as PNG or SVG, or refused with a line that says how to get it.
 """
