@@ -38,13 +38,13 @@ TENANTS_FOLDED = Counter(
 MISSES = Counter("cost_meter_reply_misses", "Replies sent without a cost: it was not there in time")
 BUDGET_USED = Gauge(
     "cost_meter_budget_used_ratio",
-    "What a budget's tenants used in its period, of its amount; absent where it is not known",
+    "The part of a budget that its tenants used in its period; absent where it is unknown",
     ["budget"],
     multiprocess_mode="mostrecent",
 )
 REFUSED = Counter(
     "cost_meter_refused_requests",
-    "New requests blocked or throttled by a budget, or unavailable as its figures were stale",
+    "New requests that a budget blocked or throttled, or that were refused for stale figures",
     ["kind", "budget"],
 )
 ERRORS = Counter("cost_meter_errors", "Errors of the meter itself, contained", ["side"])

@@ -102,4 +102,4 @@ class RunEnergy:
 
 
 # The energy of an engine that has not reported its GPUs.
-NO_ENERGY = RunEnergy(None, "no_device: the engine told of no GPU")
+NO_ENERGY = RunEnergy(None, "no_device: the engine reported no GPU")
