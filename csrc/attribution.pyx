@@ -183,7 +183,7 @@ cdef class StepMeter:
         return True
 
     def drained(self):
-        """Return the aborted requests whose last step in flight ended since the last call."""
+        """Return the aborted requests that lost their last step in flight since the last call."""
         cdef uint32_t k
         cdef Slot *slot
         cdef list ended = []

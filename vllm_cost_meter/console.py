@@ -54,7 +54,7 @@ _UNITS = {
     "energy_mj": ("joules", 1000, 3),
 }
 _NUMBERS = ("tokens", "_ns", "_mj", "_usd", "requests", "status")
-# On a terminal that is too narrow, longer texts are shortened to this width.
+# If the terminal is too narrow, longer texts are shortened to this width.
 TEXT_CHARS_MAX = 24
 _ELLIPSIS = "..."
 _INSTANT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d+Z")

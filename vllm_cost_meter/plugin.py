@@ -151,7 +151,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class _Exporting(argparse.Action):
-    """A flag whose value is also exported to the environment, so that child processes see it."""
+    """A flag that also exports its value to the environment, so that child processes see it."""
 
     def __call__(
         self,

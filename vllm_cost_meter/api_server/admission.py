@@ -21,7 +21,7 @@ from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, Verdict, decide
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
-# In the time between two snapshots the ledger is asked this many times for a new one.
+# The ledger is asked this many times per snapshot interval for a new snapshot.
 ASKS_PER_SNAPSHOT = 4
 # Figures are stale if this many snapshots in a row are missing, but not before `FRESH_S_MIN`.
 SNAPSHOTS_MISSED_MAX = 3

@@ -97,7 +97,7 @@ class Collector:
         self._writer.put(*(open_request(birth, model) for birth in births))
 
     def open_requests_of(self, covers: Callable[[Owner], bool]) -> list[str]:
-        """Return the internal ids of the open requests whose owner `covers` accepts."""
+        """Return the internal ids of the open requests with an owner that `covers` accepts."""
         return [
             birth.request_id
             for birth in self._open

@@ -49,13 +49,13 @@ class Poller:
         self._acknowledged: dict[str, int] = {}
         self._earlier_fit = earlier_fit
         self._announce = announce
-        # By run, the earlier fits that the next poll will send.
+        # The earlier fits, by run, that the next poll will send.
         self._fits: dict[str, EarlierFit] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self.latest: dict[str, Snapshot] = {}
         self.stopping = False
         self._overdue = False
-        # By the engine's place: the run that answered last. A failing engine is removed.
+        # The run that answered last, by its engine's place. A failing engine is removed.
         self._runs: dict[int, str] = {}
 
     async def run(self) -> None:

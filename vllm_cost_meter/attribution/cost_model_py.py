@@ -43,11 +43,11 @@ from vllm_cost_meter.attribution.cost_model import Plane, Planes
 
 COMPUTE, MEMORY, ONE = 0, 1, 2
 ZERO: Plane = (0.0, 0.0, 0.0, 0.0, 0.0)
-# Without any prior a step costs its tokens.
+# The default prior: a step costs its tokens.
 TOKENS_PRIOR: Planes = ((0.0, 1.0, 0.0, 0.0, 0.0), ZERO, (0.0, 1.0, 0.0, 0.0, 0.0))
 
 TERMS = 5
-# Which terms each plane may have, as bits.
+# The terms that each plane may have, as bits.
 _MAY_HAVE = (0b01111, 0b10111, 0b11111)
 
 RING = 1024
@@ -95,7 +95,7 @@ class Work:
 
     @classmethod
     def of(cls, tokens: int, context: int) -> "Work":
-        """Return the work of one request whose context is this long at the end of the step."""
+        """Return the work of one request; `context` is its length at the end of the step."""
         return cls(tokens, 1, tokens * context, context)
 
     def without(self, other: "Work") -> "Work":

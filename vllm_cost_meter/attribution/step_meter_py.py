@@ -189,7 +189,7 @@ class StepMeter:
         return True
 
     def drained(self) -> list[str]:
-        """Return the aborted requests whose last step in flight ended since the last call."""
+        """Return the aborted requests that lost their last step in flight since the last call."""
         ended = [request.request_id for request in self._drained if request.in_flight == 0]
         self._drained.clear()
         return ended

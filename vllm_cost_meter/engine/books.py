@@ -97,10 +97,10 @@ class EngineBooks:
         self._asleep = False
         self._off = False
         self._in_flight: deque[tuple[object, int]] = deque()
-        # By open request: the model version when it came, and its amounts before this hour.
+        # The model version when each open request came, and its amounts before this hour.
         self._first_models: dict[str, int] = {}
         self._earlier: dict[str, _Earlier] = {}
-        # By snapshot number: the latest model version that the snapshot included.
+        # The latest model version in each snapshot, by the snapshot's number.
         self._told_models: dict[int, int] = {}
         self._acknowledged_model = -1
         self._hour = created_unix_ns // NS_PER_HOUR

@@ -35,7 +35,7 @@ logger = logging.getLogger("vllm.cost_meter")
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
-# Number of ended requests whose ids are remembered. If an end comes twice, it does so at once.
+# Number of ended requests that are remembered. If an end comes twice, it does so at once.
 ENDED_MAX = 4_096
 
 
@@ -108,12 +108,12 @@ class EngineMeter:
         # Made right after the books: they have booked only startup so far, which has no energy.
         self.energy = EnergyMeter(energy or EnergyCounter(()), engine.gpus, time.monotonic_ns())
         self._step_log = self._open_step_log(step_log) if step_log is not None else None
-        # By request, the tokens found in the prefix cache when it was first scheduled.
+        # The tokens found in the prefix cache when a request was first scheduled.
         self._cached_tokens: dict[str, int] = {}
         # The requests that ended last, oldest first.
         self._ended: dict[str, None] = {}
-        # By request with drafts in the step whose result is processed now: the length its output
-        # will have if no token is cut off.
+        # The length that an output will have if no token is cut off, for requests with drafts in
+        # the step that is processed now.
         self._outputs_uncut: dict[str, int] = {}
         # Aborted requests that still pay for steps in flight, with their API server.
         self._leaving: dict[str, tuple[int, RequestFacts]] = {}

@@ -196,7 +196,7 @@ class StepLogWriter:
         header = self._encoder.encode(self._header) + b"\n"
         self._file.write(header)
         self._bytes = len(header)
-        # By request id: its number and prompt tokens. A repeated id may be another request.
+        # The number and prompt tokens of each request id. A repeated id may be another request.
         self._numbers: dict[str, tuple[int, int]] = {}
         self._next_number = 0
         self.flush()

@@ -52,21 +52,21 @@ def is_plot(path: Path) -> bool:
 
 
 def refuse_other_names(paths: Iterable[Path]) -> None:
-    """Raise ValueError for a file whose name does not end like a plot's."""
+    """Raise ValueError for a file name that does not end like a plot's."""
     for path in paths:
         if not is_plot(path):
             raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
 def save(figure: "Figure", paths: Sequence[Path]) -> None:
-    """Write a figure to files whose names end in .png or .svg.
+    """Write a figure to files with names that end in .png or .svg.
 
     Raises ValueError for any other name, and for a file that cannot be written.
     """
     refuse_other_names(paths)
     for path in paths:
         try:
-            # Without a date, equal figures give equal files.
+            # The date is left out, so that equal figures give equal files.
             metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
             figure.savefig(path, dpi=DOTS_PER_INCH, metadata=metadata)
         except OSError as error:

@@ -13,8 +13,8 @@ from itertools import chain, islice
 from typing import Any, NamedTuple, Self
 
 # The classes of time (`records/snapshot.py`) without `startup`: it ends before the first reading.
-# `unattributed` is energy that was read and belongs to no one, e.g. the known part of a request
-# whose other part is unknown.
+# `unattributed` is energy that was read and belongs to no one, e.g. the known part of a request's
+# energy if its other part is unknown.
 ENERGY_CLASSES = (
     "requests",
     "in_flight",
@@ -47,8 +47,8 @@ class RunEnergy:
     `energy_mj` is None until the first energy is known. `unknown_ns` counts the GPU-ns (since the
     first reading) of windows with unknown energy; `reason` explains the latest such window.
     `devices` has the name and UUID of each GPU. `hours` and `told` hold news only, since the last
-    snapshot that the reader acknowledged: the hours that changed, and the requests whose energy
-    was settled, as known or as unknown.
+    snapshot that the reader acknowledged: the hours that changed, and the requests with an energy
+    that was settled, as known or as unknown.
     """
 
     energy_mj: int | None

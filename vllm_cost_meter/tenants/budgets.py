@@ -183,7 +183,7 @@ class BudgetRow(TypedDict):
     budget: str
     """Its name."""
     tenant: str | None
-    """The tenant whose use counts; null for a tag."""
+    """The tenant that the budget limits, with its children; null for a tag."""
     tag: str | None
     """`key=value`; null for a tenant."""
     unit: str

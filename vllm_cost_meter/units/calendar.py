@@ -151,7 +151,7 @@ def _hours_of_days(start: date, unit: Unit, zone: tzinfo) -> tuple[int, int]:
 
 def _first_hour(day: date, zone: tzinfo) -> int:
     """Return the first hour that begins in a local day, or the next hour if none does."""
-    # Where clocks go back over midnight this is the first midnight; where they skip it, the jump.
+    # If clocks go back over midnight, this is the first midnight; if they skip it, the jump.
     midnight = datetime(day.year, day.month, day.day, tzinfo=zone)
     return min(max(-((_EPOCH - midnight) // _HOUR), FIRST_HOUR), LAST_HOUR)
 

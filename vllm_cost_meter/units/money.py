@@ -58,7 +58,7 @@ def format_rate(usd: float | str | Decimal | None) -> str:
 
 
 def figure_text(name: str, value: object) -> str:
-    """Format a table figure for people; the figure's name tells whether it is money."""
+    """Format a table figure for people; the figure's name shows whether it is money."""
     is_amount = name == "usd" or name.endswith(("_usd", "usd_per_month"))
     if is_amount and isinstance(value, float | Decimal):
         return format_amount(value)

@@ -12,7 +12,7 @@ from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks.identity import device_name, host_name, model_name
 
 if TYPE_CHECKING:
-    # At run time it would bring the ledger into the engine's process.
+    # A real import would bring the ledger into the engine's process.
     pass
 
 

@@ -69,7 +69,7 @@ class _Request:
 
     gpu_ns: int = 0
     mj: dict[int, int] = field(default_factory=dict)
-    # By hour, the code that says why a part of it is unknown.
+    # The reason code of each hour in which a part of the energy is unknown.
     unknown: dict[int, str] = field(default_factory=dict)
 
     def miss(self, hour: int, reason: str) -> None:
@@ -106,7 +106,7 @@ class EnergyBooks:
         self._carried_mj = 0
         self._classes = dict.fromkeys(ENERGY_CLASSES, 0)
         self._hours: dict[int, dict[str, int]] = {}
-        # By hour, the first snapshot that surely included its latest change.
+        # The first snapshot that surely included an hour's latest change, by hour.
         self._changed: dict[int, int] = {}
         # Reported but not acknowledged energies, each with the first snapshot that had it.
         self._told: deque[tuple[int, RequestEnergy]] = deque()

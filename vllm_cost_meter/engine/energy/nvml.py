@@ -38,9 +38,9 @@ COUNTER_PERIOD_NS_MAX = NS_PER_SECOND
 # A driver that keeps the counter in 32 bits starts it again every 1.7 hours at 700 W.
 WRAP_MJ = 2**32
 # If a counter went back, a wrap must explain it with at most this much energy; else it was reset.
-# In windows of 1 s, one reset in 430 is mistaken for a wrap (WRAP_MJ / the plausible energy).
+# One reset in 430 (WRAP_MJ / the plausible energy) is mistaken for a wrap, for windows of 1 s.
 WRAP_DELTA_MJ_MAX = WRAP_MJ // 8
-# To find a lost card, NVML must be initialised anew. Doing so more often would only cost time.
+# NVML must be initialised anew to find a lost card. Doing so more often would only cost time.
 RETRY_NS = 10 * NS_PER_SECOND
 
 _MIG_PREFIX = "MIG-"
