@@ -109,7 +109,7 @@ class Poller:
         try:
             fit = await asyncio.to_thread(self._earlier_fit, snapshot)
         except LedgerError as error:
-            logger.warning("cost meter: no earlier fit could be looked up: %s", error)
+            logger.warning("cost meter: the earlier cost model could not be looked up: %s", error)
             return
         if fit is not None:
             self._fits[snapshot.run_id] = fit

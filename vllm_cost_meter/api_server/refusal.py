@@ -37,8 +37,8 @@ def refusal(verdict: Verdict, tenant: str, route: str) -> Refusal:
     if standing is None:
         return _reply(
             UNAVAILABLE,
-            f"the cost of requests cannot be measured now ({verdict.stale}), and tenant {tenant!r}"
-            " is not served without; try again later",
+            f"the cost of requests cannot be measured now ({verdict.stale}), and without that"
+            f" tenant {tenant!r} is not served; try again later",
             ("service_unavailable", "api_error", "cost_meter_stale"),
             route,
             [(b"retry-after", b"%d" % RETRY_STALE_S)],

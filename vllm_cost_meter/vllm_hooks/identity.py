@@ -67,7 +67,7 @@ def _energy_counter(parallel: Any) -> EnergyCounter:
 
         ordinals, why_none = devices.gpu_ordinals(parallel)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-        ordinals, why_none = [], f"which GPUs are the engine's cannot be told: {error!r}"
+        ordinals, why_none = [], f"the engine's GPUs could not be found out: {error!r}"
     return EnergyCounter(ordinals, why_none=why_none)
 
 

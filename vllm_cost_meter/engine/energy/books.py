@@ -281,8 +281,8 @@ class EnergyBooks:
         """Drop the oldest request's energy, because nobody has read snapshots for very long."""
         if not self.dropped:
             logger.warning(
-                "cost meter: nobody has taken the energy of the last %d requests; that of the"
-                " oldest is dropped from now on, and is null in the ledger",
+                "cost meter: nobody has read the energy of the last %d requests; the oldest ones"
+                " are dropped from now on, and their energy is null in the ledger",
                 UNTOLD_MAX,
             )
         self.dropped += 1

@@ -306,9 +306,9 @@ class EnergyCounter:
         if len(names) > 1:
             raise _UnknownError(
                 "order",
-                f"the machine has different cards ({', '.join(sorted(names))}), and which of them"
-                " is meant by an index depends; set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name them by"
-                " UUID in CUDA_VISIBLE_DEVICES",
+                f"the machine has different cards ({', '.join(sorted(names))}), so an index may"
+                " mean one card to CUDA and another to NVML; set CUDA_DEVICE_ORDER=PCI_BUS_ID,"
+                " or name the cards by UUID in CUDA_VISIBLE_DEVICES",
             )
 
     # -- what went wrong ----------------------------------------------------------------------
@@ -324,8 +324,8 @@ class EnergyCounter:
         if device.code not in (*FINAL_REASONS, "first") and key not in self._logged:
             self._logged.add(key)
             logger.warning(
-                "cost meter: the engine's energy is unknown for now: %s. Its bills say null. It is"
-                " read again as soon as that works; this is not logged again.",
+                "cost meter: the engine's energy is unknown for now: %s. Its requests have null"
+                " energy until a reading works again. This is not logged again.",
                 device.reason,
             )
 
@@ -382,7 +382,7 @@ def _find(nvml: _Nvml, device: _Device) -> None:
             raise
         device.info = DeviceInfo(None, device.device_id)  # A MIG slice may have only its id.
     if is_slice or _is_sliced(nvml, handle):
-        raise _UnknownError("mig", "a MIG slice has no counter; the card's is of all its slices")
+        raise _UnknownError("mig", "a MIG slice has no counter; the card's counts all its slices")
     device.handle = handle
     try:
         device.power_max_mw = nvml.nvmlDeviceGetPowerManagementLimitConstraints(handle)[1] or None
