@@ -1,11 +1,11 @@
-"""The plot of `break-even`: where self-hosting meets the API's price, and what moves that point.
+"""Plot the break-even point of self-hosting against an API, and what moves it.
 
-The left panel shows the effective cost of a token against utilization, with a straight line on
-logarithmic axes for each rate. The break-even point is where a line crosses the API's price. The
-right panel shows how far the point moves with each input. The widest bar is the input to know best.
+The left side shows the effective cost of a token against utilization, with one line for each rate.
+On logarithmic axes the lines are straight. A line meets the API's price at the break-even point.
+The right side shows how that point moves when one input changes at a time. The input with the
+widest bar is the one to know best.
 
-Invariant: every figure in the plot comes from the answer; only the points of the lines are computed
-here.
+Invariant: every figure drawn comes from the answer; only the points of the lines are computed here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,9 @@ INPUTS = {
     "overhead_percent": "overhead, %",
 }
 LOWEST = 0.01
-# This factor leaves room for labels beside the bars.
+# The axis is wider than the bars by this factor, so that their labels have room.
 ROOM = 1.35
-# Full load is drawn only within this factor of the bars; further away it would squeeze them.
+# Full load is drawn only if it lies within this factor of the bars; else it would squeeze them.
 FAR = 4
 
 
@@ -57,7 +57,7 @@ def _draw_cost(axes: "Axes", answer: Mapping[str, Any]) -> None:
     )
     axes.set(xscale="log", yscale="log", xlim=(low, 1))
     ends = [rate["effective_usd_per_m_at_full_load"] for rate in rates]
-    # The legend stands above the lines; each of its entries takes a twelfth of the height.
+    # The legend stands above the lines: each line of it takes a twelfth of the height.
     bottom, top = min(*ends, api) / 1.5, max(ends) / low
     legend = (len(rates) + 1) / 12
     axes.set_ylim(bottom, bottom * (top / bottom) ** (1 / (1 - legend)))
