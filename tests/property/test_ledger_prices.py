@@ -60,8 +60,8 @@ def test_reports_price_each_hour_by_the_book_at_hand_and_change_no_record(
 ):
     parts = [parts_of(n, bills) for n, (bills, _, _) in enumerate(drawn)]
     snapshots = [
-        snapshot_of(n, bills, overhead, gpus)
-        for n, (bills, (_, overhead, gpus)) in enumerate(zip(parts, drawn, strict=True))
+        snapshot_of(n, bills, other_time, gpus)
+        for n, (bills, (_, other_time, gpus)) in enumerate(zip(parts, drawn, strict=True))
     ]
     bills = [part for run in parts for part in run]
     with tempfile.TemporaryDirectory() as folder:

@@ -174,7 +174,7 @@ class LedgerReader:
         """Return the answer of `/cost/report` to a question, or to the words that ask one.
 
         `series` is a list of pieces of time, each with its `rows`: a dict for each value of what is
-        aggregated by, and one for each class of overhead. `_ns` are nanoseconds of GPU time,
+        aggregated by, and one for each class of other time. `_ns` are nanoseconds of GPU time,
         `_nanousd` 10^-9 USD, integers both; None is unknown.
 
         Raises ValueError for a word that is not understood, and LedgerError.

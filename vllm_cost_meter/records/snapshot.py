@@ -19,13 +19,13 @@ from vllm_cost_meter.records.energy import NO_ENERGY, RunEnergy
 from vllm_cost_meter.records.engine import EngineIdentity
 
 # Time of a run that is nobody's request. Each is a row `__name__` of a tenant report.
-OVERHEAD_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
+OTHER_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
 # Those rows in the order they are shown, and that of requests without a bill yet.
-OVERHEAD_ROWS = (*OVERHEAD_CLASSES, "in_flight")
+OTHER_ROWS = (*OTHER_CLASSES, "in_flight")
 TWO_PLANES = "two planes"  # a form of the cost model; the other is "one plane"
 
-CLASSES = ("requests", "in_flight", *OVERHEAD_CLASSES)
-# Rows of overhead in which the GPUs worked all the same; with requests, all their work.
+CLASSES = ("requests", "in_flight", *OTHER_CLASSES)
+# Of those rows, the ones in which the GPUs worked all the same; with requests, all their work.
 WORK = ("in_flight", "tail", "dummy")
 BUSY = ("requests", *WORK)
 

@@ -1,8 +1,8 @@
 """A report: what was used, by whom and when, with and without its share of idle.
 
 Facts of the ledger go in, GPU time by run and hour; rows come out. Usage is kept in cells, one for
-each way that the question tells it apart. Overhead that the policy shares is pooled over a piece of
-the report (the window, or one step of it), divided among tenants, and within a tenant over its
+each way that the question tells it apart. Other time that the policy shares is pooled over a piece
+of the report (the window, or one step of it), divided among tenants, and within a tenant over its
 cells by GPU time. A tenant that carries a share and used nothing gets a row for it. Then cells are
 added up to rows, and only then is anything rounded: the whole to the nano-USD, the steps of a
 report by largest remainder, and within each step its rows. Accumulated steps are added up exactly
@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import (
     COUNTS,
     NOTHING,
@@ -238,7 +238,7 @@ def _cells(
             where[hour] = (by_piece[_piece(hour, question)], times)
         return where[hour]
 
-    for is_usage, spent in ((True, facts.used), (False, facts.overhead)):
+    for is_usage, spent in ((True, facts.used), (False, facts.other_time)):
         for run_id, hour, key, gpu_time_ns in spent:
             cells, times = place(hour)
             name = REQUESTS if is_usage else key[0]
@@ -308,7 +308,7 @@ def _rows(cells: Mapping[_Cell, Row], question: Question) -> list[Row]:
     for cell, row in cells.items():
         row_of(cell.class_name, (*cell.dimensions, *cell.times)).add(row)
     if not question.times:
-        for name in OVERHEAD_ROWS:
+        for name in OTHER_ROWS:
             row_of(name, (f"__{name}__",) * len(question.dimensions))
     return sorted(found.values(), key=_order(question))
 
@@ -318,7 +318,7 @@ def _order(question: Question) -> Callable[[Row], tuple[Any, ...]]:
     times = [i for i, name in enumerate(question.aggregate) if name in question.times]
 
     def order(row: Row) -> tuple[Any, ...]:
-        rank = 0 if row.class_name == REQUESTS else 1 + OVERHEAD_ROWS.index(row.class_name)
+        rank = 0 if row.class_name == REQUESTS else 1 + OTHER_ROWS.index(row.class_name)
         return (
             min(rank, 1),
             [_instant(row.key[i]) for i in times],

@@ -193,7 +193,7 @@ class ReportRow(_ReportRow):
     gpu_time_ns: int
     """GPU-ns: used in the hours."""
     idle_share_ns: int
-    """GPU-ns: the row's share of overhead besides."""
+    """GPU-ns: the row's share of other classes besides."""
     usage_cost_nanousd: int | None
     """nano-USD: **without idle**: the price of `gpu_time_ns`."""
     usage_cost_usd: str | None

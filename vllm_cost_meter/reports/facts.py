@@ -48,7 +48,7 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the ledger holds of a window: usage, overhead (its key is the class), what ended.
+    """What the ledger holds of a window: usage, other time (its key is the class), what ended.
 
     `wall` are the engines' hours, all classes together, as they say themselves; `wall_gpu_ns` is
     their sum, and without a window wall time x GPUs. Where no question tells hours apart, the first
@@ -57,7 +57,7 @@ class Facts:
     """
 
     used: Sequence[Used]
-    overhead: Sequence[Used]
+    other_time: Sequence[Used]
     ended: Sequence[Ended]
     wall: Sequence[Used]
     wall_gpu_ns: int
@@ -69,8 +69,8 @@ class Facts:
 
     @property
     def difference_ns(self) -> int:
-        """What usage and overhead miss of wall x GPUs: 0 when no bill is missing."""
-        return self.wall_gpu_ns - sum(one.gpu_time_ns for one in (*self.used, *self.overhead))
+        """What usage and other time miss of wall x GPUs: 0 when no bill is missing."""
+        return self.wall_gpu_ns - sum(one.gpu_time_ns for one in (*self.used, *self.other_time))
 
 
 class Unpriced(NamedTuple):

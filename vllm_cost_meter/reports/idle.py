@@ -1,6 +1,6 @@
 """Who pays for time that was nobody's: policies, applied when a report is made.
 
-Seven classes of overhead are shared: idle, sleep, startup, tail, dummy, host and lost. Time in
+Seven classes of time are shared: idle, sleep, startup, tail, dummy, host and lost. Time in
 flight is not: requests that still run will be billed for it. A policy says which part of the shared
 time each tenant carries; what nobody carries stays in the row of its class. Core: standard library
 only.
@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from vllm_cost_meter.records.snapshot import OVERHEAD_CLASSES
+from vllm_cost_meter.records.snapshot import OTHER_CLASSES
 from vllm_cost_meter.units.text import fields
 
-SHARED_CLASSES = OVERHEAD_CLASSES
+SHARED_CLASSES = OTHER_CLASSES
 EXPECTED = "none, proportional, even, reserved:TENANT=PERCENT,... or owner:TENANT"
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%?\Z", re.ASCII)
 

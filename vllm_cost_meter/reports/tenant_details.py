@@ -10,12 +10,12 @@ from typing import Any
 
 from vllm_cost_meter.prices.book import EnergyPrice
 from vllm_cost_meter.prices.run_prices import Cost, Used
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.units.rounding import rounded_known
 
 NO_ENERGY = "no energy is known"
-_CLASS_ROWS = frozenset(f"__{name}__" for name in OVERHEAD_ROWS)
+_CLASS_ROWS = frozenset(f"__{name}__" for name in OTHER_ROWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def tenant_details(
     names = sorted(facts.names)
     nothing = RowEnergy() if facts.energies else None
     energies = {name: facts.energies.get(name, nothing) for name in (*names, "")}
-    energies |= {f"__{name}__": facts.class_energies.get(name) for name in OVERHEAD_ROWS}
+    energies |= {f"__{name}__": facts.class_energies.get(name) for name in OTHER_ROWS}
     costs: dict[str, Cost[EnergyPrice]] = {
         name: Cost(None, NO_ENERGY)
         if energy is None or energy.energy_mj is None

@@ -1,11 +1,11 @@
-"""The facts of a report: usage by run, hour and whatever a question tells apart; overhead by class.
+"""The facts of a report: usage by run, hour and what is asked for, other time by class.
 
 One query over the usage pieces of the bills up to the cut, joined with their requests where a
 dimension is a column of those; the engines' hours for the classes; and the counts of what ended.
 Where no column is a time, the hours between two changes of price are one stretch, so that a month
 of many tenants is a row each. What it costs is not asked here: the core prices each run's hours.
 
-Invariant: usage and overhead are all of wall x GPUs, hour by hour, when no bill misses.
+Invariant: usage and other time are all of wall x GPUs, hour by hour, when no bill misses.
 """
 
 import json
@@ -22,7 +22,7 @@ from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import COUNTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import LABEL, TAG, Question
 from vllm_cost_meter.reports.request_row import PART_SUMS
@@ -51,10 +51,10 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
     ended = _ended(connection, cut, question, columns)
     facts = Facts(
         used=usage.used,
-        overhead=[
+        other_time=[
             Used(run.run_id, hour, (name,), ns)
             for run in cut.runs
-            for name in OVERHEAD_ROWS
+            for name in OTHER_ROWS
             for hour, ns in _hours_of(cut, run, question, name).items()
             if ns
         ],
