@@ -62,7 +62,7 @@ _JSON_ERRORS = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class ReplyCost:
     """What a reply says of its cost, over all its engine requests. No price: costs are None.
 
     `cost_nanousd` is what it is charged, `marginal_cost_nanousd` what it added to the bill.
@@ -199,7 +199,7 @@ def final_usage(event: bytes) -> Usage | None:
     return None if found is None else _tokens(found[1])
 
 
-def insert_usage(event: bytes, cost: Cost) -> bytes:
+def insert_usage(event: bytes, cost: ReplyCost) -> bytes:
     """Return the event with the cost at the end of its usage object, no other byte changed.
 
     That is `cost` (null without a price) and `cost_details`. Returned as it came: what is not a
@@ -341,7 +341,7 @@ def _value(text: str, span: _Span | None) -> object:
     return json.loads(text[slice(*span)], strict=False) if span else None
 
 
-def _usage_fields(cost: Cost) -> str:
+def _usage_fields(cost: ReplyCost) -> str:
     """Return the members `cost` (null without a price) and `cost_details` of a usage object."""
     return (
         f'"cost":{format_usd(cost.cost_nanousd) or "null"},'
@@ -356,7 +356,7 @@ def _usage_fields(cost: Cost) -> str:
     )
 
 
-def comment(cost: Cost) -> bytes:
+def comment(cost: ReplyCost) -> bytes:
     """Return a cost as an SSE comment, which clients skip and curl shows.
 
     Values are percent-encoded, so that they stay on their line; a cost not known is left out.
@@ -372,7 +372,7 @@ def comment(cost: Cost) -> bytes:
     return f": cost-meter {said}\n\n".encode("ascii")
 
 
-def headers(cost: Cost) -> list[tuple[bytes, bytes]]:
+def headers(cost: ReplyCost) -> list[tuple[bytes, bytes]]:
     """Return the headers of a complete reply; a cost not known is left out.
 
     Text outside printable ASCII is percent-encoded, and so is the percent sign.

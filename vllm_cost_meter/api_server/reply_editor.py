@@ -55,7 +55,7 @@ class ReplyEditor:
         # True while a stream is edited and stands between two events.
         self._between_events = False
         # The cost that the whole reply tells; None after `_has_settled` if it tells none.
-        self._cost: reply_bytes.Cost | None = None
+        self._cost: reply_bytes.ReplyCost | None = None
         self._has_settled = False
         self._commented = False
 
@@ -180,7 +180,7 @@ class ReplyEditor:
             return event
         return self._guard.run("stream", self._with_cost, event, cost, is_end) or event
 
-    def _with_cost(self, event: bytes, cost: reply_bytes.Cost, is_end: bool) -> bytes:
+    def _with_cost(self, event: bytes, cost: reply_bytes.ReplyCost, is_end: bool) -> bytes:
         edited = reply_bytes.insert_usage(event, cost)
         if not is_end or self._commented:
             return edited
@@ -189,7 +189,7 @@ class ReplyEditor:
 
     # -- the cost ---------------------------------------------------------------------------
 
-    async def _settled_cost(self) -> reply_bytes.Cost | None:
+    async def _settled_cost(self) -> reply_bytes.ReplyCost | None:
         """Wait for the cost once; the answer holds for the rest of the reply."""
         if not self._has_settled:
             self._has_settled = True
