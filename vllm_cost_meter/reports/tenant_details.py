@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_cost_meter.prices.book import EnergyPrice
-from vllm_cost_meter.prices.run_prices import Cost, Used
+from vllm_cost_meter.prices.run_prices import Cost, UsedByRun
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.units.rounding import rounded_known
@@ -27,7 +27,7 @@ class RowEnergy:
 
     energy_mj: int | None = 0
     unknown_requests: int | None = 0
-    used_mj: Used = field(default_factory=dict)
+    used_mj: UsedByRun = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class TenantFacts:
     cache_ms: float | None
     energies: Mapping[str, RowEnergy]
     class_energies: Mapping[str, RowEnergy | None]
-    unattributed_mj: Used = field(default_factory=dict)
+    unattributed_mj: UsedByRun = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -51,7 +51,7 @@ class TenantFacts:
 
 
 def tenant_details(
-    facts: TenantFacts, cost_of: Callable[[Used], Cost[EnergyPrice]]
+    facts: TenantFacts, cost_of: Callable[[UsedByRun], Cost[EnergyPrice]]
 ) -> dict[str, dict[str, Any]]:
     """Return the columns of each row, and under "" those of a tenant that used nothing."""
     names = sorted(facts.names)

@@ -13,7 +13,7 @@ from typing import Any
 from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice
 from vllm_cost_meter.prices.overheads import OverheadLine, overhead_lines
-from vllm_cost_meter.prices.run_prices import Cost, RunPrices, Used, cost_of, energy_cost_of
+from vllm_cost_meter.prices.run_prices import Cost, RunPrices, UsedByRun, cost_of, energy_cost_of
 from vllm_cost_meter.reports.facts import NOTHING_RAN
 from vllm_cost_meter.reports.tenant_details import NO_ENERGY
 
@@ -38,7 +38,7 @@ class CutCosts:
             energy_cost_of(cut.used_mj(), prices, no_energy),
         )
 
-    def energy_cost_of(self, used_mj: Used) -> Cost[EnergyPrice]:
+    def energy_cost_of(self, used_mj: UsedByRun) -> Cost[EnergyPrice]:
         """Return the cost of a row's energy."""
         return energy_cost_of(used_mj, self.prices, self.energy_cost.of_nothing())
 
@@ -65,7 +65,7 @@ def declared_overheads(cut: Cut) -> list[OverheadLine]:
     prices = cut.prices_of()
 
     def cost(begin: int, end: int) -> Fraction | None:
-        spent: Used = {
+        spent: UsedByRun = {
             run.run_id: {
                 hour: sum(classes.values())
                 for hour, classes in run.hours.items()

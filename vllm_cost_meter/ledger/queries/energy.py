@@ -22,7 +22,7 @@ from vllm_cost_meter.ledger.schema import (
     snapshots,
     usage_pieces,
 )
-from vllm_cost_meter.prices.run_prices import Used
+from vllm_cost_meter.prices.run_prices import UsedByRun
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.reports.tenant_details import RowEnergy
 
@@ -73,7 +73,7 @@ def by_tenant(connection: Connection, cut: Cut) -> dict[str, RowEnergy]:
     }
 
 
-def _sum(used_mj: Used | None) -> int | None:
+def _sum(used_mj: UsedByRun | None) -> int | None:
     return None if used_mj is None else sum(mj for run in used_mj.values() for mj in run.values())
 
 
