@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.guard import Guard
-from vllm_cost_meter.ledger.queries.spending import PriceOf, Spending
+from vllm_cost_meter.ledger.queries.spending import PriceAt, Spending
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, Verdict, decide
 from vllm_cost_meter.units.time import NS_PER_SECOND
@@ -34,7 +34,7 @@ class Rules:
 
     budgets: Sequence[Budget]
     fail_closed: Collection[str]
-    price_of: PriceOf
+    price_of: PriceAt
 
 
 # Ends requests by their internal ids.

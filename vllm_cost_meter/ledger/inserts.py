@@ -28,10 +28,10 @@ MAX_PARAMETERS = 8_000
 
 Record = EngineRequest | HttpRequest | OpenRequest | Snapshot
 # The price that a run begins with, by its snapshot.
-PriceOf = Callable[[Snapshot], Price | None]
+FirstPriceOf = Callable[[Snapshot], Price | None]
 
 
-def no_price(_snapshot: Snapshot) -> None:
+def no_first_price(_snapshot: Snapshot) -> None:
     """Return the price of every run where none is known."""
 
 
@@ -59,7 +59,9 @@ def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
     return merged
 
 
-def write(connection: Connection, records: Sequence[Record], price_of: PriceOf = no_price) -> None:
+def write(
+    connection: Connection, records: Sequence[Record], price_of: FirstPriceOf = no_first_price
+) -> None:
     """Write records; `price_of` gives that of the runs that start with them."""
     if not all(isinstance(record, Record) for record in records):
         kinds = sorted({type(record).__name__ for record in records})

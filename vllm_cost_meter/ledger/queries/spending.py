@@ -43,7 +43,7 @@ _IDS_AT_ONCE = 500
 # GPU-nanoseconds by budget, and in it by run and UTC hour.
 Sums = dict[str, dict[tuple[str, int], int]]
 # (run_id, hour) to USD per GPU-hour; None where there is no price.
-PriceOf = Callable[[str, int], Decimal | Fraction | None]
+PriceAt = Callable[[str, int], Decimal | Fraction | None]
 
 
 class Spending:
@@ -78,7 +78,7 @@ class Spending:
             found = connection.execute(select(snapshots.c.run_id, snapshots.c.number))
             return [(run_id, number) for run_id, number in found]
 
-    def look(self, budgets: Sequence[Budget], price_of: PriceOf, now_ns: int) -> Figures:
+    def look(self, budgets: Sequence[Budget], price_of: PriceAt, now_ns: int) -> Figures:
         """Return where the budgets stand. Raises SQLAlchemyError if the ledger cannot be read."""
         hour = now_ns // NS_PER_HOUR
         with self._read() as connection:
@@ -164,7 +164,7 @@ class Spending:
         self,
         budget: Budget,
         running: Mapping[tuple[str, int], int],
-        price_of: PriceOf,
+        price_of: PriceAt,
         now_ns: int,
     ) -> Standing:
         first, after = budget.hours(now_ns)
