@@ -65,7 +65,7 @@ NO_CLAIMS = BodyClaims()
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
+class DeclaredTenant:
     """What the operator declared of a tenant, and it has from its parents."""
 
     parent: str | None = None
@@ -213,7 +213,7 @@ Rule = ApiKeyRule | HeaderRule | ConstantRule | ChildRule
 class Resolver:
     """The rules in their order, and what is declared of tenants. Never changed."""
 
-    def __init__(self, rules: Sequence[Rule], declared: Mapping[str, Declared]) -> None:
+    def __init__(self, rules: Sequence[Rule], declared: Mapping[str, DeclaredTenant]) -> None:
         self.rules = tuple(rules)
         self.declared = declared
         self._children = tuple(rule for rule in rules if isinstance(rule, ChildRule))
@@ -265,7 +265,7 @@ class Resolver:
         return Owner(tenant, rule, child_rule, declared.parent, declared.tags)
 
 
-_UNDECLARED = Declared()
+_UNDECLARED = DeclaredTenant()
 
 
 def sha256_of(credential: bytes) -> str | None:
