@@ -27,10 +27,10 @@ from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.economics import saturation_of
 from vllm_cost_meter.economics.numbers import positive
 from vllm_cost_meter.lab.sweep.bench import Shape
-from vllm_cost_meter.lab.sweep.meter import Deployment
 from vllm_cost_meter.lab.sweep.plot import sweep_figure
 from vllm_cost_meter.lab.sweep.run import PARTS, Plan
 from vllm_cost_meter.lab.sweep.session import TOKEN, SweepSession
+from vllm_cost_meter.lab.sweep.side_client import Deployment
 from vllm_cost_meter.ledger.economics import saturation
 from vllm_cost_meter.units.money import figure_text
 from vllm_cost_meter.units.text import significant
