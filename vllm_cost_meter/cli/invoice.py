@@ -18,7 +18,7 @@ from vllm_cost_meter.cli.options import (
     Json,
     Ledger,
     Wide,
-    Window,
+    WindowOption,
     ledger_url,
     new_group,
     one_line_errors,
@@ -120,7 +120,7 @@ def list_(
 def days(
     ledger: Ledger = None,
     config: Config = None,
-    window: Window = None,
+    window: WindowOption = None,
     wide: Wide = False,
     as_json: Json = False,
     as_csv: Csv = False,

@@ -35,7 +35,7 @@ from vllm_cost_meter.endpoint.compare import Comparer, add_compare
 from vllm_cost_meter.endpoint.dependencies import (
     FOR_ADMINS,
     ViewerOf,
-    Window,
+    WindowQuery,
     asked_wrongly,
     hours_asked,
 )
@@ -229,14 +229,14 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/tenants", dependencies=FOR_ADMINS)
-    def tenants(window: Window = None) -> TenantsReport:
+    def tenants(window: WindowQuery = None) -> TenantsReport:
         """Return what each tenant used, and each class of engine time, adding up to the total."""
         hours = hours_asked(window)
         refresh()
         return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant:path}", responses=NOT_FOUND)
-    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> Tenant:
+    def tenant(viewer: ViewerOf, tenant: str, window: WindowQuery = None) -> Tenant:
         """Return what one tenant used."""
         hours = hours_asked(window)
         refresh()
@@ -246,14 +246,14 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return row
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
-    def summary(window: Window = None) -> Summary:
+    def summary(window: WindowQuery = None) -> Summary:
         """Return totals over all tenants and engines."""
         hours = hours_asked(window)
         refresh()
         return reader.summary(*hours)
 
     @app.get("/cost/invoices", dependencies=FOR_ADMINS)
-    def invoices(window: Window = None) -> InvoiceDays:
+    def invoices(window: WindowQuery = None) -> InvoiceDays:
         """Return what was metered and what was billed, day by day."""
         hours = hours_asked(window)
         refresh()
@@ -270,7 +270,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
     @app.get("/cost/report")
     def report(
         viewer: ViewerOf,
-        window: Window = None,
+        window: WindowQuery = None,
         tz: Annotated[str | None, Query(description="Time zone of days; otherwise UTC.")] = None,
         aggregate: Annotated[str | None, Query(description="Columns to add up by.")] = None,
         step: Annotated[str | None, Query(description=f"One of {', '.join(STEPS)}.")] = None,

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.endpoint.answers import NothingUsed, OwnFigures
 from vllm_cost_meter.endpoint.app import look_up
-from vllm_cost_meter.endpoint.dependencies import Window, hours_asked
+from vllm_cost_meter.endpoint.dependencies import WindowQuery, hours_asked
 from vllm_cost_meter.endpoint.shapes import AnswerRoute
 from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -42,7 +42,7 @@ def make_router(
     router = APIRouter(prefix="/v1/cost", route_class=AnswerRoute)
 
     @router.get("/me")
-    def me(own: Own, window: Window = None) -> OwnFigures | NothingUsed:
+    def me(own: Own, window: WindowQuery = None) -> OwnFigures | NothingUsed:
         """Return what the caller's tenant used, and where its budgets stand."""
         hours = hours_asked(window)
         refresh()

@@ -13,8 +13,8 @@ from typing_extensions import TypedDict
 
 from vllm_cost_meter.reports.request_answers import RequestRow
 
-_Window = TypedDict(
-    "_Window",
+_Hours = TypedDict(
+    "_Hours",
     {
         "from": Annotated[str | None, "RFC 3339 UTC: its begin; null where open."],
         "to": Annotated[str | None, "RFC 3339 UTC: its end, not in it; null where open."],
@@ -22,7 +22,7 @@ _Window = TypedDict(
 )
 
 
-class Hours(_Window):
+class Hours(_Hours):
     """The hours of an answer, as RFC 3339 UTC and since the epoch; null where open."""
 
     from_hour: int | None
@@ -31,7 +31,7 @@ class Hours(_Window):
     """Hours since the epoch: the one after the last."""
 
 
-class Window(Hours):
+class ReportWindow(Hours):
     """The hours of a report, and the time zone of its days."""
 
     tz: str
@@ -262,7 +262,7 @@ class Report(TypedDict):
     A tenant that asks is told its own rows, and nothing of the whole: those fields are missing.
     """
 
-    window: Window
+    window: ReportWindow
     """`from`, `to` (RFC 3339), `from_hour`, `to_hour` (hours since the epoch), `tz`."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot: figures are as of then."""
@@ -384,7 +384,7 @@ class TenantsReport(Report, EnginesPart):
 class Tenant(ReportRow):
     """One tenant's row and its latest requests."""
 
-    window: Window
+    window: ReportWindow
     """The hours of the row."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot."""
@@ -397,7 +397,7 @@ class Tenant(ReportRow):
 class Summary(EnginesPart):
     """The totals of everything."""
 
-    window: Window
+    window: ReportWindow
     """`from`, `to` (RFC 3339), `from_hour`, `to_hour` (hours since the epoch), `tz`."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot: figures are as of then."""

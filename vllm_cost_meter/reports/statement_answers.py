@@ -10,7 +10,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from vllm_cost_meter.reports.answers import PriceRow, Window
+from vllm_cost_meter.reports.answers import PriceRow, ReportWindow
 
 
 class StatementLine(TypedDict):
@@ -110,7 +110,7 @@ class TenantStatement(TypedDict):
 
     month: str
     """Such as 2026-11."""
-    window: Window
+    window: ReportWindow
     """Its hours."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot."""
