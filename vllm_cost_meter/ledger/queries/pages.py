@@ -26,7 +26,7 @@ from vllm_cost_meter.reports.request_row import Row, exchange
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class PageKey:
     """Where an exchange stands in the order; `run_id` and `seq` of a part that has no exchange."""
 
     finished_at: str
@@ -40,7 +40,7 @@ class Key:
         return base64.urlsafe_b64encode(text.encode()).decode()
 
     @classmethod
-    def from_token(cls, token: str) -> "Key":
+    def from_token(cls, token: str) -> "PageKey":
         """Parse `token`'s form. Raises ValueError on anything else."""
         try:
             finished_at, id = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
@@ -52,8 +52,8 @@ class Key:
 
 
 def page_of_keys(
-    connection: Connection, limit: int, before: Key | None, tenant: str | None
-) -> list[Key]:
+    connection: Connection, limit: int, before: PageKey | None, tenant: str | None
+) -> list[PageKey]:
     """Return the keys of the newest exchanges before one, at most `limit`."""
     h = http_requests.c
     told = select(h.finished_at, h.http_request_id)
@@ -63,7 +63,7 @@ def page_of_keys(
         key = tuple_(h.finished_at, h.http_request_id)
         told = told.where(key < (before.finished_at, before.id))
     told = told.order_by(h.finished_at.desc(), h.http_request_id.desc()).limit(limit)
-    keys = [Key(*row) for row in connection.execute(told)]
+    keys = [PageKey(*row) for row in connection.execute(told)]
     since = keys[-1].finished_at if len(keys) == limit else None
     keys += _untold_keys(connection, limit, before, since, tenant)
     keys.sort(key=lambda key: (key.finished_at, key.id), reverse=True)
@@ -71,8 +71,12 @@ def page_of_keys(
 
 
 def _untold_keys(
-    connection: Connection, limit: int, before: Key | None, since: str | None, tenant: str | None
-) -> list[Key]:
+    connection: Connection,
+    limit: int,
+    before: PageKey | None,
+    since: str | None,
+    tenant: str | None,
+) -> list[PageKey]:
     """Return the keys of exchanges without an HTTP row, each at its last part's end."""
     h, r = http_requests.c, requests.c
     own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
@@ -96,13 +100,13 @@ def _untold_keys(
         query = query.where(r.finished_at <= before.finished_at)
         query = query.where(or_(r.finished_at < before.finished_at, earlier))
     return [
-        Key(at, id) if http_id is not None else Key(at, id, run_id, seq)
+        PageKey(at, id) if http_id is not None else PageKey(at, id, run_id, seq)
         for at, id, http_id, run_id, seq in connection.execute(query)
     ]
 
 
 def exchanges(
-    connection: Connection, keys: Sequence[Key], living: Living, book: PriceBook
+    connection: Connection, keys: Sequence[PageKey], living: Living, book: PriceBook
 ) -> list[RequestRow]:
     """Return the request rows of a page, with what of them still runs."""
     h, r = http_requests.c, requests.c
