@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Send
 from vllm_cost_meter.api_server import reply_bytes
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.collector import Collector
-from vllm_cost_meter.config.types import Reply
+from vllm_cost_meter.config.types import ReplyDetail
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.records.requests import Usage
 
@@ -37,7 +37,7 @@ class ReplyEditor:
         guard: ApiGuard,
         exchange: Exchange,
         send: Send,
-        mode: Reply,
+        mode: ReplyDetail,
         warnings: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
         """`mode` says what is told; `warnings` are headers to add."""

@@ -56,7 +56,7 @@ def _tag(text: str) -> str:
     return text
 
 
-Amount = Annotated[Decimal, BeforeValidator(_amount)]
+Limit = Annotated[Decimal, BeforeValidator(_amount)]
 
 
 class BudgetSetting(BaseModel):
@@ -78,12 +78,12 @@ class BudgetSetting(BaseModel):
         description="The budget covers all tenants with this tag.",
         json_schema_extra=t.about(TAG),
     )
-    usd: Amount | None = Field(
+    usd: Limit | None = Field(
         default=None,
         description="How much a period may cost. Needs a price. Either this or `gpu_seconds`.",
         json_schema_extra=t.about(AMOUNT, "USD"),
     )
-    gpu_seconds: Amount | None = Field(
+    gpu_seconds: Limit | None = Field(
         default=None,
         description="How much GPU time may be used in a period.",
         json_schema_extra=t.about(AMOUNT, "GPU-seconds"),

@@ -62,7 +62,7 @@ class TenantSetting(BaseModel):
         "meter cannot measure what their budgets count.",
         json_schema_extra=t.about("true or false"),
     )
-    reply: t.Reply | None = Field(
+    reply: t.ReplyDetail | None = Field(
         default=None,
         description="What this tenant's clients are told; without it what its parent says, else "
         "`reply`.",
@@ -278,7 +278,9 @@ def failing_closed(tenants: Iterable[TenantSetting]) -> frozenset[str]:
     )
 
 
-def replies_of(tenants: Iterable[TenantSetting], otherwise: t.Reply) -> dict[str, t.Reply]:
+def replies_of(
+    tenants: Iterable[TenantSetting], otherwise: t.ReplyDetail
+) -> dict[str, t.ReplyDetail]:
     """Return, by declared tenant, what its clients are told."""
     return {
         chain[0].name: next((one.reply for one in chain if one.reply), otherwise)
