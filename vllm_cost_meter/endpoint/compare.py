@@ -27,7 +27,7 @@ from vllm_cost_meter.endpoint.compare_child import Result
 from vllm_cost_meter.endpoint.dependencies import FOR_ADMINS, asked_wrongly
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.economics.answers import Comparison
-from vllm_cost_meter.ledger.economics.api_comparison import Question
+from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion
 from vllm_cost_meter.units.calendar import EXPECTED, WEEK, hours_of_window
 
 # Long, as at the lowest priority a busy processor leaves it little.
@@ -39,7 +39,7 @@ LEDGER = "COST_METER_LEDGER"
 CHILD = "vllm_cost_meter.endpoint.compare_child"
 
 
-class Asked(BaseModel):
+class ComparisonQuery(BaseModel):
     """The words of a question."""
 
     model_config = ConfigDict(extra="forbid")
@@ -54,13 +54,13 @@ class Asked(BaseModel):
     ratio: str | None = Field(None, description="What if: input to output tokens, such as 3:1.")
     volume: list[str] = Field([], description="What if: tokens per month, such as 1M..1B.")
 
-    def question(self) -> Question:
+    def question(self) -> ComparisonQuestion:
         """Return the question. Raises ValueError for what needs no child."""
         hours_of_window(self.window)
         texts = [self.window, self.ratio or "", *self.model, *self.provider]
         if any("\0" in text for text in (*texts, *self.label, *self.volume)):
             raise ValueError("compare: expected text, got a NUL character")
-        return Question(
+        return ComparisonQuestion(
             self.window,
             tuple(self.model),
             tuple(self.provider),
@@ -83,7 +83,7 @@ class Comparer:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
 
-    def __call__(self, question: Question) -> Comparison:
+    def __call__(self, question: ComparisonQuestion) -> Comparison:
         """Return the answer. Raises ValueError for a wrong question, else ComparingError or
         LedgerError."""
         # Who waits holds one of the endpoint's few threads.
@@ -94,7 +94,7 @@ class Comparer:
         finally:
             self._lock.release()
 
-    def _answer(self, question: Question) -> Comparison:
+    def _answer(self, question: ComparisonQuestion) -> Comparison:
         child = self._start()
         with child:
             try:
@@ -156,13 +156,13 @@ def _answer_of(status: int, out: bytes) -> Comparison:
 
 def add_compare(
     app: FastAPI,
-    comparer: Callable[[Question], Comparison],
+    comparer: Callable[[ComparisonQuestion], Comparison],
     refresh: Callable[[], None],
 ) -> None:
     """Add the route. `refresh` brings the ledger up to now before it is read."""
 
     @app.get("/cost/compare", dependencies=FOR_ADMINS)
-    def compare(asked: Annotated[Asked, Query()]) -> Comparison:
+    def compare(asked: Annotated[ComparisonQuery, Query()]) -> Comparison:
         """Return what the requests of a window cost here, and what they would have at APIs."""
         with asked_wrongly():
             question = asked.question()
