@@ -49,7 +49,7 @@ class SweepSession:
             return _failed(str(error), FAILED)
         return 0
 
-    def _measure(self, plan: Plan, watcher: "Watcher") -> None:
+    def _measure(self, plan: Plan, watcher: "TerminalWatcher") -> None:
         measured: list[Measured] = []
         started_at_ns = time.time_ns()
         # Now: at the end of a sweep that fails nobody may be there to tell.
@@ -77,7 +77,7 @@ class SweepSession:
             )
 
 
-class Watcher:
+class TerminalWatcher:
     """Shows on one line of a terminal what is measured and how long it will take; lines else."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
@@ -118,7 +118,7 @@ class Watcher:
 
 
 @contextmanager
-def _progress() -> Iterator[Watcher]:
+def _progress() -> Iterator[TerminalWatcher]:
     # Not on standard output: that is for the table, or JSON.
     console = Console(stderr=True, markup=False, highlight=False)
     columns = (
@@ -128,7 +128,7 @@ def _progress() -> Iterator[Watcher]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        yield Watcher(progress, console)
+        yield TerminalWatcher(progress, console)
 
 
 def _failed(why: str, status: int) -> int:
