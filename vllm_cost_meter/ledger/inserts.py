@@ -104,17 +104,19 @@ def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:
         )
 
 
-def _insert(connection: Connection, table: Table, values: list[rows.Row]) -> None:
+def _insert(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
     """Insert rows, leaving those alone whose key is there."""
     _run(connection, table, values, upsert=False)
 
 
-def _upsert(connection: Connection, table: Table, values: list[rows.Row]) -> None:
+def _upsert(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
     """Insert rows, or overwrite those of a lower snapshot number."""
     _run(connection, table, values, upsert=True)
 
 
-def _run(connection: Connection, table: Table, values: list[rows.Row], *, upsert: bool) -> None:
+def _run(
+    connection: Connection, table: Table, values: list[rows.TableRow], *, upsert: bool
+) -> None:
     """Execute an insert of whole rows.
 
     On SQLite many rows go into one statement: sqlite3 gives up the GIL for every row of an

@@ -20,7 +20,7 @@ from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]
 # (hour, GPU-ns) of bills, by run and number.
 Spent = Mapping[tuple[str, int], Sequence[tuple[int, int]]]
 
@@ -35,7 +35,7 @@ FORMULAS = {
 
 
 def explained(
-    request: Row, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Row]
+    request: Fields, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Fields]
 ) -> Explanation:
     """Return the explanation of a request row with its `parts`.
 
@@ -68,13 +68,13 @@ def explained(
     return cast("Explanation", {**explanation, "text": list(lines(explanation))})
 
 
-def _used(model: Row, part: Row) -> bool:
+def _used(model: Fields, part: Fields) -> bool:
     is_of_run: bool = model["run_id"] == part["run_id"]
     return is_of_run and part["first_model"] <= model["version"] <= part["last_model"]
 
 
 def _part(
-    part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Row]
+    part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Fields]
 ) -> dict[str, Any]:
     steps, step_ns = part["steps"], part["step_ns"]
     saved_ns = part["saved_estimate_ns"]
@@ -114,7 +114,7 @@ def _part(
     }
 
 
-def _cost(part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _cost(part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Return what a bill costs at the prices of its hours, and these."""
     # What has used nothing has no hour but that of its end.
     spent = spent or [(unix_ns_of(part["finished_at"]) // NS_PER_HOUR, 0)]
@@ -132,12 +132,12 @@ def _cost(part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dic
     }
 
 
-def _model(model: Row) -> dict[str, Any]:
+def _model(model: Fields) -> dict[str, Any]:
     names = ("version", "taken_at", "form", "planes", "steps", "error", "explained")
     return {name: model[name] for name in names}
 
 
-def lines(explanation: Row) -> Iterator[str]:
+def lines(explanation: Fields) -> Iterator[str]:
     """Yield an explanation as sentences."""
     parts = explanation["parts"]
     of = f" of {len(parts)} engine requests" if len(parts) != 1 else ""
@@ -152,7 +152,7 @@ def lines(explanation: Row) -> Iterator[str]:
         yield from _part_lines(part)
 
 
-def _part_lines(part: Row) -> Iterator[str]:
+def _part_lines(part: Fields) -> Iterator[str]:
     prefill, decode = part["phases"]["prefill"], part["phases"]["decode"]
     yield f"engine request {part['request_id']} ({part['engine_status']}):"
     yield (
@@ -191,7 +191,7 @@ def _part_lines(part: Row) -> Iterator[str]:
         yield f"  cost model {model['version']}: {model['form']}, {quality}"
 
 
-def _price_lines(part: Row) -> Iterator[str]:
+def _price_lines(part: Fields) -> Iterator[str]:
     if part["cost_nanousd"] is None:
         yield f"  {part['cost_reason']}"
         return

@@ -33,7 +33,7 @@ from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.accrued import Accrued
-from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, Row
+from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, LedgerRow
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
 
@@ -62,7 +62,7 @@ class Living:
 class _Run:
     """An engine run that a request may be in."""
 
-    row: Row
+    row: LedgerRow
     used: dict[str, Accrued]
     prices: RunPrices
 
@@ -180,7 +180,7 @@ def _runs(
     ]
 
 
-def _part(row: Row, candidates: Sequence[_Run]) -> dict[str, Any]:
+def _part(row: LedgerRow, candidates: Sequence[_Run]) -> dict[str, Any]:
     """Return an open request as a part: the columns of a bill, null where only a bill knows."""
     mine = [run for run in candidates if run.row["started_at"] <= row["started_at"]]
     told = [run for run in mine if row["request_id"] in run.used]

@@ -22,7 +22,7 @@ from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.reports.request_answers import RequestRow
-from vllm_cost_meter.reports.request_row import Row, exchange
+from vllm_cost_meter.reports.request_row import LedgerRow, exchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def exchanges(
     ids = [key.id for key in keys if key.run_id is None]
     told = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
     http = {row.http_request_id: row._asdict() for row in told}
-    parts: dict[str, list[Row]] = {}
+    parts: dict[str, list[LedgerRow]] = {}
     for row in connection.execute(select_parts().where(r.http_request_id.in_(ids))):
         parts.setdefault(row.http_request_id, []).append(row._asdict())
     for part in open_parts(connection, open_requests.c.http_request_id.in_(ids), living, book):
@@ -125,9 +125,9 @@ def exchanges(
     return [exchange(http.get(key.id), parts.get(key.id, [])) for key in keys]
 
 
-def rows_of_parts(parts: Sequence[Row]) -> list[RequestRow]:
+def rows_of_parts(parts: Sequence[LedgerRow]) -> list[RequestRow]:
     """Return the request rows of exchanges known by these parts only, in their order."""
-    grouped: dict[tuple[str | None, str | None], list[Row]] = {}
+    grouped: dict[tuple[str | None, str | None], list[LedgerRow]] = {}
     for part in parts:
         http_id = part["http_request_id"]
         alone = part["request_id"] if http_id is None else None

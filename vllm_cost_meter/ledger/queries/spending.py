@@ -41,7 +41,7 @@ RECOUNT_NS = 600 * NS_PER_SECOND
 _IDS_AT_ONCE = 500
 
 # GPU-nanoseconds by budget, and in it by run and UTC hour.
-Sums = dict[str, dict[tuple[str, int], int]]
+SpentNs = dict[str, dict[tuple[str, int], int]]
 # (run_id, hour) to USD per GPU-hour; None where there is no price.
 PriceAt = Callable[[str, int], Decimal | Fraction | None]
 
@@ -63,7 +63,7 @@ class Spending:
         self._alive = alive
         self._engine: Engine = open_database(url, create=create)
         self._budgets: Sequence[Budget] = ()
-        self._billed: Sums = {}
+        self._billed: SpentNs = {}
         self._counted_at_ns = 0
         # Bills counted already, of those that the next look reads again.
         self._seen: dict[tuple[str, int], str] = {}
@@ -150,9 +150,9 @@ class Spending:
         for row in rows:
             _add_to(self._billed, self._budgets, row, row.hour, int(row.gpu_time_ns))
 
-    def _running(self, connection: Connection, run_ids: Collection[str], hour: int) -> Sums:
+    def _running(self, connection: Connection, run_ids: Collection[str], hour: int) -> SpentNs:
         """Return what the requests of these runs that have no bill had used."""
-        sums: Sums = {}
+        sums: SpentNs = {}
         told = select(live_usage.c.run_id, live_usage.c.requests)
         for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
             used = {id: used.gpu_time_ns for id, used in live_requests(text).items()}
@@ -207,7 +207,7 @@ def _owners(connection: Connection, ids: Collection[str]) -> Iterator[Any]:
 
 
 def _add_to(
-    sums: Sums,
+    sums: SpentNs,
     budgets: Sequence[Budget],
     owner: Any,
     hour: int,

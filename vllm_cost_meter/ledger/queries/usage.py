@@ -36,7 +36,7 @@ _WITHIN = {TAG: "tags", LABEL: "labels"}
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class BilledUsage:
     """What bills up to a cut used: GPU time, and by tenant alone all that pieces have besides."""
 
     used: list[Used]
@@ -104,9 +104,11 @@ def _ended(
     return found
 
 
-def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequence[str]) -> Usage:
+def _usage(
+    connection: Connection, cut: Cut, question: Question, columns: Sequence[str]
+) -> BilledUsage:
     if not cut.runs:
-        return Usage([], {})
+        return BilledUsage([], {})
     at, p, r = cut.cte(), usage_pieces.c, requests.c
     # Pieces have the tenant themselves: with that alone, no request is read.
     own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
@@ -137,7 +139,7 @@ def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequen
             known = sums.setdefault(key[0], dict.fromkeys(more, 0))
             for name, amount in zip(more, values[len(columns) :], strict=True):
                 known[name] += int(amount)
-    return Usage([Used(*key, ns) for key, ns in spent.items()], sums)
+    return BilledUsage([Used(*key, ns) for key, ns in spent.items()], sums)
 
 
 def _column(dimension: str) -> str:
