@@ -53,7 +53,7 @@ CLIENT_LEFT = 499
 
 
 @dataclass(slots=True)
-class Sent:
+class SentReply:
     """What the client of an exchange was sent so far, and whether it is still there."""
 
     status: int | None = None
@@ -90,7 +90,7 @@ class Exchange:
     cost_nanousd: int | None = 0
     marginal_cost_nanousd: int | None = 0
     method: str = ""
-    sent: Sent = field(default_factory=Sent)
+    sent: SentReply = field(default_factory=SentReply)
     # True once the record of this exchange, as it ended, was made.
     recorded: bool = False
     # The record of an exchange that ended without an engine request. One may still be born, of a

@@ -18,10 +18,10 @@ from vllm_cost_meter.prices.book import (
     USD,
     EnergyPrice,
     GpuHourPrice,
-    Matches,
     PriceBook,
     PriceEntry,
     PurchaseKind,
+    RunMatch,
     Scope,
     same_start,
 )
@@ -122,7 +122,7 @@ class PriceSetting(BaseModel):
             kind=self.kind,
             currency=self.currency,
             usd_rate=self.usd_rate or Decimal(1),
-            matches=Matches(self.model, self.gpu_name, self.host),
+            matches=RunMatch(self.model, self.gpu_name, self.host),
         )
 
 
@@ -151,7 +151,7 @@ class EnergyPriceSetting(BaseModel):
 
     def entry(self, key: str) -> EnergyPrice:
         """Return the price as an entry for the book; `key` names it in messages."""
-        matches = Matches(host=self.host)
+        matches = RunMatch(host=self.host)
         return EnergyPrice(key, self.usd_per_kwh, self.source, self.effective_from, matches)
 
 

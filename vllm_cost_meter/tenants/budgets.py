@@ -20,7 +20,7 @@ from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.units.money import format_nano
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
-Unit = Literal["usd", "gpu_seconds"]
+BudgetUnit = Literal["usd", "gpu_seconds"]
 Period = Literal["day", "week", "month", "rolling"]
 Over = Literal["block", "throttle"]
 
@@ -41,7 +41,7 @@ class Budget:
 
     name: str
     limit: int
-    unit: Unit
+    unit: BudgetUnit
     period: Period
     zone: tzinfo = UTC
     tenant: str | None = None
