@@ -59,7 +59,7 @@ logger = logging.getLogger("vllm.cost_meter")
 REQUESTS_PER_PAGE_MAX = 1_000
 
 # Types of errors by status; of any other the request is invalid.
-KINDS = {404: "not_found", 503: "unavailable"}
+ERROR_KINDS = {404: "not_found", 503: "unavailable"}
 # No request can have it, as names are never empty.
 NO_TENANT = ""
 
@@ -308,7 +308,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     def http_error(_request: Request, exception: StarletteHTTPException) -> Response:
-        kind = KINDS.get(exception.status_code, "invalid_request")
+        kind = ERROR_KINDS.get(exception.status_code, "invalid_request")
         return error(exception.status_code, str(exception.detail), kind, exception.headers)
 
     @app.exception_handler(RequestValidationError)

@@ -35,7 +35,7 @@ TIMEOUT_S = 120.0
 # Address space of the child; it takes a tenth of that for a hundred thousand requests.
 MEMORY_BYTES_MAX = 4 * 1024**3
 LOWEST_PRIORITY = 19
-LEDGER = "COST_METER_LEDGER"
+LEDGER_VARIABLE = "COST_METER_LEDGER"
 CHILD = "vllm_cost_meter.endpoint.compare_child"
 
 
@@ -110,12 +110,12 @@ class Comparer:
         return _answer_of(child.returncode, out)
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        environment = {name: v for name, v in os.environ.items() if name.upper() != LEDGER}
+        environment = {name: v for name, v in os.environ.items() if name.upper() != LEDGER_VARIABLE}
         try:
             return subprocess.Popen(  # noqa: S603 - our own command, and no shell
                 # Without -P the folder that the server was started in could replace any module.
                 [sys.executable, "-P", "-m", CHILD],
-                env={**environment, LEDGER: self._ledger_url},
+                env={**environment, LEDGER_VARIABLE: self._ledger_url},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

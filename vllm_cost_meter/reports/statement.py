@@ -19,7 +19,7 @@ from fractions import Fraction
 from typing import Any
 
 from vllm_cost_meter.prices.book import described
-from vllm_cost_meter.prices.overheads import UNKNOWN_PART
+from vllm_cost_meter.prices.overheads import WHY_UNKNOWN
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import Piece, Row, pieces, wall_cost
 from vllm_cost_meter.reports.facts import (
@@ -301,7 +301,7 @@ def _overhead_line(cost: OverheadCost, share: Fraction, tenant: str | None) -> _
         NOTHING,
         (nanousd, nanousd, Fraction(0)),
         source=cost.source,
-        reason=UNKNOWN_PART if nanousd is None else None,
+        reason=WHY_UNKNOWN if nanousd is None else None,
     )
 
 

@@ -14,7 +14,7 @@ from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.units.rounding import rounded_known
 
-NO_ENERGY = "no energy is known"
+WHY_NO_ENERGY = "no energy is known"
 _CLASS_ROWS = frozenset(f"__{name}__" for name in OTHER_ROWS)
 
 
@@ -59,7 +59,7 @@ def tenant_details(
     energies = {name: facts.energies.get(name, nothing) for name in (*names, "")}
     energies |= {f"__{name}__": facts.class_energies.get(name) for name in OTHER_ROWS}
     costs: dict[str, Cost[EnergyPrice]] = {
-        name: Cost(None, NO_ENERGY)
+        name: Cost(None, WHY_NO_ENERGY)
         if energy is None or energy.energy_mj is None
         else cost_of(energy.used_mj)
         for name, energy in energies.items()

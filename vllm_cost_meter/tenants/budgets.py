@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Literal, TypedDict
 
 from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.money import format_nano
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
@@ -24,7 +25,6 @@ BudgetUnit = Literal["usd", "gpu_seconds"]
 Period = Literal["day", "week", "month", "rolling"]
 Over = Literal["block", "throttle"]
 
-HOURS_PER_DAY = 24
 _ONE_HOUR = timedelta(hours=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

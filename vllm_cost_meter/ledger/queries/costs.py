@@ -15,7 +15,7 @@ from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice
 from vllm_cost_meter.prices.overheads import OverheadLine, overhead_lines
 from vllm_cost_meter.prices.run_prices import Cost, RunPrices, UsedByRun, cost_of, energy_cost_of
 from vllm_cost_meter.reports.facts import NOTHING_RAN
-from vllm_cost_meter.reports.tenant_details import NO_ENERGY
+from vllm_cost_meter.reports.tenant_details import WHY_NO_ENERGY
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class CutCosts:
         """Return the costs of everything at the cut."""
         prices = cut.prices_of()
         no_time: Cost[GpuHourPrice] = Cost(None, NOTHING_RAN)
-        no_energy: Cost[EnergyPrice] = Cost(None, NO_ENERGY)
+        no_energy: Cost[EnergyPrice] = Cost(None, WHY_NO_ENERGY)
         return cls(
             prices,
             cost_of(cut.used_ns(), prices, no_time),
