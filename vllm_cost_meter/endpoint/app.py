@@ -50,7 +50,7 @@ from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.request_row import FINISHED
-from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.tenants.budgets import Figures, budget_row
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 
@@ -163,7 +163,7 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
             "broken": figures.broken,
             # What a tag's tenants use together is nothing for one of them.
             "budgets": [
-                told(standing)
+                budget_row(standing)
                 for standing in figures.standings
                 if viewer.may_see(standing.budget.tenant)
             ],

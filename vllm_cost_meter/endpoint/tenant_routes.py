@@ -21,7 +21,7 @@ from vllm_cost_meter.endpoint.shapes import AnswerRoute
 from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.request_answers import RequestWithParts
-from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.tenants.budgets import Figures, budget_row
 
 
 def _own(request: Request) -> Viewer:
@@ -49,7 +49,7 @@ def make_router(
         name = str(own.tenant)
         row = reader.tenant(name, *hours)
         standings = budgets().standings
-        own_budgets = [told(each) for each in standings if own.may_see(each.budget.tenant)]
+        own_budgets = [budget_row(each) for each in standings if own.may_see(each.budget.tenant)]
         if row is None:
             return {"tenant": name, "requests": 0, "gpu_time_ns": 0, "budgets": own_budgets}
         return {**row, "budgets": own_budgets}

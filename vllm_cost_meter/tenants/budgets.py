@@ -214,7 +214,7 @@ class BudgetRow(TypedDict):
     """The name of its time zone."""
 
 
-def told(standing: Standing) -> BudgetRow:
+def budget_row(standing: Standing) -> BudgetRow:
     """Return what the side endpoint says of a budget. Amounts are nano-USD or GPU-nanoseconds."""
     budget, total = standing.budget, standing.total
     first, _ = budget.hours(standing.now_ns)
