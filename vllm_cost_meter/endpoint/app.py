@@ -50,7 +50,7 @@ from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.request_row import FINISHED
-from vllm_cost_meter.tenants.budgets import Figures, budget_row
+from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 
@@ -72,7 +72,7 @@ def make_app(
     refresh: Callable[[], None] = lambda: None,
     access: Access = OPEN,
     registry: Callable[[], CollectorRegistry] | None = None,
-    budgets: Callable[[], Figures] = Figures,
+    budgets: Callable[[], BudgetFigures] = BudgetFigures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
@@ -153,7 +153,7 @@ def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return {"models": reader.cost_models(run)}
 
 
-def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
+def _add_budget_route(app: FastAPI, budgets: Callable[[], BudgetFigures]) -> None:
     @app.get("/cost/budgets")
     def standings(viewer: ViewerOf) -> Budgets:
         """Return what each budget's tenants have used in its period, as new requests are judged."""

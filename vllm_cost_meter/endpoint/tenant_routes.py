@@ -21,7 +21,7 @@ from vllm_cost_meter.endpoint.shapes import AnswerRoute
 from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.request_answers import RequestWithParts
-from vllm_cost_meter.tenants.budgets import Figures, budget_row
+from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 
 
 def _own(request: Request) -> Viewer:
@@ -36,7 +36,7 @@ Own = Annotated[Viewer, Depends(_own)]
 
 
 def make_router(
-    reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], Figures]
+    reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], BudgetFigures]
 ) -> APIRouter:
     """Return the two routes. Arguments are those of the side endpoint's application."""
     router = APIRouter(prefix="/v1/cost", route_class=AnswerRoute)

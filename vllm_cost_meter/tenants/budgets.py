@@ -154,7 +154,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class BudgetFigures:
     """All standings at one instant, and whether they may be relied on.
 
     `as_of_ns` is the instant of the oldest snapshot of an engine that they hold; None if there is

@@ -32,7 +32,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND, rfc3339, unix_ns_of
 
 # How late a bill may be committed and still be seen by the next look.
@@ -78,7 +78,7 @@ class Spending:
             found = connection.execute(select(snapshots.c.run_id, snapshots.c.number))
             return [(run_id, number) for run_id, number in found]
 
-    def look(self, budgets: Sequence[Budget], price_of: PriceAt, now_ns: int) -> Figures:
+    def look(self, budgets: Sequence[Budget], price_of: PriceAt, now_ns: int) -> BudgetFigures:
         """Return where the budgets stand. Raises SQLAlchemyError if the ledger cannot be read."""
         hour = now_ns // NS_PER_HOUR
         with self._read() as connection:
@@ -97,7 +97,7 @@ class Spending:
             for budget in budgets
         ]
         off = [run.run_id for run in living if run.state != "on"]
-        return Figures(
+        return BudgetFigures(
             standings=standings,
             as_of_ns=min((unix_ns_of(run.taken_at) for run in living), default=None),
             broken=f"the meter of engine run {off[0]} is off" if off else None,
