@@ -88,9 +88,9 @@ def import_(
     """
     with one_line_errors():
         rules = load_settings(config=config).invoice_rules
-        told = read_invoice(file, format, rules)
+        invoice = read_invoice(file, format, rules)
         url, now_ns = ledger_url(ledger, config), time.time_ns()
-        answer = import_invoice(url, told, rules.gap_ns, now_ns, dry_run=dry_run)
+        answer = import_invoice(url, invoice, rules.gap_ns, now_ns, dry_run=dry_run)
     if as_json:
         print(json.dumps(answer, indent=2))
         return

@@ -126,10 +126,10 @@ def sweep(
     raise typer.Exit(status)
 
 
-def _side_url(told: str | None, port: int | None) -> str:
-    if told is None and not port:
+def _side_url(given: str | None, port: int | None) -> str:
+    if given is None and not port:
         raise ValueError("--side-url: expected where the side endpoint is, got no port of it")
-    return told or f"http://127.0.0.1:{port}"
+    return given or f"http://127.0.0.1:{port}"
 
 
 def _write(

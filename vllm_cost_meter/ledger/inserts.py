@@ -71,7 +71,7 @@ def write(
     opened = [record for record in records if isinstance(record, OpenRequest)]
     merged = newest_snapshots(record for record in records if isinstance(record, Snapshot))
     snapshots = merged.values()
-    told = [(snapshot, price_of(snapshot)) for snapshot in snapshots]
+    priced = [(snapshot, price_of(snapshot)) for snapshot in snapshots]
     _insert(connection, schema.requests, [rows.part_row(part) for part in parts])
     pieces = [row for part in parts for row in rows.piece_rows(part)]
     _insert(connection, schema.usage_pieces, pieces)
@@ -79,9 +79,11 @@ def write(
     _insert(connection, schema.open_requests, [rows.open_row(request) for request in opened])
     announced = [part.bill.request_id for part in parts if part.announced]
     _close_billed(connection, [*announced, *(request.request_id for request in opened)])
-    prices = {price.price_id: price for _, price in told if price is not None}
+    prices = {price.price_id: price for _, price in priced if price is not None}
     _insert(connection, schema.prices, [rows.price_row(price) for price in prices.values()])
-    _insert(connection, schema.runs, [rows.run_row(s, p.price_id if p else None) for s, p in told])
+    _insert(
+        connection, schema.runs, [rows.run_row(s, p.price_id if p else None) for s, p in priced]
+    )
     _upsert(connection, schema.snapshots, [rows.snapshot_row(s) for s in snapshots])
     _upsert(connection, schema.live_usage, [rows.live_row(s) for s in snapshots])
     models = [row for snapshot in snapshots for row in rows.model_rows(snapshot)]

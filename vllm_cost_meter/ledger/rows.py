@@ -267,7 +267,9 @@ def energy_hour_rows(snapshot: Snapshot) -> list[TableRow]:
 
 def request_energy_rows(snapshot: Snapshot) -> list[TableRow]:
     """Return the rows in `request_energy` for the requests whose energy a snapshot brings."""
-    return [{"run_id": snapshot.run_id, **told._asdict()} for told in snapshot.energy.told]
+    return [
+        {"run_id": snapshot.run_id, **reported._asdict()} for reported in snapshot.energy.reported
+    ]
 
 
 def _devices(snapshot: Snapshot) -> str | None:

@@ -4,7 +4,7 @@ Amounts are millijoules since the first reading of the engine's GPUs. Unknown is
 never 0.
 
 Invariant: `energy_mj`, all that was read, is the sum of `classes`; and the class `requests` is the
-sum of all energies of requests that were ever told.
+sum of all energies of requests that were ever reported.
 """
 
 from collections.abc import Mapping
@@ -46,8 +46,8 @@ class RunEnergy:
     `energy_mj` is None until it was known for the first time. `unknown_ns` are the GPU-ns, since
     the first reading, of windows whose energy is unknown; `reason` is that of the latest of them.
     `devices` are the name and UUID of each GPU. `hours` holds those hours that changed since the
-    snapshot the reader acknowledged, `told` the requests whose energy came to be known, or is known
-    to be unknown, since then.
+    snapshot the reader acknowledged, `reported` the requests whose energy came to be known, or is
+    known to be unknown, since then.
     """
 
     energy_mj: int | None
@@ -56,7 +56,7 @@ class RunEnergy:
     classes: Mapping[str, int] = field(default_factory=dict)
     devices: tuple[tuple[str | None, str | None], ...] = ()
     hours: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
-    told: tuple[RequestEnergy, ...] = ()
+    reported: tuple[RequestEnergy, ...] = ()
 
     def __post_init__(self) -> None:
         if self.energy_mj is None and self.reason is None:
@@ -64,7 +64,7 @@ class RunEnergy:
 
     def merged_over(self, older: "RunEnergy") -> "RunEnergy":
         """Return these values with the hours and requests of an older snapshot besides."""
-        told = {(each.seq, each.hour): each for each in (*older.told, *self.told)}
+        reported = {(each.seq, each.hour): each for each in (*older.reported, *self.reported)}
         return RunEnergy(
             self.energy_mj,
             self.reason,
@@ -72,7 +72,7 @@ class RunEnergy:
             self.classes,
             self.devices,
             {**older.hours, **self.hours},
-            tuple(told.values()),
+            tuple(reported.values()),
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -84,17 +84,17 @@ class RunEnergy:
             "classes": dict(self.classes),
             "devices": [list(device) for device in self.devices],
             "hours": {str(hour): dict(classes) for hour, classes in self.hours.items()},
-            "told": list(chain.from_iterable(self.told)),
+            "reported": list(chain.from_iterable(self.reported)),
         }
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         """Build it from `to_wire`'s form. Raises TypeError, ValueError or KeyError on others."""
         values = dict(wire)
-        flat = iter(values["told"])
+        flat = iter(values["reported"])
         size = len(RequestEnergy._fields)
-        requests = len(values["told"]) // size
-        values["told"] = tuple(RequestEnergy(*islice(flat, size)) for _ in range(requests))
+        requests = len(values["reported"]) // size
+        values["reported"] = tuple(RequestEnergy(*islice(flat, size)) for _ in range(requests))
         values["devices"] = tuple((name, uuid) for name, uuid in values["devices"])
         values["hours"] = {int(hour): classes for hour, classes in values["hours"].items()}
         return cls(**values)

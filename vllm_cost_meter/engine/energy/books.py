@@ -8,14 +8,14 @@ class and, of what was busy, to each request. Three things keep that right at th
   gets is divided, with the busy part of the next window, by the time that is booked then. Otherwise
   the idle moment before a long step would be charged with the power of the step.
 - A bill leaves before its window ends. So it says nothing of energy: a later snapshot tells, by the
-  bill's number, until one that told it is acknowledged.
+  bill's number, until one that reported it is acknowledged.
 - A request that ran in a window whose energy is unknown has none that is known, in the hour in
   which that window ended. What else was read of it in that hour is `unattributed`.
 
 Energy belongs to the hour in which its window ends, at most one window after it was used.
 
 Invariant: the classes add up to the energy read, to the millijoule, over the run and, hour by hour,
-over its hours; and the class `requests` to all energies that were told.
+over its hours; and the class `requests` to all energies that were reported.
 """
 
 import logging
@@ -36,8 +36,8 @@ logger = logging.getLogger("vllm.cost_meter")
 
 # Classes of busy time besides requests; `lost` is mostly steps that could not be measured.
 BUSY_CLASSES = ("tail", "dummy", "lost")
-# Bills whose energy is still to be told, or to be acknowledged: 10 MB. Beyond that nobody asks.
-UNTOLD_MAX = 50_000
+# Bills whose energy is still to be reported, or to be acknowledged: 10 MB. Beyond that nobody asks.
+UNREPORTED_MAX = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ _Parties = dict[_Request | str, int]
 
 
 class EnergyBooks:
-    """Divides the windows of one run. `dropped` counts what of requests will never be told."""
+    """Divides the windows of one run. `dropped` counts what of requests will never be reported."""
 
     def __init__(self, gpus: int) -> None:
         """Begin at the first reading, when all time so far was booked as startup."""
@@ -105,16 +105,16 @@ class EnergyBooks:
         self._carried_mj = 0
         self._classes = dict.fromkeys(ENERGY_CLASSES, 0)
         self._hours: dict[int, dict[str, int]] = {}
-        # By hour, the first snapshot that surely told of its latest change.
+        # By hour, the first snapshot that surely reported its latest change.
         self._changed: dict[int, int] = {}
-        # Told but not acknowledged, by the snapshot that told it first.
-        self._told: deque[tuple[int, RequestEnergy]] = deque()
+        # Reported but not acknowledged, by the snapshot that reported it first.
+        self._reported: deque[tuple[int, RequestEnergy]] = deque()
 
     def billed(self, seq: int, request_id: str, gpu_ns: int) -> None:
         """A request got its bill, of so much GPU time."""
         if self.off:
             return
-        while len(self._billed) + len(self._told) >= UNTOLD_MAX:
+        while len(self._billed) + len(self._reported) >= UNREPORTED_MAX:
             self._drop_oldest()
         self._billed.append((seq, request_id, gpu_ns))
 
@@ -165,16 +165,16 @@ class EnergyBooks:
     ) -> RunEnergy:
         """Return the run's energy at the end of the window, with what snapshots since said."""
         hour = self._end.hour
-        while self._told and self._told[0][0] <= acknowledged:
-            self._told.popleft()
+        while self._reported and self._reported[0][0] <= acknowledged:
+            self._reported.popleft()
         for past, number in list(self._changed.items()):
             if number <= acknowledged and past != hour:
                 del self._changed[past]
         if self._energy_mj is None:
-            # Nothing was divided; but requests may have been told that theirs is unknown.
-            told = tuple(told for _, told in self._told)
+            # Nothing was divided; but requests may have been reported as unknown.
+            reported = tuple(reported for _, reported in self._reported)
             return RunEnergy(
-                None, self._reason, self._unknown_ns, devices=tuple(devices), told=told
+                None, self._reason, self._unknown_ns, devices=tuple(devices), reported=reported
             )
         undivided_mj = self._running_mj + self._carried_mj
         if undivided_mj or hour in self._hours:
@@ -191,7 +191,7 @@ class EnergyBooks:
             classes={**self._classes, "in_flight": self._classes["in_flight"] + undivided_mj},
             devices=tuple(devices),
             hours=hours,
-            told=tuple(told for _, told in self._told),
+            reported=tuple(reported for _, reported in self._reported),
         )
 
     # -- a window -------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ class EnergyBooks:
             reason = request.unknown.get(hour)
             self._move("in_flight", "unattributed" if reason else "requests", mj, hour)
             energy = RequestEnergy(seq, hour, None if reason else mj, reason)
-            self._told.append((self._end.number, energy))
+            self._reported.append((self._end.number, energy))
 
     def _drop_oldest(self) -> None:
         """Never tell the energy of one request: nobody has asked for very long."""
@@ -282,19 +282,19 @@ class EnergyBooks:
             logger.warning(
                 "cost meter: nobody has taken the energy of the last %d requests; that of the"
                 " oldest is dropped from now on, and is null in the ledger",
-                UNTOLD_MAX,
+                UNREPORTED_MAX,
             )
         self.dropped += 1
-        if not self._told:
+        if not self._reported:
             _, request_id, gpu_ns = self._billed.popleft()
             request = _take(self._open, request_id, gpu_ns)
             self._dropped_ns += gpu_ns - request.gpu_ns
             self._move_all("unattributed", request)
             return
-        seq = self._told[0][1].seq
-        while self._told and self._told[0][1].seq == seq:
-            _, told = self._told.popleft()
-            self._move("requests", "unattributed", told.energy_mj or 0, told.hour)
+        seq = self._reported[0][1].seq
+        while self._reported and self._reported[0][1].seq == seq:
+            _, reported = self._reported.popleft()
+            self._move("requests", "unattributed", reported.energy_mj or 0, reported.hour)
 
     # -- classes and hours ----------------------------------------------------------------------
 

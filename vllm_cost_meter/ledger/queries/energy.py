@@ -36,9 +36,9 @@ def select_parts() -> Select[Any]:
     mine = and_(e.run_id == r.run_id, e.seq == r.seq)
     is_known = and_(func.count() > 0, func.count() == func.count(e.energy_mj))
     energy_mj = select(case((is_known, func.sum(e.energy_mj)))).where(mine).scalar_subquery()
-    told = select(func.min(e.reason)).where(mine).scalar_subquery()
+    why = select(func.min(e.reason)).where(mine).scalar_subquery()
     never = select(s.energy_reason).where(s.run_id == r.run_id, s.energy_mj.is_(None))
-    reason = func.coalesce(told, never.scalar_subquery(), PENDING)
+    reason = func.coalesce(why, never.scalar_subquery(), PENDING)
     return select(
         requests,
         energy_mj.label("energy_mj"),
@@ -78,34 +78,34 @@ def _sum(used_mj: UsedByRun | None) -> int | None:
 
 
 def _unknown(cut: Cut) -> Select[Any]:
-    """Count the engine requests of each tenant whose energy is unknown, or not told yet."""
+    """Count the engine requests of each tenant whose energy is unknown, or not reported yet."""
     at, e, r, p = cut.cte(), request_energy.c, requests.c, usage_pieces.c
-    told = and_(e.run_id == r.run_id, e.seq == r.seq)
+    same = and_(e.run_id == r.run_id, e.seq == r.seq)
     bills = (
         select(r.tenant, func.count(distinct(r.run_id + "/" + cast(r.seq, Text))))
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
-        .join(request_energy, told, isouter=True)
+        .join(request_energy, same, isouter=True)
         .where(e.energy_mj.is_(None))
         .group_by(r.tenant)
     )
     if cut.window.is_all:
         return bills
-    # In the hour whose energy is unknown; what was not told yet, in the hours of its time.
+    # In the hour whose energy is unknown; what was not reported yet, in the hours of its time.
     pieces = bills.join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq))
     return pieces.where(cut.window.on_hours(func.coalesce(e.hour, p.hour)))
 
 
-def told_mj(connection: Connection, cut: Cut) -> dict[str, int]:
+def reported_mj(connection: Connection, cut: Cut) -> dict[str, int]:
     """Return the sum of all energies of bills up to the cut, run by run."""
     if not cut.runs:
         return {}
     at, e = cut.cte(), request_energy.c
-    told = (
+    sums = (
         select(e.run_id, func.sum(e.energy_mj))
         .join(at, and_(e.run_id == at.c.run_id, e.seq <= at.c.last_seq))
         .group_by(e.run_id)
     )
-    return {run_id: int(mj or 0) for run_id, mj in connection.execute(told)}
+    return {run_id: int(mj or 0) for run_id, mj in connection.execute(sums)}
 
 
 def class_mj(cut: Cut, name: str) -> int | None:
@@ -139,11 +139,11 @@ def energy_state(run: RunCut) -> dict[str, Any]:
     }
 
 
-def audited(run: RunCut, told: Mapping[str, int]) -> dict[str, int | None]:
+def audited(run: RunCut, requests_mj: Mapping[str, int]) -> dict[str, int | None]:
     """Return the energy read of a run, and how far that is from the sum of all who used it."""
     energy_mj = run.row["energy_mj"]
     if energy_mj is None:
         return {"energy_mj": None, "energy_difference_mj": None}
     others = sum(int(run.row[f"{name}_mj"]) for name in ENERGY_CLASSES if name != "requests")
-    used_mj = others + told.get(run.run_id, 0)
+    used_mj = others + requests_mj.get(run.run_id, 0)
     return {"energy_mj": int(energy_mj), "energy_difference_mj": int(energy_mj) - used_mj}

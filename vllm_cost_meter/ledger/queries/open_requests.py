@@ -116,14 +116,14 @@ def running_parts(
 
 def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
     """Return what a dead run had in flight for requests that have no bill, the most time first."""
-    told = connection.execute(
+    latest = connection.execute(
         select(live_usage.c.requests, live_usage.c.taken_at).where(
             live_usage.c.run_id == run.run_id, live_usage.c.number == run.row["number"]
         )
     ).first()
-    if told is None:
+    if latest is None:
         return []
-    used = live_requests(told.requests)
+    used = live_requests(latest.requests)
     r, o = requests.c, open_requests.c
     billed = set(
         connection.execute(
@@ -132,7 +132,7 @@ def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
         ).scalars()
     )
     since = select(o.request_id, o.http_request_id, o.tenant).order_by(o.started_at)
-    since = since.where(o.started_at >= run.row["started_at"], o.started_at <= told.taken_at)
+    since = since.where(o.started_at >= run.row["started_at"], o.started_at <= latest.taken_at)
     whose = {row.request_id: row for row in connection.execute(since)}
     lost: list[LostRequest] = []
     for request_id in used.keys() - billed:
@@ -143,7 +143,7 @@ def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
                 "http_request_id": row.http_request_id if row else None,
                 "tenant": row.tenant if row else None,
                 "gpu_time_ns": used[request_id].gpu_time_ns,
-                "as_of": told.taken_at,
+                "as_of": latest.taken_at,
             }
         )
     return sorted(lost, key=lambda one: (-one["gpu_time_ns"], one["request_id"]))
@@ -183,18 +183,18 @@ def _runs(
 def _part(row: LedgerRow, candidates: Sequence[_Run]) -> dict[str, Any]:
     """Return an open request as a part: the columns of a bill, null where only a bill knows."""
     mine = [run for run in candidates if run.row["started_at"] <= row["started_at"]]
-    told = [run for run in mine if row["request_id"] in run.used]
-    # With data parallelism several engines may hold one that no snapshot has told of yet.
-    bills = [run for run in told or mine if run.bills]
+    seen = [run for run in mine if row["request_id"] in run.used]
+    # With data parallelism several engines may hold one that no snapshot shows yet.
+    bills = [run for run in seen or mine if run.bills]
     part = {
         **dict.fromkeys(PART_COLUMNS),
         **row,
         "state": RUNNING if bills else LOST,
         "energy_reason": PENDING,
-        "as_of": min((run.row["taken_at"] for run in bills or told), default=None),
+        "as_of": min((run.row["taken_at"] for run in bills or seen), default=None),
     }
-    if told:
-        run = (bills or told)[0]
+    if seen:
+        run = (bills or seen)[0]
         part |= {"run_id": run.row["run_id"], "method": run.row["method"]}
         return part | _amounts(run.used[row["request_id"]], run)
     return part | (_amounts(Accrued(), bills[0]) if bills else {})

@@ -56,14 +56,14 @@ def page_of_keys(
 ) -> list[PageKey]:
     """Return the keys of the newest exchanges before one, at most `limit`."""
     h = http_requests.c
-    told = select(h.finished_at, h.http_request_id)
+    first = select(h.finished_at, h.http_request_id)
     if tenant is not None:
-        told = told.where(h.tenant == tenant)
+        first = first.where(h.tenant == tenant)
     if before is not None:
         key = tuple_(h.finished_at, h.http_request_id)
-        told = told.where(key < (before.finished_at, before.id))
-    told = told.order_by(h.finished_at.desc(), h.http_request_id.desc()).limit(limit)
-    keys = [PageKey(*row) for row in connection.execute(told)]
+        first = first.where(key < (before.finished_at, before.id))
+    first = first.order_by(h.finished_at.desc(), h.http_request_id.desc()).limit(limit)
+    keys = [PageKey(*row) for row in connection.execute(first)]
     since = keys[-1].finished_at if len(keys) == limit else None
     keys += _untold_keys(connection, limit, before, since, tenant)
     keys.sort(key=lambda key: (key.finished_at, key.id), reverse=True)
@@ -111,8 +111,8 @@ def exchanges(
     """Return the request rows of a page, with what of them still runs."""
     h, r = http_requests.c, requests.c
     ids = [key.id for key in keys if key.run_id is None]
-    told = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
-    http = {row.http_request_id: row._asdict() for row in told}
+    rows = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
+    http = {row.http_request_id: row._asdict() for row in rows}
     parts: dict[str, list[LedgerRow]] = {}
     for row in connection.execute(select_parts().where(r.http_request_id.in_(ids))):
         parts.setdefault(row.http_request_id, []).append(row._asdict())

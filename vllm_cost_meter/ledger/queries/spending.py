@@ -153,8 +153,8 @@ class Spending:
     def _running(self, connection: Connection, run_ids: Collection[str], hour: int) -> SpentNs:
         """Return what the requests of these runs that have no bill had used."""
         sums: SpentNs = {}
-        told = select(live_usage.c.run_id, live_usage.c.requests)
-        for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
+        live = select(live_usage.c.run_id, live_usage.c.requests)
+        for run_id, text in connection.execute(live.where(live_usage.c.run_id.in_(run_ids))):
             used = {id: used.gpu_time_ns for id, used in live_requests(text).items()}
             for row in _owners(connection, used):
                 _add_to(sums, self._budgets, row, hour, used[row.request_id], run_id)
