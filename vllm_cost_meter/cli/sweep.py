@@ -29,7 +29,7 @@ from vllm_cost_meter.economics.numbers import positive
 from vllm_cost_meter.lab.sweep.bench import Shape
 from vllm_cost_meter.lab.sweep.plot import sweep_figure
 from vllm_cost_meter.lab.sweep.run import PARTS, Plan
-from vllm_cost_meter.lab.sweep.session import TOKEN_VARIABLE, SweepSession
+from vllm_cost_meter.lab.sweep.session import TOKEN_ENV, SweepSession
 from vllm_cost_meter.lab.sweep.side_client import Deployment
 from vllm_cost_meter.ledger.economics import saturation
 from vllm_cost_meter.units.money import figure_text
@@ -56,9 +56,7 @@ def sweep(
     url: Annotated[str, typer.Option(help="vLLM's URL.")] = "http://127.0.0.1:8000",
     side_url: Annotated[
         str | None,
-        typer.Option(
-            help=f"The side endpoint's URL; its admin token is taken from {TOKEN_VARIABLE}."
-        ),
+        typer.Option(help=f"The side endpoint's URL; its admin token is taken from {TOKEN_ENV}."),
     ] = None,
     shape: Annotated[
         list[str] | None,

@@ -21,7 +21,7 @@ from vllm_cost_meter.lab.sweep.side_client import Deployment, SideClient, served
 from vllm_cost_meter.units.text import plain, rounded
 
 FAILED, INTERRUPTED = 1, 130
-TOKEN_VARIABLE = "COST_METER_ADMIN_TOKEN"  # noqa: S105 - the name of a variable
+TOKEN_ENV = "COST_METER_ADMIN_TOKEN"  # noqa: S105 - the name of a variable
 
 
 class SweepSession:
@@ -30,7 +30,7 @@ class SweepSession:
     def __init__(self, url: str, side_url: str, tokenizer: str | None, output: Path) -> None:
         """Raises ServerError where there is no metered server."""
         self.output = output
-        self.side = SideClient(side_url, os.environ.get(TOKEN_VARIABLE))
+        self.side = SideClient(side_url, os.environ.get(TOKEN_ENV))
         model, root = served_by(url)
         self.target = Target(url, model, tokenizer or root)
         self.deployment = self.side.deployment()
