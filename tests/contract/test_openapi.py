@@ -36,7 +36,7 @@ UNITS = {
     "_cents": "Cents",
 }
 # Inputs of calculators and figures have the words and units of the command line.
-DESCRIBED_ELSEWHERE = ("Used", "BudgetFigures")
+DESCRIBED_ELSEWHERE = ("Used", "Figures")
 WINDOW = "2027-01-15T08:00:00Z,2027-01-15T09:00:00Z"
 BUDGETS = BudgetFigures([Standing(Budget("b", 10, "usd", "month", tenant="search"), {0: 1}, 0)], 0)
 
