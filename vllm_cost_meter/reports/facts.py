@@ -50,7 +50,7 @@ class Ended(NamedTuple):
 class Facts:
     """The ledger's facts for a window: usage, classes of engine time, and requests that ended.
 
-    `overhead` is engine time without a request, by class. `wall` has the engines' own hours over
+    `other_time` is engine time without a request, by class. `wall` has the engines' own hours over
     all classes. `wall_gpu_ns` is their sum, or wall time x GPUs without a window. If the question
     does not distinguish hours, the first hour may stand for a span of hours at one price.
 
@@ -71,7 +71,7 @@ class Facts:
 
     @property
     def difference_ns(self) -> int:
-        """Wall time x GPUs less usage and overhead: 0 if no bill is missing."""
+        """Wall time x GPUs less usage and other time: 0 if no bill is missing."""
         return self.wall_gpu_ns - sum(one.gpu_time_ns for one in (*self.used, *self.other_time))
 
 
