@@ -156,10 +156,12 @@ def _new_editor(runtime: Runtime, exchange: Exchange, send: Send, judged: Judged
     return ReplyEditor(runtime.collector, runtime.guard, exchange, send, mode, judged.warnings)
 
 
-async def _refuse(told: Refusal, scope: Scope, send: Send) -> None:
+async def _refuse(refusal: Refusal, scope: Scope, send: Send) -> None:
     if scope["type"] == "websocket":
         # The socket is not accepted yet, so the server answers the handshake with 403.
         await send({"type": "websocket.close", "code": 1008})
         return
-    await send({"type": "http.response.start", "status": told.status, "headers": told.headers})
-    await send({"type": BODY, "body": told.body})
+    await send(
+        {"type": "http.response.start", "status": refusal.status, "headers": refusal.headers}
+    )
+    await send({"type": BODY, "body": refusal.body})

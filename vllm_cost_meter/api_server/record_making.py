@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from vllm_cost_meter import metrics
-from vllm_cost_meter.api_server.reply_bytes import Cost
+from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.api_server.routes import response_id_of
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.prices.book import PriceBook, RunFacts, by_price, terms, total_nanousd
@@ -90,9 +90,9 @@ def http_request(exchange: Exchange, model: str | None, *, told: bool) -> HttpRe
     )
 
 
-def cost_of(exchange: Exchange) -> Cost:
+def reply_cost(exchange: Exchange) -> ReplyCost:
     """Return the cost of an HTTP request from its bills so far, in the form for its reply."""
-    return Cost(
+    return ReplyCost(
         gpu_time_ns=exchange.gpu_time_ns,
         prefill_ns=exchange.prefill_ns,
         decode_ns=exchange.decode_ns,

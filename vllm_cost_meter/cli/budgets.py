@@ -22,7 +22,7 @@ from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.prices.book import RunFacts
-from vllm_cost_meter.tenants.budgets import told
+from vllm_cost_meter.tenants.budgets import budget_row
 
 COLUMNS = ("budget", "of", "state", "used", "limit", "over", "period", "resets_at")
 FIRST = ("budget", "state", "used", "limit")
@@ -47,7 +47,7 @@ def budgets(
         with closing(Spending(ledger_url(ledger, config), create=False)) as spending:
             figures = spending.look(settings.declared_budgets, price_of, time.time_ns())
     if as_json:
-        answer = {"budgets": [told(standing) for standing in figures.standings]}
+        answer = {"budgets": [budget_row(standing) for standing in figures.standings]}
         print(json.dumps(answer, indent=2))
         return
     if not figures.standings:
@@ -55,7 +55,7 @@ def budgets(
         return
     rows = []
     for standing in figures.standings:
-        shown, row = standing.budget.shown, told(standing)
+        shown, row = standing.budget.shown, budget_row(standing)
         of = row["tenant"] or row["tag"]
         used, over = row["used"], row["over"]
         amounts = {

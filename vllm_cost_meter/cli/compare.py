@@ -11,7 +11,7 @@ from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, Wide, readin
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
 from vllm_cost_meter.console import print_lines, print_rows
-from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
+from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion, compared
 from vllm_cost_meter.units.calendar import WEEK
 from vllm_cost_meter.units.money import format_amount, format_rate
 
@@ -73,7 +73,7 @@ def compare_(
 
     Example: vllm-cost-meter compare --model 'openai/gpt-4o*' --window 7d
     """
-    question = Question(
+    question = ComparisonQuestion(
         window,
         tuple(model or ()),
         tuple(provider or ()),

@@ -20,7 +20,7 @@ from vllm_cost_meter.cli.options import (
     Json,
     Ledger,
     Wide,
-    Window,
+    WindowOption,
     ledger_url,
     new_group,
     one_line_errors,
@@ -90,9 +90,9 @@ def import_(
     """
     with one_line_errors():
         rules = load_settings(config=config).invoice_rules
-        told = read_invoice(file, format, rules)
+        invoice = read_invoice(file, format, rules)
         url, now_ns = ledger_url(ledger, config), time.time_ns()
-        answer = import_invoice(url, told, rules.gap_ns, now_ns, dry_run=dry_run)
+        answer = import_invoice(url, invoice, rules.gap_ns, now_ns, dry_run=dry_run)
     if as_json:
         print(json.dumps(answer, indent=2))
         return
@@ -122,7 +122,7 @@ def list_(
 def days(
     ledger: Ledger = None,
     config: Config = None,
-    window: Window = None,
+    window: WindowOption = None,
     wide: Wide = False,
     as_json: Json = False,
     as_csv: Csv = False,

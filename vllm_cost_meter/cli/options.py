@@ -41,7 +41,7 @@ TimeZone = Annotated[
     typer.Option("--tz", help="Time zone of days, such as Europe/Berlin; otherwise UTC."),
 ]
 Week = Annotated[str, typer.Option("--window", help=f"{WINDOWS}.")]
-Window = Annotated[
+WindowOption = Annotated[
     str | None, typer.Option("--window", help=f"{WINDOWS}. Without it: the whole ledger.")
 ]
 

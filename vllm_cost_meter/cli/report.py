@@ -22,7 +22,7 @@ from vllm_cost_meter.cli.options import (
     Ledger,
     TimeZone,
     Wide,
-    Window,
+    WindowOption,
     reading,
     write_output,
 )
@@ -113,7 +113,7 @@ def report(
     ] = What.tenants,
     ledger: Ledger = None,
     config: Config = None,
-    window: Window = None,
+    window: WindowOption = None,
     tz: TimeZone = None,
     aggregate: Aggregate = None,
     step: Annotated[

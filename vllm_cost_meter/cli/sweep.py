@@ -27,10 +27,10 @@ from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.economics import saturation_of
 from vllm_cost_meter.economics.numbers import positive
 from vllm_cost_meter.lab.sweep.bench import Shape
-from vllm_cost_meter.lab.sweep.meter import Deployment
 from vllm_cost_meter.lab.sweep.plot import sweep_figure
 from vllm_cost_meter.lab.sweep.run import PARTS, Plan
-from vllm_cost_meter.lab.sweep.session import TOKEN, SweepSession
+from vllm_cost_meter.lab.sweep.session import TOKEN_ENV, SweepSession
+from vllm_cost_meter.lab.sweep.side_client import Deployment
 from vllm_cost_meter.ledger.economics import saturation
 from vllm_cost_meter.units.money import figure_text
 from vllm_cost_meter.units.text import significant
@@ -56,7 +56,7 @@ def sweep(
     url: Annotated[str, typer.Option(help="vLLM's URL.")] = "http://127.0.0.1:8000",
     side_url: Annotated[
         str | None,
-        typer.Option(help=f"The side endpoint's URL; its admin token is taken from {TOKEN}."),
+        typer.Option(help=f"The side endpoint's URL; its admin token is taken from {TOKEN_ENV}."),
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -124,10 +124,10 @@ def sweep(
     raise typer.Exit(status)
 
 
-def _side_url(told: str | None, port: int | None) -> str:
-    if told is None and not port:
+def _side_url(given: str | None, port: int | None) -> str:
+    if given is None and not port:
         raise ValueError("--side-url: expected where the side endpoint is, got no port of it")
-    return told or f"http://127.0.0.1:{port}"
+    return given or f"http://127.0.0.1:{port}"
 
 
 def _write(

@@ -39,11 +39,13 @@ KeyFromEnv = Annotated[
     list[str] | None,
     typer.Option(metavar="VAR", help="An environment variable that holds an API key."),
 ]
-Tags = Annotated[
+TagsOption = Annotated[
     list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="Repeat it for several.")
 ]
 Parent = Annotated[str | None, typer.Option(help="The tenant that this one belongs to.")]
-Reply = Annotated[str | None, typer.Option(help="What its clients are told: all, headers or none.")]
+ReplyOption = Annotated[
+    str | None, typer.Option(help="What its clients are told: all, headers or none.")
+]
 FailClosed = Annotated[
     bool | None,
     typer.Option(
@@ -85,9 +87,9 @@ def add(
     name: Name,
     key_sha256: KeySha256 = None,
     key_from_env: KeyFromEnv = None,
-    tag: Tags = None,
+    tag: TagsOption = None,
     parent: Parent = None,
-    reply: Reply = None,
+    reply: ReplyOption = None,
     fail_closed: FailClosed = None,
     config: Config = None,
 ) -> None:
@@ -127,9 +129,9 @@ def set_(
         list[str] | None,
         typer.Option(metavar="SHA256", help="Take a key away; its first 8 digits will do."),
     ] = None,
-    tag: Tags = None,
+    tag: TagsOption = None,
     parent: Parent = None,
-    reply: Reply = None,
+    reply: ReplyOption = None,
     fail_closed: FailClosed = None,
     config: Config = None,
 ) -> None:

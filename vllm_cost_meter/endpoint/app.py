@@ -35,7 +35,7 @@ from vllm_cost_meter.endpoint.compare import Comparer, add_compare
 from vllm_cost_meter.endpoint.dependencies import (
     FOR_ADMINS,
     ViewerOf,
-    Window,
+    WindowQuery,
     asked_wrongly,
     hours_asked,
 )
@@ -50,7 +50,7 @@ from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.request_row import FINISHED
-from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 
@@ -59,7 +59,7 @@ logger = logging.getLogger("vllm.cost_meter")
 REQUESTS_PER_PAGE_MAX = 1_000
 
 # The type of an error by its status; any other status means an invalid request.
-KINDS = {404: "not_found", 503: "unavailable"}
+ERROR_KINDS = {404: "not_found", 503: "unavailable"}
 # No request has this tenant, because names are never empty.
 NO_TENANT = ""
 
@@ -72,7 +72,7 @@ def make_app(
     refresh: Callable[[], None] = lambda: None,
     access: Access = OPEN,
     registry: Callable[[], CollectorRegistry] | None = None,
-    budgets: Callable[[], Figures] = Figures,
+    budgets: Callable[[], BudgetFigures] = BudgetFigures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
@@ -155,7 +155,7 @@ def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return {"models": reader.cost_models(run)}
 
 
-def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
+def _add_budget_route(app: FastAPI, budgets: Callable[[], BudgetFigures]) -> None:
     @app.get("/cost/budgets")
     def standings(viewer: ViewerOf) -> Budgets:
         """Return the use of each budget in its period, as new requests are judged by it."""
@@ -165,7 +165,7 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
             "broken": figures.broken,
             # A tag's budget counts several tenants together, so no single tenant may see it.
             "budgets": [
-                told(standing)
+                budget_row(standing)
                 for standing in figures.standings
                 if viewer.may_see(standing.budget.tenant)
             ],
@@ -231,14 +231,14 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/tenants", dependencies=FOR_ADMINS)
-    def tenants(window: Window = None) -> TenantsReport:
+    def tenants(window: WindowQuery = None) -> TenantsReport:
         """Return usage by tenant and engine time by class, which add up to the total."""
         hours = hours_asked(window)
         refresh()
         return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant:path}", responses=NOT_FOUND)
-    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> Tenant:
+    def tenant(viewer: ViewerOf, tenant: str, window: WindowQuery = None) -> Tenant:
         """Return one tenant's usage, cost and latest requests."""
         hours = hours_asked(window)
         refresh()
@@ -248,14 +248,14 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return row
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
-    def summary(window: Window = None) -> Summary:
+    def summary(window: WindowQuery = None) -> Summary:
         """Return totals over all tenants and engines."""
         hours = hours_asked(window)
         refresh()
         return reader.summary(*hours)
 
     @app.get("/cost/invoices", dependencies=FOR_ADMINS)
-    def invoices(window: Window = None) -> InvoiceDays:
+    def invoices(window: WindowQuery = None) -> InvoiceDays:
         """Return the metered cost and the provider's bills, day by day."""
         hours = hours_asked(window)
         refresh()
@@ -272,7 +272,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
     @app.get("/cost/report")
     def report(
         viewer: ViewerOf,
-        window: Window = None,
+        window: WindowQuery = None,
         tz: Annotated[str | None, Query(description="Time zone of days; UTC by default.")] = None,
         aggregate: Annotated[str | None, Query(description="Columns to aggregate by.")] = None,
         step: Annotated[str | None, Query(description=f"One of {', '.join(STEPS)}.")] = None,
@@ -312,7 +312,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     def http_error(_request: Request, exception: StarletteHTTPException) -> Response:
-        kind = KINDS.get(exception.status_code, "invalid_request")
+        kind = ERROR_KINDS.get(exception.status_code, "invalid_request")
         return error(exception.status_code, str(exception.detail), kind, exception.headers)
 
     @app.exception_handler(RequestValidationError)

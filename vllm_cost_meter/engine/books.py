@@ -31,7 +31,7 @@ from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.snapshot import TWO_PLANES, ClassTotals, CostModel, Snapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
-NOTHING = Accrued()
+NOTHING_ACCRUED = Accrued()
 
 
 class RequestFacts(TypedDict):
@@ -430,14 +430,14 @@ class _Earlier:
     """The amounts of an open request before the present hour, in all and by hour."""
 
     pieces: list[UsagePiece] = field(default_factory=list)
-    used: Accrued = NOTHING
+    used: Accrued = NOTHING_ACCRUED
 
     def add(self, hour: int, used: Accrued) -> None:
         """Add the amounts of an hour."""
         piece = UsagePiece.of(hour, used)
         if any(piece[1:]) or not self.pieces:
             self.pieces.append(piece)
-        self.used = self.used.plus(used) if self.used is not NOTHING else used
+        self.used = self.used.plus(used) if self.used is not NOTHING_ACCRUED else used
 
     def note_saved(self, saved_ns: int) -> None:
         """Note the GPU time that the prefix cache saved, in the latest hour."""

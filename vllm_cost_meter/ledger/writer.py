@@ -27,7 +27,13 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database, writing
-from vllm_cost_meter.ledger.inserts import PriceOf, Record, newest_snapshots, no_price, write
+from vllm_cost_meter.ledger.inserts import (
+    FirstPriceOf,
+    Record,
+    newest_snapshots,
+    no_first_price,
+    write,
+)
 from vllm_cost_meter.records.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -84,7 +90,7 @@ class LedgerWriter:
         self,
         url: str,
         *,
-        price_of: PriceOf = no_price,
+        price_of: FirstPriceOf = no_first_price,
         gather_s: float = 0.02,
         max_records: int = 200_000,
     ) -> None:

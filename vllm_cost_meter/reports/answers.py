@@ -14,8 +14,8 @@ from typing_extensions import TypedDict
 
 from vllm_cost_meter.reports.request_answers import RequestRow
 
-_Window = TypedDict(
-    "_Window",
+_Hours = TypedDict(
+    "_Hours",
     {
         "from": Annotated[str | None, "RFC 3339 UTC: the begin of the window; null where open."],
         "to": Annotated[str | None, "RFC 3339 UTC: the end, not included; null where open."],
@@ -23,7 +23,7 @@ _Window = TypedDict(
 )
 
 
-class Hours(_Window):
+class Hours(_Hours):
     """The hours of an answer, as RFC 3339 UTC and since the epoch; null where open."""
 
     from_hour: int | None
@@ -32,7 +32,7 @@ class Hours(_Window):
     """Hours since the epoch: the hour after the last; null where the window is open."""
 
 
-class Window(Hours):
+class ReportWindow(Hours):
     """The hours of a report, and the time zone of its days."""
 
     tz: str
@@ -266,7 +266,7 @@ class Report(TypedDict):
     A tenant that asks gets its own rows only; the fields about all tenants together are missing.
     """
 
-    window: Window
+    window: ReportWindow
     """The hours that the report covers, and its time zone."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
@@ -388,7 +388,7 @@ class TenantsReport(Report, EnginesPart):
 class Tenant(ReportRow):
     """One tenant's row and its latest requests."""
 
-    window: Window
+    window: ReportWindow
     """The hours that the row covers, and its time zone."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot; the row is as of then."""
@@ -401,7 +401,7 @@ class Tenant(ReportRow):
 class Summary(EnginesPart):
     """Totals over all engines and requests: tokens, GPU time by class, cost and energy."""
 
-    window: Window
+    window: ReportWindow
     """The hours that the totals cover, and their time zone."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""

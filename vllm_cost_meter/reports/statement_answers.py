@@ -10,7 +10,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from vllm_cost_meter.reports.answers import PriceRow, Window
+from vllm_cost_meter.reports.answers import PriceRow, ReportWindow
 
 
 class StatementLine(TypedDict):
@@ -111,7 +111,7 @@ class TenantStatement(TypedDict):
 
     month: str
     """The month, such as 2026-11."""
-    window: Window
+    window: ReportWindow
     """The hours of the month, and its time zone."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""

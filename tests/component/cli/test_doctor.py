@@ -16,7 +16,7 @@ from vllm_cost_meter.cli import doctor
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry
+from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunMatch
 
 CHECKS = [
     "entry points",
@@ -158,9 +158,9 @@ def priced(path: Path, *entries: PriceEntry) -> tuple[bool, str]:
 
 
 def test_the_price_in_force_is_named_with_its_source_for_the_latest_run(path):
-    then = PriceEntry("prices[0]", Decimal("2"), "old list", 0, matches=Matches(host="node-1"))
-    now = PriceEntry("prices[1]", Decimal("3"), "list", 1, matches=Matches(host="node-1"))
-    later = PriceEntry("prices[2]", Decimal("4"), "x", 10**6, matches=Matches(host="node-1"))
+    then = PriceEntry("prices[0]", Decimal("2"), "old list", 0, matches=RunMatch(host="node-1"))
+    now = PriceEntry("prices[1]", Decimal("3"), "list", 1, matches=RunMatch(host="node-1"))
+    later = PriceEntry("prices[2]", Decimal("4"), "x", 10**6, matches=RunMatch(host="node-1"))
     other = PriceEntry("prices[3]", Decimal("5"), "y", 1)
     assert priced(path, then, now, later, other) == (
         True,
@@ -176,7 +176,7 @@ def test_no_price_at_all_is_no_fault(path):
 
 
 def test_prices_of_which_none_is_for_the_latest_run_fail(path, tmp_path):
-    other = PriceEntry("prices[0]", Decimal("2"), "list", 0, matches=Matches(host="node-2"))
+    other = PriceEntry("prices[0]", Decimal("2"), "list", 0, matches=RunMatch(host="node-2"))
     ok, detail = priced(path, other)
     assert not ok
     assert detail == (

@@ -24,7 +24,7 @@ from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.reports.grammar import question
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 from vllm_cost_meter.units.time import rfc3339
 
 JSON_ROUTES = [
@@ -397,7 +397,7 @@ def shared(request, make):
         )
     ]
     access = Access(request.param, lambda: BY_HASH)
-    return make(access=access, registry=CollectorRegistry, budgets=lambda: Figures(budgets))
+    return make(access=access, registry=CollectorRegistry, budgets=lambda: BudgetFigures(budgets))
 
 
 def as_alice(side, path: str) -> httpx.Response:

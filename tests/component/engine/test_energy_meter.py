@@ -125,7 +125,7 @@ def test_a_request_uses_what_the_counter_moved_while_it_ran(make, machine):
     engine.idle(1_000)
     machine.use(70_000)
     energy = engine.look()
-    assert energy.told == known(1, 520_000)
+    assert energy.reported == known(1, 520_000)
     assert (energy.energy_mj, energy.reason, energy.unknown_ns) == (674_000, None, 0)
     assert energy.devices == (("NVIDIA H100 80GB HBM3", A),)
 
@@ -140,7 +140,7 @@ def test_an_aborted_request_is_told_too(make, machine):
     engine.known.discard("a")
     assert engine.meter.ended("a", 0, facts, engine.now_ns) is None
     machine.use(600_000)
-    assert engine.look().told == known(1, 600_000)
+    assert engine.look().reported == known(1, 600_000)
 
 
 def test_two_gpus_are_one_engine(make, machine):
@@ -150,7 +150,7 @@ def test_two_gpus_are_one_engine(make, machine):
     engine.end("a")
     machine.use(600_000, 70_001)
     energy = engine.look()
-    assert energy.told == known(1, 670_001)
+    assert energy.reported == known(1, 670_001)
     assert energy.devices == (("NVIDIA H100 80GB HBM3", A), ("NVIDIA L4", B))
 
 
@@ -161,7 +161,7 @@ def test_a_counter_that_wraps_is_not_noticed(make, machine):
     engine.end("a")
     machine.cards[0].energy_mj = 500_000
     machine.tell()
-    assert engine.look().told == known(1, 600_000)
+    assert engine.look().reported == known(1, 600_000)
 
 
 def run_windows(engine: Engine, machine: Machine, *names: str) -> list[RunEnergy]:
@@ -185,11 +185,11 @@ def test_an_error_of_the_driver_makes_two_windows_unknown_and_no_more(make, mach
     (during,) = run_windows(engine, machine, "b")
     machine.cards[0].energy_result = 0
     after, later = run_windows(engine, machine, "c", "d")
-    assert before.told == known(1, 600_000)
-    assert during.told == unknown(2, "error")
+    assert before.reported == known(1, 600_000)
+    assert during.reported == unknown(2, "error")
     assert during.reason.startswith("error: NVML says")
-    assert after.told == unknown(3, "first")
-    assert later.told == known(4, 600_000)
+    assert after.reported == unknown(3, "first")
+    assert later.reported == known(4, 600_000)
     assert (later.energy_mj, later.unknown_ns) == (1_200_000, 2 * S)
 
 
@@ -201,11 +201,11 @@ def test_a_card_that_is_lost_and_found_costs_the_windows_without_it(make, machin
     run_windows(engine, machine, "b")
     machine.cards[0].energy_result = 0
     (lost,) = run_windows(engine, machine, "c")
-    assert lost.told == unknown(3, "error"), "its handle stays dead"
+    assert lost.reported == unknown(3, "error"), "its handle stays dead"
     engine.idle(RETRY_NS // MS)
     found, later = run_windows(engine, machine, "d", "e")
-    assert found.told == unknown(4, "first")
-    assert later.told == known(5, 600_000)
+    assert found.reported == unknown(4, "first")
+    assert later.reported == known(5, 600_000)
     assert later.energy_mj == 1_200_000
 
 
@@ -221,7 +221,7 @@ def test_a_request_that_outlives_a_lost_card_has_no_energy_and_others_do(make, m
     run_windows(engine, machine, "c", "d")
     engine.end("long")
     (energy,) = run_windows(engine, machine, "e")
-    assert energy.told == unknown(5, "error") + known(6, 600_000)
+    assert energy.reported == unknown(5, "error") + known(6, 600_000)
     assert energy.classes["unattributed"] == 300_000
 
 
@@ -231,7 +231,7 @@ def test_gpus_that_cannot_count_make_no_rows_and_no_work(make, machine, card):
         machine.add(card)
     engine = make(*([0] if card else []))
     (energy,) = run_windows(engine, machine, "a")
-    assert (energy.energy_mj, energy.classes, energy.told) == (None, {}, ())
+    assert (energy.energy_mj, energy.classes, energy.reported) == (None, {}, ())
     assert energy.reason.partition(":")[0] in ("mig", "no_counter", "no_device")
     assert energy.unknown_ns == S * engine.meter.books.gpus
     assert not engine.meter.energy._books._billed

@@ -16,9 +16,9 @@ from vllm_cost_meter.economics import Declared, curve_of, saturation_of
 from vllm_cost_meter.errors import LedgerError, ServerError
 from vllm_cost_meter.lab.sweep.bench import Shape, Target, bench_command, replies_of
 from vllm_cost_meter.lab.sweep.curve import Context, curve_file
-from vllm_cost_meter.lab.sweep.meter import Deployment, Sample, busy_share, deployment_of
 from vllm_cost_meter.lab.sweep.plot import sweep_figure, title_of
 from vllm_cost_meter.lab.sweep.run import Measured, Plan, Sweep
+from vllm_cost_meter.lab.sweep.side_client import Deployment, Sample, busy_share, deployment_of
 from vllm_cost_meter.lab.sweep.steady import Reply, steady
 from vllm_cost_meter.ledger.economics import saturation
 from vllm_cost_meter.ledger.queries.cut import AsOf

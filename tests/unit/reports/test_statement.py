@@ -30,12 +30,12 @@ EVIL = "<script>alert('x')</script>"
 RENT = OverheadCost("rent", "lease 7", Fraction(10 * 10**9))
 
 
-def facts(used, overhead, ended=(), missing_ns: int = 0) -> Facts:
+def facts(used, other_time, ended=(), missing_ns: int = 0) -> Facts:
     used = [Used(*one) for one in used]
-    overhead = [Used("run", hour, (name,), ns) for hour, name, ns in overhead]
-    wall = [one._replace(key=()) for one in (*used, *overhead)]
+    other_time = [Used("run", hour, (name,), ns) for hour, name, ns in other_time]
+    wall = [one._replace(key=()) for one in (*used, *other_time)]
     total = sum(one.gpu_time_ns for one in wall) + missing_ns
-    return Facts(used, overhead, ended, wall, total)
+    return Facts(used, other_time, ended, wall, total)
 
 
 # A GPU-second costs a cent: alice 100.4 + 50.4, bob 30.4, idle 60, host 6.
@@ -45,7 +45,7 @@ MONTH = facts(
         ("run", DAY, ("alice", "m"), 50_400 * SECOND // 1000),
         ("run", DAY, ("bob", "n"), 30_400 * SECOND // 1000),
     ],
-    overhead=[(HOUR, "idle", 40 * SECOND), (DAY, "idle", 20 * SECOND), (DAY, "host", 6 * SECOND)],
+    other_time=[(HOUR, "idle", 40 * SECOND), (DAY, "idle", 20 * SECOND), (DAY, "host", 6 * SECOND)],
     ended=[Ended(HOUR, ("alice", "m"), (2, 30, 10, 7))],
 )
 
@@ -217,7 +217,7 @@ def test_one_run_without_a_price_leaves_the_tenants_of_others_known():
 
 def test_idle_without_a_price_leaves_usage_known():
     known = facts([("run", HOUR, ("alice", "m"), 5 * SECOND)], [(HOUR, "idle", SECOND)])
-    known = replace(known, overhead=[known.overhead[0]._replace(run_id="free")])
+    known = replace(known, other_time=[known.other_time[0]._replace(run_id="free")])
     line = make(known, idle="even", price_of=only_run)["lines"][0]
     assert (line["usage_usd"], line["idle_share_usd"], line["amount_usd"]) == ("0.05", None, None)
 

@@ -27,7 +27,7 @@ from vllm_cost_meter.invoices.timeline import (
     stretches,
 )
 from vllm_cost_meter.ledger.billing.facts import (
-    Meter,
+    BilledMeter,
     hours_in,
     kinds_read,
     lines_in,
@@ -46,7 +46,7 @@ HOURS_MAX = 1_000_000
 ROWS_MAX = 200_000
 
 Fact = TypeVar("Fact", Reading, InvoiceLine)
-Hours = dict[Meter, dict[int, BilledHour]]
+BilledHours = dict[BilledMeter, dict[int, BilledHour]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Change:
 
     readings: list[Reading]
     lines: list[InvoiceLine]
-    gone: list[tuple[Meter, BilledHour]]
-    come: list[tuple[Meter, BilledHour]]
+    gone: list[tuple[BilledMeter, BilledHour]]
+    come: list[tuple[BilledMeter, BilledHour]]
     unobserved: list[dict[str, Any]]
 
     @property
@@ -87,11 +87,11 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
         [*known_readings.values(), *new_readings], [*known_lines.values(), *new_lines], gap_ns
     )
     _refuse_too_many(file.name, found, hours)
-    computed: Hours = {
+    computed: BilledHours = {
         meter: {hour.hour: hour for hour in billed_hours(pieces, hours[meter[0]])}
         for meter, pieces in found.items()
     }
-    there: Hours = defaultdict(dict)
+    there: BilledHours = defaultdict(dict)
     for meter, hour in hours_in(connection, hours):
         there[meter][hour.hour] = hour
     change = Change(
@@ -106,7 +106,7 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
     return change
 
 
-def _only_in(some: Hours, others: Hours) -> Iterator[tuple[Meter, BilledHour]]:
+def _only_in(some: BilledHours, others: BilledHours) -> Iterator[tuple[BilledMeter, BilledHour]]:
     """Yield, by key, the hours that the others lack or have with other amounts."""
     for meter, of in sorted(some.items()):
         known = others.get(meter, {})
@@ -149,8 +149,8 @@ def _refuse_another_kind(given: Mapping[Reading, str], kinds: Mapping[str, str])
 
 def _stretches(
     readings: Iterable[Reading], lines: Iterable[InvoiceLine], gap_ns: int
-) -> dict[Meter, list[Stretch]]:
-    facts: dict[Meter, tuple[list[Reading], list[InvoiceLine]]]
+) -> dict[BilledMeter, list[Stretch]]:
+    facts: dict[BilledMeter, tuple[list[Reading], list[InvoiceLine]]]
     facts = defaultdict(lambda: ([], []))
     for reading in readings:
         facts[reading.resource, reading.kind][0].append(reading)
@@ -160,7 +160,7 @@ def _stretches(
 
 
 def _refuse_too_many(
-    name: str, found: Mapping[Meter, list[Stretch]], hours: Mapping[str, range]
+    name: str, found: Mapping[BilledMeter, list[Stretch]], hours: Mapping[str, range]
 ) -> None:
     """Raise ValueError for more hours than one import may compute."""
     count = sum(
@@ -180,7 +180,7 @@ def _too_many(name: str, most: int, what: str, count: int) -> ValueError:
 
 
 def _unobserved(
-    found: Mapping[Meter, list[Stretch]], hours: Mapping[str, range]
+    found: Mapping[BilledMeter, list[Stretch]], hours: Mapping[str, range]
 ) -> Iterator[dict[str, Any]]:
     for (resource, kind), pieces in found.items():
         for piece in pieces:

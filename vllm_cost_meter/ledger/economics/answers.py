@@ -67,7 +67,7 @@ class FigureMethod(TypedDict):
     """The SQL that is executed for it."""
 
 
-class Method(TypedDict):
+class FigureMethods(TypedDict):
     """The SQL behind each figure."""
 
     figures: list[FigureMethod]

@@ -53,7 +53,7 @@ SUPPOSED_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ComparisonQuestion:
     """The question of a comparison: a window, offers, and supposed volumes."""
 
     window: str = WEEK
@@ -86,7 +86,7 @@ class Question:
 
 
 def compared(
-    reader: LedgerReader, question: Question, offers: Sequence[Offer], prices: str | None
+    reader: LedgerReader, question: ComparisonQuestion, offers: Sequence[Offer], prices: str | None
 ) -> Comparison:
     """Return the comparison. Raises ValueError for a question that is wrong or too large."""
     asked = _supposition(question.ratio, question.volume)

@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.answers import AuditRun, LostRequest
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, count_bills
-from vllm_cost_meter.ledger.queries.energy import audited, told_mj
+from vllm_cost_meter.ledger.queries.energy import audited, reported_mj
 from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST, lost_requests
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
 from vllm_cost_meter.records.snapshot import CLASSES
@@ -49,13 +49,13 @@ def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
     held = count_bills(connection, cut)
     billed = _bills_ns(connection, cut)
     uneven = _uneven_bills(connection, cut)
-    told = told_mj(connection, cut)
+    requests_mj = reported_mj(connection, cut)
     return [
         _audit_run(
             run,
             ledger_ns=billed.get(run.run_id, 0),
             uneven=uneven.get(run.run_id, 0),
-            energy=audited(run, told),
+            energy=audited(run, requests_mj),
             missing=[]
             if held.get(run.run_id, 0) == run.last_seq
             else _missing(connection, run.run_id, run.last_seq),
