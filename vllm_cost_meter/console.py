@@ -53,13 +53,13 @@ _UNITS = {
     "idle_share_ns": ("idle_share_seconds", 10**9, 6),
     "energy_mj": ("joules", 1000, 3),
 }
-_NUMBERS = ("tokens", "_ns", "_mj", "_usd", "requests", "status")
+_NUMBERS = ("tokens", "_ns", "_mj", "_usd", "requests", "status", "used", "limit", "over")
 # On a terminal that is too narrow, longer texts keep their two ends.
 TEXT_CHARS_MAX = 24
 _ELLIPSIS = "..."
 _INSTANT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d+Z")
 # What they hold is to be read or typed as it is.
-_NEVER_SHORTENED = {"figure", "value", "used", "limit", "over"}
+_NEVER_SHORTENED = {"figure", "value", "http_request_id"}
 # Sentences lose their end, as much as there is no room for.
 _SENTENCES = {"meaning"}
 # Between two columns.

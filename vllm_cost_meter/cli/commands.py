@@ -10,14 +10,15 @@ Invariant: no domain module is loaded before a command is chosen.
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-# What a shell reports of a command that SIGPIPE ended.
-PIPE_CLOSED = 141
+from vllm_cost_meter.cli import PIPE_CLOSED
 
 
 class Entry(NamedTuple):
@@ -83,16 +84,28 @@ class LazyGroup(TyperGroup):
                 )
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command. A reader that closes the pipe, as `head` does, has seen enough."""
+        """Run a command."""
+        with _closed_pipe_is_enough():
+            return super().invoke(ctx)
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the words of the command line, which prints the list of commands for --help."""
+        with _closed_pipe_is_enough():
+            return super().make_context(*arguments, **options)
+
+
+@contextmanager
+def _closed_pipe_is_enough() -> Iterator[None]:
+    """End quietly when the reader closes the pipe, as `head` does: it has seen enough."""
+    try:
         try:
-            try:
-                return super().invoke(ctx)
-            finally:
-                sys.stdout.flush()
-        except BrokenPipeError:
-            # Python flushes once more at its end, to nobody then.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE_CLOSED) from None
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, to nobody then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(PIPE_CLOSED) from None
 
 
 def load(name: str) -> Any:

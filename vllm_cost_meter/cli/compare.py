@@ -1,13 +1,22 @@
 """The command `compare`: what the requests of a window would have cost at APIs."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, Wide, reading
+from vllm_cost_meter.cli.options import (
+    Config,
+    Csv,
+    Json,
+    Ledger,
+    Output,
+    Week,
+    Wide,
+    print_answer,
+    reading,
+)
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
 from vllm_cost_meter.console import print_lines, print_rows
@@ -66,6 +75,8 @@ def compare_(
     ] = False,
     wide: Wide = False,
     as_json: Json = False,
+    as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """What the same requests cost at an API.
 
@@ -89,10 +100,14 @@ def compare_(
         question.check()
         offers = offers_for(question.model, question.provider, file, question.label)
         answer = compared(reader, question, offers, None if file is None else str(file))
-    if as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        _show(answer, wide=wide)
+    print_answer(
+        answer,
+        [answer["self_hosted"], *answer["offers"]],
+        lambda: _show(answer, wide=wide),
+        as_json=as_json,
+        as_csv=as_csv,
+        output=output,
+    )
 
 
 def _show(answer: Mapping[str, Any], *, wide: bool) -> None:

@@ -6,6 +6,7 @@ rates were measured, 130 after Ctrl-C, 1 if the client or the server failed, 2 f
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +16,14 @@ import typer
 from vllm_cost_meter import plots
 from vllm_cost_meter.cli.options import (
     Config,
+    Csv,
     Json,
     Ledger,
     Wide,
     ledger_url,
     one_line_errors,
+    print_answer,
+    refuse_both,
     write_output,
 )
 from vllm_cost_meter.config.loading import load_settings
@@ -66,8 +70,10 @@ def sweep(
         str | None,
         typer.Option(help="Requests per second, with commas; otherwise found by a burst."),
     ] = None,
-    window: Annotated[float, typer.Option(help="Seconds that count, of each rate.")] = 120.0,
-    warmup: Annotated[float, typer.Option(help="Seconds before them that do not.")] = 30.0,
+    measure_s: Annotated[
+        float, typer.Option(help="How many seconds of each rate are measured.")
+    ] = 120.0,
+    warmup: Annotated[float, typer.Option(help="Seconds before them that do not count.")] = 30.0,
     repeats: Annotated[int, typer.Option(min=1, help="How often each rate is measured.")] = 1,
     burstiness: Annotated[
         float, typer.Option(help="Of the gaps between arrivals; 1 is a Poisson process.")
@@ -83,9 +89,7 @@ def sweep(
     slo_ttft_ms: Annotated[
         float | None, typer.Option(help="A line in the plot; otherwise the setting's.")
     ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder for curves and plot.")
-    ] = Path("sweep"),
+    folder: Annotated[Path, typer.Option(help="The folder for curves and plot.")] = Path("sweep"),
     tokenizer: Annotated[
         str | None, typer.Option(help="Of the client; otherwise the model that vLLM loaded.")
     ] = None,
@@ -93,6 +97,7 @@ def sweep(
     config: Config = None,
     wide: Wide = False,
     as_json: Json = False,
+    as_csv: Csv = False,
 ) -> None:
     """Measure cost at one load after another.
 
@@ -101,11 +106,12 @@ def sweep(
     Example: vllm-cost-meter sweep --shape 512:256 --rates 1,2,4,8
     """
     with one_line_errors():
+        refuse_both(as_json=as_json, as_csv=as_csv)
         settings = load_settings(config=config)
         plan = Plan(
             Shape(1, 1),  # of each in its turn
             rates=_rates("rates", rates) if rates else (),
-            window_s=positive("window", window),
+            window_s=positive("measure-s", measure_s),
             warmup_s=positive("warmup", warmup),
             repeats=repeats,
             burstiness=positive("burstiness", burstiness),
@@ -116,11 +122,18 @@ def sweep(
         plans = [replace(plan, shape=Shape.parse(each)) for each in shape or ["512:256"]]
         bound = settings.slo_ttft_ms if slo_ttft_ms is None else positive("slo", slo_ttft_ms)
         plots.new_figure(1, 1)  # a missing package is told now, not at the end
-        _make_folder(output)
-        session = SweepSession(url, _side_url(side_url, settings.port), tokenizer, output)
+        _make_folder(folder)
+        session = SweepSession(url, _side_url(side_url, settings.port), tokenizer, folder)
     status = session.measure(plans)
     if session.curves:
-        _write(session, bound, ledger_url(ledger, config), wide=wide, as_json=as_json)
+        rows, lines = _write(session, bound, ledger_url(ledger, config))
+
+        def show() -> None:
+            print_rows([*map(_shown, rows)], COLUMNS, first=FIRST, wide=wide)
+            print_lines(lines)
+
+        answer = {"curves": session.curves}
+        print_answer(answer, rows, show, as_json=as_json, as_csv=as_csv, output=None)
     raise typer.Exit(status)
 
 
@@ -131,28 +144,29 @@ def _side_url(told: str | None, port: int | None) -> str:
 
 
 def _write(
-    session: SweepSession, slo_ttft_ms: float | None, url: str, *, wide: bool, as_json: bool
-) -> None:
-    """Write curves and plot, print the table, and keep full load where the ledger is at hand."""
-    rows, lines = [], []
+    session: SweepSession, slo_ttft_ms: float | None, url: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write curves and plot, and keep full load where the ledger is at hand.
+
+    Return the points of all curves, and lines that say what was done.
+    """
+    rows: list[dict[str, Any]] = []
+    lines: list[str] = []
     with one_line_errors():
         for curve in session.curves:
             name = str(curve["protocol"]["plan"]["shape"]).replace(":", "x")
             path = session.output / f"curve-{name}.json"
             write_output(path, json.dumps(curve, indent=2) + "\n")
             lines += [f"curve: {path}", *_kept(curve, path, url, session.deployment)]
-            rows += [
-                {"shape": name, **{key: figure_text(key, value) for key, value in point.items()}}
-                for point in curve["points"]
-            ]
+            rows += [{"shape": name, **point} for point in curve["points"]]
         plot = [session.output / f"sweep{suffix}" for suffix in plots.SUFFIXES]
         plots.save(sweep_figure(session.curves, slo_ttft_ms), plot)
         lines.append(f"plot: {' and '.join(map(str, plot))}")
-    if as_json:
-        print(json.dumps({"curves": session.curves}, indent=2))
-        return
-    print_rows(rows, COLUMNS, first=FIRST, wide=wide)
-    print_lines(lines)
+    return rows, lines
+
+
+def _shown(point: Mapping[str, Any]) -> dict[str, str]:
+    return {name: figure_text(name, value) for name, value in point.items()}
 
 
 def _make_folder(path: Path) -> None:
@@ -161,7 +175,7 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
+        raise ValueError(f"--folder: {path} cannot be written: {error.strerror}") from None
 
 
 def _kept(curve: dict[str, Any], path: Path, url: str, deployment: Deployment) -> list[str]:
