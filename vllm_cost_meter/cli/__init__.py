@@ -4,11 +4,9 @@ Invariant: to load this module loads nothing else, so that `--version` is there 
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
-
-# What a shell reports of a command that SIGPIPE ended.
-PIPE_CLOSED = 141
 
 
 def app(args: Sequence[str] | None = None) -> None:
@@ -19,9 +17,8 @@ def app(args: Sequence[str] | None = None) -> None:
         try:
             print(__version__, flush=True)
         except BrokenPipeError:
-            # Python flushes once more at its end, to nobody then.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(PIPE_CLOSED)
+            # As the other commands end, and without Python's flush, which would fail again.
+            os._exit(128 + signal.SIGPIPE)
         return
     from vllm_cost_meter.cli.commands import app as commands
 

@@ -18,7 +18,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from vllm_cost_meter.cli import PIPE_CLOSED
+# What a shell reports of a command that SIGPIPE ended.
+PIPE_CLOSED = 141
 
 
 class Entry(NamedTuple):
@@ -85,17 +86,17 @@ class LazyGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
-        with _closed_pipe_is_enough():
+        with closed_pipe_is_enough():
             return super().invoke(ctx)
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """Read the words of the command line, which prints the list of commands for --help."""
-        with _closed_pipe_is_enough():
+        with closed_pipe_is_enough():
             return super().make_context(*arguments, **options)
 
 
 @contextmanager
-def _closed_pipe_is_enough() -> Iterator[None]:
+def closed_pipe_is_enough() -> Iterator[None]:
     """End quietly when the reader closes the pipe, as `head` does: it has seen enough."""
     try:
         try:
@@ -105,7 +106,7 @@ def _closed_pipe_is_enough() -> Iterator[None]:
     except BrokenPipeError:
         # Python flushes once more at its end, to nobody then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(PIPE_CLOSED) from None
+        raise SystemExit(PIPE_CLOSED) from None
 
 
 def load(name: str) -> Any:

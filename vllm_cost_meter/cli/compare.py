@@ -12,6 +12,7 @@ from vllm_cost_meter.cli.options import (
     Json,
     Ledger,
     Output,
+    TimeZone,
     Week,
     Wide,
     print_answer,
@@ -20,7 +21,9 @@ from vllm_cost_meter.cli.options import (
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
 from vllm_cost_meter.console import print_lines, print_rows
+from vllm_cost_meter.ledger.economics.answers import Comparison
 from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.calendar import WEEK
 from vllm_cost_meter.units.money import format_amount, format_rate
 
@@ -43,6 +46,7 @@ def compare_(
     ledger: Ledger = None,
     config: Config = None,
     window: Week = WEEK,
+    tz: TimeZone = None,
     model: Annotated[
         list[str] | None,
         typer.Option(help="PROVIDER/MODEL of genai-prices, or a pattern; repeat it for several."),
@@ -93,13 +97,10 @@ def compare_(
         ratio,
         tuple(volume or ()),
         accept_no_latency_promise,
+        tz,
     )
     with reading(ledger, config) as reader:
-        named = prices or load_settings(config=config).api_prices
-        file = None if named is None else Path(named).expanduser()
-        question.check()
-        offers = offers_for(question.model, question.provider, file, question.label)
-        answer = compared(reader, question, offers, None if file is None else str(file))
+        answer = _answer(reader, question, prices or load_settings(config=config).api_prices)
     print_answer(
         answer,
         [answer["self_hosted"], *answer["offers"]],
@@ -108,6 +109,14 @@ def compare_(
         as_csv=as_csv,
         output=output,
     )
+
+
+def _answer(reader: LedgerReader, question: Question, prices: str | Path | None) -> Comparison:
+    """Compare with the offers of a price file. Raises ValueError for a wrong question."""
+    file = None if prices is None else Path(prices).expanduser()
+    question.check()
+    offers = offers_for(question.model, question.provider, file, question.label)
+    return compared(reader, question, offers, None if file is None else str(file))
 
 
 def _show(answer: Mapping[str, Any], *, wide: bool) -> None:

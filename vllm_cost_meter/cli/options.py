@@ -84,7 +84,7 @@ def print_answer(
     *,
     as_json: bool,
     as_csv: bool,
-    output: Path | None,
+    output: Path | None = None,
 ) -> None:
     """Print an answer as JSON, its rows as CSV, or what `show` prints; or write it to a file."""
     with one_line_errors():

@@ -6,8 +6,9 @@ rates were measured, 130 after Ctrl-C, 1 if the client or the server failed, 2 f
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,14 +71,10 @@ def sweep(
         str | None,
         typer.Option(help="Requests per second, with commas; otherwise found by a burst."),
     ] = None,
-    measure_s: Annotated[
-        float, typer.Option(help="How many seconds of each rate are measured.")
-    ] = 120.0,
+    measure_s: Annotated[float, typer.Option(help="Seconds of each rate that count.")] = 120.0,
     warmup: Annotated[float, typer.Option(help="Seconds before them that do not count.")] = 30.0,
     repeats: Annotated[int, typer.Option(min=1, help="How often each rate is measured.")] = 1,
-    burstiness: Annotated[
-        float, typer.Option(help="Of the gaps between arrivals; 1 is a Poisson process.")
-    ] = 1.0,
+    burstiness: Annotated[float, typer.Option(help="Of arrivals; 1 is a Poisson process.")] = 1.0,
     burst_requests: Annotated[
         int, typer.Option(min=8, help="How many requests the burst is that finds the rates.")
     ] = 256,
@@ -121,19 +118,13 @@ def sweep(
         )
         plans = [replace(plan, shape=Shape.parse(each)) for each in shape or ["512:256"]]
         bound = settings.slo_ttft_ms if slo_ttft_ms is None else positive("slo", slo_ttft_ms)
-        plots.new_figure(1, 1)  # a missing package is told now, not at the end
-        _make_folder(folder)
+        _prepare(folder)
         session = SweepSession(url, _side_url(side_url, settings.port), tokenizer, folder)
     status = session.measure(plans)
     if session.curves:
         rows, lines = _write(session, bound, ledger_url(ledger, config))
-
-        def show() -> None:
-            print_rows([*map(_shown, rows)], COLUMNS, first=FIRST, wide=wide)
-            print_lines(lines)
-
-        answer = {"curves": session.curves}
-        print_answer(answer, rows, show, as_json=as_json, as_csv=as_csv, output=None)
+        show = partial(_show, rows, lines, wide=wide)
+        print_answer({"curves": session.curves}, rows, show, as_json=as_json, as_csv=as_csv)
     raise typer.Exit(status)
 
 
@@ -165,12 +156,18 @@ def _write(
     return rows, lines
 
 
+def _show(rows: Iterable[Mapping[str, Any]], lines: Iterable[str], *, wide: bool) -> None:
+    print_rows([*map(_shown, rows)], COLUMNS, first=FIRST, wide=wide)
+    print_lines(lines)
+
+
 def _shown(point: Mapping[str, Any]) -> dict[str, str]:
     return {name: figure_text(name, value) for name, value in point.items()}
 
 
-def _make_folder(path: Path) -> None:
-    """Make a folder that files can be written to. Raises ValueError."""
+def _prepare(path: Path) -> None:
+    """Make a folder that curves and plots can be written to. Raises ValueError."""
+    plots.new_figure(1, 1)  # A missing package is told now, not at the end.
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -12,8 +12,7 @@ import pytest
 from tests.component.cli.test_cli import no_settings
 from tests.component.cli.test_tables import COMMANDS, files
 from tests.unit.cli.test_command_line import LEAVES
-from vllm_cost_meter.cli import PIPE_CLOSED
-from vllm_cost_meter.cli.commands import app
+from vllm_cost_meter.cli.commands import PIPE_CLOSED, app
 
 __all__ = ["files", "no_settings"]
 
@@ -80,9 +79,10 @@ def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(
     with os.fdopen(write, "w") as nobody:
         monkeypatch.setattr("sys.stdout", nobody)
         words = [str(places.get(word, word)) for word in ALL[name]]
-        status = app(args=words, standalone_mode=False)
+        with pytest.raises(SystemExit) as end:
+            app(args=words, standalone_mode=False)
         monkeypatch.undo()
-    assert (status, capfd.readouterr().err) == (PIPE_CLOSED, "")
+    assert (end.value.code, capfd.readouterr().err) == (PIPE_CLOSED, "")
 
 
 @pytest.mark.parametrize("word", ["--help", "--version", "report --help"])

@@ -34,8 +34,8 @@ FOLDER = {("sweep",)}
 NO_SETTINGS = {("validate",), ("demo",), *CALCULATORS}
 # The settings alone say it.
 NO_LEDGER = {words for words in LEAVES if words[0] in ("tenants", "prices", "break-even")}
-# Days of bills are those of providers, UTC. The window of `compare` is echoed as it was asked for.
-UTC_ONLY = {("invoice", "days"), ("compare",)}
+# Its days are those of providers, whose bills are by the UTC day.
+UTC_ONLY = {("invoice", "days")}
 
 
 def options(words: tuple[str, ...]) -> dict[str, Any]:
