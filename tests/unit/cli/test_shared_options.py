@@ -51,7 +51,7 @@ def test_an_option_has_one_type_and_one_meaning(name: str) -> None:
     found = [options(words)[name] for words in commands_with(name)]
     assert found
     assert all(one.help.startswith(HELP[name]) for one in found)
-    assert len({(type(one.type) if hasattr(one, "type") else None) for one in found}) == 1
+    assert len({str(one.type_descriptor.annotation) for one in found}) == 1
     assert len({(one.is_flag, one.multiple, one.required) for one in found}) == 1
     assert len({tuple(one.opts) for one in found}) == 1
 
