@@ -1,4 +1,4 @@
-"""The command `economics`: what tokens cost in a window, under the traffic that there was."""
+"""The command `economics`: cost per token in a window, with the load and latency behind it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
@@ -80,7 +80,7 @@ def _show(answer: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], *, wide:
 
 
 def _explained(name: str, rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the SQL behind a figure. Raises ValueError for one that is not known."""
+    """Return the SQL behind a figure. Raises ValueError for an unknown figure."""
     if name not in FIGURES:
         raise ValueError(f"--explain: expected a figure that `economics` lists, got {name!r}")
     known = {row["figure"]: row for row in rows}
@@ -90,7 +90,7 @@ def _explained(name: str, rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any
 
 
 def lines_below(answer: Mapping[str, Any]) -> list[str]:
-    """Return of what the figures are: the window, what ran, the prices, the bounds."""
+    """Return the lines below the figures: window, deployments, prices and latency bounds."""
     window = answer["window"]
     lines = [f"from {window['from'] or 'the beginning'} to {window['to'] or answer['taken_at']}"]
     lines += [

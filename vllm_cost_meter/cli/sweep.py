@@ -1,7 +1,7 @@
-"""The command `sweep`: curves of cost against load, and full load out of them.
+"""The command `sweep`: measure curves of cost against load, and full load.
 
-A sweep writes what it has at any end: done, Ctrl-C, or a client that failed. Exit status 0 if all
-rates were measured, 130 after Ctrl-C, 1 if the client or the server failed, 2 for wrong usage.
+A sweep writes the points it has, even after Ctrl-C or a failure of its client. Exit status: 0 if
+all rates were measured, 130 after Ctrl-C, 1 if the client or the server failed, 2 for wrong usage.
 """
 
 import json
@@ -46,7 +46,7 @@ COLUMNS = (
     "tpot_ms", "settled", "saturated",
 )  # fmt: skip
 
-# The last columns that a narrow terminal leaves out.
+# A narrow terminal drops other columns before these.
 FIRST = (
     "shape",
     "requests_per_s",
@@ -106,7 +106,7 @@ def sweep(
         refuse_both(as_json=as_json, as_csv=as_csv)
         settings = load_settings(config=config)
         plan = Plan(
-            Shape(1, 1),  # of each in its turn
+            Shape(1, 1),  # A placeholder: each plan below has its own shape.
             rates=_rates("rates", rates) if rates else (),
             window_s=positive("measure-s", measure_s),
             warmup_s=positive("warmup", warmup),
@@ -137,7 +137,7 @@ def _side_url(told: str | None, port: int | None) -> str:
 def _write(
     session: SweepSession, slo_ttft_ms: float | None, url: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Write curves and plot, and keep full load where the ledger is at hand.
+    """Write curves and plot, and keep full load if the ledger has these runs.
 
     Return the points of all curves, and lines that say what was done.
     """
@@ -167,7 +167,7 @@ def _shown(point: Mapping[str, Any]) -> dict[str, str]:
 
 def _prepare(path: Path) -> None:
     """Make a folder that curves and plots can be written to. Raises ValueError."""
-    plots.new_figure(1, 1)  # A missing package is told now, not at the end.
+    plots.new_figure(1, 1)  # A missing Matplotlib fails now, and not at the end.
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -192,7 +192,7 @@ def _kept(curve: dict[str, Any], path: Path, url: str, deployment: Deployment) -
 
 
 def _rates(name: str, text: str) -> tuple[float, ...]:
-    """Return numbers, ascending. Raises ValueError for what is none, or stands twice."""
+    """Return the numbers, ascending. Raises ValueError for other text, and for one given twice."""
     found = []
     for each in text.split(","):
         try:
