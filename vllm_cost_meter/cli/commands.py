@@ -11,6 +11,8 @@ Invariant: no domain module is loaded before a command is chosen.
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -96,16 +98,28 @@ class LazyGroup(TyperGroup):
                 )
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; end quietly if the reader closes the pipe, as `head` does."""
+        """Run a command."""
+        with closed_pipe_is_enough():
+            return super().invoke(ctx)
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the words of the command line, which prints the list of commands for --help."""
+        with closed_pipe_is_enough():
+            return super().make_context(*arguments, **options)
+
+
+@contextmanager
+def closed_pipe_is_enough() -> Iterator[None]:
+    """End quietly when the reader closes the pipe, as `head` does: it has seen enough."""
+    try:
         try:
-            try:
-                return super().invoke(ctx)
-            finally:
-                sys.stdout.flush()
-        except BrokenPipeError:
-            # Python flushes standard output again at exit, which would fail once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE_CLOSED) from None
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes standard output again at exit, which would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(PIPE_CLOSED) from None
 
 
 def load(name: str) -> Any:

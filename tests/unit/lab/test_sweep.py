@@ -367,7 +367,7 @@ def test_a_shape_that_is_none_is_refused(words):
     "arguments",
     [
         ["--rates", "1,zero"], ["--rates", "0"], ["--rates", "1,nan"], ["--rates", "1,1"],
-        ["--rates", "-3"], ["--window", "0"], ["--window", "nan"], ["--warmup", "-1"],
+        ["--rates", "-3"], ["--measure-s", "0"], ["--measure-s", "nan"], ["--warmup", "-1"],
         ["--shape", "1"], ["--burstiness", "0"], ["--parts", ""], ["--slo-ttft-ms", "-1"],
         ["--url", "http://127.0.0.1:9"], ["--url", "nonsense"],
     ],
@@ -375,7 +375,7 @@ def test_a_shape_that_is_none_is_refused(words):
 def test_wrong_words_are_one_line_and_status_2(arguments, tmp_path):
     folder = str(tmp_path / "out")
     result = runner.invoke(
-        app, ["sweep", "--side-url", "http://127.0.0.1:9", "-o", folder, *arguments]
+        app, ["sweep", "--side-url", "http://127.0.0.1:9", "--folder", folder, *arguments]
     )
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1, result.stderr

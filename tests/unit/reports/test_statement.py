@@ -339,6 +339,18 @@ def test_the_page_has_the_lines_the_totals_and_the_notes():
     assert Page(statement_html(about(make(tenant="bob")))).rows[0][0] == "Day"
 
 
+def test_the_page_explains_a_cent_of_idle_time_that_is_only_rounding() -> None:
+    answer = about(make(tenant="bob"))
+    odd = {**answer["lines"][0], "idle_share_ns": 0, "idle_share_usd": "0.01"}
+    explained = (
+        "cents: Idle share is Amount less Usage, and both are rounded so that they add up; so it"
+        " may be 0.01 or -0.01 where no idle time is charged"
+    )
+    assert explained in Page(statement_html({**answer, "lines": [odd]})).texts
+    even = {**odd, "idle_share_usd": "0.00"}
+    assert explained not in Page(statement_html({**answer, "lines": [even]})).texts
+
+
 def test_the_page_loads_and_runs_nothing_and_prints_on_paper():
     html = statement_html(about(make()))
     assert set(Page(html).tags) == {
