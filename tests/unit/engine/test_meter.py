@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.support.builders import ENGINE
-from vllm_cost_meter.engine import meter as engine_module
 from vllm_cost_meter.engine.books import RequestFacts
 from vllm_cost_meter.engine.meter import EngineMeter, NoMeter, process_created_ns
 from vllm_cost_meter.records.bill import Bill
@@ -408,7 +407,6 @@ def test_the_creation_of_a_process_is_right_to_its_clock_tick(tmp_path):
     assert before_ns - tick_ns <= int(child.stdout) <= before_ns + 2_000_000_000
 
 
-def test_without_proc_the_time_before_is_not_metered(monkeypatch):
-    monkeypatch.setattr(engine_module, "Path", lambda _path: Path("/nowhere"))
+def test_without_proc_the_time_before_is_not_metered():
     before_ns = time.monotonic_ns()
-    assert before_ns <= process_created_ns() <= time.monotonic_ns()
+    assert before_ns <= process_created_ns(Path("/nowhere")) <= time.monotonic_ns()

@@ -84,8 +84,12 @@ _Parties = dict[_Request | str, int]
 class EnergyBooks:
     """Divides the windows of one run. `dropped` counts what of requests will never be told."""
 
-    def __init__(self, gpus: int) -> None:
-        """Begin at the first reading, when all time so far was booked as startup."""
+    def __init__(self, gpus: int, untold_max: int = UNTOLD_MAX) -> None:
+        """Begin at the first reading, when all time so far was booked as startup.
+
+        Of more than `untold_max` requests that nobody took, the oldest are dropped.
+        """
+        self._untold_max = untold_max
         self.dropped = 0
         self.off = False
         self._bounds = PowerBounds(gpus)
@@ -114,7 +118,7 @@ class EnergyBooks:
         """A request got its bill, of so much GPU time."""
         if self.off:
             return
-        while len(self._billed) + len(self._told) >= UNTOLD_MAX:
+        while len(self._billed) + len(self._told) >= self._untold_max:
             self._drop_oldest()
         self._billed.append((seq, request_id, gpu_ns))
 
@@ -282,7 +286,7 @@ class EnergyBooks:
             logger.warning(
                 "cost meter: nobody has taken the energy of the last %d requests; that of the"
                 " oldest is dropped from now on, and is null in the ledger",
-                UNTOLD_MAX,
+                self._untold_max,
             )
         self.dropped += 1
         if not self._told:
