@@ -95,19 +95,6 @@ def _unknown(cut: Cut) -> Select[Any]:
     return pieces.where(cut.window.on_hours(func.coalesce(e.hour, p.hour)))
 
 
-def told_mj(connection: Connection, cut: Cut) -> dict[str, int]:
-    """Return the sum of all energies of bills up to the cut, run by run."""
-    if not cut.runs:
-        return {}
-    at, e = cut.cte(), request_energy.c
-    told = (
-        select(e.run_id, func.sum(e.energy_mj))
-        .join(at, and_(e.run_id == at.c.run_id, e.seq <= at.c.last_seq))
-        .group_by(e.run_id)
-    )
-    return {run_id: int(mj or 0) for run_id, mj in connection.execute(told)}
-
-
 def class_mj(cut: Cut, name: str) -> int | None:
     """Return the energy of a class over all runs that count it; None if none does."""
     amounts = [
