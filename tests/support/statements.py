@@ -1,7 +1,7 @@
 """Count what is asked of a ledger: the measure of work that does not depend on the machine."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sqlalchemy
@@ -20,3 +20,10 @@ def statements() -> Iterator[list[str]]:
         yield seen
     finally:
         sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", asked)
+
+
+def asked_by(read: Callable[..., object], **options: object) -> int:
+    """Count the statements of a reading; one that waits for a bill asks for it again and again."""
+    with statements() as asked:
+        read(**options)
+    return len(asked)
