@@ -11,6 +11,7 @@ from typing import Annotated, NotRequired
 
 from typing_extensions import TypedDict
 
+from vllm_cost_meter.reports.price_answers import EnergyPriceRow, PriceRow
 from vllm_cost_meter.reports.request_answers import RequestRow
 
 _Window = TypedDict(
@@ -45,48 +46,6 @@ class AfterCut(TypedDict):
     """How many bills."""
     gpu_time_ns: int
     """GPU-ns: what they used."""
-
-
-class PriceRow(TypedDict):
-    """A price of GPU time that is in a cost."""
-
-    usd_per_gpu_hour: str
-    """USD: `amount` x `usd_rate` / `gpus`, with at most 18 decimal places."""
-    amount: str
-    """`currency`: what one hour costs."""
-    currency: str
-    """ISO 4217."""
-    usd_rate: str
-    """USD: what one of `currency` is worth."""
-    scope: str
-    """What `amount` pays for: `gpu`, `node` or `deployment`."""
-    gpus: int
-    """How many GPUs that is."""
-    kind: str | None
-    """`on_demand`, `reserved` or `spot`."""
-    source: str
-    """Where the figure is from."""
-    effective_from: str | None
-    """RFC 3339 UTC: from when on it holds."""
-    model: str | None
-    """The runs it is for: a name or a pattern, null for any."""
-    gpu_name: str | None
-    """The GPUs it is for: a name or a pattern, null for any."""
-    host: str | None
-    """The runs it is for, null for any."""
-
-
-class EnergyPriceRow(TypedDict):
-    """A price of energy that is in a cost."""
-
-    usd_per_kwh: str
-    """USD: per kilowatt-hour."""
-    source: str
-    """Where the figure is from."""
-    effective_from: str | None
-    """RFC 3339 UTC: from when on it holds."""
-    host: str | None
-    """The runs it is for, null for any."""
 
 
 _OverheadRow = TypedDict(

@@ -6,11 +6,10 @@ is text; unknown is null.
 Invariant: an answer has these fields and no other.
 """
 
-from typing import Any
-
 from typing_extensions import TypedDict
 
-from vllm_cost_meter.reports.answers import PriceRow, Window
+from vllm_cost_meter.reports.answers import Window
+from vllm_cost_meter.reports.price_answers import PriceRow
 
 
 class StatementLine(TypedDict):
@@ -90,6 +89,28 @@ class TenantTotal(StatementTotal):
     """Its name."""
 
 
+class OverheadAmount(TypedDict):
+    """A cost beside the GPUs' time, declared or billed."""
+
+    name: str
+    """The name that it has in the settings or in the bill."""
+    source: str
+    """Where the figure is from."""
+    cents: int | None
+    """Cents: its amount in the month; null where it is unknown."""
+
+
+class BilledHours(TypedDict):
+    """How much of a month the bills of the provider cover."""
+
+    covered_hours: float
+    """Hours: that GPU bills cover."""
+    unobserved_hours: float
+    """Hours: in a gap or before a reset, all resources together."""
+    resets: int
+    """The number of counters that fell."""
+
+
 class StatementWhole(TypedDict):
     """What the lines must add up to."""
 
@@ -97,8 +118,8 @@ class StatementWhole(TypedDict):
     """GPU-ns: wall time x GPUs."""
     wall_cents: int | None
     """Cents: its price."""
-    overhead: list[dict[str, Any]]
-    """Each cost beside it, with its name, source and cents."""
+    overhead: list[OverheadAmount]
+    """Each cost beside it."""
     amount_cents: int | None
     """Cents: all together."""
     amount_usd: str | None
@@ -118,7 +139,7 @@ class TenantStatement(TypedDict):
     """How steps were split."""
     prices: list[PriceRow]
     """All prices that are in it."""
-    billed: dict[str, Any] | None
+    billed: BilledHours | None
     """How much of the month bills cover."""
     tenant: str | None
     """The tenant that the statement is for; null for all tenants."""

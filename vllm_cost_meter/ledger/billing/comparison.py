@@ -26,7 +26,8 @@ from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Cut, Window
 from vllm_cost_meter.ledger.schema import billed_hours
-from vllm_cost_meter.reports.answers import Billed, BilledAmounts, BilledResource, PriceRow
+from vllm_cost_meter.reports.answers import Billed, BilledAmounts, BilledResource
+from vllm_cost_meter.reports.price_answers import PriceRow
 from vllm_cost_meter.reports.statement import OverheadCost
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY, period_name
 from vllm_cost_meter.units.money import format_usd
