@@ -1,11 +1,11 @@
 """The plot of `break-even`: where self-hosting meets the API's price, and what moves that point.
 
-Left the effective cost of a token against utilization, a line for each rate, which on logarithmic
-axes is straight; where it crosses the API's price is the break-even point. Right the same point for
-one input moved at a time: the widest bar is the input to know best.
+The left panel shows the effective cost of a token against utilization, with a straight line on
+logarithmic axes for each rate. The break-even point is where a line crosses the API's price. The
+right panel shows how far the point moves with each input. The widest bar is the input to know best.
 
-Invariant: what is drawn is in the answer that it is drawn from; no figure is worked out anew but
-the points of the lines.
+Invariant: every figure in the plot comes from the answer; only the points of the lines are computed
+here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,14 @@ INPUTS = {
     "overhead_percent": "overhead, %",
 }
 LOWEST = 0.01
-# Beside the bars there is room for their labels.
+# This factor leaves room for labels beside the bars.
 ROOM = 1.35
-# Full load is drawn if it is not so many times away from the bars that it would squeeze them.
+# Full load is drawn only within this factor of the bars; further away it would squeeze them.
 FAR = 4
 
 
 def draw(answer: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """Write the plot of an answer of `break-even` to .png or .svg files. Raises ValueError."""
+    """Plot an answer of `break-even` to .png or .svg files. Raises ValueError."""
     figure = new_figure(9.2, 4.2)
     cost, moved = figure.subplots(1, 2, width_ratios=(4, 3))
     _draw_cost(cost, answer)
@@ -57,7 +57,7 @@ def _draw_cost(axes: "Axes", answer: Mapping[str, Any]) -> None:
     )
     axes.set(xscale="log", yscale="log", xlim=(low, 1))
     ends = [rate["effective_usd_per_m_at_full_load"] for rate in rates]
-    # Above the lines there is room for the legend, a twelfth of the height for each of its lines.
+    # The legend stands above the lines; each of its entries takes a twelfth of the height.
     bottom, top = min(*ends, api) / 1.5, max(ends) / low
     legend = (len(rates) + 1) / 12
     axes.set_ylim(bottom, bottom * (top / bottom) ** (1 / (1 - legend)))

@@ -9,32 +9,33 @@ from typing_extensions import TypedDict
 
 
 class PriceRow(TypedDict):
-    """A price of GPU time that is in a cost."""
+    """A price of GPU time that a cost was computed with."""
 
     usd_per_gpu_hour: str
     """USD: `amount` x `usd_rate` / `gpus`, with at most 18 decimal places."""
     amount: str
-    """`currency`: what one hour costs."""
+    """The price of one hour, in `currency`, for what `scope` names."""
     currency: str
-    """ISO 4217."""
+    """The currency of `amount`, by its ISO 4217 code."""
     usd_rate: str
-    """USD: what one of `currency` is worth."""
+    """USD: the value of one unit of `currency`."""
     scope: str
-    """What `amount` pays for: `gpu`, `node` or `deployment`."""
+    """What `amount` pays for: one GPU, a node or the whole deployment (`gpu`, `node`,
+    `deployment`)."""
     gpus: int
-    """How many GPUs that is."""
+    """Number of GPUs that `amount` pays for."""
     kind: str | None
-    """`on_demand`, `reserved` or `spot`."""
+    """How the GPUs were bought: `on_demand`, `reserved` or `spot`; null if nobody declared it."""
     source: str
-    """Where the figure is from."""
+    """Where the price comes from, in the operator's words."""
     effective_from: str | None
-    """RFC 3339 UTC: from when on it holds."""
+    """RFC 3339 UTC: the instant from which the price holds."""
     model: str | None
-    """The runs it is for: a name or a pattern, null for any."""
+    """The served models that the price is for: a name or a pattern; null for any."""
     gpu_name: str | None
-    """The GPUs it is for: a name or a pattern, null for any."""
+    """The GPUs that the price is for: a name or a pattern; null for any."""
     host: str | None
-    """The runs it is for, null for any."""
+    """The machine whose engines the price is for; null for any."""
 
 
 class PriceOfTime(PriceRow):
@@ -45,13 +46,13 @@ class PriceOfTime(PriceRow):
 
 
 class EnergyPriceRow(TypedDict):
-    """A price of energy that is in a cost."""
+    """A price of energy that a cost was computed with."""
 
     usd_per_kwh: str
-    """USD: per kilowatt-hour."""
+    """USD: the price of one kilowatt-hour."""
     source: str
-    """Where the figure is from."""
+    """Where the price comes from, in the operator's words."""
     effective_from: str | None
-    """RFC 3339 UTC: from when on it holds."""
+    """RFC 3339 UTC: the instant from which the price holds."""
     host: str | None
-    """The runs it is for, null for any."""
+    """The machine whose engines the price is for; null for any."""

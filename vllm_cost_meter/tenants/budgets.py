@@ -181,29 +181,31 @@ class BudgetRow(TypedDict):
     """Where a budget stands. Amounts are nano-USD or GPU-nanoseconds, as `unit` says."""
 
     budget: str
-    """Its name."""
+    """The name of the budget."""
     tenant: str | None
     """The tenant whose use counts; null for a tag."""
     tag: str | None
-    """`key=value`; null for a tenant."""
+    """The tag whose use counts, as `key=value`; null for a tenant."""
     unit: str
-    """`usd` or `gpu_seconds`."""
+    """What the budget counts: `usd` or `gpu_seconds`."""
     limit: int
-    """10^-9 of `unit`: how much may be used."""
+    """10^-9 of `unit`: the amount that may be used in a period."""
     soft_limit: int | None
-    """10^-9 of `unit`: from when on clients are warned; null for never."""
+    """10^-9 of `unit`: the amount from which on clients are warned; null for never."""
     used: int | None
-    """10^-9 of `unit`: what was used in the period, running requests included; null if unknown."""
+    """10^-9 of `unit`: the amount used in the period, running requests included; null if
+    unknown."""
     over: int | None
-    """10^-9 of `unit`: what running requests used beyond the limit."""
+    """10^-9 of `unit`: the amount that running requests used beyond the limit."""
     state: str
     """`within`, `soft`, `spent` or `unknown`."""
     hard: bool
-    """Whether it acts, or only warns."""
+    """Whether requests beyond the limit are refused or slowed; otherwise clients are only
+    warned."""
     over_action: str
-    """`block` or `throttle`."""
+    """What a hard budget does beyond its limit: `block` or `throttle`."""
     stop_running: bool
-    """Whether running requests are ended."""
+    """Whether running requests are ended at the limit."""
     period: str
     """`day`, `week`, `month` or `rolling`."""
     period_from: str
