@@ -62,14 +62,19 @@ def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False)
         raise typer.Exit(1)
 
 
-def examine(ledger_url: str, book: PriceBook = NO_PRICES) -> list[Finding]:
-    """Run all checks; `book` is the price book in the settings."""
+def examine(
+    ledger_url: str, book: PriceBook = NO_PRICES, *, ledger_timeout_s: float = LEDGER_TIMEOUT_S
+) -> list[Finding]:
+    """Run all checks; `book` is the price book in the settings.
+
+    A ledger that another process holds for longer than `ledger_timeout_s` cannot be written.
+    """
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("entry points", _entry_points),
         ("named", _named),
         ("native", _native),
         ("vllm", _vllm),
-        ("ledger", lambda: _ledger(ledger_url)),
+        ("ledger", lambda: _ledger(ledger_url, ledger_timeout_s)),
         ("books", lambda: _books(ledger_url)),
         ("cost model", lambda: _cost_model(ledger_url)),
         ("price", lambda: _price(ledger_url, book)),
@@ -117,9 +122,9 @@ def _vllm() -> Finding:
     return Finding("vllm", True, f"vLLM {check_all()} looks as the meter expects")
 
 
-def _ledger(url: str) -> Finding:
+def _ledger(url: str, timeout_s: float) -> Finding:
     check_location(url)
-    engine = open_database(url, busy_timeout_s=LEDGER_TIMEOUT_S)
+    engine = open_database(url, busy_timeout_s=timeout_s)
     try:
         with writing(engine).begin() as connection:
             # This changes nothing, and fails where a bill would: locked, read-only or full.

@@ -14,8 +14,8 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic_ns
 from typing import TypeVar, TypeVarTuple
 
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
@@ -39,13 +39,12 @@ R = TypeVar("R")
 ENDED_MAX = 4_096
 
 
-def process_created_ns() -> int:
+def process_created_ns(stat: Path = Path("/proc/self/stat")) -> int:
     """Return the monotonic instant at which this process was created, to 10 ms; Linux only.
 
     The source is field 22 of /proc/self/stat: start time in clock ticks since boot (proc(5)). On
     other systems this returns now, and the time before is not metered.
     """
-    stat = Path("/proc/self/stat")
     if not stat.exists():
         return time.monotonic_ns()
     # The command name (field 2) may contain spaces and parentheses; fields count after the last.
@@ -56,6 +55,18 @@ def process_created_ns() -> int:
     since_boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     age_ns = since_boot_ns - ticks * NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
     return now_ns - max(age_ns, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where an engine's meter reads the time: monotonic, UTC, and when its process was created."""
+
+    monotonic_ns: Callable[[], int] = time.monotonic_ns
+    unix_ns: Callable[[], int] = time.time_ns
+    created_ns: Callable[[], int] = process_created_ns
+
+
+SYSTEM_CLOCK = Clock()
 
 
 class NoMeter:
@@ -78,9 +89,12 @@ class EngineMeter:
         prior: Prior = NOTHING_KNOWN,
         step_log: Path | None = None,
         energy: EnergyCounter | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Open the books. `step_log` is the first engine's file; others append their index."""
         self.guard = Guard("engine")
+        self._clock = clock
+        self._monotonic_ns = clock.monotonic_ns
         self.own_ns = 0
         # True while update_from_output runs. A request that ends then has an output for its bill.
         self.riding = False
@@ -88,9 +102,9 @@ class EngineMeter:
         self.books = EngineBooks(
             run_id=uuid.uuid4().hex,
             engine=engine,
-            created_ns=process_created_ns(),
-            now_ns=time.monotonic_ns(),
-            unix_ns=time.time_ns(),
+            created_ns=clock.created_ns(),
+            now_ns=clock.monotonic_ns(),
+            unix_ns=clock.unix_ns(),
             prior=prior,
         )
         self.engine = engine
@@ -106,7 +120,7 @@ class EngineMeter:
         self.begin_dummy = self.books.begin_dummy
         self.end_dummy = self.books.end_dummy
         # Made right after the books: they have booked only startup so far, which has no energy.
-        self.energy = EnergyMeter(energy or EnergyCounter(()), engine.gpus, time.monotonic_ns())
+        self.energy = EnergyMeter(energy or EnergyCounter(()), engine.gpus, clock.monotonic_ns())
         self._step_log = self._open_step_log(step_log) if step_log is not None else None
         # The tokens found in the prefix cache when a request was first scheduled.
         self._cached_tokens: dict[str, int] = {}
@@ -128,7 +142,7 @@ class EngineMeter:
         guard = self.guard
         if guard.off:
             return None
-        now_ns = monotonic_ns()
+        now_ns = self._monotonic_ns()
         try:
             result = body(self, now_ns, *args)
             if guard.failing:
@@ -138,7 +152,7 @@ class EngineMeter:
             self._contain(hook, error)
             return None
         finally:
-            self.own_ns += monotonic_ns() - now_ns
+            self.own_ns += self._monotonic_ns() - now_ns
 
     def placed(self, request_id: str, computed_tokens: int) -> None:
         """Note that a request starts, or resumes, to run from `computed_tokens` on."""
@@ -207,11 +221,11 @@ class EngineMeter:
 
         The time that this call takes counts in `own_ns` of the next snapshot.
         """
-        began_ns, own_ns = monotonic_ns(), self.own_ns
+        began_ns, own_ns = self._monotonic_ns(), self.own_ns
         self.run("reconcile", EngineMeter._reconcile, known)
         if self._step_log is not None:
             self._step_log.flush()
-        now_ns = time.monotonic_ns()
+        now_ns = self._monotonic_ns()
         state = EngineState(
             running=running,
             waiting=waiting,
@@ -220,9 +234,9 @@ class EngineMeter:
             errors=self.guard.errors,
             state="off" if self.guard.off else "on",
         )
-        snapshot = self.books.snapshot(now_ns, time.time_ns(), acknowledged, state)
+        snapshot = self.books.snapshot(now_ns, self._clock.unix_ns(), acknowledged, state)
         snapshot = self.energy.added_to(snapshot, self.books, now_ns, acknowledged)
-        self.own_ns = own_ns + monotonic_ns() - began_ns
+        self.own_ns = own_ns + self._monotonic_ns() - began_ns
         return snapshot
 
     def _open_step_log(self, path: Path) -> StepLogWriter | None:
@@ -240,7 +254,8 @@ class EngineMeter:
         except StepLogError as error:
             logger.error("cost meter: steps are not logged: %s", error)
             return None
-        self.books.on_step = lambda parts, gpu_ns: log.write(parts, gpu_ns, time.time_ns())
+        unix_ns = self._clock.unix_ns
+        self.books.on_step = lambda parts, gpu_ns: log.write(parts, gpu_ns, unix_ns())
         return log
 
     def _bill_late(self, request_id: str, now_ns: int) -> None:
@@ -275,8 +290,8 @@ class EngineMeter:
         self.guard.failed(hook, error)
         try:
             if self.guard.off:
-                self.books.switch_off(time.monotonic_ns())
+                self.books.switch_off(self._monotonic_ns())
             else:
-                self.books.abandon(time.monotonic_ns())
+                self.books.abandon(self._monotonic_ns())
         except Exception as second:  # noqa: BLE001 - metering may fail, serving may not
             self.guard.failed(f"{hook} (clean-up)", second)

@@ -105,6 +105,8 @@ class StepLogWriter:
         run_id: str,
         gpus: int,
         max_bytes: int = MAX_BYTES,
+        names_max: int = NAMES_MAX,
+        flush_after_ns: int = FLUSH_AFTER_NS,
     ) -> None:
         if max_bytes < MAX_BYTES_LEAST:
             raise StepLogError(
@@ -115,6 +117,8 @@ class StepLogWriter:
         self.dropped = 0
         self._path = path
         self._file_max = max_bytes // 2
+        self._names_max = names_max
+        self._flush_after_ns = flush_after_ns
         self._encoder = msgspec.json.Encoder()
         self._header = StepLogHeader(
             format=FORMAT,
@@ -185,7 +189,7 @@ class StepLogWriter:
         self._file.write(line)
         self._bytes += len(line)
         self.steps += 1
-        if time.monotonic_ns() - self._flushed_ns > FLUSH_AFTER_NS:
+        if time.monotonic_ns() - self._flushed_ns > self._flush_after_ns:
             self.flush()
 
     def _start_file(self) -> None:
@@ -202,7 +206,7 @@ class StepLogWriter:
         self.flush()
 
     def _encode(self, parts: Sequence[PlainPart], gpu_time_ns: int, unix_ns: int) -> bytes:
-        if len(self._numbers) + len(parts) > NAMES_MAX:
+        if len(self._numbers) + len(parts) > self._names_max:
             self._numbers.clear()
         numbers = self._numbers
         new = []

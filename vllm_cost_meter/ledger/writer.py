@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -93,6 +93,7 @@ class LedgerWriter:
         price_of: FirstPriceOf = no_first_price,
         gather_s: float = 0.02,
         max_records: int = 200_000,
+        open_: Callable[..., Engine] = open_database,
     ) -> None:
         self.queued = 0
         self.committed = 0
@@ -102,6 +103,7 @@ class LedgerWriter:
         self.last_commit_ns = 0
         self.url = url
         self._price_of = price_of
+        self._open = open_
         self._gather_s = gather_s
         self._max_records = max_records
         self._engine: Engine | None = None
@@ -238,7 +240,7 @@ class LedgerWriter:
         started_ns = time.perf_counter_ns()
         engine = self._engine
         if engine is None:
-            engine = self._engine = open_database(self.url, busy_timeout_s=ATTEMPT_S)
+            engine = self._engine = self._open(self.url, busy_timeout_s=ATTEMPT_S)
         records = [record for item in batch for record in item.records]
         try:
             # The usual way has no savepoint: each statement gives up the GIL once more.

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from tests.component.ledger.test_reader import part, snapshot
 from tests.support.nvml import A, Card, nvmls
-from vllm_cost_meter.cli import doctor
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.ledger.writer import LedgerWriter
@@ -47,8 +46,8 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def findings(path: Path) -> dict[str, tuple[bool, str]]:
-    return {f.name: (f.ok, f.detail) for f in examine(f"sqlite:///{path}")}
+def findings(path: Path, **options: float) -> dict[str, tuple[bool, str]]:
+    return {f.name: (f.ok, f.detail) for f in examine(f"sqlite:///{path}", **options)}
 
 
 def sql(path: Path, statement: str) -> None:
@@ -107,12 +106,11 @@ def test_an_engine_whose_meter_is_off_fails(path):
     assert "switched itself off in run run" in detail
 
 
-def test_a_ledger_that_is_locked_is_a_ledger_that_cannot_be_written(path, monkeypatch):
-    monkeypatch.setattr(doctor, "LEDGER_TIMEOUT_S", 0.1)
+def test_a_ledger_that_is_locked_is_a_ledger_that_cannot_be_written(path):
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     try:
-        ok, detail = findings(path)["ledger"]
+        ok, detail = findings(path, ledger_timeout_s=0.1)["ledger"]
     finally:
         blocker.close()
     assert not ok

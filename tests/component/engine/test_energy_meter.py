@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from msgspec import msgpack
 
 from tests.support.builders import ENGINE, make_part
 from tests.support.nvml import GPU_IS_LOST, TIMEOUT, A, B, Card, Machine, S
-from vllm_cost_meter.engine import meter as engine_module
 from vllm_cost_meter.engine.books import RequestFacts
 from vllm_cost_meter.engine.energy import books as energy_books
 from vllm_cost_meter.engine.energy.nvml import RETRY_NS, EnergyCounter
-from vllm_cost_meter.engine.meter import EngineMeter
+from vllm_cost_meter.engine.meter import Clock, EngineMeter
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
@@ -40,18 +38,17 @@ ENVIRON = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 class Engine:
     """An engine whose steps take as long as the test says."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, ordinals: tuple[int, ...] = (0,)) -> None:
+    def __init__(self, ordinals: tuple[int, ...] = (0,)) -> None:
         self.now_ns = 1_000 * S
-        clock = SimpleNamespace(
+        clock = Clock(
             monotonic_ns=lambda: self.now_ns,
-            time_ns=lambda: HOUR * NS_PER_HOUR + self.now_ns - 1_000 * S,
-            CLOCK_BOOTTIME=0,
+            unix_ns=lambda: HOUR * NS_PER_HOUR + self.now_ns - 1_000 * S,
+            created_ns=lambda: self.now_ns - 20 * S,
         )
-        monkeypatch.setattr(engine_module, "time", clock)
-        monkeypatch.setattr(engine_module, "process_created_ns", lambda: self.now_ns - 20 * S)
         self.meter = EngineMeter(
             engine=replace(ENGINE, gpus=max(len(ordinals), 1)),
             energy=EnergyCounter(ordinals, ENVIRON),
+            clock=clock,
         )
         self.known: set[str] = set()
         self.acknowledged = 0
@@ -100,7 +97,7 @@ class Engine:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
-    return lambda *ordinals: Engine(monkeypatch, ordinals)
+    return lambda *ordinals: Engine(ordinals)
 
 
 def known(seq: int, mj: int) -> tuple[RequestEnergy]:

@@ -180,7 +180,7 @@ def test_a_locked_ledger_delays_commits_and_loses_nothing(writer, path):
     assert writer.last_error is None
 
 
-def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog, monkeypatch):
+def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog):
     """`max_page_count` makes SQLite say what a full disk makes it say."""
     full = [True]
 
@@ -196,8 +196,7 @@ def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog, monkeypatch)
             engine.dispose()
         return engine
 
-    monkeypatch.setattr("vllm_cost_meter.ledger.writer.open_database", open_small)
-    writer = LedgerWriter(f"sqlite:///{path}")
+    writer = LedgerWriter(f"sqlite:///{path}", open_=open_small)
     writer.start()
     future = writer.commit(*(part(seq) for seq in range(1, 2001)))
     deadline = time.monotonic() + 10

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_cost_meter.engine.energy import books as energy_books
-from vllm_cost_meter.engine.energy.books import EnergyBooks, WindowEnd
+from vllm_cost_meter.engine.energy.books import UNREPORTED_MAX, EnergyBooks, WindowEnd
 from vllm_cost_meter.records.energy import RequestEnergy, RunEnergy
 from vllm_cost_meter.records.snapshot import ClassTotals
 
@@ -21,8 +20,8 @@ STARTUP_NS = 20 * S
 class Engine:
     """Tells the energy books what an engine would: time by class and request, readings, bills."""
 
-    def __init__(self) -> None:
-        self.books = EnergyBooks(gpus=1)
+    def __init__(self, unreported_max: int = UNREPORTED_MAX) -> None:
+        self.books = EnergyBooks(gpus=1, unreported_max=unreported_max)
         self.totals = ClassTotals(startup=STARTUP_NS)
         self.open: dict[str, int] = {}
         self.running: dict[str, int] = {}
@@ -329,8 +328,8 @@ def test_a_request_is_told_until_a_snapshot_that_told_it_is_acknowledged(engine)
     assert told() == []
 
 
-def test_an_api_side_that_never_takes_them_does_not_make_the_engine_grow(engine, monkeypatch):
-    monkeypatch.setattr(energy_books, "UNREPORTED_MAX", 3)
+def test_an_api_side_that_never_takes_them_does_not_make_the_engine_grow():
+    engine = Engine(unreported_max=3)
 
     def bill(*names: str) -> None:
         for name in names:
@@ -349,8 +348,8 @@ def test_an_api_side_that_never_takes_them_does_not_make_the_engine_grow(engine,
     assert engine.books.dropped == 3
 
 
-def test_what_was_dropped_between_two_snapshots_changes_the_hour_it_was_in(engine, monkeypatch):
-    monkeypatch.setattr(energy_books, "UNREPORTED_MAX", 1)
+def test_what_was_dropped_between_two_snapshots_changes_the_hour_it_was_in():
+    engine = Engine(unreported_max=1)
     engine.work(a=1_000)
     engine.bill("a")
     engine.read(1_000)

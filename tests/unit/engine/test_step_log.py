@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter.engine import step_log
 from vllm_cost_meter.engine.step_log import (
     MAX_BYTES_LEAST,
     LoggedPart,
@@ -93,10 +92,9 @@ def test_a_step_too_large_for_a_file_is_dropped_and_counted(path):
     assert list(read_steps(rotated(path))) == [step(0)]
 
 
-def test_names_are_forgotten_and_told_anew_when_there_are_too_many(path, monkeypatch):
-    monkeypatch.setattr(step_log, "NAMES_MAX", 3)
+def test_names_are_forgotten_and_told_anew_when_there_are_too_many(path):
     steps = [LoggedStep(1, 1, [LoggedPart(f"r{i % 4}", 1, 0, 0)]) for i in range(40)]
-    written(path, steps)
+    written(path, steps, names_max=3)
     assert list(read_steps(path)) == steps
 
 
@@ -196,11 +194,12 @@ def test_a_flush_that_fails_ends_the_log_too(path, caplog):
     assert writer.dropped == 1
 
 
-def test_steps_reach_the_disk_within_a_second(path, monkeypatch):
-    writer = writer_of(path)
-    writer.write(step(0).parts, *step(0)[1::-1])
+def test_steps_reach_the_disk_within_a_second(path):
+    late, due = writer_of(path), writer_of(path.with_name("due"), flush_after_ns=0)
+    for writer in (late, due):
+        writer.write(step(0).parts, *step(0)[1::-1])
+        writer.write(step(1).parts, *step(1)[1::-1])
     assert list(read_steps(path)) == []
-    monkeypatch.setattr(step_log, "FLUSH_AFTER_NS", 0)
-    writer.write(step(1).parts, *step(1)[1::-1])
-    assert list(read_steps(path)) == [step(0), step(1)]
-    writer.close()
+    assert list(read_steps(path.with_name("due"))) == [step(0), step(1)]
+    late.close()
+    due.close()

@@ -85,8 +85,12 @@ _Parties = dict[_Request | str, int]
 class EnergyBooks:
     """Divides the windows of one run. `dropped` counts requests with energy never reported."""
 
-    def __init__(self, gpus: int) -> None:
-        """Begin at the first reading, when all time so far was booked as startup."""
+    def __init__(self, gpus: int, unreported_max: int = UNREPORTED_MAX) -> None:
+        """Begin at the first reading, when all time so far was booked as startup.
+
+        If more than `unreported_max` requests wait to be reported, the oldest are dropped.
+        """
+        self._unreported_max = unreported_max
         self.dropped = 0
         self.off = False
         self._bounds = PowerBounds(gpus)
@@ -115,7 +119,7 @@ class EnergyBooks:
         """Note the bill of a request and its GPU time."""
         if self.off:
             return
-        while len(self._billed) + len(self._reported) >= UNREPORTED_MAX:
+        while len(self._billed) + len(self._reported) >= self._unreported_max:
             self._drop_oldest()
         self._billed.append((seq, request_id, gpu_ns))
 
@@ -283,7 +287,7 @@ class EnergyBooks:
             logger.warning(
                 "cost meter: nobody has read the energy of the last %d requests; the oldest ones"
                 " are dropped from now on, and their energy is null in the ledger",
-                UNREPORTED_MAX,
+                self._unreported_max,
             )
         self.dropped += 1
         if not self._reported:

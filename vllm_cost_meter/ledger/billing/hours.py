@@ -44,6 +44,20 @@ HOURS_MAX = 1_000_000
 # Limit per import on rows written or removed. A server's bills wait for them, about a second
 # (benchmarks/bench_invoices.py).
 ROWS_MAX = 200_000
+# An import gives up after so many other imports came between.
+ATTEMPTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ImportLimits:
+    """What one import may compute and write, and how often others may come between."""
+
+    hours: int = HOURS_MAX
+    rows: int = ROWS_MAX
+    attempts: int = ATTEMPTS
+
+
+LIMITS = ImportLimits()
 
 Fact = TypeVar("Fact", Reading, InvoiceLine)
 BilledHours = dict[BilledMeter, dict[int, BilledHour]]
@@ -68,7 +82,9 @@ class Change:
         return len(self.readings) + len(self.lines) + len(self.gone) + len(self.come)
 
 
-def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
+def change_of(
+    connection: Connection, file: InvoiceFile, gap_ns: int, limits: ImportLimits = LIMITS
+) -> Change:
     """Return the change that a file makes in a ledger. This writes nothing.
 
     Raises ValueError for a fact that contradicts the ledger, and for too many hours or rows.
@@ -86,7 +102,7 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
     found = _stretches(
         [*known_readings.values(), *new_readings], [*known_lines.values(), *new_lines], gap_ns
     )
-    _refuse_too_many(file.name, found, hours)
+    _refuse_too_many(file.name, found, hours, limits.hours)
     computed: BilledHours = {
         meter: {hour.hour: hour for hour in billed_hours(pieces, hours[meter[0]])}
         for meter, pieces in found.items()
@@ -101,8 +117,8 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
         list(_only_in(computed, there)),
         list(_unobserved(found, hours)),
     )
-    if change.rows > ROWS_MAX:
-        raise _too_many(file.name, ROWS_MAX, "rows of facts and of hours to write", change.rows)
+    if change.rows > limits.rows:
+        raise _too_many(file.name, limits.rows, "rows of facts and of hours to write", change.rows)
     return change
 
 
@@ -160,7 +176,7 @@ def _stretches(
 
 
 def _refuse_too_many(
-    name: str, found: Mapping[BilledMeter, list[Stretch]], hours: Mapping[str, range]
+    name: str, found: Mapping[BilledMeter, list[Stretch]], hours: Mapping[str, range], most: int
 ) -> None:
     """Raise ValueError for more hours than one import may compute."""
     count = sum(
@@ -168,8 +184,8 @@ def _refuse_too_many(
         for (resource, _), pieces in found.items()
         for piece in pieces
     )
-    if count > HOURS_MAX:
-        raise _too_many(name, HOURS_MAX, "hours x charges to compute", count)
+    if count > most:
+        raise _too_many(name, most, "hours x charges to compute", count)
 
 
 def _too_many(name: str, most: int, what: str, count: int) -> ValueError:

@@ -96,19 +96,6 @@ def _unknown(cut: Cut) -> Select[Any]:
     return pieces.where(cut.window.on_hours(func.coalesce(e.hour, p.hour)))
 
 
-def reported_mj(connection: Connection, cut: Cut) -> dict[str, int]:
-    """Return the energy of all bills up to the cut, by run."""
-    if not cut.runs:
-        return {}
-    at, e = cut.cte(), request_energy.c
-    sums = (
-        select(e.run_id, func.sum(e.energy_mj))
-        .join(at, and_(e.run_id == at.c.run_id, e.seq <= at.c.last_seq))
-        .group_by(e.run_id)
-    )
-    return {run_id: int(mj or 0) for run_id, mj in connection.execute(sums)}
-
-
 def class_mj(cut: Cut, name: str) -> int | None:
     """Return the energy of a class over all runs; None if no run counts it."""
     amounts = [
