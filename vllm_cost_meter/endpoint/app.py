@@ -180,7 +180,9 @@ def look_up(
     """
 
     def rows_now() -> list[RequestWithParts]:
-        return [row for row in reader.look_up(request_id) if viewer.may_see(row["tenant"])]
+        # Who asks counts first: other tenants' requests under this id must not hide its own.
+        found = reader.look_up(request_id, only=viewer.tenant)
+        return [row for row in found if viewer.may_see(row["tenant"])]
 
     rows = rows_now()
     if not all(row["state"] == FINISHED for row in rows) or not rows:
