@@ -14,6 +14,7 @@ import sqlalchemy
 from sqlalchemy.pool import Pool
 
 from tests.support.world import (
+from vllm_cost_meter.prices.book import RunFacts
     BODY,
     COST_HEADERS,
     DONE,
@@ -130,11 +131,11 @@ def full(world: World):
 def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
     world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
     # Too long for what is left on the pages there are.
-    external_id = "x" * 20_000
+    world.collector.run_facts = RunFacts(model="x" * 20_000)
     with full(world):
 
         def generate(number: int) -> None:
-            world.engine.born(f"r{number}", external_id)
+            world.engine.born(f"r{number}")
             world.engine.billed(f"r{number}")
 
         clients = [

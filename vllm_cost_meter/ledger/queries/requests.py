@@ -24,6 +24,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.records.client_text import forms_to_find
 from vllm_cost_meter.reports.explanation import explained
 from vllm_cost_meter.reports.request_answers import Explanation, RequestWithParts
 from vllm_cost_meter.reports.request_row import RUNNING, exchange, ordered, shown_part
@@ -51,6 +52,7 @@ def find(connection: Connection, id: str, only: str | None = None) -> list[Match
     found by these whoever else uses the same text. Then come response ids, X-Request-Ids and the
     engine's external ids. Within each the newest comes first.
     """
+    forms = forms_to_find(id)
     h, r, o = http_requests.c, requests.c, open_requests.c
     answered = select(h.http_request_id, h.finished_at)
     part = select(r.http_request_id, r.finished_at, r.run_id, r.seq)
@@ -74,7 +76,7 @@ def find(connection: Connection, id: str, only: str | None = None) -> list[Match
             query = query.where(_belongs_to(of.tenant, only))
         columns = [*((own, True) for own in own_ids), *((chosen, False) for chosen in chosen_ids)]
         for column, is_own in columns:
-            newest = query.where(column == id).order_by(at.desc()).limit(MAX_MATCHES)
+            newest = query.where(column.in_(forms)).order_by(at.desc()).limit(MAX_MATCHES)
             for http_id, when, *key in connection.execute(newest):
                 match = Match(None, *key) if http_id is None else Match(http_id)
                 found[match] = max(found.get(match, (False, "")), (is_own, when))
