@@ -14,7 +14,6 @@ import sqlalchemy
 from sqlalchemy.pool import Pool
 
 from tests.support.world import (
-from vllm_cost_meter.prices.book import RunFacts
     BODY,
     COST_HEADERS,
     DONE,
@@ -26,6 +25,7 @@ from vllm_cost_meter.prices.book import RunFacts
     World,
     replying,
 )
+from vllm_cost_meter.prices.book import RunFacts
 
 # Long beside what a busy machine takes for a reply that does not wait.
 BOUND_S = 0.6
