@@ -1,8 +1,8 @@
 """Contain the meter's own errors, so that they never reach vLLM.
 
 Every hook runs its body inside `try` and reports here. The guard counts errors and logs the first
-one of each hook. After `ERRORS_IN_A_ROW_MAX` failures of one hook in a row the guard is off for
-good: a meter that cannot work must stop costing time.
+error of each hook. After `ERRORS_IN_A_ROW_MAX` failures of one hook in a row the guard switches off
+for good, because a meter that cannot work must stop costing time.
 
 Invariant: nothing here raises.
 """
@@ -11,7 +11,7 @@ import logging
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# A hook that failed so often in a row will not recover by itself.
+# A hook that has failed this often in a row will not recover by itself.
 ERRORS_IN_A_ROW_MAX = 10
 
 
@@ -31,7 +31,7 @@ class Guard:
         return bool(self._in_a_row)
 
     def succeeded(self, hook: str) -> None:
-        """Record that `hook` worked, which ends its row of failures."""
+        """Record that `hook` worked; its failures in a row count from 0 again."""
         if self._in_a_row:
             self._in_a_row.pop(hook, None)
 
