@@ -24,6 +24,7 @@ from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahe
 from vllm_cost_meter.api_server.routes import reaches_engine
 from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime, get_runtime
 from vllm_cost_meter.exchange import Exchange, current_exchange, is_metered, set_exchange
+from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.tenants.rules import NO_CLAIMS, BodyClaims
 
 
@@ -136,7 +137,7 @@ def _new_exchange(
     return Exchange(
         route=route_of_scope(scope),
         owner=runtime.settings.resolver.resolve(headers, claims),
-        x_request_id=request_ids[0].decode("latin-1")[:256] if request_ids else None,
+        x_request_id=stored(request_ids[0].decode("latin-1")) if request_ids else None,
         started_at_ns=started_at_ns,
     )
 

@@ -26,6 +26,7 @@ from vllm_cost_meter.engine.step_log import StepLogWriter
 from vllm_cost_meter.errors import StepLogError
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.snapshot import Snapshot
 from vllm_cost_meter.units.time import NS_PER_SECOND
@@ -192,7 +193,7 @@ class EngineMeter:
         cached_tokens = self._cached_tokens.pop(request_id, 0)
         # A count taken after a preemption may include output tokens, so it is capped at the prompt.
         facts["cached_tokens"] = min(cached_tokens, facts["prompt_tokens"])
-        self._ended[request_id] = None
+        self._ended[stored(request_id)] = None
         if len(self._ended) > ENDED_MAX:
             del self._ended[next(iter(self._ended))]
         if self.riding:
@@ -264,12 +265,12 @@ class EngineMeter:
 
     def _bill(self, request_id: str, facts: RequestFacts, now_ns: int, cut_tokens: int = 0) -> Bill:
         bill = self.books.bill(request_id, facts, now_ns, cut_tokens)
-        self.energy.billed(bill)
+        self.energy.billed(request_id, bill)
         return bill
 
     def _has_ended(self, request_id: str) -> bool:
-        """Return whether the request has ended before and was not opened again since."""
-        if request_id not in self._ended:
+        """Tell whether this end was told before: ended lately, and not opened again since."""
+        if stored(request_id) not in self._ended:
             return False
         return request_id in self._leaving or not self.books.meter.is_open(request_id)
 

@@ -32,6 +32,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from vllm_cost_meter.errors import StepLogError
+from vllm_cost_meter.records.client_text import stored
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -212,11 +213,12 @@ class StepLogWriter:
         new = []
         rows = []
         for request_id, tokens, position, prompt_tokens in parts:
-            named = numbers.get(request_id)
+            id = stored(request_id)
+            named = numbers.get(id)
             if named is None or named[1] != prompt_tokens:
-                named = numbers[request_id] = (self._next_number, prompt_tokens)
+                named = numbers[id] = (self._next_number, prompt_tokens)
                 self._next_number += 1
-                new.append((named[0], request_id, prompt_tokens))
+                new.append((named[0], id, prompt_tokens))
             rows.append((named[0], tokens, position))
         line = _Line(unix_ns=unix_ns, gpu_time_ns=gpu_time_ns, new=new, parts=rows)
         return self._encoder.encode(line) + b"\n"

@@ -24,6 +24,7 @@ from tests.support.world import (
     World,
     replying,
 )
+from vllm_cost_meter.prices.book import RunFacts
 
 BOUND_S = 0.05
 # The bound of replies that should not wait at all: no machine is so busy that one takes as long.
@@ -131,11 +132,11 @@ def full(world: World):
 def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
     world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
     # Too long for what is left on the pages there are.
-    external_id = "x" * 20_000
+    world.collector.run_facts = RunFacts(model="x" * 20_000)
     with full(world):
 
         def generate(number: int) -> None:
-            world.engine.born(f"r{number}", external_id)
+            world.engine.born(f"r{number}")
             world.engine.billed(f"r{number}")
 
         clients = []

@@ -71,10 +71,16 @@ class Side:
         writer.close(5)
 
     def get(self, path: str, method: str = "GET", **headers: str) -> httpx.Response:
+        return self._ask(method, path, headers=headers)
+
+    def post(self, path: str, body: bytes) -> httpx.Response:
+        return self._ask("POST", path, content=body, headers={"content-type": "application/json"})
+
+    def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://side") as client:
-                return await client.request(method, path, headers=headers)
+                return await client.request(method, path, **options)
 
         return asyncio.run(ask())
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from tests.support.builders import HOUR, T0, make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
@@ -152,6 +153,41 @@ def test_a_bad_record_is_dropped_alone_and_counted(writer, path, bad):
     assert rows(path, "SELECT seq FROM requests") == [(1,), (3,)]
     assert rows(path, "SELECT seq FROM usage_pieces") == [(1,), (3,)]
     assert (writer.committed, writer.dropped, writer.failures) == (2, 1, 0)
+
+
+def test_a_record_that_fails_by_an_unknown_error_is_named_and_the_others_are_written(
+    writer, path, caplog
+):
+    writer.commit(http("h0")).result(5)
+    _let_fail(path, "bad")
+    # The bad one alone may be the fault of the database: nothing is given up.
+    refused = writer.commit(http("bad"))
+    with pytest.raises(TimeoutError):
+        refused.result(0.3)
+    assert writer.dropped == 0
+    writer.put(*[http(f"h{number}") for number in range(1, 9)])
+    with pytest.raises(OperationalError, match="malformed JSON"):
+        refused.result(5)
+    assert len(rows(path, "SELECT 1 FROM http_requests")) == 9
+    assert (writer.committed, writer.dropped) == (9, 1)
+    assert "cannot take the HttpRequest bad, dropped: OperationalError: malformed" in caplog.text
+
+
+def _let_fail(path: Path, http_request_id: str) -> None:
+    """Have the ledger refuse a record by an error that says nothing of whose fault it is."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON http_requests"
+            f" WHEN new.http_request_id = '{http_request_id}'"
+            " BEGIN SELECT json('{'); END"
+        )
+
+
+def test_bad_records_of_one_kind_do_not_use_up_the_log(writer, path, caplog):
+    writer.put(*[part(seq, ns=2**63) for seq in range(2, 60)])
+    writer.commit(part(1)).result(5)
+    assert writer.dropped == 58
+    assert caplog.text.count("cannot take") == 1
 
 
 def test_a_locked_ledger_delays_commits_and_loses_nothing(writer, path):
