@@ -9,6 +9,7 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -30,9 +31,10 @@ from vllm_cost_meter.cli.options import (
 )
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.records.owner import COVERS_TEXT, OWN, WITH_CHILDREN, TenantScope
 from vllm_cost_meter.reports.answers import TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
-from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words
+from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
@@ -103,6 +105,13 @@ Aggregate = Annotated[
         f" {LABEL}NAME; otherwise tenant."
     ),
 ]
+WithChildren = Annotated[
+    bool,
+    typer.Option(
+        "--with-children/--own",
+        help="What a tenant means: itself with all tenants below it, or itself alone.",
+    ),
+]
 Filter = Annotated[
     str | None, typer.Option(help=f"Rows to show, such as tenant:a,b+model:m+{TAG}team=x.")
 ]
@@ -128,6 +137,7 @@ def report(
         str | None, typer.Option(help="What if every GPU-hour had cost so many USD?")
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's requests.")] = None,
+    with_children: WithChildren = True,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests to list.")] = 100,
     wide: Wide = False,
     as_json: Json = False,
@@ -151,21 +161,24 @@ def report(
         "filter": filter,
         "price": price,
     }
+    covers = WITH_CHILDREN if with_children else OWN
     answer: Any
     with reading(ledger, config) as reader:
         _refuse(words if what is What.requests else {"tenant": tenant}, what)
         refuse_both(as_json=as_json, as_csv=as_csv)
         has_words = any(value for word, value in words.items() if word not in ("window", "tz"))
         if has_words:
-            answer = reader.report(**words)
+            answer = reader.report(replace(question(**words), covers=covers))
             rows, columns = _series_rows(answer)
         elif what is What.tenants:
             answer = _plain_report(reader, window, tz)
             rows, columns = _series_rows(answer)[0], TENANT_COLUMNS
         else:
-            answer = reader.requests(limit=limit, tenant=tenant)
+            answer = reader.requests(limit=limit, tenant=tenant, covers=covers)
             rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
-    below = _lines_below(answer, filter, has_words) if what is What.tenants else []
+    below = [_requests_of(answer)] if tenant is not None else []
+    if what is What.tenants:
+        below = _lines_below(answer, filter, has_words)
     print_answer(
         answer,
         rows,
@@ -181,6 +194,7 @@ def report(
 def statement(
     month: Annotated[str, typer.Option(help="The month, such as 2026-11.")],
     tenant: Annotated[str | None, typer.Option(help="Whose statement.")] = None,
+    with_children: WithChildren = True,
     everyone: Annotated[
         bool, typer.Option("--all", help="All tenants, what nobody pays, and the grand total.")
     ] = False,
@@ -204,7 +218,8 @@ def statement(
         format = _format_of(format, as_json=as_json, as_csv=as_csv)
         if everyone == (tenant is not None):
             raise ValueError("--tenant: expected it or --all, and not both")
-        answer = reader.statement(month, tenant=tenant, tz=tz, idle=idle)
+        covers = WITH_CHILDREN if with_children else OWN
+        answer = reader.statement(month, tenant=tenant, covers=covers, tz=tz, idle=idle)
         if output is not None:
             write_output(output, _written(answer, format))
     if output is None and format is Format.table:
@@ -284,16 +299,25 @@ def nano_usd_notes(answer: Mapping[str, Any]) -> list[str]:
 
 def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool) -> list[str]:
     lines = []
+    if "tenant" in answer["aggregate"]:
+        lines.append("each row is a tenant on its own, without those below it")
     if answer.get("what_if_usd_per_gpu_hour") is not None:
         usd = answer["what_if_usd_per_gpu_hour"]
         lines.append(f"what if: every GPU-hour at {usd} USD; that is not what it cost")
     if filter:
-        lines.append("filtered: rows that are not shown belong to the whole too")
+        means = COVERS_TEXT[answer["covers"]] if answer["covers"] else ""
+        named = f"; a tenant in the filter means it {means}" if means else ""
+        lines.append(f"filtered: rows that are not shown belong to the whole too{named}")
     if has_words:
         lines += nano_usd_notes(answer)
     lines.append(adds_up_line(answer))
     # Only the plain report shows prices and overheads.
     return lines if has_words else [*lines, *price_lines(answer)]
+
+
+def _requests_of(answer: Mapping[str, Any]) -> str:
+    """Return the line that says whose requests are listed."""
+    return f"requests of {TenantScope(answer['tenant'], answer['covers']).text}"
 
 
 def _written(answer: Mapping[str, Any], format: Format) -> str:

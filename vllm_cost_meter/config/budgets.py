@@ -6,7 +6,7 @@ A budget in USD would never be reached without a price, so the server refuses to
 Invariant: `budget()` of a checked setting never fails.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -142,8 +142,8 @@ class BudgetSetting(BaseModel):
             raise t.WrongError("either usd or gpu_seconds", "both" if self.usd else "neither")
         return self
 
-    def budget(self, members: Collection[str] = frozenset()) -> Budget:
-        """Return the declared budget; `members` are the tenants below its tenant."""
+    def budget(self, above: tuple[str, ...] = ()) -> Budget:
+        """Return the declared budget; `above` are the tenants above its tenant."""
         amount, of_one = (
             (self.usd, NANOUSD_PER_USD)
             if self.usd is not None
@@ -159,7 +159,7 @@ class BudgetSetting(BaseModel):
             period=self.period,
             zone=ZoneInfo(self.timezone),
             tenant=self.tenant,
-            members=members,
+            above=above,
             tag=(key, value) if self.tag is not None else None,
             days=self.days,
             soft_limit=None if soft is None else int(limit * Decimal(str(soft)) / 100),

@@ -47,7 +47,7 @@ class OwnFigures(Tenant):
     """The usage and cost of the caller's tenant, and the use of its budgets."""
 
     budgets: list[BudgetRow]
-    """Each budget of the tenant."""
+    """Each budget of the tenant, and of all tenants below it."""
 
 
 class NothingUsed(TypedDict):
@@ -55,6 +55,8 @@ class NothingUsed(TypedDict):
 
     tenant: str
     """The name of the tenant."""
+    covers: str
+    """`with_children`: all tenants below it have used nothing either, or `own`."""
     requests: int
     """Number of HTTP requests: 0."""
     gpu_time_ns: int

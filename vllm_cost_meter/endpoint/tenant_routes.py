@@ -15,11 +15,12 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.endpoint.answers import NothingUsed, OwnFigures
 from vllm_cost_meter.endpoint.app import look_up
-from vllm_cost_meter.endpoint.dependencies import WindowQuery, hours_asked
+from vllm_cost_meter.endpoint.dependencies import CoversQuery, WindowQuery, hours_asked
 from vllm_cost_meter.endpoint.limits import refuse_unknown_words
 from vllm_cost_meter.endpoint.shapes import AnswerRoute
 from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.records.owner import WITH_CHILDREN
 from vllm_cost_meter.reports.request_answers import RequestWithParts
 from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 
@@ -46,16 +47,27 @@ def make_router(
     )
 
     @router.get("/me")
-    def me(own: Own, window: WindowQuery = None) -> OwnFigures | NothingUsed:
+    def me(
+        own: Own, window: WindowQuery = None, covers: CoversQuery = WITH_CHILDREN
+    ) -> OwnFigures | NothingUsed:
         """Return the usage and cost of the caller's tenant, and the use of its budgets."""
         hours = hours_asked(window)
         refresh()
         name = str(own.tenant)
-        row = reader.tenant(name, *hours)
-        standings = budgets().standings
-        own_budgets = [budget_row(each) for each in standings if own.may_see(each.budget.tenant)]
+        row = reader.tenant(name, *hours, covers=covers, only=name)
+        own_budgets = [
+            budget_row(standing)
+            for standing in budgets().standings
+            if own.may_see(standing.budget.tenant, standing.budget.above)
+        ]
         if row is None:
-            return {"tenant": name, "requests": 0, "gpu_time_ns": 0, "budgets": own_budgets}
+            return {
+                "tenant": name,
+                "covers": covers,
+                "requests": 0,
+                "gpu_time_ns": 0,
+                "budgets": own_budgets,
+            }
         return {**row, "budgets": own_budgets}
 
     @router.get("/requests/{request_id:path}")

@@ -32,7 +32,7 @@ from sqlalchemy import (
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 
 metadata = MetaData()
 
@@ -175,6 +175,8 @@ open_requests = Table(
     # The rule that named the tenant, and what was declared of that tenant when the request came.
     Column("tenant_rule", Text, nullable=False),
     Column("tenant_parent", _Key),
+    # All tenants above it, the parent first, each on a line of its own; NULL for none.
+    Column("tenant_above", _Key),
     # JSON: an object of texts.
     Column("tags", Text),
     Column("model", Text),
@@ -190,6 +192,7 @@ http_requests = Table(
     Column("x_request_id", _Key, index=True),
     Column("tenant", _Key, nullable=False),
     Column("tenant_rule", Text, nullable=False),
+    Column("tenant_above", _Key),
     Column("model", Text),
     Column("route", Text, nullable=False),
     Column("status", Integer, nullable=False),
@@ -221,6 +224,8 @@ requests = Table(
     # The rule that named the tenant, and what was declared of that tenant when the request came.
     Column("tenant_rule", Text, nullable=False),
     Column("tenant_parent", _Key),
+    # All tenants above it, the parent first, each on a line of its own; NULL for none.
+    Column("tenant_above", _Key),
     # JSON: an object of texts.
     Column("tags", Text),
     Column("model", Text),

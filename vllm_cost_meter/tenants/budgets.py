@@ -10,12 +10,12 @@ budgets. Only tenants that fail closed are then refused, and the reason given is
 Invariant: a verdict depends on the arguments alone. A budget with unknown use refuses nobody.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Literal, TypedDict
 
-from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.owner import WITH_CHILDREN, Owner, TenantScope
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.money import format_nano
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
@@ -34,8 +34,8 @@ class Budget:
 
     `limit` is in nano-USD or GPU-nanoseconds, as `unit` says. Clients are warned from `soft_limit`
     on. At its limit a `hard` budget blocks or throttles new requests and, with `stop_running`, ends
-    running ones. Only a rolling period uses `days`. `members` are all tenants that are declared
-    below `tenant`, at any depth.
+    running ones. Only a rolling period uses `days`. `above` are the tenants that are declared above
+    `tenant` now, the nearest first; they may see the budget.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Budget:
     period: Period
     zone: tzinfo = UTC
     tenant: str | None = None
-    members: Collection[str] = frozenset()
+    above: tuple[str, ...] = ()
     tag: tuple[str, str] | None = None
     days: int = 30
     soft_limit: int | None = None
@@ -57,12 +57,7 @@ class Budget:
         if self.tag is not None:
             return owner.tags.get(self.tag[0]) == self.tag[1]
         of = self.tenant
-        if of is None:
-            return False
-        if of in (owner.tenant, owner.parent) or owner.tenant.startswith(f"{of}/"):
-            return True
-        # The parent is checked too, because a child that a client chose is declared nowhere.
-        return owner.tenant in self.members or owner.parent in self.members
+        return of is not None and TenantScope(of).includes(owner.tenant, owner.above)
 
     def hours(self, now_ns: int) -> tuple[int, int]:
         """Return the period around an instant as (first hour, hour after the last).
@@ -183,7 +178,9 @@ class BudgetRow(TypedDict):
     budget: str
     """The name of the budget."""
     tenant: str | None
-    """The tenant that the budget limits, with its children; null for a tag."""
+    """The tenant that the budget limits, with all tenants below it; null for a tag."""
+    covers: str | None
+    """`with_children`: the use of all tenants below `tenant` counts too; null for a tag."""
     tag: str | None
     """The tag whose use counts, as `key=value`; null for a tenant."""
     unit: str
@@ -223,6 +220,7 @@ def budget_row(standing: Standing) -> BudgetRow:
     return {
         "budget": budget.name,
         "tenant": budget.tenant,
+        "covers": None if budget.tenant is None else WITH_CHILDREN,
         "tag": None if budget.tag is None else "=".join(budget.tag),
         "unit": budget.unit,
         "limit": budget.limit,

@@ -31,6 +31,7 @@ from typing import ClassVar
 from vllm_cost_meter.records.owner import (
     CONTRADICTION,
     NOBODY,
+    SLASH,
     UNKNOWN,
     ChildKind,
     NamedBy,
@@ -43,8 +44,6 @@ NAME_CHARS_MAX = 128
 # Real keys are shorter. We do not spend time on hashing more for a stranger.
 CREDENTIAL_BYTES_MAX = 8_192
 PROOF_HEADER = "x-cost-meter-gateway-secret"
-# The slash stands between a tenant and its child.
-SLASH = "/"
 
 _AUTHORIZATION, _API_KEY = b"authorization", b"x-api-key"
 
@@ -68,10 +67,19 @@ NO_CLAIMS = BodyClaims()
 
 @dataclass(frozen=True, slots=True)
 class DeclaredTenant:
-    """The parent and tags that the operator declared for a tenant, inherited tags included."""
+    """The parent and tags that the operator declared for a tenant, inherited tags included.
+
+    `higher` are the tenants above the parent, the nearest first.
+    """
 
     parent: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    higher: tuple[str, ...] = ()
+
+    @property
+    def above(self) -> tuple[str, ...]:
+        """Return all tenants above this one, the nearest first."""
+        return () if self.parent is None else (self.parent, *self.higher)
 
 
 class ContradictionError(Exception):
@@ -265,9 +273,9 @@ class Resolver:
         declared = self.declared.get(tenant)
         if declared is None:
             parent = tenant.rpartition(SLASH)[0] or None
-            tags = self.declared.get(parent or "", _UNDECLARED).tags
-            return Owner(tenant, rule, child_rule, parent, tags)
-        return Owner(tenant, rule, child_rule, declared.parent, declared.tags)
+            known = self.declared.get(parent or "", _UNDECLARED)
+            return Owner(tenant, rule, child_rule, parent, known.tags, known.above)
+        return Owner(tenant, rule, child_rule, declared.parent, declared.tags, declared.higher)
 
 
 _UNDECLARED = DeclaredTenant()

@@ -107,7 +107,7 @@ def test_own_figures_are_as_the_document_of_vllm_says(world):
     assert_fits(document, "/v1/cost/me", ask(world, "/v1/cost/me").json())
     never = "/v1/cost/me?window=2020-01"
     nothing = ask(world, never).json()
-    assert set(nothing) == {"tenant", "requests", "gpu_time_ns", "budgets"}
+    assert set(nothing) == {"tenant", "covers", "requests", "gpu_time_ns", "budgets"}
     assert_fits(document, "/v1/cost/me", nothing)
     path = "/v1/cost/requests/{request_id}"
     assert_fits(document, path, ask(world, "/v1/cost/requests/of-acme").json())

@@ -173,7 +173,7 @@ def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tm
     path = tmp_path / "ledger.db"
     with closing(sqlite3.connect(path)) as old:
         old.executescript((Path(__file__).parent / "ledger_v1.sql").read_text())
-    with pytest.raises(LedgerError, match="version 1, this cost meter needs 8; start a metered"):
+    with pytest.raises(LedgerError, match="version 1, this cost meter needs 9; start a metered"):
         open_database(url_of(path), create=False)
     open_database(url_of(path)).dispose()
     engine = open_database(url_of(path), create=False)
@@ -205,7 +205,7 @@ def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_
         connection.execute(text("UPDATE schema_version SET version = 5"))
         connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
     engine.dispose()
-    with pytest.raises(LedgerError, match="version 5, this cost meter needs 8; start a metered"):
+    with pytest.raises(LedgerError, match="version 5, this cost meter needs 9; start a metered"):
         open_database(url, create=False)
     engine = open_database(url)
     with engine.connect() as connection:
@@ -228,7 +228,7 @@ def test_a_bill_of_before_tokens_cut_off_were_counted_has_none_and_still_adds_up
                 connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
         connection.execute(text("UPDATE schema_version SET version = 6"))
     engine.dispose()
-    with pytest.raises(LedgerError, match="version 6, this cost meter needs 8; start a metered"):
+    with pytest.raises(LedgerError, match="version 6, this cost meter needs 9; start a metered"):
         open_database(url, create=False)
     open_database(url).dispose()
     reader = LedgerReader(url)
@@ -289,7 +289,7 @@ def test_two_processes_may_create_the_ledger_at_once(tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     engine = open_database(url, create=False)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(8,)]
+        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(9,)]
     engine.dispose()
 
 

@@ -136,7 +136,8 @@ def test_an_empty_ledger_answers_everything(ledger):
     reader = ledger.reader
     assert reader.find("x") == []
     assert reader.request(Match("x")) is None
-    assert reader.requests() == {"requests": [], "running": [], "next": None}
+    nothing = {"requests": [], "running": [], "next": None}
+    assert reader.requests() == {"tenant": None, "covers": None, **nothing}
     assert reader.tenant("alice") is None
     assert reader.audit() == {
         "balanced": True, "runs": [], "after_cut": {"bills": 0, "gpu_time_ns": 0},

@@ -48,9 +48,9 @@ def test_a_budget_covers_its_tenant_its_children_and_those_it_is_the_parent_of()
 
 
 def test_a_budget_covers_all_that_is_declared_below_its_tenant_and_what_clients_make_of_it():
-    of_acme = budget(members=frozenset({"lab", "bench"}))
-    assert of_acme.covers(Owner("bench", parent="lab"))
-    assert of_acme.covers(Owner("bench/bob", parent="bench"))
+    of_acme = budget()
+    assert of_acme.covers(Owner("bench", parent="lab", higher=("acme",)))
+    assert of_acme.covers(Owner("bench/bob", parent="bench", higher=("lab", "acme")))
     assert not of_acme.covers(Owner("rival/bench", parent="rival"))
 
 

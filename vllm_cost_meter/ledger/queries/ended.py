@@ -15,26 +15,32 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, Text, cast, func, literal, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.queries.coverage import told
 from vllm_cost_meter.ledger.queries.cut import Window
 from vllm_cost_meter.ledger.schema import http_requests, requests, runs
 from vllm_cost_meter.reports.facts import COUNTS
+from vllm_cost_meter.reports.grammar import COVERED, Question
 
 TOKENS = COUNTS[1:]
 # The length of "2027-01-15T08": the UTC hour at the start of an RFC 3339 instant.
 HOUR_CHARS = 13
+EVERYTHING = Question()
 Counts = tuple[int, int, int, int]
 
 
 def count_ended(
-    connection: Connection, window: Window, by: Sequence[str] = ("tenant",)
+    connection: Connection,
+    window: Window,
+    by: Sequence[str] = ("tenant",),
+    question: Question = EVERYTHING,
 ) -> dict[tuple[Any, ...], Counts]:
     """Return the number of requests that ended in the window and their tokens, by group.
 
-    `by` names columns of `requests`, `labels` for those of the run, and `hour` for the UTC hour in
-    which a request ended.
+    `by` names columns of `requests`, `labels` for those of the run, `hour` for the UTC hour in
+    which a request ended, and `COVERED` for whether it is of the tenants that the question means.
     """
     found: dict[tuple[Any, ...], Counts] = {}
-    for query in (_told(window, by), _untold(window, by)):
+    for query in (_told(window, by, question), _untold(window, by, question)):
         for row in connection.execute(query):
             key, counts = tuple(row[: len(by)]), row[len(by) :]
             known = found.get(key, (0, 0, 0, 0))
@@ -43,13 +49,14 @@ def count_ended(
     return found
 
 
-def _told(window: Window, by: Sequence[str]) -> Select[Any]:
+def _told(window: Window, by: Sequence[str], question: Question) -> Select[Any]:
     """Count exchanges that have an HTTP row and at least one part."""
     h, r = http_requests.c, requests.c
     own = {
         "tenant": h.tenant,
         "hour": func.substr(h.finished_at, 1, HOUR_CHARS),
         "labels": func.min(labels_of(r.run_id)),
+        COVERED: told(h, question),
     }
     prompts = (
         select(
@@ -80,7 +87,7 @@ def _told(window: Window, by: Sequence[str]) -> Select[Any]:
     return select(*keys, func.count(), *(func.sum(e[name]) for name in TOKENS)).group_by(*keys)
 
 
-def _untold(window: Window, by: Sequence[str]) -> Select[Any]:
+def _untold(window: Window, by: Sequence[str], question: Question) -> Select[Any]:
     """Count the tokens of parts without an HTTP row; they add no request."""
     h, r = http_requests.c, requests.c
     exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
@@ -88,6 +95,7 @@ def _untold(window: Window, by: Sequence[str]) -> Select[Any]:
         "tenant": r.tenant,
         "hour": func.max(func.substr(r.finished_at, 1, HOUR_CHARS)),
         "labels": func.min(labels_of(r.run_id)),
+        COVERED: func.min(told(r, question)),
     }
     prompts = (
         select(

@@ -19,6 +19,7 @@ from sqlalchemy import ColumnElement, and_, exists, func, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.answers import LostRequest
+from vllm_cost_meter.ledger.queries.coverage import is_of_all
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut
 from vllm_cost_meter.ledger.queries.energy import PENDING
 from vllm_cost_meter.ledger.rows import live_requests
@@ -35,6 +36,7 @@ from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, LedgerRow
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
@@ -100,9 +102,13 @@ def open_parts(
 
 
 def running_parts(
-    connection: Connection, tenant: str | None, living: Living, limit: int, book: PriceBook
+    connection: Connection,
+    scopes: Sequence[TenantScope],
+    living: Living,
+    limit: int,
+    book: PriceBook,
 ) -> list[dict[str, Any]]:
-    """Return the newest running parts of exchanges without any part that ended."""
+    """Return the newest running parts, of each of the scopes, in exchanges where no part ended."""
     o = open_requests.c
     first = select(func.min(runs.c.started_at)).join(snapshots, snapshots.c.run_id == runs.c.run_id)
     mine = [
@@ -110,9 +116,8 @@ def running_parts(
         o.started_at >= first.where(living.condition()).scalar_subquery(),
         ~exists().where(http_requests.c.http_request_id == o.http_request_id),
         ~exists().where(requests.c.http_request_id == o.http_request_id),
+        *is_of_all(o, *scopes),
     ]
-    if tenant is not None:
-        mine.append(o.tenant == tenant)
     parts = open_parts(connection, and_(*mine), living, book, limit)
     return [part for part in parts if part["state"] == RUNNING]
 

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from sqlalchemy import Text, and_, cast, func, or_, select, tuple_
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.queries.coverage import is_of_all
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_answers import RequestRow
 from vllm_cost_meter.reports.request_row import LedgerRow, exchange
 from vllm_cost_meter.units.text import quoted
@@ -53,20 +55,24 @@ class PageKey:
 
 
 def page_of_keys(
-    connection: Connection, limit: int, before: PageKey | None, tenant: str | None
+    connection: Connection,
+    limit: int,
+    before: PageKey | None,
+    scopes: Sequence[TenantScope] = (),
 ) -> list[PageKey]:
-    """Return the keys of at most `limit` exchanges, the newest before `before` first."""
+    """Return the keys of at most `limit` exchanges, the newest before `before` first.
+
+    They are of each of the `scopes`: of the tenant that is asked for, and of the one that asks.
+    """
     h = http_requests.c
-    first = select(h.finished_at, h.http_request_id)
-    if tenant is not None:
-        first = first.where(h.tenant == tenant)
+    first = select(h.finished_at, h.http_request_id).where(*is_of_all(h, *scopes))
     if before is not None:
         key = tuple_(h.finished_at, h.http_request_id)
         first = first.where(key < (before.finished_at, before.id))
     first = first.order_by(h.finished_at.desc(), h.http_request_id.desc()).limit(limit)
     keys = [PageKey(*row) for row in connection.execute(first)]
     since = keys[-1].finished_at if len(keys) == limit else None
-    keys += _untold_keys(connection, limit, before, since, tenant)
+    keys += _untold_keys(connection, limit, before, since, scopes)
     keys.sort(key=lambda key: (key.finished_at, key.id), reverse=True)
     return keys[:limit]
 
@@ -76,7 +82,7 @@ def _untold_keys(
     limit: int,
     before: PageKey | None,
     since: str | None,
-    tenant: str | None,
+    scopes: Sequence[TenantScope],
 ) -> list[PageKey]:
     """Return the keys of exchanges without an HTTP row, each at the end of its last part."""
     h, r = http_requests.c, requests.c
@@ -88,12 +94,11 @@ def _untold_keys(
         .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
         .where(h.http_request_id.is_(None))
         .where(or_(r.http_request_id.is_(None), r.finished_at == last.scalar_subquery()))
+        .where(*is_of_all(r, *scopes))
         .group_by(r.finished_at, own, r.http_request_id)
         .order_by(r.finished_at.desc(), own.desc())
         .limit(limit)
     )
-    if tenant is not None:
-        query = query.where(r.tenant == tenant)
     if since is not None:
         query = query.where(r.finished_at >= since)
     if before is not None:

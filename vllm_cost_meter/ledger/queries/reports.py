@@ -69,10 +69,9 @@ def statement_at(
     asked: Question,
     *,
     month: str,
-    tenant: str | None,
     now_ns: int,
 ) -> TenantStatement:
-    """Return the statement of a month, for one tenant or for all.
+    """Return the statement of a month, for the tenant that is asked for or for all.
 
     Raises ValueError for a tenant without a line.
     """
@@ -87,7 +86,6 @@ def statement_at(
         facts,
         asked,
         costs.price_of,
-        tenant=tenant,
         overhead=overhead,
         why=costs.why_none,
         now_ns=now_ns,

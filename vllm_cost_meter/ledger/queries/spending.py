@@ -185,7 +185,7 @@ class Spending:
         return Standing(budget, used, now_ns)
 
 
-_OWNER = ("tenant", "tenant_parent", "tags")
+_OWNER = ("tenant", "tenant_above", "tags")
 
 
 def _finished_since(since: str) -> Select[Any]:
@@ -215,7 +215,7 @@ def _add_to(
     gpu_ns: int,
     run_id: str | None = None,
 ) -> None:
-    of = Owner.stored(owner.tenant, owner.tenant_parent, owner.tags)
+    of = Owner.stored(owner.tenant, owner.tenant_above, owner.tags)
     key = (owner.run_id if run_id is None else run_id, hour)
     for budget in budgets:
         if budget.covers(of):
