@@ -163,15 +163,16 @@ class LedgerReader:
         """
         asked = None if tenant is None else TenantScope(tenant, covers)
         asker = None if only is None else TenantScope(only)
-        scopes = [scope for scope in (asked, asker) if scope is not None]
         limit = max(1, min(limit, MAX_LIMIT))
         before = None if next is None else PageKey.from_token(next)
         living = self._living(as_of)
         with self.transaction() as connection:
-            keys = page_of_keys(connection, limit + 1, before, scopes)
+            keys = page_of_keys(connection, limit + 1, before, asked, asker)
             rows = exchanges(connection, keys[:limit], living, self._book)
             first = before is None
-            parts = running_parts(connection, scopes, living, limit, self._book) if first else []
+            parts = (
+                running_parts(connection, asked, asker, living, limit, self._book) if first else []
+            )
         more = len(keys) > limit
         return {
             "tenant": tenant,

@@ -172,7 +172,7 @@ def report(
         series = [piece for piece in series if piece["rows"]]
     return {
         "aggregate": list(question.aggregate),
-        "covers": question.covers if question.scopes else None,
+        "covers": question.covers if question.names_tenants else None,
         "idle": question.idle.text,
         "what_if_usd_per_gpu_hour": None if question.price is None else f"{question.price:f}",
         **({} if question.only is not None else _whole(facts, question, price_of)),

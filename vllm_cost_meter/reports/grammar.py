@@ -94,22 +94,27 @@ class Question:
         return replace(self, conditions=conditions, only=tenant)
 
     @property
-    def scopes(self) -> tuple[tuple[TenantScope, ...], ...]:
-        """Return the tenants that are meant: a row is shown if it is of one of each group."""
-        asked = self.conditions.get("tenant")
-        return (
-            *(() if self.only is None else ((TenantScope(self.only),),)),
-            *(() if asked is None else (tuple(TenantScope(n, self.covers) for n in asked),)),
-        )
+    def asked(self) -> tuple[TenantScope, ...] | None:
+        """Return the tenants that are meant, each of which will do; None means all tenants."""
+        names = self.conditions.get("tenant")
+        return None if names is None else tuple(TenantScope(name, self.covers) for name in names)
+
+    @property
+    def names_tenants(self) -> bool:
+        """Whether the question is about some tenants, or asked by one."""
+        return self.only is not None or self.asked is not None
 
     @property
     def tells_coverage(self) -> bool:
         """Whether the name of a row's tenant does not say if the row is shown."""
-        return any(scope.covers == WITH_CHILDREN for any_of in self.scopes for scope in any_of)
+        return self.only is not None or bool(self.asked and self.covers == WITH_CHILDREN)
 
     def includes(self, tenant: str) -> bool:
         """Return whether a tenant is meant, by its name alone."""
-        return all(any(scope.includes(tenant) for scope in any_of) for any_of in self.scopes)
+        by_asker = self.only is None or TenantScope(self.only).includes(tenant)
+        return by_asker and (
+            self.asked is None or any(scope.includes(tenant) for scope in self.asked)
+        )
 
     @property
     def dimensions(self) -> tuple[str, ...]:

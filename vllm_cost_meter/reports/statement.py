@@ -132,7 +132,7 @@ def month_question(
 
 def _whose(asked: Question) -> TenantScope | None:
     """Return the tenant that a statement is for; None if it is for all."""
-    return next((scope for any_of in asked.scopes for scope in any_of), None)
+    return None if asked.asked is None else asked.asked[0]
 
 
 def statement(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import inspect, text
 
+from tests.component.ledger.test_reader import http
 from tests.support.builders import make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import (
@@ -257,6 +258,28 @@ def test_a_run_shows_its_labels_and_one_of_before_there_were_any_has_none_that_a
     reader = LedgerReader(url)
     (run,) = reader.summary()["runs"]
     assert run["labels"] is None
+    reader.close()
+
+
+def test_a_request_of_before_all_tenants_above_were_kept_is_its_parents(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    writer = LedgerWriter(url)
+    writer.start()
+    of_web = {"tenant": "web", "tenant_parent": "search", "http_request_id": "h1"}
+    writer.commit(make_part(**of_web), http("h1", tenant="web"), http("h2", at=1)).result(10)
+    writer.close()
+    engine = open_database(url)
+    tables = ("requests", "open_requests", "http_requests")
+    with engine.begin() as connection:
+        for table in tables:
+            connection.execute(text(f"ALTER TABLE {table} DROP COLUMN tenant_above"))
+        connection.execute(text("UPDATE schema_version SET version = 8"))
+    engine.dispose()
+    open_database(url).dispose()
+    reader = LedgerReader(url)
+    for name, ids in (("search", ["h1"]), ("web", ["h1"]), ("sea", []), ("alice", ["h2"])):
+        page = reader.requests(tenant=name)
+        assert [row["http_request_id"] for row in page["requests"]] == ids
     reader.close()
 
 

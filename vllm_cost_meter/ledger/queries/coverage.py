@@ -4,13 +4,17 @@ This is `records.owner.TenantScope` for rows of `requests`, `open_requests` and 
 which keep the tenant and all tenants above it. It compares byte by byte. LIKE would not do: SQLite
 takes it without regard to case, and `%` and `_` in names would have to be escaped.
 
-Invariant: for every row the condition says what `TenantScope.includes` says of its owner.
+Invariant: for every row the condition says what `TenantScope.includes` says of its owner. A tenant
+that asks for another gets only what is of the other, and only if that one is below it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, false, func, literal_column, or_, true
+from sqlalchemy import ColumnElement, Integer, and_, case, false, func, literal_column, or_, true
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import GenericFunction
 
 from vllm_cost_meter.records.owner import BETWEEN, OWN, SLASH, TenantScope
 from vllm_cost_meter.reports.grammar import COVERED, NO, YES, Question
@@ -21,33 +25,33 @@ HIDDEN = BETWEEN
 # for a new one each time, so grouping by the expression itself would fail.
 COVERED_NAME: ColumnElement[Any] = literal_column(COVERED)
 DETAILS_NAME: ColumnElement[Any] = literal_column("details_name")
-# The character after the slash: `acme/...` are the texts from `acme/` to `acme0`.
-_AFTER_SLASH = chr(ord(SLASH) + 1)
 
 
 def is_of(row: Any, scope: TenantScope) -> ColumnElement[bool]:
     """Return the condition that a row is of the tenant that is meant. `row` has the columns."""
-    tenant, name = row.tenant, scope.tenant
-    itself: ColumnElement[bool] = tenant == name
     if scope.covers == OWN:
+        itself: ColumnElement[bool] = row.tenant == scope.tenant
         return itself
-    by_name = and_(tenant >= name + SLASH, tenant < name + _AFTER_SLASH)
-    return or_(
-        itself,
-        by_name,
-        _has(row.tenant_above, BETWEEN + name + BETWEEN),
-        _has(row.tenant_above, BETWEEN + name + SLASH),
-    )
+    return _place(row, scope.tenant) > 0
 
 
-def is_of_all(row: Any, *scopes: TenantScope | None) -> list[ColumnElement[bool]]:
-    """Return the conditions that a row is of each of these; None stands for no condition."""
-    return [is_of(row, scope) for scope in scopes if scope is not None]
+def is_shown(
+    row: Any, asked: TenantScope | None, asker: TenantScope | None = None
+) -> ColumnElement[bool]:
+    """Return the condition that a row is of the tenant asked for, and shown to the one that asks.
 
-
-def is_of_any(row: Any, scopes: Iterable[TenantScope]) -> ColumnElement[bool]:
-    """Return the condition that a row is of one of these."""
-    return or_(false(), *(is_of(row, scope) for scope in scopes))
+    None stands for all tenants. The tenant asked for must not be above the one that asks: a child
+    that names its parent would else get its own figures under the parent's name.
+    """
+    if asked is None or asker is None:
+        one = asked or asker
+        return true() if one is None else is_of(row, one)
+    if asked.tenant == asker.tenant:
+        return and_(is_of(row, asked), is_of(row, asker))
+    if TenantScope(asked.tenant).includes(asker.tenant):
+        return false()
+    is_below = _place(row, asked.tenant) <= _place(row, asker.tenant)
+    return and_(is_of(row, asked), is_of(row, asker), is_below)
 
 
 def told(row: Any, question: Question) -> ColumnElement[str]:
@@ -64,10 +68,35 @@ def details_name(row: Any, question: Question) -> ColumnElement[str]:
 
 
 def _is_meant(row: Any, question: Question) -> ColumnElement[bool]:
-    return and_(true(), *(is_of_any(row, any_of) for any_of in question.scopes))
+    asker = None if question.only is None else TenantScope(question.only)
+    asked: Sequence[TenantScope | None] = (None,)
+    if question.asked is not None:
+        asked = question.asked
+    return or_(false(), *(is_shown(row, each, asker) for each in asked))
 
 
-def _has(column: ColumnElement[str], text: str) -> ColumnElement[bool]:
-    """Return the condition that a column contains a text; false for NULL."""
-    # Both databases have `replace`; the functions that look for a text have other names in each.
-    return and_(column.is_not(None), func.replace(column, text, "") != column)
+def _place(row: Any, name: str) -> ColumnElement[int]:
+    """Return where a name stands among a row's tenant and those above it; 0 if it does not.
+
+    A line break is put before each slash, so that `acme` stands in `acme/web` as well.
+    """
+    path = BETWEEN + row.tenant + func.coalesce(row.tenant_above, BETWEEN)
+    text = f"{BETWEEN}{name}{BETWEEN}"
+    return _TextPlace(func.replace(path, SLASH, BETWEEN + SLASH), _with_breaks(text))
+
+
+def _with_breaks(text: str) -> str:
+    return text.replace(SLASH, BETWEEN + SLASH)
+
+
+class _TextPlace(GenericFunction[int]):
+    """Where a text begins in another, from 1; 0 if it is not in it."""
+
+    name = "strpos"
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(_TextPlace, "sqlite")
+def _in_sqlite(element: _TextPlace, compiler: SQLCompiler, **options: Any) -> str:
+    return f"instr({compiler.process(element.clauses, **options)})"

@@ -19,7 +19,7 @@ from sqlalchemy import ColumnElement, and_, exists, func, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.answers import LostRequest
-from vllm_cost_meter.ledger.queries.coverage import is_of_all
+from vllm_cost_meter.ledger.queries.coverage import is_shown
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut
 from vllm_cost_meter.ledger.queries.energy import PENDING
 from vllm_cost_meter.ledger.rows import live_requests
@@ -103,12 +103,13 @@ def open_parts(
 
 def running_parts(
     connection: Connection,
-    scopes: Sequence[TenantScope],
+    asked: TenantScope | None,
+    asker: TenantScope | None,
     living: Living,
     limit: int,
     book: PriceBook,
 ) -> list[dict[str, Any]]:
-    """Return the newest running parts, of each of the scopes, in exchanges where no part ended."""
+    """Return the newest running parts that are shown, in exchanges where no part ended."""
     o = open_requests.c
     first = select(func.min(runs.c.started_at)).join(snapshots, snapshots.c.run_id == runs.c.run_id)
     mine = [
@@ -116,7 +117,7 @@ def running_parts(
         o.started_at >= first.where(living.condition()).scalar_subquery(),
         ~exists().where(http_requests.c.http_request_id == o.http_request_id),
         ~exists().where(requests.c.http_request_id == o.http_request_id),
-        *is_of_all(o, *scopes),
+        is_shown(o, asked, asker),
     ]
     parts = open_parts(connection, and_(*mine), living, book, limit)
     return [part for part in parts if part["state"] == RUNNING]

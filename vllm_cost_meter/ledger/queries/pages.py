@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from sqlalchemy import Text, and_, cast, func, or_, select, tuple_
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.queries.coverage import is_of_all
+from vllm_cost_meter.ledger.queries.coverage import is_shown
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
@@ -58,21 +58,22 @@ def page_of_keys(
     connection: Connection,
     limit: int,
     before: PageKey | None,
-    scopes: Sequence[TenantScope] = (),
+    asked: TenantScope | None = None,
+    asker: TenantScope | None = None,
 ) -> list[PageKey]:
     """Return the keys of at most `limit` exchanges, the newest before `before` first.
 
-    They are of each of the `scopes`: of the tenant that is asked for, and of the one that asks.
+    They are of the tenant asked for, as far as they are shown to the one that asks.
     """
     h = http_requests.c
-    first = select(h.finished_at, h.http_request_id).where(*is_of_all(h, *scopes))
+    first = select(h.finished_at, h.http_request_id).where(is_shown(h, asked, asker))
     if before is not None:
         key = tuple_(h.finished_at, h.http_request_id)
         first = first.where(key < (before.finished_at, before.id))
     first = first.order_by(h.finished_at.desc(), h.http_request_id.desc()).limit(limit)
     keys = [PageKey(*row) for row in connection.execute(first)]
     since = keys[-1].finished_at if len(keys) == limit else None
-    keys += _untold_keys(connection, limit, before, since, scopes)
+    keys += _untold_keys(connection, limit, before, since, asked, asker)
     keys.sort(key=lambda key: (key.finished_at, key.id), reverse=True)
     return keys[:limit]
 
@@ -82,7 +83,8 @@ def _untold_keys(
     limit: int,
     before: PageKey | None,
     since: str | None,
-    scopes: Sequence[TenantScope],
+    asked: TenantScope | None,
+    asker: TenantScope | None,
 ) -> list[PageKey]:
     """Return the keys of exchanges without an HTTP row, each at the end of its last part."""
     h, r = http_requests.c, requests.c
@@ -94,7 +96,7 @@ def _untold_keys(
         .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
         .where(h.http_request_id.is_(None))
         .where(or_(r.http_request_id.is_(None), r.finished_at == last.scalar_subquery()))
-        .where(*is_of_all(r, *scopes))
+        .where(is_shown(r, asked, asker))
         .group_by(r.finished_at, own, r.http_request_id)
         .order_by(r.finished_at.desc(), own.desc())
         .limit(limit)

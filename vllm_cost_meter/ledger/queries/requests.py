@@ -11,7 +11,7 @@ from sqlalchemy import and_, null, or_, select, tuple_
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cost_models import models
-from vllm_cost_meter.ledger.queries.coverage import is_of_all
+from vllm_cost_meter.ledger.queries.coverage import is_shown
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, is_billed, open_parts
@@ -74,7 +74,7 @@ def find(connection: Connection, id: str, only: TenantScope | None = None) -> li
     )
     found: dict[Match, tuple[bool, str]] = {}
     for query, of, at, own_ids, chosen_ids in sources:
-        query = query.where(*is_of_all(of, only))
+        query = query.where(is_shown(of, only))
         columns = [*((own, True) for own in own_ids), *((chosen, False) for chosen in chosen_ids)]
         for column, is_own in columns:
             newest = query.where(column.in_(forms)).order_by(at.desc()).limit(MAX_MATCHES)
