@@ -31,7 +31,7 @@ from vllm_cost_meter.cli.options import (
 )
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.records.owner import COVERS_TEXT, OWN, WITH_CHILDREN, TenantScope
+from vllm_cost_meter.records.owner import COVERS_TEXT, OWN, WITH_CHILDREN, Covers, TenantScope
 from vllm_cost_meter.reports.answers import TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
 from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words, question
@@ -161,24 +161,22 @@ def report(
         "filter": filter,
         "price": price,
     }
-    covers = WITH_CHILDREN if with_children else OWN
     answer: Any
     with reading(ledger, config) as reader:
         _refuse(words if what is What.requests else {"tenant": tenant}, what)
         refuse_both(as_json=as_json, as_csv=as_csv)
         has_words = any(value for word, value in words.items() if word not in ("window", "tz"))
         if has_words:
-            answer = reader.report(replace(question(**words), covers=covers))
+            answer = reader.report(replace(question(**words), covers=_covers(with_children)))
             rows, columns = _series_rows(answer)
         elif what is What.tenants:
             answer = _plain_report(reader, window, tz)
             rows, columns = _series_rows(answer)[0], TENANT_COLUMNS
         else:
-            answer = reader.requests(limit=limit, tenant=tenant, covers=covers)
+            answer = reader.requests(limit=limit, tenant=tenant, covers=_covers(with_children))
             rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
-    below = [_requests_of(answer)] if tenant is not None else []
-    if what is What.tenants:
-        below = _lines_below(answer, filter, has_words)
+    is_report = what is What.tenants
+    below = _lines_below(answer, filter, has_words) if is_report else _requests_of(answer)
     print_answer(
         answer,
         rows,
@@ -187,7 +185,7 @@ def report(
         as_csv=as_csv,
         output=output,
     )
-    if what is What.tenants and not answer["adds_up"]:
+    if is_report and not answer["adds_up"]:
         raise typer.Exit(1)
 
 
@@ -218,7 +216,7 @@ def statement(
         format = _format_of(format, as_json=as_json, as_csv=as_csv)
         if everyone == (tenant is not None):
             raise ValueError("--tenant: expected it or --all, and not both")
-        covers = WITH_CHILDREN if with_children else OWN
+        covers = _covers(with_children)
         answer = reader.statement(month, tenant=tenant, covers=covers, tz=tz, idle=idle)
         if output is not None:
             write_output(output, _written(answer, format))
@@ -228,6 +226,11 @@ def statement(
         print(_written(answer, format), end="")
     if not answer["adds_up"]:
         raise typer.Exit(1)
+
+
+def _covers(with_children: bool) -> Covers:
+    """Return what a tenant means by the options."""
+    return WITH_CHILDREN if with_children else OWN
 
 
 def _format_of(format: Format, *, as_json: bool, as_csv: bool) -> Format:
@@ -315,9 +318,11 @@ def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool)
     return lines if has_words else [*lines, *price_lines(answer)]
 
 
-def _requests_of(answer: Mapping[str, Any]) -> str:
-    """Return the line that says whose requests are listed."""
-    return f"requests of {TenantScope(answer['tenant'], answer['covers']).text}"
+def _requests_of(answer: Mapping[str, Any]) -> list[str]:
+    """Return the line that says whose requests are listed; none for those of all tenants."""
+    if answer["tenant"] is None:
+        return []
+    return [f"requests of {TenantScope(answer['tenant'], answer['covers']).text}"]
 
 
 def _written(answer: Mapping[str, Any], format: Format) -> str:

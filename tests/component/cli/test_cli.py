@@ -69,17 +69,10 @@ def test_tenants_are_a_table_whose_rows_are_the_whole(ledger):
     result = run("report", "--ledger", ledger)
     assert result.exit_code == 0
     head, *rows, own, adds_up, last = result.stdout.splitlines()
-    assert cells(head) == (
-        [
-            "tenant",
-            "requests",
-            "prompt_tokens",
-            "cached_tokens",
-            "output_tokens",
-            "gpu_seconds",
-            "cost_usd",
-        ]
-    )
+    assert cells(head) == [
+        *("tenant", "requests", "prompt_tokens", "cached_tokens", "output_tokens"),
+        *("gpu_seconds", "cost_usd"),
+    ]
     assert cells(rows[0]) == ["alice", "2", "20", "4", "10", "0.000001", "-"]
     assert [cells(row)[0] for row in rows] == ["alice", EVIL, *CLASS_ROWS]
     assert own == "each row is a tenant on its own, without those below it"

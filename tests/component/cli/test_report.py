@@ -147,6 +147,31 @@ def test_a_statement_is_of_one_tenant_or_of_all(ledger):
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "covers", "title", "tenants"),
+    [
+        ("--with-children", "with_children", "search with all tenants below it", ["ads", "search"]),
+        ("--own", "own", "search on its own", ["search"]),
+    ],
+)
+def test_a_statement_says_whether_the_tenants_below_are_in_it(
+    tmp_path, option, covers, title, tenants
+):
+    bills = [part(1, tenant="search"), part(2, "h2", tenant="ads", tenant_parent="search")]
+    path = tmp_path / "family.db"
+    record(path, *bills, part(3, "h3", tenant="searches"), snapshot(bills))
+    asked = ("statement", "--tenant", "search", option, "--month", "2027-01", "--ledger", path)
+    answer = json.loads(run(*asked, "--json").stdout)
+    assert (answer["tenant"], answer["covers"]) == ("search", covers)
+    assert sorted({line["tenant"] for line in answer["lines"]}) == tenants
+    assert answer["total"]["gpu_time_ns"] == 300 * len(tenants)
+    text, page = run(*asked).stdout, run(*asked, "--format", "html").stdout
+    assert text.startswith(f"Statement of {title}, 2027-01")
+    assert f"<h1>Statement of {title}, 2027-01" in page
+    rows = list(csv.DictReader(io.StringIO(run(*asked, "--csv").stdout, newline="")))
+    assert sorted((row["tenant"], row["covers"]) for row in rows) == [(t, "own") for t in tenants]
+
+
 def test_a_statement_is_written_in_each_format(ledger, tmp_path):
     def shown(format: str) -> str:
         result = run(

@@ -66,6 +66,27 @@ def test_a_tenant_is_told_what_it_used_and_where_its_own_budgets_stand(world):
     assert [budget["budget"] for budget in told["budgets"]] == ["acme's"]
 
 
+def test_a_tenant_is_told_what_all_below_it_used_or_only_itself(make_world):
+    keys = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("acme", "lab", "rival")}
+    tenants = [{"name": name, "api_key_sha256": [digest]} for name, digest in keys.items()]
+    tenants[1]["parent"] = "acme"
+    world = make_world(tenants=tenants)
+    for name in keys:
+        scope = scope_of(headers=[(b"authorization", f"Bearer {name}".encode())])
+        app = replying(JSON, [BODY], lambda name=name: world.engine.generate(f"cmpl-{name}-0"))
+        world.run(app, scope)
+    world.rows("SELECT 1")
+    told = ask(world, "/v1/cost/me").json()
+    assert (told["tenant"], told["covers"], told["tenants"]) == ("acme", "with_children", 2)
+    assert (told["requests"], told["gpu_time_ns"]) == (2, 6_000)
+    assert {row["tenant"] for row in told["recent"]} == {"acme", "lab"}
+    own = ask(world, "/v1/cost/me?covers=own").json()
+    assert (own["covers"], own["requests"], own["gpu_time_ns"]) == ("own", 1, 3_000)
+    of_lab = ask(world, "/v1/cost/me", "lab").json()
+    assert (of_lab["tenant"], of_lab["requests"], of_lab["gpu_time_ns"]) == ("lab", 1, 3_000)
+    assert of_lab["budgets"] == []
+
+
 def test_a_tenant_finds_its_own_request(world):
     told = ask(world, "/v1/cost/requests/of-acme").json()
     assert (told["tenant"], told["x_request_id"]) == ("acme", "of-acme")

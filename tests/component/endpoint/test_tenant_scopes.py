@@ -164,6 +164,6 @@ def test_a_report_by_a_key_may_mean_its_tenant_alone(side):
 
 def test_an_id_that_several_use_is_found_for_the_tenant_that_is_meant(side):
     assert ask(side, "/cost/requests/same", "search/web").json()["tenant"] == "search/web"
-    assert {match.http_request_id for match in side.reader.find("same", only="ads")} == {
-        f"of {name}" for name in BELOW["ads"]
-    }
+    for name in BELOW:
+        found = {match.http_request_id for match in side.reader.find("same", only=name)}
+        assert found == {f"of {each}" for each in BELOW[name]}

@@ -103,7 +103,7 @@ def statement_at(
 
 
 # A summary leaves out these keys of a report by tenant.
-_OF_ROWS = ("aggregate", "idle", "what_if_usd_per_gpu_hour", "series")
+_OF_ROWS = ("aggregate", "covers", "idle", "what_if_usd_per_gpu_hour", "series")
 
 
 def rows_of(answer: Report) -> list[ReportRow]:
