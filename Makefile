@@ -56,8 +56,7 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate bench matrix lock \
-  vulnerabilities clean
+.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate bench matrix lock vulnerabilities clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
