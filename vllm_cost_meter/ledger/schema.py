@@ -175,10 +175,10 @@ open_requests = Table(
     # The rule that named the tenant, and what was declared of that tenant when the request came.
     Column("tenant_rule", Text, nullable=False),
     Column("tenant_parent", _Key),
-    # All tenants above it, the parent first, each on a line of its own; NULL for none.
-    Column("tenant_above", _Key),
     # JSON: an object of texts.
     Column("tags", Text),
+    # All tenants above it, the parent first, each on a line of its own; NULL for none.
+    Column("tenant_above", _Key),
     Column("model", Text),
     Column("lora", Text),
     Column("route", Text),
@@ -224,10 +224,10 @@ requests = Table(
     # The rule that named the tenant, and what was declared of that tenant when the request came.
     Column("tenant_rule", Text, nullable=False),
     Column("tenant_parent", _Key),
-    # All tenants above it, the parent first, each on a line of its own; NULL for none.
-    Column("tenant_above", _Key),
     # JSON: an object of texts.
     Column("tags", Text),
+    # All tenants above it, the parent first, each on a line of its own; NULL for none.
+    Column("tenant_above", _Key),
     Column("model", Text),
     Column("lora", Text),
     Column("route", Text),

@@ -78,12 +78,12 @@ def test_a_tenant_is_told_what_all_below_it_used_or_only_itself(make_world):
     world.rows("SELECT 1")
     told = ask(world, "/v1/cost/me").json()
     assert (told["tenant"], told["covers"], told["tenants"]) == ("acme", "with_children", 2)
-    assert (told["requests"], told["gpu_time_ns"]) == (2, 6_000)
+    assert (told["requests"], told["output_tokens"]) == (2, 10)
     assert {row["tenant"] for row in told["recent"]} == {"acme", "lab"}
     own = ask(world, "/v1/cost/me?covers=own").json()
-    assert (own["covers"], own["requests"], own["gpu_time_ns"]) == ("own", 1, 3_000)
+    assert (own["covers"], own["requests"], own["output_tokens"]) == ("own", 1, 5)
     of_lab = ask(world, "/v1/cost/me", "lab").json()
-    assert (of_lab["tenant"], of_lab["requests"], of_lab["gpu_time_ns"]) == ("lab", 1, 3_000)
+    assert (of_lab["tenant"], of_lab["requests"], of_lab["output_tokens"]) == ("lab", 1, 5)
     assert of_lab["budgets"] == []
 
 
