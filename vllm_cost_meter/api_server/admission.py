@@ -1,31 +1,40 @@
 """Holds new requests to the budgets: one `Admission` per API server that has any.
 
 Whenever a new snapshot of an engine is in the ledger, and so at most one poll after it was taken,
-what each budget has used is read anew, in a thread: by all API servers together, running requests
-included. Requests that come in between are judged by that reading, in memory, without waiting.
-Nothing is reserved for what a request may come to use, so what was admitted runs on past the limit;
-with `stop_running` the engine is told to end it.
+what each budget has used is read anew: by all API servers together, running requests included.
+Requests that come in between are judged by that reading, in memory, without waiting. Only after a
+start, before the first reading, whom a hard budget covers waits for it. Nothing is reserved for
+what a request may come to use, so what was admitted runs on past the limit; with `stop_running` the
+engine is told to end it.
 
-Invariant: a failure here refuses only requests of tenants that are to fail closed.
+Invariant: a failure here refuses only requests of tenants that are to fail closed, and before the
+first reading those that a hard budget covers.
 """
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.guard import Guard
-from vllm_cost_meter.ledger.queries.spending import PriceOf, Spending
+from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, Verdict, decide
 from vllm_cost_meter.units.time import NS_PER_SECOND
+
+logger = logging.getLogger("vllm.cost_meter")
 
 # The ledger is asked for new snapshots so many times in the time between two of them.
 ASKS_PER_SNAPSHOT = 4
 # Figures are stale when so many snapshots in a row are missing; never within this many seconds.
 SNAPSHOTS_MISSED_MAX = 3
 FRESH_S_MIN = 5.0
+# How long a request waits for the first figures after a start.
+FIRST_FIGURES_S = 5.0
+NOT_COUNTED = "since the start of this server its budgets have not been counted yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +43,11 @@ class Rules:
 
     budgets: Sequence[Budget]
     fail_closed: Collection[str]
-    price_of: PriceOf
+    book: PriceBook
 
 
+# Returns where budgets stand by these prices; None if nothing is new since the last call.
+Follow = Callable[[Sequence[Budget], PriceBook], Awaitable[Figures | None]]
 # Ends requests by their internal ids.
 Stop = Callable[[Sequence[str]], Awaitable[None]]
 # Internal ids of the requests of this server that run for somebody.
@@ -54,37 +65,65 @@ class Admission:
 
     def __init__(
         self,
-        spending: Spending,
+        follow: Follow,
         rules: Callable[[], Rules],
         guard: Guard,
         interval_s: float,
         *,
         running_of: RunningOf = lambda _covers: (),
         stop: Stop | None = None,
+        first_figures_s: float = FIRST_FIGURES_S,
     ) -> None:
         """`interval_s` is the time between two snapshots."""
-        self._spending = spending
+        self._follow = follow
         self._rules = rules
         self._guard = guard
         self._interval_s = interval_s
         self._running_of = running_of
         self._stop = stop
+        self._first_figures_s = first_figures_s
         self._max_age_ns = int(max(interval_s * SNAPSHOTS_MISSED_MAX, FRESH_S_MIN) * NS_PER_SECOND)
-        self._latest: object = None
-        self.figures = Figures()
+        self._has_figures = asyncio.Event()
+        # Why budgets are unknown, as the log was told.
+        self._unknown: dict[str, str] = {}
+        self._figures = Figures()
 
-    def verdict(self, owner: Owner, now_ns: int | None = None) -> Verdict:
+    @property
+    def figures(self) -> Figures:
+        """Where the budgets stand, by the latest reading."""
+        return self._figures
+
+    @figures.setter
+    def figures(self, figures: Figures) -> None:
+        self._figures = figures
+        # Before an engine was heard of nobody knows what runs.
+        if figures.heard_ns is not None:
+            self._has_figures.set()
+
+    def verdict(self, owner: Owner) -> Verdict:
         """Return what becomes of a new request; it takes no I/O."""
-        now_ns = time.time_ns() if now_ns is None else now_ns
-        stale = self.figures.stale(now_ns, self._max_age_ns)
+        stale = self.figures.stale(time.monotonic_ns(), self._max_age_ns)
         if stale is None and self._guard.off:
             stale = "the meter switched itself off after errors"
         closed = fails_closed(owner, self._rules().fail_closed)
+        if self._waits(owner):
+            stale, closed = NOT_COUNTED, True
         verdict = decide(self.standings_of(owner), stale, closed)
         if verdict.kind != "admitted":
             name = verdict.standing.budget.name if verdict.standing else ""
             metrics.count_refused(verdict.kind, name)
         return verdict
+
+    async def first_figures(self, owner: Owner) -> None:
+        """Wait for the first figures after a start, if a hard budget covers this owner."""
+        if self._waits(owner):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_figures.wait(), self._first_figures_s)
+
+    def _waits(self, owner: Owner) -> bool:
+        if self._has_figures.is_set() or self._guard.off:
+            return False
+        return any(budget.hard and budget.covers(owner) for budget in self._rules().budgets)
 
     def standings_of(self, owner: Owner) -> list[Standing]:
         """Return the standings of the budgets that cover an owner."""
@@ -101,17 +140,32 @@ class Admission:
             await asyncio.sleep(self._interval_s / ASKS_PER_SNAPSHOT)
 
     async def follow(self) -> None:
-        """Read the figures anew if there is a new snapshot, and end what is to be ended."""
+        """Take the figures if there are new ones, and end what is to be ended."""
         rules = self._rules()
-        latest = (await asyncio.to_thread(self._spending.latest_snapshots), rules.budgets)
-        if latest == self._latest:
+        figures = await self._follow(rules.budgets, rules.book)
+        if figures is None:
             return
-        self.figures = await asyncio.to_thread(
-            self._spending.look, rules.budgets, rules.price_of, time.time_ns()
-        )
-        self._latest = latest
-        metrics.set_budgets(self.figures.standings)
+        self.figures = figures
+        metrics.set_budgets(figures.standings)
+        self._say_what_is_unknown()
         await self._stop_running()
+
+    def _say_what_is_unknown(self) -> None:
+        """Warn of each budget that cannot be relied on, once for each reason."""
+        unknown = {
+            standing.budget.name: standing.unknown
+            for standing in self.figures.standings
+            if standing.unknown is not None
+        }
+        for name in unknown.keys() - self._unknown.keys():
+            logger.warning(
+                "cost meter: budget %r cannot be relied on: %s. Until then it refuses nobody but "
+                "tenants that fail closed.",
+                *(name, unknown[name]),
+            )
+        for name in self._unknown.keys() - unknown.keys():
+            logger.info("cost meter: budget %r can be relied on again", name)
+        self._unknown = unknown
 
     async def _stop_running(self) -> None:
         spent = [

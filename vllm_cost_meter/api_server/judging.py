@@ -37,6 +37,12 @@ def route_of_scope(scope: Scope) -> str:
     return route_of(scope["path"].removeprefix(scope.get("root_path", "")))
 
 
+async def wait_for_figures(exchange: Exchange | None, admission: Admission | None) -> None:
+    """Wait until the budgets that cover a new request were counted once, within a bound."""
+    if exchange is not None and admission is not None and reaches_engine(exchange.route):
+        await admission.first_figures(exchange.owner)
+
+
 def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) -> Judged:
     """Return what becomes of a new request by its budgets; it takes no I/O."""
     if admission is None or not reaches_engine(exchange.route):

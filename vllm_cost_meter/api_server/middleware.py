@@ -17,7 +17,13 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_cost_meter.api_server.judging import Judged, judge, judge_unmetered, route_of_scope
+from vllm_cost_meter.api_server.judging import (
+    Judged,
+    judge,
+    judge_unmetered,
+    route_of_scope,
+    wait_for_figures,
+)
 from vllm_cost_meter.api_server.refusal import Refusal
 from vllm_cost_meter.api_server.reply_editor import BODY, ReplyEditor
 from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahead
@@ -60,6 +66,7 @@ class CostMiddleware:
         if runtime.settings.resolver.reads_body and guard.run("body", _has_claims, scope):
             claims, receive = await _read_claims(receive, runtime)
         exchange = guard.run("new exchange", _new_exchange, runtime, scope, claims, started_at_ns)
+        await wait_for_figures(exchange, runtime.admission)
         judged = _judged(exchange, scope, runtime)
         if judged.refusal is not None:
             await _refuse(judged.refusal, scope, send)

@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Collection, Coroutine
-from fractions import Fraction
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from vllm_cost_meter.activation import is_refused
 from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
+from vllm_cost_meter.api_server.budget_looks import BudgetLooks
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
@@ -28,12 +28,11 @@ from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.server import serve
 from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.ledger.database import default_url
-from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
-from vllm_cost_meter.tenants.budgets import Figures
+from vllm_cost_meter.tenants.budgets import Budget, Figures
 from vllm_cost_meter.vllm_hooks import engines
 
 logger = logging.getLogger("vllm.cost_meter")
@@ -108,7 +107,7 @@ class Runtime:
         self.collector.run_facts = engines.run_facts(engine_client)
         self.served = frozenset(engines.served_names(engine_client, state))
         self._start_task("announce", self._announce_loop)
-        await self._hold_to_budgets(engine_client)
+        self._hold_to_budgets(engine_client)
         if (config := self.settings.config) is not None:
             reloader = Reloader(config)
             self._start_task("reload", lambda: self._reload_loop(reloader, engine_client))
@@ -162,21 +161,24 @@ class Runtime:
                 # Reading a file takes its time, and vLLM's tokens must not wait for it.
                 new = await asyncio.to_thread(reloader.look, self.settings)
                 self.settings = new or self.settings
-                await self._hold_to_budgets(engine_client)
+                self._hold_to_budgets(engine_client)
                 self.guard.succeeded("reload")
             except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
                 self.guard.failed("reload", error)
 
     # -- budgets ----------------------------------------------------------------------------
 
-    async def _hold_to_budgets(self, engine_client: Any) -> None:
+    def _hold_to_budgets(self, engine_client: Any) -> None:
         has_rules = self.settings.budgets or self.settings.failing_closed
         if not has_rules or self.admission is not None:
             return
-        # The poller starts later, and is asked at each look.
-        spending = await asyncio.to_thread(Spending, self.writer.url, alive=self.alive)
+        looks = BudgetLooks(self.writer.url)
+
+        async def follow(budgets: Sequence[Budget], book: PriceBook) -> Figures | None:
+            return await asyncio.to_thread(looks.look, budgets, book, self.alive())
+
         self.admission = Admission(
-            spending,
+            follow,
             self.budget_rules,
             self.guard,
             self.settings.snapshot_interval_s,
@@ -190,13 +192,8 @@ class Runtime:
         return Rules(
             budgets=self.settings.declared_budgets,
             fail_closed=self.settings.failing_closed,
-            price_of=self._price_at,
+            book=self.book(),
         )
-
-    def _price_at(self, _run_id: str, hour: int) -> Fraction | None:
-        """Return the price of an hour of this deployment, which budgets take for all runs."""
-        price = self.book().price_at(self.collector.run_facts, hour)
-        return None if price is None else price.usd_per_gpu_hour
 
     # -- figures ----------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ What `/cost/budgets` tells of a running server, at its latest snapshots; without
 import json
 import time
 from contextlib import closing
-from fractions import Fraction
 
 from vllm_cost_meter.cli.options import (
     Config,
@@ -15,12 +14,10 @@ from vllm_cost_meter.cli.options import (
     Wide,
     ledger_url,
     one_line_errors,
-    reading,
 )
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.queries.spending import Spending
-from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.tenants.budgets import told
 
 COLUMNS = ("budget", "of", "state", "used", "limit", "over", "period", "resets_at")
@@ -36,15 +33,8 @@ def budgets(
     """
     with one_line_errors():
         settings = load_settings(config=config)
-        with reading(ledger, config) as reader:
-            run = reader.latest_run() or RunFacts()
-
-        def price_of(_run_id: str, hour: int) -> Fraction | None:
-            price = settings.price_book.price_at(run, hour)
-            return None if price is None else price.usd_per_gpu_hour
-
         with closing(Spending(ledger_url(ledger, config), create=False)) as spending:
-            figures = spending.look(settings.declared_budgets, price_of, time.time_ns())
+            figures = spending.look(settings.declared_budgets, settings.price_book, time.time_ns())
     if as_json:
         answer = {"budgets": [told(standing) for standing in figures.standings]}
         print(json.dumps(answer, indent=2))

@@ -4,17 +4,18 @@ Pure arithmetic over amounts by UTC hour, the grain of the ledger, in which a lo
 month consists of the hours that begin in it. Amounts are integers: nano-USD or GPU-nanoseconds. A
 rolling period ends with the present hour; it resets when enough of what was used has left it.
 
-What is not measured is not guessed: without fresh figures nobody is refused for what they may have
-used, and those who asked to fail closed are refused for that reason and no other.
+What is not measured is not guessed. Without fresh figures nobody is refused for what they may have
+used, and those who asked to fail closed are refused for that reason and no other. The same goes for
+a budget in USD with time that has no price.
 
-Invariant: a verdict depends on the arguments alone; a budget of which nothing is known refuses
-nobody.
+Invariant: a verdict depends on the arguments alone; a budget whose use is unknown refuses only
+tenants that fail closed.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.units.money import format_nano
@@ -27,6 +28,14 @@ Over = Literal["block", "throttle"]
 HOURS_PER_DAY = 24
 _ONE_HOUR = timedelta(hours=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Scope(NamedTuple):
+    """Whose use a budget counts: two budgets with one scope count the same bills."""
+
+    tenant: str | None
+    members: frozenset[str]
+    tag: tuple[str, str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,11 @@ class Budget:
     hard: bool = True
     over: Over = "block"
     stop_running: bool = False
+
+    @property
+    def scope(self) -> Scope:
+        """Whose use counts."""
+        return Scope(self.tenant, frozenset(self.members), self.tag)
 
     def covers(self, owner: Owner) -> bool:
         """Tell whether what this owner uses counts."""
@@ -92,14 +106,18 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where a budget stands: what was used in its period, hour by hour, running requests included.
+    """Where a budget stands: what was used in its period, running requests included.
 
-    `used` has no hour outside the period; None where an amount is not known, as without a price.
+    `used` has no hour outside the period. It tells hours apart where they decide when the budget
+    resets: for a rolling period that is used up. It is None where an amount is not known. `unknown`
+    says why the budget cannot be relied on: time in its period has no price, or the present hour
+    has none, so that what is admitted now could not be counted.
     """
 
     budget: Budget
     used: Mapping[int, int] | None
     now_ns: int
+    unknown: str | None = None
 
     @property
     def total(self) -> int | None:
@@ -157,21 +175,24 @@ class Verdict:
 class Figures:
     """All standings at one instant, and whether they may be relied on.
 
-    `as_of_ns` is the instant of the oldest snapshot of an engine that they hold; None if there is
-    none. `broken` says what is wrong with the meter, None if nothing.
+    `as_of_ns` is the instant of the oldest snapshot that they hold of a living engine, by that
+    engine's clock. `heard_ns` is when it was heard of, by the monotonic clock of this machine: no
+    wall clock makes figures older or younger. Both are None if no engine lives. `broken` says what
+    is wrong with the meter, None if nothing.
     """
 
     standings: Sequence[Standing] = ()
     as_of_ns: int | None = None
     broken: str | None = None
+    heard_ns: int | None = None
 
-    def stale(self, now_ns: int, max_age_ns: int) -> str | None:
+    def stale(self, monotonic_ns: int, max_age_ns: int) -> str | None:
         """Return why the figures cannot be relied on now, or None."""
         if self.broken is not None:
             return self.broken
-        if self.as_of_ns is None:
+        if self.heard_ns is None:
             return "no engine has been heard of yet"
-        age_ns = now_ns - self.as_of_ns
+        age_ns = monotonic_ns - self.heard_ns
         if age_ns > max_age_ns:
             return f"the latest figures are {age_ns / NS_PER_SECOND:.0f} s old"
         return None
@@ -198,6 +219,8 @@ class BudgetRow(TypedDict):
     """10^-9 of `unit`: what running requests used beyond the limit."""
     state: str
     """`within`, `soft`, `spent` or `unknown`."""
+    unknown: str | None
+    """Why the budget cannot be relied on: a run and an hour without a price; null if it can."""
     hard: bool
     """Whether it acts, or only warns."""
     over_action: str
@@ -218,7 +241,9 @@ def told(standing: Standing) -> BudgetRow:
     """Return what the side endpoint says of a budget. Amounts are nano-USD or GPU-nanoseconds."""
     budget, total = standing.budget, standing.total
     first, _ = budget.hours(standing.now_ns)
-    state = "unknown" if total is None else "soft" if standing.is_soft_spent else "within"
+    state = "soft" if standing.is_soft_spent else "within"
+    if standing.unknown is not None or total is None:
+        state = "unknown"
     return {
         "budget": budget.name,
         "tenant": budget.tenant,
@@ -229,6 +254,7 @@ def told(standing: Standing) -> BudgetRow:
         "used": total,
         "over": standing.over,
         "state": "spent" if standing.is_spent else state,
+        "unknown": standing.unknown,
         "hard": budget.hard,
         "over_action": budget.over,
         "stop_running": budget.stop_running,
@@ -242,8 +268,9 @@ def told(standing: Standing) -> BudgetRow:
 def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) -> Verdict:
     """Return what becomes of a new request that these budgets cover.
 
-    `stale` says why their figures cannot be relied on, None if they can. Blocking goes before
-    throttling; of several spent budgets the first that was declared decides.
+    `stale` says why their figures cannot be relied on, None if they can. Blocking goes before an
+    amount that is unknown, and that before throttling; of several budgets the first that was
+    declared decides.
     """
     if stale is not None:
         return Verdict("unavailable" if fail_closed else "admitted", stale=stale)
@@ -252,10 +279,14 @@ def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) 
     for standing in spent:
         if standing.budget.over == "block":
             return Verdict("blocked", standing)
+    unknown = [standing.budget.name for standing in mine if standing.unknown is not None]
+    stale = f"budget {unknown[0]!r} has time without a price" if unknown else None
+    if stale is not None and fail_closed:
+        return Verdict("unavailable", stale=stale)
     if spent:
         return Verdict("throttled", spent[0])
     soft = tuple(s for s in mine if s.is_soft_spent or (s.is_spent and not s.budget.hard))
-    return Verdict("admitted", soft=soft)
+    return Verdict("admitted", soft=soft, stale=stale)
 
 
 def _local(hour: int, zone: tzinfo) -> datetime:

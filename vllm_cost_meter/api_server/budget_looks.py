@@ -1,0 +1,48 @@
+"""Looks at what the budgets have used, whenever the ledger has something new to say of that.
+
+Blocks, and opens the ledger at the first look, so that a ledger that cannot be opened at the start
+is tried again at each look.
+
+Invariant: figures that are returned are of the budgets, or of those before while new ones are
+counted; None means that nothing is new.
+"""
+
+import time
+from collections.abc import Collection, Sequence
+
+from vllm_cost_meter.ledger.queries.spending import Spending
+from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.tenants.budgets import Budget, Figures
+
+
+class BudgetLooks:
+    """The looks of one API server."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._alive: Collection[str] = ()
+        self._spending: Spending | None = None
+        self._latest: object = None
+
+    def look(
+        self, budgets: Sequence[Budget], book: PriceBook, alive: Collection[str] = ()
+    ) -> Figures | None:
+        """Return where the budgets stand; None if nothing is new since the last look.
+
+        `alive` names engine runs that are known to live though they are silent. Raises LedgerError
+        and SQLAlchemyError while the ledger cannot be read.
+        """
+        self._alive = alive
+        if self._spending is None:
+            self._spending = Spending(self._url, alive=lambda: self._alive)
+        latest = (self._spending.latest_snapshots(), budgets, book)
+        if latest == self._latest and not self._spending.is_recounting:
+            return None
+        figures = self._spending.look(budgets, book, time.time_ns())
+        self._latest = latest
+        return figures
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._spending is not None:
+            self._spending.close()
