@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from typing import Any
@@ -104,10 +105,15 @@ def check_settings() -> None:
     if _given("--cost-meter-config", sys.argv) and "COST_METER_CONFIG" not in os.environ:
         return  # not parsed yet; its own action checks
     from vllm_cost_meter.config.loading import load_settings
+    from vllm_cost_meter.config.starting import check_start
     from vllm_cost_meter.ledger.database import check_location, default_url
+    from vllm_cost_meter.prices.book import RunFacts
 
     try:
-        check_location(load_settings().ledger or default_url())
+        settings = load_settings()
+        # Of its engines nothing is known yet; the API server asks again when it knows them.
+        check_start(settings, RunFacts(), time.time_ns())
+        check_location(settings.ledger or default_url())
     except CostMeterError as error:
         raise SystemExit(f"cost meter: {error}") from None
 

@@ -108,7 +108,9 @@ def _starting(scope: Scope, send: Send, runtime: Runtime) -> Send:
 
     async def starting_send(message: Message) -> None:
         if message["type"] == "lifespan.startup.complete":
-            await runtime.start(scope.get("app"))
+            if (refused := await runtime.start(scope.get("app"))) is not None:
+                # The server says this in its log, and ends.
+                message = {"type": "lifespan.startup.failed", "message": f"cost meter: {refused}"}
         elif message["type"] == "lifespan.shutdown.complete":
             try:
                 await runtime.stop()

@@ -4,13 +4,14 @@ One `Runtime` per API-server process, made at its first use. The first API serve
 engines for their books and serves the side endpoint. What a part needs is handed to its
 constructor; settings are handed over as a function, as some change while the server runs.
 
-Invariant: nothing here stops vLLM from serving.
+Invariant: nothing here stops vLLM from serving, but settings that were never right for it.
 """
 
 import asyncio
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
@@ -25,8 +26,10 @@ from vllm_cost_meter.api_server.record_making import price_of_run
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.endpoint.server import serve
 from vllm_cost_meter.endpoint.tenant_routes import make_router
+from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
@@ -86,18 +89,25 @@ class Runtime:
 
     # -- life -------------------------------------------------------------------------------
 
-    async def start(self, app: Any) -> None:
-        """Start with vLLM's application and, in the first API server, serve the side endpoint."""
+    async def start(self, app: Any) -> str | None:
+        """Start with vLLM's application and, in the first API server, serve the side endpoint.
+
+        Returns why the settings do not allow this server to start, None if they do.
+        """
         engine_client = getattr(getattr(app, "state", None), "engine_client", None)
         if engine_client is None:
-            return  # a render server has no engine
+            return None  # a render server has no engine
         try:
+            check_start(self.settings, engines.run_facts(engine_client), time.time_ns())
             polls = await self.start_work(engine_client, app.state)
             if polls:
                 self._serve_endpoint()
             self._add_tenant_routes(app)
+        except SettingError as error:
+            return str(error)
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
             self.guard.failed("start", error)
+        return None
 
     async def start_work(self, engine_client: Any, state: Any = None) -> bool:
         """Start the tasks of this API server, whose application has this state.

@@ -1,11 +1,12 @@
 """Budget settings: the `[[budgets]]` tables, and the `Budget` that each declares.
 
-A budget in USD would never be reached without a price, so the server refuses to start with one
-(`check_budgets`).
+A budget that could never be reached is a slip: one in USD without a price, or one of a tenant that
+no request can be of. With such a budget the settings are refused.
 
 Invariant: `budget()` of a checked setting never fails.
 """
 
+import difflib
 from collections.abc import Collection, Sequence
 from decimal import Decimal
 from typing import Annotated, Literal, Self
@@ -14,6 +15,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from vllm_cost_meter.config import types as t
+from vllm_cost_meter.config.tenants import RuleSetting, TenantSetting, can_be_named
 from vllm_cost_meter.records.owner import UNKNOWN
 from vllm_cost_meter.tenants.budgets import Budget
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
@@ -181,3 +183,22 @@ def check_budgets(budgets: Sequence[BudgetSetting], has_price: bool) -> None:
                 "a price for a budget in USD (prices, gpu_hour_usd), or gpu_seconds",
                 f"{budget.name!r} in USD and no price",
             )
+
+
+def check_tenants_of_budgets(
+    budgets: Sequence[BudgetSetting],
+    tenants: Sequence[TenantSetting],
+    rules: Sequence[RuleSetting],
+) -> None:
+    """Raise WrongError for a budget of a tenant that no request can ever be of."""
+    for place, budget in enumerate(budgets):
+        name = budget.tenant
+        if name is None or can_be_named(name, tenants, rules):
+            continue
+        like = difflib.get_close_matches(name, [tenant.name for tenant in tenants], n=1)
+        hint = f", perhaps {like[0]!r}" if like else ""
+        raise t.WrongError(
+            f"a declared tenant, or one that a rule can name{hint}",
+            f"{name!r} of the budget {budget.name!r}",
+            (place, "tenant"),
+        )

@@ -27,7 +27,11 @@ from pydantic_settings import (
 
 from vllm_cost_meter.config import prices as setting_prices
 from vllm_cost_meter.config import types as t
-from vllm_cost_meter.config.budgets import BudgetSetting, check_budgets
+from vllm_cost_meter.config.budgets import (
+    BudgetSetting,
+    check_budgets,
+    check_tenants_of_budgets,
+)
 from vllm_cost_meter.config.economics import EconomicsSettings
 from vllm_cost_meter.config.engine import (
     LABELS_EXPECTED,
@@ -226,6 +230,8 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     ) -> tuple[BudgetSetting, ...]:
         of_all = info.data.get("gpu_hour_usd") is not None
         check_budgets(budgets, has_price=of_all or bool(info.data.get("prices")))
+        if "tenants" in info.data and "tenant_rules" in info.data:
+            check_tenants_of_budgets(budgets, info.data["tenants"], info.data["tenant_rules"])
         return budgets
 
     @field_validator("tenants")

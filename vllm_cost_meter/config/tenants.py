@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from vllm_cost_meter.config import types as t
+from vllm_cost_meter.records.owner import UNKNOWN
 from vllm_cost_meter.tenants.rules import (
     PROOF_HEADER,
     SLASH,
@@ -215,6 +216,19 @@ def check_rules(
         elif rule.tenant is not None and SLASH in rule.tenant and rule.tenant not in names:
             got = repr(rule.tenant)
             raise t.WrongError("a declared tenant, because the name has a slash", got)
+
+
+def can_be_named(name: str, tenants: Iterable[TenantSetting], rules: Sequence[RuleSetting]) -> bool:
+    """Tell whether a request can be of this tenant: by its declaration, or by any rule."""
+    if name == UNKNOWN or any(tenant.name == name for tenant in tenants):
+        return True
+    if any(rule.rule == "constant" and rule.tenant == name for rule in rules):
+        return True
+    parent, slash, _ = name.rpartition(SLASH)
+    if slash:
+        choose = any(rule.rule not in ("api_key", "constant") for rule in rules)
+        return choose and can_be_named(parent, tenants, rules)
+    return any(rule.rule == "header" or rule.trust_clients for rule in rules)
 
 
 # -- values derived from the entries ------------------------------------------------------------

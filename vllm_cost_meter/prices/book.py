@@ -58,6 +58,15 @@ class Matches:
         """Return the matches in one case: equal for two entries that match the same runs."""
         return _folded(self.model), _folded(self.gpu_name), _folded(self.host)
 
+    def may_fit(self, run: RunFacts) -> bool:
+        """Return whether the entry may price a run, whatever the facts are that are unknown."""
+        known = Matches(
+            None if run.model is None else self.model,
+            None if run.gpu_name is None else self.gpu_name,
+            None if run.host is None else self.host,
+        )
+        return known.fit(run)
+
     def specificity(self) -> tuple[int, int]:
         """Return how many matches there are, and how many of them are plain names."""
         given = [pattern for pattern in self.folded() if pattern is not None]
@@ -265,6 +274,14 @@ class PriceBook:
         """Return a run's price in an hour since the epoch; None without a single best entry."""
         found = self._prices.at(run, hour)
         return found[0] if len(found) == 1 else None
+
+    def may_have_price(self, run: RunFacts, hour: int) -> bool:
+        """Return whether a run may have a price in an hour, whatever its unknown facts are."""
+        if None not in (run.model, run.gpu_name, run.host):
+            return self.price_at(run, hour) is not None
+        return any(
+            line.matches.may_fit(run) and line.at(hour) is not None for line in self._prices.lines
+        )
 
     def energy_price_at(self, run: RunFacts, hour: int) -> EnergyPrice | None:
         """Return a run's energy price in an hour; None without a single best entry."""
