@@ -316,7 +316,7 @@ def test_an_error_of_the_reloader_is_contained(file, tmp_path, monkeypatch):
         await runtime.start_work(Stub())
         while len(looks) < 3:
             await asyncio.sleep(0.01)
-        assert (runtime.guard.errors, runtime.guard.off) == (1, False)
+        assert (runtime.loops["reload"].failures, runtime.guard.errors) == (1, 0)
         await runtime.stop()
 
     asyncio.run(asyncio.wait_for(live(), 20))
