@@ -2,6 +2,7 @@
 
     CostMeterError
     ├── SettingError        a setting is wrong: the server does not start
+    │   └── UnreadableError   the settings file is there, and cannot be read now
     ├── LedgerError         the ledger cannot be opened, read or written
     ├── StepLogError        a step log cannot be written or read, or the file is not a step log
     ├── DependencyError     a command needs a package that is not installed
@@ -25,6 +26,10 @@ class SettingError(CostMeterError):
     def __init__(self, key: str, expected: str, got: object, where: str = "environment") -> None:
         super().__init__(f"{key} ({where}): expected {expected}, got {got!r}")
         self.key = key
+
+
+class UnreadableError(SettingError):
+    """The settings file cannot be read. It may be readable later, with the same text."""
 
 
 class LedgerError(CostMeterError):

@@ -9,12 +9,12 @@ with `stop_running` the engine is told to end it.
 Invariant: a failure here refuses only requests of tenants that are to fail closed.
 """
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.background import Loop, in_own_thread
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.queries.spending import PriceOf, Spending
 from vllm_cost_meter.records.owner import Owner
@@ -61,14 +61,16 @@ class Admission:
         *,
         running_of: RunningOf = lambda _covers: (),
         stop: Stop | None = None,
+        loop: Loop | None = None,
     ) -> None:
-        """`interval_s` is the time between two snapshots."""
+        """`interval_s` is the time between two snapshots, `guard` the hooks' error account."""
         self._spending = spending
         self._rules = rules
         self._guard = guard
         self._interval_s = interval_s
         self._running_of = running_of
         self._stop = stop
+        self._loop = loop or Loop("budgets")
         self._max_age_ns = int(max(interval_s * SNAPSHOTS_MISSED_MAX, FRESH_S_MIN) * NS_PER_SECOND)
         self._latest: object = None
         self.figures = Figures()
@@ -91,22 +93,16 @@ class Admission:
         return [standing for standing in self.figures.standings if standing.budget.covers(owner)]
 
     async def run(self) -> None:
-        """Follow the ledger for ever; an error is contained and counted."""
-        while True:
-            try:
-                await self.follow()
-                self._guard.succeeded("budgets")
-            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-                self._guard.failed("budgets", error)
-            await asyncio.sleep(self._interval_s / ASKS_PER_SNAPSHOT)
+        """Follow the ledger for ever."""
+        await self._loop.run(self.follow, self._interval_s / ASKS_PER_SNAPSHOT)
 
     async def follow(self) -> None:
         """Read the figures anew if there is a new snapshot, and end what is to be ended."""
         rules = self._rules()
-        latest = (await asyncio.to_thread(self._spending.latest_snapshots), rules.budgets)
+        latest = (await in_own_thread(self._spending.latest_snapshots), rules.budgets)
         if latest == self._latest:
             return
-        self.figures = await asyncio.to_thread(
+        self.figures = await in_own_thread(
             self._spending.look, rules.budgets, rules.price_of, time.time_ns()
         )
         self._latest = latest

@@ -23,12 +23,14 @@ from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.endpoint.access import OPEN, STRANGER, Access, Viewer
 from vllm_cost_meter.endpoint.answers import (
     ERRORS,
+    NO_METER,
     NOT_FOUND,
     SEVERAL,
     SEVERAL_EXPLAINED,
     Budgets,
     CostModels,
     Health,
+    MeterHealth,
 )
 from vllm_cost_meter.endpoint.calc import add_calculators
 from vllm_cost_meter.endpoint.compare import Comparer, add_compare
@@ -75,13 +77,14 @@ def make_app(
     budgets: Callable[[], Figures] = Figures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
+    health: Callable[[], MeterHealth] = lambda: NO_METER,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
     `refresh` is called, in a worker thread, before figures are read; `access` says who may see
     which; `registry` gives the metrics; `budgets` says where the budgets stand; `declared`
     what the operator declared of the deployment, and `public_economics` whether anybody may read
-    what its tokens cost.
+    what its tokens cost. `health` says whether the meter works.
     """
 
     def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
@@ -122,6 +125,7 @@ def make_app(
     add_compare(app, Comparer(reader.url), refresh)
 
     _add_own_routes(app)
+    _add_health_route(app, health)
 
     if registry is not None:
 
@@ -143,6 +147,13 @@ def _add_own_routes(app: FastAPI) -> None:
     def health() -> Health:
         """Say that the endpoint is up."""
         return {"status": "ok", "version": __version__}
+
+
+def _add_health_route(app: FastAPI, health: Callable[[], MeterHealth]) -> None:
+    @app.get("/cost/health", dependencies=FOR_ADMINS)
+    def meter_health() -> MeterHealth:
+        """Return whether the meter works: its hooks, its ledger, each background loop."""
+        return health()
 
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:

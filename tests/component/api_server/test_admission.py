@@ -243,7 +243,7 @@ def test_tenants_that_fail_closed_are_held_to_it_without_any_budget(make_world):
     world = make_world(tenants=TENANTS)
 
     async def hold() -> None:
-        await world.runtime._hold_to_budgets(None)
+        world.runtime._hold_to_budgets(None)
         world.runtime._tasks["budgets"].cancel()
 
     asyncio.run(hold())
@@ -259,11 +259,11 @@ def test_the_first_api_server_counts_what_runs_in_an_engine_that_is_silent_but_l
     taken = make_snapshot(taken_at_ns=now_ns, totals=ClassTotals(in_flight=70), live=live)
 
     async def hold_and_poll() -> None:
-        await runtime._hold_to_budgets(None)
+        runtime._hold_to_budgets(None)
         runtime._tasks["budgets"].cancel()
         opened = make_open(request_id="r1", tenant="acme", started_at_ns=now_ns)
         await asyncio.wrap_future(runtime.writer.commit(opened))
-        poller = Poller(Engines(lambda _: taken), runtime.writer, runtime.guard, 1.0)
+        poller = Poller(Engines(lambda _: taken), runtime.writer, runtime.loops, 1.0)
         await poller.refresh()
         # As in the first API server; others have none.
         runtime.poller = poller

@@ -56,12 +56,15 @@ class Spending:
         create: bool = True,
         alive: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """Open the ledger; `alive` names engine runs that are known to live though they are silent.
+        """`alive` names engine runs that are known to live though they are silent.
 
-        Raises LedgerError, also when there is no ledger and `create` is not set.
+        The ledger is opened at the first look, which raises LedgerError if it cannot be, also when
+        there is none and `create` is not set.
         """
         self._alive = alive
-        self._engine: Engine = open_database(url, create=create)
+        self._url = url
+        self._create = create
+        self._engine: Engine | None = None
         self._budgets: Sequence[Budget] = ()
         self._billed: Sums = {}
         self._counted_at_ns = 0
@@ -70,7 +73,8 @@ class Spending:
 
     def close(self) -> None:
         """Close the connections."""
-        self._engine.dispose()
+        if self._engine is not None:
+            self._engine.dispose()
 
     def latest_snapshots(self) -> list[tuple[str, int]]:
         """Return (run, number) of the latest snapshots: cheap, to see whether a look is due."""
@@ -79,7 +83,10 @@ class Spending:
             return [(run_id, number) for run_id, number in found]
 
     def look(self, budgets: Sequence[Budget], price_of: PriceOf, now_ns: int) -> Figures:
-        """Return where the budgets stand. Raises SQLAlchemyError if the ledger cannot be read."""
+        """Return where the budgets stand.
+
+        Raises LedgerError or SQLAlchemyError if the ledger cannot be opened or read.
+        """
         hour = now_ns // NS_PER_HOUR
         with self._read() as connection:
             if (
@@ -105,6 +112,8 @@ class Spending:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
+        if self._engine is None:
+            self._engine = open_database(self._url, create=self._create)
         with self._engine.connect() as connection, connection.begin():
             yield connection
 
