@@ -10,7 +10,7 @@ Invariant: read-only; every JSON body is an object.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
@@ -42,7 +42,8 @@ from vllm_cost_meter.endpoint.dependencies import (
     hours_asked,
 )
 from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
-from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse
+from vllm_cost_meter.endpoint.limits import LimitSizes, refuse_unknown_words
+from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse, error_reply
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.answers import Audit
@@ -53,6 +54,7 @@ from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 
@@ -60,8 +62,6 @@ logger = logging.getLogger("vllm.cost_meter")
 
 REQUESTS_PER_PAGE_MAX = 1_000
 
-# Types of errors by status; of any other the request is invalid.
-KINDS = {404: "not_found", 503: "unavailable"}
 # No request can have it, as names are never empty.
 NO_TENANT = ""
 
@@ -104,7 +104,7 @@ def make_app(
         title="vllm-cost-meter",
         version=__version__,
         default_response_class=OrjsonResponse,
-        dependencies=[Depends(authorized)],
+        dependencies=[Depends(authorized), Depends(refuse_unknown_words)],
         responses=ERRORS,
         # The pages would load scripts from the internet; the document is served below, behind the
         # token like everything else.
@@ -112,6 +112,7 @@ def make_app(
         redoc_url=None,
         openapi_url=None,
     )
+    app.add_middleware(LimitSizes)
     # Before the first route is added.
     app.router.route_class = AnswerRoute
     _add_error_handlers(app)
@@ -190,7 +191,9 @@ def look_up(
     """
 
     def rows_now() -> list[RequestWithParts]:
-        return [row for row in reader.look_up(request_id) if viewer.may_see(row["tenant"])]
+        # Who asks counts first: other tenants' requests under this id must not hide its own.
+        found = reader.look_up(request_id, only=viewer.tenant)
+        return [row for row in found if viewer.may_see(row["tenant"])]
 
     rows = rows_now()
     if not all(row["state"] == FINISHED for row in rows) or not rows:
@@ -198,7 +201,7 @@ def look_up(
         rows = rows_now()
     # An ambiguous id lists its matches to an operator only.
     if not rows or (len(rows) > 1 and not viewer.is_admin):
-        raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
+        raise HTTPException(404, f"no request with the id {quoted(request_id)} in the ledger")
     return rows
 
 
@@ -253,7 +256,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         refresh()
         row = reader.tenant(tenant, *hours) if viewer.may_see(tenant) else None
         if row is None:
-            raise HTTPException(404, f"no tenant {tenant!r} in the ledger")
+            raise HTTPException(404, f"no tenant {quoted(tenant)} in the ledger")
         return row
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
@@ -311,28 +314,21 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def error(
-        status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
-    ) -> OrjsonResponse:
-        content = {"error": {"message": message, "type": kind, "code": status}}
-        return OrjsonResponse(content, status, headers)
-
     @app.exception_handler(StarletteHTTPException)
     def http_error(_request: Request, exception: StarletteHTTPException) -> Response:
-        kind = KINDS.get(exception.status_code, "invalid_request")
-        return error(exception.status_code, str(exception.detail), kind, exception.headers)
+        return error_reply(exception.status_code, str(exception.detail), headers=exception.headers)
 
     @app.exception_handler(RequestValidationError)
     def validation_error(_request: Request, exception: RequestValidationError) -> Response:
         first = exception.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return error(422, f"{where}: {first['msg']}, got {first.get('input')!r}", "invalid_request")
+        return error_reply(422, f"{where}: {first['msg']}, got {quoted(first.get('input'))}")
 
     @app.exception_handler(LedgerError)
     def ledger_error(_request: Request, exception: LedgerError) -> Response:
-        return error(503, str(exception), "ledger_unavailable")
+        return error_reply(503, str(exception), "ledger_unavailable")
 
     @app.exception_handler(Exception)
     def our_bug(_request: Request, exception: Exception) -> Response:
         # The server's log has its traceback.
-        return error(500, f"unexpected {type(exception).__name__}", "internal_error")
+        return error_reply(500, f"unexpected {type(exception).__name__}", "internal_error")

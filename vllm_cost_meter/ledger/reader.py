@@ -115,10 +115,13 @@ class LedgerReader:
 
     # ---- requests
 
-    def find(self, id: str) -> list[Match]:
-        """Return what an id means, the newest first: at most `requests.MAX_MATCHES`."""
+    def find(self, id: str, only: str | None = None) -> list[Match]:
+        """Return what an id means, at most `requests.MAX_MATCHES`.
+
+        With `only` these are requests of that tenant and its children, whoever else uses the id.
+        """
         with self.transaction() as connection:
-            return requests.find(connection, id)
+            return requests.find(connection, id, only)
 
     def request(self, id: str | Match, as_of: AsOf = NOW) -> RequestWithParts | None:
         """Return the request row of an id or a match, with its `parts`; None if there is none.
@@ -135,9 +138,9 @@ class LedgerReader:
             row = self._request(match, as_of)
         return row
 
-    def look_up(self, id: str) -> list[RequestWithParts]:
-        """Return the request rows of all that an id means, the newest first."""
-        rows = (self.request(match) for match in self.find(id))
+    def look_up(self, id: str, only: str | None = None) -> list[RequestWithParts]:
+        """Return the request rows of all that an id means (see `find`)."""
+        rows = (self.request(match) for match in self.find(id, only))
         return [row for row in rows if row is not None]
 
     def explain(self, request: Mapping[str, Any]) -> Explanation:
