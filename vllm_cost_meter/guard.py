@@ -2,7 +2,8 @@
 
 Every hook runs its body inside `try` and reports here. The guard counts errors and logs the first
 one of each hook. After `ERRORS_IN_A_ROW_MAX` failures of one hook in a row the guard is off for
-good: a meter that cannot work must stop costing time.
+good: a meter that cannot work must stop costing time. Work in the background never reports here,
+as what makes it fail passes (`api_server/background.py`).
 
 Invariant: nothing here raises.
 """

@@ -49,6 +49,20 @@ REFUSED = Counter(
     ["kind", "budget"],
 )
 ERRORS = Counter("cost_meter_errors", "Errors of the meter itself, contained", ["side"])
+LOOP_FAILURES = Counter(
+    "cost_meter_loop_failures", "Failed attempts of the meter's background loops", ["loop"]
+)
+LOOP_FAILING = Gauge(
+    "cost_meter_loop_failing",
+    "1 while a background loop fails and tries again, 0 while it works",
+    ["loop"],
+    multiprocess_mode="livemax",
+)
+API_OFF = Gauge(
+    "cost_meter_api_off",
+    "1 after the meter switched itself off in an API server",
+    multiprocess_mode="livemax",
+)
 ENGINE_SECONDS = Gauge(
     "cost_meter_engine_gpu_seconds",
     "GPU time of the engine's run so far, by class",
@@ -134,6 +148,21 @@ def count_own_time(own_ns: int) -> None:
 def count_error(side: str) -> None:
     """Count a contained error of the meter; `side` is engine or API server."""
     ERRORS.labels(side).inc()
+
+
+def count_loop_failure(loop: str) -> None:
+    """Count a failed attempt of a background loop."""
+    LOOP_FAILURES.labels(loop).inc()
+
+
+def set_loop_failing(loop: str, *, is_failing: bool) -> None:
+    """Show whether a background loop fails."""
+    LOOP_FAILING.labels(loop).set(is_failing)
+
+
+def set_api_off() -> None:
+    """Show that the meter switched itself off in this API server."""
+    API_OFF.set(1)
 
 
 def set_engine(snapshot: Snapshot) -> None:

@@ -57,15 +57,16 @@ GPU_HOUR_USD = "36"
 
 
 def make_runtime(
-    folder: Path, open_requests: OpenRequests | None = None, **settings: Any
+    folder: Path, open_requests: OpenRequests | None = None, *, opens: bool = True, **settings: Any
 ) -> Runtime:
-    """A runtime of its own, with a ledger in the folder that is open already."""
+    """A runtime of its own, with a ledger in the folder that is open already if it `opens`."""
     given = {"gpu_hour_usd": GPU_HOUR_USD, **settings}
     # Tests of the bound set their own; no other may fail because the machine is busy.
     given = {"bill_timeout_ms": 10_000, **given}
     checked = Settings(ledger=f"sqlite:///{folder / 'ledger.db'}", **given)
     runtime = Runtime(checked, open_requests=open_requests)
-    runtime.writer.commit().result(10)
+    if opens:
+        runtime.writer.commit().result(10)
     return runtime
 
 

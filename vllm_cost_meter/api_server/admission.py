@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.background import Loop
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import Owner
@@ -73,8 +74,9 @@ class Admission:
         running_of: RunningOf = lambda _covers: (),
         stop: Stop | None = None,
         first_figures_s: float = FIRST_FIGURES_S,
+        loop: Loop | None = None,
     ) -> None:
-        """`interval_s` is the time between two snapshots."""
+        """`interval_s` is the time between two snapshots, `guard` the hooks' error account."""
         self._follow = follow
         self._rules = rules
         self._guard = guard
@@ -82,6 +84,7 @@ class Admission:
         self._running_of = running_of
         self._stop = stop
         self._first_figures_s = first_figures_s
+        self._loop = loop or Loop("budgets")
         self._max_age_ns = int(max(interval_s * SNAPSHOTS_MISSED_MAX, FRESH_S_MIN) * NS_PER_SECOND)
         self._has_figures = asyncio.Event()
         # Why budgets are unknown, as the log was told.
@@ -130,14 +133,8 @@ class Admission:
         return [standing for standing in self.figures.standings if standing.budget.covers(owner)]
 
     async def run(self) -> None:
-        """Follow the ledger for ever; an error is contained and counted."""
-        while True:
-            try:
-                await self.follow()
-                self._guard.succeeded("budgets")
-            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-                self._guard.failed("budgets", error)
-            await asyncio.sleep(self._interval_s / ASKS_PER_SNAPSHOT)
+        """Follow the ledger for ever."""
+        await self._loop.run(self.follow, self._interval_s / ASKS_PER_SNAPSHOT)
 
     async def follow(self) -> None:
         """Take the figures if there are new ones, and end what is to be ended."""

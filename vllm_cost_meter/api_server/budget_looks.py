@@ -1,7 +1,6 @@
 """Looks at what the budgets have used, whenever the ledger has something new to say of that.
 
-Blocks, and opens the ledger at the first look, so that a ledger that cannot be opened at the start
-is tried again at each look.
+Blocks. A ledger that cannot be opened at the start is tried again at each look.
 
 Invariant: figures that are returned are of the budgets, or of those before while new ones are
 counted; None means that nothing is new.
@@ -19,9 +18,8 @@ class BudgetLooks:
     """The looks of one API server."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
         self._alive: Collection[str] = ()
-        self._spending: Spending | None = None
+        self._spending = Spending(url, alive=lambda: self._alive)
         self._latest: object = None
 
     def look(
@@ -33,8 +31,6 @@ class BudgetLooks:
         and SQLAlchemyError while the ledger cannot be read.
         """
         self._alive = alive
-        if self._spending is None:
-            self._spending = Spending(self._url, alive=lambda: self._alive)
         latest = (self._spending.latest_snapshots(), budgets, book)
         if latest == self._latest and not self._spending.is_recounting:
             return None
@@ -44,5 +40,4 @@ class BudgetLooks:
 
     def close(self) -> None:
         """Close the connections."""
-        if self._spending is not None:
-            self._spending.close()
+        self._spending.close()

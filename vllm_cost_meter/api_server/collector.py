@@ -26,6 +26,7 @@ from vllm_cost_meter.api_server.record_making import (
 )
 from vllm_cost_meter.api_server.reply_bytes import Cost
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.exchange import Birth, Exchange
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import RunFacts
@@ -92,9 +93,17 @@ class Collector:
         self._announce(self._open.unannounced())
 
     def _announce(self, births: Sequence[Birth]) -> None:
-        # Bills go the same way, later: a request cannot be announced after its bill.
         model = self.run_facts.model
-        self._writer.put(*(open_request(birth, model) for birth in births))
+        records, failure = [], None
+        for birth in births:
+            try:
+                records.append(open_request(birth, model))
+            except Exception as error:  # noqa: BLE001 - the others are announced all the same
+                failure = error
+        # Bills go the same way, later: a request cannot be announced after its bill.
+        self._writer.put(*records)
+        if failure is not None:
+            raise failure
 
     def open_requests_of(self, covers: Callable[[Owner], bool]) -> list[str]:
         """Return the internal ids of the open requests whose owner `covers` accepts."""
@@ -116,8 +125,11 @@ class Collector:
         cost = cost_of(exchange)
         record = http_request(exchange, self.run_facts.model, told=True)
         exchange.recorded = True
-        # Shielded: the ledger keeps the record though the reply may not wait for it.
-        await asyncio.shield(asyncio.wrap_future(self._writer.commit(record)))
+        try:
+            # Shielded: the ledger keeps the record though the reply may not wait for it.
+            await asyncio.shield(asyncio.wrap_future(self._writer.commit(record)))
+        except Exception as error:  # noqa: BLE001 - whatever its database raises
+            raise LedgerError(f"the cost was not committed: {error}") from error
         return cost
 
     def ended(self, exchange: Exchange) -> None:

@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable, Sequence
 
 from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks import engines
@@ -30,7 +30,7 @@ class Poller:
         self,
         engine_client: object,
         writer: LedgerWriter,
-        guard: Guard,
+        loops: Loops,
         interval_s: float,
         earlier_fit: Callable[[Snapshot], EarlierFit | None] = lambda _: None,
         announce: Callable[[], None] = lambda: None,
@@ -42,7 +42,8 @@ class Poller:
         """
         self._engine_client = engine_client
         self._writer = writer
-        self._guard = guard
+        self._loop = loops["poll"]
+        self._engines_loop = loops["engines"]
         self._interval_s = interval_s
         self._answer_timeout_s = answer_timeout_s
         self._acknowledged: dict[str, int] = {}
@@ -58,16 +59,13 @@ class Poller:
         self._runs: dict[int, str] = {}
 
     async def run(self) -> None:
-        """Poll for ever; an error is contained and counted."""
-        while True:
-            try:
-                await self.refresh()
-                if self._fits:  # before the first requests, if possible
-                    await self.refresh()
-                self._guard.succeeded("poll")
-            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-                self._guard.failed("poll", error)
-            await asyncio.sleep(self._interval_s)
+        """Poll for ever."""
+        await self._loop.run(self._refresh_and_hand_fits_over, self._interval_s)
+
+    async def _refresh_and_hand_fits_over(self) -> None:
+        await self.refresh()
+        if self._fits:  # before the first requests, if possible
+            await self.refresh()
 
     async def refresh(self) -> None:
         """Bring the ledger up to now. Callers that come while one is under way share it."""
@@ -106,7 +104,7 @@ class Poller:
     async def _look_for_a_fit(self, snapshot: Snapshot) -> None:
         """Have a new engine told, with the next poll, what one like it had learnt before."""
         try:
-            fit = await asyncio.to_thread(self._earlier_fit, snapshot)
+            fit = await in_own_thread(self._earlier_fit, snapshot)
         except LedgerError as error:
             logger.warning("cost meter: no earlier fit could be looked up: %s", error)
             return
@@ -131,10 +129,10 @@ class Poller:
             self._note_overdue()
         elif not failures:
             self._overdue = False
-            self._guard.succeeded("poll of one engine")
+            self._engines_loop.succeeded()
         for failure in failures:
             if not isinstance(failure, TimeoutError):
-                self._guard.failed("poll of one engine", failure)
+                self._engines_loop.failed(failure)
 
     def _note_overdue(self) -> None:
         """A busy engine is no error of ours: say so once, until it has answered again."""

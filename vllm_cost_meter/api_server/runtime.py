@@ -18,6 +18,7 @@ from typing import Any
 from vllm_cost_meter.activation import is_refused
 from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
+from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.budget_looks import BudgetLooks
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.open_requests import OpenRequests
@@ -27,6 +28,7 @@ from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.starting import check_start
+from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.endpoint.server import serve
 from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.errors import SettingError
@@ -57,6 +59,7 @@ class Runtime:
     ) -> None:
         self.settings = settings
         self.guard = ApiGuard()
+        self.loops = Loops()
         self.ledger_url = settings.ledger or default_url()
         self.writer = LedgerWriter(
             self.ledger_url, price_of=lambda snapshot: price_of_run(self.book(), snapshot)
@@ -87,6 +90,20 @@ class Runtime:
         """Return where the budgets stand."""
         return self.admission.figures if self.admission is not None else Figures()
 
+    def health(self) -> MeterHealth:
+        """Return whether the meter of this API server works."""
+        loops, writer = self.loops.health(), self.writer
+        ledger_error = writer.last_error
+        is_failing = ledger_error is not None or any(each["state"] != "ok" for each in loops)
+        return {
+            "status": "off" if self.guard.off else "failing" if is_failing else "ok",
+            "errors": self.guard.errors,
+            "waiting": writer.waiting,
+            "dropped": writer.dropped,
+            "ledger_error": ledger_error,
+            "loops": loops,
+        }
+
     # -- life -------------------------------------------------------------------------------
 
     async def start(self, app: Any) -> str | None:
@@ -116,17 +133,18 @@ class Runtime:
         """
         self.collector.run_facts = engines.run_facts(engine_client)
         self.served = frozenset(engines.served_names(engine_client, state))
-        self._start_task("announce", self._announce_loop)
+        self._start_loop("announce", self._announce, self.settings.snapshot_interval_s)
         self._hold_to_budgets(engine_client)
         if (config := self.settings.config) is not None:
             reloader = Reloader(config)
-            self._start_task("reload", lambda: self._reload_loop(reloader, engine_client))
+            reload = functools.partial(self._reload, reloader, engine_client)
+            self._start_loop("reload", reload, self._reload_interval_s)
         if engines.api_server_index(engine_client) != 0 or self.poller is not None:
             return False
         self.poller = Poller(
             engine_client,
             self.writer,
-            self.guard,
+            self.loops,
             self.settings.snapshot_interval_s,
             self._earlier_fit,
             announce=self._announce_all,
@@ -150,31 +168,28 @@ class Runtime:
         if name not in self._tasks:
             self._tasks[name] = asyncio.create_task(work())
 
+    def _start_loop(
+        self, name: str, work: Callable[[], Coroutine[Any, Any, None]], pause_s: float
+    ) -> None:
+        self._start_task(name, lambda: self.loops[name].run(work, pause_s))
+
     # -- open requests and settings ---------------------------------------------------------
 
     def _announce_all(self) -> None:
         self.guard.run("announce", self.collector.announce_all)
 
-    async def _announce_loop(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.snapshot_interval_s)
-            # A budget counts what runs by who it is for, so that must be known at once.
-            if self.admission is not None:
-                self._announce_all()
-            else:
-                self.guard.run("announce", self.collector.announce_due)
+    async def _announce(self) -> None:
+        # A budget counts what runs by who it is for, so that must be known at once.
+        if self.admission is not None:
+            self.collector.announce_all()
+        else:
+            self.collector.announce_due()
 
-    async def _reload_loop(self, reloader: Reloader, engine_client: Any) -> None:
-        while True:
-            await asyncio.sleep(self._reload_interval_s)
-            try:
-                # Reading a file takes its time, and vLLM's tokens must not wait for it.
-                new = await asyncio.to_thread(reloader.look, self.settings)
-                self.settings = new or self.settings
-                self._hold_to_budgets(engine_client)
-                self.guard.succeeded("reload")
-            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-                self.guard.failed("reload", error)
+    async def _reload(self, reloader: Reloader, engine_client: Any) -> None:
+        # Reading a file takes its time, and vLLM's tokens must not wait for it.
+        new = await in_own_thread(reloader.look, self.settings)
+        self.settings = new or self.settings
+        self._hold_to_budgets(engine_client)
 
     # -- budgets ----------------------------------------------------------------------------
 
@@ -185,7 +200,7 @@ class Runtime:
         looks = BudgetLooks(self.writer.url)
 
         async def follow(budgets: Sequence[Budget], book: PriceBook) -> Figures | None:
-            return await asyncio.to_thread(looks.look, budgets, book, self.alive())
+            return await in_own_thread(looks.look, budgets, book, self.alive())
 
         self.admission = Admission(
             follow,
@@ -194,6 +209,7 @@ class Runtime:
             self.settings.snapshot_interval_s,
             running_of=self.collector.open_requests_of,
             stop=lambda ids: engines.stop_requests(engine_client, ids, STOP_TIMEOUT_S),
+            loop=self.loops["budgets"],
         )
         self._start_task("budgets", self.admission.run)
 
@@ -239,6 +255,7 @@ class Runtime:
             lambda: self.settings.declared,
             lambda: self.settings.public_economics,
             self.alive,
+            self.health,
         )
 
     def _add_tenant_routes(self, app: Any) -> None:

@@ -25,6 +25,51 @@ class Health(TypedDict):
     """The version of the meter."""
 
 
+class LoopHealth(TypedDict):
+    """How one background loop of the first API server does."""
+
+    loop: str
+    """`announce`, `budgets`, `engines`, `poll` or `reload`."""
+    state: str
+    """`ok`, or `failing` while it tries again."""
+    failing_for_s: float | None
+    """Seconds since the first failure of this outage; null while it works."""
+    failures_in_a_row: int
+    """Failed attempts of this outage; 0 while it works."""
+    failures: int
+    """Failed attempts since the server started."""
+    last_error: str | None
+    """The latest failure, in one line; null if there was none."""
+
+
+class MeterHealth(TypedDict):
+    """Whether the meter of the first API server works."""
+
+    status: str
+    """`ok`, `failing` while a loop or the ledger fails, `off` once the hooks are switched off."""
+    errors: int
+    """Errors of the hooks that were contained since the server started."""
+    waiting: int
+    """Records that are not in the ledger yet."""
+    dropped: int
+    """Records that the ledger could not take, or that were too many to wait."""
+    ledger_error: str | None
+    """Why the last attempt to write the ledger failed, in one line; null if it worked."""
+    loops: list[LoopHealth]
+    """Each background loop."""
+
+
+# The side endpoint of a process that meters nothing.
+NO_METER: MeterHealth = {
+    "status": "off",
+    "errors": 0,
+    "waiting": 0,
+    "dropped": 0,
+    "ledger_error": None,
+    "loops": [],
+}
+
+
 class CostModels(TypedDict):
     """What engines have learnt of the cost of their steps."""
 

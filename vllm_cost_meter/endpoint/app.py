@@ -10,7 +10,7 @@ Invariant: read-only; every JSON body is an object.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
@@ -23,12 +23,14 @@ from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.endpoint.access import OPEN, STRANGER, Access, Viewer
 from vllm_cost_meter.endpoint.answers import (
     ERRORS,
+    NO_METER,
     NOT_FOUND,
     SEVERAL,
     SEVERAL_EXPLAINED,
     Budgets,
     CostModels,
     Health,
+    MeterHealth,
 )
 from vllm_cost_meter.endpoint.calc import add_calculators
 from vllm_cost_meter.endpoint.compare import Comparer, add_compare
@@ -40,7 +42,8 @@ from vllm_cost_meter.endpoint.dependencies import (
     hours_asked,
 )
 from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
-from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse
+from vllm_cost_meter.endpoint.limits import LimitSizes, refuse_unknown_words
+from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse, error_reply
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.answers import Audit
@@ -51,6 +54,7 @@ from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 
@@ -58,8 +62,6 @@ logger = logging.getLogger("vllm.cost_meter")
 
 REQUESTS_PER_PAGE_MAX = 1_000
 
-# Types of errors by status; of any other the request is invalid.
-KINDS = {404: "not_found", 503: "unavailable"}
 # No request can have it, as names are never empty.
 NO_TENANT = ""
 
@@ -75,13 +77,14 @@ def make_app(
     budgets: Callable[[], Figures] = Figures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
+    health: Callable[[], MeterHealth] = lambda: NO_METER,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
     `refresh` is called, in a worker thread, before figures are read; `access` says who may see
     which; `registry` gives the metrics; `budgets` says where the budgets stand; `declared`
     what the operator declared of the deployment, and `public_economics` whether anybody may read
-    what its tokens cost.
+    what its tokens cost. `health` says whether the meter works.
     """
 
     def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
@@ -101,7 +104,7 @@ def make_app(
         title="vllm-cost-meter",
         version=__version__,
         default_response_class=OrjsonResponse,
-        dependencies=[Depends(authorized)],
+        dependencies=[Depends(authorized), Depends(refuse_unknown_words)],
         responses=ERRORS,
         # The pages would load scripts from the internet; the document is served below, behind the
         # token like everything else.
@@ -109,6 +112,7 @@ def make_app(
         redoc_url=None,
         openapi_url=None,
     )
+    app.add_middleware(LimitSizes)
     # Before the first route is added.
     app.router.route_class = AnswerRoute
     _add_error_handlers(app)
@@ -122,6 +126,7 @@ def make_app(
     add_compare(app, Comparer(reader.url), refresh)
 
     _add_own_routes(app)
+    _add_health_route(app, health)
 
     if registry is not None:
 
@@ -143,6 +148,13 @@ def _add_own_routes(app: FastAPI) -> None:
     def health() -> Health:
         """Say that the endpoint is up."""
         return {"status": "ok", "version": __version__}
+
+
+def _add_health_route(app: FastAPI, health: Callable[[], MeterHealth]) -> None:
+    @app.get("/cost/health", dependencies=FOR_ADMINS)
+    def meter_health() -> MeterHealth:
+        """Return whether the meter works: its hooks, its ledger, each background loop."""
+        return health()
 
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
@@ -179,7 +191,9 @@ def look_up(
     """
 
     def rows_now() -> list[RequestWithParts]:
-        return [row for row in reader.look_up(request_id) if viewer.may_see(row["tenant"])]
+        # Who asks counts first: other tenants' requests under this id must not hide its own.
+        found = reader.look_up(request_id, only=viewer.tenant)
+        return [row for row in found if viewer.may_see(row["tenant"])]
 
     rows = rows_now()
     if not all(row["state"] == FINISHED for row in rows) or not rows:
@@ -187,7 +201,7 @@ def look_up(
         rows = rows_now()
     # An ambiguous id lists its matches to an operator only.
     if not rows or (len(rows) > 1 and not viewer.is_admin):
-        raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
+        raise HTTPException(404, f"no request with the id {quoted(request_id)} in the ledger")
     return rows
 
 
@@ -242,7 +256,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         refresh()
         row = reader.tenant(tenant, *hours) if viewer.may_see(tenant) else None
         if row is None:
-            raise HTTPException(404, f"no tenant {tenant!r} in the ledger")
+            raise HTTPException(404, f"no tenant {quoted(tenant)} in the ledger")
         return row
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
@@ -300,28 +314,21 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def error(
-        status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
-    ) -> OrjsonResponse:
-        content = {"error": {"message": message, "type": kind, "code": status}}
-        return OrjsonResponse(content, status, headers)
-
     @app.exception_handler(StarletteHTTPException)
     def http_error(_request: Request, exception: StarletteHTTPException) -> Response:
-        kind = KINDS.get(exception.status_code, "invalid_request")
-        return error(exception.status_code, str(exception.detail), kind, exception.headers)
+        return error_reply(exception.status_code, str(exception.detail), headers=exception.headers)
 
     @app.exception_handler(RequestValidationError)
     def validation_error(_request: Request, exception: RequestValidationError) -> Response:
         first = exception.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return error(422, f"{where}: {first['msg']}, got {first.get('input')!r}", "invalid_request")
+        return error_reply(422, f"{where}: {first['msg']}, got {quoted(first.get('input'))}")
 
     @app.exception_handler(LedgerError)
     def ledger_error(_request: Request, exception: LedgerError) -> Response:
-        return error(503, str(exception), "ledger_unavailable")
+        return error_reply(503, str(exception), "ledger_unavailable")
 
     @app.exception_handler(Exception)
     def our_bug(_request: Request, exception: Exception) -> Response:
         # The server's log has its traceback.
-        return error(500, f"unexpected {type(exception).__name__}", "internal_error")
+        return error_reply(500, f"unexpected {type(exception).__name__}", "internal_error")

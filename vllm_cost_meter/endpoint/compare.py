@@ -21,7 +21,7 @@ from typing import Annotated
 
 import orjson
 from fastapi import FastAPI, HTTPException, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from vllm_cost_meter.endpoint.compare_child import Result
 from vllm_cost_meter.endpoint.dependencies import FOR_ADMINS, asked_wrongly
@@ -42,8 +42,6 @@ CHILD = "vllm_cost_meter.endpoint.compare_child"
 class Asked(BaseModel):
     """The words of a question."""
 
-    model_config = ConfigDict(extra="forbid")
-
     window: str = Field(WEEK, description=f"{EXPECTED}; widened to whole UTC hours.")
     model: list[str] = Field([], description="PROVIDER/MODEL of genai-prices, or patterns.")
     provider: list[str] = Field([], description="Providers, or patterns.")
@@ -57,9 +55,6 @@ class Asked(BaseModel):
     def question(self) -> Question:
         """Return the question. Raises ValueError for what needs no child."""
         hours_of_window(self.window)
-        texts = [self.window, self.ratio or "", *self.model, *self.provider]
-        if any("\0" in text for text in (*texts, *self.label, *self.volume)):
-            raise ValueError("compare: expected text, got a NUL character")
         return Question(
             self.window,
             tuple(self.model),

@@ -20,8 +20,8 @@ from fastapi import FastAPI
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.endpoint.access import Access
+from vllm_cost_meter.endpoint.answers import NO_METER, MeterHealth
 from vllm_cost_meter.endpoint.app import make_app
-from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.tenants.budgets import Figures
@@ -39,11 +39,12 @@ def serve(
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
     alive: Callable[[], Collection[str]] = tuple,
+    health: Callable[[], MeterHealth] = lambda: NO_METER,
 ) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken.
 
-    `refresh` brings the ledger up to now, `alive` names the runs that are known to live. What may
-    change while the server runs is a function.
+    `refresh` brings the ledger up to now, `alive` names the runs that are known to live, `health`
+    says whether the meter works. What may change while the server runs is a function.
     """
     if settings.port is None:
         return
@@ -58,13 +59,7 @@ def serve(
             error.strerror,
         )
         return
-    try:
-        reader = LedgerReader(
-            ledger_url, create=True, book=book or settings.price_book, alive=alive
-        )
-    except LedgerError:
-        listening.close()  # or clients would connect and wait for ever
-        raise
+    reader = LedgerReader(ledger_url, create=True, book=book or settings.price_book, alive=alive)
     app = make_app(
         reader,
         refresh=refresh,
@@ -73,6 +68,7 @@ def serve(
         budgets=budgets,
         declared=declared,
         public_economics=public_economics,
+        health=health,
     )
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -17,6 +17,7 @@ from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.endpoint.answers import NothingUsed, OwnFigures
 from vllm_cost_meter.endpoint.app import look_up
 from vllm_cost_meter.endpoint.dependencies import Window, hours_asked
+from vllm_cost_meter.endpoint.limits import refuse_unknown_words
 from vllm_cost_meter.endpoint.shapes import AnswerRoute
 from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -39,7 +40,11 @@ def make_router(
     reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], Figures]
 ) -> APIRouter:
     """Return the two routes. Arguments are those of the side endpoint's application."""
-    router = APIRouter(prefix="/v1/cost", route_class=AnswerRoute)
+    router = APIRouter(
+        prefix="/v1/cost",
+        route_class=AnswerRoute,
+        dependencies=[Depends(refuse_unknown_words)],
+    )
 
     @router.get("/me")
     def me(own: Own, window: Window = None) -> OwnFigures | NothingUsed:

@@ -7,12 +7,13 @@ rows by the page only. An empty ledger has answers too: zeros and nulls.
 Invariant: a reader writes nothing.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, tzinfo
 from typing import Any, Self, Unpack
 
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
@@ -60,7 +61,8 @@ class LedgerReader:
 
         `alive` names engine runs known to live though nothing was heard of them lately, such as
         those in a long step; without it an engine that is silent for too long is dead. Raises
-        LedgerError, also when there is no ledger and `create` is not set.
+        LedgerError, also when there is no ledger and `create` is not set. With `create` the ledger
+        is opened, or made, at the first question: a server starts while its ledger is away.
         """
         # It may hold a password.
         self.url = url
@@ -68,13 +70,21 @@ class LedgerReader:
         self._alive = alive
         # Bills already waited for in vain, by run: nobody waits for them again.
         self._known_missing: dict[str, int] = {}
-        self._engine = open_database(url, create=create)
-        if self._engine.dialect.name == "postgresql":
-            self._engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
+        self._opening = threading.Lock()
+        self._opened: Engine | None = None if create else _open(url, create=False)
+
+    @property
+    def _engine(self) -> Engine:
+        with self._opening:
+            if self._opened is None:
+                self._opened = _open(self.url, create=True)
+            return self._opened
 
     def close(self) -> None:
         """Close the connections."""
-        self._engine.dispose()
+        with self._opening:
+            if self._opened is not None:
+                self._opened.dispose()
 
     def __enter__(self) -> Self:
         return self
@@ -85,11 +95,12 @@ class LedgerReader:
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """Open a transaction that sees one state of the ledger."""
+        engine = self._engine
         try:
-            with self._engine.connect() as connection:
+            with engine.connect() as connection:
                 yield connection
         except SQLAlchemyError as error:
-            shown = self._engine.url.render_as_string(hide_password=True)
+            shown = engine.url.render_as_string(hide_password=True)
             raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
     def cut(self, window: Window, as_of: AsOf = NOW) -> Cut:
@@ -104,10 +115,13 @@ class LedgerReader:
 
     # ---- requests
 
-    def find(self, id: str) -> list[Match]:
-        """Return what an id means, the newest first: at most `requests.MAX_MATCHES`."""
+    def find(self, id: str, only: str | None = None) -> list[Match]:
+        """Return what an id means, at most `requests.MAX_MATCHES`.
+
+        With `only` these are requests of that tenant and its children, whoever else uses the id.
+        """
         with self.transaction() as connection:
-            return requests.find(connection, id)
+            return requests.find(connection, id, only)
 
     def request(self, id: str | Match, as_of: AsOf = NOW) -> RequestWithParts | None:
         """Return the request row of an id or a match, with its `parts`; None if there is none.
@@ -124,9 +138,9 @@ class LedgerReader:
             row = self._request(match, as_of)
         return row
 
-    def look_up(self, id: str) -> list[RequestWithParts]:
-        """Return the request rows of all that an id means, the newest first."""
-        rows = (self.request(match) for match in self.find(id))
+    def look_up(self, id: str, only: str | None = None) -> list[RequestWithParts]:
+        """Return the request rows of all that an id means (see `find`)."""
+        rows = (self.request(match) for match in self.find(id, only))
         return [row for row in rows if row is not None]
 
     def explain(self, request: Mapping[str, Any]) -> Explanation:
@@ -315,3 +329,10 @@ class LedgerReader:
         living = self._living(as_of)
         with self.transaction() as connection:
             return requests.request_row(connection, match, living, self._book)
+
+
+def _open(url: str, *, create: bool) -> Engine:
+    engine = open_database(url, create=create)
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="REPEATABLE READ")
+    return engine

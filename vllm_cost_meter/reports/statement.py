@@ -36,6 +36,7 @@ from vllm_cost_meter.reports.grammar import Question
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.units.calendar import month_hours
 from vllm_cost_meter.units.rounding import largest_remainder, rounded_known
+from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 CURRENCY = "USD"
@@ -148,7 +149,9 @@ def statement(
         lines = [line for line in lines if line["tenant"] == tenant]
         if not lines:
             known = ", ".join(map(repr, tenants[:SHOWN_MAX])) or "none"
-            raise ValueError(f"tenant: expected one with lines in it ({known}), got {tenant!r}")
+            raise ValueError(
+                f"tenant: expected one with lines in it ({known}), got {quoted(tenant)}"
+            )
         return {**answer, "lines": lines, "total": _total(lines)}
     return {
         **answer,

@@ -7,6 +7,8 @@ order is time order.
 from datetime import UTC, datetime
 from functools import lru_cache
 
+from vllm_cost_meter.units.text import quoted
+
 NS_PER_SECOND = 1_000_000_000
 NS_PER_MS = 1_000_000
 NS_PER_HOUR = 3_600 * NS_PER_SECOND
@@ -45,7 +47,9 @@ def unix_ns_of(text: str) -> int:
     """
     instant = datetime.fromisoformat(text)
     if instant.tzinfo is None:
-        raise ValueError(f"expected an instant with a time zone, e.g. ending in Z, got {text!r}")
+        raise ValueError(
+            f"expected an instant with a time zone, e.g. ending in Z, got {quoted(text)}"
+        )
     since_epoch = instant - datetime(1970, 1, 1, tzinfo=UTC)
     seconds = since_epoch.days * 86_400 + since_epoch.seconds
     return seconds * NS_PER_SECOND + since_epoch.microseconds * 1000

@@ -278,7 +278,7 @@ def test_the_first_api_server_counts_what_runs_in_an_engine_that_is_silent_but_l
         runtime._tasks["budgets"].cancel()
         opened = make_open(request_id="r1", tenant="acme", started_at_ns=now_ns)
         await asyncio.wrap_future(runtime.writer.commit(opened))
-        poller = Poller(Engines(lambda _: taken), runtime.writer, runtime.guard, 1.0)
+        poller = Poller(Engines(lambda _: taken), runtime.writer, runtime.loops, 1.0)
         await poller.refresh()
         # As in the first API server; others have none.
         runtime.poller = poller

@@ -352,11 +352,12 @@ def test_there_is_no_runtime_where_this_vllm_was_refused(monkeypatch, tmp_path):
 
 
 def test_errors_that_are_not_in_a_row_do_not_switch_the_meter_off(world):
-    """A record that the ledger refuses is an error of `settle`; so is another, days later."""
+    """An exchange of which no record can be made is an error of `settle`; so is another, later."""
 
     async def settle(good: bool) -> bool:
         exchange = exchange_of()
-        exchange.sent.status = 200 if good else object()
+        if not good:
+            exchange.sent = None
         return await world.collector.settle(exchange) is not None
 
     for _ in range(12):
@@ -364,6 +365,19 @@ def test_errors_that_are_not_in_a_row_do_not_switch_the_meter_off(world):
         assert asyncio.run(settle(True)) is True
     assert not world.runtime.guard.off
     assert world.runtime.guard.errors == 12
+
+
+def test_records_that_the_ledger_refuses_are_counted_by_its_writer_and_are_no_hooks_errors(world):
+    async def settle() -> bool:
+        exchange = exchange_of()
+        exchange.sent.status = object()
+        world.collector.breaker.bill_came()  # or nobody would wait any more
+        return await world.collector.settle(exchange) is not None
+
+    for _ in range(12):
+        assert asyncio.run(settle()) is False
+    assert (world.runtime.guard.off, world.runtime.guard.errors) == (False, 0)
+    assert world.runtime.writer.dropped == 12
 
 
 # ---- the breaker and the ledger

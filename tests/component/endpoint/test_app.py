@@ -71,10 +71,16 @@ class Side:
         writer.close(5)
 
     def get(self, path: str, method: str = "GET", **headers: str) -> httpx.Response:
+        return self._ask(method, path, headers=headers)
+
+    def post(self, path: str, body: bytes) -> httpx.Response:
+        return self._ask("POST", path, content=body, headers={"content-type": "application/json"})
+
+    def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://side") as client:
-                return await client.request(method, path, headers=headers)
+                return await client.request(method, path, **options)
 
         return asyncio.run(ask())
 
@@ -488,3 +494,10 @@ def test_a_wrong_token_is_nobody_also_where_none_is_needed(shared):
 def test_an_id_that_a_tenant_chose_twice_is_not_listed_to_it(shared):
     shared.write(http("h4", at=3, x_request_id="twice"), http("h5", at=4, x_request_id="twice"))
     assert as_alice(shared, "/cost/requests/twice").status_code == 404
+
+
+def test_a_tenant_finds_its_request_though_others_send_a_hundred_under_its_id(make):
+    side = make(access=Access(sha256("admin"), lambda: {sha256("alices"): "alice"}))
+    side.write(*[http(f"f{n}", at=n + 9, tenant="bob", x_request_id="x-h1") for n in range(101)])
+    reply = side.get("/cost/requests/x-h1", authorization="Bearer alices")
+    assert reply.json()["http_request_id"] == "h1"

@@ -1,7 +1,6 @@
 """The side endpoint's life: its port, its thread, and vLLM's application that it starts with."""
 
 import asyncio
-import contextlib
 import logging
 import re
 import socket
@@ -22,7 +21,6 @@ from vllm_cost_meter.api_server.runtime import refresher
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.server import metrics_registry
 from vllm_cost_meter.endpoint.server import serve as serve_endpoint
-from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
 
@@ -142,21 +140,48 @@ def test_port_off_runs_none(writer, url, logged):
     assert said(logged) == []
 
 
-def test_a_ledger_that_cannot_be_read_gives_the_port_back(tmp_path, writer):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_a_ledger_that_is_away_is_a_503_until_it_is_there(tmp_path, writer, logged):
+    place = tmp_path / "away" / "ledger.db"
+    place.mkdir(parents=True)  # a folder is in the ledger's place
 
-    async def start() -> None:
-        with pytest.raises(LedgerError):
-            serve(
-                Settings(port=port), f"sqlite:///{tmp_path}", poller_of(Engines(snapshot), writer)
-            )
+    async def ask() -> list[tuple[int, str]]:
+        serve(Settings(port=0), f"sqlite:///{place}", poller_of(Engines(snapshot), writer))
+        answers = [await get(address(logged), "/cost/audit")]
+        place.rmdir()
+        answers.append(await get(address(logged), "/cost/audit"))
+        return [(answer.status_code, answer.text) for answer in answers]
 
-    asyncio.run(start())
-    with socket.socket() as again, contextlib.suppress(ConnectionRefusedError):
-        again.connect(("127.0.0.1", port))
-        raise AssertionError("somebody still listens there, and nobody answers")
+    (away, why), (there, _) = asyncio.run(ask())
+    assert (away, there) == (503, 200)
+    assert f"ledger sqlite:///{place}: cannot be opened" in why
+
+
+def test_the_health_of_the_meter_names_each_loop(logged, tmp_path):
+    runtime = make_runtime(tmp_path, port=0, snapshot_interval_s=0.05)
+
+    async def ask() -> tuple[dict, dict]:
+        await runtime.start(application(Client()))
+        base = address(logged)
+        healthy = (await get(base, "/cost/health")).json()
+        runtime.loops["poll"].failed(OSError("gone"))
+        runtime.loops["poll"].succeeded = lambda: None
+        failing = (await get(base, "/cost/health")).json()
+        await runtime.stop()
+        return healthy, failing
+
+    healthy, failing = asyncio.run(ask())
+    assert [loop["loop"] for loop in healthy["loops"]] == ["announce", "engines", "poll"]
+    del healthy["loops"]
+    assert healthy == {
+        "status": "ok",
+        "errors": 0,
+        "waiting": 0,
+        "dropped": 0,
+        "ledger_error": None,
+    }
+    assert failing["status"] == "failing"
+    (poll,) = [loop for loop in failing["loops"] if loop["loop"] == "poll"]
+    assert (poll["state"], poll["last_error"]) == ("failing", "OSError: gone")
 
 
 def test_it_listens_on_ipv6_too(writer, url, logged):
@@ -225,37 +250,6 @@ def test_with_the_application_it_starts_once_though_installed_twice_and_takes_a_
         assert [getattr(route, "path", None) for route in served.routes].count("/v1/cost/me") == 1
         assert world.runtime.writer.waiting == 0
     assert sum("side endpoint at" in line for line in said(logged)) == 1
-
-
-def test_a_budget_in_usd_that_no_price_applies_to_ends_the_start_with_one_line(tmp_path):
-    """The server's own way to say so: uvicorn logs the message and ends."""
-    sent = []
-
-    async def app(scope, receive, send):
-        await send({"type": "lifespan.startup.complete"})
-
-    async def send(message):
-        sent.append(message)
-
-    price = {"amount": 2, "scope": "gpu", "kind": "spot", "source": "s", "host": "other-machine"}
-    with worlds(tmp_path) as make:
-        world = make(
-            port=0,
-            gpu_hour_usd=None,
-            tenants=[{"name": "acme"}],
-            prices=[{**price, "effective_from": "2026-01-01T00:00:00Z"}],
-            budgets=[{"name": "b", "tenant": "acme", "usd": 1}],
-        )
-        client = Client()
-        scope = {"type": "lifespan", "app": application(client)}
-        asyncio.run(world.metered(app)(scope, None, send))
-        assert client.calls == 0
-    (message,) = sent
-    assert message["type"] == "lifespan.startup.failed"
-    assert message["message"].startswith(
-        "cost meter: budgets (environment): expected a price that applies to this server now"
-    )
-    assert "\n" not in message["message"]
 
 
 def test_a_start_that_fails_is_contained(tmp_path):

@@ -172,6 +172,23 @@ def test_an_ambiguous_id_finds_the_newest_first(ledger):
     assert ledger.reader.find("same") == [Match("h3"), Match("h2"), Match("h1")]
 
 
+def test_however_many_requests_carry_somebodys_id_it_is_found(ledger):
+    ledger.write(part(1), http())
+    forged = [
+        http(f"{id}-{n}", at=n + 1, tenant="mallory", x_request_id=id)
+        for id in ("h1", "internal-1", "x-h1")
+        for n in range(101)
+    ]
+    ledger.write(*forged)
+    # The meter's own id and vLLM's internal one: to everybody, the operator included.
+    for id in ("h1", "internal-1"):
+        found = ledger.reader.find(id)
+        assert (len(found), found[0]) == (100, Match("h1"))
+    # What clients choose: to the tenant whose request it is.
+    assert ledger.reader.find("x-h1", only="alice") == [Match("h1")]
+    assert ledger.reader.find("x-h1", only="ali") == []
+
+
 def test_a_part_without_an_exchange_is_found_and_told(ledger):
     ledger.write(part(1, None))
     (match,) = ledger.reader.find("internal-1")

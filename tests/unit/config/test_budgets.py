@@ -1,4 +1,4 @@
-"""Budgets that could never be reached are refused: of nobody's tenant, or in USD without a price."""
+"""Budgets that could never be reached are refused: of nobody, or in USD without a price."""
 
 from datetime import UTC, datetime
 
@@ -67,15 +67,16 @@ def test_a_budget_of_whom_no_request_can_be_is_refused_by_name(name, rules, hint
     )
 
 
-def refused(text: str, run: RunFacts = RunFacts()) -> str | None:
+NOT_KNOWN = RunFacts()
+KNOWN = RunFacts(1, "llama", "NVIDIA H100", "node-1")
+
+
+def refused(text: str, run: RunFacts = NOT_KNOWN) -> str | None:
     try:
         check_start(settings(text), run, NOW_NS)
     except SettingError as error:
         return str(error)
     return None
-
-
-KNOWN = RunFacts(1, "llama", "NVIDIA H100", "node-1")
 
 
 def test_a_budget_in_usd_needs_a_price_that_is_in_force_at_the_start():

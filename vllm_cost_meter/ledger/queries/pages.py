@@ -23,6 +23,7 @@ from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.reports.request_answers import RequestRow
 from vllm_cost_meter.reports.request_row import Row, exchange
+from vllm_cost_meter.units.text import quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,10 @@ class Key:
         """Parse `token`'s form. Raises ValueError on anything else."""
         try:
             finished_at, id = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
-        except (binascii.Error, ValueError, TypeError):
+        except (binascii.Error, ValueError, TypeError, RecursionError):
             finished_at = id = None
         if not (isinstance(finished_at, str) and isinstance(id, str)):
-            raise ValueError(f"expected the `next` of an earlier page, got {token[:80]!r}")
+            raise ValueError(f"expected the `next` of an earlier page, got {quoted(token)}")
         return cls(finished_at, id)
 
 

@@ -49,15 +49,16 @@ class Spending:
         alive: Callable[[], Collection[str]] = tuple,
         slice_bills: int = SLICE_BILLS,
     ) -> None:
-        """Open the ledger; `alive` names engine runs that are known to live though they are silent.
+        """`alive` names engine runs that are known to live though they are silent.
 
-        Raises LedgerError, also when there is no ledger and `create` is not set.
+        The ledger is opened at the first look, which raises LedgerError if it cannot be, also when
+        there is none and `create` is not set.
         """
         self._alive = alive
         self._slice_bills = slice_bills
-        self._engine: Engine = open_database(url, create=create)
-        if self._engine.dialect.name == "postgresql":
-            self._engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
+        self._url = url
+        self._create = create
+        self._engine: Engine | None = None
         self._heard = Heard()
         # The budgets that are served, their bills, and those of a new count until it is complete.
         self._budgets: Sequence[Budget] = ()
@@ -72,7 +73,8 @@ class Spending:
 
     def close(self) -> None:
         """Close the connections."""
-        self._engine.dispose()
+        if self._engine is not None:
+            self._engine.dispose()
 
     @property
     def is_recounting(self) -> bool:
@@ -92,10 +94,11 @@ class Spending:
         now_ns: int,
         monotonic_ns: int | None = None,
     ) -> Figures:
-        """Return where the budgets stand. Raises SQLAlchemyError if the ledger cannot be read.
+        """Return where the budgets stand.
 
         The first look counts everything. While a later one waits for a new count, it returns where
-        the budgets stand that were served before.
+        the budgets stand that were served before. Raises LedgerError or SQLAlchemyError if the
+        ledger cannot be opened or read.
         """
         at = Instant(now_ns, time.monotonic_ns() if monotonic_ns is None else monotonic_ns)
         with self._read() as connection:
@@ -121,6 +124,11 @@ class Spending:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
+        if self._engine is None:
+            engine = open_database(self._url, create=self._create)
+            if engine.dialect.name == "postgresql":
+                engine = engine.execution_options(isolation_level="REPEATABLE READ")
+            self._engine = engine
         with self._engine.connect() as connection, connection.begin():
             yield connection
 
