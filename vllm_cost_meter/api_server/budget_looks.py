@@ -28,7 +28,7 @@ class BudgetLooks:
         """Return where the budgets stand; None if nothing is new since the last look.
 
         `alive` names engine runs that are known to live though they are silent. Raises LedgerError
-        and SQLAlchemyError while the ledger cannot be read.
+        while the ledger cannot be read.
         """
         self._alive = alive
         latest = (self._spending.latest_snapshots(), budgets, book)
@@ -37,6 +37,11 @@ class BudgetLooks:
         figures = self._spending.look(budgets, book, time.time_ns())
         self._latest = latest
         return figures
+
+    @property
+    def served(self) -> Sequence[Budget]:
+        """The budgets of the latest figures."""
+        return self._spending.served
 
     def close(self) -> None:
         """Close the connections."""

@@ -12,14 +12,14 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from vllm_cost_meter.activation import is_refused
 from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
-from vllm_cost_meter.api_server.budget_looks import BudgetLooks
+from vllm_cost_meter.api_server.budget_follower import BudgetFollower
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
@@ -37,7 +37,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
-from vllm_cost_meter.tenants.budgets import Budget, Figures
+from vllm_cost_meter.tenants.budgets import Figures
 from vllm_cost_meter.vllm_hooks import engines
 
 logger = logging.getLogger("vllm.cost_meter")
@@ -74,6 +74,7 @@ class Runtime:
         self.served: frozenset[str] = frozenset()
         self.poller: Poller | None = None
         self.admission: Admission | None = None
+        self.follower: BudgetFollower | None = None
         self._reload_interval_s = reload_interval_s
         # By what they do.
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -161,6 +162,8 @@ class Runtime:
             self.poller.stopping = True
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self.poller.refresh(), timeout=1.0)
+        if self.follower is not None:
+            await self.follower.stop()
         await asyncio.to_thread(self.writer.close, 2.0)
 
     def _start_task(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -197,13 +200,10 @@ class Runtime:
         has_rules = self.settings.budgets or self.settings.failing_closed
         if not has_rules or self.admission is not None:
             return
-        looks = BudgetLooks(self.writer.url)
-
-        async def follow(budgets: Sequence[Budget], book: PriceBook) -> Figures | None:
-            return await in_own_thread(looks.look, budgets, book, self.alive())
-
+        # The poller starts later, and is asked at each look.
+        self.follower = BudgetFollower(self.writer.url, alive=self.alive)
         self.admission = Admission(
-            follow,
+            self.follower.follow,
             self.budget_rules,
             self.guard,
             self.settings.snapshot_interval_s,

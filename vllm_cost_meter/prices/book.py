@@ -266,7 +266,8 @@ class PriceBook:
         overheads: Sequence[Overhead] = (),
     ) -> None:
         """Raises ValueError for two entries with the same matches from the same hour."""
-        self._prices = _Timetable([GpuHourPrice.of(entry) for entry in prices])
+        self.entries = tuple(prices)
+        self._prices = _Timetable([GpuHourPrice.of(entry) for entry in self.entries])
         self._energy = _Timetable(list(energy_prices))
         self.overheads = overheads
 

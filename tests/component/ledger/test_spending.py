@@ -1,6 +1,9 @@
 """What a budget has used, from a real ledger: bills as they come, and what still runs."""
 
+import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from zoneinfo import ZoneInfo
@@ -8,6 +11,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from tests.support.builders import make_bill, make_open, make_part, make_snapshot
+from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.queries.bill_count import GAPS_AT_ONCE
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, AsOf
 from vllm_cost_meter.ledger.queries.spending import Spending
@@ -53,6 +57,14 @@ class Ledger:
         taken_at_ns = NOW - 24 * NS_PER_HOUR
         values = {"number": 0, "taken_at_ns": taken_at_ns, **changes}
         self.write(make_snapshot(run_id=run_id, **values), recorded=recorded)
+
+    @contextmanager
+    def without(self, table: str) -> Iterator[None]:
+        """Have a table away, as one that cannot be read."""
+        with closing(sqlite3.connect(self.url.removeprefix("sqlite:///"))) as connection:
+            connection.execute(f"ALTER TABLE {table} RENAME TO away")
+            yield
+            connection.execute(f"ALTER TABLE away RENAME TO {table}")
 
     def close(self) -> None:
         for writer in self.writers.values():
@@ -162,6 +174,19 @@ def test_of_many_gaps_the_latest_are_looked_at_each_time_and_the_others_in_turn(
     looks = [total(spending)[0] for _ in range(8)]
     assert looks[0] in (len(numbers) + 10_000, len(numbers) + 1_010_000)
     assert looks[-1] == len(numbers) + 1_010_000
+
+
+def test_a_look_that_fails_half_way_counts_nothing_twice(ledger, spending):
+    for run in "ab":
+        ledger.run(run)
+        ledger.write(part(1, 10, run_id=run))
+    assert total(spending) == [20]
+    ledger.write(part(3, 10, run_id="a"), part(2, 10, run_id="b"))
+    # The bills are counted before the gaps of a run and what runs are read.
+    with ledger.without("live_usage"), pytest.raises(LedgerError):
+        look(spending)
+    ledger.write(part(2, 10, run_id="a"))
+    assert total(spending) == [50]
 
 
 def test_a_bill_of_a_period_counts_though_the_one_after_it_was_committed_first(ledger):

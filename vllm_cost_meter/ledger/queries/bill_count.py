@@ -124,7 +124,8 @@ class BillCount:
         """Count the bills of a run in a range of numbers; what is missing there becomes gaps."""
         expected = first
         bounds = {"run_id": run_id, "first": first, "last": last}
-        for seq, *rest in connection.execute(_BILLS, bounds):
+        # All rows are read before the first is added: a read that fails half way adds nothing.
+        for seq, *rest in connection.execute(_BILLS, bounds).all():
             if seq > expected:
                 self._gaps.append(_Gap(run_id, expected, seq - 1))
             expected = seq + 1
@@ -138,7 +139,7 @@ class BillCount:
             return
         found: dict[int, set[int]] = {}
         rows = [(place, *self._gaps[place]) for place in places]
-        for place, seq, *rest in connection.execute(_bills_in(rows)):
+        for place, seq, *rest in connection.execute(_bills_in(rows)).all():
             if seq is not None:
                 found.setdefault(place, set()).add(seq)
                 self._add(self._gaps[place].run_id, *rest)

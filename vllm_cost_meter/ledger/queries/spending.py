@@ -19,8 +19,10 @@ from typing import Any
 
 from sqlalchemy import Engine, select
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
-from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.database import cause_of, open_database
 from vllm_cost_meter.ledger.queries.bill_count import BillCount
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.heard import Heard, Instant, Told
@@ -77,6 +79,11 @@ class Spending:
             self._engine.dispose()
 
     @property
+    def served(self) -> Sequence[Budget]:
+        """The budgets of the latest figures: while new ones are counted, those from before."""
+        return self._budgets
+
+    @property
     def is_recounting(self) -> bool:
         """Whether a new count is under way, so that the next look is due at once."""
         return self._next is not None
@@ -97,8 +104,8 @@ class Spending:
         """Return where the budgets stand.
 
         The first look counts everything. While a later one waits for a new count, it returns where
-        the budgets stand that were served before. Raises LedgerError or SQLAlchemyError if the
-        ledger cannot be opened or read.
+        the budgets stand that were served before. Raises LedgerError if the ledger cannot be
+        opened or read.
         """
         at = Instant(now_ns, time.monotonic_ns() if monotonic_ns is None else monotonic_ns)
         with self._read() as connection:
@@ -129,8 +136,12 @@ class Spending:
             if engine.dialect.name == "postgresql":
                 engine = engine.execution_options(isolation_level="REPEATABLE READ")
             self._engine = engine
-        with self._engine.connect() as connection, connection.begin():
-            yield connection
+        try:
+            with self._engine.connect() as connection, connection.begin():
+                yield connection
+        except SQLAlchemyError as error:
+            shown = self._engine.url.render_as_string(hide_password=True)
+            raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
     # -- counting ---------------------------------------------------------------------------
 
