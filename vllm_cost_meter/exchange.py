@@ -69,6 +69,16 @@ class Sent:
         return self.status
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A complete reply that refuses a request; `message` is what its body says."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    message: str
+
+
 @dataclass(slots=True)
 class Exchange:
     """One HTTP request being served, and what has been billed for it so far."""
@@ -90,6 +100,10 @@ class Exchange:
     cost_nanousd: int | None = 0
     marginal_cost_nanousd: int | None = 0
     method: str = ""
+    # A WebSocket: each of its engine requests is a new request to budgets.
+    is_socket: bool = False
+    # What the client is sent since an engine request was refused: its budget is used up meanwhile.
+    refusal: Refusal | None = None
     sent: Sent = field(default_factory=Sent)
     # True once the record of this exchange, as it ended, was made.
     recorded: bool = False

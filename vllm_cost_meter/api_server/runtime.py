@@ -21,6 +21,7 @@ from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.budget_follower import BudgetFollower
 from vllm_cost_meter.api_server.collector import Collector
+from vllm_cost_meter.api_server.judging import refuse_birth
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
@@ -68,7 +69,11 @@ class Runtime:
         # Opens the ledger, or makes it, now: the first reply must not wait for that.
         self.writer.commit()
         self.collector = Collector(
-            self.writer, self.guard, lambda: self.settings, open_requests=open_requests
+            self.writer,
+            self.guard,
+            lambda: self.settings,
+            open_requests=open_requests,
+            refuses=lambda exchange: refuse_birth(exchange, self.admission),
         )
         # The names under which the model is served; empty until the start.
         self.served: frozenset[str] = frozenset()
