@@ -10,7 +10,7 @@ them in USD. Measured in this process, each --repeat times, as median (min to ma
 - a recount beside it: the time until a budget of another tenant is served, at a look every 250 ms,
   the longest of these looks, and the age of the oldest figures meanwhile.
 
-Then the process that counts in a server (`api_server/budget_process.py`) does the first look, its
+Then the process that counts in a server (`api_server/budgets/process.py`) does the first look, its
 start included, and a recount, asked from an event loop here. A ticker sleeps 5 ms on that loop: its
 delay is measured three times for 20 looks, and between them for as many pauses without one. A
 thread writes a bill and a snapshot before each.
@@ -34,7 +34,7 @@ from bench_attribution import machine
 from bench_ledger import records
 from sqlalchemy import Engine
 
-from vllm_cost_meter.api_server.budget_follower import BudgetFollower
+from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.engine.books import EngineBooks, EngineState
 from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import write
