@@ -14,7 +14,7 @@ from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_open, make_snapshot
 from tests.support.world import BODY, DONE, JSON, SSE, TOKEN, Client, replying, scope_of
 from vllm_cost_meter.api_server.admission import Admission, Rules
-from vllm_cost_meter.api_server.budget_looks import BudgetLooks
+from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime
 from vllm_cost_meter.errors import LedgerError

@@ -19,7 +19,7 @@ from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_snapshot
 from tests.support.world import BODY, JSON, World, replying
 from vllm_cost_meter.api_server.background import PAUSE_S_MAX, QUIET_NS, Loop, in_own_thread
-from vllm_cost_meter.api_server.budget_looks import BudgetLooks
+from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX

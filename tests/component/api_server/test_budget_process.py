@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from tests.component.ledger.test_spending import Ledger, part
 from tests.support.builders import make_snapshot
-from vllm_cost_meter.api_server.budget_follower import BudgetFollower
-from vllm_cost_meter.api_server.budget_messages import SentFigures, SentRules
+from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
+from vllm_cost_meter.api_server.budgets.messages import SentFigures, SentRules
 from vllm_cost_meter.errors import AwayError, CostMeterError, LedgerError
 from vllm_cost_meter.prices.book import NO_PRICES, Matches, PriceBook, PriceEntry
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from vllm_cost_meter.api_server.budget_looks import BudgetLooks
-from vllm_cost_meter.api_server.budget_messages import (
+from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
+from vllm_cost_meter.api_server.budgets.messages import (
     LOOK,
     RULES,
     Hello,

@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
-from vllm_cost_meter.api_server.budget_messages import LOOK, RULES, Hello, Looked, SentRules
+from vllm_cost_meter.api_server.budgets.messages import LOOK, RULES, Hello, Looked, SentRules
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook
 from vllm_cost_meter.side_process.channel import RefusedError
 from vllm_cost_meter.side_process.supervisor import Pauses, SideProcess
 from vllm_cost_meter.tenants.budgets import Budget, Figures
 
-MODULE = "vllm_cost_meter.api_server.budget_process"
+MODULE = "vllm_cost_meter.api_server.budgets.process"
 # After this time a look is a failure in the log, and is waited for all the same.
 LOOK_TIMEOUT_S = 10.0
 # Budgets hold by the figures of before for some seconds only, so it starts again without delay.
