@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.background import Loop
-from vllm_cost_meter.api_server.in_flight import InFlight
+from vllm_cost_meter.api_server.budgets.in_flight import InFlight
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.prices.book import PriceBook
