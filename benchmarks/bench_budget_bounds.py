@@ -5,7 +5,7 @@ Method. A real `vllm serve` on loopback has a tenant with a budget for each case
 refused or has its reply. Then the budget is read from the side endpoint, once nothing runs and it
 has counted every bill; `over` is what was used beyond its amount.
 
-- burst: 60 clients ask at once for 400 tokens each, again and again;
+- burst: 60 clients ask at once for 1,500 tokens each, again and again;
 - long reply: one request for 4,000 tokens;
 - beams: one beam search, 4 beams of 400 tokens;
 - prompt list: one request with 300 prompts, 100 tokens each;
@@ -17,7 +17,7 @@ has counted every bill; `over` is what was used beyond its amount.
 Columns. `bound` is the formula of docs/howto/budgets.md: with G = 1 GPU, L = the snapshot interval
 + 0.75 s, N = `max_concurrent` (the number of clients where there is none) and c = the GPU time of
 the dearest request of the case so far, it is G*L with `stop_running` and G*L + N*c without. In an
-outage of the ledger L is longer by the outage or, with `fail_closed`, by the 5 s after which figures
+outage of the ledger L is longer by the outage or, with `fail_closed`, by the 5 s until figures
 are stale.
 
 State machine of a client: ask; 200: ask again (cases that repeat) or done; 429 `budget_exceeded`:
@@ -120,7 +120,7 @@ LIST = {**LONG, "prompt": [f"{number} {PROMPT}" for number in range(300)], "max_
 
 def cases() -> list[Case]:
     """Return the cases of one tenant each, in their order."""
-    burst = {"load": "burst", "clients": BURST, "body": LONG}
+    burst = {"load": "burst", "clients": BURST, "body": {**LONG, "max_tokens": 1_500}}
     outage = {"load": "ledger outage", "clients": 16, "body": SHORT}
     once = {"repeats": False}
     return [

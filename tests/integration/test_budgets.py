@@ -135,15 +135,16 @@ def ask_as(server: Server, tenant: str, **options: object) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=120)
 
 
-def assert_held(server: Server, tenant: str, at_least_ns: int = 0) -> None:
+def assert_held(server: Server, tenant: str) -> None:
     """Assert that a budget of 1 GPU-second ended what ran, and that the books balance."""
     standing = settled_standing(server, tenant)
     assert standing["state"] == "spent"
-    assert at_least_ns <= standing["over"] < (INTERVAL_S + LATENESS_S) * 2 * NS_PER_SECOND
+    assert standing["over"] < (INTERVAL_S + LATENESS_S) * 2 * NS_PER_SECOND
     server.balanced()
 
 
 def test_a_beam_search_ends_with_the_429_of_a_budget_that_is_spent_meanwhile(hard: Server) -> None:
+    logged = len(hard.log)
     # 400 steps of 10 ms and more are 4 s of the GPU at the least.
     with hard.paced(0.01):
         reply = ask_as(hard, "zeta", max_tokens=400, n=4, use_beam_search=True)
@@ -155,7 +156,7 @@ def test_a_beam_search_ends_with_the_429_of_a_budget_that_is_spent_meanwhile(har
     assert float(reply.headers["x-cost-meter-gpu-seconds"]) > 1
     assert_held(hard, "zeta")
     # It is a budget's decision, and no error of vLLM.
-    assert "Traceback" not in hard.log
+    assert "Traceback" not in hard.log[logged:]
 
 
 def test_prompts_of_a_list_that_still_wait_end_without_a_token(hard: Server) -> None:

@@ -135,7 +135,9 @@ def _reply(
 
 def _period(standing: Standing) -> str:
     budget = standing.budget
-    return f"the last {budget.days} days" if budget.period == "rolling" else f"the {budget.period}"
+    if budget.period != "rolling":
+        return f"the {budget.period}"
+    return "the last day" if budget.days == 1 else f"the last {budget.days} days"
 
 
 def _header_text(text: str) -> bytes:
