@@ -20,6 +20,7 @@ from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
+from vllm_cost_meter.api_server.budgets.names import BudgetNames
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
@@ -31,7 +32,7 @@ from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.endpoint.server import serve
 from vllm_cost_meter.endpoint.tenant_routes import make_router
-from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.errors import LedgerError, SettingError
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
@@ -75,6 +76,7 @@ class Runtime:
         self.poller: Poller | None = None
         self.admission: Admission | None = None
         self.follower: BudgetFollower | None = None
+        self._names = BudgetNames(self.ledger_url)
         self._reload_interval_s = reload_interval_s
         # By what they do.
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -151,6 +153,7 @@ class Runtime:
             announce=self._announce_all,
         )
         self._start_task("poll", self.poller.run)
+        self._start_task("names", self._look_at_names)
         return True
 
     async def stop(self) -> None:
@@ -193,8 +196,15 @@ class Runtime:
         new = await in_own_thread(reloader.look, self.settings)
         self.settings = new or self.settings
         self._hold_to_budgets(engine_client)
+        if new is not None and self.poller is not None:
+            await self._look_at_names()
 
     # -- budgets ----------------------------------------------------------------------------
+
+    async def _look_at_names(self) -> None:
+        """Warn of budgets that cover nobody so far. Without a ledger nobody knows."""
+        with contextlib.suppress(LedgerError):
+            await in_own_thread(self._names.look, self.settings)
 
     def _hold_to_budgets(self, engine_client: Any) -> None:
         has_rules = self.settings.budgets or self.settings.failing_closed
