@@ -283,6 +283,22 @@ def test_when_the_clock_goes_back_into_a_period_before_it_is_counted_again(ledge
     follower.close()
 
 
+def test_when_the_clock_goes_back_by_less_than_two_days_nothing_is_counted_again(ledger, spending):
+    daily = (budget(days=1),)
+    ledger.write(part(1, 10), part(2, 1_000, hour=THIS_HOUR - 20))
+    assert total(spending, daily) == [1_010]
+    assert total(spending, daily, NOW + 24 * NS_PER_HOUR) == [0]
+    assert total(spending, daily, NOW) == [1_010]
+    assert not spending.is_recounting
+
+
+def test_without_budgets_no_bill_is_read(ledger, spending):
+    ledger.write(part(1, 10))
+    with ledger.without("usage_pieces"):
+        assert list(look(spending, ()).standings) == []
+    assert total(spending) == [10]
+
+
 # ---- money
 
 

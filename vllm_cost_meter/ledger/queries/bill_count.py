@@ -106,6 +106,9 @@ class BillCount:
 
         The connection must see one state of the ledger throughout.
         """
+        if not self._budgets:
+            self.is_complete = True
+            return
         highest = {run_id: top for run_id, top in connection.execute(_HIGHEST) if top}
         if self._upto is None:
             self._upto = _beginnings(connection, highest, self.first_hour)

@@ -38,6 +38,8 @@ from vllm_cost_meter.units.time import unix_ns_of
 # So many bills of a new count are counted at a look: about 0.1 s of work.
 SLICE_BILLS = 40_000
 _IDS_AT_ONCE = 500
+# Hours before all periods that stay counted, so that a clock may be set back without a new count.
+_HOURS_KEPT = 48
 
 
 class Spending:
@@ -163,7 +165,7 @@ class Spending:
             count = self._count = self._next
         self._next, self._budgets, self._counted_ns = None, budgets, now_ns
         if budgets:
-            count.forget_before(first_hour)
+            count.forget_before(first_hour - _HOURS_KEPT)
         return count
 
     # -- prices -----------------------------------------------------------------------------
