@@ -276,6 +276,17 @@ class PriceBook:
         found = self._prices.at(run, hour)
         return found[0] if len(found) == 1 else None
 
+    def certain_price_at(self, run: RunFacts, hour: int) -> GpuHourPrice | None:
+        """Return a run's price in an hour; None if a fact that is unknown may choose another."""
+        found = self.price_at(run, hour)
+        if found is None or None not in (run.model, run.gpu_name, run.host):
+            return found
+        in_force = [line for line in self._prices.lines if line.at(hour) is not None]
+        best = max(line.specificity for line in in_force if line.matches.fit(run))
+        rivals = (line for line in in_force if line.specificity >= best)
+        certain = all(line.matches.fit(run) or not line.matches.may_fit(run) for line in rivals)
+        return found if certain else None
+
     def may_have_price(self, run: RunFacts, hour: int) -> bool:
         """Return whether a run may have a price in an hour, whatever its unknown facts are."""
         if None not in (run.model, run.gpu_name, run.host):
