@@ -14,6 +14,7 @@ Invariant: not named, or in a vLLM that is not understood, no vLLM class is chan
 
 import argparse
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -23,9 +24,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_cost_meter.activation import NAME, is_active, is_named, is_refused, refuse
-from vllm_cost_meter.errors import CostMeterError, VllmMismatchError
+from vllm_cost_meter.errors import VllmMismatchError
 
 logger = logging.getLogger("vllm.cost_meter")
+
+# What --middleware names begins so if it is ours.
+OWN_MODULES = "vllm_cost_meter."
 
 # Groups that vLLM loads in full while VLLM_PLUGINS is unset. Endpoint plugins are not: those load
 # only when named.
@@ -67,8 +71,6 @@ def activate() -> None:
     """Install every hook; in a vLLM that is not understood, none."""
     if is_refused():
         return
-    if is_serve_parent():
-        check_settings()
     with _refusing():
         from vllm_cost_meter.vllm_hooks import canary, engine_core, output_processor, scheduler
 
@@ -99,17 +101,17 @@ def _refusing() -> Iterator[None]:
         logger.exception("cost meter: it could not be installed; vLLM goes on unmetered")
 
 
-def check_settings() -> None:
+def check_settings(*, with_ledger: bool = True) -> None:
     """Stop the start, with one line, if a setting is wrong or the ledger cannot be where it is."""
-    if _given("--cost-meter-config", sys.argv) and "COST_METER_CONFIG" not in os.environ:
-        return  # not parsed yet; its own action checks
-    from vllm_cost_meter.config.loading import load_settings
-    from vllm_cost_meter.ledger.database import check_location, default_url
-
     try:
-        check_location(load_settings().ledger or default_url())
-    except CostMeterError as error:
-        raise SystemExit(f"cost meter: {error}") from None
+        from vllm_cost_meter.api_server.start_check import what_is_wrong
+
+        wrong = what_is_wrong(with_ledger=with_ledger)
+    except Exception:
+        logger.exception("cost meter: its settings could not be checked; vLLM goes on")
+        return
+    if wrong is not None:
+        raise SystemExit(wrong)
 
 
 def _anyone_fails_closed() -> bool:
@@ -148,6 +150,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             default=None,
             help="Settings of the cost meter; the environment (COST_METER_*) goes before them.",
         )
+    check_after_parsing(parser)
+
+
+def check_after_parsing(parser: argparse.ArgumentParser) -> None:
+    """Have the settings checked once this parser has parsed a command line that names the meter.
+
+    All ways to start a server parse one, in the process that starts all others; `vllm` makes a
+    parser for each of its commands, and uses one.
+    """
+    parse = parser.parse_known_args
+
+    @functools.wraps(parse)
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        parsed = parse(*args, **kwargs)
+        namespace = parsed[0]
+        middlewares = getattr(namespace, "middleware", None) or ()
+        if is_named() or any(str(name).startswith(OWN_MODULES) for name in middlewares):
+            # A node that only runs engines uses no ledger.
+            check_settings(with_ledger=not getattr(namespace, "headless", False))
+        return parsed
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 class _Exporting(argparse.Action):
@@ -180,13 +204,11 @@ class NamePlugins(_Exporting):
 
 
 class NameConfig(_Exporting):
-    """Exports `--cost-meter-config FILE` as COST_METER_CONFIG, and checks what it says."""
+    """Exports `--cost-meter-config FILE` as COST_METER_CONFIG."""
 
     def export(self, value: str) -> None:
         """Name the file."""
         os.environ["COST_METER_CONFIG"] = os.path.abspath(value)  # noqa: PTH100 - keeps symlinks
-        if is_named():
-            check_settings()
 
 
 def plugins_to_name(wanted: Sequence[str]) -> list[str]:
@@ -233,10 +255,12 @@ class EndpointPlugin:
     def attach_router(self, app: Any) -> None:
         """Add the middleware, inside vLLM's authentication.
 
-        In a vLLM that is not understood only for tenants that are to fail closed.
+        In a vLLM that is not understood only for tenants that are to fail closed. Here a wrong
+        setting stops the start of an API server whose launcher parsed no command line.
         """
         if not is_named():
             return
+        check_settings()
         with _refusing():
             if is_active() or _anyone_fails_closed():
                 from vllm_cost_meter.api_server.middleware import CostMiddleware

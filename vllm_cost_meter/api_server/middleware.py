@@ -7,6 +7,8 @@ puts the cost into the reply.
 Installed by the endpoint plugin (vLLM 0.27 and later) or `--middleware
 vllm_cost_meter.middleware.CostMiddleware` (any version), and harmless when installed twice.
 
+An application whose settings are wrong does not start; after that, nothing of ours stops it.
+
 Invariant: a request is served exactly once, metered or not, unless a budget refuses it.
 """
 
@@ -42,7 +44,10 @@ class CostMiddleware:
             await self.app(scope, receive, send)
             return
         runtime = self._runtime()
-        if not isinstance(runtime, Runtime):
+        if isinstance(runtime, NoRuntime) and runtime.wrong and scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": runtime.wrong})
+        elif not isinstance(runtime, Runtime):
             judged = judge_unmetered(scope, runtime.settings)
             if judged.refusal is None:
                 await self.app(scope, receive, send)

@@ -23,12 +23,14 @@ from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
+from vllm_cost_meter.api_server.start_check import what_is_wrong
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.endpoint.server import serve
 from vllm_cost_meter.endpoint.tenant_routes import make_router
+from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -269,11 +271,13 @@ def refresher(poller: Poller, loop: asyncio.AbstractEventLoop) -> Callable[[], N
 class NoRuntime:
     """Stands in where no runtime could be made: every hook passes through.
 
-    `settings` say which tenants fail closed; None if they could not be read.
+    `settings` say which tenants fail closed; None if they could not be read. `wrong` says in one
+    line why the start is to be stopped, None if it is not.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, wrong: str | None = None) -> None:
         self.settings = settings
+        self.wrong = wrong
 
     def run(self, hook: str, body: object, *args: object) -> None:
         """Do nothing."""
@@ -281,14 +285,20 @@ class NoRuntime:
 
 def make_runtime() -> Runtime | NoRuntime:
     """Make a runtime by the settings of this process, or what stands in for it. Never raises."""
-    settings = None
+    settings, wrong = None, None
     try:
+        wrong = what_is_wrong()
         settings = load_settings()
-        # `--middleware` brings it into a vLLM that was refused, too.
-        return NoRuntime(settings) if is_refused() else Runtime(settings)
+        if wrong is None:
+            # `--middleware` brings it into a vLLM that was refused, too.
+            return NoRuntime(settings) if is_refused() else Runtime(settings)
+    except SettingError:
+        pass  # `wrong` says it
     except Exception:
         logger.exception("cost meter: could not start in the API server; it runs unmetered")
-        return NoRuntime(settings)
+    if wrong is not None:
+        logger.error("%s", wrong)
+    return NoRuntime(settings, wrong)
 
 
 @functools.cache
