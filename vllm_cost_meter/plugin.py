@@ -41,6 +41,10 @@ GROUPS_LOADED_BY_DEFAULT = (
 )
 
 
+# Whether a command line of this process named the meter, and its settings are right.
+_is_checked = False
+
+
 def register() -> None:
     """Entry point of `vllm.general_plugins`."""
     with _refusing():
@@ -157,18 +161,22 @@ def check_after_parsing(parser: argparse.ArgumentParser) -> None:
     """Have the settings checked once this parser has parsed a command line that names the meter.
 
     All ways to start a server parse one, in the process that starts all others; `vllm` makes a
-    parser for each of its commands, and uses one.
+    parser for each of its commands, and uses one. Later it parses empty ones, to learn the
+    defaults: only the first one counts.
     """
     parse = parser.parse_known_args
 
     @functools.wraps(parse)
     def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        global _is_checked
         parsed = parse(*args, **kwargs)
         namespace = parsed[0]
         middlewares = getattr(namespace, "middleware", None) or ()
-        if is_named() or any(str(name).startswith(OWN_MODULES) for name in middlewares):
+        names_us = is_named() or any(str(name).startswith(OWN_MODULES) for name in middlewares)
+        if names_us and not _is_checked:
             # A node that only runs engines uses no ledger.
             check_settings(with_ledger=not getattr(namespace, "headless", False))
+            _is_checked = True
         return parsed
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]

@@ -99,6 +99,7 @@ def naming(monkeypatch):
     """Have flags export to an environment that is put back; hooks are for integration tests."""
     monkeypatch.setenv("VLLM_PLUGINS", "cost_meter")
     monkeypatch.setattr(plugin, "activate", lambda: None)
+    monkeypatch.setattr(plugin, "_is_checked", False)
     return monkeypatch
 
 
@@ -142,7 +143,9 @@ def test_flags_are_checked_together_in_any_order(naming, tmp_path):
     right.write_text("port = 1")
     for flags in (["--plugins", "cost_meter", "--cost-meter-config"], ["--cost-meter-config"]):
         after = [] if "--plugins" in flags else ["--plugins", "cost_meter"]
+        naming.setattr(plugin, "_is_checked", False)
         assert parser().parse_args(["serve", *flags, str(right), *after]).command == "serve"
+        naming.setattr(plugin, "_is_checked", False)
         with pytest.raises(SystemExit, match=r"port \(.*wrong.toml\): expected"):
             parser().parse_args(["serve", *flags, str(wrong), *after])
 
@@ -151,6 +154,9 @@ def test_a_node_that_only_runs_engines_needs_no_place_for_a_ledger(naming, tmp_p
     (tmp_path / "file").touch()
     naming.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path}/file/ledger.db")
     assert parser().parse_args(["serve", "--headless"]).headless
+    # vLLM looks at the defaults of a parser later, where nothing is headless.
+    assert not parser().parse_args(["serve"]).headless
+    naming.setattr(plugin, "_is_checked", False)
     with pytest.raises(SystemExit, match="cannot be created"):
         parser().parse_args(["serve"])
 
@@ -159,6 +165,21 @@ def test_a_check_that_is_itself_broken_stops_nothing(naming, caplog):
     """As where a package of ours is missing."""
     naming.setitem(sys.modules, "vllm_cost_meter.api_server.start_check", None)
     assert parser().parse_args(["serve"]).command == "serve"
+
+
+def test_an_api_server_whose_launcher_parsed_no_command_line_is_stopped_too(naming):
+    class App:
+        added: list[object] = []
+
+        def add_middleware(self, middleware: object) -> None:
+            self.added.append(middleware)
+
+    naming.setenv("COST_METER_PORT", "none")
+    with pytest.raises(SystemExit, match="^cost meter: COST_METER_PORT "):
+        plugin.EndpointPlugin().attach_router(App())
+    naming.setenv("VLLM_PLUGINS", "other")
+    plugin.EndpointPlugin().attach_router(App())
+    assert App.added == []
 
 
 # ---- whose home it is
