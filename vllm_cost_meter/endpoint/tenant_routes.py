@@ -1,11 +1,10 @@
-"""A tenant's own figures on vLLM's own port, so that clients need no second address.
+"""A tenant's own figures on vLLM's port: `/v1/cost/me` and `/v1/cost/requests/{id}`.
 
-Two routes, put into vLLM's application: `/v1/cost/me` and `/v1/cost/requests/{id}`. They stand
-below `/v1`, which vLLM's API-key check guards, and ask more: that this very request was resolved by
-its API key, as a header or a default tenant prove nothing of who asks. Errors are vLLM's, with its
-handlers.
+The two routes are added to vLLM's application, so clients need no second address. vLLM's API-key
+check guards everything below `/v1`. These routes demand more: the caller's tenant must follow from
+its API key, because a header or a default tenant proves nothing. vLLM's own handlers answer errors.
 
-Invariant: nothing else of the meter is on vLLM's port, and nothing here tells of another tenant.
+Invariant: the meter adds no other route to vLLM's port, and these show no other tenant.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from vllm_cost_meter.tenants.budgets import Figures, told
 
 
 def _own(request: Request) -> Viewer:
-    """Return who asks. Raises HTTPException unless an API key said so."""
+    """Return the caller. Raises HTTPException unless its API key named the tenant."""
     exchange = exchange_of(request.scope)
     if exchange is None or not exchange.owner.by_api_key:
         raise HTTPException(401, "expected the API key of a tenant that the cost meter knows")
@@ -38,12 +37,12 @@ Own = Annotated[Viewer, Depends(_own)]
 def make_router(
     reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], Figures]
 ) -> APIRouter:
-    """Return the two routes. Arguments are those of the side endpoint's application."""
+    """Return the two routes; the arguments are as for the side endpoint's application."""
     router = APIRouter(prefix="/v1/cost", route_class=AnswerRoute)
 
     @router.get("/me")
     def me(own: Own, window: Window = None) -> OwnFigures | NothingUsed:
-        """Return what the caller's tenant used, and where its budgets stand."""
+        """Return the usage and cost of the caller's tenant, and the use of its budgets."""
         hours = hours_asked(window)
         refresh()
         name = str(own.tenant)

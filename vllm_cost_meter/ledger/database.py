@@ -6,8 +6,8 @@ last commits, but never the file's consistency. WAL needs shared memory, so a ne
 refused at the start. Transactions are explicit here: readers begin DEFERRED and see one state of
 the file throughout; writers begin IMMEDIATE and never have to upgrade a lock.
 
-Invariant: an engine that `open_database` returns has our schema, whole, whoever created it and
-however many processes tried to at once.
+Invariant: an engine that `open_database` returns has our complete schema, even if many processes
+tried to create it at once.
 """
 
 import os
@@ -55,7 +55,7 @@ def default_url() -> str:
     Raises LedgerError where the user has no home folder.
     """
     state = os.environ.get("XDG_STATE_HOME", "")
-    # The XDG rules tell programs to ignore a relative path.
+    # By the XDG rules, programs ignore a relative path.
     home = Path(state) if state.startswith("/") else _home() / ".local" / "state"
     return f"sqlite:///{home / 'vllm-cost-meter' / 'ledger.db'}"
 
