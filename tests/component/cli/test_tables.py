@@ -12,6 +12,7 @@ import pytest
 from tests.component.cli.test_cli import no_settings
 from tests.component.ledger.test_economics import write
 from tests.component.ledger.test_reader import Ledger
+from tests.support.small_ledger import live_now
 from tests.unit.lab.test_sweep import SHAPE, curve, swept
 from vllm_cost_meter.cli import sweep as sweeping
 from vllm_cost_meter.cli.commands import app
@@ -168,7 +169,8 @@ def test_a_wider_terminal_shows_more_and_wide_shows_all(show: Show, name: str) -
     assert wide == piped
 
 
-def test_what_is_left_out_is_named_below_the_table(show: Show) -> None:
+def test_what_is_left_out_is_named_below_the_table(show: Show, files: Path) -> None:
+    live_now(files / "ledger.db")
     head, *rows, note, rest = show(("report", "requests"), 80)
     assert len(rows) == 5
     assert head.split() == ["finished_at", "tenant", "status", "gpu_seconds", "cost_usd"]
