@@ -20,7 +20,7 @@ from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import InvoiceLine
 from vllm_cost_meter.ledger.billing.importing import import_invoice
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 # How the description of a field begins, by the end of its name.
@@ -43,7 +43,7 @@ WORDS_MIN = 2
 # Inputs of calculators and figures have the words and units of the command line.
 DESCRIBED_ELSEWHERE = ("Used", "Figures")
 WINDOW = "2027-01-15T08:00:00Z,2027-01-15T09:00:00Z"
-BUDGETS = Figures([Standing(Budget("b", 10, "usd", "month", tenant="search"), {0: 1}, 0)], 0)
+BUDGETS = BudgetFigures([Standing(Budget("b", 10, "usd", "month", tenant="search"), {0: 1}, 0)], 0)
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_the_matches_of_an_ambiguous_id_are_in_the_document(document):
 
 def test_a_tenants_own_figures_are_in_the_document_of_vllm(reader):
     app = FastAPI()
-    app.include_router(make_router(reader, lambda: None, Figures))
+    app.include_router(make_router(reader, lambda: None, BudgetFigures))
     paths = app.openapi()["paths"]
     own = schema_of(paths["/v1/cost/me"]["get"])
     assert {each["$ref"].rpartition("/")[2] for each in own["anyOf"]} == {

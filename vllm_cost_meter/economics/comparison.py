@@ -15,6 +15,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
+from vllm_cost_meter.units.text import quoted
+
 TOKENS_PER_M = 1_000_000
 # `compare --json` shows this text. The price of a request depends on its time and size.
 FORMULA = (
@@ -167,7 +169,7 @@ def volumes_of(text: str) -> list[int]:
         return volumes
     last = _volume(text, high)
     if last < volumes[0]:
-        raise ValueError(f"volume: expected the smaller one first, got {text!r}")
+        raise ValueError(f"volume: expected the smaller one first, got {quoted(text)}")
     while volumes[-1] * 10 <= last:
         volumes.append(volumes[-1] * 10)
     return volumes if volumes[-1] == last else [*volumes, last]
@@ -177,5 +179,5 @@ def _volume(text: str, number: str) -> int:
     found = _VOLUME.match(number.strip())
     tokens = int(Decimal(found[1]) * _TIMES[found[2]]) if found else 0
     if not 0 < tokens <= 10**15:
-        raise ValueError(f"volume: expected tokens such as 100M, or 1M..1B, got {text!r}")
+        raise ValueError(f"volume: expected tokens such as 100M, or 1M..1B, got {quoted(text)}")
     return tokens

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from vllm_cost_meter.economics.numbers import S_PER_HOUR, TOKENS_PER_M, positive, usd_per_m
+from vllm_cost_meter.units.text import quoted
 
 POINTS_MAX = 10_000
 # The names under which a curve may hold each number.
@@ -83,7 +84,7 @@ def curve_of(given: object) -> Curve:
 
 def _point(number: int, given: object) -> Point:
     if not isinstance(given, Mapping):
-        raise ValueError(f"curve: expected point {number} to be an object, got {given!r}")
+        raise ValueError(f"curve: expected point {number} to be an object, got {quoted(given)}")
     found: dict[str, float | None] = {}
     for name, names in _NAMES.items():
         value = next((given[each] for each in names if given.get(each) not in (None, "")), None)
@@ -99,8 +100,8 @@ def _point(number: int, given: object) -> Point:
 def _number(where: str, given: Any) -> float:
     try:
         return positive(where, float(given))
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: expected a number above 0, got {given!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{where}: expected a number above 0, got {quoted(given)}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from vllm_cost_meter.economics.numbers import (
     positive,
     share,
 )
+from vllm_cost_meter.units.text import quoted
 
 UTILIZATIONS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 FACTORS = (0.5, 0.8, 1.25, 2.0)
@@ -169,7 +170,7 @@ def break_even(
     """
     factor = positive("redundancy", redundancy)
     if factor < 1:
-        raise ValueError(f"redundancy: expected 1 or more, got {redundancy!r}")
+        raise ValueError(f"redundancy: expected 1 or more, got {quoted(redundancy)}")
     case = _Case(
         usd_per_hour=positive("usd_per_hour", usd_per_hour),
         api_usd_per_m=positive("api_usd_per_m", api_usd_per_m),

@@ -14,6 +14,7 @@ from vllm_cost_meter.economics.numbers import (
     share,
     usd_per_m,
 )
+from vllm_cost_meter.units.text import quoted
 
 
 def usd_per_hour_of(
@@ -31,7 +32,7 @@ def usd_per_hour_of(
         if gpus is not None:
             raise ValueError(
                 "gpus: expected with usd_per_gpu_hour only, as usd_per_hour is for the whole"
-                f" deployment, got {gpus!r}"
+                f" deployment, got {quoted(gpus)}"
             )
         return positive("usd_per_hour", usd_per_hour)
     if gpus is None:
@@ -172,7 +173,7 @@ def ratio_of(text: str) -> tuple[float, float]:
     except ValueError:
         found = (0.0, 0.0)
     if not colon or not sum(found):
-        raise ValueError(f"ratio: expected INPUT:OUTPUT, such as 3:1, got {text!r}")
+        raise ValueError(f"ratio: expected INPUT:OUTPUT, such as 3:1, got {quoted(text)}")
     return found
 
 
@@ -218,7 +219,9 @@ def request(
     if failed == 1:
         raise ValueError("failure_share: expected less than 1, got 1: nothing is ever served")
     if isinstance(retries_max, bool) or not 0 <= retries_max <= 1000 or retries_max % 1:
-        raise ValueError(f"retries_max: expected a whole number, 0 to 1000, got {retries_max!r}")
+        raise ValueError(
+            f"retries_max: expected a whole number, 0 to 1000, got {quoted(retries_max)}"
+        )
     served = 1 - failed ** (retries_max + 1)
     attempts = served / (1 - failed)
     return RequestCost(

@@ -4,6 +4,8 @@ Each error names the argument, the expected range and the value. The bounds are 
 deployment, and narrow enough that a product of a few numbers does not overflow.
 """
 
+from vllm_cost_meter.units.text import quoted
+
 HOURS_PER_MONTH = 730.0
 S_PER_HOUR = 3600.0
 TOKENS_PER_M = 1e6
@@ -13,7 +15,7 @@ SMALLEST, LARGEST = 1e-12, 1e15
 def positive(name: str, value: float) -> float:
     """Return a rate, price or amount. Raises ValueError unless it is a number above 0."""
     if isinstance(value, bool) or not SMALLEST <= value <= LARGEST:  # NaN is not either
-        raise ValueError(f"{name}: expected a number above 0, at most 10^15, got {value!r}")
+        raise ValueError(f"{name}: expected a number above 0, at most 10^15, got {quoted(value)}")
     return float(value)
 
 
@@ -22,7 +24,9 @@ def not_negative(name: str, value: float) -> float:
     if value == 0 and not isinstance(value, bool):
         return 0.0
     if isinstance(value, bool) or not SMALLEST <= value <= LARGEST:  # NaN is not either
-        raise ValueError(f"{name}: expected 0 or a number above it, at most 10^15, got {value!r}")
+        raise ValueError(
+            f"{name}: expected 0 or a number above it, at most 10^15, got {quoted(value)}"
+        )
     return float(value)
 
 
@@ -31,7 +35,7 @@ def share(name: str, value: float, *, may_be_0: bool = False) -> float:
     low = 0.0 if may_be_0 else SMALLEST
     if isinstance(value, bool) or not low <= value <= 1:
         expected = "from 0" if may_be_0 else "above 0"
-        raise ValueError(f"{name}: expected a number {expected}, at most 1, got {value!r}")
+        raise ValueError(f"{name}: expected a number {expected}, at most 1, got {quoted(value)}")
     return float(value)
 
 

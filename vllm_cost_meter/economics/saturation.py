@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_cost_meter.economics.curves import curve_of
 from vllm_cost_meter.economics.numbers import positive
+from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 
 # The fields that two engines must share to have the same full load.
@@ -93,5 +94,5 @@ def saturation_of(sweep: object) -> SaturationPoint:
 def _count(fields: Mapping[str, Any], name: str) -> int:
     value = fields[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a whole number above 0, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number above 0, got {quoted(value)}")
     return value

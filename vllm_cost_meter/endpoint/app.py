@@ -10,7 +10,7 @@ Invariant: the endpoint reads and never writes. Every JSON body is an object.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
@@ -37,12 +37,13 @@ from vllm_cost_meter.endpoint.compare import Comparer, add_compare
 from vllm_cost_meter.endpoint.dependencies import (
     FOR_ADMINS,
     ViewerOf,
-    Window,
+    WindowQuery,
     asked_wrongly,
     hours_asked,
 )
 from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
-from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse
+from vllm_cost_meter.endpoint.limits import LimitSizes, refuse_unknown_words
+from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse, error_reply
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.answers import Audit
@@ -52,7 +53,8 @@ from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.request_row import FINISHED
-from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
+from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 
@@ -60,8 +62,6 @@ logger = logging.getLogger("vllm.cost_meter")
 
 REQUESTS_PER_PAGE_MAX = 1_000
 
-# The type of an error by its status; any other status means an invalid request.
-KINDS = {404: "not_found", 503: "unavailable"}
 # No request has this tenant, because names are never empty.
 NO_TENANT = ""
 
@@ -74,7 +74,7 @@ def make_app(
     refresh: Callable[[], None] = lambda: None,
     access: Access = OPEN,
     registry: Callable[[], CollectorRegistry] | None = None,
-    budgets: Callable[[], Figures] = Figures,
+    budgets: Callable[[], BudgetFigures] = BudgetFigures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
     health: Callable[[], MeterHealth] = lambda: NO_METER,
@@ -107,7 +107,7 @@ def make_app(
         title="vllm-cost-meter",
         version=__version__,
         default_response_class=OrjsonResponse,
-        dependencies=[Depends(authorized)],
+        dependencies=[Depends(authorized), Depends(refuse_unknown_words)],
         responses=ERRORS,
         # FastAPI's own pages would load scripts from the internet. The document is served below,
         # and needs the token like everything else.
@@ -115,7 +115,8 @@ def make_app(
         redoc_url=None,
         openapi_url=None,
     )
-    # This has to come before the first route.
+    app.add_middleware(LimitSizes)
+    # Before the first route is added.
     app.router.route_class = AnswerRoute
     _add_error_handlers(app)
     _add_request_routes(app, reader, refresh)
@@ -126,7 +127,6 @@ def make_app(
     _add_budget_route(app, budgets)
     add_calculators(app)
     add_compare(app, Comparer(reader.url), refresh)
-
     _add_own_routes(app)
     _add_health_route(app, health)
 
@@ -167,7 +167,7 @@ def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return {"models": reader.cost_models(run)}
 
 
-def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
+def _add_budget_route(app: FastAPI, budgets: Callable[[], BudgetFigures]) -> None:
     @app.get("/cost/budgets")
     def standings(viewer: ViewerOf) -> Budgets:
         """Return the use of each budget in its period, as new requests are judged by it."""
@@ -177,7 +177,7 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
             "broken": figures.broken,
             # A tag's budget counts several tenants together, so no single tenant may see it.
             "budgets": [
-                told(standing)
+                budget_row(standing)
                 for standing in figures.standings
                 if viewer.may_see(standing.budget.tenant)
             ],
@@ -193,7 +193,9 @@ def look_up(
     """
 
     def rows_now() -> list[RequestWithParts]:
-        return [row for row in reader.look_up(request_id) if viewer.may_see(row["tenant"])]
+        # Who asks counts first: other tenants' requests under this id must not hide its own.
+        found = reader.look_up(request_id, only=viewer.tenant)
+        return [row for row in found if viewer.may_see(row["tenant"])]
 
     rows = rows_now()
     if not all(row["state"] == FINISHED for row in rows) or not rows:
@@ -201,7 +203,7 @@ def look_up(
         rows = rows_now()
     # Only an operator sees the matches of an ambiguous id.
     if not rows or (len(rows) > 1 and not viewer.is_admin):
-        raise HTTPException(404, f"no request with the id {request_id!r} in the ledger")
+        raise HTTPException(404, f"no request with the id {quoted(request_id)} in the ledger")
     return rows
 
 
@@ -243,31 +245,31 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/tenants", dependencies=FOR_ADMINS)
-    def tenants(window: Window = None) -> TenantsReport:
+    def tenants(window: WindowQuery = None) -> TenantsReport:
         """Return usage by tenant and engine time by class, which add up to the total."""
         hours = hours_asked(window)
         refresh()
         return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant:path}", responses=NOT_FOUND)
-    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> Tenant:
+    def tenant(viewer: ViewerOf, tenant: str, window: WindowQuery = None) -> Tenant:
         """Return one tenant's usage, cost and latest requests."""
         hours = hours_asked(window)
         refresh()
         row = reader.tenant(tenant, *hours) if viewer.may_see(tenant) else None
         if row is None:
-            raise HTTPException(404, f"no tenant {tenant!r} in the ledger")
+            raise HTTPException(404, f"no tenant {quoted(tenant)} in the ledger")
         return row
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
-    def summary(window: Window = None) -> Summary:
+    def summary(window: WindowQuery = None) -> Summary:
         """Return totals over all tenants and engines."""
         hours = hours_asked(window)
         refresh()
         return reader.summary(*hours)
 
     @app.get("/cost/invoices", dependencies=FOR_ADMINS)
-    def invoices(window: Window = None) -> InvoiceDays:
+    def invoices(window: WindowQuery = None) -> InvoiceDays:
         """Return the metered cost and the provider's bills, day by day."""
         hours = hours_asked(window)
         refresh()
@@ -284,7 +286,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
     @app.get("/cost/report")
     def report(
         viewer: ViewerOf,
-        window: Window = None,
+        window: WindowQuery = None,
         tz: Annotated[str | None, Query(description="Time zone of days; UTC by default.")] = None,
         aggregate: Annotated[str | None, Query(description="Columns to aggregate by.")] = None,
         step: Annotated[str | None, Query(description=f"One of {', '.join(STEPS)}.")] = None,
@@ -316,28 +318,21 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def error(
-        status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
-    ) -> OrjsonResponse:
-        content = {"error": {"message": message, "type": kind, "code": status}}
-        return OrjsonResponse(content, status, headers)
-
     @app.exception_handler(StarletteHTTPException)
     def http_error(_request: Request, exception: StarletteHTTPException) -> Response:
-        kind = KINDS.get(exception.status_code, "invalid_request")
-        return error(exception.status_code, str(exception.detail), kind, exception.headers)
+        return error_reply(exception.status_code, str(exception.detail), headers=exception.headers)
 
     @app.exception_handler(RequestValidationError)
     def validation_error(_request: Request, exception: RequestValidationError) -> Response:
         first = exception.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return error(422, f"{where}: {first['msg']}, got {first.get('input')!r}", "invalid_request")
+        return error_reply(422, f"{where}: {first['msg']}, got {quoted(first.get('input'))}")
 
     @app.exception_handler(LedgerError)
     def ledger_error(_request: Request, exception: LedgerError) -> Response:
-        return error(503, str(exception), "ledger_unavailable")
+        return error_reply(503, str(exception), "ledger_unavailable")
 
     @app.exception_handler(Exception)
     def our_bug(_request: Request, exception: Exception) -> Response:
-        # The server's log has the traceback.
-        return error(500, f"unexpected {type(exception).__name__}", "internal_error")
+        # The server's log has its traceback.
+        return error_reply(500, f"unexpected {type(exception).__name__}", "internal_error")

@@ -19,7 +19,7 @@ from vllm_cost_meter.config.offers import offers_for
 from vllm_cost_meter.errors import CostMeterError, LedgerError
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.economics.answers import Comparison
-from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
+from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion, compared
 from vllm_cost_meter.ledger.reader import LedgerReader
 
 
@@ -34,7 +34,7 @@ class Result(TypedDict):
 def result_of(text: bytes) -> Result:
     """Return the result for a question in JSON; never raises."""
     try:
-        return {"answer": _answer(Question(**orjson.loads(text)))}
+        return {"answer": _answer(ComparisonQuestion(**orjson.loads(text)))}
     except LedgerError as error:
         return {"error": str(error), "kind": "ledger"}
     except (CostMeterError, ValueError) as error:
@@ -44,7 +44,7 @@ def result_of(text: bytes) -> Result:
         return {"error": line, "kind": "failed"}
 
 
-def _answer(question: Question) -> Comparison:
+def _answer(question: ComparisonQuestion) -> Comparison:
     settings = load_settings()
     reader = LedgerReader(settings.ledger or default_url(), book=settings.price_book)
     try:

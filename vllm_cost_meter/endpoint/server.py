@@ -25,7 +25,7 @@ from vllm_cost_meter.endpoint.answers import NO_METER, MeterHealth
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import PriceBook
-from vllm_cost_meter.tenants.budgets import Figures
+from vllm_cost_meter.tenants.budgets import BudgetFigures
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -34,7 +34,7 @@ def serve(
     settings: Settings,
     ledger_url: str,
     refresh: Callable[[], None],
-    budgets: Callable[[], Figures] = Figures,
+    budgets: Callable[[], BudgetFigures] = BudgetFigures,
     keys: Callable[[], Mapping[str, str]] = dict,
     book: Callable[[], PriceBook] | None = None,
     declared: Callable[[], Declared] = Declared,

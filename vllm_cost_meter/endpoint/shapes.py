@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, NotRequired, Union
 
 from fastapi import Response
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from orjson import dumps
@@ -34,6 +35,23 @@ class OrjsonResponse(JSONResponse):
         return dumps(content)
 
 
+# Types of errors by status; of any other the request is invalid.
+ERROR_TYPES = {404: "not_found", 503: "unavailable"}
+
+
+def error_reply(
+    status: int,
+    message: str,
+    error_type: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> OrjsonResponse:
+    """Return an error in the one shape that all have; the type follows from the status."""
+    kind = error_type or ERROR_TYPES.get(status, "invalid_request")
+    return OrjsonResponse(
+        {"error": {"message": message, "type": kind, "code": status}}, status, headers
+    )
+
+
 class AnswerRoute(APIRoute):
     """A route that sends its answer unchecked; the document shows the handler's return type."""
 
@@ -45,6 +63,22 @@ class AnswerRoute(APIRoute):
         # Without a model FastAPI does not validate answers. Validation takes long for large ones.
         options |= {"responses": given, "response_model": None}
         super().__init__(path, _sent_as_it_is(endpoint), **options)
+
+    @functools.cached_property
+    def query_words(self) -> Mapping[str, bool]:
+        """The query words of this route, and whether each may be given several times."""
+        document = get_openapi(title="", version="", routes=[self])
+        # Routes that the document leaves out have no words.
+        described = document["paths"].get(self.path_format, {})
+        parameters = [
+            each for method in described.values() for each in method.get("parameters", ())
+        ]
+        return {each["name"]: _is_list(each) for each in parameters if each["in"] == "query"}
+
+
+def _is_list(parameter: Mapping[str, Any]) -> bool:
+    schema = parameter["schema"]
+    return any(each.get("type") == "array" for each in (schema, *schema.get("anyOf", ())))
 
 
 def shape_of(kind: Any, **instead: Any) -> Any:

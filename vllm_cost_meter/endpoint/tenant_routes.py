@@ -15,12 +15,13 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.endpoint.answers import NothingUsed, OwnFigures
 from vllm_cost_meter.endpoint.app import look_up
-from vllm_cost_meter.endpoint.dependencies import Window, hours_asked
+from vllm_cost_meter.endpoint.dependencies import WindowQuery, hours_asked
+from vllm_cost_meter.endpoint.limits import refuse_unknown_words
 from vllm_cost_meter.endpoint.shapes import AnswerRoute
 from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.request_answers import RequestWithParts
-from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 
 
 def _own(request: Request) -> Viewer:
@@ -35,20 +36,24 @@ Own = Annotated[Viewer, Depends(_own)]
 
 
 def make_router(
-    reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], Figures]
+    reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], BudgetFigures]
 ) -> APIRouter:
-    """Return the two routes; the arguments are as for the side endpoint's application."""
-    router = APIRouter(prefix="/v1/cost", route_class=AnswerRoute)
+    """Return the two routes. Arguments are those of the side endpoint's application."""
+    router = APIRouter(
+        prefix="/v1/cost",
+        route_class=AnswerRoute,
+        dependencies=[Depends(refuse_unknown_words)],
+    )
 
     @router.get("/me")
-    def me(own: Own, window: Window = None) -> OwnFigures | NothingUsed:
+    def me(own: Own, window: WindowQuery = None) -> OwnFigures | NothingUsed:
         """Return the usage and cost of the caller's tenant, and the use of its budgets."""
         hours = hours_asked(window)
         refresh()
         name = str(own.tenant)
         row = reader.tenant(name, *hours)
         standings = budgets().standings
-        own_budgets = [told(each) for each in standings if own.may_see(each.budget.tenant)]
+        own_budgets = [budget_row(each) for each in standings if own.may_see(each.budget.tenant)]
         if row is None:
             return {"tenant": name, "requests": 0, "gpu_time_ns": 0, "budgets": own_budgets}
         return {**row, "budgets": own_budgets}

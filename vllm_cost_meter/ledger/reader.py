@@ -26,7 +26,7 @@ from vllm_cost_meter.ledger.queries.audit import audit_runs
 from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut, settle
 from vllm_cost_meter.ledger.queries.open_requests import Living, running_parts
-from vllm_cost_meter.ledger.queries.pages import Key, exchanges, page_of_keys, rows_of_parts
+from vllm_cost_meter.ledger.queries.pages import PageKey, exchanges, page_of_keys, rows_of_parts
 from vllm_cost_meter.ledger.queries.requests import Match
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
@@ -115,10 +115,13 @@ class LedgerReader:
 
     # ---- requests
 
-    def find(self, id: str) -> list[Match]:
-        """Return the requests that an id means, newest first: at most `requests.MAX_MATCHES`."""
+    def find(self, id: str, only: str | None = None) -> list[Match]:
+        """Return what an id means, at most `requests.MAX_MATCHES`.
+
+        With `only` these are requests of that tenant and its children, whoever else uses the id.
+        """
         with self.transaction() as connection:
-            return requests.find(connection, id)
+            return requests.find(connection, id, only)
 
     def request(self, id: str | Match, as_of: AsOf = NOW) -> RequestWithParts | None:
         """Return the request row of an id or a match, with its `parts`; None if there is none.
@@ -135,9 +138,9 @@ class LedgerReader:
             row = self._request(match, as_of)
         return row
 
-    def look_up(self, id: str) -> list[RequestWithParts]:
-        """Return the request row of each request that an id means, the newest first."""
-        rows = (self.request(match) for match in self.find(id))
+    def look_up(self, id: str, only: str | None = None) -> list[RequestWithParts]:
+        """Return the request rows of all that an id means (see `find`)."""
+        rows = (self.request(match) for match in self.find(id, only))
         return [row for row in rows if row is not None]
 
     def explain(self, request: Mapping[str, Any]) -> Explanation:
@@ -163,7 +166,7 @@ class LedgerReader:
         ValueError for a token that this method did not make.
         """
         limit = max(1, min(limit, MAX_LIMIT))
-        before = None if next is None else Key.from_token(next)
+        before = None if next is None else PageKey.from_token(next)
         living = self._living(as_of)
         with self.transaction() as connection:
             keys = page_of_keys(connection, limit + 1, before, tenant)

@@ -8,15 +8,15 @@ Invariant: a filter names columns and values only, so it chooses rows and change
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from datetime import UTC, tzinfo
 from decimal import Decimal
-from typing import TypedDict, cast
+from typing import TypedDict, TypeVar, cast
 
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.units.calendar import Unit, hours_of_window, zone_of
-from vllm_cost_meter.units.text import fields
+from vllm_cost_meter.units.text import fields, quoted
 
 DIMENSIONS = ("tenant", "model", "lora", "route", "status")
 TIMES = ("hour", "day", "month")
@@ -26,11 +26,20 @@ LABEL = "label:"
 STEPS: Mapping[str, Unit] = {"1h": "hour", "1d": "day", "1w": "week", "month": "month"}
 _COLUMNS = f"{', '.join((*DIMENSIONS, *TIMES))}, {TAG}NAME or {LABEL}NAME"
 _PRICE = re.compile(r"\d{1,9}(\.\d{1,18})?\Z", re.ASCII)
-# Finds the plus sign before another condition. An unencoded one in a URL arrives as a space.
+# A question with more of them is a mistake, and each costs time in every row.
+COLUMNS_MAX = 16
 _TOKEN = re.compile(
-    rf'"(?:[^"]|"")*"|(?P<and>[+ ]\s*)(?=(?:{"|".join((*DIMENSIONS, *TIMES, "tag", "label"))}):)|.',
+    # Quoted text belongs to a value.
+    r'"(?:[^"]|"")*"'
+    # A plus sign before another condition. One that was not encoded in a URL comes as a space.
+    # Nothing is given back once it has matched (`*+`), so that a run of spaces takes linear time.
+    rf"|(?P<and>[+\s]\s*+)(?=(?:{'|'.join((*DIMENSIONS, *TIMES, 'tag', 'label'))}):)"
+    r"|\s++|.",
     re.DOTALL,
 )
+
+
+T = TypeVar("T", bound=Sized)
 
 
 class Words(TypedDict, total=False):
@@ -110,7 +119,7 @@ def question(
     zone = zone_of(tz)
     from_hour, to_hour = hours_of_window(window, now_ns, zone)
     if step and step not in STEPS:
-        raise ValueError(f"step: expected one of {', '.join(STEPS)}, got {step!r}")
+        raise ValueError(f"step: expected one of {', '.join(STEPS)}, got {quoted(step)}")
     return Question(
         from_hour=from_hour,
         to_hour=to_hour,
@@ -128,8 +137,16 @@ def _columns(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(fields(text)))
     for name in names:
         if not _is_column(name):
-            raise ValueError(f"aggregate: expected {_COLUMNS}, joined by commas, got {name!r}")
-    return names
+            raise ValueError(
+                f"aggregate: expected {_COLUMNS}, joined by commas, got {quoted(name)}"
+            )
+    return _few("aggregate", names)
+
+
+def _few(word: str, columns: T) -> T:
+    if len(columns) > COLUMNS_MAX:
+        raise ValueError(f"{word}: expected at most {COLUMNS_MAX} columns, got {len(columns)}")
+    return columns
 
 
 def _conditions(text: str) -> dict[str, frozenset[str]]:
@@ -144,20 +161,18 @@ def _conditions(text: str) -> dict[str, frozenset[str]]:
         if not colon or not _is_column(column) or not allowed:
             raise ValueError(
                 f"filter: expected COLUMN:VALUE,... joined by +, the column one of {_COLUMNS} "
-                f"(tag:NAME=VALUE,..., label:NAME=VALUE,...), got {term!r}"
+                f"(tag:NAME=VALUE,..., label:NAME=VALUE,...), got {quoted(term)}"
             )
         found[column] = found[column] & allowed if column in found else allowed
-    return found
+    return _few("filter", found)
 
 
 def _terms(text: str) -> list[str]:
-    terms = [""] if text.strip() else []
-    for token in _TOKEN.finditer(text.strip()):
-        if token["and"]:
-            terms.append("")
-        else:
-            terms[-1] += token[0]
-    return terms
+    text = text.strip()
+    separators = [token.span() for token in _TOKEN.finditer(text) if token["and"]]
+    starts = [0, *(end for _, end in separators)]
+    ends = [*(start for start, _ in separators), len(text)]
+    return [text[start:end] for start, end in zip(starts, ends, strict=True)] if text else []
 
 
 def _is_column(name: str) -> bool:
@@ -170,5 +185,5 @@ def _price(text: str | None) -> Decimal | None:
         return None
     # An exponent is refused: exact arithmetic would have to compute a million digits.
     if not _PRICE.match(text):
-        raise ValueError(f"price: expected USD per GPU-hour, such as 2.10, got {text!r}")
+        raise ValueError(f"price: expected USD per GPU-hour, such as 2.10, got {quoted(text)}")
     return Decimal(text)

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from vllm_cost_meter.records.snapshot import OVERHEAD_CLASSES
-from vllm_cost_meter.units.text import fields
+from vllm_cost_meter.records.snapshot import OTHER_CLASSES
+from vllm_cost_meter.units.text import fields, quoted
 
-SHARED_CLASSES = OVERHEAD_CLASSES
+SHARED_CLASSES = OTHER_CLASSES
 EXPECTED = "none, proportional, even, reserved:TENANT=PERCENT,... or owner:TENANT"
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%?\Z", re.ASCII)
 
@@ -39,7 +39,7 @@ class IdlePolicy:
             return cls(f"owner:{rest}", {rest: Fraction(1)})
         if name == "reserved" and rest:
             return cls(f"reserved:{rest}", _reserved(rest))
-        raise ValueError(f"idle: expected {EXPECTED}, got {text!r}")
+        raise ValueError(f"idle: expected {EXPECTED}, got {quoted(text)}")
 
     @property
     def name(self) -> str:
@@ -67,9 +67,11 @@ def _reserved(text: str) -> dict[str, Fraction]:
         tenant, _, percent = each.rpartition("=")
         found = _PERCENT.match(percent.strip())
         if found is None or not _is_tenant(tenant):
-            raise ValueError(f"idle: expected reserved:TENANT=PERCENT,..., got {each!r}")
+            raise ValueError(f"idle: expected reserved:TENANT=PERCENT,..., got {quoted(each)}")
         if tenant in shares:
-            raise ValueError(f"idle: expected each tenant once in reserved, got {tenant!r} twice")
+            raise ValueError(
+                f"idle: expected each tenant once in reserved, got {quoted(tenant)} twice"
+            )
         shares[tenant] = Fraction(found[1]) / 100
     if sum(shares.values()) > 1:
         percent = f"{float(sum(shares.values()) * 100):g}"

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Literal
 from zoneinfo import ZoneInfo
 
+from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
 HOURS_PER_DAY = 24
@@ -54,7 +55,7 @@ def zone_of(name: str | None) -> tzinfo:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError):
         raise ValueError(
-            f"tz: expected the name of a time zone, such as Europe/Berlin, got {name!r}"
+            f"tz: expected the name of a time zone, such as Europe/Berlin, got {quoted(name)}"
         ) from None
 
 
@@ -80,7 +81,7 @@ def hours_of_window(
     if match := _LENGTH.match(window):
         hours = -(-int(match[1]) * {"m": 1, "h": 60, "d": 60 * HOURS_PER_DAY}[match[2]] // 60)
         if hours < 1:
-            raise ValueError(f"window: expected at least one hour, got {window!r}")
+            raise ValueError(f"window: expected at least one hour, got {quoted(window)}")
         now_hour = now_ns // NS_PER_HOUR
         return max(now_hour + 1 - hours, FIRST_HOUR), now_hour + 1
     if first := _first_of_month(window):
@@ -95,7 +96,7 @@ def month_hours(month: str, zone: tzinfo = UTC) -> tuple[int, int]:
     """
     first = _first_of_month(month)
     if first is None:
-        raise ValueError(f"month: expected a month such as 2026-11, got {month!r}")
+        raise ValueError(f"month: expected a month such as 2026-11, got {quoted(month)}")
     return _hours_of_days(first, "month", zone)
 
 
@@ -161,8 +162,8 @@ def _hours_between(window: str) -> tuple[int, int]:
     try:
         from_ns, to_ns = unix_ns_of(start.strip()), unix_ns_of(end.strip())
     except (ValueError, OverflowError):
-        raise ValueError(f"window: expected {EXPECTED}, got {window!r}") from None
+        raise ValueError(f"window: expected {EXPECTED}, got {quoted(window)}") from None
     if to_ns <= from_ns:
-        raise ValueError(f"window: expected its end after its start, got {window!r}")
+        raise ValueError(f"window: expected its end after its start, got {quoted(window)}")
     from_hour = min(max(from_ns // NS_PER_HOUR, FIRST_HOUR), LAST_HOUR - 1)
     return from_hour, min(max(-(-to_ns // NS_PER_HOUR), from_hour + 1), LAST_HOUR)

@@ -12,6 +12,15 @@ from decimal import Decimal
 from typing import Any
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+# An error repeats no more than this of what it was given.
+ECHOED_CHARS_MAX = 200
+
+
+def quoted(value: object) -> str:
+    """Return a value for an error message as Python writes it, cut after ECHOED_CHARS_MAX."""
+    # Most of a long text is not even escaped.
+    shown = repr(value[: ECHOED_CHARS_MAX + 1] if isinstance(value, str) else value)
+    return shown if len(shown) <= ECHOED_CHARS_MAX else f"{shown[: ECHOED_CHARS_MAX - 3]}..."
 
 
 def plain(text: str) -> str:
@@ -50,7 +59,9 @@ def fields(text: str) -> list[str]:
     try:
         return [each.strip() for each in next(csv.reader([text], skipinitialspace=True), [])]
     except csv.Error:
-        raise ValueError(f"expected words separated by commas, on one line, got {text!r}") from None
+        raise ValueError(
+            f"expected words separated by commas, on one line, got {quoted(text)}"
+        ) from None
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -46,7 +46,9 @@ def unix_ns_of(text: str) -> int:
     """
     instant = datetime.fromisoformat(text)
     if instant.tzinfo is None:
-        raise ValueError(f"expected an instant with a time zone, e.g. ending in Z, got {text!r}")
+        raise ValueError(
+            f"expected an instant with a time zone, e.g. ending in Z, got {text[:200]!r}"
+        )
     since_epoch = instant - datetime(1970, 1, 1, tzinfo=UTC)
     seconds = since_epoch.days * 86_400 + since_epoch.seconds
     return seconds * NS_PER_SECOND + since_epoch.microseconds * 1000

@@ -24,7 +24,7 @@ from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.reports.grammar import question
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 from vllm_cost_meter.units.time import rfc3339
 
 JSON_ROUTES = [
@@ -72,10 +72,16 @@ class Side:
         writer.close(5)
 
     def get(self, path: str, method: str = "GET", **headers: str) -> httpx.Response:
+        return self._ask(method, path, headers=headers)
+
+    def post(self, path: str, body: bytes) -> httpx.Response:
+        return self._ask("POST", path, content=body, headers={"content-type": "application/json"})
+
+    def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://side") as client:
-                return await client.request(method, path, headers=headers)
+                return await client.request(method, path, **options)
 
         return asyncio.run(ask())
 
@@ -398,7 +404,7 @@ def shared(request, make):
         )
     ]
     access = Access(request.param, lambda: BY_HASH)
-    return make(access=access, registry=CollectorRegistry, budgets=lambda: Figures(budgets))
+    return make(access=access, registry=CollectorRegistry, budgets=lambda: BudgetFigures(budgets))
 
 
 def as_alice(side, path: str) -> httpx.Response:

@@ -100,3 +100,25 @@ def test_a_word_that_is_not_understood_is_refused_and_not_passed_over(words, sai
     with pytest.raises(ValueError, match="expected ") as caught:
         question(**words)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [" ", "+ ", '"', "tenant:a ", "a+", "\t\n"])
+def test_a_filter_of_a_million_characters_is_judged_in_one_pass(text):
+    # In quadratic time this would take hours.
+    with pytest.raises(ValueError, match="filter: expected|on one line|more than"):
+        question(filter="x" + text * (1_000_000 // len(text)))
+
+
+def test_an_error_repeats_at_most_200_characters_of_what_was_given():
+    for word in ("window", "tz", "aggregate", "step", "idle", "filter", "price"):
+        with pytest.raises(ValueError, match=f"{word}: expected") as caught:
+            question(**{word: "y" * 5_000})
+        assert str(caught.value).count("y") < 250
+
+
+def test_more_columns_than_a_report_can_use_are_refused():
+    many = [f"tag:t{number}" for number in range(17)]
+    with pytest.raises(ValueError, match="aggregate: expected at most 16 columns, got 17"):
+        question(aggregate=",".join(many))
+    with pytest.raises(ValueError, match="filter: expected at most 16 columns, got 17"):
+        question(filter="+".join(f"{each}=x" for each in many))

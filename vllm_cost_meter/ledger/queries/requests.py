@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, null, or_, select, tuple_
+from sqlalchemy import ColumnElement, and_, null, or_, select, tuple_
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cost_models import models
@@ -24,6 +24,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.records.client_text import forms_to_find
 from vllm_cost_meter.reports.explanation import explained
 from vllm_cost_meter.reports.request_answers import Explanation, RequestWithParts
 from vllm_cost_meter.reports.request_row import RUNNING, exchange, ordered, shown_part
@@ -44,35 +45,47 @@ class Match:
     request_id: str | None = None
 
 
-def find(connection: Connection, id: str) -> list[Match]:
-    """Return the requests that an id means, the newest first, at most MAX_MATCHES.
+def find(connection: Connection, id: str, only: str | None = None) -> list[Match]:
+    """Return what an id means, at most MAX_MATCHES of the tenant `only` and its children.
 
-    The id may be the meter's own, a response id, an X-Request-Id, or the internal or external id of
-    an engine request.
+    The meter's own and vLLM's internal ids come first, as no client chooses them: a request is
+    found by these whoever else uses the same text. Then come response ids, X-Request-Ids and the
+    engine's external ids. Within each the newest comes first.
     """
+    forms = forms_to_find(id)
     h, r, o = http_requests.c, requests.c, open_requests.c
     answered = select(h.http_request_id, h.finished_at)
     part = select(r.http_request_id, r.finished_at, r.run_id, r.seq)
     nothing = (null(), null())  # An open request has no bill, so no key of one.
     running = select(o.http_request_id, o.started_at, *nothing, o.request_id)
     running = running.where(~is_billed())
-    queries = [
-        query.where(column == id).order_by(at.desc()).limit(MAX_MATCHES)
-        for query, at, columns in (
-            (answered, h.finished_at, (h.http_request_id, h.response_id, h.x_request_id)),
-            (part, r.finished_at, (r.http_request_id, r.response_id)),
-            (part, r.finished_at, (r.request_id, r.external_id)),
-            (running, o.started_at, (o.http_request_id, o.response_id, o.x_request_id)),
-            (running, o.started_at, (o.request_id, o.external_id)),
-        )
-        for column in columns
-    ]
-    found: dict[Match, str] = {}
-    for query in queries:
-        for http_id, at, *key in connection.execute(query):
-            match = Match(None, *key) if http_id is None else Match(http_id)
-            found.setdefault(match, at)
+    sources = (
+        (answered, h, h.finished_at, (h.http_request_id,), (h.response_id, h.x_request_id)),
+        (part, r, r.finished_at, (r.http_request_id, r.request_id), (r.response_id, r.external_id)),
+        (
+            running,
+            o,
+            o.started_at,
+            (o.http_request_id, o.request_id),
+            (o.response_id, o.x_request_id, o.external_id),
+        ),
+    )
+    found: dict[Match, tuple[bool, str]] = {}
+    for query, of, at, own_ids, chosen_ids in sources:
+        if only is not None:
+            query = query.where(_belongs_to(of.tenant, only))
+        columns = [*((own, True) for own in own_ids), *((chosen, False) for chosen in chosen_ids)]
+        for column, is_own in columns:
+            newest = query.where(column.in_(forms)).order_by(at.desc()).limit(MAX_MATCHES)
+            for http_id, when, *key in connection.execute(newest):
+                match = Match(None, *key) if http_id is None else Match(http_id)
+                found[match] = max(found.get(match, (False, "")), (is_own, when))
     return sorted(found, key=lambda match: found[match], reverse=True)[:MAX_MATCHES]
+
+
+def _belongs_to(column: ColumnElement[str], tenant: str) -> ColumnElement[bool]:
+    """Return the condition that a row is the tenant's own or a child's."""
+    return or_(column == tenant, column.startswith(f"{tenant}/", autoescape=True))
 
 
 def request_row(
