@@ -17,7 +17,7 @@ from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, AsOf
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.prices.book import NO_PRICES, Matches, PriceBook, PriceEntry
+from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry, RunMatch
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Price
@@ -30,7 +30,7 @@ THIS_HOUR = NOW // NS_PER_HOUR
 
 
 def price(amount: str, since: int | None = None, host: str | None = None) -> PriceEntry:
-    return PriceEntry(f"at {amount}", Decimal(amount), "s", since, matches=Matches(host=host))
+    return PriceEntry(f"at {amount}", Decimal(amount), "s", since, matches=RunMatch(host=host))
 
 
 # 36 USD an hour are 0.01 nano-USD a nanosecond.
