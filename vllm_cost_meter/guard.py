@@ -71,7 +71,7 @@ class Guard:
 
 
 def in_daemon_thread(body: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-    """Begin a call of `body` in a thread that no pool and no end of the process waits for."""
+    """Begin a call of `body` in a thread that neither a pool nor the end of a process waits for."""
     answer: Future[R] = Future()
     answer.set_running_or_notify_cancel()  # from here on nobody can cancel it
 
