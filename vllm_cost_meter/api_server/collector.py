@@ -47,6 +47,8 @@ class Collector:
         self.breaker = Breaker(guard)
         # Facts about the engines; empty before the application has started.
         self.run_facts = RunFacts()
+        # Returns the facts of one run, where its snapshots are seen; otherwise None.
+        self.facts_of: Callable[[str], RunFacts | None] = lambda _run_id: None
         self._writer = writer
         self._guard = guard
         self._settings = settings
@@ -68,7 +70,8 @@ class Collector:
         """Price a bill, write it to the ledger, and add it to its HTTP request."""
         birth, announced = self._open.take(bill.request_id)
         book = self._settings().price_book
-        part = engine_request(bill, birth, self.run_facts, book, announced=announced)
+        run = self.facts_of(bill.run_id) or self.run_facts
+        part = engine_request(bill, birth, run, book, announced=announced)
         if self.breaker.open:
             self._writer.commit(part).add_done_callback(self._committed_while_open)
         else:

@@ -153,6 +153,7 @@ class Runtime:
             self._earlier_fit,
             announce=self._announce_all,
         )
+        self.collector.facts_of = self.poller.facts_of
         self._start_task("poll", self.poller.run)
         self._start_task("names", self._look_at_names)
         return True
