@@ -102,8 +102,10 @@ class Admission:
     @figures.setter
     def figures(self, figures: BudgetFigures) -> None:
         self._figures = figures
-        # Before an engine was heard of nobody knows what runs.
-        if figures.heard_ns is not None:
+        # Before an engine was heard of nobody knows what runs, and a long first count ends with
+        # figures that are stale: the next ones come at once.
+        is_fresh = figures.stale(time.monotonic_ns(), self._max_age_ns) is None
+        if is_fresh or figures.broken is not None:
             self._has_figures.set()
 
     def verdict(self, owner: Owner) -> Verdict:

@@ -408,6 +408,9 @@ def test_until_the_first_figures_nobody_passes_a_hard_budget(make_world):
     assert client.status == 503
     assert dict(client.headers)[b"retry-after"] == b"5"
     assert "have not been counted yet" in json.loads(client.body)["error"]["message"]
+    # Neither does a look help that took so long that its figures are stale.
+    world.runtime.admission.figures = figures_of(standing_at(budget(), 0), age_s=60)
+    assert ask(world).status == 503
     # A look that heard of no engine does not know what runs.
     world.runtime.admission.figures = BudgetFigures([standing_at(budget(), 0)])
     assert ask(world).status == 503
