@@ -44,7 +44,7 @@ from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest
-from vllm_cost_meter.tenants.budgets import Budget, Figures
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 RUN = "run"
@@ -108,7 +108,7 @@ class World:
         )
 
 
-def timed_ms(spending: Spending, budgets: Sequence[Budget]) -> tuple[float, Figures]:
+def timed_ms(spending: Spending, budgets: Sequence[Budget]) -> tuple[float, BudgetFigures]:
     """Return how long a look takes, and what it says."""
     start_s = time.perf_counter()
     figures = spending.look(budgets, BOOK, time.time_ns())

@@ -1,11 +1,11 @@
-"""Prometheus metrics of the meter, in the default registry, so vLLM's own /metrics shows them too.
+"""Prometheus metrics of the meter, in the default registry, so vLLM's /metrics shows them.
 
-The API process that receives a bill counts it. That is right with one API server and with several:
+The API process that receives a bill counts it. This is right with several API servers too, because
 prometheus_client sums over processes. Names start with `cost_meter_` and do not contain "vllm",
 because vLLM unregisters metrics that look like its own. Money and time are counters. Tenants are
-labels, request ids never. Beyond `TENANT_LABELS_MAX` tenants the rest are `other`, and these bills
-are counted. At most half of the labels go to names that clients chose, so a client that invents
-names hides no other tenant.
+labels; request ids never are. Once `TENANT_LABELS_MAX` tenants have a label, all others share the
+label `other`, and a metric counts their bills. Names that clients chose get at most half of the
+labels, so a client that invents names cannot hide other tenants.
 
 Invariant: the number of series is bounded, and every caller contains errors raised here.
 """
@@ -39,13 +39,13 @@ TENANTS_FOLDED = Counter(
 MISSES = Counter("cost_meter_reply_misses", "Replies sent without a cost: it was not there in time")
 BUDGET_USED = Gauge(
     "cost_meter_budget_used_ratio",
-    "What a budget's tenants used in its period, of its amount; NaN where it is not known",
+    "The part of a budget that its tenants used in its period; NaN where it is unknown",
     ["budget"],
     multiprocess_mode="mostrecent",
 )
 REFUSED = Counter(
     "cost_meter_refused_requests",
-    "New requests blocked or throttled by a budget, or unavailable as its figures were stale",
+    "New requests that a budget blocked or throttled, or that were refused for stale figures",
     ["kind", "budget"],
 )
 ERRORS = Counter("cost_meter_errors", "Errors of the meter itself, contained", ["side"])
@@ -90,13 +90,25 @@ ENGINE_ON = Gauge(
     ["engine"],
     multiprocess_mode="mostrecent",
 )
+ENGINE_EVENTS = Gauge(
+    "cost_meter_engine_events",
+    "Odd events of the engine's run so far: equal_split, missed_arrival",
+    ["engine", "event"],
+    multiprocess_mode="mostrecent",
+)
+ENGINE_STEPS_IN_FLIGHT = Gauge(
+    "cost_meter_engine_steps_in_flight",
+    "Engine steps that were scheduled and have no result yet",
+    ["engine"],
+    multiprocess_mode="mostrecent",
+)
 ENGINE_AWAKE = Gauge(
     "cost_meter_engine_awake",
     "1 while the engines are awake, 0 while they sleep",
     multiprocess_mode="mostrecent",
 )
 TTFT = Histogram("cost_meter_ttft_seconds", "Time to first token", buckets=LATENCY_BUCKETS)
-# A Histogram would take a microsecond per value, and a step of 256 requests brings 256 values.
+# A Histogram would take a microsecond per value, and a step with 256 requests brings 256 values.
 INTER_TOKEN = Counter(
     "cost_meter_inter_token_latencies",
     "Output tokens by the upper bound (s) of the time since the token before; not cumulative",
@@ -106,14 +118,44 @@ END_TO_END = Histogram(
     "cost_meter_e2e_seconds", "Time from arrival to last token", buckets=LATENCY_BUCKETS
 )
 
-_labelled_tenants: set[str] = set()
-# The labelled tenants whose names clients chose.
-_labelled_choices: set[str] = set()
 _INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]
 
 
+class TenantLabels:
+    """Chooses the label of a tenant: its name, or `other` once the names are too many."""
+
+    def __init__(
+        self, tenants_max: int = TENANT_LABELS_MAX, clients_max: int = CLIENTS_LABELS_MAX
+    ) -> None:
+        """Allow `tenants_max` names, of which clients may have chosen `clients_max`."""
+        self.tenants: set[str] = set()
+        # The labelled tenants whose names clients chose.
+        self._choices: set[str] = set()
+        self._tenants_max = tenants_max
+        self._clients_max = clients_max
+
+    def of(self, owner: Owner) -> str:
+        """Return the label of an owner's tenant, and count a bill whose tenant has none."""
+        tenant = owner.tenant
+        if tenant in self.tenants:
+            return tenant
+        chosen = owner.is_clients_choice
+        is_full = len(self.tenants) >= self._tenants_max
+        if is_full or (chosen and len(self._choices) >= self._clients_max):
+            TENANTS_FOLDED.inc()
+            return OTHER
+        self.tenants.add(tenant)
+        if chosen:
+            self._choices.add(tenant)
+        return tenant
+
+
+# The labels of this process.
+_LABELS = TenantLabels()
+
+
 def count_refused(kind: str, budget: str) -> None:
-    """Count a new request that a budget blocked, throttled or refused; `kind` is its verdict's."""
+    """Count a request that a budget blocked, throttled or refused; `kind` is the verdict's kind."""
     REFUSED.labels(kind, budget).inc()
 
 
@@ -125,9 +167,9 @@ def set_budgets(standings: Sequence[Standing]) -> None:
         BUDGET_USED.labels(standing.budget.name).set(used)
 
 
-def count_bill(part: EngineRequest) -> None:
+def count_bill(part: EngineRequest, labels: TenantLabels = _LABELS) -> None:
     """Count one billed engine request: GPU time, cost and status."""
-    tenant, bill = _tenant_label(part.owner), part.bill
+    tenant, bill = labels.of(part.owner), part.bill
     GPU_SECONDS.labels(tenant, "prefill").inc(bill.prefill_ns / NS_PER_SECOND)
     GPU_SECONDS.labels(tenant, "decode").inc(bill.decode_ns / NS_PER_SECOND)
     BILLS.labels(tenant, bill.engine_status).inc()
@@ -175,6 +217,9 @@ def set_engine(snapshot: Snapshot) -> None:
         ENERGY_JOULES.labels(engine, name).set(mj / 1000)
     OWN_SECONDS.labels(engine).set(snapshot.own_ns / NS_PER_SECOND)
     ENGINE_ON.labels(engine).set(snapshot.state == "on")
+    ENGINE_EVENTS.labels(engine, "equal_split").set(snapshot.equal_splits)
+    ENGINE_EVENTS.labels(engine, "missed_arrival").set(snapshot.missed_arrivals)
+    ENGINE_STEPS_IN_FLIGHT.labels(engine).set(snapshot.steps_in_flight)
 
 
 def count_inter_token_latencies(seconds: Sequence[float]) -> None:
@@ -185,18 +230,3 @@ def count_inter_token_latencies(seconds: Sequence[float]) -> None:
         counts[bucket] = counts.get(bucket, 0) + 1
     for bucket, count in counts.items():
         _INTER_TOKEN_BUCKETS[bucket].inc(count)
-
-
-def _tenant_label(owner: Owner) -> str:
-    tenant = owner.tenant
-    if tenant in _labelled_tenants:
-        return tenant
-    chosen = owner.is_clients_choice
-    is_full = len(_labelled_tenants) >= TENANT_LABELS_MAX
-    if is_full or (chosen and len(_labelled_choices) >= CLIENTS_LABELS_MAX):
-        TENANTS_FOLDED.inc()
-        return OTHER
-    _labelled_tenants.add(tenant)
-    if chosen:
-        _labelled_choices.add(tenant)
-    return tenant

@@ -6,9 +6,12 @@ connections of their own, until each was refused; where the budget stands is rea
 """
 
 import asyncio
+import contextlib
 import math
+import sqlite3
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -187,3 +190,36 @@ def test_a_burst_runs_no_more_requests_at_once_than_the_budget_allows(hard: Serv
     refused = next(reply for reply in replies if reply.status_code == 429)
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert refused.headers["retry-after"] == "1"
+
+
+def test_a_ledger_that_cannot_be_read_for_three_seconds_leaves_metering_on(hard: Server) -> None:
+    """For longer than ten looks of a quarter of a second; each server says so and recovers."""
+
+    def budgets_loop() -> dict[str, Any]:
+        health = httpx.get(f"{hard.side_url}/cost/health", timeout=30).json()
+        (loop,) = [each for each in health["loops"] if each["loop"] == "budgets"]
+        return loop
+
+    def until(state: str) -> dict[str, Any]:
+        deadline = time.monotonic() + 20
+        while (loop := budgets_loop())["state"] != state:
+            assert time.monotonic() < deadline, loop
+            time.sleep(0.05)
+        return loop
+
+    with contextlib.closing(sqlite3.connect(hard.ledger_file, isolation_level=None)) as ledger:
+        ledger.execute("PRAGMA busy_timeout = 10000")
+        ledger.execute("ALTER TABLE live_usage RENAME TO away")
+        try:
+            assert until("failing")["last_error"] == "OperationalError: no such table: live_usage"
+            time.sleep(3)
+        finally:
+            ledger.execute("ALTER TABLE away RENAME TO live_usage")
+    assert until("ok")["failures"] >= 3
+    with hard.client() as client:
+        reply = client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT})
+    assert reply.status_code == 200
+    assert "x-cost-meter-gpu-seconds" in reply.headers
+    hard.balanced()
+    assert "switched itself off" not in hard.log
+    assert hard.log.count("the loop `budgets` works again") >= 1

@@ -24,7 +24,7 @@ from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry, RunFacts
+from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunFacts, RunMatch
 from vllm_cost_meter.records.requests import EngineRequest, Price
 from vllm_cost_meter.tenants.budgets import Budget
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -49,7 +49,7 @@ recorded = st.lists(st.none() | st.decimals(0, 9, places=2), min_size=3, max_siz
 
 def book_of(drawn: Sequence) -> PriceBook:
     return PriceBook(
-        PriceEntry(f"p{n}", amount, "s", since, "node", gpus, matches=Matches(host=host))
+        PriceEntry(f"p{n}", amount, "s", since, "node", gpus, matches=RunMatch(host=host))
         for n, (since, host, amount, gpus) in enumerate(drawn)
     )
 

@@ -1,15 +1,15 @@
-"""Holds new requests to the budgets: one `Admission` per API server that has any.
+"""Admission by budgets: decide whether a new request is served, and end running ones if asked.
 
-Whenever a new snapshot of an engine is in the ledger, and so at most one poll after it was taken,
-what each budget has used is read anew: by all API servers together, running requests included.
-Requests that come in between are judged by that reading, in memory, without waiting. Only after a
-start, before the first reading, whom a hard budget covers waits for it. Nothing is reserved for
-what a request may come to use, so what was admitted runs on past the limit. With `stop_running` the
-engine is told to end it, and it gives birth to no more engine requests; `max_concurrent` bounds how
-many may run on.
+An API server with budgets has one `Admission`. When the ledger gets a new engine snapshot, at most
+one poll after it was taken, a process of its own reads anew how much of each budget is used. That
+covers all API servers and the running requests. Until the next reading, new requests are judged in
+memory, without waiting. Only after a start, before the first reading, a request that a hard budget
+covers waits for it. Nothing is reserved for a request's future use, so an admitted request may run
+past the limit. With `stop_running` the engine then ends it, and it gets no further engine requests;
+`max_concurrent` bounds how many requests may run on.
 
-Invariant: a failure here refuses only requests of tenants that are to fail closed, and before the
-first reading those that a hard budget covers.
+Invariant: a failure here refuses only requests of tenants that fail closed and, before the first
+reading, requests that a hard budget covers.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, Verdict, decide
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, Verdict, decide
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# The ledger is asked for new snapshots so many times in the time between two of them.
+# The ledger is asked this many times per snapshot interval for a new snapshot.
 ASKS_PER_SNAPSHOT = 4
-# Figures are stale when so many snapshots in a row are missing; never within this many seconds.
+# Figures are stale if this many snapshots in a row are missing, but not before `FRESH_S_MIN`.
 SNAPSHOTS_MISSED_MAX = 3
 FRESH_S_MIN = 5.0
 # How long a request waits for the first figures after a start.
@@ -43,24 +43,24 @@ NOT_COUNTED = "since the start of this server its budgets have not been counted 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What of the settings is needed here; it may change while the server runs."""
+    """The settings that admission needs; they may change while the server runs."""
 
     budgets: Sequence[Budget]
     fail_closed: Collection[str]
     book: PriceBook
 
 
-# Returns where budgets stand by these prices; None if nothing is new since the last call.
-Follow = Callable[[Sequence[Budget], PriceBook], Awaitable[Figures | None]]
-# Ends requests by their internal ids.
+# A `Follow` returns the use of budgets by these prices; None if nothing is new since the last call.
+Follow = Callable[[Sequence[Budget], PriceBook], Awaitable[BudgetFigures | None]]
+# A `Stop` ends requests by their internal ids.
 Stop = Callable[[Sequence[str]], Awaitable[None]]
-# Internal ids of the requests of this server that run for somebody.
+# A `RunningOf` returns the internal ids of this server's running requests with matching owners.
 RunningOf = Callable[[Callable[[Owner], bool]], Sequence[str]]
 
 
 def fails_closed(owner: Owner, tenants: Collection[str]) -> bool:
-    """Tell whether an owner is, or is a child of, one of the tenants that are to fail closed."""
-    # Its parent too: a child that a client chose is declared nowhere.
+    """Return whether an owner is one of the tenants that fail closed, or a child of one."""
+    # The parent is checked too, because a child that a client chose is declared nowhere.
     return owner.tenant in tenants or owner.parent in tenants
 
 
@@ -87,7 +87,10 @@ class Admission:
         first_figures_s: float = FIRST_FIGURES_S,
         loop: Loop | None = None,
     ) -> None:
-        """`interval_s` is the time between two snapshots, `guard` the hooks' error account."""
+        """Judge by `rules` and the figures that `follow` brings; snapshots come every `interval_s`.
+
+        `guard` is the error account of the hooks, `loop` that of `run`.
+        """
         self._follow = follow
         self._rules = rules
         self._guard = guard
@@ -100,30 +103,32 @@ class Admission:
         self._has_figures = asyncio.Event()
         # Why budgets are unknown, as the log was told.
         self._unknown: dict[str, str] = {}
-        self._figures = Figures()
+        self._figures = BudgetFigures()
         # The hard budgets that are used up and end what runs.
         self._stopping: Sequence[Standing] = ()
         self.in_flight = InFlight()
 
     @property
-    def figures(self) -> Figures:
+    def figures(self) -> BudgetFigures:
         """Where the budgets stand, by the latest reading."""
         return self._figures
 
     @figures.setter
-    def figures(self, figures: Figures) -> None:
+    def figures(self, figures: BudgetFigures) -> None:
         self._figures = figures
         self._stopping = [
             standing
             for standing in figures.standings
             if standing.budget.hard and standing.budget.stop_running and standing.is_spent
         ]
-        # Before an engine was heard of nobody knows what runs.
-        if figures.heard_ns is not None:
+        # Before an engine was heard of nobody knows what runs, and a long first count ends with
+        # figures that are stale: the next ones come at once.
+        is_fresh = figures.stale(time.monotonic_ns(), self._max_age_ns) is None
+        if is_fresh or figures.broken is not None:
             self._has_figures.set()
 
     def admit(self, exchange: Exchange) -> Verdict:
-        """Return what becomes of a new request, which has its place if it is admitted.
+        """Decide about a new request, which has its place if it is admitted.
 
         In one step, without an await: what asks next finds the place taken. No I/O.
         """
@@ -133,7 +138,7 @@ class Admission:
         return _counted(verdict)
 
     def refused_birth(self, exchange: Exchange) -> Verdict | None:
-        """Return why a request that was admitted may have no further engine request, or None.
+        """Return why an admitted request may have no further engine request, or None.
 
         No I/O. Each engine request of a socket is a new request.
         """
@@ -197,11 +202,11 @@ class Admission:
         return [standing for standing in self.figures.standings if standing.budget.covers(owner)]
 
     async def run(self) -> None:
-        """Follow the ledger for ever."""
+        """Follow the ledger for ever. Errors are contained and counted."""
         await self._loop.run(self.follow, self._interval_s / ASKS_PER_SNAPSHOT)
 
     async def follow(self) -> None:
-        """Take the figures if there are new ones, and end what is to be ended."""
+        """If there are new figures, take them and end requests of spent budgets."""
         rules = self._rules()
         figures = await self._follow(rules.budgets, rules.book)
         if figures is None:

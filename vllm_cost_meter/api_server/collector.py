@@ -1,11 +1,11 @@
-"""Joins bills with the HTTP requests they belong to, and puts both into the ledger.
+"""The collector joins bills with their HTTP requests, prices them, and writes both to the ledger.
 
-Bills come in through vLLM's output stream (`vllm_hooks/output_processor.py`); here they are priced
-and get their tenant and response. A reply waits here, within a bound, until its cost is committed.
-A request that runs for longer is announced to the ledger before its bill.
+Bills arrive in vLLM's output stream (`vllm_hooks/output_processor.py`). Here they get a price, a
+tenant and a response. A reply waits here, within a bound, until its cost is committed. A request
+that runs for longer is announced to the ledger before its bill. Settings are read at each use,
+because some change while the server runs.
 
-Invariant: a client is told a cost only after the ledger has committed it. Settings are read at each
-use, as some change while the server runs.
+Invariant: a client is told a cost only after the ledger has committed it.
 """
 
 import asyncio
@@ -18,13 +18,13 @@ from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.breaker import Breaker
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.record_making import (
-    cost_of,
     engine_request,
     http_request,
     open_request,
+    reply_cost,
     response_id,
 )
-from vllm_cost_meter.api_server.reply_bytes import Cost
+from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.exchange import Birth, Exchange, Refusal
@@ -47,8 +47,10 @@ class Collector:
     ) -> None:
         """`refuses` tells whether an exchange may have no further engine request."""
         self.breaker = Breaker(guard)
-        # What is known of the engines; nothing before the application has started.
+        # Facts about the engines; empty before the application has started.
         self.run_facts = RunFacts()
+        # Returns the facts of one run, where its snapshots are seen; otherwise None.
+        self.facts_of: Callable[[str], RunFacts | None] = lambda _run_id: None
         self._writer = writer
         self._guard = guard
         self._settings = settings
@@ -62,7 +64,7 @@ class Collector:
         return self._refuses(exchange)
 
     def born(self, birth: Birth) -> None:
-        """An engine request was born in this process. Idempotent."""
+        """Note a new engine request of this process. A repeated call changes nothing."""
         if not self._open.add(birth):
             return
         if (exchange := birth.exchange) is not None:
@@ -72,10 +74,11 @@ class Collector:
                 self._writer.put(replace(record, response_id=exchange.response_id))
 
     def billed(self, bill: Bill) -> None:
-        """A bill came: keep it, and add it to the HTTP request it belongs to."""
+        """Price a bill, write it to the ledger, and add it to its HTTP request."""
         birth, announced = self._open.take(bill.request_id)
         book = self._settings().price_book
-        part = engine_request(bill, birth, self.run_facts, book, announced=announced)
+        run = self.facts_of(bill.run_id) or self.run_facts
+        part = engine_request(bill, birth, run, book, announced=announced)
         if self.breaker.open:
             self._writer.commit(part).add_done_callback(self._committed_while_open)
         else:
@@ -107,13 +110,13 @@ class Collector:
                 records.append(open_request(birth, model))
             except Exception as error:  # noqa: BLE001 - the others are announced all the same
                 failure = error
-        # Bills go the same way, later: a request cannot be announced after its bill.
+        # Bills go through the same queue later, so a request is never announced after its bill.
         self._writer.put(*records)
         if failure is not None:
             raise failure
 
     def open_requests_of(self, covers: Callable[[Owner], bool]) -> list[str]:
-        """Return the internal ids of the open requests whose owner `covers` accepts."""
+        """Return the internal ids of the open requests with an owner that `covers` accepts."""
         return [
             birth.request_id
             for birth in self._open
@@ -122,25 +125,25 @@ class Collector:
 
     # -- replies ----------------------------------------------------------------------------
 
-    async def settle(self, exchange: Exchange) -> Cost | None:
+    async def settle(self, exchange: Exchange) -> ReplyCost | None:
         """Return the cost of an HTTP request once it is committed; None if that took too long."""
         timeout_s = self._settings().bill_timeout_ms / 1000
         return await self.breaker.settle(self._committed(exchange), timeout_s)
 
-    async def _committed(self, exchange: Exchange) -> Cost:
+    async def _committed(self, exchange: Exchange) -> ReplyCost:
         await exchange.all_billed()
-        cost = cost_of(exchange)
+        cost = reply_cost(exchange)
         record = http_request(exchange, self.run_facts.model, told=True)
         exchange.recorded = True
         try:
-            # Shielded: the ledger keeps the record though the reply may not wait for it.
+            # The commit is shielded: the ledger keeps the record even if the reply stops waiting.
             await asyncio.shield(asyncio.wrap_future(self._writer.commit(record)))
         except Exception as error:  # noqa: BLE001 - whatever its database raises
             raise LedgerError(f"the cost was not committed: {error}") from error
         return cost
 
     def ended(self, exchange: Exchange) -> None:
-        """The application is done with an HTTP request: record it, unless that has been done."""
+        """Record an HTTP request that the application has finished, unless that was done before."""
         if exchange.recorded:
             return
         exchange.recorded = True

@@ -1,6 +1,6 @@
-"""Makes the ledger's records of a request out of its birth, its bill and its HTTP request.
+"""Make the ledger's records from an engine request, its bill and its HTTP request.
 
-Nothing here does I/O or keeps anything.
+Nothing here does I/O or keeps state.
 
 Invariant: the records of one request name the same tenant, model and ids.
 """
@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import partial
 
 from vllm_cost_meter import metrics
-from vllm_cost_meter.api_server.reply_bytes import Cost
+from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.api_server.routes import response_id_of
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.prices.book import PriceBook, RunFacts, by_price, terms, total_nanousd
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.client_text import stored, stored_or_none
 from vllm_cost_meter.records.owner import NOBODY
 from vllm_cost_meter.records.requests import (
     EngineRequest,
@@ -31,15 +32,15 @@ def open_request(birth: Birth, model: str | None) -> OpenRequest:
     """Return the record of an engine request that has no bill yet."""
     exchange = birth.exchange
     return OpenRequest(
-        request_id=birth.request_id,
-        external_id=birth.external_id,
+        request_id=stored(birth.request_id),
+        external_id=stored_or_none(birth.external_id),
         response_id=response_id(birth),
         http_request_id=exchange.http_request_id if exchange else None,
         x_request_id=exchange.x_request_id if exchange else None,
-        prompt_group=birth.prompt_group,
+        prompt_group=stored(birth.prompt_group),
         owner=exchange.owner if exchange else NOBODY,
         model=model,
-        lora=birth.lora,
+        lora=stored_or_none(birth.lora),
         route=exchange.route if exchange else None,
         started_at_ns=birth.arrived_at_ns,
     )
@@ -48,18 +49,18 @@ def open_request(birth: Birth, model: str | None) -> OpenRequest:
 def engine_request(
     bill: Bill, birth: Birth | None, run: RunFacts, book: PriceBook, *, announced: bool
 ) -> EngineRequest:
-    """Return the record of a billed engine request; without a birth it is nobody's."""
+    """Return the record of a billed engine request; without a birth it belongs to no tenant."""
     finished_at_ns = time.time_ns()
     exchange = birth.exchange if birth is not None else None
     return EngineRequest(
         bill=bill,
         http_request_id=exchange.http_request_id if exchange else None,
         response_id=response_id(birth) if birth else None,
-        external_id=birth.external_id if birth else None,
-        prompt_group=birth.prompt_group if birth else bill.request_id,
+        external_id=stored_or_none(birth.external_id) if birth else None,
+        prompt_group=stored(birth.prompt_group) if birth else bill.request_id,
         owner=exchange.owner if exchange else NOBODY,
         model=run.model,
-        lora=birth.lora if birth else None,
+        lora=stored_or_none(birth.lora) if birth else None,
         route=exchange.route if exchange else None,
         cost_nanousd=_cost_nanousd(bill, run, book, lambda piece: piece.gpu_time_ns),
         marginal_cost_nanousd=_cost_nanousd(bill, run, book, lambda piece: piece.marginal_ns),
@@ -71,7 +72,7 @@ def engine_request(
 
 
 def http_request(exchange: Exchange, model: str | None, *, told: bool) -> HttpRequest:
-    """Return the record of an HTTP request as it stands now; `told` says that its cost is."""
+    """Return the record of an HTTP request now; `told` is True if its client is told the cost."""
     sent = exchange.sent
     return HttpRequest(
         http_request_id=exchange.http_request_id,
@@ -90,9 +91,9 @@ def http_request(exchange: Exchange, model: str | None, *, told: bool) -> HttpRe
     )
 
 
-def cost_of(exchange: Exchange) -> Cost:
-    """Return what has been billed for an HTTP request so far, as its reply says it."""
-    return Cost(
+def reply_cost(exchange: Exchange) -> ReplyCost:
+    """Return the cost of an HTTP request from its bills so far, in the form for its reply."""
+    return ReplyCost(
         gpu_time_ns=exchange.gpu_time_ns,
         prefill_ns=exchange.prefill_ns,
         decode_ns=exchange.decode_ns,
@@ -106,17 +107,21 @@ def cost_of(exchange: Exchange) -> Cost:
 
 
 def response_id(birth: Birth) -> str | None:
-    """Return the id of the reply that an engine request is for, None where it is unknown."""
+    """Return the id of the reply that an engine request serves; None if it is unknown."""
     if birth.exchange is None or birth.external_id is None:
         return None
-    return response_id_of(birth.exchange.route, birth.external_id)
+    return stored_or_none(response_id_of(birth.exchange.route, birth.external_id))
+
+
+def facts_of_run(snapshot: Snapshot) -> RunFacts:
+    """Return what the price of a run depends on, as the ledger keeps it."""
+    engine = snapshot.engine
+    return RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
 
 
 def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
-    """Return the price of a run in the hour it began, as the ledger keeps it; None without one."""
-    engine = snapshot.engine
-    run = RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
-    price = book.price_at(run, snapshot.started_at_ns // NS_PER_HOUR)
+    """Return the ledger's price record for a run in its first hour; None without a price."""
+    price = book.price_at(facts_of_run(snapshot), snapshot.started_at_ns // NS_PER_HOUR)
     if price is None:
         return None
     entry, agreed = price.entry, terms(price.as_dict())
@@ -125,20 +130,29 @@ def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
         since_ns, price_id = snapshot.started_at_ns, f"settings:{price.text}"
     else:
         since_ns = entry.effective_from_hour * NS_PER_HOUR
-        # A fact is written once: what is in it is in its key.
+        # A price is written only once, so its key has all of its contents.
         price_id = f"book:{price.text}:{rfc3339(since_ns)}:{source}"
     return Price(price_id, price.text, source, since_ns)
 
 
 def latencies(times: RequestTimes, output_tokens: int, finished_at_ns: int) -> Latencies:
-    """Return a request's latencies from vLLM's per-request statistics; 0 there means not yet."""
+    """Return a request's latencies from vLLM's per-request statistics, where 0 means not yet.
+
+    Those that vLLM takes from the wall clock are unknown if that was set back meanwhile.
+    """
     first, last = times.first_token_ts, times.last_token_ts
+    ttft_ms = times.first_token_latency * 1e3 if first else None
+    e2e_ms = finished_at_ns / 1e6 - times.arrival_time * 1e3 if times.arrival_time else None
     return Latencies(
         queue_ms=(times.scheduled_ts - times.queued_ts) * 1e3 if times.scheduled_ts else None,
-        ttft_ms=times.first_token_latency * 1e3 if first else None,
+        ttft_ms=_possible(ttft_ms),
         tpot_ms=(last - first) / (output_tokens - 1) * 1e3 if output_tokens > 1 and last else None,
-        e2e_ms=finished_at_ns / 1e6 - times.arrival_time * 1e3 if times.arrival_time else None,
+        e2e_ms=_possible(e2e_ms),
     )
+
+
+def _possible(latency_ms: float | None) -> float | None:
+    return None if latency_ms is None or latency_ms < 0 else latency_ms
 
 
 def _latencies(birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencies:
@@ -146,7 +160,7 @@ def _latencies(birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencie
         return Latencies()
     try:
         return latencies(birth.times, bill.output_tokens, finished_at_ns)
-    except (AttributeError, TypeError):  # another vLLM's: unknown, and no reason to lose a bill
+    except (AttributeError, TypeError):  # Another vLLM's statistics must not cost us the bill.
         metrics.count_error("api")
         return Latencies()
 
@@ -154,9 +168,10 @@ def _latencies(birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencie
 def _cost_nanousd(
     bill: Bill, run: RunFacts, book: PriceBook, ns_of: Callable[[UsagePiece], int]
 ) -> int | None:
-    """Return what time of a bill costs, each hour at its own price; None if one has none."""
-    # What has used nothing has no hour of its own, and costs nothing if now has a price.
+    """Return the cost of a bill's time, each hour at its own price; None if an hour has none."""
+    # A bill without use has no hour. It costs 0 if the present hour has a price.
     now = time.time_ns() // NS_PER_HOUR
     spent = [(piece.hour, ns_of(piece)) for piece in bill.pieces] or [(now, 0)]
-    at = by_price(spent, partial(book.price_at, run))
+    # Where a fact of the run is unknown, a price that it might change would be a guess.
+    at = by_price(spent, partial(book.certain_price_at, run))
     return None if at is None else total_nanousd(at)

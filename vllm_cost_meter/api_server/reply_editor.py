@@ -1,11 +1,11 @@
-"""Edits one reply: holds a complete one until its cost is known, passes a stream event by event.
+"""The reply editor puts the cost into one reply: in headers, or in the events of a stream.
 
-A complete JSON reply leaves with its cost in headers. In a stream the final usage event gets
-`usage.cost`, and a comment line with the cost goes before the last event. Without a cost in time
-the reply leaves as it came.
+A complete JSON reply is held until its cost is known, and leaves with the cost in headers. A stream
+passes event by event. Its final usage event gets `usage.cost`, and a comment line with the cost
+goes before the last event. If the cost is not known in time, the reply leaves unedited.
 
-Invariant: what leaves is byte for byte what entered, but for the fields that are listed in
-docs/reference/headers-and-streams.md; and every message that entered leaves, whatever fails here.
+Invariant: a reply leaves byte for byte as it came, except for the fields that
+docs/reference/headers-and-streams.md lists. Every message leaves, whatever fails here.
 """
 
 from collections.abc import Awaitable, Sequence
@@ -15,11 +15,11 @@ from starlette.types import Message, Receive, Send
 from vllm_cost_meter.api_server import reply_bytes
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.collector import Collector
-from vllm_cost_meter.config.types import Reply
+from vllm_cost_meter.config.types import ReplyDetail
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.records.requests import Usage
 
-# What answers the handshake of a WebSocket, and the HTTP status of an answer that names none.
+# Messages that answer a WebSocket handshake, with the HTTP status if they name none.
 WEBSOCKET_ANSWERS = {
     "websocket.accept": 101,
     "websocket.close": 403,
@@ -29,7 +29,7 @@ BODY = "http.response.body"
 
 
 class ReplyEditor:
-    """Stands between the application and the client for one exchange."""
+    """Edits the messages between application and client for one exchange."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class ReplyEditor:
         guard: ApiGuard,
         exchange: Exchange,
         send: Send,
-        mode: Reply,
+        mode: ReplyDetail,
         warnings: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
-        """`mode` says what is told; `warnings` are headers to add."""
+        """Make an editor. `mode` says where the client is told the cost; `warnings` are headers."""
         self._collector = collector
         self._guard = guard
         self._exchange = exchange
@@ -49,20 +49,20 @@ class ReplyEditor:
         self._mode = mode
         self._warnings = warnings if mode != "none" else ()
         self._complete = False
-        # A held reply: its start and the body messages so far.
+        # The messages of a held reply so far: its start and parts of its body.
         self._held: list[Message] | None = None
         self._events: reply_bytes.SseEvents | None = None
-        # True while a stream is edited and stands between two events.
+        # True while an edited stream is between two events.
         self._between_events = False
-        # The cost that the whole reply tells; None after `_has_settled` if it tells none.
-        self._cost: reply_bytes.Cost | None = None
+        # The cost for the whole reply; still None after `_has_settled` if there is none.
+        self._cost: reply_bytes.ReplyCost | None = None
         self._has_settled = False
         self._commented = False
         # The body that is sent in place of the application's.
         self._instead: bytes | None = None
 
     def receiving(self, receive: Receive) -> Receive:
-        """Wrap `receive` to notice a client that leaves before its reply is complete."""
+        """Wrap `receive` to notice if the client leaves before its reply is complete."""
 
         async def noticing() -> Message:
             message = await receive()
@@ -73,9 +73,9 @@ class ReplyEditor:
         return noticing
 
     def sending(self) -> Send:
-        """Wrap `send` for the application: a token of a stream passes, all else is taken."""
-        # Called for each token, in caches that the model's work has emptied: what it needs is
-        # bound here, and no coroutine of ours is made.
+        """Wrap `send` for the application: tokens of a stream pass, other messages go to `take`."""
+        # This is called for each token, with CPU caches that the model's work has emptied. So all
+        # it needs is bound here, and it creates no coroutine of ours.
         send, take, is_token = self._send, self.take, reply_bytes.is_token
 
         def editing_send(message: Message) -> Awaitable[None]:
@@ -90,7 +90,7 @@ class ReplyEditor:
         return editing_send
 
     async def take(self, message: Message) -> None:
-        """Pass on, hold or edit one message of the application."""
+        """Pass on, hold or edit one message from the application."""
         if message["type"] == "http.response.start":
             await self._start(self._refusing(message))
         elif message["type"] == BODY:
@@ -111,7 +111,7 @@ class ReplyEditor:
             await self._send(message)
 
     async def release(self) -> None:
-        """Let go of what is held, as it came; the rest of the reply passes unedited."""
+        """Send everything held, unedited; the rest of the reply also passes unedited."""
         held, self._held = self._held, None
         for message in held or ():
             await self._send(message)
@@ -197,7 +197,7 @@ class ReplyEditor:
             return event
         return self._guard.run("stream", self._with_cost, event, cost, is_end) or event
 
-    def _with_cost(self, event: bytes, cost: reply_bytes.Cost, is_end: bool) -> bytes:
+    def _with_cost(self, event: bytes, cost: reply_bytes.ReplyCost, is_end: bool) -> bytes:
         edited = reply_bytes.insert_usage(event, cost)
         if not is_end or self._commented:
             return edited
@@ -206,8 +206,8 @@ class ReplyEditor:
 
     # -- the cost ---------------------------------------------------------------------------
 
-    async def _settled_cost(self) -> reply_bytes.Cost | None:
-        """Wait for the cost once; the answer holds for the rest of the reply."""
+    async def _settled_cost(self) -> reply_bytes.ReplyCost | None:
+        """Wait for the cost once, and keep the result for the rest of the reply."""
         if not self._has_settled:
             self._has_settled = True
             self._cost = await self._collector.settle(self._exchange)
@@ -222,5 +222,5 @@ def _header(start: Message, wanted: bytes) -> bytes:
 
 
 def _can_grow(start: Message) -> bool:
-    """Tell whether bytes may be added to a body: its length is open and it is plain text."""
+    """Return whether bytes may be added to a body: its length is open and it is not compressed."""
     return not (_header(start, b"content-length") or _header(start, b"content-encoding"))

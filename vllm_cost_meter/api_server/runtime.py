@@ -1,8 +1,8 @@
-"""The meter in vLLM's API process: makes its parts, starts them with the application, stops them.
+"""The runtime of the meter in an API server: makes its parts, and starts and stops them.
 
-One `Runtime` per API-server process, made at its first use. The first API server also polls the
-engines for their books and serves the side endpoint. What a part needs is handed to its
-constructor; settings are handed over as a function, as some change while the server runs.
+Each API server process has one `Runtime`, made at its first use. The first API server also polls
+the engines for their books and serves the side endpoint. A part gets what it needs through its
+constructor. It gets settings as a function, because some settings change while the server runs.
 
 Invariant: nothing here stops vLLM from serving, but settings that were never right for it.
 """
@@ -20,11 +20,13 @@ from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
+from vllm_cost_meter.api_server.budgets.names import BudgetNames
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.judging import refuse_birth
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
+from vllm_cost_meter.api_server.start_check import what_is_wrong
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.config.settings import Settings
@@ -32,18 +34,18 @@ from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.endpoint.server import serve
 from vllm_cost_meter.endpoint.tenant_routes import make_router
-from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.errors import LedgerError, SettingError
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
-from vllm_cost_meter.tenants.budgets import Figures
+from vllm_cost_meter.tenants.budgets import BudgetFigures
 from vllm_cost_meter.vllm_hooks import engines
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# A reader gets figures up to one snapshot old rather than wait longer for an engine.
+# A reader waits at most this long for an engine. After that it gets figures one snapshot old.
 REFRESH_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = 10.0
 
@@ -66,7 +68,7 @@ class Runtime:
             self.ledger_url, price_of=lambda snapshot: price_of_run(self.book(), snapshot)
         )
         self.writer.start()
-        # Opens the ledger, or makes it, now: the first reply must not wait for that.
+        # This opens or creates the ledger now, so that the first reply need not wait for it.
         self.writer.commit()
         self.collector = Collector(
             self.writer,
@@ -75,13 +77,14 @@ class Runtime:
             open_requests=open_requests,
             refuses=lambda exchange: refuse_birth(exchange, self.admission),
         )
-        # The names under which the model is served; empty until the start.
+        # Served model names; empty until `start`.
         self.served: frozenset[str] = frozenset()
         self.poller: Poller | None = None
         self.admission: Admission | None = None
         self.follower: BudgetFollower | None = None
+        self._names = BudgetNames(self.ledger_url)
         self._reload_interval_s = reload_interval_s
-        # By what they do.
+        # Background tasks by name.
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def run(self, hook: str, body: Callable[..., Any], *args: Any) -> Any:
@@ -89,12 +92,12 @@ class Runtime:
         return self.guard.run(hook, body, self.collector, *args)
 
     def book(self) -> PriceBook:
-        """Return the prices as they are declared now."""
+        """Return the price book as it is declared now."""
         return self.settings.price_book
 
-    def figures(self) -> Figures:
-        """Return where the budgets stand."""
-        return self.admission.figures if self.admission is not None else Figures()
+    def figures(self) -> BudgetFigures:
+        """Return how much of each budget is used."""
+        return self.admission.figures if self.admission is not None else BudgetFigures()
 
     def health(self) -> MeterHealth:
         """Return whether the meter of this API server works."""
@@ -119,7 +122,7 @@ class Runtime:
         """
         engine_client = getattr(getattr(app, "state", None), "engine_client", None)
         if engine_client is None:
-            return None  # a render server has no engine
+            return None  # A render server has no engine.
         try:
             check_start(self.settings, engines.run_facts(engine_client), time.time_ns())
             polls = await self.start_work(engine_client, app.state)
@@ -133,9 +136,9 @@ class Runtime:
         return None
 
     async def start_work(self, engine_client: Any, state: Any = None) -> bool:
-        """Start the tasks of this API server, whose application has this state.
+        """Start the background tasks of this API server; `state` is its application's state.
 
-        Returns True if it is the one that polls the engines.
+        Returns True if this API server is the one that polls the engines.
         """
         self.collector.run_facts = engines.run_facts(engine_client)
         self.served = frozenset(engines.served_names(engine_client, state))
@@ -155,11 +158,13 @@ class Runtime:
             self._earlier_fit,
             announce=self._announce_all,
         )
+        self.collector.facts_of = self.poller.facts_of
         self._start_task("poll", self.poller.run)
+        self._start_task("names", self._look_at_names)
         return True
 
     async def stop(self) -> None:
-        """Take a last look at the engines, and write all that waits with the names of what runs."""
+        """Stop the tasks, poll the engines a last time, and write everything that waits."""
         for task in self._tasks.values():
             task.cancel()
         self._announce_all()
@@ -187,19 +192,26 @@ class Runtime:
         self.guard.run("announce", self.collector.announce_all)
 
     async def _announce(self) -> None:
-        # A budget counts what runs by who it is for, so that must be known at once.
+        # Budgets count running requests by owner, so the ledger must know the owners at once.
         if self.admission is not None:
             self.collector.announce_all()
         else:
             self.collector.announce_due()
 
     async def _reload(self, reloader: Reloader, engine_client: Any) -> None:
-        # Reading a file takes its time, and vLLM's tokens must not wait for it.
+        # Reading a file may be slow, so a thread does it: vLLM's tokens must not wait.
         new = await in_own_thread(reloader.look, self.settings)
         self.settings = new or self.settings
         self._hold_to_budgets(engine_client)
+        if new is not None and self.poller is not None:
+            await self._look_at_names()
 
     # -- budgets ----------------------------------------------------------------------------
+
+    async def _look_at_names(self) -> None:
+        """Warn of budgets that cover nobody so far. Without a ledger nobody knows."""
+        with contextlib.suppress(LedgerError):
+            await in_own_thread(self._names.look, self.settings)
 
     def _hold_to_budgets(self, engine_client: Any) -> None:
         has_rules = self.settings.budgets or self.settings.failing_closed
@@ -219,7 +231,7 @@ class Runtime:
         self._start_task("budgets", self.admission.run)
 
     def budget_rules(self) -> Rules:
-        """Return what the settings say of budgets now."""
+        """Return the present settings for budgets."""
         return Rules(
             budgets=self.settings.declared_budgets,
             fail_closed=self.settings.failing_closed,
@@ -236,16 +248,20 @@ class Runtime:
             reader.close()
 
     def _refresh(self) -> Callable[[], None]:
-        """Return what brings the ledger up to now; other API servers are a snapshot behind."""
+        """Return a function that brings the ledger up to now.
+
+        Only the polling API server can do that. In others the function does nothing, and their
+        figures are up to one snapshot old.
+        """
         if self.poller is None:
             return lambda: None
         return refresher(self.poller, asyncio.get_running_loop())
 
     def alive(self) -> Collection[str]:
-        """Return the runs whose engines are known to live, however silent.
+        """Return the runs with an engine that is known to be alive, even if it is silent.
 
-        Only the poller knows them. API servers other than the first have none: to them an engine
-        that is silent for too long is dead, until its next snapshot.
+        Only the poller of the first API server knows them. To the other API servers an engine that
+        is silent for too long is dead, until its next snapshot.
         """
         return () if self.poller is None else self.poller.alive()
 
@@ -269,10 +285,10 @@ class Runtime:
 
 
 def refresher(poller: Poller, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-    """Return what brings the ledger up to now from another thread, or gives up in time."""
+    """Return a function that brings the ledger up to now from another thread, within a timeout."""
 
     def refresh() -> None:
-        # A slow or dead engine means older figures, not an error.
+        # If an engine is slow or dead, the reader gets older figures, not an error.
         with contextlib.suppress(Exception):
             asyncio.run_coroutine_threadsafe(poller.look(), loop).result(REFRESH_TIMEOUT_S)
 
@@ -280,28 +296,36 @@ def refresher(poller: Poller, loop: asyncio.AbstractEventLoop) -> Callable[[], N
 
 
 class NoRuntime:
-    """Stands in where no runtime could be made: every hook passes through.
+    """The stand-in for a runtime that could not be made: every hook passes through.
 
-    `settings` say which tenants fail closed; None if they could not be read.
+    `settings` name the tenants that fail closed. They are None if they could not be read. `wrong`
+    says in one line why the start must stop, None if it need not.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, wrong: str | None = None) -> None:
         self.settings = settings
+        self.wrong = wrong
 
     def run(self, hook: str, body: object, *args: object) -> None:
         """Do nothing."""
 
 
 def make_runtime() -> Runtime | NoRuntime:
-    """Make a runtime by the settings of this process, or what stands in for it. Never raises."""
-    settings = None
+    """Make a runtime from this process's settings, or a stand-in if that fails. Never raises."""
+    settings, wrong = None, None
     try:
+        wrong = what_is_wrong()
         settings = load_settings()
-        # `--middleware` brings it into a vLLM that was refused, too.
-        return NoRuntime(settings) if is_refused() else Runtime(settings)
+        if wrong is None:
+            # `--middleware` also brings us here in a vLLM that the meter does not understand.
+            return NoRuntime(settings) if is_refused() else Runtime(settings)
+    except SettingError:
+        pass  # `wrong` says it.
     except Exception:
         logger.exception("cost meter: could not start in the API server; it runs unmetered")
-        return NoRuntime(settings)
+    if wrong is not None:
+        logger.error("%s", wrong)
+    return NoRuntime(settings, wrong)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""The commands `report` and `statement`: figures of the ledger for people and spreadsheets.
+"""The commands `report` and `statement`: usage and cost as tables, JSON, CSV or HTML.
 
-A report without words of the grammar is that by tenant, with the prices and overheads below it, as
-`/cost/tenants` gives it; with any of them it is that of `/cost/report`. Exit status 1 if the books
-do not add up.
+Without further parameters a report is the one by tenant, as at `/cost/tenants`, with prices and
+overheads below it. With any parameter besides window and time zone it is the one at `/cost/report`.
+The exit status is 1 if the books do not add up.
 """
 
 import io
@@ -20,12 +20,16 @@ from vllm_cost_meter.cli.options import (
     Csv,
     Json,
     Ledger,
+    Output,
     TimeZone,
     Wide,
-    Window,
+    WindowOption,
+    print_answer,
     reading,
+    refuse_both,
     write_output,
 )
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.answers import TenantsReport
@@ -36,7 +40,7 @@ from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
 from vllm_cost_meter.reports.statement_text import print_statement
 from vllm_cost_meter.units.calendar import hours_of_window, zone_of
-from vllm_cost_meter.units.text import to_csv
+from vllm_cost_meter.units.text import plain, to_csv
 
 TENANT_COLUMNS: tuple[str, ...] = ("tenant", *COUNTS, "gpu_time_ns", "cost_usd")
 REQUEST_COLUMNS: tuple[str, ...] = (
@@ -53,36 +57,36 @@ REQUEST_COLUMNS: tuple[str, ...] = (
     "cost_usd",
 )
 REPORT_COLUMNS = (*COUNTS, "gpu_time_ns", "idle_share_ns", "usage_cost_usd", "cost_usd")
-# The last columns that a narrow terminal leaves out, after what the rows are of.
+# A narrow terminal drops other columns before these, and keeps the aggregated columns longest.
 FIRST = (
-    "finished_at",
     "tenant",
     "cost_usd",
     "gpu_time_ns",
     "requests",
     "idle_share_ns",
-    "status",
-    "http_request_id",
     "prompt_tokens",
     "output_tokens",
 )
+# Of requests: the id is what `explain` takes, and is never cut. The newest stand first, so the time
+# is what a narrow terminal can spare.
+REQUEST_FIRST = ("tenant", "http_request_id", "cost_usd", "finished_at", "gpu_time_ns", "status")
 NANO_USD_NOTE = (
     "usage_cost_usd and cost_usd are both rounded so that they add up; so they may differ by a"
     " nano-USD where no idle time is charged"
 )
-# Shown where the energy of any row is known; in JSON and CSV always.
+# A table has this column only if the energy of any row is known; JSON and CSV always have it.
 ENERGY_COLUMN = "energy_mj"
 
 
 class What(StrEnum):
-    """What a report is about."""
+    """The subject of a report."""
 
     tenants = "tenants"
     requests = "requests"
 
 
 class Format(StrEnum):
-    """How a statement is written."""
+    """The output format of a statement."""
 
     table = "table"
     json = "json"
@@ -113,7 +117,7 @@ def report(
     ] = What.tenants,
     ledger: Ledger = None,
     config: Config = None,
-    window: Window = None,
+    window: WindowOption = None,
     tz: TimeZone = None,
     aggregate: Aggregate = None,
     step: Annotated[
@@ -130,6 +134,7 @@ def report(
     wide: Wide = False,
     as_json: Json = False,
     as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """What each tenant used and cost, idle time included.
 
@@ -151,8 +156,7 @@ def report(
     answer: Any
     with reading(ledger, config) as reader:
         _refuse(words if what is What.requests else {"tenant": tenant}, what)
-        if as_json and as_csv:
-            raise ValueError("--csv: expected without --json, got both")
+        refuse_both(as_json=as_json, as_csv=as_csv)
         has_words = any(value for word, value in words.items() if word not in ("window", "tz"))
         if has_words:
             answer = reader.report(**words)
@@ -163,15 +167,29 @@ def report(
         else:
             answer = reader.requests(limit=limit, tenant=tenant)
             rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
-    if as_json:
-        print(json.dumps(answer, indent=2))
-    elif as_csv:
-        print(to_csv(rows), end="")
-    else:
-        below = _lines_below(answer, filter, has_words) if what is What.tenants else []
-        _print_table(rows, columns, below, wide=wide)
+    _say_who_is_unseen(answer, config)
+    below = _lines_below(answer, filter, has_words) if what is What.tenants else []
+    print_answer(
+        answer,
+        rows,
+        lambda: _print_table(rows, columns, below, wide=wide),
+        as_json=as_json,
+        as_csv=as_csv,
+        output=output,
+    )
     if what is What.tenants and not answer["adds_up"]:
         raise typer.Exit(1)
+
+
+def _say_who_is_unseen(answer: Mapping[str, Any], config: Path | None) -> None:
+    """Name on stderr whom the idle policy charges though nobody knows them."""
+    if not (unseen := answer.get("idle_unseen")):
+        return
+    declared = {tenant.name for tenant in load_settings(config=config).tenants}
+    for name in unseen:
+        if name not in declared:
+            said = f"--idle: tenant {name!r} is neither declared nor in the ledger"
+            print(plain(f"vllm-cost-meter: {said}; it is charged all the same"), file=sys.stderr)
 
 
 def statement(
@@ -185,10 +203,10 @@ def statement(
     ledger: Ledger = None,
     config: Config = None,
     format: Annotated[Format, typer.Option(help="HTML prints well, also to PDF.")] = Format.table,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A file to write, or write anew.")
-    ] = None,
+    output: Output = None,
     wide: Wide = False,
+    as_json: Json = False,
+    as_csv: Csv = False,
 ) -> None:
     """A tenant's month, line by line to the cent.
 
@@ -197,9 +215,11 @@ def statement(
     Example: vllm-cost-meter statement --month 2026-11 --tenant search
     """
     with reading(ledger, config) as reader:
+        format = _format_of(format, as_json=as_json, as_csv=as_csv)
         if everyone == (tenant is not None):
             raise ValueError("--tenant: expected it or --all, and not both")
         answer = reader.statement(month, tenant=tenant, tz=tz, idle=idle)
+        _say_who_is_unseen(answer, config)
         if output is not None:
             write_output(output, _written(answer, format))
     if output is None and format is Format.table:
@@ -208,6 +228,15 @@ def statement(
         print(_written(answer, format), end="")
     if not answer["adds_up"]:
         raise typer.Exit(1)
+
+
+def _format_of(format: Format, *, as_json: bool, as_csv: bool) -> Format:
+    """Return the format; --json and --csv are short for it. Raises ValueError for two of them."""
+    refuse_both(as_json=as_json, as_csv=as_csv)
+    short = Format.json if as_json else Format.csv if as_csv else format
+    if format not in (short, Format.table):
+        raise ValueError(f"--{short}: expected without --format {format}, got both")
+    return short
 
 
 def _print_table(
@@ -220,7 +249,8 @@ def _print_table(
     if any(row.get(ENERGY_COLUMN) is not None for row in rows):
         columns = (*columns, ENERGY_COLUMN)
     names = [name for name in columns if name not in (*REPORT_COLUMNS, *REQUEST_COLUMNS)]
-    print_rows(rows, columns, first=(*names, *FIRST), wide=wide)
+    first = REQUEST_FIRST if "http_request_id" in columns else (*names, *FIRST)
+    print_rows(rows, columns, first=first, wide=wide)
     print_lines(below)
 
 
@@ -230,7 +260,7 @@ def _plain_report(reader: LedgerReader, window: str | None, tz: str | None) -> T
 
 
 def adds_up_line(answer: Mapping[str, Any]) -> str:
-    """Return the line under a tenant report that says whether its rows are the whole."""
+    """Return the line that says whether a report's rows add up to all engine time."""
     wall_s = answer["wall_gpu_ns"] / 1e9
     if answer["adds_up"]:
         return f"adds up: the rows are all of {wall_s:.6f} GPU-seconds, to the nanosecond"
@@ -238,7 +268,7 @@ def adds_up_line(answer: Mapping[str, Any]) -> str:
 
 
 def _refuse(words: Mapping[str, object], got: What) -> None:
-    """Raise ValueError for a word that would be passed over: it is of the other report."""
+    """Raise ValueError for a parameter that only the other kind of report uses."""
     expected = What.tenants if got is What.requests else What.requests
     for name, value in words.items():
         if value:
@@ -253,14 +283,14 @@ def _series_rows(answer: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple
         for piece in answer["series"]
         for row in piece["rows"]
     ]
-    # Only times: without the class nobody could tell usage from idle.
+    # If all columns are times, only the class distinguishes usage from idle time.
     names_class = () if set(answer["aggregate"]) - set(TIMES) else ("class",)
     start = ("from",) if is_series else ()
     return rows, (*start, *names_class, *answer["aggregate"], *REPORT_COLUMNS)
 
 
 def nano_usd_notes(answer: Mapping[str, Any]) -> list[str]:
-    """Return the line that explains a nano-USD of idle time where there is none; often nothing."""
+    """Return a note if rounding shows a nano-USD of idle cost without idle time; often nothing."""
     rows = [row for piece in answer["series"] for row in piece["rows"] if not row["idle_share_ns"]]
     pairs = ((row["usage_cost_nanousd"], row["cost_nanousd"]) for row in rows)
     is_odd = any(None not in pair and pair[0] != pair[1] for pair in pairs)
@@ -277,7 +307,7 @@ def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool)
     if has_words:
         lines += nano_usd_notes(answer)
     lines.append(adds_up_line(answer))
-    # Prices and overheads are told beside the plain report only.
+    # Only the plain report shows prices and overheads.
     return lines if has_words else [*lines, *price_lines(answer)]
 
 

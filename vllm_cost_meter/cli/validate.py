@@ -50,7 +50,7 @@ def validate(
 
     Example: vllm-cost-meter validate --gpu h100 --batch 60
     """
-    # It loads the native attribution, and a simulation loads numpy and vLLM.
+    # This import loads the native attribution; a simulation loads numpy and vLLM too.
     from vllm_cost_meter.lab.validation import command, tables
 
     with one_line_errors():
@@ -60,7 +60,9 @@ def validate(
             path = str(default_path()) if server == "tiny" else server
             answer, show = command.measured(path, rounds), tables.show_servers
         elif step_log is None:
-            plan = command.Plan(gpu or (), model or (), batch or (), steps, every, seed=seed)
+            plan = command.SimulationPlan(
+                gpu or (), model or (), batch or (), steps, every, seed=seed
+            )
             answer, show = command.validate(plan), tables.show_truths
         else:
             answer, show = command.replayed(step_log), tables.show_replay

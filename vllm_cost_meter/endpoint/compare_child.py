@@ -1,10 +1,11 @@
-"""The process that answers `GET /cost/compare`: a question on its input, a result on its output.
+"""The child process behind `GET /cost/compare`: reads a question, writes a result, both as JSON.
 
-Both are JSON. The result has either `answer`, or `error` (what is wrong, in one line) and `kind`:
-`question` if the asker is to change it, `ledger` if the ledger cannot be read, `failed` for
-anything else. Where the ledger is stands in COST_METER_LEDGER, as a URL may hold a password.
+The result has either `answer`, or `error` (one line) and `kind`. The kind is `question` if the
+caller must change the question, `ledger` if the ledger cannot be read, and `failed` for anything
+else. The environment variable COST_METER_LEDGER names the ledger, because its URL may hold a
+password and command lines are public.
 
-Invariant: it writes exactly one result, whatever happens, unless it is killed.
+Invariant: the process writes exactly one result, unless it is killed.
 """
 
 import sys
@@ -18,12 +19,12 @@ from vllm_cost_meter.config.offers import offers_for
 from vllm_cost_meter.errors import CostMeterError, LedgerError
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.economics.answers import Comparison
-from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
+from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion, compared
 from vllm_cost_meter.ledger.reader import LedgerReader
 
 
 class Result(TypedDict):
-    """What the process writes: an answer, or an error and its kind."""
+    """The output of the process: an answer, or an error and its kind."""
 
     answer: NotRequired[Comparison]
     error: NotRequired[str]
@@ -31,19 +32,19 @@ class Result(TypedDict):
 
 
 def result_of(text: bytes) -> Result:
-    """Return the result of a question that is JSON."""
+    """Return the result for a question in JSON; never raises."""
     try:
-        return {"answer": _answer(Question(**orjson.loads(text)))}
+        return {"answer": _answer(ComparisonQuestion(**orjson.loads(text)))}
     except LedgerError as error:
         return {"error": str(error), "kind": "ledger"}
     except (CostMeterError, ValueError) as error:
         return {"error": str(error), "kind": "question"}
-    except Exception as error:  # noqa: BLE001 - the asker gets a line, whatever it is
+    except Exception as error:  # noqa: BLE001 - the caller gets one line for any error
         line = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]
         return {"error": line, "kind": "failed"}
 
 
-def _answer(question: Question) -> Comparison:
+def _answer(question: ComparisonQuestion) -> Comparison:
     settings = load_settings()
     reader = LedgerReader(settings.ledger or default_url(), book=settings.price_book)
     try:

@@ -1,7 +1,8 @@
-"""Runs the side endpoint in the first API server, on a thread and an event loop of its own.
+"""Start the side endpoint's HTTP server in the first API server process, on its own thread.
 
-Reports are SQL and may take a while; on vLLM's event loop they would hold up tokens. The port is
-bound before the thread starts, so that a taken port is one warning here and nothing else.
+The thread has its own event loop, because a report's SQL may take a while and would hold up tokens
+on vLLM's. The port is bound before the thread starts, so a port in use causes one warning and
+nothing else.
 
 Invariant: nothing here stops vLLM from serving.
 """
@@ -24,7 +25,7 @@ from vllm_cost_meter.endpoint.answers import NO_METER, MeterHealth
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import PriceBook
-from vllm_cost_meter.tenants.budgets import Figures
+from vllm_cost_meter.tenants.budgets import BudgetFigures
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -33,7 +34,7 @@ def serve(
     settings: Settings,
     ledger_url: str,
     refresh: Callable[[], None],
-    budgets: Callable[[], Figures] = Figures,
+    budgets: Callable[[], BudgetFigures] = BudgetFigures,
     keys: Callable[[], Mapping[str, str]] = dict,
     book: Callable[[], PriceBook] | None = None,
     declared: Callable[[], Declared] = Declared,
@@ -41,10 +42,11 @@ def serve(
     alive: Callable[[], Collection[str]] = tuple,
     health: Callable[[], MeterHealth] = lambda: NO_METER,
 ) -> None:
-    """Serve the side endpoint from a daemon thread, unless it is switched off or the port taken.
+    """Serve the side endpoint from a daemon thread, unless it is switched off or its port in use.
 
-    `refresh` brings the ledger up to now, `alive` names the runs that are known to live, `health`
-    says whether the meter works. What may change while the server runs is a function.
+    `refresh` brings the ledger up to date. `alive` returns the runs that are known to live, and
+    `health` whether the meter works. The other functions return settings that may change while the
+    server runs.
     """
     if settings.port is None:
         return

@@ -1,11 +1,10 @@
-"""A tenant's own figures on vLLM's own port, so that clients need no second address.
+"""A tenant's own figures on vLLM's port: `/v1/cost/me` and `/v1/cost/requests/{id}`.
 
-Two routes, put into vLLM's application: `/v1/cost/me` and `/v1/cost/requests/{id}`. They stand
-below `/v1`, which vLLM's API-key check guards, and ask more: that this very request was resolved by
-its API key, as a header or a default tenant prove nothing of who asks. Errors are vLLM's, with its
-handlers.
+The two routes are added to vLLM's application, so clients need no second address. vLLM's API-key
+check guards everything below `/v1`. These routes demand more: the caller's tenant must follow from
+its API key, because a header or a default tenant proves nothing. vLLM's own handlers answer errors.
 
-Invariant: nothing else of the meter is on vLLM's port, and nothing here tells of another tenant.
+Invariant: the meter adds no other route to vLLM's port, and these show no other tenant.
 """
 
 from collections.abc import Callable
@@ -16,17 +15,17 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.endpoint.answers import NothingUsed, OwnFigures
 from vllm_cost_meter.endpoint.app import look_up
-from vllm_cost_meter.endpoint.dependencies import Window, hours_asked
+from vllm_cost_meter.endpoint.dependencies import WindowQuery, hours_asked
 from vllm_cost_meter.endpoint.limits import refuse_unknown_words
 from vllm_cost_meter.endpoint.shapes import AnswerRoute
 from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.request_answers import RequestWithParts
-from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 
 
 def _own(request: Request) -> Viewer:
-    """Return who asks. Raises HTTPException unless an API key said so."""
+    """Return the caller. Raises HTTPException unless its API key named the tenant."""
     exchange = exchange_of(request.scope)
     if exchange is None or not exchange.owner.by_api_key:
         raise HTTPException(401, "expected the API key of a tenant that the cost meter knows")
@@ -37,7 +36,7 @@ Own = Annotated[Viewer, Depends(_own)]
 
 
 def make_router(
-    reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], Figures]
+    reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], BudgetFigures]
 ) -> APIRouter:
     """Return the two routes. Arguments are those of the side endpoint's application."""
     router = APIRouter(
@@ -47,14 +46,14 @@ def make_router(
     )
 
     @router.get("/me")
-    def me(own: Own, window: Window = None) -> OwnFigures | NothingUsed:
-        """Return what the caller's tenant used, and where its budgets stand."""
+    def me(own: Own, window: WindowQuery = None) -> OwnFigures | NothingUsed:
+        """Return the usage and cost of the caller's tenant, and the use of its budgets."""
         hours = hours_asked(window)
         refresh()
         name = str(own.tenant)
         row = reader.tenant(name, *hours)
         standings = budgets().standings
-        own_budgets = [told(each) for each in standings if own.may_see(each.budget.tenant)]
+        own_budgets = [budget_row(each) for each in standings if own.may_see(each.budget.tenant)]
         if row is None:
             return {"tenant": name, "requests": 0, "gpu_time_ns": 0, "budgets": own_budgets}
         return {**row, "budgets": own_budgets}

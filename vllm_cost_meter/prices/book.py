@@ -47,7 +47,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Matches:
+class RunMatch:
     """The runs that an entry prices. A match is a name or glob in any case; None fits any run."""
 
     model: str | None = None
@@ -60,7 +60,7 @@ class Matches:
 
     def may_fit(self, run: RunFacts) -> bool:
         """Return whether the entry may price a run, whatever the facts are that are unknown."""
-        known = Matches(
+        known = RunMatch(
             None if run.model is None else self.model,
             None if run.gpu_name is None else self.gpu_name,
             None if run.host is None else self.host,
@@ -81,7 +81,7 @@ class Matches:
         )
 
 
-ANY_RUN = Matches()
+ANY_RUN = RunMatch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class PriceEntry:
     kind: PurchaseKind | None = None
     currency: str = USD
     usd_rate: Decimal = Decimal(1)
-    matches: Matches = ANY_RUN
+    matches: RunMatch = ANY_RUN
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +129,7 @@ class GpuHourPrice:
         return self.entry.key
 
     @property
-    def matches(self) -> Matches:
+    def matches(self) -> RunMatch:
         """The runs that the entry prices."""
         return self.entry.matches
 
@@ -163,7 +163,7 @@ class EnergyPrice:
     usd_per_kwh: Decimal
     source: str
     effective_from_hour: int | None
-    matches: Matches = ANY_RUN
+    matches: RunMatch = ANY_RUN
 
     def as_dict(self) -> dict[str, Any]:
         """Return the price as reports and the command line list it."""
@@ -179,7 +179,7 @@ class _Dated(Protocol):
     @property
     def key(self) -> str: ...
     @property
-    def matches(self) -> Matches: ...
+    def matches(self) -> RunMatch: ...
     @property
     def effective_from_hour(self) -> int | None: ...
 
@@ -275,6 +275,17 @@ class PriceBook:
         """Return a run's price in an hour since the epoch; None without a single best entry."""
         found = self._prices.at(run, hour)
         return found[0] if len(found) == 1 else None
+
+    def certain_price_at(self, run: RunFacts, hour: int) -> GpuHourPrice | None:
+        """Return a run's price in an hour; None if a fact that is unknown may choose another."""
+        found = self.price_at(run, hour)
+        if found is None or None not in (run.model, run.gpu_name, run.host):
+            return found
+        in_force = [line for line in self._prices.lines if line.at(hour) is not None]
+        best = max(line.specificity for line in in_force if line.matches.fit(run))
+        rivals = (line for line in in_force if line.specificity >= best)
+        certain = all(line.matches.fit(run) or not line.matches.may_fit(run) for line in rivals)
+        return found if certain else None
 
     def may_have_price(self, run: RunFacts, hour: int) -> bool:
         """Return whether a run may have a price in an hour, whatever its unknown facts are."""

@@ -1,13 +1,15 @@
-"""How the bill of one request came about, so that it can be recomputed by hand.
+"""The explanation of one request's bill, so that anybody can recompute it by hand.
 
-Pure functions from a request row with its parts, as `LedgerReader.request` returns it, to the
-explanation. Per part: what it used in each phase, the steps it was in and its share of them, what
-of its charge it caused itself and what is its share of what the batch needs anyway, what caching
-saved, what preemption, drafts and tokens that are not in the output wasted, the prices of its
-hours, and the cost models in use while it ran.
+These are pure functions from a request row with its parts (see `LedgerReader.request`) to its
+explanation. It has, for each part:
 
-Invariant: every figure of a part is in its bill or follows from figures beside it, by the formula
-that `formulas` states.
+- GPU time and tokens of each phase, and its share of the steps it was in;
+- the time that it added to these steps, and its share of the time that the batch takes anyway;
+- the time that caching saved, and that preemption, rejected drafts and cut tokens wasted;
+- the prices of its hours, and the cost models in use while it ran.
+
+Invariant: every figure of a part is in its bill, or follows from figures beside it by a formula in
+`formulas`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +22,8 @@ from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
-Row = Mapping[str, Any]
-# (hour, GPU-ns) of bills, by run and number.
+Fields = Mapping[str, Any]
+# The (hour, GPU-ns) pairs of each bill, by run and number.
 Spent = Mapping[tuple[str, int], Sequence[tuple[int, int]]]
 
 FORMULAS = {
@@ -35,12 +37,12 @@ FORMULAS = {
 
 
 def explained(
-    request: Row, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Row]
+    request: Fields, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Fields]
 ) -> Explanation:
     """Return the explanation of a request row with its `parts`.
 
-    `prices` are those of the runs of the parts, `spent` the hours and GPU-ns of each bill by its
-    key, `models` cost models as they are shown, of these runs, oldest first.
+    `prices` has the prices by run, `spent` the hours and GPU-ns of each bill by its key, and
+    `models` the cost models of these runs as answers show them, oldest first.
     """
     parts = [
         _part(
@@ -68,13 +70,13 @@ def explained(
     return cast("Explanation", {**explanation, "text": list(lines(explanation))})
 
 
-def _used(model: Row, part: Row) -> bool:
+def _used(model: Fields, part: Fields) -> bool:
     is_of_run: bool = model["run_id"] == part["run_id"]
     return is_of_run and part["first_model"] <= model["version"] <= part["last_model"]
 
 
 def _part(
-    part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Row]
+    part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Fields]
 ) -> dict[str, Any]:
     steps, step_ns = part["steps"], part["step_ns"]
     saved_ns = part["saved_estimate_ns"]
@@ -114,9 +116,9 @@ def _part(
     }
 
 
-def _cost(part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Return what a bill costs at the prices of its hours, and these."""
-    # What has used nothing has no hour but that of its end.
+def _cost(part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return a bill's cost at the prices of its hours, and these prices."""
+    # A request without GPU time has no hour of its own; the hour of its end stands for it.
     spent = spent or [(unix_ns_of(part["finished_at"]) // NS_PER_HOUR, 0)]
     at = by_price(spent, prices.at)
     cost = None if at is None else total_nanousd(at)
@@ -132,12 +134,12 @@ def _cost(part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dic
     }
 
 
-def _model(model: Row) -> dict[str, Any]:
+def _model(model: Fields) -> dict[str, Any]:
     names = ("version", "taken_at", "form", "planes", "steps", "error", "explained")
     return {name: model[name] for name in names}
 
 
-def lines(explanation: Row) -> Iterator[str]:
+def lines(explanation: Fields) -> Iterator[str]:
     """Yield an explanation as sentences."""
     parts = explanation["parts"]
     of = f" of {len(parts)} engine requests" if len(parts) != 1 else ""
@@ -152,7 +154,7 @@ def lines(explanation: Row) -> Iterator[str]:
         yield from _part_lines(part)
 
 
-def _part_lines(part: Row) -> Iterator[str]:
+def _part_lines(part: Fields) -> Iterator[str]:
     prefill, decode = part["phases"]["prefill"], part["phases"]["decode"]
     yield f"engine request {part['request_id']} ({part['engine_status']}):"
     yield (
@@ -186,12 +188,12 @@ def _part_lines(part: Row) -> Iterator[str]:
     yield f"  split by {part['method']}"
     for model in part["cost_models"]:
         quality = f"learnt from {model['steps']} steps, off by {model['error']:.1%} on average"
-        if not model["steps"]:  # its error is not known, and 0 would be a claim
+        if not model["steps"]:  # Its error is unknown; "0 %" would be a false claim.
             quality = "what it began with, before any step was learnt from"
         yield f"  cost model {model['version']}: {model['form']}, {quality}"
 
 
-def _price_lines(part: Row) -> Iterator[str]:
+def _price_lines(part: Fields) -> Iterator[str]:
     if part["cost_nanousd"] is None:
         yield f"  {part['cost_reason']}"
         return

@@ -94,7 +94,7 @@ class SideProcess:
         self._answer = answer
         self._take = take
         self._ready = ready
-        self._pauses = pauses
+        self.pauses = pauses
         self._environment = environment
         self._task: asyncio.Task[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -114,6 +114,15 @@ class SideProcess:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="cost-meter-side")
             self._task = asyncio.create_task(self._run())
 
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait until it works; False if it does not within that time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._works.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def stop(self) -> None:
         """End it for good. Idempotent."""
         task, self._task = self._task, None
@@ -129,18 +138,18 @@ class SideProcess:
             self._thread.shutdown(wait=False)
 
     async def _run(self) -> None:
-        pause_s = self._pauses.first
+        pause_s = self.pauses.first
         while True:
             began_s = time.monotonic()
             try:
                 end = await self._live()
             except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
                 end = f"cannot be started: {error}"
-            if time.monotonic() - began_s >= self._pauses.longest:
-                pause_s = self._pauses.first
+            if time.monotonic() - began_s >= self.pauses.longest:
+                pause_s = self.pauses.first
             self._note_end(end, pause_s)
             await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, self._pauses.longest)
+            pause_s = min(pause_s * 2, self.pauses.longest)
             self.restarts += 1
             self.state = "starting"
 
@@ -172,7 +181,7 @@ class SideProcess:
 
     async def _watch(self, channel: Channel, pid: int) -> None:
         """End a process that does not answer any more."""
-        silent_s = self._pauses.silent
+        silent_s = self.pauses.silent
         while True:
             try:
                 await channel.ask(PING, None, bool, silent_s)

@@ -7,8 +7,6 @@ order is time order.
 from datetime import UTC, datetime
 from functools import lru_cache
 
-from vllm_cost_meter.units.text import quoted
-
 NS_PER_SECOND = 1_000_000_000
 NS_PER_MS = 1_000_000
 NS_PER_HOUR = 3_600 * NS_PER_SECOND
@@ -23,7 +21,8 @@ def rfc3339(unix_ns: int) -> str:
     return f"{_second_text(second)}.{ns // 1000:06d}Z"
 
 
-# A bill has two to six instants, and a busy ledger writes thousands of them within one second.
+# A bill has two to six instants, and a busy ledger writes thousands of instants per second. Most
+# of them fall into the same few seconds.
 @lru_cache(maxsize=1024)
 def _second_text(unix_s: int) -> str:
     # `strftime` would be slow, and does not pad the year.
@@ -48,7 +47,7 @@ def unix_ns_of(text: str) -> int:
     instant = datetime.fromisoformat(text)
     if instant.tzinfo is None:
         raise ValueError(
-            f"expected an instant with a time zone, e.g. ending in Z, got {quoted(text)}"
+            f"expected an instant with a time zone, e.g. ending in Z, got {text[:200]!r}"
         )
     since_epoch = instant - datetime(1970, 1, 1, tzinfo=UTC)
     seconds = since_epoch.days * 86_400 + since_epoch.seconds

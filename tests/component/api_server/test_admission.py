@@ -26,7 +26,7 @@ from vllm_cost_meter.prices.book import NO_PRICES
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.snapshot import ClassTotals
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
 TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()], **more}
@@ -65,10 +65,10 @@ def world(make_world):
     return world
 
 
-def figures_of(*standings: Standing, age_s: float = 0) -> Figures:
+def figures_of(*standings: Standing, age_s: float = 0) -> BudgetFigures:
     """Return the figures of a look that heard of an engine so long ago."""
     age_ns = round(age_s * 10**9)
-    return Figures(standings, time.time_ns() - age_ns, heard_ns=time.monotonic_ns() - age_ns)
+    return BudgetFigures(standings, time.time_ns() - age_ns, heard_ns=time.monotonic_ns() - age_ns)
 
 
 def standing_at(budget: Budget, amount: int | None, unknown: str | None = None) -> Standing:
@@ -330,7 +330,7 @@ def test_what_runs_for_a_spent_budget_is_ended_if_it_says_so(world):
     async def stop(ids) -> None:
         ended.extend(ids)
 
-    async def spent(budgets, _book) -> Figures:
+    async def spent(budgets, _book) -> BudgetFigures:
         """Stand for a ledger in which every budget is spent."""
         return figures_of(*(standing_at(each, each.limit) for each in budgets))
 
@@ -382,7 +382,7 @@ def test_a_budget_that_becomes_unknown_is_warned_of_once_by_its_name(caplog):
     known, unknown = standing_at(budget(), 5), standing_at(budget(), 5, "no price for run r")
     coming = iter([known, unknown, unknown, known, unknown])
 
-    async def follow(_budgets, _book) -> Figures:
+    async def follow(_budgets, _book) -> BudgetFigures:
         return figures_of(next(coming))
 
     admission = Admission(follow, lambda: Rules((), (), NO_PRICES), Guard("test"), 1.0)
@@ -410,8 +410,11 @@ def test_until_the_first_figures_nobody_passes_a_hard_budget(make_world):
     assert client.status == 503
     assert dict(client.headers)[b"retry-after"] == b"5"
     assert "have not been counted yet" in json.loads(client.body)["error"]["message"]
+    # Neither does a look help that took so long that its figures are stale.
+    world.runtime.admission.figures = figures_of(standing_at(budget(), 0), age_s=60)
+    assert ask(world).status == 503
     # A look that heard of no engine does not know what runs.
-    world.runtime.admission.figures = Figures([standing_at(budget(), 0)])
+    world.runtime.admission.figures = BudgetFigures([standing_at(budget(), 0)])
     assert ask(world).status == 503
     assert ask(world, as_tenant("rival")).status == 200
     assert ask(world, as_tenant("acme", "/v1/models", method="GET")).status == 200

@@ -23,8 +23,8 @@ from tests.support.builders import make_snapshot
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.api_server.budgets.messages import SentFigures, SentRules
 from vllm_cost_meter.errors import AwayError, CostMeterError, LedgerError
-from vllm_cost_meter.prices.book import NO_PRICES, Matches, PriceBook, PriceEntry
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry, RunMatch
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
 WAIT_S = 60
 HALF_USD = PriceBook([PriceEntry("p", Decimal("0.5"), "s", None, gpus=3, scope="node")])
@@ -53,7 +53,9 @@ async def following(url: str) -> AsyncIterator[BudgetFollower]:
         await follower.stop()
 
 
-async def until(follower: BudgetFollower, budgets, is_so: Callable[[Figures], bool]) -> Figures:
+async def until(
+    follower: BudgetFollower, budgets, is_so: Callable[[BudgetFigures], bool]
+) -> BudgetFigures:
     """Follow until the figures are so; what fails on the way is tried again."""
     async with asyncio.timeout(WAIT_S):
         while True:
@@ -66,7 +68,7 @@ async def until(follower: BudgetFollower, budgets, is_so: Callable[[Figures], bo
             await asyncio.sleep(0.02)
 
 
-def totals(figures: Figures) -> list[int | None]:
+def totals(figures: BudgetFigures) -> list[int | None]:
     return [standing.total for standing in figures.standings]
 
 
@@ -167,7 +169,7 @@ entries = st.builds(
     st.none() | st.integers(-(10**6), 10**6), st.sampled_from(["gpu", "node", "deployment"]),
     st.integers(1, 10**6), st.none() | st.sampled_from(["on_demand", "reserved", "spot"]), names,
     st.decimals("0.000001", 10**6, places=6),
-    st.builds(Matches, *[st.none() | names] * 3),
+    st.builds(RunMatch, *[st.none() | names] * 3),
 )  # fmt: skip
 
 
@@ -187,5 +189,5 @@ used = st.none() | st.dictionaries(st.integers(0, 10**7), amounts, max_size=3)
 
 @given(budgets, used, st.none() | names, st.none() | st.integers(-(2**60), 2**60))
 def test_figures_arrive_as_they_were_sent(of, hours, unknown, heard_ns):
-    figures = Figures([Standing(of, hours, 10**18, unknown)], 10**18, unknown, heard_ns)
+    figures = BudgetFigures([Standing(of, hours, 10**18, unknown)], 10**18, unknown, heard_ns)
     assert over_the_wire(SentFigures.of(1, figures), SentFigures).figures([of]) == figures

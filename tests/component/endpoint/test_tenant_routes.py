@@ -11,7 +11,7 @@ from tests.support.openapi import assert_fits
 from tests.support.world import BODY, JSON, World, replying, scope_of
 from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
 TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()]}
@@ -43,7 +43,7 @@ def world(make_world) -> World:
 def ask(world: World, path: str, key: str | None = "acme") -> httpx.Response:
     reader = LedgerReader(world.runtime.ledger_url)
     app = FastAPI()
-    app.include_router(make_router(reader, lambda: None, lambda: Figures(BUDGETS)))
+    app.include_router(make_router(reader, lambda: None, lambda: BudgetFigures(BUDGETS)))
 
     async def get() -> httpx.Response:
         transport = httpx.ASGITransport(world.metered(app))
@@ -101,7 +101,7 @@ def test_asking_for_figures_is_no_request_in_the_books(world):
 def test_own_figures_are_as_the_document_of_vllm_says(world):
     app = FastAPI()
     reader = LedgerReader(world.runtime.ledger_url)
-    app.include_router(make_router(reader, lambda: None, lambda: Figures(BUDGETS)))
+    app.include_router(make_router(reader, lambda: None, lambda: BudgetFigures(BUDGETS)))
     document = app.openapi()
     reader.close()
     assert_fits(document, "/v1/cost/me", ask(world, "/v1/cost/me").json())

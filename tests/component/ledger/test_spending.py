@@ -17,7 +17,7 @@ from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, AsOf
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.prices.book import NO_PRICES, Matches, PriceBook, PriceEntry
+from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry, RunMatch
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Price
@@ -30,7 +30,7 @@ THIS_HOUR = NOW // NS_PER_HOUR
 
 
 def price(amount: str, since: int | None = None, host: str | None = None) -> PriceEntry:
-    return PriceEntry(f"at {amount}", Decimal(amount), "s", since, matches=Matches(host=host))
+    return PriceEntry(f"at {amount}", Decimal(amount), "s", since, matches=RunMatch(host=host))
 
 
 # 36 USD an hour are 0.01 nano-USD a nanosecond.
@@ -281,6 +281,22 @@ def test_when_the_clock_goes_back_into_a_period_before_it_is_counted_again(ledge
     # What is now ahead of the clock was used all the same.
     assert found == [3_030]
     follower.close()
+
+
+def test_when_the_clock_goes_back_by_less_than_two_days_nothing_is_counted_again(ledger, spending):
+    daily = (budget(days=1),)
+    ledger.write(part(1, 10), part(2, 1_000, hour=THIS_HOUR - 20))
+    assert total(spending, daily) == [1_010]
+    assert total(spending, daily, NOW + 24 * NS_PER_HOUR) == [0]
+    assert total(spending, daily, NOW) == [1_010]
+    assert not spending.is_recounting
+
+
+def test_without_budgets_no_bill_is_read(ledger, spending):
+    ledger.write(part(1, 10))
+    with ledger.without("usage_pieces"):
+        assert list(look(spending, ()).standings) == []
+    assert total(spending) == [10]
 
 
 # ---- money

@@ -3,14 +3,14 @@
 import pytest
 
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
-from vllm_cost_meter.ledger.queries.heard import Heard, Instant, Told
+from vllm_cost_meter.ledger.queries.heard import Heard, Instant, LatestSnapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND, rfc3339
 
 T0 = 1_800_000_000 * NS_PER_SECOND
 
 
-def told(number: int, taken_at_s: float, run_id: str = "run") -> Told:
-    return Told(run_id, number, rfc3339(T0 + round(taken_at_s * NS_PER_SECOND)), "on")
+def told(number: int, taken_at_s: float, run_id: str = "run") -> LatestSnapshot:
+    return LatestSnapshot(run_id, number, rfc3339(T0 + round(taken_at_s * NS_PER_SECOND)), "on")
 
 
 def at(seconds: float, clock_off_s: float = 0) -> Instant:
@@ -19,7 +19,7 @@ def at(seconds: float, clock_off_s: float = 0) -> Instant:
     return Instant(T0 + monotonic_ns + round(clock_off_s * NS_PER_SECOND), monotonic_ns)
 
 
-def heard_s(heard: Heard, snapshot: Told, when: Instant, **more) -> float | None:
+def heard_s(heard: Heard, snapshot: LatestSnapshot, when: Instant, **more) -> float | None:
     """Return when the run was heard of, in seconds; None if it does not live."""
     living = heard.look([snapshot], when, **more)
     return living[0].heard_ns / NS_PER_SECOND if living else None

@@ -6,7 +6,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, decide, told
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, budget_row, decide
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 S = NS_PER_SECOND
@@ -173,11 +173,11 @@ def test_what_ran_on_past_the_limit_is_told_apart():
 
 
 def test_figures_are_stale_without_an_engine_when_old_and_when_the_meter_is_off():
-    assert Figures().stale(NOW, 5 * S) == "no engine has been heard of yet"
-    fresh = Figures(heard_ns=100 * S)
+    assert BudgetFigures().stale(NOW, 5 * S) == "no engine has been heard of yet"
+    fresh = BudgetFigures(heard_ns=100 * S)
     assert fresh.stale(105 * S, 5 * S) is None
     assert fresh.stale(106 * S, 5 * S) == "the latest figures are 6 s old"
-    off = Figures(heard_ns=100 * S, broken="the meter of engine run r is off")
+    off = BudgetFigures(heard_ns=100 * S, broken="the meter of engine run r is off")
     assert off.stale(100 * S, 5 * S) == "the meter of engine run r is off"
 
 
@@ -205,9 +205,9 @@ def test_what_has_no_price_is_judged_as_stale_unless_the_rest_is_spent(
 
 def test_a_row_says_why_a_budget_is_unknown():
     why = "no price for run r at 2026-11-24T12Z: none"
-    row = told(Standing(budget(), None, NOW, why))
+    row = budget_row(Standing(budget(), None, NOW, why))
     assert (row["used"], row["state"], row["unknown"]) == (None, "unknown", why)
-    row = told(Standing(budget(), {hour(2026, 11, 24, 2): 0}, NOW, why))
+    row = budget_row(Standing(budget(), {hour(2026, 11, 24, 2): 0}, NOW, why))
     assert (row["used"], row["state"], row["unknown"]) == (0, "unknown", why)
-    row = told(standing(100))
+    row = budget_row(standing(100))
     assert (row["state"], row["unknown"]) == ("spent", None)

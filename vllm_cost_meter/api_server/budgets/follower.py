@@ -12,7 +12,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook
 from vllm_cost_meter.side_process.channel import RefusedError
 from vllm_cost_meter.side_process.supervisor import Pauses, SideProcess
-from vllm_cost_meter.tenants.budgets import Budget, Figures
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures
 
 MODULE = "vllm_cost_meter.api_server.budgets.process"
 # After this time a look is a failure in the log, and is waited for all the same.
@@ -53,7 +53,7 @@ class BudgetFollower:
     def _rules(self) -> SentRules:
         return SentRules.of(self._version, self._budgets, self._book)
 
-    async def follow(self, budgets: Sequence[Budget], book: PriceBook) -> Figures | None:
+    async def follow(self, budgets: Sequence[Budget], book: PriceBook) -> BudgetFigures | None:
         """Return where the budgets stand; None if nothing is new since the last call.
 
         While new budgets are counted the figures are of those from before. Starts the process at

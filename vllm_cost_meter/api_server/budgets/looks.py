@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.prices.book import PriceBook
-from vllm_cost_meter.tenants.budgets import Budget, Figures
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures
 
 
 class BudgetLooks:
@@ -24,7 +24,7 @@ class BudgetLooks:
 
     def look(
         self, budgets: Sequence[Budget], book: PriceBook, alive: Collection[str] = ()
-    ) -> Figures | None:
+    ) -> BudgetFigures | None:
         """Return where the budgets stand; None if nothing is new since the last look.
 
         `alive` names engine runs that are known to live though they are silent. Raises LedgerError

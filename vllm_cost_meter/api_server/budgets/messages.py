@@ -14,7 +14,14 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Over, Period, Standing, Unit
+from vllm_cost_meter.tenants.budgets import (
+    Budget,
+    BudgetFigures,
+    BudgetUnit,
+    Over,
+    Period,
+    Standing,
+)
 
 # The questions and the news, by name.
 LOOK, RULES = "look", "rules"
@@ -25,7 +32,7 @@ class SentBudget(msgspec.Struct, frozen=True, array_like=True):
 
     name: str
     limit: Decimal
-    unit: Unit
+    unit: BudgetUnit
     period: Period
     zone: str
     tenant: str | None
@@ -105,7 +112,7 @@ class SentStanding(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SentFigures(msgspec.Struct, frozen=True, array_like=True):
-    """`Figures` of the budgets of a version."""
+    """`BudgetFigures` of the budgets of a version."""
 
     version: int
     standings: tuple[SentStanding, ...]
@@ -114,7 +121,7 @@ class SentFigures(msgspec.Struct, frozen=True, array_like=True):
     heard_ns: int | None
 
     @classmethod
-    def of(cls, version: int, figures: Figures) -> Self:
+    def of(cls, version: int, figures: BudgetFigures) -> Self:
         """Return figures as they are sent."""
         standings = tuple(
             SentStanding(
@@ -126,7 +133,7 @@ class SentFigures(msgspec.Struct, frozen=True, array_like=True):
         )
         return cls(version, standings, figures.as_of_ns, figures.broken, figures.heard_ns)
 
-    def figures(self, budgets: Sequence[Budget]) -> Figures:
+    def figures(self, budgets: Sequence[Budget]) -> BudgetFigures:
         """Return the figures; `budgets` are those of this version."""
         standings = [
             Standing(
@@ -137,7 +144,7 @@ class SentFigures(msgspec.Struct, frozen=True, array_like=True):
             )
             for budget, one in zip(budgets, self.standings, strict=True)
         ]
-        return Figures(standings, self.as_of_ns, self.broken, self.heard_ns)
+        return BudgetFigures(standings, self.as_of_ns, self.broken, self.heard_ns)
 
 
 class Looked(msgspec.Struct, frozen=True, array_like=True):

@@ -1,4 +1,4 @@
-"""What the requests of a window cost here, and what they would have cost at APIs.
+"""Compare the cost of a window's requests here with the prices of APIs.
 
 The command `compare` and `GET /cost/compare` both answer with `compared`, so that they agree.
 
@@ -36,25 +36,25 @@ from vllm_cost_meter.ledger.economics.answers import (
 from vllm_cost_meter.ledger.economics.query import read_figures, read_mix
 from vllm_cost_meter.ledger.queries.cut import AsOf, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.units.calendar import WEEK, hours_of_window
+from vllm_cost_meter.units.calendar import WEEK, hours_of_window, zone_of
 
 NO_PROMISE = (
     "note: an API's price promises no latency; what was measured here came with the one that"
     " `economics` shows"
 )
-# A ratio of prompt to output tokens, and volumes per month.
+# A supposed ratio of prompt to output tokens, and supposed volumes per month.
 Supposition = tuple[tuple[float, float], list[int]]
-# Tokens of a supposed request, where none was measured.
+# The size of a supposed request if the window has no measured one.
 TOKENS_PER_REQUEST = 1_000
-# Requests x offers: each is priced by itself.
+# Limit on requests x offers, because each pair is priced by itself.
 PRICED_MAX = 20_000_000
-# Offers x volumes: the side endpoint has the whole answer in memory.
+# Limit on offers x volumes, because the side endpoint holds the whole answer in memory.
 SUPPOSED_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What is compared: a window, offers, and the volumes of a what-if."""
+class ComparisonQuestion:
+    """The question of a comparison: a window, offers, and supposed volumes."""
 
     window: str = WEEK
     model: tuple[str, ...] = ()
@@ -64,6 +64,8 @@ class Question:
     ratio: str | None = None
     volume: tuple[str, ...] = ()
     accept_no_latency_promise: bool = False
+    # The zone of days in words such as `today`; the answer has the window in UTC.
+    tz: str | None = None
 
     def check(self) -> None:
         """Raise ValueError for what can be refused before offers are read."""
@@ -86,11 +88,11 @@ class Question:
 
 
 def compared(
-    reader: LedgerReader, question: Question, offers: Sequence[Offer], prices: str | None
+    reader: LedgerReader, question: ComparisonQuestion, offers: Sequence[Offer], prices: str | None
 ) -> Comparison:
-    """Return the whole answer. Raises ValueError for a question that is wrong or too large."""
+    """Return the comparison. Raises ValueError for a question that is wrong or too large."""
     asked = _supposition(question.ratio, question.volume)
-    hours = hours_of_window(question.window)
+    hours = hours_of_window(question.window, zone=zone_of(question.tz))
     found = _answer(reader, hours, offers, asked, question.max_usd_per_m_output)
     note = None if question.accept_no_latency_promise else NO_PROMISE
     return {"inputs": question.inputs(prices), "formula": FORMULA, **found, "note": note}
@@ -160,14 +162,14 @@ def _answer(
 
 
 def _mean_size(mix: Mix) -> int:
-    """Return the tokens of a mean request."""
+    """Return the mean number of tokens in a request."""
     if not mix.requests:
         return TOKENS_PER_REQUEST
     return max(round((mix.prompt_tokens + mix.output_tokens) / mix.requests), 2)
 
 
 def _usd_per_month(usd: Decimal | None, observed_s: float | None) -> Decimal | None:
-    """Return what a month costs at the price of the time that was observed."""
+    """Return the cost of a month, at the rate of the observed time."""
     if usd is None or not observed_s:
         return None
     return usd / Decimal(repr(observed_s)) * int(S_PER_HOUR * HOURS_PER_MONTH)
@@ -198,7 +200,7 @@ def _row(compared: Compared, mix: Mix) -> OfferRow:
 
 
 def _usd(mix: Mix, usd: Decimal | None) -> Sums:
-    """Return a sum and what it is per token, as decimal text; None where it is not known."""
+    """Return a cost, in all and per million tokens, as decimal text; None if unknown."""
     per_m_output = None if usd is None else mix.usd_per_m_output_tokens(usd)
     per_m_total = None if usd is None else mix.usd_per_m_total_tokens(usd)
     return {

@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.schema import requests, runs, usage_pieces
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, Scope
+from vllm_cost_meter.tenants.budgets import Budget, BudgetScope
 
 # Bills are read in such pieces: some 40 ms of work each.
 _BILLS_AT_ONCE = 20_000
@@ -31,7 +31,7 @@ _BILLS_BEFORE = 10_000
 _OWNERS_KEPT = 100_000
 
 # GPU-nanoseconds by run and UTC hour.
-Hours = dict[str, dict[int, int]]
+SpentNs = dict[str, dict[int, int]]
 
 
 class _Gap(NamedTuple):
@@ -50,13 +50,13 @@ class BillCount:
         self.first_hour = first_hour
         self.is_complete = False
         self._budgets = {budget.scope: budget for budget in budgets}
-        self._sums: dict[Scope, Hours] = {scope: {} for scope in self._budgets}
+        self._sums: dict[BudgetScope, SpentNs] = {scope: {} for scope in self._budgets}
         # Up to which number the bills of a run were looked for; None before the first call.
         self._upto: dict[str, int] | None = None
         # In the order in which they were found.
         self._gaps: list[_Gap] = []
         self._turn = 0
-        self._scopes_of: dict[tuple[str, str | None, str | None], tuple[Scope, ...]] = {}
+        self._scopes_of: dict[tuple[str, str | None, str | None], tuple[BudgetScope, ...]] = {}
 
     def serves(self, budgets: Iterable[Budget], first_hour: int) -> bool:
         """Tell whether all that these budgets need from an hour on has been counted."""
@@ -72,11 +72,13 @@ class BillCount:
         scopes = (budget.scope for budget in budgets)
         return first_hour >= self.first_hour and all(scope in self._budgets for scope in scopes)
 
-    def of(self, budget: Budget) -> Hours:
+    def of(self, budget: Budget) -> SpentNs:
         """Return the GPU time of a budget's bills. The caller must not change it."""
         return self._sums.get(budget.scope, {})
 
-    def scopes_of(self, tenant: str, parent: str | None, tags: str | None) -> tuple[Scope, ...]:
+    def scopes_of(
+        self, tenant: str, parent: str | None, tags: str | None
+    ) -> tuple[BudgetScope, ...]:
         """Return what an owner's use counts for, by the texts of its row."""
         key = (tenant, parent, tags)
         found = self._scopes_of.get(key)
@@ -106,6 +108,9 @@ class BillCount:
 
         The connection must see one state of the ledger throughout.
         """
+        if not self._budgets:
+            self.is_complete = True
+            return
         highest = {run_id: top for run_id, top in connection.execute(_HIGHEST) if top}
         if self._upto is None:
             self._upto = _beginnings(connection, highest, self.first_hour)

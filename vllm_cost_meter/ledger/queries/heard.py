@@ -15,7 +15,7 @@ from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.units.time import unix_ns_of
 
 
-class Told(NamedTuple):
+class LatestSnapshot(NamedTuple):
     """What the latest snapshot of a run says of it."""
 
     run_id: str
@@ -33,10 +33,10 @@ class Instant:
 
 
 @dataclass(frozen=True, slots=True)
-class Living:
+class LivingRun:
     """A run whose engine lives, and when it was last heard of on the monotonic clock."""
 
-    told: Told
+    told: LatestSnapshot
     heard_ns: int
 
 
@@ -49,8 +49,8 @@ class Heard:
         self._looked_ns: int | None = None
 
     def look(
-        self, snapshots: Iterable[Told], at: Instant, alive: Collection[str] = ()
-    ) -> list[Living]:
+        self, snapshots: Iterable[LatestSnapshot], at: Instant, alive: Collection[str] = ()
+    ) -> list[LivingRun]:
         """Return the runs that live; `alive` names runs whose engines are known to, if silent."""
         living = []
         runs: dict[str, tuple[int, int | None]] = {}
@@ -61,11 +61,11 @@ class Heard:
             if is_up or told.run_id in alive:
                 silent_ns = max(at.unix_ns - unix_ns_of(told.taken_at), 0)
                 since_ns = at.monotonic_ns - silent_ns if heard_ns is None else heard_ns
-                living.append(Living(told, since_ns))
+                living.append(LivingRun(told, since_ns))
         self._runs, self._looked_ns = runs, at.monotonic_ns
         return living
 
-    def _heard(self, told: Told, at: Instant) -> int | None:
+    def _heard(self, told: LatestSnapshot, at: Instant) -> int | None:
         known = self._runs.get(told.run_id)
         if known is not None and known[0] == told.number:
             return known[1]

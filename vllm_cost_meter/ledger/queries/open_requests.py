@@ -1,23 +1,25 @@
-"""What has no bill yet: whose it is, and what it had used at the last snapshot of its engine.
+"""Requests without a bill: their tenant, and the GPU time they had used at the last snapshot.
 
-Two tables meet here by vLLM's internal request id. `open_requests` says whose a request is, from
-its API server; `live_usage` what it had used, from its engine: over all hours, so that it is priced
-as a whole, by the hour of that snapshot. A request is *running* as long as
-an engine may bill it, and *lost* when none can: its run is dead, or its meter switched itself off.
-What no snapshot has told of has used nothing so far, while it runs; once lost, nobody knows.
+Two tables are joined by vLLM's internal request id. `open_requests` comes from the API server and
+has the tenant. `live_usage` comes from the engine and has the usage. It is one sum over all hours,
+so the price of the snapshot's hour applies to all of it.
 
-Invariant: a request with a bill is never shown here, whatever rows were left.
+A request is *running* as long as an engine may bill it. It is *lost* if none can, because its run
+is dead or its meter switched itself off. A running request that no snapshot has shown yet has used
+nothing so far. If such a request is lost, its usage is unknown.
+
+Invariant: a request with a bill is never shown here, even if its rows were left behind.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, and_, exists, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.answers import LostRequest
-from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut, lifetime_of
 from vllm_cost_meter.ledger.queries.energy import PENDING
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import (
@@ -33,24 +35,27 @@ from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.accrued import Accrued
-from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, Row
+from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, LedgerRow
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
 
-# Lost requests of a run that are listed in an audit; their sum has all of them.
+# An audit lists at most so many lost requests of a run; their sum covers all.
 MAX_LOST = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Living:
-    """Which engine runs are alive: those heard of lately, and those that the asker knows of."""
+    """The engine runs that live: those with a recent snapshot, and those in `alive`."""
 
     now_ns: int
     alive: Collection[str] = ()
 
     def is_up(self) -> ColumnElement[bool]:
         """Return the SQL condition on a row of `snapshots`: the engine of the run lives."""
-        heard = snapshots.c.taken_at >= rfc3339(self.now_ns - DEAD_AFTER_NS)
+        # A snapshot from the future says as little of now as one from the past.
+        heard = snapshots.c.taken_at.between(
+            rfc3339(self.now_ns - DEAD_AFTER_NS), rfc3339(self.now_ns + DEAD_AFTER_NS)
+        )
         return or_(heard, snapshots.c.run_id.in_(self.alive))
 
     def condition(self) -> ColumnElement[bool]:
@@ -62,7 +67,7 @@ class Living:
 class _Run:
     """An engine run that a request may be in."""
 
-    row: Row
+    row: LedgerRow
     used: dict[str, Accrued]
     prices: RunPrices
 
@@ -70,11 +75,16 @@ class _Run:
     def bills(self) -> bool:
         return bool(self.row["bills"])
 
+    @property
+    def began_at(self) -> str:
+        return lifetime_of(self.row)[0]
+
 
 def is_billed() -> ColumnElement[bool]:
-    """Return the SQL condition on a row of `open_requests`: its bill is there."""
+    """Return the SQL condition on a row of `open_requests`: the ledger has its bill."""
     r, o = requests.c, open_requests.c
-    # The wall clock may have been set back between birth and bill, or the birth been forgotten.
+    # The wall clock may have been set back between arrival and bill, or the API server may have
+    # forgotten the arrival.
     same = or_(r.started_at == o.started_at, r.finished_at >= o.started_at)
     return exists().where(r.request_id == o.request_id, same)
 
@@ -86,7 +96,7 @@ def open_parts(
     book: PriceBook,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the open requests of a condition as parts, the newest first."""
+    """Return the open requests that meet a condition as parts, the newest first."""
     wanted = select(open_requests).where(mine, ~is_billed())
     wanted = wanted.order_by(open_requests.c.started_at.desc(), open_requests.c.request_id)
     rows = [row._asdict() for row in connection.execute(wanted.limit(limit))]
@@ -99,12 +109,17 @@ def open_parts(
 def running_parts(
     connection: Connection, tenant: str | None, living: Living, limit: int, book: PriceBook
 ) -> list[dict[str, Any]]:
-    """Return the newest running requests of exchanges of which nothing has ended yet."""
+    """Return the newest running parts of exchanges without any part that ended."""
     o = open_requests.c
-    first = select(func.min(runs.c.started_at)).join(snapshots, snapshots.c.run_id == runs.c.run_id)
+    engines = select(runs.c.started_at, snapshots.c.taken_at, snapshots.c.wall_ns)
+    engines = engines.join(snapshots, snapshots.c.run_id == runs.c.run_id)
+    found = connection.execute(engines.where(living.condition()))
+    began_at = [lifetime_of(row._asdict())[0] for row in found]
+    if not began_at:
+        return []
     mine = [
-        # Older ones cannot be running: they are what earlier engines lost.
-        o.started_at >= first.where(living.condition()).scalar_subquery(),
+        # Older requests cannot be running: earlier engines lost them.
+        o.started_at >= min(began_at),
         ~exists().where(http_requests.c.http_request_id == o.http_request_id),
         ~exists().where(requests.c.http_request_id == o.http_request_id),
     ]
@@ -115,24 +130,25 @@ def running_parts(
 
 
 def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
-    """Return what a dead run had in flight for requests that have no bill, the most time first."""
-    told = connection.execute(
+    """Return the requests that a dead run had in flight, the most GPU time first."""
+    latest = connection.execute(
         select(live_usage.c.requests, live_usage.c.taken_at).where(
             live_usage.c.run_id == run.run_id, live_usage.c.number == run.row["number"]
         )
     ).first()
-    if told is None:
+    if latest is None:
         return []
-    used = live_requests(told.requests)
+    used = live_requests(latest.requests)
     r, o = requests.c, open_requests.c
     billed = set(
         connection.execute(
-            # Bills that came after the last snapshot.
+            # These bills came after the last snapshot.
             select(r.request_id).where(r.run_id == run.run_id, r.seq > run.last_seq)
         ).scalars()
     )
     since = select(o.request_id, o.http_request_id, o.tenant).order_by(o.started_at)
-    since = since.where(o.started_at >= run.row["started_at"], o.started_at <= told.taken_at)
+    began_at, seen_at = run.lifetime()
+    since = since.where(o.started_at >= began_at, o.started_at <= max(seen_at, latest.taken_at))
     whose = {row.request_id: row for row in connection.execute(since)}
     lost: list[LostRequest] = []
     for request_id in used.keys() - billed:
@@ -143,7 +159,7 @@ def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
                 "http_request_id": row.http_request_id if row else None,
                 "tenant": row.tenant if row else None,
                 "gpu_time_ns": used[request_id].gpu_time_ns,
-                "as_of": told.taken_at,
+                "as_of": latest.taken_at,
             }
         )
     return sorted(lost, key=lambda one: (-one["gpu_time_ns"], one["request_id"]))
@@ -152,7 +168,7 @@ def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
 def _runs(
     connection: Connection, oldest: str, newest: str, living: Living, book: PriceBook
 ) -> list[_Run]:
-    """Return the runs that requests which came between two instants may be in, the newest first."""
+    """Return the runs that may hold requests from between two instants, the newest first."""
     bills = living.condition()
     found = (
         select(
@@ -160,13 +176,18 @@ def _runs(
             runs.c.started_at,
             runs.c.method,
             snapshots.c.taken_at,
+            snapshots.c.wall_ns,
             bills.label("bills"),
             live_usage.c.requests,
         )
         .join(snapshots, snapshots.c.run_id == runs.c.run_id)
         .join(live_usage, live_usage.c.run_id == runs.c.run_id, isouter=True)
         .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
-        .where(runs.c.started_at <= newest, or_(snapshots.c.taken_at >= oldest, bills))
+        .where(
+            # The clock of a run that is said to have been seen before it began was set back.
+            or_(runs.c.started_at <= newest, snapshots.c.taken_at < runs.c.started_at, bills),
+            or_(snapshots.c.taken_at >= oldest, bills),
+        )
         .order_by(runs.c.started_at.desc(), runs.c.run_id)
     )
     rows = [row._asdict() for row in connection.execute(found)]
@@ -180,21 +201,21 @@ def _runs(
     ]
 
 
-def _part(row: Row, candidates: Sequence[_Run]) -> dict[str, Any]:
-    """Return an open request as a part: the columns of a bill, null where only a bill knows."""
-    mine = [run for run in candidates if run.row["started_at"] <= row["started_at"]]
-    told = [run for run in mine if row["request_id"] in run.used]
-    # With data parallelism several engines may hold one that no snapshot has told of yet.
-    bills = [run for run in told or mine if run.bills]
+def _part(row: LedgerRow, candidates: Sequence[_Run]) -> dict[str, Any]:
+    """Return an open request as a part; columns that only a bill has are null."""
+    mine = [run for run in candidates if run.began_at <= row["started_at"]]
+    seen = [run for run in mine if row["request_id"] in run.used]
+    # Until a snapshot shows the request, any of several data-parallel engines may hold it.
+    bills = [run for run in seen or mine if run.bills]
     part = {
         **dict.fromkeys(PART_COLUMNS),
         **row,
         "state": RUNNING if bills else LOST,
         "energy_reason": PENDING,
-        "as_of": min((run.row["taken_at"] for run in bills or told), default=None),
+        "as_of": min((run.row["taken_at"] for run in bills or seen), default=None),
     }
-    if told:
-        run = (bills or told)[0]
+    if seen:
+        run = (bills or seen)[0]
         part |= {"run_id": run.row["run_id"], "method": run.row["method"]}
         return part | _amounts(run.used[row["request_id"]], run)
     return part | (_amounts(Accrued(), bills[0]) if bills else {})

@@ -1,6 +1,6 @@
-"""Reports, summary and statement of a cut: facts are read here, `reports` makes answers of them.
+"""Reports, summary and statement at a cut: read the facts, and let `reports` make the answers.
 
-Invariant: all parts of an answer are of one cut and one transaction.
+Invariant: all parts of an answer come from one cut and one transaction.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,9 +12,10 @@ from vllm_cost_meter.ledger.billing.comparison import bill_lines, billed_summary
 from vllm_cost_meter.ledger.queries.costs import CutCosts, declared_overheads
 from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.ledger.queries.energy import class_mj, energy_state, total_mj
+from vllm_cost_meter.ledger.queries.seen import unseen
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.ledger.queries.usage import read_facts
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS, WORK
+from vllm_cost_meter.records.snapshot import OTHER_ROWS, WORK
 from vllm_cost_meter.reports.allocation import report
 from vllm_cost_meter.reports.answers import EnginesPart, Report, ReportRow, Summary, TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
@@ -24,7 +25,7 @@ from vllm_cost_meter.reports.statement_answers import TenantStatement
 
 
 def report_at(connection: Connection, cut: Cut, question: Question) -> Report:
-    """Return the answer to a question at a cut."""
+    """Return the report for a question at a cut."""
     costs = CutCosts.of(cut)
     facts = read_facts(connection, cut, question)
     answer = {
@@ -32,12 +33,13 @@ def report_at(connection: Connection, cut: Cut, question: Question) -> Report:
         "taken_at": cut.at(),
         "prices": costs.cost.listed(),
         **report(facts, question, costs.price_of, costs.why_none),
+        "idle_unseen": unseen(connection, question.idle.declared),
     }
     return cast("Report", answer)
 
 
 def tenants_at(connection: Connection, cut: Cut, question: Question) -> TenantsReport:
-    """Return the report by tenant, and beside it what stays for callers of its old form."""
+    """Return the report by tenant, with the engines' totals and the keys of its old form."""
     answer = report_at(connection, cut, question)
     return {**answer, "tenants": rows_of(answer), **_engines(connection, cut, answer)}
 
@@ -46,8 +48,8 @@ def summary_at(connection: Connection, cut: Cut, question: Question) -> Summary:
     """Return the totals of everything: requests, tokens, time by class, cost, own time."""
     answer = report_at(connection, cut, question)
     rows = rows_of(answer)
-    tenants, overhead = rows[: -len(OVERHEAD_ROWS)], rows[-len(OVERHEAD_ROWS) :]
-    by_class = dict(zip(OVERHEAD_ROWS, overhead, strict=True))
+    tenants, others = rows[: -len(OTHER_ROWS)], rows[-len(OTHER_ROWS) :]
+    by_class = dict(zip(OTHER_ROWS, others, strict=True))
     requests_ns = sum(row["gpu_time_ns"] for row in tenants)
     worked_ns = requests_ns + sum(by_class[name]["gpu_time_ns"] for name in WORK)
     wall_gpu_ns = answer["wall_gpu_ns"]
@@ -72,7 +74,7 @@ def statement_at(
     tenant: str | None,
     now_ns: int,
 ) -> TenantStatement:
-    """Return one tenant's statement of a month, or that of all.
+    """Return the statement of a month, for one tenant or for all.
 
     Raises ValueError for a tenant without a line.
     """
@@ -100,12 +102,13 @@ def statement_at(
         "prices": costs.cost.listed(),
         "billed": billed,
         **found,
+        "idle_unseen": unseen(connection, asked.idle.declared),
     }
     return cast("TenantStatement", answer)
 
 
-# Of a report by tenant, what a summary has no use for.
-_OF_ROWS = ("aggregate", "idle", "what_if_usd_per_gpu_hour", "series")
+# A summary leaves out these keys of a report by tenant.
+_OF_ROWS = ("aggregate", "idle", "idle_unseen", "what_if_usd_per_gpu_hour", "series")
 
 
 def rows_of(answer: Report) -> list[ReportRow]:
@@ -123,7 +126,7 @@ def _counts(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _engines(connection: Connection, cut: Cut, answer: Report) -> EnginesPart:
-    """Return what engines say of themselves at a cut, beside a report by tenant."""
+    """Return the totals of the engines, which stand beside a report by tenant."""
     costs = CutCosts.of(cut)
     prices = {price["usd_per_gpu_hour"] for price in answer["prices"]}
     said = {

@@ -25,19 +25,21 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, open_database
 from vllm_cost_meter.ledger.queries.bill_count import BillCount
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
-from vllm_cost_meter.ledger.queries.heard import Heard, Instant, Told
+from vllm_cost_meter.ledger.queries.heard import Heard, Instant, LatestSnapshot
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.queries.standings import Priced, standing_of
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import live_usage, open_requests, prices, runs, snapshots
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook
 from vllm_cost_meter.prices.run_prices import RunPrices
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Scope
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, BudgetScope
 from vllm_cost_meter.units.time import unix_ns_of
 
 # So many bills of a new count are counted at a look: about 0.1 s of work.
 SLICE_BILLS = 40_000
 _IDS_AT_ONCE = 500
+# Hours before all periods that stay counted, so that a clock may be set back without a new count.
+_HOURS_KEPT = 48
 
 
 class Spending:
@@ -100,7 +102,7 @@ class Spending:
         book: PriceBook,
         now_ns: int,
         monotonic_ns: int | None = None,
-    ) -> Figures:
+    ) -> BudgetFigures:
         """Return where the budgets stand.
 
         The first look counts everything. While a later one waits for a new count, it returns where
@@ -111,7 +113,9 @@ class Spending:
         with self._read() as connection:
             s = snapshots.c
             told = connection.execute(select(s.run_id, s.number, s.taken_at, s.state))
-            living = self._heard.look((Told(*row) for row in told), at, frozenset(self._alive()))
+            living = self._heard.look(
+                (LatestSnapshot(*row) for row in told), at, frozenset(self._alive())
+            )
             count = self._bring_up_to_date(connection, budgets, now_ns)
             run_ids = [run.told.run_id for run in living]
             running = _running(connection, run_ids, count)
@@ -122,7 +126,7 @@ class Spending:
             for budget in self._budgets
         ]
         off = [run.told.run_id for run in living if run.told.state != "on"]
-        return Figures(
+        return BudgetFigures(
             standings=standings,
             as_of_ns=min((unix_ns_of(run.told.taken_at) for run in living), default=None),
             heard_ns=min((run.heard_ns for run in living), default=None),
@@ -163,7 +167,7 @@ class Spending:
             count = self._count = self._next
         self._next, self._budgets, self._counted_ns = None, budgets, now_ns
         if budgets:
-            count.forget_before(first_hour)
+            count.forget_before(first_hour - _HOURS_KEPT)
         return count
 
     # -- prices -----------------------------------------------------------------------------
@@ -187,9 +191,9 @@ class Spending:
 
 def _running(
     connection: Connection, run_ids: Collection[str], count: BillCount
-) -> dict[Scope, dict[str, int]]:
+) -> dict[BudgetScope, dict[str, int]]:
     """Return what the requests of these runs that have no bill had used, by scope and run."""
-    sums: dict[Scope, dict[str, int]] = {}
+    sums: dict[BudgetScope, dict[str, int]] = {}
     told = select(live_usage.c.run_id, live_usage.c.requests)
     for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
         used = {id: used.gpu_time_ns for id, used in live_requests(text).items()}

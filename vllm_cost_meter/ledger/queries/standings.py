@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-from vllm_cost_meter.ledger.queries.bill_count import Hours
+from vllm_cost_meter.ledger.queries.bill_count import SpentNs
 from vllm_cost_meter.prices.book import GpuHourPrice, PriceBook
 from vllm_cost_meter.prices.run_prices import Cost, RunPrices, cost_of
 from vllm_cost_meter.tenants.budgets import Budget, Standing
@@ -43,7 +43,7 @@ class Priced:
         without = (self.runs[id] for id in self.living if self.runs[id].at(hour) is None)
         return next((run.why_none(hour) for run in without), None)
 
-    def cost(self, used: Hours) -> Cost[GpuHourPrice]:
+    def cost(self, used: SpentNs) -> Cost[GpuHourPrice]:
         """Return the cost of GPU time by run and hour; the hours of one price are added up."""
         sums: dict[str, dict[int | None, int]] = {}
         for run_id, hours in used.items():
@@ -56,7 +56,7 @@ class Priced:
 
 
 def standing_of(
-    budget: Budget, billed: Hours, running: Mapping[str, int], priced: Priced
+    budget: Budget, billed: SpentNs, running: Mapping[str, int], priced: Priced
 ) -> Standing:
     """Return where a budget stands; `running` is what each run's requests without a bill used."""
     now_ns = priced.now_ns
@@ -94,7 +94,7 @@ def _inside(hours: Mapping[int, int], budget: Budget, now_ns: int) -> dict[int, 
     return inside
 
 
-def _by_hour(used: Hours, priced: Priced | None) -> dict[int, int]:
+def _by_hour(used: SpentNs, priced: Priced | None) -> dict[int, int]:
     """Return what was used in each hour: GPU time, or money whose hours add up to its total."""
     hours = sorted({hour for of_run in used.values() for hour in of_run})
     by_hour = {

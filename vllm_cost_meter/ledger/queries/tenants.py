@@ -1,6 +1,6 @@
-"""Facts of tenants besides their GPU time: phases, waste, KV cache and energy at a cut.
+"""Read the facts about tenants besides GPU time: phases, waste, KV cache and energy at a cut.
 
-What rows cost is not asked here: `reports.allocation` makes the money of every row.
+Costs are not computed here: `reports.allocation` computes the cost of every row.
 
 Invariant: facts count up to the cut, as bills do.
 """
@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.ledger.queries.energy import by_tenant, class_energy
 from vllm_cost_meter.ledger.schema import requests
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.answers import AfterCut
 from vllm_cost_meter.reports.tenant_details import TenantFacts
 
@@ -21,18 +21,18 @@ from vllm_cost_meter.reports.tenant_details import TenantFacts
 def tenant_facts(
     connection: Connection, cut: Cut, sums: Mapping[str, Mapping[str, int]]
 ) -> TenantFacts:
-    """Return what tenants and classes used besides; `sums` are those of their bills."""
+    """Return the facts about tenants and classes; `sums` has the sums of their bills."""
     return TenantFacts(
         sums=sums,
         cache_ms=cut.kv_cache_block_ms(),
         energies=by_tenant(connection, cut),
-        class_energies={name: class_energy(cut, name) for name in OVERHEAD_ROWS},
+        class_energies={name: class_energy(cut, name) for name in OTHER_ROWS},
         unattributed_mj=cut.used_mj("unattributed"),
     )
 
 
 def after_cut(connection: Connection, cut: Cut) -> AfterCut:
-    """Return the bills that no snapshot counts yet: they wait for the next one."""
+    """Return the bills that no snapshot counts yet, as the next one will."""
     billed = select(func.count(), func.sum(requests.c.gpu_time_ns))
     if cut.runs:
         at = cut.cte()
