@@ -1,7 +1,7 @@
 """The meter in vLLM's API process: makes its parts, starts them with the application, stops them.
 
 One `Runtime` per API-server process, made at its first use. The first API server also polls the
-engines for their books and serves the side endpoint. What a part needs is handed to its
+engines for their books and has the side endpoint served. What a part needs is handed to its
 constructor; settings are handed over as a function, as some change while the server runs.
 
 Invariant: nothing here stops vLLM from serving.
@@ -23,11 +23,11 @@ from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
+from vllm_cost_meter.api_server.side_endpoint import SideEndpoint
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.answers import MeterHealth
-from vllm_cost_meter.endpoint.server import serve
 from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.queries.spending import Spending
@@ -40,8 +40,6 @@ from vllm_cost_meter.vllm_hooks import engines
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# A reader gets figures up to one snapshot old rather than wait longer for an engine.
-REFRESH_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = 10.0
 
 
@@ -71,6 +69,14 @@ class Runtime:
         # The names under which the model is served; empty until the start.
         self.served: frozenset[str] = frozenset()
         self.poller: Poller | None = None
+        self.side_endpoint = SideEndpoint(
+            lambda: self.settings,
+            self.ledger_url,
+            refresh=self._refresh,
+            alive=self.alive,
+            figures=self.figures,
+            health=self.health,
+        )
         self.admission: Admission | None = None
         self._reload_interval_s = reload_interval_s
         # By what they do.
@@ -100,6 +106,7 @@ class Runtime:
             "dropped": writer.dropped,
             "ledger_error": ledger_error,
             "loops": loops,
+            "side_processes": [self.side_endpoint.health()],
         }
 
     # -- life -------------------------------------------------------------------------------
@@ -111,9 +118,9 @@ class Runtime:
             return  # a render server has no engine
         try:
             polls = await self.start_work(engine_client, app.state)
+            app.include_router(make_router(self.side_endpoint.ask))
             if polls:
-                self._serve_endpoint()
-            self._add_tenant_routes(app)
+                await self.side_endpoint.serve()
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
             self.guard.failed("start", error)
 
@@ -147,6 +154,9 @@ class Runtime:
         """Take a last look at the engines, and write all that waits with the names of what runs."""
         for task in self._tasks.values():
             task.cancel()
+        await asyncio.gather(self._stop_writing(), self.side_endpoint.stop())
+
+    async def _stop_writing(self) -> None:
         self._announce_all()
         if self.poller is not None:
             self.poller.stopping = True
@@ -179,7 +189,9 @@ class Runtime:
     async def _reload(self, reloader: Reloader, engine_client: Any) -> None:
         # Reading a file takes its time, and vLLM's tokens must not wait for it.
         new = await in_own_thread(reloader.look, self.settings)
-        self.settings = new or self.settings
+        if new is not None:
+            self.settings = new
+            self.side_endpoint.settings_changed()
         self._hold_to_budgets(engine_client)
 
     # -- budgets ----------------------------------------------------------------------------
@@ -222,11 +234,10 @@ class Runtime:
         finally:
             reader.close()
 
-    def _refresh(self) -> Callable[[], None]:
-        """Return what brings the ledger up to now; other API servers are a snapshot behind."""
-        if self.poller is None:
-            return lambda: None
-        return refresher(self.poller, asyncio.get_running_loop())
+    async def _refresh(self) -> None:
+        """Bring the ledger up to now; API servers other than the first are a snapshot behind."""
+        if self.poller is not None:
+            await self.poller.look()
 
     def alive(self) -> Collection[str]:
         """Return the runs whose engines are known to live, however silent.
@@ -235,35 +246,6 @@ class Runtime:
         that is silent for too long is dead, until its next snapshot.
         """
         return () if self.poller is None else self.poller.alive()
-
-    def _serve_endpoint(self) -> None:
-        serve(
-            self.settings,
-            self.ledger_url,
-            self._refresh(),
-            self.figures,
-            lambda: self.settings.tenant_keys,
-            self.book,
-            lambda: self.settings.declared,
-            lambda: self.settings.public_economics,
-            self.alive,
-            self.health,
-        )
-
-    def _add_tenant_routes(self, app: Any) -> None:
-        reader = LedgerReader(self.ledger_url, create=True, book=self.book, alive=self.alive)
-        app.include_router(make_router(reader, self._refresh(), self.figures))
-
-
-def refresher(poller: Poller, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-    """Return what brings the ledger up to now from another thread, or gives up in time."""
-
-    def refresh() -> None:
-        # A slow or dead engine means older figures, not an error.
-        with contextlib.suppress(Exception):
-            asyncio.run_coroutine_threadsafe(poller.look(), loop).result(REFRESH_TIMEOUT_S)
-
-    return refresh
 
 
 class NoRuntime:

@@ -2,13 +2,15 @@
 
 A FastAPI application over a `LedgerReader`. Before a figure is read, `refresh` brings the ledger up
 to now where the engines can be asked (the process that polls them); elsewhere it is up to one
-snapshot old. Handlers are plain functions, so FastAPI runs their SQL in its thread pool.
+snapshot old. Handlers that read the ledger are plain functions: `questions` runs them in its
+threads, a few at a time.
 
 One error shape, `{"error": {"message", "type", "code"}}`; objects on top; `next` is opaque.
 
 Invariant: read-only; every JSON body is an object.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter.economics import Declared
@@ -31,6 +33,7 @@ from vllm_cost_meter.endpoint.answers import (
     CostModels,
     Health,
     MeterHealth,
+    WholeHealth,
 )
 from vllm_cost_meter.endpoint.calc import add_calculators
 from vllm_cost_meter.endpoint.compare import Comparer, add_compare
@@ -43,8 +46,10 @@ from vllm_cost_meter.endpoint.dependencies import (
 )
 from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
 from vllm_cost_meter.endpoint.limits import LimitSizes, refuse_unknown_words
+from vllm_cost_meter.endpoint.questions import RETRY_AFTER_S, AskerGoneError, Questions
 from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse, error_reply
-from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.errors import AwayError, LedgerError, OverdueError
+from vllm_cost_meter.exchange import CLIENT_LEFT
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -73,18 +78,21 @@ def make_app(
     *,
     refresh: Callable[[], None] = lambda: None,
     access: Access = OPEN,
-    registry: Callable[[], CollectorRegistry] | None = None,
+    metrics: Callable[[], bytes] | None = None,
     budgets: Callable[[], Figures] = Figures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
     health: Callable[[], MeterHealth] = lambda: NO_METER,
+    questions: Questions | None = None,
+    handed: Callable[[], bytes | None] = lambda: None,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
     `refresh` is called, in a worker thread, before figures are read; `access` says who may see
-    which; `registry` gives the metrics; `budgets` says where the budgets stand; `declared`
-    what the operator declared of the deployment, and `public_economics` whether anybody may read
-    what its tokens cost. `health` says whether the meter works.
+    which; `metrics` gives the text of the metrics; `budgets` says where the budgets stand;
+    `declared` what the operator declared of the deployment, and `public_economics` whether anybody
+    may read what its tokens cost. `health` says whether the meter works, `questions` bounds what is
+    answered at once, and `handed` has the settings for a process that compares.
     """
 
     def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
@@ -113,6 +121,7 @@ def make_app(
         openapi_url=None,
     )
     app.add_middleware(LimitSizes)
+    app.state.questions = Questions() if questions is None else questions
     # Before the first route is added.
     app.router.route_class = AnswerRoute
     _add_error_handlers(app)
@@ -123,19 +132,21 @@ def make_app(
     add_economics(app, reader, refresh, declared, public_economics)
     _add_budget_route(app, budgets)
     add_calculators(app)
-    add_compare(app, Comparer(reader.url), refresh)
+    add_compare(app, Comparer(reader.url, handed), refresh)
 
     _add_own_routes(app)
     _add_health_route(app, health)
 
-    if registry is not None:
-
-        @app.get("/metrics", response_class=Response, dependencies=FOR_ADMINS)
-        def metrics() -> Response:
-            """Return Prometheus metrics of the meter and of vLLM."""
-            return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
-
+    if metrics is not None:
+        _add_metrics_route(app, metrics)
     return app
+
+
+def _add_metrics_route(app: FastAPI, text: Callable[[], bytes]) -> None:
+    @app.get("/metrics", response_class=Response, dependencies=FOR_ADMINS)
+    async def metrics() -> Response:
+        """Return Prometheus metrics of the meter and of vLLM."""
+        return Response(await asyncio.to_thread(text), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_own_routes(app: FastAPI) -> None:
@@ -145,16 +156,18 @@ def _add_own_routes(app: FastAPI) -> None:
         return app.openapi()
 
     @app.get("/health")
-    def health() -> Health:
+    async def health() -> Health:
         """Say that the endpoint is up."""
         return {"status": "ok", "version": __version__}
 
 
 def _add_health_route(app: FastAPI, health: Callable[[], MeterHealth]) -> None:
     @app.get("/cost/health", dependencies=FOR_ADMINS)
-    def meter_health() -> MeterHealth:
+    async def meter_health() -> WholeHealth:
         """Return whether the meter works: its hooks, its ledger, each background loop."""
-        return health()
+        questions: Questions = app.state.questions
+        meter: MeterHealth = await asyncio.to_thread(health)
+        return {**meter, "questions": questions.counts()}
 
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
@@ -327,6 +340,15 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(LedgerError)
     def ledger_error(_request: Request, exception: LedgerError) -> Response:
         return error_reply(503, str(exception), "ledger_unavailable")
+
+    @app.exception_handler(OverdueError)
+    @app.exception_handler(AwayError)
+    def later(_request: Request, exception: Exception) -> Response:
+        return error_reply(503, str(exception), headers={"Retry-After": str(RETRY_AFTER_S)})
+
+    @app.exception_handler(AskerGoneError)
+    def nobody_waits(_request: Request, _exception: AskerGoneError) -> Response:
+        return Response(status_code=CLIENT_LEFT)
 
     @app.exception_handler(Exception)
     def our_bug(_request: Request, exception: Exception) -> Response:

@@ -1,13 +1,14 @@
 """`GET /cost/compare` at the side endpoint: a comparison in a process of its own.
 
 What APIs charge takes some 90 MB of memory, and every request is priced in Python: neither belongs
-in a process that serves. So a child does it, of which there is one at a time, at the lowest
+in a process that answers others. So a child does it, of which there is one at a time, at the lowest
 priority, with bounds on its time and memory; the first to be ended where memory is short. The
 question is its input and a typed result its output (`compare_child`).
 
 Invariant: whatever becomes of the child, the asker gets an answer or one line, and serving nothing.
 """
 
+import asyncio
 import contextlib
 import os
 import resource
@@ -15,15 +16,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import orjson
 from fastapi import FastAPI, HTTPException, Query
 from pydantic import BaseModel, Field
 
-from vllm_cost_meter.endpoint.compare_child import Result
+from vllm_cost_meter.endpoint.compare_child import LEDGER, Result, Work
 from vllm_cost_meter.endpoint.dependencies import FOR_ADMINS, asked_wrongly
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.economics.answers import Comparison
@@ -35,7 +36,6 @@ TIMEOUT_S = 120.0
 # Address space of the child; it takes a tenth of that for a hundred thousand requests.
 MEMORY_BYTES_MAX = 4 * 1024**3
 LOWEST_PRIORITY = 19
-LEDGER = "COST_METER_LEDGER"
 CHILD = "vllm_cost_meter.endpoint.compare_child"
 
 
@@ -73,8 +73,16 @@ class ComparingError(Exception):
 class Comparer:
     """Answers questions on one ledger in a child process. Thread-safe; blocks."""
 
-    def __init__(self, ledger_url: str, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        ledger_url: str,
+        handed: Callable[[], bytes | None] = lambda: None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """`handed` gives the settings to compare by; without any, the child reads its own."""
         self._ledger_url = ledger_url
+        self._handed = handed
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
 
@@ -94,7 +102,8 @@ class Comparer:
         with child:
             try:
                 _hold_back(child.pid, self._timeout_s)
-                out, _ = child.communicate(orjson.dumps(asdict(question)), timeout=self._timeout_s)
+                work = msgspec.msgpack.encode(Work(question, self._handed()))
+                out, _ = child.communicate(work, timeout=self._timeout_s)
             except subprocess.TimeoutExpired:
                 raise ComparingError(
                     f"compare: expected an answer within {self._timeout_s:g} s, got none;"
@@ -157,13 +166,13 @@ def add_compare(
     """Add the route. `refresh` brings the ledger up to now before it is read."""
 
     @app.get("/cost/compare", dependencies=FOR_ADMINS)
-    def compare(asked: Annotated[Asked, Query()]) -> Comparison:
+    async def compare(asked: Annotated[Asked, Query()]) -> Comparison:
         """Return what the requests of a window cost here, and what they would have at APIs."""
         with asked_wrongly():
             question = asked.question()
-        refresh()
+        await asyncio.to_thread(refresh)
         try:
             with asked_wrongly():
-                return comparer(question)
+                return await asyncio.to_thread(comparer, question)
         except ComparingError as error:
             raise HTTPException(503, str(error), {"Retry-After": "60"}) from None

@@ -1,25 +1,31 @@
 """The process that answers `GET /cost/compare`: a question on its input, a result on its output.
 
-Both are JSON. The result has either `answer`, or `error` (what is wrong, in one line) and `kind`:
+The question comes with the settings of the API server; without any this process reads its own. The
+result is JSON. It has either `answer`, or `error` (what is wrong, in one line) and `kind`:
 `question` if the asker is to change it, `ledger` if the ledger cannot be read, `failed` for
-anything else. Where the ledger is stands in COST_METER_LEDGER, as a URL may hold a password.
+anything else.
 
 Invariant: it writes exactly one result, whatever happens, unless it is killed.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
+import msgspec
 import orjson
 
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
+from vllm_cost_meter.endpoint.handed import unpacked
 from vllm_cost_meter.errors import CostMeterError, LedgerError
-from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.economics.answers import Comparison
 from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.side_process.entry import end_with_parent
+
+LEDGER = "COST_METER_LEDGER"
 
 
 class Result(TypedDict):
@@ -30,10 +36,17 @@ class Result(TypedDict):
     kind: NotRequired[Literal["question", "ledger", "failed"]]
 
 
-def result_of(text: bytes) -> Result:
-    """Return the result of a question that is JSON."""
+class Work(msgspec.Struct, frozen=True):
+    """What the process reads: a question, and the settings that its asker was handed."""
+
+    question: Question
+    settings: bytes | None
+
+
+def result_of(work: bytes) -> Result:
+    """Return the result of the work."""
     try:
-        return {"answer": _answer(Question(**orjson.loads(text)))}
+        return {"answer": _answer(msgspec.msgpack.decode(work, type=Work))}
     except LedgerError as error:
         return {"error": str(error), "kind": "ledger"}
     except (CostMeterError, ValueError) as error:
@@ -43,9 +56,11 @@ def result_of(text: bytes) -> Result:
         return {"error": line, "kind": "failed"}
 
 
-def _answer(question: Question) -> Comparison:
-    settings = load_settings()
-    reader = LedgerReader(settings.ledger or default_url(), book=settings.price_book)
+def _answer(work: Work) -> Comparison:
+    question, handed = work.question, work.settings
+    settings = load_settings() if handed is None else unpacked(handed)
+    # In the environment, as a URL may hold a password.
+    reader = LedgerReader(os.environ[LEDGER], book=settings.price_book)
     try:
         question.check()
         named = settings.api_prices
@@ -57,4 +72,5 @@ def _answer(question: Question) -> Comparison:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.stdout.buffer.write(orjson.dumps(result_of(sys.stdin.buffer.read())))

@@ -20,6 +20,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import invoice_days
 from vllm_cost_meter.ledger.database import cause_of, open_database
+from vllm_cost_meter.ledger.deadline import bounded, deadline
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.audit import audit_runs
@@ -94,12 +95,17 @@ class LedgerReader:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Open a transaction that sees one state of the ledger."""
+        """Open a transaction that sees one state of the ledger.
+
+        Raises LedgerError, and OverdueError once the question has no time left.
+        """
         engine = self._engine
         try:
-            with engine.connect() as connection:
+            with engine.connect() as connection, bounded(connection):
                 yield connection
         except SQLAlchemyError as error:
+            if (until := deadline.get()) is not None:
+                until.check()
             shown = engine.url.render_as_string(hide_password=True)
             raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 

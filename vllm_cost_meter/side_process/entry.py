@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -57,10 +58,14 @@ class _Handler(logging.Handler):
     def __init__(self, server: ToServer, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
         self._server, self._loop = server, loop
+        self._thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
         line = Line(record.levelno, self.format(record))
         # Lines come from any thread; the channel belongs to one loop.
+        if threading.get_ident() == self._thread:
+            self._server.tell(LOG, line)
+            return
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
             self._loop.call_soon_threadsafe(self._server.tell, LOG, line)
 
@@ -115,7 +120,6 @@ async def _run(
         server.tell(FAILED, f"{type(error).__name__}: {error}")
     else:
         await until_gone
-    await asyncio.sleep(0)  # the lines of the log go first
     os._exit(1)
 
 

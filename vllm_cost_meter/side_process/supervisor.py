@@ -114,6 +114,15 @@ class SideProcess:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="cost-meter-side")
             self._task = asyncio.create_task(self._run())
 
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait until it works; False if it does not within that time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._works.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def stop(self) -> None:
         """End it for good. Idempotent."""
         task, self._task = self._task, None
