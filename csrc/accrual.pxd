@@ -1,5 +1,5 @@
 # cython: cdivision=True
-"""How the time of a step reaches its requests: weigh, share out, count. No allocation, no Python.
+"""Bring the time of a step to its requests: weigh, share out, count. No allocation, no Python.
 
 Invariant: what `accrue` adds to open requests plus the tail it returns is the time it was given.
 """
@@ -27,7 +27,7 @@ cdef inline int64_t accrue(
     bint ends,
     int64_t *fallbacks,
 ) noexcept nogil:
-    """Share out a step's time, and end it if told so. Return the tail."""
+    """Share out a step's time, and end the step if `ends`. Return the tail."""
     if step.count == 0:
         return total_ns
     cdef const double *compute = fit.compute
@@ -41,7 +41,7 @@ cdef inline int64_t accrue(
         whole = weigh_equal(step.count, weights)
         fallbacks[0] += 1
     cdef Split state = start_split(total_ns, whole)
-    # Copies, which the compiler need not read again after each write to a slot.
+    # Local copies: the compiler need not read them again after each write to a slot.
     cdef Slot *slots = requests.slots
     cdef const Part *parts = step.parts
     cdef uint32_t count = step.count, plain = step.plain if ends else 0
@@ -101,7 +101,7 @@ cdef inline void drop(Requests *requests, const Step *step) noexcept nogil:
 
 
 cdef inline void take_out(Requests *requests, const Step *step, uint32_t count) noexcept nogil:
-    """Undo that the first so many requests entered a step (a clamped position stays)."""
+    """Take the first `count` requests out of a step again (a clamped position stays)."""
     cdef uint32_t place
     cdef Slot *slot
     for place in range(count):
@@ -124,7 +124,7 @@ cdef inline uint64_t weigh(
 cdef inline void count_unusual(
     const Slot *slot, Rest *rest, const Part *part, int64_t share_ns, bint ends
 ) noexcept nogil:
-    """Count what is of prefill, and what was recomputed, rejected and cut off of a part."""
+    """Count the prefill of a part, and its recomputed, rejected and cut tokens."""
     cdef uint32_t start = part.context - part.tokens
     cdef uint32_t recomputed = 0, kept = part.tokens - rest.rejected_now
     cdef uint32_t cut = cut_in_part(part, kept, slot.prefill_end)
@@ -154,7 +154,7 @@ cdef inline void count_unusual(
 cdef inline uint32_t cut_in_part(
     const Part *part, uint32_t kept, uint32_t prefill_end
 ) noexcept nogil:
-    """Return how many tokens kept are cut off, as the request was aborted: those of its output."""
+    """Return how many kept tokens are cut off because the request was aborted: its output."""
     cdef uint32_t end = part.context - part.tokens + kept
     if not part.phase & CUT:
         return 0
@@ -164,7 +164,7 @@ cdef inline uint32_t cut_in_part(
 
 
 cdef inline void cut_off(Rest *rest, int64_t tokens) noexcept nogil:
-    """Count so many tokens of its last ended step as cut off."""
+    """Count the last `tokens` of a request's last ended step as cut off."""
     cdef uint32_t cut = <uint32_t>min(tokens, <int64_t>rest.kept_tokens)
     cdef int64_t cut_ns = part_of(rest.kept_ns, cut, rest.kept_tokens)
     rest.cut_tokens += cut
@@ -174,7 +174,7 @@ cdef inline void cut_off(Rest *rest, int64_t tokens) noexcept nogil:
 
 
 cdef inline void cut_in_flight(Ring *ring, uint32_t number) noexcept nogil:
-    """Note that what the steps in flight compute behind a request's prefill is cut off."""
+    """Count tokens that the steps in flight compute behind a request's prefill as cut off."""
     cdef int64_t at
     cdef uint32_t place
     cdef Step *step

@@ -1,15 +1,17 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
-"""The native attribution. What it computes, and why, stands in its twin, `attribution/step_meter_py.py`.
+"""The native attribution: divides the GPU time of a step among its requests, fast.
 
-So do the full docstrings. Here is only how it is made fast: the step path (`begin`, `share`,
-`settle`, `drained`) allocates nothing per request, and touches each request once in `begin` and
-once in `settle`. Requests are in `requests.pxd`, steps in `steps.pxd`; how time reaches them is in
-`accrual.pxd`, by the arithmetic of `shapley.pxd`, `fit.pxd` and `shares.pxd`.
+The Python twin `attribution/step_meter_py.py` explains what is computed and why, and has the full
+docstrings. This file explains only how it is made fast. The step path (`begin`, `share`, `settle`,
+`drained`) allocates nothing per request. It touches each request once in `begin` and once in
+`settle`. Requests are in `requests.pxd`, steps in `steps.pxd`. `accrual.pxd` brings time to the
+requests, with the arithmetic of `shapley.pxd`, `fit.pxd` and `shares.pxd`.
 
-`begin` rarely looks an id up. vLLM passes the same str objects in the same order step after step,
-so the guess is: what came next in the step where the last one was found. It is right if that slot's
-`key` is the very object in the dict (slots own their keys, so an address means one id). If not, one
-dict lookup says where the request was seen last, and guessing goes on from there.
+`begin` rarely looks up an id. vLLM passes the same str objects in the same order step after step.
+So we guess that the next request is the one that came next in the step where the last request was
+found. The guess is right if that slot's `key` is the very object in the dict, because slots own
+their keys and an address means one id. If it is wrong, one dict lookup finds the step in which the
+request was seen last, and guessing goes on from there.
 """
 
 cimport cython
@@ -46,12 +48,12 @@ METHODS = ("shapley", "tokens", "equal")
 fill_polynomials()
 
 cdef int64_t NS_MAX = 2**63 - 1
-MODELS_MAX = 64  # that are remembered
+MODELS_MAX = 64  # published models that are remembered
 ENDED = "(ended)"
 
 
 def split(object total_ns, object weights):
-    """Return the share of each weight in a time, in ns, by cumulative rounding in their order."""
+    """Divide a time into one share per weight, in ns, by cumulative rounding in their order."""
     cdef int64_t total = whole_number(total_ns, NS_MAX, "split: total_ns")
     cdef list values = list(weights)
     for weight in values:
@@ -66,7 +68,7 @@ def split(object total_ns, object weights):
     return [next_share(&state, weight) for weight in values]
 
 
-@cython.final  # so that its methods are called directly and inlined
+@cython.final  # Final classes have their methods called directly and inlined.
 cdef class StepMeter:
     """Accrues GPU time and tokens to the open requests of one engine, step by step."""
 
@@ -149,7 +151,7 @@ cdef class StepMeter:
             self.give_slot(request_id, prompt)
 
     def position(self, object request_id, object computed_tokens, bint resumed):
-        """Say where in its context the next step of a request starts, before `begin`."""
+        """Set the position in its context where a request's next step starts; before `begin`."""
         cdef int64_t tokens = whole_number(
             computed_tokens, WEIGHT_MAX, "StepMeter.position: computed_tokens"
         )
@@ -181,7 +183,7 @@ cdef class StepMeter:
         return True
 
     def drained(self):
-        """Return the requests that left and whose last step in flight ended since last asked."""
+        """Return the aborted requests that lost their last step in flight since the last call."""
         cdef uint32_t k
         cdef Slot *slot
         cdef list ended = []
@@ -194,7 +196,7 @@ cdef class StepMeter:
         return ended
 
     def trim(self, object request_id, object tokens):
-        """Say that so many of the last tokens computed for an open request were cut off."""
+        """Count the last `tokens` that were computed for an open request as cut off."""
         cdef int64_t count = whole_number(tokens, WEIGHT_MAX, "StepMeter.trim: tokens")
         cut_off(&self.requests.rests[self.find_open(request_id)], count)
 
@@ -241,7 +243,7 @@ cdef class StepMeter:
         return self.forget(request_id)
 
     def cut(self, object now_ns):
-        """Take what all open requests accrued since the last cut, and set it to 0."""
+        """Return what the open requests accrued since the last cut, and set it to 0."""
         cdef int64_t until_ns = instant(now_ns)
         cdef Slot *slot
         cdef Rest *rest
@@ -293,13 +295,13 @@ cdef class StepMeter:
         return tail_ns
 
     def abandon(self):
-        """Drop every step in flight: no time, no tokens."""
+        """Drop every step in flight, without time or tokens."""
         self.drop_before(self.ring.newest + 1)
 
     # The cost model
 
     def adopt(self, object prior, bint two_planes):
-        """Go on from an earlier fit. Raises ValueError if these are not its planes."""
+        """Continue from the planes of an earlier fit. Raises ValueError for anything else."""
         cdef double planes[3][TERMS]
         planes_of(prior, &planes[0][0])
         adopt_prior(self.fit, &planes[0][0], two_planes)
@@ -315,7 +317,7 @@ cdef class StepMeter:
         return [model for model in self.published if model[0] > since_version]
 
     def model(self):
-        """Return the model in use and how good it is."""
+        """Return the model in use and its quality figures."""
         return (
             self.fit.version,
             "two planes" if self.fit.two_planes else "one plane",
@@ -327,7 +329,7 @@ cdef class StepMeter:
         )
 
     def planes(self):
-        """Return the three planes as they are learnt now: a prior for `adopt`."""
+        """Return the three planes in their current state; `adopt` takes them as a prior."""
         cdef double *at = &self.fit.working[0][0]
         return tuple([tuple([at[kind * TERMS + k] for k in range(TERMS)]) for kind in range(3)])
 
@@ -354,7 +356,7 @@ cdef class StepMeter:
     ) except? 0xFFFFFFFF:
         """Enter all scheduled requests into a step. Nothing is changed if this raises.
 
-        Return how many of them need another block, their places in the ring's `weights`.
+        Return how many of them need another block. Their places stand in the ring's `weights`.
         """
         cdef PyObject *key
         cdef PyObject *value
@@ -407,7 +409,7 @@ cdef class StepMeter:
     cdef uint32_t find_next(
         self, Guess *after, Guess guess, dict scheduled, PyObject *key
     ) except? 0xFFFFFFFF:
-        """Return the slot of a request that is not where it was guessed, and the guess after it."""
+        """Return the slot of a request that was guessed wrong, and the guess for the next one."""
         cdef uint32_t number
         after[0] = look_further(guess, self.requests.slots, key)
         if after.part < after.end:
@@ -415,7 +417,7 @@ cdef class StepMeter:
             after.part += 1
             return number
         number = self.look_up(scheduled, key)
-        after[0] = guess  # stays, for one that comes for the first time
+        after[0] = guess  # A new request is in no step yet, so the guess stays.
         if is_kept(&self.ring, &self.requests.slots[number]):
             after[0] = guess_after(&self.ring, &self.requests.slots[number])
         return number
@@ -424,7 +426,7 @@ cdef class StepMeter:
         """Return the slot of a scheduled request that was not where it was expected."""
         cdef uint32_t number = self.find(<object>key)
         if number == NOBODY:
-            check_tokens(scheduled)  # before anything is changed
+            check_tokens(scheduled)  # Check before anything is changed.
             return self.welcome_stranger(<object>key)
         adopt_key(&self.requests, number, key)
         return number

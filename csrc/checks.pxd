@@ -1,4 +1,4 @@
-"""Checks of the integers that come in: anything but an int in its range is a ValueError."""
+"""Check incoming integers: anything but an int in its range raises a ValueError."""
 
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_Check
 from libc.math cimport isfinite

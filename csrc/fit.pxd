@@ -1,8 +1,9 @@
 # cython: cdivision=True
-"""What a step costs, learnt online. The theory stands in the twin, `cost_model_py.py`; same names.
+"""The cost model: predict a step's GPU time, learnt online from the engine's own steps.
 
-A `Fit` is plain memory: nothing is allocated after `start_fit`, and a step costs `SWEEP_PER_STEP`
-records of a sweep, whatever the batch.
+The twin `cost_model_py.py` explains the theory and has the same names. A `Fit` is plain memory:
+nothing is allocated after `start_fit`. A step costs `SWEEP_PER_STEP` records of a sweep, whatever
+the batch.
 """
 
 from libc.math cimport fabs, sqrt
@@ -267,14 +268,14 @@ cdef inline bint end_sweep(Fit *fit, double held) noexcept nogil:
 
 
 cdef inline double margin_to_beat(const Fit *fit) noexcept nogil:
-    """Return by which factor two planes must predict better than one to be used."""
+    """Return the factor by which two planes must beat one plane to be used."""
     if not fit.two_planes:
         return MARGIN
     return TRUSTED_MARGIN if fit.is_trusted else KEEP_MARGIN
 
 
 cdef inline void forget_if_changed(Fit *fit, double missed, double held) noexcept nogil:
-    """Forget the older steps if the latest are missed by far more than is usual."""
+    """Forget the older steps if the prediction misses the latest by far more than usual."""
     if held < RING:
         return
     if fit.usual > 0.0 and missed > CHANGED * larger(fit.usual, NOISE / 3.0):
@@ -329,7 +330,7 @@ cdef inline double scale_of(const double *prior, const Sums *sums) noexcept nogi
 
 
 cdef inline bint may_have(int kind, int terms) noexcept nogil:
-    """Tell if a plane may have all these terms: all but one that is the other plane's."""
+    """Return whether a plane may have these terms; each plane lacks one that the other has."""
     if kind == COMPUTE:
         return not terms & 16
     if kind == MEMORY:

@@ -87,7 +87,7 @@ cdef inline bint is_in_flight(const Slot *slot) noexcept nogil:
 
 
 cdef inline int make_slot_free(Requests *requests) except -1:
-    """See to it that there is a free slot."""
+    """Make sure that there is a free slot."""
     cdef uint32_t count = max(<uint32_t>64, 2 * requests.count), number
     if requests.free_count:
         return 0
@@ -135,7 +135,7 @@ cdef inline void release_blocks(Requests *requests, uint32_t number, int64_t now
 
 
 cdef inline void count_blocks(Rest *rest, int64_t now_ns) noexcept nogil:
-    """Count what the blocks were held for until now, up to the largest number there is."""
+    """Add the time that the blocks were held since the last count, up to the largest number."""
     cdef uint64_t passed_ns = max(now_ns - rest.blocks_since_ns, <int64_t>0)
     cdef uint64_t block_ns = passed_ns * rest.blocks
     rest.blocks_since_ns = now_ns
@@ -151,7 +151,7 @@ cdef inline void free_slot(Requests *requests, uint32_t number) noexcept nogil:
 
 
 cdef inline void adopt_key(Requests *requests, uint32_t number, PyObject *key):
-    """Know a request by the object that stands for its id from now on."""
+    """Replace the key by the str object that now stands for the request's id."""
     cdef PyObject *old = requests.slots[number].key
     Py_INCREF(<object>key)
     requests.slots[number].key = key

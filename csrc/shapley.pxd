@@ -1,6 +1,8 @@
 # cython: cdivision=True
-"""What each request of a step would be charged in fairness. The theory stands in the twin,
-`shapley_py.py`; same names. Plain arithmetic over a step's parts: no memory but the stack.
+"""The fair charge of each request in a step: its Shapley value.
+
+The twin `shapley_py.py` explains the theory and has the same names. This is plain arithmetic over
+the parts of a step, and uses no memory but the stack.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -106,9 +108,9 @@ cdef inline uint64_t weigh_game(
     uint32_t count,
     uint32_t *weights,
 ) noexcept nogil:
-    """Fill in what each part is charged, as a weight. Return the sum of the weights.
+    """Fill in the charge of each part as a weight. Return the sum of the weights.
 
-    That is 0, and nothing is filled in, if the model knows no time.
+    If the model predicts no time, the sum is 0 and nothing is filled in.
     """
     cdef uint64_t whole = 0
     cdef uint32_t k, next_large = 0
@@ -119,7 +121,7 @@ cdef inline uint64_t weigh_game(
     if not is_sound(game):
         return 0
     to_weight = WEIGHT_SUM / game.total_ns
-    # Of a decode, the weight is a straight line in its context.
+    # The weight of a decode is a straight line in its context.
     c = decode_line(compute)
     m = decode_line(memory)
     weight.at_0 = (game.base_ns + (compute_part * c.at_0 + memory_part * m.at_0)) * to_weight + 0.5
@@ -156,7 +158,7 @@ cdef inline Margins start_margins(
     margins.to_ns = gpu_ns / game.total_ns if is_sound(game) else 0.0
     margins.above_compute = game.total_ns - game.compute_ns
     margins.above_memory = game.total_ns - game.memory_ns
-    # Of a decode, both are straight lines in its context.
+    # Both margins of a decode are straight lines in its context.
     margins.c = Line((margins.above_compute + c.at_0) * margins.to_ns, c.slope * margins.to_ns)
     margins.m = Line((margins.above_memory + m.at_0) * margins.to_ns, m.slope * margins.to_ns)
     if count == 1:
@@ -199,7 +201,7 @@ cdef inline void find_large(
     uint32_t count,
     const Chunks *chunks,
 ) noexcept nogil:
-    """Find the places of the large players, in the order of the step."""
+    """Find the places of the large players (the largest chunks), in step order."""
     cdef double sizes[LARGE_MAX + 1]  # the largest first
     cdef uint32_t places[LARGE_MAX + 1]
     cdef uint32_t found = 0, k, at

@@ -1,5 +1,5 @@
 # cython: cdivision=True
-"""Shares of one step: the integer arithmetic of the native attribution, nothing else.
+"""Exact integer shares of one step's time, by weight.
 
 Shares are exact in 64 bits. With q, r = divmod(D, W) and S the weights so far,
 floor(D*S/W) = S*q + floor(S*r/W). W stays the same for all parts of a step, so the division by it

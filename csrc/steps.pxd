@@ -1,7 +1,7 @@
-"""The steps in flight of one engine: a ring of steps, each an array of parts.
+"""Steps in flight of one engine: a ring of steps, each an array of parts.
 
-Steps in flight are consecutive, `oldest` to `newest`; their arrays are reused, and the ring doubles
-when all of it is in flight. Ended steps stay readable until their place is taken again.
+Steps in flight are consecutive, `oldest` to `newest`. Their arrays are reused, and the ring doubles
+when all its steps are in flight. Ended steps stay readable until their place is taken again.
 """
 
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
@@ -68,14 +68,14 @@ cdef inline Guess guess_in(const Step *step, uint32_t place) noexcept nogil:
 
 
 cdef inline Guess guess_after(const Ring *ring, const Slot *slot) noexcept nogil:
-    """Return the guess that what came after a request in its last step comes after it again."""
+    """Guess the next request: the one that came after this request in its last step."""
     return guess_in(step_at(ring, slot.last_step), slot.last_place + 1)
 
 
 cdef inline bint is_kept(const Ring *ring, const Slot *slot) noexcept nogil:
-    """Tell if the parts of its last step, in flight or ended, are still in the ring.
+    """Return whether the parts of a request's last step, in flight or ended, are in the ring.
 
-    True for a step 2**32 ago too: what is found there is compared by key.
+    A step 2**32 steps ago also gives True. That does no harm, because keys are compared afterwards.
     """
     cdef uint32_t age = <uint32_t>(ring.newest + 1) - slot.last_step
     return (slot.ended or slot.in_flight) and age < ring.size
@@ -88,7 +88,7 @@ cdef inline bint is_right(Guess guess, const Slot *slots, const PyObject *key) n
 cdef inline Guess look_further(
     Guess guess, const Slot *slots, const PyObject *key
 ) noexcept nogil:
-    """Return the guess moved to a request that is a few places behind it, else to the end."""
+    """Move a guess to the request if that is a few places further, otherwise to the end."""
     cdef const Part *end = guess.part + min(guess.end - guess.part, <int64_t>DEPARTED_MAX + 1)
     while guess.part < end:
         if slots[guess.part.slot].key == key:
@@ -146,7 +146,7 @@ cdef inline int reject(Requests *requests, const Step *step, dict rejected) exce
 
 
 cdef inline Step *make_room(Ring *ring, uint32_t count) except NULL:
-    """Return the next step, with room for so many parts. Nothing is begun yet."""
+    """Return the next step with room for `count` parts; the step is not begun yet."""
     cdef uint32_t in_flight = <uint32_t>(ring.newest - ring.oldest + 1)
     if in_flight >= STEPS_MAX:
         raise ValueError(

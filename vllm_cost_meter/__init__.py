@@ -1,8 +1,8 @@
-"""vllm_cost_meter: measured cost of every request that a vLLM server runs.
+"""vllm_cost_meter measures the cost of every request that a vLLM server runs.
 
-The names below, and those of `vllm_cost_meter.economics`, are the public Python API; everything
-else is internal. They are loaded when they are first used, as the processes of an engine import
-this file too and need none of them.
+The names below and those of `vllm_cost_meter.economics` are the public Python API. Everything else
+is internal. A name is loaded when it is first used, because engine processes import this file too
+and need none of the names.
 
 Invariant: importing the package loads nothing but its version.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm_cost_meter.ledger.reader import LedgerReader
     from vllm_cost_meter.prices.book import PriceBook
 else:
-    # A type checker does not see this function: it would let every name pass.
+    # Type checkers must not see `__getattr__`, because it would make every name pass.
     _MODULES = {
         "CostMeterError": "errors",
         "LedgerReader": "ledger.reader",

@@ -1,6 +1,6 @@
-"""Whether the meter is active in this process.
+"""Activation: is the meter on in this process?
 
-The meter is active if the operator named it in VLLM_PLUGINS and it understands this vLLM.
+The meter is on if the operator named it in VLLM_PLUGINS and it understands this vLLM.
 
 Invariant: once the meter is refused in a process, it stays refused.
 """

@@ -1,10 +1,10 @@
-"""What commands show on a terminal or in a pipe: tables that fit, text that wraps between words.
+"""Print tables and text to a terminal or pipe: tables fit the width, text wraps between words.
 
-On a terminal a table that is wider than it has its long texts shortened in the middle, and then its
-least important columns left out; a line below names them. With `--wide`, and where the output is no
-terminal, tables are as wide as they need.
+If a table is wider than the terminal, long texts are shortened in the middle first. If that is not
+enough, the least important columns are left out, and a line below the table names them. With
+`--wide`, or if the output is not a terminal, tables are as wide as they need.
 
-Invariant: no figure is cut. Nothing in a table is taken for markup, and no text moves a cursor.
+Invariant: no figure is cut. No table text is taken for markup, and no text moves the cursor.
 """
 
 import re
@@ -25,7 +25,7 @@ from vllm_cost_meter.units.text import plain, rounded
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end what runs as Ctrl-C does, so that it cleans up."""
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that the body cleans up as on Ctrl-C."""
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -41,28 +41,28 @@ def interruptible() -> Iterator[None]:
 
 
 class _Console(Console):
-    """A console that leaves a closed pipe to the command line, as `print` does."""
+    """A console that raises BrokenPipeError for a closed pipe, as `print` does."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
-# Columns whose unit is another one at a terminal, with what divides them.
+# Columns that tables show in another unit: (new name, divisor, decimal places).
 _UNITS = {
     "gpu_time_ns": ("gpu_seconds", 10**9, 6),
     "idle_share_ns": ("idle_share_seconds", 10**9, 6),
     "energy_mj": ("joules", 1000, 3),
 }
 _NUMBERS = ("tokens", "_ns", "_mj", "_usd", "requests", "status")
-# On a terminal that is too narrow, longer texts keep their two ends.
+# If the terminal is too narrow, longer texts are shortened to this width.
 TEXT_CHARS_MAX = 24
 _ELLIPSIS = "..."
 _INSTANT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d+Z")
-# What they hold is to be read or typed as it is.
+# People read or type the values of these columns as they are.
 _NEVER_SHORTENED = {"figure", "value", "used", "limit", "over"}
-# Sentences lose their end, as much as there is no room for.
+# These columns hold sentences. A sentence that does not fit loses its end, not its middle.
 _SENTENCES = {"meaning"}
-# Between two columns.
+# Spaces between two columns.
 _GAP = 2
 
 
@@ -76,10 +76,10 @@ def print_rows(
     first: Sequence[str] = (),
     wide: bool = False,
 ) -> None:
-    """Print rows as a table; GPU time in seconds, energy in joules, unknown as a dash.
+    """Print rows as a table; GPU time in seconds, energy in joules, unknown values as a dash.
 
-    On a terminal that is too narrow the columns of `first` are the last to be left out, the first
-    of them at the very last; then those that stand left.
+    If the terminal is too narrow, columns are left out from right to left. The columns of `first`
+    go after all others, and its first column goes last.
     """
     table = Table(box=None, pad_edge=False)
     for column in columns:
@@ -104,10 +104,10 @@ def print_table(
     important: Sequence[int] = (),
     wide: bool = False,
 ) -> None:
-    """Print a table: on a terminal as much as fits, otherwise or with `wide` all of it.
+    """Print a table: as much as fits on a terminal; all of it to a pipe or with `wide`.
 
-    `important` are the places of all columns, the most important first; without it the leftmost
-    column is the most important.
+    `important` lists the column numbers, the most important first. By default the leftmost column
+    is the most important.
     """
     console = _Console(markup=False, highlight=False, emoji=False, file=file)
     width = None if wide else terminal_width(file)
@@ -117,9 +117,9 @@ def print_table(
         what = f"left out: {', '.join(left_out)}" if left_out else "long texts are shortened"
         note = f"{what}; --wide shows all"
     whole = _total(_widths(table))
-    # Both sides, or rich takes a dumb terminal for one of 80 columns.
+    # We set width and height: without both, rich takes a dumb terminal for one with 80 columns.
     console.size = ConsoleDimensions(max(width or console.width, whole), console.height)
-    # Not the table's own title and caption, which are wrapped to its width.
+    # We do not use rich's title and caption, because rich wraps them to the table's width.
     if above:
         print_lines(above.split("\n"), file)
     console.print(table)
@@ -131,7 +131,7 @@ def print_table(
 
 
 def print_lines(lines: Iterable[str], file: IO[str] | None = None) -> None:
-    """Print lines of text; on a terminal they wrap between words, and go on indented."""
+    """Print lines of text; on a terminal they wrap between words, and continue indented."""
     width = terminal_width(file)
     for line in lines:
         text = plain(line)
@@ -148,14 +148,14 @@ def print_lines(lines: Iterable[str], file: IO[str] | None = None) -> None:
 
 
 def terminal_width(file: IO[str] | None = None) -> int | None:
-    """Return how many columns a terminal has, COLUMNS first; None for what is no terminal."""
+    """Return the terminal's width (COLUMNS goes first); None if the output is not a terminal."""
     return shutil.get_terminal_size().columns if (file or sys.stdout).isatty() else None
 
 
 def _fitted(table: Table, width: int, important: Sequence[int]) -> tuple[Table, list[str]]:
-    """Return a table made to fit a width, and the heads of the columns that are left out.
+    """Return a table that fits a width, and the heads of the columns that were left out.
 
-    The most important column stays, whatever its width.
+    The most important column always stays, whatever its width.
     """
     cells = [[str(cell) for cell in column.cells] for column in table.columns]
     for column, texts in zip(table.columns, cells, strict=True):
@@ -199,7 +199,7 @@ def _total(widths: Sequence[int]) -> int:
 
 
 def _shortened(text: str) -> str:
-    """Return an instant to the second, and of a long text its two ends."""
+    """Shorten an instant to whole seconds, and a long text to its two ends."""
     if found := _INSTANT.fullmatch(text):
         return f"{found[1]}Z"
     if len(text) <= TEXT_CHARS_MAX:

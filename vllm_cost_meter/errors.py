@@ -1,4 +1,4 @@
-"""The cost meter's exceptions.
+"""All exceptions that the cost meter raises on purpose.
 
     CostMeterError
     ├── SettingError        a setting is wrong: the server does not start
@@ -11,8 +11,8 @@
     ├── ServerError         a server for the demo or a benchmark failed
     └── VllmMismatchError   this vLLM differs from what the meter expects: it is left untouched
 
-Every message says what was expected, what came, where, and what to do. Errors at run time inside
-vLLM's own calls never leave the meter (see `vllm_cost_meter.guard`).
+Every message says what was expected, what came instead, where, and what to do. Errors in hooks on
+vLLM's calls never leave the meter (see `vllm_cost_meter.guard`).
 """
 
 

@@ -1,14 +1,14 @@
-"""One HTTP exchange and the engine requests born in it: the link between a reply and its bills.
+"""One HTTP request being served and its engine requests: the link between a reply and its bills.
 
-The middleware puts an `Exchange` into `current_exchange`, a ContextVar. Tasks copy the context of
-their creator, so every engine request born on behalf of the exchange, also in background tasks
-that outlive the reply, finds it there. An exchange is used by one event loop only.
+The middleware puts an `Exchange` into the ContextVar `current_exchange`. A task copies the context
+of its creator, so each engine request of the exchange finds it there, even in a background task
+that outlives the reply. Only one event loop uses an exchange.
 
-A context says where work comes from, not which HTTP request it is: uvicorn begins a pipelined
-request in the context of the one before. Which requests the meter has seen, and whose a request
-is, therefore stands in its ASGI scope (`exchange_of`).
+A context does not identify an HTTP request: uvicorn begins a pipelined request in the context of
+the request before. The ASGI scope does identify it, so the exchange also stands there
+(`exchange_of`).
 
-Invariant: `unbilled` counts the births whose bill has not come yet; it never goes below 0.
+Invariant: `unbilled` counts the engine requests whose bill has not come yet. It is never negative.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Usage
 
 
 class RequestTimes(Protocol):
-    """vLLM's RequestStateStats: `*_ts` are monotonic seconds of the engine."""
+    """The part of vLLM's RequestStateStats that we read; `*_ts` are monotonic engine seconds."""
 
     arrival_time: float
     queued_ts: float
@@ -34,8 +34,8 @@ class RequestTimes(Protocol):
     first_token_latency: float
 
 
-# Not uuid4: it asks the kernel and so gives up the interpreter's lock, which beside the ledger's
-# thread takes hundreds of microseconds to get back. Unique, not secret.
+# We do not use uuid4: it asks the kernel and so releases the interpreter's lock. With the ledger's
+# thread running, getting the lock back takes hundreds of microseconds. Ids are unique, not secret.
 _ids = random.Random()  # noqa: S311
 os.register_at_fork(after_in_child=_ids.seed)
 
@@ -54,16 +54,16 @@ CLIENT_LEFT = 499
 
 @dataclass(slots=True)
 class Sent:
-    """What the client of an exchange was sent so far, and whether it is still there."""
+    """The reply as far as it was sent, and whether the client is still connected."""
 
     status: int | None = None
     streamed: bool = False
     usage: Usage = _NO_USAGE
-    # It left before its reply was complete.
+    # True if the client left before its reply was complete.
     client_left: bool = False
 
     def final_status(self) -> int:
-        """Return the status that the ledger keeps: 499 for a client that was sent no reply."""
+        """Return the status for the ledger: 499 if the client left before it was sent a reply."""
         if self.status is None or (self.client_left and not self.streamed):
             return CLIENT_LEFT if self.client_left else 500
         return self.status
@@ -71,10 +71,10 @@ class Sent:
 
 @dataclass(slots=True)
 class Exchange:
-    """One HTTP request being served, and what has been billed for it so far."""
+    """One HTTP request being served, and the bills that have come for it so far."""
 
     route: str
-    # As it was when the request came: what is declared of tenants may change while it runs.
+    # The owner is fixed when the request comes; tenant settings may change while it runs.
     owner: Owner
     x_request_id: str | None
     started_at_ns: int
@@ -86,20 +86,20 @@ class Exchange:
     prefill_ns: int = 0
     decode_ns: int = 0
     marginal_ns: int = 0
-    # None as soon as one part has no cost.
+    # The cost is None as soon as one part has no cost.
     cost_nanousd: int | None = 0
     marginal_cost_nanousd: int | None = 0
     method: str = ""
     sent: Sent = field(default_factory=Sent)
-    # True once the record of this exchange, as it ended, was made.
+    # True once the final record of this exchange was made.
     recorded: bool = False
-    # The record of an exchange that ended without an engine request. One may still be born, of a
-    # background response; without any there is nothing to record.
+    # The record of an exchange that ended before it had an engine request. It is written if a
+    # background response still brings one; without an engine request there is nothing to record.
     unrecorded: HttpRequest | None = None
     _all_billed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def part_was_born(self, response_id: str | None) -> None:
-        """Count an engine request of this exchange."""
+        """Count a new engine request of this exchange."""
         self.born += 1
         self.unbilled += 1
         self._all_billed.clear()
@@ -107,7 +107,7 @@ class Exchange:
             self.response_id = response_id
 
     def part_was_billed(self, part: EngineRequest) -> None:
-        """Add a part's bill."""
+        """Add the bill of one engine request."""
         bill = part.bill
         self.unbilled = max(self.unbilled - 1, 0)
         self.prefill_ns += bill.prefill_ns
@@ -134,29 +134,29 @@ def _sum_if_known(one: int | None, other: int | None) -> int | None:
 
 current_exchange: ContextVar[Exchange | None] = ContextVar("cost_meter_exchange", default=None)
 
-# The key of an ASGI scope under which its exchange stands.
+# The ASGI scope holds its exchange under this key.
 _SCOPE_KEY = "vllm_cost_meter.exchange"
 
 
 def is_metered(scope: MutableMapping[str, Any]) -> bool:
-    """Tell whether the meter has seen this very request already."""
+    """Return whether the meter has already seen this HTTP request."""
     return _SCOPE_KEY in scope
 
 
 def set_exchange(scope: MutableMapping[str, Any], exchange: Exchange | None) -> None:
-    """Mark a request as seen; `exchange` is None where it could not be metered."""
+    """Mark a request as seen; `exchange` is None if it cannot be metered."""
     scope[_SCOPE_KEY] = exchange
 
 
 def exchange_of(scope: MutableMapping[str, Any]) -> Exchange | None:
-    """Return the exchange of this very request, None where it is not metered."""
+    """Return the exchange of this HTTP request; None if it is not metered."""
     exchange: Exchange | None = scope.get(_SCOPE_KEY)
     return exchange
 
 
 @dataclass(frozen=True, slots=True)
 class Birth:
-    """An engine request as its API server saw it born."""
+    """A new engine request, as its API server sees it before any bill."""
 
     request_id: str
     external_id: str | None

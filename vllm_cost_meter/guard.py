@@ -1,18 +1,26 @@
 """Contain the meter's own errors, so that they never reach vLLM.
 
 Every hook runs its body inside `try` and reports here. The guard counts errors and logs the first
-one of each hook. After `ERRORS_IN_A_ROW_MAX` failures of one hook in a row the guard is off for
-good: a meter that cannot work must stop costing time. Work in the background never reports here,
-as what makes it fail passes (`api_server/background.py`).
+error of each hook. After `ERRORS_IN_A_ROW_MAX` failures of one hook in a row the guard switches off
+for good, because a meter that cannot work must stop costing time. Work in the background does not
+report here, because its failures pass (`api_server/background.py`). What may hang is called in a
+thread of its own (`in_daemon_thread`), so that the caller can give it up.
 
 Invariant: nothing here raises.
 """
 
 import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar, TypeVarTuple
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# A hook that failed so often in a row will not recover by itself.
+Ts = TypeVarTuple("Ts")
+R = TypeVar("R")
+
+# A hook that has failed this often in a row will not recover by itself.
 ERRORS_IN_A_ROW_MAX = 10
 
 
@@ -32,7 +40,7 @@ class Guard:
         return bool(self._in_a_row)
 
     def succeeded(self, hook: str) -> None:
-        """Record that `hook` worked, which ends its row of failures."""
+        """Record that `hook` worked; its failures in a row count from 0 again."""
         if self._in_a_row:
             self._in_a_row.pop(hook, None)
 
@@ -60,3 +68,18 @@ class Guard:
                 row,
                 hook,
             )
+
+
+def in_daemon_thread(body: Callable[[*Ts], R], *args: *Ts) -> Future[R]:
+    """Begin `body(*args)` in a thread that holds up neither a thread pool nor the process's end."""
+    answer: Future[R] = Future()
+    answer.set_running_or_notify_cancel()  # from here on nobody can cancel it
+
+    def run() -> None:
+        try:
+            answer.set_result(body(*args))
+        except BaseException as error:  # noqa: BLE001 - it is the caller's
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="cost-meter-background", daemon=True).start()
+    return answer

@@ -1,11 +1,11 @@
-"""Prometheus metrics of the meter, in the default registry, so vLLM's own /metrics shows them too.
+"""Prometheus metrics of the meter, in the default registry, so vLLM's /metrics shows them.
 
-The API process that receives a bill counts it. That is right with one API server and with several:
+The API process that receives a bill counts it. This is right with several API servers too, because
 prometheus_client sums over processes. Names start with `cost_meter_` and do not contain "vllm",
 because vLLM unregisters metrics that look like its own. Money and time are counters. Tenants are
-labels, request ids never. Beyond `TENANT_LABELS_MAX` tenants the rest are `other`, and these bills
-are counted. At most half of the labels go to names that clients chose, so a client that invents
-names hides no other tenant.
+labels; request ids never are. Once `TENANT_LABELS_MAX` tenants have a label, all others share the
+label `other`, and a metric counts their bills. Names that clients chose get at most half of the
+labels, so a client that invents names cannot hide other tenants.
 
 Invariant: the number of series is bounded, and every caller contains errors raised here.
 """
@@ -38,13 +38,13 @@ TENANTS_FOLDED = Counter(
 MISSES = Counter("cost_meter_reply_misses", "Replies sent without a cost: it was not there in time")
 BUDGET_USED = Gauge(
     "cost_meter_budget_used_ratio",
-    "What a budget's tenants used in its period, of its amount; absent where it is not known",
+    "The part of a budget that its tenants used in its period; absent where it is unknown",
     ["budget"],
     multiprocess_mode="mostrecent",
 )
 REFUSED = Counter(
     "cost_meter_refused_requests",
-    "New requests blocked or throttled by a budget, or unavailable as its figures were stale",
+    "New requests that a budget blocked or throttled, or that were refused for stale figures",
     ["kind", "budget"],
 )
 ERRORS = Counter("cost_meter_errors", "Errors of the meter itself, contained", ["side"])
@@ -95,7 +95,7 @@ ENGINE_AWAKE = Gauge(
     multiprocess_mode="mostrecent",
 )
 TTFT = Histogram("cost_meter_ttft_seconds", "Time to first token", buckets=LATENCY_BUCKETS)
-# A Histogram would take a microsecond per value, and a step of 256 requests brings 256 values.
+# A Histogram would take a microsecond per value, and a step with 256 requests brings 256 values.
 INTER_TOKEN = Counter(
     "cost_meter_inter_token_latencies",
     "Output tokens by the upper bound (s) of the time since the token before; not cumulative",
@@ -106,13 +106,13 @@ END_TO_END = Histogram(
 )
 
 _labelled_tenants: set[str] = set()
-# The labelled tenants whose names clients chose.
+# The labelled tenants with a name that a client chose.
 _labelled_choices: set[str] = set()
 _INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]
 
 
 def count_refused(kind: str, budget: str) -> None:
-    """Count a new request that a budget blocked, throttled or refused; `kind` is its verdict's."""
+    """Count a request that a budget blocked, throttled or refused; `kind` is the verdict's kind."""
     REFUSED.labels(kind, budget).inc()
 
 

@@ -1,4 +1,4 @@
-"""The ASGI middleware under the stable name that `--middleware` is given."""
+"""Stable import path of the ASGI middleware, for vLLM's option `--middleware`."""
 
 from vllm_cost_meter.api_server.middleware import CostMiddleware
 

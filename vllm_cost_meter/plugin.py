@@ -1,19 +1,20 @@
-"""vLLM's entry points: decides whether the meter is named, and installs or withholds its hooks.
+"""Entry points for vLLM's plugin system: install the meter's hooks if the operator named it.
 
 vLLM loads a general plugin in every process (API servers, engines, workers, short-lived helpers)
-and for every `vllm ...` command, and does not catch what it raises. So `register` is cheap, starts
-nothing, and is idempotent. The meter works only where `cost_meter` is named, by VLLM_PLUGINS or
-by `--plugins`; otherwise it adds its two flags, withholds its stat logger, and touches nothing.
+and for every `vllm ...` command, and it does not catch the plugin's errors. So `register` is cheap,
+starts nothing, and may be called twice. The meter works only if VLLM_PLUGINS or `--plugins` names
+`cost_meter`. Otherwise it adds its two flags, withholds its stat logger, and touches nothing else.
 
-Flags are exported to the environment as soon as they are parsed: API servers and engines are child
-processes that see no namespace.
+Flags are exported to the environment as soon as they are parsed, because API servers and engines
+are child processes that do not see the parsed arguments.
 
-Invariant: not named, or in a vLLM that is not understood, no vLLM class is changed but
-`EngineArgs.add_cli_args`.
+Invariant: if the meter is not named, or does not understand this vLLM, it changes no vLLM class
+but `EngineArgs.add_cli_args`.
 """
 
 import argparse
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -23,12 +24,15 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_cost_meter.activation import NAME, is_active, is_named, is_refused, refuse
-from vllm_cost_meter.errors import CostMeterError, VllmMismatchError
+from vllm_cost_meter.errors import VllmMismatchError
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# Groups that vLLM loads in full while VLLM_PLUGINS is unset. Endpoint plugins are not: those load
-# only when named.
+# The meter's own modules, as `--middleware` names them, begin with this.
+OWN_MODULES = "vllm_cost_meter."
+
+# While VLLM_PLUGINS is unset, vLLM loads every plugin of these groups. Endpoint plugins are not
+# among them; they load only when named.
 GROUPS_LOADED_BY_DEFAULT = (
     "vllm.general_plugins",
     "vllm.io_processor_plugins",
@@ -37,11 +41,15 @@ GROUPS_LOADED_BY_DEFAULT = (
 )
 
 
+# Whether a command line of this process named the meter, and its settings are right.
+_is_checked = False
+
+
 def register() -> None:
     """Entry point of `vllm.general_plugins`."""
     with _refusing():
-        # It needs vLLM's internals and our native part; vLLM does not catch what we raise, and an
-        # installation that is broken must not end every `vllm` command.
+        # These imports need vLLM's internals and our native module. vLLM does not catch our errors,
+        # and a broken installation must not end every `vllm` command.
         from vllm_cost_meter.vllm_hooks import canary, loading
 
         canary.check(canary.PLUGIN_LOADING)
@@ -51,7 +59,7 @@ def register() -> None:
     if is_named():
         activate()
     elif not is_refused() and is_serve_parent() and not _given("--plugins", sys.argv):
-        # vLLM's logging is not set up yet.
+        # We write to stderr because vLLM's logging is not set up yet.
         sys.stderr.write(
             "cost meter: installed but not named, so it does nothing. To measure what requests "
             f"cost: vllm serve ... --plugins {NAME}\n"
@@ -59,16 +67,14 @@ def register() -> None:
 
 
 def is_serve_parent() -> bool:
-    """Tell whether this is the process the operator started with `vllm serve`."""
+    """Return whether this is the process that the operator started with `vllm serve`."""
     return multiprocessing.parent_process() is None and sys.argv[1:2] == ["serve"]
 
 
 def activate() -> None:
-    """Install every hook; in a vLLM that is not understood, none."""
+    """Install every hook, or none if the meter does not understand this vLLM."""
     if is_refused():
         return
-    if is_serve_parent():
-        check_settings()
     with _refusing():
         from vllm_cost_meter.vllm_hooks import canary, engine_core, output_processor, scheduler
 
@@ -80,14 +86,14 @@ def activate() -> None:
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-    """Contain what the body raises: the meter stays out of this process, and says so once."""
+    """Contain errors of the body: the meter stays out of this process and logs one line."""
     try:
         yield
     except VllmMismatchError as error:
         refuse()
         from vllm_cost_meter.vllm_hooks.canary import WHAT_TO_DO, vllm_version
 
-        # Every process of a server meets the same vLLM: the one that started them speaks for all.
+        # Every process of a server has the same vLLM, so only the parent logs an error.
         is_child = multiprocessing.parent_process() is not None
         logger.log(
             logging.DEBUG if is_child else logging.ERROR,
@@ -99,17 +105,17 @@ def _refusing() -> Iterator[None]:
         logger.exception("cost meter: it could not be installed; vLLM goes on unmetered")
 
 
-def check_settings() -> None:
-    """Stop the start, with one line, if a setting is wrong or the ledger cannot be where it is."""
-    if _given("--cost-meter-config", sys.argv) and "COST_METER_CONFIG" not in os.environ:
-        return  # not parsed yet; its own action checks
-    from vllm_cost_meter.config.loading import load_settings
-    from vllm_cost_meter.ledger.database import check_location, default_url
-
+def check_settings(*, with_ledger: bool = True) -> None:
+    """Exit with one line if a setting is wrong or the ledger's location is not usable."""
     try:
-        check_location(load_settings().ledger or default_url())
-    except CostMeterError as error:
-        raise SystemExit(f"cost meter: {error}") from None
+        from vllm_cost_meter.api_server.start_check import what_is_wrong
+
+        wrong = what_is_wrong(with_ledger=with_ledger)
+    except Exception:
+        logger.exception("cost meter: its settings could not be checked; vLLM goes on")
+        return
+    if wrong is not None:
+        raise SystemExit(wrong)
 
 
 def _anyone_fails_closed() -> bool:
@@ -119,7 +125,7 @@ def _anyone_fails_closed() -> bool:
 
 
 def _runtime() -> Any:
-    # The ledger must not be loaded into engine processes, which register but never call this.
+    # Imported here because engine processes must not load the ledger. They never call this.
     from vllm_cost_meter.api_server.runtime import get_runtime
 
     return get_runtime()
@@ -148,10 +154,36 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             default=None,
             help="Settings of the cost meter; the environment (COST_METER_*) goes before them.",
         )
+    check_after_parsing(parser)
+
+
+def check_after_parsing(parser: argparse.ArgumentParser) -> None:
+    """Have the settings checked once this parser has parsed a command line that names the meter.
+
+    All ways to start a server parse one, in the process that starts all others; `vllm` makes a
+    parser for each of its commands, and uses one. Later it parses empty ones, to learn the
+    defaults: only the first one counts.
+    """
+    parse = parser.parse_known_args
+
+    @functools.wraps(parse)
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        global _is_checked
+        parsed = parse(*args, **kwargs)
+        namespace = parsed[0]
+        middlewares = getattr(namespace, "middleware", None) or ()
+        names_us = is_named() or any(str(name).startswith(OWN_MODULES) for name in middlewares)
+        if names_us and not _is_checked:
+            # A node that only runs engines uses no ledger.
+            check_settings(with_ledger=not getattr(namespace, "headless", False))
+            _is_checked = True
+        return parsed
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 class _Exporting(argparse.Action):
-    """Keeps a flag's value and exports it to the environment, for the processes to come."""
+    """A flag that also exports its value to the environment, so that child processes see it."""
 
     def __call__(
         self,
@@ -164,15 +196,15 @@ class _Exporting(argparse.Action):
         self.export(str(values))
 
     def export(self, value: str) -> None:
-        """Export the value, and do what it asks for."""
+        """Export the value and act on it."""
         raise NotImplementedError
 
 
 class NamePlugins(_Exporting):
-    """Exports `--plugins a,b` as VLLM_PLUGINS, and switches the meter on if it is among them."""
+    """`--plugins a,b`: exports VLLM_PLUGINS, and switches the meter on if it is named."""
 
     def export(self, value: str) -> None:
-        """Name the plugins."""
+        """Add the plugins to VLLM_PLUGINS."""
         wanted = [name.strip() for name in value.split(",") if name.strip()]
         os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_name(wanted))
         if is_named():
@@ -180,20 +212,18 @@ class NamePlugins(_Exporting):
 
 
 class NameConfig(_Exporting):
-    """Exports `--cost-meter-config FILE` as COST_METER_CONFIG, and checks what it says."""
+    """`--cost-meter-config FILE`: exports COST_METER_CONFIG."""
 
     def export(self, value: str) -> None:
-        """Name the file."""
+        """Set COST_METER_CONFIG to the absolute path."""
         os.environ["COST_METER_CONFIG"] = os.path.abspath(value)  # noqa: PTH100 - keeps symlinks
-        if is_named():
-            check_settings()
 
 
 def plugins_to_name(wanted: Sequence[str]) -> list[str]:
-    """Return the VLLM_PLUGINS that adds `wanted` and switches nothing else off.
+    """Return a VLLM_PLUGINS value that adds `wanted` and switches no other plugin off.
 
-    The variable is an allowlist over all groups, platforms included: where it was unset, every
-    plugin that would have loaded must now be named.
+    The variable is an allowlist over all groups, platforms included. If it was unset, every plugin
+    that would have loaded must now be named.
     """
     present = os.environ.get("VLLM_PLUGINS")
     if present is not None:
@@ -223,8 +253,8 @@ def _given(flag: str, argv: Sequence[str]) -> bool:
 class EndpointPlugin:
     """Entry point of `vllm.endpoint_plugins` (vLLM 0.27 and later): adds the middleware.
 
-    The meter starts with the application's lifespan, which both ways of installing the
-    middleware share.
+    The middleware itself starts the meter with the application's lifespan. So it works the same
+    whether this plugin or `--middleware` installed it.
     """
 
     name = NAME
@@ -233,10 +263,13 @@ class EndpointPlugin:
     def attach_router(self, app: Any) -> None:
         """Add the middleware, inside vLLM's authentication.
 
-        In a vLLM that is not understood only for tenants that are to fail closed.
+        If the meter does not understand this vLLM, the middleware is added only to refuse requests
+        of tenants that fail closed. A wrong setting stops the start here if the launcher of this
+        API server parsed no command line.
         """
         if not is_named():
             return
+        check_settings()
         with _refusing():
             if is_active() or _anyone_fails_closed():
                 from vllm_cost_meter.api_server.middleware import CostMiddleware
@@ -244,4 +277,4 @@ class EndpointPlugin:
                 app.add_middleware(CostMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Nothing to do: see the class."""
+        """Do nothing: the middleware starts the meter."""

@@ -34,6 +34,11 @@ UNITS = {
     "_hours": "Hours",
     "_cents": "Cents",
 }
+ANY_UNIT = re.compile(
+    rf"^({'|'.join(UNITS.values())}|1/s|GPU-s|s|%|RFC 3339( UTC)?|10\^-9 of `unit`)(?=[:.]|$)[:.]?"
+)
+# A description has at least so many words beside its unit.
+WORDS_MIN = 2
 # Inputs of calculators and figures have the words and units of the command line.
 DESCRIBED_ELSEWHERE = ("Used", "Figures")
 WINDOW = "2027-01-15T08:00:00Z,2027-01-15T09:00:00Z"
@@ -99,6 +104,19 @@ def test_every_field_of_an_answer_has_a_description_that_begins_with_its_unit(do
                 unit = next((unit for end, unit in UNITS.items() if field.endswith(end)), "")
                 if not name.endswith(DESCRIBED_ELSEWHERE):
                     assert re.match(unit, said), f"{path}: {name}.{field}: {said}"
+
+
+def test_no_description_of_a_field_is_only_a_unit(document):
+    for path, route in routes(document):
+        for name, schema in objects_in(document, schema_of(route)):
+            for field, inner in schema["properties"].items():
+                rest = ANY_UNIT.sub("", inner["description"], count=1)
+                assert len(rest.split()) >= WORDS_MIN, f"{path}: {name}.{field}: {rest}"
+
+
+@pytest.mark.parametrize("said", ["GPU-ns.", "mJ.", "USD", "Blocks x ms.", "Cents.", "1/s: theta"])
+def test_a_description_that_is_only_a_unit_would_be_found(said):
+    assert len(ANY_UNIT.sub("", said, count=1).split()) < WORDS_MIN
 
 
 def test_no_answer_is_checked_or_copied_when_it_is_sent(side):

@@ -139,7 +139,7 @@ def test_stat_loggers_that_are_not_understood_cost_the_latencies_only(
     assert answer["middleware"] == ["CostMiddleware"]
     line = the_line(probe)
     assert (
-        f"without latency metrics, all else is metered: expected {name.replace(':', '.')}" in line
+        f"no latency metrics; everything else is metered: expected {name.replace(':', '.')}" in line
     )
 
 

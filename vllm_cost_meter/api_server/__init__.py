@@ -1,1 +1,1 @@
-"""The meter in vLLM's API process: requests meet their bills, tenants and prices here."""
+"""The API side of the meter: joins requests with bills, tenants and prices in vLLM's API server."""

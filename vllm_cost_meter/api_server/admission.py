@@ -1,12 +1,12 @@
-"""Holds new requests to the budgets: one `Admission` per API server that has any.
+"""Admission by budgets: decide whether a new request is served, and end running ones if asked.
 
-Whenever a new snapshot of an engine is in the ledger, and so at most one poll after it was taken,
-what each budget has used is read anew, in a thread: by all API servers together, running requests
-included. Requests that come in between are judged by that reading, in memory, without waiting.
-Nothing is reserved for what a request may come to use, so what was admitted runs on past the limit;
-with `stop_running` the engine is told to end it.
+An API server with budgets has one `Admission`. When the ledger gets a new engine snapshot, at most
+one poll after it was taken, a thread reads anew how much of each budget is used. That covers all
+API servers and the running requests. Until the next reading, new requests are judged in memory,
+without waiting. Nothing is reserved for a request's future use, so an admitted request may run past
+the limit. With `stop_running` the engine then ends it.
 
-Invariant: a failure here refuses only requests of tenants that are to fail closed.
+Invariant: a failure here refuses only requests of tenants that fail closed.
 """
 
 import time
@@ -21,31 +21,31 @@ from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, Verdict, decide
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
-# The ledger is asked for new snapshots so many times in the time between two of them.
+# The ledger is asked this many times per snapshot interval for a new snapshot.
 ASKS_PER_SNAPSHOT = 4
-# Figures are stale when so many snapshots in a row are missing; never within this many seconds.
+# Figures are stale if this many snapshots in a row are missing, but not before `FRESH_S_MIN`.
 SNAPSHOTS_MISSED_MAX = 3
 FRESH_S_MIN = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What of the settings is needed here; it may change while the server runs."""
+    """The settings that admission needs; they may change while the server runs."""
 
     budgets: Sequence[Budget]
     fail_closed: Collection[str]
     price_of: PriceOf
 
 
-# Ends requests by their internal ids.
+# A `Stop` ends requests by their internal ids.
 Stop = Callable[[Sequence[str]], Awaitable[None]]
-# Internal ids of the requests of this server that run for somebody.
+# A `RunningOf` returns the internal ids of this server's running requests with matching owners.
 RunningOf = Callable[[Callable[[Owner], bool]], Sequence[str]]
 
 
 def fails_closed(owner: Owner, tenants: Collection[str]) -> bool:
-    """Tell whether an owner is, or is a child of, one of the tenants that are to fail closed."""
-    # Its parent too: a child that a client chose is declared nowhere.
+    """Return whether an owner is one of the tenants that fail closed, or a child of one."""
+    # The parent is checked too, because a child that a client chose is declared nowhere.
     return owner.tenant in tenants or owner.parent in tenants
 
 
@@ -63,7 +63,10 @@ class Admission:
         stop: Stop | None = None,
         loop: Loop | None = None,
     ) -> None:
-        """`interval_s` is the time between two snapshots, `guard` the hooks' error account."""
+        """Judge by `rules` and the use in `spending`; snapshots come every `interval_s`.
+
+        `guard` is the error account of the hooks, `loop` that of `run`.
+        """
         self._spending = spending
         self._rules = rules
         self._guard = guard
@@ -76,7 +79,7 @@ class Admission:
         self.figures = Figures()
 
     def verdict(self, owner: Owner, now_ns: int | None = None) -> Verdict:
-        """Return what becomes of a new request; it takes no I/O."""
+        """Decide about a new request of an owner, without any I/O."""
         now_ns = time.time_ns() if now_ns is None else now_ns
         stale = self.figures.stale(now_ns, self._max_age_ns)
         if stale is None and self._guard.off:
@@ -93,11 +96,11 @@ class Admission:
         return [standing for standing in self.figures.standings if standing.budget.covers(owner)]
 
     async def run(self) -> None:
-        """Follow the ledger for ever."""
+        """Follow the ledger for ever. Errors are contained and counted."""
         await self._loop.run(self.follow, self._interval_s / ASKS_PER_SNAPSHOT)
 
     async def follow(self) -> None:
-        """Read the figures anew if there is a new snapshot, and end what is to be ended."""
+        """If there is a new snapshot, read the figures anew and end requests of spent budgets."""
         rules = self._rules()
         latest = (await in_own_thread(self._spending.latest_snapshots), rules.budgets)
         if latest == self._latest:

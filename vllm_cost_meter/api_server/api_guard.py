@@ -1,6 +1,6 @@
-"""Contains the errors of the hooks in an API server, and counts the time that they take.
+"""The guard of an API server: contains errors of its hooks, and counts the time they take.
 
-Invariant: `run` never raises, and after the guard switched itself off it calls nothing.
+Invariant: `run` never raises. Once the guard has switched itself off, it calls nothing.
 """
 
 import time
@@ -19,11 +19,11 @@ class ApiGuard(Guard):
 
     def __init__(self) -> None:
         super().__init__("API server")
-        # Wall time of the hooks that the metrics do not show yet.
+        # Wall time of the hooks that is not in the metrics yet.
         self.own_ns = 0
 
     def run(self, hook: str, body: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-        """Call `body` for `hook`. Never raises; None after an error."""
+        """Call `body` for `hook`. Never raises; returns None after an error."""
         if self.off:
             return None
         start_ns = time.perf_counter_ns()
@@ -41,6 +41,6 @@ class ApiGuard(Guard):
         return result
 
     def show_own_time(self) -> None:
-        """Add the time that the hooks took since the last call to the metrics."""
+        """Add the hooks' time since the last call to the metrics."""
         metrics.count_own_time(self.own_ns)
         self.own_ns = 0

@@ -11,15 +11,14 @@ Invariant: a loop ends only when it is cancelled.
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
 from typing import TypeVar, TypeVarTuple
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.endpoint.answers import LoopHealth
 from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.guard import in_daemon_thread
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
 logger = logging.getLogger("vllm.cost_meter")
@@ -165,17 +164,7 @@ async def in_own_thread(body: Callable[[*Ts], R], *args: *Ts) -> R:
     What hangs in vLLM's thread pool would take one of its few threads, and hold up the end of the
     process.
     """
-    answer: Future[R] = Future()
-    answer.set_running_or_notify_cancel()  # from here on nobody can cancel it
-
-    def run() -> None:
-        try:
-            answer.set_result(body(*args))
-        except BaseException as error:  # noqa: BLE001 - it is the caller's
-            answer.set_exception(error)
-
-    threading.Thread(target=run, name="cost-meter-background", daemon=True).start()
-    return await asyncio.wrap_future(answer)
+    return await asyncio.wrap_future(in_daemon_thread(body, *args))
 
 
 def _is_known_to_happen(error: BaseException) -> bool:

@@ -1,7 +1,7 @@
-"""Bounds how long a reply waits for its bills, and stops the waiting while bills do not come.
+"""The circuit breaker: bounds how long a reply waits for its bills, and stops useless waiting.
 
-Invariant: no reply waits longer than its bound, or at all after `misses_in_a_row_max` waits in a
-row were in vain, until a bill is committed again.
+Invariant: no reply waits longer than its bound. After `misses_in_a_row_max` waits in vain in a row
+no reply waits at all, until a bill is committed again.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from vllm_cost_meter.guard import Guard
 
 T = TypeVar("T")
 
-# Replies that waited in vain, in a row, before nobody waits any more.
+# After this many replies in a row that waited in vain, replies stop waiting.
 MISSES_IN_A_ROW_MAX = 5
 
 
@@ -28,20 +28,20 @@ class Breaker:
 
     @property
     def open(self) -> bool:
-        """True while nobody should wait."""
+        """True while replies should not wait."""
         return self._in_a_row >= self._misses_in_a_row_max
 
     def missed(self) -> None:
-        """A reply waited in vain, or would have."""
+        """Count a reply that waited in vain, or would have."""
         self._in_a_row += 1
         metrics.count_miss()
 
     def bill_came(self) -> None:
-        """A bill came and was committed."""
+        """Note a committed bill: replies may wait again."""
         self._in_a_row = 0
 
     async def settle(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T | None:
-        """Return what `work` returns; None if it failed, took too long, or nobody waits now."""
+        """Await `work` and return its result; None if it fails, is too slow, or we do not wait."""
         if self.open:
             work.close()
             self.missed()

@@ -1,11 +1,11 @@
-"""Joins bills with the HTTP requests they belong to, and puts both into the ledger.
+"""The collector joins bills with their HTTP requests, prices them, and writes both to the ledger.
 
-Bills come in through vLLM's output stream (`vllm_hooks/output_processor.py`); here they are priced
-and get their tenant and response. A reply waits here, within a bound, until its cost is committed.
-A request that runs for longer is announced to the ledger before its bill.
+Bills arrive in vLLM's output stream (`vllm_hooks/output_processor.py`). Here they get a price, a
+tenant and a response. A reply waits here, within a bound, until its cost is committed. A request
+that runs for longer is announced to the ledger before its bill. Settings are read at each use,
+because some change while the server runs.
 
-Invariant: a client is told a cost only after the ledger has committed it. Settings are read at each
-use, as some change while the server runs.
+Invariant: a client is told a cost only after the ledger has committed it.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class Collector:
         open_requests: OpenRequests | None = None,
     ) -> None:
         self.breaker = Breaker(guard)
-        # What is known of the engines; nothing before the application has started.
+        # Facts about the engines; empty before the application has started.
         self.run_facts = RunFacts()
         self._writer = writer
         self._guard = guard
@@ -55,7 +55,7 @@ class Collector:
     # -- births and bills -------------------------------------------------------------------
 
     def born(self, birth: Birth) -> None:
-        """An engine request was born in this process. Idempotent."""
+        """Note a new engine request of this process. A repeated call changes nothing."""
         if not self._open.add(birth):
             return
         if (exchange := birth.exchange) is not None:
@@ -65,7 +65,7 @@ class Collector:
                 self._writer.put(replace(record, response_id=exchange.response_id))
 
     def billed(self, bill: Bill) -> None:
-        """A bill came: keep it, and add it to the HTTP request it belongs to."""
+        """Price a bill, write it to the ledger, and add it to its HTTP request."""
         birth, announced = self._open.take(bill.request_id)
         book = self._settings().price_book
         part = engine_request(bill, birth, self.run_facts, book, announced=announced)
@@ -100,13 +100,13 @@ class Collector:
                 records.append(open_request(birth, model))
             except Exception as error:  # noqa: BLE001 - the others are announced all the same
                 failure = error
-        # Bills go the same way, later: a request cannot be announced after its bill.
+        # Bills go through the same queue later, so a request is never announced after its bill.
         self._writer.put(*records)
         if failure is not None:
             raise failure
 
     def open_requests_of(self, covers: Callable[[Owner], bool]) -> list[str]:
-        """Return the internal ids of the open requests whose owner `covers` accepts."""
+        """Return the internal ids of the open requests with an owner that `covers` accepts."""
         return [
             birth.request_id
             for birth in self._open
@@ -126,14 +126,14 @@ class Collector:
         record = http_request(exchange, self.run_facts.model, told=True)
         exchange.recorded = True
         try:
-            # Shielded: the ledger keeps the record though the reply may not wait for it.
+            # The commit is shielded: the ledger keeps the record even if the reply stops waiting.
             await asyncio.shield(asyncio.wrap_future(self._writer.commit(record)))
         except Exception as error:  # noqa: BLE001 - whatever its database raises
             raise LedgerError(f"the cost was not committed: {error}") from error
         return cost
 
     def ended(self, exchange: Exchange) -> None:
-        """The application is done with an HTTP request: record it, unless that has been done."""
+        """Record an HTTP request that the application has finished, unless that was done before."""
         if exchange.recorded:
             return
         exchange.recorded = True

@@ -1,4 +1,4 @@
-"""Decides what becomes of a new request: admitted, delayed, warned in its reply, or refused.
+"""Judge a new request: admit it, delay it, warn in its reply, or refuse it.
 
 Invariant: without a budget and without a tenant that fails closed, every request is admitted.
 """
@@ -21,7 +21,7 @@ from vllm_cost_meter.tenants.budgets import Verdict
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What becomes of a new request: refused, delayed, or warned in its reply."""
+    """The decision about a new request; the defaults mean that it is simply admitted."""
 
     refusal: Refusal | None = None
     delay_s: float = 0.0
@@ -33,12 +33,12 @@ _DOWN = Verdict("unavailable", stale="the meter of this server is off")
 
 
 def route_of_scope(scope: Scope) -> str:
-    """Return the ledger's label of the path that a request asks for."""
+    """Return the ledger's label for the path of a request."""
     return route_of(scope["path"].removeprefix(scope.get("root_path", "")))
 
 
 def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) -> Judged:
-    """Return what becomes of a new request by its budgets; it takes no I/O."""
+    """Decide about a new request by its budgets, without any I/O."""
     if admission is None or not reaches_engine(exchange.route):
         return ADMITTED
     if exchange.owner == CONTRADICTION:
@@ -53,9 +53,9 @@ def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) ->
 
 
 def judge_unmetered(scope: Scope, settings: Settings | None) -> Judged:
-    """Return what becomes of a new request while nothing is measured. Never raises.
+    """Decide about a new request while nothing is measured. Never raises.
 
-    It is refused if its tenant fails closed.
+    The request is refused if its tenant fails closed.
     """
     if settings is None or not settings.failing_closed or scope["type"] == "lifespan":
         return ADMITTED

@@ -1,11 +1,13 @@
-"""The ASGI middleware: opens an exchange for each HTTP request and has its reply edited.
+"""The ASGI middleware: opens an exchange for each HTTP request and puts the cost into its reply.
 
-Where a rule wants to know what the body of a request says, the body is read before the application
-reads it, and handed on as it came. `judging` decides whether the request is admitted, `ReplyEditor`
+If a tenant rule needs the body of a request, the middleware reads the body before the application
+does, and passes it on unchanged. `judging` decides whether the request is admitted. `ReplyEditor`
 puts the cost into the reply.
 
-Installed by the endpoint plugin (vLLM 0.27 and later) or `--middleware
-vllm_cost_meter.middleware.CostMiddleware` (any version), and harmless when installed twice.
+The endpoint plugin installs it (vLLM 0.27 and later), or `--middleware
+vllm_cost_meter.middleware.CostMiddleware` does (any version). Installing it twice does no harm.
+
+An application whose settings are wrong does not start; after that, nothing of ours stops it.
 
 Invariant: a request is served exactly once, metered or not, unless a budget refuses it.
 """
@@ -33,16 +35,19 @@ class CostMiddleware:
     def __init__(
         self, app: ASGIApp, runtime: Callable[[], Runtime | NoRuntime] = get_runtime
     ) -> None:
-        """`runtime` is called at each request, so that it is made in the process that serves."""
+        """Wrap `app`. `runtime` is called at each request, so that the serving process makes it."""
         self.app = app
         self._runtime = runtime
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if is_metered(scope):  # installed twice
+        if is_metered(scope):  # The middleware is installed twice.
             await self.app(scope, receive, send)
             return
         runtime = self._runtime()
-        if not isinstance(runtime, Runtime):
+        if isinstance(runtime, NoRuntime) and runtime.wrong and scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": runtime.wrong})
+        elif not isinstance(runtime, Runtime):
             judged = judge_unmetered(scope, runtime.settings)
             if judged.refusal is None:
                 await self.app(scope, receive, send)
@@ -69,7 +74,7 @@ class CostMiddleware:
         editor = None
         if exchange is not None:
             editor = guard.run("new editor", _new_editor, runtime, exchange, send, judged)
-        # Always set, also to None: the context may be that of another tenant's request.
+        # Set it even to None, because the context may hold another tenant's exchange.
         exchange = exchange if editor is not None else None
         set_exchange(scope, exchange)
         token = current_exchange.set(exchange)
@@ -83,21 +88,21 @@ class CostMiddleware:
     async def _served(
         self, scope: Scope, receive: Receive, send: Send, editor: ReplyEditor | None
     ) -> None:
-        """Call the application; what it left of an incomplete reply leaves as it came."""
+        """Call the application; if its reply stays incomplete, send the held part unedited."""
         if editor is None:
             await self.app(scope, receive, send)
             return
         try:
             await self.app(scope, editor.receiving(receive), editor.sending())
         except Exception:
-            with contextlib.suppress(Exception):  # the application's own error counts
+            with contextlib.suppress(Exception):  # The application's own error must be raised.
                 await editor.release()
             raise
         await editor.release()
 
 
 def _starting(scope: Scope, send: Send, runtime: Runtime) -> Send:
-    """Start and stop the meter's own work with the application."""
+    """Wrap `send` of the lifespan to start and stop the meter together with the application."""
 
     async def starting_send(message: Message) -> None:
         if message["type"] == "lifespan.startup.complete":
@@ -113,7 +118,7 @@ def _starting(scope: Scope, send: Send, runtime: Runtime) -> Send:
 
 
 def _has_claims(scope: Scope) -> bool:
-    """Tell whether the body of a request may say something of its tenant."""
+    """Return whether the body of a request may contain claims about its tenant."""
     return (
         scope["type"] == "http"
         and reaches_engine(route_of_scope(scope))
@@ -122,7 +127,7 @@ def _has_claims(scope: Scope) -> bool:
 
 
 async def _read_claims(receive: Receive, runtime: Runtime) -> tuple[BodyClaims, Receive]:
-    # A function of its own, so that the body does not live as long as the exchange.
+    # This is a separate function so that the body does not live as long as the exchange.
     body, replayed = await read_ahead(receive)
     claims = runtime.guard.run("claims", lambda: claims_of(body, runtime.served))
     return claims or NO_CLAIMS, replayed
@@ -158,7 +163,7 @@ def _new_editor(runtime: Runtime, exchange: Exchange, send: Send, judged: Judged
 
 async def _refuse(told: Refusal, scope: Scope, send: Send) -> None:
     if scope["type"] == "websocket":
-        # Before it was accepted: the server answers the handshake with 403.
+        # The socket is not accepted yet, so the server answers the handshake with 403.
         await send({"type": "websocket.close", "code": 1008})
         return
     await send({"type": "http.response.start", "status": told.status, "headers": told.headers})

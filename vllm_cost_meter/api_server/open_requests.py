@@ -1,8 +1,8 @@
-"""The engine requests of one API server that have no bill yet, and which of them were announced.
+"""The open engine requests of one API server: no bill yet, announced to the ledger or not.
 
-A running request can be looked up in the ledger once it is announced there: whose it is, under
-which ids. Most requests end within a second, and would cost two writes for nothing; so a request is
-announced when it was here at the round before too, or when somebody asks.
+Once a request is announced, its owner and ids can be looked up in the ledger while it runs. Most
+requests end within a second, and announcing them would cost two writes for nothing. So a request is
+announced when it was already open at the last round, or when a reader asks.
 
 Invariant: each birth is announced at most once, and never after it was taken.
 """
@@ -12,14 +12,14 @@ from itertools import islice
 
 from vllm_cost_meter.exchange import Birth
 
-# A server holds far fewer requests, so more means that bills are not coming.
+# A server holds far fewer requests, so more means that bills do not come.
 REQUESTS_MAX = 100_000
-# They are announced on vLLM's event loop.
+# Announcing runs on vLLM's event loop, so it is limited.
 ANNOUNCED_AT_ONCE_MAX = 1_000
 
 
 class OpenRequests:
-    """Births by internal request id, the oldest first. Used by one event loop only."""
+    """Open requests by internal request id, oldest first. Used by one event loop only."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class OpenRequests:
         self._requests_max = requests_max
         self._announced_at_once_max = announced_at_once_max
         self._births: dict[str, Birth] = {}
-        # Not announced: those that were here at the last round, and those that came since.
+        # Unannounced requests: those that were open at the last round, and those that came since.
         self._older: dict[str, Birth] = {}
         self._newer: dict[str, Birth] = {}
 
@@ -37,7 +37,7 @@ class OpenRequests:
         return len(self._births)
 
     def add(self, birth: Birth) -> bool:
-        """Keep a birth, in place of the oldest when there are too many; False if it is known."""
+        """Keep a new request; if there are too many, drop the oldest. False if it is known."""
         if birth.request_id in self._births:
             return False
         if len(self._births) >= self._requests_max:
@@ -46,25 +46,25 @@ class OpenRequests:
         return True
 
     def take(self, request_id: str) -> tuple[Birth | None, bool]:
-        """Forget a birth and return it, and whether it was announced; None for an unknown one."""
+        """Remove a request and return (request, was announced); None if it is unknown."""
         birth = self._births.pop(request_id, None)
         newer = self._newer.pop(request_id, None)
         older = self._older.pop(request_id, None)
         return birth, birth is not None and newer is None and older is None
 
     def __iter__(self) -> Iterator[Birth]:
-        """Return those without a bill, the oldest first."""
+        """Iterate over the open requests, oldest first."""
         return iter(self._births.values())
 
     def due(self) -> list[Birth]:
-        """Begin a round: return those to announce that were here at the last round too."""
+        """Begin a round; return the unannounced requests that were open at the last round, too."""
         due = self._announce(self._older)
         if not self._older:
             self._older, self._newer = self._newer, self._older
         return due
 
     def unannounced(self) -> list[Birth]:
-        """Return those to announce that were not announced yet, however young."""
+        """Return all unannounced requests for announcing, even the youngest."""
         return [*self._announce(self._older), *self._announce(self._newer)]
 
     def _announce(self, births: dict[str, Birth]) -> list[Birth]:

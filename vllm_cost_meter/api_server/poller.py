@@ -1,9 +1,9 @@
-"""Asks the engines for their books, once a second and whenever somebody wants to read them.
+"""Poll the engines for their books, at each interval and whenever a reader wants fresh figures.
 
-An engine without requests makes no step and would say nothing by itself; asked, it also shows that
-it is alive. Runs on the event loop of the first API server only.
+An engine without requests makes no step, so it would report nothing by itself. The poll also shows
+that it is alive. The poller runs on the event loop of the first API server only.
 
-Invariant: an hour's totals are sent again until a snapshot that held them is committed.
+Invariant: an engine sends an hour's totals again until a snapshot that had them is committed.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from vllm_cost_meter.vllm_hooks import engines
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# An engine answers between two steps; a step of a large prefill may take seconds.
+# An engine answers between two steps, and a step with a large prefill may take seconds.
 ANSWER_TIMEOUT_S = 10.0
 
 
@@ -36,9 +36,10 @@ class Poller:
         announce: Callable[[], None] = lambda: None,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
-        """`earlier_fit` looks up, in a thread, what a new engine may begin with.
+        """Make a poller.
 
-        `announce` tells the ledger whose the requests are that run in this process.
+        `earlier_fit` looks up an earlier cost model for a new engine; it is called in a thread.
+        `announce` writes this process's running requests and their owners to the ledger.
         """
         self._engine_client = engine_client
         self._writer = writer
@@ -49,39 +50,39 @@ class Poller:
         self._acknowledged: dict[str, int] = {}
         self._earlier_fit = earlier_fit
         self._announce = announce
-        # By run, until the engine was told.
+        # The earlier fits, by run, that the next poll will send.
         self._fits: dict[str, EarlierFit] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self.latest: dict[str, Snapshot] = {}
         self.stopping = False
         self._overdue = False
-        # By the place of its engine: the run that answered last, until its engine fails.
+        # The run that answered last, by its engine's place. A failing engine is removed.
         self._runs: dict[int, str] = {}
 
     async def run(self) -> None:
-        """Poll for ever."""
-        await self._loop.run(self._refresh_and_hand_fits_over, self._interval_s)
+        """Poll for ever. Errors are contained and counted."""
+        await self._loop.run(self._refresh_and_send_fits, self._interval_s)
 
-    async def _refresh_and_hand_fits_over(self) -> None:
+    async def _refresh_and_send_fits(self) -> None:
         await self.refresh()
-        if self._fits:  # before the first requests, if possible
+        if self._fits:  # Send them before the first requests come, if possible.
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Bring the ledger up to now. Callers that come while one is under way share it."""
+        """Bring the ledger up to now. Callers during a refresh share it."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._poll())
         await asyncio.shield(self._refreshing)
 
     async def look(self) -> None:
-        """Bring the ledger up to now for a reader, with the names of the youngest requests too."""
+        """Bring the ledger up to now for a reader, with the owners of the youngest requests too."""
         self._announce()
         await self.refresh()
-        # The refresh may have been under way, and its commit come before what was announced.
+        # A refresh that was already under way may have committed before the announcements.
         await asyncio.wrap_future(self._writer.commit())
 
     def alive(self) -> frozenset[str]:
-        """Return the runs whose engines have not failed, however long they take to answer."""
+        """Return the runs of engines that have not failed, even if they are slow to answer."""
         return frozenset(self._runs.values())
 
     async def _poll(self) -> None:
@@ -102,29 +103,29 @@ class Poller:
             self._acknowledged[snapshot.run_id] = snapshot.number
 
     async def _look_for_a_fit(self, snapshot: Snapshot) -> None:
-        """Have a new engine told, with the next poll, what one like it had learnt before."""
+        """Look up what an equal engine learnt before; the next poll sends it to the new engine."""
         try:
             fit = await in_own_thread(self._earlier_fit, snapshot)
         except LedgerError as error:
-            logger.warning("cost meter: no earlier fit could be looked up: %s", error)
+            logger.warning("cost meter: the earlier cost model could not be looked up: %s", error)
             return
         if fit is not None:
             self._fits[snapshot.run_id] = fit
 
     def _note_runs(self, answers: Sequence[Snapshot | BaseException | None]) -> None:
-        """An engine in a long step does not answer in time: it lives. One that fails may not."""
+        """Note which runs are alive; a timeout does not count as dead, as long steps cause it."""
         runs = dict(self._runs)
         for place, answer in enumerate(answers):
             if isinstance(answer, Snapshot):
                 runs[place] = answer.run_id
             elif not isinstance(answer, TimeoutError):
                 runs.pop(place, None)
-        # Readers are in other threads: they see the old runs or the new ones.
+        # The dict is replaced, never changed: readers in other threads see the old or the new one.
         self._runs = runs
 
     def _note_failures(self, failures: Sequence[BaseException]) -> None:
         if self.stopping:
-            return  # engines go before we do
+            return  # Engines stop before we do, so failures are expected now.
         if any(isinstance(failure, TimeoutError) for failure in failures):
             self._note_overdue()
         elif not failures:
@@ -135,7 +136,7 @@ class Poller:
                 self._engines_loop.failed(failure)
 
     def _note_overdue(self) -> None:
-        """A busy engine is no error of ours: say so once, until it has answered again."""
+        """Log once that an engine is overdue, until it answers again. This is not our error."""
         if not self._overdue:
             logger.warning(
                 "cost meter: an engine did not answer within %g s; asking again until it does. "

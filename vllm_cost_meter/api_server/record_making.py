@@ -1,6 +1,6 @@
-"""Makes the ledger's records of a request out of its birth, its bill and its HTTP request.
+"""Make the ledger's records from an engine request, its bill and its HTTP request.
 
-Nothing here does I/O or keeps anything.
+Nothing here does I/O or keeps state.
 
 Invariant: the records of one request name the same tenant, model and ids.
 """
@@ -48,7 +48,7 @@ def open_request(birth: Birth, model: str | None) -> OpenRequest:
 def engine_request(
     bill: Bill, birth: Birth | None, run: RunFacts, book: PriceBook, *, announced: bool
 ) -> EngineRequest:
-    """Return the record of a billed engine request; without a birth it is nobody's."""
+    """Return the record of a billed engine request; without a birth it belongs to no tenant."""
     finished_at_ns = time.time_ns()
     exchange = birth.exchange if birth is not None else None
     return EngineRequest(
@@ -71,7 +71,7 @@ def engine_request(
 
 
 def http_request(exchange: Exchange, model: str | None, *, told: bool) -> HttpRequest:
-    """Return the record of an HTTP request as it stands now; `told` says that its cost is."""
+    """Return the record of an HTTP request now; `told` is True if its client is told the cost."""
     sent = exchange.sent
     return HttpRequest(
         http_request_id=exchange.http_request_id,
@@ -91,7 +91,7 @@ def http_request(exchange: Exchange, model: str | None, *, told: bool) -> HttpRe
 
 
 def cost_of(exchange: Exchange) -> Cost:
-    """Return what has been billed for an HTTP request so far, as its reply says it."""
+    """Return the cost of an HTTP request from its bills so far, in the form for its reply."""
     return Cost(
         gpu_time_ns=exchange.gpu_time_ns,
         prefill_ns=exchange.prefill_ns,
@@ -106,14 +106,14 @@ def cost_of(exchange: Exchange) -> Cost:
 
 
 def response_id(birth: Birth) -> str | None:
-    """Return the id of the reply that an engine request is for, None where it is unknown."""
+    """Return the id of the reply that an engine request serves; None if it is unknown."""
     if birth.exchange is None or birth.external_id is None:
         return None
     return response_id_of(birth.exchange.route, birth.external_id)
 
 
 def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
-    """Return the price of a run in the hour it began, as the ledger keeps it; None without one."""
+    """Return the ledger's price record for a run in its first hour; None without a price."""
     engine = snapshot.engine
     run = RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
     price = book.price_at(run, snapshot.started_at_ns // NS_PER_HOUR)
@@ -125,13 +125,13 @@ def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
         since_ns, price_id = snapshot.started_at_ns, f"settings:{price.text}"
     else:
         since_ns = entry.effective_from_hour * NS_PER_HOUR
-        # A fact is written once: what is in it is in its key.
+        # A price is written only once, so its key has all of its contents.
         price_id = f"book:{price.text}:{rfc3339(since_ns)}:{source}"
     return Price(price_id, price.text, source, since_ns)
 
 
 def latencies(times: RequestTimes, output_tokens: int, finished_at_ns: int) -> Latencies:
-    """Return a request's latencies from vLLM's per-request statistics; 0 there means not yet."""
+    """Return a request's latencies from vLLM's per-request statistics, where 0 means not yet."""
     first, last = times.first_token_ts, times.last_token_ts
     return Latencies(
         queue_ms=(times.scheduled_ts - times.queued_ts) * 1e3 if times.scheduled_ts else None,
@@ -146,7 +146,7 @@ def _latencies(birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencie
         return Latencies()
     try:
         return latencies(birth.times, bill.output_tokens, finished_at_ns)
-    except (AttributeError, TypeError):  # another vLLM's: unknown, and no reason to lose a bill
+    except (AttributeError, TypeError):  # Another vLLM's statistics must not cost us the bill.
         metrics.count_error("api")
         return Latencies()
 
@@ -154,8 +154,8 @@ def _latencies(birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencie
 def _cost_nanousd(
     bill: Bill, run: RunFacts, book: PriceBook, ns_of: Callable[[UsagePiece], int]
 ) -> int | None:
-    """Return what time of a bill costs, each hour at its own price; None if one has none."""
-    # What has used nothing has no hour of its own, and costs nothing if now has a price.
+    """Return the cost of a bill's time, each hour at its own price; None if an hour has none."""
+    # A bill without use has no hour. It costs 0 if the present hour has a price.
     now = time.time_ns() // NS_PER_HOUR
     spent = [(piece.hour, ns_of(piece)) for piece in bill.pieces] or [(now, 0)]
     at = by_price(spent, partial(book.price_at, run))

@@ -1,10 +1,10 @@
-"""What a client is told when a budget speaks: the reply that refuses, the header that warns.
+"""Replies of budgets to a client: the refusal of a request, and the header that warns.
 
-The error is OpenAI's, so that its SDKs raise what they raise for a spent quota and, by
-`x-should-retry`, do not try again; for Anthropic's messages it has their frame.
-docs/howto/budgets.md lists it.
+The error has OpenAI's form, so its SDKs raise the same error as for a spent quota. The header
+`x-should-retry` keeps them from trying again. For Anthropic's messages the error has Anthropic's
+form. docs/howto/budgets.md lists both.
 
-Invariant: nothing here says anything of another tenant than the one that asks.
+Invariant: a client is told nothing about other tenants.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from vllm_cost_meter.tenants.budgets import Standing, Verdict
 BAD_REQUEST = 400
 TOO_MANY_REQUESTS = 429
 UNAVAILABLE = 503
-# Stale figures are fresh again within some snapshots, if at all.
+# If stale figures become fresh again at all, it takes only a few snapshots.
 RETRY_STALE_S = 5
 
 Headers = list[tuple[bytes, bytes]]
@@ -24,7 +24,7 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A complete reply."""
+    """A complete HTTP reply that refuses a request."""
 
     status: int
     headers: Headers
@@ -32,13 +32,13 @@ class Refusal:
 
 
 def refusal(verdict: Verdict, tenant: str, route: str) -> Refusal:
-    """Return the reply to a request that is blocked, or unavailable as nothing is known."""
+    """Return the reply to a blocked request, or to one refused because figures are stale."""
     standing = verdict.standing
     if standing is None:
         return _reply(
             UNAVAILABLE,
-            f"the cost of requests cannot be measured now ({verdict.stale}), and tenant {tenant!r}"
-            " is not served without; try again later",
+            f"the cost of requests cannot be measured now ({verdict.stale}), and without that"
+            f" tenant {tenant!r} is not served; try again later",
             ("service_unavailable", "api_error", "cost_meter_stale"),
             route,
             [(b"retry-after", b"%d" % RETRY_STALE_S)],
@@ -60,9 +60,9 @@ def refusal(verdict: Verdict, tenant: str, route: str) -> Refusal:
 
 
 def contradicting(route: str) -> Refusal:
-    """Return the reply to a request that claims to be of two tenants, where budgets hold.
+    """Return the reply to a request that claims two tenants, where budgets apply.
 
-    Without it, whoever has spent its budget sends its key twice, differently, and is nobody.
+    Otherwise a client with a spent budget could send two different keys and count as no tenant.
     """
     return _reply(
         BAD_REQUEST,
@@ -109,5 +109,5 @@ def _period(standing: Standing) -> str:
 
 
 def _header_text(text: str) -> bytes:
-    # Names may be any printable text; a header is ASCII.
+    # A name may be any printable text, but a header must be ASCII.
     return text.encode("ascii", "replace")

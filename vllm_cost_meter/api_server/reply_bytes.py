@@ -1,17 +1,17 @@
-"""The bytes of replies: what they say of usage, and where a measured cost goes into them.
+"""Read the usage in the bytes of a reply, and insert the measured cost into them.
 
-Nothing here does I/O or knows ASGI; bytes go in and bytes come out. A reply is edited in place and
-never re-serialised, because only then is everything but our own fields the server's, byte for
-byte: number formats, key order, white space, escapes. An ordinary token chunk is put aside by a
-search in its bytes, before any JSON is parsed.
+Nothing here does I/O or knows ASGI: bytes go in and bytes come out. A reply is edited in place and
+never serialised again. Only so do all bytes except our own fields stay the server's: number
+formats, key order, white space, escapes. A search in the bytes recognises an ordinary token chunk
+before any JSON is parsed.
 
-JSON is scanned as latin-1 text: each byte is one character, so positions in the text are positions
-in the bytes, and all of JSON's own signs are ASCII. Values read that way are right only where they
-are ASCII, which every name and number read here is.
+JSON is scanned as latin-1 text. Each byte is then one character, so a position in the text is the
+position in the bytes. JSON's own signs are all ASCII. Values read this way are right only if they
+are ASCII, and every name and number read here is.
 
-Invariants: no function raises on any bytes; `insert_usage` returns its event unchanged, or with
-one run of bytes added at the end of its usage object; the chunks that `SseEvents` gives out, and
-its rest, are the bytes it was fed.
+Invariant: no function raises on any bytes. `insert_usage` returns its event unchanged, or with one
+run of bytes added at the end of its usage object. The events of `SseEvents` and its rest are
+exactly the bytes it was fed.
 """
 
 import json
@@ -27,46 +27,47 @@ import msgspec
 from vllm_cost_meter.records.requests import Usage
 from vllm_cost_meter.units.money import format_nano, format_usd
 
-# A longer event is not held back: it passes through in pieces, unedited.
+# A longer event is not held back. It passes in pieces, unedited.
 EVENT_BYTES_MAX = 16 * 1024 * 1024
-# What a 64-bit ledger column can hold.
+# The largest number that a 64-bit ledger column can hold.
 _TOKENS_MAX = 2**63 - 1
 
 _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _EVENT_END = re.compile(rb"\n\r?\n")
 _DATA_LINE = re.compile(rb"^data:[ ]?([^\r\n]*)\r?$", re.MULTILINE)
-# Tells, at a glance, that a message is one whole OpenAI chunk with a choice, as nearly every one of
-# a stream is; None says nothing. An event of one line with a choice is neither a final usage event
-# nor an end, and no text can pass for the mark: within a JSON string a quote has a backslash before
-# it. One call into C and no function of ours, because it is the meter's cost per token.
+# A match means that a message is one whole OpenAI chunk with a choice, as nearly all in a stream
+# are. No match means nothing. A one-line event with a choice is neither a final usage event nor an
+# end. No generated text can imitate the mark, because a quote inside a JSON string has a backslash
+# before it. This is one call into C and no function of ours, because it runs for every token.
 is_token = re.compile(rb'data: [^\n]*"choices":\[\{[^\n]*\n\n').fullmatch
 _RESPONSES_TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 _MAYBE_FINAL = re.compile(
     rb'"choices"\s*:\s*\[\s*\]|"message_delta"|"response\.(?:completed|incomplete|failed)"'
 )
 _END_TYPES = ("message_stop", "error", *_RESPONSES_TERMINAL)
-# One of these is in every end.
+# Every end event contains one of these.
 _END_MARKS = (b"[DONE]", *(f'"{name}"'.encode() for name in _END_TYPES))
-# What the meter adds to a usage object.
+# The fields that the meter adds to a usage object.
 _OUR_FIELDS = frozenset({"cost", "cost_details"})
 
-# All printable ASCII but "%", so that percent-decoding gives back any text.
+# All printable ASCII except "%", so that percent-decoding restores any text.
 _HEADER_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 _COMMENT_SAFE = _HEADER_SAFE.replace(" ", "")
 
-# Where a value starts and ends.
+# A span is the start and the end of a value.
 _Span = tuple[int, int]
-# RecursionError: JSON nested thousands deep.
+# JSON that is nested thousands deep raises RecursionError.
 _JSON_ERRORS = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a reply says of its cost, over all its engine requests. No price: costs are None.
+    """The cost that a client is told, over all engine requests of a reply.
 
-    `cost_nanousd` is what it is charged, `marginal_cost_nanousd` what it added to the bill.
-    Its amounts are told as exact decimals with nine places, never with an exponent.
+    `cost_nanousd` is the charge, and `marginal_cost_nanousd` is what the request added to the
+    server's cost. Both are None without a price. The client is told exact decimals with nine
+    places, never with an exponent.
     """
 
     gpu_time_ns: int
@@ -95,7 +96,7 @@ _CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 def usage_of(body: bytes | Mapping[str, Any]) -> Usage:
-    """Return the tokens a complete JSON reply tells its client, None where it does not say."""
+    """Return the token counts that a complete JSON reply tells its client; None where missing."""
     if isinstance(body, Mapping):
         return _tokens(body.get("usage"))
     try:
@@ -105,7 +106,7 @@ def usage_of(body: bytes | Mapping[str, Any]) -> Usage:
 
 
 def goes_on(body: bytes) -> bool:
-    """Tell whether a Responses reply announces a background response that is still generating."""
+    """Return whether a Responses reply announces a background response that still generates."""
     try:
         return msgspec.json.decode(body, type=_Reply).status in ("queued", "in_progress")
     except (msgspec.MsgspecError, *_JSON_ERRORS):
@@ -113,10 +114,10 @@ def goes_on(body: bytes) -> bool:
 
 
 def _tokens(usage: object) -> Usage:
-    """Read a usage object of the OpenAI, Anthropic or Responses kind.
+    """Read a usage object of the OpenAI, Anthropic or Responses API.
 
-    Anthropic's input_tokens leaves out what the cache gave (vLLM 0.32 subtracts it), the others'
-    include it; older vLLMs did not subtract and did not send the cache's share either.
+    Anthropic's input_tokens excludes cached tokens (vLLM 0.32 subtracts them); the other APIs
+    include them. Older vLLMs neither subtracted cached tokens nor sent their number.
     """
     if not isinstance(usage, Mapping):
         return Usage()
@@ -144,9 +145,9 @@ def _count(holder: object, name: str) -> int | None:
 
 
 class SseEvents:
-    """Cuts a stream of bytes into server-sent events, however its chunks fall.
+    """Cuts a stream of bytes into server-sent events, wherever its chunks begin and end.
 
-    An event is everything up to and including its blank line; comments are events too.
+    An event is everything up to and including its blank line. Comments are events too.
     """
 
     def __init__(self, event_bytes_max: int = EVENT_BYTES_MAX) -> None:
@@ -155,19 +156,19 @@ class SseEvents:
 
     @property
     def pending(self) -> bool:
-        """True while an event has begun whose end has not come yet."""
+        """True while an event has begun and its end has not come yet."""
         return bool(self._buffer)
 
     @property
     def rest(self) -> bytes:
-        """The bytes of an event whose end has not come yet."""
+        """The bytes of an incomplete event."""
         return bytes(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the events that these bytes complete, terminators included."""
         if not self._buffer and data.find(b"\n\n") == len(data) - 2 >= 0 and b"\r" not in data:
-            return [data]  # as vLLM sends: one event, one chunk
-        # The end may have begun in what was there before: at most two bytes of it.
+            return [data]  # vLLM sends one event per chunk.
+        # Up to two bytes of an event's end may already be in the buffer.
         seen = max(0, len(self._buffer) - 2)
         self._buffer += data
         events, start = [], 0
@@ -182,28 +183,28 @@ class SseEvents:
 
 
 def is_ordinary(event: bytes) -> bool:
-    """Tell, at a glance, that an event is neither a final usage event nor an end.
+    """Return True if an event surely is neither a final usage event nor an end.
 
-    So are the tokens of the other APIs. Nothing is parsed; False says nothing.
+    The tokens of all APIs give True. Nothing is parsed, and False means nothing.
     """
     return b'"usage"' not in event and not any(mark in event for mark in _END_MARKS)
 
 
 def final_usage(event: bytes) -> Usage | None:
-    """Return the usage of a stream's final usage event, None for every other event.
+    """Return the usage in a stream's final usage event; None for every other event.
 
-    Final are: OpenAI's chunk without choices (one with choices carries a running count),
-    Anthropic's message_delta, and the terminal events of the Responses API.
+    Final usage events are OpenAI's chunk without choices, Anthropic's message_delta, and the
+    terminal events of the Responses API. OpenAI's chunks with choices have a running count only.
     """
     found = _final_usage(event)
     return None if found is None else _tokens(found[1])
 
 
 def insert_usage(event: bytes, cost: Cost) -> bytes:
-    """Return the event with the cost at the end of its usage object, no other byte changed.
+    """Add the cost at the end of an event's usage object; no other byte changes.
 
-    That is `cost` (null without a price) and `cost_details`. Returned as it came: what is not a
-    final usage event, and one that has any of the two.
+    The new fields are `cost` (null without a price) and `cost_details`. An event that is not a
+    final usage event, or has one of these fields already, is returned unchanged.
     """
     found = _final_usage(event)
     if found is None:
@@ -217,15 +218,15 @@ def insert_usage(event: bytes, cost: Cost) -> bytes:
 
 
 def is_end(event: bytes) -> bool:
-    """Tell whether a stream says no more after this event: what we add must go before it.
+    """Return whether an event ends a stream; the cost comment must go before it.
 
-    That is `[DONE]`, Anthropic's message_stop, a terminal event of the Responses API, and an
-    event of type error (of the latter two APIs; OpenAI's error chunk is followed by `[DONE]`).
+    The ends are `[DONE]`, Anthropic's message_stop, a terminal event of the Responses API, and an
+    event of type error of the latter two APIs. OpenAI's error chunk is followed by `[DONE]`.
     """
     if event == b"data: [DONE]\n\n":
         return True
     if event.startswith(b"data: {"):
-        return False  # OpenAI: [DONE] is its only end; events of the other APIs start "event:"
+        return False  # Only OpenAI's events start like this, and its only end is [DONE].
     if not any(mark in event for mark in _END_MARKS):
         return False
     _, payload = _payload(event)
@@ -238,9 +239,9 @@ def is_end(event: bytes) -> bool:
         return False
 
 
-@lru_cache(maxsize=8)  # a final event is asked twice in a row: what it says, where ours goes
+@lru_cache(maxsize=8)  # Each final event is asked twice in a row: for its usage, for our place.
 def _final_usage(event: bytes) -> tuple[_Span, Mapping[str, Any]] | None:
-    """Return where the usage object of a final usage event is, and what it says."""
+    """Return the span and the contents of a final usage event's usage object."""
     if b'"usage"' not in event or not _MAYBE_FINAL.search(event):
         return None
     span = _usual_span(event) or _span(event)
@@ -254,10 +255,10 @@ def _final_usage(event: bytes) -> tuple[_Span, Mapping[str, Any]] | None:
 
 
 def _usual_span(event: bytes) -> _Span | None:
-    """Return what `_span` does, for a final chunk as vLLM writes them; None says nothing.
+    """Return the same as `_span` for a final chunk in vLLM's usual form; None means nothing.
 
-    Parsed in C, which gives the text of the usage object but not its place: that is told where it
-    can be no other.
+    The chunk is parsed in C, which gives the usage object's text but not its place. The place is
+    clear if that text occurs only once.
     """
     if not event.startswith(b"data: {") or event.count(b"\n") != 2 or not event.endswith(b"\n\n"):
         return None
@@ -276,7 +277,7 @@ def _usual_span(event: bytes) -> _Span | None:
 
 
 def _span(event: bytes) -> _Span | None:
-    """Return where the usage object of an event is that may be final, None if it is not."""
+    """Return the span of the usage object in a final usage event; None for other events."""
     start, payload = _payload(event)
     try:
         members, end = _members(payload, 0)
@@ -294,9 +295,9 @@ def _span(event: bytes) -> _Span | None:
 
 
 def _payload(event: bytes) -> tuple[int, str]:
-    """Return where the event's only data line has its text, and that text as latin-1.
+    """Return the start and the text (as latin-1) of the event's only data line.
 
-    Empty for an event with several data lines: vLLM sends none.
+    The text is empty for an event with several data lines, which vLLM never sends.
     """
     match = _DATA_LINE.search(event)
     if match is None or _DATA_LINE.search(event, match.end()):
@@ -305,9 +306,10 @@ def _payload(event: bytes) -> tuple[int, str]:
 
 
 def _members(text: str, start: int) -> tuple[dict[str, _Span], int]:
-    """Return the spans of the values of the JSON object at `start`, by name, and its end.
+    """Return the spans of a JSON object's values by name, and the object's end.
 
-    Of equal names the last counts, as for json.loads. Raises ValueError or RecursionError.
+    The object begins at `start`. If a name repeats, the last value counts, as for json.loads.
+    Raises ValueError or RecursionError.
     """
     at = _skip_space(text, start)
     if text[at : at + 1] != "{":
@@ -359,7 +361,7 @@ def _usage_fields(cost: Cost) -> str:
 def comment(cost: Cost) -> bytes:
     """Return a cost as an SSE comment, which clients skip and curl shows.
 
-    Values are percent-encoded, so that they stay on their line; a cost not known is left out.
+    Values are percent-encoded, so that they stay on one line. An unknown cost is left out.
     """
     usd = format_usd(cost.cost_nanousd)
     priced = f"cost_usd={usd} " if usd is not None else ""
@@ -373,7 +375,7 @@ def comment(cost: Cost) -> bytes:
 
 
 def headers(cost: Cost) -> list[tuple[bytes, bytes]]:
-    """Return the headers of a complete reply; a cost not known is left out.
+    """Return the headers for a complete reply; an unknown cost is left out.
 
     Text outside printable ASCII is percent-encoded, and so is the percent sign.
     """

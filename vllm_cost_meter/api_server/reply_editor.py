@@ -1,11 +1,11 @@
-"""Edits one reply: holds a complete one until its cost is known, passes a stream event by event.
+"""The reply editor puts the cost into one reply: in headers, or in the events of a stream.
 
-A complete JSON reply leaves with its cost in headers. In a stream the final usage event gets
-`usage.cost`, and a comment line with the cost goes before the last event. Without a cost in time
-the reply leaves as it came.
+A complete JSON reply is held until its cost is known, and leaves with the cost in headers. A stream
+passes event by event. Its final usage event gets `usage.cost`, and a comment line with the cost
+goes before the last event. If the cost is not known in time, the reply leaves unedited.
 
-Invariant: what leaves is byte for byte what entered, but for the fields that are listed in
-docs/reference/headers-and-streams.md; and every message that entered leaves, whatever fails here.
+Invariant: a reply leaves byte for byte as it came, except for the fields that
+docs/reference/headers-and-streams.md lists. Every message leaves, whatever fails here.
 """
 
 from collections.abc import Awaitable, Sequence
@@ -19,7 +19,7 @@ from vllm_cost_meter.config.types import Reply
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.records.requests import Usage
 
-# What answers the handshake of a WebSocket, and the HTTP status of an answer that names none.
+# Messages that answer a WebSocket handshake, with the HTTP status if they name none.
 WEBSOCKET_ANSWERS = {
     "websocket.accept": 101,
     "websocket.close": 403,
@@ -29,7 +29,7 @@ BODY = "http.response.body"
 
 
 class ReplyEditor:
-    """Stands between the application and the client for one exchange."""
+    """Edits the messages between application and client for one exchange."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class ReplyEditor:
         mode: Reply,
         warnings: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
-        """`mode` says what is told; `warnings` are headers to add."""
+        """Make an editor. `mode` says where the client is told the cost; `warnings` are headers."""
         self._collector = collector
         self._guard = guard
         self._exchange = exchange
@@ -49,18 +49,18 @@ class ReplyEditor:
         self._mode = mode
         self._warnings = warnings if mode != "none" else ()
         self._complete = False
-        # A held reply: its start and the body messages so far.
+        # The messages of a held reply so far: its start and parts of its body.
         self._held: list[Message] | None = None
         self._events: reply_bytes.SseEvents | None = None
-        # True while a stream is edited and stands between two events.
+        # True while an edited stream is between two events.
         self._between_events = False
-        # The cost that the whole reply tells; None after `_has_settled` if it tells none.
+        # The cost for the whole reply; still None after `_has_settled` if there is none.
         self._cost: reply_bytes.Cost | None = None
         self._has_settled = False
         self._commented = False
 
     def receiving(self, receive: Receive) -> Receive:
-        """Wrap `receive` to notice a client that leaves before its reply is complete."""
+        """Wrap `receive` to notice if the client leaves before its reply is complete."""
 
         async def noticing() -> Message:
             message = await receive()
@@ -71,9 +71,9 @@ class ReplyEditor:
         return noticing
 
     def sending(self) -> Send:
-        """Wrap `send` for the application: a token of a stream passes, all else is taken."""
-        # Called for each token, in caches that the model's work has emptied: what it needs is
-        # bound here, and no coroutine of ours is made.
+        """Wrap `send` for the application: tokens of a stream pass, other messages go to `take`."""
+        # This is called for each token, with CPU caches that the model's work has emptied. So all
+        # it needs is bound here, and it creates no coroutine of ours.
         send, take, is_token = self._send, self.take, reply_bytes.is_token
 
         def editing_send(message: Message) -> Awaitable[None]:
@@ -88,7 +88,7 @@ class ReplyEditor:
         return editing_send
 
     async def take(self, message: Message) -> None:
-        """Pass on, hold or edit one message of the application."""
+        """Pass on, hold or edit one message from the application."""
         if message["type"] == "http.response.start":
             await self._start(message)
         elif message["type"] == BODY:
@@ -106,7 +106,7 @@ class ReplyEditor:
             await self._send(message)
 
     async def release(self) -> None:
-        """Let go of what is held, as it came; the rest of the reply passes unedited."""
+        """Send everything held, unedited; the rest of the reply also passes unedited."""
         held, self._held = self._held, None
         for message in held or ():
             await self._send(message)
@@ -190,7 +190,7 @@ class ReplyEditor:
     # -- the cost ---------------------------------------------------------------------------
 
     async def _settled_cost(self) -> reply_bytes.Cost | None:
-        """Wait for the cost once; the answer holds for the rest of the reply."""
+        """Wait for the cost once, and keep the result for the rest of the reply."""
         if not self._has_settled:
             self._has_settled = True
             self._cost = await self._collector.settle(self._exchange)
@@ -205,5 +205,5 @@ def _header(start: Message, wanted: bytes) -> bytes:
 
 
 def _can_grow(start: Message) -> bool:
-    """Tell whether bytes may be added to a body: its length is open and it is plain text."""
+    """Return whether bytes may be added to a body: its length is open and it is not compressed."""
     return not (_header(start, b"content-length") or _header(start, b"content-encoding"))

@@ -1,12 +1,12 @@
-"""Reads the body of a request before the application does, and hands it on as it came.
+"""Read a request's body before the application does, find tenant claims in it, and pass it on.
 
-Only where a rule wants to know what a client wrote there (`tenants.ChildRule`). The messages are
-kept and told again one by one, so the application hears what it would have heard, a client that
-leaves included. What is wanted of the body is three fields: the rest is stepped over, and a value
-that is too long to be a name is not even decoded.
+This happens only if a tenant rule needs the body (`tenants.rules.ChildRule`). The messages are kept
+and replayed one by one, so the application receives the same messages, even that a client has left.
+Only three fields of the body are parsed. The rest is skipped, and a value too long for a name is
+not decoded.
 
-Invariant: whatever the body is, it is handed on byte for byte in the messages that brought it, and
-nothing here raises but what `receive` raises.
+Invariant: any body is passed on byte for byte in its original messages. Nothing here raises, except
+that errors of `receive` pass through.
 """
 
 from collections import deque
@@ -18,14 +18,14 @@ from starlette.types import Message, Receive
 
 from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, NO_CLAIMS, BodyClaims
 
-# A longer body is not looked at, and not kept.
+# A longer body is neither parsed nor kept.
 BODY_BYTES_MAX = 64 * 1024 * 1024
-# Six bytes write one character ("\u0041"), and two quotes stand around them.
+# JSON may write one character with six bytes ("\u0041"), and adds two quotes.
 _TEXT_BYTES_MAX = 6 * NAME_CHARS_MAX + 2
 # OpenAI allows 16 keys of 64 characters with values of 512.
 _METADATA_BYTES_MAX = 64 * 1024
 _NOTHING = msgspec.Raw()
-# RecursionError: JSON nested thousands deep.
+# JSON that is nested thousands deep raises RecursionError.
 _JSON_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
@@ -39,7 +39,7 @@ _BODY = msgspec.json.Decoder(_Body)
 
 
 def is_json(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Tell whether a request (its ASGI headers) says that its body is JSON."""
+    """Return whether the (ASGI) headers of a request declare a JSON body."""
     types = [value for name, value in headers if name.lower() == b"content-type"]
     return len(types) == 1 and types[0].partition(b";")[0].strip().lower() == b"application/json"
 
@@ -47,9 +47,9 @@ def is_json(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 async def read_ahead(
     receive: Receive, bytes_max: int = BODY_BYTES_MAX
 ) -> tuple[bytes | None, Receive]:
-    """Return the body, and a `receive` that tells every message of it again.
+    """Return the body, and a `receive` that replays its messages.
 
-    The body is None if it is longer than `bytes_max` or its client left before its end.
+    The body is None if it is longer than `bytes_max`, or if the client left before its end.
     """
     messages: deque[Message] = deque()
     size, is_whole = 0, False
@@ -70,7 +70,7 @@ async def read_ahead(
 
 
 def claims_of(body: bytes | None, served: Collection[str]) -> BodyClaims:
-    """Return what a body says; `served` are the names of the server's model. Never raises."""
+    """Parse the tenant claims in a body; `served` are the served model names. Never raises."""
     if body is None:
         return NO_CLAIMS
     try:

@@ -1,14 +1,15 @@
-"""vLLM's routes: their labels in the ledger, and how an engine id shows the id the client saw.
+"""vLLM's routes: label request paths for the ledger, and derive a reply's id from an engine id.
 
-Each route hands the engine an external id built from the id in its reply: completions add the
-prompt's number, the Responses API its turn, beam search a random id and the beam's number. The
-base of it is often the client's X-Request-Id, which may itself hold dashes, digits or `_0`. So a
-route's rule strips exactly what that route adds, from the end, once; a route that adds nothing
-strips nothing. Read in vLLM 0.32 (`entrypoints/`); the forms are the same from 0.25 to 0.33.
+Each route gives the engine an external id that it builds from the id in its reply. Completions add
+the prompt's number, and the Responses API adds its turn. Beam search adds a random id and the
+beam's number. The base is often the client's X-Request-Id, which may itself contain dashes, digits
+or `_0`. So a route's rule strips exactly what that route adds, from the end, once. A route that
+adds nothing strips nothing. The forms were read in vLLM 0.32 (`entrypoints/`) and are the same from
+0.25 to 0.33.
 
-Invariant: `response_id_of` returns an id that vLLM could have shown, or None where the id cannot
-be told (unknown is None, never a guess). Not a key: bills are keyed by (run, seq), and a client
-can choose the same X-Request-Id as another.
+Invariant: `response_id_of` returns an id that vLLM could have shown, or None if the id is unknown;
+it never guesses. The id is not a key, because two clients may choose the same X-Request-Id. Bills
+are keyed by (run, seq).
 """
 
 import re
@@ -28,7 +29,7 @@ _Rule = Callable[[str], str | None]
 
 
 def _without(pattern: re.Pattern[str], text: str) -> str | None:
-    """Return text without the ending that the route always adds; None if it is not there."""
+    """Return the text without the ending that the route always adds; None if that is missing."""
     match = pattern.search(text)
     return text[: match.start()] if match else None
 
@@ -51,7 +52,7 @@ def _dashed(external_id: str) -> str | None:
 
 def _pooling(external_id: str) -> str | None:
     if external_id.startswith("late-interaction-"):
-        return None  # made of a random id that no client sees
+        return None  # vLLM made this id from a random id that no client sees.
     return _without(_CHUNK, external_id) or _without(_DASH_INDEX, external_id)
 
 
@@ -60,7 +61,7 @@ def _unchanged(external_id: str) -> str | None:
 
 
 def _audio(external_id: str) -> str | None:
-    """Audio adds `-i` only to long recordings: after a client's own id that cannot be told."""
+    """Audio routes add `-i` only for long recordings; a client's own id may end like that, too."""
     base = (_without(_BEAM, external_id) or external_id).removesuffix("-lang_detect")
     if match := _AUDIO_DEFAULT.match(base):
         return match[1]
@@ -83,7 +84,7 @@ _BY_PREFIX: tuple[tuple[str, _Rule], ...] = (
 
 
 def _by_prefix(external_id: str) -> str | None:
-    """SageMaker's /invocations serves several routes; the id's prefix says which."""
+    """SageMaker's /invocations serves several routes; the id's prefix shows which one it was."""
     for prefix, rule in _BY_PREFIX:
         if external_id.startswith(prefix):
             return rule(external_id)
@@ -119,7 +120,7 @@ _RESPONSE = re.compile(r"/v1/responses/(?!render\Z)[^/]+(/cancel)?\Z")
 
 
 def route_of(path: str) -> str:
-    """Return the ledger's label of a request path (without the server's root path)."""
+    """Return the ledger's label for a request path (given without the server's root path)."""
     if path in _RULES:
         return path
     if match := _RESPONSE.match(path):
@@ -128,11 +129,11 @@ def route_of(path: str) -> str:
 
 
 def reaches_engine(route: str) -> bool:
-    """Tell whether requests of a route, by its label, use an engine."""
+    """Return whether requests of a route use an engine; `route` is its label."""
     return route in _RULES
 
 
 def response_id_of(route: str, external_id: str) -> str | None:
-    """Return the id that the client saw in the reply, None where it cannot be told."""
+    """Return the id that the client saw in the reply; None if it is unknown."""
     rule = _RULES.get(route)
     return rule(external_id) if rule else None

@@ -1,8 +1,8 @@
-"""The meter in vLLM's API process: makes its parts, starts them with the application, stops them.
+"""The runtime of the meter in an API server: makes its parts, and starts and stops them.
 
-One `Runtime` per API-server process, made at its first use. The first API server also polls the
-engines for their books and has the side endpoint served. What a part needs is handed to its
-constructor; settings are handed over as a function, as some change while the server runs.
+Each API server process has one `Runtime`, made at its first use. The first API server also polls
+the engines for their books and has the side endpoint served. A part gets what it needs through its
+constructor. It gets settings as a function, because some settings change while the server runs.
 
 Invariant: nothing here stops vLLM from serving.
 """
@@ -24,11 +24,13 @@ from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
 from vllm_cost_meter.api_server.side_endpoint import SideEndpoint
+from vllm_cost_meter.api_server.start_check import what_is_wrong
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.endpoint.tenant_routes import make_router
+from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -61,12 +63,12 @@ class Runtime:
             self.ledger_url, price_of=lambda snapshot: price_of_run(self.book(), snapshot)
         )
         self.writer.start()
-        # Opens the ledger, or makes it, now: the first reply must not wait for that.
+        # This opens or creates the ledger now, so that the first reply need not wait for it.
         self.writer.commit()
         self.collector = Collector(
             self.writer, self.guard, lambda: self.settings, open_requests=open_requests
         )
-        # The names under which the model is served; empty until the start.
+        # Served model names; empty until `start`.
         self.served: frozenset[str] = frozenset()
         self.poller: Poller | None = None
         self.side_endpoint = SideEndpoint(
@@ -79,7 +81,7 @@ class Runtime:
         )
         self.admission: Admission | None = None
         self._reload_interval_s = reload_interval_s
-        # By what they do.
+        # Background tasks by name.
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def run(self, hook: str, body: Callable[..., Any], *args: Any) -> Any:
@@ -87,11 +89,11 @@ class Runtime:
         return self.guard.run(hook, body, self.collector, *args)
 
     def book(self) -> PriceBook:
-        """Return the prices as they are declared now."""
+        """Return the price book as it is declared now."""
         return self.settings.price_book
 
     def figures(self) -> Figures:
-        """Return where the budgets stand."""
+        """Return how much of each budget is used."""
         return self.admission.figures if self.admission is not None else Figures()
 
     def health(self) -> MeterHealth:
@@ -115,7 +117,7 @@ class Runtime:
         """Start with vLLM's application and, in the first API server, serve the side endpoint."""
         engine_client = getattr(getattr(app, "state", None), "engine_client", None)
         if engine_client is None:
-            return  # a render server has no engine
+            return  # A render server has no engine.
         try:
             polls = await self.start_work(engine_client, app.state)
             app.include_router(make_router(self.side_endpoint.ask))
@@ -125,9 +127,9 @@ class Runtime:
             self.guard.failed("start", error)
 
     async def start_work(self, engine_client: Any, state: Any = None) -> bool:
-        """Start the tasks of this API server, whose application has this state.
+        """Start the background tasks of this API server; `state` is its application's state.
 
-        Returns True if it is the one that polls the engines.
+        Returns True if this API server is the one that polls the engines.
         """
         self.collector.run_facts = engines.run_facts(engine_client)
         self.served = frozenset(engines.served_names(engine_client, state))
@@ -151,7 +153,7 @@ class Runtime:
         return True
 
     async def stop(self) -> None:
-        """Take a last look at the engines, and write all that waits with the names of what runs."""
+        """Stop the tasks, poll the engines a last time, and write everything that waits."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(self._stop_writing(), self.side_endpoint.stop())
@@ -180,14 +182,14 @@ class Runtime:
         self.guard.run("announce", self.collector.announce_all)
 
     async def _announce(self) -> None:
-        # A budget counts what runs by who it is for, so that must be known at once.
+        # Budgets count running requests by owner, so the ledger must know the owners at once.
         if self.admission is not None:
             self.collector.announce_all()
         else:
             self.collector.announce_due()
 
     async def _reload(self, reloader: Reloader, engine_client: Any) -> None:
-        # Reading a file takes its time, and vLLM's tokens must not wait for it.
+        # Reading a file may be slow, so a thread does it: vLLM's tokens must not wait.
         new = await in_own_thread(reloader.look, self.settings)
         if new is not None:
             self.settings = new
@@ -201,7 +203,7 @@ class Runtime:
         if not has_rules or self.admission is not None:
             return
         self.admission = Admission(
-            # The poller starts later, and is asked at each look.
+            # `alive` is passed as a function because the poller starts later.
             Spending(self.writer.url, alive=self.alive),
             self.budget_rules,
             self.guard,
@@ -213,7 +215,7 @@ class Runtime:
         self._start_task("budgets", self.admission.run)
 
     def budget_rules(self) -> Rules:
-        """Return what the settings say of budgets now."""
+        """Return the present settings for budgets."""
         return Rules(
             budgets=self.settings.declared_budgets,
             fail_closed=self.settings.failing_closed,
@@ -221,7 +223,7 @@ class Runtime:
         )
 
     def _price_at(self, _run_id: str, hour: int) -> Fraction | None:
-        """Return the price of an hour of this deployment, which budgets take for all runs."""
+        """Return this deployment's price in an hour; budgets use it for all runs."""
         price = self.book().price_at(self.collector.run_facts, hour)
         return None if price is None else price.usd_per_gpu_hour
 
@@ -240,37 +242,45 @@ class Runtime:
             await self.poller.look()
 
     def alive(self) -> Collection[str]:
-        """Return the runs whose engines are known to live, however silent.
+        """Return the runs with an engine that is known to be alive, even if it is silent.
 
-        Only the poller knows them. API servers other than the first have none: to them an engine
-        that is silent for too long is dead, until its next snapshot.
+        Only the poller of the first API server knows them. To the other API servers an engine that
+        is silent for too long is dead, until its next snapshot.
         """
         return () if self.poller is None else self.poller.alive()
 
 
 class NoRuntime:
-    """Stands in where no runtime could be made: every hook passes through.
+    """The stand-in for a runtime that could not be made: every hook passes through.
 
-    `settings` say which tenants fail closed; None if they could not be read.
+    `settings` name the tenants that fail closed. They are None if they could not be read. `wrong`
+    says in one line why the start must stop, None if it need not.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, wrong: str | None = None) -> None:
         self.settings = settings
+        self.wrong = wrong
 
     def run(self, hook: str, body: object, *args: object) -> None:
         """Do nothing."""
 
 
 def make_runtime() -> Runtime | NoRuntime:
-    """Make a runtime by the settings of this process, or what stands in for it. Never raises."""
-    settings = None
+    """Make a runtime from this process's settings, or a stand-in if that fails. Never raises."""
+    settings, wrong = None, None
     try:
+        wrong = what_is_wrong()
         settings = load_settings()
-        # `--middleware` brings it into a vLLM that was refused, too.
-        return NoRuntime(settings) if is_refused() else Runtime(settings)
+        if wrong is None:
+            # `--middleware` also brings us here in a vLLM that the meter does not understand.
+            return NoRuntime(settings) if is_refused() else Runtime(settings)
+    except SettingError:
+        pass  # `wrong` says it.
     except Exception:
         logger.exception("cost meter: could not start in the API server; it runs unmetered")
-        return NoRuntime(settings)
+    if wrong is not None:
+        logger.error("%s", wrong)
+    return NoRuntime(settings, wrong)
 
 
 @functools.cache

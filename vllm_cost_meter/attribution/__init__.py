@@ -1,8 +1,8 @@
-"""The attribution in use: the native one, unless its twin is asked for.
+"""Attribution: split the GPU time of engine steps among requests, in native code by default.
 
-`COST_METER_PURE_PYTHON=1` chooses the twin (tests, debugging), and type checkers read the twin as
-the stub of both. A native module that cannot be loaded is an error and never quietly the twin,
-which takes many times longer per step.
+`COST_METER_PURE_PYTHON=1` chooses the Python twin instead, for tests and debugging. Type checkers
+read the twin as the stub of both. If the native module cannot be loaded, that is an error. We never
+fall back to the twin silently, because it takes many times longer per step.
 """
 
 import os

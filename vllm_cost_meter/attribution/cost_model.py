@@ -1,13 +1,13 @@
-"""The types of a cost model, for the native part and its twin alike: planes and models.
+"""Types of a cost model, shared by the native code and its Python twin: planes and models.
 
-Apart from `cost_model_py.py`, so that an engine with the native part loads none of the twin.
+They stand apart from `cost_model_py.py` so that an engine with native code loads none of the twin.
 
 Invariant: types only; nothing here computes.
 """
 
-# A plane: coefficients of 1, tokens, sequences, products, context.
+# A plane has one coefficient each for 1, tokens, sequences, products and context.
 Plane = tuple[float, float, float, float, float]
 Planes = tuple[Plane, Plane, Plane]  # compute, memory, one
 
-# Version, form, planes, steps, errors of two planes and of one, variance explained.
+# (version, form, planes, steps, error of two planes, error of one plane, variance explained)
 Model = tuple[int, str, Planes, int, float, float, float]

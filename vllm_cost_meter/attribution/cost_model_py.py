@@ -1,32 +1,34 @@
-"""What a step costs, learnt online from the engine's own steps: the theory, in plain Python.
+"""The cost model: predict a step's GPU time, learnt online from the engine's own steps, in Python.
 
-This is the twin of `csrc/fit.pxd`; both agree bit for bit, so a change to one lands in the other.
+This is the twin of `csrc/fit.pxd`. Both agree bit for bit, so a change to one must be made in the
+other.
 
 1. A GPU step is a roofline: it takes as long as the slower of its arithmetic and its memory
-   traffic. Each side is a plane over what the batch holds, coefficients >= 0, in GPU-ns:
+   traffic. Each side is a plane over the contents of the batch, with coefficients >= 0 in GPU-ns:
 
        compute  f + a * tokens + b * sequences + q * products
        memory   g + a' * tokens + b' * sequences + k * context
 
-   context: the sum of the requests' contexts at the end of the step, which are read; products: the
-   sum of tokens * context. That is vLLM's own count (ModelMetrics); a causal kernel does up to half
-   of it within a prompt's first chunk, which the coefficient of tokens takes up for the most part.
-2. Two forms compete: the larger of both planes, and *one* plane with all of the terms (a machine
-   that never meets its memory's limit, e.g. a CPU). Every step is predicted by both before they
-   learn from it; the form with the smaller running error is used, two planes only where they are
+   `context` is the sum of the requests' contexts at the end of the step, all of which are read.
+   `products` is the sum of tokens * context, which is vLLM's own count (ModelMetrics). Within a
+   prompt's first chunk a causal kernel does about half of that; the coefficient of tokens absorbs
+   most of the difference.
+2. Two forms compete: the larger of both planes, and *one* plane with all of the terms, for a
+   machine that never meets its memory's limit, e.g. a CPU. Both predict every step before they
+   learn from it. The form with the smaller running error is used, but two planes only if they are
    better by a margin.
-3. The two planes are fitted by turns: each step belongs to the plane that predicts more; least
-   squares on each; repeat. Steps are weighed by 1 / time squared, so the error is a relative one
-   and a step that took ten times too long (a page fault, a compile) has a small say; beyond three
-   standard deviations a step is weighed down further (Huber 1964).
-4. All of the first `ALL_STEPS` steps are learnt from, later one in `LATER_EVERY`. The last `RING`
-   of them are gone over again and again, a few records per step, so that the fit
-   costs every step the same and their planes are chosen anew by every sweep. Older steps stay as
-   sums, which fade with a time constant of `MEMORY_STEPS`; when the latest steps are missed by far
-   more than is usual, the machine has changed, and older ones are forgotten.
-5. Where the traffic says nothing (one shape only), the prior does: a ridge that pulls each
+3. The two planes are fitted by turns. Each step belongs to the plane that predicts more; then each
+   plane is fitted by least squares; repeat. Steps are weighed by 1 / time squared, so the error is
+   relative, and a step that took ten times too long (a page fault, a compile) has little influence.
+   Beyond three standard deviations a step is weighed down further (Huber 1964).
+4. The model learns from all of the first `ALL_STEPS` steps, later from one in `LATER_EVERY`. Sweeps
+   go over the last `RING` of them again and again, a few records per step. So the fit costs every
+   step the same, and each sweep assigns the steps to planes anew. Older steps stay as sums, which
+   fade with a time constant of `MEMORY_STEPS`. If the prediction misses the latest steps by far
+   more than usual, the machine has changed, and older steps are forgotten.
+5. If the traffic cannot tell the terms apart (one shape only), the prior does. A ridge pulls each
    coefficient towards the prior's, as if that were known to `PRIOR_SPREAD` of itself. The scale of
-   a prior plane is fitted first, so it may be in any unit, e.g. FLOPs.
+   a prior plane is fitted first, so the plane may be in any unit, e.g. FLOPs.
 6. Splits use a published copy of the coefficients, with a version number. A new version comes when
    the steps seen have doubled, later every `PUBLISH_STEPS`.
 
@@ -41,40 +43,40 @@ from vllm_cost_meter.attribution.cost_model import Plane, Planes
 
 COMPUTE, MEMORY, ONE = 0, 1, 2
 ZERO: Plane = (0.0, 0.0, 0.0, 0.0, 0.0)
-# Without any prior a step costs its tokens.
+# The default prior: a step costs its tokens.
 TOKENS_PRIOR: Planes = ((0.0, 1.0, 0.0, 0.0, 0.0), ZERO, (0.0, 1.0, 0.0, 0.0, 0.0))
 
 TERMS = 5
-# Which terms each plane may have, as bits.
+# The terms that each plane may have, as bits.
 _MAY_HAVE = (0b01111, 0b10111, 0b11111)
 
 RING = 1024
 SWEEP_PER_STEP = 2
 MEMORY_STEPS = 65_536.0
-# Planes whose heights cannot be compared are first told apart by what a step holds: one with a
-# prefill chunk is compute. Should one of them lose all its steps later, it is offered those of its
-# kind that take longer than the other plane says.
+# If the heights of the planes cannot be compared, the first steps are assigned by their contents: a
+# step with a prefill chunk belongs to compute. If a plane later loses all its steps, it is offered
+# the steps of its kind that take longer than the other plane predicts.
 START_STEPS = 128
 FIRST_PUBLISH = 32
 PUBLISH_STEPS = 4096
-# Once so many steps were learnt from, every fourth has little left to say.
+# After this many steps a single step adds little, so only every fourth is used.
 ALL_STEPS = 32_768
 LATER_EVERY = 4
 # Two planes must predict better than one by this factor before they are used, and to stay so.
 MARGIN = 0.95
 KEEP_MARGIN = 0.98
-TRUSTED_MARGIN = 1.02  # a prior's two planes stay where steps cannot tell
-# Steps below which a plane counts as having none.
+TRUSTED_MARGIN = 1.02  # a trusted prior's two planes stay in use unless steps contradict them
+# A plane with a weight below this many steps counts as empty.
 EMPTY = 8.0
 # Relative noise of a step's time, and of a prior coefficient, for the strength of the ridge.
 NOISE = 0.03
 PRIOR_SPREAD = 0.2
-# A term the prior does not have is expected to be this part of a step, give or take.
+# A term that the prior lacks is expected to make up about this part of a step.
 UNKNOWN_PART = 0.05
 ERROR_STEPS = 512.0  # time constant of the running errors
 
-# A machine has changed when a sweep's error is this many times the usual one, which is the smallest
-# so far, let rise by a little every sweep.
+# The machine has changed if a sweep's error is this many times the usual error. The usual error is
+# the smallest so far, which may rise a little with every sweep.
 CHANGED = 2.5
 USUAL_RISE = 1.02
 CLIP_MAX = 0.9  # relative error beyond which a step is always an outlier
@@ -84,7 +86,7 @@ _PIVOT_MIN = 1e-12
 
 @dataclass(slots=True, frozen=True)
 class Work:
-    """What one request, or several together, do in a step."""
+    """The work that one or several requests do in a step."""
 
     tokens: int
     sequences: int
@@ -93,7 +95,7 @@ class Work:
 
     @classmethod
     def of(cls, tokens: int, context: int) -> "Work":
-        """Return the work of one request whose context is this long at the end of the step."""
+        """Return the work of one request; `context` is its length at the end of the step."""
         return cls(tokens, 1, tokens * context, context)
 
     def without(self, other: "Work") -> "Work":
@@ -118,7 +120,7 @@ def total_of(works: Sequence[Work]) -> Work:
 
 def time_of(plane: Plane, work: Work) -> float:
     """Return the time of some work by a plane, in ns, without the constant."""
-    if work.tokens == 1 and work.products == work.context:  # a decode, by far the most
+    if work.tokens == 1 and work.products == work.context:  # a decode, by far the usual case
         return (plane[1] + plane[2]) + (plane[3] + plane[4]) * work.context
     return (
         plane[1] * work.tokens
@@ -129,7 +131,7 @@ def time_of(plane: Plane, work: Work) -> float:
 
 
 class _Sums:
-    """Normal equations of one plane: moments of the rows, which stand for a time of 1."""
+    """Normal equations of one plane; each row is scaled so that its time is 1."""
 
     def __init__(self) -> None:
         self.weight = 0.0
@@ -160,14 +162,14 @@ class _Sums:
 
 
 class StepFit:
-    """The cost model of one engine's steps, and what it was before.
+    """The cost model of one engine, fitted step by step.
 
     `version` counts the published models from 0, the prior. `compute` and `memory` are the planes
-    in use; where one plane is used, it is `compute`, and `memory` is zero.
+    in use. The one-plane form stands in `compute`, with a zero `memory`.
     """
 
     def __init__(self, prior: Planes | None, trusted: bool) -> None:
-        """Start from a prior. `trusted`: the heights of its two planes can be compared."""
+        """Start from a prior. `trusted` says that the heights of its planes can be compared."""
         self.version = 0
         self.steps = 0
         self._seen = 0
@@ -178,7 +180,7 @@ class StepFit:
         self._working: list[Plane] = list(self._prior)
         self.compute, self.memory = self._in_use()
         self._ring: list[tuple[float, ...]] = []
-        self._at = 0  # of the sweep
+        self._at = 0  # the sweep's place in the ring
         self._empty = ONE  # a plane without steps of its own; ONE if both have some
         self._folded = 0
         self._clip = [CLIP_MAX, CLIP_MAX]
@@ -213,7 +215,7 @@ class StepFit:
         return False
 
     def adopt(self, prior: Planes, two_planes: bool) -> None:
-        """Go on from another prior, one whose planes can be compared: an earlier fit."""
+        """Continue from an earlier fit, a prior with comparable planes."""
         self._prior = prior
         self._is_trusted = True
         self._working = list(prior)
@@ -242,7 +244,7 @@ class StepFit:
         used = max(_of(self.compute, row), _of(self.memory, row))
         clip = self._clip[0 if self.two_planes else 1]
         missed, usual_ns = used - 1.0, gpu_ns
-        if abs(missed) > clip:  # an outlier counts as one at the edge of what is usual
+        if abs(missed) > clip:  # an outlier counts as if it lay at the edge of the usual range
             missed = clip if missed > 0.0 else -clip
             usual_ns = used * gpu_ns / (1.0 + missed)
         missed = missed * usual_ns
@@ -307,13 +309,13 @@ class StepFit:
         return True
 
     def _margin_to_beat(self) -> float:
-        """Return by which factor two planes must predict better than one to be used."""
+        """Return the factor by which two planes must beat one plane to be used."""
         if not self.two_planes:
             return MARGIN
         return TRUSTED_MARGIN if self._is_trusted else KEEP_MARGIN
 
     def _forget_if_changed(self, missed: float) -> None:
-        """Forget the older steps if the latest are missed by far more than is usual."""
+        """Forget the older steps if the prediction misses the latest by far more than usual."""
         if len(self._ring) < RING:
             return
         if self._usual > 0.0 and missed > CHANGED * max(self._usual, NOISE / 3.0):
@@ -366,10 +368,10 @@ def _scale_of(prior: Sequence[float], sums: _Sums) -> float:
 
 
 def _solve(sums: _Sums, prior: Sequence[float], may_have: int) -> Plane:
-    """Return the coefficients >= 0 of least squares with a ridge towards the prior.
+    """Fit coefficients >= 0 by least squares with a ridge towards the prior.
 
-    Exact: of all sets of terms (2**5 at most), the one with the smallest error whose coefficients
-    are all >= 0.
+    The result is exact: it tries every set of terms (2**5 at most), and takes the set with the
+    smallest error among those with all coefficients >= 0.
     """
     if sums.weight <= 0.0:
         return tuple(prior)  # type: ignore[return-value]
@@ -396,9 +398,9 @@ def _solve(sums: _Sums, prior: Sequence[float], may_have: int) -> Plane:
 def _solve_for(
     moments: Sequence[Sequence[float]], right: Sequence[float], terms: Sequence[int]
 ) -> tuple[float, list[float]] | None:
-    """Solve for some terms by elimination, scaled. Return (error explained, coefficients).
+    """Solve for some terms by scaled elimination. Return (error explained, coefficients).
 
-    None if the equations are singular, or a coefficient is negative.
+    Returns None if the equations are singular or a coefficient is negative.
     """
     count = len(terms)
     scales = [0.0] * count

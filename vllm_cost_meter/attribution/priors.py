@@ -1,4 +1,4 @@
-"""Priors for the cost model: a step's cost before any step was seen, from FLOPs and bytes.
+"""Priors of the cost model: predict a step's cost from FLOPs and bytes before any step ran.
 
 A model's FLOPs and memory traffic are linear in the batch's sums (docs/explanation/attribution.md).
 Divided by a GPU's published peaks, they give the two planes of its roofline. Both planes are too
@@ -35,8 +35,8 @@ class Prior:
     source: str
 
 
-# Known GPUs by the first part of the name in their driver. The figures are from NVIDIA's
-# datasheets: dense bf16, which is half of the figures with sparsity.
+# Known GPUs by the beginning of their driver's device name. The figures come from NVIDIA's
+# datasheets and are for dense bf16, i.e. half of the figures with sparsity.
 KNOWN_PEAKS = {
     "NVIDIA H200": Peaks(989e12, 4.8e12),
     "NVIDIA H100 PCIe": Peaks(756e12, 2.0e12),
@@ -49,13 +49,13 @@ KNOWN_PEAKS = {
     "NVIDIA L4": Peaks(121e12, 0.3e12),
     "NVIDIA A10": Peaks(125e12, 0.6e12),
 }
-# For an unknown GPU: the FLOPs per byte at which a GPU of this decade is equally busy with both.
+# FLOPs per byte at which a GPU of this decade is equally busy with both. Used for unknown GPUs.
 USUAL_BALANCE = 250.0
 NOTHING_KNOWN = Prior(None, trusted=False, source="tokens")
 
 
 def peaks_of(device_name: str) -> Peaks | None:
-    """Return a device's published peaks by the name in its driver; None if not known."""
+    """Return the published peaks for a driver's device name; None if the device is unknown."""
     known = [name for name in KNOWN_PEAKS if device_name.startswith(name)]
     return KNOWN_PEAKS[max(known, key=len)] if known else None
 

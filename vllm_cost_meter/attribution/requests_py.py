@@ -1,7 +1,7 @@
-"""The requests of one engine and their parts of steps: the twin of `csrc/requests.pxd`.
+"""Requests of one engine and their parts of steps, in Python: the twin of `csrc/requests.pxd`.
 
-A request is open until it is closed; its parts of steps that are still in flight live on, and what
-they would pay is nobody's.
+A request is open until it is closed. Its parts of steps that are still in flight live on, and
+nobody pays for them.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ NS_MAX = 2**63 - 1
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What an open request has accrued, and where in its context it stands."""
+    """An open request: what it has accrued, and its position in its context."""
 
     request_id: str
     prefill_end: int
@@ -42,7 +42,7 @@ class Request:
     batch: int = 0
     blocks: int = 0  # of the KV cache that it holds, counted until blocks_since_ns
     blocks_since_ns: int = 0
-    # Of its last ended step of several tokens, what was not rejected and is not cut off so far.
+    # Tokens of its last ended step with several tokens that are neither rejected nor cut off yet.
     kept_tokens: int = 0
     kept_ns: int = 0
     in_flight: int = 0
@@ -50,7 +50,7 @@ class Request:
     is_open: bool = True
 
     def enter(self, tokens: int) -> "Part":
-        """Take part in a step."""
+        """Take part in a step with so many tokens."""
         is_prefill = self.position < self.prefill_end
         self.position = min(self.position + tokens, WEIGHT_MAX)
         self.in_flight += 1
@@ -69,13 +69,13 @@ class Request:
         self.blocks = 0
 
     def count_blocks(self, now_ns: int) -> None:
-        """Count what the blocks were held for until now."""
+        """Add the time that the blocks were held since the last count."""
         passed_ns = max(now_ns - self.blocks_since_ns, 0)
         self.kv_block_ns = min(self.kv_block_ns + self.blocks * passed_ns, NS_MAX)
         self.blocks_since_ns = now_ns
 
     def trim(self, tokens: int) -> None:
-        """Count so many tokens of its last ended step as cut off."""
+        """Count the last `tokens` of its last ended step as cut off."""
         tokens = min(tokens, self.kept_tokens)
         cut_ns = _part_of(self.kept_ns, tokens, self.kept_tokens)
         self.cut_tokens += tokens
@@ -103,11 +103,11 @@ class Part:
     is_prefill: bool
     rejected: int = 0  # tokens
     is_cut: bool = False  # the request was aborted meanwhile
-    kept_ns: int = 0  # of its last share, what was neither rejected nor cut off
+    kept_ns: int = 0  # the part of its last share that was neither rejected nor cut off
 
     @property
     def recomputed(self) -> int:
-        """Return how many of the tokens were computed before, until a preemption."""
+        """Return how many of the tokens had been computed before a preemption."""
         if not self.is_prefill:
             return 0
         start = self.work.context - self.work.tokens
@@ -120,9 +120,9 @@ class Part:
 
     @property
     def cut(self) -> int:
-        """Return how many of those kept are cut off, as the request was aborted.
+        """Return how many of the kept tokens are cut off because the request was aborted.
 
-        They are what would have been its output: all of a decode, what is behind the end of a
+        These would have become its output: all tokens of a decode, and those behind the end of a
         prefill.
         """
         if not self.is_cut or not self.is_prefill:

@@ -1,16 +1,17 @@
-"""What each request of a step would have it charged in fairness: its Shapley value, in Python.
+"""The fair charge of each request in a step: its Shapley value, in plain Python.
 
-This is the twin of `csrc/shapley.pxd`; both agree bit for bit, so a change to one lands in the
-other.
+This is the twin of `csrc/shapley.pxd`. Both agree bit for bit, so a change to one must be made in
+the other.
 
-The step is a cooperative game (docs/explanation/attribution.md): with only the requests S in it, it
+A step is a cooperative game (docs/explanation/attribution.md). A step with only the requests S
 would take
 
     v(S) = max(f + sum of c_i, g + sum of m_i) over S,   v of nobody = 0
 
-with c_i and m_i the compute and memory time of request i by the fitted planes (`cost_model_py.py`).
-Its Shapley value is what a request adds, averaged over all orders in which the requests could have
-joined. The base max(f, g) falls to whoever joins first, so it is shared equally. For the rest:
+where c_i and m_i are the compute and memory time of request i by the fitted planes
+(`cost_model_py.py`). The Shapley value of a request is the time it adds, averaged over all orders
+in which the requests could have joined. The base max(f, g) falls to whoever joins first, so it is
+shared equally. The rest is computed like this:
 
 1. The few large players (the largest prefill chunks, at most `LARGE_MAX`) are enumerated. The many
    small ones are an ocean, which arrives evenly over s in [0, 1] (Milnor and Shapley 1978). With
@@ -20,14 +21,14 @@ joined. The base max(f, g) falls to whoever joins first, so it is shared equally
 2. A large player gets the integral over s of the sum over S without it of
    s^|S| (1-s)^(m-1-|S|) [u(s, S + it) - u(s, S)].
 3. A small one gets W * c_i + (1 - W) * m_i, where W is the probability that compute is on top.
-4. Both sides are straight lines in s, so each subset has at most one crossing, and what is to be
-   integrated is a polynomial on either side of it: exact, no quadrature.
-5. Members of a tie at the cut between large and small go to the ocean together, so equals stay
-   equal; a step of up to `LARGE_MAX` requests is all large players, and the result is exact.
+4. Both sides are straight lines in s, so each subset has at most one crossing. On either side of it
+   the integrand is a polynomial, so the integral is exact and needs no quadrature.
+5. If a tie lies at the cut between large and small, its members all go to the ocean, so equals stay
+   equal. A step with up to `LARGE_MAX` requests has only large players, and its result is exact.
 
 The marginal cost of a request is v(all) - v(all without it).
 
-Invariant: the charges are >= 0, and add up to v(all) but for rounding.
+Invariant: the charges are >= 0, and add up to v(all) except for rounding.
 """
 
 import math
@@ -38,30 +39,30 @@ from vllm_cost_meter.attribution.cost_model import Plane
 from vllm_cost_meter.attribution.cost_model_py import Work, time_of, total_of
 
 LARGE_MAX = 4
-# Weights of a step's requests add up to about this: half of what there is room for.
+# The weights of a step add up to about this: half of the largest sum allowed.
 WEIGHT_SUM = 2**30
-# What a model may say that a step takes. Weights of a shorter one would not be finite.
+# Bounds of the step time that a model may predict. A shorter time would give infinite weights.
 SMALLEST_NS, LARGEST_NS = 1e-9, 9.2e18
 
 
 @dataclass(slots=True, frozen=True)
 class Game:
-    """One step by two planes: what is needed to charge each of its requests."""
+    """The solved game of one step: all that is needed to charge each of its requests."""
 
     total_ns: float  # v(all)
-    base_ns: float  # of each
+    base_ns: float  # each request's part of the base
     compute_part: float  # W
-    compute_ns: float  # of all, with the constant
+    compute_ns: float  # compute time of the whole step, with the constant
     memory_ns: float
     large: dict[int, float]  # place in the step -> charge without the base
 
     def weigh(self, compute: Plane, memory: Plane, works: Sequence[Work]) -> list[int]:
-        """Return what each request is charged, as a weight: all 0 if the model knows no time."""
+        """Return each request's charge as a weight; all are 0 if the model predicts no time."""
         if not self._is_sound():
             return [0] * len(works)
         to_weight = WEIGHT_SUM / self.total_ns
         part, rest = self.compute_part, 1.0 - self.compute_part
-        # Of a decode, the weight is a straight line in its context.
+        # The weight of a decode is a straight line in its context.
         (c_0, c_slope), (m_0, m_slope) = _decode_line(compute), _decode_line(memory)
         weight_0 = (self.base_ns + (part * c_0 + rest * m_0)) * to_weight + 0.5
         weight_slope = (part * c_slope + rest * m_slope) * to_weight
@@ -103,12 +104,12 @@ class Game:
 
 
 def _decode_line(plane: Plane) -> tuple[float, float]:
-    """Return the time of a decode as (without context, per token of context)."""
+    """Return a decode's time as (time without context, time per context token)."""
     return plane[1] + plane[2], plane[3] + plane[4]
 
 
 def solve_game(compute: Plane, memory: Plane, works: Sequence[Work]) -> Game:
-    """Return the game of a step. One plane is two with a memory plane of zero."""
+    """Solve the game of a step. A single plane counts as two, with a zero memory plane."""
     everyone = total_of(works)
     compute_ns = compute[0] + time_of(compute, everyone)
     memory_ns = memory[0] + time_of(memory, everyone)
@@ -134,7 +135,7 @@ def solve_game(compute: Plane, memory: Plane, works: Sequence[Work]) -> Game:
 
 
 def _large_players(compute: Plane, memory: Plane, works: Sequence[Work]) -> list[int]:
-    """Return the places of the large players, the largest chunks, in the order of the step."""
+    """Return the places of the large players (the largest chunks), in step order."""
     if len(works) <= LARGE_MAX:
         return list(range(len(works)))
     sizes: list[tuple[float, int]] = []

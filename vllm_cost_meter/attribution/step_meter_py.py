@@ -1,39 +1,39 @@
-"""How the GPU time of a step is divided among its requests: the theory, in plain Python.
+"""Divide the GPU time of a step among its requests: the theory, in plain Python.
 
-This is the twin of `csrc/attribution.pyx`. It states what is right and is the judge in the tests;
-production runs the native one. Both have the same names and agree bit for bit, messages included,
-so a change to one lands in the other.
+This is the twin of `csrc/attribution.pyx`. It defines what is right, and tests judge the native
+code by it; production runs the native code. Both have the same names and agree bit for bit,
+messages included, so a change to one must be made in the other.
 
-1. Time is an integer of GPU-nanoseconds. A step of D ns with integer weights w_1 .. w_n (in
-   scheduler order, W their sum, S_k the sum of the first k) gives request k
+1. Time is an integer of GPU-nanoseconds. A step of D ns has integer weights w_1 .. w_n in scheduler
+   order. W is their sum, and S_k is the sum of the first k. Request k gets
 
        share_k = floor(D * S_k / W) - floor(D * S_{k-1} / W)
 
-   so the shares add up to D exactly, each is within 1 ns of D * w_k / W whatever the order, and
-   equal weights get shares at most 1 ns apart. If all weights are 0, all count as 1.
-2. A method is how requests are weighed, nothing else. "shapley" weighs a request by its Shapley
-   value in the step's game (`shapley_py.py`), by the cost model that the engine's own steps taught
-   (`cost_model_py.py`); "tokens" by the tokens the step computed for it, "equal" by 1. Weights add
-   up to less than 2**31, which lets the native code divide exactly in 64 bits; Shapley values are
-   scaled and rounded to that. Whatever the method, the model is learnt, and gives each request its
-   marginal cost too: what the step would have saved without it.
-3. A request's part of a step is prefill while its position in its context, where the step starts,
-   lies before its prefill end; otherwise decode. The end is its prompt's length, or, once it was
-   preempted, the position it had reached if that is further: recomputing is prefill too, and is
-   counted apart. So are drafts that were rejected: they were computed, and their positions are
-   computed again. So are tokens that were cut off: nobody got them, because the request had ended
-   before them in its last step, or was aborted while the step decoded. Of a request's share of a
-   step, the part of these is that of the tokens.
-4. Steps overlap (async scheduling, pipelines): each is begun, perhaps shared in parts, and settled;
-   results come in order, so settling a step drops older ones that never got theirs.
-5. A request holds the blocks of the KV cache that its context fills, from the begin of the step
-   that first needs them until it is preempted or closed. Blocks x wall time is its KV residency;
-   a block that several share (a cached prefix) counts for each of them.
+   So the shares add up to D exactly. Each share is within 1 ns of D * w_k / W whatever the order,
+   and equal weights get shares at most 1 ns apart. If all weights are 0, all count as 1.
+2. A method decides how requests are weighed, and nothing else. "shapley" takes a request's Shapley
+   value in the step's game (`shapley_py.py`), with the cost model that the engine's own steps
+   taught (`cost_model_py.py`). "tokens" takes the tokens that the step computed for the request,
+   and "equal" takes 1. Weights add up to less than 2**31, which lets the native code divide exactly
+   in 64 bits; Shapley values are scaled and rounded to that. The model learns whatever the method.
+   It also gives each request its marginal cost: the time the step would have saved without it.
+3. A request's part of a step is prefill if the step starts before the request's prefill end, and
+   decode otherwise. The prefill end is the prompt's length. After a preemption it is the position
+   that the request had reached, if that is further. Three kinds of tokens are counted apart as
+   well: recomputed ones, which a preemption had thrown away; rejected drafts, which were computed
+   in vain; and cut tokens, which nobody got because the request had ended before them in its last
+   step or was aborted while the step decoded. They get a part of the request's share in proportion
+   to their number.
+4. Steps overlap (async scheduling, pipelines). Each step is begun, perhaps shared in parts, and
+   settled. Results come in order, so settling a step drops older steps that never got a result.
+5. A request holds the KV cache blocks that its context fills. It holds them from the begin of the
+   step that first needs them until it is preempted or closed. Blocks x wall time is its KV
+   residency. A block that several requests share (a cached prefix) counts for each of them.
 6. A request is open from `open` to `close`. Steps in flight at its close still use the GPU, but
-   there is nobody to charge: their shares are returned as the step's *tail*. So is the whole of a
-   step that computed nothing for anyone. The same id opened again is another request.
+   there is nobody to charge, so their shares are returned as the step's *tail*. If a step computed
+   nothing for anyone, all its time is tail. The same id opened again is another request.
 
-Invariant: the ns settled or shared = those closed, cut, discarded + all tails + `open_ns`.
+Invariant: the ns settled or shared = the ns closed, cut or discarded + all tails + `open_ns`.
 """
 
 import math
@@ -45,19 +45,21 @@ from vllm_cost_meter.attribution.requests_py import NS_MAX, WEIGHT_MAX, Part, Re
 from vllm_cost_meter.attribution.shapley_py import solve_game
 from vllm_cost_meter.records.accrued import Accrued
 
-# Steps in flight. vLLM has one per pipeline stage and one more; so many mean that none is settled.
+# Largest number of steps in flight. vLLM has one per pipeline stage plus one, so this many mean
+# that no step is ever settled.
 STEPS_MAX = 1024
-MODELS_MAX = 64  # that are remembered
+# Number of published models that are remembered.
+MODELS_MAX = 64
 ENDED = "(ended)"
 
 METHODS = ("shapley", "tokens", "equal")
 
 
 def split(total_ns: int, weights: Sequence[int]) -> list[int]:
-    """Return the share of each weight in a time, in ns, by cumulative rounding in the given order.
+    """Divide a time into one share per weight, in ns, by cumulative rounding in the given order.
 
-    Raises ValueError for a negative time or weight, weights of 2**31 or more in all, or a time
-    with nobody to take it.
+    Raises ValueError for a negative time or weight, for weights that add up to 2**31 or more, and
+    for a time without any weight.
     """
     _check(total_ns, NS_MAX, "split: total_ns")
     for weight in weights:
@@ -71,9 +73,9 @@ def split(total_ns: int, weights: Sequence[int]) -> list[int]:
 class StepMeter:
     """Accrues GPU time and tokens to the open requests of one engine, step by step.
 
-    `open_ns` is the time accrued to open requests and not yet cut or closed, `fallbacks` how many
-    splits had only weights of 0 and became equal ones, `strangers` how many requests were first
-    seen in a step, without an `open`.
+    `open_ns` is the time accrued to open requests and not yet cut or closed. `fallbacks` counts
+    splits with only zero weights, which became equal splits. `strangers` counts requests that first
+    appeared in a step, without an `open`.
     """
 
     def __init__(
@@ -83,11 +85,11 @@ class StepMeter:
         trusted: bool = False,
         block_size: int = 0,
     ) -> None:
-        """Start with a prior for the cost model (None: a step costs its tokens).
+        """Start with a prior for the cost model; with None a step costs its tokens.
 
-        `trusted` says that the heights of the prior's two planes can be compared, e.g. because
-        they are an earlier fit; else their scales are fitted apart. `block_size` is that of the KV
-        cache, in tokens; 0: blocks are not counted.
+        `trusted` says that the heights of the prior's two planes can be compared, e.g. because they
+        come from an earlier fit. Otherwise each plane's scale is fitted by itself. `block_size` is
+        the KV cache's block size in tokens; with 0, blocks are not counted.
         """
         _check(block_size, WEIGHT_MAX, "StepMeter: block_size")
         self._block_size = block_size
@@ -124,11 +126,11 @@ class StepMeter:
         return request_id in self._requests
 
     def step_parts(self, step: int) -> list[tuple[str, int, int, int]]:
-        """Return what a step in flight is made of, in scheduler order.
+        """Return the parts of a step in flight, in scheduler order.
 
-        Of each request (id, tokens, position where they start, where its prefill ends); the id of
-        one that was closed meanwhile is ENDED and its place. Raises ValueError if the step is not
-        in flight.
+        A part is (request id, tokens, position where they start, position where the prefill ends).
+        If the request was closed meanwhile, the id is ENDED with the part's place. Raises
+        ValueError if the step is not in flight.
         """
         return [
             (
@@ -149,10 +151,10 @@ class StepMeter:
             self._requests[request_id] = Request(request_id, prefill_end=prompt_tokens)
 
     def position(self, request_id: str, computed_tokens: int, resumed: bool) -> None:
-        """Say where in its context the next step of a request starts, before `begin`.
+        """Set the position in its context where a request's next step starts; call before `begin`.
 
-        For a request scheduled for the first time (prefix cache hits are computed already), or
-        `resumed` after a preemption.
+        This is needed when a request is scheduled for the first time, because prefix cache hits are
+        computed already, and when it is `resumed` after a preemption.
         """
         _check(computed_tokens, WEIGHT_MAX, "StepMeter.position: computed_tokens")
         request = self._requests.get(request_id) or self._welcome_stranger(request_id)
@@ -164,7 +166,7 @@ class StepMeter:
     def release(self, request_id: str, now_ns: int) -> None:
         """Note that an open request was preempted: it holds no blocks from now on.
 
-        Ignored if it is not open. As everywhere, `now_ns` is monotonic.
+        A request that is not open is ignored. As everywhere, `now_ns` is monotonic.
         """
         _check(now_ns, NS_MAX, "StepMeter: now_ns")
         if request_id in self._requests:
@@ -173,8 +175,8 @@ class StepMeter:
     def leave(self, request_id: str) -> bool:
         """Note that a request was aborted. Return True if it can be closed now.
 
-        False if it has steps in flight: it goes on accruing until `drained` names it. What they
-        compute behind its prefill is cut off.
+        False means that it has steps in flight and goes on accruing until `drained` names it. The
+        tokens that these steps compute behind its prefill count as cut off.
         """
         request = self._request(request_id)
         request.left = True
@@ -187,27 +189,27 @@ class StepMeter:
         return True
 
     def drained(self) -> list[str]:
-        """Return the requests that left and whose last step in flight ended since last asked."""
+        """Return the aborted requests that lost their last step in flight since the last call."""
         ended = [request.request_id for request in self._drained if request.in_flight == 0]
         self._drained.clear()
         return ended
 
     def trim(self, request_id: str, tokens: int) -> None:
-        """Say that so many of the last tokens computed for an open request were cut off.
+        """Count the last `tokens` that were computed for an open request as cut off.
 
-        They are tokens of its step of several tokens that was settled last; more than it kept of
-        them are none.
+        They belong to its last settled step with several tokens. At most as many are counted as the
+        request kept of that step.
         """
         _check(tokens, WEIGHT_MAX, "StepMeter.trim: tokens")
         self._request(request_id).trim(tokens)
 
     def accrued(self, request_id: str, now_ns: int) -> Accrued:
-        """Return what a request accrued since the last `cut`."""
+        """Return the time, tokens and blocks that a request accrued since the last `cut`."""
         _check(now_ns, NS_MAX, "StepMeter: now_ns")
         return self._request(request_id).accrued(now_ns)
 
     def open_gpu_ns(self) -> dict[str, int]:
-        """Return what each open request accrued since the last `cut`, in GPU-ns."""
+        """Return the GPU-ns of each open request since the last `cut`."""
         return {
             request_id: request.prefill_ns + request.decode_ns
             for request_id, request in self._requests.items()
@@ -226,9 +228,10 @@ class StepMeter:
         return request.prefill_ns + request.decode_ns
 
     def cut(self, now_ns: int) -> list[tuple[str, Accrued]]:
-        """Take what all open requests accrued since the last cut, and set it to 0.
+        """Return what the open requests accrued since the last cut, and set it to 0.
 
-        Return it for each that accrued time, tokens or blocks, in the order they were opened.
+        Requests that accrued neither time, tokens nor blocks are left out. The order is that in
+        which the requests were opened.
         """
         _check(now_ns, NS_MAX, "StepMeter: now_ns")
         pieces = []
@@ -247,11 +250,11 @@ class StepMeter:
     ) -> int:
         """Record a step: the tokens scheduled for each request, in scheduler order.
 
-        `decoding` lists requests with one token each, which come before those of `scheduled`: a
-        list is read faster than a dict.
-        Return the step's number: 1, 2, and so on. A request that is not open is opened as one
-        without a prompt. Raises ValueError, and records nothing, if a count is negative, all are
-        2**31 or more, or too many steps are in flight.
+        `decoding` lists requests with one token each, which come before those of `scheduled`. They
+        are a list because that is read faster than a dict. Returns the step's number: 1, 2, and so
+        on. A request that is not open is opened as one without a prompt. Raises ValueError, and
+        records nothing, if a count is negative, if the counts add up to 2**31 or more, or if too
+        many steps are in flight.
         """
         _check(now_ns, NS_MAX, "StepMeter: now_ns")
         if len(self._steps) >= STEPS_MAX:
@@ -279,8 +282,8 @@ class StepMeter:
     def share(self, step: int, gpu_ns: int) -> int:
         """Divide a part of a step's time, in GPU-ns, among its requests; the step goes on.
 
-        Return the tail: the ns of requests closed by now. Raises ValueError, and does nothing, if
-        the step is not in flight or the time is negative or too large.
+        Returns the tail: the ns of requests that are closed by now. Raises ValueError, and does
+        nothing, if the step is not in flight or the time is negative or too large.
         """
         parts = self._step(step).parts
         _check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
@@ -299,11 +302,11 @@ class StepMeter:
         return tail_ns
 
     def settle(self, step: int, gpu_ns: int, rejected: dict[str, int] | None = None) -> int:
-        """Divide the (rest of the) time of a step, end it, and learn from it. As `share` else.
+        """Divide the (rest of the) time of a step, end it, and learn from it.
 
-        `rejected` has the requests of the step whose drafts were not all accepted, and how many
-        tokens were not; of a request that is not in the step it is ignored. Older steps in flight
-        never got a result: they end first, without time or tokens.
+        Returns and raises as `share` does. `rejected` maps a request of the step to the number of
+        its draft tokens that were not accepted; requests outside the step are ignored. Older steps
+        in flight never got a result: they end first, without time or tokens.
         """
         parts = self._step(step).parts
         _check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
@@ -325,14 +328,14 @@ class StepMeter:
         return tail_ns
 
     def abandon(self) -> None:
-        """Drop every step in flight: no time, no tokens."""
+        """Drop every step in flight, without time or tokens."""
         for step in list(self._steps):
             self._drop(step)
 
     # The cost model
 
     def adopt(self, prior: Planes, two_planes: bool) -> None:
-        """Go on from an earlier fit. Raises ValueError if these are not its planes."""
+        """Continue from the planes of an earlier fit. Raises ValueError for anything else."""
         checked = _checked(prior)
         self._fit.adopt(checked or TOKENS_PRIOR, two_planes)
         self._remember_model()
@@ -347,11 +350,12 @@ class StepMeter:
         return [model for model in self._published if model[0] > since_version]
 
     def model(self) -> Model:
-        """Return the model in use and how good it is.
+        """Return the model in use and its quality figures.
 
-        That is (version, form, planes as published, steps learnt from, running mean relative error
-        of two planes and of one, share of the variance of step times it explains). Of the planes
-        compute, memory and one, the form "two planes" uses the first two, "one plane" the last.
+        The tuple is (version, form, published planes, steps learnt from, running mean relative
+        error with two planes, the same with one plane, explained share of the variance of step
+        times). The planes are compute, memory and one. The form "two planes" uses the first two,
+        "one plane" the last.
         """
         fit = self._fit
         return (
@@ -365,7 +369,7 @@ class StepMeter:
         )
 
     def planes(self) -> Planes:
-        """Return the three planes as they are learnt now: a prior for `adopt`."""
+        """Return the three planes in their current state; `adopt` takes them as a prior."""
         return self._fit.planes()
 
     # Helpers

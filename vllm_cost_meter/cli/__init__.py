@@ -1,6 +1,6 @@
-"""The command `vllm-cost-meter`, as the entry point calls it.
+"""The command line `vllm-cost-meter`: the function that the entry point calls.
 
-Invariant: to load this module loads nothing else, so that `--version` is there at once.
+Invariant: this module loads no other at import, so `--version` answers at once.
 """
 
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def app(args: Sequence[str] | None = None) -> None:
-    """Run the command line; `args` stand for those of the process."""
+    """Run the command line; `args` replace the arguments of the process."""
     if list(sys.argv[1:] if args is None else args) == ["--version"]:
         from vllm_cost_meter.version import __version__
 

@@ -1,4 +1,4 @@
-"""`python -m vllm_cost_meter.cli` is `vllm-cost-meter`."""
+"""Run `vllm-cost-meter` as `python -m vllm_cost_meter.cli`."""
 
 from vllm_cost_meter.cli import app
 

@@ -1,4 +1,4 @@
-"""The command `audit`: do the books of every engine run balance? Exit status 1 if they do not."""
+"""The command `audit`: check that the books of every engine run balance; exit status 1 if not."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,11 +12,11 @@ from vllm_cost_meter.ledger.queries.audit import DIFFERENCES
 from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST
 from vllm_cost_meter.records.snapshot import CLASSES
 
-# Classes of time that the audit leaves out where there is none of them.
+# The audit leaves out these classes of time if they are 0.
 SELDOM = {"sleep", "dummy", "lost"}
-# Every terminal has so many columns. A class and its time stay together on a line.
+# Every terminal has so many columns. A class and its time stay on one line.
 LINE_CHARS_MAX = 80
-# Lost requests of a run that the audit prints.
+# The audit prints at most so many lost requests of a run.
 LOST_LINES_MAX = 20
 
 
@@ -58,7 +58,7 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             f"difference {run['difference_ns']} ns",
         )
         for name in DIFFERENCES:
-            # The line above has the difference of the classes.
+            # The line above already shows the difference of the classes.
             if name != "difference_ns" and run[name]:
                 yield f"  {name}: {run[name]}"
         if run["missing_bills"]:
@@ -68,7 +68,7 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _wrapped(*pieces: str) -> Iterator[str]:
-    """Yield the pieces in lines that fit a terminal; the second line and on stand further in."""
+    """Yield the pieces in lines that fit a terminal; all but the first are indented further."""
     line = ""
     for piece in pieces:
         longer = f"{line} {piece}" if line else f"  {piece}"
@@ -80,7 +80,7 @@ def _wrapped(*pieces: str) -> Iterator[str]:
 
 
 def _lost_lines(run: Mapping[str, Any]) -> Iterator[str]:
-    """Yield whose the time was that a dead engine had in flight."""
+    """Yield the requests that a dead engine had in flight, with their time and tenant."""
     lost = run["lost_requests"]
     if not lost and not run["lost_step_ns"]:
         return

@@ -1,9 +1,9 @@
-"""The command `break-even`: rates given or taken from the price book, a table, and plots.
+"""The command `break-even`: from which load on self-hosting pays, as a table and as plots.
 
-Apart from `calc`, whose commands are their functions' signatures: here the settings may be read,
-several numbers stand in one option, and pictures are drawn.
+The commands in `calc` follow from their functions' signatures. This one is separate, because it may
+take rates from the price book, has several numbers in one option, and draws plots.
 
-Invariant: the figures are those of `economics.break_even`, with inputs that are echoed.
+Invariant: all figures come from `economics.break_even`, and the answer repeats its inputs.
 """
 
 import time
@@ -25,7 +25,7 @@ from vllm_cost_meter.prices.book import PriceBook, described
 from vllm_cost_meter.prices.purchase_kinds import listed, prices_by_kind, usd_per_hour_of
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
-# Names of the inputs that a price of each kind is.
+# The input that takes the price of each kind.
 RATES = {
     "on_demand": "usd_per_hour",
     "reserved": "reserved_usd_per_hour",
@@ -104,7 +104,7 @@ def break_even_(
 def _print(
     answer: Mapping[str, Any], book: Mapping[str, Any] | None, *, wide: bool, as_json: bool
 ) -> None:
-    """Print the answer, with the prices of the price book that it comes from."""
+    """Print the answer, with the prices that came from the price book."""
     if as_json and book:
         answer = {**answer, "price_book": book}
     show(answer, wide=wide, as_json=as_json)
@@ -116,7 +116,7 @@ def _print(
 def _rates(
     said: dict[str, float | None], gpus: int | None, gpu_name: str | None, book: PriceBook | None
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
-    """Return the rates by input, and of the price book what they come from."""
+    """Return the rates by input, and the price book's entries that they come from."""
     rates = {name: usd for name, usd in said.items() if usd is not None}
     if book is None:
         for name, value in (("gpus", gpus), ("gpu_name", gpu_name)):

@@ -1,6 +1,7 @@
-"""The command `budgets`: where each budget of the settings stands, by the ledger alone.
+"""The command `budgets`: how much of each budget in the settings is used, from the ledger alone.
 
-What `/cost/budgets` tells of a running server, at its latest snapshots; without one, of what ended.
+While a server runs, it shows the same as `/cost/budgets`, as of the latest snapshots. Without a
+server it counts the requests that ended.
 """
 
 import json

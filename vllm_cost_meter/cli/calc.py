@@ -1,6 +1,6 @@
-"""The commands `calc ...`: the functions of `economics` at a terminal.
+"""The commands `calc ...`: the calculators of `economics` at a terminal.
 
-Options are made from the functions' signatures (`calculators`): `--usd-per-hour` is `usd_per_hour`.
+The options come from the functions' signatures: `--usd-per-hour` is the parameter `usd_per_hour`.
 """
 
 import csv
@@ -21,7 +21,7 @@ from vllm_cost_meter.economics.calculators import CALCULATORS, INPUTS, calculate
 from vllm_cost_meter.units.money import figure_text
 
 app = new_group("calc")
-# What each calculator is for, and an example of its options.
+# The help text of each calculator, and an example of its options.
 HELP = {
     "c-eff": (
         "Effective cost per token at a given throughput.",
@@ -56,9 +56,9 @@ HELP = {
         "--gpu-usd-per-s 0.001 --run-s 2 --calls 100000",
     ),
 }
-# What tables are about: a narrow terminal leaves it out last.
+# A narrow terminal drops other columns before these.
 FIRST = ("break_even_m_tokens_per_month",)
-# Nobody measures a curve that is larger.
+# A larger file cannot be a measured curve.
 CURVE_BYTES_MAX = 10_000_000
 
 
@@ -95,7 +95,7 @@ def _add(name: str) -> None:
 
 
 def option(name: str) -> Any:
-    """Return the option of an input."""
+    """Return the command-line option for an input."""
     return typer.Option(f"--{name.replace('_', '-')}", help=f"{INPUTS[name]}.")
 
 
@@ -111,12 +111,12 @@ for _name in CALCULATORS:
 
 
 def read_curve(path: Path) -> Curve:
-    """Return the curve of a JSON or CSV file. Raises ValueError for any other."""
+    """Return the curve in a JSON or CSV file. Raises ValueError for any other file."""
     return curve_of(read_points(path))
 
 
 def read_points(path: Path) -> Any:
-    """Return what the file of a curve holds: JSON, or the rows of CSV. Raises ValueError."""
+    """Return the content of a curve's file: parsed JSON, or CSV rows. Raises ValueError."""
     try:
         if path.stat().st_size > CURVE_BYTES_MAX:
             raise ValueError(f"--curve: expected at most {CURVE_BYTES_MAX} bytes in {path}")
@@ -133,7 +133,7 @@ def read_points(path: Path) -> Any:
 
 
 def show(answer: Mapping[str, Any], *, wide: bool, as_json: bool) -> None:
-    """Print the answer of a calculator."""
+    """Print a calculator's answer as a table, or as JSON."""
     if as_json:
         print(json.dumps(answer, indent=2))
         return

@@ -1,9 +1,10 @@
-"""All commands with their panels, and how one of them is loaded when it is run.
+"""The list of all commands, and how each is loaded when it runs.
 
-The list of commands has to be there at once, and the modules behind it take a second to load. So
-each command is a line in a table here, and its module is imported when somebody runs the command or
-asks for its help. Exit status of all: 0 done, 1 the books do not balance or something is not as it
-should be, 2 wrong usage or settings, with one line that says which.
+The list must appear at once, but the modules behind it take a second to load. So each command is a
+line in a table here. Its module is imported when a user runs the command or asks for its help.
+
+Exit status of all commands: 0 done; 1 the books do not balance, or a check failed; 2 wrong usage or
+settings, with one line that says which.
 
 Invariant: no domain module is loaded before a command is chosen.
 """
@@ -16,12 +17,12 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-# What a shell reports of a command that SIGPIPE ended.
+# The exit status that a shell reports for a command that SIGPIPE ended.
 PIPE_CLOSED = 141
 
 
 class Entry(NamedTuple):
-    """A command: where it is (a function, or an app of several), and its line in the list."""
+    """A command: its panel, the place of its function or app, and its line in the list."""
 
     panel: str
     place: str
@@ -50,7 +51,7 @@ COMMANDS = {
 
 
 class LazyGroup(TyperGroup):
-    """The commands of the table; each is a stand-in with one line of help until it is needed."""
+    """A group whose commands are stand-ins with one line of help, loaded when they are needed."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -83,14 +84,14 @@ class LazyGroup(TyperGroup):
                 )
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command. A reader that closes the pipe, as `head` does, has seen enough."""
+        """Run a command; end quietly if the reader closes the pipe, as `head` does."""
         try:
             try:
                 return super().invoke(ctx)
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
-            # Python flushes once more at its end, to nobody then.
+            # Python flushes standard output again at exit, which would fail once more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(PIPE_CLOSED) from None
 
@@ -114,7 +115,7 @@ def load(name: str) -> Any:
 
 
 def whole() -> TyperGroup:
-    """Return the command line with all commands loaded, for what reads their help."""
+    """Return the command line with all commands loaded, for readers of their help texts."""
     group = typer.main.get_group(app)
     for name in COMMANDS:
         group.commands[name] = load(name)

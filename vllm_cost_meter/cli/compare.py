@@ -1,4 +1,4 @@
-"""The command `compare`: what the requests of a window would have cost at APIs."""
+"""The command `compare`: the price of a window's requests at APIs, beside their cost here."""
 
 import json
 from collections.abc import Mapping

@@ -28,7 +28,7 @@ def demo(
     if print_model_path:
         print(default_path())
         return
-    # It imports the OpenAI client, which the path alone does not need.
+    # The demo imports the OpenAI client, which printing the path does not need.
     from vllm_cost_meter.lab.demo.run import run_demo
 
     raise typer.Exit(run_demo(model, keep=keep, sweep=sweep))

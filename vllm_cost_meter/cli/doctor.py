@@ -1,9 +1,9 @@
-"""`vllm-cost-meter doctor`: is the meter installed, understood, able to write, and adding up?
+"""The command `doctor`: check the installation, vLLM, the ledger, the books, prices and energy.
 
-Each check looks at the thing itself and says what it found, in one line. A check that raises is a
-failed check with the error as its detail.
+Each check reports in one line what it found. A check that raises has failed, and its detail is the
+error.
 
-Invariant: it changes nothing but the ledger's file, which it creates if there is none.
+Invariant: it changes nothing, except that it creates the ledger's file if there is none.
 """
 
 import json
@@ -72,7 +72,7 @@ def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False)
 def examine(
     ledger_url: str, book: PriceBook = NO_PRICES, settings: Settings = UNASKED
 ) -> list[Finding]:
-    """Run all checks; `book` is that of the settings, which say where the server answers."""
+    """Run all checks; `book` is the price book in the settings, which name the server's port."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("entry points", _entry_points),
         ("named", _named),
@@ -132,7 +132,7 @@ def _ledger(url: str) -> Finding:
     engine = open_database(url, busy_timeout_s=LEDGER_TIMEOUT_S)
     try:
         with writing(engine).begin() as connection:
-            # Changes nothing, and fails where a bill would: locked, read-only, full.
+            # This changes nothing, and fails where a bill would: locked, read-only or full.
             connection.execute(update(schema_version).values(version=schema_version.c.version))
     finally:
         engine.dispose()
@@ -218,9 +218,10 @@ def _cost_model(url: str) -> Finding:
 
 
 def _price(url: str, book: PriceBook) -> Finding:
-    """Look for the price of now, for the latest run. To have none at all is the operator's choice.
+    """Find the present price for the latest run.
 
-    So it is with one that is for certain runs only, as long as no run is known.
+    Without any price the check passes, because prices are optional. It also passes if all prices
+    are for certain runs only and no run is known yet.
     """
     reader = LedgerReader(url)
     try:
@@ -238,12 +239,12 @@ def _price(url: str, book: PriceBook) -> Finding:
 
 
 def _energy() -> Finding:
-    """Read the first GPU that a server started here would see. Without one nothing is wrong."""
+    """Read the energy of the first GPU that a server here would see; passes without a GPU."""
     counter = EnergyCounter([0])
     reading = counter.read(time.monotonic_ns())
     code, _, detail = (reading.reason or "").partition(": ")
-    if code != "first":  # the first reading of a counter that can be read
-        # Everything but the binding, which is installed with the meter, may be as it should.
+    if code != "first":  # "first" is the first reading of a counter that works.
+        # Only a missing binding is a fault, because it is installed with the meter.
         return Finding("energy", code != "no_binding", f"not measured: {detail}")
     device = counter.devices[0]
     return Finding("energy", True, f"the counter of {device.name} ({device.uuid}) can be read")

@@ -1,4 +1,4 @@
-"""The command `economics`: what tokens cost in a window, under the traffic that there was."""
+"""The command `economics`: cost per token in a window, with the load and latency behind it."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -53,7 +53,7 @@ def economics_(
 
 
 def _explain_figure(name: str, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print the SQL behind a figure. Raises ValueError for one that is not known."""
+    """Print the SQL behind a figure. Raises ValueError for an unknown figure."""
     if name not in FIGURES:
         raise ValueError(f"--explain: expected a figure that `economics` lists, got {name!r}")
     known = {row["figure"]: row for row in rows}
@@ -67,7 +67,7 @@ def _explain_figure(name: str, rows: Iterable[Mapping[str, Any]], *, as_json: bo
 
 
 def lines_below(answer: Mapping[str, Any]) -> list[str]:
-    """Return of what the figures are: the window, what ran, the prices, the bounds."""
+    """Return the lines below the figures: window, deployments, prices and latency bounds."""
     window = answer["window"]
     lines = [f"from {window['from'] or 'the beginning'} to {window['to'] or answer['taken_at']}"]
     lines += [

@@ -1,4 +1,4 @@
-"""The command `explain`: how a request's bill came about, to be recomputed by hand."""
+"""The command `explain`: show how a request's bill was computed, factor by factor."""
 
 import json
 from typing import Annotated

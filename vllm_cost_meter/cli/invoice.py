@@ -1,7 +1,9 @@
-"""`vllm-cost-meter invoice`: import bills of a provider, list them, compare them with the meter.
+"""The commands `invoice ...`: import a provider's bills, list them, compare them with the meter.
 
-How a file is read stands in the settings (`[[invoices]]` and the like); what was read stays in the
-ledger. Invariant: a file that is wrong anywhere, or contradicts the ledger, changes nothing.
+The settings (`[[invoices]]` and the like) describe how to read a file. Its facts stay in the
+ledger.
+
+Invariant: a file that is wrong anywhere, or contradicts the ledger, changes nothing.
 """
 
 import json
@@ -60,7 +62,7 @@ DAY_COLUMNS = (
     "resets",
 )
 DAY_FIRST = ("day", "metered_usd", "billed_gpu_usd", "difference_usd", "capture_rate")
-# Unobserved times that an import prints.
+# An import prints at most so many unobserved times.
 UNOBSERVED_LINES_MAX = 20
 
 
@@ -143,7 +145,7 @@ def days(
 
 
 def import_lines(answer: Mapping[str, Any]) -> list[str]:
-    """Return what an import did, and which times nobody observed."""
+    """Return the lines that say what an import did, and which times were not observed."""
     would = "would be written" if answer["dry_run"] else "written"
     lines = [
         f"{answer['file']}: {would}: {answer['lines']} lines and {answer['snapshots']} snapshots;"

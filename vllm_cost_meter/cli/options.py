@@ -1,4 +1,4 @@
-"""What the commands of the command line share: their options, and the ledger."""
+"""Options and helpers that the commands share: one-line errors, opening the ledger, output."""
 
 import sys
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ Window = Annotated[
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the command with one line and status 2 at a user's error."""
+    """Turn an error of the user into one line on stderr and exit status 2."""
     try:
         yield
     except (CostMeterError, ValueError) as error:
@@ -58,7 +58,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def reading(ledger: str | None, config: Path | None = None) -> Iterator[LedgerReader]:
-    """Open the ledger; a user's error ends the command."""
+    """Open the ledger for reading; an error of the user ends the command."""
     with one_line_errors():
         book = load_settings(config=config).price_book
         with open_ledger(ledger_url(ledger, config), book=book) as reader:
@@ -73,9 +73,9 @@ def ledger_url(ledger: str | None, config: Path | None = None) -> str:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write what --output names, as it is: CSV has the line ends of its standard.
+    """Write a text to the file of --output, without changing its line ends. Raises ValueError.
 
-    Raises ValueError.
+    CSV text already has the line ends of its standard.
     """
     try:
         path.write_text(text, encoding="utf-8", newline="")

@@ -7,7 +7,7 @@ from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.reports.price_lines import PRICE_COLUMNS
 
-# The last columns that a narrow terminal leaves out, of all tables.
+# A narrow terminal drops other columns before these, in all tables.
 FIRST = (
     "key",
     "effective_from",

@@ -1,8 +1,8 @@
-"""The commands `report` and `statement`: figures of the ledger for people and spreadsheets.
+"""The commands `report` and `statement`: usage and cost as tables, JSON, CSV or HTML.
 
-A report without words of the grammar is that by tenant, with the prices and overheads below it, as
-`/cost/tenants` gives it; with any of them it is that of `/cost/report`. Exit status 1 if the books
-do not add up.
+Without further parameters a report is the one by tenant, as at `/cost/tenants`, with prices and
+overheads below it. With any parameter besides window and time zone it is the one at `/cost/report`.
+The exit status is 1 if the books do not add up.
 """
 
 import io
@@ -53,7 +53,7 @@ REQUEST_COLUMNS: tuple[str, ...] = (
     "cost_usd",
 )
 REPORT_COLUMNS = (*COUNTS, "gpu_time_ns", "idle_share_ns", "usage_cost_usd", "cost_usd")
-# The last columns that a narrow terminal leaves out, after what the rows are of.
+# A narrow terminal drops other columns before these, and keeps the aggregated columns longest.
 FIRST = (
     "finished_at",
     "tenant",
@@ -70,19 +70,19 @@ NANO_USD_NOTE = (
     "usage_cost_usd and cost_usd are both rounded so that they add up; so they may differ by a"
     " nano-USD where no idle time is charged"
 )
-# Shown where the energy of any row is known; in JSON and CSV always.
+# A table has this column only if the energy of any row is known; JSON and CSV always have it.
 ENERGY_COLUMN = "energy_mj"
 
 
 class What(StrEnum):
-    """What a report is about."""
+    """The subject of a report."""
 
     tenants = "tenants"
     requests = "requests"
 
 
 class Format(StrEnum):
-    """How a statement is written."""
+    """The output format of a statement."""
 
     table = "table"
     json = "json"
@@ -230,7 +230,7 @@ def _plain_report(reader: LedgerReader, window: str | None, tz: str | None) -> T
 
 
 def adds_up_line(answer: Mapping[str, Any]) -> str:
-    """Return the line under a tenant report that says whether its rows are the whole."""
+    """Return the line that says whether a report's rows add up to all engine time."""
     wall_s = answer["wall_gpu_ns"] / 1e9
     if answer["adds_up"]:
         return f"adds up: the rows are all of {wall_s:.6f} GPU-seconds, to the nanosecond"
@@ -238,7 +238,7 @@ def adds_up_line(answer: Mapping[str, Any]) -> str:
 
 
 def _refuse(words: Mapping[str, object], got: What) -> None:
-    """Raise ValueError for a word that would be passed over: it is of the other report."""
+    """Raise ValueError for a parameter that only the other kind of report uses."""
     expected = What.tenants if got is What.requests else What.requests
     for name, value in words.items():
         if value:
@@ -253,14 +253,14 @@ def _series_rows(answer: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple
         for piece in answer["series"]
         for row in piece["rows"]
     ]
-    # Only times: without the class nobody could tell usage from idle.
+    # If all columns are times, only the class distinguishes usage from idle time.
     names_class = () if set(answer["aggregate"]) - set(TIMES) else ("class",)
     start = ("from",) if is_series else ()
     return rows, (*start, *names_class, *answer["aggregate"], *REPORT_COLUMNS)
 
 
 def nano_usd_notes(answer: Mapping[str, Any]) -> list[str]:
-    """Return the line that explains a nano-USD of idle time where there is none; often nothing."""
+    """Return a note if rounding shows a nano-USD of idle cost without idle time; often nothing."""
     rows = [row for piece in answer["series"] for row in piece["rows"] if not row["idle_share_ns"]]
     pairs = ((row["usage_cost_nanousd"], row["cost_nanousd"]) for row in rows)
     is_odd = any(None not in pair and pair[0] != pair[1] for pair in pairs)
@@ -277,7 +277,7 @@ def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool)
     if has_words:
         lines += nano_usd_notes(answer)
     lines.append(adds_up_line(answer))
-    # Prices and overheads are told beside the plain report only.
+    # Only the plain report shows prices and overheads.
     return lines if has_words else [*lines, *price_lines(answer)]
 
 

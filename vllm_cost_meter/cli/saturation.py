@@ -1,4 +1,4 @@
-"""The commands `saturation ...`: full load as sweeps measured it, kept in the ledger."""
+"""The commands `saturation ...`: import full load that sweeps measured, and list it."""
 
 import json
 from pathlib import Path

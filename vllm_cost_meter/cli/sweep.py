@@ -1,7 +1,7 @@
-"""The command `sweep`: curves of cost against load, and full load out of them.
+"""The command `sweep`: measure curves of cost against load, and full load.
 
-A sweep writes what it has at any end: done, Ctrl-C, or a client that failed. Exit status 0 if all
-rates were measured, 130 after Ctrl-C, 1 if the client or the server failed, 2 for wrong usage.
+A sweep writes the points it has, even after Ctrl-C or a failure of its client. Exit status: 0 if
+all rates were measured, 130 after Ctrl-C, 1 if the client or the server failed, 2 for wrong usage.
 """
 
 import json
@@ -41,7 +41,7 @@ COLUMNS = (
     "tpot_ms", "settled", "saturated",
 )  # fmt: skip
 
-# The last columns that a narrow terminal leaves out.
+# A narrow terminal drops other columns before these.
 FIRST = (
     "shape",
     "requests_per_s",
@@ -103,7 +103,7 @@ def sweep(
     with one_line_errors():
         settings = load_settings(config=config)
         plan = Plan(
-            Shape(1, 1),  # of each in its turn
+            Shape(1, 1),  # A placeholder: each plan below has its own shape.
             rates=_rates("rates", rates) if rates else (),
             window_s=positive("window", window),
             warmup_s=positive("warmup", warmup),
@@ -115,7 +115,7 @@ def sweep(
         )
         plans = [replace(plan, shape=Shape.parse(each)) for each in shape or ["512:256"]]
         bound = settings.slo_ttft_ms if slo_ttft_ms is None else positive("slo", slo_ttft_ms)
-        plots.new_figure(1, 1)  # a missing package is told now, not at the end
+        plots.new_figure(1, 1)  # A missing Matplotlib fails now, and not at the end.
         _make_folder(output)
         session = SweepSession(url, _side_url(side_url, settings.port), tokenizer, output)
     status = session.measure(plans)
@@ -133,7 +133,7 @@ def _side_url(told: str | None, port: int | None) -> str:
 def _write(
     session: SweepSession, slo_ttft_ms: float | None, url: str, *, wide: bool, as_json: bool
 ) -> None:
-    """Write curves and plot, print the table, and keep full load where the ledger is at hand."""
+    """Write curves and plot, print the table, and keep full load if the ledger has these runs."""
     rows, lines = [], []
     with one_line_errors():
         for curve in session.curves:
@@ -156,7 +156,7 @@ def _write(
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder that files can be written to. Raises ValueError."""
+    """Make a folder, and check that files can be written to it. Raises ValueError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -181,7 +181,7 @@ def _kept(curve: dict[str, Any], path: Path, url: str, deployment: Deployment) -
 
 
 def _rates(name: str, text: str) -> tuple[float, ...]:
-    """Return numbers, ascending. Raises ValueError for what is none, or stands twice."""
+    """Return the numbers, ascending. Raises ValueError for other text, and for one given twice."""
     found = []
     for each in text.split(","):
         try:

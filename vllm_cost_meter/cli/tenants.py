@@ -1,9 +1,9 @@
-"""`vllm-cost-meter tenants`: list, add, set and remove the tenants of the settings file.
+"""The commands `tenants ...`: list, add, change and remove the tenants in the settings file.
 
-What the file would say is checked as at a server's start before it replaces the file, so a wrong
-edit changes nothing. A server that runs with the file takes it over within seconds (`reload`).
+The edited text is checked as at a server's start before it replaces the file, so a wrong edit
+changes nothing. A server that runs with the file reloads it within seconds (`config.reload`).
 
-Invariant: no API key is printed or written, its SHA-256 only.
+Invariant: no API key is printed or written, only its SHA-256.
 """
 
 import difflib
@@ -184,7 +184,7 @@ def remove(name: Name, config: Config = None) -> None:
 
 
 def _edit(config: Path | None, edit: Callable[[str, Settings], str], done: str) -> None:
-    """Put the edited text in the file's place, if it is right, and say so."""
+    """Replace the settings file by its edited text if that is valid, and print what was done."""
     path = config or os.environ.get(f"{PREFIX}CONFIG")
     if path is None:
         raise SettingError("--config", "a settings file, or COST_METER_CONFIG", Text("neither"))
@@ -237,7 +237,7 @@ def _pairs(tags: Iterable[str] | None) -> dict[str, str]:
 
 
 def _put(entry: Entry, values: dict[str, Any]) -> None:
-    """Set what has a value, and take away what has none."""
+    """Set the keys that have a value, and delete those without one."""
     for key, value in values.items():
         if value:
             entry[key] = value

@@ -50,7 +50,7 @@ def validate(
 
     Example: vllm-cost-meter validate --gpu h100 --batch 60
     """
-    # It loads the native attribution, and a simulation loads numpy and vLLM.
+    # This import loads the native attribution; a simulation loads numpy and vLLM too.
     from vllm_cost_meter.lab.validation import command, tables
 
     with one_line_errors():

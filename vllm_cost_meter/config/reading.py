@@ -2,8 +2,7 @@
 
 A path may block whoever opens it: a FIFO until somebody writes into it, a file on a network mount
 until its server answers. So only a regular file is read, it is opened without waiting, and all of
-that is done by a thread that is given up after `READ_WITHIN_S`. Engines read their settings so too,
-so this imports nothing of ours but the errors.
+that is done by a thread that is given up after `READ_WITHIN_S`. Engines read their settings so too.
 
 Invariant: nobody waits longer than that bound. While a reading that was given up hangs, the next
 one of that path fails at once and starts no thread.
@@ -11,11 +10,12 @@ one of that path fails at once and starts no thread.
 
 import os
 import stat
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from vllm_cost_meter.guard import in_daemon_thread
 
 R = TypeVar("R")
 
@@ -31,8 +31,8 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-# The thread that was given up last, by path.
-_given_up: dict[Path, threading.Thread] = {}
+# The reading that was given up last, by path.
+_given_up: dict[Path, Future[Any]] = {}
 
 
 def read_text(path: str | Path, within_s: float | None = None) -> str:
@@ -79,23 +79,15 @@ def _in_time(path: str | Path, look: Callable[[Path], R], within_s: float | None
     """Return `look(path)`, from a thread of its own. Raises TimeoutError if that takes too long."""
     within_s = READ_WITHIN_S if within_s is None else within_s
     found = Path(path).expanduser()
-    answer: Future[R] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(look(found))
-        except BaseException as error:  # noqa: BLE001 - it is the caller's
-            answer.set_exception(error)
-
-    thread = threading.Thread(target=run, name="cost-meter-settings", daemon=True)
     hanging = _given_up.get(found)
+    why = TimeoutError(
+        0, f"it could not be read within {within_s:g} s; is it on a mount that is away?"
+    )
+    if hanging is not None and not hanging.done():
+        raise why
+    looking = in_daemon_thread(look, found)
     try:
-        if hanging is not None and hanging.is_alive():
-            raise TimeoutError
-        thread.start()
-        return answer.result(within_s)
-    except TimeoutError:
-        # A mount that gave up raises one too; its thread has ended then.
-        _given_up[found] = thread if thread.is_alive() else hanging or thread
-        why = f"it could not be read within {within_s:g} s; is it on a mount that is away?"
-        raise TimeoutError(0, why) from None
+        return looking.result(within_s)
+    except TimeoutError:  # of ours, or of a mount that gave up
+        _given_up[found] = looking
+        raise why from None

@@ -1,4 +1,4 @@
-"""What the same requests would have cost at an API.
+"""The cost of the same requests at an API.
 
 Each request is priced at its own time and size, because prices for long contexts and times of day
 hold per request: summed tokens cannot be priced. A cost per token is compared only with a cost for

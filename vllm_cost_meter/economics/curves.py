@@ -47,7 +47,7 @@ class Curve:
     """Points by rising rate, and the deployment's price during the measurement, None if unknown."""
 
     points: Sequence[Point]
-    """Loads by rising rate."""
+    """The measured loads, in the order of their rates."""
     usd_per_hour: float | None = None
     """USD per hour: of the whole deployment."""
 
@@ -113,7 +113,7 @@ class PenaltyPoint:
     output_tokens_per_s: float
     """Output tokens per second: of the whole deployment."""
     usd_per_m_output_tokens: float
-    """USD: of a million output tokens."""
+    """USD: the cost of a million output tokens."""
     penalty: float
     """Its cost / the cost at full load."""
 
@@ -131,9 +131,9 @@ class Penalty:
     theta_max: float
     """Output tokens per second: at full load."""
     c_naive: float
-    """USD: of a million output tokens at full load."""
+    """USD: the cost of a million output tokens at full load."""
     points: Sequence[PenaltyPoint]
-    """Loads by rising rate."""
+    """The measured loads, in the order of their rates."""
 
 
 def penalty(*, curve: Curve, usd_per_hour: float | None = None) -> Penalty:
@@ -176,7 +176,7 @@ class SloCost:
     output_tokens_per_s: float | None
     """Output tokens per second: of the whole deployment."""
     usd_per_m_output_tokens: float | None
-    """USD: of a million output tokens."""
+    """USD: the cost of a million output tokens."""
     premium: float | None
     """Its cost / the cost at full load - 1."""
 
@@ -222,7 +222,7 @@ class Crossover:
     requests_per_s_log_log: float | None
     """Requests per second: from the measured curve, null if it does not cross."""
     reason: str | None
-    """Why that is null."""
+    """Why `requests_per_s_log_log` is null; null if it is known."""
 
 
 def crossover(

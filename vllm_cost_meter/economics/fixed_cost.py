@@ -44,7 +44,7 @@ class VolumeVerdict:
     api_usd: float
     """USD: the same volume at the API."""
     cheaper: Literal["self-hosted", "api", "equal"]
-    """Who costs less."""
+    """Who costs less at this volume."""
     fits: bool
     """Whether the deployment can serve the volume."""
 
@@ -64,7 +64,7 @@ class Rate:
     break_even_utilization: float
     """That as part of the capacity; above 1 it does not fit."""
     effective_usd_per_m_at_full_load: float
-    """USD: of a million tokens at full load."""
+    """USD: the cost of a million tokens at full load."""
     savings_percent: float
     """%: what it saves against on demand."""
 
@@ -74,9 +74,9 @@ class Moved:
     """The result with one input multiplied by `factor`; `value` is that input afterwards."""
 
     input: str
-    """The input that moved."""
+    """The name of the input that was moved."""
     factor: float
-    """What it was multiplied by."""
+    """The factor that the input was multiplied by."""
     value: float
     """The input afterwards, in its own unit."""
     monthly_cost_usd: float
@@ -110,7 +110,7 @@ class BreakEven:
     break_even_utilization: float
     """That as part of the capacity; above 1 it does not fit."""
     effective_usd_per_m: Mapping[str, float]
-    """USD: of a million tokens, by utilization."""
+    """USD: the cost of a million tokens, by utilization."""
     verdicts: Sequence[VolumeVerdict]
     """For each volume asked for, which is cheaper."""
     rates: Sequence[Rate]

@@ -53,13 +53,13 @@ class EffectiveCost:
     usd_per_hour: float
     """USD per hour: of the whole deployment."""
     usd_per_m_output_tokens: float | None
-    """USD: of a million output tokens."""
+    """USD: the cost of a million output tokens."""
     usd_per_m_total_tokens: float | None
-    """USD: of a million tokens, input and output."""
+    """USD: the cost of a million tokens, input and output."""
     usd_per_1k_requests: float | None
-    """USD: of a thousand requests."""
+    """USD: the cost of a thousand requests."""
     usd_per_month: float
-    """USD: of a month."""
+    """USD: the cost of a month."""
 
 
 def c_eff(
@@ -106,9 +106,9 @@ class Arrival:
     output_tokens_per_s: float
     """Output tokens per second: of the whole deployment."""
     usd_per_m_output_tokens: float
-    """USD: of a million output tokens."""
+    """USD: the cost of a million output tokens."""
     usd_per_request: float
-    """USD: of one request."""
+    """USD: the cost of one request."""
 
 
 def arrival(
@@ -134,9 +134,9 @@ class Blended:
     )
 
     usd_per_m_blended: float
-    """USD: of a million tokens in this ratio."""
+    """USD: the cost of a million tokens in this ratio."""
     usd_per_month: float | None
-    """USD: of a month."""
+    """USD: the cost of a month."""
 
 
 def blended(
@@ -188,13 +188,13 @@ class RequestCost:
     )
 
     usd_per_attempt: float
-    """USD: of one attempt."""
+    """USD: the cost of one attempt."""
     attempts_per_request: float
     """Attempts that one request takes on average."""
     served_share: float
     """0 to 1: requests that succeed in the end."""
     usd_per_served_request: float
-    """USD: of one request that succeeds."""
+    """USD: the cost of one request that succeeds."""
     usd_added_by_failures: float
     """USD: what failures add to it."""
 

@@ -21,19 +21,19 @@ class Serverless:
     )
 
     usd_per_s: float
-    """USD per second: of the hardware."""
+    """USD per second: the price of the hardware."""
     build_usd: float
-    """USD: the builds of a month."""
+    """USD: the cost of builds in a month."""
     init_usd: float
-    """USD: its cold starts."""
+    """USD: the cost of cold starts in a month."""
     inference_usd: float
-    """USD: its calls."""
+    """USD: the cost of calls in a month."""
     storage_usd: float
-    """USD: its storage."""
+    """USD: the cost of storage in a month."""
     total_usd: float
-    """USD: the month in all."""
+    """USD: the total cost of a month."""
     usd_per_call: float | None
-    """USD: of one call; null without calls."""
+    """USD: the cost of one call; null without calls."""
 
 
 def serverless(

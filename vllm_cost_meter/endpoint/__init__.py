@@ -1,1 +1,1 @@
-"""The side endpoint: figures of the ledger over HTTP, on a port of their own."""
+"""The side endpoint: an HTTP server for the ledger's figures, on its own port."""

@@ -1,11 +1,11 @@
-"""Who may see which figures: an operator all, a tenant its own, anybody else none.
+"""Access to the side endpoint: an operator sees all figures, a tenant its own, others none.
 
-A bearer token is the admin token or one of a tenant's API keys; tokens are known by their SHA-256
-only and compared in a time that does not depend on them. Without an admin token (allowed on
-loopback only) who shows no token at all is an operator; who shows a wrong one never is.
+A bearer token is the admin token or one of a tenant's API keys. The meter knows only the SHA-256 of
+a token, and compares it in constant time. Without an admin token (allowed on loopback only) a
+caller that shows no token is an operator. A caller that shows a wrong token never is.
 
-Invariant: a tenant's viewer sees a name only if it is the tenant's own or a child of it, and what
-it may not see looks as if it did not exist.
+Invariant: a tenant sees only its own name and those of its children. Any other tenant looks to it
+as if it did not exist.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Who asks. `tenant` is None for an operator."""
+    """The caller of a route: a tenant, or an operator if `tenant` is None."""
 
     tenant: str | None = None
 
     @property
     def is_admin(self) -> bool:
-        """Whether all figures may be seen."""
+        """Whether the caller may see all figures."""
         return self.tenant is None
 
     def may_see(self, tenant: str | None) -> bool:
-        """Tell whether figures of this tenant may be seen."""
+        """Return whether the caller may see this tenant's figures."""
         if self.tenant is None:
             return True
         own = self.tenant
@@ -34,26 +34,28 @@ class Viewer:
 
 
 ADMIN = Viewer()
-# Who has shown no token where one is expected: no tenant has an empty name.
+# A caller without a token on a public page. No tenant has an empty name, so it sees none.
 STRANGER = Viewer("")
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The tokens that open the side endpoint. `keys` gives the tenants by the SHA-256 of
-    their keys, as they are now."""
+    """The tokens that open the side endpoint.
+
+    `keys` returns the present tenants, by the SHA-256 of their API keys.
+    """
 
     admin_sha256: str | None = None
     keys: Callable[[], Mapping[str, str]] = dict
 
     def viewer(self, authorization: str | None) -> Viewer | None:
-        """Return who shows this `Authorization` header; None if nobody may."""
+        """Return the caller with this `Authorization` header; None if it must be refused."""
         if not authorization:
             return None if self.admin_sha256 else ADMIN
         scheme, _, token = authorization.partition(" ")
         digest = sha256(token)
         is_bearer = scheme.lower() == "bearer"
-        # First, and whatever the scheme, so that the answer takes the same time.
+        # This comparison runs first and for any scheme, so all answers take the same time.
         is_admin = hmac.compare_digest(digest, self.admin_sha256 or "")
         if is_admin and is_bearer:
             return ADMIN
@@ -61,7 +63,7 @@ class Access:
         return None if tenant is None else Viewer(tenant)
 
 
-# On loopback, without an admin token and without tenants.
+# The access on loopback without an admin token: a caller without a token is an operator.
 OPEN = Access()
 
 

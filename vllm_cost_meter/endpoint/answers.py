@@ -1,6 +1,6 @@
-"""The answers that only the side endpoint gives, and its errors: what JSON has.
+"""Answer types that only the side endpoint has, and its errors: each JSON field and its meaning.
 
-A docstring below a field is its description. Other answers are those of the ledger and reports.
+A docstring below a field is its description. Other answer types are in `ledger` and `reports`.
 
 Invariant: an answer has these fields and no other, and an error has one shape whatever its status.
 """
@@ -18,12 +18,12 @@ from vllm_cost_meter.tenants.budgets import BudgetRow
 
 
 class Health(TypedDict):
-    """The endpoint is up."""
+    """The answer of `/health`: the endpoint is up."""
 
     status: str
-    """`ok`."""
+    """`ok`, whenever the endpoint answers."""
     version: str
-    """The version of the meter."""
+    """The version of the cost meter."""
 
 
 class LoopHealth(TypedDict):
@@ -97,77 +97,77 @@ NO_METER: MeterHealth = {
 
 
 class CostModels(TypedDict):
-    """What engines have learnt of the cost of their steps."""
+    """The cost models that engines have learnt."""
 
     models: list[CostModelRow]
-    """One for each engine run, or all versions of one run."""
+    """The latest cost model of each engine run, or all versions of one run."""
 
 
 class Budgets(TypedDict):
-    """Where the budgets stand."""
+    """How much of each budget is used."""
 
     as_of: str | None
-    """RFC 3339 UTC: the oldest snapshot behind these figures, null if there is none."""
+    """RFC 3339 UTC: the oldest snapshot that the figures are from; null without any."""
     broken: str | None
-    """What is wrong with the meter, null if nothing."""
+    """What is wrong with the meter; null if it works."""
     budgets: list[BudgetRow]
     """Each budget that the asker may see."""
 
 
 class OwnFigures(Tenant):
-    """What the caller's tenant used, and where its budgets stand."""
+    """The usage and cost of the caller's tenant, and the use of its budgets."""
 
     budgets: list[BudgetRow]
     """Each budget of the tenant."""
 
 
 class NothingUsed(TypedDict):
-    """The same of a tenant that the ledger does not know yet."""
+    """The same for a tenant that the ledger does not know yet."""
 
     tenant: str
-    """Its name."""
+    """The name of the tenant."""
     requests: int
-    """0."""
+    """Number of HTTP requests: 0."""
     gpu_time_ns: int
-    """GPU-ns: 0."""
+    """GPU-ns: the GPU time used: 0."""
     budgets: list[BudgetRow]
     """Each budget of the tenant."""
 
 
 class Matches(TypedDict):
-    """The requests that an id fits, where it fits several."""
+    """The requests that an id means, if it means several."""
 
     matches: list[RequestWithParts]
-    """Each of them."""
+    """Each request, with its parts."""
 
 
 class ExplainedMatches(TypedDict):
-    """The explanations of the requests that an id fits, where it fits several."""
+    """The explanations of the requests that an id means, if it means several."""
 
     matches: list[Explanation]
-    """Each of them."""
+    """The explanation of each request."""
 
 
 class ErrorDetail(TypedDict):
-    """What is wrong."""
+    """The message, kind and HTTP status of an error."""
 
     message: str
     """What was expected, what came, and what to do, in one line."""
     type: str
     """`invalid_request`, `not_found`, `unavailable`, `ledger_unavailable` or `internal_error`."""
     code: int
-    """The HTTP status."""
+    """The HTTP status, the same as that of the reply."""
 
 
 class ErrorAnswer(TypedDict):
-    """The one shape of all errors."""
+    """An error; all errors have this shape."""
 
     error: ErrorDetail
-    """The only field."""
+    """The message, kind and HTTP status of the error."""
 
 
 _ERROR = shape_of(ErrorAnswer)
-# By status: what any route may answer with, and besides what one on a single thing may.
+# Errors that any route may answer with, by status. The routes for one thing have two more below.
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": _ERROR, "description": "No token, or one that nobody has."},
     403: {"model": _ERROR, "description": "The token is not for these figures."},

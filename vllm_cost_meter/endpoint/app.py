@@ -1,13 +1,13 @@
-"""The side endpoint: the ledger over HTTP, for operators, on a port of its own.
+"""The FastAPI application of the side endpoint: the ledger over HTTP, for operators and tenants.
 
-A FastAPI application over a `LedgerReader`. Before a figure is read, `refresh` brings the ledger up
-to now where the engines can be asked (the process that polls them); elsewhere it is up to one
-snapshot old. Handlers that read the ledger are plain functions: `questions` runs them in its
-threads, a few at a time.
+It reads figures through a `LedgerReader`. Before it does, `refresh` asks the engines for snapshots,
+so the ledger is up to date. In a process that cannot ask them, figures are up to one snapshot old.
+Handlers that read the ledger are plain functions: `questions` runs a few of them at a time, in its
+threads.
 
-One error shape, `{"error": {"message", "type", "code"}}`; objects on top; `next` is opaque.
+All errors have one shape: `{"error": {"message", "type", "code"}}`.
 
-Invariant: read-only; every JSON body is an object.
+Invariant: the endpoint reads and never writes. Every JSON body is an object.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ logger = logging.getLogger("vllm.cost_meter")
 
 REQUESTS_PER_PAGE_MAX = 1_000
 
-# No request can have it, as names are never empty.
+# No request has this tenant, because names are never empty.
 NO_TENANT = ""
 
 T = TypeVar("T")
@@ -88,11 +88,15 @@ def make_app(
 ) -> FastAPI:
     """Return the side endpoint's application.
 
-    `refresh` is called, in a worker thread, before figures are read; `access` says who may see
-    which; `metrics` gives the text of the metrics; `budgets` says where the budgets stand;
-    `declared` what the operator declared of the deployment, and `public_economics` whether anybody
-    may read what its tokens cost. `health` says whether the meter works, `questions` bounds what is
-    answered at once, and `handed` has the settings for a process that compares.
+    - `refresh` brings the ledger up to date; a worker thread calls it before figures are read.
+    - `access` decides which caller may see which figures.
+    - `metrics` returns the text of the Prometheus metrics; without it there is no `/metrics`.
+    - `budgets` returns the use of each budget.
+    - `declared` returns the operator's latency bounds and full load.
+    - `public_economics` returns whether anybody may read the cost of tokens.
+    - `health` returns whether the meter works.
+    - `questions` bounds what is answered at once.
+    - `handed` returns the settings for a process that compares; without them it reads its own.
     """
 
     def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
@@ -114,15 +118,15 @@ def make_app(
         default_response_class=OrjsonResponse,
         dependencies=[Depends(authorized), Depends(refuse_unknown_words)],
         responses=ERRORS,
-        # The pages would load scripts from the internet; the document is served below, behind the
-        # token like everything else.
+        # FastAPI's own pages would load scripts from the internet. The document is served below,
+        # and needs the token like everything else.
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
     )
     app.add_middleware(LimitSizes)
     app.state.questions = Questions() if questions is None else questions
-    # Before the first route is added.
+    # This has to come before the first route.
     app.router.route_class = AnswerRoute
     _add_error_handlers(app)
     _add_request_routes(app, reader, refresh)
@@ -157,7 +161,7 @@ def _add_own_routes(app: FastAPI) -> None:
 
     @app.get("/health")
     async def health() -> Health:
-        """Say that the endpoint is up."""
+        """Return that the endpoint is up, and the meter's version."""
         return {"status": "ok", "version": __version__}
 
 
@@ -173,7 +177,7 @@ def _add_health_route(app: FastAPI, health: Callable[[], MeterHealth]) -> None:
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/models", dependencies=FOR_ADMINS)
     def models(run: str | None = None) -> CostModels:
-        """Return the latest cost model of each engine run; of one run, all versions."""
+        """Return the latest cost model of each engine run, or all versions of one run."""
         refresh()
         return {"models": reader.cost_models(run)}
 
@@ -181,12 +185,12 @@ def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
 def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
     @app.get("/cost/budgets")
     def standings(viewer: ViewerOf) -> Budgets:
-        """Return what each budget's tenants have used in its period, as new requests are judged."""
+        """Return the use of each budget in its period, as new requests are judged by it."""
         figures = budgets()
         return {
             "as_of": None if figures.as_of_ns is None else rfc3339(figures.as_of_ns),
             "broken": figures.broken,
-            # What a tag's tenants use together is nothing for one of them.
+            # A tag's budget counts several tenants together, so no single tenant may see it.
             "budgets": [
                 told(standing)
                 for standing in figures.standings
@@ -198,9 +202,9 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
 def look_up(
     reader: LedgerReader, refresh: Callable[[], None], request_id: str, viewer: Viewer
 ) -> list[RequestWithParts]:
-    """Return the request rows of an id that a viewer may see. Raises HTTPException without any.
+    """Return the request rows for an id that a viewer may see. Raises HTTPException without any.
 
-    What still runs is looked up anew after `refresh`.
+    Requests that still run are read again after `refresh`.
     """
 
     def rows_now() -> list[RequestWithParts]:
@@ -212,7 +216,7 @@ def look_up(
     if not all(row["state"] == FINISHED for row in rows) or not rows:
         refresh()
         rows = rows_now()
-    # An ambiguous id lists its matches to an operator only.
+    # Only an operator sees the matches of an ambiguous id.
     if not rows or (len(rows) > 1 and not viewer.is_admin):
         raise HTTPException(404, f"no request with the id {quoted(request_id)} in the ledger")
     return rows
@@ -227,15 +231,15 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
             return OrjsonResponse({"matches": [tell(row) for row in rows]}, 300)
         return tell(rows[0])
 
-    # Before the route that takes any path for an id.
+    # This has to come before the route that takes any path as an id.
     @app.get("/cost/requests/{request_id:path}/explain", responses=NOT_FOUND | SEVERAL_EXPLAINED)
     def explain(request_id: str, viewer: ViewerOf) -> Explanation | OrjsonResponse:
-        """Return how the bill of one HTTP request came about, to be recomputed by hand."""
+        """Explain the bill of one HTTP request, so that it can be recomputed by hand."""
         return answer(request_id, viewer, reader.explain)
 
     @app.get("/cost/requests/{request_id:path}", responses=NOT_FOUND | SEVERAL)
     def request(request_id: str, viewer: ViewerOf) -> RequestWithParts | OrjsonResponse:
-        """Return one HTTP request, by response id, X-Request-Id, internal id or its own id."""
+        """Return one HTTP request by its response id, X-Request-Id, internal id or own id."""
         return answer(request_id, viewer, lambda row: row)
 
     @app.get("/cost/requests")
@@ -245,7 +249,7 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
         next: str | None = None,  # noqa: A002 - the parameter's public name
         tenant: str | None = None,
     ) -> RequestsPage:
-        """Return HTTP requests, newest first, and on the first page those that run."""
+        """Return a page of HTTP requests, newest first; the first page has running ones too."""
         if tenant is None:
             tenant = viewer.tenant
         with asked_wrongly():
@@ -257,14 +261,14 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/tenants", dependencies=FOR_ADMINS)
     def tenants(window: Window = None) -> TenantsReport:
-        """Return what each tenant used, and each class of engine time, adding up to the total."""
+        """Return usage by tenant and engine time by class, which add up to the total."""
         hours = hours_asked(window)
         refresh()
         return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant:path}", responses=NOT_FOUND)
     def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> Tenant:
-        """Return what one tenant used."""
+        """Return one tenant's usage, cost and latest requests."""
         hours = hours_asked(window)
         refresh()
         row = reader.tenant(tenant, *hours) if viewer.may_see(tenant) else None
@@ -281,14 +285,14 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
 
     @app.get("/cost/invoices", dependencies=FOR_ADMINS)
     def invoices(window: Window = None) -> InvoiceDays:
-        """Return what was metered and what was billed, day by day."""
+        """Return the metered cost and the provider's bills, day by day."""
         hours = hours_asked(window)
         refresh()
         return reader.invoice_days(*hours)
 
     @app.get("/cost/audit", dependencies=FOR_ADMINS)
     def audit() -> Audit:
-        """Prove, run by run, that the books balance at the last snapshot."""
+        """Check for each engine run that its books balance at the last snapshot."""
         refresh()
         return reader.audit()
 
@@ -298,15 +302,17 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
     def report(
         viewer: ViewerOf,
         window: Window = None,
-        tz: Annotated[str | None, Query(description="Time zone of days; otherwise UTC.")] = None,
-        aggregate: Annotated[str | None, Query(description="Columns to add up by.")] = None,
+        tz: Annotated[str | None, Query(description="Time zone of days; UTC by default.")] = None,
+        aggregate: Annotated[str | None, Query(description="Columns to aggregate by.")] = None,
         step: Annotated[str | None, Query(description=f"One of {', '.join(STEPS)}.")] = None,
-        accumulate: Annotated[bool, Query(description="Add the steps up again.")] = False,
-        idle: Annotated[str | None, Query(description=f"{POLICIES}; otherwise none.")] = None,
+        accumulate: Annotated[bool, Query(description="Add all steps up.")] = False,
+        idle: Annotated[str | None, Query(description=f"{POLICIES}; none by default.")] = None,
         filter: Annotated[str | None, Query(description="Rows to show.")] = None,
-        price: Annotated[str | None, Query(description="What if: USD per GPU-hour.")] = None,
+        price: Annotated[
+            str | None, Query(description="A supposed price in USD per GPU-hour, for all time.")
+        ] = None,
     ) -> Report:
-        """Return what was used, with and without its share of idle, added up as asked."""
+        """Return usage and cost, with and without idle time, aggregated as asked."""
         with asked_wrongly():
             asked = question(
                 window=window,
@@ -352,5 +358,5 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def our_bug(_request: Request, exception: Exception) -> Response:
-        # The server's log has its traceback.
+        # The server's log has the traceback.
         return error_reply(500, f"unexpected {type(exception).__name__}", "internal_error")

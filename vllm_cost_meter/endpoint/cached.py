@@ -1,10 +1,10 @@
-"""An answer that takes long to make, kept for whoever asks next.
+"""Cache one answer that takes long to make.
 
-It is made anew when somebody asks after it has grown old, and at most so often that making it takes
-a small part of the time. While it is made, others get the old one: nobody waits, so however many
-ask at once, one thread is held.
+A call after the answer has grown old makes a new one. Making it takes at most a small share of all
+time, however often callers ask. Other callers get the old answer meanwhile. Nobody waits, so many
+callers at once hold only one thread.
 
-Invariant: at most one is being made at any time.
+Invariant: at most one answer is being made at any time.
 """
 
 import threading
@@ -15,12 +15,12 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 KEEP_S = 60.0
-# Of all time, how much may go into making it.
+# The largest share of all time that may go into making the answer.
 SHARE_MAX = 0.02
 
 
 class Kept(Generic[T]):
-    """Makes and keeps one answer. Thread-safe."""
+    """Makes one answer and keeps it for a while. Thread-safe."""
 
     def __init__(
         self,
@@ -36,9 +36,9 @@ class Kept(Generic[T]):
         self._old_from_s = 0.0
 
     def __call__(self) -> T | None:
-        """Return the answer; None while the first one is being made for somebody else.
+        """Return the answer; None while another caller has the first one made.
 
-        Raises what making it raises; then it is made anew for the next one who asks.
+        Raises what `make` raises; the next call tries again.
         """
         if self._answer is not None and self._clock() < self._old_from_s:
             return self._answer

@@ -1,8 +1,8 @@
-"""The calculators at the side endpoint: `POST /cost/calc/NAME` with the inputs as a JSON object.
+"""The calculator routes of the side endpoint: `POST /cost/calc/NAME` with a JSON object of inputs.
 
-They compute from what they are given and read no figure, so whoever may ask at all may ask them.
+A calculator uses its inputs only and reads nothing from the ledger, so every viewer may use it.
 
-Invariant: a body has the names, defaults and types of the function's own signature, and no other.
+Invariant: a body takes the names, types and defaults in the function's signature, and no others.
 """
 
 import inspect
@@ -50,7 +50,7 @@ def _answer(name: str, function: Callable[..., Any]) -> Any:
     used = {given: (shaped(hint), INPUTS[given]) for given, hint in hints.items()}
     inputs = described(f"{_title(name)}Used", "The inputs as they were used.", used)
     fields = {
-        "calculator": (str, "Its name."),
+        "calculator": (str, "The name of the calculator."),
         "inputs": (inputs, "The inputs as they were used, defaults included."),
         "formula": (str, "How the result follows from the inputs."),
         **fields_of(result),
@@ -78,7 +78,7 @@ def _title(name: str) -> str:
 
 
 def _json_type(hint: Any) -> Any:
-    """Return what JSON has in place of a curve: its points, or an object that has them."""
+    """Return an input's type in JSON: a curve is a list of points, or an object with `points`."""
     if hint is Curve:
         return list[Any] | dict[str, Any]
     return list[Any] | dict[str, Any] | None if Curve in typing.get_args(hint) else hint

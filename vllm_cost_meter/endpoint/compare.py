@@ -1,11 +1,12 @@
-"""`GET /cost/compare` at the side endpoint: a comparison in a process of its own.
+"""`GET /cost/compare` at the side endpoint: a comparison with API prices, in a child process.
 
-What APIs charge takes some 90 MB of memory, and every request is priced in Python: neither belongs
-in a process that answers others. So a child does it, of which there is one at a time, at the lowest
-priority, with bounds on its time and memory; the first to be ended where memory is short. The
-question is its input and a typed result its output (`compare_child`).
+The table of API prices takes some 90 MB of memory, and Python prices every request. Neither belongs
+in a process that answers others. So a child process does it. At most one runs at a time, at the
+lowest priority, with limits on its time and memory. If memory is short, the system ends it first.
+The question is its input and a typed result its output (see `compare_child`).
 
-Invariant: whatever becomes of the child, the asker gets an answer or one line, and serving nothing.
+Invariant: whatever happens to the child, the caller gets an answer or a one-line error, and serving
+goes on.
 """
 
 import asyncio
@@ -31,29 +32,31 @@ from vllm_cost_meter.ledger.economics.answers import Comparison
 from vllm_cost_meter.ledger.economics.api_comparison import Question
 from vllm_cost_meter.units.calendar import EXPECTED, WEEK, hours_of_window
 
-# Long, as at the lowest priority a busy processor leaves it little.
+# The limit is long because a busy processor leaves little time to the lowest priority.
 TIMEOUT_S = 120.0
-# Address space of the child; it takes a tenth of that for a hundred thousand requests.
+# The limit on the child's address space; a hundred thousand requests take a tenth of it.
 MEMORY_BYTES_MAX = 4 * 1024**3
 LOWEST_PRIORITY = 19
 CHILD = "vllm_cost_meter.endpoint.compare_child"
 
 
 class Asked(BaseModel):
-    """The words of a question."""
+    """The query parameters of a comparison."""
 
     window: str = Field(WEEK, description=f"{EXPECTED}; widened to whole UTC hours.")
     model: list[str] = Field([], description="PROVIDER/MODEL of genai-prices, or patterns.")
     provider: list[str] = Field([], description="Providers, or patterns.")
     label: list[str] = Field([], description="Only offers with one of these labels.")
     max_usd_per_m_output: float | None = Field(
-        None, description="Only offers up to this, for the measured mix."
+        None, description="Only offers up to so many USD per million output tokens of the mix."
     )
-    ratio: str | None = Field(None, description="What if: input to output tokens, such as 3:1.")
-    volume: list[str] = Field([], description="What if: tokens per month, such as 1M..1B.")
+    ratio: str | None = Field(
+        None, description="A supposed ratio of input to output tokens, as 3:1."
+    )
+    volume: list[str] = Field([], description="Supposed tokens per month, such as 1M..1B.")
 
     def question(self) -> Question:
-        """Return the question. Raises ValueError for what needs no child."""
+        """Return the question. Raises ValueError for faults that can be seen without a child."""
         hours_of_window(self.window)
         return Question(
             self.window,
@@ -67,11 +70,11 @@ class Asked(BaseModel):
 
 
 class ComparingError(Exception):
-    """A comparison did not come about, and not by the asker's fault."""
+    """A comparison failed through no fault of the caller."""
 
 
 class Comparer:
-    """Answers questions on one ledger in a child process. Thread-safe; blocks."""
+    """Compares costs on one ledger in a child process. Thread-safe; a call blocks."""
 
     def __init__(
         self,
@@ -87,9 +90,11 @@ class Comparer:
         self._lock = threading.Lock()
 
     def __call__(self, question: Question) -> Comparison:
-        """Return the answer. Raises ValueError for a wrong question, else ComparingError or
-        LedgerError."""
-        # Who waits holds one of the endpoint's few threads.
+        """Return the answer.
+
+        Raises ValueError for a wrong question, and ComparingError or LedgerError for other faults.
+        """
+        # A caller that waits would hold one of the endpoint's few threads.
         if not self._lock.acquire(blocking=False):
             raise ComparingError("compare: another comparison is running; ask again in a minute")
         try:
@@ -117,7 +122,7 @@ class Comparer:
         environment = {name: v for name, v in os.environ.items() if name.upper() != LEDGER}
         try:
             return subprocess.Popen(  # noqa: S603 - our own command, and no shell
-                # Without -P the folder that the server was started in could replace any module.
+                # Without -P, files in the server's working directory could replace any module.
                 [sys.executable, "-P", "-m", CHILD],
                 env={**environment, LEDGER: self._ledger_url},
                 stdin=subprocess.PIPE,
@@ -129,13 +134,13 @@ class Comparer:
 
 
 def _hold_back(pid: int, timeout_s: float) -> None:
-    """Make a child the last to get the processor and the first to be ended without memory."""
+    """Give a child the lowest priority, and make it the first victim if memory runs out."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, LOWEST_PRIORITY)
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/oom_score_adj").write_text("1000", encoding="ascii")
     if sys.platform == "linux":
-        # Also of use if this server ends meanwhile: nobody would be left to end the child.
+        # These limits end the child even if this server dies and cannot.
         seconds = int(timeout_s) + 1
         with contextlib.suppress(OSError, ValueError):
             resource.prlimit(pid, resource.RLIMIT_CPU, (seconds, seconds))
@@ -143,7 +148,7 @@ def _hold_back(pid: int, timeout_s: float) -> None:
 
 
 def _answer_of(status: int, out: bytes) -> Comparison:
-    """Return the answer of a child that ended."""
+    """Return the answer that an ended child wrote, or raise its error."""
     try:
         result: Result = orjson.loads(out)
     except orjson.JSONDecodeError:
@@ -167,7 +172,7 @@ def add_compare(
 
     @app.get("/cost/compare", dependencies=FOR_ADMINS)
     async def compare(asked: Annotated[Asked, Query()]) -> Comparison:
-        """Return what the requests of a window cost here, and what they would have at APIs."""
+        """Return the cost of a window's requests here, and what APIs would have charged."""
         with asked_wrongly():
             question = asked.question()
         await asyncio.to_thread(refresh)

@@ -1,11 +1,12 @@
-"""The process that answers `GET /cost/compare`: a question on its input, a result on its output.
+"""The child process behind `GET /cost/compare`: reads a question, writes a result as JSON.
 
 The question comes with the settings of the API server; without any this process reads its own. The
-result is JSON. It has either `answer`, or `error` (what is wrong, in one line) and `kind`:
-`question` if the asker is to change it, `ledger` if the ledger cannot be read, `failed` for
-anything else.
+result has either `answer`, or `error` (one line) and `kind`. The kind is `question` if the caller
+must change the question, `ledger` if the ledger cannot be read, and `failed` for anything else. The
+environment variable COST_METER_LEDGER names the ledger, because its URL may hold a password and
+command lines are public.
 
-Invariant: it writes exactly one result, whatever happens, unless it is killed.
+Invariant: the process writes exactly one result, unless it is killed.
 """
 
 import os
@@ -29,7 +30,7 @@ LEDGER = "COST_METER_LEDGER"
 
 
 class Result(TypedDict):
-    """What the process writes: an answer, or an error and its kind."""
+    """The output of the process: an answer, or an error and its kind."""
 
     answer: NotRequired[Comparison]
     error: NotRequired[str]
@@ -44,14 +45,14 @@ class Work(msgspec.Struct, frozen=True):
 
 
 def result_of(work: bytes) -> Result:
-    """Return the result of the work."""
+    """Return the result for some work; never raises."""
     try:
         return {"answer": _answer(msgspec.msgpack.decode(work, type=Work))}
     except LedgerError as error:
         return {"error": str(error), "kind": "ledger"}
     except (CostMeterError, ValueError) as error:
         return {"error": str(error), "kind": "question"}
-    except Exception as error:  # noqa: BLE001 - the asker gets a line, whatever it is
+    except Exception as error:  # noqa: BLE001 - the caller gets one line for any error
         line = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]
         return {"error": line, "kind": "failed"}
 

@@ -1,6 +1,6 @@
-"""What the routes of the side endpoint share: who asks, and that what was asked wrongly is a 422.
+"""Shared route dependencies: the viewer, the window, and status 422 for bad input.
 
-Invariant: a route has a viewer before it runs, or it does not run.
+Invariant: a route runs only if it has a viewer.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,7 @@ from vllm_cost_meter.units.calendar import EXPECTED, hours_of_window
 
 Window = Annotated[
     str | None,
-    Query(
-        description=f"{EXPECTED}; widened to whole UTC hours. Without it: everything in the ledger."
-    ),
+    Query(description=f"{EXPECTED}; widened to whole UTC hours. The whole ledger by default."),
 ]
 Trailing = Annotated[str, Query(description=f"{EXPECTED}; widened to whole UTC hours.")]
 
@@ -27,7 +25,7 @@ def _viewer(request: Request) -> Viewer:
 
 
 def refuse_others(viewer: Viewer) -> None:
-    """Raise HTTPException for whoever is no admin."""
+    """Raise HTTPException unless the viewer is an operator."""
     if not viewer.is_admin:
         raise HTTPException(403, "expected the admin token: this holds figures of all tenants")
 
@@ -44,7 +42,10 @@ FOR_ADMINS = [Depends(_for_admins)]
 
 @contextmanager
 def asked_wrongly() -> Iterator[None]:
-    """Make a ValueError about what the asker wrote a 422; any other is our own bug."""
+    """Turn a ValueError about the caller's input into a 422.
+
+    A ValueError anywhere else is a bug of ours, and becomes a 500.
+    """
     try:
         yield
     except ValueError as error:
@@ -52,6 +53,6 @@ def asked_wrongly() -> Iterator[None]:
 
 
 def hours_asked(window: str | None) -> tuple[int | None, int | None]:
-    """Return the hours of a window. Raises HTTPException for what is none."""
+    """Return the hours of a window. Raises HTTPException for text that is no window."""
     with asked_wrongly():
         return hours_of_window(window)

@@ -1,10 +1,10 @@
-"""`/cost/economics` and `/cost/economics/method`: all for operators, a part for a public page.
+"""The routes `/cost/economics` and `/cost/economics/method`, for operators and a public page.
 
-With `public_economics` anybody may read, without a token and from a page of another origin, what a
-million tokens cost in the trailing week, and the SQL behind it. That answer is kept and made anew
-by itself (`kept`): however many ask, the ledger is read seldom.
+Operators see all figures. With the setting `public_economics` anybody may read the cost of a
+million tokens in the trailing week and the SQL behind it, without a token and from a page of
+another origin. That answer is cached (see `cached`), so many readers cause few reads of the ledger.
 
-Invariant: who is no operator learns no total, no count and no name of a tenant.
+Invariant: only an operator sees a total, a count or the name of a tenant.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,9 +25,9 @@ from vllm_cost_meter.units.calendar import WEEK
 
 PATH = "/cost/economics"
 METHOD_PATH = f"{PATH}/method"
-# Without a token, if the setting says so.
+# These paths need no token if the setting `public_economics` is on.
 PUBLIC_PATHS = (PATH, METHOD_PATH)
-# What a public page has: costs per token, the load and the latency that they came with.
+# A public page has the cost per token, and the load and latency under which it was measured.
 PUBLIC_FIGURES = (
     "blended_usd_per_m_output_tokens",
     "blended_usd_per_m_total_tokens",
@@ -47,13 +47,13 @@ T = TypeVar("T")
 
 
 def _figures(name: str, of: Iterable[str]) -> Any:
-    """Return the shape of figures, each described by its unit and meaning."""
+    """Return the type of an answer's figures, each described by its unit and meaning."""
     said = {
         figure: ": ".join(filter(None, (FIGURES[figure].unit, FIGURES[figure].meaning)))
         for figure in of
     }
     fields = {figure: (float | None, text) for figure, text in said.items()}
-    # Without a declared bound the figures on it are missing.
+    # Figures about latency bounds are missing if none is declared.
     return described(name, "Each figure, null if it is undefined.", fields, OF_SLO)
 
 
@@ -102,7 +102,7 @@ def add_economics(
 
     @app.get(PATH, responses={200: {"model": _answers()}})
     def figures(viewer: ViewerOf, window: Trailing = WEEK) -> Economics | OrjsonResponse:
-        """Return what tokens and requests cost in all, at which load and latency."""
+        """Return the cost of tokens and requests, with load and latency."""
         if not viewer.is_admin:
             return of_public(kept, viewer, window)
         hours = hours_asked(window)
@@ -111,7 +111,7 @@ def add_economics(
 
     @app.get(METHOD_PATH)
     def how(viewer: ViewerOf, window: Trailing = WEEK) -> Method | OrjsonResponse:
-        """Return the SQL behind each of these figures, as it is executed."""
+        """Return the SQL that is executed for each of these figures."""
         if not viewer.is_admin:
             return of_public(kept_method, viewer, window)
         return {"figures": method(reader, declared(), *hours_asked(window))}

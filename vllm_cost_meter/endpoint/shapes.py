@@ -1,9 +1,9 @@
-"""The shapes of answers for the OpenAPI document, with the text below each field as description.
+"""OpenAPI schemas of answers: each field's description is the docstring below the field.
 
-Answers are typed dictionaries of the ledger and the reports, which do not know pydantic, and
-dataclasses of the calculators. This module makes of each a type that pydantic describes in full.
-pydantic's own `use_attribute_docstrings` leaves out the fields of base classes, so the texts are
-read here.
+Answer types are typed dictionaries in the ledger and the reports, and dataclasses in the
+calculators; none of them imports pydantic. This module turns each into a type that pydantic can
+describe in full. It reads the docstrings itself, because pydantic's `use_attribute_docstrings`
+leaves out the fields of base classes.
 
 Invariant: shapes serve the document only; no answer is checked or copied when it is sent.
 """
@@ -31,7 +31,7 @@ from vllm_cost_meter.endpoint.questions import Questions
 
 
 class OrjsonResponse(JSONResponse):
-    """JSON by orjson: exact 64-bit integers, and fast."""
+    """A JSON response made by orjson, which is fast and keeps 64-bit integers exact."""
 
     def render(self, content: Any) -> bytes:
         """Return the body's bytes."""
@@ -56,14 +56,14 @@ def error_reply(
 
 
 class AnswerRoute(APIRoute):
-    """A route whose answer is sent as it is; the document shows the handler's return type."""
+    """A route that sends its answer unchecked; the document shows the handler's return type."""
 
     def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
         given = options.get("responses") or {}
         kind = _answer_kind(inspect.signature(endpoint).return_annotation)
         if kind is not None:
             given = {200: {"model": shaped(kind)}, **given}
-        # Without a model FastAPI does not validate answers, which would take long for large ones.
+        # Without a model FastAPI does not validate answers. Validation takes long for large ones.
         options |= {"responses": given, "response_model": None}
         super().__init__(path, _sent_as_it_is(endpoint), **options)
 
@@ -95,9 +95,9 @@ def _is_list(parameter: Mapping[str, Any]) -> bool:
 
 
 def shape_of(kind: Any, **instead: Any) -> Any:
-    """Return a typed dictionary or a dataclass with a description of each field.
+    """Return a type with a description of each field, from a typed dictionary or a dataclass.
 
-    `instead` has other types for fields, by name.
+    `instead` gives some fields another type, by name.
     """
     fields = fields_of(kind)
     for name, other in instead.items():
@@ -122,7 +122,7 @@ def described(
     optional: typing.Collection[str] = (),
 ) -> Any:
     """Return a typed dictionary of these fields, each with its type and its description."""
-    # Through a name of its own, as type checkers know only typed dictionaries that are written out.
+    # `Any` keeps type checkers quiet: they accept only typed dictionaries that are written out.
     make: Any = TypedDict
     of = {field: Annotated[kind, Field(description=said)] for field, (kind, said) in fields.items()}
     made = make(
@@ -134,12 +134,12 @@ def described(
 
 @functools.cache
 def _shared(kind: Any) -> Any:
-    # One type for each, so that the document has each once.
+    # The cache makes one type for each, so the document has each schema once.
     return shape_of(kind)
 
 
 def shaped(hint: Any) -> Any:
-    """Return a type with described ones in place of typed dictionaries and dataclasses."""
+    """Replace typed dictionaries and dataclasses in a type by their described forms."""
     if is_typeddict(hint) or dataclasses.is_dataclass(hint):
         return _shared(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -152,7 +152,7 @@ def shaped(hint: Any) -> Any:
 
 
 def _answer_kind(hint: Any) -> Any:
-    """Return the type of an answer's JSON; None without one."""
+    """Return the type of an answer's JSON; None if the handler returns a response only."""
     members = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     kept = [each for each in members if not _is_response(each)]
     if not kept or kept[0] is inspect.Signature.empty:
@@ -169,9 +169,9 @@ _asked: ContextVar[Request] = ContextVar("cost_meter_asked")
 
 
 def _sent_as_it_is(endpoint: Any) -> Any:
-    """Return a handler that makes the answer a response, so that FastAPI does not copy it.
+    """Wrap a handler so that its answer becomes a response, which FastAPI does not copy.
 
-    A plain function is a question and has its turn; a coroutine function, which reads no ledger,
+    A plain function is a question and has its turn. A coroutine function reads no ledger and
     answers at once.
     """
 
@@ -197,7 +197,7 @@ def _response(answer: Any) -> Response:
 
 
 def _texts_of(kind: Any) -> dict[str, str]:
-    """Return the descriptions of a class's fields, those of its bases first."""
+    """Return the descriptions of a class's fields, inherited ones first."""
     found: dict[str, str] = {}
     for base in get_original_bases(kind):
         if is_typeddict(base):
@@ -206,18 +206,18 @@ def _texts_of(kind: Any) -> dict[str, str]:
 
 
 def _note_of(hint: Any) -> str:
-    """Return the text in an annotated type, which names that are no identifiers have."""
+    """Return the text in an `Annotated` type: fields such as `from` cannot have a docstring."""
     notes = getattr(hint, "__metadata__", ())
     return next((note for note in notes if isinstance(note, str)), "")
 
 
 @functools.cache
 def _texts_in(module: str) -> dict[str, dict[str, str]]:
-    """Return the text below each field of each class of a module."""
+    """Return the docstring below each field, by class and field of a module."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (OSError, SyntaxError):
-        return {}  # Installed without its source: the document lacks the texts.
+        return {}  # The package is installed without its source: the document lacks the texts.
     return {
         node.name: {
             field.target.id: inspect.cleandoc(text.value.value)

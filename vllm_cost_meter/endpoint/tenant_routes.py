@@ -1,11 +1,11 @@
-"""A tenant's own figures on vLLM's own port, so that clients need no second address.
+"""A tenant's own figures on vLLM's port: `/v1/cost/me` and `/v1/cost/requests/{id}`.
 
-Two routes, put into vLLM's application: `/v1/cost/me` and `/v1/cost/requests/{id}`. They stand
-below `/v1`, which vLLM's API-key check guards, and ask more: that this very request was resolved by
-its API key, as a header or a default tenant prove nothing of who asks. The process of the side
-endpoint answers; vLLM's reads no ledger for them. Errors are vLLM's, with its handlers.
+The two routes are added to vLLM's application, so clients need no second address. vLLM's API-key
+check guards everything below `/v1`. These routes demand more: the caller's tenant must follow from
+its API key, because a header or a default tenant proves nothing. The process of the side endpoint
+answers; vLLM's own process reads no ledger for them. vLLM's own handlers answer errors.
 
-Invariant: nothing else of the meter is on vLLM's port, and nothing here tells of another tenant.
+Invariant: the meter adds no other route to vLLM's port, and these show no other tenant.
 """
 
 from collections.abc import Awaitable, Callable
@@ -60,7 +60,7 @@ def make_router(ask: Ask) -> APIRouter:
 
     @router.get("/me")
     async def me(own: Own, window: Window = None) -> OwnFigures | NothingUsed | Response:
-        """Return what the caller's tenant used, and where its budgets stand."""
+        """Return the usage and cost of the caller's tenant, and the use of its budgets."""
         return await answer(OwnQuestion(own, window=window))
 
     @router.get("/requests/{request_id:path}")

@@ -1,1 +1,1 @@
-"""The books of one engine: where each GPU-nanosecond goes, and what is told of it."""
+"""The engine side of the meter: books of GPU time and energy for one engine, and their reports."""

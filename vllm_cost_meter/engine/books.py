@@ -1,20 +1,20 @@
-"""The books of one engine run: where every GPU-nanosecond since the process began has gone.
+"""The books of one engine run: book every GPU-nanosecond since the process began to one class.
 
-Time is a line; `_mark_ns` is the point up to which it has been booked. Each event of the engine
-books the stretch from the mark to now, to exactly one class, and moves the mark:
+Time is a line, and `_mark_ns` is the point up to which it is booked. Each event of the engine books
+the stretch from the mark to now to exactly one class, and moves the mark:
 
-- While steps are in flight, the stretch that ends when the oldest one's result is taken up is that
-  step's busy time (update entry - max(schedule return, previous update entry)); `StepMeter` splits
-  it among the step's requests. These stretches partition the device's busy time, also under
-  async scheduling and pipeline parallelism, where steps overlap.
+- While steps are in flight, the stretch ends when the result of the oldest step is processed. It is
+  that step's busy time (update entry - max(schedule return, previous update entry)), and
+  `StepMeter` splits it among the step's requests. These stretches partition the device's busy
+  time, even under async scheduling and pipeline parallelism, where steps overlap.
 - Otherwise the stretch is `sleep`, `host` (unfinished requests, but no step running) or `idle`.
 
-A stretch that crosses a UTC hour is cut there, and so is what each open request has accrued, so
-that months balance. Values in, values out: clocks and vLLM objects stop at the edge.
+A stretch that crosses a UTC hour is cut there. The amounts of each open request are cut there too,
+so that months balance. The books handle plain values only, no clocks and no vLLM objects.
 
-Invariant: at any snapshot the classes add up to (now - created) x gpus, over the run and, within
-each hour, over the run's part of that hour; what is billed in total equals the sum of all bills;
-and what is in flight is what the open requests have accrued, and the step that runs.
+Invariant: at any snapshot the classes add up to (now - created) x gpus over the run, and within
+each hour to the run's part of that hour. The billed total equals the sum of all bills. The class
+`in_flight` equals the amounts of the open requests plus the step that runs.
 """
 
 from collections import deque
@@ -35,7 +35,7 @@ NOTHING = Accrued()
 
 
 class RequestFacts(TypedDict):
-    """What the engine knows of a request when it ends."""
+    """Facts that the engine knows about a request when it ends."""
 
     engine_status: str
     prompt_tokens: int
@@ -45,7 +45,7 @@ class RequestFacts(TypedDict):
 
 
 class EngineState(TypedDict):
-    """What a snapshot says of its instant besides the books."""
+    """Facts of a snapshot's instant that do not come from the books."""
 
     running: int
     waiting: int
@@ -56,7 +56,7 @@ class EngineState(TypedDict):
 
 
 class EngineBooks:
-    """Books of one run. All `now_ns` are monotonic and never decrease; `unix_ns` is UTC."""
+    """The books of one run. All `now_ns` are monotonic and never decrease; `unix_ns` is UTC."""
 
     def __init__(
         self,
@@ -68,19 +68,19 @@ class EngineBooks:
         unix_ns: int,
         prior: Prior = NOTHING_KNOWN,
     ) -> None:
-        """Open the books at `now_ns`, with everything since `created_ns` booked as startup.
+        """Open the books at `now_ns`; all time since `created_ns` is booked as startup.
 
-        Without a block size of the KV cache its blocks are not counted.
+        KV cache blocks are counted only if the engine has a block size.
         """
         if engine.gpus < 1:
             raise ValueError(f"an engine has at least 1 GPU, got {engine.gpus}")
         self.run_id = run_id
         self.engine = engine
-        self.gpus = engine.gpus  # of every step
+        self.gpus = engine.gpus  # Every step uses all of them.
         block_size = engine.kv_block_size or 0
         self.meter = StepMeter(engine.method, prior.planes, prior.trusted, block_size)
         self.prior = prior.source
-        # Told of each step before it is split: its parts, and its GPU-ns.
+        # Called with a step's parts and GPU-ns before the step is split.
         self.on_step: Callable[[list[tuple[str, int, int, int]], int], None] | None = None
         self.steps = 0
         self.busy_ns = 0
@@ -97,10 +97,10 @@ class EngineBooks:
         self._asleep = False
         self._off = False
         self._in_flight: deque[tuple[object, int]] = deque()
-        # Of open requests: the model in use when they came, and what was before this hour.
+        # The model version when each open request came, and its amounts before this hour.
         self._first_models: dict[str, int] = {}
         self._earlier: dict[str, _Earlier] = {}
-        # The model version up to which each snapshot told, by its number.
+        # The latest model version in each snapshot, by the snapshot's number.
         self._told_models: dict[int, int] = {}
         self._acknowledged_model = -1
         self._hour = created_unix_ns // NS_PER_HOUR
@@ -111,14 +111,14 @@ class EngineBooks:
     # -- events of the engine ---------------------------------------------------------------
 
     def open(self, request_id: str, prompt_tokens: int, now_ns: int) -> None:
-        """A request joined the engine. Idempotent while it is open."""
-        if not self.meter.open_requests:  # else it waits for what it waited for before
+        """Note that a request joined the engine. A second call while it is open changes nothing."""
+        if not self.meter.open_requests:  # The class of waiting time changes only with the first.
             self._book_waiting(now_ns)
         self.meter.open(request_id, prompt_tokens)
         self._first_models.setdefault(request_id, self.meter.model_version)
 
     def preempt(self, request_id: str, now_ns: int) -> None:
-        """A running request lost its place, and its blocks of the KV cache."""
+        """Note that a running request lost its place and its KV cache blocks."""
         self.meter.release(request_id, now_ns)
 
     def begin_step(
@@ -128,19 +128,19 @@ class EngineBooks:
         now_ns: int,
         decoding: list[str] | None = None,
     ) -> None:
-        """A step with tokens was scheduled; `key` (held until its result) identifies it.
+        """Note that a step with tokens was scheduled; `key` identifies it until its result comes.
 
-        `scheduled` has the tokens of each request, but for those of `decoding`, which have one.
+        `scheduled` has the tokens of each request. Requests in `decoding` have one token each and
+        are not in `scheduled`.
         """
         self._book_waiting(now_ns)
         self._in_flight.append((key, self.meter.begin(scheduled, now_ns, decoding)))
 
     def end_step(self, key: object, now_ns: int, rejected: dict[str, int] | None = None) -> bool:
-        """The result of step `key` was taken up. Returns False for a step never begun.
+        """Note that the result of step `key` came. Returns False for a step that was never begun.
 
-        `rejected` has, by request, the tokens of drafts that were not accepted.
-        Results come in schedule order: steps begun before `key` will never get one, and their
-        time is the time of this step.
+        `rejected` has the number of rejected draft tokens by request. Results come in schedule
+        order, so steps that began before `key` will never get one, and this step takes their time.
         """
         in_flight = self._in_flight
         if not in_flight or in_flight[0][0] is not key:
@@ -161,15 +161,15 @@ class EngineBooks:
         return True
 
     def leave(self, request_id: str) -> bool:
-        """A request was aborted. True: bill it now; False: it still pays for steps in flight."""
+        """Note that a request was aborted. Return True to bill it now, False if steps still run."""
         return self.meter.leave(request_id)
 
     def bill(self, request_id: str, facts: RequestFacts, now_ns: int, cut_tokens: int = 0) -> Bill:
         """Close a request and return its final, numbered bill.
 
-        `cut_tokens` of its last step were cut off, as the request had ended before them.
+        `cut_tokens` is the number of tokens of its last step that lay behind its end.
         """
-        if cut_tokens:  # before an hour may be cut: they are of the step that has just ended
+        if cut_tokens:  # Trim before an hour is cut: the tokens belong to the step just ended.
             self.meter.trim(request_id, cut_tokens)
         if self.meter.open_requests == 1 or now_ns >= self._hour_end_ns:
             self._book_waiting(now_ns)
@@ -195,41 +195,41 @@ class EngineBooks:
         )
 
     def adopt(self, planes: Planes, two_planes: bool) -> None:
-        """Go on from an earlier fit of the ledger, unless steps have taught us by now."""
+        """Continue from the ledger's earlier fit, unless the model has learnt from steps by now."""
         if self.meter.model_version == 0:
             self.meter.adopt(planes, two_planes)
             self.prior = "ledger"
 
     def fall_asleep(self, now_ns: int) -> None:
-        """The engine sleeps from now on."""
+        """Note that the engine sleeps from now on."""
         self._book_waiting(now_ns)
         self._asleep = True
 
     def wake_up(self, now_ns: int) -> None:
-        """The engine is fully awake again."""
+        """Note that the engine is fully awake again."""
         self._book_waiting(now_ns)
         self._asleep = False
 
     def begin_dummy(self, now_ns: int) -> None:
-        """A data-parallel dummy batch begins: GPU time without a request."""
+        """Note that a data-parallel dummy batch begins, which uses the GPU for no request."""
         self._book_waiting(now_ns)
 
     def end_dummy(self, now_ns: int) -> None:
-        """A dummy batch has ended. With steps in flight its time stays with them."""
+        """Note that a dummy batch has ended. If steps are in flight, they keep its time."""
         if not self._in_flight:
             self._spend(now_ns, "dummy")
 
     def abandon(self, now_ns: int) -> None:
-        """Something went wrong: forget the steps in flight, and book what was not booked as lost.
+        """After an error, forget the steps in flight, and book all unbooked time as lost.
 
-        That may be a little more than went wrong; what is not known is not called idle.
+        This may be more time than the error touched, but unknown time is never called idle.
         """
         self.meter.abandon()
         self._in_flight.clear()
         self._spend(now_ns, "lost")
 
     def write_off(self, request_id: str, now_ns: int) -> None:
-        """Book what an open request has accrued as lost: nobody will ever bill it."""
+        """Book the time of an open request as lost, because nobody will ever bill it."""
         self._book_waiting(now_ns)
         earlier = self._earlier.pop(request_id, None)
         self._first_models.pop(request_id, None)
@@ -238,7 +238,7 @@ class EngineBooks:
             self._book_lost(piece.gpu_time_ns, piece.hour)
 
     def switch_off(self, now_ns: int) -> None:
-        """The meter gave up: all that is not yet billed, and all time from now on, is lost."""
+        """Give up: book all unbilled time, and all time from now on, as lost."""
         self.abandon(now_ns)
         for request_id in self.meter.request_ids():
             self.write_off(request_id, now_ns)
@@ -252,8 +252,8 @@ class EngineBooks:
         self._follow_wall_clock(now_ns, unix_ns)
         self._number += 1
         self._forget_acknowledged(acknowledged)
-        # The step in flight has no result yet, so its time so far cannot be split: it is
-        # shown as in flight and booked when the result comes.
+        # The step in flight has no result yet, so its time cannot be split. The snapshot shows it
+        # as in flight, and it is booked when the result comes.
         running_ns = (now_ns - self._mark_ns) * self.gpus
         so_far = ClassTotals(in_flight=running_ns)
         hours = {hour: replace(self._hours[hour]) for hour in self._changed}
@@ -284,7 +284,7 @@ class EngineBooks:
     # -- what the energy is divided by ------------------------------------------------------
 
     def open_gpu_ns(self) -> dict[str, int]:
-        """Return what each open request has used so far, in GPU-ns."""
+        """Return the GPU-ns of each open request so far."""
         used = self.meter.open_gpu_ns()
         for request_id, earlier in self._earlier.items():
             if earlier.pieces and request_id in used:
@@ -298,9 +298,9 @@ class EngineBooks:
         return [part[0] for part in self.meter.step_parts(self._in_flight[0][1])]
 
     def _live(self, now_ns: int) -> list[tuple[str, Accrued]]:
-        """Return what each open request has accrued so far; those that have nothing are left out.
+        """Return the amounts of each open request so far; requests without any are left out.
 
-        Once a second for all that run, so it makes nothing new of what the meter returns.
+        This runs once a second for all running requests, so it copies no amounts without need.
         """
         live = []
         for request_id in self.meter.request_ids():
@@ -326,7 +326,7 @@ class EngineBooks:
         return "host" if self.meter.open_requests else "idle"
 
     def _book_until(self, now_ns: int) -> None:
-        """Book up to now, but for a step in flight only up to the hour now lies in."""
+        """Book up to now; with a step in flight, only up to the begin of the present hour."""
         if self._in_flight:
             self._share_until_hour(self._in_flight[0][1], now_ns)
         else:
@@ -389,7 +389,7 @@ class EngineBooks:
         self._cell = self._cell_of(hour)
 
     def _follow_wall_clock(self, now_ns: int, unix_ns: int) -> None:
-        """Keep hours where UTC has them, though the wall clock may be set or drift."""
+        """Move the hour's end to UTC's, because the wall clock may drift or be set."""
         hour = unix_ns // NS_PER_HOUR
         end_ns = now_ns + NS_PER_HOUR - unix_ns % NS_PER_HOUR
         if hour != self._hour:
@@ -401,7 +401,7 @@ class EngineBooks:
         self._hour_end_ns = end_ns
 
     def _forget_acknowledged(self, acknowledged: int) -> None:
-        """Stop sending past hours, and models, that the reader has in their latest form."""
+        """Stop sending past hours and models that the reader already has in their latest form."""
         for hour, number in list(self._changed.items()):
             if number <= acknowledged and hour != self._hour:
                 del self._changed[hour]
@@ -410,11 +410,12 @@ class EngineBooks:
 
 
 def saved_ns(model: Model, cached_tokens: int) -> int:
-    """Return about how many GPU-ns it would have taken to compute the cached start of a prompt.
+    """Estimate the GPU-ns that computing the cached start of a prompt would have taken.
 
-    By the plane of the cost model that prefill is on, without its fixed part and that of the
-    sequence, which the rest of the prompt paid for. Token k meets k tokens of context; a chunk is
-    counted as if all its tokens met its last one's, so this is rather too little than too much.
+    The estimate uses the cost model's plane for prefill. It leaves out the fixed part and the part
+    per sequence, because the rest of the prompt paid for them. Token k meets k tokens of context. A
+    real chunk counts as if all its tokens met the context of its last one, so the estimate is
+    rather too low than too high.
     """
     _version, form, (compute, _memory, one), *_quality = model
     _fixed, per_token, _per_sequence, per_product, _per_context = (
@@ -426,18 +427,18 @@ def saved_ns(model: Model, cached_tokens: int) -> int:
 
 @dataclass(slots=True)
 class _Earlier:
-    """What an open request had when the hour that is on began."""
+    """The amounts of an open request before the present hour, in all and by hour."""
 
     pieces: list[UsagePiece] = field(default_factory=list)
     used: Accrued = NOTHING
 
     def add(self, hour: int, used: Accrued) -> None:
-        """Add what was used in an hour."""
+        """Add the amounts of an hour."""
         piece = UsagePiece.of(hour, used)
         if any(piece[1:]) or not self.pieces:
             self.pieces.append(piece)
         self.used = self.used.plus(used) if self.used is not NOTHING else used
 
     def note_saved(self, saved_ns: int) -> None:
-        """Note, in the latest hour, what the prefix cache saved."""
+        """Note the GPU time that the prefix cache saved, in the latest hour."""
         self.pieces[-1] = self.pieces[-1]._replace(saved_estimate_ns=saved_ns)

@@ -1,10 +1,10 @@
-"""The engine side of the meter: one `EngineMeter` per scheduler, in the EngineCore process.
+"""The engine meter: feeds vLLM's events to the books of one engine; one per scheduler.
 
-It stands between vLLM's hooks (`vllm_hooks/`, which reads vLLM's objects) and the books (plain
-arithmetic). `run` is the only way in: it takes the clock, contains every error, and measures the
-meter's own time. It starts no thread, and does no I/O but for the step log where that is asked for
-and, when a snapshot is taken, the energy counter of the GPUs. Bills that can ride on a request's
-last output are handed back to the hook; the others wait in `late` for the next step's outputs.
+It lives in the EngineCore process, between the hooks (`vllm_hooks/`, which read vLLM's objects) and
+the books (plain arithmetic). Hooks enter through `run` only, which reads the clock, contains every
+error, and measures the meter's own time. The meter starts no thread. Its only I/O is the optional
+step log and, for a snapshot, the energy counter of the GPUs. A bill that can ride on the request's
+last output goes back to the hook. Other bills wait in `late` for the next step's outputs.
 
 Invariant: a request that was `ended` is billed exactly once, or its time is booked as lost.
 """
@@ -35,15 +35,15 @@ logger = logging.getLogger("vllm.cost_meter")
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
-# Ids of ended requests that are remembered; a second end comes right after the first, if ever.
+# Number of ended requests that are remembered. If an end comes twice, it does so at once.
 ENDED_MAX = 4_096
 
 
 def process_created_ns() -> int:
     """Return the monotonic instant at which this process was created, to 10 ms; Linux only.
 
-    Source: /proc/self/stat field 22, start time in clock ticks since boot (proc(5)). Elsewhere it
-    is now, and the time before is not metered.
+    The source is field 22 of /proc/self/stat: start time in clock ticks since boot (proc(5)). On
+    other systems this returns now, and the time before is not metered.
     """
     stat = Path("/proc/self/stat")
     if not stat.exists():
@@ -51,7 +51,7 @@ def process_created_ns() -> int:
     # The command name (field 2) may contain spaces and parentheses; fields count after the last.
     fields_after_name = stat.read_text().rpartition(")")[2].split()
     ticks = int(fields_after_name[19])
-    # One right after the other: what passes between the two is an error of the result.
+    # Read both clocks right after each other: time that passes between them is an error.
     now_ns = time.monotonic_ns()
     since_boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     age_ns = since_boot_ns - ticks * NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
@@ -59,7 +59,7 @@ def process_created_ns() -> int:
 
 
 class NoMeter:
-    """Stands in where no meter could be made: every hook passes through."""
+    """The stand-in for an engine without a meter: every hook passes through."""
 
     riding = False
     late = ()
@@ -69,7 +69,7 @@ class NoMeter:
 
 
 class EngineMeter:
-    """Feeds the events of one engine to its books and keeps its own errors to itself."""
+    """Feeds the events of one engine to its books, and contains its own errors."""
 
     def __init__(
         self,
@@ -79,10 +79,10 @@ class EngineMeter:
         step_log: Path | None = None,
         energy: EnergyCounter | None = None,
     ) -> None:
-        """`step_log` is the file of the first engine; others add their index to its name."""
+        """Open the books. `step_log` is the first engine's file; others append their index."""
         self.guard = Guard("engine")
         self.own_ns = 0
-        # True while update_from_output runs: what ends now has an output its bill can ride on.
+        # True while update_from_output runs. A request that ends then has an output for its bill.
         self.riding = False
         self.late: list[tuple[int, Bill]] = []
         self.books = EngineBooks(
@@ -95,8 +95,8 @@ class EngineMeter:
         )
         self.engine = engine
         self.run_id = self.books.run_id
-        # The events that the books take as they come: bound once, so that a hook that speaks to
-        # its meter pays for no call in between.
+        # The books take these events as they come. The methods are bound once, so that a hook that
+        # calls its meter pays for no call in between.
         self.open = self.books.open
         self.preempt = self.books.preempt
         self.begin_step = self.books.begin_step
@@ -105,17 +105,17 @@ class EngineMeter:
         self.wake_up = self.books.wake_up
         self.begin_dummy = self.books.begin_dummy
         self.end_dummy = self.books.end_dummy
-        # Right after the books: what they booked so far is startup, and no energy of it is known.
+        # Made right after the books: they have booked only startup so far, which has no energy.
         self.energy = EnergyMeter(energy or EnergyCounter(()), engine.gpus, time.monotonic_ns())
         self._step_log = self._open_step_log(step_log) if step_log is not None else None
-        # Tokens found in the prefix cache when the request was first scheduled.
+        # The tokens found in the prefix cache when a request was first scheduled.
         self._cached_tokens: dict[str, int] = {}
-        # The latest requests that have ended, oldest first.
+        # The requests that ended last, oldest first.
         self._ended: dict[str, None] = {}
-        # Of the requests with drafts in the step whose result is taken up: how many tokens their
-        # outputs will have if none are cut off.
+        # The length that an output will have if no token is cut off, for requests with drafts in
+        # the step that is processed now.
         self._outputs_uncut: dict[str, int] = {}
-        # Aborted requests that still pay for steps in flight.
+        # Aborted requests that still pay for steps in flight, with their API server.
         self._leaving: dict[str, tuple[int, RequestFacts]] = {}
 
     def run(
@@ -141,7 +141,7 @@ class EngineMeter:
             self.own_ns += monotonic_ns() - now_ns
 
     def placed(self, request_id: str, computed_tokens: int) -> None:
-        """A request is about to run from `computed_tokens` on: the first time, or resumed."""
+        """Note that a request starts, or resumes, to run from `computed_tokens` on."""
         resumed = request_id in self._cached_tokens
         if not resumed:
             self._cached_tokens[request_id] = computed_tokens
@@ -154,12 +154,12 @@ class EngineMeter:
         now_ns: int,
         outputs_uncut: dict[str, int] | None = None,
     ) -> None:
-        """Split the time of step `key`, and bill the aborted requests it was the last step of.
+        """Split the time of step `key`, and bill aborted requests that had no later step.
 
-        `rejected` says of how many tokens of which requests' drafts nothing came, `outputs_uncut`
-        how many tokens the outputs of requests with drafts will have if vLLM cuts none off.
+        `rejected` has the number of rejected draft tokens by request. `outputs_uncut` has, for
+        requests with drafts, the length their outputs will have if vLLM cuts no token off.
         """
-        if self._outputs_uncut:  # of an earlier step
+        if self._outputs_uncut:  # They belong to an earlier step.
             self._outputs_uncut = {}
         if self.books.end_step(key, now_ns, rejected) and outputs_uncut:
             self._outputs_uncut = outputs_uncut
@@ -169,14 +169,14 @@ class EngineMeter:
     def ended(
         self, request_id: str, client_index: int, facts: RequestFacts, now_ns: int
     ) -> Bill | None:
-        """A request has ended. Returns its bill if that can ride on its last output."""
+        """Note that a request has ended. Return its bill if that can ride on its last output."""
         if self._has_ended(request_id):
             return None
         if not self.books.meter.is_open(request_id):
-            # Its arrival was missed; it still gets its bill.
+            # Its arrival was missed, but it still gets its bill.
             self.books.open(request_id, facts["prompt_tokens"], now_ns)
         cached_tokens = self._cached_tokens.pop(request_id, 0)
-        # The cache is consulted anew after a preemption, but never beyond the prompt.
+        # A count taken after a preemption may include output tokens, so it is capped at the prompt.
         facts["cached_tokens"] = min(cached_tokens, facts["prompt_tokens"])
         self._ended[request_id] = None
         if len(self._ended) > ENDED_MAX:
@@ -191,7 +191,7 @@ class EngineMeter:
         return None
 
     def take_late(self) -> list[tuple[int, Bill]]:
-        """Return and forget the bills that wait for an output to travel with."""
+        """Return and forget the bills that wait for an output to ride on."""
         late, self.late = self.late, []
         return late
 
@@ -203,9 +203,9 @@ class EngineMeter:
         waiting: int,
         kv_cache_usage: float | None,
     ) -> Snapshot:
-        """Return the books now. `known` are the ids of the requests the scheduler holds.
+        """Return the books now. `known` are the ids of the requests that the scheduler holds.
 
-        What this takes is in `own_ns` of the next one.
+        The time that this call takes counts in `own_ns` of the next snapshot.
         """
         began_ns, own_ns = monotonic_ns(), self.own_ns
         self.run("reconcile", EngineMeter._reconcile, known)
@@ -226,7 +226,7 @@ class EngineMeter:
         return snapshot
 
     def _open_step_log(self, path: Path) -> StepLogWriter | None:
-        """Begin the log, and have the books tell it of steps. An unusable file ends no engine."""
+        """Start the step log and feed it from the books; None if the file cannot be used."""
         if self.engine.engine_index:
             path = path.with_name(f"{path.name}.engine{self.engine.engine_index}")
         try:
@@ -253,13 +253,13 @@ class EngineMeter:
         return bill
 
     def _has_ended(self, request_id: str) -> bool:
-        """Tell whether this end was told before: ended lately, and not opened again since."""
+        """Return whether the request has ended before and was not opened again since."""
         if request_id not in self._ended:
             return False
         return request_id in self._leaving or not self.books.meter.is_open(request_id)
 
     def _reconcile(self, now_ns: int, known: Collection[str]) -> None:
-        """Heal what a contained error left behind: nothing may stay open for ever."""
+        """Repair the books after a contained error, so that no request stays open for ever."""
         still_open = set(self.books.meter.request_ids())
         for request_id in list(self._leaving):
             if request_id not in still_open:

@@ -1,22 +1,25 @@
-"""The step log: what each engine step was made of and how long it held the GPUs, on disk.
+"""The step log: a file with every engine step, its requests and its GPU time.
 
-JSON lines. The first names the format, its version, the model, vLLM, the run and its GPUs; each
-other line is a step:
+The file holds JSON lines. The first line names the format, its version, the model, vLLM's version,
+the run and its GPUs. Each other line is a step:
 
     {"unix_ns":…,"gpu_time_ns":…,"new":[[number,"request id",prompt tokens],…],
      "parts":[[number,tokens,position],…]}
 
-`position` is where in its context the step starts for the request, `tokens` how many the step
-computes for it. A request is named in the first of its steps in a file and has a number from then
-on: ids are many times longer than the rest of a part. Ids only, never a prompt or a reply.
+`position` is the place in the request's context where the step starts, and `tokens` is the number
+of tokens that the step computes for it. The first step of a request in a file names its id; later
+steps use a number, because ids are many times longer than the rest of a part. The log has ids only,
+never a prompt or a reply.
 
-Bounded: a file that has reached half of the maximum becomes FILE.1, which replaces an older one, so
-at most the maximum is on disk, and between half and all of it is the latest past. A file has one
-writer: each engine needs one of its own.
+The size is bounded. A file that reaches half of the maximum becomes FILE.1, which replaces an older
+one. So the disk holds at most the maximum, and at least the latest half of it. A file has one
+writer, so each engine needs its own file.
 
-What is written reaches the disk within `FLUSH_AFTER_NS` while steps come, and by `flush` when they
-stop. A process that is killed loses the rest, and leaves a torn last line, which the reader leaves
-out. A write that fails ends the log with one warning: a full disk must not end the meter.
+Steps reach the disk within `FLUSH_AFTER_NS` while steps come, and by `flush` when they stop. A
+killed process loses the rest and leaves a torn last line, which the reader skips. A failed write
+ends the log with one warning, because a full disk must not end the meter.
+
+Invariant: a log never starts on a non-empty file that is not a step log.
 """
 
 import logging
@@ -34,13 +37,13 @@ logger = logging.getLogger("vllm.cost_meter")
 
 FORMAT = "vllm-cost-meter-step-log"
 VERSION = 1
-# A step of 256 requests takes 3 kB: 90,000 such steps.
+# A step with 256 requests takes 3 kB, so this holds 90,000 such steps.
 MAX_BYTES = 256 * 1024 * 1024
-# Below it a file could not hold a step of a large batch.
+# A smaller file could not hold a step with a large batch.
 MAX_BYTES_LEAST = 256 * 1024
 BUFFER_BYTES = 64 * 1024
 FLUSH_AFTER_NS = 1_000_000_000
-# Requests whose number is remembered; when it is reached all are forgotten, and named anew.
+# Number of requests whose numbers are remembered. Beyond it all are forgotten and named anew.
 NAMES_MAX = 16_384
 HEADER_BYTES_MAX = 64 * 1024
 
@@ -59,7 +62,7 @@ class StepLogHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Part(NamedTuple):
-    """One request's part of a step: tokens scheduled, and where in its context they start."""
+    """One request's part of a step: scheduled tokens, and where in its context they start."""
 
     request_id: str
     tokens: int
@@ -71,7 +74,7 @@ PlainPart = tuple[str, int, int, int]
 
 
 class LoggedStep(NamedTuple):
-    """One step: when its result came, the GPU time it took, and its parts in scheduler order."""
+    """One step: the instant of its result, its GPU time, and its parts in scheduler order."""
 
     unix_ns: int
     gpu_time_ns: int
@@ -86,10 +89,11 @@ class _Line(msgspec.Struct):
 
 
 class StepLogWriter:
-    """Appends the steps of one engine to a file. For one thread of one process.
+    """Appends the steps of one engine to a file. Use it from one thread of one process.
 
-    `steps` were written, `dropped` could not be: too large for a file, or after a failed write.
-    Raises StepLogError if the file, or FILE.1, exists and is no step log: it is not overwritten.
+    `steps` counts written steps. `dropped` counts steps that were too large for a file or came
+    after a failed write. Raises StepLogError, and overwrites nothing, if the file or FILE.1 exists
+    and is not a step log.
     """
 
     def __init__(
@@ -130,10 +134,10 @@ class StepLogWriter:
             raise StepLogError(f"step log {path}: cannot be written: {error}") from None
 
     def write(self, parts: Sequence[PlainPart], gpu_time_ns: int, unix_ns: int) -> None:
-        """Append a step. Never raises OSError: a write that fails ends the log.
+        """Append a step. Never raises OSError; a failed write ends the log.
 
-        52 microseconds at 256 requests. `parts` may be plain tuples with the fields of `Part`,
-        which are five times cheaper to make.
+        This takes 52 microseconds for 256 requests. `parts` may be plain tuples with the fields of
+        `Part`, because making a tuple is five times cheaper.
         """
         if self._file.closed:
             self.dropped += 1
@@ -145,7 +149,7 @@ class StepLogWriter:
             self._end(error)
 
     def flush(self) -> None:
-        """Hand to the operating system what is buffered. Never raises OSError, as `write`."""
+        """Hand the buffered steps to the operating system. Never raises OSError, as `write`."""
         self._flushed_ns = time.monotonic_ns()
         if self._file.closed:
             return
@@ -155,7 +159,7 @@ class StepLogWriter:
             self._end(error)
 
     def close(self) -> None:
-        """Flush and end the log; steps written after it are dropped."""
+        """Flush and end the log; later steps are dropped."""
         try:
             self._file.close()
         except OSError as error:
@@ -171,7 +175,7 @@ class StepLogWriter:
             self._file.close()
             self._path.replace(rotated(self._path))
             self._start_file()
-            # A file explains itself: what it says of requests starts anew.
+            # Each file explains itself, so the new file names its requests anew.
             line = self._encode(parts, gpu_time_ns, unix_ns)
         if self._bytes + len(line) > self._file_max:
             self._numbers.clear()
@@ -191,7 +195,7 @@ class StepLogWriter:
         header = self._encoder.encode(self._header) + b"\n"
         self._file.write(header)
         self._bytes = len(header)
-        # Number and prompt tokens by request id; an id that comes again may be another request.
+        # The number and prompt tokens of each request id. A repeated id may be another request.
         self._numbers: dict[str, tuple[int, int]] = {}
         self._next_number = 0
         self.flush()
@@ -233,7 +237,7 @@ def rotated(path: Path) -> Path:
 
 
 def read_header(path: Path) -> StepLogHeader:
-    """Return the first line of a step log. Raises StepLogError if it is none."""
+    """Read the first line of a step log. Raises StepLogError if the file is not a step log."""
     try:
         with path.open("rb") as file:
             first = file.readline(HEADER_BYTES_MAX)
@@ -260,7 +264,7 @@ def read_header(path: Path) -> StepLogHeader:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files of a log, the older first: FILE.1, if it is of the same run, and FILE."""
+    """Return the files of a log, oldest first: FILE.1 if it has the same run, then FILE."""
     header = read_header(path)
     older = rotated(path)
     if older.exists() and read_header(older).run_id == header.run_id:
@@ -269,9 +273,9 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read_steps(path: Path) -> Iterator[LoggedStep]:
-    """Yield the steps of one file, in order; a torn last line is left out.
+    """Yield the steps of one file in order; a torn last line is skipped.
 
-    Raises StepLogError for a file that is no step log, and for a line within it that is no step.
+    Raises StepLogError if the file is not a step log, or if a line in it is not a step.
     """
     read_header(path)
     decoder = msgspec.json.Decoder(_Line)

@@ -1,1 +1,1 @@
-"""What starts or drives a real server: the demo, the sweep, the validation, the tiny model."""
+"""Tools that start or drive a real server: the demo, the sweep, the validation, the tiny model."""

@@ -1,10 +1,10 @@
-"""One batch of records into an open transaction, idempotent by key.
+"""Insert a batch of records into an open transaction, idempotently by key.
 
-A fact that is already there stays as it is (`ON CONFLICT DO NOTHING`): bills may be replayed.
-Cumulative totals give way to those of a higher snapshot number only. Snapshots of one run are
-merged before they are written, because PostgreSQL refuses to touch a row twice in one statement,
-and because nobody needs the older one. An open request and its bill may come in either order, and
-twice: where both are there, the open one goes.
+A fact that is already there stays as it is (`ON CONFLICT DO NOTHING`), because bills may be
+replayed. Only a higher snapshot number overwrites cumulative totals. Snapshots of one run are
+merged before they are written: PostgreSQL refuses to change a row twice in one statement, and
+nobody needs the older one. An open request and its bill may come in either order, and twice. If
+both are there, the open request is deleted.
 
 Invariant: writing a batch twice, or its records in another order or grouping, leaves the same rows.
 """
@@ -23,22 +23,22 @@ from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Price
 from vllm_cost_meter.records.snapshot import Snapshot
 
-# SQLite takes 32,766 since 3.32; smaller statements are no slower, and their text stays small.
+# SQLite takes 32,766 parameters since 3.32; smaller statements are no slower, and shorter.
 MAX_PARAMETERS = 8_000
 
 Record = EngineRequest | HttpRequest | OpenRequest | Snapshot
-# The price that a run begins with, by its snapshot.
+# Gives the price that a run begins with, from its snapshot.
 PriceOf = Callable[[Snapshot], Price | None]
 
 
 def no_price(_snapshot: Snapshot) -> None:
-    """Return the price of every run where none is known."""
+    """Return no price, for every run: the default of a writer without a price book."""
 
 
 def merge_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
     """Return the newer of two snapshots of a run, with the hours, models and energies of both.
 
-    Of what both have, the newer one's stands.
+    An hour, model or energy that both have comes from the newer one.
     """
     older, newer = sorted((one, other), key=lambda snapshot: snapshot.number)
     models = {model.version: model for model in (*older.cost_models, *newer.cost_models)}
@@ -60,7 +60,7 @@ def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
 
 
 def write(connection: Connection, records: Sequence[Record], price_of: PriceOf = no_price) -> None:
-    """Write records; `price_of` gives that of the runs that start with them."""
+    """Write records; `price_of` gives the price for each run that starts with them."""
     if not all(isinstance(record, Record) for record in records):
         kinds = sorted({type(record).__name__ for record in records})
         raise TypeError(f"expected {Record} among {kinds}")
@@ -93,7 +93,7 @@ def write(connection: Connection, records: Sequence[Record], price_of: PriceOf =
 
 
 def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:
-    """Remove the open requests of these ids that have their bill."""
+    """Delete the open requests with these ids that have their bill."""
     opened = schema.open_requests.c
     for at in range(0, len(request_ids), MAX_PARAMETERS):
         chunk = request_ids[at : at + MAX_PARAMETERS]
@@ -103,12 +103,12 @@ def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:
 
 
 def _insert(connection: Connection, table: Table, values: list[rows.Row]) -> None:
-    """Insert rows, leaving those alone whose key is there."""
+    """Insert rows; a row with the same key stays as it is."""
     _run(connection, table, values, upsert=False)
 
 
 def _upsert(connection: Connection, table: Table, values: list[rows.Row]) -> None:
-    """Insert rows, or overwrite those of a lower snapshot number."""
+    """Insert rows; a row with the same key and a lower snapshot number is overwritten."""
     _run(connection, table, values, upsert=True)
 
 
@@ -135,7 +135,7 @@ def _run(connection: Connection, table: Table, values: list[rows.Row], *, upsert
 
 @cache
 def _sqlite_text(table: Table, upsert: bool) -> tuple[str, str, str]:
-    """Return what comes before a row's placeholders, these, and what comes after the last row."""
+    """Return the insert statement in three parts: head, the placeholders of a row, tail."""
     statement = _statement(sqlite.insert(table), upsert=upsert)
     text = str(statement.compile(dialect=sqlite.dialect()))
     group = f"({', '.join('?' * len(table.c))})"

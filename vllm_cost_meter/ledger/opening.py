@@ -1,6 +1,6 @@
-"""Open a ledger from Python: the function with which users of the package begin.
+"""Open a ledger from Python: `open_ledger`, where users of the package begin.
 
-Invariant: what is opened here is only ever read.
+Invariant: a ledger opened here is read and never written.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Questions to the ledger: one request, many, tenants, the summary, the audit.
+"""Read a ledger: `LedgerReader` answers with requests, reports, statements, the summary, the audit.
 
-Every answer is a dict ready for JSON whose type names its fields and their units, and is read
-in one transaction, so that its parts agree with each other. Aggregation is SQL; Python touches
-rows by the page only. An empty ledger has answers too: zeros and nulls.
+Every answer is a dict ready for JSON; its type describes each field with its unit. An answer is
+read in one transaction, so its parts agree with each other. SQL does the aggregation; Python
+touches single rows by the page only. An empty ledger has answers too, with zeros and nulls.
 
 Invariant: a reader writes nothing.
 """
@@ -58,18 +58,18 @@ class LedgerReader:
         book: PriceBook | Callable[[], PriceBook] = NO_PRICES,
         alive: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """Open the ledger, to be priced by a book, or by what gives the book as it is now.
+        """Open the ledger. `book` is a price book, or a function that returns the current one.
 
-        `alive` names engine runs known to live though nothing was heard of them lately, such as
-        those in a long step; without it an engine that is silent for too long is dead. Raises
-        LedgerError, also when there is no ledger and `create` is not set. With `create` the ledger
-        is opened, or made, at the first question: a server starts while its ledger is away.
+        `alive` returns engine runs that are known to live though they have sent no snapshot lately,
+        such as those in a long step. Any other engine that is silent for too long counts as dead.
+        Raises LedgerError, also if there is no ledger and `create` is not set. With `create` the
+        first question opens or creates the ledger: a server may start while its ledger is away.
         """
-        # It may hold a password.
+        # The URL may hold a password, so messages never show it.
         self.url = url
         self._given_book = book
         self._alive = alive
-        # Bills already waited for in vain, by run: nobody waits for them again.
+        # Number of bills waited for in vain, by run; nobody waits for them again.
         self._known_missing: dict[str, int] = {}
         self._opening = threading.Lock()
         self._opened: Engine | None = None if create else _open(url, create=False)
@@ -110,7 +110,7 @@ class LedgerReader:
             raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
     def cut(self, window: Window, as_of: AsOf = NOW) -> Cut:
-        """Return all runs at their latest snapshots; bills up to there are waited for."""
+        """Return all runs at their latest snapshots, once the bills that these count are there."""
         living = self._living(as_of)
         with self.transaction() as connection:
             cut = read_cut(
@@ -132,14 +132,14 @@ class LedgerReader:
     def request(self, id: str | Match, as_of: AsOf = NOW) -> RequestWithParts | None:
         """Return the request row of an id or a match, with its `parts`; None if there is none.
 
-        Raises ValueError for an id that several requests have, and LedgerError.
+        Raises ValueError for an id that means several requests, and LedgerError.
         """
         match = id if isinstance(id, Match) else self._only_match(id)
         if match is None:
             return None
         row = self._request(match, as_of)
         if row is not None and requests.is_unseen(row):
-            # Its bill may be on its way.
+            # The bill may still be on its way.
             self.cut(Window(), as_of)
             row = self._request(match, as_of)
         return row
@@ -150,11 +150,11 @@ class LedgerReader:
         return [row for row in rows if row is not None]
 
     def explain(self, request: Mapping[str, Any]) -> Explanation:
-        """Return how the bills of a request row, with its `parts`, came about.
+        """Explain the bills of a request row that has its `parts`.
 
-        `text` is a list of lines for people, `parts` a list of dicts with the same figures. Only
-        what has ended is explained; a request that never reached an engine has no parts. Raises
-        LedgerError.
+        In the answer, `text` is a list of lines for people, and `parts` a list of dicts with the
+        same figures. Only parts with a bill are explained. A request that never reached an engine
+        has no parts. Raises LedgerError.
         """
         with self.transaction() as connection:
             return requests.explain(connection, request, self._book)
@@ -168,8 +168,8 @@ class LedgerReader:
     ) -> RequestsPage:
         """Return a page of request rows, the newest first, and the token of the next page.
 
-        `running`, on the first page, has the newest requests of which nothing has ended yet.
-        Raises ValueError for a token that this method did not make.
+        On the first page `running` has the newest requests without any part that ended. Raises
+        ValueError for a token that this method did not make.
         """
         limit = max(1, min(limit, MAX_LIMIT))
         before = None if next is None else Key.from_token(next)
@@ -191,11 +191,11 @@ class LedgerReader:
     def report(
         self, asked: Question | None = None, as_of: AsOf = NOW, **words: Unpack[Words]
     ) -> Report:
-        """Return the answer of `/cost/report` to a question, or to the words that ask one.
+        """Return a report, as `/cost/report` does, for a question or its words.
 
-        `series` is a list of pieces of time, each with its `rows`: a dict for each value of what is
-        aggregated by, and one for each class of overhead. `_ns` are nanoseconds of GPU time,
-        `_nanousd` 10^-9 USD, integers both; None is unknown.
+        `series` is a list of pieces of time, each with `rows`: a dict for each group of usage, and
+        one for each class of engine time. Fields in `_ns` are GPU-nanoseconds and those in
+        `_nanousd` 10^-9 USD, both integers. None means unknown.
 
         Raises ValueError for a word that is not understood, and LedgerError.
         """
@@ -213,7 +213,7 @@ class LedgerReader:
         zone: tzinfo = UTC,
         as_of: AsOf = NOW,
     ) -> TenantsReport:
-        """Return the report by tenant, and what the engines say of themselves beside it."""
+        """Return the report by tenant, with the totals of the engines beside it."""
         cut = self.cut(Window(from_hour, to_hour), as_of)
         with self.transaction() as connection:
             return reports.tenants_at(connection, cut, Question(from_hour, to_hour, zone))
@@ -227,7 +227,7 @@ class LedgerReader:
         recent: int = 20,
         as_of: AsOf = NOW,
     ) -> Tenant | None:
-        """Return one tenant's row and its latest requests; None for a name without any."""
+        """Return one tenant's row and its latest requests; None for an unknown tenant."""
         answer = self.report(Question(from_hour, to_hour), as_of)
         for row in reports.rows_of(answer):
             if row["tenant"] == name:
@@ -258,12 +258,12 @@ class LedgerReader:
         idle: str | None = None,
         as_of: AsOf = NOW,
     ) -> TenantStatement:
-        """Return one tenant's statement of a month such as 2026-11, or that of all.
+        """Return the statement of a month such as 2026-11, for one tenant or for all.
 
-        `lines` are dicts by tenant, day and model; their `amount_cents`, integers, add up to the
-        total to the cent.
+        `lines` is a list of dicts by tenant, day and model. Their `amount_cents` are integers, and
+        add up to the total.
 
-        Raises ValueError for words that are not understood and a tenant without a line, and
+        Raises ValueError for words that are not understood and for a tenant without a line, and
         LedgerError.
         """
         asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle))
@@ -277,16 +277,16 @@ class LedgerReader:
     def invoice_days(
         self, from_hour: int | None = None, to_hour: int | None = None, as_of: AsOf = NOW
     ) -> InvoiceDays:
-        """Return what was metered and billed on each UTC day of a window, and in total."""
+        """Return the metered and billed amounts for each UTC day of a window, and in total."""
         cut = self.cut(Window(from_hour, to_hour), as_of)
         with self.transaction() as connection:
             return invoice_days(connection, cut)
 
     def audit(self, as_of: AsOf = NOW) -> Audit:
-        """Return whether the books of every run balance at its latest cut, and all differences.
+        """Return whether every run's books balance at its latest snapshot, and all differences.
 
-        `balanced` is a bool, `runs` a list of dicts with the times and differences of each run in
-        nanoseconds. Raises LedgerError.
+        `balanced` is a bool. `runs` is a list of dicts with the times and differences of each run
+        in nanoseconds. Raises LedgerError.
         """
         cut = self.cut(Window(), as_of)
         with self.transaction() as connection:
@@ -297,23 +297,23 @@ class LedgerReader:
     # ---- engine runs
 
     def latest_run(self) -> RunFacts | None:
-        """Return what the price of the latest run depends on; None if there has been none."""
+        """Return the facts about the latest run that its price depends on; None without a run."""
         with self.transaction() as connection:
             return requests.latest_run(connection, self._book)
 
     def cost_models(self, run_id: str | None = None) -> list[CostModelRow]:
-        """Return the latest cost model of each run, newest run first; of one run, all versions."""
+        """Return the latest cost model of each run, newest first; or all versions of one run."""
         with self.transaction() as connection:
             return models(connection, run_id)
 
     def earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
-        """Return what an engine like the one of a snapshot had learnt before, None if nothing."""
+        """Return the cost model that an earlier engine of the same kind had learnt, if any."""
         engine = snapshot.engine
         about = (engine.model, engine.hardware, engine.parallelism)
         with self.transaction() as connection:
             return earlier_fit(connection, snapshot.run_id, *about)
 
-    # ---- how
+    # ---- helpers
 
     @property
     def _book(self) -> PriceBook:
@@ -324,7 +324,7 @@ class LedgerReader:
         return Living(as_of.instant_ns(), frozenset(self._alive()))
 
     def _only_match(self, id: str) -> Match | None:
-        """Return the match of an id, None if there is none. Raises ValueError for several."""
+        """Return the only match of an id; None without one. Raises ValueError for several."""
         matches = self.find(id)
         if len(matches) > 1:
             own = ", ".join(str(match.http_request_id or match.request_id) for match in matches)

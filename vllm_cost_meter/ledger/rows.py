@@ -147,7 +147,7 @@ def open_row(request: OpenRequest) -> Row:
 
 def live_row(snapshot: Snapshot) -> Row:
     """Return a snapshot's row in `live_usage`; `live_requests` reads it again."""
-    # orjson is fast: a busy server writes a thousand requests each second, beside the event loop.
+    # A busy server writes a thousand requests each second beside its event loop; orjson is fast.
     usage = {
         "fields": Accrued._fields,
         "requests": [[request_id, *used] for request_id, used in snapshot.live],

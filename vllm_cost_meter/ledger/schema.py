@@ -82,7 +82,7 @@ runs = Table(
     Column("price_id", _Key),
     # This JSON has each GPU's name and UUID.
     Column("devices", Text),
-    # JSON: an object of texts, that the operator declared; NULL before there were labels.
+    # This JSON has the texts that the operator declared; NULL before there were labels.
     Column("labels", Text),
 )
 
@@ -153,10 +153,10 @@ live_usage = Table(
     Column("run_id", _Key, primary_key=True),
     Column("number", BigInteger, nullable=False),
     Column("taken_at", _Key, nullable=False),
-    # The sum of both is the snapshot's class in_flight: all requests' time, and the running step's.
+    # All open requests' time, and the running step's; the sum is the snapshot's class in_flight.
     Column("live_ns", BigInteger, nullable=False),
     Column("step_ns", BigInteger, nullable=False),
-    # JSON: {"fields": [...], "requests": [[request_id, an amount for each field], ...]}.
+    # The JSON is {"fields": [...], "requests": [[request_id, an amount for each field], ...]}.
     Column("requests", Text, nullable=False),
 )
 
@@ -194,7 +194,7 @@ http_requests = Table(
     Column("route", Text, nullable=False),
     Column("status", Integer, nullable=False),
     Column("streamed", Boolean, nullable=False),
-    # These are as the client was told; NULL if the reply did not say.
+    # The client was told these; NULL if the reply did not say.
     Column("prompt_tokens", BigInteger),
     Column("cached_tokens", BigInteger),
     Column("output_tokens", BigInteger),
@@ -317,7 +317,7 @@ billing_snapshots = Table(
     Column("resource", _Key, primary_key=True),
     Column("taken_at", _Key, primary_key=True),
     Column("kind", Text, nullable=False),
-    # One of the two is NULL.
+    # One of the next two is NULL: a reading is either a counter or a rate.
     Column("cumulative_nanousd", BigInteger),
     Column("nanousd_per_hour", BigInteger),
     Column("source", Text, nullable=False),
@@ -330,7 +330,7 @@ invoice_lines = Table(
     Column("resource", _Key, primary_key=True),
     Column("begins_at", _Key, primary_key=True),
     Column("ends_at", _Key, primary_key=True),
-    # These are empty if a bill does not have them.
+    # The next three are empty if a bill does not have them.
     Column("invoice", _Key, primary_key=True),
     Column("item", _Key, primary_key=True),
     Column("charge_class", _Key, primary_key=True),
@@ -370,7 +370,7 @@ saturation_points = Table(
     Column("gpus", Integer, nullable=False),
     Column("parallelism", Text, nullable=False),
     Column("engines", Integer, nullable=False),
-    # Tokens per request.
+    # The size of a request in tokens.
     Column("input_tokens", BigInteger, nullable=False),
     Column("output_tokens", BigInteger, nullable=False),
     Column("output_tokens_per_s", Float, nullable=False),

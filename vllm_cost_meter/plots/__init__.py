@@ -1,7 +1,7 @@
 """Plots with Matplotlib: make a figure, label its axes, and save it as PNG or SVG.
 
-Matplotlib is an optional extra, loaded only to draw; no server loads it. Figures need no display.
-They do not use pyplot, which would keep every figure in memory.
+Matplotlib is an optional extra that is loaded only to draw; no server loads it. Figures need no
+display. We do not use pyplot, because it would keep every figure in memory.
 
 Invariant: a plot is written as PNG or SVG, or refused with a line that says how to get it.
 """
@@ -52,21 +52,21 @@ def is_plot(path: Path) -> bool:
 
 
 def refuse_other_names(paths: Iterable[Path]) -> None:
-    """Raise ValueError for a file whose name does not end like a plot's."""
+    """Raise ValueError for a file name that does not end like a plot's."""
     for path in paths:
         if not is_plot(path):
             raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
 def save(figure: "Figure", paths: Sequence[Path]) -> None:
-    """Write a figure to files whose names end in .png or .svg.
+    """Write a figure to files with names that end in .png or .svg.
 
     Raises ValueError for any other name, and for a file that cannot be written.
     """
     refuse_other_names(paths)
     for path in paths:
         try:
-            # Without a date, equal figures give equal files.
+            # The date is left out, so that equal figures give equal files.
             metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
             figure.savefig(path, dpi=DOTS_PER_INCH, metadata=metadata)
         except OSError as error:

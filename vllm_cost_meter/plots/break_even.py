@@ -1,11 +1,11 @@
-"""The plot of `break-even`: where self-hosting meets the API's price, and what moves that point.
+"""Plot the break-even point of self-hosting against an API, and what moves it.
 
-Left the effective cost of a token against utilization, a line for each rate, which on logarithmic
-axes is straight; where it crosses the API's price is the break-even point. Right the same point for
-one input moved at a time: the widest bar is the input to know best.
+The left side shows the effective cost of a token against utilization, with one line for each rate.
+On logarithmic axes the lines are straight. A line meets the API's price at the break-even point.
+The right side shows how that point moves when one input changes at a time. The input with the
+widest bar is the one to know best.
 
-Invariant: what is drawn is in the answer that it is drawn from; no figure is worked out anew but
-the points of the lines.
+Invariant: every figure drawn comes from the answer; only the points of the lines are computed here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,14 @@ INPUTS = {
     "overhead_percent": "overhead, %",
 }
 LOWEST = 0.01
-# Beside the bars there is room for their labels.
+# The axis is wider than the bars by this factor, so that their labels have room.
 ROOM = 1.35
-# Full load is drawn if it is not so many times away from the bars that it would squeeze them.
+# Full load is drawn only if it lies within this factor of the bars; else it would squeeze them.
 FAR = 4
 
 
 def draw(answer: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """Write the plot of an answer of `break-even` to .png or .svg files. Raises ValueError."""
+    """Plot an answer of `break-even` to .png or .svg files. Raises ValueError."""
     figure = new_figure(9.2, 4.2)
     cost, moved = figure.subplots(1, 2, width_ratios=(4, 3))
     _draw_cost(cost, answer)
@@ -57,7 +57,7 @@ def _draw_cost(axes: "Axes", answer: Mapping[str, Any]) -> None:
     )
     axes.set(xscale="log", yscale="log", xlim=(low, 1))
     ends = [rate["effective_usd_per_m_at_full_load"] for rate in rates]
-    # Above the lines there is room for the legend, a twelfth of the height for each of its lines.
+    # The legend stands above the lines: each line of it takes a twelfth of the height.
     bottom, top = min(*ends, api) / 1.5, max(ends) / low
     legend = (len(rates) + 1) / 12
     axes.set_ylim(bottom, bottom * (top / bottom) ** (1 / (1 - legend)))

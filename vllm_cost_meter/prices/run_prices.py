@@ -128,7 +128,7 @@ def _cost(
     nothing: Cost[P],
 ) -> Cost[P]:
     amounts: dict[P, int] = {}
-    # The earliest of it without a price; time of no hour comes first.
+    # This finds the earliest time without a price; time without an hour comes first.
     missing: tuple[int, str] | None = None
     for run_id, run in runs.items():
         for hour, amount in used.get(run_id, {}).items():

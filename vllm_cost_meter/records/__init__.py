@@ -1,4 +1,4 @@
-"""The values that travel through the meter: bills, snapshots, requests, energy.
+"""Records that travel between the meter's parts: bills, snapshots, requests, energy.
 
-All amounts are integers of the smallest useful unit, units last in names.
+All amounts are integers in the smallest useful unit. A name ends with its unit.
 """

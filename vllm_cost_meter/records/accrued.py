@@ -1,7 +1,7 @@
-"""What a request used, as the attribution counts it: one tuple for the native part and its twin.
+"""GPU time and tokens that a request has used so far: one tuple for native code and Python twin.
 
 Every field adds up: over the pieces of a request, over requests, over hours. `recomputed`,
-`rejected` and `cut` are parts of `prefill` and `decode` (or, of a draft, of either), never more.
+`rejected` and `cut` are already contained in `prefill` and `decode`; do not add them again.
 """
 
 from operator import add
@@ -9,14 +9,17 @@ from typing import NamedTuple
 
 
 class Accrued(NamedTuple):
-    """GPU time in GPU-ns and tokens computed, by phase; time and tokens add up to the steps'.
+    """GPU time in GPU-ns and computed tokens, by phase; over all requests they equal the steps'.
 
-    `marginal_ns` is what the steps would have saved without the request, by the cost model.
-    Recomputed is what a preemption threw away and had done again; rejected is what drafts cost that
-    were not accepted; cut is what was computed for the output and is not in it: behind its end, or
-    of a request that was aborted meanwhile. `kv_block_ns` is the blocks of the KV cache that it
-    held x wall time, at most 2**63 - 1; `step_ns` is what its steps took in all, of which it has
-    its share. `batch` is the sum, over its steps, of the requests in the step.
+    - `marginal_ns`: GPU time that the steps would have saved without the request, as the cost
+      model predicts it.
+    - `recomputed`: work that was repeated because a preemption threw it away.
+    - `rejected`: work for draft tokens that were not accepted.
+    - `cut`: work for output tokens that nobody got, because the request had ended before them or
+      was aborted during the step.
+    - `kv_block_ns`: blocks of the KV cache held, times wall time; at most 2**63 - 1.
+    - `step_ns`: the full GPU time of all its steps, of which the request pays its share.
+    - `batch`: the number of requests in a step, summed over the request's steps.
     """
 
     prefill_ns: int = 0

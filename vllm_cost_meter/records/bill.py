@@ -1,10 +1,11 @@
-"""The bill of one engine request, and the JSON line in which it rides to its API server.
+"""The bill of one engine request, and its JSON form on the way from engine to API server.
 
-Bills are named tuples, because the engine makes them between two steps: a frozen dataclass takes
-four times as long. The text is an array of the fields in their order, as both ends are of one
-version; msgspec writes it in a tenth of the time that `json` takes, and checks what it reads.
+Bills are named tuples because the engine makes them between two steps. A frozen dataclass would
+take four times as long. The JSON is an array of the fields in order, which is safe because both
+ends run the same version. msgspec writes it in a tenth of the time that `json` takes, and checks
+it when it is read.
 
-Invariant: `read_bill(write_bill(bill)) == bill`, and anything else is refused with a ValueError.
+Invariant: `read_bill(write_bill(bill)) == bill`; any other text raises a ValueError.
 """
 
 from typing import NamedTuple, Self
@@ -17,16 +18,16 @@ from vllm_cost_meter.units.time import NS_PER_MS
 # The key under which a bill rides in a request's trace headers. HTTP header syntax, lower case,
 # because vLLM hands trace headers to the OpenTelemetry propagator, which ignores unknown names.
 BILL_KEY = "x-cost-meter-bill"
-# Request id of the outputs that carry late bills; vLLM skips outputs of ids it does not know.
+# Late bills travel in outputs with this request id. vLLM skips outputs with unknown ids.
 CARRIER_ID = "cost-meter-late-bills"
 
 
 class UsagePiece(NamedTuple):
-    """What one engine request used within one UTC hour; fields as in `Accrued`.
+    """The part of a bill that falls into one UTC hour; fields as in `Accrued`.
 
-    `hour` counts hours since the epoch. `kv_block_ms` is blocks of the KV cache x milliseconds: in
-    nanoseconds, the sum of a large server's bills would not fit 64 bits. `saved_estimate_ns` is
-    what computing the cached tokens would have taken, by the cost model when it was billed.
+    `hour` counts hours since the epoch. `kv_block_ms` is KV cache blocks x milliseconds, because
+    in nanoseconds a large server's total would not fit 64 bits. `saved_estimate_ns` is the GPU
+    time that the cached tokens would have taken, as the cost model predicted when it was billed.
     """
 
     hour: int
@@ -51,15 +52,16 @@ class UsagePiece(NamedTuple):
 
     @classmethod
     def of(cls, hour: int, used: Accrued) -> Self:
-        """Return the piece of an hour in which so much accrued."""
+        """Return the piece for an hour in which the request used `used`."""
         return cls(hour, *used[:11], used.kv_block_ns // NS_PER_MS, used.step_ns)
 
 
 class Bill(NamedTuple):
     """The final account of one engine request, numbered `seq` (from 1) within its run.
 
-    `batch` is the sum, over its steps, of the requests in the step; `first_model` and `last_model`
-    are the versions of the cost model in use when it came and when it was billed.
+    `batch` is the number of requests in a step, summed over the request's steps. `first_model` and
+    `last_model` are versions of the cost model: the one in use when the request came, and the one
+    in use when it was billed.
     """
 
     run_id: str
@@ -108,7 +110,7 @@ def write_bill(bill: Bill) -> str:
 
 
 def read_bill(text: str) -> Bill:
-    """Return the bill of `write_bill`'s text. Raises ValueError on anything else."""
+    """Parse the text that `write_bill` made. Raises ValueError for any other text."""
     try:
         bill = _decode(text)
     except (msgspec.MsgspecError, UnicodeError) as error:

@@ -1,10 +1,10 @@
-"""What a snapshot says of its engine's energy: values that travel from the engine to the ledger.
+"""Energy records of an engine: they ride in its snapshots and end in the ledger.
 
-Amounts are millijoules since the first reading of the engine's GPUs. Unknown is None with a reason,
-never 0.
+Amounts are millijoules since the first reading of the engine's GPUs. An unknown amount is None
+with a reason, never 0.
 
-Invariant: `energy_mj`, all that was read, is the sum of `classes`; and the class `requests` is the
-sum of all energies of requests that were ever told.
+Invariant: `energy_mj`, the energy read so far, is the sum of `classes`. The class `requests` is the
+sum of all request energies that were ever reported.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, NamedTuple, Self
 
-# The classes of time (records.py) but for `startup`, which is over when the energy is first read;
-# and what was read, but is of nobody: the rest of a request of which a part is unknown.
+# The classes of time (`records/snapshot.py`) without `startup`: it ends before the first reading.
+# `unattributed` is energy that was read and belongs to no one, e.g. the known part of a request's
+# energy if its other part is unknown.
 ENERGY_CLASSES = (
     "requests",
     "in_flight",
@@ -28,9 +29,9 @@ ENERGY_CLASSES = (
 
 
 class RequestEnergy(NamedTuple):
-    """What one billed engine request used within one UTC hour; None where a part is unknown.
+    """Energy of one billed engine request in one UTC hour; None if any part of it is unknown.
 
-    `reason` is the code that says why (`energy.REASONS`).
+    `reason` is then the code that says why (`REASONS` in `engine/energy/nvml.py`).
     """
 
     seq: int
@@ -41,13 +42,13 @@ class RequestEnergy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RunEnergy:
-    """The energy of one engine run, as of a snapshot.
+    """The energy of one engine run at the instant of a snapshot.
 
-    `energy_mj` is None until it was known for the first time. `unknown_ns` are the GPU-ns, since
-    the first reading, of windows whose energy is unknown; `reason` is that of the latest of them.
-    `devices` are the name and UUID of each GPU. `hours` holds those hours that changed since the
-    snapshot the reader acknowledged, `told` the requests whose energy came to be known, or is known
-    to be unknown, since then.
+    `energy_mj` is None until the first energy is known. `unknown_ns` counts the GPU-ns (since the
+    first reading) of windows with unknown energy; `reason` explains the latest such window.
+    `devices` has the name and UUID of each GPU. `hours` and `told` hold news only, since the last
+    snapshot that the reader acknowledged: the hours that changed, and the requests with an energy
+    that was settled, as known or as unknown.
     """
 
     energy_mj: int | None
@@ -63,7 +64,7 @@ class RunEnergy:
             raise ValueError("expected an energy or a reason why there is none, got neither")
 
     def merged_over(self, older: "RunEnergy") -> "RunEnergy":
-        """Return these values with the hours and requests of an older snapshot besides."""
+        """Return these values plus the hours and requests of an older snapshot."""
         told = {(each.seq, each.hour): each for each in (*older.told, *self.told)}
         return RunEnergy(
             self.energy_mj,
@@ -76,7 +77,7 @@ class RunEnergy:
         )
 
     def to_wire(self) -> dict[str, Any]:
-        """Return plain msgpack-able values. Requests are flat: there may be very many of them."""
+        """Return plain values for msgpack. Requests are one flat list, as there may be many."""
         return {
             "energy_mj": self.energy_mj,
             "reason": self.reason,
@@ -89,7 +90,7 @@ class RunEnergy:
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
-        """Build it from `to_wire`'s form. Raises TypeError, ValueError or KeyError on others."""
+        """Parse the values of `to_wire`. Raises TypeError, ValueError or KeyError on others."""
         values = dict(wire)
         flat = iter(values["told"])
         size = len(RequestEnergy._fields)
@@ -100,5 +101,5 @@ class RunEnergy:
         return cls(**values)
 
 
-# Of an engine that said nothing of its GPUs.
-NO_ENERGY = RunEnergy(None, "no_device: the engine told of no GPU")
+# The energy of an engine that has not reported its GPUs.
+NO_ENERGY = RunEnergy(None, "no_device: the engine reported no GPU")

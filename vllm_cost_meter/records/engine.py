@@ -1,7 +1,8 @@
-"""What an engine is: everything about it that is constant over one run.
+"""Facts about an engine that stay constant over one run: model, hardware, versions, method.
 
-It is made once (`vllm_hooks/identity.py`), rides in every snapshot, and its fields are columns of
-the same names of the table `runs`: a new fact about an engine is a field here and a column there.
+An identity is made once (`vllm_hooks/identity.py`) and rides in every snapshot. Each field is also
+a column of the ledger's table `runs`, so a new fact about engines needs a field here and a column
+there.
 
 Invariant: two snapshots of one run have equal identities.
 """
@@ -14,13 +15,13 @@ from vllm_cost_meter.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class EngineIdentity:
-    """An engine's model, hardware, host and versions, and how its steps are split.
+    """An engine's model, hardware, host and versions, and the method that splits its steps.
 
-    `parallelism` is e.g. "tp=2 pp=1 dp=1". `host` is the name of its machine, by which a price may
-    be chosen. `precision` is what it computes in, e.g. "bfloat16" or "bfloat16, fp8 weights".
-    Its KV cache has `kv_blocks` of `kv_block_size` tokens each, None where there is none.
-    `labels` are what the operator declared of it, e.g. its pool.
-    `native` tells that the native module splits the steps, and not its twin in Python.
+    `parallelism` is e.g. "tp=2 pp=1 dp=1". `host` is the machine's name; prices may depend on it.
+    `precision` is the number format it computes in, e.g. "bfloat16" or "bfloat16, fp8 weights".
+    The KV cache has `kv_blocks` blocks with `kv_block_size` tokens each; both are None without a
+    cache. `labels` are the operator's own, e.g. a pool. `native` is True if the native module
+    splits the steps, False if its Python twin does.
     """
 
     model: str

@@ -1,11 +1,11 @@
-"""Whose a request is: the tenant, the rule that named it, its parent and its tags.
+"""The owner of a request: its tenant, the rule that named it, the parent and the tags.
 
-An owner is found once, when the request comes, and then travels whole: through the exchange, into
-every record of the request, to the budgets and to the ledger's rows. It lives here, below `tenants`
-which finds it (`tenants/rules.py`), because the records hold it and records stand on the floor
-below tenants. The rule is a value with a kind, so that no decision reads its text.
+`tenants/rules.py` finds the owner once, when the request comes. The owner then travels whole:
+through the exchange, into every record of the request, to the budgets and to the ledger's rows. The
+class lives here because records hold it, and records may not import `tenants`. A rule is a value
+with a kind, so that no decision has to read its text.
 
-Invariant: `rule_text` is what the ledger and the answers call `tenant_rule`; nothing parses it.
+Invariant: `rule_text` is the `tenant_rule` of the ledger and the answers; no code parses it.
 """
 
 import json
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, Self
 
-# The tenant that no rule named.
+# The tenant of a request that no rule names.
 UNKNOWN = "unknown"
 
-# A client chooses these itself, by what it writes into its request.
+# The client chooses the value of these rules itself, in its request.
 ChildKind = Literal["user", "metadata", "lora", "model"]
 CHILD_KINDS: tuple[ChildKind, ...] = ("user", "metadata", "lora", "model")
 RuleKind = Literal["none", "contradiction", "api_key", "header", "constant"] | ChildKind
@@ -40,9 +40,9 @@ NO_RULE = NamedBy("none")
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A tenant, and what was declared of it when the request came.
+    """A tenant, with the parent and tags that were declared when the request came.
 
-    `child_rule` is the rule that chose the tenant's child, None where the tenant itself is meant.
+    `child_rule` is the rule that chose the tenant's child; None if the tenant itself is the owner.
     """
 
     tenant: str
@@ -53,7 +53,7 @@ class Owner:
 
     @classmethod
     def stored(cls, tenant: str, parent: str | None, tags: str | None) -> Self:
-        """Return the owner that a row of the ledger names, as far as budgets ask."""
+        """Build an owner from a ledger row, with the fields that budgets need."""
         return cls(tenant, parent=parent, tags=_tags(tags))
 
     @property
@@ -64,22 +64,22 @@ class Owner:
 
     @property
     def by_api_key(self) -> bool:
-        """Tell whether an API key proved who asks, whatever child the client chose."""
+        """Return whether an API key proved the tenant, whatever child the client chose."""
         return self.rule.kind == "api_key"
 
     @property
     def is_clients_choice(self) -> bool:
-        """Tell whether the client chose the name or a part of it."""
+        """Return whether the client chose the name or a part of it."""
         return (self.child_rule or self.rule).kind in CHILD_KINDS
 
 
-# No rule named a tenant.
+# The owner of a request that no rule names.
 NOBODY = Owner(UNKNOWN)
-# A request that claims to be two at once.
+# The owner of a request that claims two tenants at once.
 CONTRADICTION = Owner(UNKNOWN, NamedBy("contradiction"))
 
 
-# The rows of a ledger repeat the tags of a few tenants. The mapping is shared and never changed.
+# Ledger rows repeat the tags of a few tenants, so the parsed mapping is shared. Nobody changes it.
 @lru_cache(maxsize=1_024)
 def _tags(text: str | None) -> Mapping[str, str]:
     tags: dict[str, str] = json.loads(text) if text else {}

@@ -1,6 +1,6 @@
-"""Requests as the ledger keeps them: engine requests, open ones, and the HTTP requests they serve.
+"""Request records of the ledger: billed engine requests, open ones, and HTTP requests.
 
-A record is built once and never changed. Unknown is None, never 0.
+A record is built once and never changed. An unknown value is None, never 0.
 
 Invariant: an engine request and its `OpenRequest` name the same request, owner and start.
 """
@@ -13,11 +13,11 @@ from vllm_cost_meter.records.owner import Owner
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """Times of one engine request as its API server saw them, in milliseconds; None if unknown.
+    """Latencies of one engine request as its API server saw them, in ms; None if unknown.
 
-    `queue_ms` and `tpot_ms` are between instants of the engine, the others start at the request's
-    arrival in its API server. `tpot_ms` is (last token - first token) / (output tokens - 1), None
-    for fewer than two tokens.
+    `queue_ms` and `tpot_ms` lie between two instants of the engine. The others start when the
+    request arrives in its API server. `tpot_ms` is (last token - first token) / (output tokens -
+    1), and None for fewer than two tokens.
     """
 
     queue_ms: float | None = None
@@ -28,10 +28,10 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One engine request as the ledger keeps it: its bill, and whose it was.
+    """A billed engine request as the ledger keeps it: the bill and its owner.
 
-    `prompt_group` is shared by the parts of one prompt (n > 1), so that the prompt can be
-    counted once. `announced` tells that an `OpenRequest` went before.
+    All parts of one prompt (n > 1) share a `prompt_group`, so that the prompt can be counted once.
+    `announced` is True if an `OpenRequest` was written before.
     """
 
     bill: Bill
@@ -53,9 +53,9 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """Whose an engine request is that has no bill yet: announced while it runs, gone when billed.
+    """A running engine request and its owner; the ledger keeps it until the bill comes.
 
-    `request_id` and `started_at_ns` tell it from all others, and are those of the bill to come.
+    `request_id` and `started_at_ns` identify it, and its bill will have the same values.
     """
 
     request_id: str
@@ -73,7 +73,7 @@ class OpenRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts as a client was told them; None where the reply did not say."""
+    """Token counts that the client was told; None where the reply did not say."""
 
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -82,10 +82,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """One HTTP exchange as the ledger keeps it: what its client was told, when, and whose it was.
+    """One HTTP request as the ledger keeps it: its owner, its times, and what the client was told.
 
-    `status` is the HTTP status sent (499 when the client left before any was). `cost_nanousd` and
-    `gpu_time_ns` are what the reply said, None if it said nothing.
+    `status` is the HTTP status sent, or 499 if the client left before one was sent. `cost_nanousd`
+    and `gpu_time_ns` repeat the reply; they are None if the reply had no cost.
     """
 
     http_request_id: str
@@ -105,7 +105,7 @@ class HttpRequest:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What one hour costs, as a decimal string in USD, and where the figure came from."""
+    """The price of a GPU-hour, as a decimal string in USD, and the source of that figure."""
 
     price_id: str
     usd_per_gpu_hour: str

@@ -1,10 +1,9 @@
-"""The values that travel through the meter: bills, snapshots, and what the ledger keeps of them.
+"""A snapshot of an engine's books: time by class, the open requests, and the cost models.
 
-All amounts are integers of the smallest useful unit, units last in names (`_ns` is GPU-nanoseconds
-unless the name says wall time). GPU time is wall time multiplied by the GPUs of the engine, so the
-parts of a run add up to `wall x gpus` exactly. A record is built once and never changed; what comes
-from another process is checked when it comes. Bills are named tuples, because the engine makes them
-between two steps: a frozen dataclass takes four times as long. Unknown is None, never 0.
+All amounts are integers in the smallest useful unit, and names end with the unit. `_ns` means
+GPU-nanoseconds unless the name says wall time. GPU time is wall time times the engine's GPUs, so
+the classes of a run add up to `wall x gpus` exactly. A snapshot is built once and never changed;
+one from another process is checked when it arrives. An unknown value is None, never 0.
 
 Invariant: `Snapshot.difference_ns == 0`, i.e. at any cut of a run
 *wall x gpus = requests + in_flight + idle + sleep + startup + tail + dummy + host + lost*.
@@ -18,27 +17,28 @@ from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.energy import NO_ENERGY, RunEnergy
 from vllm_cost_meter.records.engine import EngineIdentity
 
-# Time of a run that is nobody's request. Each is a row `__name__` of a tenant report.
+# Classes of GPU time that belong to no request. Each is a row `__name__` of a tenant report.
 OVERHEAD_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
-# Those rows in the order they are shown, and that of requests without a bill yet.
+# The rows in the order that reports show them; the last holds the requests without a bill yet.
 OVERHEAD_ROWS = (*OVERHEAD_CLASSES, "in_flight")
 TWO_PLANES = "two planes"  # a form of the cost model; the other is "one plane"
 
 CLASSES = ("requests", "in_flight", *OVERHEAD_CLASSES)
-# Rows of overhead in which the GPUs worked all the same; with requests, all their work.
+# Classes outside of `requests` in which the GPUs did work.
 WORK = ("in_flight", "tail", "dummy")
 BUSY = ("requests", *WORK)
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What an engine's steps cost, as published to split them: see docs/explanation/attribution.md.
+    """A published cost model: it predicts the GPU time of a step from what the step holds.
 
-    `planes` are coefficients in GPU-ns of (1, tokens, sequences, products, context), of the planes
-    compute, memory and one; form "two planes" uses the first two, "one plane" the last. `steps`
-    were learnt from. The errors are running means of |predicted / measured - 1| of each form,
-    every step predicted before it was learnt from; `explained` is the share of the variance of
-    step times that the form in use explains.
+    docs/explanation/attribution.md explains it. `planes` are the planes compute, memory and one.
+    A plane has a coefficient in GPU-ns for each of (1, tokens, sequences, products, context). The
+    form "two planes" uses the first two planes, "one plane" uses the last. The model has learnt
+    from `steps` steps. The two errors are running means of |predicted / measured - 1|, where each
+    step was predicted before the model learnt from it. `explained` is the share of the step times'
+    variance that the form in use explains.
     """
 
     version: int
@@ -60,13 +60,13 @@ class CostModel:
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
-        """Build a model from its plain values. Raises TypeError or KeyError on anything else."""
+        """Parse a model's plain values. Raises TypeError or KeyError on anything else."""
         return cls(**{**wire, "planes": tuple(tuple(plane) for plane in wire["planes"])})
 
 
 @dataclass(frozen=True, slots=True)
 class EarlierFit:
-    """What an engine of the same model, hardware and parallelism had learnt before."""
+    """Cost model planes that an earlier run with equal model, hardware and parallelism learnt."""
 
     planes: tuple[tuple[float, ...], ...]
     two_planes: bool
@@ -74,7 +74,7 @@ class EarlierFit:
 
 @dataclass(slots=True)
 class ClassTotals:
-    """GPU-nanoseconds of a run, or of one hour of it, by class. The one mutable record."""
+    """GPU-nanoseconds by class, for a run or for one of its hours. The only mutable record."""
 
     requests: int = 0
     in_flight: int = 0
@@ -100,15 +100,17 @@ class ClassTotals:
 class Snapshot:
     """All books of one engine run at one monotonic instant.
 
-    `wall_ns` is wall time since the engine process was created. `last_seq` is the number of the
-    last bill written up to this instant, `billed_ns` the sum of all bills up to it. `own_ns` is the
-    wall time the meter's own hooks took. `state` is "on" or, after too many errors, "off". `prior`
-    says where the cost model started from. `hours` holds the totals of those hours that changed
-    since the snapshot the reader acknowledged, `cost_models` the models that were published since.
-    `energy` is what the GPUs used, to the same instant.
-    `live` has what each open request has accrued so far, over all hours, and `step_ns` the time of
-    the step in flight, which is nobody's before its result: together they are the class
-    `in_flight`.
+    - `wall_ns`: wall time since the engine process was created.
+    - `last_seq`, `billed_ns`: the number of the latest bill, and the GPU time of all bills so far.
+    - `own_ns`: wall time that the meter's own hooks took.
+    - `state`: "on", or "off" after too many errors.
+    - `prior`: where the cost model started from.
+    - `hours`, `cost_models`: news since the snapshot that the reader acknowledged, i.e. the totals
+      of hours that changed, and the models that were published.
+    - `energy`: the energy that the GPUs used, up to the same instant.
+    - `live`, `step_ns`: the GPU time of each open request over all hours, and the time of the step
+      in flight, which belongs to nobody before its result comes. Together they are the class
+      `in_flight`.
     """
 
     run_id: str
@@ -137,17 +139,17 @@ class Snapshot:
 
     @property
     def live_ns(self) -> int:
-        """What the open requests have accrued together."""
+        """Return the GPU time of all open requests together."""
         return sum(used.gpu_time_ns for _, used in self.live)
 
     @property
     def difference_ns(self) -> int:
-        """What the classes miss of wall x gpus: 0, or the books do not balance."""
+        """Return wall x gpus minus the sum of the classes: 0 if the books balance."""
         return self.wall_ns * self.engine.gpus - self.totals.total()
 
     def to_wire(self) -> dict[str, Any]:
-        """Return plain msgpack-able values (the utility RPC carries nothing else)."""
-        # Apart, because asdict would copy each number of each running request.
+        """Return plain values for msgpack (the utility RPC carries nothing else)."""
+        # Requests and energy are added by hand: asdict would copy each number of each request.
         wire = asdict(replace(self, live=(), energy=NO_ENERGY))
         wire["live"] = list(self.live)
         wire["energy"] = self.energy.to_wire()
@@ -156,7 +158,7 @@ class Snapshot:
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
-        """Build a snapshot from `to_wire`'s form. Raises TypeError or KeyError on anything else."""
+        """Parse the values of `to_wire`. Raises TypeError or KeyError on anything else."""
         values = dict(wire)
         values["engine"] = EngineIdentity(**values["engine"])
         values["totals"] = ClassTotals(**values["totals"])

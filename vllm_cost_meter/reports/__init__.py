@@ -1,1 +1,1 @@
-"""From facts to answers: allocation, statements, request rows, explanations. No SQL, no HTTP."""
+"""Reports from facts: allocation, statements, request rows, explanations. No SQL, no HTTP."""

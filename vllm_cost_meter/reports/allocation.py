@@ -1,18 +1,21 @@
-"""A report: what was used, by whom and when, with and without its share of idle.
+"""The allocation of GPU time and cost to the rows of a report, with and without idle time.
 
-Facts of the ledger go in, GPU time by run and hour; rows come out. Usage is kept in cells, one for
-each way that the question tells it apart. Overhead that the policy shares is pooled over a piece of
-the report (the window, or one step of it), divided among tenants, and within a tenant over its
-cells by GPU time. A tenant that carries a share and used nothing gets a row for it. Then cells are
-added up to rows, and only then is anything rounded: the whole to the nano-USD, the steps of a
-report by largest remainder, and within each step its rows. Accumulated steps are added up exactly
-and rounded after that: a row is right by itself, and may differ by some nano-USD from the sum of
-its rounded steps in another answer. There is no other rounding of a report's money. Core:
-standard library only.
+Input are the ledger's facts: GPU time by run and hour. Output are rows.
 
-Invariant: GPU time and money are exact fractions until the end, and all rows, shown or not, are
-rounded together; so they add up to their step, and the steps to the whole, on both bases, whatever
-the aggregation and the policy, and a filter changes no row.
+1. Usage is kept in cells: one for each combination of values that the question distinguishes.
+2. Engine time that the idle policy shares goes into a pool, one for each piece of the report (the
+   window, or one step). The pool is divided among tenants, and a tenant's share among its cells, by
+   GPU time. A tenant that carries a share but used nothing gets a row for it.
+3. Cells are added up to rows.
+4. Only now is money rounded: the total to the nano-USD, then the steps by largest remainder, then
+   the rows of each step. Accumulated steps are added up exactly and rounded once; such a row may
+   differ by some nano-USD from the sum of its rounded steps in another answer.
+
+Core: standard library only.
+
+Invariant: GPU time and money are exact fractions until step 4, which rounds all rows together,
+shown or hidden. So rows add up to their step and steps to the whole, with and without idle time,
+whatever the aggregation and the policy. A filter changes no row.
 """
 
 from collections import Counter, defaultdict
@@ -49,7 +52,10 @@ from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
 @dataclass(slots=True)
 class Row:
-    """Cells added up: what was used, the share of idle besides (of a class: what others carry)."""
+    """The sum of some cells: usage, and the share of idle time.
+
+    For a class of engine time the share is negative: the part that tenants carry.
+    """
 
     class_name: str
     key: Key
@@ -60,11 +66,11 @@ class Row:
 
     @property
     def whole(self) -> Amount:
-        """Return usage and share."""
+        """Return the sum of usage and share."""
         return self.used.plus(self.share)
 
     def add(self, cell: "Row") -> None:
-        """Add another one to this."""
+        """Add a cell's usage, share and counts."""
         self.used = self.used.plus(cell.used)
         self.share = self.share.plus(cell.share)
         self.counts = [a + b for a, b in zip(self.counts, cell.counts, strict=True)]
@@ -72,9 +78,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The rows of a stretch of hours, exact, in the order they are shown; None is open.
+    """The rows for a span of hours, exact, in the order in which they are shown; None is open.
 
-    `is_priced` says whether any of its time has a price: if so, nothing costs 0.
+    `is_priced` says whether any of its time has a price. If so, a row without time costs 0;
+    otherwise its cost is unknown.
     """
 
     from_hour: int | None
@@ -83,11 +90,11 @@ class Piece:
     is_priced: bool
 
     def cost(self, amount: Amount) -> Fraction | None:
-        """Return nano-USD, exact; None where a price misses, of nothing too if all prices do."""
+        """Return an amount's exact cost in nano-USD; None if a price is missing."""
         return amount.nanousd if self.is_priced and amount.unpriced is None else None
 
     def why_no_cost(self, amount: Amount, why: WhyNone) -> str | None:
-        """Return why an amount has no cost; None if it has one."""
+        """Return the reason why an amount has no cost; None if it has one."""
         if self.cost(amount) is not None:
             return None
         missing = amount.unpriced or earliest(row.whole.unpriced for row in self.rows)
@@ -95,9 +102,9 @@ class Piece:
 
 
 class _Prices:
-    """The price of each run and hour, asked for once.
+    """A cache of the price for each run and hour.
 
-    GPU time is added up by price, so that money is computed once for each and not for each hour.
+    GPU time is added up by price, so money is computed once per price and not once per hour.
     """
 
     def __init__(self, question: Question, price_of: PriceOf) -> None:
@@ -115,7 +122,7 @@ class _Prices:
 
 
 class _Cell(NamedTuple):
-    """What usage is told apart by before it is shared: all that the question names."""
+    """The key of a cell: its class, and its values for all columns that the question names."""
 
     class_name: str
     dimensions: Key
@@ -123,7 +130,7 @@ class _Cell(NamedTuple):
 
 
 class _Cells:
-    """The cells of one piece."""
+    """The cells of one piece: GPU time by price, and counts of requests and tokens."""
 
     def __init__(self) -> None:
         self.spent: dict[_Cell, Counter[Fraction | Unpriced]] = defaultdict(Counter)
@@ -131,7 +138,7 @@ class _Cells:
 
     @property
     def is_priced(self) -> bool:
-        """Whether any time in them has a price."""
+        """Whether any time in the cells has a price."""
         return any(
             ns and isinstance(price, Fraction)
             for spent in self.spent.values()
@@ -139,7 +146,7 @@ class _Cells:
         )
 
     def rows(self) -> dict[_Cell, Row]:
-        """Return the cells with their cost, nothing shared yet."""
+        """Return the cells with their cost, before any idle time is shared."""
         found = {}
         for cell in self.spent.keys() | self.counts.keys():
             counts = self.counts.get(cell, [0] * len(COUNTS))
@@ -151,7 +158,7 @@ class _Cells:
 def report(
     facts: Facts, question: Question, price_of: PriceOf, why: WhyNone = no_price
 ) -> dict[str, Any]:
-    """Return the answer to a question, as JSON has it. `why` says why a price misses."""
+    """Return the answer to a question, ready for JSON; `why` explains a missing price."""
     found = pieces(facts, question, price_of)
     usage_costs = _rounded_costs(found, lambda row: row.used)
     costs = _rounded_costs(found, lambda row: row.whole)
@@ -160,7 +167,7 @@ def report(
         for piece, usage, whole in zip(found, usage_costs, costs, strict=True)
     ]
     if question.only is not None:
-        # Not even that something was used at a time: others did.
+        # An empty piece would show a tenant that others used something at that time.
         series = [piece for piece in series if piece["rows"]]
     return {
         "aggregate": list(question.aggregate),
@@ -174,7 +181,7 @@ def report(
 def _rounded_costs(
     found: Sequence[Piece], amount_of: Callable[[Row], Amount]
 ) -> list[list[int | None]]:
-    """Round the costs of all rows from the whole down, so that rows and pieces add up to it."""
+    """Round all costs from the total down, so that rows and pieces add up to it."""
     exact = [[piece.cost(amount_of(row)) for row in piece.rows] for piece in found]
     totals = largest_remainder(
         [sum((cost for cost in costs if cost is not None), Fraction(0)) for costs in exact]
@@ -195,7 +202,7 @@ def _whole(facts: Facts, question: Question, price_of: PriceOf) -> dict[str, Any
 
 
 def pieces(facts: Facts, question: Question, price_of: PriceOf) -> list[Piece]:
-    """Return the rows of a question: of the window, or of each step in which there is anything."""
+    """Return the rows for the window, or for each step that has any usage or engine time."""
     by_piece = _cells(facts, question, price_of) or {
         (question.from_hour, question.to_hour): _Cells()
     }
@@ -215,7 +222,7 @@ def pieces(facts: Facts, question: Question, price_of: PriceOf) -> list[Piece]:
 
 
 def wall_cost(facts: Facts, question: Question, price_of: PriceOf) -> Fraction | None:
-    """Return what the engines' hours cost in nano-USD, exact; None where a price misses."""
+    """Return the exact cost of the engines' hours in nano-USD; None if a price is missing."""
     prices = _Prices(question, price_of)
     spent: Counter[Fraction | Unpriced] = Counter()
     for run_id, hour, _, gpu_time_ns in facts.wall:
@@ -233,7 +240,7 @@ def _cells(
 
     def place(hour: Hour) -> tuple[_Cells, Key]:
         if hour not in where:
-            # Time of no hour comes only where no column is a time.
+            # Time without an hour occurs only if no column is a time.
             times = tuple(period_name(hour, unit, question.zone) for unit in question.times if hour)
             where[hour] = (by_piece[_piece(hour, question)], times)
         return where[hour]
@@ -262,7 +269,7 @@ def _piece(hour: Hour, question: Question) -> tuple[int | None, int | None]:
 
 
 def _shared(cells: dict[_Cell, Row], question: Question) -> dict[_Cell, Row]:
-    """Divide what the policy shares, cell by cell."""
+    """Divide the pool of shared time among the cells, by the idle policy."""
     used_ns: Counter[str] = Counter()
     pools: dict[Key, Amount] = defaultdict(Amount)
     for cell, row in cells.items():
@@ -287,14 +294,14 @@ def _shared(cells: dict[_Cell, Row], question: Question) -> dict[_Cell, Row]:
             continue
         others = (UNALLOCATED,) * (len(question.dimensions) - 1)
         for times, amount in pools.items():
-            # It may have a cell there, of requests that took no time.
+            # The tenant may already have a cell here, for requests that took no time.
             cell = _Cell(REQUESTS, (tenant, *others), times)
             cells.setdefault(cell, Row(REQUESTS, ())).share = amount.times(share)
     return cells
 
 
 def _rows(cells: Mapping[_Cell, Row], question: Question) -> list[Row]:
-    """Add cells up to rows, those that are hidden apart; each class has a row, even of 0."""
+    """Add cells up to rows, shown and hidden ones apart; each class has a row, even if it is 0."""
     place = {name: i for i, name in enumerate((*question.dimensions, *question.times))}
     found: dict[tuple[str, Key, bool], Row] = {}
 
@@ -314,7 +321,7 @@ def _rows(cells: Mapping[_Cell, Row], question: Question) -> list[Row]:
 
 
 def _order(question: Question) -> Callable[[Row], tuple[Any, ...]]:
-    """Order rows: usage first, by time, then the most GPU time first; then the classes."""
+    """Return the sort key of rows: usage by time and GPU time, largest first; then the classes."""
     times = [i for i, name in enumerate(question.aggregate) if name in question.times]
 
     def order(row: Row) -> tuple[Any, ...]:
@@ -332,7 +339,7 @@ def _order(question: Question) -> Callable[[Row], tuple[Any, ...]]:
 
 
 def _instant(period: str) -> datetime:
-    """Return when a period begins: hours of two offsets do not sort as text."""
+    """Return the instant at which a period begins; as text, hours with two offsets sort wrongly."""
     instant = datetime.fromisoformat(f"{period}-01" if len(period) == len("2026-11") else period)
     return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
 
@@ -345,9 +352,9 @@ def _series(
     usage_costs: Sequence[int | None],
     costs: Sequence[int | None],
 ) -> dict[str, Any]:
-    """Return a piece with those of its rows that are shown; the costs are those of all its rows."""
+    """Return a piece as answers show it; `usage_costs` and `costs` are those of all its rows."""
     shares = largest_remainder([row.share.gpu_time_ns for row in piece.rows])
-    # Sums hold hidden rows too; but a tenant that asks is told sums of its own rows.
+    # Totals cover hidden rows too, except for a tenant, who sees its own rows only.
     counted = [
         (int(row.used.gpu_time_ns), cost)
         for row, cost in zip(piece.rows, costs, strict=True)

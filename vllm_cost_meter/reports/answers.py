@@ -1,9 +1,10 @@
-"""The shapes of reports and the summary, field by field, with their units: what JSON has.
+"""Answer types of reports and the summary: each JSON field, its meaning and its unit.
 
 A docstring below a field is its description. Money is nano-USD where it is an integer and USD where
-it is text; unknown is null. A field of another answer is explained there.
+it is text; unknown is null. A field taken from another answer is
+explained there.
 
-Invariant: an answer has these fields and no other; reports by other columns than the tenant have
+Invariant: an answer has these fields and no other. A report by other columns than the tenant has
 those columns in place of `tenant`.
 """
 
@@ -16,8 +17,8 @@ from vllm_cost_meter.reports.request_answers import RequestRow
 _Window = TypedDict(
     "_Window",
     {
-        "from": Annotated[str | None, "RFC 3339 UTC: its begin; null where open."],
-        "to": Annotated[str | None, "RFC 3339 UTC: its end, not in it; null where open."],
+        "from": Annotated[str | None, "RFC 3339 UTC: the begin of the window; null where open."],
+        "to": Annotated[str | None, "RFC 3339 UTC: the end, not included; null where open."],
     },
 )
 
@@ -26,160 +27,162 @@ class Hours(_Window):
     """The hours of an answer, as RFC 3339 UTC and since the epoch; null where open."""
 
     from_hour: int | None
-    """Hours since the epoch: the first."""
+    """Hours since the epoch: the first hour of the answer; null where the window is open."""
     to_hour: int | None
-    """Hours since the epoch: the one after the last."""
+    """Hours since the epoch: the hour after the last; null where the window is open."""
 
 
 class Window(Hours):
     """The hours of a report, and the time zone of its days."""
 
     tz: str
-    """The time zone of days and months."""
+    """The time zone in which days and months begin, such as `Europe/Berlin`."""
 
 
 class AfterCut(TypedDict):
-    """What came after the snapshots and is in no row yet."""
+    """Bills that came after the snapshots, so that no row counts them yet."""
 
     bills: int
-    """How many bills."""
+    """Number of bills that came after the snapshots."""
     gpu_time_ns: int
-    """GPU-ns: what they used."""
+    """GPU-ns: the GPU time of these bills."""
 
 
 class PriceRow(TypedDict):
-    """A price of GPU time that is in a cost."""
+    """A price of GPU time that a cost was computed with."""
 
     usd_per_gpu_hour: str
     """USD: `amount` x `usd_rate` / `gpus`, with at most 18 decimal places."""
     amount: str
-    """`currency`: what one hour costs."""
+    """The price of one hour, in `currency`, for what `scope` names."""
     currency: str
-    """ISO 4217."""
+    """The currency of `amount`, by its ISO 4217 code."""
     usd_rate: str
-    """USD: what one of `currency` is worth."""
+    """USD: the value of one unit of `currency`."""
     scope: str
-    """What `amount` pays for: `gpu`, `node` or `deployment`."""
+    """What `amount` pays for: one GPU, a node or the whole deployment (`gpu`, `node`,
+    `deployment`)."""
     gpus: int
-    """How many GPUs that is."""
+    """Number of GPUs that `amount` pays for."""
     kind: str | None
-    """`on_demand`, `reserved` or `spot`."""
+    """How the GPUs were bought: `on_demand`, `reserved` or `spot`; null if nobody declared it."""
     source: str
-    """Where the figure is from."""
+    """Where the price comes from, in the operator's words."""
     effective_from: str | None
-    """RFC 3339 UTC: from when on it holds."""
+    """RFC 3339 UTC: the instant from which the price holds."""
     model: str | None
-    """The runs it is for: a name or a pattern, null for any."""
+    """The served models that the price is for: a name or a pattern; null for any."""
     gpu_name: str | None
-    """The GPUs it is for: a name or a pattern, null for any."""
+    """The GPUs that the price is for: a name or a pattern; null for any."""
     host: str | None
-    """The runs it is for, null for any."""
+    """The machine whose engines the price is for; null for any."""
 
 
 class EnergyPriceRow(TypedDict):
-    """A price of energy that is in a cost."""
+    """A price of energy that a cost was computed with."""
 
     usd_per_kwh: str
-    """USD: per kilowatt-hour."""
+    """USD: the price of one kilowatt-hour."""
     source: str
-    """Where the figure is from."""
+    """Where the price comes from, in the operator's words."""
     effective_from: str | None
-    """RFC 3339 UTC: from when on it holds."""
+    """RFC 3339 UTC: the instant from which the price holds."""
     host: str | None
-    """The runs it is for, null for any."""
+    """The machine whose engines the price is for; null for any."""
 
 
 _OverheadRow = TypedDict(
     "_OverheadRow",
     {
-        "from": Annotated[str, "RFC 3339 UTC: its begin."],
-        "to": Annotated[str, "RFC 3339 UTC: its end, not in it."],
+        "from": Annotated[str, "RFC 3339 UTC: the first instant that the cost is for."],
+        "to": Annotated[str, "RFC 3339 UTC: the instant after the last one."],
     },
 )
 
 
 class OverheadRow(_OverheadRow):
-    """A declared overhead, in no other figure."""
+    """A cost beside the GPUs that the operator declared; no other figure contains it."""
 
     name: str
-    """What it is for."""
+    """What the cost is for, such as `support`."""
     percent: str | None
-    """%: of the cost of all time, or null."""
+    """%: the cost as a percentage of the price of all engine time; null for a fixed cost."""
     usd_per_month: str | None
-    """USD: fixed, or null."""
+    """USD: the fixed cost of a month; null for a percentage."""
     source: str
-    """Where the figure is from."""
+    """Where the figure comes from, in the operator's words."""
     cost_nanousd: int | None
-    """nano-USD: of that part."""
+    """nano-USD: the cost of the hours from `from` to `to`."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
-    """Why it is null."""
+    """Why `cost_nanousd` is null; null if it is known."""
 
 
 class RunRow(TypedDict):
     """One engine process, from its start to its end."""
 
     run_id: str
-    """One engine process, from its start to its end."""
+    """The id of the engine run, which is new whenever an engine process starts."""
     engine_index: int
-    """Data-parallel rank."""
+    """The data-parallel rank of the engine, from 0."""
     model: str
-    """The served name."""
+    """The name that the model is served by."""
     gpus: int
-    """`world_size` of the engine."""
+    """Number of GPUs the engine uses: its `world_size`."""
     hardware: str
-    """Name of its GPUs, or of the CPU."""
+    """Name of the GPUs, or of the CPU."""
     parallelism: str
-    """Tensor, pipeline and other parallelism."""
+    """How the model is spread over the GPUs: tensor, pipeline and other parallelism."""
     precision: str
     """Number format of the weights."""
     vllm_version: str
-    """The version of vLLM."""
+    """The version of vLLM that the engine runs."""
     method: str
-    """How its steps are split."""
+    """How the time of a step is split between its requests: `shapley`, `tokens` or `equal`."""
     started_at: str
     """RFC 3339 UTC: creation of the engine process."""
     taken_at: str | None
-    """RFC 3339 UTC: its latest snapshot."""
+    """RFC 3339 UTC: the instant of its latest snapshot; null before the first."""
     running: int
-    """Requests running then."""
+    """Number of requests that ran at `taken_at`."""
     waiting: int
-    """Requests waiting then."""
+    """Number of requests that waited in the engine's queue at `taken_at`."""
     kv_cache_usage: float | None
-    """0 to 1."""
+    """The used part of the KV cache at `taken_at`, 0 to 1; null if it is unknown."""
     steps: int
-    """Steps with tokens."""
+    """Number of engine steps that computed tokens."""
     errors: int
-    """Errors of the meter in the engine, contained."""
+    """Number of errors in the meter's own hooks; serving went on."""
     state: str
-    """`on`, or `off` after too many errors."""
+    """Whether the meter works in this engine: `on`, or `off` after too many errors."""
     labels: dict[str, str] | None
-    """What the operator declared of the engine; null before schema version 8."""
+    """The labels that the operator declared for the engine; null for runs of older versions."""
     alive: bool
-    """Whether its engine was asked for a snapshot and has not failed, or answered within 15 s."""
+    """Whether the engine lives: a snapshot came in the last 15 s, or its server knows that it
+    runs."""
     usd_per_gpu_hour: str | None
-    """USD: the price when the run began."""
+    """USD: the price of one GPU-hour when the run began."""
     devices: list[dict[str, str]] | None
-    """`name` and `uuid` of each GPU whose energy is read."""
+    """`name` and `uuid` of each GPU whose energy is read; null without any."""
     energy_mj: int | None
-    """mJ: read of them since the engine began."""
+    """mJ: the energy of these GPUs since the engine began."""
     energy_unknown_ns: int | None
-    """GPU-ns: since the first reading, of windows whose energy is unknown and not in it."""
+    """GPU-ns: time since the first reading whose energy is unknown; `energy_mj` lacks it."""
     energy_reason: str | None
-    """Why that of the latest of these windows is unknown."""
+    """Why the energy of the latest such time is unknown."""
 
 
 _ReportRow = TypedDict(
     "_ReportRow",
-    {"class": Annotated[str, "`usage`, or a class of engine time that is nobody's."]},
+    {"class": Annotated[str, "`requests` for usage, or a class of engine time, such as `idle`."]},
 )
 
 
 class ReportRow(_ReportRow):
-    """A row of a report; besides, the columns that it is added up by.
+    """A row of a report; it has the columns that it is aggregated by as well.
 
-    Only rows by tenant alone, over the whole window, have the fields from `prefill_ns` on.
+    Only reports by tenant alone, without steps, have the fields from `prefill_ns` on.
     """
 
     requests: int
@@ -191,15 +194,15 @@ class ReportRow(_ReportRow):
     output_tokens: int | None
     """Tokens: the output of these requests."""
     gpu_time_ns: int
-    """GPU-ns: used in the hours."""
+    """GPU-ns: the GPU time used in the hours."""
     idle_share_ns: int
-    """GPU-ns: the row's share of overhead besides."""
+    """GPU-ns: the part of the time without requests that the row carries, by the idle policy."""
     usage_cost_nanousd: int | None
-    """nano-USD: **without idle**: the price of `gpu_time_ns`."""
+    """nano-USD: the cost **without idle**: the price of `gpu_time_ns`."""
     usage_cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_nanousd: int | None
-    """nano-USD: **with idle**: usage and its share."""
+    """nano-USD: the cost **with idle**: the price of `gpu_time_ns` and `idle_share_ns`."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
@@ -209,36 +212,37 @@ class ReportRow(_ReportRow):
     prefill_ns: NotRequired[int | None]
     """GPU-ns: the part of `gpu_time_ns` in which prompts were computed."""
     decode_ns: NotRequired[int | None]
-    """GPU-ns."""
+    """GPU-ns: the part of `gpu_time_ns` in which the output was computed."""
     marginal_ns: NotRequired[int | None]
-    """GPU-ns: as in the request row, as those that follow."""
+    """GPU-ns: what the steps took longer because of these requests, by the cost model."""
     recomputed_ns: NotRequired[int | None]
-    """GPU-ns."""
+    """GPU-ns: the part of `prefill_ns` that computed tokens again after a preemption."""
     rejected_ns: NotRequired[int | None]
-    """GPU-ns."""
+    """GPU-ns: the time spent on draft tokens that were rejected."""
     cut_ns: NotRequired[int | None]
-    """GPU-ns."""
+    """GPU-ns: the time spent on tokens that were computed for the output and are not in it."""
     kv_block_ms: NotRequired[int | None]
-    """Blocks x ms: KV residency, in the hours of the window."""
+    """Blocks x ms: how many blocks of the KV cache were filled in the hours, x how long."""
     saved_estimate_ns: NotRequired[int | None]
-    """GPU-ns."""
+    """GPU-ns: **an estimate**: what computing the `cached_tokens` would have taken."""
     kv_cache_share: NotRequired[float | None]
-    """`kv_block_ms` / (blocks of the KV caches x their time in the window)."""
+    """The filled part of all KV caches, 0 to 1: `kv_block_ms` / (their blocks x their time)."""
     energy_mj: NotRequired[int | None]
-    """mJ: used in the hours of the window, as far as it is known."""
+    """mJ: the energy used in the hours, as far as it is known."""
     energy_unknown_requests: NotRequired[int | None]
-    """Engine requests whose energy is not in it, unknown or not told yet."""
+    """Number of engine requests that `energy_mj` lacks, as their energy is unknown or not known
+    yet."""
     energy_cost_nanousd: NotRequired[int | None]
-    """nano-USD: `energy_mj` x the price of energy in its hours, rounded together with all rows."""
+    """nano-USD: `energy_mj` x the price of energy in each hour, rounded so that all rows add up."""
     energy_cost_reason: NotRequired[str | None]
-    """Why that is null."""
+    """Why `energy_cost_nanousd` is null; null if it is known."""
 
 
 _Piece = TypedDict(
     "_Piece",
     {
-        "from": Annotated[str | None, "RFC 3339 UTC: its begin; null where open."],
-        "to": Annotated[str | None, "RFC 3339 UTC: its end, not in it; null where open."],
+        "from": Annotated[str | None, "RFC 3339 UTC: the begin of the piece; null where open."],
+        "to": Annotated[str | None, "RFC 3339 UTC: the end, not included; null where open."],
     },
 )
 
@@ -247,213 +251,213 @@ class Piece(_Piece):
     """The rows of the window, or of one of its steps."""
 
     gpu_time_ns: int
-    """GPU-ns: the sum of all its rows, shown or not."""
+    """GPU-ns: the sum over all rows, shown or not."""
     cost_nanousd: int | None
-    """nano-USD: likewise."""
+    """nano-USD: the cost of all rows, shown or not."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     rows: list[ReportRow]
-    """Rows: usage by time, then the most GPU time first."""
+    """Usage first, then classes of engine time; in each the most GPU time first."""
 
 
 class Report(TypedDict):
-    """The answer to a question in the words of reports.
+    """The answer of `/cost/report`: rows of usage, time and cost, in one piece or by steps.
 
-    A tenant that asks is told its own rows, and nothing of the whole: those fields are missing.
+    A tenant that asks gets its own rows only; the fields about all tenants together are missing.
     """
 
     window: Window
-    """`from`, `to` (RFC 3339), `from_hour`, `to_hour` (hours since the epoch), `tz`."""
+    """The hours that the report covers, and its time zone."""
     taken_at: str | None
-    """RFC 3339 UTC: the latest snapshot: figures are as of then."""
+    """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
     prices: list[PriceRow]
-    """All prices that are in its costs, the earliest first."""
+    """The prices that the costs were computed with, the earliest first."""
     aggregate: list[str]
-    """The columns."""
+    """The columns that rows are aggregated by, such as `tenant` and `day`."""
     idle: str
-    """The policy."""
+    """The idle policy: who carries the time without requests."""
     what_if_usd_per_gpu_hour: str | None
-    """USD: the price that was asked for."""
+    """USD: the price of one GPU-hour that the question supposes; null for real prices."""
     series: list[Piece]
-    """One piece for the window, or for each step."""
+    """One piece for the whole window, or one for each step."""
     wall_gpu_ns: NotRequired[int]
-    """GPU-ns: wall time x GPUs of all runs."""
+    """GPU-ns: the wall time of each run x its GPUs, summed over all runs."""
     wall_cost_nanousd: NotRequired[int | None]
-    """nano-USD: what the engines' own hours cost."""
+    """nano-USD: the price of `wall_gpu_ns`."""
     wall_cost_usd: NotRequired[str | None]
     """USD: the same as a decimal string."""
     adds_up: NotRequired[bool]
-    """Whether `difference_ns` is 0."""
+    """Whether the rows add up to the wall time: `difference_ns` is 0."""
     difference_ns: NotRequired[int]
-    """GPU-ns: `wall_gpu_ns` less all rows, of all steps, before the filter."""
+    """GPU-ns: `wall_gpu_ns` less all rows, those that a filter hides included."""
 
 
 class BilledAmounts(TypedDict):
-    """What was metered and what was billed in the same hours."""
+    """The metered cost and the amount that the provider billed for the same hours."""
 
     metered_usd: str | None
-    """USD: wall time x price of all GPUs; null without a price, or if nothing ran."""
+    """USD: the price of all GPUs' wall time; null without a price, or if nothing ran."""
     metered_while_billed_usd: str | None
-    """USD: the part of it that GPU bills cover."""
+    """USD: the part of `metered_usd` in hours that GPU bills cover."""
     billed_gpu_usd: str | None
-    """USD: billed for GPUs; null if nothing was."""
+    """USD: the amount billed for GPUs; null without a GPU bill."""
     difference_usd: str | None
     """USD: `billed_gpu_usd` - `metered_while_billed_usd`."""
     capture_rate: float | None
     """`metered_while_billed_usd` / `billed_gpu_usd`."""
     billed_disk_usd: str | None
-    """USD: billed for disks."""
+    """USD: the amount billed for disks."""
     billed_network_usd: str | None
-    """USD: billed for the network."""
+    """USD: the amount billed for the network."""
     billed_other_usd: str | None
-    """USD: billed for anything else."""
+    """USD: the amount billed for anything else."""
     covered_hours: float
-    """Hours: that GPU bills cover."""
+    """Hours: the time that GPU bills cover."""
     unobserved_hours: float
-    """Hours: in a gap or before a reset, all resources together."""
+    """Hours: the time in gaps of bills or before resets, summed over all resources."""
     resets: int
-    """Counters that fell."""
+    """How often a billed counter fell, as it does when it starts anew."""
 
 
 class BilledResource(TypedDict):
-    """What was billed for one resource that is no GPU."""
+    """The amount billed for one resource that is no GPU."""
 
     resource: str
-    """Its name in the bill."""
+    """The resource's name in the bill."""
     kind: str
     """`disk`, `network` or `other`."""
     billed_usd: str | None
-    """USD."""
+    """USD: the amount billed for the resource."""
 
 
 class Billed(BilledAmounts):
-    """What was billed in a window, and for what besides GPUs."""
+    """The amounts billed in a window, and each resource besides GPUs."""
 
     others: list[BilledResource]
-    """Each resource that is no GPU."""
+    """Each billed resource that is no GPU."""
 
 
 class EnginesPart(TypedDict):
-    """What engines say of themselves, beside a report by tenant."""
+    """Totals of the engines, beside a report by tenant."""
 
     gpus: int
-    """GPUs of the engines that were up at `taken_at`."""
+    """Number of GPUs of the engines that were up at `taken_at`."""
     after_cut: AfterCut
-    """`bills` and `gpu_time_ns` that came after the snapshots and are in no row yet."""
+    """Number and GPU time of bills that no snapshot, and so no row, counts yet."""
     cost_nanousd: int | None
-    """nano-USD: `wall_cost_nanousd`, by its old name."""
+    """nano-USD: `wall_cost_nanousd` under its old name."""
     cost_usd: str | None
-    """USD: `wall_cost_usd`, by its old name."""
+    """USD: `wall_cost_usd` under its old name."""
     cost_reason: str | None
-    """Why it is null, as in the rows."""
+    """Why `cost_nanousd` is null: the first hour and run without a price."""
     usd_per_gpu_hour: str | None
-    """USD: the price."""
+    """USD: the price of one GPU-hour, if all prices in the costs are the same."""
     energy_cost_nanousd: int | None
-    """nano-USD: of `energy_mj`: the sum of the rows and of `unattributed_mj`."""
+    """nano-USD: the cost of `energy_mj`: the rows' and that of `unattributed_mj`."""
     energy_cost_reason: str | None
-    """Why it is null."""
+    """Why `energy_cost_nanousd` is null; null if it is known."""
     energy_prices: list[EnergyPriceRow]
-    """All prices that are in it: `usd_per_kwh`, `source`, `effective_from`, `host`."""
+    """The energy prices that `energy_cost_nanousd` was computed with."""
     overheads: list[OverheadRow]
-    """Declared overheads of the window, in no other figure."""
+    """The costs beside the GPUs that the operator declared; no other figure contains them."""
     billed: Billed | None
-    """What was billed in the window, null without a bill."""
+    """The amounts that the provider billed in the window; null without a bill."""
     busy_ns: int
-    """Wall ns: time in which a step ran, since the engines began (whatever the window)."""
+    """Wall ns: time in which a step ran, since the engines began, whatever the window."""
     own_ns: int
-    """Wall ns: time the meter's own hooks took in the engines, since they began."""
+    """Wall ns: time that the meter's own hooks took in the engines, since they began."""
     own_time_share: float | None
-    """`own_ns` / `busy_ns`."""
+    """The meter's own part of the engines' busy time: `own_ns` / `busy_ns`."""
     energy_mj: int | None
-    """mJ: read of the GPUs of all runs that count energy."""
+    """mJ: the energy of all GPUs, summed over the runs that count energy."""
     requests_mj: int | None
-    """mJ: of it, told of requests: the sum of the tenants'."""
+    """mJ: the part of `energy_mj` that requests used: the sum over the tenants."""
     unattributed_mj: int | None
-    """mJ: of it, read but of nobody: the rest of requests of which a part is unknown."""
+    """mJ: the part of `energy_mj` that belongs to requests whose own energy is partly unknown."""
     runs: list[RunRow]
-    """One run for each engine process the ledger knows."""
+    """Each engine run that the ledger knows."""
 
 
 class TenantsReport(Report, EnginesPart):
-    """The report by tenant, with the keys of its old form."""
+    """The report by tenant, with the totals of the engines beside it."""
 
     tenants: list[ReportRow]
-    """The rows of its one piece."""
+    """The rows by tenant: the same as in the one piece of `series`."""
 
 
 class Tenant(ReportRow):
     """One tenant's row and its latest requests."""
 
     window: Window
-    """The hours of the row."""
+    """The hours that the row covers, and its time zone."""
     taken_at: str | None
-    """RFC 3339 UTC: the latest snapshot."""
+    """RFC 3339 UTC: the latest snapshot; the row is as of then."""
     prices: list[PriceRow]
-    """All prices that are in the costs of the window."""
+    """The prices that the costs were computed with, the earliest first."""
     recent: list[RequestRow]
-    """The latest requests, of all time."""
+    """The tenant's latest requests, the newest first, whatever the window."""
 
 
 class Summary(EnginesPart):
-    """The totals of everything."""
+    """Totals over all engines and requests: tokens, GPU time by class, cost and energy."""
 
     window: Window
-    """`from`, `to` (RFC 3339), `from_hour`, `to_hour` (hours since the epoch), `tz`."""
+    """The hours that the totals cover, and their time zone."""
     taken_at: str | None
-    """RFC 3339 UTC: the latest snapshot: figures are as of then."""
+    """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
     prices: list[PriceRow]
-    """All prices that are in its costs, the earliest first."""
+    """The prices that the costs were computed with, the earliest first."""
     wall_gpu_ns: int
-    """GPU-ns: wall time x GPUs of all runs."""
+    """GPU-ns: the wall time of each run x its GPUs, summed over all runs."""
     wall_cost_nanousd: int | None
-    """nano-USD: what the engines' own hours cost."""
+    """nano-USD: the price of `wall_gpu_ns`."""
     wall_cost_usd: str | None
     """USD: the same as a decimal string."""
     adds_up: bool
-    """Whether `difference_ns` is 0."""
+    """Whether all classes add up to the wall time: `difference_ns` is 0."""
     difference_ns: int
-    """GPU-ns: `wall_gpu_ns` less all rows, of all steps, before the filter."""
+    """GPU-ns: `wall_gpu_ns` less all classes of time."""
     requests: int
-    """HTTP requests of all tenants."""
+    """Number of HTTP requests of all tenants that ended in the hours."""
     prompt_tokens: int
     """Tokens: the prompts of all requests, cached tokens included."""
     cached_tokens: int
     """Tokens: the part of the prompts that was found in the prefix cache."""
     output_tokens: int
-    """Tokens: the output of these requests."""
+    """Tokens: the output of all requests."""
     requests_ns: int
-    """GPU-ns: billed to requests."""
+    """GPU-ns: the time billed to requests."""
     in_flight_ns: int
-    """GPU-ns: used by requests that have no bill yet."""
+    """GPU-ns: the time used by requests that have no bill yet."""
     idle_ns: int
-    """GPU-ns: a class of engine time, as those below; docs/explanation/books.md explains them."""
+    """GPU-ns: the time in which an engine was awake and held no unfinished request."""
     sleep_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time that engines spent in vLLM's sleep mode."""
     startup_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time that engines took to start, until their scheduler was made."""
     tail_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time in which steps still ran for requests that already had their bill."""
     dummy_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time of data-parallel dummy batches, which hold no request."""
     host_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time in which requests waited and no step ran: vLLM's work between steps."""
     lost_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time that is known to be missing from bills, after an error or a crash."""
     idle_mj: int | None
-    """mJ: energy by class, as in the rows."""
+    """mJ: the energy of the time in `idle_ns`."""
     sleep_mj: int | None
-    """mJ."""
+    """mJ: the energy of the time in `sleep_ns`."""
     startup_mj: int | None
-    """mJ: always null."""
+    """mJ: always null, as an engine's start is over before the first reading."""
     tail_mj: int | None
-    """mJ."""
+    """mJ: the energy of the time in `tail_ns`."""
     dummy_mj: int | None
-    """mJ."""
+    """mJ: the energy of the time in `dummy_ns`."""
     host_mj: int | None
-    """mJ."""
+    """mJ: the energy of the time in `host_ns`."""
     lost_mj: int | None
-    """mJ."""
+    """mJ: the energy of the time in `lost_ns`."""
     in_flight_mj: int | None
-    """mJ."""
+    """mJ: the energy of the time in `in_flight_ns`."""
     utilization: float | None
-    """Share of `wall_gpu_ns` in which the GPUs worked: requests, in flight, tail and dummy."""
+    """The part of `wall_gpu_ns` in which the GPUs worked: requests, in flight, tail and dummy."""

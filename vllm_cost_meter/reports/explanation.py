@@ -1,13 +1,15 @@
-"""How the bill of one request came about, so that it can be recomputed by hand.
+"""The explanation of one request's bill, so that anybody can recompute it by hand.
 
-Pure functions from a request row with its parts, as `LedgerReader.request` returns it, to the
-explanation. Per part: what it used in each phase, the steps it was in and its share of them, what
-of its charge it caused itself and what is its share of what the batch needs anyway, what caching
-saved, what preemption, drafts and tokens that are not in the output wasted, the prices of its
-hours, and the cost models in use while it ran.
+These are pure functions from a request row with its parts (see `LedgerReader.request`) to its
+explanation. It has, for each part:
 
-Invariant: every figure of a part is in its bill or follows from figures beside it, by the formula
-that `formulas` states.
+- GPU time and tokens of each phase, and its share of the steps it was in;
+- the time that it added to these steps, and its share of the time that the batch takes anyway;
+- the time that caching saved, and that preemption, rejected drafts and cut tokens wasted;
+- the prices of its hours, and the cost models in use while it ran.
+
+Invariant: every figure of a part is in its bill, or follows from figures beside it by a formula in
+`formulas`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
 Row = Mapping[str, Any]
-# (hour, GPU-ns) of bills, by run and number.
+# The (hour, GPU-ns) pairs of each bill, by run and number.
 Spent = Mapping[tuple[str, int], Sequence[tuple[int, int]]]
 
 FORMULAS = {
@@ -39,8 +41,8 @@ def explained(
 ) -> Explanation:
     """Return the explanation of a request row with its `parts`.
 
-    `prices` are those of the runs of the parts, `spent` the hours and GPU-ns of each bill by its
-    key, `models` cost models as they are shown, of these runs, oldest first.
+    `prices` has the prices by run, `spent` the hours and GPU-ns of each bill by its key, and
+    `models` the cost models of these runs as answers show them, oldest first.
     """
     parts = [
         _part(
@@ -115,8 +117,8 @@ def _part(
 
 
 def _cost(part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Return what a bill costs at the prices of its hours, and these."""
-    # What has used nothing has no hour but that of its end.
+    """Return a bill's cost at the prices of its hours, and these prices."""
+    # A request without GPU time has no hour of its own; the hour of its end stands for it.
     spent = spent or [(unix_ns_of(part["finished_at"]) // NS_PER_HOUR, 0)]
     at = by_price(spent, prices.at)
     cost = None if at is None else total_nanousd(at)
@@ -186,7 +188,7 @@ def _part_lines(part: Row) -> Iterator[str]:
     yield f"  split by {part['method']}"
     for model in part["cost_models"]:
         quality = f"learnt from {model['steps']} steps, off by {model['error']:.1%} on average"
-        if not model["steps"]:  # its error is not known, and 0 would be a claim
+        if not model["steps"]:  # Its error is unknown; "0 %" would be a false claim.
             quality = "what it began with, before any step was learnt from"
         yield f"  cost model {model['version']}: {model['form']}, {quality}"
 

@@ -1,10 +1,10 @@
-"""What a report is made of: facts of the ledger, and exact amounts of GPU time and money.
+"""The input of a report: facts from the ledger, and exact amounts of GPU time and money.
 
-The ledger hands over GPU time by run and hour; a report prices it and adds it up. Amounts are
-fractions, so that nothing is rounded before the end. Core: standard library only.
+The ledger gives GPU time by run and hour; a report prices it and adds it up. Amounts are fractions,
+so nothing is rounded before the end. Core: standard library only.
 
-Invariant: an amount has a cost only if all of its time has a price; otherwise it names a run and an
-hour without one.
+Invariant: an amount has a cost only if all its time has a price. Otherwise it names a run and an
+hour without a price.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,24 +13,24 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-# The class of a row of usage; the others are in the order they are shown.
+# The class of rows with usage. The other classes are in `records.snapshot.OVERHEAD_ROWS`.
 REQUESTS = "requests"
-# In place of a value that usage does not have: no model was named, no adapter used, no tag given.
+# Stands for a missing value: usage without a model, an adapter or a tag.
 UNALLOCATED = "__unallocated__"
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
 NOTHING_RAN = "no engine has run in this window"
 
 Key = tuple[str, ...]
-# An hour since the epoch; None is time of no hour, which engines' totals have beyond their hours.
+# An hour since the epoch. None is for time in an engine's totals that none of its hours has.
 Hour = int | None
-# USD per GPU-hour of a run in an hour; None where it has no price.
+# Gives the USD per GPU-hour of a run in an hour; None without a price.
 PriceOf = Callable[[str, Hour], Fraction | Decimal | None]
-# Why a run has no price in an hour.
+# Gives the reason why a run has no price in an hour.
 WhyNone = Callable[[str, Hour], str]
 
 
 class Used(NamedTuple):
-    """GPU time of a run in an hour: of usage by the values of the dimensions, of a class."""
+    """GPU time of a run in an hour. `key` has the values of the dimensions, or the class."""
 
     run_id: str
     hour: Hour
@@ -48,12 +48,14 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the ledger holds of a window: usage, overhead (its key is the class), what ended.
+    """The ledger's facts for a window: usage, classes of engine time, and requests that ended.
 
-    `wall` are the engines' hours, all classes together, as they say themselves; `wall_gpu_ns` is
-    their sum, and without a window wall time x GPUs. Where no question tells hours apart, the first
-    of a stretch of hours at one price may stand for all of them. `details` are more columns of rows
-    that are by tenant alone, under the tenant; under "" those of one that used nothing.
+    `overhead` is engine time without a request, by class. `wall` has the engines' own hours over
+    all classes. `wall_gpu_ns` is their sum, or wall time x GPUs without a window. If the question
+    does not distinguish hours, the first hour may stand for a span of hours at one price.
+
+    `details` has more columns for rows by tenant alone, under the tenant's name. Its entry "" is
+    for a tenant that used nothing.
     """
 
     used: Sequence[Used]
@@ -69,30 +71,30 @@ class Facts:
 
     @property
     def difference_ns(self) -> int:
-        """What usage and overhead miss of wall x GPUs: 0 when no bill is missing."""
+        """Wall time x GPUs less usage and overhead: 0 if no bill is missing."""
         return self.wall_gpu_ns - sum(one.gpu_time_ns for one in (*self.used, *self.overhead))
 
 
 class Unpriced(NamedTuple):
-    """A run and an hour in which it has no price. The hour is first: the earliest is named."""
+    """A run and an hour without a price. The hour comes first, so `min` finds the earliest."""
 
-    since: int  # the hour, -1 for time of no hour
+    since: int  # The hour; -1 for time without an hour.
     run_id: str
 
     @property
     def hour(self) -> Hour:
-        """Return the hour."""
+        """Return the hour; None for time without an hour."""
         return None if self.since < 0 else self.since
 
     @classmethod
     def of(cls, run_id: str, hour: Hour) -> "Unpriced":
-        """Return that of a run in an hour."""
+        """Return the value for a run and an hour."""
         return cls(-1 if hour is None else hour, run_id)
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """GPU time and what it costs, exact. `unpriced` is the earliest of it without a price."""
+    """GPU time and its cost, exact. `unpriced` names the earliest time without a price."""
 
     gpu_time_ns: Fraction = Fraction(0)
     nanousd: Fraction = Fraction(0)
@@ -100,7 +102,7 @@ class Amount:
 
     @classmethod
     def of(cls, spent: Mapping[Fraction | Unpriced, int]) -> "Amount":
-        """Return the amount of GPU time at each price, or at none."""
+        """Return the amount for GPU time by price, some of it perhaps without a price."""
         nanousd = sum(
             (ns * price for price, ns in spent.items() if isinstance(price, Fraction)), Fraction(0)
         )
@@ -122,7 +124,7 @@ class Amount:
         )
 
     def times(self, factor: Fraction) -> "Amount":
-        """Return a part, or, times -1, what is taken away."""
+        """Return a multiple of the amount: a part of it, or its negative for a factor of -1."""
         unpriced = self.unpriced if factor else None
         return Amount(self.gpu_time_ns * factor, self.nanousd * factor, unpriced)
 
@@ -131,10 +133,10 @@ NOTHING = Amount()
 
 
 def earliest(found: Iterable[Unpriced | None]) -> Unpriced | None:
-    """Return the earliest of those that are one; None if none is."""
+    """Return the earliest time without a price; None if all time has one."""
     return min((one for one in found if one is not None), default=None)
 
 
 def no_price(run_id: str, _hour: Hour) -> str:
-    """Return why a run has no price, where nobody knows more."""
+    """Return the reason for a missing price if nothing more is known."""
     return f"no price for run {run_id}"

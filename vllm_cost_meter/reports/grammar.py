@@ -1,10 +1,10 @@
-"""The words of a report, the same in CLI and HTTP: which window, split how, added up by what.
+"""Parse the parameters of a report, which the command line and HTTP share, into a question.
 
-They are OpenCost's: `window`, `aggregate`, `step`, `accumulate`, `idle`, `filter`. A question is
-checked in full before the ledger is read; a word that is not understood is refused and never
-skipped. Core: standard library only.
+The parameters are OpenCost's: `window`, `aggregate`, `step`, `accumulate`, `idle`, `filter`. All
+are checked before the ledger is read. An unknown word is refused and never skipped. Core:
+standard library only.
 
-Invariant: a filter names dimensions and values only, so it can choose rows and change none.
+Invariant: a filter names columns and values only, so it chooses rows and changes none.
 """
 
 import re
@@ -20,7 +20,7 @@ from vllm_cost_meter.units.text import fields, quoted
 
 DIMENSIONS = ("tenant", "model", "lora", "route", "status")
 TIMES = ("hour", "day", "month")
-# Before a name: a tag that was declared of the tenant, a label of the engine.
+# The prefixes of columns that users name: a tenant's tag, an engine's label.
 TAG = "tag:"
 LABEL = "label:"
 STEPS: Mapping[str, Unit] = {"1h": "hour", "1d": "day", "1w": "week", "month": "month"}
@@ -43,7 +43,7 @@ T = TypeVar("T", bound=Sized)
 
 
 class Words(TypedDict, total=False):
-    """The words of a question, as people write them; docs/reference lists what each may say."""
+    """The parameters of a report as users write them; see docs/reference/reports.md."""
 
     window: str | None
     tz: str | None
@@ -57,12 +57,11 @@ class Words(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a report is asked for. Hours are [from_hour, to_hour) since the epoch, None is open.
+    """A parsed question for a report. Hours are [from_hour, to_hour) since the epoch; None is open.
 
-    `aggregate` are the columns that rows are added up by, `conditions` the values that a row must
-    have one of, by column. `price` in USD per GPU-hour is used for all time instead of the real
-    ones. Where a tenant itself asks, `only` names it: it is told its own rows, and of the whole
-    nothing.
+    Rows are added up by the columns in `aggregate`. `conditions` has the allowed values by column.
+    `price`, in USD per GPU-hour, replaces all real prices. If a tenant asks, `only` is its name: it
+    sees its own rows, and no total over other tenants.
     """
 
     from_hour: int | None = None
@@ -77,24 +76,24 @@ class Question:
     only: str | None = None
 
     def shows(self, tenant: str) -> bool:
-        """Tell whether rows of a tenant may be shown: of the one that asks, or of a child of it."""
+        """Return whether a tenant's rows may be shown: those of the asker and its children."""
         return self.only in (None, tenant) or tenant.startswith(f"{self.only}/")
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """Return the dimensions that usage must be told apart by; always by tenant, the first."""
+        """Return the dimensions that the facts must distinguish; the first is always the tenant."""
         named = (name for name in (*self.aggregate, *self.conditions) if name not in TIMES)
         return tuple(dict.fromkeys(("tenant", *named)))
 
     @property
     def times(self) -> tuple[Unit, ...]:
-        """Return the periods that usage must be told apart by."""
+        """Return the periods (hour, day, month) that the facts must distinguish."""
         named = (name for name in (*self.aggregate, *self.conditions) if name in TIMES)
         return cast("tuple[Unit, ...]", tuple(dict.fromkeys(named)))
 
     @property
     def tells_hours_apart(self) -> bool:
-        """Whether it matters for a row in which hour something was used, but for its price."""
+        """Whether rows depend on the hour of usage in another way than by its price."""
         return self.step is not None or bool(self.times)
 
     @property
@@ -116,7 +115,7 @@ def question(
     price: str | None = None,
     now_ns: int | None = None,
 ) -> Question:
-    """Return the question that these words ask. Raises ValueError for a word not understood."""
+    """Parse the parameters. Raises ValueError for one that is not understood."""
     zone = zone_of(tz)
     from_hour, to_hour = hours_of_window(window, now_ns, zone)
     if step and step not in STEPS:
@@ -151,7 +150,7 @@ def _few(word: str, columns: T) -> T:
 
 
 def _conditions(text: str) -> dict[str, frozenset[str]]:
-    """Return the values to choose by column, of e.g. `tenant:a,b+tag:team=x`."""
+    """Parse a filter such as `tenant:a,b+tag:team=x` into the allowed values by column."""
     found: dict[str, frozenset[str]] = {}
     for term in _terms(text):
         column, colon, values = term.partition(":")
@@ -184,7 +183,7 @@ def _is_column(name: str) -> bool:
 def _price(text: str | None) -> Decimal | None:
     if not text:
         return None
-    # No exponent: exact arithmetic would be asked for a million digits.
+    # An exponent is refused: exact arithmetic would have to compute a million digits.
     if not _PRICE.match(text):
         raise ValueError(f"price: expected USD per GPU-hour, such as 2.10, got {quoted(text)}")
     return Decimal(text)

@@ -1,12 +1,12 @@
-"""Who pays for time that was nobody's: policies, applied when a report is made.
+"""Idle policies: which tenant pays for engine time that no request used.
 
-Seven classes of overhead are shared: idle, sleep, startup, tail, dummy, host and lost. Time in
-flight is not: requests that still run will be billed for it. A policy says which part of the shared
-time each tenant carries; what nobody carries stays in the row of its class. Core: standard library
-only.
+A policy applies when a report is made. It shares seven classes of time: idle, sleep, startup, tail,
+dummy, host and lost. Time in flight is not shared, because requests that still run will be billed
+for it. A policy gives each tenant's part of the shared time; the rest stays in the row of its
+class. Core: standard library only.
 
-Invariant: the shares are exact fractions, none is negative, and together they are at most 1: so
-sharing moves time and money and makes or loses none.
+Invariant: shares are exact fractions, never negative, and at most 1 together. So sharing moves time
+and money, and neither makes nor loses any.
 """
 
 import re
@@ -24,14 +24,14 @@ _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%?\Z", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class IdlePolicy:
-    """How shared time is divided; `declared` are the fractions that were declared of tenants."""
+    """How shared time is divided; `declared` has the declared fraction of each tenant."""
 
     text: str = "none"
     declared: Mapping[str, Fraction] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str | None) -> "IdlePolicy":
-        """Return the policy of its words; none without any. Raises ValueError for no policy."""
+        """Parse a policy; no text means `none`. Raises ValueError for text that is no policy."""
         name, colon, rest = (text or "none").partition(":")
         if name in ("none", "proportional", "even") and not colon:
             return cls(name)
@@ -43,13 +43,13 @@ class IdlePolicy:
 
     @property
     def name(self) -> str:
-        """Return the policy without the tenants that it names."""
+        """Return the policy's name without its tenants and percentages."""
         return self.text.partition(":")[0]
 
     def shares(self, used_ns: Mapping[str, int]) -> dict[str, Fraction]:
-        """Return which part each tenant carries, of tenants who used so much GPU time.
+        """Return the part that each tenant carries; `used_ns` is the GPU time by tenant.
 
-        Where nobody used anything, `proportional` and `even` leave it to its class.
+        If nobody used anything, `proportional` and `even` leave all time to its class.
         """
         users = {tenant: ns for tenant, ns in used_ns.items() if ns > 0}
         if self.name == "proportional":
@@ -61,7 +61,7 @@ class IdlePolicy:
 
 
 def _reserved(text: str) -> dict[str, Fraction]:
-    """Return declared shares, such as alice=30,bob=12.5; a name with a comma stands in quotes."""
+    """Parse declared shares, such as alice=30,bob=12.5; a name with a comma is in quotes."""
     shares: dict[str, Fraction] = {}
     for each in fields(text):
         tenant, _, percent = each.rpartition("=")

@@ -1,7 +1,7 @@
-"""Prices and overheads as the command line shows them: the columns of the book, lines of a report.
+"""Prices at the command line: the columns of the price book, and the lines below a report.
 
-Invariant: whoever reads a cost reads below it the price, its scope and its source; and whoever
-reads none, the reason.
+Invariant: below a cost stand the price, its scope and its source; below a missing cost stands the
+reason.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_cost_meter.prices.book import described
 
-# Of the tables of the price book.
+# The columns of each table in the price book.
 PRICE_COLUMNS = {
     "prices": (
         "key",
@@ -40,7 +40,7 @@ PRICE_COLUMNS = {
 
 
 def price_lines(answer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield by which prices a tenant report was priced, or why there is no cost, and overheads."""
+    """Yield the prices behind a tenant report, the reason for a missing cost, and overheads."""
     for price in answer["prices"]:
         yield f"priced at {described(price)}"
     if answer["cost_reason"] is not None:

@@ -1,4 +1,4 @@
-"""The shapes of requests and their explanations, field by field, with their units: what JSON has.
+"""Answer types of requests and explanations: each JSON field, its meaning and its unit.
 
 A docstring below a field is its description. Money is nano-USD where it is an integer and USD where
 it is text; unknown is null.
@@ -15,37 +15,37 @@ class RequestRow(TypedDict):
     """One HTTP exchange: what the client was told, and what its engine requests cost."""
 
     request_id: str | None
-    """vLLM's internal id of the (first) engine request."""
+    """vLLM's internal id of the engine request; of the first one, if there are several."""
     response_id: str | None
-    """The id in the reply."""
+    """The id in the reply that the client got, such as `chatcmpl-...`."""
     http_request_id: str | None
-    """The record's own id, as in `x-cost-meter-request-id`."""
+    """The meter's own id of the exchange, as in the header `x-cost-meter-request-id`."""
     x_request_id: str | None
-    """The client's `X-Request-Id`, if any."""
+    """The client's `X-Request-Id`; null if it sent none."""
     tenant: str
-    """Who pays."""
+    """The tenant who pays."""
     tenant_rule: str | None
-    """The rule that named them."""
+    """The rule by which the tenant was found."""
     model: str | None
-    """The (first) served model name."""
+    """The name that the model is served by; the first one, if it has several."""
     route: str | None
-    """The path of the request."""
+    """The path of the HTTP request, such as `/v1/chat/completions`."""
     status: int | None
-    """HTTP status sent."""
+    """The HTTP status that was sent."""
     streamed: bool | None
-    """Whether the reply was a stream."""
+    """Whether the reply was sent as a stream."""
     state: str
-    """`running`, `lost` or `finished`: above."""
+    """`running`, `finished`, or `lost` if an engine died before its bill came."""
     engine_status: str | None
     """How the engine ended it: `stopped`, `length_capped`, `aborted`, `ignored`, `error`."""
     prompt_tokens: int | None
-    """Tokens: as the client was told."""
+    """Tokens: the length of the prompt, as the client was told."""
     cached_tokens: int | None
-    """Tokens: of those, found in the prefix cache."""
+    """Tokens: the part of the prompt that was found in the prefix cache."""
     output_tokens: int | None
-    """Tokens: as the client was told, else as the engine counted."""
+    """Tokens: the length of the output, as the client was told, else as the engine counted."""
     gpu_time_ns: int | None
-    """GPU-ns: sum over the parts."""
+    """GPU-ns: the GPU time that it used, summed over its parts."""
     prefill_ns: int | None
     """GPU-ns: the part in which the prompt was computed, or computed again after a preemption."""
     decode_ns: int | None
@@ -55,152 +55,152 @@ class RequestRow(TypedDict):
     recomputed_ns: int | None
     """GPU-ns: the part of `prefill_ns` for what was computed again after a preemption."""
     rejected_ns: int | None
-    """GPU-ns: spent on draft tokens that were rejected."""
+    """GPU-ns: the time spent on draft tokens that were rejected."""
     cut_ns: int | None
-    """GPU-ns: spent on tokens that were computed for the output and are not in it (books.md)."""
+    """GPU-ns: the time spent on tokens that were computed for the output and are not in it."""
     kv_block_ms: int | None
-    """Blocks x ms: KV residency: blocks of the KV cache that the context filled, x how long."""
+    """Blocks x ms: KV residency: how many blocks the context filled, x how long."""
     saved_estimate_ns: int | None
     """GPU-ns: **an estimate**: what computing the `cached_tokens` would have taken."""
     cost_nanousd: int | None
-    """nano-USD: sum over the parts of what each cost at the time."""
+    """nano-USD: the cost by the prices of its hours, summed over its parts."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
-    """Why it is null, of the first part of which it is."""
+    """Why `cost_nanousd` is null, from the first part without a cost."""
     marginal_cost_usd: str | None
     """USD: the price of `marginal_ns` at the time, summed over the parts."""
     method: str | None
-    """How steps were split: `shapley`, `tokens` or `equal` (attribution.md)."""
+    """How steps were split between requests: `shapley`, `tokens` or `equal`."""
     started_at: str
-    """RFC 3339 UTC: when the request reached the middleware."""
+    """RFC 3339 UTC: the instant at which the request reached the middleware."""
     finished_at: str | None
-    """RFC 3339 UTC: when its record was written."""
+    """RFC 3339 UTC: the instant at which its record was written; null while it runs."""
     as_of: str | None
-    """RFC 3339 UTC: while it runs, or if it was lost: the snapshot that the figures are from."""
+    """RFC 3339 UTC: for running and lost requests, the snapshot that the figures are from."""
     queue_ms: float | None
-    """ms: shortest wait in the engine's queue among the parts."""
+    """ms: the wait in the engine's queue, the shortest of all parts."""
     ttft_ms: float | None
-    """ms: from arrival to the first token, the first of all parts."""
+    """ms: the time from arrival to the first token, the shortest of all parts."""
     tpot_ms: float | None
-    """ms: mean time between output tokens."""
+    """ms: the mean time between two output tokens; null with several parts."""
     e2e_ms: float | None
-    """ms: from arrival to the bill, the longest of the parts."""
+    """ms: the time from arrival to the bill, the longest of all parts."""
     energy_mj: int | None
-    """mJ: what it used of the GPUs, sum over the parts (energy.md)."""
+    """mJ: the GPU energy that it used, summed over its parts."""
     energy_reason: str | None
-    """Why it is null: `pending` until a snapshot after its end tells it."""
+    """Why `energy_mj` is null: `pending` until the first snapshot after its end."""
 
 
 class PartRow(TypedDict):
-    """One engine request of an exchange."""
+    """One engine request of an exchange; a prompt with n > 1 has several."""
 
     run_id: str | None
-    """The engine run that billed it, or has it now."""
+    """The id of the engine run that computed it."""
     seq: int | None
-    """The bill's number in its run, from 1, without gaps."""
+    """The bill's number in its run, from 1 without gaps; null before the bill."""
     request_id: str | None
-    """vLLM's internal id."""
+    """vLLM's internal id of the engine request."""
     external_id: str | None
-    """The id the API server gave the engine."""
+    """The id by which the API server handed it to the engine."""
     prompt_group: str | None
-    """The same for the parts of one prompt (n > 1)."""
+    """A text that the parts of one prompt share (n > 1)."""
     lora: str | None
-    """Name of the LoRA adapter, if any."""
+    """Name of the LoRA adapter; null without one."""
     state: str
-    """As in the request row."""
+    """`running`, `finished` or `lost`, as in the request row."""
     engine_status: str | None
-    """As in the request row."""
+    """How the engine ended it, as in the request row."""
     method: str | None
-    """As in the request row."""
+    """How steps were split between requests, as in the request row."""
     prompt_tokens: int | None
-    """Tokens: length of the prompt."""
+    """Tokens: the length of the prompt."""
     cached_tokens: int | None
-    """Tokens: found in the prefix cache when it was first scheduled."""
+    """Tokens: the part of the prompt in the prefix cache when it was first scheduled."""
     output_tokens: int | None
-    """Tokens: produced by the engine."""
+    """Tokens: the output that the engine produced."""
     prefill_tokens: int | None
-    """Tokens: computed in prefill: the prompt less what was cached."""
+    """Tokens: the tokens computed in prefill: the prompt less its cached part."""
     decode_tokens: int | None
-    """Tokens: computed in decode, rejected drafts and tokens cut off included."""
+    """Tokens: the tokens computed in decode, rejected drafts and cut tokens included."""
     gpu_time_ns: int | None
-    """GPU-ns: `prefill_ns` + `decode_ns`."""
+    """GPU-ns: the GPU time that it used: `prefill_ns` + `decode_ns`."""
     prefill_ns: int | None
-    """GPU-ns."""
+    """GPU-ns: the part in which the prompt was computed, or computed again."""
     decode_ns: int | None
-    """GPU-ns."""
+    """GPU-ns: the part in which the output was computed."""
     cost_nanousd: int | None
-    """nano-USD: GPU time x price, by the hour, rounded half to even."""
+    """nano-USD: GPU time x price, hour by hour, rounded half to even."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
-    """As in the request row."""
+    """Why `cost_nanousd` is null; null if it is known."""
     marginal_ns: int | None
-    """GPU-ns: as in the request row."""
+    """GPU-ns: what its steps took longer because of it, by the cost model."""
     marginal_cost_nanousd: int | None
-    """nano-USD: `marginal_ns` x price."""
+    """nano-USD: the price of `marginal_ns`."""
     recomputed_ns: int | None
-    """GPU-ns: as in the request row."""
+    """GPU-ns: the part of `prefill_ns` that computed tokens again after a preemption."""
     recomputed_tokens: int | None
     """Tokens: the part of `prefill_tokens` that was computed again after a preemption."""
     rejected_ns: int | None
-    """GPU-ns: as in the request row."""
+    """GPU-ns: the time spent on draft tokens that were rejected."""
     rejected_tokens: int | None
-    """Tokens: draft tokens that were rejected."""
+    """Tokens: the draft tokens that were rejected."""
     cut_ns: int | None
-    """GPU-ns: as in the request row."""
+    """GPU-ns: the time spent on tokens that were computed for the output and are not in it."""
     cut_tokens: int | None
-    """Tokens: computed for the output and not in it."""
+    """Tokens: the tokens that were computed for the output and are not in it."""
     kv_block_ms: int | None
-    """Blocks x ms: as in the request row."""
+    """Blocks x ms: KV residency: how many blocks the context filled, x how long."""
     step_ns: int | None
-    """GPU-ns: what the steps it was part of took in all."""
+    """GPU-ns: the whole time of the steps that it was part of."""
     saved_estimate_ns: int | None
-    """GPU-ns: as in the request row."""
+    """GPU-ns: **an estimate**: what computing the `cached_tokens` would have taken."""
     preemptions: int | None
-    """How often it lost its place."""
+    """How often the engine preempted it: took its KV cache and put it back in the queue."""
     steps: int | None
-    """Engine steps it was part of."""
+    """Number of engine steps that it was part of."""
     batch: int | None
-    """The sum, over these steps, of the requests in the step."""
+    """The number of requests in each of these steps, summed over the steps."""
     first_model: int | None
-    """Version of the cost model in use when it came."""
+    """The version of the cost model in use when the request came."""
     last_model: int | None
-    """Version of the cost model in use when it was billed."""
+    """The version of the cost model in use when it was billed."""
     started_at: str | None
-    """RFC 3339 UTC: arrival at the API server."""
+    """RFC 3339 UTC: the instant at which it reached the API server."""
     finished_at: str | None
-    """RFC 3339 UTC: when the bill came."""
+    """RFC 3339 UTC: the instant at which the bill came; null before."""
     as_of: str | None
-    """RFC 3339 UTC: as in the request row."""
+    """RFC 3339 UTC: while it runs or if it was lost, the snapshot that the figures are from."""
     queue_ms: float | None
-    """ms: as in the request row."""
+    """ms: the wait in the engine's queue."""
     ttft_ms: float | None
-    """ms: as in the request row."""
+    """ms: the time from arrival to the first token."""
     tpot_ms: float | None
-    """ms: as in the request row."""
+    """ms: the mean time between two output tokens."""
     e2e_ms: float | None
-    """ms: as in the request row."""
+    """ms: the time from arrival to the bill."""
     energy_mj: int | None
-    """mJ: sum over the hours."""
+    """mJ: the GPU energy that it used, summed over the hours."""
     energy_reason: str | None
-    """As in the request row."""
+    """Why `energy_mj` is null: `pending` until the first snapshot after its end."""
 
 
 class RequestWithParts(RequestRow):
-    """One exchange with its parts."""
+    """One HTTP exchange with its engine requests."""
 
     parts: list[PartRow]
-    """Its engine requests, in the order they started in."""
+    """Its engine requests, in the order in which they started."""
 
 
 class RequestsPage(TypedDict):
     """A page of exchanges, the newest first."""
 
     requests: list[RequestRow]
-    """Those that ended."""
+    """The exchanges that ended, the newest first."""
     running: list[RequestRow]
-    """On the first page, the newest of which nothing has ended yet."""
+    """The newest exchanges that still run; on the first page only."""
     next: str | None
     """The token of the next page; null on the last."""
 
@@ -209,33 +209,33 @@ class ExplainedPart(TypedDict):
     """How the bill of one engine request came about."""
 
     run_id: str
-    """As in parts, as all that is not explained here."""
+    """The id of the engine run that billed it."""
     seq: int
-    """Number of the bill in its run."""
+    """The bill's number in its run, from 1 without gaps."""
     request_id: str
-    """vLLM's internal id."""
+    """vLLM's internal id of the engine request."""
     lora: str | None
-    """Name of the LoRA adapter, if any."""
+    """Name of the LoRA adapter; null without one."""
     engine_status: str | None
-    """How the engine ended it."""
+    """How the engine ended it, as in the request row."""
     phases: dict[str, dict[str, int]]
     """`prefill` and `decode`, each with `gpu_time_ns` and the `tokens` computed in it."""
     gpu_time_ns: int
-    """GPU-ns: the sum of both."""
+    """GPU-ns: the GPU time of both phases."""
     steps: int
-    """Engine steps it was part of."""
+    """Number of engine steps that it was part of."""
     batch: int
-    """The sum, over these steps, of the requests in the step."""
+    """The number of requests in each of these steps, summed over the steps."""
     average_batch: float | None
-    """Requests: `batch` / `steps`."""
+    """Requests: the average number in a step: `batch` / `steps`."""
     step_ns: int
-    """GPU-ns: what these steps took in all."""
+    """GPU-ns: the whole time of these steps."""
     share: float | None
-    """`gpu_time_ns` / `step_ns`."""
+    """Its part of the steps' time, 0 to 1: `gpu_time_ns` / `step_ns`."""
     marginal_ns: int
-    """GPU-ns: what it added to its steps, by the cost model."""
+    """GPU-ns: what its steps took longer because of it, by the cost model."""
     common_ns: int
-    """GPU-ns: `gpu_time_ns` - `marginal_ns`: its share of what the batch needs anyway."""
+    """GPU-ns: its part of the time that the batch takes anyway: `gpu_time_ns` - `marginal_ns`."""
     cached: dict[str, int]
     """`tokens` found in the prefix cache, and `saved_estimate_ns`."""
     preempted: dict[str, int]
@@ -245,23 +245,23 @@ class ExplainedPart(TypedDict):
     cut_off: dict[str, int]
     """`cut_tokens`, `cut_ns`: wasted on tokens that are not in the output."""
     kv_block_ms: int
-    """Blocks x ms."""
+    """Blocks x ms: KV residency: how many blocks the context filled, x how long."""
     usd_per_gpu_hour: str | None
-    """USD: the price."""
+    """USD: the price of one GPU-hour; null if it has several prices, or none."""
     price_source: str | None
-    """Where it came from, likewise."""
+    """Where the price comes from; null if it has several prices, or none."""
     prices: list[dict[str, Any]]
-    """Each price of its hours, and the `gpu_time_ns` at that price."""
+    """Each price of its hours, with the `gpu_time_ns` at that price."""
     cost_nanousd: int | None
-    """nano-USD: the sum over these of `gpu_time_ns` x `usd_per_gpu_hour` / 3600."""
+    """nano-USD: the sum over `prices` of `gpu_time_ns` x `usd_per_gpu_hour` / 3600."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
     """The run and the hour without a price, and why there is none."""
     told_nanousd: int | None
-    """nano-USD: what the reply said."""
+    """nano-USD: the cost that the reply told the client."""
     method: str
-    """How its steps were split (attribution.md)."""
+    """How steps were split between requests: `shapley`, `tokens` or `equal`."""
     cost_models: list[dict[str, Any]]
     """The versions in use while it ran: `version`, `taken_at`, `form`, `planes`."""
 
@@ -270,30 +270,30 @@ class Explanation(TypedDict):
     """How the bills of one exchange came about, to be recomputed by hand."""
 
     request_id: str | None
-    """As in the request row."""
+    """vLLM's internal id of the engine request; of the first one, if there are several."""
     http_request_id: str | None
-    """As in the request row."""
+    """The meter's own id of the exchange."""
     response_id: str | None
-    """As in the request row."""
+    """The id in the reply that the client got."""
     x_request_id: str | None
-    """As in the request row."""
+    """The client's `X-Request-Id`; null if it sent none."""
     tenant: str | None
-    """As in the request row."""
+    """The tenant who pays."""
     model: str | None
-    """As in the request row."""
+    """The name that the model is served by."""
     route: str | None
-    """As in the request row."""
+    """The path of the HTTP request."""
     state: str | None
-    """As in the request row."""
+    """`running`, `finished` or `lost`, as in the request row."""
     gpu_time_ns: int | None
-    """GPU-ns: as in the request row."""
+    """GPU-ns: the GPU time that the exchange used, summed over its parts."""
     cost_nanousd: int | None
-    """nano-USD: as in the request row."""
+    """nano-USD: the cost by the prices of its hours, summed over its parts."""
     cost_usd: str | None
-    """USD: as in the request row."""
+    """USD: the same as a decimal string."""
     parts: list[ExplainedPart]
     """Each engine request that has ended."""
     formulas: dict[str, str]
     """How the figures follow from each other."""
     text: list[str]
-    """All of it in sentences."""
+    """The whole explanation in sentences, line by line."""

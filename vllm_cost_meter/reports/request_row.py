@@ -1,13 +1,16 @@
-"""One HTTP exchange as a row: what the client was told, and what its engine requests cost.
+"""The request row: one HTTP exchange, made from its HTTP row and its engine requests (parts).
 
-Pure functions from rows of `http_requests` and `requests` to the request row of reports. Tokens
-are those the client was told; where the reply did not say, they follow from the parts, a prompt
-that several parts share counting once. The HTTP row may not be there yet (or never, after a
-crash): its columns are null then, but the bill is told. Parts without a bill (live.py) count with
-what they used so far; what only a bill says is null then, of the exchange too.
+These are pure functions over rows of `http_requests` and `requests`. Tokens are those that the
+client was told. If the reply did not say, they follow from the parts; a prompt that several parts
+share counts once.
 
-Invariant: GPU time of an exchange is the sum of its parts', and its cost and its energy are null
-unless every part has one.
+The HTTP row may be missing: it may come after the bill, and never comes after a crash. Then its
+columns are null, and the bill is still shown. Parts without a bill (see
+`ledger.queries.open_requests`) count with what they used so far; columns that only a bill has are
+null, in the request row too.
+
+Invariant: the GPU time of an exchange is the sum over its parts. Its cost and energy are null
+unless every part has them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +21,12 @@ from vllm_cost_meter.units.money import format_usd
 
 Row = Mapping[str, Any]
 
-# States of a part, and of an exchange: see live.py. A bill is "finished".
+# The states of a part and of an exchange. A part with a bill is "finished".
 RUNNING = "running"
 LOST = "lost"
 FINISHED = "finished"
 
-# A part as it is shown below its exchange, with the tokens that the engine computed for it.
+# The columns of a part below its exchange.
 PART_COLUMNS = (
     "run_id",
     "seq",
@@ -73,7 +76,7 @@ PART_COLUMNS = (
 )
 
 
-# Of an exchange's GPU time and cache; what a request that never reached an engine has none of.
+# Columns summed over the parts; null for a request that never reached an engine.
 PART_SUMS = (
     "prefill_ns",
     "decode_ns",
@@ -125,7 +128,7 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> RequestRow:
 
 
 def ordered(parts: Sequence[Row]) -> list[Row]:
-    """Return parts in the order they started in."""
+    """Return the parts in the order in which they started."""
 
     def order(part: Row) -> tuple[str, str, int]:
         return part["started_at"], part["run_id"] or "", part["seq"] or 0
@@ -172,13 +175,13 @@ def _why_no_cost(parts: Sequence[Row]) -> str:
     for part in parts:
         if part["cost_nanousd"] is None:
             if part["gpu_time_ns"] is None:
-                return "no snapshot told what it used"
+                return "no snapshot showed what it used"
             return part.get("cost_reason") or "there was no price when it was billed"
     return "no engine worked on it"
 
 
 def _sum_of(parts: Sequence[Row], name: str) -> int | None:
-    """Return a sum over the parts; None if there are none, or one of them is not known."""
+    """Return the sum over the parts; None without parts, or if one value is unknown."""
     amounts = [part[name] for part in parts]
     return None if None in amounts or not amounts else sum(amounts)
 
@@ -196,13 +199,13 @@ def _latencies(parts: Sequence[Row]) -> dict[str, float | None]:
 
 
 def _common(parts: Sequence[Row], name: str) -> str | None:
-    """Return what the parts have in common, or all they have, joined by a plus sign."""
+    """Return the parts' common value, or their values joined by plus signs; None if unknown."""
     found = {part[name] for part in parts}
     return None if None in found else "+".join(sorted(found)) or None
 
 
 def _state(parts: Sequence[Row]) -> str:
-    """Return running if any part is, else lost if any is."""
+    """Return "running" if any part runs, else "lost" if any is lost, else "finished"."""
     states = {part.get("state", FINISHED) for part in parts}
     return next((state for state in (RUNNING, LOST) if state in states), FINISHED)
 

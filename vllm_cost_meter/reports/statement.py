@@ -1,14 +1,17 @@
-"""What a tenant is charged for a month: lines by model and day that add up to the cent.
+"""A tenant's monthly statement: lines by model and day that add up to the cent.
 
-The statements of all tenants are slices of one whole: the month's wall time x price, and overhead,
-which is what was declared or billed beside it. The whole is rounded to the cent; by largest
-remainder each tenant gets its total and each class what nobody carries; then each tenant's total is
-divided over its lines, and each line over usage and idle share. From the top down, because lines
-rounded all at once would add up too, and could still leave a tenant of many small lines whole cents
-from what it owes. Core: standard library only.
+The statements of all tenants are parts of one whole: the month's wall time x price, and costs
+beside it that were declared or billed. Rounding goes from the top down:
 
-Invariant: the lines of all tenants and of what nobody carries add up to the whole to the cent; each
-line, and each tenant's total, is less than one cent from its exact amount.
+1. The whole is rounded to the cent.
+2. It is divided by largest remainder: a total for each tenant, and a rest that nobody carries.
+3. Each tenant's total is divided among its lines, and each line into usage and idle share.
+
+If all lines were rounded at once, they would add up too. But a tenant with many small lines could
+then be whole cents away from its exact amount. Core: standard library only.
+
+Invariant: all lines, those that nobody carries included, add up to the whole to the cent. Each line
+and each tenant's total is less than one cent from its exact amount.
 """
 
 from collections import Counter, defaultdict
@@ -41,20 +44,19 @@ from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 CURRENCY = "USD"
 NANOUSD_PER_CENT = 10_000_000
-# What a line is about: a model on a day, a cost that was declared, a class of engine time.
+# The kinds of lines: a model on a day, a declared cost, a class of engine time.
 USAGE, OVERHEAD, CLASS = "usage", "overhead", "class"
-# Without idle, its share of idle, and both together.
+# The amounts of a line: without idle time, the share of idle time, and both together.
 AMOUNTS = ("usage", "idle_share", "amount")
-# Tenants that the message about an unknown one names.
+# The message about an unknown tenant names at most so many known ones.
 SHOWN_MAX = 10
 
 
 @dataclass(frozen=True, slots=True)
 class OverheadCost:
-    """A cost beside price x time: power, space, staff that were declared, or what a bill has more.
+    """A cost beside price x time: declared (power, space, staff), or the rest of a bill.
 
-    `nanousd` is exact, less than 0 where a bill is lower; None where it depends on what is not
-    known.
+    `nanousd` is exact. It is negative if a bill is lower than price x time, and None if unknown.
     """
 
     name: str
@@ -64,7 +66,10 @@ class OverheadCost:
 
 @dataclass(slots=True)
 class _Line:
-    """A line, exact, and the cents it gets. Of a class, tenant and day are None."""
+    """A line with exact amounts, and its cents once they are rounded.
+
+    A line of a class of engine time has no tenant and no day.
+    """
 
     kind: str
     tenant: str | None
@@ -72,20 +77,20 @@ class _Line:
     item: str
     used: Amount
     share: Amount
-    # Of all, of usage, of the share: nano-USD, None if unknown.
+    # Nano-USD in all, of usage and of the idle share; None if unknown.
     costs: tuple[Fraction | None, Fraction | None, Fraction | None]
     counts: Sequence[int | None] = (None,) * len(COUNTS)
     source: str | None = None
-    # Why its cost is unknown.
+    # The reason why the cost is unknown.
     reason: str | None = None
     cents: int | None = None
 
     def order(self) -> tuple[bool, str, str]:
-        """Order the lines of a tenant: by day and model, then what was declared."""
+        """Return the sort key within a tenant: by day and model, declared costs last."""
         return self.kind == OVERHEAD, self.day or "", self.item
 
     def as_dict(self, share_ns: int) -> dict[str, Any]:
-        """Return the line as it is shown."""
+        """Return the line as answers show it."""
         usage, share = (None if c is None else c / NANOUSD_PER_CENT for c in self.costs[1:])
         cells = [None if cell is None else round(cell) for cell in (usage, share)]
         if self.cents is not None and usage is not None and share is not None:
@@ -108,7 +113,7 @@ class _Line:
 
 
 def month_question(month: str, zone: tzinfo, idle: IdlePolicy) -> Question:
-    """Return what a statement asks the ledger. Raises ValueError for what is not a month."""
+    """Return the report question behind a statement. Raises ValueError for an invalid month."""
     from_hour, to_hour = month_hours(month, zone)
     return Question(from_hour, to_hour, zone, aggregate=("tenant", "model", "day"), idle=idle)
 
@@ -123,10 +128,10 @@ def statement(
     why: WhyNone = no_price,
     now_ns: int,
 ) -> dict[str, Any]:
-    """Return the statement of one tenant, or of all with what nobody carries and the grand total.
+    """Return one tenant's statement, or that of all tenants with the grand total.
 
-    `facts` are told apart by tenant and model, `asked` is of `month_question`, `why` says why a
-    price misses. Raises ValueError for a tenant without a line.
+    `asked` comes from `month_question`, and `facts` distinguish what it asks for. `why` explains a
+    missing price. Raises ValueError for a tenant without a line.
     """
     (piece,) = pieces(facts, asked, price_of)
     lines = _lines(_groups(piece, asked, overhead, why))
@@ -136,7 +141,7 @@ def statement(
     answer = {
         "tenant": tenant,
         "currency": CURRENCY,
-        # One tenant's statement does not tell what others have reserved.
+        # One tenant's statement must not show the shares that others have reserved.
         "idle": asked.idle.text if tenant is None else asked.idle.name,
         "taxes": "none",
         "is_over": is_over,
@@ -166,9 +171,9 @@ def statement(
 
 
 def notes(answer: Mapping[str, Any]) -> list[str]:
-    """Return what a reader of a statement must know of it, a line each.
+    """Return the notes below a statement: method, idle policy, prices, bills and audit.
 
-    `answer` has what `statement` returns, and the `window`, `taken_at`, `methods`, `prices` and
+    `answer` is what `statement` returns, with `window`, `taken_at`, `methods`, `prices` and
     `billed`.
     """
     seconds = f"{answer['in_flight_ns'] / NS_PER_SECOND:.6f}"
@@ -209,7 +214,7 @@ _IDLE_NOTES = {
 
 
 def _lines(groups: Sequence[Sequence[_Line]]) -> list[dict[str, Any]]:
-    """Return all lines there are, rounded from the whole down."""
+    """Return all lines as answers show them, rounded from the whole down."""
     exact = [_sum(line.costs[0] for line in group) for group in groups]
     for group, cents in zip(groups, _round_cents(exact), strict=True):
         costs = [line.costs[0] for line in group]
@@ -223,7 +228,7 @@ def _lines(groups: Sequence[Sequence[_Line]]) -> list[dict[str, Any]]:
 def _whole(
     facts: Facts, asked: Question, price_of: PriceOf, overhead: Sequence[OverheadCost]
 ) -> dict[str, Any]:
-    """Return what the lines must add up to: the engines' own time x price, and overhead."""
+    """Return the amount that the lines must add up to: engines' time x price, and overhead."""
     wall, *others = _round_cents(
         [wall_cost(facts, asked, price_of), *(cost.nanousd for cost in overhead)]
     )
@@ -241,7 +246,7 @@ def _whole(
 
 
 def _total(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sums of lines; of money None if that of one is unknown."""
+    """Return the sums over lines; an amount is None if that of one line is unknown."""
     lines = list(lines)
     counts = (*COUNTS, "gpu_time_ns", "idle_share_ns")
     sums: dict[str, Any] = {
@@ -255,7 +260,7 @@ def _total(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _groups(
     piece: Piece, asked: Question, overhead: Sequence[OverheadCost], why: WhyNone
 ) -> list[list[_Line]]:
-    """Return the lines of each tenant, by name, then one group for each that nobody carries."""
+    """Return the lines of each tenant, by name; then each line that nobody carries by itself."""
     used_ns: Counter[str] = Counter()
     tenants: dict[str, list[_Line]] = defaultdict(list)
     classes = {name: Row(name, ()) for name in OVERHEAD_ROWS}
@@ -309,7 +314,7 @@ def _overhead_line(cost: OverheadCost, share: Fraction, tenant: str | None) -> _
 
 
 def _sum(costs: Iterable[Fraction | None]) -> Fraction | None:
-    """Return a sum; None if one of its parts is unknown."""
+    """Return the sum; None if one part is unknown."""
     costs = list(costs)
     return None if None in costs else sum((c for c in costs if c is not None), Fraction(0))
 
@@ -325,7 +330,7 @@ def _round_cents(costs: Sequence[Fraction | None], cents: int | None = None) -> 
 
 
 def _with_usd(cents: Mapping[str, Any]) -> dict[str, Any]:
-    """Return amounts of cents, and beside them in USD."""
+    """Return the amounts in cents, and the same in USD."""
     usd = {f"{name}_usd": format_cents(cents[f"{name}_cents"]) for name in AMOUNTS}
     return {**cents, **usd}
 

@@ -1,4 +1,4 @@
-"""The shapes of statements, field by field, with their units: what JSON has.
+"""Answer types of statements: each JSON field, its meaning and its unit.
 
 A docstring below a field is its description. Money is cents where it is an integer and USD where it
 is text; unknown is null.
@@ -14,18 +14,19 @@ from vllm_cost_meter.reports.answers import PriceRow, Window
 
 
 class StatementLine(TypedDict):
-    """A line: a model on a day, a cost beside the GPUs', or a class of engine time."""
+    """A line of a statement: a model on a day, a cost beside the GPUs, or a class of time."""
 
     kind: str
-    """`usage`: a model on a day."""
+    """What the line is about: `usage` (a model on a day), `overhead` or `class`."""
     tenant: str | None
-    """Null for what nobody carries."""
+    """The tenant who is charged; null for what nobody carries."""
     day: str | None
-    """The day in the statement's time zone."""
+    """The day, such as 2026-11-28, in the statement's time zone; null for other lines than
+    usage."""
     item: str
-    """The model."""
+    """The model, the name of the declared cost, or the class, such as `__idle__`."""
     source: str | None
-    """Where the declared cost comes from."""
+    """Where a declared cost comes from, in the operator's words; null for other lines."""
     requests: int | None
     """HTTP requests that ended on the day."""
     prompt_tokens: int | None
@@ -35,30 +36,30 @@ class StatementLine(TypedDict):
     output_tokens: int | None
     """Tokens: the output of these requests."""
     gpu_time_ns: int | None
-    """GPU-ns: used on the day."""
+    """GPU-ns: the GPU time used on the day."""
     idle_share_ns: int | None
-    """GPU-ns: as in rows."""
+    """GPU-ns: the part of the time without requests that the line carries, by the idle policy."""
     usage_cents: int | None
-    """Cents: without idle."""
+    """Cents: the price of `gpu_time_ns`."""
     idle_share_cents: int | None
-    """Cents: its share of idle."""
+    """Cents: the price of `idle_share_ns`: `amount_cents` less `usage_cents`."""
     amount_cents: int | None
-    """Cents: both."""
+    """Cents: the price of usage and idle share together."""
     usage_usd: str | None
-    """USD: the same three as decimal strings."""
+    """USD: `usage_cents` as a decimal string."""
     idle_share_usd: str | None
-    """USD."""
+    """USD: `idle_share_cents` as a decimal string."""
     amount_usd: str | None
-    """USD."""
+    """USD: `amount_cents` as a decimal string."""
     cost_reason: str | None
-    """Why `amount_cents` is null."""
+    """Why `amount_cents` is null; null if it is known."""
 
 
 class StatementTotal(TypedDict):
-    """The sums of lines; of money null if that of one is."""
+    """The sums over lines; an amount is null if that of one line is."""
 
     requests: int
-    """HTTP requests that ended in the month."""
+    """Number of HTTP requests that ended in the month."""
     prompt_tokens: int
     """Tokens: the prompts of these requests, cached tokens included."""
     cached_tokens: int
@@ -66,88 +67,88 @@ class StatementTotal(TypedDict):
     output_tokens: int
     """Tokens: the output of these requests."""
     gpu_time_ns: int
-    """GPU-ns: used."""
+    """GPU-ns: the GPU time used in the month."""
     idle_share_ns: int
-    """GPU-ns: the share of overhead."""
+    """GPU-ns: the part of the time without requests, by the idle policy."""
     usage_cents: int | None
-    """Cents: without idle."""
+    """Cents: the price of `gpu_time_ns`."""
     idle_share_cents: int | None
-    """Cents: the share of idle."""
+    """Cents: the price of `idle_share_ns`."""
     amount_cents: int | None
-    """Cents: both."""
+    """Cents: the price of usage and idle share together."""
     usage_usd: str | None
-    """USD: the same."""
+    """USD: `usage_cents` as a decimal string."""
     idle_share_usd: str | None
-    """USD: the same."""
+    """USD: `idle_share_cents` as a decimal string."""
     amount_usd: str | None
-    """USD: the same."""
+    """USD: `amount_cents` as a decimal string."""
 
 
 class TenantTotal(StatementTotal):
     """The sums of one tenant's lines."""
 
     tenant: str
-    """Its name."""
+    """The tenant's name."""
 
 
 class StatementWhole(TypedDict):
-    """What the lines must add up to."""
+    """The engines' own cost and the costs beside it, which the lines must add up to."""
 
     wall_gpu_ns: int
-    """GPU-ns: wall time x GPUs."""
+    """GPU-ns: the wall time of each run x its GPUs, summed over all runs."""
     wall_cents: int | None
-    """Cents: its price."""
+    """Cents: the price of `wall_gpu_ns`."""
     overhead: list[dict[str, Any]]
-    """Each cost beside it, with its name, source and cents."""
+    """Each cost beside the GPUs: `name`, `source` and `cents`."""
     amount_cents: int | None
-    """Cents: all together."""
+    """Cents: `wall_cents` and all costs beside it."""
     amount_usd: str | None
-    """USD: the same."""
+    """USD: `amount_cents` as a decimal string."""
 
 
 class TenantStatement(TypedDict):
     """One tenant's statement of a month."""
 
     month: str
-    """Such as 2026-11."""
+    """The month, such as 2026-11."""
     window: Window
-    """Its hours."""
+    """The hours of the month, and its time zone."""
     taken_at: str | None
-    """RFC 3339 UTC: the latest snapshot."""
+    """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
     methods: list[str]
-    """How steps were split."""
+    """How steps were split between requests: `shapley`, `tokens` or `equal`, each that was used."""
     prices: list[PriceRow]
-    """All prices that are in it."""
+    """The prices that the costs were computed with, the earliest first."""
     billed: dict[str, Any] | None
-    """How much of the month bills cover."""
+    """How much of the month a provider's bills cover; null without a bill."""
     tenant: str | None
     """The tenant that the statement is for; null for all tenants."""
     currency: str
-    """ISO 4217."""
+    """The currency of all amounts, by its ISO 4217 code."""
     idle: str
-    """The policy."""
+    """The idle policy: who carries the time without requests."""
     taxes: str
-    """None are in it."""
+    """`none`: no amount contains taxes."""
     is_over: bool
     """Whether the month is over."""
     in_flight_ns: int
-    """GPU-ns: used by requests that have no bill yet."""
+    """GPU-ns: the time used by requests that have no bill yet."""
     final: bool
-    """Whether nothing of it will change."""
+    """Whether no figure will change: the month is over, and every request has its bill."""
     adds_up: bool
-    """Whether `difference_ns` is 0."""
+    """Whether usage and classes add up to the wall time: `difference_ns` is 0."""
     difference_ns: int
-    """GPU-ns: what usage and overhead miss of wall time x GPUs."""
+    """GPU-ns: wall time x GPUs less usage and all classes."""
     lines: list[StatementLine]
-    """All lines."""
+    """The lines, by tenant, day and model."""
     total: StatementTotal
-    """Their sums."""
+    """The sums over all lines."""
 
 
 class Statement(TenantStatement):
-    """The statement of all tenants."""
+    """The statement of all tenants for a month."""
 
     tenants: list[TenantTotal]
-    """The total of each tenant."""
+    """The sums over each tenant's lines."""
     whole: StatementWhole
-    """What the lines must add up to."""
+    """The cost that all lines must add up to."""

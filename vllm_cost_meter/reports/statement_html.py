@@ -1,6 +1,6 @@
-"""A statement as one HTML file that prints well, and needs nothing from anywhere else.
+"""A statement as one HTML file that prints well and loads nothing.
 
-No script, no link, no font to load: what is printed to PDF today looks the same in ten years.
+The page has no script, link or font to load, so it looks the same in ten years.
 
 Invariant: every text of the statement is escaped, so no name can become markup.
 """

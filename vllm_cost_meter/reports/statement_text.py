@@ -1,4 +1,4 @@
-"""A statement at a terminal: a table of its lines, their totals, and the notes."""
+"""A statement as text for a terminal: a table of lines, the totals, and notes."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -23,7 +23,7 @@ COLUMNS = (
 )
 
 
-# The last columns that a narrow terminal leaves out.
+# A narrow terminal drops other columns before these.
 FIRST = ("day", "item", "amount_usd", "tenant", "gpu_time_ns", "usage_usd", "idle_share_usd")
 CENTS_NOTE = (
     "cents: idle_share_usd is amount_usd less usage_usd, and both are rounded so that they add up;"
@@ -32,7 +32,7 @@ CENTS_NOTE = (
 
 
 def print_statement(answer: Mapping[str, Any], file: IO[str], *, wide: bool = False) -> None:
-    """Write a statement as text; on a terminal as much as fits, or with `wide` all."""
+    """Write a statement as text. A terminal gets the columns that fit, or all with `wide`."""
     lines = rows(answer)
     said = (*totals(answer), *cents_notes(lines), *notes(answer))
     below = "\n".join(map(plain, said))
@@ -40,7 +40,7 @@ def print_statement(answer: Mapping[str, Any], file: IO[str], *, wide: bool = Fa
 
 
 def cents_notes(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the line that explains cents of idle time where there is none; usually nothing."""
+    """Return a note if a line without idle time has cents of it by rounding; usually nothing."""
     is_odd = any(
         not line["idle_share_ns"] and float(line.get("idle_share_usd") or 0) for line in lines
     )
@@ -53,16 +53,16 @@ def columns_of(answer: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def title(answer: Mapping[str, Any]) -> str:
-    """Return what a statement is of."""
+    """Return the title: tenant, month, time zone, and whether it is preliminary."""
     whose = "all tenants" if answer["tenant"] is None else answer["tenant"]
     draft = "" if answer["final"] else ", preliminary"
     return f"Statement of {whose}, {answer['month']} ({answer['window']['tz']}){draft}"
 
 
 def rows(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the lines with the total of each tenant below its own, and the grand total last.
+    """Return the table's rows: each tenant's lines with their total, and the grand total last.
 
-    Classes in which the engines spent no time are left out.
+    A class without engine time is left out.
     """
     lines: Sequence[Mapping[str, Any]] = answer["lines"]
     if answer["tenant"] is not None:
@@ -77,7 +77,7 @@ def rows(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def totals(answer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that say what is owed, and of all, that it is what was paid."""
+    """Yield the lines with the total; for all tenants also the whole that it adds up to."""
     total = answer["total"]["amount_usd"]
     currency = answer["currency"]
     yield f"taxes: {answer['taxes']}"

@@ -1,7 +1,7 @@
-"""More columns of rows by tenant alone: phases, waste, KV cache and energy, with its own cost.
+"""More columns for rows by tenant alone: phases, waste, KV cache, energy and its cost.
 
-Invariant: energy costs of all rows and of what is of nobody are rounded together, so that they add
-up to the cost of all energy.
+Invariant: the energy costs of all rows and of unattributed energy are rounded together, so they
+add up to the cost of all energy.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,9 +20,10 @@ _CLASS_ROWS = frozenset(f"__{name}__" for name in OVERHEAD_ROWS)
 
 @dataclass(frozen=True, slots=True)
 class RowEnergy:
-    """The known energy of a row in mJ (None: of no request), when it was used, and what is unknown.
+    """The energy of a row in mJ, and in which hours it was used.
 
-    `unknown_requests` are the engine requests whose energy is not in it; None for a class.
+    `energy_mj` is None if the energy of no request is known. `unknown_requests` is the number of
+    engine requests that it lacks; None for a class.
     """
 
     energy_mj: int | None = 0
@@ -32,10 +33,11 @@ class RowEnergy:
 
 @dataclass(frozen=True, slots=True)
 class TenantFacts:
-    """What tenants and classes used besides GPU time, under their names.
+    """Facts about tenants and classes besides their GPU time, by name.
 
-    `sums` are those of PART_SUMS by tenant, `cache_ms` is the KV cache of all engines in blocks x
-    ms. `energies` have no tenant where no engine counts energy. `unattributed_mj` is of nobody.
+    `sums` has the columns in PART_SUMS by tenant. `cache_ms` is the KV cache of all engines in
+    blocks x ms. `energies` is empty if no engine counts energy. `unattributed_mj` is energy of
+    requests whose own energy is partly unknown.
     """
 
     sums: Mapping[str, Mapping[str, int]]
@@ -46,14 +48,14 @@ class TenantFacts:
 
     @property
     def names(self) -> set[str]:
-        """Return the tenants that used anything of it."""
+        """Return the tenants that have any of these facts."""
         return {*self.sums, *self.energies}
 
 
 def tenant_details(
     facts: TenantFacts, cost_of: Callable[[Used], Cost[EnergyPrice]]
 ) -> dict[str, dict[str, Any]]:
-    """Return the columns of each row, and under "" those of a tenant that used nothing."""
+    """Return the columns of each row by name; "" has those for a tenant that used nothing."""
     names = sorted(facts.names)
     nothing = RowEnergy() if facts.energies else None
     energies = {name: facts.energies.get(name, nothing) for name in (*names, "")}

@@ -1,1 +1,1 @@
-"""Whose a request is, and what a tenant may spend."""
+"""Tenant rules and budgets: find the owner of a request, and limit what a tenant may use."""

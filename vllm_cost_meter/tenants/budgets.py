@@ -1,14 +1,13 @@
-"""Budgets: how much a tenant or a tag may use in a period, and what follows once it has.
+"""Budgets: how much a tenant or a tag may use in a period, and what happens at the limit.
 
-Pure arithmetic over amounts by UTC hour, the grain of the ledger, in which a local day, week or
+This is pure arithmetic over amounts by UTC hour, the grain of the ledger. A local day, week or
 month consists of the hours that begin in it. Amounts are integers: nano-USD or GPU-nanoseconds. A
-rolling period ends with the present hour; it resets when enough of what was used has left it.
+rolling period ends with the present hour. It has room again when enough old use has left it.
 
-What is not measured is not guessed: without fresh figures nobody is refused for what they may have
-used, and those who asked to fail closed are refused for that reason and no other.
+We do not guess use that was not measured. Without fresh figures no request is refused for spent
+budgets. Only tenants that fail closed are then refused, and the reason given is the missing figure.
 
-Invariant: a verdict depends on the arguments alone; a budget of which nothing is known refuses
-nobody.
+Invariant: a verdict depends on the arguments alone. A budget with unknown use refuses nobody.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -31,12 +30,12 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one tenant with its children, or all that carries a tag, may use in a period.
+    """The limit for a tenant with its children, or for all owners with a tag, in a period.
 
-    `limit` is in nano-USD or GPU-nanoseconds, as `unit` says. At `soft_limit` clients are warned;
-    a `hard` budget at its limit blocks or throttles new requests and, with `stop_running`, ends
-    those that run. `days` counts only for a rolling period. `members` are the tenants that are
-    declared below its tenant, however far.
+    `limit` is in nano-USD or GPU-nanoseconds, as `unit` says. Clients are warned from `soft_limit`
+    on. At its limit a `hard` budget blocks or throttles new requests and, with `stop_running`, ends
+    running ones. Only a rolling period uses `days`. `members` are all tenants that are declared
+    below `tenant`, at any depth.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Budget:
     stop_running: bool = False
 
     def covers(self, owner: Owner) -> bool:
-        """Tell whether what this owner uses counts."""
+        """Return whether the use of this owner counts towards the budget."""
         if self.tag is not None:
             return owner.tags.get(self.tag[0]) == self.tag[1]
         of = self.tenant
@@ -62,11 +61,11 @@ class Budget:
             return False
         if of in (owner.tenant, owner.parent) or owner.tenant.startswith(f"{of}/"):
             return True
-        # Its parent too: a child that a client chose is declared nowhere.
+        # The parent is checked too, because a child that a client chose is declared nowhere.
         return owner.tenant in self.members or owner.parent in self.members
 
     def hours(self, now_ns: int) -> tuple[int, int]:
-        """Return the first hour of the period that holds an instant, and the hour after its last.
+        """Return the period around an instant as (first hour, hour after the last).
 
         Hours count since the epoch.
         """
@@ -92,9 +91,9 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where a budget stands: what was used in its period, hour by hour, running requests included.
+    """The use of a budget in its period, hour by hour, running requests included.
 
-    `used` has no hour outside the period; None where an amount is not known, as without a price.
+    `used` has no hour outside the period. It is None if an amount is unknown, e.g. without a price.
     """
 
     budget: Budget
@@ -103,7 +102,7 @@ class Standing:
 
     @property
     def total(self) -> int | None:
-        """What was used in the period."""
+        """The amount used in the period; None if unknown."""
         return None if self.used is None else sum(self.used.values())
 
     @property
@@ -119,11 +118,11 @@ class Standing:
 
     @property
     def over(self) -> int | None:
-        """What was used beyond the limit: by what ran on, as nothing is reserved in advance."""
+        """The amount used beyond the limit; running requests may go on, as nothing is reserved."""
         return None if self.total is None else max(self.total - self.budget.limit, 0)
 
     def resets_at(self) -> datetime:
-        """Return when the budget has room again, or a fixed period ends, in its time zone."""
+        """Return when the budget has room again (rolling) or its period ends, in its time zone."""
         _, after = self.budget.hours(self.now_ns)
         if self.budget.period == "rolling" and self.used:
             length = HOURS_PER_DAY * self.budget.days
@@ -136,15 +135,16 @@ class Standing:
         return _local(after, self.budget.zone)
 
     def reset_text(self) -> str:
-        """Return when it resets, with the name of the time zone."""
+        """Return the reset instant as text, with the name of the time zone."""
         return f"{self.resets_at().isoformat()} ({self.budget.zone})"
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of a new request; `standing` is that of the budget which decided.
+    """The decision about a new request; `standing` belongs to the budget that decided.
 
-    `admitted` ones may be warned of by `soft` standings. `stale` says why nothing is known.
+    An `admitted` request may carry warnings about the budgets in `soft`. `stale` says why the
+    figures could not be used.
     """
 
     kind: Literal["admitted", "throttled", "blocked", "unavailable"]
@@ -155,10 +155,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All standings at one instant, and whether they may be relied on.
+    """All standings at one instant, and how reliable they are.
 
-    `as_of_ns` is the instant of the oldest snapshot of an engine that they hold; None if there is
-    none. `broken` says what is wrong with the meter, None if nothing.
+    `as_of_ns` is the instant of the oldest engine snapshot behind them; None without a snapshot.
+    `broken` says what is wrong with the meter; None if nothing is.
     """
 
     standings: Sequence[Standing] = ()
@@ -166,7 +166,7 @@ class Figures:
     broken: str | None = None
 
     def stale(self, now_ns: int, max_age_ns: int) -> str | None:
-        """Return why the figures cannot be relied on now, or None."""
+        """Return why the figures cannot be trusted now, or None if they can."""
         if self.broken is not None:
             return self.broken
         if self.as_of_ns is None:
@@ -178,32 +178,33 @@ class Figures:
 
 
 class BudgetRow(TypedDict):
-    """Where a budget stands. Amounts are nano-USD or GPU-nanoseconds, as `unit` says."""
+    """How much of a budget is used. Amounts are nano-USD or GPU-nanoseconds, as `unit` says."""
 
     budget: str
-    """Its name."""
+    """The name of the budget."""
     tenant: str | None
-    """The tenant whose use counts; null for a tag."""
+    """The tenant that the budget limits, with its children; null for a tag."""
     tag: str | None
-    """`key=value`; null for a tenant."""
+    """The tag whose use counts, as `key=value`; null for a tenant."""
     unit: str
-    """`usd` or `gpu_seconds`."""
+    """What the budget counts: `usd` or `gpu_seconds`."""
     limit: int
-    """10^-9 of `unit`: how much may be used."""
+    """10^-9 of `unit`: the amount that may be used in a period."""
     soft_limit: int | None
-    """10^-9 of `unit`: from when on clients are warned; null for never."""
+    """10^-9 of `unit`: clients are warned from this amount on; null for never."""
     used: int | None
-    """10^-9 of `unit`: what was used in the period, running requests included; null if unknown."""
+    """10^-9 of `unit`: use in the period, running requests included; null if unknown."""
     over: int | None
-    """10^-9 of `unit`: what running requests used beyond the limit."""
+    """10^-9 of `unit`: use beyond the limit, by requests that were already running."""
     state: str
     """`within`, `soft`, `spent` or `unknown`."""
     hard: bool
-    """Whether it acts, or only warns."""
+    """Whether requests beyond the limit are refused or slowed; otherwise clients are only
+    warned."""
     over_action: str
-    """`block` or `throttle`."""
+    """What a hard budget does beyond its limit: `block` or `throttle`."""
     stop_running: bool
-    """Whether running requests are ended."""
+    """Whether running requests are ended at the limit."""
     period: str
     """`day`, `week`, `month` or `rolling`."""
     period_from: str
@@ -215,7 +216,7 @@ class BudgetRow(TypedDict):
 
 
 def told(standing: Standing) -> BudgetRow:
-    """Return what the side endpoint says of a budget. Amounts are nano-USD or GPU-nanoseconds."""
+    """Return a budget's answer row. Amounts are nano-USD or GPU-nanoseconds."""
     budget, total = standing.budget, standing.total
     first, _ = budget.hours(standing.now_ns)
     state = "unknown" if total is None else "soft" if standing.is_soft_spent else "within"
@@ -240,10 +241,10 @@ def told(standing: Standing) -> BudgetRow:
 
 
 def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) -> Verdict:
-    """Return what becomes of a new request that these budgets cover.
+    """Decide about a new request that these budgets cover.
 
-    `stale` says why their figures cannot be relied on, None if they can. Blocking goes before
-    throttling; of several spent budgets the first that was declared decides.
+    `stale` says why their figures cannot be trusted; None if they can. Blocking goes before
+    throttling. If several budgets are spent, the one declared first decides.
     """
     if stale is not None:
         return Verdict("unavailable" if fail_closed else "admitted", stale=stale)
@@ -264,5 +265,5 @@ def _local(hour: int, zone: tzinfo) -> datetime:
 
 def _first_hour(local: datetime) -> int:
     """Return the first UTC hour that begins at or after a local instant, since the epoch."""
-    # A midnight that a clock change skips is the instant of the change: through UTC and back.
+    # If a clock change skips midnight, `timestamp` gives the instant of the change.
     return -(-int(local.timestamp()) // 3600)

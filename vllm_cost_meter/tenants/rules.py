@@ -1,23 +1,25 @@
-"""Whose request it is: ordered rules from what an HTTP request says to a tenant.
+"""Tenant rules: find the tenant of an HTTP request from its headers and body.
 
-Each rule is small and pure. Identity rules (API key, header, constant) are asked in the order of
-the list, and the first that answers names the tenant. Child rules (`user`, `metadata`, `lora`,
-`model`) read what the client itself wrote, so they only choose a child `tenant/child` of the tenant
-found, again the first that answers; where the operator trusts clients, such a rule names a tenant
-outright if none was found before it in the list. What no rule names is `unknown`.
+Each rule is small and pure. Identity rules (API key, header, constant) are asked in order, and the
+first answer names the tenant. Child rules (`user`, `metadata`, `lora`, `model`) read values that
+the client wrote. So they only choose a child `tenant/child` of the tenant found; again the first
+answer counts. If the operator trusts clients, a child rule may also name the tenant itself, unless
+a rule before it did. If no rule answers, the tenant is `unknown`.
 
-Why so strict: whoever can make the meter bill another tenant steals from them. An API key names its
-tenant by its SHA-256, so that the settings never hold a key. A header is believed from the gateway
-only, and a peer's address proves no gateway (uvicorn takes it from X-Forwarded-For): a shared
-secret does. Two different values of a header mean that someone between client and server disagrees
-about who is asking, so neither is taken, and no other rule is asked. A comma in a claim is refused
-for the same reason: proxies join repeated headers with one. A slash belongs to children, so that no
-name that a request supplies can reach into another tenant.
+The rules are strict because whoever can make the meter bill another tenant steals from it:
+
+- An API key names its tenant by its SHA-256, so that the settings never hold a key.
+- A header is believed only from the gateway, which proves itself by a shared secret. Its address
+  proves nothing, because uvicorn takes that from X-Forwarded-For.
+- Two different values of one header mean that client and server, or a proxy between them, disagree
+  about who is asking. Neither value is taken, and no other rule is asked.
+- A comma in a claim is refused for the same reason: proxies join repeated headers with commas.
+- A slash separates children, so no name that a request supplies can reach into another tenant.
 
 Invariant: the tenant is a name from the rules, or printable ASCII of at most 128 characters from a
-believed header or a trusted client, or a child of one of these, or `unknown`; never a reserved name
-that the request itself supplied. A client never becomes a declared tenant that is not its own or a
-child of its own.
+believed header or a trusted client, or a child of one of these, or `unknown`. It is never a
+reserved name that the request itself supplied. A client never becomes a declared tenant that is not
+its own or a child of its own.
 """
 
 import hashlib
@@ -35,13 +37,13 @@ from vllm_cost_meter.records.owner import (
     Owner,
 )
 
-# Reports and metrics say it of many small tenants together.
+# Reports and metrics group many small tenants under this name.
 OTHER = "other"
 NAME_CHARS_MAX = 128
-# No sane key is longer; hashing more would be work done for a stranger.
+# Real keys are shorter. We do not spend time on hashing more for a stranger.
 CREDENTIAL_BYTES_MAX = 8_192
 PROOF_HEADER = "x-cost-meter-gateway-secret"
-# Between a tenant and its child.
+# The slash stands between a tenant and its child.
 SLASH = "/"
 
 _AUTHORIZATION, _API_KEY = b"authorization", b"x-api-key"
@@ -49,10 +51,10 @@ _AUTHORIZATION, _API_KEY = b"authorization", b"x-api-key"
 
 @dataclass(frozen=True, slots=True)
 class BodyClaims:
-    """What the body of a request says; None where it says nothing, or nothing that is a text.
+    """The fields of a request's body that rules may use; None if missing or not a text.
 
-    `model` is a name under which the server serves its model, `lora` any other name it was asked
-    for, which then is an adapter's (or a request that vLLM refuses).
+    `model` is set if the request asks for the served model by one of its names. Any other name is
+    taken for a LoRA adapter and stands in `lora`; vLLM refuses the request if there is none.
     """
 
     user: str | None = None
@@ -66,31 +68,31 @@ NO_CLAIMS = BodyClaims()
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What the operator declared of a tenant, and it has from its parents."""
+    """The parent and tags that the operator declared for a tenant, inherited tags included."""
 
     parent: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class ContradictionError(Exception):
-    """A request that claims to be two at once. Never leaves this module."""
+    """A request claims two tenants at once. This error never leaves the module."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request says: the one value of each header that a rule looks at, and its body."""
+    """The parts of a request that rules read: one value per watched header, and the body claims."""
 
     headers: Mapping[bytes, bytes]
     body: BodyClaims
 
 
 def is_reserved(name: str) -> bool:
-    """Tell whether a name belongs to the meter: `unknown`, `other`, and all of `__...`."""
+    """Return whether a name is reserved: `unknown`, `other`, or a name that starts with `__`."""
     return name.startswith("__") or name.casefold() in (UNKNOWN, OTHER)
 
 
 def name_problem(name: str) -> str | None:
-    """Return what a declared tenant name was expected to be, or None if it is good."""
+    """Return what a declared tenant name should have been; None if the name is good."""
     if not 1 <= len(name) <= NAME_CHARS_MAX:
         return f"1 to {NAME_CHARS_MAX} characters"
     if not name.isprintable() or name != name.strip():
@@ -105,14 +107,17 @@ def name_problem(name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ApiKeyRule:
-    """The tenant whose API key the request carries; tenants by lower-case hex SHA-256 of a key."""
+    """Names the tenant by the request's API key; `by_sha256` has lower-case hex SHA-256 of keys."""
 
     by_sha256: Mapping[str, str]
     named_by: ClassVar = NamedBy("api_key")
     headers: ClassVar = (_AUTHORIZATION, _API_KEY)
 
     def tenant(self, asked: Asked) -> str | None:
-        """Return the tenant, None if there is no known key. Raises ContradictionError at two."""
+        """Return the tenant of the key; None without a known key.
+
+        Raises ContradictionError for the keys of two tenants.
+        """
         credentials = {
             asked.headers.get(_API_KEY, b""),
             _bearer(asked.headers.get(_AUTHORIZATION, b"")),
@@ -126,9 +131,9 @@ class ApiKeyRule:
 
 @dataclass(frozen=True, slots=True)
 class HeaderRule:
-    """The tenant that a header names: from a gateway that sends its secret, or from everyone.
+    """Names the tenant by a header, from a gateway that sends its secret or from everyone.
 
-    `paths` are the names with a slash that may be claimed: those that are declared.
+    `paths` are the declared names with a slash. A header may claim only these names with a slash.
     """
 
     name: str
@@ -147,7 +152,7 @@ class HeaderRule:
         return (name,) if self.trusts_everyone else (name, proof)
 
     def tenant(self, asked: Asked) -> str | None:
-        """Return the tenant claimed, None if it may not be believed or is no name."""
+        """Return the claimed tenant; None if the claim is not believed or not a valid name."""
         claim = _plain_name(asked.headers.get(self.name.encode(), b""))
         if claim is None or (SLASH in claim and claim not in self.paths):
             return None
@@ -160,7 +165,7 @@ class HeaderRule:
 
 @dataclass(frozen=True, slots=True)
 class ConstantRule:
-    """One tenant for whatever no rule before it has named."""
+    """Names one fixed tenant for every request that no earlier rule named."""
 
     constant: str
     named_by: ClassVar = NamedBy("constant")
@@ -173,10 +178,10 @@ class ConstantRule:
 
 @dataclass(frozen=True, slots=True)
 class ChildRule:
-    """A child of the tenant found, by what the client wrote into its request.
+    """Chooses a child of the tenant by a value that the client wrote into its request.
 
-    `key` is that of `metadata`. `taken` is None unless clients are trusted to name a tenant; then
-    it holds the names, case-folded, that they may not take all the same: those that are declared.
+    `key` is a key of `metadata`. `taken` is None unless clients are trusted to name a tenant. It
+    then holds the declared tenant names, case-folded, which a client still must not take.
     """
 
     kind: ChildKind
@@ -189,19 +194,19 @@ class ChildRule:
         return NamedBy(self.kind, self.key)
 
     def tenant(self, asked: Asked) -> str | None:
-        """Return the tenant named outright, None where clients are not trusted with that."""
+        """Return the tenant that a trusted client names; None if clients are not trusted."""
         if self.taken is None:
             return None
         name = self.child(asked)
         return None if name is None or name.casefold() in self.taken else name
 
     def child(self, asked: Asked) -> str | None:
-        """Return the child's own name, None if the request has none that is good."""
+        """Return the child's own name; None if the request has no valid one."""
         body = asked.body
         said = body.metadata.get(self.key) if self.kind == "metadata" else getattr(body, self.kind)
         if not isinstance(said, str) or len(said) > NAME_CHARS_MAX or not said.isascii():
             return None
-        if self.kind in ("lora", "model"):  # names of the operator's, most of them with a slash
+        if self.kind in ("lora", "model"):  # The operator's model names mostly have a slash.
             said = said.replace(SLASH, "--")
         name = _plain_name(said.encode())
         return None if name is None or SLASH in name or name != name.strip() else name
@@ -211,7 +216,7 @@ Rule = ApiKeyRule | HeaderRule | ConstantRule | ChildRule
 
 
 class Resolver:
-    """The rules in their order, and what is declared of tenants. Never changed."""
+    """Finds the owner of a request by ordered rules and declared tenants. Immutable."""
 
     def __init__(self, rules: Sequence[Rule], declared: Mapping[str, Declared]) -> None:
         self.rules = tuple(rules)
@@ -221,7 +226,7 @@ class Resolver:
 
     @property
     def reads_body(self) -> bool:
-        """True if a rule wants to know what the body of a request says."""
+        """True if a rule needs the body of a request."""
         return bool(self._children)
 
     def resolve(
@@ -238,7 +243,7 @@ class Resolver:
         return NOBODY
 
     def _said(self, headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-        """Return the one value of each header looked at. Raises ContradictionError at two."""
+        """Return the one value of each watched header. Raises ContradictionError for two values."""
         said: dict[bytes, bytes] = {}
         for raw_name, raw_value in headers:
             name = raw_name.lower()
@@ -269,12 +274,12 @@ _UNDECLARED = Declared()
 
 
 def sha256_of(credential: bytes) -> str | None:
-    """Return the lower-case hex SHA-256 of a key or secret; None of an empty or a huge one."""
+    """Return the lower-case hex SHA-256 of a key or secret; None for an empty or a huge one."""
     if not 0 < len(credential) <= CREDENTIAL_BYTES_MAX:
         return None
-    # Keys are then looked up in a dict, not compared in constant time: what the lookup's timing
-    # could leak is a prefix of the key's SHA-256, which nobody can steer towards a wanted value
-    # without inverting SHA-256. And this names a tenant; admission is vLLM's own --api-key check.
+    # Hashes are looked up in a dict, not compared in constant time. The timing could leak only a
+    # prefix of the hash, and nobody can make a key for a wanted prefix without inverting SHA-256.
+    # Also, this only names a tenant; vLLM's own --api-key check decides who may use the server.
     return hashlib.sha256(credential).hexdigest()
 
 
@@ -284,7 +289,7 @@ def _bearer(authorization: bytes) -> bytes:
 
 
 def _plain_name(claim: bytes) -> str | None:
-    """Return a claim as a name; None unless it is printable ASCII, short and not reserved."""
+    """Return a claim as a name; None unless it is printable ASCII, short, and not reserved."""
     if not 1 <= len(claim) <= NAME_CHARS_MAX or b"," in claim or not claim.isascii():
         return None
     name = claim.decode("ascii")

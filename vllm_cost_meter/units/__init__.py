@@ -1,4 +1,4 @@
-"""Numbers and words without a domain: time, money, calendar, rounding, text.
+"""Helpers for time, money, calendars, rounding and text; no domain knowledge.
 
 Invariant: nothing here knows of requests, ledgers or vLLM.
 """

@@ -39,7 +39,7 @@ _WORDS: dict[str, tuple[Unit, int]] = {
     "month": ("month", 0),
     "lastmonth": ("month", 1),
 }
-# Economics show the trailing week unless another window is named.
+# The default window of economics: the trailing week.
 WEEK = "7d"
 EXPECTED = (
     f"{', '.join(_WORDS)}, a month such as 2026-11, a length such as 30m, 24h or 7d, or two "
@@ -64,9 +64,9 @@ def hours_of_window(
 ) -> tuple[int | None, int | None]:
     """Return a window's (first hour, hour after the last), in hours since the epoch.
 
-    Without a window it is (None, None), which means everything. `now_ns` is the instant that
-    `today` and lengths such as `24h` refer to; without it, the present. Raises ValueError for a
-    text that is not a window.
+    No window gives (None, None), which means all hours. Words such as `today` and lengths such as
+    `24h` count back from `now_ns`; its default is the present. Raises ValueError for a text that
+    is not a window.
     """
     if window is None or window == "":
         return None, None
@@ -152,7 +152,7 @@ def _hours_of_days(start: date, unit: Unit, zone: tzinfo) -> tuple[int, int]:
 
 def _first_hour(day: date, zone: tzinfo) -> int:
     """Return the first hour that begins in a local day, or the next hour if none does."""
-    # Where clocks go back over midnight this is the first midnight; where they skip it, the jump.
+    # If clocks go back over midnight, this is the first midnight; if they skip it, the jump.
     midnight = datetime(day.year, day.month, day.day, tzinfo=zone)
     return min(max(-((_EPOCH - midnight) // _HOUR), FIRST_HOUR), LAST_HOUR)
 

@@ -1,4 +1,4 @@
-"""Money as text: nano-USD are integers, and people see plain decimals.
+"""Format money as text: nano-USD are integers in the code and plain decimals on the screen.
 
 Invariant: no amount is written in scientific notation, and an unknown amount stays None.
 """
@@ -17,8 +17,8 @@ def format_nano(amount: int) -> str:
 
 
 NANOUSD_PER_USD = 1_000_000_000
-# A price that has no finite decimal is written with so many places. The error over thirty years'
-# GPU time is less than a nano-USD.
+# A price without a finite decimal is rounded to this many places. Over thirty years of GPU time
+# the error stays below one nano-USD.
 PLACES_MAX = 18
 
 
@@ -36,9 +36,10 @@ def format_usd(nanousd: int | None) -> str | None:
 
 
 def format_amount(usd: float | str | Decimal | None) -> str:
-    """Return an amount for people: cents from one USD on, below it up to nine places, None as "-".
+    """Return an amount for people: cents from one USD on, below that up to nine places.
 
-    So 12.3456 is "12.35", and 0.0000123 keeps its digits. JSON has them all.
+    For example 12.3456 becomes "12.35", and 0.0000123 keeps its digits. None becomes "-". JSON
+    shows all digits.
     """
     if usd is None:
         return "-"
@@ -52,12 +53,12 @@ def format_amount(usd: float | str | Decimal | None) -> str:
 
 
 def format_rate(usd: float | str | Decimal | None) -> str:
-    """Return a rate for people, such as USD per million tokens: six digits, None as "-"."""
+    """Return a rate (e.g. USD per million tokens) with six digits; "-" for None."""
     return "-" if usd is None else significant(Decimal(usd))
 
 
 def figure_text(name: str, value: object) -> str:
-    """Return a figure of a table for people, by its name: an amount of money, or another figure."""
+    """Format a table figure for people; the figure's name shows whether it is money."""
     is_amount = name == "usd" or name.endswith(("_usd", "usd_per_month"))
     if is_amount and isinstance(value, float | Decimal):
         return format_amount(value)

@@ -1,8 +1,8 @@
 """Rounding that keeps sums: half to even, and largest remainder for lines that must add up.
 
-Lines rounded one by one add up to some cents more or less than their total. Largest remainder
-rounds the total, and rounds each line down. The missing units go, one each, to the lines that lost
-most; among equals to the first.
+Lines that are rounded one by one may miss their total by some cents. The largest-remainder method
+rounds the total, and rounds each line down. It then gives one missing unit each to the lines that
+lost most. Among equals the first line gets it.
 
 Invariant: the lines returned add up to the total. Each line is its amount rounded down or up, so no
 line moves by a whole unit.
@@ -28,8 +28,8 @@ def largest_remainder(amounts: Sequence[Fraction], total: int | None = None) -> 
     """
     total = round(sum(amounts, Fraction(0))) if total is None else total
     units = [amount.numerator // amount.denominator for amount in amounts]
-    # Integers sort fast. Twice the bits of the denominators keep two different remainders
-    # different.
+    # Integers sort faster than fractions. With twice the bits of the largest denominator, two
+    # different remainders stay different integers.
     bits = 2 * max((amount.denominator.bit_length() for amount in amounts), default=0)
     lost = [
         (amount.numerator % amount.denominator << bits) // amount.denominator for amount in amounts

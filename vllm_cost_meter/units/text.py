@@ -1,8 +1,7 @@
-"""Safe text for terminals and CSV, figures with six digits, and comma-separated words.
+"""Make text safe for terminals and CSV, round figures for people, and split words at commas.
 
 Invariant: text from `plain` has no control characters, so it cannot move a cursor or hide a line.
-No figure is in scientific notation.
-CSV from `to_csv` has no cell that a spreadsheet would run.
+No figure uses scientific notation. CSV from `to_csv` has no cell that a spreadsheet would run.
 """
 
 import csv
@@ -25,7 +24,7 @@ def quoted(value: object) -> str:
 
 
 def plain(text: str) -> str:
-    """Return text with every non-printable character but spaces written as an escape."""
+    """Return the text with every non-printable character written as an escape."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -39,7 +38,7 @@ def rounded(value: object) -> str:
 
 
 def significant(value: float | Decimal, digits: int = 6) -> str:
-    """Return a number as a plain decimal with so many significant digits, without zeros at the end.
+    """Return a number as a plain decimal with `digits` significant digits and no trailing zeros.
 
     Whole numbers keep all digits before the point: 1234567.8 is "1234568".
     """
@@ -85,7 +84,7 @@ def _csv_cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = plain(value)
-    # A cell that starts like a formula is run by spreadsheets (OWASP: CSV injection).
+    # Spreadsheets run a cell that starts like a formula (OWASP: CSV injection).
     if text.startswith(("=", "+", "-", "@")) and not _NUMBER.fullmatch(text):
         return f"'{text}"
     return text

@@ -23,7 +23,8 @@ def rfc3339(unix_ns: int) -> str:
     return f"{_second_text(second)}.{ns // 1000:06d}Z"
 
 
-# A bill has two to six instants, and a busy ledger writes thousands of them within one second.
+# A bill has two to six instants, and a busy ledger writes thousands of instants per second. Most
+# of them fall into the same few seconds.
 @lru_cache(maxsize=1024)
 def _second_text(unix_s: int) -> str:
     # `strftime` would be slow, and does not pad the year.

@@ -1,1 +1,1 @@
-"""The only folder that imports vLLM: hooks on its scheduler, engine and API server."""
+"""Hooks on vLLM's scheduler, engine and API server; the only folder that imports vLLM."""

@@ -1,13 +1,14 @@
-"""The canary: does this vLLM look as the meter expects? Asked before anything of it is hooked.
+"""The canary: check that this vLLM has the names and signatures the meter needs, before hooking it.
 
-What is hooked, called or read is listed here by name, with the parameters that hooks pass or read,
-and with the fields of vLLM's records. A vLLM that differs anywhere in the list is left untouched,
-all of it: half a meter would keep books that do not add up. Features are asked for, versions never.
+This file lists every vLLM name that the meter hooks, calls or reads, with the parameters that hooks
+pass or read, and with the fields of vLLM's records. If a vLLM differs anywhere in the list, the
+meter leaves all of it untouched, because half a meter would keep books that do not add up. The
+canary checks features, never versions.
 
-A callable is understood when its parameters begin with those listed and it can be called without
-others. Hooks hand on whatever else came, so optional parameters that are new do no harm.
+A callable is understood if its parameters begin with those listed and it can be called without
+others. Hooks pass on all other arguments, so new optional parameters do no harm.
 
-Invariant: nothing here changes vLLM, and all it raises is VllmMismatchError.
+Invariant: nothing here changes vLLM, and it raises nothing but VllmMismatchError.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ WHAT_TO_DO = (
     "`vllm-cost-meter doctor` compares them without a server."
 )
 
-# Asked of whatever scheduler class vLLM or the operator chose, too.
+# The scheduler class that vLLM or the operator chose is checked against this list, too.
 SCHEDULER: Parameters = {
     "schedule": ("self",),
     "update_from_output": ("self", "scheduler_output", "model_runner_output"),
@@ -46,12 +47,12 @@ ENGINE_CORE: Parameters = {
     "execute_dummy_batch": ("self",),
 }
 
-# (module, class; "" is the module itself) -> its callables.
+# Callables by (module, class); the class "" means the module itself.
 Listed = Mapping[tuple[str, str], Parameters]
-# Hooked wherever the meter is installed.
+# These are hooked wherever the meter is installed.
 PLUGIN_LOADING: Listed = {("vllm.plugins", ""): {"load_plugins_by_group": ("group",)}}
 COMMAND_LINE: Listed = {("vllm.engine.arg_utils", "EngineArgs"): {"add_cli_args": ("parser",)}}
-# Hooked, or called, where it is named.
+# These are hooked or called where the meter is named.
 WHEN_NAMED: Listed = {
     ("vllm.config", "SchedulerConfig"): {"get_scheduler_cls": ("self",)},
     ("vllm.v1.core.sched.scheduler", "Scheduler"): SCHEDULER,
@@ -61,7 +62,7 @@ WHEN_NAMED: Listed = {
         "_call_utility_async": ("self", "method", "args", "engine"),
     },
 }
-# Subclassed by the stat logger; looked at when vLLM loads that, which is where it is imported.
+# The stat logger subclasses this. It is checked when vLLM loads the stat logger, which imports it.
 STAT_LOGGER: Listed = {
     ("vllm.v1.metrics.loggers", "AggregateStatLoggerBase"): {
         "record": ("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
@@ -69,7 +70,7 @@ STAT_LOGGER: Listed = {
         "record_sleep_state": ("self", "is_awake", "level"),
     },
 }
-# Read by the hooks, or made by them.
+# The hooks read these fields, or make records with them.
 FIELDS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("vllm.v1.core.sched.output", "SchedulerOutput"): (
         "scheduled_new_reqs",
@@ -104,7 +105,7 @@ def check(listed: Listed) -> None:
 
 
 def check_when_named() -> None:
-    """Raise VllmMismatchError unless vLLM has all that the meter measures by."""
+    """Raise VllmMismatchError unless vLLM has everything that a named meter needs."""
     check(WHEN_NAMED)
     for (module, name), fields in FIELDS.items():
         check_fields(find(module, name), fields, f"{module}.{name}")
@@ -119,7 +120,7 @@ def check_all() -> str:
 
 
 def find(module: str, name: str) -> Any:
-    """Return a module, or what has a name in it. Raises VllmMismatchError if it is not there."""
+    """Return a module, or a name in it. Raises VllmMismatchError if that does not exist."""
     try:
         found = importlib.import_module(module)
     except Exception as error:
@@ -142,7 +143,7 @@ def check_callables(owner: Any, expected: Parameters, where: str) -> None:
         names = tuple(found.parameters)
         if names[: len(parameters)] != parameters or _needs_more(found, len(parameters)):
             raise VllmMismatchError(f"{wanted}, found {_shown(found)}")
-        # A hook that does not wait would take the coroutine for the result.
+        # A hook that does not await would take the coroutine for the result.
         if inspect.iscoroutinefunction(method) != name.endswith("_async"):
             kind = "async" if inspect.iscoroutinefunction(method) else "not async"
             raise VllmMismatchError(f"{wanted}, found it {kind}")
@@ -151,12 +152,12 @@ def check_callables(owner: Any, expected: Parameters, where: str) -> None:
 def _signature(method: Any, wanted: str) -> inspect.Signature:
     try:
         return inspect.signature(method)
-    except (TypeError, ValueError):  # compiled, say
+    except (TypeError, ValueError):  # for example a compiled function
         raise VllmMismatchError(f"{wanted}, found one without a signature") from None
 
 
 def _needs_more(signature: inspect.Signature, known: int) -> bool:
-    """Return whether it cannot be called without a parameter beyond the known ones."""
+    """Return whether a call needs a parameter beyond the known ones."""
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return any(
         parameter.default is parameter.empty and parameter.kind not in optional
@@ -184,5 +185,5 @@ def check_fields(record: Any, expected: Iterable[str], where: str) -> None:
 
 
 def vllm_version() -> str:
-    """Return vLLM's version, to be shown."""
+    """Return vLLM's version as text for messages."""
     return str(getattr(vllm, "__version__", "of an unknown version"))

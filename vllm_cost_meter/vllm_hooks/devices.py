@@ -1,9 +1,10 @@
-"""Which GPUs are an engine's own, by the rules of vLLM's workers.
+"""Find the GPUs that belong to an engine, by the rules of vLLM's workers.
 
-Each worker takes the visible GPU whose ordinal is its rank within the engine, after those of the
-engines of lower rank on the same host (vllm/v1/worker/gpu_worker.py, `init_device`); `--device-ids`
-names others (`assigned_physical_gpu_ids`). Where the workers were placed by somebody else, e.g. by
-Ray, the engine process does not know their GPUs, and an energy of others would be worse than none.
+The visible GPUs are dealt out in order: first those of the engines with lower rank on the same
+host, then one for each worker of this engine by rank (vllm/v1/worker/gpu_worker.py, `init_device`).
+`--device-ids` names other GPUs (`assigned_physical_gpu_ids`). If somebody else placed the workers,
+e.g. Ray, the engine process does not know their GPUs. We then report none, because the energy of
+other GPUs would be worse than no energy.
 
 Invariant: the ordinals are all of the engine's GPUs, or none with the reason.
 """
@@ -13,8 +14,8 @@ from typing import Any
 
 
 def gpu_ordinals(parallel_config: Any) -> tuple[list[int], str | None]:
-    """Return the CUDA ordinals of one engine's GPUs; none, and why, where they are not known."""
-    from vllm.platforms import current_platform  # heavy; engine only
+    """Return the CUDA ordinals of an engine's GPUs; if they are unknown, none and the reason."""
+    from vllm.platforms import current_platform  # a heavy import that only engines need
 
     if not current_platform.is_cuda():
         return [], f"vLLM runs on {current_platform.device_name}, not on NVIDIA GPUs"
@@ -26,12 +27,12 @@ def gpu_ordinals(parallel_config: Any) -> tuple[list[int], str | None]:
     if rank is None:
         rank = getattr(parallel_config, "data_parallel_index", parallel_config.data_parallel_rank)
     if visible and len(visible.split(",")) == gpus:
-        rank = 0  # it was cut to this engine's GPUs
+        rank = 0  # The variable was already cut to this engine's GPUs.
     ordinals = list(range(rank * gpus, (rank + 1) * gpus))
     assigned = getattr(parallel_config, "assigned_physical_gpu_ids", None)
     if assigned is None:
         return ordinals, None
-    # Indices of the machine's GPUs; CUDA counts the visible ones.
+    # vLLM assigns indices of the machine's GPUs, but CUDA counts only the visible ones.
     named = [assigned[ordinal] for ordinal in ordinals]
     if visible:
         physical = [
@@ -43,7 +44,7 @@ def gpu_ordinals(parallel_config: Any) -> tuple[list[int], str | None]:
 
 
 def _placed_elsewhere(parallel_config: Any) -> str | None:
-    """Say who placed the workers, if it was not vLLM's own executor on this host."""
+    """Return who placed the workers, or None if vLLM's own executor on this host did."""
     backends = (
         getattr(parallel_config, "distributed_executor_backend", None),
         getattr(parallel_config, "data_parallel_backend", None),

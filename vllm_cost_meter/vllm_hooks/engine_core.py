@@ -1,7 +1,7 @@
 """Hooks on vLLM's EngineCore: snapshot and stop calls, sleep, wake-up and dummy batches.
 
-In a spawned engine process the plugin is loaded inside `EngineCore.__init__`, so only what is
-looked up later can be hooked: `__init__` itself cannot.
+A spawned engine process loads the plugin inside `EngineCore.__init__`. So we can hook only methods
+that vLLM looks up later, but not `__init__` itself.
 
 Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
 """
@@ -15,12 +15,8 @@ from vllm_cost_meter.engine.meter import EngineMeter, NoMeter
 
 
 def hook_engine_core() -> None:
-    """Meter sleep, wake-up and dummy batches, and add the snapshot call, on class EngineCore.
-
-    In a spawned engine process the plugin is loaded inside EngineCore.__init__, so only what is
-    looked up later can be hooked.
-    """
-    from vllm.v1.engine.core import EngineCore  # heavy; engine and API processes
+    """Hook sleep, wake-up and dummy batches of EngineCore, and add the snapshot and stop calls."""
+    from vllm.v1.engine.core import EngineCore  # a heavy import, for engine and API processes
 
     if hasattr(EngineCore, "cost_meter_snapshot"):
         return
@@ -42,10 +38,10 @@ def _meter_of(engine_core: Any) -> EngineMeter | NoMeter:
 def _cost_meter_snapshot(
     self: Any, acknowledged: dict[str, int], earlier_fits: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Utility call: this engine's books now, as plain values; None if it is not metered.
+    """Utility call: return this engine's books now as plain values; None if it is not metered.
 
-    By run: `acknowledged` has the number of the last snapshot that is safe, `earlier_fits` the
-    planes of an earlier fit and whether both were used.
+    Both arguments are by run. `acknowledged` has the number of the last snapshot that is committed.
+    `earlier_fits` has the planes of an earlier fit, and whether both planes were used.
     """
     meter = _meter_of(self)
     if isinstance(meter, NoMeter):
@@ -65,9 +61,9 @@ def _cost_meter_snapshot(
 
 
 def _cost_meter_stop(self: Any, request_ids: list[str]) -> None:
-    """Utility call: let these requests end with their next token, as if they had asked for that.
+    """Utility call: end these requests with their next token, as if they had asked for that.
 
-    Ids that this engine does not know are none of its business, or have ended meanwhile.
+    Unknown ids are ignored: they belong to another engine, or the request has ended meanwhile.
     """
     requests = self.scheduler.requests
     for request_id in request_ids:

@@ -1,6 +1,6 @@
-"""Questions to the engines, through the engine client of vLLM's API server.
+"""Calls from an API server to its engines: poll their books, stop requests, read their facts.
 
-Invariant: an engine that does not answer, or answers with an error, is one result among others.
+Invariant: an engine that does not answer, or answers with an error, spoils no other's result.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks.identity import device_name, host_name, model_name
 
 if TYPE_CHECKING:
-    # At run time it would bring the ledger into the engine's process.
+    # A real import would bring the ledger into the engine's process.
     pass
 
 
@@ -22,10 +22,10 @@ async def poll_engines(
     earlier_fits: Mapping[str, EarlierFit],
     timeout_s: float,
 ) -> list[Snapshot | BaseException | None]:
-    """Ask every engine for its books. One result per engine: an error or None is that engine's.
+    """Ask every engine for its books. Return one result per engine: a snapshot, error or None.
 
-    An engine that has not answered after `timeout_s` has a TimeoutError. One call per engine,
-    because with data parallelism vLLM's own call returns only the first engine's answer.
+    An engine that has not answered after `timeout_s` gives a TimeoutError. Each engine gets its own
+    call, because with data parallelism vLLM's own call returns only the first engine's answer.
     """
     core = engine_client.engine_core
 
@@ -41,7 +41,7 @@ async def poll_engines(
 
 
 async def stop_requests(engine_client: Any, request_ids: Sequence[str], timeout_s: float) -> None:
-    """Have requests end with their next token. Raises TimeoutError if no engine answers."""
+    """End requests with their next token. Raises TimeoutError if an engine does not answer."""
     core = engine_client.engine_core
     calls = [
         core._call_utility_async("cost_meter_stop", list(request_ids), engine=engine)
@@ -51,14 +51,14 @@ async def stop_requests(engine_client: Any, request_ids: Sequence[str], timeout_
 
 
 def api_server_index(engine_client: Any) -> int:
-    """Return which of several API servers this process is; 0 where there is one."""
+    """Return the index of this process among the API servers; 0 if there is only one."""
     return int(getattr(engine_client.engine_core, "client_index", 0))
 
 
 def served_names(engine_client: Any, state: Any) -> list[str]:
     """Return all names under which the model is served.
 
-    The engine knows the first only, the application's state all of them.
+    The application's state has all names. The engine's configuration has only the first.
     """
     models = getattr(state, "openai_serving_models", None)
     names = [str(path.name) for path in getattr(models, "base_model_paths", ())]
@@ -66,10 +66,10 @@ def served_names(engine_client: Any, state: Any) -> list[str]:
 
 
 def run_facts(engine_client: Any) -> RunFacts:
-    """Return what of its engines this API server knows by itself: one answer for all of them.
+    """Return the facts that an API server knows about its engines without asking them.
 
-    So that every API server can price every bill, though only the first one sees snapshots. What
-    may differ between its engines, or cannot be told here, is None.
+    With these facts every API server can price every bill, though only the first one sees
+    snapshots. A fact that may differ between the engines, or is unknown here, is None.
     """
     config = engine_client.vllm_config
     try:
@@ -85,7 +85,7 @@ def run_facts(engine_client: Any) -> RunFacts:
 
 
 def _engines_are_here(parallel_config: Any) -> bool:
-    """Tell whether all engines of this API server run on its own machine."""
+    """Return whether all engines of this API server run on its own machine."""
     if getattr(parallel_config, "local_engines_only", False):
         return True
     engines = int(getattr(parallel_config, "data_parallel_size", 1))

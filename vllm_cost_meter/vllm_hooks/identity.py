@@ -1,6 +1,6 @@
-"""What an engine is: its model, hardware, parallelism, host and precision; and its meter.
+"""Make an engine's meter, and read its model, hardware, parallelism, host and precision from vLLM.
 
-Invariant: nothing here changes vLLM, and an engine whose GPUs cannot be found is metered without
+Invariant: nothing here changes vLLM. If an engine's GPUs cannot be found, it is metered without
 their energy.
 """
 
@@ -20,9 +20,9 @@ logger = logging.getLogger("vllm.cost_meter")
 
 def make_engine_meter(scheduler: Any) -> EngineMeter:
     """Make the meter of one engine from its scheduler's configuration."""
-    from vllm.version import __version__ as vllm_version  # not in old workers
+    from vllm.version import __version__ as vllm_version  # Only engines need it.
 
-    from vllm_cost_meter.vllm_hooks.model_counts import prior_of_model  # engine only
+    from vllm_cost_meter.vllm_hooks.model_counts import prior_of_model  # Only engines need it.
 
     settings = load_engine_settings()
     config = scheduler.vllm_config
@@ -61,24 +61,24 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
 
 
 def _energy_counter(parallel: Any) -> EnergyCounter:
-    """Make the counter of the engine's own GPUs. Never raises: without one, the rest goes on."""
+    """Make the energy counter of the engine's GPUs. Never raises; metering goes on without it."""
     try:
-        from vllm_cost_meter.vllm_hooks import devices  # engine only
+        from vllm_cost_meter.vllm_hooks import devices  # Only engines need it.
 
         ordinals, why_none = devices.gpu_ordinals(parallel)
     except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-        ordinals, why_none = [], f"which GPUs are the engine's cannot be told: {error!r}"
+        ordinals, why_none = [], f"the engine's GPUs could not be found out: {error!r}"
     return EnergyCounter(ordinals, why_none=why_none)
 
 
 def host_name() -> str:
-    """Return the name of this machine, empty where it has none."""
+    """Return the name of this machine, or an empty text if it has none."""
     return platform.node()
 
 
 def device_name() -> str:
-    """Return the name of the GPU, or of the CPU where vLLM runs on that."""
-    from vllm.platforms import current_platform  # engines and API servers only
+    """Return the name of the GPU, or of the CPU if vLLM runs on that."""
+    from vllm.platforms import current_platform  # Only engines and API servers need it.
 
     if current_platform.is_cpu():
         cpuinfo = Path("/proc/cpuinfo")
@@ -89,9 +89,9 @@ def device_name() -> str:
 
 
 def precision_of(vllm_config: Any) -> str:
-    """Return what an engine computes in: its data type, and quantization of weights and cache."""
+    """Return an engine's data type and the quantization of weights and cache, as one text."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    # It is told and nothing depends on it, so an engine is metered without it too.
+    # This text is only shown, so an engine is metered without it too.
     parts = [str(getattr(model, "dtype", "unknown")).removeprefix("torch.")]
     if quantization := getattr(model, "quantization", None):
         parts.append(f"{quantization} weights")
@@ -101,6 +101,6 @@ def precision_of(vllm_config: Any) -> str:
 
 
 def model_name(vllm_config: Any) -> str:
-    """Return the (first) served model name of a vLLM configuration."""
+    """Return the first served model name of a vLLM configuration."""
     name = vllm_config.model_config.served_model_name
     return str(name[0] if isinstance(name, list) else name)

@@ -1,6 +1,6 @@
-"""Hooks on vLLM's command line and on how it loads plugins: the two that an unnamed meter has.
+"""Hooks on vLLM's command line and plugin loading: the only hooks of a meter that is not named.
 
-Invariant: vLLM's parser and its plugins are what they would be, but for our flags and our logger.
+Invariant: vLLM's parser and plugins stay as they are, except for our flags and our stat logger.
 """
 
 import argparse
@@ -25,7 +25,7 @@ STAT_LOGGER_PLUGINS = "vllm.stat_logger_plugins"
 
 def hook_cli_flags(add_flags: Callable[[argparse.ArgumentParser], None]) -> None:
     """Call `add_flags(parser)` whenever vLLM fills an argument parser with engine arguments."""
-    from vllm.engine.arg_utils import EngineArgs  # it imports us back
+    from vllm.engine.arg_utils import EngineArgs  # At the top it would be a circular import.
 
     original = EngineArgs.add_cli_args
     if hasattr(original, "cost_meter_original"):
@@ -37,7 +37,7 @@ def hook_cli_flags(add_flags: Callable[[argparse.ArgumentParser], None]) -> None
         try:
             add_flags(filled)
         except Exception:
-            logger.exception("cost meter: without its flags; VLLM_PLUGINS can name it")
+            logger.exception("cost meter: its flags cannot be added; name it in VLLM_PLUGINS")
         return filled
 
     add_cli_args.cost_meter_original = original  # type: ignore[attr-defined]
@@ -62,16 +62,16 @@ def hook_stat_logger_loading(is_active: Callable[[], bool], plugin_name: str) ->
 
     load_plugins_by_group.cost_meter_original = original  # type: ignore[attr-defined]
     vllm.plugins.load_plugins_by_group = load_plugins_by_group
-    # It may already hold the original under its own name; importing it here would be heavy.
+    # This vLLM module may already hold the original function. Importing it here would be heavy.
     if loggers := sys.modules.get("vllm.v1.metrics.loggers"):
         loggers.load_plugins_by_group = load_plugins_by_group  # type: ignore[attr-defined]
 
 
 def _stat_logger_fits() -> bool:
-    """Tell whether vLLM will call our stat logger as it expects: an error in it stops vLLM."""
+    """Return whether vLLM has the stat logger interface that ours expects; a misfit stops vLLM."""
     try:
         canary.check(canary.STAT_LOGGER)
     except VllmMismatchError as error:
-        logger.error("cost meter: without latency metrics, all else is metered: %s", error)
+        logger.error("cost meter: no latency metrics; everything else is metered: %s", error)
         return False
     return True

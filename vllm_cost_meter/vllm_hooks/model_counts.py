@@ -1,8 +1,10 @@
-"""What vLLM's own ModelMetrics counts for a model, as coefficients: the cost model's first prior.
+"""Derive the cost model's prior from vLLM's own counts of FLOPs and bytes (ModelMetrics).
 
-vLLM counts FLOPs and bytes of a batch operation by operation (`vllm/v1/metrics/perf.py`). What it
-counts is linear in the batch's sums, so a few made-up batches give the coefficients. Loaded in the
-engine's process, once, when the meter is made; an error there means a prior that knows less.
+vLLM counts the FLOPs and bytes of a batch operation by operation (`vllm/v1/metrics/perf.py`). The
+counts are linear in the batch's sums, so a few made-up batches give the coefficients. This runs
+once in the engine's process, when the meter is made.
+
+Invariant: an error here never leaves the module; the prior then knows nothing.
 """
 
 import logging
@@ -14,14 +16,15 @@ from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior, peaks_of, p
 
 logger = logging.getLogger("vllm.cost_meter")
 
-Batch = Sequence[tuple[int, int]]  # (tokens, context at the end of the step) of each request
-# Tokens of the made-up batches: enough that every expert is chosen.
+# A batch has (tokens, context at the end of the step) for each request.
+Batch = Sequence[tuple[int, int]]
+# The made-up batches have so many tokens that every expert is chosen.
 MANY = 4_096
 
 
 def context_of(batch: Batch) -> Any:
-    """Return vLLM's form of a batch. More than one token is a prefill chunk, as vLLM has it."""
-    from vllm.v1.metrics.perf import ExecutionContext  # a vLLM may not have it
+    """Return a batch in vLLM's form. As in vLLM, more than one token means a prefill chunk."""
+    from vllm.v1.metrics.perf import ExecutionContext  # Some vLLMs do not have it.
 
     context = ExecutionContext()
     for tokens, context_tokens in batch:
@@ -30,9 +33,9 @@ def context_of(batch: Batch) -> Any:
 
 
 def linear(count: Callable[[Batch], int]) -> tuple[float, tuple[float, float, float, float]]:
-    """Return the fixed part of a count, and its coefficients, by differences.
+    """Return the fixed part of a count and its coefficients, by differences.
 
-    The coefficients are of tokens, requests, the sum of tokens x context, and of context.
+    There is one coefficient each for tokens, requests, the sum of tokens x context, and context.
     """
     small, large = count([(MANY, 0)]), count([(2 * MANY, 0)])
     per_token = (large - small) / MANY
@@ -46,15 +49,15 @@ def linear(count: Callable[[Batch], int]) -> tuple[float, tuple[float, float, fl
 
 
 def prior_of_model(vllm_config: Any, device_name: str) -> Prior:
-    """Return the prior of the model that a vLLM configuration describes.
+    """Return the cost model's prior for the model of a vLLM configuration.
 
-    Where vLLM counts nothing for the model (or fails), that is that a step costs its tokens.
+    If vLLM counts nothing for the model, or fails, the prior says that a step costs its tokens.
     """
     perf_logger = logging.getLogger("vllm.v1.metrics.perf")
     level = perf_logger.level
-    perf_logger.setLevel(logging.WARNING)  # it tells what it instantiates
+    perf_logger.setLevel(logging.WARNING)  # Otherwise it logs each object it makes.
     try:
-        from vllm.v1.metrics.perf import ModelMetrics  # a vLLM may not have it
+        from vllm.v1.metrics.perf import ModelMetrics  # Some vLLMs do not have it.
 
         metrics = ModelMetrics(vllm_config)
         if not metrics.is_enabled():
@@ -65,7 +68,7 @@ def prior_of_model(vllm_config: Any, device_name: str) -> Prior:
             peaks_of(device_name),
             "ModelMetrics",
         )
-    except Exception as error:  # noqa: BLE001 - vLLM's, for a model it does not know
+    except Exception as error:  # noqa: BLE001 - vLLM may raise anything for an unknown model
         logger.warning("cost meter: no counts of FLOPs and bytes for this model: %r", error)
         return NOTHING_KNOWN
     finally:

@@ -1,6 +1,6 @@
-"""Hooks on vLLM's output processor: births of engine requests, and bills that arrive.
+"""Hooks on vLLM's output processor: note new engine requests, and take out arriving bills.
 
-No body of vLLM is replaced. docs/reference/hooks.md says what is hooked, and why there.
+The hooks replace no vLLM code. docs/reference/hooks.md says what is hooked, and why there.
 
 Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
 """
@@ -15,29 +15,28 @@ from vllm_cost_meter.units.time import NS_PER_SECOND
 
 
 class Births(Protocol):
-    """What takes births of engine requests, and their bills."""
+    """The receiver of new engine requests and their bills."""
 
     def born(self, birth: Birth) -> None:
-        """An engine request was born in this process."""
+        """Note an engine request that began in this process."""
 
     def billed(self, bill: Bill) -> None:
-        """A bill came."""
+        """Note a bill that arrived."""
 
 
 class Api(Protocol):
-    """The API side of the meter, which contains every error of the hooks."""
+    """The meter's API side, which contains every error of the hooks."""
 
     def run(self, hook: str, body: Callable[..., Any], *args: Any) -> Any:
         """Call `body(births, *args)`. Never raises; None after an error."""
 
 
 def hook_output_processor(collector: Callable[[], Api]) -> None:
-    """Hook the birth of engine requests and the arrival of bills in the API server.
+    """Hook the start of engine requests and the arrival of bills in the API server.
 
-    `collector` is called at each use, so that the API side is made only in the process that needs
-    it.
+    `collector` is called at each use, so that only a process that needs the API side makes it.
     """
-    from vllm.v1.engine.output_processor import OutputProcessor  # heavy
+    from vllm.v1.engine.output_processor import OutputProcessor  # heavy import
 
     add_request = OutputProcessor.add_request
     process_outputs = OutputProcessor.process_outputs
@@ -59,7 +58,7 @@ def hook_output_processor(collector: Callable[[], Api]) -> None:
         try:
             return process_outputs(self, engine_core_outputs, *args, **kwargs)
         finally:
-            # After the original, which completes the request's own statistics.
+            # Bill after vLLM's method, because that completes the request's statistics.
             for bill in bills or ():
                 collector().run("bill", _billed, bill)
 
@@ -85,7 +84,7 @@ def _born(collector: Births, processor: Any, request: Any, parent: Any) -> None:
 
 
 def _take_bills(_collector: Births, outputs: list[Any]) -> list[str]:
-    """Take the bills out of a list of outputs, and the outputs that carry nothing else."""
+    """Remove and return the bills in `outputs`, and remove outputs that carry nothing else."""
     bills: list[str] = []
     late = False
     for output in outputs:

@@ -1,8 +1,8 @@
 """Hooks on vLLM's scheduler, where each engine step is measured.
 
-What is hooked, and why there, is in docs/reference/hooks.md. No body of vLLM is replaced: each hook
-calls the original with the arguments that came and hands on what it returned. Hooks are idempotent.
-A vLLM that does not look as expected is left untouched (`canary.py`).
+docs/reference/hooks.md says what is hooked, and why there. The hooks replace no vLLM code: each
+calls the original method with the same arguments and returns its result. A hook that is installed
+twice has no further effect. A vLLM that does not look as expected is left untouched (`canary.py`).
 
 Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
 """
@@ -24,7 +24,7 @@ logger = logging.getLogger("vllm.cost_meter")
 
 
 class MeteredScheduler:
-    """Mixed in front of whatever scheduler class vLLM chose."""
+    """A mixin that meters the scheduler class behind it, which vLLM or the operator chose."""
 
     cost_meter: EngineMeter | NoMeter = NoMeter()
 
@@ -66,7 +66,7 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
     for request_id in output.preempted_req_ids or ():
         meter.preempt(request_id, now_ns)
     if not output.total_num_scheduled_tokens:
-        return  # takes no device time
+        return  # Such a step takes no device time.
     tokens = output.num_scheduled_tokens
     others = {}
     for new in output.scheduled_new_reqs:
@@ -102,17 +102,18 @@ def _result_came(
 def _results_of_drafts(
     drafts: Mapping[str, Any], model_output: Any, requests: Mapping[str, Any]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Return of how many tokens of each draft nothing came, and of its request's output the length.
+    """Return two counts by request with drafts: rejected draft tokens, and uncut output length.
 
-    That is the length if all that was sampled goes into it. vLLM cuts off what is behind the end of
-    the request: what is left when the request is freed tells how much that was.
+    The uncut length is the output's length if all sampled tokens go into it. vLLM cuts off the
+    tokens behind the end of the request. The output's real length, when the request is freed, shows
+    how many were cut.
     """
     rejected, outputs_uncut = {}, {}
     for request_id, draft in drafts.items():
         place = model_output.req_id_to_index.get(request_id)
         sampled = model_output.sampled_token_ids[place] if place is not None else ()
-        # What was sampled is the accepted part of the draft and one token more; nothing at all is
-        # of a prefill that goes on, or of a request that was aborted meanwhile.
+        # The sampled tokens are the accepted part of the draft and one token more. Without any, a
+        # prefill goes on or the request was aborted meanwhile.
         if len(sampled):
             rejected[request_id] = max(len(draft) + 1 - len(sampled), 0)
             if (request := requests.get(request_id)) is not None:
@@ -134,13 +135,13 @@ def _freed(meter: EngineMeter, now_ns: int, request: Any) -> None:
     )
     bill = meter.ended(request.request_id, request.client_index, facts, now_ns)
     if bill is not None:
-        # Echoed in the request's last output, which is built after this; never mutated in place,
-        # as the mapping may be shared.
+        # vLLM copies the headers into the request's last output, which is built after this. We
+        # make a new mapping, because the old one may be shared.
         request.trace_headers = {**(request.trace_headers or {}), BILL_KEY: write_bill(bill)}
 
 
 def _carry_late_bills(meter: EngineMeter, _now_ns: int, outputs: dict[int, Any]) -> None:
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs  # see canary
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs  # The canary has checked both.
 
     for client_index, bill in meter.take_late():
         carrier = EngineCoreOutput(CARRIER_ID, [], trace_headers={BILL_KEY: write_bill(bill)})
@@ -148,21 +149,21 @@ def _carry_late_bills(meter: EngineMeter, _now_ns: int, outputs: dict[int, Any])
 
 
 def meter_scheduler_class(scheduler_class: type) -> type:
-    """Return a metered subclass of a scheduler class; of one not understood, the class itself."""
+    """Return a metered subclass of a scheduler class, or the same class if it is not understood."""
     try:
         if issubclass(scheduler_class, MeteredScheduler):
             return scheduler_class
         where = f"{scheduler_class.__module__}.{scheduler_class.__qualname__}"
         canary.check_callables(scheduler_class, canary.SCHEDULER, where)
         return type(f"Metered{scheduler_class.__name__}", (MeteredScheduler, scheduler_class), {})
-    except Exception as error:  # noqa: BLE001 - of a class that somebody else chose
+    except Exception as error:  # noqa: BLE001 - a custom scheduler class may raise anything
         logger.error("cost meter: the engine runs unmetered: %s. %s", error, canary.WHAT_TO_DO)
         return scheduler_class
 
 
 def hook_scheduler_choice() -> None:
     """Make SchedulerConfig.get_scheduler_cls return metered classes."""
-    from vllm.config import SchedulerConfig  # see canary
+    from vllm.config import SchedulerConfig  # The canary has checked it.
 
     original = SchedulerConfig.get_scheduler_cls
     if hasattr(original, "cost_meter_original"):

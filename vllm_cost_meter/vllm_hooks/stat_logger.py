@@ -1,9 +1,9 @@
-"""vLLM's `vllm.stat_logger_plugins` entry: latency distributions and sleep state, per API server.
+"""The stat logger: feeds latencies and sleep state from vLLM to the meter's metrics.
 
-vLLM calls `record` once per batch of outputs, on the event loop, and stops the server when a stat
-logger raises. So every method contains its own errors. It sees no request ids (those come with the
-bills) and, with several API servers, only its own share of the iterations: the histograms of all
-of them add up.
+vLLM finds it by the entry point `vllm.stat_logger_plugins`. It calls `record` once per batch of
+outputs, on the event loop, and stops the server if a stat logger raises. So every method contains
+its own errors. The logger sees no request ids; those come with the bills. Each of several API
+servers sees only its own share of the iterations, and their histograms add up.
 
 Invariant: no method raises.
 """
@@ -19,8 +19,8 @@ class CostStatLogger(AggregateStatLoggerBase):
     """Feeds each iteration's latencies to the meter's histograms."""
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
-        # Not at the top: vLLM loads this module also where the meter is inert, and importing our
-        # metrics would show them on its /metrics.
+        # This import is not at the top, because vLLM also loads this module where the meter is
+        # inert, and importing our metrics would show them on vLLM's /metrics.
         from vllm_cost_meter import metrics
 
         self.guard = Guard("stat logger")
@@ -49,12 +49,12 @@ class CostStatLogger(AggregateStatLoggerBase):
             self.guard.failed("record", error)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say: the meter's own start line says it."""
+        """Log nothing, because the meter logs its own start line."""
 
     def record_sleep_state(self, is_awake: int, level: int) -> None:
         """Show whether the engines are awake; vLLM calls this after sleep and wake-up."""
         try:
-            # vLLM passes 1 with the level when it goes to sleep, and 0, 0 when it has woken up.
+            # vLLM passes is_awake=1 with the level when it goes to sleep, and 0, 0 after wake-up.
             self._metrics.ENGINE_AWAKE.set(0 if is_awake else 1)
         except Exception as error:  # noqa: BLE001 - an exception here fails the sleep request
             self.guard.failed("record_sleep_state", error)

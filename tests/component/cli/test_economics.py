@@ -51,7 +51,7 @@ def test_explain_prints_the_sql_behind_a_figure(path):
     result = run("economics", "--explain", "arrivals_per_s", "--ledger", path)
     assert result.exit_code == 0
     about, sql = result.stdout.split("\n", 1)
-    assert about == "arrivals_per_s: lambda"
+    assert about == "arrivals_per_s: lambda: arrivals / observed time"
     with sqlite3.connect(path) as connection:
         assert connection.execute(sql).fetchall() == [(None,)]  # nothing ran in the last week
     told = run("economics", "--explain", "arrivals_per_s", "--ledger", path, "--json").stdout

@@ -95,7 +95,7 @@ def test_a_mount_that_is_away_is_given_up_and_costs_one_thread_however_often_it_
     assert mount.waiting == 1
     mount.is_back.set()
     deadline = time.monotonic() + 5
-    while reading._given_up[path].is_alive() and time.monotonic() < deadline:
+    while not reading._given_up[path].done() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert reading.read_text(path, within_s=5) == 'reply = "none"'
     assert reading.stamp_of(path, within_s=5) is not None

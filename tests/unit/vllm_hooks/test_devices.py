@@ -95,7 +95,7 @@ def test_an_engine_on_the_cpu_has_no_gpu(monkeypatch):
 def test_gpus_that_cannot_be_found_out_make_an_engine_without_energy(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     counter = identity._energy_counter(config(assigned_physical_gpu_ids=[6, 7]))
-    assert "no_device: which GPUs are the engine's cannot be told" in counter.read(0).reason
+    assert "no_device: the engine's GPUs could not be found out" in counter.read(0).reason
 
 
 def test_the_counter_is_of_the_gpus_that_were_found(monkeypatch):

@@ -1,1 +1,1 @@
-"""Energy of an engine's GPUs: read through NVML, divided by GPU time."""
+"""Energy of an engine's GPUs: read it through NVML, and divide it in proportion to GPU time."""

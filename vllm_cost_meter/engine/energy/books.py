@@ -1,21 +1,21 @@
-"""The energy of one engine run: who used each millijoule that was read since the run began.
+"""The energy books of one engine run: charge every millijoule read to a request or a class.
 
-The energy is read once per snapshot; what lies between two readings is a window (energy.py), and
-`energy_shares.py` says how a window is divided: over the time that the books booked in it to each
-class and, of what was busy, to each request. Three things keep that right at the edges:
+The energy is read once per snapshot. The time between two readings is a window (`meter.py`). A
+window is divided over the time that the books booked in it: to each class, and within busy time to
+each request (`shares.py`). Three rules keep that right at the edges:
 
-- A step that runs when a window ends has no shares yet. It takes part as `in_flight`, and what it
-  gets is divided, with the busy part of the next window, by the time that is booked then. Otherwise
-  the idle moment before a long step would be charged with the power of the step.
-- A bill leaves before its window ends. So it says nothing of energy: a later snapshot tells, by the
-  bill's number, until one that told it is acknowledged.
-- A request that ran in a window whose energy is unknown has none that is known, in the hour in
-  which that window ended. What else was read of it in that hour is `unattributed`.
+- A step that runs when a window ends has no shares yet. It takes part as `in_flight`. Its energy is
+  divided later, together with the busy part of the next window, by the time that is booked then.
+  Otherwise the idle moment before a long step would be charged with the power of the step.
+- A bill leaves before its window ends, so it cannot include energy. A later snapshot reports the
+  energy by the bill's number, and repeats it until a snapshot that had it is acknowledged.
+- If a request ran in a window with unknown energy, its energy is unknown for the hour in which that
+  window ended. Its known energy in that hour becomes `unattributed`.
 
 Energy belongs to the hour in which its window ends, at most one window after it was used.
 
-Invariant: the classes add up to the energy read, to the millijoule, over the run and, hour by hour,
-over its hours; and the class `requests` to all energies that were told.
+Invariant: the classes add up to the energy read, to the millijoule, over the run and within each
+hour. The class `requests` is the sum of all request energies that were reported.
 """
 
 import logging
@@ -36,17 +36,18 @@ logger = logging.getLogger("vllm.cost_meter")
 
 # Classes of busy time besides requests; `lost` is mostly steps that could not be measured.
 BUSY_CLASSES = ("tail", "dummy", "lost")
-# Bills whose energy is still to be told, or to be acknowledged: 10 MB. Beyond that nobody asks.
+# Number of bills with energy that is not reported or not acknowledged yet; they take 10 MB. If
+# there are more, nobody reads the snapshots.
 UNTOLD_MAX = 50_000
 
 
 @dataclass(frozen=True, slots=True)
 class WindowEnd:
-    """The books as snapshot `number` tells them: a window ends there.
+    """The time books at the end of a window, i.e. at snapshot `number`.
 
-    `totals` and, by open request, `open_gpu_ns` are GPU-ns since the beginning; `running_ns` those
-    of the step that runs, which has not been split. `running` are the requests in that step; they
-    are needed only where the window's energy is unknown.
+    `totals` and `open_gpu_ns` (by open request) are GPU-ns since the run began. `running_ns` is the
+    GPU time of the running step, which is not split yet. `running` lists the requests of that step;
+    they are needed only if the window's energy is unknown.
     """
 
     number: int
@@ -58,17 +59,17 @@ class WindowEnd:
 
     @property
     def measured_ns(self) -> int:
-        """GPU-ns since the first reading."""
+        """The GPU-ns since the first reading."""
         return self.totals.total() - self.totals.startup
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """What a request had at the end of the window before, and its energy by hour so far."""
+    """A request's GPU time at the end of the last window, and its energy by hour so far."""
 
     gpu_ns: int = 0
     mj: dict[int, int] = field(default_factory=dict)
-    # By hour, the code that says why a part of it is unknown.
+    # The reason code of each hour in which a part of the energy is unknown.
     unknown: dict[int, str] = field(default_factory=dict)
 
     def miss(self, hour: int, reason: str) -> None:
@@ -77,41 +78,41 @@ class _Request:
         self.unknown.setdefault(hour, reason.partition(":")[0])
 
 
-# By who has a part of a window's busy time, a request or a class: its GPU-ns.
+# GPU-ns of a window's busy time, by request or class.
 _Parties = dict[_Request | str, int]
 
 
 class EnergyBooks:
-    """Divides the windows of one run. `dropped` counts what of requests will never be told."""
+    """Divides the windows of one run. `dropped` counts requests with energy never reported."""
 
     def __init__(self, gpus: int) -> None:
         """Begin at the first reading, when all time so far was booked as startup."""
         self.dropped = 0
         self.off = False
         self._bounds = PowerBounds(gpus)
-        # What was read, None until something was, and why the latest unknown window is unknown.
+        # The energy read, None before the first reading; and why the latest unknown window is so.
         self._energy_mj: int | None = None
         self._unknown_ns = 0
         self._reason: str | None = None
-        # The end of the window before, and what each open request had by then.
+        # The end of the last window, and each open request at that instant.
         self._end = WindowEnd(0, 0, ClassTotals(), {}, 0)
         self._open: dict[str, _Request] = {}
-        # Bills since then: number, request, GPU-ns.
+        # Bills since the last window: number, request, GPU-ns.
         self._billed: deque[tuple[int, str, int]] = deque()
-        # GPU-ns since then of bills that were dropped.
+        # GPU-ns of bills that were dropped since the last window.
         self._dropped_ns = 0
-        # Read but not divided yet: of the step that runs, and of a window without any time.
+        # Energy read but not divided yet: for the running step, and for a window without any time.
         self._running_mj = 0
         self._carried_mj = 0
         self._classes = dict.fromkeys(ENERGY_CLASSES, 0)
         self._hours: dict[int, dict[str, int]] = {}
-        # By hour, the first snapshot that surely told of its latest change.
+        # The first snapshot that surely included an hour's latest change, by hour.
         self._changed: dict[int, int] = {}
-        # Told but not acknowledged, by the snapshot that told it first.
+        # Reported but not acknowledged energies, each with the first snapshot that had it.
         self._told: deque[tuple[int, RequestEnergy]] = deque()
 
     def billed(self, seq: int, request_id: str, gpu_ns: int) -> None:
-        """A request got its bill, of so much GPU time."""
+        """Note the bill of a request and its GPU time."""
         if self.off:
             return
         while len(self._billed) + len(self._told) >= UNTOLD_MAX:
@@ -121,7 +122,7 @@ class EnergyBooks:
     def close_window(
         self, end: WindowEnd, energy_mj: int | None, reason: str | None, power_max_mw: int | None
     ) -> None:
-        """Divide what was read since the window before; None with a reason if it is unknown."""
+        """Divide the energy of a window; `energy_mj` is None, with a reason, if unknown."""
         before, self._end = self._end, replace(end, totals=replace(end.totals))
         window_ns = end.measured_ns - before.measured_ns
         if energy_mj is None:
@@ -138,7 +139,7 @@ class EnergyBooks:
         else:
             self._energy_mj = (self._energy_mj or 0) + energy_mj
             self._carried_mj += energy_mj
-            self._cell_of(end.hour)  # known, though it may be 0
+            self._cell_of(end.hour)  # The hour's energy is known, even if it is 0.
             if busy_ns or any(quiet.values()):
                 self._bounds = replace(self._bounds, max_mw=power_max_mw)
                 self._bounds = self._bounds.after(self._carried_mj, window_ns)
@@ -148,7 +149,7 @@ class EnergyBooks:
             self._tell(seq, request)
 
     def give_up(self, reason: str) -> None:
-        """The energy cannot be known any more: keep nothing of requests from now on."""
+        """Stop keeping energy of requests, because no energy can be read any more."""
         if self.off:
             return
         self.off = True
@@ -163,7 +164,7 @@ class EnergyBooks:
     def energy(
         self, acknowledged: int, devices: Iterable[tuple[str | None, str | None]]
     ) -> RunEnergy:
-        """Return the run's energy at the end of the window, with what snapshots since said."""
+        """Return the run's energy at the end of the window, with all news not yet acknowledged."""
         hour = self._end.hour
         while self._told and self._told[0][0] <= acknowledged:
             self._told.popleft()
@@ -171,7 +172,7 @@ class EnergyBooks:
             if number <= acknowledged and past != hour:
                 del self._changed[past]
         if self._energy_mj is None:
-            # Nothing was divided; but requests may have been told that theirs is unknown.
+            # Nothing was divided, but `told` may hold requests with unknown energy.
             told = tuple(told for _, told in self._told)
             return RunEnergy(
                 None, self._reason, self._unknown_ns, devices=tuple(devices), told=told
@@ -179,7 +180,7 @@ class EnergyBooks:
         undivided_mj = self._running_mj + self._carried_mj
         if undivided_mj or hour in self._hours:
             self._cell_of(hour)
-            # The next snapshot tells of it again, if in another hour without what is undivided.
+            # The next snapshot repeats this hour; by then the undivided energy may have left it.
             self._changed_in(hour)
         hours = {past: dict(self._hours[past]) for past in self._changed}
         if undivided_mj:
@@ -197,7 +198,7 @@ class EnergyBooks:
     # -- a window -------------------------------------------------------------------------------
 
     def _parties(self, before: WindowEnd) -> tuple[_Parties, list[tuple[int, _Request]]]:
-        """Return who was busy in the window, and the requests that were billed in it."""
+        """Return the parties of the window's busy time, and the requests billed in it."""
         end = self._end
         known = self._open
         parties: _Parties = {}
@@ -207,8 +208,8 @@ class EnergyBooks:
             parties[request] = gpu_ns - request.gpu_ns
             ended.append((seq, request))
         self._billed.clear()
-        # Who is neither open nor billed was written off, and so was who has less than it had: that
-        # is another request of the same id.
+        # A request that is neither open nor billed was written off. So was one that has less time
+        # than before: the id now belongs to another request.
         gone = [known.pop(request_id) for request_id in known.keys() - end.open_gpu_ns.keys()]
         for request_id, gpu_ns in end.open_gpu_ns.items():
             found = known.get(request_id)
@@ -219,7 +220,7 @@ class EnergyBooks:
                 parties[found] = gpu_ns - found.gpu_ns
                 found.gpu_ns = gpu_ns
         parties |= {name: self._grown(name, before) for name in BUSY_CLASSES}
-        # All that they had has become lost.
+        # All their time has become lost.
         parties["lost"] = max(parties["lost"] - sum(each.gpu_ns for each in gone), 0)
         for request in gone:
             self._move_all("lost", request)
@@ -232,7 +233,7 @@ class EnergyBooks:
         return grown
 
     def _miss(self, parties: _Parties, reason: str) -> None:
-        """Note of everyone who ran in the window that its energy is unknown."""
+        """Note that the energy is unknown for every request that ran in the window."""
         for party, gpu_ns in parties.items():
             if gpu_ns and isinstance(party, _Request):
                 party.miss(self._end.hour, reason)
@@ -242,7 +243,7 @@ class EnergyBooks:
                     self._open[request_id].miss(self._end.hour, reason)
 
     def _divide(self, busy_ns: int, quiet: Mapping[str, int]) -> int:
-        """Charge the quiet classes with their part of the window; return the busy part."""
+        """Charge the quiet classes with their part of the window, and return the busy part."""
         shares = split_energy(self._carried_mj, {"busy": busy_ns}, quiet, self._bounds)
         self._carried_mj = 0
         for name, mj in shares.quiet_mj.items():
@@ -250,10 +251,10 @@ class EnergyBooks:
         return shares.busy_mj["busy"]
 
     def _divide_busy(self, busy_mj: int, parties: _Parties) -> None:
-        """Charge everyone who was busy with a part in proportion to time."""
+        """Charge each busy party in proportion to its time."""
         self._running_mj = busy_mj
         if not any(parties.values()):
-            return  # nobody yet: it is the next window's
+            return  # There is no party yet, so the next window takes the energy.
         hour = self._end.hour
         requests_mj = 0
         for party, mj in split_by_time(busy_mj, parties).items():
@@ -269,7 +270,7 @@ class EnergyBooks:
     # -- requests -------------------------------------------------------------------------------
 
     def _tell(self, seq: int, request: _Request) -> None:
-        """Have the next snapshots tell the energy of a request whose last window has ended."""
+        """Queue a request's energy for the next snapshots, once its last window has ended."""
         for hour, mj in (request.mj or {self._end.hour: 0}).items():
             reason = request.unknown.get(hour)
             self._move("in_flight", "unattributed" if reason else "requests", mj, hour)
@@ -277,11 +278,11 @@ class EnergyBooks:
             self._told.append((self._end.number, energy))
 
     def _drop_oldest(self) -> None:
-        """Never tell the energy of one request: nobody has asked for very long."""
+        """Drop the oldest request's energy, because nobody has read snapshots for very long."""
         if not self.dropped:
             logger.warning(
-                "cost meter: nobody has taken the energy of the last %d requests; that of the"
-                " oldest is dropped from now on, and is null in the ledger",
+                "cost meter: nobody has read the energy of the last %d requests; the oldest ones"
+                " are dropped from now on, and their energy is null in the ledger",
                 UNTOLD_MAX,
             )
         self.dropped += 1
@@ -314,7 +315,7 @@ class EnergyBooks:
 
     def _changed_in(self, hour: int) -> None:
         if hour in self._hours:
-            # Changes also come between two snapshots; one snapshot too many does no harm.
+            # A change may fall between two snapshots. Sending an hour once too often does no harm.
             self._changed[hour] = self._end.number + 1
 
     def _cell_of(self, hour: int) -> dict[str, int]:
@@ -324,7 +325,7 @@ class EnergyBooks:
 
 
 def _take(known: dict[str, _Request], request_id: str, gpu_ns: int) -> _Request:
-    """Take out what is known of a request; a new one of the same id has less time than it had."""
+    """Remove and return a known request; a smaller `gpu_ns` means a new request with its id."""
     request = known.get(request_id)
     if request is None or request.gpu_ns > gpu_ns:
         return _Request()

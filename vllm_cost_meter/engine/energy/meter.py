@@ -1,10 +1,10 @@
-"""Reads the energy of one engine's GPUs whenever a snapshot is taken, and keeps its books.
+"""The energy meter: reads an engine's GPU energy at each snapshot, and keeps the energy books.
 
-A window ends at the instant of each snapshot, so that the energy read and the time booked are of
-the same stretch. Never on the path of a step: what a bill costs here is one entry in a list.
+A window ends at the instant of each snapshot, so that energy and booked time cover the same
+stretch. Nothing is read while a step is processed; a bill costs one list entry here.
 
-Invariant: nothing here raises. After an error of its own the energy is unknown from then on, and
-what was known before stays as it was; time and bills do not depend on it.
+Invariant: nothing here raises. After an error of the energy meter, further energy is unknown, and
+energy known before stays as it was. Time and bills do not depend on it.
 """
 
 import logging
@@ -26,7 +26,7 @@ class EnergyMeter:
     """The energy of one engine run: its counter, its windows, its books."""
 
     def __init__(self, counter: EnergyCounter, gpus: int, now_ns: int) -> None:
-        """Read for the first time, which is where the first window begins."""
+        """Read the counter for the first time; the first window begins there."""
         self._counter = counter
         self._books = EnergyBooks(gpus)
         self._failed = False
@@ -36,7 +36,7 @@ class EnergyMeter:
         self._give_up_if_lasting(reading.reason)
 
     def billed(self, bill: Bill) -> None:
-        """Note a bill, whose energy is known when the window ends."""
+        """Note a bill. Its energy is known when the window ends."""
         if self._books.off:
             return
         try:
@@ -47,7 +47,7 @@ class EnergyMeter:
     def added_to(
         self, snapshot: Snapshot, books: EngineBooks, now_ns: int, acknowledged: int
     ) -> Snapshot:
-        """End a window at `now_ns`, when `books` told `snapshot`; return that with the energy."""
+        """End a window at `now_ns`, the instant of `snapshot`; return it with the energy added."""
         try:
             if not self._failed:
                 self._last = self._energy(snapshot, books, now_ns, acknowledged)

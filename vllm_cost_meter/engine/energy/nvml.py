@@ -1,14 +1,14 @@
-"""The energy that an engine's GPUs use, read from NVML.
+"""Read the energy of an engine's GPUs through NVML.
 
-NVML counts the millijoules that each card used since its driver was loaded: the whole board, memory
-included, and all that runs on it. On Volta or newer; the counter moves every 20 to 100 ms.
-`EnergyCounter` reads the cards of one engine and returns what they used since it read them before,
-a *window*; `energy_shares.py` divides that. Source of every NVML call here:
+NVML counts the millijoules that each card has used since its driver was loaded. The count covers
+the whole board, memory included, and everything that runs on it. It exists on Volta and newer, and
+moves every 20 to 100 ms. `EnergyCounter` reads the cards of one engine and returns the energy used
+since the last read, a *window*; `shares.py` divides it. All NVML calls here are documented at
 https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html
 
-Unknown is None with a reason, never 0. One card that cannot be read makes the window unknown, as a
-sum over the others would be wrong. A reason reads "code: what happened"; the codes are `REASONS`.
-A card that was lost is looked for again, and what it used meanwhile is not made up.
+An unknown energy is None with a reason, never 0. One unreadable card makes the window unknown,
+because a sum over the others would be wrong. A reason reads "code: what happened"; the codes are
+`REASONS`. A lost card is looked for again. Its energy in the meantime is not made up.
 
 Invariant: nothing here raises into its caller, waits for anything, or starts a thread.
 """
@@ -23,24 +23,24 @@ from vllm_cost_meter.units.time import NS_PER_SECOND
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# Why energy is unknown, for good (no card can come to be readable later) ...
+# Reasons that hold for good: no card can become readable later.
 FINAL_REASONS = ("no_device", "no_binding", "no_library", "order")
-# ... or until a reading says otherwise.
+# All reasons why energy is unknown. Those that are not final hold until the next good reading.
 REASONS = (*FINAL_REASONS, "mig", "no_counter", "error", "first", "reset", "jump", "still")
-# For as long as the cards are what they are: where nothing else was ever read, nothing will be.
+# Reasons that hold while the cards stay the same. Before any good reading they mean: give up.
 LASTING_REASONS = (*FINAL_REASONS, "mig", "no_counter")
 
-# Far more than a board draws (an H100 SXM: 700 W): what is beyond is no reading but an error.
+# This is far more than a board draws (an H100 SXM: 700 W), so a larger reading is an error.
 POWER_MAX_W = 5_000
-# Ten times as long as the slowest counter takes to move. A window may hold what was used so long
-# before it; and a counter that stands still for so long does not count, as a card that is on draws.
+# Ten times the period of the slowest counter. A window may include energy used this long before it.
+# A counter that stands still for this long does not work, because a card that is on draws power.
 COUNTER_PERIOD_NS_MAX = NS_PER_SECOND
 # A driver that keeps the counter in 32 bits starts it again every 1.7 hours at 700 W.
 WRAP_MJ = 2**32
-# A counter that went back wrapped if that explains it with at most this much; else it was reset.
-# A reset is taken for a wrap once in (WRAP_MJ / what is plausible), i.e. in 430 in windows of 1 s.
+# If a counter went back, a wrap must explain it with at most this much energy; else it was reset.
+# One reset in 430 (WRAP_MJ / the plausible energy) is mistaken for a wrap, for windows of 1 s.
 WRAP_DELTA_MJ_MAX = WRAP_MJ // 8
-# Finding a lost card means initialising NVML anew; more often would only cost time.
+# NVML must be initialised anew to find a lost card. Doing so more often would only cost time.
 RETRY_NS = 10 * NS_PER_SECOND
 
 _MIG_PREFIX = "MIG-"
@@ -48,7 +48,7 @@ _UUID_PREFIXES = ("GPU-", _MIG_PREFIX)
 
 
 class _Nvml(Protocol):
-    """What is used of `pynvml` (nvidia-ml-py), which has no types of its own."""
+    """The functions of `pynvml` (nvidia-ml-py) that we use; it has no types of its own."""
 
     NVMLError: type[Exception]
     NVML_ERROR_LIBRARY_NOT_FOUND: int
@@ -77,9 +77,10 @@ class DeviceInfo:
 
 @dataclass(frozen=True, slots=True)
 class EnergyReading:
-    """What an engine's cards used since the reading before, in millijoules.
+    """The energy of an engine's cards since the last reading, in millijoules.
 
-    `energy_mj` is their sum, None if that of any card is unknown; then `reason` says why.
+    `energy_mj` is the sum over all cards. It is None if the energy of any card is unknown; `reason`
+    then says why.
     """
 
     energy_mj: int | None
@@ -91,7 +92,7 @@ class EnergyReading:
 
 
 class _UnknownError(Exception):
-    """An energy is unknown: a code of `REASONS`, and what happened."""
+    """An energy is unknown. The error has a code of `REASONS` and says what happened."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(f"{code}: {detail}")
@@ -99,10 +100,10 @@ class _UnknownError(Exception):
 
 
 def visible_device_ids(visible: str | None, ordinals: Sequence[int]) -> list[str]:
-    """Return which card each CUDA ordinal is: its index in the machine, or its UUID.
+    """Map each CUDA ordinal to its card: an index in the machine, or a UUID.
 
-    `visible` is the value of CUDA_VISIBLE_DEVICES, None where it is not set. As CUDA does, an
-    entry that names no card ends the list ("-1", an empty one), and a card named twice voids it.
+    `visible` is the value of CUDA_VISIBLE_DEVICES, or None if that is not set. We follow CUDA: an
+    entry that names no card ("-1", or an empty one) ends the list, and a card named twice voids it.
     Source: https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html
     Raises ValueError if there are no ordinals, one is negative, or one has no card.
     """
@@ -127,7 +128,7 @@ def visible_device_ids(visible: str | None, ordinals: Sequence[int]) -> list[str
 
 @dataclass(slots=True)
 class _Device:
-    """One card: where it is, and where its counter stood. No handle: it cannot be read now."""
+    """One card: its place and its last counter value. Without a handle it cannot be read now."""
 
     device_id: str
     handle: object | None = None
@@ -139,9 +140,9 @@ class _Device:
     reason: str | None = None
 
     def advance(self, nvml: _Nvml, now_ns: int, wall_ns: int) -> int:
-        """Read the counter and return the millijoules since it was read before.
+        """Read the counter and return the millijoules since the last read.
 
-        Raises _UnknownError, or whatever the binding raises; the next call starts anew then.
+        Raises _UnknownError, or any error of the binding. The next call then starts anew.
         """
         before_mj, self.value_mj = self.value_mj, None
         value_mj = self.value_mj = nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
@@ -156,10 +157,10 @@ class _Device:
 
 
 def _delta_mj(before_mj: int, now_mj: int, wall_ns: int) -> int:
-    """Return what a card used between two values of its counter, `wall_ns` apart, in millijoules.
+    """Return the millijoules between two values of a counter, read `wall_ns` apart.
 
-    A counter that went back has wrapped at 32 bits if that makes for a plausible power, else it
-    was reset. Raises _UnknownError for a reset, and for more than any card can use.
+    If the counter went back, it has wrapped at 32 bits, provided that gives a plausible power.
+    Otherwise it was reset. Raises _UnknownError for a reset, and for more than any card can use.
     """
     plausible_mj = POWER_MAX_W * (max(wall_ns, 0) + COUNTER_PERIOD_NS_MAX) * 1000 // NS_PER_SECOND
     delta_mj = now_mj - before_mj
@@ -177,8 +178,8 @@ def _delta_mj(before_mj: int, now_mj: int, wall_ns: int) -> int:
 class EnergyCounter:
     """Reads the energy of one engine's cards. For one thread; costs nothing before the first read.
 
-    NVML stays initialised until the process ends. It counts who initialised it, so vLLM's own use
-    of it in the same process and this one do not disturb each other.
+    NVML stays initialised until the process ends. NVML counts its users, so vLLM's own use in the
+    same process and ours do not disturb each other.
     """
 
     def __init__(
@@ -190,10 +191,10 @@ class EnergyCounter:
     ) -> None:
         """Take the cards with these CUDA ordinals, among those that `environ` makes visible.
 
-        The ordinals are the engine's own: one engine's of several on a host start at its local
-        rank x world size, unless its CUDA_VISIBLE_DEVICES was cut already. An engine without an
-        NVIDIA GPU of its own, or with some on another host, gives none, and says why in
-        `why_none`. Never raises.
+        The ordinals must be the engine's own. With several engines on a host they start at local
+        rank x world size, unless CUDA_VISIBLE_DEVICES was already cut to the engine. An engine
+        without an NVIDIA GPU of its own, or with GPUs on another host, passes no ordinals and gives
+        the reason in `why_none`. Never raises.
         """
         self._nvml: _Nvml | None = None
         self._initialised = False
@@ -211,20 +212,20 @@ class EnergyCounter:
 
     @property
     def devices(self) -> tuple[DeviceInfo, ...]:
-        """The engine's cards, in the order of its ordinals; nameless before the first read."""
+        """The engine's cards in ordinal order; their names are None before the first read."""
         return tuple(device.info for device in self._devices)
 
     @property
     def power_max_mw(self) -> int | None:
-        """The largest power the cards can be set to draw, together, in milliwatts; or None."""
+        """The largest power limit of all cards together, in milliwatts; None if unknown."""
         limits = [device.power_max_mw for device in self._devices if device.power_max_mw]
         return sum(limits) if limits and len(limits) == len(self._devices) else None
 
     def read(self, now_ns: int) -> EnergyReading:
-        """Return what the cards used since the call before; `now_ns` is monotonic. Never raises.
+        """Return the energy since the last call; `now_ns` is monotonic. Never raises.
 
-        The first call imports the binding (20 ms), opens NVML, which attaches to the driver, and
-        has nothing to compare with.
+        The first call imports the binding (20 ms) and opens NVML, which attaches to the driver. It
+        returns an unknown energy, because it has no earlier reading to compare with.
         """
         try:
             amounts = self._read(now_ns)
@@ -248,7 +249,7 @@ class EnergyCounter:
     def _amount(self, device: _Device, now_ns: int, wall_ns: int) -> int | None:
         if device.handle is None or self._nvml is None:
             device.value_mj = None
-            return None  # and its reason stands
+            return None  # The reason noted before still holds.
         try:
             amount_mj = device.advance(self._nvml, now_ns, wall_ns)
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
@@ -258,7 +259,7 @@ class EnergyCounter:
         return amount_mj
 
     def _is_due(self, now_ns: int) -> bool:
-        """Tell whether cards are to be looked for: at first, and now and then while one fails."""
+        """Return whether to look for cards now: at first, and every `RETRY_NS` while one fails."""
         if self._retry_ns is None:
             return True
         return now_ns >= self._retry_ns and any(d.code == "error" for d in self._devices)
@@ -266,7 +267,7 @@ class EnergyCounter:
     # -- finding the cards --------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Initialise NVML and find every card anew, as the handle of a lost one stays dead."""
+        """Initialise NVML and find every card anew: the handle of a lost card stays dead."""
         try:
             nvml = self._nvml = self._nvml or _load_binding()
             if self._initialised:
@@ -294,7 +295,8 @@ class EnergyCounter:
     def _check_order(self, nvml: _Nvml) -> None:
         """Raise _UnknownError if an index may mean one card to CUDA and another to NVML.
 
-        NVML counts cards in the order of the bus, CUDA the fastest first unless told otherwise.
+        NVML counts cards in bus order. CUDA counts the fastest first, unless CUDA_DEVICE_ORDER says
+        otherwise.
         """
         count = nvml.nvmlDeviceGetCount()
         by_index = any(device.device_id.isdecimal() for device in self._devices)
@@ -304,9 +306,9 @@ class EnergyCounter:
         if len(names) > 1:
             raise _UnknownError(
                 "order",
-                f"the machine has different cards ({', '.join(sorted(names))}), and which of them"
-                " is meant by an index depends; set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name them by"
-                " UUID in CUDA_VISIBLE_DEVICES",
+                f"the machine has different cards ({', '.join(sorted(names))}), so an index may"
+                " mean one card to CUDA and another to NVML; set CUDA_DEVICE_ORDER=PCI_BUS_ID,"
+                " or name the cards by UUID in CUDA_VISIBLE_DEVICES",
             )
 
     # -- what went wrong ----------------------------------------------------------------------
@@ -322,13 +324,13 @@ class EnergyCounter:
         if device.code not in (*FINAL_REASONS, "first") and key not in self._logged:
             self._logged.add(key)
             logger.warning(
-                "cost meter: the engine's energy is unknown for now: %s. Its bills say null. It is"
-                " read again as soon as that works; this is not logged again.",
+                "cost meter: the engine's energy is unknown for now: %s. Its requests have null"
+                " energy until a reading works again. This is not logged again.",
                 device.reason,
             )
 
     def _explain(self, error: Exception) -> tuple[str, str]:
-        """Return the code and the reason that an error amounts to."""
+        """Return the code and the reason text for an error."""
         if isinstance(error, _UnknownError):
             return error.code, str(error)
         nvml = self._nvml
@@ -343,7 +345,7 @@ class EnergyCounter:
 
 
 def _load_binding() -> _Nvml:
-    """Import pynvml, here and not at the top: processes that read no energy need not wait."""
+    """Import pynvml. This is not done at the top, because most processes read no energy."""
     try:
         import pynvml  # noqa: PLC0415
     except ImportError as error:
@@ -359,7 +361,7 @@ def _load_binding() -> _Nvml:
 
 
 def _handles(nvml: _Nvml) -> list[object]:
-    """Return the handles of the machine's cards, but for those that cannot be had."""
+    """Return the handles of all cards in the machine that can be opened."""
     handles = []
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
@@ -378,9 +380,9 @@ def _find(nvml: _Nvml, device: _Device) -> None:
     except nvml.NVMLError:
         if not is_slice:
             raise
-        device.info = DeviceInfo(None, device.device_id)  # slices are known by their name alone
+        device.info = DeviceInfo(None, device.device_id)  # A MIG slice may have only its id.
     if is_slice or _is_sliced(nvml, handle):
-        raise _UnknownError("mig", "a MIG slice has no counter; the card's is of all its slices")
+        raise _UnknownError("mig", "a MIG slice has no counter; the card's counts all its slices")
     device.handle = handle
     try:
         device.power_max_mw = nvml.nvmlDeviceGetPowerManagementLimitConstraints(handle)[1] or None
@@ -390,14 +392,14 @@ def _find(nvml: _Nvml, device: _Device) -> None:
 
 def _handle_of(nvml: _Nvml, device_id: str) -> object:
     if device_id.isdecimal():
-        # The binding cuts an index to 32 bits, which may make one of another card of it.
+        # The binding cuts an index to 32 bits, so a huge index could mean another card.
         if int(device_id) >= (count := nvml.nvmlDeviceGetCount()):
             raise _UnknownError("error", f"expected GPU {device_id}, got {count} GPUs")
         return nvml.nvmlDeviceGetHandleByIndex(int(device_id))
     try:
         return nvml.nvmlDeviceGetHandleByUUID(device_id)
     except nvml.NVMLError:
-        # CUDA takes the first digits of a UUID where they are enough; NVML wants all.
+        # CUDA accepts an unambiguous beginning of a UUID; NVML needs all of it.
         handles = _handles(nvml)
         matches = [h for h in handles if nvml.nvmlDeviceGetUUID(h).startswith(device_id)]
         if len(matches) != 1:
@@ -406,8 +408,8 @@ def _handle_of(nvml: _Nvml, device_id: str) -> object:
 
 
 def _is_sliced(nvml: _Nvml, handle: object) -> bool:
-    """Tell whether a card is in MIG mode: CUDA then gives a process one slice of it."""
+    """Return whether a card is in MIG mode, in which CUDA gives a process one slice of it."""
     try:
         return nvml.nvmlDeviceGetMigMode(handle)[0] == 1  # NVML_DEVICE_MIG_ENABLE
     except nvml.NVMLError:
-        return False  # a card, or a driver, that knows no MIG
+        return False  # The card or its driver does not know MIG.

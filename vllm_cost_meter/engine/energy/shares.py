@@ -1,8 +1,8 @@
-"""How a window's energy is divided over what the GPUs did in it: the theory, and the arithmetic.
+"""Divide a window's energy over requests and classes of time: the theory and the arithmetic.
 
-1. A window is what passed between two readings of the energy counter (`energy.py`). The counter
-   moves every 20 to 100 ms, by 70 J at 700 W. So a step of 5 ms has no energy of its own: windows
-   are divided, not steps, and whole millijoules, the counter's own unit, are fine enough.
+1. A window is the time between two readings of the energy counter (`nvml.py`). The counter moves
+   every 20 to 100 ms, by 70 J at 700 W. A step of 5 ms therefore has no energy of its own, and we
+   divide windows, not steps. Whole millijoules, the counter's own unit, are fine enough.
    Microjoules would only show digits that nobody measured.
 2. A window's energy E goes to *busy* time (steps, or what may have been steps) and *quiet* time
    (`QUIET_CLASSES`). By time alone, a quiet nanosecond would pay for the power of a busy one. So:
@@ -10,16 +10,16 @@
        busy = max(even, min(E - p_idle * quiet_ns, p_max * busy_ns)),  quiet = E - busy
        even = E * busy_ns / (busy_ns + quiet_ns)
 
-   p_idle is the lowest mean power of any window so far: never below the true idle power, but for
-   the counter's coarseness, and equal to it once a window was quiet throughout. Until then, idle
-   and host time pay too much rather than too little. p_max is the largest power that the cards can
-   be set to. Working draws no less than waiting (even) and no more than the card can (p_max), which
-   keeps the noise of p_idle from landing on one short request.
+   p_idle is the lowest mean power of any window so far. Apart from the counter's coarseness it is
+   never below the true idle power, and it equals that once a window was quiet throughout. Until
+   then, idle and host time pay too much rather than too little. p_max is the largest power that the
+   cards can be set to. Working GPUs draw no less than waiting ones (even) and no more than the card
+   can draw (p_max). These bounds keep the noise of p_idle from landing on one short request.
 3. Within busy and within quiet time each share is proportional to its GPU-ns.
 
-Limits: what a step computes is not asked, so a memory-bound nanosecond costs as much energy as a
-compute-bound one of the same window; host time between steps, with clocks up, draws more than the
-idle power it is charged; and up to 100 ms of one window may be counted in the next.
+There are three limits. All busy time of a window costs the same energy per nanosecond, whether it
+was memory-bound or compute-bound. Host time between steps, with clocks up, draws more than the idle
+power that it is charged. Up to 100 ms of one window may be counted in the next.
 
 Invariant: the parts of a window add up to its energy, to the millijoule.
 """
@@ -33,20 +33,20 @@ from vllm_cost_meter.units.time import NS_PER_SECOND
 
 Key = TypeVar("Key")
 
-# Classes of time in which no step ran. Not `startup`, much of which is work, nor `lost`, which is
-# mostly steps that could not be measured.
+# Classes of time in which no step ran. `startup` is not among them, because much of it is work.
+# Neither is `lost`, which is mostly steps that could not be measured.
 QUIET_CLASSES = ("idle", "sleep", "host")
 
-# Shorter windows say little about power: of ten movements of the counter, one may be another's.
+# A shorter window says little about power: one in ten moves of the counter may belong to another.
 POWER_WINDOW_NS_MIN = NS_PER_SECOND
 
 
 @dataclass(frozen=True, slots=True)
 class PowerBounds:
-    """What is known of the power of an engine's `gpus` cards; grows by `after`.
+    """Bounds of the power of an engine's cards, as known so far; `after` refines them.
 
-    `max_mw` is `EnergyCounter.power_max_mw`. The lowest mean power seen is `low_mj` millijoules in
-    `low_gpu_ns` GPU-nanoseconds; 0 of these: none yet.
+    `max_mw` is `EnergyCounter.power_max_mw`. The lowest mean power seen so far is `low_mj`
+    millijoules in `low_gpu_ns` GPU-nanoseconds; `low_gpu_ns` is 0 if none was seen yet.
     """
 
     gpus: int
@@ -78,7 +78,7 @@ class PowerBounds:
 
 @dataclass(frozen=True, slots=True)
 class EnergyShares:
-    """A window's energy by key, in millijoules. All of both add up to the window's."""
+    """A window's energy by key, in millijoules. Both parts together are the window's energy."""
 
     busy_mj: dict[str, int]
     quiet_mj: dict[str, int]
@@ -90,13 +90,13 @@ def split_energy(
     quiet_gpu_ns: Mapping[str, int],
     bounds: PowerBounds,
 ) -> EnergyShares:
-    """Divide a window's energy over the GPU-ns of the window: busy time, and apart from it quiet.
+    """Divide a window's energy over its GPU-ns, busy and quiet time apart.
 
     Keys are request ids and classes; their time adds up to the window's wall time x gpus. `bounds`
-    are those `after` this window, or before. A share is within 1 mJ of what is due to it by time;
-    in windows of more than 2 GPU-seconds add 2 billionths of the window per key. Raises ValueError
-    for a negative energy or time, and for energy that nobody is there to take: a window of no time
-    is to be read together with the next.
+    may be the bounds before or `after` this window. A share is within 1 mJ of its exact value; in a
+    window of more than 2 GPU-seconds add 2 billionths of the window per key. Raises ValueError for
+    a negative energy or time, and for energy without any time. The caller adds such energy to the
+    next window.
     """
     total_busy_ns, total_quiet_ns = sum(busy_gpu_ns.values()), sum(quiet_gpu_ns.values())
     if energy_mj and not total_busy_ns + total_quiet_ns:
@@ -110,8 +110,8 @@ def split_energy(
 
 def split_by_time(energy_mj: int, gpu_ns: Mapping[Key, int]) -> dict[Key, int]:
     """Divide an energy in proportion to GPU-ns: point 3 above."""
-    # `split` wants weights that add up to less than 2**31, which is 2 GPU-seconds in ns: a longer
-    # window is weighed in units of 2, 4, 8 ... ns. It then still has 2**30 of them at least.
+    # `split` needs weights that add up to less than 2**31, which is 2 GPU-seconds in ns. A longer
+    # window is weighed in units of 2, 4, 8 and so on ns, and then still has at least 2**30 units.
     shift = max(0, sum(gpu_ns.values()).bit_length() - 31)
     weights = [ns >> shift for ns in gpu_ns.values()]
     return dict(zip(gpu_ns, split(energy_mj, weights), strict=True))

@@ -32,7 +32,7 @@ REQUEST_TIMEOUT_S = 300
 THINK_S = 0.5
 ROUNDS_MAX = 500
 CHAT_TOKENS, SEARCH_TOKENS = 48, 16
-# What a stream's usage has if it carries its cost.
+# A stream's usage contains this text if it carries the cost.
 COST_DETAILS = '"cost_details"'
 # The client that does not wait for its reply leaves after so many chunks.
 CHUNKS_READ = 8
@@ -56,7 +56,7 @@ LONG_TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What one reply told its client. `cost_usd` is None for a reply without a cost."""
+    """The figures that one reply told its client; `cost_usd` is None without a cost."""
 
     tenant: str
     response_id: str

@@ -98,7 +98,7 @@ class Bench:
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self._log = log
         with log.open("wb") as out:
-            # In a session of its own, so that a Ctrl-C at the terminal reaches us first.
+            # The client gets its own session, so that a Ctrl-C at the terminal reaches us first.
             self._process = subprocess.Popen(  # noqa: S603 - our own command
                 arguments,
                 env=environment,

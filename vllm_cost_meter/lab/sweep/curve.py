@@ -19,13 +19,13 @@ from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 
 FORMAT = 1
-# Of a point: what is not of one repeat.
+# A point takes no median of these columns over its repeats.
 _OF_REPEATS = ("repeat", "seed", "requests_per_s", "saturated", "settled", "warmup_s")
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a sweep was made with, and when."""
+    """The circumstances of a sweep: its plan, the deployment, the prices, begin and end."""
 
     plan: Plan
     deployment: Deployment
@@ -37,7 +37,7 @@ class Context:
 
     @property
     def usd_per_hour(self) -> float | None:
-        """What the deployment costs in an hour."""
+        """The cost of the deployment in an hour."""
         per_gpu = self.usd_per_gpu_hour
         return None if per_gpu is None else per_gpu * self.deployment.gpus
 

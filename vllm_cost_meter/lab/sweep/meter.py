@@ -1,8 +1,8 @@
-"""What the side endpoint of the deployment says during a sweep: what runs, its price, how busy.
+"""Read the deployment, its price and its load from the side endpoint during a sweep.
 
-Prices and what runs come from `/cost/summary`, asked at the beginning and at the end of each rate;
-GPU time by class from the gauges of `/metrics`, which cost the server no look into the ledger and
-may therefore be read each second.
+The deployment and its prices come from `/cost/summary`, at the beginning and the end of each rate.
+GPU time by class comes from the gauges at `/metrics`. These cost the server no read of the ledger,
+so they may be read each second.
 
 Invariant: reads only.
 """
@@ -31,7 +31,7 @@ BILLS = "cost_meter_bills_total"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the engines did until an instant: GPU-seconds in all and at work, and bills."""
+    """Counters of the engines at an instant: GPU-seconds in all and at work, and bills."""
 
     at_s: float
     wall_gpu_s: float
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What is measured: of one engine what `IDENTITY` names, and how many of them there are."""
+    """The measured deployment: the columns in `IDENTITY`, and the number of engines."""
 
     about: Mapping[str, Any]
     engines: int
@@ -113,7 +113,7 @@ def served_by(url: str) -> tuple[str, str]:
 
 
 def deployment_of(runs: Sequence[Mapping[str, Any]]) -> Deployment:
-    """Return the deployment that these runs are. Raises ServerError if they are none, or several.
+    """Return the deployment that these runs form. Raises ServerError without one, or for several.
 
     Runs that have ended are left out.
     """

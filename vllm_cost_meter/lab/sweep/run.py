@@ -23,9 +23,9 @@ from vllm_cost_meter.lab.sweep.steady import Reply, Steady, steady
 
 # Warm-up is so many times as long as requests took at the rate before, if not longer.
 RESIDENCES = 3
-# Of what the deployment seems to serve.
+# The rates to measure, as parts of the rate that the deployment seems to serve.
 PARTS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.2)
-# What the last rate is raised by while it is served, and how often at most.
+# The factor that raises the last rate while all of it is served, and how often at most.
 RAISE, RAISES_MAX = 1.4, 4
 SAMPLE_EVERY_S = 1.0
 # A guess, for the time left: until the client's Python has vLLM, and for the last replies.
@@ -56,9 +56,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one run of the client at one rate gave. `settled` says that it was steady (above).
+    """The result of one run of the client at one rate; `settled` says that it was steady.
 
-    `other_requests` came to the server meanwhile from elsewhere; None where it cannot be told.
+    `other_requests` came to the server from elsewhere meanwhile; None if that is unknown.
     """
 
     requests_per_s: float
@@ -78,7 +78,7 @@ class Measured:
 
 
 class Watcher(Protocol):
-    """Who is told what is being done. Seconds are those that the step will take, about."""
+    """An observer of the sweep's progress. Seconds are estimates for the coming step."""
 
     def plan(self, left_s: float) -> None:
         """The sweep has so many seconds to go, about."""
@@ -108,7 +108,7 @@ class Sweep:
         self._plan, self._target, self._meter = plan, target, meter
         self._folder, self._environment, self._watcher = folder, environment, watcher
         self._runs = 0
-        # Of the rate before: how long a request was in the system.
+        # The time that a request was in the system at the previous rate.
         self._residence_s = 0.0
         self.served_per_s: float | None = None
 
@@ -219,7 +219,7 @@ class Sweep:
 
 
 def _others(samples: Sequence[Sample], replies: Sequence[Reply]) -> int | None:
-    """Return how many bills were not for this client, of whose requests each has one at most."""
+    """Return the number of bills for other clients; each request of ours has one at most."""
     if len(samples) < 2:
         return None
     return max(round(samples[-1].bills - samples[0].bills) - len(replies), 0)

@@ -25,7 +25,7 @@ TOKEN = "COST_METER_ADMIN_TOKEN"  # noqa: S105 - the name of a variable
 
 
 class SweepSession:
-    """Measures plan after plan, and holds what came of it, at any end."""
+    """Measures one plan after another, and keeps the curves even if it ends early."""
 
     def __init__(self, url: str, side_url: str, tokenizer: str | None, output: Path) -> None:
         """Raises ServerError where there is no metered server."""

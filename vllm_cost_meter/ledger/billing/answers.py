@@ -1,4 +1,4 @@
-"""The shapes of metered and billed days, field by field, with their units: what JSON has.
+"""Answer types of metered and billed days: each JSON field, its meaning and its unit.
 
 Invariant: an answer has these fields and no other.
 """
@@ -9,22 +9,22 @@ from vllm_cost_meter.reports.answers import BilledAmounts, Hours, PriceRow
 
 
 class InvoiceDay(BilledAmounts):
-    """One UTC day."""
+    """The metered cost and the billed amounts of one UTC day."""
 
     day: str
-    """The day, such as 2026-11-28."""
+    """The UTC day, such as 2026-11-28."""
 
 
 class InvoiceDays(TypedDict):
-    """What was metered and what was billed, day by day."""
+    """The metered cost and the billed amounts, day by day."""
 
     window: Hours
-    """The hours of the answer."""
+    """The hours that the days cover."""
     taken_at: str | None
-    """RFC 3339 UTC: the latest snapshot: figures are as of then."""
+    """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
     prices: list[PriceRow]
-    """All prices that are in its costs, the earliest first."""
+    """The prices that the costs were computed with, the earliest first."""
     days: list[InvoiceDay]
     """Each day in which anything ran or was billed."""
     total: BilledAmounts
-    """All of them."""
+    """The metered cost and the billed amounts of all days together."""

@@ -291,7 +291,7 @@ def _by_hour(connection: Connection, window: Window) -> dict[int, dict[str, _Bil
 
 
 def _others(connection: Connection, window: Window) -> list[tuple[str, str, int]]:
-    """Return the billed amounts besides GPUs, as (kind, resource, nano-USD)."""
+    """Return the billed amounts for other resources than GPUs, as (kind, resource, nano-USD)."""
     b = billed_hours.c
     asked = (
         select(b.kind, b.resource, func.sum(b.nanousd))

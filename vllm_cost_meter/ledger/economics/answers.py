@@ -1,7 +1,7 @@
-"""The shapes of economics and comparisons, field by field, with their units: what JSON has.
+"""Answer types of economics and comparisons: each JSON field, its meaning and its unit.
 
-A docstring below a field is its description. Figures and inputs are numbers, sums of a comparison
-decimal text in USD; unknown is null.
+A docstring below a field is its description. Figures and inputs are numbers. Amounts of a
+comparison are decimal text in USD. Unknown is null.
 
 Invariant: an answer has these fields and no other.
 """
@@ -19,50 +19,50 @@ class Deployment(TypedDict):
     hardware: str
     """Name of the GPUs, or of the CPU."""
     gpus: int
-    """`world_size` of each engine."""
+    """Number of GPUs that each engine uses: its `world_size`."""
     model: str
-    """The served name."""
+    """The name that the model is served by."""
     precision: str
     """Number format of the weights."""
     parallelism: str
-    """Tensor, pipeline and other parallelism."""
+    """How the model is spread over the GPUs: tensor, pipeline and other parallelism."""
     vllm_version: str
-    """The version of vLLM."""
+    """The version of vLLM that the engines run."""
     runs: int
-    """How many engine runs there were."""
+    """Number of engine runs of this kind."""
 
 
 class PublicEconomics(TypedDict):
-    """What tokens cost, without any amount."""
+    """The cost per token, with load and latency, but without any total."""
 
     window: Hours
-    """The hours of the answer."""
+    """The hours that the figures cover."""
     taken_at: str | None
-    """RFC 3339 UTC: the latest snapshot: figures are as of then."""
+    """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
     deployments: list[Deployment]
-    """What ran in the window."""
+    """The kinds of engines that ran in the window."""
     slo: Slo | None
-    """The declared latency bounds, null without any."""
+    """The latency bounds that the operator declared; null without any."""
     figures: dict[str, float | None]
-    """Each figure by its name."""
+    """Each figure by its name; null if it is unknown. `/cost/economics/method` explains them."""
 
 
 class Economics(PublicEconomics):
-    """What tokens and requests cost in all, at which load and latency."""
+    """The cost of tokens and requests, with totals, prices, load and latency."""
 
     prices: list[PriceRow]
-    """All prices that are in its costs, the earliest first."""
+    """The prices that the costs were computed with, the earliest first."""
 
 
 class FigureMethod(TypedDict):
     """Where a figure comes from."""
 
     figure: str
-    """Its name."""
+    """The name of the figure."""
     unit: str | None
-    """Its unit, null for a ratio."""
+    """The unit of the figure; null for a ratio."""
     meaning: str
-    """What it is."""
+    """What the figure says, in a sentence."""
     sql: str
     """The SQL that is executed for it."""
 
@@ -75,24 +75,24 @@ class Method(TypedDict):
 
 
 class ComparisonInputs(TypedDict):
-    """The question of a comparison."""
+    """The question that a comparison answers."""
 
     window: str
     """The window in words, such as `7d`."""
     model: list[str] | None
-    """Models or patterns, null for any."""
+    """The models that are compared: names or patterns; null for all."""
     provider: list[str] | None
-    """Providers or patterns, null for any."""
+    """The providers that are compared: names or patterns; null for all."""
     prices: str | None
-    """The price file, null without one."""
+    """The path of the price file; null without one."""
     label: list[str] | None
-    """Labels of offers, null for any."""
+    """The labels of the offers that are compared; null for all."""
     max_usd_per_m_output: float | None
-    """USD: of a million output tokens, at most."""
+    """USD: the highest price of a million output tokens that an offer may have; null for any."""
     ratio: str | None
-    """What if: input to output tokens, such as `3:1`."""
+    """For `what_if`: the supposed ratio of input to output tokens, such as `3:1`."""
     volume: list[str] | None
-    """What if: tokens per month, such as `100M`."""
+    """For `what_if`: the supposed tokens per month, such as `100M`."""
     accept_no_latency_promise: bool
     """Whether the note about latency is left out."""
 
@@ -101,7 +101,7 @@ class MixRow(TypedDict):
     """The requests that are compared."""
 
     requests: int
-    """How many."""
+    """Number of requests that are compared."""
     prompt_tokens: int
     """Tokens: the prompts of all requests, cached tokens included."""
     cached_tokens: int
@@ -111,87 +111,87 @@ class MixRow(TypedDict):
 
 
 class Sums(TypedDict):
-    """What the requests cost, in all and per token."""
+    """The cost of the requests, in total and per million tokens."""
 
     usd: str | None
-    """USD: all requests."""
+    """USD: the cost of all requests."""
     usd_per_m_output_tokens: str | None
-    """USD: of a million output tokens, null without any."""
+    """USD: the cost of a million output tokens; null without any."""
     usd_per_m_total_tokens: str | None
-    """USD: of a million prompt and output tokens, null without any."""
+    """USD: the cost of a million prompt and output tokens; null without any."""
 
 
 class Costs(Sums):
-    """What the requests cost with one provider."""
+    """The cost of the requests with one provider."""
 
     provider: str
-    """Its name."""
+    """The name of the provider."""
     model: str
-    """The model."""
+    """The name of the model."""
     source: str
-    """Where the figure is from."""
+    """Where the price comes from."""
     as_of: str | None
     """The date of the price, or RFC 3339 UTC of the latest snapshot; null if nobody declared it."""
 
 
 class OfferRow(Costs):
-    """What the requests would have cost at an API."""
+    """The price of the requests at an API."""
 
     times: str | None
-    """`usd` / that of the deployment."""
+    """How many times the deployment's cost that is: `usd` / the deployment's `usd`."""
     cheaper: Cheaper | None
-    """Who costs less, null without a cost of the deployment."""
+    """Who costs less; null if the deployment's cost is unknown."""
     label: str
-    """The offer's label."""
+    """The label that the price file gives the offer."""
 
 
 class SupposedRow(TypedDict):
-    """What an API asks for a month's volume."""
+    """The price of a month's supposed volume at an API."""
 
     provider: str
-    """Its name."""
+    """The name of the provider."""
     model: str
-    """The model."""
+    """The name of the model."""
     tokens_per_month: int
-    """Tokens: the volume."""
+    """Tokens: the supposed volume of a month."""
     usd: str
-    """USD: its price."""
+    """USD: the price of that volume."""
     cheaper: Cheaper | None
-    """Who costs less, null without a cost of the deployment."""
+    """Who costs less; null if the deployment's cost is unknown."""
 
 
 class Supposed(TypedDict):
-    """What other volumes would cost."""
+    """The cost of supposed volumes, here and at APIs."""
 
     tokens_per_request: int
-    """Tokens: of the supposed request."""
+    """Tokens: the size of the supposed request, prompt and output."""
     self_hosted_usd_per_month: str | None
-    """USD: a month of the deployment."""
+    """USD: the cost of a month of the deployment."""
     offers: list[SupposedRow]
-    """Each offer and volume."""
+    """The price of each offer at each volume."""
 
 
 class Found(TypedDict):
-    """What a comparison found."""
+    """The result of a comparison: the cost here, and the price of each offer."""
 
     window: Hours
-    """The hours of the requests."""
+    """The hours in which the compared requests ended."""
     mix: MixRow
-    """The requests."""
+    """The requests that are compared, and their tokens."""
     self_hosted: Costs
-    """What they cost here, idle included."""
+    """The cost of the requests here, idle time included."""
     offers: list[OfferRow]
-    """What they would have cost, the cheapest first."""
+    """The price of the requests at each offer, the cheapest first."""
     what_if: Supposed | None
-    """Other volumes, if they were asked for."""
+    """The cost of supposed volumes; null if the question supposes none."""
 
 
 class Comparison(Found):
-    """What the requests of a window cost here, and what they would have cost at APIs."""
+    """The cost of a window's requests here, and their price at APIs."""
 
     inputs: ComparisonInputs
-    """The question."""
+    """The question that the comparison answers."""
     formula: str
     """How the figures follow from each other."""
     note: str | None
-    """What the comparison leaves out."""
+    """What the comparison leaves out; null if that was accepted."""

@@ -1,4 +1,4 @@
-"""What the requests of a window cost here, and what they would have cost at APIs.
+"""Compare the cost of a window's requests here with the prices of APIs.
 
 The command `compare` and `GET /cost/compare` both answer with `compared`, so that they agree.
 
@@ -42,19 +42,19 @@ NO_PROMISE = (
     "note: an API's price promises no latency; what was measured here came with the one that"
     " `economics` shows"
 )
-# A ratio of prompt to output tokens, and volumes per month.
+# A supposed ratio of prompt to output tokens, and supposed volumes per month.
 Supposition = tuple[tuple[float, float], list[int]]
-# Tokens of a supposed request, where none was measured.
+# The size of a supposed request if the window has no measured one.
 TOKENS_PER_REQUEST = 1_000
-# Requests x offers: each is priced by itself.
+# Limit on requests x offers, because each pair is priced by itself.
 PRICED_MAX = 20_000_000
-# Offers x volumes: the side endpoint has the whole answer in memory.
+# Limit on offers x volumes, because the side endpoint holds the whole answer in memory.
 SUPPOSED_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is compared: a window, offers, and the volumes of a what-if."""
+    """The question of a comparison: a window, offers, and supposed volumes."""
 
     window: str = WEEK
     model: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class Question:
 def compared(
     reader: LedgerReader, question: Question, offers: Sequence[Offer], prices: str | None
 ) -> Comparison:
-    """Return the whole answer. Raises ValueError for a question that is wrong or too large."""
+    """Return the comparison. Raises ValueError for a question that is wrong or too large."""
     asked = _supposition(question.ratio, question.volume)
     hours = hours_of_window(question.window)
     found = _answer(reader, hours, offers, asked, question.max_usd_per_m_output)
@@ -160,14 +160,14 @@ def _answer(
 
 
 def _mean_size(mix: Mix) -> int:
-    """Return the tokens of a mean request."""
+    """Return the mean number of tokens in a request."""
     if not mix.requests:
         return TOKENS_PER_REQUEST
     return max(round((mix.prompt_tokens + mix.output_tokens) / mix.requests), 2)
 
 
 def _usd_per_month(usd: Decimal | None, observed_s: float | None) -> Decimal | None:
-    """Return what a month costs at the price of the time that was observed."""
+    """Return the cost of a month, at the rate of the observed time."""
     if usd is None or not observed_s:
         return None
     return usd / Decimal(repr(observed_s)) * int(S_PER_HOUR * HOURS_PER_MONTH)
@@ -198,7 +198,7 @@ def _row(compared: Compared, mix: Mix) -> OfferRow:
 
 
 def _usd(mix: Mix, usd: Decimal | None) -> Sums:
-    """Return a sum and what it is per token, as decimal text; None where it is not known."""
+    """Return a cost, in all and per million tokens, as decimal text; None if unknown."""
     per_m_output = None if usd is None else mix.usd_per_m_output_tokens(usd)
     per_m_total = None if usd is None else mix.usd_per_m_total_tokens(usd)
     return {

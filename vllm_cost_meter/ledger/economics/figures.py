@@ -146,32 +146,32 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "billed_gpu_usd": Figure(
         "USD",
-        "what the provider billed of GPUs; null if nothing was imported of the window",
+        "the amount billed for GPUs; null if no bill was imported for the window",
         "(SELECT SUM(nanousd) / 1e9 FROM billed WHERE kind = 'gpu')",
     ),
     "metered_while_billed_usd": Figure(
         "USD",
-        "wall time x price of the time that bills of GPUs cover",
+        "wall time x price, for the time that GPU bills cover",
         "CASE WHEN {billed_gpu_usd} IS NOT NULL THEN (SELECT CASE WHEN COUNT(*) ="
         " COUNT(usd_per_gpu_hour) THEN COALESCE(SUM(gpu_ns * usd_per_gpu_hour * share), 0.0)"
         " / 3.6e12 END FROM compared WHERE share > 0) END",
     ),
     "billed_difference_usd": Figure(
         "USD",
-        "billed of GPUs - metered while billed",
+        "billed for GPUs - metered while billed",
         "{billed_gpu_usd} - {metered_while_billed_usd}",
     ),
     "capture_rate": Figure(
         "",
-        "metered while billed / billed of GPUs",
+        "metered while billed / billed for GPUs",
         "CASE WHEN {billed_gpu_usd} > 0 THEN {metered_while_billed_usd} / {billed_gpu_usd} END",
     ),
     "unbilled_usd": Figure(
-        "USD", "wall time x price of the time that no bill covers", f"({_UNBILLED})"
+        "USD", "wall time x price, for the time that no bill covers", f"({_UNBILLED})"
     ),
     "billed_other_usd": Figure(
         "USD",
-        "what the provider billed besides GPUs: disks, network and other",
+        "the amount billed for anything but GPUs: disks, network and other",
         "(SELECT SUM(nanousd) / 1e9 FROM billed WHERE kind <> 'gpu')",
     ),
     "overhead_usd": Figure(
@@ -181,7 +181,7 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "blended_cost_usd": Figure(
         "USD",
-        "everything: what was billed, price x time where nothing was, and overheads",
+        "everything: billed amounts, wall time x price without a bill, and overheads",
         f"CASE WHEN ({_UNKNOWN[0]}) = 0 AND ({_UNKNOWN[1]}) = 0"
         f" AND COALESCE({', '.join(_BLENDED)}) IS NOT NULL"
         f" THEN {' + '.join(f'COALESCE({name}, 0.0)' for name in _BLENDED)} END",
@@ -212,25 +212,39 @@ FIGURES: Mapping[str, Figure] = {
     "cold_starts": Figure("", "engine runs that began", "(SELECT COUNT(*) FROM began)"),
     "cold_start_gpu_seconds": Figure(
         "GPU-s",
-        "from the start of an engine's process until it was ready, summed over cold starts",
+        "time from an engine's start until it was ready, summed over cold starts",
         "(SELECT SUM(startup_ns) / 1e9 FROM hours)",
     ),
     "cold_start_usd": Figure(
-        "USD", "what that cost", f"({_COST.format(ns='startup_ns', table='priced')})"
+        "USD",
+        "cost of the time in cold starts",
+        f"({_COST.format(ns='startup_ns', table='priced')})",
     ),
     "requests": Figure(
         "", "exchanges that ended", "(SELECT COALESCE(SUM(exchanges), 0) FROM ended)"
     ),
-    "arrivals": Figure("", "exchanges that came, ended or not", "(SELECT COUNT(*) FROM arrived)"),
+    "arrivals": Figure(
+        "", "exchanges that arrived, ended or not", "(SELECT COUNT(*) FROM arrived)"
+    ),
     "prompt_tokens": Figure(
-        "", "in exchanges that ended", "(SELECT COALESCE(SUM(prompt_tokens), 0) FROM ended)"
+        "",
+        "prompt tokens of exchanges that ended",
+        "(SELECT COALESCE(SUM(prompt_tokens), 0) FROM ended)",
     ),
     "output_tokens": Figure(
-        "", "in exchanges that ended", "(SELECT COALESCE(SUM(output_tokens), 0) FROM ended)"
+        "",
+        "output tokens of exchanges that ended",
+        "(SELECT COALESCE(SUM(output_tokens), 0) FROM ended)",
     ),
-    "arrivals_per_s": Figure("1/s", "lambda", "1.0 * {arrivals} / NULLIF({observed_seconds}, 0)"),
+    "arrivals_per_s": Figure(
+        "1/s",
+        "lambda: arrivals / observed time",
+        "1.0 * {arrivals} / NULLIF({observed_seconds}, 0)",
+    ),
     "output_tokens_per_s": Figure(
-        "1/s", "theta", "1.0 * {output_tokens} / NULLIF({observed_seconds}, 0)"
+        "1/s",
+        "theta: output tokens / observed time",
+        "1.0 * {output_tokens} / NULLIF({observed_seconds}, 0)",
     ),
     "usd_per_m_output_tokens": Figure(
         "USD",
@@ -257,18 +271,18 @@ FIGURES: Mapping[str, Figure] = {
     "usd_per_request": Figure("USD", "all costs / requests", "{cost_usd} / NULLIF({requests}, 0)"),
     "usd_per_m_computed_prompt_tokens": Figure(
         "USD",
-        "measured input price: prefill time, per prompt token that was computed; idle is not in it",
+        "measured input price: cost of prefill time / computed prompt tokens, without idle time",
         f"1e6 * ({_COST.format(ns='prefill_ns', table='pieces')})"
         " / NULLIF((SELECT SUM(prefill_tokens) FROM pieces), 0)",
     ),
     "usd_per_m_decoded_tokens": Figure(
         "USD",
-        "measured output price: decode time, per token decoded; idle is not in it",
+        "measured output price: cost of decode time / decoded tokens, without idle time",
         f"1e6 * ({_COST.format(ns='decode_ns', table='pieces')})"
         " / NULLIF((SELECT SUM(decode_tokens) FROM pieces), 0)",
     ),
     "mean_e2e_seconds": Figure(
-        "s", "W: from arrival to end", "(SELECT AVG(e2e_ms) / 1e3 FROM ended)"
+        "s", "W: mean time from arrival to end", "(SELECT AVG(e2e_ms) / 1e3 FROM ended)"
     ),
     "concurrency": Figure(
         "",
@@ -277,7 +291,7 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "littles_law": Figure(
         "",
-        "lambda x W: near L if as many came as ended",
+        "lambda x W: near L if as many exchanges arrived as ended",
         "{arrivals_per_s} * {mean_e2e_seconds}",
     ),
     **{

@@ -1,4 +1,4 @@
-"""Full load in the ledger: the points that sweeps measured, to compare a window with.
+"""Store and read full load in the ledger: the points that sweeps measured.
 
 The SQL for the figure `saturation_output_tokens_per_s` chooses the point for a window: the latest
 point measured on the same deployment with requests of about the same size.

@@ -1,1 +1,1 @@
-"""What is asked of the ledger: one module a question, each inside one transaction."""
+"""SQL queries on the ledger, one module for each question; each runs inside one transaction."""

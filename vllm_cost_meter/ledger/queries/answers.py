@@ -1,4 +1,4 @@
-"""The shapes of audits and cost models, field by field, with their units: what JSON has.
+"""Answer types of audits and cost models: each JSON field, its meaning and its unit.
 
 A docstring below a field is its description; unknown is null.
 
@@ -14,132 +14,133 @@ class LostRequest(TypedDict):
     """A request that a dead engine had in flight and never billed."""
 
     request_id: str
-    """vLLM's internal id."""
+    """vLLM's internal id of the engine request."""
     http_request_id: str | None
-    """The exchange; null if it was never announced."""
+    """The meter's own id of the exchange; null if the API server never announced it."""
     tenant: str | None
-    """Likewise."""
+    """The tenant who sent it; null if the API server never announced it."""
     gpu_time_ns: int
-    """GPU-ns: what it had used."""
+    """GPU-ns: the GPU time that it had used."""
     as_of: str
-    """RFC 3339 UTC: at which snapshot."""
+    """RFC 3339 UTC: the engine's last snapshot, which the figure is from."""
 
 
 class AuditRun(TypedDict):
-    """The books of one engine run at its cut, and every difference in them."""
+    """The audit of one engine run at its last snapshot: each class of time, each difference."""
 
     run_id: str
-    """The engine run."""
+    """The id of the engine run, which is new whenever an engine process starts."""
     engine_index: int
-    """Data-parallel rank."""
+    """The data-parallel rank of the engine, from 0."""
     model: str
-    """The served name."""
+    """The name that the model is served by."""
     host: str
-    """The name of its machine."""
+    """The name of the machine that the engine runs on."""
     started_at: str
     """RFC 3339 UTC: creation of the engine process."""
     state: str
-    """`on`, or `off` after too many errors."""
+    """Whether the meter works in this engine: `on`, or `off` after too many errors."""
     alive: bool
-    """Whether its engine was asked for a snapshot and has not failed, or answered within 15 s."""
+    """Whether the engine lives: a snapshot came in the last 15 s, or its server knows that it
+    runs."""
     taken_at: str | None
-    """RFC 3339 UTC: the cut."""
+    """RFC 3339 UTC: the instant of the cut; null before the first snapshot."""
     wall_ns: int
-    """Wall ns: from the creation of the engine process to the cut."""
+    """Wall ns: the time from the creation of the engine process to the cut."""
     gpus: int
-    """`world_size` of the engine."""
+    """Number of GPUs the engine uses: its `world_size`."""
     requests_ns: int
-    """GPU-ns: classes."""
+    """GPU-ns: the time billed to requests."""
     in_flight_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time used by requests that have no bill yet."""
     idle_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time in which the engine was awake and held no unfinished request."""
     sleep_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time that the engine spent in vLLM's sleep mode."""
     startup_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time that the engine took to start, until its scheduler was made."""
     tail_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time in which steps still ran for requests that already had their bill."""
     dummy_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time of data-parallel dummy batches, which hold no request."""
     host_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time in which requests waited and no step ran: vLLM's work between steps."""
     lost_ns: int
-    """GPU-ns."""
+    """GPU-ns: the time that is known to be missing from bills, after an error or a crash."""
     difference_ns: int
     """GPU-ns: `wall_ns` x `gpus` less all classes."""
     billed_ns: int
-    """GPU-ns: what the engine says it billed."""
+    """GPU-ns: the sum of all bills up to the cut, as the engine counted it."""
     billed_difference_ns: int
     """GPU-ns: `requests_ns` less `billed_ns`."""
     ledger_ns: int
-    """GPU-ns: sum of the bills in the ledger up to the cut."""
+    """GPU-ns: the sum of the bills that the ledger holds up to the cut."""
     ledger_difference_ns: int
     """GPU-ns: `billed_ns` less `ledger_ns`."""
     last_seq: int
-    """Number of the last bill up to the cut."""
+    """The number of the run's last bill up to the cut."""
     missing_bills: list[str]
-    """Numbers that the ledger does not hold, as text: `"7"`, `"9-12"`."""
+    """The numbers of bills that the ledger lacks, as text: `"7"`, `"9-12"`."""
     uneven_bills: int
-    """Bills that are not the sum of their pieces by hour."""
+    """Number of bills that are not the sum of their pieces by hour."""
     hours_difference_ns: int
-    """GPU-ns: how far the hours are from the totals, over all classes."""
+    """GPU-ns: how far the hours are from the totals, summed over all classes."""
     energy_mj: int | None
-    """mJ: read of the GPUs up to the cut."""
+    """mJ: the energy of the run's GPUs up to the cut; null if it is not read."""
     energy_difference_mj: int | None
-    """mJ: that less the energy of the requests in the ledger and of all classes."""
+    """mJ: `energy_mj` less the energy of the requests in the ledger and of all classes."""
     in_flight_difference_ns: int
-    """GPU-ns: what was in flight, less what each request had used and the step that ran."""
+    """GPU-ns: `in_flight_ns` less what each open request had used and the step that ran."""
     lost_requests: list[LostRequest]
     """The requests that were open when the engine died; empty while it lives."""
     lost_requests_ns: int | None
-    """GPU-ns: what all lost requests had used."""
+    """GPU-ns: the time that all lost requests had used; 0 if it lives, null if unknown."""
     lost_step_ns: int | None
-    """GPU-ns: of the step that ran at the cut, which was nobody's yet."""
+    """GPU-ns: the time of a dead engine's last step, which no request had yet; null if unknown."""
     balanced: bool
     """Whether every difference is 0 and no bill is missing."""
 
 
 class Audit(TypedDict):
-    """Whether the books of every run balance."""
+    """The audit of all runs: whether the books of every engine balance."""
 
     balanced: bool
-    """Whether those of all runs do."""
+    """Whether the books of all runs balance."""
     runs: list[AuditRun]
-    """One for each run."""
+    """The audit of each run."""
     after_cut: AfterCut
-    """Bills that no snapshot counts yet."""
+    """Number and GPU time of bills that no snapshot, and so no run's audit, counts yet."""
 
 
 class CostModelRow(TypedDict):
-    """What the steps of an engine run cost, as it has learnt."""
+    """A cost model: what the steps of an engine run cost, as the run has learnt."""
 
     run_id: str
-    """The engine run."""
+    """The id of the engine run that learnt it."""
     engine_index: int
-    """Data-parallel rank."""
+    """The data-parallel rank of the engine, from 0."""
     model: str
-    """Served name."""
+    """The name that the model is served by."""
     hardware: str
     """Name of the GPU, or of the CPU."""
     parallelism: str
-    """Tensor, pipeline and other parallelism."""
+    """How the model is spread over the GPUs: tensor, pipeline and other parallelism."""
     method: str
-    """How its steps are split."""
+    """How the time of a step is split between its requests: `shapley`, `tokens` or `equal`."""
     prior: str
     """Where the model started: `ledger` (an earlier fit), `ModelMetrics` or `tokens`."""
     version: int
-    """0 is the prior."""
+    """The number of the cost model in its run, from 0, the prior."""
     taken_at: str | None
-    """RFC 3339 UTC: when a snapshot first told of it."""
+    """RFC 3339 UTC: the first snapshot that contained it."""
     form: str
     """`two planes` (`compute` and `memory`) or `one plane` (`one`)."""
     planes: dict[str, dict[str, float]]
     """GPU-ns: of `compute`, `memory` and `one`: `fixed_ns`, `token_ns`, `sequence_ns`."""
     steps: int
-    """Learnt from."""
+    """Number of engine steps that it was learnt from."""
     error: float
-    """Mean relative error of the form in use (MAPE)."""
+    """The mean relative error of the form in use (MAPE)."""
     error_two_planes: float
     """The mean relative error of the form with two planes."""
     error_one_plane: float

@@ -1,11 +1,17 @@
-"""Do the books balance? Each run at its cut, every way of adding up compared with every other.
+"""The audit: check for each engine run that its books balance at its last snapshot (the cut).
 
-Seven sums must agree for each run: wall x gpus and the classes; the class `requests` and what the
-engine says it billed; that and the bills in the ledger; the bills' numbers, without a gap from 1 to
-the last; the engine's hours and its totals, class by class; the class `in_flight`, and what was in
-flight for each request and in the step that ran; and, where it is known, the energy read and that
-of the classes and of the requests in the ledger. And each bill must be the sum of its pieces.
-Missing bills are found by counting; only if the count differs are the gaps looked for.
+These must be equal, or hold, for each run:
+
+- wall time x GPUs, and the sum of all classes;
+- the class `requests`, and the sum of bills as the engine counted it;
+- that sum, and the sum of bills in the ledger;
+- the numbers of the bills have no gap from 1 to the last;
+- the engine's hours and its totals, class by class;
+- the class `in_flight`, and the time of all open requests with the step that ran;
+- the energy that was read, and that of all classes and requests, if it is known;
+- each bill, and the sum of its pieces.
+
+Bills are counted first. The query for gaps runs only if the count is wrong.
 
 Invariant: `balanced` is true if and only if every one of these differences is 0.
 """
@@ -23,10 +29,10 @@ from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST, lost_requests
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
 from vllm_cost_meter.records.snapshot import CLASSES
 
-# Ranges of missing numbers that are listed; past these, only "more" is said.
+# At most so many ranges of missing numbers are listed, and then the word "more".
 MAX_RANGES = 1000
 MORE = "more"
-# Amounts of a run's row that are 0 in balanced books; `missing_bills` is empty besides.
+# These columns of a run are 0 in balanced books, and `missing_bills` is empty.
 DIFFERENCES = (
     "difference_ns",
     "billed_difference_ns",
@@ -39,7 +45,7 @@ DIFFERENCES = (
 
 
 def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
-    """Return one row for each run, all differences in it."""
+    """Return a row for each run, with all its differences."""
     held = count_bills(connection, cut)
     billed = _bills_ns(connection, cut)
     uneven = _uneven_bills(connection, cut)
@@ -60,11 +66,11 @@ def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
 
 
 def is_balanced(run: Mapping[str, Any]) -> bool:
-    """Say whether nothing is amiss in one run's row."""
+    """Return whether a run's row has no difference and no missing bill."""
     return not (run["missing_bills"] or any(run[name] for name in DIFFERENCES))
 
 
-# What a bill and each of its pieces have.
+# The amounts that a bill and each of its pieces have.
 _AMOUNTS = [
     column.name for column in usage_pieces.c if column.name.endswith(("_ns", "_ms", "_tokens"))
 ]
@@ -111,21 +117,21 @@ def _audit_run(
 
 
 def _hours_difference(run: RunCut, totals: Mapping[str, int]) -> int:
-    """Return how far the hours are from the totals; classes cannot make up for each other."""
+    """Return how far the hours are from the totals; differences of classes do not cancel out."""
     return sum(
         abs(totals[name] - sum(hour[name] for hour in run.hours.values())) for name in CLASSES
     )
 
 
 def _in_flight_difference(run: RunCut, totals: Mapping[str, int]) -> int:
-    """Return how far what was in flight by request is from the class; 0 where nobody told."""
+    """Return the class `in_flight` less the time of open requests and the step; 0 if unknown."""
     if run.row["live_ns"] is None:
         return 0
     return totals["in_flight"] - int(run.row["live_ns"]) - int(run.row["step_ns"])
 
 
 def _lost(run: RunCut, lost: Sequence[LostRequest]) -> dict[str, Any]:
-    """Return whose the time was that a dead run had in flight; null where nobody told."""
+    """Return the requests that a dead run had in flight, and their time; null if unknown."""
     unknown = run.row["live_ns"] is None
     step_ns = 0 if run.alive else run.row["step_ns"]
     return {
@@ -168,7 +174,7 @@ def _uneven_bills(connection: Connection, cut: Cut) -> dict[str, int]:
 
 
 def _missing(connection: Connection, run_id: str, last_seq: int) -> list[str]:
-    """Return the numbers missing from 1 to `last_seq`, runs of them as "5-9"."""
+    """Return the numbers missing from 1 to `last_seq`, consecutive ones as "5-9"."""
     r = requests.c
     steps = (
         select(r.seq, func.lag(r.seq, 1, 0).over(order_by=r.seq).label("before"))

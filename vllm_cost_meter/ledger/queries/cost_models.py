@@ -1,6 +1,6 @@
-"""What steps cost, as the ledger has it: models of runs, and the fit that a new run begins with.
+"""Read cost models from the ledger: those of each run, and the fit that a new run begins with.
 
-Pure reads. A model's planes are stored as JSON and shown with the names of their terms.
+A model's planes are stored as JSON, and shown with the names of their terms.
 """
 
 import json
@@ -16,12 +16,12 @@ from vllm_cost_meter.records.snapshot import CostModel, EarlierFit
 
 PLANES = ("compute", "memory", "one")
 TERMS = ("fixed_ns", "token_ns", "sequence_ns", "product_ns", "context_ns")
-# Steps from which a fit is worth more than the counts of FLOPs and bytes.
+# A fit of so many steps is better than a prior from counts of FLOPs and bytes.
 STEPS_MIN = 512
 
 
 def models(connection: Connection, run_id: str | None) -> list[CostModelRow]:
-    """Return the latest model of each run, newest run first; of one run, all its versions."""
+    """Return the latest model of each run, newest run first; or all versions of one run."""
     m, r, s = cost_models.c, runs.c, snapshots.c
     query = (
         select(cost_models, r.engine_index, r.model, r.hardware, r.parallelism, r.method, s.prior)
@@ -42,7 +42,7 @@ def models(connection: Connection, run_id: str | None) -> list[CostModelRow]:
 def earlier_fit(
     connection: Connection, run_id: str, model: str, hardware: str, parallelism: str
 ) -> EarlierFit | None:
-    """Return the last fit of another run of the same model, hardware and parallelism."""
+    """Return the last fit of another run with the same model, hardware and parallelism."""
     m, r = cost_models.c, runs.c
     query = (
         select(cost_models)

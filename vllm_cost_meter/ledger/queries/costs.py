@@ -1,8 +1,8 @@
-"""What the engines of a cut cost: all their time, all their energy, and declared overheads.
+"""The cost of all engines at a cut: their time, their energy, and declared overheads.
 
-Each hour of each run is priced by the price book; costs stay exact until an answer rounds them.
+The price book prices each hour of each run. Costs stay exact until an answer rounds them.
 
-Invariant: a cost is null unless all that was used has a price.
+Invariant: a cost is null unless all time or energy in it has a price.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from vllm_cost_meter.reports.tenant_details import NO_ENERGY
 
 @dataclass(frozen=True, slots=True)
 class CutCosts:
-    """The prices of the runs of a cut, and what all its time and all its energy cost."""
+    """The prices of all runs at a cut, and the cost of all their time and energy."""
 
     prices: Mapping[str, RunPrices]
     cost: Cost[GpuHourPrice]
@@ -43,16 +43,16 @@ class CutCosts:
         return energy_cost_of(used_mj, self.prices, self.energy_cost.of_nothing())
 
     def price_of(self, run_id: str, hour: int | None) -> Fraction | None:
-        """Return USD per GPU-hour of a run in an hour; None where it has no price."""
+        """Return a run's price in an hour, in USD per GPU-hour; None without a price."""
         price = self.prices[run_id].at(hour)
         return None if price is None else price.usd_per_gpu_hour
 
     def why_none(self, run_id: str, hour: int | None) -> str:
-        """Return why a run has no price in an hour."""
+        """Return the reason why a run has no price in an hour."""
         return self.prices[run_id].why_none(hour)
 
     def energy_fields(self) -> dict[str, Any]:
-        """Return what a summary says of the cost of all energy."""
+        """Return the fields of a summary about the cost of all energy."""
         return {
             "energy_cost_nanousd": self.energy_cost.nanousd,
             "energy_cost_reason": self.energy_cost.reason,
@@ -61,7 +61,7 @@ class CutCosts:
 
 
 def declared_overheads(cut: Cut) -> list[OverheadLine]:
-    """Return the declared overheads of the window; where it is open, of the hours in the ledger."""
+    """Return the declared overheads in the window, or in all the ledger's hours if it is open."""
     prices = cut.prices_of()
 
     def cost(begin: int, end: int) -> Fraction | None:
@@ -79,7 +79,7 @@ def declared_overheads(cut: Cut) -> list[OverheadLine]:
 
 
 def overheads_of(cut: Cut, cost: Callable[[int, int], int | Fraction | None]) -> list[OverheadLine]:
-    """Return the declared overheads of the window, by what its hours [begin, end) cost."""
+    """Return the declared overheads; `cost` gives the nano-USD of the hours [begin, end)."""
     hours = {hour for run in cut.runs for hour in run.hours}
     low, high = cut.window.from_hour, cut.window.to_hour
     first = min(hours, default=None) if low is None else low

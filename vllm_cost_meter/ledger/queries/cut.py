@@ -1,12 +1,12 @@
 """The cut: every run at its latest snapshot, and the bills that belong to it.
 
-A report must compare what engines say (snapshots) with what the ledger holds (bills), and bills
-keep coming. So the snapshots are read once, into a `Cut`, and bills count only up to the
-`last_seq` of their run. A bill may reach the ledger a moment after the snapshot that counts it,
-through another API server; `settled` waits for it, at the same cut.
+A report compares the engines' own totals (snapshots) with the bills in the ledger, while new bills
+keep coming. So the snapshots are read once, into a `Cut`, and bills count only up to the `last_seq`
+of their run. A bill may reach the ledger a moment after the snapshot that counts it, because
+another API server writes it. `settle` waits for such bills.
 
-Invariant: whatever arrives after a cut was read, the same cut gives the same figures, but for
-bills up to the cut that were still on their way.
+Invariant: a cut gives the same figures whatever arrives after it was read. Only bills up to the cut
+that were still on their way may be added.
 """
 
 import json
@@ -65,7 +65,7 @@ SETTLE_POLL_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class AsOf:
-    """When a question is asked (None is now), and how long it may wait for bills on their way."""
+    """The instant of a question (None is now), and how long it may wait for late bills."""
 
     now_ns: int | None = None
     settle_s: float = SETTLE_S
@@ -122,11 +122,12 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class RunCut:
-    """One run at the cut. `classes` are its totals, of a window if one was asked for.
+    """One run at the cut, in the window.
 
-    The in-flight time of a dead run is lost: nobody will be billed for it. `energy` are the
-    millijoules by class, likewise; None where none was known. `stretches` and `energy_stretches`
-    are both by stretch of hours (see prices.py), `wall_gpu_ns` is wall x gpus.
+    `classes` has the GPU-ns by class. For a dead run, time in flight counts as lost, because nobody
+    will be billed for it. `energy` has the mJ by class in the same way; None if no energy is known.
+    `stretches` and `energy_stretches` divide both by spans of hours at one price (see
+    `prices.run_prices`). `wall_gpu_ns` is wall time x GPUs.
     """
 
     run_id: str
@@ -148,12 +149,12 @@ class RunCut:
         return sum(self.classes.values())
 
     def used_ns(self, name: str | None = None) -> dict[int | None, int]:
-        """Return the GPU time of a class, or of all of them, by stretch."""
+        """Return the GPU time of a class, or of all, by span of hours at one price."""
         total = self.wall_gpu_ns if name is None else self.classes[name]
         return _by_hour(self.stretches, name, total)
 
     def used_mj(self, name: str | None = None) -> dict[int | None, int]:
-        """Return the energy of a class, or of all of them, by stretch; empty if none is known."""
+        """Return the energy of a class, or of all, by span of hours; empty if it is unknown."""
         if self.energy is None:
             return {}
         total = sum(self.energy.values()) if name is None else self.energy.get(name, 0)
@@ -164,7 +165,7 @@ class RunCut:
         return self.hours[hour] if self.alive else _as_lost(self.hours[hour])
 
     def state(self) -> dict[str, Any]:
-        """Return what a summary says of the run."""
+        """Return the fields about the run in a summary."""
         names = ("run_id", "engine_index", "model", "gpus", "hardware", "parallelism", "precision")
         more = ("vllm_version", "method", "started_at", "taken_at")
         about = ("running", "waiting", "kv_cache_usage", "steps", "errors", "state")
@@ -188,19 +189,19 @@ class Cut:
         return {run.run_id: run.prices for run in self.runs}
 
     def wall_gpu_ns(self) -> int:
-        """Wall x gpus of all runs; within a window, what their engines account for in it."""
+        """Return wall time x GPUs over all runs; in a window, the time in its engine hours."""
         return sum(run.wall_gpu_ns for run in self.runs)
 
     def used_ns(self, name: str | None = None) -> dict[str, dict[int | None, int]]:
-        """Return the GPU time of a class, or of all of them, run by run and by stretch."""
+        """Return the GPU time of a class, or of all, by run and by span of hours at one price."""
         return {run.run_id: run.used_ns(name) for run in self.runs}
 
     def used_mj(self, name: str | None = None) -> dict[str, dict[int | None, int]]:
-        """Return the energy of a class, or of all of them, run by run and by stretch."""
+        """Return the energy of a class, or of all, by run and by span of hours at one price."""
         return {run.run_id: run.used_mj(name) for run in self.runs}
 
     def kv_cache_block_ms(self) -> float | None:
-        """Return the KV cache of all runs x their time; None if a run does not know its size."""
+        """Return blocks x ms of all runs' KV caches; None if the size of one is unknown."""
         block_ms = 0.0
         for run in self.runs:
             if run.row["kv_blocks"] is None:
@@ -214,13 +215,13 @@ class Cut:
         return max((run.row["taken_at"] for run in self.runs), default=None)
 
     def gpus(self) -> int:
-        """GPUs of the engines that were up at the latest snapshot."""
+        """Return the number of GPUs of engines that were up at the latest snapshot."""
         at = self.at()
         since = None if at is None else rfc3339(unix_ns_of(at) - DEAD_AFTER_NS)
         return sum(int(run.row["gpus"]) for run in self.runs if run.row["taken_at"] >= since)
 
     def own_time(self) -> dict[str, Any]:
-        """Return the wall time the meter's own hooks took, of the time the engines were busy."""
+        """Return the wall time of the meter's own hooks, and its part of the engines' busy time."""
         busy_ns = sum(int(run.row["busy_ns"]) for run in self.runs)
         own_ns = sum(int(run.row["own_ns"]) for run in self.runs)
         share = own_ns / busy_ns if busy_ns else None
@@ -314,7 +315,7 @@ def _run_cut(
 
 
 def count_bills(connection: Connection, cut: Cut) -> dict[str, int]:
-    """Return how many bills up to the cut the ledger holds, run by run."""
+    """Return the number of bills in the ledger up to the cut, by run."""
     if not cut.runs:
         return {}
     at = cut.cte()
@@ -332,10 +333,10 @@ def settle(
     settle_s: float,
     known_missing: dict[str, int],
 ) -> None:
-    """Wait until no living run misses a bill up to the cut, for at most `settle_s`.
+    """Wait until each living run has all its bills up to the cut, for at most `settle_s`.
 
-    `known_missing` holds how many bills of a run were waited for in vain before; they are not
-    waited for again.
+    `known_missing` is the number of bills by run that earlier calls waited for in vain. No call
+    waits for them again.
     """
     deadline = time.monotonic() + settle_s
     while any(run.alive for run in cut.runs):
@@ -374,7 +375,7 @@ def _sums(stretches: Mapping[int, Mapping[str, int]], names: Collection[str]) ->
 def _by_hour(
     stretches: Mapping[int, Mapping[str, int]], name: str | None, total: int
 ) -> dict[int | None, int]:
-    """Return a class, or all, by stretch; what of its total is in none of them is under None."""
+    """Return a class, or all, by span of hours; None has the part of `total` in no span."""
     used: dict[int | None, int] = {
         hour: sum(classes.values()) if name is None else classes.get(name, 0)
         for hour, classes in stretches.items()
@@ -388,7 +389,7 @@ def _as_lost(classes: Mapping[str, int]) -> dict[str, int]:
     return {**classes, "in_flight": 0, "lost": lost}
 
 
-# What the prices of a run depend on; `runs` joined with `prices`.
+# The columns that the price of a run depends on, in `runs` joined with `prices`.
 RUN_COLUMNS = (
     runs.c.run_id,
     runs.c.gpus,
@@ -401,7 +402,7 @@ RUN_COLUMNS = (
 
 
 def stretch(hour: ColumnElement[int], changes: Sequence[int]) -> list[ColumnElement[Any]]:
-    """Return what an SQL query has to group by, so that all hours of a group are of one stretch."""
+    """Return the SQL terms to group by, so that all hours in a group have one price."""
     if not changes:
         return []
     return [case(*((hour < at, place) for place, at in enumerate(changes)), else_=len(changes))]

@@ -1,12 +1,12 @@
-"""How many requests ended, and with how many tokens: of tenants, models, hours, whatever is asked.
+"""Count the requests that ended and their tokens, by tenant, model, hour and other columns.
 
-An HTTP exchange counts once, with the tokens that its client was told; where the reply did not say,
-with those of its parts, a prompt that several parts share counting once. Parts without an HTTP row
-add their tokens and no request. An exchange has one tenant; should its parts differ in model,
-adapter, route, tags, label or the way they ended, it counts under the first by name.
+An HTTP exchange counts once, with the tokens that its client was told. If the reply did not say,
+the tokens of its parts count; a prompt that several parts share counts once. Parts without an HTTP
+row add their tokens, but no request. An exchange has one tenant. If its parts differ in model,
+adapter, route, tags, label or end status, it counts under the first value by name.
 
-Invariant: each exchange and each part without one is in exactly one group, so the groups add up to
-the same totals whatever they are told apart by.
+Invariant: each exchange, and each part without one, is in exactly one group. So all groupings have
+the same totals.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from vllm_cost_meter.ledger.schema import http_requests, requests, runs
 from vllm_cost_meter.reports.facts import COUNTS
 
 TOKENS = COUNTS[1:]
-# "2027-01-15T08" of an RFC 3339 instant: the UTC hour in which a request ended.
+# The length of "2027-01-15T08": the UTC hour at the start of an RFC 3339 instant.
 HOUR_CHARS = 13
 Counts = tuple[int, int, int, int]
 
@@ -28,10 +28,10 @@ Counts = tuple[int, int, int, int]
 def count_ended(
     connection: Connection, window: Window, by: Sequence[str] = ("tenant",)
 ) -> dict[tuple[Any, ...], Counts]:
-    """Return requests and tokens of those that ended in the window.
+    """Return the number of requests that ended in the window and their tokens, by group.
 
-    `by` are columns of `requests`, `labels` of their run, and `hour`, the beginning of the instant
-    at which each ended.
+    `by` names columns of `requests`, `labels` for those of the run, and `hour` for the UTC hour in
+    which a request ended.
     """
     found: dict[tuple[Any, ...], Counts] = {}
     for query in (_told(window, by), _untold(window, by)):
@@ -44,7 +44,7 @@ def count_ended(
 
 
 def _told(window: Window, by: Sequence[str]) -> Select[Any]:
-    """Count exchanges with an HTTP row and at least one part; tokens told, else from the parts."""
+    """Count exchanges that have an HTTP row and at least one part."""
     h, r = http_requests.c, requests.c
     own = {
         "tenant": h.tenant,
@@ -81,7 +81,7 @@ def _told(window: Window, by: Sequence[str]) -> Select[Any]:
 
 
 def _untold(window: Window, by: Sequence[str]) -> Select[Any]:
-    """Count the tokens of parts without an HTTP row, as requests 0."""
+    """Count the tokens of parts without an HTTP row; they add no request."""
     h, r = http_requests.c, requests.c
     exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     own = {
@@ -105,12 +105,12 @@ def _untold(window: Window, by: Sequence[str]) -> Select[Any]:
 
 
 def labels_of(run_id: ColumnElement[str]) -> ColumnElement[Any]:
-    """Return the labels of the run in this column, as the ledger has them."""
+    """Return the SQL for the labels of the run in this column."""
     return select(runs.c.labels).where(runs.c.run_id == run_id).scalar_subquery()
 
 
 def _prompt_tokens() -> list[ColumnElement[Any]]:
-    """Return the tokens of the parts of one prompt: itself counts once, what it drew in full."""
+    """Return the SQL for the tokens of one prompt's parts: the prompt once, all outputs added."""
     r = requests.c
     return [
         func.max(r.prompt_tokens).label("prompt_tokens"),

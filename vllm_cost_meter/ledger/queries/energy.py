@@ -1,11 +1,11 @@
-"""The energy of requests, tenants and runs, as the ledger has it.
+"""Read the energy of requests, tenants and runs from the ledger.
 
-A request's energy is told by a snapshot after its bill, hour by hour; here it is joined to the bill
-again. Unknown is null with a reason, never 0; for a tenant, whose requests are many, the sum is of
-those that are known, and how many are not stands beside it.
+A snapshot after the bill brings a request's energy, hour by hour. Here it is joined to the bill. An
+unknown energy is null with a reason, and never 0. A tenant has many requests, so its sum covers the
+known ones, and the number of unknown ones stands beside it.
 
-Invariant: energies count up to the cut, as bills do; so the energies of all bills and the classes
-of a run add up to what was read of its GPUs.
+Invariant: energies count up to the cut, as bills do. So the energies of all bills and of a run's
+classes add up to the energy read from its GPUs.
 """
 
 import json
@@ -26,12 +26,12 @@ from vllm_cost_meter.prices.run_prices import Used
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.reports.tenant_details import RowEnergy
 
-# Of a request whose energy no snapshot has told: it will, if its engine lives so long.
+# The reason until a snapshot after the bill brings the energy; none comes if the engine dies.
 PENDING = "pending"
 
 
 def select_parts() -> Select[Any]:
-    """Select engine requests with their energy: null where any of it is unknown, and why."""
+    """Select engine requests with their energy; it is null, with a reason, if a part is unknown."""
     e, s, r = request_energy.c, snapshots.c, requests.c
     mine = and_(e.run_id == r.run_id, e.seq == r.seq)
     is_known = and_(func.count() > 0, func.count() == func.count(e.energy_mj))
@@ -47,9 +47,9 @@ def select_parts() -> Select[Any]:
 
 
 def by_tenant(connection: Connection, cut: Cut) -> dict[str, RowEnergy]:
-    """Return the energy of each tenant's requests.
+    """Return the energy of each tenant's requests; empty if no engine counts energy.
 
-    Empty where no engine counts energy. Energy goes by the hour it was used in, requests by theirs.
+    The window applies to the hour in which energy was used, not to the end of the request.
     """
     if all(run.energy is None for run in cut.runs):
         return {}
@@ -78,7 +78,7 @@ def _sum(used_mj: Used | None) -> int | None:
 
 
 def _unknown(cut: Cut) -> Select[Any]:
-    """Count the engine requests of each tenant whose energy is unknown, or not told yet."""
+    """Select the number of engine requests without a known energy, by tenant."""
     at, e, r, p = cut.cte(), request_energy.c, requests.c, usage_pieces.c
     told = and_(e.run_id == r.run_id, e.seq == r.seq)
     bills = (
@@ -90,13 +90,14 @@ def _unknown(cut: Cut) -> Select[Any]:
     )
     if cut.window.is_all:
         return bills
-    # In the hour whose energy is unknown; what was not told yet, in the hours of its time.
+    # The hour is that of the unknown energy. While no snapshot has brought it, the hours of the
+    # GPU time stand in.
     pieces = bills.join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq))
     return pieces.where(cut.window.on_hours(func.coalesce(e.hour, p.hour)))
 
 
 def told_mj(connection: Connection, cut: Cut) -> dict[str, int]:
-    """Return the sum of all energies of bills up to the cut, run by run."""
+    """Return the energy of all bills up to the cut, by run."""
     if not cut.runs:
         return {}
     at, e = cut.cte(), request_energy.c
@@ -109,7 +110,7 @@ def told_mj(connection: Connection, cut: Cut) -> dict[str, int]:
 
 
 def class_mj(cut: Cut, name: str) -> int | None:
-    """Return the energy of a class over all runs that count it; None if none does."""
+    """Return the energy of a class over all runs; None if no run counts it."""
     amounts = [
         run.energy[name] for run in cut.runs if run.energy is not None and name in run.energy
     ]
@@ -117,19 +118,19 @@ def class_mj(cut: Cut, name: str) -> int | None:
 
 
 def class_energy(cut: Cut, name: str) -> RowEnergy | None:
-    """Return the energy of a class and when it was used; None where no run counts it."""
+    """Return the energy of a class by hours; None if no run counts it."""
     mj = class_mj(cut, name)
     return None if mj is None else RowEnergy(mj, None, cut.used_mj(name))
 
 
 def total_mj(cut: Cut) -> int | None:
-    """Return the energy of everything over all runs that count it; None if none does."""
+    """Return the energy of all runs and classes; None if no run counts it."""
     amounts = [class_mj(cut, name) for name in ENERGY_CLASSES]
     return None if None in amounts else sum(mj for mj in amounts if mj is not None)
 
 
 def energy_state(run: RunCut) -> dict[str, Any]:
-    """Return what a summary says of a run's GPUs and their energy."""
+    """Return the fields of a summary about a run's GPUs and their energy."""
     devices = run.row["devices"]
     return {
         "devices": None if devices is None else json.loads(devices),
@@ -140,7 +141,7 @@ def energy_state(run: RunCut) -> dict[str, Any]:
 
 
 def audited(run: RunCut, told: Mapping[str, int]) -> dict[str, int | None]:
-    """Return the energy read of a run, and how far that is from the sum of all who used it."""
+    """Return a run's energy, and its difference to the sum over classes and requests."""
     energy_mj = run.row["energy_mj"]
     if energy_mj is None:
         return {"energy_mj": None, "energy_difference_mj": None}

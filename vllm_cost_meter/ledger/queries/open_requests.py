@@ -1,12 +1,14 @@
-"""What has no bill yet: whose it is, and what it had used at the last snapshot of its engine.
+"""Requests without a bill: their tenant, and the GPU time they had used at the last snapshot.
 
-Two tables meet here by vLLM's internal request id. `open_requests` says whose a request is, from
-its API server; `live_usage` what it had used, from its engine: over all hours, so that it is priced
-as a whole, by the hour of that snapshot. A request is *running* as long as
-an engine may bill it, and *lost* when none can: its run is dead, or its meter switched itself off.
-What no snapshot has told of has used nothing so far, while it runs; once lost, nobody knows.
+Two tables are joined by vLLM's internal request id. `open_requests` comes from the API server and
+has the tenant. `live_usage` comes from the engine and has the usage. It is one sum over all hours,
+so the price of the snapshot's hour applies to all of it.
 
-Invariant: a request with a bill is never shown here, whatever rows were left.
+A request is *running* as long as an engine may bill it. It is *lost* if none can, because its run
+is dead or its meter switched itself off. A running request that no snapshot has shown yet has used
+nothing so far. If such a request is lost, its usage is unknown.
+
+Invariant: a request with a bill is never shown here, even if its rows were left behind.
 """
 
 from collections.abc import Collection, Sequence
@@ -37,13 +39,13 @@ from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, Row
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
 
-# Lost requests of a run that are listed in an audit; their sum has all of them.
+# An audit lists at most so many lost requests of a run; their sum covers all.
 MAX_LOST = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Living:
-    """Which engine runs are alive: those heard of lately, and those that the asker knows of."""
+    """The engine runs that live: those with a recent snapshot, and those in `alive`."""
 
     now_ns: int
     alive: Collection[str] = ()
@@ -72,9 +74,10 @@ class _Run:
 
 
 def is_billed() -> ColumnElement[bool]:
-    """Return the SQL condition on a row of `open_requests`: its bill is there."""
+    """Return the SQL condition on a row of `open_requests`: the ledger has its bill."""
     r, o = requests.c, open_requests.c
-    # The wall clock may have been set back between birth and bill, or the birth been forgotten.
+    # The wall clock may have been set back between arrival and bill, or the API server may have
+    # forgotten the arrival.
     same = or_(r.started_at == o.started_at, r.finished_at >= o.started_at)
     return exists().where(r.request_id == o.request_id, same)
 
@@ -86,7 +89,7 @@ def open_parts(
     book: PriceBook,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the open requests of a condition as parts, the newest first."""
+    """Return the open requests that meet a condition as parts, the newest first."""
     wanted = select(open_requests).where(mine, ~is_billed())
     wanted = wanted.order_by(open_requests.c.started_at.desc(), open_requests.c.request_id)
     rows = [row._asdict() for row in connection.execute(wanted.limit(limit))]
@@ -99,11 +102,11 @@ def open_parts(
 def running_parts(
     connection: Connection, tenant: str | None, living: Living, limit: int, book: PriceBook
 ) -> list[dict[str, Any]]:
-    """Return the newest running requests of exchanges of which nothing has ended yet."""
+    """Return the newest running parts of exchanges without any part that ended."""
     o = open_requests.c
     first = select(func.min(runs.c.started_at)).join(snapshots, snapshots.c.run_id == runs.c.run_id)
     mine = [
-        # Older ones cannot be running: they are what earlier engines lost.
+        # Older requests cannot be running: earlier engines lost them.
         o.started_at >= first.where(living.condition()).scalar_subquery(),
         ~exists().where(http_requests.c.http_request_id == o.http_request_id),
         ~exists().where(requests.c.http_request_id == o.http_request_id),
@@ -115,7 +118,7 @@ def running_parts(
 
 
 def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
-    """Return what a dead run had in flight for requests that have no bill, the most time first."""
+    """Return the requests that a dead run had in flight, the most GPU time first."""
     told = connection.execute(
         select(live_usage.c.requests, live_usage.c.taken_at).where(
             live_usage.c.run_id == run.run_id, live_usage.c.number == run.row["number"]
@@ -127,7 +130,7 @@ def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
     r, o = requests.c, open_requests.c
     billed = set(
         connection.execute(
-            # Bills that came after the last snapshot.
+            # These bills came after the last snapshot.
             select(r.request_id).where(r.run_id == run.run_id, r.seq > run.last_seq)
         ).scalars()
     )
@@ -152,7 +155,7 @@ def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
 def _runs(
     connection: Connection, oldest: str, newest: str, living: Living, book: PriceBook
 ) -> list[_Run]:
-    """Return the runs that requests which came between two instants may be in, the newest first."""
+    """Return the runs that may hold requests from between two instants, the newest first."""
     bills = living.condition()
     found = (
         select(
@@ -181,10 +184,10 @@ def _runs(
 
 
 def _part(row: Row, candidates: Sequence[_Run]) -> dict[str, Any]:
-    """Return an open request as a part: the columns of a bill, null where only a bill knows."""
+    """Return an open request as a part; columns that only a bill has are null."""
     mine = [run for run in candidates if run.row["started_at"] <= row["started_at"]]
     told = [run for run in mine if row["request_id"] in run.used]
-    # With data parallelism several engines may hold one that no snapshot has told of yet.
+    # Until a snapshot shows the request, any of several data-parallel engines may hold it.
     bills = [run for run in told or mine if run.bills]
     part = {
         **dict.fromkeys(PART_COLUMNS),

@@ -1,11 +1,11 @@
 """Pages of exchanges, the newest first, by key and not by offset.
 
-A page continues after the key (finished_at, id) of the last row of the one before, so rows that
-arrive meanwhile shift nothing. Exchanges without an HTTP row (not there yet, or lost in a crash)
-are listed too, by their parts. Those are looked for only within the time that the page spans, so a
-page costs the same at any depth.
+A page continues after the key (finished_at, id) of the last row on the previous page, so new rows
+shift nothing. Exchanges without an HTTP row (not written yet, or lost in a crash) are listed by
+their parts. The query looks for them only in the time that the page spans, so a page costs the
+same at any depth.
 
-Invariant: going from page to page shows every exchange that was there at the start exactly once.
+Invariant: whoever goes through all pages sees each exchange that was there at the start once.
 """
 
 import base64
@@ -28,7 +28,7 @@ from vllm_cost_meter.units.text import quoted
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Where an exchange stands in the order; `run_id` and `seq` of a part that has no exchange."""
+    """An exchange's place in the order. A part without an exchange has `run_id` and `seq`."""
 
     finished_at: str
     id: str
@@ -36,13 +36,13 @@ class Key:
     seq: int | None = None
 
     def token(self) -> str:
-        """Return the opaque form, to continue after this key."""
+        """Return the opaque token for `next`, to continue after this key."""
         text = json.dumps([self.finished_at, self.id])
         return base64.urlsafe_b64encode(text.encode()).decode()
 
     @classmethod
     def from_token(cls, token: str) -> "Key":
-        """Parse `token`'s form. Raises ValueError on anything else."""
+        """Parse a token. Raises ValueError for any other text."""
         try:
             finished_at, id = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
         except (binascii.Error, ValueError, TypeError, RecursionError):
@@ -55,7 +55,7 @@ class Key:
 def page_of_keys(
     connection: Connection, limit: int, before: Key | None, tenant: str | None
 ) -> list[Key]:
-    """Return the keys of the newest exchanges before one, at most `limit`."""
+    """Return the keys of at most `limit` exchanges, the newest before `before` first."""
     h = http_requests.c
     told = select(h.finished_at, h.http_request_id)
     if tenant is not None:
@@ -74,7 +74,7 @@ def page_of_keys(
 def _untold_keys(
     connection: Connection, limit: int, before: Key | None, since: str | None, tenant: str | None
 ) -> list[Key]:
-    """Return the keys of exchanges without an HTTP row, each at its last part's end."""
+    """Return the keys of exchanges without an HTTP row, each at the end of its last part."""
     h, r = http_requests.c, requests.c
     own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     other = requests.alias()
@@ -105,7 +105,7 @@ def _untold_keys(
 def exchanges(
     connection: Connection, keys: Sequence[Key], living: Living, book: PriceBook
 ) -> list[RequestRow]:
-    """Return the request rows of a page, with what of them still runs."""
+    """Return the request rows of a page, with their parts that still run."""
     h, r = http_requests.c, requests.c
     ids = [key.id for key in keys if key.run_id is None]
     told = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
@@ -123,7 +123,7 @@ def exchanges(
 
 
 def rows_of_parts(parts: Sequence[Row]) -> list[RequestRow]:
-    """Return the request rows of exchanges known by these parts only, in their order."""
+    """Return the request rows of exchanges that only have these parts, in their order."""
     grouped: dict[tuple[str | None, str | None], list[Row]] = {}
     for part in parts:
         http_id = part["http_request_id"]

@@ -1,6 +1,6 @@
-"""Reports, summary and statement of a cut: facts are read here, `reports` makes answers of them.
+"""Reports, summary and statement at a cut: read the facts, and let `reports` make the answers.
 
-Invariant: all parts of an answer are of one cut and one transaction.
+Invariant: all parts of an answer come from one cut and one transaction.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,7 @@ from vllm_cost_meter.reports.statement_answers import TenantStatement
 
 
 def report_at(connection: Connection, cut: Cut, question: Question) -> Report:
-    """Return the answer to a question at a cut."""
+    """Return the report for a question at a cut."""
     costs = CutCosts.of(cut)
     facts = read_facts(connection, cut, question)
     answer = {
@@ -37,7 +37,7 @@ def report_at(connection: Connection, cut: Cut, question: Question) -> Report:
 
 
 def tenants_at(connection: Connection, cut: Cut, question: Question) -> TenantsReport:
-    """Return the report by tenant, and beside it what stays for callers of its old form."""
+    """Return the report by tenant, with the engines' totals and the keys of its old form."""
     answer = report_at(connection, cut, question)
     return {**answer, "tenants": rows_of(answer), **_engines(connection, cut, answer)}
 
@@ -72,7 +72,7 @@ def statement_at(
     tenant: str | None,
     now_ns: int,
 ) -> TenantStatement:
-    """Return one tenant's statement of a month, or that of all.
+    """Return the statement of a month, for one tenant or for all.
 
     Raises ValueError for a tenant without a line.
     """
@@ -104,7 +104,7 @@ def statement_at(
     return cast("TenantStatement", answer)
 
 
-# Of a report by tenant, what a summary has no use for.
+# A summary leaves out these keys of a report by tenant.
 _OF_ROWS = ("aggregate", "idle", "what_if_usd_per_gpu_hour", "series")
 
 
@@ -123,7 +123,7 @@ def _counts(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _engines(connection: Connection, cut: Cut, answer: Report) -> EnginesPart:
-    """Return what engines say of themselves at a cut, beside a report by tenant."""
+    """Return the totals of the engines, which stand beside a report by tenant."""
     costs = CutCosts.of(cut)
     prices = {price["usd_per_gpu_hour"] for price in answer["prices"]}
     said = {

@@ -1,6 +1,6 @@
-"""One request by any of its ids: what an id means, its row with its parts, how its bill came about.
+"""Find one request by any of its ids; read its row, its parts and the explanation of its bill.
 
-Invariant: a request with a bill is shown by its bill, whatever else is known of it.
+Invariant: a request with a bill is shown by its bill, whatever other rows there are.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.records.client_text import forms_to_find
 from vllm_cost_meter.reports.explanation import explained
 from vllm_cost_meter.reports.request_answers import Explanation, RequestWithParts
 from vllm_cost_meter.reports.request_row import RUNNING, exchange, ordered, shown_part
@@ -33,9 +34,9 @@ MAX_MATCHES = 100
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What an id stands for: an HTTP exchange, or an engine request that belongs to none.
+    """The request that an id means: an HTTP exchange, or an engine request without one.
 
-    Such a one has a bill, or else is open and known by its internal id.
+    An engine request with a bill has `run_id` and `seq`; an open one has its internal `request_id`.
     """
 
     http_request_id: str | None
@@ -51,10 +52,11 @@ def find(connection: Connection, id: str, only: str | None = None) -> list[Match
     found by these whoever else uses the same text. Then come response ids, X-Request-Ids and the
     engine's external ids. Within each the newest comes first.
     """
+    forms = forms_to_find(id)
     h, r, o = http_requests.c, requests.c, open_requests.c
     answered = select(h.http_request_id, h.finished_at)
     part = select(r.http_request_id, r.finished_at, r.run_id, r.seq)
-    nothing = (null(), null())  # in place of a bill's key
+    nothing = (null(), null())  # An open request has no bill, so no key of one.
     running = select(o.http_request_id, o.started_at, *nothing, o.request_id)
     running = running.where(~is_billed())
     sources = (
@@ -74,7 +76,7 @@ def find(connection: Connection, id: str, only: str | None = None) -> list[Match
             query = query.where(_belongs_to(of.tenant, only))
         columns = [*((own, True) for own in own_ids), *((chosen, False) for chosen in chosen_ids)]
         for column, is_own in columns:
-            newest = query.where(column == id).order_by(at.desc()).limit(MAX_MATCHES)
+            newest = query.where(column.in_(forms)).order_by(at.desc()).limit(MAX_MATCHES)
             for http_id, when, *key in connection.execute(newest):
                 match = Match(None, *key) if http_id is None else Match(http_id)
                 found[match] = max(found.get(match, (False, "")), (is_own, when))
@@ -96,7 +98,7 @@ def request_row(
         opened = o.http_request_id == match.http_request_id
     else:
         key = and_(r.run_id == match.run_id, r.seq == match.seq)
-        # It may have got its bill since it was found.
+        # The bill may have come since the request was found.
         billed = or_(key, and_(r.request_id == match.request_id, r.http_request_id.is_(None)))
         opened = and_(o.request_id == match.request_id, o.http_request_id.is_(None))
     answered = select(http_requests).where(h.http_request_id == match.http_request_id)
@@ -112,14 +114,14 @@ def request_row(
 
 
 def is_unseen(row: Mapping[str, Any]) -> bool:
-    """Say whether a part runs that no snapshot has shown: it has not begun, or has just ended."""
+    """Return whether a running part is in no snapshot: it has not begun, or has just ended."""
     return any(part["state"] == RUNNING and part["run_id"] is None for part in row["parts"])
 
 
 def explain(connection: Connection, request: Mapping[str, Any], book: PriceBook) -> Explanation:
-    """Return how the bills of a request row, with its `parts`, came about.
+    """Explain the bills of a request row that has its `parts`.
 
-    Only what has ended is explained; a request that never reached an engine has no parts.
+    Only parts with a bill are explained. A request that never reached an engine has no parts.
     """
     run_ids = {part["run_id"] for part in request["parts"] if part["run_id"]}
     priced = (
@@ -142,7 +144,7 @@ def explain(connection: Connection, request: Mapping[str, Any], book: PriceBook)
 
 
 def latest_run(connection: Connection, book: PriceBook) -> RunFacts | None:
-    """Return what the price of the latest run depends on; None if there has been none."""
+    """Return the facts about the latest run that its price depends on; None without a run."""
     latest = (
         select(*RUN_COLUMNS)
         .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)

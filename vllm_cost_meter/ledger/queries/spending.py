@@ -1,13 +1,14 @@
-"""What budgets' tenants have used so far in each period, kept up to date once a second.
+"""The amount that each budget's tenants have used in its period, updated once a second.
 
-Bills are added up as they come: a look reads only those that finished since a little before the
-last one, and knows which of them it had. At each new hour, and every `RECOUNT_NS`, all is counted
-anew, so that what came very late, or fell out of a period, is right again within that time. What
-requests that still run had used at their engine's latest snapshot is added on top, in full to the
-present hour; their bills say later which hours it was. An engine in a long step sends no snapshot:
-what its requests had used still counts for as long as `alive` names its run.
+Bills are added up as they come. A look reads only the bills that finished since a little before the
+last look, and skips those that it has counted. At each new hour, and every `RECOUNT_NS`, everything
+is counted anew: this corrects for bills that came very late, and for hours that left a period.
 
-Invariant: a request counts once: by its bill, or else by the snapshot of the engine it runs in.
+The usage of running requests at their engine's latest snapshot is added on top. All of it goes to
+the present hour; the bill will later say which hours it was. An engine in a long step sends no
+snapshot, but its requests still count as long as `alive` names its run.
+
+Invariant: a request counts once: by its bill, or else by the snapshot of its engine.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -35,19 +36,19 @@ from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND, rfc3339, unix_ns_of
 
-# How late a bill may be committed and still be seen by the next look.
+# The next look sees a bill that is committed at most so long after its end.
 LATE_NS = 20 * NS_PER_SECOND
 RECOUNT_NS = 600 * NS_PER_SECOND
 _IDS_AT_ONCE = 500
 
-# GPU-nanoseconds by budget, and in it by run and UTC hour.
+# GPU-nanoseconds by budget, then by run and UTC hour.
 Sums = dict[str, dict[tuple[str, int], int]]
-# (run_id, hour) to USD per GPU-hour; None where there is no price.
+# Gives USD per GPU-hour from run_id and hour; None without a price.
 PriceOf = Callable[[str, int], Decimal | Fraction | None]
 
 
 class Spending:
-    """Follows what is spent. Blocks, and is used by one thread at a time."""
+    """Follows the spending against budgets. Methods block; one thread at a time may use it."""
 
     def __init__(
         self,
@@ -56,10 +57,10 @@ class Spending:
         create: bool = True,
         alive: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """`alive` names engine runs that are known to live though they are silent.
+        """`alive` returns engine runs that live, though they send no snapshot.
 
-        The ledger is opened at the first look, which raises LedgerError if it cannot be, also when
-        there is none and `create` is not set.
+        The first look opens the ledger. It raises LedgerError if that fails, also if there is no
+        ledger and `create` is not set.
         """
         self._alive = alive
         self._url = url
@@ -68,7 +69,7 @@ class Spending:
         self._budgets: Sequence[Budget] = ()
         self._billed: Sums = {}
         self._counted_at_ns = 0
-        # Bills counted already, of those that the next look reads again.
+        # The bills that are counted already, and that the next look will read again.
         self._seen: dict[tuple[str, int], str] = {}
 
     def close(self) -> None:
@@ -77,13 +78,13 @@ class Spending:
             self._engine.dispose()
 
     def latest_snapshots(self) -> list[tuple[str, int]]:
-        """Return (run, number) of the latest snapshots: cheap, to see whether a look is due."""
+        """Return (run, number) of the latest snapshots: a cheap test whether a look is due."""
         with self._read() as connection:
             found = connection.execute(select(snapshots.c.run_id, snapshots.c.number))
             return [(run_id, number) for run_id, number in found]
 
     def look(self, budgets: Sequence[Budget], price_of: PriceOf, now_ns: int) -> Figures:
-        """Return where the budgets stand.
+        """Return the use of each budget.
 
         Raises LedgerError or SQLAlchemyError if the ledger cannot be opened or read.
         """
@@ -160,7 +161,7 @@ class Spending:
             _add_to(self._billed, self._budgets, row, row.hour, int(row.gpu_time_ns))
 
     def _running(self, connection: Connection, run_ids: Collection[str], hour: int) -> Sums:
-        """Return what the requests of these runs that have no bill had used."""
+        """Return the usage of requests without a bill in these runs."""
         sums: Sums = {}
         told = select(live_usage.c.run_id, live_usage.c.requests)
         for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
@@ -207,7 +208,7 @@ def _living(connection: Connection, living: Living) -> Sequence[Any]:
 
 
 def _owners(connection: Connection, ids: Collection[str]) -> Iterator[Any]:
-    """Yield whose these requests are, of those that have no bill."""
+    """Yield the owner columns of those requests that have no bill."""
     left = iter(ids)
     o = open_requests.c
     while some := list(islice(left, _IDS_AT_ONCE)):

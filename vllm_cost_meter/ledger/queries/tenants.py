@@ -1,6 +1,6 @@
-"""Facts of tenants besides their GPU time: phases, waste, KV cache and energy at a cut.
+"""Read the facts about tenants besides GPU time: phases, waste, KV cache and energy at a cut.
 
-What rows cost is not asked here: `reports.allocation` makes the money of every row.
+Costs are not computed here: `reports.allocation` computes the cost of every row.
 
 Invariant: facts count up to the cut, as bills do.
 """
@@ -21,7 +21,7 @@ from vllm_cost_meter.reports.tenant_details import TenantFacts
 def tenant_facts(
     connection: Connection, cut: Cut, sums: Mapping[str, Mapping[str, int]]
 ) -> TenantFacts:
-    """Return what tenants and classes used besides; `sums` are those of their bills."""
+    """Return the facts about tenants and classes; `sums` has the sums of their bills."""
     return TenantFacts(
         sums=sums,
         cache_ms=cut.kv_cache_block_ms(),
@@ -32,7 +32,7 @@ def tenant_facts(
 
 
 def after_cut(connection: Connection, cut: Cut) -> AfterCut:
-    """Return the bills that no snapshot counts yet: they wait for the next one."""
+    """Return the bills that no snapshot counts yet, as the next one will."""
     billed = select(func.count(), func.sum(requests.c.gpu_time_ns))
     if cut.runs:
         at = cut.cte()

@@ -1,11 +1,14 @@
-"""The facts of a report: usage by run, hour and whatever a question tells apart; overhead by class.
+"""Read the facts of a report: usage by run, hour and dimensions, and engine time by class.
 
-One query over the usage pieces of the bills up to the cut, joined with their requests where a
-dimension is a column of those; the engines' hours for the classes; and the counts of what ended.
-Where no column is a time, the hours between two changes of price are one stretch, so that a month
-of many tenants is a row each. What it costs is not asked here: the core prices each run's hours.
+One query adds up the usage pieces of all bills up to the cut; it joins their requests only if a
+dimension is a column of `requests`. The engines' hours give the classes. A third query counts the
+requests that ended.
 
-Invariant: usage and overhead are all of wall x GPUs, hour by hour, when no bill misses.
+If no column is a time, hours between two changes of price are added up into one span. So a month
+has one row per tenant. Prices are not applied here: `reports.allocation` prices each run's hours.
+
+Invariant: usage and engine time by class make up all of wall time x GPUs, hour by hour, if no bill
+is missing.
 """
 
 import json
@@ -29,22 +32,22 @@ from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.reports.tenant_details import tenant_details
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
-# Dimensions whose column has another name.
+# The column of a dimension, if it has another name.
 _COLUMN = {"status": "engine_status"}
-# Dimensions that are a name within a column of JSON.
+# The JSON column that holds the names behind a prefix.
 _WITHIN = {TAG: "tags", LABEL: "labels"}
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What bills up to a cut used: GPU time, and by tenant alone all that pieces have besides."""
+    """The usage of bills up to a cut: GPU time, and for rows by tenant alone other sums."""
 
     used: list[Used]
     sums: dict[str, dict[str, int]]
 
 
 def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
-    """Return what the ledger holds at a cut, told apart as a question asks."""
+    """Return the facts at a cut, with the distinctions that a question needs."""
     dimensions = question.dimensions
     columns = tuple(dict.fromkeys(_column(name) for name in dimensions))
     usage = _usage(connection, cut, question, columns)
@@ -72,7 +75,7 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
 def _with_details(
     connection: Connection, cut: Cut, facts: Facts, sums: Mapping[str, Mapping[str, int]]
 ) -> Facts:
-    """Return facts with more columns by tenant, and a row for whoever has nothing else."""
+    """Return facts with more columns by tenant; a tenant that has only these gets a row too."""
     used = tenant_facts(connection, cut, sums)
     costs = CutCosts.of(cut)
     none = Ended(None, (), (0,) * len(COUNTS))
@@ -83,7 +86,7 @@ def _with_details(
 def _hours_of(
     cut: Cut, run: RunCut, question: Question, name: str | None = None
 ) -> Mapping[int | None, int]:
-    """Return the GPU time of a class, or of all, by hour; by stretch where that is enough."""
+    """Return the GPU time of a class, or of all, by hour; or by span at one price if that does."""
     if not question.tells_hours_apart:
         return run.used_ns(name)
     classes = {hour: run.classes_in(hour) for hour in run.hours if cut.window.contains(hour)}
@@ -108,7 +111,7 @@ def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequen
     if not cut.runs:
         return Usage([], {})
     at, p, r = cut.cte(), usage_pieces.c, requests.c
-    # Pieces have the tenant themselves: with that alone, no request is read.
+    # Pieces have a column for the tenant, so a report by tenant alone reads no request.
     own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
     keys = [own[name] if name in own else r[name] for name in columns]
     joined = usage_pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
@@ -127,7 +130,7 @@ def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequen
         .where(cut.window.on_hours(p.hour))
         .group_by(p.run_id, *hours, *keys)
     )
-    # Two texts of tags or labels may have the same values for what is asked.
+    # Different JSON texts of tags or labels may agree in the names that are asked for.
     spent: Counter[tuple[str, int, Key]] = Counter()
     sums: dict[str, dict[str, int]] = {}
     for run_id, hour, gpu_time_ns, *values in connection.execute(asked):
@@ -148,7 +151,7 @@ def _column(dimension: str) -> str:
 
 
 def _key(dimensions: Sequence[str], columns: Sequence[str], values: Sequence[Any]) -> Key:
-    """Return the values of the dimensions, of a row's columns."""
+    """Return the values of the dimensions from a row's columns."""
     row = dict(zip(columns, values, strict=True))
     texts = {name: json.loads(row[name]) for name in _WITHIN.values() if row.get(name)}
 
