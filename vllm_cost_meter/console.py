@@ -53,13 +53,13 @@ _UNITS = {
     "idle_share_ns": ("idle_share_seconds", 10**9, 6),
     "energy_mj": ("joules", 1000, 3),
 }
-_NUMBERS = ("tokens", "_ns", "_mj", "_usd", "requests", "status")
+_NUMBERS = ("tokens", "_ns", "_mj", "_usd", "requests", "status", "used", "limit", "over")
 # If the terminal is too narrow, longer texts are shortened to this width.
 TEXT_CHARS_MAX = 24
 _ELLIPSIS = "..."
 _INSTANT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d+Z")
 # People read or type the values of these columns as they are.
-_NEVER_SHORTENED = {"figure", "value", "used", "limit", "over"}
+_NEVER_SHORTENED = {"figure", "value", "http_request_id"}
 # These columns hold sentences. A sentence that does not fit loses its end, not its middle.
 _SENTENCES = {"meaning"}
 # Spaces between two columns.

@@ -53,7 +53,7 @@ CLIENT_LEFT = 499
 
 
 @dataclass(slots=True)
-class Sent:
+class SentReply:
     """The reply as far as it was sent, and whether the client is still connected."""
 
     status: int | None = None
@@ -90,7 +90,7 @@ class Exchange:
     cost_nanousd: int | None = 0
     marginal_cost_nanousd: int | None = 0
     method: str = ""
-    sent: Sent = field(default_factory=Sent)
+    sent: SentReply = field(default_factory=SentReply)
     # True once the final record of this exchange was made.
     recorded: bool = False
     # The record of an exchange that ended before it had an engine request. It is written if a

@@ -105,10 +105,40 @@ END_TO_END = Histogram(
     "cost_meter_e2e_seconds", "Time from arrival to last token", buckets=LATENCY_BUCKETS
 )
 
-_labelled_tenants: set[str] = set()
-# The labelled tenants with a name that a client chose.
-_labelled_choices: set[str] = set()
 _INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]
+
+
+class TenantLabels:
+    """Chooses the label of a tenant: its name, or `other` once the names are too many."""
+
+    def __init__(
+        self, tenants_max: int = TENANT_LABELS_MAX, clients_max: int = CLIENTS_LABELS_MAX
+    ) -> None:
+        """Allow `tenants_max` names, of which clients may have chosen `clients_max`."""
+        self.tenants: set[str] = set()
+        # The labelled tenants whose names clients chose.
+        self._choices: set[str] = set()
+        self._tenants_max = tenants_max
+        self._clients_max = clients_max
+
+    def of(self, owner: Owner) -> str:
+        """Return the label of an owner's tenant, and count a bill whose tenant has none."""
+        tenant = owner.tenant
+        if tenant in self.tenants:
+            return tenant
+        chosen = owner.is_clients_choice
+        is_full = len(self.tenants) >= self._tenants_max
+        if is_full or (chosen and len(self._choices) >= self._clients_max):
+            TENANTS_FOLDED.inc()
+            return OTHER
+        self.tenants.add(tenant)
+        if chosen:
+            self._choices.add(tenant)
+        return tenant
+
+
+# The labels of this process.
+_LABELS = TenantLabels()
 
 
 def count_refused(kind: str, budget: str) -> None:
@@ -123,9 +153,9 @@ def set_budgets(standings: Sequence[Standing]) -> None:
             BUDGET_USED.labels(standing.budget.name).set(standing.total / standing.budget.limit)
 
 
-def count_bill(part: EngineRequest) -> None:
+def count_bill(part: EngineRequest, labels: TenantLabels = _LABELS) -> None:
     """Count one billed engine request: GPU time, cost and status."""
-    tenant, bill = _tenant_label(part.owner), part.bill
+    tenant, bill = labels.of(part.owner), part.bill
     GPU_SECONDS.labels(tenant, "prefill").inc(bill.prefill_ns / NS_PER_SECOND)
     GPU_SECONDS.labels(tenant, "decode").inc(bill.decode_ns / NS_PER_SECOND)
     BILLS.labels(tenant, bill.engine_status).inc()
@@ -183,18 +213,3 @@ def count_inter_token_latencies(seconds: Sequence[float]) -> None:
         counts[bucket] = counts.get(bucket, 0) + 1
     for bucket, count in counts.items():
         _INTER_TOKEN_BUCKETS[bucket].inc(count)
-
-
-def _tenant_label(owner: Owner) -> str:
-    tenant = owner.tenant
-    if tenant in _labelled_tenants:
-        return tenant
-    chosen = owner.is_clients_choice
-    is_full = len(_labelled_tenants) >= TENANT_LABELS_MAX
-    if is_full or (chosen and len(_labelled_choices) >= CLIENTS_LABELS_MAX):
-        TENANTS_FOLDED.inc()
-        return OTHER
-    _labelled_tenants.add(tenant)
-    if chosen:
-        _labelled_choices.add(tenant)
-    return tenant

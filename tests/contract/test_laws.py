@@ -64,6 +64,15 @@ NOT_IN_THE_ENGINE = {
 # These speak to a person at a terminal; everything else logs or returns.
 PRINTERS = {"cli", "console", "lab"}
 
+# Names of types that two modules define for one and the same idea: the shape that an answer has,
+# and what the rest of the code computes with.
+ONE_IDEA_IN_TWO_SHAPES = {
+    # Engines of one kind: as `/cost/economics` lists them, and the ones that a sweep measures.
+    "Deployment",
+    # A stretch of a report: exact, and as `series` lists it.
+    "Piece",
+}
+
 LONGEST_FUNCTION = 70
 LONGEST_FILE = 500
 MOST_MODULES_OF_A_FOLDER = 20
@@ -298,6 +307,38 @@ def test_every_module_says_what_it_is_for() -> None:
         if not ast.get_docstring(TREES[path])
     ]
     assert wrong == []
+
+
+def types_of(tree: ast.Module) -> Iterator[str]:
+    """Yield the public classes and type aliases of a module: names such as `Price` or `PriceOf`."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        else:
+            continue
+        # Constants are all capitals, private names begin with an underscore, and a type variable
+        # such as `T` stands for any type.
+        yield from (name for name in names if name[0].isupper() and not name.isupper())
+
+
+def test_a_type_has_a_name_of_its_own() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for name in types_of(TREES[path]):
+            places.setdefault(name, []).append(module)
+    shared = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert {name: shared[name] for name in shared if name not in ONE_IDEA_IN_TWO_SHAPES} == {}
+    assert set(shared) == ONE_IDEA_IN_TWO_SHAPES
+
+
+def test_types_are_found() -> None:
+    source = (
+        "class Part:\n    class In: ...\nPriceOf = int\nRate: type = int\nMAX = T = 1\n_Row = str"
+    )
+    assert list(types_of(ast.parse(source))) == ["Part", "PriceOf", "Rate"]
 
 
 def test_a_function_fits_on_a_screen() -> None:

@@ -19,7 +19,7 @@ from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import InvoiceLine
 from vllm_cost_meter.ledger.billing.importing import import_invoice
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 # How the description of a field begins, by the end of its name.
@@ -42,7 +42,7 @@ WORDS_MIN = 2
 # Inputs of calculators and figures have the words and units of the command line.
 DESCRIBED_ELSEWHERE = ("Used", "Figures")
 WINDOW = "2027-01-15T08:00:00Z,2027-01-15T09:00:00Z"
-BUDGETS = Figures([Standing(Budget("b", 10, "usd", "month", tenant="search"), {0: 1}, 0)], 0)
+BUDGETS = BudgetFigures([Standing(Budget("b", 10, "usd", "month", tenant="search"), {0: 1}, 0)], 0)
 
 
 @pytest.fixture

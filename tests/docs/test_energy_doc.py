@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.engine.energy import nvml as energy
-from vllm_cost_meter.engine.energy.books import UNTOLD_MAX
+from vllm_cost_meter.engine.energy.books import UNREPORTED_MAX
 from vllm_cost_meter.engine.energy.shares import (
     POWER_WINDOW_NS_MIN,
     QUIET_CLASSES,
@@ -55,7 +55,7 @@ def test_the_quiet_classes_are_those_of_the_code():
         f"stood still for {energy.COUNTER_PERIOD_NS_MAX // S} s",
         f"looks for it anew every {energy.RETRY_NS // S} s",
         f"any window of at least {POWER_WINDOW_NS_MIN // S} s",
-        f"energy of at most {UNTOLD_MAX:,} requests",
+        f"energy of at most {UNREPORTED_MAX:,} requests",
         f"null with the reason `{PENDING}`",
     ],
 )

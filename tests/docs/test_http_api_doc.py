@@ -15,7 +15,7 @@ from vllm_cost_meter.endpoint.app import REQUESTS_PER_PAGE_MAX, make_app
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, SETTLE_S
 from vllm_cost_meter.ledger.queries.requests import MAX_MATCHES
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
 REFERENCE = DOCS / "reference"
 PAGE = REFERENCE / "http-api.md"
@@ -27,7 +27,7 @@ TOTALS = REFERENCE / "totals.md"
 def client(tmp_path):
     reader = small_ledger(tmp_path)
     budget = Budget("b", 10, "usd", "month", tenant="search")
-    figures = Figures([Standing(budget, {0: 1}, 0)], as_of_ns=0)
+    figures = BudgetFigures([Standing(budget, {0: 1}, 0)], as_of_ns=0)
     app = make_app(reader, metrics=bytes, budgets=lambda: figures)
     yield TestClient(app)
     reader.close()

@@ -137,7 +137,7 @@ def test_environment_names_are_settings(page):
 
 @EACH_PAGE
 def test_header_names_are_those_of_the_code(page):
-    cost = reply.Cost(1, 1, 0, 1, 1, 1, "id", "tenant", "tokens")
+    cost = reply.ReplyCost(1, 1, 0, 1, 1, 1, "id", "tenant", "tokens")
     spent = Standing(Budget("b", 1, "usd", "day", tenant="t"), {0: 1}, 0)
     of_budgets = [*warning((spent,)), *refusal(Verdict("blocked", spent), "t", "").headers]
     sent = {name.decode() for name, _ in (*reply.headers(cost), *of_budgets)} | {
@@ -206,7 +206,7 @@ def headers_shown() -> list[dict[str, str]]:
 @pytest.mark.parametrize("shown", headers_shown(), ids=lambda shown: shown["x-cost-meter-tenant"])
 def test_the_headers_that_are_shown_are_those_that_are_sent(shown):
     gpu_time_ns = int(Decimal(shown["x-cost-meter-gpu-seconds"]) * 10**9)
-    cost = reply.Cost(
+    cost = reply.ReplyCost(
         gpu_time_ns=gpu_time_ns,
         prefill_ns=0,
         decode_ns=gpu_time_ns,

@@ -10,7 +10,7 @@ from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX
 from vllm_cost_meter.vllm_hooks import canary, scheduler
 
 REPLIES, HOOKS = DOCS / "reference" / "headers-and-streams.md", DOCS / "reference" / "hooks.md"
-COST = reply.Cost(
+COST = reply.ReplyCost(
     gpu_time_ns=80_742_957,
     prefill_ns=3_373_512,
     decode_ns=77_369_445,

@@ -8,7 +8,7 @@ from tests.support.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.attribution import METHODS
 from vllm_cost_meter.engine.step_log import _Line
 from vllm_cost_meter.lab.validation import roofline, traffic
-from vllm_cost_meter.lab.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES, Plan
+from vllm_cost_meter.lab.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES, SimulationPlan
 from vllm_cost_meter.lab.validation.compare import WARM_UP_PART, Errors
 from vllm_cost_meter.lab.validation.truth import ENUMERATED_MAX
 
@@ -55,7 +55,7 @@ def test_the_experts_are_those_of_the_model():
 
 
 def test_figures_in_the_text_are_those_of_the_code():
-    plan = Plan()
+    plan = SimulationPlan()
     *batches, last = MEAN_BATCHES
     for words in (
         f"Up to {ENUMERATED_MAX} requests",

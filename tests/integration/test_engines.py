@@ -25,7 +25,7 @@ from tests.integration.server import TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.records.snapshot import OVERHEAD_CLASSES
+from vllm_cost_meter.records.snapshot import OTHER_CLASSES
 
 REACHED_WITHIN_S = 60
 
@@ -284,7 +284,7 @@ def test_a_server_that_never_saw_a_request_has_true_books(parallel: Server) -> N
         assert run["startup_ns"] > 0
         assert run["startup_ns"] + run["idle_ns"] + run["host_ns"] == run["wall_ns"]
     rows = {row["tenant"]: row for row in parallel.cost("tenants")["tenants"]}
-    assert set(rows) == {f"__{name}__" for name in (*OVERHEAD_CLASSES, "in_flight")}
+    assert set(rows) == {f"__{name}__" for name in (*OTHER_CLASSES, "in_flight")}
 
 
 def test_each_data_parallel_engine_is_a_run_of_its_own(parallel: Server) -> None:

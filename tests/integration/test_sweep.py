@@ -35,12 +35,12 @@ def test_a_sweep_measures_real_loads_and_ctrl_c_keeps_what_it_has(
         *(
             "--rates",
             f"{RATE},{INTERRUPTED_RATE}",
-            "--window",
+            "--measure-s",
             str(WINDOW_S),
             "--warmup",
             str(WARMUP_S),
         ),
-        *("--warmup", str(WARMUP_S), "--ledger", server.ledger_url, "--output", str(folder)),
+        *("--warmup", str(WARMUP_S), "--ledger", server.ledger_url, "--folder", str(folder)),
     ]
     with log.open("w") as out:
         sweep = subprocess.Popen(

@@ -89,8 +89,8 @@ def check(reader: LedgerReader, as_of: AsOf) -> None:
 def test_answers_of_any_ledger_are_of_their_types(drawn, priced, answered):
     parts = [parts_of(n, bills) for n, (bills, _, _) in enumerate(drawn)]
     snapshots = [
-        snapshot_of(n, bills, overhead, gpus)
-        for n, (bills, (_, overhead, gpus)) in enumerate(zip(parts, drawn, strict=True))
+        snapshot_of(n, bills, other_time, gpus)
+        for n, (bills, (_, other_time, gpus)) in enumerate(zip(parts, drawn, strict=True))
     ]
     bills = [part for run in parts for part in run]
     told = {part.http_request_id: http_of(part) for part in bills} if answered else {}

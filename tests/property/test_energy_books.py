@@ -146,7 +146,7 @@ class MeteredEngine(RuleBasedStateMachine):
 
     def arrive(self, energy: RunEnergy) -> None:
         self.hours |= energy.hours
-        for told in energy.told:
+        for told in energy.reported:
             key = (told.seq, told.hour)
             assert self.told.setdefault(key, told.energy_mj) == told.energy_mj
             assert (told.reason is None) == (told.energy_mj is not None)

@@ -63,12 +63,12 @@ def parts_of(run: int, drawn: list) -> list[EngineRequest]:
     ]
 
 
-def snapshot_of(run: int, parts: list[EngineRequest], overhead: list, gpus: int) -> Snapshot:
+def snapshot_of(run: int, parts: list[EngineRequest], other_time: list, gpus: int) -> Snapshot:
     """What an honest engine says; its idle time fills wall x gpus up to whole nanoseconds."""
     hours: dict[int, ClassTotals] = {HOUR: ClassTotals()}
     for piece in (piece for part in parts for piece in part.bill.pieces):
         hours.setdefault(piece.hour, ClassTotals()).requests += piece.gpu_time_ns
-    for hour, name, ns in overhead:
+    for hour, name, ns in other_time:
         totals = hours.setdefault(HOUR + hour, ClassTotals())
         setattr(totals, name, getattr(totals, name) + ns)
     hours[HOUR].idle += -sum(totals.total() for totals in hours.values()) % gpus
@@ -119,8 +119,8 @@ class World:
     def __init__(self, drawn: list, seed: int, drop: set[tuple[str, int]] = frozenset()) -> None:
         self.parts = [parts_of(n, bills) for n, (bills, _, _) in enumerate(drawn)]
         self.snapshots = [
-            snapshot_of(n, parts, overhead, gpus)
-            for n, (parts, (_, overhead, gpus)) in enumerate(zip(self.parts, drawn, strict=True))
+            snapshot_of(n, parts, other_time, gpus)
+            for n, (parts, (_, other_time, gpus)) in enumerate(zip(self.parts, drawn, strict=True))
         ]
         self.bills = list(itertools.chain(*self.parts))
         kept = [b for b in self.bills if (b.bill.run_id, b.bill.seq) not in drop]

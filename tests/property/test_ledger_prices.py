@@ -18,7 +18,7 @@ from tests.property.test_ledger_books import NOW, parts_of, runs, slow, snapshot
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.prices.book import NO_PRICES, Matches, PriceBook, PriceEntry, RunFacts
+from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry, RunFacts, RunMatch
 
 HOUR = 500_000
 HOURS = range(HOUR, HOUR + 4)
@@ -36,7 +36,7 @@ entries = st.lists(
 
 def book_of(drawn: list) -> PriceBook:
     return PriceBook(
-        PriceEntry(f"p{n}", amount, "s", since, "node", gpus, matches=Matches(model=model))
+        PriceEntry(f"p{n}", amount, "s", since, "node", gpus, matches=RunMatch(model=model))
         for n, (since, model, amount, gpus) in enumerate(drawn)
     )
 
@@ -60,8 +60,8 @@ def test_reports_price_each_hour_by_the_book_at_hand_and_change_no_record(
 ):
     parts = [parts_of(n, bills) for n, (bills, _, _) in enumerate(drawn)]
     snapshots = [
-        snapshot_of(n, bills, overhead, gpus)
-        for n, (bills, (_, overhead, gpus)) in enumerate(zip(parts, drawn, strict=True))
+        snapshot_of(n, bills, other_time, gpus)
+        for n, (bills, (_, other_time, gpus)) in enumerate(zip(parts, drawn, strict=True))
     ]
     bills = [part for run in parts for part in run]
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.grammar import Question, question
 
 AT = {"as_of": AsOf(NOW, 0)}
@@ -30,8 +30,8 @@ Spent = dict[str, list[tuple[int, int]]]
 def world(drawn: list) -> tuple[list, list]:
     parts = [parts_of(n, bills) for n, (bills, _, _) in enumerate(drawn)]
     snapshots = [
-        snapshot_of(n, bills, overhead, gpus)
-        for n, (bills, (_, overhead, gpus)) in enumerate(zip(parts, drawn, strict=True))
+        snapshot_of(n, bills, other_time, gpus)
+        for n, (bills, (_, other_time, gpus)) in enumerate(zip(parts, drawn, strict=True))
     ]
     return [part for run in parts for part in run], snapshots
 
@@ -45,7 +45,7 @@ def spent_by_row(bills: list, snapshots: list, hours: set[int]) -> Spent:
                 spent[part.owner.tenant].append((piece.hour, piece.gpu_time_ns))
     for snapshot in snapshots:
         for hour, totals in snapshot.hours.items():
-            for name in OVERHEAD_ROWS:
+            for name in OTHER_ROWS:
                 if hour in hours:
                     spent[f"__{name}__"].append((hour, getattr(totals, name)))
     return spent

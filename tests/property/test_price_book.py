@@ -12,7 +12,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry, RunFacts, by_price
+from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunFacts, RunMatch, by_price
 from vllm_cost_meter.prices.overheads import Overhead, overhead_lines
 from vllm_cost_meter.units.money import NANOUSD_PER_USD, decimal_text
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -31,7 +31,7 @@ def entries_of_a_book(draw: st.DrawFn) -> list[PriceEntry]:
         st.lists(
             st.tuples(
                 st.none() | st.integers(HOUR, HOUR + 6),
-                st.builds(Matches, patterns, patterns, patterns),
+                st.builds(RunMatch, patterns, patterns, patterns),
                 amounts,
                 st.integers(1, 9),
             ),

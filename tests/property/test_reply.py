@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_cost_meter.api_server.reply_bytes import (
-    Cost,
+    ReplyCost,
     SseEvents,
     _span,
     _usual_span,
@@ -30,7 +30,7 @@ from vllm_cost_meter.records.requests import Usage
 
 ns = st.integers(0, 10**18)
 costs = st.builds(
-    Cost,
+    ReplyCost,
     *[ns] * 3,
     st.none() | ns,
     ns,
@@ -212,7 +212,7 @@ def test_nothing_added_can_break_a_line(new):
 @pytest.mark.parametrize("opening", [b"[", b'{"a":'])
 def test_deep_nesting_never_raises(opening, depth):
     event = b'data: {"choices":[],"usage":{"x":' + opening * depth + b"\n\n"
-    assert insert_usage(event, Cost(1, 1, 0, None, 1, None, "r", "t", "tokens")) == event
+    assert insert_usage(event, ReplyCost(1, 1, 0, None, 1, None, "r", "t", "tokens")) == event
     assert final_usage(event) is None
     assert usage_of(event[6:]) == Usage()
 

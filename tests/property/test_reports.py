@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.examples import examples
 from tests.support.worlds_of_usage import facts, policies, priced, prices
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import pieces, report, wall_cost
 from vllm_cost_meter.reports.facts import REQUESTS, Facts
 from vllm_cost_meter.reports.grammar import Question, question
@@ -121,4 +121,4 @@ def test_without_sharing_steps_accumulate_to_the_report_without_steps(known, bas
 
 
 def test_the_classes_drawn_are_all_there_are():
-    assert {*SHARED_CLASSES, "in_flight"} == set(OVERHEAD_ROWS)
+    assert {*SHARED_CLASSES, "in_flight"} == set(OTHER_ROWS)

@@ -84,7 +84,7 @@ def test_no_line_and_no_tenants_total_moves_by_a_cent(month, base):
     def cost(one) -> Fraction:
         return one.gpu_time_ns * price_of(one.run_id, one.hour) / 3600 / NANOUSD_PER_CENT
 
-    shared = [one for one in known.overhead if one.key != ("in_flight",)]
+    shared = [one for one in known.other_time if one.key != ("in_flight",)]
     pool = sum(map(cost, shared), Fraction(0))
     used_ns = dict.fromkeys((one.key[0] for one in known.used), 0)
     for one in known.used:

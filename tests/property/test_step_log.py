@@ -6,13 +6,19 @@ from tempfile import TemporaryDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.engine.step_log import LoggedStep, Part, StepLogWriter, read_header, read_steps
+from vllm_cost_meter.engine.step_log import (
+    LoggedPart,
+    LoggedStep,
+    StepLogWriter,
+    read_header,
+    read_steps,
+)
 
 COUNT = st.integers(0, 2**31 - 1)
 NS = st.integers(0, 2**63 - 1)
 # vLLM's own messages are encoded as UTF-8 too: an id with half of a pair never comes this far.
 ID = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
-PARTS = st.lists(st.builds(Part, ID, COUNT, COUNT, st.integers(0, 3)), max_size=5)
+PARTS = st.lists(st.builds(LoggedPart, ID, COUNT, COUNT, st.integers(0, 3)), max_size=5)
 STEPS = st.lists(st.builds(LoggedStep, NS, NS, PARTS), max_size=8)
 
 

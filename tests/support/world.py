@@ -208,6 +208,11 @@ class World:
         """The replies that went out without their cost."""
         return misses() - self._misses_before
 
+    def let_replies_wait(self, seconds: float) -> None:
+        """Change how long a reply may wait for its bill, as a reloaded setting would."""
+        changed = {"bill_timeout_ms": round(seconds * 1000)}
+        self.runtime.settings = self.runtime.settings.model_copy(update=changed)
+
     def metered(self, app: App) -> CostMiddleware:
         """The application behind the middleware of this API server."""
         return CostMiddleware(app, lambda: self.found)

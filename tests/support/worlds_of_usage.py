@@ -1,10 +1,10 @@
-"""Drawn facts of a ledger: usage and overhead of a few runs, over hours that a test chooses."""
+"""Drawn facts of a ledger: usage and other time of a few runs, over hours that a test chooses."""
 
 from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import Ended, Facts, Used
 
 RUNS = ("run-1", "run-2")
@@ -26,12 +26,12 @@ def facts(draw, hours: st.SearchStrategy[int]) -> Facts:
     run = st.sampled_from(RUNS)
     key = st.tuples(st.sampled_from(TENANTS), st.sampled_from(MODELS))
     used = draw(st.lists(st.builds(Used, run, hours, key, amounts), max_size=12))
-    name = st.tuples(st.sampled_from(OVERHEAD_ROWS))
-    overhead = draw(st.lists(st.builds(Used, run, hours, name, amounts), max_size=12))
+    name = st.tuples(st.sampled_from(OTHER_ROWS))
+    other_time = draw(st.lists(st.builds(Used, run, hours, name, amounts), max_size=12))
     counts = st.tuples(*[st.integers(0, 9)] * 4)
     ended = draw(st.lists(st.builds(Ended, hours, key, counts), max_size=6))
-    wall = [one._replace(key=()) for one in (*used, *overhead)]
-    return Facts(used, overhead, ended, wall, sum(one.gpu_time_ns for one in wall))
+    wall = [one._replace(key=()) for one in (*used, *other_time)]
+    return Facts(used, other_time, ended, wall, sum(one.gpu_time_ns for one in wall))
 
 
 def priced(base: Fraction):

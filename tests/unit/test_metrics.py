@@ -4,7 +4,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import pytest
 from prometheus_client import REGISTRY, generate_latest
 
 from tests.component.api_server.test_poller import snapshot
@@ -39,10 +38,12 @@ class Gained:
         return self._now() - self._before
 
 
-@pytest.fixture(autouse=True)
-def no_tenants_yet(monkeypatch):
-    monkeypatch.setattr(metrics, "_labelled_tenants", set())
-    monkeypatch.setattr(metrics, "_labelled_choices", set())
+def count(*parts, labels=None):
+    """Count bills with labels of the test's own: other tests have filled the process's."""
+    labels = metrics.TenantLabels() if labels is None else labels
+    for each in parts:
+        metrics.count_bill(each, labels)
+    return labels
 
 
 def test_a_bill_is_counted_under_its_tenant():
@@ -51,53 +52,53 @@ def test_a_bill_is_counted_under_its_tenant():
     decode = Gained("cost_meter_gpu_seconds_total", tenant="ada", phase="decode")
     cost = Gained("cost_meter_cost_usd_total", tenant="ada")
     bills = Gained("cost_meter_bills_total", tenant="ada", engine_status="stopped")
-    metrics.count_bill(part("ada"))
+    count(part("ada"))
     assert (prefill(), decode(), cost(), bills()) == (1.0, 2.0, 5.0, 1.0)
 
 
 def test_a_cost_that_is_unknown_is_not_a_cost_of_zero():
-    metrics.count_bill(part("no-price", None))
+    count(part("no-price", None))
     assert REGISTRY.get_sample_value("cost_meter_cost_usd_total", {"tenant": "no-price"}) is None
 
 
-def test_tenants_beyond_the_limit_are_others_and_the_folding_is_counted(monkeypatch):
-    monkeypatch.setattr(metrics, "TENANT_LABELS_MAX", 3)
+def test_tenants_beyond_the_limit_are_others_and_the_folding_is_counted():
+    labels = metrics.TenantLabels(tenants_max=3)
     folded, others = (
         Gained("cost_meter_tenants_folded_total"),
         Gained("cost_meter_bills_total", tenant="other", engine_status="stopped"),
     )
     for number in range(5):
-        metrics.count_bill(part(f"many-{number}"))
-    metrics.count_bill(part("many-0"))
+        count(part(f"many-{number}"), labels=labels)
+    count(part("many-0"), labels=labels)
     assert (folded(), others()) == (2.0, 2.0)
     text = generate_latest().decode()
     assert 'tenant="many-2"' in text
     assert 'tenant="many-3"' not in text
 
 
-def test_names_that_clients_chose_take_at_most_half_of_the_labels(monkeypatch):
-    monkeypatch.setattr(metrics, "TENANT_LABELS_MAX", 6)
-    monkeypatch.setattr(metrics, "CLIENTS_LABELS_MAX", 3)
+def test_names_that_clients_chose_take_at_most_half_of_the_labels():
+    labels = metrics.TenantLabels(tenants_max=6, clients_max=3)
     folded = Gained("cost_meter_tenants_folded_total")
     for number in range(5):
-        metrics.count_bill(part(f"noisy/{number}", rule="api_key+user"))
+        count(part(f"noisy/{number}", rule="api_key+user"), labels=labels)
     for number in range(3):
-        metrics.count_bill(part(f"honest-{number}"))
-    metrics.count_bill(part("noisy/0", rule="api_key+user"))
+        count(part(f"honest-{number}"), labels=labels)
+    count(part("noisy/0", rule="api_key+user"), labels=labels)
     assert folded() == 2.0
-    assert metrics._labelled_tenants == {
+    assert labels.tenants == {
         *(f"noisy/{number}" for number in range(3)),
         *(f"honest-{number}" for number in range(3)),
     }
 
 
 def test_ten_thousand_tenants_are_a_thousand_series():
+    labels = metrics.TenantLabels()
     folded = Gained("cost_meter_tenants_folded_total")
     costs = Gained("cost_meter_cost_usd_total", tenant="other")
     for number in range(10_000):
-        metrics.count_bill(part(f"crowd-{number}"))
+        count(part(f"crowd-{number}"), labels=labels)
     assert (folded(), costs()) == (9_000.0, 45_000.0)
-    assert len(metrics._labelled_tenants) == 1_000
+    assert len(labels.tenants) == 1_000
 
 
 def test_an_engine_shows_every_class_of_its_time():

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.background import Loop, in_own_thread
 from vllm_cost_meter.guard import Guard
-from vllm_cost_meter.ledger.queries.spending import PriceOf, Spending
+from vllm_cost_meter.ledger.queries.spending import PriceAt, Spending
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, Verdict, decide
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, Verdict, decide
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
 # The ledger is asked this many times per snapshot interval for a new snapshot.
@@ -34,7 +34,7 @@ class Rules:
 
     budgets: Sequence[Budget]
     fail_closed: Collection[str]
-    price_of: PriceOf
+    price_of: PriceAt
 
 
 # A `Stop` ends requests by their internal ids.
@@ -76,7 +76,7 @@ class Admission:
         self._loop = loop or Loop("budgets")
         self._max_age_ns = int(max(interval_s * SNAPSHOTS_MISSED_MAX, FRESH_S_MIN) * NS_PER_SECOND)
         self._latest: object = None
-        self.figures = Figures()
+        self.figures = BudgetFigures()
 
     def verdict(self, owner: Owner, now_ns: int | None = None) -> Verdict:
         """Decide about a new request of an owner, without any I/O."""

@@ -18,13 +18,13 @@ from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.breaker import Breaker
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.record_making import (
-    cost_of,
     engine_request,
     http_request,
     open_request,
+    reply_cost,
     response_id,
 )
-from vllm_cost_meter.api_server.reply_bytes import Cost
+from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.exchange import Birth, Exchange
@@ -115,14 +115,14 @@ class Collector:
 
     # -- replies ----------------------------------------------------------------------------
 
-    async def settle(self, exchange: Exchange) -> Cost | None:
+    async def settle(self, exchange: Exchange) -> ReplyCost | None:
         """Return the cost of an HTTP request once it is committed; None if that took too long."""
         timeout_s = self._settings().bill_timeout_ms / 1000
         return await self.breaker.settle(self._committed(exchange), timeout_s)
 
-    async def _committed(self, exchange: Exchange) -> Cost:
+    async def _committed(self, exchange: Exchange) -> ReplyCost:
         await exchange.all_billed()
-        cost = cost_of(exchange)
+        cost = reply_cost(exchange)
         record = http_request(exchange, self.run_facts.model, told=True)
         exchange.recorded = True
         try:

@@ -26,6 +26,7 @@ from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahe
 from vllm_cost_meter.api_server.routes import reaches_engine
 from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime, get_runtime
 from vllm_cost_meter.exchange import Exchange, current_exchange, is_metered, set_exchange
+from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.tenants.rules import NO_CLAIMS, BodyClaims
 
 
@@ -141,7 +142,7 @@ def _new_exchange(
     return Exchange(
         route=route_of_scope(scope),
         owner=runtime.settings.resolver.resolve(headers, claims),
-        x_request_id=request_ids[0].decode("latin-1")[:256] if request_ids else None,
+        x_request_id=stored(request_ids[0].decode("latin-1")) if request_ids else None,
         started_at_ns=started_at_ns,
     )
 
@@ -161,10 +162,12 @@ def _new_editor(runtime: Runtime, exchange: Exchange, send: Send, judged: Judged
     return ReplyEditor(runtime.collector, runtime.guard, exchange, send, mode, judged.warnings)
 
 
-async def _refuse(told: Refusal, scope: Scope, send: Send) -> None:
+async def _refuse(refusal: Refusal, scope: Scope, send: Send) -> None:
     if scope["type"] == "websocket":
         # The socket is not accepted yet, so the server answers the handshake with 403.
         await send({"type": "websocket.close", "code": 1008})
         return
-    await send({"type": "http.response.start", "status": told.status, "headers": told.headers})
-    await send({"type": BODY, "body": told.body})
+    await send(
+        {"type": "http.response.start", "status": refusal.status, "headers": refusal.headers}
+    )
+    await send({"type": BODY, "body": refusal.body})

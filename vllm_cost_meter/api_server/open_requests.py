@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from vllm_cost_meter.exchange import Birth
+from vllm_cost_meter.records.client_text import stored
 
 # A server holds far fewer requests, so more means that bills do not come.
 REQUESTS_MAX = 100_000
@@ -19,7 +20,10 @@ ANNOUNCED_AT_ONCE_MAX = 1_000
 
 
 class OpenRequests:
-    """Open requests by internal request id, oldest first. Used by one event loop only."""
+    """Births by internal request id, as it is stored, the oldest first.
+
+    Used by one event loop only.
+    """
 
     def __init__(
         self,
@@ -37,12 +41,13 @@ class OpenRequests:
         return len(self._births)
 
     def add(self, birth: Birth) -> bool:
-        """Keep a new request; if there are too many, drop the oldest. False if it is known."""
-        if birth.request_id in self._births:
+        """Keep a birth, in place of the oldest when there are too many; False if it is known."""
+        id = stored(birth.request_id)
+        if id in self._births:
             return False
         if len(self._births) >= self._requests_max:
             self.take(next(iter(self._births)))
-        self._births[birth.request_id] = self._newer[birth.request_id] = birth
+        self._births[id] = self._newer[id] = birth
         return True
 
     def take(self, request_id: str) -> tuple[Birth | None, bool]:
@@ -70,5 +75,5 @@ class OpenRequests:
     def _announce(self, births: dict[str, Birth]) -> list[Birth]:
         chosen = list(islice(births.values(), self._announced_at_once_max))
         for birth in chosen:
-            del births[birth.request_id]
+            del births[stored(birth.request_id)]
         return chosen

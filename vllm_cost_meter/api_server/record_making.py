@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import partial
 
 from vllm_cost_meter import metrics
-from vllm_cost_meter.api_server.reply_bytes import Cost
+from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.api_server.routes import response_id_of
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
 from vllm_cost_meter.prices.book import PriceBook, RunFacts, by_price, terms, total_nanousd
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.client_text import stored, stored_or_none
 from vllm_cost_meter.records.owner import NOBODY
 from vllm_cost_meter.records.requests import (
     EngineRequest,
@@ -31,15 +32,15 @@ def open_request(birth: Birth, model: str | None) -> OpenRequest:
     """Return the record of an engine request that has no bill yet."""
     exchange = birth.exchange
     return OpenRequest(
-        request_id=birth.request_id,
-        external_id=birth.external_id,
+        request_id=stored(birth.request_id),
+        external_id=stored_or_none(birth.external_id),
         response_id=response_id(birth),
         http_request_id=exchange.http_request_id if exchange else None,
         x_request_id=exchange.x_request_id if exchange else None,
-        prompt_group=birth.prompt_group,
+        prompt_group=stored(birth.prompt_group),
         owner=exchange.owner if exchange else NOBODY,
         model=model,
-        lora=birth.lora,
+        lora=stored_or_none(birth.lora),
         route=exchange.route if exchange else None,
         started_at_ns=birth.arrived_at_ns,
     )
@@ -55,11 +56,11 @@ def engine_request(
         bill=bill,
         http_request_id=exchange.http_request_id if exchange else None,
         response_id=response_id(birth) if birth else None,
-        external_id=birth.external_id if birth else None,
-        prompt_group=birth.prompt_group if birth else bill.request_id,
+        external_id=stored_or_none(birth.external_id) if birth else None,
+        prompt_group=stored(birth.prompt_group) if birth else bill.request_id,
         owner=exchange.owner if exchange else NOBODY,
         model=run.model,
-        lora=birth.lora if birth else None,
+        lora=stored_or_none(birth.lora) if birth else None,
         route=exchange.route if exchange else None,
         cost_nanousd=_cost_nanousd(bill, run, book, lambda piece: piece.gpu_time_ns),
         marginal_cost_nanousd=_cost_nanousd(bill, run, book, lambda piece: piece.marginal_ns),
@@ -90,9 +91,9 @@ def http_request(exchange: Exchange, model: str | None, *, told: bool) -> HttpRe
     )
 
 
-def cost_of(exchange: Exchange) -> Cost:
+def reply_cost(exchange: Exchange) -> ReplyCost:
     """Return the cost of an HTTP request from its bills so far, in the form for its reply."""
-    return Cost(
+    return ReplyCost(
         gpu_time_ns=exchange.gpu_time_ns,
         prefill_ns=exchange.prefill_ns,
         decode_ns=exchange.decode_ns,
@@ -109,7 +110,7 @@ def response_id(birth: Birth) -> str | None:
     """Return the id of the reply that an engine request serves; None if it is unknown."""
     if birth.exchange is None or birth.external_id is None:
         return None
-    return response_id_of(birth.exchange.route, birth.external_id)
+    return stored_or_none(response_id_of(birth.exchange.route, birth.external_id))
 
 
 def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:

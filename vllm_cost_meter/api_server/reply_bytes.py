@@ -62,7 +62,7 @@ _JSON_ERRORS = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class ReplyCost:
     """The cost that a client is told, over all engine requests of a reply.
 
     `cost_nanousd` is the charge, and `marginal_cost_nanousd` is what the request added to the
@@ -200,7 +200,7 @@ def final_usage(event: bytes) -> Usage | None:
     return None if found is None else _tokens(found[1])
 
 
-def insert_usage(event: bytes, cost: Cost) -> bytes:
+def insert_usage(event: bytes, cost: ReplyCost) -> bytes:
     """Add the cost at the end of an event's usage object; no other byte changes.
 
     The new fields are `cost` (null without a price) and `cost_details`. An event that is not a
@@ -343,7 +343,7 @@ def _value(text: str, span: _Span | None) -> object:
     return json.loads(text[slice(*span)], strict=False) if span else None
 
 
-def _usage_fields(cost: Cost) -> str:
+def _usage_fields(cost: ReplyCost) -> str:
     """Return the members `cost` (null without a price) and `cost_details` of a usage object."""
     return (
         f'"cost":{format_usd(cost.cost_nanousd) or "null"},'
@@ -358,7 +358,7 @@ def _usage_fields(cost: Cost) -> str:
     )
 
 
-def comment(cost: Cost) -> bytes:
+def comment(cost: ReplyCost) -> bytes:
     """Return a cost as an SSE comment, which clients skip and curl shows.
 
     Values are percent-encoded, so that they stay on one line. An unknown cost is left out.
@@ -374,7 +374,7 @@ def comment(cost: Cost) -> bytes:
     return f": cost-meter {said}\n\n".encode("ascii")
 
 
-def headers(cost: Cost) -> list[tuple[bytes, bytes]]:
+def headers(cost: ReplyCost) -> list[tuple[bytes, bytes]]:
     """Return the headers for a complete reply; an unknown cost is left out.
 
     Text outside printable ASCII is percent-encoded, and so is the percent sign.

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Send
 from vllm_cost_meter.api_server import reply_bytes
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.collector import Collector
-from vllm_cost_meter.config.types import Reply
+from vllm_cost_meter.config.types import ReplyDetail
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.records.requests import Usage
 
@@ -37,7 +37,7 @@ class ReplyEditor:
         guard: ApiGuard,
         exchange: Exchange,
         send: Send,
-        mode: Reply,
+        mode: ReplyDetail,
         warnings: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
         """Make an editor. `mode` says where the client is told the cost; `warnings` are headers."""
@@ -55,7 +55,7 @@ class ReplyEditor:
         # True while an edited stream is between two events.
         self._between_events = False
         # The cost for the whole reply; still None after `_has_settled` if there is none.
-        self._cost: reply_bytes.Cost | None = None
+        self._cost: reply_bytes.ReplyCost | None = None
         self._has_settled = False
         self._commented = False
 
@@ -180,7 +180,7 @@ class ReplyEditor:
             return event
         return self._guard.run("stream", self._with_cost, event, cost, is_end) or event
 
-    def _with_cost(self, event: bytes, cost: reply_bytes.Cost, is_end: bool) -> bytes:
+    def _with_cost(self, event: bytes, cost: reply_bytes.ReplyCost, is_end: bool) -> bytes:
         edited = reply_bytes.insert_usage(event, cost)
         if not is_end or self._commented:
             return edited
@@ -189,7 +189,7 @@ class ReplyEditor:
 
     # -- the cost ---------------------------------------------------------------------------
 
-    async def _settled_cost(self) -> reply_bytes.Cost | None:
+    async def _settled_cost(self) -> reply_bytes.ReplyCost | None:
         """Wait for the cost once, and keep the result for the rest of the reply."""
         if not self._has_settled:
             self._has_settled = True

@@ -15,6 +15,8 @@ are keyed by (run, seq).
 import re
 from collections.abc import Callable
 
+from vllm_cost_meter.records.client_text import stored
+
 LABEL_CHARS_MAX = 128
 
 # vllm.utils.random_uuid: 16 hex digits; older releases used all 32 of a UUID.
@@ -125,7 +127,7 @@ def route_of(path: str) -> str:
         return path
     if match := _RESPONSE.match(path):
         return "/v1/responses/{response_id}" + (match[1] or "")
-    return path[:LABEL_CHARS_MAX]
+    return stored(path[:LABEL_CHARS_MAX])
 
 
 def reaches_engine(route: str) -> bool:

@@ -37,7 +37,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
-from vllm_cost_meter.tenants.budgets import Figures
+from vllm_cost_meter.tenants.budgets import BudgetFigures
 from vllm_cost_meter.vllm_hooks import engines
 
 logger = logging.getLogger("vllm.cost_meter")
@@ -92,9 +92,9 @@ class Runtime:
         """Return the price book as it is declared now."""
         return self.settings.price_book
 
-    def figures(self) -> Figures:
+    def figures(self) -> BudgetFigures:
         """Return how much of each budget is used."""
-        return self.admission.figures if self.admission is not None else Figures()
+        return self.admission.figures if self.admission is not None else BudgetFigures()
 
     def health(self) -> MeterHealth:
         """Return whether the meter of this API server works."""

@@ -32,7 +32,7 @@ from vllm_cost_meter.endpoint.handed import (
 from vllm_cost_meter.endpoint.server import metrics_text
 from vllm_cost_meter.side_process.channel import decoded
 from vllm_cost_meter.side_process.supervisor import Pauses, SideProcess
-from vllm_cost_meter.tenants.budgets import Figures
+from vllm_cost_meter.tenants.budgets import BudgetFigures
 
 MODULE = "vllm_cost_meter.endpoint.process"
 # A reader gets figures up to one snapshot old rather than wait longer for an engine.
@@ -53,7 +53,7 @@ class SideEndpoint:
         *,
         refresh: Callable[[], Awaitable[None]],
         alive: Callable[[], Collection[str]],
-        figures: Callable[[], Figures],
+        figures: Callable[[], BudgetFigures],
         health: Callable[[], MeterHealth],
         pauses: Pauses = Pauses(),  # noqa: B008 - it never changes
     ) -> None:

@@ -3,6 +3,8 @@
 Invariant: this module loads no other at import, so `--version` answers at once.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +14,11 @@ def app(args: Sequence[str] | None = None) -> None:
     if list(sys.argv[1:] if args is None else args) == ["--version"]:
         from vllm_cost_meter.version import __version__
 
-        print(__version__)
+        try:
+            print(__version__, flush=True)
+        except BrokenPipeError:
+            # As the other commands end, and without Python's flush, which would fail again.
+            os._exit(128 + signal.SIGPIPE)
         return
     from vllm_cost_meter.cli.commands import app as commands
 

@@ -4,32 +4,42 @@ While a server runs, it shows the same as `/cost/budgets`, as of the latest snap
 server it counts the requests that ended.
 """
 
-import json
 import time
 from contextlib import closing
 from fractions import Fraction
+from typing import Any
 
 from vllm_cost_meter.cli.options import (
     Config,
+    Csv,
     Json,
     Ledger,
+    Output,
     Wide,
     ledger_url,
     one_line_errors,
+    print_answer,
     reading,
 )
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.prices.book import RunFacts
-from vllm_cost_meter.tenants.budgets import told
+from vllm_cost_meter.tenants.budgets import Standing, budget_row
+from vllm_cost_meter.units.money import format_amount, format_usd
 
-COLUMNS = ("budget", "of", "state", "used", "limit", "over", "period", "resets_at")
-FIRST = ("budget", "state", "used", "limit")
+COLUMNS = ("budget", "of", "state", "used", "limit", "unit", "over", "period", "resets_at")
+# The last columns that a narrow terminal leaves out. These fit 80 characters with any amounts.
+FIRST = ("budget", "used", "limit", "unit", "state")
 
 
 def budgets(
-    ledger: Ledger = None, config: Config = None, wide: Wide = False, as_json: Json = False
+    ledger: Ledger = None,
+    config: Config = None,
+    wide: Wide = False,
+    as_json: Json = False,
+    as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """How much of each budget is used.
 
@@ -46,22 +56,21 @@ def budgets(
 
         with closing(Spending(ledger_url(ledger, config), create=False)) as spending:
             figures = spending.look(settings.declared_budgets, price_of, time.time_ns())
-    if as_json:
-        answer = {"budgets": [told(standing) for standing in figures.standings]}
-        print(json.dumps(answer, indent=2))
-        return
-    if not figures.standings:
-        print("no budget: declare [[budgets]] in the configuration file")
-        return
-    rows = []
-    for standing in figures.standings:
-        shown, row = standing.budget.shown, told(standing)
-        of = row["tenant"] or row["tag"]
-        used, over = row["used"], row["over"]
-        amounts = {
-            "used": None if used is None else shown(used),
-            "limit": shown(row["limit"]),
-            "over": None if over is None else shown(over),
-        }
-        rows.append({**row, "of": of, **amounts})
-    print_rows(rows, COLUMNS, first=FIRST, wide=wide)
+    standings = figures.standings
+    rows = [budget_row(standing) for standing in standings]
+
+    def show() -> None:
+        if standings:
+            print_rows([*map(_shown, standings)], COLUMNS, first=FIRST, wide=wide)
+        else:
+            print("no budget: declare [[budgets]] in the configuration file")
+
+    print_answer({"budgets": rows}, rows, show, as_json=as_json, as_csv=as_csv, output=output)
+
+
+def _shown(standing: Standing) -> dict[str, Any]:
+    """Return the row of a budget for people: amounts of USD or GPU-seconds, and their unit."""
+    row = budget_row(standing)
+    amounts = {name: format_amount(format_usd(row[name])) for name in ("used", "limit", "over")}
+    unit = "USD" if row["unit"] == "usd" else "GPU-s"
+    return {**row, "of": row["tenant"] or row["tag"], **amounts, "unit": unit}

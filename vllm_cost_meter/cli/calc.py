@@ -28,7 +28,7 @@ HELP = {
         "--usd-per-hour 2.49 --output-tokens-per-s 2500",
     ),
     "arrival": (
-        "Cost at low load, where every arrival is served and the rest is idle.",
+        "Cost at low load: arrivals are served, the rest is idle.",
         "--usd-per-hour 2.49 --requests-per-s 0.5 --output-tokens-per-request 256",
     ),
     "request": (
@@ -40,15 +40,15 @@ HELP = {
         "--input-usd-per-m 0.15 --output-usd-per-m 0.6 --ratio 3:1",
     ),
     "penalty": (
-        "Cost at each measured load, and how much dearer it is than full load.",
+        "Cost at each measured load, against that at full load.",
         "--curve sweep/curve-512x256.json --usd-per-hour 2.49",
     ),
     "slo": (
-        "The highest measured rate within latency bounds, and what it costs.",
+        "The highest rate within latency bounds, and its cost.",
         "--curve sweep/curve-512x256.json --ttft-p99-ms 500 --tpot-ms 50",
     ),
     "crossover": (
-        "The rate from which on your output tokens cost less than an API's.",
+        "The rate from which on your tokens cost less than an API's.",
         "--usd-per-hour 2.49 --api-usd-per-m-output 0.6 --output-tokens-per-request 256",
     ),
     "serverless": (

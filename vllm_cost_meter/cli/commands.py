@@ -11,6 +11,8 @@ Invariant: no domain module is loaded before a command is chosen.
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -21,7 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 PIPE_CLOSED = 141
 
 
-class Entry(NamedTuple):
+class CommandEntry(NamedTuple):
     """A command: its panel, the place of its function or app, and its line in the list."""
 
     panel: str
@@ -30,23 +32,35 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "report": Entry("See", "report:report", "What each tenant used and cost, idle time included."),
-    "statement": Entry("See", "report:statement", "A tenant's month, line by line to the cent."),
-    "explain": Entry("See", "explain:explain", "How the bill of one request came about."),
-    "audit": Entry("See", "audit:audit", "Do the books balance? Exit status 1 if not."),
-    "prices": Entry("Money", "prices:prices", "Which price holds when, by the settings."),
-    "budgets": Entry("Money", "budgets:budgets", "How much of each budget is used."),
-    "tenants": Entry("Money", "tenants:app", "Add, change and list the tenants of the settings."),
-    "invoice": Entry("Money", "invoice:app", "Hold a provider's bill against the meter."),
-    "economics": Entry("Plan", "economics:economics_", "What a million tokens cost."),
-    "compare": Entry("Plan", "compare:compare_", "What the same requests cost at an API."),
-    "break-even": Entry("Plan", "break_even:break_even_", "From which volume on hosting pays."),
-    "sweep": Entry("Plan", "sweep:sweep", "Measure cost at one load after another."),
-    "saturation": Entry("Plan", "saturation:app", "Full load, as sweeps measured it."),
-    "calc": Entry("Plan", "calc:app", "The formulas of cost and load on your own numbers."),
-    "doctor": Entry("Check", "doctor:doctor_", "Is the meter installed, and does it work?"),
-    "validate": Entry("Check", "validate:validate", "How wrong each way to split a step is."),
-    "demo": Entry("Check", "demo:demo", "See it all without a GPU: a real server and its bill."),
+    "report": CommandEntry(
+        "See", "report:report", "What each tenant used and cost, idle time included."
+    ),
+    "statement": CommandEntry(
+        "See", "report:statement", "A tenant's month, line by line to the cent."
+    ),
+    "explain": CommandEntry("See", "explain:explain", "How the bill of one request came about."),
+    "audit": CommandEntry("See", "audit:audit", "Do the books balance? Exit status 1 if not."),
+    "prices": CommandEntry("Money", "prices:prices", "Which price holds when, by the settings."),
+    "budgets": CommandEntry("Money", "budgets:budgets", "How much of each budget is used."),
+    "tenants": CommandEntry(
+        "Money", "tenants:app", "Add, change and list the tenants of the settings."
+    ),
+    "invoice": CommandEntry("Money", "invoice:app", "Hold a provider's bill against the meter."),
+    "economics": CommandEntry("Plan", "economics:economics_", "What a million tokens cost."),
+    "compare": CommandEntry("Plan", "compare:compare_", "What the same requests cost at an API."),
+    "break-even": CommandEntry(
+        "Plan", "break_even:break_even_", "From which volume on hosting pays."
+    ),
+    "sweep": CommandEntry("Plan", "sweep:sweep", "Measure cost at one load after another."),
+    "saturation": CommandEntry("Plan", "saturation:app", "Full load, as sweeps measured it."),
+    "calc": CommandEntry("Plan", "calc:app", "The formulas of cost and load on your own numbers."),
+    "doctor": CommandEntry("Check", "doctor:doctor_", "Is the meter installed, and does it work?"),
+    "validate": CommandEntry(
+        "Check", "validate:validate", "How wrong each way to split a step is."
+    ),
+    "demo": CommandEntry(
+        "Check", "demo:demo", "See it all without a GPU: a real server and its bill."
+    ),
 }
 
 
@@ -84,16 +98,28 @@ class LazyGroup(TyperGroup):
                 )
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; end quietly if the reader closes the pipe, as `head` does."""
+        """Run a command."""
+        with closed_pipe_is_enough():
+            return super().invoke(ctx)
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the words of the command line, which prints the list of commands for --help."""
+        with closed_pipe_is_enough():
+            return super().make_context(*arguments, **options)
+
+
+@contextmanager
+def closed_pipe_is_enough() -> Iterator[None]:
+    """End quietly when the reader closes the pipe, as `head` does: it has seen enough."""
+    try:
         try:
-            try:
-                return super().invoke(ctx)
-            finally:
-                sys.stdout.flush()
-        except BrokenPipeError:
-            # Python flushes standard output again at exit, which would fail once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE_CLOSED) from None
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes standard output again at exit, which would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(PIPE_CLOSED) from None
 
 
 def load(name: str) -> Any:

@@ -1,17 +1,29 @@
 """The command `compare`: the price of a window's requests at APIs, beside their cost here."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, Wide, reading
+from vllm_cost_meter.cli.options import (
+    Config,
+    Csv,
+    Json,
+    Ledger,
+    Output,
+    TimeZone,
+    Week,
+    Wide,
+    print_answer,
+    reading,
+)
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
 from vllm_cost_meter.console import print_lines, print_rows
-from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
+from vllm_cost_meter.ledger.economics.answers import Comparison
+from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion, compared
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.calendar import WEEK
 from vllm_cost_meter.units.money import format_amount, format_rate
 
@@ -34,6 +46,7 @@ def compare_(
     ledger: Ledger = None,
     config: Config = None,
     window: Week = WEEK,
+    tz: TimeZone = None,
     model: Annotated[
         list[str] | None,
         typer.Option(help="PROVIDER/MODEL of genai-prices, or a pattern; repeat it for several."),
@@ -66,6 +79,8 @@ def compare_(
     ] = False,
     wide: Wide = False,
     as_json: Json = False,
+    as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """What the same requests cost at an API.
 
@@ -73,7 +88,7 @@ def compare_(
 
     Example: vllm-cost-meter compare --model 'openai/gpt-4o*' --window 7d
     """
-    question = Question(
+    question = ComparisonQuestion(
         window,
         tuple(model or ()),
         tuple(provider or ()),
@@ -82,17 +97,28 @@ def compare_(
         ratio,
         tuple(volume or ()),
         accept_no_latency_promise,
+        tz,
     )
     with reading(ledger, config) as reader:
-        named = prices or load_settings(config=config).api_prices
-        file = None if named is None else Path(named).expanduser()
-        question.check()
-        offers = offers_for(question.model, question.provider, file, question.label)
-        answer = compared(reader, question, offers, None if file is None else str(file))
-    if as_json:
-        print(json.dumps(answer, indent=2))
-    else:
-        _show(answer, wide=wide)
+        answer = _answer(reader, question, prices or load_settings(config=config).api_prices)
+    print_answer(
+        answer,
+        [answer["self_hosted"], *answer["offers"]],
+        lambda: _show(answer, wide=wide),
+        as_json=as_json,
+        as_csv=as_csv,
+        output=output,
+    )
+
+
+def _answer(
+    reader: LedgerReader, question: ComparisonQuestion, prices: str | Path | None
+) -> Comparison:
+    """Compare with the offers of a price file. Raises ValueError for a wrong question."""
+    file = None if prices is None else Path(prices).expanduser()
+    question.check()
+    offers = offers_for(question.model, question.provider, file, question.label)
+    return compared(reader, question, offers, None if file is None else str(file))
 
 
 def _show(answer: Mapping[str, Any], *, wide: bool) -> None:

@@ -70,15 +70,22 @@ def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False)
 
 
 def examine(
-    ledger_url: str, book: PriceBook = NO_PRICES, settings: Settings = UNASKED
+    ledger_url: str,
+    book: PriceBook = NO_PRICES,
+    settings: Settings = UNASKED,
+    *,
+    ledger_timeout_s: float = LEDGER_TIMEOUT_S,
 ) -> list[Finding]:
-    """Run all checks; `book` is the price book in the settings, which name the server's port."""
+    """Run all checks; `book` is the price book in the settings, which name the server's port.
+
+    A ledger that another process holds for longer than `ledger_timeout_s` cannot be written.
+    """
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("entry points", _entry_points),
         ("named", _named),
         ("native", _native),
         ("vllm", _vllm),
-        ("ledger", lambda: _ledger(ledger_url)),
+        ("ledger", lambda: _ledger(ledger_url, ledger_timeout_s)),
         ("books", lambda: _books(ledger_url)),
         ("server", lambda: _server(settings)),
         ("cost model", lambda: _cost_model(ledger_url)),
@@ -127,9 +134,9 @@ def _vllm() -> Finding:
     return Finding("vllm", True, f"vLLM {check_all()} looks as the meter expects")
 
 
-def _ledger(url: str) -> Finding:
+def _ledger(url: str, timeout_s: float) -> Finding:
     check_location(url)
-    engine = open_database(url, busy_timeout_s=LEDGER_TIMEOUT_S)
+    engine = open_database(url, busy_timeout_s=timeout_s)
     try:
         with writing(engine).begin() as connection:
             # This changes nothing, and fails where a bill would: locked, read-only or full.

@@ -1,18 +1,29 @@
 """The command `economics`: cost per token in a window, with the load and latency behind it."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Config, Json, Ledger, Week, Wide, one_line_errors, reading
+from vllm_cost_meter.cli.options import (
+    Config,
+    Csv,
+    Json,
+    Ledger,
+    Output,
+    TimeZone,
+    Week,
+    Wide,
+    one_line_errors,
+    print_answer,
+    reading,
+)
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.economics.figures import FIGURES
 from vllm_cost_meter.ledger.economics.query import economics, method
 from vllm_cost_meter.prices.book import described
-from vllm_cost_meter.units.calendar import WEEK, hours_of_window
+from vllm_cost_meter.units.calendar import WEEK, hours_of_window, zone_of
 from vllm_cost_meter.units.money import figure_text
 from vllm_cost_meter.units.text import plain
 
@@ -21,11 +32,14 @@ def economics_(
     ledger: Ledger = None,
     config: Config = None,
     window: Week = WEEK,
+    tz: TimeZone = None,
     explain: Annotated[
         str | None, typer.Option(metavar="FIGURE", help="Print the SQL of this figure instead.")
     ] = None,
     wide: Wide = False,
     as_json: Json = False,
+    as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """What a million tokens cost.
 
@@ -35,35 +49,44 @@ def economics_(
     """
     with one_line_errors():
         declared = load_settings(config=config).declared
-        hours = hours_of_window(window)
+        hours = hours_of_window(window, zone=zone_of(tz))
         with reading(ledger, config) as reader:
-            if explain is not None:
-                _explain_figure(explain, method(reader, declared, *hours), as_json=as_json)
-                return
-            answer = economics(reader, declared, *hours)
-    if as_json:
-        print(json.dumps(answer, indent=2))
-        return
-    rows = [
-        {"figure": name, "value": figure_text(name, value), **FIGURES[name]._asdict()}
-        for name, value in answer["figures"].items()
-    ]
-    print_rows(rows, ("figure", "value", "unit", "meaning"), wide=wide)
+            if explain is None:
+                answer: Mapping[str, Any] = economics(reader, declared, *hours)
+            else:
+                answer = _explained(explain, method(reader, declared, *hours))
+    if explain is None:
+        rows = [
+            {"figure": name, "value": value, **FIGURES[name]._asdict()}
+            for name, value in answer["figures"].items()
+        ]
+    else:
+        rows = [dict(answer)]
+
+    def show() -> None:
+        if explain is None:
+            _show(answer, rows, wide=wide)
+        else:
+            print(plain(f"{explain}: {answer['meaning']}"))
+            print(answer["sql"])
+
+    print_answer(answer, rows, show, as_json=as_json, as_csv=as_csv, output=output)
+
+
+def _show(answer: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], *, wide: bool) -> None:
+    shown = [{**row, "value": figure_text(row["figure"], row["value"])} for row in rows]
+    print_rows(shown, ("figure", "value", "unit", "meaning"), wide=wide)
     print_lines(lines_below(answer))
 
 
-def _explain_figure(name: str, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print the SQL behind a figure. Raises ValueError for an unknown figure."""
+def _explained(name: str, rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the SQL behind a figure. Raises ValueError for an unknown figure."""
     if name not in FIGURES:
         raise ValueError(f"--explain: expected a figure that `economics` lists, got {name!r}")
     known = {row["figure"]: row for row in rows}
     if name not in known:
         raise ValueError(f"{name}: expected latency bounds (slo_ttft_ms, ...), got none")
-    if as_json:
-        print(json.dumps(known[name], indent=2))
-    else:
-        print(plain(f"{name}: {known[name]['meaning']}"))
-        print(known[name]["sql"])
+    return known[name]
 
 
 def lines_below(answer: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,6 @@ ledger.
 Invariant: a file that is wrong anywhere, or contradicts the ledger, changes nothing.
 """
 
-import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,12 +18,15 @@ from vllm_cost_meter.cli.options import (
     Csv,
     Json,
     Ledger,
+    Output,
     Wide,
-    Window,
+    WindowOption,
     ledger_url,
     new_group,
     one_line_errors,
+    print_answer,
     reading,
+    refuse_both,
 )
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
@@ -32,7 +34,7 @@ from vllm_cost_meter.invoices.files import FOCUS, SNAPSHOTS, read_invoice
 from vllm_cost_meter.ledger.billing.importing import import_invoice
 from vllm_cost_meter.ledger.billing.meters import meters
 from vllm_cost_meter.units.calendar import hours_of_window
-from vllm_cost_meter.units.text import rounded, to_csv
+from vllm_cost_meter.units.text import rounded
 
 app = new_group("invoice")
 
@@ -81,6 +83,8 @@ def import_(
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
     wide: Wide = False,
     as_json: Json = False,
+    as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """Read a file of what a provider billed into the ledger.
 
@@ -89,20 +93,28 @@ def import_(
     Example: vllm-cost-meter invoice import bill.csv --format focus --dry-run
     """
     with one_line_errors():
+        refuse_both(as_json=as_json, as_csv=as_csv)
         rules = load_settings(config=config).invoice_rules
-        told = read_invoice(file, format, rules)
+        invoice = read_invoice(file, format, rules)
         url, now_ns = ledger_url(ledger, config), time.time_ns()
-        answer = import_invoice(url, told, rules.gap_ns, now_ns, dry_run=dry_run)
-    if as_json:
-        print(json.dumps(answer, indent=2))
-        return
-    print_rows(_shown(answer["resources"]), METER_COLUMNS, first=METER_FIRST, wide=wide)
-    print_lines(import_lines(answer))
+        answer = import_invoice(url, invoice, rules.gap_ns, now_ns, dry_run=dry_run)
+    rows = answer["resources"]
+
+    def show() -> None:
+        print_rows(_shown(rows), METER_COLUMNS, first=METER_FIRST, wide=wide)
+        print_lines(import_lines(answer))
+
+    print_answer(answer, rows, show, as_json=as_json, as_csv=as_csv, output=output)
 
 
 @app.command("list")
 def list_(
-    ledger: Ledger = None, config: Config = None, wide: Wide = False, as_json: Json = False
+    ledger: Ledger = None,
+    config: Config = None,
+    wide: Wide = False,
+    as_json: Json = False,
+    as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """List what was billed: resource, time span, sum and gaps.
 
@@ -110,38 +122,39 @@ def list_(
     """
     with reading(ledger, config) as reader, reader.transaction() as connection:
         rows = meters(connection)
-    if as_json:
-        print(json.dumps({"resources": rows}, indent=2))
-    elif rows:
-        print_rows(_shown(rows), METER_COLUMNS, first=METER_FIRST, wide=wide)
-    else:
-        print("no bill: import one with `vllm-cost-meter invoice import`")
+
+    def show() -> None:
+        if rows:
+            print_rows(_shown(rows), METER_COLUMNS, first=METER_FIRST, wide=wide)
+        else:
+            print("no bill: import one with `vllm-cost-meter invoice import`")
+
+    answer = {"resources": rows}
+    print_answer(answer, rows, show, as_json=as_json, as_csv=as_csv, output=output)
 
 
 @app.command()
 def days(
     ledger: Ledger = None,
     config: Config = None,
-    window: Window = None,
+    window: WindowOption = None,
     wide: Wide = False,
     as_json: Json = False,
     as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """What was metered and billed on each UTC day.
 
     Example: vllm-cost-meter invoice days --window 30d
     """
     with reading(ledger, config) as reader:
-        if as_json and as_csv:
-            raise ValueError("--csv: expected without --json, got both")
         answer = reader.invoice_days(*hours_of_window(window))
-    if as_json:
-        print(json.dumps(answer, indent=2))
-    elif as_csv:
-        print(to_csv(answer["days"]), end="")
-    else:
+
+    def show() -> None:
         rows = _shown([*answer["days"], {"day": "total", **answer["total"]}])
         print_rows(rows, DAY_COLUMNS, first=DAY_FIRST, wide=wide)
+
+    print_answer(answer, answer["days"], show, as_json=as_json, as_csv=as_csv, output=output)
 
 
 def import_lines(answer: Mapping[str, Any]) -> list[str]:

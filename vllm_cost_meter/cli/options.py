@@ -1,10 +1,12 @@
 """Options and helpers that the commands share: one-line errors, opening the ledger, output."""
 
+import io
+import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +16,7 @@ from vllm_cost_meter.ledger.database import url_of
 from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.calendar import EXPECTED as WINDOWS
-from vllm_cost_meter.units.text import plain
+from vllm_cost_meter.units.text import plain, to_csv
 
 Ledger = Annotated[
     str | None,
@@ -36,12 +38,15 @@ Wide = Annotated[
     ),
 ]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="A file to write, or write anew.")
+]
 TimeZone = Annotated[
     str | None,
     typer.Option("--tz", help="Time zone of days, such as Europe/Berlin; otherwise UTC."),
 ]
 Week = Annotated[str, typer.Option("--window", help=f"{WINDOWS}.")]
-Window = Annotated[
+WindowOption = Annotated[
     str | None, typer.Option("--window", help=f"{WINDOWS}. Without it: the whole ledger.")
 ]
 
@@ -70,6 +75,44 @@ def ledger_url(ledger: str | None, config: Path | None = None) -> str:
     with one_line_errors():
         named = load_settings(config=config).ledger if ledger is None else ledger
         return url_of(named or None)
+
+
+def print_answer(
+    answer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    show: Callable[[], None],
+    *,
+    as_json: bool,
+    as_csv: bool,
+    output: Path | None = None,
+) -> None:
+    """Print an answer as JSON, its rows as CSV, or what `show` prints; or write it to a file."""
+    with one_line_errors():
+        refuse_both(as_json=as_json, as_csv=as_csv)
+        with _written_to(output):
+            if as_json:
+                print(json.dumps(answer, indent=2))
+            elif as_csv:
+                print(to_csv(rows), end="")
+            else:
+                show()
+
+
+def refuse_both(*, as_json: bool, as_csv: bool) -> None:
+    """Raise ValueError for a command that is asked for two formats at once."""
+    if as_json and as_csv:
+        raise ValueError("--csv: expected without --json, got both")
+
+
+@contextmanager
+def _written_to(output: Path | None) -> Iterator[None]:
+    """Write what is printed to a file instead, if there is one and no error came before."""
+    if output is None:
+        yield
+        return
+    with redirect_stdout(io.StringIO()) as printed:
+        yield
+    write_output(output, printed.getvalue())
 
 
 def write_output(path: Path, text: str) -> None:

@@ -16,6 +16,9 @@ FIRST = (
     "usd_per_kwh",
     "percent",
     "usd_per_month",
+    "gpu_name",
+    "model",
+    "kind",
     "effective_until",
 )
 

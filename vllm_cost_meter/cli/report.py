@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,10 +19,13 @@ from vllm_cost_meter.cli.options import (
     Csv,
     Json,
     Ledger,
+    Output,
     TimeZone,
     Wide,
-    Window,
+    WindowOption,
+    print_answer,
     reading,
+    refuse_both,
     write_output,
 )
 from vllm_cost_meter.console import print_lines, print_rows
@@ -55,17 +57,17 @@ REQUEST_COLUMNS: tuple[str, ...] = (
 REPORT_COLUMNS = (*COUNTS, "gpu_time_ns", "idle_share_ns", "usage_cost_usd", "cost_usd")
 # A narrow terminal drops other columns before these, and keeps the aggregated columns longest.
 FIRST = (
-    "finished_at",
     "tenant",
     "cost_usd",
     "gpu_time_ns",
     "requests",
     "idle_share_ns",
-    "status",
-    "http_request_id",
     "prompt_tokens",
     "output_tokens",
 )
+# Of requests: the id is what `explain` takes, and is never cut. The newest stand first, so the time
+# is what a narrow terminal can spare.
+REQUEST_FIRST = ("tenant", "http_request_id", "cost_usd", "finished_at", "gpu_time_ns", "status")
 NANO_USD_NOTE = (
     "usage_cost_usd and cost_usd are both rounded so that they add up; so they may differ by a"
     " nano-USD where no idle time is charged"
@@ -113,7 +115,7 @@ def report(
     ] = What.tenants,
     ledger: Ledger = None,
     config: Config = None,
-    window: Window = None,
+    window: WindowOption = None,
     tz: TimeZone = None,
     aggregate: Aggregate = None,
     step: Annotated[
@@ -130,6 +132,7 @@ def report(
     wide: Wide = False,
     as_json: Json = False,
     as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """What each tenant used and cost, idle time included.
 
@@ -151,8 +154,7 @@ def report(
     answer: Any
     with reading(ledger, config) as reader:
         _refuse(words if what is What.requests else {"tenant": tenant}, what)
-        if as_json and as_csv:
-            raise ValueError("--csv: expected without --json, got both")
+        refuse_both(as_json=as_json, as_csv=as_csv)
         has_words = any(value for word, value in words.items() if word not in ("window", "tz"))
         if has_words:
             answer = reader.report(**words)
@@ -163,13 +165,15 @@ def report(
         else:
             answer = reader.requests(limit=limit, tenant=tenant)
             rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
-    if as_json:
-        print(json.dumps(answer, indent=2))
-    elif as_csv:
-        print(to_csv(rows), end="")
-    else:
-        below = _lines_below(answer, filter, has_words) if what is What.tenants else []
-        _print_table(rows, columns, below, wide=wide)
+    below = _lines_below(answer, filter, has_words) if what is What.tenants else []
+    print_answer(
+        answer,
+        rows,
+        lambda: _print_table(rows, columns, below, wide=wide),
+        as_json=as_json,
+        as_csv=as_csv,
+        output=output,
+    )
     if what is What.tenants and not answer["adds_up"]:
         raise typer.Exit(1)
 
@@ -185,10 +189,10 @@ def statement(
     ledger: Ledger = None,
     config: Config = None,
     format: Annotated[Format, typer.Option(help="HTML prints well, also to PDF.")] = Format.table,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A file to write, or write anew.")
-    ] = None,
+    output: Output = None,
     wide: Wide = False,
+    as_json: Json = False,
+    as_csv: Csv = False,
 ) -> None:
     """A tenant's month, line by line to the cent.
 
@@ -197,6 +201,7 @@ def statement(
     Example: vllm-cost-meter statement --month 2026-11 --tenant search
     """
     with reading(ledger, config) as reader:
+        format = _format_of(format, as_json=as_json, as_csv=as_csv)
         if everyone == (tenant is not None):
             raise ValueError("--tenant: expected it or --all, and not both")
         answer = reader.statement(month, tenant=tenant, tz=tz, idle=idle)
@@ -210,6 +215,15 @@ def statement(
         raise typer.Exit(1)
 
 
+def _format_of(format: Format, *, as_json: bool, as_csv: bool) -> Format:
+    """Return the format; --json and --csv are short for it. Raises ValueError for two of them."""
+    refuse_both(as_json=as_json, as_csv=as_csv)
+    short = Format.json if as_json else Format.csv if as_csv else format
+    if format not in (short, Format.table):
+        raise ValueError(f"--{short}: expected without --format {format}, got both")
+    return short
+
+
 def _print_table(
     rows: Sequence[Mapping[str, Any]],
     columns: tuple[str, ...],
@@ -220,7 +234,8 @@ def _print_table(
     if any(row.get(ENERGY_COLUMN) is not None for row in rows):
         columns = (*columns, ENERGY_COLUMN)
     names = [name for name in columns if name not in (*REPORT_COLUMNS, *REQUEST_COLUMNS)]
-    print_rows(rows, columns, first=(*names, *FIRST), wide=wide)
+    first = REQUEST_FIRST if "http_request_id" in columns else (*names, *FIRST)
+    print_rows(rows, columns, first=first, wide=wide)
     print_lines(below)
 
 

@@ -9,12 +9,15 @@ import typer
 from vllm_cost_meter.cli.calc import read_points
 from vllm_cost_meter.cli.options import (
     Config,
+    Csv,
     Json,
     Ledger,
+    Output,
     Wide,
     ledger_url,
     new_group,
     one_line_errors,
+    print_answer,
 )
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.economics import saturation_of
@@ -34,6 +37,7 @@ def import_(
     files: Annotated[list[Path], typer.Argument(help="Curves that `sweep` wrote.")],
     ledger: Ledger = None,
     config: Config = None,
+    as_json: Json = False,
 ) -> None:
     """Keep the full load of curves in the ledger.
 
@@ -49,12 +53,20 @@ def import_(
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from None
         new = saturation.keep(ledger_url(ledger, config), points)
-    print(f"{new} new, {len(points) - new} known before")
+    if as_json:
+        print(json.dumps({"new": new, "known": len(points) - new}, indent=2))
+    else:
+        print(f"{new} new, {len(points) - new} known before")
 
 
 @app.command("list")
 def list_(
-    ledger: Ledger = None, config: Config = None, wide: Wide = False, as_json: Json = False
+    ledger: Ledger = None,
+    config: Config = None,
+    wide: Wide = False,
+    as_json: Json = False,
+    as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """The full loads in the ledger, the latest first.
 
@@ -62,8 +74,12 @@ def list_(
     """
     with one_line_errors():
         rows = saturation.kept(ledger_url(ledger, config))
-    if as_json:
-        shown = [{**row, "protocol": json.loads(row["protocol"])} for row in rows]
-        print(json.dumps({"saturation_points": shown}, indent=2))
-        return
-    print_rows(rows, KEPT_COLUMNS, first=FIRST, wide=wide)
+    points = [{**row, "protocol": json.loads(row["protocol"])} for row in rows]
+    print_answer(
+        {"saturation_points": points},
+        rows,
+        lambda: print_rows(rows, KEPT_COLUMNS, first=FIRST, wide=wide),
+        as_json=as_json,
+        as_csv=as_csv,
+        output=output,
+    )

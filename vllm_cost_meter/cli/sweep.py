@@ -6,7 +6,9 @@ all rates were measured, 130 after Ctrl-C, 1 if the client or the server failed,
 
 import json
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +17,14 @@ import typer
 from vllm_cost_meter import plots
 from vllm_cost_meter.cli.options import (
     Config,
+    Csv,
     Json,
     Ledger,
     Wide,
     ledger_url,
     one_line_errors,
+    print_answer,
+    refuse_both,
     write_output,
 )
 from vllm_cost_meter.config.loading import load_settings
@@ -27,10 +32,10 @@ from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.economics import saturation_of
 from vllm_cost_meter.economics.numbers import positive
 from vllm_cost_meter.lab.sweep.bench import Shape
-from vllm_cost_meter.lab.sweep.meter import Deployment
 from vllm_cost_meter.lab.sweep.plot import sweep_figure
 from vllm_cost_meter.lab.sweep.run import PARTS, Plan
-from vllm_cost_meter.lab.sweep.session import TOKEN, SweepSession
+from vllm_cost_meter.lab.sweep.session import TOKEN_ENV, SweepSession
+from vllm_cost_meter.lab.sweep.side_client import Deployment
 from vllm_cost_meter.ledger.economics import saturation
 from vllm_cost_meter.units.money import figure_text
 from vllm_cost_meter.units.text import significant
@@ -56,7 +61,7 @@ def sweep(
     url: Annotated[str, typer.Option(help="vLLM's URL.")] = "http://127.0.0.1:8000",
     side_url: Annotated[
         str | None,
-        typer.Option(help=f"The side endpoint's URL; its admin token is taken from {TOKEN}."),
+        typer.Option(help=f"The side endpoint's URL; its admin token is taken from {TOKEN_ENV}."),
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -66,12 +71,10 @@ def sweep(
         str | None,
         typer.Option(help="Requests per second, with commas; otherwise found by a burst."),
     ] = None,
-    window: Annotated[float, typer.Option(help="Seconds that count, of each rate.")] = 120.0,
-    warmup: Annotated[float, typer.Option(help="Seconds before them that do not.")] = 30.0,
+    measure_s: Annotated[float, typer.Option(help="Seconds of each rate that count.")] = 120.0,
+    warmup: Annotated[float, typer.Option(help="Seconds before them that do not count.")] = 30.0,
     repeats: Annotated[int, typer.Option(min=1, help="How often each rate is measured.")] = 1,
-    burstiness: Annotated[
-        float, typer.Option(help="Of the gaps between arrivals; 1 is a Poisson process.")
-    ] = 1.0,
+    burstiness: Annotated[float, typer.Option(help="Of arrivals; 1 is a Poisson process.")] = 1.0,
     burst_requests: Annotated[
         int, typer.Option(min=8, help="How many requests the burst is that finds the rates.")
     ] = 256,
@@ -83,9 +86,7 @@ def sweep(
     slo_ttft_ms: Annotated[
         float | None, typer.Option(help="A line in the plot; otherwise the setting's.")
     ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder for curves and plot.")
-    ] = Path("sweep"),
+    folder: Annotated[Path, typer.Option(help="The folder for curves and plot.")] = Path("sweep"),
     tokenizer: Annotated[
         str | None, typer.Option(help="Of the client; otherwise the model that vLLM loaded.")
     ] = None,
@@ -93,6 +94,7 @@ def sweep(
     config: Config = None,
     wide: Wide = False,
     as_json: Json = False,
+    as_csv: Csv = False,
 ) -> None:
     """Measure cost at one load after another.
 
@@ -101,11 +103,12 @@ def sweep(
     Example: vllm-cost-meter sweep --shape 512:256 --rates 1,2,4,8
     """
     with one_line_errors():
+        refuse_both(as_json=as_json, as_csv=as_csv)
         settings = load_settings(config=config)
         plan = Plan(
             Shape(1, 1),  # A placeholder: each plan below has its own shape.
             rates=_rates("rates", rates) if rates else (),
-            window_s=positive("window", window),
+            window_s=positive("measure-s", measure_s),
             warmup_s=positive("warmup", warmup),
             repeats=repeats,
             burstiness=positive("burstiness", burstiness),
@@ -115,53 +118,61 @@ def sweep(
         )
         plans = [replace(plan, shape=Shape.parse(each)) for each in shape or ["512:256"]]
         bound = settings.slo_ttft_ms if slo_ttft_ms is None else positive("slo", slo_ttft_ms)
-        plots.new_figure(1, 1)  # A missing Matplotlib fails now, and not at the end.
-        _make_folder(output)
-        session = SweepSession(url, _side_url(side_url, settings.port), tokenizer, output)
+        _prepare(folder)
+        session = SweepSession(url, _side_url(side_url, settings.port), tokenizer, folder)
     status = session.measure(plans)
     if session.curves:
-        _write(session, bound, ledger_url(ledger, config), wide=wide, as_json=as_json)
+        rows, lines = _write(session, bound, ledger_url(ledger, config))
+        show = partial(_show, rows, lines, wide=wide)
+        print_answer({"curves": session.curves}, rows, show, as_json=as_json, as_csv=as_csv)
     raise typer.Exit(status)
 
 
-def _side_url(told: str | None, port: int | None) -> str:
-    if told is None and not port:
+def _side_url(given: str | None, port: int | None) -> str:
+    if given is None and not port:
         raise ValueError("--side-url: expected where the side endpoint is, got no port of it")
-    return told or f"http://127.0.0.1:{port}"
+    return given or f"http://127.0.0.1:{port}"
 
 
 def _write(
-    session: SweepSession, slo_ttft_ms: float | None, url: str, *, wide: bool, as_json: bool
-) -> None:
-    """Write curves and plot, print the table, and keep full load if the ledger has these runs."""
-    rows, lines = [], []
+    session: SweepSession, slo_ttft_ms: float | None, url: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write curves and plot, and keep full load if the ledger has these runs.
+
+    Return the points of all curves, and lines that say what was done.
+    """
+    rows: list[dict[str, Any]] = []
+    lines: list[str] = []
     with one_line_errors():
         for curve in session.curves:
             name = str(curve["protocol"]["plan"]["shape"]).replace(":", "x")
             path = session.output / f"curve-{name}.json"
             write_output(path, json.dumps(curve, indent=2) + "\n")
             lines += [f"curve: {path}", *_kept(curve, path, url, session.deployment)]
-            rows += [
-                {"shape": name, **{key: figure_text(key, value) for key, value in point.items()}}
-                for point in curve["points"]
-            ]
+            rows += [{"shape": name, **point} for point in curve["points"]]
         plot = [session.output / f"sweep{suffix}" for suffix in plots.SUFFIXES]
         plots.save(sweep_figure(session.curves, slo_ttft_ms), plot)
         lines.append(f"plot: {' and '.join(map(str, plot))}")
-    if as_json:
-        print(json.dumps({"curves": session.curves}, indent=2))
-        return
-    print_rows(rows, COLUMNS, first=FIRST, wide=wide)
+    return rows, lines
+
+
+def _show(rows: Iterable[Mapping[str, Any]], lines: Iterable[str], *, wide: bool) -> None:
+    print_rows([*map(_shown, rows)], COLUMNS, first=FIRST, wide=wide)
     print_lines(lines)
 
 
-def _make_folder(path: Path) -> None:
-    """Make a folder, and check that files can be written to it. Raises ValueError."""
+def _shown(point: Mapping[str, Any]) -> dict[str, str]:
+    return {name: figure_text(name, value) for name, value in point.items()}
+
+
+def _prepare(path: Path) -> None:
+    """Make a folder that curves and plots can be written to. Raises ValueError."""
+    plots.new_figure(1, 1)  # A missing Matplotlib fails now, and not at the end.
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ValueError(f"--output: {path} cannot be written: {error.strerror}") from None
+        raise ValueError(f"--folder: {path} cannot be written: {error.strerror}") from None
 
 
 def _kept(curve: dict[str, Any], path: Path, url: str, deployment: Deployment) -> list[str]:

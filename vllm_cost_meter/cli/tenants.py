@@ -7,7 +7,6 @@ Invariant: no API key is printed or written, only its SHA-256.
 """
 
 import difflib
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vllm_cost_meter.cli.options import Config, Json, Wide, new_group, one_line_errors
+from vllm_cost_meter.cli.options import (
+    Config,
+    Csv,
+    Json,
+    Output,
+    Wide,
+    new_group,
+    one_line_errors,
+    print_answer,
+)
 from vllm_cost_meter.config import tenant_file
 from vllm_cost_meter.config.engine import PREFIX
 from vllm_cost_meter.config.loading import load_settings
@@ -39,11 +47,13 @@ KeyFromEnv = Annotated[
     list[str] | None,
     typer.Option(metavar="VAR", help="An environment variable that holds an API key."),
 ]
-Tags = Annotated[
+TagsOption = Annotated[
     list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="Repeat it for several.")
 ]
 Parent = Annotated[str | None, typer.Option(help="The tenant that this one belongs to.")]
-Reply = Annotated[str | None, typer.Option(help="What its clients are told: all, headers or none.")]
+ReplyOption = Annotated[
+    str | None, typer.Option(help="What its clients are told: all, headers or none.")
+]
 FailClosed = Annotated[
     bool | None,
     typer.Option(
@@ -59,6 +69,8 @@ def list_(
     config: Config = None,
     wide: Wide = False,
     as_json: Json = False,
+    as_csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """List the tenants, their parents, tags and number of keys.
 
@@ -66,14 +78,29 @@ def list_(
     """
     with one_line_errors():
         tenants = load_settings(config=config).tenants
-    if as_json:
-        print(json.dumps({"tenants": [_shown(tenant) for tenant in tenants]}, indent=2))
-        return
+    rows = [_shown(tenant) for tenant in tenants]
+    print_answer(
+        {"tenants": rows},
+        [{**row, **_joined(tenant)} for row, tenant in zip(rows, tenants, strict=True)],
+        lambda: _show(tenants, wide=wide),
+        as_json=as_json,
+        as_csv=as_csv,
+        output=output,
+    )
+
+
+def _joined(tenant: TenantSetting) -> dict[str, str]:
+    """Return what has several values as one text, for a cell."""
+    tags = ", ".join(f"{key}={value}" for key, value in sorted(tenant.tags.items()))
+    return {"tags": tags, "api_key_sha256": ", ".join(_shown(tenant)["api_key_sha256"])}
+
+
+def _show(tenants: Iterable[TenantSetting], *, wide: bool) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("tenant", "parent", "tags", "reply", "fail closed", "keys"):
         table.add_column(column, no_wrap=True, justify="right" if column == "keys" else "left")
     for tenant in tenants:
-        tags = ", ".join(f"{key}={value}" for key, value in sorted(tenant.tags.items()))
+        tags = _joined(tenant)["tags"]
         cells = (tenant.name, tenant.owner or "-", tags or "-", tenant.reply or "-")
         closed = "yes" if tenant.fail_closed else "-"
         table.add_row(*map(plain, cells), closed, str(len(tenant.api_key_sha256)))
@@ -85,9 +112,9 @@ def add(
     name: Name,
     key_sha256: KeySha256 = None,
     key_from_env: KeyFromEnv = None,
-    tag: Tags = None,
+    tag: TagsOption = None,
     parent: Parent = None,
-    reply: Reply = None,
+    reply: ReplyOption = None,
     fail_closed: FailClosed = None,
     config: Config = None,
 ) -> None:
@@ -127,9 +154,9 @@ def set_(
         list[str] | None,
         typer.Option(metavar="SHA256", help="Take a key away; its first 8 digits will do."),
     ] = None,
-    tag: Tags = None,
+    tag: TagsOption = None,
     parent: Parent = None,
-    reply: Reply = None,
+    reply: ReplyOption = None,
     fail_closed: FailClosed = None,
     config: Config = None,
 ) -> None:

@@ -60,7 +60,9 @@ def validate(
             path = str(default_path()) if server == "tiny" else server
             answer, show = command.measured(path, rounds), tables.show_servers
         elif step_log is None:
-            plan = command.Plan(gpu or (), model or (), batch or (), steps, every, seed=seed)
+            plan = command.SimulationPlan(
+                gpu or (), model or (), batch or (), steps, every, seed=seed
+            )
             answer, show = command.validate(plan), tables.show_truths
         else:
             answer, show = command.replayed(step_log), tables.show_replay

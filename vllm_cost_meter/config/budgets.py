@@ -20,20 +20,20 @@ from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
 ROLLING_DAYS_MAX = 366
-AMOUNT = "a decimal number above 0, at most 1,000,000,000,000, with at most 9 decimal places"
+LIMIT = "a decimal number above 0, at most 1,000,000,000,000, with at most 9 decimal places"
 ZONE = "the name of a time zone, such as Europe/Berlin"
-TAG = "key=value"
+TAG_FORM = "key=value"
 
 
 def _amount(value: object) -> Decimal:
     try:
         amount = Decimal(str(value))
     except ArithmeticError:
-        raise t.WrongError(AMOUNT) from None
+        raise t.WrongError(LIMIT) from None
     if isinstance(value, bool) or not amount.is_finite() or not 0 < amount <= 10**12:
-        raise t.WrongError(AMOUNT)
+        raise t.WrongError(LIMIT)
     if (amount * 10**9) % 1:
-        raise t.WrongError(AMOUNT)
+        raise t.WrongError(LIMIT)
     return amount
 
 
@@ -52,11 +52,11 @@ def _payer(name: str) -> str:
 def _tag(text: str) -> str:
     key, equals, value = text.partition("=")
     if not (key and equals and value):
-        raise t.WrongError(TAG)
+        raise t.WrongError(TAG_FORM)
     return text
 
 
-Amount = Annotated[Decimal, BeforeValidator(_amount)]
+Limit = Annotated[Decimal, BeforeValidator(_amount)]
 
 
 class BudgetSetting(BaseModel):
@@ -76,17 +76,17 @@ class BudgetSetting(BaseModel):
     tag: Annotated[str, AfterValidator(_tag)] | None = Field(
         default=None,
         description="The budget covers all tenants with this tag.",
-        json_schema_extra=t.about(TAG),
+        json_schema_extra=t.about(TAG_FORM),
     )
-    usd: Amount | None = Field(
+    usd: Limit | None = Field(
         default=None,
         description="How much a period may cost. Needs a price. Either this or `gpu_seconds`.",
-        json_schema_extra=t.about(AMOUNT, "USD"),
+        json_schema_extra=t.about(LIMIT, "USD"),
     )
-    gpu_seconds: Amount | None = Field(
+    gpu_seconds: Limit | None = Field(
         default=None,
         description="How much GPU time may be used in a period.",
-        json_schema_extra=t.about(AMOUNT, "GPU-seconds"),
+        json_schema_extra=t.about(LIMIT, "GPU-seconds"),
     )
     period: Literal["day", "week", "month", "rolling"] = Field(
         default="month",

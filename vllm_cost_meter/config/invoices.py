@@ -133,7 +133,7 @@ class RateSetting(BaseModel):
         description="A currency in bills; USD needs no entry.",
         json_schema_extra=about(t.CURRENCY),
     )
-    usd_rate: t.Rate = Field(
+    usd_rate: t.ExchangeRate = Field(
         description="What one unit is worth when a bill is imported.",
         json_schema_extra=about(t.RATE, "USD"),
     )

@@ -18,10 +18,10 @@ from vllm_cost_meter.prices.book import (
     USD,
     EnergyPrice,
     GpuHourPrice,
-    Matches,
     PriceBook,
     PriceEntry,
     PurchaseKind,
+    RunMatch,
     Scope,
     same_start,
 )
@@ -38,7 +38,7 @@ class PriceSetting(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    amount: t.Amount = Field(
+    amount: t.MoneyAmount = Field(
         description="What one hour costs, as a number or a text.",
         json_schema_extra=about(t.AMOUNT, "`currency` per hour"),
     )
@@ -47,7 +47,7 @@ class PriceSetting(BaseModel):
         description="Currency of `amount`.",
         json_schema_extra=about(t.CURRENCY),
     )
-    usd_rate: t.Rate | None = Field(
+    usd_rate: t.ExchangeRate | None = Field(
         default=None,
         description="What one unit of `currency` is worth. Needed for every currency but USD.",
         json_schema_extra=about(t.RATE, "USD"),
@@ -122,7 +122,7 @@ class PriceSetting(BaseModel):
             kind=self.kind,
             currency=self.currency,
             usd_rate=self.usd_rate or Decimal(1),
-            matches=Matches(self.model, self.gpu_name, self.host),
+            matches=RunMatch(self.model, self.gpu_name, self.host),
         )
 
 
@@ -131,7 +131,7 @@ class EnergyPriceSetting(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    usd_per_kwh: t.Price = Field(
+    usd_per_kwh: t.UsdPrice = Field(
         description="What a kilowatt-hour costs.",
         json_schema_extra=about(t.PRICE, "USD per kWh"),
     )
@@ -151,7 +151,7 @@ class EnergyPriceSetting(BaseModel):
 
     def entry(self, key: str) -> EnergyPrice:
         """Return the price as an entry for the book; `key` names it in messages."""
-        matches = Matches(host=self.host)
+        matches = RunMatch(host=self.host)
         return EnergyPrice(key, self.usd_per_kwh, self.source, self.effective_from, matches)
 
 
@@ -169,7 +169,7 @@ class OverheadSetting(BaseModel):
         description="Percentage of the cost of the GPUs. Either this or `usd_per_month`.",
         json_schema_extra=about(t.PERCENT, "%"),
     )
-    usd_per_month: t.Amount | None = Field(
+    usd_per_month: t.MoneyAmount | None = Field(
         default=None,
         description="A fixed amount, spread over the hours of each UTC month.",
         json_schema_extra=about(t.AMOUNT, "USD per month"),

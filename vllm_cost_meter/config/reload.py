@@ -11,7 +11,7 @@ that it had when the server started.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -39,8 +39,9 @@ def live_names() -> frozenset[str]:
 class Reloader:
     """Watches the settings file for one process."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, load: Callable[..., Settings] = load_settings) -> None:
         self._path = path
+        self._load = load
         # No file has this stamp, so the first look reads it: it may have changed since the start.
         self._seen: Stamp | None = (0, 0, 0)
 
@@ -55,7 +56,7 @@ class Reloader:
         if stamp == self._seen:
             return None
         try:
-            loaded = load_settings(config=self._path)
+            loaded = self._load(config=self._path)
         except SettingError as error:
             if isinstance(error, UnreadableError) and stamp is not None:
                 raise

@@ -78,7 +78,7 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         description="The TOML file with the settings of this page; cannot be set in the file.",
         json_schema_extra=_about("the path of a readable TOML file"),
     )
-    gpu_hour_usd: t.Price | None = Field(
+    gpu_hour_usd: t.UsdPrice | None = Field(
         default=None,
         description="Price of one GPU for one hour, wherever `prices` have none. Without any "
         "price the meter reports GPU time, and cost is null.",
@@ -134,7 +134,7 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         "model, by scheduled tokens, or equally.",
         json_schema_extra=_about(METHOD_EXPECTED),
     )
-    reply: t.Reply = Field(
+    reply: t.ReplyDetail = Field(
         default="all",
         description="What clients are told: cost in headers and streams, headers only, nothing.",
         json_schema_extra=_about(t.REPLY, live=True),
@@ -318,13 +318,13 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
             return self.admin_token_sha256
         return hashlib.sha256(self.admin_token.get_secret_value().encode()).hexdigest()
 
-    def reply_for(self, tenant: str) -> t.Reply:
+    def reply_for(self, tenant: str) -> t.ReplyDetail:
         """Return what clients of this tenant (or child of a tenant) are told."""
         said = self._replies.get(tenant) or self._replies.get(tenant.rpartition(SLASH)[0])
         return said or self.reply
 
     @cached_property
-    def _replies(self) -> dict[str, t.Reply]:
+    def _replies(self) -> dict[str, t.ReplyDetail]:
         return replies_of(self.tenants, self.reply)
 
 

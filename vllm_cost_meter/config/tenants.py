@@ -18,7 +18,7 @@ from vllm_cost_meter.tenants.rules import (
     ApiKeyRule,
     ChildRule,
     ConstantRule,
-    Declared,
+    DeclaredTenant,
     HeaderRule,
     Resolver,
     Rule,
@@ -62,7 +62,7 @@ class TenantSetting(BaseModel):
         "meter cannot measure what their budgets count.",
         json_schema_extra=t.about("true or false"),
     )
-    reply: t.Reply | None = Field(
+    reply: t.ReplyDetail | None = Field(
         default=None,
         description="What this tenant's clients are told; without it what its parent says, else "
         "`reply`.",
@@ -233,7 +233,7 @@ def resolver_of(
 def _rule(
     rule: RuleSetting,
     tenants: Iterable[TenantSetting],
-    declared: Mapping[str, Declared],
+    declared: Mapping[str, DeclaredTenant],
     secret: SecretStr | None,
 ) -> Rule:
     if rule.rule == "api_key":
@@ -258,9 +258,11 @@ def keys_of(tenants: Iterable[TenantSetting]) -> dict[str, str]:
     return {digest: tenant.name for tenant in tenants for digest in tenant.api_key_sha256}
 
 
-def declared_of(tenants: Iterable[TenantSetting]) -> dict[str, Declared]:
+def declared_of(tenants: Iterable[TenantSetting]) -> dict[str, DeclaredTenant]:
     """Return each tenant's declared parent and tags; tags include its parents' tags."""
-    return {chain[0].name: Declared(chain[0].owner, _tags_of(chain)) for chain in _chains(tenants)}
+    return {
+        chain[0].name: DeclaredTenant(chain[0].owner, _tags_of(chain)) for chain in _chains(tenants)
+    }
 
 
 def below(tenants: Iterable[TenantSetting], name: str) -> frozenset[str]:
@@ -276,7 +278,9 @@ def failing_closed(tenants: Iterable[TenantSetting]) -> frozenset[str]:
     )
 
 
-def replies_of(tenants: Iterable[TenantSetting], otherwise: t.Reply) -> dict[str, t.Reply]:
+def replies_of(
+    tenants: Iterable[TenantSetting], otherwise: t.ReplyDetail
+) -> dict[str, t.ReplyDetail]:
     """Return, by declared tenant, what its clients are told."""
     return {
         chain[0].name: next((one.reply for one in chain if one.reply), otherwise)

@@ -212,7 +212,7 @@ def _digest_of_something(digest: str) -> str:
     return digest.lower()
 
 
-Reply = Literal["all", "headers", "none"]
+ReplyDetail = Literal["all", "headers", "none"]
 Digest = Annotated[str, _matching(r"[0-9a-fA-F]{64}", SHA256), AfterValidator(_digest_of_something)]
 Port = Annotated[Annotated[int, Field(ge=0, le=65_535)] | None, BeforeValidator(_port)]
 HeaderName = Annotated[
@@ -220,9 +220,9 @@ HeaderName = Annotated[
     _matching(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", HEADER),
     AfterValidator(_public_header),
 ]
-Price = Annotated[Decimal, _decimal(PRICE, PRICE_USD_MAX)]
-Amount = Annotated[Decimal, _decimal(AMOUNT, _AMOUNT_MAX)]
-Rate = Annotated[Decimal, _decimal(RATE, PRICE_USD_MAX, above_zero=True)]
+UsdPrice = Annotated[Decimal, _decimal(PRICE, PRICE_USD_MAX)]
+MoneyAmount = Annotated[Decimal, _decimal(AMOUNT, _AMOUNT_MAX)]
+ExchangeRate = Annotated[Decimal, _decimal(RATE, PRICE_USD_MAX, above_zero=True)]
 Percent = Annotated[Decimal, _decimal(PERCENT, _PERCENT_MAX)]
 Currency = Annotated[str, AfterValidator(_known_currency)]
 FullHour = Annotated[int, BeforeValidator(_full_hour)]

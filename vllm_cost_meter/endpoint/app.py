@@ -40,7 +40,7 @@ from vllm_cost_meter.endpoint.compare import Comparer, add_compare
 from vllm_cost_meter.endpoint.dependencies import (
     FOR_ADMINS,
     ViewerOf,
-    Window,
+    WindowQuery,
     asked_wrongly,
     hours_asked,
 )
@@ -58,7 +58,7 @@ from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.request_row import FINISHED
-from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
@@ -79,7 +79,7 @@ def make_app(
     refresh: Callable[[], None] = lambda: None,
     access: Access = OPEN,
     metrics: Callable[[], bytes] | None = None,
-    budgets: Callable[[], Figures] = Figures,
+    budgets: Callable[[], BudgetFigures] = BudgetFigures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
     health: Callable[[], MeterHealth] = lambda: NO_METER,
@@ -182,7 +182,7 @@ def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return {"models": reader.cost_models(run)}
 
 
-def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
+def _add_budget_route(app: FastAPI, budgets: Callable[[], BudgetFigures]) -> None:
     @app.get("/cost/budgets")
     def standings(viewer: ViewerOf) -> Budgets:
         """Return the use of each budget in its period, as new requests are judged by it."""
@@ -192,7 +192,7 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], Figures]) -> None:
             "broken": figures.broken,
             # A tag's budget counts several tenants together, so no single tenant may see it.
             "budgets": [
-                told(standing)
+                budget_row(standing)
                 for standing in figures.standings
                 if viewer.may_see(standing.budget.tenant)
             ],
@@ -260,14 +260,14 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
     @app.get("/cost/tenants", dependencies=FOR_ADMINS)
-    def tenants(window: Window = None) -> TenantsReport:
+    def tenants(window: WindowQuery = None) -> TenantsReport:
         """Return usage by tenant and engine time by class, which add up to the total."""
         hours = hours_asked(window)
         refresh()
         return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant:path}", responses=NOT_FOUND)
-    def tenant(viewer: ViewerOf, tenant: str, window: Window = None) -> Tenant:
+    def tenant(viewer: ViewerOf, tenant: str, window: WindowQuery = None) -> Tenant:
         """Return one tenant's usage, cost and latest requests."""
         hours = hours_asked(window)
         refresh()
@@ -277,14 +277,14 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return row
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
-    def summary(window: Window = None) -> Summary:
+    def summary(window: WindowQuery = None) -> Summary:
         """Return totals over all tenants and engines."""
         hours = hours_asked(window)
         refresh()
         return reader.summary(*hours)
 
     @app.get("/cost/invoices", dependencies=FOR_ADMINS)
-    def invoices(window: Window = None) -> InvoiceDays:
+    def invoices(window: WindowQuery = None) -> InvoiceDays:
         """Return the metered cost and the provider's bills, day by day."""
         hours = hours_asked(window)
         refresh()
@@ -301,7 +301,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
     @app.get("/cost/report")
     def report(
         viewer: ViewerOf,
-        window: Window = None,
+        window: WindowQuery = None,
         tz: Annotated[str | None, Query(description="Time zone of days; UTC by default.")] = None,
         aggregate: Annotated[str | None, Query(description="Columns to aggregate by.")] = None,
         step: Annotated[str | None, Query(description=f"One of {', '.join(STEPS)}.")] = None,

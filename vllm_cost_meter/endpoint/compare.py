@@ -25,11 +25,11 @@ import orjson
 from fastapi import FastAPI, HTTPException, Query
 from pydantic import BaseModel, Field
 
-from vllm_cost_meter.endpoint.compare_child import LEDGER, Result, Work
+from vllm_cost_meter.endpoint.compare_child import LEDGER_VARIABLE, Result, ComparisonWork
 from vllm_cost_meter.endpoint.dependencies import FOR_ADMINS, asked_wrongly
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.economics.answers import Comparison
-from vllm_cost_meter.ledger.economics.api_comparison import Question
+from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion
 from vllm_cost_meter.units.calendar import EXPECTED, WEEK, hours_of_window
 
 # The limit is long because a busy processor leaves little time to the lowest priority.
@@ -40,7 +40,7 @@ LOWEST_PRIORITY = 19
 CHILD = "vllm_cost_meter.endpoint.compare_child"
 
 
-class Asked(BaseModel):
+class ComparisonQuery(BaseModel):
     """The query parameters of a comparison."""
 
     window: str = Field(WEEK, description=f"{EXPECTED}; widened to whole UTC hours.")
@@ -55,10 +55,10 @@ class Asked(BaseModel):
     )
     volume: list[str] = Field([], description="Supposed tokens per month, such as 1M..1B.")
 
-    def question(self) -> Question:
+    def question(self) -> ComparisonQuestion:
         """Return the question. Raises ValueError for faults that can be seen without a child."""
         hours_of_window(self.window)
-        return Question(
+        return ComparisonQuestion(
             self.window,
             tuple(self.model),
             tuple(self.provider),
@@ -89,7 +89,7 @@ class Comparer:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
 
-    def __call__(self, question: Question) -> Comparison:
+    def __call__(self, question: ComparisonQuestion) -> Comparison:
         """Return the answer.
 
         Raises ValueError for a wrong question, and ComparingError or LedgerError for other faults.
@@ -102,12 +102,12 @@ class Comparer:
         finally:
             self._lock.release()
 
-    def _answer(self, question: Question) -> Comparison:
+    def _answer(self, question: ComparisonQuestion) -> Comparison:
         child = self._start()
         with child:
             try:
                 _hold_back(child.pid, self._timeout_s)
-                work = msgspec.msgpack.encode(Work(question, self._handed()))
+                work = msgspec.msgpack.encode(ComparisonWork(question, self._handed()))
                 out, _ = child.communicate(work, timeout=self._timeout_s)
             except subprocess.TimeoutExpired:
                 raise ComparingError(
@@ -119,12 +119,12 @@ class Comparer:
         return _answer_of(child.returncode, out)
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        environment = {name: v for name, v in os.environ.items() if name.upper() != LEDGER}
+        environment = {name: v for name, v in os.environ.items() if name.upper() != LEDGER_VARIABLE}
         try:
             return subprocess.Popen(  # noqa: S603 - our own command, and no shell
                 # Without -P, files in the server's working directory could replace any module.
                 [sys.executable, "-P", "-m", CHILD],
-                env={**environment, LEDGER: self._ledger_url},
+                env={**environment, LEDGER_VARIABLE: self._ledger_url},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -165,13 +165,13 @@ def _answer_of(status: int, out: bytes) -> Comparison:
 
 def add_compare(
     app: FastAPI,
-    comparer: Callable[[Question], Comparison],
+    comparer: Callable[[ComparisonQuestion], Comparison],
     refresh: Callable[[], None],
 ) -> None:
     """Add the route. `refresh` brings the ledger up to now before it is read."""
 
     @app.get("/cost/compare", dependencies=FOR_ADMINS)
-    async def compare(asked: Annotated[Asked, Query()]) -> Comparison:
+    async def compare(asked: Annotated[ComparisonQuery, Query()]) -> Comparison:
         """Return the cost of a window's requests here, and what APIs would have charged."""
         with asked_wrongly():
             question = asked.question()

@@ -22,11 +22,11 @@ from vllm_cost_meter.config.offers import offers_for
 from vllm_cost_meter.endpoint.handed import unpacked
 from vllm_cost_meter.errors import CostMeterError, LedgerError
 from vllm_cost_meter.ledger.economics.answers import Comparison
-from vllm_cost_meter.ledger.economics.api_comparison import Question, compared
+from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion, compared
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.side_process.entry import end_with_parent
 
-LEDGER = "COST_METER_LEDGER"
+LEDGER_VARIABLE = "COST_METER_LEDGER"
 
 
 class Result(TypedDict):
@@ -37,17 +37,17 @@ class Result(TypedDict):
     kind: NotRequired[Literal["question", "ledger", "failed"]]
 
 
-class Work(msgspec.Struct, frozen=True):
+class ComparisonWork(msgspec.Struct, frozen=True):
     """What the process reads: a question, and the settings that its asker was handed."""
 
-    question: Question
+    question: ComparisonQuestion
     settings: bytes | None
 
 
 def result_of(work: bytes) -> Result:
     """Return the result for some work; never raises."""
     try:
-        return {"answer": _answer(msgspec.msgpack.decode(work, type=Work))}
+        return {"answer": _answer(msgspec.msgpack.decode(work, type=ComparisonWork))}
     except LedgerError as error:
         return {"error": str(error), "kind": "ledger"}
     except (CostMeterError, ValueError) as error:
@@ -57,11 +57,10 @@ def result_of(work: bytes) -> Result:
         return {"error": line, "kind": "failed"}
 
 
-def _answer(work: Work) -> Comparison:
+def _answer(work: ComparisonWork) -> Comparison:
     question, handed = work.question, work.settings
     settings = load_settings() if handed is None else unpacked(handed)
-    # In the environment, as a URL may hold a password.
-    reader = LedgerReader(os.environ[LEDGER], book=settings.price_book)
+    reader = LedgerReader(os.environ[LEDGER_VARIABLE], book=settings.price_book)
     try:
         question.check()
         named = settings.api_prices

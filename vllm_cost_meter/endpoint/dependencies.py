@@ -12,7 +12,7 @@ from fastapi import Depends, HTTPException, Query, Request
 from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.units.calendar import EXPECTED, hours_of_window
 
-Window = Annotated[
+WindowQuery = Annotated[
     str | None,
     Query(description=f"{EXPECTED}; widened to whole UTC hours. The whole ledger by default."),
 ]

@@ -17,7 +17,7 @@ from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.endpoint.cached import Kept
 from vllm_cost_meter.endpoint.dependencies import Trailing, ViewerOf, hours_asked, refuse_others
 from vllm_cost_meter.endpoint.shapes import OrjsonResponse, described, shape_of
-from vllm_cost_meter.ledger.economics.answers import Economics, Method, PublicEconomics
+from vllm_cost_meter.ledger.economics.answers import Economics, FigureMethods, PublicEconomics
 from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO
 from vllm_cost_meter.ledger.economics.query import economics, method
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -83,7 +83,7 @@ def add_economics(
             "figures": {name: answer["figures"][name] for name in PUBLIC_FIGURES},
         }
 
-    def week_method() -> Method:
+    def week_method() -> FigureMethods:
         steps = method(reader, declared(), *hours_asked(WEEK))
         return {"figures": [step for step in steps if step["figure"] in PUBLIC_FIGURES]}
 
@@ -110,7 +110,7 @@ def add_economics(
         return economics(reader, declared(), *hours)
 
     @app.get(METHOD_PATH)
-    def how(viewer: ViewerOf, window: Trailing = WEEK) -> Method | OrjsonResponse:
+    def how(viewer: ViewerOf, window: Trailing = WEEK) -> FigureMethods | OrjsonResponse:
         """Return the SQL that is executed for each of these figures."""
         if not viewer.is_admin:
             return of_public(kept_method, viewer, window)

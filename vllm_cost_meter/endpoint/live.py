@@ -17,7 +17,7 @@ from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.endpoint.handed import ALIVE, BUDGETS, HEALTH, METRICS, REFRESH, unpacked
 from vllm_cost_meter.errors import AwayError, CostMeterError
 from vllm_cost_meter.side_process.entry import ToServer
-from vllm_cost_meter.tenants.budgets import Figures
+from vllm_cost_meter.tenants.budgets import BudgetFigures
 
 T = TypeVar("T")
 
@@ -58,9 +58,9 @@ class Live:
                 pass
         return self._alive
 
-    def budgets(self) -> Figures:
+    def budgets(self) -> BudgetFigures:
         """Return where the budgets stand. Raises AwayError."""
-        figures: Figures = unpacked(self._ask(BUDGETS, bytes))
+        figures: BudgetFigures = unpacked(self._ask(BUDGETS, bytes))
         return figures
 
     def health(self) -> MeterHealth:

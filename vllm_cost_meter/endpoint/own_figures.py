@@ -16,7 +16,7 @@ from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
 from vllm_cost_meter.endpoint.questions import RETRY_AFTER_S, Questions
 from vllm_cost_meter.errors import AwayError, LedgerError, OverdueError
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.tenants.budgets import Figures, told
+from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 
 
 class OwnFiguresOf:
@@ -26,7 +26,7 @@ class OwnFiguresOf:
         self,
         reader: LedgerReader,
         refresh: Callable[[], None],
-        budgets: Callable[[], Figures],
+        budgets: Callable[[], BudgetFigures],
         questions: Questions,
     ) -> None:
         """Arguments are those of the side endpoint's application."""
@@ -58,7 +58,7 @@ class OwnFiguresOf:
         self._refresh()
         row = self._reader.tenant(name, *hours)
         standings = self._budgets().standings
-        own_budgets = [told(each) for each in standings if viewer.may_see(each.budget.tenant)]
+        own_budgets = [budget_row(each) for each in standings if viewer.may_see(each.budget.tenant)]
         if row is None:
             return {"tenant": name, "requests": 0, "gpu_time_ns": 0, "budgets": own_budgets}
         return {**row, "budgets": own_budgets}

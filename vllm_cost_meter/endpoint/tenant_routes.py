@@ -14,7 +14,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 
 from vllm_cost_meter.endpoint.answers import NothingUsed, OwnFigures
-from vllm_cost_meter.endpoint.dependencies import Window
+from vllm_cost_meter.endpoint.dependencies import WindowQuery
 from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
 from vllm_cost_meter.endpoint.limits import refuse_unknown_words
 from vllm_cost_meter.endpoint.questions import RETRY_AFTER_S
@@ -24,7 +24,7 @@ from vllm_cost_meter.exchange import exchange_of
 from vllm_cost_meter.reports.request_answers import RequestWithParts
 from vllm_cost_meter.side_process.channel import RefusedError
 
-Ask = Callable[[OwnQuestion], Awaitable[OwnAnswer]]
+AskSideEndpoint = Callable[[OwnQuestion], Awaitable[OwnAnswer]]
 
 
 async def _own(request: Request) -> str:
@@ -38,7 +38,7 @@ async def _own(request: Request) -> str:
 Own = Annotated[str, Depends(_own)]
 
 
-def make_router(ask: Ask) -> APIRouter:
+def make_router(ask: AskSideEndpoint) -> APIRouter:
     """Return the two routes. `ask` has the process of the side endpoint answer."""
     router = APIRouter(
         prefix="/v1/cost",
@@ -59,7 +59,7 @@ def make_router(ask: Ask) -> APIRouter:
         return Response(answered.body, media_type="application/json")
 
     @router.get("/me")
-    async def me(own: Own, window: Window = None) -> OwnFigures | NothingUsed | Response:
+    async def me(own: Own, window: WindowQuery = None) -> OwnFigures | NothingUsed | Response:
         """Return the usage and cost of the caller's tenant, and the use of its budgets."""
         return await answer(OwnQuestion(own, window=window))
 

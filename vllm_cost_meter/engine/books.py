@@ -27,11 +27,12 @@ from vllm_cost_meter.attribution.cost_model import Model, Planes
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.snapshot import TWO_PLANES, ClassTotals, CostModel, Snapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
-NOTHING = Accrued()
+NOTHING_ACCRUED = Accrued()
 
 
 class RequestFacts(TypedDict):
@@ -184,7 +185,7 @@ class EngineBooks:
         return Bill(
             run_id=self.run_id,
             seq=self._last_seq,
-            request_id=request_id,
+            request_id=stored(request_id),
             method=self.engine.method,
             steps=earlier.used.steps,
             batch=earlier.used.batch,
@@ -307,9 +308,9 @@ class EngineBooks:
             used = self.meter.accrued(request_id, now_ns)
             earlier = self._earlier.get(request_id)
             if earlier is not None and earlier.pieces:
-                live.append((request_id, earlier.used.plus(used)))
+                live.append((stored(request_id), earlier.used.plus(used)))
             elif any(used):
-                live.append((request_id, used))
+                live.append((stored(request_id), used))
         return live
 
     # -- booking ----------------------------------------------------------------------------
@@ -430,14 +431,14 @@ class _Earlier:
     """The amounts of an open request before the present hour, in all and by hour."""
 
     pieces: list[UsagePiece] = field(default_factory=list)
-    used: Accrued = NOTHING
+    used: Accrued = NOTHING_ACCRUED
 
     def add(self, hour: int, used: Accrued) -> None:
         """Add the amounts of an hour."""
         piece = UsagePiece.of(hour, used)
         if any(piece[1:]) or not self.pieces:
             self.pieces.append(piece)
-        self.used = self.used.plus(used) if self.used is not NOTHING else used
+        self.used = self.used.plus(used) if self.used is not NOTHING_ACCRUED else used
 
     def note_saved(self, saved_ns: int) -> None:
         """Note the GPU time that the prefix cache saved, in the latest hour."""

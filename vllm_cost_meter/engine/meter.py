@@ -14,8 +14,8 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic_ns
 from typing import TypeVar, TypeVarTuple
 
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
@@ -26,6 +26,7 @@ from vllm_cost_meter.engine.step_log import StepLogWriter
 from vllm_cost_meter.errors import StepLogError
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.records.bill import Bill
+from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.snapshot import Snapshot
 from vllm_cost_meter.units.time import NS_PER_SECOND
@@ -39,13 +40,12 @@ R = TypeVar("R")
 ENDED_MAX = 4_096
 
 
-def process_created_ns() -> int:
+def process_created_ns(stat: Path = Path("/proc/self/stat")) -> int:
     """Return the monotonic instant at which this process was created, to 10 ms; Linux only.
 
     The source is field 22 of /proc/self/stat: start time in clock ticks since boot (proc(5)). On
     other systems this returns now, and the time before is not metered.
     """
-    stat = Path("/proc/self/stat")
     if not stat.exists():
         return time.monotonic_ns()
     # The command name (field 2) may contain spaces and parentheses; fields count after the last.
@@ -56,6 +56,18 @@ def process_created_ns() -> int:
     since_boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     age_ns = since_boot_ns - ticks * NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
     return now_ns - max(age_ns, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where an engine's meter reads the time: monotonic, UTC, and when its process was created."""
+
+    monotonic_ns: Callable[[], int] = time.monotonic_ns
+    unix_ns: Callable[[], int] = time.time_ns
+    created_ns: Callable[[], int] = process_created_ns
+
+
+SYSTEM_CLOCK = Clock()
 
 
 class NoMeter:
@@ -78,9 +90,12 @@ class EngineMeter:
         prior: Prior = NOTHING_KNOWN,
         step_log: Path | None = None,
         energy: EnergyCounter | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Open the books. `step_log` is the first engine's file; others append their index."""
         self.guard = Guard("engine")
+        self._clock = clock
+        self._monotonic_ns = clock.monotonic_ns
         self.own_ns = 0
         # True while update_from_output runs. A request that ends then has an output for its bill.
         self.riding = False
@@ -88,9 +103,9 @@ class EngineMeter:
         self.books = EngineBooks(
             run_id=uuid.uuid4().hex,
             engine=engine,
-            created_ns=process_created_ns(),
-            now_ns=time.monotonic_ns(),
-            unix_ns=time.time_ns(),
+            created_ns=clock.created_ns(),
+            now_ns=clock.monotonic_ns(),
+            unix_ns=clock.unix_ns(),
             prior=prior,
         )
         self.engine = engine
@@ -106,7 +121,7 @@ class EngineMeter:
         self.begin_dummy = self.books.begin_dummy
         self.end_dummy = self.books.end_dummy
         # Made right after the books: they have booked only startup so far, which has no energy.
-        self.energy = EnergyMeter(energy or EnergyCounter(()), engine.gpus, time.monotonic_ns())
+        self.energy = EnergyMeter(energy or EnergyCounter(()), engine.gpus, clock.monotonic_ns())
         self._step_log = self._open_step_log(step_log) if step_log is not None else None
         # The tokens found in the prefix cache when a request was first scheduled.
         self._cached_tokens: dict[str, int] = {}
@@ -128,7 +143,7 @@ class EngineMeter:
         guard = self.guard
         if guard.off:
             return None
-        now_ns = monotonic_ns()
+        now_ns = self._monotonic_ns()
         try:
             result = body(self, now_ns, *args)
             if guard.failing:
@@ -138,7 +153,7 @@ class EngineMeter:
             self._contain(hook, error)
             return None
         finally:
-            self.own_ns += monotonic_ns() - now_ns
+            self.own_ns += self._monotonic_ns() - now_ns
 
     def placed(self, request_id: str, computed_tokens: int) -> None:
         """Note that a request starts, or resumes, to run from `computed_tokens` on."""
@@ -178,7 +193,7 @@ class EngineMeter:
         cached_tokens = self._cached_tokens.pop(request_id, 0)
         # A count taken after a preemption may include output tokens, so it is capped at the prompt.
         facts["cached_tokens"] = min(cached_tokens, facts["prompt_tokens"])
-        self._ended[request_id] = None
+        self._ended[stored(request_id)] = None
         if len(self._ended) > ENDED_MAX:
             del self._ended[next(iter(self._ended))]
         if self.riding:
@@ -207,11 +222,11 @@ class EngineMeter:
 
         The time that this call takes counts in `own_ns` of the next snapshot.
         """
-        began_ns, own_ns = monotonic_ns(), self.own_ns
+        began_ns, own_ns = self._monotonic_ns(), self.own_ns
         self.run("reconcile", EngineMeter._reconcile, known)
         if self._step_log is not None:
             self._step_log.flush()
-        now_ns = time.monotonic_ns()
+        now_ns = self._monotonic_ns()
         state = EngineState(
             running=running,
             waiting=waiting,
@@ -220,9 +235,9 @@ class EngineMeter:
             errors=self.guard.errors,
             state="off" if self.guard.off else "on",
         )
-        snapshot = self.books.snapshot(now_ns, time.time_ns(), acknowledged, state)
+        snapshot = self.books.snapshot(now_ns, self._clock.unix_ns(), acknowledged, state)
         snapshot = self.energy.added_to(snapshot, self.books, now_ns, acknowledged)
-        self.own_ns = own_ns + monotonic_ns() - began_ns
+        self.own_ns = own_ns + self._monotonic_ns() - began_ns
         return snapshot
 
     def _open_step_log(self, path: Path) -> StepLogWriter | None:
@@ -240,7 +255,8 @@ class EngineMeter:
         except StepLogError as error:
             logger.error("cost meter: steps are not logged: %s", error)
             return None
-        self.books.on_step = lambda parts, gpu_ns: log.write(parts, gpu_ns, time.time_ns())
+        unix_ns = self._clock.unix_ns
+        self.books.on_step = lambda parts, gpu_ns: log.write(parts, gpu_ns, unix_ns())
         return log
 
     def _bill_late(self, request_id: str, now_ns: int) -> None:
@@ -249,12 +265,12 @@ class EngineMeter:
 
     def _bill(self, request_id: str, facts: RequestFacts, now_ns: int, cut_tokens: int = 0) -> Bill:
         bill = self.books.bill(request_id, facts, now_ns, cut_tokens)
-        self.energy.billed(bill)
+        self.energy.billed(request_id, bill)
         return bill
 
     def _has_ended(self, request_id: str) -> bool:
-        """Return whether the request has ended before and was not opened again since."""
-        if request_id not in self._ended:
+        """Tell whether this end was told before: ended lately, and not opened again since."""
+        if stored(request_id) not in self._ended:
             return False
         return request_id in self._leaving or not self.books.meter.is_open(request_id)
 
@@ -275,8 +291,8 @@ class EngineMeter:
         self.guard.failed(hook, error)
         try:
             if self.guard.off:
-                self.books.switch_off(time.monotonic_ns())
+                self.books.switch_off(self._monotonic_ns())
             else:
-                self.books.abandon(time.monotonic_ns())
+                self.books.abandon(self._monotonic_ns())
         except Exception as second:  # noqa: BLE001 - metering may fail, serving may not
             self.guard.failed(f"{hook} (clean-up)", second)

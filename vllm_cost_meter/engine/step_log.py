@@ -32,6 +32,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from vllm_cost_meter.errors import StepLogError
+from vllm_cost_meter.records.client_text import stored
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -61,7 +62,7 @@ class StepLogHeader(msgspec.Struct, frozen=True, kw_only=True):
     gpus: Annotated[int, msgspec.Meta(ge=1)]
 
 
-class Part(NamedTuple):
+class LoggedPart(NamedTuple):
     """One request's part of a step: scheduled tokens, and where in its context they start."""
 
     request_id: str
@@ -78,7 +79,7 @@ class LoggedStep(NamedTuple):
 
     unix_ns: int
     gpu_time_ns: int
-    parts: list[Part]
+    parts: list[LoggedPart]
 
 
 class _Line(msgspec.Struct):
@@ -105,6 +106,8 @@ class StepLogWriter:
         run_id: str,
         gpus: int,
         max_bytes: int = MAX_BYTES,
+        names_max: int = NAMES_MAX,
+        flush_after_ns: int = FLUSH_AFTER_NS,
     ) -> None:
         if max_bytes < MAX_BYTES_LEAST:
             raise StepLogError(
@@ -115,6 +118,8 @@ class StepLogWriter:
         self.dropped = 0
         self._path = path
         self._file_max = max_bytes // 2
+        self._names_max = names_max
+        self._flush_after_ns = flush_after_ns
         self._encoder = msgspec.json.Encoder()
         self._header = StepLogHeader(
             format=FORMAT,
@@ -137,7 +142,7 @@ class StepLogWriter:
         """Append a step. Never raises OSError; a failed write ends the log.
 
         This takes 52 microseconds for 256 requests. `parts` may be plain tuples with the fields of
-        `Part`, because making a tuple is five times cheaper.
+        `LoggedPart`, because making a tuple is five times cheaper.
         """
         if self._file.closed:
             self.dropped += 1
@@ -184,7 +189,7 @@ class StepLogWriter:
         self._file.write(line)
         self._bytes += len(line)
         self.steps += 1
-        if time.monotonic_ns() - self._flushed_ns > FLUSH_AFTER_NS:
+        if time.monotonic_ns() - self._flushed_ns > self._flush_after_ns:
             self.flush()
 
     def _start_file(self) -> None:
@@ -201,17 +206,18 @@ class StepLogWriter:
         self.flush()
 
     def _encode(self, parts: Sequence[PlainPart], gpu_time_ns: int, unix_ns: int) -> bytes:
-        if len(self._numbers) + len(parts) > NAMES_MAX:
+        if len(self._numbers) + len(parts) > self._names_max:
             self._numbers.clear()
         numbers = self._numbers
         new = []
         rows = []
         for request_id, tokens, position, prompt_tokens in parts:
-            named = numbers.get(request_id)
+            id = stored(request_id)
+            named = numbers.get(id)
             if named is None or named[1] != prompt_tokens:
-                named = numbers[request_id] = (self._next_number, prompt_tokens)
+                named = numbers[id] = (self._next_number, prompt_tokens)
                 self._next_number += 1
-                new.append((named[0], request_id, prompt_tokens))
+                new.append((named[0], id, prompt_tokens))
             rows.append((named[0], tokens, position))
         line = _Line(unix_ns=unix_ns, gpu_time_ns=gpu_time_ns, new=new, parts=rows)
         return self._encoder.encode(line) + b"\n"
@@ -289,7 +295,7 @@ def read_steps(path: Path) -> Iterator[LoggedStep]:
                 logged = decoder.decode(line)
                 requests.update((key, (name, prompt)) for key, name, prompt in logged.new)
                 parts = [
-                    Part(requests[key][0], tokens, position, requests[key][1])
+                    LoggedPart(requests[key][0], tokens, position, requests[key][1])
                     for key, tokens, position in logged.parts
                 ]
             except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:

@@ -28,10 +28,10 @@ MAX_PARAMETERS = 8_000
 
 Record = EngineRequest | HttpRequest | OpenRequest | Snapshot
 # Gives the price that a run begins with, from its snapshot.
-PriceOf = Callable[[Snapshot], Price | None]
+FirstPriceOf = Callable[[Snapshot], Price | None]
 
 
-def no_price(_snapshot: Snapshot) -> None:
+def no_first_price(_snapshot: Snapshot) -> None:
     """Return no price, for every run: the default of a writer without a price book."""
 
 
@@ -59,7 +59,9 @@ def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
     return merged
 
 
-def write(connection: Connection, records: Sequence[Record], price_of: PriceOf = no_price) -> None:
+def write(
+    connection: Connection, records: Sequence[Record], price_of: FirstPriceOf = no_first_price
+) -> None:
     """Write records; `price_of` gives the price for each run that starts with them."""
     if not all(isinstance(record, Record) for record in records):
         kinds = sorted({type(record).__name__ for record in records})
@@ -69,7 +71,7 @@ def write(connection: Connection, records: Sequence[Record], price_of: PriceOf =
     opened = [record for record in records if isinstance(record, OpenRequest)]
     merged = newest_snapshots(record for record in records if isinstance(record, Snapshot))
     snapshots = merged.values()
-    told = [(snapshot, price_of(snapshot)) for snapshot in snapshots]
+    priced = [(snapshot, price_of(snapshot)) for snapshot in snapshots]
     _insert(connection, schema.requests, [rows.part_row(part) for part in parts])
     pieces = [row for part in parts for row in rows.piece_rows(part)]
     _insert(connection, schema.usage_pieces, pieces)
@@ -77,9 +79,11 @@ def write(connection: Connection, records: Sequence[Record], price_of: PriceOf =
     _insert(connection, schema.open_requests, [rows.open_row(request) for request in opened])
     announced = [part.bill.request_id for part in parts if part.announced]
     _close_billed(connection, [*announced, *(request.request_id for request in opened)])
-    prices = {price.price_id: price for _, price in told if price is not None}
+    prices = {price.price_id: price for _, price in priced if price is not None}
     _insert(connection, schema.prices, [rows.price_row(price) for price in prices.values()])
-    _insert(connection, schema.runs, [rows.run_row(s, p.price_id if p else None) for s, p in told])
+    _insert(
+        connection, schema.runs, [rows.run_row(s, p.price_id if p else None) for s, p in priced]
+    )
     _upsert(connection, schema.snapshots, [rows.snapshot_row(s) for s in snapshots])
     _upsert(connection, schema.live_usage, [rows.live_row(s) for s in snapshots])
     models = [row for snapshot in snapshots for row in rows.model_rows(snapshot)]
@@ -102,17 +106,19 @@ def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:
         )
 
 
-def _insert(connection: Connection, table: Table, values: list[rows.Row]) -> None:
+def _insert(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
     """Insert rows; a row with the same key stays as it is."""
     _run(connection, table, values, upsert=False)
 
 
-def _upsert(connection: Connection, table: Table, values: list[rows.Row]) -> None:
+def _upsert(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
     """Insert rows; a row with the same key and a lower snapshot number is overwritten."""
     _run(connection, table, values, upsert=True)
 
 
-def _run(connection: Connection, table: Table, values: list[rows.Row], *, upsert: bool) -> None:
+def _run(
+    connection: Connection, table: Table, values: list[rows.TableRow], *, upsert: bool
+) -> None:
     """Execute an insert of whole rows.
 
     On SQLite many rows go into one statement: sqlite3 gives up the GIL for every row of an

@@ -49,7 +49,7 @@ _ENERGY_CLASSES = (
 )
 
 # The step for each version, which makes it the next version.
-STEPS: Mapping[int, tuple[str | Column, ...]] = {
+MIGRATIONS: Mapping[int, tuple[str | Column, ...]] = {
     1: (
         *_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "hardware", "parallelism"),
         *_added("snapshots", "TEXT NOT NULL DEFAULT 'unknown'", "prior"),
@@ -94,7 +94,7 @@ STEPS: Mapping[int, tuple[str | Column, ...]] = {
 def migrate(connection: Connection, found: int, wanted: int) -> None:
     """Bring a ledger from version `found` to `wanted`, within the connection's transaction."""
     for version in range(found, wanted):
-        for step in STEPS[version]:
+        for step in MIGRATIONS[version]:
             if isinstance(step, str):
                 connection.execute(text(step))
             elif step.name not in _columns(connection, step.table):

@@ -27,7 +27,7 @@ from vllm_cost_meter.ledger.queries.audit import audit_runs
 from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut, settle
 from vllm_cost_meter.ledger.queries.open_requests import Living, running_parts
-from vllm_cost_meter.ledger.queries.pages import Key, exchanges, page_of_keys, rows_of_parts
+from vllm_cost_meter.ledger.queries.pages import PageKey, exchanges, page_of_keys, rows_of_parts
 from vllm_cost_meter.ledger.queries.requests import Match
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
@@ -172,7 +172,7 @@ class LedgerReader:
         ValueError for a token that this method did not make.
         """
         limit = max(1, min(limit, MAX_LIMIT))
-        before = None if next is None else Key.from_token(next)
+        before = None if next is None else PageKey.from_token(next)
         living = self._living(as_of)
         with self.transaction() as connection:
             keys = page_of_keys(connection, limit + 1, before, tenant)

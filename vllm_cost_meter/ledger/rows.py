@@ -21,10 +21,10 @@ from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import rfc3339
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
-def part_row(part: EngineRequest) -> Row:
+def part_row(part: EngineRequest) -> TableRow:
     """Return an engine request's row in `requests`."""
     bill, times = part.bill, part.latencies
     prefill_ns, decode_ns = bill.prefill_ns, bill.decode_ns
@@ -77,7 +77,7 @@ def part_row(part: EngineRequest) -> Row:
     }
 
 
-def piece_rows(part: EngineRequest) -> list[Row]:
+def piece_rows(part: EngineRequest) -> list[TableRow]:
     """Return an engine request's rows in `usage_pieces`, one per hour."""
     bill = part.bill
     return [
@@ -105,7 +105,7 @@ def piece_rows(part: EngineRequest) -> list[Row]:
     ]
 
 
-def http_row(http: HttpRequest) -> Row:
+def http_row(http: HttpRequest) -> TableRow:
     """Return an HTTP exchange's row in `http_requests`."""
     return {
         "http_request_id": http.http_request_id,
@@ -128,7 +128,7 @@ def http_row(http: HttpRequest) -> Row:
     }
 
 
-def open_row(request: OpenRequest) -> Row:
+def open_row(request: OpenRequest) -> TableRow:
     """Return the row in `open_requests` for an engine request without a bill."""
     return {
         "request_id": request.request_id,
@@ -145,7 +145,7 @@ def open_row(request: OpenRequest) -> Row:
     }
 
 
-def live_row(snapshot: Snapshot) -> Row:
+def live_row(snapshot: Snapshot) -> TableRow:
     """Return a snapshot's row in `live_usage`; `live_requests` reads it again."""
     # A busy server writes a thousand requests each second beside its event loop; orjson is fast.
     usage = {
@@ -176,7 +176,7 @@ def live_requests(text: str) -> dict[str, Accrued]:
     }
 
 
-def price_row(price: Price) -> Row:
+def price_row(price: Price) -> TableRow:
     """Return a price's row in `prices`."""
     return {
         "price_id": price.price_id,
@@ -186,7 +186,7 @@ def price_row(price: Price) -> Row:
     }
 
 
-def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
+def run_row(snapshot: Snapshot, price_id: str | None) -> TableRow:
     """Return the row in `runs` for a snapshot's run."""
     return {
         "run_id": snapshot.run_id,
@@ -198,7 +198,7 @@ def run_row(snapshot: Snapshot, price_id: str | None) -> Row:
     }
 
 
-def snapshot_row(snapshot: Snapshot) -> Row:
+def snapshot_row(snapshot: Snapshot) -> TableRow:
     """Return a snapshot's row in `snapshots`."""
     return {
         "run_id": snapshot.run_id,
@@ -221,7 +221,7 @@ def snapshot_row(snapshot: Snapshot) -> Row:
     }
 
 
-def model_rows(snapshot: Snapshot) -> list[Row]:
+def model_rows(snapshot: Snapshot) -> list[TableRow]:
     """Return the rows in `cost_models` for the models that a snapshot brings."""
     return [
         {
@@ -239,7 +239,7 @@ def model_rows(snapshot: Snapshot) -> list[Row]:
     ]
 
 
-def hour_rows(snapshot: Snapshot) -> list[Row]:
+def hour_rows(snapshot: Snapshot) -> list[TableRow]:
     """Return the rows in `engine_hours` for the hours that a snapshot brings."""
     return [
         {
@@ -252,7 +252,7 @@ def hour_rows(snapshot: Snapshot) -> list[Row]:
     ]
 
 
-def energy_hour_rows(snapshot: Snapshot) -> list[Row]:
+def energy_hour_rows(snapshot: Snapshot) -> list[TableRow]:
     """Return the rows in `energy_hours` for the hours that a snapshot brings."""
     return [
         {
@@ -265,9 +265,11 @@ def energy_hour_rows(snapshot: Snapshot) -> list[Row]:
     ]
 
 
-def request_energy_rows(snapshot: Snapshot) -> list[Row]:
+def request_energy_rows(snapshot: Snapshot) -> list[TableRow]:
     """Return the rows in `request_energy` for the requests whose energy a snapshot brings."""
-    return [{"run_id": snapshot.run_id, **told._asdict()} for told in snapshot.energy.told]
+    return [
+        {"run_id": snapshot.run_id, **reported._asdict()} for reported in snapshot.energy.reported
+    ]
 
 
 def _devices(snapshot: Snapshot) -> str | None:
@@ -275,7 +277,7 @@ def _devices(snapshot: Snapshot) -> str | None:
     return json.dumps(devices) if devices else None
 
 
-def _energy_columns(snapshot: Snapshot) -> Row:
+def _energy_columns(snapshot: Snapshot) -> TableRow:
     energy = snapshot.energy
     return {
         "energy_mj": energy.energy_mj,
@@ -285,7 +287,7 @@ def _energy_columns(snapshot: Snapshot) -> Row:
     }
 
 
-def _owner_columns(owner: Owner) -> Row:
+def _owner_columns(owner: Owner) -> TableRow:
     return {
         "tenant": owner.tenant,
         "tenant_rule": owner.rule_text,
@@ -294,5 +296,5 @@ def _owner_columns(owner: Owner) -> Row:
     }
 
 
-def _class_columns(totals: ClassTotals) -> Row:
+def _class_columns(totals: ClassTotals) -> TableRow:
     return {f"{name}_ns": getattr(totals, name) for name in CLASSES}

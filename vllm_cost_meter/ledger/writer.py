@@ -7,7 +7,7 @@ next group gathers: the busier the server, the larger the groups.
 
 A database that fails (locked, full, gone) costs only memory. The batch stays queued and is tried
 again, oldest first. Beyond `max_records` the oldest records are dropped and counted. A record that
-can never be written is dropped alone.
+can never be written (`faults`) is dropped alone, counted and named in the log.
 
 Invariant: every record that came in is in exactly one of: committed, dropped, or waiting
 (`queued == committed + dropped + waiting`), and a future resolves only after its records' COMMIT.
@@ -17,18 +17,26 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DataError, IntegrityError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database, writing
-from vllm_cost_meter.ledger.inserts import PriceOf, Record, newest_snapshots, no_price, write
+from vllm_cost_meter.ledger.faults import Fault, fault_of
+from vllm_cost_meter.ledger.inserts import (
+    FirstPriceOf,
+    Record,
+    newest_snapshots,
+    no_first_price,
+    write,
+)
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
 from vllm_cost_meter.records.snapshot import Snapshot
+from vllm_cost_meter.units.text import ECHOED_CHARS_MAX, plain
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +46,6 @@ RETRY_MOST_S = 1.0
 ATTEMPT_S = 1.0
 # So many distinct errors are logged; after that only counters show them.
 MAX_LOGGED = 20
-
-# These errors are the record's fault and not the database's, so waiting does not help. ValueError
-# covers text that is not UTF-8, ArithmeticError covers integers over 64 bits.
-RECORD_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    DataError,
-    IntegrityError,
-    TypeError,
-    ValueError,
-)
-# No driver can bind such a value. The error's class differs by driver and Python, its text does
-# not.
-_BINDING_ERRORS = ("Error binding parameter", "cannot adapt type")
 
 
 @dataclass(slots=True, eq=False)
@@ -84,9 +78,10 @@ class LedgerWriter:
         self,
         url: str,
         *,
-        price_of: PriceOf = no_price,
+        price_of: FirstPriceOf = no_first_price,
         gather_s: float = 0.02,
         max_records: int = 200_000,
+        open_: Callable[..., Engine] = open_database,
     ) -> None:
         self.queued = 0
         self.committed = 0
@@ -96,6 +91,7 @@ class LedgerWriter:
         self.last_commit_ns = 0
         self.url = url
         self._price_of = price_of
+        self._open = open_
         self._gather_s = gather_s
         self._max_records = max_records
         self._engine: Engine | None = None
@@ -232,7 +228,7 @@ class LedgerWriter:
         started_ns = time.perf_counter_ns()
         engine = self._engine
         if engine is None:
-            engine = self._engine = open_database(self.url, busy_timeout_s=ATTEMPT_S)
+            engine = self._engine = self._open(self.url, busy_timeout_s=ATTEMPT_S)
         records = [record for item in batch for record in item.records]
         try:
             # The usual way has no savepoint: each statement gives up the GIL once more.
@@ -240,10 +236,12 @@ class LedgerWriter:
                 write(connection, records, self._price_of)
             bad: dict[int, Exception] = {}
         except Exception as error:
-            if not _is_the_records_fault(error):
+            if fault_of(error) is Fault.DATABASE:
                 raise
             with writing(engine).begin() as connection:
                 bad = self._write_what_can_be(connection, records)
+                _refuse_to_give_up_all(records, bad)
+            self._log_given_up(records, bad)
         self.last_commit_ns = time.perf_counter_ns() - started_ns
         self.last_error = None
         self._settle(batch, bad)
@@ -253,16 +251,16 @@ class LedgerWriter:
     ) -> dict[int, Exception]:
         """Write all records but the bad ones; return their errors by `id(record)`.
 
-        A group that fails is split in halves until the bad record is alone.
+        A group that fails is split in halves until the bad record is alone, whatever the error is
+        called. Raises only what is the database's fault.
         """
         try:
             with connection.begin_nested():
                 write(connection, records, self._price_of)
         except Exception as error:
-            if not _is_the_records_fault(error):
+            if fault_of(error) is Fault.DATABASE:
                 raise
             if len(records) == 1:
-                self._log(f"the ledger cannot take a record, dropped: {_first_line(error)}")
                 return {id(records[0]): error}
             half = len(records) // 2
             return {
@@ -270,6 +268,14 @@ class LedgerWriter:
                 **self._write_what_can_be(connection, records[half:]),
             }
         return {}
+
+    def _log_given_up(self, records: Sequence[Record], bad: Mapping[int, Exception]) -> None:
+        for record in records:
+            if (error := bad.get(id(record))) is not None:
+                cause = _first_line(error)
+                message = f"the ledger cannot take {_name_of(record)}, dropped: {cause}"
+                # Clients may cause very many, and must not use up the log.
+                self._log(message, kind=f"{type(record).__name__}: {type(error).__name__}")
 
     def _settle(self, batch: list[_Item], bad: dict[int, Exception]) -> None:
         """Count a committed batch, then resolve its futures."""
@@ -328,10 +334,11 @@ class LedgerWriter:
             except Exception as error:
                 self._log(f"the ledger cannot be closed: {_first_line(error)}")
 
-    def _log(self, message: str) -> None:
-        """Warn once of each distinct error."""
-        if message not in self._logged and len(self._logged) < MAX_LOGGED:
-            self._logged.add(message)
+    def _log(self, message: str, kind: str | None = None) -> None:
+        """Warn once of each kind of error; without a kind the message is one."""
+        kind = message if kind is None else kind
+        if kind not in self._logged and len(self._logged) < MAX_LOGGED:
+            self._logged.add(kind)
             logger.warning("cost meter: %s", message)
 
 
@@ -348,8 +355,33 @@ def _merge_snapshots_of(batch: list[_Item]) -> list[_Item]:
     return [item for item in (*batch, merged) if item.records or item.future]
 
 
-def _is_the_records_fault(error: Exception) -> bool:
-    return isinstance(error, RECORD_ERRORS) or any(text in str(error) for text in _BINDING_ERRORS)
+def _refuse_to_give_up_all(records: Sequence[Record], bad: Mapping[int, Exception]) -> None:
+    """Raise if none of the records could be written, and no error says that they are at fault.
+
+    Then the cause may be the database. A record that is bad is found once another one comes that
+    can be written beside it.
+    """
+    if len(bad) < len(records):
+        return
+    for error in bad.values():
+        if fault_of(error) is Fault.UNKNOWN:
+            raise error
+
+
+def _name_of(record: object) -> str:
+    """Return the kind and the key of a record, to find its request in other logs."""
+    match record:
+        case EngineRequest():
+            key = f"{record.bill.request_id} (run {record.bill.run_id}, bill {record.bill.seq})"
+        case HttpRequest():
+            key = record.http_request_id
+        case OpenRequest():
+            key = record.request_id
+        case Snapshot():
+            key = f"number {record.number} of run {record.run_id}"
+        case _:
+            return f"a {type(record).__name__}"
+    return f"the {type(record).__name__} {plain(key)[:ECHOED_CHARS_MAX]}"
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from vllm_cost_meter.plots import COLOURS, label_log_axis, new_figure, save
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-KINDS = {"on_demand": "on demand", "reserved": "reserved", "spot": "spot"}
+KIND_LABELS = {"on_demand": "on demand", "reserved": "reserved", "spot": "spot"}
 INPUTS = {
     "usd_per_hour": "USD per hour",
     "api_usd_per_m": "API's price",
@@ -48,7 +48,7 @@ def _draw_cost(axes: "Axes", answer: Mapping[str, Any]) -> None:
     for rate, colour in zip(rates, COLOURS, strict=False):
         full, used = rate["effective_usd_per_m_at_full_load"], rate["break_even_utilization"]
         meets = f"equal at {_percent(used)}" if used <= 1 else "dearer at any load"
-        label = f"{KINDS[rate['kind']]}, {rate['usd_per_hour']:.4g} USD/h: {meets}"
+        label = f"{KIND_LABELS[rate['kind']]}, {rate['usd_per_hour']:.4g} USD/h: {meets}"
         axes.plot([low, 1], [full / low, full], color=colour, linewidth=2, label=label)
         if used <= 1:
             axes.plot([used], [api], "o", color=colour, markersize=8, zorder=3)

@@ -47,7 +47,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Matches:
+class RunMatch:
     """The runs that an entry prices. A match is a name or glob in any case; None fits any run."""
 
     model: str | None = None
@@ -72,7 +72,7 @@ class Matches:
         )
 
 
-ANY_RUN = Matches()
+ANY_RUN = RunMatch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class PriceEntry:
     kind: PurchaseKind | None = None
     currency: str = USD
     usd_rate: Decimal = Decimal(1)
-    matches: Matches = ANY_RUN
+    matches: RunMatch = ANY_RUN
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +120,7 @@ class GpuHourPrice:
         return self.entry.key
 
     @property
-    def matches(self) -> Matches:
+    def matches(self) -> RunMatch:
         """The runs that the entry prices."""
         return self.entry.matches
 
@@ -154,7 +154,7 @@ class EnergyPrice:
     usd_per_kwh: Decimal
     source: str
     effective_from_hour: int | None
-    matches: Matches = ANY_RUN
+    matches: RunMatch = ANY_RUN
 
     def as_dict(self) -> dict[str, Any]:
         """Return the price as reports and the command line list it."""
@@ -170,7 +170,7 @@ class _Dated(Protocol):
     @property
     def key(self) -> str: ...
     @property
-    def matches(self) -> Matches: ...
+    def matches(self) -> RunMatch: ...
     @property
     def effective_from_hour(self) -> int | None: ...
 

@@ -15,13 +15,13 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.money import NANOUSD_PER_USD, format_usd
 from vllm_cost_meter.units.time import instant_of
 
 SECONDS_PER_HOUR = 3_600
-HOURS_PER_DAY = 24
 # Why an overhead that is a percentage has no cost.
-UNKNOWN_PART = "the cost it is a part of is null"
+WHY_UNKNOWN = "the cost it is a part of is null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class OverheadLine:
             "to": instant_of(self.to_hour),
             "cost_nanousd": self.cost_nanousd,
             "cost_usd": format_usd(self.cost_nanousd),
-            "cost_reason": None if self.nanousd is not None else UNKNOWN_PART,
+            "cost_reason": None if self.nanousd is not None else WHY_UNKNOWN,
         }
 
 

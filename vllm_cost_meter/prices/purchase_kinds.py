@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from vllm_cost_meter.prices.book import GpuHourPrice, Matches, PriceBook, PurchaseKind, RunFacts
+from vllm_cost_meter.prices.book import GpuHourPrice, PriceBook, PurchaseKind, RunFacts, RunMatch
 
 KINDS: tuple[PurchaseKind, ...] = ("on_demand", "reserved", "spot")
 
@@ -57,7 +57,7 @@ def listed(prices: Mapping[PurchaseKind, GpuHourPrice]) -> list[dict[str, Any]]:
 
 
 def _is_for(gpu_name: str | None, price: GpuHourPrice) -> bool:
-    return gpu_name is None or Matches(gpu_name=price.matches.gpu_name).fit(
+    return gpu_name is None or RunMatch(gpu_name=price.matches.gpu_name).fit(
         RunFacts(gpu_name=gpu_name)
     )
 

@@ -19,7 +19,7 @@ from vllm_cost_meter.prices.cost import exact_energy_nanousd, exact_nanousd, par
 from vllm_cost_meter.units.time import hour_text
 
 # Amounts that runs used, by run and hour (or a stretch's first hour). None holds time of no hour.
-Used = Mapping[str, Mapping[int | None, int]]
+UsedByRun = Mapping[str, Mapping[int | None, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,9 @@ class Cost(Generic[P]):
         return sorted(once, key=lambda row: str(row["effective_from"] or ""))
 
 
-def cost_of(used_ns: Used, runs: Mapping[str, RunPrices], nothing: Cost[Any]) -> Cost[GpuHourPrice]:
+def cost_of(
+    used_ns: UsedByRun, runs: Mapping[str, RunPrices], nothing: Cost[Any]
+) -> Cost[GpuHourPrice]:
     """Return the cost of GPU time; `nothing` if there is none."""
     return _cost(
         used_ns,
@@ -106,7 +108,7 @@ def cost_of(used_ns: Used, runs: Mapping[str, RunPrices], nothing: Cost[Any]) ->
 
 
 def energy_cost_of(
-    used_mj: Used, runs: Mapping[str, RunPrices], nothing: Cost[Any]
+    used_mj: UsedByRun, runs: Mapping[str, RunPrices], nothing: Cost[Any]
 ) -> Cost[EnergyPrice]:
     """Return the cost of energy; `nothing` if there is none."""
     return _cost(
@@ -120,7 +122,7 @@ def energy_cost_of(
 
 
 def _cost(
-    used: Used,
+    used: UsedByRun,
     runs: Mapping[str, RunPrices],
     at: Callable[[RunPrices, int | None], P | None],
     why_none: Callable[[RunPrices, int | None], str],

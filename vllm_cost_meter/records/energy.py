@@ -46,9 +46,9 @@ class RunEnergy:
 
     `energy_mj` is None until the first energy is known. `unknown_ns` counts the GPU-ns (since the
     first reading) of windows with unknown energy; `reason` explains the latest such window.
-    `devices` has the name and UUID of each GPU. `hours` and `told` hold news only, since the last
-    snapshot that the reader acknowledged: the hours that changed, and the requests with an energy
-    that was settled, as known or as unknown.
+    `devices` has the name and UUID of each GPU. `hours` and `reported` hold news only, since the
+    last snapshot that the reader acknowledged: the hours that changed, and the requests with an
+    energy that was settled, as known or as unknown.
     """
 
     energy_mj: int | None
@@ -57,7 +57,7 @@ class RunEnergy:
     classes: Mapping[str, int] = field(default_factory=dict)
     devices: tuple[tuple[str | None, str | None], ...] = ()
     hours: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
-    told: tuple[RequestEnergy, ...] = ()
+    reported: tuple[RequestEnergy, ...] = ()
 
     def __post_init__(self) -> None:
         if self.energy_mj is None and self.reason is None:
@@ -65,7 +65,7 @@ class RunEnergy:
 
     def merged_over(self, older: "RunEnergy") -> "RunEnergy":
         """Return these values plus the hours and requests of an older snapshot."""
-        told = {(each.seq, each.hour): each for each in (*older.told, *self.told)}
+        reported = {(each.seq, each.hour): each for each in (*older.reported, *self.reported)}
         return RunEnergy(
             self.energy_mj,
             self.reason,
@@ -73,7 +73,7 @@ class RunEnergy:
             self.classes,
             self.devices,
             {**older.hours, **self.hours},
-            tuple(told.values()),
+            tuple(reported.values()),
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -85,17 +85,17 @@ class RunEnergy:
             "classes": dict(self.classes),
             "devices": [list(device) for device in self.devices],
             "hours": {str(hour): dict(classes) for hour, classes in self.hours.items()},
-            "told": list(chain.from_iterable(self.told)),
+            "reported": list(chain.from_iterable(self.reported)),
         }
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         """Parse the values of `to_wire`. Raises TypeError, ValueError or KeyError on others."""
         values = dict(wire)
-        flat = iter(values["told"])
+        flat = iter(values["reported"])
         size = len(RequestEnergy._fields)
-        requests = len(values["told"]) // size
-        values["told"] = tuple(RequestEnergy(*islice(flat, size)) for _ in range(requests))
+        requests = len(values["reported"]) // size
+        values["reported"] = tuple(RequestEnergy(*islice(flat, size)) for _ in range(requests))
         values["devices"] = tuple((name, uuid) for name, uuid in values["devices"])
         values["hours"] = {int(hour): classes for hour, classes in values["hours"].items()}
         return cls(**values)

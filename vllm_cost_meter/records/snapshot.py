@@ -18,12 +18,12 @@ from vllm_cost_meter.records.energy import NO_ENERGY, RunEnergy
 from vllm_cost_meter.records.engine import EngineIdentity
 
 # Classes of GPU time that belong to no request. Each is a row `__name__` of a tenant report.
-OVERHEAD_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
+OTHER_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
 # The rows in the order that reports show them; the last holds the requests without a bill yet.
-OVERHEAD_ROWS = (*OVERHEAD_CLASSES, "in_flight")
+OTHER_ROWS = (*OTHER_CLASSES, "in_flight")
 TWO_PLANES = "two planes"  # a form of the cost model; the other is "one plane"
 
-CLASSES = ("requests", "in_flight", *OVERHEAD_CLASSES)
+CLASSES = ("requests", "in_flight", *OTHER_CLASSES)
 # Classes outside of `requests` in which the GPUs did work.
 WORK = ("in_flight", "tail", "dummy")
 BUSY = ("requests", *WORK)

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import (
     COUNTS,
     NOTHING,
@@ -245,7 +245,7 @@ def _cells(
             where[hour] = (by_piece[_piece(hour, question)], times)
         return where[hour]
 
-    for is_usage, spent in ((True, facts.used), (False, facts.overhead)):
+    for is_usage, spent in ((True, facts.used), (False, facts.other_time)):
         for run_id, hour, key, gpu_time_ns in spent:
             cells, times = place(hour)
             name = REQUESTS if is_usage else key[0]
@@ -315,7 +315,7 @@ def _rows(cells: Mapping[_Cell, Row], question: Question) -> list[Row]:
     for cell, row in cells.items():
         row_of(cell.class_name, (*cell.dimensions, *cell.times)).add(row)
     if not question.times:
-        for name in OVERHEAD_ROWS:
+        for name in OTHER_ROWS:
             row_of(name, (f"__{name}__",) * len(question.dimensions))
     return sorted(found.values(), key=_order(question))
 
@@ -325,7 +325,7 @@ def _order(question: Question) -> Callable[[Row], tuple[Any, ...]]:
     times = [i for i, name in enumerate(question.aggregate) if name in question.times]
 
     def order(row: Row) -> tuple[Any, ...]:
-        rank = 0 if row.class_name == REQUESTS else 1 + OVERHEAD_ROWS.index(row.class_name)
+        rank = 0 if row.class_name == REQUESTS else 1 + OTHER_ROWS.index(row.class_name)
         return (
             min(rank, 1),
             [_instant(row.key[i]) for i in times],

@@ -12,10 +12,11 @@ from typing import Annotated, NotRequired
 
 from typing_extensions import TypedDict
 
+from vllm_cost_meter.reports.price_answers import EnergyPriceRow, PriceRow
 from vllm_cost_meter.reports.request_answers import RequestRow
 
-_Window = TypedDict(
-    "_Window",
+_Hours = TypedDict(
+    "_Hours",
     {
         "from": Annotated[str | None, "RFC 3339 UTC: the begin of the window; null where open."],
         "to": Annotated[str | None, "RFC 3339 UTC: the end, not included; null where open."],
@@ -23,7 +24,7 @@ _Window = TypedDict(
 )
 
 
-class Hours(_Window):
+class Hours(_Hours):
     """The hours of an answer, as RFC 3339 UTC and since the epoch; null where open."""
 
     from_hour: int | None
@@ -32,7 +33,7 @@ class Hours(_Window):
     """Hours since the epoch: the hour after the last; null where the window is open."""
 
 
-class Window(Hours):
+class ReportWindow(Hours):
     """The hours of a report, and the time zone of its days."""
 
     tz: str
@@ -46,49 +47,6 @@ class AfterCut(TypedDict):
     """Number of bills that came after the snapshots."""
     gpu_time_ns: int
     """GPU-ns: the GPU time of these bills."""
-
-
-class PriceRow(TypedDict):
-    """A price of GPU time that a cost was computed with."""
-
-    usd_per_gpu_hour: str
-    """USD: `amount` x `usd_rate` / `gpus`, with at most 18 decimal places."""
-    amount: str
-    """The price of one hour, in `currency`, for what `scope` names."""
-    currency: str
-    """The currency of `amount`, by its ISO 4217 code."""
-    usd_rate: str
-    """USD: the value of one unit of `currency`."""
-    scope: str
-    """What `amount` pays for: one GPU, a node or the whole deployment (`gpu`, `node`,
-    `deployment`)."""
-    gpus: int
-    """Number of GPUs that `amount` pays for."""
-    kind: str | None
-    """How the GPUs were bought: `on_demand`, `reserved` or `spot`; null if nobody declared it."""
-    source: str
-    """Where the price comes from, in the operator's words."""
-    effective_from: str | None
-    """RFC 3339 UTC: the instant from which the price holds."""
-    model: str | None
-    """The served models that the price is for: a name or a pattern; null for any."""
-    gpu_name: str | None
-    """The GPUs that the price is for: a name or a pattern; null for any."""
-    host: str | None
-    """The machine whose engines the price is for; null for any."""
-
-
-class EnergyPriceRow(TypedDict):
-    """A price of energy that a cost was computed with."""
-
-    usd_per_kwh: str
-    """USD: the price of one kilowatt-hour."""
-    source: str
-    """Where the price comes from, in the operator's words."""
-    effective_from: str | None
-    """RFC 3339 UTC: the instant from which the price holds."""
-    host: str | None
-    """The machine whose engines the price is for; null for any."""
 
 
 _OverheadRow = TypedDict(
@@ -266,7 +224,7 @@ class Report(TypedDict):
     A tenant that asks gets its own rows only; the fields about all tenants together are missing.
     """
 
-    window: Window
+    window: ReportWindow
     """The hours that the report covers, and its time zone."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
@@ -388,7 +346,7 @@ class TenantsReport(Report, EnginesPart):
 class Tenant(ReportRow):
     """One tenant's row and its latest requests."""
 
-    window: Window
+    window: ReportWindow
     """The hours that the row covers, and its time zone."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot; the row is as of then."""
@@ -401,7 +359,7 @@ class Tenant(ReportRow):
 class Summary(EnginesPart):
     """Totals over all engines and requests: tokens, GPU time by class, cost and energy."""
 
-    window: Window
+    window: ReportWindow
     """The hours that the totals cover, and their time zone."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""

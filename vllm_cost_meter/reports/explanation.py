@@ -22,7 +22,7 @@ from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]
 # The (hour, GPU-ns) pairs of each bill, by run and number.
 Spent = Mapping[tuple[str, int], Sequence[tuple[int, int]]]
 
@@ -37,7 +37,7 @@ FORMULAS = {
 
 
 def explained(
-    request: Row, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Row]
+    request: Fields, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Fields]
 ) -> Explanation:
     """Return the explanation of a request row with its `parts`.
 
@@ -70,13 +70,13 @@ def explained(
     return cast("Explanation", {**explanation, "text": list(lines(explanation))})
 
 
-def _used(model: Row, part: Row) -> bool:
+def _used(model: Fields, part: Fields) -> bool:
     is_of_run: bool = model["run_id"] == part["run_id"]
     return is_of_run and part["first_model"] <= model["version"] <= part["last_model"]
 
 
 def _part(
-    part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Row]
+    part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Fields]
 ) -> dict[str, Any]:
     steps, step_ns = part["steps"], part["step_ns"]
     saved_ns = part["saved_estimate_ns"]
@@ -116,7 +116,7 @@ def _part(
     }
 
 
-def _cost(part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _cost(part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Return a bill's cost at the prices of its hours, and these prices."""
     # A request without GPU time has no hour of its own; the hour of its end stands for it.
     spent = spent or [(unix_ns_of(part["finished_at"]) // NS_PER_HOUR, 0)]
@@ -134,12 +134,12 @@ def _cost(part: Row, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dic
     }
 
 
-def _model(model: Row) -> dict[str, Any]:
+def _model(model: Fields) -> dict[str, Any]:
     names = ("version", "taken_at", "form", "planes", "steps", "error", "explained")
     return {name: model[name] for name in names}
 
 
-def lines(explanation: Row) -> Iterator[str]:
+def lines(explanation: Fields) -> Iterator[str]:
     """Yield an explanation as sentences."""
     parts = explanation["parts"]
     of = f" of {len(parts)} engine requests" if len(parts) != 1 else ""
@@ -154,7 +154,7 @@ def lines(explanation: Row) -> Iterator[str]:
         yield from _part_lines(part)
 
 
-def _part_lines(part: Row) -> Iterator[str]:
+def _part_lines(part: Fields) -> Iterator[str]:
     prefill, decode = part["phases"]["prefill"], part["phases"]["decode"]
     yield f"engine request {part['request_id']} ({part['engine_status']}):"
     yield (
@@ -193,7 +193,7 @@ def _part_lines(part: Row) -> Iterator[str]:
         yield f"  cost model {model['version']}: {model['form']}, {quality}"
 
 
-def _price_lines(part: Row) -> Iterator[str]:
+def _price_lines(part: Fields) -> Iterator[str]:
     if part["cost_nanousd"] is None:
         yield f"  {part['cost_reason']}"
         return

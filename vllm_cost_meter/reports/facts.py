@@ -13,7 +13,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-# The class of rows with usage. The other classes are in `records.snapshot.OVERHEAD_ROWS`.
+# The class of rows with usage. The other classes are in `records.snapshot.OTHER_ROWS`.
 REQUESTS = "requests"
 # Stands for a missing value: usage without a model, an adapter or a tag.
 UNALLOCATED = "__unallocated__"
@@ -50,7 +50,7 @@ class Ended(NamedTuple):
 class Facts:
     """The ledger's facts for a window: usage, classes of engine time, and requests that ended.
 
-    `overhead` is engine time without a request, by class. `wall` has the engines' own hours over
+    `other_time` is engine time without a request, by class. `wall` has the engines' own hours over
     all classes. `wall_gpu_ns` is their sum, or wall time x GPUs without a window. If the question
     does not distinguish hours, the first hour may stand for a span of hours at one price.
 
@@ -59,7 +59,7 @@ class Facts:
     """
 
     used: Sequence[Used]
-    overhead: Sequence[Used]
+    other_time: Sequence[Used]
     ended: Sequence[Ended]
     wall: Sequence[Used]
     wall_gpu_ns: int
@@ -71,8 +71,8 @@ class Facts:
 
     @property
     def difference_ns(self) -> int:
-        """Wall time x GPUs less usage and overhead: 0 if no bill is missing."""
-        return self.wall_gpu_ns - sum(one.gpu_time_ns for one in (*self.used, *self.overhead))
+        """Wall time x GPUs less usage and other time: 0 if no bill is missing."""
+        return self.wall_gpu_ns - sum(one.gpu_time_ns for one in (*self.used, *self.other_time))
 
 
 class Unpriced(NamedTuple):

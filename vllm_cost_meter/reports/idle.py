@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from vllm_cost_meter.records.snapshot import OVERHEAD_CLASSES
+from vllm_cost_meter.records.snapshot import OTHER_CLASSES
 from vllm_cost_meter.units.text import fields, quoted
 
-SHARED_CLASSES = OVERHEAD_CLASSES
+SHARED_CLASSES = OTHER_CLASSES
 EXPECTED = "none, proportional, even, reserved:TENANT=PERCENT,... or owner:TENANT"
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)%?\Z", re.ASCII)
 

@@ -6,9 +6,9 @@ it is text; unknown is null.
 Invariant: an answer has these fields and no other.
 """
 
-from typing import Any
-
 from typing_extensions import TypedDict
+
+from vllm_cost_meter.reports.price_answers import PriceOfTime
 
 
 class RequestRow(TypedDict):
@@ -205,6 +205,25 @@ class RequestsPage(TypedDict):
     """The token of the next page; null on the last."""
 
 
+class ModelInUse(TypedDict):
+    """A version of the cost model that was in use while an engine request ran."""
+
+    version: int
+    """0 is the prior."""
+    taken_at: str | None
+    """RFC 3339 UTC: when a snapshot first told of it."""
+    form: str
+    """`two planes` (`compute` and `memory`) or `one plane` (`one`)."""
+    planes: dict[str, dict[str, float]]
+    """GPU-ns: of `compute`, `memory` and `one`: `fixed_ns`, `token_ns`, `sequence_ns`."""
+    steps: int
+    """The number of steps that it was learnt from."""
+    error: float
+    """The mean relative error of the form in use (MAPE)."""
+    explained: float
+    """The share of the variance of step times that the form in use explains."""
+
+
 class ExplainedPart(TypedDict):
     """How the bill of one engine request came about."""
 
@@ -250,7 +269,7 @@ class ExplainedPart(TypedDict):
     """USD: the price of one GPU-hour; null if it has several prices, or none."""
     price_source: str | None
     """Where the price comes from; null if it has several prices, or none."""
-    prices: list[dict[str, Any]]
+    prices: list[PriceOfTime]
     """Each price of its hours, with the `gpu_time_ns` at that price."""
     cost_nanousd: int | None
     """nano-USD: the sum over `prices` of `gpu_time_ns` x `usd_per_gpu_hour` / 3600."""
@@ -262,7 +281,7 @@ class ExplainedPart(TypedDict):
     """nano-USD: the cost that the reply told the client."""
     method: str
     """How steps were split between requests: `shapley`, `tokens` or `equal`."""
-    cost_models: list[dict[str, Any]]
+    cost_models: list[ModelInUse]
     """The versions in use while it ran: `version`, `taken_at`, `form`, `planes`."""
 
 

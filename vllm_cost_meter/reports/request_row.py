@@ -19,7 +19,7 @@ from typing import Any, cast
 from vllm_cost_meter.reports.request_answers import PartRow, RequestRow
 from vllm_cost_meter.units.money import format_usd
 
-Row = Mapping[str, Any]
+LedgerRow = Mapping[str, Any]
 
 # The states of a part and of an exchange. A part with a bill is "finished".
 RUNNING = "running"
@@ -89,12 +89,12 @@ PART_SUMS = (
 )
 
 
-def exchange(http: Row | None, parts: Sequence[Row]) -> RequestRow:
+def exchange(http: LedgerRow | None, parts: Sequence[LedgerRow]) -> RequestRow:
     """Return the request row of an exchange; one of `http` and `parts` must be there."""
     parts = ordered(parts)
-    first: Row = parts[0] if parts else {}
-    whose: Row = http if http is not None else first
-    told: Row = http if http is not None else {}
+    first: LedgerRow = parts[0] if parts else {}
+    whose: LedgerRow = http if http is not None else first
+    told: LedgerRow = http if http is not None else {}
     cost = _cost(told, parts)
     as_of = [part["as_of"] for part in parts if part.get("as_of") is not None]
     row = {
@@ -127,23 +127,23 @@ def exchange(http: Row | None, parts: Sequence[Row]) -> RequestRow:
     return cast("RequestRow", row)
 
 
-def ordered(parts: Sequence[Row]) -> list[Row]:
+def ordered(parts: Sequence[LedgerRow]) -> list[LedgerRow]:
     """Return the parts in the order in which they started."""
 
-    def order(part: Row) -> tuple[str, str, int]:
+    def order(part: LedgerRow) -> tuple[str, str, int]:
         return part["started_at"], part["run_id"] or "", part["seq"] or 0
 
     return sorted(parts, key=order)
 
 
-def shown_part(part: Row) -> PartRow:
+def shown_part(part: LedgerRow) -> PartRow:
     """Return a part as it is listed under `parts`."""
     shown = {name: part.get(name) for name in PART_COLUMNS}
     reason = None if shown["cost_nanousd"] is not None else _why_no_cost([part])
     return cast("PartRow", {**shown, "state": _state([part]), "cost_reason": reason})
 
 
-def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
+def _tokens(told: LedgerRow, parts: Sequence[LedgerRow]) -> dict[str, int | None]:
     derived: dict[str, int | None] = dict.fromkeys(
         ("prompt_tokens", "cached_tokens", "output_tokens")
     )
@@ -158,19 +158,19 @@ def _tokens(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
     return {name: n if told.get(name) is None else told[name] for name, n in derived.items()}
 
 
-def _gpu_time(told: Row, parts: Sequence[Row]) -> dict[str, int | None]:
+def _gpu_time(told: LedgerRow, parts: Sequence[LedgerRow]) -> dict[str, int | None]:
     if not parts:
         return {"gpu_time_ns": told.get("gpu_time_ns"), **dict.fromkeys(PART_SUMS)}
     return {name: _sum_of(parts, name) for name in ("gpu_time_ns", *PART_SUMS)}
 
 
-def _cost(told: Row, parts: Sequence[Row]) -> int | None:
+def _cost(told: LedgerRow, parts: Sequence[LedgerRow]) -> int | None:
     if not parts:
         return told.get("cost_nanousd")
     return _sum_of(parts, "cost_nanousd")
 
 
-def _why_no_cost(parts: Sequence[Row]) -> str:
+def _why_no_cost(parts: Sequence[LedgerRow]) -> str:
     """Return why the first part without a cost has none."""
     for part in parts:
         if part["cost_nanousd"] is None:
@@ -180,13 +180,13 @@ def _why_no_cost(parts: Sequence[Row]) -> str:
     return "no engine worked on it"
 
 
-def _sum_of(parts: Sequence[Row], name: str) -> int | None:
+def _sum_of(parts: Sequence[LedgerRow], name: str) -> int | None:
     """Return the sum over the parts; None without parts, or if one value is unknown."""
     amounts = [part[name] for part in parts]
     return None if None in amounts or not amounts else sum(amounts)
 
 
-def _latencies(parts: Sequence[Row]) -> dict[str, float | None]:
+def _latencies(parts: Sequence[LedgerRow]) -> dict[str, float | None]:
     def known(name: str) -> list[float]:
         return [part[name] for part in parts if part[name] is not None]
 
@@ -198,23 +198,23 @@ def _latencies(parts: Sequence[Row]) -> dict[str, float | None]:
     }
 
 
-def _common(parts: Sequence[Row], name: str) -> str | None:
+def _common(parts: Sequence[LedgerRow], name: str) -> str | None:
     """Return the parts' common value, or their values joined by plus signs; None if unknown."""
     found = {part[name] for part in parts}
     return None if None in found else "+".join(sorted(found)) or None
 
 
-def _state(parts: Sequence[Row]) -> str:
+def _state(parts: Sequence[LedgerRow]) -> str:
     """Return "running" if any part runs, else "lost" if any is lost, else "finished"."""
     states = {part.get("state", FINISHED) for part in parts}
     return next((state for state in (RUNNING, LOST) if state in states), FINISHED)
 
 
-def _last(parts: Sequence[Row], name: str) -> str | None:
+def _last(parts: Sequence[LedgerRow], name: str) -> str | None:
     """Return the latest instant; None if a part has none."""
     instants = [part[name] for part in parts]
     return None if None in instants else max(instants)
 
 
-def _any(parts: Sequence[Row], name: str) -> str | None:
+def _any(parts: Sequence[LedgerRow], name: str) -> str | None:
     return next((part[name] for part in parts if part.get(name) is not None), None)

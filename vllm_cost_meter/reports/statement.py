@@ -22,8 +22,8 @@ from fractions import Fraction
 from typing import Any
 
 from vllm_cost_meter.prices.book import described
-from vllm_cost_meter.prices.overheads import UNKNOWN_PART
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.prices.overheads import WHY_UNKNOWN
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import Piece, Row, pieces, wall_cost
 from vllm_cost_meter.reports.facts import (
     COUNTS,
@@ -136,7 +136,7 @@ def statement(
     (piece,) = pieces(facts, asked, price_of)
     lines = _lines(_groups(piece, asked, overhead, why))
     tenants = list(dict.fromkeys(line["tenant"] for line in lines if line["tenant"] is not None))
-    in_flight_ns = sum(one.gpu_time_ns for one in facts.overhead if one.key == ("in_flight",))
+    in_flight_ns = sum(one.gpu_time_ns for one in facts.other_time if one.key == ("in_flight",))
     is_over = asked.to_hour is not None and now_ns >= asked.to_hour * NS_PER_HOUR
     answer = {
         "tenant": tenant,
@@ -263,7 +263,7 @@ def _groups(
     """Return the lines of each tenant, by name; then each line that nobody carries by itself."""
     used_ns: Counter[str] = Counter()
     tenants: dict[str, list[_Line]] = defaultdict(list)
-    classes = {name: Row(name, ()) for name in OVERHEAD_ROWS}
+    classes = {name: Row(name, ()) for name in OTHER_ROWS}
     for row in piece.rows:
         if row.class_name != REQUESTS:
             classes[row.class_name].add(row)
@@ -309,7 +309,7 @@ def _overhead_line(cost: OverheadCost, share: Fraction, tenant: str | None) -> _
         NOTHING,
         (nanousd, nanousd, Fraction(0)),
         source=cost.source,
-        reason=UNKNOWN_PART if nanousd is None else None,
+        reason=WHY_UNKNOWN if nanousd is None else None,
     )
 
 

@@ -6,11 +6,10 @@ is text; unknown is null.
 Invariant: an answer has these fields and no other.
 """
 
-from typing import Any
-
 from typing_extensions import TypedDict
 
-from vllm_cost_meter.reports.answers import PriceRow, Window
+from vllm_cost_meter.reports.answers import ReportWindow
+from vllm_cost_meter.reports.price_answers import PriceRow
 
 
 class StatementLine(TypedDict):
@@ -91,6 +90,28 @@ class TenantTotal(StatementTotal):
     """The tenant's name."""
 
 
+class OverheadAmount(TypedDict):
+    """A cost beside the GPUs' time, declared or billed."""
+
+    name: str
+    """The name that it has in the settings or in the bill."""
+    source: str
+    """Where the figure is from."""
+    cents: int | None
+    """Cents: its amount in the month; null where it is unknown."""
+
+
+class BilledHours(TypedDict):
+    """How much of a month the bills of the provider cover."""
+
+    covered_hours: float
+    """Hours: that GPU bills cover."""
+    unobserved_hours: float
+    """Hours: in a gap or before a reset, all resources together."""
+    resets: int
+    """The number of counters that fell."""
+
+
 class StatementWhole(TypedDict):
     """The engines' own cost and the costs beside it, which the lines must add up to."""
 
@@ -98,7 +119,7 @@ class StatementWhole(TypedDict):
     """GPU-ns: the wall time of each run x its GPUs, summed over all runs."""
     wall_cents: int | None
     """Cents: the price of `wall_gpu_ns`."""
-    overhead: list[dict[str, Any]]
+    overhead: list[OverheadAmount]
     """Each cost beside the GPUs: `name`, `source` and `cents`."""
     amount_cents: int | None
     """Cents: `wall_cents` and all costs beside it."""
@@ -111,7 +132,7 @@ class TenantStatement(TypedDict):
 
     month: str
     """The month, such as 2026-11."""
-    window: Window
+    window: ReportWindow
     """The hours of the month, and its time zone."""
     taken_at: str | None
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
@@ -119,7 +140,7 @@ class TenantStatement(TypedDict):
     """How steps were split between requests: `shapley`, `tokens` or `equal`, each that was used."""
     prices: list[PriceRow]
     """The prices that the costs were computed with, the earliest first."""
-    billed: dict[str, Any] | None
+    billed: BilledHours | None
     """How much of the month a provider's bills cover; null without a bill."""
     tenant: str | None
     """The tenant that the statement is for; null for all tenants."""

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from vllm_cost_meter.reports.statement import notes
-from vllm_cost_meter.reports.statement_text import columns_of, rows, title, totals
+from vllm_cost_meter.reports.statement_text import cents_notes, columns_of, rows, title, totals
 from vllm_cost_meter.units.text import plain
 
 _HEADINGS: Mapping[str, str] = {
@@ -54,7 +54,9 @@ def statement_html(answer: Mapping[str, Any]) -> str:
     name = _text(title(answer))
     columns = columns_of(answer)
     head = "".join(f"<th{_class(c)}>{_text(_HEADINGS[c])}</th>" for c in columns)
-    body = "\n".join(_row(row, columns) for row in rows(answer))
+    lines = rows(answer)
+    body = "\n".join(_row(row, columns) for row in lines)
+    said = (*_named_as_above(cents_notes(lines)), *notes(answer))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -75,10 +77,19 @@ def statement_html(answer: Mapping[str, Any]) -> str:
 <div class="totals">
 {"".join(_paragraphs(totals(answer)))}</div>
 <ul class="notes">
-{"".join(f"<li>{_text(note)}</li>{chr(10)}" for note in notes(answer))}</ul>
+{"".join(f"<li>{_text(note)}</li>{chr(10)}" for note in said)}</ul>
 </body>
 </html>
 """
+
+
+def _named_as_above(lines: Sequence[str]) -> Iterator[str]:
+    """Yield the lines with the headings of this table instead of the names of the columns."""
+    names = ("idle_share_usd", "usage_usd", "amount_usd")
+    for line in lines:
+        for name in names:
+            line = line.replace(name, _HEADINGS[name])
+        yield line
 
 
 def _period(answer: Mapping[str, Any]) -> str:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_cost_meter.prices.book import EnergyPrice
-from vllm_cost_meter.prices.run_prices import Cost, Used
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.prices.run_prices import Cost, UsedByRun
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.units.rounding import rounded_known
 
-NO_ENERGY = "no energy is known"
-_CLASS_ROWS = frozenset(f"__{name}__" for name in OVERHEAD_ROWS)
+WHY_NO_ENERGY = "no energy is known"
+_CLASS_ROWS = frozenset(f"__{name}__" for name in OTHER_ROWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class RowEnergy:
 
     energy_mj: int | None = 0
     unknown_requests: int | None = 0
-    used_mj: Used = field(default_factory=dict)
+    used_mj: UsedByRun = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class TenantFacts:
     cache_ms: float | None
     energies: Mapping[str, RowEnergy]
     class_energies: Mapping[str, RowEnergy | None]
-    unattributed_mj: Used = field(default_factory=dict)
+    unattributed_mj: UsedByRun = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -53,15 +53,15 @@ class TenantFacts:
 
 
 def tenant_details(
-    facts: TenantFacts, cost_of: Callable[[Used], Cost[EnergyPrice]]
+    facts: TenantFacts, cost_of: Callable[[UsedByRun], Cost[EnergyPrice]]
 ) -> dict[str, dict[str, Any]]:
     """Return the columns of each row by name; "" has those for a tenant that used nothing."""
     names = sorted(facts.names)
     nothing = RowEnergy() if facts.energies else None
     energies = {name: facts.energies.get(name, nothing) for name in (*names, "")}
-    energies |= {f"__{name}__": facts.class_energies.get(name) for name in OVERHEAD_ROWS}
+    energies |= {f"__{name}__": facts.class_energies.get(name) for name in OTHER_ROWS}
     costs: dict[str, Cost[EnergyPrice]] = {
-        name: Cost(None, NO_ENERGY)
+        name: Cost(None, WHY_NO_ENERGY)
         if energy is None or energy.energy_mj is None
         else cost_of(energy.used_mj)
         for name, energy in energies.items()

@@ -31,7 +31,7 @@ LENGTH_BYTES = 4
 PING = "ping"
 
 
-class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
+class AskMessage(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
     """A question."""
 
     id: int
@@ -39,14 +39,14 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
     given: msgspec.Raw
 
 
-class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
+class AnswerMessage(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
     """The answer to a question."""
 
     id: int
     value: msgspec.Raw
 
 
-class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
+class RefusalMessage(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
     """Why a question has no answer. `kind` is the name of the error's class."""
 
     id: int
@@ -54,15 +54,15 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
     reason: str
 
 
-class News(msgspec.Struct, frozen=True, array_like=True, tag="news"):
+class NewsMessage(msgspec.Struct, frozen=True, array_like=True, tag="news"):
     """Something the other end should know."""
 
     name: str
     value: msgspec.Raw
 
 
-Message = Ask | Answer | Refusal | News
-# Answer a question and take up news, by name. The value is still encoded: see `decoded`.
+Message = AskMessage | AnswerMessage | RefusalMessage | News
+# AnswerMessage a question and take up news, by name. The value is still encoded: see `decoded`.
 Answerer = Callable[[str, msgspec.Raw], Awaitable[object]]
 NewsTaker = Callable[[str, msgspec.Raw], None]
 
@@ -139,7 +139,7 @@ class Channel:
         future: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
         self._asked[id] = future
         try:
-            self._send(Ask(id, name, msgspec.Raw(_encode(given))))
+            self._send(AskMessage(id, name, msgspec.Raw(_encode(given))))
             return decoded(await asyncio.wait_for(future, timeout_s), type)
         finally:
             del self._asked[id]
@@ -147,7 +147,7 @@ class Channel:
     def tell(self, name: str, value: object) -> None:
         """Send news. It is lost if the other end is gone."""
         if not self._writer.is_closing():
-            self._send(News(name, msgspec.Raw(_encode(value))))
+            self._send(NewsMessage(name, msgspec.Raw(_encode(value))))
 
     def _send(self, message: Message) -> None:
         if self._writer.is_closing():
@@ -156,34 +156,34 @@ class Channel:
         self._writer.write(len(data).to_bytes(LENGTH_BYTES) + data)
 
     def _came(self, message: Message) -> None:
-        if isinstance(message, Ask):
+        if isinstance(message, AskMessage):
             task = asyncio.create_task(self._answer_to(message))
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
-        elif isinstance(message, News):
+        elif isinstance(message, NewsMessage):
             self._take_contained(message)
         else:
             # Nobody waits any more for what came too late.
             future = self._asked.get(message.id)
             if future is None or future.done():
                 return
-            if isinstance(message, Answer):
+            if isinstance(message, AnswerMessage):
                 future.set_result(message.value)
             else:
                 future.set_exception(RefusedError(message.kind, message.reason))
 
-    def _take_contained(self, news: News) -> None:
+    def _take_contained(self, news: NewsMessage) -> None:
         try:
             self._take(news.name, news.value)
         except Exception:
             logger.exception("cost meter: side process: the news %r could not be taken", news.name)
 
-    async def _answer_to(self, asked: Ask) -> None:
+    async def _answer_to(self, asked: AskMessage) -> None:
         try:
             value = True if asked.name == PING else await self._answer(asked.name, asked.given)
-            reply: Message = Answer(asked.id, msgspec.Raw(_bounded(_encode(value))))
+            reply: Message = AnswerMessage(asked.id, msgspec.Raw(_bounded(_encode(value))))
         except Exception as error:  # noqa: BLE001 - the other end decides what it means
-            reply = Refusal(asked.id, _kind_of(error), str(error))
+            reply = RefusalMessage(asked.id, _kind_of(error), str(error))
         try:
             self._send(reply)
         except AwayError:

@@ -16,14 +16,14 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Literal, TypedDict
 
 from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.money import format_nano
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
-Unit = Literal["usd", "gpu_seconds"]
+BudgetUnit = Literal["usd", "gpu_seconds"]
 Period = Literal["day", "week", "month", "rolling"]
 Over = Literal["block", "throttle"]
 
-HOURS_PER_DAY = 24
 _ONE_HOUR = timedelta(hours=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -40,7 +40,7 @@ class Budget:
 
     name: str
     limit: int
-    unit: Unit
+    unit: BudgetUnit
     period: Period
     zone: tzinfo = UTC
     tenant: str | None = None
@@ -154,7 +154,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class BudgetFigures:
     """All standings at one instant, and how reliable they are.
 
     `as_of_ns` is the instant of the oldest engine snapshot behind them; None without a snapshot.
@@ -215,7 +215,7 @@ class BudgetRow(TypedDict):
     """The name of its time zone."""
 
 
-def told(standing: Standing) -> BudgetRow:
+def budget_row(standing: Standing) -> BudgetRow:
     """Return a budget's answer row. Amounts are nano-USD or GPU-nanoseconds."""
     budget, total = standing.budget, standing.total
     first, _ = budget.hours(standing.now_ns)

@@ -67,7 +67,7 @@ NO_CLAIMS = BodyClaims()
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
+class DeclaredTenant:
     """The parent and tags that the operator declared for a tenant, inherited tags included."""
 
     parent: str | None = None
@@ -218,7 +218,7 @@ Rule = ApiKeyRule | HeaderRule | ConstantRule | ChildRule
 class Resolver:
     """Finds the owner of a request by ordered rules and declared tenants. Immutable."""
 
-    def __init__(self, rules: Sequence[Rule], declared: Mapping[str, Declared]) -> None:
+    def __init__(self, rules: Sequence[Rule], declared: Mapping[str, DeclaredTenant]) -> None:
         self.rules = tuple(rules)
         self.declared = declared
         self._children = tuple(rule for rule in rules if isinstance(rule, ChildRule))
@@ -270,7 +270,7 @@ class Resolver:
         return Owner(tenant, rule, child_rule, declared.parent, declared.tags)
 
 
-_UNDECLARED = Declared()
+_UNDECLARED = DeclaredTenant()
 
 
 def sha256_of(credential: bytes) -> str | None:

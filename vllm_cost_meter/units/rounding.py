@@ -10,6 +10,7 @@ line moves by a whole unit.
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import ceil, floor
 
 
 def half_even(dividend: int, divisor: int) -> int:
@@ -42,6 +43,65 @@ def largest_remainder(amounts: Sequence[Fraction], total: int | None = None) -> 
     for i in sorted(fractional, key=lambda i: -lost[i])[:missing]:
         units[i] += 1
     return units
+
+
+def rounded_pair(whole: Fraction | None, part: Fraction | None) -> tuple[int | None, int | None]:
+    """Return a whole and a part of it, each rounded half to even; unknown amounts stay None.
+
+    Where they differ by whole units, both halves go the way of the whole's: otherwise a whole and a
+    part that differ by 1 could be shown to differ by 2.
+    """
+    shown = None if whole is None else round(whole)
+    if whole is not None and part is not None and (whole - part).denominator == 1:
+        return shown, round(whole) - int(whole - part)
+    return shown, None if part is None else round(part)
+
+
+def rounded_alike(
+    wholes: Sequence[Fraction | None],
+    parts: Sequence[Fraction | None],
+    *,
+    is_whole_known: bool = True,
+) -> tuple[list[int | None], list[int | None]]:
+    """Return wholes and a part of each, rounded so that both columns add up to their rounded sums.
+
+    Where a part is its whole, both are rounded to the same. Unknown amounts stay None. The sums are
+    rounded as `rounded_pair` does; if nobody is shown that of the wholes, that of the parts leads.
+    """
+    alike = [whole if whole == part else None for whole, part in zip(wholes, parts, strict=True)]
+    if is_whole_known:
+        whole_sum, part_sum = rounded_pair(_sum(wholes), _sum(parts))
+    else:
+        part_sum, whole_sum = rounded_pair(_sum(parts), _sum(wholes))
+    rests = [
+        [None if same is not None else amount for amount, same in zip(column, alike, strict=True)]
+        for column in (wholes, parts)
+    ]
+    totals = [total or 0 for total in (whole_sum, part_sum)]
+    # What is alike must leave to the rest of each column what that can reach, up or down.
+    least, most = _reach(alike)
+    for rest, total in zip(rests, totals, strict=True):
+        lowest, highest = _reach(rest)
+        least, most = max(least, total - highest), min(most, total - lowest)
+    units = min(max(round(_sum(alike)), least), most)
+    shared = rounded_known(alike, units)
+    columns = [
+        [own if same is None else same for own, same in zip(column, shared, strict=True)]
+        for column in (
+            rounded_known(rest, total - units) for rest, total in zip(rests, totals, strict=True)
+        )
+    ]
+    return columns[0], columns[1]
+
+
+def _sum(amounts: Sequence[Fraction | None]) -> Fraction:
+    return sum((amount for amount in amounts if amount is not None), Fraction(0))
+
+
+def _reach(amounts: Sequence[Fraction | None]) -> tuple[int, int]:
+    """Return the least and the greatest sum of amounts that are rounded down or up."""
+    known = [amount for amount in amounts if amount is not None]
+    return sum(map(floor, known)), sum(map(ceil, known))
 
 
 def rounded_known(amounts: Sequence[Fraction | None], total: int | None = None) -> list[int | None]:

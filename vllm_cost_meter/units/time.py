@@ -7,8 +7,6 @@ order is time order.
 from datetime import UTC, datetime
 from functools import lru_cache
 
-from vllm_cost_meter.units.text import quoted
-
 NS_PER_SECOND = 1_000_000_000
 NS_PER_MS = 1_000_000
 NS_PER_HOUR = 3_600 * NS_PER_SECOND
@@ -49,7 +47,7 @@ def unix_ns_of(text: str) -> int:
     instant = datetime.fromisoformat(text)
     if instant.tzinfo is None:
         raise ValueError(
-            f"expected an instant with a time zone, e.g. ending in Z, got {quoted(text)}"
+            f"expected an instant with a time zone, e.g. ending in Z, got {text[:200]!r}"
         )
     since_epoch = instant - datetime(1970, 1, 1, tzinfo=UTC)
     seconds = since_epoch.days * 86_400 + since_epoch.seconds

@@ -22,7 +22,7 @@ from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.snapshot import ClassTotals
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
 TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()], **more}
@@ -56,7 +56,7 @@ def used(world, amount: int | None, as_of_ns: int | None = None, **changes) -> S
     hours = None if amount is None else {now_ns // (3600 * 10**9): amount}
     standing = Standing(budget(**changes), hours, now_ns)
     as_of_ns = now_ns if as_of_ns is None else as_of_ns
-    world.runtime.admission.figures = Figures([standing], as_of_ns)
+    world.runtime.admission.figures = BudgetFigures([standing], as_of_ns)
     return standing
 
 
@@ -163,7 +163,7 @@ def test_a_client_that_names_a_user_escapes_neither_budget_nor_fail_closed(make_
 
     def stand_at(amount: int) -> None:
         standing = Standing(declared, {now_ns // (3600 * 10**9): amount}, now_ns)
-        runtime.admission.figures = Figures([standing], now_ns)
+        runtime.admission.figures = BudgetFigures([standing], now_ns)
 
     stand_at(10**9)
     assert asking_as_user(world, "key", "bob").status == 429
@@ -181,7 +181,7 @@ def test_those_whom_no_rule_names_can_have_a_budget_too(make_world):
     (declared,) = runtime.settings.declared_budgets
     now_ns = time.time_ns()
     standing = Standing(declared, {now_ns // (3600 * 10**9): 10**9}, now_ns)
-    runtime.admission.figures = Figures([standing], now_ns)
+    runtime.admission.figures = BudgetFigures([standing], now_ns)
     assert ask(world, scope_of()).status == ask(world, as_tenant("stranger")).status == 429
     assert ask(world).status == 200
     spending.close()
@@ -320,7 +320,7 @@ def test_what_runs_for_a_spent_budget_is_ended_if_it_says_so(world):
 
         def look(self, budgets, price_of, now_ns):
             hour = now_ns // (3600 * 10**9)
-            return Figures([Standing(b, {hour: b.limit}, now_ns) for b in budgets], now_ns)
+            return BudgetFigures([Standing(b, {hour: b.limit}, now_ns) for b in budgets], now_ns)
 
     owners = {"r1": Owner("acme"), "r2": Owner("rival"), "r3": Owner("acme/bob")}
 

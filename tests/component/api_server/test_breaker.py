@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from statistics import median
 
 import sqlalchemy
 from sqlalchemy.pool import Pool
@@ -25,9 +24,11 @@ from tests.support.world import (
     World,
     replying,
 )
+from vllm_cost_meter.prices.book import RunFacts
 
-# Long beside what a busy machine takes for a reply that does not wait.
-BOUND_S = 0.6
+BOUND_S = 0.05
+# The bound of replies that should not wait at all: no machine is so busy that one takes as long.
+LONG_S = 60.0
 
 
 def test_a_bill_that_never_comes_delays_the_reply_by_the_bound_and_is_counted(make_world):
@@ -35,7 +36,7 @@ def test_a_bill_that_never_comes_delays_the_reply_by_the_bound_and_is_counted(ma
     client = world.run(replying(JSON, [BODY], lambda: world.engine.born("r")))
     assert client.ours == {}
     assert client.body == BODY
-    assert BOUND_S <= client.waited_s < 2
+    assert client.waited_s >= BOUND_S
     assert world.misses == 1
     assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM http_requests") == [(None, None)]
 
@@ -44,8 +45,7 @@ def test_a_stream_waits_once_for_a_bill_that_never_comes(make_world):
     world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
     client = world.run(replying(SSE, [TOKEN, USAGE, DONE], lambda: world.engine.born("r")))
     assert client.body == TOKEN + USAGE + DONE
-    assert BOUND_S <= client.at_s[-1] < 2
-    assert client.at_s[1] < BOUND_S, "tokens do not wait"
+    assert client.at_s[-1] - client.at_s[1] >= BOUND_S, "the wait is behind the tokens"
     assert world.misses == 1
 
 
@@ -58,9 +58,9 @@ def test_after_five_misses_nobody_waits_until_a_bill_comes(make_world):
     def never(number: int) -> Client:
         return ask(lambda: world.engine.born(f"never-{number}"))
 
-    waits = [never(number).waited_s for number in range(8)]
-    assert all(wait >= BOUND_S for wait in waits[:5])
-    assert median(waits[5:]) < BOUND_S
+    assert all(never(number).waited_s >= BOUND_S for number in range(5))
+    world.let_replies_wait(LONG_S)
+    assert all(never(number).waited_s < LONG_S for number in range(5, 8))
     assert world.misses == 8
     # The first that comes is not waited for, the next is told.
     assert ask(lambda: world.engine.generate("a")).ours == {}
@@ -77,6 +77,7 @@ def test_an_engine_whose_meter_is_off_costs_five_waits_and_no_more(make_world):
     async def ask() -> list[Client]:
         clients = []
         for number in range(50):
+            world.let_replies_wait(BOUND_S if number < 5 else LONG_S)
             app = replying(JSON, [BODY], lambda number=number: world.engine.born(f"r{number}"))
             clients.append(await world.ask(app))
         return clients
@@ -84,7 +85,7 @@ def test_an_engine_whose_meter_is_off_costs_five_waits_and_no_more(make_world):
     clients = asyncio.run(ask())
     waits = [client.waited_s for client in clients]
     assert all(wait >= BOUND_S for wait in waits[:5])
-    assert median(waits[5:]) < BOUND_S
+    assert all(wait < LONG_S for wait in waits[5:])
     assert all(client.body == BODY and client.ours == {} for client in clients)
     assert len(world.rows("SELECT * FROM http_requests")) == 50
 
@@ -92,16 +93,17 @@ def test_an_engine_whose_meter_is_off_costs_five_waits_and_no_more(make_world):
 def test_a_locked_ledger_delays_five_replies_and_loses_nothing(make_world):
     world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
     with world.locked():
-        clients = [
-            world.run(replying(JSON, [BODY], lambda n=n: world.engine.generate(f"r{n}")))
-            for n in range(8)
-        ]
+        clients = []
+        for number in range(8):
+            world.let_replies_wait(BOUND_S if number < 5 else LONG_S)
+            app = replying(JSON, [BODY], lambda n=number: world.engine.generate(f"r{n}"))
+            clients.append(world.run(app))
         stream = world.run(replying(SSE, [USAGE, DONE], lambda: world.engine.generate("s")))
         assert world.runtime.writer.committed == 0
     assert all(client.ours == {} for client in clients)
     assert stream.body == USAGE + DONE
-    assert all(BOUND_S <= client.waited_s < 2 for client in clients[:5])
-    assert all(client.waited_s < BOUND_S for client in clients[5:])
+    assert all(client.waited_s >= BOUND_S for client in clients[:5])
+    assert all(client.waited_s < LONG_S for client in (*clients[5:], stream))
     assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(9, 9)]
     assert world.rows("SELECT count(*) FROM http_requests") == [(9,)]
     assert world.runtime.writer.dropped == 0
@@ -130,19 +132,20 @@ def full(world: World):
 def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
     world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
     # Too long for what is left on the pages there are.
-    external_id = "x" * 20_000
+    world.collector.run_facts = RunFacts(model="x" * 20_000)
     with full(world):
 
         def generate(number: int) -> None:
-            world.engine.born(f"r{number}", external_id)
+            world.engine.born(f"r{number}")
             world.engine.billed(f"r{number}")
 
-        clients = [
-            world.run(replying(JSON, [b"{}"], lambda n=number: generate(n))) for number in range(8)
-        ]
+        clients = []
+        for number in range(8):
+            world.let_replies_wait(BOUND_S if number < 5 else LONG_S)
+            clients.append(world.run(replying(JSON, [b"{}"], lambda n=number: generate(n))))
         assert all(client.ours == {} for client in clients)
-        assert [client.waited_s >= BOUND_S for client in clients] == [True] * 5 + [False] * 3
-        assert all(client.waited_s < 2 for client in clients)
+        assert all(client.waited_s >= BOUND_S for client in clients[:5])
+        assert all(client.waited_s < LONG_S for client in clients[5:])
         assert world.runtime.writer.committed == 0
         assert "full" in world.runtime.writer.last_error
     assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(8, 8)]

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import platform
 import sqlite3
 import time
 from types import SimpleNamespace
 
 import pytest
 import sqlalchemy
+from vllm.platforms import current_platform
 
 from tests.support.builders import make_bill, make_snapshot
 from tests.support.world import COST_HEADERS, JSON, misses, replying
@@ -23,7 +25,6 @@ from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.owner import NamedBy, Owner
 from vllm_cost_meter.records.requests import Latencies
 from vllm_cost_meter.units.time import NS_PER_HOUR
-from vllm_cost_meter.vllm_hooks import engines
 
 EVERYTHING = "SELECT request_id, http_request_id, tenant, route, response_id FROM requests"
 
@@ -188,9 +189,15 @@ def test_a_bill_with_an_hour_before_all_prices_has_no_cost(make_world):
     assert costs_of(world, serving(), *pieces) == (None, None)
 
 
+def gpu_is_called(monkeypatch, name):
+    """Let vLLM's platform be one with GPUs, whose name is what `name` returns."""
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(current_platform, "get_device_name", name)
+
+
 def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch):
-    monkeypatch.setattr(engines, "device_name", lambda: "NVIDIA H100")
-    monkeypatch.setattr(engines, "host_name", lambda: "node-1")
+    gpu_is_called(monkeypatch, lambda: "NVIDIA H100")
+    monkeypatch.setattr(platform, "node", lambda: "node-1")
     matches = {"model": "LLAMA", "gpu_name": "*h100*", "host": "node-?"}
     world = make_world(prices=[price_setting("288", scope="node", gpus=8, **matches)])
     assert costs_of(world, serving(), UsagePiece(490_896, 1_000, 2_000, 8, 5)) == (30, 0)
@@ -214,7 +221,7 @@ def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch)
 def test_where_engines_run_on_several_machines_no_price_is_chosen_by_host(
     make_world, monkeypatch, parallel, cost
 ):
-    monkeypatch.setattr(engines, "host_name", lambda: "node-1")
+    monkeypatch.setattr(platform, "node", lambda: "node-1")
     world = make_world(prices=[price_setting("72", host="node-1")])
     assert costs_of(world, serving(**parallel), UsagePiece(490_896, 3_000, 0, 8, 0)) == (cost, 0)
 
@@ -223,7 +230,7 @@ def test_an_api_server_without_a_gpu_prices_what_needs_none(make_world, monkeypa
     def no_gpu():
         raise NotImplementedError
 
-    monkeypatch.setattr(engines, "device_name", no_gpu)
+    gpu_is_called(monkeypatch, no_gpu)
     world = make_world(prices=[price_setting("72", gpu_name="*")])
     assert costs_of(world, serving(), UsagePiece(490_896, 3_000, 0, 8, 0)) == (30, 0)
     assert world.runtime.guard.errors == 0
@@ -402,10 +409,10 @@ def test_the_breaker_opens_at_five_in_a_row_and_closes_at_the_first_bill():
 @contextlib.contextmanager
 def commits():
     """Count the transactions that this process commits, by the hook of SQLAlchemy's engines."""
-    seen: list[float] = []
+    seen: list[int] = []
 
     def committed(_connection) -> None:
-        seen.append(time.monotonic())
+        seen.append(1)
 
     sqlalchemy.event.listen(sqlalchemy.Engine, "commit", committed)
     try:

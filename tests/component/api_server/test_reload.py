@@ -69,13 +69,16 @@ def whose(settings, name: str) -> str:
 # ---- the file
 
 
-def test_a_file_that_did_not_change_is_read_once_and_gives_nothing(file, lines, monkeypatch):
-    settings, reloader = load_settings(), Reloader(str(file))
-    assert reloader.look(settings) is None
-    monkeypatch.setattr(
-        "vllm_cost_meter.config.reload.load_settings", lambda **_: pytest.fail("read")
-    )
-    assert reloader.look(settings) is None
+def test_a_file_that_did_not_change_is_read_once_and_gives_nothing(file, lines):
+    reads = []
+
+    def load(**options):
+        reads.append(options)
+        return load_settings(**options)
+
+    settings, reloader = load_settings(), Reloader(str(file), load)
+    assert [reloader.look(settings) for _ in range(3)] == [None, None, None]
+    assert reads == [{"config": str(file)}]
     assert lines == []
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.component.ledger.test_reader import OVERHEAD, T0, http, part, snapshot
+from tests.component.ledger.test_reader import CLASS_ROWS, T0, http, part, snapshot
 from tests.support.builders import make_open
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.ledger.writer import LedgerWriter
@@ -81,7 +81,7 @@ def test_tenants_are_a_table_whose_rows_are_the_whole(ledger):
         ]
     )
     assert cells(rows[0]) == ["alice", "2", "20", "4", "10", "0.000001", "-"]
-    assert [cells(row)[0] for row in rows] == ["alice", EVIL, *OVERHEAD]
+    assert [cells(row)[0] for row in rows] == ["alice", EVIL, *CLASS_ROWS]
     assert adds_up == "adds up: the rows are all of 0.000002 GPU-seconds, to the nanosecond"
     assert last.startswith("no cost in all: no price for run run at 2027-01-15T08Z: none is set by")
 

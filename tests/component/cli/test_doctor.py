@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from tests.component.ledger.test_reader import part, snapshot
 from tests.support.nvml import A, Card, nvmls
 from vllm_cost_meter.api_server.background import Loop
-from vllm_cost_meter.cli import doctor
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.config.settings import Settings
@@ -28,7 +27,7 @@ from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
-from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry
+from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunMatch
 
 CHECKS = [
     "entry points",
@@ -62,8 +61,8 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def findings(path: Path) -> dict[str, tuple[bool, str]]:
-    return {f.name: (f.ok, f.detail) for f in examine(f"sqlite:///{path}")}
+def findings(path: Path, **options: float) -> dict[str, tuple[bool, str]]:
+    return {f.name: (f.ok, f.detail) for f in examine(f"sqlite:///{path}", **options)}
 
 
 def sql(path: Path, statement: str) -> None:
@@ -122,12 +121,11 @@ def test_an_engine_whose_meter_is_off_fails(path):
     assert "switched itself off in run run" in detail
 
 
-def test_a_ledger_that_is_locked_is_a_ledger_that_cannot_be_written(path, monkeypatch):
-    monkeypatch.setattr(doctor, "LEDGER_TIMEOUT_S", 0.1)
+def test_a_ledger_that_is_locked_is_a_ledger_that_cannot_be_written(path):
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     try:
-        ok, detail = findings(path)["ledger"]
+        ok, detail = findings(path, ledger_timeout_s=0.1)["ledger"]
     finally:
         blocker.close()
     assert not ok
@@ -173,9 +171,9 @@ def priced(path: Path, *entries: PriceEntry) -> tuple[bool, str]:
 
 
 def test_the_price_in_force_is_named_with_its_source_for_the_latest_run(path):
-    then = PriceEntry("prices[0]", Decimal("2"), "old list", 0, matches=Matches(host="node-1"))
-    now = PriceEntry("prices[1]", Decimal("3"), "list", 1, matches=Matches(host="node-1"))
-    later = PriceEntry("prices[2]", Decimal("4"), "x", 10**6, matches=Matches(host="node-1"))
+    then = PriceEntry("prices[0]", Decimal("2"), "old list", 0, matches=RunMatch(host="node-1"))
+    now = PriceEntry("prices[1]", Decimal("3"), "list", 1, matches=RunMatch(host="node-1"))
+    later = PriceEntry("prices[2]", Decimal("4"), "x", 10**6, matches=RunMatch(host="node-1"))
     other = PriceEntry("prices[3]", Decimal("5"), "y", 1)
     assert priced(path, then, now, later, other) == (
         True,
@@ -191,7 +189,7 @@ def test_no_price_at_all_is_no_fault(path):
 
 
 def test_prices_of_which_none_is_for_the_latest_run_fail(path, tmp_path):
-    other = PriceEntry("prices[0]", Decimal("2"), "list", 0, matches=Matches(host="node-2"))
+    other = PriceEntry("prices[0]", Decimal("2"), "list", 0, matches=RunMatch(host="node-2"))
     ok, detail = priced(path, other)
     assert not ok
     assert detail == (

@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.component.cli.test_cli import no_settings
 from tests.component.ledger.test_economics import write
 from tests.component.ledger.test_reader import Ledger
 from tests.unit.lab.test_sweep import SHAPE, curve, swept
+from vllm_cost_meter.cli import budgets
 from vllm_cost_meter.cli import sweep as sweeping
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.console import TEXT_CHARS_MAX, print_lines, print_rows
@@ -90,6 +93,27 @@ MANY_COLUMNS = [
 ]  # fmt: skip
 
 
+# What a reader of 80 columns must see of each table.
+KEY_COLUMNS = {
+    "report": ("tenant", "requests", "gpu_seconds", "cost_usd"),
+    "report requests": ("http_request_id", "tenant", "cost_usd"),
+    "report --aggregate": ("tenant", "model", "gpu_seconds", "cost_usd"),
+    "statement": ("day", "item", "amount_usd"),
+    "statement --all": ("tenant", "day", "item", "amount_usd"),
+    "budgets": ("budget", "state", "used", "limit", "unit"),
+    "prices": ("key", "effective_from", "usd_per_gpu_hour"),
+    "economics": ("figure", "value", "unit", "meaning"),
+    "compare": ("model", "usd", "usd_per_m_output_tokens", "times"),
+    "invoice list": ("resource", "kind", "billed_usd"),
+    "invoice days": ("day", "metered_usd", "billed_gpu_usd", "difference_usd"),
+    "saturation list": ("measured_at", "model", "hardware", "output_tokens_per_s"),
+    "tenants list": ("tenant", "parent", "keys"),
+    "calc c-eff": ("figure", "value"),
+    "calc penalty": ("requests_per_s", "output_tokens_per_s", "usd_per_m_output_tokens", "penalty"),
+    "break-even": ("kind", "usd_per_hour", "break_even_m_tokens_per_month"),
+}
+
+
 class Terminal(io.StringIO):
     """What a command takes for a terminal; how wide it is says COLUMNS."""
 
@@ -115,6 +139,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if "model" in columns:
                 connection.execute(f"UPDATE {table} SET model = ?", (MODEL,))
         connection.execute("UPDATE runs SET model = ?, host = 'gpu-node-7.eu-west-1'", (MODEL,))
+        # Ids as long as the meter makes them, and a request of 12345.678901234 USD.
+        for table in ("http_requests", "requests", "usage_pieces", "open_requests"):
+            columns = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+            if "http_request_id" in columns:
+                connection.execute(
+                    f"UPDATE {table} SET http_request_id = 'cost-' ||"
+                    " substr('00000000000000000000000000000000' || http_request_id, -32)"
+                )
+        for table in ("http_requests", "requests"):
+            connection.execute(f"UPDATE {table} SET cost_nanousd = 12345678901234")
     (folder / "meter.toml").write_text(SETTINGS)
     (folder / "readings.csv").write_text(READINGS)
     found = curve(swept(Plan(SHAPE, window_s=100, warmup_s=10)))
@@ -168,12 +202,52 @@ def test_a_wider_terminal_shows_more_and_wide_shows_all(show: Show, name: str) -
     assert wide == piped
 
 
+@pytest.mark.parametrize("name", KEY_COLUMNS)
+def test_80_columns_keep_the_columns_that_matter_with_a_row_on_each_line(
+    show: Show, name: str
+) -> None:
+    narrow, wide = show(COMMANDS[name], 80), show((*COMMANDS[name], "--wide"), 80)
+    (head,) = (line for line in narrow if set(KEY_COLUMNS[name]) <= set(line.split()))
+    start = narrow.index(head) + 1
+    (wide_head,) = (line for line in wide if set(KEY_COLUMNS[name]) <= set(line.split()))
+    last = re.compile(
+        "left out: |long texts are shortened|DOES NOT ADD UP|priced at |the same |formula: |taxes: "
+        "|from |$"
+    )
+    rows = list(takewhile(lambda line: not last.match(line), narrow[start:]))
+    all_rows = list(takewhile(lambda line: not last.match(line), wide[wide.index(wide_head) + 1 :]))
+    assert rows
+    assert len(rows) == len(all_rows)
+
+
+def test_a_budget_never_loses_its_limit(show: Show) -> None:
+    head, row, *_ = show(("budgets",), 80)
+    assert head.split() == ["budget", "of", "state", "used", "limit", "unit"]
+    assert row.split()[2:] == ["within", "0.00", "1000.00", "GPU-s"]
+
+
+def test_a_budget_of_billions_shows_all_that_matters_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    out = Terminal()
+    amounts = {"used": "999999999999.99", "limit": "1000000000000.00", "over": "-"}
+    row = {"budget": TENANT, "of": TENANT, "state": "unknown", "unit": "GPU-s", **amounts}
+    print_rows([row], budgets.COLUMNS, first=budgets.FIRST, file=out)
+    head, shown, *_ = out.getvalue().splitlines()
+    assert head.split() == ["budget", "state", "used", "limit", "unit"]
+    assert shown.split()[1:] == ["unknown", "999999999999.99", "1000000000000.00", "GPU-s"]
+
+
 def test_what_is_left_out_is_named_below_the_table(show: Show) -> None:
     head, *rows, note, rest = show(("report", "requests"), 80)
     assert len(rows) == 5
-    assert head.split() == ["finished_at", "tenant", "status", "gpu_seconds", "cost_usd"]
-    assert note == "left out: http_request_id, route, state, engine_status, prompt_tokens,"
-    assert rest == "output_tokens; --wide shows all"
+    assert head.split() == ["http_request_id", "tenant", "cost_usd"]
+    assert rows[-1].split()[1:] == ["customer-su...production", "12345.678901234"]
+    assert len(rows[-1].split()[0]) == len("cost-") + 32, "an id is never cut"
+    assert note == "left out: finished_at, route, state, status, engine_status, prompt_tokens,"
+    assert rest == "output_tokens, gpu_seconds; --wide shows all"
 
 
 def test_the_sweeps_table_fits() -> None:

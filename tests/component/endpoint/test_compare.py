@@ -19,7 +19,7 @@ from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.endpoint.compare import MEMORY_BYTES_MAX, Comparer, ComparingError
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.economics.api_comparison import Question
+from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion
 from vllm_cost_meter.ledger.reader import LedgerReader
 
 __all__ = ["no_settings"]
@@ -190,7 +190,7 @@ def test_a_child_that_takes_too_much_memory_ends_by_itself(side, package):
 def test_a_ledger_that_cannot_be_read_is_a_503_that_hides_its_password():
     comparer = Comparer("postgresql+psycopg://user:secret@127.0.0.1:1/database")
     with pytest.raises(LedgerError, match=r"^ledger postgresql\+psycopg://user:\*\*\*@127") as told:
-        comparer(Question(model=("m",)))
+        comparer(ComparisonQuestion(model=("m",)))
     assert "secret" not in str(told.value)
 
 
@@ -220,7 +220,7 @@ def test_one_child_at_a_time_is_held_back_ended_in_time_and_told_no_secret(reade
 
     def compare() -> None:
         try:
-            comparer(Question(model=("m",)))
+            comparer(ComparisonQuestion(model=("m",)))
         except ComparingError as error:
             failed.append(error)
 
@@ -234,7 +234,7 @@ def test_one_child_at_a_time_is_held_back_ended_in_time_and_told_no_secret(reade
     assert f"COST_METER_LEDGER={url}".encode() in (child / "environ").read_bytes().split(b"\0")
     assert b"timeout=7" not in (child / "cmdline").read_bytes()
     with pytest.raises(ComparingError, match="another comparison is running"):
-        comparer(Question(model=("m",)))
+        comparer(ComparisonQuestion(model=("m",)))
     asker.join(30)
     assert [str(error) for error in failed] == [
         "compare: expected an answer within 6 s, got none;"

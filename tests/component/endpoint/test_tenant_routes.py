@@ -12,10 +12,10 @@ from tests.support.world import BODY, JSON, World, replying, scope_of
 from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
 from vllm_cost_meter.endpoint.own_figures import OwnFiguresOf
 from vllm_cost_meter.endpoint.questions import Questions
-from vllm_cost_meter.endpoint.tenant_routes import Ask, make_router
+from vllm_cost_meter.endpoint.tenant_routes import AskSideEndpoint, make_router
 from vllm_cost_meter.errors import AwayError
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
 TENANTS = [
     {"name": name, "api_key_sha256": [hashlib.sha256(name.encode()).hexdigest()]}
@@ -50,11 +50,11 @@ async def nobody(_asked: OwnQuestion) -> OwnAnswer:
 
 
 def ask(
-    world: World, path: str, key: str | None = "acme", answer: Ask | None = None
+    world: World, path: str, key: str | None = "acme", answer: AskSideEndpoint | None = None
 ) -> httpx.Response:
     reader = LedgerReader(world.runtime.ledger_url)
     app = FastAPI()
-    own = OwnFiguresOf(reader, lambda: None, lambda: Figures(BUDGETS), Questions())
+    own = OwnFiguresOf(reader, lambda: None, lambda: BudgetFigures(BUDGETS), Questions())
     app.include_router(make_router(answer or own.answer))
 
     async def get() -> httpx.Response:

@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from msgspec import msgpack
 
 from tests.support.builders import ENGINE, make_part
 from tests.support.nvml import GPU_IS_LOST, TIMEOUT, A, B, Card, Machine, S
-from vllm_cost_meter.engine import meter as engine_module
 from vllm_cost_meter.engine.books import RequestFacts
 from vllm_cost_meter.engine.energy import books as energy_books
 from vllm_cost_meter.engine.energy.nvml import RETRY_NS, EnergyCounter
-from vllm_cost_meter.engine.meter import EngineMeter
+from vllm_cost_meter.engine.meter import Clock, EngineMeter
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
@@ -40,18 +38,17 @@ ENVIRON = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 class Engine:
     """An engine whose steps take as long as the test says."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, ordinals: tuple[int, ...] = (0,)) -> None:
+    def __init__(self, ordinals: tuple[int, ...] = (0,)) -> None:
         self.now_ns = 1_000 * S
-        clock = SimpleNamespace(
+        clock = Clock(
             monotonic_ns=lambda: self.now_ns,
-            time_ns=lambda: HOUR * NS_PER_HOUR + self.now_ns - 1_000 * S,
-            CLOCK_BOOTTIME=0,
+            unix_ns=lambda: HOUR * NS_PER_HOUR + self.now_ns - 1_000 * S,
+            created_ns=lambda: self.now_ns - 20 * S,
         )
-        monkeypatch.setattr(engine_module, "time", clock)
-        monkeypatch.setattr(engine_module, "process_created_ns", lambda: self.now_ns - 20 * S)
         self.meter = EngineMeter(
             engine=replace(ENGINE, gpus=max(len(ordinals), 1)),
             energy=EnergyCounter(ordinals, ENVIRON),
+            clock=clock,
         )
         self.known: set[str] = set()
         self.acknowledged = 0
@@ -100,7 +97,7 @@ class Engine:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
-    return lambda *ordinals: Engine(monkeypatch, ordinals)
+    return lambda *ordinals: Engine(ordinals)
 
 
 def known(seq: int, mj: int) -> tuple[RequestEnergy]:
@@ -125,7 +122,7 @@ def test_a_request_uses_what_the_counter_moved_while_it_ran(make, machine):
     engine.idle(1_000)
     machine.use(70_000)
     energy = engine.look()
-    assert energy.told == known(1, 520_000)
+    assert energy.reported == known(1, 520_000)
     assert (energy.energy_mj, energy.reason, energy.unknown_ns) == (674_000, None, 0)
     assert energy.devices == (("NVIDIA H100 80GB HBM3", A),)
 
@@ -140,7 +137,7 @@ def test_an_aborted_request_is_told_too(make, machine):
     engine.known.discard("a")
     assert engine.meter.ended("a", 0, facts, engine.now_ns) is None
     machine.use(600_000)
-    assert engine.look().told == known(1, 600_000)
+    assert engine.look().reported == known(1, 600_000)
 
 
 def test_two_gpus_are_one_engine(make, machine):
@@ -150,7 +147,7 @@ def test_two_gpus_are_one_engine(make, machine):
     engine.end("a")
     machine.use(600_000, 70_001)
     energy = engine.look()
-    assert energy.told == known(1, 670_001)
+    assert energy.reported == known(1, 670_001)
     assert energy.devices == (("NVIDIA H100 80GB HBM3", A), ("NVIDIA L4", B))
 
 
@@ -161,7 +158,7 @@ def test_a_counter_that_wraps_is_not_noticed(make, machine):
     engine.end("a")
     machine.cards[0].energy_mj = 500_000
     machine.tell()
-    assert engine.look().told == known(1, 600_000)
+    assert engine.look().reported == known(1, 600_000)
 
 
 def run_windows(engine: Engine, machine: Machine, *names: str) -> list[RunEnergy]:
@@ -185,11 +182,11 @@ def test_an_error_of_the_driver_makes_two_windows_unknown_and_no_more(make, mach
     (during,) = run_windows(engine, machine, "b")
     machine.cards[0].energy_result = 0
     after, later = run_windows(engine, machine, "c", "d")
-    assert before.told == known(1, 600_000)
-    assert during.told == unknown(2, "error")
+    assert before.reported == known(1, 600_000)
+    assert during.reported == unknown(2, "error")
     assert during.reason.startswith("error: NVML says")
-    assert after.told == unknown(3, "first")
-    assert later.told == known(4, 600_000)
+    assert after.reported == unknown(3, "first")
+    assert later.reported == known(4, 600_000)
     assert (later.energy_mj, later.unknown_ns) == (1_200_000, 2 * S)
 
 
@@ -201,11 +198,11 @@ def test_a_card_that_is_lost_and_found_costs_the_windows_without_it(make, machin
     run_windows(engine, machine, "b")
     machine.cards[0].energy_result = 0
     (lost,) = run_windows(engine, machine, "c")
-    assert lost.told == unknown(3, "error"), "its handle stays dead"
+    assert lost.reported == unknown(3, "error"), "its handle stays dead"
     engine.idle(RETRY_NS // MS)
     found, later = run_windows(engine, machine, "d", "e")
-    assert found.told == unknown(4, "first")
-    assert later.told == known(5, 600_000)
+    assert found.reported == unknown(4, "first")
+    assert later.reported == known(5, 600_000)
     assert later.energy_mj == 1_200_000
 
 
@@ -221,7 +218,7 @@ def test_a_request_that_outlives_a_lost_card_has_no_energy_and_others_do(make, m
     run_windows(engine, machine, "c", "d")
     engine.end("long")
     (energy,) = run_windows(engine, machine, "e")
-    assert energy.told == unknown(5, "error") + known(6, 600_000)
+    assert energy.reported == unknown(5, "error") + known(6, 600_000)
     assert energy.classes["unattributed"] == 300_000
 
 
@@ -231,7 +228,7 @@ def test_gpus_that_cannot_count_make_no_rows_and_no_work(make, machine, card):
         machine.add(card)
     engine = make(*([0] if card else []))
     (energy,) = run_windows(engine, machine, "a")
-    assert (energy.energy_mj, energy.classes, energy.told) == (None, {}, ())
+    assert (energy.energy_mj, energy.classes, energy.reported) == (None, {}, ())
     assert energy.reason.partition(":")[0] in ("mig", "no_counter", "no_device")
     assert energy.unknown_ns == S * engine.meter.books.gpus
     assert not engine.meter.energy._books._billed

@@ -342,6 +342,20 @@ def test_days_that_lose_half_a_nano_usd_each_add_up_to_their_total(ledger):
     ]
 
 
+def test_on_a_day_that_bills_cover_whole_both_metered_amounts_are_the_same(ledger):
+    """Half a nano-USD on a billed day and 1.5 in all: rounded apart they would be 0 and 1."""
+    ran = {HOUR: ClassTotals(idle=50), HOUR + 24: ClassTotals(idle=100)}
+    ledger.write(snapshot([], totals=ClassTotals(idle=150), hours=ran), usd="36")
+    bring(ledger, charged(0, 1, 3e-9))
+    answer = ledger.reader.invoice_days(as_of=AsOf(settle_s=0))
+    money = ("metered_usd", "metered_while_billed_usd", "difference_usd")
+    assert [[row[name] for name in money] for row in (*answer["days"], answer["total"])] == [
+        ["0.000000001", "0.000000001", "0.000000002"],
+        ["0.000000001", None, None],
+        ["0.000000002", "0.000000001", "0.000000002"],
+    ]
+
+
 def test_the_exact_amounts_of_a_summary_are_those_of_the_figures(ledger):
     bills(ledger)
     for hours in ((), (HOUR, HOUR + 1), (HOUR + 1, HOUR + 2)):

@@ -5,36 +5,41 @@ import sqlite3
 import threading
 
 import pytest
+import sqlalchemy
 
 from tests.component.ledger.test_billing import USD, bring, charged, everything, ledger, read, rows
 from tests.component.ledger.test_reader import HOUR, part
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.billing import hours as invoice_hours
-from vllm_cost_meter.ledger.billing import importing as invoices
+from vllm_cost_meter.ledger.billing.hours import ImportLimits
 from vllm_cost_meter.ledger.database import BUSY_TIMEOUT_S
 from vllm_cost_meter.ledger.writer import LedgerWriter
 
 __all__ = ["ledger"]
 
 
-def before_writing(monkeypatch, *steps):
-    """Do these steps, one for each attempt, between what an import computes and what it writes."""
-    rest, write = list(steps), invoices._write
+@contextlib.contextmanager
+def before_writing(step):
+    """Do this step once, as the next transaction ends: that in which an import computes."""
+    rest = [step]
 
-    def delayed(*told):
+    def ends(_connection) -> None:
         if rest:
-            rest.pop(0)()
-        return write(*told)
+            rest.pop()()
 
-    monkeypatch.setattr(invoices, "_write", delayed)
+    sqlalchemy.event.listen(sqlalchemy.Engine, "commit", ends)
+    try:
+        yield
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "commit", ends)
+    assert not rest
 
 
-def test_a_server_commits_bills_while_an_import_computes(ledger, monkeypatch):
+def test_a_server_commits_bills_while_an_import_computes(ledger):
     writer = LedgerWriter(ledger.url)
     writer.start()
     bill = part(1)
-    before_writing(monkeypatch, lambda: writer.commit(bill).result(BUSY_TIMEOUT_S))
-    bring(ledger, charged(0, 1, 5))
+    with before_writing(lambda: writer.commit(bill).result(BUSY_TIMEOUT_S)):
+        bring(ledger, charged(0, 1, 5))
     writer.close()
     assert rows(ledger, "SELECT seq FROM requests") == [(1,)]
     assert rows(ledger, "SELECT nanousd FROM billed_hours") == [(5 * USD,)]
@@ -59,10 +64,10 @@ def test_no_bill_is_lost_or_late_beside_a_large_import(ledger):
     assert rows(ledger, "SELECT count(*), sum(nanousd) FROM billed_hours") == [(6000, 6000 * USD)]
 
 
-def test_an_import_that_another_one_overtook_is_computed_anew(ledger, monkeypatch):
+def test_an_import_that_another_one_overtook_is_computed_anew(ledger):
     bring(ledger, read(0, 0), read(4, 4))
-    before_writing(monkeypatch, lambda: bring(ledger, charged(1, 1, 7)))
-    answer = bring(ledger, read(2, 3))
+    with before_writing(lambda: bring(ledger, charged(1, 1, 7))):
+        answer = bring(ledger, read(2, 3))
     assert rows(ledger, "SELECT hour, nanousd, basis FROM billed_hours ORDER BY hour") == [
         (HOUR, 1_500_000_000, "counter"), (HOUR + 1, 7 * USD, "invoice"),
         (HOUR + 2, 500_000_000, "counter"), (HOUR + 3, 500_000_000, "counter"),
@@ -70,25 +75,25 @@ def test_an_import_that_another_one_overtook_is_computed_anew(ledger, monkeypatc
     assert (answer["snapshots"], answer["resources"][0]["lines"]) == (1, 1)
 
 
-def test_an_import_that_is_overtaken_again_and_again_gives_up_with_one_line(ledger, monkeypatch):
-    monkeypatch.setattr(invoices, "ATTEMPTS", 1)
-    before_writing(monkeypatch, lambda: bring(ledger, charged(1, 1, 7)))
-    with pytest.raises(LedgerError, match="other imports came between; nothing written, try again"):
-        bring(ledger, read(2, 3))
+def test_an_import_that_is_overtaken_again_and_again_gives_up_with_one_line(ledger):
+    said = "other imports came between; nothing written, try again"
+    overtaken = before_writing(lambda: bring(ledger, charged(1, 1, 7)))
+    with overtaken, pytest.raises(LedgerError, match=said):
+        bring(ledger, read(2, 3), limits=ImportLimits(attempts=1))
     assert rows(ledger, "SELECT count(*) FROM billing_snapshots") == [(0,)]
 
 
-def test_a_contradiction_that_came_between_refuses_the_file(ledger, monkeypatch):
-    before_writing(monkeypatch, lambda: bring(ledger, charged(0, 1, 7)))
-    with pytest.raises(ValueError, match="expected 7.000000000 USD of gpu, as the ledger has it"):
+def test_a_contradiction_that_came_between_refuses_the_file(ledger):
+    said = "expected 7.000000000 USD of gpu, as the ledger has it"
+    overtaken = before_writing(lambda: bring(ledger, charged(0, 1, 7)))
+    with overtaken, pytest.raises(ValueError, match=said):
         bring(ledger, charged(0, 1, 5))
     assert rows(ledger, "SELECT nanousd FROM billed_hours") == [(7 * USD,)]
 
 
-def test_years_of_earlier_imports_do_not_count_against_the_bound(ledger, monkeypatch):
-    monkeypatch.setattr(invoice_hours, "HOURS_MAX", 48)
+def test_years_of_earlier_imports_do_not_count_against_the_bound(ledger):
     for day in range(5):
-        bring(ledger, charged(24 * day, 24, 24))
+        bring(ledger, charged(24 * day, 24, 24), limits=ImportLimits(hours=48))
     assert rows(ledger, "SELECT count(*), sum(nanousd) FROM billed_hours") == [(120, 120 * USD)]
 
 
@@ -103,11 +108,10 @@ def test_of_a_long_line_only_the_hours_that_can_change_are_written_anew(ledger):
     assert rows(ledger, "SELECT sum(nanousd) FROM billed_hours") == [(1014 * USD,)]
 
 
-def test_more_rows_than_a_server_should_wait_for_are_refused_with_one_line(ledger, monkeypatch):
-    monkeypatch.setattr(invoice_hours, "ROWS_MAX", 5)
+def test_more_rows_than_a_server_should_wait_for_are_refused_with_one_line(ledger):
     message = r"bill\.csv: expected at most 5 rows .* import the file in parts"
     with pytest.raises(ValueError, match=message):
-        bring(ledger, *(charged(hour, 1, 1) for hour in range(3)))
+        bring(ledger, *(charged(hour, 1, 1) for hour in range(3)), limits=ImportLimits(rows=5))
     assert everything(ledger) == [[], [], []]
 
 

@@ -13,7 +13,7 @@ from tests.component.ledger.test_energy import energy, told
 from tests.component.ledger.test_reader import HOUR, NOW, T0, Ledger, http, part, snapshot
 from tests.support.builders import make_open
 from vllm_cost_meter.ledger.queries.cut import AsOf
-from vllm_cost_meter.prices.book import EnergyPrice, Matches, PriceEntry
+from vllm_cost_meter.prices.book import EnergyPrice, PriceEntry, RunMatch
 from vllm_cost_meter.prices.overheads import Overhead
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import UsagePiece
@@ -31,7 +31,7 @@ TOTALS = HOURS[HOUR].plus(HOURS[HOUR + 1]).plus(HOURS[HOUR + 2])
 
 
 def price(amount: str, since: int | None = HOUR, **more) -> PriceEntry:
-    matches = Matches(**{n: more.pop(n) for n in ("model", "gpu_name", "host") if n in more})
+    matches = RunMatch(**{n: more.pop(n) for n in ("model", "gpu_name", "host") if n in more})
     key = more.pop("key", f"at {amount}")
     return PriceEntry(key, Decimal(amount), "the invoice", since, matches=matches, **more)
 
@@ -296,7 +296,7 @@ def test_the_reason_is_told_for_requests_that_no_engine_worked_on(ledger):
 
 
 def energy_price(usd: str, since: int = HOUR, **matches) -> EnergyPrice:
-    return EnergyPrice(f"at {usd}", Decimal(usd), "the utility", since, Matches(**matches))
+    return EnergyPrice(f"at {usd}", Decimal(usd), "the utility", since, RunMatch(**matches))
 
 
 def write_energy(ledger: Ledger) -> None:

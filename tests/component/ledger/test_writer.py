@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from tests.support.builders import HOUR, T0, make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
@@ -154,6 +155,41 @@ def test_a_bad_record_is_dropped_alone_and_counted(writer, path, bad):
     assert (writer.committed, writer.dropped, writer.failures) == (2, 1, 0)
 
 
+def test_a_record_that_fails_by_an_unknown_error_is_named_and_the_others_are_written(
+    writer, path, caplog
+):
+    writer.commit(http("h0")).result(5)
+    _let_fail(path, "bad")
+    # The bad one alone may be the fault of the database: nothing is given up.
+    refused = writer.commit(http("bad"))
+    with pytest.raises(TimeoutError):
+        refused.result(0.3)
+    assert writer.dropped == 0
+    writer.put(*[http(f"h{number}") for number in range(1, 9)])
+    with pytest.raises(OperationalError, match="malformed JSON"):
+        refused.result(5)
+    assert len(rows(path, "SELECT 1 FROM http_requests")) == 9
+    assert (writer.committed, writer.dropped) == (9, 1)
+    assert "cannot take the HttpRequest bad, dropped: OperationalError: malformed" in caplog.text
+
+
+def _let_fail(path: Path, http_request_id: str) -> None:
+    """Have the ledger refuse a record by an error that says nothing of whose fault it is."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON http_requests"
+            f" WHEN new.http_request_id = '{http_request_id}'"
+            " BEGIN SELECT json('{'); END"
+        )
+
+
+def test_bad_records_of_one_kind_do_not_use_up_the_log(writer, path, caplog):
+    writer.put(*[part(seq, ns=2**63) for seq in range(2, 60)])
+    writer.commit(part(1)).result(5)
+    assert writer.dropped == 58
+    assert caplog.text.count("cannot take") == 1
+
+
 def test_a_locked_ledger_delays_commits_and_loses_nothing(writer, path):
     writer.commit(part(1)).result(5)
     blocker = sqlite3.connect(path, isolation_level=None)
@@ -180,7 +216,7 @@ def test_a_locked_ledger_delays_commits_and_loses_nothing(writer, path):
     assert writer.last_error is None
 
 
-def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog, monkeypatch):
+def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog):
     """`max_page_count` makes SQLite say what a full disk makes it say."""
     full = [True]
 
@@ -196,8 +232,7 @@ def test_a_full_disk_delays_commits_and_loses_nothing(path, caplog, monkeypatch)
             engine.dispose()
         return engine
 
-    monkeypatch.setattr("vllm_cost_meter.ledger.writer.open_database", open_small)
-    writer = LedgerWriter(f"sqlite:///{path}")
+    writer = LedgerWriter(f"sqlite:///{path}", open_=open_small)
     writer.start()
     future = writer.commit(*(part(seq) for seq in range(1, 2001)))
     deadline = time.monotonic() + 10

@@ -6,7 +6,7 @@ from urllib.parse import unquote
 import pytest
 
 from vllm_cost_meter.api_server.reply_bytes import (
-    Cost,
+    ReplyCost,
     SseEvents,
     comment,
     final_usage,
@@ -20,7 +20,7 @@ from vllm_cost_meter.api_server.reply_bytes import (
 )
 from vllm_cost_meter.records.requests import Usage
 
-COST = Cost(
+COST = ReplyCost(
     gpu_time_ns=1_500_000_001,
     prefill_ns=1_000_000_000,
     decode_ns=500_000_001,
@@ -321,7 +321,7 @@ def test_inserting_twice_is_inserting_once():
 
 
 def test_without_a_price_cost_is_null_and_never_zero():
-    unpriced = Cost(1, 1, 0, None, 1, None, "r", "t", "tokens")
+    unpriced = ReplyCost(1, 1, 0, None, 1, None, "r", "t", "tokens")
     usage = json.loads(insert_usage(CHAT_USAGE, unpriced)[6:])["usage"]
     assert usage["cost"] is None
     assert usage["cost_details"]["gpu_seconds"] == 1e-9
@@ -330,7 +330,7 @@ def test_without_a_price_cost_is_null_and_never_zero():
 
 def test_a_tenants_name_cannot_break_out():
     evil = 'x"}}\n\ndata: [DONE]\n\né'
-    event = insert_usage(CHAT_USAGE, Cost(1, 1, 0, 1, 1, 1, "r", evil, "tokens"))
+    event = insert_usage(CHAT_USAGE, ReplyCost(1, 1, 0, 1, 1, 1, "r", evil, "tokens"))
     assert event.count(b"\n") == 2
     assert json.loads(event[6:])["usage"]["cost_details"]["tenant"] == evil
 
@@ -340,7 +340,7 @@ def test_the_comment_is_one_line():
         b": cost-meter cost_usd=0.000012345 gpu_seconds=1.500000001 "
         b"request_id=req-1 tenant=alice\n\n"
     )
-    evil = comment(Cost(1, 1, 0, None, 1, None, "r\r\n", "a b\n\ndata: x\x00é%", "tokens"))
+    evil = comment(ReplyCost(1, 1, 0, None, 1, None, "r\r\n", "a b\n\ndata: x\x00é%", "tokens"))
     assert evil.startswith(b": cost-meter gpu_seconds=0.000000001 request_id=r%0D%0A tenant=")
     assert evil.endswith(b"\n\n")
     assert evil[:-2].isascii()
@@ -363,7 +363,7 @@ def test_headers_of_a_priced_reply():
 
 
 def test_what_is_not_known_has_no_header():
-    names = [name for name, _ in headers(Cost(1, 1, 0, None, 1, None, "r", "t", "tokens"))]
+    names = [name for name, _ in headers(ReplyCost(1, 1, 0, None, 1, None, "r", "t", "tokens"))]
     assert names == [
         b"x-cost-meter-gpu-seconds",
         b"x-cost-meter-request-id",
@@ -373,7 +373,7 @@ def test_what_is_not_known_has_no_header():
 
 @pytest.mark.parametrize("tenant", ["münchen", "100%", "a b", "x\r\nset-cookie: 1", "日本"])
 def test_a_tenant_header_is_printable_ascii_and_decodes(tenant):
-    value = dict(headers(Cost(1, 1, 0, 1, 1, 1, "r", tenant, "tokens")))[
+    value = dict(headers(ReplyCost(1, 1, 0, 1, 1, 1, "r", tenant, "tokens")))[
         b"x-cost-meter-tenant"
     ].decode("ascii")
     assert value.isprintable()

@@ -16,7 +16,7 @@ from vllm_cost_meter.tenants.rules import (
     BodyClaims,
     ChildRule,
     ConstantRule,
-    Declared,
+    DeclaredTenant,
     HeaderRule,
 )
 
@@ -132,10 +132,10 @@ FAMILY = [
 
 def test_a_tenant_has_the_tags_of_its_parents_and_its_own_go_before():
     assert settings_of(tenants=FAMILY).resolver.declared == {
-        "corp": Declared(None, {"cost_centre": "ü-1", "kind": "cogs"}),
-        "sales": Declared("corp", {"cost_centre": "ü-1", "kind": "r-d"}),
-        "sales/web": Declared("sales", {"cost_centre": "ü-1", "kind": "r-d", "site": "shop"}),
-        "alone": Declared(None, {}),
+        "corp": DeclaredTenant(None, {"cost_centre": "ü-1", "kind": "cogs"}),
+        "sales": DeclaredTenant("corp", {"cost_centre": "ü-1", "kind": "r-d"}),
+        "sales/web": DeclaredTenant("sales", {"cost_centre": "ü-1", "kind": "r-d", "site": "shop"}),
+        "alone": DeclaredTenant(None, {}),
     }
 
 

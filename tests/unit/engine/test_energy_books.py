@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_cost_meter.engine.energy import books as energy_books
-from vllm_cost_meter.engine.energy.books import EnergyBooks, WindowEnd
+from vllm_cost_meter.engine.energy.books import UNREPORTED_MAX, EnergyBooks, WindowEnd
 from vllm_cost_meter.records.energy import RequestEnergy, RunEnergy
 from vllm_cost_meter.records.snapshot import ClassTotals
 
@@ -21,8 +20,8 @@ STARTUP_NS = 20 * S
 class Engine:
     """Tells the energy books what an engine would: time by class and request, readings, bills."""
 
-    def __init__(self) -> None:
-        self.books = EnergyBooks(gpus=1)
+    def __init__(self, unreported_max: int = UNREPORTED_MAX) -> None:
+        self.books = EnergyBooks(gpus=1, unreported_max=unreported_max)
         self.totals = ClassTotals(startup=STARTUP_NS)
         self.open: dict[str, int] = {}
         self.running: dict[str, int] = {}
@@ -97,7 +96,7 @@ def test_a_window_is_divided_over_requests_and_classes(engine):
     a, b = engine.bill("a"), engine.bill("b")
     energy = engine.read(100_000)
     assert used(energy) == {"requests": 80_000, "tail": 15_000, "idle": 5_000}
-    assert energy.told == (
+    assert energy.reported == (
         RequestEnergy(a, HOUR, 60_000, None),
         RequestEnergy(b, HOUR, 20_000, None),
     )
@@ -118,12 +117,12 @@ def test_a_request_that_lives_for_many_windows_is_told_once_with_all_of_them(eng
         engine.work(a=500)
         engine.spend(500, "tail")
         energy = engine.read(1_000)
-        assert energy.told == ()
+        assert energy.reported == ()
     assert used(energy) == {"in_flight": 1_500, "tail": 1_500}
     engine.work(a=1_000)
     seq = engine.bill("a")
     energy = engine.read(2_000)
-    assert energy.told == (RequestEnergy(seq, HOUR, 3_500, None),)
+    assert energy.reported == (RequestEnergy(seq, HOUR, 3_500, None),)
     assert used(energy) == {"requests": 3_500, "tail": 1_500}
 
 
@@ -131,7 +130,7 @@ def test_a_request_that_never_ran_used_no_energy(engine):
     engine.open["a"] = 0
     seq = engine.bill("a")
     engine.spend(1_000, "idle")
-    assert engine.read(70_000).told == (RequestEnergy(seq, HOUR, 0, None),)
+    assert engine.read(70_000).reported == (RequestEnergy(seq, HOUR, 0, None),)
 
 
 def test_a_long_step_is_not_charged_to_the_idle_moment_before_it(engine):
@@ -145,7 +144,7 @@ def test_a_long_step_is_not_charged_to_the_idle_moment_before_it(engine):
     seq = engine.bill("a")
     energy = engine.read(1_000)
     assert used(energy) == {"idle": 600, "requests": 2_400}
-    assert energy.told == (RequestEnergy(seq, HOUR, 2_400, None),)
+    assert energy.reported == (RequestEnergy(seq, HOUR, 2_400, None),)
 
 
 def test_a_window_of_no_time_is_read_together_with_the_next(engine):
@@ -174,7 +173,7 @@ def test_an_id_that_is_used_again_is_another_request(engine):
     second = engine.bill("a")
     engine.work(a=50)
     energy = engine.read(350)
-    assert energy.told == (
+    assert energy.reported == (
         RequestEnergy(first, HOUR, 800, None),
         RequestEnergy(second, HOUR, 100, None),
     )
@@ -194,7 +193,7 @@ def test_energy_belongs_to_the_hour_in_which_its_window_ends(engine):
     engine.spend(500, "idle")
     seq = engine.bill("a")
     energy = engine.read(1_000)
-    assert energy.told == (
+    assert energy.reported == (
         RequestEnergy(seq, HOUR, 1_000, None),
         RequestEnergy(seq, HOUR + 1, 500, None),
     )
@@ -241,7 +240,7 @@ def test_who_ran_while_the_energy_was_unknown_has_none_that_is_known(engine):
     engine.work(a=500, b=300, c=200)
     a, b, c = (engine.bill(name) for name in "abc")
     energy = engine.read(1_000)
-    assert energy.told == (
+    assert energy.reported == (
         RequestEnergy(a, HOUR, None, "error"),
         RequestEnergy(b, HOUR, 800, None),
         RequestEnergy(c, HOUR, 200, None),
@@ -258,7 +257,10 @@ def test_a_step_that_ran_while_the_energy_was_unknown_makes_that_of_its_requests
     engine.work(b=1_000)
     a, b = engine.bill("a"), engine.bill("b")
     energy = engine.read(1_000)
-    assert [(each.seq, each.energy_mj is None) for each in energy.told] == [(a, True), (b, False)]
+    assert [(each.seq, each.energy_mj is None) for each in energy.reported] == [
+        (a, True),
+        (b, False),
+    ]
     assert used(energy) == {"unattributed": 500, "requests": 500}
 
 
@@ -271,7 +273,7 @@ def test_an_hour_is_unknown_and_another_of_the_same_request_is_not(engine):
     seq = engine.bill("a")
     engine.spend(1_000, "idle")
     energy = engine.read(1_000)
-    assert energy.told == (
+    assert energy.reported == (
         RequestEnergy(seq, HOUR, 1_000, None),
         RequestEnergy(seq, HOUR + 1, None, "error"),
     )
@@ -283,7 +285,7 @@ def test_before_anything_was_read_the_energy_is_unknown_and_not_0(engine):
     seq = engine.bill("a")
     energy = engine.read(None)
     assert (energy.energy_mj, energy.classes, energy.hours) == (None, {}, {})
-    assert energy.told == (RequestEnergy(seq, HOUR, None, "error"),)
+    assert energy.reported == (RequestEnergy(seq, HOUR, None, "error"),)
     engine.spend(1_000, "idle")
     assert engine.read(70_000).energy_mj == 70_000
 
@@ -313,7 +315,7 @@ def test_what_was_read_before_giving_up_still_adds_up(engine):
 def test_a_request_is_told_until_a_snapshot_that_told_it_is_acknowledged(engine):
     def told() -> list[int]:
         engine.spend(1_000, "idle")
-        return [each.seq for each in engine.read(1_000).told]
+        return [each.seq for each in engine.read(1_000).reported]
 
     engine.work(a=1, b=1)
     engine.bill("a")
@@ -326,8 +328,8 @@ def test_a_request_is_told_until_a_snapshot_that_told_it_is_acknowledged(engine)
     assert told() == []
 
 
-def test_an_api_side_that_never_takes_them_does_not_make_the_engine_grow(engine, monkeypatch):
-    monkeypatch.setattr(energy_books, "UNTOLD_MAX", 3)
+def test_an_api_side_that_never_takes_them_does_not_make_the_engine_grow():
+    engine = Engine(unreported_max=3)
 
     def bill(*names: str) -> None:
         for name in names:
@@ -336,18 +338,18 @@ def test_an_api_side_that_never_takes_them_does_not_make_the_engine_grow(engine,
 
     bill("a", "b", "c", "d", "e")
     energy = engine.read(500)
-    assert [each.seq for each in energy.told] == [3, 4, 5]
+    assert [each.seq for each in energy.reported] == [3, 4, 5]
     assert used(energy) == {"requests": 300, "unattributed": 200}
     bill("f")
     energy = engine.read(100)
-    assert [each.seq for each in energy.told] == [4, 5, 6]
+    assert [each.seq for each in energy.reported] == [4, 5, 6]
     assert used(energy) == {"requests": 300, "unattributed": 300}
     assert energy.hours[HOUR]["unattributed"] == 300
     assert engine.books.dropped == 3
 
 
-def test_what_was_dropped_between_two_snapshots_changes_the_hour_it_was_in(engine, monkeypatch):
-    monkeypatch.setattr(energy_books, "UNTOLD_MAX", 1)
+def test_what_was_dropped_between_two_snapshots_changes_the_hour_it_was_in():
+    engine = Engine(unreported_max=1)
     engine.work(a=1_000)
     engine.bill("a")
     engine.read(1_000)
@@ -367,7 +369,7 @@ def test_the_wire_brings_everything_over(engine):
     energy = engine.read(1_000)
     wire: dict[str, Any] = energy.to_wire()
     assert RunEnergy.from_wire(wire) == energy
-    assert wire["told"] == [1, HOUR, 600, None]
+    assert wire["reported"] == [1, HOUR, 600, None]
 
 
 def test_an_energy_is_known_or_has_a_reason():
@@ -377,7 +379,7 @@ def test_an_energy_is_known_or_has_a_reason():
 
 def test_of_two_snapshots_the_newer_stands_and_nothing_that_was_told_is_forgotten():
     one, two = RequestEnergy(1, HOUR, 5, None), RequestEnergy(2, HOUR, 6, None)
-    older = RunEnergy(5, None, hours={1: {"idle": 1}, 2: {"idle": 2}}, told=(one,))
+    older = RunEnergy(5, None, hours={1: {"idle": 1}, 2: {"idle": 2}}, reported=(one,))
     newer = RunEnergy(11, "x: y", 3, {"idle": 9}, (), {2: {"idle": 8}}, (one, two))
     merged = newer.merged_over(older)
     assert merged == RunEnergy(

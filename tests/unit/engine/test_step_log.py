@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter.engine import step_log
 from vllm_cost_meter.engine.step_log import (
     MAX_BYTES_LEAST,
+    LoggedPart,
     LoggedStep,
-    Part,
     StepLogWriter,
     files_of,
     read_header,
@@ -40,7 +39,7 @@ def written(path: Path, steps: list[LoggedStep], **options: int) -> StepLogWrite
 
 
 def step(number: int, requests: int = 2) -> LoggedStep:
-    parts = [Part(f"request-{i}", 1 + i, 10 * number, 5) for i in range(requests)]
+    parts = [LoggedPart(f"request-{i}", 1 + i, 10 * number, 5) for i in range(requests)]
     return LoggedStep(1_000 + number, 2_000 + number, parts)
 
 
@@ -63,7 +62,7 @@ def test_an_id_is_written_once_in_a_file(path):
 
 
 def test_an_id_with_another_prompt_is_another_request(path):
-    steps = [LoggedStep(1, 1, [Part("a", 1, 0, prompt)]) for prompt in (3, 4)]
+    steps = [LoggedStep(1, 1, [LoggedPart("a", 1, 0, prompt)]) for prompt in (3, 4)]
     written(path, steps)
     assert list(read_steps(path)) == steps
 
@@ -86,17 +85,16 @@ def test_a_log_never_takes_more_than_its_maximum_and_keeps_the_latest_half(path)
 
 
 def test_a_step_too_large_for_a_file_is_dropped_and_counted(path):
-    huge = LoggedStep(1, 1, [Part("x" * 500 + str(i), 1, 0, 0) for i in range(500)])
+    huge = LoggedStep(1, 1, [LoggedPart("x" * 500 + str(i), 1, 0, 0) for i in range(500)])
     writer = written(path, [step(0), huge, step(1)], max_bytes=MAX_BYTES_LEAST)
     assert (writer.steps, writer.dropped) == (2, 1)
     assert list(read_steps(path)) == [step(1)]
     assert list(read_steps(rotated(path))) == [step(0)]
 
 
-def test_names_are_forgotten_and_told_anew_when_there_are_too_many(path, monkeypatch):
-    monkeypatch.setattr(step_log, "NAMES_MAX", 3)
-    steps = [LoggedStep(1, 1, [Part(f"r{i % 4}", 1, 0, 0)]) for i in range(40)]
-    written(path, steps)
+def test_names_are_forgotten_and_told_anew_when_there_are_too_many(path):
+    steps = [LoggedStep(1, 1, [LoggedPart(f"r{i % 4}", 1, 0, 0)]) for i in range(40)]
+    written(path, steps, names_max=3)
     assert list(read_steps(path)) == steps
 
 
@@ -196,14 +194,15 @@ def test_a_flush_that_fails_ends_the_log_too(path, caplog):
     assert writer.dropped == 1
 
 
-def test_steps_reach_the_disk_within_a_second(path, monkeypatch):
-    writer = writer_of(path)
-    writer.write(step(0).parts, *step(0)[1::-1])
+def test_steps_reach_the_disk_within_a_second(path):
+    late, due = writer_of(path), writer_of(path.with_name("due"), flush_after_ns=0)
+    for writer in (late, due):
+        writer.write(step(0).parts, *step(0)[1::-1])
+        writer.write(step(1).parts, *step(1)[1::-1])
     assert list(read_steps(path)) == []
-    monkeypatch.setattr(step_log, "FLUSH_AFTER_NS", 0)
-    writer.write(step(1).parts, *step(1)[1::-1])
-    assert list(read_steps(path)) == [step(0), step(1)]
-    writer.close()
+    assert list(read_steps(path.with_name("due"))) == [step(0), step(1)]
+    late.close()
+    due.close()
 
 
 def test_a_fifo_is_refused_and_holds_up_nobody(path):

@@ -9,10 +9,10 @@ import pytest
 from tests.unit.lab.test_truth import machine_of
 from vllm_cost_meter.attribution import METHODS
 from vllm_cost_meter.lab.validation.compare import (
-    Comparison,
     LeaveOneOut,
     MeterSplitter,
     Splitter,
+    TraceResult,
     compare,
 )
 from vllm_cost_meter.lab.validation.percentiles import Percentiles
@@ -50,7 +50,7 @@ def small_trace() -> Trace:
     return trace
 
 
-def compared(every: int = 3, **splitters: Splitter) -> Comparison:
+def compared(every: int = 3, **splitters: Splitter) -> TraceResult:
     return compare(small_trace(), MACHINE, splitters, every=every, permutations=10, seed=1)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.lab.test_compare import MACHINE, small_trace
 from vllm_cost_meter.attribution import METHODS
-from vllm_cost_meter.engine.step_log import MAX_BYTES_LEAST, LoggedStep, Part, StepLogWriter
+from vllm_cost_meter.engine.step_log import MAX_BYTES_LEAST, LoggedPart, LoggedStep, StepLogWriter
 from vllm_cost_meter.errors import StepLogError
 from vllm_cost_meter.lab.validation.compare import MeterSplitter
 from vllm_cost_meter.lab.validation.replay import LISTED_MAX, _Driver, replay
@@ -17,7 +17,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "steps"
 
 
-def recorded(path: Path, *steps: tuple[int, list[Part]], max_bytes: int = MAX_BYTES_LEAST) -> Path:
+def recorded(
+    path: Path, *steps: tuple[int, list[LoggedPart]], max_bytes: int = MAX_BYTES_LEAST
+) -> Path:
     writer = StepLogWriter(
         path, model="tiny", vllm_version="0.32.0", run_id="run", gpus=1, max_bytes=max_bytes
     )
@@ -33,7 +35,7 @@ def simulated(path: Path) -> Path:
         (
             step.gpu_time_ns,
             [
-                Part(f"request-{number}", tokens, position, trace.prompt_tokens[number])
+                LoggedPart(f"request-{number}", tokens, position, trace.prompt_tokens[number])
                 for number, tokens, position in zip(
                     step.requests, step.tokens.tolist(), step.positions.tolist(), strict=True
                 )
@@ -66,7 +68,7 @@ def test_a_replay_charges_what_the_meter_charged(path, method):
 
 
 def test_methods_are_compared_with_each_other(path):
-    parts = [Part("a", 30, 0, 30), Part("b", 10, 0, 10)]
+    parts = [LoggedPart("a", 30, 0, 30), LoggedPart("b", 10, 0, 10)]
     found = replay(recorded(path, (4_000, parts)))
     assert found.requests["a"]["tokens"] == 3_000
     assert found.requests["a"]["equal"] == 2_000
@@ -77,7 +79,7 @@ def test_methods_are_compared_with_each_other(path):
 
 
 def test_those_listed_are_the_ones_the_methods_differ_most_about(path):
-    parts = [Part(f"r{tokens}", tokens, 0, tokens) for tokens in (*range(1, 40), 100)]
+    parts = [LoggedPart(f"r{tokens}", tokens, 0, tokens) for tokens in (*range(1, 40), 100)]
     found = replay(recorded(path, (40_000, parts))).requests
     assert len(found) == LISTED_MAX
     ranges = [max(by_method.values()) - min(by_method.values()) for by_method in found.values()]
@@ -89,7 +91,7 @@ def driven(*steps: tuple[int, int, int]) -> tuple[int, int]:
     """Return a request's prefill and decode ns; steps of 100 ns: tokens, position, prompt."""
     driver = _Driver("tokens")
     for tokens, position, prompt in steps:
-        driver.settle(LoggedStep(0, 100, [Part("a", tokens, position, prompt)]))
+        driver.settle(LoggedStep(0, 100, [LoggedPart("a", tokens, position, prompt)]))
     return driver._meter.accrued("a", 0)[:2]
 
 
@@ -102,12 +104,14 @@ def test_rejected_drafts_are_no_preemption():
 
 
 def test_an_id_that_comes_again_with_another_prompt_is_added_up(path):
-    found = replay(recorded(path, (100, [Part("a", 8, 0, 8)]), (50, [Part("a", 4, 0, 4)])))
+    found = replay(
+        recorded(path, (100, [LoggedPart("a", 8, 0, 8)]), (50, [LoggedPart("a", 4, 0, 4)]))
+    )
     assert found.requests["a"] == dict.fromkeys(METHODS, 150)
 
 
 def test_both_files_of_a_log_are_read(path):
-    parts = [Part(f"request-{number}", 1, 5, 5) for number in range(200)]
+    parts = [LoggedPart(f"request-{number}", 1, 5, 5) for number in range(200)]
     recorded(path, *[(1_000, parts)] * 150, max_bytes=MAX_BYTES_LEAST)
     one_file = replay(path).steps
     assert path.with_name("steps.1").exists()
@@ -121,6 +125,6 @@ def test_a_log_without_steps_is_one_line(path):
 
 
 def test_a_step_of_nobody_is_charged_to_nobody(path):
-    found = replay(recorded(path, (100, []), (50, [Part("a", 1, 0, 1)])))
+    found = replay(recorded(path, (100, []), (50, [LoggedPart("a", 1, 0, 1)])))
     assert found.gpu_time_ns == 150
     assert found.charged_ns == dict.fromkeys(METHODS, 50)

@@ -56,13 +56,14 @@ def test_a_decode_is_bound_by_memory_and_a_long_chunk_by_arithmetic():
     assert chunk.total_s == pytest.approx(LAUNCH_S + arithmetic_s, rel=0.001)
 
 
-def test_a_vllm_that_counts_otherwise_is_refused(monkeypatch):
-    totals = vllm_work.VllmCounts.totals
+class Bent(vllm_work.VllmCounts):
+    """Counts of a vLLM whose attention costs the square of the tokens."""
 
-    def bent(self, batch):
-        flops, moved = totals(self, batch)
+    def totals(self, batch):
+        flops, moved = super().totals(batch)
         return flops + sum(tokens**2 for tokens, _ in batch), moved
 
-    monkeypatch.setattr(vllm_work.VllmCounts, "totals", bent)
+
+def test_a_vllm_that_counts_otherwise_is_refused():
     with pytest.raises(VllmMismatchError, match=r"FLOPs and bytes of llama-3.1-8b to be linear"):
-        vllm_work.step_work(MODELS["llama-3.1-8b"])
+        vllm_work.step_work(MODELS["llama-3.1-8b"], Bent)

@@ -16,9 +16,9 @@ from vllm_cost_meter.economics import Declared, curve_of, saturation_of
 from vllm_cost_meter.errors import LedgerError, ServerError
 from vllm_cost_meter.lab.sweep.bench import Shape, Target, bench_command, replies_of
 from vllm_cost_meter.lab.sweep.curve import Context, curve_file
-from vllm_cost_meter.lab.sweep.meter import Deployment, Sample, busy_share, deployment_of
 from vllm_cost_meter.lab.sweep.plot import sweep_figure, title_of
 from vllm_cost_meter.lab.sweep.run import Measured, Plan, Sweep
+from vllm_cost_meter.lab.sweep.side_client import Deployment, Sample, busy_share, deployment_of
 from vllm_cost_meter.lab.sweep.steady import Reply, steady
 from vllm_cost_meter.ledger.economics import saturation
 from vllm_cost_meter.ledger.queries.cut import AsOf
@@ -367,7 +367,7 @@ def test_a_shape_that_is_none_is_refused(words):
     "arguments",
     [
         ["--rates", "1,zero"], ["--rates", "0"], ["--rates", "1,nan"], ["--rates", "1,1"],
-        ["--rates", "-3"], ["--window", "0"], ["--window", "nan"], ["--warmup", "-1"],
+        ["--rates", "-3"], ["--measure-s", "0"], ["--measure-s", "nan"], ["--warmup", "-1"],
         ["--shape", "1"], ["--burstiness", "0"], ["--parts", ""], ["--slo-ttft-ms", "-1"],
         ["--url", "http://127.0.0.1:9"], ["--url", "nonsense"],
     ],
@@ -375,7 +375,7 @@ def test_a_shape_that_is_none_is_refused(words):
 def test_wrong_words_are_one_line_and_status_2(arguments, tmp_path):
     folder = str(tmp_path / "out")
     result = runner.invoke(
-        app, ["sweep", "--side-url", "http://127.0.0.1:9", "-o", folder, *arguments]
+        app, ["sweep", "--side-url", "http://127.0.0.1:9", "--folder", folder, *arguments]
     )
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1, result.stderr

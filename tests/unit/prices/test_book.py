@@ -9,10 +9,10 @@ from vllm_cost_meter.prices.book import (
     NO_PRICES,
     EnergyPrice,
     GpuHourPrice,
-    Matches,
     PriceBook,
     PriceEntry,
     RunFacts,
+    RunMatch,
     by_price,
     described,
     total_nanousd,
@@ -23,7 +23,7 @@ RUN = RunFacts(gpus=8, model="Llama-8B", gpu_name="NVIDIA H100 80GB HBM3", host=
 
 
 def entry(key: str, amount: str = "2", since: int | None = HOUR, **more) -> PriceEntry:
-    matches = Matches(**{n: more.pop(n) for n in ("model", "gpu_name", "host") if n in more})
+    matches = RunMatch(**{n: more.pop(n) for n in ("model", "gpu_name", "host") if n in more})
     return PriceEntry(key, Decimal(amount), "the invoice", since, matches=matches, **more)
 
 
@@ -198,7 +198,7 @@ def test_energy_has_prices_of_its_own_by_host():
         energy_prices=[
             EnergyPrice("e0", Decimal("0.30"), "the bill", HOUR),
             EnergyPrice("e1", Decimal("0.25"), "the bill", HOUR + 2),
-            EnergyPrice("e2", Decimal("0.10"), "the dam", HOUR, Matches(host="node-*")),
+            EnergyPrice("e2", Decimal("0.10"), "the dam", HOUR, RunMatch(host="node-*")),
         ]
     )
     elsewhere = RunFacts(host="other")

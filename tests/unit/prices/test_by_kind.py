@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.prices.book import Matches, PriceBook, PriceEntry
+from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunMatch
 from vllm_cost_meter.prices.purchase_kinds import listed, prices_by_kind, usd_per_hour_of
 
 NOW = 500_000
@@ -16,7 +16,7 @@ def entry(key, amount, kind, since=NOW, **more):
 
 
 def host(pattern):
-    return {"matches": Matches(host=pattern)}
+    return {"matches": RunMatch(host=pattern)}
 
 
 def usd(found, gpus=4):
@@ -53,8 +53,8 @@ def test_only_what_is_in_force_counts():
 def test_two_of_a_kind_are_refused_unless_the_gpu_tells_them_apart():
     book = PriceBook(
         [
-            entry("h", "4", "on_demand", matches=Matches(gpu_name="*H100*")),
-            entry("l", "1", "on_demand", matches=Matches(gpu_name="*L4*")),
+            entry("h", "4", "on_demand", matches=RunMatch(gpu_name="*H100*")),
+            entry("l", "1", "on_demand", matches=RunMatch(gpu_name="*L4*")),
             entry("any", "9", "on_demand"),
         ]
     )

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import report
 from vllm_cost_meter.reports.facts import UNALLOCATED, Ended, Facts, Used
 from vllm_cost_meter.reports.grammar import question
@@ -18,13 +18,13 @@ DAY = HOUR + 24
 DIMENSIONS = ("tenant", "model")
 
 
-def facts(used=(), overhead=(), ended=(), wall_gpu_ns=None) -> Facts:
+def facts(used=(), other_time=(), ended=(), wall_gpu_ns=None) -> Facts:
     used = [Used(*each) for each in used]
-    overhead = [Used(run, hour, (name,), ns) for run, hour, name, ns in overhead]
+    other_time = [Used(run, hour, (name,), ns) for run, hour, name, ns in other_time]
     if wall_gpu_ns is None:
-        wall_gpu_ns = sum(each.gpu_time_ns for each in (*used, *overhead))
+        wall_gpu_ns = sum(each.gpu_time_ns for each in (*used, *other_time))
     wall = [Used("run", HOUR, (), wall_gpu_ns)]
-    return Facts(used, overhead, [Ended(*each) for each in ended], wall, wall_gpu_ns)
+    return Facts(used, other_time, [Ended(*each) for each in ended], wall, wall_gpu_ns)
 
 
 # Two days: alice used 300 and 100, bob 200; 240 and 60 idle, 6 startup, 10 in flight.
@@ -34,7 +34,7 @@ TWO_DAYS = facts(
         ("run", HOUR, ("bob", "m"), 200),
         ("run", DAY, ("alice", "n"), 100),
     ],
-    overhead=[
+    other_time=[
         ("run", HOUR, "startup", 6),
         ("run", HOUR, "idle", 240),
         ("run", DAY, "idle", 60),
@@ -86,7 +86,7 @@ def test_without_sharing_every_class_costs_its_own_time():
         ("alice", "n"): (100, 0, 100, 100),
         ("bob", "m"): (200, 0, 200, 200),
     }
-    assert [row["class"] for row in found[3:]] == list(OVERHEAD_ROWS)
+    assert [row["class"] for row in found[3:]] == list(OTHER_ROWS)
     assert of_class(found, "idle") == (300, 0, 300, 300)
     assert of_class(found, "dummy") == (0, 0, 0, 0)
 
@@ -161,7 +161,7 @@ def test_what_nobody_carries_stays_with_its_class():
 
 
 def test_idle_without_usage_stays_idle():
-    nobody = facts(overhead=[("run", HOUR, "idle", 240)])
+    nobody = facts(other_time=[("run", HOUR, "idle", 240)])
     for policy in ("proportional", "even"):
         found = rows(nobody, idle=policy)
         assert figures(found, "cost_nanousd") == {}
@@ -236,7 +236,7 @@ def test_accumulated_steps_are_one_piece_of_what_each_step_shared():
         ("alice", "m"): (148, 448, 1), ("alice", "n"): (60, 160, 2), ("bob", "m"): (98, 298, 0),
     }  # fmt: skip
     assert of_class(found, "idle") == (300, -300, 300, 0)
-    assert [row["class"] for row in found[3:]] == list(OVERHEAD_ROWS)
+    assert [row["class"] for row in found[3:]] == list(OTHER_ROWS)
 
 
 def test_accumulated_rows_are_rounded_once_and_add_up_to_the_same_total_as_the_steps():
@@ -277,7 +277,7 @@ def test_a_filter_by_what_is_not_shown_cuts_rows():
 def test_nothing_known_is_classes_of_nothing():
     for words in ({}, {"step": "1d"}, {"step": "1d", "accumulate": True}):
         found = rows(facts(), **words)
-        assert [row["class"] for row in found] == list(OVERHEAD_ROWS)
+        assert [row["class"] for row in found] == list(OTHER_ROWS)
         assert {row["cost_nanousd"] for row in found} == {None}
 
 
@@ -287,7 +287,7 @@ def test_nothing_known_is_classes_of_nothing():
 def test_each_run_and_hour_has_its_own_price():
     known = facts(
         used=[("run", HOUR, ("alice", "m"), 5), ("dear", HOUR, ("alice", "m"), 5)],
-        overhead=[("dear", HOUR, "idle", 3)],
+        other_time=[("dear", HOUR, "idle", 3)],
     )
     found = rows(known, idle="proportional")
     assert figures(found, "usage_cost_nanousd", "cost_nanousd") == {("alice", "m"): (15, 21)}
@@ -302,7 +302,7 @@ def test_each_run_and_hour_has_its_own_price():
 def test_a_price_that_misses_makes_costs_unknown_and_says_of_which_run():
     known = facts(
         used=[("run", HOUR, ("alice", "m"), 5), ("unpriced-run", HOUR, ("bob", "m"), 5)],
-        overhead=[("run", HOUR, "idle", 3)],
+        other_time=[("run", HOUR, "idle", 3)],
     )
     found = figures(rows(known), "gpu_time_ns", "cost_nanousd", "cost_reason")
     assert found["alice", "m"] == (5, 5, None)
@@ -313,7 +313,7 @@ def test_a_price_that_misses_makes_costs_unknown_and_says_of_which_run():
 def test_idle_without_a_price_makes_the_shared_cost_unknown_and_not_that_of_usage():
     known = facts(
         used=[("run", HOUR, ("alice", "m"), 5)],
-        overhead=[("free-1", HOUR, "idle", 3), ("free-2", HOUR, "idle", 3)],
+        other_time=[("free-1", HOUR, "idle", 3), ("free-2", HOUR, "idle", 3)],
     )
     names = ("usage_cost_nanousd", "cost_nanousd", "cost_reason")
     assert figures(rows(known, idle="even"), *names) == {

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.idle import EXPECTED, SHARED_CLASSES, IdlePolicy
 
 USED = {"alice": 300, "bob": 100, "carol": 0}
@@ -50,7 +50,7 @@ def test_an_owner_carries_all():
 
 
 def test_all_classes_are_shared_but_time_in_flight():
-    assert set(OVERHEAD_ROWS) - set(SHARED_CLASSES) == {"in_flight"}
+    assert set(OTHER_ROWS) - set(SHARED_CLASSES) == {"in_flight"}
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,12 @@ EVIL = "<script>alert('x')</script>"
 RENT = OverheadCost("rent", "lease 7", Fraction(10 * 10**9))
 
 
-def facts(used, overhead, ended=(), missing_ns: int = 0) -> Facts:
+def facts(used, other_time, ended=(), missing_ns: int = 0) -> Facts:
     used = [Used(*one) for one in used]
-    overhead = [Used("run", hour, (name,), ns) for hour, name, ns in overhead]
-    wall = [one._replace(key=()) for one in (*used, *overhead)]
+    other_time = [Used("run", hour, (name,), ns) for hour, name, ns in other_time]
+    wall = [one._replace(key=()) for one in (*used, *other_time)]
     total = sum(one.gpu_time_ns for one in wall) + missing_ns
-    return Facts(used, overhead, ended, wall, total)
+    return Facts(used, other_time, ended, wall, total)
 
 
 # A GPU-second costs a cent: alice 100.4 + 50.4, bob 30.4, idle 60, host 6.
@@ -45,7 +45,7 @@ MONTH = facts(
         ("run", DAY, ("alice", "m"), 50_400 * SECOND // 1000),
         ("run", DAY, ("bob", "n"), 30_400 * SECOND // 1000),
     ],
-    overhead=[(HOUR, "idle", 40 * SECOND), (DAY, "idle", 20 * SECOND), (DAY, "host", 6 * SECOND)],
+    other_time=[(HOUR, "idle", 40 * SECOND), (DAY, "idle", 20 * SECOND), (DAY, "host", 6 * SECOND)],
     ended=[Ended(HOUR, ("alice", "m"), (2, 30, 10, 7))],
 )
 
@@ -217,7 +217,7 @@ def test_one_run_without_a_price_leaves_the_tenants_of_others_known():
 
 def test_idle_without_a_price_leaves_usage_known():
     known = facts([("run", HOUR, ("alice", "m"), 5 * SECOND)], [(HOUR, "idle", SECOND)])
-    known = replace(known, overhead=[known.overhead[0]._replace(run_id="free")])
+    known = replace(known, other_time=[known.other_time[0]._replace(run_id="free")])
     line = make(known, idle="even", price_of=only_run)["lines"][0]
     assert (line["usage_usd"], line["idle_share_usd"], line["amount_usd"]) == ("0.05", None, None)
 
@@ -337,6 +337,18 @@ def test_the_page_has_the_lines_the_totals_and_the_notes():
     assert set(notes(answer)) <= set(page.texts)
     assert "total: 12.47 USD" in page.texts
     assert Page(statement_html(about(make(tenant="bob")))).rows[0][0] == "Day"
+
+
+def test_the_page_explains_a_cent_of_idle_time_that_is_only_rounding() -> None:
+    answer = about(make(tenant="bob"))
+    odd = {**answer["lines"][0], "idle_share_ns": 0, "idle_share_usd": "0.01"}
+    explained = (
+        "cents: Idle share is Amount less Usage, and both are rounded so that they add up; so it"
+        " may be 0.01 or -0.01 where no idle time is charged"
+    )
+    assert explained in Page(statement_html({**answer, "lines": [odd]})).texts
+    even = {**odd, "idle_share_usd": "0.00"}
+    assert explained not in Page(statement_html({**answer, "lines": [even]})).texts
 
 
 def test_the_page_loads_and_runs_nothing_and_prints_on_paper():

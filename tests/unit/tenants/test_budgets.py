@@ -6,7 +6,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing, decide
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, decide
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 S = NS_PER_SECOND
@@ -173,9 +173,9 @@ def test_what_ran_on_past_the_limit_is_told_apart():
 
 
 def test_figures_are_stale_without_an_engine_when_old_and_when_the_meter_is_off():
-    assert Figures().stale(NOW, 5 * S) == "no engine has been heard of yet"
-    fresh = Figures(as_of_ns=NOW - 5 * S)
+    assert BudgetFigures().stale(NOW, 5 * S) == "no engine has been heard of yet"
+    fresh = BudgetFigures(as_of_ns=NOW - 5 * S)
     assert fresh.stale(NOW, 5 * S) is None
     assert fresh.stale(NOW + S, 5 * S) == "the latest figures are 6 s old"
-    off = Figures(as_of_ns=NOW, broken="the meter of engine run r is off")
+    off = BudgetFigures(as_of_ns=NOW, broken="the meter of engine run r is off")
     assert off.stale(NOW, 5 * S) == "the meter of engine run r is off"

@@ -12,7 +12,7 @@ from vllm_cost_meter.tenants.rules import (
     BodyClaims,
     ChildRule,
     ConstantRule,
-    Declared,
+    DeclaredTenant,
     HeaderRule,
     Resolver,
     name_problem,
@@ -28,11 +28,11 @@ def digest(key: bytes) -> str:
 
 KEYS = {digest(ALICE_KEY): "alice", digest(ALICE_OTHER_KEY): "alice", digest(BOB_KEY): "bob"}
 DECLARED = {
-    "alice": Declared(tags={"kind": "cogs"}),
-    "bob": Declared(parent="corp"),
-    "corp": Declared(),
-    "corp/web": Declared(parent="corp", tags={"kind": "web"}),
-    "münchen": Declared(),
+    "alice": DeclaredTenant(tags={"kind": "cogs"}),
+    "bob": DeclaredTenant(parent="corp"),
+    "corp": DeclaredTenant(),
+    "corp/web": DeclaredTenant(parent="corp", tags={"kind": "web"}),
+    "münchen": DeclaredTenant(),
 }
 PATHS = frozenset({"corp/web"})
 TAKEN = frozenset(DECLARED)

@@ -1,11 +1,20 @@
 """Money as people read it."""
 
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.units.money import figure_text, format_amount, format_rate
-from vllm_cost_meter.units.text import significant
+from vllm_cost_meter.reports.statement import format_cents
+from vllm_cost_meter.units.money import (
+    decimal_text,
+    figure_text,
+    format_amount,
+    format_nano,
+    format_rate,
+    format_usd,
+)
+from vllm_cost_meter.units.text import rounded, significant, to_csv
 
 
 @pytest.mark.parametrize(
@@ -56,3 +65,40 @@ def test_any_other_figure_has_no_exponent_either():
     assert significant(1e-7) == "0.0000001"
     assert significant(1e20) == "1" + 20 * "0"
     assert significant(float("nan")) == "nan"
+
+
+# What one token costs on a small GPU, and what nobody will ever owe.
+EXTREMES = ["0.000000001", "0.00000123", "0.1", "1", "123456.789", "1000000000000"]
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+@pytest.mark.parametrize("text", EXTREMES)
+def test_no_format_writes_money_in_scientific_notation_or_loses_its_size(text, sign):
+    usd = Decimal(sign + text)
+    nano = int(usd.scaleb(9))
+    written = [
+        format_nano(nano),
+        format_usd(nano),
+        format_amount(usd),
+        format_amount(float(usd)),
+        format_rate(usd),
+        format_rate(float(usd)),
+        decimal_text(Fraction(usd)),
+        figure_text("cost_usd", float(usd)),
+        figure_text("usd_per_m_output_tokens", float(usd)),
+        rounded(float(usd)),
+    ]
+    for shown in written:
+        assert "e" not in shown.lower()
+        # A cent of 123456.79, or six digits of a rate.
+        assert abs(Decimal(shown) - usd) <= max(abs(usd) / 10**5, Decimal(0))
+
+
+def test_an_amount_of_a_statement_has_the_two_digits_of_its_currency():
+    assert [format_cents(cents) for cents in (0, 1, -1, 10**14)] == [
+        *("0.00", "0.01", "-0.01", "1000000000000.00")
+    ]
+
+
+def test_the_money_of_a_csv_is_as_it_was_said():
+    assert to_csv([{"cost_usd": format_nano(1)}]).split() == ["cost_usd", "0.000000001"]

@@ -4,7 +4,13 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_cost_meter.units.rounding import half_even, largest_remainder, rounded_known
+from vllm_cost_meter.units.rounding import (
+    half_even,
+    largest_remainder,
+    rounded_alike,
+    rounded_known,
+    rounded_pair,
+)
 
 THIRD = Fraction(1, 3)
 
@@ -53,3 +59,19 @@ def test_a_total_that_a_line_would_move_too_far_for_is_refused(total):
 def test_what_is_unknown_stays_so_and_the_others_add_up():
     assert rounded_known([THIRD, None, Fraction(2, 3)]) == [0, None, 1]
     assert rounded_known([None]) == [None]
+
+
+def test_a_part_that_lacks_whole_units_of_its_whole_is_rounded_the_same_way():
+    half = Fraction(1, 2)
+    assert rounded_pair(3 * half, half) == (2, 1)
+    assert rounded_pair(half, half) == (0, 0)
+    assert rounded_pair(None, 3 * half) == (None, 2)
+    assert rounded_pair(Fraction(8, 5), Fraction(7, 5)) == (2, 1)
+
+
+def test_parts_that_are_their_wholes_are_rounded_with_them_and_both_columns_add_up():
+    tenths = [Fraction(4, 10)] * 3
+    wholes = [*tenths, Fraction(5), Fraction(5), Fraction(5)]
+    parts = [*tenths, *[Fraction(3, 10)] * 3]
+    assert rounded_alike(wholes, parts) == ([1, 0, 0, 5, 5, 5], [1, 0, 0, 1, 0, 0])
+    assert rounded_alike([None, Fraction(1, 2)], [Fraction(1, 2), None]) == ([None, 0], [0, None])

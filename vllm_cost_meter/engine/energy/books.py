@@ -38,7 +38,7 @@ logger = logging.getLogger("vllm.cost_meter")
 BUSY_CLASSES = ("tail", "dummy", "lost")
 # Number of bills with energy that is not reported or not acknowledged yet; they take 10 MB. If
 # there are more, nobody reads the snapshots.
-UNTOLD_MAX = 50_000
+UNREPORTED_MAX = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,12 @@ _Parties = dict[_Request | str, int]
 class EnergyBooks:
     """Divides the windows of one run. `dropped` counts requests with energy never reported."""
 
-    def __init__(self, gpus: int) -> None:
-        """Begin at the first reading, when all time so far was booked as startup."""
+    def __init__(self, gpus: int, unreported_max: int = UNREPORTED_MAX) -> None:
+        """Begin at the first reading, when all time so far was booked as startup.
+
+        If more than `unreported_max` requests wait to be reported, the oldest are dropped.
+        """
+        self._unreported_max = unreported_max
         self.dropped = 0
         self.off = False
         self._bounds = PowerBounds(gpus)
@@ -109,13 +113,13 @@ class EnergyBooks:
         # The first snapshot that surely included an hour's latest change, by hour.
         self._changed: dict[int, int] = {}
         # Reported but not acknowledged energies, each with the first snapshot that had it.
-        self._told: deque[tuple[int, RequestEnergy]] = deque()
+        self._reported: deque[tuple[int, RequestEnergy]] = deque()
 
     def billed(self, seq: int, request_id: str, gpu_ns: int) -> None:
         """Note the bill of a request and its GPU time."""
         if self.off:
             return
-        while len(self._billed) + len(self._told) >= UNTOLD_MAX:
+        while len(self._billed) + len(self._reported) >= self._unreported_max:
             self._drop_oldest()
         self._billed.append((seq, request_id, gpu_ns))
 
@@ -166,16 +170,16 @@ class EnergyBooks:
     ) -> RunEnergy:
         """Return the run's energy at the end of the window, with all news not yet acknowledged."""
         hour = self._end.hour
-        while self._told and self._told[0][0] <= acknowledged:
-            self._told.popleft()
+        while self._reported and self._reported[0][0] <= acknowledged:
+            self._reported.popleft()
         for past, number in list(self._changed.items()):
             if number <= acknowledged and past != hour:
                 del self._changed[past]
         if self._energy_mj is None:
-            # Nothing was divided, but `told` may hold requests with unknown energy.
-            told = tuple(told for _, told in self._told)
+            # Nothing was divided, but `reported` may hold requests with unknown energy.
+            reported = tuple(reported for _, reported in self._reported)
             return RunEnergy(
-                None, self._reason, self._unknown_ns, devices=tuple(devices), told=told
+                None, self._reason, self._unknown_ns, devices=tuple(devices), reported=reported
             )
         undivided_mj = self._running_mj + self._carried_mj
         if undivided_mj or hour in self._hours:
@@ -192,7 +196,7 @@ class EnergyBooks:
             classes={**self._classes, "in_flight": self._classes["in_flight"] + undivided_mj},
             devices=tuple(devices),
             hours=hours,
-            told=tuple(told for _, told in self._told),
+            reported=tuple(reported for _, reported in self._reported),
         )
 
     # -- a window -------------------------------------------------------------------------------
@@ -275,7 +279,7 @@ class EnergyBooks:
             reason = request.unknown.get(hour)
             self._move("in_flight", "unattributed" if reason else "requests", mj, hour)
             energy = RequestEnergy(seq, hour, None if reason else mj, reason)
-            self._told.append((self._end.number, energy))
+            self._reported.append((self._end.number, energy))
 
     def _drop_oldest(self) -> None:
         """Drop the oldest request's energy, because nobody has read snapshots for very long."""
@@ -283,19 +287,19 @@ class EnergyBooks:
             logger.warning(
                 "cost meter: nobody has read the energy of the last %d requests; the oldest ones"
                 " are dropped from now on, and their energy is null in the ledger",
-                UNTOLD_MAX,
+                self._unreported_max,
             )
         self.dropped += 1
-        if not self._told:
+        if not self._reported:
             _, request_id, gpu_ns = self._billed.popleft()
             request = _take(self._open, request_id, gpu_ns)
             self._dropped_ns += gpu_ns - request.gpu_ns
             self._move_all("unattributed", request)
             return
-        seq = self._told[0][1].seq
-        while self._told and self._told[0][1].seq == seq:
-            _, told = self._told.popleft()
-            self._move("requests", "unattributed", told.energy_mj or 0, told.hour)
+        seq = self._reported[0][1].seq
+        while self._reported and self._reported[0][1].seq == seq:
+            _, reported = self._reported.popleft()
+            self._move("requests", "unattributed", reported.energy_mj or 0, reported.hour)
 
     # -- classes and hours ----------------------------------------------------------------------
 

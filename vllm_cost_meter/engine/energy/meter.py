@@ -35,12 +35,12 @@ class EnergyMeter:
         self._last = RunEnergy(None, reading.reason or "first", devices=tuple(self._devices()))
         self._give_up_if_lasting(reading.reason)
 
-    def billed(self, bill: Bill) -> None:
-        """Note a bill. Its energy is known when the window ends."""
+    def billed(self, request_id: str, bill: Bill) -> None:
+        """Note the bill of a request, whose energy is known when the window ends."""
         if self._books.off:
             return
         try:
-            self._books.billed(bill.seq, bill.request_id, bill.gpu_time_ns)
+            self._books.billed(bill.seq, request_id, bill.gpu_time_ns)
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
             self._fail(error)
 

@@ -31,7 +31,7 @@ from typing import Self, TypeVar
 from vllm_cost_meter.attribution import split
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
-Key = TypeVar("Key")
+T = TypeVar("T")
 
 # Classes of time in which no step ran. `startup` is not among them, because much of it is work.
 # Neither is `lost`, which is mostly steps that could not be measured.
@@ -108,7 +108,7 @@ def split_energy(
     )
 
 
-def split_by_time(energy_mj: int, gpu_ns: Mapping[Key, int]) -> dict[Key, int]:
+def split_by_time(energy_mj: int, gpu_ns: Mapping[T, int]) -> dict[T, int]:
     """Divide an energy in proportion to GPU-ns: point 3 above."""
     # `split` needs weights that add up to less than 2**31, which is 2 GPU-seconds in ns. A longer
     # window is weighed in units of 2, 4, 8 and so on ns, and then still has at least 2**30 units.

@@ -23,19 +23,19 @@ from vllm_cost_meter.lab.demo.traffic import (
 
 GPU_HOUR_NS = 3600 * 10**9
 TOKENS = ("prompt_tokens", "cached_tokens", "output_tokens")
-Row = Mapping[str, Any]
+Answer = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class DemoFigures:
     """The meter's answers after all requests have ended."""
 
-    tenants: Row
-    audit: Row
+    tenants: Answer
+    audit: Answer
     # All HTTP requests in the ledger.
-    requests: Sequence[Row]
+    requests: Sequence[Answer]
     # The month's statement for all tenants.
-    statement: Row
+    statement: Answer
 
 
 def problems(seen: Sightings, figures: DemoFigures) -> list[str]:
@@ -53,14 +53,14 @@ def problems(seen: Sightings, figures: DemoFigures) -> list[str]:
     ]
 
 
-def rows_are_all_of_the_time(tenants: Row) -> Iterator[str]:
+def rows_are_all_of_the_time(tenants: Answer) -> Iterator[str]:
     """Check that the rows of tenants and classes add up to wall x GPUs."""
     rows_ns = sum(row["gpu_time_ns"] for row in tenants["tenants"])
     if rows_ns != tenants["wall_gpu_ns"] or not tenants["adds_up"]:
         yield f"the rows add up to {rows_ns} ns, wall x GPUs is {tenants['wall_gpu_ns']} ns"
 
 
-def books_balance(audit: Row) -> Iterator[str]:
+def books_balance(audit: Answer) -> Iterator[str]:
     """Check that the audit of every engine run balances, with no bill missing."""
     if not audit["runs"]:
         yield "the ledger has no engine run"
@@ -73,7 +73,7 @@ def books_balance(audit: Row) -> Iterator[str]:
             yield f"run {run['run_id']}: the bills {run['missing_bills']} are missing"
 
 
-def every_request_is_billed(sent: Counter[str], tenants: Row) -> Iterator[str]:
+def every_request_is_billed(sent: Counter[str], tenants: Answer) -> Iterator[str]:
     """Check that each tenant is billed for the requests it sent, and nobody else for any."""
     billed = Counter({row["tenant"]: row["requests"] for row in tenants["tenants"]})
     for name in sorted(sent.keys() | +billed):
@@ -81,7 +81,7 @@ def every_request_is_billed(sent: Counter[str], tenants: Row) -> Iterator[str]:
             yield f"{name}: {sent[name]} requests sent, {billed[name]} billed"
 
 
-def replies_agree(told: Sequence[Told], requests: Sequence[Row]) -> Iterator[str]:
+def replies_agree(told: Sequence[Told], requests: Sequence[Answer]) -> Iterator[str]:
     """Check that tenant, tokens and cost in each reply equal those in the ledger."""
     rows = {row["response_id"]: row for row in requests}
     for reply in told:
@@ -116,7 +116,7 @@ def tenants_agree(figures: DemoFigures) -> Iterator[str]:
                 yield f"{row['tenant']}: {name} is {row[name]}, its requests have {together}"
 
 
-def statement_is_wall_time_times_price(statement: Row) -> Iterator[str]:
+def statement_is_wall_time_times_price(statement: Answer) -> Iterator[str]:
     """Check that a statement's lines add up to wall time x the only price, to the cent."""
     if not statement["adds_up"]:
         yield f"the statement misses {statement['difference_ns']} ns"
@@ -128,7 +128,7 @@ def statement_is_wall_time_times_price(statement: Row) -> Iterator[str]:
         yield f"the statement's lines add up to {lines} cents, wall time x price is {cents}"
 
 
-def batch_agrees(batch: Row, tenants: Row) -> Iterator[str]:
+def batch_agrees(batch: Answer, tenants: Answer) -> Iterator[str]:
     """Check that the tokens counted by `vllm bench serve` are those billed to its tenant."""
     row = next((row for row in tenants["tenants"] if row["tenant"] == BATCH), None)
     if batch["completed"] != BATCH_REQUESTS:
@@ -145,7 +145,7 @@ def batch_agrees(batch: Row, tenants: Row) -> Iterator[str]:
         yield f"{BATCH}: {counted} prompt tokens told, {row['prompt_tokens']} in the ledger"
 
 
-def abandoned_is_billed(response_id: str, requests: Sequence[Row]) -> Iterator[str]:
+def abandoned_is_billed(response_id: str, requests: Sequence[Answer]) -> Iterator[str]:
     """Check that the request whose client left has a row: aborted, with its GPU time."""
     row = next((row for row in requests if row["response_id"] == response_id), None)
     if row is None:

@@ -33,9 +33,9 @@ def sweep_demo(console: Console, server: Server, environment: Mapping[str, str],
     folder = server.log.parent / "sweep"
     words = [
         *("sweep", "--url", server.url, "--side-url", server.side_url, "--shape", SHAPE),
-        *("--window", str(WINDOW_S), "--warmup", str(WARMUP_S), "--parts", PARTS),
+        *("--measure-s", str(WINDOW_S), "--warmup", str(WARMUP_S), "--parts", PARTS),
         *("--burst-requests", str(BURST_REQUESTS), "--slo-ttft-ms", str(SLO_TTFT_MS)),
-        *("--output", str(folder)),
+        *("--folder", str(folder)),
     ]
     console.print(f"\nvllm-cost-meter {' '.join(words)}", soft_wrap=True)
     done = subprocess.run(  # noqa: S603 - our own command

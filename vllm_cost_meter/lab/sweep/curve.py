@@ -13,8 +13,8 @@ from typing import Any
 
 from vllm_cost_meter.economics.numbers import usd_per_m
 from vllm_cost_meter.lab.sweep.bench import client_version
-from vllm_cost_meter.lab.sweep.meter import Deployment
 from vllm_cost_meter.lab.sweep.run import Measured, Plan
+from vllm_cost_meter.lab.sweep.side_client import Deployment
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 

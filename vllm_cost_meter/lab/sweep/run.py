@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab.sweep.bench import Shape, Target, bench_command, now_s, replies_of, running
-from vllm_cost_meter.lab.sweep.meter import Meter, Sample, busy_share
+from vllm_cost_meter.lab.sweep.side_client import Sample, SideClient, busy_share
 from vllm_cost_meter.lab.sweep.steady import Reply, Steady, steady
 
 # Warm-up is so many times as long as requests took at the rate before, if not longer.
@@ -100,12 +100,12 @@ class Sweep:
         self,
         plan: Plan,
         target: Target,
-        meter: Meter,
+        side: SideClient,
         folder: Path,
         environment: Mapping[str, str],
         watcher: Watcher,
     ) -> None:
-        self._plan, self._target, self._meter = plan, target, meter
+        self._plan, self._target, self._side = plan, target, side
         self._folder, self._environment, self._watcher = folder, environment, watcher
         self._runs = 0
         # The time that a request was in the system at the previous rate.
@@ -209,12 +209,12 @@ class Sweep:
         samples = []
         with running(arguments, self._environment, result.with_suffix(".log")) as bench:
             while bench.is_running():
-                samples.append(self._meter.sample(now_s()))
+                samples.append(self._side.sample(now_s()))
                 self._watcher.tick()
                 time.sleep(SAMPLE_EVERY_S)
         # The gauges are of the latest poll.
         time.sleep(SAMPLE_EVERY_S)
-        samples.append(self._meter.sample(now_s()))
+        samples.append(self._side.sample(now_s()))
         return replies_of(result), samples
 
 

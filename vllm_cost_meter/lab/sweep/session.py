@@ -16,12 +16,12 @@ from vllm_cost_meter.console import interruptible
 from vllm_cost_meter.errors import CostMeterError, ServerError
 from vllm_cost_meter.lab.sweep.bench import Target
 from vllm_cost_meter.lab.sweep.curve import Context, curve_file
-from vllm_cost_meter.lab.sweep.meter import Deployment, Meter, served_by
 from vllm_cost_meter.lab.sweep.run import Measured, Plan, Sweep
+from vllm_cost_meter.lab.sweep.side_client import Deployment, SideClient, served_by
 from vllm_cost_meter.units.text import plain, rounded
 
 FAILED, INTERRUPTED = 1, 130
-TOKEN = "COST_METER_ADMIN_TOKEN"  # noqa: S105 - the name of a variable
+TOKEN_ENV = "COST_METER_ADMIN_TOKEN"  # noqa: S105 - the name of a variable
 
 
 class SweepSession:
@@ -30,10 +30,10 @@ class SweepSession:
     def __init__(self, url: str, side_url: str, tokenizer: str | None, output: Path) -> None:
         """Raises ServerError where there is no metered server."""
         self.output = output
-        self.meter = Meter(side_url, os.environ.get(TOKEN))
+        self.side = SideClient(side_url, os.environ.get(TOKEN_ENV))
         model, root = served_by(url)
         self.target = Target(url, model, tokenizer or root)
-        self.deployment = self.meter.deployment()
+        self.deployment = self.side.deployment()
         self.curves: list[dict[str, Any]] = []
 
     def measure(self, plans: Sequence[Plan]) -> int:
@@ -49,15 +49,15 @@ class SweepSession:
             return _failed(str(error), FAILED)
         return 0
 
-    def _measure(self, plan: Plan, watcher: "Watcher") -> None:
+    def _measure(self, plan: Plan, watcher: "TerminalWatcher") -> None:
         measured: list[Measured] = []
         started_at_ns = time.time_ns()
         # Now: at the end of a sweep that fails nobody may be there to tell.
-        price, prices = self.meter.prices()
+        price, prices = self.side.prices()
         done = False
         try:
             with tempfile.TemporaryDirectory(prefix="vllm-cost-meter-sweep-") as folder:
-                sweep = Sweep(plan, self.target, self.meter, Path(folder), os.environ, watcher)
+                sweep = Sweep(plan, self.target, self.side, Path(folder), os.environ, watcher)
                 for point in sweep.points():
                     measured += [point]
             self._refuse_another()
@@ -70,14 +70,14 @@ class SweepSession:
 
     def _refuse_another(self) -> None:
         """Raise ServerError if something else serves than when the sweep began."""
-        if (now := self.meter.deployment()) != self.deployment:
+        if (now := self.side.deployment()) != self.deployment:
             raise ServerError(
                 f"expected the engines that the sweep began with ({_ids(self.deployment)}), got"
                 f" others ({_ids(now)}): was the server restarted?"
             )
 
 
-class Watcher:
+class TerminalWatcher:
     """Shows on one line of a terminal what is measured and how long it will take; lines else."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
@@ -118,7 +118,7 @@ class Watcher:
 
 
 @contextmanager
-def _progress() -> Iterator[Watcher]:
+def _progress() -> Iterator[TerminalWatcher]:
     # Not on standard output: that is for the table, or JSON.
     console = Console(stderr=True, markup=False, highlight=False)
     columns = (
@@ -128,7 +128,7 @@ def _progress() -> Iterator[Watcher]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        yield Watcher(progress, console)
+        yield TerminalWatcher(progress, console)
 
 
 def _failed(why: str, status: int) -> int:

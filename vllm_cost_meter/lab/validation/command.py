@@ -27,7 +27,7 @@ LEAVE_ONE_OUT = "leave-one-out"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SimulationPlan:
     """The simulations to run. Empty `gpus`, `models` or `mean_batches` mean all of them.
 
     Each trace has `steps` steps. After the warm-up, every `every`-th step is compared with a truth
@@ -43,7 +43,7 @@ class Plan:
     seed: int = 0
 
 
-def validate(plan: Plan) -> dict[str, Any]:
+def validate(plan: SimulationPlan) -> dict[str, Any]:
     """Return each method's errors against each simulated truth, by "GPU/model/mean batch".
 
     Raises ValueError for an unknown GPU or model, and DependencyError without numpy or vLLM.
@@ -111,7 +111,7 @@ def replayed(path: Path) -> dict[str, Any]:
 
 
 def _truth(
-    plan: Plan, machine: "Machine", mean_batch: int, on_step: Callable[[], None]
+    plan: SimulationPlan, machine: "Machine", mean_batch: int, on_step: Callable[[], None]
 ) -> dict[str, Any]:
     """Simulate one trace and compare all methods on it."""
     # These modules need numpy: see `validate`.

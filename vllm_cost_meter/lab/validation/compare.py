@@ -114,7 +114,7 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class TraceResult:
     """The results on one trace. `truth` has the same figures for the truth itself."""
 
     compared_steps: int
@@ -133,7 +133,7 @@ def compare(
     permutations: int,
     seed: int,
     on_step: Callable[[], None] = lambda: None,
-) -> Comparison:
+) -> TraceResult:
     """Drive all splitters over the trace and compare every `every`-th step after the warm-up.
 
     The truth is the mean of two independent halves, each from `permutations` random orders; it is
@@ -163,7 +163,7 @@ def compare(
         on_step()
     truth = sums.pop("")
     halves_of_truth = sums.pop("halves").errors(tenants)
-    return Comparison(
+    return TraceResult(
         compared_steps=compared,
         compared_requests=int((truth.true_ns > 0).sum()),
         noise=Noise(

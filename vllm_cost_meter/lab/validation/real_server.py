@@ -30,7 +30,7 @@ REQUEST_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, slots=True)
-class Tenant:
+class TenantTraffic:
     """A tenant's requests, sent all at once: their number, prompt tokens and output tokens."""
 
     name: str
@@ -39,7 +39,7 @@ class Tenant:
     output_tokens: int
 
 
-TENANTS = (Tenant("documents", 8, 1_000, 120), Tenant("chat", 24, 40, 160))
+TENANTS = (TenantTraffic("documents", 8, 1_000, 120), TenantTraffic("chat", 24, 40, 160))
 BOTH = "both"
 WARM_UP = "warm-up"
 WARM_UP_ROUNDS = 2
@@ -164,7 +164,7 @@ def _run(port: int, label: str, phase: str) -> None:
         list(pool.map(lambda one: _ask(port, f"{label}.{one[0].name}.{one[1]}", *one), sent))
 
 
-def _ask(port: int, request_id: str, tenant: Tenant, number: int) -> None:
+def _ask(port: int, request_id: str, tenant: TenantTraffic, number: int) -> None:
     # The seed makes the prompts the same in every phase.
     rng = random.Random(f"{tenant.name} {number}")  # noqa: S311 - no secret
     body = {

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_cost_meter.attribution import METHODS, StepMeter
-from vllm_cost_meter.engine.step_log import LoggedStep, Part, StepLogHeader, files_of, read_header
+from vllm_cost_meter.engine.step_log import (
+    LoggedPart,
+    LoggedStep,
+    StepLogHeader,
+    files_of,
+    read_header,
+)
 from vllm_cost_meter.engine.step_log import read_steps as read_file
 from vllm_cost_meter.errors import StepLogError
 from vllm_cost_meter.lab.validation.percentiles import Percentiles
@@ -120,7 +126,7 @@ class _Driver:
             self._close(request_id)
         return self._closed_ns
 
-    def _place(self, part: Part) -> None:
+    def _place(self, part: LoggedPart) -> None:
         known = self._known.get(part.request_id)
         if known is not None and known[0] != part.prompt_tokens:
             # Another request uses the same id.

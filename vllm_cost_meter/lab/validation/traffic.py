@@ -39,7 +39,7 @@ PILOT_STEPS = 2_000
 
 
 @dataclass(frozen=True)
-class Tenant:
+class SimulatedTenant:
     """A tenant's mean prompt and output tokens, and its share of all requests."""
 
     name: str
@@ -49,9 +49,9 @@ class Tenant:
 
 
 TENANTS = (
-    Tenant("chat", 512, 256, 0.60),
-    Tenant("rag", 4_096, 1_024, 0.25),
-    Tenant("agentic", 1_024, 4_096, 0.15),
+    SimulatedTenant("chat", 512, 256, 0.60),
+    SimulatedTenant("rag", 4_096, 1_024, 0.25),
+    SimulatedTenant("agentic", 1_024, 4_096, 0.15),
 )
 
 

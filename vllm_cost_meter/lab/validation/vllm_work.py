@@ -8,6 +8,8 @@ Invariant: a vLLM that counts in another way raises VllmMismatchError, and never
 figure.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from vllm.v1.metrics.perf import (
     AttentionMetrics,
@@ -63,12 +65,14 @@ class VllmCounts:
         return flops, read + written
 
 
-def step_work(shape: ModelShape) -> StepWork:
+def step_work(
+    shape: ModelShape, counts_of: Callable[[ModelShape], VllmCounts] = VllmCounts
+) -> StepWork:
     """Return a model's coefficients. Raises VllmMismatchError if they do not give vLLM's counts.
 
     `expected_experts` changes the number of experts that are read, not the bytes of one expert.
     """
-    counts = VllmCounts(shape)
+    counts = counts_of(shape)
     flops_fixed, flops = linear(lambda batch: counts.totals(batch)[0])
     bytes_fixed, bytes_moved = linear(lambda batch: counts.totals(batch)[1])
     expert_bytes = 0.0

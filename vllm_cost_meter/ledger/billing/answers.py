@@ -5,7 +5,8 @@ Invariant: an answer has these fields and no other.
 
 from typing_extensions import TypedDict
 
-from vllm_cost_meter.reports.answers import BilledAmounts, Hours, PriceRow
+from vllm_cost_meter.reports.answers import BilledAmounts, Hours
+from vllm_cost_meter.reports.price_answers import PriceRow
 
 
 class InvoiceDay(BilledAmounts):

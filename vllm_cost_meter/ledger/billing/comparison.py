@@ -7,7 +7,8 @@ metered counterpart.
 
 Invariant: money is exact until it is shown. Then the window is rounded once and divided among its
 days, so that days add up to the window to the nano-USD in every column, and in every row the
-difference is the billed amount less the metered one.
+difference is the billed amount less the metered one. The metered amount and its billed part
+are rounded together, so on a day that bills cover whole they are the same figure.
 """
 
 from collections import defaultdict
@@ -25,11 +26,12 @@ from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Cut, Window
 from vllm_cost_meter.ledger.schema import billed_hours
-from vllm_cost_meter.reports.answers import Billed, BilledAmounts, BilledResource, PriceRow
+from vllm_cost_meter.reports.answers import Billed, BilledAmounts, BilledResource
+from vllm_cost_meter.reports.price_answers import PriceRow
 from vllm_cost_meter.reports.statement import OverheadCost
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY, period_name
 from vllm_cost_meter.units.money import format_usd
-from vllm_cost_meter.units.rounding import rounded_known
+from vllm_cost_meter.units.rounding import rounded_alike, rounded_pair
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 DIFFERENCE = "difference to the bill"
@@ -79,8 +81,8 @@ class MeteredAndBilled:
         return float(self.metered_while_billed / self.billed_gpu)
 
     def as_dict(self) -> BilledAmounts:
-        """Return the amounts as answers show them, in USD, each rounded by itself."""
-        return self.shown(_rounded(self.metered), _rounded(self.metered_while_billed))
+        """Return the amounts as answers show them, in USD, metered and billed alike."""
+        return self.shown(*rounded_pair(self.metered, self.metered_while_billed))
 
     def shown(self, metered: int | None, metered_while_billed: int | None) -> BilledAmounts:
         """Return the amounts as answers show them, with these rounded ones of the meter."""
@@ -228,9 +230,10 @@ def invoice_days(connection: Connection, cut: Cut) -> InvoiceDays:
     hours_by_day = bills.days()
     days = [bills.compared(hours) for hours in hours_by_day.values()]
     total = bills.compared()
-    metered = rounded_known([day.metered for day in days], _rounded(total.metered))
-    while_billed = rounded_known(
-        [day.metered_while_billed for day in days], _rounded(total.metered_while_billed)
+    metered, while_billed = rounded_alike(
+        [day.metered for day in days],
+        [day.metered_while_billed for day in days],
+        is_whole_known=total.metered is not None,
     )
     return {
         "window": cut.window.as_dict(),
@@ -244,10 +247,6 @@ def invoice_days(connection: Connection, cut: Cut) -> InvoiceDays:
         ],
         "total": total.as_dict(),
     }
-
-
-def _rounded(nanousd: Fraction | None) -> int | None:
-    return None if nanousd is None else round(nanousd)
 
 
 def _metered(cut: Cut) -> dict[int, Fraction | None]:

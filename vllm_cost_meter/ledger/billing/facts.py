@@ -30,7 +30,7 @@ from vllm_cost_meter.invoices.timeline import BilledHour, InvoiceLine, Reading
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
 
-Meter = tuple[str, str]
+BilledMeter = tuple[str, str]
 Spans = Mapping[str, tuple[int, int]]
 # Resources per query: SQLite takes 32,766 values, and each resource needs three.
 _CHUNK = 2_000
@@ -118,7 +118,7 @@ def lines_in(connection: Connection, spans: Spans) -> Iterator[InvoiceLine]:
 
 def hours_in(
     connection: Connection, hours: Mapping[str, range]
-) -> Iterator[tuple[Meter, BilledHour]]:
+) -> Iterator[tuple[BilledMeter, BilledHour]]:
     """Yield the billed hours among these hours, each with its meter."""
     table = schema.billed_hours
     b = table.c
@@ -150,7 +150,7 @@ def line_row(line: InvoiceLine) -> dict[str, Any]:
     }
 
 
-def hour_row(meter: Meter, hour: BilledHour) -> dict[str, Any]:
+def hour_row(meter: BilledMeter, hour: BilledHour) -> dict[str, Any]:
     """Return the ledger row for a meter's billed hour."""
     return {"resource": meter[0], "kind": meter[1], **hour._asdict()}
 

@@ -27,7 +27,7 @@ from vllm_cost_meter.invoices.timeline import (
     stretches,
 )
 from vllm_cost_meter.ledger.billing.facts import (
-    Meter,
+    BilledMeter,
     hours_in,
     kinds_read,
     lines_in,
@@ -44,9 +44,23 @@ HOURS_MAX = 1_000_000
 # Limit per import on rows written or removed. A server's bills wait for them, about a second
 # (benchmarks/bench_invoices.py).
 ROWS_MAX = 200_000
+# An import gives up after so many other imports came between.
+ATTEMPTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ImportLimits:
+    """What one import may compute and write, and how often others may come between."""
+
+    hours: int = HOURS_MAX
+    rows: int = ROWS_MAX
+    attempts: int = ATTEMPTS
+
+
+LIMITS = ImportLimits()
 
 Fact = TypeVar("Fact", Reading, InvoiceLine)
-Hours = dict[Meter, dict[int, BilledHour]]
+BilledHours = dict[BilledMeter, dict[int, BilledHour]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +72,8 @@ class Change:
 
     readings: list[Reading]
     lines: list[InvoiceLine]
-    gone: list[tuple[Meter, BilledHour]]
-    come: list[tuple[Meter, BilledHour]]
+    gone: list[tuple[BilledMeter, BilledHour]]
+    come: list[tuple[BilledMeter, BilledHour]]
     unobserved: list[dict[str, Any]]
 
     @property
@@ -68,7 +82,9 @@ class Change:
         return len(self.readings) + len(self.lines) + len(self.gone) + len(self.come)
 
 
-def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
+def change_of(
+    connection: Connection, file: InvoiceFile, gap_ns: int, limits: ImportLimits = LIMITS
+) -> Change:
     """Return the change that a file makes in a ledger. This writes nothing.
 
     Raises ValueError for a fact that contradicts the ledger, and for too many hours or rows.
@@ -86,12 +102,12 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
     found = _stretches(
         [*known_readings.values(), *new_readings], [*known_lines.values(), *new_lines], gap_ns
     )
-    _refuse_too_many(file.name, found, hours)
-    computed: Hours = {
+    _refuse_too_many(file.name, found, hours, limits.hours)
+    computed: BilledHours = {
         meter: {hour.hour: hour for hour in billed_hours(pieces, hours[meter[0]])}
         for meter, pieces in found.items()
     }
-    there: Hours = defaultdict(dict)
+    there: BilledHours = defaultdict(dict)
     for meter, hour in hours_in(connection, hours):
         there[meter][hour.hour] = hour
     change = Change(
@@ -101,12 +117,12 @@ def change_of(connection: Connection, file: InvoiceFile, gap_ns: int) -> Change:
         list(_only_in(computed, there)),
         list(_unobserved(found, hours)),
     )
-    if change.rows > ROWS_MAX:
-        raise _too_many(file.name, ROWS_MAX, "rows of facts and of hours to write", change.rows)
+    if change.rows > limits.rows:
+        raise _too_many(file.name, limits.rows, "rows of facts and of hours to write", change.rows)
     return change
 
 
-def _only_in(some: Hours, others: Hours) -> Iterator[tuple[Meter, BilledHour]]:
+def _only_in(some: BilledHours, others: BilledHours) -> Iterator[tuple[BilledMeter, BilledHour]]:
     """Yield, by key, the hours that the others lack or have with other amounts."""
     for meter, of in sorted(some.items()):
         known = others.get(meter, {})
@@ -149,8 +165,8 @@ def _refuse_another_kind(given: Mapping[Reading, str], kinds: Mapping[str, str])
 
 def _stretches(
     readings: Iterable[Reading], lines: Iterable[InvoiceLine], gap_ns: int
-) -> dict[Meter, list[Stretch]]:
-    facts: dict[Meter, tuple[list[Reading], list[InvoiceLine]]]
+) -> dict[BilledMeter, list[Stretch]]:
+    facts: dict[BilledMeter, tuple[list[Reading], list[InvoiceLine]]]
     facts = defaultdict(lambda: ([], []))
     for reading in readings:
         facts[reading.resource, reading.kind][0].append(reading)
@@ -160,7 +176,7 @@ def _stretches(
 
 
 def _refuse_too_many(
-    name: str, found: Mapping[Meter, list[Stretch]], hours: Mapping[str, range]
+    name: str, found: Mapping[BilledMeter, list[Stretch]], hours: Mapping[str, range], most: int
 ) -> None:
     """Raise ValueError for more hours than one import may compute."""
     count = sum(
@@ -168,8 +184,8 @@ def _refuse_too_many(
         for (resource, _), pieces in found.items()
         for piece in pieces
     )
-    if count > HOURS_MAX:
-        raise _too_many(name, HOURS_MAX, "hours x charges to compute", count)
+    if count > most:
+        raise _too_many(name, most, "hours x charges to compute", count)
 
 
 def _too_many(name: str, most: int, what: str, count: int) -> ValueError:
@@ -180,7 +196,7 @@ def _too_many(name: str, most: int, what: str, count: int) -> ValueError:
 
 
 def _unobserved(
-    found: Mapping[Meter, list[Stretch]], hours: Mapping[str, range]
+    found: Mapping[BilledMeter, list[Stretch]], hours: Mapping[str, range]
 ) -> Iterator[dict[str, Any]]:
     for (resource, kind), pieces in found.items():
         for piece in pieces:

@@ -33,19 +33,22 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.billing.facts import hour_row, line_row, reading_row, spans_of
-from vllm_cost_meter.ledger.billing.hours import Change, change_of
+from vllm_cost_meter.ledger.billing.hours import LIMITS, Change, ImportLimits, change_of
 from vllm_cost_meter.ledger.billing.meters import add_facts, shown, totals_of
 from vllm_cost_meter.ledger.database import cause_of, open_database, writing
 from vllm_cost_meter.units.time import rfc3339
-
-# An import gives up after so many other imports came between.
-ATTEMPTS = 10
 
 _WRITTEN = (schema.billing_snapshots, schema.invoice_lines, schema.billed_hours)
 
 
 def import_invoice(
-    url: str, file: InvoiceFile, gap_ns: int, now_ns: int, *, dry_run: bool = False
+    url: str,
+    file: InvoiceFile,
+    gap_ns: int,
+    now_ns: int,
+    *,
+    dry_run: bool = False,
+    limits: ImportLimits = LIMITS,
 ) -> dict[str, Any]:
     """Write a file's facts into a ledger, and return what changed, ready for JSON.
 
@@ -58,10 +61,10 @@ def import_invoice(
     shown_url = engine.url.render_as_string(hide_password=True)
     origin = {"source": file.name, "imported_at": rfc3339(now_ns)}
     try:
-        for _ in range(ATTEMPTS):
+        for _ in range(limits.attempts):
             with engine.connect() as connection, connection.begin():
                 seen = _mark(connection)
-                change = change_of(connection, file, gap_ns)
+                change = change_of(connection, file, gap_ns, limits)
                 answer = _answer(connection, file, change)
             if dry_run or _write(engine, change, origin, seen):
                 return {"file": file.name, "dry_run": dry_run, **answer}

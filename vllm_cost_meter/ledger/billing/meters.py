@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.invoices.timeline import BilledHour, InvoiceLine, Reading
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.billing.comparison import is_known
-from vllm_cost_meter.ledger.billing.facts import Meter, span_of
+from vllm_cost_meter.ledger.billing.facts import BilledMeter, span_of
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
@@ -44,7 +44,7 @@ class MeterTotals:
         self.unobserved_ns += sign * hour.unobserved_ns
         self.resets += sign * hour.resets
 
-    def as_row(self, meter: Meter) -> dict[str, Any]:
+    def as_row(self, meter: BilledMeter) -> dict[str, Any]:
         """Return the totals as answers show them."""
         nanousd = self.nanousd if self.known else None
         return {
@@ -66,15 +66,17 @@ def meters(connection: Connection) -> list[dict[str, Any]]:
     return shown(_totals(connection, None))
 
 
-def totals_of(connection: Connection, resources: Sequence[str]) -> dict[Meter, MeterTotals]:
+def totals_of(connection: Connection, resources: Sequence[str]) -> dict[BilledMeter, MeterTotals]:
     """Return the totals for the meters of these resources."""
-    found: dict[Meter, MeterTotals] = {}
+    found: dict[BilledMeter, MeterTotals] = {}
     for start in range(0, len(resources), _CHUNK):
         found |= _totals(connection, resources[start : start + _CHUNK])
     return found
 
 
-def add_facts(found: dict[Meter, MeterTotals], facts: Iterable[Reading | InvoiceLine]) -> None:
+def add_facts(
+    found: dict[BilledMeter, MeterTotals], facts: Iterable[Reading | InvoiceLine]
+) -> None:
     """Add new facts to the totals in `found`."""
     for fact in facts:
         is_line = isinstance(fact, InvoiceLine)
@@ -85,17 +87,19 @@ def add_facts(found: dict[Meter, MeterTotals], facts: Iterable[Reading | Invoice
         known.readings += not is_line
 
 
-def shown(found: dict[Meter, MeterTotals]) -> list[dict[str, Any]]:
+def shown(found: dict[BilledMeter, MeterTotals]) -> list[dict[str, Any]]:
     """Return the meters' totals as answers show them, by meter."""
     return [known.as_row(meter) for meter, known in sorted(found.items())]
 
 
-def _totals(connection: Connection, resources: Sequence[str] | None) -> dict[Meter, MeterTotals]:
+def _totals(
+    connection: Connection, resources: Sequence[str] | None
+) -> dict[BilledMeter, MeterTotals]:
     s, i, h = (
         table.c for table in (schema.billing_snapshots, schema.invoice_lines, schema.billed_hours)
     )
     count = func.count()
-    found: dict[Meter, MeterTotals] = {}
+    found: dict[BilledMeter, MeterTotals] = {}
 
     def ask(table: Any, *figures: Any) -> Any:
         asked = select(table.resource, table.kind, *figures)

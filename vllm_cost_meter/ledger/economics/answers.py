@@ -10,7 +10,8 @@ from typing_extensions import TypedDict
 
 from vllm_cost_meter.economics.comparison import Cheaper
 from vllm_cost_meter.economics.declared import Slo
-from vllm_cost_meter.reports.answers import Hours, PriceRow
+from vllm_cost_meter.reports.answers import Hours
+from vllm_cost_meter.reports.price_answers import PriceRow
 
 
 class Deployment(TypedDict):
@@ -67,7 +68,7 @@ class FigureMethod(TypedDict):
     """The SQL that is executed for it."""
 
 
-class Method(TypedDict):
+class FigureMethods(TypedDict):
     """The SQL behind each figure."""
 
     figures: list[FigureMethod]

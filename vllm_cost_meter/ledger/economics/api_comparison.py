@@ -36,7 +36,7 @@ from vllm_cost_meter.ledger.economics.answers import (
 from vllm_cost_meter.ledger.economics.query import read_figures, read_mix
 from vllm_cost_meter.ledger.queries.cut import AsOf, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.units.calendar import WEEK, hours_of_window
+from vllm_cost_meter.units.calendar import WEEK, hours_of_window, zone_of
 
 NO_PROMISE = (
     "note: an API's price promises no latency; what was measured here came with the one that"
@@ -53,7 +53,7 @@ SUPPOSED_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ComparisonQuestion:
     """The question of a comparison: a window, offers, and supposed volumes."""
 
     window: str = WEEK
@@ -64,6 +64,8 @@ class Question:
     ratio: str | None = None
     volume: tuple[str, ...] = ()
     accept_no_latency_promise: bool = False
+    # The zone of days in words such as `today`; the answer has the window in UTC.
+    tz: str | None = None
 
     def check(self) -> None:
         """Raise ValueError for what can be refused before offers are read."""
@@ -86,11 +88,11 @@ class Question:
 
 
 def compared(
-    reader: LedgerReader, question: Question, offers: Sequence[Offer], prices: str | None
+    reader: LedgerReader, question: ComparisonQuestion, offers: Sequence[Offer], prices: str | None
 ) -> Comparison:
     """Return the comparison. Raises ValueError for a question that is wrong or too large."""
     asked = _supposition(question.ratio, question.volume)
-    hours = hours_of_window(question.window)
+    hours = hours_of_window(question.window, zone=zone_of(question.tz))
     found = _answer(reader, hours, offers, asked, question.max_usd_per_m_output)
     note = None if question.accept_no_latency_promise else NO_PROMISE
     return {"inputs": question.inputs(prices), "formula": FORMULA, **found, "note": note}

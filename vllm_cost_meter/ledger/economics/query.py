@@ -30,7 +30,7 @@ from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO, TABLES
 from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.reports.answers import PriceRow
+from vllm_cost_meter.reports.price_answers import PriceRow
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 

@@ -23,10 +23,10 @@ from sqlalchemy import and_, func, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.answers import AuditRun, LostRequest
-from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, count_bills
-from vllm_cost_meter.ledger.queries.energy import audited, told_mj
+from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, count_bills, total_by_run
+from vllm_cost_meter.ledger.queries.energy import audited
 from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST, lost_requests
-from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.schema import request_energy, requests, usage_pieces
 from vllm_cost_meter.records.snapshot import CLASSES
 
 # At most so many ranges of missing numbers are listed, and then the word "more".
@@ -47,15 +47,17 @@ DIFFERENCES = (
 def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
     """Return a row for each run, with all its differences."""
     held = count_bills(connection, cut)
-    billed = _bills_ns(connection, cut)
+    billed = total_by_run(connection, cut, requests, func.sum(requests.c.gpu_time_ns))
     uneven = _uneven_bills(connection, cut)
-    told = told_mj(connection, cut)
+    requests_mj = total_by_run(
+        connection, cut, request_energy, func.sum(request_energy.c.energy_mj)
+    )
     return [
         _audit_run(
             run,
             ledger_ns=billed.get(run.run_id, 0),
             uneven=uneven.get(run.run_id, 0),
-            energy=audited(run, told),
+            energy=audited(run, requests_mj),
             missing=[]
             if held.get(run.run_id, 0) == run.last_seq
             else _missing(connection, run.run_id, run.last_seq),
@@ -139,18 +141,6 @@ def _lost(run: RunCut, lost: Sequence[LostRequest]) -> dict[str, Any]:
         "lost_requests_ns": None if unknown else sum(one["gpu_time_ns"] for one in lost),
         "lost_step_ns": None if unknown else step_ns,
     }
-
-
-def _bills_ns(connection: Connection, cut: Cut) -> dict[str, int]:
-    if not cut.runs:
-        return {}
-    at, r = cut.cte(), requests.c
-    billed = (
-        select(r.run_id, func.sum(r.gpu_time_ns))
-        .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
-        .group_by(r.run_id)
-    )
-    return {run_id: int(ns) for run_id, ns in connection.execute(billed)}
 
 
 def _uneven_bills(connection: Connection, cut: Cut) -> dict[str, int]:

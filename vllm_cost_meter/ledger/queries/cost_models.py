@@ -15,7 +15,7 @@ from vllm_cost_meter.ledger.schema import cost_models, runs, snapshots
 from vllm_cost_meter.records.snapshot import CostModel, EarlierFit
 
 PLANES = ("compute", "memory", "one")
-TERMS = ("fixed_ns", "token_ns", "sequence_ns", "product_ns", "context_ns")
+TERM_NAMES = ("fixed_ns", "token_ns", "sequence_ns", "product_ns", "context_ns")
 # A fit of so many steps is better than a prior from counts of FLOPs and bytes.
 STEPS_MIN = 512
 
@@ -90,7 +90,7 @@ def _shown(row: Mapping[str, Any]) -> CostModelRow:
         "taken_at": row["taken_at"],
         "form": model.form,
         "planes": {
-            name: dict(zip(TERMS, plane, strict=True))
+            name: dict(zip(TERM_NAMES, plane, strict=True))
             for name, plane in zip(PLANES, model.planes, strict=True)
         },
         "steps": model.steps,

@@ -13,9 +13,9 @@ from typing import Any
 from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice
 from vllm_cost_meter.prices.overheads import OverheadLine, overhead_lines
-from vllm_cost_meter.prices.run_prices import Cost, RunPrices, Used, cost_of, energy_cost_of
+from vllm_cost_meter.prices.run_prices import Cost, RunPrices, UsedByRun, cost_of, energy_cost_of
 from vllm_cost_meter.reports.facts import NOTHING_RAN
-from vllm_cost_meter.reports.tenant_details import NO_ENERGY
+from vllm_cost_meter.reports.tenant_details import WHY_NO_ENERGY
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +31,14 @@ class CutCosts:
         """Return the costs of everything at the cut."""
         prices = cut.prices_of()
         no_time: Cost[GpuHourPrice] = Cost(None, NOTHING_RAN)
-        no_energy: Cost[EnergyPrice] = Cost(None, NO_ENERGY)
+        no_energy: Cost[EnergyPrice] = Cost(None, WHY_NO_ENERGY)
         return cls(
             prices,
             cost_of(cut.used_ns(), prices, no_time),
             energy_cost_of(cut.used_mj(), prices, no_energy),
         )
 
-    def energy_cost_of(self, used_mj: Used) -> Cost[EnergyPrice]:
+    def energy_cost_of(self, used_mj: UsedByRun) -> Cost[EnergyPrice]:
         """Return the cost of a row's energy."""
         return energy_cost_of(used_mj, self.prices, self.energy_cost.of_nothing())
 
@@ -65,7 +65,7 @@ def declared_overheads(cut: Cut) -> list[OverheadLine]:
     prices = cut.prices_of()
 
     def cost(begin: int, end: int) -> Fraction | None:
-        spent: Used = {
+        spent: UsedByRun = {
             run.run_id: {
                 hour: sum(classes.values())
                 for hour, classes in run.hours.items()

@@ -20,6 +20,7 @@ from sqlalchemy import (
     CTE,
     BigInteger,
     ColumnElement,
+    Table,
     Text,
     and_,
     case,
@@ -316,15 +317,25 @@ def _run_cut(
 
 def count_bills(connection: Connection, cut: Cut) -> dict[str, int]:
     """Return the number of bills in the ledger up to the cut, by run."""
+    return total_by_run(connection, cut, requests, func.count())
+
+
+def total_by_run(
+    connection: Connection, cut: Cut, bills: Table, total: ColumnElement[Any]
+) -> dict[str, int]:
+    """Return a total over the rows of bills up to the cut, run by run; 0 where all is unknown.
+
+    `bills` has a row, or several, for each bill: `requests`, or what was told of them since.
+    """
     if not cut.runs:
         return {}
-    at = cut.cte()
-    counted = (
-        select(requests.c.run_id, func.count())
-        .join(at, and_(requests.c.run_id == at.c.run_id, requests.c.seq <= at.c.last_seq))
-        .group_by(requests.c.run_id)
+    at, b = cut.cte(), bills.c
+    totals = (
+        select(b.run_id, total)
+        .join(at, and_(b.run_id == at.c.run_id, b.seq <= at.c.last_seq))
+        .group_by(b.run_id)
     )
-    return {run_id: int(n) for run_id, n in connection.execute(counted)}
+    return {run_id: int(amount or 0) for run_id, amount in connection.execute(totals)}
 
 
 def settle(

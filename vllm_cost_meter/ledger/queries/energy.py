@@ -22,7 +22,7 @@ from vllm_cost_meter.ledger.schema import (
     snapshots,
     usage_pieces,
 )
-from vllm_cost_meter.prices.run_prices import Used
+from vllm_cost_meter.prices.run_prices import UsedByRun
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.reports.tenant_details import RowEnergy
 
@@ -36,9 +36,9 @@ def select_parts() -> Select[Any]:
     mine = and_(e.run_id == r.run_id, e.seq == r.seq)
     is_known = and_(func.count() > 0, func.count() == func.count(e.energy_mj))
     energy_mj = select(case((is_known, func.sum(e.energy_mj)))).where(mine).scalar_subquery()
-    told = select(func.min(e.reason)).where(mine).scalar_subquery()
+    why = select(func.min(e.reason)).where(mine).scalar_subquery()
     never = select(s.energy_reason).where(s.run_id == r.run_id, s.energy_mj.is_(None))
-    reason = func.coalesce(told, never.scalar_subquery(), PENDING)
+    reason = func.coalesce(why, never.scalar_subquery(), PENDING)
     return select(
         requests,
         energy_mj.label("energy_mj"),
@@ -73,18 +73,18 @@ def by_tenant(connection: Connection, cut: Cut) -> dict[str, RowEnergy]:
     }
 
 
-def _sum(used_mj: Used | None) -> int | None:
+def _sum(used_mj: UsedByRun | None) -> int | None:
     return None if used_mj is None else sum(mj for run in used_mj.values() for mj in run.values())
 
 
 def _unknown(cut: Cut) -> Select[Any]:
     """Select the number of engine requests without a known energy, by tenant."""
     at, e, r, p = cut.cte(), request_energy.c, requests.c, usage_pieces.c
-    told = and_(e.run_id == r.run_id, e.seq == r.seq)
+    same = and_(e.run_id == r.run_id, e.seq == r.seq)
     bills = (
         select(r.tenant, func.count(distinct(r.run_id + "/" + cast(r.seq, Text))))
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
-        .join(request_energy, told, isouter=True)
+        .join(request_energy, same, isouter=True)
         .where(e.energy_mj.is_(None))
         .group_by(r.tenant)
     )
@@ -94,19 +94,6 @@ def _unknown(cut: Cut) -> Select[Any]:
     # GPU time stand in.
     pieces = bills.join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq))
     return pieces.where(cut.window.on_hours(func.coalesce(e.hour, p.hour)))
-
-
-def told_mj(connection: Connection, cut: Cut) -> dict[str, int]:
-    """Return the energy of all bills up to the cut, by run."""
-    if not cut.runs:
-        return {}
-    at, e = cut.cte(), request_energy.c
-    told = (
-        select(e.run_id, func.sum(e.energy_mj))
-        .join(at, and_(e.run_id == at.c.run_id, e.seq <= at.c.last_seq))
-        .group_by(e.run_id)
-    )
-    return {run_id: int(mj or 0) for run_id, mj in connection.execute(told)}
 
 
 def class_mj(cut: Cut, name: str) -> int | None:
@@ -140,11 +127,11 @@ def energy_state(run: RunCut) -> dict[str, Any]:
     }
 
 
-def audited(run: RunCut, told: Mapping[str, int]) -> dict[str, int | None]:
+def audited(run: RunCut, requests_mj: Mapping[str, int]) -> dict[str, int | None]:
     """Return a run's energy, and its difference to the sum over classes and requests."""
     energy_mj = run.row["energy_mj"]
     if energy_mj is None:
         return {"energy_mj": None, "energy_difference_mj": None}
     others = sum(int(run.row[f"{name}_mj"]) for name in ENERGY_CLASSES if name != "requests")
-    used_mj = others + told.get(run.run_id, 0)
+    used_mj = others + requests_mj.get(run.run_id, 0)
     return {"energy_mj": int(energy_mj), "energy_difference_mj": int(energy_mj) - used_mj}

@@ -35,7 +35,7 @@ from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.accrued import Accrued
-from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, Row
+from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, LedgerRow
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
 
@@ -64,7 +64,7 @@ class Living:
 class _Run:
     """An engine run that a request may be in."""
 
-    row: Row
+    row: LedgerRow
     used: dict[str, Accrued]
     prices: RunPrices
 
@@ -119,14 +119,14 @@ def running_parts(
 
 def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
     """Return the requests that a dead run had in flight, the most GPU time first."""
-    told = connection.execute(
+    latest = connection.execute(
         select(live_usage.c.requests, live_usage.c.taken_at).where(
             live_usage.c.run_id == run.run_id, live_usage.c.number == run.row["number"]
         )
     ).first()
-    if told is None:
+    if latest is None:
         return []
-    used = live_requests(told.requests)
+    used = live_requests(latest.requests)
     r, o = requests.c, open_requests.c
     billed = set(
         connection.execute(
@@ -135,7 +135,7 @@ def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
         ).scalars()
     )
     since = select(o.request_id, o.http_request_id, o.tenant).order_by(o.started_at)
-    since = since.where(o.started_at >= run.row["started_at"], o.started_at <= told.taken_at)
+    since = since.where(o.started_at >= run.row["started_at"], o.started_at <= latest.taken_at)
     whose = {row.request_id: row for row in connection.execute(since)}
     lost: list[LostRequest] = []
     for request_id in used.keys() - billed:
@@ -146,7 +146,7 @@ def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
                 "http_request_id": row.http_request_id if row else None,
                 "tenant": row.tenant if row else None,
                 "gpu_time_ns": used[request_id].gpu_time_ns,
-                "as_of": told.taken_at,
+                "as_of": latest.taken_at,
             }
         )
     return sorted(lost, key=lambda one: (-one["gpu_time_ns"], one["request_id"]))
@@ -183,21 +183,21 @@ def _runs(
     ]
 
 
-def _part(row: Row, candidates: Sequence[_Run]) -> dict[str, Any]:
+def _part(row: LedgerRow, candidates: Sequence[_Run]) -> dict[str, Any]:
     """Return an open request as a part; columns that only a bill has are null."""
     mine = [run for run in candidates if run.row["started_at"] <= row["started_at"]]
-    told = [run for run in mine if row["request_id"] in run.used]
+    seen = [run for run in mine if row["request_id"] in run.used]
     # Until a snapshot shows the request, any of several data-parallel engines may hold it.
-    bills = [run for run in told or mine if run.bills]
+    bills = [run for run in seen or mine if run.bills]
     part = {
         **dict.fromkeys(PART_COLUMNS),
         **row,
         "state": RUNNING if bills else LOST,
         "energy_reason": PENDING,
-        "as_of": min((run.row["taken_at"] for run in bills or told), default=None),
+        "as_of": min((run.row["taken_at"] for run in bills or seen), default=None),
     }
-    if told:
-        run = (bills or told)[0]
+    if seen:
+        run = (bills or seen)[0]
         part |= {"run_id": run.row["run_id"], "method": run.row["method"]}
         return part | _amounts(run.used[row["request_id"]], run)
     return part | (_amounts(Accrued(), bills[0]) if bills else {})

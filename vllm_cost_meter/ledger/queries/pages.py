@@ -22,12 +22,12 @@ from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.reports.request_answers import RequestRow
-from vllm_cost_meter.reports.request_row import Row, exchange
+from vllm_cost_meter.reports.request_row import LedgerRow, exchange
 from vllm_cost_meter.units.text import quoted
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class PageKey:
     """An exchange's place in the order. A part without an exchange has `run_id` and `seq`."""
 
     finished_at: str
@@ -41,7 +41,7 @@ class Key:
         return base64.urlsafe_b64encode(text.encode()).decode()
 
     @classmethod
-    def from_token(cls, token: str) -> "Key":
+    def from_token(cls, token: str) -> "PageKey":
         """Parse a token. Raises ValueError for any other text."""
         try:
             finished_at, id = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
@@ -53,18 +53,18 @@ class Key:
 
 
 def page_of_keys(
-    connection: Connection, limit: int, before: Key | None, tenant: str | None
-) -> list[Key]:
+    connection: Connection, limit: int, before: PageKey | None, tenant: str | None
+) -> list[PageKey]:
     """Return the keys of at most `limit` exchanges, the newest before `before` first."""
     h = http_requests.c
-    told = select(h.finished_at, h.http_request_id)
+    first = select(h.finished_at, h.http_request_id)
     if tenant is not None:
-        told = told.where(h.tenant == tenant)
+        first = first.where(h.tenant == tenant)
     if before is not None:
         key = tuple_(h.finished_at, h.http_request_id)
-        told = told.where(key < (before.finished_at, before.id))
-    told = told.order_by(h.finished_at.desc(), h.http_request_id.desc()).limit(limit)
-    keys = [Key(*row) for row in connection.execute(told)]
+        first = first.where(key < (before.finished_at, before.id))
+    first = first.order_by(h.finished_at.desc(), h.http_request_id.desc()).limit(limit)
+    keys = [PageKey(*row) for row in connection.execute(first)]
     since = keys[-1].finished_at if len(keys) == limit else None
     keys += _untold_keys(connection, limit, before, since, tenant)
     keys.sort(key=lambda key: (key.finished_at, key.id), reverse=True)
@@ -72,8 +72,12 @@ def page_of_keys(
 
 
 def _untold_keys(
-    connection: Connection, limit: int, before: Key | None, since: str | None, tenant: str | None
-) -> list[Key]:
+    connection: Connection,
+    limit: int,
+    before: PageKey | None,
+    since: str | None,
+    tenant: str | None,
+) -> list[PageKey]:
     """Return the keys of exchanges without an HTTP row, each at the end of its last part."""
     h, r = http_requests.c, requests.c
     own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
@@ -97,20 +101,20 @@ def _untold_keys(
         query = query.where(r.finished_at <= before.finished_at)
         query = query.where(or_(r.finished_at < before.finished_at, earlier))
     return [
-        Key(at, id) if http_id is not None else Key(at, id, run_id, seq)
+        PageKey(at, id) if http_id is not None else PageKey(at, id, run_id, seq)
         for at, id, http_id, run_id, seq in connection.execute(query)
     ]
 
 
 def exchanges(
-    connection: Connection, keys: Sequence[Key], living: Living, book: PriceBook
+    connection: Connection, keys: Sequence[PageKey], living: Living, book: PriceBook
 ) -> list[RequestRow]:
     """Return the request rows of a page, with their parts that still run."""
     h, r = http_requests.c, requests.c
     ids = [key.id for key in keys if key.run_id is None]
-    told = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
-    http = {row.http_request_id: row._asdict() for row in told}
-    parts: dict[str, list[Row]] = {}
+    rows = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
+    http = {row.http_request_id: row._asdict() for row in rows}
+    parts: dict[str, list[LedgerRow]] = {}
     for row in connection.execute(select_parts().where(r.http_request_id.in_(ids))):
         parts.setdefault(row.http_request_id, []).append(row._asdict())
     for part in open_parts(connection, open_requests.c.http_request_id.in_(ids), living, book):
@@ -122,9 +126,9 @@ def exchanges(
     return [exchange(http.get(key.id), parts.get(key.id, [])) for key in keys]
 
 
-def rows_of_parts(parts: Sequence[Row]) -> list[RequestRow]:
+def rows_of_parts(parts: Sequence[LedgerRow]) -> list[RequestRow]:
     """Return the request rows of exchanges that only have these parts, in their order."""
-    grouped: dict[tuple[str | None, str | None], list[Row]] = {}
+    grouped: dict[tuple[str | None, str | None], list[LedgerRow]] = {}
     for part in parts:
         http_id = part["http_request_id"]
         alone = part["request_id"] if http_id is None else None

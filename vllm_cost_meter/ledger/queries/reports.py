@@ -14,7 +14,7 @@ from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.ledger.queries.energy import class_mj, energy_state, total_mj
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.ledger.queries.usage import read_facts
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS, WORK
+from vllm_cost_meter.records.snapshot import OTHER_ROWS, WORK
 from vllm_cost_meter.reports.allocation import report
 from vllm_cost_meter.reports.answers import EnginesPart, Report, ReportRow, Summary, TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
@@ -46,8 +46,8 @@ def summary_at(connection: Connection, cut: Cut, question: Question) -> Summary:
     """Return the totals of everything: requests, tokens, time by class, cost, own time."""
     answer = report_at(connection, cut, question)
     rows = rows_of(answer)
-    tenants, overhead = rows[: -len(OVERHEAD_ROWS)], rows[-len(OVERHEAD_ROWS) :]
-    by_class = dict(zip(OVERHEAD_ROWS, overhead, strict=True))
+    tenants, others = rows[: -len(OTHER_ROWS)], rows[-len(OTHER_ROWS) :]
+    by_class = dict(zip(OTHER_ROWS, others, strict=True))
     requests_ns = sum(row["gpu_time_ns"] for row in tenants)
     worked_ns = requests_ns + sum(by_class[name]["gpu_time_ns"] for name in WORK)
     wall_gpu_ns = answer["wall_gpu_ns"]

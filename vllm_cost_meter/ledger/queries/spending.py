@@ -33,7 +33,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, Figures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND, rfc3339, unix_ns_of
 
 # The next look sees a bill that is committed at most so long after its end.
@@ -42,9 +42,9 @@ RECOUNT_NS = 600 * NS_PER_SECOND
 _IDS_AT_ONCE = 500
 
 # GPU-nanoseconds by budget, then by run and UTC hour.
-Sums = dict[str, dict[tuple[str, int], int]]
+SpentNs = dict[str, dict[tuple[str, int], int]]
 # Gives USD per GPU-hour from run_id and hour; None without a price.
-PriceOf = Callable[[str, int], Decimal | Fraction | None]
+PriceAt = Callable[[str, int], Decimal | Fraction | None]
 
 
 class Spending:
@@ -67,7 +67,7 @@ class Spending:
         self._create = create
         self._engine: Engine | None = None
         self._budgets: Sequence[Budget] = ()
-        self._billed: Sums = {}
+        self._billed: SpentNs = {}
         self._counted_at_ns = 0
         # The bills that are counted already, and that the next look will read again.
         self._seen: dict[tuple[str, int], str] = {}
@@ -83,7 +83,7 @@ class Spending:
             found = connection.execute(select(snapshots.c.run_id, snapshots.c.number))
             return [(run_id, number) for run_id, number in found]
 
-    def look(self, budgets: Sequence[Budget], price_of: PriceOf, now_ns: int) -> Figures:
+    def look(self, budgets: Sequence[Budget], price_of: PriceAt, now_ns: int) -> BudgetFigures:
         """Return the use of each budget.
 
         Raises LedgerError or SQLAlchemyError if the ledger cannot be opened or read.
@@ -105,7 +105,7 @@ class Spending:
             for budget in budgets
         ]
         off = [run.run_id for run in living if run.state != "on"]
-        return Figures(
+        return BudgetFigures(
             standings=standings,
             as_of_ns=min((unix_ns_of(run.taken_at) for run in living), default=None),
             broken=f"the meter of engine run {off[0]} is off" if off else None,
@@ -160,9 +160,9 @@ class Spending:
         for row in rows:
             _add_to(self._billed, self._budgets, row, row.hour, int(row.gpu_time_ns))
 
-    def _running(self, connection: Connection, run_ids: Collection[str], hour: int) -> Sums:
+    def _running(self, connection: Connection, run_ids: Collection[str], hour: int) -> SpentNs:
         """Return the usage of requests without a bill in these runs."""
-        sums: Sums = {}
+        sums: SpentNs = {}
         told = select(live_usage.c.run_id, live_usage.c.requests)
         for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
             used = {id: used.gpu_time_ns for id, used in live_requests(text).items()}
@@ -174,7 +174,7 @@ class Spending:
         self,
         budget: Budget,
         running: Mapping[tuple[str, int], int],
-        price_of: PriceOf,
+        price_of: PriceAt,
         now_ns: int,
     ) -> Standing:
         first, after = budget.hours(now_ns)
@@ -217,7 +217,7 @@ def _owners(connection: Connection, ids: Collection[str]) -> Iterator[Any]:
 
 
 def _add_to(
-    sums: Sums,
+    sums: SpentNs,
     budgets: Sequence[Budget],
     owner: Any,
     hour: int,

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.ledger.queries.energy import by_tenant, class_energy
 from vllm_cost_meter.ledger.schema import requests
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.answers import AfterCut
 from vllm_cost_meter.reports.tenant_details import TenantFacts
 
@@ -26,7 +26,7 @@ def tenant_facts(
         sums=sums,
         cache_ms=cut.kv_cache_block_ms(),
         energies=by_tenant(connection, cut),
-        class_energies={name: class_energy(cut, name) for name in OVERHEAD_ROWS},
+        class_energies={name: class_energy(cut, name) for name in OTHER_ROWS},
         unattributed_mj=cut.used_mj("unattributed"),
     )
 

@@ -25,7 +25,7 @@ from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
-from vllm_cost_meter.records.snapshot import OVERHEAD_ROWS
+from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import COUNTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import LABEL, TAG, Question
 from vllm_cost_meter.reports.request_row import PART_SUMS
@@ -39,7 +39,7 @@ _WITHIN = {TAG: "tags", LABEL: "labels"}
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class BilledUsage:
     """The usage of bills up to a cut: GPU time, and for rows by tenant alone other sums."""
 
     used: list[Used]
@@ -54,10 +54,10 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
     ended = _ended(connection, cut, question, columns)
     facts = Facts(
         used=usage.used,
-        overhead=[
+        other_time=[
             Used(run.run_id, hour, (name,), ns)
             for run in cut.runs
-            for name in OVERHEAD_ROWS
+            for name in OTHER_ROWS
             for hour, ns in _hours_of(cut, run, question, name).items()
             if ns
         ],
@@ -107,9 +107,11 @@ def _ended(
     return found
 
 
-def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequence[str]) -> Usage:
+def _usage(
+    connection: Connection, cut: Cut, question: Question, columns: Sequence[str]
+) -> BilledUsage:
     if not cut.runs:
-        return Usage([], {})
+        return BilledUsage([], {})
     at, p, r = cut.cte(), usage_pieces.c, requests.c
     # Pieces have a column for the tenant, so a report by tenant alone reads no request.
     own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
@@ -140,7 +142,7 @@ def _usage(connection: Connection, cut: Cut, question: Question, columns: Sequen
             known = sums.setdefault(key[0], dict.fromkeys(more, 0))
             for name, amount in zip(more, values[len(columns) :], strict=True):
                 known[name] += int(amount)
-    return Usage([Used(*key, ns) for key, ns in spent.items()], sums)
+    return BilledUsage([Used(*key, ns) for key, ns in spent.items()], sums)
 
 
 def _column(dimension: str) -> str:

@@ -56,7 +56,7 @@ class Deployment:
         return {**self.about, "engines": self.engines, "run_ids": list(self.run_ids)}
 
 
-class Meter:
+class SideClient:
     """A client of one side endpoint."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
