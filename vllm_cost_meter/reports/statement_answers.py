@@ -101,7 +101,7 @@ class OverheadAmount(TypedDict):
     """Cents: its amount in the month; null where it is unknown."""
 
 
-class BilledHours(TypedDict):
+class BilledHoursOfMonth(TypedDict):
     """How much of a month the bills of the provider cover."""
 
     covered_hours: float
@@ -140,7 +140,7 @@ class TenantStatement(TypedDict):
     """How steps were split between requests: `shapley`, `tokens` or `equal`, each that was used."""
     prices: list[PriceRow]
     """The prices that the costs were computed with, the earliest first."""
-    billed: BilledHours | None
+    billed: BilledHoursOfMonth | None
     """How much of the month a provider's bills cover; null without a bill."""
     tenant: str | None
     """The tenant that the statement is for; null for all tenants."""
