@@ -138,8 +138,7 @@ def make_app(
     add_calculators(app)
     add_compare(app, Comparer(reader.url, handed), refresh)
 
-    _add_own_routes(app)
-    _add_health_route(app, health)
+    _add_own_routes(app, health)
 
     if metrics is not None:
         _add_metrics_route(app, metrics)
@@ -153,7 +152,7 @@ def _add_metrics_route(app: FastAPI, text: Callable[[], bytes]) -> None:
         return Response(await asyncio.to_thread(text), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_own_routes(app: FastAPI) -> None:
+def _add_own_routes(app: FastAPI, health: Callable[[], MeterHealth]) -> None:
     @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
     def openapi() -> dict[str, Any]:
         """Return the OpenAPI description of this endpoint."""
@@ -164,8 +163,6 @@ def _add_own_routes(app: FastAPI) -> None:
         """Return that the endpoint is up, and the meter's version."""
         return {"status": "ok", "version": __version__}
 
-
-def _add_health_route(app: FastAPI, health: Callable[[], MeterHealth]) -> None:
     @app.get("/cost/health", dependencies=FOR_ADMINS)
     async def meter_health() -> WholeHealth:
         """Return whether the meter works: its hooks, its ledger, each background loop."""

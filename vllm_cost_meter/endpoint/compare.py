@@ -25,7 +25,7 @@ import orjson
 from fastapi import FastAPI, HTTPException, Query
 from pydantic import BaseModel, Field
 
-from vllm_cost_meter.endpoint.compare_child import LEDGER_VARIABLE, Result, ComparisonWork
+from vllm_cost_meter.endpoint.compare_child import LEDGER_VARIABLE, ComparisonWork, Result
 from vllm_cost_meter.endpoint.dependencies import FOR_ADMINS, asked_wrongly
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.economics.answers import Comparison

@@ -61,8 +61,8 @@ class NewsMessage(msgspec.Struct, frozen=True, array_like=True, tag="news"):
     value: msgspec.Raw
 
 
-Message = AskMessage | AnswerMessage | RefusalMessage | News
-# AnswerMessage a question and take up news, by name. The value is still encoded: see `decoded`.
+Message = AskMessage | AnswerMessage | RefusalMessage | NewsMessage
+# Answer a question and take up news, by name. The value is still encoded: see `decoded`.
 Answerer = Callable[[str, msgspec.Raw], Awaitable[object]]
 NewsTaker = Callable[[str, msgspec.Raw], None]
 
