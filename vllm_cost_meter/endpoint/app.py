@@ -152,7 +152,7 @@ def _add_metrics_route(app: FastAPI, text: Callable[[], bytes]) -> None:
         return Response(await asyncio.to_thread(text), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_own_routes(app: FastAPI, health: Callable[[], MeterHealth]) -> None:
+def _add_own_routes(app: FastAPI, ask_meter: Callable[[], MeterHealth]) -> None:
     @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
     def openapi() -> dict[str, Any]:
         """Return the OpenAPI description of this endpoint."""
@@ -167,7 +167,7 @@ def _add_own_routes(app: FastAPI, health: Callable[[], MeterHealth]) -> None:
     async def meter_health() -> WholeHealth:
         """Return whether the meter works: its hooks, its ledger, each background loop."""
         questions: Questions = app.state.questions
-        meter: MeterHealth = await asyncio.to_thread(health)
+        meter: MeterHealth = await asyncio.to_thread(ask_meter)
         return {**meter, "questions": questions.counts()}
 
 
