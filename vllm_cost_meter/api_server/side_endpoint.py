@@ -73,13 +73,13 @@ class SideEndpoint:
         self._figures = figures
         self._health = health
         # Where it listens; after a restart it listens there again, also if any port would do.
-        self._port: int | None = None
+        self.port: int | None = None
         self._refreshing: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
         """Start it, to listen on its port, unless that is off; wait for it, but not for long."""
-        self._port = self._settings().port
-        if self._port is not None:
+        self.port = self._settings().port
+        if self.port is not None:
             self.process.start()
             await self.process.wait(START_TIMEOUT_S)
 
@@ -109,11 +109,11 @@ class SideEndpoint:
         }
 
     def _hello(self) -> Hello:
-        return Hello(packed(Handed.of(self._settings())), self._ledger_url, self._port)
+        return Hello(packed(Handed.of(self._settings())), self._ledger_url, self.port)
 
     def _is_ready(self, about: msgspec.Raw) -> None:
         port = decoded(about, Listening).port
-        self._port = self._port if port is None else port
+        self.port = self.port if port is None else port
 
     async def _answer(self, name: str, _given: msgspec.Raw) -> object:
         """Answer what the process asks."""

@@ -94,7 +94,7 @@ class SideProcess:
         self._answer = answer
         self._take = take
         self._ready = ready
-        self._pauses = pauses
+        self.pauses = pauses
         self._environment = environment
         self._task: asyncio.Task[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -138,18 +138,18 @@ class SideProcess:
             self._thread.shutdown(wait=False)
 
     async def _run(self) -> None:
-        pause_s = self._pauses.first
+        pause_s = self.pauses.first
         while True:
             began_s = time.monotonic()
             try:
                 end = await self._live()
             except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
                 end = f"cannot be started: {error}"
-            if time.monotonic() - began_s >= self._pauses.longest:
-                pause_s = self._pauses.first
+            if time.monotonic() - began_s >= self.pauses.longest:
+                pause_s = self.pauses.first
             self._note_end(end, pause_s)
             await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, self._pauses.longest)
+            pause_s = min(pause_s * 2, self.pauses.longest)
             self.restarts += 1
             self.state = "starting"
 
@@ -181,7 +181,7 @@ class SideProcess:
 
     async def _watch(self, channel: Channel, pid: int) -> None:
         """End a process that does not answer any more."""
-        silent_s = self._pauses.silent
+        silent_s = self.pauses.silent
         while True:
             try:
                 await channel.ask(PING, None, bool, silent_s)
