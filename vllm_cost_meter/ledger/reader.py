@@ -10,6 +10,7 @@ Invariant: a reader writes nothing.
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, tzinfo
 from typing import Any, Self, Unpack
 
@@ -69,8 +70,8 @@ class LedgerReader:
         self.url = url
         self._given_book = book
         self._alive = alive
-        # Number of bills waited for in vain, by run; nobody waits for them again.
-        self._known_missing: dict[str, int] = {}
+        # The number of the last bill that was waited for, by run; nobody waits for it again.
+        self._settled: dict[str, int] = {}
         self._opening = threading.Lock()
         self._opened: Engine | None = None if create else _open(url, create=False)
 
@@ -116,7 +117,7 @@ class LedgerReader:
             cut = read_cut(
                 connection, window, alive=living.alive, now_ns=living.now_ns, book=self._book
             )
-        settle(self.transaction, cut, as_of.settle_s, self._known_missing)
+        settle(self.transaction, cut, as_of.settle_s, self._settled)
         return cut
 
     # ---- requests
@@ -227,8 +228,14 @@ class LedgerReader:
         recent: int = 20,
         as_of: AsOf = NOW,
     ) -> Tenant | None:
-        """Return one tenant's row and its latest requests; None for an unknown tenant."""
-        answer = self.report(Question(from_hour, to_hour), as_of)
+        """Return one tenant's row and its latest requests; None for an unknown tenant.
+
+        Only the tenant's own bills are read. So its money is rounded by itself, and may differ by a
+        nano-USD from its row in a report, where all rows are rounded together.
+        """
+        cut = replace(self.cut(Window(from_hour, to_hour), as_of), tenant=name)
+        with self.transaction() as connection:
+            answer = reports.report_at(connection, cut, Question(from_hour, to_hour))
         for row in reports.rows_of(answer):
             if row["tenant"] == name:
                 latest = self.requests(limit=recent, tenant=name)["requests"]

@@ -23,8 +23,9 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
+from vllm_cost_meter.ledger.queries.own_bills import pieces_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
-from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.schema import requests
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import COUNTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import LABEL, TAG, Question
@@ -98,7 +99,7 @@ def _ended(
 ) -> list[Ended]:
     by = ("hour", *columns) if question.tells_hours_apart else tuple(columns)
     found = []
-    for values, counts in count_ended(connection, cut.window, by).items():
+    for values, counts in count_ended(connection, cut.window, by, cut.tenant).items():
         hour = None
         if question.tells_hours_apart:
             hour = unix_ns_of(f"{values[0]}:00Z") // NS_PER_HOUR
@@ -112,11 +113,12 @@ def _usage(
 ) -> BilledUsage:
     if not cut.runs:
         return BilledUsage([], {})
-    at, p, r = cut.cte(), usage_pieces.c, requests.c
+    pieces = pieces_of(cut.tenant)
+    at, p, r = cut.cte(), pieces.c, requests.c
     # Pieces have a column for the tenant, so a report by tenant alone reads no request.
     own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
     keys = [own[name] if name in own else r[name] for name in columns]
-    joined = usage_pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
+    joined = pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
     if set(columns) - own.keys():
         joined = joined.join(requests, and_(r.run_id == p.run_id, r.seq == p.seq))
     more = PART_SUMS if question.is_by_tenant else ()
