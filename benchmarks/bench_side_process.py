@@ -7,7 +7,8 @@ ask the heaviest questions all the time: reports, tenants, audit, economics. The
 much load by strangers: as many processes as questions run at once, at the same priority, which sum
 up rows of a SQLite file and compute in Python, and nobody asks anything. The two take turns, a few
 seconds each, in changing order, so that both meet the same machine. Before each turn there is a
-pause in which what the one before had begun ends. Figures are percentiles over all ticks of a kind.
+pause in which what the one before had begun ends. Figures are percentiles over all ticks of a kind,
+and the median over the turns of the difference between the two.
 The clients, who would be elsewhere, have the lowest priority too.
 
 Second part (`--server`). A real `vllm serve` on the tiny model: its engine bound to one core, all
@@ -142,6 +143,14 @@ def fill(url: str, bills: int) -> None:
     writer.close(30)
 
 
+def ledger_of(folder: Path, options: argparse.Namespace) -> Path:
+    """Return the ledger to ask, filled if it was not there."""
+    path: Path = options.ledger or folder / "ledger.db"
+    if not path.exists():
+        fill(f"sqlite:///{path}", options.bills)
+    return path
+
+
 # ---- clients and strangers
 
 
@@ -206,8 +215,7 @@ async def ticks(seconds: float) -> list[float]:
 
 async def loop_delays(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the percentiles of the loop's delay, by kind of turn."""
-    path = folder / "ledger.db"
-    fill(f"sqlite:///{path}", options.bills)
+    path = ledger_of(folder, options)
     settings = Settings(port=0, question_timeout_s=120)
 
     async def refresh() -> None:
@@ -223,7 +231,7 @@ async def loop_delays(folder: Path, options: argparse.Namespace) -> dict[str, An
     )
     await side.serve()
     answered = multiprocessing.get_context("spawn").Value("i", 0)
-    late: dict[str, list[float]] = {"idle": [], "questions": [], "strangers": []}
+    late: dict[str, list[list[float]]] = {"idle": [], "questions": [], "strangers": []}
     url = f"http://127.0.0.1:{side.port}"
     with contextlib.ExitStack() as stack:
         clients = stack.enter_context(process(ask, url, answered))
@@ -238,12 +246,12 @@ async def loop_delays(folder: Path, options: argparse.Namespace) -> dict[str, An
                 for each in works:
                     each.set()
                 await asyncio.sleep(1)
-                late[kind] += await ticks(options.seconds)
+                late[kind].append(await ticks(options.seconds))
                 for each in works:
                     each.clear()
                 await until_quiet(side)
     await side.stop()
-    return {"answered": answered.value, **{kind: percentiles(of) for kind, of in late.items()}}
+    return {"answered": answered.value, **compared(late, "questions", "strangers")}
 
 
 async def until_quiet(side: SideEndpoint) -> None:
@@ -266,6 +274,22 @@ def percentiles(of_ms: list[float]) -> dict[str, float]:
         "p99_ms": round(cuts[98], 3),
         "n": len(of_ms),
     }
+
+
+def compared(turns: dict[str, list[list[float]]], one: str, other: str) -> dict[str, Any]:
+    """Return the percentiles over all turns of a kind, and how two kinds differ turn by turn."""
+    pairs = [
+        (percentiles(ours), percentiles(theirs))
+        for ours, theirs in zip(turns[one], turns[other], strict=True)
+    ]
+    differences = {
+        name: round(statistics.median(ours[name] - theirs[name] for ours, theirs in pairs), 3)
+        for name in ("p50_ms", "p90_ms", "p99_ms")
+    }
+    together = {
+        kind: percentiles([ms for of in all_of for ms in of]) for kind, all_of in turns.items()
+    }
+    return {**together, f"{one} - {other}, median of turns": differences}
 
 
 # ---- second part: tokens of a real server
@@ -310,8 +334,7 @@ def bind(server: Server) -> None:
 def token_gaps(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the percentiles of the time between two tokens, with questions and without."""
     make_tiny_model(default_path())
-    url = f"sqlite:///{folder / 'server.db'}"
-    fill(url, options.bills)
+    url = f"sqlite:///{ledger_of(folder, options)}"
     environment = {
         **environment_of(default_path().parent, offline=True),
         "COST_METER_LEDGER": url,
@@ -321,7 +344,7 @@ def token_gaps(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     arguments = [*CPU_ARGUMENTS, "--plugins", "cost_meter"]
     server = Server(str(default_path()), arguments, environment, folder / "server.log")
     server.launch()
-    gaps: dict[str, list[float]] = {"without": [], "with": []}
+    gaps: dict[str, list[list[float]]] = {"without": [], "with": []}
     answered = multiprocessing.get_context("spawn").Value("i", 0)
     try:
         server.wait()
@@ -335,12 +358,12 @@ def token_gaps(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                         clients.set()
                         time.sleep(1)
                     of = tokens(server.url, str(default_path()), options.seconds, options.streams)
-                    gaps[kind] += of
+                    gaps[kind].append(of)
                     clients.clear()
                     time.sleep(2)
     finally:
         server.stop()
-    return {"answered": answered.value, **{kind: percentiles(of) for kind, of in gaps.items()}}
+    return {"answered": answered.value, **compared(gaps, "with", "without")}
 
 
 def main() -> None:
@@ -351,6 +374,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a turn")
     parser.add_argument("--streams", type=int, default=4, help="streams at once, second part")
+    parser.add_argument("--ledger", type=Path, help="a file to keep for the other part")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
     print(f"Machine: {machine()}\n\n{__doc__}")
