@@ -230,6 +230,7 @@ async def loop_delays(folder: Path, options: argparse.Namespace) -> dict[str, An
         health=lambda: NO_METER,
     )
     await side.serve()
+    assert await side.process.wait(120)
     answered = multiprocessing.get_context("spawn").Value("i", 0)
     late: dict[str, list[list[float]]] = {"idle": [], "questions": [], "strangers": []}
     url = f"http://127.0.0.1:{side.port}"

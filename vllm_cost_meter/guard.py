@@ -13,11 +13,11 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar, TypeVarTuple
+from typing import ParamSpec, TypeVar
 
 logger = logging.getLogger("vllm.cost_meter")
 
-Ts = TypeVarTuple("Ts")
+P = ParamSpec("P")
 R = TypeVar("R")
 
 # A hook that has failed this often in a row will not recover by itself.
@@ -70,14 +70,14 @@ class Guard:
             )
 
 
-def in_daemon_thread(body: Callable[[*Ts], R], *args: *Ts) -> Future[R]:
-    """Begin `body(*args)` in a thread that holds up neither a thread pool nor the process's end."""
+def in_daemon_thread(body: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+    """Begin a call of `body` in a thread that neither a pool nor the end of a process waits for."""
     answer: Future[R] = Future()
     answer.set_running_or_notify_cancel()  # from here on nobody can cancel it
 
     def run() -> None:
         try:
-            answer.set_result(body(*args))
+            answer.set_result(body(*args, **kwargs))
         except BaseException as error:  # noqa: BLE001 - it is the caller's
             answer.set_exception(error)
 

@@ -6,9 +6,12 @@ connections of their own, until each was refused; where the budget stands is rea
 """
 
 import asyncio
+import contextlib
 import math
+import sqlite3
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -127,3 +130,36 @@ def test_what_runs_is_ended_by_a_budget_that_says_so_with_the_reason_length(hard
     # A snapshot apart, a look, and the step in which each ends.
     assert standing["over"] < (INTERVAL_S + LATENESS_S) * 2 * NS_PER_SECOND
     hard.balanced()
+
+
+def test_a_ledger_that_cannot_be_read_for_three_seconds_leaves_metering_on(hard: Server) -> None:
+    """For longer than ten looks of a quarter of a second; each server says so and recovers."""
+
+    def budgets_loop() -> dict[str, Any]:
+        health = httpx.get(f"{hard.side_url}/cost/health", timeout=30).json()
+        (loop,) = [each for each in health["loops"] if each["loop"] == "budgets"]
+        return loop
+
+    def until(state: str) -> dict[str, Any]:
+        deadline = time.monotonic() + 20
+        while (loop := budgets_loop())["state"] != state:
+            assert time.monotonic() < deadline, loop
+            time.sleep(0.05)
+        return loop
+
+    with contextlib.closing(sqlite3.connect(hard.ledger_file, isolation_level=None)) as ledger:
+        ledger.execute("PRAGMA busy_timeout = 10000")
+        ledger.execute("ALTER TABLE live_usage RENAME TO away")
+        try:
+            assert until("failing")["last_error"] == "OperationalError: no such table: live_usage"
+            time.sleep(3)
+        finally:
+            ledger.execute("ALTER TABLE away RENAME TO live_usage")
+    assert until("ok")["failures"] >= 3
+    with hard.client() as client:
+        reply = client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT})
+    assert reply.status_code == 200
+    assert "x-cost-meter-gpu-seconds" in reply.headers
+    hard.balanced()
+    assert "switched itself off" not in hard.log
+    assert hard.log.count("the loop `budgets` works again") >= 1

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar, TypeVarTuple
+from typing import ParamSpec, TypeVar
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.endpoint.answers import LoopHealth
@@ -23,7 +23,7 @@ from vllm_cost_meter.units.time import NS_PER_SECOND
 
 logger = logging.getLogger("vllm.cost_meter")
 
-Ts = TypeVarTuple("Ts")
+P = ParamSpec("P")
 R = TypeVar("R")
 
 # A loop that fails waits twice as long each time, up to this.
@@ -158,13 +158,13 @@ class Loops:
         return [loop.health() for _, loop in sorted(self._loops.items())]
 
 
-async def in_own_thread(body: Callable[[*Ts], R], *args: *Ts) -> R:
-    """Return what `body(*args)` returns, from a daemon thread of its own.
+async def in_own_thread(body: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Return what `body` returns, called in a daemon thread of its own.
 
     What hangs in vLLM's thread pool would take one of its few threads, and hold up the end of the
     process.
     """
-    return await asyncio.wrap_future(in_daemon_thread(body, *args))
+    return await asyncio.wrap_future(in_daemon_thread(body, *args, **kwargs))
 
 
 def _is_known_to_happen(error: BaseException) -> bool:

@@ -132,14 +132,23 @@ def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
 
 
 def latencies(times: RequestTimes, output_tokens: int, finished_at_ns: int) -> Latencies:
-    """Return a request's latencies from vLLM's per-request statistics, where 0 means not yet."""
+    """Return a request's latencies from vLLM's per-request statistics, where 0 means not yet.
+
+    Those that vLLM takes from the wall clock are unknown if that was set back meanwhile.
+    """
     first, last = times.first_token_ts, times.last_token_ts
+    ttft_ms = times.first_token_latency * 1e3 if first else None
+    e2e_ms = finished_at_ns / 1e6 - times.arrival_time * 1e3 if times.arrival_time else None
     return Latencies(
         queue_ms=(times.scheduled_ts - times.queued_ts) * 1e3 if times.scheduled_ts else None,
-        ttft_ms=times.first_token_latency * 1e3 if first else None,
+        ttft_ms=_possible(ttft_ms),
         tpot_ms=(last - first) / (output_tokens - 1) * 1e3 if output_tokens > 1 and last else None,
-        e2e_ms=finished_at_ns / 1e6 - times.arrival_time * 1e3 if times.arrival_time else None,
+        e2e_ms=_possible(e2e_ms),
     )
+
+
+def _possible(latency_ms: float | None) -> float | None:
+    return None if latency_ms is None or latency_ms < 0 else latency_ms
 
 
 def _latencies(birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencies:

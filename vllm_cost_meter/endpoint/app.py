@@ -137,7 +137,6 @@ def make_app(
     _add_budget_route(app, budgets)
     add_calculators(app)
     add_compare(app, Comparer(reader.url, handed), refresh)
-
     _add_own_routes(app, health)
 
     if metrics is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
+from tests.component.api_server.test_collector import exchange_of
 from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_snapshot
 from tests.support.world import BODY, JSON, World, replying
@@ -260,15 +261,31 @@ def test_a_ledger_that_cannot_be_read_for_twelve_looks_leaves_metering_on(held, 
 def test_a_ledger_that_takes_no_cost_costs_headers_and_no_hook(held):
     """Replies go out without their cost; what they used is written once the ledger is back."""
     runtime = held.runtime
-    with without_table(held.path, "http_requests"):
+    with held.locked():
         for number in range(LOOKS):
             costs(held, f"r{number}")
         assert (runtime.guard.off, runtime.guard.errors) == (False, 0)
-        assert runtime.health()["ledger_error"] == "OperationalError: no such table: http_requests"
+        deadline = time.monotonic() + 10
+        while runtime.health()["ledger_error"] is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert runtime.health()["ledger_error"] == "OperationalError: database is locked"
         assert runtime.health()["status"] == "failing"
         assert runtime.health()["waiting"] > 0
     assert held.rows("SELECT count(*) FROM requests") == [(LOOKS,)]
     assert runtime.health()["ledger_error"] is None
+
+
+def test_records_that_the_ledger_refuses_are_counted_by_its_writer_and_are_no_hooks_errors(world):
+    async def settle() -> bool:
+        exchange = exchange_of()
+        exchange.sent.status = object()
+        world.collector.breaker.bill_came()  # or nobody would wait any more
+        return await world.collector.settle(exchange) is not None
+
+    for _ in range(12):
+        assert asyncio.run(settle()) is False
+    assert (world.runtime.guard.off, world.runtime.guard.errors) == (False, 0)
+    assert world.runtime.writer.dropped == 12
 
 
 def test_a_server_whose_ledger_is_away_at_the_start_is_whole_once_it_is_back(tmp_path, make_world):

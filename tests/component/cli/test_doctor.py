@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from tests.component.ledger.test_reader import part, snapshot
 from tests.support.nvml import A, Card, nvmls
+from tests.support.small_ledger import live_now
 from vllm_cost_meter.api_server.background import Loop
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.cli.doctor import examine
@@ -116,6 +117,7 @@ def test_books_that_do_not_balance_fail(path):
 
 def test_an_engine_whose_meter_is_off_fails(path):
     sql(path, "UPDATE snapshots SET state = 'off'")
+    live_now(path)
     ok, detail = findings(path)["books"]
     assert not ok
     assert "switched itself off in run run" in detail

@@ -123,6 +123,18 @@ class Window:
         return None if hour is None else rfc3339(hour * NS_PER_HOUR)
 
 
+def lifetime_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the first and the last instant that a clock may have shown while a run lived.
+
+    `row` is a row of `runs` and `snapshots`. A clock that was set back or forward meanwhile has
+    shown other instants at its end than at its beginning; `wall_ns` is the time in between on a
+    clock that nobody sets.
+    """
+    began_ns, seen_ns = unix_ns_of(row["started_at"]), unix_ns_of(row["taken_at"])
+    wall_ns = int(row["wall_ns"])
+    return rfc3339(min(began_ns, seen_ns - wall_ns)), rfc3339(max(seen_ns, began_ns + wall_ns))
+
+
 @dataclass(frozen=True, slots=True)
 class RunCut:
     """One run at the cut, in the window.
@@ -147,6 +159,10 @@ class RunCut:
     @property
     def last_seq(self) -> int:
         return int(self.row["last_seq"])
+
+    def lifetime(self) -> tuple[str, str]:
+        """Return when the run began and was last seen; see `lifetime_of`."""
+        return lifetime_of(self.row)
 
     def total_ns(self) -> int:
         return sum(self.classes.values())
@@ -218,14 +234,18 @@ class Cut:
         return block_ms
 
     def at(self) -> str | None:
-        """Return the instant of the latest snapshot."""
-        return max((run.row["taken_at"] for run in self.runs), default=None)
+        """Return the instant of the latest snapshot, of a living engine if one lives."""
+        return max((run.row["taken_at"] for run in self._latest()), default=None)
 
     def gpus(self) -> int:
         """Return the number of GPUs of engines that were up at the latest snapshot."""
         at = self.at()
         since = None if at is None else rfc3339(unix_ns_of(at) - DEAD_AFTER_NS)
-        return sum(int(run.row["gpus"]) for run in self.runs if run.row["taken_at"] >= since)
+        return sum(int(run.row["gpus"]) for run in self._latest() if run.row["taken_at"] >= since)
+
+    def _latest(self) -> Sequence[RunCut]:
+        # A clock that was set back leaves dead runs whose snapshots are later than any other.
+        return [run for run in self.runs if run.alive] or self.runs
 
     def own_time(self) -> dict[str, Any]:
         """Return the wall time of the meter's own hooks, and its part of the engines' busy time."""
@@ -274,7 +294,8 @@ def read_cut(
     for each in connection.execute(joined):
         row = each._asdict()
         run_id, age_ns = row["run_id"], now_ns - unix_ns_of(row["taken_at"])
-        up = run_id in alive or age_ns <= DEAD_AFTER_NS
+        # A snapshot from the future says as little of now as one from the past.
+        up = run_id in alive or abs(age_ns) <= DEAD_AFTER_NS
         ours = hours.get(run_id, {}), energies.get(run_id, {})
         cuts.append(_run_cut(row, window, up, RunPrices.of(row, book), *ours))
     return Cut(tuple(cuts), window, book)
