@@ -37,7 +37,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "cli": {"rich", "sqlalchemy", "typer"},
     "config": {"genai_prices", "pydantic", "pydantic_settings", "tomlkit"},
     "console": {"rich"},
-    "endpoint": {"fastapi", "orjson", "prometheus_client", "pydantic", "starlette"}
+    "endpoint": {"fastapi", "msgspec", "orjson", "prometheus_client", "pydantic", "starlette"}
     | {"typing_extensions", "uvicorn"},
     "engine": {"msgspec", "pynvml"},
     "lab": {"matplotlib", "numpy", "openai", "prometheus_client", "rich"}
