@@ -65,8 +65,8 @@ class Runtime:
         self.collector = Collector(
             self.writer, self.guard, lambda: self.settings, open_requests=open_requests
         )
-        # Served model names; empty until `start`.
-        self.served: frozenset[str] = frozenset()
+        # Served model names, the default first; empty until `start`.
+        self.served: tuple[str, ...] = ()
         self.poller: Poller | None = None
         self.admission: Admission | None = None
         self._reload_interval_s = reload_interval_s
@@ -106,7 +106,7 @@ class Runtime:
         Returns True if this API server is the one that polls the engines.
         """
         self.collector.run_facts = engines.run_facts(engine_client)
-        self.served = frozenset(engines.served_names(engine_client, state))
+        self.served = tuple(engines.served_names(engine_client, state))
         self._start_task("announce", self._announce_loop)
         await self._hold_to_budgets(engine_client)
         if (config := self.settings.config) is not None:
