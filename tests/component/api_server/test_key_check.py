@@ -10,10 +10,10 @@ import hashlib
 
 import pytest
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 
+from tests.support.key_check import AuthenticationMiddleware, OfAnother
 from tests.support.world import Client, scope_of
 from vllm_cost_meter.api_server.key_check import checked_routes
 from vllm_cost_meter.api_server.middleware import CostMiddleware
@@ -26,36 +26,12 @@ GUARDED, OPEN = "/v1/completions", "/invocations"
 ALICE, BOB = (b"authorization", b"Bearer alice"), (b"x-api-key", b"bob")
 
 
-class AuthenticationMiddleware:
-    """What vLLM's class of this name does."""
-
-    def __init__(self, app, tokens):
-        self.app, self.tokens = app, tokens
-
-    def __call__(self, scope, receive, send):
-        if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
-            return self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        said = Headers(scope=scope).get("Authorization") or ""
-        scheme, _, key = said.partition(" ")
-        if not path.startswith("/v1") or (scheme.lower() == "bearer" and key in self.tokens):
-            return self.app(scope, receive, send)
-        return JSONResponse({"error": "Unauthorized"}, status_code=401)(scope, receive, send)
-
-
-class Vllm(AuthenticationMiddleware):
-    """The same class as vLLM names it."""
-
-
-Vllm.__name__, Vllm.__module__ = "AuthenticationMiddleware", "vllm.entrypoints.some"
-
-
 @pytest.fixture
 def world(make_world):
     return make_world(tenants=TENANTS)
 
 
-def application(world, check=Vllm):
+def application(world, check=AuthenticationMiddleware):
     async def generate(request):
         world.engine.generate()
         return JSONResponse({})
@@ -100,7 +76,7 @@ def test_the_routes_that_vllm_guards_are_found_by_asking_its_own_middleware(worl
     assert not {OPEN, "/pooling", "/score"} & found
 
 
-@pytest.mark.parametrize("check", [None, AuthenticationMiddleware])
+@pytest.mark.parametrize("check", [None, OfAnother])
 def test_without_vllms_own_check_no_route_is_guarded(world, check):
     assert asyncio.run(checked_routes(application(world, check))) == frozenset()
 
