@@ -60,14 +60,14 @@ def one(names: Sequence[str | None]) -> str | None:
 
 
 def _payer(situation: Situation, request: Request) -> Payer:
-    tenant, rule, named = _tenant(situation, request)
+    tenant, rule = _tenant(situation, request)
     given = {}
     for each in situation.rules:
         if each.get("names") == "tag" and (value := one(claims(request, each, text))) is not None:
             given[each["tag"]] = value
     if tenant is None:
         return Payer("unknown", "none", None, given)
-    child, child_rule = _child(situation, request, tenant, named)
+    child, child_rule = _child(situation, request, tenant, rule)
     if child is None or child_rule is None:
         whole = tenant
         parent = situation.parents.get(tenant, tenant.rpartition("/")[0] or None)
@@ -78,7 +78,7 @@ def _payer(situation: Situation, request: Request) -> Payer:
     return Payer(whole, rule, parent, {**given, **declared})
 
 
-def _tenant(situation: Situation, request: Request) -> tuple[str | None, str, Any]:
+def _tenant(situation: Situation, request: Request) -> tuple[str | None, str]:
     """The first three rules are asked in their order; the first that answers names the tenant."""
     for each in situation.rules:
         kind, name, called = each["rule"], None, each["rule"]
@@ -96,8 +96,8 @@ def _tenant(situation: Situation, request: Request) -> tuple[str | None, str, An
             if said is not None and (said == "__unread__" or len(f"unknown/{said}") <= 128):
                 name = f"unknown/{said}"
         if name is not None:
-            return name, called, each
-    return None, "none", None
+            return name, called
+    return None, "none"
 
 
 def of_keys(situation: Situation, request: Request) -> str | None:
@@ -145,20 +145,24 @@ def own_name(said: object) -> str | None:
 
 
 def _child(
-    situation: Situation, request: Request, tenant: str, named: Any
+    situation: Situation, request: Request, tenant: str, named_by: str
 ) -> tuple[str | None, str | None]:
+    """The first child rule that answers; what named the tenant chooses no child of it."""
     if tenant.endswith("/__unread__"):
         return None, None
     for each in situation.rules:
-        if each is named:
-            continue
-        child = None
         if each["rule"] in BODY_RULES:
             child, called = of_body(situation, request, each), body_rule(each)
         elif each.get("names") == "child":
+            if f"header:{each['name']}" == named_by:
+                continue
             child = one([own_name(said) for said in claims(request, each, text)])
             called = f"header:{each['name']}"
-        if child is not None and (child == "__unread__" or len(f"{tenant}/{child}") <= 128):
+        else:
+            continue
+        if called == named_by or child is None:
+            continue
+        if child == "__unread__" or len(f"{tenant}/{child}") <= 128:
             return child, called
     return None, None
 
