@@ -59,9 +59,11 @@ RunningOf = Callable[[Callable[[Owner], bool]], Sequence[str]]
 
 
 def fails_closed(owner: Owner, tenants: Collection[str]) -> bool:
-    """Return whether an owner is one of the tenants that fail closed, or a child of one."""
+    """Return whether an owner is, or may be, one of the tenants that fail closed, or its child."""
     # The parent is checked too, because a child that a client chose is declared nowhere.
-    return owner.tenant in tenants or owner.parent in tenants
+    if owner.tenant in tenants or owner.parent in tenants:
+        return True
+    return any(map(owner.may_be, tenants))
 
 
 def _counted(verdict: Verdict) -> Verdict:

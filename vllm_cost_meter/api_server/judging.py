@@ -1,10 +1,11 @@
 """Judge a new request: admit it, delay it, warn in its reply, or refuse it.
 
-Invariant: without a budget and without a tenant that fails closed, every request is admitted.
+Invariant: without a budget and without a tenant that fails closed, every request is admitted whose
+credentials do not name two tenants.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from starlette.types import Scope
@@ -17,6 +18,7 @@ from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Exchange, Refusal
 from vllm_cost_meter.records.owner import CONTRADICTION
 from vllm_cost_meter.tenants.budgets import Verdict
+from vllm_cost_meter.tenants.rules import BodyClaims
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,13 @@ async def wait_for_figures(exchange: Exchange | None, admission: Admission | Non
 
 def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) -> Judged:
     """Decide about a new request by its budgets, without any I/O."""
-    if admission is None or not reaches_engine(exchange.route):
+    if not reaches_engine(exchange.route):
         return ADMITTED
     if exchange.owner == CONTRADICTION:
         metrics.count_refused("contradicting", "")
         return Judged(contradicting(exchange.route))
+    if admission is None:
+        return ADMITTED
     verdict = admission.admit(exchange)
     if verdict.kind == "admitted":
         return Judged(warnings=warning(verdict.soft, exchange.owner))
@@ -72,16 +76,20 @@ def refuse_birth(exchange: Exchange | None, admission: Admission | None) -> Refu
     return exchange.refusal
 
 
-def judge_unmetered(scope: Scope, settings: Settings | None) -> Judged:
+def judge_unmetered(
+    scope: Scope, settings: Settings | None, checked: Collection[str] = ()
+) -> Judged:
     """Decide about a new request while nothing is measured. Never raises.
 
-    The request is refused if its tenant fails closed.
+    The request is refused if its tenant fails closed. vLLM checks keys on the `checked` routes.
     """
     if settings is None or not settings.failing_closed or scope["type"] == "lifespan":
         return ADMITTED
     with contextlib.suppress(Exception):  # metering may fail, serving may not
         route = route_of_scope(scope)
-        owner = settings.resolver.resolve(scope["headers"])
+        resolver = settings.resolver
+        unread = BodyClaims(unread=resolver.body_fields)
+        owner = resolver.resolve(scope["headers"], unread, keys_checked=route in checked)
         if not reaches_engine(route):
             return ADMITTED
         if owner == CONTRADICTION:

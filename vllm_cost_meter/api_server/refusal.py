@@ -89,14 +89,14 @@ def _spent(standing: Standing, owner: Owner, route: str) -> Refusal:
 
 
 def contradicting(route: str) -> Refusal:
-    """Return the reply to a request that claims two tenants, where budgets apply.
+    """Return the reply to a request whose credentials name two tenants.
 
-    Otherwise a client with a spent budget could send two different keys and count as no tenant.
+    Serving it would bill one of them, or nobody, by our guess.
     """
     return _reply(
         BAD_REQUEST,
         "expected one API key and one tenant, got headers that contradict each other: send each"
-        " of Authorization, x-api-key and the tenant's header once",
+        " of Authorization, x-api-key and the gateway's headers once",
         ("invalid_request_error", "invalid_request_error", "contradicting_credentials"),
         route,
         [],

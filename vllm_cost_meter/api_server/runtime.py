@@ -75,8 +75,8 @@ class Runtime:
             open_requests=open_requests,
             refuses=lambda exchange: refuse_birth(exchange, self.admission),
         )
-        # Served model names; empty until `start`.
-        self.served: frozenset[str] = frozenset()
+        # Served model names, the default first; empty until `start`.
+        self.served: tuple[str, ...] = ()
         self.poller: Poller | None = None
         self.side_endpoint = SideEndpoint(
             lambda: self.settings,
@@ -148,7 +148,7 @@ class Runtime:
         Returns True if this API server is the one that polls the engines.
         """
         self.collector.run_facts = engines.run_facts(engine_client)
-        self.served = frozenset(engines.served_names(engine_client, state))
+        self.served = tuple(engines.served_names(engine_client, state))
         self._start_loop("announce", self._announce, self.settings.snapshot_interval_s)
         self._hold_to_budgets(engine_client)
         if (config := self.settings.config) is not None:

@@ -57,8 +57,9 @@ from vllm_cost_meter.config.tenants import (
     resolver_of,
 )
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.owner import SLASH
 from vllm_cost_meter.tenants.budgets import Budget
-from vllm_cost_meter.tenants.rules import SLASH, Resolver
+from vllm_cost_meter.tenants.rules import Resolver
 
 _about = t.about
 

@@ -79,6 +79,8 @@ class Budget:
             return False
         if of in (owner.tenant, owner.parent) or owner.tenant.startswith(f"{of}/"):
             return True
+        if owner.may_be(of):
+            return True
         # The parent is checked too, because a child that a client chose is declared nowhere.
         return owner.tenant in self.members or owner.parent in self.members
 

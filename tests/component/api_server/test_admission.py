@@ -13,7 +13,7 @@ import pytest
 from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_open, make_snapshot
 from tests.support.world import BODY, DONE, JSON, SSE, TOKEN, Client, replying, scope_of
-from vllm_cost_meter.api_server.admission import Admission, Rules
+from vllm_cost_meter.api_server.admission import Admission, Rules, fails_closed
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime
@@ -243,16 +243,49 @@ def test_where_no_meter_could_be_made_only_who_fails_closed_is_refused(world):
     assert_only_who_fails_closed_is_refused(world)
 
 
-def test_headers_that_contradict_each_other_leave_no_budget(world):
-    """Otherwise whoever has spent its budget would send two keys, and be nobody."""
+BOTH = [(b"authorization", b"Bearer acme"), (b"x-api-key", b"strict")]
+
+
+def test_credentials_of_two_tenants_are_refused_whether_or_not_there_are_budgets(world):
+    for admission in (world.runtime.admission, None):
+        world.runtime.admission = admission
+        client = ask(world, scope_of(headers=BOTH))
+        assert client.status == 400
+        error = json.loads(client.body)["error"]
+        assert error["type"] == "invalid_request_error"
+        assert error["code"] == "contradicting_credentials"
+    # What reaches no engine costs nothing.
+    assert ask(world, scope_of("/v1/models", headers=BOTH, method="GET")).status == 200
+    assert world.rows("SELECT COUNT(*) FROM requests WHERE tenant <> 'unknown'") == [(0,)]
+
+
+def test_a_second_credential_of_nobody_leads_past_no_budget(world):
     used(world, 10**9)
-    twice = [(b"authorization", b"Bearer acme"), (b"authorization", b"Bearer other")]
-    client = ask(world, scope_of(headers=twice))
-    assert client.status == 400
-    error = json.loads(client.body)["error"]
-    assert (error["type"], error["code"]) == ("invalid_request_error", "contradicting_credentials")
-    world.runtime.admission = None
-    assert ask(world, scope_of(headers=twice)).status == 200
+    for other in (b"Bearer nobody", b"x", b""):
+        twice = [(b"authorization", b"Bearer acme"), (b"authorization", other)]
+        assert ask(world, scope_of(headers=twice)).status == 429
+        assert ask(world, scope_of(headers=twice[::-1])).status == 429
+
+
+def test_a_child_that_was_not_read_is_held_to_each_childs_budget(world):
+    used(world, 10**9, tenant="acme/web")
+    owner = Owner("acme/__unread__", parent="acme")
+    assert world.runtime.admission.verdict(owner).kind == "blocked"
+    for other in (Owner("acme"), Owner("acme/app", parent="acme"), Owner("ac/__unread__")):
+        assert world.runtime.admission.verdict(other).kind == "admitted"
+    assert fails_closed(owner, {"acme/web"})
+    assert not fails_closed(owner, {"other/web"})
+
+
+def test_without_a_meter_no_body_is_read_and_whoever_may_be_a_child_that_fails_closed_is_refused(
+    make_world,
+):
+    child = {"name": "acme/web", "fail_closed": True}
+    rules = [{"rule": "api_key"}, {"rule": "user"}]
+    world = make_world(tenants=[*TENANTS, child], tenant_rules=rules)
+    world.found = NoRuntime(world.runtime.settings)
+    assert ask(world).status == 503
+    assert ask(world, as_tenant("other")).status == 200
 
 
 def test_tenants_that_fail_closed_are_held_to_it_without_any_budget(make_world):
