@@ -207,7 +207,7 @@ def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch)
     ("parallel", "cost"),
     [
         ({"data_parallel_size": 4, "data_parallel_size_local": 4}, 60),
-        ({"data_parallel_size": 4, "data_parallel_size_local": 2}, 30),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 2}, None),
         (
             {
                 "data_parallel_size": 4,
@@ -218,12 +218,14 @@ def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch)
         ),
     ],
 )
-def test_where_engines_run_on_several_machines_no_price_is_chosen_by_host(
+def test_where_engines_run_on_several_machines_no_cost_is_guessed_that_depends_on_the_host(
     make_world, monkeypatch, parallel, cost
 ):
     monkeypatch.setattr(platform, "node", lambda: "node-1")
     world = make_world(prices=[price_setting("72", host="node-1")])
-    assert costs_of(world, serving(**parallel), UsagePiece(490_896, 3_000, 0, 8, 0)) == (cost, 0)
+    piece = UsagePiece(490_896, 3_000, 0, 8, 0)
+    marginal = None if cost is None else 0
+    assert costs_of(world, serving(**parallel), piece) == (cost, marginal)
 
 
 def test_an_api_server_without_a_gpu_prices_what_needs_none(make_world, monkeypatch):
@@ -231,9 +233,19 @@ def test_an_api_server_without_a_gpu_prices_what_needs_none(make_world, monkeypa
         raise NotImplementedError
 
     gpu_is_called(monkeypatch, no_gpu)
-    world = make_world(prices=[price_setting("72", gpu_name="*")])
-    assert costs_of(world, serving(), UsagePiece(490_896, 3_000, 0, 8, 0)) == (30, 0)
+    world = make_world(prices=[price_setting("72", model="llama")])
+    assert costs_of(world, serving(), UsagePiece(490_896, 3_000, 0, 8, 0)) == (60, 0)
     assert world.runtime.guard.errors == 0
+
+
+def test_an_api_server_without_a_gpu_guesses_no_price_that_depends_on_it(make_world, monkeypatch):
+    def no_gpu():
+        raise NotImplementedError
+
+    gpu_is_called(monkeypatch, no_gpu)
+    world = make_world(prices=[price_setting("72", gpu_name="*")])
+    piece = UsagePiece(490_896, 3_000, 0, 8, 0)
+    assert costs_of(world, serving(), piece) == (None, None)
 
 
 def test_a_run_is_told_the_price_of_the_hour_it_began_in():
