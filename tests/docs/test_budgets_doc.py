@@ -6,7 +6,7 @@ from datetime import datetime
 from zoneinfo import ZoneInfo
 
 from tests.support.pages import DOCS, section
-from vllm_cost_meter.api_server.admission import FRESH_S_MIN, SNAPSHOTS_MISSED_MAX
+from vllm_cost_meter.api_server.admission import FIRST_FIGURES_S, FRESH_S_MIN, SNAPSHOTS_MISSED_MAX
 from vllm_cost_meter.api_server.refusal import TOO_MANY_REQUESTS, UNAVAILABLE, refusal, warning
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.records.owner import Owner
@@ -38,5 +38,6 @@ def test_headers_statuses_and_numbers_are_those_of_the_code():
     assert f"| {UNAVAILABLE}, code `cost_meter_stale`" in TEXT
     assert SNAPSHOTS_MISSED_MAX == 3
     assert f"three intervals (and {FRESH_S_MIN:.0f} s)" in TEXT
+    assert f"waits for the first figures, for at most {FIRST_FIGURES_S:.0f} s" in TEXT
     interval_s = Settings.model_fields["snapshot_interval_s"].default
     assert f"(`COST_METER_SNAPSHOT_INTERVAL_S`, {interval_s:.0f} s)" in TEXT
