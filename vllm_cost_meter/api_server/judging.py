@@ -11,10 +11,10 @@ from starlette.types import Scope
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.admission import Admission, fails_closed
-from vllm_cost_meter.api_server.refusal import Refusal, contradicting, refusal, warning
+from vllm_cost_meter.api_server.refusal import contradicting, refusal, warning
 from vllm_cost_meter.api_server.routes import reaches_engine, route_of
 from vllm_cost_meter.config.settings import Settings
-from vllm_cost_meter.exchange import Exchange
+from vllm_cost_meter.exchange import Exchange, Refusal
 from vllm_cost_meter.records.owner import CONTRADICTION
 from vllm_cost_meter.tenants.budgets import Verdict
 
@@ -50,12 +50,26 @@ def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) ->
     if exchange.owner == CONTRADICTION:
         metrics.count_refused("contradicting", "")
         return Judged(contradicting(exchange.route))
-    verdict = admission.verdict(exchange.owner)
-    if verdict.kind in ("blocked", "unavailable"):
-        return Judged(refusal(verdict, exchange.owner.tenant, exchange.route))
+    verdict = admission.admit(exchange)
+    if verdict.kind == "admitted":
+        return Judged(warnings=warning(verdict.soft, exchange.owner))
     if verdict.kind == "throttled":
         return Judged(delay_s=throttle_s)
-    return Judged(warnings=warning(verdict.soft))
+    return Judged(refusal(verdict, exchange.owner, exchange.route))
+
+
+def refuse_birth(exchange: Exchange | None, admission: Admission | None) -> Refusal | None:
+    """Return the reply to a request that may have no further engine request, None if it may.
+
+    From then on it is the reply of the exchange.
+    """
+    if exchange is None or admission is None:
+        return None
+    verdict = admission.refused_birth(exchange)
+    if verdict is None:
+        return None
+    exchange.refusal = refusal(verdict, exchange.owner, exchange.route)
+    return exchange.refusal
 
 
 def judge_unmetered(scope: Scope, settings: Settings | None) -> Judged:
@@ -73,5 +87,5 @@ def judge_unmetered(scope: Scope, settings: Settings | None) -> Judged:
         if owner == CONTRADICTION:
             return Judged(contradicting(route))
         if fails_closed(owner, settings.failing_closed):
-            return Judged(refusal(_DOWN, owner.tenant, route))
+            return Judged(refusal(_DOWN, owner, route))
     return ADMITTED

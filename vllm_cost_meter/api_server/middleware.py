@@ -26,12 +26,17 @@ from vllm_cost_meter.api_server.judging import (
     route_of_scope,
     wait_for_figures,
 )
-from vllm_cost_meter.api_server.refusal import Refusal
 from vllm_cost_meter.api_server.reply_editor import BODY, ReplyEditor
 from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahead
 from vllm_cost_meter.api_server.routes import reaches_engine
 from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime, get_runtime
-from vllm_cost_meter.exchange import Exchange, current_exchange, is_metered, set_exchange
+from vllm_cost_meter.exchange import (
+    Exchange,
+    Refusal,
+    current_exchange,
+    is_metered,
+    set_exchange,
+)
 from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.tenants.rules import NO_CLAIMS, BodyClaims
 
@@ -77,6 +82,23 @@ class CostMiddleware:
         if judged.refusal is not None:
             await _refuse(judged.refusal, scope, send)
             return
+        try:
+            await self._admitted(scope, receive, send, runtime, exchange, judged)
+        finally:
+            admission = runtime.admission
+            if exchange is not None and admission is not None:
+                guard.run("end of place", admission.in_flight.served, exchange)
+
+    async def _admitted(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        runtime: Runtime,
+        exchange: Exchange | None,
+        judged: Judged,
+    ) -> None:
+        guard = runtime.guard
         if judged.delay_s:
             await asyncio.sleep(judged.delay_s)
         editor = None
@@ -153,6 +175,7 @@ def _new_exchange(
         owner=runtime.settings.resolver.resolve(headers, claims),
         x_request_id=stored(request_ids[0].decode("latin-1")) if request_ids else None,
         started_at_ns=started_at_ns,
+        is_socket=scope["type"] == "websocket",
     )
 
 

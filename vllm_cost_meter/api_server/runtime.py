@@ -22,6 +22,7 @@ from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.api_server.budgets.names import BudgetNames
 from vllm_cost_meter.api_server.collector import Collector
+from vllm_cost_meter.api_server.judging import refuse_birth
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
@@ -70,7 +71,11 @@ class Runtime:
         # This opens or creates the ledger now, so that the first reply need not wait for it.
         self.writer.commit()
         self.collector = Collector(
-            self.writer, self.guard, lambda: self.settings, open_requests=open_requests
+            self.writer,
+            self.guard,
+            lambda: self.settings,
+            open_requests=open_requests,
+            refuses=lambda exchange: refuse_birth(exchange, self.admission),
         )
         # Served model names; empty until `start`.
         self.served: frozenset[str] = frozenset()
