@@ -108,8 +108,9 @@ def _end_unstarted(engine_core: Any, waiting: list[Any]) -> None:
     for request in waiting:
         by_client.setdefault(request.client_index, []).append(request.request_id)
     for client_index, request_ids in by_client.items():
-        engine_core.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_LENGTH_CAPPED)
+        # The clients first: whatever fails after that, none of them waits for ever.
         send(request_ids, client_index, FinishReason.LENGTH)
+        engine_core.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 def _wrap_sleep(original: Callable[..., Any]) -> Callable[..., Any]:

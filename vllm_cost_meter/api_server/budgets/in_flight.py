@@ -44,10 +44,6 @@ class InFlight:
     def __contains__(self, exchange: Exchange) -> bool:
         return exchange.http_request_id in self._places
 
-    def running(self, budget: Budget) -> int:
-        """Return how many requests of a budget are in flight."""
-        return self._running[budget.name]
-
     def full(self, budgets: Sequence[Budget], bills_come: bool) -> Budget | None:
         """Return the first of these budgets that has no place left, None if all have.
 
