@@ -56,6 +56,8 @@ from vllm_cost_meter.units.time import NS_PER_HOUR
 
 TICK_S = 0.005
 CLIENTS = 12
+# What takes longer is ended, so that a turn of a busy machine ends too.
+QUESTION_TIMEOUT_S = 15
 QUESTIONS = (
     "/cost/report?aggregate=tenant,model,hour&step=1h",
     "/cost/tenants",
@@ -216,7 +218,7 @@ async def ticks(seconds: float) -> list[float]:
 async def loop_delays(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the percentiles of the loop's delay, by kind of turn."""
     path = ledger_of(folder, options)
-    settings = Settings(port=0, question_timeout_s=120)
+    settings = Settings(port=0, question_timeout_s=QUESTION_TIMEOUT_S)
 
     async def refresh() -> None:
         """The engines of this server are not there to be asked."""
@@ -250,6 +252,7 @@ async def loop_delays(folder: Path, options: argparse.Namespace) -> dict[str, An
                 late[kind].append(await ticks(options.seconds))
                 for each in works:
                     each.clear()
+                print(f"turn {turn}, {kind}: {percentiles(late[kind][-1])}", flush=True)
                 await until_quiet(side)
     await side.stop()
     return {"answered": answered.value, **compared(late, "questions", "strangers")}

@@ -66,6 +66,8 @@ class SideEndpoint:
             ready=self._is_ready,
             pauses=pauses,
         )
+        self.start_timeout_s = START_TIMEOUT_S
+        self.answer_slack_s = ANSWER_SLACK_S
         self._settings = settings
         self._ledger_url = ledger_url
         self._refresh = refresh
@@ -81,7 +83,7 @@ class SideEndpoint:
         self.port = self._settings().port
         if self.port is not None:
             self.process.start()
-            await self.process.wait(START_TIMEOUT_S)
+            await self.process.wait(self.start_timeout_s)
 
     async def stop(self) -> None:
         """End it for good."""
@@ -94,7 +96,7 @@ class SideEndpoint:
     async def ask(self, question: OwnQuestion) -> OwnAnswer:
         """Return the answer to a tenant. Raises AwayError where there is none in time."""
         self.process.start()
-        timeout_s = self._settings().question_timeout_s + ANSWER_SLACK_S
+        timeout_s = self._settings().question_timeout_s + self.answer_slack_s
         return await self.process.ask(OWN_FIGURES, question, OwnAnswer, timeout_s)
 
     def health(self) -> SideProcessHealth:

@@ -65,6 +65,7 @@ async def serving(settings: Settings, url: str, poller: Poller) -> AsyncIterator
         figures=BudgetFigures,
         health=lambda: NO_METER,
     )
+    side.start_timeout_s = 60  # on a busy machine it takes longer than a server waits
     await side.serve()
     try:
         yield side
@@ -182,6 +183,7 @@ def test_a_ledger_that_is_away_is_a_503_until_it_is_there(tmp_path, writer, logg
 
 def test_the_health_of_the_meter_names_each_loop(logged, tmp_path):
     runtime = make_runtime(tmp_path, port=0, snapshot_interval_s=0.05)
+    runtime.side_endpoint.start_timeout_s = 60
 
     async def ask() -> tuple[dict, dict]:
         await runtime.start(application(Client()))
@@ -234,6 +236,7 @@ def test_the_first_api_server_polls_and_serves_and_the_others_do_not(tmp_path, l
             folder = tmp_path / str(index)
             folder.mkdir()
             runtime = make_runtime(folder, port=0, snapshot_interval_s=0.05)
+            runtime.side_endpoint.start_timeout_s = 60
             client = Client(index)
             await runtime.start(application(client))
             assert (runtime.poller is not None) is (index == 0)
@@ -269,6 +272,7 @@ def test_with_the_application_it_starts_once_though_installed_twice_and_takes_a_
 
     with worlds(tmp_path) as make:
         world = make(port=0, snapshot_interval_s=3_600)
+        world.runtime.side_endpoint.start_timeout_s = 60  # on a busy machine it takes longer
         client = Client()
         served = application(client)
         scope = {"type": "lifespan", "app": served}
