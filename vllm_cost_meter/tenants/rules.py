@@ -293,8 +293,6 @@ Rule = ApiKeyRule | HeaderRule | HeaderChildRule | HeaderTagRule | ConstantRule 
 
 def child_of(tenant: str, child: str | None) -> str | None:
     """Return the full name of a tenant's child; None without a child, or if it is too long."""
-    if tenant.endswith(SLASH + UNREAD):
-        return None  # It stands for every child already.
     if child is None or (child != UNREAD and len(tenant) + 1 + len(child) > NAME_CHARS_MAX):
         return None
     return f"{tenant}{SLASH}{child}"
@@ -350,6 +348,8 @@ class Resolver:
 
     def _child(self, asked: Asked, tenant: str, by: NamedBy) -> Owner:
         """Return the tenant's child that a rule chooses, else the tenant itself."""
+        if tenant.endswith(SLASH + UNREAD):
+            return self._owner(tenant, by)  # It stands for every child already.
         for rule in self._children:
             child = None if rule.named_by == by else child_of(tenant, rule.child(asked))
             if child is not None:

@@ -240,3 +240,10 @@ def test_a_trusted_clients_unread_name_may_be_each_below_unknown():
     owner = TRUSTED_USERS.resolve([], BodyClaims(unread=("user", "model")))
     assert (owner.tenant, owner.parent) == ("unknown/__unread__", "unknown")
     assert owner.may_be("unknown/carol")
+
+
+def test_what_stands_for_every_child_already_is_not_voided_by_a_childs_header():
+    rules = [ChildRule("lora", trusts_clients=True), BY_WORKLOAD]
+    said = [FROM_GATEWAY, (WORKLOAD, b"batch"), (WORKLOAD, b"chat")]
+    owner = Resolver(rules, DECLARED).resolve(said, BodyClaims(unread=("lora",)))
+    assert owner == make_owner("unknown/__unread__", "lora", "unknown")
