@@ -74,14 +74,6 @@ def _counted(verdict: Verdict) -> Verdict:
     return verdict
 
 
-def _counted(verdict: Verdict) -> Verdict:
-    """Count a verdict in the metrics unless it admits."""
-    if verdict.kind != "admitted":
-        name = verdict.standing.budget.name if verdict.standing else ""
-        metrics.count_refused(verdict.kind, name)
-    return verdict
-
-
 class Admission:
     """Judges new requests by the budgets that cover them."""
 
