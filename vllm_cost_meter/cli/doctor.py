@@ -9,6 +9,8 @@ Invariant: it changes nothing, except that it creates the ledger's file if there
 import json
 import os
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -20,7 +22,9 @@ from sqlalchemy import make_url, update
 from vllm_cost_meter.activation import NAME
 from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_line_errors
 from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.console import print_lines
+from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.engine.energy.nvml import EnergyCounter
 from vllm_cost_meter.ledger.database import check_location, open_database, writing
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -31,6 +35,9 @@ from vllm_cost_meter.version import __version__
 
 # Servers hold the ledger for milliseconds at a time.
 LEDGER_TIMEOUT_S = 2.0
+SERVER_TIMEOUT_S = 5.0
+# No server answers at the port of these.
+UNASKED = Settings(port="off")
 GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins", "vllm.endpoint_plugins")
 
 
@@ -51,8 +58,8 @@ def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False)
     Example: vllm-cost-meter doctor --ledger ledger.db
     """
     with one_line_errors():
-        book = load_settings(config=config).price_book
-    findings = examine(ledger_url(ledger, config), book)
+        settings = load_settings(config=config)
+    findings = examine(ledger_url(ledger, config), settings.price_book, settings)
     if as_json:
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": _dicts(findings)}))
     else:
@@ -63,9 +70,13 @@ def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False)
 
 
 def examine(
-    ledger_url: str, book: PriceBook = NO_PRICES, *, ledger_timeout_s: float = LEDGER_TIMEOUT_S
+    ledger_url: str,
+    book: PriceBook = NO_PRICES,
+    settings: Settings = UNASKED,
+    *,
+    ledger_timeout_s: float = LEDGER_TIMEOUT_S,
 ) -> list[Finding]:
-    """Run all checks; `book` is the price book in the settings.
+    """Run all checks; `book` is the price book in the settings, which name the server's port.
 
     A ledger that another process holds for longer than `ledger_timeout_s` cannot be written.
     """
@@ -76,6 +87,7 @@ def examine(
         ("vllm", _vllm),
         ("ledger", lambda: _ledger(ledger_url, ledger_timeout_s)),
         ("books", lambda: _books(ledger_url)),
+        ("server", lambda: _server(settings)),
         ("cost model", lambda: _cost_model(ledger_url)),
         ("price", lambda: _price(ledger_url, book)),
         ("energy", _energy),
@@ -149,6 +161,53 @@ def _books(url: str) -> Finding:
         detail = f"the meter switched itself off in run {', '.join(engines_off)}: see the log"
         return Finding("books", False, detail)
     return Finding("books", True, f"{len(runs)} engine runs balance")
+
+
+def _server(settings: Settings) -> Finding:
+    """Ask the server that these settings name, if one answers, how its meter does."""
+    if not settings.port:
+        return Finding("server", True, "not asked: COST_METER_PORT names no port of its endpoint")
+    if settings.admin_token is None and settings.admin_token_sha256 is not None:
+        detail = "not asked: of the token that it wants, the settings have the SHA-256 only"
+        return Finding("server", True, detail)
+    # Whoever listens on all addresses answers on loopback.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    request = urllib.request.Request(f"{url}/cost/health")  # noqa: S310 - always http
+    if settings.admin_token is not None:
+        token = settings.admin_token.get_secret_value()
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        # The server is asked itself, whatever proxy the environment names.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=SERVER_TIMEOUT_S) as answer:
+            health: MeterHealth = json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        why = "set COST_METER_ADMIN_TOKEN" if error.code == 401 else "is it another program?"
+        return Finding("server", False, f"{url} answers {error.code} to /cost/health; {why}")
+    except urllib.error.URLError as error:
+        return Finding("server", True, f"none answers at {url}: {error.reason}")
+    broken = [loop for loop in health["loops"] if loop["state"] != "ok"]
+    said = [
+        f"{loop['loop']} fails for {loop['failing_for_s']:.0f} s ({loop['last_error']})"
+        for loop in broken
+    ]
+    if health["status"] == "off":
+        said.append("the meter switched itself off: see the log, and restart the server")
+    if health["ledger_error"] is not None:
+        said.append(f"the ledger cannot be written: {health['ledger_error']}")
+    said += [
+        f"the process of the {each['process']} ended {each['restarts']} times, the last time it"
+        f" {each['last_end']}"
+        for each in health["side_processes"]
+        if each["restarts"]
+    ]
+    if not said:
+        names = ", ".join(loop["loop"] for loop in health["loops"])
+        said = [f"{names} work"] if names else []
+    return Finding(
+        "server", health["status"] == "ok", f"{url} says {health['status']}; " + "; ".join(said)
+    )
 
 
 def _cost_model(url: str) -> Finding:

@@ -101,6 +101,7 @@ MIGRATIONS: Mapping[int, tuple[str | Column, ...]] = {
         " WHERE tenant_parent IS NOT NULL",
         "UPDATE http_requests SET tenant_above = (SELECT MIN(r.tenant_above) FROM requests r"
         " WHERE r.http_request_id = http_requests.http_request_id)",
+        "CREATE INDEX IF NOT EXISTS ix_requests_tenant ON requests (tenant, tenant_above)",
     ),
 }
 

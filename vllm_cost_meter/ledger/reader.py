@@ -7,18 +7,21 @@ touches single rows by the page only. An empty ledger has answers too, with zero
 Invariant: a reader writes nothing.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, tzinfo
 from typing import Any, Self, Unpack, cast
 
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import invoice_days
 from vllm_cost_meter.ledger.database import cause_of, open_database
+from vllm_cost_meter.ledger.deadline import bounded, deadline
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.audit import audit_runs
@@ -27,6 +30,7 @@ from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut,
 from vllm_cost_meter.ledger.queries.open_requests import Living, running_parts
 from vllm_cost_meter.ledger.queries.pages import PageKey, exchanges, page_of_keys, rows_of_parts
 from vllm_cost_meter.ledger.queries.requests import Match
+from vllm_cost_meter.ledger.queries.seen import unseen
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.records.owner import WITH_CHILDREN, Covers, TenantScope
@@ -62,21 +66,30 @@ class LedgerReader:
 
         `alive` returns engine runs that are known to live though they have sent no snapshot lately,
         such as those in a long step. Any other engine that is silent for too long counts as dead.
-        Raises LedgerError, also if there is no ledger and `create` is not set.
+        Raises LedgerError, also if there is no ledger and `create` is not set. With `create` the
+        first question opens or creates the ledger: a server may start while its ledger is away.
         """
         # The URL may hold a password, so messages never show it.
         self.url = url
         self._given_book = book
         self._alive = alive
-        # Number of bills waited for in vain, by run; nobody waits for them again.
-        self._known_missing: dict[str, int] = {}
-        self._engine = open_database(url, create=create)
-        if self._engine.dialect.name == "postgresql":
-            self._engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
+        # The number of the last bill that was waited for, by run; nobody waits for it again.
+        self._settled: dict[str, int] = {}
+        self._opening = threading.Lock()
+        self._opened: Engine | None = None if create else _open(url, create=False)
+
+    @property
+    def _engine(self) -> Engine:
+        with self._opening:
+            if self._opened is None:
+                self._opened = _open(self.url, create=True)
+            return self._opened
 
     def close(self) -> None:
         """Close the connections."""
-        self._engine.dispose()
+        with self._opening:
+            if self._opened is not None:
+                self._opened.dispose()
 
     def __enter__(self) -> Self:
         return self
@@ -86,12 +99,18 @@ class LedgerReader:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Open a transaction that sees one state of the ledger."""
+        """Open a transaction that sees one state of the ledger.
+
+        Raises LedgerError, and OverdueError once the question has no time left.
+        """
+        engine = self._engine
         try:
-            with self._engine.connect() as connection:
+            with engine.connect() as connection, bounded(connection):
                 yield connection
         except SQLAlchemyError as error:
-            shown = self._engine.url.render_as_string(hide_password=True)
+            if (until := deadline.get()) is not None:
+                until.check()
+            shown = engine.url.render_as_string(hide_password=True)
             raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
     def cut(self, window: Window, as_of: AsOf = NOW) -> Cut:
@@ -101,7 +120,7 @@ class LedgerReader:
             cut = read_cut(
                 connection, window, alive=living.alive, now_ns=living.now_ns, book=self._book
             )
-        settle(self.transaction, cut, as_of.settle_s, self._known_missing)
+        settle(self.transaction, cut, as_of.settle_s, self._settled)
         return cut
 
     # ---- requests
@@ -228,11 +247,16 @@ class LedgerReader:
         """Return a tenant's figures and its latest requests; None for an unknown tenant.
 
         `covers` says whether the figures of all tenants below it are part of these. `only` is the
-        tenant that asks: it gets what is its own or below it.
+        tenant that asks: it gets what is its own or below it. Only the bills of these tenants are
+        read. So their money is rounded by itself, and may differ by a nano-USD from their rows in a
+        report, where all rows are rounded together.
         """
         conditions = {"tenant": frozenset([name])}
         asked = Question(from_hour, to_hour, conditions=conditions, covers=covers, only=only)
-        answer = self.report(asked, as_of)
+        cut = self.cut(Window(from_hour, to_hour), as_of)
+        cut = replace(cut, whose=TenantScope(name, covers))
+        with self.transaction() as connection:
+            answer = reports.report_at(connection, cut, asked)
         rows = [row for piece in answer["series"] for row in piece["rows"]]
         if not rows:
             return None
@@ -311,6 +335,11 @@ class LedgerReader:
         with self.transaction() as connection:
             return requests.latest_run(connection, self._book)
 
+    def unseen(self, names: Iterable[str]) -> list[str]:
+        """Return those names of which the ledger has no request, nor of a child of them."""
+        with self.transaction() as connection:
+            return unseen(connection, names)
+
     def cost_models(self, run_id: str | None = None) -> list[CostModelRow]:
         """Return the latest cost model of each run, newest first; or all versions of one run."""
         with self.transaction() as connection:
@@ -345,3 +374,10 @@ class LedgerReader:
         living = self._living(as_of)
         with self.transaction() as connection:
             return requests.request_row(connection, match, living, self._book)
+
+
+def _open(url: str, *, create: bool) -> Engine:
+    engine = open_database(url, create=create)
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="REPEATABLE READ")
+    return engine

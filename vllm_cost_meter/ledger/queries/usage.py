@@ -24,15 +24,18 @@ from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.coverage import COVERED_NAME, HIDDEN, told
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
+from vllm_cost_meter.ledger.queries.own_bills import pieces_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
-from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.schema import requests
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
-from vllm_cost_meter.reports.facts import COUNTS, UNALLOCATED, Ended, Facts, Key, Used
+from vllm_cost_meter.reports.facts import COUNTS, REQUESTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import COVERED, LABEL, NO, TAG, YES, Question
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.reports.tenant_details import tenant_details
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
+# The name that no tenant has.
+NAMELESS = ""
 # The column of a dimension, if it has another name.
 _COLUMN = {"status": "engine_status"}
 # The JSON column that holds the names behind a prefix.
@@ -54,7 +57,7 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
     usage = _usage(connection, cut, question, columns)
     ended = _ended(connection, cut, question, columns)
     facts = Facts(
-        used=usage.used,
+        used=usage.used if cut.whose is None else [*usage.used, *_of_others(cut, question)],
         other_time=[
             Used(run.run_id, hour, (name,), ns)
             for run in cut.runs
@@ -73,6 +76,20 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
     if not question.is_by_tenant:
         return facts
     return _with_details(connection, cut, facts, question, usage.sums)
+
+
+def _of_others(cut: Cut, question: Question) -> list[Used]:
+    """Return all requests' time as the engines say it, as that of a nameless tenant.
+
+    Where one tenant's bills are read only, it tells whether the window has prices, and which miss.
+    """
+    key = (NAMELESS, NO) if question.tells_coverage else (NAMELESS,)
+    return [
+        Used(run.run_id, hour, key, ns)
+        for run in cut.runs
+        for hour, ns in _hours_of(cut, run, question, REQUESTS).items()
+        if ns
+    ]
 
 
 def _with_details(
@@ -118,7 +135,8 @@ def _ended(
 ) -> list[Ended]:
     by = ("hour", *columns) if question.tells_hours_apart else tuple(columns)
     found = []
-    for values, counts in count_ended(connection, cut.window, by, question).items():
+    ended = count_ended(connection, cut.window, by, question, cut.whose)
+    for values, counts in ended.items():
         hour = None
         if question.tells_hours_apart:
             hour = unix_ns_of(f"{values[0]}:00Z") // NS_PER_HOUR
@@ -132,7 +150,8 @@ def _usage(
 ) -> BilledUsage:
     if not cut.runs:
         return BilledUsage([], {})
-    at, p, r = cut.cte(), usage_pieces.c, requests.c
+    pieces = pieces_of(cut.whose)
+    at, p, r = cut.cte(), pieces.c, requests.c
     # Pieces have a column for the tenant, so a report by tenant alone reads no request.
     own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
     known = {**own, COVERED: told(r, question)}
@@ -140,7 +159,7 @@ def _usage(
     groups = [
         COVERED_NAME if name == COVERED else key for name, key in zip(columns, keys, strict=True)
     ]
-    joined = usage_pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
+    joined = pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
     if set(columns) - own.keys():
         joined = joined.join(requests, and_(r.run_id == p.run_id, r.seq == p.seq))
     more = PART_SUMS if question.is_by_tenant else ()
