@@ -6,6 +6,8 @@
     ├── LedgerError         the ledger cannot be opened, read or written
     ├── StepLogError        a step log cannot be written or read, or the file is not a step log
     ├── DependencyError     a command needs a package that is not installed
+    ├── AwayError           a side process is not there, or does not answer
+    ├── OverdueError        a question to the ledger took longer than it may
     ├── ServerError         a server for the demo or a benchmark failed
     └── VllmMismatchError   this vLLM differs from what the meter expects: it is left untouched
 
@@ -48,3 +50,11 @@ class VllmMismatchError(CostMeterError):
 
 class ServerError(CostMeterError):
     """The vLLM server could not be started, ended by itself, or did not answer."""
+
+
+class AwayError(CostMeterError):
+    """A side process is not there, or does not answer; it is started again by itself."""
+
+
+class OverdueError(CostMeterError):
+    """A question took longer than it may, and was ended."""

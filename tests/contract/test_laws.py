@@ -21,7 +21,7 @@ PACKAGE = "vllm_cost_meter"
 # package, or a file beside those folders.
 FLOORS: dict[int, set[str]] = {
     0: {"errors", "guard", "plots", "units", "version"},
-    1: {"console", "records"},
+    1: {"console", "records", "side_process"},
     2: {"attribution", "economics", "prices", "tenants"},
     3: {"engine", "invoices", "reports"},
     4: {"activation", "config", "exchange", "ledger", "metrics"},
@@ -37,7 +37,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "cli": {"rich", "sqlalchemy", "typer"},
     "config": {"genai_prices", "pydantic", "pydantic_settings", "tomlkit"},
     "console": {"rich"},
-    "endpoint": {"fastapi", "orjson", "prometheus_client", "pydantic", "starlette"}
+    "endpoint": {"fastapi", "msgspec", "orjson", "prometheus_client", "pydantic", "starlette"}
     | {"typing_extensions", "uvicorn"},
     "engine": {"msgspec", "pynvml"},
     "lab": {"matplotlib", "numpy", "openai", "prometheus_client", "rich"}
@@ -48,6 +48,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "records": {"msgspec"},
     # TypedDict as pydantic needs it to describe answers, on Python 3.11.
     "reports": {"typing_extensions"},
+    "side_process": {"msgspec"},
     "vllm_hooks": {"vllm"},
 }
 # What vLLM imports in the processes of an engine, and what would cost those processes memory and

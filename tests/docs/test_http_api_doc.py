@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from prometheus_client import CollectorRegistry
 
 from tests.support.pages import DOCS, section, table_rows
 from tests.support.small_ledger import small_ledger
-from vllm_cost_meter.api_server.runtime import REFRESH_TIMEOUT_S
+from vllm_cost_meter.api_server.side_endpoint import REFRESH_TIMEOUT_S
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import REQUESTS_PER_PAGE_MAX, make_app
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, SETTLE_S
@@ -29,7 +28,7 @@ def client(tmp_path):
     reader = small_ledger(tmp_path)
     budget = Budget("b", 10, "usd", "month", tenant="search")
     figures = BudgetFigures([Standing(budget, {0: 1}, 0)], as_of_ns=0)
-    app = make_app(reader, registry=CollectorRegistry, budgets=lambda: figures)
+    app = make_app(reader, metrics=bytes, budgets=lambda: figures)
     yield TestClient(app)
     reader.close()
 
@@ -97,7 +96,7 @@ def test_every_field_of_a_request_row_is_documented_and_no_other(get):
 
 def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get):
     summary = set(get("/cost/summary"))
-    asked = {"aggregate", "idle", "what_if_usd_per_gpu_hour"}
+    asked = {"aggregate", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"}
     report = set(get("/cost/tenants")) - {"tenants", "series"} - asked
     assert report <= summary
     assert set(_fields(TOTALS, "Summary")) == summary - report

@@ -20,9 +20,11 @@ from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_snapshot
 from tests.support.world import BODY, JSON, World, replying
 from vllm_cost_meter.api_server.background import PAUSE_S_MAX, Loop, in_own_thread
+from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX, QUIET_NS
+from vllm_cost_meter.tenants.budgets import BudgetFigures
 
 SECOND = 10**9
 # More than a hook may fail in a row.
@@ -210,12 +212,20 @@ def held(make_world):
     )
     runtime = world.runtime
 
+    looks = BudgetLooks(runtime.ledger_url)
+
+    async def follow(budgets, book) -> BudgetFigures | None:
+        # In this process: every attempt of these tests has an event loop of its own.
+        return looks.look(budgets, book)
+
     async def hold() -> None:
         runtime._hold_to_budgets(None)
         runtime._tasks["budgets"].cancel()
+        runtime.admission._follow = follow
 
     asyncio.run(hold())
-    return world
+    yield world
+    looks.close()
 
 
 def attempt(world: World, times: int = 1) -> None:
@@ -244,7 +254,9 @@ def test_a_ledger_that_cannot_be_read_for_twelve_looks_leaves_metering_on(held, 
         assert (health["status"], runtime.guard.off, runtime.guard.errors) == ("failing", False, 0)
         (budgets,) = health["loops"]
         assert (budgets["loop"], budgets["failures_in_a_row"]) == ("budgets", LOOKS)
-        assert budgets["last_error"] == "OperationalError: no such table: snapshots"
+        assert budgets["last_error"] == (
+            f"LedgerError: ledger sqlite:///{held.path}: cannot be read: no such table: snapshots"
+        )
         assert b"x-cost-meter-cost-usd" in costs(held, "meanwhile")
     runtime.writer.commit(make_snapshot(number=2, taken_at_ns=time.time_ns())).result(10)
     attempt(held, 2)
