@@ -10,6 +10,7 @@ labels, so a client that invents names cannot hide other tenants.
 Invariant: the number of series is bounded, and every caller contains errors raised here.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ TENANTS_FOLDED = Counter(
 MISSES = Counter("cost_meter_reply_misses", "Replies sent without a cost: it was not there in time")
 BUDGET_USED = Gauge(
     "cost_meter_budget_used_ratio",
-    "The part of a budget that its tenants used in its period; absent where it is unknown",
+    "The part of a budget that its tenants used in its period; NaN where it is unknown",
     ["budget"],
     multiprocess_mode="mostrecent",
 )
@@ -159,10 +160,11 @@ def count_refused(kind: str, budget: str) -> None:
 
 
 def set_budgets(standings: Sequence[Standing]) -> None:
-    """Show how much of each budget is used."""
+    """Show how much of each budget is used; NaN where that is unknown."""
     for standing in standings:
-        if standing.total is not None:
-            BUDGET_USED.labels(standing.budget.name).set(standing.total / standing.budget.limit)
+        total = standing.total
+        used = math.nan if total is None else total / standing.budget.limit
+        BUDGET_USED.labels(standing.budget.name).set(used)
 
 
 def count_bill(part: EngineRequest, labels: TenantLabels = _LABELS) -> None:

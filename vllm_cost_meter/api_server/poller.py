@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
+from vllm_cost_meter.api_server.record_making import facts_of_run
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks import engines
 
@@ -58,6 +60,11 @@ class Poller:
         self._overdue = False
         # The run that answered last, by its engine's place. A failing engine is removed.
         self._runs: dict[int, str] = {}
+
+    def facts_of(self, run_id: str) -> RunFacts | None:
+        """Return what the price of a run depends on; None for a run that never answered."""
+        snapshot = self.latest.get(run_id)
+        return None if snapshot is None else facts_of_run(snapshot)
 
     async def run(self) -> None:
         """Poll for ever. Errors are contained and counted."""

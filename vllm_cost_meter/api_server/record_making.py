@@ -113,11 +113,15 @@ def response_id(birth: Birth) -> str | None:
     return stored_or_none(response_id_of(birth.exchange.route, birth.external_id))
 
 
+def facts_of_run(snapshot: Snapshot) -> RunFacts:
+    """Return what the price of a run depends on, as the ledger keeps it."""
+    engine = snapshot.engine
+    return RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
+
+
 def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
     """Return the ledger's price record for a run in its first hour; None without a price."""
-    engine = snapshot.engine
-    run = RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
-    price = book.price_at(run, snapshot.started_at_ns // NS_PER_HOUR)
+    price = book.price_at(facts_of_run(snapshot), snapshot.started_at_ns // NS_PER_HOUR)
     if price is None:
         return None
     entry, agreed = price.entry, terms(price.as_dict())
@@ -168,5 +172,6 @@ def _cost_nanousd(
     # A bill without use has no hour. It costs 0 if the present hour has a price.
     now = time.time_ns() // NS_PER_HOUR
     spent = [(piece.hour, ns_of(piece)) for piece in bill.pieces] or [(now, 0)]
-    at = by_price(spent, partial(book.price_at, run))
+    # Where a fact of the run is unknown, a price that it might change would be a guess.
+    at = by_price(spent, partial(book.certain_price_at, run))
     return None if at is None else total_nanousd(at)

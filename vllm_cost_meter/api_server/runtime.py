@@ -4,22 +4,25 @@ Each API server process has one `Runtime`, made at its first use. The first API 
 the engines for their books and has the side endpoint served. A part gets what it needs through its
 constructor. It gets settings as a function, because some settings change while the server runs.
 
-Invariant: nothing here stops vLLM from serving.
+Invariant: nothing here stops vLLM from serving, but settings that were never right for it.
 """
 
 import asyncio
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Collection, Coroutine
-from fractions import Fraction
 from typing import Any
 
 from vllm_cost_meter.activation import is_refused
 from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
+from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
+from vllm_cost_meter.api_server.budgets.names import BudgetNames
 from vllm_cost_meter.api_server.collector import Collector
+from vllm_cost_meter.api_server.judging import refuse_birth
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
@@ -28,11 +31,11 @@ from vllm_cost_meter.api_server.start_check import what_is_wrong
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.endpoint.tenant_routes import make_router
-from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.errors import LedgerError, SettingError
 from vllm_cost_meter.ledger.database import default_url
-from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook
@@ -66,10 +69,14 @@ class Runtime:
         # This opens or creates the ledger now, so that the first reply need not wait for it.
         self.writer.commit()
         self.collector = Collector(
-            self.writer, self.guard, lambda: self.settings, open_requests=open_requests
+            self.writer,
+            self.guard,
+            lambda: self.settings,
+            open_requests=open_requests,
+            refuses=lambda exchange: refuse_birth(exchange, self.admission),
         )
-        # Served model names; empty until `start`.
-        self.served: frozenset[str] = frozenset()
+        # Served model names, the default first; empty until `start`.
+        self.served: tuple[str, ...] = ()
         self.poller: Poller | None = None
         self.side_endpoint = SideEndpoint(
             lambda: self.settings,
@@ -80,6 +87,8 @@ class Runtime:
             health=self.health,
         )
         self.admission: Admission | None = None
+        self.follower: BudgetFollower | None = None
+        self._names = BudgetNames(self.ledger_url)
         self._reload_interval_s = reload_interval_s
         # Background tasks by name.
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -113,18 +122,25 @@ class Runtime:
 
     # -- life -------------------------------------------------------------------------------
 
-    async def start(self, app: Any) -> None:
-        """Start with vLLM's application and, in the first API server, serve the side endpoint."""
+    async def start(self, app: Any) -> str | None:
+        """Start with vLLM's application and, in the first API server, serve the side endpoint.
+
+        Returns why the settings do not allow this server to start, None if they do.
+        """
         engine_client = getattr(getattr(app, "state", None), "engine_client", None)
         if engine_client is None:
-            return  # A render server has no engine.
+            return None  # A render server has no engine.
         try:
+            check_start(self.settings, engines.run_facts(engine_client), time.time_ns())
             polls = await self.start_work(engine_client, app.state)
             app.include_router(make_router(self.side_endpoint.ask))
             if polls:
                 await self.side_endpoint.serve()
+        except SettingError as error:
+            return str(error)
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
             self.guard.failed("start", error)
+        return None
 
     async def start_work(self, engine_client: Any, state: Any = None) -> bool:
         """Start the background tasks of this API server; `state` is its application's state.
@@ -132,7 +148,7 @@ class Runtime:
         Returns True if this API server is the one that polls the engines.
         """
         self.collector.run_facts = engines.run_facts(engine_client)
-        self.served = frozenset(engines.served_names(engine_client, state))
+        self.served = tuple(engines.served_names(engine_client, state))
         self._start_loop("announce", self._announce, self.settings.snapshot_interval_s)
         self._hold_to_budgets(engine_client)
         if (config := self.settings.config) is not None:
@@ -149,7 +165,9 @@ class Runtime:
             self._earlier_fit,
             announce=self._announce_all,
         )
+        self.collector.facts_of = self.poller.facts_of
         self._start_task("poll", self.poller.run)
+        self._start_task("names", self._look_at_names)
         return True
 
     async def stop(self) -> None:
@@ -164,6 +182,8 @@ class Runtime:
             self.poller.stopping = True
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self.poller.refresh(), timeout=1.0)
+        if self.follower is not None:
+            await self.follower.stop()
         await asyncio.to_thread(self.writer.close, 2.0)
 
     def _start_task(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -195,16 +215,24 @@ class Runtime:
             self.settings = new
             self.side_endpoint.settings_changed()
         self._hold_to_budgets(engine_client)
+        if new is not None and self.poller is not None:
+            await self._look_at_names()
 
     # -- budgets ----------------------------------------------------------------------------
+
+    async def _look_at_names(self) -> None:
+        """Warn of budgets that cover nobody so far. Without a ledger nobody knows."""
+        with contextlib.suppress(LedgerError):
+            await in_own_thread(self._names.look, self.settings)
 
     def _hold_to_budgets(self, engine_client: Any) -> None:
         has_rules = self.settings.budgets or self.settings.failing_closed
         if not has_rules or self.admission is not None:
             return
+        # The poller starts later, and is asked at each look.
+        self.follower = BudgetFollower(self.writer.url, alive=self.alive)
         self.admission = Admission(
-            # `alive` is passed as a function because the poller starts later.
-            Spending(self.writer.url, alive=self.alive),
+            self.follower.follow,
             self.budget_rules,
             self.guard,
             self.settings.snapshot_interval_s,
@@ -219,13 +247,8 @@ class Runtime:
         return Rules(
             budgets=self.settings.declared_budgets,
             fail_closed=self.settings.failing_closed,
-            price_of=self._price_at,
+            book=self.book(),
         )
-
-    def _price_at(self, _run_id: str, hour: int) -> Fraction | None:
-        """Return this deployment's price in an hour; budgets use it for all runs."""
-        price = self.book().price_at(self.collector.run_facts, hour)
-        return None if price is None else price.usd_per_gpu_hour
 
     # -- figures ----------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ from vllm_cost_meter.endpoint.handed import (
     OWN_FIGURES,
     REFRESH,
     SETTINGS,
+    EndpointHello,
     Handed,
-    Hello,
     Listening,
     OwnAnswer,
     OwnQuestion,
@@ -110,8 +110,8 @@ class SideEndpoint:
             "last_end": process.last_end,
         }
 
-    def _hello(self) -> Hello:
-        return Hello(packed(Handed.of(self._settings())), self._ledger_url, self.port)
+    def _hello(self) -> EndpointHello:
+        return EndpointHello(packed(Handed.of(self._settings())), self._ledger_url, self.port)
 
     def _is_ready(self, about: msgspec.Raw) -> None:
         port = decoded(about, Listening).port

@@ -9,10 +9,14 @@ meter, `middleware.py` stops the start of the application.
 Invariant: what is wrong is one line, and nobody waits for it longer than `CHECK_WITHIN_S`.
 """
 
+import time
+
 from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.errors import CostMeterError
 from vllm_cost_meter.guard import in_daemon_thread
 from vllm_cost_meter.ledger.database import check_location, default_url
+from vllm_cost_meter.prices.book import RunFacts
 
 # Longer than the reading of a settings file, which says better what hangs.
 CHECK_WITHIN_S = 20.0
@@ -39,5 +43,7 @@ def what_is_wrong(*, with_ledger: bool = True, within_s: float | None = None) ->
 
 def _check(with_ledger: bool) -> None:
     settings = load_settings()
+    # Of its engines nothing is known yet; the API server asks again when it knows them.
+    check_start(settings, RunFacts(), time.time_ns())
     if with_ledger:
         check_location(settings.ledger or default_url())

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ from vllm_cost_meter.cli.options import (
     refuse_both,
     write_output,
 )
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.answers import TenantsReport
@@ -38,7 +40,7 @@ from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
 from vllm_cost_meter.reports.statement_text import print_statement
 from vllm_cost_meter.units.calendar import hours_of_window, zone_of
-from vllm_cost_meter.units.text import to_csv
+from vllm_cost_meter.units.text import plain, to_csv
 
 TENANT_COLUMNS: tuple[str, ...] = ("tenant", *COUNTS, "gpu_time_ns", "cost_usd")
 REQUEST_COLUMNS: tuple[str, ...] = (
@@ -165,6 +167,7 @@ def report(
         else:
             answer = reader.requests(limit=limit, tenant=tenant)
             rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
+    _say_who_is_unseen(answer, config)
     below = _lines_below(answer, filter, has_words) if what is What.tenants else []
     print_answer(
         answer,
@@ -176,6 +179,17 @@ def report(
     )
     if what is What.tenants and not answer["adds_up"]:
         raise typer.Exit(1)
+
+
+def _say_who_is_unseen(answer: Mapping[str, Any], config: Path | None) -> None:
+    """Name on stderr whom the idle policy charges though nobody knows them."""
+    if not (unseen := answer.get("idle_unseen")):
+        return
+    declared = {tenant.name for tenant in load_settings(config=config).tenants}
+    for name in unseen:
+        if name not in declared:
+            said = f"--idle: tenant {name!r} is neither declared nor in the ledger"
+            print(plain(f"vllm-cost-meter: {said}; it is charged all the same"), file=sys.stderr)
 
 
 def statement(
@@ -205,6 +219,7 @@ def statement(
         if everyone == (tenant is not None):
             raise ValueError("--tenant: expected it or --all, and not both")
         answer = reader.statement(month, tenant=tenant, tz=tz, idle=idle)
+        _say_who_is_unseen(answer, config)
         if output is not None:
             write_output(output, _written(answer, format))
     if output is None and format is Format.table:

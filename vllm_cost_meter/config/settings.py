@@ -27,7 +27,11 @@ from pydantic_settings import (
 
 from vllm_cost_meter.config import prices as setting_prices
 from vllm_cost_meter.config import types as t
-from vllm_cost_meter.config.budgets import BudgetSetting, check_budgets
+from vllm_cost_meter.config.budgets import (
+    BudgetSetting,
+    check_budgets,
+    check_tenants_of_budgets,
+)
 from vllm_cost_meter.config.economics import EconomicsSettings
 from vllm_cost_meter.config.engine import (
     LABELS_EXPECTED,
@@ -53,8 +57,9 @@ from vllm_cost_meter.config.tenants import (
     resolver_of,
 )
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.owner import SLASH
 from vllm_cost_meter.tenants.budgets import Budget
-from vllm_cost_meter.tenants.rules import SLASH, Resolver
+from vllm_cost_meter.tenants.rules import Resolver
 
 _about = t.about
 
@@ -242,6 +247,8 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     ) -> tuple[BudgetSetting, ...]:
         of_all = info.data.get("gpu_hour_usd") is not None
         check_budgets(budgets, has_price=of_all or bool(info.data.get("prices")))
+        if "tenants" in info.data and "tenant_rules" in info.data:
+            check_tenants_of_budgets(budgets, info.data["tenants"], info.data["tenant_rules"])
         return budgets
 
     @field_validator("tenants")

@@ -67,7 +67,7 @@ def unpacked(data: bytes) -> Any:
     return pickle.loads(data)  # noqa: S301
 
 
-class Hello(msgspec.Struct, frozen=True):
+class EndpointHello(msgspec.Struct, frozen=True):
     """What the process is told first.
 
     `port` is where it listens, None for nowhere: with several API servers only the first listens.

@@ -22,8 +22,8 @@ from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.endpoint.handed import (
     OWN_FIGURES,
     SETTINGS,
+    EndpointHello,
     Handed,
-    Hello,
     Listening,
     OwnQuestion,
     unpacked,
@@ -54,7 +54,7 @@ class Endpoint:
         self._handed: Handed
         self._own_figures: OwnFiguresOf | None = None
 
-    async def main(self, server: ToServer, hello: Hello) -> None:
+    async def main(self, server: ToServer, hello: EndpointHello) -> None:
         """Serve for ever."""
         self._take_settings(hello.settings)
         handed = self._handed
@@ -108,4 +108,4 @@ class Endpoint:
 
 if __name__ == "__main__":
     endpoint = Endpoint()
-    run(Hello, endpoint.main, endpoint.answer, endpoint.take)
+    run(EndpointHello, endpoint.main, endpoint.answer, endpoint.take)

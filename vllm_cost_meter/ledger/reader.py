@@ -8,7 +8,7 @@ Invariant: a reader writes nothing.
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, tzinfo
@@ -30,6 +30,7 @@ from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut,
 from vllm_cost_meter.ledger.queries.open_requests import Living, running_parts
 from vllm_cost_meter.ledger.queries.pages import PageKey, exchanges, page_of_keys, rows_of_parts
 from vllm_cost_meter.ledger.queries.requests import Match
+from vllm_cost_meter.ledger.queries.seen import unseen
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
@@ -307,6 +308,11 @@ class LedgerReader:
         """Return the facts about the latest run that its price depends on; None without a run."""
         with self.transaction() as connection:
             return requests.latest_run(connection, self._book)
+
+    def unseen(self, names: Iterable[str]) -> list[str]:
+        """Return those names of which the ledger has no request, nor of a child of them."""
+        with self.transaction() as connection:
+            return unseen(connection, names)
 
     def cost_models(self, run_id: str | None = None) -> list[CostModelRow]:
         """Return the latest cost model of each run, newest first; or all versions of one run."""

@@ -234,6 +234,8 @@ class Report(TypedDict):
     """The columns that rows are aggregated by, such as `tenant` and `day`."""
     idle: str
     """The idle policy: who carries the time without requests."""
+    idle_unseen: list[str]
+    """Tenants that the idle policy names and that have no request in the ledger: a slip?"""
     what_if_usd_per_gpu_hour: str | None
     """USD: the price of one GPU-hour that the question supposes; null for real prices."""
     series: list[Piece]

@@ -148,6 +148,8 @@ class TenantStatement(TypedDict):
     """The currency of all amounts, by its ISO 4217 code."""
     idle: str
     """The idle policy: who carries the time without requests."""
+    idle_unseen: list[str]
+    """Tenants that the idle policy names and that have no request in the ledger: a slip?"""
     taxes: str
     """`none`: no amount contains taxes."""
     is_over: bool

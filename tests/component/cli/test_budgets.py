@@ -15,6 +15,9 @@ from vllm_cost_meter.units.time import NS_PER_HOUR
 __all__ = ["no_settings"]
 
 BUDGETS = """
+[[tenants]]
+name = "alice"
+
 [[budgets]]
 name = "alice, all time"
 tenant = "alice"

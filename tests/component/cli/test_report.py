@@ -194,3 +194,24 @@ def test_a_wrong_word_of_a_statement_is_one_line_and_2(ledger, arguments, said):
     result = run("statement", *arguments, "--ledger", ledger)
     assert result.exit_code == 2
     assert one_line(result).startswith(f"vllm-cost-meter: {said}")
+
+
+def test_an_idle_policy_that_names_nobody_known_says_so_on_stderr(ledger, tmp_path):
+    words = ("report", "--idle", "reserved:alice=10,carl=5,desk=5", "--ledger", ledger)
+    result = run(*words)
+    assert (result.exit_code, result.stderr.splitlines()) == (
+        0,
+        [
+            f"vllm-cost-meter: --idle: tenant {name!r} is neither declared nor in the ledger; it is"
+            " charged all the same"
+            for name in ("carl", "desk")
+        ],
+    )
+    # A cost centre without requests may be declared.
+    settings = tmp_path / "meter.toml"
+    settings.write_text('[[tenants]]\nname = "desk"\n')
+    result = run(*words, "--json", COST_METER_CONFIG=str(settings))
+    assert result.stderr.count("\n") == 1
+    assert json.loads(result.stdout)["idle_unseen"] == ["carl", "desk"]
+    month = ("statement", "--month", "2027-01", "--all", "--idle", "owner:carl")
+    assert "tenant 'carl' is neither" in run(*month, "--ledger", ledger).stderr
