@@ -18,8 +18,7 @@ from typing import ParamSpec, TypeVar
 from vllm_cost_meter import metrics
 from vllm_cost_meter.endpoint.answers import LoopHealth
 from vllm_cost_meter.errors import CostMeterError
-from vllm_cost_meter.guard import in_daemon_thread
-from vllm_cost_meter.units.time import NS_PER_SECOND
+from vllm_cost_meter.guard import Outage, in_daemon_thread
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -28,8 +27,6 @@ R = TypeVar("R")
 
 # A loop that fails waits twice as long each time, up to this.
 PAUSE_S_MAX = 5.0
-# A loop that fails and works in turns fills no log: it speaks of an outage once in this time.
-QUIET_NS = 60 * NS_PER_SECOND
 _ERROR_CHARS_MAX = 300
 
 # What a failure means for whoever reads the log, by loop.
@@ -48,18 +45,14 @@ class Loop:
     def __init__(self, name: str, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self.name = name
         self.failures = 0
-        self._clock_ns = clock_ns
-        self._in_a_row = 0
-        self._failing_since_ns: int | None = None
+        self._outage = Outage(clock_ns)
         self._last_error: str | None = None
-        self._is_outage_logged = False
-        self._logged_at_ns: int | None = None
         metrics.set_loop_failing(name, is_failing=False)
 
     @property
     def failing(self) -> bool:
         """True while the last attempt failed."""
-        return self._failing_since_ns is not None
+        return bool(self._outage.failures_in_a_row)
 
     async def run(self, work: Callable[[], Awaitable[None]], pause_s: float) -> None:
         """Do the work for ever, with a pause after each time."""
@@ -78,52 +71,40 @@ class Loop:
 
     def pause_s(self, usual_s: float) -> float:
         """Return how long to wait before the next attempt."""
-        if not self._in_a_row:
+        if not self.failing:
             return usual_s
-        doubled_s = usual_s * 2.0 ** min(self._in_a_row, 30)
+        doubled_s = usual_s * 2.0 ** min(self._outage.failures_in_a_row, 30)
         return max(usual_s, min(doubled_s, PAUSE_S_MAX))
 
     def succeeded(self) -> None:
         """Record that an attempt worked, which ends an outage."""
-        if self._failing_since_ns is None:
+        if not self.failing:
             return
-        if self._is_outage_logged:
+        if (ended := self._outage.ended()) is not None:
             logger.warning(
                 "cost meter: the loop `%s` works again, after %.1f s and %d failures",
                 self.name,
-                (self._clock_ns() - self._failing_since_ns) / NS_PER_SECOND,
-                self._in_a_row,
+                *ended,
             )
-        self._failing_since_ns = None
-        self._in_a_row = 0
         metrics.set_loop_failing(self.name, is_failing=False)
 
     def failed(self, error: BaseException) -> None:
         """Count a failed attempt; log the first one of an outage."""
-        now_ns = self._clock_ns()
         self.failures += 1
-        self._in_a_row += 1
         self._last_error = _in_one_line(error)
-        if self._failing_since_ns is None:
-            self._failing_since_ns = now_ns
-            self._is_outage_logged = False
         metrics.set_loop_failing(self.name, is_failing=True)
         metrics.count_loop_failure(self.name)
-        is_quiet = self._logged_at_ns is not None and now_ns - self._logged_at_ns < QUIET_NS
-        if not self._is_outage_logged and not is_quiet:
-            self._is_outage_logged = True
-            self._logged_at_ns = now_ns
+        if self._outage.failed():
             self._log(error)
 
     def health(self) -> LoopHealth:
         """Return how the loop does now."""
-        since_ns = self._failing_since_ns
-        seconds = None if since_ns is None else (self._clock_ns() - since_ns) / NS_PER_SECOND
+        seconds = self._outage.lasts_s
         return {
             "loop": self.name,
-            "state": "ok" if since_ns is None else "failing",
+            "state": "failing" if self.failing else "ok",
             "failing_for_s": None if seconds is None else round(seconds, 3),
-            "failures_in_a_row": self._in_a_row,
+            "failures_in_a_row": self._outage.failures_in_a_row,
             "failures": self.failures,
             "last_error": self._last_error,
         }

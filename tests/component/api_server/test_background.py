@@ -19,11 +19,11 @@ from tests.component.api_server.test_collector import exchange_of
 from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_snapshot
 from tests.support.world import BODY, JSON, World, replying
-from vllm_cost_meter.api_server.background import PAUSE_S_MAX, QUIET_NS, Loop, in_own_thread
+from vllm_cost_meter.api_server.background import PAUSE_S_MAX, Loop, in_own_thread
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX
+from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX, QUIET_NS
 from vllm_cost_meter.tenants.budgets import BudgetFigures
 
 SECOND = 10**9
@@ -270,7 +270,7 @@ def test_a_ledger_that_cannot_be_read_for_twelve_looks_leaves_metering_on(held, 
     assert held.rows("SELECT count(*) FROM requests") == [(2,)]
 
 
-def test_a_ledger_that_takes_no_cost_costs_headers_and_no_hook(held):
+def test_a_ledger_that_takes_no_cost_costs_headers_and_no_hook(held, lines):
     """Replies go out without their cost; what they used is written once the ledger is back."""
     runtime = held.runtime
     with held.locked():
@@ -285,6 +285,12 @@ def test_a_ledger_that_takes_no_cost_costs_headers_and_no_hook(held):
         assert runtime.health()["waiting"] > 0
     assert held.rows("SELECT count(*) FROM requests") == [(LOOKS,)]
     assert runtime.health()["ledger_error"] is None
+    begins, ends = lines
+    assert begins == (
+        "cost meter: the ledger cannot be written, trying again: OperationalError: database is"
+        " locked. Records wait."
+    )
+    assert ends.startswith("cost meter: the ledger can be written again, after ")
 
 
 def test_records_that_the_ledger_refuses_are_counted_by_its_writer_and_are_no_hooks_errors(world):
