@@ -206,24 +206,18 @@ def test_every_api_server_chooses_by_model_gpu_and_host(make_world, monkeypatch)
 @pytest.mark.parametrize(
     ("parallel", "cost"),
     [
-        ({"data_parallel_size": 4, "data_parallel_size_local": 4}, 60),
-        ({"data_parallel_size": 4, "data_parallel_size_local": 2}, 30),
-        (
-            {
-                "data_parallel_size": 4,
-                "data_parallel_size_local": 1,
-                "local_engines_only": True,
-            },
-            60,
-        ),
+        ({"data_parallel_size_local": 4}, (60, 0)),
+        ({"data_parallel_size_local": 2}, (None, None)),
+        ({"data_parallel_size_local": 1, "local_engines_only": True}, (60, 0)),
     ],
 )
-def test_where_engines_run_on_several_machines_no_price_is_chosen_by_host(
+def test_where_engines_run_on_several_machines_a_price_that_depends_on_the_host_is_unknown(
     make_world, monkeypatch, parallel, cost
 ):
     monkeypatch.setattr(platform, "node", lambda: "node-1")
     world = make_world(prices=[price_setting("72", host="node-1")])
-    assert costs_of(world, serving(**parallel), UsagePiece(490_896, 3_000, 0, 8, 0)) == (cost, 0)
+    engines = serving(data_parallel_size=4, **parallel)
+    assert costs_of(world, engines, UsagePiece(490_896, 3_000, 0, 8, 0)) == cost
 
 
 def test_an_api_server_without_a_gpu_prices_what_needs_none(make_world, monkeypatch):
@@ -231,8 +225,13 @@ def test_an_api_server_without_a_gpu_prices_what_needs_none(make_world, monkeypa
         raise NotImplementedError
 
     gpu_is_called(monkeypatch, no_gpu)
+    piece = UsagePiece(490_896, 3_000, 0, 8, 0)
+    world = make_world(prices=[price_setting("72", model="llama")])
+    assert costs_of(world, serving(), piece) == (60, 0)
+    assert world.runtime.guard.errors == 0
+    # A price for a GPU might be that of the engine's.
     world = make_world(prices=[price_setting("72", gpu_name="*")])
-    assert costs_of(world, serving(), UsagePiece(490_896, 3_000, 0, 8, 0)) == (30, 0)
+    assert costs_of(world, serving(), piece) == (None, None)
     assert world.runtime.guard.errors == 0
 
 
