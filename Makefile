@@ -127,6 +127,7 @@ bench: setup
 	$(RUN) python benchmarks/bench_budgets.py
 	$(RUN) python benchmarks/bench_invoices.py
 	$(RUN) python benchmarks/bench_serving.py
+	$(RUN) python benchmarks/bench_side_process.py
 
 matrix:
 	@$(PYTHON) scripts/matrix.py $(MATRIX)

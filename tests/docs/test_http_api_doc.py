@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from prometheus_client import CollectorRegistry
 
 from tests.support.pages import DOCS, section, table_rows
 from tests.support.small_ledger import small_ledger
-from vllm_cost_meter.api_server.runtime import REFRESH_TIMEOUT_S
+from vllm_cost_meter.api_server.side_endpoint import REFRESH_TIMEOUT_S
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import REQUESTS_PER_PAGE_MAX, make_app
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, SETTLE_S
@@ -29,7 +28,7 @@ def client(tmp_path):
     reader = small_ledger(tmp_path)
     budget = Budget("b", 10, "usd", "month", tenant="search")
     figures = BudgetFigures([Standing(budget, {0: 1}, 0)], as_of_ns=0)
-    app = make_app(reader, registry=CollectorRegistry, budgets=lambda: figures)
+    app = make_app(reader, metrics=bytes, budgets=lambda: figures)
     yield TestClient(app)
     reader.close()
 

@@ -7,7 +7,6 @@ OpenAPI document, right ones and wrong ones, over a real ledger, as an operator 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
-from prometheus_client import CollectorRegistry
 from schemathesis.checks import not_a_server_error
 
 from tests.support.examples import examples
@@ -26,7 +25,7 @@ def operations(tmp_path_factory):
     """Return every operation that the endpoint describes, over a real ledger."""
     reader = small_ledger(tmp_path_factory.mktemp("side"))
     access = Access(None, lambda: BY_HASH)
-    app = make_app(reader, registry=CollectorRegistry, access=access)
+    app = make_app(reader, metrics=bytes, access=access)
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     yield [found.ok() for found in schema.get_all_operations()]
     reader.close()

@@ -70,6 +70,10 @@ def make_runtime(
     return runtime
 
 
+class RefusedError(Exception):
+    """An engine request was refused; the application answers its client with this message."""
+
+
 class Engine:
     """Gives birth to engine requests and bills them, in the calls that vLLM's hooks make."""
 
@@ -91,6 +95,14 @@ class Engine:
             }
         )
         self.runtime.run("add_request", Collector.born, birth)
+
+    def asked(self, request_id: str, **changes: Any) -> None:
+        """Give birth to an engine request unless that is refused: RefusedError, as vLLM has one."""
+        exchange = changes.get("exchange", current_exchange.get())
+        refusal = self.runtime.run("refuse", Collector.refused, exchange)
+        if refusal is not None:
+            raise RefusedError(refusal.message)
+        self.born(request_id, **changes)
 
     def bill(self, request_id: str, prefill_ns: int = 1_000, decode_ns: int = 2_000) -> Bill:
         self.seq += 1

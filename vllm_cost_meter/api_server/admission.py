@@ -5,7 +5,8 @@ one poll after it was taken, a process of its own reads anew how much of each bu
 covers all API servers and the running requests. Until the next reading, new requests are judged in
 memory, without waiting. Only after a start, before the first reading, a request that a hard budget
 covers waits for it. Nothing is reserved for a request's future use, so an admitted request may run
-past the limit. With `stop_running` the engine then ends it.
+past the limit. With `stop_running` the engine then ends it, and it gets no further engine requests;
+`max_concurrent` bounds how many requests may run on.
 
 Invariant: a failure here refuses only requests of tenants that fail closed and, before the first
 reading, requests that a hard budget covers.
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.background import Loop
+from vllm_cost_meter.api_server.budgets.in_flight import InFlight
+from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import Owner
@@ -56,9 +59,19 @@ RunningOf = Callable[[Callable[[Owner], bool]], Sequence[str]]
 
 
 def fails_closed(owner: Owner, tenants: Collection[str]) -> bool:
-    """Return whether an owner is one of the tenants that fail closed, or a child of one."""
+    """Return whether an owner is, or may be, one of the tenants that fail closed, or its child."""
     # The parent is checked too, because a child that a client chose is declared nowhere.
-    return owner.tenant in tenants or owner.parent in tenants
+    if owner.tenant in tenants or owner.parent in tenants:
+        return True
+    return any(map(owner.may_be, tenants))
+
+
+def _counted(verdict: Verdict) -> Verdict:
+    """Count a verdict in the metrics unless it admits."""
+    if verdict.kind != "admitted":
+        name = verdict.standing.budget.name if verdict.standing else ""
+        metrics.count_refused(verdict.kind, name)
+    return verdict
 
 
 class Admission:
@@ -93,6 +106,9 @@ class Admission:
         # Why budgets are unknown, as the log was told.
         self._unknown: dict[str, str] = {}
         self._figures = BudgetFigures()
+        # The hard budgets that are used up and end what runs.
+        self._stopping: Sequence[Standing] = ()
+        self.in_flight = InFlight()
 
     @property
     def figures(self) -> BudgetFigures:
@@ -102,25 +118,75 @@ class Admission:
     @figures.setter
     def figures(self, figures: BudgetFigures) -> None:
         self._figures = figures
+        self._stopping = [
+            standing
+            for standing in figures.standings
+            if standing.budget.hard and standing.budget.stop_running and standing.is_spent
+        ]
         # Before an engine was heard of nobody knows what runs, and a long first count ends with
         # figures that are stale: the next ones come at once.
         is_fresh = figures.stale(time.monotonic_ns(), self._max_age_ns) is None
         if is_fresh or figures.broken is not None:
             self._has_figures.set()
 
-    def verdict(self, owner: Owner) -> Verdict:
-        """Decide about a new request of an owner, without any I/O."""
+    def admit(self, exchange: Exchange) -> Verdict:
+        """Decide about a new request, which has its place if it is admitted.
+
+        In one step, without an await: what asks next finds the place taken. No I/O.
+        """
+        verdict = self._verdict(exchange.owner)
+        if verdict.kind in ("admitted", "throttled"):
+            verdict = self._place(exchange, served=True) or verdict
+        return _counted(verdict)
+
+    def refused_birth(self, exchange: Exchange) -> Verdict | None:
+        """Return why an admitted request may have no further engine request, or None.
+
+        No I/O. Each engine request of a socket is a new request.
+        """
+        owner = exchange.owner
+        if exchange.is_socket:
+            verdict = self._verdict(owner)
+            if verdict.kind in ("blocked", "unavailable"):
+                return _counted(verdict)
+        if self._stopping and self._stale() is None:
+            for standing in self._stopping:
+                if standing.budget.covers(owner):
+                    return _counted(Verdict("blocked", standing))
+        if exchange in self.in_flight:
+            return None
+        # It was over, as a background response is before it begins.
+        full = self._place(exchange, served=False)
+        return None if full is None else _counted(full)
+
+    def _place(self, exchange: Exchange, *, served: bool) -> Verdict | None:
+        """Give a request its place; return the verdict if there is none left."""
+        owner = exchange.owner
+        budgets = [
+            budget
+            for budget in self._rules().budgets
+            if budget.max_concurrent is not None and budget.covers(owner)
+        ]
+        if not budgets:
+            return None
+        full = self.in_flight.full(budgets, bills_come=self._stale() is None)
+        if full is not None:
+            return Verdict("full", Standing(full, None, time.time_ns()))
+        self.in_flight.enter(exchange, budgets, served=served)
+        return None
+
+    def _stale(self) -> str | None:
         stale = self.figures.stale(time.monotonic_ns(), self._max_age_ns)
         if stale is None and self._guard.off:
             stale = "the meter switched itself off after errors"
+        return stale
+
+    def _verdict(self, owner: Owner) -> Verdict:
+        stale = self._stale()
         closed = fails_closed(owner, self._rules().fail_closed)
         if self._waits(owner):
             stale, closed = NOT_COUNTED, True
-        verdict = decide(self.standings_of(owner), stale, closed)
-        if verdict.kind != "admitted":
-            name = verdict.standing.budget.name if verdict.standing else ""
-            metrics.count_refused(verdict.kind, name)
-        return verdict
+        return decide(self.standings_of(owner), stale, closed)
 
     async def first_figures(self, owner: Owner) -> None:
         """Wait for the first figures after a start, if a hard budget covers this owner."""
@@ -170,16 +236,11 @@ class Admission:
         self._unknown = unknown
 
     async def _stop_running(self) -> None:
-        spent = [
-            standing.budget
-            for standing in self.figures.standings
-            if standing.budget.hard and standing.budget.stop_running and standing.is_spent
-        ]
-        if not spent or self._stop is None:
+        if not self._stopping or self._stop is None:
             return
 
         def is_covered(owner: Owner) -> bool:
-            return any(budget.covers(owner) for budget in spent)
+            return any(standing.budget.covers(owner) for standing in self._stopping)
 
         if ids := self._running_of(is_covered):
             await self._stop(ids)

@@ -27,7 +27,7 @@ from vllm_cost_meter.api_server.record_making import (
 from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.exchange import Birth, Exchange
+from vllm_cost_meter.exchange import Birth, Exchange, Refusal
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.bill import Bill
@@ -43,7 +43,9 @@ class Collector:
         guard: ApiGuard,
         settings: Callable[[], Settings],
         open_requests: OpenRequests | None = None,
+        refuses: Callable[[Exchange | None], Refusal | None] = lambda _exchange: None,
     ) -> None:
+        """`refuses` tells whether an exchange may have no further engine request."""
         self.breaker = Breaker(guard)
         # Facts about the engines; empty before the application has started.
         self.run_facts = RunFacts()
@@ -53,8 +55,13 @@ class Collector:
         self._guard = guard
         self._settings = settings
         self._open = OpenRequests() if open_requests is None else open_requests
+        self._refuses = refuses
 
     # -- births and bills -------------------------------------------------------------------
+
+    def refused(self, exchange: Exchange | None) -> Refusal | None:
+        """Return the reply to an exchange that may have no further engine request, or None."""
+        return self._refuses(exchange)
 
     def born(self, birth: Birth) -> None:
         """Note a new engine request of this process. A repeated call changes nothing."""

@@ -1,7 +1,7 @@
 """The runtime of the meter in an API server: makes its parts, and starts and stops them.
 
 Each API server process has one `Runtime`, made at its first use. The first API server also polls
-the engines for their books and serves the side endpoint. A part gets what it needs through its
+the engines for their books and has the side endpoint served. A part gets what it needs through its
 constructor. It gets settings as a function, because some settings change while the server runs.
 
 Invariant: nothing here stops vLLM from serving, but settings that were never right for it.
@@ -22,16 +22,17 @@ from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.api_server.budgets.names import BudgetNames
 from vllm_cost_meter.api_server.collector import Collector
+from vllm_cost_meter.api_server.judging import refuse_birth
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
+from vllm_cost_meter.api_server.side_endpoint import SideEndpoint
 from vllm_cost_meter.api_server.start_check import what_is_wrong
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.endpoint.answers import MeterHealth
-from vllm_cost_meter.endpoint.server import serve
 from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.errors import LedgerError, SettingError
 from vllm_cost_meter.ledger.database import default_url
@@ -44,8 +45,6 @@ from vllm_cost_meter.vllm_hooks import engines
 
 logger = logging.getLogger("vllm.cost_meter")
 
-# A reader waits at most this long for an engine. After that it gets figures one snapshot old.
-REFRESH_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = 10.0
 
 
@@ -70,11 +69,23 @@ class Runtime:
         # This opens or creates the ledger now, so that the first reply need not wait for it.
         self.writer.commit()
         self.collector = Collector(
-            self.writer, self.guard, lambda: self.settings, open_requests=open_requests
+            self.writer,
+            self.guard,
+            lambda: self.settings,
+            open_requests=open_requests,
+            refuses=lambda exchange: refuse_birth(exchange, self.admission),
         )
-        # Served model names; empty until `start`.
-        self.served: frozenset[str] = frozenset()
+        # Served model names, the default first; empty until `start`.
+        self.served: tuple[str, ...] = ()
         self.poller: Poller | None = None
+        self.side_endpoint = SideEndpoint(
+            lambda: self.settings,
+            self.ledger_url,
+            refresh=self._refresh,
+            alive=self.alive,
+            figures=self.figures,
+            health=self.health,
+        )
         self.admission: Admission | None = None
         self.follower: BudgetFollower | None = None
         self._names = BudgetNames(self.ledger_url)
@@ -106,6 +117,7 @@ class Runtime:
             "dropped": writer.dropped,
             "ledger_error": ledger_error,
             "loops": loops,
+            "side_processes": [self.side_endpoint.health()],
         }
 
     # -- life -------------------------------------------------------------------------------
@@ -121,9 +133,9 @@ class Runtime:
         try:
             check_start(self.settings, engines.run_facts(engine_client), time.time_ns())
             polls = await self.start_work(engine_client, app.state)
+            app.include_router(make_router(self.side_endpoint.ask))
             if polls:
-                self._serve_endpoint()
-            self._add_tenant_routes(app)
+                await self.side_endpoint.serve()
         except SettingError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
@@ -136,7 +148,7 @@ class Runtime:
         Returns True if this API server is the one that polls the engines.
         """
         self.collector.run_facts = engines.run_facts(engine_client)
-        self.served = frozenset(engines.served_names(engine_client, state))
+        self.served = tuple(engines.served_names(engine_client, state))
         self._start_loop("announce", self._announce, self.settings.snapshot_interval_s)
         self._hold_to_budgets(engine_client)
         if (config := self.settings.config) is not None:
@@ -162,6 +174,9 @@ class Runtime:
         """Stop the tasks, poll the engines a last time, and write everything that waits."""
         for task in self._tasks.values():
             task.cancel()
+        await asyncio.gather(self._stop_writing(), self.side_endpoint.stop())
+
+    async def _stop_writing(self) -> None:
         self._announce_all()
         if self.poller is not None:
             self.poller.stopping = True
@@ -196,7 +211,9 @@ class Runtime:
     async def _reload(self, reloader: Reloader, engine_client: Any) -> None:
         # Reading a file may be slow, so a thread does it: vLLM's tokens must not wait.
         new = await in_own_thread(reloader.look, self.settings)
-        self.settings = new or self.settings
+        if new is not None:
+            self.settings = new
+            self.side_endpoint.settings_changed()
         self._hold_to_budgets(engine_client)
         if new is not None and self.poller is not None:
             await self._look_at_names()
@@ -242,15 +259,10 @@ class Runtime:
         finally:
             reader.close()
 
-    def _refresh(self) -> Callable[[], None]:
-        """Return a function that brings the ledger up to now.
-
-        Only the polling API server can do that. In others the function does nothing, and their
-        figures are up to one snapshot old.
-        """
-        if self.poller is None:
-            return lambda: None
-        return refresher(self.poller, asyncio.get_running_loop())
+    async def _refresh(self) -> None:
+        """Bring the ledger up to now; API servers other than the first are a snapshot behind."""
+        if self.poller is not None:
+            await self.poller.look()
 
     def alive(self) -> Collection[str]:
         """Return the runs with an engine that is known to be alive, even if it is silent.
@@ -259,35 +271,6 @@ class Runtime:
         is silent for too long is dead, until its next snapshot.
         """
         return () if self.poller is None else self.poller.alive()
-
-    def _serve_endpoint(self) -> None:
-        serve(
-            self.settings,
-            self.ledger_url,
-            self._refresh(),
-            self.figures,
-            lambda: self.settings.tenant_keys,
-            self.book,
-            lambda: self.settings.declared,
-            lambda: self.settings.public_economics,
-            self.alive,
-            self.health,
-        )
-
-    def _add_tenant_routes(self, app: Any) -> None:
-        reader = LedgerReader(self.ledger_url, create=True, book=self.book, alive=self.alive)
-        app.include_router(make_router(reader, self._refresh(), self.figures))
-
-
-def refresher(poller: Poller, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-    """Return a function that brings the ledger up to now from another thread, within a timeout."""
-
-    def refresh() -> None:
-        # If an engine is slow or dead, the reader gets older figures, not an error.
-        with contextlib.suppress(Exception):
-            asyncio.run_coroutine_threadsafe(poller.look(), loop).result(REFRESH_TIMEOUT_S)
-
-    return refresh
 
 
 class NoRuntime:

@@ -196,6 +196,12 @@ def _server(settings: Settings) -> Finding:
         said.append("the meter switched itself off: see the log, and restart the server")
     if health["ledger_error"] is not None:
         said.append(f"the ledger cannot be written: {health['ledger_error']}")
+    said += [
+        f"the process of the {each['process']} ended {each['restarts']} times, the last time it"
+        f" {each['last_end']}"
+        for each in health["side_processes"]
+        if each["restarts"]
+    ]
     if not said:
         names = ", ".join(loop["loop"] for loop in health["loops"])
         said = [f"{names} work"] if names else []

@@ -22,6 +22,7 @@ from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
 ROLLING_DAYS_MAX = 366
+CONCURRENT_MAX = 1_000_000
 LIMIT = "a decimal number above 0, at most 1,000,000,000,000, with at most 9 decimal places"
 ZONE = "the name of a time zone, such as Europe/Berlin"
 TAG_FORM = "key=value"
@@ -136,12 +137,23 @@ class BudgetSetting(BaseModel):
         json_schema_extra=t.about("true or false"),
     )
 
+    max_concurrent: Annotated[int, BeforeValidator(t._number)] | None = Field(
+        default=None,
+        ge=1,
+        le=CONCURRENT_MAX,
+        description="How many of its requests each API server runs at once; more get a 429. It "
+        "bounds by how much the amount can be exceeded.",
+        json_schema_extra=t.about(f"a whole number from 1 to {CONCURRENT_MAX:,}"),
+    )
+
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
         if (self.tenant is None) == (self.tag is None):
             raise t.WrongError("either a tenant or a tag", "both" if self.tenant else "neither")
         if (self.usd is None) == (self.gpu_seconds is None):
             raise t.WrongError("either usd or gpu_seconds", "both" if self.usd else "neither")
+        if self.max_concurrent is not None and not self.hard:
+            raise t.WrongError("hard = true beside max_concurrent", "hard = false")
         return self
 
     def budget(self, members: Collection[str] = frozenset()) -> Budget:
@@ -168,6 +180,7 @@ class BudgetSetting(BaseModel):
             hard=self.hard,
             over=self.over,
             stop_running=self.stop_running,
+            max_concurrent=self.max_concurrent,
         )
 
 

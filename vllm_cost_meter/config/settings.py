@@ -57,8 +57,9 @@ from vllm_cost_meter.config.tenants import (
     resolver_of,
 )
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.owner import SLASH
 from vllm_cost_meter.tenants.budgets import Budget
-from vllm_cost_meter.tenants.rules import SLASH, Resolver
+from vllm_cost_meter.tenants.rules import Resolver
 
 _about = t.about
 
@@ -115,6 +116,22 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         default=None,
         description="Bearer token that the side endpoint demands; tenants show their API keys.",
         json_schema_extra=_about(t.TOKEN, secret=True),
+    )
+    questions_at_once: t.WholeNumber = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="How many questions the side endpoint answers at the same time; others wait.",
+        json_schema_extra=_about("a whole number from 1 to 64"),
+    )
+    question_timeout_s: t.Number = Field(
+        default=30.0,
+        ge=0.1,
+        le=3_600,
+        allow_inf_nan=False,
+        description="How long a question to the side endpoint may take, its wait included; then it "
+        "is ended, and the asker may try again.",
+        json_schema_extra=_about("a number from 0.1 to 3600", "s"),
     )
     method: Method = Field(
         default=EngineSettings().method,

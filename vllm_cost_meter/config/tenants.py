@@ -12,15 +12,17 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from vllm_cost_meter.config import types as t
-from vllm_cost_meter.records.owner import UNKNOWN
+from vllm_cost_meter.records.owner import SLASH, UNKNOWN
 from vllm_cost_meter.tenants.rules import (
     PROOF_HEADER,
-    SLASH,
     ApiKeyRule,
+    Believed,
     ChildRule,
     ConstantRule,
     DeclaredTenant,
+    HeaderChildRule,
     HeaderRule,
+    HeaderTagRule,
     Resolver,
     Rule,
 )
@@ -83,13 +85,25 @@ class RuleSetting(BaseModel):
 
     rule: Literal["api_key", "header", "user", "metadata", "lora", "model", "constant"] = Field(
         description="What names the tenant (`api_key`, `header`, `constant`) or chooses a child of "
-        "the tenant found (the others).",
+        "the tenant found (the others, and a header that `names` one).",
         json_schema_extra=t.about("api_key, header, user, metadata, lora, model or constant"),
     )
     name: t.HeaderName | None = Field(
         default=None,
-        description="`header`: the header that carries the tenant.",
+        description="`header`: the header that carries the name.",
         json_schema_extra=t.about(t.HEADER),
+    )
+    names: Literal["tenant", "child", "tag"] = Field(
+        default="tenant",
+        description="`header`: what its value is: a tenant, a child of the tenant found, or the "
+        "value of a `tag`.",
+        json_schema_extra=t.about("tenant, child or tag"),
+    )
+    tag: t.TagKey | None = Field(
+        default=None,
+        description='`header` with `names = "tag"`: the key of the tag. A tag that the tenant '
+        "declares stays as declared.",
+        json_schema_extra=t.about(t.TAG_KEY),
     )
     proof_sha256: t.Digest | None = Field(
         default=None,
@@ -117,7 +131,7 @@ class RuleSetting(BaseModel):
         default=False,
         strict=True,
         description="`user`, `metadata`, `lora`, `model`: where no rule before it found a tenant, "
-        "name one outright; never one that is declared.",
+        "name one below `unknown`, as `unknown/NAME`.",
         json_schema_extra=t.about("true or false"),
     )
     tenant: t.TenantName | None = Field(
@@ -132,6 +146,8 @@ class RuleSetting(BaseModel):
             raise t.WrongError(f"no `{name}` in a rule {self.rule!r}", "a value")
         if (needed := _NEEDS.get(self.rule)) and getattr(self, needed) is None:
             raise t.WrongError(f"`{needed}` in a rule {self.rule!r}", "nothing")
+        if (self.names == "tag") != (self.tag is not None):
+            raise t.WrongError('`tag` where `names = "tag"`, and only there', "one of them")
         if self.trust is not None and self.proof_sha256 is not None:
             raise t.WrongError("`proof_sha256` or `trust` in a rule 'header'", "both")
         return self
@@ -139,7 +155,7 @@ class RuleSetting(BaseModel):
 
 _TAKES: Mapping[str, set[str]] = {
     "api_key": set(),
-    "header": {"name", "proof_sha256", "proof_header", "trust"},
+    "header": {"name", "names", "tag", "proof_sha256", "proof_header", "trust"},
     "user": {"trust_clients"},
     "metadata": {"key", "trust_clients"},
     "lora": {"trust_clients"},
@@ -253,18 +269,25 @@ def _rule(
     if rule.rule == "api_key":
         return ApiKeyRule(keys_of(tenants))
     if rule.rule == "header":
-        known = "" if secret is None else secret.get_secret_value()
-        return HeaderRule(
-            str(rule.name),
-            rule.proof_sha256 or hashlib.sha256(known.encode()).hexdigest(),
-            rule.proof_header,
-            trusts_everyone=rule.trust is not None,
-            paths=frozenset(name for name in declared if SLASH in name),
-        )
+        header = _believed(rule, secret)
+        if rule.names == "child":
+            return HeaderChildRule(header)
+        if rule.tag is not None:
+            return HeaderTagRule(header, rule.tag)
+        return HeaderRule(header, paths=frozenset(name for name in declared if SLASH in name))
     if rule.rule == "constant":
         return ConstantRule(str(rule.tenant))
-    taken = frozenset(map(str.casefold, declared)) if rule.trust_clients else None
-    return ChildRule(rule.rule, rule.key or "", taken)
+    return ChildRule(rule.rule, rule.key or "", rule.trust_clients)
+
+
+def _believed(rule: RuleSetting, secret: SecretStr | None) -> Believed:
+    known = "" if secret is None else secret.get_secret_value()
+    return Believed(
+        str(rule.name),
+        rule.proof_sha256 or hashlib.sha256(known.encode()).hexdigest(),
+        rule.proof_header,
+        trusts_everyone=rule.trust is not None,
+    )
 
 
 def keys_of(tenants: Iterable[TenantSetting]) -> dict[str, str]:

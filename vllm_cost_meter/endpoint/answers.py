@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from vllm_cost_meter.endpoint.questions import QuestionCounts
 from vllm_cost_meter.endpoint.shapes import shape_of
 from vllm_cost_meter.ledger.queries.answers import CostModelRow
 from vllm_cost_meter.reports.answers import Tenant
@@ -42,6 +43,21 @@ class LoopHealth(TypedDict):
     """The latest failure, in one line; null if there was none."""
 
 
+class SideProcessHealth(TypedDict):
+    """How a process of the meter beside the first API server does."""
+
+    process: str
+    """What the log calls it."""
+    state: str
+    """`ok`; `starting`; `ended` until it is started again; `off` if it is not wanted."""
+    pid: int | None
+    """Its process id; null while there is none."""
+    restarts: int
+    """How often it was started again since the server started."""
+    last_end: str | None
+    """How it ended the last time; null if it never did."""
+
+
 class MeterHealth(TypedDict):
     """Whether the meter of the first API server works."""
 
@@ -57,6 +73,15 @@ class MeterHealth(TypedDict):
     """Why the last attempt to write the ledger failed, in one line; null if it worked."""
     loops: list[LoopHealth]
     """Each background loop."""
+    side_processes: list[SideProcessHealth]
+    """Each process beside the API server."""
+
+
+class WholeHealth(MeterHealth):
+    """Whether the meter of the first API server works, and how busy the side endpoint is."""
+
+    questions: QuestionCounts
+    """The questions that the side endpoint has at hand."""
 
 
 # The side endpoint of a process that meters nothing.
@@ -67,6 +92,7 @@ NO_METER: MeterHealth = {
     "dropped": 0,
     "ledger_error": None,
     "loops": [],
+    "side_processes": [],
 }
 
 

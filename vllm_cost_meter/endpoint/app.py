@@ -2,13 +2,15 @@
 
 It reads figures through a `LedgerReader`. Before it does, `refresh` asks the engines for snapshots,
 so the ledger is up to date. In a process that cannot ask them, figures are up to one snapshot old.
-Handlers are plain functions, so FastAPI runs their SQL in its thread pool.
+Handlers that read the ledger are plain functions: `questions` runs a few of them at a time, in its
+threads.
 
 All errors have one shape: `{"error": {"message", "type", "code"}}`.
 
 Invariant: the endpoint reads and never writes. Every JSON body is an object.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter.economics import Declared
@@ -31,6 +33,7 @@ from vllm_cost_meter.endpoint.answers import (
     CostModels,
     Health,
     MeterHealth,
+    WholeHealth,
 )
 from vllm_cost_meter.endpoint.calc import add_calculators
 from vllm_cost_meter.endpoint.compare import Comparer, add_compare
@@ -43,8 +46,10 @@ from vllm_cost_meter.endpoint.dependencies import (
 )
 from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
 from vllm_cost_meter.endpoint.limits import LimitSizes, refuse_unknown_words
+from vllm_cost_meter.endpoint.questions import RETRY_AFTER_S, AskerGoneError, Questions
 from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse, error_reply
-from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.errors import AwayError, LedgerError, OverdueError
+from vllm_cost_meter.exchange import CLIENT_LEFT
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -73,21 +78,25 @@ def make_app(
     *,
     refresh: Callable[[], None] = lambda: None,
     access: Access = OPEN,
-    registry: Callable[[], CollectorRegistry] | None = None,
+    metrics: Callable[[], bytes] | None = None,
     budgets: Callable[[], BudgetFigures] = BudgetFigures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
     health: Callable[[], MeterHealth] = lambda: NO_METER,
+    questions: Questions | None = None,
+    handed: Callable[[], bytes | None] = lambda: None,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
     - `refresh` brings the ledger up to date; a worker thread calls it before figures are read.
     - `access` decides which caller may see which figures.
-    - `registry` returns the Prometheus metrics; without it there is no `/metrics`.
+    - `metrics` returns the text of the Prometheus metrics; without it there is no `/metrics`.
     - `budgets` returns the use of each budget.
     - `declared` returns the operator's latency bounds and full load.
     - `public_economics` returns whether anybody may read the cost of tokens.
     - `health` returns whether the meter works.
+    - `questions` bounds what is answered at once.
+    - `handed` returns the settings for a process that compares; without them it reads its own.
     """
 
     def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
@@ -116,7 +125,8 @@ def make_app(
         openapi_url=None,
     )
     app.add_middleware(LimitSizes)
-    # Before the first route is added.
+    app.state.questions = Questions() if questions is None else questions
+    # This has to come before the first route.
     app.router.route_class = AnswerRoute
     _add_error_handlers(app)
     _add_request_routes(app, reader, refresh)
@@ -126,37 +136,38 @@ def make_app(
     add_economics(app, reader, refresh, declared, public_economics)
     _add_budget_route(app, budgets)
     add_calculators(app)
-    add_compare(app, Comparer(reader.url), refresh)
-    _add_own_routes(app)
-    _add_health_route(app, health)
+    add_compare(app, Comparer(reader.url, handed), refresh)
+    _add_own_routes(app, health)
 
-    if registry is not None:
-
-        @app.get("/metrics", response_class=Response, dependencies=FOR_ADMINS)
-        def metrics() -> Response:
-            """Return Prometheus metrics of the meter and of vLLM."""
-            return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
-
+    if metrics is not None:
+        _add_metrics_route(app, metrics)
     return app
 
 
-def _add_own_routes(app: FastAPI) -> None:
+def _add_metrics_route(app: FastAPI, text: Callable[[], bytes]) -> None:
+    @app.get("/metrics", response_class=Response, dependencies=FOR_ADMINS)
+    async def metrics() -> Response:
+        """Return Prometheus metrics of the meter and of vLLM."""
+        return Response(await asyncio.to_thread(text), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_own_routes(app: FastAPI, ask_meter: Callable[[], MeterHealth]) -> None:
     @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
     def openapi() -> dict[str, Any]:
         """Return the OpenAPI description of this endpoint."""
         return app.openapi()
 
     @app.get("/health")
-    def health() -> Health:
+    async def health() -> Health:
         """Return that the endpoint is up, and the meter's version."""
         return {"status": "ok", "version": __version__}
 
-
-def _add_health_route(app: FastAPI, health: Callable[[], MeterHealth]) -> None:
     @app.get("/cost/health", dependencies=FOR_ADMINS)
-    def meter_health() -> MeterHealth:
+    async def meter_health() -> WholeHealth:
         """Return whether the meter works: its hooks, its ledger, each background loop."""
-        return health()
+        questions: Questions = app.state.questions
+        meter: MeterHealth = await asyncio.to_thread(ask_meter)
+        return {**meter, "questions": questions.counts()}
 
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
@@ -332,7 +343,16 @@ def _add_error_handlers(app: FastAPI) -> None:
     def ledger_error(_request: Request, exception: LedgerError) -> Response:
         return error_reply(503, str(exception), "ledger_unavailable")
 
+    @app.exception_handler(OverdueError)
+    @app.exception_handler(AwayError)
+    def later(_request: Request, exception: Exception) -> Response:
+        return error_reply(503, str(exception), headers={"Retry-After": str(RETRY_AFTER_S)})
+
+    @app.exception_handler(AskerGoneError)
+    def nobody_waits(_request: Request, _exception: AskerGoneError) -> Response:
+        return Response(status_code=CLIENT_LEFT)
+
     @app.exception_handler(Exception)
     def our_bug(_request: Request, exception: Exception) -> Response:
-        # The server's log has its traceback.
+        # The server's log has the traceback.
         return error_reply(500, f"unexpected {type(exception).__name__}", "internal_error")

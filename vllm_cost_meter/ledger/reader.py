@@ -10,6 +10,7 @@ Invariant: a reader writes nothing.
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, tzinfo
 from typing import Any, Self, Unpack
 
@@ -20,6 +21,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import invoice_days
 from vllm_cost_meter.ledger.database import cause_of, open_database
+from vllm_cost_meter.ledger.deadline import bounded, deadline
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.audit import audit_runs
@@ -69,8 +71,8 @@ class LedgerReader:
         self.url = url
         self._given_book = book
         self._alive = alive
-        # Number of bills waited for in vain, by run; nobody waits for them again.
-        self._known_missing: dict[str, int] = {}
+        # The number of the last bill that was waited for, by run; nobody waits for it again.
+        self._settled: dict[str, int] = {}
         self._opening = threading.Lock()
         self._opened: Engine | None = None if create else _open(url, create=False)
 
@@ -95,12 +97,17 @@ class LedgerReader:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Open a transaction that sees one state of the ledger."""
+        """Open a transaction that sees one state of the ledger.
+
+        Raises LedgerError, and OverdueError once the question has no time left.
+        """
         engine = self._engine
         try:
-            with engine.connect() as connection:
+            with engine.connect() as connection, bounded(connection):
                 yield connection
         except SQLAlchemyError as error:
+            if (until := deadline.get()) is not None:
+                until.check()
             shown = engine.url.render_as_string(hide_password=True)
             raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
@@ -111,7 +118,7 @@ class LedgerReader:
             cut = read_cut(
                 connection, window, alive=living.alive, now_ns=living.now_ns, book=self._book
             )
-        settle(self.transaction, cut, as_of.settle_s, self._known_missing)
+        settle(self.transaction, cut, as_of.settle_s, self._settled)
         return cut
 
     # ---- requests
@@ -222,8 +229,14 @@ class LedgerReader:
         recent: int = 20,
         as_of: AsOf = NOW,
     ) -> Tenant | None:
-        """Return one tenant's row and its latest requests; None for an unknown tenant."""
-        answer = self.report(Question(from_hour, to_hour), as_of)
+        """Return one tenant's row and its latest requests; None for an unknown tenant.
+
+        Only the tenant's own bills are read. So its money is rounded by itself, and may differ by a
+        nano-USD from its row in a report, where all rows are rounded together.
+        """
+        cut = replace(self.cut(Window(from_hour, to_hour), as_of), tenant=name)
+        with self.transaction() as connection:
+            answer = reports.report_at(connection, cut, Question(from_hour, to_hour))
         for row in reports.rows_of(answer):
             if row["tenant"] == name:
                 latest = self.requests(limit=recent, tenant=name)["requests"]

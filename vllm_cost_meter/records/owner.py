@@ -16,6 +16,11 @@ from typing import Literal, Self
 
 # The tenant of a request that no rule names.
 UNKNOWN = "unknown"
+# The slash stands between a tenant and its child.
+SLASH = "/"
+# The child of a tenant whose request chose a child by what the meter did not read. No request can
+# name it, because names that begin with underscores are reserved.
+UNREAD = "__unread__"
 
 # The client chooses the value of these rules itself, in its request.
 ChildKind = Literal["user", "metadata", "lora", "model"]
@@ -71,6 +76,11 @@ class Owner:
     def is_clients_choice(self) -> bool:
         """Return whether the client chose the name or a part of it."""
         return (self.child_rule or self.rule).kind in CHILD_KINDS
+
+    def may_be(self, tenant: str) -> bool:
+        """Return whether this request may belong to a child that the meter did not read."""
+        above = self.tenant.removesuffix(UNREAD)
+        return above != self.tenant and tenant.startswith(above)
 
 
 # The owner of a request that no rule names.

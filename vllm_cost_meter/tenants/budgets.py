@@ -15,11 +15,12 @@ that fail closed.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
+from decimal import Decimal
 from typing import Literal, NamedTuple, TypedDict
 
-from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.owner import UNKNOWN, Owner
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
-from vllm_cost_meter.units.money import format_nano
+from vllm_cost_meter.units.money import NANOUSD_PER_USD, format_amount
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 BudgetUnit = Literal["usd", "gpu_seconds"]
@@ -45,7 +46,8 @@ class Budget:
     `limit` is in nano-USD or GPU-nanoseconds, as `unit` says. Clients are warned from `soft_limit`
     on. At its limit a `hard` budget blocks or throttles new requests and, with `stop_running`, ends
     running ones. Only a rolling period uses `days`. `members` are all tenants that are declared
-    below `tenant`, at any depth.
+    below `tenant`, at any depth. An API server runs at most `max_concurrent` of its requests at
+    once, at the limit or not.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Budget:
     hard: bool = True
     over: Over = "block"
     stop_running: bool = False
+    max_concurrent: int | None = None
 
     @property
     def scope(self) -> BudgetScope:
@@ -76,8 +79,21 @@ class Budget:
             return False
         if of in (owner.tenant, owner.parent) or owner.tenant.startswith(f"{of}/"):
             return True
+        if owner.may_be(of):
+            return True
         # The parent is checked too, because a child that a client chose is declared nowhere.
         return owner.tenant in self.members or owner.parent in self.members
+
+    def is_shared(self, owner: Owner) -> bool:
+        """Tell whether others than this owner use it too, so that it is told no name and no amount.
+
+        A child that a client chose is no other: the client has the key of the tenant above.
+        """
+        of = self.tenant
+        if of is None or of == UNKNOWN:
+            return True
+        is_own = owner.tenant == of or (owner.child_rule is not None and owner.parent == of)
+        return not is_own
 
     def hours(self, now_ns: int) -> tuple[int, int]:
         """Return the period around an instant as (first hour, hour after the last).
@@ -100,8 +116,10 @@ class Budget:
         return _first_hour(first), _first_hour(after)
 
     def shown(self, amount: int) -> str:
-        """Return an amount with its unit."""
-        return f"{format_nano(amount)} {'USD' if self.unit == 'usd' else 'GPU-seconds'}"
+        """Return an amount with its unit, for people."""
+        # A billionth is a billionth: of a USD, or of a second.
+        text = format_amount(Decimal(amount) / NANOUSD_PER_USD)
+        return f"{text} {'USD' if self.unit == 'usd' else 'GPU-seconds'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +181,10 @@ class Verdict:
     """The decision about a new request; `standing` belongs to the budget that decided.
 
     An `admitted` request may carry warnings about the budgets in `soft`. `stale` says why the
-    figures could not be used.
+    figures could not be used. A `full` budget has as many requests running as it allows.
     """
 
-    kind: Literal["admitted", "throttled", "blocked", "unavailable"]
+    kind: Literal["admitted", "throttled", "blocked", "full", "unavailable"]
     standing: Standing | None = None
     soft: tuple[Standing, ...] = ()
     stale: str | None = None
@@ -229,6 +247,8 @@ class BudgetRow(TypedDict):
     """What a hard budget does beyond its limit: `block` or `throttle`."""
     stop_running: bool
     """Whether running requests are ended at the limit."""
+    max_concurrent: int | None
+    """How many requests may run at once on each API server; null for any number."""
     period: str
     """`day`, `week`, `month` or `rolling`."""
     period_from: str
@@ -260,6 +280,7 @@ def budget_row(standing: Standing) -> BudgetRow:
         "hard": budget.hard,
         "over_action": budget.over,
         "stop_running": budget.stop_running,
+        "max_concurrent": budget.max_concurrent,
         "period": budget.period,
         "period_from": _local(first, budget.zone).isoformat(),
         "resets_at": standing.resets_at().isoformat(),
@@ -281,8 +302,9 @@ def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) 
     for standing in spent:
         if standing.budget.over == "block":
             return Verdict("blocked", standing)
-    unknown = [standing.budget.name for standing in mine if standing.unknown is not None]
-    stale = f"budget {unknown[0]!r} has time without a price" if unknown else None
+    # Without its name: it may be one that the client shares.
+    has_unknown = any(standing.unknown is not None for standing in mine)
+    stale = "a budget in USD has time without a price" if has_unknown else None
     if stale is not None and fail_closed:
         return Verdict("unavailable", stale=stale)
     if spent:

@@ -13,11 +13,12 @@ import pytest
 from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_open, make_snapshot
 from tests.support.world import BODY, DONE, JSON, SSE, TOKEN, Client, replying, scope_of
-from vllm_cost_meter.api_server.admission import Admission, Rules
+from vllm_cost_meter.api_server.admission import Admission, Rules, fails_closed
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.queries.spending import Spending
@@ -102,7 +103,7 @@ def test_a_spent_budget_answers_429_as_openai_does_and_says_when_it_resets(world
     error = json.loads(client.body)["error"]
     message = error.pop("message")
     assert error == {"type": "insufficient_quota", "param": None, "code": "budget_exceeded"}
-    assert "1.500000000 USD of 1.000000000 USD in its period (the month)" in message
+    assert "1.50 USD of 1.00 USD in its period (the month)" in message
     assert message.endswith(f"resets at {standing.resets_at().isoformat()} (UTC)")
     assert world.rows("SELECT * FROM requests") == world.rows("SELECT * FROM http_requests") == []
 
@@ -129,7 +130,7 @@ def test_a_websocket_is_closed_before_it_is_accepted(world):
 def test_a_soft_limit_is_told_in_a_header_of_every_reply(world):
     used(world, 800_000_000, soft_limit=800_000_000)
     warning = dict(ask(world).headers)[b"x-cost-meter-budget-warning"].decode()
-    assert warning.startswith("b: 0.800000000 USD of 1.000000000 USD used; resets ")
+    assert warning.startswith("b: 0.80 USD of 1.00 USD used; resets ")
     stream = world.run(replying(SSE, [TOKEN, DONE], world.engine.generate), as_tenant("acme"))
     assert b"x-cost-meter-budget-warning" in dict(stream.headers)
     used(world, 799_999_999, soft_limit=800_000_000)
@@ -216,7 +217,7 @@ def test_a_meter_that_switched_itself_off_fails_as_stale(world):
     used(world, 0)
     for _ in range(10):
         world.runtime.guard.failed("test", RuntimeError("broken"))
-    verdict = world.runtime.admission.verdict(Owner("strict"))
+    verdict = world.runtime.admission.admit(Exchange("/v1/completions", Owner("strict"), None, 0))
     assert (verdict.kind, verdict.stale) == (
         "unavailable",
         "the meter switched itself off after errors",
@@ -233,7 +234,7 @@ def assert_only_who_fails_closed_is_refused(world) -> None:
 
 
 def test_where_judging_fails_only_who_fails_closed_is_refused(world, monkeypatch):
-    monkeypatch.setattr(Admission, "verdict", lambda *_: 1 / 0)
+    monkeypatch.setattr(Admission, "admit", lambda *_: 1 / 0)
     assert_only_who_fails_closed_is_refused(world)
 
 
@@ -242,16 +243,54 @@ def test_where_no_meter_could_be_made_only_who_fails_closed_is_refused(world):
     assert_only_who_fails_closed_is_refused(world)
 
 
-def test_headers_that_contradict_each_other_leave_no_budget(world):
-    """Otherwise whoever has spent its budget would send two keys, and be nobody."""
+BOTH = [(b"authorization", b"Bearer acme"), (b"x-api-key", b"strict")]
+
+
+def test_credentials_of_two_tenants_are_refused_whether_or_not_there_are_budgets(world):
+    for admission in (world.runtime.admission, None):
+        world.runtime.admission = admission
+        client = ask(world, scope_of(headers=BOTH))
+        assert client.status == 400
+        error = json.loads(client.body)["error"]
+        assert error["type"] == "invalid_request_error"
+        assert error["code"] == "contradicting_credentials"
+    # What reaches no engine costs nothing.
+    assert ask(world, scope_of("/v1/models", headers=BOTH, method="GET")).status == 200
+    assert world.rows("SELECT COUNT(*) FROM requests WHERE tenant <> 'unknown'") == [(0,)]
+
+
+def test_a_second_credential_of_nobody_leads_past_no_budget(world):
     used(world, 10**9)
-    twice = [(b"authorization", b"Bearer acme"), (b"authorization", b"Bearer other")]
-    client = ask(world, scope_of(headers=twice))
-    assert client.status == 400
-    error = json.loads(client.body)["error"]
-    assert (error["type"], error["code"]) == ("invalid_request_error", "contradicting_credentials")
-    world.runtime.admission = None
-    assert ask(world, scope_of(headers=twice)).status == 200
+    for other in (b"Bearer nobody", b"x", b""):
+        twice = [(b"authorization", b"Bearer acme"), (b"authorization", other)]
+        assert ask(world, scope_of(headers=twice)).status == 429
+        assert ask(world, scope_of(headers=twice[::-1])).status == 429
+
+
+def verdict_of(world, owner: Owner) -> str:
+    exchange = Exchange("/v1/completions", owner, None, 0)
+    return world.runtime.admission.admit(exchange).kind
+
+
+def test_a_child_that_was_not_read_is_held_to_each_childs_budget(world):
+    used(world, 10**9, tenant="acme/web")
+    owner = Owner("acme/__unread__", parent="acme")
+    assert verdict_of(world, owner) == "blocked"
+    for other in (Owner("acme"), Owner("acme/app", parent="acme"), Owner("ac/__unread__")):
+        assert verdict_of(world, other) == "admitted"
+    assert fails_closed(owner, {"acme/web"})
+    assert not fails_closed(owner, {"other/web"})
+
+
+def test_without_a_meter_no_body_is_read_and_whoever_may_be_a_child_that_fails_closed_is_refused(
+    make_world,
+):
+    child = {"name": "acme/web", "fail_closed": True}
+    rules = [{"rule": "api_key"}, {"rule": "user"}]
+    world = make_world(tenants=[*TENANTS, child], tenant_rules=rules)
+    world.found = NoRuntime(world.runtime.settings)
+    assert ask(world).status == 503
+    assert ask(world, as_tenant("other")).status == 200
 
 
 def test_tenants_that_fail_closed_are_held_to_it_without_any_budget(make_world):
@@ -359,7 +398,8 @@ def test_an_amount_that_is_unknown_refuses_only_who_fails_closed(world):
     used(world, None, unknown="no price for run r at 2026-11-29T00Z: none", tenant="strict")
     client = ask(world, as_tenant("strict"))
     assert client.status == 503
-    assert "budget 'b' has time without a price" in json.loads(client.body)["error"]["message"]
+    message = json.loads(client.body)["error"]["message"]
+    assert "(a budget in USD has time without a price)" in message
     used(world, 0, unknown="no price for run r at 2026-11-29T00Z: none", tenant="strict")
     assert ask(world, as_tenant("strict")).status == 503
     assert ask(world).status == 200

@@ -297,6 +297,17 @@ def test_a_server_that_is_off_or_cannot_write_is_a_failed_check(path):
         )
 
 
+def test_a_side_process_that_ended_is_said_though_it_is_back(path):
+    ended = {"process": "side endpoint", "state": "ok", "pid": 7, "restarts": 2}
+    side = {**ended, "last_end": "was ended by SIGKILL"}
+    with answering(side_processes=[side]) as settings:
+        assert server_of(path, settings) == (
+            True,
+            "http://127.0.0.1:PORT says ok; the process of the side endpoint ended 2 times, the"
+            " last time it was ended by SIGKILL",
+        )
+
+
 def test_no_server_is_no_fault_and_one_that_wants_another_token_says_what_to_do(path):
     with answering() as settings:
         other = Settings(port=settings.port, admin_token="another-token-of-an-admin")

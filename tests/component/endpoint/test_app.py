@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from tests.component.ledger.test_reader import HOUR, T0, http, part, snapshot
 from tests.support.builders import make_open
@@ -257,7 +257,7 @@ def test_the_openapi_document_names_every_route(side):
 def test_metrics_are_those_of_the_registry_it_was_given(make):
     registry = CollectorRegistry()
     Counter("mine", "A counter", registry=registry).inc()
-    reply = make(registry=lambda: registry).get("/metrics")
+    reply = make(metrics=lambda: generate_latest(registry)).get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain")
     assert "mine_total 1.0" in reply.text
 
@@ -344,7 +344,7 @@ TOKEN = "s3cret-token"
     + [f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}"],
 )
 def test_without_the_token_nothing_is_told(make, authorization):
-    side = make(access=Access(sha256(TOKEN)), registry=CollectorRegistry)
+    side = make(access=Access(sha256(TOKEN)), metrics=bytes)
     headers = {} if authorization is None else {"authorization": authorization}
     for path in [*JSON_ROUTES[:-1], "/metrics"]:
         reply = side.get(path, **headers)
@@ -404,7 +404,7 @@ def shared(request, make):
         )
     ]
     access = Access(request.param, lambda: BY_HASH)
-    return make(access=access, registry=CollectorRegistry, budgets=lambda: BudgetFigures(budgets))
+    return make(access=access, metrics=bytes, budgets=lambda: BudgetFigures(budgets))
 
 
 def as_alice(side, path: str) -> httpx.Response:

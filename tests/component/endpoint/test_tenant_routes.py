@@ -9,7 +9,11 @@ from fastapi import FastAPI
 
 from tests.support.openapi import assert_fits
 from tests.support.world import BODY, JSON, World, replying, scope_of
-from vllm_cost_meter.endpoint.tenant_routes import make_router
+from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
+from vllm_cost_meter.endpoint.own_figures import OwnFiguresOf
+from vllm_cost_meter.endpoint.questions import Questions
+from vllm_cost_meter.endpoint.tenant_routes import AskSideEndpoint, make_router
+from vllm_cost_meter.errors import AwayError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
@@ -40,10 +44,18 @@ def world(make_world) -> World:
     return world
 
 
-def ask(world: World, path: str, key: str | None = "acme") -> httpx.Response:
+async def nobody(_asked: OwnQuestion) -> OwnAnswer:
+    """The process of the side endpoint while there is none."""
+    raise AwayError("the side endpoint's process gave no answer within 35 s")
+
+
+def ask(
+    world: World, path: str, key: str | None = "acme", answer: AskSideEndpoint | None = None
+) -> httpx.Response:
     reader = LedgerReader(world.runtime.ledger_url)
     app = FastAPI()
-    app.include_router(make_router(reader, lambda: None, lambda: BudgetFigures(BUDGETS)))
+    own = OwnFiguresOf(reader, lambda: None, lambda: BudgetFigures(BUDGETS), Questions())
+    app.include_router(make_router(answer or own.answer))
 
     async def get() -> httpx.Response:
         transport = httpx.ASGITransport(world.metered(app))
@@ -100,10 +112,8 @@ def test_asking_for_figures_is_no_request_in_the_books(world):
 
 def test_own_figures_are_as_the_document_of_vllm_says(world):
     app = FastAPI()
-    reader = LedgerReader(world.runtime.ledger_url)
-    app.include_router(make_router(reader, lambda: None, lambda: BudgetFigures(BUDGETS)))
+    app.include_router(make_router(nobody))
     document = app.openapi()
-    reader.close()
     assert_fits(document, "/v1/cost/me", ask(world, "/v1/cost/me").json())
     never = "/v1/cost/me?window=2020-01"
     nothing = ask(world, never).json()
@@ -111,3 +121,16 @@ def test_own_figures_are_as_the_document_of_vllm_says(world):
     assert_fits(document, "/v1/cost/me", nothing)
     path = "/v1/cost/requests/{request_id}"
     assert_fits(document, path, ask(world, "/v1/cost/requests/of-acme").json())
+
+
+@pytest.mark.parametrize("path", ["/v1/cost/me", "/v1/cost/requests/of-acme"])
+def test_without_the_process_of_the_side_endpoint_a_tenant_is_told_to_ask_again(world, path):
+    reply = ask(world, path, answer=nobody)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+    assert "gave no answer within 35 s" in reply.text
+
+
+def test_what_is_asked_wrongly_is_said_as_vllm_says_it(world):
+    reply = ask(world, "/v1/cost/me?window=x")
+    assert reply.status_code == 422
+    assert "window: expected" in reply.json()["detail"]

@@ -47,6 +47,21 @@ def test_a_budget_covers_its_tenant_its_children_and_those_it_is_the_parent_of()
     assert not of_acme.covers(Owner("other"))
 
 
+def test_a_child_that_was_not_read_counts_against_its_parent_and_all_its_children():
+    unread = Owner("acme/__unread__", parent="acme")
+    for tenant in ("acme", "acme/bob", "acme/eve"):
+        assert budget(tenant=tenant).covers(unread)
+    for tenant in ("acm", "other", "other/bob", "acme-2/bob"):
+        assert not budget(tenant=tenant).covers(unread)
+
+
+def test_whom_clients_name_below_unknown_counts_against_the_budget_of_unknown():
+    of_unknown = budget(tenant="unknown")
+    assert of_unknown.covers(Owner("unknown/acme", parent="unknown"))
+    assert of_unknown.covers(Owner("unknown/acme/llama", parent="unknown/acme"))
+    assert not budget().covers(Owner("unknown/acme", parent="unknown"))
+
+
 def test_a_budget_covers_all_that_is_declared_below_its_tenant_and_what_clients_make_of_it():
     of_acme = budget(members=frozenset({"lab", "bench"}))
     assert of_acme.covers(Owner("bench", parent="lab"))

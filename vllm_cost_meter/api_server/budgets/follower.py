@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
-from vllm_cost_meter.api_server.budgets.messages import LOOK, RULES, Hello, Looked, SentRules
+from vllm_cost_meter.api_server.budgets.messages import LOOK, RULES, CounterHello, Looked, SentRules
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook
 from vllm_cost_meter.side_process.channel import RefusedError
@@ -47,8 +47,8 @@ class BudgetFollower:
             pauses=PAUSES,
         )
 
-    def _hello(self) -> Hello:
-        return Hello(self._url, self._rules())
+    def _hello(self) -> CounterHello:
+        return CounterHello(self._url, self._rules())
 
     def _rules(self) -> SentRules:
         return SentRules.of(self._version, self._budgets, self._book)

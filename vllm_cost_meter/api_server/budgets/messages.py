@@ -96,7 +96,7 @@ class SentRules(msgspec.Struct, frozen=True, array_like=True):
         return cls(version, tuple(map(SentBudget.of, budgets)), tuple(book.entries))
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True):
+class CounterHello(msgspec.Struct, frozen=True, array_like=True):
     """What the process is told first: where the ledger is, and what holds now."""
 
     url: str

@@ -16,7 +16,7 @@ from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.budgets.messages import (
     LOOK,
     RULES,
-    Hello,
+    CounterHello,
     Looked,
     SentFigures,
     SentRules,
@@ -42,7 +42,7 @@ class _Counting:
         self._budgets: dict[int, tuple[Budget, ...]] = {}
         self._looking: asyncio.Task[Looked] | None = None
 
-    async def main(self, server: ToServer, hello: Hello) -> None:
+    async def main(self, server: ToServer, hello: CounterHello) -> None:
         """Begin: from now on there are answers."""
         self._looks = BudgetLooks(hello.url)
         self._take_rules(hello.rules)
@@ -82,4 +82,4 @@ class _Counting:
 
 if __name__ == "__main__":
     counting = _Counting()
-    entry.run(Hello, counting.main, counting.answer, counting.take, priority=PRIORITY)
+    entry.run(CounterHello, counting.main, counting.answer, counting.take, priority=PRIORITY)

@@ -62,6 +62,8 @@ DEAD_AFTER_NS = 15 * NS_PER_SECOND
 # How long an answer waits for bills that its cut counts and that are still on their way.
 SETTLE_S = 2.0
 SETTLE_POLL_S = 0.02
+# So many bills of a run may come late: some seconds of a busy server.
+ON_THEIR_WAY_MAX = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +198,15 @@ class RunCut:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """All runs of a ledger at their latest snapshots."""
+    """All runs of a ledger at their latest snapshots.
+
+    With `tenant`, questions about bills read those of that tenant only.
+    """
 
     runs: tuple[RunCut, ...]
     window: Window = field(default_factory=Window)
     book: PriceBook = NO_PRICES
+    tenant: str | None = None
 
     def prices_of(self) -> dict[str, RunPrices]:
         return {run.run_id: run.prices for run in self.runs}
@@ -363,24 +369,38 @@ def settle(
     read: Callable[[], AbstractContextManager[Connection]],
     cut: Cut,
     settle_s: float,
-    known_missing: dict[str, int],
+    settled: dict[str, int],
 ) -> None:
     """Wait until each living run has all its bills up to the cut, for at most `settle_s`.
 
-    `known_missing` is the number of bills by run that earlier calls waited for in vain. No call
-    waits for them again.
+    `settled` is the number of the last bill, by run, up to which earlier calls have waited, in vain
+    or not: no call counts those again. Bills that are on their way are among the newest, so of a
+    run that is seen for the first time only these are counted.
     """
+    last = {run.run_id: run.last_seq for run in cut.runs if run.alive}
+    since = {
+        run_id: max(settled.get(run_id, 0), seq - ON_THEIR_WAY_MAX) for run_id, seq in last.items()
+    }
+    ranges = {run_id: (low, last[run_id]) for run_id, low in since.items() if low < last[run_id]}
     deadline = time.monotonic() + settle_s
-    while any(run.alive for run in cut.runs):
+    while ranges:
         with read() as connection:
-            held = count_bills(connection, cut)
-        missing = {r.run_id: r.last_seq - held.get(r.run_id, 0) for r in cut.runs if r.alive}
-        if all(n <= known_missing.get(run_id, 0) for run_id, n in missing.items()):
-            return
-        if time.monotonic() >= deadline:
-            known_missing.update(missing)
-            return
+            held = _held(connection, ranges)
+        is_whole = all(held[run_id] >= high - low for run_id, (low, high) in ranges.items())
+        if is_whole or time.monotonic() >= deadline:
+            break
         time.sleep(SETTLE_POLL_S)
+    settled.update(last)
+
+
+def _held(connection: Connection, ranges: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return how many bills of a range of numbers (low, high] the ledger holds, by run."""
+    b = requests.c
+    held = {}
+    for run_id, (low, high) in ranges.items():
+        counted = select(func.count()).where(b.run_id == run_id, b.seq > low, b.seq <= high)
+        held[run_id] = int(connection.execute(counted).scalar_one())
+    return held
 
 
 def _between(of: Any, low: Any, high: Any) -> Any:

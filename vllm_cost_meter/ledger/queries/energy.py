@@ -16,6 +16,7 @@ from sqlalchemy import Select, Text, and_, case, cast, distinct, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
+from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.schema import (
     request_energy,
     requests,
@@ -53,10 +54,12 @@ def by_tenant(connection: Connection, cut: Cut) -> dict[str, RowEnergy]:
     """
     if all(run.energy is None for run in cut.runs):
         return {}
-    at, e, r = cut.cte(), request_energy.c, requests.c
+    bills = bills_of(cut.tenant)
+    at, e, r = cut.cte(), request_energy.c, bills.c
     first = func.min(e.hour)
     known = (
         select(r.tenant, r.run_id, first, func.sum(e.energy_mj))
+        .select_from(bills)
         .join(request_energy, and_(e.run_id == r.run_id, e.seq == r.seq))
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
         .where(cut.window.on_hours(e.hour), e.energy_mj.is_not(None))
@@ -79,10 +82,12 @@ def _sum(used_mj: UsedByRun | None) -> int | None:
 
 def _unknown(cut: Cut) -> Select[Any]:
     """Select the number of engine requests without a known energy, by tenant."""
-    at, e, r, p = cut.cte(), request_energy.c, requests.c, usage_pieces.c
+    own = bills_of(cut.tenant)
+    at, e, r, p = cut.cte(), request_energy.c, own.c, usage_pieces.c
     same = and_(e.run_id == r.run_id, e.seq == r.seq)
     bills = (
         select(r.tenant, func.count(distinct(r.run_id + "/" + cast(r.seq, Text))))
+        .select_from(own)
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
         .join(request_energy, same, isouter=True)
         .where(e.energy_mj.is_(None))

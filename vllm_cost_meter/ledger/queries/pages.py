@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
+from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.reports.request_answers import RequestRow
@@ -79,12 +80,14 @@ def _untold_keys(
     tenant: str | None,
 ) -> list[PageKey]:
     """Return the keys of exchanges without an HTTP row, each at the end of its last part."""
-    h, r = http_requests.c, requests.c
+    bills = bills_of(tenant)
+    h, r = http_requests.c, bills.c
     own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     other = requests.alias()
     last = select(func.max(other.c.finished_at)).where(other.c.http_request_id == r.http_request_id)
     query = (
         select(r.finished_at, own, r.http_request_id, func.min(r.run_id), func.min(r.seq))
+        .select_from(bills)
         .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
         .where(h.http_request_id.is_(None))
         .where(or_(r.http_request_id.is_(None), r.finished_at == last.scalar_subquery()))
@@ -92,8 +95,6 @@ def _untold_keys(
         .order_by(r.finished_at.desc(), own.desc())
         .limit(limit)
     )
-    if tenant is not None:
-        query = query.where(r.tenant == tenant)
     if since is not None:
         query = query.where(r.finished_at >= since)
     if before is not None:

@@ -6,7 +6,7 @@ from sqlalchemy import and_, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.schema import http_requests
-from vllm_cost_meter.tenants.rules import SLASH
+from vllm_cost_meter.records.owner import SLASH
 
 # In the order of characters it comes right after the slash.
 _AFTER_SLASH = chr(ord(SLASH) + 1)

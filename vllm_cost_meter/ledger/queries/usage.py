@@ -23,15 +23,18 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
+from vllm_cost_meter.ledger.queries.own_bills import pieces_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
-from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.schema import requests
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
-from vllm_cost_meter.reports.facts import COUNTS, UNALLOCATED, Ended, Facts, Key, Used
+from vllm_cost_meter.reports.facts import COUNTS, REQUESTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import LABEL, TAG, Question
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.reports.tenant_details import tenant_details
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
+# The name that no tenant has.
+NAMELESS = ""
 # The column of a dimension, if it has another name.
 _COLUMN = {"status": "engine_status"}
 # The JSON column that holds the names behind a prefix.
@@ -53,7 +56,7 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
     usage = _usage(connection, cut, question, columns)
     ended = _ended(connection, cut, question, columns)
     facts = Facts(
-        used=usage.used,
+        used=usage.used if cut.tenant is None else [*usage.used, *_of_others(cut, question)],
         other_time=[
             Used(run.run_id, hour, (name,), ns)
             for run in cut.runs
@@ -70,6 +73,19 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
         wall_gpu_ns=cut.wall_gpu_ns(),
     )
     return _with_details(connection, cut, facts, usage.sums) if question.is_by_tenant else facts
+
+
+def _of_others(cut: Cut, question: Question) -> list[Used]:
+    """Return all requests' time as the engines say it, as that of a nameless tenant.
+
+    Where one tenant's bills are read only, it tells whether the window has prices, and which miss.
+    """
+    return [
+        Used(run.run_id, hour, (NAMELESS,), ns)
+        for run in cut.runs
+        for hour, ns in _hours_of(cut, run, question, REQUESTS).items()
+        if ns
+    ]
 
 
 def _with_details(
@@ -98,7 +114,7 @@ def _ended(
 ) -> list[Ended]:
     by = ("hour", *columns) if question.tells_hours_apart else tuple(columns)
     found = []
-    for values, counts in count_ended(connection, cut.window, by).items():
+    for values, counts in count_ended(connection, cut.window, by, cut.tenant).items():
         hour = None
         if question.tells_hours_apart:
             hour = unix_ns_of(f"{values[0]}:00Z") // NS_PER_HOUR
@@ -112,11 +128,12 @@ def _usage(
 ) -> BilledUsage:
     if not cut.runs:
         return BilledUsage([], {})
-    at, p, r = cut.cte(), usage_pieces.c, requests.c
+    pieces = pieces_of(cut.tenant)
+    at, p, r = cut.cte(), pieces.c, requests.c
     # Pieces have a column for the tenant, so a report by tenant alone reads no request.
     own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
     keys = [own[name] if name in own else r[name] for name in columns]
-    joined = usage_pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
+    joined = pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
     if set(columns) - own.keys():
         joined = joined.join(requests, and_(r.run_id == p.run_id, r.seq == p.seq))
     more = PART_SUMS if question.is_by_tenant else ()
