@@ -96,7 +96,7 @@ def test_every_field_of_a_request_row_is_documented_and_no_other(get):
 
 def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get):
     summary = set(get("/cost/summary"))
-    asked = {"aggregate", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"}
+    asked = {"aggregate", "covers", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"}
     report = set(get("/cost/tenants")) - {"tenants", "series"} - asked
     assert report <= summary
     assert set(_fields(TOTALS, "Summary")) == summary - report
@@ -104,11 +104,12 @@ def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get)
 
 def test_one_tenant_has_a_row_and_what_the_page_says(get):
     row = set(get("/cost/tenants")["tenants"][0])
-    assert set(get("/cost/tenants/search")) == row | {"window", "taken_at", "prices", "recent"}
+    more = {"tenants", "window", "taken_at", "prices", "recent"}
+    assert set(get("/cost/tenants/search")) == row | more
 
 
 def test_the_other_objects_have_the_keys_that_the_page_says(get):
-    assert set(get("/cost/requests")) == {"requests", "running", "next"}
+    assert set(get("/cost/requests")) == {*("tenant", "covers", "requests", "running", "next")}
     assert set(get("/cost/budgets")) == {"as_of", "broken", "budgets"}
     assert set(get("/cost/audit")) == {"balanced", "after_cut", "runs"}
     assert set(get("/cost/tenants")["after_cut"]) == {"bills", "gpu_time_ns"}

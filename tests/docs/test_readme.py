@@ -174,7 +174,9 @@ def test_modules_that_are_named_can_be_imported(page):
 def test_the_report_in_the_readme_adds_up():
     report = README.read_text().partition("$ vllm-cost-meter report\n")[2]
     table, _, after = report.partition("    adds up: the rows are all of ")
+    table, own, _ = table.partition("    each row is a tenant on its own, without those below it\n")
     head, *rows = [line.split() for line in table.splitlines()]
+    assert own
     assert head[-2:] == ["gpu_seconds", "cost_usd"]
     total, shown = Decimal(after.split()[0]), sum(Decimal(row[-2]) for row in rows)
     # Each row is shown to the microsecond.

@@ -26,7 +26,7 @@ from vllm_cost_meter.api_server.judging import refuse_birth
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
-from vllm_cost_meter.api_server.side_endpoint import SideEndpoint
+from vllm_cost_meter.api_server.side_endpoint import SideEndpoint, health_of
 from vllm_cost_meter.api_server.start_check import what_is_wrong
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
@@ -109,6 +109,9 @@ class Runtime:
         """Return whether the meter of this API server works."""
         loops, writer = self.loops.health(), self.writer
         ledger_error = writer.last_error
+        processes = {"side endpoint": self.side_endpoint.process}
+        if self.follower is not None:
+            processes["budgets"] = self.follower.process
         is_failing = ledger_error is not None or any(each["state"] != "ok" for each in loops)
         return {
             "status": "off" if self.guard.off else "failing" if is_failing else "ok",
@@ -117,7 +120,7 @@ class Runtime:
             "dropped": writer.dropped,
             "ledger_error": ledger_error,
             "loops": loops,
-            "side_processes": [self.side_endpoint.health()],
+            "side_processes": [health_of(name, each) for name, each in processes.items()],
         }
 
     # -- life -------------------------------------------------------------------------------

@@ -99,17 +99,6 @@ class SideEndpoint:
         timeout_s = self._settings().question_timeout_s + self.answer_slack_s
         return await self.process.ask(OWN_FIGURES, question, OwnAnswer, timeout_s)
 
-    def health(self) -> SideProcessHealth:
-        """Return how the process does."""
-        process = self.process
-        return {
-            "process": "side endpoint",
-            "state": process.state,
-            "pid": process.pid,
-            "restarts": process.restarts,
-            "last_end": process.last_end,
-        }
-
     def _hello(self) -> EndpointHello:
         return EndpointHello(packed(Handed.of(self._settings())), self._ledger_url, self.port)
 
@@ -145,3 +134,14 @@ class SideEndpoint:
             await self._refresh()
         except Exception:  # noqa: BLE001, S110 - the poller's own loop says what is wrong
             pass
+
+
+def health_of(name: str, process: SideProcess) -> SideProcessHealth:
+    """Return how a side process does, as `/cost/health` has it."""
+    return {
+        "process": name,
+        "state": process.state,
+        "pid": process.pid,
+        "restarts": process.restarts,
+        "last_end": process.last_end,
+    }

@@ -25,7 +25,18 @@ from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.tenants.budgets import Standing, budget_row
 from vllm_cost_meter.units.money import format_amount, format_usd
 
-COLUMNS = ("budget", "of", "state", "used", "limit", "unit", "over", "period", "resets_at")
+COLUMNS = (
+    "budget",
+    "of",
+    "covers",
+    "state",
+    "used",
+    "limit",
+    "unit",
+    "over",
+    "period",
+    "resets_at",
+)
 # The last columns that a narrow terminal leaves out. These fit 80 characters with any amounts.
 FIRST = ("budget", "used", "limit", "unit", "state")
 

@@ -7,7 +7,7 @@ Invariant: `budget()` of a checked setting never fails.
 """
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -156,8 +156,8 @@ class BudgetSetting(BaseModel):
             raise t.WrongError("hard = true beside max_concurrent", "hard = false")
         return self
 
-    def budget(self, members: Collection[str] = frozenset()) -> Budget:
-        """Return the declared budget; `members` are the tenants below its tenant."""
+    def budget(self, above: tuple[str, ...] = ()) -> Budget:
+        """Return the declared budget; `above` are the tenants above its tenant."""
         amount, of_one = (
             (self.usd, NANOUSD_PER_USD)
             if self.usd is not None
@@ -173,7 +173,7 @@ class BudgetSetting(BaseModel):
             period=self.period,
             zone=ZoneInfo(self.timezone),
             tenant=self.tenant,
-            members=members,
+            above=above,
             tag=(key, value) if self.tag is not None else None,
             days=self.days,
             soft_limit=None if soft is None else int(limit * Decimal(str(soft)) / 100),

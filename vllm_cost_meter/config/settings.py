@@ -48,9 +48,10 @@ from vllm_cost_meter.config.prices import EnergyPriceSetting, OverheadSetting, P
 from vllm_cost_meter.config.tenants import (
     RuleSetting,
     TenantSetting,
-    below,
+    above,
     check_rules,
     check_tenants,
+    declared_of,
     failing_closed,
     keys_of,
     replies_of,
@@ -306,8 +307,9 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
 
     @cached_property
     def declared_budgets(self) -> tuple[Budget, ...]:
-        """The declared budgets, each with the tenants below its tenant."""
-        return tuple(each.budget(below(self.tenants, each.tenant or "")) for each in self.budgets)
+        """The declared budgets, each with the tenants above its tenant."""
+        declared = declared_of(self.tenants)
+        return tuple(each.budget(above(declared, each.tenant or "")) for each in self.budgets)
 
     @cached_property
     def failing_closed(self) -> frozenset[str]:

@@ -296,16 +296,21 @@ def keys_of(tenants: Iterable[TenantSetting]) -> dict[str, str]:
 
 
 def declared_of(tenants: Iterable[TenantSetting]) -> dict[str, DeclaredTenant]:
-    """Return each tenant's declared parent and tags; tags include its parents' tags."""
+    """Return each tenant's declared parents and tags; tags include its parents' tags."""
     return {
-        chain[0].name: DeclaredTenant(chain[0].owner, _tags_of(chain)) for chain in _chains(tenants)
+        chain[0].name: DeclaredTenant(
+            chain[0].owner, _tags_of(chain), tuple(each.name for each in chain[2:])
+        )
+        for chain in _chains(tenants)
     }
 
 
-def below(tenants: Iterable[TenantSetting], name: str) -> frozenset[str]:
-    """Return the declared tenants below this one, at any depth."""
-    chains = _chains(tenants)
-    return frozenset(one[0].name for one in chains if name in {each.name for each in one[1:]})
+def above(declared: Mapping[str, DeclaredTenant], name: str) -> tuple[str, ...]:
+    """Return the tenants that are above this one by the settings, the nearest first."""
+    if name in declared:
+        return declared[name].above
+    parent, slash, _ = name.rpartition(SLASH)
+    return (parent, *above(declared, parent)) if slash else ()
 
 
 def failing_closed(tenants: Iterable[TenantSetting]) -> frozenset[str]:

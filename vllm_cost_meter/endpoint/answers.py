@@ -47,7 +47,7 @@ class SideProcessHealth(TypedDict):
     """How a process of the meter beside the first API server does."""
 
     process: str
-    """What the log calls it."""
+    """`side endpoint`, or `budgets` for the one that counts them."""
     state: str
     """`ok`; `starting`; `ended` until it is started again; `off` if it is not wanted."""
     pid: int | None
@@ -118,7 +118,7 @@ class OwnFigures(Tenant):
     """The usage and cost of the caller's tenant, and the use of its budgets."""
 
     budgets: list[BudgetRow]
-    """Each budget of the tenant."""
+    """Each budget of the tenant, and of all tenants below it."""
 
 
 class NothingUsed(TypedDict):
@@ -126,6 +126,8 @@ class NothingUsed(TypedDict):
 
     tenant: str
     """The name of the tenant."""
+    covers: str
+    """`with_children`: all tenants below it have used nothing either, or `own`."""
     requests: int
     """Number of HTTP requests: 0."""
     gpu_time_ns: int

@@ -13,7 +13,6 @@ Invariant: the endpoint reads and never writes. Every JSON body is an object.
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
@@ -39,6 +38,7 @@ from vllm_cost_meter.endpoint.calc import add_calculators
 from vllm_cost_meter.endpoint.compare import Comparer, add_compare
 from vllm_cost_meter.endpoint.dependencies import (
     FOR_ADMINS,
+    CoversQuery,
     ViewerOf,
     WindowQuery,
     asked_wrongly,
@@ -53,6 +53,7 @@ from vllm_cost_meter.exchange import CLIENT_LEFT
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.records.owner import WITH_CHILDREN
 from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
 from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
@@ -66,9 +67,6 @@ from vllm_cost_meter.version import __version__
 logger = logging.getLogger("vllm.cost_meter")
 
 REQUESTS_PER_PAGE_MAX = 1_000
-
-# No request has this tenant, because names are never empty.
-NO_TENANT = ""
 
 T = TypeVar("T")
 
@@ -190,7 +188,7 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], BudgetFigures]) -> Non
             "budgets": [
                 budget_row(standing)
                 for standing in figures.standings
-                if viewer.may_see(standing.budget.tenant)
+                if viewer.may_see(standing.budget.tenant, standing.budget.above)
             ],
         }
 
@@ -205,8 +203,7 @@ def look_up(
 
     def rows_now() -> list[RequestWithParts]:
         # Who asks counts first: other tenants' requests under this id must not hide its own.
-        found = reader.look_up(request_id, only=viewer.tenant)
-        return [row for row in found if viewer.may_see(row["tenant"])]
+        return reader.look_up(request_id, only=viewer.tenant)
 
     rows = rows_now()
     if not all(row["state"] == FINISHED for row in rows) or not rows:
@@ -244,14 +241,15 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
         limit: Annotated[int, Query(ge=1, le=REQUESTS_PER_PAGE_MAX)] = 100,
         next: str | None = None,  # noqa: A002 - the parameter's public name
         tenant: str | None = None,
+        covers: CoversQuery = WITH_CHILDREN,
     ) -> RequestsPage:
         """Return a page of HTTP requests, newest first; the first page has running ones too."""
         if tenant is None:
             tenant = viewer.tenant
         with asked_wrongly():
-            if not viewer.may_see(tenant):
-                tenant = NO_TENANT
-            return reader.requests(limit=limit, next=next, tenant=tenant)
+            return reader.requests(
+                limit=limit, next=next, tenant=tenant, covers=covers, only=viewer.tenant
+            )
 
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
@@ -263,11 +261,16 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant:path}", responses=NOT_FOUND)
-    def tenant(viewer: ViewerOf, tenant: str, window: WindowQuery = None) -> Tenant:
-        """Return one tenant's usage, cost and latest requests."""
+    def tenant(
+        viewer: ViewerOf,
+        tenant: str,
+        window: WindowQuery = None,
+        covers: CoversQuery = WITH_CHILDREN,
+    ) -> Tenant:
+        """Return a tenant's usage, cost and latest requests."""
         hours = hours_asked(window)
         refresh()
-        row = reader.tenant(tenant, *hours) if viewer.may_see(tenant) else None
+        row = reader.tenant(tenant, *hours, covers=covers, only=viewer.tenant)
         if row is None:
             raise HTTPException(404, f"no tenant {quoted(tenant)} in the ledger")
         return row
@@ -304,6 +307,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
         accumulate: Annotated[bool, Query(description="Add all steps up.")] = False,
         idle: Annotated[str | None, Query(description=f"{POLICIES}; none by default.")] = None,
         filter: Annotated[str | None, Query(description="Rows to show.")] = None,
+        covers: CoversQuery = WITH_CHILDREN,
         price: Annotated[
             str | None, Query(description="A supposed price in USD per GPU-hour, for all time.")
         ] = None,
@@ -318,6 +322,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
                 accumulate=accumulate,
                 idle=idle,
                 filter=filter,
+                covers=covers,
                 price=price,
             )
         if not viewer.is_admin and asked.idle.name != "none":
@@ -325,7 +330,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
                 403, "idle: expected the admin token, as idle time is of all tenants together"
             )
         refresh()
-        return reader.report(replace(asked, only=viewer.tenant))
+        return reader.report(asked.by(viewer.tenant))
 
 
 def _add_error_handlers(app: FastAPI) -> None:

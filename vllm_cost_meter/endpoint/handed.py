@@ -18,6 +18,7 @@ import msgspec
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.owner import WITH_CHILDREN, Covers
 
 # What the process asks the API server.
 REFRESH, ALIVE, BUDGETS, HEALTH, METRICS = "refresh", "alive", "budgets", "health", "metrics"
@@ -90,6 +91,7 @@ class OwnQuestion(msgspec.Struct, frozen=True):
     tenant: str
     request_id: str | None = None
     window: str | None = None
+    covers: Covers = WITH_CHILDREN
 
 
 class OwnAnswer(msgspec.Struct, frozen=True):

@@ -49,16 +49,26 @@ class OwnFiguresOf:
     def _answer(self, asked: OwnQuestion) -> OwnAnswer:
         viewer = Viewer(asked.tenant)
         if asked.request_id is None:
-            return OwnAnswer(200, dumps(self._own(viewer, asked.tenant, asked.window)))
+            return OwnAnswer(200, dumps(self._own(viewer, asked)))
         (row, *_) = look_up(self._reader, self._refresh, asked.request_id, viewer)
         return OwnAnswer(200, dumps(row))
 
-    def _own(self, viewer: Viewer, name: str, window: str | None) -> OwnFigures | NothingUsed:
-        hours = hours_asked(window)
+    def _own(self, viewer: Viewer, asked: OwnQuestion) -> OwnFigures | NothingUsed:
+        hours = hours_asked(asked.window)
         self._refresh()
-        row = self._reader.tenant(name, *hours)
-        standings = self._budgets().standings
-        own_budgets = [budget_row(each) for each in standings if viewer.may_see(each.budget.tenant)]
-        if row is None:
-            return {"tenant": name, "requests": 0, "gpu_time_ns": 0, "budgets": own_budgets}
-        return {**row, "budgets": own_budgets}
+        name, covers = asked.tenant, asked.covers
+        row = self._reader.tenant(name, *hours, covers=covers, only=name)
+        own_budgets = [
+            budget_row(standing)
+            for standing in self._budgets().standings
+            if viewer.may_see(standing.budget.tenant, standing.budget.above)
+        ]
+        if row is not None:
+            return {**row, "budgets": own_budgets}
+        return {
+            "tenant": name,
+            "covers": covers,
+            "requests": 0,
+            "gpu_time_ns": 0,
+            "budgets": own_budgets,
+        }

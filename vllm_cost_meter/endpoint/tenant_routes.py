@@ -14,13 +14,14 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 
 from vllm_cost_meter.endpoint.answers import NothingUsed, OwnFigures
-from vllm_cost_meter.endpoint.dependencies import WindowQuery
+from vllm_cost_meter.endpoint.dependencies import CoversQuery, WindowQuery
 from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
 from vllm_cost_meter.endpoint.limits import refuse_unknown_words
 from vllm_cost_meter.endpoint.questions import RETRY_AFTER_S
 from vllm_cost_meter.endpoint.shapes import AnswerRoute
 from vllm_cost_meter.errors import AwayError
 from vllm_cost_meter.exchange import exchange_of
+from vllm_cost_meter.records.owner import WITH_CHILDREN
 from vllm_cost_meter.reports.request_answers import RequestWithParts
 from vllm_cost_meter.side_process.channel import RefusedError
 
@@ -59,9 +60,11 @@ def make_router(ask: AskSideEndpoint) -> APIRouter:
         return Response(answered.body, media_type="application/json")
 
     @router.get("/me")
-    async def me(own: Own, window: WindowQuery = None) -> OwnFigures | NothingUsed | Response:
+    async def me(
+        own: Own, window: WindowQuery = None, covers: CoversQuery = WITH_CHILDREN
+    ) -> OwnFigures | NothingUsed | Response:
         """Return the usage and cost of the caller's tenant, and the use of its budgets."""
-        return await answer(OwnQuestion(own, window=window))
+        return await answer(OwnQuestion(own, window=window, covers=covers))
 
     @router.get("/requests/{request_id:path}")
     async def request(request_id: str, own: Own) -> RequestWithParts | Response:

@@ -12,13 +12,13 @@ Invariant: a verdict depends on the arguments alone. A budget with unknown use r
 that fail closed.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from decimal import Decimal
 from typing import Literal, NamedTuple, TypedDict
 
-from vllm_cost_meter.records.owner import UNKNOWN, Owner
+from vllm_cost_meter.records.owner import UNKNOWN, WITH_CHILDREN, Owner, TenantScope
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.money import NANOUSD_PER_USD, format_amount
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
@@ -35,7 +35,6 @@ class BudgetScope(NamedTuple):
     """Whose use a budget counts: two budgets with one scope count the same bills."""
 
     tenant: str | None
-    members: frozenset[str]
     tag: tuple[str, str] | None
 
 
@@ -45,9 +44,9 @@ class Budget:
 
     `limit` is in nano-USD or GPU-nanoseconds, as `unit` says. Clients are warned from `soft_limit`
     on. At its limit a `hard` budget blocks or throttles new requests and, with `stop_running`, ends
-    running ones. Only a rolling period uses `days`. `members` are all tenants that are declared
-    below `tenant`, at any depth. An API server runs at most `max_concurrent` of its requests at
-    once, at the limit or not.
+    running ones. Only a rolling period uses `days`. `above` are the tenants that are declared above
+    `tenant` now, the nearest first; they may see the budget. An API server runs at most
+    `max_concurrent` of its requests at once, at the limit or not.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Budget:
     period: Period
     zone: tzinfo = UTC
     tenant: str | None = None
-    members: Collection[str] = frozenset()
+    above: tuple[str, ...] = ()
     tag: tuple[str, str] | None = None
     days: int = 30
     soft_limit: int | None = None
@@ -68,7 +67,7 @@ class Budget:
     @property
     def scope(self) -> BudgetScope:
         """Whose use counts."""
-        return BudgetScope(self.tenant, frozenset(self.members), self.tag)
+        return BudgetScope(self.tenant, self.tag)
 
     def covers(self, owner: Owner) -> bool:
         """Return whether the use of this owner counts towards the budget."""
@@ -77,12 +76,7 @@ class Budget:
         of = self.tenant
         if of is None:
             return False
-        if of in (owner.tenant, owner.parent) or owner.tenant.startswith(f"{of}/"):
-            return True
-        if owner.may_be(of):
-            return True
-        # The parent is checked too, because a child that a client chose is declared nowhere.
-        return owner.tenant in self.members or owner.parent in self.members
+        return TenantScope(of).includes(owner.tenant, owner.above) or owner.may_be(of)
 
     def is_shared(self, owner: Owner) -> bool:
         """Tell whether others than this owner use it too, so that it is told no name and no amount.
@@ -223,7 +217,9 @@ class BudgetRow(TypedDict):
     budget: str
     """The name of the budget."""
     tenant: str | None
-    """The tenant that the budget limits, with its children; null for a tag."""
+    """The tenant that the budget limits, with all tenants below it; null for a tag."""
+    covers: str | None
+    """`with_children`: the use of all tenants below `tenant` counts too; null for a tag."""
     tag: str | None
     """The tag whose use counts, as `key=value`; null for a tenant."""
     unit: str
@@ -269,6 +265,7 @@ def budget_row(standing: Standing) -> BudgetRow:
     return {
         "budget": budget.name,
         "tenant": budget.tenant,
+        "covers": None if budget.tenant is None else WITH_CHILDREN,
         "tag": None if budget.tag is None else "=".join(budget.tag),
         "unit": budget.unit,
         "limit": budget.limit,

@@ -75,10 +75,19 @@ NO_CLAIMS = BodyClaims()
 
 @dataclass(frozen=True, slots=True)
 class DeclaredTenant:
-    """The parent and tags that the operator declared for a tenant, inherited tags included."""
+    """The parent and tags that the operator declared for a tenant, inherited tags included.
+
+    `higher` are the tenants above the parent, the nearest first.
+    """
 
     parent: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    higher: tuple[str, ...] = ()
+
+    @property
+    def above(self) -> tuple[str, ...]:
+        """Return all tenants above this one, the nearest first."""
+        return () if self.parent is None else (self.parent, *self.higher)
 
 
 class ContradictionError(Exception):
@@ -360,9 +369,9 @@ class Resolver:
         declared = self.declared.get(tenant)
         if declared is None:
             parent = tenant.rpartition(SLASH)[0] or None
-            tags = self.declared.get(parent or "", _UNDECLARED).tags
-            return Owner(tenant, rule, child_rule, parent, tags)
-        return Owner(tenant, rule, child_rule, declared.parent, declared.tags)
+            known = self.declared.get(parent or "", _UNDECLARED)
+            return Owner(tenant, rule, child_rule, parent, known.tags, known.above)
+        return Owner(tenant, rule, child_rule, declared.parent, declared.tags, declared.higher)
 
     def _tagged(self, asked: Asked, owner: Owner) -> Owner:
         given = {rule.tag: value for rule in self._tags if (value := rule.value(asked)) is not None}

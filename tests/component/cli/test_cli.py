@@ -69,20 +69,14 @@ def cells(line: str) -> list[str]:
 def test_tenants_are_a_table_whose_rows_are_the_whole(ledger):
     result = run("report", "--ledger", ledger)
     assert result.exit_code == 0
-    head, *rows, adds_up, last = result.stdout.splitlines()
-    assert cells(head) == (
-        [
-            "tenant",
-            "requests",
-            "prompt_tokens",
-            "cached_tokens",
-            "output_tokens",
-            "gpu_seconds",
-            "cost_usd",
-        ]
-    )
+    head, *rows, own, adds_up, last = result.stdout.splitlines()
+    assert cells(head) == [
+        *("tenant", "requests", "prompt_tokens", "cached_tokens", "output_tokens"),
+        *("gpu_seconds", "cost_usd"),
+    ]
     assert cells(rows[0]) == ["alice", "2", "20", "4", "10", "0.000001", "-"]
     assert [cells(row)[0] for row in rows] == ["alice", EVIL, *CLASS_ROWS]
+    assert own == "each row is a tenant on its own, without those below it"
     assert adds_up == "adds up: the rows are all of 0.000002 GPU-seconds, to the nanosecond"
     assert last.startswith("no cost in all: no price for run run at 2027-01-15T08Z: none is set by")
 
@@ -93,7 +87,7 @@ def test_energy_is_a_column_in_joules_where_any_is_known(ledger):
     for name in ENERGY_CLASSES:
         mj = {"requests": 700_001, "idle": 70}.get(name, 0)
         sql(ledger, f"UPDATE snapshots SET {name}_mj = ?", mj)
-    head, *rows, _, _ = run("report", "--ledger", ledger).stdout.splitlines()
+    head, *rows, _, _, _ = run("report", "--ledger", ledger).stdout.splitlines()
     energies = {cells(row)[0]: cells(row)[-1] for row in rows}
     assert cells(head)[-1] == "joules"
     assert (energies["alice"], energies[EVIL], energies["__idle__"]) == ("700.001", "-", "0.070")
@@ -113,7 +107,9 @@ def test_requests_are_a_table_the_newest_first(ledger):
     assert [cells(row)[1] for row in rows] == ["h3", "h2"]
     assert cells(rows[1])[-1] == "0.000000007"
     only = run("report", "requests", "--ledger", ledger, "--tenant", "alice")
-    assert [cells(row)[1] for row in only.stdout.splitlines()[1:]] == ["h2", "h1"]
+    _, *rows, whose = only.stdout.splitlines()
+    assert [cells(row)[1] for row in rows] == ["h2", "h1"]
+    assert whose == "requests of alice with all tenants below it"
 
 
 def test_json_is_one_object_with_exact_figures(ledger):

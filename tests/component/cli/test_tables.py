@@ -212,8 +212,8 @@ def test_80_columns_keep_the_columns_that_matter_with_a_row_on_each_line(
     start = narrow.index(head) + 1
     (wide_head,) = (line for line in wide if set(KEY_COLUMNS[name]) <= set(line.split()))
     last = re.compile(
-        "left out: |long texts are shortened|DOES NOT ADD UP|priced at |the same |formula: |taxes: "
-        "|from |$"
+        "left out: |each row is |long texts are shortened|DOES NOT ADD UP|priced at |the same "
+        "|formula: |taxes: |from |$"
     )
     rows = list(takewhile(lambda line: not last.match(line), narrow[start:]))
     all_rows = list(takewhile(lambda line: not last.match(line), wide[wide.index(wide_head) + 1 :]))

@@ -78,6 +78,27 @@ def test_a_tenant_is_told_what_it_used_and_where_its_own_budgets_stand(world):
     assert [budget["budget"] for budget in told["budgets"]] == ["acme's"]
 
 
+def test_a_tenant_is_told_what_all_below_it_used_or_only_itself(make_world):
+    keys = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("acme", "lab", "rival")}
+    tenants = [{"name": name, "api_key_sha256": [digest]} for name, digest in keys.items()]
+    tenants[1]["parent"] = "acme"
+    world = make_world(tenants=tenants)
+    for name in keys:
+        scope = scope_of(headers=[(b"authorization", f"Bearer {name}".encode())])
+        app = replying(JSON, [BODY], lambda name=name: world.engine.generate(f"cmpl-{name}-0"))
+        world.run(app, scope)
+    world.rows("SELECT 1")
+    told = ask(world, "/v1/cost/me").json()
+    assert (told["tenant"], told["covers"], told["tenants"]) == ("acme", "with_children", 2)
+    assert (told["requests"], told["output_tokens"]) == (2, 10)
+    assert {row["tenant"] for row in told["recent"]} == {"acme", "lab"}
+    own = ask(world, "/v1/cost/me?covers=own").json()
+    assert (own["covers"], own["requests"], own["output_tokens"]) == ("own", 1, 5)
+    of_lab = ask(world, "/v1/cost/me", "lab").json()
+    assert (of_lab["tenant"], of_lab["requests"], of_lab["output_tokens"]) == ("lab", 1, 5)
+    assert of_lab["budgets"] == []
+
+
 def test_a_tenant_finds_its_own_request(world):
     told = ask(world, "/v1/cost/requests/of-acme").json()
     assert (told["tenant"], told["x_request_id"]) == ("acme", "of-acme")
@@ -117,7 +138,7 @@ def test_own_figures_are_as_the_document_of_vllm_says(world):
     assert_fits(document, "/v1/cost/me", ask(world, "/v1/cost/me").json())
     never = "/v1/cost/me?window=2020-01"
     nothing = ask(world, never).json()
-    assert set(nothing) == {"tenant", "requests", "gpu_time_ns", "budgets"}
+    assert set(nothing) == {"tenant", "covers", "requests", "gpu_time_ns", "budgets"}
     assert_fits(document, "/v1/cost/me", nothing)
     path = "/v1/cost/requests/{request_id}"
     assert_fits(document, path, ask(world, "/v1/cost/requests/of-acme").json())

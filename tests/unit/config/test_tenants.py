@@ -137,7 +137,9 @@ def test_a_tenant_has_the_tags_of_its_parents_and_its_own_go_before():
     assert settings_of(tenants=FAMILY).resolver.declared == {
         "corp": DeclaredTenant(None, {"cost_centre": "ü-1", "kind": "cogs"}),
         "sales": DeclaredTenant("corp", {"cost_centre": "ü-1", "kind": "r-d"}),
-        "sales/web": DeclaredTenant("sales", {"cost_centre": "ü-1", "kind": "r-d", "site": "shop"}),
+        "sales/web": DeclaredTenant(
+            "sales", {"cost_centre": "ü-1", "kind": "r-d", "site": "shop"}, ("corp",)
+        ),
         "alone": DeclaredTenant(None, {}),
     }
 

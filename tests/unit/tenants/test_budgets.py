@@ -63,9 +63,9 @@ def test_whom_clients_name_below_unknown_counts_against_the_budget_of_unknown():
 
 
 def test_a_budget_covers_all_that_is_declared_below_its_tenant_and_what_clients_make_of_it():
-    of_acme = budget(members=frozenset({"lab", "bench"}))
-    assert of_acme.covers(Owner("bench", parent="lab"))
-    assert of_acme.covers(Owner("bench/bob", parent="bench"))
+    of_acme = budget()
+    assert of_acme.covers(Owner("bench", parent="lab", higher=("acme",)))
+    assert of_acme.covers(Owner("bench/bob", parent="bench", higher=("lab", "acme")))
     assert not of_acme.covers(Owner("rival/bench", parent="rival"))
 
 

@@ -36,7 +36,7 @@ class SentBudget(msgspec.Struct, frozen=True, array_like=True):
     period: Period
     zone: str
     tenant: str | None
-    members: tuple[str, ...]
+    above: tuple[str, ...]
     tag: tuple[str, str] | None
     days: int
     soft_limit: Decimal | None
@@ -55,7 +55,7 @@ class SentBudget(msgspec.Struct, frozen=True, array_like=True):
             period=budget.period,
             zone=str(budget.zone),
             tenant=budget.tenant,
-            members=tuple(budget.members),
+            above=budget.above,
             tag=budget.tag,
             days=budget.days,
             soft_limit=None if soft is None else Decimal(soft),
@@ -73,7 +73,7 @@ class SentBudget(msgspec.Struct, frozen=True, array_like=True):
             period=self.period,
             zone=ZoneInfo(self.zone),
             tenant=self.tenant,
-            members=frozenset(self.members),
+            above=self.above,
             tag=self.tag,
             days=self.days,
             soft_limit=None if self.soft_limit is None else int(self.soft_limit),

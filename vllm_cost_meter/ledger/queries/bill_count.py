@@ -77,15 +77,15 @@ class BillCount:
         return self._sums.get(budget.scope, {})
 
     def scopes_of(
-        self, tenant: str, parent: str | None, tags: str | None
+        self, tenant: str, above: str | None, tags: str | None
     ) -> tuple[BudgetScope, ...]:
         """Return what an owner's use counts for, by the texts of its row."""
-        key = (tenant, parent, tags)
+        key = (tenant, above, tags)
         found = self._scopes_of.get(key)
         if found is None:
             if len(self._scopes_of) >= _OWNERS_KEPT:
                 self._scopes_of.clear()
-            owner = Owner.stored(tenant, parent, tags)
+            owner = Owner.stored(tenant, above, tags)
             found = tuple(s for s, budget in self._budgets.items() if budget.covers(owner))
             self._scopes_of[key] = found
         return found
@@ -170,7 +170,7 @@ class BillCount:
         self,
         run_id: str,
         tenant: str,
-        parent: str | None,
+        above: str | None,
         tags: str | None,
         hour: int | None,
         gpu_time_ns: int | None,
@@ -178,13 +178,13 @@ class BillCount:
         """Add one piece of a bill; a bill without a piece has none of hour and time."""
         if hour is None or gpu_time_ns is None or hour < self.first_hour:
             return
-        for scope in self.scopes_of(tenant, parent, tags):
+        for scope in self.scopes_of(tenant, above, tags):
             hours = self._sums[scope].setdefault(run_id, {})
             hours[hour] = hours.get(hour, 0) + gpu_time_ns
 
 
 _r, _p = requests.c, usage_pieces.c
-_PIECE = (_r.tenant, _r.tenant_parent, _r.tags, _p.hour, _p.prefill_ns + _p.decode_ns)
+_PIECE = (_r.tenant, _r.tenant_above, _r.tags, _p.hour, _p.prefill_ns + _p.decode_ns)
 _PIECES_OF_BILL = and_(_p.run_id == _r.run_id, _p.seq == _r.seq)
 # One look into the primary key for each run: grouping all bills by run would read them all.
 _HIGHEST = select(

@@ -47,6 +47,7 @@ from vllm_cost_meter.prices.book import (
 )
 from vllm_cost_meter.prices.run_prices import RunPrices, by_stretch
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.records.snapshot import CLASSES
 from vllm_cost_meter.reports.answers import Hours
 from vllm_cost_meter.units.time import (
@@ -200,13 +201,13 @@ class RunCut:
 class Cut:
     """All runs of a ledger at their latest snapshots.
 
-    With `tenant`, questions about bills read those of that tenant only.
+    With `whose`, questions about bills read those of that tenant only, or of all below it too.
     """
 
     runs: tuple[RunCut, ...]
     window: Window = field(default_factory=Window)
     book: PriceBook = NO_PRICES
-    tenant: str | None = None
+    whose: TenantScope | None = None
 
     def prices_of(self) -> dict[str, RunPrices]:
         return {run.run_id: run.prices for run in self.runs}

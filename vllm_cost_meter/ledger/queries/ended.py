@@ -12,17 +12,21 @@ the same totals.
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Text, cast, func, literal, select, true
+from sqlalchemy import ColumnElement, Select, Text, cast, func, literal, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.queries.coverage import is_shown, told
 from vllm_cost_meter.ledger.queries.cut import Window
 from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.schema import http_requests, requests, runs
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.facts import COUNTS
+from vllm_cost_meter.reports.grammar import COVERED, Question
 
 TOKENS = COUNTS[1:]
 # The length of "2027-01-15T08": the UTC hour at the start of an RFC 3339 instant.
 HOUR_CHARS = 13
+EVERYTHING = Question()
 Counts = tuple[int, int, int, int]
 
 
@@ -30,15 +34,17 @@ def count_ended(
     connection: Connection,
     window: Window,
     by: Sequence[str] = ("tenant",),
-    tenant: str | None = None,
+    question: Question = EVERYTHING,
+    whose: TenantScope | None = None,
 ) -> dict[tuple[Any, ...], Counts]:
     """Return the number of requests that ended in the window and their tokens, by group.
 
-    `by` names columns of `requests`, `labels` for those of the run, and `hour` for the UTC hour in
-    which a request ended. With `tenant` only requests of that tenant are read.
+    `by` names columns of `requests`, `labels` for those of the run, `hour` for the UTC hour in
+    which a request ended, and `COVERED` for whether it is of the tenants that the question means.
+    With `whose` only requests of those tenants are read.
     """
     found: dict[tuple[Any, ...], Counts] = {}
-    for query in (_told(window, by, tenant), _untold(window, by, tenant)):
+    for query in (_told(window, by, question, whose), _untold(window, by, question, whose)):
         for row in connection.execute(query):
             key, counts = tuple(row[: len(by)]), row[len(by) :]
             known = found.get(key, (0, 0, 0, 0))
@@ -47,13 +53,16 @@ def count_ended(
     return found
 
 
-def _told(window: Window, by: Sequence[str], tenant: str | None) -> Select[Any]:
+def _told(
+    window: Window, by: Sequence[str], question: Question, whose: TenantScope | None
+) -> Select[Any]:
     """Count exchanges that have an HTTP row and at least one part."""
     h, r = http_requests.c, requests.c
     own = {
         "tenant": h.tenant,
         "hour": func.substr(h.finished_at, 1, HOUR_CHARS),
         "labels": func.min(labels_of(r.run_id)),
+        COVERED: told(h, question),
     }
     prompts = (
         select(
@@ -63,7 +72,7 @@ def _told(window: Window, by: Sequence[str], tenant: str | None) -> Select[Any]:
             *_prompt_tokens(r),
         )
         .join(requests, r.http_request_id == h.http_request_id)
-        .where(window.on_instants(h.finished_at), true() if tenant is None else h.tenant == tenant)
+        .where(window.on_instants(h.finished_at), is_shown(h, whose))
         .group_by(h.http_request_id, r.prompt_group)
         .subquery()
     )
@@ -84,15 +93,18 @@ def _told(window: Window, by: Sequence[str], tenant: str | None) -> Select[Any]:
     return select(*keys, func.count(), *(func.sum(e[name]) for name in TOKENS)).group_by(*keys)
 
 
-def _untold(window: Window, by: Sequence[str], tenant: str | None) -> Select[Any]:
+def _untold(
+    window: Window, by: Sequence[str], question: Question, whose: TenantScope | None
+) -> Select[Any]:
     """Count the tokens of parts without an HTTP row; they add no request."""
-    bills = bills_of(tenant)
+    bills = bills_of(whose)
     h, r = http_requests.c, bills.c
     exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     own = {
         "tenant": r.tenant,
         "hour": func.max(func.substr(r.finished_at, 1, HOUR_CHARS)),
         "labels": func.min(labels_of(r.run_id)),
+        COVERED: func.min(told(r, question)),
     }
     prompts = (
         select(

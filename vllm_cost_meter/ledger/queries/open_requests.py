@@ -19,6 +19,7 @@ from sqlalchemy import ColumnElement, and_, exists, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.answers import LostRequest
+from vllm_cost_meter.ledger.queries.coverage import is_shown
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut, lifetime_of
 from vllm_cost_meter.ledger.queries.energy import PENDING
 from vllm_cost_meter.ledger.rows import live_requests
@@ -35,6 +36,7 @@ from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, LedgerRow
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
@@ -107,9 +109,14 @@ def open_parts(
 
 
 def running_parts(
-    connection: Connection, tenant: str | None, living: Living, limit: int, book: PriceBook
+    connection: Connection,
+    asked: TenantScope | None,
+    asker: TenantScope | None,
+    living: Living,
+    limit: int,
+    book: PriceBook,
 ) -> list[dict[str, Any]]:
-    """Return the newest running parts of exchanges without any part that ended."""
+    """Return the newest running parts that are shown, in exchanges where no part ended."""
     o = open_requests.c
     engines = select(runs.c.started_at, snapshots.c.taken_at, snapshots.c.wall_ns)
     engines = engines.join(snapshots, snapshots.c.run_id == runs.c.run_id)
@@ -122,9 +129,8 @@ def running_parts(
         o.started_at >= min(began_at),
         ~exists().where(http_requests.c.http_request_id == o.http_request_id),
         ~exists().where(requests.c.http_request_id == o.http_request_id),
+        is_shown(o, asked, asker),
     ]
-    if tenant is not None:
-        mine.append(o.tenant == tenant)
     parts = open_parts(connection, and_(*mine), living, book, limit)
     return [part for part in parts if part["state"] == RUNNING]
 

@@ -71,10 +71,9 @@ def statement_at(
     asked: Question,
     *,
     month: str,
-    tenant: str | None,
     now_ns: int,
 ) -> TenantStatement:
-    """Return the statement of a month, for one tenant or for all.
+    """Return the statement of a month, for the tenant that is asked for or for all.
 
     Raises ValueError for a tenant without a line.
     """
@@ -89,7 +88,6 @@ def statement_at(
         facts,
         asked,
         costs.price_of,
-        tenant=tenant,
         overhead=overhead,
         why=costs.why_none,
         now_ns=now_ns,
@@ -108,7 +106,10 @@ def statement_at(
 
 
 # A summary leaves out these keys of a report by tenant.
-_OF_ROWS = ("aggregate", "idle", "idle_unseen", "what_if_usd_per_gpu_hour", "series")
+_OF_ROWS = (
+    *("aggregate", "covers", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"),
+    "series",
+)
 
 
 def rows_of(answer: Report) -> list[ReportRow]:

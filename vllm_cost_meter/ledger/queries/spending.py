@@ -209,5 +209,5 @@ def _owners(connection: Connection, ids: Collection[str]) -> Iterator[Any]:
     left = iter(ids)
     o = open_requests.c
     while some := list(islice(left, _IDS_AT_ONCE)):
-        owners = select(o.request_id, o.tenant, o.tenant_parent, o.tags)
+        owners = select(o.request_id, o.tenant, o.tenant_above, o.tags)
         yield from connection.execute(owners.where(o.request_id.in_(some), ~is_billed()))
