@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, FromClause, Select, Subquery, func, select, tuple_
 
-from vllm_cost_meter.ledger.queries.coverage import is_of
+from vllm_cost_meter.ledger.coverage import is_of
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
 from vllm_cost_meter.records.owner import OWN, TenantScope
 
