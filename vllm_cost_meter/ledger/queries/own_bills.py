@@ -3,7 +3,8 @@
 `usage_pieces` has an index by hour and tenant. So the hours that have any piece are looked up one
 after the other, and in each the tenant's pieces: that costs time in proportion to the hours of the
 ledger and the tenant's own bills. A bill has at least one piece, so no bill is missed. The tenants
-below one are looked up in an index of `requests` by tenant and the tenants above it.
+below one are looked up the same way, each once, in the index of `requests` by tenant and the tenants
+above it: in proportion to the tenants of the ledger, not to their bills.
 
 Invariant: a table holds all rows of the tenants that are meant, and a database makes it by index. A
 tenant that had other parents in between brings those rows along; `coverage` tells them apart.
@@ -12,7 +13,19 @@ tenant that had other parents in between brings those rows along; `coverage` tel
 import functools
 from typing import Any
 
-from sqlalchemy import ColumnElement, FromClause, Select, Subquery, func, select, tuple_
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    FromClause,
+    Select,
+    Subquery,
+    case,
+    cast,
+    func,
+    null,
+    select,
+    tuple_,
+)
 
 from vllm_cost_meter.ledger.coverage import is_of
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
@@ -42,11 +55,12 @@ def bills_of(whose: TenantScope | None) -> FromClause:
 
 
 def _is_of(whose: TenantScope) -> ColumnElement[bool]:
-    p, r = usage_pieces.c, requests.alias("of_tenants").c
+    p = usage_pieces.c
     if whose.covers == OWN:
         own: ColumnElement[bool] = p.tenant == whose.tenant
         return own
-    return p.tenant.in_(select(r.tenant).where(is_of(r, whose)).distinct())
+    owners = _owners().c
+    return p.tenant.in_(select(owners.tenant).where(is_of(owners, whose)).distinct())
 
 
 def _made_first(rows: Select[Any]) -> Subquery:
@@ -55,6 +69,28 @@ def _made_first(rows: Select[Any]) -> Subquery:
     The offset is what keeps a planner from mixing both queries.
     """
     return rows.offset(0).subquery()
+
+
+@functools.cache
+def _owners() -> CTE:
+    """Return a table of each tenant with each of the tenants above it, and once without any.
+
+    From one row the next is found by a look into the index. One object, as of `_hours`.
+    """
+    first, same, later = (requests.alias(f"{which}_owner") for which in ("first", "same", "later"))
+    owners = select(
+        func.min(first.c.tenant).label("tenant"),
+        cast(null(), first.c.tenant_above.type).label("tenant_above"),
+    ).cte("owners", recursive=True)
+    above = (
+        select(func.min(same.c.tenant_above))
+        .where(same.c.tenant == owners.c.tenant)
+        .where(same.c.tenant_above > func.coalesce(owners.c.tenant_above, ""))
+        .scalar_subquery()
+    )
+    following = select(func.min(later.c.tenant)).where(later.c.tenant > owners.c.tenant)
+    tenant = case((above.is_not(None), owners.c.tenant), else_=following.scalar_subquery())
+    return owners.union_all(select(tenant, above).where(owners.c.tenant.is_not(None)))
 
 
 @functools.cache
