@@ -67,7 +67,8 @@ def side(reader) -> TestClient:
             registry=CollectorRegistry,
             budgets=lambda: BUDGETS,
             declared=lambda: Declared(ttft_ms=100.0, theta_max=50.0),
-        )
+        ),
+        base_url="http://localhost",
     )
 
 

@@ -1,6 +1,7 @@
 """Judge a new request: admit it, delay it, warn in its reply, or refuse it.
 
-Invariant: without a budget and without a tenant that fails closed, every request is admitted.
+Invariant: without a budget, without a tenant that fails closed, and with unnamed requests served,
+every request is admitted.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from starlette.types import Scope
 
 from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.access.unnamed import refusal_of_unnamed
 from vllm_cost_meter.api_server.admission import Admission, fails_closed
 from vllm_cost_meter.api_server.refusal import Refusal, contradicting, refusal, warning
 from vllm_cost_meter.api_server.routes import reaches_engine, route_of
@@ -52,17 +54,28 @@ def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) ->
     return Judged(warnings=warning(verdict.soft))
 
 
+def judge_access(exchange: Exchange, scope: Scope, settings: Settings) -> Judged:
+    """Decide whether a new request has the key and the name that the settings demand."""
+    return Judged(refusal_of_unnamed(scope, exchange.route, exchange.owner, settings))
+
+
 def judge_unmetered(scope: Scope, settings: Settings | None) -> Judged:
     """Decide about a new request while nothing is measured. Never raises.
 
-    The request is refused if its tenant fails closed.
+    The request is refused if its tenant fails closed, or if no rule names it and such requests are
+    refused.
     """
-    if settings is None or not settings.failing_closed or scope["type"] == "lifespan":
+    if settings is None or not settings.refuses_unmetered or scope["type"] == "lifespan":
         return ADMITTED
     with contextlib.suppress(Exception):  # metering may fail, serving may not
         route = route_of_scope(scope)
         owner = settings.resolver.resolve(scope["headers"])
-        if not reaches_engine(route):
+        # Nobody reads bodies now, so a client that may name itself there cannot be judged.
+        if not settings.clients_name_tenants and (
+            refused := refusal_of_unnamed(scope, route, owner, settings)
+        ):
+            return Judged(refused)
+        if not reaches_engine(route) or not settings.failing_closed:
             return ADMITTED
         if owner == CONTRADICTION:
             return Judged(contradicting(route))

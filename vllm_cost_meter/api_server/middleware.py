@@ -17,7 +17,15 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_cost_meter.api_server.judging import Judged, judge, judge_unmetered, route_of_scope
+from vllm_cost_meter.api_server.access.metrics_page import hides_metrics, serve_without_private
+from vllm_cost_meter.api_server.judging import (
+    ADMITTED,
+    Judged,
+    judge,
+    judge_access,
+    judge_unmetered,
+    route_of_scope,
+)
 from vllm_cost_meter.api_server.refusal import Refusal
 from vllm_cost_meter.api_server.reply_editor import BODY, ReplyEditor
 from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahead
@@ -43,7 +51,10 @@ class CostMiddleware:
             await self.app(scope, receive, send)
             return
         runtime = self._runtime()
-        if not isinstance(runtime, Runtime):
+        if runtime.settings is not None and hides_metrics(scope, runtime.settings):
+            set_exchange(scope, None)
+            await serve_without_private(self.app, scope, receive, send)
+        elif not isinstance(runtime, Runtime):
             judged = judge_unmetered(scope, runtime.settings)
             if judged.refusal is None:
                 await self.app(scope, receive, send)
@@ -145,6 +156,9 @@ def _new_exchange(
 def _judged(exchange: Exchange | None, scope: Scope, runtime: Runtime) -> Judged:
     settings = runtime.settings
     if exchange is not None:
+        access = runtime.guard.run("access", judge_access, exchange, scope, settings) or ADMITTED
+        if access.refusal is not None:
+            return access
         throttle_s = settings.budget_throttle_s
         judged = runtime.guard.run("budgets", judge, exchange, runtime.admission, throttle_s)
         if judged is not None:

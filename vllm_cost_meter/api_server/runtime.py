@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from vllm_cost_meter.activation import is_refused
+from vllm_cost_meter.api_server.access.start_warnings import start_warnings
 from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.collector import Collector
@@ -95,6 +96,8 @@ class Runtime:
         try:
             polls = await self.start_work(engine_client, app.state)
             if polls:
+                for line in start_warnings(app, self.settings):
+                    logger.warning("cost meter: %s", line)
                 self._serve_endpoint()
             self._add_tenant_routes(app)
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
@@ -236,11 +239,16 @@ class Runtime:
             lambda: self.settings.declared,
             lambda: self.settings.public_economics,
             self.alive,
+            self._is_coarse,
         )
 
     def _add_tenant_routes(self, app: Any) -> None:
         reader = LedgerReader(self.ledger_url, create=True, book=self.book, alive=self.alive)
-        app.include_router(make_router(reader, self._refresh(), self.figures))
+        router = make_router(reader, self._refresh(), self.figures, self._is_coarse)
+        app.include_router(router)
+
+    def _is_coarse(self) -> bool:
+        return self.settings.is_coarse
 
 
 def refresher(poller: Poller, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:

@@ -3,7 +3,8 @@
 Each check reports in one line what it found. A check that raises has failed, and its detail is the
 error.
 
-Invariant: it changes nothing, except that it creates the ledger's file if there is none.
+Invariant: it changes nothing, except that it creates the ledger's file if there is none, and closes
+its files to other users.
 """
 
 import json
@@ -20,6 +21,7 @@ from sqlalchemy import make_url, update
 from vllm_cost_meter.activation import NAME
 from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_line_errors
 from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.console import print_lines
 from vllm_cost_meter.engine.energy.nvml import EnergyCounter
 from vllm_cost_meter.ledger.database import check_location, open_database, writing
@@ -31,6 +33,8 @@ from vllm_cost_meter.version import __version__
 
 # Servers hold the ledger for milliseconds at a time.
 LEDGER_TIMEOUT_S = 2.0
+# No server answers at the port of these.
+UNASKED = Settings(port="off")
 GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins", "vllm.endpoint_plugins")
 
 
@@ -51,8 +55,8 @@ def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False)
     Example: vllm-cost-meter doctor --ledger ledger.db
     """
     with one_line_errors():
-        book = load_settings(config=config).price_book
-    findings = examine(ledger_url(ledger, config), book)
+        settings = load_settings(config=config)
+    findings = examine(ledger_url(ledger, config), settings.price_book, settings)
     if as_json:
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": _dicts(findings)}))
     else:
@@ -63,7 +67,11 @@ def doctor_(ledger: Ledger = None, config: Config = None, as_json: Json = False)
 
 
 def examine(
-    ledger_url: str, book: PriceBook = NO_PRICES, *, ledger_timeout_s: float = LEDGER_TIMEOUT_S
+    ledger_url: str,
+    book: PriceBook = NO_PRICES,
+    settings: Settings = UNASKED,
+    *,
+    ledger_timeout_s: float = LEDGER_TIMEOUT_S,
 ) -> list[Finding]:
     """Run all checks; `book` is the price book in the settings.
 
@@ -79,6 +87,7 @@ def examine(
         ("cost model", lambda: _cost_model(ledger_url)),
         ("price", lambda: _price(ledger_url, book)),
         ("energy", _energy),
+        ("access", lambda: _access(settings)),
     ]
     return [_contained(name, check) for name, check in checks]
 
@@ -202,6 +211,19 @@ def _energy() -> Finding:
         return Finding("energy", code != "no_binding", f"not measured: {detail}")
     device = counter.devices[0]
     return Finding("energy", True, f"the counter of {device.name} ({device.uuid}) can be read")
+
+
+def _access(settings: Settings) -> Finding:
+    """Recommend what keeps out those whom no rule names, once somebody is named."""
+    if settings.unnamed_requests == "refuse":
+        return Finding("access", True, "requests that no rule names are refused")
+    if not settings.leaves_some_unnamed:
+        return Finding("access", True, "every request has the same right to be served")
+    detail = (
+        "requests that no rule names are served and billed to unknown, and vLLM's API keys do not"
+        " guard all routes; recommended: COST_METER_UNNAMED_REQUESTS=refuse"
+    )
+    return Finding("access", True, detail)
 
 
 def _dicts(findings: Sequence[Any]) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ def serve(
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
     alive: Callable[[], Collection[str]] = tuple,
+    is_coarse: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve the side endpoint from a daemon thread, unless it is switched off or its port in use.
 
@@ -69,7 +70,7 @@ def serve(
     app = make_app(
         reader,
         refresh=refresh,
-        access=Access(settings.admin_sha256(), keys),
+        access=Access(settings.admin_sha256(), keys, is_coarse),
         registry=metrics_registry,
         budgets=budgets,
         declared=declared,

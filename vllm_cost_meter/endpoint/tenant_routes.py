@@ -24,21 +24,24 @@ from vllm_cost_meter.reports.request_answers import RequestWithParts
 from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 
 
-def _own(request: Request) -> Viewer:
-    """Return the caller. Raises HTTPException unless its API key named the tenant."""
+def _own_tenant(request: Request) -> str:
+    """Return the caller's tenant. Raises HTTPException unless its API key named the tenant."""
     exchange = exchange_of(request.scope)
     if exchange is None or not exchange.owner.by_api_key:
         raise HTTPException(401, "expected the API key of a tenant that the cost meter knows")
-    return Viewer(exchange.owner.tenant)
+    return exchange.owner.tenant
 
 
-Own = Annotated[Viewer, Depends(_own)]
+OwnTenant = Annotated[str, Depends(_own_tenant)]
 
 
 def make_router(
-    reader: LedgerReader, refresh: Callable[[], None], budgets: Callable[[], BudgetFigures]
+    reader: LedgerReader,
+    refresh: Callable[[], None],
+    budgets: Callable[[], BudgetFigures],
+    is_coarse: Callable[[], bool] = lambda: False,
 ) -> APIRouter:
-    """Return the two routes. Arguments are those of the side endpoint's application."""
+    """Return the two routes. The first arguments are those of the side endpoint's application."""
     router = APIRouter(
         prefix="/v1/cost",
         route_class=AnswerRoute,
@@ -46,21 +49,24 @@ def make_router(
     )
 
     @router.get("/me")
-    def me(own: Own, window: WindowQuery = None) -> OwnFigures | NothingUsed:
+    def me(name: OwnTenant, window: WindowQuery = None) -> OwnFigures | NothingUsed:
         """Return the usage and cost of the caller's tenant, and the use of its budgets."""
         hours = hours_asked(window)
         refresh()
-        name = str(own.tenant)
+        own = Viewer(name, is_coarse=is_coarse())
         row = reader.tenant(name, *hours)
         standings = budgets().standings
-        own_budgets = [budget_row(each) for each in standings if own.may_see(each.budget.tenant)]
+        own_budgets = [
+            own.view(budget_row(each)) for each in standings if own.may_see(each.budget.tenant)
+        ]
         if row is None:
             return {"tenant": name, "requests": 0, "gpu_time_ns": 0, "budgets": own_budgets}
-        return {**row, "budgets": own_budgets}
+        return {**own.view(row), "budgets": own_budgets}
 
     @router.get("/requests/{request_id:path}")
-    def request(request_id: str, own: Own) -> RequestWithParts:
+    def request(request_id: str, name: OwnTenant) -> RequestWithParts:
         """Return one HTTP request of the caller's tenant, by any of its ids."""
-        return look_up(reader, refresh, request_id, own)[0]
+        own = Viewer(name, is_coarse=is_coarse())
+        return own.view(look_up(reader, refresh, request_id, own)[0])
 
     return router

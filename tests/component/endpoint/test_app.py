@@ -79,7 +79,9 @@ class Side:
     def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://side") as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost"
+            ) as client:
                 return await client.request(method, path, **options)
 
         return asyncio.run(ask())
@@ -367,7 +369,7 @@ def test_a_token_outside_ascii_is_wrong_and_no_error(make):
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(side.app), base_url="http://side"
+            transport=httpx.ASGITransport(side.app), base_url="http://localhost"
         ) as client:
             return await client.get("/cost/tenants", headers={b"authorization": b"Bearer \xff"})
 

@@ -113,12 +113,13 @@ def test_a_dead_engine_means_older_figures_and_no_error(writer, url, logged):
 
 def test_with_an_admin_token_it_demands_it(writer, url, logged):
     async def ask() -> list[int]:
-        settings = Settings(port=0, admin_token="s3cret")
+        token = "s3cret-of-the-operator"
+        settings = Settings(port=0, admin_token=token)
         serve(settings, url, poller_of(Engines(snapshot), writer))
         base = address(logged)
         asked = (
             await get(base, "/health"),
-            await get(base, "/health", authorization="Bearer s3cret"),
+            await get(base, "/health", authorization=f"Bearer {token}"),
         )
         return [reply.status_code for reply in asked]
 

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from tests.support.coarse import assert_coarse
 from tests.support.openapi import assert_fits
 from tests.support.world import BODY, JSON, World, replying, scope_of
 from vllm_cost_meter.endpoint.tenant_routes import make_router
@@ -40,10 +41,13 @@ def world(make_world) -> World:
     return world
 
 
-def ask(world: World, path: str, key: str | None = "acme") -> httpx.Response:
+def ask(
+    world: World, path: str, key: str | None = "acme", *, is_coarse: bool = False
+) -> httpx.Response:
     reader = LedgerReader(world.runtime.ledger_url)
     app = FastAPI()
-    app.include_router(make_router(reader, lambda: None, lambda: BudgetFigures(BUDGETS)))
+    figures = BudgetFigures(BUDGETS)
+    app.include_router(make_router(reader, lambda: None, lambda: figures, lambda: is_coarse))
 
     async def get() -> httpx.Response:
         transport = httpx.ASGITransport(world.metered(app))
@@ -111,3 +115,14 @@ def test_own_figures_are_as_the_document_of_vllm_says(world):
     assert_fits(document, "/v1/cost/me", nothing)
     path = "/v1/cost/requests/{request_id}"
     assert_fits(document, path, ask(world, "/v1/cost/requests/of-acme").json())
+
+
+@pytest.mark.parametrize("path", ["/v1/cost/me", "/v1/cost/requests/of-acme"])
+def test_coarse_figures_tell_nothing_of_other_tenants(world, path):
+    told = ask(world, path, is_coarse=True).json()
+    assert_coarse(told)
+    (row,) = told.get("recent", [told])
+    assert (row["gpu_time_ns"], row["cost_usd"]) == (1_000_000, "0.000010000")
+    exact = ask(world, path).json()
+    (row,) = exact.get("recent", [exact])
+    assert (row["gpu_time_ns"], row["cost_usd"]) == (3_000, "0.000000030")
