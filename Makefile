@@ -56,7 +56,7 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate bench matrix clean
+.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate bench matrix lock vulnerabilities clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
@@ -73,6 +73,8 @@ help:
 	@echo 'make bench   the benchmarks; some minutes, on an otherwise idle machine'
 	@echo 'make matrix  the integration tests on each of six versions of vLLM: 12 minutes and 3.5 GB'
 	@echo '             each, 3 minutes more the first time; MATRIX="0.27.1 0.32.0" for some'
+	@echo 'make lock    the versions that CI installs, as they are in the environment now'
+	@echo 'make vulnerabilities  known ones of these versions, by pip-audit; fails nothing'
 	@echo 'make setup   what these need; each of them does it by itself'
 	@echo 'make clean   remove all that was made here'
 	@echo
@@ -127,6 +129,14 @@ bench: setup
 
 matrix:
 	@$(PYTHON) scripts/matrix.py $(MATRIX)
+
+# vLLM and torch are chosen by scripts/install_vllm_cpu.py.
+lock: setup
+	@$(BIN)/python -m pip freeze --exclude-editable | grep -v -E '^(vllm|torch)' > .ci/constraints.txt
+
+# A report. Whoever reads it decides; an advisory on one day must not stop the work of another.
+vulnerabilities: $(VENV)/.meter
+	-@timeout 30 $(BIN)/pip-audit --requirement .ci/constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf .venv .cache build dist site *.egg-info

@@ -75,6 +75,18 @@ ENGINE_ON = Gauge(
     ["engine"],
     multiprocess_mode="mostrecent",
 )
+ENGINE_EVENTS = Gauge(
+    "cost_meter_engine_events",
+    "Odd events of the engine's run so far: equal_split, missed_arrival",
+    ["engine", "event"],
+    multiprocess_mode="mostrecent",
+)
+ENGINE_STEPS_IN_FLIGHT = Gauge(
+    "cost_meter_engine_steps_in_flight",
+    "Engine steps that were scheduled and have no result yet",
+    ["engine"],
+    multiprocess_mode="mostrecent",
+)
 ENGINE_AWAKE = Gauge(
     "cost_meter_engine_awake",
     "1 while the engines are awake, 0 while they sleep",
@@ -183,6 +195,9 @@ def set_engine(snapshot: Snapshot) -> None:
         ENERGY_JOULES.labels(engine, name).set(mj / 1000)
     OWN_SECONDS.labels(engine).set(snapshot.own_ns / NS_PER_SECOND)
     ENGINE_ON.labels(engine).set(snapshot.state == "on")
+    ENGINE_EVENTS.labels(engine, "equal_split").set(snapshot.equal_splits)
+    ENGINE_EVENTS.labels(engine, "missed_arrival").set(snapshot.missed_arrivals)
+    ENGINE_STEPS_IN_FLIGHT.labels(engine).set(snapshot.steps_in_flight)
 
 
 def count_inter_token_latencies(seconds: Sequence[float]) -> None:

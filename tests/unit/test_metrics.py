@@ -113,6 +113,16 @@ def test_an_engine_shows_every_class_of_its_time():
     assert REGISTRY.get_sample_value("cost_meter_engine_on", {"engine": "7"}) == 0
 
 
+def test_an_engine_shows_the_odd_events_of_its_run():
+    odd = {"equal_splits": 2, "missed_arrivals": 3, "steps_in_flight": 1}
+    metrics.set_engine(replace(snapshot(1, engine_index=9), **odd))
+    for event, count in (("equal_split", 2), ("missed_arrival", 3)):
+        labels = {"engine": "9", "event": event}
+        assert REGISTRY.get_sample_value("cost_meter_engine_events", labels) == count
+    in_flight = REGISTRY.get_sample_value("cost_meter_engine_steps_in_flight", {"engine": "9"})
+    assert in_flight == 1
+
+
 def test_an_engine_shows_its_energy_by_class_and_nothing_where_it_is_unknown():
     def shown(name: str) -> float | None:
         labels = {"engine": "8", "class": name}

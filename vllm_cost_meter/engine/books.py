@@ -279,6 +279,9 @@ class EngineBooks:
             hours=hours,
             step_ns=running_ns,
             live=tuple(self._live(now_ns)),
+            equal_splits=self.meter.fallbacks,
+            missed_arrivals=self.meter.strangers,
+            steps_in_flight=self.meter.steps_in_flight,
             **state,
         )
 

@@ -111,6 +111,8 @@ class Snapshot:
     - `live`, `step_ns`: the GPU time of each open request over all hours, and the time of the step
       in flight, which belongs to nobody before its result comes. Together they are the class
       `in_flight`.
+    - `equal_splits`, `missed_arrivals`: odd events of the run, i.e. steps without weights that were
+      split equally, and requests that the meter first saw in a step.
     """
 
     run_id: str
@@ -136,6 +138,9 @@ class Snapshot:
     energy: RunEnergy = NO_ENERGY
     step_ns: int = 0
     live: tuple[tuple[str, Accrued], ...] = ()
+    equal_splits: int = 0
+    missed_arrivals: int = 0
+    steps_in_flight: int = 0
 
     @property
     def live_ns(self) -> int:

@@ -187,6 +187,13 @@ def test_a_request_whose_arrival_was_missed_is_billed(engine):
     (bill,) = engine.bills
     assert bill.gpu_time_ns > 0
     assert (bill.prompt_tokens, bill.output_tokens) == (8, 3)
+    assert engine.settled().missed_arrivals == 1
+
+
+def test_a_snapshot_shows_the_steps_in_flight(engine):
+    engine.add("a")
+    engine.schedule(a=8)
+    assert engine.snapshot().steps_in_flight == 1
 
 
 @pytest.mark.parametrize("riding", [True, False])
