@@ -1,7 +1,7 @@
 """Requests that no rule names, and routes that vLLM's API keys leave open.
 
 Method: a FastAPI application with routes as vLLM has them, behind a key check with the contract of
-vLLM's and the real middleware. The real check is asked in tests/integration/test_open_routes.py.
+vLLM's and the real middleware. The real check is asked in tests/integration/test_access.py.
 """
 
 import asyncio
