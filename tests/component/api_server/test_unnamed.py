@@ -28,7 +28,11 @@ def sha256(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-TENANTS = [{"name": "acme", "api_key_sha256": [sha256(ACME)]}]
+RIVAL = "rival-key-of-32-characters-00000"
+TENANTS = [
+    {"name": "acme", "api_key_sha256": [sha256(ACME)]},
+    {"name": "rival", "api_key_sha256": [sha256(RIVAL)]},
+]
 
 
 class AuthenticationMiddleware:
@@ -103,6 +107,19 @@ def test_a_request_that_no_rule_names_is_refused_in_openais_form(refusing):
     assert reply.json()["error"]["code"] == "invalid_api_key"
     assert reply.json()["error"]["type"] == "invalid_request_error"
     assert served(refusing, "/v1/completions", ACME).status_code == 200
+
+
+def test_keys_of_two_tenants_are_refused_as_a_contradiction(refusing):
+    app = vllm_app(tokens=(), middleware=[refusing.metered])
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
+            both = {"authorization": f"Bearer {ACME}", "x-api-key": RIVAL}
+            return await client.post("/v1/completions", headers=both)
+
+    reply = asyncio.run(ask())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "contradicting_credentials")
 
 
 def test_for_messages_the_refusal_has_anthropics_form(refusing):

@@ -51,14 +51,14 @@ def refusal_of_unnamed(
     if not serves_tenants and not check.does_work(scope):
         return None
     if not check.accepts(scope["headers"]):
-        return _counted(unauthorized(NO_KEY, route))
+        return _counted("unnamed", unauthorized(NO_KEY, route))
     if not serves_tenants or owner.tenant != UNKNOWN:
         return None
     if owner == CONTRADICTION:
-        return _counted(contradicting(route))
-    return _counted(unauthorized(NO_NAME, route))
+        return _counted("contradicting", contradicting(route))
+    return _counted("unnamed", unauthorized(NO_NAME, route))
 
 
-def _counted(refusal: Refusal) -> Refusal:
-    metrics.count_refused("unnamed", "")
+def _counted(kind: str, refusal: Refusal) -> Refusal:
+    metrics.count_refused(kind, "")
     return refusal
