@@ -124,8 +124,11 @@ simulate: setup
 bench: setup
 	$(RUN) python benchmarks/bench_attribution.py
 	$(RUN) python benchmarks/bench_ledger.py
+	$(RUN) python benchmarks/bench_budgets.py
+	$(RUN) python benchmarks/bench_budget_bounds.py
 	$(RUN) python benchmarks/bench_invoices.py
 	$(RUN) python benchmarks/bench_serving.py
+	$(RUN) python benchmarks/bench_side_process.py
 
 matrix:
 	@$(PYTHON) scripts/matrix.py $(MATRIX)

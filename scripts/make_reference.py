@@ -19,7 +19,6 @@ from textwrap import dedent
 from typing import Any
 
 import typer
-from prometheus_client import CollectorRegistry
 
 from vllm_cost_meter.cli.commands import whole
 from vllm_cost_meter.endpoint.app import make_app
@@ -135,7 +134,7 @@ def openapi_document() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         reader = LedgerReader(f"sqlite:///{folder}/ledger.db", create=True)
         try:
-            return make_app(reader, registry=CollectorRegistry).openapi()
+            return make_app(reader, metrics=bytes).openapi()
         finally:
             reader.close()
 

@@ -2,9 +2,12 @@
 
     CostMeterError
     ├── SettingError        a setting is wrong: the server does not start
+    │   └── UnreadableError   the settings file is there, and cannot be read now
     ├── LedgerError         the ledger cannot be opened, read or written
     ├── StepLogError        a step log cannot be written or read, or the file is not a step log
     ├── DependencyError     a command needs a package that is not installed
+    ├── AwayError           a side process is not there, or does not answer
+    ├── OverdueError        a question to the ledger took longer than it may
     ├── ServerError         a server for the demo or a benchmark failed
     └── VllmMismatchError   this vLLM differs from what the meter expects: it is left untouched
 
@@ -25,6 +28,10 @@ class SettingError(CostMeterError):
         self.key = key
 
 
+class UnreadableError(SettingError):
+    """The settings file cannot be read. It may be readable later, with the same text."""
+
+
 class LedgerError(CostMeterError):
     """The ledger cannot be used. The message names the ledger, the cause and what to do."""
 
@@ -43,3 +50,11 @@ class VllmMismatchError(CostMeterError):
 
 class ServerError(CostMeterError):
     """The vLLM server could not be started, ended by itself, or did not answer."""
+
+
+class AwayError(CostMeterError):
+    """A side process is not there, or does not answer; it is started again by itself."""
+
+
+class OverdueError(CostMeterError):
+    """A question took longer than it may, and was ended."""

@@ -69,6 +69,16 @@ class SentReply:
         return self.status
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A complete reply that refuses a request; `message` is what its body says."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    message: str
+
+
 @dataclass(slots=True)
 class Exchange:
     """One HTTP request being served, and the bills that have come for it so far."""
@@ -90,6 +100,10 @@ class Exchange:
     cost_nanousd: int | None = 0
     marginal_cost_nanousd: int | None = 0
     method: str = ""
+    # A WebSocket: each of its engine requests is a new request to budgets.
+    is_socket: bool = False
+    # The reply to the client since an engine request was refused, as its budget is used up.
+    refusal: Refusal | None = None
     sent: SentReply = field(default_factory=SentReply)
     # True once the final record of this exchange was made.
     recorded: bool = False

@@ -10,6 +10,7 @@ labels, so a client that invents names cannot hide other tenants.
 Invariant: the number of series is bounded, and every caller contains errors raised here.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ TENANTS_FOLDED = Counter(
 MISSES = Counter("cost_meter_reply_misses", "Replies sent without a cost: it was not there in time")
 BUDGET_USED = Gauge(
     "cost_meter_budget_used_ratio",
-    "The part of a budget that its tenants used in its period; absent where it is unknown",
+    "The part of a budget that its tenants used in its period; NaN where it is unknown",
     ["budget"],
     multiprocess_mode="mostrecent",
 )
@@ -48,6 +49,20 @@ REFUSED = Counter(
     ["kind", "budget"],
 )
 ERRORS = Counter("cost_meter_errors", "Errors of the meter itself, contained", ["side"])
+LOOP_FAILURES = Counter(
+    "cost_meter_loop_failures", "Failed attempts of the meter's background loops", ["loop"]
+)
+LOOP_FAILING = Gauge(
+    "cost_meter_loop_failing",
+    "1 while a background loop fails and tries again, 0 while it works",
+    ["loop"],
+    multiprocess_mode="livemax",
+)
+API_OFF = Gauge(
+    "cost_meter_api_off",
+    "1 after the meter switched itself off in an API server",
+    multiprocess_mode="livemax",
+)
 ENGINE_SECONDS = Gauge(
     "cost_meter_engine_gpu_seconds",
     "GPU time of the engine's run so far, by class",
@@ -154,10 +169,11 @@ def count_refused(kind: str, budget: str) -> None:
 
 
 def set_budgets(standings: Sequence[Standing]) -> None:
-    """Show how much of each budget is used."""
+    """Show how much of each budget is used; NaN where that is unknown."""
     for standing in standings:
-        if standing.total is not None:
-            BUDGET_USED.labels(standing.budget.name).set(standing.total / standing.budget.limit)
+        total = standing.total
+        used = math.nan if total is None else total / standing.budget.limit
+        BUDGET_USED.labels(standing.budget.name).set(used)
 
 
 def count_bill(part: EngineRequest, labels: TenantLabels = _LABELS) -> None:
@@ -183,6 +199,21 @@ def count_own_time(own_ns: int) -> None:
 def count_error(side: str) -> None:
     """Count a contained error of the meter; `side` is engine or API server."""
     ERRORS.labels(side).inc()
+
+
+def count_loop_failure(loop: str) -> None:
+    """Count a failed attempt of a background loop."""
+    LOOP_FAILURES.labels(loop).inc()
+
+
+def set_loop_failing(loop: str, *, is_failing: bool) -> None:
+    """Show whether a background loop fails."""
+    LOOP_FAILING.labels(loop).set(is_failing)
+
+
+def set_api_off() -> None:
+    """Show that the meter switched itself off in this API server."""
+    API_OFF.set(1)
 
 
 def set_engine(snapshot: Snapshot) -> None:

@@ -14,6 +14,7 @@ but `EngineArgs.add_cli_args`.
 
 import argparse
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -27,6 +28,9 @@ from vllm_cost_meter.errors import CostMeterError, VllmMismatchError
 
 logger = logging.getLogger("vllm.cost_meter")
 
+# The meter's own modules, as `--middleware` names them, begin with this.
+OWN_MODULES = "vllm_cost_meter."
+
 # While VLLM_PLUGINS is unset, vLLM loads every plugin of these groups. Endpoint plugins are not
 # among them; they load only when named.
 GROUPS_LOADED_BY_DEFAULT = (
@@ -35,6 +39,10 @@ GROUPS_LOADED_BY_DEFAULT = (
     "vllm.platform_plugins",
     "vllm.stat_logger_plugins",
 )
+
+
+# Whether a command line of this process named the meter, and its settings are right.
+_is_checked = False
 
 
 def register() -> None:
@@ -67,8 +75,6 @@ def activate() -> None:
     """Install every hook, or none if the meter does not understand this vLLM."""
     if is_refused():
         return
-    if is_serve_parent():
-        check_settings()
     with _refusing():
         from vllm_cost_meter.vllm_hooks import canary, engine_core, output_processor, scheduler
 
@@ -99,17 +105,17 @@ def _refusing() -> Iterator[None]:
         logger.exception("cost meter: it could not be installed; vLLM goes on unmetered")
 
 
-def check_settings() -> None:
+def check_settings(*, with_ledger: bool = True) -> None:
     """Exit with one line if a setting is wrong or the ledger's location is not usable."""
-    if _given("--cost-meter-config", sys.argv) and "COST_METER_CONFIG" not in os.environ:
-        return  # The flag is not parsed yet, and its action will check the settings.
-    from vllm_cost_meter.config.loading import load_settings
-    from vllm_cost_meter.ledger.database import check_location, default_url
-
     try:
-        check_location(load_settings().ledger or default_url())
-    except CostMeterError as error:
-        raise SystemExit(f"cost meter: {error}") from None
+        from vllm_cost_meter.api_server.start_check import what_is_wrong
+
+        wrong = what_is_wrong(with_ledger=with_ledger)
+    except Exception:
+        logger.exception("cost meter: its settings could not be checked; vLLM goes on")
+        return
+    if wrong is not None:
+        raise SystemExit(wrong)
 
 
 def _refuses_unmetered() -> bool:
@@ -163,6 +169,32 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             default=None,
             help="Settings of the cost meter; the environment (COST_METER_*) goes before them.",
         )
+    check_after_parsing(parser)
+
+
+def check_after_parsing(parser: argparse.ArgumentParser) -> None:
+    """Have the settings checked once this parser has parsed a command line that names the meter.
+
+    All ways to start a server parse one, in the process that starts all others; `vllm` makes a
+    parser for each of its commands, and uses one. Later it parses empty ones, to learn the
+    defaults: only the first one counts.
+    """
+    parse = parser.parse_known_args
+
+    @functools.wraps(parse)
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        global _is_checked
+        parsed = parse(*args, **kwargs)
+        namespace = parsed[0]
+        middlewares = getattr(namespace, "middleware", None) or ()
+        names_us = is_named() or any(str(name).startswith(OWN_MODULES) for name in middlewares)
+        if names_us and not _is_checked:
+            # A node that only runs engines uses no ledger.
+            check_settings(with_ledger=not getattr(namespace, "headless", False))
+            _is_checked = True
+        return parsed
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 class _Exporting(argparse.Action):
@@ -195,13 +227,11 @@ class NamePlugins(_Exporting):
 
 
 class NameConfig(_Exporting):
-    """`--cost-meter-config FILE`: exports COST_METER_CONFIG, and checks the settings."""
+    """`--cost-meter-config FILE`: exports COST_METER_CONFIG."""
 
     def export(self, value: str) -> None:
         """Set COST_METER_CONFIG to the absolute path."""
         os.environ["COST_METER_CONFIG"] = os.path.abspath(value)  # noqa: PTH100 - keeps symlinks
-        if is_named():
-            check_settings()
 
 
 def plugins_to_name(wanted: Sequence[str]) -> list[str]:
@@ -249,10 +279,12 @@ class EndpointPlugin:
         """Add the middleware, inside vLLM's authentication.
 
         If the meter does not understand this vLLM, the middleware is added only to refuse requests
-        that the settings refuse even then.
+        that the settings refuse even then. A wrong setting stops the start here if the launcher of
+        this API server parsed no command line.
         """
         if not is_named():
             return
+        check_settings()
         check_admin_token(app)
         with _refusing():
             if is_active() or _refuses_unmetered():

@@ -21,7 +21,7 @@ PACKAGE = "vllm_cost_meter"
 # package, or a file beside those folders.
 FLOORS: dict[int, set[str]] = {
     0: {"errors", "guard", "plots", "units", "version"},
-    1: {"console", "records"},
+    1: {"console", "records", "side_process"},
     2: {"attribution", "economics", "prices", "tenants"},
     3: {"engine", "invoices", "reports"},
     4: {"activation", "config", "exchange", "ledger", "metrics"},
@@ -37,7 +37,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "cli": {"rich", "sqlalchemy", "typer"},
     "config": {"genai_prices", "pydantic", "pydantic_settings", "tomlkit"},
     "console": {"rich"},
-    "endpoint": {"fastapi", "orjson", "prometheus_client", "pydantic", "starlette"}
+    "endpoint": {"fastapi", "msgspec", "orjson", "prometheus_client", "pydantic", "starlette"}
     | {"typing_extensions", "uvicorn"},
     "engine": {"msgspec", "pynvml"},
     "lab": {"matplotlib", "numpy", "openai", "prometheus_client", "rich"}
@@ -48,6 +48,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "records": {"msgspec"},
     # TypedDict as pydantic needs it to describe answers, on Python 3.11.
     "reports": {"typing_extensions"},
+    "side_process": {"msgspec"},
     "vllm_hooks": {"vllm"},
 }
 # What vLLM imports in the processes of an engine, and what would cost those processes memory and
@@ -263,6 +264,13 @@ def test_importing_the_engine_side_loads_no_settings_no_web_no_database_and_no_r
         if entry.at_load and is_in(entry.module, NOT_IN_THE_ENGINE)
     ]
     assert wrong == []
+
+
+def test_the_side_endpoints_process_loads_neither_vllm_nor_metrics_of_its_own() -> None:
+    """Metrics that it made would stand among those that vLLM's processes share in files."""
+    loaded = loaded_with({f"{PACKAGE}.endpoint.process"})
+    unwanted = {f"{PACKAGE}.{room}" for room in ("api_server", "metrics", "vllm_hooks")}
+    assert {module: way for module, way in loaded.items() if is_in(module, unwanted)} == {}
 
 
 def test_hooks_speak_to_the_engines_meter_and_reach_through_it_to_nothing() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from prometheus_client import CollectorRegistry
 
 from tests.support.openapi import assert_fits, objects_in, schema_of
 from tests.support.small_ledger import HOUR, small_ledger
@@ -64,7 +63,7 @@ def side(reader) -> TestClient:
     return TestClient(
         make_app(
             reader,
-            registry=CollectorRegistry,
+            metrics=bytes,
             budgets=lambda: BUDGETS,
             declared=lambda: Declared(ttft_ms=100.0, theta_max=50.0),
         ),
@@ -207,9 +206,9 @@ def test_the_matches_of_an_ambiguous_id_are_in_the_document(document):
     assert schema == {"$ref": "#/components/schemas/Matches"}
 
 
-def test_a_tenants_own_figures_are_in_the_document_of_vllm(reader):
+def test_a_tenants_own_figures_are_in_the_document_of_vllm():
     app = FastAPI()
-    app.include_router(make_router(reader, lambda: None, BudgetFigures))
+    app.include_router(make_router(lambda _: None))
     paths = app.openapi()["paths"]
     own = schema_of(paths["/v1/cost/me"]["get"])
     assert {each["$ref"].rpartition("/")[2] for each in own["anyOf"]} == {

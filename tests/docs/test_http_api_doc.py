@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from prometheus_client import CollectorRegistry
 
 from tests.support.pages import DOCS, section, table_rows
 from tests.support.small_ledger import small_ledger
-from vllm_cost_meter.api_server.runtime import REFRESH_TIMEOUT_S
+from vllm_cost_meter.api_server.side_endpoint import REFRESH_TIMEOUT_S
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import REQUESTS_PER_PAGE_MAX, make_app
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, SETTLE_S
@@ -29,7 +28,7 @@ def client(tmp_path):
     reader = small_ledger(tmp_path)
     budget = Budget("b", 10, "usd", "month", tenant="search")
     figures = BudgetFigures([Standing(budget, {0: 1}, 0)], as_of_ns=0)
-    app = make_app(reader, registry=CollectorRegistry, budgets=lambda: figures)
+    app = make_app(reader, metrics=bytes, budgets=lambda: figures)
     yield TestClient(app, base_url="http://localhost")
     reader.close()
 
@@ -97,7 +96,7 @@ def test_every_field_of_a_request_row_is_documented_and_no_other(get):
 
 def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get):
     summary = set(get("/cost/summary"))
-    asked = {"aggregate", "idle", "what_if_usd_per_gpu_hour"}
+    asked = {"aggregate", "covers", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"}
     report = set(get("/cost/tenants")) - {"tenants", "series"} - asked
     assert report <= summary
     assert set(_fields(TOTALS, "Summary")) == summary - report
@@ -105,11 +104,12 @@ def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get)
 
 def test_one_tenant_has_a_row_and_what_the_page_says(get):
     row = set(get("/cost/tenants")["tenants"][0])
-    assert set(get("/cost/tenants/search")) == row | {"window", "taken_at", "prices", "recent"}
+    more = {"tenants", "window", "taken_at", "prices", "recent"}
+    assert set(get("/cost/tenants/search")) == row | more
 
 
 def test_the_other_objects_have_the_keys_that_the_page_says(get):
-    assert set(get("/cost/requests")) == {"requests", "running", "next"}
+    assert set(get("/cost/requests")) == {*("tenant", "covers", "requests", "running", "next")}
     assert set(get("/cost/budgets")) == {"as_of", "broken", "budgets"}
     assert set(get("/cost/audit")) == {"balanced", "after_cut", "runs"}
     assert set(get("/cost/tenants")["after_cut"]) == {"bills", "gpu_time_ns"}

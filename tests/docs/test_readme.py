@@ -14,6 +14,7 @@ from vllm_cost_meter.cli.commands import whole
 from vllm_cost_meter.config.loading import OTHER_NAMES
 from vllm_cost_meter.config.settings import PREFIX, Settings
 from vllm_cost_meter.records.bill import BILL_KEY
+from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, Standing, Verdict
 from vllm_cost_meter.tenants.rules import PROOF_HEADER
 
@@ -139,7 +140,10 @@ def test_environment_names_are_settings(page):
 def test_header_names_are_those_of_the_code(page):
     cost = reply.ReplyCost(1, 1, 0, 1, 1, 1, "id", "tenant", "tokens")
     spent = Standing(Budget("b", 1, "usd", "day", tenant="t"), {0: 1}, 0)
-    of_budgets = [*warning((spent,)), *refusal(Verdict("blocked", spent), "t", "").headers]
+    of_budgets = [
+        *warning((spent,), Owner("t")),
+        *refusal(Verdict("blocked", spent), Owner("t"), "").headers,
+    ]
     sent = {name.decode() for name, _ in (*reply.headers(cost), *of_budgets)} | {
         BILL_KEY,
         PROOF_HEADER,
@@ -170,7 +174,9 @@ def test_modules_that_are_named_can_be_imported(page):
 def test_the_report_in_the_readme_adds_up():
     report = README.read_text().partition("$ vllm-cost-meter report\n")[2]
     table, _, after = report.partition("    adds up: the rows are all of ")
+    table, own, _ = table.partition("    each row is a tenant on its own, without those below it\n")
     head, *rows = [line.split() for line in table.splitlines()]
+    assert own
     assert head[-2:] == ["gpu_seconds", "cost_usd"]
     total, shown = Decimal(after.split()[0]), sum(Decimal(row[-2]) for row in rows)
     # Each row is shown to the microsecond.

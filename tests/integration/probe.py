@@ -66,16 +66,24 @@ class Probe:
     output: str = ""
 
     def __call__(self, *arguments: str, before: str = "", **environment: str) -> dict[str, Any]:
-        seen, out = self.folder / "seen", self.folder / "out"
+        seen = self.folder / "seen"
         seen.unlink(missing_ok=True)
+        code = PROBE.format(before=before)
+        self.run(code, ["vllm", "serve", *arguments], **environment)
+        found = re.search(r"^PROBE(.*)$", self.output, re.MULTILINE)
+        return {**(json.loads(found[1]) if found else {}), "other_plugin_loaded": seen.exists()}
+
+    def run(self, code: str, argv: list[str], **environment: str) -> None:
+        """Run code in a process of its own, with these arguments; see `status` and `output`."""
+        out = self.folder / "out"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_PLUGINS", "COST_"))}
         order = {
-            "code": PROBE.format(before=before),
-            "argv": ["vllm", "serve", *arguments],
+            "code": code,
+            "argv": argv,
             "environment": {
                 **clean,
                 "PYTHONPATH": str(PLUGIN_FOLDER),
-                "CMT_SEEN": str(seen),
+                "CMT_SEEN": str(self.folder / "seen"),
                 "COST_METER_LEDGER": f"sqlite:///{self.folder}/state/ledger.db",
                 **environment,
             },
@@ -87,5 +95,3 @@ class Probe:
         self.zygote.stdin.flush()
         self.status = int(self.zygote.stdout.readline())
         self.output = out.read_text()
-        found = re.search(r"^PROBE(.*)$", self.output, re.MULTILINE)
-        return {**(json.loads(found[1]) if found else {}), "other_plugin_loaded": seen.exists()}

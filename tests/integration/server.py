@@ -25,8 +25,16 @@ START_TIMEOUT_S = 240
 PLUGIN_FOLDER = Path(__file__).parent / "plugin"
 TENANT_KEYS = {"alpha": "key-of-alpha", "beta": "key-of-beta", "gamma": "key-of-gamma"}
 # Of tenants that only test_budgets.py asks as.
-LIMITED_KEYS = {"delta": "key-of-delta", "epsilon": "key-of-epsilon"}
+LIMITED_KEYS = {
+    "delta": "key-of-delta",
+    "epsilon": "key-of-epsilon",
+    "zeta": "key-of-zeta",
+    "eta": "key-of-eta",
+    "theta": "key-of-theta",
+}
 BUDGET_S = 4
+# Of theta's requests on each API server.
+AT_ONCE = 2
 BUDGETS = f"""
 [[budgets]]
 name = "delta today"
@@ -42,6 +50,31 @@ gpu_seconds = {BUDGET_S}
 period = "rolling"
 days = 1
 stop_running = true
+
+[[budgets]]
+name = "zeta searches beams"
+tenant = "zeta"
+gpu_seconds = 1
+period = "rolling"
+days = 1
+stop_running = true
+
+[[budgets]]
+name = "eta sends lists"
+tenant = "eta"
+gpu_seconds = 1
+period = "rolling"
+days = 1
+stop_running = true
+
+[[budgets]]
+name = "theta is prepaid"
+tenant = "theta"
+gpu_seconds = 1
+period = "rolling"
+days = 1
+stop_running = true
+max_concurrent = {AT_ONCE}
 """
 CHILDREN = """
 [[tenant_rules]]

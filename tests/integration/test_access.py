@@ -47,12 +47,103 @@ def test_a_user_that_is_no_name_leaves_the_cost_with_its_tenant(hard: Server, us
     assert reply.status_code in (200, 400, 422)
 
 
-def test_a_key_that_comes_twice_differently_is_refused_where_budgets_hold(hard: Server) -> None:
-    twice = [("authorization", f"Bearer {TENANT_KEYS[name]}") for name in ("gamma", "alpha")]
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4}
-    reply = httpx.post(f"{hard.url}/v1/completions", json=body, headers=twice, timeout=60)
+def bearer(key: str) -> tuple[str, str]:
+    return "authorization", f"Bearer {key}"
+
+
+GAMMA, ALPHA, SHARED = (
+    *(bearer(TENANT_KEYS[name]) for name in ("gamma", "alpha")),
+    bearer("any-key"),
+)
+ALPHAS_OTHER = ("x-api-key", TENANT_KEYS["alpha"])
+BETAS_OTHER = ("x-api-key", TENANT_KEYS["beta"])
+
+
+def sent(hard: Server, headers: list[tuple[str, str]], body: bytes, path: str) -> httpx.Response:
+    kind = [] if any(name == "content-type" for name, _ in headers) else [PLAIN]
+    return httpx.post(f"{hard.url}{path}", content=body, headers=[*headers, *kind], timeout=60)
+
+
+PLAIN = ("content-type", "application/json")
+ASKED = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("headers", "tenant"),
+    [
+        ([GAMMA, ALPHA], "gamma"),
+        ([ALPHA, GAMMA], "alpha"),
+        ([GAMMA, ("authorization", "x")], "gamma"),
+        ([GAMMA, ("authorization", "")], "gamma"),
+        ([ALPHAS_OTHER, GAMMA], "gamma"),
+        ([SHARED, ALPHAS_OTHER], "alpha"),
+        ([SHARED, ("x-tenant-id", "alpha"), ("x-tenant-id", "beta")], "unknown"),
+        # vLLM takes the first, and refuses it.
+        ([("authorization", "x"), GAMMA], None),
+        ([("authorization", ""), GAMMA], None),
+        ([ALPHAS_OTHER], None),
+    ],
+)
+def test_whom_vllm_admits_by_its_first_authorization_pays(
+    hard: Server, headers: list[tuple[str, str]], tenant: str | None
+) -> None:
+    reply = sent(hard, headers, json.dumps(ASKED).encode(), "/v1/completions")
+    assert reply.status_code == (401 if tenant is None else 200)
+    assert reply.headers.get("x-cost-meter-tenant") == tenant
+
+
+@pytest.mark.parametrize(
+    ("headers", "path"),
+    [
+        ([SHARED, ALPHAS_OTHER, BETAS_OTHER], "/v1/completions"),
+        ([GAMMA, ALPHAS_OTHER], "/invocations"),  # Here vLLM asks for no key.
+        ([GAMMA, ALPHA], "/invocations"),
+    ],
+)
+def test_keys_of_two_tenants_are_refused_where_vllm_does_not_decide(
+    hard: Server, headers: list[tuple[str, str]], path: str
+) -> None:
+    reply = sent(hard, headers, json.dumps(ASKED).encode(), path)
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "contradicting_credentials"
+
+
+OF_WEB = json.dumps({**ASKED, "user": "web"})
+TEXT = ("content-type", "text/plain")
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        *(([], OF_WEB.encode(name)) for name in ("utf-8-sig", "utf-16", "utf-16-le", "utf-32")),
+        ([], OF_WEB.replace('"web"', '"web", "x": NaN').encode()),
+        ([], OF_WEB.replace('"user"', '"user": "app", "user"').encode()),
+        ([("content-type", "Application/JSON;x")], OF_WEB.encode()),
+        ([PLAIN, TEXT], OF_WEB.encode()),
+    ],
+)
+def test_a_body_that_vllm_accepts_names_the_child_that_it_says(
+    hard: Server, headers: list[tuple[str, str]], body: bytes
+) -> None:
+    reply = sent(hard, [GAMMA, *headers], body, "/v1/completions")
+    assert (reply.status_code, reply.headers["x-cost-meter-tenant"]) == (200, "gamma/web")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [TEXT, PLAIN],
+        [("content-type", "text/json")],
+        [("content-type", "application/vnd.api+json")],
+        [("content-type", "application/json ; x")],
+        [("content-type", "")],
+    ],
+)
+def test_a_body_that_the_meter_does_not_read_as_json_is_refused_by_vllm(
+    hard: Server, headers: list[tuple[str, str]]
+) -> None:
+    reply = sent(hard, [GAMMA, *headers], OF_WEB.encode(), "/v1/completions")
+    assert reply.status_code == 400
 
 
 def test_pipelined_requests_of_two_tenants_in_one_write_are_billed_to_each(hard: Server) -> None:

@@ -6,13 +6,16 @@ connections of their own, until each was refused; where the budget stands is rea
 """
 
 import asyncio
+import contextlib
 import math
+import sqlite3
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
-from tests.integration.server import BUDGET_S, LIMITED_KEYS, Server
+from tests.integration.server import AT_ONCE, BUDGET_S, LIMITED_KEYS, Server
 from tests.integration.traffic import PROMPT
 from vllm_cost_meter.units.time import NS_PER_SECOND, unix_ns_of
 
@@ -127,3 +130,99 @@ def test_what_runs_is_ended_by_a_budget_that_says_so_with_the_reason_length(hard
     # A snapshot apart, a look, and the step in which each ends.
     assert standing["over"] < (INTERVAL_S + LATENESS_S) * 2 * NS_PER_SECOND
     hard.balanced()
+
+
+def ask_as(server: Server, tenant: str, **options: object) -> httpx.Response:
+    headers = {"authorization": f"Bearer {LIMITED_KEYS[tenant]}"}
+    body = {"model": "tiny", "prompt": PROMPT, "ignore_eos": True, **options}
+    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=120)
+
+
+def assert_held(server: Server, tenant: str) -> None:
+    """Assert that a budget of 1 GPU-second ended what ran, and that the books balance."""
+    standing = settled_standing(server, tenant)
+    assert standing["state"] == "spent"
+    assert standing["over"] < (INTERVAL_S + LATENESS_S) * 2 * NS_PER_SECOND
+    server.balanced()
+
+
+def test_a_beam_search_ends_with_the_429_of_a_budget_that_is_spent_meanwhile(hard: Server) -> None:
+    logged = len(hard.log)
+    # 400 steps of 10 ms and more are 4 s of the GPU at the least.
+    with hard.paced(0.01):
+        reply = ask_as(hard, "zeta", max_tokens=400, n=4, use_beam_search=True)
+    assert reply.status_code == 429
+    error = reply.json()["error"]
+    assert (error["type"], error["code"]) == ("insufficient_quota", "budget_exceeded")
+    assert error["message"].startswith("budget 'zeta searches beams' is used up: 1.")
+    assert reply.headers["x-should-retry"] == "false"
+    assert float(reply.headers["x-cost-meter-gpu-seconds"]) > 1
+    assert_held(hard, "zeta")
+    # It is a budget's decision, and no error of vLLM.
+    assert "Traceback" not in hard.log[logged:]
+
+
+def test_prompts_of_a_list_that_still_wait_end_without_a_token(hard: Server) -> None:
+    prompts = [f"{number} {PROMPT}" for number in range(300)]
+    with hard.paced(0.01):
+        reply = ask_as(hard, "eta", max_tokens=400, prompt=prompts)
+    assert reply.status_code == 200
+    choices = reply.json()["choices"]
+    assert len(choices) == 300
+    assert {choice["finish_reason"] for choice in choices} == {"length"}
+    assert sum(not choice["text"] for choice in choices) > 100
+    assert_held(hard, "eta")
+
+
+def test_a_burst_runs_no_more_requests_at_once_than_the_budget_allows(hard: Server) -> None:
+    async def burst() -> list[httpx.Response]:
+        headers = {"authorization": f"Bearer {LIMITED_KEYS['theta']}"}
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True}
+        async with httpx.AsyncClient(base_url=hard.url, headers=headers, timeout=60) as api:
+            asked = (api.post("/v1/completions", json=body) for _ in range(60))
+            return await asyncio.gather(*asked)
+
+    with hard.paced(0.01):
+        replies = asyncio.run(burst())
+    assert {reply.status_code for reply in replies} == {200, 429}
+    # On two API servers.
+    assert 1 <= sum(reply.status_code == 200 for reply in replies) <= 2 * AT_ONCE
+    refused = next(reply for reply in replies if reply.status_code == 429)
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert refused.headers["retry-after"] == "1"
+
+
+def test_a_ledger_that_cannot_be_read_for_three_seconds_leaves_metering_on(hard: Server) -> None:
+    """For longer than ten looks of a quarter of a second; each server says so and recovers."""
+
+    def budgets_loop() -> dict[str, Any]:
+        health = httpx.get(f"{hard.side_url}/cost/health", timeout=30).json()
+        (loop,) = [each for each in health["loops"] if each["loop"] == "budgets"]
+        return loop
+
+    def until(state: str) -> dict[str, Any]:
+        deadline = time.monotonic() + 20
+        while (loop := budgets_loop())["state"] != state:
+            assert time.monotonic() < deadline, loop
+            time.sleep(0.05)
+        return loop
+
+    with contextlib.closing(sqlite3.connect(hard.ledger_file, isolation_level=None)) as ledger:
+        ledger.execute("PRAGMA busy_timeout = 10000")
+        # The table that each look begins with: without it no snapshot can be new, either.
+        ledger.execute("ALTER TABLE snapshots RENAME TO away")
+        try:
+            assert until("failing")["last_error"] == (
+                f"LedgerError: ledger {hard.ledger_url}: cannot be read: no such table: snapshots"
+            )
+            time.sleep(3)
+        finally:
+            ledger.execute("ALTER TABLE away RENAME TO snapshots")
+    assert until("ok")["failures"] >= 3
+    with hard.client() as client:
+        reply = client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT})
+    assert reply.status_code == 200
+    assert "x-cost-meter-gpu-seconds" in reply.headers
+    hard.balanced()
+    assert "switched itself off" not in hard.log
+    assert hard.log.count("the loop `budgets` works again") >= 1

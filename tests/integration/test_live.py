@@ -1,7 +1,17 @@
 """A request that still runs, on the real server: found by its ids, with a cost that grows."""
 
+import contextlib
+import os
+import signal
+import time
+from typing import Any
+
+import httpx
+import psutil
+
 from tests.integration.running import Watched, watch
 from tests.integration.server import Server
+from tests.integration.traffic import ask
 
 TOKENS = 100
 
@@ -41,3 +51,28 @@ def test_running_requests_are_listed_and_the_books_balance_meanwhile(server: Ser
     assert all(audit["balanced"] for audit in audits), audits
     assert server.bill_of(stream.x_request_id)["state"] == "finished"
     assert server.cost("requests")["running"] == []
+
+
+def test_the_side_endpoints_process_may_die_and_nothing_is_missed(server: Server) -> None:
+    def process() -> Any:
+        found = {each["process"]: each for each in server.cost("health")["side_processes"]}
+        return found["side endpoint"]
+
+    before = process()
+    os.kill(before["pid"], signal.SIGKILL)
+    with server.client() as client:
+        replies = [ask(client, "/v1/completions", max_tokens=2) for _ in range(5)]
+    assert all("x-cost-meter-cost-usd" in reply.headers for reply in replies)
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            after = process()
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (after["state"], after["restarts"]) == ("ok", before["restarts"] + 1)
+    assert psutil.Process(after["pid"]).nice() == 19
+    for reply in replies:
+        assert server.bill_of(reply.response_id)["gpu_time_ns"] > 0
+    assert "works again after" in server.log
+    server.balanced()

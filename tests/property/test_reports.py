@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.examples import examples
 from tests.support.worlds_of_usage import facts, policies, priced, prices
+from vllm_cost_meter.records.owner import OWN
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import pieces, report, wall_cost
 from vllm_cost_meter.reports.facts import REQUESTS, Facts
@@ -101,7 +102,7 @@ def test_a_filter_chooses_rows_and_changes_none(known, asked, base, data):
     column = data.draw(st.sampled_from(asked.aggregate))
     values = sorted({row[column] for one in everything["series"] for row in one["rows"]})
     chosen = data.draw(st.sets(st.sampled_from(values))) if values else set()
-    filtered = replace(asked, conditions={column: frozenset(chosen)})
+    filtered = replace(asked, conditions={column: frozenset(chosen)}, covers=OWN)
     answer = report(told_apart(known, filtered), filtered, priced(base))
     assert [one["rows"] for one in answer["series"]] == [
         [row for row in one["rows"] if row[column] in chosen] for one in everything["series"]

@@ -1,12 +1,14 @@
 """Any month of any time zone, any prices and policy: the lines add up to the cent."""
 
 import zoneinfo
+from dataclasses import replace
 from fractions import Fraction
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.worlds_of_usage import facts, policies, priced, prices
+from vllm_cost_meter.records.owner import OWN
 from vllm_cost_meter.reports.allocation import wall_cost
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.reports.statement import (
@@ -68,11 +70,12 @@ def test_a_tenants_statement_is_a_slice_of_the_whole(month, base, overhead):
     told = {"overhead": overhead, "now_ns": 0}
     everyone = statement(known, asked, priced(base), **told)
     for total in everyone["tenants"]:
-        mine = statement(known, asked, priced(base), tenant=total["tenant"], **told)
+        only = {"conditions": {"tenant": frozenset([total["tenant"]])}, "covers": OWN}
+        mine = statement(known, replace(asked, **only), priced(base), **told)
         assert mine["lines"] == [
             line for line in everyone["lines"] if line["tenant"] == total["tenant"]
         ]
-        assert {"tenant": total["tenant"], **mine["total"]} == total
+        assert {"tenant": total["tenant"], "covers": OWN, **mine["total"]} == total
 
 
 @given(whole_months(), prices)

@@ -1,5 +1,8 @@
 """A small real ledger: one run, one HTTP request with its bill, one snapshot, one price."""
 
+import sqlite3
+import time
+from contextlib import closing
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -14,7 +17,7 @@ from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEne
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Price, Usage
 from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
-from vllm_cost_meter.units.time import NS_PER_HOUR
+from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
 HOUR = 500_000
 START_NS = HOUR * NS_PER_HOUR
@@ -90,6 +93,13 @@ SNAPSHOT = Snapshot(
     hours={HOUR: TOTALS},
     energy=RunEnergy(40, None, 0, ENERGY, (), {HOUR: ENERGY}, (RequestEnergy(1, HOUR, 30, None),)),
 )
+
+
+def live_now(path: Path) -> None:
+    """Let the engines of a ledger live: their last snapshots are of this moment."""
+    with closing(sqlite3.connect(path)) as connection, connection:
+        taken_at = rfc3339(time.time_ns())
+        connection.execute("UPDATE snapshots SET taken_at = ?", (taken_at,))
 
 
 def small_ledger(folder: Path) -> LedgerReader:

@@ -57,16 +57,21 @@ GPU_HOUR_USD = "36"
 
 
 def make_runtime(
-    folder: Path, open_requests: OpenRequests | None = None, **settings: Any
+    folder: Path, open_requests: OpenRequests | None = None, *, opens: bool = True, **settings: Any
 ) -> Runtime:
-    """A runtime of its own, with a ledger in the folder that is open already."""
+    """A runtime of its own, with a ledger in the folder that is open already if it `opens`."""
     given = {"gpu_hour_usd": GPU_HOUR_USD, **settings}
     # Tests of the bound set their own; no other may fail because the machine is busy.
     given = {"bill_timeout_ms": 10_000, **given}
     checked = Settings(ledger=f"sqlite:///{folder / 'ledger.db'}", **given)
     runtime = Runtime(checked, open_requests=open_requests)
-    runtime.writer.commit().result(10)
+    if opens:
+        runtime.writer.commit().result(10)
     return runtime
+
+
+class RefusedError(Exception):
+    """An engine request was refused; the application answers its client with this message."""
 
 
 class Engine:
@@ -90,6 +95,14 @@ class Engine:
             }
         )
         self.runtime.run("add_request", Collector.born, birth)
+
+    def asked(self, request_id: str, **changes: Any) -> None:
+        """Give birth to an engine request unless that is refused: RefusedError, as vLLM has one."""
+        exchange = changes.get("exchange", current_exchange.get())
+        refusal = self.runtime.run("refuse", Collector.refused, exchange)
+        if refusal is not None:
+            raise RefusedError(refusal.message)
+        self.born(request_id, **changes)
 
     def bill(self, request_id: str, prefill_ns: int = 1_000, decode_ns: int = 2_000) -> Bill:
         self.seq += 1

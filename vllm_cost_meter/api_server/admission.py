@@ -1,31 +1,44 @@
 """Admission by budgets: decide whether a new request is served, and end running ones if asked.
 
 An API server with budgets has one `Admission`. When the ledger gets a new engine snapshot, at most
-one poll after it was taken, a thread reads anew how much of each budget is used. That covers all
-API servers and the running requests. Until the next reading, new requests are judged in memory,
-without waiting. Nothing is reserved for a request's future use, so an admitted request may run past
-the limit. With `stop_running` the engine then ends it.
+one poll after it was taken, a process of its own reads anew how much of each budget is used. That
+covers all API servers and the running requests. Until the next reading, new requests are judged in
+memory, without waiting. Only after a start, before the first reading, a request that a hard budget
+covers waits for it. Nothing is reserved for a request's future use, so an admitted request may run
+past the limit. With `stop_running` the engine then ends it, and it gets no further engine requests;
+`max_concurrent` bounds how many requests may run on.
 
-Invariant: a failure here refuses only requests of tenants that fail closed.
+Invariant: a failure here refuses only requests of tenants that fail closed and, before the first
+reading, requests that a hard budget covers.
 """
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.background import Loop
+from vllm_cost_meter.api_server.budgets.in_flight import InFlight
+from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.guard import Guard
-from vllm_cost_meter.ledger.queries.spending import PriceAt, Spending
+from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, Verdict, decide
 from vllm_cost_meter.units.time import NS_PER_SECOND
+
+logger = logging.getLogger("vllm.cost_meter")
 
 # The ledger is asked this many times per snapshot interval for a new snapshot.
 ASKS_PER_SNAPSHOT = 4
 # Figures are stale if this many snapshots in a row are missing, but not before `FRESH_S_MIN`.
 SNAPSHOTS_MISSED_MAX = 3
 FRESH_S_MIN = 5.0
+# How long a request waits for the first figures after a start.
+FIRST_FIGURES_S = 5.0
+NOT_COUNTED = "since the start of this server its budgets have not been counted yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +47,11 @@ class Rules:
 
     budgets: Sequence[Budget]
     fail_closed: Collection[str]
-    price_of: PriceAt
+    book: PriceBook
 
 
+# A `Follow` returns the use of budgets by these prices; None if nothing is new since the last call.
+Follow = Callable[[Sequence[Budget], PriceBook], Awaitable[BudgetFigures | None]]
 # A `Stop` ends requests by their internal ids.
 Stop = Callable[[Sequence[str]], Awaitable[None]]
 # A `RunningOf` returns the internal ids of this server's running requests with matching owners.
@@ -44,9 +59,19 @@ RunningOf = Callable[[Callable[[Owner], bool]], Sequence[str]]
 
 
 def fails_closed(owner: Owner, tenants: Collection[str]) -> bool:
-    """Return whether an owner is one of the tenants that fail closed, or a child of one."""
+    """Return whether an owner is, or may be, one of the tenants that fail closed, or its child."""
     # The parent is checked too, because a child that a client chose is declared nowhere.
-    return owner.tenant in tenants or owner.parent in tenants
+    if owner.tenant in tenants or owner.parent in tenants:
+        return True
+    return any(map(owner.may_be, tenants))
+
+
+def _counted(verdict: Verdict) -> Verdict:
+    """Count a verdict in the metrics unless it admits."""
+    if verdict.kind != "admitted":
+        name = verdict.standing.budget.name if verdict.standing else ""
+        metrics.count_refused(verdict.kind, name)
+    return verdict
 
 
 class Admission:
@@ -54,37 +79,125 @@ class Admission:
 
     def __init__(
         self,
-        spending: Spending,
+        follow: Follow,
         rules: Callable[[], Rules],
         guard: Guard,
         interval_s: float,
         *,
         running_of: RunningOf = lambda _covers: (),
         stop: Stop | None = None,
+        first_figures_s: float = FIRST_FIGURES_S,
+        loop: Loop | None = None,
     ) -> None:
-        """Judge by `rules` and the use in `spending`; snapshots come every `interval_s`."""
-        self._spending = spending
+        """Judge by `rules` and the figures that `follow` brings; snapshots come every `interval_s`.
+
+        `guard` is the error account of the hooks, `loop` that of `run`.
+        """
+        self._follow = follow
         self._rules = rules
         self._guard = guard
         self._interval_s = interval_s
         self._running_of = running_of
         self._stop = stop
+        self._first_figures_s = first_figures_s
+        self._loop = loop or Loop("budgets")
         self._max_age_ns = int(max(interval_s * SNAPSHOTS_MISSED_MAX, FRESH_S_MIN) * NS_PER_SECOND)
-        self._latest: object = None
-        self.figures = BudgetFigures()
+        self._has_figures = asyncio.Event()
+        # Why budgets are unknown, as the log was told.
+        self._unknown: dict[str, str] = {}
+        self._figures = BudgetFigures()
+        # The hard budgets that are used up and end what runs.
+        self._stopping: Sequence[Standing] = ()
+        self.in_flight = InFlight()
 
-    def verdict(self, owner: Owner, now_ns: int | None = None) -> Verdict:
-        """Decide about a new request of an owner, without any I/O."""
-        now_ns = time.time_ns() if now_ns is None else now_ns
-        stale = self.figures.stale(now_ns, self._max_age_ns)
+    @property
+    def figures(self) -> BudgetFigures:
+        """Where the budgets stand, by the latest reading."""
+        return self._figures
+
+    @figures.setter
+    def figures(self, figures: BudgetFigures) -> None:
+        self._figures = figures
+        self._stopping = [
+            standing
+            for standing in figures.standings
+            if standing.budget.hard and standing.budget.stop_running and standing.is_spent
+        ]
+        # Before an engine was heard of nobody knows what runs, and a long first count ends with
+        # figures that are stale: the next ones come at once.
+        is_fresh = figures.stale(time.monotonic_ns(), self._max_age_ns) is None
+        if is_fresh or figures.broken is not None:
+            self._has_figures.set()
+
+    def admit(self, exchange: Exchange) -> Verdict:
+        """Decide about a new request, which has its place if it is admitted.
+
+        In one step, without an await: what asks next finds the place taken. No I/O.
+        """
+        verdict = self._verdict(exchange.owner)
+        if verdict.kind in ("admitted", "throttled"):
+            verdict = self._place(exchange, served=True) or verdict
+        return _counted(verdict)
+
+    def refused_birth(self, exchange: Exchange) -> Verdict | None:
+        """Return why an admitted request may have no further engine request, or None.
+
+        No I/O. Each engine request of a socket is a new request.
+        """
+        owner = exchange.owner
+        if exchange.is_socket:
+            verdict = self._verdict(owner)
+            if verdict.kind in ("blocked", "unavailable"):
+                return _counted(verdict)
+        if self._stopping and self._stale() is None:
+            for standing in self._stopping:
+                if standing.budget.covers(owner):
+                    return _counted(Verdict("blocked", standing))
+        if exchange in self.in_flight:
+            return None
+        # It was over, as a background response is before it begins.
+        full = self._place(exchange, served=False)
+        return None if full is None else _counted(full)
+
+    def _place(self, exchange: Exchange, *, served: bool) -> Verdict | None:
+        """Give a request its place; return the verdict if there is none left."""
+        owner = exchange.owner
+        budgets = [
+            budget
+            for budget in self._rules().budgets
+            if budget.max_concurrent is not None and budget.covers(owner)
+        ]
+        if not budgets:
+            return None
+        full = self.in_flight.full(budgets, bills_come=self._stale() is None)
+        if full is not None:
+            return Verdict("full", Standing(full, None, time.time_ns()))
+        self.in_flight.enter(exchange, budgets, served=served)
+        return None
+
+    def _stale(self) -> str | None:
+        stale = self.figures.stale(time.monotonic_ns(), self._max_age_ns)
         if stale is None and self._guard.off:
             stale = "the meter switched itself off after errors"
+        return stale
+
+    def _verdict(self, owner: Owner) -> Verdict:
+        stale = self._stale()
         closed = fails_closed(owner, self._rules().fail_closed)
-        verdict = decide(self.standings_of(owner), stale, closed)
-        if verdict.kind != "admitted":
-            name = verdict.standing.budget.name if verdict.standing else ""
-            metrics.count_refused(verdict.kind, name)
-        return verdict
+        if self._waits(owner):
+            stale, closed = NOT_COUNTED, True
+        return decide(self.standings_of(owner), stale, closed)
+
+    async def first_figures(self, owner: Owner) -> None:
+        """Wait for the first figures after a start, if a hard budget covers this owner."""
+        if self._waits(owner):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_figures.wait(), self._first_figures_s)
+
+    def _waits(self, owner: Owner) -> bool:
+        if self._has_figures.is_set() or self._guard.off:
+            return False
+        return any(budget.hard and budget.covers(owner) for budget in self._rules().budgets)
 
     def standings_of(self, owner: Owner) -> list[Standing]:
         """Return the standings of the budgets that cover an owner."""
@@ -92,38 +205,42 @@ class Admission:
 
     async def run(self) -> None:
         """Follow the ledger for ever. Errors are contained and counted."""
-        while True:
-            try:
-                await self.follow()
-                self._guard.succeeded("budgets")
-            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-                self._guard.failed("budgets", error)
-            await asyncio.sleep(self._interval_s / ASKS_PER_SNAPSHOT)
+        await self._loop.run(self.follow, self._interval_s / ASKS_PER_SNAPSHOT)
 
     async def follow(self) -> None:
-        """If there is a new snapshot, read the figures anew and end requests of spent budgets."""
+        """If there are new figures, take them and end requests of spent budgets."""
         rules = self._rules()
-        latest = (await asyncio.to_thread(self._spending.latest_snapshots), rules.budgets)
-        if latest == self._latest:
+        figures = await self._follow(rules.budgets, rules.book)
+        if figures is None:
             return
-        self.figures = await asyncio.to_thread(
-            self._spending.look, rules.budgets, rules.price_of, time.time_ns()
-        )
-        self._latest = latest
-        metrics.set_budgets(self.figures.standings)
+        self.figures = figures
+        metrics.set_budgets(figures.standings)
+        self._say_what_is_unknown()
         await self._stop_running()
 
-    async def _stop_running(self) -> None:
-        spent = [
-            standing.budget
+    def _say_what_is_unknown(self) -> None:
+        """Warn of each budget that cannot be relied on, once for each reason."""
+        unknown = {
+            standing.budget.name: standing.unknown
             for standing in self.figures.standings
-            if standing.budget.hard and standing.budget.stop_running and standing.is_spent
-        ]
-        if not spent or self._stop is None:
+            if standing.unknown is not None
+        }
+        for name in unknown.keys() - self._unknown.keys():
+            logger.warning(
+                "cost meter: budget %r cannot be relied on: %s. Until then it refuses nobody but "
+                "tenants that fail closed.",
+                *(name, unknown[name]),
+            )
+        for name in self._unknown.keys() - unknown.keys():
+            logger.info("cost meter: budget %r can be relied on again", name)
+        self._unknown = unknown
+
+    async def _stop_running(self) -> None:
+        if not self._stopping or self._stop is None:
             return
 
         def is_covered(owner: Owner) -> bool:
-            return any(budget.covers(owner) for budget in spent)
+            return any(standing.budget.covers(owner) for standing in self._stopping)
 
         if ids := self._running_of(is_covered):
             await self._stop(ids)

@@ -33,6 +33,8 @@ class ApiGuard(Guard):
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
             self.failed(hook, error)
             metrics.count_error("api")
+            if self.off:
+                metrics.set_api_off()
             return None
         finally:
             self.own_ns += time.perf_counter_ns() - start_ns

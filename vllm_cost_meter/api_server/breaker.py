@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from vllm_cost_meter import metrics
+from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.guard import Guard
 
 T = TypeVar("T")
@@ -49,7 +50,8 @@ class Breaker:
             async with asyncio.timeout(timeout_s):
                 result = await work
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-            if not isinstance(error, TimeoutError):
+            # A ledger that fails is counted and spoken of by its writer, and no hook is broken.
+            if not isinstance(error, TimeoutError | LedgerError):
                 self._guard.failed("settle", error)
                 metrics.count_error("api")
             self.missed()

@@ -27,7 +27,8 @@ from vllm_cost_meter.api_server.record_making import (
 )
 from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.config.settings import Settings
-from vllm_cost_meter.exchange import Birth, Exchange
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.exchange import Birth, Exchange, Refusal
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.bill import Bill
@@ -43,16 +44,25 @@ class Collector:
         guard: ApiGuard,
         settings: Callable[[], Settings],
         open_requests: OpenRequests | None = None,
+        refuses: Callable[[Exchange | None], Refusal | None] = lambda _exchange: None,
     ) -> None:
+        """`refuses` tells whether an exchange may have no further engine request."""
         self.breaker = Breaker(guard)
         # Facts about the engines; empty before the application has started.
         self.run_facts = RunFacts()
+        # Returns the facts of one run, where its snapshots are seen; otherwise None.
+        self.facts_of: Callable[[str], RunFacts | None] = lambda _run_id: None
         self._writer = writer
         self._guard = guard
         self._settings = settings
         self._open = OpenRequests() if open_requests is None else open_requests
+        self._refuses = refuses
 
     # -- births and bills -------------------------------------------------------------------
+
+    def refused(self, exchange: Exchange | None) -> Refusal | None:
+        """Return the reply to an exchange that may have no further engine request, or None."""
+        return self._refuses(exchange)
 
     def born(self, birth: Birth) -> None:
         """Note a new engine request of this process. A repeated call changes nothing."""
@@ -68,7 +78,8 @@ class Collector:
         """Price a bill, write it to the ledger, and add it to its HTTP request."""
         birth, announced = self._open.take(bill.request_id)
         book = self._settings().price_book
-        part = engine_request(bill, birth, self.run_facts, book, announced=announced)
+        run = self.facts_of(bill.run_id) or self.run_facts
+        part = engine_request(bill, birth, run, book, announced=announced)
         if self.breaker.open:
             self._writer.commit(part).add_done_callback(self._committed_while_open)
         else:
@@ -93,9 +104,17 @@ class Collector:
         self._announce(self._open.unannounced())
 
     def _announce(self, births: Sequence[Birth]) -> None:
-        # Bills go through the same queue later, so a request is never announced after its bill.
         model = self.run_facts.model
-        self._writer.put(*(open_request(birth, model) for birth in births))
+        records, failure = [], None
+        for birth in births:
+            try:
+                records.append(open_request(birth, model))
+            except Exception as error:  # noqa: BLE001 - the others are announced all the same
+                failure = error
+        # Bills go through the same queue later, so a request is never announced after its bill.
+        self._writer.put(*records)
+        if failure is not None:
+            raise failure
 
     def open_requests_of(self, covers: Callable[[Owner], bool]) -> list[str]:
         """Return the internal ids of the open requests with an owner that `covers` accepts."""
@@ -119,8 +138,11 @@ class Collector:
             cost = coarse_cost(cost)
         record = http_request(exchange, self.run_facts.model, told=True)
         exchange.recorded = True
-        # The commit is shielded: the ledger keeps the record even if the reply stops waiting.
-        await asyncio.shield(asyncio.wrap_future(self._writer.commit(record)))
+        try:
+            # The commit is shielded: the ledger keeps the record even if the reply stops waiting.
+            await asyncio.shield(asyncio.wrap_future(self._writer.commit(record)))
+        except Exception as error:  # noqa: BLE001 - whatever its database raises
+            raise LedgerError(f"the cost was not committed: {error}") from error
         return cost
 
     def ended(self, exchange: Exchange) -> None:

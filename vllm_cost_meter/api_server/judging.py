@@ -1,11 +1,11 @@
 """Judge a new request: admit it, delay it, warn in its reply, or refuse it.
 
 Invariant: without a budget, without a tenant that fails closed, and with unnamed requests served,
-every request is admitted.
+every request is admitted whose credentials do not name two tenants.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from starlette.types import Scope
@@ -13,12 +13,13 @@ from starlette.types import Scope
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.access.unnamed import refusal_of_unnamed
 from vllm_cost_meter.api_server.admission import Admission, fails_closed
-from vllm_cost_meter.api_server.refusal import Refusal, contradicting, refusal, warning
+from vllm_cost_meter.api_server.refusal import contradicting, refusal, warning
 from vllm_cost_meter.api_server.routes import reaches_engine, route_of
 from vllm_cost_meter.config.settings import Settings
-from vllm_cost_meter.exchange import Exchange
+from vllm_cost_meter.exchange import Exchange, Refusal
 from vllm_cost_meter.records.owner import CONTRADICTION
 from vllm_cost_meter.tenants.budgets import Verdict
+from vllm_cost_meter.tenants.rules import BodyClaims
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +40,27 @@ def route_of_scope(scope: Scope) -> str:
     return route_of(scope["path"].removeprefix(scope.get("root_path", "")))
 
 
+async def wait_for_figures(exchange: Exchange | None, admission: Admission | None) -> None:
+    """Wait until the budgets that cover a new request were counted once, within a bound."""
+    if exchange is not None and admission is not None and reaches_engine(exchange.route):
+        await admission.first_figures(exchange.owner)
+
+
 def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) -> Judged:
     """Decide about a new request by its budgets, without any I/O."""
-    if admission is None or not reaches_engine(exchange.route):
+    if not reaches_engine(exchange.route):
         return ADMITTED
     if exchange.owner == CONTRADICTION:
         metrics.count_refused("contradicting", "")
         return Judged(contradicting(exchange.route))
-    verdict = admission.verdict(exchange.owner)
-    if verdict.kind in ("blocked", "unavailable"):
-        return Judged(refusal(verdict, exchange.owner.tenant, exchange.route))
+    if admission is None:
+        return ADMITTED
+    verdict = admission.admit(exchange)
+    if verdict.kind == "admitted":
+        return Judged(warnings=warning(verdict.soft, exchange.owner))
     if verdict.kind == "throttled":
         return Judged(delay_s=throttle_s)
-    return Judged(warnings=warning(verdict.soft))
+    return Judged(refusal(verdict, exchange.owner, exchange.route))
 
 
 def judge_access(exchange: Exchange, scope: Scope, settings: Settings) -> Judged:
@@ -59,17 +68,35 @@ def judge_access(exchange: Exchange, scope: Scope, settings: Settings) -> Judged
     return Judged(refusal_of_unnamed(scope, exchange.route, exchange.owner, settings))
 
 
-def judge_unmetered(scope: Scope, settings: Settings | None) -> Judged:
+def refuse_birth(exchange: Exchange | None, admission: Admission | None) -> Refusal | None:
+    """Return the reply to a request that may have no further engine request, None if it may.
+
+    From then on it is the reply of the exchange.
+    """
+    if exchange is None or admission is None:
+        return None
+    verdict = admission.refused_birth(exchange)
+    if verdict is None:
+        return None
+    exchange.refusal = refusal(verdict, exchange.owner, exchange.route)
+    return exchange.refusal
+
+
+def judge_unmetered(
+    scope: Scope, settings: Settings | None, checked: Collection[str] = ()
+) -> Judged:
     """Decide about a new request while nothing is measured. Never raises.
 
     The request is refused if its tenant fails closed, or if no rule names it and such requests are
-    refused.
+    refused. vLLM checks keys on the `checked` routes.
     """
     if settings is None or not settings.refuses_unmetered or scope["type"] == "lifespan":
         return ADMITTED
     with contextlib.suppress(Exception):  # metering may fail, serving may not
         route = route_of_scope(scope)
-        owner = settings.resolver.resolve(scope["headers"])
+        resolver = settings.resolver
+        unread = BodyClaims(unread=resolver.body_fields)
+        owner = resolver.resolve(scope["headers"], unread, keys_checked=route in checked)
         # Nobody reads bodies now, so a client that may name itself there cannot be judged.
         if not settings.clients_name_tenants and (
             refused := refusal_of_unnamed(scope, route, owner, settings)
@@ -80,5 +107,5 @@ def judge_unmetered(scope: Scope, settings: Settings | None) -> Judged:
         if owner == CONTRADICTION:
             return Judged(contradicting(route))
         if fails_closed(owner, settings.failing_closed):
-            return Judged(refusal(_DOWN, owner.tenant, route))
+            return Judged(refusal(_DOWN, owner, route))
     return ADMITTED

@@ -7,6 +7,8 @@ puts the cost into the reply.
 The endpoint plugin installs it (vLLM 0.27 and later), or `--middleware
 vllm_cost_meter.middleware.CostMiddleware` does (any version). Installing it twice does no harm.
 
+An application whose settings are wrong does not start; after that, nothing of ours stops it.
+
 Invariant: a request is served exactly once, metered or not, unless a budget refuses it.
 """
 
@@ -25,13 +27,25 @@ from vllm_cost_meter.api_server.judging import (
     judge_access,
     judge_unmetered,
     route_of_scope,
+    wait_for_figures,
 )
-from vllm_cost_meter.api_server.refusal import Refusal
+from vllm_cost_meter.api_server.key_check import checked_routes
 from vllm_cost_meter.api_server.reply_editor import BODY, ReplyEditor
-from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahead
+from vllm_cost_meter.api_server.request_body import (
+    claims_of,
+    is_json,
+    read_ahead,
+    unread_claims,
+)
 from vllm_cost_meter.api_server.routes import reaches_engine
 from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime, get_runtime
-from vllm_cost_meter.exchange import Exchange, current_exchange, is_metered, set_exchange
+from vllm_cost_meter.exchange import (
+    Exchange,
+    Refusal,
+    current_exchange,
+    is_metered,
+    set_exchange,
+)
 from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.tenants.rules import NO_CLAIMS, BodyClaims
 
@@ -45,17 +59,24 @@ class CostMiddleware:
         """Wrap `app`. `runtime` is called at each request, so that the serving process makes it."""
         self.app = app
         self._runtime = runtime
+        # The routes on which vLLM checks keys; None until the first request.
+        self._checked: frozenset[str] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if is_metered(scope):  # The middleware is installed twice.
             await self.app(scope, receive, send)
             return
+        if self._checked is None:
+            self._checked = await checked_routes(scope.get("app"))
         runtime = self._runtime()
-        if runtime.settings is not None and hides_metrics(scope, runtime.settings):
+        if isinstance(runtime, NoRuntime) and runtime.wrong and scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": runtime.wrong})
+        elif runtime.settings is not None and hides_metrics(scope, runtime.settings):
             set_exchange(scope, None)
             await serve_without_private(self.app, scope, receive, send)
         elif not isinstance(runtime, Runtime):
-            judged = judge_unmetered(scope, runtime.settings)
+            judged = judge_unmetered(scope, runtime.settings, self._checked)
             if judged.refusal is None:
                 await self.app(scope, receive, send)
             else:
@@ -64,18 +85,44 @@ class CostMiddleware:
             set_exchange(scope, None)
             await self.app(scope, receive, _starting(scope, send, runtime))
         else:
-            await self._metered(scope, receive, send, runtime)
+            await self._metered(scope, receive, send, runtime, self._checked)
 
-    async def _metered(self, scope: Scope, receive: Receive, send: Send, runtime: Runtime) -> None:
+    async def _metered(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        runtime: Runtime,
+        checked: frozenset[str],
+    ) -> None:
         started_at_ns = time.time_ns()
-        claims, guard = NO_CLAIMS, runtime.guard
-        if runtime.settings.resolver.reads_body and guard.run("body", _has_claims, scope):
-            claims, receive = await _read_claims(receive, runtime)
-        exchange = guard.run("new exchange", _new_exchange, runtime, scope, claims, started_at_ns)
-        judged = _judged(exchange, scope, runtime)
+        guard = runtime.guard
+        claims, receive = await _read_claims(scope, receive, runtime)
+        exchange = guard.run(
+            "new exchange", _new_exchange, runtime, scope, claims, checked, started_at_ns
+        )
+        await wait_for_figures(exchange, runtime.admission)
+        judged = _judged(exchange, scope, runtime, checked)
         if judged.refusal is not None:
             await _refuse(judged.refusal, scope, send)
             return
+        try:
+            await self._admitted(scope, receive, send, runtime, exchange, judged)
+        finally:
+            admission = runtime.admission
+            if exchange is not None and admission is not None:
+                guard.run("end of place", admission.in_flight.served, exchange)
+
+    async def _admitted(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        runtime: Runtime,
+        exchange: Exchange | None,
+        judged: Judged,
+    ) -> None:
+        guard = runtime.guard
         if judged.delay_s:
             await asyncio.sleep(judged.delay_s)
         editor = None
@@ -113,7 +160,9 @@ def _starting(scope: Scope, send: Send, runtime: Runtime) -> Send:
 
     async def starting_send(message: Message) -> None:
         if message["type"] == "lifespan.startup.complete":
-            await runtime.start(scope.get("app"))
+            if (refused := await runtime.start(scope.get("app"))) is not None:
+                # The server says this in its log, and ends.
+                message = {"type": "lifespan.startup.failed", "message": f"cost meter: {refused}"}
         elif message["type"] == "lifespan.shutdown.complete":
             try:
                 await runtime.stop()
@@ -124,36 +173,47 @@ def _starting(scope: Scope, send: Send, runtime: Runtime) -> Send:
     return starting_send
 
 
-def _has_claims(scope: Scope) -> bool:
-    """Return whether the body of a request may contain claims about its tenant."""
-    return (
-        scope["type"] == "http"
-        and reaches_engine(route_of_scope(scope))
-        and is_json(scope["headers"])
-    )
-
-
-async def _read_claims(receive: Receive, runtime: Runtime) -> tuple[BodyClaims, Receive]:
+async def _read_claims(
+    scope: Scope, receive: Receive, runtime: Runtime
+) -> tuple[BodyClaims, Receive]:
+    """Return what the body claims about the tenant, and a `receive` for the application."""
     # This is a separate function so that the body does not live as long as the exchange.
+    needed = runtime.settings.resolver.body_fields
+    if not needed or not runtime.guard.run("body", _reaches_engine, scope):
+        return NO_CLAIMS, receive
+    headers, is_websocket = scope["headers"], scope["type"] == "websocket"
+    if is_websocket or not is_json(headers):
+        return unread_claims(headers, is_websocket, needed), receive
     body, replayed = await read_ahead(receive)
     claims = runtime.guard.run("claims", lambda: claims_of(body, runtime.served))
     return claims or NO_CLAIMS, replayed
 
 
+def _reaches_engine(scope: Scope) -> bool:
+    return reaches_engine(route_of_scope(scope))
+
+
 def _new_exchange(
-    runtime: Runtime, scope: Scope, claims: BodyClaims, started_at_ns: int
+    runtime: Runtime,
+    scope: Scope,
+    claims: BodyClaims,
+    checked: frozenset[str],
+    started_at_ns: int,
 ) -> Exchange:
-    headers = scope["headers"]
+    headers, route = scope["headers"], route_of_scope(scope)
     request_ids = [value for name, value in headers if name == b"x-request-id"]
     return Exchange(
-        route=route_of_scope(scope),
-        owner=runtime.settings.resolver.resolve(headers, claims),
+        route=route,
+        owner=runtime.settings.resolver.resolve(headers, claims, keys_checked=route in checked),
         x_request_id=stored(request_ids[0].decode("latin-1")) if request_ids else None,
         started_at_ns=started_at_ns,
+        is_socket=scope["type"] == "websocket",
     )
 
 
-def _judged(exchange: Exchange | None, scope: Scope, runtime: Runtime) -> Judged:
+def _judged(
+    exchange: Exchange | None, scope: Scope, runtime: Runtime, checked: frozenset[str]
+) -> Judged:
     settings = runtime.settings
     if exchange is not None:
         access = runtime.guard.run("access", judge_access, exchange, scope, settings) or ADMITTED
@@ -163,7 +223,7 @@ def _judged(exchange: Exchange | None, scope: Scope, runtime: Runtime) -> Judged
         judged = runtime.guard.run("budgets", judge, exchange, runtime.admission, throttle_s)
         if judged is not None:
             return judged
-    return judge_unmetered(scope, settings)
+    return judge_unmetered(scope, settings, checked)
 
 
 def _new_editor(runtime: Runtime, exchange: Exchange, send: Send, judged: Judged) -> ReplyEditor:

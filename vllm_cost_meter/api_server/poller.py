@@ -11,9 +11,11 @@ import logging
 from collections.abc import Callable, Sequence
 
 from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.background import Loops, in_own_thread
+from vllm_cost_meter.api_server.record_making import facts_of_run
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks import engines
 
@@ -30,7 +32,7 @@ class Poller:
         self,
         engine_client: object,
         writer: LedgerWriter,
-        guard: Guard,
+        loops: Loops,
         interval_s: float,
         earlier_fit: Callable[[Snapshot], EarlierFit | None] = lambda _: None,
         announce: Callable[[], None] = lambda: None,
@@ -43,7 +45,8 @@ class Poller:
         """
         self._engine_client = engine_client
         self._writer = writer
-        self._guard = guard
+        self._loop = loops["poll"]
+        self._engines_loop = loops["engines"]
         self._interval_s = interval_s
         self._answer_timeout_s = answer_timeout_s
         self._acknowledged: dict[str, int] = {}
@@ -58,17 +61,19 @@ class Poller:
         # The run that answered last, by its engine's place. A failing engine is removed.
         self._runs: dict[int, str] = {}
 
+    def facts_of(self, run_id: str) -> RunFacts | None:
+        """Return what the price of a run depends on; None for a run that never answered."""
+        snapshot = self.latest.get(run_id)
+        return None if snapshot is None else facts_of_run(snapshot)
+
     async def run(self) -> None:
         """Poll for ever. Errors are contained and counted."""
-        while True:
-            try:
-                await self.refresh()
-                if self._fits:  # Send them before the first requests come, if possible.
-                    await self.refresh()
-                self._guard.succeeded("poll")
-            except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
-                self._guard.failed("poll", error)
-            await asyncio.sleep(self._interval_s)
+        await self._loop.run(self._refresh_and_send_fits, self._interval_s)
+
+    async def _refresh_and_send_fits(self) -> None:
+        await self.refresh()
+        if self._fits:  # Send them before the first requests come, if possible.
+            await self.refresh()
 
     async def refresh(self) -> None:
         """Bring the ledger up to now. Callers during a refresh share it."""
@@ -107,7 +112,7 @@ class Poller:
     async def _look_for_a_fit(self, snapshot: Snapshot) -> None:
         """Look up what an equal engine learnt before; the next poll sends it to the new engine."""
         try:
-            fit = await asyncio.to_thread(self._earlier_fit, snapshot)
+            fit = await in_own_thread(self._earlier_fit, snapshot)
         except LedgerError as error:
             logger.warning("cost meter: the earlier cost model could not be looked up: %s", error)
             return
@@ -132,10 +137,10 @@ class Poller:
             self._note_overdue()
         elif not failures:
             self._overdue = False
-            self._guard.succeeded("poll of one engine")
+            self._engines_loop.succeeded()
         for failure in failures:
             if not isinstance(failure, TimeoutError):
-                self._guard.failed("poll of one engine", failure)
+                self._engines_loop.failed(failure)
 
     def _note_overdue(self) -> None:
         """Log once that an engine is overdue, until it answers again. This is not our error."""

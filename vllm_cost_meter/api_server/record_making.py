@@ -129,11 +129,15 @@ def response_id(birth: Birth) -> str | None:
     return stored_or_none(response_id_of(birth.exchange.route, birth.external_id))
 
 
+def facts_of_run(snapshot: Snapshot) -> RunFacts:
+    """Return what the price of a run depends on, as the ledger keeps it."""
+    engine = snapshot.engine
+    return RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
+
+
 def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
     """Return the ledger's price record for a run in its first hour; None without a price."""
-    engine = snapshot.engine
-    run = RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
-    price = book.price_at(run, snapshot.started_at_ns // NS_PER_HOUR)
+    price = book.price_at(facts_of_run(snapshot), snapshot.started_at_ns // NS_PER_HOUR)
     if price is None:
         return None
     entry, agreed = price.entry, terms(price.as_dict())
@@ -148,14 +152,23 @@ def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
 
 
 def latencies(times: RequestTimes, output_tokens: int, finished_at_ns: int) -> Latencies:
-    """Return a request's latencies from vLLM's per-request statistics, where 0 means not yet."""
+    """Return a request's latencies from vLLM's per-request statistics, where 0 means not yet.
+
+    Those that vLLM takes from the wall clock are unknown if that was set back meanwhile.
+    """
     first, last = times.first_token_ts, times.last_token_ts
+    ttft_ms = times.first_token_latency * 1e3 if first else None
+    e2e_ms = finished_at_ns / 1e6 - times.arrival_time * 1e3 if times.arrival_time else None
     return Latencies(
         queue_ms=(times.scheduled_ts - times.queued_ts) * 1e3 if times.scheduled_ts else None,
-        ttft_ms=times.first_token_latency * 1e3 if first else None,
+        ttft_ms=_possible(ttft_ms),
         tpot_ms=(last - first) / (output_tokens - 1) * 1e3 if output_tokens > 1 and last else None,
-        e2e_ms=finished_at_ns / 1e6 - times.arrival_time * 1e3 if times.arrival_time else None,
+        e2e_ms=_possible(e2e_ms),
     )
+
+
+def _possible(latency_ms: float | None) -> float | None:
+    return None if latency_ms is None or latency_ms < 0 else latency_ms
 
 
 def _latencies(birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencies:
@@ -175,5 +188,6 @@ def _cost_nanousd(
     # A bill without use has no hour. It costs 0 if the present hour has a price.
     now = time.time_ns() // NS_PER_HOUR
     spent = [(piece.hour, ns_of(piece)) for piece in bill.pieces] or [(now, 0)]
-    at = by_price(spent, partial(book.price_at, run))
+    # Where a fact of the run is unknown, a price that it might change would be a guess.
+    at = by_price(spent, partial(book.certain_price_at, run))
     return None if at is None else total_nanousd(at)

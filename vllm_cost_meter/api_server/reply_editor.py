@@ -58,6 +58,8 @@ class ReplyEditor:
         self._cost: reply_bytes.ReplyCost | None = None
         self._has_settled = False
         self._commented = False
+        # The body that is sent in place of the application's.
+        self._instead: bytes | None = None
 
     def receiving(self, receive: Receive) -> Receive:
         """Wrap `receive` to notice if the client leaves before its reply is complete."""
@@ -90,8 +92,11 @@ class ReplyEditor:
     async def take(self, message: Message) -> None:
         """Pass on, hold or edit one message from the application."""
         if message["type"] == "http.response.start":
-            await self._start(message)
+            await self._start(self._refusing(message))
         elif message["type"] == BODY:
+            if self._instead is not None:
+                body = b"" if message.get("more_body", False) else self._instead
+                message = {**message, "body": body}
             self._complete = not message.get("more_body", False)
             if self._held is not None:
                 await self._hold(self._held, message)
@@ -129,6 +134,18 @@ class ReplyEditor:
             self._held = [message]
             return
         await self._send(message)
+
+    def _refusing(self, start: Message) -> Message:
+        """Answer with the budget's own reply where the application answers with its error.
+
+        What it knows of the refusal of an engine request is the message; and before vLLM 0.30 it
+        answers each client's error with 400.
+        """
+        refusal = self._exchange.refusal
+        if refusal is None or start["status"] < 400:
+            return start
+        self._instead = refusal.body
+        return {**start, "status": refusal.status, "headers": refusal.headers}
 
     # -- complete replies -------------------------------------------------------------------
 

@@ -118,6 +118,9 @@ _RULES: dict[str, _Rule] = {
     "/invocations": _by_prefix,
 }
 
+# The labels of the routes that use an engine.
+KNOWN_ROUTES = frozenset(_RULES)
+
 _RESPONSE = re.compile(r"/v1/responses/(?!render\Z)[^/]+(/cancel)?\Z")
 
 

@@ -6,7 +6,6 @@ server it counts the requests that ended.
 
 import time
 from contextlib import closing
-from fractions import Fraction
 from typing import Any
 
 from vllm_cost_meter.cli.options import (
@@ -19,16 +18,25 @@ from vllm_cost_meter.cli.options import (
     ledger_url,
     one_line_errors,
     print_answer,
-    reading,
 )
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.queries.spending import Spending
-from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.tenants.budgets import Standing, budget_row
 from vllm_cost_meter.units.money import format_amount, format_usd
 
-COLUMNS = ("budget", "of", "state", "used", "limit", "unit", "over", "period", "resets_at")
+COLUMNS = (
+    "budget",
+    "of",
+    "covers",
+    "state",
+    "used",
+    "limit",
+    "unit",
+    "over",
+    "period",
+    "resets_at",
+)
 # The last columns that a narrow terminal leaves out. These fit 80 characters with any amounts.
 FIRST = ("budget", "used", "limit", "unit", "state")
 
@@ -47,15 +55,8 @@ def budgets(
     """
     with one_line_errors():
         settings = load_settings(config=config)
-        with reading(ledger, config) as reader:
-            run = reader.latest_run() or RunFacts()
-
-        def price_of(_run_id: str, hour: int) -> Fraction | None:
-            price = settings.price_book.price_at(run, hour)
-            return None if price is None else price.usd_per_gpu_hour
-
         with closing(Spending(ledger_url(ledger, config), create=False)) as spending:
-            figures = spending.look(settings.declared_budgets, price_of, time.time_ns())
+            figures = spending.look(settings.declared_budgets, settings.price_book, time.time_ns())
     standings = figures.standings
     rows = [budget_row(standing) for standing in standings]
 

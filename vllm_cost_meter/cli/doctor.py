@@ -10,6 +10,8 @@ its files to other users.
 import json
 import os
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -23,6 +25,7 @@ from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_li
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.console import print_lines
+from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.engine.energy.nvml import EnergyCounter
 from vllm_cost_meter.ledger.database import check_location, open_database, writing
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -33,6 +36,7 @@ from vllm_cost_meter.version import __version__
 
 # Servers hold the ledger for milliseconds at a time.
 LEDGER_TIMEOUT_S = 2.0
+SERVER_TIMEOUT_S = 5.0
 # No server answers at the port of these.
 UNASKED = Settings(port="off")
 GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins", "vllm.endpoint_plugins")
@@ -73,7 +77,7 @@ def examine(
     *,
     ledger_timeout_s: float = LEDGER_TIMEOUT_S,
 ) -> list[Finding]:
-    """Run all checks; `book` is the price book in the settings.
+    """Run all checks; `book` is the price book in the settings, which name the server's port.
 
     A ledger that another process holds for longer than `ledger_timeout_s` cannot be written.
     """
@@ -84,6 +88,7 @@ def examine(
         ("vllm", _vllm),
         ("ledger", lambda: _ledger(ledger_url, ledger_timeout_s)),
         ("books", lambda: _books(ledger_url)),
+        ("server", lambda: _server(settings)),
         ("cost model", lambda: _cost_model(ledger_url)),
         ("price", lambda: _price(ledger_url, book)),
         ("energy", _energy),
@@ -158,6 +163,53 @@ def _books(url: str) -> Finding:
         detail = f"the meter switched itself off in run {', '.join(engines_off)}: see the log"
         return Finding("books", False, detail)
     return Finding("books", True, f"{len(runs)} engine runs balance")
+
+
+def _server(settings: Settings) -> Finding:
+    """Ask the server that these settings name, if one answers, how its meter does."""
+    if not settings.port:
+        return Finding("server", True, "not asked: COST_METER_PORT names no port of its endpoint")
+    if settings.admin_token is None and settings.admin_token_sha256 is not None:
+        detail = "not asked: of the token that it wants, the settings have the SHA-256 only"
+        return Finding("server", True, detail)
+    # Whoever listens on all addresses answers on loopback.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    request = urllib.request.Request(f"{url}/cost/health")  # noqa: S310 - always http
+    if settings.admin_token is not None:
+        token = settings.admin_token.get_secret_value()
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        # The server is asked itself, whatever proxy the environment names.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=SERVER_TIMEOUT_S) as answer:
+            health: MeterHealth = json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        why = "set COST_METER_ADMIN_TOKEN" if error.code == 401 else "is it another program?"
+        return Finding("server", False, f"{url} answers {error.code} to /cost/health; {why}")
+    except urllib.error.URLError as error:
+        return Finding("server", True, f"none answers at {url}: {error.reason}")
+    broken = [loop for loop in health["loops"] if loop["state"] != "ok"]
+    said = [
+        f"{loop['loop']} fails for {loop['failing_for_s']:.0f} s ({loop['last_error']})"
+        for loop in broken
+    ]
+    if health["status"] == "off":
+        said.append("the meter switched itself off: see the log, and restart the server")
+    if health["ledger_error"] is not None:
+        said.append(f"the ledger cannot be written: {health['ledger_error']}")
+    said += [
+        f"the process of the {each['process']} ended {each['restarts']} times, the last time it"
+        f" {each['last_end']}"
+        for each in health["side_processes"]
+        if each["restarts"]
+    ]
+    if not said:
+        names = ", ".join(loop["loop"] for loop in health["loops"])
+        said = [f"{names} work"] if names else []
+    return Finding(
+        "server", health["status"] == "ok", f"{url} says {health['status']}; " + "; ".join(said)
+    )
 
 
 def _cost_model(url: str) -> Finding:

@@ -9,7 +9,9 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,17 +30,19 @@ from vllm_cost_meter.cli.options import (
     refuse_both,
     write_output,
 )
+from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.records.owner import COVERS_TEXT, OWN, WITH_CHILDREN, Covers, TenantScope
 from vllm_cost_meter.reports.answers import TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
-from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words
+from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.price_lines import price_lines
 from vllm_cost_meter.reports.statement_html import statement_html
 from vllm_cost_meter.reports.statement_text import print_statement
 from vllm_cost_meter.units.calendar import hours_of_window, zone_of
-from vllm_cost_meter.units.text import to_csv
+from vllm_cost_meter.units.text import plain, to_csv
 
 TENANT_COLUMNS: tuple[str, ...] = ("tenant", *COUNTS, "gpu_time_ns", "cost_usd")
 REQUEST_COLUMNS: tuple[str, ...] = (
@@ -103,6 +107,13 @@ Aggregate = Annotated[
         f" {LABEL}NAME; otherwise tenant."
     ),
 ]
+WithChildren = Annotated[
+    bool,
+    typer.Option(
+        "--with-children/--own",
+        help="What a tenant means: itself with all tenants below it, or itself alone.",
+    ),
+]
 Filter = Annotated[
     str | None, typer.Option(help=f"Rows to show, such as tenant:a,b+model:m+{TAG}team=x.")
 ]
@@ -128,6 +139,7 @@ def report(
         str | None, typer.Option(help="What if every GPU-hour had cost so many USD?")
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's requests.")] = None,
+    with_children: WithChildren = True,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests to list.")] = 100,
     wide: Wide = False,
     as_json: Json = False,
@@ -157,15 +169,17 @@ def report(
         refuse_both(as_json=as_json, as_csv=as_csv)
         has_words = any(value for word, value in words.items() if word not in ("window", "tz"))
         if has_words:
-            answer = reader.report(**words)
+            answer = reader.report(replace(question(**words), covers=_covers(with_children)))
             rows, columns = _series_rows(answer)
         elif what is What.tenants:
             answer = _plain_report(reader, window, tz)
             rows, columns = _series_rows(answer)[0], TENANT_COLUMNS
         else:
-            answer = reader.requests(limit=limit, tenant=tenant)
+            answer = reader.requests(limit=limit, tenant=tenant, covers=_covers(with_children))
             rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
-    below = _lines_below(answer, filter, has_words) if what is What.tenants else []
+    _say_who_is_unseen(answer, config)
+    is_report = what is What.tenants
+    below = _lines_below(answer, filter, has_words) if is_report else _requests_of(answer)
     print_answer(
         answer,
         rows,
@@ -174,13 +188,25 @@ def report(
         as_csv=as_csv,
         output=output,
     )
-    if what is What.tenants and not answer["adds_up"]:
+    if is_report and not answer["adds_up"]:
         raise typer.Exit(1)
+
+
+def _say_who_is_unseen(answer: Mapping[str, Any], config: Path | None) -> None:
+    """Name on stderr whom the idle policy charges though nobody knows them."""
+    if not (unseen := answer.get("idle_unseen")):
+        return
+    declared = {tenant.name for tenant in load_settings(config=config).tenants}
+    for name in unseen:
+        if name not in declared:
+            said = f"--idle: tenant {name!r} is neither declared nor in the ledger"
+            print(plain(f"vllm-cost-meter: {said}; it is charged all the same"), file=sys.stderr)
 
 
 def statement(
     month: Annotated[str, typer.Option(help="The month, such as 2026-11.")],
     tenant: Annotated[str | None, typer.Option(help="Whose statement.")] = None,
+    with_children: WithChildren = True,
     everyone: Annotated[
         bool, typer.Option("--all", help="All tenants, what nobody pays, and the grand total.")
     ] = False,
@@ -204,7 +230,9 @@ def statement(
         format = _format_of(format, as_json=as_json, as_csv=as_csv)
         if everyone == (tenant is not None):
             raise ValueError("--tenant: expected it or --all, and not both")
-        answer = reader.statement(month, tenant=tenant, tz=tz, idle=idle)
+        covers = _covers(with_children)
+        answer = reader.statement(month, tenant=tenant, covers=covers, tz=tz, idle=idle)
+        _say_who_is_unseen(answer, config)
         if output is not None:
             write_output(output, _written(answer, format))
     if output is None and format is Format.table:
@@ -213,6 +241,11 @@ def statement(
         print(_written(answer, format), end="")
     if not answer["adds_up"]:
         raise typer.Exit(1)
+
+
+def _covers(with_children: bool) -> Covers:
+    """Return what a tenant means by the options."""
+    return WITH_CHILDREN if with_children else OWN
 
 
 def _format_of(format: Format, *, as_json: bool, as_csv: bool) -> Format:
@@ -284,16 +317,27 @@ def nano_usd_notes(answer: Mapping[str, Any]) -> list[str]:
 
 def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool) -> list[str]:
     lines = []
+    if "tenant" in answer["aggregate"]:
+        lines.append("each row is a tenant on its own, without those below it")
     if answer.get("what_if_usd_per_gpu_hour") is not None:
         usd = answer["what_if_usd_per_gpu_hour"]
         lines.append(f"what if: every GPU-hour at {usd} USD; that is not what it cost")
     if filter:
-        lines.append("filtered: rows that are not shown belong to the whole too")
+        means = COVERS_TEXT[answer["covers"]] if answer["covers"] else ""
+        named = f"; a tenant in the filter means it {means}" if means else ""
+        lines.append(f"filtered: rows that are not shown belong to the whole too{named}")
     if has_words:
         lines += nano_usd_notes(answer)
     lines.append(adds_up_line(answer))
     # Only the plain report shows prices and overheads.
     return lines if has_words else [*lines, *price_lines(answer)]
+
+
+def _requests_of(answer: Mapping[str, Any]) -> list[str]:
+    """Return the line that says whose requests are listed; none for those of all tenants."""
+    if answer["tenant"] is None:
+        return []
+    return [f"requests of {TenantScope(answer['tenant'], answer['covers']).text}"]
 
 
 def _written(answer: Mapping[str, Any], format: Format) -> str:

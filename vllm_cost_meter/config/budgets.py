@@ -1,12 +1,13 @@
 """Budget settings: the `[[budgets]]` tables, and the `Budget` that each declares.
 
-A budget in USD would never be reached without a price, so the server refuses to start with one
-(`check_budgets`).
+A budget that could never be reached is a slip: one in USD without a price, or one of a tenant that
+no request can be of. With such a budget the settings are refused.
 
 Invariant: `budget()` of a checked setting never fails.
 """
 
-from collections.abc import Collection, Sequence
+import difflib
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -14,12 +15,14 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from vllm_cost_meter.config import types as t
+from vllm_cost_meter.config.tenants import RuleSetting, TenantSetting, can_be_named
 from vllm_cost_meter.records.owner import UNKNOWN
 from vllm_cost_meter.tenants.budgets import Budget
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
 ROLLING_DAYS_MAX = 366
+CONCURRENT_MAX = 1_000_000
 LIMIT = "a decimal number above 0, at most 1,000,000,000,000, with at most 9 decimal places"
 ZONE = "the name of a time zone, such as Europe/Berlin"
 TAG_FORM = "key=value"
@@ -134,16 +137,27 @@ class BudgetSetting(BaseModel):
         json_schema_extra=t.about("true or false"),
     )
 
+    max_concurrent: Annotated[int, BeforeValidator(t._number)] | None = Field(
+        default=None,
+        ge=1,
+        le=CONCURRENT_MAX,
+        description="How many of its requests each API server runs at once; more get a 429. It "
+        "bounds by how much the amount can be exceeded.",
+        json_schema_extra=t.about(f"a whole number from 1 to {CONCURRENT_MAX:,}"),
+    )
+
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
         if (self.tenant is None) == (self.tag is None):
             raise t.WrongError("either a tenant or a tag", "both" if self.tenant else "neither")
         if (self.usd is None) == (self.gpu_seconds is None):
             raise t.WrongError("either usd or gpu_seconds", "both" if self.usd else "neither")
+        if self.max_concurrent is not None and not self.hard:
+            raise t.WrongError("hard = true beside max_concurrent", "hard = false")
         return self
 
-    def budget(self, members: Collection[str] = frozenset()) -> Budget:
-        """Return the declared budget; `members` are the tenants below its tenant."""
+    def budget(self, above: tuple[str, ...] = ()) -> Budget:
+        """Return the declared budget; `above` are the tenants above its tenant."""
         amount, of_one = (
             (self.usd, NANOUSD_PER_USD)
             if self.usd is not None
@@ -159,13 +173,14 @@ class BudgetSetting(BaseModel):
             period=self.period,
             zone=ZoneInfo(self.timezone),
             tenant=self.tenant,
-            members=members,
+            above=above,
             tag=(key, value) if self.tag is not None else None,
             days=self.days,
             soft_limit=None if soft is None else int(limit * Decimal(str(soft)) / 100),
             hard=self.hard,
             over=self.over,
             stop_running=self.stop_running,
+            max_concurrent=self.max_concurrent,
         )
 
 
@@ -181,3 +196,22 @@ def check_budgets(budgets: Sequence[BudgetSetting], has_price: bool) -> None:
                 "a price for a budget in USD (prices, gpu_hour_usd), or gpu_seconds",
                 f"{budget.name!r} in USD and no price",
             )
+
+
+def check_tenants_of_budgets(
+    budgets: Sequence[BudgetSetting],
+    tenants: Sequence[TenantSetting],
+    rules: Sequence[RuleSetting],
+) -> None:
+    """Raise WrongError for a budget of a tenant that no request can ever be of."""
+    for place, budget in enumerate(budgets):
+        name = budget.tenant
+        if name is None or can_be_named(name, tenants, rules):
+            continue
+        like = difflib.get_close_matches(name, [tenant.name for tenant in tenants], n=1)
+        hint = f", perhaps {like[0]!r}" if like else ""
+        raise t.WrongError(
+            f"a declared tenant, or one that a rule can name{hint}",
+            f"{name!r} of the budget {budget.name!r}",
+            (place, "tenant"),
+        )

@@ -12,9 +12,9 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from vllm_cost_meter.config.reading import read_text
 from vllm_cost_meter.errors import SettingError
 
 PREFIX = "COST_METER_"
@@ -67,7 +67,7 @@ def load_engine_settings(environ: Mapping[str, str] = os.environ) -> EngineSetti
     """
     values: dict[str, Any] = asdict(EngineSettings())
     if path := environ.get(f"{PREFIX}CONFIG"):
-        from_file = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        from_file = tomllib.loads(read_text(path))
         values |= {name: from_file[name] for name in values if name in from_file}
     values |= {name: given for name in values if (given := environ.get(PREFIX + name.upper()))}
     if values["method"] not in get_args(Method):

@@ -38,12 +38,13 @@ from vllm_cost_meter.config.invoices import (
     ResourceSetting,
 )
 from vllm_cost_meter.config.prices import EnergyPriceSetting, OverheadSetting, PriceSetting
+from vllm_cost_meter.config.reading import read_text
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.tenants import (
     RuleSetting,
     TenantSetting,
 )
-from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.errors import SettingError, UnreadableError
 
 # These names are not settings: they choose the build and the tests' set-up.
 OTHER_NAMES = frozenset({"COST_METER_PURE_PYTHON", "COST_METER_SANITIZE", "COST_METER_CACHE"})
@@ -115,11 +116,13 @@ def _read_file(path: str, text: str | None) -> tuple[dict[str, Any], str]:
     key, expected = f"{PREFIX}CONFIG", _expected(Settings, "config")
     try:
         if text is None:
-            text = Path(path).expanduser().read_bytes().decode()
+            text = read_text(path)
         values = tomllib.loads(text, parse_float=Decimal)
-    except (OSError, ValueError, RuntimeError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise SettingError(key, expected, t.Text(f"{_line(path)!r}: {_line(str(why))}")) from None
+    except OSError as error:
+        got = t.Text(f"{_line(path)!r}: {_line(str(error.strerror or error))}")
+        raise UnreadableError(key, expected, got) from None
+    except (ValueError, RuntimeError) as error:
+        raise SettingError(key, expected, t.Text(f"{_line(path)!r}: {_line(str(error))}")) from None
     where = _line(path)
     for name in values:
         if name == "config":

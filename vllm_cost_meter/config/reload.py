@@ -3,7 +3,8 @@
 Once a second the file's stamp is compared. If it differs, the file is read as at the start. The
 settings that may change while a server runs (`live`: tenants, their rules and budgets, prices, what
 clients are told) take effect together, for requests that come from then on. A faulty file changes
-nothing: one line in the log says so, once per change, and the settings stay as they were.
+nothing: one line in the log says so, once per change, and the settings stay as they were. A file
+that cannot be read, as on a mount that is away, is looked at again until it can.
 
 Invariant: the settings in use were checked as a whole. A setting that is not live keeps the value
 that it had when the server started.
@@ -11,30 +12,18 @@ that it had when the server started.
 
 import logging
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.reading import Stamp, stamp_of
 from vllm_cost_meter.config.settings import Settings
-from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.errors import SettingError, UnreadableError
 
 logger = logging.getLogger("vllm.cost_meter")
 
 INTERVAL_S = 1.0
-
-# Modification time, size and inode: a file replaced within the clock's resolution differs too.
-Stamp = tuple[int, int, int]
-
-
-def stamp_of(path: str | Path) -> Stamp | None:
-    """Return a stamp that differs between two states of a file; None without a file."""
-    try:
-        stat = Path(path).expanduser().stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def live_names() -> frozenset[str]:
@@ -59,17 +48,22 @@ class Reloader:
     def look(self, current: Settings) -> Settings | None:
         """Return the settings to use from now on; None if nothing changed. Blocks on the file.
 
-        Each state of the file is read and logged once, right or wrong.
+        Each state of the file is read and logged once, right or wrong. Raises UnreadableError or
+        TimeoutError while the file is there and cannot be read: it is looked at again then, as
+        nothing of it need change for that to be over.
         """
         stamp = stamp_of(self._path)
         if stamp == self._seen:
             return None
-        self._seen = stamp
         try:
             loaded = self._load(config=self._path)
         except SettingError as error:
+            if isinstance(error, UnreadableError) and stamp is not None:
+                raise
+            self._seen = stamp
             logger.error("cost meter: the settings stay as they were: %s", error)
             return None
+        self._seen = stamp
         values, live = _values(current), live_names()
         changed = {name for name, value in _values(loaded).items() if value != values[name]}
         if held := changed - live:

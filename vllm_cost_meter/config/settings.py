@@ -26,7 +26,11 @@ from pydantic_settings import (
 
 from vllm_cost_meter.config import prices as setting_prices
 from vllm_cost_meter.config import types as t
-from vllm_cost_meter.config.budgets import BudgetSetting, check_budgets
+from vllm_cost_meter.config.budgets import (
+    BudgetSetting,
+    check_budgets,
+    check_tenants_of_budgets,
+)
 from vllm_cost_meter.config.economics import EconomicsSettings
 from vllm_cost_meter.config.engine import (
     LABELS_EXPECTED,
@@ -43,10 +47,11 @@ from vllm_cost_meter.config.prices import EnergyPriceSetting, OverheadSetting, P
 from vllm_cost_meter.config.tenants import (
     RuleSetting,
     TenantSetting,
-    below,
+    above,
     check_rules,
     check_secrets,
     check_tenants,
+    declared_of,
     digest_of,
     failing_closed,
     keys_of,
@@ -54,8 +59,9 @@ from vllm_cost_meter.config.tenants import (
     resolver_of,
 )
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.owner import SLASH
 from vllm_cost_meter.tenants.budgets import Budget
-from vllm_cost_meter.tenants.rules import SLASH, Resolver
+from vllm_cost_meter.tenants.rules import Resolver
 
 _about = t.about
 
@@ -113,6 +119,22 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         description="Bearer token that the side endpoint demands; tenants show their API keys. No "
         "API key and no gateway's secret may be the same.",
         json_schema_extra=_about(t.TOKEN, secret=True),
+    )
+    questions_at_once: t.WholeNumber = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="How many questions the side endpoint answers at the same time; others wait.",
+        json_schema_extra=_about("a whole number from 1 to 64"),
+    )
+    question_timeout_s: t.Number = Field(
+        default=30.0,
+        ge=0.1,
+        le=3_600,
+        allow_inf_nan=False,
+        description="How long a question to the side endpoint may take, its wait included; then it "
+        "is ended, and the asker may try again.",
+        json_schema_extra=_about("a number from 0.1 to 3600", "s"),
     )
     method: Method = Field(
         default=EngineSettings().method,
@@ -248,6 +270,8 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     ) -> tuple[BudgetSetting, ...]:
         of_all = info.data.get("gpu_hour_usd") is not None
         check_budgets(budgets, has_price=of_all or bool(info.data.get("prices")))
+        if "tenants" in info.data and "tenant_rules" in info.data:
+            check_tenants_of_budgets(budgets, info.data["tenants"], info.data["tenant_rules"])
         return budgets
 
     @field_validator("tenants")
@@ -320,8 +344,9 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
 
     @cached_property
     def declared_budgets(self) -> tuple[Budget, ...]:
-        """The declared budgets, each with the tenants below its tenant."""
-        return tuple(each.budget(below(self.tenants, each.tenant or "")) for each in self.budgets)
+        """The declared budgets, each with the tenants above its tenant."""
+        declared = declared_of(self.tenants)
+        return tuple(each.budget(above(declared, each.tenant or "")) for each in self.budgets)
 
     @cached_property
     def failing_closed(self) -> frozenset[str]:

@@ -12,14 +12,17 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from vllm_cost_meter.config import types as t
+from vllm_cost_meter.records.owner import SLASH, UNKNOWN
 from vllm_cost_meter.tenants.rules import (
     PROOF_HEADER,
-    SLASH,
     ApiKeyRule,
+    Believed,
     ChildRule,
     ConstantRule,
     DeclaredTenant,
+    HeaderChildRule,
     HeaderRule,
+    HeaderTagRule,
     Resolver,
     Rule,
 )
@@ -82,13 +85,25 @@ class RuleSetting(BaseModel):
 
     rule: Literal["api_key", "header", "user", "metadata", "lora", "model", "constant"] = Field(
         description="What names the tenant (`api_key`, `header`, `constant`) or chooses a child of "
-        "the tenant found (the others).",
+        "the tenant found (the others, and a header that `names` one).",
         json_schema_extra=t.about("api_key, header, user, metadata, lora, model or constant"),
     )
     name: t.HeaderName | None = Field(
         default=None,
-        description="`header`: the header that carries the tenant.",
+        description="`header`: the header that carries the name.",
         json_schema_extra=t.about(t.HEADER),
+    )
+    names: Literal["tenant", "child", "tag"] = Field(
+        default="tenant",
+        description="`header`: what its value is: a tenant, a child of the tenant found, or the "
+        "value of a `tag`.",
+        json_schema_extra=t.about("tenant, child or tag"),
+    )
+    tag: t.TagKey | None = Field(
+        default=None,
+        description='`header` with `names = "tag"`: the key of the tag. A tag that the tenant '
+        "declares stays as declared.",
+        json_schema_extra=t.about(t.TAG_KEY),
     )
     proof_sha256: t.Digest | None = Field(
         default=None,
@@ -116,7 +131,7 @@ class RuleSetting(BaseModel):
         default=False,
         strict=True,
         description="`user`, `metadata`, `lora`, `model`: where no rule before it found a tenant, "
-        "name one outright; never one that is declared.",
+        "name one below `unknown`, as `unknown/NAME`.",
         json_schema_extra=t.about("true or false"),
     )
     tenant: t.TenantName | None = Field(
@@ -131,6 +146,8 @@ class RuleSetting(BaseModel):
             raise t.WrongError(f"no `{name}` in a rule {self.rule!r}", "a value")
         if (needed := _NEEDS.get(self.rule)) and getattr(self, needed) is None:
             raise t.WrongError(f"`{needed}` in a rule {self.rule!r}", "nothing")
+        if (self.names == "tag") != (self.tag is not None):
+            raise t.WrongError('`tag` where `names = "tag"`, and only there', "one of them")
         if self.trust is not None and self.proof_sha256 is not None:
             raise t.WrongError("`proof_sha256` or `trust` in a rule 'header'", "both")
         return self
@@ -138,7 +155,7 @@ class RuleSetting(BaseModel):
 
 _TAKES: Mapping[str, set[str]] = {
     "api_key": set(),
-    "header": {"name", "proof_sha256", "proof_header", "trust"},
+    "header": {"name", "names", "tag", "proof_sha256", "proof_header", "trust"},
     "user": {"trust_clients"},
     "metadata": {"key", "trust_clients"},
     "lora": {"trust_clients"},
@@ -247,6 +264,19 @@ def digest_of(secret: SecretStr) -> str:
     return hashlib.sha256(secret.get_secret_value().encode()).hexdigest()
 
 
+def can_be_named(name: str, tenants: Iterable[TenantSetting], rules: Sequence[RuleSetting]) -> bool:
+    """Tell whether a request can be of this tenant: by its declaration, or by any rule."""
+    if name == UNKNOWN or any(tenant.name == name for tenant in tenants):
+        return True
+    if any(rule.rule == "constant" and rule.tenant == name for rule in rules):
+        return True
+    parent, slash, _ = name.rpartition(SLASH)
+    if slash:
+        choose = any(rule.rule not in ("api_key", "constant") for rule in rules)
+        return choose and can_be_named(parent, tenants, rules)
+    return any(rule.rule == "header" or rule.trust_clients for rule in rules)
+
+
 # -- values derived from the entries ------------------------------------------------------------
 
 
@@ -269,18 +299,25 @@ def _rule(
     if rule.rule == "api_key":
         return ApiKeyRule(keys_of(tenants))
     if rule.rule == "header":
-        known = SecretStr("") if secret is None else secret
-        return HeaderRule(
-            str(rule.name),
-            rule.proof_sha256 or digest_of(known),
-            rule.proof_header,
-            trusts_everyone=rule.trust is not None,
-            paths=frozenset(name for name in declared if SLASH in name),
-        )
+        header = _believed(rule, secret)
+        if rule.names == "child":
+            return HeaderChildRule(header)
+        if rule.tag is not None:
+            return HeaderTagRule(header, rule.tag)
+        return HeaderRule(header, paths=frozenset(name for name in declared if SLASH in name))
     if rule.rule == "constant":
         return ConstantRule(str(rule.tenant))
-    taken = frozenset(map(str.casefold, declared)) if rule.trust_clients else None
-    return ChildRule(rule.rule, rule.key or "", taken)
+    return ChildRule(rule.rule, rule.key or "", rule.trust_clients)
+
+
+def _believed(rule: RuleSetting, secret: SecretStr | None) -> Believed:
+    known = SecretStr("") if secret is None else secret
+    return Believed(
+        str(rule.name),
+        rule.proof_sha256 or digest_of(known),
+        rule.proof_header,
+        trusts_everyone=rule.trust is not None,
+    )
 
 
 def keys_of(tenants: Iterable[TenantSetting]) -> dict[str, str]:
@@ -289,16 +326,21 @@ def keys_of(tenants: Iterable[TenantSetting]) -> dict[str, str]:
 
 
 def declared_of(tenants: Iterable[TenantSetting]) -> dict[str, DeclaredTenant]:
-    """Return each tenant's declared parent and tags; tags include its parents' tags."""
+    """Return each tenant's declared parents and tags; tags include its parents' tags."""
     return {
-        chain[0].name: DeclaredTenant(chain[0].owner, _tags_of(chain)) for chain in _chains(tenants)
+        chain[0].name: DeclaredTenant(
+            chain[0].owner, _tags_of(chain), tuple(each.name for each in chain[2:])
+        )
+        for chain in _chains(tenants)
     }
 
 
-def below(tenants: Iterable[TenantSetting], name: str) -> frozenset[str]:
-    """Return the declared tenants below this one, at any depth."""
-    chains = _chains(tenants)
-    return frozenset(one[0].name for one in chains if name in {each.name for each in one[1:]})
+def above(declared: Mapping[str, DeclaredTenant], name: str) -> tuple[str, ...]:
+    """Return the tenants that are above this one by the settings, the nearest first."""
+    if name in declared:
+        return declared[name].above
+    parent, slash, _ = name.rpartition(SLASH)
+    return (parent, *above(declared, parent)) if slash else ()
 
 
 def failing_closed(tenants: Iterable[TenantSetting]) -> frozenset[str]:

@@ -112,6 +112,8 @@ UNNAMED = "serve or refuse"
 TENANT_METRICS = "everywhere or side_port"
 TENANT_DETAIL = "exact or coarse"
 METADATA_KEY = "1 to 64 letters, digits, `_`, `-` or `.`"
+TAG_KEY = "1 to 64 small letters, digits, `_` or `-`"
+_TAG_KEY = r"[a-z0-9_-]{1,64}"
 TAGS = (
     "a table of texts: keys of 1 to 64 small letters, digits, `_` or `-`, values of 1 to 128"
     " printable characters"
@@ -205,7 +207,7 @@ def _tenant_name(name: str) -> str:
 
 def _tags(tags: dict[str, str]) -> dict[str, str]:
     for key, value in tags.items():
-        if not re.fullmatch(r"[a-z0-9_-]{1,64}", key):
+        if not re.fullmatch(_TAG_KEY, key):
             raise WrongError(TAGS, f"the key {key[:SHOWN_CHARS_MAX]!r}")
         if not 1 <= len(value) <= NAME_CHARS_MAX or not value.isprintable():
             raise WrongError(TAGS, f"{value[:SHOWN_CHARS_MAX]!r} at {key!r}")
@@ -241,6 +243,7 @@ Host = Annotated[str, _matching(r"[0-9A-Za-z.:_%-]{1,255}", HOST)]
 Token = Annotated[SecretStr, AfterValidator(_printable)]
 TenantName = Annotated[str, AfterValidator(_tenant_name)]
 Tags = Annotated[dict[str, str], AfterValidator(_tags)]
+TagKey = Annotated[str, _matching(_TAG_KEY, TAG_KEY)]
 MetadataKey = Annotated[str, _matching(r"[0-9A-Za-z_.-]{1,64}", METADATA_KEY)]
 WholeNumber = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]

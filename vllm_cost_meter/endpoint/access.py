@@ -4,16 +4,17 @@ A bearer token is the admin token or one of a tenant's API keys. The meter knows
 a token, and compares it in constant time. Without an admin token (allowed on loopback only) a
 caller that shows no token is an operator. A caller that shows a wrong token never is.
 
-Invariant: a tenant sees only its own name and those of its children. Any other tenant looks to it
-as if it did not exist.
+Invariant: a tenant sees only itself and all tenants below it. Any other tenant looks to it as if it
+did not exist.
 """
 
 import hashlib
 import hmac
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.coarse import coarse
 
 T = TypeVar("T")
@@ -34,12 +35,11 @@ class Viewer:
         """Whether the caller may see all figures."""
         return self.tenant is None
 
-    def may_see(self, tenant: str | None) -> bool:
-        """Return whether the caller may see this tenant's figures."""
+    def may_see(self, tenant: str | None, above: Iterable[str] = ()) -> bool:
+        """Return whether the caller may see figures of a tenant with these tenants above it."""
         if self.tenant is None:
             return True
-        own = self.tenant
-        return tenant is not None and (tenant == own or tenant.startswith(f"{own}/"))
+        return tenant is not None and TenantScope(self.tenant).includes(tenant, above)
 
     def view(self, answer: T) -> T:
         """Return an answer as this caller may see it; its rows are the caller's own already."""

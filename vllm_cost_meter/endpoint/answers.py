@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from vllm_cost_meter.endpoint.questions import QuestionCounts
 from vllm_cost_meter.endpoint.shapes import shape_of
 from vllm_cost_meter.ledger.queries.answers import CostModelRow
 from vllm_cost_meter.reports.answers import Tenant
@@ -23,6 +24,76 @@ class Health(TypedDict):
     """`ok`, whenever the endpoint answers."""
     version: str
     """The version of the cost meter."""
+
+
+class LoopHealth(TypedDict):
+    """How one background loop of the first API server does."""
+
+    loop: str
+    """`announce`, `budgets`, `engines`, `poll` or `reload`."""
+    state: str
+    """`ok`, or `failing` while it tries again."""
+    failing_for_s: float | None
+    """Seconds since the first failure of this outage; null while it works."""
+    failures_in_a_row: int
+    """Failed attempts of this outage; 0 while it works."""
+    failures: int
+    """Failed attempts since the server started."""
+    last_error: str | None
+    """The latest failure, in one line; null if there was none."""
+
+
+class SideProcessHealth(TypedDict):
+    """How a process of the meter beside the first API server does."""
+
+    process: str
+    """`side endpoint`, or `budgets` for the one that counts them."""
+    state: str
+    """`ok`; `starting`; `ended` until it is started again; `off` if it is not wanted."""
+    pid: int | None
+    """Its process id; null while there is none."""
+    restarts: int
+    """How often it was started again since the server started."""
+    last_end: str | None
+    """How it ended the last time; null if it never did."""
+
+
+class MeterHealth(TypedDict):
+    """Whether the meter of the first API server works."""
+
+    status: str
+    """`ok`, `failing` while a loop or the ledger fails, `off` once the hooks are switched off."""
+    errors: int
+    """Errors of the hooks that were contained since the server started."""
+    waiting: int
+    """Records that are not in the ledger yet."""
+    dropped: int
+    """Records that the ledger could not take, or that were too many to wait."""
+    ledger_error: str | None
+    """Why the last attempt to write the ledger failed, in one line; null if it worked."""
+    loops: list[LoopHealth]
+    """Each background loop."""
+    side_processes: list[SideProcessHealth]
+    """Each process beside the API server."""
+
+
+class WholeHealth(MeterHealth):
+    """Whether the meter of the first API server works, and how busy the side endpoint is."""
+
+    questions: QuestionCounts
+    """The questions that the side endpoint has at hand."""
+
+
+# The side endpoint of a process that meters nothing.
+NO_METER: MeterHealth = {
+    "status": "off",
+    "errors": 0,
+    "waiting": 0,
+    "dropped": 0,
+    "ledger_error": None,
+    "loops": [],
+    "side_processes": [],
+}
 
 
 class CostModels(TypedDict):
@@ -47,7 +118,7 @@ class OwnFigures(Tenant):
     """The usage and cost of the caller's tenant, and the use of its budgets."""
 
     budgets: list[BudgetRow]
-    """Each budget of the tenant."""
+    """Each budget of the tenant, and of all tenants below it."""
 
 
 class NothingUsed(TypedDict):
@@ -55,6 +126,8 @@ class NothingUsed(TypedDict):
 
     tenant: str
     """The name of the tenant."""
+    covers: str
+    """`with_children`: all tenants below it have used nothing either, or `own`."""
     requests: int
     """Number of HTTP requests: 0."""
     gpu_time_ns: int

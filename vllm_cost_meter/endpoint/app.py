@@ -2,38 +2,43 @@
 
 It reads figures through a `LedgerReader`. Before it does, `refresh` asks the engines for snapshots,
 so the ledger is up to date. In a process that cannot ask them, figures are up to one snapshot old.
-Handlers are plain functions, so FastAPI runs their SQL in its thread pool.
+Handlers that read the ledger are plain functions: `questions` runs a few of them at a time, in its
+threads.
 
 All errors have one shape: `{"error": {"message", "type", "code"}}`.
 
 Invariant: the endpoint reads and never writes. Every JSON body is an object.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.endpoint.access import OPEN, Access, Viewer
 from vllm_cost_meter.endpoint.answers import (
     ERRORS,
+    NO_METER,
     NOT_FOUND,
     SEVERAL,
     SEVERAL_EXPLAINED,
     Budgets,
     CostModels,
     Health,
+    MeterHealth,
+    WholeHealth,
 )
 from vllm_cost_meter.endpoint.calc import add_calculators
 from vllm_cost_meter.endpoint.compare import Comparer, add_compare
 from vllm_cost_meter.endpoint.dependencies import (
     FOR_ADMINS,
+    CoversQuery,
     ViewerOf,
     WindowQuery,
     asked_wrongly,
@@ -42,11 +47,14 @@ from vllm_cost_meter.endpoint.dependencies import (
 from vllm_cost_meter.endpoint.economics import add_economics
 from vllm_cost_meter.endpoint.guarding import Failures, LoopbackHosts, authorizing
 from vllm_cost_meter.endpoint.limits import LimitSizes, refuse_unknown_words
+from vllm_cost_meter.endpoint.questions import RETRY_AFTER_S, AskerGoneError, Questions
 from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse, error_reply
-from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.errors import AwayError, LedgerError, OverdueError
+from vllm_cost_meter.exchange import CLIENT_LEFT
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.records.owner import WITH_CHILDREN
 from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
 from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
@@ -61,9 +69,6 @@ logger = logging.getLogger("vllm.cost_meter")
 
 REQUESTS_PER_PAGE_MAX = 1_000
 
-# No request has this tenant, because names are never empty.
-NO_TENANT = ""
-
 T = TypeVar("T")
 
 
@@ -72,21 +77,27 @@ def make_app(
     *,
     refresh: Callable[[], None] = lambda: None,
     access: Access = OPEN,
-    registry: Callable[[], CollectorRegistry] | None = None,
+    metrics: Callable[[], bytes] | None = None,
     budgets: Callable[[], BudgetFigures] = BudgetFigures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
     failures: Failures | None = None,
+    health: Callable[[], MeterHealth] = lambda: NO_METER,
+    questions: Questions | None = None,
+    handed: Callable[[], bytes | None] = lambda: None,
 ) -> FastAPI:
     """Return the side endpoint's application.
 
     - `refresh` brings the ledger up to date; a worker thread calls it before figures are read.
     - `access` decides which caller may see which figures.
-    - `registry` returns the Prometheus metrics; without it there is no `/metrics`.
+    - `metrics` returns the text of the Prometheus metrics; without it there is no `/metrics`.
     - `budgets` returns the use of each budget.
     - `declared` returns the operator's latency bounds and full load.
     - `public_economics` returns whether anybody may read the cost of tokens.
     - `failures` slows down callers with wrong tokens.
+    - `health` returns whether the meter works.
+    - `questions` bounds what is answered at once.
+    - `handed` returns the settings for a process that compares; without them it reads its own.
     """
     app = FastAPI(
         title="vllm-cost-meter",
@@ -106,7 +117,8 @@ def make_app(
     app.add_middleware(LimitSizes)
     if access.admin_sha256 is None:
         app.add_middleware(LoopbackHosts)
-    # Before the first route is added.
+    app.state.questions = Questions() if questions is None else questions
+    # This has to come before the first route.
     app.router.route_class = AnswerRoute
     _add_error_handlers(app)
     _add_request_routes(app, reader, refresh)
@@ -116,30 +128,38 @@ def make_app(
     add_economics(app, reader, refresh, declared, public_economics)
     _add_budget_route(app, budgets)
     add_calculators(app)
-    add_compare(app, Comparer(reader.url), refresh)
+    add_compare(app, Comparer(reader.url, handed), refresh)
+    _add_own_routes(app, health)
 
-    _add_own_routes(app)
-
-    if registry is not None:
-
-        @app.get("/metrics", response_class=Response, dependencies=FOR_ADMINS)
-        def metrics() -> Response:
-            """Return Prometheus metrics of the meter and of vLLM."""
-            return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
-
+    if metrics is not None:
+        _add_metrics_route(app, metrics)
     return app
 
 
-def _add_own_routes(app: FastAPI) -> None:
+def _add_metrics_route(app: FastAPI, text: Callable[[], bytes]) -> None:
+    @app.get("/metrics", response_class=Response, dependencies=FOR_ADMINS)
+    async def metrics() -> Response:
+        """Return Prometheus metrics of the meter and of vLLM."""
+        return Response(await asyncio.to_thread(text), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_own_routes(app: FastAPI, ask_meter: Callable[[], MeterHealth]) -> None:
     @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
     def openapi() -> dict[str, Any]:
         """Return the OpenAPI description of this endpoint."""
         return app.openapi()
 
     @app.get("/health")
-    def health() -> Health:
+    async def health() -> Health:
         """Return that the endpoint is up, and the meter's version."""
         return {"status": "ok", "version": __version__}
+
+    @app.get("/cost/health", dependencies=FOR_ADMINS)
+    async def meter_health() -> WholeHealth:
+        """Return whether the meter works: its hooks, its ledger, each background loop."""
+        questions: Questions = app.state.questions
+        meter: MeterHealth = await asyncio.to_thread(ask_meter)
+        return {**meter, "questions": questions.counts()}
 
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
@@ -162,7 +182,7 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], BudgetFigures]) -> Non
             "budgets": [
                 viewer.view(budget_row(standing))
                 for standing in figures.standings
-                if viewer.may_see(standing.budget.tenant)
+                if viewer.may_see(standing.budget.tenant, standing.budget.above)
             ],
         }
 
@@ -177,8 +197,7 @@ def look_up(
 
     def rows_now() -> list[RequestWithParts]:
         # Who asks counts first: other tenants' requests under this id must not hide its own.
-        found = reader.look_up(request_id, only=viewer.tenant)
-        return [row for row in found if viewer.may_see(row["tenant"])]
+        return reader.look_up(request_id, only=viewer.tenant)
 
     rows = rows_now()
     if not all(row["state"] == FINISHED for row in rows) or not rows:
@@ -220,14 +239,16 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
         limit: Annotated[int, Query(ge=1, le=REQUESTS_PER_PAGE_MAX)] = 100,
         next: str | None = None,  # noqa: A002 - the parameter's public name
         tenant: str | None = None,
+        covers: CoversQuery = WITH_CHILDREN,
     ) -> RequestsPage:
         """Return a page of HTTP requests, newest first; the first page has running ones too."""
         if tenant is None:
             tenant = viewer.tenant
         with asked_wrongly():
-            if not viewer.may_see(tenant):
-                tenant = NO_TENANT
-            return viewer.view(reader.requests(limit=limit, next=next, tenant=tenant))
+            page = reader.requests(
+                limit=limit, next=next, tenant=tenant, covers=covers, only=viewer.tenant
+            )
+            return viewer.view(page)
 
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
@@ -239,11 +260,16 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return reader.tenants(*hours)
 
     @app.get("/cost/tenants/{tenant:path}", responses=NOT_FOUND)
-    def tenant(viewer: ViewerOf, tenant: str, window: WindowQuery = None) -> Tenant:
-        """Return one tenant's usage, cost and latest requests."""
+    def tenant(
+        viewer: ViewerOf,
+        tenant: str,
+        window: WindowQuery = None,
+        covers: CoversQuery = WITH_CHILDREN,
+    ) -> Tenant:
+        """Return a tenant's usage, cost and latest requests."""
         hours = hours_asked(window)
         refresh()
-        row = reader.tenant(tenant, *hours) if viewer.may_see(tenant) else None
+        row = reader.tenant(tenant, *hours, covers=covers, only=viewer.tenant)
         if row is None:
             raise HTTPException(404, f"no tenant {quoted(tenant)} in the ledger")
         return viewer.view(row)
@@ -280,6 +306,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
         accumulate: Annotated[bool, Query(description="Add all steps up.")] = False,
         idle: Annotated[str | None, Query(description=f"{POLICIES}; none by default.")] = None,
         filter: Annotated[str | None, Query(description="Rows to show.")] = None,
+        covers: CoversQuery = WITH_CHILDREN,
         price: Annotated[
             str | None, Query(description="A supposed price in USD per GPU-hour, for all time.")
         ] = None,
@@ -294,6 +321,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
                 accumulate=accumulate,
                 idle=idle,
                 filter=filter,
+                covers=covers,
                 price=price,
             )
         if not viewer.is_admin and asked.idle.name != "none":
@@ -301,7 +329,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
                 403, "idle: expected the admin token, as idle time is of all tenants together"
             )
         refresh()
-        return viewer.view(reader.report(replace(asked, only=viewer.tenant)))
+        return viewer.view(reader.report(asked.by(viewer.tenant)))
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -319,7 +347,16 @@ def _add_error_handlers(app: FastAPI) -> None:
     def ledger_error(_request: Request, exception: LedgerError) -> Response:
         return error_reply(503, str(exception), "ledger_unavailable")
 
+    @app.exception_handler(OverdueError)
+    @app.exception_handler(AwayError)
+    def later(_request: Request, exception: Exception) -> Response:
+        return error_reply(503, str(exception), headers={"Retry-After": str(RETRY_AFTER_S)})
+
+    @app.exception_handler(AskerGoneError)
+    def nobody_waits(_request: Request, _exception: AskerGoneError) -> Response:
+        return Response(status_code=CLIENT_LEFT)
+
     @app.exception_handler(Exception)
     def our_bug(_request: Request, exception: Exception) -> Response:
-        # The server's log has its traceback.
+        # The server's log has the traceback.
         return error_reply(500, f"unexpected {type(exception).__name__}", "internal_error")

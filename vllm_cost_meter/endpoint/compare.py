@@ -1,14 +1,15 @@
 """`GET /cost/compare` at the side endpoint: a comparison with API prices, in a child process.
 
 The table of API prices takes some 90 MB of memory, and Python prices every request. Neither belongs
-in a process that serves. So a child process does it. At most one runs at a time, at the lowest
-priority, with limits on its time and memory. If memory is short, the system ends it first. The
-question is its input and a typed result its output (see `compare_child`).
+in a process that answers others. So a child process does it. At most one runs at a time, at the
+lowest priority, with limits on its time and memory. If memory is short, the system ends it first.
+The question is its input and a typed result its output (see `compare_child`).
 
 Invariant: whatever happens to the child, the caller gets an answer or a one-line error, and serving
 goes on.
 """
 
+import asyncio
 import contextlib
 import os
 import resource
@@ -16,15 +17,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import orjson
 from fastapi import FastAPI, HTTPException, Query
 from pydantic import BaseModel, Field
 
-from vllm_cost_meter.endpoint.compare_child import Result
+from vllm_cost_meter.endpoint.compare_child import LEDGER_VARIABLE, ComparisonWork, Result
 from vllm_cost_meter.endpoint.dependencies import FOR_ADMINS, asked_wrongly
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.economics.answers import Comparison
@@ -36,7 +37,6 @@ TIMEOUT_S = 120.0
 # The limit on the child's address space; a hundred thousand requests take a tenth of it.
 MEMORY_BYTES_MAX = 4 * 1024**3
 LOWEST_PRIORITY = 19
-LEDGER_VARIABLE = "COST_METER_LEDGER"
 CHILD = "vllm_cost_meter.endpoint.compare_child"
 
 
@@ -76,8 +76,16 @@ class ComparingError(Exception):
 class Comparer:
     """Compares costs on one ledger in a child process. Thread-safe; a call blocks."""
 
-    def __init__(self, ledger_url: str, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        ledger_url: str,
+        handed: Callable[[], bytes | None] = lambda: None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """`handed` gives the settings to compare by; without any, the child reads its own."""
         self._ledger_url = ledger_url
+        self._handed = handed
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
 
@@ -99,7 +107,8 @@ class Comparer:
         with child:
             try:
                 _hold_back(child.pid, self._timeout_s)
-                out, _ = child.communicate(orjson.dumps(asdict(question)), timeout=self._timeout_s)
+                work = msgspec.msgpack.encode(ComparisonWork(question, self._handed()))
+                out, _ = child.communicate(work, timeout=self._timeout_s)
             except subprocess.TimeoutExpired:
                 raise ComparingError(
                     f"compare: expected an answer within {self._timeout_s:g} s, got none;"
@@ -162,13 +171,13 @@ def add_compare(
     """Add the route. `refresh` brings the ledger up to now before it is read."""
 
     @app.get("/cost/compare", dependencies=FOR_ADMINS)
-    def compare(asked: Annotated[ComparisonQuery, Query()]) -> Comparison:
+    async def compare(asked: Annotated[ComparisonQuery, Query()]) -> Comparison:
         """Return the cost of a window's requests here, and what APIs would have charged."""
         with asked_wrongly():
             question = asked.question()
-        refresh()
+        await asyncio.to_thread(refresh)
         try:
             with asked_wrongly():
-                return comparer(question)
+                return await asyncio.to_thread(comparer, question)
         except ComparingError as error:
             raise HTTPException(503, str(error), {"Retry-After": "60"}) from None

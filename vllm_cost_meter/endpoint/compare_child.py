@@ -1,26 +1,32 @@
-"""The child process behind `GET /cost/compare`: reads a question, writes a result, both as JSON.
+"""The child process behind `GET /cost/compare`: reads a question, writes a result as JSON.
 
-The result has either `answer`, or `error` (one line) and `kind`. The kind is `question` if the
-caller must change the question, `ledger` if the ledger cannot be read, and `failed` for anything
-else. The environment variable COST_METER_LEDGER names the ledger, because its URL may hold a
-password and command lines are public.
+The question comes with the settings of the API server; without any this process reads its own. The
+result has either `answer`, or `error` (one line) and `kind`. The kind is `question` if the caller
+must change the question, `ledger` if the ledger cannot be read, and `failed` for anything else. The
+environment variable COST_METER_LEDGER names the ledger, because its URL may hold a password and
+command lines are public.
 
 Invariant: the process writes exactly one result, unless it is killed.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
+import msgspec
 import orjson
 
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
+from vllm_cost_meter.endpoint.handed import unpacked
 from vllm_cost_meter.errors import CostMeterError, LedgerError
-from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.economics.answers import Comparison
 from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion, compared
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.side_process.entry import end_with_parent
+
+LEDGER_VARIABLE = "COST_METER_LEDGER"
 
 
 class Result(TypedDict):
@@ -31,10 +37,17 @@ class Result(TypedDict):
     kind: NotRequired[Literal["question", "ledger", "failed"]]
 
 
-def result_of(text: bytes) -> Result:
-    """Return the result for a question in JSON; never raises."""
+class ComparisonWork(msgspec.Struct, frozen=True):
+    """What the process reads: a question, and the settings that its asker was handed."""
+
+    question: ComparisonQuestion
+    settings: bytes | None
+
+
+def result_of(work: bytes) -> Result:
+    """Return the result for some work; never raises."""
     try:
-        return {"answer": _answer(ComparisonQuestion(**orjson.loads(text)))}
+        return {"answer": _answer(msgspec.msgpack.decode(work, type=ComparisonWork))}
     except LedgerError as error:
         return {"error": str(error), "kind": "ledger"}
     except (CostMeterError, ValueError) as error:
@@ -44,9 +57,10 @@ def result_of(text: bytes) -> Result:
         return {"error": line, "kind": "failed"}
 
 
-def _answer(question: ComparisonQuestion) -> Comparison:
-    settings = load_settings()
-    reader = LedgerReader(settings.ledger or default_url(), book=settings.price_book)
+def _answer(work: ComparisonWork) -> Comparison:
+    question, handed = work.question, work.settings
+    settings = load_settings() if handed is None else unpacked(handed)
+    reader = LedgerReader(os.environ[LEDGER_VARIABLE], book=settings.price_book)
     try:
         question.check()
         named = settings.api_prices
@@ -58,4 +72,5 @@ def _answer(question: ComparisonQuestion) -> Comparison:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.stdout.buffer.write(orjson.dumps(result_of(sys.stdin.buffer.read())))

@@ -10,11 +10,16 @@ from typing import Annotated
 from fastapi import Depends, HTTPException, Query, Request
 
 from vllm_cost_meter.endpoint.access import Viewer
+from vllm_cost_meter.records.owner import Covers
 from vllm_cost_meter.units.calendar import EXPECTED, hours_of_window
 
 WindowQuery = Annotated[
     str | None,
     Query(description=f"{EXPECTED}; widened to whole UTC hours. The whole ledger by default."),
+]
+CoversQuery = Annotated[
+    Covers,
+    Query(description="What a tenant means: itself with all tenants below it, or on its own."),
 ]
 Trailing = Annotated[str, Query(description=f"{EXPECTED}; widened to whole UTC hours.")]
 

@@ -15,16 +15,19 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import ContextVar
 from typing import Annotated, Any, NotRequired, Union
 
-from fastapi import Response
+from fastapi import Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from orjson import dumps
 from pydantic import Field
 from typing_extensions import TypedDict, get_original_bases, is_typeddict
+
+from vllm_cost_meter.endpoint.questions import Questions
 
 
 class OrjsonResponse(JSONResponse):
@@ -63,6 +66,16 @@ class AnswerRoute(APIRoute):
         # Without a model FastAPI does not validate answers. Validation takes long for large ones.
         options |= {"responses": given, "response_model": None}
         super().__init__(path, _sent_as_it_is(endpoint), **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request, which it can find."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            _asked.set(request)
+            return await handler(request)
+
+        return handle
 
     @functools.cached_property
     def query_words(self) -> Mapping[str, bool]:
@@ -151,15 +164,36 @@ def _is_response(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Response)
 
 
+# The request that a handler answers.
+_asked: ContextVar[Request] = ContextVar("cost_meter_asked")
+
+
 def _sent_as_it_is(endpoint: Any) -> Any:
-    """Wrap a handler so that its answer becomes a response, which FastAPI does not copy."""
+    """Wrap a handler so that its answer becomes a response, which FastAPI does not copy.
+
+    A plain function is a question and has its turn. A coroutine function reads no ledger and
+    answers at once.
+    """
 
     @functools.wraps(endpoint)
-    def respond(*args: Any, **kwargs: Any) -> Response:
-        answer = endpoint(*args, **kwargs)
-        return answer if isinstance(answer, Response) else OrjsonResponse(answer)
+    async def respond(*args: Any, **kwargs: Any) -> Response:
+        if inspect.iscoroutinefunction(endpoint):
+            return _response(await endpoint(*args, **kwargs))
+        request = _asked.get()
+        questions: Questions = request.app.state.questions
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        # The bytes are made in the thread, too: of a large answer that takes long.
+        return await questions.answer(lambda: _response(endpoint(*args, **kwargs)), gone)
 
     return respond
+
+
+def _response(answer: Any) -> Response:
+    return answer if isinstance(answer, Response) else OrjsonResponse(answer)
 
 
 def _texts_of(kind: Any) -> dict[str, str]:

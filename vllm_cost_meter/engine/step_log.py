@@ -129,10 +129,9 @@ class StepLogWriter:
             run_id=run_id,
             gpus=gpus,
         )
-        for existing in (rotated(path), path):
-            if existing.exists() and existing.stat().st_size:
-                read_header(existing)
         try:
+            for existing in (rotated(path), path):
+                _check_is_ours(existing)
             if path.exists() and path.stat().st_size:
                 path.replace(rotated(path))
             self._start_file()
@@ -222,6 +221,20 @@ class StepLogWriter:
             rows.append((named[0], tokens, position))
         line = _Line(unix_ns=unix_ns, gpu_time_ns=gpu_time_ns, new=new, parts=rows)
         return self._encoder.encode(line) + b"\n"
+
+
+def _check_is_ours(path: Path) -> None:
+    """Raise StepLogError if there is something else than a step log, which must not be lost."""
+    if not path.exists():
+        return
+    # Opening a FIFO would hold up the engine until somebody reads it.
+    if not path.is_file():
+        raise StepLogError(
+            f"step log {path}: expected a file, got a folder, a FIFO or a device; name a file in"
+            " COST_METER_STEP_LOG"
+        )
+    if path.stat().st_size:
+        read_header(path)
 
 
 def rotated(path: Path) -> Path:

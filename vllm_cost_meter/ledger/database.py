@@ -11,6 +11,7 @@ tried to create it at once.
 """
 
 import os
+import pwd
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ NETWORK_FUSE = frozenset(
     {"sshfs", "glusterfs", "ceph", "ceph-fuse", "s3fs", "gcsfuse", "rclone", "davfs", "davfs2"}
     | {"smbnetfs", "goofys", "juicefs", "blobfuse", "blobfuse2", "mount-s3", "hdfs", "seaweedfs"}
 )
+# What to do where the ledger cannot be: it ends the message.
+SET_LEDGER = (
+    "set COST_METER_LEDGER to a place that this user can write, such as"
+    " sqlite:////var/lib/cost-meter/ledger.db, or to PostgreSQL"
+)
 BUSY_TIMEOUT_S = 5.0
 SYNC_DRIVERS = {"sqlite": {"pysqlite"}, "postgresql": {"psycopg", "psycopg2", "pg8000"}}
 # Marks a connection that will write; see `_begin`.
@@ -45,11 +51,27 @@ _SCHEMA_LOCK = 7_366_101_477
 
 
 def default_url() -> str:
-    """Return the URL of this user's ledger: a SQLite file below the XDG state folder."""
+    """Return the URL of this user's ledger: a SQLite file below the XDG state folder.
+
+    Raises LedgerError where the user has no home folder.
+    """
     state = os.environ.get("XDG_STATE_HOME", "")
     # By the XDG rules, programs ignore a relative path.
-    home = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+    home = Path(state) if state.startswith("/") else _home() / ".local" / "state"
     return f"sqlite:///{home / OWN_FOLDER / 'ledger.db'}"
+
+
+def _home() -> Path:
+    home = os.environ.get("HOME", "")
+    if home.startswith("/"):
+        return Path(home)
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        raise LedgerError(
+            "ledger: expected a home folder for its default place, got no HOME and no entry for"
+            f" user id {os.getuid()} in the password file; {SET_LEDGER}"
+        ) from None
 
 
 def url_of(ledger: str | os.PathLike[str] | None) -> str:
@@ -114,12 +136,17 @@ def check_location(url: str, *, mounts: str | None = None) -> None:
             " unsafe; set COST_METER_LEDGER to a local path or to PostgreSQL"
         )
     _make_folder(path)
-    if path.is_dir():
-        raise LedgerError(f"ledger {path}: expected a file, got a folder")
+    # First of all: nothing can be known of what is in a folder that this user may not enter.
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise LedgerError(f"ledger {path}: cannot write in the folder {path.parent}")
+        raise LedgerError(f"ledger {path}: cannot write in the folder {path.parent}; {SET_LEDGER}")
+    if path.is_dir():
+        raise LedgerError(f"ledger {path}: expected a file, got a folder; {SET_LEDGER}")
+    if path.exists() and not path.is_file():
+        raise LedgerError(f"ledger {path}: expected a file, got a FIFO or a device; {SET_LEDGER}")
     if path.exists() and not os.access(path, os.R_OK | os.W_OK):
-        raise LedgerError(f"ledger {path}: the file cannot be read and written by this user")
+        raise LedgerError(
+            f"ledger {path}: the file cannot be read and written by this user; {SET_LEDGER}"
+        )
     make_private(path)
 
 
@@ -203,7 +230,8 @@ def _make_folder(path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise LedgerError(
-            f"ledger {path}: the folder {path.parent} cannot be created: {error.strerror}"
+            f"ledger {path}: the folder {path.parent} cannot be created: {error.strerror};"
+            f" {SET_LEDGER}"
         ) from error
 
 

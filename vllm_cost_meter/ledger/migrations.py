@@ -88,6 +88,21 @@ MIGRATIONS: Mapping[int, tuple[str | Column, ...]] = {
         *_added("usage_pieces", _COUNT, "cut_ns", "cut_tokens"),
     ),
     7: (*_added("runs", "TEXT", "labels"),),
+    8: (
+        *(
+            column
+            for table in ("requests", "open_requests", "http_requests")
+            for column in _added(table, "TEXT", "tenant_above")
+        ),
+        # Older rows know the parent only. Each name has a line of its own.
+        "UPDATE requests SET tenant_above = '\n' || tenant_parent || '\n'"
+        " WHERE tenant_parent IS NOT NULL",
+        "UPDATE open_requests SET tenant_above = '\n' || tenant_parent || '\n'"
+        " WHERE tenant_parent IS NOT NULL",
+        "UPDATE http_requests SET tenant_above = (SELECT MIN(r.tenant_above) FROM requests r"
+        " WHERE r.http_request_id = http_requests.http_request_id)",
+        "CREATE INDEX IF NOT EXISTS ix_requests_tenant ON requests (tenant, tenant_above)",
+    ),
 }
 
 

@@ -7,18 +7,21 @@ touches single rows by the page only. An empty ledger has answers too, with zero
 Invariant: a reader writes nothing.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, tzinfo
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import invoice_days
 from vllm_cost_meter.ledger.database import cause_of, open_database
+from vllm_cost_meter.ledger.deadline import bounded, deadline
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.audit import audit_runs
@@ -27,8 +30,10 @@ from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut,
 from vllm_cost_meter.ledger.queries.open_requests import Living, running_parts
 from vllm_cost_meter.ledger.queries.pages import PageKey, exchanges, page_of_keys, rows_of_parts
 from vllm_cost_meter.ledger.queries.requests import Match
+from vllm_cost_meter.ledger.queries.seen import unseen
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
+from vllm_cost_meter.records.owner import WITH_CHILDREN, Covers, TenantScope
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
 from vllm_cost_meter.reports.grammar import Question, Words
@@ -37,6 +42,7 @@ from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
 from vllm_cost_meter.reports.statement import month_question
 from vllm_cost_meter.reports.statement_answers import TenantStatement
+from vllm_cost_meter.reports.tenant_details import sum_of_rows
 from vllm_cost_meter.units.calendar import zone_of
 
 MAX_LIMIT = 1000
@@ -60,21 +66,30 @@ class LedgerReader:
 
         `alive` returns engine runs that are known to live though they have sent no snapshot lately,
         such as those in a long step. Any other engine that is silent for too long counts as dead.
-        Raises LedgerError, also if there is no ledger and `create` is not set.
+        Raises LedgerError, also if there is no ledger and `create` is not set. With `create` the
+        first question opens or creates the ledger: a server may start while its ledger is away.
         """
         # The URL may hold a password, so messages never show it.
         self.url = url
         self._given_book = book
         self._alive = alive
-        # Number of bills waited for in vain, by run; nobody waits for them again.
-        self._known_missing: dict[str, int] = {}
-        self._engine = open_database(url, create=create)
-        if self._engine.dialect.name == "postgresql":
-            self._engine = self._engine.execution_options(isolation_level="REPEATABLE READ")
+        # The number of the last bill that was waited for, by run; nobody waits for it again.
+        self._settled: dict[str, int] = {}
+        self._opening = threading.Lock()
+        self._opened: Engine | None = None if create else _open(url, create=False)
+
+    @property
+    def _engine(self) -> Engine:
+        with self._opening:
+            if self._opened is None:
+                self._opened = _open(self.url, create=True)
+            return self._opened
 
     def close(self) -> None:
         """Close the connections."""
-        self._engine.dispose()
+        with self._opening:
+            if self._opened is not None:
+                self._opened.dispose()
 
     def __enter__(self) -> Self:
         return self
@@ -84,12 +99,18 @@ class LedgerReader:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Open a transaction that sees one state of the ledger."""
+        """Open a transaction that sees one state of the ledger.
+
+        Raises LedgerError, and OverdueError once the question has no time left.
+        """
+        engine = self._engine
         try:
-            with self._engine.connect() as connection:
+            with engine.connect() as connection, bounded(connection):
                 yield connection
         except SQLAlchemyError as error:
-            shown = self._engine.url.render_as_string(hide_password=True)
+            if (until := deadline.get()) is not None:
+                until.check()
+            shown = engine.url.render_as_string(hide_password=True)
             raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
     def cut(self, window: Window, as_of: AsOf = NOW) -> Cut:
@@ -99,7 +120,7 @@ class LedgerReader:
             cut = read_cut(
                 connection, window, alive=living.alive, now_ns=living.now_ns, book=self._book
             )
-        settle(self.transaction, cut, as_of.settle_s, self._known_missing)
+        settle(self.transaction, cut, as_of.settle_s, self._settled)
         return cut
 
     # ---- requests
@@ -107,10 +128,11 @@ class LedgerReader:
     def find(self, id: str, only: str | None = None) -> list[Match]:
         """Return what an id means, at most `requests.MAX_MATCHES`.
 
-        With `only` these are requests of that tenant and its children, whoever else uses the id.
+        With `only` these are requests of that tenant and all below it, whoever else uses the id.
         """
+        scope = None if only is None else TenantScope(only)
         with self.transaction() as connection:
-            return requests.find(connection, id, only)
+            return requests.find(connection, id, scope)
 
     def request(self, id: str | Match, as_of: AsOf = NOW) -> RequestWithParts | None:
         """Return the request row of an id or a match, with its `parts`; None if there is none.
@@ -147,23 +169,33 @@ class LedgerReader:
         limit: int = 100,
         next: str | None = None,
         tenant: str | None = None,
+        covers: Covers = WITH_CHILDREN,
+        only: str | None = None,
         as_of: AsOf = NOW,
     ) -> RequestsPage:
         """Return a page of request rows, the newest first, and the token of the next page.
 
-        On the first page `running` has the newest requests without any part that ended. Raises
-        ValueError for a token that this method did not make.
+        `covers` says whether those of all tenants below `tenant` are meant too. `only` is the
+        tenant that asks: it gets its own requests and those below it. On the first page `running`
+        has the newest requests without any part that ended. Raises ValueError for a token that this
+        method did not make.
         """
+        asked = None if tenant is None else TenantScope(tenant, covers)
+        asker = None if only is None else TenantScope(only)
         limit = max(1, min(limit, MAX_LIMIT))
         before = None if next is None else PageKey.from_token(next)
         living = self._living(as_of)
         with self.transaction() as connection:
-            keys = page_of_keys(connection, limit + 1, before, tenant)
+            keys = page_of_keys(connection, limit + 1, before, asked, asker)
             rows = exchanges(connection, keys[:limit], living, self._book)
             first = before is None
-            parts = running_parts(connection, tenant, living, limit, self._book) if first else []
+            parts = (
+                running_parts(connection, asked, asker, living, limit, self._book) if first else []
+            )
         more = len(keys) > limit
         return {
+            "tenant": tenant,
+            "covers": None if asked is None else asked.covers,
             "requests": rows,
             "running": rows_of_parts(parts),
             "next": keys[limit - 1].token() if more else None,
@@ -207,22 +239,39 @@ class LedgerReader:
         from_hour: int | None = None,
         to_hour: int | None = None,
         *,
+        covers: Covers = WITH_CHILDREN,
+        only: str | None = None,
         recent: int = 20,
         as_of: AsOf = NOW,
     ) -> Tenant | None:
-        """Return one tenant's row and its latest requests; None for an unknown tenant."""
-        answer = self.report(Question(from_hour, to_hour), as_of)
-        for row in reports.rows_of(answer):
-            if row["tenant"] == name:
-                latest = self.requests(limit=recent, tenant=name)["requests"]
-                return {
-                    **row,
-                    "window": answer["window"],
-                    "taken_at": answer["taken_at"],
-                    "prices": answer["prices"],
-                    "recent": latest,
-                }
-        return None
+        """Return a tenant's figures and its latest requests; None for an unknown tenant.
+
+        `covers` says whether the figures of all tenants below it are part of these. `only` is the
+        tenant that asks: it gets what is its own or below it. Only the bills of these tenants are
+        read. So their money is rounded by itself, and may differ by a nano-USD from their rows in a
+        report, where all rows are rounded together.
+        """
+        conditions = {"tenant": frozenset([name])}
+        asked = Question(from_hour, to_hour, conditions=conditions, covers=covers, only=only)
+        cut = self.cut(Window(from_hour, to_hour), as_of)
+        cut = replace(cut, whose=TenantScope(name, covers))
+        with self.transaction() as connection:
+            answer = reports.report_at(connection, cut, asked)
+        rows = [row for piece in answer["series"] for row in piece["rows"]]
+        if not rows:
+            return None
+        latest = self.requests(limit=recent, tenant=name, covers=covers, only=only)
+        found = {
+            **sum_of_rows(rows),
+            "tenant": name,
+            "covers": covers,
+            "tenants": len(rows),
+            "window": answer["window"],
+            "taken_at": answer["taken_at"],
+            "prices": answer["prices"],
+            "recent": latest["requests"],
+        }
+        return cast("Tenant", found)
 
     def summary(
         self, from_hour: int | None = None, to_hour: int | None = None, as_of: AsOf = NOW
@@ -237,11 +286,14 @@ class LedgerReader:
         month: str,
         *,
         tenant: str | None = None,
+        covers: Covers = WITH_CHILDREN,
         tz: str | None = None,
         idle: str | None = None,
         as_of: AsOf = NOW,
     ) -> TenantStatement:
         """Return the statement of a month such as 2026-11, for one tenant or for all.
+
+        `covers` says whether the lines of all tenants below `tenant` are part of it.
 
         `lines` is a list of dicts by tenant, day and model. Their `amount_cents` are integers, and
         add up to the total.
@@ -249,13 +301,12 @@ class LedgerReader:
         Raises ValueError for words that are not understood and for a tenant without a line, and
         LedgerError.
         """
-        asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle))
+        whose = None if tenant is None else TenantScope(tenant, covers)
+        asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle), whose)
         now_ns = as_of.instant_ns()
         cut = self.cut(Window(asked.from_hour, asked.to_hour), as_of)
         with self.transaction() as connection:
-            return reports.statement_at(
-                connection, cut, asked, month=month, tenant=tenant, now_ns=now_ns
-            )
+            return reports.statement_at(connection, cut, asked, month=month, now_ns=now_ns)
 
     def invoice_days(
         self, from_hour: int | None = None, to_hour: int | None = None, as_of: AsOf = NOW
@@ -283,6 +334,11 @@ class LedgerReader:
         """Return the facts about the latest run that its price depends on; None without a run."""
         with self.transaction() as connection:
             return requests.latest_run(connection, self._book)
+
+    def unseen(self, names: Iterable[str]) -> list[str]:
+        """Return those names of which the ledger has no request, nor of a child of them."""
+        with self.transaction() as connection:
+            return unseen(connection, names)
 
     def cost_models(self, run_id: str | None = None) -> list[CostModelRow]:
         """Return the latest cost model of each run, newest first; or all versions of one run."""
@@ -318,3 +374,10 @@ class LedgerReader:
         living = self._living(as_of)
         with self.transaction() as connection:
             return requests.request_row(connection, match, living, self._book)
+
+
+def _open(url: str, *, create: bool) -> Engine:
+    engine = open_database(url, create=create)
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="REPEATABLE READ")
+    return engine

@@ -113,6 +113,7 @@ def http_row(http: HttpRequest) -> TableRow:
         "x_request_id": http.x_request_id,
         "tenant": http.owner.tenant,
         "tenant_rule": http.owner.rule_text,
+        "tenant_above": http.owner.above_text,
         "model": http.model,
         "route": http.route,
         "status": http.status,
@@ -292,6 +293,7 @@ def _owner_columns(owner: Owner) -> TableRow:
         "tenant": owner.tenant,
         "tenant_rule": owner.rule_text,
         "tenant_parent": owner.parent,
+        "tenant_above": owner.above_text,
         "tags": orjson.dumps(owner.tags).decode() if owner.tags else None,
     }
 

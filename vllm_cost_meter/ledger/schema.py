@@ -32,7 +32,7 @@ from sqlalchemy import (
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 
 metadata = MetaData()
 
@@ -177,6 +177,8 @@ open_requests = Table(
     Column("tenant_parent", _Key),
     # JSON: an object of texts.
     Column("tags", Text),
+    # All tenants above it, the parent first, each on a line of its own; NULL for none.
+    Column("tenant_above", _Key),
     Column("model", Text),
     Column("lora", Text),
     Column("route", Text),
@@ -190,6 +192,7 @@ http_requests = Table(
     Column("x_request_id", _Key, index=True),
     Column("tenant", _Key, nullable=False),
     Column("tenant_rule", Text, nullable=False),
+    Column("tenant_above", _Key),
     Column("model", Text),
     Column("route", Text, nullable=False),
     Column("status", Integer, nullable=False),
@@ -223,6 +226,8 @@ requests = Table(
     Column("tenant_parent", _Key),
     # JSON: an object of texts.
     Column("tags", Text),
+    # All tenants above it, the parent first, each on a line of its own; NULL for none.
+    Column("tenant_above", _Key),
     Column("model", Text),
     Column("lora", Text),
     Column("route", Text),
@@ -260,6 +265,8 @@ requests = Table(
     Column("ttft_ms", Float),
     Column("tpot_ms", Float),
     Column("e2e_ms", Float),
+    # Finds the tenants below one without reading any bill.
+    Index("ix_requests_tenant", "tenant", "tenant_above"),
     # This index covers the token counts in a tenant report, in their order of grouping.
     Index(
         "ix_requests_http",

@@ -25,6 +25,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.guard import Outage
 from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.faults import Fault, fault_of
 from vllm_cost_meter.ledger.inserts import (
@@ -38,7 +39,7 @@ from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenReq
 from vllm_cost_meter.records.snapshot import Snapshot
 from vllm_cost_meter.units.text import ECHOED_CHARS_MAX, plain
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.cost_meter")
 
 RETRY_FIRST_S = 0.05
 RETRY_MOST_S = 1.0
@@ -102,6 +103,7 @@ class LedgerWriter:
         self._close_by: float | None = None
         self._thread: threading.Thread | None = None
         self._logged: set[str] = set()
+        self._outage = Outage()
 
     @property
     def waiting(self) -> int:
@@ -244,6 +246,10 @@ class LedgerWriter:
             self._log_given_up(records, bad)
         self.last_commit_ns = time.perf_counter_ns() - started_ns
         self.last_error = None
+        if (ended := self._outage.ended()) is not None:
+            logger.warning(
+                "cost meter: the ledger can be written again, after %.1f s and %d failures", *ended
+            )
         self._settle(batch, bad)
 
     def _write_what_can_be(
@@ -299,7 +305,11 @@ class LedgerWriter:
         """Put a failed batch back at the head of the queue, without superseded snapshots."""
         self.failures += 1
         self.last_error = _first_line(error)
-        self._log(f"the ledger cannot be written, trying again: {self.last_error}")
+        if self._outage.failed():
+            logger.warning(
+                "cost meter: the ledger cannot be written, trying again: %s. Records wait.",
+                self.last_error,
+            )
         self._drop_engine()
         before = sum(len(item.records) for item in batch)
         batch = _merge_snapshots_of(batch)

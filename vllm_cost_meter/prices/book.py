@@ -58,6 +58,15 @@ class RunMatch:
         """Return the matches in one case: equal for two entries that match the same runs."""
         return _folded(self.model), _folded(self.gpu_name), _folded(self.host)
 
+    def may_fit(self, run: RunFacts) -> bool:
+        """Return whether the entry may price a run, whatever the facts are that are unknown."""
+        known = RunMatch(
+            None if run.model is None else self.model,
+            None if run.gpu_name is None else self.gpu_name,
+            None if run.host is None else self.host,
+        )
+        return known.fit(run)
+
     def specificity(self) -> tuple[int, int]:
         """Return how many matches there are, and how many of them are plain names."""
         given = [pattern for pattern in self.folded() if pattern is not None]
@@ -257,7 +266,8 @@ class PriceBook:
         overheads: Sequence[Overhead] = (),
     ) -> None:
         """Raises ValueError for two entries with the same matches from the same hour."""
-        self._prices = _Timetable([GpuHourPrice.of(entry) for entry in prices])
+        self.entries = tuple(prices)
+        self._prices = _Timetable([GpuHourPrice.of(entry) for entry in self.entries])
         self._energy = _Timetable(list(energy_prices))
         self.overheads = overheads
 
@@ -265,6 +275,25 @@ class PriceBook:
         """Return a run's price in an hour since the epoch; None without a single best entry."""
         found = self._prices.at(run, hour)
         return found[0] if len(found) == 1 else None
+
+    def certain_price_at(self, run: RunFacts, hour: int) -> GpuHourPrice | None:
+        """Return a run's price in an hour; None if a fact that is unknown may choose another."""
+        found = self.price_at(run, hour)
+        if found is None or None not in (run.model, run.gpu_name, run.host):
+            return found
+        in_force = [line for line in self._prices.lines if line.at(hour) is not None]
+        best = max(line.specificity for line in in_force if line.matches.fit(run))
+        rivals = (line for line in in_force if line.specificity >= best)
+        certain = all(line.matches.fit(run) or not line.matches.may_fit(run) for line in rivals)
+        return found if certain else None
+
+    def may_have_price(self, run: RunFacts, hour: int) -> bool:
+        """Return whether a run may have a price in an hour, whatever its unknown facts are."""
+        if None not in (run.model, run.gpu_name, run.host):
+            return self.price_at(run, hour) is not None
+        return any(
+            line.matches.may_fit(run) and line.at(hour) is not None for line in self._prices.lines
+        )
 
     def energy_price_at(self, run: RunFacts, hour: int) -> EnergyPrice | None:
         """Return a run's energy price in an hour; None without a single best entry."""

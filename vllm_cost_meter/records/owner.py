@@ -5,17 +5,26 @@ through the exchange, into every record of the request, to the budgets and to th
 class lives here because records hold it, and records may not import `tenants`. A rule is a value
 with a kind, so that no decision has to read its text.
 
+`TenantScope` is the one rule for what "a tenant" covers. It goes by the parents that were recorded
+with a request. A parent that is declared later changes no record, so no use moves from one tenant
+to another after it was billed. `ledger/queries/coverage.py` has the same rule in SQL.
+
 Invariant: `rule_text` is the `tenant_rule` of the ledger and the answers; no code parses it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, Self
 
 # The tenant of a request that no rule names.
 UNKNOWN = "unknown"
+# The slash stands between a tenant and its child.
+SLASH = "/"
+# The child of a tenant whose request chose a child by what the meter did not read. No request can
+# name it, because names that begin with underscores are reserved.
+UNREAD = "__unread__"
 
 # The client chooses the value of these rules itself, in its request.
 ChildKind = Literal["user", "metadata", "lora", "model"]
@@ -37,12 +46,55 @@ class NamedBy:
 
 NO_RULE = NamedBy("none")
 
+# What a tenant means: itself with all tenants below it, or itself alone.
+Covers = Literal["with_children", "own"]
+WITH_CHILDREN: Covers = "with_children"
+OWN: Covers = "own"
+COVERS: tuple[Covers, ...] = (WITH_CHILDREN, OWN)
+# The same for people, after a tenant's name.
+COVERS_TEXT: Mapping[Covers, str] = {
+    WITH_CHILDREN: "with all tenants below it",
+    OWN: "on its own",
+}
+# The slash stands between a tenant and its child.
+SLASH = "/"
+# Stands between the names in `Owner.above_text`. No name contains it, because names are printable.
+BETWEEN = "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class TenantScope:
+    """A tenant whose figures are meant: with all tenants below it, or on its own.
+
+    Below `acme` are the tenants `acme/...`, and those that had `acme`, or one below it, above them
+    when their request came.
+    """
+
+    tenant: str
+    covers: Covers = WITH_CHILDREN
+
+    def __post_init__(self) -> None:
+        check_covers(self.covers)
+
+    @property
+    def text(self) -> str:
+        """Return the tenant and what it covers, for people."""
+        return f"{self.tenant} {COVERS_TEXT[self.covers]}"
+
+    def includes(self, tenant: str, above: Iterable[str] = ()) -> bool:
+        """Return whether figures of a tenant with these tenants above it are meant."""
+        if tenant == self.tenant or self.covers == OWN:
+            return tenant == self.tenant
+        start = self.tenant + SLASH
+        return any(name == self.tenant or name.startswith(start) for name in (tenant, *above))
+
 
 @dataclass(frozen=True, slots=True)
 class Owner:
     """A tenant, with the parent and tags that were declared when the request came.
 
     `child_rule` is the rule that chose the tenant's child; None if the tenant itself is the owner.
+    `higher` are the tenants above the parent, the nearest first.
     """
 
     tenant: str
@@ -50,11 +102,23 @@ class Owner:
     child_rule: NamedBy | None = None
     parent: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    higher: tuple[str, ...] = ()
 
     @classmethod
-    def stored(cls, tenant: str, parent: str | None, tags: str | None) -> Self:
+    def stored(cls, tenant: str, above: str | None, tags: str | None) -> Self:
         """Build an owner from a ledger row, with the fields that budgets need."""
-        return cls(tenant, parent=parent, tags=_tags(tags))
+        parent, *higher = _names(above) or (None,)
+        return cls(tenant, parent=parent, tags=_tags(tags), higher=tuple(map(str, higher)))
+
+    @property
+    def above(self) -> tuple[str, ...]:
+        """Return all tenants above this one, the nearest first."""
+        return () if self.parent is None else (self.parent, *self.higher)
+
+    @property
+    def above_text(self) -> str | None:
+        """Return `above` as the ledger keeps it: each name on a line of its own; None for none."""
+        return "".join((BETWEEN, *(name + BETWEEN for name in self.above))) if self.above else None
 
     @property
     def rule_text(self) -> str:
@@ -72,11 +136,27 @@ class Owner:
         """Return whether the client chose the name or a part of it."""
         return (self.child_rule or self.rule).kind in CHILD_KINDS
 
+    def may_be(self, tenant: str) -> bool:
+        """Return whether this request may belong to a child that the meter did not read."""
+        above = self.tenant.removesuffix(UNREAD)
+        return above != self.tenant and tenant.startswith(above)
+
+
+def check_covers(covers: str) -> None:
+    """Raise ValueError unless the text says what a tenant covers."""
+    if covers not in COVERS:
+        raise ValueError(f"covers: expected {' or '.join(COVERS)}, got {covers!r:.200}")
+
 
 # The owner of a request that no rule names.
 NOBODY = Owner(UNKNOWN)
 # The owner of a request that claims two tenants at once.
 CONTRADICTION = Owner(UNKNOWN, NamedBy("contradiction"))
+
+
+@lru_cache(maxsize=1_024)
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name for name in (text or "").split(BETWEEN) if name)
 
 
 # Ledger rows repeat the tags of a few tenants, so the parsed mapping is shared. Nobody changes it.

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from vllm_cost_meter.records.owner import OWN
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import (
     COUNTS,
@@ -42,7 +43,7 @@ from vllm_cost_meter.reports.facts import (
     earliest,
     no_price,
 )
-from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.grammar import COVERED, YES, Question
 from vllm_cost_meter.reports.idle import SHARED_CLASSES
 from vllm_cost_meter.units.calendar import period_name, period_of
 from vllm_cost_meter.units.money import format_usd
@@ -171,6 +172,7 @@ def report(
         series = [piece for piece in series if piece["rows"]]
     return {
         "aggregate": list(question.aggregate),
+        "covers": question.covers if question.names_tenants else None,
         "idle": question.idle.text,
         "what_if_usd_per_gpu_hour": None if question.price is None else f"{question.price:f}",
         **({} if question.only is not None else _whole(facts, question, price_of)),
@@ -305,9 +307,19 @@ def _rows(cells: Mapping[_Cell, Row], question: Question) -> list[Row]:
     place = {name: i for i, name in enumerate((*question.dimensions, *question.times))}
     found: dict[tuple[str, Key, bool], Row] = {}
 
+    others = {name: any_of for name, any_of in question.conditions.items() if name != "tenant"}
+
+    def is_meant(class_name: str, values: Key) -> bool:
+        covered = values[place[COVERED]] if question.tells_coverage else UNALLOCATED
+        if class_name != REQUESTS:
+            named = question.conditions.get("tenant", (values[0],))
+            return question.only is None and values[0] in named
+        # Of a tenant that used nothing, the name alone can say it.
+        return covered == YES or (covered == UNALLOCATED and question.includes(values[0]))
+
     def row_of(class_name: str, values: Key) -> Row:
-        shown = question.shows(values[0]) and all(
-            values[place[name]] in any_of for name, any_of in question.conditions.items()
+        shown = is_meant(class_name, values) and all(
+            values[place[name]] in any_of for name, any_of in others.items()
         )
         key = tuple(values[place[name]] for name in question.aggregate)
         return found.setdefault((class_name, key, shown), Row(class_name, key, shown=shown))
@@ -378,6 +390,7 @@ def _series(
                 "cost_nanousd": cost,
                 "cost_usd": format_usd(cost),
                 "cost_reason": None if cost is not None else piece.why_no_cost(row.whole, why),
+                **_covers(row, question),
                 **(facts.details_of(row.key[0]) if facts.details else {}),
             }
             for row, share_ns, usage_cost, cost in zip(
@@ -386,6 +399,13 @@ def _series(
             if row.shown
         ],
     }
+
+
+def _covers(row: Row, question: Question) -> dict[str, str | None]:
+    """Return what a row's tenant covers: itself alone, so that rows add up."""
+    if "tenant" not in question.aggregate:
+        return {}
+    return {"covers": OWN if row.class_name == REQUESTS else None}
 
 
 def _shown(row: Row, question: Question, share_ns: int) -> dict[str, Any]:

@@ -165,6 +165,8 @@ class ReportRow(_ReportRow):
     """USD: the same as a decimal string."""
     cost_reason: str | None
     """Why `cost_nanousd` is null: the first hour and run without a price."""
+    covers: NotRequired[str | None]
+    """`own`: the row is of its tenant alone; null for a class. Rows without a tenant lack it."""
     tenant: NotRequired[str]
     """A tenant, or a class: `__idle__`, `__sleep__`, `__startup__`, `__tail__`, `__dummy__`."""
     prefill_ns: NotRequired[int | None]
@@ -232,8 +234,13 @@ class Report(TypedDict):
     """The prices that the costs were computed with, the earliest first."""
     aggregate: list[str]
     """The columns that rows are aggregated by, such as `tenant` and `day`."""
+    covers: str | None
+    """What a tenant in the filter means: `with_children`, itself and all below it, or `own`. It
+    means that for a tenant that asks, too. Null without either."""
     idle: str
     """The idle policy: who carries the time without requests."""
+    idle_unseen: list[str]
+    """Tenants that the idle policy names and that have no request in the ledger: a slip?"""
     what_if_usd_per_gpu_hour: str | None
     """USD: the price of one GPU-hour that the question supposes; null for real prices."""
     series: list[Piece]
@@ -344,8 +351,15 @@ class TenantsReport(Report, EnginesPart):
 
 
 class Tenant(ReportRow):
-    """One tenant's row and its latest requests."""
+    """A tenant's figures and its latest requests, with those of all tenants below it or its own.
 
+    The sums are those of the rows that a report by tenant has of them.
+    """
+
+    covers: str | None  # type: ignore[misc]
+    """`with_children`: the figures of all tenants below it are part of these, or `own`."""
+    tenants: int
+    """Number of tenants with figures in these: itself, and those below it that used something."""
     window: ReportWindow
     """The hours that the row covers, and its time zone."""
     taken_at: str | None

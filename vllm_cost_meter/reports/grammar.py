@@ -9,17 +9,21 @@ Invariant: a filter names columns and values only, so it chooses rows and change
 
 import re
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, tzinfo
 from decimal import Decimal
-from typing import TypedDict, TypeVar, cast
+from typing import Self, TypedDict, TypeVar, cast
 
+from vllm_cost_meter.records.owner import OWN, WITH_CHILDREN, Covers, TenantScope, check_covers
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.units.calendar import Unit, hours_of_window, zone_of
 from vllm_cost_meter.units.text import fields, quoted
 
 DIMENSIONS = ("tenant", "model", "lora", "route", "status")
 TIMES = ("hour", "day", "month")
+# A column of facts that no question names: whether a row is of the tenants that are meant.
+COVERED = "covered"
+YES, NO = "yes", "no"
 # The prefixes of columns that users name: a tenant's tag, an engine's label.
 TAG = "tag:"
 LABEL = "label:"
@@ -52,6 +56,7 @@ class Words(TypedDict, total=False):
     accumulate: bool
     idle: str | None
     filter: str | None
+    covers: Covers
     price: str | None
 
 
@@ -60,8 +65,9 @@ class Question:
     """A parsed question for a report. Hours are [from_hour, to_hour) since the epoch; None is open.
 
     Rows are added up by the columns in `aggregate`. `conditions` has the allowed values by column.
-    `price`, in USD per GPU-hour, replaces all real prices. If a tenant asks, `only` is its name: it
-    sees its own rows, and no total over other tenants.
+    `covers` says what a tenant in the conditions means. `price`, in USD per GPU-hour, replaces all
+    real prices. If a tenant asks, `only` is its name: it sees the rows of itself and of all tenants
+    below it, and no total over other tenants.
     """
 
     from_hour: int | None = None
@@ -72,18 +78,50 @@ class Question:
     accumulate: bool = False
     idle: IdlePolicy = field(default_factory=IdlePolicy)
     conditions: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    covers: Covers = WITH_CHILDREN
     price: Decimal | None = None
     only: str | None = None
 
-    def shows(self, tenant: str) -> bool:
-        """Return whether a tenant's rows may be shown: those of the asker and its children."""
-        return self.only in (None, tenant) or tenant.startswith(f"{self.only}/")
+    def by(self, tenant: str | None) -> Self:
+        """Return the question as a tenant asks it; None asks for all tenants.
+
+        Without a tenant in the conditions `covers` says what the one that asks means by itself.
+        """
+        if tenant is None:
+            return self
+        whose = {"tenant": frozenset([tenant]), **self.conditions}
+        conditions = whose if self.covers == OWN else self.conditions
+        return replace(self, conditions=conditions, only=tenant)
+
+    @property
+    def asked(self) -> tuple[TenantScope, ...] | None:
+        """Return the tenants that are meant, each of which will do; None means all tenants."""
+        names = self.conditions.get("tenant")
+        return None if names is None else tuple(TenantScope(name, self.covers) for name in names)
+
+    @property
+    def names_tenants(self) -> bool:
+        """Whether the question is about some tenants, or asked by one."""
+        return self.only is not None or self.asked is not None
+
+    @property
+    def tells_coverage(self) -> bool:
+        """Whether the name of a row's tenant does not say if the row is shown."""
+        return self.only is not None or bool(self.asked and self.covers == WITH_CHILDREN)
+
+    def includes(self, tenant: str) -> bool:
+        """Return whether a tenant is meant, by its name alone."""
+        by_asker = self.only is None or TenantScope(self.only).includes(tenant)
+        return by_asker and (
+            self.asked is None or any(scope.includes(tenant) for scope in self.asked)
+        )
 
     @property
     def dimensions(self) -> tuple[str, ...]:
         """Return the dimensions that the facts must distinguish; the first is always the tenant."""
         named = (name for name in (*self.aggregate, *self.conditions) if name not in TIMES)
-        return tuple(dict.fromkeys(("tenant", *named)))
+        coverage = (COVERED,) if self.tells_coverage else ()
+        return tuple(dict.fromkeys(("tenant", *coverage, *named)))
 
     @property
     def times(self) -> tuple[Unit, ...]:
@@ -112,11 +150,13 @@ def question(
     accumulate: bool = False,
     idle: str | None = None,
     filter: str | None = None,  # noqa: A002 - the word of the grammar
+    covers: Covers = WITH_CHILDREN,
     price: str | None = None,
     now_ns: int | None = None,
 ) -> Question:
     """Parse the parameters. Raises ValueError for one that is not understood."""
     zone = zone_of(tz)
+    check_covers(covers)
     from_hour, to_hour = hours_of_window(window, now_ns, zone)
     if step and step not in STEPS:
         raise ValueError(f"step: expected one of {', '.join(STEPS)}, got {quoted(step)}")
@@ -129,6 +169,7 @@ def question(
         accumulate=accumulate,
         idle=IdlePolicy.parse(idle),
         conditions=_conditions(filter or ""),
+        covers=covers,
         price=_price(price),
     )
 
@@ -163,8 +204,21 @@ def _conditions(text: str) -> dict[str, frozenset[str]]:
                 f"filter: expected COLUMN:VALUE,... joined by +, the column one of {_COLUMNS} "
                 f"(tag:NAME=VALUE,..., label:NAME=VALUE,...), got {quoted(term)}"
             )
-        found[column] = found[column] & allowed if column in found else allowed
+        found[column] = _both(column, found[column], allowed) if column in found else allowed
     return _few("filter", found)
+
+
+def _both(column: str, some: frozenset[str], others: frozenset[str]) -> frozenset[str]:
+    """Return the values that two conditions on one column allow; a child is of its parent too."""
+    if column != "tenant":
+        return some & others
+    pairs = ((some, others), (others, some))
+    return frozenset(
+        name
+        for names, above in pairs
+        for name in names
+        if any(TenantScope(each).includes(name) for each in above)
+    )
 
 
 def _terms(text: str) -> list[str]:

@@ -197,6 +197,10 @@ class RequestWithParts(RequestRow):
 class RequestsPage(TypedDict):
     """A page of exchanges, the newest first."""
 
+    tenant: str | None
+    """The tenant whose exchanges these are; null for all tenants."""
+    covers: str | None
+    """`with_children`: those of all tenants below it too, or `own`; null for all tenants."""
     requests: list[RequestRow]
     """The exchanges that ended, the newest first."""
     running: list[RequestRow]

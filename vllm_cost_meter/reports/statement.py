@@ -16,13 +16,14 @@ and each tenant's total is less than one cent from its exact amount.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import tzinfo
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_cost_meter.prices.book import described
 from vllm_cost_meter.prices.overheads import WHY_UNKNOWN
+from vllm_cost_meter.records.owner import OWN, TenantScope
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import Piece, Row, pieces, wall_cost
 from vllm_cost_meter.reports.facts import (
@@ -84,6 +85,8 @@ class _Line:
     # The reason why the cost is unknown.
     reason: str | None = None
     cents: int | None = None
+    # Whether the line is of the tenants that the statement is for.
+    shown: bool = True
 
     def order(self) -> tuple[bool, str, str]:
         """Return the sort key within a tenant: by day and model, declared costs last."""
@@ -109,13 +112,27 @@ class _Line:
             "idle_share_cents": cells[1],
             "amount_cents": self.cents,
         }
-        return {**_with_usd(shown), "cost_reason": self.reason}
+        covers = None if self.tenant is None else OWN
+        return {**_with_usd(shown), "cost_reason": self.reason, "covers": covers}
 
 
-def month_question(month: str, zone: tzinfo, idle: IdlePolicy) -> Question:
-    """Return the report question behind a statement. Raises ValueError for an invalid month."""
+def month_question(
+    month: str, zone: tzinfo, idle: IdlePolicy, whose: TenantScope | None = None
+) -> Question:
+    """Return the report question behind a statement, for the tenant that is meant or for all.
+
+    Raises ValueError for an invalid month.
+    """
     from_hour, to_hour = month_hours(month, zone)
-    return Question(from_hour, to_hour, zone, aggregate=("tenant", "model", "day"), idle=idle)
+    asked = Question(from_hour, to_hour, zone, aggregate=("tenant", "model", "day"), idle=idle)
+    if whose is None:
+        return asked
+    return replace(asked, conditions={"tenant": frozenset([whose.tenant])}, covers=whose.covers)
+
+
+def _whose(asked: Question) -> TenantScope | None:
+    """Return the tenant that a statement is for; None if it is for all."""
+    return None if asked.asked is None else asked.asked[0]
 
 
 def statement(
@@ -123,7 +140,6 @@ def statement(
     asked: Question,
     price_of: PriceOf,
     *,
-    tenant: str | None = None,
     overhead: Sequence[OverheadCost] = (),
     why: WhyNone = no_price,
     now_ns: int,
@@ -134,15 +150,18 @@ def statement(
     missing price. Raises ValueError for a tenant without a line.
     """
     (piece,) = pieces(facts, asked, price_of)
-    lines = _lines(_groups(piece, asked, overhead, why))
+    groups = _groups(piece, asked, overhead, why)
+    lines = _lines(groups)
+    whose = _whose(asked)
     tenants = list(dict.fromkeys(line["tenant"] for line in lines if line["tenant"] is not None))
     in_flight_ns = sum(one.gpu_time_ns for one in facts.other_time if one.key == ("in_flight",))
     is_over = asked.to_hour is not None and now_ns >= asked.to_hour * NS_PER_HOUR
     answer = {
-        "tenant": tenant,
+        "tenant": None if whose is None else whose.tenant,
+        "covers": None if whose is None else whose.covers,
         "currency": CURRENCY,
         # One tenant's statement must not show the shares that others have reserved.
-        "idle": asked.idle.text if tenant is None else asked.idle.name,
+        "idle": asked.idle.text if whose is None else asked.idle.name,
         "taxes": "none",
         "is_over": is_over,
         "in_flight_ns": in_flight_ns,
@@ -150,19 +169,24 @@ def statement(
         "adds_up": facts.difference_ns == 0,
         "difference_ns": facts.difference_ns,
     }
-    if tenant is not None:
-        lines = [line for line in lines if line["tenant"] == tenant]
+    if whose is not None:
+        flags = [line.shown for group in groups for line in group]
+        lines = [line for line, shown in zip(lines, flags, strict=True) if shown]
         if not lines:
             known = ", ".join(map(repr, tenants[:SHOWN_MAX])) or "none"
             raise ValueError(
-                f"tenant: expected one with lines in it ({known}), got {quoted(tenant)}"
+                f"tenant: expected one with lines in it ({known}), got {quoted(whose.tenant)}"
             )
         return {**answer, "lines": lines, "total": _total(lines)}
     return {
         **answer,
         "lines": lines,
         "tenants": [
-            {"tenant": name, **_total(line for line in lines if line["tenant"] == name)}
+            {
+                "tenant": name,
+                "covers": OWN,
+                **_total(line for line in lines if line["tenant"] == name),
+            }
             for name in tenants
         ],
         "total": _total(lines),
@@ -261,25 +285,57 @@ def _groups(
     piece: Piece, asked: Question, overhead: Sequence[OverheadCost], why: WhyNone
 ) -> list[list[_Line]]:
     """Return the lines of each tenant, by name; then each line that nobody carries by itself."""
-    used_ns: Counter[str] = Counter()
-    tenants: dict[str, list[_Line]] = defaultdict(list)
+    used_ns: Counter[_Group] = Counter()
+    tenants: dict[_Group, list[_Line]] = defaultdict(list)
     classes = {name: Row(name, ()) for name in OTHER_ROWS}
     for row in piece.rows:
         if row.class_name != REQUESTS:
             classes[row.class_name].add(row)
             continue
         tenant, model, day = row.key
-        used_ns[tenant] += int(row.used.gpu_time_ns)
-        tenants[tenant].append(_line(piece, row, why, USAGE, model, tenant, day))
-    shares = asked.idle.shares(used_ns)
-    for tenant, share in shares.items():
-        tenants[tenant] += [_overhead_line(cost, share, tenant) for cost in overhead]
+        group = _Group(tenant, row.shown)
+        used_ns[group] += int(row.used.gpu_time_ns)
+        tenants[group].append(_line(piece, row, why, USAGE, model, tenant, day))
+    shares = _shares(used_ns, asked)
+    for group, share in shares.items():
+        tenants[group] += [_overhead_line(cost, share, group.tenant) for cost in overhead]
+    for group, lines in tenants.items():
+        for line in lines:
+            line.shown = group.shown
     rest = 1 - sum(shares.values(), Fraction(0))
-    return [
-        *(sorted(tenants[name], key=_Line.order) for name in sorted(tenants)),
+    nobodys = [
         *([_line(piece, row, why, CLASS, f"__{name}__")] for name, row in classes.items()),
         *([_overhead_line(cost, rest, None)] for cost in overhead if rest),
     ]
+    for (line,) in nobodys:
+        line.shown = _whose(asked) is None
+    return [*(sorted(tenants[name], key=_Line.order) for name in sorted(tenants)), *nobodys]
+
+
+class _Group(NamedTuple):
+    """The lines of a tenant, as far as they are of the tenants that the statement is for.
+
+    A tenant that got another parent within the month may have lines of both kinds.
+    """
+
+    tenant: str
+    shown: bool
+
+
+def _shares(used_ns: Mapping[_Group, int], asked: Question) -> dict[_Group, Fraction]:
+    """Return each group's part of shared costs; a tenant's part is divided by GPU time."""
+    of_tenants: Counter[str] = Counter()
+    for group, ns in used_ns.items():
+        of_tenants[group.tenant] += ns
+    found: dict[_Group, Fraction] = {}
+    for tenant, share in asked.idle.shares(of_tenants).items():
+        groups = [group for group in used_ns if group.tenant == tenant]
+        if not of_tenants[tenant]:
+            found[groups[0] if groups else _Group(tenant, asked.includes(tenant))] = share
+            continue
+        for group in groups:
+            found[group] = share * Fraction(used_ns[group], of_tenants[tenant])
+    return found
 
 
 def _line(

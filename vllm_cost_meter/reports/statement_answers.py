@@ -52,6 +52,8 @@ class StatementLine(TypedDict):
     """USD: `amount_cents` as a decimal string."""
     cost_reason: str | None
     """Why `amount_cents` is null; null if it is known."""
+    covers: str | None
+    """`own`: the line is of its tenant alone; null for what nobody carries."""
 
 
 class StatementTotal(TypedDict):
@@ -88,6 +90,8 @@ class TenantTotal(StatementTotal):
 
     tenant: str
     """The tenant's name."""
+    covers: str
+    """`own`: the sums are of the tenant alone."""
 
 
 class OverheadAmount(TypedDict):
@@ -144,10 +148,14 @@ class TenantStatement(TypedDict):
     """How much of the month a provider's bills cover; null without a bill."""
     tenant: str | None
     """The tenant that the statement is for; null for all tenants."""
+    covers: str | None
+    """`with_children`: the lines of all tenants below it too, or `own`; null for all tenants."""
     currency: str
     """The currency of all amounts, by its ISO 4217 code."""
     idle: str
     """The idle policy: who carries the time without requests."""
+    idle_unseen: list[str]
+    """Tenants that the idle policy names and that have no request in the ledger: a slip?"""
     taxes: str
     """`none`: no amount contains taxes."""
     is_over: bool

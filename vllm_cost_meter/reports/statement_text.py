@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.statement import CLASS, format_cents, notes
 from vllm_cost_meter.units.text import plain
 
@@ -49,12 +50,15 @@ def cents_notes(lines: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def columns_of(answer: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the columns of a statement's table."""
-    return COLUMNS if answer["tenant"] is None else COLUMNS[1:]
+    is_of_one = {line["tenant"] for line in answer["lines"]} == {answer["tenant"]}
+    return COLUMNS[1:] if is_of_one else COLUMNS
 
 
 def title(answer: Mapping[str, Any]) -> str:
     """Return the title: tenant, month, time zone, and whether it is preliminary."""
-    whose = "all tenants" if answer["tenant"] is None else answer["tenant"]
+    whose = "all tenants"
+    if answer["tenant"] is not None:
+        whose = TenantScope(answer["tenant"], answer["covers"]).text
     draft = "" if answer["final"] else ", preliminary"
     return f"Statement of {whose}, {answer['month']} ({answer['window']['tz']}){draft}"
 

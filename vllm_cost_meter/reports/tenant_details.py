@@ -4,14 +4,16 @@ Invariant: the energy costs of all rows and of unattributed energy are rounded t
 add up to the cost of all energy.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_cost_meter.prices.book import EnergyPrice
 from vllm_cost_meter.prices.run_prices import Cost, UsedByRun
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
+from vllm_cost_meter.reports.facts import COUNTS
 from vllm_cost_meter.reports.request_row import PART_SUMS
+from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.rounding import rounded_known
 
 WHY_NO_ENERGY = "no energy is known"
@@ -91,3 +93,43 @@ def _energy(
         "energy_cost_nanousd": nanousd,
         "energy_cost_reason": cost.reason,
     }
+
+
+def sum_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sum of rows by tenant alone, which has the columns of one.
+
+    A cost is unknown if that of one row is. Energy adds up what is known: its cost lacks only
+    requests that `energy_unknown_requests` counts.
+    """
+    first = rows[0]
+    if len(rows) == 1:
+        return dict(first)
+    known = [row for row in rows if row["energy_mj"] is not None]
+    energy_cost = _sum_or_none(row["energy_cost_nanousd"] for row in known) if known else None
+    sums = {
+        **first,
+        **{name: sum(row[name] for row in rows) for name in _SUMMED},
+        **{name: _sum_or_none(row[name] for row in rows) for name in _SUMMED_IF_KNOWN},
+        "energy_mj": sum(row["energy_mj"] for row in known) if known else None,
+        "energy_cost_nanousd": energy_cost,
+    }
+    for name, of in (("cost_reason", rows), ("energy_cost_reason", known or rows)):
+        sums[name] = next((row[name] for row in of if row[name] is not None), None)
+    for name in ("usage_cost", "cost"):
+        sums[f"{name}_usd"] = format_usd(sums[f"{name}_nanousd"])
+    return sums
+
+
+_SUMMED = (*COUNTS, "gpu_time_ns", "idle_share_ns", *PART_SUMS)
+_SUMMED_IF_KNOWN = (
+    "usage_cost_nanousd",
+    "cost_nanousd",
+    "kv_cache_share",
+    "energy_unknown_requests",
+)
+
+
+def _sum_or_none(amounts: Iterable[Any]) -> Any:
+    """Return the sum; None if one amount is unknown."""
+    amounts = list(amounts)
+    return None if None in amounts else sum(amounts)

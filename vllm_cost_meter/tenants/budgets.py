@@ -6,18 +6,21 @@ rolling period ends with the present hour. It has room again when enough old use
 
 We do not guess use that was not measured. Without fresh figures no request is refused for spent
 budgets. Only tenants that fail closed are then refused, and the reason given is the missing figure.
+The same goes for a budget in USD with time that has no price.
 
-Invariant: a verdict depends on the arguments alone. A budget with unknown use refuses nobody.
+Invariant: a verdict depends on the arguments alone. A budget with unknown use refuses only tenants
+that fail closed.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Literal, TypedDict
+from decimal import Decimal
+from typing import Literal, NamedTuple, TypedDict
 
-from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.owner import UNKNOWN, WITH_CHILDREN, Owner, TenantScope
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
-from vllm_cost_meter.units.money import format_nano
+from vllm_cost_meter.units.money import NANOUSD_PER_USD, format_amount
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 BudgetUnit = Literal["usd", "gpu_seconds"]
@@ -28,14 +31,22 @@ _ONE_HOUR = timedelta(hours=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+class BudgetScope(NamedTuple):
+    """Whose use a budget counts: two budgets with one scope count the same bills."""
+
+    tenant: str | None
+    tag: tuple[str, str] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """The limit for a tenant with its children, or for all owners with a tag, in a period.
 
     `limit` is in nano-USD or GPU-nanoseconds, as `unit` says. Clients are warned from `soft_limit`
     on. At its limit a `hard` budget blocks or throttles new requests and, with `stop_running`, ends
-    running ones. Only a rolling period uses `days`. `members` are all tenants that are declared
-    below `tenant`, at any depth.
+    running ones. Only a rolling period uses `days`. `above` are the tenants that are declared above
+    `tenant` now, the nearest first; they may see the budget. An API server runs at most
+    `max_concurrent` of its requests at once, at the limit or not.
     """
 
     name: str
@@ -44,13 +55,19 @@ class Budget:
     period: Period
     zone: tzinfo = UTC
     tenant: str | None = None
-    members: Collection[str] = frozenset()
+    above: tuple[str, ...] = ()
     tag: tuple[str, str] | None = None
     days: int = 30
     soft_limit: int | None = None
     hard: bool = True
     over: Over = "block"
     stop_running: bool = False
+    max_concurrent: int | None = None
+
+    @property
+    def scope(self) -> BudgetScope:
+        """Whose use counts."""
+        return BudgetScope(self.tenant, self.tag)
 
     def covers(self, owner: Owner) -> bool:
         """Return whether the use of this owner counts towards the budget."""
@@ -59,10 +76,18 @@ class Budget:
         of = self.tenant
         if of is None:
             return False
-        if of in (owner.tenant, owner.parent) or owner.tenant.startswith(f"{of}/"):
+        return TenantScope(of).includes(owner.tenant, owner.above) or owner.may_be(of)
+
+    def is_shared(self, owner: Owner) -> bool:
+        """Tell whether others than this owner use it too, so that it is told no name and no amount.
+
+        A child that a client chose is no other: the client has the key of the tenant above.
+        """
+        of = self.tenant
+        if of is None or of == UNKNOWN:
             return True
-        # The parent is checked too, because a child that a client chose is declared nowhere.
-        return owner.tenant in self.members or owner.parent in self.members
+        is_own = owner.tenant == of or (owner.child_rule is not None and owner.parent == of)
+        return not is_own
 
     def hours(self, now_ns: int) -> tuple[int, int]:
         """Return the period around an instant as (first hour, hour after the last).
@@ -85,20 +110,26 @@ class Budget:
         return _first_hour(first), _first_hour(after)
 
     def shown(self, amount: int) -> str:
-        """Return an amount with its unit."""
-        return f"{format_nano(amount)} {'USD' if self.unit == 'usd' else 'GPU-seconds'}"
+        """Return an amount with its unit, for people."""
+        # A billionth is a billionth: of a USD, or of a second.
+        text = format_amount(Decimal(amount) / NANOUSD_PER_USD)
+        return f"{text} {'USD' if self.unit == 'usd' else 'GPU-seconds'}"
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The use of a budget in its period, hour by hour, running requests included.
+    """The use of a budget in its period, running requests included.
 
-    `used` has no hour outside the period. It is None if an amount is unknown, e.g. without a price.
+    `used` has no hour outside the period. It tells hours apart where they decide when the budget
+    has room again: for a rolling period that is used up. It is None if an amount is unknown.
+    `unknown` says why the budget cannot be trusted: time in its period has no price, or the present
+    hour has none, so that the use of what is admitted now could not be counted.
     """
 
     budget: Budget
     used: Mapping[int, int] | None
     now_ns: int
+    unknown: str | None = None
 
     @property
     def total(self) -> int | None:
@@ -144,10 +175,10 @@ class Verdict:
     """The decision about a new request; `standing` belongs to the budget that decided.
 
     An `admitted` request may carry warnings about the budgets in `soft`. `stale` says why the
-    figures could not be used.
+    figures could not be used. A `full` budget has as many requests running as it allows.
     """
 
-    kind: Literal["admitted", "throttled", "blocked", "unavailable"]
+    kind: Literal["admitted", "throttled", "blocked", "full", "unavailable"]
     standing: Standing | None = None
     soft: tuple[Standing, ...] = ()
     stale: str | None = None
@@ -157,21 +188,24 @@ class Verdict:
 class BudgetFigures:
     """All standings at one instant, and how reliable they are.
 
-    `as_of_ns` is the instant of the oldest engine snapshot behind them; None without a snapshot.
-    `broken` says what is wrong with the meter; None if nothing is.
+    `as_of_ns` is the instant of the oldest snapshot of a living engine behind them, by the clock of
+    that engine. `heard_ns` is when the meter heard of it, on the monotonic clock of this machine,
+    so no wall clock makes figures older or younger. Both are None if no engine lives. `broken` says
+    what is wrong with the meter; None if nothing is.
     """
 
     standings: Sequence[Standing] = ()
     as_of_ns: int | None = None
     broken: str | None = None
+    heard_ns: int | None = None
 
-    def stale(self, now_ns: int, max_age_ns: int) -> str | None:
+    def stale(self, monotonic_ns: int, max_age_ns: int) -> str | None:
         """Return why the figures cannot be trusted now, or None if they can."""
         if self.broken is not None:
             return self.broken
-        if self.as_of_ns is None:
+        if self.heard_ns is None:
             return "no engine has been heard of yet"
-        age_ns = now_ns - self.as_of_ns
+        age_ns = monotonic_ns - self.heard_ns
         if age_ns > max_age_ns:
             return f"the latest figures are {age_ns / NS_PER_SECOND:.0f} s old"
         return None
@@ -183,7 +217,9 @@ class BudgetRow(TypedDict):
     budget: str
     """The name of the budget."""
     tenant: str | None
-    """The tenant that the budget limits, with its children; null for a tag."""
+    """The tenant that the budget limits, with all tenants below it; null for a tag."""
+    covers: str | None
+    """`with_children`: the use of all tenants below `tenant` counts too; null for a tag."""
     tag: str | None
     """The tag whose use counts, as `key=value`; null for a tenant."""
     unit: str
@@ -198,6 +234,8 @@ class BudgetRow(TypedDict):
     """10^-9 of `unit`: use beyond the limit, by requests that were already running."""
     state: str
     """`within`, `soft`, `spent` or `unknown`."""
+    unknown: str | None
+    """Why the budget cannot be relied on: a run and an hour without a price; null if it can."""
     hard: bool
     """Whether requests beyond the limit are refused or slowed; otherwise clients are only
     warned."""
@@ -205,6 +243,8 @@ class BudgetRow(TypedDict):
     """What a hard budget does beyond its limit: `block` or `throttle`."""
     stop_running: bool
     """Whether running requests are ended at the limit."""
+    max_concurrent: int | None
+    """How many requests may run at once on each API server; null for any number."""
     period: str
     """`day`, `week`, `month` or `rolling`."""
     period_from: str
@@ -219,10 +259,13 @@ def budget_row(standing: Standing) -> BudgetRow:
     """Return a budget's answer row. Amounts are nano-USD or GPU-nanoseconds."""
     budget, total = standing.budget, standing.total
     first, _ = budget.hours(standing.now_ns)
-    state = "unknown" if total is None else "soft" if standing.is_soft_spent else "within"
+    state = "soft" if standing.is_soft_spent else "within"
+    if standing.unknown is not None or total is None:
+        state = "unknown"
     return {
         "budget": budget.name,
         "tenant": budget.tenant,
+        "covers": None if budget.tenant is None else WITH_CHILDREN,
         "tag": None if budget.tag is None else "=".join(budget.tag),
         "unit": budget.unit,
         "limit": budget.limit,
@@ -230,9 +273,11 @@ def budget_row(standing: Standing) -> BudgetRow:
         "used": total,
         "over": standing.over,
         "state": "spent" if standing.is_spent else state,
+        "unknown": standing.unknown,
         "hard": budget.hard,
         "over_action": budget.over,
         "stop_running": budget.stop_running,
+        "max_concurrent": budget.max_concurrent,
         "period": budget.period,
         "period_from": _local(first, budget.zone).isoformat(),
         "resets_at": standing.resets_at().isoformat(),
@@ -243,8 +288,9 @@ def budget_row(standing: Standing) -> BudgetRow:
 def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) -> Verdict:
     """Decide about a new request that these budgets cover.
 
-    `stale` says why their figures cannot be trusted; None if they can. Blocking goes before
-    throttling. If several budgets are spent, the one declared first decides.
+    `stale` says why their figures cannot be trusted; None if they can. Blocking goes before an
+    amount that is unknown, and that before throttling. If several budgets are spent, the one
+    declared first decides.
     """
     if stale is not None:
         return Verdict("unavailable" if fail_closed else "admitted", stale=stale)
@@ -253,10 +299,15 @@ def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) 
     for standing in spent:
         if standing.budget.over == "block":
             return Verdict("blocked", standing)
+    # Without its name: it may be one that the client shares.
+    has_unknown = any(standing.unknown is not None for standing in mine)
+    stale = "a budget in USD has time without a price" if has_unknown else None
+    if stale is not None and fail_closed:
+        return Verdict("unavailable", stale=stale)
     if spent:
         return Verdict("throttled", spent[0])
     soft = tuple(s for s in mine if s.is_soft_spent or (s.is_spent and not s.budget.hard))
-    return Verdict("admitted", soft=soft)
+    return Verdict("admitted", soft=soft, stale=stale)
 
 
 def _local(hour: int, zone: tzinfo) -> datetime:

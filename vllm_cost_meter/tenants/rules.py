@@ -1,37 +1,44 @@
 """Tenant rules: find the tenant of an HTTP request from its headers and body.
 
 Each rule is small and pure. Identity rules (API key, header, constant) are asked in order, and the
-first answer names the tenant. Child rules (`user`, `metadata`, `lora`, `model`) read values that
-the client wrote. So they only choose a child `tenant/child` of the tenant found; again the first
-answer counts. If the operator trusts clients, a child rule may also name the tenant itself, unless
-a rule before it did. If no rule answers, the tenant is `unknown`.
+first answer names the tenant. Child rules (`user`, `metadata`, `lora`, `model`, a header with
+`names = "child"`) choose a child `tenant/child` of the tenant found; again the first answer counts.
+A header with `names = "tag"` adds a tag. If no rule answers, the tenant is `unknown`. If the
+operator trusts clients, a body rule may then name a tenant below `unknown`.
 
 The rules are strict because whoever can make the meter bill another tenant steals from it:
 
 - An API key names its tenant by its SHA-256, so that the settings never hold a key.
 - A header is believed only from the gateway, which proves itself by a shared secret. Its address
   proves nothing, because uvicorn takes that from X-Forwarded-For.
-- Two different values of one header mean that client and server, or a proxy between them, disagree
-  about who is asking. Neither value is taken, and no other rule is asked.
-- A comma in a claim is refused for the same reason: proxies join repeated headers with commas.
+- Where vLLM checks keys, it admits a request by its first `Authorization`. If that key names a
+  tenant, this tenant pays, whatever else the request says.
+- Otherwise all credentials that a rule believes must agree. If they name different tenants, client
+  and server, or a proxy between them, disagree about who is asking. We take no side, and ask no
+  other rule. A value that names nobody is no credential, and voids nothing.
+- Proxies join repeated headers with commas, so a header's value is a list of claims.
 - A slash separates children, so no name that a request supplies can reach into another tenant.
+- A child that was chosen by what we cannot read is `UNREAD`. It counts against the budgets of every
+  child that it may be.
 
 Invariant: the tenant is a name from the rules, or printable ASCII of at most 128 characters from a
-believed header or a trusted client, or a child of one of these, or `unknown`. It is never a
-reserved name that the request itself supplied. A client never becomes a declared tenant that is not
-its own or a child of its own.
+believed header, or a child of one of these, or `unknown` or below it. It is never a reserved name
+that the request itself supplied. A client never becomes a tenant that is not its own or a child of
+its own.
 """
 
 import hashlib
 import hmac
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from vllm_cost_meter.records.owner import (
     CONTRADICTION,
     NOBODY,
+    SLASH,
     UNKNOWN,
+    UNREAD,
     ChildKind,
     NamedBy,
     Owner,
@@ -43,24 +50,24 @@ NAME_CHARS_MAX = 128
 # Real keys are shorter. We do not spend time on hashing more for a stranger.
 CREDENTIAL_BYTES_MAX = 8_192
 PROOF_HEADER = "x-cost-meter-gateway-secret"
-# The slash stands between a tenant and its child.
-SLASH = "/"
 
-_AUTHORIZATION, _API_KEY = b"authorization", b"x-api-key"
+_AUTHORIZATION, _API_KEY = "authorization", "x-api-key"
 
 
 @dataclass(frozen=True, slots=True)
 class BodyClaims:
     """The fields of a request's body that rules may use; None if missing or not a text.
 
-    `model` is set if the request asks for the served model by one of its names. Any other name is
-    taken for a LoRA adapter and stands in `lora`; vLLM refuses the request if there is none.
+    `model` is set if the request asks for the served model. Any other name is taken for a LoRA
+    adapter and stands in `lora`; vLLM refuses the request if there is none. `unread` names the
+    fields that vLLM may find in the request and we did not read.
     """
 
     user: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)
     lora: str | None = None
     model: str | None = None
+    unread: Collection[ChildKind] = frozenset()
 
 
 NO_CLAIMS = BodyClaims()
@@ -68,10 +75,19 @@ NO_CLAIMS = BodyClaims()
 
 @dataclass(frozen=True, slots=True)
 class DeclaredTenant:
-    """The parent and tags that the operator declared for a tenant, inherited tags included."""
+    """The parent and tags that the operator declared for a tenant, inherited tags included.
+
+    `higher` are the tenants above the parent, the nearest first.
+    """
 
     parent: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    higher: tuple[str, ...] = ()
+
+    @property
+    def above(self) -> tuple[str, ...]:
+        """Return all tenants above this one, the nearest first."""
+        return () if self.parent is None else (self.parent, *self.higher)
 
 
 class ContradictionError(Exception):
@@ -80,10 +96,18 @@ class ContradictionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The parts of a request that rules read: one value per watched header, and the body claims."""
+    """The parts of a request that rules read: all values of each watched header, and the body.
 
-    headers: Mapping[bytes, bytes]
+    `keys_checked` says that vLLM admitted the request by its first `Authorization`.
+    """
+
+    headers: Mapping[bytes, Sequence[bytes]]
     body: BodyClaims
+    keys_checked: bool = False
+
+    def said(self, header: str) -> Sequence[bytes]:
+        """Return the values of a header."""
+        return self.headers.get(header.encode(), ())
 
 
 def is_reserved(name: str) -> bool:
@@ -116,51 +140,115 @@ class ApiKeyRule:
     def tenant(self, asked: Asked) -> str | None:
         """Return the tenant of the key; None without a known key.
 
-        Raises ContradictionError for the keys of two tenants.
+        Raises ContradictionError for the keys of two tenants between which vLLM did not decide.
         """
-        credentials = {
-            asked.headers.get(_API_KEY, b""),
-            _bearer(asked.headers.get(_AUTHORIZATION, b"")),
-        }
-        digests = (digest for key in credentials if (digest := sha256_of(key)) is not None)
-        tenants = {self.by_sha256[digest] for digest in digests if digest in self.by_sha256}
-        if len(tenants) > 1:
-            raise ContradictionError
-        return next(iter(tenants), None)
+        bearers = [self._tenant_of(_bearer(said)) for said in asked.said(_AUTHORIZATION)]
+        if asked.keys_checked and bearers and bearers[0] is not None:
+            return bearers[0]
+        return _agreed([*bearers, *map(self._tenant_of, asked.said(_API_KEY))])
+
+    def _tenant_of(self, key: bytes) -> str | None:
+        # Only ASCII means the same bytes everywhere. vLLM compares the UTF-8 form of Latin-1.
+        forms = {key, key.decode("latin-1").encode()}
+        digests = (digest for form in forms if (digest := sha256_of(form)) is not None)
+        return _agreed(self.by_sha256.get(digest) for digest in digests)
 
 
 @dataclass(frozen=True, slots=True)
-class HeaderRule:
-    """Names the tenant by a header, from a gateway that sends its secret or from everyone.
-
-    `paths` are the declared names with a slash. A header may claim only these names with a slash.
-    """
+class Believed:
+    """A header that is believed from a gateway that sends its secret, or from everyone."""
 
     name: str
     proof_sha256: str = ""
     proof_header: str = PROOF_HEADER
     trusts_everyone: bool = False
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        return (self.name,) if self.trusts_everyone else (self.name, self.proof_header)
+
+    def claims(self, asked: Asked) -> list[bytes]:
+        """Return what the header claims; nothing if it is not believed."""
+        if not self.trusts_everyone and not self._is_proven(asked):
+            return []
+        return [claim for said in asked.said(self.name) for claim in _parts(said)]
+
+    def _is_proven(self, asked: Asked) -> bool:
+        # Whoever adds a guess beside the secret takes nothing from whoever knows it.
+        for said in asked.said(self.proof_header):
+            for candidate in {said, *_parts(said)}:
+                proof = sha256_of(candidate)
+                if proof is not None and hmac.compare_digest(proof, self.proof_sha256):
+                    return True
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderRule:
+    """Names the tenant by a header.
+
+    `paths` are the declared names with a slash. A header may claim only these names with a slash.
+    """
+
+    header: Believed
     paths: Container[str] = frozenset()
 
     @property
     def named_by(self) -> NamedBy:
-        return NamedBy("header", self.name)
+        return NamedBy("header", self.header.name)
 
     @property
-    def headers(self) -> tuple[bytes, ...]:
-        name, proof = self.name.encode(), self.proof_header.encode()
-        return (name,) if self.trusts_everyone else (name, proof)
+    def headers(self) -> tuple[str, ...]:
+        return self.header.headers
 
     def tenant(self, asked: Asked) -> str | None:
-        """Return the claimed tenant; None if the claim is not believed or not a valid name."""
-        claim = _plain_name(asked.headers.get(self.name.encode(), b""))
-        if claim is None or (SLASH in claim and claim not in self.paths):
-            return None
-        return claim if self.trusts_everyone or self._is_proven(asked) else None
+        """Return the claimed tenant; None without a believed claim that is a valid name.
 
-    def _is_proven(self, asked: Asked) -> bool:
-        proof = sha256_of(asked.headers.get(self.proof_header.encode(), b""))
-        return proof is not None and hmac.compare_digest(proof, self.proof_sha256)
+        Raises ContradictionError for claims of two tenants.
+        """
+        names = map(_plain_name, self.header.claims(asked))
+        return _agreed(name for name in names if name and (SLASH not in name or name in self.paths))
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderChildRule:
+    """Chooses a child of the tenant by a header."""
+
+    header: Believed
+
+    @property
+    def named_by(self) -> NamedBy:
+        return NamedBy("header", self.header.name)
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        return self.header.headers
+
+    def child(self, asked: Asked) -> str | None:
+        """Return the child's own name; None without a believed claim that is a valid one.
+
+        Raises ContradictionError for claims of two children.
+        """
+        return _agreed(map(_child_name, self.header.claims(asked)))
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderTagRule:
+    """Adds a tag to the request by a header; a tag that the operator declared stays."""
+
+    header: Believed
+    tag: str
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        return self.header.headers
+
+    def value(self, asked: Asked) -> str | None:
+        """Return the tag's value; None without a believed claim that is a plain text.
+
+        Raises ContradictionError for two values.
+        """
+        return _agreed(map(_plain_text, self.header.claims(asked)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +257,7 @@ class ConstantRule:
 
     constant: str
     named_by: ClassVar = NamedBy("constant")
-    headers: ClassVar[tuple[bytes, ...]] = ()
+    headers: ClassVar[tuple[str, ...]] = ()
 
     def tenant(self, asked: Asked) -> str | None:
         """Return the tenant."""
@@ -178,41 +266,45 @@ class ConstantRule:
 
 @dataclass(frozen=True, slots=True)
 class ChildRule:
-    """Chooses a child of the tenant by a value that the client wrote into its request.
+    """Chooses a child of the tenant by a value that the client wrote into its request's body.
 
-    `key` is a key of `metadata`. `taken` is None unless clients are trusted to name a tenant. It
-    then holds the declared tenant names, case-folded, which a client still must not take.
+    `key` is a key of `metadata`. If clients are trusted, it also names a tenant below `unknown`.
     """
 
     kind: ChildKind
     key: str = ""
-    taken: Container[str] | None = None
-    headers: ClassVar[tuple[bytes, ...]] = ()
+    trusts_clients: bool = False
+    headers: ClassVar[tuple[str, ...]] = ()
 
     @property
     def named_by(self) -> NamedBy:
         return NamedBy(self.kind, self.key)
 
     def tenant(self, asked: Asked) -> str | None:
-        """Return the tenant that a trusted client names; None if clients are not trusted."""
-        if self.taken is None:
-            return None
-        name = self.child(asked)
-        return None if name is None or name.casefold() in self.taken else name
+        """Return the tenant below `unknown` that a trusted client names; None for others."""
+        return child_of(UNKNOWN, self.child(asked)) if self.trusts_clients else None
 
     def child(self, asked: Asked) -> str | None:
         """Return the child's own name; None if the request has no valid one."""
         body = asked.body
+        if self.kind in body.unread:
+            return UNREAD
         said = body.metadata.get(self.key) if self.kind == "metadata" else getattr(body, self.kind)
         if not isinstance(said, str) or len(said) > NAME_CHARS_MAX or not said.isascii():
             return None
         if self.kind in ("lora", "model"):  # The operator's model names mostly have a slash.
             said = said.replace(SLASH, "--")
-        name = _plain_name(said.encode())
-        return None if name is None or SLASH in name or name != name.strip() else name
+        return None if "," in said else _child_name(said.encode())
 
 
-Rule = ApiKeyRule | HeaderRule | ConstantRule | ChildRule
+Rule = ApiKeyRule | HeaderRule | HeaderChildRule | HeaderTagRule | ConstantRule | ChildRule
+
+
+def child_of(tenant: str, child: str | None) -> str | None:
+    """Return the full name of a tenant's child; None without a child, or if it is too long."""
+    if child is None or (child != UNREAD and len(tenant) + 1 + len(child) > NAME_CHARS_MAX):
+        return None
+    return f"{tenant}{SLASH}{child}"
 
 
 class Resolver:
@@ -221,56 +313,80 @@ class Resolver:
     def __init__(self, rules: Sequence[Rule], declared: Mapping[str, DeclaredTenant]) -> None:
         self.rules = tuple(rules)
         self.declared = declared
-        self._children = tuple(rule for rule in rules if isinstance(rule, ChildRule))
-        self._watched = frozenset(header for rule in rules for header in rule.headers)
-
-    @property
-    def reads_body(self) -> bool:
-        """True if a rule needs the body of a request."""
-        return bool(self._children)
+        self._tenants = tuple(
+            rule for rule in rules if not isinstance(rule, HeaderChildRule | HeaderTagRule)
+        )
+        self._children = tuple(r for r in rules if isinstance(r, ChildRule | HeaderChildRule))
+        self._tags = tuple(rule for rule in rules if isinstance(rule, HeaderTagRule))
+        self._watched = frozenset(header.encode() for rule in rules for header in rule.headers)
+        # The fields of a body that rules need.
+        self.body_fields = frozenset(rule.kind for rule in rules if isinstance(rule, ChildRule))
 
     def resolve(
-        self, headers: Iterable[tuple[bytes, bytes]], body: BodyClaims = NO_CLAIMS
+        self,
+        headers: Iterable[tuple[bytes, bytes]],
+        body: BodyClaims = NO_CLAIMS,
+        *,
+        keys_checked: bool = False,
     ) -> Owner:
-        """Return the owner of a request with these (ASGI) headers and this body. Never raises."""
+        """Return the owner of a request with these (ASGI) headers and this body. Never raises.
+
+        `keys_checked` says that vLLM admitted the request by the key in its first `Authorization`.
+        """
+        asked = Asked(self._said(headers), body, keys_checked)
         try:
-            asked = Asked(self._said(headers), body)
-            for rule in self.rules:
-                if (tenant := rule.tenant(asked)) is not None:
-                    return self._child(asked, tenant, rule)
+            owner = self._named(asked)
+            return self._tagged(asked, owner) if self._tags else owner
         except ContradictionError:
             return CONTRADICTION
-        return NOBODY
 
-    def _said(self, headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-        """Return the one value of each watched header. Raises ContradictionError for two values."""
-        said: dict[bytes, bytes] = {}
-        for raw_name, raw_value in headers:
+    def _said(self, headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
+        """Return the values of each watched header, in their order."""
+        said: dict[bytes, list[bytes]] = {}
+        for raw_name, value in headers:
             name = raw_name.lower()
             if name in self._watched:
-                value = raw_value.strip()
-                if said.setdefault(name, value) != value:
-                    raise ContradictionError
+                said.setdefault(name, []).append(value.strip())
         return said
 
-    def _child(self, asked: Asked, tenant: str, by: Rule) -> Owner:
+    def _named(self, asked: Asked) -> Owner:
+        for rule in self._tenants:
+            if (tenant := rule.tenant(asked)) is not None:
+                return self._child(asked, tenant, rule.named_by)
+        return NOBODY
+
+    def _child(self, asked: Asked, tenant: str, by: NamedBy) -> Owner:
         """Return the tenant's child that a rule chooses, else the tenant itself."""
+        if tenant.endswith(SLASH + UNREAD):
+            return self._owner(tenant, by)  # It stands for every child already.
         for rule in self._children:
-            child = None if rule is by else rule.child(asked)
-            if child is not None and len(tenant) + 1 + len(child) <= NAME_CHARS_MAX:
-                return self._owner(f"{tenant}{SLASH}{child}", by.named_by, rule.named_by)
-        return self._owner(tenant, by.named_by)
+            child = None if rule.named_by == by else child_of(tenant, rule.child(asked))
+            if child is not None:
+                return self._owner(child, by, rule.named_by)
+        return self._owner(tenant, by)
 
     def _owner(self, tenant: str, rule: NamedBy, child_rule: NamedBy | None = None) -> Owner:
         declared = self.declared.get(tenant)
         if declared is None:
             parent = tenant.rpartition(SLASH)[0] or None
-            tags = self.declared.get(parent or "", _UNDECLARED).tags
-            return Owner(tenant, rule, child_rule, parent, tags)
-        return Owner(tenant, rule, child_rule, declared.parent, declared.tags)
+            known = self.declared.get(parent or "", _UNDECLARED)
+            return Owner(tenant, rule, child_rule, parent, known.tags, known.above)
+        return Owner(tenant, rule, child_rule, declared.parent, declared.tags, declared.higher)
+
+    def _tagged(self, asked: Asked, owner: Owner) -> Owner:
+        given = {rule.tag: value for rule in self._tags if (value := rule.value(asked)) is not None}
+        return replace(owner, tags=dict(sorted({**given, **owner.tags}.items())))
 
 
 _UNDECLARED = DeclaredTenant()
+
+
+def _agreed(names: Iterable[str | None]) -> str | None:
+    """Return the one name among these; None without any. Raises ContradictionError for two."""
+    different = {name for name in names if name is not None}
+    if len(different) > 1:
+        raise ContradictionError
+    return next(iter(different), None)
 
 
 def sha256_of(credential: bytes) -> str | None:
@@ -288,9 +404,26 @@ def _bearer(authorization: bytes) -> bytes:
     return credential.strip() if scheme.lower() == b"bearer" else b""
 
 
-def _plain_name(claim: bytes) -> str | None:
-    """Return a claim as a name; None unless it is printable ASCII, short, and not reserved."""
-    if not 1 <= len(claim) <= NAME_CHARS_MAX or b"," in claim or not claim.isascii():
+def _parts(value: bytes) -> list[bytes]:
+    """Return the values that a proxy may have joined with commas."""
+    return [part.strip() for part in value.split(b",")]
+
+
+def _plain_text(claim: bytes) -> str | None:
+    """Return a claim as text; None unless it is printable ASCII of 1 to 128 characters."""
+    if not 1 <= len(claim) <= NAME_CHARS_MAX or not claim.isascii():
         return None
-    name = claim.decode("ascii")
-    return None if is_reserved(name) or not name.isprintable() else name
+    text = claim.decode("ascii")
+    return text if text.isprintable() else None
+
+
+def _plain_name(claim: bytes) -> str | None:
+    """Return a claim as a name; None unless it is plain text and not reserved."""
+    name = _plain_text(claim)
+    return None if name is None or is_reserved(name) else name
+
+
+def _child_name(claim: bytes) -> str | None:
+    """Return a claim as a child's own name; None unless it is a name without a slash."""
+    name = _plain_name(claim)
+    return None if name is None or SLASH in name or name != name.strip() else name

@@ -63,13 +63,54 @@ def _cost_meter_snapshot(
 def _cost_meter_stop(self: Any, request_ids: list[str]) -> None:
     """Utility call: end these requests with their next token, as if they had asked for that.
 
+    Requests that only wait end at once, where their client can be answered without a token.
     Unknown ids are ignored: they belong to another engine, or the request has ended meanwhile.
     """
     requests = self.scheduler.requests
+    waiting: list[Any] = []
     for request_id in request_ids:
         request = requests.get(request_id)
-        if request is not None:
-            request.max_tokens = min(request.max_tokens, max(request.num_output_tokens, 1))
+        if request is None:
+            continue
+        request.max_tokens = min(request.max_tokens, max(request.num_output_tokens, 1))
+        if _meter_of(self).run("stop", _can_end_unstarted, request):
+            waiting.append(request)
+    _end_unstarted(self, waiting)
+
+
+def _can_end_unstarted(_meter: EngineMeter, _now_ns: int, request: Any) -> bool:
+    """Tell whether a request waits, and its reply may be whole without a token.
+
+    A stream needs a token to say its finish reason, log-probabilities are those of tokens, and an
+    embedding has no tokens at all.
+    """
+    params = request.sampling_params
+    return (
+        params is not None
+        and request.status.name == "WAITING"
+        and not request.num_output_tokens
+        and not getattr(request, "resumable", False)
+        and params.output_kind.name == "FINAL_ONLY"
+        and params.logprobs is None
+        and params.prompt_logprobs is None
+    )
+
+
+def _end_unstarted(engine_core: Any, waiting: list[Any]) -> None:
+    """End requests that wait with the finish reason `length`, and tell their API servers."""
+    send = getattr(engine_core, "_send_finish_outputs_to_client", None)
+    if not waiting or send is None:
+        return  # an engine without API servers, or an older vLLM: each has its first token
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.request import RequestStatus
+
+    by_client: dict[int, list[str]] = {}
+    for request in waiting:
+        by_client.setdefault(request.client_index, []).append(request.request_id)
+    for client_index, request_ids in by_client.items():
+        # The clients first: whatever fails after that, none of them waits for ever.
+        send(request_ids, client_index, FinishReason.LENGTH)
+        engine_core.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 def _wrap_sleep(original: Callable[..., Any]) -> Callable[..., Any]:

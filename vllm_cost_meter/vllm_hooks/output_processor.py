@@ -2,20 +2,28 @@
 
 The hooks replace no vLLM code. docs/reference/hooks.md says what is hooked, and why there.
 
-Invariant: with or without an error of ours, vLLM's call returns or raises what it would have.
+An engine request of an exchange whose budget is used up is refused here, before vLLM knows of it:
+with an error of vLLM's own for its client, so that nothing has to be undone.
+
+Invariant: with or without an error of ours, vLLM's call returns or raises what it would have, but
+for that refusal.
 """
 
 import functools
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, Protocol
 
-from vllm_cost_meter.exchange import Birth, current_exchange
+from vllm_cost_meter.exchange import Birth, Exchange, Refusal, current_exchange
 from vllm_cost_meter.records.bill import BILL_KEY, CARRIER_ID, Bill, read_bill
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
 
 class Births(Protocol):
     """The receiver of new engine requests and their bills."""
+
+    def refused(self, exchange: Exchange | None) -> Refusal | None:
+        """Return the reply to an exchange that may have no further engine request, or None."""
 
     def born(self, birth: Birth) -> None:
         """Note an engine request that began in this process."""
@@ -45,8 +53,12 @@ def hook_output_processor(collector: Callable[[], Api]) -> None:
 
     @functools.wraps(add_request)
     def metered_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        result = add_request(self, request, *args, **kwargs)
         parent = args[1] if len(args) > 1 else kwargs.get("parent_req")
+        index = args[2] if len(args) > 2 else kwargs.get("request_index", 0)
+        refusal = collector().run("refuse", _refused, self, request, index)
+        if refusal is not None:
+            raise refusal
+        result = add_request(self, request, *args, **kwargs)
         collector().run("add_request", _born, self, request, parent)
         return result
 
@@ -65,6 +77,35 @@ def hook_output_processor(collector: Callable[[], Api]) -> None:
     metered_add_request.cost_meter_original = add_request  # type: ignore[attr-defined]
     OutputProcessor.add_request = metered_add_request
     OutputProcessor.process_outputs = metered_process_outputs
+
+
+def _refused(collector: Births, processor: Any, request: Any, index: int) -> Exception | None:
+    """Return the error with which a request is refused, None if it may be born."""
+    if index > 0:
+        # A choice (`n`) of a request whose first choice was born.
+        return None
+    if not getattr(request, "resumable", False):
+        if request.request_id in processor.request_states:
+            return None  # the end of an input that came in parts
+        if any(feature.data is not None for feature in request.mm_features or ()):
+            # New media: vLLM takes it that the engine has them from now on.
+            return None
+    refusal = collector.refused(current_exchange.get())
+    return None if refusal is None else _client_error(refusal)
+
+
+def _client_error(refusal: Refusal) -> Exception:
+    """Return the error that vLLM answers its client with, and logs no trace of."""
+    from vllm import exceptions  # heavy
+
+    # With a status of its own since vLLM 0.30.
+    with_status = getattr(exceptions, "GracefulHTTPError", None)
+    if with_status is not None:
+        return with_status(refusal.message, HTTPStatus(refusal.status))  # type: ignore[no-any-return]
+    for name in ("VLLMClientError", "VLLMValidationError"):
+        if (kind := getattr(exceptions, name, None)) is not None:
+            return kind(refusal.message)  # type: ignore[no-any-return]
+    return ValueError(refusal.message)
 
 
 def _born(collector: Births, processor: Any, request: Any, parent: Any) -> None:

@@ -40,10 +40,12 @@ class CostStatLogger(AggregateStatLoggerBase):
             return
         try:
             for seconds in iteration_stats.time_to_first_tokens_iter:
-                self._metrics.TTFT.observe(seconds)
+                if seconds >= 0:  # vLLM takes it from the wall clock, which may be set back.
+                    self._metrics.TTFT.observe(seconds)
             self._metrics.count_inter_token_latencies(iteration_stats.inter_token_latencies_iter)
             for request in iteration_stats.finished_requests:
-                self._metrics.END_TO_END.observe(request.e2e_latency)
+                if request.e2e_latency >= 0:
+                    self._metrics.END_TO_END.observe(request.e2e_latency)
             self.guard.succeeded("record")
         except Exception as error:  # noqa: BLE001 - an exception here stops the server
             self.guard.failed("record", error)

@@ -14,7 +14,8 @@ from tests.support.world import BODY, JSON, Engine, replying, scope_of
 from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.api_server.runtime import Runtime
 from vllm_cost_meter.config.loading import load_settings
-from vllm_cost_meter.config.reload import Reloader, stamp_of
+from vllm_cost_meter.config.reading import stamp_of
+from vllm_cost_meter.config.reload import Reloader
 from vllm_cost_meter.config.settings import Settings
 
 HASHES = {name: hashlib.sha256(f"sk-{name}".encode()).hexdigest() for name in ("a", "b")}
@@ -321,10 +322,38 @@ def test_an_error_of_the_reloader_is_contained(file, tmp_path, monkeypatch):
         await runtime.start_work(Stub())
         while len(looks) < 3:
             await asyncio.sleep(0.01)
-        assert (runtime.guard.errors, runtime.guard.off) == (1, False)
+        assert (runtime.loops["reload"].failures, runtime.guard.errors) == (1, 0)
         await runtime.stop()
 
     asyncio.run(asyncio.wait_for(live(), 20))
+
+
+def test_a_file_that_a_fifo_replaces_stops_neither_metering_nor_the_next_change(
+    file, tmp_path, monkeypatch, lines
+):
+    monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path / 'ledger.db'}")
+
+    async def live() -> None:
+        runtime = Runtime(load_settings(), reload_interval_s=0.02)
+        await runtime.start_work(Stub())
+        reload = runtime.loops["reload"]
+        file.unlink()
+        os.mkfifo(file)
+        while reload.failures < 3:
+            await asyncio.sleep(0.01)
+        assert runtime.health()["status"] == "failing"
+        assert (runtime.guard.errors, whose(runtime.settings, "a")) == (0, "a")
+        file.unlink()
+        file.write_text(tenant("b"))
+        while whose(runtime.settings, "b") != "b":
+            await asyncio.sleep(0.01)
+        assert not reload.failing
+        await runtime.stop()
+
+    asyncio.run(asyncio.wait_for(live(), 20))
+    said = [line for line in lines if "`reload`" in line]
+    assert len(said) == 2
+    assert "it is a FIFO or pipe" in said[0]
 
 
 class Stub:

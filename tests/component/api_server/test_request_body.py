@@ -5,15 +5,27 @@ import hashlib
 import json
 import sys
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
+from fastapi import Depends, FastAPI, HTTPException, Request
 
-from tests.support.world import BODY, COST_HEADERS, JSON, no_more_messages, replying, scope_of
+from tests.support.world import (
+    BODY,
+    COST_HEADERS,
+    JSON,
+    Client,
+    no_more_messages,
+    replying,
+    scope_of,
+)
 from vllm_cost_meter.api_server import request_body
 from vllm_cost_meter.api_server.request_body import claims_of, is_json, read_ahead
 from vllm_cost_meter.tenants.rules import NO_CLAIMS, BodyClaims
 
-SERVED = frozenset({"llama", "org/llama"})
+SERVED = ("llama", "org/llama")
+ALL_FIELDS = frozenset(("user", "metadata", "lora", "model"))
 KEY = (b"authorization", b"Bearer sk-alice")
 SENDS_JSON = (b"content-type", b"application/json")
 TENANT = {"name": "alice", "api_key_sha256": [hashlib.sha256(b"sk-alice").hexdigest()]}
@@ -35,33 +47,98 @@ def test_a_model_that_is_not_served_is_an_adapter():
 
 
 def test_without_the_served_names_a_model_says_nothing():
-    assert claims_of(b'{"model":"llama","user":"u"}', frozenset()) == BodyClaims(user="u")
+    assert claims_of(b'{"model":"llama","user":"u"}', ()) == BodyClaims(user="u")
+
+
+@pytest.mark.parametrize("model", ["", ',"model":null', ',"model":""'])
+def test_without_a_model_it_is_the_one_that_vllm_takes(model):
+    body = f'{{"user":"u"{model}}}'.encode()
+    assert claims_of(body, SERVED) == BodyClaims(user="u", model="llama")
+    assert claims_of(body, ()) == BodyClaims(user="u")
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        None,
         b"",
         b"[1]",
         b'"user"',
+        b"null",
         b"{",
         b'{"user":"a"',
         b"user=a",
         b"\xff\xfe",
-        '{"user":"a"}'.encode("utf-16"),
-        b'{"x":' + b"[" * 200_000,
+        "[1]".encode("utf-16"),
         b'{"user":"\xff"}',
         b'{"user":5,"metadata":"x","model":["llama"]}',
-        b'{"user":null,"metadata":null,"model":null}',
-        b'{"user":{"user":"a"}}',
-        b'{"user":"' + b"a" * 1_000_000 + b'"}',
-        b'{"metadata":{"team":"' + b"a" * 1_000_000 + b'"}}',
-        b'{"metadata":' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"}",
+        b'{"user":{"user":"a"},"model":5}',
+        b'{"user":"' + b"a" * 1_000_000 + b'","model":5}',
     ],
 )
 def test_a_body_that_says_nothing_usable_chooses_nothing(body):
     assert claims_of(body, SERVED) == NO_CLAIMS
+
+
+@pytest.mark.parametrize(
+    ("body", "unread"),
+    [
+        (None, ALL_FIELDS),
+        (b'{"x":' + b"[" * 200_000, ALL_FIELDS),
+        (b'{"model":5,"metadata":' + b'{"a":' * 5_000 + b"1" + b"}" * 5_001, ALL_FIELDS),
+        (b'{"model":5,"metadata":{"team":"' + b"a" * 1_000_000 + b'"}}', {"metadata"}),
+        (b'{"model":5,"metadata":{' + b" " * 65_536 + b'"team":"a"}}', {"metadata"}),
+    ],
+)
+def test_what_is_too_long_or_too_deep_is_known_to_be_unread(body, unread):
+    assert claims_of(body, SERVED) == BodyClaims(unread=unread)
+
+
+SAID = {"user": "u", "metadata": {"team": "t"}, "model": "sql", "prompt": "é"}
+PLAIN = json.dumps(SAID)
+FOREIGN = [
+    *(PLAIN.encode(name) for name in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be")),
+    *(PLAIN.encode(name) for name in ("utf-32", "utf-32-le", "utf-32-be")),
+    *(PLAIN.replace('"\\u00e9"', other).encode() for other in ("NaN", "Infinity", "-Infinity")),
+    PLAIN.replace('"\\u00e9"', '"\\ud800"').encode(),
+    PLAIN.replace('"\\u00e9"', "1" * 4_000).encode(),
+    PLAIN.encode().replace(b'"\\u00e9"', b'"\xed\xa0\x80"'),
+    PLAIN.replace('"t"', '"t", "x": "\\udfff"').encode(),
+    PLAIN.encode().replace(b'"t"', b'"t", "x": "\xed\xa0\x80"'),
+    PLAIN.replace('{"user"', '{"user": "not", "user": "nor", "user"').encode(),
+    PLAIN.replace("user", "us\\u0065r").encode(),
+    (" \r\n\t" + PLAIN + "\n").encode(),
+]
+
+
+async def asked_of_fastapi(body: bytes, *types: bytes) -> object:
+    """What FastAPI takes a body for, as vLLM's routes declare theirs; None if it refuses it."""
+    app, taken = FastAPI(), []
+
+    def validate(request: Request) -> None:  # vLLM's `validate_json_request`
+        media_type = request.headers.get("content-type", "").lower().split(";", maxsplit=1)[0]
+        if media_type != "application/json":
+            raise HTTPException(415)
+
+    @app.post("/v1/completions", dependencies=[Depends(validate)])
+    async def route(said: dict[str, Any]) -> None:
+        taken.append(said)
+
+    headers = [(b"content-type", each) for each in types]
+    scope = scope_of(headers=headers, query_string=b"", root_path="")
+    await app(scope, sending(part(body)), Client().send)
+    return taken[0] if taken else None
+
+
+@pytest.mark.parametrize("body", FOREIGN)
+def test_every_body_that_vllms_web_framework_accepts_is_read_as_it_reads_it(body):
+    assert claims_of(body, SERVED) == BodyClaims("u", ANY, "sql", None)
+    taken = asyncio.run(asked_of_fastapi(body, b"application/json"))
+    assert {key: taken[key] for key in ("user", "metadata", "model")} == {
+        "user": "u",
+        "metadata": claims_of(body, SERVED).metadata,
+        "model": "sql",
+    }
+    assert taken["metadata"]["team"] == "t"
 
 
 def test_one_field_that_is_wrong_costs_no_other():
@@ -99,18 +176,25 @@ def test_a_megabyte_of_user_is_put_aside_in_as_many_steps_as_a_kilobyte():
 
 
 @pytest.mark.parametrize(
-    ("headers", "expected"),
+    ("types", "expected"),
     [
-        ([(b"content-type", b"application/json")], True),
-        ([(b"Content-Type", b"Application/JSON; charset=utf-8")], True),
-        ([(b"content-type", b"multipart/form-data; boundary=application/json")], False),
-        ([(b"content-type", b"application/json"), (b"content-type", b"text/plain")], False),
-        ([(b"content-type", b"")], False),
+        ([b"application/json"], True),
+        ([b"Application/JSON; charset=utf-8"], True),
+        ([b"application/json;charset=utf-16"], True),
+        ([b"application/json", b"text/plain"], True),
+        ([b"application/json", b"application/json"], True),
+        ([b"text/plain", b"application/json"], False),
+        ([b"text/json"], False),
+        ([b"application/vnd.api+json"], False),
+        ([b"multipart/form-data; boundary=application/json"], False),
+        ([b""], False),
         ([], False),
     ],
 )
-def test_a_body_is_json_if_its_one_content_type_says_so(headers, expected):
-    assert is_json(headers) is expected
+def test_a_body_is_json_if_the_first_content_type_says_so_as_it_is_to_vllm(types, expected):
+    assert is_json([(b"Content-Type", each) for each in types]) is expected
+    taken = asyncio.run(asked_of_fastapi(PLAIN.encode(), *types))
+    assert (taken == SAID) is expected
 
 
 # ---- how it is handed on
@@ -226,7 +310,8 @@ def test_a_users_child_is_told_and_recorded_with_its_parent_and_tags(make_world)
         ({"rule": "model"}, {"model": "llama"}, "alice/llama"),
         ({"rule": "model"}, {"model": "org/llama"}, "alice/org--llama"),
         ({"rule": "model"}, {"model": "sql"}, "alice"),
-        ({"rule": "model"}, {}, "alice"),
+        ({"rule": "model"}, {}, "alice/llama"),
+        ({"rule": "lora"}, {}, "alice"),
     ],
 )
 def test_each_rule_reads_its_own_field(make_world, rules, said, tenant):
@@ -291,7 +376,8 @@ def test_a_client_that_leaves_within_its_body_is_told_to_the_application(by_user
 
     by_user.run(app, scope_of(headers=[KEY, SENDS_JSON]), receive=sending(*left))
     assert seen == left
-    assert by_user.rows("SELECT tenant, status FROM http_requests") == [("alice", 499)]
+    # It left before it had said whose child it is.
+    assert by_user.rows("SELECT tenant, status FROM http_requests") == [("alice/__unread__", 499)]
 
 
 def test_a_client_that_leaves_after_its_body_is_told_to_the_application(by_user):
@@ -331,6 +417,38 @@ def test_a_child_is_told_what_its_tenants_clients_are(make_world):
     assert world.rows("SELECT tenant FROM requests") == [("alice/carol",)]
 
 
+UNREAD_BY_TYPE = [
+    ("model", b"multipart/form-data; boundary=x", "alice/__unread__"),
+    ("lora", b"application/x-www-form-urlencoded", "alice/__unread__"),
+    ("model", b"text/plain", "alice"),
+    ("user", b"multipart/form-data; boundary=x", "alice"),
+]
+
+
+@pytest.mark.parametrize(("rule", "sent", "tenant"), UNREAD_BY_TYPE)
+def test_a_form_may_name_every_model_and_no_user(make_world, rule, sent, tenant):
+    world = make_world(tenants=[TENANT], tenant_rules=[{"rule": "api_key"}, {"rule": rule}])
+    ask(world, part(b"x"), path="/v1/audio/transcriptions", headers=[KEY, (b"content-type", sent)])
+    assert world.rows("SELECT tenant FROM requests") == [(tenant,)]
+
+
+def test_a_websocket_may_name_every_model(make_world):
+    world = make_world(tenants=[TENANT], tenant_rules=[{"rule": "api_key"}, {"rule": "model"}])
+
+    async def app(scope, receive, send):
+        world.engine.generate()
+
+    world.run(app, scope_of("/v1/realtime", [KEY], type="websocket"))
+    assert world.rows("SELECT tenant FROM requests") == [("alice/__unread__",)]
+
+
+def test_a_body_longer_than_the_bound_counts_against_every_child(make_world, monkeypatch):
+    monkeypatch.setattr(read_ahead, "__defaults__", (8,))
+    world = make_world(tenants=[TENANT], tenant_rules=BY_USER)
+    ask(world, part(b'{"user":', True), part(b'"carol"}'))
+    assert world.rows(WHOSE) == [("alice/__unread__", "api_key+user", "alice", None)]
+
+
 # ---- the names of the model
 
 
@@ -350,4 +468,4 @@ def test_all_names_of_the_model_are_known_once_the_application_is_up(world):
         return world.runtime.served
 
     assert asyncio.run(served(state)) == SERVED
-    assert asyncio.run(served(SimpleNamespace())) == {"llama"}
+    assert asyncio.run(served(SimpleNamespace())) == ("llama",)

@@ -15,6 +15,9 @@ from vllm_cost_meter.units.time import NS_PER_HOUR
 __all__ = ["no_settings"]
 
 BUDGETS = """
+[[tenants]]
+name = "alice"
+
 [[budgets]]
 name = "alice, all time"
 tenant = "alice"
@@ -59,9 +62,16 @@ def test_budgets_say_what_was_used_of_each_and_when_it_resets(recent, tmp_path):
     shown = run("budgets", "--ledger", recent, COST_METER_CONFIG=str(settings))
     assert (shown.exit_code, shown.stderr) == (0, "")
     _, in_time, in_money = shown.stdout.splitlines()
-    assert in_time.split()[4:9] == ["spent", "0.0000006", "0.0000005", "GPU-s", "0.0000001"]
+    assert in_time.split()[4:10] == [
+        "with_children",
+        "spent",
+        "0.0000006",
+        "0.0000005",
+        "GPU-s",
+        "0.0000001",
+    ]
     assert " within " in in_money
-    assert in_money.split()[4:7] == ["0.0000006", "1.00", "USD"]
+    assert in_money.split()[5:8] == ["0.0000006", "1.00", "USD"]
     listed = run("budgets", "--ledger", recent, "--json", COST_METER_CONFIG=str(settings))
     assert [row["used"] for row in json.loads(listed.stdout)["budgets"]] == [600, 600]
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from tests.component.ledger.test_reader import CLASS_ROWS, T0, http, part, snapshot
 from tests.support.builders import make_open
+from tests.support.small_ledger import live_now
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.accrued import Accrued
@@ -68,20 +69,14 @@ def cells(line: str) -> list[str]:
 def test_tenants_are_a_table_whose_rows_are_the_whole(ledger):
     result = run("report", "--ledger", ledger)
     assert result.exit_code == 0
-    head, *rows, adds_up, last = result.stdout.splitlines()
-    assert cells(head) == (
-        [
-            "tenant",
-            "requests",
-            "prompt_tokens",
-            "cached_tokens",
-            "output_tokens",
-            "gpu_seconds",
-            "cost_usd",
-        ]
-    )
+    head, *rows, own, adds_up, last = result.stdout.splitlines()
+    assert cells(head) == [
+        *("tenant", "requests", "prompt_tokens", "cached_tokens", "output_tokens"),
+        *("gpu_seconds", "cost_usd"),
+    ]
     assert cells(rows[0]) == ["alice", "2", "20", "4", "10", "0.000001", "-"]
     assert [cells(row)[0] for row in rows] == ["alice", EVIL, *CLASS_ROWS]
+    assert own == "each row is a tenant on its own, without those below it"
     assert adds_up == "adds up: the rows are all of 0.000002 GPU-seconds, to the nanosecond"
     assert last.startswith("no cost in all: no price for run run at 2027-01-15T08Z: none is set by")
 
@@ -92,7 +87,7 @@ def test_energy_is_a_column_in_joules_where_any_is_known(ledger):
     for name in ENERGY_CLASSES:
         mj = {"requests": 700_001, "idle": 70}.get(name, 0)
         sql(ledger, f"UPDATE snapshots SET {name}_mj = ?", mj)
-    head, *rows, _, _ = run("report", "--ledger", ledger).stdout.splitlines()
+    head, *rows, _, _, _ = run("report", "--ledger", ledger).stdout.splitlines()
     energies = {cells(row)[0]: cells(row)[-1] for row in rows}
     assert cells(head)[-1] == "joules"
     assert (energies["alice"], energies[EVIL], energies["__idle__"]) == ("700.001", "-", "0.070")
@@ -112,7 +107,9 @@ def test_requests_are_a_table_the_newest_first(ledger):
     assert [cells(row)[1] for row in rows] == ["h3", "h2"]
     assert cells(rows[1])[-1] == "0.000000007"
     only = run("report", "requests", "--ledger", ledger, "--tenant", "alice")
-    assert [cells(row)[1] for row in only.stdout.splitlines()[1:]] == ["h2", "h1"]
+    _, *rows, whose = only.stdout.splitlines()
+    assert [cells(row)[1] for row in rows] == ["h2", "h1"]
+    assert whose == "requests of alice with all tenants below it"
 
 
 def test_json_is_one_object_with_exact_figures(ledger):
@@ -328,14 +325,14 @@ def test_a_bad_price_is_one_line_and_2(ledger, book):
 
 
 def test_an_audit_that_balances_says_so(ledger):
+    live_now(ledger)
     result = run("audit", "--ledger", ledger)
     assert result.exit_code == 0
     *_, run_line, last = result.stdout.splitlines()
     assert "3 bills; difference 0 ns" in run_line
     assert last == "balanced"
     answer = json.loads(run("audit", "--json", "--ledger", ledger).stdout)
-    assert answer["balanced"] is True
-    assert answer["runs"][0]["missing_bills"] == []
+    assert (answer["balanced"], answer["runs"][0]["missing_bills"]) == (True, [])
 
 
 def test_a_bill_that_was_deleted_is_named_with_the_difference(ledger):
@@ -359,6 +356,7 @@ def test_requests_that_run_come_first_with_what_they_cost_so_far(ledger):
     totals = ClassTotals(requests=900, in_flight=5_000_000)
     record(ledger, make_open(request_id="internal-4", http_request_id="h4", started_at_ns=T0))
     record(ledger, snapshot(bills, 2, totals=totals, live=live, step_ns=0))
+    live_now(ledger)
     head, *rows = run("report", "requests", "--ledger", ledger).stdout.splitlines()
     assert "state" in cells(head)
     assert cells(rows[0])[:5] == ["-", "h4", "alice", "/v1/completions", "running"]

@@ -2,20 +2,32 @@
 
 import contextlib
 import json
+import socket
 import sqlite3
 import sys
+import tempfile
+import threading
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from typer.testing import CliRunner
 
 from tests.component.ledger.test_reader import part, snapshot
 from tests.support.nvml import A, Card, nvmls
+from tests.support.small_ledger import live_now
+from vllm_cost_meter.api_server.background import Loop
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.endpoint.access import Access, sha256
+from vllm_cost_meter.endpoint.answers import NO_METER
+from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunMatch
 
@@ -26,6 +38,7 @@ CHECKS = [
     "vllm",
     "ledger",
     "books",
+    "server",
     "cost model",
     "price",
     "energy",
@@ -36,6 +49,8 @@ CHECKS = [
 @pytest.fixture(autouse=True)
 def named(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "cost_meter,other")
+    # Another server may run on this machine.
+    monkeypatch.setenv("COST_METER_PORT", "off")
 
 
 @pytest.fixture
@@ -116,6 +131,7 @@ def test_books_that_do_not_balance_fail(path):
 
 def test_an_engine_whose_meter_is_off_fails(path):
     sql(path, "UPDATE snapshots SET state = 'off'")
+    live_now(path)
     ok, detail = findings(path)["books"]
     assert not ok
     assert "switched itself off in run run" in detail
@@ -236,3 +252,87 @@ def test_an_installation_without_the_binding_fails(path, monkeypatch):
     ok, detail = findings(path)["energy"]
     assert not ok
     assert "pip install nvidia-ml-py" in detail
+
+
+# ---- the server
+
+
+@contextlib.contextmanager
+def answering(**health) -> Iterator[Settings]:
+    """Serve the side endpoint of a meter that does as told; yield the settings that name it."""
+    told = {**NO_METER, "status": "ok", "loops": [Loop("poll").health()], **health}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LedgerReader(f"sqlite:///{folder}/ledger.db", create=True) as reader,
+    ):
+        access = Access(sha256("token-of-the-admin"))
+        app = make_app(reader, access=access, health=lambda: told)
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            port = listening.getsockname()[1]
+            yield Settings(port=port, admin_token="token-of-the-admin")
+        finally:
+            server.should_exit = True
+            thread.join()
+            listening.close()
+
+
+def server_of(path: Path, settings: Settings) -> tuple[bool, str]:
+    (found,) = [f for f in examine(f"sqlite:///{path}", settings=settings) if f.name == "server"]
+    return found.ok, found.detail.replace(str(settings.port), "PORT")
+
+
+def test_a_server_whose_meter_works_says_so(path):
+    with answering() as settings:
+        assert server_of(path, settings) == (True, "http://127.0.0.1:PORT says ok; poll work")
+
+
+def test_a_server_whose_loop_fails_is_a_failed_check_that_names_it(path):
+    clock = iter([0, 90 * 10**9])
+    loop = Loop("budgets", lambda: next(clock))
+    loop.failed(LedgerError("ledger x: is away"))
+    with answering(status="failing", loops=[loop.health()]) as settings:
+        assert server_of(path, settings) == (
+            False,
+            "http://127.0.0.1:PORT says failing; budgets fails for 90 s"
+            " (LedgerError: ledger x: is away)",
+        )
+
+
+def test_a_server_that_is_off_or_cannot_write_is_a_failed_check(path):
+    with answering(status="off", loops=[], ledger_error="OperationalError: full") as settings:
+        assert server_of(path, settings) == (
+            False,
+            "http://127.0.0.1:PORT says off; the meter switched itself off: see the log, and"
+            " restart the server; the ledger cannot be written: OperationalError: full",
+        )
+
+
+def test_a_side_process_that_ended_is_said_though_it_is_back(path):
+    ended = {"process": "side endpoint", "state": "ok", "pid": 7, "restarts": 2}
+    side = {**ended, "last_end": "was ended by SIGKILL"}
+    with answering(side_processes=[side]) as settings:
+        assert server_of(path, settings) == (
+            True,
+            "http://127.0.0.1:PORT says ok; the process of the side endpoint ended 2 times, the"
+            " last time it was ended by SIGKILL",
+        )
+
+
+def test_no_server_is_no_fault_and_one_that_wants_another_token_says_what_to_do(path):
+    with answering() as settings:
+        other = Settings(port=settings.port, admin_token="another-token-of-an-admin")
+        assert server_of(path, other) == (
+            False,
+            "http://127.0.0.1:PORT answers 401 to /cost/health; set COST_METER_ADMIN_TOKEN",
+        )
+        digest = Settings(port=settings.port, admin_token_sha256=sha256("token-of-the-admin"))
+        ok, detail = server_of(path, digest)
+        assert ok
+        assert detail.startswith("not asked: of the token")
+    ok, detail = server_of(path, settings)
+    assert ok
+    assert detail.startswith("none answers at http://127.0.0.1:PORT: ")

@@ -36,10 +36,14 @@ def test_a_report_is_added_up_by_the_columns_asked_for(ledger):
 
 def test_what_if_is_said_below_the_table(ledger):
     result = run("report", "--price", "3600", "--filter", "tenant:alice", "--ledger", ledger)
-    _, row, what_if, filtered, _ = result.stdout.splitlines()
+    _, row, own, what_if, filtered, _ = result.stdout.splitlines()
     assert cells(row)[-1] == "0.000000600"
     assert what_if == "what if: every GPU-hour at 3600 USD; that is not what it cost"
-    assert filtered == "filtered: rows that are not shown belong to the whole too"
+    assert own == "each row is a tenant on its own, without those below it"
+    assert filtered == (
+        "filtered: rows that are not shown belong to the whole too; a tenant in the filter means it"
+        " with all tenants below it"
+    )
 
 
 def test_rows_of_times_alone_name_their_class(ledger):
@@ -58,7 +62,7 @@ def test_steps_name_their_beginning(ledger):
     record(ledger, snapshot(bills, 2, totals=totals, hours=hours, taken_at_ns=T0 + late))
     table = run("report", "--step", "1h", "--ledger", ledger).stdout.splitlines()
     assert cells(table[0])[:2] == ["from", "tenant"]
-    assert [cells(row)[0][11:13] for row in table[1:-1]] == ["08"] * 10 + ["09"] * 8
+    assert [cells(row)[0][11:13] for row in table[1:-2]] == ["08"] * 10 + ["09"] * 8
     shown = run("report", "--step", "1h", "--csv", "--ledger", ledger).stdout
     first, *_ = csv.DictReader(io.StringIO(shown, newline=""))
     assert (first["from"], first["to"]) == (
@@ -132,13 +136,40 @@ def test_a_report_of_missing_bills_ends_with_1(ledger):
 def test_a_statement_is_of_one_tenant_or_of_all(ledger):
     mine = run("statement", "--tenant", "alice", "--month", "2027-01", "--ledger", ledger)
     assert mine.exit_code == 0
-    assert mine.stdout.startswith("Statement of alice, 2027-01 (UTC), preliminary\n")
+    assert mine.stdout.startswith(
+        "Statement of alice with all tenants below it, 2027-01 (UTC), preliminary\n"
+    )
     assert EVIL not in mine.stdout
     everyone = run("statement", "--all", "--month", "2027-01", "--ledger", ledger)
     assert everyone.stdout.startswith("Statement of all tenants, 2027-01 (UTC), preliminary\n")
     assert "whole: 0.000002 GPU-seconds of wall time x price unknown = unknown USD\n" in (
         everyone.stdout
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "covers", "title", "tenants"),
+    [
+        ("--with-children", "with_children", "search with all tenants below it", ["ads", "search"]),
+        ("--own", "own", "search on its own", ["search"]),
+    ],
+)
+def test_a_statement_says_whether_the_tenants_below_are_in_it(
+    tmp_path, option, covers, title, tenants
+):
+    bills = [part(1, tenant="search"), part(2, "h2", tenant="ads", tenant_parent="search")]
+    path = tmp_path / "family.db"
+    record(path, *bills, part(3, "h3", tenant="searches"), snapshot(bills))
+    asked = ("statement", "--tenant", "search", option, "--month", "2027-01", "--ledger", path)
+    answer = json.loads(run(*asked, "--json").stdout)
+    assert (answer["tenant"], answer["covers"]) == ("search", covers)
+    assert sorted({line["tenant"] for line in answer["lines"]}) == tenants
+    assert answer["total"]["gpu_time_ns"] == 300 * len(tenants)
+    text, page = run(*asked).stdout, run(*asked, "--format", "html").stdout
+    assert text.startswith(f"Statement of {title}, 2027-01")
+    assert f"<h1>Statement of {title}, 2027-01" in page
+    rows = list(csv.DictReader(io.StringIO(run(*asked, "--csv").stdout, newline="")))
+    assert sorted((row["tenant"], row["covers"]) for row in rows) == [(t, "own") for t in tenants]
 
 
 def test_a_statement_is_written_in_each_format(ledger, tmp_path):
@@ -194,3 +225,24 @@ def test_a_wrong_word_of_a_statement_is_one_line_and_2(ledger, arguments, said):
     result = run("statement", *arguments, "--ledger", ledger)
     assert result.exit_code == 2
     assert one_line(result).startswith(f"vllm-cost-meter: {said}")
+
+
+def test_an_idle_policy_that_names_nobody_known_says_so_on_stderr(ledger, tmp_path):
+    words = ("report", "--idle", "reserved:alice=10,carl=5,desk=5", "--ledger", ledger)
+    result = run(*words)
+    assert (result.exit_code, result.stderr.splitlines()) == (
+        0,
+        [
+            f"vllm-cost-meter: --idle: tenant {name!r} is neither declared nor in the ledger; it is"
+            " charged all the same"
+            for name in ("carl", "desk")
+        ],
+    )
+    # A cost centre without requests may be declared.
+    settings = tmp_path / "meter.toml"
+    settings.write_text('[[tenants]]\nname = "desk"\n')
+    result = run(*words, "--json", COST_METER_CONFIG=str(settings))
+    assert result.stderr.count("\n") == 1
+    assert json.loads(result.stdout)["idle_unseen"] == ["carl", "desk"]
+    month = ("statement", "--month", "2027-01", "--all", "--idle", "owner:carl")
+    assert "tenant 'carl' is neither" in run(*month, "--ledger", ledger).stderr

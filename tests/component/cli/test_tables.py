@@ -14,6 +14,7 @@ import pytest
 from tests.component.cli.test_cli import no_settings
 from tests.component.ledger.test_economics import write
 from tests.component.ledger.test_reader import Ledger
+from tests.support.small_ledger import live_now
 from tests.unit.lab.test_sweep import SHAPE, curve, swept
 from vllm_cost_meter.cli import budgets
 from vllm_cost_meter.cli import sweep as sweeping
@@ -211,8 +212,8 @@ def test_80_columns_keep_the_columns_that_matter_with_a_row_on_each_line(
     start = narrow.index(head) + 1
     (wide_head,) = (line for line in wide if set(KEY_COLUMNS[name]) <= set(line.split()))
     last = re.compile(
-        "left out: |long texts are shortened|DOES NOT ADD UP|priced at |the same |formula: |taxes: "
-        "|from |$"
+        "left out: |each row is |long texts are shortened|DOES NOT ADD UP|priced at |the same "
+        "|formula: |taxes: |from |$"
     )
     rows = list(takewhile(lambda line: not last.match(line), narrow[start:]))
     all_rows = list(takewhile(lambda line: not last.match(line), wide[wide.index(wide_head) + 1 :]))
@@ -240,7 +241,8 @@ def test_a_budget_of_billions_shows_all_that_matters_at_80_columns(
     assert shown.split()[1:] == ["unknown", "999999999999.99", "1000000000000.00", "GPU-s"]
 
 
-def test_what_is_left_out_is_named_below_the_table(show: Show) -> None:
+def test_what_is_left_out_is_named_below_the_table(show: Show, files: Path) -> None:
+    live_now(files / "ledger.db")
     head, *rows, note, rest = show(("report", "requests"), 80)
     assert len(rows) == 5
     assert head.split() == ["http_request_id", "tenant", "cost_usd"]

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from tests.component.ledger.test_reader import HOUR, T0, http, part, snapshot
 from tests.support.builders import make_open
@@ -27,6 +27,7 @@ from vllm_cost_meter.reports.grammar import question
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 from vllm_cost_meter.units.time import rfc3339
 
+BASE = "http://localhost"
 JSON_ROUTES = [
     "/health",
     "/cost/requests",
@@ -57,7 +58,8 @@ class Side:
         writer.close(5)
         self.refreshed = 0
         self.on_refresh = lambda: None
-        self.reader = LedgerReader(self.url)
+        # As in a server, which knows that its engine lives whatever the clock says.
+        self.reader = LedgerReader(self.url, alive=lambda: ["run"])
         self.app = make_app(self.reader, refresh=self._refresh, **options)
 
     def _refresh(self) -> None:
@@ -79,9 +81,7 @@ class Side:
     def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://localhost"
-            ) as client:
+            async with httpx.AsyncClient(transport=transport, base_url=BASE) as client:
                 return await client.request(method, path, **options)
 
         return asyncio.run(ask())
@@ -258,7 +258,7 @@ def test_the_openapi_document_names_every_route(side):
 def test_metrics_are_those_of_the_registry_it_was_given(make):
     registry = CollectorRegistry()
     Counter("mine", "A counter", registry=registry).inc()
-    reply = make(registry=lambda: registry).get("/metrics")
+    reply = make(metrics=lambda: generate_latest(registry)).get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain")
     assert "mine_total 1.0" in reply.text
 
@@ -345,7 +345,7 @@ TOKEN = "s3cret-token"
     + [f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}"],
 )
 def test_without_the_token_nothing_is_told(make, authorization):
-    side = make(access=Access(sha256(TOKEN)), registry=CollectorRegistry)
+    side = make(access=Access(sha256(TOKEN)), metrics=bytes)
     headers = {} if authorization is None else {"authorization": authorization}
     for path in [*JSON_ROUTES[:-1], "/metrics"]:
         reply = side.get(path, **headers)
@@ -369,7 +369,7 @@ def test_a_token_outside_ascii_is_wrong_and_no_error(make):
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(side.app), base_url="http://localhost"
+            transport=httpx.ASGITransport(side.app), base_url=BASE
         ) as client:
             return await client.get("/cost/tenants", headers={b"authorization": b"Bearer \xff"})
 
@@ -405,7 +405,7 @@ def shared(request, make):
         )
     ]
     access = Access(request.param, lambda: BY_HASH)
-    return make(access=access, registry=CollectorRegistry, budgets=lambda: BudgetFigures(budgets))
+    return make(access=access, metrics=bytes, budgets=lambda: BudgetFigures(budgets))
 
 
 def as_alice(side, path: str) -> httpx.Response:
@@ -419,6 +419,8 @@ def test_a_tenant_sees_its_own_requests_and_no_others(shared):
     assert as_alice(shared, "/cost/requests/h1").json()["tenant"] == "alice"
     assert as_alice(shared, "/cost/tenants/alice").json()["tenant"] == "alice"
     assert as_alice(shared, "/cost/requests?tenant=bob").json() == {
+        "tenant": "bob",
+        "covers": "with_children",
         "requests": [],
         "running": [],
         "next": None,

@@ -3,7 +3,6 @@
 import base64
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from tests.component.endpoint.test_app import Side, error_of
 from vllm_cost_meter.endpoint.limits import BODY_BYTES_MAX, TARGET_BYTES_MAX
@@ -11,7 +10,7 @@ from vllm_cost_meter.endpoint.limits import BODY_BYTES_MAX, TARGET_BYTES_MAX
 
 @pytest.fixture
 def side(tmp_path):
-    made = Side(tmp_path, registry=CollectorRegistry)
+    made = Side(tmp_path, metrics=bytes)
     yield made
     made.reader.close()
 

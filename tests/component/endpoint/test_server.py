@@ -1,11 +1,10 @@
-"""The side endpoint's life: its port, its thread, and vLLM's application that it starts with."""
+"""The side endpoint's life: its port, its process, and vLLM's application that it starts with."""
 
 import asyncio
 import contextlib
-import logging
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,25 +14,21 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from tests.component.api_server.test_poller import Engines, poller_of, snapshot
+from tests.support.logs import lines_of
 from tests.support.world import make_runtime, worlds
 from vllm_cost_meter.api_server.poller import Poller
-from vllm_cost_meter.api_server.runtime import refresher
+from vllm_cost_meter.api_server.side_endpoint import SideEndpoint
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.endpoint.answers import NO_METER
 from vllm_cost_meter.endpoint.server import metrics_registry
-from vllm_cost_meter.endpoint.server import serve as serve_endpoint
-from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.tenants.budgets import BudgetFigures
 
 
 @pytest.fixture
 def logged(caplog) -> Iterator[pytest.LogCaptureFixture]:
-    logger = logging.getLogger("vllm.cost_meter")
-    level = logger.level
-    logger.addHandler(caplog.handler)
-    logger.setLevel(logging.INFO)
-    yield caplog
-    logger.setLevel(level)
-    logger.removeHandler(caplog.handler)
+    with lines_of(caplog):
+        yield caplog
 
 
 def said(logged) -> list[str]:
@@ -59,9 +54,23 @@ def writer(url: str) -> Iterator[LedgerWriter]:
     writer.close(5)
 
 
-def serve(settings: Settings, url: str, poller: Poller) -> None:
+@contextlib.asynccontextmanager
+async def serving(settings: Settings, url: str, poller: Poller) -> AsyncIterator[SideEndpoint]:
     """Serve as the runtime does, with figures as new as the poller can have them."""
-    serve_endpoint(settings, url, refresher(poller, asyncio.get_running_loop()))
+    side = SideEndpoint(
+        lambda: settings,
+        url,
+        refresh=poller.look,
+        alive=poller.alive,
+        figures=BudgetFigures,
+        health=lambda: NO_METER,
+    )
+    side.start_timeout_s = 60  # on a busy machine it takes longer than a server waits
+    await side.serve()
+    try:
+        yield side
+    finally:
+        await side.stop()
 
 
 class Client(Engines):
@@ -90,8 +99,8 @@ async def get(base: str, path: str, **headers: str) -> httpx.Response:
 def test_it_answers_on_a_port_of_its_own_with_the_engines_newest_figures(writer, url, logged):
     async def ask() -> httpx.Response:
         engines = Engines(snapshot)
-        serve(Settings(port=0), url, poller_of(engines, writer))
-        return await get(address(logged), "/cost/summary")
+        async with serving(Settings(port=0), url, poller_of(engines, writer)):
+            return await get(address(logged), "/cost/summary")
 
     reply = asyncio.run(ask())
     assert reply.status_code == 200
@@ -103,8 +112,8 @@ def test_a_dead_engine_means_older_figures_and_no_error(writer, url, logged):
 
     async def ask() -> httpx.Response:
         writer.commit(snapshot(7)).result(5)
-        serve(Settings(port=0), url, poller_of(engines, writer))
-        return await get(address(logged), "/cost/summary")
+        async with serving(Settings(port=0), url, poller_of(engines, writer)):
+            return await get(address(logged), "/cost/summary")
 
     reply = asyncio.run(ask())
     assert reply.json()["wall_gpu_ns"] == 70
@@ -113,15 +122,17 @@ def test_a_dead_engine_means_older_figures_and_no_error(writer, url, logged):
 
 def test_with_an_admin_token_it_demands_it(writer, url, logged):
     async def ask() -> list[int]:
-        token = "s3cret-of-the-operator"
-        settings = Settings(port=0, admin_token=token)
-        serve(settings, url, poller_of(Engines(snapshot), writer))
-        base = address(logged)
-        asked = (
-            await get(base, "/health"),
-            await get(base, "/health", authorization=f"Bearer {token}"),
-        )
-        return [reply.status_code for reply in asked]
+        settings = Settings(port=0, admin_token="s3cret-of-the-operator")
+        async with serving(settings, url, poller_of(Engines(snapshot), writer)) as side:
+            base = address(logged)
+            asked = (
+                await get(base, "/health"),
+                await get(base, "/health", authorization="Bearer s3cret-of-the-operator"),
+            )
+            command = Path(f"/proc/{side.process.pid}/cmdline").read_bytes()
+            environment = Path(f"/proc/{side.process.pid}/environ").read_bytes()
+            assert b"s3cret-of-the-operator" not in command + environment
+            return [reply.status_code for reply in asked]
 
     assert asyncio.run(ask()) == [401, 200]
     assert not any("s3cret" in line for line in said(logged))
@@ -132,32 +143,75 @@ def test_a_taken_port_is_one_warning(writer, url, logged):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        serve_endpoint(Settings(port=port), url, lambda: None)
+
+        async def start() -> None:
+            async with serving(Settings(port=port), url, poller_of(Engines(snapshot), writer)):
+                pass
+
+        asyncio.run(start())
     (line,) = said(logged)
     assert f"could not listen on 127.0.0.1 port {port} (Address already in use)" in line
     assert "COST_METER_PORT" in line
 
 
 def test_port_off_runs_none(writer, url, logged):
-    serve_endpoint(Settings(port="off"), url, lambda: None)
+    async def start() -> None:
+        poller = poller_of(Engines(snapshot), writer)
+        async with serving(Settings(port="off"), url, poller) as side:
+            assert side.process.pid is None
+
+    asyncio.run(start())
     assert said(logged) == []
 
 
-def test_a_ledger_that_cannot_be_read_gives_the_port_back(tmp_path, writer):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_a_ledger_that_is_away_is_a_503_until_it_is_there(tmp_path, writer, logged):
+    place = tmp_path / "away" / "ledger.db"
+    place.mkdir(parents=True)  # a folder is in the ledger's place
 
-    async def start() -> None:
-        with pytest.raises(LedgerError):
-            serve(
-                Settings(port=port), f"sqlite:///{tmp_path}", poller_of(Engines(snapshot), writer)
-            )
+    async def ask() -> list[tuple[int, str]]:
+        poller = poller_of(Engines(snapshot), writer)
+        async with serving(Settings(port=0), f"sqlite:///{place}", poller):
+            answers = [await get(address(logged), "/cost/audit")]
+            place.rmdir()
+            answers.append(await get(address(logged), "/cost/audit"))
+            return [(answer.status_code, answer.text) for answer in answers]
 
-    asyncio.run(start())
-    with socket.socket() as again, contextlib.suppress(ConnectionRefusedError):
-        again.connect(("127.0.0.1", port))
-        raise AssertionError("somebody still listens there, and nobody answers")
+    (away, why), (there, _) = asyncio.run(ask())
+    assert (away, there) == (503, 200)
+    assert f"ledger sqlite:///{place}: cannot be opened" in why
+
+
+def test_the_health_of_the_meter_names_each_loop(logged, tmp_path):
+    runtime = make_runtime(tmp_path, port=0, snapshot_interval_s=0.05)
+    runtime.side_endpoint.start_timeout_s = 60
+
+    async def ask() -> tuple[dict, dict]:
+        await runtime.start(application(Client()))
+        base = address(logged)
+        healthy = (await get(base, "/cost/health")).json()
+        runtime.loops["poll"].failed(OSError("gone"))
+        runtime.loops["poll"].succeeded = lambda: None
+        failing = (await get(base, "/cost/health")).json()
+        await runtime.stop()
+        return healthy, failing
+
+    healthy, failing = asyncio.run(ask())
+    assert [loop["loop"] for loop in healthy["loops"]] == ["announce", "engines", "poll"]
+    (side,) = healthy["side_processes"]
+    assert (side["process"], side["state"], side["restarts"]) == ("side endpoint", "ok", 0)
+    assert healthy["questions"]["running"] == 0
+    for each in ("loops", "side_processes", "questions"):
+        del healthy[each]
+    assert healthy == {
+        "status": "ok",
+        "errors": 0,
+        "waiting": 0,
+        "dropped": 0,
+        "ledger_error": None,
+    }
+    assert failing["status"] == "failing"
+    (poll,) = [loop for loop in failing["loops"] if loop["loop"] == "poll"]
+    assert (poll["state"], poll["last_error"]) == ("failing", "OSError: gone")
 
 
 def test_it_listens_on_ipv6_too(writer, url, logged):
@@ -168,9 +222,10 @@ def test_it_listens_on_ipv6_too(writer, url, logged):
         pytest.skip("no IPv6 loopback")
 
     async def ask() -> int:
-        serve(Settings(port=0, host="::1"), url, poller_of(Engines(snapshot), writer))
-        (base,) = {m[0] for line in said(logged) if (m := re.search(r"http://\S+:\d+", line))}
-        return (await get(base, "/health")).status_code
+        settings = Settings(port=0, host="::1")
+        async with serving(settings, url, poller_of(Engines(snapshot), writer)):
+            (base,) = {m[0] for line in said(logged) if (m := re.search(r"http://\S+:\d+", line))}
+            return (await get(base, "/health")).status_code
 
     assert asyncio.run(ask()) == 200
 
@@ -181,6 +236,7 @@ def test_the_first_api_server_polls_and_serves_and_the_others_do_not(tmp_path, l
             folder = tmp_path / str(index)
             folder.mkdir()
             runtime = make_runtime(folder, port=0, snapshot_interval_s=0.05)
+            runtime.side_endpoint.start_timeout_s = 60
             client = Client(index)
             await runtime.start(application(client))
             assert (runtime.poller is not None) is (index == 0)
@@ -216,6 +272,7 @@ def test_with_the_application_it_starts_once_though_installed_twice_and_takes_a_
 
     with worlds(tmp_path) as make:
         world = make(port=0, snapshot_interval_s=3_600)
+        world.runtime.side_endpoint.start_timeout_s = 60  # on a busy machine it takes longer
         client = Client()
         served = application(client)
         scope = {"type": "lifespan", "app": served}

@@ -10,7 +10,11 @@ from fastapi import FastAPI
 from tests.support.coarse import assert_coarse
 from tests.support.openapi import assert_fits
 from tests.support.world import BODY, JSON, World, replying, scope_of
-from vllm_cost_meter.endpoint.tenant_routes import make_router
+from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
+from vllm_cost_meter.endpoint.own_figures import OwnFiguresOf
+from vllm_cost_meter.endpoint.questions import Questions
+from vllm_cost_meter.endpoint.tenant_routes import AskSideEndpoint, make_router
+from vllm_cost_meter.errors import AwayError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
@@ -41,13 +45,25 @@ def world(make_world) -> World:
     return world
 
 
+async def nobody(_asked: OwnQuestion) -> OwnAnswer:
+    """The process of the side endpoint while there is none."""
+    raise AwayError("the side endpoint's process gave no answer within 35 s")
+
+
 def ask(
-    world: World, path: str, key: str | None = "acme", *, is_coarse: bool = False
+    world: World,
+    path: str,
+    key: str | None = "acme",
+    answer: AskSideEndpoint | None = None,
+    *,
+    is_coarse: bool = False,
 ) -> httpx.Response:
     reader = LedgerReader(world.runtime.ledger_url)
     app = FastAPI()
-    figures = BudgetFigures(BUDGETS)
-    app.include_router(make_router(reader, lambda: None, lambda: figures, lambda: is_coarse))
+    own = OwnFiguresOf(
+        reader, lambda: None, lambda: BudgetFigures(BUDGETS), Questions(), lambda: is_coarse
+    )
+    app.include_router(make_router(answer or own.answer))
 
     async def get() -> httpx.Response:
         transport = httpx.ASGITransport(world.metered(app))
@@ -68,6 +84,27 @@ def test_a_tenant_is_told_what_it_used_and_where_its_own_budgets_stand(world):
     assert (told["tenant"], told["requests"]) == ("acme", 1)
     assert [row["tenant"] for row in told["recent"]] == ["acme"]
     assert [budget["budget"] for budget in told["budgets"]] == ["acme's"]
+
+
+def test_a_tenant_is_told_what_all_below_it_used_or_only_itself(make_world):
+    keys = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("acme", "lab", "rival")}
+    tenants = [{"name": name, "api_key_sha256": [digest]} for name, digest in keys.items()]
+    tenants[1]["parent"] = "acme"
+    world = make_world(tenants=tenants)
+    for name in keys:
+        scope = scope_of(headers=[(b"authorization", f"Bearer {name}".encode())])
+        app = replying(JSON, [BODY], lambda name=name: world.engine.generate(f"cmpl-{name}-0"))
+        world.run(app, scope)
+    world.rows("SELECT 1")
+    told = ask(world, "/v1/cost/me").json()
+    assert (told["tenant"], told["covers"], told["tenants"]) == ("acme", "with_children", 2)
+    assert (told["requests"], told["output_tokens"]) == (2, 10)
+    assert {row["tenant"] for row in told["recent"]} == {"acme", "lab"}
+    own = ask(world, "/v1/cost/me?covers=own").json()
+    assert (own["covers"], own["requests"], own["output_tokens"]) == ("own", 1, 5)
+    of_lab = ask(world, "/v1/cost/me", "lab").json()
+    assert (of_lab["tenant"], of_lab["requests"], of_lab["output_tokens"]) == ("lab", 1, 5)
+    assert of_lab["budgets"] == []
 
 
 def test_a_tenant_finds_its_own_request(world):
@@ -104,14 +141,12 @@ def test_asking_for_figures_is_no_request_in_the_books(world):
 
 def test_own_figures_are_as_the_document_of_vllm_says(world):
     app = FastAPI()
-    reader = LedgerReader(world.runtime.ledger_url)
-    app.include_router(make_router(reader, lambda: None, lambda: BudgetFigures(BUDGETS)))
+    app.include_router(make_router(nobody))
     document = app.openapi()
-    reader.close()
     assert_fits(document, "/v1/cost/me", ask(world, "/v1/cost/me").json())
     never = "/v1/cost/me?window=2020-01"
     nothing = ask(world, never).json()
-    assert set(nothing) == {"tenant", "requests", "gpu_time_ns", "budgets"}
+    assert set(nothing) == {"tenant", "covers", "requests", "gpu_time_ns", "budgets"}
     assert_fits(document, "/v1/cost/me", nothing)
     path = "/v1/cost/requests/{request_id}"
     assert_fits(document, path, ask(world, "/v1/cost/requests/of-acme").json())
@@ -126,3 +161,16 @@ def test_coarse_figures_tell_nothing_of_other_tenants(world, path):
     exact = ask(world, path).json()
     (row,) = exact.get("recent", [exact])
     assert (row["gpu_time_ns"], row["cost_usd"]) == (3_000, "0.000000030")
+
+
+@pytest.mark.parametrize("path", ["/v1/cost/me", "/v1/cost/requests/of-acme"])
+def test_without_the_process_of_the_side_endpoint_a_tenant_is_told_to_ask_again(world, path):
+    reply = ask(world, path, answer=nobody)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+    assert "gave no answer within 35 s" in reply.text
+
+
+def test_what_is_asked_wrongly_is_said_as_vllm_says_it(world):
+    reply = ask(world, "/v1/cost/me?window=x")
+    assert reply.status_code == 422
+    assert "window: expected" in reply.json()["detail"]

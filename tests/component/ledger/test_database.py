@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import inspect, text
 
+from tests.component.ledger.test_reader import http
 from tests.support.builders import make_bill, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import (
@@ -173,7 +174,7 @@ def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tm
     path = tmp_path / "ledger.db"
     with closing(sqlite3.connect(path)) as old:
         old.executescript((Path(__file__).parent / "ledger_v1.sql").read_text())
-    with pytest.raises(LedgerError, match="version 1, this cost meter needs 8; start a metered"):
+    with pytest.raises(LedgerError, match="version 1, this cost meter needs 9; start a metered"):
         open_database(url_of(path), create=False)
     open_database(url_of(path)).dispose()
     engine = open_database(url_of(path), create=False)
@@ -205,7 +206,7 @@ def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_
         connection.execute(text("UPDATE schema_version SET version = 5"))
         connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
     engine.dispose()
-    with pytest.raises(LedgerError, match="version 5, this cost meter needs 8; start a metered"):
+    with pytest.raises(LedgerError, match="version 5, this cost meter needs 9; start a metered"):
         open_database(url, create=False)
     engine = open_database(url)
     with engine.connect() as connection:
@@ -228,7 +229,7 @@ def test_a_bill_of_before_tokens_cut_off_were_counted_has_none_and_still_adds_up
                 connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
         connection.execute(text("UPDATE schema_version SET version = 6"))
     engine.dispose()
-    with pytest.raises(LedgerError, match="version 6, this cost meter needs 8; start a metered"):
+    with pytest.raises(LedgerError, match="version 6, this cost meter needs 9; start a metered"):
         open_database(url, create=False)
     open_database(url).dispose()
     reader = LedgerReader(url)
@@ -257,6 +258,29 @@ def test_a_run_shows_its_labels_and_one_of_before_there_were_any_has_none_that_a
     reader = LedgerReader(url)
     (run,) = reader.summary()["runs"]
     assert run["labels"] is None
+    reader.close()
+
+
+def test_a_request_of_before_all_tenants_above_were_kept_is_its_parents(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    writer = LedgerWriter(url)
+    writer.start()
+    of_web = {"tenant": "web", "tenant_parent": "search", "http_request_id": "h1"}
+    writer.commit(make_part(**of_web), http("h1", tenant="web"), http("h2", at=1)).result(10)
+    writer.close()
+    engine = open_database(url)
+    tables = ("requests", "open_requests", "http_requests")
+    with engine.begin() as connection:
+        connection.execute(text("DROP INDEX ix_requests_tenant"))
+        for table in tables:
+            connection.execute(text(f"ALTER TABLE {table} DROP COLUMN tenant_above"))
+        connection.execute(text("UPDATE schema_version SET version = 8"))
+    engine.dispose()
+    open_database(url).dispose()
+    reader = LedgerReader(url)
+    for name, ids in (("search", ["h1"]), ("web", ["h1"]), ("sea", []), ("alice", ["h2"])):
+        page = reader.requests(tenant=name)
+        assert [row["http_request_id"] for row in page["requests"]] == ids
     reader.close()
 
 
@@ -289,7 +313,7 @@ def test_two_processes_may_create_the_ledger_at_once(tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     engine = open_database(url, create=False)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(8,)]
+        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(9,)]
     engine.dispose()
 
 

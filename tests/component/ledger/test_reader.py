@@ -26,6 +26,7 @@ HOUR = 500_000
 T0 = HOUR * NS_PER_HOUR
 NOW = T0 + 60 * 10**9
 CLASS_ROWS = [f"__{n}__" for n in (*CLASSES[2:], "in_flight")]
+NO_REQUESTS = dict.fromkeys(("tenant", "covers", "next")) | {"requests": [], "running": []}
 
 
 def part(seq: int, http_id: str | None = "h1", **changes: object) -> EngineRequest:
@@ -136,7 +137,7 @@ def test_an_empty_ledger_answers_everything(ledger):
     reader = ledger.reader
     assert reader.find("x") == []
     assert reader.request(Match("x")) is None
-    assert reader.requests() == {"requests": [], "running": [], "next": None}
+    assert reader.requests() == NO_REQUESTS
     assert reader.tenant("alice") is None
     assert reader.audit() == {
         "balanced": True, "runs": [], "after_cut": {"bills": 0, "gpu_time_ns": 0},
@@ -491,8 +492,7 @@ def test_a_tenants_share_of_the_cache_is_its_blocks_over_time(ledger):
     rows = ledger.rows()
     assert (rows["alice"]["kv_block_ms"], rows["alice"]["saved_estimate_ns"]) == (60, 14)
     assert rows["alice"]["kv_cache_share"] == 60 / (20 * 10)
-    assert rows["bob"]["kv_cache_share"] == 0
-    assert rows["__idle__"]["kv_cache_share"] is None
+    assert [rows[name]["kv_cache_share"] for name in ("bob", "__idle__")] == [0, None]
 
 
 def test_a_cache_of_unknown_size_has_no_shares(ledger):

@@ -149,18 +149,18 @@ def fail_where(file: Path, owner: object, *names: str) -> None:
 
 
 def move_clock(file: Path) -> None:
-    from vllm_cost_meter.engine import meter as engine
+    from vllm_cost_meter.engine.meter import Clock, EngineMeter
 
-    class Time:
-        monotonic_ns = staticmethod(time.monotonic_ns)
-        clock_gettime_ns = staticmethod(time.clock_gettime_ns)
-        CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
+    original = EngineMeter.__init__
 
-        @staticmethod
-        def time_ns() -> int:
-            return time.time_ns() + int(float(file.read_text() or 0) * 1e9)
+    def moved_ns() -> int:
+        return time.time_ns() + int(float(file.read_text() or 0) * 1e9)
 
-    engine.time = Time
+    @functools.wraps(original)
+    def init(self, **options):
+        original(self, clock=Clock(unix_ns=moved_ns), **options)
+
+    EngineMeter.__init__ = init
 
 
 def slow_down(file: Path) -> None:

@@ -11,7 +11,7 @@ from vllm_cost_meter.config.engine import EngineSettings, load_engine_settings
 from vllm_cost_meter.config.loading import OTHER_NAMES, load_settings
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.tenants.rules import ApiKeyRule, HeaderRule
+from vllm_cost_meter.tenants.rules import ApiKeyRule, Believed, HeaderRule
 
 HASH_A = hashlib.sha256(b"sk-a").hexdigest()
 HASH_B = hashlib.sha256(b"sk-b").hexdigest()
@@ -91,7 +91,10 @@ def test_the_environment_sets_everything():
     assert (settings.method, settings.reply) == ("equal", "headers")
     assert (settings.bill_timeout_ms, settings.snapshot_interval_s) == (10_000, 0.5)
     proof = hashlib.sha256(SECRET.encode()).hexdigest()
-    assert settings.resolver.rules == (HeaderRule("x-tenant", proof), ApiKeyRule({HASH_A: "a"}))
+    assert settings.resolver.rules == (
+        HeaderRule(Believed("x-tenant", proof)),
+        ApiKeyRule({HASH_A: "a"}),
+    )
 
 
 def test_the_file_sets_everything_and_the_environment_beats_it(toml):

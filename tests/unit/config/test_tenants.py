@@ -13,11 +13,14 @@ from vllm_cost_meter.config.tenants import RuleSetting
 from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.tenants.rules import (
     ApiKeyRule,
+    Believed,
     BodyClaims,
     ChildRule,
     ConstantRule,
     DeclaredTenant,
+    HeaderChildRule,
     HeaderRule,
+    HeaderTagRule,
 )
 
 HASH_A = hashlib.sha256(b"sk-a").hexdigest()
@@ -134,7 +137,9 @@ def test_a_tenant_has_the_tags_of_its_parents_and_its_own_go_before():
     assert settings_of(tenants=FAMILY).resolver.declared == {
         "corp": DeclaredTenant(None, {"cost_centre": "ü-1", "kind": "cogs"}),
         "sales": DeclaredTenant("corp", {"cost_centre": "ü-1", "kind": "r-d"}),
-        "sales/web": DeclaredTenant("sales", {"cost_centre": "ü-1", "kind": "r-d", "site": "shop"}),
+        "sales/web": DeclaredTenant(
+            "sales", {"cost_centre": "ü-1", "kind": "r-d", "site": "shop"}, ("corp",)
+        ),
         "alone": DeclaredTenant(None, {}),
     }
 
@@ -168,9 +173,10 @@ def test_rules_keep_the_order_they_are_listed_in():
     )
     assert settings.resolver.rules[0:2] == (ConstantRule("x"), ChildRule("metadata", "team"))
     by_header, by_user, *others = settings.resolver.rules[2:]
-    assert (by_header.name, by_header.trusts_everyone) == ("x-tenant-id", True)
+    assert by_header.header.name == "x-tenant-id"
+    assert by_header.header.trusts_everyone
     assert by_header.paths == {"Corp/web"}
-    assert by_user == ChildRule("user", taken=frozenset({"corp", "corp/web"}))
+    assert by_user == ChildRule("user", trusts_clients=True)
     assert others == [ChildRule("lora"), ChildRule("model"), ApiKeyRule({HASH_A: "Corp"})]
 
 
@@ -179,14 +185,38 @@ def test_a_rules_own_proof_goes_before_the_secret_of_the_environment():
     by_secret = hashlib.sha256(b"s3cret-of-the-gateway").hexdigest()
     rules = settings_of(HEADER, {**HEADER, "proof_sha256": HASH_A.upper()}, **secret).resolver.rules
     assert rules == (
-        HeaderRule("x-tenant-id", by_secret),
-        HeaderRule("x-tenant-id", HASH_A),
+        HeaderRule(Believed("x-tenant-id", by_secret)),
+        HeaderRule(Believed("x-tenant-id", HASH_A)),
     )
+
+
+def test_a_header_names_a_tenant_a_child_or_a_tag():
+    proven = {**HEADER, "proof_sha256": HASH_A}
+    header = Believed("x-tenant-id", HASH_A)
+    rules = settings_of(
+        {**proven, "names": "tenant"},
+        {**proven, "names": "child"},
+        {**proven, "names": "tag", "tag": "workload"},
+    ).resolver.rules
+    expected = HeaderRule(header), HeaderChildRule(header), HeaderTagRule(header, "workload")
+    assert rules == expected
 
 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
+        (
+            {**HEADER, "trust": "everyone", "names": "tag"},
+            'expected `tag` where `names = "tag"`, and only there',
+        ),
+        (
+            {**HEADER, "trust": "everyone", "tag": "workload"},
+            'expected `tag` where `names = "tag"`, and only there',
+        ),
+        ({**HEADER, "names": "group"}, "[0].names (environment): expected tenant, child or tag"),
+        ({**HEADER, "names": "tag", "tag": "Work"}, "[0].tag (environment): expected 1 to 64 sm"),
+        ({**HEADER, "names": "child"}, '`trust = "everyone"` or COST_METER_GATEWAY_SECRET for'),
+        ({"rule": "user", "names": "child"}, "no `names` in a rule 'user'"),
         ({"rule": "ip"}, "[0].rule (environment): expected api_key, header, user, metadata, lora"),
         ({}, "[0].rule (environment): expected api_key, header, user, metadata, lora, model or"),
         (HEADER, '`trust = "everyone"` or COST_METER_GATEWAY_SECRET for the header'),

@@ -203,3 +203,19 @@ def test_steps_reach_the_disk_within_a_second(path):
     assert list(read_steps(path.with_name("due"))) == [step(0), step(1)]
     late.close()
     due.close()
+
+
+def test_a_fifo_is_refused_and_holds_up_nobody(path):
+    os.mkfifo(path)
+    with pytest.raises(StepLogError, match=r"expected a file, got a folder, a FIFO or a device"):
+        writer_of(path)
+    assert sorted(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_nobody_may_look_into_is_refused(path, monkeypatch):
+    def forbidden(self: Path, **_options: object) -> bool:  # root may look into everything
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    with pytest.raises(StepLogError, match="cannot be written: .*Permission denied"):
+        writer_of(path)

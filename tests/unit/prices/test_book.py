@@ -142,6 +142,44 @@ def test_what_is_not_known_of_a_run_fits_no_match():
     assert chosen(entries) == "host"
 
 
+def certain(entries, run) -> str | None:
+    price = PriceBook(entries).certain_price_at(run, HOUR)
+    return None if price is None else price.key
+
+
+def test_a_price_is_certain_unless_a_fact_that_is_not_known_may_choose_another():
+    without_host = RunFacts(RUN.gpus, RUN.model, RUN.gpu_name, None)
+    entries = [entry("any"), entry("host", host="node-9")]
+    assert certain(entries, RUN) == "any"
+    assert certain(entries, without_host) is None
+    assert certain(entries[:1], without_host) == certain(entries[:1], RunFacts()) == "any"
+    # What goes before it, what is not in force and what is for another model changes nothing.
+    assert certain([*entries, entry("two", model="llama-8b", gpu_name="*h100*")], without_host) == (
+        "two"
+    )
+    later, other = entry("later", host="*", since=HOUR + 1), entry("qwen", host="*", model="qwen")
+    assert certain([entries[0], later, other], without_host) == "any"
+    # An equally specific one would make it no price.
+    assert certain([entry("model", model="llama-8b"), entries[1]], without_host) is None
+    assert certain([], without_host) is None
+
+
+@pytest.mark.parametrize(
+    ("run", "has_price"),
+    [
+        (RUN, False),
+        (RunFacts(), True),
+        (RunFacts(8, None, None, "node-1"), False),
+        (RunFacts(8, None, None, "node-9"), True),
+        (RunFacts(8, "qwen", None, "node-9"), False),
+    ],
+)
+def test_a_run_may_have_a_price_as_far_as_its_facts_are_known(run, has_price):
+    book = PriceBook([entry("p", host="node-9", model="llama-*")])
+    assert book.may_have_price(run, HOUR) is has_price
+    assert not book.may_have_price(run, HOUR - 1)
+
+
 # ---- the most specific
 
 

@@ -96,7 +96,7 @@ def test_a_row_has_every_figure():
         "class": "requests", "tenant": "alice", "model": "m", "requests": 1, "prompt_tokens": 10,
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "idle_share_ns": 0,
         "usage_cost_nanousd": 300, "usage_cost_usd": "0.000000300", "cost_nanousd": 300,
-        "cost_usd": "0.000000300", "cost_reason": None,
+        "cost_usd": "0.000000300", "cost_reason": None, "covers": "own",
     }  # fmt: skip
     idle = rows()[3]
     assert (idle["requests"], idle["prompt_tokens"], idle["output_tokens"]) == (0, None, None)
@@ -105,9 +105,9 @@ def test_a_row_has_every_figure():
 def test_the_answer_says_what_was_asked_and_whether_it_adds_up():
     answer = ask(idle="even", window="2027-01-15T00:00:00Z,2027-01-17T00:00:00Z")
     assert {name: answer[name] for name in answer if name != "series"} == {
-        "aggregate": ["tenant", "model"], "idle": "even", "what_if_usd_per_gpu_hour": None,
-        "wall_gpu_ns": 916, "wall_cost_nanousd": 916, "wall_cost_usd": "0.000000916",
-        "adds_up": True, "difference_ns": 0,
+        "aggregate": ["tenant", "model"], "covers": None, "idle": "even",
+        "what_if_usd_per_gpu_hour": None, "wall_gpu_ns": 916, "wall_cost_nanousd": 916,
+        "wall_cost_usd": "0.000000916", "adds_up": True, "difference_ns": 0,
     }  # fmt: skip
     (series,) = answer["series"]
     assert {name: series[name] for name in series if name != "rows"} == {
@@ -256,13 +256,14 @@ def test_accumulated_rows_are_rounded_once_and_add_up_to_the_same_total_as_the_s
 
 def test_a_filter_chooses_rows_and_changes_none():
     everything = rows(idle="proportional")
-    chosen = rows(idle="proportional", filter="tenant:alice,__idle__+model:n,__idle__")
+    own = {"idle": "proportional", "covers": "own"}
+    chosen = rows(filter="tenant:alice,__idle__+model:n,__idle__", **own)
     assert chosen == [
         row
         for row in everything
         if (row["tenant"], row["model"]) in (("alice", "n"), ("__idle__", "__idle__"))
     ]
-    series = ask(idle="proportional", filter="tenant:bob")["series"][0]
+    series = ask(filter="tenant:bob", **own)["series"][0]
     assert (series["gpu_time_ns"], series["cost_nanousd"]) == (916, 916), "of all rows"
 
 

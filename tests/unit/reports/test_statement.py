@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from vllm_cost_meter.records.owner import OWN, TenantScope
 from vllm_cost_meter.reports.facts import UNALLOCATED, Ended, Facts, Used
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.reports.statement import (
@@ -58,8 +59,9 @@ def only_run(run_id: str, hour: int) -> Fraction | None:
     return cent(run_id, hour) if run_id == "run" else None
 
 
-def make(known=MONTH, idle="none", price_of=cent, month="2027-01", zone=UTC, **told):
-    asked = month_question(month, zone, IdlePolicy.parse(idle))
+def make(known=MONTH, idle="none", price_of=cent, month="2027-01", zone=UTC, tenant=None, **told):
+    whose = None if tenant is None else TenantScope(tenant, OWN)
+    asked = month_question(month, zone, IdlePolicy.parse(idle), whose)
     return statement(known, asked, price_of, **{"now_ns": AFTER, **told})
 
 
@@ -116,7 +118,7 @@ def test_a_line_has_every_figure():
         "requests": 2, "prompt_tokens": 30, "cached_tokens": 10, "output_tokens": 7,
         "gpu_time_ns": 100_400_000_000, "idle_share_ns": 0, "usage_cents": 101,
         "idle_share_cents": 0, "amount_cents": 101, "usage_usd": "1.01", "idle_share_usd": "0.00",
-        "amount_usd": "1.01", "cost_reason": None,
+        "amount_usd": "1.01", "cost_reason": None, "covers": "own",
     }  # fmt: skip
 
 
@@ -273,7 +275,7 @@ def test_the_notes_say_how_the_figures_came_about():
 
 def test_a_tenants_table_has_its_lines_and_its_total():
     shown = text(make(tenant="alice")).splitlines()
-    assert shown[0] == "Statement of alice, 2027-01 (Europe/Berlin)"
+    assert shown[0] == "Statement of alice on its own, 2027-01 (Europe/Berlin)"
     assert shown[1].split() == [
         "day", "item", "requests", "prompt_tokens", "cached_tokens", "output_tokens",
         "gpu_seconds", "idle_share_seconds", "usage_usd", "idle_share_usd", "amount_usd",

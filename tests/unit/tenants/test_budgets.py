@@ -6,7 +6,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, decide
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, budget_row, decide
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 S = NS_PER_SECOND
@@ -47,10 +47,25 @@ def test_a_budget_covers_its_tenant_its_children_and_those_it_is_the_parent_of()
     assert not of_acme.covers(Owner("other"))
 
 
+def test_a_child_that_was_not_read_counts_against_its_parent_and_all_its_children():
+    unread = Owner("acme/__unread__", parent="acme")
+    for tenant in ("acme", "acme/bob", "acme/eve"):
+        assert budget(tenant=tenant).covers(unread)
+    for tenant in ("acm", "other", "other/bob", "acme-2/bob"):
+        assert not budget(tenant=tenant).covers(unread)
+
+
+def test_whom_clients_name_below_unknown_counts_against_the_budget_of_unknown():
+    of_unknown = budget(tenant="unknown")
+    assert of_unknown.covers(Owner("unknown/acme", parent="unknown"))
+    assert of_unknown.covers(Owner("unknown/acme/llama", parent="unknown/acme"))
+    assert not budget().covers(Owner("unknown/acme", parent="unknown"))
+
+
 def test_a_budget_covers_all_that_is_declared_below_its_tenant_and_what_clients_make_of_it():
-    of_acme = budget(members=frozenset({"lab", "bench"}))
-    assert of_acme.covers(Owner("bench", parent="lab"))
-    assert of_acme.covers(Owner("bench/bob", parent="bench"))
+    of_acme = budget()
+    assert of_acme.covers(Owner("bench", parent="lab", higher=("acme",)))
+    assert of_acme.covers(Owner("bench/bob", parent="bench", higher=("lab", "acme")))
     assert not of_acme.covers(Owner("rival/bench", parent="rival"))
 
 
@@ -174,8 +189,40 @@ def test_what_ran_on_past_the_limit_is_told_apart():
 
 def test_figures_are_stale_without_an_engine_when_old_and_when_the_meter_is_off():
     assert BudgetFigures().stale(NOW, 5 * S) == "no engine has been heard of yet"
-    fresh = BudgetFigures(as_of_ns=NOW - 5 * S)
-    assert fresh.stale(NOW, 5 * S) is None
-    assert fresh.stale(NOW + S, 5 * S) == "the latest figures are 6 s old"
-    off = BudgetFigures(as_of_ns=NOW, broken="the meter of engine run r is off")
-    assert off.stale(NOW, 5 * S) == "the meter of engine run r is off"
+    fresh = BudgetFigures(heard_ns=100 * S)
+    assert fresh.stale(105 * S, 5 * S) is None
+    assert fresh.stale(106 * S, 5 * S) == "the latest figures are 6 s old"
+    off = BudgetFigures(heard_ns=100 * S, broken="the meter of engine run r is off")
+    assert off.stale(100 * S, 5 * S) == "the meter of engine run r is off"
+
+
+# -- amounts that are not known
+
+
+@pytest.mark.parametrize(
+    ("used", "over", "fail_closed", "kind"),
+    [
+        (None, "block", False, "admitted"),
+        (None, "block", True, "unavailable"),
+        (0, "block", True, "unavailable"),
+        (100, "block", True, "blocked"),
+        (100, "throttle", True, "unavailable"),
+        (100, "throttle", False, "throttled"),
+    ],
+)
+def test_what_has_no_price_is_judged_as_stale_unless_the_rest_is_spent(
+    used, over, fail_closed, kind
+):
+    hours = None if used is None else {hour(2026, 11, 24, 2): used}
+    unknown = Standing(budget(over=over), hours, NOW, "no price for run r at 2026-11-24T12Z: none")
+    assert decide([unknown], None, fail_closed).kind == kind
+
+
+def test_a_row_says_why_a_budget_is_unknown():
+    why = "no price for run r at 2026-11-24T12Z: none"
+    row = budget_row(Standing(budget(), None, NOW, why))
+    assert (row["used"], row["state"], row["unknown"]) == (None, "unknown", why)
+    row = budget_row(Standing(budget(), {hour(2026, 11, 24, 2): 0}, NOW, why))
+    assert (row["used"], row["state"], row["unknown"]) == (0, "unknown", why)
+    row = budget_row(standing(100))
+    assert (row["state"], row["unknown"]) == ("spent", None)

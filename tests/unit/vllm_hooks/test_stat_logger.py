@@ -43,6 +43,17 @@ def test_the_latencies_of_an_iteration_are_observed(stat_logger):
     assert stat_logger.guard.errors == 0
 
 
+def test_a_clock_that_was_set_back_takes_nothing_from_the_histograms(stat_logger):
+    names = ("cost_meter_ttft_seconds_sum", "cost_meter_e2e_seconds_count")
+    before = [value(name) for name in names]
+    ended = SimpleNamespace(e2e_latency=-3_599.0)
+    stat_logger.record(
+        None, iteration(time_to_first_tokens_iter=[-3_599.5], finished_requests=[ended])
+    )
+    assert [value(name) for name in names] == before
+    assert stat_logger.guard.errors == 0
+
+
 def test_it_is_called_as_vllm_calls_it(stat_logger):
     """By keyword, with what older and newer versions pass; None for what there is not."""
     stat_logger.record(scheduler_stats=None, iteration_stats=None, engine_idx=1)

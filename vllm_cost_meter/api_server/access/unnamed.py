@@ -14,9 +14,10 @@ from starlette.types import Scope
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.access.key_check import KeyCheck
-from vllm_cost_meter.api_server.refusal import Refusal, contradicting, unauthorized
+from vllm_cost_meter.api_server.refusal import contradicting, unauthorized
 from vllm_cost_meter.api_server.routes import reaches_engine
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.exchange import Refusal
 from vllm_cost_meter.records.owner import CONTRADICTION, UNKNOWN, Owner
 
 NO_KEY = (

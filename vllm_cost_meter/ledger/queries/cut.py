@@ -47,6 +47,7 @@ from vllm_cost_meter.prices.book import (
 )
 from vllm_cost_meter.prices.run_prices import RunPrices, by_stretch
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.records.snapshot import CLASSES
 from vllm_cost_meter.reports.answers import Hours
 from vllm_cost_meter.units.time import (
@@ -62,6 +63,8 @@ DEAD_AFTER_NS = 15 * NS_PER_SECOND
 # How long an answer waits for bills that its cut counts and that are still on their way.
 SETTLE_S = 2.0
 SETTLE_POLL_S = 0.02
+# So many bills of a run may come late: some seconds of a busy server.
+ON_THEIR_WAY_MAX = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,18 @@ class Window:
         return None if hour is None else rfc3339(hour * NS_PER_HOUR)
 
 
+def lifetime_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the first and the last instant that a clock may have shown while a run lived.
+
+    `row` is a row of `runs` and `snapshots`. A clock that was set back or forward meanwhile has
+    shown other instants at its end than at its beginning; `wall_ns` is the time in between on a
+    clock that nobody sets.
+    """
+    began_ns, seen_ns = unix_ns_of(row["started_at"]), unix_ns_of(row["taken_at"])
+    wall_ns = int(row["wall_ns"])
+    return rfc3339(min(began_ns, seen_ns - wall_ns)), rfc3339(max(seen_ns, began_ns + wall_ns))
+
+
 @dataclass(frozen=True, slots=True)
 class RunCut:
     """One run at the cut, in the window.
@@ -145,6 +160,10 @@ class RunCut:
     @property
     def last_seq(self) -> int:
         return int(self.row["last_seq"])
+
+    def lifetime(self) -> tuple[str, str]:
+        """Return when the run began and was last seen; see `lifetime_of`."""
+        return lifetime_of(self.row)
 
     def total_ns(self) -> int:
         return sum(self.classes.values())
@@ -180,11 +199,15 @@ class RunCut:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """All runs of a ledger at their latest snapshots."""
+    """All runs of a ledger at their latest snapshots.
+
+    With `whose`, questions about bills read those of that tenant only, or of all below it too.
+    """
 
     runs: tuple[RunCut, ...]
     window: Window = field(default_factory=Window)
     book: PriceBook = NO_PRICES
+    whose: TenantScope | None = None
 
     def prices_of(self) -> dict[str, RunPrices]:
         return {run.run_id: run.prices for run in self.runs}
@@ -212,14 +235,18 @@ class Cut:
         return block_ms
 
     def at(self) -> str | None:
-        """Return the instant of the latest snapshot."""
-        return max((run.row["taken_at"] for run in self.runs), default=None)
+        """Return the instant of the latest snapshot, of a living engine if one lives."""
+        return max((run.row["taken_at"] for run in self._latest()), default=None)
 
     def gpus(self) -> int:
         """Return the number of GPUs of engines that were up at the latest snapshot."""
         at = self.at()
         since = None if at is None else rfc3339(unix_ns_of(at) - DEAD_AFTER_NS)
-        return sum(int(run.row["gpus"]) for run in self.runs if run.row["taken_at"] >= since)
+        return sum(int(run.row["gpus"]) for run in self._latest() if run.row["taken_at"] >= since)
+
+    def _latest(self) -> Sequence[RunCut]:
+        # A clock that was set back leaves dead runs whose snapshots are later than any other.
+        return [run for run in self.runs if run.alive] or self.runs
 
     def own_time(self) -> dict[str, Any]:
         """Return the wall time of the meter's own hooks, and its part of the engines' busy time."""
@@ -268,7 +295,8 @@ def read_cut(
     for each in connection.execute(joined):
         row = each._asdict()
         run_id, age_ns = row["run_id"], now_ns - unix_ns_of(row["taken_at"])
-        up = run_id in alive or age_ns <= DEAD_AFTER_NS
+        # A snapshot from the future says as little of now as one from the past.
+        up = run_id in alive or abs(age_ns) <= DEAD_AFTER_NS
         ours = hours.get(run_id, {}), energies.get(run_id, {})
         cuts.append(_run_cut(row, window, up, RunPrices.of(row, book), *ours))
     return Cut(tuple(cuts), window, book)
@@ -342,24 +370,38 @@ def settle(
     read: Callable[[], AbstractContextManager[Connection]],
     cut: Cut,
     settle_s: float,
-    known_missing: dict[str, int],
+    settled: dict[str, int],
 ) -> None:
     """Wait until each living run has all its bills up to the cut, for at most `settle_s`.
 
-    `known_missing` is the number of bills by run that earlier calls waited for in vain. No call
-    waits for them again.
+    `settled` is the number of the last bill, by run, up to which earlier calls have waited, in vain
+    or not: no call counts those again. Bills that are on their way are among the newest, so of a
+    run that is seen for the first time only these are counted.
     """
+    last = {run.run_id: run.last_seq for run in cut.runs if run.alive}
+    since = {
+        run_id: max(settled.get(run_id, 0), seq - ON_THEIR_WAY_MAX) for run_id, seq in last.items()
+    }
+    ranges = {run_id: (low, last[run_id]) for run_id, low in since.items() if low < last[run_id]}
     deadline = time.monotonic() + settle_s
-    while any(run.alive for run in cut.runs):
+    while ranges:
         with read() as connection:
-            held = count_bills(connection, cut)
-        missing = {r.run_id: r.last_seq - held.get(r.run_id, 0) for r in cut.runs if r.alive}
-        if all(n <= known_missing.get(run_id, 0) for run_id, n in missing.items()):
-            return
-        if time.monotonic() >= deadline:
-            known_missing.update(missing)
-            return
+            held = _held(connection, ranges)
+        is_whole = all(held[run_id] >= high - low for run_id, (low, high) in ranges.items())
+        if is_whole or time.monotonic() >= deadline:
+            break
         time.sleep(SETTLE_POLL_S)
+    settled.update(last)
+
+
+def _held(connection: Connection, ranges: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return how many bills of a range of numbers (low, high] the ledger holds, by run."""
+    b = requests.c
+    held = {}
+    for run_id, (low, high) in ranges.items():
+        counted = select(func.count()).where(b.run_id == run_id, b.seq > low, b.seq <= high)
+        held[run_id] = int(connection.execute(counted).scalar_one())
+    return held
 
 
 def _between(of: Any, low: Any, high: Any) -> Any:

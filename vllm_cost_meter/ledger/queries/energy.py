@@ -12,10 +12,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Select, Text, and_, case, cast, distinct, func, select
+from sqlalchemy import ColumnElement, Select, Text, and_, case, cast, distinct, func, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.queries.coverage import DETAILS_NAME, details_name
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
+from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.schema import (
     request_energy,
     requests,
@@ -24,6 +26,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.prices.run_prices import UsedByRun
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
+from vllm_cost_meter.reports.grammar import Question
 from vllm_cost_meter.reports.tenant_details import RowEnergy
 
 # The reason until a snapshot after the bill brings the energy; none comes if the engine dies.
@@ -46,27 +49,31 @@ def select_parts() -> Select[Any]:
     )
 
 
-def by_tenant(connection: Connection, cut: Cut) -> dict[str, RowEnergy]:
+def by_tenant(connection: Connection, cut: Cut, question: Question) -> dict[str, RowEnergy]:
     """Return the energy of each tenant's requests; empty if no engine counts energy.
 
-    The window applies to the hour in which energy was used, not to the end of the request.
+    The window applies to the hour in which energy was used, not to the end of the request. Requests
+    that the question does not mean stand under another name.
     """
     if all(run.energy is None for run in cut.runs):
         return {}
-    at, e, r = cut.cte(), request_energy.c, requests.c
+    bills = bills_of(cut.whose)
+    at, e, r = cut.cte(), request_energy.c, bills.c
     first = func.min(e.hour)
+    name = details_name(r, question)
     known = (
-        select(r.tenant, r.run_id, first, func.sum(e.energy_mj))
+        select(name, r.run_id, first, func.sum(e.energy_mj))
+        .select_from(bills)
         .join(request_energy, and_(e.run_id == r.run_id, e.seq == r.seq))
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
         .where(cut.window.on_hours(e.hour), e.energy_mj.is_not(None))
-        .group_by(r.tenant, r.run_id, *stretch(e.hour, cut.book.energy_price_changes()))
+        .group_by(DETAILS_NAME, r.run_id, *stretch(e.hour, cut.book.energy_price_changes()))
         .order_by(first)
     )
     used: dict[str, dict[str, dict[int | None, int]]] = {}
     for tenant, run_id, hour, mj in connection.execute(known):
         used.setdefault(tenant, {}).setdefault(run_id, {})[hour] = int(mj)
-    unknown = {tenant: int(count) for tenant, count in connection.execute(_unknown(cut))}
+    unknown = {tenant: int(count) for tenant, count in connection.execute(_unknown(cut, name))}
     return {
         tenant: RowEnergy(_sum(used.get(tenant)), unknown.get(tenant, 0), used.get(tenant, {}))
         for tenant in used.keys() | unknown.keys()
@@ -77,16 +84,18 @@ def _sum(used_mj: UsedByRun | None) -> int | None:
     return None if used_mj is None else sum(mj for run in used_mj.values() for mj in run.values())
 
 
-def _unknown(cut: Cut) -> Select[Any]:
+def _unknown(cut: Cut, name: ColumnElement[Any]) -> Select[Any]:
     """Select the number of engine requests without a known energy, by tenant."""
-    at, e, r, p = cut.cte(), request_energy.c, requests.c, usage_pieces.c
+    own = bills_of(cut.whose)
+    at, e, r, p = cut.cte(), request_energy.c, own.c, usage_pieces.c
     same = and_(e.run_id == r.run_id, e.seq == r.seq)
-    bills = (
-        select(r.tenant, func.count(distinct(r.run_id + "/" + cast(r.seq, Text))))
+    bills: Select[Any] = (
+        select(name, func.count(distinct(r.run_id + "/" + cast(r.seq, Text))))
+        .select_from(own)
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
         .join(request_energy, same, isouter=True)
         .where(e.energy_mj.is_(None))
-        .group_by(r.tenant)
+        .group_by(DETAILS_NAME)
     )
     if cut.window.is_all:
         return bills

@@ -15,11 +15,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, and_, exists, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.answers import LostRequest
-from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut
+from vllm_cost_meter.ledger.queries.coverage import is_shown
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut, lifetime_of
 from vllm_cost_meter.ledger.queries.energy import PENDING
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import (
@@ -35,6 +36,7 @@ from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.accrued import Accrued
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, LedgerRow
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
@@ -52,7 +54,10 @@ class Living:
 
     def is_up(self) -> ColumnElement[bool]:
         """Return the SQL condition on a row of `snapshots`: the engine of the run lives."""
-        heard = snapshots.c.taken_at >= rfc3339(self.now_ns - DEAD_AFTER_NS)
+        # A snapshot from the future says as little of now as one from the past.
+        heard = snapshots.c.taken_at.between(
+            rfc3339(self.now_ns - DEAD_AFTER_NS), rfc3339(self.now_ns + DEAD_AFTER_NS)
+        )
         return or_(heard, snapshots.c.run_id.in_(self.alive))
 
     def condition(self) -> ColumnElement[bool]:
@@ -71,6 +76,10 @@ class _Run:
     @property
     def bills(self) -> bool:
         return bool(self.row["bills"])
+
+    @property
+    def began_at(self) -> str:
+        return lifetime_of(self.row)[0]
 
 
 def is_billed() -> ColumnElement[bool]:
@@ -100,19 +109,28 @@ def open_parts(
 
 
 def running_parts(
-    connection: Connection, tenant: str | None, living: Living, limit: int, book: PriceBook
+    connection: Connection,
+    asked: TenantScope | None,
+    asker: TenantScope | None,
+    living: Living,
+    limit: int,
+    book: PriceBook,
 ) -> list[dict[str, Any]]:
-    """Return the newest running parts of exchanges without any part that ended."""
+    """Return the newest running parts that are shown, in exchanges where no part ended."""
     o = open_requests.c
-    first = select(func.min(runs.c.started_at)).join(snapshots, snapshots.c.run_id == runs.c.run_id)
+    engines = select(runs.c.started_at, snapshots.c.taken_at, snapshots.c.wall_ns)
+    engines = engines.join(snapshots, snapshots.c.run_id == runs.c.run_id)
+    found = connection.execute(engines.where(living.condition()))
+    began_at = [lifetime_of(row._asdict())[0] for row in found]
+    if not began_at:
+        return []
     mine = [
         # Older requests cannot be running: earlier engines lost them.
-        o.started_at >= first.where(living.condition()).scalar_subquery(),
+        o.started_at >= min(began_at),
         ~exists().where(http_requests.c.http_request_id == o.http_request_id),
         ~exists().where(requests.c.http_request_id == o.http_request_id),
+        is_shown(o, asked, asker),
     ]
-    if tenant is not None:
-        mine.append(o.tenant == tenant)
     parts = open_parts(connection, and_(*mine), living, book, limit)
     return [part for part in parts if part["state"] == RUNNING]
 
@@ -135,7 +153,8 @@ def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
         ).scalars()
     )
     since = select(o.request_id, o.http_request_id, o.tenant).order_by(o.started_at)
-    since = since.where(o.started_at >= run.row["started_at"], o.started_at <= latest.taken_at)
+    began_at, seen_at = run.lifetime()
+    since = since.where(o.started_at >= began_at, o.started_at <= max(seen_at, latest.taken_at))
     whose = {row.request_id: row for row in connection.execute(since)}
     lost: list[LostRequest] = []
     for request_id in used.keys() - billed:
@@ -163,13 +182,18 @@ def _runs(
             runs.c.started_at,
             runs.c.method,
             snapshots.c.taken_at,
+            snapshots.c.wall_ns,
             bills.label("bills"),
             live_usage.c.requests,
         )
         .join(snapshots, snapshots.c.run_id == runs.c.run_id)
         .join(live_usage, live_usage.c.run_id == runs.c.run_id, isouter=True)
         .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
-        .where(runs.c.started_at <= newest, or_(snapshots.c.taken_at >= oldest, bills))
+        .where(
+            # The clock of a run that is said to have been seen before it began was set back.
+            or_(runs.c.started_at <= newest, snapshots.c.taken_at < runs.c.started_at, bills),
+            or_(snapshots.c.taken_at >= oldest, bills),
+        )
         .order_by(runs.c.started_at.desc(), runs.c.run_id)
     )
     rows = [row._asdict() for row in connection.execute(found)]
@@ -185,7 +209,7 @@ def _runs(
 
 def _part(row: LedgerRow, candidates: Sequence[_Run]) -> dict[str, Any]:
     """Return an open request as a part; columns that only a bill has are null."""
-    mine = [run for run in candidates if run.row["started_at"] <= row["started_at"]]
+    mine = [run for run in candidates if run.began_at <= row["started_at"]]
     seen = [run for run in mine if row["request_id"] in run.used]
     # Until a snapshot shows the request, any of several data-parallel engines may hold it.
     bills = [run for run in seen or mine if run.bills]

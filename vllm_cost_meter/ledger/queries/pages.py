@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from sqlalchemy import Text, and_, cast, func, or_, select, tuple_
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.queries.coverage import is_shown
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
+from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_answers import RequestRow
 from vllm_cost_meter.reports.request_row import LedgerRow, exchange
 from vllm_cost_meter.units.text import quoted
@@ -53,20 +56,25 @@ class PageKey:
 
 
 def page_of_keys(
-    connection: Connection, limit: int, before: PageKey | None, tenant: str | None
+    connection: Connection,
+    limit: int,
+    before: PageKey | None,
+    asked: TenantScope | None = None,
+    asker: TenantScope | None = None,
 ) -> list[PageKey]:
-    """Return the keys of at most `limit` exchanges, the newest before `before` first."""
+    """Return the keys of at most `limit` exchanges, the newest before `before` first.
+
+    They are of the tenant asked for, as far as they are shown to the one that asks.
+    """
     h = http_requests.c
-    first = select(h.finished_at, h.http_request_id)
-    if tenant is not None:
-        first = first.where(h.tenant == tenant)
+    first = select(h.finished_at, h.http_request_id).where(is_shown(h, asked, asker))
     if before is not None:
         key = tuple_(h.finished_at, h.http_request_id)
         first = first.where(key < (before.finished_at, before.id))
     first = first.order_by(h.finished_at.desc(), h.http_request_id.desc()).limit(limit)
     keys = [PageKey(*row) for row in connection.execute(first)]
     since = keys[-1].finished_at if len(keys) == limit else None
-    keys += _untold_keys(connection, limit, before, since, tenant)
+    keys += _untold_keys(connection, limit, before, since, asked, asker)
     keys.sort(key=lambda key: (key.finished_at, key.id), reverse=True)
     return keys[:limit]
 
@@ -76,24 +84,26 @@ def _untold_keys(
     limit: int,
     before: PageKey | None,
     since: str | None,
-    tenant: str | None,
+    asked: TenantScope | None,
+    asker: TenantScope | None,
 ) -> list[PageKey]:
     """Return the keys of exchanges without an HTTP row, each at the end of its last part."""
-    h, r = http_requests.c, requests.c
+    bills = bills_of(asked or asker)
+    h, r = http_requests.c, bills.c
     own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     other = requests.alias()
     last = select(func.max(other.c.finished_at)).where(other.c.http_request_id == r.http_request_id)
     query = (
         select(r.finished_at, own, r.http_request_id, func.min(r.run_id), func.min(r.seq))
+        .select_from(bills)
         .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
         .where(h.http_request_id.is_(None))
         .where(or_(r.http_request_id.is_(None), r.finished_at == last.scalar_subquery()))
+        .where(is_shown(r, asked, asker))
         .group_by(r.finished_at, own, r.http_request_id)
         .order_by(r.finished_at.desc(), own.desc())
         .limit(limit)
     )
-    if tenant is not None:
-        query = query.where(r.tenant == tenant)
     if since is not None:
         query = query.where(r.finished_at >= since)
     if before is not None:

@@ -12,6 +12,7 @@ from vllm_cost_meter.ledger.billing.comparison import bill_lines, billed_summary
 from vllm_cost_meter.ledger.queries.costs import CutCosts, declared_overheads
 from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.ledger.queries.energy import class_mj, energy_state, total_mj
+from vllm_cost_meter.ledger.queries.seen import unseen
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.ledger.queries.usage import read_facts
 from vllm_cost_meter.records.snapshot import OTHER_ROWS, WORK
@@ -32,6 +33,7 @@ def report_at(connection: Connection, cut: Cut, question: Question) -> Report:
         "taken_at": cut.at(),
         "prices": costs.cost.listed(),
         **report(facts, question, costs.price_of, costs.why_none),
+        "idle_unseen": unseen(connection, question.idle.declared),
     }
     return cast("Report", answer)
 
@@ -69,10 +71,9 @@ def statement_at(
     asked: Question,
     *,
     month: str,
-    tenant: str | None,
     now_ns: int,
 ) -> TenantStatement:
-    """Return the statement of a month, for one tenant or for all.
+    """Return the statement of a month, for the tenant that is asked for or for all.
 
     Raises ValueError for a tenant without a line.
     """
@@ -87,7 +88,6 @@ def statement_at(
         facts,
         asked,
         costs.price_of,
-        tenant=tenant,
         overhead=overhead,
         why=costs.why_none,
         now_ns=now_ns,
@@ -100,12 +100,16 @@ def statement_at(
         "prices": costs.cost.listed(),
         "billed": billed,
         **found,
+        "idle_unseen": unseen(connection, asked.idle.declared),
     }
     return cast("TenantStatement", answer)
 
 
 # A summary leaves out these keys of a report by tenant.
-_OF_ROWS = ("aggregate", "idle", "what_if_usd_per_gpu_hour", "series")
+_OF_ROWS = (
+    *("aggregate", "covers", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"),
+    "series",
+)
 
 
 def rows_of(answer: Report) -> list[ReportRow]:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, null, or_, select, tuple_
+from sqlalchemy import and_, null, or_, select, tuple_
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cost_models import models
+from vllm_cost_meter.ledger.queries.coverage import is_shown
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, is_billed, open_parts
@@ -25,6 +26,7 @@ from vllm_cost_meter.ledger.schema import (
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.client_text import forms_to_find
+from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.explanation import explained
 from vllm_cost_meter.reports.request_answers import Explanation, RequestWithParts
 from vllm_cost_meter.reports.request_row import RUNNING, exchange, ordered, shown_part
@@ -45,8 +47,8 @@ class Match:
     request_id: str | None = None
 
 
-def find(connection: Connection, id: str, only: str | None = None) -> list[Match]:
-    """Return what an id means, at most MAX_MATCHES of the tenant `only` and its children.
+def find(connection: Connection, id: str, only: TenantScope | None = None) -> list[Match]:
+    """Return what an id means, at most MAX_MATCHES, of the tenant that is meant by `only`.
 
     The meter's own and vLLM's internal ids come first, as no client chooses them: a request is
     found by these whoever else uses the same text. Then come response ids, X-Request-Ids and the
@@ -72,8 +74,7 @@ def find(connection: Connection, id: str, only: str | None = None) -> list[Match
     )
     found: dict[Match, tuple[bool, str]] = {}
     for query, of, at, own_ids, chosen_ids in sources:
-        if only is not None:
-            query = query.where(_belongs_to(of.tenant, only))
+        query = query.where(is_shown(of, only))
         columns = [*((own, True) for own in own_ids), *((chosen, False) for chosen in chosen_ids)]
         for column, is_own in columns:
             newest = query.where(column.in_(forms)).order_by(at.desc()).limit(MAX_MATCHES)
@@ -81,11 +82,6 @@ def find(connection: Connection, id: str, only: str | None = None) -> list[Match
                 match = Match(None, *key) if http_id is None else Match(http_id)
                 found[match] = max(found.get(match, (False, "")), (is_own, when))
     return sorted(found, key=lambda match: found[match], reverse=True)[:MAX_MATCHES]
-
-
-def _belongs_to(column: ColumnElement[str], tenant: str) -> ColumnElement[bool]:
-    """Return the condition that a row is the tenant's own or a child's."""
-    return or_(column == tenant, column.startswith(f"{tenant}/", autoescape=True))
 
 
 def request_row(

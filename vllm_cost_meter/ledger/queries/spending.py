@@ -1,54 +1,49 @@
-"""The amount that each budget's tenants have used in its period, updated once a second.
+"""What budgets' tenants have used so far in each period, kept up to date at each look.
 
-Bills are added up as they come. A look reads only the bills that finished since a little before the
-last look, and skips those that it has counted. At each new hour, and every `RECOUNT_NS`, everything
-is counted anew: this corrects for bills that came very late, and for hours that left a period.
+Bills are counted once each, by their numbers (`bill_count.py`), and summed by run and hour, so that
+a new hour, price or limit needs no count. What requests that still run had used at their engine's
+latest snapshot is added on top, in full to the present hour; their bills say later which hours it
+was. Budgets that count other tenants, or earlier hours, need a new count. It goes on in slices, one
+at each look, while the budgets from before are served with fresh figures.
 
-The usage of running requests at their engine's latest snapshot is added on top. All of it goes to
-the present hour; the bill will later say which hours it was. An engine in a long step sends no
-snapshot, but its requests still count as long as `alive` names its run.
+Money is computed as reports compute it: each hour of each run by `RunPrices`, rounded once.
 
-Invariant: a request counts once: by its bill, or else by the snapshot of its engine.
+Invariant: a request counts once: by its bill, or else by the snapshot of the engine it runs in.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from decimal import Decimal
-from fractions import Fraction
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Engine, Select, and_, func, select
+from sqlalchemy import Engine, select
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
-from vllm_cost_meter.ledger.database import open_database
-from vllm_cost_meter.ledger.queries.open_requests import Living, is_billed
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.database import cause_of, open_database
+from vllm_cost_meter.ledger.queries.bill_count import BillCount
+from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
+from vllm_cost_meter.ledger.queries.heard import Heard, Instant, LatestSnapshot
+from vllm_cost_meter.ledger.queries.open_requests import is_billed
+from vllm_cost_meter.ledger.queries.standings import Priced, standing_of
 from vllm_cost_meter.ledger.rows import live_requests
-from vllm_cost_meter.ledger.schema import (
-    live_usage,
-    open_requests,
-    requests,
-    snapshots,
-    usage_pieces,
-)
-from vllm_cost_meter.prices.cost import cost_nanousd
-from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
-from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND, rfc3339, unix_ns_of
+from vllm_cost_meter.ledger.schema import live_usage, open_requests, prices, runs, snapshots
+from vllm_cost_meter.prices.book import NO_PRICES, PriceBook
+from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, BudgetScope
+from vllm_cost_meter.units.time import unix_ns_of
 
-# The next look sees a bill that is committed at most so long after its end.
-LATE_NS = 20 * NS_PER_SECOND
-RECOUNT_NS = 600 * NS_PER_SECOND
+# So many bills of a new count are counted at a look: about 0.1 s of work.
+SLICE_BILLS = 40_000
 _IDS_AT_ONCE = 500
-
-# GPU-nanoseconds by budget, then by run and UTC hour.
-SpentNs = dict[str, dict[tuple[str, int], int]]
-# Gives USD per GPU-hour from run_id and hour; None without a price.
-PriceAt = Callable[[str, int], Decimal | Fraction | None]
+# Hours before all periods that stay counted, so that a clock may be set back without a new count.
+_HOURS_KEPT = 48
 
 
 class Spending:
-    """Follows the spending against budgets. Methods block; one thread at a time may use it."""
+    """Follows what is spent. Blocks, and is used by one thread at a time."""
 
     def __init__(
         self,
@@ -56,168 +51,163 @@ class Spending:
         *,
         create: bool = True,
         alive: Callable[[], Collection[str]] = tuple,
+        slice_bills: int = SLICE_BILLS,
     ) -> None:
-        """Open the ledger; `alive` returns engine runs that live, though they send no snapshot.
+        """`alive` names engine runs that are known to live though they are silent.
 
-        Raises LedgerError, also if there is no ledger and `create` is not set.
+        The ledger is opened at the first look, which raises LedgerError if it cannot be, also when
+        there is none and `create` is not set.
         """
         self._alive = alive
-        self._engine: Engine = open_database(url, create=create)
+        self._slice_bills = slice_bills
+        self._url = url
+        self._create = create
+        self._engine: Engine | None = None
+        self._heard = Heard()
+        # The budgets that are served, their bills, and those of a new count until it is complete.
         self._budgets: Sequence[Budget] = ()
-        self._billed: SpentNs = {}
-        self._counted_at_ns = 0
-        # The bills that are counted already, and that the next look will read again.
-        self._seen: dict[tuple[str, int], str] = {}
+        self._count: BillCount | None = None
+        self._next: BillCount | None = None
+        # The latest instant for whose periods everything is counted.
+        self._counted_ns = 0
+        # Each run's facts, and the prices made of them by this book.
+        self._facts: dict[str, Mapping[str, Any]] = {}
+        self._prices: dict[str, RunPrices] = {}
+        self._book: PriceBook = NO_PRICES
 
     def close(self) -> None:
         """Close the connections."""
-        self._engine.dispose()
+        if self._engine is not None:
+            self._engine.dispose()
+
+    @property
+    def served(self) -> Sequence[Budget]:
+        """The budgets of the latest figures: while new ones are counted, those from before."""
+        return self._budgets
+
+    @property
+    def is_recounting(self) -> bool:
+        """Whether a new count is under way, so that the next look is due at once."""
+        return self._next is not None
 
     def latest_snapshots(self) -> list[tuple[str, int]]:
-        """Return (run, number) of the latest snapshots: a cheap test whether a look is due."""
+        """Return (run, number) of the latest snapshots: cheap, to see whether a look is due."""
         with self._read() as connection:
             found = connection.execute(select(snapshots.c.run_id, snapshots.c.number))
             return [(run_id, number) for run_id, number in found]
 
-    def look(self, budgets: Sequence[Budget], price_of: PriceAt, now_ns: int) -> BudgetFigures:
-        """Return the use of each budget. Raises SQLAlchemyError if the ledger cannot be read."""
-        hour = now_ns // NS_PER_HOUR
+    def look(
+        self,
+        budgets: Sequence[Budget],
+        book: PriceBook,
+        now_ns: int,
+        monotonic_ns: int | None = None,
+    ) -> BudgetFigures:
+        """Return where the budgets stand.
+
+        The first look counts everything. While a later one waits for a new count, it returns where
+        the budgets stand that were served before. Raises LedgerError if the ledger cannot be
+        opened or read.
+        """
+        at = Instant(now_ns, time.monotonic_ns() if monotonic_ns is None else monotonic_ns)
         with self._read() as connection:
-            if (
-                budgets != self._budgets
-                or hour != self._counted_at_ns // NS_PER_HOUR
-                or not 0 <= now_ns - self._counted_at_ns < RECOUNT_NS
-            ):
-                self._recount(connection, budgets, now_ns)
-            else:
-                self._count_new(connection, now_ns)
-            living = _living(connection, Living(now_ns, frozenset(self._alive())))
-            running = self._running(connection, [run.run_id for run in living], hour)
+            s = snapshots.c
+            told = connection.execute(select(s.run_id, s.number, s.taken_at, s.state))
+            living = self._heard.look(
+                (LatestSnapshot(*row) for row in told), at, frozenset(self._alive())
+            )
+            count = self._bring_up_to_date(connection, budgets, now_ns)
+            run_ids = [run.told.run_id for run in living]
+            running = _running(connection, run_ids, count)
+            self._learn_prices(connection, book)
+        priced = Priced(self._prices, book, run_ids, self._counted_ns)
         standings = [
-            self._standing(budget, running.get(budget.name, {}), price_of, now_ns)
-            for budget in budgets
+            standing_of(budget, count.of(budget), running.get(budget.scope, {}), priced)
+            for budget in self._budgets
         ]
-        off = [run.run_id for run in living if run.state != "on"]
+        off = [run.told.run_id for run in living if run.told.state != "on"]
         return BudgetFigures(
             standings=standings,
-            as_of_ns=min((unix_ns_of(run.taken_at) for run in living), default=None),
+            as_of_ns=min((unix_ns_of(run.told.taken_at) for run in living), default=None),
+            heard_ns=min((run.heard_ns for run in living), default=None),
             broken=f"the meter of engine run {off[0]} is off" if off else None,
         )
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with self._engine.connect() as connection, connection.begin():
-            yield connection
+        if self._engine is None:
+            engine = open_database(self._url, create=self._create)
+            if engine.dialect.name == "postgresql":
+                engine = engine.execution_options(isolation_level="REPEATABLE READ")
+            self._engine = engine
+        try:
+            with self._engine.connect() as connection, connection.begin():
+                yield connection
+        except SQLAlchemyError as error:
+            shown = self._engine.url.render_as_string(hide_password=True)
+            raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
-    def _recount(self, connection: Connection, budgets: Sequence[Budget], now_ns: int) -> None:
-        self._budgets, self._billed, self._counted_at_ns = budgets, {}, now_ns
-        if not budgets:
-            return
-        first = min(budget.hours(now_ns)[0] for budget in budgets)
-        r, p = requests.c, usage_pieces.c
-        used = (
-            select(
-                p.run_id,
-                p.hour,
-                *(r[name] for name in _OWNER),
-                func.sum(p.prefill_ns + p.decode_ns).label("gpu_time_ns"),
+    # -- counting ---------------------------------------------------------------------------
+
+    def _bring_up_to_date(
+        self, connection: Connection, budgets: Sequence[Budget], now_ns: int
+    ) -> BillCount:
+        """Return the count to serve from, with all bills; go on with a new one if it is needed."""
+        first_hour = min((budget.hours(now_ns)[0] for budget in budgets), default=0)
+        count = self._count
+        if count is None:
+            count = self._count = BillCount(budgets, first_hour)
+        count.advance(connection)
+        if not count.serves(budgets, first_hour):
+            if self._next is None or not self._next.is_for(budgets, first_hour):
+                self._next = BillCount(budgets, first_hour)
+            self._next.advance(connection, self._slice_bills)
+            if not self._next.is_complete:
+                return count
+            count = self._count = self._next
+        self._next, self._budgets, self._counted_ns = None, budgets, now_ns
+        if budgets:
+            count.forget_before(first_hour - _HOURS_KEPT)
+        return count
+
+    # -- prices -----------------------------------------------------------------------------
+
+    def _learn_prices(self, connection: Connection, book: PriceBook) -> None:
+        """Make the prices of all runs by a book. What a run began with never changes."""
+        known = connection.execute(select(runs.c.run_id)).scalars().all()
+        if new := [run_id for run_id in known if run_id not in self._facts]:
+            priced = select(*RUN_COLUMNS).join(
+                prices, prices.c.price_id == runs.c.price_id, isouter=True
             )
-            .join(requests, and_(r.run_id == p.run_id, r.seq == p.seq))
-            .where(p.hour >= first)
-            .group_by(p.run_id, p.hour, *(r[name] for name in _OWNER))
-        )
-        self._add(connection.execute(used))
-        late = connection.execute(_finished_since(rfc3339(now_ns - LATE_NS)))
-        self._seen = {(row.run_id, row.seq): row.finished_at for row in late}
-
-    def _count_new(self, connection: Connection, now_ns: int) -> None:
-        since = rfc3339(now_ns - LATE_NS)
-        r, p = requests.c, usage_pieces.c
-        new = (
-            select(
-                *(r.run_id, r.seq, r.finished_at, p.hour),
-                *(r[name] for name in _OWNER),
-                (p.prefill_ns + p.decode_ns).label("gpu_time_ns"),
-            )
-            .join(usage_pieces, and_(r.run_id == p.run_id, r.seq == p.seq))
-            .where(r.finished_at >= since)
-        )
-        rows = [row for row in connection.execute(new) if (row.run_id, row.seq) not in self._seen]
-        self._add(rows)
-        self._seen = {key: at for key, at in self._seen.items() if at >= since}
-        self._seen |= {(row.run_id, row.seq): row.finished_at for row in rows}
-
-    def _add(self, rows: Iterable[Any]) -> None:
-        for row in rows:
-            _add_to(self._billed, self._budgets, row, row.hour, int(row.gpu_time_ns))
-
-    def _running(self, connection: Connection, run_ids: Collection[str], hour: int) -> SpentNs:
-        """Return the usage of requests without a bill in these runs."""
-        sums: SpentNs = {}
-        told = select(live_usage.c.run_id, live_usage.c.requests)
-        for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
-            used = {id: used.gpu_time_ns for id, used in live_requests(text).items()}
-            for row in _owners(connection, used):
-                _add_to(sums, self._budgets, row, hour, used[row.request_id], run_id)
-        return sums
-
-    def _standing(
-        self,
-        budget: Budget,
-        running: Mapping[tuple[str, int], int],
-        price_of: PriceAt,
-        now_ns: int,
-    ) -> Standing:
-        first, after = budget.hours(now_ns)
-        gpu_ns = dict(self._billed.get(budget.name, {}))
-        for key, ns in running.items():
-            gpu_ns[key] = gpu_ns.get(key, 0) + ns
-        used: dict[int, int] = {}
-        for (run_id, hour), ns in gpu_ns.items():
-            if not first <= hour < after:
-                continue
-            amount: int | None = ns
-            if budget.unit == "usd":
-                amount = cost_nanousd(ns, price_of(run_id, hour))
-            if amount is None:
-                return Standing(budget, None, now_ns)
-            used[hour] = used.get(hour, 0) + amount
-        return Standing(budget, used, now_ns)
+            # After a while only few are new, at the start all are.
+            if len(new) <= _IDS_AT_ONCE:
+                priced = priced.where(runs.c.run_id.in_(new))
+            rows = (row._asdict() for row in connection.execute(priced))
+            self._facts |= {row["run_id"]: row for row in rows}
+        if new or book is not self._book:
+            self._prices = {id: RunPrices.of(row, book) for id, row in self._facts.items()}
+            self._book = book
 
 
-_OWNER = ("tenant", "tenant_parent", "tags")
-
-
-def _finished_since(since: str) -> Select[Any]:
-    r = requests.c
-    return select(r.run_id, r.seq, r.finished_at).where(r.finished_at >= since)
-
-
-def _living(connection: Connection, living: Living) -> Sequence[Any]:
-    s = snapshots.c
-    return connection.execute(select(s.run_id, s.taken_at, s.state).where(living.is_up())).all()
+def _running(
+    connection: Connection, run_ids: Collection[str], count: BillCount
+) -> dict[BudgetScope, dict[str, int]]:
+    """Return what the requests of these runs that have no bill had used, by scope and run."""
+    sums: dict[BudgetScope, dict[str, int]] = {}
+    told = select(live_usage.c.run_id, live_usage.c.requests)
+    for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
+        used = {id: used.gpu_time_ns for id, used in live_requests(text).items()}
+        for request_id, *owner in _owners(connection, used):
+            for scope in count.scopes_of(*owner):
+                of_scope = sums.setdefault(scope, {})
+                of_scope[run_id] = of_scope.get(run_id, 0) + used[request_id]
+    return sums
 
 
 def _owners(connection: Connection, ids: Collection[str]) -> Iterator[Any]:
-    """Yield the owner columns of those requests that have no bill."""
+    """Yield whose these requests are, of those that have no bill."""
     left = iter(ids)
     o = open_requests.c
     while some := list(islice(left, _IDS_AT_ONCE)):
-        owners = select(o.request_id, *(o[name] for name in _OWNER))
+        owners = select(o.request_id, o.tenant, o.tenant_above, o.tags)
         yield from connection.execute(owners.where(o.request_id.in_(some), ~is_billed()))
-
-
-def _add_to(
-    sums: SpentNs,
-    budgets: Sequence[Budget],
-    owner: Any,
-    hour: int,
-    gpu_ns: int,
-    run_id: str | None = None,
-) -> None:
-    of = Owner.stored(owner.tenant, owner.tenant_parent, owner.tags)
-    key = (owner.run_id if run_id is None else run_id, hour)
-    for budget in budgets:
-        if budget.covers(of):
-            of_budget = sums.setdefault(budget.name, {})
-            of_budget[key] = of_budget.get(key, 0) + gpu_ns

@@ -15,17 +15,18 @@ from vllm_cost_meter.ledger.queries.energy import by_tenant, class_energy
 from vllm_cost_meter.ledger.schema import requests
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.answers import AfterCut
+from vllm_cost_meter.reports.grammar import Question
 from vllm_cost_meter.reports.tenant_details import TenantFacts
 
 
 def tenant_facts(
-    connection: Connection, cut: Cut, sums: Mapping[str, Mapping[str, int]]
+    connection: Connection, cut: Cut, sums: Mapping[str, Mapping[str, int]], question: Question
 ) -> TenantFacts:
     """Return the facts about tenants and classes; `sums` has the sums of their bills."""
     return TenantFacts(
         sums=sums,
         cache_ms=cut.kv_cache_block_ms(),
-        energies=by_tenant(connection, cut),
+        energies=by_tenant(connection, cut, question),
         class_energies={name: class_energy(cut, name) for name in OTHER_ROWS},
         unattributed_mj=cut.used_mj("unattributed"),
     )

@@ -21,17 +21,21 @@ from sqlalchemy import and_, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.costs import CutCosts
+from vllm_cost_meter.ledger.queries.coverage import COVERED_NAME, HIDDEN, told
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
+from vllm_cost_meter.ledger.queries.own_bills import pieces_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
-from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.schema import requests
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
-from vllm_cost_meter.reports.facts import COUNTS, UNALLOCATED, Ended, Facts, Key, Used
-from vllm_cost_meter.reports.grammar import LABEL, TAG, Question
+from vllm_cost_meter.reports.facts import COUNTS, REQUESTS, UNALLOCATED, Ended, Facts, Key, Used
+from vllm_cost_meter.reports.grammar import COVERED, LABEL, NO, TAG, YES, Question
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.reports.tenant_details import tenant_details
 from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
+# The name that no tenant has.
+NAMELESS = ""
 # The column of a dimension, if it has another name.
 _COLUMN = {"status": "engine_status"}
 # The JSON column that holds the names behind a prefix.
@@ -53,7 +57,7 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
     usage = _usage(connection, cut, question, columns)
     ended = _ended(connection, cut, question, columns)
     facts = Facts(
-        used=usage.used,
+        used=usage.used if cut.whose is None else [*usage.used, *_of_others(cut, question)],
         other_time=[
             Used(run.run_id, hour, (name,), ns)
             for run in cut.runs
@@ -69,18 +73,51 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
         ],
         wall_gpu_ns=cut.wall_gpu_ns(),
     )
-    return _with_details(connection, cut, facts, usage.sums) if question.is_by_tenant else facts
+    if not question.is_by_tenant:
+        return facts
+    return _with_details(connection, cut, facts, question, usage.sums)
+
+
+def _of_others(cut: Cut, question: Question) -> list[Used]:
+    """Return all requests' time as the engines say it, as that of a nameless tenant.
+
+    Where one tenant's bills are read only, it tells whether the window has prices, and which miss.
+    """
+    key = (NAMELESS, NO) if question.tells_coverage else (NAMELESS,)
+    return [
+        Used(run.run_id, hour, key, ns)
+        for run in cut.runs
+        for hour, ns in _hours_of(cut, run, question, REQUESTS).items()
+        if ns
+    ]
 
 
 def _with_details(
-    connection: Connection, cut: Cut, facts: Facts, sums: Mapping[str, Mapping[str, int]]
+    connection: Connection,
+    cut: Cut,
+    facts: Facts,
+    question: Question,
+    sums: Mapping[str, Mapping[str, int]],
 ) -> Facts:
     """Return facts with more columns by tenant; a tenant that has only these gets a row too."""
-    used = tenant_facts(connection, cut, sums)
+    used = tenant_facts(connection, cut, sums, question)
     costs = CutCosts.of(cut)
     none = Ended(None, (), (0,) * len(COUNTS))
-    ended = [*facts.ended, *(none._replace(key=(name,)) for name in sorted(used.names))]
+    keys = (_key_of(name, question) for name in sorted(used.names))
+    ended = [*facts.ended, *(none._replace(key=key) for key in keys)]
     return replace(facts, ended=ended, details=tenant_details(used, costs.energy_cost_of))
+
+
+def _key_of(name: str, question: Question) -> Key:
+    """Return the key of the row by tenant alone to which the details under a name belong."""
+    if not question.tells_coverage:
+        return (name,)
+    return (name.removesuffix(HIDDEN), NO if name.endswith(HIDDEN) else YES)
+
+
+def _details_name_of(key: Key, question: Question) -> str:
+    """Return the name under which the details of the row with this key stand."""
+    return key[0] + HIDDEN if question.tells_coverage and key[1] == NO else key[0]
 
 
 def _hours_of(
@@ -98,7 +135,8 @@ def _ended(
 ) -> list[Ended]:
     by = ("hour", *columns) if question.tells_hours_apart else tuple(columns)
     found = []
-    for values, counts in count_ended(connection, cut.window, by).items():
+    ended = count_ended(connection, cut.window, by, question, cut.whose)
+    for values, counts in ended.items():
         hour = None
         if question.tells_hours_apart:
             hour = unix_ns_of(f"{values[0]}:00Z") // NS_PER_HOUR
@@ -112,11 +150,16 @@ def _usage(
 ) -> BilledUsage:
     if not cut.runs:
         return BilledUsage([], {})
-    at, p, r = cut.cte(), usage_pieces.c, requests.c
+    pieces = pieces_of(cut.whose)
+    at, p, r = cut.cte(), pieces.c, requests.c
     # Pieces have a column for the tenant, so a report by tenant alone reads no request.
     own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
-    keys = [own[name] if name in own else r[name] for name in columns]
-    joined = usage_pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
+    known = {**own, COVERED: told(r, question)}
+    keys = [known[name] if name in known else r[name] for name in columns]
+    groups = [
+        COVERED_NAME if name == COVERED else key for name, key in zip(columns, keys, strict=True)
+    ]
+    joined = pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
     if set(columns) - own.keys():
         joined = joined.join(requests, and_(r.run_id == p.run_id, r.seq == p.seq))
     more = PART_SUMS if question.is_by_tenant else ()
@@ -130,7 +173,7 @@ def _usage(
         )
         .select_from(joined)
         .where(cut.window.on_hours(p.hour))
-        .group_by(p.run_id, *hours, *keys)
+        .group_by(p.run_id, *hours, *groups)
     )
     # Different JSON texts of tags or labels may agree in the names that are asked for.
     spent: Counter[tuple[str, int, Key]] = Counter()
@@ -139,9 +182,9 @@ def _usage(
         key = _key(question.dimensions, columns, values[: len(columns)])
         spent[run_id, hour, key] += int(gpu_time_ns)
         if more:
-            known = sums.setdefault(key[0], dict.fromkeys(more, 0))
+            details = sums.setdefault(_details_name_of(key, question), dict.fromkeys(more, 0))
             for name, amount in zip(more, values[len(columns) :], strict=True):
-                known[name] += int(amount)
+                details[name] += int(amount)
     return BilledUsage([Used(*key, ns) for key, ns in spent.items()], sums)
 
 

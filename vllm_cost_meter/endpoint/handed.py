@@ -1,0 +1,105 @@
+"""What an API server hands to the process of the side endpoint: settings, and budgets' figures.
+
+The process never reads the settings file: a faulty edit can neither stop nor change it. It gets
+what the API server took over, at its start and after each change. These values are dataclasses with
+dates, time zones and exact numbers, so they travel as pickles, as multiprocessing's do.
+
+Invariant: pickles travel from the API server to processes that it started, over their nameless
+socket, and never back. What comes back is typed messages.
+"""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.economics import Declared
+from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.owner import WITH_CHILDREN, Covers
+
+# What the process asks the API server.
+REFRESH, ALIVE, BUDGETS, HEALTH, METRICS = "refresh", "alive", "budgets", "health", "metrics"
+# What the API server asks the process, and its news.
+OWN_FIGURES, SETTINGS = "own figures", "settings"
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """Of the settings, what the side endpoint needs."""
+
+    host: str
+    port: int | None
+    admin_sha256: str | None
+    tenant_keys: Mapping[str, str]
+    price_book: PriceBook
+    declared: Declared
+    public_economics: bool
+    is_coarse: bool
+    api_prices: str | None
+    questions_at_once: int
+    question_timeout_s: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Handed":
+        """Return what is needed of these settings."""
+        return cls(
+            host=settings.host,
+            port=settings.port,
+            admin_sha256=settings.admin_sha256(),
+            tenant_keys=settings.tenant_keys,
+            price_book=settings.price_book,
+            declared=settings.declared,
+            public_economics=settings.public_economics,
+            is_coarse=settings.is_coarse,
+            api_prices=settings.api_prices,
+            questions_at_once=settings.questions_at_once,
+            question_timeout_s=settings.question_timeout_s,
+        )
+
+
+def packed(value: object) -> bytes:
+    """Return a value as the API server hands it over."""
+    return pickle.dumps(value)
+
+
+def unpacked(data: bytes) -> Any:
+    """Return what the API server handed over: see the module for why it may be believed."""
+    return pickle.loads(data)  # noqa: S301
+
+
+class EndpointHello(msgspec.Struct, frozen=True):
+    """What the process is told first.
+
+    `port` is where it listens, None for nowhere: with several API servers only the first listens.
+    """
+
+    settings: bytes
+    ledger_url: str
+    port: int | None
+
+
+class Listening(msgspec.Struct, frozen=True):
+    """What the process says when it begins to work: its port, None if it has none."""
+
+    port: int | None
+
+
+class OwnQuestion(msgspec.Struct, frozen=True):
+    """What a tenant asks on vLLM's port: of one of its requests, or of itself without an id."""
+
+    tenant: str
+    request_id: str | None = None
+    window: str | None = None
+    covers: Covers = WITH_CHILDREN
+
+
+class OwnAnswer(msgspec.Struct, frozen=True):
+    """The answer: JSON, or with an error's status what is wrong."""
+
+    status: int
+    body: bytes = b""
+    detail: str = ""
+    retry_after: str | None = None

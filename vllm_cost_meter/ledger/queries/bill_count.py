@@ -1,0 +1,245 @@
+"""Adds up bills by budget, run and hour, each bill once, by its number within its run.
+
+An engine numbers its bills from 1 without a gap. API servers commit them in any order, and the
+bills of one that died never come. So a count keeps, for each run, up to which number it has looked,
+and the numbers below that were missing. It looks at those again: a bill that is committed late
+fills its gap, whenever that is. No clock takes part.
+
+A run may have lost many bills. Each call looks at the gaps that were found last, and at some of the
+others in turn, so that a call stays short however many there are.
+
+Invariant: a bill that is in the ledger and has time in or after the first hour is counted once.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import BigInteger, Integer, Text, and_, bindparam, column, func, select, values
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.schema import requests, runs, usage_pieces
+from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.tenants.budgets import Budget, BudgetScope
+
+# Bills are read in such pieces: some 40 ms of work each.
+_BILLS_AT_ONCE = 20_000
+# At most so many gaps are looked at in one call, half of them the latest.
+GAPS_AT_ONCE = 500
+# A count begins so many bills before the first one that has time in its hours: those before it may
+# have been committed later.
+_BILLS_BEFORE = 10_000
+_OWNERS_KEPT = 100_000
+
+# GPU-nanoseconds by run and UTC hour.
+SpentNs = dict[str, dict[int, int]]
+
+
+class _Gap(NamedTuple):
+    """Numbers of a run's bills that were looked for in vain, both ends included."""
+
+    run_id: str
+    first: int
+    last: int
+
+
+class BillCount:
+    """What the bills of a ledger add up to for some budgets, from an hour on."""
+
+    def __init__(self, budgets: Iterable[Budget], first_hour: int) -> None:
+        """`first_hour` is the earliest hour, since the epoch, that any of the budgets counts."""
+        self.first_hour = first_hour
+        self.is_complete = False
+        self._budgets = {budget.scope: budget for budget in budgets}
+        self._sums: dict[BudgetScope, SpentNs] = {scope: {} for scope in self._budgets}
+        # Up to which number the bills of a run were looked for; None before the first call.
+        self._upto: dict[str, int] | None = None
+        # In the order in which they were found.
+        self._gaps: list[_Gap] = []
+        self._turn = 0
+        self._scopes_of: dict[tuple[str, str | None, str | None], tuple[BudgetScope, ...]] = {}
+
+    def serves(self, budgets: Iterable[Budget], first_hour: int) -> bool:
+        """Tell whether all that these budgets need from an hour on has been counted."""
+        scopes = (budget.scope for budget in budgets)
+        return (
+            self.is_complete
+            and first_hour >= self.first_hour
+            and all(scope in self._budgets for scope in scopes)
+        )
+
+    def is_for(self, budgets: Iterable[Budget], first_hour: int) -> bool:
+        """Tell whether it will serve these budgets once it is complete."""
+        scopes = (budget.scope for budget in budgets)
+        return first_hour >= self.first_hour and all(scope in self._budgets for scope in scopes)
+
+    def of(self, budget: Budget) -> SpentNs:
+        """Return the GPU time of a budget's bills. The caller must not change it."""
+        return self._sums.get(budget.scope, {})
+
+    def scopes_of(
+        self, tenant: str, above: str | None, tags: str | None
+    ) -> tuple[BudgetScope, ...]:
+        """Return what an owner's use counts for, by the texts of its row."""
+        key = (tenant, above, tags)
+        found = self._scopes_of.get(key)
+        if found is None:
+            if len(self._scopes_of) >= _OWNERS_KEPT:
+                self._scopes_of.clear()
+            owner = Owner.stored(tenant, above, tags)
+            found = tuple(s for s, budget in self._budgets.items() if budget.covers(owner))
+            self._scopes_of[key] = found
+        return found
+
+    def forget_before(self, hour: int) -> None:
+        """Drop the hours before this one, which no period needs any more."""
+        if hour <= self.first_hour:
+            return
+        self.first_hour = hour
+        for by_run in self._sums.values():
+            for run_id, hours in list(by_run.items()):
+                left = {each: ns for each, ns in hours.items() if each >= hour}
+                if left:
+                    by_run[run_id] = left
+                else:
+                    del by_run[run_id]
+
+    def advance(self, connection: Connection, limit: int | None = None) -> None:
+        """Count the bills that are new, or about `limit` of them; `is_complete` says if all were.
+
+        The connection must see one state of the ledger throughout.
+        """
+        if not self._budgets:
+            self.is_complete = True
+            return
+        highest = {run_id: top for run_id, top in connection.execute(_HIGHEST) if top}
+        if self._upto is None:
+            self._upto = _beginnings(connection, highest, self.first_hour)
+        left = limit
+        for run_id, top in highest.items():
+            upto = self._upto.get(run_id, 0)
+            while upto < top and (left is None or left > 0):
+                last = min(top, upto + _BILLS_AT_ONCE)
+                self._count(connection, run_id, upto + 1, last)
+                left = None if left is None else left - (last - upto)
+                self._upto[run_id] = upto = last
+        self.is_complete = all(self._upto.get(run, 0) >= top for run, top in highest.items())
+        self._look_into_gaps(connection)
+
+    def _count(self, connection: Connection, run_id: str, first: int, last: int) -> None:
+        """Count the bills of a run in a range of numbers; what is missing there becomes gaps."""
+        expected = first
+        bounds = {"run_id": run_id, "first": first, "last": last}
+        # All rows are read before the first is added: a read that fails half way adds nothing.
+        for seq, *rest in connection.execute(_BILLS, bounds).all():
+            if seq > expected:
+                self._gaps.append(_Gap(run_id, expected, seq - 1))
+            expected = seq + 1
+            self._add(run_id, *rest)
+        if expected <= last:
+            self._gaps.append(_Gap(run_id, expected, last))
+
+    def _look_into_gaps(self, connection: Connection) -> None:
+        places = self._places_to_look_at()
+        if not places:
+            return
+        found: dict[int, set[int]] = {}
+        rows = [(place, *self._gaps[place]) for place in places]
+        for place, seq, *rest in connection.execute(_bills_in(rows)).all():
+            if seq is not None:
+                found.setdefault(place, set()).add(seq)
+                self._add(self._gaps[place].run_id, *rest)
+        if found:
+            self._gaps = [
+                left
+                for place, gap in enumerate(self._gaps)
+                for left in (_without(gap, sorted(found[place])) if place in found else (gap,))
+            ]
+
+    def _places_to_look_at(self) -> Sequence[int]:
+        """Return the places of the gaps to look at in this call."""
+        count = len(self._gaps)
+        if count <= GAPS_AT_ONCE:
+            return range(count)
+        older = count - GAPS_AT_ONCE // 2
+        start = self._turn % older
+        some = [(start + n) % older for n in range(min(GAPS_AT_ONCE // 2, older))]
+        self._turn = start + len(some)
+        return [*some, *range(older, count)]
+
+    def _add(
+        self,
+        run_id: str,
+        tenant: str,
+        above: str | None,
+        tags: str | None,
+        hour: int | None,
+        gpu_time_ns: int | None,
+    ) -> None:
+        """Add one piece of a bill; a bill without a piece has none of hour and time."""
+        if hour is None or gpu_time_ns is None or hour < self.first_hour:
+            return
+        for scope in self.scopes_of(tenant, above, tags):
+            hours = self._sums[scope].setdefault(run_id, {})
+            hours[hour] = hours.get(hour, 0) + gpu_time_ns
+
+
+_r, _p = requests.c, usage_pieces.c
+_PIECE = (_r.tenant, _r.tenant_above, _r.tags, _p.hour, _p.prefill_ns + _p.decode_ns)
+_PIECES_OF_BILL = and_(_p.run_id == _r.run_id, _p.seq == _r.seq)
+# One look into the primary key for each run: grouping all bills by run would read them all.
+_HIGHEST = select(
+    runs.c.run_id,
+    select(func.max(_r.seq)).where(_r.run_id == runs.c.run_id).scalar_subquery(),
+)
+_BILLS = (
+    select(_r.seq, *_PIECE)
+    .join(usage_pieces, _PIECES_OF_BILL, isouter=True)
+    .where(
+        _r.run_id == bindparam("run_id", type_=Text),
+        _r.seq.between(bindparam("first", type_=BigInteger), bindparam("last", type_=BigInteger)),
+    )
+    .order_by(_r.seq)
+)
+
+
+def _bills_in(rows: Sequence[tuple[int, str, int, int]]) -> Any:
+    """Return the query for the bills in gaps, each with the place of its gap.
+
+    The outer join has every gap looked up in the key of the bills, and none of the bills read
+    otherwise. A gap without a bill has a row without a number.
+    """
+    gap = values(
+        column("place", Integer),
+        column("run_id", Text),
+        column("first", BigInteger),
+        column("last", BigInteger),
+        name="gap",
+    ).data(rows)
+    at = gap.cte().c
+    inside = and_(_r.run_id == at.run_id, _r.seq.between(at.first, at.last))
+    return (
+        select(at.place, _r.seq, *_PIECE)
+        .join(requests, inside, isouter=True)
+        .join(usage_pieces, _PIECES_OF_BILL, isouter=True)
+    )
+
+
+def _beginnings(connection: Connection, highest: dict[str, int], first_hour: int) -> dict[str, int]:
+    """Return, for each run, the number up to which no bill can have time from an hour on."""
+    lowest = select(_p.run_id, func.min(_p.seq)).where(_p.hour >= first_hour).group_by(_p.run_id)
+    found = {run_id: int(seq) for run_id, seq in connection.execute(lowest)}
+    return {
+        run_id: max(0, found.get(run_id, top + 1) - 1 - _BILLS_BEFORE)
+        for run_id, top in highest.items()
+    }
+
+
+def _without(gap: _Gap, found: Sequence[int]) -> Iterable[_Gap]:
+    """Yield what is left of a gap in which these numbers, in order, were found."""
+    first = gap.first
+    for seq in found:
+        if seq > first:
+            yield gap._replace(first=first, last=seq - 1)
+        first = seq + 1
+    if first <= gap.last:
+        yield gap._replace(first=first)
