@@ -243,10 +243,15 @@ class Server:
         """Return a request's row once all its parts are billed."""
         deadline = time.monotonic() + timeout_s
         while True:
-            reply = httpx.get(f"{self.side_url}/cost/requests/{request_id}", timeout=30)
-            if reply.status_code == 200 and reply.json()["status"] is not None:
-                return reply.json()
-            assert time.monotonic() < deadline, f"no bill of {request_id}: {reply.text}"
+            try:
+                reply = httpx.get(f"{self.side_url}/cost/requests/{request_id}", timeout=30)
+                told = reply.text
+                if reply.status_code == 200 and reply.json()["status"] is not None:
+                    return reply.json()
+            except httpx.TransportError as error:
+                # One API server may serve before the first one has its side endpoint up.
+                told = repr(error)
+            assert time.monotonic() < deadline, f"no bill of {request_id}: {told}"
             time.sleep(0.1)
 
     @contextlib.contextmanager

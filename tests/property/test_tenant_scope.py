@@ -17,8 +17,8 @@ from tests.property.test_ledger_prices import book_of
 from tests.support.builders import make_bill, make_part
 from tests.support.examples import examples
 from vllm_cost_meter.config.tenants import TenantSetting, declared_of
+from vllm_cost_meter.ledger.coverage import is_of
 from vllm_cost_meter.ledger.database import open_database
-from vllm_cost_meter.ledger.queries.coverage import is_of
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader

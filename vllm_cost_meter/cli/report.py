@@ -178,8 +178,7 @@ def report(
             answer = reader.requests(limit=limit, tenant=tenant, covers=_covers(with_children))
             rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
     _say_who_is_unseen(answer, config)
-    is_report = what is What.tenants
-    below = _lines_below(answer, filter, has_words) if is_report else _requests_of(answer)
+    below = _below(what, answer, filter, has_words)
     print_answer(
         answer,
         rows,
@@ -188,7 +187,7 @@ def report(
         as_csv=as_csv,
         output=output,
     )
-    if is_report and not answer["adds_up"]:
+    if what is What.tenants and not answer["adds_up"]:
         raise typer.Exit(1)
 
 
@@ -313,6 +312,13 @@ def nano_usd_notes(answer: Mapping[str, Any]) -> list[str]:
     pairs = ((row["usage_cost_nanousd"], row["cost_nanousd"]) for row in rows)
     is_odd = any(None not in pair and pair[0] != pair[1] for pair in pairs)
     return [NANO_USD_NOTE] if is_odd else []
+
+
+def _below(what: What, answer: Mapping[str, Any], filter: str | None, has_words: bool) -> list[str]:
+    """Return the lines below a table."""
+    if what is What.requests:
+        return _requests_of(answer)
+    return _lines_below(answer, filter, has_words)
 
 
 def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool) -> list[str]:

@@ -7,7 +7,7 @@ with a kind, so that no decision has to read its text.
 
 `TenantScope` is the one rule for what "a tenant" covers. It goes by the parents that were recorded
 with a request. A parent that is declared later changes no record, so no use moves from one tenant
-to another after it was billed. `ledger/queries/coverage.py` has the same rule in SQL.
+to another after it was billed. `ledger/coverage.py` has the same rule in SQL.
 
 Invariant: `rule_text` is the `tenant_rule` of the ledger and the answers; no code parses it.
 """

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, Text, cast, func, literal, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.queries.coverage import is_shown, told
+from vllm_cost_meter.ledger.coverage import is_shown, told
 from vllm_cost_meter.ledger.queries.cut import Window
 from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.schema import http_requests, requests, runs

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, Text, and_, case, cast, distinct, func, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.queries.coverage import DETAILS_NAME, details_name
+from vllm_cost_meter.ledger.coverage import DETAILS_NAME, details_name
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
 from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.schema import (
@@ -73,7 +73,7 @@ def by_tenant(connection: Connection, cut: Cut, question: Question) -> dict[str,
     used: dict[str, dict[str, dict[int | None, int]]] = {}
     for tenant, run_id, hour, mj in connection.execute(known):
         used.setdefault(tenant, {}).setdefault(run_id, {})[hour] = int(mj)
-    unknown = {tenant: int(count) for tenant, count in connection.execute(_unknown(cut, name))}
+    unknown = {tenant: int(count) for tenant, count in connection.execute(_unknown(cut, question))}
     return {
         tenant: RowEnergy(_sum(used.get(tenant)), unknown.get(tenant, 0), used.get(tenant, {}))
         for tenant in used.keys() | unknown.keys()
@@ -84,11 +84,12 @@ def _sum(used_mj: UsedByRun | None) -> int | None:
     return None if used_mj is None else sum(mj for run in used_mj.values() for mj in run.values())
 
 
-def _unknown(cut: Cut, name: ColumnElement[Any]) -> Select[Any]:
+def _unknown(cut: Cut, question: Question) -> Select[Any]:
     """Select the number of engine requests without a known energy, by tenant."""
     own = bills_of(cut.whose)
     at, e, r, p = cut.cte(), request_energy.c, own.c, usage_pieces.c
     same = and_(e.run_id == r.run_id, e.seq == r.seq)
+    name: ColumnElement[Any] = details_name(r, question)
     bills: Select[Any] = (
         select(name, func.count(distinct(r.run_id + "/" + cast(r.seq, Text))))
         .select_from(own)

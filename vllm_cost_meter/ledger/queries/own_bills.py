@@ -9,15 +9,20 @@ Invariant: a table holds all rows of the tenants that are meant, and a database 
 tenant that had other parents in between brings those rows along; `coverage` tells them apart.
 """
 
+import functools
 from typing import Any
 
 from sqlalchemy import ColumnElement, FromClause, Select, Subquery, func, select, tuple_
 
-from vllm_cost_meter.ledger.queries.coverage import is_of
+from vllm_cost_meter.ledger.coverage import is_of
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
 from vllm_cost_meter.records.owner import OWN, TenantScope
 
+# One object for each scope: the parts of a query that ask for it must mean the same table.
+_same = functools.lru_cache(maxsize=256)
 
+
+@_same
 def pieces_of(whose: TenantScope | None) -> FromClause:
     """Return `usage_pieces` with the rows of the tenants that are meant; None is all tenants."""
     if whose is None:
@@ -26,6 +31,7 @@ def pieces_of(whose: TenantScope | None) -> FromClause:
     return _made_first(select(usage_pieces).where(p.hour.in_(_hours()), _is_of(whose)))
 
 
+@_same
 def bills_of(whose: TenantScope | None) -> FromClause:
     """Return `requests` with the rows of the tenants that are meant; None is all tenants."""
     if whose is None:
@@ -51,8 +57,9 @@ def _made_first(rows: Select[Any]) -> Subquery:
     return rows.offset(0).subquery()
 
 
+@functools.cache
 def _hours() -> Select[Any]:
-    """Select the hours that have any piece."""
+    """Select the hours that have any piece. One object: a query may ask for them several times."""
     pieces, later = usage_pieces.alias("first_piece"), usage_pieces.alias("later_piece")
     hours = select(func.min(pieces.c.hour).label("hour")).cte("piece_hours", recursive=True)
     following = select(func.min(later.c.hour)).where(later.c.hour > hours.c.hour).scalar_subquery()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from sqlalchemy import Text, and_, cast, func, or_, select, tuple_
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.queries.coverage import is_shown
+from vllm_cost_meter.ledger.coverage import is_shown
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
 from vllm_cost_meter.ledger.queries.own_bills import bills_of

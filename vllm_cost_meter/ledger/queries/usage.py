@@ -20,8 +20,8 @@ from typing import Any
 from sqlalchemy import and_, func, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.coverage import COVERED_NAME, HIDDEN, told
 from vllm_cost_meter.ledger.queries.costs import CutCosts
-from vllm_cost_meter.ledger.queries.coverage import COVERED_NAME, HIDDEN, told
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
 from vllm_cost_meter.ledger.queries.own_bills import pieces_of
