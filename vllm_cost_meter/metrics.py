@@ -118,6 +118,15 @@ END_TO_END = Histogram(
     "cost_meter_e2e_seconds", "Time from arrival to last token", buckets=LATENCY_BUCKETS
 )
 
+# The metrics that name tenants or budgets, or have money; see the setting `tenant_metrics`.
+PRIVATE_NAMES = (
+    "cost_meter_gpu_seconds",
+    "cost_meter_cost_usd",
+    "cost_meter_bills",
+    "cost_meter_budget_used_ratio",
+    "cost_meter_refused_requests",
+)
+
 _INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]
 
 

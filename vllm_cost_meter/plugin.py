@@ -24,7 +24,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_cost_meter.activation import NAME, is_active, is_named, is_refused, refuse
-from vllm_cost_meter.errors import VllmMismatchError
+from vllm_cost_meter.errors import CostMeterError, VllmMismatchError
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -118,10 +118,25 @@ def check_settings(*, with_ledger: bool = True) -> None:
         raise SystemExit(wrong)
 
 
-def _anyone_fails_closed() -> bool:
+def _refuses_unmetered() -> bool:
     from vllm_cost_meter.config.loading import load_settings
 
-    return bool(load_settings().failing_closed)
+    return load_settings().refuses_unmetered
+
+
+def check_admin_token(app: Any) -> None:
+    """Exit with one line if the admin token is one of the API keys that vLLM was started with."""
+    with contextlib.suppress(CostMeterError):  # Wrong settings are said elsewhere.
+        from vllm_cost_meter.api_server.access.start_warnings import vllm_keys
+        from vllm_cost_meter.config.loading import load_settings
+        from vllm_cost_meter.tenants.rules import sha256_of
+
+        admin = load_settings().admin_sha256()
+        if admin is not None and admin in {sha256_of(key.encode()) for key in vllm_keys(app)}:
+            raise SystemExit(
+                "cost meter: COST_METER_ADMIN_TOKEN: expected a token other than vLLM's API keys,"
+                " got one of them, so that every client could read all tenants' figures"
+            )
 
 
 def _runtime() -> Any:
@@ -264,14 +279,15 @@ class EndpointPlugin:
         """Add the middleware, inside vLLM's authentication.
 
         If the meter does not understand this vLLM, the middleware is added only to refuse requests
-        of tenants that fail closed. A wrong setting stops the start here if the launcher of this
-        API server parsed no command line.
+        that the settings refuse even then. A wrong setting stops the start here if the launcher of
+        this API server parsed no command line.
         """
         if not is_named():
             return
         check_settings()
+        check_admin_token(app)
         with _refusing():
-            if is_active() or _anyone_fails_closed():
+            if is_active() or _refuses_unmetered():
                 from vllm_cost_meter.api_server.middleware import CostMiddleware
 
                 app.add_middleware(CostMiddleware)

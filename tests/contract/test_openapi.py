@@ -66,7 +66,8 @@ def side(reader) -> TestClient:
             metrics=bytes,
             budgets=lambda: BUDGETS,
             declared=lambda: Declared(ttft_ms=100.0, theta_max=50.0),
-        )
+        ),
+        base_url="http://localhost",
     )
 
 

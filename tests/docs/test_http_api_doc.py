@@ -29,7 +29,7 @@ def client(tmp_path):
     budget = Budget("b", 10, "usd", "month", tenant="search")
     figures = BudgetFigures([Standing(budget, {0: 1}, 0)], as_of_ns=0)
     app = make_app(reader, metrics=bytes, budgets=lambda: figures)
-    yield TestClient(app)
+    yield TestClient(app, base_url="http://localhost")
     reader.close()
 
 

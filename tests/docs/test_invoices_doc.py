@@ -28,7 +28,7 @@ def client(tmp_path):
     line = InvoiceLine("vol", "disk", HOUR * NS_PER_HOUR, (HOUR + 1) * NS_PER_HOUR, 5)
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
     import_invoice(url, InvoiceFile("f", {}, {line: "f:1"}, 0), NS_PER_HOUR, 0)
-    yield TestClient(make_app(reader))
+    yield TestClient(make_app(reader), base_url="http://localhost")
     reader.close()
 
 

@@ -39,7 +39,7 @@ def values(word: str) -> list[str]:
 
 
 def test_the_words_are_the_parameters_of_the_endpoint(reader):
-    client = TestClient(make_app(reader))
+    client = TestClient(make_app(reader), base_url="http://localhost")
     described = client.get("/openapi.json").json()["paths"]["/cost/report"]["get"]["parameters"]
     query = [each["name"] for each in described if each["in"] == "query"]
     assert first_names(section(PAGE, "Words")) == query

@@ -197,6 +197,39 @@ def test_nothing_else_of_the_meter_is_on_vllms_port(hard: Server, path: str) -> 
     assert own(hard, path, TENANT_KEYS["beta"]).status_code == 404
 
 
+def test_routes_that_the_keys_leave_open_are_named_at_the_start_and_closed_on_demand(
+    server: Server,
+) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4}
+
+    def status(key: str | None) -> int:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        url = f"{server.url}/invocations"
+        return httpx.post(url, json=body, headers=headers, timeout=60).status_code
+
+    def wait_for(expected: int) -> None:
+        deadline = time.monotonic() + 20
+        while status(None) != expected:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    assert status(None) == 200
+    (warning,) = {line for line in server.log.splitlines() if "keys do not guard" in line}
+    assert "POST /invocations" in warning
+    assert "/v1/" not in warning
+    config = server.folder / "meter.toml"
+    before = config.read_text()
+    config.write_text(f'unnamed_requests = "refuse"\n{before}')
+    try:
+        wait_for(401)
+        assert status("any-key") == 401  # vLLM's, and no tenant's
+        assert status(TENANT_KEYS["alpha"]) == 200
+        assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+    finally:
+        config.write_text(before)
+        wait_for(200)
+
+
 def test_nothing_that_a_client_wrote_or_was_answered_is_kept(hard: Server) -> None:
     with hard.client("gamma") as client:
         replies = [

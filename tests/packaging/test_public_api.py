@@ -68,7 +68,7 @@ def told(installed: Installed, path: Path) -> dict[str, Any]:
 def test_a_program_has_the_answers_of_the_side_endpoint(told: dict[str, Any], path: Path) -> None:
     book = load_settings({"COST_METER_GPU_HOUR_USD": "2.5"}).price_book
     with open_ledger(path, book=book) as reader:
-        client = TestClient(make_app(reader))
+        client = TestClient(make_app(reader), base_url="http://localhost")
         words = {"window": "2027-01", "aggregate": "tenant,day", "step": "1w"}
         report = client.get("/cost/report", params={**words, "idle": "proportional"}).json()
         assert told["report"] == report

@@ -18,6 +18,7 @@ from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.breaker import Breaker
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.record_making import (
+    coarse_cost,
     engine_request,
     http_request,
     open_request,
@@ -133,6 +134,8 @@ class Collector:
     async def _committed(self, exchange: Exchange) -> ReplyCost:
         await exchange.all_billed()
         cost = reply_cost(exchange)
+        if self._settings().is_coarse:
+            cost = coarse_cost(cost)
         record = http_request(exchange, self.run_facts.model, told=True)
         exchange.recorded = True
         try:

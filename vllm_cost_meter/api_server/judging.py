@@ -1,7 +1,7 @@
 """Judge a new request: admit it, delay it, warn in its reply, or refuse it.
 
-Invariant: without a budget and without a tenant that fails closed, every request is admitted whose
-credentials do not name two tenants.
+Invariant: without a budget, without a tenant that fails closed, and with unnamed requests served,
+every request is admitted whose credentials do not name two tenants.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from starlette.types import Scope
 
 from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.access.unnamed import refusal_of_unnamed
 from vllm_cost_meter.api_server.admission import Admission, fails_closed
 from vllm_cost_meter.api_server.refusal import contradicting, refusal, warning
 from vllm_cost_meter.api_server.routes import reaches_engine, route_of
@@ -62,6 +63,11 @@ def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) ->
     return Judged(refusal(verdict, exchange.owner, exchange.route))
 
 
+def judge_access(exchange: Exchange, scope: Scope, settings: Settings) -> Judged:
+    """Decide whether a new request has the key and the name that the settings demand."""
+    return Judged(refusal_of_unnamed(scope, exchange.route, exchange.owner, settings))
+
+
 def refuse_birth(exchange: Exchange | None, admission: Admission | None) -> Refusal | None:
     """Return the reply to a request that may have no further engine request, None if it may.
 
@@ -81,16 +87,22 @@ def judge_unmetered(
 ) -> Judged:
     """Decide about a new request while nothing is measured. Never raises.
 
-    The request is refused if its tenant fails closed. vLLM checks keys on the `checked` routes.
+    The request is refused if its tenant fails closed, or if no rule names it and such requests are
+    refused. vLLM checks keys on the `checked` routes.
     """
-    if settings is None or not settings.failing_closed or scope["type"] == "lifespan":
+    if settings is None or not settings.refuses_unmetered or scope["type"] == "lifespan":
         return ADMITTED
     with contextlib.suppress(Exception):  # metering may fail, serving may not
         route = route_of_scope(scope)
         resolver = settings.resolver
         unread = BodyClaims(unread=resolver.body_fields)
         owner = resolver.resolve(scope["headers"], unread, keys_checked=route in checked)
-        if not reaches_engine(route):
+        # Nobody reads bodies now, so a client that may name itself there cannot be judged.
+        if not settings.clients_name_tenants and (
+            refused := refusal_of_unnamed(scope, route, owner, settings)
+        ):
+            return Judged(refused)
+        if not reaches_engine(route) or not settings.failing_closed:
             return ADMITTED
         if owner == CONTRADICTION:
             return Judged(contradicting(route))

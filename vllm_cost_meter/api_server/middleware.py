@@ -19,9 +19,12 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_cost_meter.api_server.access.metrics_page import hides_metrics, serve_without_private
 from vllm_cost_meter.api_server.judging import (
+    ADMITTED,
     Judged,
     judge,
+    judge_access,
     judge_unmetered,
     route_of_scope,
     wait_for_figures,
@@ -69,6 +72,9 @@ class CostMiddleware:
         if isinstance(runtime, NoRuntime) and runtime.wrong and scope["type"] == "lifespan":
             await receive()
             await send({"type": "lifespan.startup.failed", "message": runtime.wrong})
+        elif runtime.settings is not None and hides_metrics(scope, runtime.settings):
+            set_exchange(scope, None)
+            await serve_without_private(self.app, scope, receive, send)
         elif not isinstance(runtime, Runtime):
             judged = judge_unmetered(scope, runtime.settings, self._checked)
             if judged.refusal is None:
@@ -210,6 +216,9 @@ def _judged(
 ) -> Judged:
     settings = runtime.settings
     if exchange is not None:
+        access = runtime.guard.run("access", judge_access, exchange, scope, settings) or ADMITTED
+        if access.refusal is not None:
+            return access
         throttle_s = settings.budget_throttle_s
         judged = runtime.guard.run("budgets", judge, exchange, runtime.admission, throttle_s)
         if judged is not None:

@@ -7,6 +7,7 @@ Invariant: the records of one request name the same tenant, model and ids.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from vllm_cost_meter import metrics
@@ -25,6 +26,7 @@ from vllm_cost_meter.records.requests import (
     Price,
 )
 from vllm_cost_meter.records.snapshot import Snapshot
+from vllm_cost_meter.reports.coarse import coarse_amount, coarse_phases
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
 
@@ -103,6 +105,20 @@ def reply_cost(exchange: Exchange) -> ReplyCost:
         http_request_id=exchange.http_request_id,
         tenant=exchange.owner.tenant,
         method=exchange.method,
+    )
+
+
+def coarse_cost(cost: ReplyCost) -> ReplyCost:
+    """Return the cost as clients are told it where they see coarse figures only."""
+    gpu_time_ns, prefill_ns, decode_ns = coarse_phases(cost.gpu_time_ns, cost.prefill_ns)
+    return replace(
+        cost,
+        gpu_time_ns=gpu_time_ns,
+        prefill_ns=prefill_ns,
+        decode_ns=decode_ns,
+        cost_nanousd=coarse_amount(cost.cost_nanousd, cost.gpu_time_ns, gpu_time_ns),
+        marginal_ns=None,
+        marginal_cost_nanousd=None,
     )
 
 

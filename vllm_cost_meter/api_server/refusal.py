@@ -1,4 +1,4 @@
-"""Replies of budgets to a client: the refusal of a request, and the header that warns.
+"""Replies to a client of the meter's own: the refusal of a request, and the header that warns.
 
 The error has OpenAI's form, so its SDKs raise the same error as for a spent quota. The header
 `x-should-retry` keeps them from trying again. For Anthropic's messages the error has Anthropic's
@@ -17,6 +17,7 @@ from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Standing, Verdict
 
 BAD_REQUEST = 400
+UNAUTHORIZED = 401
 TOO_MANY_REQUESTS = 429
 UNAVAILABLE = 503
 # If stale figures become fresh again at all, it takes only a few snapshots.
@@ -100,6 +101,17 @@ def contradicting(route: str) -> Refusal:
         ("invalid_request_error", "invalid_request_error", "contradicting_credentials"),
         route,
         [],
+    )
+
+
+def unauthorized(message: str, route: str) -> Refusal:
+    """Return the reply to a request without a credential that is needed; `message` says which."""
+    return _reply(
+        UNAUTHORIZED,
+        message,
+        ("invalid_request_error", "authentication_error", "invalid_api_key"),
+        route,
+        [(b"www-authenticate", b"Bearer")],
     )
 
 

@@ -74,7 +74,8 @@ class ReplyCost:
     prefill_ns: int
     decode_ns: int
     cost_nanousd: int | None
-    marginal_ns: int
+    # None where clients see coarse figures only.
+    marginal_ns: int | None
     marginal_cost_nanousd: int | None
     http_request_id: str
     tenant: str
@@ -350,12 +351,16 @@ def _usage_fields(cost: ReplyCost) -> str:
         f'"cost_details":{{"gpu_seconds":{format_nano(cost.gpu_time_ns)},'
         f'"prefill_gpu_seconds":{format_nano(cost.prefill_ns)},'
         f'"decode_gpu_seconds":{format_nano(cost.decode_ns)},'
-        f'"marginal_gpu_seconds":{format_nano(cost.marginal_ns)},'
+        f'"marginal_gpu_seconds":{_seconds(cost.marginal_ns)},'
         f'"marginal_cost":{format_usd(cost.marginal_cost_nanousd) or "null"},'
         f'"method":{json.dumps(cost.method)},'
         f'"request_id":{json.dumps(cost.http_request_id)},"tenant":{json.dumps(cost.tenant)},'
         '"currency":"USD"}'
     )
+
+
+def _seconds(gpu_time_ns: int | None) -> str:
+    return "null" if gpu_time_ns is None else format_nano(gpu_time_ns)
 
 
 def comment(cost: ReplyCost) -> bytes:

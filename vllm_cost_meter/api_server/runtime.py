@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from vllm_cost_meter.activation import is_refused
+from vllm_cost_meter.api_server.access.start_warnings import start_warnings
 from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
@@ -138,6 +139,8 @@ class Runtime:
             polls = await self.start_work(engine_client, app.state)
             app.include_router(make_router(self.side_endpoint.ask))
             if polls:
+                for line in start_warnings(app, self.settings):
+                    logger.warning("cost meter: %s", line)
                 await self.side_endpoint.serve()
         except SettingError as error:
             return str(error)

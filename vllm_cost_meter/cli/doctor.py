@@ -3,7 +3,8 @@
 Each check reports in one line what it found. A check that raises has failed, and its detail is the
 error.
 
-Invariant: it changes nothing, except that it creates the ledger's file if there is none.
+Invariant: it changes nothing, except that it creates the ledger's file if there is none, and closes
+its files to other users.
 """
 
 import json
@@ -91,6 +92,7 @@ def examine(
         ("cost model", lambda: _cost_model(ledger_url)),
         ("price", lambda: _price(ledger_url, book)),
         ("energy", _energy),
+        ("access", lambda: _access(settings)),
     ]
     return [_contained(name, check) for name, check in checks]
 
@@ -261,6 +263,19 @@ def _energy() -> Finding:
         return Finding("energy", code != "no_binding", f"not measured: {detail}")
     device = counter.devices[0]
     return Finding("energy", True, f"the counter of {device.name} ({device.uuid}) can be read")
+
+
+def _access(settings: Settings) -> Finding:
+    """Recommend what keeps out those whom no rule names, once somebody is named."""
+    if settings.unnamed_requests == "refuse":
+        return Finding("access", True, "requests that no rule names are refused")
+    if not settings.leaves_some_unnamed:
+        return Finding("access", True, "every request has the same right to be served")
+    detail = (
+        "requests that no rule names are served and billed to unknown, and vLLM's API keys do not"
+        " guard all routes; recommended: COST_METER_UNNAMED_REQUESTS=refuse"
+    )
+    return Finding("access", True, detail)
 
 
 def _dicts(findings: Sequence[Any]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ Invariant: no API key is printed or written, only its SHA-256.
 
 import difflib
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.tenant_file import Entry
 from vllm_cost_meter.config.tenants import HASH_CHARS_SHOWN, TenantSetting
-from vllm_cost_meter.config.types import Text
+from vllm_cost_meter.config.types import TOKEN_CHARS_MIN, Text
 from vllm_cost_meter.console import print_table
 from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.tenants.rules import sha256_of
@@ -249,6 +250,12 @@ def _hashes(variables: Iterable[str] | None) -> list[str]:
         if (digest := sha256_of(key)) is None:
             got = Text(f"one of {len(key)} bytes" if key else "none")
             raise SettingError(variable, "an API key", got)
+        if len(key) < TOKEN_CHARS_MIN:
+            print(
+                f"warning: {plain(variable)}: the API key has fewer than {TOKEN_CHARS_MIN}"
+                " characters, so it could be guessed: give out a longer one",
+                file=sys.stderr,
+            )
         hashes.append(digest)
     return hashes
 

@@ -6,7 +6,6 @@ an engine reads its three settings with `engine.py`.
 Invariant: every field says what it expects, and a `Settings` holds only checked values.
 """
 
-import hashlib
 import ipaddress
 from functools import cached_property
 from typing import Annotated, Any
@@ -50,8 +49,10 @@ from vllm_cost_meter.config.tenants import (
     TenantSetting,
     above,
     check_rules,
+    check_secrets,
     check_tenants,
     declared_of,
+    digest_of,
     failing_closed,
     keys_of,
     replies_of,
@@ -115,7 +116,8 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     )
     admin_token: t.Token | None = Field(
         default=None,
-        description="Bearer token that the side endpoint demands; tenants show their API keys.",
+        description="Bearer token that the side endpoint demands; tenants show their API keys. No "
+        "API key and no gateway's secret may be the same.",
         json_schema_extra=_about(t.TOKEN, secret=True),
     )
     questions_at_once: t.WholeNumber = Field(
@@ -195,6 +197,26 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
             "a list of rules (in the environment: as JSON)", secret=True, live=True
         ),
     )
+    unnamed_requests: t.UnnamedRequests = Field(
+        default="serve",
+        description="What becomes of requests that no rule names: served as `unknown`, or refused "
+        "(401). `refuse` also closes vLLM's open routes to whoever has none of its API keys: "
+        "[open routes](../howto/tenants-from-keys.md#requests-that-no-rule-names).",
+        json_schema_extra=_about(t.UNNAMED, live=True),
+    )
+    tenant_metrics: t.TenantMetrics = Field(
+        default="everywhere",
+        description="Where metrics with names of tenants and budgets, or money, are shown: on "
+        "vLLM's own `/metrics` too, or on the side endpoint's only.",
+        json_schema_extra=_about(t.TENANT_METRICS, live=True),
+    )
+    tenant_detail: t.TenantDetail = Field(
+        default="exact",
+        description="How exact the figures are that tenants see: `coarse` rounds GPU time to 1 ms "
+        "and leaves out what tells of other requests: "
+        "[coarse figures](../howto/tenants-from-keys.md#what-figures-tell-of-other-tenants).",
+        json_schema_extra=_about(t.TENANT_DETAIL, live=True),
+    )
     prices: tuple[PriceSetting, ...] = Field(
         default=(),
         description="What GPUs cost, and from when: [set prices](../howto/set-prices.md).",
@@ -261,8 +283,23 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     @field_validator("tenant_rules")
     @classmethod
     def _askable(cls, rules: tuple[RuleSetting, ...], info: ValidationInfo) -> object:
-        check_rules(rules, info.data.get("tenants", ()), info.data.get("gateway_secret"))
+        tenants, secret = info.data.get("tenants", ()), info.data.get("gateway_secret")
+        check_rules(rules, tenants, secret)
+        admin = _admin_sha256(info.data.get("admin_token"), info.data.get("admin_token_sha256"))
+        check_secrets(admin, rules, tenants, secret)
         return rules
+
+    @field_validator("unnamed_requests")
+    @classmethod
+    def _somebody_is_named(cls, said: t.UnnamedRequests, info: ValidationInfo) -> object:
+        is_wrong_already = not {"tenants", "tenant_rules"} <= info.data.keys()
+        can_name = info.data.get("tenants") or info.data.get("tenant_rules")
+        if said == "refuse" and not can_name and not is_wrong_already:
+            raise t.WrongError(
+                "serve, or tenants or tenant_rules that name somebody, because otherwise every "
+                "request would be refused"
+            )
+        return said
 
     @field_validator("prices", "energy_prices")
     @classmethod
@@ -323,9 +360,28 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
 
     def admin_sha256(self) -> str | None:
         """Return the admin token's SHA-256; None without a token."""
-        if self.admin_token is None:
-            return self.admin_token_sha256
-        return hashlib.sha256(self.admin_token.get_secret_value().encode()).hexdigest()
+        return _admin_sha256(self.admin_token, self.admin_token_sha256)
+
+    @property
+    def refuses_unmetered(self) -> bool:
+        """Whether some requests are refused even while nothing can be measured."""
+        return bool(self.failing_closed) or self.unnamed_requests == "refuse"
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether tenants see coarse figures only."""
+        return self.tenant_detail == "coarse"
+
+    @property
+    def clients_name_tenants(self) -> bool:
+        """Whether a client may name its tenant in the body of its request."""
+        return any(rule.trust_clients for rule in self.tenant_rules)
+
+    @property
+    def leaves_some_unnamed(self) -> bool:
+        """Whether tenants or rules are declared, and yet some requests have no tenant by them."""
+        names_all = any(rule.rule == "constant" for rule in self.tenant_rules)
+        return bool(self.tenants or self.tenant_rules) and not names_all
 
     def reply_for(self, tenant: str) -> t.ReplyDetail:
         """Return what clients of this tenant (or child of a tenant) are told."""
@@ -335,6 +391,10 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     @cached_property
     def _replies(self) -> dict[str, t.ReplyDetail]:
         return replies_of(self.tenants, self.reply)
+
+
+def _admin_sha256(token: SecretStr | None, digest: str | None) -> str | None:
+    return digest if token is None else digest_of(token)
 
 
 def _is_loopback(host: str) -> bool:

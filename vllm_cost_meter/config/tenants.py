@@ -234,6 +234,36 @@ def check_rules(
             raise t.WrongError("a declared tenant, because the name has a slash", got)
 
 
+def check_secrets(
+    admin_sha256: str | None,
+    rules: Iterable[RuleSetting],
+    tenants: Iterable[TenantSetting],
+    secret: SecretStr | None,
+) -> None:
+    """Raise WrongError if two parties would have one secret: admin, gateway, a tenant.
+
+    A tenant with the admin token would see all tenants' figures, and with the gateway's secret it
+    could name any tenant.
+    """
+    keys = keys_of(tenants)
+    proofs = {rule.proof_sha256 for rule in rules if rule.proof_sha256 is not None}
+    if secret is not None:
+        proofs.add(digest_of(secret))
+    if admin_sha256 in proofs:
+        raise t.WrongError("an admin token other than the gateway's secret", "the same")
+    if admin_sha256 in keys:
+        got = f"the same as a key of {keys[admin_sha256]!r}"
+        raise t.WrongError("an admin token other than every API key", got)
+    for proof in proofs & keys.keys():
+        got = f"the same as a key of {keys[proof]!r}"
+        raise t.WrongError("a gateway's secret other than every API key", got)
+
+
+def digest_of(secret: SecretStr) -> str:
+    """Return the lower-case hexadecimal SHA-256 of a secret."""
+    return hashlib.sha256(secret.get_secret_value().encode()).hexdigest()
+
+
 def can_be_named(name: str, tenants: Iterable[TenantSetting], rules: Sequence[RuleSetting]) -> bool:
     """Tell whether a request can be of this tenant: by its declaration, or by any rule."""
     if name == UNKNOWN or any(tenant.name == name for tenant in tenants):
@@ -281,10 +311,10 @@ def _rule(
 
 
 def _believed(rule: RuleSetting, secret: SecretStr | None) -> Believed:
-    known = "" if secret is None else secret.get_secret_value()
+    known = SecretStr("") if secret is None else secret
     return Believed(
         str(rule.name),
-        rule.proof_sha256 or hashlib.sha256(known.encode()).hexdigest(),
+        rule.proof_sha256 or digest_of(known),
         rule.proof_header,
         trusts_everyone=rule.trust is not None,
     )

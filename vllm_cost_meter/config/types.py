@@ -103,9 +103,14 @@ PORT = "0 to 65535, or off"
 LEDGER = "an SQLAlchemy URL such as sqlite:////var/lib/cost-meter/ledger.db"
 HOST = "a host name or an IP address"
 HEADER = "the name of an HTTP header, at most 64 characters"
-TOKEN = "printable ASCII without spaces"  # noqa: S105 - what is expected of one
+# A shorter token could be guessed. Random text of this length cannot.
+TOKEN_CHARS_MIN = 16
+TOKEN = f"at least {TOKEN_CHARS_MIN} printable ASCII characters without spaces"
 SHA256 = "64 hexadecimal digits"
 REPLY = "all, headers or none"
+UNNAMED = "serve or refuse"
+TENANT_METRICS = "everywhere or side_port"
+TENANT_DETAIL = "exact or coarse"
 METADATA_KEY = "1 to 64 letters, digits, `_`, `-` or `.`"
 TAG_KEY = "1 to 64 small letters, digits, `_` or `-`"
 _TAG_KEY = r"[a-z0-9_-]{1,64}"
@@ -182,7 +187,8 @@ def _port(value: object) -> object:
 
 
 def _printable(token: SecretStr) -> SecretStr:
-    if not re.fullmatch(r"[!-~]+", token.get_secret_value()):
+    text = token.get_secret_value()
+    if len(text) < TOKEN_CHARS_MIN or not re.fullmatch(r"[!-~]+", text):
         raise WrongError(TOKEN)
     return token
 
@@ -215,6 +221,9 @@ def _digest_of_something(digest: str) -> str:
 
 
 ReplyDetail = Literal["all", "headers", "none"]
+UnnamedRequests = Literal["serve", "refuse"]
+TenantMetrics = Literal["everywhere", "side_port"]
+TenantDetail = Literal["exact", "coarse"]
 Digest = Annotated[str, _matching(r"[0-9a-fA-F]{64}", SHA256), AfterValidator(_digest_of_something)]
 Port = Annotated[Annotated[int, Field(ge=0, le=65_535)] | None, BeforeValidator(_port)]
 HeaderName = Annotated[

@@ -12,15 +12,23 @@ import hashlib
 import hmac
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from vllm_cost_meter.records.owner import TenantScope
+from vllm_cost_meter.reports.coarse import coarse
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """The caller of a route: a tenant, or an operator if `tenant` is None."""
+    """The caller of a route: a tenant, or an operator if `tenant` is None.
+
+    A tenant with `is_coarse` sees coarse figures only.
+    """
 
     tenant: str | None = None
+    is_coarse: bool = False
 
     @property
     def is_admin(self) -> bool:
@@ -33,6 +41,10 @@ class Viewer:
             return True
         return tenant is not None and TenantScope(self.tenant).includes(tenant, above)
 
+    def view(self, answer: T) -> T:
+        """Return an answer as this caller may see it; its rows are the caller's own already."""
+        return coarse(answer) if self.is_coarse else answer
+
 
 ADMIN = Viewer()
 # A caller without a token on a public page. No tenant has an empty name, so it sees none.
@@ -43,11 +55,13 @@ STRANGER = Viewer("")
 class Access:
     """The tokens that open the side endpoint.
 
-    `keys` returns the present tenants, by the SHA-256 of their API keys.
+    `keys` returns the present tenants, by the SHA-256 of their API keys. `coarse` returns whether
+    tenants see coarse figures only.
     """
 
     admin_sha256: str | None = None
     keys: Callable[[], Mapping[str, str]] = dict
+    coarse: Callable[[], bool] = lambda: False
 
     def viewer(self, authorization: str | None) -> Viewer | None:
         """Return the caller with this `Authorization` header; None if it must be refused."""
@@ -61,7 +75,7 @@ class Access:
         if is_admin and is_bearer:
             return ADMIN
         tenant = self.keys().get(digest) if is_bearer else None
-        return None if tenant is None else Viewer(tenant)
+        return None if tenant is None else Viewer(tenant, is_coarse=self.coarse())
 
 
 # The access on loopback without an admin token: a caller without a token is an operator.

@@ -15,13 +15,13 @@ import logging
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from vllm_cost_meter.economics import Declared
-from vllm_cost_meter.endpoint.access import OPEN, STRANGER, Access, Viewer
+from vllm_cost_meter.endpoint.access import OPEN, Access, Viewer
 from vllm_cost_meter.endpoint.answers import (
     ERRORS,
     NO_METER,
@@ -44,7 +44,8 @@ from vllm_cost_meter.endpoint.dependencies import (
     asked_wrongly,
     hours_asked,
 )
-from vllm_cost_meter.endpoint.economics import PUBLIC_PATHS, add_economics
+from vllm_cost_meter.endpoint.economics import add_economics
+from vllm_cost_meter.endpoint.guarding import Failures, LoopbackHosts, authorizing
 from vllm_cost_meter.endpoint.limits import LimitSizes, refuse_unknown_words
 from vllm_cost_meter.endpoint.questions import RETRY_AFTER_S, AskerGoneError, Questions
 from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse, error_reply
@@ -80,6 +81,7 @@ def make_app(
     budgets: Callable[[], BudgetFigures] = BudgetFigures,
     declared: Callable[[], Declared] = Declared,
     public_economics: Callable[[], bool] = lambda: False,
+    failures: Failures | None = None,
     health: Callable[[], MeterHealth] = lambda: NO_METER,
     questions: Questions | None = None,
     handed: Callable[[], bytes | None] = lambda: None,
@@ -92,29 +94,19 @@ def make_app(
     - `budgets` returns the use of each budget.
     - `declared` returns the operator's latency bounds and full load.
     - `public_economics` returns whether anybody may read the cost of tokens.
+    - `failures` slows down callers with wrong tokens.
     - `health` returns whether the meter works.
     - `questions` bounds what is answered at once.
     - `handed` returns the settings for a process that compares; without them it reads its own.
     """
-
-    def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
-        viewer = access.viewer(authorization)
-        is_open = request.url.path in PUBLIC_PATHS and not authorization and public_economics()
-        if viewer is None and is_open:
-            viewer = STRANGER
-        if viewer is None:
-            raise HTTPException(
-                401,
-                "expected the header Authorization: Bearer <admin token, or a tenant's API key>",
-                {"WWW-Authenticate": "Bearer"},
-            )
-        request.state.viewer = viewer
-
     app = FastAPI(
         title="vllm-cost-meter",
         version=__version__,
         default_response_class=OrjsonResponse,
-        dependencies=[Depends(authorized), Depends(refuse_unknown_words)],
+        dependencies=[
+            Depends(authorizing(access, public_economics, failures or Failures())),
+            Depends(refuse_unknown_words),
+        ],
         responses=ERRORS,
         # FastAPI's own pages would load scripts from the internet. The document is served below,
         # and needs the token like everything else.
@@ -123,6 +115,8 @@ def make_app(
         openapi_url=None,
     )
     app.add_middleware(LimitSizes)
+    if access.admin_sha256 is None:
+        app.add_middleware(LoopbackHosts)
     app.state.questions = Questions() if questions is None else questions
     # This has to come before the first route.
     app.router.route_class = AnswerRoute
@@ -186,7 +180,7 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], BudgetFigures]) -> Non
             "broken": figures.broken,
             # A tag's budget counts several tenants together, so no single tenant may see it.
             "budgets": [
-                budget_row(standing)
+                viewer.view(budget_row(standing))
                 for standing in figures.standings
                 if viewer.may_see(standing.budget.tenant, standing.budget.above)
             ],
@@ -228,12 +222,16 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
     @app.get("/cost/requests/{request_id:path}/explain", responses=NOT_FOUND | SEVERAL_EXPLAINED)
     def explain(request_id: str, viewer: ViewerOf) -> Explanation | OrjsonResponse:
         """Explain the bill of one HTTP request, so that it can be recomputed by hand."""
+        if viewer.is_coarse:
+            raise HTTPException(
+                403, "explain: expected the admin token, as tenants see coarse figures here"
+            )
         return answer(request_id, viewer, reader.explain)
 
     @app.get("/cost/requests/{request_id:path}", responses=NOT_FOUND | SEVERAL)
     def request(request_id: str, viewer: ViewerOf) -> RequestWithParts | OrjsonResponse:
         """Return one HTTP request by its response id, X-Request-Id, internal id or own id."""
-        return answer(request_id, viewer, lambda row: row)
+        return answer(request_id, viewer, viewer.view)
 
     @app.get("/cost/requests")
     def requests(
@@ -247,9 +245,10 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
         if tenant is None:
             tenant = viewer.tenant
         with asked_wrongly():
-            return reader.requests(
+            page = reader.requests(
                 limit=limit, next=next, tenant=tenant, covers=covers, only=viewer.tenant
             )
+            return viewer.view(page)
 
 
 def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
@@ -273,7 +272,7 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         row = reader.tenant(tenant, *hours, covers=covers, only=viewer.tenant)
         if row is None:
             raise HTTPException(404, f"no tenant {quoted(tenant)} in the ledger")
-        return row
+        return viewer.view(row)
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
     def summary(window: WindowQuery = None) -> Summary:
@@ -330,7 +329,7 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
                 403, "idle: expected the admin token, as idle time is of all tenants together"
             )
         refresh()
-        return reader.report(asked.by(viewer.tenant))
+        return viewer.view(reader.report(asked.by(viewer.tenant)))
 
 
 def _add_error_handlers(app: FastAPI) -> None:

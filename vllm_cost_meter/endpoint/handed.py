@@ -37,6 +37,7 @@ class Handed:
     price_book: PriceBook
     declared: Declared
     public_economics: bool
+    is_coarse: bool
     api_prices: str | None
     questions_at_once: int
     question_timeout_s: float
@@ -52,6 +53,7 @@ class Handed:
             price_book=settings.price_book,
             declared=settings.declared,
             public_economics=settings.public_economics,
+            is_coarse=settings.is_coarse,
             api_prices=settings.api_prices,
             questions_at_once=settings.questions_at_once,
             question_timeout_s=settings.question_timeout_s,

@@ -28,12 +28,17 @@ class OwnFiguresOf:
         refresh: Callable[[], None],
         budgets: Callable[[], BudgetFigures],
         questions: Questions,
+        is_coarse: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Arguments are those of the side endpoint's application."""
+        """The first arguments are those of the side endpoint's application.
+
+        `is_coarse` returns whether tenants see coarse figures only.
+        """
         self._reader = reader
         self._refresh = refresh
         self._budgets = budgets
         self._questions = questions
+        self._is_coarse = is_coarse
 
     async def answer(self, asked: OwnQuestion) -> OwnAnswer:
         """Return the answer, or what is wrong."""
@@ -47,11 +52,11 @@ class OwnFiguresOf:
             return OwnAnswer(503, detail=str(error), retry_after=str(RETRY_AFTER_S))
 
     def _answer(self, asked: OwnQuestion) -> OwnAnswer:
-        viewer = Viewer(asked.tenant)
+        viewer = Viewer(asked.tenant, is_coarse=self._is_coarse())
         if asked.request_id is None:
             return OwnAnswer(200, dumps(self._own(viewer, asked)))
         (row, *_) = look_up(self._reader, self._refresh, asked.request_id, viewer)
-        return OwnAnswer(200, dumps(row))
+        return OwnAnswer(200, dumps(viewer.view(row)))
 
     def _own(self, viewer: Viewer, asked: OwnQuestion) -> OwnFigures | NothingUsed:
         hours = hours_asked(asked.window)
@@ -59,12 +64,12 @@ class OwnFiguresOf:
         name, covers = asked.tenant, asked.covers
         row = self._reader.tenant(name, *hours, covers=covers, only=name)
         own_budgets = [
-            budget_row(standing)
+            viewer.view(budget_row(standing))
             for standing in self._budgets().standings
             if viewer.may_see(standing.budget.tenant, standing.budget.above)
         ]
         if row is not None:
-            return {**row, "budgets": own_budgets}
+            return {**viewer.view(row), "budgets": own_budgets}
         return {
             "tenant": name,
             "covers": covers,

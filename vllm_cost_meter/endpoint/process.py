@@ -66,7 +66,9 @@ class Endpoint:
             book=lambda: self._handed.price_book,
             alive=live.alive,
         )
-        self._own_figures = OwnFiguresOf(reader, live.refresh, live.budgets, questions)
+        self._own_figures = OwnFiguresOf(
+            reader, live.refresh, live.budgets, questions, lambda: self._handed.is_coarse
+        )
         listening = None if hello.port is None else bind(handed.host, hello.port)
         if listening is None:
             server.ready(Listening(None))
@@ -80,7 +82,11 @@ class Endpoint:
         return make_app(
             reader,
             refresh=live.refresh,
-            access=Access(self._handed.admin_sha256, lambda: self._handed.tenant_keys),
+            access=Access(
+                self._handed.admin_sha256,
+                lambda: self._handed.tenant_keys,
+                lambda: self._handed.is_coarse,
+            ),
             # With several API servers their metrics are in files, which this process reads too.
             metrics=metrics_text if SHARED_METRICS in os.environ else live.metrics,
             budgets=live.budgets,

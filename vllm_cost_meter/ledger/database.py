@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private
 from vllm_cost_meter.ledger.migrations import migrate
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
 
@@ -57,7 +58,7 @@ def default_url() -> str:
     state = os.environ.get("XDG_STATE_HOME", "")
     # By the XDG rules, programs ignore a relative path.
     home = Path(state) if state.startswith("/") else _home() / ".local" / "state"
-    return f"sqlite:///{home / 'vllm-cost-meter' / 'ledger.db'}"
+    return f"sqlite:///{home / OWN_FOLDER / 'ledger.db'}"
 
 
 def _home() -> Path:
@@ -120,8 +121,8 @@ def sqlite_path(url: URL) -> Path | None:
 def check_location(url: str, *, mounts: str | None = None) -> None:
     """Raise LedgerError with one line unless a ledger may live at this URL and can be written.
 
-    This creates a SQLite ledger's folder. `mounts` is the text of /proc/mounts, read from there by
-    default.
+    This creates a SQLite ledger's folder, and closes its files to other users. `mounts` is the text
+    of /proc/mounts, read from there by default.
     """
     path = sqlite_path(parse_url(url))
     if path is None:
@@ -146,6 +147,7 @@ def check_location(url: str, *, mounts: str | None = None) -> None:
         raise LedgerError(
             f"ledger {path}: the file cannot be read and written by this user; {SET_LEDGER}"
         )
+    make_private(path)
 
 
 def filesystem_of(path: Path, mounts: str) -> str:
@@ -180,7 +182,9 @@ def open_database(
     if path is not None:
         if create:
             _make_folder(path)
-            _make_file(path)
+            make_private(path)
+            # A symlink may name a file that is not there yet.
+            _make_file(path.resolve())
         elif not path.exists():
             raise LedgerError(
                 f"ledger {shown}: no such file; start a server with the meter, or name the right"

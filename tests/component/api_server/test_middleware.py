@@ -143,6 +143,37 @@ def test_what_a_header_says_is_in_the_file_already(world):
     assert asyncio.run(ask()) == [[(30,)], [(30,)]]
 
 
+def test_a_coarse_reply_tells_gpu_time_to_a_millisecond_and_what_that_costs(make_world):
+    world = make_world(tenant_detail="coarse")
+
+    def work():
+        world.engine.born("r")
+        world.engine.billed("r", 1_700_000, 900_000)
+
+    client = world.run(replying(JSON, [BODY], work))
+    told = {name: value for name, value in client.ours.items() if b"id" not in name}
+    assert told == {
+        b"x-cost-meter-cost-usd": b"0.000030000",
+        b"x-cost-meter-gpu-seconds": b"0.003000000",
+        b"x-cost-meter-tenant": b"unknown",
+        b"x-litellm-response-cost": b"0.000030000",
+    }
+    exact = "SELECT gpu_time_ns, cost_nanousd FROM http_requests"
+    assert world.rows(exact) == [(2_600_000, 26_000)], "the ledger stays exact"
+
+
+def test_a_coarse_stream_tells_nothing_more_exact_either(make_world):
+    world = make_world(tenant_detail="coarse")
+    stream = world.run(replying(SSE, [TOKEN, USAGE, DONE], world.engine.generate))
+    usage = next(m["body"] for m in stream.messages[1:] if b"cost_details" in m["body"])
+    told = json.loads(usage[6:])["usage"]
+    details = told["cost_details"]
+    assert (told["cost"], details["gpu_seconds"]) == (0.00001, 0.001)
+    assert (details["prefill_gpu_seconds"], details["decode_gpu_seconds"]) == (0.001, 0)
+    assert (details["marginal_gpu_seconds"], details["marginal_cost"]) == (None, None)
+    assert b": cost-meter cost_usd=0.000010000 gpu_seconds=0.001000000 " in stream.body
+
+
 # ---- streams
 
 

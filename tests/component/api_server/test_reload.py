@@ -159,7 +159,9 @@ def test_a_file_that_is_gone_is_spoken_of_once_and_taken_over_when_it_is_back(fi
 
 def test_what_takes_a_restart_is_named_and_keeps_its_value(file, lines):
     settings, reloader = load_settings(), Reloader(str(file))
-    file.write_text('port = 1\nmethod = "equal"\nadmin_token = "s3cret"\n' + tenant("b"))
+    file.write_text(
+        'port = 1\nmethod = "equal"\nadmin_token = "s3cret-of-the-operator"\n' + tenant("b")
+    )
     new = reloader.look(settings)
     assert (new.port, new.method, new.admin_token) == (9477, "shapley", None)
     assert whose(new, "b") == "b"
@@ -177,8 +179,8 @@ def test_every_setting_that_is_kept_survives_being_checked_again(file, monkeypat
     for name, value in {
         "GPU_HOUR_USD": "1e-7",
         "HOST": "0.0.0.0",
-        "ADMIN_TOKEN": "s3cret",
-        "GATEWAY_SECRET": "gateway",
+        "ADMIN_TOKEN": "s3cret-of-the-operator",
+        "GATEWAY_SECRET": "s3cret-of-the-gateway",
         "PORT": "off",
         "LEDGER": "sqlite:////tmp/x.db",
         "STEP_LOG": "/tmp/steps",

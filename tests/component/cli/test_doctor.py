@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -41,6 +42,7 @@ CHECKS = [
     "cost model",
     "price",
     "energy",
+    "access",
 ]
 
 
@@ -62,7 +64,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def findings(path: Path, **options: float) -> dict[str, tuple[bool, str]]:
+def findings(path: Path, **options: Any) -> dict[str, tuple[bool, str]]:
     return {f.name: (f.ok, f.detail) for f in examine(f"sqlite:///{path}", **options)}
 
 
@@ -88,6 +90,18 @@ def test_the_command_prints_one_line_a_check_or_one_json_object(path):
     assert answer["ok"] is True
     assert [finding["name"] for finding in answer["findings"]] == CHECKS
     assert set(answer["findings"][0]) == {"name", "ok", "detail"}
+
+
+def test_once_tenants_are_declared_refusing_the_unnamed_is_recommended(path):
+    acme = {"name": "acme", "api_key_sha256": ["ab" * 32]}
+    for settings, said in (
+        (Settings(), "every request has the same right to be served"),
+        (Settings(tenants=[acme]), "recommended: COST_METER_UNNAMED_REQUESTS=refuse"),
+        (Settings(tenants=[acme], unnamed_requests="refuse"), "that no rule names are refused"),
+    ):
+        ok, detail = findings(path, settings=settings)["access"]
+        assert ok
+        assert said in detail
 
 
 def test_a_ledger_that_is_not_there_is_made(tmp_path):

@@ -17,7 +17,7 @@ from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.config import tenant_file
 from vllm_cost_meter.config.loading import load_settings
 
-KEYS = {name: f"sk-{name}-secret" for name in "abcd"}
+KEYS = {name: f"sk-{name}-secret-of-tests" for name in "abcd"}
 HASHES = {name: hashlib.sha256(key.encode()).hexdigest() for name, key in KEYS.items()}
 
 FILE = f"""\
@@ -121,6 +121,15 @@ def test_a_key_may_come_from_the_environment_and_only_its_hash_is_written(file):
     settings = load_settings({}, file)
     header = (b"authorization", f"Bearer {KEYS['c']}".encode())
     assert settings.resolver.resolve([header]).tenant == "web"
+
+
+def test_a_short_key_is_taken_with_a_warning_that_does_not_show_it(file):
+    given = ("--config", file, "--key-from-env", "WEB_KEY")
+    result = run("add", "web", *given, WEB_KEY="fifteen-letters")
+    assert result.exit_code == 0
+    assert "warning: WEB_KEY: the API key has fewer than 16 characters" in result.stderr
+    assert "fifteen-" not in result.output
+    assert "warning" not in run("set", "web", *given, WEB_KEY="sixteen-letters!").output
 
 
 @pytest.mark.parametrize("text", ["", "port = 1", "port = 1\n", "# only this\n", "\n"])
@@ -245,7 +254,7 @@ def test_line_ends_of_another_system_stay(file):
         (["add", "unknown"], "tenants[2].name"),
         (["add", "x/y"], "expected a slash only in PARENT/CHILD of a declared parent, got 'x/y'"),
         (["add", "x", "--parent", "y"], "expected each parent to be a declared tenant, got 'y'"),
-        (["add", "x", "--key-sha256", KEYS["a"]], "got a text of 11 characters"),
+        (["add", "x", "--key-sha256", KEYS["a"]], "got a text of 20 characters"),
         (["add", "x", "--key-sha256", HASHES["a"]], "each api_key_sha256 at one tenant"),
         (["add", "x", "--key-from-env", "NOT_SET"], "NOT_SET (environment): expected an API key"),
         (["add", "x", "--tag", "k"], "--tag (command line): expected KEY=VALUE, got 'k'"),

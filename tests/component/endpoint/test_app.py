@@ -27,6 +27,7 @@ from vllm_cost_meter.reports.grammar import question
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 from vllm_cost_meter.units.time import rfc3339
 
+BASE = "http://localhost"
 JSON_ROUTES = [
     "/health",
     "/cost/requests",
@@ -80,7 +81,7 @@ class Side:
     def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://side") as client:
+            async with httpx.AsyncClient(transport=transport, base_url=BASE) as client:
                 return await client.request(method, path, **options)
 
         return asyncio.run(ask())
@@ -368,7 +369,7 @@ def test_a_token_outside_ascii_is_wrong_and_no_error(make):
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(side.app), base_url="http://side"
+            transport=httpx.ASGITransport(side.app), base_url=BASE
         ) as client:
             return await client.get("/cost/tenants", headers={b"authorization": b"Bearer \xff"})
 

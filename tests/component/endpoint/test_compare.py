@@ -45,7 +45,7 @@ def reader(path: Path):
 
 @pytest.fixture
 def side(reader: LedgerReader) -> TestClient:
-    return TestClient(make_app(reader))
+    return TestClient(make_app(reader), base_url="http://localhost")
 
 
 @pytest.fixture
@@ -121,7 +121,9 @@ def test_the_ledger_is_the_servers_own_whatever_else_the_environment_names(
 
 def test_the_ledger_is_brought_up_to_now_before(reader, prices):
     refreshed = []
-    side = TestClient(make_app(reader, refresh=lambda: refreshed.append(1)))
+    side = TestClient(
+        make_app(reader, refresh=lambda: refreshed.append(1)), base_url="http://localhost"
+    )
     ask(side, window="x")
     assert refreshed == []
     ask(side)

@@ -122,16 +122,16 @@ def test_a_dead_engine_means_older_figures_and_no_error(writer, url, logged):
 
 def test_with_an_admin_token_it_demands_it(writer, url, logged):
     async def ask() -> list[int]:
-        settings = Settings(port=0, admin_token="s3cret")
+        settings = Settings(port=0, admin_token="s3cret-of-the-operator")
         async with serving(settings, url, poller_of(Engines(snapshot), writer)) as side:
             base = address(logged)
             asked = (
                 await get(base, "/health"),
-                await get(base, "/health", authorization="Bearer s3cret"),
+                await get(base, "/health", authorization="Bearer s3cret-of-the-operator"),
             )
             command = Path(f"/proc/{side.process.pid}/cmdline").read_bytes()
             environment = Path(f"/proc/{side.process.pid}/environ").read_bytes()
-            assert b"s3cret" not in command + environment
+            assert b"s3cret-of-the-operator" not in command + environment
             return [reply.status_code for reply in asked]
 
     assert asyncio.run(ask()) == [401, 200]

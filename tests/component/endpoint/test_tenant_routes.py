@@ -7,6 +7,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from tests.support.coarse import assert_coarse
 from tests.support.openapi import assert_fits
 from tests.support.world import BODY, JSON, World, replying, scope_of
 from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
@@ -50,11 +51,18 @@ async def nobody(_asked: OwnQuestion) -> OwnAnswer:
 
 
 def ask(
-    world: World, path: str, key: str | None = "acme", answer: AskSideEndpoint | None = None
+    world: World,
+    path: str,
+    key: str | None = "acme",
+    answer: AskSideEndpoint | None = None,
+    *,
+    is_coarse: bool = False,
 ) -> httpx.Response:
     reader = LedgerReader(world.runtime.ledger_url)
     app = FastAPI()
-    own = OwnFiguresOf(reader, lambda: None, lambda: BudgetFigures(BUDGETS), Questions())
+    own = OwnFiguresOf(
+        reader, lambda: None, lambda: BudgetFigures(BUDGETS), Questions(), lambda: is_coarse
+    )
     app.include_router(make_router(answer or own.answer))
 
     async def get() -> httpx.Response:
@@ -142,6 +150,17 @@ def test_own_figures_are_as_the_document_of_vllm_says(world):
     assert_fits(document, "/v1/cost/me", nothing)
     path = "/v1/cost/requests/{request_id}"
     assert_fits(document, path, ask(world, "/v1/cost/requests/of-acme").json())
+
+
+@pytest.mark.parametrize("path", ["/v1/cost/me", "/v1/cost/requests/of-acme"])
+def test_coarse_figures_tell_nothing_of_other_tenants(world, path):
+    told = ask(world, path, is_coarse=True).json()
+    assert_coarse(told)
+    (row,) = told.get("recent", [told])
+    assert (row["gpu_time_ns"], row["cost_usd"]) == (1_000_000, "0.000010000")
+    exact = ask(world, path).json()
+    (row,) = exact.get("recent", [exact])
+    assert (row["gpu_time_ns"], row["cost_usd"]) == (3_000, "0.000000030")
 
 
 @pytest.mark.parametrize("path", ["/v1/cost/me", "/v1/cost/requests/of-acme"])

@@ -78,7 +78,7 @@ def ledger(tmp_path):
 @pytest.fixture
 def explain(ledger):
     reader = LedgerReader(ledger)
-    client = TestClient(make_app(reader))
+    client = TestClient(make_app(reader), base_url="http://localhost")
     yield lambda id: client.get(f"/cost/requests/{id}/explain")
     reader.close()
 

@@ -74,7 +74,7 @@ def test_the_environment_sets_everything():
             ledger="sqlite:////tmp/x.db",
             host="0.0.0.0",
             port="0",
-            admin_token="s3cret",
+            admin_token="s3cret-of-the-operator",
             method="equal",
             reply="headers",
             bill_timeout_ms="10000",
@@ -87,7 +87,7 @@ def test_the_environment_sets_everything():
     assert settings.gpu_hour_usd == Decimal("2.49")
     assert settings.ledger == "sqlite:////tmp/x.db"
     assert (settings.host, settings.port) == ("0.0.0.0", 0)
-    assert settings.admin_token.get_secret_value() == "s3cret"
+    assert settings.admin_token.get_secret_value() == "s3cret-of-the-operator"
     assert (settings.method, settings.reply) == ("equal", "headers")
     assert (settings.bill_timeout_ms, settings.snapshot_interval_s) == (10_000, 0.5)
     proof = hashlib.sha256(SECRET.encode()).hexdigest()
@@ -241,7 +241,7 @@ def test_off_loopback_a_token_is_needed():
     message = complaint(env(host="0.0.0.0"))
     assert message.startswith("COST_METER_ADMIN_TOKEN (environment): expected a token")
     assert "0.0.0.0" in message
-    load_settings(env(host="0.0.0.0", admin_token="x"))
+    load_settings(env(host="0.0.0.0", admin_token="x" * 16))
     load_settings(env(host="0.0.0.0", port="off"))
 
 
@@ -280,7 +280,7 @@ def test_secrets_are_not_in_the_repr():
     settings = load_settings(
         env(
             admin_token=SECRET,
-            gateway_secret=SECRET,
+            gateway_secret=f"{SECRET}-of-the-gateway",
             ledger=f"postgresql://u:{SECRET}@h/d",
             tenants=tenants,
             tenant_rules=json.dumps([{"rule": "header", "name": "x", "proof_sha256": HASH_B}]),
@@ -365,3 +365,53 @@ def test_a_label_in_the_file_that_is_no_text_is_an_error(toml):
 def test_an_engine_refuses_a_method_that_is_none():
     with pytest.raises(SettingError, match="expected shapley, tokens or equal, got 'shapely'"):
         load_engine_settings({"COST_METER_METHOD": "shapely"})
+
+
+# ---- who shares a secret with whom
+
+
+def with_key(key: str, **more: str) -> dict[str, str]:
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return env(tenants=json.dumps([{"name": "acme", "api_key_sha256": [digest]}]), **more)
+
+
+@pytest.mark.parametrize("name", ["admin_token", "gateway_secret"])
+def test_a_secret_in_clear_has_at_least_16_characters(name):
+    message = complaint(env(**{name: "fifteen-letters"}))
+    assert message.startswith(f"COST_METER_{name.upper()} (environment): expected at least 16")
+    assert "fifteen" not in message
+    load_settings(env(**{name: "sixteen-letters!"}))
+
+
+def test_the_admin_token_is_no_tenants_key():
+    message = complaint(with_key(SECRET, admin_token=SECRET))
+    assert "expected an admin token other than every API key" in message
+    assert "'acme'" in message
+    digest = hashlib.sha256(SECRET.encode()).hexdigest()
+    assert "other than every API key" in complaint(with_key(SECRET, admin_token_sha256=digest))
+
+
+def test_the_admin_token_is_not_the_gateways_secret():
+    message = complaint(env(admin_token=SECRET, gateway_secret=SECRET))
+    assert "expected an admin token other than the gateway's secret" in message
+    digest = hashlib.sha256(SECRET.encode()).hexdigest()
+    rules = json.dumps([{"rule": "header", "name": "x", "proof_sha256": digest}])
+    assert "other than the gateway's secret" in complaint(
+        env(admin_token=SECRET, tenant_rules=rules)
+    )
+
+
+def test_the_gateways_secret_is_no_tenants_key():
+    message = complaint(with_key(SECRET, gateway_secret=SECRET))
+    assert "expected a gateway's secret other than every API key" in message
+
+
+# ---- requests that no rule names
+
+
+def test_nobody_may_be_refused_before_somebody_can_be_named():
+    message = complaint(env(unnamed_requests="refuse"))
+    assert message.startswith("COST_METER_UNNAMED_REQUESTS (environment): expected serve, or")
+    load_settings(with_key(SECRET, unnamed_requests="refuse"))
+    everybody = json.dumps([{"rule": "constant", "tenant": "everybody"}])
+    load_settings(env(unnamed_requests="refuse", tenant_rules=everybody))

@@ -181,8 +181,8 @@ def test_rules_keep_the_order_they_are_listed_in():
 
 
 def test_a_rules_own_proof_goes_before_the_secret_of_the_environment():
-    secret = {"COST_METER_GATEWAY_SECRET": "s3cret"}
-    by_secret = hashlib.sha256(b"s3cret").hexdigest()
+    secret = {"COST_METER_GATEWAY_SECRET": "s3cret-of-the-gateway"}
+    by_secret = hashlib.sha256(b"s3cret-of-the-gateway").hexdigest()
     rules = settings_of(HEADER, {**HEADER, "proof_sha256": HASH_A.upper()}, **secret).resolver.rules
     assert rules == (
         HeaderRule(Believed("x-tenant-id", by_secret)),

@@ -1,0 +1,70 @@
+"""Keep a SQLite ledger private: its file, its write-ahead log, and the meter's own folder.
+
+A ledger holds who asked what at which cost. Its files get mode 0600, and a folder that is named as
+the meter's own gets 0700; looser modes are tightened. Other folders stay as their owner made them.
+A file of another owner is refused, because that owner could read and change it, and so is a symlink
+into a folder where everybody may write.
+
+Files are only looked at by name, never opened: closing a descriptor would drop SQLite's locks.
+
+Invariant: after `make_private` only this user can read the ledger's files.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from vllm_cost_meter.errors import LedgerError
+
+OWN_FOLDER = "vllm-cost-meter"
+# SQLite writes these beside the file.
+_SUFFIXES = ("", "-wal", "-shm")
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+def make_private(path: Path) -> None:
+    """Tighten the modes of a ledger's files and folder. Raises LedgerError for what is not ours."""
+    real = path.resolve()
+    if real != path.absolute() and is_open_folder(real.parent):
+        raise LedgerError(
+            f"ledger {path}: expected a place that only this user can change, got a symlink into"
+            f" {real.parent}, where everybody may write; set COST_METER_LEDGER to another place"
+        )
+    if real.parent.name == OWN_FOLDER:
+        _tighten(real.parent, stat.S_IRWXU)
+    for suffix in _SUFFIXES:
+        file = real.with_name(real.name + suffix)
+        try:
+            about = file.lstat()
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(about.st_mode):
+            raise LedgerError(f"ledger {file}: expected a file, got a symlink or a device")
+        if about.st_uid != os.geteuid():
+            raise LedgerError(
+                f"ledger {file}: expected a file of this user (id {os.geteuid()}), got one of user"
+                f" id {about.st_uid}, who could change it; give it to this user or set"
+                " COST_METER_LEDGER to another place"
+            )
+        _tighten(file, stat.S_IRUSR | stat.S_IWUSR)
+
+
+def is_open_folder(folder: Path) -> bool:
+    """Return whether everybody may write in a folder."""
+    try:
+        return bool(folder.stat().st_mode & stat.S_IWOTH)
+    except OSError:
+        return False
+
+
+def _tighten(path: Path, mode: int) -> None:
+    try:
+        about = path.stat()
+        if about.st_mode & _OTHERS and about.st_uid == os.geteuid():
+            path.chmod(mode)
+    except FileNotFoundError:  # Another process closed the ledger, and its log is gone.
+        return
+    except OSError as error:
+        raise LedgerError(
+            f"ledger {path}: is open to other users and cannot be closed to them: {error.strerror}"
+        ) from error
