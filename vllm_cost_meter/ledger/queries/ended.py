@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import is_shown, told
 from vllm_cost_meter.ledger.queries.cut import Window
-from vllm_cost_meter.ledger.queries.own_bills import bills_of
+from vllm_cost_meter.ledger.queries.own_bills import bills_of, may_be_of
 from vllm_cost_meter.ledger.schema import http_requests, requests, runs
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.facts import COUNTS
@@ -72,7 +72,7 @@ def _told(
             *_prompt_tokens(r),
         )
         .join(requests, r.http_request_id == h.http_request_id)
-        .where(window.on_instants(h.finished_at), is_shown(h, whose))
+        .where(window.on_instants(h.finished_at), may_be_of(h.tenant, whose), is_shown(h, whose))
         .group_by(h.http_request_id, r.prompt_group)
         .subquery()
     )

@@ -3,8 +3,8 @@
 `usage_pieces` has an index by hour and tenant. So the hours that have any piece are looked up one
 after the other, and in each the tenant's pieces: that costs time in proportion to the hours of the
 ledger and the tenant's own bills. A bill has at least one piece, so no bill is missed. The tenants
-below one are looked up the same way, each once, in the index of `requests` by tenant and the tenants
-above it: in proportion to the tenants of the ledger, not to their bills.
+below one are looked up the same way, each once, in the index of `requests` by tenant and tenants
+above: in proportion to the tenants of the ledger, not to their bills.
 
 Invariant: a table holds all rows of the tenants that are meant, and a database makes it by index. A
 tenant that had other parents in between brings those rows along; `coverage` tells them apart.
@@ -22,8 +22,10 @@ from sqlalchemy import (
     case,
     cast,
     func,
+    literal,
     null,
     select,
+    true,
     tuple_,
 )
 
@@ -41,7 +43,7 @@ def pieces_of(whose: TenantScope | None) -> FromClause:
     if whose is None:
         return usage_pieces
     p = usage_pieces.c
-    return _made_first(select(usage_pieces).where(p.hour.in_(_hours()), _is_of(whose)))
+    return _made_first(select(usage_pieces).where(p.hour.in_(_hours()), may_be_of(p.tenant, whose)))
 
 
 @_same
@@ -50,17 +52,23 @@ def bills_of(whose: TenantScope | None) -> FromClause:
     if whose is None:
         return requests
     p, r = usage_pieces.c, requests.c
-    own = select(p.run_id, p.seq).where(p.hour.in_(_hours()), _is_of(whose))
+    own = select(p.run_id, p.seq).where(p.hour.in_(_hours()), may_be_of(p.tenant, whose))
     return _made_first(select(requests).where(tuple_(r.run_id, r.seq).in_(own)))
 
 
-def _is_of(whose: TenantScope) -> ColumnElement[bool]:
-    p = usage_pieces.c
+def may_be_of(tenant: ColumnElement[str], whose: TenantScope | None) -> ColumnElement[bool]:
+    """Return a condition on a column of tenants that an index answers: rows that may be meant.
+
+    `coverage.is_of` tells which of these rows are. A tenant below another one has had a bill.
+    """
+    if whose is None:
+        return true()
     if whose.covers == OWN:
-        own: ColumnElement[bool] = p.tenant == whose.tenant
+        own: ColumnElement[bool] = tenant == whose.tenant
         return own
     owners = _owners().c
-    return p.tenant.in_(select(owners.tenant).where(is_of(owners, whose)).distinct())
+    below = select(owners.tenant).where(is_of(owners, whose))
+    return tenant.in_(below.union(select(literal(whose.tenant))))
 
 
 def _made_first(rows: Select[Any]) -> Subquery:

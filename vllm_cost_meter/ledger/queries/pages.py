@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.coverage import is_shown
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
-from vllm_cost_meter.ledger.queries.own_bills import bills_of
+from vllm_cost_meter.ledger.queries.own_bills import bills_of, may_be_of
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import TenantScope
@@ -67,7 +67,9 @@ def page_of_keys(
     They are of the tenant asked for, as far as they are shown to the one that asks.
     """
     h = http_requests.c
-    first = select(h.finished_at, h.http_request_id).where(is_shown(h, asked, asker))
+    first = select(h.finished_at, h.http_request_id).where(
+        may_be_of(h.tenant, asked or asker), is_shown(h, asked, asker)
+    )
     if before is not None:
         key = tuple_(h.finished_at, h.http_request_id)
         first = first.where(key < (before.finished_at, before.id))

@@ -24,9 +24,8 @@ from vllm_cost_meter.ledger.coverage import COVERED_NAME, HIDDEN, told
 from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
-from vllm_cost_meter.ledger.queries.own_bills import pieces_of
+from vllm_cost_meter.ledger.queries.own_bills import bills_of, pieces_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
-from vllm_cost_meter.ledger.schema import requests
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import COUNTS, REQUESTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import COVERED, LABEL, NO, TAG, YES, Question
@@ -151,7 +150,8 @@ def _usage(
     if not cut.runs:
         return BilledUsage([], {})
     pieces = pieces_of(cut.whose)
-    at, p, r = cut.cte(), pieces.c, requests.c
+    bills = bills_of(cut.whose)
+    at, p, r = cut.cte(), pieces.c, bills.c
     # Pieces have a column for the tenant, so a report by tenant alone reads no request.
     own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
     known = {**own, COVERED: told(r, question)}
@@ -161,7 +161,7 @@ def _usage(
     ]
     joined = pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
     if set(columns) - own.keys():
-        joined = joined.join(requests, and_(r.run_id == p.run_id, r.seq == p.seq))
+        joined = joined.join(bills, and_(r.run_id == p.run_id, r.seq == p.seq))
     more = PART_SUMS if question.is_by_tenant else ()
     apart = question.tells_hours_apart
     hours = [p.hour] if apart else stretch(p.hour, cut.book.price_changes())
