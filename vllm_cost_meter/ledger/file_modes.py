@@ -38,6 +38,8 @@ def make_private(path: Path) -> None:
             about = file.lstat()
         except FileNotFoundError:
             continue
+        if stat.S_ISDIR(about.st_mode):
+            continue  # SQLite says that it cannot open it.
         if not stat.S_ISREG(about.st_mode):
             raise LedgerError(f"ledger {file}: expected a file, got a symlink or a device")
         if about.st_uid != os.geteuid():
