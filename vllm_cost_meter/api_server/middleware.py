@@ -20,6 +20,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cost_meter.api_server.access.metrics_page import hides_metrics, serve_without_private
+from vllm_cost_meter.api_server.access.unnamed import key_check_of
 from vllm_cost_meter.api_server.judging import (
     ADMITTED,
     Judged,
@@ -29,7 +30,6 @@ from vllm_cost_meter.api_server.judging import (
     route_of_scope,
     wait_for_figures,
 )
-from vllm_cost_meter.api_server.key_check import checked_routes
 from vllm_cost_meter.api_server.reply_editor import BODY, ReplyEditor
 from vllm_cost_meter.api_server.request_body import (
     claims_of,
@@ -67,7 +67,7 @@ class CostMiddleware:
             await self.app(scope, receive, send)
             return
         if self._checked is None:
-            self._checked = await checked_routes(scope.get("app"))
+            self._checked = _guarded_routes(scope)
         runtime = self._runtime()
         if isinstance(runtime, NoRuntime) and runtime.wrong and scope["type"] == "lifespan":
             await receive()
@@ -153,6 +153,14 @@ class CostMiddleware:
                 await editor.release()
             raise
         await editor.release()
+
+
+def _guarded_routes(scope: Scope) -> frozenset[str]:
+    """Return the routes on which vLLM checks keys; none where that cannot be found out."""
+    try:
+        return key_check_of(scope.get("app")).guarded_routes()
+    except Exception:  # noqa: BLE001 - metering may fail, serving may not
+        return frozenset()
 
 
 def _starting(scope: Scope, send: Send, runtime: Runtime) -> Send:

@@ -15,7 +15,7 @@ from starlette.routing import Route, WebSocketRoute
 
 from tests.support.key_check import AuthenticationMiddleware, OfAnother
 from tests.support.world import Client, scope_of
-from vllm_cost_meter.api_server.key_check import checked_routes
+from vllm_cost_meter.api_server.access.key_check import KeyCheck
 from vllm_cost_meter.api_server.middleware import CostMiddleware
 
 TENANTS = [
@@ -71,19 +71,19 @@ def payers(world) -> list[str]:
 
 
 def test_the_routes_that_vllm_guards_are_found_by_asking_its_own_middleware(world):
-    found = asyncio.run(checked_routes(application(world)))
+    found = KeyCheck(application(world)).guarded_routes()
     assert {GUARDED, "/v1/messages", "/v1/realtime"} <= found
     assert not {OPEN, "/pooling", "/score"} & found
 
 
 @pytest.mark.parametrize("check", [None, OfAnother])
 def test_without_vllms_own_check_no_route_is_guarded(world, check):
-    assert asyncio.run(checked_routes(application(world, check))) == frozenset()
+    assert KeyCheck(application(world, check)).guarded_routes() == frozenset()
 
 
 @pytest.mark.parametrize("app", [None, object()])
 def test_what_cannot_be_asked_guards_nothing(app):
-    assert asyncio.run(checked_routes(app)) == frozenset()
+    assert KeyCheck(app).guarded_routes() == frozenset()
 
 
 def test_the_key_by_which_vllm_admits_a_request_pays(world):

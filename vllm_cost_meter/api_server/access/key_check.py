@@ -1,4 +1,4 @@
-"""vLLM's own API-key check: which routes do work without a key, and which callers it lets in.
+"""vLLM's own API-key check: which routes it guards, and which callers it lets in.
 
 vLLM's `--api-key` guards some path prefixes only, and a new vLLM may guard others or have other
 routes. So neither is listed here. The routes are those of the running application. The check is
@@ -19,6 +19,8 @@ from typing import Any
 
 from starlette.routing import BaseRoute, Match, Route, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
+
+from vllm_cost_meter.api_server.routes import KNOWN_ROUTES
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -59,6 +61,14 @@ class KeyCheck:
             if self._check.lets_in(re.sub(r"{[^}]*}", "x", path), ())
         ]
 
+    def guarded_routes(self) -> frozenset[str]:
+        """Return the labels of known routes on which vLLM checks keys; none if that is uncertain.
+
+        There the key by which vLLM admitted a request says who asks.
+        """
+        guarded = [each for each in KNOWN_ROUTES if not self._check.lets_in(each, ())]
+        return frozenset() if self._check.has_failed else frozenset(guarded)
+
     def does_work(self, scope: Scope) -> bool:
         """Return whether the route that serves this request does work."""
         for route in self._routes:
@@ -77,6 +87,8 @@ class _Probe:
 
     def __init__(self, middleware: Iterable[Any]) -> None:
         self._reached = False
+        # Once a check has failed, nothing is certain of any.
+        self.has_failed = False
         self._checks = [self._made(each) for each in middleware if _is_authentication(each.cls)]
 
     @property
@@ -105,6 +117,7 @@ class _Probe:
             _run(check(scope, _nothing_more, _ignore))
         except Exception as error:  # noqa: BLE001 - a check that fails lets nobody in
             logger.warning("cost meter: vLLM's key check could not be asked: %r", error)
+            self.has_failed = True
             return False
         return self._reached
 
