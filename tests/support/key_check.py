@@ -1,4 +1,4 @@
-"""What vLLM's check of API keys does, in each version from 0.27 to 0.33, under vLLM's name."""
+"""What vLLM's check of API keys does, as 0.27.1 and 0.32.0 do it, under vLLM's name."""
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
