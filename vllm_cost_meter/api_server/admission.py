@@ -190,7 +190,12 @@ class Admission:
 
     async def first_figures(self, owner: Owner) -> None:
         """Wait for the first figures after a start, if a hard budget covers this owner."""
-        if self._waits(owner):
+        try:
+            waits = self._waits(owner)
+        except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
+            self._guard.failed("first figures", error)
+            return
+        if waits:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._has_figures.wait(), self._first_figures_s)
 

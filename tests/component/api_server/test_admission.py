@@ -438,6 +438,13 @@ def test_a_budget_that_becomes_unknown_is_warned_of_once_by_its_name(caplog):
 LIMITED = [{"name": "b", "tenant": "acme", "gpu_seconds": 1}]
 
 
+def test_an_error_before_the_first_figures_stops_no_serving(make_world, monkeypatch):
+    world = make_world(tenants=TENANTS, budgets=LIMITED)
+    held(world.runtime)
+    monkeypatch.setattr(Budget, "covers", lambda *_: 1 / 0)
+    assert ask(world).status == 200
+
+
 def test_until_the_first_figures_nobody_passes_a_hard_budget(make_world):
     world = make_world(
         tenants=TENANTS,
