@@ -21,6 +21,7 @@ from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.owner import OWN
 from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.grammar import Question, question
@@ -91,7 +92,8 @@ def asked(drawn: list, book: PriceBook, questions: list[Question], windows: list
         tenants = [reader.tenants(*window, **AT) for window in windows]
         summaries = [reader.summary(*window, **AT) for window in windows]
         singles = [
-            {name: reader.tenant(name, *window, **AT) for name in "abc"} for window in windows
+            {name: reader.tenant(name, *window, covers=OWN, **AT) for name in "abc"}
+            for window in windows
         ]
         reader.close()
     return reports, tenants, summaries, singles

@@ -99,6 +99,9 @@ class Questions:
 
     async def _turn(self, until: Deadline, leaving: "asyncio.Future[None] | None") -> None:
         """Wait until the question may run."""
+        if not self._turns.locked():
+            await self._turns.acquire()  # At once: it never counts as one that waits.
+            return
         if self._waiting >= self._waiting_max:
             self._refused += 1
             raise AwayError(f"{self._waiting} questions wait already; ask again later")

@@ -17,6 +17,7 @@ from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reading import stamp_of
 from vllm_cost_meter.config.reload import Reloader
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.records.owner import Owner
 
 HASHES = {name: hashlib.sha256(f"sk-{name}".encode()).hexdigest() for name in ("a", "b")}
 
@@ -212,8 +213,10 @@ def test_a_budget_is_taken_over_with_the_tenants_below_its_own(file, monkeypatch
     settings, reloader = load_settings(), Reloader(str(file))
     reloader.look(settings)
     file.write_text(tenant("a") + tenant("b", 'parent = "a"') + BUDGET)
-    (budget,) = reloader.look(settings).declared_budgets
-    assert (budget.tenant, budget.members, budget.limit) == ("a", {"b"}, 10**9)
+    new = reloader.look(settings)
+    (budget,) = new.declared_budgets
+    assert (budget.tenant, budget.limit) == ("a", 10**9)
+    assert budget.covers(Owner("b", parent=new.resolver.declared["b"].parent))
 
 
 def test_a_budget_that_needs_what_takes_a_restart_waits_for_that(file, lines):

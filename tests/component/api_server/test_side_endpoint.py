@@ -152,6 +152,7 @@ def test_while_it_is_away_tenants_are_told_to_ask_again_and_serving_goes_on(tmp_
         server.side.answer_slack_s = 0.5
         assert await once_there(server) == {
             "tenant": "acme",
+            "covers": "with_children",
             "requests": 0,
             "gpu_time_ns": 0,
             "budgets": [],

@@ -18,6 +18,7 @@ from tests.component.ledger.test_reader import HOUR, T0, http, part, snapshot
 from tests.support.builders import make_open
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.endpoint.guarding import Failures
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.accrued import Accrued
@@ -333,9 +334,6 @@ def test_what_nobody_expected_is_500_of_the_same_shape_and_not_the_askers_fault(
     assert (error["code"], error["type"]) == (500, "internal_error")
 
 
-# ---- the token
-
-
 TOKEN = "s3cret-token"
 
 
@@ -345,7 +343,7 @@ TOKEN = "s3cret-token"
     + [f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}"],
 )
 def test_without_the_token_nothing_is_told(make, authorization):
-    side = make(access=Access(sha256(TOKEN)), metrics=bytes)
+    side = make(access=Access(sha256(TOKEN)), metrics=bytes, failures=Failures(delay_s=0))
     headers = {} if authorization is None else {"authorization": authorization}
     for path in [*JSON_ROUTES[:-1], "/metrics"]:
         reply = side.get(path, **headers)
