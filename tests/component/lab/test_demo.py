@@ -36,6 +36,7 @@ from vllm_cost_meter.lab.demo.traffic import (
     BATCH_INPUT_TOKENS,
     BATCH_REQUESTS,
     CHAT,
+    LEAVES_MAX,
     SEARCH,
     TENANTS,
     Sightings,
@@ -181,6 +182,33 @@ def test_streams_are_read_as_they_come_until_one_carries_its_cost() -> None:
     seen = asyncio.run(ask())
     assert [told.cost_usd for told in seen.told] == [None, "0.500000000", "0.250000000"]
     assert json.loads(seen.last_chunk.removeprefix("data: "))["usage"]["cost"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("took_s", "left"), [([0.1], 1), ([14, 0.1], 2), ([14] * 9, LEAVES_MAX)], ids=str
+)
+def test_a_client_that_stood_still_leaves_another_reply(took_s: list[float], left: int) -> None:
+    import openai
+
+    asked = []
+
+    def answer(_request: httpx.Request) -> httpx.Response:
+        asked.append(f"c{len(asked) + 1}")
+        chunk = {"id": asked[-1], "choices": [], "object": "chat.completion.chunk"}
+        stream = f"data: {json.dumps(chunk | {'created': 1, 'model': 'tiny'})}\n\n" * 20
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, text=stream)
+
+    async def leave() -> Sightings:
+        times = iter([time for took in took_s for time in (0.0, took)])
+        traffic = Traffic("http://server", "tiny", "tiny", {}, clock=lambda: next(times))
+        transport = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        client = openai.AsyncOpenAI(base_url="http://server/v1", api_key="k", http_client=transport)
+        await traffic._leave(client)
+        await client.close()
+        return traffic.seen
+
+    seen = asyncio.run(leave())
+    assert (seen.sent[CHAT], seen.abandoned_id, len(asked)) == (left, f"c{left}", left)
 
 
 def test_an_older_bench_that_reports_what_it_asked_for_agrees() -> None:
