@@ -27,10 +27,10 @@ from vllm_cost_meter.endpoint.handed import (
     Listening,
     OwnAnswer,
     OwnQuestion,
-    packed,
 )
 from vllm_cost_meter.endpoint.server import metrics_text
 from vllm_cost_meter.side_process.channel import decoded
+from vllm_cost_meter.side_process.handing import packed
 from vllm_cost_meter.side_process.supervisor import Pauses, SideProcess
 from vllm_cost_meter.tenants.budgets import BudgetFigures
 

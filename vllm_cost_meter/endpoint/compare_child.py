@@ -19,12 +19,12 @@ import orjson
 
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
-from vllm_cost_meter.endpoint.handed import unpacked
 from vllm_cost_meter.errors import CostMeterError, LedgerError
 from vllm_cost_meter.ledger.economics.answers import Comparison
 from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion, compared
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.side_process.entry import end_with_parent
+from vllm_cost_meter.side_process.handing import unpacked
 
 LEDGER_VARIABLE = "COST_METER_LEDGER"
 

@@ -1,17 +1,13 @@
 """What an API server hands to the process of the side endpoint: settings, and budgets' figures.
 
 The process never reads the settings file: a faulty edit can neither stop nor change it. It gets
-what the API server took over, at its start and after each change. These values are dataclasses with
-dates, time zones and exact numbers, so they travel as pickles, as multiprocessing's do.
+what the API server took over, at its start and after each change.
 
-Invariant: pickles travel from the API server to processes that it started, over their nameless
-socket, and never back. What comes back is typed messages.
+Invariant: what comes back from the process is typed messages.
 """
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -58,16 +54,6 @@ class Handed:
             questions_at_once=settings.questions_at_once,
             question_timeout_s=settings.question_timeout_s,
         )
-
-
-def packed(value: object) -> bytes:
-    """Return a value as the API server hands it over."""
-    return pickle.dumps(value)
-
-
-def unpacked(data: bytes) -> Any:
-    """Return what the API server handed over: see the module for why it may be believed."""
-    return pickle.loads(data)  # noqa: S301
 
 
 class EndpointHello(msgspec.Struct, frozen=True):

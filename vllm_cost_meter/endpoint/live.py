@@ -14,9 +14,10 @@ from collections.abc import Collection, Coroutine
 from typing import Any, TypeVar
 
 from vllm_cost_meter.endpoint.answers import MeterHealth
-from vllm_cost_meter.endpoint.handed import ALIVE, BUDGETS, HEALTH, METRICS, REFRESH, unpacked
+from vllm_cost_meter.endpoint.handed import ALIVE, BUDGETS, HEALTH, METRICS, REFRESH
 from vllm_cost_meter.errors import AwayError, CostMeterError
 from vllm_cost_meter.side_process.entry import ToServer
+from vllm_cost_meter.side_process.handing import unpacked
 from vllm_cost_meter.tenants.budgets import BudgetFigures
 
 T = TypeVar("T")

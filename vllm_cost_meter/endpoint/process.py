@@ -26,7 +26,6 @@ from vllm_cost_meter.endpoint.handed import (
     Handed,
     Listening,
     OwnQuestion,
-    unpacked,
 )
 from vllm_cost_meter.endpoint.live import Live
 from vllm_cost_meter.endpoint.own_figures import OwnFiguresOf
@@ -41,6 +40,7 @@ from vllm_cost_meter.endpoint.server import (
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.side_process.channel import decoded
 from vllm_cost_meter.side_process.entry import ToServer, run
+from vllm_cost_meter.side_process.handing import unpacked
 
 logger = logging.getLogger("vllm.cost_meter")
 

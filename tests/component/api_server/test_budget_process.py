@@ -162,7 +162,7 @@ budgets = st.builds(
     st.sampled_from(["UTC", "Europe/Berlin", "Asia/Kolkata"]).map(ZoneInfo),
     st.none() | names, st.lists(names, max_size=3).map(tuple), st.none() | st.tuples(names, names),
     st.integers(1, 366), st.none() | amounts, st.booleans(), st.sampled_from(["block", "throttle"]),
-    st.booleans(),
+    st.booleans(), st.none() | st.integers(1, 99),
 )  # fmt: skip
 entries = st.builds(
     PriceEntry, names, st.decimals(0, 10**9, places=9), names,
@@ -180,8 +180,9 @@ def over_the_wire(value, type):
 @given(st.lists(budgets, max_size=3), entries)
 def test_budgets_and_prices_arrive_as_they_were_sent(sent, entry):
     rules = over_the_wire(SentRules.of(5, sent, PriceBook([entry])), SentRules)
-    assert [each.budget() for each in rules.budgets] == sent
-    assert (rules.version, rules.prices) == (5, (entry,))
+    arrived, book = rules.rules()
+    assert list(arrived) == sent
+    assert (rules.version, book.entries) == (5, (entry,))
 
 
 used = st.none() | st.dictionaries(st.integers(0, 10**7), amounts, max_size=3)

@@ -1,7 +1,7 @@
 """What an API server and the process that counts its budgets say to each other.
 
 Budgets and prices go there, figures come back. Money may be larger than 64 bits, which MessagePack
-does not have, so it travels as decimal text.
+does not have, so it comes back as decimal text.
 
 Invariant: what was sent and received again is equal to what it was.
 """
@@ -9,91 +9,32 @@ Invariant: what was sent and received again is equal to what it was.
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Self
-from zoneinfo import ZoneInfo
 
 import msgspec
 
-from vllm_cost_meter.prices.book import PriceBook, PriceEntry
-from vllm_cost_meter.tenants.budgets import (
-    Budget,
-    BudgetFigures,
-    BudgetUnit,
-    Over,
-    Period,
-    Standing,
-)
+from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.side_process.handing import packed, unpacked
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
 # The questions and the news, by name.
 LOOK, RULES = "look", "rules"
 
 
-class SentBudget(msgspec.Struct, frozen=True, array_like=True):
-    """A `Budget`."""
-
-    name: str
-    limit: Decimal
-    unit: BudgetUnit
-    period: Period
-    zone: str
-    tenant: str | None
-    above: tuple[str, ...]
-    tag: tuple[str, str] | None
-    days: int
-    soft_limit: Decimal | None
-    hard: bool
-    over: Over
-    stop_running: bool
-
-    @classmethod
-    def of(cls, budget: Budget) -> Self:
-        """Return a budget as it is sent."""
-        soft = budget.soft_limit
-        return cls(
-            name=budget.name,
-            limit=Decimal(budget.limit),
-            unit=budget.unit,
-            period=budget.period,
-            zone=str(budget.zone),
-            tenant=budget.tenant,
-            above=budget.above,
-            tag=budget.tag,
-            days=budget.days,
-            soft_limit=None if soft is None else Decimal(soft),
-            hard=budget.hard,
-            over=budget.over,
-            stop_running=budget.stop_running,
-        )
-
-    def budget(self) -> Budget:
-        """Return the budget."""
-        return Budget(
-            name=self.name,
-            limit=int(self.limit),
-            unit=self.unit,
-            period=self.period,
-            zone=ZoneInfo(self.zone),
-            tenant=self.tenant,
-            above=self.above,
-            tag=self.tag,
-            days=self.days,
-            soft_limit=None if self.soft_limit is None else int(self.soft_limit),
-            hard=self.hard,
-            over=self.over,
-            stop_running=self.stop_running,
-        )
-
-
 class SentRules(msgspec.Struct, frozen=True, array_like=True):
-    """Budgets and prices. `version` grows with each change of either."""
+    """Budgets and prices, packed. `version` grows with each change of either."""
 
     version: int
-    budgets: tuple[SentBudget, ...]
-    prices: tuple[PriceEntry, ...]
+    budgets_and_book: bytes
 
     @classmethod
     def of(cls, version: int, budgets: Sequence[Budget], book: PriceBook) -> Self:
         """Return budgets and prices as they are sent."""
-        return cls(version, tuple(map(SentBudget.of, budgets)), tuple(book.entries))
+        return cls(version, packed((tuple(budgets), book)))
+
+    def rules(self) -> tuple[tuple[Budget, ...], PriceBook]:
+        """Return the budgets and the prices."""
+        rules: tuple[tuple[Budget, ...], PriceBook] = unpacked(self.budgets_and_book)
+        return rules
 
 
 class CounterHello(msgspec.Struct, frozen=True, array_like=True):

@@ -63,8 +63,7 @@ class _Counting:
             self._take_rules(decoded(value, SentRules))
 
     def _take_rules(self, rules: SentRules) -> None:
-        self._book = PriceBook(rules.prices)
-        self._budgets[rules.version] = tuple(sent.budget() for sent in rules.budgets)
+        self._budgets[rules.version], self._book = rules.rules()
 
     async def _look(self, alive: tuple[str, ...]) -> Looked:
         looks = self._looks
