@@ -1,13 +1,18 @@
 """Reload the settings file while the server runs.
 
-Once a second the file's stamp is compared. If it differs, the file is read as at the start. The
-settings that may change while a server runs (`live`: tenants, their rules and budgets, prices, what
-clients are told) take effect together, for requests that come from then on. A faulty file changes
-nothing: one line in the log says so, once per change, and the settings stay as they were. A file
-that cannot be read, as on a mount that is away, is looked at again until it can.
+Once a second the file's stamp is compared. If it differs, and is still the same a second later, the
+file is read as at the start. The settings that may change while a server runs (`live`: tenants,
+their rules and budgets, prices, what clients are told) take effect together, for requests that come
+from then on. A faulty file changes nothing: one line in the log says so, once per change, and the
+settings stay as they were. A file that cannot be read, as on a mount that is away, is looked at
+again until it can.
 
-Invariant: the settings in use were checked as a whole. A setting that is not live keeps the value
-that it had when the server started.
+A change waits for the second look because a file may be seen half written: a program that opens it
+to write empties it first, and an empty file, or the first half of one, can be a valid one in which
+tenants are missing.
+
+Invariant: the settings in use were checked as a whole, and come from a file that nobody was
+writing. A setting that is not live keeps the value that it had when the server started.
 """
 
 import logging
@@ -42,28 +47,41 @@ class Reloader:
     def __init__(self, path: str, load: Callable[..., Settings] = load_settings) -> None:
         self._path = path
         self._load = load
-        # No file has this stamp, so the first look reads it: it may have changed since the start.
+        # No file has this stamp, so the file is read once: it may have changed since the start.
         self._seen: Stamp | None = (0, 0, 0)
+        self._before: Stamp | None = self._seen
 
     def look(self, current: Settings) -> Settings | None:
         """Return the settings to use from now on; None if nothing changed. Blocks on the file.
 
-        Each state of the file is read and logged once, right or wrong. Raises UnreadableError or
-        TimeoutError while the file is there and cannot be read: it is looked at again then, as
-        nothing of it need change for that to be over.
+        Each state of the file that two looks find is read and logged once, right or wrong. Raises
+        UnreadableError or TimeoutError while the file is there and cannot be read: it is looked at
+        again then, as nothing of it need change for that to be over.
         """
         stamp = stamp_of(self._path)
-        if stamp == self._seen:
+        is_settled, self._before = stamp == self._before, stamp
+        if stamp == self._seen or not is_settled:
             return None
         try:
             loaded = self._load(config=self._path)
         except SettingError as error:
             if isinstance(error, UnreadableError) and stamp is not None:
                 raise
-            self._seen = stamp
-            logger.error("cost meter: the settings stay as they were: %s", error)
+            if self._mark_seen(stamp):
+                logger.error("cost meter: the settings stay as they were: %s", error)
             return None
+        return self._taken_over(current, loaded) if self._mark_seen(stamp) else None
+
+    def _mark_seen(self, stamp: Stamp | None) -> bool:
+        """Count a state of the file as seen. Returns False if the file changed meanwhile."""
+        self._before = stamp_of(self._path)
+        if self._before != stamp:
+            return False
         self._seen = stamp
+        return True
+
+    def _taken_over(self, current: Settings, loaded: Settings) -> Settings | None:
+        """Return the current settings with what is live of those that were loaded."""
         values, live = _values(current), live_names()
         changed = {name for name, value in _values(loaded).items() if value != values[name]}
         if held := changed - live:
