@@ -38,7 +38,7 @@ from vllm_cost_meter.config.invoices import (
     ResourceSetting,
 )
 from vllm_cost_meter.config.prices import EnergyPriceSetting, OverheadSetting, PriceSetting
-from vllm_cost_meter.config.reading import read_text
+from vllm_cost_meter.config.reading import READ_WITHIN_S, read_text
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.tenants import (
     RuleSetting,
@@ -70,18 +70,20 @@ def load_settings(
     environ: Mapping[str, str] = os.environ,
     config: str | Path | None = None,
     text: str | None = None,
+    read_within_s: float = READ_WITHIN_S,
 ) -> Settings:
     """Return the settings from this environment and the file that it (or `config`) names.
 
     The environment overrides the file. `text`, if given, replaces the file's content. Raises
-    SettingError with one line: the key, the place, what was expected and what came.
+    SettingError with one line: the key, the place, what was expected and what came. A file that
+    cannot be read within `read_within_s` is one of these errors.
     """
     given = {name: value for name, value in environ.items() if name.upper().startswith(PREFIX)}
     _refuse_unknown_names(given)
     if config is not None:
         given["COST_METER_CONFIG"] = str(config)
     path = given.get("COST_METER_CONFIG")
-    from_file, text = ({}, "") if path is None else _read_file(path, text)
+    from_file, text = ({}, "") if path is None else _read_file(path, text, read_within_s)
     source = EnvSettingsSource(Settings)
     source.env_vars = {name.lower(): value for name, value in given.items()}
     try:
@@ -111,12 +113,12 @@ def _refuse_unknown_names(given: Mapping[str, str]) -> None:
         raise SettingError(_line(name), f"a known setting{hint}", t.Text("an unknown name"))
 
 
-def _read_file(path: str, text: str | None) -> tuple[dict[str, Any], str]:
+def _read_file(path: str, text: str | None, read_within_s: float) -> tuple[dict[str, Any], str]:
     """Return a TOML file's values, with decimals exactly as written, and its text."""
     key, expected = f"{PREFIX}CONFIG", _expected(Settings, "config")
     try:
         if text is None:
-            text = read_text(path)
+            text = read_text(path, read_within_s)
         values = tomllib.loads(text, parse_float=Decimal)
     except OSError as error:
         got = t.Text(f"{_line(path)!r}: {_line(str(error.strerror or error))}")

@@ -35,7 +35,7 @@ _KINDS = {
 _given_up: dict[Path, Future[Any]] = {}
 
 
-def read_text(path: str | Path, within_s: float | None = None) -> str:
+def read_text(path: str | Path, within_s: float = READ_WITHIN_S) -> str:
     """Return the text of a regular file, which is UTF-8.
 
     Raises TimeoutError if it cannot be read in time, another OSError if it cannot be read at all,
@@ -44,7 +44,7 @@ def read_text(path: str | Path, within_s: float | None = None) -> str:
     return _in_time(path, _read, within_s).decode()
 
 
-def stamp_of(path: str | Path, within_s: float | None = None) -> Stamp | None:
+def stamp_of(path: str | Path, within_s: float = READ_WITHIN_S) -> Stamp | None:
     """Return a stamp that differs between two states of a file; None without a file.
 
     Raises TimeoutError if the file cannot be looked at in time.
@@ -75,9 +75,8 @@ def _stamp(path: Path) -> Stamp | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _in_time(path: str | Path, look: Callable[[Path], R], within_s: float | None) -> R:
+def _in_time(path: str | Path, look: Callable[[Path], R], within_s: float) -> R:
     """Return `look(path)`, from a thread of its own. Raises TimeoutError if that takes too long."""
-    within_s = READ_WITHIN_S if within_s is None else within_s
     found = Path(path).expanduser()
     hanging = _given_up.get(found)
     why = TimeoutError(

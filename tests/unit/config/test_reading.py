@@ -26,9 +26,9 @@ def fifo(tmp_path: Path) -> Path:
     return path
 
 
-def why_not(path: Path) -> str:
+def why_not(path: Path, within_s: float = reading.READ_WITHIN_S) -> str:
     with pytest.raises(UnreadableError) as caught:
-        load_settings({"COST_METER_CONFIG": str(path)})
+        load_settings({"COST_METER_CONFIG": str(path)}, read_within_s=within_s)
     return str(caught.value)
 
 
@@ -101,9 +101,8 @@ def test_a_mount_that_is_away_is_given_up_and_costs_one_thread_however_often_it_
     assert reading.stamp_of(path, within_s=5) is not None
 
 
-def test_a_start_on_a_mount_that_is_away_ends_with_one_line(mount, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "READ_WITHIN_S", 0.05)
-    line = why_not(tmp_path / "away.toml")
+def test_a_start_on_a_mount_that_is_away_ends_with_one_line(mount, tmp_path):
+    line = why_not(tmp_path / "away.toml", within_s=0.05)
     assert line.endswith("it could not be read within 0.05 s; is it on a mount that is away?")
     assert "\n" not in line
 
