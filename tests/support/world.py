@@ -20,6 +20,7 @@ from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.api_server.open_requests import OpenRequests
+from vllm_cost_meter.api_server.request_body import BODY_BYTES_MAX
 from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Birth, current_exchange
@@ -213,6 +214,7 @@ class World:
         self.engine = Engine(self.runtime)
         # What the middleware finds in this process: the runtime, or what stands in for it.
         self.found: Runtime | NoRuntime = self.runtime
+        self.body_bytes_max = BODY_BYTES_MAX
         self._misses_before = misses()
 
     @property
@@ -227,7 +229,7 @@ class World:
 
     def metered(self, app: App) -> CostMiddleware:
         """The application behind the middleware of this API server."""
-        return CostMiddleware(app, lambda: self.found)
+        return CostMiddleware(app, lambda: self.found, self.body_bytes_max)
 
     async def ask(
         self, app: App, scope: dict[str, Any] | None = None, receive: Any = no_more_messages

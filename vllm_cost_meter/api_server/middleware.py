@@ -32,6 +32,7 @@ from vllm_cost_meter.api_server.judging import (
 )
 from vllm_cost_meter.api_server.reply_editor import BODY, ReplyEditor
 from vllm_cost_meter.api_server.request_body import (
+    BODY_BYTES_MAX,
     claims_of,
     is_json,
     read_ahead,
@@ -54,10 +55,17 @@ class CostMiddleware:
     """Puts the measured cost of a request into its reply."""
 
     def __init__(
-        self, app: ASGIApp, runtime: Callable[[], Runtime | NoRuntime] = get_runtime
+        self,
+        app: ASGIApp,
+        runtime: Callable[[], Runtime | NoRuntime] = get_runtime,
+        body_bytes_max: int = BODY_BYTES_MAX,
     ) -> None:
-        """Wrap `app`. `runtime` is called at each request, so that the serving process makes it."""
+        """Wrap `app`. `runtime` is called at each request, so that the serving process makes it.
+
+        A body longer than `body_bytes_max` is handed on unread.
+        """
         self.app = app
+        self._body_bytes_max = body_bytes_max
         self._runtime = runtime
         # The routes on which vLLM checks keys; None until the first request.
         self._checked: frozenset[str] | None = None
@@ -97,7 +105,7 @@ class CostMiddleware:
     ) -> None:
         started_at_ns = time.time_ns()
         guard = runtime.guard
-        claims, receive = await _read_claims(scope, receive, runtime)
+        claims, receive = await _read_claims(scope, receive, runtime, self._body_bytes_max)
         exchange = guard.run(
             "new exchange", _new_exchange, runtime, scope, claims, checked, started_at_ns
         )
@@ -182,7 +190,7 @@ def _starting(scope: Scope, send: Send, runtime: Runtime) -> Send:
 
 
 async def _read_claims(
-    scope: Scope, receive: Receive, runtime: Runtime
+    scope: Scope, receive: Receive, runtime: Runtime, bytes_max: int
 ) -> tuple[BodyClaims, Receive]:
     """Return what the body claims about the tenant, and a `receive` for the application."""
     # This is a separate function so that the body does not live as long as the exchange.
@@ -192,7 +200,7 @@ async def _read_claims(
     headers, is_websocket = scope["headers"], scope["type"] == "websocket"
     if is_websocket or not is_json(headers):
         return unread_claims(headers, is_websocket, needed), receive
-    body, replayed = await read_ahead(receive)
+    body, replayed = await read_ahead(receive, bytes_max)
     claims = runtime.guard.run("claims", lambda: claims_of(body, runtime.served))
     return claims or NO_CLAIMS, replayed
 

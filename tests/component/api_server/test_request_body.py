@@ -442,9 +442,9 @@ def test_a_websocket_may_name_every_model(make_world):
     assert world.rows("SELECT tenant FROM requests") == [("alice/__unread__",)]
 
 
-def test_a_body_longer_than_the_bound_counts_against_every_child(make_world, monkeypatch):
-    monkeypatch.setattr(read_ahead, "__defaults__", (8,))
-    world = make_world(tenants=[TENANT], tenant_rules=BY_USER)
+def test_a_body_longer_than_the_bound_counts_against_every_child(by_user):
+    world = by_user
+    world.body_bytes_max = 8
     ask(world, part(b'{"user":', True), part(b'"carol"}'))
     assert world.rows(WHOSE) == [("alice/__unread__", "api_key+user", "alice", None)]
 
