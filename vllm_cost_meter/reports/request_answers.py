@@ -213,15 +213,15 @@ class ModelInUse(TypedDict):
     """A version of the cost model that was in use while an engine request ran."""
 
     version: int
-    """0 is the prior."""
+    """The number of the cost model in its run, from 0, the prior."""
     taken_at: str | None
-    """RFC 3339 UTC: when a snapshot first told of it."""
+    """RFC 3339 UTC: the first snapshot that contained it."""
     form: str
     """`two planes` (`compute` and `memory`) or `one plane` (`one`)."""
     planes: dict[str, dict[str, float]]
     """GPU-ns: of `compute`, `memory` and `one`: `fixed_ns`, `token_ns`, `sequence_ns`."""
     steps: int
-    """The number of steps that it was learnt from."""
+    """Number of engine steps that it was learnt from."""
     error: float
     """The mean relative error of the form in use (MAPE)."""
     explained: float

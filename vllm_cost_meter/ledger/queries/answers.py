@@ -8,6 +8,7 @@ Invariant: an answer has these fields and no other.
 from typing_extensions import TypedDict
 
 from vllm_cost_meter.reports.answers import AfterCut
+from vllm_cost_meter.reports.request_answers import ModelInUse
 
 
 class LostRequest(TypedDict):
@@ -112,7 +113,7 @@ class Audit(TypedDict):
     """Number and GPU time of bills that no snapshot, and so no run's audit, counts yet."""
 
 
-class CostModelRow(TypedDict):
+class CostModelRow(ModelInUse):
     """A cost model: what the steps of an engine run cost, as the run has learnt."""
 
     run_id: str
@@ -129,21 +130,7 @@ class CostModelRow(TypedDict):
     """How the time of a step is split between its requests: `shapley`, `tokens` or `equal`."""
     prior: str
     """Where the model started: `ledger` (an earlier fit), `ModelMetrics` or `tokens`."""
-    version: int
-    """The number of the cost model in its run, from 0, the prior."""
-    taken_at: str | None
-    """RFC 3339 UTC: the first snapshot that contained it."""
-    form: str
-    """`two planes` (`compute` and `memory`) or `one plane` (`one`)."""
-    planes: dict[str, dict[str, float]]
-    """GPU-ns: of `compute`, `memory` and `one`: `fixed_ns`, `token_ns`, `sequence_ns`."""
-    steps: int
-    """Number of engine steps that it was learnt from."""
-    error: float
-    """The mean relative error of the form in use (MAPE)."""
     error_two_planes: float
     """The mean relative error of the form with two planes."""
     error_one_plane: float
     """The mean relative error of the form with one plane."""
-    explained: float
-    """Share of the variance of step times that the form in use explains."""
