@@ -1,0 +1,115 @@
+"""Real ledgers to look after, and a process that writes to one as a server does."""
+
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.component.ledger.test_reader import HOUR, http, part, snapshot
+from vllm_cost_meter.ledger.schema import metadata
+from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
+from vllm_cost_meter.records.snapshot import ClassTotals
+
+Rows = dict[str, set[tuple[Any, ...]]]
+
+
+def url_of(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+def fill(
+    path: Path, run_id: str = "run", bills: int = 30, *, first: int = 1, number: int = 1
+) -> None:
+    """Write bills `first` to `bills` of a run, with the snapshot after the last one."""
+    every = [part(seq, f"{run_id}-{seq}", run_id=run_id) for seq in range(1, bills + 1)]
+    billed = sum(one.bill.gpu_time_ns for one in every)
+    energies = tuple(RequestEnergy(seq, HOUR, 30, None) for seq in range(first, bills + 1))
+    classes = dict.fromkeys(ENERGY_CLASSES, 0) | {"requests": 30 * bills}
+    state = snapshot(
+        every,
+        number,
+        run_id,
+        totals=ClassTotals(requests=billed, idle=1000, tail=3),
+        energy=RunEnergy(30 * bills, None, 0, classes, (), {HOUR: classes}, energies),
+    )
+    writer = LedgerWriter(url_of(path))
+    writer.start()
+    replies = [http(f"{run_id}-{seq}", at=seq) for seq in range(first, bills + 1)]
+    writer.commit(*every[first - 1 :], *replies, state).result(60)
+    writer.close()
+
+
+def rows_of(path: Path) -> Rows:
+    """Return all rows of a ledger by table, with their columns in the schema's order."""
+    with closing(sqlite3.connect(path)) as connection:
+        return {
+            name: set(connection.execute(f"SELECT {', '.join(table.c.keys())} FROM {name}"))
+            for name, table in metadata.tables.items()
+        }
+
+
+def noise(size: int, seed: int = 1) -> bytes:
+    """Return bytes for a page that a disk has spoilt, the same each time."""
+    return random.Random(seed).randbytes(size)
+
+
+def sql(path: Path, statement: str, *values: Any) -> list[Any]:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        return connection.execute(statement, values).fetchall()
+
+
+class Server:
+    """A process that writes to a ledger as a server does."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.first = json.loads(process.stdout.readline())["committed"]
+
+    def stop(self) -> int:
+        """Let it end; return how many bills it committed."""
+        self.process.stdin.close()
+        committed = json.loads(self.process.stdout.readlines()[-1])["committed"]
+        self.process.wait()
+        return committed
+
+
+@contextmanager
+def server(path: Path, commits_per_s: float = 0) -> Iterator[Server]:
+    """Run such a process; it commits one bill before it is there, then so many each second."""
+    command = [sys.executable, __file__, str(path), str(commits_per_s)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield Server(process)
+        finally:
+            process.kill()
+
+
+def _serve(path: Path, commits_per_s: float) -> None:
+    import select
+    import time
+
+    writer = LedgerWriter(url_of(path))
+    writer.start()
+    bills, due = [], time.monotonic()
+    while True:
+        bills.append(part(len(bills) + 1, f"live-{len(bills) + 1}", run_id="live"))
+        writer.commit(bills[-1], http(f"live-{len(bills)}"), snapshot(bills, len(bills), "live"))
+        writer.commit().result(60)
+        if len(bills) == 1:
+            print(json.dumps({"committed": 1}), flush=True)
+        due += 1 / commits_per_s if commits_per_s else 3600
+        if select.select([sys.stdin], [], [], max(due - time.monotonic(), 0))[0]:
+            break
+    writer.close()
+    print(json.dumps({"committed": len(bills)}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]), float(sys.argv[2]))
