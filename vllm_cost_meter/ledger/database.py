@@ -307,7 +307,7 @@ def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
     if found < SCHEMA_VERSION:
         raise LedgerError(
             f"ledger {shown}: has schema version {found}, this cost meter needs {SCHEMA_VERSION};"
-            " start a metered server with this ledger once, which brings it up to date"
+            " run `vllm-cost-meter ledger migrate`, or start a metered server with this ledger"
         )
 
 

@@ -174,7 +174,10 @@ def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tm
     path = tmp_path / "ledger.db"
     with closing(sqlite3.connect(path)) as old:
         old.executescript((Path(__file__).parent / "ledger_v1.sql").read_text())
-    with pytest.raises(LedgerError, match="version 1, this cost meter needs 9; start a metered"):
+    with pytest.raises(
+        LedgerError,
+        match="version 1, this cost meter needs 9; run `vllm-cost-meter ledger migrate`, or start",
+    ):
         open_database(url_of(path), create=False)
     open_database(url_of(path)).dispose()
     engine = open_database(url_of(path), create=False)
@@ -206,7 +209,10 @@ def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_
         connection.execute(text("UPDATE schema_version SET version = 5"))
         connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
     engine.dispose()
-    with pytest.raises(LedgerError, match="version 5, this cost meter needs 9; start a metered"):
+    with pytest.raises(
+        LedgerError,
+        match="version 5, this cost meter needs 9; run `vllm-cost-meter ledger migrate`, or start",
+    ):
         open_database(url, create=False)
     engine = open_database(url)
     with engine.connect() as connection:
@@ -229,7 +235,10 @@ def test_a_bill_of_before_tokens_cut_off_were_counted_has_none_and_still_adds_up
                 connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
         connection.execute(text("UPDATE schema_version SET version = 6"))
     engine.dispose()
-    with pytest.raises(LedgerError, match="version 6, this cost meter needs 9; start a metered"):
+    with pytest.raises(
+        LedgerError,
+        match="version 6, this cost meter needs 9; run `vllm-cost-meter ledger migrate`, or start",
+    ):
         open_database(url, create=False)
     open_database(url).dispose()
     reader = LedgerReader(url)
