@@ -60,7 +60,7 @@ def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
             energy=audited(run, requests_mj),
             missing=[]
             if held.get(run.run_id, 0) == run.last_seq
-            else _missing(connection, run.run_id, run.last_seq),
+            else missing_bills(connection, run.run_id, run.last_seq),
             lost=[] if run.alive else lost_requests(connection, run),
         )
         for run in cut.runs
@@ -163,8 +163,8 @@ def _uneven_bills(connection: Connection, cut: Cut) -> dict[str, int]:
     return {run_id: int(n) for run_id, n in connection.execute(counted)}
 
 
-def _missing(connection: Connection, run_id: str, last_seq: int) -> list[str]:
-    """Return the numbers missing from 1 to `last_seq`, consecutive ones as "5-9"."""
+def missing_bills(connection: Connection, run_id: str, last_seq: int) -> list[str]:
+    """Return the numbers of bills missing from 1 to `last_seq`, consecutive ones as "5-9"."""
     r = requests.c
     steps = (
         select(r.seq, func.lag(r.seq, 1, 0).over(order_by=r.seq).label("before"))
