@@ -1,10 +1,12 @@
 """The pages on the ledger have every table and column, nothing else, and the code's numbers."""
 
+import re
 from inspect import signature
 
 import pytest
 
 from tests.support.pages import DOCS, names, section
+from vllm_cost_meter.cli.commands import whole
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
 from vllm_cost_meter.ledger.writer import LedgerWriter
@@ -25,6 +27,12 @@ def test_every_table_is_documented_and_no_other():
         if line.startswith("### ")
     ]
     assert sorted(headings) == sorted(metadata.tables)
+
+
+def test_every_command_for_a_ledgers_file_has_its_section():
+    page = DOCS / "howto" / "look-after-the-ledger.md"
+    told = re.findall(r"^\| \[`(\w+)`\]", section(page, "Look after the ledger"), re.MULTILINE)
+    assert sorted(told) == sorted(whole().commands["ledger"].commands)
 
 
 def test_the_numbers_are_those_of_the_code(monkeypatch):

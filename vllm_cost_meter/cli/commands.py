@@ -55,6 +55,9 @@ COMMANDS = {
     "saturation": CommandEntry("Plan", "saturation:app", "Full load, as sweeps measured it."),
     "calc": CommandEntry("Plan", "calc:app", "The formulas of cost and load on your own numbers."),
     "doctor": CommandEntry("Check", "doctor:doctor_", "Is the meter installed, and does it work?"),
+    "ledger": CommandEntry(
+        "Check", "ledger:app", "Check, back up, restore, merge, compact, repair a ledger."
+    ),
     "validate": CommandEntry(
         "Check", "validate:validate", "How wrong each way to split a step is."
     ),

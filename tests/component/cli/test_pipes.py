@@ -1,6 +1,7 @@
 """A reader that closes the pipe, as `head` does, ends any command quietly with 141."""
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -43,6 +44,13 @@ MORE = {
         *("calc", "serverless", "--gpu-usd-per-s", "0.001", "--run-s", "2", "--calls", "100"),
     ),
     "demo": ("demo", "--print-model-path"),
+    "ledger check": ("ledger", "check"),
+    "ledger backup": ("ledger", "backup", "NEW"),
+    "ledger restore": ("ledger", "restore", "COPY"),
+    "ledger merge": ("ledger", "merge", "COPY"),
+    "ledger compact": ("ledger", "compact"),
+    "ledger repair": ("ledger", "repair"),
+    "ledger migrate": ("ledger", "migrate"),
 }  # fmt: skip
 ALL = {**COMMANDS, **MORE}
 # They need a server of vLLM.
@@ -66,7 +74,10 @@ def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(
     tenants.write_text('[[tenants]]\nname = "known"\n')
     with closing(sqlite3.connect(files / "ledger.db")) as connection:
         ((request_id,),) = connection.execute("SELECT http_request_id FROM requests LIMIT 1")
+    shutil.copy(files / "ledger.db", tmp_path / "copy.db")
     places = {
+        "COPY": tmp_path / "copy.db",
+        "NEW": tmp_path / "new.db",
         "REQUEST": request_id,
         TENANT_FILE: tenants,
         "CURVE": files / "curve.json",

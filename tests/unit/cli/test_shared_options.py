@@ -25,7 +25,9 @@ CALCULATORS = {words for words in LEAVES if words[0] == "calc"}
 # They print several tables of different columns, and CSV has one. JSON has all of them.
 SEVERAL_TABLES = {("prices",), ("break-even",), ("validate",), *CALCULATORS}
 # They print sentences, and no table.
-SENTENCES = {("explain",), ("audit",), ("doctor",), ("saturation", "import")}
+SENTENCES = {("explain",), ("audit",), ("doctor",), ("saturation", "import")} | {
+    words for words in LEAVES if words[0] == "ledger"
+}
 # They say in one line what they changed, or start a server and tell its story.
 NO_ANSWER = {("tenants", "add"), ("tenants", "set"), ("tenants", "remove"), ("demo",)}
 # It writes a folder: curves, which are its JSON, and a plot.

@@ -1,0 +1,194 @@
+"""The commands `ledger ...`: what they print, how they end, and that a server outlives them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.component.cli.test_cli import no_settings, run
+from tests.support.upkeep import fill, noise, rows_of, server, sql, url_of
+from vllm_cost_meter.ledger.database import open_database
+
+__all__ = ["no_settings"]
+
+COMMANDS = ("check", "backup", "restore", "merge", "compact", "repair", "migrate")
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    fill(tmp_path / "ledger.db")
+    return tmp_path / "ledger.db"
+
+
+def ask(command, *arguments, ledger, **more):
+    return run("ledger", command, *arguments, "--ledger", ledger, **more)
+
+
+def answer(command, *arguments, ledger):
+    done = ask(command, *arguments, "--json", ledger=ledger)
+    return json.loads(done.stdout)
+
+
+def spoil(ledger, page):
+    with ledger.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(noise(4096))
+
+
+def root_of(ledger, name):
+    return sql(ledger, "SELECT rootpage FROM sqlite_master WHERE name=?", name)[0][0]
+
+
+def test_a_sound_ledger_passes_its_check_and_a_damaged_one_does_not(ledger):
+    done = ask("check", "--full", ledger=ledger)
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[0] == "ok   schema: version 9"
+    assert answer("check", ledger=ledger)["ok"] is True
+    spoil(ledger, root_of(ledger, "http_requests"))
+    done = ask("check", ledger=ledger)
+    assert done.exit_code == 1
+    assert "FAIL pages: " in done.stdout
+    assert answer("check", ledger=ledger)["ok"] is False
+
+
+def test_a_backup_and_its_restore_say_the_rows(ledger, tmp_path):
+    copy = tmp_path / "copy.db"
+    done = ask("backup", copy, ledger=ledger)
+    rows = sum(map(len, rows_of(ledger).values()))
+    assert done.exit_code == 0
+    assert done.stdout == (
+        f"{copy}: {rows} rows, {copy.stat().st_size:,} bytes, schema version 9\n"
+    )
+    assert ask("backup", copy, ledger=ledger).exit_code == 2
+    assert answer("backup", copy, "--force", ledger=ledger)["rows"] == rows
+    done = ask("restore", copy, ledger=ledger)
+    assert done.exit_code == 0
+    aside, restored = done.stdout.splitlines()
+    assert aside.startswith(f"the ledger before: {ledger}.replaced-20")
+    assert restored == f"restored: {rows} rows, schema version 9"
+    assert answer("restore", copy, ledger=ledger)["rows"] == rows
+
+
+def test_a_merge_shows_each_table(ledger, tmp_path):
+    fill(tmp_path / "other.db", "other", 5)
+    done = ask("merge", tmp_path / "other.db", "--dry-run", ledger=ledger)
+    assert done.exit_code == 0
+    assert "requests: 5 new, 0 raised, 0 known" in done.stdout.splitlines()
+    assert done.stdout.splitlines()[-1] == "nothing was written: --dry-run"
+    found = answer("merge", tmp_path / "other.db", ledger=ledger)
+    assert {"name": "requests", "new": 5, "raised": 0, "known": 0, "differing": 0} in found[
+        "tables"
+    ]
+    assert len(rows_of(ledger)["requests"]) == 35
+
+
+def test_a_ledger_is_made_smaller(ledger):
+    sql(ledger, "DELETE FROM http_requests")
+    done = ask("compact", ledger=ledger)
+    assert done.exit_code == 0
+    assert done.stdout.endswith(f"{ledger.stat().st_size:,} bytes after\n")
+    assert answer("compact", ledger=ledger)["bytes_after"] == ledger.stat().st_size
+
+
+def test_a_repair_names_what_is_missing(tmp_path):
+    ledger = tmp_path / "ledger.db"
+    fill(ledger, bills=60)
+    assert ask("repair", ledger=ledger).stdout == "nothing is damaged: nothing was changed\n"
+    query = "SELECT pageno FROM dbstat WHERE name='requests' AND pagetype='leaf' AND ncell>3"
+    spoil(ledger, sql(ledger, query)[0][0])
+    done = ask("repair", ledger=ledger)
+    assert done.exit_code == 0
+    missing = 60 - len(rows_of(ledger)["requests"])
+    assert missing > 3
+    line = f"requests: {60 - missing} saved, {missing} missing, 1 damaged pages"
+    assert line in done.stdout.splitlines()
+    assert f"missing bills of run run: 1-{missing}" in done.stdout.splitlines()
+    assert f"the damaged file: {ledger}.damaged-20" in done.stdout
+    assert run("audit", "--ledger", ledger).exit_code == 1
+    assert answer("repair", ledger=ledger) == {"damaged": False}
+    assert answer("repair", "--force", ledger=ledger)["missing_bills"] == {"run": [f"1-{missing}"]}
+
+
+def test_a_migration_says_the_way_back_and_other_commands_say_to_migrate(ledger):
+    sql(ledger, "UPDATE schema_version SET version=8")
+    refused = run("report", "--ledger", ledger)
+    assert refused.exit_code == 2
+    assert "run `vllm-cost-meter ledger migrate`" in refused.stderr
+    done = ask("migrate", ledger=ledger)
+    assert done.exit_code == 0
+    copy, versions, way_back = done.stdout.splitlines()
+    assert copy.startswith(f"the ledger as it was: {ledger}.schema-8-20")
+    assert versions == "migrated from schema version 8 to 9"
+    command = way_back.partition("`")[2].strip("`").split()[1:]
+    assert command[-2:] == ["--ledger", str(ledger)]
+    assert run(*command).exit_code == 0
+    assert sql(ledger, "SELECT version FROM schema_version") == [(8,)]
+    assert answer("migrate", ledger=ledger)["version_before"] == 8
+    assert answer("migrate", ledger=ledger)["copy"] is None
+    assert "nothing was changed" in ask("migrate", ledger=ledger).stdout
+    sql(ledger, "UPDATE schema_version SET version=99")
+    refused = ask("migrate", ledger=ledger)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_for_postgresql_one_line_names_the_tool(command, tmp_path):
+    files = [tmp_path / "file"] if command in ("backup", "restore", "merge") else []
+    done = ask(command, *files, ledger="postgresql+psycopg://me:secret@host/db")
+    assert done.exit_code == 2
+    assert f"`ledger {command}` is for SQLite; in PostgreSQL the tool is " in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_ledger_that_is_not_there_is_one_line_and_is_not_made(command, tmp_path):
+    files = [tmp_path / "file"] if command in ("backup", "restore", "merge") else []
+    done = ask(command, *files, ledger=tmp_path / "none.db")
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_command_takes_the_log_from_under_a_server(ledger, tmp_path):
+    """Each runs as a process of its own beside a server, which is then killed: nothing is lost."""
+    fill(tmp_path / "other.db", "other", 5)
+    with server(ledger, commits_per_s=50) as running:
+        wal = ledger.with_name("ledger.db-wal").stat().st_ino
+        found = {}
+        for words in (
+            ("check",), ("check", "--full"), ("backup", tmp_path / "copy.db"),
+            ("restore", tmp_path / "copy.db"), ("merge", tmp_path / "other.db"), ("compact",),
+            ("repair", "--force"), ("migrate",),
+        ):  # fmt: skip
+            command = [sys.executable, "-m", "vllm_cost_meter.cli", "ledger", *map(str, words)]
+            done = subprocess.run(
+                [*command, "--ledger", str(ledger)], capture_output=True, text=True, check=False
+            )
+            found[" ".join(map(str, words[:1]))] = done.returncode
+            assert ledger.with_name("ledger.db-wal").stat().st_ino == wal, words
+        seen = sql(ledger, "SELECT max(seq) FROM requests WHERE run_id='live'")[0][0]
+        running.process.kill()
+        running.process.wait()
+    assert found == {
+        "check": 0, "backup": 0, "restore": 2, "merge": 0, "compact": 2, "repair": 2, "migrate": 0,
+    }  # fmt: skip
+    there = sql(ledger, "SELECT count(*), max(seq) FROM requests WHERE run_id='live'")[0]
+    assert there[0] == there[1] >= seen
+    assert sql(ledger, "SELECT count(*) FROM requests WHERE run_id='other'") == [(5,)]
+
+
+def test_the_list_of_commands_is_complete():
+    listed = run("ledger", "--help").stdout
+    assert [word for word in COMMANDS if f" {word} " not in listed] == []
+
+
+def test_a_new_ledger_passes_every_command(tmp_path):
+    path = tmp_path / "ledger.db"
+    open_database(url_of(path)).dispose()
+    assert ask("check", "--full", ledger=path).exit_code == 0
+    assert ask("backup", tmp_path / "copy.db", ledger=path).exit_code == 0
+    assert ask("merge", tmp_path / "copy.db", ledger=path).exit_code == 0
+    assert ask("repair", "--force", ledger=path).exit_code == 0
+    assert ask("compact", ledger=path).exit_code == 0

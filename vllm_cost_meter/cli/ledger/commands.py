@@ -1,0 +1,236 @@
+"""The commands `ledger ...`: look after a SQLite ledger's file.
+
+What they do is in `vllm_cost_meter.ledger.upkeep`; here options are read and answers printed.
+
+Invariant: a command that fails says in one line why, and that line says what became of the ledger.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_cost_meter.cli.options import (
+    Config,
+    Json,
+    Ledger,
+    ledger_url,
+    new_group,
+    one_line_errors,
+)
+from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.console import interruptible, print_lines
+from vllm_cost_meter.ledger.upkeep.checking import check_ledger
+from vllm_cost_meter.ledger.upkeep.compacting import compact
+from vllm_cost_meter.ledger.upkeep.copies import back_up
+from vllm_cost_meter.ledger.upkeep.merging import merge
+from vllm_cost_meter.ledger.upkeep.migrating import migrate_ledger
+from vllm_cost_meter.ledger.upkeep.repairing import repair
+from vllm_cost_meter.ledger.upkeep.restoring import restore
+
+app = new_group("ledger")
+
+# `repair` names at most so many runs with missing bills, and so many ranges of each.
+MISSING_RUNS_MAX = 20
+MISSING_RANGES_MAX = 20
+
+
+@app.command()
+def check(
+    full: Annotated[
+        bool, typer.Option("--full", help="Read indexes too, and add up what must add up.")
+    ] = False,
+    ledger: Ledger = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Is the ledger's file sound? Exit status 1 if not.
+
+    It changes nothing, and may run beside a server.
+
+    Example: vllm-cost-meter ledger check --full
+    """
+    with one_line_errors():
+        found = check_ledger(ledger_url(ledger, config), full=full)
+    ok = all(one.ok for one in found)
+    lines = [f"{'ok  ' if one.ok else 'FAIL'} {one.name}: {one.detail}" for one in found]
+    _answer({"ok": ok, "checks": [asdict(one) for one in found]}, lambda: lines, as_json)
+    if not ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The copy to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    ledger: Ledger = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Copy the ledger as it is now, while servers write to it.
+
+    The copy is checked before it gets its name, and only you can read it.
+
+    Example: vllm-cost-meter ledger backup ledger-2027-01-15.db
+    """
+    with one_line_errors(), interruptible():
+        copy = back_up(ledger_url(ledger, config), file, force=force)
+    line = f"{copy.file}: {copy.rows:,} rows, {copy.bytes:,} bytes, schema version {copy.version}"
+    _answer(_plain(asdict(copy)), lambda: [line], as_json)
+
+
+@app.command("restore")
+def restore_(
+    file: Annotated[Path, typer.Argument(help="The copy to put in the ledger's place.")],
+    ledger: Ledger = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Put a backup in the ledger's place, and keep the ledger.
+
+    It stays beside the backup under another name. Stop the servers that use it first.
+
+    Example: vllm-cost-meter ledger restore ledger-2027-01-15.db
+    """
+    with one_line_errors(), interruptible():
+        done = restore(ledger_url(ledger, config), file, time.time_ns())
+
+    def lines() -> Iterable[str]:
+        if done.aside is not None:
+            yield f"the ledger before: {done.aside}"
+        yield f"restored: {done.rows:,} rows, schema version {done.version}"
+
+    _answer(_plain(asdict(done)), lines, as_json)
+
+
+@app.command("merge")
+def merge_(
+    files: Annotated[list[Path], typer.Argument(help="Other ledgers; they stay as they are.")],
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
+    ledger: Ledger = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Add the rows of other ledgers to this one, each once.
+
+    The same ledgers again change nothing. Where prices or bills contradict each other, nothing is
+    written.
+
+    Example: vllm-cost-meter ledger merge other-server.db
+    """
+    with one_line_errors(), interruptible():
+        gap_ns = load_settings(config=config).invoice_rules.gap_ns
+        merged = merge(ledger_url(ledger, config), files, gap_ns, dry_run=dry_run)
+
+    def lines() -> Iterable[str]:
+        for one in merged:
+            counts = f"{one.new:,} new, {one.raised:,} raised, {one.known:,} known"
+            differing = f", {one.differing:,} of them differing" if one.differing else ""
+            yield f"{one.name}: {counts}{differing}"
+        yield "nothing was written: --dry-run" if dry_run else "merged"
+
+    _answer({"dry_run": dry_run, "tables": [asdict(one) for one in merged]}, lines, as_json)
+
+
+@app.command("compact")
+def compact_(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+    """Write the ledger's file anew, without free pages.
+
+    Stop the servers that use it first.
+
+    Example: vllm-cost-meter ledger compact
+    """
+    with one_line_errors(), interruptible():
+        done = compact(ledger_url(ledger, config))
+    line = f"{done.bytes_before:,} bytes before, {done.bytes_after:,} bytes after"
+    _answer(asdict(done), lambda: [line], as_json)
+
+
+@app.command("repair")
+def repair_(
+    force: Annotated[
+        bool, typer.Option("--force", help="Write it anew even if nothing is found damaged.")
+    ] = False,
+    ledger: Ledger = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Save every readable row of a damaged ledger into a new one.
+
+    The damaged file stays beside it under another name. Stop the servers that use it first.
+
+    Example: vllm-cost-meter ledger repair
+    """
+    with one_line_errors(), interruptible():
+        done = repair(ledger_url(ledger, config), time.time_ns(), force=force)
+    if done is None:
+        _answer({"damaged": False}, lambda: ["nothing is damaged: nothing was changed"], as_json)
+        return
+
+    def lines() -> Iterable[str]:
+        for one in done.tables:
+            missing = "an unknown number" if one.missing is None else f"{one.missing:,}"
+            pages = f", {one.damaged_pages:,} damaged pages" if one.damaged_pages else ""
+            yield f"{one.name}: {one.saved:,} saved, {missing} missing{pages}"
+        yield from _missing_lines(done.missing_bills)
+        if done.damaged_frames:
+            yield f"damaged frames in the log: {done.damaged_frames}"
+        if done.unclear_pages:
+            yield f"pages whose rows may be of several tables, left out: {done.unclear_pages}"
+        if done.foreign_tables:
+            yield f"tables that are none of the meter's, left out: {', '.join(done.foreign_tables)}"
+        yield f"the damaged file: {done.aside}"
+
+    _answer({"damaged": True, **_plain(asdict(done))}, lines, as_json)
+
+
+@app.command()
+def migrate(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+    """Bring an older ledger up to date, with a copy of it as it was.
+
+    Stop the servers that use it first.
+
+    Example: vllm-cost-meter ledger migrate
+    """
+    with one_line_errors(), interruptible():
+        url = ledger_url(ledger, config)
+        done = migrate_ledger(url, time.time_ns())
+
+    def lines() -> Iterable[str]:
+        if done.copy is None:
+            yield f"schema version {done.version_after} already: nothing was changed"
+            return
+        yield f"the ledger as it was: {done.copy.file} ({done.copy.rows:,} rows)"
+        yield f"migrated from schema version {done.version_before} to {done.version_after}"
+        back = f"vllm-cost-meter ledger restore {done.copy.file}"
+        named = "" if ledger is None else f" --ledger {ledger}"
+        yield f"to go back: stop servers, and run `{back}{named}`"
+
+    _answer(_plain(asdict(done)), lines, as_json)
+
+
+def _missing_lines(missing: Mapping[str, list[str]]) -> Iterable[str]:
+    """Yield which bills are missing, run by run."""
+    for run_id, ranges in list(missing.items())[:MISSING_RUNS_MAX]:
+        more = ", and more" if len(ranges) > MISSING_RANGES_MAX else ""
+        yield f"missing bills of run {run_id}: {', '.join(ranges[:MISSING_RANGES_MAX])}{more}"
+    if len(missing) > MISSING_RUNS_MAX:
+        yield f"and of {len(missing) - MISSING_RUNS_MAX} more runs; --json lists them"
+
+
+def _plain(answer: Any) -> Any:
+    """Return an answer as JSON can have it: files by their names."""
+    if isinstance(answer, dict):
+        return {name: _plain(value) for name, value in answer.items()}
+    return str(answer) if isinstance(answer, Path) else answer
+
+
+def _answer(answer: Any, lines: Callable[[], Iterable[str]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        print_lines(lines())
