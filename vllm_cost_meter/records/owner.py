@@ -56,8 +56,6 @@ COVERS_TEXT: Mapping[Covers, str] = {
     WITH_CHILDREN: "with all tenants below it",
     OWN: "on its own",
 }
-# The slash stands between a tenant and its child.
-SLASH = "/"
 # Stands between the names in `Owner.above_text`. No name contains it, because names are printable.
 BETWEEN = "\n"
 
