@@ -278,6 +278,8 @@ class Server:
         answers = asyncio.create_task(reader.read())
         try:
             for piece in pieces:
+                if writer.transport.is_closing():  # The server may close first, as after a 401.
+                    break
                 writer.write(piece)
                 await writer.drain()
                 await asyncio.sleep(0.001 if len(pieces) > 1 else 0)
