@@ -292,6 +292,15 @@ def writing(engine: Engine) -> Engine:
     return engine.execution_options(**{WRITE_OPTION: True})
 
 
+def refuse_newer(version: int, name: str) -> None:
+    """Raise LedgerError for a schema's version that this cost meter does not know."""
+    if version > SCHEMA_VERSION:
+        raise LedgerError(
+            f"{name}: has schema version {version}, this cost meter knows {SCHEMA_VERSION};"
+            " upgrade vllm-cost-meter or use another ledger"
+        )
+
+
 def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
     found = _version(engine)
     if create and (found is None or found < SCHEMA_VERSION):
@@ -299,11 +308,7 @@ def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
         found = _version(engine)
     if found is None:
         raise LedgerError(f"ledger {shown}: holds no ledger (no table schema_version)")
-    if found > SCHEMA_VERSION:
-        raise LedgerError(
-            f"ledger {shown}: has schema version {found}, this cost meter knows"
-            f" {SCHEMA_VERSION}; upgrade vllm-cost-meter or use another ledger"
-        )
+    refuse_newer(found, f"ledger {shown}")
     if found < SCHEMA_VERSION:
         raise LedgerError(
             f"ledger {shown}: has schema version {found}, this cost meter needs {SCHEMA_VERSION};"

@@ -9,8 +9,9 @@ Closing a descriptor drops all POSIX locks of its process on the file. So the lo
 child process, which has nothing to do with SQLite. That also proves that this process itself has no
 connection to the file. The child ends with the block, or with this process.
 
-A server may have no connection at a moment. It then holds the lock of its applier, a file in the
-folder `LEDGER.journal`.
+A server may have no connection at a moment. If there is a file `applier.lock` in the folder
+`LEDGER.journal`, its lock counts too: whoever feeds a ledger from elsewhere holds it all the time.
+No server makes that file yet.
 
 Invariant: within `alone`, no process has the ledger open by SQLite.
 """
@@ -86,7 +87,7 @@ def alone(path: Path, *, wait_s: float = WAIT_S) -> Iterator[None]:
 
 @contextmanager
 def _applier_kept_off(path: Path) -> Iterator[None]:
-    """Hold the lock of a server's applier, if there is such a file. Raises LedgerError."""
+    """Hold the lock of whoever feeds the ledger, if there is such a file. Raises LedgerError."""
     lock = path.with_name(path.name + ".journal") / "applier.lock"
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -31,7 +31,7 @@ from vllm_cost_meter.ledger.schema import (
     snapshots,
     usage_pieces,
 )
-from vllm_cost_meter.ledger.upkeep.copies import faults, version_of
+from vllm_cost_meter.ledger.upkeep.copies import column_names, faults, version_of
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     connect,
     existing,
@@ -127,12 +127,7 @@ def _tables(connection: sqlite3.Connection) -> LedgerCheck:
     """Look for the tables, columns and indexes of the schema."""
     lacking = []
     for table in metadata.sorted_tables:
-        columns = {
-            name
-            for (name,) in connection.execute(
-                "SELECT name FROM pragma_table_info(?)", (table.name,)
-            )
-        }
+        columns = column_names(connection, table.name)
         lacking += [f"{table.name}.{c.name}" for c in table.c if c.name not in columns]
         indexes = {
             name

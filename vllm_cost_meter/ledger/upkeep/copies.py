@@ -18,7 +18,8 @@ from pathlib import Path
 from sqlalchemy import MetaData, func, select
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
+from vllm_cost_meter.ledger.database import refuse_newer
+from vllm_cost_meter.ledger.schema import metadata, schema_version
 from vllm_cost_meter.ledger.upkeep.alone import alone
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     FreeBytes,
@@ -124,15 +125,6 @@ def recorded_version(connection: sqlite3.Connection) -> int | None:
     return None if version is None else int(version)
 
 
-def refuse_newer(version: int, name: str) -> None:
-    """Raise LedgerError for a version that this cost meter does not know."""
-    if version > SCHEMA_VERSION:
-        raise LedgerError(
-            f"{name}: has schema version {version}, this cost meter knows {SCHEMA_VERSION};"
-            " upgrade vllm-cost-meter or use another ledger"
-        )
-
-
 def faults(connection: sqlite3.Connection, *, full: bool) -> list[str]:
     """Return what SQLite finds wrong with a file; `full` reads the indexes too."""
     pragma = "integrity_check" if full else "quick_check"
@@ -147,6 +139,12 @@ def count_rows(path: Path) -> int:
     """Return the number of all rows of a ledger, whatever the version of its schema."""
     with sqlite_errors(path, "read"), closing(connect(path)) as connection:
         return sum(rows_by_table(connection).values())
+
+
+def column_names(connection: sqlite3.Connection, table: str) -> frozenset[str]:
+    """Return the names of the columns that a table has in this file; none without the table."""
+    named = "SELECT name FROM pragma_table_info(?)"
+    return frozenset(name for (name,) in connection.execute(named, (table,)))
 
 
 def rows_by_table(connection: sqlite3.Connection, among: MetaData = metadata) -> dict[str, int]:

@@ -42,7 +42,7 @@ from vllm_cost_meter.ledger.schema import (
     metadata,
     open_requests,
 )
-from vllm_cost_meter.ledger.upkeep.copies import copy_pages, sound_version
+from vllm_cost_meter.ledger.upkeep.copies import column_names, copy_pages, sound_version
 from vllm_cost_meter.ledger.upkeep.kinds import ORIGIN, RowKind, kind_of_rows
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     FreeBytes,
@@ -139,13 +139,7 @@ def _copied(path: Path, file: Path) -> Iterator[_Other]:
         copy_pages(file, part)
         sound_version(part, str(file))
         with closing(connect(part)) as plain:
-            columns = {
-                name: frozenset(
-                    column
-                    for (column,) in plain.execute("SELECT name FROM pragma_table_info(?)", (name,))
-                )
-                for name in metadata.tables
-            }
+            columns = {name: column_names(plain, name) for name in metadata.tables}
         open_database(url_of(part)).dispose()
         yield _Other(file, part, columns)
 

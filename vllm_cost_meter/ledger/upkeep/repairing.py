@@ -21,7 +21,7 @@ from sqlalchemy import func, insert, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import open_database, url_of, writing
+from vllm_cost_meter.ledger.database import open_database, refuse_newer, url_of, writing
 from vllm_cost_meter.ledger.migrations import MIGRATIONS
 from vllm_cost_meter.ledger.migrations import Column as AddedColumn
 from vllm_cost_meter.ledger.queries.audit import missing_bills
@@ -43,7 +43,6 @@ from vllm_cost_meter.ledger.upkeep.btree import (
 from vllm_cost_meter.ledger.upkeep.copies import (
     faults,
     recorded_version,
-    refuse_newer,
     rows_by_table,
 )
 from vllm_cost_meter.ledger.upkeep.forms import TableForm
