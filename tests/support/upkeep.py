@@ -16,6 +16,7 @@ from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.snapshot import ClassTotals
 
+ROOT = Path(__file__).parents[2]
 Rows = dict[str, set[tuple[Any, ...]]]
 
 
@@ -82,9 +83,9 @@ class Server:
 @contextmanager
 def server(path: Path, commits_per_s: float = 0) -> Iterator[Server]:
     """Run such a process; it commits one bill before it is there, then so many each second."""
-    command = [sys.executable, __file__, str(path), str(commits_per_s)]
+    command = [sys.executable, "-m", "tests.support.upkeep", str(path), str(commits_per_s)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
         try:
             yield Server(process)
         finally:

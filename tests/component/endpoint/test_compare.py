@@ -233,6 +233,8 @@ def test_one_child_at_a_time_is_held_back_ended_in_time_and_told_no_secret(reade
         assert time.monotonic() < deadline, "no child that is held back"
         time.sleep(0.02)
     (child,) = set(children()) - before
+    while not (child / "environ").read_bytes():  # the kernel is about to start its program
+        assert time.monotonic() < deadline, "a child that never started its program"
     assert f"COST_METER_LEDGER={url}".encode() in (child / "environ").read_bytes().split(b"\0")
     assert b"timeout=7" not in (child / "cmdline").read_bytes()
     with pytest.raises(ComparingError, match="another comparison is running"):
