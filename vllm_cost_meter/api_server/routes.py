@@ -121,7 +121,11 @@ _RULES: dict[str, _Rule] = {
 # The labels of the routes that use an engine.
 KNOWN_ROUTES = frozenset(_RULES)
 
+# The labels of the meter's own routes on vLLM's port: each tells a tenant its own figures.
+OWN_ROUTES = frozenset({"/v1/cost/me", "/v1/cost/requests/{request_id}"})
+
 _RESPONSE = re.compile(r"/v1/responses/(?!render\Z)[^/]+(/cancel)?\Z")
+_OWN_REQUEST = re.compile(r"/v1/cost/requests/.")
 
 
 def route_of(path: str) -> str:
@@ -130,12 +134,19 @@ def route_of(path: str) -> str:
         return path
     if match := _RESPONSE.match(path):
         return "/v1/responses/{response_id}" + (match[1] or "")
+    if _OWN_REQUEST.match(path):
+        return "/v1/cost/requests/{request_id}"
     return stored(path[:LABEL_CHARS_MAX])
 
 
 def reaches_engine(route: str) -> bool:
     """Return whether requests of a route use an engine; `route` is its label."""
     return route in _RULES
+
+
+def serves_tenants(route: str) -> bool:
+    """Return whether it matters who asks: for an engine's time, or for a tenant's own figures."""
+    return route in _RULES or route in OWN_ROUTES
 
 
 def response_id_of(route: str, external_id: str) -> str | None:

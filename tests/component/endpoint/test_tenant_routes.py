@@ -8,8 +8,11 @@ import pytest
 from fastapi import FastAPI
 
 from tests.support.coarse import assert_coarse
+from tests.support.key_check import AuthenticationMiddleware
 from tests.support.openapi import assert_fits
 from tests.support.world import BODY, JSON, World, replying, scope_of
+from vllm_cost_meter.api_server.middleware import CostMiddleware
+from vllm_cost_meter.api_server.routes import OWN_ROUTES, route_of
 from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
 from vllm_cost_meter.endpoint.own_figures import OwnFiguresOf
 from vllm_cost_meter.endpoint.questions import Questions
@@ -57,21 +60,27 @@ def ask(
     answer: AskSideEndpoint | None = None,
     *,
     is_coarse: bool = False,
+    also: dict[str, str] | None = None,
+    check: type | None = None,
 ) -> httpx.Response:
+    """Ask as a tenant, with further headers `also`; `check` is vLLM's check of keys."""
     reader = LedgerReader(world.runtime.ledger_url)
     app = FastAPI()
     own = OwnFiguresOf(
         reader, lambda: None, lambda: BudgetFigures(BUDGETS), Questions(), lambda: is_coarse
     )
     app.include_router(make_router(answer or own.answer))
+    app.add_middleware(CostMiddleware, runtime=lambda: world.found)
+    if check is not None:
+        app.add_middleware(check, tokens=["acme", "rival"])
 
     async def get() -> httpx.Response:
-        transport = httpx.ASGITransport(world.metered(app))
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://vllm", follow_redirects=True
         ) as client:
             headers = {} if key is None else {"authorization": f"Bearer {key}"}
-            return await client.get(path, headers=headers)
+            return await client.get(path, headers={**headers, **(also or {})})
 
     try:
         return asyncio.run(get())
@@ -126,6 +135,29 @@ def test_without_the_api_key_of_a_tenant_nothing_is_told(world, key, path):
     reply = ask(world, path, key)
     assert reply.status_code == 401
     assert "acme" not in reply.text
+
+
+@pytest.mark.parametrize("path", ["/v1/cost/me", "/v1/cost/requests/of-acme"])
+def test_keys_of_two_tenants_are_refused_as_a_completion_with_them_is(world, path):
+    reply = ask(world, path, also={"x-api-key": "rival"})
+    completion = scope_of(headers=[(b"authorization", b"Bearer acme"), (b"x-api-key", b"rival")])
+    refused = world.run(replying(JSON, [BODY]), completion)
+    assert (reply.status_code, refused.status) == (400, 400)
+    assert reply.json()["error"]["code"] == "contradicting_credentials"
+    assert reply.content == refused.body
+
+
+@pytest.mark.parametrize("path", ["/v1/cost/me", "/v1/cost/requests/of-acme"])
+def test_where_vllm_checks_keys_the_one_that_it_admitted_says_who_asks(world, path):
+    told = ask(world, path, also={"x-api-key": "rival"}, check=AuthenticationMiddleware)
+    assert (told.status_code, told.json()["tenant"]) == (200, "acme")
+
+
+def test_the_meter_knows_its_own_routes_by_their_labels():
+    paths = {route.path_format for route in make_router(nobody).routes}
+    assert paths == OWN_ROUTES
+    asked = ["/v1/cost/me", "/v1/cost/requests/of-acme", "/v1/cost/requests/a/b"]
+    assert {route_of(path) for path in asked} == OWN_ROUTES
 
 
 def test_nothing_else_of_the_meter_is_there(world):

@@ -107,6 +107,7 @@ def test_known_paths_are_their_own_label(path):
         ("/v1/responses/resp_abc", "/v1/responses/{response_id}"),
         ("/v1/responses/resp_abc/cancel", "/v1/responses/{response_id}/cancel"),
         ("/v1/responses/render", "/v1/responses/render"),
+        ("/v1/cost/requests/cmpl-1", "/v1/cost/requests/{request_id}"),
         ("/v1/models", "/v1/models"),
         ("/" + "x" * 500, "/" + "x" * 127),
         ("", ""),

@@ -20,7 +20,7 @@ from typing import Any
 from starlette.routing import BaseRoute, Match, Route, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 
-from vllm_cost_meter.api_server.routes import KNOWN_ROUTES
+from vllm_cost_meter.api_server.routes import KNOWN_ROUTES, OWN_ROUTES
 
 logger = logging.getLogger("vllm.cost_meter")
 
@@ -66,7 +66,8 @@ class KeyCheck:
 
         There the key by which vLLM admitted a request says who asks.
         """
-        guarded = [each for each in KNOWN_ROUTES if not self._check.lets_in(each, ())]
+        known = KNOWN_ROUTES | OWN_ROUTES
+        guarded = [each for each in known if not self._check.lets_in(each, ())]
         return frozenset() if self._check.has_failed else frozenset(guarded)
 
     def does_work(self, scope: Scope) -> bool:
