@@ -26,13 +26,18 @@ def spent() -> Standing:
 def test_the_error_is_the_one_that_a_client_gets():
     lines = section(PAGE, "What clients see").splitlines()
     shown = "".join(line.strip() + " " for line in lines if line[:4] == "    ")
-    told = refusal(Verdict("blocked", spent()), Owner("search"), "/v1/chat/completions")
+    told = refusal(
+        Verdict("blocked", spent()), Owner("search"), "/v1/chat/completions", is_coarse=False
+    )
     assert json.loads(shown) == json.loads(told.body)
 
 
 def test_headers_statuses_and_numbers_are_those_of_the_code():
-    told = refusal(Verdict("blocked", spent()), Owner("search"), "/v1/completions")
-    names = {name.decode() for name, _ in (*told.headers, *warning((spent(),), Owner("search")))}
+    told = refusal(Verdict("blocked", spent()), Owner("search"), "/v1/completions", is_coarse=False)
+    names = {
+        name.decode()
+        for name, _ in (*told.headers, *warning((spent(),), Owner("search"), is_coarse=False))
+    }
     assert set(re.findall(r"`(x-[a-z-]+)", TEXT)) == {name for name in names if name[:2] == "x-"}
     assert f"| {TOO_MANY_REQUESTS}, the error below" in TEXT
     assert f"| {UNAVAILABLE}, code `cost_meter_stale`" in TEXT

@@ -141,8 +141,8 @@ def test_header_names_are_those_of_the_code(page):
     cost = reply.ReplyCost(1, 1, 0, 1, 1, 1, "id", "tenant", "tokens")
     spent = Standing(Budget("b", 1, "usd", "day", tenant="t"), {0: 1}, 0)
     of_budgets = [
-        *warning((spent,), Owner("t")),
-        *refusal(Verdict("blocked", spent), Owner("t"), "").headers,
+        *warning((spent,), Owner("t"), is_coarse=False),
+        *refusal(Verdict("blocked", spent), Owner("t"), "", is_coarse=False).headers,
     ]
     sent = {name.decode() for name, _ in (*reply.headers(cost), *of_budgets)} | {
         BILL_KEY,

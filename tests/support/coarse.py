@@ -1,9 +1,12 @@
 """Look through an answer for a figure that a tenant with coarse figures must not see."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from vllm_cost_meter.reports.coarse import HIDDEN
+
+EXACT_INSTANT = re.compile(r"T\d\d:\d\d:\d\d\.\d{4}")
 
 
 def figures_of(answer: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -24,3 +27,7 @@ def assert_coarse(answer: Any) -> None:
         assert value is None or name not in HIDDEN, name
         if value is not None and name.endswith("_ns"):
             assert value % 1_000_000 == 0, name
+        if value is not None and name.endswith("_ms"):
+            assert value == int(value), name
+        if isinstance(value, str):
+            assert not EXACT_INSTANT.search(value), name

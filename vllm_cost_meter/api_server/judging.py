@@ -46,7 +46,7 @@ async def wait_for_figures(exchange: Exchange | None, admission: Admission | Non
         await admission.first_figures(exchange.owner)
 
 
-def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) -> Judged:
+def judge(exchange: Exchange, admission: Admission | None, settings: Settings) -> Judged:
     """Decide about a new request by its budgets, without any I/O."""
     if exchange.owner == CONTRADICTION and serves_tenants(exchange.route):
         metrics.count_refused("contradicting", "")
@@ -55,10 +55,11 @@ def judge(exchange: Exchange, admission: Admission | None, throttle_s: float) ->
         return ADMITTED
     verdict = admission.admit(exchange)
     if verdict.kind == "admitted":
-        return Judged(warnings=warning(verdict.soft, exchange.owner))
+        warnings = warning(verdict.soft, exchange.owner, is_coarse=settings.is_coarse)
+        return Judged(warnings=warnings)
     if verdict.kind == "throttled":
-        return Judged(delay_s=throttle_s)
-    return Judged(refusal(verdict, exchange.owner, exchange.route))
+        return Judged(delay_s=settings.budget_throttle_s)
+    return Judged(_refusal(verdict, exchange, settings))
 
 
 def judge_access(exchange: Exchange, scope: Scope, settings: Settings) -> Judged:
@@ -66,7 +67,13 @@ def judge_access(exchange: Exchange, scope: Scope, settings: Settings) -> Judged
     return Judged(refusal_of_unnamed(scope, exchange.route, exchange.owner, settings))
 
 
-def refuse_birth(exchange: Exchange | None, admission: Admission | None) -> Refusal | None:
+def _refusal(verdict: Verdict, exchange: Exchange, settings: Settings) -> Refusal:
+    return refusal(verdict, exchange.owner, exchange.route, is_coarse=settings.is_coarse)
+
+
+def refuse_birth(
+    exchange: Exchange | None, admission: Admission | None, settings: Settings
+) -> Refusal | None:
     """Return the reply to a request that may have no further engine request, None if it may.
 
     From then on it is the reply of the exchange.
@@ -76,7 +83,7 @@ def refuse_birth(exchange: Exchange | None, admission: Admission | None) -> Refu
     verdict = admission.refused_birth(exchange)
     if verdict is None:
         return None
-    exchange.refusal = refusal(verdict, exchange.owner, exchange.route)
+    exchange.refusal = _refusal(verdict, exchange, settings)
     return exchange.refusal
 
 
@@ -105,5 +112,5 @@ def judge_unmetered(
         if owner == CONTRADICTION:
             return Judged(contradicting(route))
         if fails_closed(owner, settings.failing_closed):
-            return Judged(refusal(_DOWN, owner, route))
+            return Judged(refusal(_DOWN, owner, route, is_coarse=settings.is_coarse))
     return ADMITTED

@@ -235,8 +235,7 @@ def _judged(
         access = runtime.guard.run("access", judge_access, exchange, scope, settings) or ADMITTED
         if access.refusal is not None:
             return access
-        throttle_s = settings.budget_throttle_s
-        judged = runtime.guard.run("budgets", judge, exchange, runtime.admission, throttle_s)
+        judged = runtime.guard.run("budgets", judge, exchange, runtime.admission, settings)
         if judged is not None:
             return judged
     return judge_unmetered(scope, settings, checked)

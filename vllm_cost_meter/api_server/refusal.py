@@ -5,7 +5,8 @@ The error has OpenAI's form, so its SDKs raise the same error as for a spent quo
 form. docs/howto/budgets.md lists both.
 
 A budget may be used by others too, by its tag or as that of a common parent. Then a client is told
-only that there is one and when it resets: its name and its amounts say what the others did.
+only that there is one and when it resets: its name and its amounts say what the others did. Where
+tenants see coarse figures, the amounts are coarse here too (`is_coarse`).
 
 Invariant: a client is told nothing about other tenants.
 """
@@ -14,6 +15,7 @@ import orjson
 
 from vllm_cost_meter.exchange import Refusal
 from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.reports.coarse import coarse_use
 from vllm_cost_meter.tenants.budgets import Standing, Verdict
 
 BAD_REQUEST = 400
@@ -30,14 +32,14 @@ RETRY_FULL_S = 1
 Headers = list[tuple[bytes, bytes]]
 
 
-def refusal(verdict: Verdict, owner: Owner, route: str) -> Refusal:
+def refusal(verdict: Verdict, owner: Owner, route: str, *, is_coarse: bool) -> Refusal:
     """Return the reply to a request that is blocked, one too many, or refused for stale figures."""
     standing = verdict.standing
     if standing is None:
         return _unavailable(verdict, owner, route)
     if verdict.kind == "full":
         return _full(standing, owner, route)
-    return _spent(standing, owner, route)
+    return _spent(standing, owner, route, is_coarse)
 
 
 def _unavailable(verdict: Verdict, owner: Owner, route: str) -> Refusal:
@@ -68,15 +70,15 @@ def _full(standing: Standing, owner: Owner, route: str) -> Refusal:
     )
 
 
-def _spent(standing: Standing, owner: Owner, route: str) -> Refusal:
+def _spent(standing: Standing, owner: Owner, route: str, is_coarse: bool) -> Refusal:
     budget = standing.budget
     headers = [(b"x-should-retry", b"false")]
     if budget.is_shared(owner):
         what = f"{SHARED} is used up"
     else:
         what = (
-            f"budget {budget.name!r} is used up: {budget.shown(standing.total or 0)} of"
-            f" {budget.shown(budget.limit)} in its period ({_period(standing)})"
+            f"budget {budget.name!r} is used up: {_use(standing, is_coarse)} in its period"
+            f" ({_period(standing)})"
         )
         headers.append((b"x-cost-meter-budget", _header_text(budget.name)))
     headers.append((b"x-cost-meter-budget-reset", standing.resets_at().isoformat().encode()))
@@ -115,20 +117,27 @@ def unauthorized(message: str, route: str) -> Refusal:
     )
 
 
-def warning(standings: tuple[Standing, ...], owner: Owner) -> Headers:
+def warning(standings: tuple[Standing, ...], owner: Owner, *, is_coarse: bool) -> Headers:
     """Return the headers that warn of budgets at their soft limit."""
     return [
-        (b"x-cost-meter-budget-warning", _header_text(_warning(standing, owner)))
+        (b"x-cost-meter-budget-warning", _header_text(_warning(standing, owner, is_coarse)))
         for standing in standings
     ]
 
 
-def _warning(standing: Standing, owner: Owner) -> str:
+def _warning(standing: Standing, owner: Owner, is_coarse: bool) -> str:
     budget = standing.budget
     if budget.is_shared(owner):
         return f"{SHARED} is nearly used up; resets {standing.reset_text()}"
-    used, limit = budget.shown(standing.total or 0), budget.shown(budget.limit)
-    return f"{budget.name}: {used} of {limit} used; resets {standing.reset_text()}"
+    return f"{budget.name}: {_use(standing, is_coarse)} used; resets {standing.reset_text()}"
+
+
+def _use(standing: Standing, is_coarse: bool) -> str:
+    """Return what is used of a budget, and its limit."""
+    budget, used = standing.budget, standing.total or 0
+    if is_coarse:
+        used = coarse_use(used, budget.unit, budget.limit)
+    return f"{budget.shown(used)} of {budget.shown(budget.limit)}"
 
 
 def _reply(

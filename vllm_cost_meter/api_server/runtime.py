@@ -74,7 +74,7 @@ class Runtime:
             self.guard,
             lambda: self.settings,
             open_requests=open_requests,
-            refuses=lambda exchange: refuse_birth(exchange, self.admission),
+            refuses=lambda exchange: refuse_birth(exchange, self.admission, self.settings),
         )
         # Served model names, the default first; empty until `start`.
         self.served: tuple[str, ...] = ()

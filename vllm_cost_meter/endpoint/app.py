@@ -175,16 +175,17 @@ def _add_budget_route(app: FastAPI, budgets: Callable[[], BudgetFigures]) -> Non
     def standings(viewer: ViewerOf) -> Budgets:
         """Return the use of each budget in its period, as new requests are judged by it."""
         figures = budgets()
-        return {
+        answer: Budgets = {
             "as_of": None if figures.as_of_ns is None else rfc3339(figures.as_of_ns),
             "broken": figures.broken,
             # A tag's budget counts several tenants together, so no single tenant may see it.
             "budgets": [
-                viewer.view(budget_row(standing))
+                budget_row(standing)
                 for standing in figures.standings
                 if viewer.may_see(standing.budget.tenant, standing.budget.above)
             ],
         }
+        return viewer.view(answer)
 
 
 def look_up(

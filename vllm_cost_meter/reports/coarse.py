@@ -66,6 +66,11 @@ def coarse_phases(gpu_time_ns: int, prefill_ns: int) -> tuple[int, int, int]:
     return shown, prefill, shown - prefill
 
 
+def coarse_use(amount: int, unit: str, limit: int) -> int:
+    """Return the use of a budget to 1 ms of GPU time, or to a thousandth of its limit in USD."""
+    return _rounded(amount, NS_PER_MS if unit == "gpu_seconds" else max(limit // 1_000, 1))
+
+
 def _coarse(value: Any, name: str = "") -> Any:
     if isinstance(value, Mapping):
         return _coarse_fields(value)
@@ -115,13 +120,11 @@ def _put_money(
 
 
 def _budget(fields: Mapping[str, Any]) -> dict[str, int | None]:
-    """Return the use of a budget to 1 ms of GPU time, or to a thousandth of its limit in USD."""
-    step = NS_PER_MS if fields["unit"] == "gpu_seconds" else max(fields["limit"] // 1_000, 1)
-
-    def shown(amount: int | None) -> int | None:
-        return None if amount is None else _rounded(amount, step)
-
-    return {name: shown(fields[name]) for name in ("used", "over")}
+    amounts = {name: fields[name] for name in ("used", "over")}
+    return {
+        name: None if amount is None else coarse_use(amount, fields["unit"], fields["limit"])
+        for name, amount in amounts.items()
+    }
 
 
 def _rounded(amount: int, step: int) -> int:

@@ -116,6 +116,15 @@ def test_a_request_whose_budget_is_spent_meanwhile_has_no_further_engine_request
     assert world.rows("SELECT count(*) FROM requests") == [(SPENT_AFTER,)]
 
 
+def test_a_refused_birth_tells_coarse_amounts_where_tenants_see_such(make_world):
+    world = held_world(make_world, gpu_seconds="0.01")
+    coarse = {"tenant_detail": "coarse"}
+    world.runtime.settings = world.runtime.settings.model_copy(update=coarse)
+    client = world.run(Beams(world), as_tenant("acme"))
+    message = json.loads(client.body)["error"]["message"]
+    assert message.startswith("budget 'prepaid' is used up: 0.012 GPU-seconds of 0.01 GPU-seconds")
+
+
 def test_the_refusal_of_anthropics_messages_has_their_frame(world):
     client = world.run(Beams(world), as_tenant("acme", "/v1/messages"))
     content = json.loads(client.body)

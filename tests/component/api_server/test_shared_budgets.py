@@ -1,4 +1,7 @@
-"""What a client is told of a budget that others use too: that there is one, and when it resets."""
+"""What a client is told of a budget: nothing of others that use it too, coarse amounts if so set.
+
+Of a budget that others use it is told that there is one, and when it resets.
+"""
 
 import hashlib
 import json
@@ -125,3 +128,25 @@ def test_an_amount_that_is_unknown_is_told_without_the_name_of_the_budget(make_w
     client = ask(world)
     assert client.status == 503
     assert "blue" not in everything_told(client)
+
+
+@pytest.mark.parametrize(
+    ("unit", "use", "spent", "warned"),
+    [
+        ("gpu_seconds", 1_234_567, "0.012 GPU-seconds of 0.01", "0.001 GPU-seconds of 0.01"),
+        ("usd", 1_234_567, "0.01235 USD of 0.01", "0.00123 USD of 0.01"),
+    ],
+)
+def test_coarse_figures_are_coarse_in_refusals_and_warnings_too(
+    make_world, unit, use, spent, warned
+):
+    budget = {"name": "b", "tenant": "acme", unit: "0.01", "soft_percent": 1}
+    tenants = [{"name": "acme", "api_key_sha256": key_of("acme")}]
+    world = make_world(tenants=tenants, budgets=[budget], tenant_detail="coarse")
+    held(world.runtime)
+    stand_at(world, "b", 10 * use)
+    message = json.loads(ask(world).body)["error"]["message"]
+    assert f"is used up: {spent}" in message
+    stand_at(world, "b", use)
+    told = dict(ask(world).headers)[b"x-cost-meter-budget-warning"].decode()
+    assert told.startswith(f"b: {warned}")

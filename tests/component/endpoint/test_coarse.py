@@ -22,7 +22,7 @@ TENANT = {"authorization": "Bearer key"}
 def side(tmp_path):
     reader = small_ledger(tmp_path)
     budget = Budget("search's", 10**9, "gpu_seconds", "day", tenant="search")
-    figures = BudgetFigures([Standing(budget, {0: 1_234_567}, 0)])
+    figures = BudgetFigures([Standing(budget, {0: 1_234_567}, 0)], as_of_ns=1_234_567)
     access = Access(sha256("admin"), lambda: {sha256("key"): "search"}, lambda: True)
     with TestClient(make_app(reader, access=access, budgets=lambda: figures)) as client:
         yield client
