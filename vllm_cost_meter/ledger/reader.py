@@ -30,7 +30,7 @@ from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut,
 from vllm_cost_meter.ledger.queries.open_requests import Living, running_parts
 from vllm_cost_meter.ledger.queries.pages import PageKey, exchanges, page_of_keys, rows_of_parts
 from vllm_cost_meter.ledger.queries.requests import Match
-from vllm_cost_meter.ledger.queries.seen import unseen
+from vllm_cost_meter.ledger.queries.seen import unseen, unseen_tags
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.records.owner import WITH_CHILDREN, Covers, TenantScope
@@ -339,6 +339,11 @@ class LedgerReader:
         """Return those names of which the ledger has no request, nor of a child of them."""
         with self.transaction() as connection:
             return unseen(connection, names)
+
+    def unseen_tags(self, tags: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return those tags, as (key, value), that no request in the ledger has. Reads them all."""
+        with self.transaction() as connection:
+            return unseen_tags(connection, tags)
 
     def cost_models(self, run_id: str | None = None) -> list[CostModelRow]:
         """Return the latest cost model of each run, newest first; or all versions of one run."""

@@ -5,7 +5,12 @@ import pytest
 from tests.support.world import BODY, JSON, replying, scope_of
 from vllm_cost_meter.api_server.budgets.names import BudgetNames
 
-RULES = [{"rule": "header", "name": "x-tenant", "trust": "everyone"}, {"rule": "user"}]
+HEADER = {"rule": "header", "trust": "everyone"}
+RULES = [
+    {**HEADER, "name": "x-tenant"},
+    {**HEADER, "name": "x-team", "names": "tag", "tag": "team"},
+    {"rule": "user"},
+]
 TENANTS = [{"name": "search", "tags": {"team": "a"}}, {"name": "idle one"}]
 
 
@@ -17,11 +22,12 @@ def budget(name: str, **of: str) -> dict:
 def warned(make_world, caplog):
     """Return what makes a world with budgets, has tenants ask, and returns the warnings."""
 
-    def look(*budgets: dict, asking: tuple[str, ...] = ()) -> list[str]:
+    def look(*budgets: dict, asking: tuple[str, ...] = (), team: bytes = b"") -> list[str]:
         world = make_world(tenants=TENANTS, tenant_rules=RULES, budgets=budgets)
         for number, name in enumerate(asking):
+            headers = [(b"x-tenant", name.encode()), (b"x-team", team)]
             app = replying(JSON, [BODY], lambda number=number: world.engine.generate(f"r{number}"))
-            assert world.run(app, scope_of(headers=[(b"x-tenant", name.encode())])).status == 200
+            assert world.run(app, scope_of(headers=headers)).status == 200
         world.runtime.writer.commit().result(10)
         names = BudgetNames(world.runtime.ledger_url)
         for _ in range(2):  # the second time nothing is new
@@ -47,4 +53,18 @@ def test_who_is_declared_or_was_seen_is_not_warned_of(warned):
 
 def test_a_tag_that_nobody_has_is_warned_of(warned):
     (line,) = warned(budget("b", tag="team=b"), budget("c", tag="team=a"))
-    assert line.endswith("budget 'b' covers nobody so far: no declared tenant has the tag 'team=b'")
+    assert line == (
+        "cost meter: budget 'b' covers nobody so far: no declared tenant has the tag 'team=b', and"
+        " the ledger has no request with it"
+    )
+
+
+def test_a_tag_that_a_header_once_brought_is_not_warned_of(warned):
+    budgets = [budget("b", tag="team=b_c"), budget("c", tag="team=b"), budget("d", tag="team=bxc")]
+    asked = warned(*budgets, asking=("any",), team=b"b_c")
+    assert [line.split("'")[1] for line in asked] == ["c", "d"]
+
+
+def test_a_tag_is_compared_letter_by_letter(warned):
+    (line,) = warned(budget("b", tag="team=B"), asking=("any",), team=b"b")
+    assert "'team=B'" in line
