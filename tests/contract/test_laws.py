@@ -33,7 +33,7 @@ FLOORS: dict[int, set[str]] = {
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # What each room may import besides the standard library, and lower floors.
 THIRD_PARTIES: dict[str, set[str]] = {
-    "api_server": {"msgspec", "orjson", "starlette"},
+    "api_server": {"fastapi", "msgspec", "orjson", "starlette"},
     "cli": {"rich", "sqlalchemy", "typer"},
     "config": {"genai_prices", "pydantic", "pydantic_settings", "tomlkit"},
     "console": {"rich"},

@@ -7,12 +7,15 @@ vLLM's and the real middleware. The real check is asked in tests/integration/tes
 import asyncio
 import hashlib
 import logging
+import re
 from types import SimpleNamespace
 
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI, WebSocket
 from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute, Match, Mount
+from starlette.staticfiles import StaticFiles
 
 from tests.support.world import World
 from vllm_cost_meter.api_server.access.key_check import KeyCheck
@@ -78,8 +81,31 @@ def vllm_app(*, tokens=(ACME, OPERATOR), middleware=()) -> FastAPI:
     return app
 
 
-def served(world: World, path: str, key: str | None, *, method="POST", **options) -> httpx.Response:
-    app = vllm_app(middleware=[world.metered], **options)
+def with_mounts(**options) -> FastAPI:
+    """Return the application with others below it, one of which keeps its routes to itself."""
+    app, inner, innermost = vllm_app(**options), FastAPI(), FastAPI()
+
+    async def answer() -> dict[str, str]:
+        return {"served": "yes"}
+
+    for each in (inner, innermost):
+        each.post("/work")(answer)
+        each.get("/work")(answer)
+        each.post("/tokenize")(answer)
+    inner.mount("/deeper", innermost)
+    app.mount("/sub", inner)
+    app.mount("/opaque", lambda *asgi: JSONResponse({"served": "yes"})(*asgi))
+    app.mount("/static", StaticFiles(directory="."))
+    metrics = Mount("/metrics", lambda *asgi: JSONResponse({})(*asgi))
+    metrics.path_regex = re.compile("^/metrics(?P<path>.*)$")  # as vLLM has it
+    app.routes.append(metrics)
+    return app
+
+
+def served(
+    world: World, path: str, key: str | None, *, method="POST", made=vllm_app, **options
+) -> httpx.Response:
+    app = made(middleware=[world.metered], **options)
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
 
     async def ask() -> httpx.Response:
@@ -151,6 +177,41 @@ def test_routes_that_do_no_work_stay_open(refusing, path):
     assert served(refusing, path, None, method="GET").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/sub/work", "/sub/deeper/work", "/sub/tokenize", "/opaque/x"])
+def test_a_route_of_a_mounted_application_is_judged_as_any_other(refusing, path):
+    for key, status in ((None, 401), (OPERATOR, 200)):
+        assert served(refusing, path, key, made=with_mounts).status_code == status
+
+
+@pytest.mark.parametrize("path", ["/sub/work", "/sub/deeper/work", "/opaque/x", "/metrics"])
+def test_what_reads_in_a_mounted_application_stays_open(refusing, path):
+    assert served(refusing, path, None, method="GET", made=with_mounts).status_code == 200
+    assert served(refusing, "/tokenize", None, made=with_mounts).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/sub/nothing", "/static/x"])
+def test_what_a_mounted_application_does_not_serve_is_no_work(refusing, path):
+    assert served(refusing, path, None, made=with_mounts).status_code in (404, 405)
+
+
+def test_a_route_of_a_kind_that_nobody_knows_counts_as_work(refusing):
+    class Odd(BaseRoute):
+        def matches(self, scope):
+            return (Match.FULL if scope["path"] == "/odd" else Match.NONE), {}
+
+        async def handle(self, scope, receive, send):
+            await JSONResponse({})(scope, receive, send)
+
+    def with_odd(**options):
+        app = vllm_app(**options)
+        app.routes.append(Odd())
+        return app
+
+    assert served(refusing, "/odd", None, made=with_odd).status_code == 401
+    assert served(refusing, "/odd", OPERATOR, made=with_odd).status_code == 200
+    assert served(refusing, "/odd", None, method="GET", made=with_odd).status_code == 200
+
+
 def test_without_keys_of_vllm_the_name_alone_counts(refusing):
     assert served(refusing, "/pooling", None, tokens=()).status_code == 401
     assert served(refusing, "/pooling", ACME, tokens=()).status_code == 200
@@ -187,6 +248,13 @@ def test_open_routes_are_found_in_the_application():
     expected = ["POST /pooling", "POST /invocations", "POST /brand_new/{name}"]
     assert KeyCheck(vllm_app()).open_routes() == expected
     assert KeyCheck(vllm_app(tokens=())).open_routes() == [], "nothing is guarded without keys"
+
+
+def test_open_routes_of_mounted_applications_are_found_too():
+    found = KeyCheck(with_mounts()).open_routes()[3:]
+    at_sub = ["POST /sub/work", "POST /sub/tokenize"]
+    deeper = ["POST /sub/deeper/work", "POST /sub/deeper/tokenize"]
+    assert found == [*at_sub, *deeper, "ANY /opaque"]
 
 
 def test_a_key_check_that_fails_or_waits_lets_nobody_in(caplog):

@@ -5,29 +5,23 @@ routes. So neither is listed here. The routes are those of the running applicati
 vLLM's own middleware, made a second time with the same keys around an application that only notes
 that it was reached: a path is open if that happens without a key.
 
-A route does work if its method changes something (POST and the like) or it is a WebSocket. The few
-such routes that are known to leave the engines alone are left out, so an unknown route counts as
-one that does work.
-
 Invariant: nothing here raises or keeps a key.
 """
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from starlette.routing import BaseRoute, Match, Route, WebSocketRoute
+from starlette.routing import BaseRoute
 from starlette.types import Message, Receive, Scope, Send
 
+from vllm_cost_meter.api_server.access.app_routes import does_work, working_routes
 from vllm_cost_meter.api_server.routes import KNOWN_ROUTES, OWN_ROUTES
 
 logger = logging.getLogger("vllm.cost_meter")
 
 _AUTHENTICATION = "AuthenticationMiddleware"
-_WORKING_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
-# These count tokens or answer at once, in the API server.
-_IDLE_PATHS = frozenset({"/tokenize", "/detokenize", "/ping", "/is_scaling_elastic_ep"})
 # Every vLLM guards its OpenAI routes.
 _GUARDED_PATH = "/v1/models"
 
@@ -39,7 +33,6 @@ class KeyCheck:
 
     def __init__(self, app: Any) -> None:
         self._routes: Sequence[BaseRoute] = getattr(app, "routes", ())
-        self._app = app
         self._check = _Probe(getattr(app, "user_middleware", ()))
 
     @property
@@ -56,8 +49,7 @@ class KeyCheck:
             return []
         return [
             f"{method} {path}"
-            for route in self._routes
-            for method, path in _work_of(route)
+            for method, path in working_routes(self._routes)
             if self._check.lets_in(re.sub(r"{[^}]*}", "x", path), ())
         ]
 
@@ -72,11 +64,7 @@ class KeyCheck:
 
     def does_work(self, scope: Scope) -> bool:
         """Return whether the route that serves this request does work."""
-        for route in self._routes:
-            match, _ = route.matches(scope)
-            if match is Match.FULL:
-                return any(_work_of(route))
-        return False
+        return does_work(self._routes, scope)
 
     def accepts(self, headers: RawHeaders) -> bool:
         """Return whether vLLM would let a caller with these headers in where it checks keys."""
@@ -128,15 +116,6 @@ class _Probe:
 
 def _is_authentication(kind: type) -> bool:
     return kind.__name__ == _AUTHENTICATION and kind.__module__.partition(".")[0] == "vllm"
-
-
-def _work_of(route: BaseRoute) -> Iterator[tuple[str, str]]:
-    """Yield the methods of a route that do work, with its path; `WEBSOCKET` for a WebSocket."""
-    if isinstance(route, WebSocketRoute):
-        yield "WEBSOCKET", route.path
-    elif isinstance(route, Route) and route.path not in _IDLE_PATHS:
-        for method in sorted(_WORKING_METHODS & (route.methods or _WORKING_METHODS)):
-            yield method, route.path
 
 
 def _run(awaitable: Any) -> None:
