@@ -184,14 +184,10 @@ class Believed:
 
 
 @dataclass(frozen=True, slots=True)
-class HeaderRule:
-    """Names the tenant by a header.
-
-    `paths` are the declared names with a slash. A header may claim only these names with a slash.
-    """
+class _HeaderRule:
+    """Reads a header that is believed."""
 
     header: Believed
-    paths: Container[str] = frozenset()
 
     @property
     def named_by(self) -> NamedBy:
@@ -200,6 +196,16 @@ class HeaderRule:
     @property
     def headers(self) -> tuple[str, ...]:
         return self.header.headers
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderRule(_HeaderRule):
+    """Names the tenant by a header.
+
+    `paths` are the declared names with a slash. A header may claim only these names with a slash.
+    """
+
+    paths: Container[str] = frozenset()
 
     def tenant(self, asked: Asked) -> str | None:
         """Return the claimed tenant; None without a believed claim that is a valid name.
@@ -211,18 +217,8 @@ class HeaderRule:
 
 
 @dataclass(frozen=True, slots=True)
-class HeaderChildRule:
+class HeaderChildRule(_HeaderRule):
     """Chooses a child of the tenant by a header."""
-
-    header: Believed
-
-    @property
-    def named_by(self) -> NamedBy:
-        return NamedBy("header", self.header.name)
-
-    @property
-    def headers(self) -> tuple[str, ...]:
-        return self.header.headers
 
     def child(self, asked: Asked) -> str | None:
         """Return the child's own name; None without a believed claim that is a valid one.
@@ -233,15 +229,10 @@ class HeaderChildRule:
 
 
 @dataclass(frozen=True, slots=True)
-class HeaderTagRule:
+class HeaderTagRule(_HeaderRule):
     """Adds a tag to the request by a header; a tag that the operator declared stays."""
 
-    header: Believed
     tag: str
-
-    @property
-    def headers(self) -> tuple[str, ...]:
-        return self.header.headers
 
     def value(self, asked: Asked) -> str | None:
         """Return the tag's value; None without a believed claim that is a plain text.
