@@ -56,13 +56,15 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate bench matrix lock vulnerabilities clean
+.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate bench matrix test-ecosystem lock vulnerabilities clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
 	@echo '             MODEL=... another model; DEMO_ARGS=--keep leaves it running'
 	@echo 'make demo-sweep  the same server at several loads: a plot of cost and latency; 5 minutes'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
+	@echo 'make test-ecosystem  the ledger in a real PostgreSQL, routes with a newer FastAPI: a minute;'
+	@echo '             needs the programs of a PostgreSQL server (apt-get install postgresql)'
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
 	@echo 'make docs    the pages of docs/ as one site in site/; a dead link fails'
 	@echo 'make reference  the pages that commands and side endpoint describe themselves'
@@ -95,8 +97,13 @@ ifneq ($(TEST_ARGS),)
 	@$(RUN) python -m pytest $(TEST_ARGS)
 else
 	@$(RUN) python -m pytest tests/integration --durations 20
-	@$(RUN) python -m pytest --ignore tests/integration --numprocesses auto --durations 20
+	@$(RUN) python -m pytest --ignore tests/integration --ignore tests/ecosystem \
+	  --numprocesses auto --durations 20
 endif
+
+# What the meter meets beside vLLM: a real PostgreSQL server, and a FastAPI newer than the lock's.
+test-ecosystem: setup $(VENV)/.ecosystem
+	@$(RUN) python -m pytest tests/ecosystem
 
 check: $(VENV)/.meter
 	$(BIN)/ruff check .
@@ -165,6 +172,11 @@ $(VENV)/.meter: pyproject.toml setup.py $(wildcard csrc/*) $(VENV)/.made
 	@$(BIN)/python -m pip install --no-warn-conflicts 'setuptools>=77,<81' 'Cython>=3.1'
 	@$(BIN)/python -m pip install --no-warn-conflicts --no-build-isolation \
 	  --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.ecosystem: $(VENV)/.meter
+	@echo '==> the driver of PostgreSQL (5 s)'
+	@$(BIN)/python -m pip install --no-warn-conflicts 'psycopg[binary]>=3.2'
 	@touch $@
 
 $(TINY_MODEL): vllm_cost_meter/lab/tiny_model.py | $(VENV)/.vllm $(VENV)/.meter

@@ -61,11 +61,11 @@ def make_runtime(
     folder: Path, open_requests: OpenRequests | None = None, *, opens: bool = True, **settings: Any
 ) -> Runtime:
     """A runtime of its own, with a ledger in the folder that is open already if it `opens`."""
-    given = {"gpu_hour_usd": GPU_HOUR_USD, **settings}
+    ledger = f"sqlite:///{folder / 'ledger.db'}"
+    given = {"gpu_hour_usd": GPU_HOUR_USD, "ledger": ledger, **settings}
     # Tests of the bound set their own; no other may fail because the machine is busy.
     given = {"bill_timeout_ms": 10_000, **given}
-    checked = Settings(ledger=f"sqlite:///{folder / 'ledger.db'}", **given)
-    runtime = Runtime(checked, open_requests=open_requests)
+    runtime = Runtime(Settings(**given), open_requests=open_requests)
     if opens:
         runtime.writer.commit().result(10)
     return runtime

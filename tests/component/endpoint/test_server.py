@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY
 from tests.component.api_server.test_poller import Engines, poller_of, snapshot
 from tests.support.logs import lines_of
 from tests.support.world import make_runtime, worlds
+from vllm_cost_meter.api_server.access.app_routes import each_route
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.side_endpoint import SideEndpoint
 from vllm_cost_meter.config.settings import Settings
@@ -280,7 +281,7 @@ def test_with_the_application_it_starts_once_though_installed_twice_and_takes_a_
         assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
         assert client.calls >= 1
         assert world.runtime.guard.errors == 0
-        assert [getattr(route, "path", None) for route in served.routes].count("/v1/cost/me") == 1
+        assert [each.path for each in each_route(served.routes)].count("/v1/cost/me") == 1
         assert world.runtime.writer.waiting == 0
     assert sum("side endpoint at" in line for line in said(logged)) == 1
 

@@ -23,8 +23,8 @@ WEBSOCKET, ANY = "WEBSOCKET", "ANY"
 _IDLE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 # These count tokens, answer at once in the API server, or show its metrics.
 _IDLE_PATHS = frozenset({"/tokenize", "/detokenize", "/ping", "/is_scaling_elastic_ep", "/metrics"})
-# Returns routes of FastAPI, each with what it has of Starlette's: path, methods, `matches`.
-_each: Callable[[Iterable[Any]], Iterable[Any]] = getattr(
+# Returns each route with what Starlette's have: path, methods, `matches`.
+each_route: Callable[[Iterable[Any]], Iterable[Any]] = getattr(
     fastapi.routing, "iter_route_contexts", iter
 )
 
@@ -34,7 +34,7 @@ def working_routes(routes: Iterable[Any], prefix: str = "") -> Iterator[tuple[st
 
     The method is `WEBSOCKET` for a WebSocket, and `ANY` where nobody can know which there are.
     """
-    for route in _each(routes):
+    for route in each_route(routes):
         path = prefix + (getattr(route, "path", None) or "")
         if inner := _inner(route):
             yield from working_routes(inner, path)
@@ -48,7 +48,7 @@ def does_work(routes: Iterable[Any], scope: Scope, prefix: str = "") -> bool:
     asked = WEBSOCKET if scope["type"] == "websocket" else scope["method"]
     if asked in _IDLE_METHODS:
         return False
-    for route in _each(routes):
+    for route in each_route(routes):
         match, more = route.matches(scope)
         if match is Match.FULL:
             path = prefix + (getattr(route, "path", None) or "")

@@ -54,11 +54,12 @@ class Living:
 
     def is_up(self) -> ColumnElement[bool]:
         """Return the SQL condition on a row of `snapshots`: the engine of the run lives."""
-        # A snapshot from the future says as little of now as one from the past.
-        heard = snapshots.c.taken_at.between(
-            rfc3339(self.now_ns - DEAD_AFTER_NS), rfc3339(self.now_ns + DEAD_AFTER_NS)
-        )
-        return or_(heard, snapshots.c.run_id.in_(self.alive))
+        # A snapshot from the future says as little of now as one from the past. This is no BETWEEN:
+        # PostgreSQL takes no collation in one, and SQLAlchemy gives it that of the column.
+        taken_at = snapshots.c.taken_at
+        earliest = taken_at >= rfc3339(self.now_ns - DEAD_AFTER_NS)
+        latest = taken_at <= rfc3339(self.now_ns + DEAD_AFTER_NS)
+        return or_(and_(earliest, latest), snapshots.c.run_id.in_(self.alive))
 
     def condition(self) -> ColumnElement[bool]:
         """Return the SQL condition on a row of `snapshots`: the run may still write bills."""

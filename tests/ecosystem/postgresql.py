@@ -1,0 +1,133 @@
+"""A real PostgreSQL server in a folder of its own, reached by a Unix socket, for as long as asked.
+
+Its database sorts text by a human language where the server can, as most databases out there do:
+what must compare byte by byte may not rely on the C locale. It runs as an unprivileged user,
+because PostgreSQL refuses root.
+"""
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+USER = "meter"
+# Debian keeps the server's programs out of PATH, a folder for each version.
+DEBIAN = Path("/usr/lib/postgresql")
+START_TIMEOUT_S = 30
+NOT_THERE = (
+    "tests/ecosystem: expected the programs of a PostgreSQL server (initdb, postgres) in PATH or"
+    f" below {DEBIAN}, got none: install one, as `apt-get install postgresql`"
+)
+
+
+def program(name: str) -> str:
+    """Return the path of one of the server's programs. Fails the tests where there is none."""
+    newest = sorted(DEBIAN.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[4]))
+    found = str(newest[-1]) if newest else shutil.which(name)
+    if found is None:
+        pytest.exit(NOT_THERE, returncode=1)
+    return found
+
+
+class Server:
+    """A server that is up."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._databases = 0
+
+    def new_database(self) -> str:
+        """Make a database; return the URL of a ledger in it."""
+        self._databases += 1
+        name = f"ledger{self._databases}"
+        with psycopg.connect(**_at(self._folder), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return f"postgresql+psycopg://{USER}@/{name}?host={self._folder}"
+
+
+@contextmanager
+def postgresql() -> Iterator[Server]:
+    """Serve one in a new folder."""
+    # Not below pytest's folder, which other users may not enter.
+    folder = Path(tempfile.mkdtemp(prefix="cost-meter-pg-"))
+    user = _unprivileged()
+    if user is not None:
+        os.chown(folder, user.pw_uid, user.pw_gid)
+    try:
+        _run(user, [program("initdb"), *_initdb_options(), "-D", str(folder / "data")])
+        with _serving(user, folder):
+            yield Server(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _serving(user: pwd.struct_passwd | None, folder: Path) -> Iterator[None]:
+    options = {"listen_addresses": "", "unix_socket_directories": str(folder), "fsync": "off"}
+    command = [program("postgres"), "-D", str(folder / "data")]
+    command += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd="/", **_as(user))
+    try:
+        _wait(server, folder)
+        yield
+    finally:
+        server.send_signal(signal.SIGINT)  # the fast shutdown: sessions are ended
+        server.wait(START_TIMEOUT_S)
+
+
+def _wait(server: subprocess.Popen[bytes], folder: Path) -> None:
+    until = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            psycopg.connect(**_at(folder)).close()
+            return
+        except psycopg.OperationalError:
+            if server.poll() is not None or time.monotonic() > until:
+                raise AssertionError((folder / "log").read_text()) from None
+            time.sleep(0.05)
+
+
+def _at(folder: Path) -> dict[str, str]:
+    return {"host": str(folder), "user": USER, "dbname": "postgres"}
+
+
+def _initdb_options() -> list[str]:
+    options = ["--auth=trust", f"--username={USER}", "--encoding=UTF8", "--no-sync"]
+    version = re.search(r"\d+", _run(None, [program("initdb"), "--version"]))
+    assert version is not None
+    if int(version[0]) >= 15:
+        return [*options, "--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en-US"]
+    return [*options, "--locale=C.UTF-8"]
+
+
+def _unprivileged() -> pwd.struct_passwd | None:
+    """Return the user to run as; None for this one, which will do unless it is root."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        return pwd.getpwnam("postgres")
+    except KeyError:
+        return pwd.getpwnam("nobody")
+
+
+def _as(user: pwd.struct_passwd | None) -> dict[str, object]:
+    if user is None:
+        return {}
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+def _run(user: pwd.struct_passwd | None, command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", **_as(user))
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,0 +1,270 @@
+"""The ledger in a real PostgreSQL: what it cannot take stops nothing else; answers are SQLite's.
+
+Method: one set of records goes through the writer into PostgreSQL and into SQLite. Every question
+of the reader must have the same answer from both.
+"""
+
+import random
+import string
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from tests.component.ledger.test_reader import HOUR, NOW, http, part, snapshot
+from tests.ecosystem.postgresql import Server
+from tests.support.builders import make_open
+from tests.support.world import BODY, JSON, World, replying, scope_of
+from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
+from vllm_cost_meter.economics import Declared
+from vllm_cost_meter.ledger.economics.query import economics
+from vllm_cost_meter.ledger.queries.cut import AsOf
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.prices.book import PriceBook, PriceEntry
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.client_text import stored
+from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
+from vllm_cost_meter.records.owner import NamedBy, Owner
+from vllm_cost_meter.records.snapshot import ClassTotals
+from vllm_cost_meter.tenants.budgets import Budget
+
+# An index of PostgreSQL takes no more than 2,700 bytes, after it has packed what repeats.
+LONG = "".join(random.Random(1).choices(string.ascii_letters, k=8_000))
+BOOK = PriceBook([PriceEntry("prices[0]", Decimal("2.5"), "list", None)])
+AS_OF = AsOf(now_ns=NOW)
+TAGGED = {"team": "blue"}
+# Names that a human language sorts otherwise than bytes, or takes for one another.
+OWNERS = [
+    Owner("search", NamedBy("api_key"), tags=TAGGED),
+    Owner("Search", NamedBy("api_key")),
+    Owner("search-2", NamedBy("api_key"), tags={"team": "Blue"}),
+    Owner("search/web", NamedBy("api_key"), NamedBy("user"), "search", TAGGED),
+    Owner("sea rch", NamedBy("header", "x-tenant")),
+    Owner("lab", NamedBy("api_key"), parent="search", higher=("group",)),
+    Owner("unknown"),
+    Owner("söl", NamedBy("api_key")),
+]
+
+
+def rows(url: str, query: str) -> list[tuple[Any, ...]]:
+    engine = create_engine(url)
+    try:
+        with engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(text(query))]
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture
+def writer(url: str) -> Iterator[LedgerWriter]:
+    writer = LedgerWriter(url)
+    writer.start()
+    yield writer
+    writer.close(5)
+    assert writer.queued == writer.committed + writer.dropped
+
+
+# ---- what PostgreSQL cannot take
+
+
+@pytest.mark.parametrize("bad", [LONG, "a\0b"], ids=["too long for an index", "a NUL"])
+@pytest.mark.parametrize("kind", ["bill", "HTTP request", "open request"])
+def test_a_record_with_a_text_that_postgresql_cannot_take_is_dropped_alone(
+    writer: LedgerWriter, url: str, bad: str, kind: str
+) -> None:
+    record = {
+        "bill": part(7, tenant=bad),
+        "HTTP request": http(bad),
+        "open request": make_open(request_id=bad),
+    }[kind]
+    # In one batch with others, before and after it.
+    writer.put(*(part(seq, f"h{seq}") for seq in range(1, 5)), http("h1"))
+    refused = writer.commit(record)
+    writer.commit(*(part(seq, f"h{seq}") for seq in range(8, 11)), http("h8")).result(30)
+    with pytest.raises(Exception, match=r"index row|NUL"):
+        refused.result(30)
+    seqs = [1, 2, 3, 4, 8, 9, 10]
+    assert rows(url, "SELECT seq FROM requests ORDER BY seq") == [(seq,) for seq in seqs]
+    assert rows(url, "SELECT seq FROM usage_pieces ORDER BY seq") == [(seq,) for seq in seqs]
+    assert rows(url, "SELECT http_request_id FROM http_requests ORDER BY 1") == [("h1",), ("h8",)]
+    assert (writer.committed, writer.dropped) == (9, 1)
+
+
+def test_ids_that_clients_choose_are_stored_whatever_they_are(tmp_path: Path, url: str) -> None:
+    world = World(tmp_path, ledger=url)
+    long, nul = LONG.encode(), b"a\0b"
+
+    def generate(id: str) -> None:
+        world.engine.born(f"{id}-internal", id)
+        world.engine.billed(stored(f"{id}-internal"))
+
+    for said in (long, nul):
+        # vLLM makes its ids of the client's, and the engine sends them in the stored form.
+        id = f"cmpl-{said.decode()}-0"
+        app = replying(JSON, [BODY], lambda id=id: generate(id))
+        client = world.run(app, scope_of(headers=[(b"x-request-id", said)]))
+        assert client.status == 200
+        assert b"x-cost-meter-gpu-seconds" in client.ours
+    world.runtime.writer.commit().result(30)
+    world.runtime.writer.close(5)
+    with LedgerReader(url) as reader:
+        assert [len(reader.find(said.decode())) for said in (long, nul)] == [1, 1]
+    bounded = "SELECT max(length(x_request_id)), max(length(response_id)) FROM http_requests"
+    assert rows(url, bounded) == [(256, 256)]
+    assert rows(url, "SELECT count(*) FROM requests") == [(2,)]
+    assert world.runtime.writer.dropped == 0
+
+
+# ---- the same answers as from SQLite
+
+
+def written(url: str) -> None:
+    """Write two runs with bills of several tenants over three hours, energy, and one that runs."""
+    writer = LedgerWriter(url)
+    writer.start()
+    for run in ("run", "Run 2"):
+        bills = [_bill(run, seq) for seq in range(1, 25)]
+        replies = [http(f"{run}-{n}", at=n, owner=OWNERS[n % len(OWNERS)]) for n in range(1, 25)]
+        writer.commit(*bills, *replies, _state(run, bills)).result(30)
+    writer.commit(make_open(request_id="open", http_request_id="h-open", owner=OWNERS[0])).result(
+        30
+    )
+    writer.close()
+
+
+def _bill(run: str, seq: int) -> Any:
+    pieces = tuple(UsagePiece(HOUR - hour, 100 * seq, 7 * seq, 8, 5) for hour in range(seq % 3 + 1))
+    owner = OWNERS[seq % len(OWNERS)]
+    return part(seq, f"{run}-{seq}", run_id=run, pieces=pieces, owner=owner)
+
+
+def _state(run: str, bills: list[Any]) -> Any:
+    billed = sum(each.bill.gpu_time_ns for each in bills)
+    energy = dict.fromkeys(ENERGY_CLASSES, 0) | {"requests": 720, "idle": 5}
+    hours = dict.fromkeys((HOUR - 2, HOUR - 1), ClassTotals())
+    for each in bills:
+        for piece in each.bill.pieces:
+            old = hours.get(piece.hour, ClassTotals())
+            ns = piece.prefill_ns + piece.decode_ns
+            hours[piece.hour] = ClassTotals(requests=old.requests + ns)
+    idle = ClassTotals(requests=hours[HOUR].requests, idle=1000, tail=3)
+    reported = tuple(RequestEnergy(seq, HOUR, 30, None) for seq in range(1, 25))
+    return snapshot(
+        bills,
+        run_id=run,
+        totals=ClassTotals(requests=billed, idle=1000, tail=3),
+        hours={**hours, HOUR: idle},
+        energy=RunEnergy(725, None, 0, energy, (), {HOUR: energy}, reported),
+    )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[list[LedgerReader]]:
+    """Return readers of a ledger in SQLite and of one in PostgreSQL with the same records."""
+    urls = [f"sqlite:///{tmp_path_factory.mktemp('both') / 'ledger.db'}", server.new_database()]
+    readers = []
+    for each in urls:
+        written(each)
+        readers.append(LedgerReader(each, book=BOOK))
+    yield readers
+    for reader in readers:
+        reader.close()
+
+
+def same(both: list[LedgerReader], ask: Callable[[LedgerReader], Any]) -> Any:
+    """Ask both; return the answer that they must have in common."""
+    of_sqlite, of_postgresql = (ask(reader) for reader in both)
+    assert of_postgresql == of_sqlite
+    return of_sqlite
+
+
+@pytest.mark.parametrize(
+    "aggregate", ["tenant", "tenant,model", "tag:team", "hour,status", "day,model,route"]
+)
+@pytest.mark.parametrize("idle", ["none", "proportional"])
+def test_reports_are_the_same(both: list[LedgerReader], aggregate: str, idle: str) -> None:
+    told = same(both, lambda r: r.report(aggregate=aggregate, idle=idle, as_of=AS_OF))
+    assert told["series"][0]["rows"]
+
+
+def test_every_bill_and_its_explanation_are_the_same(both: list[LedgerReader]) -> None:
+    pages = same(both, lambda reader: list(_pages(reader)))
+    shown = [row for page in pages for row in page["requests"]]
+    assert len(shown) == 48
+    for row in shown:
+        one = same(both, lambda reader, row=row: reader.request(row["http_request_id"], AS_OF))
+        same(both, lambda reader, one=one: reader.explain(one))
+
+
+def _pages(reader: LedgerReader) -> Iterator[Any]:
+    after = None
+    while True:
+        yield (page := reader.requests(10, after, as_of=AS_OF))
+        if (after := page["next"]) is None:
+            return
+
+
+@pytest.mark.parametrize("covers", ["own", "with_children"])
+@pytest.mark.parametrize("name", sorted({owner.tenant for owner in OWNERS} | {"group"}))
+def test_a_tenant_is_the_same_whatever_a_language_sorts_alike(
+    both: list[LedgerReader], name: str, covers: Any
+) -> None:
+    asked = {"covers": covers, "as_of": AS_OF}
+    same(both, lambda reader: reader.tenant(name, only=name, **asked))
+    same(both, lambda reader: reader.requests(tenant=name, **asked))
+
+
+@pytest.mark.parametrize("tenant", [None, "search", "Search", "group"])
+def test_statements_are_the_same(both: list[LedgerReader], tenant: str | None) -> None:
+    asked = {"tenant": tenant, "idle": "proportional", "as_of": AS_OF}
+    assert same(both, lambda reader: reader.statement("2027-01", **asked))["lines"]
+
+
+def test_the_audit_finds_both_balanced(both: list[LedgerReader]) -> None:
+    assert same(both, lambda reader: reader.audit(AS_OF))["balanced"]
+
+
+def test_summary_tenants_models_and_what_was_seen_are_the_same(both: list[LedgerReader]) -> None:
+    same(both, lambda reader: reader.summary(as_of=AS_OF))
+    same(both, lambda reader: reader.tenants(as_of=AS_OF))
+    same(both, lambda reader: reader.cost_models())
+    same(both, lambda reader: reader.invoice_days(as_of=AS_OF))
+    names = ["search", "SEARCH", "sea", "group", "söl"]
+    assert same(both, lambda reader: reader.unseen(names)) == ["SEARCH", "sea", "group"]
+    tags = [("team", "blue"), ("team", "BLUE"), ("team", "b%")]
+    assert same(both, lambda reader: reader.unseen_tags(tags)) == tags[1:]
+
+
+def test_economics_are_the_same_to_the_last_digits(both: list[LedgerReader]) -> None:
+    of_sqlite, of_postgresql = (economics(each, Declared(), as_of=AS_OF) for each in both)
+    figures = [each.pop("figures") for each in (of_sqlite, of_postgresql)]
+    assert of_sqlite == of_postgresql
+    # Databases add up floating point numbers in orders of their own.
+    known = [{n: v for n, v in each.items() if v is not None} for each in figures]
+    assert known[1] == pytest.approx(known[0], rel=1e-12)
+    assert len(known[0]) > 20
+
+
+def test_budgets_stand_at_the_same_amounts(both: list[LedgerReader]) -> None:
+    scopes = [{"tenant": owner.tenant} for owner in OWNERS]
+    scopes += [{"tenant": "group"}, {"tag": ("team", "blue")}]
+    budgets = [
+        Budget(f"b{number}", 10**9, unit, "rolling", days=36_500, **scope)
+        for number, scope in enumerate(scopes)
+        for unit in ("usd", "gpu_seconds")
+    ]
+
+    def used(reader: LedgerReader) -> list[tuple[str, int | None]]:
+        looks = BudgetLooks(reader.url)
+        try:
+            while (figures := looks.look(budgets, BOOK)) is None or not figures.standings:
+                pass
+            return [(each.budget.name, each.total) for each in figures.standings]
+        finally:
+            looks.close()
+
+    assert len({amount for _, amount in same(both, used)}) > 5
