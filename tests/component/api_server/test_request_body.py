@@ -11,6 +11,7 @@ from unittest.mock import ANY
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request
 
+from tests.component.api_server.test_admission import figures_of, held, standing_at
 from tests.support.world import (
     BODY,
     COST_HEADERS,
@@ -442,11 +443,19 @@ def test_a_websocket_may_name_every_model(make_world):
     assert world.rows("SELECT tenant FROM requests") == [("alice/__unread__",)]
 
 
-def test_a_body_longer_than_the_bound_counts_against_every_child(by_user):
-    world = by_user
+def test_a_body_longer_than_the_bound_counts_against_every_child(make_world):
+    budgets = [{"name": "carol's", "tenant": "alice/carol", "gpu_seconds": 1}]
+    world = make_world(tenants=[TENANT], tenant_rules=BY_USER, budgets=budgets)
     world.body_bytes_max = 8
     ask(world, part(b'{"user":', True), part(b'"carol"}'))
     assert world.rows(WHOSE) == [("alice/__unread__", "api_key+user", "alice", None)]
+    held(world.runtime)
+    (carols,) = world.runtime.settings.declared_budgets
+    world.runtime.admission.figures = figures_of(standing_at(carols, 10**9))
+    refused, _ = ask(world, part(b'{"user":', True), part(b'"carol"}'))
+    assert refused.status == 429
+    world.body_bytes_max = 16
+    assert ask(world, part(b'{"user":"dave"}'))[0].status == 200
 
 
 # ---- the names of the model
