@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.builders import make_bill, make_open, make_part, make_snapshot
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.queries import bill_count
 from vllm_cost_meter.ledger.queries.bill_count import GAPS_AT_ONCE
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, AsOf
 from vllm_cost_meter.ledger.queries.spending import Spending
@@ -176,6 +177,16 @@ def test_of_many_gaps_the_latest_are_looked_at_each_time_and_the_others_in_turn(
     assert looks[-1] == len(numbers) + 1_010_000
 
 
+def test_a_bill_that_was_missing_at_the_end_of_a_piece_counts_when_it_comes(
+    ledger, spending, monkeypatch
+):
+    monkeypatch.setattr(bill_count, "_BILLS_AT_ONCE", 2)
+    ledger.write(part(1, 1), part(3, 100))
+    assert total(spending) == [101]
+    ledger.write(part(2, 10))
+    assert total(spending) == [111]
+
+
 def test_a_look_that_fails_half_way_counts_nothing_twice(ledger, spending):
     for run in "ab":
         ledger.run(run)
@@ -283,13 +294,18 @@ def test_when_the_clock_goes_back_into_a_period_before_it_is_counted_again(ledge
     follower.close()
 
 
-def test_when_the_clock_goes_back_by_less_than_two_days_nothing_is_counted_again(ledger, spending):
+def test_when_the_clock_goes_back_by_less_than_two_days_nothing_is_counted_again(ledger):
+    """A slice is a run here: a new count would take two looks."""
     daily = (budget(days=1),)
-    ledger.write(part(1, 10), part(2, 1_000, hour=THIS_HOUR - 20))
-    assert total(spending, daily) == [1_010]
-    assert total(spending, daily, NOW + 24 * NS_PER_HOUR) == [0]
-    assert total(spending, daily, NOW) == [1_010]
-    assert not spending.is_recounting
+    for run in "ab":
+        ledger.run(run)
+        ledger.write(part(1, 10, run_id=run), part(2, 1_000, hour=THIS_HOUR - 20, run_id=run))
+    follower = Spending(ledger.url, slice_bills=1)
+    assert total(follower, daily) == [2_020]
+    assert total(follower, daily, NOW + 24 * NS_PER_HOUR) == [0]
+    assert total(follower, daily, NOW) == [2_020]
+    assert not follower.is_recounting
+    follower.close()
 
 
 def test_without_budgets_no_bill_is_read(ledger, spending):
@@ -304,11 +320,12 @@ def test_without_budgets_no_bill_is_read(ledger, spending):
 
 def test_money_is_counted_by_the_price_of_the_hour_and_unknown_without_one(ledger, spending):
     ledger.write(part(1, 30_000), part(2, 10_000, hour=THIS_HOUR - 1))
-    of_money = (budget(unit="usd"),)
-    assert total(spending, of_money) == [400]
+    # One is spent, so that it tells its hours apart.
+    of_money = (budget(unit="usd"), budget(name="far", unit="usd", limit=1_000))
+    assert total(spending, of_money) == [400, 400]
     dearer = PriceBook([price("36"), price("72", THIS_HOUR)])
-    assert total(spending, of_money, book=dearer) == [700]
-    (standing,) = look(spending, of_money, book=NO_PRICES).standings
+    assert total(spending, of_money, book=dearer) == [700, 700]
+    standing, _ = look(spending, of_money, book=NO_PRICES).standings
     assert standing.total is None
     assert standing.unknown.startswith("no price for run run at ")
 
