@@ -20,6 +20,8 @@ from tests.support.builders import make_open
 from tests.support.world import BODY, JSON, World, replying, scope_of
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.economics import Declared
+from vllm_cost_meter.errors import OverdueError
+from vllm_cost_meter.ledger.deadline import Deadline, deadline
 from vllm_cost_meter.ledger.economics.query import economics
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -268,3 +270,38 @@ def test_budgets_stand_at_the_same_amounts(both: list[LedgerReader]) -> None:
             looks.close()
 
     assert len({amount for _, amount in same(both, used)}) > 5
+
+
+# ---- what only a server does
+
+
+def test_a_bill_that_is_committed_late_counts_for_its_budget(
+    writer: LedgerWriter, url: str
+) -> None:
+    budgets = [Budget("b", 10**9, "gpu_seconds", "rolling", days=36_500, tenant="alice")]
+    looks = BudgetLooks(url)
+    used = []
+    for number, seqs in enumerate(((1, 4), (3,), (2,)), 1):
+        bills = [part(seq, f"h{seq}") for seq in seqs]
+        writer.commit(*bills, snapshot(bills, number)).result(30)
+        figures = looks.look(budgets, BOOK)
+        assert figures is not None
+        used.append(figures.standings[0].total)
+    looks.close()
+    assert used == [600, 900, 1_200]
+
+
+def test_a_question_that_takes_too_long_is_ended_by_the_server(
+    writer: LedgerWriter, url: str
+) -> None:
+    writer.commit(http("h1")).result(30)
+    token = deadline.set(Deadline(0.2))
+    try:
+        with (
+            LedgerReader(url) as reader,
+            pytest.raises(OverdueError, match=r"longer than 0\.2 s"),
+            reader.transaction() as connection,
+        ):
+            connection.execute(text("SELECT pg_sleep(60)"))
+    finally:
+        deadline.reset(token)

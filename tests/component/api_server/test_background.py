@@ -19,7 +19,9 @@ from tests.component.api_server.test_collector import exchange_of
 from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_snapshot
 from tests.support.world import BODY, JSON, World, replying
+from vllm_cost_meter.api_server import background
 from vllm_cost_meter.api_server.background import PAUSE_S_MAX, Loop, in_own_thread
+from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.errors import LedgerError
@@ -351,6 +353,49 @@ class EngineClient(Engines):
 
     def __init__(self) -> None:
         super().__init__(lambda n: make_snapshot(number=n, taken_at_ns=time.time_ns()))
+
+
+def test_every_loop_of_a_server_may_fail_for_long_and_none_switches_metering_off(
+    tmp_path, make_world, monkeypatch
+):
+    """The loops as the start wires them; what each of them does fails."""
+    monkeypatch.setattr(background, "PAUSE_S_MAX", 0.001)
+    monkeypatch.setattr(BudgetFollower, "follow", lambda *_: cannot())
+    config = tmp_path / "settings.toml"
+    config.write_text("")
+    world = make_world(
+        tenants=[{"name": "acme"}],
+        budgets=[{"name": "b", "tenant": "acme", "gpu_seconds": 1}],
+        config=str(config),
+        snapshot_interval_s=0.05,
+    )
+    runtime = world.runtime
+    runtime._reload_interval_s = 0.01
+    runtime._announce = runtime._reload = lambda *_: cannot()
+
+    class Broken(EngineClient):
+        """One engine that fails, and one of which the ledger takes no snapshot."""
+
+        def __init__(self) -> None:
+            Engines.__init__(
+                self,
+                lambda _: RuntimeError("busy"),
+                lambda n: make_snapshot(number=n, wall_ns=2**70),
+            )
+
+    async def live() -> dict[str, int]:
+        await runtime.start_work(Broken())
+        async with asyncio.timeout(60):
+            while min(failed().values()) < LOOKS:
+                await asyncio.sleep(0.01)
+        await runtime.stop()
+        return failed()
+
+    def failed() -> dict[str, int]:
+        return {each["loop"]: each["failures"] for each in runtime.loops.health()}
+
+    assert set(asyncio.run(live())) == {"announce", "budgets", "engines", "poll", "reload"}
+    assert (runtime.guard.off, runtime.guard.errors) == (False, 0)
 
 
 # ---- the other loops
