@@ -1,5 +1,6 @@
 """The meter's metrics: what is counted, under which names, and that series are bounded."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.energy import RunEnergy
 from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals
+from vllm_cost_meter.tenants.budgets import Budget, Standing
 
 
 def part(
@@ -142,6 +144,18 @@ def test_inter_token_latencies_are_counted_by_their_bound():
     }
     metrics.count_inter_token_latencies([0.01, 0.0100001, 0.02, 99.0, float("inf")])
     assert {le: gained() for le, gained in bounds.items()} == {"0.01": 1, "0.02": 2, "+Inf": 2}
+
+
+def test_a_budget_whose_use_is_unknown_shows_no_number_rather_than_its_last_one():
+    def shown() -> float:
+        labels = {"budget": "whose price ended"}
+        return REGISTRY.get_sample_value("cost_meter_budget_used_ratio", labels)
+
+    budget = Budget("whose price ended", 10, "usd", "day", tenant="acme")
+    metrics.set_budgets([Standing(budget, {0: 4}, 0)])
+    assert shown() == 0.4
+    metrics.set_budgets([Standing(budget, None, 0, "no price")])
+    assert math.isnan(shown())
 
 
 def test_misses_and_errors_are_counted():
