@@ -11,7 +11,6 @@ Invariant: the endpoint reads and never writes. Every JSON body is an object.
 """
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -54,6 +53,7 @@ from vllm_cost_meter.exchange import CLIENT_LEFT
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.owner import WITH_CHILDREN
 from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
 from vllm_cost_meter.reports.grammar import STEPS, question
@@ -65,7 +65,7 @@ from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 REQUESTS_PER_PAGE_MAX = 1_000
 

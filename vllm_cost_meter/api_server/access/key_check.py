@@ -12,7 +12,6 @@ one that does work.
 Invariant: nothing here raises or keeps a key.
 """
 
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -21,8 +20,9 @@ from starlette.routing import BaseRoute, Match, Route, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 
 from vllm_cost_meter.api_server.routes import KNOWN_ROUTES
+from vllm_cost_meter.logs import meter_logger
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 _AUTHENTICATION = "AuthenticationMiddleware"
 _WORKING_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})

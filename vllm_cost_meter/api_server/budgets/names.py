@@ -6,14 +6,14 @@ bring, but never has, and a tag that no declared tenant carries.
 Invariant: each budget is warned of once.
 """
 
-import logging
 from collections.abc import Iterator
 
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.owner import UNKNOWN
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 
 class BudgetNames:
