@@ -65,10 +65,9 @@ class Outage:
     @property
     def so_far(self) -> str:
         """How long it has failed, for a line of the log; empty at the first failure."""
-        seconds = self.lasts_s
-        if seconds is None or self.failures_in_a_row == 1:
+        if self.failures_in_a_row <= 1:
             return ""
-        return f" (for {seconds:.0f} s and {self.failures_in_a_row} attempts)"
+        return f" (for {self.lasts_s:.0f} s and {self.failures_in_a_row} attempts)"
 
     def failed(self) -> bool:
         """Count a failure; return whether the log is to say so."""

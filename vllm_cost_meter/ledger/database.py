@@ -12,18 +12,22 @@ tried to create it at once.
 
 import os
 import pwd
+import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, insert, inspect, make_url, select, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private
 from vllm_cost_meter.ledger.migrations import migrate
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
+from vllm_cost_meter.ledger.untouched import connect_to_read
 
 # SQLite's WAL mode loses data on these filesystems: its shared memory does not span machines.
 NETWORK_FILESYSTEMS = frozenset(
@@ -177,22 +181,45 @@ def open_database(
     Raises LedgerError when it cannot be opened, or was written by a newer cost meter.
     """
     parsed = parse_url(url)
-    shown = parsed.render_as_string(hide_password=True)
     path = sqlite_path(parsed)
-    if path is not None:
-        if create:
-            _make_folder(path)
-            make_private(path)
-            # A symlink may name a file that is not there yet.
-            _make_file(path.resolve())
-        elif not path.exists():
-            raise LedgerError(
-                f"ledger {shown}: no such file; start a server with the meter, or name the right"
-                " ledger in COST_METER_LEDGER"
-            )
+    if path is not None and create:
+        _make_folder(path)
+        make_private(path)
+        # A symlink may name a file that is not there yet.
+        _make_file(path.resolve())
+    elif path is not None:
+        _require_file(path, parsed)
+    return _opened(parsed, lambda: _engine(parsed, busy_timeout_s), create=create)
+
+
+def open_to_read(url: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
+    """Open an existing ledger's database, and change nothing in it nor in its folder.
+
+    Every transaction sees one state of the ledger. Raises LedgerError when it cannot be opened, or
+    was written by another version of the cost meter.
+    """
+    parsed = parse_url(url)
+    path = sqlite_path(parsed)
+    if path is None:
+        return in_one_state(_opened(parsed, lambda: _engine(parsed, busy_timeout_s), create=False))
+    _require_file(path, parsed)
+    return _opened(parsed, lambda: _reading_engine(parsed, path, busy_timeout_s), create=False)
+
+
+def _require_file(path: Path, parsed: URL) -> None:
+    if not path.exists():
+        raise LedgerError(
+            f"ledger {parsed.render_as_string(hide_password=True)}: no such file; start a server"
+            " with the meter, or name the right ledger in COST_METER_LEDGER"
+        )
+
+
+def _opened(parsed: URL, make: Callable[[], Engine], *, create: bool) -> Engine:
+    """Return the engine that `make` makes, if it has our schema. Raises LedgerError."""
+    shown = parsed.render_as_string(hide_password=True)
     engine: Engine | None = None
     try:
-        engine = _engine(parsed, busy_timeout_s)
+        engine = make()
         _ensure_schema(engine, shown, create=create)
     except ImportError as error:
         raise LedgerError(
@@ -262,12 +289,26 @@ def _engine(url: URL, busy_timeout_s: float) -> Engine:
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA cache_size=-16384")
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get(WRITE_OPTION)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
+    event.listen(engine, "begin", _begin)
     return engine
+
+
+def _reading_engine(url: URL, path: Path, busy_timeout_s: float) -> Engine:
+    """Return an engine whose connections live no longer than a transaction."""
+
+    def connect() -> sqlite3.Connection:
+        connection = connect_to_read(path, busy_timeout_s)
+        connection.execute("PRAGMA cache_size=-16384")
+        return connection
+
+    engine = create_engine(url, creator=connect, poolclass=NullPool)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _begin(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(WRITE_OPTION)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _set_wal(connection: Any, timeout_s: float) -> None:
@@ -290,6 +331,13 @@ def _set_wal(connection: Any, timeout_s: float) -> None:
 def writing(engine: Engine) -> Engine:
     """Return the same engine with transactions that begin as a writer's (BEGIN IMMEDIATE)."""
     return engine.execution_options(**{WRITE_OPTION: True})
+
+
+def in_one_state(engine: Engine) -> Engine:
+    """Return the same engine with transactions that see one state of the ledger throughout."""
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="REPEATABLE READ")
+    return engine
 
 
 def refuse_newer(version: int, name: str) -> None:
