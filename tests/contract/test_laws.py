@@ -34,13 +34,13 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # What each room may import besides the standard library, and lower floors.
 THIRD_PARTIES: dict[str, set[str]] = {
     "api_server": {"msgspec", "orjson", "starlette"},
-    "cli": {"rich", "sqlalchemy", "typer"},
+    "cli": {"rich", "typer"},
     "config": {"genai_prices", "pydantic", "pydantic_settings", "tomlkit"},
     "console": {"rich"},
     "endpoint": {"fastapi", "msgspec", "orjson", "prometheus_client", "pydantic", "starlette"}
     | {"typing_extensions", "uvicorn"},
     "engine": {"msgspec", "pynvml"},
-    "lab": {"matplotlib", "numpy", "openai", "prometheus_client", "rich"}
+    "lab": {"matplotlib", "msgspec", "numpy", "openai", "prometheus_client", "rich"}
     | {"tokenizers", "torch", "transformers", "vllm"},
     "ledger": {"orjson", "sqlalchemy", "typing_extensions"},
     "metrics": {"prometheus_client"},

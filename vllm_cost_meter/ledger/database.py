@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private
+from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private, open_to_others
 from vllm_cost_meter.ledger.migrations import migrate
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
 from vllm_cost_meter.ledger.untouched import connect_to_read
@@ -115,6 +115,14 @@ def parse_url(url: str) -> URL:
     return parsed
 
 
+def shown_url(url: str) -> str:
+    """Return a ledger's URL as people may see it: without its password, and its path absolute."""
+    parsed = parse_url(url)
+    if (path := sqlite_path(parsed)) is not None:
+        parsed = parsed.set(database=str(path))
+    return parsed.render_as_string(hide_password=True)
+
+
 def sqlite_path(url: URL) -> Path | None:
     """Return a SQLite ledger's absolute path; None for another database."""
     if url.get_backend_name() != "sqlite":
@@ -128,21 +136,32 @@ def check_location(url: str, *, mounts: str | None = None) -> None:
     This creates a SQLite ledger's folder, and closes its files to other users. `mounts` is the text
     of /proc/mounts, read from there by default.
     """
+    check_place(url, mounts=mounts)
+    if (path := sqlite_path(parse_url(url))) is not None:
+        _make_folder(path)
+        make_private(path)
+
+
+def check_place(url: str, *, mounts: str | None = None) -> None:
+    """Raise LedgerError as `check_location` does, and change nothing."""
     path = sqlite_path(parse_url(url))
     if path is None:
         return
-    if mounts is None:
-        mounts = _read_mounts()
-    kind = filesystem_of(path, mounts)
+    kind = filesystem_of(path, _read_mounts() if mounts is None else mounts)
     if kind in NETWORK_FILESYSTEMS or kind.removeprefix("fuse.") in NETWORK_FUSE:
         raise LedgerError(
             f"ledger {path}: is on a network filesystem ({kind}), where SQLite's WAL mode is"
             " unsafe; set COST_METER_LEDGER to a local path or to PostgreSQL"
         )
-    _make_folder(path)
+    folder = nearest_folder(path)
+    if not folder.is_dir():
+        raise LedgerError(
+            f"ledger {path}: the folder {path.parent} cannot be created: {folder} is a file;"
+            f" {SET_LEDGER}"
+        )
     # First of all: nothing can be known of what is in a folder that this user may not enter.
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise LedgerError(f"ledger {path}: cannot write in the folder {path.parent}; {SET_LEDGER}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LedgerError(f"ledger {path}: cannot write in the folder {folder}; {SET_LEDGER}")
     if path.is_dir():
         raise LedgerError(f"ledger {path}: expected a file, got a folder; {SET_LEDGER}")
     if path.exists() and not path.is_file():
@@ -151,7 +170,12 @@ def check_location(url: str, *, mounts: str | None = None) -> None:
         raise LedgerError(
             f"ledger {path}: the file cannot be read and written by this user; {SET_LEDGER}"
         )
-    make_private(path)
+    open_to_others(path)  # It refuses what is not ours.
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return the folder that a file is in or would be made in: the nearest one that is there."""
+    return next(parent for parent in path.parents if os.path.lexists(parent))
 
 
 def filesystem_of(path: Path, mounts: str) -> str:
@@ -350,10 +374,10 @@ def refuse_newer(version: int, name: str) -> None:
 
 
 def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
-    found = _version(engine)
+    found = recorded_version(engine)
     if create and (found is None or found < SCHEMA_VERSION):
         _create_schema(engine)
-        found = _version(engine)
+        found = recorded_version(engine)
     if found is None:
         raise LedgerError(f"ledger {shown}: holds no ledger (no table schema_version)")
     refuse_newer(found, f"ledger {shown}")
@@ -364,7 +388,8 @@ def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
         )
 
 
-def _version(engine: Engine) -> int | None:
+def recorded_version(engine: Engine) -> int | None:
+    """Return the version that a database says its ledger's schema has; None without a ledger."""
     with engine.connect() as connection:
         if not inspect(connection).has_table(schema_version.name):
             return None

@@ -34,9 +34,10 @@ READ = {
     "saturation list": [],
     "ledger check": ["--full"],
     "ledger backup": ["COPY"],
+    "doctor": [],
 }
 WRITE = {
-    *("doctor", "invoice import", "saturation import", "sweep"),
+    *("invoice import", "saturation import", "sweep"),
     *(f"ledger {name}" for name in ("restore", "merge", "compact", "repair", "migrate")),
 }
 
