@@ -8,7 +8,9 @@
     ├── DependencyError     a command needs a package that is not installed
     ├── AwayError           a side process is not there, or does not answer
     ├── OverdueError        a question to the ledger took longer than it may
-    ├── ServerError         a server for the demo or a benchmark failed
+    ├── ServerError         a server failed, or is not what was expected there
+    │   ├── UnansweredError   nobody answers at its address
+    │   └── StatusError       it answers with a status of HTTP that says no
     └── VllmMismatchError   this vLLM differs from what the meter expects: it is left untouched
 
 Every message says what was expected, what came instead, where, and what to do. Errors in hooks on
@@ -50,6 +52,18 @@ class VllmMismatchError(CostMeterError):
 
 class ServerError(CostMeterError):
     """The vLLM server could not be started, ended by itself, or did not answer."""
+
+
+class UnansweredError(ServerError):
+    """Nobody answers at an address."""
+
+
+class StatusError(ServerError):
+    """A server answers that it will not. `status` is that of HTTP."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class AwayError(CostMeterError):

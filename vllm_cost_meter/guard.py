@@ -9,22 +9,20 @@ thread of its own (`in_daemon_thread`), so that the caller can give it up.
 Invariant: nothing here raises.
 """
 
-import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
-logger = logging.getLogger("vllm.cost_meter")
+from vllm_cost_meter.logs import meter_logger
+
+logger = meter_logger()
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # A hook that has failed this often in a row will not recover by itself.
 ERRORS_IN_A_ROW_MAX = 10
-# What fails and works in turns fills no log: it is spoken of once in this time.
-QUIET_NS = 60 * 1_000_000_000
 
 
 class Guard:
@@ -71,46 +69,6 @@ class Guard:
                 row,
                 hook,
             )
-
-
-class Outage:
-    """How long something has failed, and whether the log is to say so.
-
-    The log has the first failure of an outage and its end. What fails and works in turns is spoken
-    of once in `QUIET_NS`, and so is an outage that lasts longer than that.
-    """
-
-    def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self.failures_in_a_row = 0
-        self._clock_ns = clock_ns
-        self._since_ns = 0
-        self._is_logged = False
-        self._logged_at_ns: int | None = None
-
-    @property
-    def lasts_s(self) -> float | None:
-        """Seconds since the first failure; None while it works."""
-        if not self.failures_in_a_row:
-            return None
-        return (self._clock_ns() - self._since_ns) / 1e9
-
-    def failed(self) -> bool:
-        """Count a failure; return whether the log is to say so."""
-        now_ns = self._clock_ns()
-        if not self.failures_in_a_row:
-            self._since_ns, self._is_logged = now_ns, False
-        self.failures_in_a_row += 1
-        is_quiet = self._logged_at_ns is not None and now_ns - self._logged_at_ns < QUIET_NS
-        if self._is_logged or is_quiet:
-            return False
-        self._is_logged, self._logged_at_ns = True, now_ns
-        return True
-
-    def ended(self) -> tuple[float, int] | None:
-        """Return the seconds and failures of an outage that ends, if the log is to say so."""
-        lasted_s, failures = self.lasts_s, self.failures_in_a_row
-        self.failures_in_a_row = 0
-        return (lasted_s, failures) if lasted_s is not None and self._is_logged else None
 
 
 def in_daemon_thread(body: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:

@@ -25,8 +25,9 @@ from typing import Any
 
 from vllm_cost_meter.activation import NAME, is_active, is_named, is_refused, refuse
 from vllm_cost_meter.errors import CostMeterError, VllmMismatchError
+from vllm_cost_meter.logs import meter_logger
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 # The meter's own modules, as `--middleware` names them, begin with this.
 OWN_MODULES = "vllm_cost_meter."

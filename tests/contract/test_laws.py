@@ -20,8 +20,8 @@ PACKAGE = "vllm_cost_meter"
 # The import law: a file imports its own room and lower floors only. A room is a folder of the
 # package, or a file beside those folders.
 FLOORS: dict[int, set[str]] = {
-    0: {"errors", "guard", "plots", "units", "version"},
-    1: {"console", "records", "side_process"},
+    0: {"errors", "logs", "plots", "units", "version"},
+    1: {"console", "guard", "records", "side_process"},
     2: {"attribution", "economics", "prices", "tenants"},
     3: {"engine", "invoices", "reports"},
     4: {"activation", "config", "exchange", "ledger", "metrics"},
@@ -34,13 +34,13 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # What each room may import besides the standard library, and lower floors.
 THIRD_PARTIES: dict[str, set[str]] = {
     "api_server": {"fastapi", "msgspec", "orjson", "starlette"},
-    "cli": {"rich", "sqlalchemy", "typer"},
+    "cli": {"rich", "typer"},
     "config": {"genai_prices", "pydantic", "pydantic_settings", "tomlkit"},
     "console": {"rich"},
     "endpoint": {"fastapi", "msgspec", "orjson", "prometheus_client", "pydantic", "starlette"}
     | {"typing_extensions", "uvicorn"},
     "engine": {"msgspec", "pynvml"},
-    "lab": {"matplotlib", "numpy", "openai", "prometheus_client", "rich"}
+    "lab": {"matplotlib", "msgspec", "numpy", "openai", "prometheus_client", "rich"}
     | {"tokenizers", "torch", "transformers", "vllm"},
     "ledger": {"orjson", "sqlalchemy", "typing_extensions"},
     "metrics": {"prometheus_client"},
@@ -295,6 +295,36 @@ def test_only_what_speaks_at_a_terminal_prints() -> None:
         and node.func.id == "print"
     ]
     assert wrong == []
+
+
+def own_logging(tree: ast.Module) -> list[int]:
+    """Return the lines that make a logger or log past the meter's own."""
+    makes = {"basicConfig", "getLogger", "init_logger"}
+    logs = {"critical", "debug", "error", "exception", "info", "log", "warning"}
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Name) and node.id in makes)
+        or (isinstance(node, ast.Attribute) and node.attr in makes)
+        or (isinstance(node, ast.Attribute) and ast.unparse(node.value) == "logging")
+        and node.attr in logs
+    ]
+
+
+def test_only_one_module_makes_a_logger_so_that_all_lines_are_where_vllms_are() -> None:
+    wrong = [
+        where(module, line)
+        for module, path in MODULES.items()
+        if module != f"{PACKAGE}.logs"
+        for line in own_logging(TREES[path])
+    ]
+    assert wrong == []
+
+
+def test_loggers_of_ones_own_are_found() -> None:
+    source = "logger = logging.getLogger(__name__)\ninit_logger('x')\nlogging.error('x')"
+    assert own_logging(ast.parse(source)) == [1, 2, 3]
+    assert own_logging(ast.parse("logger = meter_logger()\nlogger.error(logging.ERROR)")) == []
 
 
 def test_a_folder_holds_few_modules() -> None:

@@ -115,9 +115,10 @@ def test_an_engine_sleeps_and_wakes_though_the_meter_fails(
     assert run["lost_ns"] > lost_ns
 
 
-def test_a_locked_ledger_delays_no_reply_beyond_the_bound_and_loses_nothing(
+def test_a_locked_ledger_delays_no_reply_beyond_the_bound_and_loses_nothing_and_is_logged(
     faulty: Server,
 ) -> None:
+    logged = len(faulty.log)
     lock = sqlite3.connect(faulty.ledger_file, isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
     seconds, ids = [], []
@@ -135,6 +136,9 @@ def test_a_locked_ledger_delays_no_reply_beyond_the_bound_and_loses_nothing(
         tells_its_cost_again(client)  # a bill that came ends the refusal to wait
     assert all(s > BILL_TIMEOUT_S for s in seconds[:5])
     assert all(s < BILL_TIMEOUT_S for s in seconds[6:]), seconds
+    log = faulty.log[logged:]
+    assert "the ledger cannot be written, trying again: OperationalError" in log
+    assert "the ledger can be written again, after" in log
 
 
 def test_a_meter_that_cannot_work_switches_itself_off_and_says_so(

@@ -1,8 +1,10 @@
 """A request that still runs, on the real server: found by its ids, with a cost that grows."""
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
 import time
 from typing import Any
 
@@ -75,4 +77,22 @@ def test_the_side_endpoints_process_may_die_and_nothing_is_missed(server: Server
     for reply in replies:
         assert server.bill_of(reply.response_id)["gpu_time_ns"] > 0
     assert "works again after" in server.log
+    server.balanced()
+
+
+def test_the_doctor_beside_a_server_asks_it_and_changes_nothing(server: Server) -> None:
+    """From a shell without any of the server's settings but the name of its ledger."""
+    command = ["vllm-cost-meter", "doctor", "--json", "--url", server.side_url]
+    with server.client() as client:
+        ask(client, "/v1/completions")
+    done = subprocess.run(  # noqa: S603
+        [*command, "--ledger", server.ledger_url], capture_output=True, text=True, check=False
+    )
+    answer = json.loads(done.stdout)
+    found = {each["name"]: each for each in answer["findings"]}
+    assert found["server"]["detail"].startswith(f"{server.side_url} says ok")
+    assert found["price"]["detail"].startswith("now 2.5")
+    assert f", by {server.side_url}; these settings differ: none now" in found["price"]["detail"]
+    for name in ("ledger", "schema", "pages", "books", "cost model"):
+        assert found[name]["state"] == "ok", found[name]
     server.balanced()

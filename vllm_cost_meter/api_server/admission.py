@@ -14,7 +14,6 @@ reading, requests that a hard budget covers.
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -24,12 +23,13 @@ from vllm_cost_meter.api_server.background import Loop
 from vllm_cost_meter.api_server.budgets.in_flight import InFlight
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, Verdict, decide
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 # The ledger is asked this many times per snapshot interval for a new snapshot.
 ASKS_PER_SNAPSHOT = 4

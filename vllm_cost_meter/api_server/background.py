@@ -1,16 +1,15 @@
-"""The background loops of an API server: each tries again after a failure, and says so once.
+"""The background loops of an API server: each tries again after a failure, and says so.
 
 What makes a loop fail passes: a ledger that is locked, an engine that is busy, a mount that is
 away. It says nothing of the hooks, so a loop has an error account of its own and never switches the
 meter off. It tries again after longer and longer pauses, and goes on as before once it works. The
-log has the first failure of an outage and its end; the side endpoint (`/cost/health`), the metrics
-and `doctor` show how each loop does now.
+log has the first failure of an outage, a line in each minute of it, and its end; the side endpoint
+(`/cost/health`), the metrics and `doctor` show how each loop does now.
 
 Invariant: a loop ends only when it is cancelled.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
@@ -18,9 +17,10 @@ from typing import ParamSpec, TypeVar
 from vllm_cost_meter import metrics
 from vllm_cost_meter.endpoint.answers import LoopHealth
 from vllm_cost_meter.errors import CostMeterError
-from vllm_cost_meter.guard import Outage, in_daemon_thread
+from vllm_cost_meter.guard import in_daemon_thread
+from vllm_cost_meter.logs import Outage, meter_logger
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,7 +89,7 @@ class Loop:
         metrics.set_loop_failing(self.name, is_failing=False)
 
     def failed(self, error: BaseException) -> None:
-        """Count a failed attempt; log the first one of an outage."""
+        """Count a failed attempt; log the first one of an outage, and one in each minute."""
         self.failures += 1
         self._last_error = _in_one_line(error)
         metrics.set_loop_failing(self.name, is_failing=True)
@@ -111,9 +111,10 @@ class Loop:
 
     def _log(self, error: BaseException) -> None:
         logger.error(
-            "cost meter: the loop `%s` failed: %s. It tries again, with pauses of up to %g s, and"
+            "cost meter: the loop `%s` failed%s: %s. It tries again, with pauses of up to %g s, and"
             " says when it works; until then %s.",
             self.name,
+            self._outage.so_far,
             self._last_error,
             PAUSE_S_MAX,
             MEANWHILE[self.name],

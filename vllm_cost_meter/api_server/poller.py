@@ -7,7 +7,6 @@ Invariant: an engine sends an hour's totals again until a snapshot that had them
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 
 from vllm_cost_meter import metrics
@@ -15,11 +14,12 @@ from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.record_making import facts_of_run
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.logs import Outage, meter_logger
 from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks import engines
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 # An engine answers between two steps, and a step with a large prefill may take seconds.
 ANSWER_TIMEOUT_S = 10.0
@@ -57,7 +57,7 @@ class Poller:
         self._refreshing: asyncio.Task[None] | None = None
         self.latest: dict[str, Snapshot] = {}
         self.stopping = False
-        self._overdue = False
+        self._overdue = Outage()
         # The run that answered last, by its engine's place. A failing engine is removed.
         self._runs: dict[int, str] = {}
 
@@ -136,21 +136,24 @@ class Poller:
         if any(isinstance(failure, TimeoutError) for failure in failures):
             self._note_overdue()
         elif not failures:
-            self._overdue = False
+            self._note_in_time()
             self._engines_loop.succeeded()
         for failure in failures:
             if not isinstance(failure, TimeoutError):
                 self._engines_loop.failed(failure)
 
     def _note_overdue(self) -> None:
-        """Log once that an engine is overdue, until it answers again. This is not our error."""
-        if not self._overdue:
+        """Log that an engine is overdue, until it answers again. This is not our error."""
+        if self._overdue.failed():
             logger.warning(
-                "cost meter: an engine did not answer within %g s; asking again until it does. "
+                "cost meter: an engine did not answer within %g s%s; asking again until it does. "
                 "Until then its figures are old.",
-                self._answer_timeout_s,
+                *(self._answer_timeout_s, self._overdue.so_far),
             )
-        self._overdue = True
+
+    def _note_in_time(self) -> None:
+        if (ended := self._overdue.ended()) is not None:
+            logger.warning("cost meter: all engines answer in time again, after %.1f s", ended[0])
 
     def _note(self, snapshot: Snapshot) -> None:
         before = self.latest.get(snapshot.run_id)

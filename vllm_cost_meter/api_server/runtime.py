@@ -10,7 +10,6 @@ Invariant: nothing here stops vLLM from serving, but settings that were never ri
 import asyncio
 import contextlib
 import functools
-import logging
 import time
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
@@ -39,12 +38,13 @@ from vllm_cost_meter.errors import LedgerError, SettingError
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.tenants.budgets import BudgetFigures
 from vllm_cost_meter.vllm_hooks import engines
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 STOP_TIMEOUT_S = 10.0
 

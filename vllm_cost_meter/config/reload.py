@@ -15,7 +15,6 @@ Invariant: the settings in use were checked as a whole, and come from a file tha
 writing. A setting that is not live keeps the value that it had when the server started.
 """
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,8 +24,9 @@ from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reading import Stamp, stamp_of
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import SettingError, UnreadableError
+from vllm_cost_meter.logs import meter_logger
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 INTERVAL_S = 1.0
 

@@ -82,6 +82,12 @@ class WholeHealth(MeterHealth):
 
     questions: QuestionCounts
     """The questions that the side endpoint has at hand."""
+    version: str
+    """The version of the cost meter."""
+    ledger: str
+    """The ledger's URL, without a password."""
+    schema_version: int
+    """The version of the ledger's schema that this server writes."""
 
 
 # The side endpoint of a process that meters nothing.

@@ -11,7 +11,6 @@ Invariant: the endpoint reads and never writes. Every JSON body is an object.
 """
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -52,8 +51,11 @@ from vllm_cost_meter.endpoint.shapes import AnswerRoute, OrjsonResponse, error_r
 from vllm_cost_meter.errors import AwayError, LedgerError, OverdueError
 from vllm_cost_meter.exchange import CLIENT_LEFT
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
+from vllm_cost_meter.ledger.database import shown_url
 from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.owner import WITH_CHILDREN
 from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
 from vllm_cost_meter.reports.grammar import STEPS, question
@@ -65,7 +67,7 @@ from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import rfc3339
 from vllm_cost_meter.version import __version__
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 REQUESTS_PER_PAGE_MAX = 1_000
 
@@ -129,7 +131,7 @@ def make_app(
     _add_budget_route(app, budgets)
     add_calculators(app)
     add_compare(app, Comparer(reader.url, handed), refresh)
-    _add_own_routes(app, health)
+    _add_own_routes(app, reader.url, health)
 
     if metrics is not None:
         _add_metrics_route(app, metrics)
@@ -143,7 +145,7 @@ def _add_metrics_route(app: FastAPI, text: Callable[[], bytes]) -> None:
         return Response(await asyncio.to_thread(text), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_own_routes(app: FastAPI, ask_meter: Callable[[], MeterHealth]) -> None:
+def _add_own_routes(app: FastAPI, ledger_url: str, ask_meter: Callable[[], MeterHealth]) -> None:
     @app.get("/openapi.json", include_in_schema=False, dependencies=FOR_ADMINS)
     def openapi() -> dict[str, Any]:
         """Return the OpenAPI description of this endpoint."""
@@ -159,7 +161,13 @@ def _add_own_routes(app: FastAPI, ask_meter: Callable[[], MeterHealth]) -> None:
         """Return whether the meter works: its hooks, its ledger, each background loop."""
         questions: Questions = app.state.questions
         meter: MeterHealth = await asyncio.to_thread(ask_meter)
-        return {**meter, "questions": questions.counts()}
+        return {
+            **meter,
+            "questions": questions.counts(),
+            "version": __version__,
+            "ledger": shown_url(ledger_url),
+            "schema_version": SCHEMA_VERSION,
+        }
 
 
 def _add_model_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:

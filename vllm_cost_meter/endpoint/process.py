@@ -10,7 +10,6 @@ those that it is handed.
 """
 
 import asyncio
-import logging
 import os
 from typing import Any
 
@@ -38,11 +37,12 @@ from vllm_cost_meter.endpoint.server import (
     serve,
 )
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.side_process.channel import decoded
 from vllm_cost_meter.side_process.entry import ToServer, run
 from vllm_cost_meter.side_process.handing import unpacked
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 
 class Endpoint:

@@ -5,7 +5,6 @@ The port is bound before anything is served, so that a taken port is one warning
 Invariant: whoever can connect is answered.
 """
 
-import logging
 import os
 import socket
 
@@ -14,7 +13,9 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-logger = logging.getLogger("vllm.cost_meter")
+from vllm_cost_meter.logs import meter_logger
+
+logger = meter_logger()
 
 # Where vLLM's processes share their metrics, if there are several API servers.
 SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"

@@ -9,7 +9,6 @@ last output goes back to the hook. Other bills wait in `late` for the next step'
 Invariant: a request that was `ended` is billed exactly once, or its time is booked as lost.
 """
 
-import logging
 import os
 import time
 import uuid
@@ -25,13 +24,14 @@ from vllm_cost_meter.engine.energy.nvml import EnergyCounter
 from vllm_cost_meter.engine.step_log import StepLogWriter
 from vllm_cost_meter.errors import StepLogError
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.bill import Bill
 from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.snapshot import Snapshot
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")

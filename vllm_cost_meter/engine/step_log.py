@@ -22,7 +22,6 @@ ends the log with one warning, because a full disk must not end the meter.
 Invariant: a log never starts on a non-empty file that is not a step log.
 """
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -32,9 +31,10 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from vllm_cost_meter.errors import StepLogError
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.client_text import stored
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 FORMAT = "vllm-cost-meter-step-log"
 VERSION = 1

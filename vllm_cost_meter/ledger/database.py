@@ -12,18 +12,22 @@ tried to create it at once.
 
 import os
 import pwd
+import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, insert, inspect, make_url, select, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private
+from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private, open_to_others
 from vllm_cost_meter.ledger.migrations import migrate
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
+from vllm_cost_meter.ledger.untouched import connect_to_read
 
 # SQLite's WAL mode loses data on these filesystems: its shared memory does not span machines.
 NETWORK_FILESYSTEMS = frozenset(
@@ -111,6 +115,14 @@ def parse_url(url: str) -> URL:
     return parsed
 
 
+def shown_url(url: str) -> str:
+    """Return a ledger's URL as people may see it: without its password, and its path absolute."""
+    parsed = parse_url(url)
+    if (path := sqlite_path(parsed)) is not None:
+        parsed = parsed.set(database=str(path))
+    return parsed.render_as_string(hide_password=True)
+
+
 def sqlite_path(url: URL) -> Path | None:
     """Return a SQLite ledger's absolute path; None for another database."""
     if url.get_backend_name() != "sqlite":
@@ -124,21 +136,32 @@ def check_location(url: str, *, mounts: str | None = None) -> None:
     This creates a SQLite ledger's folder, and closes its files to other users. `mounts` is the text
     of /proc/mounts, read from there by default.
     """
+    check_place(url, mounts=mounts)
+    if (path := sqlite_path(parse_url(url))) is not None:
+        _make_folder(path)
+        make_private(path)
+
+
+def check_place(url: str, *, mounts: str | None = None) -> None:
+    """Raise LedgerError as `check_location` does, and change nothing."""
     path = sqlite_path(parse_url(url))
     if path is None:
         return
-    if mounts is None:
-        mounts = _read_mounts()
-    kind = filesystem_of(path, mounts)
+    kind = filesystem_of(path, _read_mounts() if mounts is None else mounts)
     if kind in NETWORK_FILESYSTEMS or kind.removeprefix("fuse.") in NETWORK_FUSE:
         raise LedgerError(
             f"ledger {path}: is on a network filesystem ({kind}), where SQLite's WAL mode is"
             " unsafe; set COST_METER_LEDGER to a local path or to PostgreSQL"
         )
-    _make_folder(path)
+    folder = nearest_folder(path)
+    if not folder.is_dir():
+        raise LedgerError(
+            f"ledger {path}: the folder {path.parent} cannot be created: {folder} is a file;"
+            f" {SET_LEDGER}"
+        )
     # First of all: nothing can be known of what is in a folder that this user may not enter.
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise LedgerError(f"ledger {path}: cannot write in the folder {path.parent}; {SET_LEDGER}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LedgerError(f"ledger {path}: cannot write in the folder {folder}; {SET_LEDGER}")
     if path.is_dir():
         raise LedgerError(f"ledger {path}: expected a file, got a folder; {SET_LEDGER}")
     if path.exists() and not path.is_file():
@@ -147,7 +170,12 @@ def check_location(url: str, *, mounts: str | None = None) -> None:
         raise LedgerError(
             f"ledger {path}: the file cannot be read and written by this user; {SET_LEDGER}"
         )
-    make_private(path)
+    open_to_others(path)  # It refuses what is not ours.
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return the folder that a file is in or would be made in: the nearest one that is there."""
+    return next(parent for parent in path.parents if os.path.lexists(parent))
 
 
 def filesystem_of(path: Path, mounts: str) -> str:
@@ -177,22 +205,45 @@ def open_database(
     Raises LedgerError when it cannot be opened, or was written by a newer cost meter.
     """
     parsed = parse_url(url)
-    shown = parsed.render_as_string(hide_password=True)
     path = sqlite_path(parsed)
-    if path is not None:
-        if create:
-            _make_folder(path)
-            make_private(path)
-            # A symlink may name a file that is not there yet.
-            _make_file(path.resolve())
-        elif not path.exists():
-            raise LedgerError(
-                f"ledger {shown}: no such file; start a server with the meter, or name the right"
-                " ledger in COST_METER_LEDGER"
-            )
+    if path is not None and create:
+        _make_folder(path)
+        make_private(path)
+        # A symlink may name a file that is not there yet.
+        _make_file(path.resolve())
+    elif path is not None:
+        _require_file(path, parsed)
+    return _opened(parsed, lambda: _engine(parsed, busy_timeout_s), create=create)
+
+
+def open_to_read(url: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
+    """Open an existing ledger's database, and change nothing in it nor in its folder.
+
+    Every transaction sees one state of the ledger. Raises LedgerError when it cannot be opened, or
+    was written by another version of the cost meter.
+    """
+    parsed = parse_url(url)
+    path = sqlite_path(parsed)
+    if path is None:
+        return in_one_state(_opened(parsed, lambda: _engine(parsed, busy_timeout_s), create=False))
+    _require_file(path, parsed)
+    return _opened(parsed, lambda: _reading_engine(parsed, path, busy_timeout_s), create=False)
+
+
+def _require_file(path: Path, parsed: URL) -> None:
+    if not path.exists():
+        raise LedgerError(
+            f"ledger {parsed.render_as_string(hide_password=True)}: no such file; start a server"
+            " with the meter, or name the right ledger in COST_METER_LEDGER"
+        )
+
+
+def _opened(parsed: URL, make: Callable[[], Engine], *, create: bool) -> Engine:
+    """Return the engine that `make` makes, if it has our schema. Raises LedgerError."""
+    shown = parsed.render_as_string(hide_password=True)
     engine: Engine | None = None
     try:
-        engine = _engine(parsed, busy_timeout_s)
+        engine = make()
         _ensure_schema(engine, shown, create=create)
     except ImportError as error:
         raise LedgerError(
@@ -262,12 +313,26 @@ def _engine(url: URL, busy_timeout_s: float) -> Engine:
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA cache_size=-16384")
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get(WRITE_OPTION)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
+    event.listen(engine, "begin", _begin)
     return engine
+
+
+def _reading_engine(url: URL, path: Path, busy_timeout_s: float) -> Engine:
+    """Return an engine whose connections live no longer than a transaction."""
+
+    def connect() -> sqlite3.Connection:
+        connection = connect_to_read(path, busy_timeout_s)
+        connection.execute("PRAGMA cache_size=-16384")
+        return connection
+
+    engine = create_engine(url, creator=connect, poolclass=NullPool)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _begin(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(WRITE_OPTION)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _set_wal(connection: Any, timeout_s: float) -> None:
@@ -292,6 +357,13 @@ def writing(engine: Engine) -> Engine:
     return engine.execution_options(**{WRITE_OPTION: True})
 
 
+def in_one_state(engine: Engine) -> Engine:
+    """Return the same engine with transactions that see one state of the ledger throughout."""
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="REPEATABLE READ")
+    return engine
+
+
 def refuse_newer(version: int, name: str) -> None:
     """Raise LedgerError for a schema's version that this cost meter does not know."""
     if version > SCHEMA_VERSION:
@@ -302,10 +374,10 @@ def refuse_newer(version: int, name: str) -> None:
 
 
 def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
-    found = _version(engine)
+    found = recorded_version(engine)
     if create and (found is None or found < SCHEMA_VERSION):
         _create_schema(engine)
-        found = _version(engine)
+        found = recorded_version(engine)
     if found is None:
         raise LedgerError(f"ledger {shown}: holds no ledger (no table schema_version)")
     refuse_newer(found, f"ledger {shown}")
@@ -316,7 +388,8 @@ def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
         )
 
 
-def _version(engine: Engine) -> int | None:
+def recorded_version(engine: Engine) -> int | None:
+    """Return the version that a database says its ledger's schema has; None without a ledger."""
     with engine.connect() as connection:
         if not inspect(connection).has_table(schema_version.name):
             return None

@@ -57,6 +57,7 @@ _SQLITE_RECORD = frozenset({sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH})
 # Classes of SQLSTATE (PostgreSQL, appendix A): connection, transaction state, rollback, syntax and
 # access, resources, object state, operator, system.
 _SQLSTATE_DATABASE = ("08", "25", "40", "42", "53", "55", "57", "58")
+_SQLSTATE_LOCKED = "55P03"
 # Data, constraint, and a program's limit: a row is too big for an index.
 _SQLSTATE_RECORD = ("22", "23", "54")
 
@@ -77,6 +78,15 @@ def fault_of(error: Exception) -> Fault:
     if (state := getattr(cause, "sqlstate", None)) is not None:
         return _of_sqlstate(str(state))
     return Fault.UNKNOWN
+
+
+def is_busy(error: DBAPIError) -> bool:
+    """Return whether others hold what a write needs, so that it may succeed a moment later."""
+    cause = error.orig
+    code = getattr(cause, "sqlite_errorcode", None)
+    if code is not None:
+        return int(code) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    return getattr(cause, "sqlstate", None) == _SQLSTATE_LOCKED
 
 
 def _of_sqlite(code: int) -> Fault:

@@ -12,6 +12,7 @@ Invariant: after `make_private` only this user can read the ledger's files.
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_cost_meter.errors import LedgerError
@@ -24,6 +25,17 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 def make_private(path: Path) -> None:
     """Tighten the modes of a ledger's files and folder. Raises LedgerError for what is not ours."""
+    for file, mode in _files_of(path):
+        _tighten(file, mode)
+
+
+def open_to_others(path: Path) -> list[Path]:
+    """Return what `make_private` would tighten. Raises LedgerError for what is not ours."""
+    return [file for file, _ in _files_of(path) if _is_open(file)]
+
+
+def _files_of(path: Path) -> Iterator[tuple[Path, int]]:
+    """Yield a ledger's own folder and files with the modes that they are to have."""
     real = path.resolve()
     if real != path.absolute() and is_open_folder(real.parent):
         raise LedgerError(
@@ -31,7 +43,7 @@ def make_private(path: Path) -> None:
             f" {real.parent}, where everybody may write; set COST_METER_LEDGER to another place"
         )
     if real.parent.name == OWN_FOLDER:
-        _tighten(real.parent, stat.S_IRWXU)
+        yield real.parent, stat.S_IRWXU
     for suffix in _SUFFIXES:
         file = real.with_name(real.name + suffix)
         try:
@@ -48,7 +60,7 @@ def make_private(path: Path) -> None:
                 f" id {about.st_uid}, who could change it; give it to this user or set"
                 " COST_METER_LEDGER to another place"
             )
-        _tighten(file, stat.S_IRUSR | stat.S_IWUSR)
+        yield file, stat.S_IRUSR | stat.S_IWUSR
 
 
 def is_open_folder(folder: Path) -> bool:
@@ -59,12 +71,19 @@ def is_open_folder(folder: Path) -> bool:
         return False
 
 
-def _tighten(path: Path, mode: int) -> None:
+def _is_open(path: Path) -> bool:
     try:
         about = path.stat()
-        if about.st_mode & _OTHERS and about.st_uid == os.geteuid():
-            path.chmod(mode)
     except FileNotFoundError:  # Another process closed the ledger, and its log is gone.
+        return False
+    return bool(about.st_mode & _OTHERS) and about.st_uid == os.geteuid()
+
+
+def _tighten(path: Path, mode: int) -> None:
+    try:
+        if _is_open(path):
+            path.chmod(mode)
+    except FileNotFoundError:
         return
     except OSError as error:
         raise LedgerError(

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import invoice_days
-from vllm_cost_meter.ledger.database import cause_of, open_database
+from vllm_cost_meter.ledger.database import cause_of, in_one_state, open_database, open_to_read
 from vllm_cost_meter.ledger.deadline import bounded, deadline
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
@@ -76,13 +76,13 @@ class LedgerReader:
         # The number of the last bill that was waited for, by run; nobody waits for it again.
         self._settled: dict[str, int] = {}
         self._opening = threading.Lock()
-        self._opened: Engine | None = None if create else _open(url, create=False)
+        self._opened: Engine | None = None if create else open_to_read(url)
 
     @property
     def _engine(self) -> Engine:
         with self._opening:
             if self._opened is None:
-                self._opened = _open(self.url, create=True)
+                self._opened = in_one_state(open_database(self.url))
             return self._opened
 
     def close(self) -> None:
@@ -379,10 +379,3 @@ class LedgerReader:
         living = self._living(as_of)
         with self.transaction() as connection:
             return requests.request_row(connection, match, living, self._book)
-
-
-def _open(url: str, *, create: bool) -> Engine:
-    engine = open_database(url, create=create)
-    if engine.dialect.name == "postgresql":
-        return engine.execution_options(isolation_level="REPEATABLE READ")
-    return engine

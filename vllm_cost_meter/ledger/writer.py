@@ -13,7 +13,6 @@ Invariant: every record that came in is in exactly one of: committed, dropped, o
 (`queued == committed + dropped + waiting`), and a future resolves only after its records' COMMIT.
 """
 
-import logging
 import threading
 import time
 from collections import deque
@@ -25,7 +24,6 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.guard import Outage
 from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.faults import Fault, fault_of
 from vllm_cost_meter.ledger.inserts import (
@@ -35,11 +33,12 @@ from vllm_cost_meter.ledger.inserts import (
     no_first_price,
     write,
 )
+from vllm_cost_meter.logs import Outage, meter_logger
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
 from vllm_cost_meter.records.snapshot import Snapshot
 from vllm_cost_meter.units.text import ECHOED_CHARS_MAX, plain
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 RETRY_FIRST_S = 0.05
 RETRY_MOST_S = 1.0
@@ -306,8 +305,10 @@ class LedgerWriter:
         self.failures += 1
         self.last_error = _first_line(error)
         if self._outage.failed():
-            logger.warning(
-                "cost meter: the ledger cannot be written, trying again: %s. Records wait.",
+            # An error also where nobody has given vLLM's logger a level, and the root's is ERROR.
+            logger.error(
+                "cost meter: the ledger cannot be written%s, trying again: %s. Records wait.",
+                self._outage.so_far,
                 self.last_error,
             )
         self._drop_engine()

@@ -9,15 +9,15 @@ Invariant: an `ask` ends within its time, with an answer or an error, whatever t
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
 
 from vllm_cost_meter.errors import AwayError, CostMeterError
+from vllm_cost_meter.logs import meter_logger
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 T = TypeVar("T")
 

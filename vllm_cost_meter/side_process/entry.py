@@ -24,6 +24,7 @@ from typing import TypeVar
 import msgspec
 
 from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.logs import meter_logger, send_all_to
 from vllm_cost_meter.side_process.channel import Answerer, Channel, NewsTaker, decoded
 
 H = TypeVar("H")
@@ -107,16 +108,14 @@ async def _run(
             take(name, value)
 
     server = ToServer(*await asyncio.open_unix_connection(sock=end), answer, take_first)
-    root = logging.getLogger()
-    root.addHandler(_Handler(server, loop))
-    root.setLevel(logging.INFO)
+    send_all_to(_Handler(server, loop))
     until_gone = asyncio.create_task(_exit_with(server))
     try:
         await main(server, await greeted)
     except CostMeterError as error:
         server.tell(FAILED, str(error))
     except Exception as error:
-        logging.exception("cost meter: a side process failed")
+        meter_logger().exception("cost meter: a side process failed")
         server.tell(FAILED, f"{type(error).__name__}: {error}")
     else:
         await until_gone

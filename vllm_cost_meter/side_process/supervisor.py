@@ -13,12 +13,11 @@ long as the side process may, because Linux takes the end of the thread that sta
 the end of its parent.
 
 Invariant: what becomes of the side process neither ends nor holds up the API server. Its end is
-logged once, and so is its return.
+logged, and so is its return.
 """
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -33,10 +32,11 @@ from typing import Literal, TypeVar
 import msgspec
 
 from vllm_cost_meter.errors import AwayError
+from vllm_cost_meter.logs import Outage, meter_logger
 from vllm_cost_meter.side_process.channel import PING, Answerer, Channel, NewsTaker, decoded
 from vllm_cost_meter.side_process.entry import FAILED, HELLO, LOG, READY, Line
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 T = TypeVar("T")
 
@@ -101,8 +101,7 @@ class SideProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._works = asyncio.Event()
-        # When its end was logged; None while nothing of it is to be said.
-        self._away_since_s: float | None = None
+        self._outage = Outage()
         self._why_ended: str | None = None
 
     # -- life -------------------------------------------------------------------------------
@@ -242,23 +241,19 @@ class SideProcess:
         self._ready(about)
         self.state = "ok"
         self._works.set()
-        if self._away_since_s is not None:
-            away_s = time.monotonic() - self._away_since_s
-            self._away_since_s = None
+        if (ended := self._outage.ended()) is not None:
             logger.warning(
-                "cost meter: %s works again after %.1f s (pid %s)", self._name, away_s, self.pid
+                "cost meter: %s works again after %.1f s (pid %s)", self._name, ended[0], self.pid
             )
 
     def _note_end(self, how: str, pause_s: float) -> None:
         self.state = "ended"
         self.last_end = how
-        # Said once: until it works again nothing is new.
-        if self._away_since_s is None:
-            self._away_since_s = time.monotonic()
+        if self._outage.failed():
             logger.warning(
-                "cost meter: %s %s. Serving and metering go on; it is started again in %g s, and"
+                "cost meter: %s %s%s. Serving and metering go on; it is started again in %g s, and"
                 " the log says when it works.",
-                *(self._name, how, pause_s),
+                *(self._name, how, self._outage.so_far, pause_s),
             )
 
     # -- asking -----------------------------------------------------------------------------

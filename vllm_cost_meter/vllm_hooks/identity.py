@@ -4,7 +4,6 @@ Invariant: nothing here changes vLLM. If an engine's GPUs cannot be found, it is
 their energy.
 """
 
-import logging
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from vllm_cost_meter.attribution import NATIVE
 from vllm_cost_meter.config.engine import load_engine_settings
 from vllm_cost_meter.engine.energy.nvml import EnergyCounter
 from vllm_cost_meter.engine.meter import EngineMeter
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.engine import EngineIdentity
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 
 def make_engine_meter(scheduler: Any) -> EngineMeter:

@@ -5,7 +5,6 @@ Invariant: vLLM's parser and plugins stay as they are, except for our flags and 
 
 import argparse
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import vllm.plugins
 
 from vllm_cost_meter.errors import VllmMismatchError
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.vllm_hooks import canary
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 STAT_LOGGER_PLUGINS = "vllm.stat_logger_plugins"
 

@@ -7,14 +7,14 @@ once in the engine's process, when the meter is made.
 Invariant: an error here never leaves the module; the prior then knows nothing.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_cost_meter.attribution.cost_model import Plane
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior, peaks_of, prior_of_counts
+from vllm_cost_meter.logs import meter_logger, quieter
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 # A batch has (tokens, context at the end of the step) for each request.
 Batch = Sequence[tuple[int, int]]
@@ -53,26 +53,26 @@ def prior_of_model(vllm_config: Any, device_name: str) -> Prior:
 
     If vLLM counts nothing for the model, or fails, the prior says that a step costs its tokens.
     """
-    perf_logger = logging.getLogger("vllm.v1.metrics.perf")
-    level = perf_logger.level
-    perf_logger.setLevel(logging.WARNING)  # Otherwise it logs each object it makes.
     try:
-        from vllm.v1.metrics.perf import ModelMetrics  # Some vLLMs do not have it.
-
-        metrics = ModelMetrics(vllm_config)
-        if not metrics.is_enabled():
-            return NOTHING_KNOWN
-        return prior_of_counts(
-            _plane(*linear(lambda batch: metrics.get_num_flops(context_of(batch)))),
-            _plane(*linear(lambda batch: _bytes(metrics, context_of(batch)))),
-            peaks_of(device_name),
-            "ModelMetrics",
-        )
+        with quieter("vllm.v1.metrics.perf"):  # Otherwise it logs each object it makes.
+            return _counted_prior(vllm_config, device_name)
     except Exception as error:  # noqa: BLE001 - vLLM may raise anything for an unknown model
         logger.warning("cost meter: no counts of FLOPs and bytes for this model: %r", error)
         return NOTHING_KNOWN
-    finally:
-        perf_logger.setLevel(level)
+
+
+def _counted_prior(vllm_config: Any, device_name: str) -> Prior:
+    from vllm.v1.metrics.perf import ModelMetrics  # Some vLLMs do not have it.
+
+    metrics = ModelMetrics(vllm_config)
+    if not metrics.is_enabled():
+        return NOTHING_KNOWN
+    return prior_of_counts(
+        _plane(*linear(lambda batch: metrics.get_num_flops(context_of(batch)))),
+        _plane(*linear(lambda batch: _bytes(metrics, context_of(batch)))),
+        peaks_of(device_name),
+        "ModelMetrics",
+    )
 
 
 def _bytes(metrics: Any, context: Any) -> int:

@@ -8,17 +8,17 @@ Invariant: with or without an error of ours, vLLM's call returns or raises what 
 """
 
 import functools
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_cost_meter.engine.books import RequestFacts
 from vllm_cost_meter.engine.meter import EngineMeter, NoMeter
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.bill import BILL_KEY, CARRIER_ID, write_bill
 from vllm_cost_meter.vllm_hooks import canary
 from vllm_cost_meter.vllm_hooks.identity import make_engine_meter
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 # -- engine side ------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX, QUIET_NS
+from vllm_cost_meter.guard import ERRORS_IN_A_ROW_MAX
+from vllm_cost_meter.logs import SPOKEN_OF_EVERY_NS
 from vllm_cost_meter.tenants.budgets import BudgetFigures
 
 SECOND = 10**9
@@ -81,7 +82,7 @@ def test_a_loop_that_fails_waits_twice_as_long_each_time_up_to_a_bound(lines):
     assert loop.pause_s(0.25) == 0.25
 
 
-def test_an_outage_is_logged_when_it_begins_and_when_it_is_over_and_no_more(lines):
+def test_a_short_outage_is_logged_when_it_begins_and_when_it_is_over_and_no_more(lines):
     clock = Clock()
     loop = Loop("budgets", clock)
     for _ in range(30):
@@ -97,10 +98,25 @@ def test_an_outage_is_logged_when_it_begins_and_when_it_is_over_and_no_more(line
     ]
 
 
+def test_an_outage_is_spoken_of_in_each_minute_of_it_with_how_long_it_lasts(lines):
+    clock = Clock()
+    loop = Loop("poll", clock)
+    for _ in range(150):
+        loop.failed(OSError("gone"))
+        clock.now_ns += SECOND
+    loop.succeeded()
+    assert [line.partition(":")[2].partition(". It")[0] for line in lines] == [
+        " the loop `poll` failed: OSError: gone",
+        " the loop `poll` failed (for 60 s and 61 attempts): OSError: gone",
+        " the loop `poll` failed (for 120 s and 121 attempts): OSError: gone",
+        " the loop `poll` works again, after 150.0 s and 150 failures",
+    ]
+
+
 def test_a_loop_that_fails_and_works_in_turns_speaks_of_it_once_a_minute(lines):
     clock = Clock()
     loop = Loop("poll", clock)
-    for _ in range(QUIET_NS // SECOND):
+    for _ in range(SPOKEN_OF_EVERY_NS // SECOND):
         loop.failed(OSError("gone"))
         loop.succeeded()
         clock.now_ns += SECOND
@@ -115,12 +131,13 @@ def test_an_outage_that_began_in_the_quiet_after_another_is_spoken_of_if_it_last
     loop = Loop("poll", clock)
     loop.failed(OSError("gone"))
     loop.succeeded()
-    for _ in range(QUIET_NS // SECOND + 1):
+    for _ in range(SPOKEN_OF_EVERY_NS // SECOND + 1):
         loop.failed(OSError("gone for long"))
         clock.now_ns += SECOND
     loop.succeeded()
     assert [line.partition(",")[0] for line in lines[2:]] == [
-        "cost meter: the loop `poll` failed: OSError: gone for long. It tries again",
+        "cost meter: the loop `poll` failed (for 60 s and 61 attempts): OSError: gone for long. It"
+        " tries again",
         "cost meter: the loop `poll` works again",
     ]
 

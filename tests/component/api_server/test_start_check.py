@@ -51,7 +51,8 @@ def test_a_wrong_setting_is_one_line(monkeypatch):
 def test_a_ledger_that_cannot_be_where_it_is_said_to_be_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path}/file/ledger.db")
-    assert f"the folder {tmp_path}/file cannot be created: File exists; {PLACE}" in what_is_wrong()
+    said = what_is_wrong()
+    assert f"the folder {tmp_path}/file cannot be created: {tmp_path}/file is a file;" in said
     assert what_is_wrong(with_ledger=False) is None
     os.mkfifo(tmp_path / "fifo")
     monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path}/fifo")

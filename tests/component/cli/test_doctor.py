@@ -2,32 +2,23 @@
 
 import contextlib
 import json
-import socket
 import sqlite3
 import sys
-import tempfile
-import threading
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from typer.testing import CliRunner
 
 from tests.component.ledger.test_reader import part, snapshot
 from tests.support.nvml import A, Card, nvmls
 from tests.support.small_ledger import live_now
-from vllm_cost_meter.api_server.background import Loop
+from tests.support.untouched import old_ledger
+from tests.support.upkeep import noise, rows_of
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.config.settings import Settings
-from vllm_cost_meter.endpoint.access import Access, sha256
-from vllm_cost_meter.endpoint.answers import NO_METER
-from vllm_cost_meter.endpoint.app import make_app
-from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunMatch
 
@@ -36,9 +27,11 @@ CHECKS = [
     "named",
     "native",
     "vllm",
-    "ledger",
-    "books",
     "server",
+    "ledger",
+    "schema",
+    "pages",
+    "books",
     "cost model",
     "price",
     "energy",
@@ -68,6 +61,22 @@ def findings(path: Path, **options: Any) -> dict[str, tuple[bool, str]]:
     return {f.name: (f.ok, f.detail) for f in examine(f"sqlite:///{path}", **options)}
 
 
+def state_of_check(path: Path, name: str, **options: Any) -> tuple[str, str]:
+    (found,) = [f for f in examine(f"sqlite:///{path}", **options) if f.name == name]
+    return found.outcome.name.lower(), found.detail
+
+
+def spoil_a_page(path: Path) -> None:
+    """Overwrite the page with the root of a table."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        query = "SELECT rootpage FROM sqlite_master WHERE name = 'usage_pieces'"
+        (page,) = connection.execute(query).fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    content = bytearray(path.read_bytes())
+    content[(page - 1) * size : page * size] = noise(size)
+    path.write_bytes(content)
+
+
 def sql(path: Path, statement: str) -> None:
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(statement)
@@ -89,7 +98,7 @@ def test_the_command_prints_one_line_a_check_or_one_json_object(path):
     answer = json.loads(CliRunner().invoke(app, ["doctor", "--json", "--ledger", str(path)]).stdout)
     assert answer["ok"] is True
     assert [finding["name"] for finding in answer["findings"]] == CHECKS
-    assert set(answer["findings"][0]) == {"name", "ok", "detail"}
+    assert set(answer["findings"][0]) == {"name", "ok", "state", "detail"}
 
 
 def test_once_tenants_are_declared_refusing_the_unnamed_is_recommended(path):
@@ -104,10 +113,68 @@ def test_once_tenants_are_declared_refusing_the_unnamed_is_recommended(path):
         assert said in detail
 
 
-def test_a_ledger_that_is_not_there_is_made(tmp_path):
+def test_a_ledger_that_is_not_there_yet_is_no_fault_and_is_not_made(tmp_path):
     found = findings(tmp_path / "new" / "ledger.db")
-    assert found["ledger"] == (True, f"sqlite:///{tmp_path}/new/ledger.db can be written")
-    assert found["books"][0]
+    place = f"sqlite:///{tmp_path}/new/ledger.db"
+    said = f"{place}: not there yet: the server makes the file at its start"
+    assert found["ledger"] == (True, said)
+    for name in ("schema", "pages", "books", "cost model"):
+        assert found[name] == (True, "there is no ledger yet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ledger_that_could_not_be_made_is_a_fault(tmp_path):
+    (tmp_path / "file").touch()
+    ok, detail = findings(tmp_path / "file" / "ledger.db")["ledger"]
+    assert not ok
+    assert f"cannot be created: {tmp_path}/file is a file" in detail
+
+
+def test_a_row_of_each_table_is_written_and_taken_back(path):
+    before = rows_of(path)
+    said = f"sqlite:///{path} can be written: a row of each table, and taken back"
+    assert findings(path)["ledger"] == (True, said)
+    assert rows_of(path) == before
+
+
+def test_looser_modes_are_said_and_not_changed(path):
+    path.chmod(0o644)
+    found = state_of_check(path, "ledger")
+    assert found[0] == "warn"
+    assert found[1].endswith(
+        "; ledger.db is open to other users: a metered server's start closes it"
+    )
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_older_schema_is_a_warning_that_says_what_the_next_start_does(tmp_path):
+    old_ledger(tmp_path / "ledger.db", 3)
+    state, detail = state_of_check(tmp_path / "ledger.db", "schema")
+    assert state == "warn"
+    assert detail.startswith("version 3, this cost meter has 9: the next start of a metered server")
+    assert detail.endswith("`vllm-cost-meter ledger migrate` keeps a copy")
+    found = findings(tmp_path / "ledger.db")
+    assert found["books"] == (True, "not looked at: the ledger has schema version 3")
+
+
+def test_a_newer_schema_is_a_fault(path):
+    sql(path, "UPDATE schema_version SET version = 99")
+    ok, detail = findings(path)["schema"]
+    assert not ok
+    assert "has schema version 99, this cost meter knows 9" in detail
+
+
+def test_a_damaged_page_is_found(path):
+    spoil_a_page(path)
+    ok, detail = findings(path)["pages"]
+    assert not ok
+    assert detail.endswith("; run `vllm-cost-meter ledger check`")
+
+
+def test_the_look_for_damage_in_a_large_ledger_is_cut_short_and_says_so(path):
+    sql(path, "CREATE TABLE large AS SELECT zeroblob(64000000) AS x UNION ALL SELECT 1")
+    detail = "cut short after 0.001 s: `vllm-cost-meter ledger check` reads all of them"
+    assert findings(path, quick_check_s=0.001)["pages"] == (True, detail)
 
 
 def test_a_ledger_that_cannot_be_written_fails_and_so_does_the_command(tmp_path):
@@ -137,17 +204,6 @@ def test_an_engine_whose_meter_is_off_fails(path):
     assert "switched itself off in run run" in detail
 
 
-def test_a_ledger_that_is_locked_is_a_ledger_that_cannot_be_written(path):
-    blocker = sqlite3.connect(path, isolation_level=None)
-    blocker.execute("BEGIN IMMEDIATE")
-    try:
-        ok, detail = findings(path, ledger_timeout_s=0.1)["ledger"]
-    finally:
-        blocker.close()
-    assert not ok
-    assert "locked" in detail
-
-
 @pytest.mark.parametrize("plugins", ["other", ""])
 def test_plugins_that_leave_the_meter_out_fail(path, monkeypatch, plugins):
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
@@ -168,7 +224,7 @@ def test_a_ledger_that_refuses_a_write_cannot_be_written(path):
     """What SQLite says when a disk is full, said here by a trigger."""
     sql(
         path,
-        "CREATE TRIGGER full BEFORE UPDATE ON schema_version"
+        "CREATE TRIGGER full BEFORE INSERT ON usage_pieces"
         " BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END",
     )
     ok, detail = findings(path)["ledger"]
@@ -252,87 +308,3 @@ def test_an_installation_without_the_binding_fails(path, monkeypatch):
     ok, detail = findings(path)["energy"]
     assert not ok
     assert "pip install nvidia-ml-py" in detail
-
-
-# ---- the server
-
-
-@contextlib.contextmanager
-def answering(**health) -> Iterator[Settings]:
-    """Serve the side endpoint of a meter that does as told; yield the settings that name it."""
-    told = {**NO_METER, "status": "ok", "loops": [Loop("poll").health()], **health}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        LedgerReader(f"sqlite:///{folder}/ledger.db", create=True) as reader,
-    ):
-        access = Access(sha256("token-of-the-admin"))
-        app = make_app(reader, access=access, health=lambda: told)
-        listening = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            port = listening.getsockname()[1]
-            yield Settings(port=port, admin_token="token-of-the-admin")
-        finally:
-            server.should_exit = True
-            thread.join()
-            listening.close()
-
-
-def server_of(path: Path, settings: Settings) -> tuple[bool, str]:
-    (found,) = [f for f in examine(f"sqlite:///{path}", settings=settings) if f.name == "server"]
-    return found.ok, found.detail.replace(str(settings.port), "PORT")
-
-
-def test_a_server_whose_meter_works_says_so(path):
-    with answering() as settings:
-        assert server_of(path, settings) == (True, "http://127.0.0.1:PORT says ok; poll work")
-
-
-def test_a_server_whose_loop_fails_is_a_failed_check_that_names_it(path):
-    clock = iter([0, 90 * 10**9])
-    loop = Loop("budgets", lambda: next(clock))
-    loop.failed(LedgerError("ledger x: is away"))
-    with answering(status="failing", loops=[loop.health()]) as settings:
-        assert server_of(path, settings) == (
-            False,
-            "http://127.0.0.1:PORT says failing; budgets fails for 90 s"
-            " (LedgerError: ledger x: is away)",
-        )
-
-
-def test_a_server_that_is_off_or_cannot_write_is_a_failed_check(path):
-    with answering(status="off", loops=[], ledger_error="OperationalError: full") as settings:
-        assert server_of(path, settings) == (
-            False,
-            "http://127.0.0.1:PORT says off; the meter switched itself off: see the log, and"
-            " restart the server; the ledger cannot be written: OperationalError: full",
-        )
-
-
-def test_a_side_process_that_ended_is_said_though_it_is_back(path):
-    ended = {"process": "side endpoint", "state": "ok", "pid": 7, "restarts": 2}
-    side = {**ended, "last_end": "was ended by SIGKILL"}
-    with answering(side_processes=[side]) as settings:
-        assert server_of(path, settings) == (
-            True,
-            "http://127.0.0.1:PORT says ok; the process of the side endpoint ended 2 times, the"
-            " last time it was ended by SIGKILL",
-        )
-
-
-def test_no_server_is_no_fault_and_one_that_wants_another_token_says_what_to_do(path):
-    with answering() as settings:
-        other = Settings(port=settings.port, admin_token="another-token-of-an-admin")
-        assert server_of(path, other) == (
-            False,
-            "http://127.0.0.1:PORT answers 401 to /cost/health; set COST_METER_ADMIN_TOKEN",
-        )
-        digest = Settings(port=settings.port, admin_token_sha256=sha256("token-of-the-admin"))
-        ok, detail = server_of(path, digest)
-        assert ok
-        assert detail.startswith("not asked: of the token")
-    ok, detail = server_of(path, settings)
-    assert ok
-    assert detail.startswith("none answers at http://127.0.0.1:PORT: ")

@@ -22,8 +22,10 @@ from vllm_cost_meter.api_server.side_endpoint import SideEndpoint
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.answers import NO_METER
 from vllm_cost_meter.endpoint.server import metrics_registry
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.tenants.budgets import BudgetFigures
+from vllm_cost_meter.version import __version__
 
 
 @pytest.fixture
@@ -209,6 +211,9 @@ def test_the_health_of_the_meter_names_each_loop(logged, tmp_path):
         "waiting": 0,
         "dropped": 0,
         "ledger_error": None,
+        "version": __version__,
+        "ledger": runtime.writer.url,
+        "schema_version": SCHEMA_VERSION,
     }
     assert failing["status"] == "failing"
     (poll,) = [loop for loop in failing["loops"] if loop["loop"] == "poll"]

@@ -96,8 +96,7 @@ def test_the_file_is_closed_at_the_end_of_the_block_also_by_an_error(path):
         return str(path) in {os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()}
 
     def fail():
-        with open_ledger(path) as reader:
-            requests_of(reader)
+        with open_ledger(path) as reader, reader.transaction():
             assert is_open()
             raise RuntimeError
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.component.ledger.test_reader import HOUR, Ledger, http, ledger, part, snapshot
 from vllm_cost_meter.ledger.queries.cut import AsOf
+from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -22,8 +23,6 @@ NOW = AsOf((HOUR + 4) * NS_PER_HOUR, 0)
 
 def steps_of(ledger: Ledger, window: tuple[int, ...] = ()) -> int:
     """Return how many hundreds of steps alice's own figures take."""
-    reader = ledger.reader
-    reader.tenant("alice", *window, as_of=NOW)  # connections and plans are made
     looks = 0
 
     def look() -> int:
@@ -31,9 +30,12 @@ def steps_of(ledger: Ledger, window: tuple[int, ...] = ()) -> int:
         looks += 1
         return 0
 
-    with reader.transaction() as connection:
-        connection.connection.driver_connection.set_progress_handler(look, 100)
-    found = reader.tenant("alice", *window, as_of=NOW)
+    # The reader of a server, which keeps its connections.
+    with LedgerReader(ledger.reader.url, create=True) as reader:
+        reader.tenant("alice", *window, as_of=NOW)  # connections and plans are made
+        with reader.transaction() as connection:
+            connection.connection.driver_connection.set_progress_handler(look, 100)
+        found = reader.tenant("alice", *window, as_of=NOW)
     assert found is not None
     assert (found["requests"], len(found["recent"])) == (3, 4)
     return looks

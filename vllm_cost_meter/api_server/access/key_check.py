@@ -8,7 +8,6 @@ that it was reached: a path is open if that happens without a key.
 Invariant: nothing here raises or keeps a key.
 """
 
-import logging
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,8 +17,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vllm_cost_meter.api_server.access.app_routes import does_work, working_routes
 from vllm_cost_meter.api_server.routes import KNOWN_ROUTES, OWN_ROUTES
+from vllm_cost_meter.logs import meter_logger
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 _AUTHENTICATION = "AuthenticationMiddleware"
 # Every vLLM guards its OpenAI routes.

@@ -6,14 +6,13 @@ bring, but never has, and a tag that no declared tenant has and no request ever 
 Invariant: each budget is warned of once.
 """
 
-import logging
-
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.owner import UNKNOWN
 from vllm_cost_meter.tenants.budgets import Budget
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 
 class BudgetNames:

@@ -18,7 +18,6 @@ Invariant: the classes add up to the energy read, to the millijoule, over the ru
 hour. The class `requests` is the sum of all request energies that were reported.
 """
 
-import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,10 +28,11 @@ from vllm_cost_meter.engine.energy.shares import (
     split_by_time,
     split_energy,
 )
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.snapshot import ClassTotals
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 # Classes of busy time besides requests; `lost` is mostly steps that could not be measured.
 BUSY_CLASSES = ("tail", "dummy", "lost")

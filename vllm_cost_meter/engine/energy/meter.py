@@ -7,19 +7,19 @@ Invariant: nothing here raises. After an error of the energy meter, further ener
 energy known before stays as it was. Time and bills do not depend on it.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 from vllm_cost_meter.engine.books import EngineBooks
 from vllm_cost_meter.engine.energy.books import EnergyBooks, WindowEnd
 from vllm_cost_meter.engine.energy.nvml import LASTING_REASONS, EnergyCounter
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.bill import Bill
 from vllm_cost_meter.records.energy import RunEnergy
 from vllm_cost_meter.records.snapshot import Snapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 
 class EnergyMeter:

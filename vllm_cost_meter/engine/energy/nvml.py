@@ -13,15 +13,15 @@ because a sum over the others would be wrong. A reason reads "code: what happene
 Invariant: nothing here raises into its caller, waits for anything, or starts a thread.
 """
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
-logger = logging.getLogger("vllm.cost_meter")
+logger = meter_logger()
 
 # Reasons that hold for good: no card can become readable later.
 FINAL_REASONS = ("no_device", "no_binding", "no_library", "order")

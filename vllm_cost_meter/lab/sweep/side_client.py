@@ -7,11 +7,8 @@ so they may be read each second.
 Invariant: reads only.
 """
 
-import http.client
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_cost_meter.economics.saturation import IDENTITY
 from vllm_cost_meter.errors import ServerError
+from vllm_cost_meter.lab.client import get
 from vllm_cost_meter.records.snapshot import BUSY
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -96,7 +94,8 @@ class SideClient:
         return summary
 
     def _get(self, path: str) -> bytes:
-        return _get(f"{self._url}{path}", self._token, "the side endpoint of a metered server")
+        expected = "the side endpoint of a metered server"
+        return get(f"{self._url}{path}", self._token, expected, TIMEOUT_S)
 
 
 def served_by(url: str) -> tuple[str, str]:
@@ -104,7 +103,7 @@ def served_by(url: str) -> tuple[str, str]:
 
     The key that vLLM may want is OPENAI_API_KEY, as its client wants it. Raises ServerError.
     """
-    answer = _get(f"{url}/v1/models", os.environ.get("OPENAI_API_KEY"), "vLLM")
+    answer = get(f"{url}/v1/models", os.environ.get("OPENAI_API_KEY"), "vLLM", TIMEOUT_S)
     try:
         first = json.loads(answer)["data"][0]
         return first["id"], first.get("root") or first["id"]
@@ -148,19 +147,3 @@ def _at(samples: Sequence[Sample], at_s: float) -> Sample:
     part = (at_s - a.at_s) / (b.at_s - a.at_s) if b.at_s > a.at_s else 0.0
     pairs = ((a.wall_gpu_s, b.wall_gpu_s), (a.busy_gpu_s, b.busy_gpu_s), (a.bills, b.bills))
     return Sample(at_s, *(x + part * (y - x) for x, y in pairs))
-
-
-def _get(url: str, token: str | None, expected: str) -> bytes:
-    """GET an answer. Raises ServerError, with what was expected there."""
-    headers = {} if token is None else {"authorization": f"Bearer {token}"}
-    try:
-        # The user's own URL; one that is no web address is refused just so.
-        request = urllib.request.Request(url, headers=headers)  # noqa: S310
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-            body: bytes = answer.read()
-            return body
-    except urllib.error.HTTPError as error:
-        raise ServerError(f"{url} answered {error.code}; expected {expected} there") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        why = getattr(error, "reason", error)
-        raise ServerError(f"expected {expected} at {url}: {why}") from None

@@ -35,7 +35,7 @@ from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.billing.facts import hour_row, line_row, reading_row, spans_of
 from vllm_cost_meter.ledger.billing.hours import LIMITS, Change, ImportLimits, change_of
 from vllm_cost_meter.ledger.billing.meters import add_facts, shown, totals_of
-from vllm_cost_meter.ledger.database import cause_of, open_database, writing
+from vllm_cost_meter.ledger.database import cause_of, open_database, open_to_read, writing
 from vllm_cost_meter.units.time import rfc3339
 
 _WRITTEN = (schema.billing_snapshots, schema.invoice_lines, schema.billed_hours)
@@ -57,7 +57,7 @@ def import_invoice(
     fact that contradicts the ledger and for too many hours. Raises LedgerError if there is no
     ledger of this version, and if other imports keep coming between.
     """
-    engine = open_database(url, create=False)
+    engine = open_to_read(url) if dry_run else open_database(url, create=False)
     shown_url = engine.url.render_as_string(hide_password=True)
     origin = {"source": file.name, "imported_at": rfc3339(now_ns)}
     try:

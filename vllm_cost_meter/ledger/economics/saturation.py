@@ -14,14 +14,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.economics import SaturationPoint
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import cause_of, open_database, writing
+from vllm_cost_meter.ledger.database import cause_of, open_database, open_to_read, writing
 from vllm_cost_meter.ledger.schema import runs, saturation_points
 
 
 def knows_runs(url: str, run_ids: Collection[str]) -> bool:
     """Return whether a ledger has all of these engine runs; False if there is no ledger."""
     try:
-        engine = open_database(url, create=False)
+        engine = open_to_read(url)
     except LedgerError:
         return False
     try:
@@ -51,7 +51,7 @@ def keep(url: str, points: Iterable[SaturationPoint]) -> int:
 
 def kept(url: str) -> list[dict[str, Any]]:
     """Return all points, the latest first. Raises LedgerError."""
-    engine = open_database(url, create=False)
+    engine = open_to_read(url)
     try:
         with engine.begin() as connection:
             latest = select(saturation_points).order_by(saturation_points.c.measured_at.desc())

@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import cause_of, open_database
+from vllm_cost_meter.ledger.database import cause_of, in_one_state, open_database, open_to_read
 from vllm_cost_meter.ledger.queries.bill_count import BillCount
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.heard import Heard, Instant, LatestSnapshot
@@ -136,10 +136,10 @@ class Spending:
     @contextmanager
     def _read(self) -> Iterator[Connection]:
         if self._engine is None:
-            engine = open_database(self._url, create=self._create)
-            if engine.dialect.name == "postgresql":
-                engine = engine.execution_options(isolation_level="REPEATABLE READ")
-            self._engine = engine
+            if self._create:
+                self._engine = in_one_state(open_database(self._url))
+            else:
+                self._engine = open_to_read(self._url)
         try:
             with self._engine.connect() as connection, connection.begin():
                 yield connection

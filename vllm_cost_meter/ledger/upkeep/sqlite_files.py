@@ -19,11 +19,11 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import quote
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import parse_url, sqlite_path
 from vllm_cost_meter.ledger.file_modes import is_open_folder, make_private
+from vllm_cost_meter.ledger.untouched import connect_by_uri, connect_to_read
 
 # SQLite keeps these beside a file: two for the write-ahead log, one for the older kind of journal.
 COMPANIONS = ("-wal", "-shm", "-journal")
@@ -69,7 +69,8 @@ def ledger_path(url: str, command: str) -> Path:
 def existing(path: Path, *, is_read: bool = False) -> Path:
     """Return the real file of a ledger that is there. Raises LedgerError for what is not ours.
 
-    Its modes are tightened, as a server does. A ledger of another user may be read, if it can be.
+    Its modes are tightened, as a server does. What `is_read` only stays as it is, and may be of
+    another user, if it can be read.
     """
     if not path.exists():
         raise LedgerError(
@@ -78,7 +79,7 @@ def existing(path: Path, *, is_read: bool = False) -> Path:
         )
     if not path.is_file():
         raise LedgerError(f"ledger {path}: expected a file, got a folder or a device")
-    if not is_read or path.stat().st_uid == os.geteuid():
+    if not is_read:
         make_private(path)
     return path.resolve()
 
@@ -102,22 +103,10 @@ def total_bytes(path: Path) -> int:
 
 
 def connect(path: Path, *, writes: bool = False) -> sqlite3.Connection:
-    """Open an existing file by SQLite; without `writes` nothing in it can change.
-
-    SQLite may leave an empty log beside a file that is only read: it cannot know that it is alone.
-    """
-    mode = "rw" if writes else "ro"
-    if not writes and not os.access(path.parent, os.W_OK) and not companions(path)[0].exists():
-        mode = "ro&immutable=1"  # In such a folder SQLite can make no log to look into.
-    connection = sqlite3.connect(
-        f"file:{quote(str(path))}?mode={mode}",
-        uri=True,
-        timeout=BUSY_TIMEOUT_S,
-        isolation_level=None,
-    )
-    if not writes:
-        connection.execute("PRAGMA query_only=ON")
-    return connection
+    """Open an existing file by SQLite; without `writes` nothing in it or beside it changes."""
+    if writes:
+        return connect_by_uri(path, "rw", BUSY_TIMEOUT_S)
+    return connect_to_read(path, BUSY_TIMEOUT_S)
 
 
 @contextmanager

@@ -1,0 +1,54 @@
+"""A failing ledger is spoken of where vLLM's own lines are, whatever the root logger's level."""
+
+import subprocess
+import sys
+
+# What a server's process does: vLLM sets up its log, a router sets the root logger to ERROR, and
+# the ledger cannot be opened until something is done about it.
+CODE = """
+import logging, sys, time
+from pathlib import Path
+from vllm.config.logging import LoggingConfig
+from vllm.logger import configure_logging
+configure_logging(LoggingConfig())
+logging.getLogger().setLevel(logging.ERROR)
+from tests.support.builders import make_part
+from vllm_cost_meter.ledger.writer import LedgerWriter
+path = Path(sys.argv[1])
+path.mkdir()
+writer = LedgerWriter(f"sqlite:///{path}")
+writer.start()
+told = writer.commit(make_part())
+while writer.failures < 3:
+    time.sleep(0.01)
+path.rmdir()
+told.result(30)
+writer.close()
+"""
+
+
+def lines_with(tmp_path, monkeypatch, **environment) -> list[str]:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(tmp_path / "ledger.db")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = (done.stdout + done.stderr).splitlines()
+    return [line.partition("cost meter: ")[2] for line in lines if "cost meter: the ledger" in line]
+
+
+def test_a_server_whose_root_logger_is_at_error_says_when_the_ledger_fails_and_when_it_works(
+    tmp_path, monkeypatch
+):
+    fails, works = lines_with(tmp_path, monkeypatch)
+    assert fails.startswith("the ledger cannot be written, trying again: LedgerError: ")
+    assert fails.endswith("Records wait.")
+    assert works.startswith("the ledger can be written again, after ")
+
+
+def test_the_failure_is_said_also_where_vllm_leaves_logging_to_others(tmp_path, monkeypatch):
+    fails, *_ = lines_with(tmp_path, monkeypatch, VLLM_CONFIGURE_LOGGING="0")
+    assert fails.startswith("the ledger cannot be written, trying again: ")
