@@ -156,13 +156,16 @@ def _books(url: str) -> Finding:
     finally:
         reader.close()
     runs = answer["runs"]
-    if not answer["balanced"]:
+    if answer["balanced"] is False:
         return Finding("books", False, "they do not balance: vllm-cost-meter audit says where")
     engines_off = [run["run_id"][:8] for run in runs if run["alive"] and run["state"] == "off"]
     if engines_off:
         detail = f"the meter switched itself off in run {', '.join(engines_off)}: see the log"
         return Finding("books", False, detail)
-    return Finding("books", True, f"{len(runs)} engine runs balance")
+    known = f"{len(runs)} engine runs balance"
+    if bare := len(answer["without_totals"]):
+        return Finding("books", True, f"{known}; of {bare} more no totals are known")
+    return Finding("books", True, known if runs else "no engine run is in the ledger yet")
 
 
 def _server(settings: Settings) -> Finding:
