@@ -79,7 +79,7 @@ def test_every_query_parameter_is_documented_and_no_other(client):
         (TOTALS, "Overheads", lambda get: get("/cost/summary")["overheads"][0]),
         (ROWS, "Cost models", lambda get: get("/cost/models")["models"][0]),
         (TOTALS, "Budgets", lambda get: get("/cost/budgets")["budgets"][0]),
-        (TOTALS, "Audit", lambda get: get("/cost/audit")["runs"][0]),
+        (TOTALS, "Run of an audit", lambda get: get("/cost/audit")["runs"][0]),
     ],
 )
 def test_every_field_is_documented_and_no_other(get, page, heading, answer):
@@ -111,7 +111,8 @@ def test_one_tenant_has_a_row_and_what_the_page_says(get):
 def test_the_other_objects_have_the_keys_that_the_page_says(get):
     assert set(get("/cost/requests")) == {*("tenant", "covers", "requests", "running", "next")}
     assert set(get("/cost/budgets")) == {"as_of", "broken", "budgets"}
-    assert set(get("/cost/audit")) == {"balanced", "after_cut", "runs"}
+    audit = table_rows(section(TOTALS, "Audit").partition("### ")[0])
+    assert [row[0].strip("`") for row in audit] == list(get("/cost/audit"))
     assert set(get("/cost/tenants")["after_cut"]) == {"bills", "gpu_time_ns"}
     assert set(get("/cost/tenants")["window"]) == {"from", "to", "from_hour", "to_hour", "tz"}
     [energy] = get("/cost/tenants")["energy_prices"]

@@ -81,9 +81,14 @@ class Server:
 
 
 @contextmanager
-def server(path: Path, commits_per_s: float = 0) -> Iterator[Server]:
-    """Run such a process; it commits one bill before it is there, then so many each second."""
-    command = [sys.executable, "-m", "tests.support.upkeep", str(path), str(commits_per_s)]
+def server(path: Path, commits_per_s: float = 0, snapshots: int = sys.maxsize) -> Iterator[Server]:
+    """Run such a process; it commits one bill before it is there, then so many each second.
+
+    A snapshot comes with each of the first `snapshots` bills. After each commit it prints how many
+    bills it has committed.
+    """
+    arguments = [str(path), str(commits_per_s), str(snapshots)]
+    command = [sys.executable, "-m", "tests.support.upkeep", *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
         try:
@@ -92,7 +97,7 @@ def server(path: Path, commits_per_s: float = 0) -> Iterator[Server]:
             process.kill()
 
 
-def _serve(path: Path, commits_per_s: float) -> None:
+def _serve(path: Path, commits_per_s: float, snapshots: int) -> None:
     import select
     import time
 
@@ -101,10 +106,10 @@ def _serve(path: Path, commits_per_s: float) -> None:
     bills, due = [], time.monotonic()
     while True:
         bills.append(part(len(bills) + 1, f"live-{len(bills) + 1}", run_id="live"))
-        writer.commit(bills[-1], http(f"live-{len(bills)}"), snapshot(bills, len(bills), "live"))
+        told = [snapshot(bills, len(bills), "live")] if len(bills) <= snapshots else []
+        writer.commit(bills[-1], http(f"live-{len(bills)}"), *told)
         writer.commit().result(60)
-        if len(bills) == 1:
-            print(json.dumps({"committed": 1}), flush=True)
+        print(json.dumps({"committed": len(bills)}), flush=True)
         due += 1 / commits_per_s if commits_per_s else 3600
         if select.select([sys.stdin], [], [], max(due - time.monotonic(), 0))[0]:
             break
@@ -113,4 +118,4 @@ def _serve(path: Path, commits_per_s: float) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), float(sys.argv[2]))
+    _serve(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

@@ -1,29 +1,33 @@
-"""The command `audit`: check that the books of every engine run balance; exit status 1 if not."""
+"""The command `audit`: check that the books of every engine run balance.
+
+The exit status is 0 only if they do: it is 1 if they do not, and if the ledger cannot tell.
+"""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
 
 from vllm_cost_meter.cli.options import Config, Json, Ledger, reading
 from vllm_cost_meter.console import print_lines
+from vllm_cost_meter.ledger.ends.lost import MAX_LOST
 from vllm_cost_meter.ledger.queries.audit import DIFFERENCES
-from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST
 from vllm_cost_meter.records.snapshot import CLASSES
 
 # The audit leaves out these classes of time if they are 0.
 SELDOM = {"sleep", "dummy", "lost"}
 # Every terminal has so many columns. A class and its time stay on one line.
 LINE_CHARS_MAX = 80
-# The audit prints at most so many lost requests of a run.
-LOST_LINES_MAX = 20
+# The audit prints at most so many lost requests, and replies without a bill, of a run.
+LINES_MAX = 20
 
 
 def audit(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
     """Do the books balance? Exit status 1 if not.
 
-    It holds the time of every engine against all that was charged, to the nanosecond.
+    It holds the time of every engine against all that was charged, to the nanosecond. A ledger
+    without an engine run, or with one of which only bills are known, proves nothing: status 1 too.
 
     Example: vllm-cost-meter audit --ledger ledger.db
     """
@@ -40,31 +44,60 @@ def audit(ledger: Ledger = None, config: Config = None, as_json: Json = False) -
 def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
     """Yield the audit as text: a few lines per run, more where it does not balance."""
     for run in answer["runs"]:
-        seconds = {name: run[f"{name}_ns"] / 1e9 for name in CLASSES}
-        charged = [
-            f"{name} {value:.3f}"
-            for name, value in seconds.items()
-            if name not in SELDOM or run[f"{name}_ns"]
-        ]
         yield (
             f"{run['started_at'][:16].replace('T', ' ')} {run['host']} {run['model']},"
             f" engine {run['engine_index']}, run {run['run_id'][:8]}"
         )
-        yield from _wrapped(
-            f"wall {run['wall_ns'] / 1e9:.3f} s x {run['gpus']} GPU = {charged[0]}",
-            *(f"+ {each}" for each in charged[1:-1]),
-            f"+ {charged[-1]};",
-            f"{run['last_seq']} bills;",
-            f"difference {run['difference_ns']} ns",
-        )
+        yield from _wrapped(*_time_pieces(run))
         for name in DIFFERENCES:
             # The line above already shows the difference of the classes.
             if name != "difference_ns" and run[name]:
                 yield f"  {name}: {run[name]}"
-        if run["missing_bills"]:
-            yield f"  missing bills: {', '.join(map(str, run['missing_bills']))}"
+        yield from _missing_lines(run)
         yield from _lost_lines(run)
-    yield "balanced" if answer["balanced"] else "NOT BALANCED"
+    for bare in answer["without_totals"]:
+        yield (
+            f"{bare['started_at'][:16].replace('T', ' ')} run {bare['run_id'][:8]}:"
+            f" {bare['bills']} bills, {bare['ledger_ns'] / 1e9:.3f} s; no totals are known"
+        )
+        if bare["uneven_bills"]:
+            yield f"  uneven_bills: {bare['uneven_bills']}"
+        yield from _missing_lines(bare)
+    yield _verdict(answer)
+
+
+def _verdict(answer: Mapping[str, Any]) -> str:
+    if answer["balanced"] is None:
+        return f"NOT PROVED: {_WHY_UNKNOWN[answer['reason']]}"
+    return "balanced" if answer["balanced"] else "NOT BALANCED"
+
+
+_WHY_UNKNOWN = {
+    "no_runs": "this ledger has no engine run",
+    "no_totals": "no totals are known of a run, so its bills cannot be held against anything",
+}
+
+
+def _time_pieces(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the equation of a run: its wall time, and beyond it its last bills, by class."""
+    charged = [
+        f"{name} {run[f'{name}_ns'] / 1e9:.3f}"
+        for name in CLASSES
+        if name not in SELDOM or run[f"{name}_ns"]
+    ]
+    beyond_ns = run["last_bills_ns"] - run["last_bills_in_flight_ns"]
+    wall = f"wall {run['wall_ns'] / 1e9:.3f} s x {run['gpus']} GPU"
+    beyond = f" + {beyond_ns / 1e9:.3f} s in its last bills" if beyond_ns else ""
+    yield f"{wall}{beyond} = {charged[0]}"
+    yield from (f"+ {each}" for each in charged[1:-1])
+    yield f"+ {charged[-1]};"
+    yield f"{run['last_seq']} bills;"
+    yield f"difference {run['difference_ns']} ns"
+
+
+def _missing_lines(run: Mapping[str, Any]) -> Iterator[str]:
+    if run["missing_bills"]:
+        yield f"  missing bills: {', '.join(map(str, run['missing_bills']))}"
 
 
 def _wrapped(*pieces: str) -> Iterator[str]:
@@ -80,19 +113,52 @@ def _wrapped(*pieces: str) -> Iterator[str]:
 
 
 def _lost_lines(run: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the requests that a dead engine had in flight, with their time and tenant."""
-    lost = run["lost_requests"]
-    if not lost and not run["lost_step_ns"]:
+    """Yield what a dead engine took along: when it died, and each request with time and tenant."""
+    lost, replies = run["lost_requests"], run["unbilled_replies"]
+    if not (lost or replies or run["lost_step_ns"] or run["last_bills"]):
         return
-    yield (
-        f"  lost {run['lost_ns'] / 1e9:.3f} s: {run['lost_requests_ns'] / 1e9:.3f} of requests"
-        f" without a bill, {run['lost_step_ns'] / 1e9:.3f} of the step in flight"
+    yield from _wrapped(
+        f"died after {run['heard_at']} and bill {run['last_seq']};",
+        f"last snapshot {run['taken_at']},",
+        f"after bill {run['snapshot_seq']}:",
+        f"{run['running']} ran,",
+        f"{run['waiting']} waited",
     )
-    for one in lost[:LOST_LINES_MAX]:
+    if lost or run["lost_step_ns"]:
+        parts = (run[name] or 0 for name in ("lost_ns", "lost_requests_ns", "lost_step_ns"))
+        all_s, requests_s, step_s = (f"{ns / 1e9:.3f}" for ns in parts)
         yield (
-            f"    {one['gpu_time_ns'] / 1e9:.3f} s at {one['as_of']}: tenant"
-            f" {one['tenant'] or '(unknown)'}, {one['http_request_id'] or one['request_id']}"
+            f"  lost {all_s} s: {requests_s} of requests without a bill, {step_s} of the step in"
+            " flight"
         )
-    if len(lost) > LOST_LINES_MAX:
-        more = len(lost) - LOST_LINES_MAX
-        yield f"    and {more} more with less time; --json lists them, up to {MAX_LOST} in all"
+    yield from _listed(lost, _lost_line)
+    if replies:
+        yield "  ended without a bill as it died, on this server or another:"
+    yield from _listed(replies, _reply_line)
+
+
+def _listed(
+    rows: Sequence[Mapping[str, Any]], line_of: Callable[[Mapping[str, Any]], str]
+) -> Iterator[str]:
+    yield from (f"    {line_of(row)}" for row in rows[:LINES_MAX])
+    if len(rows) > LINES_MAX:
+        yield f"    and {len(rows) - LINES_MAX} more; --json lists them, up to {MAX_LOST} in all"
+
+
+def _lost_line(one: Mapping[str, Any]) -> str:
+    used = "(unknown)"
+    if one["gpu_time_ns"] is not None:
+        used = f"{one['gpu_time_ns'] / 1e9:.3f} s at {one['as_of']}"
+    return (
+        f"{used}: tenant {one['tenant'] or '(unknown)'},"
+        f" {one['http_request_id'] or one['request_id']}"
+    )
+
+
+def _reply_line(one: Mapping[str, Any]) -> str:
+    told = ""
+    if one["gpu_time_ns"]:
+        told = f" told {one['gpu_time_ns'] / 1e9:.3f} s,"
+    return f"{one['status']} at {one['finished_at']},{told} tenant {one['tenant']}, " + str(
+        one["http_request_id"]
+    )

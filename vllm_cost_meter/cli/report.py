@@ -335,6 +335,12 @@ def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool)
     if has_words:
         lines += nano_usd_notes(answer)
     lines.append(adds_up_line(answer))
+    if answer["without_totals_ns"]:
+        known_s = answer["without_totals_ns"] / 1e9
+        lines.append(
+            f"no totals are known of the runs with {known_s:.6f} of them: their idle time is in no"
+            " row (see `audit`)"
+        )
     # Only the plain report shows prices and overheads.
     return lines if has_words else [*lines, *price_lines(answer)]
 

@@ -24,14 +24,14 @@ from vllm_cost_meter.ledger.database import cause_of, in_one_state, open_databas
 from vllm_cost_meter.ledger.deadline import bounded, deadline
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
-from vllm_cost_meter.ledger.queries.audit import audit_runs
+from vllm_cost_meter.ledger.queries.audit import audit_at
 from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
-from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut, settle
+from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut, with_ends
 from vllm_cost_meter.ledger.queries.open_requests import Living, running_parts
 from vllm_cost_meter.ledger.queries.pages import PageKey, exchanges, page_of_keys, rows_of_parts
 from vllm_cost_meter.ledger.queries.requests import Match
 from vllm_cost_meter.ledger.queries.seen import unseen, unseen_tags
-from vllm_cost_meter.ledger.queries.tenants import after_cut
+from vllm_cost_meter.ledger.settling import settle
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.records.owner import WITH_CHILDREN, Covers, TenantScope
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
@@ -113,8 +113,19 @@ class LedgerReader:
             shown = engine.url.render_as_string(hide_password=True)
             raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
-    def cut(self, window: Window, as_of: AsOf = NOW) -> Cut:
-        """Return all runs at their latest snapshots, once the bills that these count are there."""
+    @contextmanager
+    def at_cut(self, window: Window, as_of: AsOf = NOW) -> Iterator[tuple[Connection, Cut]]:
+        """Open a transaction to count bills in, with all runs at their latest snapshots.
+
+        The bills that these snapshots count are there, unless they did not come in time. Raises as
+        `transaction` does.
+        """
+        cut = self._settled_cut(window, as_of)
+        with self.transaction() as connection:
+            yield connection, with_ends(connection, cut)
+
+    def _settled_cut(self, window: Window, as_of: AsOf) -> Cut:
+        """Return the runs at their latest snapshots, once the bills that these count are there."""
         living = self._living(as_of)
         with self.transaction() as connection:
             cut = read_cut(
@@ -145,7 +156,7 @@ class LedgerReader:
         row = self._request(match, as_of)
         if row is not None and requests.is_unseen(row):
             # The bill may still be on its way.
-            self.cut(Window(), as_of)
+            self._settled_cut(Window(), as_of)
             row = self._request(match, as_of)
         return row
 
@@ -217,8 +228,8 @@ class LedgerReader:
         if asked is not None and words:
             raise TypeError(f"report: expected a question or words, got both: {', '.join(words)}")
         question = ask(**words) if asked is None else asked
-        cut = self.cut(Window(question.from_hour, question.to_hour), as_of)
-        with self.transaction() as connection:
+        window = Window(question.from_hour, question.to_hour)
+        with self.at_cut(window, as_of) as (connection, cut):
             return reports.report_at(connection, cut, question)
 
     def tenants(
@@ -229,8 +240,7 @@ class LedgerReader:
         as_of: AsOf = NOW,
     ) -> TenantsReport:
         """Return the report by tenant, with the totals of the engines beside it."""
-        cut = self.cut(Window(from_hour, to_hour), as_of)
-        with self.transaction() as connection:
+        with self.at_cut(Window(from_hour, to_hour), as_of) as (connection, cut):
             return reports.tenants_at(connection, cut, Question(from_hour, to_hour, zone))
 
     def tenant(
@@ -253,9 +263,8 @@ class LedgerReader:
         """
         conditions = {"tenant": frozenset([name])}
         asked = Question(from_hour, to_hour, conditions=conditions, covers=covers, only=only)
-        cut = self.cut(Window(from_hour, to_hour), as_of)
-        cut = replace(cut, whose=TenantScope(name, covers))
-        with self.transaction() as connection:
+        with self.at_cut(Window(from_hour, to_hour), as_of) as (connection, cut):
+            cut = replace(cut, whose=TenantScope(name, covers))
             answer = reports.report_at(connection, cut, asked)
         rows = [row for piece in answer["series"] for row in piece["rows"]]
         if not rows:
@@ -277,8 +286,7 @@ class LedgerReader:
         self, from_hour: int | None = None, to_hour: int | None = None, as_of: AsOf = NOW
     ) -> Summary:
         """Return the totals of everything: requests, tokens, time by class, cost, own time."""
-        cut = self.cut(Window(from_hour, to_hour), as_of)
-        with self.transaction() as connection:
+        with self.at_cut(Window(from_hour, to_hour), as_of) as (connection, cut):
             return reports.summary_at(connection, cut, Question(from_hour, to_hour))
 
     def statement(
@@ -304,29 +312,24 @@ class LedgerReader:
         whose = None if tenant is None else TenantScope(tenant, covers)
         asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle), whose)
         now_ns = as_of.instant_ns()
-        cut = self.cut(Window(asked.from_hour, asked.to_hour), as_of)
-        with self.transaction() as connection:
+        with self.at_cut(Window(asked.from_hour, asked.to_hour), as_of) as (connection, cut):
             return reports.statement_at(connection, cut, asked, month=month, now_ns=now_ns)
 
     def invoice_days(
         self, from_hour: int | None = None, to_hour: int | None = None, as_of: AsOf = NOW
     ) -> InvoiceDays:
         """Return the metered and billed amounts for each UTC day of a window, and in total."""
-        cut = self.cut(Window(from_hour, to_hour), as_of)
-        with self.transaction() as connection:
+        with self.at_cut(Window(from_hour, to_hour), as_of) as (connection, cut):
             return invoice_days(connection, cut)
 
     def audit(self, as_of: AsOf = NOW) -> Audit:
-        """Return whether every run's books balance at its latest snapshot, and all differences.
+        """Return whether every run's books balance at its cut, and all differences.
 
-        `balanced` is a bool. `runs` is a list of dicts with the times and differences of each run
-        in nanoseconds. Raises LedgerError.
+        `balanced` is a bool, or None with a `reason` if the ledger cannot tell. `runs` is a list of
+        dicts with the times and differences of each run in nanoseconds. Raises LedgerError.
         """
-        cut = self.cut(Window(), as_of)
-        with self.transaction() as connection:
-            runs = audit_runs(connection, cut)
-            late = after_cut(connection, cut)
-        return {"balanced": all(run["balanced"] for run in runs), "runs": runs, "after_cut": late}
+        with self.at_cut(Window(), as_of) as (connection, cut):
+            return audit_at(connection, cut)
 
     # ---- engine runs
 

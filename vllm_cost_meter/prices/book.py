@@ -301,7 +301,9 @@ class PriceBook:
         return found[0] if len(found) == 1 else None
 
     def why_no_price(self, run: RunFacts, hour: int) -> str:
-        """Return the reason why `price_at` returns None."""
+        """Return the reason why `certain_price_at` returns None."""
+        if (found := self.price_at(run, hour)) is not None:
+            return f"{found.entry.key} is in force, but another entry may hold for {run}"
         return self._prices.why_none(run, hour, "COST_METER_GPU_HOUR_USD or [[prices]]")
 
     def why_no_energy_price(self, run: RunFacts, hour: int) -> str:

@@ -41,7 +41,7 @@ class RunPrices:
         """Return the price at an hour since the epoch; None if there is none."""
         if hour is None:
             return None
-        price = self.book.price_at(self.facts, hour)
+        price = self.book.certain_price_at(self.facts, hour)
         return self.recorded if price is None else price
 
     def energy_at(self, hour: int | None) -> EnergyPrice | None:

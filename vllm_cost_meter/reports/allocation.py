@@ -200,6 +200,7 @@ def _whole(facts: Facts, question: Question, price_of: PriceOf) -> dict[str, Any
         "wall_cost_usd": format_usd(cost),
         "adds_up": facts.difference_ns == 0,
         "difference_ns": facts.difference_ns,
+        "without_totals_ns": facts.without_totals_ns,
     }
 
 

@@ -41,7 +41,7 @@ class ReportWindow(Hours):
 
 
 class AfterCut(TypedDict):
-    """Bills that came after the snapshots, so that no row counts them yet."""
+    """Bills of living engines that came after the snapshots, so that no row counts them yet."""
 
     bills: int
     """Number of bills that came after the snapshots."""
@@ -255,6 +255,9 @@ class Report(TypedDict):
     """Whether the rows add up to the wall time: `difference_ns` is 0."""
     difference_ns: NotRequired[int]
     """GPU-ns: `wall_gpu_ns` less all rows, those that a filter hides included."""
+    without_totals_ns: NotRequired[int]
+    """GPU-ns: the part of `wall_gpu_ns` that is of runs of which only the bills are known; what
+    else these ran, such as their idle time, is in no row."""
 
 
 class BilledAmounts(TypedDict):
@@ -389,6 +392,9 @@ class Summary(EnginesPart):
     """Whether all classes add up to the wall time: `difference_ns` is 0."""
     difference_ns: int
     """GPU-ns: `wall_gpu_ns` less all classes of time."""
+    without_totals_ns: int
+    """GPU-ns: the part of `wall_gpu_ns` that is of runs of which only the bills are known; what
+    else these ran, such as their idle time, is in no row."""
     requests: int
     """Number of HTTP requests of all tenants that ended in the hours."""
     prompt_tokens: int

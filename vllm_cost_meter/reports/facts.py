@@ -53,6 +53,7 @@ class Facts:
     `other_time` is engine time without a request, by class. `wall` has the engines' own hours over
     all classes. `wall_gpu_ns` is their sum, or wall time x GPUs without a window. If the question
     does not distinguish hours, the first hour may stand for a span of hours at one price.
+    `without_totals_ns` is the part of it of runs of which only the bills are known.
 
     `details` has more columns for rows by tenant alone, under the tenant's name. Its entry "" is
     for a tenant that used nothing.
@@ -63,6 +64,7 @@ class Facts:
     ended: Sequence[Ended]
     wall: Sequence[Used]
     wall_gpu_ns: int
+    without_totals_ns: int = 0
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def details_of(self, tenant: str) -> Mapping[str, Any]:

@@ -168,6 +168,7 @@ def statement(
         "final": is_over and not in_flight_ns,
         "adds_up": facts.difference_ns == 0,
         "difference_ns": facts.difference_ns,
+        "without_totals_ns": facts.without_totals_ns,
     }
     if whose is not None:
         flags = [line.shown for group in groups for line in group]
@@ -223,6 +224,12 @@ def notes(answer: Mapping[str, Any]) -> list[str]:
         found.append(f"preliminary: the month is not over; figures are of {answer['taken_at']}")
     if answer["in_flight_ns"]:
         found.append(f"preliminary: {seconds} GPU-seconds of requests without a bill yet")
+    if answer["without_totals_ns"]:
+        known = f"{answer['without_totals_ns'] / NS_PER_SECOND:.6f}"
+        found.append(
+            f"{known} GPU-seconds are of runs of which only the bills are known: their idle time is"
+            " in no line"
+        )
     balanced = "difference 0 ns: lines and classes are all of wall time x GPUs"
     missing = f"DOES NOT ADD UP: {answer['difference_ns']} ns of wall time x GPUs are missing"
     return [*found, f"audit: {balanced if answer['adds_up'] else missing}"]

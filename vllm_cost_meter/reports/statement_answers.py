@@ -168,6 +168,8 @@ class TenantStatement(TypedDict):
     """Whether usage and classes add up to the wall time: `difference_ns` is 0."""
     difference_ns: int
     """GPU-ns: wall time x GPUs less usage and all classes."""
+    without_totals_ns: int
+    """GPU-ns: usage of runs of which only the bills are known: their idle time is in no line."""
     lines: list[StatementLine]
     """The lines, by tenant, day and model."""
     total: StatementTotal

@@ -107,9 +107,10 @@ def test_an_audit_shows_sleep_dummy_and_lost_time_by_name_and_the_run_by_its_hos
         **times, **dict.fromkeys(DIFFERENCES, 0), "started_at": "2027-01-15T08:00:00.000000Z",
         "host": "node-7", "model": "llama", "engine_index": 0, "run_id": "0123456789",
         "wall_ns": sum(times.values()), "gpus": 1, "last_seq": 3, "missing_bills": [],
-        "lost_requests": [], "lost_step_ns": 0,
+        "lost_requests": [], "lost_step_ns": 0, "unbilled_replies": [],
+        "last_bills": 0, "last_bills_ns": 0, "last_bills_in_flight_ns": 0,
     }  # fmt: skip
-    lines = list(audit_lines({"runs": [run_], "balanced": True}))
+    lines = list(audit_lines({"runs": [run_], "without_totals": [], "balanced": True}))
     assert lines[0] == "2027-01-15 08:00 node-7 llama, engine 0, run 01234567"
     shown = " ".join(lines)
     assert "other" not in shown

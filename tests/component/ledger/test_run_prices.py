@@ -246,11 +246,21 @@ def test_a_bill_over_a_change_of_price_is_explained_price_by_price(ledger):
     assert "  together 0.000000160 USD" in text
 
 
-def test_a_bill_that_no_snapshot_has_told_of_yet_is_explained_by_a_price_for_all_runs(ledger):
+def test_a_bill_of_a_run_without_totals_is_explained_by_a_price_for_all_runs(ledger):
+    ledger.write(part(1, pieces=PIECES), http())
+    ledger.priced(price("36"))
+    [bill] = ledger.reader.explain(ledger.reader.look_up("h1")[0])["parts"]
+    assert (bill["cost_nanousd"], bill["usd_per_gpu_hour"]) == (40, "36")
+
+
+def test_a_run_without_totals_has_no_price_where_another_one_may_hold_for_it(ledger):
     ledger.write(part(1, pieces=PIECES), http())
     ledger.priced(price("36"), price("72", host="node-1"))
     [bill] = ledger.reader.explain(ledger.reader.look_up("h1")[0])["parts"]
-    assert (bill["cost_nanousd"], bill["usd_per_gpu_hour"]) == (40, "36")
+    assert (bill["cost_nanousd"], bill["usd_per_gpu_hour"]) == (None, None)
+    row = ledger.rows()["alice"]
+    assert row["cost_nanousd"] is None
+    assert "is in force, but another entry may hold for model 'unknown'" in row["cost_reason"]
 
 
 def test_a_bill_of_no_time_costs_nothing_if_there_is_a_price(ledger):

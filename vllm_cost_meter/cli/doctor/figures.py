@@ -32,13 +32,16 @@ def books_balance(url: str, server: RunningServer | None) -> Finding:
     else:
         answer = server.ask("/cost/audit", Audit)
     runs = answer["runs"]
-    if not answer["balanced"]:
+    if answer["balanced"] is False:
         return failed("books", "they do not balance: vllm-cost-meter audit says where")
     engines_off = [run["run_id"][:8] for run in runs if run["alive"] and run["state"] == "off"]
     if engines_off:
         detail = f"the meter switched itself off in run {', '.join(engines_off)}: see the log"
         return failed("books", detail)
-    return fine("books", f"{len(runs)} engine runs balance")
+    known = f"{len(runs)} engine runs balance"
+    if bare := len(answer["without_totals"]):
+        return fine("books", f"{known}; of {bare} more no totals are known")
+    return fine("books", known if runs else "no engine run is in the ledger yet")
 
 
 def cost_model(url: str, server: RunningServer | None) -> Finding:

@@ -252,7 +252,7 @@ def invoice_days(connection: Connection, cut: Cut) -> InvoiceDays:
 def _metered(cut: Cut) -> dict[int, Fraction | None]:
     """Return the GPU time's exact cost in each hour of the window; None if a price is missing."""
     found: dict[int, Fraction | None] = {}
-    for run in cut.runs:
+    for run in cut.all_runs:
         for hour, classes in run.hours.items():
             gpu_time_ns = sum(classes.values())
             if not gpu_time_ns or not cut.window.contains(hour):

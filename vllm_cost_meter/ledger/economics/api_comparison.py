@@ -113,8 +113,7 @@ def _answer(
     asked: Supposition | None,
     limit: float | None,
 ) -> Found:
-    cut = reader.cut(Window(*hours), AsOf(settle_s=0))
-    with reader.transaction() as connection:
+    with reader.at_cut(Window(*hours), AsOf(settle_s=0)) as (connection, cut):
         figures = read_figures(connection, cut, Declared(), ("cost_usd", "observed_seconds"))
         sent = list(read_mix(connection, cut))
     if len(sent) * len(offers) > PRICED_MAX:

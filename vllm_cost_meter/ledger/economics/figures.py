@@ -42,12 +42,14 @@ def _about(column: str, tokens: str) -> str:
 # Each table may name the tables before it. `query.py` replaces {hours}, {ended} and the like with
 # conditions on the window.
 TABLES: Mapping[str, str] = {
-    # Each engine's hours: all GPU time, and the part in which the GPUs worked.
+    # Each engine's hours: all GPU time, and the part in which the GPUs worked. Then what bills have
+    # beyond: the last ones of dead engines, and those of runs without totals, whose GPUs are NULL.
     "hours": f"""SELECT engine_hours.run_id, hour, engine_index, gpus,
        1.0 * ({_sum_of(CLASSES)}) AS gpu_ns,
        1.0 * ({_sum_of(BUSY)}) AS busy_ns, 1.0 * startup_ns AS startup_ns
 FROM engine_hours JOIN runs ON runs.run_id = engine_hours.run_id
-WHERE {{hours}}""",
+WHERE {{hours}}
+UNION ALL {{beyond}}""",
     # USD per GPU-hour for each run in the hours [from_hour, to_hour).
     "price": "{price}",
     "priced": """SELECT hour, gpu_ns, startup_ns, usd_per_gpu_hour
@@ -201,13 +203,16 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "utilization": Figure(
         "",
-        "busy / wall: the part of the wall time in which the GPUs worked",
-        "(SELECT SUM(busy_ns) / NULLIF(SUM(gpu_ns), 0) FROM hours)",
+        "busy / wall: the part of the wall time in which the GPUs worked; null if only bills are"
+        " known of a run",
+        "(SELECT CASE WHEN COUNT(*) = COUNT(gpus)"
+        " THEN SUM(busy_ns) / NULLIF(SUM(gpu_ns), 0) END FROM hours)",
     ),
     "observed_seconds": Figure(
         "s",
-        "wall time of the first engine",
-        "(SELECT SUM(gpu_ns / gpus) / 1e9 FROM hours WHERE engine_index = 0)",
+        "wall time of the first engine; null if only bills are known of a run in the window",
+        "(SELECT CASE WHEN COUNT(*) = COUNT(gpus)"
+        " THEN SUM(CASE WHEN engine_index = 0 THEN gpu_ns / gpus END) / 1e9 END FROM hours)",
     ),
     "cold_starts": Figure("", "engine runs that began", "(SELECT COUNT(*) FROM began)"),
     "cold_start_gpu_seconds": Figure(

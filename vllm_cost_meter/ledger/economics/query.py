@@ -49,8 +49,7 @@ def economics(
     Hours count since the epoch, [from_hour, to_hour); None means no bound. `declared` has the
     operator's latency bounds and full load.
     """
-    cut = reader.cut(Window(from_hour, to_hour), as_of)
-    with reader.transaction() as connection:
+    with reader.at_cut(Window(from_hour, to_hour), as_of) as (connection, cut):
         figures = read_figures(connection, cut, declared, figures_shown(declared))
     return {
         "window": cut.window.as_dict(),
@@ -69,16 +68,16 @@ def method(
     to_hour: int | None = None,
 ) -> list[FigureMethod]:
     """Return the unit, meaning and executed SQL of each figure for a window, ready for JSON."""
-    cut = reader.cut(Window(from_hour, to_hour), AsOf(settle_s=0))
-    return [
-        {
-            "figure": name,
-            "unit": FIGURES[name].unit or None,
-            "meaning": FIGURES[name].meaning,
-            "sql": sql_of([name], cut, declared),
-        }
-        for name in figures_shown(declared)
-    ]
+    with reader.at_cut(Window(from_hour, to_hour), AsOf(settle_s=0)) as (_, cut):
+        return [
+            {
+                "figure": name,
+                "unit": FIGURES[name].unit or None,
+                "meaning": FIGURES[name].meaning,
+                "sql": sql_of([name], cut, declared),
+            }
+            for name in figures_shown(declared)
+        ]
 
 
 def sql_of(names: Iterable[str], cut: Cut, declared: Declared) -> str:
@@ -188,6 +187,7 @@ def _values(cut: Cut) -> dict[str, str]:
         "ended": between("COALESCE(h.finished_at, r.finished_at)", *instants),
         "arrived": between("MIN(started_at)", *instants),
         "began": between("started_at", *instants),
+        "beyond": _beyond_table(cut),
         "price": _price_table(cut),
         "overhead": _overhead_table(cut),
     }
@@ -196,7 +196,7 @@ def _values(cut: Cut) -> dict[str, str]:
 def _price_table(cut: Cut) -> str:
     """Return the runs' prices in the window as SQL; a run without a price has no row."""
     rows: list[tuple[str, int, int, float | None]] = []
-    for run in cut.runs:
+    for run in cut.all_runs:
         hours = sorted(hour for hour in run.hours if cut.window.contains(hour))
         for hour in hours:
             price = run.prices.at(hour)
@@ -205,22 +205,61 @@ def _price_table(cut: Cut) -> str:
                 rows[-1] = (*rows[-1][:2], hour + 1, usd)
             else:
                 rows.append((run.run_id, hour, hour + 1, usd))
-    selects = [
-        f"SELECT {_quoted(run_id)} AS price_run_id, {low} AS from_hour, {high} AS to_hour,"
-        f" {usd!r} AS usd_per_gpu_hour"
-        for run_id, low, high, usd in rows
-        if usd is not None
-    ]
-    nothing = (
+    return _table(
+        ("price_run_id", "from_hour", "to_hour", "usd_per_gpu_hour"),
+        [
+            (_quoted(run_id), low, high, repr(usd))
+            for run_id, low, high, usd in rows
+            if usd is not None
+        ],
         "SELECT run_id AS price_run_id, 0 AS from_hour, 0 AS to_hour, 0.0 AS usd_per_gpu_hour"
-        " FROM runs WHERE 1 = 0"
+        " FROM runs WHERE 1 = 0",
     )
-    return "\nUNION ALL ".join(selects) or nothing
+
+
+def _beyond_table(cut: Cut) -> str:
+    """Return the GPU time that bills have beyond the engines' hours, in the window, as SQL.
+
+    A run without totals has neither a number nor GPUs.
+    """
+    unknown = "CAST(NULL AS INTEGER)"
+    spent: list[tuple[str, object, object, int, int]] = []
+    for run in cut.runs:
+        last, of_run = run.last_bills, (run.row["engine_index"], run.row["gpus"])
+        spent += [
+            (run.run_id, *of_run, hour, ns - last.in_flight[hour])
+            for hour, ns in last.billed.items()
+        ]
+    for bare in cut.without_totals:
+        hours = bare.billed.hours.items()
+        spent += [(bare.run_id, unknown, unknown, hour, ns) for hour, ns in hours]
+    return _table(
+        ("run_id", "hour", "engine_index", "gpus", "gpu_ns", "busy_ns", "startup_ns"),
+        [
+            (_quoted(run_id), hour, engine_index, gpus, f"1.0 * {ns}", f"1.0 * {ns}", 0.0)
+            for run_id, engine_index, gpus, hour, ns in spent
+            if ns and cut.window.contains(hour)
+        ],
+        "SELECT run_id, 0 AS hour, engine_index, gpus, 0.0 AS gpu_ns, 0.0 AS busy_ns,"
+        " 0.0 AS startup_ns FROM runs WHERE 1 = 0",
+    )
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[object]], nothing: str) -> str:
+    """Return a query with these rows, each a sequence of SQL terms; without any it is `nothing`.
+
+    SQLite takes 500 queries in a UNION, and any number of rows in VALUES.
+    """
+    if not rows:
+        return nothing
+    columns = ", ".join(f"column{place} AS {name}" for place, name in enumerate(names, 1))
+    values = ",\n  ".join(f"({', '.join(map(str, row))})" for row in rows)
+    return f"SELECT {columns} FROM (VALUES\n  {values}\n) AS given"
 
 
 def _overhead_table(cut: Cut) -> str:
     """Return the declared overheads in the window as SQL."""
-    selects = []
+    rows: list[tuple[object, ...]] = []
     # The SQL works out the amount of a percentage.
     for line in overheads_of(cut, lambda _begin, _end: None):
         usd = None if line.nanousd is None else line.nanousd / NANOUSD_PER_USD
@@ -228,14 +267,12 @@ def _overhead_table(cut: Cut) -> str:
             "CAST(NULL AS DOUBLE PRECISION)" if amount is None else repr(float(amount))
             for amount in (line.overhead.percent, usd)
         ]
-        selects.append(
-            f"SELECT {line.from_hour} AS from_hour, {line.to_hour} AS to_hour,"
-            f" {amounts[0]} AS percent, {amounts[1]} AS usd"
-        )
-    nothing = (
-        "SELECT 0 AS from_hour, 0 AS to_hour, 0.0 AS percent, 0.0 AS usd FROM runs WHERE 1 = 0"
+        rows.append((line.from_hour, line.to_hour, *amounts))
+    return _table(
+        ("from_hour", "to_hour", "percent", "usd"),
+        rows,
+        "SELECT 0 AS from_hour, 0 AS to_hour, 0.0 AS percent, 0.0 AS usd FROM runs WHERE 1 = 0",
     )
-    return "\nUNION ALL ".join(selects) or nothing
 
 
 def _quoted(value: str) -> str:

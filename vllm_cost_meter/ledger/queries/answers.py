@@ -5,6 +5,8 @@ A docstring below a field is its description; unknown is null.
 Invariant: an answer has these fields and no other.
 """
 
+from typing import Literal
+
 from typing_extensions import TypedDict
 
 from vllm_cost_meter.reports.answers import AfterCut
@@ -20,14 +22,33 @@ class LostRequest(TypedDict):
     """The meter's own id of the exchange; null if the API server never announced it."""
     tenant: str | None
     """The tenant who sent it; null if the API server never announced it."""
-    gpu_time_ns: int
-    """GPU-ns: the GPU time that it had used."""
-    as_of: str
+    gpu_time_ns: int | None
+    """GPU-ns: the GPU time that it had used; null if no snapshot has it."""
+    as_of: str | None
     """RFC 3339 UTC: the engine's last snapshot, which the figure is from."""
 
 
+class UnbilledReply(TypedDict):
+    """An HTTP request that ended as an engine died, and of which the ledger has no bill."""
+
+    http_request_id: str
+    """The meter's own id of the exchange."""
+    tenant: str
+    """The tenant who sent it."""
+    route: str
+    """The route that was asked."""
+    status: int
+    """The HTTP status of the reply; 499 if the client left before."""
+    gpu_time_ns: int | None
+    """GPU-ns: what its client was told; null if nothing was."""
+    started_at: str
+    """RFC 3339 UTC: when the request came."""
+    finished_at: str
+    """RFC 3339 UTC: when the reply ended."""
+
+
 class AuditRun(TypedDict):
-    """The audit of one engine run at its last snapshot: each class of time, each difference."""
+    """The audit of one engine run at its cut: each class of time, each difference."""
 
     run_id: str
     """The id of the engine run, which is new whenever an engine process starts."""
@@ -45,9 +66,11 @@ class AuditRun(TypedDict):
     """Whether the engine lives: a snapshot came in the last 15 s, or its server knows that it
     runs."""
     taken_at: str | None
-    """RFC 3339 UTC: the instant of the cut; null before the first snapshot."""
+    """RFC 3339 UTC: the last snapshot, which is the cut of a living run."""
+    heard_at: str
+    """RFC 3339 UTC: when the run is last known to have lived: its last snapshot or last bill."""
     wall_ns: int
-    """Wall ns: the time from the creation of the engine process to the cut."""
+    """Wall ns: the time from the creation of the engine process to the last snapshot."""
     gpus: int
     """Number of GPUs the engine uses: its `world_size`."""
     requests_ns: int
@@ -71,15 +94,23 @@ class AuditRun(TypedDict):
     difference_ns: int
     """GPU-ns: `wall_ns` x `gpus` less all classes."""
     billed_ns: int
-    """GPU-ns: the sum of all bills up to the cut, as the engine counted it."""
+    """GPU-ns: the sum of all bills up to the last snapshot, as the engine counted it."""
     billed_difference_ns: int
-    """GPU-ns: `requests_ns` less `billed_ns`."""
+    """GPU-ns: the class `requests` of the last snapshot less `billed_ns`."""
     ledger_ns: int
-    """GPU-ns: the sum of the bills that the ledger holds up to the cut."""
+    """GPU-ns: the sum of the bills that the ledger holds up to the last snapshot."""
     ledger_difference_ns: int
     """GPU-ns: `billed_ns` less `ledger_ns`."""
+    snapshot_seq: int
+    """The number of the last bill that the last snapshot counts."""
     last_seq: int
-    """The number of the run's last bill up to the cut."""
+    """The number of the run's last bill up to the cut: of a dead run, of its last bill."""
+    last_bills: int
+    """Number of bills of a dead run after its last snapshot; 0 while it lives."""
+    last_bills_ns: int
+    """GPU-ns: the time of these bills, which is part of `requests_ns`."""
+    last_bills_in_flight_ns: int
+    """GPU-ns: the part of it that the snapshot had in flight; the rest is beyond `wall_ns`."""
     missing_bills: list[str]
     """The numbers of bills that the ledger lacks, as text: `"7"`, `"9-12"`."""
     uneven_bills: int
@@ -92,23 +123,58 @@ class AuditRun(TypedDict):
     """mJ: `energy_mj` less the energy of the requests in the ledger and of all classes."""
     in_flight_difference_ns: int
     """GPU-ns: `in_flight_ns` less what each open request had used and the step that ran."""
+    running: int
+    """Number of requests that the engine ran at the last snapshot."""
+    waiting: int
+    """Number of requests that waited in the engine at the last snapshot."""
     lost_requests: list[LostRequest]
     """The requests that were open when the engine died; empty while it lives."""
     lost_requests_ns: int | None
     """GPU-ns: the time that all lost requests had used; 0 if it lives, null if unknown."""
     lost_step_ns: int | None
-    """GPU-ns: the time of a dead engine's last step, which no request had yet; null if unknown."""
+    """GPU-ns: the time of the step at a dead engine's last snapshot, as far as no last bill has
+    it; null if unknown."""
+    unbilled_replies: list[UnbilledReply]
+    """HTTP requests without a bill that ended as the engine died, in whichever engine they were,
+    besides those in `lost_requests`; empty while it lives."""
     balanced: bool
     """Whether every difference is 0 and no bill is missing."""
+
+
+class AuditWithoutTotals(TypedDict):
+    """A run that has bills and no snapshot, so that nothing can be held against its bills."""
+
+    run_id: str
+    """The id of the engine run."""
+    started_at: str
+    """RFC 3339 UTC: when its first billed request came."""
+    finished_at: str
+    """RFC 3339 UTC: when its last bill came."""
+    bills: int
+    """Number of bills that the ledger holds."""
+    ledger_ns: int
+    """GPU-ns: the sum of these bills."""
+    last_seq: int
+    """The number of the last bill."""
+    missing_bills: list[str]
+    """The numbers of bills that the ledger lacks up to the last one, as text."""
+    uneven_bills: int
+    """Number of bills that are not the sum of their pieces by hour."""
 
 
 class Audit(TypedDict):
     """The audit of all runs: whether the books of every engine balance."""
 
-    balanced: bool
-    """Whether the books of all runs balance."""
+    balanced: bool | None
+    """Whether the books of all runs balance; null if the ledger cannot tell, and no difference is
+    known."""
+    reason: Literal["no_runs", "no_totals"] | None
+    """Why `balanced` is null: no engine run is in the ledger, or of a run that has bills no totals
+    are known, so that nothing can be held against them."""
     runs: list[AuditRun]
-    """The audit of each run."""
+    """The audit of each run with a snapshot."""
+    without_totals: list[AuditWithoutTotals]
+    """The runs that have bills and no snapshot."""
     after_cut: AfterCut
     """Number and GPU time of bills that no snapshot, and so no run's audit, counts yet."""
 

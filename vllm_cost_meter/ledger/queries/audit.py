@@ -1,31 +1,35 @@
-"""The audit: check for each engine run that its books balance at its last snapshot (the cut).
+"""The audit: check for each engine run that its books balance at its last snapshot.
 
 These must be equal, or hold, for each run:
 
 - wall time x GPUs, and the sum of all classes;
 - the class `requests`, and the sum of bills as the engine counted it;
 - that sum, and the sum of bills in the ledger;
-- the numbers of the bills have no gap from 1 to the last;
+- the numbers of the bills have no gap from 1 to the last one of the cut;
 - the engine's hours and its totals, class by class;
 - the class `in_flight`, and the time of all open requests with the step that ran;
 - the energy that was read, and that of all classes and requests, if it is known;
 - each bill, and the sum of its pieces.
 
-Bills are counted first. The query for gaps runs only if the count is wrong.
+The last bills of a dead run are beyond its last snapshot: no engine's count is there to hold
+against them, but for their numbers and pieces. Bills are counted first. The query for gaps runs
+only if the count is wrong.
 
-Invariant: `balanced` is true if and only if every one of these differences is 0.
+Invariant: `balanced` is true if and only if there is a run, all have totals, and every one of these
+differences is 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import ColumnElement, Table, and_, func, or_, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.queries.answers import AuditRun, LostRequest
-from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, count_bills, total_by_run
+from vllm_cost_meter.ledger.ends.lost import MAX_LOST, Lost, lost_by_run
+from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithoutTotals
+from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals, bills_up_to
 from vllm_cost_meter.ledger.queries.energy import audited
-from vllm_cost_meter.ledger.queries.open_requests import MAX_LOST, lost_requests
+from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.ledger.schema import request_energy, requests, usage_pieces
 from vllm_cost_meter.records.snapshot import CLASSES
 
@@ -44,14 +48,37 @@ DIFFERENCES = (
 )
 
 
-def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
-    """Return a row for each run, with all its differences."""
-    held = count_bills(connection, cut)
-    billed = total_by_run(connection, cut, requests, func.sum(requests.c.gpu_time_ns))
+def audit_at(connection: Connection, cut: Cut) -> Audit:
+    """Return the audit at a cut."""
     uneven = _uneven_bills(connection, cut)
-    requests_mj = total_by_run(
-        connection, cut, request_energy, func.sum(request_energy.c.energy_mj)
+    runs = _audit_runs(connection, cut, uneven)
+    bare = [_audit_bare(connection, run, uneven) for run in cut.without_totals]
+    balanced: bool | None = all(run["balanced"] for run in runs)
+    if any(run["missing_bills"] or run["uneven_bills"] for run in bare):
+        balanced = False
+    # Nothing was held against anything: that is no balance.
+    reason = "no_totals" if bare else None if runs else "no_runs"
+    if balanced and reason is not None:
+        balanced = None
+    audit = {
+        "balanced": balanced,
+        "reason": reason if balanced is None else None,
+        "runs": runs,
+        "without_totals": bare,
+        "after_cut": after_cut(connection, cut),
+    }
+    return cast("Audit", audit)
+
+
+def _audit_runs(connection: Connection, cut: Cut, uneven: Mapping[str, int]) -> list[AuditRun]:
+    """Return a row for each run that has a snapshot, with all its differences."""
+    counted = {run.run_id: run.snapshot_seq for run in cut.runs}
+    held = _total_by_run(connection, cut.last_bills(), requests, func.count())
+    billed = _total_by_run(connection, counted, requests, func.sum(requests.c.gpu_time_ns))
+    requests_mj = _total_by_run(
+        connection, counted, request_energy, func.sum(request_energy.c.energy_mj)
     )
+    lost = lost_by_run(connection, cut)
     return [
         _audit_run(
             run,
@@ -61,10 +88,27 @@ def audit_runs(connection: Connection, cut: Cut) -> list[AuditRun]:
             missing=[]
             if held.get(run.run_id, 0) == run.last_seq
             else missing_bills(connection, run.run_id, run.last_seq),
-            lost=[] if run.alive else lost_requests(connection, run),
+            lost=lost.get(run.run_id, Lost()),
         )
         for run in cut.runs
     ]
+
+
+def _audit_bare(
+    connection: Connection, run: RunWithoutTotals, uneven: Mapping[str, int]
+) -> AuditWithoutTotals:
+    billed = run.billed
+    whole = billed.bills == billed.last_seq
+    return {
+        "run_id": run.run_id,
+        "started_at": billed.started_at,
+        "finished_at": billed.finished_at,
+        "bills": billed.bills,
+        "ledger_ns": billed.gpu_time_ns,
+        "last_seq": billed.last_seq,
+        "missing_bills": [] if whole else missing_bills(connection, run.run_id, billed.last_seq),
+        "uneven_bills": uneven.get(run.run_id, 0),
+    }
 
 
 def is_balanced(run: Mapping[str, Any]) -> bool:
@@ -85,7 +129,7 @@ def _audit_run(
     uneven: int,
     energy: Mapping[str, int | None],
     missing: list[str],
-    lost: Sequence[LostRequest],
+    lost: Lost,
 ) -> AuditRun:
     row = run.row
     totals = {name: int(row[f"{name}_ns"]) for name in CLASSES}
@@ -99,6 +143,7 @@ def _audit_run(
         "state": row["state"],
         "alive": run.alive,
         "taken_at": row["taken_at"],
+        "heard_at": run.heard_at(),
         "wall_ns": int(row["wall_ns"]),
         "gpus": int(row["gpus"]),
         **{f"{name}_ns": run.classes[name] for name in CLASSES},
@@ -107,12 +152,18 @@ def _audit_run(
         "billed_difference_ns": totals["requests"] - billed_ns,
         "ledger_ns": ledger_ns,
         "ledger_difference_ns": billed_ns - ledger_ns,
+        "snapshot_seq": run.snapshot_seq,
         "last_seq": run.last_seq,
+        "last_bills": run.last_bills.count,
+        "last_bills_ns": run.last_bills.billed_ns,
+        "last_bills_in_flight_ns": run.last_bills.in_flight_ns,
         "missing_bills": missing,
         "uneven_bills": uneven,
         "hours_difference_ns": _hours_difference(run, totals),
         **energy,
         "in_flight_difference_ns": _in_flight_difference(run, totals),
+        "running": row["running"],
+        "waiting": row["waiting"],
         **_lost(run, lost),
     }
     return cast("AuditRun", {**audit, "balanced": is_balanced(audit)})
@@ -121,7 +172,8 @@ def _audit_run(
 def _hours_difference(run: RunCut, totals: Mapping[str, int]) -> int:
     """Return how far the hours are from the totals; differences of classes do not cancel out."""
     return sum(
-        abs(totals[name] - sum(hour[name] for hour in run.hours.values())) for name in CLASSES
+        abs(totals[name] - sum(hour[name] for hour in run.engine_hours.values()))
+        for name in CLASSES
     )
 
 
@@ -132,22 +184,44 @@ def _in_flight_difference(run: RunCut, totals: Mapping[str, int]) -> int:
     return totals["in_flight"] - int(run.row["live_ns"]) - int(run.row["step_ns"])
 
 
-def _lost(run: RunCut, lost: Sequence[LostRequest]) -> dict[str, Any]:
+def _lost(run: RunCut, lost: Lost) -> dict[str, Any]:
     """Return the requests that a dead run had in flight, and their time; null if unknown."""
     unknown = run.row["live_ns"] is None
-    step_ns = 0 if run.alive else run.row["step_ns"]
+    step_ns = 0 if run.alive else int(run.row["step_ns"] or 0) - run.last_bills.step_ns
     return {
-        "lost_requests": list(lost[:MAX_LOST]),
-        "lost_requests_ns": None if unknown else sum(one["gpu_time_ns"] for one in lost),
+        "lost_requests": list(lost.requests[:MAX_LOST]),
+        "lost_requests_ns": None
+        if unknown
+        else sum(one["gpu_time_ns"] or 0 for one in lost.requests),
         "lost_step_ns": None if unknown else step_ns,
+        "unbilled_replies": list(lost.replies[:MAX_LOST]),
     }
+
+
+def _total_by_run(
+    connection: Connection, last: Mapping[str, int], bills: Table, total: ColumnElement[Any]
+) -> dict[str, int]:
+    """Return a total over the rows of bills up to these, run by run; 0 where all is unknown.
+
+    `bills` has a row, or several, for each bill: `requests`, or what was told of them since.
+    """
+    if not last:
+        return {}
+    at, b = bills_up_to(last), bills.c
+    totals = (
+        select(b.run_id, total)
+        .join(at, and_(b.run_id == at.c.run_id, b.seq <= at.c.last_seq))
+        .group_by(b.run_id)
+    )
+    return {run_id: int(amount or 0) for run_id, amount in connection.execute(totals)}
 
 
 def _uneven_bills(connection: Connection, cut: Cut) -> dict[str, int]:
     """Count the bills that are not the sum of their pieces, amount by amount."""
-    if not cut.runs:
+    last = cut.last_bills()
+    if not last:
         return {}
-    at, r, p = cut.cte(), requests.c, usage_pieces.c
+    at, r, p = bills_up_to(last), requests.c, usage_pieces.c
     joined = and_(p.run_id == r.run_id, p.seq == r.seq)
     differences = [r[name] != func.coalesce(func.sum(p[name]), 0) for name in _AMOUNTS]
     gpu_time_ns = func.coalesce(func.sum(p.prefill_ns + p.decode_ns), 0)

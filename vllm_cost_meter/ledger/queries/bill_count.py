@@ -11,13 +11,14 @@ others in turn, so that a call stays short however many there are.
 Invariant: a bill that is in the ledger and has time in or after the first hour is counted once.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Integer, Text, and_, bindparam, column, func, select, values
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.schema import requests, runs, usage_pieces
+from vllm_cost_meter.ledger.ends.highest import highest_bills
+from vllm_cost_meter.ledger.schema import requests, usage_pieces
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetScope
 
@@ -72,6 +73,10 @@ class BillCount:
         scopes = (budget.scope for budget in budgets)
         return first_hour >= self.first_hour and all(scope in self._budgets for scope in scopes)
 
+    def run_ids(self) -> Collection[str]:
+        """Return the runs with bills that were looked at."""
+        return (self._upto or {}).keys()
+
     def of(self, budget: Budget) -> SpentNs:
         """Return the GPU time of a budget's bills. The caller must not change it."""
         return self._sums.get(budget.scope, {})
@@ -111,7 +116,7 @@ class BillCount:
         if not self._budgets:
             self.is_complete = True
             return
-        highest = {run_id: top for run_id, top in connection.execute(_HIGHEST) if top}
+        highest = highest_bills(connection)
         if self._upto is None:
             self._upto = _beginnings(connection, highest, self.first_hour)
         left = limit
@@ -186,11 +191,6 @@ class BillCount:
 _r, _p = requests.c, usage_pieces.c
 _PIECE = (_r.tenant, _r.tenant_above, _r.tags, _p.hour, _p.prefill_ns + _p.decode_ns)
 _PIECES_OF_BILL = and_(_p.run_id == _r.run_id, _p.seq == _r.seq)
-# One look into the primary key for each run: grouping all bills by run would read them all.
-_HIGHEST = select(
-    runs.c.run_id,
-    select(func.max(_r.seq)).where(_r.run_id == runs.c.run_id).scalar_subquery(),
-)
 _BILLS = (
     select(_r.seq, *_PIECE)
     .join(usage_pieces, _PIECES_OF_BILL, isouter=True)

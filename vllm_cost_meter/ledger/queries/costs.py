@@ -71,7 +71,7 @@ def declared_overheads(cut: Cut) -> list[OverheadLine]:
                 for hour, classes in run.hours.items()
                 if begin <= hour < end
             }
-            for run in cut.runs
+            for run in cut.all_runs
         }
         return cost_of(spent, prices, Cost(Fraction(0))).exact
 
@@ -80,7 +80,7 @@ def declared_overheads(cut: Cut) -> list[OverheadLine]:
 
 def overheads_of(cut: Cut, cost: Callable[[int, int], int | Fraction | None]) -> list[OverheadLine]:
     """Return the declared overheads; `cost` gives the nano-USD of the hours [begin, end)."""
-    hours = {hour for run in cut.runs for hour in run.hours}
+    hours = {hour for run in cut.all_runs for hour in run.hours}
     low, high = cut.window.from_hour, cut.window.to_hour
     first = min(hours, default=None) if low is None else low
     last = max(hours) + 1 if high is None and hours else high

@@ -3,48 +3,54 @@
 A report compares the engines' own totals (snapshots) with the bills in the ledger, while new bills
 keep coming. So the snapshots are read once, into a `Cut`, and bills count only up to the `last_seq`
 of their run. A bill may reach the ledger a moment after the snapshot that counts it, because
-another API server writes it. `settle` waits for such bills.
+another API server writes it. `ledger.settling` waits for such bills.
+
+A dead run has no next snapshot that could count its last bills, so it is cut at the last one of
+them: what it billed is in its tenants' rows (`ends.last_bills`). A run that has bills and no
+snapshot is in the cut with what it billed (`ends.without_totals`).
 
 Invariant: a cut gives the same figures whatever arrives after it was read. Only bills up to the cut
-that were still on their way may be added.
+that were still on their way may be added. Every bill of a run that does not live is in the cut.
 """
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import (
     CTE,
     BigInteger,
     ColumnElement,
-    Table,
     Text,
     and_,
     case,
     column,
-    func,
     select,
     true,
     values,
 )
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.ends.highest import highest_bills
+from vllm_cost_meter.ledger.ends.last_bills import (
+    NO_LAST_BILLS,
+    LastBills,
+    LastSnapshot,
+    read_last_bills,
+)
+from vllm_cost_meter.ledger.ends.run_time import NO_TIME, RunTime, as_ended, by_hour
+from vllm_cost_meter.ledger.ends.without_totals import BilledRun, read_billed_runs
 from vllm_cost_meter.ledger.schema import (
     energy_hours,
     engine_hours,
     live_usage,
     prices,
-    requests,
     runs,
     snapshots,
 )
-from vllm_cost_meter.prices.book import (
-    NO_PRICES,
-    PriceBook,
-)
+from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices, by_stretch
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.owner import TenantScope
@@ -62,9 +68,6 @@ from vllm_cost_meter.units.time import (
 DEAD_AFTER_NS = 15 * NS_PER_SECOND
 # How long an answer waits for bills that its cut counts and that are still on their way.
 SETTLE_S = 2.0
-SETTLE_POLL_S = 0.02
-# So many bills of a run may come late: some seconds of a busy server.
-ON_THEIR_WAY_MAX = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,52 +140,41 @@ def lifetime_of(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class RunCut:
-    """One run at the cut, in the window.
+class RunCut(RunTime):
+    """One run with a snapshot.
 
-    `classes` has the GPU-ns by class. For a dead run, time in flight counts as lost, because nobody
-    will be billed for it. `energy` has the mJ by class in the same way; None if no energy is known.
-    `stretches` and `energy_stretches` divide both by spans of hours at one price (see
-    `prices.run_prices`). `wall_gpu_ns` is wall time x GPUs.
+    For a dead run, time in flight counts as lost, because nobody will be billed for it, but for
+    what its `last_bills` hold. `energy` has the mJ by class in the same way; None if no energy is
+    known. `engine_hours` and `engine_energy` are what the engine told of each hour.
     """
 
-    run_id: str
     row: Mapping[str, Any]
     alive: bool
-    classes: Mapping[str, int]
-    hours: Mapping[int, Mapping[str, int]]
-    prices: RunPrices
-    wall_gpu_ns: int
-    stretches: Mapping[int, Mapping[str, int]]
-    energy: Mapping[str, int] | None = None
-    energy_stretches: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    engine_hours: Mapping[int, Mapping[str, int]]
+    engine_energy: Mapping[int, Mapping[str, int]]
+    last_bills: LastBills
+    energy: Mapping[str, int] | None
+    energy_stretches: Mapping[int, Mapping[str, int]]
 
     @property
-    def last_seq(self) -> int:
+    def snapshot_seq(self) -> int:
+        """The number of the last bill that the latest snapshot counts."""
         return int(self.row["last_seq"])
+
+    def heard_at(self) -> str:
+        """Return the last instant at which the run is known to have lived."""
+        return max(str(self.row["taken_at"]), self.last_bills.finished_at or "")
 
     def lifetime(self) -> tuple[str, str]:
         """Return when the run began and was last seen; see `lifetime_of`."""
         return lifetime_of(self.row)
-
-    def total_ns(self) -> int:
-        return sum(self.classes.values())
-
-    def used_ns(self, name: str | None = None) -> dict[int | None, int]:
-        """Return the GPU time of a class, or of all, by span of hours at one price."""
-        total = self.wall_gpu_ns if name is None else self.classes[name]
-        return _by_hour(self.stretches, name, total)
 
     def used_mj(self, name: str | None = None) -> dict[int | None, int]:
         """Return the energy of a class, or of all, by span of hours; empty if it is unknown."""
         if self.energy is None:
             return {}
         total = sum(self.energy.values()) if name is None else self.energy.get(name, 0)
-        return _by_hour(self.energy_stretches, name, total)
-
-    def classes_in(self, hour: int) -> Mapping[str, int]:
-        """Return the classes of one hour, as `classes` counts them."""
-        return self.hours[hour] if self.alive else _as_lost(self.hours[hour])
+        return by_hour(self.energy_stretches, name, total)
 
     def state(self) -> dict[str, Any]:
         """Return the fields about the run in a summary."""
@@ -198,8 +190,15 @@ class RunCut:
 
 
 @dataclass(frozen=True, slots=True)
+class RunWithoutTotals(RunTime):
+    """One run that has bills and no snapshot: all its time that is known is what it billed."""
+
+    billed: BilledRun
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
-    """All runs of a ledger at their latest snapshots.
+    """All runs of a ledger: those with a snapshot at the latest one, and those without totals.
 
     With `whose`, questions about bills read those of that tenant only, or of all below it too.
     """
@@ -208,17 +207,26 @@ class Cut:
     window: Window = field(default_factory=Window)
     book: PriceBook = NO_PRICES
     whose: TenantScope | None = None
+    without_totals: tuple[RunWithoutTotals, ...] = ()
+
+    @property
+    def all_runs(self) -> tuple[RunTime, ...]:
+        return (*self.runs, *self.without_totals)
 
     def prices_of(self) -> dict[str, RunPrices]:
-        return {run.run_id: run.prices for run in self.runs}
+        return {run.run_id: run.prices for run in self.all_runs}
 
     def wall_gpu_ns(self) -> int:
         """Return wall time x GPUs over all runs; in a window, the time in its engine hours."""
-        return sum(run.wall_gpu_ns for run in self.runs)
+        return sum(run.wall_gpu_ns for run in self.all_runs)
+
+    def without_totals_ns(self) -> int:
+        """Return the GPU time in the window of runs whose other time is unknown."""
+        return sum(run.wall_gpu_ns for run in self.without_totals)
 
     def used_ns(self, name: str | None = None) -> dict[str, dict[int | None, int]]:
         """Return the GPU time of a class, or of all, by run and by span of hours at one price."""
-        return {run.run_id: run.used_ns(name) for run in self.runs}
+        return {run.run_id: run.used_ns(name) for run in self.all_runs}
 
     def used_mj(self, name: str | None = None) -> dict[str, dict[int | None, int]]:
         """Return the energy of a class, or of all, by run and by span of hours at one price."""
@@ -226,6 +234,8 @@ class Cut:
 
     def kv_cache_block_ms(self) -> float | None:
         """Return blocks x ms of all runs' KV caches; None if the size of one is unknown."""
+        if self.without_totals_ns():
+            return None
         block_ms = 0.0
         for run in self.runs:
             if run.row["kv_blocks"] is None:
@@ -255,11 +265,15 @@ class Cut:
         share = own_ns / busy_ns if busy_ns else None
         return {"busy_ns": busy_ns, "own_ns": own_ns, "own_time_share": share}
 
-    def cte(self) -> CTE:
-        """Return the cut as rows (run_id, last_seq), to be joined with bills."""
-        rows = [(run.run_id, run.last_seq) for run in self.runs]
-        table = values(column("run_id", Text), column("last_seq", BigInteger), name="cut")
-        return table.data(rows).cte()
+    def last_bills(self) -> dict[str, int]:
+        """Return the number of the last bill that counts, by run."""
+        return {run.run_id: run.last_seq for run in self.all_runs}
+
+
+def bills_up_to(last: Mapping[str, int]) -> CTE:
+    """Return these runs' last bills as rows (run_id, last_seq), to be joined with bills."""
+    table = values(column("run_id", Text), column("last_seq", BigInteger), name="cut")
+    return table.data(list(last.items())).cte()
 
 
 def read_cut(
@@ -270,7 +284,10 @@ def read_cut(
     now_ns: int,
     book: PriceBook = NO_PRICES,
 ) -> Cut:
-    """Read the snapshots and hours of all runs; both must come from one transaction."""
+    """Read the snapshots and hours of all runs; both must come from one transaction.
+
+    `with_ends` adds what runs have billed that no snapshot counts.
+    """
     hours: dict[str, dict[int, Mapping[str, int]]] = {}
     for hour in connection.execute(select(engine_hours)):
         hours.setdefault(hour.run_id, {})[hour.hour] = _classes(hour._asdict())
@@ -302,6 +319,39 @@ def read_cut(
     return Cut(tuple(cuts), window, book)
 
 
+def with_ends(connection: Connection, cut: Cut) -> Cut:
+    """Return a cut with the last bills of dead runs, and with the runs without totals.
+
+    The bills that a report counts must come from the same transaction, because a bill of a dead run
+    may still arrive.
+    """
+    highest = highest_bills(connection)
+    dead = {
+        run.run_id: LastSnapshot(
+            int(run.row["number"]),
+            run.snapshot_seq,
+            {hour: classes["in_flight"] for hour, classes in run.engine_hours.items()},
+        )
+        for run in cut.runs
+        if not run.alive
+    }
+    last = read_last_bills(connection, dead, highest)
+    billed = read_billed_runs(connection, highest.keys() - {run.run_id for run in cut.runs})
+    return replace(
+        cut,
+        runs=tuple(
+            _ended(run, cut.window, last[run.run_id]) if run.run_id in last else run
+            for run in cut.runs
+        ),
+        without_totals=tuple(_without_totals(run, cut) for run in billed),
+    )
+
+
+def _ended(run: RunCut, window: Window, last_bills: LastBills) -> RunCut:
+    told = run.engine_hours, run.engine_energy
+    return _run_cut(run.row, window, run.alive, run.prices, *told, last_bills)
+
+
 def _run_cut(
     row: Mapping[str, Any],
     window: Window,
@@ -309,99 +359,62 @@ def _run_cut(
     prices: RunPrices,
     hours: Mapping[int, Mapping[str, int]],
     energies: Mapping[int, Mapping[str, int]],
+    last_bills: LastBills = NO_LAST_BILLS,
 ) -> RunCut:
-    def shown(by_class: Mapping[str, int]) -> Mapping[str, int]:
-        return by_class if alive else _as_lost(by_class)
-
-    def stretches(
-        of: Mapping[int, Mapping[str, int]], changes: list[int]
-    ) -> dict[int, Mapping[str, int]]:
-        inside = {hour: classes for hour, classes in of.items() if window.contains(hour)}
-        return {hour: shown(sums) for hour, sums in by_stretch(inside, changes).items()}
-
-    used = stretches(hours, prices.book.price_changes())
-    energy_used = stretches(energies, prices.book.energy_price_changes())
+    shown_hours, shown_energies = hours, energies
+    classes, energy = _classes(row), None if row["energy_mj"] is None else _energy(row)
+    if not alive:
+        billed, in_flight = last_bills.billed, last_bills.in_flight
+        shown_hours = {
+            hour: as_ended(hours.get(hour, NO_TIME), billed.get(hour, 0), in_flight.get(hour, 0))
+            for hour in sorted(hours.keys() | billed.keys())
+        }
+        # No snapshot told which requests used the energy after the last one.
+        shown_energies = {hour: as_ended(used) for hour, used in energies.items()}
+        classes = as_ended(classes, last_bills.billed_ns, last_bills.in_flight_ns)
+        energy = None if energy is None else as_ended(energy)
+    used = _stretches(shown_hours, window, prices.book.price_changes())
+    energy_used = _stretches(shown_energies, window, prices.book.energy_price_changes())
     wall_gpu_ns = int(row["wall_ns"]) * int(row["gpus"])
-    classes, energy = shown(_classes(row)), None
-    if row["energy_mj"] is not None:
-        energy = shown(_energy(row))
+    wall_gpu_ns += last_bills.billed_ns - last_bills.in_flight_ns
     if not window.is_all:
         classes = _sums(used, CLASSES)
         energy = _sums(energy_used, ENERGY_CLASSES) if energy_used else None
         wall_gpu_ns = sum(classes.values())
     return RunCut(
         run_id=row["run_id"],
+        last_seq=max(int(row["last_seq"]), last_bills.last_seq),
+        prices=prices,
+        classes=classes,
+        hours=shown_hours,
+        stretches=used,
+        wall_gpu_ns=wall_gpu_ns,
         row=row,
         alive=alive,
-        classes=classes,
-        hours=hours,
-        prices=prices,
-        wall_gpu_ns=wall_gpu_ns,
-        stretches=used,
+        engine_hours=hours,
+        engine_energy=energies,
+        last_bills=last_bills,
         energy=energy,
         energy_stretches=energy_used,
     )
 
 
-def count_bills(connection: Connection, cut: Cut) -> dict[str, int]:
-    """Return the number of bills in the ledger up to the cut, by run."""
-    return total_by_run(connection, cut, requests, func.count())
-
-
-def total_by_run(
-    connection: Connection, cut: Cut, bills: Table, total: ColumnElement[Any]
-) -> dict[str, int]:
-    """Return a total over the rows of bills up to the cut, run by run; 0 where all is unknown.
-
-    `bills` has a row, or several, for each bill: `requests`, or what was told of them since.
-    """
-    if not cut.runs:
-        return {}
-    at, b = cut.cte(), bills.c
-    totals = (
-        select(b.run_id, total)
-        .join(at, and_(b.run_id == at.c.run_id, b.seq <= at.c.last_seq))
-        .group_by(b.run_id)
+def _without_totals(billed: BilledRun, cut: Cut) -> RunWithoutTotals:
+    prices = RunPrices(billed.run_id, RunFacts(), cut.book)
+    hours = {hour: {**NO_TIME, "requests": ns} for hour, ns in billed.hours.items()}
+    used = _stretches(hours, cut.window, cut.book.price_changes())
+    classes = _sums(used, CLASSES)
+    total = sum(classes.values())
+    return RunWithoutTotals(
+        billed.run_id, billed.last_seq, prices, classes, hours, used, total, billed
     )
-    return {run_id: int(amount or 0) for run_id, amount in connection.execute(totals)}
 
 
-def settle(
-    read: Callable[[], AbstractContextManager[Connection]],
-    cut: Cut,
-    settle_s: float,
-    settled: dict[str, int],
-) -> None:
-    """Wait until each living run has all its bills up to the cut, for at most `settle_s`.
-
-    `settled` is the number of the last bill, by run, up to which earlier calls have waited, in vain
-    or not: no call counts those again. Bills that are on their way are among the newest, so of a
-    run that is seen for the first time only these are counted.
-    """
-    last = {run.run_id: run.last_seq for run in cut.runs if run.alive}
-    since = {
-        run_id: max(settled.get(run_id, 0), seq - ON_THEIR_WAY_MAX) for run_id, seq in last.items()
-    }
-    ranges = {run_id: (low, last[run_id]) for run_id, low in since.items() if low < last[run_id]}
-    deadline = time.monotonic() + settle_s
-    while ranges:
-        with read() as connection:
-            held = _held(connection, ranges)
-        is_whole = all(held[run_id] >= high - low for run_id, (low, high) in ranges.items())
-        if is_whole or time.monotonic() >= deadline:
-            break
-        time.sleep(SETTLE_POLL_S)
-    settled.update(last)
-
-
-def _held(connection: Connection, ranges: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Return how many bills of a range of numbers (low, high] the ledger holds, by run."""
-    b = requests.c
-    held = {}
-    for run_id, (low, high) in ranges.items():
-        counted = select(func.count()).where(b.run_id == run_id, b.seq > low, b.seq <= high)
-        held[run_id] = int(connection.execute(counted).scalar_one())
-    return held
+def _stretches(
+    of: Mapping[int, Mapping[str, int]], window: Window, changes: Sequence[int]
+) -> dict[int, dict[str, int]]:
+    inside = {hour: classes for hour, classes in of.items() if window.contains(hour)}
+    return by_stretch(inside, changes)
 
 
 def _between(of: Any, low: Any, high: Any) -> Any:
@@ -423,23 +436,6 @@ def _energy(row: Mapping[str, Any]) -> dict[str, int]:
 
 def _sums(stretches: Mapping[int, Mapping[str, int]], names: Collection[str]) -> dict[str, int]:
     return {name: sum(classes[name] for classes in stretches.values()) for name in names}
-
-
-def _by_hour(
-    stretches: Mapping[int, Mapping[str, int]], name: str | None, total: int
-) -> dict[int | None, int]:
-    """Return a class, or all, by span of hours; None has the part of `total` in no span."""
-    used: dict[int | None, int] = {
-        hour: sum(classes.values()) if name is None else classes.get(name, 0)
-        for hour, classes in stretches.items()
-    }
-    rest = total - sum(used.values())
-    return {**used, None: rest} if rest else used
-
-
-def _as_lost(classes: Mapping[str, int]) -> dict[str, int]:
-    lost = classes["lost"] + classes["in_flight"]
-    return {**classes, "in_flight": 0, "lost": lost}
 
 
 # The columns that the price of a run depends on, in `runs` joined with `prices`.

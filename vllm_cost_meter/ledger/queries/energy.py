@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Select, Text, and_, case, cast, distinct, 
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import DETAILS_NAME, details_name
-from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
+from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, bills_up_to, stretch
 from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.schema import (
     request_energy,
@@ -58,7 +58,7 @@ def by_tenant(connection: Connection, cut: Cut, question: Question) -> dict[str,
     if all(run.energy is None for run in cut.runs):
         return {}
     bills = bills_of(cut.whose)
-    at, e, r = cut.cte(), request_energy.c, bills.c
+    at, e, r = bills_up_to(cut.last_bills()), request_energy.c, bills.c
     first = func.min(e.hour)
     name = details_name(r, question)
     known = (
@@ -87,7 +87,7 @@ def _sum(used_mj: UsedByRun | None) -> int | None:
 def _unknown(cut: Cut, question: Question) -> Select[Any]:
     """Select the number of engine requests without a known energy, by tenant."""
     own = bills_of(cut.whose)
-    at, e, r, p = cut.cte(), request_energy.c, own.c, usage_pieces.c
+    at, e, r, p = bills_up_to(cut.last_bills()), request_energy.c, own.c, usage_pieces.c
     same = and_(e.run_id == r.run_id, e.seq == r.seq)
     name: ColumnElement[Any] = details_name(r, question)
     bills: Select[Any] = (

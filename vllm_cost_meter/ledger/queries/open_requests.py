@@ -19,8 +19,7 @@ from sqlalchemy import ColumnElement, and_, exists, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import is_shown
-from vllm_cost_meter.ledger.queries.answers import LostRequest
-from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, RunCut, lifetime_of
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, lifetime_of
 from vllm_cost_meter.ledger.queries.energy import PENDING
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import (
@@ -40,9 +39,6 @@ from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, LedgerRow
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
-
-# An audit lists at most so many lost requests of a run; their sum covers all.
-MAX_LOST = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,42 +130,6 @@ def running_parts(
     ]
     parts = open_parts(connection, and_(*mine), living, book, limit)
     return [part for part in parts if part["state"] == RUNNING]
-
-
-def lost_requests(connection: Connection, run: RunCut) -> list[LostRequest]:
-    """Return the requests that a dead run had in flight, the most GPU time first."""
-    latest = connection.execute(
-        select(live_usage.c.requests, live_usage.c.taken_at).where(
-            live_usage.c.run_id == run.run_id, live_usage.c.number == run.row["number"]
-        )
-    ).first()
-    if latest is None:
-        return []
-    used = live_requests(latest.requests)
-    r, o = requests.c, open_requests.c
-    billed = set(
-        connection.execute(
-            # These bills came after the last snapshot.
-            select(r.request_id).where(r.run_id == run.run_id, r.seq > run.last_seq)
-        ).scalars()
-    )
-    since = select(o.request_id, o.http_request_id, o.tenant).order_by(o.started_at)
-    began_at, seen_at = run.lifetime()
-    since = since.where(o.started_at >= began_at, o.started_at <= max(seen_at, latest.taken_at))
-    whose = {row.request_id: row for row in connection.execute(since)}
-    lost: list[LostRequest] = []
-    for request_id in used.keys() - billed:
-        row = whose.get(request_id)
-        lost.append(
-            {
-                "request_id": request_id,
-                "http_request_id": row.http_request_id if row else None,
-                "tenant": row.tenant if row else None,
-                "gpu_time_ns": used[request_id].gpu_time_ns,
-                "as_of": latest.taken_at,
-            }
-        )
-    return sorted(lost, key=lambda one: (-one["gpu_time_ns"], one["request_id"]))
 
 
 def _runs(

@@ -52,7 +52,6 @@ def summary_at(connection: Connection, cut: Cut, question: Question) -> Summary:
     by_class = dict(zip(OTHER_ROWS, others, strict=True))
     requests_ns = sum(row["gpu_time_ns"] for row in tenants)
     worked_ns = requests_ns + sum(by_class[name]["gpu_time_ns"] for name in WORK)
-    wall_gpu_ns = answer["wall_gpu_ns"]
     totals = {
         **{name: value for name, value in answer.items() if name not in _OF_ROWS},
         **_engines(connection, cut, answer),
@@ -60,7 +59,7 @@ def summary_at(connection: Connection, cut: Cut, question: Question) -> Summary:
         "requests_ns": requests_ns,
         **{f"{name}_ns": row["gpu_time_ns"] for name, row in by_class.items()},
         **{f"{name}_mj": row["energy_mj"] for name, row in by_class.items()},
-        "utilization": worked_ns / wall_gpu_ns if wall_gpu_ns else None,
+        "utilization": _utilization(worked_ns, answer),
     }
     return cast("Summary", totals)
 
@@ -96,7 +95,12 @@ def statement_at(
         "month": month,
         "window": {**cut.window.as_dict(), "tz": str(asked.zone)},
         "taken_at": cut.at(),
-        "methods": sorted({run.row["method"] for run in cut.runs if run.total_ns()}),
+        "methods": sorted(
+            {
+                *(run.row["method"] for run in cut.runs if run.total_ns()),
+                *(run.billed.method for run in cut.without_totals if run.total_ns()),
+            }
+        ),
         "prices": costs.cost.listed(),
         "billed": billed,
         **found,
@@ -116,6 +120,13 @@ def rows_of(answer: Report) -> list[ReportRow]:
     """Return the rows of a report by tenant without steps."""
     (piece,) = answer["series"]
     return piece["rows"]
+
+
+def _utilization(worked_ns: int, answer: Report) -> float | None:
+    """Return the share of all time in which the GPUs worked; None if some time is unknown."""
+    if answer["without_totals_ns"] or not answer["wall_gpu_ns"]:
+        return None
+    return worked_ns / answer["wall_gpu_ns"]
 
 
 def _counts(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:

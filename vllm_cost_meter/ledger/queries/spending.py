@@ -30,7 +30,7 @@ from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.queries.standings import Priced, standing_of
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import live_usage, open_requests, prices, runs, snapshots
-from vllm_cost_meter.prices.book import NO_PRICES, PriceBook
+from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, BudgetScope
 from vllm_cost_meter.units.time import unix_ns_of
@@ -120,7 +120,10 @@ class Spending:
             run_ids = [run.told.run_id for run in living]
             running = _running(connection, run_ids, count)
             self._learn_prices(connection, book)
-        priced = Priced(self._prices, book, run_ids, self._counted_ns)
+        # A run that has bills and no snapshot has a price if that depends on no fact of the run.
+        bare = count.run_ids() - self._prices.keys()
+        all_prices = self._prices | {id: RunPrices(id, RunFacts(), book) for id in bare}
+        priced = Priced(all_prices, book, run_ids, self._counted_ns)
         standings = [
             standing_of(budget, count.of(budget), running.get(budget.scope, {}), priced)
             for budget in self._budgets

@@ -7,10 +7,10 @@ Invariant: facts count up to the cut, as bills do.
 
 from collections.abc import Mapping
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import and_, func, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.queries.cut import Cut
+from vllm_cost_meter.ledger.queries.cut import Cut, bills_up_to
 from vllm_cost_meter.ledger.queries.energy import by_tenant, class_energy
 from vllm_cost_meter.ledger.schema import requests
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
@@ -33,12 +33,15 @@ def tenant_facts(
 
 
 def after_cut(connection: Connection, cut: Cut) -> AfterCut:
-    """Return the bills that no snapshot counts yet, as the next one will."""
-    billed = select(func.count(), func.sum(requests.c.gpu_time_ns))
-    if cut.runs:
-        at = cut.cte()
-        billed = billed.join_from(
-            requests, at, requests.c.run_id == at.c.run_id, isouter=True
-        ).where(or_(at.c.run_id.is_(None), requests.c.seq > at.c.last_seq))
-    count, gpu_time_ns = connection.execute(billed).one()
+    """Return the bills of living runs that no snapshot counts yet, as the next one will."""
+    last = {run.run_id: run.last_seq for run in cut.runs if run.alive}
+    if not last:
+        return {"bills": 0, "gpu_time_ns": 0}
+    at, r = bills_up_to(last).c, requests.c
+    # The outer join has the new bills of each run looked up in their key, and no others read.
+    newer = and_(r.run_id == at.run_id, r.seq > at.last_seq)
+    found = select(func.count(r.seq), func.sum(r.gpu_time_ns)).join_from(
+        at.run_id.table, requests, newer, isouter=True
+    )
+    count, gpu_time_ns = connection.execute(found).one()
     return {"bills": int(count), "gpu_time_ns": int(gpu_time_ns or 0)}

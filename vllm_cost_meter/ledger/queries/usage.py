@@ -21,8 +21,9 @@ from sqlalchemy import and_, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import COVERED_NAME, HIDDEN, told
+from vllm_cost_meter.ledger.ends.run_time import RunTime
 from vllm_cost_meter.ledger.queries.costs import CutCosts
-from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, stretch
+from vllm_cost_meter.ledger.queries.cut import Cut, bills_up_to, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
 from vllm_cost_meter.ledger.queries.own_bills import bills_of, pieces_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
@@ -59,7 +60,7 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
         used=usage.used if cut.whose is None else [*usage.used, *_of_others(cut, question)],
         other_time=[
             Used(run.run_id, hour, (name,), ns)
-            for run in cut.runs
+            for run in cut.all_runs
             for name in OTHER_ROWS
             for hour, ns in _hours_of(cut, run, question, name).items()
             if ns
@@ -67,10 +68,11 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
         ended=ended,
         wall=[
             Used(run.run_id, hour, (), ns)
-            for run in cut.runs
+            for run in cut.all_runs
             for hour, ns in _hours_of(cut, run, question).items()
         ],
         wall_gpu_ns=cut.wall_gpu_ns(),
+        without_totals_ns=cut.without_totals_ns(),
     )
     if not question.is_by_tenant:
         return facts
@@ -85,7 +87,7 @@ def _of_others(cut: Cut, question: Question) -> list[Used]:
     key = (NAMELESS, NO) if question.tells_coverage else (NAMELESS,)
     return [
         Used(run.run_id, hour, key, ns)
-        for run in cut.runs
+        for run in cut.all_runs
         for hour, ns in _hours_of(cut, run, question, REQUESTS).items()
         if ns
     ]
@@ -120,12 +122,12 @@ def _details_name_of(key: Key, question: Question) -> str:
 
 
 def _hours_of(
-    cut: Cut, run: RunCut, question: Question, name: str | None = None
+    cut: Cut, run: RunTime, question: Question, name: str | None = None
 ) -> Mapping[int | None, int]:
     """Return the GPU time of a class, or of all, by hour; or by span at one price if that does."""
     if not question.tells_hours_apart:
         return run.used_ns(name)
-    classes = {hour: run.classes_in(hour) for hour in run.hours if cut.window.contains(hour)}
+    classes = {hour: of for hour, of in run.hours.items() if cut.window.contains(hour)}
     return {hour: sum(of.values()) if name is None else of[name] for hour, of in classes.items()}
 
 
@@ -147,11 +149,12 @@ def _ended(
 def _usage(
     connection: Connection, cut: Cut, question: Question, columns: Sequence[str]
 ) -> BilledUsage:
-    if not cut.runs:
+    last = cut.last_bills()
+    if not last:
         return BilledUsage([], {})
     pieces = pieces_of(cut.whose)
     bills = bills_of(cut.whose)
-    at, p, r = cut.cte(), pieces.c, bills.c
+    at, p, r = bills_up_to(last), pieces.c, bills.c
     # Pieces have a column for the tenant, so a report by tenant alone reads no request.
     own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
     known = {**own, COVERED: told(r, question)}
