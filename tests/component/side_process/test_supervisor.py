@@ -191,6 +191,25 @@ def test_one_that_cannot_be_started_at_all_is_tried_again(caplog, monkeypatch):
     run(test)
 
 
+def test_the_pause_before_each_start_is_twice_the_one_before(monkeypatch):
+    pauses: list[float] = []
+    told = SideProcess._note_end
+
+    def note(side: SideProcess, how: str, pause_s: float) -> None:
+        pauses.append(pause_s)
+        told(side, how, pause_s)
+
+    async def test() -> None:
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        monkeypatch.setattr(SideProcess, "_note_end", note)
+        async with echoing(Pauses(first=0.001, longest=60)) as echo:
+            # Then it pauses for half a second, in which it is stopped.
+            await echo.until(lambda: len(pauses) == 10)
+
+    run(test)
+    assert pauses == [0.001 * 2**number for number in range(10)]
+
+
 def test_one_that_answers_nothing_any_more_is_ended_and_comes_back():
     async def test() -> None:
         async with echoing(Pauses(first=0.05, longest=0.2, silent=3)) as echo:
