@@ -132,6 +132,16 @@ def test_the_cost_of_the_last_bills_is_that_of_their_hours(ledger):
     assert figures["observed_seconds"] == pytest.approx(150e-9)
 
 
+def test_the_economics_of_more_runs_than_sqlite_takes_queries_in_a_union(ledger):
+    of_run = {"totals": ClassTotals(idle=7), "step_ns": 0}
+    runs = [f"run{number}" for number in range(501)]
+    ledger.write(*(snapshot([], run_id=run_id, **of_run) for run_id in runs))
+    ledger.write(*(part(1, f"h-{run_id}", run_id=run_id) for run_id in runs))
+    ledger.priced(price("3600"))
+    figures = economics(ledger.reader, Declared(), as_of=AsOf(DEAD, 0))["figures"]
+    assert figures["cost_usd"] == pytest.approx(501 * 307e-9)
+
+
 def test_a_bill_that_is_missing_among_the_last_ones_is_named(ledger):
     ledger.write(at_work(), part(1), part(3))
     assert run_of(ledger)["missing_bills"] == ["2"]
@@ -227,6 +237,19 @@ def test_the_bills_of_a_run_without_totals_are_in_every_report(ledger):
     assert statement["methods"] == ["tokens"]
     spent = sum(line["gpu_time_ns"] for line in statement["lines"] if line["tenant"])
     assert spent == 600
+
+
+def test_a_batch_without_an_http_request_is_counted_by_its_bills(ledger):
+    """As `vllm run-batch` leaves it: no snapshot, no exchange, no tenant, no model."""
+    ledger.write(*(part(seq, None, tenant="unknown", model=None) for seq in range(1, 9)))
+    ledger.priced(price("2.5"))
+    row = ledger.rows()["unknown"]
+    assert (row["requests"], row["output_tokens"], row["gpu_time_ns"]) == (0, 40, 2400)
+    assert ledger.tenants()["difference_ns"] == 0
+    statement = ledger.reader.statement("2027-01", tenant="unknown", as_of=AsOf(NOW, 0))
+    assert sum(line["gpu_time_ns"] for line in statement["lines"]) == 2400
+    (bare,) = ledger.audit()["without_totals"]
+    assert (bare["bills"], bare["missing_bills"]) == (8, [])
 
 
 def test_an_hour_outside_of_a_run_without_totals_knows_all_its_time(ledger):
