@@ -245,6 +245,8 @@ class SideProcess:
             logger.warning(
                 "cost meter: %s works again after %.1f s (pid %s)", self._name, ended[0], self.pid
             )
+            # Each end is news: the pauses already keep it from filling the log.
+            self._outage = Outage()
 
     def _note_end(self, how: str, pause_s: float) -> None:
         self.state = "ended"

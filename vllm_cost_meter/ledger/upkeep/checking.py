@@ -43,7 +43,8 @@ from vllm_cost_meter.ledger.upkeep.wal import header_of, read_wal
 
 # So many rows that are wrong are named.
 NAMED_MAX = 5
-# A server that starts its log anew while it is read makes it look damaged; then it is read again.
+# A server that writes to its log while it is read makes it look damaged, each time elsewhere. What
+# is damaged stays so.
 _WAL_LOOKS = 5
 
 # One transaction writes a row of the first table with that of the second. A bill without a run is
@@ -99,12 +100,16 @@ def _wal_check(connection: sqlite3.Connection, path: Path) -> LedgerCheck:
     """Look for damaged frames in the log that commits came after."""
     page_size = int(connection.execute("PRAGMA page_size").fetchone()[0])
     wal = path.with_name(path.name + "-wal")
+    before = None
     for _ in range(_WAL_LOOKS):
         header = header_of(wal)
         frames = read_wal(wal, page_size)
-        if not frames.ignored or header_of(wal) == header:
+        place = (header, frames.first_damaged)
+        is_damaged = frames.ignored > 0 and place == before
+        if not frames.ignored or is_damaged:
             break
-    if frames.ignored:
+        before = place
+    if is_damaged:
         detail = (
             f"{frames.damaged} damaged frames; SQLite leaves out {frames.ignored} committed ones:"
             " stop the servers and run `vllm-cost-meter ledger repair`"

@@ -30,7 +30,7 @@ class WalFrames:
     """What a log holds: where in it the newest good copy of each page is, and what is damaged.
 
     `ignored` is the number of committed frames that SQLite leaves out: the damaged ones and all
-    good ones behind the first of them.
+    good ones behind the first of them, which is at `first_damaged`.
     """
 
     page_size: int = 0
@@ -38,6 +38,7 @@ class WalFrames:
     damaged: int = 0
     ignored: int = 0
     page_count: int = 0
+    first_damaged: int | None = None
 
 
 @dataclass(slots=True)
@@ -145,6 +146,7 @@ def _judged(frames: list[_Frame], salts: bytes, page_size: int, header_is_good: 
         len(bad),
         last + 1 - (first_bad if header_is_good else 0),
         frames[last].size_after,
+        frames[first_bad].at if bad else None,
     )
 
 
