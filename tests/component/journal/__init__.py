@@ -1,0 +1,1 @@
+"""The journal: its files, its writer, its reader, and disks that refuse."""

@@ -1,0 +1,187 @@
+"""Read a journal in order, from a position on, while its process may be appending to it.
+
+A reader stops at a frame that is not whole: at the end of a journal that is what is being written,
+or what was when the process died, and nobody was told of it. Whole frames behind a torn one mean
+damage. Then the reader says how many frames are gone, and goes on behind them. A group that a
+failed sync has had written twice is read once.
+
+Invariant: frames come in the order of their numbers, each at most once, and a number that is passed
+over is in exactly one `Gap`.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.journal import segments
+from vllm_cost_meter.journal.entries import Record, read_entry
+from vllm_cost_meter.journal.frames import HEAD_BYTES as FRAME_HEAD_BYTES
+from vllm_cost_meter.journal.frames import Frame, next_whole_frame, scan, whole_frame
+
+# What is read at once: some hundred records, which SQLite takes within 50 ms.
+CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """How far a journal was read: the segment, the offset there, and the last frame's number."""
+
+    segment: int = 0
+    offset: int = 0
+    number: int = 0
+
+
+START = Position()
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Frames of a journal that nobody can read: how many, and the number of the one before."""
+
+    after: int
+    frames: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JournalPart:
+    """What was read at once: records in order with their numbers, gaps, the position behind them.
+
+    `is_all` is False if there may be more.
+    """
+
+    records: tuple[tuple[int, Record], ...]
+    gaps: tuple[Gap, ...]
+    position: Position
+    is_all: bool
+
+
+class JournalReader:
+    """Reads the journal in one folder. Used by one thread."""
+
+    def __init__(self, place: Path, position: Position = START) -> None:
+        self.place = place
+        self.position = position
+
+    def read(self, *, is_alive: bool) -> JournalPart:
+        """Read on, at most about `CHUNK_BYTES`, and move the position.
+
+        Damage behind the end of the last segment counts only where the process is dead: the kernel
+        may show a write to a reader in pieces. Raises OSError, and LedgerError for what a newer
+        version wrote: then the position is before it.
+        """
+        reading = _Reading()
+        begin = self.position
+        try:
+            return self._read(reading, is_alive=is_alive)
+        except LedgerError:
+            if self.position == begin:
+                raise
+            # What comes before it is read; the next call meets it first.
+            return reading.done(self.position, is_all=False)
+
+    def _read(self, reading: "_Reading", *, is_alive: bool) -> JournalPart:
+        present = segments.segment_indexes(self.place)
+        for index in (index for index in present if index >= self.position.segment):
+            if index > self.position.segment:
+                self.position = Position(index, 0, self.position.number)
+            is_complete = index < present[-1] or not is_alive
+            path = self.place / segments.segment_name(index)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                while self._read_on(descriptor, reading, is_complete=is_complete):
+                    if reading.size_bytes >= CHUNK_BYTES:
+                        return reading.done(self.position, is_all=False)
+            finally:
+                os.close(descriptor)
+        return reading.done(self.position, is_all=True)
+
+    def _read_on(self, descriptor: int, reading: "_Reading", *, is_complete: bool) -> bool:
+        """Read a chunk of a segment; return False at its end. What is complete may have damage."""
+        if not self.position.offset and not self._read_head(descriptor, reading):
+            return False
+        before = self.position
+        chunk = os.pread(descriptor, CHUNK_BYTES, before.offset)
+        self._take(chunk, reading)
+        if self.position != before:
+            return True
+        if not is_complete and not chunk[:FRAME_HEAD_BYTES].strip(b"\0"):
+            return False  # Nothing is written here yet; megabytes of zeros need not be read.
+        # No frame begins here that ends within a chunk.
+        rest = os.pread(descriptor, os.fstat(descriptor).st_size - before.offset, before.offset)
+        self._take(rest, reading)
+        if self.position == before and is_complete:
+            self._pass_over_damage(rest, reading)
+        return self.position != before
+
+    def _read_head(self, descriptor: int, reading: "_Reading") -> bool:
+        """Move behind a segment's head; return False while there is none."""
+        data = os.pread(descriptor, segments.HEAD_BYTES, 0)
+        if not data.strip(b"\0"):
+            return False
+        # If the head alone is damaged, the frames still tell by their own checksums.
+        told = segments.read_head(data)
+        if told is not None:
+            if told.version > segments.FORMAT_VERSION:
+                raise LedgerError(
+                    f"journal {self.place}: has format {told.version}, this cost meter knows"
+                    f" {segments.FORMAT_VERSION}; upgrade vllm-cost-meter, nothing is lost until"
+                    " then"
+                )
+            if not self.position.number:
+                # Whoever has never read this journal begins with what is still there.
+                self.position = replace(self.position, number=told.first_number - 1)
+            self._note_gap(told.first_number, "a segment is missing, or ends too early", reading)
+        self.position = replace(self.position, offset=segments.HEAD_BYTES)
+        return True
+
+    def _take(self, data: bytes, reading: "_Reading") -> None:
+        """Take the frames at the beginning of `data` that come next, and move behind them."""
+        begin = self.position
+        for found in scan(data):
+            if found.number > self.position.number + 1:
+                break  # Some are missing: that is damage.
+            if found.number == self.position.number + 1:
+                reading.records.append((found.number, self._record(found)))
+                reading.size_bytes += len(found.payload)
+            number = max(self.position.number, found.number)
+            self.position = Position(begin.segment, begin.offset + found.end, number)
+
+    def _record(self, found: Frame) -> Record:
+        try:
+            return read_entry(found.payload)
+        except ValueError as error:
+            raise LedgerError(
+                f"journal {self.place}: record {found.number} is whole and cannot be read: {error};"
+                " a newer vllm-cost-meter wrote it: upgrade this one, nothing is lost until then"
+            ) from error
+
+    def _pass_over_damage(self, rest: bytes, reading: "_Reading") -> None:
+        """Move to the next whole frame of the segment, and note the gap; stay without one."""
+        begin = next_whole_frame(rest, 0, self.position.number)
+        if begin is None:
+            return
+        found = whole_frame(rest, begin)
+        if found is not None:
+            self._note_gap(found.number, "frames are damaged", reading)
+            self.position = replace(self.position, offset=self.position.offset + begin)
+
+    def _note_gap(self, number: int, reason: str, reading: "_Reading") -> None:
+        """Note that the frames before a number are gone, unless they were read."""
+        before = self.position.number
+        if number > before + 1:
+            reading.gaps.append(Gap(before, number - 1 - before, reason))
+            self.position = replace(self.position, number=number - 1)
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What is being read."""
+
+    records: list[tuple[int, Record]] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    size_bytes: int = 0
+
+    def done(self, position: Position, *, is_all: bool) -> JournalPart:
+        return JournalPart(tuple(self.records), tuple(self.gaps), position, is_all)
