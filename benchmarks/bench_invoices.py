@@ -26,9 +26,9 @@ from bench_ledger import records
 
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import InvoiceLine
+from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.billing.importing import import_invoice
 from vllm_cost_meter.ledger.database import open_database
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 FIRST_HOUR = 490_000
@@ -56,26 +56,24 @@ def a_file(nodes: int, begin: int, hours: int) -> InvoiceFile:
 
 def serve(path: str) -> None:
     """Commit bills until standard input ends; then print the longest commit and lock time."""
-    writer = LedgerWriter(f"sqlite:///{path}")
-    writer.start()
+    batches = BatchWriter(f"sqlite:///{path}")
     done = threading.Event()
     locked: list[float] = []
     probe = threading.Thread(target=_probe, args=(path, done, locked))
     probe.start()
     threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
-    writer.commit(*records("first", 0)).result()
+    batches.write(records("first", 0))
     print("ready", flush=True)
     longest_s, number = 0.0, 0
     run_id = str(time.time_ns())
     while not done.is_set():
         started_s = time.perf_counter()
-        writer.commit(*records(run_id, number)).result()
+        batches.write(records(run_id, number))
         longest_s, number = max(longest_s, time.perf_counter() - started_s), number + 1
         time.sleep(0.01)
     probe.join()
-    figures = {"commit_s": longest_s, "commits": number, "failures": writer.failures}
-    print(json.dumps({"locked_s": max(locked), **figures, "dropped": writer.dropped}))
-    writer.close()
+    print(json.dumps({"locked_s": max(locked), "commit_s": longest_s, "commits": number}))
+    batches.drop()
 
 
 def _probe(path: str, done: threading.Event, locked: list[float]) -> None:

@@ -47,7 +47,7 @@ from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.answers import NO_METER
 from vllm_cost_meter.lab.server import CPU_ARGUMENTS, Server, environment_of
 from vllm_cost_meter.lab.tiny_model import default_path, make_tiny_model
-from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Usage
@@ -121,28 +121,26 @@ def fill(url: str, bills: int) -> None:
     from vllm_cost_meter.records.snapshot import ClassTotals  # noqa: PLC0415
 
     now_hour = time.time_ns() // NS_PER_HOUR
-    writer = LedgerWriter(url)
-    writer.start()
+    batches = BatchWriter(url)
     hours: dict[int, int] = {}
     for first in range(0, bills, 5_000):
         batch = [records(n, now_hour) for n in range(first, min(first + 5_000, bills))]
         for part, _ in batch:
             (piece,) = part.bill.pieces
             hours[piece.hour] = hours.get(piece.hour, 0) + piece.gpu_time_ns
-        writer.commit(*(record for both in batch for record in both)).result()
+        batches.write([record for both in batch for record in both])
     used = sum(hours.values())
-    writer.commit(
-        make_snapshot(
-            run_id="run",
-            last_seq=bills,
-            billed_ns=used,
-            wall_ns=used,
-            totals=ClassTotals(requests=used),
-            hours={hour: ClassTotals(requests=ns) for hour, ns in hours.items()},
-            taken_at_ns=time.time_ns(),
-        )
-    ).result()
-    writer.close(30)
+    taken = make_snapshot(
+        run_id="run",
+        last_seq=bills,
+        billed_ns=used,
+        wall_ns=used,
+        totals=ClassTotals(requests=used),
+        hours={hour: ClassTotals(requests=ns) for hour, ns in hours.items()},
+        taken_at_ns=time.time_ns(),
+    )
+    batches.write([taken])
+    batches.drop()
 
 
 def ledger_of(folder: Path, options: argparse.Namespace) -> Path:

@@ -36,6 +36,9 @@ class DemoFigures:
     requests: Sequence[Answer]
     # The month's statement for all tenants.
     statement: Answer
+    # The size of the ledger's file with its log, and how long the report by tenants took.
+    ledger_bytes: int = 0
+    report_s: float = 0.0
 
 
 def problems(seen: Sightings, figures: DemoFigures) -> list[str]:

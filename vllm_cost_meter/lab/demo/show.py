@@ -43,10 +43,19 @@ def show(
     for name, what in (
         ("one request", f"curl {server.side_url}/cost/requests/{seen.reply_id}"),
         ("endpoint", f"{server.side_url}/cost/summary (also /cost/tenants, /cost/audit, /metrics)"),
-        ("ledger", short_path(str(setup.folder / "ledger.db"))),
+        ("ledger", f"{short_path(str(setup.folder / 'ledger.db'))} ({size_of_ledger(figures)})"),
         ("vLLM's log", short_path(str(server.log))),
     ):
         console.print(f"{name:<12} {plain(what)}", soft_wrap=True)
+
+
+def size_of_ledger(figures: DemoFigures) -> str:
+    """Return how large the ledger is, and how long a report of it took."""
+    bills = sum(row["engine_requests"] for row in figures.tenants["tenants"])
+    return (
+        f"{figures.ledger_bytes / 1e6:.1f} MB with its log, {bills} bills;"
+        f" the report by tenants took {figures.report_s:.2f} s"
+    )
 
 
 def bill_table(rows: Sequence[Mapping[str, Any]]) -> Table:
