@@ -72,3 +72,20 @@ class AwayError(CostMeterError):
 
 class OverdueError(CostMeterError):
     """A question took longer than it may, and was ended."""
+
+
+LINE_CHARS_MAX = 300
+
+
+def cause_of_error(error: BaseException) -> BaseException:
+    """Return what a database's driver raised, where SQLAlchemy wraps it, or the error itself."""
+    cause = getattr(error, "orig", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message, at most LINE_CHARS_MAX long."""
+    cause = cause_of_error(error)
+    lines = str(cause).strip().splitlines()
+    name = type(cause).__name__
+    return (f"{name}: {lines[0]}" if lines else name)[:LINE_CHARS_MAX]

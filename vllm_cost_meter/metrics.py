@@ -63,6 +63,46 @@ API_OFF = Gauge(
     "1 after the meter switched itself off in an API server",
     multiprocess_mode="livemax",
 )
+LEDGER_UP = Gauge(
+    "cost_meter_ledger_up",
+    "1 while the ledger can be written from the journals, 0 while bills wait there",
+    multiprocess_mode="mostrecent",
+)
+LEDGER_FAILURES = Gauge(
+    "cost_meter_ledger_failures",
+    "Failed attempts to write the ledger since its process began",
+    multiprocess_mode="mostrecent",
+)
+LEDGER_APPLIED = Gauge(
+    "cost_meter_ledger_applied_timestamp_seconds",
+    "When the ledger last held all that was journaled",
+    multiprocess_mode="mostrecent",
+)
+JOURNAL_BYTES = Gauge(
+    "cost_meter_journal_bytes",
+    "Space of the journals' segments, the ones being written included",
+    multiprocess_mode="mostrecent",
+)
+WAL_BYTES = Gauge(
+    "cost_meter_ledger_wal_bytes",
+    "Size of SQLite's write-ahead log",
+    multiprocess_mode="mostrecent",
+)
+FREE_BYTES = Gauge(
+    "cost_meter_ledger_free_bytes",
+    "Free space on the disk of the journals",
+    multiprocess_mode="mostrecent",
+)
+WAITING_RECORDS = Gauge(
+    "cost_meter_journal_waiting_records",
+    "Records that wait in memory because no journal takes them",
+    multiprocess_mode="livesum",
+)
+DROPPED_RECORDS = Gauge(
+    "cost_meter_journal_dropped_records",
+    "Records that no journal could take, or that were too many to wait",
+    multiprocess_mode="livesum",
+)
 ENGINE_SECONDS = Gauge(
     "cost_meter_engine_gpu_seconds",
     "GPU time of the engine's run so far, by class",
@@ -166,6 +206,30 @@ _LABELS = TenantLabels()
 def count_refused(kind: str, budget: str) -> None:
     """Count a request that a budget blocked, throttled or refused; `kind` is the verdict's kind."""
     REFUSED.labels(kind, budget).inc()
+
+
+def set_ledger(
+    *,
+    is_up: bool,
+    failures: int,
+    journal_bytes: int,
+    wal_bytes: int,
+    free_bytes: int | None,
+    applied_at_s: float | None,
+) -> None:
+    """Show how the ledger does; what is unknown is NaN."""
+    LEDGER_UP.set(is_up)
+    LEDGER_FAILURES.set(failures)
+    JOURNAL_BYTES.set(journal_bytes)
+    WAL_BYTES.set(wal_bytes)
+    FREE_BYTES.set(math.nan if free_bytes is None else free_bytes)
+    LEDGER_APPLIED.set(math.nan if applied_at_s is None else applied_at_s)
+
+
+def set_journal(waiting: int, dropped: int) -> None:
+    """Show how many records wait in memory, and how many were dropped."""
+    WAITING_RECORDS.set(waiting)
+    DROPPED_RECORDS.set(dropped)
 
 
 def set_budgets(standings: Sequence[Standing]) -> None:

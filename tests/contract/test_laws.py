@@ -22,7 +22,7 @@ PACKAGE = "vllm_cost_meter"
 FLOORS: dict[int, set[str]] = {
     0: {"errors", "logs", "plots", "units", "version"},
     1: {"console", "guard", "records", "side_process"},
-    2: {"attribution", "economics", "prices", "tenants"},
+    2: {"attribution", "economics", "journal", "prices", "tenants"},
     3: {"engine", "invoices", "reports"},
     4: {"activation", "config", "exchange", "ledger", "metrics"},
     5: {"endpoint", "vllm_hooks"},
@@ -43,6 +43,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "lab": {"matplotlib", "msgspec", "numpy", "openai", "prometheus_client", "rich"}
     | {"tokenizers", "torch", "transformers", "vllm"},
     "ledger": {"orjson", "sqlalchemy", "typing_extensions"},
+    "journal": {"msgspec"},
     "metrics": {"prometheus_client"},
     "plots": {"matplotlib"},
     "records": {"msgspec"},

@@ -6,10 +6,12 @@ from inspect import signature
 import pytest
 
 from tests.support.pages import DOCS, names, section
+from vllm_cost_meter.api_server.applying.process import PAUSE_S
 from vllm_cost_meter.cli.commands import whole
+from vllm_cost_meter.journal.segments import SEGMENT_BYTES
+from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
-from vllm_cost_meter.ledger.writer import LedgerWriter
 
 PAGE = DOCS / "reference" / "ledger-schema.md"
 EXPLANATION = DOCS / "explanation" / "ledger.md"
@@ -37,8 +39,11 @@ def test_every_command_for_a_ledgers_file_has_its_section():
 
 def test_the_numbers_are_those_of_the_code(monkeypatch):
     text = EXPLANATION.read_text()
-    writer = signature(LedgerWriter).parameters
-    assert f"within {writer['gather_s'].default * 1000:.0f} ms" in text
+    writer = signature(JournalWriter).parameters
+    assert f"at most {PAUSE_S:g} s later" in text
+    assert (
+        f"A segment is {SEGMENT_BYTES >> 20} MiB" in (DOCS / "reference" / "journal.md").read_text()
+    )
     assert f"up to {writer['max_records'].default:,} per API server" in text
     assert f"schema version {SCHEMA_VERSION}" in PAGE.read_text()
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)

@@ -5,6 +5,7 @@ of the reader must have the same answer from both.
 """
 
 import random
+import re
 import string
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -17,15 +18,16 @@ from sqlalchemy import create_engine, text
 from tests.component.ledger.test_reader import HOUR, NOW, http, part, snapshot
 from tests.ecosystem.postgresql import Server
 from tests.support.builders import make_open
-from tests.support.world import BODY, JSON, World, replying, scope_of
+from tests.support.ledger_writer import LedgerWriter
+from tests.support.world import BODY, JSON, World, journal, replying, scope_of
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import OverdueError
+from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.deadline import Deadline, deadline
 from vllm_cost_meter.ledger.economics.query import economics
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.client_text import stored
@@ -61,22 +63,13 @@ def rows(url: str, query: str) -> list[tuple[Any, ...]]:
         engine.dispose()
 
 
-@pytest.fixture
-def writer(url: str) -> Iterator[LedgerWriter]:
-    writer = LedgerWriter(url)
-    writer.start()
-    yield writer
-    writer.close(5)
-    assert writer.queued == writer.committed + writer.dropped
-
-
 # ---- what PostgreSQL cannot take
 
 
 @pytest.mark.parametrize("bad", [LONG, "a\0b"], ids=["too long for an index", "a NUL"])
 @pytest.mark.parametrize("kind", ["bill", "HTTP request", "open request"])
 def test_a_record_with_a_text_that_postgresql_cannot_take_is_dropped_alone(
-    writer: LedgerWriter, url: str, bad: str, kind: str
+    url: str, bad: str, kind: str
 ) -> None:
     record = {
         "bill": part(7, tenant=bad),
@@ -84,16 +77,17 @@ def test_a_record_with_a_text_that_postgresql_cannot_take_is_dropped_alone(
         "open request": make_open(request_id=bad),
     }[kind]
     # In one batch with others, before and after it.
-    writer.put(*(part(seq, f"h{seq}") for seq in range(1, 5)), http("h1"))
-    refused = writer.commit(record)
-    writer.commit(*(part(seq, f"h{seq}") for seq in range(8, 11)), http("h8")).result(30)
-    with pytest.raises(Exception, match=r"index row|NUL"):
-        refused.result(30)
+    before = [*(part(seq, f"h{seq}") for seq in range(1, 5)), http("h1")]
+    after = [*(part(seq, f"h{seq}") for seq in range(8, 11)), http("h8")]
+    batches = BatchWriter(url)
+    (refused,) = batches.write([*before, record, *after])
+    batches.drop()
+    assert refused.record is record
+    assert re.search(r"index row|NUL", str(refused.error))
     seqs = [1, 2, 3, 4, 8, 9, 10]
     assert rows(url, "SELECT seq FROM requests ORDER BY seq") == [(seq,) for seq in seqs]
     assert rows(url, "SELECT seq FROM usage_pieces ORDER BY seq") == [(seq,) for seq in seqs]
     assert rows(url, "SELECT http_request_id FROM http_requests ORDER BY 1") == [("h1",), ("h8",)]
-    assert (writer.committed, writer.dropped) == (9, 1)
 
 
 def test_ids_that_clients_choose_are_stored_whatever_they_are(tmp_path: Path, url: str) -> None:
@@ -111,7 +105,7 @@ def test_ids_that_clients_choose_are_stored_whatever_they_are(tmp_path: Path, ur
         client = world.run(app, scope_of(headers=[(b"x-request-id", said)]))
         assert client.status == 200
         assert b"x-cost-meter-gpu-seconds" in client.ours
-    world.runtime.writer.commit().result(30)
+    journal(world.runtime)
     world.runtime.writer.close(5)
     with LedgerReader(url) as reader:
         assert [len(reader.find(said.decode())) for said in (long, nul)] == [1, 1]

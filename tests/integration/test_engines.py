@@ -23,8 +23,8 @@ from tests.integration.adapter import make_adapter
 from tests.integration.running import Watched, watch
 from tests.integration.server import TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask
+from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, AsOf
-from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records.snapshot import OTHER_CLASSES
 
 REACHED_WITHIN_S = 60
@@ -218,7 +218,7 @@ def killed(hard: Server) -> Killed:
 def test_a_cost_seen_in_a_header_survives_kill_9_of_everything(
     hard: Server, killed: Killed
 ) -> None:
-    reader = LedgerReader(hard.ledger_url)
+    reader = open_ledger(hard.ledger_url)
     [match] = reader.find(killed.reply.response_id)
     row = reader.request(match)
     assert row is not None
@@ -231,7 +231,7 @@ def test_kill_9_of_an_engine_leaves_what_its_request_had_used_and_the_audit_name
     hard: Server, killed: Killed
 ) -> None:
     running = killed.running
-    reader = LedgerReader(hard.ledger_url)
+    reader = open_ledger(hard.ledger_url)
     later = AsOf(now_ns=time.time_ns() + DEAD_AFTER_NS)
     [match] = reader.find(running["x_request_id"])
     row = reader.request(match, later)
@@ -329,7 +329,7 @@ def test_a_sleeping_engine_is_booked_as_asleep_until_it_wakes(parallel: Server) 
 def test_sigterm_leaves_books_that_balance(parallel: Server) -> None:
     # Last: it ends this server.
     parallel.stop()
-    reader = LedgerReader(parallel.ledger_url)
+    reader = open_ledger(parallel.ledger_url)
     assert reader.audit()["balanced"]
     assert json.dumps(reader.tenants())
     reader.close()

@@ -132,7 +132,7 @@ def test_a_budget_has_used_what_the_report_of_its_period_costs(
             usd = begun_at[n]
             price = None if usd is None else Price(f"p{n}", str(usd), "s", 0)
             with writing(engine).begin() as connection:
-                write(connection, [*bills, told], lambda _, price=price: price)
+                write(connection, [*bills, replace(told, first_price=price)])
         engine.dispose()
         with LedgerReader(url, book=book) as reader:
             rows = reader.tenants(first, first + 24, as_of=AsOf(now_ns, 0))["tenants"]

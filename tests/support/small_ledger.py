@@ -8,8 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from tests.support.builders import COST_MODEL, ENGINE
+from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import EnergyPrice, PriceBook
 from vllm_cost_meter.prices.overheads import Overhead
 from vllm_cost_meter.records.bill import Bill, UsagePiece

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.component.ledger.test_reader import HOUR, http, part, snapshot
+from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.ledger.schema import metadata
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.snapshot import ClassTotals
 

@@ -6,6 +6,7 @@ calls the runtime just as vLLM's hooks do.
 
 import asyncio
 import contextlib
+import errno
 import json
 import sqlite3
 import time
@@ -24,6 +25,9 @@ from vllm_cost_meter.api_server.request_body import BODY_BYTES_MAX
 from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Birth, current_exchange
+from vllm_cost_meter.journal.entries import Record
+from vllm_cost_meter.journal.segments import Segment
+from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -67,8 +71,29 @@ def make_runtime(
     given = {"bill_timeout_ms": 10_000, **given}
     runtime = Runtime(Settings(**given), open_requests=open_requests)
     if opens:
-        runtime.writer.commit().result(10)
+        journal(runtime)
     return runtime
+
+
+def journal(runtime: Runtime, *records: Record) -> None:
+    """Journal records, and have the ledger hold all that was handed over until now."""
+    runtime.writer.append(*records).result(10)
+    assert catch_up(runtime.ledger_url) == 0
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Let no journal of this process grow, as on a full disk."""
+    real = Segment.append
+
+    def full(segment: Segment, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Segment.append = full  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Segment.append = real  # type: ignore[method-assign]
 
 
 class RefusedError(Exception):
@@ -243,7 +268,7 @@ class World:
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """Answer a query from the file, once all that was handed over is written."""
-        self.runtime.writer.commit().result(10)
+        journal(self.runtime)
         with contextlib.closing(sqlite3.connect(self.path)) as connection:
             return connection.execute(query).fetchall()
 

@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.endpoint.answers import LoopHealth
-from vllm_cost_meter.errors import CostMeterError
+from vllm_cost_meter.errors import CostMeterError, cause_of_error, in_one_line
 from vllm_cost_meter.guard import in_daemon_thread
 from vllm_cost_meter.logs import Outage, meter_logger
 
@@ -27,7 +27,6 @@ R = TypeVar("R")
 
 # A loop that fails waits twice as long each time, up to this.
 PAUSE_S_MAX = 5.0
-_ERROR_CHARS_MAX = 300
 
 # What a failure means for whoever reads the log, by loop.
 MEANWHILE = {
@@ -91,7 +90,7 @@ class Loop:
     def failed(self, error: BaseException) -> None:
         """Count a failed attempt; log the first one of an outage, and one in each minute."""
         self.failures += 1
-        self._last_error = _in_one_line(error)
+        self._last_error = in_one_line(error)
         metrics.set_loop_failing(self.name, is_failing=True)
         metrics.count_loop_failure(self.name)
         if self._outage.failed():
@@ -150,17 +149,4 @@ async def in_own_thread(body: Callable[P, R], *args: P.args, **kwargs: P.kwargs)
 
 
 def _is_known_to_happen(error: BaseException) -> bool:
-    return isinstance(error, CostMeterError | OSError) or _cause(error) is not error
-
-
-def _in_one_line(error: BaseException) -> str:
-    cause = _cause(error)
-    lines = str(cause).strip().splitlines()
-    text = f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
-    return text[:_ERROR_CHARS_MAX]
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what the database's driver raised, where SQLAlchemy wraps it, or the error itself."""
-    cause = getattr(error, "orig", None)
-    return cause if isinstance(cause, BaseException) else error
+    return isinstance(error, CostMeterError | OSError) or cause_of_error(error) is not error

@@ -1,11 +1,11 @@
-"""The collector joins bills with their HTTP requests, prices them, and writes both to the ledger.
+"""The collector joins bills with their HTTP requests, prices them, and journals both.
 
 Bills arrive in vLLM's output stream (`vllm_hooks/output_processor.py`). Here they get a price, a
-tenant and a response. A reply waits here, within a bound, until its cost is committed. A request
-that runs for longer is announced to the ledger before its bill. Settings are read at each use,
+tenant and a response. A reply waits here, within a bound, until its cost is in the journal. A
+request that runs for longer is announced before its bill. Settings are read at each use,
 because some change while the server runs.
 
-Invariant: a client is told a cost only after the ledger has committed it.
+Invariant: a client is told a cost only once it is in the journal.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.exchange import Birth, Exchange, Refusal
-from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.bill import Bill
 from vllm_cost_meter.records.owner import Owner
@@ -40,7 +40,7 @@ class Collector:
 
     def __init__(
         self,
-        writer: LedgerWriter,
+        writer: JournalWriter,
         guard: ApiGuard,
         settings: Callable[[], Settings],
         open_requests: OpenRequests | None = None,
@@ -75,13 +75,13 @@ class Collector:
                 self._writer.put(replace(record, response_id=exchange.response_id))
 
     def billed(self, bill: Bill) -> None:
-        """Price a bill, write it to the ledger, and add it to its HTTP request."""
+        """Price a bill, journal it, and add it to its HTTP request."""
         birth, announced = self._open.take(bill.request_id)
         book = self._settings().price_book
         run = self.facts_of(bill.run_id) or self.run_facts
         part = engine_request(bill, birth, run, book, announced=announced)
         if self.breaker.open:
-            self._writer.commit(part).add_done_callback(self._committed_while_open)
+            self._writer.append(part).add_done_callback(self._journaled_while_open)
         else:
             self._writer.put(part)
         if birth is not None and birth.exchange is not None:
@@ -89,8 +89,8 @@ class Collector:
         metrics.count_bill(part)
         self._guard.show_own_time()
 
-    def _committed_while_open(self, committed: "Future[None]") -> None:
-        if not committed.cancelled() and committed.exception() is None:
+    def _journaled_while_open(self, journaled: "Future[None]") -> None:
+        if not journaled.cancelled() and journaled.exception() is None:
             self.breaker.bill_came()
 
     # -- open requests ----------------------------------------------------------------------
@@ -127,11 +127,11 @@ class Collector:
     # -- replies ----------------------------------------------------------------------------
 
     async def settle(self, exchange: Exchange) -> ReplyCost | None:
-        """Return the cost of an HTTP request once it is committed; None if that took too long."""
+        """Return the cost of an HTTP request once it is journaled; None if that took too long."""
         timeout_s = self._settings().bill_timeout_ms / 1000
-        return await self.breaker.settle(self._committed(exchange), timeout_s)
+        return await self.breaker.settle(self._journaled(exchange), timeout_s)
 
-    async def _committed(self, exchange: Exchange) -> ReplyCost:
+    async def _journaled(self, exchange: Exchange) -> ReplyCost:
         await exchange.all_billed()
         cost = reply_cost(exchange)
         if self._settings().is_coarse:
@@ -139,10 +139,10 @@ class Collector:
         record = http_request(exchange, self.run_facts.model, told=True)
         exchange.recorded = True
         try:
-            # The commit is shielded: the ledger keeps the record even if the reply stops waiting.
-            await asyncio.shield(asyncio.wrap_future(self._writer.commit(record)))
+            # The write is shielded: the journal keeps the record even if the reply stops waiting.
+            await asyncio.shield(asyncio.wrap_future(self._writer.append(record)))
         except Exception as error:  # noqa: BLE001 - whatever its database raises
-            raise LedgerError(f"the cost was not committed: {error}") from error
+            raise LedgerError(f"the cost was not journaled: {error}") from error
         return cost
 
     def ended(self, exchange: Exchange) -> None:

@@ -3,19 +3,21 @@
 An engine without requests makes no step, so it would report nothing by itself. The poll also shows
 that it is alive. The poller runs on the event loop of the first API server only.
 
-Invariant: an engine sends an hour's totals again until a snapshot that had them is committed.
+Invariant: an engine sends an hour's totals again until a snapshot that had them is journaled.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from vllm_cost_meter import metrics
-from vllm_cost_meter.api_server.background import Loops, in_own_thread
+from vllm_cost_meter.api_server.background import Loops
 from vllm_cost_meter.api_server.record_making import facts_of_run
-from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.errors import AwayError, LedgerError
+from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.logs import Outage, meter_logger
 from vllm_cost_meter.prices.book import RunFacts
+from vllm_cost_meter.records.requests import Price
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks import engines
 
@@ -25,23 +27,29 @@ logger = meter_logger()
 ANSWER_TIMEOUT_S = 10.0
 
 
+async def _no_fit(_snapshot: Snapshot) -> None:
+    """Know of no earlier cost model."""
+
+
 class Poller:
-    """Polls all engines of one server into the ledger."""
+    """Polls all engines of one server into the journal."""
 
     def __init__(
         self,
         engine_client: object,
-        writer: LedgerWriter,
+        writer: JournalWriter,
         loops: Loops,
         interval_s: float,
-        earlier_fit: Callable[[Snapshot], EarlierFit | None] = lambda _: None,
+        earlier_fit: Callable[[Snapshot], Awaitable[EarlierFit | None]] = _no_fit,
+        price_of: Callable[[Snapshot], Price | None] = lambda _: None,
         announce: Callable[[], None] = lambda: None,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         """Make a poller.
 
-        `earlier_fit` looks up an earlier cost model for a new engine; it is called in a thread.
-        `announce` writes this process's running requests and their owners to the ledger.
+        `earlier_fit` looks up an earlier cost model for a new engine, and `price_of` gives the
+        price that a run begins with. `announce` journals this process's running requests and their
+        owners.
         """
         self._engine_client = engine_client
         self._writer = writer
@@ -51,6 +59,7 @@ class Poller:
         self._answer_timeout_s = answer_timeout_s
         self._acknowledged: dict[str, int] = {}
         self._earlier_fit = earlier_fit
+        self._price_of = price_of
         self._announce = announce
         # The earlier fits, by run, that the next poll will send.
         self._fits: dict[str, EarlierFit] = {}
@@ -76,17 +85,17 @@ class Poller:
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Bring the ledger up to now. Callers during a refresh share it."""
+        """Journal the engines' books of now. Callers during a refresh share it."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._poll())
         await asyncio.shield(self._refreshing)
 
     async def look(self) -> None:
-        """Bring the ledger up to now for a reader, with the owners of the youngest requests too."""
+        """Journal the books of now for a reader, with the owners of the youngest requests too."""
         self._announce()
         await self.refresh()
-        # A refresh that was already under way may have committed before the announcements.
-        await asyncio.wrap_future(self._writer.commit())
+        # A refresh that was already under way may have come before the announcements.
+        await asyncio.wrap_future(self._writer.append())
 
     def alive(self) -> frozenset[str]:
         """Return the runs of engines that have not failed, even if they are slow to answer."""
@@ -105,15 +114,16 @@ class Poller:
                 await self._look_for_a_fit(snapshot)
             self._note(snapshot)
         if snapshots:
-            await asyncio.wrap_future(self._writer.commit(*snapshots))
+            priced = [replace(each, first_price=self._price_of(each)) for each in snapshots]
+            await asyncio.wrap_future(self._writer.append(*priced))
         for snapshot in snapshots:
             self._acknowledged[snapshot.run_id] = snapshot.number
 
     async def _look_for_a_fit(self, snapshot: Snapshot) -> None:
         """Look up what an equal engine learnt before; the next poll sends it to the new engine."""
         try:
-            fit = await in_own_thread(self._earlier_fit, snapshot)
-        except LedgerError as error:
+            fit = await self._earlier_fit(snapshot)
+        except (AwayError, LedgerError) as error:
             logger.warning("cost meter: the earlier cost model could not be looked up: %s", error)
             return
         if fit is not None:

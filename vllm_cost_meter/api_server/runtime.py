@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
+from vllm_cost_meter import metrics
 from vllm_cost_meter.activation import is_refused
 from vllm_cost_meter.api_server.access.start_warnings import start_warnings
 from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
+from vllm_cost_meter.api_server.applying.follower import Applying
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.api_server.budgets.names import BudgetNames
@@ -33,11 +35,13 @@ from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.endpoint.answers import MeterHealth
+from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
 from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.errors import LedgerError, SettingError
+from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.database import default_url
+from vllm_cost_meter.ledger.journal_place import journal_folder
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
@@ -63,12 +67,11 @@ class Runtime:
         self.guard = ApiGuard()
         self.loops = Loops()
         self.ledger_url = settings.ledger or default_url()
-        self.writer = LedgerWriter(
-            self.ledger_url, price_of=lambda snapshot: price_of_run(self.book(), snapshot)
+        self.writer = JournalWriter(
+            journal_folder(self.ledger_url), to_disk=settings.durability == "disk"
         )
         self.writer.start()
-        # This opens or creates the ledger now, so that the first reply need not wait for it.
-        self.writer.commit()
+        self.applying = Applying(self.ledger_url)
         self.collector = Collector(
             self.writer,
             self.guard,
@@ -83,6 +86,7 @@ class Runtime:
             lambda: self.settings,
             self.ledger_url,
             refresh=self._refresh,
+            catch_up=self.applying.catch_up,
             alive=self.alive,
             figures=self.figures,
             health=self.health,
@@ -109,8 +113,11 @@ class Runtime:
     def health(self) -> MeterHealth:
         """Return whether the meter of this API server works."""
         loops, writer = self.loops.health(), self.writer
-        ledger_error = writer.last_error
-        processes = {"side endpoint": self.side_endpoint.process}
+        ledger_error = writer.last_error or self.applying.state.last_error
+        processes = {
+            "side endpoint": self.side_endpoint.process,
+            "ledger": self.applying.process,
+        }
         if self.follower is not None:
             processes["budgets"] = self.follower.process
         is_failing = ledger_error is not None or any(each["state"] != "ok" for each in loops)
@@ -137,7 +144,7 @@ class Runtime:
         try:
             check_start(self.settings, engines.run_facts(engine_client), time.time_ns())
             polls = await self.start_work(engine_client, app.state)
-            app.include_router(make_router(self.side_endpoint.ask))
+            app.include_router(make_router(self._ask_endpoint))
             if polls:
                 for line in start_warnings(app, self.settings):
                     logger.warning("cost meter: %s", line)
@@ -169,15 +176,17 @@ class Runtime:
             self.loops,
             self.settings.snapshot_interval_s,
             self._earlier_fit,
+            lambda snapshot: price_of_run(self.book(), snapshot),
             announce=self._announce_all,
         )
+        self.applying.start()
         self.collector.facts_of = self.poller.facts_of
         self._start_task("poll", self.poller.run)
         self._start_task("names", self._look_at_names)
         return True
 
     async def stop(self) -> None:
-        """Stop the tasks, poll the engines a last time, and write everything that waits."""
+        """Stop the tasks, poll the engines a last time, and write all that waits to the ledger."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(self._stop_writing(), self.side_endpoint.stop())
@@ -191,6 +200,7 @@ class Runtime:
         if self.follower is not None:
             await self.follower.stop()
         await asyncio.to_thread(self.writer.close, 2.0)
+        await self.applying.stop()
 
     def _start_task(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Start a task, unless it runs already."""
@@ -208,6 +218,7 @@ class Runtime:
         self.guard.run("announce", self.collector.announce_all)
 
     async def _announce(self) -> None:
+        metrics.set_journal(self.writer.waiting, self.writer.dropped)
         # Budgets count running requests by owner, so the ledger must know the owners at once.
         if self.admission is not None:
             self.collector.announce_all()
@@ -236,7 +247,7 @@ class Runtime:
         if not has_rules or self.admission is not None:
             return
         # The poller starts later, and is asked at each look.
-        self.follower = BudgetFollower(self.writer.url, alive=self.alive)
+        self.follower = BudgetFollower(self.ledger_url, alive=self.alive)
         self.admission = Admission(
             self.follower.follow,
             self.budget_rules,
@@ -258,15 +269,20 @@ class Runtime:
 
     # -- figures ----------------------------------------------------------------------------
 
-    def _earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
-        reader = LedgerReader(self.writer.url)
-        try:
+    async def _ask_endpoint(self, question: OwnQuestion) -> OwnAnswer:
+        self.applying.start()  # beside the endpoint's process, which asks for it once it works
+        return await self.side_endpoint.ask(question)
+
+    async def _earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
+        await self.applying.catch_up()  # A server may be the first, and there is no ledger yet.
+        return await in_own_thread(self._read_earlier_fit, snapshot)
+
+    def _read_earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
+        with LedgerReader(self.ledger_url) as reader:
             return reader.earlier_fit(snapshot)
-        finally:
-            reader.close()
 
     async def _refresh(self) -> None:
-        """Bring the ledger up to now; API servers other than the first are a snapshot behind."""
+        """Journal the books of now; API servers other than the first are a snapshot behind."""
         if self.poller is not None:
             await self.poller.look()
 

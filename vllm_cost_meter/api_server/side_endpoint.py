@@ -27,8 +27,10 @@ from vllm_cost_meter.endpoint.handed import (
     Listening,
     OwnAnswer,
     OwnQuestion,
+    Refreshed,
 )
 from vllm_cost_meter.endpoint.server import metrics_text
+from vllm_cost_meter.errors import CostMeterError
 from vllm_cost_meter.side_process.channel import decoded
 from vllm_cost_meter.side_process.handing import packed
 from vllm_cost_meter.side_process.supervisor import Pauses, SideProcess
@@ -52,12 +54,17 @@ class SideEndpoint:
         ledger_url: str,
         *,
         refresh: Callable[[], Awaitable[None]],
+        catch_up: Callable[[], Awaitable[None]],
         alive: Callable[[], Collection[str]],
         figures: Callable[[], BudgetFigures],
         health: Callable[[], MeterHealth],
         pauses: Pauses = Pauses(),  # noqa: B008 - it never changes
     ) -> None:
-        """`refresh` brings the ledger up to now; `alive` names the runs that are known to live."""
+        """Make it.
+
+        `refresh` journals the engines' books of now, and `catch_up` brings all that is journaled
+        into the ledger. `alive` names the runs that are known to live.
+        """
         self.process = SideProcess(
             "the side endpoint's process",
             MODULE,
@@ -71,6 +78,7 @@ class SideEndpoint:
         self._settings = settings
         self._ledger_url = ledger_url
         self._refresh = refresh
+        self._catch_up = catch_up
         self._alive = alive
         self._figures = figures
         self._health = health
@@ -110,7 +118,7 @@ class SideEndpoint:
         """Answer what the process asks."""
         if name == REFRESH:
             await self._refresh_in_time()
-            return list(self._alive())
+            return Refreshed(list(self._alive()), await self._behind())
         if name == ALIVE:
             return list(self._alive())
         if name == BUDGETS:
@@ -122,12 +130,20 @@ class SideEndpoint:
         raise ValueError(f"no answer to {name!r}")
 
     async def _refresh_in_time(self) -> None:
-        """Bring the ledger up to now. A slow or dead engine means older figures, not an error."""
+        """Journal the books of now. A slow or dead engine means older figures, not an error."""
         task: asyncio.Task[None] = asyncio.ensure_future(self._refreshed())
         self._refreshing.add(task)
         task.add_done_callback(self._refreshing.discard)
         # It may go on: whoever comes next profits from it.
         await asyncio.wait({task}, timeout=REFRESH_TIMEOUT_S)
+
+    async def _behind(self) -> str | None:
+        """Have the ledger catch up with the journals; return why it did not."""
+        try:
+            await self._catch_up()
+        except CostMeterError as error:
+            return str(error)
+        return None
 
     async def _refreshed(self) -> None:
         try:

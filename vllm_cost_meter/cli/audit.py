@@ -63,6 +63,11 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
         if bare["uneven_bills"]:
             yield f"  uneven_bills: {bare['uneven_bills']}"
         yield from _missing_lines(bare)
+    for loss in answer["journal_losses"][:LINES_MAX]:
+        yield (
+            f"journal {loss['journal_id'][:8]}: {loss['records']} records after record"
+            f" {loss['after_number']} are lost: {loss['reason']}"
+        )
     yield _verdict(answer)
 
 
@@ -73,6 +78,7 @@ def _verdict(answer: Mapping[str, Any]) -> str:
 
 
 _WHY_UNKNOWN = {
+    "not_applied": "journals hold what the ledger lacks: run `vllm-cost-meter ledger apply`",
     "no_runs": "this ledger has no engine run",
     "no_totals": "no totals are known of a run, so its bills cannot be held against anything",
 }

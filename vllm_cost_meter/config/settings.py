@@ -154,6 +154,12 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         description="How long a reply waits for its cost before it goes out without.",
         json_schema_extra=_about("a whole number from 1 to 10000", "ms"),
     )
+    durability: t.Durability = Field(
+        default="process",
+        description="What a cost that was told survives: the death of every process, or with `disk`"
+        " that of the machine too; then each reply waits for the disk.",
+        json_schema_extra=_about(t.DURABILITY),
+    )
     snapshot_interval_s: t.Number = Field(
         default=1.0,
         ge=0.05,

@@ -111,6 +111,7 @@ REPLY = "all, headers or none"
 UNNAMED = "serve or refuse"
 TENANT_METRICS = "everywhere or side_port"
 TENANT_DETAIL = "exact or coarse"
+DURABILITY = "process or disk"
 METADATA_KEY = "1 to 64 letters, digits, `_`, `-` or `.`"
 TAG_KEY = "1 to 64 small letters, digits, `_` or `-`"
 _TAG_KEY = r"[a-z0-9_-]{1,64}"
@@ -224,6 +225,7 @@ ReplyDetail = Literal["all", "headers", "none"]
 UnnamedRequests = Literal["serve", "refuse"]
 TenantMetrics = Literal["everywhere", "side_port"]
 TenantDetail = Literal["exact", "coarse"]
+Durability = Literal["process", "disk"]
 Digest = Annotated[str, _matching(r"[0-9a-fA-F]{64}", SHA256), AfterValidator(_digest_of_something)]
 Port = Annotated[Annotated[int, Field(ge=0, le=65_535)] | None, BeforeValidator(_port)]
 HeaderName = Annotated[

@@ -47,7 +47,7 @@ class SideProcessHealth(TypedDict):
     """How a process of the meter beside the first API server does."""
 
     process: str
-    """`side endpoint`, or `budgets` for the one that counts them."""
+    """`side endpoint`; `ledger` writes it from the journals; `budgets` counts them."""
     state: str
     """`ok`; `starting`; `ended` until it is started again; `off` if it is not wanted."""
     pid: int | None

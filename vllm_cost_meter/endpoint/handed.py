@@ -73,6 +73,16 @@ class Listening(msgspec.Struct, frozen=True):
     port: int | None
 
 
+class Refreshed(msgspec.Struct, frozen=True):
+    """The answer to a refresh: the runs that live, and why the ledger is behind its journals.
+
+    `behind` is None if the ledger has all that was journaled before the question.
+    """
+
+    alive: list[str]
+    behind: str | None
+
+
 class OwnQuestion(msgspec.Struct, frozen=True):
     """What a tenant asks on vLLM's port: of one of its requests, or of itself without an id."""
 

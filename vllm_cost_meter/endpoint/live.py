@@ -4,8 +4,9 @@ The engines' newest figures, the runs that live, where the budgets stand, the me
 question over the channel. Threads ask and wait. However many want the engines' newest figures, the
 API server is asked for them by one at a time, and not more often than it can do beside serving.
 
-Invariant: without an answer in time `refresh` and `alive` go on with what is known; figures that
-cannot be known otherwise are an AwayError.
+Invariant: where an engine is slow `refresh` and `alive` go on with what is known. Figures that
+cannot be known otherwise are an AwayError, and so is a ledger that may lack costs which clients
+were told.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from collections.abc import Collection, Coroutine
 from typing import Any, TypeVar
 
 from vllm_cost_meter.endpoint.answers import MeterHealth
-from vllm_cost_meter.endpoint.handed import ALIVE, BUDGETS, HEALTH, METRICS, REFRESH
+from vllm_cost_meter.endpoint.handed import ALIVE, BUDGETS, HEALTH, METRICS, REFRESH, Refreshed
 from vllm_cost_meter.errors import AwayError, CostMeterError
 from vllm_cost_meter.side_process.entry import ToServer
 from vllm_cost_meter.side_process.handing import unpacked
@@ -40,15 +41,22 @@ class Live:
         self._alive: frozenset[str] = frozenset()
         self._alive_until_s = 0.0
         self._refreshed_at_s = 0.0
-        self._refreshing: asyncio.Task[None] | None = None
-        self._next: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[str | None] | None = None
+        self._next: asyncio.Task[str | None] | None = None
 
     def refresh(self) -> None:
-        """Bring the ledger up to now, or give up in time: then figures are older."""
+        """Bring the ledger up to now. An engine that is slow means older figures.
+
+        Raises AwayError while the ledger may be behind what clients were told.
+        """
         try:
-            self._wait(self._shared_refresh())
-        except (CostMeterError, TimeoutError):
-            pass
+            behind = self._wait(self._shared_refresh())
+        except TimeoutError:
+            raise AwayError("the API server is busy, ask again") from None
+        except CostMeterError:
+            return  # It ends, and this process with it.
+        if behind is not None:
+            raise AwayError(f"the ledger is behind what clients were told, ask again: {behind}")
 
     def alive(self) -> Collection[str]:
         """Return the runs whose engines are known to live, however silent."""
@@ -87,16 +95,18 @@ class Live:
     def _wait(self, asking: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(asking, self._loop).result()
 
-    async def _shared_refresh(self) -> None:
+    async def _shared_refresh(self) -> str | None:
         # One that is under way may have begun before what this caller wants to see.
         if self._next is None:
             self._next = asyncio.create_task(self._refresh_after(self._refreshing))
-        await asyncio.shield(self._next)
+        return await asyncio.shield(self._next)
 
-    async def _refresh_after(self, earlier: "asyncio.Task[None] | None") -> None:
+    async def _refresh_after(self, earlier: "asyncio.Task[str | None] | None") -> str | None:
         if earlier is not None:
             await asyncio.wait({earlier})
         await asyncio.sleep(self._refreshed_at_s + REFRESH_GAP_S - time.monotonic())
         self._refreshing, self._next = self._next, None
         self._refreshed_at_s = time.monotonic()
-        self._know_alive(await self._server.ask(REFRESH, None, list[str], ANSWER_TIMEOUT_S))
+        answer = await self._server.ask(REFRESH, None, Refreshed, ANSWER_TIMEOUT_S)
+        self._know_alive(answer.alive)
+        return answer.behind

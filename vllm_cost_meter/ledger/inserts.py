@@ -9,7 +9,7 @@ both are there, the open request is deleted.
 Invariant: writing a batch twice, or its records in another order or grouping, leaves the same rows.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TypeVar
@@ -18,21 +18,14 @@ from sqlalchemy import Table, delete
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.ledger import rows, schema
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
-from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Price
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
 from vllm_cost_meter.records.snapshot import Snapshot
 
 # SQLite takes 32,766 parameters since 3.32; smaller statements are no slower, and shorter.
 MAX_PARAMETERS = 8_000
-
-Record = EngineRequest | HttpRequest | OpenRequest | Snapshot
-# Gives the price that a run begins with, from its snapshot.
-FirstPriceOf = Callable[[Snapshot], Price | None]
-
-
-def no_first_price(_snapshot: Snapshot) -> None:
-    """Return no price, for every run: the default of a writer without a price book."""
 
 
 def merge_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
@@ -59,10 +52,8 @@ def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
     return merged
 
 
-def write(
-    connection: Connection, records: Sequence[Record], price_of: FirstPriceOf = no_first_price
-) -> None:
-    """Write records; `price_of` gives the price for each run that starts with them."""
+def write(connection: Connection, records: Sequence[Record]) -> None:
+    """Write records."""
     if not all(isinstance(record, Record) for record in records):
         kinds = sorted({type(record).__name__ for record in records})
         raise TypeError(f"expected {Record} among {kinds}")
@@ -71,29 +62,26 @@ def write(
     opened = [record for record in records if isinstance(record, OpenRequest)]
     merged = newest_snapshots(record for record in records if isinstance(record, Snapshot))
     snapshots = merged.values()
-    priced = [(snapshot, price_of(snapshot)) for snapshot in snapshots]
-    _insert(connection, schema.requests, [rows.part_row(part) for part in parts])
+    insert_rows(connection, schema.requests, [rows.part_row(part) for part in parts])
     pieces = [row for part in parts for row in rows.piece_rows(part)]
-    _insert(connection, schema.usage_pieces, pieces)
-    _insert(connection, schema.http_requests, [rows.http_row(http) for http in https])
-    _insert(connection, schema.open_requests, [rows.open_row(request) for request in opened])
+    insert_rows(connection, schema.usage_pieces, pieces)
+    insert_rows(connection, schema.http_requests, [rows.http_row(http) for http in https])
+    insert_rows(connection, schema.open_requests, [rows.open_row(request) for request in opened])
     announced = [part.bill.request_id for part in parts if part.announced]
     _close_billed(connection, [*announced, *(request.request_id for request in opened)])
-    prices = {price.price_id: price for _, price in priced if price is not None}
-    _insert(connection, schema.prices, [rows.price_row(price) for price in prices.values()])
-    _insert(
-        connection, schema.runs, [rows.run_row(s, p.price_id if p else None) for s, p in priced]
-    )
-    _upsert(connection, schema.snapshots, [rows.snapshot_row(s) for s in snapshots])
-    _upsert(connection, schema.live_usage, [rows.live_row(s) for s in snapshots])
+    prices = {s.first_price.price_id: s.first_price for s in snapshots if s.first_price is not None}
+    insert_rows(connection, schema.prices, [rows.price_row(price) for price in prices.values()])
+    insert_rows(connection, schema.runs, [rows.run_row(snapshot) for snapshot in snapshots])
+    upsert_rows(connection, schema.snapshots, [rows.snapshot_row(s) for s in snapshots])
+    upsert_rows(connection, schema.live_usage, [rows.live_row(s) for s in snapshots])
     models = [row for snapshot in snapshots for row in rows.model_rows(snapshot)]
-    _insert(connection, schema.cost_models, models)
+    insert_rows(connection, schema.cost_models, models)
     hours = [row for snapshot in snapshots for row in rows.hour_rows(snapshot)]
-    _upsert(connection, schema.engine_hours, hours)
+    upsert_rows(connection, schema.engine_hours, hours)
     energy_hours = [row for snapshot in snapshots for row in rows.energy_hour_rows(snapshot)]
-    _upsert(connection, schema.energy_hours, energy_hours)
+    upsert_rows(connection, schema.energy_hours, energy_hours)
     energies = [row for snapshot in snapshots for row in rows.request_energy_rows(snapshot)]
-    _insert(connection, schema.request_energy, energies)
+    insert_rows(connection, schema.request_energy, energies)
 
 
 def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:
@@ -106,12 +94,12 @@ def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:
         )
 
 
-def _insert(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
+def insert_rows(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
     """Insert rows; a row with the same key stays as it is."""
     _run(connection, table, values, upsert=False)
 
 
-def _upsert(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
+def upsert_rows(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
     """Insert rows; a row with the same key and a lower snapshot number is overwritten."""
     _run(connection, table, values, upsert=True)
 

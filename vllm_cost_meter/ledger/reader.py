@@ -61,11 +61,13 @@ class LedgerReader:
         create: bool = False,
         book: PriceBook | Callable[[], PriceBook] = NO_PRICES,
         alive: Callable[[], Collection[str]] = tuple,
+        not_applied: int | None = 0,
     ) -> None:
         """Open the ledger. `book` is a price book, or a function that returns the current one.
 
         `alive` returns engine runs that are known to live though they have sent no snapshot lately,
         such as those in a long step. Any other engine that is silent for too long counts as dead.
+        `not_applied` is how many records the ledger's journals have that it lacks; None if unknown.
         Raises LedgerError, also if there is no ledger and `create` is not set. With `create` the
         first question opens or creates the ledger: a server may start while its ledger is away.
         """
@@ -73,6 +75,7 @@ class LedgerReader:
         self.url = url
         self._given_book = book
         self._alive = alive
+        self._not_applied = not_applied
         # The number of the last bill that was waited for, by run; nobody waits for it again.
         self._settled: dict[str, int] = {}
         self._opening = threading.Lock()
@@ -329,7 +332,7 @@ class LedgerReader:
         dicts with the times and differences of each run in nanoseconds. Raises LedgerError.
         """
         with self.at_cut(Window(), as_of) as (connection, cut):
-            return audit_at(connection, cut)
+            return audit_at(connection, cut, self._not_applied)
 
     # ---- engine runs
 

@@ -187,14 +187,14 @@ def price_row(price: Price) -> TableRow:
     }
 
 
-def run_row(snapshot: Snapshot, price_id: str | None) -> TableRow:
+def run_row(snapshot: Snapshot) -> TableRow:
     """Return the row in `runs` for a snapshot's run."""
     return {
         "run_id": snapshot.run_id,
         **asdict(snapshot.engine),
         "labels": json.dumps(snapshot.engine.labels, ensure_ascii=False),
         "started_at": rfc3339(snapshot.started_at_ns),
-        "price_id": price_id,
+        "price_id": snapshot.first_price.price_id if snapshot.first_price is not None else None,
         "devices": _devices(snapshot),
     }
 

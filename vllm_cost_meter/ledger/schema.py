@@ -7,6 +7,8 @@ Four tables hold cumulative counters, which only a higher snapshot number overwr
 - `engine_hours` and `energy_hours` have the same classes hour by hour.
 - `live_usage` has the usage of the requests that ran at the snapshot.
 
+`journals` says how far each journal is in this file, in the transaction that brought its records.
+
 A row of `open_requests` goes when its bill comes. `billed_hours` follows from the facts in a
 provider's bills: an import rewrites the hours that it changes. Amounts are 64-bit integers.
 Instants are RFC 3339 text with a fixed width, so text order is time order. NULL means unknown.
@@ -32,7 +34,7 @@ from sqlalchemy import (
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 
 metadata = MetaData()
 
@@ -314,6 +316,31 @@ request_energy = Table(
     Column("energy_mj", BigInteger),
     Column("reason", Text),
     sqlite_with_rowid=False,
+)
+
+# ---- how far this file has the journals of the processes that bill
+
+journals = Table(
+    "journals",
+    metadata,
+    Column("journal_id", _Key, primary_key=True),
+    # Where in the journal the next record begins, and the number of the one before it.
+    Column("segment", BigInteger, nullable=False),
+    Column("offset_bytes", BigInteger, nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("applied_at", _Key, nullable=False),
+)
+
+# Records of journals that nobody can read any more, or that no ledger can take.
+journal_losses = Table(
+    "journal_losses",
+    metadata,
+    Column("journal_id", _Key, primary_key=True),
+    # The number of the record before those that are lost.
+    Column("after_number", BigInteger, primary_key=True, autoincrement=False),
+    Column("records", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("noticed_at", _Key, nullable=False),
 )
 
 # ---- provider bills, imported by billing/importing.py

@@ -16,6 +16,7 @@ from typing import Any, Self
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.energy import NO_ENERGY, RunEnergy
 from vllm_cost_meter.records.engine import EngineIdentity
+from vllm_cost_meter.records.requests import Price
 
 # Classes of GPU time that belong to no request. Each is a row `__name__` of a tenant report.
 OTHER_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
@@ -111,6 +112,8 @@ class Snapshot:
     - `live`, `step_ns`: the GPU time of each open request over all hours, and the time of the step
       in flight, which belongs to nobody before its result comes. Together they are the class
       `in_flight`.
+    - `first_price`: what a GPU-hour of the run costs in its first hour; the engine does not know
+      it, so the API server adds it.
     - `equal_splits`, `missed_arrivals`: odd events of the run, i.e. steps without weights that were
       split equally, and requests that the meter first saw in a step.
     """
@@ -141,6 +144,7 @@ class Snapshot:
     equal_splits: int = 0
     missed_arrivals: int = 0
     steps_in_flight: int = 0
+    first_price: Price | None = None
 
     @property
     def live_ns(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_open, make_snapshot
-from tests.support.world import BODY, DONE, JSON, SSE, TOKEN, Client, replying, scope_of
+from tests.support.world import BODY, DONE, JSON, SSE, TOKEN, Client, journal, replying, scope_of
 from vllm_cost_meter.api_server.admission import Admission, Rules, fails_closed
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.api_server.poller import Poller
@@ -316,9 +316,10 @@ def test_the_first_api_server_counts_what_runs_in_an_engine_that_is_silent_but_l
         runtime._hold_to_budgets(None)
         runtime._tasks["budgets"].cancel()
         opened = make_open(request_id="r1", tenant="acme", started_at_ns=now_ns)
-        await asyncio.wrap_future(runtime.writer.commit(opened))
+        await asyncio.to_thread(journal, runtime, opened)
         poller = Poller(Engines(lambda _: taken), runtime.writer, runtime.loops, 1.0)
         await poller.refresh()
+        await asyncio.to_thread(journal, runtime)
         # As in the first API server; others have none.
         runtime.poller = poller
 
@@ -339,12 +340,12 @@ def test_the_first_api_server_counts_what_runs_in_an_engine_that_is_silent_but_l
 
 def test_figures_are_read_anew_with_each_new_snapshot_and_not_before(world):
     looks = BudgetLooks(world.runtime.ledger_url)
-    world.runtime.writer.commit(make_snapshot(taken_at_ns=time.time_ns())).result(10)
+    journal(world.runtime, make_snapshot(taken_at_ns=time.time_ns()))
     figures = looks.look((budget(),), NO_PRICES)
     assert figures.stale(time.monotonic_ns(), 5 * 10**9) is None
     assert looks.look((budget(),), NO_PRICES) is None
     later = make_snapshot(number=2, taken_at_ns=time.time_ns())
-    world.runtime.writer.commit(later).result(10)
+    journal(world.runtime, later)
     assert looks.look((budget(),), NO_PRICES).heard_ns > figures.heard_ns
     # So they are where the settings changed.
     assert looks.look((budget(), budget(name="c")), NO_PRICES) is not None

@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 from tests.component.api_server.test_collector import exchange_of
 from tests.component.api_server.test_poller import Engines
 from tests.support.builders import make_snapshot
-from tests.support.world import BODY, JSON, World, replying
+from tests.support.world import BODY, JSON, World, full_disk, journal, replying
 from vllm_cost_meter.api_server import background
 from vllm_cost_meter.api_server.background import PAUSE_S_MAX, Loop, in_own_thread
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
@@ -264,7 +264,7 @@ def costs(world: World, request_id: str) -> dict[bytes, bytes]:
 
 def test_a_ledger_that_cannot_be_read_for_twelve_looks_leaves_metering_on(held, lines):
     runtime = held.runtime
-    runtime.writer.commit(make_snapshot(number=1, taken_at_ns=time.time_ns())).result(10)
+    journal(runtime, make_snapshot(number=1, taken_at_ns=time.time_ns()))
     attempt(held)
     assert runtime.figures().as_of_ns is not None
     with without_table(held.path, "snapshots"):
@@ -277,7 +277,7 @@ def test_a_ledger_that_cannot_be_read_for_twelve_looks_leaves_metering_on(held, 
             f"LedgerError: ledger sqlite:///{held.path}: cannot be read: no such table: snapshots"
         )
         assert b"x-cost-meter-cost-usd" in costs(held, "meanwhile")
-    runtime.writer.commit(make_snapshot(number=2, taken_at_ns=time.time_ns())).result(10)
+    journal(runtime, make_snapshot(number=2, taken_at_ns=time.time_ns()))
     attempt(held, 2)
     assert runtime.health()["status"] == "ok"
     assert runtime.figures().standings[0].total is not None
@@ -289,27 +289,34 @@ def test_a_ledger_that_cannot_be_read_for_twelve_looks_leaves_metering_on(held, 
     assert held.rows("SELECT count(*) FROM requests") == [(2,)]
 
 
-def test_a_ledger_that_takes_no_cost_costs_headers_and_no_hook(held, lines):
-    """Replies go out without their cost; what they used is written once the ledger is back."""
+def test_a_disk_that_takes_no_cost_costs_headers_and_no_hook(held, lines):
+    """Replies go out without their cost; what they used is written once there is room."""
     runtime = held.runtime
-    with held.locked():
+    with full_disk():
         for number in range(LOOKS):
             costs(held, f"r{number}")
         assert (runtime.guard.off, runtime.guard.errors) == (False, 0)
         deadline = time.monotonic() + 10
         while runtime.health()["ledger_error"] is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert runtime.health()["ledger_error"] == "OperationalError: database is locked"
+        assert runtime.health()["ledger_error"] == "OSError: [Errno 28] No space left on device"
         assert runtime.health()["status"] == "failing"
         assert runtime.health()["waiting"] > 0
     assert held.rows("SELECT count(*) FROM requests") == [(LOOKS,)]
     assert runtime.health()["ledger_error"] is None
     begins, ends = lines
-    assert begins == (
-        "cost meter: the ledger cannot be written, trying again: OperationalError: database is"
-        " locked. Records wait."
-    )
-    assert ends.startswith("cost meter: the ledger can be written again, after ")
+    assert begins.startswith("cost meter: the journal ")
+    assert "cannot be written, trying again: OSError: [Errno 28] No space left" in begins
+    assert ends.startswith("cost meter: the journal can be written again, after ")
+
+
+def test_a_locked_ledger_costs_no_header(held, lines):
+    """Replies tell their cost from the journal; the ledger has it once the lock is gone."""
+    with held.locked():
+        for number in range(LOOKS):
+            assert b"x-cost-meter-cost-usd" in costs(held, f"r{number}")
+    assert held.rows("SELECT count(*) FROM requests") == [(LOOKS,)]
+    assert lines == []
 
 
 def test_records_that_the_ledger_refuses_are_counted_by_its_writer_and_are_no_hooks_errors(world):

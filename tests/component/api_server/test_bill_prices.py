@@ -13,6 +13,7 @@ from tests.component.api_server.test_collector import exchange_of
 from tests.support.builders import make_bill, make_snapshot
 from vllm_cost_meter.api_server.record_making import price_of_run
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -52,6 +53,7 @@ def costs_of(world, client: SimpleNamespace, *pieces: UsagePiece) -> tuple:
         await world.runtime.stop()
 
     asyncio.run(bill())
+    assert catch_up(world.runtime.ledger_url) == 0
     with contextlib.closing(sqlite3.connect(world.path)) as connection:
         columns = "cost_nanousd, marginal_cost_nanousd"
         return connection.execute(f"SELECT {columns} FROM requests").fetchone()

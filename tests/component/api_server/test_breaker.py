@@ -5,12 +5,7 @@ bound, and after five of them at once; nothing is lost, and the first bill that 
 """
 
 import asyncio
-import contextlib
-import sqlite3
 import time
-
-import sqlalchemy
-from sqlalchemy.pool import Pool
 
 from tests.support.world import (
     BODY,
@@ -21,10 +16,9 @@ from tests.support.world import (
     TOKEN,
     USAGE,
     Client,
-    World,
+    full_disk,
     replying,
 )
-from vllm_cost_meter.prices.book import RunFacts
 
 BOUND_S = 0.05
 # The bound of replies that should not wait at all: no machine is so busy that one takes as long.
@@ -90,16 +84,29 @@ def test_an_engine_whose_meter_is_off_costs_five_waits_and_no_more(make_world):
     assert len(world.rows("SELECT * FROM http_requests")) == 50
 
 
-def test_a_locked_ledger_delays_five_replies_and_loses_nothing(make_world):
-    world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
+def test_a_locked_ledger_delays_no_reply_and_loses_nothing(make_world):
+    world = make_world()
     with world.locked():
+        for number in range(8):
+            client = world.run(
+                replying(JSON, [BODY], lambda n=number: world.engine.generate(f"r{n}"))
+            )
+            assert len(client.ours) == len(COST_HEADERS)
+            assert client.waited_s < LONG_S
+    assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(8, 8)]
+
+
+def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
+    world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
+    with full_disk():
         clients = []
         for number in range(8):
             world.let_replies_wait(BOUND_S if number < 5 else LONG_S)
             app = replying(JSON, [BODY], lambda n=number: world.engine.generate(f"r{n}"))
             clients.append(world.run(app))
         stream = world.run(replying(SSE, [USAGE, DONE], lambda: world.engine.generate("s")))
-        assert world.runtime.writer.committed == 0
+        assert world.runtime.writer.journaled == 0
+        assert "No space left" in world.runtime.writer.last_error
     assert all(client.ours == {} for client in clients)
     assert stream.body == USAGE + DONE
     assert all(client.waited_s >= BOUND_S for client in clients[:5])
@@ -110,46 +117,3 @@ def test_a_locked_ledger_delays_five_replies_and_loses_nothing(make_world):
     assert len(world.run(replying(JSON, [BODY], lambda: world.engine.generate("z"))).ours) == len(
         COST_HEADERS
     )
-
-
-@contextlib.contextmanager
-def full(world: World):
-    """Let the ledger's file grow no more, as a full disk would."""
-    with contextlib.closing(sqlite3.connect(world.path)) as connection:
-        (pages,) = connection.execute("PRAGMA page_count").fetchone()
-
-    def limit(connection, _record) -> None:
-        connection.execute(f"PRAGMA max_page_count={pages}")
-
-    sqlalchemy.event.listen(Pool, "connect", limit)
-    world.runtime.writer._engine.dispose()  # the next connection is limited
-    try:
-        yield
-    finally:
-        sqlalchemy.event.remove(Pool, "connect", limit)
-
-
-def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
-    world = make_world(bill_timeout_ms=round(BOUND_S * 1000))
-    # Too long for what is left on the pages there are.
-    world.collector.run_facts = RunFacts(model="x" * 20_000)
-    with full(world):
-
-        def generate(number: int) -> None:
-            world.engine.born(f"r{number}")
-            world.engine.billed(f"r{number}")
-
-        clients = []
-        for number in range(8):
-            world.let_replies_wait(BOUND_S if number < 5 else LONG_S)
-            clients.append(world.run(replying(JSON, [b"{}"], lambda n=number: generate(n))))
-        assert all(client.ours == {} for client in clients)
-        assert all(client.waited_s >= BOUND_S for client in clients[:5])
-        assert all(client.waited_s < LONG_S for client in clients[5:])
-        assert world.runtime.writer.committed == 0
-        assert "full" in world.runtime.writer.last_error
-    assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(8, 8)]
-    assert world.rows("SELECT count(*) FROM http_requests") == [(8,)]
-    assert world.runtime.writer.dropped == 0
-    client = world.run(replying(JSON, [b"{}"], lambda: world.engine.generate("z")))
-    assert len(client.ours) == len(COST_HEADERS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.world import BODY, JSON, replying, scope_of
+from tests.support.world import BODY, JSON, journal, replying, scope_of
 from vllm_cost_meter.api_server.budgets.names import BudgetNames
 
 HEADER = {"rule": "header", "trust": "everyone"}
@@ -28,7 +28,7 @@ def warned(make_world, caplog):
             headers = [(b"x-tenant", name.encode()), (b"x-team", team)]
             app = replying(JSON, [BODY], lambda number=number: world.engine.generate(f"r{number}"))
             assert world.run(app, scope_of(headers=headers)).status == 200
-        world.runtime.writer.commit().result(10)
+        journal(world.runtime)
         names = BudgetNames(world.runtime.ledger_url)
         for _ in range(2):  # the second time nothing is new
             names.look(world.runtime.settings)

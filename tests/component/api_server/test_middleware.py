@@ -31,6 +31,7 @@ from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.api_server.reply_editor import ReplyEditor
 from vllm_cost_meter.api_server.runtime import NoRuntime
 from vllm_cost_meter.exchange import current_exchange
+from vllm_cost_meter.ledger.catching_up import catch_up
 
 # ---- complete replies
 
@@ -123,7 +124,7 @@ def test_a_real_http_client_gets_the_headers_and_an_unchanged_body(world):
     assert reply.headers["x-litellm-response-cost"] == "0.000000030"
 
 
-def test_what_a_header_says_is_in_the_file_already(world):
+def test_what_a_header_says_is_in_the_journal_already(world):
     async def app(scope, receive, send):
         await replying(JSON, [BODY], world.engine.generate)(scope, receive, send)
 
@@ -132,6 +133,7 @@ def test_what_a_header_says_is_in_the_file_already(world):
 
         async def send(message):
             if message["type"] == "http.response.start":
+                assert catch_up(world.runtime.ledger_url) == 0  # as any command does
                 other = sqlite3.connect(world.path)
                 seen.append(other.execute("SELECT cost_nanousd FROM requests").fetchall())
                 seen.append(other.execute("SELECT cost_nanousd FROM http_requests").fetchall())

@@ -12,6 +12,7 @@ from vllm_cost_meter.api_server import collector as collector_module
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.exchange import Exchange
+from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.records.owner import NamedBy, Owner
 
 ANNOUNCED = "SELECT request_id, http_request_id, tenant, x_request_id FROM open_requests"
@@ -120,7 +121,7 @@ def test_every_api_server_announces_and_names_what_runs_when_it_stops(tmp_path):
         for _ in range(2):  # as when the middleware is installed twice
             await runtime.start_work(client)
         engine.born("old")
-        while not opened(folder):
+        while not await asyncio.to_thread(opened, folder):
             await asyncio.sleep(0.01)
         engine.born("young")
         await runtime.stop()
@@ -132,6 +133,7 @@ def test_every_api_server_announces_and_names_what_runs_when_it_stops(tmp_path):
 
 
 def opened(folder) -> list[str]:
+    assert catch_up(f"sqlite:///{folder / 'ledger.db'}") == 0
     with contextlib.closing(sqlite3.connect(folder / "ledger.db")) as connection:
         return [id for (id,) in connection.execute("SELECT request_id FROM open_requests")]
 

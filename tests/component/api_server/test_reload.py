@@ -17,6 +17,7 @@ from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.reading import stamp_of
 from vllm_cost_meter.config.reload import Reloader
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.records.owner import Owner
 
 HASHES = {name: hashlib.sha256(f"sk-{name}".encode()).hexdigest() for name in ("a", "b")}
@@ -413,5 +414,6 @@ class Stub:
 
 
 def rows_of(folder, query: str) -> list:
+    assert catch_up(f"sqlite:///{folder / 'ledger.db'}") == 0
     with contextlib.closing(sqlite3.connect(folder / "ledger.db")) as connection:
         return connection.execute(query).fetchall()

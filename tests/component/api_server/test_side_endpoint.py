@@ -147,6 +147,14 @@ def test_killed_under_load_it_comes_back_and_no_reply_and_no_bill_is_missed(tmp_
         assert sum("was ended by SIGKILL" in line for line in lines()) >= 1
 
 
+async def once_there(server: Serving) -> dict:
+    """Ask again and again, as a client does; a busy machine needs its time."""
+    async with asyncio.timeout(WAIT_S):
+        while (reply := await server.own()).status_code == 503:
+            pass
+    return reply.json()
+
+
 def test_while_it_is_away_tenants_are_told_to_ask_again_and_serving_goes_on(tmp_path):
     async def test(server: Serving) -> None:
         server.side.answer_slack_s = 0.5
@@ -165,13 +173,6 @@ def test_while_it_is_away_tenants_are_told_to_ask_again_and_serving_goes_on(tmp_
         os.kill(server.pid, signal.SIGCONT)
         assert (await once_there(server))["requests"] == 1
 
-    async def once_there(server: Serving) -> dict:
-        """Ask again and again, as a client does; a busy machine needs its time."""
-        async with asyncio.timeout(WAIT_S):
-            while (reply := await server.own()).status_code == 503:
-                pass
-        return reply.json()
-
     run(tmp_path, test, question_timeout_s=1)
 
 
@@ -183,6 +184,7 @@ def test_an_api_server_without_the_endpoint_starts_a_process_for_tenants_when_on
         await server.complete()
         await asyncio.sleep(0.1)
         assert server.side.process.state == "off"
+        await once_there(server)
         asked = await asyncio.gather(*(server.own() for _ in range(4)))
         assert [reply.json()["requests"] for reply in asked] == [1] * 4
         assert (await server.own(path="requests/cmpl-0")).json()["tenant"] == "acme"

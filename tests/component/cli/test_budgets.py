@@ -8,7 +8,7 @@ import pytest
 
 from tests.component.cli.test_cli import no_settings, run
 from tests.component.ledger.test_reader import part, snapshot
-from vllm_cost_meter.ledger.writer import LedgerWriter
+from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.units.time import NS_PER_HOUR
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner, Result
 
 from tests.component.ledger.test_reader import CLASS_ROWS, T0, http, part, snapshot
 from tests.support.builders import make_open
+from tests.support.ledger_writer import LedgerWriter
 from tests.support.small_ledger import live_now
 from vllm_cost_meter.cli.commands import app
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import ClassTotals

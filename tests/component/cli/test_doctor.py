@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.component.ledger.test_reader import part, snapshot
+from tests.support.ledger_writer import LedgerWriter
 from tests.support.nvml import A, Card, nvmls
 from tests.support.small_ledger import live_now
 from tests.support.untouched import old_ledger
@@ -19,7 +20,7 @@ from tests.support.upkeep import noise, rows_of
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.config.settings import Settings
-from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunMatch
 
 CHECKS = [
@@ -151,7 +152,7 @@ def test_an_older_schema_is_a_warning_that_says_what_the_next_start_does(tmp_pat
     old_ledger(tmp_path / "ledger.db", 3)
     state, detail = state_of_check(tmp_path / "ledger.db", "schema")
     assert state == "warn"
-    assert detail.startswith("version 3, this cost meter has 9: the next start of a metered server")
+    assert detail.startswith(f"version 3, this cost meter has {SCHEMA_VERSION}: the next start of")
     assert detail.endswith("`vllm-cost-meter ledger migrate` keeps a copy")
     found = findings(tmp_path / "ledger.db")
     assert found["books"] == (True, "not looked at: the ledger has schema version 3")
@@ -161,7 +162,7 @@ def test_a_newer_schema_is_a_fault(path):
     sql(path, "UPDATE schema_version SET version = 99")
     ok, detail = findings(path)["schema"]
     assert not ok
-    assert "has schema version 99, this cost meter knows 9" in detail
+    assert f"has schema version 99, this cost meter knows {SCHEMA_VERSION}" in detail
 
 
 def test_a_damaged_page_is_found(path):

@@ -17,6 +17,7 @@ import uvicorn
 
 from tests.component.ledger.test_reader import part, snapshot
 from tests.support.builders import make_snapshot
+from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.api_server.background import Loop
 from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.config.settings import Settings
@@ -26,7 +27,6 @@ from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.errors import LedgerError, ServerError
 from vllm_cost_meter.lab.sweep.side_client import SideClient
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.units.time import NS_PER_HOUR

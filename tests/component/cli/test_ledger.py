@@ -7,12 +7,18 @@ import sys
 import pytest
 
 from tests.component.cli.test_cli import no_settings, run
+from tests.component.ledger.test_reader import http, part
 from tests.support.upkeep import fill, noise, rows_of, server, sql, url_of
+from vllm_cost_meter.journal.places import FileLock, folder_of_ledger
+from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 
 __all__ = ["no_settings"]
 
-COMMANDS = ("check", "backup", "restore", "merge", "compact", "repair", "migrate")
+# Of a SQLite file only.
+FILE_COMMANDS = ("check", "backup", "restore", "merge", "compact", "repair", "migrate")
+COMMANDS = ("apply", *FILE_COMMANDS)
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def root_of(ledger, name):
 def test_a_sound_ledger_passes_its_check_and_a_damaged_one_does_not(ledger):
     done = ask("check", "--full", ledger=ledger)
     assert done.exit_code == 0
-    assert done.stdout.splitlines()[0] == "ok   schema: version 9"
+    assert done.stdout.splitlines()[0] == f"ok   schema: version {SCHEMA_VERSION}"
     assert answer("check", ledger=ledger)["ok"] is True
     spoil(ledger, root_of(ledger, "http_requests"))
     done = ask("check", ledger=ledger)
@@ -58,7 +64,7 @@ def test_a_backup_and_its_restore_say_the_rows(ledger, tmp_path):
     rows = sum(map(len, rows_of(ledger).values()))
     assert done.exit_code == 0
     assert done.stdout == (
-        f"{copy}: {rows} rows, {copy.stat().st_size:,} bytes, schema version 9\n"
+        f"{copy}: {rows} rows, {copy.stat().st_size:,} bytes, schema version {SCHEMA_VERSION}\n"
     )
     assert ask("backup", copy, ledger=ledger).exit_code == 2
     assert answer("backup", copy, "--force", ledger=ledger)["rows"] == rows
@@ -66,8 +72,69 @@ def test_a_backup_and_its_restore_say_the_rows(ledger, tmp_path):
     assert done.exit_code == 0
     aside, restored = done.stdout.splitlines()
     assert aside.startswith(f"the ledger before: {ledger}.replaced-20")
-    assert restored == f"restored: {rows} rows, schema version 9"
+    assert restored == f"restored: {rows} rows, schema version {SCHEMA_VERSION}"
     assert answer("restore", copy, ledger=ledger)["rows"] == rows
+
+
+def journaled(ledger, bills):
+    """Leave bills in the journal of a server that was killed; return their requests' ids."""
+    writer = JournalWriter(folder_of_ledger(ledger))
+    writer.start()
+    for seq in range(1, bills + 1):
+        writer.append(part(seq, f"late-{seq}", run_id="late"), http(f"late-{seq}")).result(10)
+    writer.close()
+    return [f"late-{seq}" for seq in range(1, bills + 1)]
+
+
+def late_bills(ledger):
+    return sql(ledger, "SELECT count(*) FROM requests WHERE run_id='late'")[0][0]
+
+
+def test_what_a_killed_server_left_in_its_journal_is_applied_by_a_command(ledger):
+    journaled(ledger, 7)
+    assert late_bills(ledger) == 0
+    done = ask("apply", ledger=ledger)
+    assert (done.exit_code, done.stdout) == (0, "the ledger has all that its journals hold\n")
+    assert late_bills(ledger) == 7
+    assert answer("apply", ledger=ledger) == {"left_records": 0}
+
+
+def test_a_report_applies_it_too(ledger):
+    (asked, *_) = journaled(ledger, 3)
+    done = run("explain", asked, "--ledger", ledger)
+    assert done.exit_code == 0
+    assert asked in done.stdout
+    assert late_bills(ledger) == 3
+
+
+def test_where_a_server_is_behind_commands_say_how_much_and_a_copy_is_refused(ledger, tmp_path):
+    """Its applier holds the lock, as one does that cannot write for a moment."""
+    journaled(ledger, 2)
+    lock = FileLock.try_to_take(folder_of_ledger(ledger) / "applier.lock")
+    done = ask("apply", ledger=ledger)
+    assert done.exit_code == 1
+    assert done.stdout.startswith("4 records in journals are not in the ledger")
+    refused = ask("backup", tmp_path / "copy.db", ledger=ledger)
+    assert refused.exit_code == 2
+    assert "4 records in journals are not in it yet" in refused.stderr
+    assert not (tmp_path / "copy.db").exists()
+    lock.release()
+    assert ask("backup", tmp_path / "copy.db", ledger=ledger).exit_code == 0
+    assert late_bills(tmp_path / "copy.db") == 2
+
+
+def test_a_ledger_whose_journals_are_not_applied_is_not_merged(ledger, tmp_path):
+    other = tmp_path / "other.db"
+    fill(other, "other", 5)
+    journaled(other, 2)
+    before = rows_of(ledger)
+    refused = ask("merge", other, ledger=ledger)
+    assert refused.exit_code == 2
+    assert f"run `vllm-cost-meter ledger apply --ledger {other}` first" in refused.stderr
+    assert rows_of(ledger) == before
+    assert ask("apply", ledger=other).exit_code == 0
+    assert ask("merge", other, ledger=ledger).exit_code == 0
+    assert late_bills(ledger) == 2
 
 
 def test_a_merge_shows_each_table(ledger, tmp_path):
@@ -119,7 +186,7 @@ def test_a_migration_says_the_way_back_and_other_commands_say_to_migrate(ledger)
     assert done.exit_code == 0
     copy, versions, way_back = done.stdout.splitlines()
     assert copy.startswith(f"the ledger as it was: {ledger}.schema-8-20")
-    assert versions == "migrated from schema version 8 to 9"
+    assert versions == f"migrated from schema version 8 to {SCHEMA_VERSION}"
     command = way_back.partition("`")[2].strip("`").split()[1:]
     assert command[-2:] == ["--ledger", str(ledger)]
     assert run(*command).exit_code == 0
@@ -132,7 +199,7 @@ def test_a_migration_says_the_way_back_and_other_commands_say_to_migrate(ledger)
     assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", FILE_COMMANDS)
 def test_for_postgresql_one_line_names_the_tool(command, tmp_path):
     files = [tmp_path / "file"] if command in ("backup", "restore", "merge") else []
     done = ask(command, *files, ledger="postgresql+psycopg://me:secret@host/db")
@@ -192,3 +259,33 @@ def test_a_new_ledger_passes_every_command(tmp_path):
     assert ask("merge", tmp_path / "copy.db", ledger=path).exit_code == 0
     assert ask("repair", "--force", ledger=path).exit_code == 0
     assert ask("compact", ledger=path).exit_code == 0
+
+
+def test_an_audit_is_not_balanced_while_journals_hold_what_the_ledger_lacks(ledger):
+    assert run("audit", "--ledger", ledger).exit_code == 0
+    journaled(ledger, 2)
+    lock = FileLock.try_to_take(folder_of_ledger(ledger) / "applier.lock")
+    done = run("audit", "--ledger", ledger)
+    assert done.exit_code == 1
+    assert done.stdout.splitlines()[-1].startswith(
+        "NOT PROVED: journals hold what the ledger lacks"
+    )
+    found = json.loads(run("audit", "--json", "--ledger", ledger).stdout)
+    assert (found["balanced"], found["reason"], found["not_applied_records"]) == (
+        None,
+        "not_applied",
+        4,
+    )
+    lock.release()
+
+
+def test_an_audit_names_what_was_lost_of_a_journal_and_is_not_balanced(ledger):
+    journaled(ledger, 20)
+    (segment,) = folder_of_ledger(ledger).glob("*/*.segment")
+    content = bytearray(segment.read_bytes())
+    content[content.index(b"late-9")] ^= 255
+    segment.write_bytes(content)
+    done = run("audit", "--ledger", ledger)
+    assert done.exit_code == 1
+    assert "1 records after record" in done.stdout
+    assert done.stdout.splitlines()[-1] == "NOT BALANCED"

@@ -45,6 +45,7 @@ MORE = {
     ),
     "demo": ("demo", "--print-model-path"),
     "ledger check": ("ledger", "check"),
+    "ledger apply": ("ledger", "apply"),
     "ledger backup": ("ledger", "backup", "NEW"),
     "ledger restore": ("ledger", "restore", "COPY"),
     "ledger merge": ("ledger", "merge", "COPY"),

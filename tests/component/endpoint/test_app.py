@@ -16,11 +16,11 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from tests.component.ledger.test_reader import HOUR, T0, http, part, snapshot
 from tests.support.builders import make_open
+from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.endpoint.guarding import Failures
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.snapshot import ClassTotals

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from tests.component.api_server.test_poller import Engines, poller_of, snapshot
+from tests.support.ledger_writer import LedgerWriter
 from tests.support.logs import lines_of
 from tests.support.world import make_runtime, worlds
 from vllm_cost_meter.api_server.access.app_routes import each_route
@@ -23,7 +24,6 @@ from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.answers import NO_METER
 from vllm_cost_meter.endpoint.server import metrics_registry
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.tenants.budgets import BudgetFigures
 from vllm_cost_meter.version import __version__
 
@@ -57,6 +57,10 @@ def writer(url: str) -> Iterator[LedgerWriter]:
     writer.close(5)
 
 
+async def nothing() -> None:
+    """Have nothing to catch up with: the writer of these tests writes into the ledger itself."""
+
+
 @contextlib.asynccontextmanager
 async def serving(settings: Settings, url: str, poller: Poller) -> AsyncIterator[SideEndpoint]:
     """Serve as the runtime does, with figures as new as the poller can have them."""
@@ -64,6 +68,7 @@ async def serving(settings: Settings, url: str, poller: Poller) -> AsyncIterator
         lambda: settings,
         url,
         refresh=poller.look,
+        catch_up=nothing,
         alive=poller.alive,
         figures=BudgetFigures,
         health=lambda: NO_METER,
@@ -200,7 +205,8 @@ def test_the_health_of_the_meter_names_each_loop(logged, tmp_path):
 
     healthy, failing = asyncio.run(ask())
     assert [loop["loop"] for loop in healthy["loops"]] == ["announce", "engines", "poll"]
-    (side,) = healthy["side_processes"]
+    side, ledger = healthy["side_processes"]
+    assert (ledger["process"], ledger["state"]) == ("ledger", "ok")
     assert (side["process"], side["state"], side["restarts"]) == ("side endpoint", "ok", 0)
     assert healthy["questions"]["running"] == 0
     for each in ("loops", "side_processes", "questions"):
@@ -212,7 +218,7 @@ def test_the_health_of_the_meter_names_each_loop(logged, tmp_path):
         "dropped": 0,
         "ledger_error": None,
         "version": __version__,
-        "ledger": runtime.writer.url,
+        "ledger": runtime.ledger_url,
         "schema_version": SCHEMA_VERSION,
     }
     assert failing["status"] == "failing"

@@ -16,6 +16,7 @@ import pytest
 from msgspec import msgpack
 
 from tests.support.builders import ENGINE, make_part
+from tests.support.ledger_writer import LedgerWriter
 from tests.support.nvml import GPU_IS_LOST, TIMEOUT, A, B, Card, Machine, S
 from vllm_cost_meter.engine.books import RequestFacts
 from vllm_cost_meter.engine.energy import books as energy_books
@@ -23,7 +24,6 @@ from vllm_cost_meter.engine.energy.nvml import RETRY_NS, EnergyCounter
 from vllm_cost_meter.engine.meter import Clock, EngineMeter
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import EnergyPrice, PriceBook
 from vllm_cost_meter.records.bill import Bill
 from vllm_cost_meter.records.energy import RequestEnergy, RunEnergy

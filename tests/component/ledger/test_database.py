@@ -15,6 +15,7 @@ from sqlalchemy import inspect, text
 
 from tests.component.ledger.test_reader import http
 from tests.support.builders import make_bill, make_part, make_snapshot
+from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import (
     check_location,
@@ -24,8 +25,7 @@ from vllm_cost_meter.ledger.database import (
     parse_url,
 )
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.schema import metadata
-from vllm_cost_meter.ledger.writer import LedgerWriter
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
 from vllm_cost_meter.records.snapshot import ClassTotals
 
 NOBODY = 65_534  # a user id without rights
@@ -176,7 +176,7 @@ def test_a_ledger_of_an_older_meter_is_brought_up_to_date_and_keeps_its_bills(tm
         old.executescript((Path(__file__).parent / "ledger_v1.sql").read_text())
     with pytest.raises(
         LedgerError,
-        match="version 1, this cost meter needs 9; run `vllm-cost-meter ledger migrate`, or start",
+        match=f"version 1, this cost meter needs {SCHEMA_VERSION}; run `vllm-cost-meter",
     ):
         open_database(url_of(path), create=False)
     open_database(url_of(path)).dispose()
@@ -211,7 +211,7 @@ def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_
     engine.dispose()
     with pytest.raises(
         LedgerError,
-        match="version 5, this cost meter needs 9; run `vllm-cost-meter ledger migrate`, or start",
+        match=f"version 5, this cost meter needs {SCHEMA_VERSION}; run `vllm-cost-meter",
     ):
         open_database(url, create=False)
     engine = open_database(url)
@@ -237,7 +237,7 @@ def test_a_bill_of_before_tokens_cut_off_were_counted_has_none_and_still_adds_up
     engine.dispose()
     with pytest.raises(
         LedgerError,
-        match="version 6, this cost meter needs 9; run `vllm-cost-meter ledger migrate`, or start",
+        match=f"version 6, this cost meter needs {SCHEMA_VERSION}; run `vllm-cost-meter",
     ):
         open_database(url, create=False)
     open_database(url).dispose()
@@ -322,7 +322,9 @@ def test_two_processes_may_create_the_ledger_at_once(tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     engine = open_database(url, create=False)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT version FROM schema_version")).all() == [(9,)]
+        assert connection.execute(text("SELECT version FROM schema_version")).all() == [
+            (SCHEMA_VERSION,)
+        ]
     engine.dispose()
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.support.builders import HOUR, T0, make_bill, make_part, make_snapshot
+from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.requests import EngineRequest

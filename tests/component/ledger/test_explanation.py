@@ -8,11 +8,11 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from tests.support.builders import ENGINE, ENGINE_STATE, HOUR, make_bill, make_part, make_snapshot
+from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Price

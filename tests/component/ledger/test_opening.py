@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ledger_writer import LedgerWriter
 from tests.support.small_ledger import HTTP, small_ledger
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry
 from vllm_cost_meter.reports.grammar import question
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from tests.support.builders import make_bill, make_part, make_snapshot, owned
+from tests.support.ledger_writer import LedgerWriter
 from tests.support.statements import asked_by
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.queries.requests import Match
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.owner import Owner

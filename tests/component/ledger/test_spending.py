@@ -11,13 +11,13 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from tests.support.builders import make_bill, make_open, make_part, make_snapshot
+from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.queries import bill_count
 from vllm_cost_meter.ledger.queries.bill_count import GAPS_AT_ONCE
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, AsOf
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry, RunMatch
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import UsagePiece

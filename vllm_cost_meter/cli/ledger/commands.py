@@ -24,6 +24,9 @@ from vllm_cost_meter.cli.options import (
 )
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import interruptible, print_lines
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.catching_up import catch_up, waiting_records
+from vllm_cost_meter.ledger.database import open_database, parse_url, sqlite_path, url_of
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 from vllm_cost_meter.ledger.upkeep.compacting import compact
 from vllm_cost_meter.ledger.upkeep.copies import back_up
@@ -64,6 +67,34 @@ def check(
 
 
 @app.command()
+def apply(
+    ledger: Ledger = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Bring what journals hold into the ledger. Exit status 1 if some is left.
+
+    A server does it all the time, and each command that reads the ledger does it first. So this is
+    for a ledger that failed before, and for one whose servers are gone.
+
+    Example: vllm-cost-meter ledger apply
+    """
+    with one_line_errors(), interruptible():
+        url = ledger_url(ledger, config)
+        left = catch_up(url)
+        open_database(url, create=False).dispose()  # or there is no ledger to speak of
+    told = (
+        f"{left:,} records in journals are not in the ledger: a server that applies them is behind;"
+        " see its log"
+        if left
+        else "the ledger has all that its journals hold"
+    )
+    _answer({"left_records": left}, lambda: [told], as_json)
+    if left:
+        raise typer.Exit(1)
+
+
+@app.command()
 def backup(
     file: Annotated[Path, typer.Argument(help="The copy to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
@@ -78,7 +109,9 @@ def backup(
     Example: vllm-cost-meter ledger backup ledger-2027-01-15.db
     """
     with one_line_errors(), interruptible():
-        copy = back_up(ledger_url(ledger, config), file, force=force)
+        url = ledger_url(ledger, config)
+        _catch_up(url)
+        copy = back_up(url, file, force=force)
     line = f"{copy.file}: {copy.rows:,} rows, {copy.bytes:,} bytes, schema version {copy.version}"
     _answer(_plain(asdict(copy)), lambda: [line], as_json)
 
@@ -124,7 +157,10 @@ def merge_(
     """
     with one_line_errors(), interruptible():
         gap_ns = load_settings(config=config).invoice_rules.gap_ns
-        merged = merge(ledger_url(ledger, config), files, gap_ns, dry_run=dry_run)
+        url = ledger_url(ledger, config)
+        for each in (url, *map(url_of, files)):
+            _refuse_without_journals(each)
+        merged = merge(url, files, gap_ns, dry_run=dry_run)
 
     def lines() -> Iterable[str]:
         for one in merged:
@@ -227,6 +263,27 @@ def _plain(answer: Any) -> Any:
     if isinstance(answer, dict):
         return {name: _plain(value) for name, value in answer.items()}
     return str(answer) if isinstance(answer, Path) else answer
+
+
+def _refuse_without_journals(url: str) -> None:
+    """Raise LedgerError for a ledger that lacks what its journals hold."""
+    waiting = waiting_records(url)
+    if waiting:
+        path = sqlite_path(parse_url(url))
+        raise LedgerError(
+            f"ledger {path}: {waiting:,} records in its journals are not in it; nothing was"
+            f" written: run `vllm-cost-meter ledger apply --ledger {path}` first"
+        )
+
+
+def _catch_up(url: str) -> None:
+    """Have a copy hold all that clients were told. Raises LedgerError if it would not."""
+    left = catch_up(url)
+    if left:
+        raise LedgerError(
+            f"ledger: {left:,} records in journals are not in it yet, and a copy would lack them;"
+            " the server that applies them is behind: try again, or see its log"
+        )
 
 
 def _answer(answer: Any, lines: Callable[[], Iterable[str]], as_json: bool) -> None:

@@ -30,7 +30,7 @@ from vllm_cost_meter.lab.demo.show import IDLE_POLICY, short_path, show, show_ho
 from vllm_cost_meter.lab.demo.sweep import sweep_demo
 from vllm_cost_meter.lab.demo.traffic import BATCH, CHAT, SEARCH, Sightings, Traffic
 from vllm_cost_meter.lab.server import Server
-from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.units.text import plain
 
 # The bill of an aborted request may take so long to reach the ledger.
@@ -167,11 +167,16 @@ def _quiet_figures(server: Server, setup: Setup, seen: Sightings) -> DemoFigures
     """
     deadline = time.monotonic() + QUIET_TIMEOUT_S
     while True:
+        asked_s = time.monotonic()
+        tenants = server.cost("tenants")
+        report_s = time.monotonic() - asked_s
         figures = DemoFigures(
-            server.cost("tenants"),
+            tenants,
             server.cost("audit"),
             _all_requests(server),
             _statement(setup),
+            sum(file.stat().st_size for file in setup.folder.glob("ledger.db*") if file.is_file()),
+            report_s,
         )
         in_flight = any(run["in_flight_ns"] for run in figures.audit["runs"])
         if time.monotonic() > deadline or not (in_flight or problems(seen, figures)):
@@ -181,11 +186,8 @@ def _quiet_figures(server: Server, setup: Setup, seen: Sightings) -> DemoFigures
 
 def _statement(setup: Setup) -> Mapping[str, Any]:
     settings = load_settings(setup.environment, setup.folder / SETTINGS)
-    reader = LedgerReader(str(settings.ledger), book=settings.price_book)
-    try:
+    with open_ledger(settings.ledger, book=settings.price_book) as reader:
         return reader.statement(f"{datetime.now(UTC):%Y-%m}", idle=IDLE_POLICY)
-    finally:
-        reader.close()
 
 
 def _all_requests(server: Server) -> list[Mapping[str, Any]]:

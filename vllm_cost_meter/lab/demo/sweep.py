@@ -10,7 +10,6 @@ against it.
 
 import subprocess
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +17,7 @@ from rich.console import Console
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.lab.server import Server, command_path
 from vllm_cost_meter.ledger.economics.query import economics
-from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.units.text import plain
 
 WINDOW_S, WARMUP_S = 12, 5
@@ -50,7 +49,7 @@ def sweep_demo(console: Console, server: Server, environment: Mapping[str, str],
 
 
 def _penalty(console: Console, ledger: str, folder: Path) -> int:
-    with closing(LedgerReader(ledger)) as reader:
+    with open_ledger(ledger) as reader:
         figures = economics(reader, Declared())["figures"]
     full, penalty = figures["saturation_output_tokens_per_s"], figures["penalty"]
     if penalty is None:

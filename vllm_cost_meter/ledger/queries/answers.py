@@ -162,21 +162,41 @@ class AuditWithoutTotals(TypedDict):
     """Number of bills that are not the sum of their pieces by hour."""
 
 
+class JournalLoss(TypedDict):
+    """Records of a journal that are lost: they were damaged, or no ledger can take them."""
+
+    journal_id: str
+    """The journal's random name."""
+    after_number: int
+    """The number of the record before the first that is lost."""
+    records: int
+    """How many are lost."""
+    reason: str
+    """What was found, in one line."""
+    noticed_at: str
+    """RFC 3339 UTC: when it was noticed."""
+
+
 class Audit(TypedDict):
     """The audit of all runs: whether the books of every engine balance."""
 
     balanced: bool | None
     """Whether the books of all runs balance; null if the ledger cannot tell, and no difference is
     known."""
-    reason: Literal["no_runs", "no_totals"] | None
-    """Why `balanced` is null: no engine run is in the ledger, or of a run that has bills no totals
-    are known, so that nothing can be held against them."""
+    reason: Literal["no_runs", "no_totals", "not_applied"] | None
+    """Why `balanced` is null: no engine run is in the ledger; of a run that has bills no totals are
+    known, so that nothing can be held against them; or journals hold what the ledger lacks."""
     runs: list[AuditRun]
     """The audit of each run with a snapshot."""
     without_totals: list[AuditWithoutTotals]
     """The runs that have bills and no snapshot."""
     after_cut: AfterCut
     """Number and GPU time of bills that no snapshot, and so no run's audit, counts yet."""
+    not_applied_records: int | None
+    """Number of records in journals that the ledger lacks; null if they cannot be counted."""
+    journal_losses: list[JournalLoss]
+    """What journals held and nobody can read any more, or no ledger can take; then the books do not
+    balance."""
 
 
 class CostModelRow(ModelInUse):

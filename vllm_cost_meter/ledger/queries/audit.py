@@ -15,8 +15,8 @@ The last bills of a dead run are beyond its last snapshot: no engine's count is 
 against them, but for their numbers and pieces. Bills are counted first. The query for gaps runs
 only if the count is wrong.
 
-Invariant: `balanced` is true if and only if there is a run, all have totals, and every one of these
-differences is 0.
+Invariant: `balanced` is true if and only if there is a run, all have totals, every one of these
+differences is 0, nothing of a journal was lost, and none holds what the ledger lacks.
 """
 
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ from sqlalchemy import ColumnElement, Table, and_, func, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.ends.lost import MAX_LOST, Lost, lost_by_run
-from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithoutTotals
+from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithoutTotals, JournalLoss
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals, bills_up_to
 from vllm_cost_meter.ledger.queries.energy import audited
 from vllm_cost_meter.ledger.queries.tenants import after_cut
-from vllm_cost_meter.ledger.schema import request_energy, requests, usage_pieces
+from vllm_cost_meter.ledger.schema import journal_losses, request_energy, requests, usage_pieces
 from vllm_cost_meter.records.snapshot import CLASSES
 
 # At most so many ranges of missing numbers are listed, and then the word "more".
@@ -48,16 +48,23 @@ DIFFERENCES = (
 )
 
 
-def audit_at(connection: Connection, cut: Cut) -> Audit:
-    """Return the audit at a cut."""
+def audit_at(connection: Connection, cut: Cut, not_applied: int | None = 0) -> Audit:
+    """Return the audit at a cut.
+
+    `not_applied` is how many records journals hold that the ledger lacks; None if unknown.
+    """
     uneven = _uneven_bills(connection, cut)
     runs = _audit_runs(connection, cut, uneven)
     bare = [_audit_bare(connection, run, uneven) for run in cut.without_totals]
     balanced: bool | None = all(run["balanced"] for run in runs)
     if any(run["missing_bills"] or run["uneven_bills"] for run in bare):
         balanced = False
-    # Nothing was held against anything: that is no balance.
+    losses = journal_losses_of(connection)
+    if losses:
+        balanced = False
+    # Nothing was held against anything, or not everything: that is no balance.
     reason = "no_totals" if bare else None if runs else "no_runs"
+    reason = reason if not_applied == 0 else "not_applied"
     if balanced and reason is not None:
         balanced = None
     audit = {
@@ -66,8 +73,19 @@ def audit_at(connection: Connection, cut: Cut) -> Audit:
         "runs": runs,
         "without_totals": bare,
         "after_cut": after_cut(connection, cut),
+        "not_applied_records": not_applied,
+        "journal_losses": losses,
     }
     return cast("Audit", audit)
+
+
+def journal_losses_of(connection: Connection) -> list[JournalLoss]:
+    """Return what was lost of journals, the latest first."""
+    c = journal_losses.c
+    rows = connection.execute(
+        select(*c).order_by(c.noticed_at.desc(), c.journal_id, c.after_number).limit(MAX_RANGES)
+    ).mappings()
+    return [cast("JournalLoss", dict(row)) for row in rows]
 
 
 def _audit_runs(connection: Connection, cut: Cut, uneven: Mapping[str, int]) -> list[AuditRun]:

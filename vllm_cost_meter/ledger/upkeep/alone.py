@@ -9,16 +9,13 @@ Closing a descriptor drops all POSIX locks of its process on the file. So the lo
 child process, which has nothing to do with SQLite. That also proves that this process itself has no
 connection to the file. The child ends with the block, or with this process.
 
-A server may have no connection at a moment. If there is a file `applier.lock` in the folder
-`LEDGER.journal`, its lock counts too: whoever feeds a ledger from elsewhere holds it all the time.
-No server makes that file yet.
+A server may have no connection at a moment. So the lock of whoever applies its journals counts too:
+a server has that all the time.
 
 Invariant: within `alone`, no process has the ledger open by SQLite.
 """
 
-import fcntl
 import os
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.journal.places import APPLIER_LOCK_NAME, FileLock, folder_of_ledger
 
 # A command that reads the ledger may be just at its end.
 WAIT_S = 1.0
@@ -87,28 +85,24 @@ def alone(path: Path, *, wait_s: float = WAIT_S) -> Iterator[None]:
 
 @contextmanager
 def _applier_kept_off(path: Path) -> Iterator[None]:
-    """Hold the lock of whoever feeds the ledger, if there is such a file. Raises LedgerError."""
-    lock = path.with_name(path.name + ".journal") / "applier.lock"
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError):
+    """Hold the lock of whoever applies the journals, if there are any. Raises LedgerError."""
+    file = folder_of_ledger(path) / APPLIER_LOCK_NAME
+    if not file.exists() and not file.is_symlink():
         yield
         return
-    except OSError as error:
-        raise LedgerError(f"{lock}: cannot be opened: {error.strerror}") from error
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise LedgerError(f"{lock}: expected a file, got a device")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LedgerError(
-                f"ledger {path}: a server uses it, which holds {lock}; stop it first, nothing was"
-                " changed"
-            ) from None
+        lock = FileLock.try_to_take(file, create=False)
+    except OSError as error:
+        raise LedgerError(f"{file}: cannot be opened: {error.strerror}") from error
+    if lock is None:
+        raise LedgerError(
+            f"ledger {path}: a server uses it, which holds {file}; stop it first, nothing was"
+            " changed"
+        )
+    try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def _users(path: Path) -> str:

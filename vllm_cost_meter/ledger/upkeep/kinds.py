@@ -25,6 +25,8 @@ class RowKind(StrEnum):
     DECLARED = "declared"
     # Gone once there is a bill.
     OPEN = "open"
+    # How far this file has its journals, which says nothing of another file.
+    OWN = "own"
     # Follows from the facts of a provider's bills, and is computed from them.
     BILLED_HOURS = "billed hours"
     # The version of the tables themselves.
@@ -45,6 +47,8 @@ _KINDS = {
     schema.requests.name: RowKind.FACT,
     schema.usage_pieces.name: RowKind.FACT,
     schema.request_energy.name: RowKind.FACT,
+    schema.journals.name: RowKind.OWN,
+    schema.journal_losses.name: RowKind.FACT,
     schema.billing_snapshots.name: RowKind.DECLARED,
     schema.invoice_lines.name: RowKind.DECLARED,
     schema.billed_hours.name: RowKind.BILLED_HOURS,

@@ -172,7 +172,7 @@ def _add(
 ) -> MergedTable:
     """Add the rows of a table of another ledger. Raises LedgerError for a contradiction."""
     kind = kind_of_rows(table)
-    if kind in (RowKind.VERSION, RowKind.BILLED_HOURS):
+    if kind in (RowKind.VERSION, RowKind.OWN, RowKind.BILLED_HOURS):
         return so_far
     differing = 0
     if kind in (RowKind.FACT, RowKind.DECLARED):

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import delete, func, insert, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import LedgerError
@@ -27,6 +27,7 @@ from vllm_cost_meter.ledger.migrations import Column as AddedColumn
 from vllm_cost_meter.ledger.queries.audit import missing_bills
 from vllm_cost_meter.ledger.schema import (
     SCHEMA_VERSION,
+    journals,
     metadata,
     requests,
     schema_version,
@@ -254,6 +255,8 @@ def _finish(part: Path) -> None:
     engine = open_database(url_of(part))
     try:
         with writing(engine).begin() as connection:
+            # What of the journals is still there is applied again: rows may be lost that were.
+            connection.execute(delete(journals))
             for table in metadata.tables.values():
                 for index in table.indexes:
                     index.create(connection, checkfirst=True)

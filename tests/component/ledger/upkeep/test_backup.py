@@ -11,6 +11,7 @@ import pytest
 from tests.support.upkeep import fill, noise, rows_of, server, sql, url_of
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 from vllm_cost_meter.ledger.upkeep.copies import back_up
 
@@ -35,7 +36,7 @@ def test_a_backup_has_every_row_and_is_for_its_owner_only(ledger, tmp_path):
     assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == 0o600
     assert rows_of(tmp_path / "copy.db") == rows_of(ledger)
     total = sum(map(len, rows_of(ledger).values()))
-    assert (copy.file, copy.rows, copy.version) == (tmp_path / "copy.db", total, 9)
+    assert (copy.file, copy.rows, copy.version) == (tmp_path / "copy.db", total, SCHEMA_VERSION)
     assert copy.bytes == (tmp_path / "copy.db").stat().st_size
 
 

@@ -5,6 +5,7 @@ import pytest
 from tests.support.upkeep import fill, noise, server, sql, url_of
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 
 
@@ -145,7 +146,7 @@ def sql_in_copy(ledger, query):
 
 def test_an_older_schema_is_said_and_a_newer_one_refused(ledger):
     sql(ledger, "UPDATE schema_version SET version=8")
-    assert "version 8, this cost meter needs 9" in wrong_in(ledger)["schema"]
+    assert f"version 8, this cost meter needs {SCHEMA_VERSION}" in wrong_in(ledger)["schema"]
     sql(ledger, "UPDATE schema_version SET version=99")
     with pytest.raises(LedgerError, match="schema version 99"):
         check_ledger(url_of(ledger))

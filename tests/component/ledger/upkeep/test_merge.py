@@ -10,6 +10,7 @@ import pytest
 from tests.component.ledger.test_billing import USD, a_file, charged, read
 from tests.component.ledger.test_reader import HOUR, NOW, part, snapshot
 from tests.support.builders import make_open
+from tests.support.ledger_writer import LedgerWriter
 from tests.support.upkeep import fill, noise, rows_of, server, sql, url_of
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.importing import import_invoice
@@ -18,7 +19,6 @@ from vllm_cost_meter.ledger.schema import metadata
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 from vllm_cost_meter.ledger.upkeep.kinds import kind_of_rows
 from vllm_cost_meter.ledger.upkeep.merging import merge
-from vllm_cost_meter.ledger.writer import LedgerWriter
 from vllm_cost_meter.records.requests import Price
 from vllm_cost_meter.units.time import NS_PER_HOUR
 

@@ -9,6 +9,7 @@ import pytest
 from tests.support.upkeep import fill, rows_of, server, sql, url_of
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 from vllm_cost_meter.ledger.upkeep.migrating import migrate_ledger
 from vllm_cost_meter.ledger.upkeep.restoring import restore
@@ -26,7 +27,7 @@ def old(tmp_path):
 
 def test_the_oldest_ledger_is_migrated_and_a_copy_of_it_kept(old, tmp_path):
     done = migrate_ledger(url_of(old), NOW_NS)
-    assert (done.version_before, done.version_after) == (1, 9)
+    assert (done.version_before, done.version_after) == (1, SCHEMA_VERSION)
     assert done.copy.file == tmp_path / "ledger.db.schema-1-20270115T080000Z"
     assert sql(done.copy.file, "SELECT version FROM schema_version") == [(1,)]
     assert all(one.ok for one in check_ledger(url_of(old), full=True))
@@ -46,14 +47,20 @@ def test_a_ledger_that_is_up_to_date_stays_as_it_is(tmp_path):
     fill(tmp_path / "ledger.db")
     rows = rows_of(tmp_path / "ledger.db")
     done = migrate_ledger(url_of(tmp_path / "ledger.db"), NOW_NS)
-    assert (done.version_before, done.version_after, done.copy) == (9, 9, None)
+    assert (done.version_before, done.version_after, done.copy) == (
+        SCHEMA_VERSION,
+        SCHEMA_VERSION,
+        None,
+    )
     assert rows_of(tmp_path / "ledger.db") == rows
 
 
 def test_a_newer_ledger_is_refused_with_one_line(tmp_path):
     fill(tmp_path / "ledger.db")
     sql(tmp_path / "ledger.db", "UPDATE schema_version SET version=99")
-    with pytest.raises(LedgerError, match="schema version 99, this cost meter knows 9") as refused:
+    with pytest.raises(
+        LedgerError, match=f"schema version 99, this cost meter knows {SCHEMA_VERSION}"
+    ) as refused:
         migrate_ledger(url_of(tmp_path / "ledger.db"), NOW_NS)
     assert "\n" not in str(refused.value)
 

@@ -11,12 +11,12 @@ from contextlib import closing
 
 import pytest
 
+from tests.support.ledger_writer import LedgerWriter
 from tests.support.upkeep import fill, noise, rows_of, server, sql, url_of
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.schema import metadata
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 from vllm_cost_meter.ledger.upkeep.repairing import repair
-from vllm_cost_meter.ledger.writer import LedgerWriter
 
 PAGE = 4096
 NOW_NS = 1_800_000_000 * 10**9
@@ -364,7 +364,7 @@ def test_a_ledger_of_an_older_schema_is_repaired_and_migrated(ledger, whole):
     root = sql(ledger, "SELECT rootpage FROM sqlite_master WHERE name='schema_version'")[0][0]
     spoil(ledger, root)
     repair(url_of(ledger), NOW_NS)
-    assert sql(ledger, "SELECT version FROM schema_version") == [(9,)]
+    assert sql(ledger, "SELECT version FROM schema_version") == [(SCHEMA_VERSION,)]
     assert len(rows_of(ledger)["requests"]) == BILLS + 50
     assert sql(ledger, "SELECT count(*) FROM runs WHERE labels IS NULL") == [(2,)]
     assert all(one.ok for one in check_ledger(url_of(ledger), full=True))

@@ -1,0 +1,33 @@
+"""What an API server and the process that applies its journals say to each other.
+
+Invariant: what is sent changes nothing in what is applied: the journals alone say that.
+"""
+
+import msgspec
+
+# The question, and the news, by name.
+CATCH_UP, STATE = "catch up", "state"
+
+
+class ApplierHello(msgspec.Struct, frozen=True, array_like=True):
+    """What the process is told first: where the ledger is."""
+
+    url: str
+
+
+class ApplierState(msgspec.Struct, frozen=True, array_like=True):
+    """How the ledger does.
+
+    `is_ours` tells whether this process applies, `last_error` why it cannot: None while it can.
+    `failures` counts failed passes. `journal_bytes` is what the segments of all journals take on
+    the disk, `wal_bytes` SQLite's log, and `free_bytes` what is free there. `applied_at_ns` is the
+    end of the latest pass that worked, by the wall clock; None before the first.
+    """
+
+    is_ours: bool = False
+    last_error: str | None = None
+    failures: int = 0
+    journal_bytes: int = 0
+    wal_bytes: int = 0
+    free_bytes: int | None = None
+    applied_at_ns: int | None = None

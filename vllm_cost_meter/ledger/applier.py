@@ -1,0 +1,249 @@
+"""The applier: brings what is in the journals into the ledger, in order, once.
+
+One process at a time applies the journals of a ledger: the one that holds the lock in their folder.
+Each batch writes, in its own transaction, how far each journal has come. So whoever goes on after a
+crash begins where the ledger's file is, whichever file that is. What was applied before by another
+one is written again by key and changes nothing.
+
+A segment is removed when its records are in the ledger by a commit that the disk has. The journal
+of a dead process is removed as a whole. Damage is passed over, and is a row of `journal_losses`.
+
+Invariant: a record that was whole in a journal is in the ledger, or still in a segment, or in a row
+of `journal_losses`.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Engine, delete, select
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.errors import LedgerError, in_one_line
+from vllm_cost_meter.journal import places
+from vllm_cost_meter.journal.places import FileLock
+from vllm_cost_meter.journal.reader import START, JournalPart, JournalReader, Position
+from vllm_cost_meter.journal.segments import segment_indexes, segment_name
+from vllm_cost_meter.journal.writer import name_of
+from vllm_cost_meter.ledger.batches import BadRecord, BatchWriter
+from vllm_cost_meter.ledger.inserts import insert_rows, upsert_rows
+from vllm_cost_meter.ledger.rows import TableRow
+from vllm_cost_meter.ledger.schema import journal_losses, journals
+from vllm_cost_meter.logs import meter_logger
+from vllm_cost_meter.units.time import rfc3339
+
+logger = meter_logger()
+
+# So many distinct errors are logged; the table of losses has them all.
+_LOGGED_MAX = 20
+# A dead process's journal is as good as a living one's, only its folder stays a moment longer.
+LOOK_FOR_DEAD_S = 1.0
+
+
+@dataclass(slots=True)
+class _Source:
+    """A journal that is applied. `lock` is held once its process is dead."""
+
+    reader: JournalReader
+    lock: FileLock | None = None
+    # When to look next whether its process is dead, on the monotonic clock.
+    look_at_s: float = 0.0
+
+
+class Applier:
+    """Applies the journals of a folder to a ledger. Used by one thread of the lock's holder."""
+
+    def __init__(
+        self, batches: BatchWriter, folder: Path, look_for_dead_s: float = LOOK_FOR_DEAD_S
+    ) -> None:
+        """The journals' processes are looked at once in `look_for_dead_s`."""
+        self.folder = folder
+        self._look_for_dead_s = look_for_dead_s
+        self._batches = batches
+        self._sources: dict[str, _Source] = {}
+        # Where the ledger has each journal; None before that is read.
+        self._positions: dict[str, Position] | None = None
+        self._engine: Engine | None = None
+        self._logged: set[str] = set()
+
+    def apply(self) -> bool:
+        """Apply a batch; return True if there may be more. Raises whatever the ledger raises.
+
+        After an error the next call begins where the ledger is.
+        """
+        try:
+            return self._apply()
+        except BaseException:
+            self.forget()
+            raise
+
+    def look_for_dead(self) -> None:
+        """Have the next call look whether the journals' processes are dead."""
+        for source in self._sources.values():
+            source.look_at_s = 0.0
+
+    def forget(self) -> None:
+        """Let go of all journals; the next call reads from the ledger how far they are."""
+        for source in self._sources.values():
+            if source.lock is not None:
+                source.lock.release()
+        self._sources = {}
+        self._positions = None
+
+    def close(self) -> None:
+        """Let go of all journals and close the ledger."""
+        self.forget()
+        self._batches.drop()
+
+    def _apply(self) -> bool:
+        engine = self._batches.opened()
+        if engine is not self._engine:  # The file at the path may be another one.
+            self.forget()
+            self._engine = engine
+        if self._positions is None:
+            with engine.connect() as connection:
+                self._positions = read_positions(connection)
+        parts, failure = self._read_all(self._positions)
+        moved = {key: part for key, part in parts.items() if part.position != self._position(key)}
+        if moved:
+            self._write(moved)
+        dead = {key for key in parts if self._sources[key].lock is not None}
+        self._remove_what_is_done({key: parts[key] for key in parts if key in moved or key in dead})
+        if failure is not None:
+            raise failure
+        return any(not part.is_all for part in parts.values())
+
+    def _position(self, journal_id: str) -> Position:
+        return (self._positions or {}).get(journal_id, START)
+
+    def _read_all(
+        self, positions: dict[str, Position]
+    ) -> tuple[dict[str, JournalPart], LedgerError | None]:
+        """Read on in all journals; also return why one of them cannot be read."""
+        parts: dict[str, JournalPart] = {}
+        failure: LedgerError | None = None
+        for journal_id in places.journal_ids(self.folder):
+            source = self._sources.get(journal_id)
+            if source is None:
+                reader = JournalReader(self.folder / journal_id, positions.get(journal_id, START))
+                source = self._sources[journal_id] = _Source(reader)
+            if source.lock is None and time.monotonic() >= source.look_at_s:
+                source.lock = places.take_over(self.folder, journal_id)
+                source.look_at_s = time.monotonic() + self._look_for_dead_s
+            try:
+                parts[journal_id] = source.reader.read(is_alive=source.lock is None)
+            except LedgerError as error:  # The others are applied all the same.
+                failure = error
+        return parts, failure
+
+    def _write(self, parts: dict[str, JournalPart]) -> None:
+        found = [
+            (key, number, record) for key, part in parts.items() for number, record in part.records
+        ]
+        records = [record for _, _, record in found]
+        # What a segment held may go only once the disk has it.
+        to_disk = any(
+            part.position.segment > self._position(key).segment
+            or self._sources[key].lock is not None
+            for key, part in parts.items()
+        )
+
+        def beside(connection: Connection, bad: Sequence[BadRecord]) -> None:
+            bad_ids = {id(each.record): each.error for each in bad}
+            losses = [
+                _loss(key, number - 1, 1, f"{name_of(record)}: {in_one_line(bad_ids[id(record)])}")
+                for key, number, record in found
+                if id(record) in bad_ids
+            ]
+            losses += [
+                _loss(key, gap.after, gap.frames, gap.reason)
+                for key, part in parts.items()
+                for gap in part.gaps
+            ]
+            insert_rows(connection, journal_losses, losses)
+            upsert_rows(
+                connection, journals, [_row(key, part.position) for key, part in parts.items()]
+            )
+
+        bad = self._batches.write(records, beside, to_disk=to_disk)
+        if self._positions is not None:
+            self._positions.update({key: part.position for key, part in parts.items()})
+        self._say_what_is_lost(parts, bad)
+
+    def _say_what_is_lost(self, parts: dict[str, JournalPart], bad: Sequence[BadRecord]) -> None:
+        for each in bad:
+            # Clients may cause very many, and must not use up the log.
+            kind = f"{type(each.record).__name__}: {type(each.error).__name__}"
+            self._log(
+                kind,
+                f"the ledger cannot take {name_of(each.record)}, dropped:"
+                f" {in_one_line(each.error)}",
+            )
+        for key, part in parts.items():
+            for gap in part.gaps:
+                self._log(
+                    f"{key} {gap.after}",
+                    f"journal {self.folder / key}: {gap.frames} records after record {gap.after}"
+                    f" cannot be read ({gap.reason}) and are lost; the audit names them",
+                )
+
+    def _log(self, kind: str, message: str) -> None:
+        if kind not in self._logged and len(self._logged) < _LOGGED_MAX:
+            self._logged.add(kind)
+            logger.error("cost meter: %s", message)
+
+    def _remove_what_is_done(self, parts: dict[str, JournalPart]) -> None:
+        for journal_id, part in parts.items():
+            place = self.folder / journal_id
+            source = self._sources[journal_id]
+            if source.lock is not None and part.is_all:
+                places.remove_journal(self.folder, journal_id)
+                source.lock.release()
+                del self._sources[journal_id]
+                self._forget_row(journal_id)
+                continue
+            for index in segment_indexes(place):
+                if index < part.position.segment:
+                    (place / segment_name(index)).unlink(missing_ok=True)
+
+    def _forget_row(self, journal_id: str) -> None:
+        """Delete the row of a journal that is gone; one that stays says nothing wrong."""
+        if self._positions is not None and self._positions.pop(journal_id, None) is not None:
+            gone = delete(journals).where(journals.c.journal_id == journal_id)
+
+            def beside(connection: Connection, _bad: Sequence[BadRecord]) -> None:
+                connection.execute(gone)
+
+            self._batches.write([], beside)
+
+
+def read_positions(connection: Connection) -> dict[str, Position]:
+    """Return how far the ledger has each journal, by its id."""
+    c = journals.c
+    return {
+        journal_id: Position(segment, offset, number)
+        for journal_id, segment, offset, number in connection.execute(
+            select(c.journal_id, c.segment, c.offset_bytes, c.number)
+        )
+    }
+
+
+def _row(journal_id: str, position: Position) -> TableRow:
+    return {
+        "journal_id": journal_id,
+        "segment": position.segment,
+        "offset_bytes": position.offset,
+        "number": position.number,
+        "applied_at": rfc3339(time.time_ns()),
+    }
+
+
+def _loss(journal_id: str, after: int, records: int, reason: str) -> TableRow:
+    return {
+        "journal_id": journal_id,
+        "after_number": after,
+        "records": records,
+        "reason": reason[:500],
+        "noticed_at": rfc3339(time.time_ns()),
+    }

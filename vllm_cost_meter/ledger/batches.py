@@ -1,0 +1,188 @@
+"""Write batches of records to the ledger, each in one transaction, with how far journals came.
+
+A database that fails (locked, full, gone) writes nothing, and the caller tries again. A record that
+can never be written (`faults`) would hold up all others for ever: a batch with one is split until
+the bad record is alone. That one is given up, and the others are written.
+
+The file of a SQLite ledger is watched by its identity. Where it was deleted, renamed or replaced
+while it was open, commits would go into a file that nobody finds again. So a connection to another
+file than the one at the path is closed before and after each batch, and after the first time no
+file is made: a ledger that went away is waited for.
+
+Invariant: either all records of a batch but the bad ones are in the file at the ledger's path, with
+the positions of its journals, or `write` raises and none of them is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Engine
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.journal.entries import Record
+from vllm_cost_meter.ledger.database import open_database, parse_url, sqlite_path, writing
+from vllm_cost_meter.ledger.faults import Fault, fault_of
+from vllm_cost_meter.ledger.inserts import write
+
+# One attempt waits so long for another process's transaction; then the caller tries again.
+ATTEMPT_S = 1.0
+
+FileIdentity = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that no ledger can take, and why."""
+
+    record: Record
+    error: Exception
+
+
+Beside = Callable[[Connection, Sequence[BadRecord]], None]
+
+
+class BatchWriter:
+    """Writes batches to one ledger. Used by one thread."""
+
+    def __init__(
+        self, url: str, *, create: bool = True, open_: Callable[..., Engine] = open_database
+    ) -> None:
+        """With `create` a ledger that is not there is made, the first time only."""
+        self.url = url
+        self._create = create
+        self._open = open_
+        self._path: Path | None = sqlite_path(parse_url(url))
+        self._engine: Engine | None = None
+        self._identity: FileIdentity | None = None
+
+    def opened(self) -> Engine:
+        """Return the ledger's database, opened if it is not. Raises LedgerError."""
+        if self._engine is not None and self._identity != self._identity_now():
+            self.drop()
+        if self._engine is None:
+            self._engine = self._open(self.url, create=self._create, busy_timeout_s=ATTEMPT_S)
+            self._identity = self._identity_now()
+            self._create = False
+        return self._engine
+
+    def write(
+        self,
+        records: Sequence[Record],
+        beside: Beside = lambda _connection, _bad: None,
+        *,
+        to_disk: bool = False,
+    ) -> list[BadRecord]:
+        """Write records in one transaction; return the bad records.
+
+        In the same transaction `beside` gets the bad records and may write more. With `to_disk` the
+        disk has all of it before this returns. Raises whatever the database raises.
+        """
+        engine = self.opened()
+        try:
+            bad = self._write(engine, records, beside, to_disk=to_disk)
+        except Exception:
+            self.drop()
+            raise
+        if self._identity != self._identity_now():
+            self.drop()
+            raise LedgerError(
+                f"ledger {self._path}: its file was moved, replaced or deleted while it was open;"
+                " bills wait until there is a ledger at this place again"
+            )
+        return bad
+
+    def _write(
+        self,
+        engine: Engine,
+        records: Sequence[Record],
+        beside: Beside,
+        *,
+        to_disk: bool,
+    ) -> list[BadRecord]:
+        try:
+            # The usual way has no savepoint.
+            with writing(engine).connect() as connection:
+                _set_sync(connection, to_disk=to_disk)
+                with connection.begin():
+                    write(connection, records)
+                    beside(connection, [])
+        except Exception as error:
+            if fault_of(error) is Fault.DATABASE:
+                raise
+        else:
+            return []
+        with writing(engine).connect() as connection:
+            _set_sync(connection, to_disk=to_disk)
+            with connection.begin():
+                bad = _write_what_can_be(connection, records)
+                _refuse_to_give_up_all(records, bad)
+                refused = [BadRecord(each, bad[id(each)]) for each in records if id(each) in bad]
+                beside(connection, refused)
+        return refused
+
+    def _identity_now(self) -> FileIdentity | None:
+        """Return which file is at the ledger's path; None where there is none, or no file."""
+        if self._path is None:
+            return None
+        try:
+            about = self._path.stat()
+        except OSError:
+            return None
+        return about.st_dev, about.st_ino
+
+    def drop(self) -> None:
+        """Close the connections; the next attempt opens new ones. Never raises."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            try:
+                engine.dispose()
+            except Exception:  # noqa: BLE001, S110 - the file may be gone, and nothing waits for it
+                pass
+
+
+def _set_sync(connection: Connection, *, to_disk: bool) -> None:
+    """Have the next commit wait for the disk, or not."""
+    if connection.dialect.name == "sqlite":
+        # Without a transaction of SQLAlchemy's: SQLite takes this only outside of one.
+        driver = connection.connection.driver_connection
+        if driver is not None:
+            driver.execute(f"PRAGMA synchronous={'FULL' if to_disk else 'NORMAL'}")
+
+
+def _write_what_can_be(
+    connection: Connection, records: Sequence[Record]
+) -> Mapping[int, Exception]:
+    """Write all records but the bad ones; return their errors by `id(record)`.
+
+    A group that fails is split in halves until the bad record is alone, whatever the error is
+    called. Raises only what is the database's fault.
+    """
+    try:
+        with connection.begin_nested():
+            write(connection, records)
+    except Exception as error:
+        if fault_of(error) is Fault.DATABASE:
+            raise
+        if len(records) == 1:
+            return {id(records[0]): error}
+        half = len(records) // 2
+        return {
+            **_write_what_can_be(connection, records[:half]),
+            **_write_what_can_be(connection, records[half:]),
+        }
+    return {}
+
+
+def _refuse_to_give_up_all(records: Sequence[Record], bad: Mapping[int, Exception]) -> None:
+    """Raise if none of the records could be written, and no error says that they are at fault.
+
+    Then the cause may be the database. A record that is bad is found once another one comes that
+    can be written beside it.
+    """
+    if len(bad) < len(records):
+        return
+    for error in bad.values():
+        if fault_of(error) is Fault.UNKNOWN:
+            raise error
