@@ -37,9 +37,9 @@ from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.endpoint.answers import MeterHealth
 from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
 from vllm_cost_meter.endpoint.tenant_routes import make_router
-from vllm_cost_meter.errors import LedgerError, SettingError
+from vllm_cost_meter.errors import AwayError, LedgerError, SettingError
 from vllm_cost_meter.journal.writer import JournalWriter
-from vllm_cost_meter.ledger.database import default_url
+from vllm_cost_meter.ledger.database import default_url, parse_url, sqlite_path
 from vllm_cost_meter.ledger.journal_place import journal_folder
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.logs import meter_logger
@@ -274,10 +274,16 @@ class Runtime:
         return await self.side_endpoint.ask(question)
 
     async def _earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
-        await self.applying.catch_up()  # A server may be the first, and there is no ledger yet.
+        # The first server makes the ledger, and a newer one migrates it. On a busy machine its
+        # process may not be there yet, and what earlier runs learnt is in the ledger without it.
+        with contextlib.suppress(AwayError, LedgerError):
+            await self.applying.catch_up()
         return await in_own_thread(self._read_earlier_fit, snapshot)
 
     def _read_earlier_fit(self, snapshot: Snapshot) -> EarlierFit | None:
+        path = sqlite_path(parse_url(self.ledger_url))
+        if path is not None and not path.exists():
+            return None
         with LedgerReader(self.ledger_url) as reader:
             return reader.earlier_fit(snapshot)
 
