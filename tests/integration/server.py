@@ -235,8 +235,16 @@ class Server:
         return reply.json()
 
     def row_of(self, request_id: str) -> Any:
-        """Return a request's row as it is now; None if it is not found."""
-        reply = httpx.get(f"{self.side_url}/cost/requests/{request_id}", timeout=30)
+        """Return a request's row as it is now; None if it is not found.
+
+        While the server cannot tell (503), ask again as a client does.
+        """
+        deadline = time.monotonic() + 20
+        while True:
+            reply = httpx.get(f"{self.side_url}/cost/requests/{request_id}", timeout=30)
+            if reply.status_code != 503 or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
         return None if reply.status_code == 404 else reply.raise_for_status().json()
 
     def bill_of(self, request_id: str, timeout_s: float = 20.0) -> Any:

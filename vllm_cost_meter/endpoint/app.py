@@ -61,7 +61,6 @@ from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsRepo
 from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
-from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.tenants.budgets import BudgetFigures, budget_row
 from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import rfc3339
@@ -201,17 +200,11 @@ def look_up(
 ) -> list[RequestWithParts]:
     """Return the request rows for an id that a viewer may see. Raises HTTPException without any.
 
-    Requests that still run are read again after `refresh`.
+    The ledger is brought up to now first: one more client may have been told a cost by this id.
     """
-
-    def rows_now() -> list[RequestWithParts]:
-        # Who asks counts first: other tenants' requests under this id must not hide its own.
-        return reader.look_up(request_id, only=viewer.tenant)
-
-    rows = rows_now()
-    if not all(row["state"] == FINISHED for row in rows) or not rows:
-        refresh()
-        rows = rows_now()
+    refresh()
+    # Who asks counts first: other tenants' requests under this id must not hide its own.
+    rows = reader.look_up(request_id, only=viewer.tenant)
     # Only an operator sees the matches of an ambiguous id.
     if not rows or (len(rows) > 1 and not viewer.is_admin):
         raise HTTPException(404, f"no request with the id {quoted(request_id)} in the ledger")

@@ -139,9 +139,12 @@ def test_a_request_is_found_by_every_id_it_has(side, path):
     assert [p["request_id"] for p in row["parts"]] == ["internal-1"]
 
 
-def test_a_finished_request_is_told_without_asking_the_engines(side):
-    assert side.get("/cost/requests/h1").json()["state"] == "finished"
-    assert side.refreshed == 0
+def test_an_id_that_one_more_client_was_just_told_a_cost_by_means_both_requests(side):
+    """The ledger is brought up to now before anything is looked up, found or not."""
+    assert side.get("/cost/requests/x-h1").json()["state"] == "finished"
+    side.on_refresh = lambda: side.write(part(4, "h4"), http("h4", x_request_id="x-h1"))
+    assert side.get("/cost/requests/x-h1").status_code == 300
+    assert side.refreshed == 2
 
 
 def test_what_is_not_found_finished_is_looked_up_again_with_the_engines_asked(side):
