@@ -202,6 +202,7 @@ def killed(hard: Server) -> Killed:
             told.append(stream.rows[-1])
             os.kill(hard.engine_pid, signal.SIGKILL)
 
+    hard.balanced()  # the ledger has its first snapshot
     for command in ("audit", "report", "doctor"):
         # A command that closes the ledger beside the server must not take its WAL away.
         environment = {**os.environ, "COST_METER_LEDGER": hard.ledger_url}
