@@ -140,7 +140,6 @@ def test_a_request_is_found_by_every_id_it_has(side, path):
 
 
 def test_an_id_that_one_more_client_was_just_told_a_cost_by_means_both_requests(side):
-    """The ledger is brought up to now before anything is looked up, found or not."""
     assert side.get("/cost/requests/x-h1").json()["state"] == "finished"
     side.on_refresh = lambda: side.write(part(4, "h4"), http("h4", x_request_id="x-h1"))
     assert side.get("/cost/requests/x-h1").status_code == 300
