@@ -51,9 +51,9 @@ def show(
 
 def size_of_ledger(figures: DemoFigures) -> str:
     """Return how large the ledger is, and how long a report of it took."""
-    bills = sum(row["engine_requests"] for row in figures.tenants["tenants"])
+    requests = sum(row["requests"] or 0 for row in figures.tenants["tenants"])
     return (
-        f"{figures.ledger_bytes / 1e6:.1f} MB with its log, {bills} bills;"
+        f"{figures.ledger_bytes / 1e6:.1f} MB with its log, {requests} requests;"
         f" the report by tenants took {figures.report_s:.2f} s"
     )
 
