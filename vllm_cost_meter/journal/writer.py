@@ -270,8 +270,8 @@ class JournalWriter:
 
     def _write(self, group: _Group) -> None:
         journal = self._journal
-        if journal is not None and self._outage.failures_in_a_row and not journal.is_there():
-            # Somebody removed or renamed it, and nobody would find what is appended.
+        if journal is not None and not journal.is_there():
+            # Somebody removed or renamed it: a write would succeed, and nobody would find it.
             self._close_journal()
             journal = None
         if journal is None:

@@ -192,7 +192,6 @@ def test_a_journal_whose_folder_went_away_is_made_anew(folder, caplog):
     writer.start()
     writer.append(part(1)).result(10)
     folder.rename(folder.with_name("elsewhere"))
-    disk[0].failing = OSError(errno.ENOENT, "gone")
     writer.append(part(2)).result(10)
     writer.close()
     assert [record.bill.seq for record in records_of(folder)] == [2]
