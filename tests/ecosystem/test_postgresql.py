@@ -54,6 +54,14 @@ OWNERS = [
 ]
 
 
+@pytest.fixture
+def writer(url: str) -> Iterator[LedgerWriter]:
+    writer = LedgerWriter(url)
+    writer.start()
+    yield writer
+    writer.close()
+
+
 def rows(url: str, query: str) -> list[tuple[Any, ...]]:
     engine = create_engine(url)
     try:

@@ -47,11 +47,12 @@ class BatchWriter:
     """Writes batches to one ledger. Used by one thread."""
 
     def __init__(
-        self, url: str, *, create: bool = True, open_: Callable[..., Engine] = open_database
+        self, url: str, *, upgrade: bool = True, open_: Callable[..., Engine] = open_database
     ) -> None:
-        """With `create` a ledger that is not there is made, the first time only."""
+        """The first time only, make a ledger that is not there, and with `upgrade` migrate it."""
         self.url = url
-        self._create = create
+        self._create = True
+        self._upgrade = upgrade
         self._open = open_
         self._path: Path | None = sqlite_path(parse_url(url))
         self._engine: Engine | None = None
@@ -62,7 +63,12 @@ class BatchWriter:
         if self._engine is not None and self._identity != self._identity_now():
             self.drop()
         if self._engine is None:
-            self._engine = self._open(self.url, create=self._create, busy_timeout_s=ATTEMPT_S)
+            self._engine = self._open(
+                self.url,
+                create=self._create,
+                upgrade=self._create and self._upgrade,
+                busy_timeout_s=ATTEMPT_S,
+            )
             self._identity = self._identity_now()
             self._create = False
         return self._engine

@@ -19,7 +19,7 @@ from vllm_cost_meter.journal.places import FileLock
 from vllm_cost_meter.journal.reader import START, JournalReader
 from vllm_cost_meter.ledger.applier import Applier, read_positions
 from vllm_cost_meter.ledger.batches import BatchWriter
-from vllm_cost_meter.ledger.database import open_to_read, parse_url, sqlite_path
+from vllm_cost_meter.ledger.database import open_to_read
 from vllm_cost_meter.ledger.journal_place import journal_folder
 
 WAIT_S = 1.0
@@ -34,9 +34,8 @@ def catch_up(url: str, timeout_s: float = WAIT_S) -> int:
     folder = journal_folder(url)
     if not places.journal_ids(folder):
         return 0
-    path = sqlite_path(parse_url(url))
     # An older ledger is not migrated by whoever wants to read it.
-    batches = BatchWriter(url, create=path is not None and not path.exists())
+    batches = BatchWriter(url, upgrade=False)
     try:
         lock = FileLock.try_to_take(folder / places.APPLIER_LOCK_NAME)
         if lock is None:

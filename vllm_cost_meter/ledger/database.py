@@ -198,11 +198,16 @@ def filesystem_of(path: Path, mounts: str) -> str:
 
 
 def open_database(
-    url: str, *, create: bool = True, busy_timeout_s: float = BUSY_TIMEOUT_S
+    url: str,
+    *,
+    create: bool = True,
+    upgrade: bool | None = None,
+    busy_timeout_s: float = BUSY_TIMEOUT_S,
 ) -> Engine:
     """Open a ledger's database; create folder, file and schema if absent and `create` is set.
 
-    Raises LedgerError when it cannot be opened, or was written by a newer cost meter.
+    With `upgrade`, by default where `create` is set, an older ledger gets this version's schema.
+    Raises LedgerError when it cannot be opened, or was written by another version.
     """
     parsed = parse_url(url)
     path = sqlite_path(parsed)
@@ -213,7 +218,8 @@ def open_database(
         _make_file(path.resolve())
     elif path is not None:
         _require_file(path, parsed)
-    return _opened(parsed, lambda: _engine(parsed, busy_timeout_s), create=create)
+    upgrade = create if upgrade is None else upgrade
+    return _opened(parsed, lambda: _engine(parsed, busy_timeout_s), create=create, upgrade=upgrade)
 
 
 def open_to_read(url: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
@@ -225,9 +231,9 @@ def open_to_read(url: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
     parsed = parse_url(url)
     path = sqlite_path(parsed)
     if path is None:
-        return in_one_state(_opened(parsed, lambda: _engine(parsed, busy_timeout_s), create=False))
+        return in_one_state(_opened(parsed, lambda: _engine(parsed, busy_timeout_s)))
     _require_file(path, parsed)
-    return _opened(parsed, lambda: _reading_engine(parsed, path, busy_timeout_s), create=False)
+    return _opened(parsed, lambda: _reading_engine(parsed, path, busy_timeout_s))
 
 
 def _require_file(path: Path, parsed: URL) -> None:
@@ -238,13 +244,15 @@ def _require_file(path: Path, parsed: URL) -> None:
         )
 
 
-def _opened(parsed: URL, make: Callable[[], Engine], *, create: bool) -> Engine:
+def _opened(
+    parsed: URL, make: Callable[[], Engine], *, create: bool = False, upgrade: bool = False
+) -> Engine:
     """Return the engine that `make` makes, if it has our schema. Raises LedgerError."""
     shown = parsed.render_as_string(hide_password=True)
     engine: Engine | None = None
     try:
         engine = make()
-        _ensure_schema(engine, shown, create=create)
+        _ensure_schema(engine, shown, create=create, upgrade=upgrade)
     except ImportError as error:
         raise LedgerError(
             f"ledger {shown}: its driver is not installed ({error}); install it into this"
@@ -373,9 +381,9 @@ def refuse_newer(version: int, name: str) -> None:
         )
 
 
-def _ensure_schema(engine: Engine, shown: str, *, create: bool) -> None:
+def _ensure_schema(engine: Engine, shown: str, *, create: bool, upgrade: bool) -> None:
     found = recorded_version(engine)
-    if create and (found is None or found < SCHEMA_VERSION):
+    if create if found is None else upgrade and found < SCHEMA_VERSION:
         _create_schema(engine)
         found = recorded_version(engine)
     if found is None:
