@@ -10,9 +10,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Table
+
 from tests.component.ledger.test_reader import HOUR, http, part, snapshot
 from tests.support.ledger_writer import LedgerWriter
+from vllm_cost_meter.ledger.database import open_database, writing
+from vllm_cost_meter.ledger.rollups.rebuilding import SpanOfSums, differences, rebuild
 from vllm_cost_meter.ledger.schema import metadata
+from vllm_cost_meter.ledger.upkeep.kinds import RowKind, kind_of_rows
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.snapshot import ClassTotals
 
@@ -53,6 +58,37 @@ def rows_of(path: Path) -> Rows:
             name: set(connection.execute(f"SELECT {', '.join(table.c.keys())} FROM {name}"))
             for name, table in metadata.tables.items()
         }
+
+
+def kept_tables() -> dict[str, Table]:
+    """Return the tables whose rows are facts of their own; sums are made anew of these."""
+    return {
+        name: table
+        for name, table in metadata.tables.items()
+        if kind_of_rows(table) is not RowKind.SUM
+    }
+
+
+def without_sums(rows: Rows) -> Rows:
+    return {name: rows[name] for name in kept_tables()}
+
+
+def wrong_sums(path: Path) -> list[SpanOfSums]:
+    """Return the sums of a ledger that its rows do not add up to."""
+    engine = open_database(url_of(path), create=False)
+    try:
+        with engine.connect() as connection:
+            return differences(connection)
+    finally:
+        engine.dispose()
+
+
+def sums_again(path: Path) -> None:
+    """Make the sums of a ledger anew, of rows that a test has changed."""
+    engine = open_database(url_of(path), create=False)
+    with writing(engine).begin() as connection:
+        rebuild(connection)
+    engine.dispose()
 
 
 def noise(size: int, seed: int = 1) -> bytes:

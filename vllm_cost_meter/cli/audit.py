@@ -60,8 +60,9 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             f"{bare['started_at'][:16].replace('T', ' ')} run {bare['run_id'][:8]}:"
             f" {bare['bills']} bills, {bare['ledger_ns'] / 1e9:.3f} s; no totals are known"
         )
-        if bare["uneven_bills"]:
-            yield f"  uneven_bills: {bare['uneven_bills']}"
+        for name in ("uneven_bills", "sums_difference_ns"):
+            if bare[name]:
+                yield f"  {name}: {bare[name]}"
         yield from _missing_lines(bare)
     for loss in answer["journal_losses"][:LINES_MAX]:
         yield (

@@ -25,7 +25,8 @@ from sqlalchemy.pool import NullPool
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private, open_to_others
-from vllm_cost_meter.ledger.migrations import migrate
+from vllm_cost_meter.ledger.migrations import FIRST_WITH_ROLLUPS, migrate
+from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
 from vllm_cost_meter.ledger.untouched import connect_to_read
 
@@ -416,3 +417,5 @@ def _create_schema(engine: Engine) -> None:
             connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
         elif found < SCHEMA_VERSION:
             migrate(connection, found, SCHEMA_VERSION)
+            if found < FIRST_WITH_ROLLUPS:
+                rebuild(connection)

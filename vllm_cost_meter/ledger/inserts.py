@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.ledger import rows, schema
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
+from vllm_cost_meter.ledger.rollups.adding import add, new_rows
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
 from vllm_cost_meter.records.snapshot import Snapshot
 
@@ -62,10 +63,12 @@ def write(connection: Connection, records: Sequence[Record]) -> None:
     opened = [record for record in records if isinstance(record, OpenRequest)]
     merged = newest_snapshots(record for record in records if isinstance(record, Snapshot))
     snapshots = merged.values()
+    new = new_rows(connection, parts, https)
     insert_rows(connection, schema.requests, [rows.part_row(part) for part in parts])
     pieces = [row for part in parts for row in rows.piece_rows(part)]
     insert_rows(connection, schema.usage_pieces, pieces)
     insert_rows(connection, schema.http_requests, [rows.http_row(http) for http in https])
+    add(connection, new)
     insert_rows(connection, schema.open_requests, [rows.open_row(request) for request in opened])
     announced = [part.bill.request_id for part in parts if part.announced]
     _close_billed(connection, [*announced, *(request.request_id for request in opened)])

@@ -105,7 +105,10 @@ MIGRATIONS: Mapping[int, tuple[str | Column, ...]] = {
     ),
     # `create_all` creates journals and journal_losses.
     9: (),
+    # `create_all` creates the rollups, and `rollups.rebuilding` makes their sums.
+    10: (),
 }
+FIRST_WITH_ROLLUPS = 11
 
 
 def migrate(connection: Connection, found: int, wanted: int) -> None:

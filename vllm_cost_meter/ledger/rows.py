@@ -36,7 +36,7 @@ def part_row(part: EngineRequest) -> TableRow:
         "response_id": part.response_id,
         "http_request_id": part.http_request_id,
         "prompt_group": part.prompt_group,
-        **_owner_columns(part.owner),
+        **owner_columns(part.owner),
         "model": part.model,
         "lora": part.lora,
         "route": part.route,
@@ -139,7 +139,7 @@ def open_row(request: OpenRequest) -> TableRow:
         "http_request_id": request.http_request_id,
         "x_request_id": request.x_request_id,
         "prompt_group": request.prompt_group,
-        **_owner_columns(request.owner),
+        **owner_columns(request.owner),
         "model": request.model,
         "lora": request.lora,
         "route": request.route,
@@ -288,7 +288,8 @@ def _energy_columns(snapshot: Snapshot) -> TableRow:
     }
 
 
-def _owner_columns(owner: Owner) -> TableRow:
+def owner_columns(owner: Owner) -> TableRow:
+    """Return the columns that say who pays, which several tables have."""
     return {
         "tenant": owner.tenant,
         "tenant_rule": owner.rule_text,

@@ -7,6 +7,9 @@ Four tables hold cumulative counters, which only a higher snapshot number overwr
 - `engine_hours` and `energy_hours` have the same classes hour by hour.
 - `live_usage` has the usage of the requests that ran at the snapshot.
 
+`rollup_hours` and `rollup_days` add up bills and exchanges by hour and day, so that reports need
+not read them one by one. They follow from the rows, and change in the transaction that writes them.
+
 `journals` says how far each journal is in this file, in the transaction that brought its records.
 
 A row of `open_requests` goes when its bill comes. `billed_hours` follows from the facts in a
@@ -34,7 +37,7 @@ from sqlalchemy import (
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 
 metadata = MetaData()
 
@@ -317,6 +320,53 @@ request_energy = Table(
     Column("reason", Text),
     sqlite_with_rowid=False,
 )
+
+# ---- sums over the bills and exchanges above, made by rollups/
+
+# What rows of one sum have in common: the run and what a report can ask for.
+rollup_groups = Table(
+    "rollup_groups",
+    metadata,
+    # A digest of the other columns, so that it is the same in every ledger.
+    Column("group_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("run_id", _Key, nullable=False),
+    Column("tenant", _Key, nullable=False),
+    Column("tenant_rule", _Key, nullable=False),
+    Column("tenant_parent", _Key),
+    Column("tags", _Key),
+    Column("tenant_above", _Key),
+    Column("model", _Key),
+    Column("lora", _Key),
+    Column("route", _Key),
+    Column("engine_status", _Key, nullable=False),
+)
+
+# The amounts of pieces in a span of hours.
+PIECE_AMOUNTS = tuple(
+    column.name for column in usage_pieces.c if column.name.endswith(("_ns", "_ms", "_tokens"))
+)
+# Exchanges that ended in a span of hours, and their tokens.
+ENDED_AMOUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
+
+
+def _rollup(name: str, span: str, *more: Column[int]) -> Table:
+    return Table(
+        name,
+        metadata,
+        Column(span, Integer, primary_key=True, autoincrement=False),
+        Column("group_id", BigInteger, primary_key=True, autoincrement=False),
+        *more,
+        *(
+            Column(amount, BigInteger, nullable=False)
+            for amount in (*PIECE_AMOUNTS, *ENDED_AMOUNTS)
+        ),
+        sqlite_with_rowid=False,
+    )
+
+
+rollup_hours = _rollup("rollup_hours", "hour")
+# A UTC day; `first_hour` is the first one with GPU time in it.
+rollup_days = _rollup("rollup_days", "day", Column("first_hour", Integer))
 
 # ---- how far this file has the journals of the processes that bill
 

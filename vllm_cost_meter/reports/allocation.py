@@ -248,11 +248,12 @@ def _cells(
             where[hour] = (by_piece[_piece(hour, question)], times)
         return where[hour]
 
+    width = len(question.dimensions)
     for is_usage, spent in ((True, facts.used), (False, facts.other_time)):
         for run_id, hour, key, gpu_time_ns in spent:
             cells, times = place(hour)
             name = REQUESTS if is_usage else key[0]
-            dimensions = key if is_usage else (f"__{name}__",) * len(question.dimensions)
+            dimensions = key if is_usage else (f"__{name}__",) * width
             cells.spent[_Cell(name, dimensions, times)][prices.of(run_id, hour)] += gpu_time_ns
     for hour, key, counts in facts.ended:
         cells, times = place(hour)

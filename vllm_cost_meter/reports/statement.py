@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import tzinfo
 from fractions import Fraction
+from itertools import islice
 from typing import Any, NamedTuple
 
 from vllm_cost_meter.prices.book import described
@@ -153,7 +154,10 @@ def statement(
     groups = _groups(piece, asked, overhead, why)
     lines = _lines(groups)
     whose = _whose(asked)
-    tenants = list(dict.fromkeys(line["tenant"] for line in lines if line["tenant"] is not None))
+    by_tenant: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        if line["tenant"] is not None:
+            by_tenant.setdefault(line["tenant"], []).append(line)
     in_flight_ns = sum(one.gpu_time_ns for one in facts.other_time if one.key == ("in_flight",))
     is_over = asked.to_hour is not None and now_ns >= asked.to_hour * NS_PER_HOUR
     answer = {
@@ -174,7 +178,7 @@ def statement(
         flags = [line.shown for group in groups for line in group]
         lines = [line for line, shown in zip(lines, flags, strict=True) if shown]
         if not lines:
-            known = ", ".join(map(repr, tenants[:SHOWN_MAX])) or "none"
+            known = ", ".join(map(repr, islice(by_tenant, SHOWN_MAX))) or "none"
             raise ValueError(
                 f"tenant: expected one with lines in it ({known}), got {quoted(whose.tenant)}"
             )
@@ -183,12 +187,7 @@ def statement(
         **answer,
         "lines": lines,
         "tenants": [
-            {
-                "tenant": name,
-                "covers": OWN,
-                **_total(line for line in lines if line["tenant"] == name),
-            }
-            for name in tenants
+            {"tenant": name, "covers": OWN, **_total(own)} for name, own in by_tenant.items()
         ],
         "total": _total(lines),
         "whole": _whole(facts, asked, price_of, overhead),
@@ -332,11 +331,13 @@ class _Group(NamedTuple):
 def _shares(used_ns: Mapping[_Group, int], asked: Question) -> dict[_Group, Fraction]:
     """Return each group's part of shared costs; a tenant's part is divided by GPU time."""
     of_tenants: Counter[str] = Counter()
+    by_tenant: dict[str, list[_Group]] = defaultdict(list)
     for group, ns in used_ns.items():
         of_tenants[group.tenant] += ns
+        by_tenant[group.tenant].append(group)
     found: dict[_Group, Fraction] = {}
     for tenant, share in asked.idle.shares(of_tenants).items():
-        groups = [group for group in used_ns if group.tenant == tenant]
+        groups = by_tenant.get(tenant, [])
         if not of_tenants[tenant]:
             found[groups[0] if groups else _Group(tenant, asked.includes(tenant))] = share
             continue

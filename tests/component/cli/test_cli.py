@@ -18,6 +18,7 @@ from tests.component.ledger.test_reader import CLASS_ROWS, T0, http, part, snaps
 from tests.support.builders import make_open
 from tests.support.ledger_writer import LedgerWriter
 from tests.support.small_ledger import live_now
+from tests.support.upkeep import sums_again
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
@@ -170,6 +171,7 @@ def test_what_clients_chose_cannot_steer_the_terminal(ledger):
     sql(ledger, "UPDATE http_requests SET tenant = ?, route = ?", "\x1b[2Jx", "/v1/\u202ey\n")
     sql(ledger, "UPDATE requests SET tenant = ?", "\x1b[2Jx")
     sql(ledger, "UPDATE usage_pieces SET tenant = ?", "\x1b[2Jx")
+    sums_again(ledger)
     for arguments in (
         ["report"],
         ["report", "requests"],
@@ -185,6 +187,7 @@ def test_names_are_shown_as_they_are(ledger):
     name = ":warning: [bold]x[/bold] naïve"
     for table in ("http_requests", "requests", "usage_pieces"):
         sql(ledger, f"UPDATE {table} SET tenant = ?", name)
+    sums_again(ledger)
     assert name in run("report", "--ledger", ledger).stdout
     assert name in run("report", "requests", "--ledger", ledger).stdout
 
@@ -194,6 +197,7 @@ def test_no_figure_is_cut_however_narrow_the_terminal_is(ledger):
     for table in ("http_requests", "requests", "usage_pieces"):
         sql(ledger, f"UPDATE {table} SET tenant = ?", name)
     sql(ledger, "UPDATE http_requests SET output_tokens = 123456789012345")
+    sums_again(ledger)
     for what in ("tenants", "requests"):
         result = run("report", what, "--ledger", ledger, COLUMNS="20")
         assert "…" not in result.stdout
@@ -204,6 +208,7 @@ def test_no_figure_is_cut_however_narrow_the_terminal_is(ledger):
 
 def test_rows_that_do_not_add_up_end_with_1_and_the_difference(ledger):
     sql(ledger, "DELETE FROM usage_pieces WHERE seq = 2")
+    sums_again(ledger)
     result = run("report", "--ledger", ledger)
     assert result.exit_code == 1
     assert "DOES NOT ADD UP: 300 ns of 0.000002 GPU-seconds are missing" in result.stdout

@@ -9,6 +9,7 @@ import pytest
 
 from tests.component.cli.test_cli import EVIL, cells, one_line, record, run, sql, write_ledger
 from tests.component.ledger.test_reader import T0, part, snapshot
+from tests.support.upkeep import sums_again
 from vllm_cost_meter.records.snapshot import ClassTotals
 
 
@@ -80,6 +81,7 @@ def test_a_report_as_json_is_that_of_the_side_endpoint(ledger):
 
 def test_a_tag_and_its_values_cannot_steer_the_terminal_nor_a_spreadsheet(ledger):
     sql(ledger, "UPDATE requests SET tags = ?", json.dumps({"=x\x1b": "=1\x1b[2J"}))
+    sums_again(ledger)
     for option in ([], ["--csv"]):
         result = run("report", "--aggregate", "tag:=x\x1b", *option, "--ledger", ledger)
         assert all(c.isprintable() or c in "\r\n" for c in result.stdout)
@@ -125,6 +127,7 @@ def test_a_wrong_word_of_a_report_is_one_line_and_2(ledger, arguments, said):
 
 def test_a_report_of_missing_bills_ends_with_1(ledger):
     sql(ledger, "DELETE FROM usage_pieces WHERE seq = 2")
+    sums_again(ledger)
     result = run("report", "--aggregate", "model", "--ledger", ledger)
     assert result.exit_code == 1
     assert "DOES NOT ADD UP: 300 ns" in result.stdout
@@ -204,6 +207,7 @@ def test_a_statement_goes_into_a_file_as_it_would_be_printed(ledger, tmp_path, f
 
 def test_a_statement_that_does_not_add_up_ends_with_1(ledger):
     sql(ledger, "DELETE FROM usage_pieces WHERE seq = 2")
+    sums_again(ledger)
     result = run("statement", "--all", "--month", "2027-01", "--ledger", ledger)
     assert result.exit_code == 1
     assert "audit: DOES NOT ADD UP: 300 ns" in result.stdout

@@ -15,6 +15,7 @@ from tests.component.cli.test_cli import no_settings
 from tests.component.ledger.test_economics import write
 from tests.component.ledger.test_reader import Ledger
 from tests.support.small_ledger import live_now
+from tests.support.upkeep import sums_again
 from tests.unit.lab.test_sweep import SHAPE, curve, swept
 from vllm_cost_meter.cli import budgets
 from vllm_cost_meter.cli import sweep as sweeping
@@ -150,6 +151,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
         for table in ("http_requests", "requests"):
             connection.execute(f"UPDATE {table} SET cost_nanousd = 12345678901234")
+    sums_again(folder / "ledger.db")
     (folder / "meter.toml").write_text(SETTINGS)
     (folder / "readings.csv").write_text(READINGS)
     found = curve(swept(Plan(SHAPE, window_s=100, warmup_s=10)))

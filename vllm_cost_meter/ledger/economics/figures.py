@@ -74,7 +74,8 @@ WHERE gpu_ns > 0""",
     # Prefill and decode by hour: their time, and the tokens computed in it.
     "pieces": """SELECT 1.0 * prefill_ns AS prefill_ns, 1.0 * decode_ns AS decode_ns,
        prefill_tokens, decode_tokens, usd_per_gpu_hour
-FROM usage_pieces LEFT JOIN price
+FROM rollup_hours JOIN rollup_groups ON rollup_groups.group_id = rollup_hours.group_id
+LEFT JOIN price
   ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour
 WHERE {hours}""",
     # The parts of ended exchanges by prompt. A prompt counts once, even if several parts share it.

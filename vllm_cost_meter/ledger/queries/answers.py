@@ -115,6 +115,8 @@ class AuditRun(TypedDict):
     """The numbers of bills that the ledger lacks, as text: `"7"`, `"9-12"`."""
     uneven_bills: int
     """Number of bills that are not the sum of their pieces by hour."""
+    sums_difference_ns: int
+    """GPU-ns: how far the sums that reports read are from the bills, hour by hour."""
     hours_difference_ns: int
     """GPU-ns: how far the hours are from the totals, summed over all classes."""
     energy_mj: int | None
@@ -160,6 +162,8 @@ class AuditWithoutTotals(TypedDict):
     """The numbers of bills that the ledger lacks up to the last one, as text."""
     uneven_bills: int
     """Number of bills that are not the sum of their pieces by hour."""
+    sums_difference_ns: int
+    """GPU-ns: how far the sums that reports read are from the bills, hour by hour."""
 
 
 class JournalLoss(TypedDict):

@@ -9,7 +9,8 @@ These must be equal, or hold, for each run:
 - the engine's hours and its totals, class by class;
 - the class `in_flight`, and the time of all open requests with the step that ran;
 - the energy that was read, and that of all classes and requests, if it is known;
-- each bill, and the sum of its pieces.
+- each bill, and the sum of its pieces;
+- the pieces of all bills, and the sums by hour and day that reports read.
 
 The last bills of a dead run are beyond its last snapshot: no engine's count is there to hold
 against them, but for their numbers and pieces. Bills are counted first. The query for gaps runs
@@ -30,6 +31,7 @@ from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithout
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals, bills_up_to
 from vllm_cost_meter.ledger.queries.energy import audited
 from vllm_cost_meter.ledger.queries.tenants import after_cut
+from vllm_cost_meter.ledger.rollups.rebuilding import time_differences
 from vllm_cost_meter.ledger.schema import journal_losses, request_energy, requests, usage_pieces
 from vllm_cost_meter.records.snapshot import CLASSES
 
@@ -44,6 +46,7 @@ DIFFERENCES = (
     "hours_difference_ns",
     "in_flight_difference_ns",
     "uneven_bills",
+    "sums_difference_ns",
     "energy_difference_mj",
 )
 
@@ -54,10 +57,11 @@ def audit_at(connection: Connection, cut: Cut, not_applied: int | None = 0) -> A
     `not_applied` is how many records journals hold that the ledger lacks; None if unknown.
     """
     uneven = _uneven_bills(connection, cut)
-    runs = _audit_runs(connection, cut, uneven)
-    bare = [_audit_bare(connection, run, uneven) for run in cut.without_totals]
+    sums = time_differences(connection)
+    runs = _audit_runs(connection, cut, uneven, sums)
+    bare = [_audit_bare(connection, run, uneven, sums) for run in cut.without_totals]
     balanced: bool | None = all(run["balanced"] for run in runs)
-    if any(run["missing_bills"] or run["uneven_bills"] for run in bare):
+    if any(not _is_whole(run) for run in bare):
         balanced = False
     losses = journal_losses_of(connection)
     if losses:
@@ -88,7 +92,9 @@ def journal_losses_of(connection: Connection) -> list[JournalLoss]:
     return [cast("JournalLoss", dict(row)) for row in rows]
 
 
-def _audit_runs(connection: Connection, cut: Cut, uneven: Mapping[str, int]) -> list[AuditRun]:
+def _audit_runs(
+    connection: Connection, cut: Cut, uneven: Mapping[str, int], sums: Mapping[str, int]
+) -> list[AuditRun]:
     """Return a row for each run that has a snapshot, with all its differences."""
     counted = {run.run_id: run.snapshot_seq for run in cut.runs}
     held = _total_by_run(connection, cut.last_bills(), requests, func.count())
@@ -102,6 +108,7 @@ def _audit_runs(connection: Connection, cut: Cut, uneven: Mapping[str, int]) -> 
             run,
             ledger_ns=billed.get(run.run_id, 0),
             uneven=uneven.get(run.run_id, 0),
+            sums_ns=sums.get(run.run_id, 0),
             energy=audited(run, requests_mj),
             missing=[]
             if held.get(run.run_id, 0) == run.last_seq
@@ -113,7 +120,10 @@ def _audit_runs(connection: Connection, cut: Cut, uneven: Mapping[str, int]) -> 
 
 
 def _audit_bare(
-    connection: Connection, run: RunWithoutTotals, uneven: Mapping[str, int]
+    connection: Connection,
+    run: RunWithoutTotals,
+    uneven: Mapping[str, int],
+    sums: Mapping[str, int],
 ) -> AuditWithoutTotals:
     billed = run.billed
     whole = billed.bills == billed.last_seq
@@ -126,7 +136,12 @@ def _audit_bare(
         "last_seq": billed.last_seq,
         "missing_bills": [] if whole else missing_bills(connection, run.run_id, billed.last_seq),
         "uneven_bills": uneven.get(run.run_id, 0),
+        "sums_difference_ns": sums.get(run.run_id, 0),
     }
+
+
+def _is_whole(run: AuditWithoutTotals) -> bool:
+    return not (run["missing_bills"] or run["uneven_bills"] or run["sums_difference_ns"])
 
 
 def is_balanced(run: Mapping[str, Any]) -> bool:
@@ -145,6 +160,7 @@ def _audit_run(
     *,
     ledger_ns: int,
     uneven: int,
+    sums_ns: int,
     energy: Mapping[str, int | None],
     missing: list[str],
     lost: Lost,
@@ -177,6 +193,7 @@ def _audit_run(
         "last_bills_in_flight_ns": run.last_bills.in_flight_ns,
         "missing_bills": missing,
         "uneven_bills": uneven,
+        "sums_difference_ns": sums_ns,
         "hours_difference_ns": _hours_difference(run, totals),
         **energy,
         "in_flight_difference_ns": _in_flight_difference(run, totals),

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 from sqlalchemy import (
@@ -56,6 +57,7 @@ from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.records.snapshot import CLASSES
 from vllm_cost_meter.reports.answers import Hours
+from vllm_cost_meter.units.calendar import FIRST_HOUR
 from vllm_cost_meter.units.time import (
     NS_PER_HOUR,
     NS_PER_MS,
@@ -215,6 +217,21 @@ class Cut:
 
     def prices_of(self) -> dict[str, RunPrices]:
         return {run.run_id: run.prices for run in self.all_runs}
+
+    def runs_by_price(self) -> dict[str, str]:
+        """Return for each run one that has the same price at every hour, to add them up under.
+
+        A run without a price at some hour stands for itself: a report names it.
+        """
+        changes = self.book.price_changes()
+        stands_for: dict[tuple[Fraction, ...], str] = {}
+        found = {}
+        for run in self.all_runs:
+            ever = [run.prices.at(hour) for hour in (FIRST_HOUR, *changes)]
+            known = tuple(price.usd_per_gpu_hour for price in ever if price is not None)
+            is_whole = len(known) == len(ever)
+            found[run.run_id] = stands_for.setdefault(known, run.run_id) if is_whole else run.run_id
+        return found
 
     def wall_gpu_ns(self) -> int:
         """Return wall time x GPUs over all runs; in a window, the time in its engine hours."""

@@ -1,8 +1,7 @@
 """Read the facts of a report: usage by run, hour and dimensions, and engine time by class.
 
-One query adds up the usage pieces of all bills up to the cut; it joins their requests only if a
-dimension is a column of `requests`. The engines' hours give the classes. A third query counts the
-requests that ended.
+One query adds up the usage of all bills up to the cut, and another the requests that ended; both
+read sums by hour and day, and no bill (`rollups`). The engines' hours give the classes.
 
 If no column is a time, hours between two changes of price are added up into one span. So a month
 has one row per tenant. Prices are not applied here: `reports.allocation` prices each run's hours.
@@ -13,26 +12,28 @@ is missing.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import CTE, Text, column, func, select
+from sqlalchemy import values as sql_values
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import COVERED_NAME, HIDDEN, told
 from vllm_cost_meter.ledger.ends.run_time import RunTime
 from vllm_cost_meter.ledger.queries.costs import CutCosts
-from vllm_cost_meter.ledger.queries.cut import Cut, bills_up_to, stretch
+from vllm_cost_meter.ledger.queries.cut import Cut, stretch
 from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
-from vllm_cost_meter.ledger.queries.own_bills import bills_of, pieces_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
+from vllm_cost_meter.ledger.rollups.reading import usage_at
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import COUNTS, REQUESTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import COVERED, LABEL, NO, TAG, YES, Question
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.reports.tenant_details import tenant_details
-from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
 
 # The name that no tenant has.
 NAMELESS = ""
@@ -134,55 +135,56 @@ def _hours_of(
 def _ended(
     connection: Connection, cut: Cut, question: Question, columns: Sequence[str]
 ) -> list[Ended]:
-    by = ("hour", *columns) if question.tells_hours_apart else tuple(columns)
-    found = []
-    ended = count_ended(connection, cut.window, by, question, cut.whose)
-    for values, counts in ended.items():
-        hour = None
-        if question.tells_hours_apart:
-            hour = unix_ns_of(f"{values[0]}:00Z") // NS_PER_HOUR
-            values = values[1:]
-        found.append(Ended(hour, _key(question.dimensions, columns, values), counts))
-    return found
+    apart = question.tells_hours_apart
+    by = ("hour", *columns) if apart else tuple(columns)
+    ended = count_ended(connection, cut.window, by, question, cut.whose, _splits(cut, question))
+    key_of = _key_of_values(question.dimensions, columns)
+    return [
+        Ended(values[0] if apart else None, key_of(values[1:] if apart else values), counts)
+        for values, counts in ended.items()
+    ]
+
+
+def _splits(cut: Cut, question: Question) -> Sequence[int] | None:
+    """Return the hours within a day at which facts must be kept apart; None means at all hours."""
+    if question.tells_hours_apart and (
+        "hour" in (question.step, *question.times) or question.zone is not UTC
+    ):
+        return None
+    return cut.book.price_changes()
 
 
 def _usage(
     connection: Connection, cut: Cut, question: Question, columns: Sequence[str]
 ) -> BilledUsage:
-    last = cut.last_bills()
-    if not last:
-        return BilledUsage([], {})
-    pieces = pieces_of(cut.whose)
-    bills = bills_of(cut.whose)
-    at, p, r = bills_up_to(last), pieces.c, bills.c
-    # Pieces have a column for the tenant, so a report by tenant alone reads no request.
-    own = {"tenant": p.tenant, "labels": labels_of(p.run_id)}
-    known = {**own, COVERED: told(r, question)}
-    keys = [known[name] if name in known else r[name] for name in columns]
+    u = usage_at(cut, _splits(cut, question)).c
+    known = {"labels": labels_of(u.run_id), COVERED: told(u, question)}
+    keys = [known[name] if name in known else u[name] for name in columns]
     groups = [
         COVERED_NAME if name == COVERED else key for name, key in zip(columns, keys, strict=True)
     ]
-    joined = pieces.join(at, and_(p.run_id == at.c.run_id, p.seq <= at.c.last_seq))
-    if set(columns) - own.keys():
-        joined = joined.join(bills, and_(r.run_id == p.run_id, r.seq == p.seq))
     more = PART_SUMS if question.is_by_tenant else ()
     apart = question.tells_hours_apart
-    hours = [p.hour] if apart else stretch(p.hour, cut.book.price_changes())
+    hours = [u.hour] if apart else stretch(u.hour, cut.book.price_changes())
+    # Without a run there is no bill.
+    if not (runs_by_price := cut.runs_by_price()):
+        return BilledUsage([], {})
+    stands = _standing(runs_by_price)
     asked = (
         select(
-            *(p.run_id, p.hour if apart else func.min(p.hour)),
-            *(func.sum(p.prefill_ns + p.decode_ns), *keys),
-            *(func.sum(p[name]) for name in more),
+            *(stands.c.stands_for, u.hour if apart else func.min(u.hour)),
+            *(func.sum(u.prefill_ns + u.decode_ns), *keys),
+            *(func.sum(u[name]) for name in more),
         )
-        .select_from(joined)
-        .where(cut.window.on_hours(p.hour))
-        .group_by(p.run_id, *hours, *groups)
+        .join(stands, stands.c.run_id == u.run_id)
+        .group_by(stands.c.stands_for, *hours, *groups)
     )
     # Different JSON texts of tags or labels may agree in the names that are asked for.
     spent: Counter[tuple[str, int, Key]] = Counter()
     sums: dict[str, dict[str, int]] = {}
+    key_of = _key_of_values(question.dimensions, columns)
     for run_id, hour, gpu_time_ns, *values in connection.execute(asked):
-        key = _key(question.dimensions, columns, values[: len(columns)])
+        key = key_of(values)
         spent[run_id, hour, key] += int(gpu_time_ns)
         if more:
             details = sums.setdefault(_details_name_of(key, question), dict.fromkeys(more, 0))
@@ -191,22 +193,42 @@ def _usage(
     return BilledUsage([Used(*key, ns) for key, ns in spent.items()], sums)
 
 
+def _standing(runs_by_price: Mapping[str, str]) -> CTE:
+    """Return a table of the run that stands for each run."""
+    table = sql_values(column("run_id", Text), column("stands_for", Text), name="standing")
+    return table.data(list(runs_by_price.items())).cte()
+
+
 def _column(dimension: str) -> str:
-    for kind, column in _WITHIN.items():
+    for kind, name in _WITHIN.items():
         if dimension.startswith(kind):
-            return column
+            return name
     return _COLUMN.get(dimension, dimension)
 
 
-def _key(dimensions: Sequence[str], columns: Sequence[str], values: Sequence[Any]) -> Key:
-    """Return the values of the dimensions from a row's columns."""
-    row = dict(zip(columns, values, strict=True))
-    texts = {name: json.loads(row[name]) for name in _WITHIN.values() if row.get(name)}
+def _key_of_values(
+    dimensions: Sequence[str], columns: Sequence[str]
+) -> Callable[[Sequence[Any]], Key]:
+    """Return a function from the values of a row's columns to those of the dimensions."""
+    places = [columns.index(_column(dimension)) for dimension in dimensions]
+    names = [
+        name if kind + colon in _WITHIN else None
+        for kind, colon, name in (dimension.partition(":") for dimension in dimensions)
+    ]
+    wanted = list(zip(places, names, strict=True))
 
-    def value_of(dimension: str) -> Any:
-        kind, colon, name = dimension.partition(":")
-        within = _WITHIN.get(kind + colon)
-        return row[_column(dimension)] if within is None else texts.get(within, {}).get(name)
+    def key_of(values: Sequence[Any]) -> Key:
+        found = (
+            values[place] if name is None else _texts(values[place]).get(name)
+            for place, name in wanted
+        )
+        return tuple(UNALLOCATED if value is None else str(value) for value in found)
 
-    found = map(value_of, dimensions)
-    return tuple(UNALLOCATED if value is None else str(value) for value in found)
+    return key_of
+
+
+# Rows repeat the tags of a few tenants and the labels of a few runs.
+@lru_cache(1_000)
+def _texts(text: str | None) -> Mapping[str, Any]:
+    texts: Mapping[str, Any] = json.loads(text) if text else {}
+    return texts

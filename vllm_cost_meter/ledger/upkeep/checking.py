@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, Table, and_, func, or_, select
 
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
+from vllm_cost_meter.ledger.rollups.rebuilding import wrong_days, wrong_hours
 from vllm_cost_meter.ledger.schema import (
     SCHEMA_VERSION,
     cost_models,
@@ -152,6 +153,8 @@ def _identities(connection: sqlite3.Connection) -> Iterator[LedgerCheck]:
         name = f"{table.name} have their {with_table.name}"
         yield _no_rows(connection, name, _without(table, with_table))
     yield _no_rows(connection, "bills are the sum of their pieces", _uneven_bills())
+    yield _no_rows(connection, "rollup_hours are the sums of the bills", wrong_hours())
+    yield _no_rows(connection, "rollup_days are the sums of their hours", wrong_days())
     for table in _HOURS:
         name = f"{table.name} add up to their snapshots"
         yield _no_rows(connection, name, _uneven_hours(table))

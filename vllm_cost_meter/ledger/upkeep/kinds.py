@@ -29,6 +29,8 @@ class RowKind(StrEnum):
     OWN = "own"
     # Follows from the facts of a provider's bills, and is computed from them.
     BILLED_HOURS = "billed hours"
+    # Adds up other rows of this file, and is made anew of them.
+    SUM = "sum"
     # The version of the tables themselves.
     VERSION = "version"
 
@@ -47,6 +49,9 @@ _KINDS = {
     schema.requests.name: RowKind.FACT,
     schema.usage_pieces.name: RowKind.FACT,
     schema.request_energy.name: RowKind.FACT,
+    schema.rollup_groups.name: RowKind.SUM,
+    schema.rollup_hours.name: RowKind.SUM,
+    schema.rollup_days.name: RowKind.SUM,
     schema.journals.name: RowKind.OWN,
     schema.journal_losses.name: RowKind.FACT,
     schema.billing_snapshots.name: RowKind.DECLARED,

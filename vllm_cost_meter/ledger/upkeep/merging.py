@@ -35,6 +35,7 @@ from vllm_cost_meter.ledger.billing.facts import hour_row, lines_in, readings_in
 from vllm_cost_meter.ledger.billing.hours import Change, ImportLimits, change_of
 from vllm_cost_meter.ledger.database import cause_of, open_database, url_of, writing
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
+from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import (
     billed_hours,
     billing_snapshots,
@@ -158,12 +159,13 @@ def _merge(
                 attached = table.to_metadata(MetaData(), schema=f"other{number}")
                 merged[table.name] = _add(connection, table, attached, other, merged[table.name])
         connection.execute(delete(open_requests).where(is_billed()))
+        rebuild(connection)
         if dry_run:
             transaction.rollback()
     return [
         merged[table.name]
         for table in metadata.sorted_tables
-        if kind_of_rows(table) is not RowKind.VERSION
+        if kind_of_rows(table) not in (RowKind.VERSION, RowKind.SUM)
     ]
 
 
@@ -172,7 +174,7 @@ def _add(
 ) -> MergedTable:
     """Add the rows of a table of another ledger. Raises LedgerError for a contradiction."""
     kind = kind_of_rows(table)
-    if kind in (RowKind.VERSION, RowKind.OWN, RowKind.BILLED_HOURS):
+    if kind in (RowKind.VERSION, RowKind.OWN, RowKind.BILLED_HOURS, RowKind.SUM):
         return so_far
     differing = 0
     if kind in (RowKind.FACT, RowKind.DECLARED):

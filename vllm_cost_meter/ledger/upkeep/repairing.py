@@ -25,6 +25,7 @@ from vllm_cost_meter.ledger.database import open_database, refuse_newer, url_of,
 from vllm_cost_meter.ledger.migrations import MIGRATIONS
 from vllm_cost_meter.ledger.migrations import Column as AddedColumn
 from vllm_cost_meter.ledger.queries.audit import missing_bills
+from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import (
     SCHEMA_VERSION,
     journals,
@@ -47,6 +48,7 @@ from vllm_cost_meter.ledger.upkeep.copies import (
     rows_by_table,
 )
 from vllm_cost_meter.ledger.upkeep.forms import TableForm
+from vllm_cost_meter.ledger.upkeep.kinds import RowKind, kind_of_rows
 from vllm_cost_meter.ledger.upkeep.salvage import Salvage
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     FreeBytes,
@@ -63,7 +65,7 @@ from vllm_cost_meter.ledger.upkeep.sqlite_files import (
 )
 from vllm_cost_meter.ledger.upkeep.statements import insert_text, sql_of
 from vllm_cost_meter.ledger.upkeep.wal import read_wal
-from vllm_cost_meter.units.time import rfc3339
+from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 
 # Rows are written in such groups.
 _ROWS_AT_ONCE = 5_000
@@ -117,7 +119,11 @@ def repair(
         publish(part, path)
     return Repair(
         aside,
-        [_saved_table(name, saved, found) for name in metadata.tables],
+        [
+            _saved_table(name, saved, found)
+            for name, table in metadata.tables.items()
+            if kind_of_rows(table) is not RowKind.SUM
+        ],
         gaps,
         damaged_frames,
         found.unclear_pages,
@@ -209,16 +215,20 @@ def _insert(
     form: TableForm,
     rows: list[tuple[Value, ...]],
 ) -> None:
-    """Insert rows. One that the table does not take is damaged, and counted."""
+    """Insert rows. One that the table does not take, or without its instant, is damaged."""
     table = metadata.tables[form.name]
     place = {column.name: at for at, column in enumerate(form.stored)}
     # The order of the schema is that of the statement, whatever order the file has.
     kept = [place[column.name] for column in table.c if column.name in place]
     text = insert_text(table, [form.stored[at].name for at in kept])
+    instants = [at for at in kept if form.stored[at].name.endswith("_at")]
     for row in rows:
         try:
+            for at in instants:
+                if row[at] is not None:
+                    unix_ns_of(str(row[at]))
             connection.execute(text, [row[at] for at in kept])
-        except (sqlite3.Error, OverflowError, UnicodeError):
+        except (sqlite3.Error, ValueError, OverflowError, UnicodeError):
             found.losses[form.name].damaged_rows += 1
 
 
@@ -257,6 +267,7 @@ def _finish(part: Path) -> None:
         with writing(engine).begin() as connection:
             # What of the journals is still there is applied again: rows may be lost that were.
             connection.execute(delete(journals))
+            rebuild(connection)
             for table in metadata.tables.values():
                 for index in table.indexes:
                     index.create(connection, checkfirst=True)

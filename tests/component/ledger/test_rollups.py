@@ -1,0 +1,36 @@
+"""Sums that something else has changed: the audit and the check of the file see it."""
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from tests.component.ledger.test_reader import Ledger, part, snapshot
+from tests.support.upkeep import url_of
+from vllm_cost_meter.ledger.upkeep.checking import check_ledger
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(url_of(tmp_path / "ledger.db"))
+    yield ledger
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("changed", "ns"),
+    [
+        ("UPDATE rollup_hours SET decode_ns = decode_ns + 1", 2),  # its day has not got it either
+        ("UPDATE rollup_days SET prefill_ns = 0", 100),
+        ("DELETE FROM rollup_groups", 300),
+        ("UPDATE usage_pieces SET hour = hour + 1", 600),
+    ],
+)
+def test_sums_that_are_not_those_of_the_bills_are_seen(ledger, tmp_path, changed, ns):
+    ledger.write(part(1), snapshot([part(1)]))
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection, connection:
+        connection.execute(changed)
+    audit = ledger.audit()
+    assert (audit["balanced"], audit["runs"][0]["sums_difference_ns"]) == (False, ns)
+    wrong = [one.name for one in check_ledger(ledger.url, full=True) if not one.ok]
+    assert any(name.startswith("rollup_") for name in wrong)

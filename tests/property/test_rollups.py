@@ -1,0 +1,122 @@
+"""Sums by hour and day are what the rows add up to, in whatever order and batches the rows come.
+
+Two judges: the queries that make the sums anew, which share no code with the incremental way; and a
+few lines of plain Python over the drawn records.
+"""
+
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from tests.component.ledger.test_reader import http, part
+from tests.support.examples import examples
+from tests.support.upkeep import rows_of, url_of, wrong_sums
+from vllm_cost_meter.ledger.database import open_database, writing
+from vllm_cost_meter.ledger.inserts import write
+from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
+from vllm_cost_meter.ledger.schema import rollup_days, rollup_hours
+from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.owner import NamedBy, Owner
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Usage
+
+# Around midnight, UTC.
+MIDNIGHT = 500_016
+NS = 3_600 * 10**9
+OWNERS = (
+    Owner("alice"),
+    Owner("alice/web", NamedBy("api_key"), NamedBy("user"), "alice", {"team": "blue"}),
+    Owner("bob", NamedBy("api_key"), parent="group"),
+)
+hours = st.integers(MIDNIGHT - 2, MIDNIGHT + 2)
+tokens = st.none() | st.integers(0, 9)
+exchange_ids = st.sampled_from(["h1", "h2", "h3"])
+owners = st.sampled_from(OWNERS)
+
+
+@st.composite
+def bills(draw: st.DrawFn) -> list[EngineRequest]:
+    found = []
+    for seq in range(1, draw(st.integers(0, 6)) + 1):
+        spent = draw(st.dictionaries(hours, st.integers(0, 50), max_size=3))
+        pieces = tuple(UsagePiece(hour, ns, 2 * ns, 3, 4) for hour, ns in sorted(spent.items()))
+        changes = {
+            "owner": draw(owners),
+            "model": draw(st.sampled_from([None, "m", "n"])),
+            "lora": draw(st.sampled_from([None, "x"])),
+            "prompt_group": draw(st.sampled_from(["p", "q"])),
+            "finished_at_ns": draw(hours) * NS + 1,
+        }
+        run, status = draw(st.sampled_from("ab")), draw(st.sampled_from(["stop", "abort"]))
+        made = part(seq, draw(exchange_ids | st.none()), run_id=run, pieces=pieces, status=status)
+        found.append(replace(made, **changes))
+    return found
+
+
+@st.composite
+def replies(draw: st.DrawFn) -> list[HttpRequest]:
+    ids = draw(st.frozensets(exchange_ids))
+    return [
+        replace(
+            http(id, Usage(draw(tokens), draw(tokens), draw(tokens))),
+            owner=draw(owners),
+            finished_at_ns=draw(hours) * NS + 1,
+        )
+        for id in sorted(ids)
+    ]
+
+
+@settings(max_examples=examples(60))
+@given(bills(), replies(), st.randoms(), st.data())
+def test_sums_are_those_of_the_rows_in_any_order_and_batches(parts, https, chance, data):
+    records = [*parts, *https]
+    # Some come twice, as an applier that was killed brings them.
+    records += data.draw(st.lists(st.sampled_from(records), max_size=3)) if records else []
+    chance.shuffle(records)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(records)), max_size=3)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.db"
+        engine = open_database(url_of(path))
+        for low, high in zip([0, *cuts], [*cuts, len(records)], strict=True):
+            with writing(engine).begin() as connection:
+                write(connection, records[low:high])
+        assert wrong_sums(path) == []
+        with engine.connect() as connection:
+            judge_by_hand(connection, parts, https)
+        before = rows_of(path)
+        with writing(engine).begin() as connection:
+            rebuild(connection)
+        after = rows_of(path)
+        for table in (rollup_hours, rollup_days):
+            assert after[table.name] == before[table.name]
+        engine.dispose()
+
+
+def judge_by_hand(connection, parts, https) -> None:
+    spent, days = Counter(), Counter()
+    for one in parts:
+        for piece in one.bill.pieces:
+            spent[piece.hour] += piece.prefill_ns + piece.decode_ns
+            days[piece.hour // 24] += piece.prefill_ns + piece.decode_ns
+    ended = Counter(
+        reply.finished_at_ns // NS
+        for reply in https
+        if any(one.http_request_id == reply.http_request_id for one in parts)
+    )
+    found, found_days, found_ended = Counter(), Counter(), Counter()
+    for row in connection.execute(select(rollup_hours)):
+        found[row.hour] += row.prefill_ns + row.decode_ns
+        found_ended[row.hour] += row.requests
+    for row in connection.execute(select(rollup_days)):
+        found_days[row.day] += row.prefill_ns + row.decode_ns
+        spent_there = [h for h in spent if h // 24 == row.day and spent[h]]
+        assert row.first_hour is None or row.first_hour in range(row.day * 24, row.day * 24 + 24)
+        if row.prefill_ns:
+            assert row.first_hour in spent_there
+    assert +found == +spent
+    assert +found_days == +days
+    assert +found_ended == +ended

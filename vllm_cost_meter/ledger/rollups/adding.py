@@ -1,0 +1,170 @@
+"""Add what new rows add up to, in the transaction that writes them.
+
+Rows may come twice, in any order and in any batch. So before the rows are written, `new_rows` looks
+which of them the ledger lacks. A new bill adds its pieces. An exchange is counted whole: what it
+added before is taken off, and what it adds now is put on, because its HTTP row and its parts may
+come apart.
+
+The ledger of a SQLite file has one writer at a time. In PostgreSQL a lock, until the transaction
+ends, does that for all that write here.
+
+Invariant: after each transaction the sums are what `rebuilding.py` would make of the rows.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import Select, select, text
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.rollups.exchanges import EndedExchanges, PartFacts, ReplyFacts, ended_of
+from vllm_cost_meter.ledger.rollups.groups import Group
+from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, in_chunks, nothing, write
+from vllm_cost_meter.ledger.rows import owner_columns
+from vllm_cost_meter.ledger.schema import PIECE_AMOUNTS, http_requests, requests
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
+from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
+
+_LOCK = 0x636F73745F72  # "cost_r": a number of our own among PostgreSQL's locks
+
+
+class NewRows(NamedTuple):
+    """The records of a batch that the ledger lacks, each once."""
+
+    parts: Mapping[tuple[str, int], EngineRequest]
+    replies: Mapping[str, HttpRequest]
+
+
+def new_rows(
+    connection: Connection, parts: Sequence[EngineRequest], replies: Sequence[HttpRequest]
+) -> NewRows:
+    """Return the bills and HTTP requests that are not in the ledger yet."""
+    if (parts or replies) and connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+    by_key: dict[tuple[str, int], EngineRequest] = {}
+    for part in parts:
+        by_key.setdefault((part.bill.run_id, part.bill.seq), part)
+    by_id: dict[str, HttpRequest] = {}
+    for reply in replies:
+        by_id.setdefault(reply.http_request_id, reply)
+    for key in _bills_there(connection, by_key):
+        del by_key[key]
+    h = http_requests.c.http_request_id
+    for ids in in_chunks(list(by_id)):
+        for (id,) in connection.execute(select(h).where(h.in_(ids))).all():
+            del by_id[id]
+    return NewRows(by_key, by_id)
+
+
+def _bills_there(
+    connection: Connection, keys: Iterable[tuple[str, int]]
+) -> Iterator[tuple[str, int]]:
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for run_id, seq in keys:
+        numbers[run_id].append(seq)
+    r = requests.c
+    for run_id, seqs in numbers.items():
+        for some in in_chunks(seqs):
+            there = select(r.seq).where(r.run_id == run_id, r.seq.in_(some))
+            for (seq,) in connection.execute(there).all():
+                yield run_id, seq
+
+
+def add(connection: Connection, new: NewRows) -> None:
+    """Add what new rows add up to; they must be written already."""
+    sums: SumsByKey = {}
+    for part in new.parts.values():
+        _add_pieces(sums, part)
+    for ended, sign in _ends(connection, new):
+        _add_end(sums, ended, sign)
+    write(connection, sums)
+
+
+def _add_pieces(sums: SumsByKey, part: EngineRequest) -> None:
+    group = _group_of(part)
+    for piece in part.bill.pieces:
+        known = sums.setdefault(SumKey(piece.hour, group), nothing())
+        for place, name in enumerate(PIECE_AMOUNTS):
+            known[place] += getattr(piece, name)
+
+
+def _add_end(sums: SumsByKey, ended: EndedExchanges, sign: int) -> None:
+    known = sums.setdefault(SumKey(ended.hour, ended.group), nothing())
+    for place, amount in enumerate(ended[2:], len(PIECE_AMOUNTS)):
+        known[place] += sign * amount
+
+
+def _group_of(part: EngineRequest) -> Group:
+    return Group(
+        run_id=part.bill.run_id,
+        **owner_columns(part.owner),
+        model=part.model,
+        lora=part.lora,
+        route=part.route,
+        engine_status=part.bill.engine_status,
+    )
+
+
+# ---- exchanges
+
+
+def _ends(connection: Connection, new: NewRows) -> Iterator[tuple[EndedExchanges, int]]:
+    """Yield what exchanges add now, and what they added before with a sign of -1."""
+    ids = {part.http_request_id for part in new.parts.values()} | new.replies.keys()
+    there = _exchanges(connection, sorted(id for id in ids if id is not None))
+    for id, (reply, parts) in there.items():
+        yield from ((ended, 1) for ended in ended_of(reply, parts))
+        before = [part for part in parts if (part.run_id, part.seq) not in new.parts]
+        old = None if id in new.replies else reply
+        yield from ((ended, -1) for ended in ended_of(old, before))
+    for part in new.parts.values():
+        if part.http_request_id is None:
+            yield from ((ended, 1) for ended in ended_of(None, [_facts_of(part)]))
+
+
+def _facts_of(part: EngineRequest) -> PartFacts:
+    bill, group = part.bill, _group_of(part)
+    return PartFacts(
+        seq=bill.seq,
+        prompt_group=part.prompt_group,
+        hour=part.finished_at_ns // NS_PER_HOUR,
+        prompt_tokens=bill.prompt_tokens,
+        cached_tokens=bill.cached_tokens,
+        output_tokens=bill.output_tokens,
+        **group._asdict(),
+    )
+
+
+_Exchange = tuple[ReplyFacts | None, list[PartFacts]]
+
+
+def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchange]:
+    """Return the HTTP rows and parts of exchanges, as they are in the ledger."""
+    replies: dict[str, ReplyFacts] = {}
+    parts: dict[str, list[PartFacts]] = {}
+    h, r = http_requests.c, requests.c
+    for some in in_chunks(ids):
+        for id, at, *told in connection.execute(_REPLIES.where(h.http_request_id.in_(some))):
+            replies[id] = ReplyFacts(hour_of(at), *told)
+        for id, run_id, seq, prompt, at, *rest in connection.execute(
+            _PARTS.where(r.http_request_id.in_(some))
+        ):
+            facts = PartFacts(run_id, seq, prompt, hour_of(at), *rest)
+            parts.setdefault(id, []).append(facts)
+    return {id: (replies.get(id), parts.get(id, [])) for id in ids}
+
+
+_REPLIES: Select[Any] = select(
+    *(http_requests.c[name] for name in ("http_request_id", "finished_at")),
+    *(http_requests.c[name] for name in ReplyFacts._fields[1:]),
+)
+_PARTS: Select[Any] = select(
+    *(requests.c[name] for name in ("http_request_id", *PartFacts._fields[:3], "finished_at")),
+    *(requests.c[name] for name in PartFacts._fields[4:]),
+)
+
+
+def hour_of(instant: str) -> int:
+    """Return the UTC hour, since the epoch, of an RFC 3339 instant."""
+    return unix_ns_of(instant) // NS_PER_HOUR

@@ -1,0 +1,135 @@
+"""Read sums for a window and up to a cut: whole days from the days, the rest from the hours.
+
+A day is read whole only if it lies inside the window, no price changes within it, and the question
+does not tell its hours apart. The sums hold every bill in the ledger, and a cut counts those up to
+its last ones only. So the few bills of living runs that came after the cut are taken off again.
+
+Invariant: the sums read are those of the bills up to the cut, hour by hour, whatever was written
+since the cut was read.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, Subquery, Table, and_, false, or_, select, union_all
+
+from vllm_cost_meter.ledger.coverage import is_shown
+from vllm_cost_meter.ledger.queries.cut import Cut, Window, bills_up_to
+from vllm_cost_meter.ledger.rollups.groups import Group
+from vllm_cost_meter.ledger.schema import (
+    ENDED_AMOUNTS,
+    PIECE_AMOUNTS,
+    requests,
+    rollup_days,
+    rollup_groups,
+    rollup_hours,
+    usage_pieces,
+)
+from vllm_cost_meter.records.owner import TenantScope
+from vllm_cost_meter.units.calendar import HOURS_PER_DAY
+
+
+def usage_at(cut: Cut, splits: Sequence[int] | None) -> Subquery:
+    """Return the usage of bills up to a cut in its window, as rows to be added up.
+
+    A row has an `hour`, the columns of a group and the amounts of pieces. `splits` are the hours
+    within a day at which rows must be kept apart; None keeps all hours apart. The row of a whole
+    day has the first hour with GPU time in it.
+    """
+    whole = [
+        _sums(rollup_days, rollup_days.c.first_hour, where, PIECE_AMOUNTS, cut.whose)
+        for where in _whole_days(cut.window, splits)
+    ]
+    hours = _sums(
+        rollup_hours, rollup_hours.c.hour, _rest(cut.window, splits), PIECE_AMOUNTS, cut.whose
+    )
+    return union_all(*whole, hours, *_after(cut)).subquery("usage")
+
+
+def ended_in(
+    window: Window, splits: Sequence[int] | None, whose: TenantScope | None = None
+) -> Subquery:
+    """Return the exchanges that ended in a window, of one tenant or all, as rows to be added up.
+
+    The row of a whole day has that day's first hour; see `usage_at`.
+    """
+    whole = [
+        _sums(rollup_days, rollup_days.c.day * HOURS_PER_DAY, where, ENDED_AMOUNTS, whose)
+        for where in _whole_days(window, splits)
+    ]
+    hours = _sums(rollup_hours, rollup_hours.c.hour, _rest(window, splits), ENDED_AMOUNTS, whose)
+    return union_all(*whole, hours).subquery("ended")
+
+
+def _sums(
+    table: Table, hour: Any, where: Any, amounts: Sequence[str], whose: TenantScope | None
+) -> Select[Any]:
+    """Select the rows of a table that have any of these amounts, with their group."""
+    g = rollup_groups.c
+    return (
+        select(
+            hour.label("hour"),
+            *(g[name] for name in Group._fields),
+            *(table.c[name] for name in amounts),
+        )
+        .join(rollup_groups, g.group_id == table.c.group_id)
+        .where(where, is_shown(g, whose), or_(*(table.c[name] != 0 for name in amounts)))
+    )
+
+
+def _split_days(splits: Sequence[int]) -> list[int]:
+    """Return the days that a split divides."""
+    return sorted({hour // HOURS_PER_DAY for hour in splits if hour % HOURS_PER_DAY})
+
+
+def _whole_days(window: Window, splits: Sequence[int] | None) -> list[Any]:
+    """Return the condition on days that are read whole; none if hours are told apart."""
+    if splits is None:
+        return []
+    low, high = window.from_hour, window.to_hour
+    day = rollup_days.c.day
+    inside: list[ColumnElement[bool]] = [day.not_in(_split_days(splits))]
+    if low is not None:
+        inside.append(day >= -(-low // HOURS_PER_DAY))
+    if high is not None:
+        inside.append(day < high // HOURS_PER_DAY)
+    return [and_(*inside)]
+
+
+def _rest(window: Window, splits: Sequence[int] | None) -> Any:
+    """Return the condition on hours that no whole day covers."""
+    hour = rollup_hours.c.hour
+    if splits is None:
+        return window.on_hours(hour)
+    edges = [
+        hour.between(day * HOURS_PER_DAY, day * HOURS_PER_DAY + HOURS_PER_DAY - 1)
+        for day in dict.fromkeys([*_edge_days(window), *_split_days(splits)])
+    ]
+    return and_(window.on_hours(hour), or_(*edges)) if edges else false()
+
+
+def _edge_days(window: Window) -> list[int]:
+    return [
+        hour // HOURS_PER_DAY
+        for hour in (window.from_hour, window.to_hour)
+        if hour is not None and hour % HOURS_PER_DAY
+    ]
+
+
+def _after(cut: Cut) -> list[Select[Any]]:
+    """Return the pieces of bills after the cut, with negative amounts; none without living runs."""
+    last = {run.run_id: run.last_seq for run in cut.runs if run.alive}
+    if not last:
+        return []
+    at, r, p = bills_up_to(last).c, requests.c, usage_pieces.c
+    newer = and_(r.run_id == at.run_id, r.seq > at.last_seq)
+    return [
+        select(
+            p.hour,
+            *(r[name] for name in Group._fields),
+            *((-p[name]).label(name) for name in PIECE_AMOUNTS),
+        )
+        .join_from(at.run_id.table, requests, newer)
+        .join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq))
+        .where(cut.window.on_hours(p.hour), is_shown(r, cut.whose))
+    ]

@@ -1,0 +1,241 @@
+"""Make the sums anew from the rows, and compare them: the second way to the same figures.
+
+The database adds up: pieces by hour and group in one query, exchanges in another. None of it is
+code that `adding.py` uses, so each is a judge of the other. A migration and a repair begin with it.
+
+Invariant: the sums that are made here depend on the rows only.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    Table,
+    Text,
+    cast,
+    collate,
+    delete,
+    func,
+    literal,
+    select,
+    union_all,
+)
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.rollups.groups import Group
+from vllm_cost_meter.ledger.rollups.sums import AMOUNTS, SumKey, SumsByKey, nothing, write
+from vllm_cost_meter.ledger.schema import (
+    ENDED_AMOUNTS,
+    PIECE_AMOUNTS,
+    http_requests,
+    requests,
+    rollup_days,
+    rollup_groups,
+    rollup_hours,
+    usage_pieces,
+)
+from vllm_cost_meter.units.calendar import HOURS_PER_DAY
+from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
+
+_TOKENS = ENDED_AMOUNTS[1:]
+# The length of "2027-01-15T08": the UTC hour at the start of an RFC 3339 instant.
+_HOUR_CHARS = 13
+_ROWS_AT_ONCE = 10_000
+
+
+class SpanOfSums(NamedTuple):
+    """A row of sums: a table, the hour or day, the group, and the amounts in order of AMOUNTS."""
+
+    table: str
+    span: int
+    group: Group
+    amounts: tuple[int, ...]
+
+
+def rebuild(connection: Connection) -> None:
+    """Delete all sums and make them anew from the rows."""
+    for table in (rollup_hours, rollup_days, rollup_groups):
+        connection.execute(delete(table))
+    rows = _rows(connection)
+    while some := list(islice(rows, _ROWS_AT_ONCE)):
+        sums: SumsByKey = {}
+        for place, first, amounts in some:
+            known = sums.setdefault(place, nothing())
+            known[first : first + len(amounts)] = (
+                a + b for a, b in zip(known[first : first + len(amounts)], amounts, strict=True)
+            )
+        write(connection, sums)
+
+
+def differences(connection: Connection) -> list[SpanOfSums]:
+    """Return the sums of the ledger that are not what its rows add up to."""
+    expected: SumsByKey = {}
+    for place, first, amounts in _rows(connection):
+        known = expected.setdefault(place, nothing())
+        for at, amount in enumerate(amounts, first):
+            known[at] += amount
+    days: SumsByKey = {}
+    for place, hour_amounts in expected.items():
+        day = days.setdefault(place._replace(hour=place.hour // HOURS_PER_DAY), nothing())
+        day[:] = (a + b for a, b in zip(day, hour_amounts, strict=True))
+    wrong = []
+    for table, right in ((rollup_hours, expected), (rollup_days, days)):
+        found = _stored(connection, table)
+        wrong += [
+            SpanOfSums(table.name, place.hour, place.group, found.get(place, ()))
+            for place in right.keys() | found.keys()
+            if tuple(right.get(place, nothing())) != found.get(place, tuple(nothing()))
+        ]
+    return sorted(wrong, key=lambda one: (one.table, one.span, str(one.group)))
+
+
+def time_differences(connection: Connection) -> dict[str, int]:
+    """Return how far the sums are from the bills, in GPU-ns, by run; runs without any are left out.
+
+    This compares the time only, by hour and by day: cheaper by far than `differences`. Time that
+    stands in a wrong hour counts where it lacks and where it is.
+    """
+    found: dict[str, int] = {}
+    for query in (wrong_hours(), wrong_days()):
+        for run_id, _, ns in connection.execute(query):
+            found[run_id] = found.get(run_id, 0) + abs(int(ns))
+    return found
+
+
+def wrong_hours() -> Select[Any]:
+    """Select (run, hour, GPU-ns) where the bills have more time than the sum, or less."""
+    p = usage_pieces.c
+    bills = select(p.run_id, p.hour.label("span"), (p.prefill_ns + p.decode_ns).label("ns"))
+    return _unequal(bills, _time_in(rollup_hours, -1))
+
+
+def wrong_days() -> Select[Any]:
+    """Select (run, day, GPU-ns) where the hours have more time than the day, or less."""
+    h = _time_in(rollup_hours, 1).subquery().c
+    return _unequal(
+        select(h.run_id, (h.span // HOURS_PER_DAY).label("span"), h.ns), _time_in(rollup_days, -1)
+    )
+
+
+def _time_in(table: Table, sign: int) -> Select[Any]:
+    g = rollup_groups.c
+    span, ns = next(iter(table.c)), table.c.prefill_ns + table.c.decode_ns
+    side = select(g.run_id, span.label("span"), (sign * ns).label("ns"))
+    return side.join(rollup_groups, g.group_id == table.c.group_id)
+
+
+def _unequal(one: Select[Any], other: Select[Any]) -> Select[Any]:
+    of = union_all(one, other).subquery().c
+    total = func.sum(of.ns)
+    return select(of.run_id, of.span, total).group_by(of.run_id, of.span).having(total != 0)
+
+
+def _stored(connection: Connection, table: Table) -> dict[SumKey, tuple[int, ...]]:
+    g = rollup_groups.c
+    asked = select(
+        next(iter(table.c)), *(g[name] for name in Group._fields), *(table.c[n] for n in AMOUNTS)
+    ).join(rollup_groups, g.group_id == table.c.group_id)
+    width = len(Group._fields)
+    return {
+        SumKey(span, Group(*rest[:width])): tuple(map(int, rest[width:]))
+        for span, *rest in connection.execute(asked)
+    }
+
+
+def _rows(connection: Connection) -> Iterator[tuple[SumKey, int, list[int]]]:
+    """Yield amounts with their place, and where in AMOUNTS they begin."""
+    width = len(Group._fields)
+    for hour, *rest in connection.execute(_pieces()):
+        yield SumKey(hour, Group(*rest[:width])), 0, [int(amount) for amount in rest[width:]]
+    is_sorted_apart = connection.dialect.name == "postgresql"
+    for query in (_told(is_sorted_apart), _untold(is_sorted_apart)):
+        for hour_text, *rest in connection.execute(query):
+            place = SumKey(unix_ns_of(f"{hour_text}:00Z") // NS_PER_HOUR, Group(*rest[:width]))
+            yield place, len(PIECE_AMOUNTS), [int(amount) for amount in rest[width:]]
+
+
+def _pieces() -> Select[Any]:
+    """Add up the pieces of all bills by hour and group."""
+    p, r = usage_pieces.c, requests.c
+    keys = [p.hour, *(r[name] for name in Group._fields)]
+    return (
+        select(*keys, *(func.sum(p[name]) for name in PIECE_AMOUNTS))
+        .join(requests, (r.run_id == p.run_id) & (r.seq == p.seq))
+        .group_by(*keys)
+    )
+
+
+def _told(is_sorted_apart: bool) -> Select[Any]:
+    """Count the exchanges that have an HTTP row and at least one part."""
+    h, r = http_requests.c, requests.c
+    of_reply = {"tenant", "tenant_rule", "tenant_above"}
+    prompts = (
+        select(
+            h.http_request_id,
+            func.substr(h.finished_at, 1, _HOUR_CHARS).label("hour"),
+            *(
+                (h[name] if name in of_reply else _first(r[name], is_sorted_apart)).label(name)
+                for name in Group._fields
+            ),
+            *(h[name].label(f"told_{name}") for name in _TOKENS),
+            *_prompt_tokens(r),
+        )
+        .join(requests, r.http_request_id == h.http_request_id)
+        .group_by(h.http_request_id, r.prompt_group)
+        .subquery()
+    )
+    p = prompts.c
+    exchanges = (
+        select(
+            *(_first(p[name], is_sorted_apart).label(name) for name in ("hour", *Group._fields)),
+            *(
+                func.coalesce(func.max(p[f"told_{name}"]), func.sum(p[name])).label(name)
+                for name in _TOKENS
+            ),
+        )
+        .group_by(p.http_request_id)
+        .subquery()
+    )
+    e = exchanges.c
+    keys = [e[name] for name in ("hour", *Group._fields)]
+    return select(*keys, func.count(), *(func.sum(e[name]) for name in _TOKENS)).group_by(*keys)
+
+
+def _untold(is_sorted_apart: bool) -> Select[Any]:
+    """Add up the tokens of parts without an HTTP row; they add no request."""
+    h, r = http_requests.c, requests.c
+    exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
+    prompts = (
+        select(
+            func.max(func.substr(r.finished_at, 1, _HOUR_CHARS)).label("hour"),
+            *(
+                (r[name] if name == "tenant" else _first(r[name], is_sorted_apart)).label(name)
+                for name in Group._fields
+            ),
+            *_prompt_tokens(r),
+        )
+        .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
+        .where(h.http_request_id.is_(None))
+        .group_by(r.tenant, exchange, r.prompt_group)
+        .subquery()
+    )
+    p = prompts.c
+    keys = [p[name] for name in ("hour", *Group._fields)]
+    return select(*keys, literal(0), *(func.sum(p[name]) for name in _TOKENS)).group_by(*keys)
+
+
+def _first(column: ColumnElement[Any], is_sorted_apart: bool) -> ColumnElement[Any]:
+    """Return the first text, byte by byte, whatever language a database sorts by."""
+    return func.min(collate(column, "C") if is_sorted_apart else column)
+
+
+def _prompt_tokens(r: Any) -> list[ColumnElement[Any]]:
+    """Return the SQL for the tokens of one prompt's parts: the prompt once, all outputs added."""
+    return [
+        func.max(r.prompt_tokens).label("prompt_tokens"),
+        func.max(r.cached_tokens).label("cached_tokens"),
+        func.sum(r.output_tokens).label("output_tokens"),
+    ]
