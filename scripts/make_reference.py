@@ -132,7 +132,7 @@ def unmarked(text: str) -> str:
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the side endpoint; the ledger behind it does not matter."""
     with tempfile.TemporaryDirectory() as folder:
-        reader = LedgerReader(f"sqlite:///{folder}/ledger.db", create=True)
+        reader = LedgerReader(f"sqlite:///{folder}/ledger.db", late=True)
         try:
             return make_app(reader, metrics=bytes).openapi()
         finally:

@@ -55,7 +55,7 @@ def budgets(
     """
     with one_line_errors():
         settings = load_settings(config=config)
-        with closing(Spending(ledger_url(ledger, config), create=False)) as spending:
+        with closing(Spending(ledger_url(ledger, config))) as spending:
             figures = spending.look(settings.declared_budgets, settings.price_book, time.time_ns())
     standings = figures.standings
     rows = [budget_row(standing) for standing in standings]

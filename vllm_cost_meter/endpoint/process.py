@@ -5,8 +5,7 @@ of their own too, as threads share one interpreter. So the API server starts thi
 lowest priority. It reads the ledger by itself and asks the API server only what the ledger does not
 know. It answers on the side endpoint's port, and over the channel what tenants ask on vLLM's.
 
-Invariant: it writes nothing, but the tables of a ledger that has none yet. It reads no setting but
-those that it is handed.
+Invariant: it writes nothing, and reads no setting but those that it is handed.
 """
 
 import asyncio
@@ -62,7 +61,7 @@ class Endpoint:
         questions = Questions(handed.questions_at_once, handed.question_timeout_s)
         reader = LedgerReader(
             hello.ledger_url,
-            create=True,
+            late=True,
             book=lambda: self._handed.price_book,
             alive=live.alive,
         )

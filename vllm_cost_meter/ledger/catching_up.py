@@ -39,7 +39,7 @@ def catch_up(url: str, timeout_s: float = WAIT_S) -> int:
     try:
         lock = FileLock.try_to_take(folder / places.APPLIER_LOCK_NAME)
         if lock is None:
-            return wait_until_applied(batches.opened(), folder, timeout_s)
+            return _wait_for_the_other(url, folder, timeout_s)
         try:
             applier = Applier(batches, folder)
             while applier.apply():
@@ -54,17 +54,25 @@ def catch_up(url: str, timeout_s: float = WAIT_S) -> int:
         batches.drop()
 
 
-def waiting_records(url: str) -> int:
+def _wait_for_the_other(url: str, folder: Path, timeout_s: float) -> int:
+    engine = open_to_read(url, wait_s=timeout_s)
+    try:
+        return wait_until_applied(engine, folder, timeout_s)
+    finally:
+        engine.dispose()
+
+
+def waiting_records(url: str, timeout_s: float = WAIT_S) -> int:
     """Return how many records journals have for a ledger that it lacks, and write nothing.
 
-    Raises LedgerError if the ledger or a journal cannot be read.
+    A server that applies them is waited for. Raises LedgerError if the ledger or a journal cannot be read.
     """
     folder = journal_folder(url)
     if not places.journal_ids(folder):
         return 0
     engine = open_to_read(url)
     try:
-        return sum(last - before for before, last in _waiting(engine, folder).values())
+        return wait_until_applied(engine, folder, timeout_s)
     except (OSError, SQLAlchemyError) as error:
         raise LedgerError(f"journals {folder}: cannot be read: {error}") from error
     finally:

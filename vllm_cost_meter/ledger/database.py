@@ -48,6 +48,8 @@ SET_LEDGER = (
 )
 BUSY_TIMEOUT_S = 5.0
 SYNC_DRIVERS = {"sqlite": {"pysqlite"}, "postgresql": {"psycopg", "psycopg2", "pg8000"}}
+# A ledger that is being made is looked for so often.
+_LOOK_AGAIN_S = 0.02
 # Marks a connection that will write; see `_begin`.
 WRITE_OPTION = "cost_meter_write"
 # The process that holds this PostgreSQL advisory lock may create the schema. The number is
@@ -223,12 +225,27 @@ def open_database(
     return _opened(parsed, lambda: _engine(parsed, busy_timeout_s), create=create, upgrade=upgrade)
 
 
-def open_to_read(url: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
+def open_to_read(
+    url: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S, wait_s: float = 0.0
+) -> Engine:
     """Open an existing ledger's database, and change nothing in it nor in its folder.
 
-    Every transaction sees one state of the ledger. Raises LedgerError when it cannot be opened, or
-    was written by another version of the cost meter.
+    Every transaction sees one state of the ledger. A SQLite file is opened anew for each, by its
+    path: where another file comes to that place, the next transaction reads that one. A ledger that
+    is not there yet is waited for, for so long: a server that starts makes it. Raises LedgerError
+    when it cannot be opened, or was written by another version of the cost meter.
     """
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            return _open_to_read(url, busy_timeout_s)
+        except LedgerError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(_LOOK_AGAIN_S)
+
+
+def _open_to_read(url: str, busy_timeout_s: float) -> Engine:
     parsed = parse_url(url)
     path = sqlite_path(parsed)
     if path is None:

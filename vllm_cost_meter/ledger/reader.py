@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import invoice_days
-from vllm_cost_meter.ledger.database import cause_of, in_one_state, open_database, open_to_read
+from vllm_cost_meter.ledger.database import cause_of, open_to_read
 from vllm_cost_meter.ledger.deadline import bounded, deadline
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
@@ -46,6 +46,8 @@ from vllm_cost_meter.reports.tenant_details import sum_of_rows
 from vllm_cost_meter.units.calendar import zone_of
 
 MAX_LIMIT = 1000
+# So long a ledger is waited for that the server of the same moment makes.
+WAIT_S = 1.0
 
 
 class LedgerReader:
@@ -58,7 +60,7 @@ class LedgerReader:
         self,
         url: str,
         *,
-        create: bool = False,
+        late: bool = False,
         book: PriceBook | Callable[[], PriceBook] = NO_PRICES,
         alive: Callable[[], Collection[str]] = tuple,
         not_applied: int | None = 0,
@@ -68,8 +70,8 @@ class LedgerReader:
         `alive` returns engine runs that are known to live though they have sent no snapshot lately,
         such as those in a long step. Any other engine that is silent for too long counts as dead.
         `not_applied` is how many records the ledger's journals have that it lacks; None if unknown.
-        Raises LedgerError, also if there is no ledger and `create` is not set. With `create` the
-        first question opens or creates the ledger: a server may start while its ledger is away.
+        Raises LedgerError, also if there is no ledger. With `late` the first question opens the
+        ledger, and waits a moment for it: a server may start while its ledger is away or not made.
         """
         # The URL may hold a password, so messages never show it.
         self.url = url
@@ -79,13 +81,13 @@ class LedgerReader:
         # The number of the last bill that was waited for, by run; nobody waits for it again.
         self._settled: dict[str, int] = {}
         self._opening = threading.Lock()
-        self._opened: Engine | None = None if create else open_to_read(url)
+        self._opened: Engine | None = None if late else open_to_read(url)
 
     @property
     def _engine(self) -> Engine:
         with self._opening:
             if self._opened is None:
-                self._opened = in_one_state(open_database(self.url))
+                self._opened = open_to_read(self.url, wait_s=WAIT_S)
             return self._opened
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from vllm_cost_meter.api_server.runtime import NoRuntime, Runtime
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.prices.book import NO_PRICES
@@ -359,6 +360,7 @@ def test_a_ledger_that_cannot_be_opened_at_the_start_is_tried_again(tmp_path):
     with pytest.raises(LedgerError):
         looks.look((), NO_PRICES)
     path.unlink()
+    open_database(f"sqlite:///{path}").dispose()
     assert list(looks.look((), NO_PRICES).standings) == []
     looks.close()
 

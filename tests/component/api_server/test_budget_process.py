@@ -23,6 +23,7 @@ from tests.support.builders import make_snapshot
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.api_server.budgets.messages import SentFigures, SentRules
 from vllm_cost_meter.errors import AwayError, CostMeterError, LedgerError
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry, RunMatch
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
@@ -142,6 +143,7 @@ def test_a_ledger_that_cannot_be_read_is_an_error_until_it_can(ledger, tmp_path)
             with pytest.raises(LedgerError, match="file is not a database"):
                 await follower.follow((), NO_PRICES)
             path.unlink()
+            open_database(f"sqlite:///{path}").dispose()
             assert (await follower.follow((), NO_PRICES)).heard_ns is None
 
     asyncio.run(test())

@@ -226,7 +226,7 @@ def test_an_engine_that_is_busy_for_20_s_lives_and_what_it_has_in_flight_is_not_
     async def poll() -> list[list[tuple[bool, int, int]]]:
         poller = poller_of(Engines(lambda _: next(answers)), writer, answer_timeout_s=0.001)
         readers = [
-            LedgerReader(f"sqlite:///{tmp_path / 'ledger.db'}", create=True, alive=alive)
+            LedgerReader(f"sqlite:///{tmp_path / 'ledger.db'}", late=True, alive=alive)
             for alive in (poller.alive, tuple)
         ]
         seen = []

@@ -18,6 +18,7 @@ from vllm_cost_meter.config.reading import stamp_of
 from vllm_cost_meter.config.reload import Reloader
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.ledger.catching_up import catch_up
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.records.owner import Owner
 
 HASHES = {name: hashlib.sha256(f"sk-{name}".encode()).hexdigest() for name in ("a", "b")}
@@ -330,6 +331,7 @@ def test_a_running_server_takes_a_change_over_for_requests_that_come_from_then_o
 
 def test_a_first_budget_holds_without_a_restart(file, tmp_path, monkeypatch):
     monkeypatch.setenv("COST_METER_LEDGER", f"sqlite:///{tmp_path / 'ledger.db'}")
+    open_database(f"sqlite:///{tmp_path / 'ledger.db'}").dispose()  # another API server made it
 
     async def live() -> list[str]:
         runtime = Runtime(load_settings(), reload_interval_s=0.02)

@@ -26,6 +26,7 @@ from vllm_cost_meter.endpoint.answers import NO_METER
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.errors import LedgerError, ServerError
 from vllm_cost_meter.lab.sweep.side_client import SideClient
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry
 from vllm_cost_meter.records.snapshot import ClassTotals
@@ -59,6 +60,13 @@ def state_of_check(path: Path, name: str, **options: Any) -> tuple[str, str]:
     return found.outcome.name.lower(), found.detail
 
 
+def ledger_in(folder: str) -> str:
+    """Make an empty ledger; return its URL."""
+    url = f"sqlite:///{folder}/ledger.db"
+    open_database(url).dispose()
+    return url
+
+
 @contextlib.contextmanager
 def answering(ledger: Path | None = None, book=NO_PRICES, **health) -> Iterator[Settings]:
     """Serve the side endpoint of a meter that does as told; yield the settings that name it.
@@ -69,7 +77,7 @@ def answering(ledger: Path | None = None, book=NO_PRICES, **health) -> Iterator[
     with (
         tempfile.TemporaryDirectory() as folder,
         LedgerReader(
-            f"sqlite:///{ledger or Path(folder) / 'ledger.db'}", create=True, book=book
+            ledger_in(folder) if ledger is None else f"sqlite:///{ledger}", book=book
         ) as reader,
     ):
         access = Access(sha256("token-of-the-admin"))

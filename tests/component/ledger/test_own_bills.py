@@ -7,6 +7,7 @@ bills of others in the ledger must cost about the same steps.
 from dataclasses import replace
 
 import pytest
+from sqlalchemy import event
 
 from tests.component.ledger.test_reader import HOUR, Ledger, http, ledger, part, snapshot
 from vllm_cost_meter.ledger.queries.cut import AsOf
@@ -30,11 +31,12 @@ def steps_of(ledger: Ledger, window: tuple[int, ...] = ()) -> int:
         looks += 1
         return 0
 
-    # The reader of a server, which keeps its connections.
-    with LedgerReader(ledger.reader.url, create=True) as reader:
-        reader.tenant("alice", *window, as_of=NOW)  # connections and plans are made
+    with LedgerReader(ledger.reader.url) as reader:
+        reader.tenant("alice", *window, as_of=NOW)  # plans are made
         with reader.transaction() as connection:
-            connection.connection.driver_connection.set_progress_handler(look, 100)
+            engine = connection.engine
+        # Each transaction has a connection of its own.
+        event.listen(engine, "connect", lambda made, _: made.set_progress_handler(look, 100))
         found = reader.tenant("alice", *window, as_of=NOW)
     assert found is not None
     assert (found["requests"], len(found["recent"])) == (3, 4)

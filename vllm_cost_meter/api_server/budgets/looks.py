@@ -13,13 +13,16 @@ from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures
 
+# The process that makes a new ledger starts at the same moment.
+WAIT_S = 5.0
+
 
 class BudgetLooks:
     """The looks of one API server."""
 
     def __init__(self, url: str) -> None:
         self._alive: Collection[str] = ()
-        self._spending = Spending(url, alive=lambda: self._alive)
+        self._spending = Spending(url, wait_s=WAIT_S, alive=lambda: self._alive)
         self._latest: object = None
 
     def look(

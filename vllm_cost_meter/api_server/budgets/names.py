@@ -38,7 +38,7 @@ class BudgetNames:
             return
         tenants = {budget.tenant for budget in asked if budget.tenant is not None}
         tags = {budget.tag for budget in asked if budget.tag is not None}
-        with LedgerReader(self._url, create=True) as reader:
+        with LedgerReader(self._url, late=True) as reader:
             unseen = {*reader.unseen(sorted(tenants)), *reader.unseen_tags(sorted(tags))}
         self._seen |= (tenants | tags) - unseen
         for budget in asked:

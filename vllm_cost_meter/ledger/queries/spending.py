@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import cause_of, in_one_state, open_database, open_to_read
+from vllm_cost_meter.ledger.database import cause_of, open_to_read
 from vllm_cost_meter.ledger.queries.bill_count import BillCount
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.heard import Heard, Instant, LatestSnapshot
@@ -49,19 +49,19 @@ class Spending:
         self,
         url: str,
         *,
-        create: bool = True,
+        wait_s: float = 0.0,
         alive: Callable[[], Collection[str]] = tuple,
         slice_bills: int = SLICE_BILLS,
     ) -> None:
         """`alive` names engine runs that are known to live though they are silent.
 
-        The ledger is opened at the first look, which raises LedgerError if it cannot be, also when
-        there is none and `create` is not set.
+        The ledger is opened at the first look, which waits for it for `wait_s`, and raises
+        LedgerError if it cannot be opened.
         """
         self._alive = alive
         self._slice_bills = slice_bills
         self._url = url
-        self._create = create
+        self._wait_s = wait_s
         self._engine: Engine | None = None
         self._heard = Heard()
         # The budgets that are served, their bills, and those of a new count until it is complete.
@@ -139,10 +139,7 @@ class Spending:
     @contextmanager
     def _read(self) -> Iterator[Connection]:
         if self._engine is None:
-            if self._create:
-                self._engine = in_one_state(open_database(self._url))
-            else:
-                self._engine = open_to_read(self._url)
+            self._engine = open_to_read(self._url, wait_s=self._wait_s)
         try:
             with self._engine.connect() as connection, connection.begin():
                 yield connection
