@@ -78,6 +78,11 @@ LEDGER_APPLIED = Gauge(
     "When the ledger last held all that was journaled",
     multiprocess_mode="mostrecent",
 )
+LEDGER_SET_ASIDE = Gauge(
+    "cost_meter_ledger_set_aside_files",
+    "Damaged files of the ledger that were set aside and are not merged back",
+    multiprocess_mode="mostrecent",
+)
 JOURNAL_BYTES = Gauge(
     "cost_meter_journal_bytes",
     "Space of the journals' segments, the ones being written included",
@@ -216,6 +221,7 @@ def set_ledger(
     wal_bytes: int,
     free_bytes: int | None,
     applied_at_s: float | None,
+    set_aside: int | None,
 ) -> None:
     """Show how the ledger does; what is unknown is NaN."""
     LEDGER_UP.set(is_up)
@@ -223,6 +229,7 @@ def set_ledger(
     JOURNAL_BYTES.set(journal_bytes)
     WAL_BYTES.set(wal_bytes)
     FREE_BYTES.set(math.nan if free_bytes is None else free_bytes)
+    LEDGER_SET_ASIDE.set(math.nan if set_aside is None else set_aside)
     LEDGER_APPLIED.set(math.nan if applied_at_s is None else applied_at_s)
 
 

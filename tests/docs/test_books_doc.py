@@ -126,7 +126,13 @@ def test_the_audit_line_has_the_form_of_the_command():
     run |= dict.fromkeys(("last_bills", "last_bills_ns", "last_bills_in_flight_ns"), 0)
     run |= {"energy_difference_mj": 0}
     run |= {"started_at": "2026-11-25T09:30:00.000000Z", "host": "gpu-7", "model": "llama"}
-    whole = {"runs": [run], "without_totals": [], "journal_losses": [], "balanced": True}
+    whole = {
+        "runs": [run],
+        "without_totals": [],
+        "set_aside": [],
+        "journal_losses": [],
+        "balanced": True,
+    }
     assert list(audit_lines(whole)) == shown
 
 

@@ -64,6 +64,9 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             if bare[name]:
                 yield f"  {name}: {bare[name]}"
         yield from _missing_lines(bare)
+    for aside in answer["set_aside"]:
+        yield f"{aside['file']}: set aside, and what it holds may be missing above;"
+        yield f"  {aside['reason']}"
     for loss in answer["journal_losses"][:LINES_MAX]:
         yield (
             f"journal {loss['journal_id'][:8]}: {loss['records']} records after record"
@@ -80,6 +83,7 @@ def _verdict(answer: Mapping[str, Any]) -> str:
 
 _WHY_UNKNOWN = {
     "not_applied": "journals hold what the ledger lacks: run `vllm-cost-meter ledger apply`",
+    "set_aside": "a damaged file was set aside: repair it and merge it back, as said above",
     "no_runs": "this ledger has no engine run",
     "no_totals": "no totals are known of a run, so its bills cannot be held against anything",
 }

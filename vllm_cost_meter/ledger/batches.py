@@ -7,12 +7,14 @@ the bad record is alone. That one is given up, and the others are written.
 The file of a SQLite ledger is watched by its identity. Where it was deleted, renamed or replaced
 while it was open, commits would go into a file that nobody finds again. So a connection to another
 file than the one at the path is closed before and after each batch, and after the first time no
-file is made: a ledger that went away is waited for.
+file is made: a ledger that went away is waited for. One that was set aside for damage is begun
+anew, and an empty ledger gets the names of those before it gets anything else.
 
 Invariant: either all records of a batch but the bad ones are in the file at the ledger's path, with
 the positions of its journals, or `write` raises and none of them is.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.journal.entries import Record
+from vllm_cost_meter.ledger.damage.noticing import damage_in
+from vllm_cost_meter.ledger.damage.setting_aside import name_set_aside
 from vllm_cost_meter.ledger.database import open_database, parse_url, sqlite_path, writing
 from vllm_cost_meter.ledger.faults import Fault, fault_of
 from vllm_cost_meter.ledger.inserts import write
@@ -71,6 +75,7 @@ class BatchWriter:
             )
             self._identity = self._identity_now()
             self._create = False
+            self._name_set_aside(self._engine)
         return self._engine
 
     def write(
@@ -88,8 +93,10 @@ class BatchWriter:
         engine = self.opened()
         try:
             bad = self._write(engine, records, beside, to_disk=to_disk)
-        except Exception:
-            self.drop()
+        except Exception as error:
+            # A damaged log would go into the file with the last connection that is closed by name.
+            if damage_in(error) is None:
+                self.drop()
             raise
         if self._identity != self._identity_now():
             self.drop()
@@ -137,6 +144,21 @@ class BatchWriter:
         except OSError:
             return None
         return about.st_dev, about.st_ino
+
+    def begin_anew(self) -> None:
+        """Close the connections; the next attempt makes a ledger: the one before was set aside."""
+        self.drop()
+        self._create = True
+
+    def _name_set_aside(self, engine: Engine) -> None:
+        if self._path is None:
+            return
+        try:
+            with writing(engine).begin() as connection:
+                name_set_aside(connection, self._path, time.time_ns())
+        except BaseException:
+            self.drop()
+            raise
 
     def drop(self) -> None:
         """Close the connections; the next attempt opens new ones. Never raises."""

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.component.ledger.test_damage import spoil_leaf
 from tests.component.ledger.test_reader import http, part
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.applying.follower import Applying
 from vllm_cost_meter.errors import AwayError, LedgerError
 from vllm_cost_meter.journal.places import folder_of_ledger
 from vllm_cost_meter.journal.writer import JournalWriter
+from vllm_cost_meter.ledger.reader import LedgerReader
 
 
 @pytest.fixture
@@ -143,3 +145,28 @@ def test_the_second_server_on_a_ledger_waits_for_the_first_and_takes_over_when_i
                 assert bills(path) == [1, 2, 3]
 
     asyncio.run(ask())
+
+
+def test_a_ledger_that_is_damaged_under_it_is_set_aside_and_costs_are_told_on(path, caplog):
+    async def ask() -> None:
+        async with applying(path, timeout_s=30) as (follower, writer):
+            writer.append(*(part(seq) for seq in range(1, 300))).result(10)
+            await follower.catch_up()
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                connection.execute("PRAGMA wal_checkpoint")
+            with LedgerReader(f"sqlite:///{path}") as reader:
+                spoil_leaf(path)
+                for seq in range(300, 320):
+                    writer.append(part(seq)).result(1)  # as always
+                await until(lambda: follower.state.set_aside == 1, "nobody notices")
+                await follower.catch_up()
+                assert bills(path)[-1] == 319
+                assert reader.find("internal-319")
+                assert reader.audit()["reason"] == "set_aside"
+            assert metrics.LEDGER_SET_ASIDE._value.get() == 1
+            assert follower.state.last_error is None
+            assert follower.process.restarts == 0
+
+    asyncio.run(ask())
+    assert "vllm-cost-meter ledger repair" in caplog.text
+    assert len(list(path.parent.glob("ledger.db.damaged-*Z"))) == 1

@@ -110,7 +110,13 @@ def test_an_audit_shows_sleep_dummy_and_lost_time_by_name_and_the_run_by_its_hos
         "lost_requests": [], "lost_step_ns": 0, "unbilled_replies": [],
         "last_bills": 0, "last_bills_ns": 0, "last_bills_in_flight_ns": 0,
     }  # fmt: skip
-    whole = {"runs": [run_], "without_totals": [], "journal_losses": [], "balanced": True}
+    whole = {
+        "runs": [run_],
+        "without_totals": [],
+        "set_aside": [],
+        "journal_losses": [],
+        "balanced": True,
+    }
     lines = list(audit_lines(whole))
     assert lines[0] == "2027-01-15 08:00 node-7 llama, engine 0, run 01234567"
     shown = " ".join(lines)

@@ -57,6 +57,7 @@ class Applying:
                 applied_at_s=None
                 if self.state.applied_at_ns is None
                 else self.state.applied_at_ns / 1e9,
+                set_aside=self.state.set_aside,
             )
 
     async def catch_up(self) -> None:

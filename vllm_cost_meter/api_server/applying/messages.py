@@ -21,7 +21,8 @@ class ApplierState(msgspec.Struct, frozen=True, array_like=True):
     `is_ours` tells whether this process applies, `last_error` why it cannot: None while it can.
     `failures` counts failed passes. `journal_bytes` is what the segments of all journals take on
     the disk, `wal_bytes` SQLite's log, and `free_bytes` what is free there. `applied_at_ns` is the
-    end of the latest pass that worked, by the wall clock; None before the first.
+    end of the latest pass that worked, by the wall clock; None before the first. `set_aside` counts
+    the damaged files whose rows the ledger may lack; None if unknown.
     """
 
     is_ours: bool = False
@@ -31,3 +32,4 @@ class ApplierState(msgspec.Struct, frozen=True, array_like=True):
     wal_bytes: int = 0
     free_bytes: int | None = None
     applied_at_ns: int | None = None
+    set_aside: int | None = None

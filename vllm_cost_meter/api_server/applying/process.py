@@ -19,6 +19,7 @@ from vllm_cost_meter.api_server.applying.messages import (
     ApplierHello,
     ApplierState,
 )
+from vllm_cost_meter.api_server.applying.watching import watch
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.apply_loop import ApplyLoop
 from vllm_cost_meter.side_process import entry
@@ -50,6 +51,7 @@ class _Applying:
         loop = ApplyLoop(hello.url)
         server.ready()
         self._task = asyncio.create_task(self._run(server, loop))
+        self._watch_task = asyncio.create_task(watch(loop, self._wake.set))
 
     async def answer(self, name: str, _given: msgspec.Raw) -> bool:
         """Answer a question once all is applied that was journaled before it."""
@@ -107,6 +109,7 @@ class _Applying:
                 loop.failures,
                 *loop.sizes(),
                 applied_at_ns=loop.applied_at_ns,
+                set_aside=loop.set_aside,
             ),
         )
 

@@ -181,15 +181,27 @@ class JournalLoss(TypedDict):
     """RFC 3339 UTC: when it was noticed."""
 
 
+class SetAsideFile(TypedDict):
+    """A damaged file of the ledger that was set aside: the ledger may lack what it holds."""
+
+    file: str
+    """Its name, in the folder where the ledger was then."""
+    reason: str
+    """Why it is there, and what to run, in one line."""
+    noticed_at: str
+    """RFC 3339 UTC: when the ledger took its place."""
+
+
 class Audit(TypedDict):
     """The audit of all runs: whether the books of every engine balance."""
 
     balanced: bool | None
     """Whether the books of all runs balance; null if the ledger cannot tell, and no difference is
     known."""
-    reason: Literal["no_runs", "no_totals", "not_applied"] | None
+    reason: Literal["no_runs", "no_totals", "not_applied", "set_aside"] | None
     """Why `balanced` is null: no engine run is in the ledger; of a run that has bills no totals are
-    known, so that nothing can be held against them; or journals hold what the ledger lacks."""
+    known, so that nothing can be held against them; journals hold what the ledger lacks; or a
+    damaged file does, so that bills which are missing here may be there."""
     runs: list[AuditRun]
     """The audit of each run with a snapshot."""
     without_totals: list[AuditWithoutTotals]
@@ -198,6 +210,8 @@ class Audit(TypedDict):
     """Number and GPU time of bills that no snapshot, and so no run's audit, counts yet."""
     not_applied_records: int | None
     """Number of records in journals that the ledger lacks; null if they cannot be counted."""
+    set_aside: list[SetAsideFile]
+    """Damaged files that were set aside and are not merged back yet."""
     journal_losses: list[JournalLoss]
     """What journals held and nobody can read any more, or no ledger can take; then the books do not
     balance."""

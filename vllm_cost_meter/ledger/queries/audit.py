@@ -17,7 +17,8 @@ against them, but for their numbers and pieces. Bills are counted first. The que
 only if the count is wrong.
 
 Invariant: `balanced` is true if and only if there is a run, all have totals, every one of these
-differences is 0, nothing of a journal was lost, and none holds what the ledger lacks.
+differences is 0, nothing of a journal was lost, and neither a journal nor a damaged file that was
+set aside holds what the ledger lacks.
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, Table, and_, func, or_, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.damage.setting_aside import is_set_aside, set_aside_files
 from vllm_cost_meter.ledger.ends.lost import MAX_LOST, Lost, lost_by_run
 from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithoutTotals, JournalLoss
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals, bills_up_to
@@ -64,11 +66,15 @@ def audit_at(connection: Connection, cut: Cut, not_applied: int | None = 0) -> A
     if any(not _is_whole(run) for run in bare):
         balanced = False
     losses = journal_losses_of(connection)
+    aside = set_aside_files(connection)
+    if aside:
+        balanced = None  # Bills that are missing here may be there.
     if losses:
         balanced = False
     # Nothing was held against anything, or not everything: that is no balance.
     reason = "no_totals" if bare else None if runs else "no_runs"
     reason = reason if not_applied == 0 else "not_applied"
+    reason = "set_aside" if aside else reason
     if balanced and reason is not None:
         balanced = None
     audit = {
@@ -78,6 +84,7 @@ def audit_at(connection: Connection, cut: Cut, not_applied: int | None = 0) -> A
         "without_totals": bare,
         "after_cut": after_cut(connection, cut),
         "not_applied_records": not_applied,
+        "set_aside": aside,
         "journal_losses": losses,
     }
     return cast("Audit", audit)
@@ -87,7 +94,10 @@ def journal_losses_of(connection: Connection) -> list[JournalLoss]:
     """Return what was lost of journals, the latest first."""
     c = journal_losses.c
     rows = connection.execute(
-        select(*c).order_by(c.noticed_at.desc(), c.journal_id, c.after_number).limit(MAX_RANGES)
+        select(*c)
+        .where(~is_set_aside())
+        .order_by(c.noticed_at.desc(), c.journal_id, c.after_number)
+        .limit(MAX_RANGES)
     ).mappings()
     return [cast("JournalLoss", dict(row)) for row in rows]
 

@@ -40,13 +40,10 @@ from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     sqlite_errors,
 )
 from vllm_cost_meter.ledger.upkeep.statements import sql_of
-from vllm_cost_meter.ledger.upkeep.wal import header_of, read_wal
+from vllm_cost_meter.ledger.upkeep.wal import lasting_damage
 
 # So many rows that are wrong are named.
 NAMED_MAX = 5
-# A server that writes to its log while it is read makes it look damaged, each time elsewhere. What
-# is damaged stays so.
-_WAL_LOOKS = 5
 
 # One transaction writes a row of the first table with that of the second. A bill without a run is
 # none of these: programs that serve no requests write bills without snapshots.
@@ -101,16 +98,8 @@ def _wal_check(connection: sqlite3.Connection, path: Path) -> LedgerCheck:
     """Look for damaged frames in the log that commits came after."""
     page_size = int(connection.execute("PRAGMA page_size").fetchone()[0])
     wal = path.with_name(path.name + "-wal")
-    before = None
-    for _ in range(_WAL_LOOKS):
-        header = header_of(wal)
-        frames = read_wal(wal, page_size)
-        place = (header, frames.first_damaged)
-        is_damaged = frames.ignored > 0 and place == before
-        if not frames.ignored or is_damaged:
-            break
-        before = place
-    if is_damaged:
+    frames = lasting_damage(wal, page_size)
+    if frames.ignored:
         detail = (
             f"{frames.damaged} damaged frames; SQLite leaves out {frames.ignored} committed ones:"
             " stop the servers and run `vllm-cost-meter ledger repair`"

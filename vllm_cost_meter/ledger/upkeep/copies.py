@@ -21,11 +21,13 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import refuse_newer
 from vllm_cost_meter.ledger.schema import metadata, schema_version
 from vllm_cost_meter.ledger.upkeep.alone import alone
+from vllm_cost_meter.ledger.upkeep.btree import DEFAULT_PAGE_SIZE
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     FreeBytes,
     connect,
     existing,
     free_bytes,
+    is_damage,
     ledger_path,
     new_file,
     publish,
@@ -35,6 +37,7 @@ from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     total_bytes,
 )
 from vllm_cost_meter.ledger.upkeep.statements import sql_of
+from vllm_cost_meter.ledger.upkeep.wal import lasting_damage
 
 # So many lines of SQLite about what is wrong with a file are shown.
 FAULTS_MAX = 20
@@ -77,7 +80,17 @@ def copy_to(
 
 
 def copy_pages(path: Path, part: Path) -> None:
-    """Copy all pages of a file as they are at one instant into an empty file."""
+    """Copy all pages of a file as they are at one instant into an empty file.
+
+    Raises LedgerError where its log is damaged: SQLite would leave out commits without a word.
+    """
+    with sqlite_errors(path, "copied"):
+        log = lasting_damage(path.with_name(path.name + "-wal"), DEFAULT_PAGE_SIZE)
+    if log.ignored:
+        raise LedgerError(
+            f"{path}: its log has {log.damaged} damaged frames; run `vllm-cost-meter ledger repair"
+            f" --ledger {path}` first, nothing was changed"
+        )
     with (
         sqlite_errors(path, "copied"),
         closing(connect(path)) as origin,
@@ -126,11 +139,16 @@ def recorded_version(connection: sqlite3.Connection) -> int | None:
 
 
 def faults(connection: sqlite3.Connection, *, full: bool) -> list[str]:
-    """Return what SQLite finds wrong with a file; `full` reads the indexes too."""
+    """Return what SQLite finds wrong with a file; `full` holds the indexes against the tables too.
+
+    Raises sqlite3.DatabaseError for what is no damage, such as a lock.
+    """
     pragma = "integrity_check" if full else "quick_check"
     try:
         lines = [str(line) for (line,) in connection.execute(f"PRAGMA {pragma}({FAULTS_MAX})")]
     except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
         return [str(error)]
     return [] if lines == ["ok"] else [line.replace("\n", "; ") for line in lines]
 

@@ -8,7 +8,7 @@ Invariant: the ledger's files are the same before and after, to the byte.
 """
 
 import secrets
-import threading
+import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,11 @@ from vllm_cost_meter.ledger.faults import is_busy
 from vllm_cost_meter.ledger.schema import metadata
 from vllm_cost_meter.ledger.untouched import connect_by_uri, connect_to_read, has_log
 from vllm_cost_meter.ledger.upkeep.copies import faults
-from vllm_cost_meter.ledger.upkeep.sqlite_files import BUSY_TIMEOUT_S, sqlite_errors
+from vllm_cost_meter.ledger.upkeep.sqlite_files import (
+    BUSY_TIMEOUT_S,
+    interrupted_after,
+    sqlite_errors,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +78,16 @@ def damage_of(path: Path, limit_s: float) -> list[str] | None:
 
     Pages of indexes are not read. Raises LedgerError.
     """
-    cut_short = threading.Event()
-    with sqlite_errors(path, "read"), closing(connect_to_read(path, BUSY_TIMEOUT_S)) as connection:
-
-        def end() -> None:
-            cut_short.set()
-            connection.interrupt()
-
-        timer = threading.Timer(limit_s, end)
-        timer.daemon = True
-        timer.start()
+    with (
+        sqlite_errors(path, "read"),
+        closing(connect_to_read(path, BUSY_TIMEOUT_S)) as connection,
+        interrupted_after(connection, limit_s) as cut_short,
+    ):
         try:
             found = faults(connection, full=False)
-        finally:
-            timer.cancel()
-            timer.join()  # It must not meet a connection that is closed.
+        except sqlite3.OperationalError:
+            if not cut_short.is_set():
+                raise
     return None if cut_short.is_set() else found
 
 

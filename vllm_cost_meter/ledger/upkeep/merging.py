@@ -33,6 +33,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.ledger.billing.facts import hour_row, lines_in, readings_in
 from vllm_cost_meter.ledger.billing.hours import Change, ImportLimits, change_of
+from vllm_cost_meter.ledger.damage.setting_aside import forget_set_aside, is_aside_of
 from vllm_cost_meter.ledger.database import cause_of, open_database, url_of, writing
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
@@ -116,7 +117,7 @@ def merge(
         stack.callback(engine.dispose)
         try:
             with writing(engine).connect() as connection:
-                return _merge(connection, others, gap_ns, dry_run=dry_run)
+                return _merge(connection, path, others, gap_ns, dry_run=dry_run)
         except SQLAlchemyError as error:
             raise LedgerError(f"ledger {path}: cannot be merged: {cause_of(error)}") from error
 
@@ -146,7 +147,12 @@ def _copied(path: Path, file: Path) -> Iterator[_Other]:
 
 
 def _merge(
-    connection: Connection, others: Sequence[_Other], gap_ns: int, *, dry_run: bool
+    connection: Connection,
+    path: Path,
+    others: Sequence[_Other],
+    gap_ns: int,
+    *,
+    dry_run: bool,
 ) -> list[MergedTable]:
     driver: Any = connection.connection.driver_connection
     for number, other in enumerate(others):
@@ -154,11 +160,15 @@ def _merge(
     merged = {table.name: MergedTable(table.name) for table in metadata.sorted_tables}
     with connection.begin() as transaction:
         for number, other in enumerate(others):
+            if is_aside_of(path, other.file):
+                # The ledger knows what was set aside before it, and what of that is merged already.
+                forget_set_aside(connection, f"other{number}")
             _add_billed_hours(connection, other, gap_ns, merged)
             for table in metadata.sorted_tables:
                 attached = table.to_metadata(MetaData(), schema=f"other{number}")
                 merged[table.name] = _add(connection, table, attached, other, merged[table.name])
         connection.execute(delete(open_requests).where(is_billed()))
+        forget_set_aside(connection, files={other.file.name for other in others})
         rebuild(connection)
         if dry_run:
             transaction.rollback()

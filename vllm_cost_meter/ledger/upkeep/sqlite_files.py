@@ -16,6 +16,7 @@ import secrets
 import shutil
 import sqlite3
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,14 +118,34 @@ def sqlite_errors(path: Path, doing: str) -> Iterator[None]:
     except (sqlite3.Error, OSError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)
         hint = ""
-        if isinstance(error, sqlite3.DatabaseError) and _is_damage(error):
+        if isinstance(error, sqlite3.DatabaseError) and is_damage(error):
             hint = "; run `vllm-cost-meter ledger repair`"
         raise LedgerError(f"ledger {path}: cannot be {doing}: {cause}{hint}") from error
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
+def is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Return whether SQLite says that a file is damaged, or is none of its own."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+@contextmanager
+def interrupted_after(connection: sqlite3.Connection, limit_s: float) -> Iterator[threading.Event]:
+    """End what a connection does within the block after a time; the event says whether it was."""
+    cut_short = threading.Event()
+
+    def end() -> None:
+        cut_short.set()
+        connection.interrupt()
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield cut_short
+    finally:
+        timer.cancel()
+        timer.join()  # It must not meet a connection that is closed.
 
 
 def require_space(folder: Path, needed: int, doing: str, free: FreeBytes = free_bytes) -> None:
@@ -207,16 +228,17 @@ def _link(path: Path, target: Path) -> None:
 
 
 def set_aside(path: Path, kind: str, now: str) -> Path:
-    """Give a ledger that nobody has open a name with its date, and its log with it."""
+    """Give a ledger a name with its date, and its log with it; nobody makes a new one meanwhile.
+
+    The ledger's name goes first: a log without its ledger is applied to nothing, and a ledger
+    without its log would be read as an older one.
+    """
     aside = free_name(path, kind, now)
-    wal = path.with_name(path.name + "-wal")
-    journal = path.with_name(path.name + "-journal")
     _link(path, aside)
     path.unlink(missing_ok=True)
-    for file in (wal, journal):
+    for file in companions(path):
         if file.exists():
             file.rename(file.with_name(aside.name + file.name.removeprefix(path.name)))
-    path.with_name(path.name + "-shm").unlink(missing_ok=True)
     _sync(path.parent)
     return aside
 

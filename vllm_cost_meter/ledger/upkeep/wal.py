@@ -12,7 +12,7 @@ Invariant: no frame after the last commit is used, and none that its checksum co
 
 import struct
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +20,7 @@ HEADER_BYTES = 32
 FRAME_BYTES = 24
 _MAGIC = {0x377F0682: "<", 0x377F0683: ">"}
 _VERSION = 3_007_000
+_LOOKS = 5
 PAGE_SIZES = frozenset(1 << n for n in range(9, 17))
 
 _Sums = tuple[int, int]
@@ -65,6 +66,22 @@ def read_wal(file: Path, page_size: int) -> WalFrames:
             return _read(wal, page_size)
     except FileNotFoundError:
         return WalFrames(page_size)
+
+
+def lasting_damage(file: Path, page_size: int) -> WalFrames:
+    """Read a log that a server may be writing to, until what is damaged there is seen to stay.
+
+    A log that is written to while it is read looks damaged, each time elsewhere.
+    """
+    before = None
+    for _ in range(_LOOKS):
+        header = header_of(file)
+        frames = read_wal(file, page_size)
+        place = (header, frames.first_damaged)
+        if not frames.ignored or place == before:
+            return frames
+        before = place
+    return replace(frames, damaged=0, ignored=0, first_damaged=None)
 
 
 def header_of(file: Path) -> bytes:
