@@ -98,6 +98,16 @@ FREE_BYTES = Gauge(
     "Free space on the disk of the journals",
     multiprocess_mode="mostrecent",
 )
+JOURNAL_IN_SECOND_PLACE = Gauge(
+    "cost_meter_journal_in_second_place",
+    "API servers whose journal is in the second place, because the first refuses it",
+    multiprocess_mode="livesum",
+)
+JOURNAL_WITHOUT_RESERVE = Gauge(
+    "cost_meter_journal_without_reserve",
+    "API servers whose journal has no room in reserve for when the disk is full",
+    multiprocess_mode="livesum",
+)
 WAITING_RECORDS = Gauge(
     "cost_meter_journal_waiting_records",
     "Records that wait in memory because no journal takes them",
@@ -233,8 +243,10 @@ def set_ledger(
     LEDGER_APPLIED.set(math.nan if applied_at_s is None else applied_at_s)
 
 
-def set_journal(waiting: int, dropped: int) -> None:
-    """Show how many records wait in memory, and how many were dropped."""
+def set_journal(waiting: int, dropped: int, *, is_in_second_place: bool, has_reserve: bool) -> None:
+    """Show how many records wait in memory or were dropped, and how the journal's disks do."""
+    JOURNAL_IN_SECOND_PLACE.set(is_in_second_place)
+    JOURNAL_WITHOUT_RESERVE.set(not has_reserve)
     WAITING_RECORDS.set(waiting)
     DROPPED_RECORDS.set(dropped)
 

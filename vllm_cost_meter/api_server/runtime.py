@@ -40,7 +40,7 @@ from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.errors import AwayError, LedgerError, SettingError
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.database import default_url, parse_url, sqlite_path
-from vllm_cost_meter.ledger.journal_place import journal_folder
+from vllm_cost_meter.ledger.journal_place import journal_folder, second_journal_folder
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.prices.book import PriceBook
@@ -67,11 +67,12 @@ class Runtime:
         self.guard = ApiGuard()
         self.loops = Loops()
         self.ledger_url = settings.ledger or default_url()
+        second = second_journal_folder(self.ledger_url, settings.second_journal)
         self.writer = JournalWriter(
-            journal_folder(self.ledger_url), to_disk=settings.durability == "disk"
+            journal_folder(self.ledger_url), second=second, to_disk=settings.durability == "disk"
         )
         self.writer.start()
-        self.applying = Applying(self.ledger_url)
+        self.applying = Applying(self.ledger_url, second=second)
         self.collector = Collector(
             self.writer,
             self.guard,
@@ -218,7 +219,13 @@ class Runtime:
         self.guard.run("announce", self.collector.announce_all)
 
     async def _announce(self) -> None:
-        metrics.set_journal(self.writer.waiting, self.writer.dropped)
+        writer = self.writer
+        metrics.set_journal(
+            writer.waiting,
+            writer.dropped,
+            is_in_second_place=writer.is_in_second_place,
+            has_reserve=writer.reserve_error is None,
+        )
         # Budgets count running requests by owner, so the ledger must know the owners at once.
         if self.admission is not None:
             self.collector.announce_all()

@@ -160,6 +160,13 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         " that of the machine too; then each reply waits for the disk.",
         json_schema_extra=_about(t.DURABILITY),
     )
+    second_journal: t.Folder | None = Field(
+        default=None,
+        description="A folder on another disk that takes the journal while the place beside the "
+        "ledger refuses it: [a second place](../howto/operations.md#a-second-place-for-the-"
+        "journal).",
+        json_schema_extra=_about(t.FOLDER),
+    )
     snapshot_interval_s: t.Number = Field(
         default=1.0,
         ge=0.05,

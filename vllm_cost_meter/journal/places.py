@@ -16,6 +16,7 @@ import os
 import secrets
 import stat
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,8 @@ FOLDER_SUFFIX = ".journal"
 LOCK_NAME = "lock"
 # Held by whoever applies the journals of a ledger.
 APPLIER_LOCK_NAME = "applier.lock"
+# Links to folders with journals of the same ledger in other places.
+SECOND_PREFIX = "second-"
 _ID_BYTES = 16
 _NEW_PREFIX = "new-"
 
@@ -87,10 +90,51 @@ def folder_of_ledger(ledger: Path) -> Path:
     return real.with_name(real.name + FOLDER_SUFFIX)
 
 
+def second_folder(root: Path, shown_url: str) -> Path:
+    """Return the folder for journals of a ledger below a second place, which ledgers may share."""
+    digest = hashlib.sha256(shown_url.encode()).hexdigest()[:16]
+    return root / f"ledger-{digest}{FOLDER_SUFFIX}"
+
+
 def folder_of_database(shown_url: str, state_folder: Path) -> Path:
     """Return the folder of journals on this machine for a ledger that is no file."""
     digest = hashlib.sha256(shown_url.encode()).hexdigest()[:16]
     return state_folder / f"database-{digest}{FOLDER_SUFFIX}"
+
+
+def link_second(first: Path, second: Path) -> None:
+    """Have whoever reads the first folder of journals find the second one. Never raises."""
+    digest = hashlib.sha256(os.fsencode(second)).hexdigest()[:16]
+    link = first / f"{SECOND_PREFIX}{digest}"
+    try:
+        second.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(second)
+    except OSError:
+        pass  # It is linked when the first place can be written again.
+
+
+def folders_of(first: Path, second: Path | None = None) -> list[Path]:
+    """Return all folders that may have journals of a ledger, the first one first.
+
+    These are the second place that is set now, and those that were. One that is linked and not
+    there is among them: its disk is away.
+    """
+    links = sorted(first.glob(f"{SECOND_PREFIX}*")) if first.is_dir() else []
+    found = [first, *(link.readlink() for link in links if link.is_symlink())]
+    if second is not None and second not in found and second.is_dir():
+        found.append(second)
+    return found
+
+
+def require_folders(first: Path, folders: Iterable[Path]) -> None:
+    """Raise LedgerError where a folder that may have journals is away; the first may not be yet."""
+    for folder in folders:
+        if folder != first and not folder.is_dir():
+            raise LedgerError(
+                f"journals {folder}: not there, the second place of journals: is its disk away? If"
+                f" it is gone for good, remove the link {first}/{SECOND_PREFIX}… to it"
+            )
 
 
 def make_journal(folder: Path) -> tuple[str, FileLock]:

@@ -13,6 +13,7 @@ Invariant: every record that came in is in exactly one of: journaled, dropped, o
 (`queued == journaled + dropped + waiting`), and a future resolves only after its records' write.
 """
 
+import functools
 import threading
 import time
 from collections import deque
@@ -20,12 +21,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from vllm_cost_meter.errors import LedgerError, in_one_line
 from vllm_cost_meter.journal.entries import Record, write_entry
 from vllm_cost_meter.journal.frames import frame
 from vllm_cost_meter.journal.open_journal import OpenJournal
+from vllm_cost_meter.journal.two_places import TRY_FIRST_S, Journal, TwoPlaces
 from vllm_cost_meter.logs import Outage, meter_logger
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
 from vllm_cost_meter.records.snapshot import Snapshot
@@ -39,19 +40,6 @@ RETRY_MOST_S = 1.0
 GROUP_RECORDS_MAX = 2_000
 # So many distinct errors are logged; after that only counters show them.
 MAX_LOGGED = 20
-
-
-class Journal(Protocol):
-    """What the thread appends to."""
-
-    def append(self, first_number: int, frames: list[bytes]) -> int:
-        """Append as many frames as fit, at least one; return how many."""
-
-    def is_there(self) -> bool:
-        """Return whether others still find the journal."""
-
-    def close(self) -> None:
-        """Close it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -97,21 +85,30 @@ class JournalWriter:
         self,
         folder: Path,
         *,
+        second: Path | None = None,
         to_disk: bool = False,
         max_records: int = 200_000,
-        open_: Callable[[], Journal] | None = None,
+        open_: Callable[[Path], Journal] | None = None,
+        try_first_s: float = TRY_FIRST_S,
     ) -> None:
-        """Write a journal in a ledger's folder of journals.
+        """Write a journal in a ledger's folder of journals, or the second one if that refuses.
 
-        With `to_disk` a record counts as journaled only once the disk has it.
+        With `to_disk` a record counts as journaled only once the disk has it. `open_` makes a
+        journal in a folder. While the second place is used, the first is tried each `try_first_s`.
         """
         self.folder = folder
+        # Why there is no room in reserve for when the disk is full; None while there is.
+        self.reserve_error: str | None = None
         self.queued = 0
         self.journaled = 0
         self.dropped = 0
         self.failures = 0
         self.last_error: str | None = None
-        self._open = open_ or (lambda: OpenJournal(folder, to_disk=to_disk))
+        open_ = open_ or functools.partial(OpenJournal, to_disk=to_disk)
+        self._places = None if second is None else TwoPlaces(folder, second, open_, try_first_s)
+        self._open: Callable[[], Journal] = (
+            functools.partial(open_, folder) if self._places is None else self._places.open
+        )
         self._max_records = max_records
         self._journal: Journal | None = None
         self._next_number = 1
@@ -122,6 +119,11 @@ class JournalWriter:
         self._thread: threading.Thread | None = None
         self._logged: set[str] = set()
         self._outage = Outage()
+
+    @property
+    def is_in_second_place(self) -> bool:
+        """Whether the journal is in the second place, because the first refuses it."""
+        return self._places is not None and self._places.is_in_second
 
     @property
     def waiting(self) -> int:
@@ -281,10 +283,25 @@ class JournalWriter:
             del group.frames[:count]
             group.number += count
         self.last_error = None
+        self._note_reserve(journal.reserve_error)
         if (ended := self._outage.ended()) is not None:
             logger.warning(
                 "cost meter: the journal can be written again, after %.1f s and %d failures", *ended
             )
+
+    def _note_reserve(self, error: OSError | None) -> None:
+        """Say when the room in reserve is gone: bills are safe until the segment is full."""
+        before = self.reserve_error
+        self.reserve_error = None if error is None else in_one_line(error)
+        if error is not None and before is None:
+            logger.error(
+                "cost meter: the journal %s has no room in reserve (%s): free some before its"
+                " segment is full, or bills %s",
+                *(self.folder, self.reserve_error),
+                "wait in memory" if self._places is None else "go to the second place",
+            )
+        elif error is None and before is not None:
+            logger.warning("cost meter: the journal %s has room in reserve again", self.folder)
 
     def _settle(self, group: _Group) -> None:
         records = group.records

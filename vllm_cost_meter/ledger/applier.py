@@ -55,10 +55,18 @@ class Applier:
     """Applies the journals of a folder to a ledger. Used by one thread of the lock's holder."""
 
     def __init__(
-        self, batches: BatchWriter, folder: Path, look_for_dead_s: float = LOOK_FOR_DEAD_S
+        self,
+        batches: BatchWriter,
+        folder: Path,
+        look_for_dead_s: float = LOOK_FOR_DEAD_S,
+        second: Path | None = None,
     ) -> None:
-        """The journals' processes are looked at once in `look_for_dead_s`."""
+        """The journals' processes are looked at once in `look_for_dead_s`.
+
+        `second` is where journals go that `folder` refuses; what that links to is read anyway.
+        """
         self.folder = folder
+        self._second = second
         self._look_for_dead_s = look_for_dead_s
         self._batches = batches
         self._sources: dict[str, _Source] = {}
@@ -123,19 +131,30 @@ class Applier:
         """Read on in all journals; also return why one of them cannot be read."""
         parts: dict[str, JournalPart] = {}
         failure: LedgerError | None = None
-        for journal_id in places.journal_ids(self.folder):
-            source = self._sources.get(journal_id)
-            if source is None:
-                reader = JournalReader(self.folder / journal_id, positions.get(journal_id, START))
-                source = self._sources[journal_id] = _Source(reader)
-            if source.lock is None and time.monotonic() >= source.look_at_s:
-                source.lock = places.take_over(self.folder, journal_id)
-                source.look_at_s = time.monotonic() + self._look_for_dead_s
+        for folder in places.folders_of(self.folder, self._second):
             try:
-                parts[journal_id] = source.reader.read(is_alive=source.lock is None)
-            except LedgerError as error:  # The others are applied all the same.
-                failure = error
+                places.require_folders(self.folder, [folder])
+                journal_ids = places.journal_ids(folder)
+            except (LedgerError, OSError) as error:  # The others are applied all the same.
+                failure = _failure_in(folder, error)
+                continue
+            for journal_id in journal_ids:
+                source = self._source(folder, journal_id, positions)
+                try:
+                    parts[journal_id] = source.reader.read(is_alive=source.lock is None)
+                except LedgerError as error:
+                    failure = error
         return parts, failure
+
+    def _source(self, folder: Path, journal_id: str, positions: dict[str, Position]) -> _Source:
+        source = self._sources.get(journal_id)
+        if source is None:
+            reader = JournalReader(folder / journal_id, positions.get(journal_id, START))
+            source = self._sources[journal_id] = _Source(reader)
+        if source.lock is None and time.monotonic() >= source.look_at_s:
+            source.lock = places.take_over(folder, journal_id)
+            source.look_at_s = time.monotonic() + self._look_for_dead_s
+        return source
 
     def _write(self, parts: dict[str, JournalPart]) -> None:
         found = [
@@ -184,8 +203,8 @@ class Applier:
             for gap in part.gaps:
                 self._log(
                     f"{key} {gap.after}",
-                    f"journal {self.folder / key}: {gap.frames} records after record {gap.after}"
-                    f" cannot be read ({gap.reason}) and are lost; the audit names them",
+                    f"journal {self._sources[key].reader.place}: {gap.frames} records after record"
+                    f" {gap.after} cannot be read ({gap.reason}) and are lost; the audit has them",
                 )
 
     def _log(self, kind: str, message: str) -> None:
@@ -195,10 +214,10 @@ class Applier:
 
     def _remove_what_is_done(self, parts: dict[str, JournalPart]) -> None:
         for journal_id, part in parts.items():
-            place = self.folder / journal_id
             source = self._sources[journal_id]
+            place = source.reader.place
             if source.lock is not None and part.is_all:
-                places.remove_journal(self.folder, journal_id)
+                places.remove_journal(place.parent, journal_id)
                 source.lock.release()
                 del self._sources[journal_id]
                 self._forget_row(journal_id)
@@ -227,6 +246,12 @@ def read_positions(connection: Connection) -> dict[str, Position]:
             select(c.journal_id, c.segment, c.offset_bytes, c.number)
         )
     }
+
+
+def _failure_in(folder: Path, error: LedgerError | OSError) -> LedgerError:
+    if isinstance(error, LedgerError):
+        return error
+    return LedgerError(f"journals {folder}: cannot be read: {error.strerror}")
 
 
 def _row(journal_id: str, position: Position) -> TableRow:

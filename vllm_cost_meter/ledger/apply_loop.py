@@ -56,8 +56,14 @@ class Sizes(NamedTuple):
 class ApplyLoop:
     """The passes of one process over the journals of one ledger. Used by one thread."""
 
-    def __init__(self, url: str, set_aside_pause_s: float = SET_ASIDE_PAUSE_S) -> None:
-        """The ledger is made if it is not there."""
+    def __init__(
+        self,
+        url: str,
+        set_aside_pause_s: float = SET_ASIDE_PAUSE_S,
+        second: Path | None = None,
+    ) -> None:
+        """The ledger is made if it is not there. `second` is the second folder of journals."""
+        self._second = second
         self.folder: Path = journal_folder(url)
         self.last_error: str | None = None
         self.failures = 0
@@ -74,7 +80,7 @@ class ApplyLoop:
         self._count_at_s = 0.0
         self._was_opened = False
         self._batches = BatchWriter(url)
-        self._applier = Applier(self._batches, self.folder)
+        self._applier = Applier(self._batches, self.folder, second=second)
         self._lock: FileLock | None = None
         self._outage = Outage()
 
@@ -156,6 +162,8 @@ class ApplyLoop:
     def _take_lock(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = FileLock.try_to_take(self.folder / places.APPLIER_LOCK_NAME)
+        if self._lock is not None and self._second is not None:
+            places.link_second(self.folder, self._second)
         if self._lock is None or self._path is None:
             return
         finish_setting_aside(self._path)
@@ -200,7 +208,8 @@ class ApplyLoop:
     def sizes(self) -> Sizes:
         """Return what the ledger takes on the disk beside its file."""
         wal = self._path.with_name(self._path.name + "-wal") if self._path is not None else None
-        segments = self.folder.glob(f"*/*{SUFFIX}")
+        folders = places.folders_of(self.folder, self._second)
+        segments = (file for folder in folders for file in folder.glob(f"*/*{SUFFIX}"))
         return Sizes(
             sum(map(_size_bytes, segments)),
             _size_bytes(wal) if wal is not None else 0,

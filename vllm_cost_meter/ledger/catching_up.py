@@ -32,7 +32,7 @@ def catch_up(url: str, timeout_s: float = WAIT_S) -> int:
     Raises LedgerError if the ledger or a journal cannot be read or written.
     """
     folder = journal_folder(url)
-    if not places.journal_ids(folder):
+    if not _journals(folder):
         return 0
     # An older ledger is not migrated by whoever wants to read it.
     batches = BatchWriter(url, upgrade=False)
@@ -68,7 +68,7 @@ def waiting_records(url: str, timeout_s: float = WAIT_S) -> int:
     A server that applies them is waited for. Raises LedgerError if the ledger or a journal cannot be read.
     """
     folder = journal_folder(url)
-    if not places.journal_ids(folder):
+    if not _journals(folder):
         return 0
     engine = open_to_read(url)
     try:
@@ -89,13 +89,21 @@ def wait_until_applied(engine: Engine, folder: Path, timeout_s: float) -> int:
     return sum(last - before for before, last in wanted.values())
 
 
+def _journals(folder: Path) -> list[Path]:
+    """Return the journals in all places. Raises LedgerError if a place is away."""
+    folders = places.folders_of(folder)
+    places.require_folders(folder, folders)
+    return [each / journal_id for each in folders for journal_id in places.journal_ids(each)]
+
+
 def _waiting(engine: Engine, folder: Path) -> dict[str, tuple[int, int]]:
     """Return for each journal with news the last applied record's number, and the last one's."""
     with engine.connect() as connection:
         positions = read_positions(connection)
     waiting = {}
-    for journal_id in places.journal_ids(folder):
-        reader = JournalReader(folder / journal_id, positions.get(journal_id, START))
+    for place in _journals(folder):
+        journal_id = place.name
+        reader = JournalReader(place, positions.get(journal_id, START))
         before = reader.position.number
         try:
             while not reader.read(is_alive=True).is_all:
@@ -112,7 +120,7 @@ def _still_waiting(
 ) -> dict[str, tuple[int, int]]:
     with engine.connect() as connection:
         positions = read_positions(connection)
-    there = set(places.journal_ids(folder))
+    there = {place.name for place in _journals(folder)}
     return {
         journal_id: (number, last)
         for journal_id, (_, last) in wanted.items()

@@ -6,13 +6,11 @@ import sqlite3
 import sys
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from tests.component.ledger.test_reader import part, snapshot
-from tests.support.ledger_writer import LedgerWriter
+from tests.support.doctor import findings, named, path, state_of_check
 from tests.support.nvml import A, Card, nvmls
 from tests.support.small_ledger import live_now
 from tests.support.untouched import old_ledger
@@ -20,6 +18,8 @@ from tests.support.upkeep import noise, rows_of
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.cli.doctor import examine
 from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.journal.places import folder_of_ledger, link_second
+from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunMatch
 
@@ -30,6 +30,7 @@ CHECKS = [
     "vllm",
     "server",
     "ledger",
+    "journal",
     "schema",
     "pages",
     "books",
@@ -40,31 +41,7 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def named(monkeypatch):
-    monkeypatch.setenv("VLLM_PLUGINS", "cost_meter,other")
-    # Another server may run on this machine.
-    monkeypatch.setenv("COST_METER_PORT", "off")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "ledger.db"
-    bills = [part(1)]
-    writer = LedgerWriter(f"sqlite:///{path}")
-    writer.start()
-    writer.commit(*bills, snapshot(bills)).result(10)
-    writer.close(5)
-    return path
-
-
-def findings(path: Path, **options: Any) -> dict[str, tuple[bool, str]]:
-    return {f.name: (f.ok, f.detail) for f in examine(f"sqlite:///{path}", **options)}
-
-
-def state_of_check(path: Path, name: str, **options: Any) -> tuple[str, str]:
-    (found,) = [f for f in examine(f"sqlite:///{path}", **options) if f.name == name]
-    return found.outcome.name.lower(), found.detail
+__all__ = ["named", "path"]
 
 
 def spoil_a_page(path: Path) -> None:
@@ -309,3 +286,40 @@ def test_an_installation_without_the_binding_fails(path, monkeypatch):
     ok, detail = findings(path)["energy"]
     assert not ok
     assert "pip install nvidia-ml-py" in detail
+
+
+def test_the_places_of_the_journal_are_looked_at_and_nothing_is_made(path, tmp_path):
+    assert state_of_check(path, "journal") == (
+        "ok",
+        f"{path}.journal: not there yet, and can be made; no second place is set",
+    )
+    same = Settings(second_journal=str(tmp_path / "other"))
+    state, detail = state_of_check(path, "journal", settings=same)
+    assert state == "warn"
+    assert f"{tmp_path / 'other'} is on the same disk: where that fails, both do" in detail
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "file").write_text("no folder")
+    wrong = Settings(second_journal=str(tmp_path / "file" / "below"))
+    state, detail = state_of_check(path, "journal", settings=wrong)
+    assert state == "fail"
+    assert f"{tmp_path / 'file'} is no folder that this user can write" in detail
+
+
+def test_a_second_place_that_is_away_is_a_failure(path, tmp_path):
+    second = tmp_path / "gone"
+    folder_of_ledger(path).mkdir()
+    link_second(folder_of_ledger(path), second)
+    assert state_of_check(path, "journal")[0] == "ok"
+    second.rmdir()
+    state, detail = state_of_check(path, "journal")
+    assert state == "fail"
+    assert "is its disk away" in detail
+
+
+def test_a_damaged_file_that_was_set_aside_is_a_warning(path):
+    path.rename(path.with_name("ledger.db.damaged-20270115T080000Z"))
+    BatchWriter(f"sqlite:///{path}").opened()
+    state, detail = state_of_check(path, "ledger")
+    assert state == "warn"
+    assert "ledger.db.damaged-20270115T080000Z was set aside" in detail
+    assert "ledger merge" in detail

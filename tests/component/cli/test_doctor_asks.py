@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from tests.component.ledger.test_reader import part, snapshot
 from tests.support.builders import make_snapshot
+from tests.support.doctor import findings, named, path, state_of_check
 from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.api_server.background import Loop
 from vllm_cost_meter.cli.doctor import examine
@@ -32,32 +32,7 @@ from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
-
-@pytest.fixture(autouse=True)
-def named(monkeypatch):
-    monkeypatch.setenv("VLLM_PLUGINS", "cost_meter,other")
-    # Another server may run on this machine.
-    monkeypatch.setenv("COST_METER_PORT", "off")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "ledger.db"
-    bills = [part(1)]
-    writer = LedgerWriter(f"sqlite:///{path}")
-    writer.start()
-    writer.commit(*bills, snapshot(bills)).result(10)
-    writer.close(5)
-    return path
-
-
-def findings(path: Path, **options: Any) -> dict[str, tuple[bool, str]]:
-    return {f.name: (f.ok, f.detail) for f in examine(f"sqlite:///{path}", **options)}
-
-
-def state_of_check(path: Path, name: str, **options: Any) -> tuple[str, str]:
-    (found,) = [f for f in examine(f"sqlite:///{path}", **options) if f.name == name]
-    return found.outcome.name.lower(), found.detail
+__all__ = ["named", "path"]
 
 
 def ledger_in(folder: str) -> str:

@@ -1,6 +1,7 @@
 """The journal's writer: what a future promises, and disks that are full, failing or gone."""
 
 import errno
+import itertools
 import logging
 import os
 import subprocess
@@ -47,6 +48,10 @@ class Disk:
             raise self.failing
         return self.journal.append(first_number, frames)
 
+    @property
+    def reserve_error(self) -> OSError | None:
+        return self.journal.reserve_error
+
     def is_there(self) -> bool:
         return self.journal.is_there()
 
@@ -90,23 +95,18 @@ def test_records_of_many_threads_are_there_once_each_in_the_order_of_each_thread
 
 
 def test_a_full_disk_costs_memory_only_and_is_said_once_and_at_its_end(folder, caplog):
-    disk: list[Disk] = []
-
-    def opened() -> Disk:
-        disk.append(Disk(folder))
-        return disk[-1]
-
-    writer = JournalWriter(folder, open_=opened)
+    disk = Disk(folder)
+    writer = JournalWriter(folder, open_=lambda _: disk)
     writer.start()
     writer.append(part(1)).result(10)
-    disk[0].failing = FULL
+    disk.failing = FULL
     late = [writer.append(part(seq)) for seq in range(2, 50)]
     with caplog.at_level(logging.WARNING):
         while writer.failures < 3:
             pass
         assert not any(future.done() for future in late)
         assert "No space left on device" in writer.last_error
-        disk[0].failing = None
+        disk.failing = None
         for future in late:
             future.result(10)
     assert writer.last_error is None
@@ -181,14 +181,40 @@ def test_a_segment_is_in_reserve_so_that_a_full_disk_is_met_before_it_hurts(fold
     assert journal.reserve_error is FULL
 
 
-def test_a_journal_whose_folder_went_away_is_made_anew(folder, caplog):
-    disk: list[Disk] = []
+def test_that_no_room_is_in_reserve_is_said_when_it_begins_and_ends(folder, monkeypatch, caplog):
+    real, is_full = os.posix_fallocate, []
 
-    def opened() -> Disk:
-        disk.append(Disk(folder))
-        return disk[-1]
+    def allocate(*given):
+        # The present segment was in reserve; what is full is the disk behind it.
+        if is_full and next(is_full[0]):
+            raise FULL
+        real(*given)
 
-    writer = JournalWriter(folder, open_=opened)
+    monkeypatch.setattr(segments.os, "posix_fallocate", allocate)
+    writer = JournalWriter(folder, open_=lambda at: OpenJournal(at, segment_bytes=1 << 12))
+    writer.start()
+    writer.append(part(1)).result(10)
+    assert writer.reserve_error is None
+    is_full.append(itertools.chain([True], itertools.repeat(False)))
+    seq = 1
+    while writer.reserve_error is None:
+        seq += 1
+        writer.append(part(seq)).result(10)
+    assert "No space left" in writer.reserve_error
+    while writer.reserve_error is not None:
+        seq += 1
+        writer.append(part(seq)).result(10)
+    writer.close()
+    assert [record.bill.seq for record in records_of(folder)] == list(range(1, seq + 1))
+    said = [r.message for r in caplog.records]
+    assert len(said) == 2
+    assert "has no room in reserve" in said[0]
+    assert "or bills wait in memory" in said[0]
+    assert "has room in reserve again" in said[1]
+
+
+def test_a_journal_whose_folder_went_away_is_made_anew(folder):
+    writer = JournalWriter(folder)
     writer.start()
     writer.append(part(1)).result(10)
     folder.rename(folder.with_name("elsewhere"))
@@ -200,7 +226,7 @@ def test_a_journal_whose_folder_went_away_is_made_anew(folder, caplog):
 def test_beyond_the_bound_the_oldest_are_dropped_counted_and_their_futures_say_why(folder):
     disk = Disk(folder)
     disk.failing = FULL
-    writer = JournalWriter(folder, max_records=10, open_=lambda: disk)
+    writer = JournalWriter(folder, max_records=10, open_=lambda _: disk)
     writer.start()
     first = writer.append(part(1))
     while not writer.failures:
@@ -220,7 +246,7 @@ def test_beyond_the_bound_the_oldest_are_dropped_counted_and_their_futures_say_w
 def test_what_is_lost_at_a_stop_is_named_with_count_run_and_time(folder, caplog):
     disk = Disk(folder)
     disk.failing = FULL
-    writer = JournalWriter(folder, open_=lambda: disk)
+    writer = JournalWriter(folder, open_=lambda _: disk)
     writer.start()
     future = writer.append(part(1), part(2), http())
     writer.close(timeout_s=0.2)

@@ -3,6 +3,8 @@
 Invariant: after `catch_up` returned, all that was journaled before the call is in the ledger.
 """
 
+from pathlib import Path
+
 import msgspec
 
 from vllm_cost_meter import metrics
@@ -27,7 +29,10 @@ START_TIMEOUT_S = 5.0
 class Applying:
     """The API server's end of the process that applies journals. Used by one event loop only."""
 
-    def __init__(self, url: str, timeout_s: float = CATCH_UP_TIMEOUT_S) -> None:
+    def __init__(
+        self, url: str, timeout_s: float = CATCH_UP_TIMEOUT_S, second: Path | None = None
+    ) -> None:
+        """`second` is the second folder of journals."""
         self._url = url
         self._timeout_s = timeout_s
         self.start_timeout_s = START_TIMEOUT_S
@@ -35,7 +40,7 @@ class Applying:
         self.process = SideProcess(
             "the process that writes the ledger",
             MODULE,
-            hello=lambda: ApplierHello(url),
+            hello=lambda: ApplierHello(url, None if second is None else str(second)),
             answer=_answer_nothing,
             take=self._take,
             pauses=PAUSES,

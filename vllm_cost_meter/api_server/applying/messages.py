@@ -10,9 +10,11 @@ CATCH_UP, STATE = "catch up", "state"
 
 
 class ApplierHello(msgspec.Struct, frozen=True, array_like=True):
-    """What the process is told first: where the ledger is."""
+    """What the process is told first: where the ledger and its journals are."""
 
     url: str
+    # The second folder of journals, None without.
+    second: str | None = None
 
 
 class ApplierState(msgspec.Struct, frozen=True, array_like=True):

@@ -10,6 +10,7 @@ Invariant: an answer to a question means that all journaled before it is in the 
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 
@@ -48,7 +49,8 @@ class _Applying:
 
     async def main(self, server: ToServer, hello: ApplierHello) -> None:
         """Begin: from now on there are answers."""
-        loop = ApplyLoop(hello.url)
+        second = None if hello.second is None else Path(hello.second)
+        loop = ApplyLoop(hello.url, second=second)
         server.ready()
         self._task = asyncio.create_task(self._run(server, loop))
         self._watch_task = asyncio.create_task(watch(loop, self._wake.set))

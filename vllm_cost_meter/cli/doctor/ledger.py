@@ -3,12 +3,15 @@
 Invariant: what a server's start would do to the ledger is said, never done.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_cost_meter.cli.doctor.findings import Finding, Outcome, failed, fine
 from vllm_cost_meter.cli.doctor.server import RunningServer
-from vllm_cost_meter.errors import ServerError
+from vllm_cost_meter.errors import LedgerError, ServerError
+from vllm_cost_meter.journal.places import folders_of, require_folders
+from vllm_cost_meter.ledger.damage.setting_aside import set_aside_beside
 from vllm_cost_meter.ledger.database import (
     check_place,
     nearest_folder,
@@ -19,6 +22,8 @@ from vllm_cost_meter.ledger.database import (
 )
 from vllm_cost_meter.ledger.economics.saturation import knows_runs
 from vllm_cost_meter.ledger.file_modes import open_to_others
+from vllm_cost_meter.ledger.journal_place import journal_folder, second_journal_folder
+from vllm_cost_meter.ledger.queries.answers import SetAsideFile
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.ledger.upkeep.examining import damage_of, try_writing, version_in
 from vllm_cost_meter.ledger.upkeep.sqlite_files import free_bytes
@@ -70,8 +75,40 @@ def ledger_writable(url: str, server: RunningServer | None, busy_timeout_s: floa
         free = free_bytes(nearest_folder(place.path))
         if free < FREE_BYTES_MIN:
             found = found.and_also(Outcome.WARN, f"only {free:,} bytes are free there")
+        for aside in _set_aside(place):
+            detail = f"{aside['file']} was set aside: {aside['reason']}"
+            found = found.and_also(Outcome.WARN, detail)
     if server is not None and not _is_the_servers(url, server):
         found = found.and_also(Outcome.WARN, f"{server.url} writes to {server.health['ledger']}")
+    return found
+
+
+def journals_writable(url: str, second_root: str | None) -> Finding:
+    """Check that the places of the journal can be written, and that they are on two disks."""
+    first = journal_folder(url)
+    require_folders(first, folders_of(first))
+    found = _place_of_journals(first)
+    second = second_journal_folder(url, second_root)
+    if second is None:
+        return found.and_also(Outcome.OK, "no second place is set")
+    other = _place_of_journals(second)
+    found = found.and_also(other.outcome, other.detail)
+    if other.ok and nearest_folder(first).stat().st_dev == nearest_folder(second).stat().st_dev:
+        detail = f"{second_root} is on the same disk: where that fails, both do"
+        found = found.and_also(Outcome.WARN, detail)
+    return found
+
+
+def _place_of_journals(folder: Path) -> Finding:
+    there = folder if os.path.lexists(folder) else nearest_folder(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        detail = f"{folder}: {there} is no folder that this user can write"
+        return failed("journal", detail)
+    free = free_bytes(there)
+    how = "can be written" if folder.is_dir() else "not there yet, and can be made"
+    found = fine("journal", f"{folder}: {how}")
+    if free < FREE_BYTES_MIN:
+        return found.and_also(Outcome.WARN, f"only {free:,} bytes are free there")
     return found
 
 
@@ -90,6 +127,16 @@ def _written(place: Place, server: RunningServer | None, busy_timeout_s: float) 
     if trial.is_busy and server is not None:
         return Finding("ledger", Outcome.WARN, f"{detail} now: {server.url} may be at work on it")
     return failed("ledger", detail)
+
+
+def _set_aside(place: Place) -> list[SetAsideFile]:
+    """Return the damaged files whose rows a ledger may lack."""
+    if place.version != SCHEMA_VERSION:
+        return []
+    try:
+        return set_aside_beside(place.url)
+    except LedgerError:  # Other checks say what is wrong.
+        return []
 
 
 def _is_the_servers(url: str, server: RunningServer) -> bool:

@@ -27,7 +27,10 @@ from pathlib import Path
 
 from sqlalchemy import ColumnElement, MetaData, Table, delete, insert, select
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.database import cause_of, open_to_read
 from vllm_cost_meter.ledger.queries.answers import SetAsideFile
 from vllm_cost_meter.ledger.schema import (
     http_requests,
@@ -135,6 +138,18 @@ def set_aside_files(connection: Connection) -> list[SetAsideFile]:
         {"file": file, "reason": reason, "noticed_at": noticed_at}
         for file, reason, noticed_at in found
     ]
+
+
+def set_aside_beside(url: str) -> list[SetAsideFile]:
+    """Return the damaged files whose rows an existing ledger may lack. Raises LedgerError."""
+    engine = open_to_read(url)
+    try:
+        with engine.connect() as connection:
+            return set_aside_files(connection)
+    except SQLAlchemyError as error:
+        raise LedgerError(f"ledger: cannot be read: {cause_of(error)}") from error
+    finally:
+        engine.dispose()
 
 
 def forget_set_aside(
