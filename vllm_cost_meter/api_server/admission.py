@@ -36,6 +36,8 @@ ASKS_PER_SNAPSHOT = 4
 # Figures are stale if this many snapshots in a row are missing, but not before `FRESH_S_MIN`.
 SNAPSHOTS_MISSED_MAX = 3
 FRESH_S_MIN = 5.0
+# Figures are stale if a bill of this server waits longer for the ledger.
+LAG_NS_MAX = 5 * NS_PER_SECOND
 # How long a request waits for the first figures after a start.
 FIRST_FIGURES_S = 5.0
 NOT_COUNTED = "since the start of this server its budgets have not been counted yet"
@@ -88,11 +90,14 @@ class Admission:
         stop: Stop | None = None,
         first_figures_s: float = FIRST_FIGURES_S,
         loop: Loop | None = None,
+        lag_ns: Callable[[], int] = lambda: 0,
     ) -> None:
         """Judge by `rules` and the figures that `follow` brings; snapshots come every `interval_s`.
 
-        `guard` is the error account of the hooks, `loop` that of `run`.
+        `guard` is the error account of the hooks, `loop` that of `run`. `lag_ns` is
+        the age of this server's oldest bill that the figures were not seen to have.
         """
+        self._lag_ns = lag_ns
         self._follow = follow
         self._rules = rules
         self._guard = guard
@@ -177,6 +182,8 @@ class Admission:
 
     def _stale(self) -> str | None:
         stale = self.figures.stale(time.monotonic_ns(), self._max_age_ns)
+        if stale is None and (lag_ns := self._lag_ns()) > LAG_NS_MAX:
+            stale = f"bills of the last {lag_ns / NS_PER_SECOND:.0f} s are not in the ledger yet"
         if stale is None and self._guard.off:
             stale = "the meter switched itself off after errors"
         return stale

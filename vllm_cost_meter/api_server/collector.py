@@ -33,6 +33,7 @@ from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.bill import Bill
 from vllm_cost_meter.records.owner import Owner
+from vllm_cost_meter.records.requests import EngineRequest
 
 
 class Collector:
@@ -45,8 +46,14 @@ class Collector:
         settings: Callable[[], Settings],
         open_requests: OpenRequests | None = None,
         refuses: Callable[[Exchange | None], Refusal | None] = lambda _exchange: None,
+        on_bill: Callable[[EngineRequest], None] = lambda _part: None,
     ) -> None:
-        """`refuses` tells whether an exchange may have no further engine request."""
+        """Make it.
+
+        `refuses` tells whether an exchange may have no further engine request. `on_bill` gets each
+        bill that is handed to the journal.
+        """
+        self._on_bill = on_bill
         self.breaker = Breaker(guard)
         # Facts about the engines; empty before the application has started.
         self.run_facts = RunFacts()
@@ -84,6 +91,7 @@ class Collector:
             self._writer.append(part).add_done_callback(self._journaled_while_open)
         else:
             self._writer.put(part)
+        self._on_bill(part)
         if birth is not None and birth.exchange is not None:
             birth.exchange.part_was_billed(part)
         metrics.count_bill(part)

@@ -44,6 +44,7 @@ from vllm_cost_meter.ledger.journal_place import journal_folder, second_journal_
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.tenants.budgets import BudgetFigures
 from vllm_cost_meter.vllm_hooks import engines
@@ -51,6 +52,9 @@ from vllm_cost_meter.vllm_hooks import engines
 logger = meter_logger()
 
 STOP_TIMEOUT_S = 10.0
+# A ledger that cannot be read is looked at again for the names of budgets after such pauses.
+NAMES_PAUSE_FIRST_S = 1.0
+NAMES_PAUSE_MOST_S = 60.0
 
 
 class Runtime:
@@ -79,6 +83,7 @@ class Runtime:
             lambda: self.settings,
             open_requests=open_requests,
             refuses=lambda exchange: refuse_birth(exchange, self.admission, self.settings),
+            on_bill=self._on_bill,
         )
         # Served model names, the default first; empty until `start`.
         self.served: tuple[str, ...] = ()
@@ -240,21 +245,32 @@ class Runtime:
             self.side_endpoint.settings_changed()
         self._hold_to_budgets(engine_client)
         if new is not None and self.poller is not None:
-            await self._look_at_names()
+            if (before := self._tasks.pop("names", None)) is not None:
+                before.cancel()
+            self._start_task("names", self._look_at_names)
 
     # -- budgets ----------------------------------------------------------------------------
 
     async def _look_at_names(self) -> None:
-        """Warn of budgets that cover nobody so far. Without a ledger nobody knows."""
-        with contextlib.suppress(LedgerError):
-            await in_own_thread(self._names.look, self.settings)
+        """Warn of budgets that cover nobody so far, as soon as the ledger can be read."""
+        pause_s = NAMES_PAUSE_FIRST_S
+        while True:
+            try:
+                await in_own_thread(self._names.look, self.settings)
+            except LedgerError:  # Without a ledger nobody knows.
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, NAMES_PAUSE_MOST_S)
+            else:
+                return
 
     def _hold_to_budgets(self, engine_client: Any) -> None:
         has_rules = self.settings.budgets or self.settings.failing_closed
         if not has_rules or self.admission is not None:
             return
         # The poller starts later, and is asked at each look.
-        self.follower = BudgetFollower(self.ledger_url, alive=self.alive)
+        self.follower = BudgetFollower(
+            self.ledger_url, alive=self.alive, waiting=lambda: self.writer.waiting
+        )
         self.admission = Admission(
             self.follower.follow,
             self.budget_rules,
@@ -263,8 +279,13 @@ class Runtime:
             running_of=self.collector.open_requests_of,
             stop=lambda ids: engines.stop_requests(engine_client, ids, STOP_TIMEOUT_S),
             loop=self.loops["budgets"],
+            lag_ns=lambda: self.follower.pending.lag_ns if self.follower is not None else 0,
         )
         self._start_task("budgets", self.admission.run)
+
+    def _on_bill(self, part: EngineRequest) -> None:
+        if self.follower is not None:
+            self.follower.pending.add(part)
 
     def budget_rules(self) -> Rules:
         """Return the present settings for budgets."""

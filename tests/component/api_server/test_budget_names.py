@@ -1,9 +1,13 @@
 """A budget that covers nobody so far is warned of, by name: what settings cannot refuse."""
 
+import asyncio
+
 import pytest
 
-from tests.support.world import BODY, JSON, journal, replying, scope_of
+from tests.support.world import BODY, JSON, journal, make_runtime, replying, scope_of
+from vllm_cost_meter.api_server import runtime as runtime_module
 from vllm_cost_meter.api_server.budgets.names import BudgetNames
+from vllm_cost_meter.ledger.database import open_database
 
 HEADER = {"rule": "header", "trust": "everyone"}
 RULES = [
@@ -68,3 +72,27 @@ def test_a_tag_that_a_header_once_brought_is_not_warned_of(warned):
 def test_a_tag_is_compared_letter_by_letter(warned):
     (line,) = warned(budget("b", tag="team=B"), asking=("any",), team=b"b")
     assert "'team=B'" in line
+
+
+def test_a_ledger_that_is_away_at_the_start_is_looked_at_once_it_is_there(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(runtime_module, "NAMES_PAUSE_FIRST_S", 0.01)
+    settings = {"tenants": TENANTS, "tenant_rules": RULES}
+    runtime = make_runtime(
+        tmp_path, opens=False, budgets=[budget("b", tenant="serach")], **settings
+    )
+    path = tmp_path / "ledger.db"
+    path.write_text("what was put there by mistake")
+
+    async def look() -> None:
+        looking = asyncio.create_task(runtime._look_at_names())
+        await asyncio.sleep(0.1)
+        assert not looking.done()
+        path.unlink()
+        open_database(f"sqlite:///{path}").dispose()
+        await asyncio.wait_for(looking, 60)
+
+    asyncio.run(look())
+    runtime.writer.close()
+    assert [r.getMessage() for r in caplog.records if "covers nobody" in r.getMessage()] != []

@@ -23,7 +23,10 @@ from tests.support.builders import make_snapshot
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.api_server.budgets.messages import SentFigures, SentRules
 from vllm_cost_meter.errors import AwayError, CostMeterError, LedgerError
+from vllm_cost_meter.journal.writer import JournalWriter
+from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.ledger.journal_place import journal_folder
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry, RunMatch
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
@@ -214,3 +217,37 @@ used = st.none() | st.dictionaries(st.integers(0, 10**7), amounts, max_size=3)
 def test_figures_arrive_as_they_were_sent(of, hours, unknown, heard_ns):
     figures = BudgetFigures([Standing(of, hours, 10**18, unknown)], 10**18, unknown, heard_ns)
     assert over_the_wire(SentFigures.of(1, figures), SentFigures).figures([of]) == figures
+
+
+def test_what_the_ledger_does_not_have_yet_counts_and_is_let_go_once_it_has_it(ledger):
+    """As where the ledger cannot be written: no snapshot comes, and figures are renewed anyway."""
+
+    async def test() -> None:
+        async with following(ledger.url) as follower:
+            assert totals(await follower.follow((budget(),), NO_PRICES)) == [0]
+            journal = JournalWriter(journal_folder(ledger.url))
+            journal.start()
+            for bill in (part(1, 50), part(2, 7)):
+                follower.pending.add(bill)
+                journal.append(bill).result(10)
+            figures = await until(follower, (budget(),), lambda figures: True)
+            assert totals(figures) == [57]
+            assert follower.pending.lag_ns > 0
+            assert catch_up(ledger.url) == 0
+            figures = await until(follower, (budget(),), lambda figures: True)
+            assert totals(figures) == [57]
+            assert follower.pending.lag_ns == 0
+            assert follower.pending.sent() == ()
+            journal.close()
+
+    asyncio.run(test())
+
+
+def test_a_bill_that_the_ledger_will_never_get_is_not_waited_for(ledger):
+    async def test() -> None:
+        async with following(ledger.url) as follower:
+            follower.pending.add(part(1, 50))  # no journal has it: it was dropped
+            figures = await until(follower, (budget(),), lambda _: not follower.pending.sent())
+            assert totals(figures) == [0]
+
+    asyncio.run(test())

@@ -21,6 +21,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry, RunMatch
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import UsagePiece
+from vllm_cost_meter.records.pending import PendingBill
 from vllm_cost_meter.records.requests import Price
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.tenants.budgets import Budget
@@ -431,3 +432,46 @@ def test_the_bill_of_a_request_in_a_silent_engine_takes_the_place_of_what_ran(le
     ledger.write(part(1, 90, started_at_ns=NOW - 5, announced=True))
     assert total(follower, now_ns=NOW + DEAD_AFTER_NS + NS_PER_SECOND) == [90]
     follower.close()
+
+
+def test_a_bill_on_its_way_to_the_ledger_counts_once_and_in_place_of_its_running_request(ledger):
+    ledger.write(running(r1=70), make_open(request_id="r1", tenant="acme", started_at_ns=NOW - 5))
+    spending = Spending(ledger.url, alive=lambda: ["run"])
+    bills = [part(seq, 10**seq) for seq in range(5)]
+    pending = [PendingBill.of(bill) for bill in bills]
+
+    def used(*seqs: int) -> int | None:
+        asked = [pending[seq] for seq in seqs]
+        return spending.look([budget()], NO_PRICES, NOW, pending=asked).standings[0].total
+
+    def left() -> list[int]:
+        return [bill.seq for bill in spending.pending]
+
+    assert used() == 70
+    assert (used(1), left()) == (10, [1])
+    ledger.write(bills[1])
+    assert (used(1), left()) == (10, [])
+    # One that another server brought in first leaves a gap behind.
+    ledger.write(bills[3])
+    assert (used(2, 3, 4), left()) == (11_110, [2, 4])
+    ledger.write(bills[2])
+    assert (used(2, 3, 4), left()) == (11_110, [4])
+    assert (used(), left()) == (1_110, [])
+    spending.close()
+
+
+def test_a_pending_bill_counts_for_its_owner_in_its_hour_at_its_price(ledger):
+    spending = Spending(ledger.url)
+    lifted = PendingBill.of(part(1, 300, tenant="acme/lift", hour=THIS_HOUR - 1, run_id="new run"))
+    others = PendingBill.of(part(2, 5, tenant="rival"))
+    wanted = [budget(), budget(name="usd", unit="usd"), budget(name="r", tenant="rival")]
+    figures = spending.look(wanted, PRICES, NOW, pending=[lifted, others])
+    assert [standing.total for standing in figures.standings] == [300, 3, 5]
+    spending.close()
+
+
+def test_without_budgets_no_bill_is_pending(ledger):
+    spending = Spending(ledger.url)
+    spending.look([], NO_PRICES, NOW, pending=[PendingBill.of(part(1, 5))])
+    assert spending.pending == []
+    spending.close()

@@ -7,7 +7,15 @@ from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
-from vllm_cost_meter.api_server.budgets.messages import LOOK, RULES, CounterHello, Looked, SentRules
+from vllm_cost_meter.api_server.budgets.messages import (
+    LOOK,
+    RULES,
+    CounterHello,
+    Looked,
+    LookQuestion,
+    SentRules,
+)
+from vllm_cost_meter.api_server.budgets.pending import BEHIND_NS, OVERDUE_NS, PendingBills
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook
 from vllm_cost_meter.side_process.channel import RefusedError
@@ -28,9 +36,16 @@ class BudgetFollower:
         self,
         url: str,
         alive: Callable[[], Collection[str]] = tuple,
+        waiting: Callable[[], int] = lambda: 0,
         timeout_s: float = LOOK_TIMEOUT_S,
     ) -> None:
-        """`alive` names engine runs that are known to live though they are silent."""
+        """Follow the ledger at `url`.
+
+        `alive` names engine runs that are known to live though they are silent. `waiting` is how
+        many records wait for the journal.
+        """
+        self.pending = PendingBills()
+        self._waiting = waiting
         self._url = url
         self._alive = alive
         self._timeout_s = timeout_s
@@ -66,15 +81,19 @@ class BudgetFollower:
             self._sent[self._version] = budgets
             self.process.tell(RULES, self._rules())
         self.process.start()
-        alive = tuple(self._alive())
+        pending, lag_ns = self.pending.sent(), self.pending.lag_ns
+        is_overdue = lag_ns >= OVERDUE_NS and not self._waiting()
+        asked = LookQuestion(tuple(self._alive()), pending, lag_ns >= BEHIND_NS, is_overdue)
         try:
-            found = (await self.process.ask(LOOK, alive, Looked, self._timeout_s)).figures
+            looked = await self.process.ask(LOOK, asked, Looked, self._timeout_s)
         except RefusedError as error:
             if error.kind == LedgerError.__name__:
                 raise LedgerError(str(error)) from None
             raise
+        found = looked.figures
         if found is None:
             return None
+        self.pending.settle(pending, looked.left)
         self._sent = {v: budgets for v, budgets in self._sent.items() if v >= found.version}
         return found.figures(self._sent[found.version])
 

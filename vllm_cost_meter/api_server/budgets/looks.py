@@ -9,10 +9,14 @@ counted; None means that nothing is new.
 import time
 from collections.abc import Collection, Sequence
 
+from vllm_cost_meter.api_server.budgets.messages import LookQuestion
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.catching_up import waiting_records
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures
 
+NOTHING_MORE = LookQuestion()
 # The process that makes a new ledger starts at the same moment.
 WAIT_S = 5.0
 
@@ -21,25 +25,37 @@ class BudgetLooks:
     """The looks of one API server."""
 
     def __init__(self, url: str) -> None:
+        self._url = url
         self._alive: Collection[str] = ()
+        self.left: tuple[tuple[str, int], ...] = ()
         self._spending = Spending(url, wait_s=WAIT_S, alive=lambda: self._alive)
         self._latest: object = None
 
     def look(
-        self, budgets: Sequence[Budget], book: PriceBook, alive: Collection[str] = ()
+        self, budgets: Sequence[Budget], book: PriceBook, asked: LookQuestion = NOTHING_MORE
     ) -> BudgetFigures | None:
         """Return where the budgets stand; None if nothing is new since the last look.
 
-        `alive` names engine runs that are known to live though they are silent. Raises LedgerError
-        while the ledger cannot be read.
+        After figures `left` has the pending bills that the ledger lacks and will get. Raises
+        LedgerError while the ledger cannot be read.
         """
-        self._alive = alive
+        self._alive = asked.alive
         latest = (self._spending.latest_snapshots(), budgets, book)
-        if latest == self._latest and not self._spending.is_recounting:
+        is_due = asked.is_behind or self._spending.is_recounting
+        if latest == self._latest and not is_due:
             return None
-        figures = self._spending.look(budgets, book, time.time_ns())
+        # Before the look: what the journals no longer have is in the ledger that it sees, or never.
+        pending = () if asked.is_overdue and self._is_all_applied() else asked.pending
+        found = self._spending.look(budgets, book, time.time_ns(), pending=pending)
         self._latest = latest
-        return figures
+        self.left = tuple((bill.run_id, bill.seq) for bill in self._spending.pending)
+        return found
+
+    def _is_all_applied(self) -> bool:
+        try:
+            return waiting_records(self._url) == 0
+        except LedgerError:
+            return False
 
     @property
     def served(self) -> Sequence[Budget]:

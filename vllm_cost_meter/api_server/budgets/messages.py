@@ -13,6 +13,7 @@ from typing import Self
 import msgspec
 
 from vllm_cost_meter.prices.book import PriceBook
+from vllm_cost_meter.records.pending import PendingBill
 from vllm_cost_meter.side_process.handing import packed, unpacked
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
 
@@ -88,7 +89,25 @@ class SentFigures(msgspec.Struct, frozen=True, array_like=True):
         return BudgetFigures(standings, self.as_of_ns, self.broken, self.heard_ns)
 
 
+class LookQuestion(msgspec.Struct, frozen=True, array_like=True):
+    """The question for a look.
+
+    `alive` names the runs that are known to live, `pending` are the bills of this server that its
+    figures may lack. If they are `behind`, the look does not wait for a snapshot; if `overdue`, it
+    looks whether the journals still have them.
+    """
+
+    alive: tuple[str, ...] = ()
+    pending: tuple[PendingBill, ...] = ()
+    is_behind: bool = False
+    is_overdue: bool = False
+
+
 class Looked(msgspec.Struct, frozen=True, array_like=True):
-    """The answer to a look: figures, or None if nothing is new."""
+    """The answer to a look: figures, or None if nothing is new.
+
+    `left` are the pending bills, by run and number, that the ledger lacks and will get.
+    """
 
     figures: SentFigures | None
+    left: tuple[tuple[str, int], ...] = ()

@@ -18,6 +18,7 @@ from vllm_cost_meter.api_server.budgets.messages import (
     RULES,
     CounterHello,
     Looked,
+    LookQuestion,
     SentFigures,
     SentRules,
 )
@@ -49,11 +50,11 @@ class _Counting:
         server.ready()
 
     async def answer(self, name: str, given: msgspec.Raw) -> Looked:
-        """Answer a question; the value of `look` names the runs that are known to live."""
+        """Answer a question; what is asked with it, an `LookQuestion` says."""
         if name != LOOK:
             raise ValueError(f"expected the question {LOOK!r}, got {name!r}")
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look(decoded(given, tuple[str, ...])))
+            self._looking = asyncio.create_task(self._look(decoded(given, LookQuestion)))
         # Who asked may be gone before the end; the next one has this answer.
         return await asyncio.shield(self._looking)
 
@@ -65,18 +66,20 @@ class _Counting:
     def _take_rules(self, rules: SentRules) -> None:
         self._budgets[rules.version], self._book = rules.rules()
 
-    async def _look(self, alive: tuple[str, ...]) -> Looked:
+    async def _look(self, asked: LookQuestion) -> Looked:
         looks = self._looks
         if looks is None:
             raise RuntimeError("asked before the greeting")
         latest = max(self._budgets)
-        given = self._budgets[latest], self._book, frozenset(alive)
+        given = self._budgets[latest], self._book, asked
         loop = asyncio.get_running_loop()
         figures = await loop.run_in_executor(self._thread, looks.look, *given)
         served = looks.served
         version = next((v for v, budgets in self._budgets.items() if budgets is served), latest)
         self._budgets = {v: budgets for v, budgets in self._budgets.items() if v >= version}
-        return Looked(None if figures is None else SentFigures.of(version, figures))
+        if figures is None:
+            return Looked(None)
+        return Looked(SentFigures.of(version, figures), looks.left)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,20 @@ class BillCount:
         """Return the GPU time of a budget's bills. The caller must not change it."""
         return self._sums.get(budget.scope, {})
 
+    def has(self, run_id: str, seq: int) -> bool:
+        """Return whether a bill was counted, or lies before all that counts."""
+        if not self._budgets:
+            return True
+        if self._upto is None or seq > self._upto.get(run_id, 0):
+            return False
+        return not any(
+            gap.run_id == run_id and gap.first <= seq <= gap.last for gap in reversed(self._gaps)
+        )
+
+    def covering(self, owner: Owner) -> tuple[BudgetScope, ...]:
+        """Return what an owner's use counts for."""
+        return tuple(scope for scope, budget in self._budgets.items() if budget.covers(owner))
+
     def scopes_of(
         self, tenant: str, above: str | None, tags: str | None
     ) -> tuple[BudgetScope, ...]:
@@ -90,8 +104,7 @@ class BillCount:
         if found is None:
             if len(self._scopes_of) >= _OWNERS_KEPT:
                 self._scopes_of.clear()
-            owner = Owner.stored(tenant, above, tags)
-            found = tuple(s for s, budget in self._budgets.items() if budget.covers(owner))
+            found = self.covering(Owner.stored(tenant, above, tags))
             self._scopes_of[key] = found
         return found
 

@@ -8,7 +8,8 @@ at each look, while the budgets from before are served with fresh figures.
 
 Money is computed as reports compute it: each hour of each run by `RunPrices`, rounded once.
 
-Invariant: a request counts once: by its bill, or else by the snapshot of the engine it runs in.
+Invariant: a request counts once: by its bill, in the ledger or on its way there, or else by the
+snapshot of the engine it runs in.
 """
 
 import time
@@ -23,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, open_to_read
-from vllm_cost_meter.ledger.queries.bill_count import BillCount
+from vllm_cost_meter.ledger.queries.bill_count import BillCount, SpentNs
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.heard import Heard, Instant, LatestSnapshot
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
@@ -32,6 +33,7 @@ from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import live_usage, open_requests, prices, runs, snapshots
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.records.pending import PendingBill
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, BudgetScope
 from vllm_cost_meter.units.time import unix_ns_of
 
@@ -64,6 +66,8 @@ class Spending:
         self._wait_s = wait_s
         self._engine: Engine | None = None
         self._heard = Heard()
+        # The pending bills of the latest look that the ledger lacks.
+        self.pending: Sequence[PendingBill] = ()
         # The budgets that are served, their bills, and those of a new count until it is complete.
         self._budgets: Sequence[Budget] = ()
         self._count: BillCount | None = None
@@ -102,8 +106,11 @@ class Spending:
         book: PriceBook,
         now_ns: int,
         monotonic_ns: int | None = None,
+        pending: Sequence[PendingBill] = (),
     ) -> BudgetFigures:
         """Return where the budgets stand.
+
+        Of the `pending` bills those count that the ledger lacks; `self.pending` has them then.
 
         The first look counts everything. While a later one waits for a new count, it returns where
         the budgets stand that were served before. Raises LedgerError if the ledger cannot be
@@ -118,14 +125,16 @@ class Spending:
             )
             count = self._bring_up_to_date(connection, budgets, now_ns)
             run_ids = [run.told.run_id for run in living]
-            running = _running(connection, run_ids, count)
+            self.pending = [bill for bill in pending if not count.has(bill.run_id, bill.seq)]
+            running = _running(connection, run_ids, count, {b.request_id for b in self.pending})
             self._learn_prices(connection, book)
         # A run that has bills and no snapshot has a price if that depends on no fact of the run.
-        bare = count.run_ids() - self._prices.keys()
+        bare = {*count.run_ids(), *(b.run_id for b in self.pending)} - self._prices.keys()
         all_prices = self._prices | {id: RunPrices(id, RunFacts(), book) for id in bare}
         priced = Priced(all_prices, book, run_ids, self._counted_ns)
+        billed = self._billed(count)
         standings = [
-            standing_of(budget, count.of(budget), running.get(budget.scope, {}), priced)
+            standing_of(budget, billed[budget.scope], running.get(budget.scope, {}), priced)
             for budget in self._budgets
         ]
         off = [run.told.run_id for run in living if run.told.state != "on"]
@@ -135,6 +144,20 @@ class Spending:
             heard_ns=min((run.heard_ns for run in living), default=None),
             broken=f"the meter of engine run {off[0]} is off" if off else None,
         )
+
+    def _billed(self, count: BillCount) -> dict[BudgetScope, SpentNs]:
+        """Return the GPU time of the counted bills and the pending ones, by what they count for."""
+        billed = {budget.scope: count.of(budget) for budget in self._budgets}
+        added: dict[BudgetScope, SpentNs] = {}
+        for bill in self.pending:
+            for scope in count.covering(bill.owner):
+                hours = added.setdefault(scope, {}).setdefault(bill.run_id, {})
+                for hour, ns in bill.gpu_time_ns.items():
+                    hours[hour] = hours.get(hour, 0) + ns
+        for scope, runs_ in added.items():
+            if scope in billed:
+                billed[scope] = _sum(billed[scope], runs_)
+        return billed
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
@@ -189,14 +212,29 @@ class Spending:
             self._book = book
 
 
+def _sum(one: SpentNs, other: SpentNs) -> SpentNs:
+    """Return the sum of GPU times by run and hour; both stay as they are."""
+    summed = dict(one)
+    for run_id, hours in other.items():
+        of_run = dict(summed.get(run_id, {}))
+        for hour, ns in hours.items():
+            of_run[hour] = of_run.get(hour, 0) + ns
+        summed[run_id] = of_run
+    return summed
+
+
 def _running(
-    connection: Connection, run_ids: Collection[str], count: BillCount
+    connection: Connection, run_ids: Collection[str], count: BillCount, pending: Collection[str]
 ) -> dict[BudgetScope, dict[str, int]]:
-    """Return what the requests of these runs that have no bill had used, by scope and run."""
+    """Return what the requests of these runs that have no bill had used, by scope and run.
+
+    Those of pending bills are left out.
+    """
     sums: dict[BudgetScope, dict[str, int]] = {}
     told = select(live_usage.c.run_id, live_usage.c.requests)
     for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
-        used = {id: used.gpu_time_ns for id, used in live_requests(text).items()}
+        live = live_requests(text).items()
+        used = {id: used.gpu_time_ns for id, used in live if id not in pending}
         for request_id, *owner in _owners(connection, used):
             for scope in count.scopes_of(*owner):
                 of_scope = sums.setdefault(scope, {})
