@@ -173,7 +173,10 @@ class ApplyLoop:
 
     def _may_be_a_ledger(self) -> bool:
         """Return whether the file at the path is ours to rename, and not one named by mistake."""
-        return self._path is not None and (self._was_opened or was_a_ledger(self._path))
+        if self._path is None:
+            return False
+        # What has our tables was opened; only what was not is looked at from outside of SQLite.
+        return self._was_opened or self._batches.is_open or was_a_ledger(self._path)
 
     def _begin_anew(self, damage: str) -> None:
         """Set the file aside, and have the next attempt make a new one. Raises LedgerError."""

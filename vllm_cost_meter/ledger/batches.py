@@ -62,6 +62,11 @@ class BatchWriter:
         self._engine: Engine | None = None
         self._identity: FileIdentity | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the ledger was opened, with the tables of this version, and was not closed."""
+        return self._engine is not None
+
     def opened(self) -> Engine:
         """Return the ledger's database, opened if it is not. Raises LedgerError."""
         if self._engine is not None and self._identity != self._identity_now():
