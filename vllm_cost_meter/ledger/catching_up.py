@@ -65,7 +65,8 @@ def _wait_for_the_other(url: str, folder: Path, timeout_s: float) -> int:
 def waiting_records(url: str, timeout_s: float = WAIT_S) -> int:
     """Return how many records journals have for a ledger that it lacks, and write nothing.
 
-    A server that applies them is waited for. Raises LedgerError if the ledger or a journal cannot be read.
+    A server that applies them is waited for. Raises LedgerError if the ledger or a journal cannot
+    be read.
     """
     folder = journal_folder(url)
     if not _journals(folder):

@@ -23,6 +23,7 @@ from vllm_cost_meter.api_server.side_endpoint import SideEndpoint
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.answers import NO_METER
 from vllm_cost_meter.endpoint.server import metrics_registry
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.tenants.budgets import BudgetFigures
 from vllm_cost_meter.version import __version__
@@ -181,6 +182,8 @@ def test_a_ledger_that_is_away_is_a_503_until_it_is_there(tmp_path, writer, logg
         async with serving(Settings(port=0), f"sqlite:///{place}", poller):
             answers = [await get(address(logged), "/cost/audit")]
             place.rmdir()
+            # As the process that applies journals does.
+            open_database(f"sqlite:///{place}").dispose()
             answers.append(await get(address(logged), "/cost/audit"))
             return [(answer.status_code, answer.text) for answer in answers]
 
