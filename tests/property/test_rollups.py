@@ -18,11 +18,16 @@ from tests.support.examples import examples
 from tests.support.upkeep import rows_of, url_of, wrong_sums
 from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import write
-from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
-from vllm_cost_meter.ledger.schema import rollup_days, rollup_hours
+from vllm_cost_meter.ledger.rollups.rebuilding import rebuild, wrong_histograms
+from vllm_cost_meter.ledger.schema import (
+    rollup_arrivals,
+    rollup_days,
+    rollup_hours,
+    rollup_latencies,
+)
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.owner import NamedBy, Owner
-from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Usage
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Usage
 
 # Around midnight, UTC.
 MIDNIGHT = 500_016
@@ -33,6 +38,7 @@ OWNERS = (
     Owner("bob", NamedBy("api_key"), parent="group"),
 )
 hours = st.integers(MIDNIGHT - 2, MIDNIGHT + 2)
+times = st.none() | st.floats(0, 10_000)
 tokens = st.none() | st.integers(0, 9)
 exchange_ids = st.sampled_from(["h1", "h2", "h3"])
 owners = st.sampled_from(OWNERS)
@@ -50,6 +56,8 @@ def bills(draw: st.DrawFn) -> list[EngineRequest]:
             "lora": draw(st.sampled_from([None, "x"])),
             "prompt_group": draw(st.sampled_from(["p", "q"])),
             "finished_at_ns": draw(hours) * NS + 1,
+            "started_at_ns": draw(hours) * NS + 1,
+            "latencies": Latencies(1.0, draw(times), draw(times), draw(times)),
         }
         run, status = draw(st.sampled_from("ab")), draw(st.sampled_from(["stop", "abort"]))
         made = part(seq, draw(exchange_ids | st.none()), run_id=run, pieces=pieces, status=status)
@@ -86,12 +94,13 @@ def test_sums_are_those_of_the_rows_in_any_order_and_batches(parts, https, chanc
                 write(connection, records[low:high])
         assert wrong_sums(path) == []
         with engine.connect() as connection:
+            assert wrong_histograms(connection) == []
             judge_by_hand(connection, parts, https)
         before = rows_of(path)
         with writing(engine).begin() as connection:
             rebuild(connection)
         after = rows_of(path)
-        for table in (rollup_hours, rollup_days):
+        for table in (rollup_hours, rollup_days, rollup_latencies, rollup_arrivals):
             assert after[table.name] == before[table.name]
         engine.dispose()
 

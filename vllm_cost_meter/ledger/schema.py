@@ -368,6 +368,29 @@ rollup_hours = _rollup("rollup_hours", "hour")
 # A UTC day; `first_hour` is the first one with GPU time in it.
 rollup_days = _rollup("rollup_days", "day", Column("first_hour", Integer))
 
+# How long exchanges took, by the hour in which they ended: a histogram for each measure.
+rollup_latencies = Table(
+    "rollup_latencies",
+    metadata,
+    Column("hour", Integer, primary_key=True, autoincrement=False),
+    # ttft, tpot or e2e.
+    Column("measure", _Key, primary_key=True),
+    # Stands for all times within 1 % of it, in microseconds.
+    Column("about_us", BigInteger, primary_key=True, autoincrement=False),
+    Column("exchanges", BigInteger, nullable=False),
+    # What they took in all.
+    Column("sum_us", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# Exchanges with a bill, by the hour in which they came.
+rollup_arrivals = Table(
+    "rollup_arrivals",
+    metadata,
+    Column("hour", Integer, primary_key=True, autoincrement=False),
+    Column("exchanges", BigInteger, nullable=False),
+)
+
 # ---- how far this file has the journals of the processes that bill
 
 journals = Table(

@@ -35,7 +35,7 @@ def _same(one: str, other: str) -> str:
 
 
 def _about(column: str, tokens: str) -> str:
-    mean = f"(SELECT 1.0 * SUM({column}) / NULLIF(SUM(exchanges), 0) FROM ended)"
+    mean = f"(SELECT 1.0 * {column} / NULLIF(exchanges, 0) FROM ended_sums)"
     return f"{mean} BETWEEN {tokens} / {SIZE_FACTOR} AND {tokens} * {SIZE_FACTOR}"
 
 
@@ -98,6 +98,14 @@ GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq), r.prompt_group""
        MIN(ttft_ms) AS ttft_ms, MAX(tpot_ms) AS tpot_ms, MAX(e2e_ms) AS e2e_ms,
        SUM(gpu_time_ns) AS gpu_time_ns
 FROM prompts GROUP BY id""",
+    # All of them, from the sums by hour.
+    "ended_sums": """SELECT COALESCE(SUM(requests), 0) AS exchanges,
+       COALESCE(SUM(prompt_tokens), 0) AS prompt_tokens,
+       COALESCE(SUM(output_tokens), 0) AS output_tokens
+FROM rollup_hours WHERE {hours}""",
+    # How long they took: histograms whose times are within 1 % of those that they stand for.
+    "latencies": """SELECT measure, about_us, SUM(exchanges) AS exchanges, SUM(sum_us) AS sum_us
+FROM rollup_latencies WHERE {hours} GROUP BY measure, about_us""",
     # The deployments that ran in the window.
     "ran": """SELECT model, precision, vllm_version, hardware, gpus, parallelism FROM runs
 WHERE run_id IN (SELECT run_id FROM hours WHERE gpu_ns > 0)
@@ -111,16 +119,33 @@ WHERE (SELECT COUNT(*) FROM ran) = 1
   AND {_about("output_tokens", "s.output_tokens")}""",
     # The engine runs that began in the window.
     "began": "SELECT run_id FROM runs WHERE {began}",
-    # The exchanges that arrived in the window, finished or not.
-    "arrived": """SELECT id FROM (
-  SELECT COALESCE(http_request_id, request_id) AS id, started_at FROM requests
-  UNION ALL SELECT COALESCE(http_request_id, request_id), started_at FROM open_requests
-) AS births GROUP BY id HAVING {arrived}""",
+    # The exchanges that arrived in the window: those with a bill, and those without one yet.
+    "arrived": """SELECT exchanges FROM rollup_arrivals WHERE {hours}
+UNION ALL SELECT COUNT(*) FROM (
+  SELECT COALESCE(http_request_id, request_id) AS id FROM open_requests AS o
+  WHERE NOT EXISTS (SELECT 1 FROM requests AS r WHERE r.http_request_id = o.http_request_id)
+  GROUP BY COALESCE(http_request_id, request_id) HAVING {arrived}
+) AS waiting""",
 }
 
 
-def _percentile(column: str, percent: int) -> str:
-    # Nearest rank: the smallest value that at least so many percent of the values do not exceed.
+# A percentile of more exchanges is read from the histograms.
+EXACT_MAX = 50_000
+_WITHIN = f"; of more than {EXACT_MAX:,} requests within 1 %"
+
+
+def _percentile(measure: str, percent: int) -> str:
+    is_small = f"(SELECT exchanges FROM ended_sums) <= {EXACT_MAX}"
+    exact, near = exact_percentile(measure, percent), near_percentile(measure, percent)
+    return f"CASE WHEN {is_small} THEN ({exact}) ELSE ({near}) END"
+
+
+def exact_percentile(measure: str, percent: int) -> str:
+    """Return the SQL for a percentile by nearest rank over every exchange.
+
+    That is the smallest time that at least so many percent of the times do not exceed.
+    """
+    column = f"{measure}_ms"
     rank = f"SELECT ({percent} * COUNT({column}) + 99) / 100 - 1 FROM ended"
     return (
         f"SELECT {column} FROM ended WHERE {column} IS NOT NULL ORDER BY {column} LIMIT 1"
@@ -128,6 +153,20 @@ def _percentile(column: str, percent: int) -> str:
     )
 
 
+def near_percentile(measure: str, percent: int) -> str:
+    """Return the SQL for the same over histograms: within 1 %, whatever the number of exchanges."""
+    of_measure = f"FROM latencies WHERE measure = '{measure}'"
+    ranked = f"SELECT about_us, SUM(exchanges) OVER (ORDER BY about_us) AS upto {of_measure}"
+    return (
+        f"SELECT about_us / 1e3 FROM ({ranked}) AS ranked"
+        f" WHERE 100 * upto >= {percent} * (SELECT SUM(exchanges) {of_measure})"
+        " ORDER BY about_us LIMIT 1"
+    )
+
+
+_MEAN_E2E = (
+    "(SELECT SUM(sum_us) / 1e6 / NULLIF(SUM(exchanges), 0) FROM latencies WHERE measure = 'e2e')"
+)
 _COST = (
     "SELECT CASE WHEN COUNT(*) = COUNT(usd_per_gpu_hour)"
     " THEN SUM({ns} * usd_per_gpu_hour) / 3.6e12 END FROM {table}"
@@ -226,21 +265,21 @@ FIGURES: Mapping[str, Figure] = {
         "cost of the time in cold starts",
         f"({_COST.format(ns='startup_ns', table='priced')})",
     ),
-    "requests": Figure(
-        "", "exchanges that ended", "(SELECT COALESCE(SUM(exchanges), 0) FROM ended)"
-    ),
+    "requests": Figure("", "exchanges that ended", "(SELECT exchanges FROM ended_sums)"),
     "arrivals": Figure(
-        "", "exchanges that arrived, ended or not", "(SELECT COUNT(*) FROM arrived)"
+        "",
+        "exchanges that arrived, ended or not",
+        "(SELECT COALESCE(SUM(exchanges), 0) FROM arrived)",
     ),
     "prompt_tokens": Figure(
         "",
         "prompt tokens of exchanges that ended",
-        "(SELECT COALESCE(SUM(prompt_tokens), 0) FROM ended)",
+        "(SELECT prompt_tokens FROM ended_sums)",
     ),
     "output_tokens": Figure(
         "",
         "output tokens of exchanges that ended",
-        "(SELECT COALESCE(SUM(output_tokens), 0) FROM ended)",
+        "(SELECT output_tokens FROM ended_sums)",
     ),
     "arrivals_per_s": Figure(
         "1/s",
@@ -287,13 +326,12 @@ FIGURES: Mapping[str, Figure] = {
         f"1e6 * ({_COST.format(ns='decode_ns', table='pieces')})"
         " / NULLIF((SELECT SUM(decode_tokens) FROM pieces), 0)",
     ),
-    "mean_e2e_seconds": Figure(
-        "s", "W: mean time from arrival to end", "(SELECT AVG(e2e_ms) / 1e3 FROM ended)"
-    ),
+    "mean_e2e_seconds": Figure("s", "W: mean time from arrival to end", _MEAN_E2E),
     "concurrency": Figure(
         "",
         "L: time in the system, summed over exchanges that ended / observed time",
-        "(SELECT SUM(e2e_ms) / 1e3 FROM ended) / NULLIF({observed_seconds}, 0)",
+        "(SELECT SUM(sum_us) / 1e6 FROM latencies WHERE measure = 'e2e')"
+        " / NULLIF({observed_seconds}, 0)",
     ),
     "littles_law": Figure(
         "",
@@ -303,8 +341,8 @@ FIGURES: Mapping[str, Figure] = {
     **{
         f"{name}_p{percent}_ms": Figure(
             "ms",
-            f"{percent}th percentile of {meaning}, by nearest rank",
-            f"({_percentile(f'{name}_ms', percent)})",
+            f"{percent}th percentile of {meaning}, by nearest rank{_WITHIN}",
+            _percentile(name, percent),
         )
         for name, meaning in (
             ("ttft", "time to first token"),

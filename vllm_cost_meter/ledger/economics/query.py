@@ -83,10 +83,10 @@ def method(
 def sql_of(names: Iterable[str], cut: Cut, declared: Declared) -> str:
     """Return the SQL statement whose single row has these figures, in this order."""
     columns = [f"{_expanded(name, declared)} AS {name}" for name in names]
-    return _with_tables("SELECT\n  " + ",\n  ".join(columns), cut)
+    return with_tables("SELECT\n  " + ",\n  ".join(columns), cut)
 
 
-def _with_tables(selected: str, cut: Cut) -> str:
+def with_tables(selected: str, cut: Cut) -> str:
     """Return a query preceded by the tables that it names, directly or through other tables."""
     needed: dict[str, str] = {}
     values = _values(cut)
@@ -104,7 +104,7 @@ def read_mix(connection: Connection, cut: Cut) -> Iterator[Sent]:
         "SELECT finished_at, prompt_tokens, cached_tokens, output_tokens FROM ended"
         " ORDER BY finished_at"
     )
-    for row in connection.execute(_statement(_with_tables(query, cut))):
+    for row in connection.execute(_statement(with_tables(query, cut))):
         yield Sent(datetime.fromisoformat(row[0]), *(int(tokens) for tokens in row[1:]))
 
 

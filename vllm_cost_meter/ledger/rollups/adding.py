@@ -20,6 +20,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.rollups.exchanges import EndedExchanges, PartFacts, ReplyFacts, ended_of
 from vllm_cost_meter.ledger.rollups.groups import Group
+from vllm_cost_meter.ledger.rollups.histograms import Counted, us_of, write_counted
 from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, in_chunks, nothing, write
 from vllm_cost_meter.ledger.rows import owner_columns
 from vllm_cost_meter.ledger.schema import PIECE_AMOUNTS, http_requests, requests
@@ -76,9 +77,13 @@ def add(connection: Connection, new: NewRows) -> None:
     sums: SumsByKey = {}
     for part in new.parts.values():
         _add_pieces(sums, part)
-    for ended, sign in _ends(connection, new):
-        _add_end(sums, ended, sign)
+    counted = Counted.nothing()
+    for reply, parts, sign in _changes(connection, new):
+        counted.add(reply, parts, sign)
+        for ended in ended_of(reply, parts):
+            _add_end(sums, ended, sign)
     write(connection, sums)
+    write_counted(connection, counted)
 
 
 def _add_pieces(sums: SumsByKey, part: EngineRequest) -> None:
@@ -109,18 +114,22 @@ def _group_of(part: EngineRequest) -> Group:
 # ---- exchanges
 
 
-def _ends(connection: Connection, new: NewRows) -> Iterator[tuple[EndedExchanges, int]]:
-    """Yield what exchanges add now, and what they added before with a sign of -1."""
+_Exchange = tuple[ReplyFacts | None, list[PartFacts]]
+
+
+def _changes(
+    connection: Connection, new: NewRows
+) -> Iterator[tuple[ReplyFacts | None, list[PartFacts], int]]:
+    """Yield exchanges as they are now, and as they were before with a sign of -1."""
     ids = {part.http_request_id for part in new.parts.values()} | new.replies.keys()
     there = _exchanges(connection, sorted(id for id in ids if id is not None))
     for id, (reply, parts) in there.items():
-        yield from ((ended, 1) for ended in ended_of(reply, parts))
+        yield reply, parts, 1
         before = [part for part in parts if (part.run_id, part.seq) not in new.parts]
-        old = None if id in new.replies else reply
-        yield from ((ended, -1) for ended in ended_of(old, before))
+        yield None if id in new.replies else reply, before, -1
     for part in new.parts.values():
         if part.http_request_id is None:
-            yield from ((ended, 1) for ended in ended_of(None, [_facts_of(part)]))
+            yield None, [_facts_of(part)], 1
 
 
 def _facts_of(part: EngineRequest) -> PartFacts:
@@ -132,11 +141,12 @@ def _facts_of(part: EngineRequest) -> PartFacts:
         prompt_tokens=bill.prompt_tokens,
         cached_tokens=bill.cached_tokens,
         output_tokens=bill.output_tokens,
+        started_hour=part.started_at_ns // NS_PER_HOUR,
+        ttft_us=us_of(part.latencies.ttft_ms),
+        tpot_us=us_of(part.latencies.tpot_ms),
+        e2e_us=us_of(part.latencies.e2e_ms),
         **group._asdict(),
     )
-
-
-_Exchange = tuple[ReplyFacts | None, list[PartFacts]]
 
 
 def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchange]:
@@ -150,7 +160,12 @@ def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchang
         for id, run_id, seq, prompt, at, *rest in connection.execute(
             _PARTS.where(r.http_request_id.in_(some))
         ):
-            facts = PartFacts(run_id, seq, prompt, hour_of(at), *rest)
+            *texts_and_tokens, began, ttft_ms, tpot_ms, e2e_ms = rest
+            took_us = (us_of(ttft_ms), us_of(tpot_ms), us_of(e2e_ms))
+            hours = hour_of(at), hour_of(began)
+            facts = PartFacts._make(
+                (run_id, seq, prompt, hours[0], *texts_and_tokens, hours[1], *took_us)
+            )
             parts.setdefault(id, []).append(facts)
     return {id: (replies.get(id), parts.get(id, [])) for id in ids}
 
@@ -161,7 +176,8 @@ _REPLIES: Select[Any] = select(
 )
 _PARTS: Select[Any] = select(
     *(requests.c[name] for name in ("http_request_id", *PartFacts._fields[:3], "finished_at")),
-    *(requests.c[name] for name in PartFacts._fields[4:]),
+    *(requests.c[name] for name in PartFacts._fields[4:-4]),
+    *(requests.c[name] for name in ("started_at", "ttft_ms", "tpot_ms", "e2e_ms")),
 )
 
 

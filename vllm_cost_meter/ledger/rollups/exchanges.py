@@ -19,7 +19,10 @@ from vllm_cost_meter.ledger.rollups.groups import Group
 
 
 class PartFacts(NamedTuple):
-    """The columns of a part in `requests` that count; `hour` is the UTC hour in which it ended."""
+    """The columns of a part in `requests` that count.
+
+    `hour` is the UTC hour in which it ended. Latencies are in microseconds, None if unknown.
+    """
 
     run_id: str
     seq: int
@@ -37,6 +40,10 @@ class PartFacts(NamedTuple):
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    started_hour: int
+    ttft_us: int | None
+    tpot_us: int | None
+    e2e_us: int | None
 
 
 class ReplyFacts(NamedTuple):

@@ -26,15 +26,24 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.rollups.groups import Group
+from vllm_cost_meter.ledger.rollups.histograms import (
+    MEASURES,
+    Bucket,
+    Counted,
+    about,
+    write_counted,
+)
 from vllm_cost_meter.ledger.rollups.sums import AMOUNTS, SumKey, SumsByKey, nothing, write
 from vllm_cost_meter.ledger.schema import (
     ENDED_AMOUNTS,
     PIECE_AMOUNTS,
     http_requests,
     requests,
+    rollup_arrivals,
     rollup_days,
     rollup_groups,
     rollup_hours,
+    rollup_latencies,
     usage_pieces,
 )
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
@@ -57,8 +66,9 @@ class SpanOfSums(NamedTuple):
 
 def rebuild(connection: Connection) -> None:
     """Delete all sums and make them anew from the rows."""
-    for table in (rollup_hours, rollup_days, rollup_groups):
+    for table in (rollup_hours, rollup_days, rollup_groups, rollup_latencies, rollup_arrivals):
         connection.execute(delete(table))
+    write_counted(connection, _timed(connection))
     rows = _rows(connection)
     while some := list(islice(rows, _ROWS_AT_ONCE)):
         sums: SumsByKey = {}
@@ -90,6 +100,41 @@ def differences(connection: Connection) -> list[SpanOfSums]:
             if tuple(right.get(place, nothing())) != found.get(place, tuple(nothing()))
         ]
     return sorted(wrong, key=lambda one: (one.table, one.span, str(one.group)))
+
+
+def wrong_histograms(connection: Connection) -> list[tuple[Any, ...]]:
+    """Return the rows of latencies and arrivals that are in one of ledger and right ones only."""
+    right = _timed(connection)
+    expected: set[tuple[Any, ...]] = {(*key, *both) for key, both in right.buckets.items()}
+    expected |= set(right.arrivals.items())
+    found = {tuple(row) for row in connection.execute(select(rollup_latencies))}
+    found |= {tuple(row) for row in connection.execute(select(rollup_arrivals))}
+    return sorted(expected ^ found, key=str)
+
+
+def _timed(connection: Connection) -> Counted:
+    """Count all exchanges' times and arrivals, one row of the database for each exchange."""
+    h, r = http_requests.c, requests.c
+    exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
+    times = (func.min(r.ttft_ms), func.max(r.tpot_ms), func.max(r.e2e_ms))
+    asked = (
+        select(
+            func.max(func.coalesce(h.finished_at, r.finished_at)), func.min(r.started_at), *times
+        )
+        .join_from(requests, http_requests, h.http_request_id == r.http_request_id, isouter=True)
+        .group_by(exchange)
+    )
+    counted = Counted.nothing()
+    for ended_at, came_at, *took_ms in connection.execute(asked):
+        counted.arrivals[unix_ns_of(came_at) // NS_PER_HOUR] += 1
+        for measure, ms in zip(MEASURES, took_ms, strict=True):
+            if ms is not None:
+                us = round(ms * 1000)
+                bucket = Bucket(unix_ns_of(ended_at) // NS_PER_HOUR, measure, about(us))
+                known = counted.buckets[bucket]
+                known[0] += 1
+                known[1] += us
+    return counted
 
 
 def time_differences(connection: Connection) -> dict[str, int]:

@@ -77,12 +77,12 @@ def write(connection: Connection, sums: SumsByKey) -> None:
 
 def _insert_groups(connection: Connection, groups: Mapping[int, Group]) -> None:
     rows = [{"group_id": id, **group._asdict()} for id, group in sorted(groups.items())]
-    connection.execute(_insert_into(connection, rollup_groups).on_conflict_do_nothing(), rows)
+    connection.execute(insert_into(connection, rollup_groups).on_conflict_do_nothing(), rows)
 
 
 def _upsert(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
     """Add amounts to rows; one in which nothing is left is deleted."""
-    statement = _insert_into(connection, table)
+    statement = insert_into(connection, table)
     changed = {name: table.c[name] + statement.excluded[name] for name in AMOUNTS}
     if "first_hour" in table.c:
         changed["first_hour"] = _earlier(table, statement.excluded.first_hour)
@@ -105,7 +105,8 @@ def _earlier(table: Table, other: ColumnElement[int]) -> ColumnElement[int]:
     return case((own <= other, own), else_=func.coalesce(other, own))
 
 
-def _insert_into(connection: Connection, table: Table) -> Any:
+def insert_into(connection: Connection, table: Table) -> Any:
+    """Return an insert of the connection's dialect, which can have ON CONFLICT."""
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     return dialect.insert(table)
 

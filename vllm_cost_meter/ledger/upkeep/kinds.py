@@ -52,6 +52,8 @@ _KINDS = {
     schema.rollup_groups.name: RowKind.SUM,
     schema.rollup_hours.name: RowKind.SUM,
     schema.rollup_days.name: RowKind.SUM,
+    schema.rollup_latencies.name: RowKind.SUM,
+    schema.rollup_arrivals.name: RowKind.SUM,
     schema.journals.name: RowKind.OWN,
     schema.journal_losses.name: RowKind.FACT,
     schema.billing_snapshots.name: RowKind.DECLARED,
