@@ -21,7 +21,8 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.rollups.exchanges import EndedExchanges, PartFacts, ReplyFacts, ended_of
 from vllm_cost_meter.ledger.rollups.groups import Group
 from vllm_cost_meter.ledger.rollups.histograms import Counted, us_of, write_counted
-from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, in_chunks, nothing, write
+from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, nothing, write
+from vllm_cost_meter.ledger.rollups.upserts import in_chunks
 from vllm_cost_meter.ledger.rows import owner_columns
 from vllm_cost_meter.ledger.schema import PIECE_AMOUNTS, http_requests, requests
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
@@ -126,7 +127,8 @@ def _changes(
     for id, (reply, parts) in there.items():
         yield reply, parts, 1
         before = [part for part in parts if (part.run_id, part.seq) not in new.parts]
-        yield None if id in new.replies else reply, before, -1
+        if before:
+            yield None if id in new.replies else reply, before, -1
     for part in new.parts.values():
         if part.http_request_id is None:
             yield None, [_facts_of(part)], 1

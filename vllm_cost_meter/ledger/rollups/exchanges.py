@@ -81,9 +81,14 @@ def ended_of(reply: ReplyFacts | None, parts: Sequence[PartFacts]) -> Iterator[E
     group = _group_of(parts)._replace(
         tenant=reply.tenant, tenant_rule=reply.tenant_rule, tenant_above=reply.tenant_above
     )
-    prompts = [_prompt_tokens(some) for some in _by_prompt(parts)]
+    sums: Iterable[int]
+    if len(parts) == 1:  # as most are
+        (one,) = parts
+        sums = (one.prompt_tokens, one.cached_tokens, one.output_tokens)
+    else:
+        prompts = [_prompt_tokens(some) for some in _by_prompt(parts)]
+        sums = (sum(tokens) for tokens in zip(*prompts, strict=True))
     own = (reply.prompt_tokens, reply.cached_tokens, reply.output_tokens)
-    sums = (sum(tokens) for tokens in zip(*prompts, strict=True))
     counted = (s if told is None else told for told, s in zip(own, sums, strict=True))
     yield EndedExchanges(reply.hour, group, 1, *counted)
 

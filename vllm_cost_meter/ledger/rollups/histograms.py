@@ -10,14 +10,13 @@ Invariant: a percentile by nearest rank over the buckets is within RELATIVE_ERRO
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from sqlalchemy import Table, delete
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.rollups.exchanges import PartFacts, ReplyFacts
-from vllm_cost_meter.ledger.rollups.sums import insert_into
+from vllm_cost_meter.ledger.rollups.upserts import add_to
 from vllm_cost_meter.ledger.schema import rollup_arrivals, rollup_latencies
 
 RELATIVE_ERROR = 0.01
@@ -83,27 +82,12 @@ def _times_of(parts: Sequence[PartFacts]) -> Iterator[tuple[str, int]]:
 
 
 def write_counted(connection: Connection, counted: Counted) -> None:
-    """Add changes to the histograms and arrivals; a row in which nobody is left is deleted."""
+    """Add changes to the histograms and arrivals."""
     buckets = [
-        {**bucket._asdict(), "exchanges": exchanges, "sum_us": sum_us}
+        (*bucket, exchanges, sum_us)
         for bucket, (exchanges, sum_us) in sorted(counted.buckets.items())
         if exchanges or sum_us
     ]
-    arrivals = [
-        {"hour": hour, "exchanges": exchanges}
-        for hour, exchanges in sorted(counted.arrivals.items())
-        if exchanges
-    ]
-    _add(connection, rollup_latencies, buckets)
-    _add(connection, rollup_arrivals, arrivals)
-
-
-def _add(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    if not rows:
-        return
-    statement = insert_into(connection, table)
-    keys = list(table.primary_key)
-    changed = {c.name: c + statement.excluded[c.name] for c in table.c if c not in keys}
-    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed), rows)
-    if any(row["exchanges"] < 0 for row in rows):
-        connection.execute(delete(table).where(table.c.exchanges == 0))
+    add_to(connection, rollup_latencies, buckets)
+    arrivals = [(hour, count) for hour, count in sorted(counted.arrivals.items()) if count]
+    add_to(connection, rollup_arrivals, arrivals)
