@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, select, text
+from sqlalchemy import ColumnElement, Select, select, text
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.rollups.exchanges import EndedExchanges, PartFacts, ReplyFacts, ended_of
@@ -32,10 +32,14 @@ _LOCK = 0x636F73745F72  # "cost_r": a number of our own among PostgreSQL's locks
 
 
 class NewRows(NamedTuple):
-    """The records of a batch that the ledger lacks, each once."""
+    """The records of a batch that the ledger lacks, each once.
+
+    `begun` are the exchanges of these of which the ledger has a row already.
+    """
 
     parts: Mapping[tuple[str, int], EngineRequest]
     replies: Mapping[str, HttpRequest]
+    begun: frozenset[str]
 
 
 def new_rows(
@@ -52,11 +56,22 @@ def new_rows(
         by_id.setdefault(reply.http_request_id, reply)
     for key in _bills_there(connection, by_key):
         del by_key[key]
-    h = http_requests.c.http_request_id
-    for ids in in_chunks(list(by_id)):
-        for (id,) in connection.execute(select(h).where(h.in_(ids))).all():
-            del by_id[id]
-    return NewRows(by_key, by_id)
+    ids = {part.http_request_id for part in by_key.values()} | by_id.keys()
+    asked = sorted(id for id in ids if id is not None)
+    replied = _there(connection, http_requests.c.http_request_id, asked)
+    begun = replied | _there(connection, requests.c.http_request_id, asked)
+    return NewRows(by_key, {id: by_id[id] for id in by_id if id not in replied}, begun)
+
+
+def _there(
+    connection: Connection, column: ColumnElement[Any], ids: Sequence[str]
+) -> frozenset[str]:
+    """Return those ids that a column has."""
+    return frozenset(
+        id
+        for some in in_chunks(ids)
+        for (id,) in connection.execute(select(column).where(column.in_(some)))
+    )
 
 
 def _bills_there(
@@ -122,16 +137,29 @@ def _changes(
     connection: Connection, new: NewRows
 ) -> Iterator[tuple[ReplyFacts | None, list[PartFacts], int]]:
     """Yield exchanges as they are now, and as they were before with a sign of -1."""
-    ids = {part.http_request_id for part in new.parts.values()} | new.replies.keys()
-    there = _exchanges(connection, sorted(id for id in ids if id is not None))
+    there = _exchanges(connection, sorted(new.begun))
     for id, (reply, parts) in there.items():
         yield reply, parts, 1
         before = [part for part in parts if (part.run_id, part.seq) not in new.parts]
         if before:
             yield None if id in new.replies else reply, before, -1
+    whole: dict[str, list[PartFacts]] = defaultdict(list)
     for part in new.parts.values():
         if part.http_request_id is None:
             yield None, [_facts_of(part)], 1
+        elif part.http_request_id not in new.begun:
+            whole[part.http_request_id].append(_facts_of(part))
+    for id, parts in whole.items():
+        told = new.replies.get(id)
+        yield None if told is None else _reply_of(told), parts, 1
+
+
+def _reply_of(reply: HttpRequest) -> ReplyFacts:
+    owner, usage = reply.owner, reply.usage
+    return ReplyFacts(
+        *(reply.finished_at_ns // NS_PER_HOUR, owner.tenant, owner.rule_text, owner.above_text),
+        *(usage.prompt_tokens, usage.cached_tokens, usage.output_tokens),
+    )
 
 
 def _facts_of(part: EngineRequest) -> PartFacts:

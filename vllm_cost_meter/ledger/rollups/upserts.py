@@ -31,9 +31,9 @@ def add_to(connection: Connection, table: Table, rows: Sequence[RowValues]) -> N
     PostgreSQL's writers take one order, so that they do not wait for one another in a ring.
     """
     _execute(connection, table, rows, adds=True)
-    width = len(table.primary_key)
-    lowered = [row for row in rows if any(v is not None and v < 0 for v in row[width:])]
-    is_zero = and_(*(column == 0 for column in _amounts(table)))
+    amounts = _amounts(table)  # the last columns
+    lowered = [row for row in rows if min(row[-len(amounts) :]) < 0]
+    is_zero = and_(*(column == 0 for column in amounts))
     for some in in_chunks(lowered):
         same = or_(
             *(
