@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.upkeep import fill, noise, server, sql, url_of
+from tests.support.upkeep import fill, noise, server, sql, sums_again, url_of
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
@@ -74,6 +74,7 @@ def test_bills_without_a_run_and_energy_without_a_bill_are_nothing_wrong(ledger)
     # `vllm run-batch` writes bills without snapshots; the bill of a dead API server never comes.
     sql(ledger, "UPDATE requests SET run_id='batch' WHERE seq=30")
     sql(ledger, "UPDATE usage_pieces SET run_id='batch' WHERE seq=30")
+    sums_again(ledger)
     assert wrong_in(ledger) == {}
 
 
