@@ -56,7 +56,7 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate bench matrix test-ecosystem lock vulnerabilities clean
+.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate simulate-ledger soak bench matrix test-ecosystem lock vulnerabilities clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
@@ -72,6 +72,12 @@ help:
 	@echo '             ones each time; FUZZ_ARGS="-k invoices" for some'
 	@echo 'make simulate  how wrong each attribution method is: the whole table of simulated GPUs,'
 	@echo '             models and batches; SIMULATE_ARGS="--gpu l4" for some'
+	@echo 'make simulate-ledger  what was told is in the books: 100,000 schedules of a simulated machine'
+	@echo '             whose processes are killed and whose disk fails, fills and crashes, and 2,000'
+	@echo '             with a real SQLite on that disk; 15 minutes;'
+	@echo '             SEED=... replays one, ON=sqlite where that failed'
+	@echo 'make soak    half an hour of load on real and small servers that are killed and whose disk'
+	@echo '             fails: each cost that a client saw is in the ledger once; SOAK_ARGS="--minutes 3"'
 	@echo 'make bench   the benchmarks; some minutes, on an otherwise idle machine'
 	@echo 'make matrix  the integration tests on each of six versions of vLLM: 12 minutes and 3.5 GB'
 	@echo '             each, 3 minutes more the first time; MATRIX="0.27.1 0.32.0" for some'
@@ -127,6 +133,14 @@ fuzz: setup
 # Tests that replay a short trace are in `make test`.
 simulate: setup
 	@$(RUN) vllm-cost-meter validate $(SIMULATE_ARGS)
+
+# The first 2,400 are in `make test`.
+simulate-ledger: $(VENV)/.meter
+	@$(RUN) python -m tests.simulation $(if $(SEED),--seed $(SEED)) $(if $(ON),--on $(ON)) $(SIMULATE_ARGS)
+
+# Twenty seconds of it, without vLLM, are in `make test`.
+soak: setup
+	@$(RUN) python -m tests.soak.run $(SOAK_ARGS)
 
 bench: setup
 	$(RUN) python benchmarks/bench_attribution.py

@@ -423,3 +423,19 @@ def test_the_reader_of_imports_reads(
     monkeypatch.setitem(TREES, path, ast.parse(source))
     found = [(entry.module, entry.at_load) for entry in imports_of(f"{PACKAGE}.imaginary")]
     assert found == expected
+
+
+def test_the_journal_touches_the_disk_through_one_module() -> None:
+    """What went past it would be neither simulated nor found out."""
+    past_it = [
+        where(module, node.lineno)
+        for module in MODULES
+        if module.startswith(f"{PACKAGE}.journal.") and module != f"{PACKAGE}.journal.files"
+        for node in ast.walk(TREES[MODULES[module]])
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in {"os", "fcntl"}
+        and not node.attr.startswith("O_")
+        and node.attr != "register_at_fork"
+    ]
+    assert past_it == []

@@ -65,7 +65,9 @@ def next_whole_frame(data: bytes, at: int, after: int) -> int | None:
 
     `at` is where a frame should have begun.
     """
-    for begin in range(at, len(data) - HEAD_BYTES + 1):
+    # A frame does not begin with zeros, and megabytes of them are behind the last one.
+    used = len(data.rstrip(b"\0"))
+    for begin in range(at, min(used, len(data) - HEAD_BYTES + 1)):
         # Most offsets are told apart by the number alone, without a checksum over megabytes.
         if not after < int.from_bytes(data[begin : begin + 8], "little") < _NUMBER_END:
             continue

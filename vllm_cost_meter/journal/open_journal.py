@@ -7,11 +7,12 @@ Invariant: `append` returns only after the frames are in the page cache, or on t
 is asked for; if it raises, the same frames can be appended again and are there once for a reader.
 """
 
-import os
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_cost_meter.journal.places import make_journal, sync_folder
+from vllm_cost_meter.journal import files
+from vllm_cost_meter.journal.places import make_journal
 from vllm_cost_meter.journal.segments import (
     RESERVE_NAME,
     SEGMENT_BYTES,
@@ -19,6 +20,9 @@ from vllm_cost_meter.journal.segments import (
     segment_name,
     set_aside,
 )
+
+# What was set aside helps where the disk is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class OpenJournal:
@@ -72,16 +76,29 @@ class OpenJournal:
         reserve = self.place / RESERVE_NAME
         if self._reserve is None:
             self._reserve = set_aside(reserve, self._segment_bytes)
-        begun = Segment.begin(self._reserve, self._segment_bytes, first_number)
-        if self._to_disk:
-            begun.sync()
-        reserve.rename(self.place / segment_name(self._index + 1))
-        if self._to_disk:
-            sync_folder(self.place)
+        try:
+            begun = Segment.begin(self._reserve, self._segment_bytes, first_number)
+            if self._to_disk:
+                begun.sync()
+            files.rename(reserve, self.place / segment_name(self._index + 1))
+        except OSError as error:
+            if error.errno not in _FULL:
+                # It is damaged, or somebody removed it: another one may do.
+                broken, self._reserve = self._reserve, None
+                files.close(broken)
+            raise
+        # If the disk fails now, the next attempt begins the segment after this one.
         self._reserve = None
         self._index += 1
-        if self._segment is not None:
-            self._segment.close()
+        previous, self._segment = self._segment, None
+        if previous is not None:
+            previous.close()
+        if self._to_disk:
+            try:
+                files.sync_folder(self.place)
+            except OSError:
+                begun.close()
+                raise
         self._segment = begun
         self._set_reserve_aside()
         return begun
@@ -97,15 +114,17 @@ class OpenJournal:
     def is_there(self) -> bool:
         """Return whether others still find this journal where it was made."""
         there = self.place if self._segment is None else self.place / segment_name(self._index)
-        return there.exists()
+        return files.exists(there)
 
     def close(self) -> None:
         """Close the files and let go of the lock: the journal is dead then. Idempotent."""
-        if self._segment is not None:
-            self._segment.close()
-        if self._reserve is not None:
-            os.close(self._reserve)
-            self._reserve = None
-            (self.place / RESERVE_NAME).unlink(missing_ok=True)
-        self._segment = None
-        self._lock.release()
+        segment, self._segment = self._segment, None
+        reserve, self._reserve = self._reserve, None
+        try:
+            if segment is not None:
+                segment.close()
+            if reserve is not None:
+                files.close(reserve)
+                files.remove_file(self.place / RESERVE_NAME)
+        finally:
+            self._lock.release()

@@ -10,17 +10,18 @@ server's journal locked.
 Invariant: a folder with a journal's name has its lock file, and is seen only once that is locked.
 """
 
-import fcntl
 import hashlib
 import os
 import secrets
-import stat
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.journal import files
+from vllm_cost_meter.journal.segments import segment_indexes, segment_name
 
 FOLDER_SUFFIX = ".journal"
 LOCK_NAME = "lock"
@@ -30,6 +31,7 @@ APPLIER_LOCK_NAME = "applier.lock"
 SECOND_PREFIX = "second-"
 _ID_BYTES = 16
 _NEW_PREFIX = "new-"
+_GONE_PREFIX = "gone-"
 
 
 class FileLock:
@@ -48,31 +50,28 @@ class FileLock:
 
         Raises LedgerError for what is not a file, OSError where it cannot be opened.
         """
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            descriptor = os.open(path, flags | (os.O_CREAT if create else 0), 0o600)
+            descriptor = files.open_file(path, flags | (os.O_CREAT if create else 0))
         except FileNotFoundError:
             if create:
                 raise
             return None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise LedgerError(f"{path}: expected a file to lock, got a device")
+        is_ours = False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return cls(descriptor)
+            if not files.is_file(descriptor):
+                raise LedgerError(f"{path}: expected a file to lock, got a device")
+            is_ours = files.try_to_lock(descriptor)
+        finally:
+            if not is_ours:
+                files.close(descriptor)
+        return cls(descriptor) if is_ours else None
 
     def release(self) -> None:
         """Let go of the lock. Idempotent."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            os.close(descriptor)
+            files.close(descriptor)
 
     @classmethod
     def _release_in_child(cls) -> None:
@@ -104,12 +103,12 @@ def folder_of_database(shown_url: str, state_folder: Path) -> Path:
 
 def link_second(first: Path, second: Path) -> None:
     """Have whoever reads the first folder of journals find the second one. Never raises."""
-    digest = hashlib.sha256(os.fsencode(second)).hexdigest()[:16]
+    digest = hashlib.sha256(str(second).encode(errors="surrogateescape")).hexdigest()[:16]
     link = first / f"{SECOND_PREFIX}{digest}"
     try:
-        second.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(second)
+        make_folder_of_journals(second)
+        if files.linked(link) is None:
+            files.link(link, second)
     except OSError:
         pass  # It is linked when the first place can be written again.
 
@@ -120,9 +119,10 @@ def folders_of(first: Path, second: Path | None = None) -> list[Path]:
     These are the second place that is set now, and those that were. One that is linked and not
     there is among them: its disk is away.
     """
-    links = sorted(first.glob(f"{SECOND_PREFIX}*")) if first.is_dir() else []
-    found = [first, *(link.readlink() for link in links if link.is_symlink())]
-    if second is not None and second not in found and second.is_dir():
+    names = sorted(files.names(first)) if files.is_folder(first) else []
+    links = (files.linked(first / name) for name in names if name.startswith(SECOND_PREFIX))
+    found = [first, *(to for to in links if to is not None)]
+    if second is not None and second not in found and files.is_folder(second):
         found.append(second)
     return found
 
@@ -130,11 +130,18 @@ def folders_of(first: Path, second: Path | None = None) -> list[Path]:
 def require_folders(first: Path, folders: Iterable[Path]) -> None:
     """Raise LedgerError where a folder that may have journals is away; the first may not be yet."""
     for folder in folders:
-        if folder != first and not folder.is_dir():
+        if folder != first and not files.is_folder(folder):
             raise LedgerError(
                 f"journals {folder}: not there, the second place of journals: is its disk away? If"
                 f" it is gone for good, remove the link {first}/{SECOND_PREFIX}… to it"
             )
+
+
+def make_folder_of_journals(folder: Path) -> None:
+    """Make the folder of a ledger's journals, if it is not there. Raises OSError."""
+    if not files.exists(folder.parent):
+        make_folder_of_journals(folder.parent)
+    files.make_folder(folder)
 
 
 def make_journal(folder: Path) -> tuple[str, FileLock]:
@@ -142,17 +149,19 @@ def make_journal(folder: Path) -> tuple[str, FileLock]:
 
     Raises OSError.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder_of_journals(folder)
     journal_id = secrets.token_hex(_ID_BYTES)
     new = folder / f"{_NEW_PREFIX}{journal_id}"
-    new.mkdir(mode=0o700)
+    files.make_folder(new)
     lock = FileLock.try_to_take(new / LOCK_NAME)
     if lock is None:
         raise OSError(f"{new / LOCK_NAME}: another process holds the lock of a new journal")
     try:
         # Only now others see it: without its lock they would take it for a dead one.
-        new.rename(folder / journal_id)
-        sync_folder(folder)
+        files.rename(new, folder / journal_id)
+        files.sync_folder(folder)
+        # Whoever made the folder may not have come so far.
+        files.sync_folder(folder.parent)
     except BaseException:
         lock.release()
         raise
@@ -161,9 +170,15 @@ def make_journal(folder: Path) -> tuple[str, FileLock]:
 
 def journal_ids(folder: Path) -> list[str]:
     """Return the ids of all journals in a folder, in the same order each time."""
-    if not folder.is_dir():
+    return [name for name in names_in(folder) if is_journal_id(name)]
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, in the same order each time; none where there is no folder."""
+    try:
+        return sorted(files.names(folder))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(place.name for place in folder.iterdir() if is_journal_id(place.name))
 
 
 def is_journal_id(name: str) -> bool:
@@ -172,22 +187,59 @@ def is_journal_id(name: str) -> bool:
 
 
 def take_over(folder: Path, journal_id: str) -> FileLock | None:
-    """Return the lock of a journal whose process is dead; None while it lives or if it is gone."""
-    return FileLock.try_to_take(folder / journal_id / LOCK_NAME, create=False)
+    """Return the lock of a journal whose process is dead; None while it lives or if it is gone.
+
+    A journal without the lock's file is dead: a crash of the machine took the file.
+    """
+    try:
+        return FileLock.try_to_take(folder / journal_id / LOCK_NAME)
+    except FileNotFoundError:
+        return None
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove what processes left behind that died while they made or removed a journal.
+
+    What cannot be removed stays: nothing waits for it.
+    """
+    for name in names_in(folder):
+        with suppress(OSError):
+            if name.startswith(_GONE_PREFIX):
+                _remove_contents(folder / name)
+            elif name.startswith(_NEW_PREFIX):
+                _remove_new(folder, name)
+
+
+def _remove_new(folder: Path, name: str) -> None:
+    # One that is being made has no lock for a moment: then its process makes another one.
+    lock = FileLock.try_to_take(folder / name / LOCK_NAME)
+    if lock is not None:
+        try:
+            remove_journal(folder, name)
+        finally:
+            lock.release()
+
+
+def remove_segments(folder: Path, journal_id: str, before: int) -> None:
+    """Remove the segments of a journal that come before the one with this index."""
+    place = folder / journal_id
+    for index in segment_indexes(place):
+        if index < before:
+            files.remove_file(place / segment_name(index))
 
 
 def remove_journal(folder: Path, journal_id: str) -> None:
-    """Remove a dead journal; the caller holds its lock. The lock's file goes last."""
-    place = folder / journal_id
-    for file in sorted(place.iterdir(), key=lambda file: file.name == LOCK_NAME):
-        file.unlink(missing_ok=True)
-    place.rmdir()
+    """Remove a dead journal; the caller holds its lock.
+
+    It loses its name first: what is half removed is no journal, and nobody takes it for one that is
+    being made.
+    """
+    gone = folder / f"{_GONE_PREFIX}{journal_id}"
+    files.rename(folder / journal_id, gone)
+    _remove_contents(gone)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the disk know the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_contents(gone: Path) -> None:
+    for name in names_in(gone):
+        files.remove_file(gone / name)
+    files.remove_folder(gone)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.journal import segments
+from vllm_cost_meter.journal import files, segments
 from vllm_cost_meter.journal.entries import Record, read_entry
 from vllm_cost_meter.journal.frames import HEAD_BYTES as FRAME_HEAD_BYTES
 from vllm_cost_meter.journal.frames import Frame, next_whole_frame, scan, whole_frame
@@ -85,42 +85,56 @@ class JournalReader:
         present = segments.segment_indexes(self.place)
         for index in (index for index in present if index >= self.position.segment):
             if index > self.position.segment:
+                if self.position == START:
+                    reading.first_segment = index
                 self.position = Position(index, 0, self.position.number)
             is_complete = index < present[-1] or not is_alive
-            path = self.place / segments.segment_name(index)
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            after = next((other for other in present if other > index), None)
+            descriptor = self._open(index)
             try:
-                while self._read_on(descriptor, reading, is_complete=is_complete):
+                while self._read_on(descriptor, reading, after, is_complete=is_complete):
                     if reading.size_bytes >= CHUNK_BYTES:
                         return reading.done(self.position, is_all=False)
             finally:
-                os.close(descriptor)
+                files.close(descriptor)
         return reading.done(self.position, is_all=True)
 
-    def _read_on(self, descriptor: int, reading: "_Reading", *, is_complete: bool) -> bool:
-        """Read a chunk of a segment; return False at its end. What is complete may have damage."""
-        if not self.position.offset and not self._read_head(descriptor, reading):
+    def _open(self, index: int) -> int:
+        path = self.place / segments.segment_name(index)
+        return files.open_file(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+    def _read_on(
+        self, descriptor: int, reading: "_Reading", after: int | None, *, is_complete: bool
+    ) -> bool:
+        """Read a chunk of a segment; return False at its end. What is complete may have damage.
+
+        `after` is the index of the segment after this one, if there is one.
+        """
+        if not self.position.offset and not self._read_head(
+            descriptor, reading, is_complete=is_complete
+        ):
             return False
         before = self.position
-        chunk = os.pread(descriptor, CHUNK_BYTES, before.offset)
+        chunk = files.pread(descriptor, CHUNK_BYTES, before.offset)
         self._take(chunk, reading)
         if self.position != before:
             return True
         if not is_complete and not chunk[:FRAME_HEAD_BYTES].strip(b"\0"):
             return False  # Nothing is written here yet; megabytes of zeros need not be read.
         # No frame begins here that ends within a chunk.
-        rest = os.pread(descriptor, os.fstat(descriptor).st_size - before.offset, before.offset)
+        rest = files.pread(descriptor, files.size_bytes(descriptor) - before.offset, before.offset)
         self._take(rest, reading)
         if self.position == before and is_complete:
-            self._pass_over_damage(rest, reading)
+            self._pass_over_damage(rest, reading, after)
         return self.position != before
 
-    def _read_head(self, descriptor: int, reading: "_Reading") -> bool:
+    def _read_head(self, descriptor: int, reading: "_Reading", *, is_complete: bool) -> bool:
         """Move behind a segment's head; return False while there is none."""
-        data = os.pread(descriptor, segments.HEAD_BYTES, 0)
-        if not data.strip(b"\0"):
+        data = files.pread(descriptor, segments.HEAD_BYTES, 0)
+        if not is_complete and not data.strip(b"\0"):
             return False
-        # If the head alone is damaged, the frames still tell by their own checksums.
+        # The frames tell by checksums of their own, where the head is damaged, or where a crash of
+        # the machine took it.
         told = segments.read_head(data)
         if told is not None:
             if told.version > segments.FORMAT_VERSION:
@@ -129,7 +143,7 @@ class JournalReader:
                     f" {segments.FORMAT_VERSION}; upgrade vllm-cost-meter, nothing is lost until"
                     " then"
                 )
-            if not self.position.number:
+            if self.position.segment == reading.first_segment:
                 # Whoever has never read this journal begins with what is still there.
                 self.position = replace(self.position, number=told.first_number - 1)
             self._note_gap(told.first_number, "a segment is missing, or ends too early", reading)
@@ -157,15 +171,28 @@ class JournalReader:
                 " a newer vllm-cost-meter wrote it: upgrade this one, nothing is lost until then"
             ) from error
 
-    def _pass_over_damage(self, rest: bytes, reading: "_Reading") -> None:
-        """Move to the next whole frame of the segment, and note the gap; stay without one."""
+    def _pass_over_damage(self, rest: bytes, reading: "_Reading", after: int | None) -> None:
+        """Move to the next whole frame of the segment, and note the gap; stay without one.
+
+        After a failed sync the next segment begins with what was in doubt. From there on it decides
+        which frames are gone, and what this one has of them does not count.
+        """
         begin = next_whole_frame(rest, 0, self.position.number)
-        if begin is None:
-            return
-        found = whole_frame(rest, begin)
-        if found is not None:
+        found = whole_frame(rest, begin) if begin is not None else None
+        if begin is not None and found is not None and not self._is_again(found.number, after):
             self._note_gap(found.number, "frames are damaged", reading)
             self.position = replace(self.position, offset=self.position.offset + begin)
+
+    def _is_again(self, number: int, after: int | None) -> bool:
+        """Return whether the segment `after` begins before a frame with this number."""
+        if after is None:
+            return False
+        descriptor = self._open(after)
+        try:
+            told = segments.read_head(files.pread(descriptor, segments.HEAD_BYTES, 0))
+        finally:
+            files.close(descriptor)
+        return told is not None and told.first_number < number
 
     def _note_gap(self, number: int, reason: str, reading: "_Reading") -> None:
         """Note that the frames before a number are gone, unless they were read."""
@@ -182,6 +209,8 @@ class _Reading:
     records: list[tuple[int, Record]] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     size_bytes: int = 0
+    # The segment with which the reading of a journal begins.
+    first_segment: int | None = None
 
     def done(self, position: Position, *, is_all: bool) -> JournalPart:
         return JournalPart(tuple(self.records), tuple(self.gaps), position, is_all)

@@ -14,6 +14,8 @@ from pathlib import Path
 from struct import Struct
 from typing import NamedTuple, Self
 
+from vllm_cost_meter.journal import files
+
 SEGMENT_BYTES = 8 << 20
 SUFFIX = ".segment"
 RESERVE_NAME = "reserve"
@@ -55,21 +57,18 @@ def segment_name(index: int) -> str:
 
 def segment_indexes(journal: Path) -> list[int]:
     """Return the indexes of a journal's segments, ascending."""
-    return sorted(
-        int(file.stem)
-        for file in journal.iterdir()
-        if file.suffix == SUFFIX and file.stem.isdigit()
-    )
+    stems = (name.removesuffix(SUFFIX) for name in files.names(journal) if name.endswith(SUFFIX))
+    return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
 def set_aside(path: Path, size_bytes: int) -> int:
     """Make a file of this size, all zeros, and return its descriptor. Raises OSError."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_TRUNC, 0o600)
+    descriptor = files.open_file(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC)
     try:
-        os.posix_fallocate(descriptor, 0, size_bytes)
+        files.allocate(descriptor, 0, size_bytes)
     except BaseException:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
+        files.close(descriptor)
+        files.remove_file(path)
         raise
     return descriptor
 
@@ -105,15 +104,15 @@ class Segment:
         """Write at the end. Raises OSError if not all could be written; then nothing counts."""
         written, view = 0, memoryview(data)
         while written < len(data):
-            written += os.pwrite(self._descriptor, view[written:], self.end + written)
+            written += files.pwrite(self._descriptor, view[written:], self.end + written)
         self.end += len(data)
 
     def sync(self) -> None:
         """Have the disk keep what was written. Raises OSError."""
-        os.fdatasync(self._descriptor)
+        files.sync_data(self._descriptor)
 
     def close(self) -> None:
         """Close the file. Idempotent."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            files.close(descriptor)

@@ -115,6 +115,9 @@ class JournalWriter:
         self._changed = threading.Condition()
         self._items: deque[_Item] = deque()
         self._waiting = 0
+        # What was taken and is not written yet, and the pause after its next failure.
+        self._group: _Group | None = None
+        self._pause_s = RETRY_FIRST_S
         self._close_by: float | None = None
         self._thread: threading.Thread | None = None
         self._logged: set[str] = set()
@@ -211,41 +214,49 @@ class JournalWriter:
     # ---- the thread's side
 
     def _run(self) -> None:
-        self._open_early()
-        pause_s = RETRY_FIRST_S
-        group: _Group | None = None
-        while True:
-            if group is None:
-                group = self._next_group()
-            if group is None:
+        self.open_early()
+        while self._has_records():
+            pause_s = self.write_a_group()
+            if pause_s and not self._sleep(pause_s):
                 break
-            try:
-                self._write(group)
-            except Exception as error:  # noqa: BLE001 - the group waits, and serving goes on
-                self._failed(error)
-                if not self._sleep(pause_s):
-                    break
-                pause_s = min(2 * pause_s, RETRY_MOST_S)
-            else:
-                self._settle(group)
-                group, pause_s = None, RETRY_FIRST_S
-        self._abandon(group.items if group is not None else ())
+        self._abandon(self._group.items if self._group is not None else ())
         self._close_journal()
 
-    def _open_early(self) -> None:
+    def write_a_group(self) -> float:
+        """Write the group that failed, or the next one; return when to try again, 0 if it is there.
+
+        Only the thread calls it, or who does the thread's work instead. Something has to wait.
+        """
+        group = self._group = self._group or self._next_group()
+        try:
+            self._write(group)
+        except Exception as error:  # noqa: BLE001 - the group waits, and serving goes on
+            self._failed(error)
+            pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, RETRY_MOST_S)
+            return pause_s
+        self._settle(group)
+        self._group, self._pause_s = None, RETRY_FIRST_S
+        return 0.0
+
+    def open_early(self) -> None:
         """Make the journal now, so that the first reply need not wait for it."""
         try:
             self._journal = self._open()
         except Exception as error:  # noqa: BLE001 - the first group tries again
             self._failed(error)
 
-    def _next_group(self) -> _Group | None:
-        """Wait for records and take them; None at the end."""
+    def _has_records(self) -> bool:
+        """Wait for records; return False at the end."""
         with self._changed:
-            while not self._items:
+            while not self._items and self._group is None:
                 if self._close_by is not None:
-                    return None
+                    return False
                 self._changed.wait()
+        return True
+
+    def _next_group(self) -> _Group:
+        """Take the records that wait."""
+        with self._changed:
             group, records = _Group([]), 0
             while self._items and records < GROUP_RECORDS_MAX:
                 item = self._items.popleft()

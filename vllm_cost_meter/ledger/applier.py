@@ -13,25 +13,21 @@ of `journal_losses`.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from sqlalchemy import Engine, delete, select
-from sqlalchemy.engine import Connection
+from typing import Protocol
 
 from vllm_cost_meter.errors import LedgerError, in_one_line
 from vllm_cost_meter.journal import places
+from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.journal.places import FileLock
 from vllm_cost_meter.journal.reader import START, JournalPart, JournalReader, Position
-from vllm_cost_meter.journal.segments import segment_indexes, segment_name
+from vllm_cost_meter.journal.segments import segment_indexes
 from vllm_cost_meter.journal.writer import name_of
-from vllm_cost_meter.ledger.batches import BadRecord, BatchWriter
-from vllm_cost_meter.ledger.inserts import insert_rows, upsert_rows
-from vllm_cost_meter.ledger.rows import TableRow
-from vllm_cost_meter.ledger.schema import journal_losses, journals
+from vllm_cost_meter.ledger.batches import BadRecord
+from vllm_cost_meter.ledger.progress import JournalProgress, Loss
 from vllm_cost_meter.logs import meter_logger
-from vllm_cost_meter.units.time import rfc3339
 
 logger = meter_logger()
 
@@ -39,6 +35,28 @@ logger = meter_logger()
 _LOGGED_MAX = 20
 # A dead process's journal is as good as a living one's, only its folder stays a moment longer.
 LOOK_FOR_DEAD_S = 1.0
+
+
+class Batches(Protocol):
+    """What the applier needs of a ledger; `BatchWriter` is one."""
+
+    def opened(self) -> object:
+        """Return the ledger; it is another object once another file is at its place."""
+
+    def positions(self) -> dict[str, Position]:
+        """Return how far the ledger has each journal."""
+
+    def apply(
+        self,
+        records: Sequence[Record],
+        progress: Callable[[Sequence[BadRecord]], JournalProgress],
+        *,
+        to_disk: bool = False,
+    ) -> list[BadRecord]:
+        """Write records and the journals' progress in one transaction; return the bad records."""
+
+    def drop(self) -> None:
+        """Close the ledger."""
 
 
 @dataclass(slots=True)
@@ -56,7 +74,7 @@ class Applier:
 
     def __init__(
         self,
-        batches: BatchWriter,
+        batches: Batches,
         folder: Path,
         look_for_dead_s: float = LOOK_FOR_DEAD_S,
         second: Path | None = None,
@@ -72,7 +90,9 @@ class Applier:
         self._sources: dict[str, _Source] = {}
         # Where the ledger has each journal; None before that is read.
         self._positions: dict[str, Position] | None = None
-        self._engine: Engine | None = None
+        self._ledger: object = None
+        # Whether the disk has all that the ledger has of the journals, as far as we know.
+        self._is_on_disk = False
         self._logged: set[str] = set()
 
     def apply(self) -> bool:
@@ -98,6 +118,7 @@ class Applier:
                 source.lock.release()
         self._sources = {}
         self._positions = None
+        self._is_on_disk = False
 
     def close(self) -> None:
         """Let go of all journals and close the ledger."""
@@ -105,13 +126,14 @@ class Applier:
         self._batches.drop()
 
     def _apply(self) -> bool:
-        engine = self._batches.opened()
-        if engine is not self._engine:  # The file at the path may be another one.
+        ledger = self._batches.opened()
+        if ledger is not self._ledger:  # The file at the path may be another one.
             self.forget()
-            self._engine = engine
+            self._ledger = ledger
         if self._positions is None:
-            with engine.connect() as connection:
-                self._positions = read_positions(connection)
+            self._positions = self._batches.positions()
+            for folder in places.folders_of(self.folder, self._second):
+                places.remove_remains(folder)
         parts, failure = self._read_all(self._positions)
         moved = {key: part for key, part in parts.items() if part.position != self._position(key)}
         if moved:
@@ -168,24 +190,22 @@ class Applier:
             for key, part in parts.items()
         )
 
-        def beside(connection: Connection, bad: Sequence[BadRecord]) -> None:
+        def progress(bad: Sequence[BadRecord]) -> JournalProgress:
             bad_ids = {id(each.record): each.error for each in bad}
             losses = [
-                _loss(key, number - 1, 1, f"{name_of(record)}: {in_one_line(bad_ids[id(record)])}")
+                Loss(key, number - 1, 1, f"{name_of(record)}: {in_one_line(bad_ids[id(record)])}")
                 for key, number, record in found
                 if id(record) in bad_ids
             ]
             losses += [
-                _loss(key, gap.after, gap.frames, gap.reason)
+                Loss(key, gap.after, gap.frames, gap.reason)
                 for key, part in parts.items()
                 for gap in part.gaps
             ]
-            insert_rows(connection, journal_losses, losses)
-            upsert_rows(
-                connection, journals, [_row(key, part.position) for key, part in parts.items()]
-            )
+            return JournalProgress({key: part.position for key, part in parts.items()}, losses)
 
-        bad = self._batches.write(records, beside, to_disk=to_disk)
+        bad = self._batches.apply(records, progress, to_disk=to_disk)
+        self._is_on_disk = to_disk
         if self._positions is not None:
             self._positions.update({key: part.position for key, part in parts.items()})
         self._say_what_is_lost(parts, bad)
@@ -213,6 +233,11 @@ class Applier:
             logger.error("cost meter: %s", message)
 
     def _remove_what_is_done(self, parts: dict[str, JournalPart]) -> None:
+        if parts and not self._is_on_disk and self._can_remove(parts):
+            # What came with earlier commits, or by another applier, may not be on the disk yet.
+            positions = {key: part.position for key, part in parts.items()}
+            self._batches.apply([], lambda _bad: JournalProgress(positions), to_disk=True)
+            self._is_on_disk = True
         for journal_id, part in parts.items():
             source = self._sources[journal_id]
             place = source.reader.place
@@ -222,53 +247,25 @@ class Applier:
                 del self._sources[journal_id]
                 self._forget_row(journal_id)
                 continue
-            for index in segment_indexes(place):
-                if index < part.position.segment:
-                    (place / segment_name(index)).unlink(missing_ok=True)
+            places.remove_segments(place.parent, journal_id, part.position.segment)
+
+    def _can_remove(self, parts: dict[str, JournalPart]) -> bool:
+        return any(
+            (self._sources[key].lock is not None and part.is_all)
+            or any(
+                index < part.position.segment
+                for index in segment_indexes(self._sources[key].reader.place)
+            )
+            for key, part in parts.items()
+        )
 
     def _forget_row(self, journal_id: str) -> None:
         """Delete the row of a journal that is gone; one that stays says nothing wrong."""
         if self._positions is not None and self._positions.pop(journal_id, None) is not None:
-            gone = delete(journals).where(journals.c.journal_id == journal_id)
-
-            def beside(connection: Connection, _bad: Sequence[BadRecord]) -> None:
-                connection.execute(gone)
-
-            self._batches.write([], beside)
-
-
-def read_positions(connection: Connection) -> dict[str, Position]:
-    """Return how far the ledger has each journal, by its id."""
-    c = journals.c
-    return {
-        journal_id: Position(segment, offset, number)
-        for journal_id, segment, offset, number in connection.execute(
-            select(c.journal_id, c.segment, c.offset_bytes, c.number)
-        )
-    }
+            self._batches.apply([], lambda _bad: JournalProgress({}, gone=journal_id))
 
 
 def _failure_in(folder: Path, error: LedgerError | OSError) -> LedgerError:
     if isinstance(error, LedgerError):
         return error
     return LedgerError(f"journals {folder}: cannot be read: {error.strerror}")
-
-
-def _row(journal_id: str, position: Position) -> TableRow:
-    return {
-        "journal_id": journal_id,
-        "segment": position.segment,
-        "offset_bytes": position.offset,
-        "number": position.number,
-        "applied_at": rfc3339(time.time_ns()),
-    }
-
-
-def _loss(journal_id: str, after: int, records: int, reason: str) -> TableRow:
-    return {
-        "journal_id": journal_id,
-        "after_number": after,
-        "records": records,
-        "reason": reason[:500],
-        "noticed_at": rfc3339(time.time_ns()),
-    }

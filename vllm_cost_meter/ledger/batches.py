@@ -24,11 +24,13 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.journal.entries import Record
+from vllm_cost_meter.journal.reader import Position
 from vllm_cost_meter.ledger.damage.noticing import damage_in
 from vllm_cost_meter.ledger.damage.setting_aside import name_set_aside
 from vllm_cost_meter.ledger.database import open_database, parse_url, sqlite_path, writing
 from vllm_cost_meter.ledger.faults import Fault, fault_of
 from vllm_cost_meter.ledger.inserts import write
+from vllm_cost_meter.ledger.progress import JournalProgress, read_positions, write_progress
 
 # One attempt waits so long for another process's transaction; then the caller tries again.
 ATTEMPT_S = 1.0
@@ -82,6 +84,25 @@ class BatchWriter:
             self._create = False
             self._name_set_aside(self._engine)
         return self._engine
+
+    def positions(self) -> dict[str, Position]:
+        """Return how far the ledger has each journal, by its id."""
+        with self.opened().connect() as connection:
+            return read_positions(connection)
+
+    def apply(
+        self,
+        records: Sequence[Record],
+        progress: Callable[[Sequence[BadRecord]], JournalProgress],
+        *,
+        to_disk: bool = False,
+    ) -> list[BadRecord]:
+        """Write records as `write` does, with the progress that goes with the bad ones."""
+
+        def beside(connection: Connection, bad: Sequence[BadRecord]) -> None:
+            write_progress(connection, progress(bad))
+
+        return self.write(records, beside, to_disk=to_disk)
 
     def write(
         self,

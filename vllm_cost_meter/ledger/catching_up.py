@@ -17,10 +17,11 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.journal import places
 from vllm_cost_meter.journal.places import FileLock
 from vllm_cost_meter.journal.reader import START, JournalReader
-from vllm_cost_meter.ledger.applier import Applier, read_positions
+from vllm_cost_meter.ledger.applier import Applier
 from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.database import open_to_read
 from vllm_cost_meter.ledger.journal_place import journal_folder
+from vllm_cost_meter.ledger.progress import read_positions
 
 WAIT_S = 1.0
 _LOOK_AGAIN_S = 0.02

@@ -186,3 +186,49 @@ def test_whoever_never_read_a_journal_begins_with_what_is_still_there(folder):
     payloads, gaps = everything(place)
     assert not gaps
     assert payloads == [payload(n) for n in range(301 - len(payloads), 301)]
+
+
+def segment(place: Path, index: int, first_number: int, *frames: bytes) -> None:
+    """Write a segment as a crash may have left it."""
+    place.mkdir(exist_ok=True)
+    content = segments.head(first_number) + b"".join(frames)
+    (place / segment_name(index)).write_bytes(content.ljust(4096, b"\0"))
+
+
+def spoilt(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 255])
+
+
+def frames(first: int, last: int) -> list[bytes]:
+    return [frame(number, payload(number)) for number in range(first, last + 1)]
+
+
+def test_what_a_failed_sync_had_written_anew_is_read_there_whatever_is_left_of_it_before(tmp_path):
+    one, two, three, four, five = frames(1, 5)
+    segment(tmp_path / "j", 1, 1, one, two, spoilt(three), four)
+    segment(tmp_path / "j", 2, 3, three, four, five)
+    assert everything(tmp_path / "j") == ([payload(n) for n in range(1, 6)], [])
+
+
+def test_damage_before_what_was_written_anew_is_a_gap_of_what_is_gone_only(tmp_path):
+    one, two, three, four, five = frames(1, 5)
+    segment(tmp_path / "j", 1, 1, one, spoilt(two), spoilt(three), four)
+    segment(tmp_path / "j", 2, 3, three, four, five)
+    payloads, gaps = everything(tmp_path / "j")
+    assert payloads == [payload(n) for n in (1, 3, 4, 5)]
+    assert [(gap.after, gap.frames) for gap in gaps] == [(1, 1)]
+
+
+def test_frames_behind_a_head_that_a_crash_took_are_read(tmp_path):
+    segment(tmp_path / "j", 1, 1, *frames(1, 3))
+    file = tmp_path / "j" / segment_name(1)
+    file.write_bytes(bytes(segments.HEAD_BYTES) + file.read_bytes()[segments.HEAD_BYTES :])
+    assert everything(tmp_path / "j") == ([payload(n) for n in range(1, 4)], [])
+
+
+def test_a_first_segment_of_which_nothing_is_left_is_a_gap(tmp_path):
+    segment(tmp_path / "j", 1, 1, spoilt(frames(1, 1)[0]))
+    segment(tmp_path / "j", 2, 2, *frames(2, 3))
+    payloads, gaps = everything(tmp_path / "j")
+    assert payloads == [payload(2), payload(3)]
+    assert [(gap.after, gap.frames) for gap in gaps] == [(0, 1)]

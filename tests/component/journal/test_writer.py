@@ -3,7 +3,6 @@
 import errno
 import itertools
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -13,7 +12,9 @@ import pytest
 
 from tests.component.ledger.test_reader import http, part, snapshot
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.journal import segments
+from vllm_cost_meter.journal import files, segments
+from vllm_cost_meter.journal.entries import write_entry
+from vllm_cost_meter.journal.frames import frame
 from vllm_cost_meter.journal.open_journal import OpenJournal
 from vllm_cost_meter.journal.places import FileLock, journal_ids, take_over
 from vllm_cost_meter.journal.reader import JournalReader
@@ -119,7 +120,7 @@ def test_a_full_disk_costs_memory_only_and_is_said_once_and_at_its_end(folder, c
 
 
 def test_a_write_that_was_short_or_failed_in_its_middle_is_made_again(folder, monkeypatch):
-    real, calls = os.pwrite, []
+    real, calls = files.pwrite, []
 
     def short(descriptor, data, offset):
         calls.append(len(data))
@@ -130,7 +131,7 @@ def test_a_write_that_was_short_or_failed_in_its_middle_is_made_again(folder, mo
         return real(descriptor, bytes(data)[:length], offset)
 
     writer = JournalWriter(folder)
-    monkeypatch.setattr(segments.os, "pwrite", short)
+    monkeypatch.setattr(files, "pwrite", short)
     writer.start()
     for seq in range(1, 20):
         writer.append(part(seq)).result(60)
@@ -140,14 +141,14 @@ def test_a_write_that_was_short_or_failed_in_its_middle_is_made_again(folder, mo
 
 
 def test_what_a_failed_sync_covered_is_written_anew_in_another_segment(folder, monkeypatch):
-    real, fails = os.fdatasync, iter([False, False, True, False, True])
+    real, fails = files.sync_data, iter([False, False, True, False, True])
 
     def sync(descriptor):
         if next(fails, False):
             raise OSError(errno.EIO, "Input/output error")
         real(descriptor)
 
-    monkeypatch.setattr(segments.os, "fdatasync", sync)
+    monkeypatch.setattr(files, "sync_data", sync)
     writer = JournalWriter(folder, to_disk=True)
     writer.start()
     for seq in range(1, 10):
@@ -166,7 +167,7 @@ def test_a_segment_is_in_reserve_so_that_a_full_disk_is_met_before_it_hurts(fold
     def full(*_):
         raise FULL
 
-    monkeypatch.setattr(segments.os, "posix_fallocate", full)
+    monkeypatch.setattr(files, "allocate", full)
     frames = 1
 
     def fill() -> None:
@@ -182,7 +183,7 @@ def test_a_segment_is_in_reserve_so_that_a_full_disk_is_met_before_it_hurts(fold
 
 
 def test_that_no_room_is_in_reserve_is_said_when_it_begins_and_ends(folder, monkeypatch, caplog):
-    real, is_full = os.posix_fallocate, []
+    real, is_full = files.allocate, []
 
     def allocate(*given):
         # The present segment was in reserve; what is full is the disk behind it.
@@ -190,7 +191,7 @@ def test_that_no_room_is_in_reserve_is_said_when_it_begins_and_ends(folder, monk
             raise FULL
         real(*given)
 
-    monkeypatch.setattr(segments.os, "posix_fallocate", allocate)
+    monkeypatch.setattr(files, "allocate", allocate)
     writer = JournalWriter(folder, open_=lambda at: OpenJournal(at, segment_bytes=1 << 12))
     writer.start()
     writer.append(part(1)).result(10)
@@ -272,6 +273,8 @@ def test_a_record_that_cannot_be_written_is_dropped_alone_and_named(folder, capl
 def test_a_journal_is_alive_while_its_process_is_and_dead_once_that_is_killed(folder):
     code = f"""
 import sys, pathlib
+from vllm_cost_meter.journal.entries import write_entry
+from vllm_cost_meter.journal.frames import frame
 from vllm_cost_meter.journal.open_journal import OpenJournal
 journal = OpenJournal(pathlib.Path({str(folder)!r}))
 print(journal.journal_id, flush=True)
@@ -292,6 +295,8 @@ sys.stdin.read()
 def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_journal_alive(folder):
     code = f"""
 import os, pathlib
+from vllm_cost_meter.journal.entries import write_entry
+from vllm_cost_meter.journal.frames import frame
 from vllm_cost_meter.journal.open_journal import OpenJournal
 journal = OpenJournal(pathlib.Path({str(folder)!r}))
 if os.fork() == 0:
@@ -327,3 +332,61 @@ def test_snapshots_come_back_as_they_were(folder):
     writer.append(taken).result(10)
     writer.close()
     assert records_of(folder) == [taken]
+
+
+def fails_once(monkeypatch, name: str, at: int) -> None:
+    """Let one call of a function fail: the `at`-th from now."""
+    real, calls = getattr(files, name), []
+
+    def function(*arguments):
+        calls.append(arguments)
+        if len(calls) == at:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*arguments)
+
+    monkeypatch.setattr(files, name, function)
+
+
+@pytest.mark.parametrize("name", ["open_file", "allocate", "pwrite", "sync_data", "sync_folder"])
+@pytest.mark.parametrize("at", range(1, 9))
+def test_one_failure_of_the_disk_at_any_call_costs_nothing(folder, monkeypatch, name, at):
+    writer = JournalWriter(
+        folder, open_=lambda at: OpenJournal(at, to_disk=True, segment_bytes=1 << 12)
+    )
+    fails_once(monkeypatch, name, at)
+    writer.start()
+    for seq in range(1, 12):
+        writer.append(part(seq)).result(10)
+    writer.close()
+    monkeypatch.undo()
+    assert [record.bill.seq for record in records_of(folder)] == list(range(1, 12))
+
+
+def test_a_reserve_that_somebody_removed_is_set_aside_again(folder):
+    journal = OpenJournal(folder, segment_bytes=1 << 12)
+    first, second, third = (frame(number, b"x" * 3000) for number in (1, 2, 3))
+    journal.append(1, [first])
+    (journal.place / segments.RESERVE_NAME).unlink()
+    with pytest.raises(FileNotFoundError):
+        journal.append(2, [second])
+    assert [journal.append(2, [second]), journal.append(3, [third])] == [1, 1]
+    assert len(segments.segment_indexes(journal.place)) == 3
+    journal.close()
+
+
+def test_a_journal_that_cannot_be_closed_is_dead_all_the_same(folder, monkeypatch):
+    journal = OpenJournal(folder)
+    journal.append(1, [frame(1, write_entry(part(1)))])
+    fails_once(monkeypatch, "remove_file", 1)
+    with pytest.raises(OSError, match="Input/output"):
+        journal.close()
+    lock = take_over(folder, journal.journal_id)
+    assert lock is not None
+    lock.release()
+
+
+def test_the_disk_knows_the_name_of_the_folder_of_journals(folder, monkeypatch):
+    real, synced = files.sync_folder, []
+    monkeypatch.setattr(files, "sync_folder", lambda path: (synced.append(path), real(path)))
+    OpenJournal(folder).close()
+    assert {folder, folder.parent} <= set(synced)

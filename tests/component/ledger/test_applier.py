@@ -18,10 +18,12 @@ from vllm_cost_meter.journal.entries import write_entry
 from vllm_cost_meter.journal.frames import frame
 from vllm_cost_meter.journal.open_journal import OpenJournal
 from vllm_cost_meter.journal.places import FileLock, folder_of_ledger, journal_ids
+from vllm_cost_meter.journal.reader import Position
 from vllm_cost_meter.ledger.applier import Applier
 from vllm_cost_meter.ledger.apply_loop import ApplyLoop
 from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.catching_up import catch_up
+from vllm_cost_meter.ledger.progress import JournalProgress
 
 
 @pytest.fixture
@@ -335,3 +337,57 @@ def test_the_lock_of_the_applier_keeps_commands_that_replace_the_file_away(path)
     lock = FileLock.try_to_take(folder_of_ledger(path) / "applier.lock")
     assert lock is not None
     lock.release()
+
+
+class Watched(BatchWriter):
+    """Notes what each commit has, and whether it waits for the disk."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.commits: list[tuple[int, bool]] = []
+
+    def apply(self, records, progress, *, to_disk=False):
+        self.commits.append((len(records), to_disk))
+        return super().apply(records, progress, to_disk=to_disk)
+
+
+def test_a_dead_journal_goes_only_after_a_commit_that_waited_for_the_disk(path):
+    process = Process(path, segment_bytes=1 << 20)
+    process.bill(3)
+    batches = Watched(url_of(path))
+    applier = Applier(batches, folder_of_ledger(path), look_for_dead_s=0)
+    apply_all(applier)
+    process.bill(1)
+    apply_all(applier)
+    assert batches.commits == [(7, True), (3, False)]
+    process.die()
+    apply_all(applier)
+    assert not process.journal.place.exists()
+    assert batches.commits[2] == (0, True)
+    applier.close()
+
+
+def test_a_position_without_records_is_written_because_a_commit_without_changes_syncs_nothing(path):
+    batches = BatchWriter(url_of(path))
+    for position in (Position(1, 900, 5), Position(2, 20, 5)):
+        batches.apply(
+            [], lambda _, position=position: JournalProgress({"j": position}), to_disk=True
+        )
+    assert batches.positions() == {"j": Position(2, 20, 5)}
+    batches.drop()
+
+
+def test_what_processes_left_behind_that_died_while_a_journal_was_made_or_removed_goes(path):
+    folder = folder_of_ledger(path)
+    made, begun, removed = Process(path), Process(path), Process(path)
+    made.bill(1)
+    for process in (made, begun, removed):
+        process.die()
+    begun.journal.place.rename(folder / f"new-{begun.journal.journal_id}")
+    made.journal.place.rename(folder / f"gone-{made.journal.journal_id}")
+    for file in removed.journal.place.iterdir():
+        file.unlink()
+    applier = applier_of(path)
+    apply_all(applier)
+    applier.close()
+    assert [each.name for each in folder.iterdir()] == []
