@@ -146,6 +146,7 @@ bench: setup
 	$(RUN) python benchmarks/bench_attribution.py
 	$(RUN) python benchmarks/bench_ledger.py
 	$(RUN) python benchmarks/bench_answers.py
+	$(RUN) python -m benchmarks.bench_reply
 	$(RUN) python benchmarks/bench_budgets.py
 	$(RUN) python benchmarks/bench_budget_bounds.py
 	$(RUN) python benchmarks/bench_invoices.py
