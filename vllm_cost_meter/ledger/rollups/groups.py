@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 # A 64-bit integer of a database has a sign.
 _ID_BYTES = 8
-_CACHED = 50_000
+_CACHED = 10_000
 
 
 class Group(NamedTuple):
