@@ -104,7 +104,7 @@ ifneq ($(TEST_ARGS),)
 else
 	@$(RUN) python -m pytest tests/integration --durations 20
 	@$(RUN) python -m pytest --ignore tests/integration --ignore tests/ecosystem \
-	  --numprocesses auto --durations 20
+	  --numprocesses auto --dist worksteal --durations 20
 endif
 
 # What the meter meets beside vLLM: a real PostgreSQL server, and a FastAPI newer than the lock's.

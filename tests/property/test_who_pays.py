@@ -409,7 +409,7 @@ def check_rows(world: World, example: str, sent: dict[str, Sent], whos: dict[str
     st.lists(st.integers(1, 3_000), max_size=3),
     st.none() | st.integers(0, 2_000),
 )
-@settings(max_examples=examples(3_000))
+@settings(max_examples=examples(1_500))
 def test_who_pays_over_a_socket_is_who_the_page_says(serving, where, rules, sent, cuts, leaves_at):
     server = serving(*where)
     world, example = server.world, f"e{next(numbers)}"
