@@ -6,7 +6,7 @@ are read here.
 Invariant: each exchange is in exactly one group. So all groupings have the same totals.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
@@ -20,6 +20,8 @@ from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.grammar import COVERED, Question
 
 EVERYTHING = Question()
+# Not a column of a group: the labels of its run.
+LABELS = "labels"
 Counts = tuple[int, int, int, int]
 
 
@@ -38,8 +40,9 @@ def count_ended(
     question means. With `whose` only requests of those tenants are read. `splits` says which hours
     are kept apart; see `rollups.reading`.
     """
-    e = ended_in(window, splits, whose).c
-    own = {"labels": labels_of(e.run_id), COVERED: told(e, question)}
+    names = columns_read(name for name in by if name != "hour")
+    e = ended_in(window, splits, names, whose).c
+    own = {LABELS: labels_of(e.run_id), COVERED: told(e, question)}
     keys = [own[name] if name in own else e[name] for name in by]
     groups = [COVERED_NAME if name == COVERED else key for name, key in zip(by, keys, strict=True)]
     asked = select(*keys, *(func.sum(e[name]) for name in ENDED_AMOUNTS)).group_by(*groups)
@@ -47,6 +50,12 @@ def count_ended(
         tuple(row[: len(by)]): (int(row[-4]), int(row[-3]), int(row[-2]), int(row[-1]))
         for row in connection.execute(asked)
     }
+
+
+def columns_read(by: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns of a group that a question by these columns reads."""
+    always = ("run_id", "tenant", "tenant_above")
+    return tuple(dict.fromkeys((*always, *(name for name in by if name not in (COVERED, LABELS)))))
 
 
 def labels_of(run_id: ColumnElement[str]) -> ColumnElement[Any]:

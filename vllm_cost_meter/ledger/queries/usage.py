@@ -26,7 +26,7 @@ from vllm_cost_meter.ledger.coverage import COVERED_NAME, HIDDEN, told
 from vllm_cost_meter.ledger.ends.run_time import RunTime
 from vllm_cost_meter.ledger.queries.costs import CutCosts
 from vllm_cost_meter.ledger.queries.cut import Cut, stretch
-from vllm_cost_meter.ledger.queries.ended import count_ended, labels_of
+from vllm_cost_meter.ledger.queries.ended import LABELS, columns_read, count_ended, labels_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
 from vllm_cost_meter.ledger.rollups.reading import usage_at
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
@@ -157,13 +157,14 @@ def _splits(cut: Cut, question: Question) -> Sequence[int] | None:
 def _usage(
     connection: Connection, cut: Cut, question: Question, columns: Sequence[str]
 ) -> BilledUsage:
-    u = usage_at(cut, _splits(cut, question)).c
-    known = {"labels": labels_of(u.run_id), COVERED: told(u, question)}
+    more = PART_SUMS if question.is_by_tenant else ()
+    amounts = dict.fromkeys(("prefill_ns", "decode_ns", *more))
+    u = usage_at(cut, _splits(cut, question), columns_read(columns), [*amounts]).c
+    known = {LABELS: labels_of(u.run_id), COVERED: told(u, question)}
     keys = [known[name] if name in known else u[name] for name in columns]
     groups = [
         COVERED_NAME if name == COVERED else key for name, key in zip(columns, keys, strict=True)
     ]
-    more = PART_SUMS if question.is_by_tenant else ()
     apart = question.tells_hours_apart
     hours = [u.hour] if apart else stretch(u.hour, cut.book.price_changes())
     # Without a run there is no bill.

@@ -15,10 +15,8 @@ from sqlalchemy import ColumnElement, Select, Subquery, Table, and_, false, or_,
 
 from vllm_cost_meter.ledger.coverage import is_shown
 from vllm_cost_meter.ledger.queries.cut import Cut, Window, bills_up_to
-from vllm_cost_meter.ledger.rollups.groups import Group
 from vllm_cost_meter.ledger.schema import (
     ENDED_AMOUNTS,
-    PIECE_AMOUNTS,
     requests,
     rollup_days,
     rollup_groups,
@@ -29,51 +27,68 @@ from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 
 
-def usage_at(cut: Cut, splits: Sequence[int] | None) -> Subquery:
+def usage_at(
+    cut: Cut, splits: Sequence[int] | None, names: Sequence[str], amounts: Sequence[str]
+) -> Subquery:
     """Return the usage of bills up to a cut in its window, as rows to be added up.
 
-    A row has an `hour`, the columns of a group and the amounts of pieces. `splits` are the hours
+    A row has an `hour`, these columns of a group and these amounts of pieces: a database takes its
+    time for each. `splits` are the hours
     within a day at which rows must be kept apart; None keeps all hours apart. The row of a whole
     day has the first hour with GPU time in it.
     """
+    first, hour = rollup_days.c.first_hour, rollup_hours.c.hour
     whole = [
-        _sums(rollup_days, rollup_days.c.first_hour, where, PIECE_AMOUNTS, cut.whose)
+        # Without a first hour nothing was used.
+        _sums(rollup_days, first, names, amounts, cut.whose).where(where, first.is_not(None))
         for where in _whole_days(cut.window, splits)
     ]
-    hours = _sums(
-        rollup_hours, rollup_hours.c.hour, _rest(cut.window, splits), PIECE_AMOUNTS, cut.whose
+    hours = _sums(rollup_hours, hour, names, amounts, cut.whose).where(
+        _rest(cut.window, splits), or_(*(rollup_hours.c[name] != 0 for name in amounts))
     )
-    return union_all(*whole, hours, *_after(cut)).subquery("usage")
+    return union_all(*whole, hours, *_after(cut, names, amounts)).subquery("usage")
 
 
 def ended_in(
-    window: Window, splits: Sequence[int] | None, whose: TenantScope | None = None
+    window: Window,
+    splits: Sequence[int] | None,
+    names: Sequence[str],
+    whose: TenantScope | None = None,
 ) -> Subquery:
     """Return the exchanges that ended in a window, of one tenant or all, as rows to be added up.
 
     The row of a whole day has that day's first hour; see `usage_at`.
     """
-    whole = [
-        _sums(rollup_days, rollup_days.c.day * HOURS_PER_DAY, where, ENDED_AMOUNTS, whose)
+    tables = [
+        (rollup_days, rollup_days.c.day * HOURS_PER_DAY, where)
         for where in _whole_days(window, splits)
     ]
-    hours = _sums(rollup_hours, rollup_hours.c.hour, _rest(window, splits), ENDED_AMOUNTS, whose)
-    return union_all(*whole, hours).subquery("ended")
+    tables.append((rollup_hours, rollup_hours.c.hour, _rest(window, splits)))
+    return union_all(
+        *(
+            _sums(table, hour, names, ENDED_AMOUNTS, whose).where(
+                where, or_(*(table.c[name] != 0 for name in ENDED_AMOUNTS))
+            )
+            for table, hour, where in tables
+        )
+    ).subquery("ended")
 
 
 def _sums(
-    table: Table, hour: Any, where: Any, amounts: Sequence[str], whose: TenantScope | None
+    table: Table,
+    hour: Any,
+    names: Sequence[str],
+    amounts: Sequence[str],
+    whose: TenantScope | None,
 ) -> Select[Any]:
-    """Select the rows of a table that have any of these amounts, with their group."""
+    """Select rows of a table with these columns of their group, of one tenant or all."""
     g = rollup_groups.c
     return (
         select(
-            hour.label("hour"),
-            *(g[name] for name in Group._fields),
-            *(table.c[name] for name in amounts),
+            hour.label("hour"), *(g[name] for name in names), *(table.c[name] for name in amounts)
         )
         .join(rollup_groups, g.group_id == table.c.group_id)
-        .where(where, is_shown(g, whose), or_(*(table.c[name] != 0 for name in amounts)))
+        .where(is_shown(g, whose))
     )
 
 
@@ -116,7 +131,7 @@ def _edge_days(window: Window) -> list[int]:
     ]
 
 
-def _after(cut: Cut) -> list[Select[Any]]:
+def _after(cut: Cut, names: Sequence[str], amounts: Sequence[str]) -> list[Select[Any]]:
     """Return the pieces of bills after the cut, with negative amounts; none without living runs."""
     last = {run.run_id: run.last_seq for run in cut.runs if run.alive}
     if not last:
@@ -126,8 +141,8 @@ def _after(cut: Cut) -> list[Select[Any]]:
     return [
         select(
             p.hour,
-            *(r[name] for name in Group._fields),
-            *((-p[name]).label(name) for name in PIECE_AMOUNTS),
+            *(r[name] for name in names),
+            *((-p[name]).label(name) for name in amounts),
         )
         .join_from(at.run_id.table, requests, newer)
         .join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq))
