@@ -20,7 +20,7 @@ from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.reports.request_answers import Explanation
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.units.money import format_usd
-from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
+from vllm_cost_meter.units.time import hour_of
 
 Fields = Mapping[str, Any]
 # The (hour, GPU-ns) pairs of each bill, by run and number.
@@ -119,7 +119,7 @@ def _part(
 def _cost(part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Return a bill's cost at the prices of its hours, and these prices."""
     # A request without GPU time has no hour of its own; the hour of its end stands for it.
-    spent = spent or [(unix_ns_of(part["finished_at"]) // NS_PER_HOUR, 0)]
+    spent = spent or [(hour_of(part["finished_at"]), 0)]
     at = by_price(spent, prices.at)
     cost = None if at is None else total_nanousd(at)
     missing = next((hour for hour, _ in spent if prices.at(hour) is None), None)

@@ -39,6 +39,11 @@ def hour_text(hour: int) -> str:
     return f"{rfc3339(hour * NS_PER_HOUR)[:13]}Z"
 
 
+def hour_of(instant: str) -> int:
+    """Return the UTC hour, since the epoch, of an RFC 3339 instant. Raises as `unix_ns_of`."""
+    return unix_ns_of(instant) // NS_PER_HOUR
+
+
 def unix_ns_of(text: str) -> int:
     """Return an RFC 3339 instant as nanoseconds since the epoch.
 

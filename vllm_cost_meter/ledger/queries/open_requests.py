@@ -38,7 +38,7 @@ from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, LedgerRow
 from vllm_cost_meter.units.money import format_usd
-from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS, rfc3339, unix_ns_of
+from vllm_cost_meter.units.time import NS_PER_MS, hour_of, rfc3339
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ def _part(row: LedgerRow, candidates: Sequence[_Run]) -> dict[str, Any]:
 
 
 def _amounts(used: Accrued, run: _Run) -> dict[str, Any]:
-    hour = unix_ns_of(run.row["taken_at"]) // NS_PER_HOUR
+    hour = hour_of(run.row["taken_at"])
     price = run.prices.at(hour)
     usd = None if price is None else price.usd_per_gpu_hour
     cost = cost_nanousd(used.gpu_time_ns, usd)

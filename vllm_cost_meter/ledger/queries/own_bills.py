@@ -38,15 +38,6 @@ _same = functools.lru_cache(maxsize=256)
 
 
 @_same
-def pieces_of(whose: TenantScope | None) -> FromClause:
-    """Return `usage_pieces` with the rows of the tenants that are meant; None is all tenants."""
-    if whose is None:
-        return usage_pieces
-    p = usage_pieces.c
-    return _made_first(select(usage_pieces).where(p.hour.in_(_hours()), may_be_of(p.tenant, whose)))
-
-
-@_same
 def bills_of(whose: TenantScope | None) -> FromClause:
     """Return `requests` with the rows of the tenants that are meant; None is all tenants."""
     if whose is None:

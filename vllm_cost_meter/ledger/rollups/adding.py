@@ -26,7 +26,7 @@ from vllm_cost_meter.ledger.rollups.upserts import in_chunks
 from vllm_cost_meter.ledger.rows import owner_columns
 from vllm_cost_meter.ledger.schema import PIECE_AMOUNTS, http_requests, requests
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
-from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
+from vllm_cost_meter.units.time import NS_PER_HOUR, hour_of
 
 _LOCK = 0x636F73745F72  # "cost_r": a number of our own among PostgreSQL's locks
 
@@ -163,11 +163,13 @@ def _reply_of(reply: HttpRequest) -> ReplyFacts:
 
 
 def _facts_of(part: EngineRequest) -> PartFacts:
-    bill, group = part.bill, _group_of(part)
+    bill = part.bill
     return PartFacts(
+        run_id=bill.run_id,
         seq=bill.seq,
         prompt_group=part.prompt_group,
         hour=part.finished_at_ns // NS_PER_HOUR,
+        group=_group_of(part),
         prompt_tokens=bill.prompt_tokens,
         cached_tokens=bill.cached_tokens,
         output_tokens=bill.output_tokens,
@@ -175,7 +177,6 @@ def _facts_of(part: EngineRequest) -> PartFacts:
         ttft_us=us_of(part.latencies.ttft_ms),
         tpot_us=us_of(part.latencies.tpot_ms),
         e2e_us=us_of(part.latencies.e2e_ms),
-        **group._asdict(),
     )
 
 
@@ -187,16 +188,22 @@ def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchang
     for some in in_chunks(ids):
         for id, at, *told in connection.execute(_REPLIES.where(h.http_request_id.in_(some))):
             replies[id] = ReplyFacts(hour_of(at), *told)
-        for id, run_id, seq, prompt, at, *rest in connection.execute(
-            _PARTS.where(r.http_request_id.in_(some))
-        ):
-            *texts_and_tokens, began, ttft_ms, tpot_ms, e2e_ms = rest
-            took_us = (us_of(ttft_ms), us_of(tpot_ms), us_of(e2e_ms))
-            hours = hour_of(at), hour_of(began)
-            facts = PartFacts._make(
-                (run_id, seq, prompt, hours[0], *texts_and_tokens, hours[1], *took_us)
+        for row in connection.execute(_PARTS.where(r.http_request_id.in_(some))):
+            facts = PartFacts(
+                run_id=row.run_id,
+                seq=row.seq,
+                prompt_group=row.prompt_group,
+                hour=hour_of(row.finished_at),
+                group=Group._make(row[-len(Group._fields) :]),
+                prompt_tokens=row.prompt_tokens,
+                cached_tokens=row.cached_tokens,
+                output_tokens=row.output_tokens,
+                started_hour=hour_of(row.started_at),
+                ttft_us=us_of(row.ttft_ms),
+                tpot_us=us_of(row.tpot_ms),
+                e2e_us=us_of(row.e2e_ms),
             )
-            parts.setdefault(id, []).append(facts)
+            parts.setdefault(row.http_request_id, []).append(facts)
     return {id: (replies.get(id), parts.get(id, [])) for id in ids}
 
 
@@ -204,13 +211,9 @@ _REPLIES: Select[Any] = select(
     *(http_requests.c[name] for name in ("http_request_id", "finished_at")),
     *(http_requests.c[name] for name in ReplyFacts._fields[1:]),
 )
-_PARTS: Select[Any] = select(
-    *(requests.c[name] for name in ("http_request_id", *PartFacts._fields[:3], "finished_at")),
-    *(requests.c[name] for name in PartFacts._fields[4:-4]),
-    *(requests.c[name] for name in ("started_at", "ttft_ms", "tpot_ms", "e2e_ms")),
+_PART_COLUMNS = (
+    *("http_request_id", "seq", "prompt_group", "finished_at", "started_at"),
+    *("prompt_tokens", "cached_tokens", "output_tokens", "ttft_ms", "tpot_ms", "e2e_ms"),
+    *Group._fields,
 )
-
-
-def hour_of(instant: str) -> int:
-    """Return the UTC hour, since the epoch, of an RFC 3339 instant."""
-    return unix_ns_of(instant) // NS_PER_HOUR
+_PARTS: Select[Any] = select(*(requests.c[name] for name in _PART_COLUMNS))

@@ -11,7 +11,7 @@ Invariant: each exchange, and each part without one, is in exactly one group. So
 the same totals.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -28,15 +28,7 @@ class PartFacts(NamedTuple):
     seq: int
     prompt_group: str
     hour: int
-    tenant: str
-    tenant_rule: str
-    tenant_parent: str | None
-    tags: str | None
-    tenant_above: str | None
-    model: str | None
-    lora: str | None
-    route: str | None
-    engine_status: str
+    group: Group
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
@@ -81,41 +73,21 @@ def ended_of(reply: ReplyFacts | None, parts: Sequence[PartFacts]) -> Iterator[E
     group = _group_of(parts)._replace(
         tenant=reply.tenant, tenant_rule=reply.tenant_rule, tenant_above=reply.tenant_above
     )
-    sums: Iterable[int]
-    if len(parts) == 1:  # as most are
-        (one,) = parts
-        sums = (one.prompt_tokens, one.cached_tokens, one.output_tokens)
-    else:
-        prompts = [_prompt_tokens(some) for some in _by_prompt(parts)]
-        sums = (sum(tokens) for tokens in zip(*prompts, strict=True))
+    prompts = [_prompt_tokens(some) for some in _by_prompt(parts)]
+    sums = prompts[0] if len(prompts) == 1 else map(sum, zip(*prompts, strict=True))
     own = (reply.prompt_tokens, reply.cached_tokens, reply.output_tokens)
     counted = (s if told is None else told for told, s in zip(own, sums, strict=True))
     yield EndedExchanges(reply.hour, group, 1, *counted)
 
 
 def _group_of(parts: Sequence[PartFacts]) -> Group:
-    one = parts[0]
-    if len(parts) == 1:
-        return Group(
-            *(one.run_id, one.tenant, one.tenant_rule, one.tenant_parent, one.tags),
-            *(one.tenant_above, one.model, one.lora, one.route, one.engine_status),
-        )
-    return Group(
-        run_id=min(part.run_id for part in parts),
-        tenant=one.tenant,
-        tenant_rule=min(part.tenant_rule for part in parts),
-        tenant_parent=_first(part.tenant_parent for part in parts),
-        tags=_first(part.tags for part in parts),
-        tenant_above=_first(part.tenant_above for part in parts),
-        model=_first(part.model for part in parts),
-        lora=_first(part.lora for part in parts),
-        route=_first(part.route for part in parts),
-        engine_status=min(part.engine_status for part in parts),
+    """Return the first value by name of each column."""
+    if len(parts) == 1:  # as most are
+        return parts[0].group
+    columns = zip(*(part.group for part in parts), strict=True)
+    return Group._make(
+        min((text for text in texts if text is not None), default=None) for texts in columns
     )
-
-
-def _first(texts: Iterable[str | None]) -> str | None:
-    return min((text for text in texts if text is not None), default=None)
 
 
 def _by_prompt(parts: Sequence[PartFacts]) -> Iterator[list[PartFacts]]:
@@ -128,8 +100,8 @@ def _by_prompt(parts: Sequence[PartFacts]) -> Iterator[list[PartFacts]]:
 
 
 def _by_tenant_and_prompt(parts: Sequence[PartFacts]) -> Iterator[list[PartFacts]]:
-    ordered = sorted(parts, key=lambda part: part.tenant)
-    for _, of_tenant in groupby(ordered, key=lambda part: part.tenant):
+    ordered = sorted(parts, key=lambda part: part.group.tenant)
+    for _, of_tenant in groupby(ordered, key=lambda part: part.group.tenant):
         yield from _by_prompt(list(of_tenant))
 
 

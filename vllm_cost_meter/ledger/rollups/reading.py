@@ -32,10 +32,10 @@ def usage_at(
 ) -> Subquery:
     """Return the usage of bills up to a cut in its window, as rows to be added up.
 
-    A row has an `hour`, these columns of a group and these amounts of pieces: a database takes its
-    time for each. `splits` are the hours
-    within a day at which rows must be kept apart; None keeps all hours apart. The row of a whole
-    day has the first hour with GPU time in it.
+    A row has an `hour`, and of a group and its pieces the columns `names` and `amounts`: each one
+    takes time, so a question names what it needs. `splits` are the hours within a day at which rows
+    must be kept apart; None keeps all hours apart. The row of a whole day has the first hour with
+    GPU time in it.
     """
     first, hour = rollup_days.c.first_hour, rollup_hours.c.hour
     whole = [

@@ -6,7 +6,7 @@ code that `adding.py` uses, so each is a judge of the other. A migration and a r
 Invariant: the sums that are made here depend on the rows only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ from vllm_cost_meter.ledger.schema import (
     usage_pieces,
 )
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
-from vllm_cost_meter.units.time import NS_PER_HOUR, unix_ns_of
+from vllm_cost_meter.units.time import hour_of
 
 _TOKENS = ENDED_AMOUNTS[1:]
 # The length of "2027-01-15T08": the UTC hour at the start of an RFC 3339 instant.
@@ -71,22 +71,12 @@ def rebuild(connection: Connection) -> None:
     write_counted(connection, _timed(connection))
     rows = _rows(connection)
     while some := list(islice(rows, _ROWS_AT_ONCE)):
-        sums: SumsByKey = {}
-        for place, first, amounts in some:
-            known = sums.setdefault(place, nothing())
-            known[first : first + len(amounts)] = (
-                a + b for a, b in zip(known[first : first + len(amounts)], amounts, strict=True)
-            )
-        write(connection, sums)
+        write(connection, _added_up(some))
 
 
 def differences(connection: Connection) -> list[SpanOfSums]:
     """Return the sums of the ledger that are not what its rows add up to."""
-    expected: SumsByKey = {}
-    for place, first, amounts in _rows(connection):
-        known = expected.setdefault(place, nothing())
-        for at, amount in enumerate(amounts, first):
-            known[at] += amount
+    expected = _added_up(_rows(connection))
     days: SumsByKey = {}
     for place, hour_amounts in expected.items():
         day = days.setdefault(place._replace(hour=place.hour // HOURS_PER_DAY), nothing())
@@ -102,8 +92,17 @@ def differences(connection: Connection) -> list[SpanOfSums]:
     return sorted(wrong, key=lambda one: (one.table, one.span, str(one.group)))
 
 
+def _added_up(rows: Iterable[tuple[SumKey, int, list[int]]]) -> SumsByKey:
+    sums: SumsByKey = {}
+    for key, first, amounts in rows:
+        known = sums.setdefault(key, nothing())
+        for at, amount in enumerate(amounts, first):
+            known[at] += amount
+    return sums
+
+
 def wrong_histograms(connection: Connection) -> list[tuple[Any, ...]]:
-    """Return the rows of latencies and arrivals that are in one of ledger and right ones only."""
+    """Return the rows of latencies and arrivals that the ledger has too many, or lacks."""
     right = _timed(connection)
     expected: set[tuple[Any, ...]] = {(*key, *both) for key, both in right.buckets.items()}
     expected |= set(right.arrivals.items())
@@ -126,11 +125,11 @@ def _timed(connection: Connection) -> Counted:
     )
     counted = Counted.nothing()
     for ended_at, came_at, *took_ms in connection.execute(asked):
-        counted.arrivals[unix_ns_of(came_at) // NS_PER_HOUR] += 1
+        counted.arrivals[hour_of(came_at)] += 1
         for measure, ms in zip(MEASURES, took_ms, strict=True):
             if ms is not None:
                 us = round(ms * 1000)
-                bucket = Bucket(unix_ns_of(ended_at) // NS_PER_HOUR, measure, about(us))
+                bucket = Bucket(hour_of(ended_at), measure, about(us))
                 known = counted.buckets[bucket]
                 known[0] += 1
                 known[1] += us
@@ -198,7 +197,7 @@ def _rows(connection: Connection) -> Iterator[tuple[SumKey, int, list[int]]]:
     is_sorted_apart = connection.dialect.name == "postgresql"
     for query in (_told(is_sorted_apart), _untold(is_sorted_apart)):
         for hour_text, *rest in connection.execute(query):
-            place = SumKey(unix_ns_of(f"{hour_text}:00Z") // NS_PER_HOUR, Group(*rest[:width]))
+            place = SumKey(hour_of(f"{hour_text}:00Z"), Group(*rest[:width]))
             yield place, len(PIECE_AMOUNTS), [int(amount) for amount in rest[width:]]
 
 
