@@ -365,7 +365,7 @@ def _rollup(name: str, span: str, *more: Column[int]) -> Table:
 
 
 rollup_hours = _rollup("rollup_hours", "hour")
-# A UTC day; `first_hour` is the first one with GPU time in it.
+# A UTC day; `first_hour` is the first one with a piece in it.
 rollup_days = _rollup("rollup_days", "day", Column("first_hour", Integer))
 
 # How long exchanges took, by the hour in which they ended: a histogram for each measure.

@@ -34,8 +34,8 @@ def usage_at(
 
     A row has an `hour`, and of a group and its pieces the columns `names` and `amounts`: each one
     takes time, so a question names what it needs. `splits` are the hours within a day at which rows
-    must be kept apart; None keeps all hours apart. The row of a whole day has the first hour with
-    GPU time in it.
+    must be kept apart; None keeps all hours apart. The row of a whole day has the first hour with a
+    piece in it.
     """
     first, hour = rollup_days.c.first_hour, rollup_hours.c.hour
     whole = [
