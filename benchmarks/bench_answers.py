@@ -9,6 +9,8 @@ is that of its file after a checkpoint.
 The comparison is the same question to a tenth of the requests: a time that grows with hours,
 tenants and models, and not with requests, has a ratio near 1.
 
+A ledger of its own has many short engine runs: an audit looks at each of them.
+
 Limits. One model, one price. The file is in the page cache.
 """
 
@@ -44,27 +46,33 @@ from vllm_cost_meter.units.calendar import month_hours
 
 MONTH = "2026-11"
 TENANTS = 1_000
+# An engine a day.
+RUNS = 30
 AT_ONCE = 500
 NS_PER_HOUR = 3_600 * 10**9
 BOOK = PriceBook([PriceEntry("prices[0]", Decimal("2.5"), "list", None)])
 TIMES = 3
 
 
-def make(path: Path, requests: int) -> float:
-    """Write a month of requests into a new ledger; return the processor seconds it took."""
+def make(path: Path, requests: int, runs: int) -> float:
+    """Write a month of requests into a new ledger; return the processor seconds it took.
+
+    Each run serves for a day; there are several runs a day if there are more than days.
+    """
     first_hour, after = month_hours(MONTH)
     days = (after - first_hour) // 24
-    each_day = requests // days
+    each_day = requests // runs
     engine = writing(open_database(f"sqlite:///{path}"))
     began_s = time.process_time()
-    for day in range(days):
-        run_id = f"run-{day:04d}"
+    for run in range(runs):
+        day = run % days
+        run_id = f"run-{run:04d}"
         batch: list[Any] = []
         spent = [0] * 24
         for number in range(each_day):
             hour = number * 24 // each_day
             at = first_hour + day * 24 + hour
-            part, http = _request(run_id, day, number, at)
+            part, http = _request(run_id, run, number, at)
             spent[hour] += part.bill.gpu_time_ns
             batch += (part, http)
             if len(batch) >= 2 * AT_ONCE:
@@ -84,15 +92,15 @@ def _write(engine: Any, batch: list[Any]) -> None:
         write(connection, batch)
 
 
-def _request(run_id: str, day: int, number: int, hour: int) -> Any:
+def _request(run_id: str, run: int, number: int, hour: int) -> Any:
     part, http = records(run_id, number)
     owner = Owner(f"tenant-{(number * 7919) % TENANTS:04d}", NamedBy("api_key"))
     ended_ns = hour * NS_PER_HOUR + (number % 3_500) * 10**9
     bill = part.bill._replace(
-        request_id=f"cmpl-{day:08x}{number:08x}-0-01234567",
+        request_id=f"cmpl-{run:08x}{number:08x}-0-01234567",
         pieces=(UsagePiece(hour, 1_000_000, 80_000, 128, 127),),
     )
-    response_id = f"cmpl-{day:08x}{number:08x}"
+    response_id = f"cmpl-{run:08x}{number:08x}"
     times = {"started_at_ns": ended_ns - 700_000_000, "finished_at_ns": ended_ns}
     part = replace(
         part,
@@ -164,15 +172,18 @@ def questions(reader: LedgerReader) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "summary", lambda: reader.summary(as_of=as_of)
     yield "one tenant", lambda: reader.tenant("tenant-0001", low, high, as_of=as_of)
     yield "audit", lambda: reader.audit(as_of)
+    yield "audit --full", lambda: reader.audit(as_of, full=True)
 
 
-def ask(path: Path) -> dict[str, float]:
-    """Ask all questions; return the median of each in ms, and the peak memory in MiB."""
+def ask(path: Path, only: str = "") -> dict[str, float]:
+    """Ask all questions that begin so; return the median of each in ms, and the memory in MiB."""
     found = {}
     with LedgerReader(f"sqlite:///{path}", book=BOOK) as reader:
         reader.unseen([])
         before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for name, question in questions(reader):
+            if not name.startswith(only):
+                continue
             took = []
             for _ in range(TIMES):
                 began_s = time.perf_counter()
@@ -183,13 +194,13 @@ def ask(path: Path) -> dict[str, float]:
     return {**found, "memory, MiB": round(peak_kib / 1024, 1)}
 
 
-def measure(folder: Path, requests: int) -> dict[str, float]:
-    path = folder / f"{requests}.db"
-    cpu_s = make(path, requests)
-    asked = subprocess.run(
-        [sys.executable, __file__, "--ask", str(path)], check=True, capture_output=True, text=True
-    )
+def measure(folder: Path, requests: int, runs: int, only: str = "") -> dict[str, float]:
+    path = folder / f"{requests}-{runs}.db"
+    cpu_s = make(path, requests, runs)
+    command = [sys.executable, __file__, "--ask", str(path), "--only", only]
+    asked = subprocess.run(command, check=True, capture_output=True, text=True)
     return {
+        "runs": runs,
         "requests": requests,
         "bytes a request": round(path.stat().st_size / requests, 1),
         "inserts' CPU, ms a request": round(cpu_s / requests * 1e3, 4),
@@ -200,19 +211,25 @@ def measure(folder: Path, requests: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the answers over a large ledger.")
     parser.add_argument("--requests", type=int, default=300_000)
+    parser.add_argument("--runs", type=int, default=2_000, help="runs of the ledger of many runs")
+    parser.add_argument("--only", default="", help="ask only questions whose names begin so")
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary folder")
     parser.add_argument("--ask", type=Path, help="ask a ledger that is there, and print JSON")
     options = parser.parse_args()
     if options.ask is not None:
-        print(json.dumps(ask(options.ask)))
+        print(json.dumps(ask(options.ask, options.only)))
         return
     print(f"Machine: {machine()}\n\n{__doc__}")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        tenth = measure(Path(folder), options.requests // 10)
-        whole = measure(Path(folder), options.requests)
+        tenth = measure(Path(folder), options.requests // 10, RUNS, options.only)
+        whole = measure(Path(folder), options.requests, RUNS, options.only)
+        many = measure(Path(folder), 10 * options.runs, options.runs, "audit")
     for name, value in whole.items():
         ratio = value / tenth[name] if tenth[name] else float("nan")
         print(f"{name:<36} {value:>12} {tenth[name]:>12} {ratio:>8.2f}")
+    print("\nA ledger of many runs:")
+    for name, value in many.items():
+        print(f"{name:<36} {value:>12}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from tests.support.pages import DOCS, names, section
 from vllm_cost_meter import guard
 from vllm_cost_meter.cli.audit import audit_lines
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
-from vllm_cost_meter.ledger.queries.audit import DIFFERENCES
+from vllm_cost_meter.ledger.auditing.audit import DIFFERENCES
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
 from vllm_cost_meter.records.snapshot import CLASSES, Snapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -114,19 +114,21 @@ def test_what_the_audit_compares_is_all_there():
 def test_the_audit_line_has_the_form_of_the_command():
     lines = PAGE.read_text().splitlines()
     place = next(place for place, line in enumerate(lines) if "run 194d4656" in line)
-    shown = [line.removeprefix("    ") for line in lines[place : place + 4]]
+    shown = [line.removeprefix("    ") for line in lines[place : place + 5]]
     line = " ".join(" ".join(shown[1:3]).split())
     seconds = dict(re.findall(r"(\w+) (\d+\.\d+) [+;]", line.replace(";", " ;")))
     run = {f"{name}_ns": round(float(seconds.get(name, 0)) * 1e9) for name in CLASSES}
     run |= {"run_id": "194d4656", "engine_index": 0, "wall_ns": 116_702_000_000, "gpus": 1}
     run |= {"last_seq": 622, "difference_ns": 0, "ledger_difference_ns": 0}
-    run |= {"billed_difference_ns": 0, "uneven_bills": 0, "sums_difference_ns": 0}
+    run |= {"billed_difference_ns": 0, "uneven_bills": None, "changed": None}
+    run |= {"sums_difference_ns": 0}
     run |= {"hours_difference_ns": 0, "in_flight_difference_ns": 0, "missing_bills": []}
     run |= {"lost_requests": [], "lost_step_ns": 0, "unbilled_replies": []}
     run |= dict.fromkeys(("last_bills", "last_bills_ns", "last_bills_in_flight_ns"), 0)
     run |= {"energy_difference_mj": 0}
     run |= {"started_at": "2026-11-25T09:30:00.000000Z", "host": "gpu-7", "model": "llama"}
     whole = {
+        "full": False,
         "runs": [run],
         "without_totals": [],
         "set_aside": [],

@@ -20,6 +20,7 @@ from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild, wrong_histograms
 from vllm_cost_meter.ledger.schema import (
+    bill_sums,
     rollup_arrivals,
     rollup_days,
     rollup_groups,
@@ -29,6 +30,7 @@ from vllm_cost_meter.ledger.schema import (
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.owner import NamedBy, Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Usage
+from vllm_cost_meter.units.time import rfc3339
 
 # Around midnight, UTC.
 MIDNIGHT = 500_016
@@ -101,7 +103,7 @@ def test_sums_are_those_of_the_rows_in_any_order_and_batches(parts, https, chanc
         with writing(engine).begin() as connection:
             rebuild(connection)
         after = rows_of(path)
-        for table in (rollup_hours, rollup_days, rollup_latencies, rollup_arrivals):
+        for table in (rollup_hours, rollup_days, rollup_latencies, rollup_arrivals, bill_sums):
             assert after[table.name] == before[table.name]
         engine.dispose()
 
@@ -136,3 +138,19 @@ def judge_by_hand(connection, parts, https) -> None:
     assert +found == +spent
     assert +found_days == +days
     assert +found_ended == +ended
+    of_run: dict[str, list[EngineRequest]] = {}
+    for one in parts:
+        of_run.setdefault(one.bill.run_id, []).append(one)
+    assert {
+        row.run_id: (row.bills, row.last_seq, row.gpu_time_ns, row.started_at, row.finished_at)
+        for row in connection.execute(select(bill_sums))
+    } == {
+        run_id: (
+            len(some),
+            max(one.bill.seq for one in some),
+            sum(piece.gpu_time_ns for one in some for piece in one.bill.pieces),
+            rfc3339(min(one.started_at_ns for one in some)),
+            rfc3339(max(one.finished_at_ns for one in some)),
+        )
+        for run_id, some in of_run.items()
+    }

@@ -20,6 +20,7 @@ from sqlalchemy.pool import StaticPool
 from tests.simulation.disk import Call, Disk, File
 from tests.simulation.ledgers import Key, key_of
 from tests.simulation.sqlite_disk import NAME, VFS, Driver
+from tests.support.upkeep import differences_of_audits
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.journal.reader import Position
@@ -145,7 +146,8 @@ class SqliteLedger:
     def _audit(self, folder: str) -> None:
         url = f"sqlite:///{folder}/{NAME}"
         with LedgerReader(url) as reader:
-            audit = reader.audit()
+            audit, by_sums = reader.audit(full=True), reader.audit()
+        self.complaints += differences_of_audits(audit, by_sums)
         engine = database.open_to_read(url)
         with engine.connect() as connection:
             self.complaints += [f"a sum is not as its rows: {s}" for s in differences(connection)]

@@ -5,18 +5,20 @@ import random
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Table
+from sqlalchemy import Table, select
 
 from tests.component.ledger.test_reader import HOUR, http, part, snapshot
 from tests.support.ledger_writer import LedgerWriter
+from vllm_cost_meter.ledger.auditing.held import stored_sums
 from vllm_cost_meter.ledger.database import open_database, writing
+from vllm_cost_meter.ledger.rollups.bill_sums import BillSums, energy_of_rows, sums_of_rows
 from vllm_cost_meter.ledger.rollups.rebuilding import SpanOfSums, differences, rebuild
-from vllm_cost_meter.ledger.schema import metadata
+from vllm_cost_meter.ledger.schema import energy_sums, metadata
 from vllm_cost_meter.ledger.upkeep.kinds import RowKind, kind_of_rows
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.snapshot import ClassTotals
@@ -73,14 +75,44 @@ def without_sums(rows: Rows) -> Rows:
     return {name: rows[name] for name in kept_tables()}
 
 
-def wrong_sums(path: Path) -> list[SpanOfSums]:
+def wrong_sums(path: Path) -> list[SpanOfSums | BillSums | str]:
     """Return the sums of a ledger that its rows do not add up to."""
     engine = open_database(url_of(path), create=False)
     try:
         with engine.connect() as connection:
-            return differences(connection)
+            right = {sums.run_id: sums for sums in sums_of_rows(connection)}
+            stored = stored_sums(connection)
+            wrong = [stored.get(id, id) for id in right | stored if right.get(id) != stored.get(id)]
+            e = energy_sums.c
+            energies = {
+                row.run_id: row.energy_mj
+                for row in connection.execute(select(e.run_id, e.energy_mj))
+            }
+            if energies != energy_of_rows(connection):
+                wrong.append(f"energies {energies}")
+            return [*wrong, *differences(connection)]
     finally:
         engine.dispose()
+
+
+def differences_of_audits(full: Mapping[str, Any], by_sums: Mapping[str, Any]) -> list[str]:
+    """Return where an audit that reads all bills and one that reads their sums do not agree."""
+    only_full = {"uneven_bills": None, "changed": None}
+    found = []
+    for of in ("runs", "without_totals"):
+        expected = [{**run, **only_full} for run in full[of]]
+        found += [
+            f"audits differ: {a} and by sums {b}"
+            for a, b in zip(expected, by_sums[of], strict=True)
+            if a != b
+        ]
+    rest = {"full", "runs", "without_totals"}
+    found += [
+        f"audits differ in {name}: {full[name]} and by sums {by_sums[name]}"
+        for name in full.keys() - rest
+        if full[name] != by_sums[name]
+    ]
+    return found
 
 
 def sums_again(path: Path) -> None:

@@ -5,34 +5,45 @@ The exit status is 0 only if they do: it is 1 if they do not, and if the ledger 
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from vllm_cost_meter.cli.options import Config, Json, Ledger, reading
 from vllm_cost_meter.console import print_lines
+from vllm_cost_meter.ledger.auditing.audit import DIFFERENCES
 from vllm_cost_meter.ledger.ends.lost import MAX_LOST
-from vllm_cost_meter.ledger.queries.audit import DIFFERENCES
 from vllm_cost_meter.records.snapshot import CLASSES
 
 # The audit leaves out these classes of time if they are 0.
 SELDOM = {"sleep", "dummy", "lost"}
 # Every terminal has so many columns. A class and its time stay on one line.
 LINE_CHARS_MAX = 80
+NOT_READ = "The bills were not read again, only what they add up to: --full reads them."
 # The audit prints at most so many lost requests, and replies without a bill, of a run.
 LINES_MAX = 20
 
 
-def audit(ledger: Ledger = None, config: Config = None, as_json: Json = False) -> None:
+Full = Annotated[
+    bool, typer.Option("--full", help="Read every bill again, and find what was changed outside.")
+]
+
+
+def audit(
+    ledger: Ledger = None, config: Config = None, full: Full = False, as_json: Json = False
+) -> None:
     """Do the books balance? Exit status 1 if not.
 
     It holds the time of every engine against all that was charged, to the nanosecond. A ledger
     without an engine run, or with one of which only bills are known, proves nothing: status 1 too.
 
+    What the bills add up to is kept with them and read there. --full reads every bill again: it
+    takes a minute for some million bills, and finds what somebody changed in the file.
+
     Example: vllm-cost-meter audit --ledger ledger.db
     """
     with reading(ledger, config) as reader:
-        answer = reader.audit()
+        answer = reader.audit(full=full)
     if as_json:
         print(json.dumps(answer, indent=2))
     else:
@@ -60,7 +71,7 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             f"{bare['started_at'][:16].replace('T', ' ')} run {bare['run_id'][:8]}:"
             f" {bare['bills']} bills, {bare['ledger_ns'] / 1e9:.3f} s; no totals are known"
         )
-        for name in ("uneven_bills", "sums_difference_ns"):
+        for name in ("uneven_bills", "changed", "sums_difference_ns"):
             if bare[name]:
                 yield f"  {name}: {bare[name]}"
         yield from _missing_lines(bare)
@@ -72,6 +83,8 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             f"journal {loss['journal_id'][:8]}: {loss['records']} records after record"
             f" {loss['after_number']} are lost: {loss['reason']}"
         )
+    if not answer["full"] and (answer["runs"] or answer["without_totals"]):
+        yield NOT_READ
     yield _verdict(answer)
 
 

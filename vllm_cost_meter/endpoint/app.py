@@ -291,10 +291,14 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return reader.invoice_days(*hours)
 
     @app.get("/cost/audit", dependencies=FOR_ADMINS)
-    def audit() -> Audit:
+    def audit(
+        full: Annotated[
+            bool, Query(description="Whether to read every bill again, which may take long.")
+        ] = False,
+    ) -> Audit:
         """Check for each engine run that its books balance at the last snapshot."""
         refresh()
-        return reader.audit()
+        return reader.audit(full=full)
 
 
 def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:

@@ -25,7 +25,8 @@ from sqlalchemy.pool import NullPool
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private, open_to_others
-from vllm_cost_meter.ledger.migrations import FIRST_WITH_ROLLUPS, migrate
+from vllm_cost_meter.ledger.migrations import FIRST_WITH_BILL_SUMS, FIRST_WITH_ROLLUPS, migrate
+from vllm_cost_meter.ledger.rollups.bill_sums import rebuild_bill_sums
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
 from vllm_cost_meter.ledger.untouched import connect_to_read
@@ -436,3 +437,5 @@ def _create_schema(engine: Engine) -> None:
             migrate(connection, found, SCHEMA_VERSION)
             if found < FIRST_WITH_ROLLUPS:
                 rebuild(connection)
+            elif found < FIRST_WITH_BILL_SUMS:
+                rebuild_bill_sums(connection)

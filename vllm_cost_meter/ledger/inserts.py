@@ -22,6 +22,7 @@ from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.ledger import rows, schema
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.rollups.adding import add, new_rows
+from vllm_cost_meter.ledger.rollups.bill_sums import add_energy, new_energy
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
 from vllm_cost_meter.records.snapshot import Snapshot
 
@@ -84,7 +85,9 @@ def write(connection: Connection, records: Sequence[Record]) -> None:
     energy_hours = [row for snapshot in snapshots for row in rows.energy_hour_rows(snapshot)]
     upsert_rows(connection, schema.energy_hours, energy_hours)
     energies = [row for snapshot in snapshots for row in rows.request_energy_rows(snapshot)]
+    energy_mj = new_energy(connection, energies)
     insert_rows(connection, schema.request_energy, energies)
+    add_energy(connection, energy_mj)
 
 
 def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:

@@ -107,8 +107,11 @@ MIGRATIONS: Mapping[int, tuple[str | Column, ...]] = {
     9: (),
     # `create_all` creates the rollups, and `rollups.rebuilding` makes their sums.
     10: (),
+    # `create_all` creates bill_sums, and `rollups.bill_sums` makes them.
+    11: (),
 }
 FIRST_WITH_ROLLUPS = 11
+FIRST_WITH_BILL_SUMS = 12
 
 
 def migrate(connection: Connection, found: int, wanted: int) -> None:

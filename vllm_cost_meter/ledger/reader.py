@@ -18,13 +18,13 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.auditing.audit import audit_at
 from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import invoice_days
 from vllm_cost_meter.ledger.database import cause_of, open_to_read
 from vllm_cost_meter.ledger.deadline import bounded, deadline
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
-from vllm_cost_meter.ledger.queries.audit import audit_at
 from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window, read_cut, with_ends
 from vllm_cost_meter.ledger.queries.open_requests import Living, running_parts
@@ -327,14 +327,15 @@ class LedgerReader:
         with self.at_cut(Window(from_hour, to_hour), as_of) as (connection, cut):
             return invoice_days(connection, cut)
 
-    def audit(self, as_of: AsOf = NOW) -> Audit:
+    def audit(self, as_of: AsOf = NOW, *, full: bool = False) -> Audit:
         """Return whether every run's books balance at its cut, and all differences.
 
+        A full audit reads every bill; else the sums kept with the bills are read.
         `balanced` is a bool, or None with a `reason` if the ledger cannot tell. `runs` is a list of
         dicts with the times and differences of each run in nanoseconds. Raises LedgerError.
         """
         with self.at_cut(Window(), as_of) as (connection, cut):
-            return audit_at(connection, cut, self._not_applied)
+            return audit_at(connection, cut, self._not_applied, full=full)
 
     # ---- engine runs
 

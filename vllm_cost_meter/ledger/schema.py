@@ -7,8 +7,9 @@ Four tables hold cumulative counters, which only a higher snapshot number overwr
 - `engine_hours` and `energy_hours` have the same classes hour by hour.
 - `live_usage` has the usage of the requests that ran at the snapshot.
 
-`rollup_hours` and `rollup_days` add up bills and exchanges by hour and day, so that reports need
-not read them one by one. They follow from the rows, and change in the transaction that writes them.
+`rollup_hours` and `rollup_days` add up bills and exchanges by hour and day, and `bill_sums` the
+bills of each run, so that reports and audits need not read them one by one. They follow from the
+rows, and change in the transaction that writes them.
 
 `journals` says how far each journal is in this file, in the transaction that brought its records.
 
@@ -29,20 +30,25 @@ from sqlalchemy import (
     Float,
     Index,
     Integer,
-    MetaData,
     Table,
     Text,
 )
 
+from vllm_cost_meter.ledger.tables.base import KeyText
+from vllm_cost_meter.ledger.tables.base import metadata as metadata
+from vllm_cost_meter.ledger.tables.sums import ENDED_AMOUNTS as ENDED_AMOUNTS
+from vllm_cost_meter.ledger.tables.sums import PIECE_AMOUNTS as PIECE_AMOUNTS
+from vllm_cost_meter.ledger.tables.sums import bill_sums as bill_sums
+from vllm_cost_meter.ledger.tables.sums import energy_sums as energy_sums
+from vllm_cost_meter.ledger.tables.sums import rollup_arrivals as rollup_arrivals
+from vllm_cost_meter.ledger.tables.sums import rollup_days as rollup_days
+from vllm_cost_meter.ledger.tables.sums import rollup_groups as rollup_groups
+from vllm_cost_meter.ledger.tables.sums import rollup_hours as rollup_hours
+from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latencies
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 11
-
-metadata = MetaData()
-
-# Keys and instants compare byte by byte, whatever locale a PostgreSQL database has.
-_Key = Text().with_variant(Text(collation="C"), "postgresql")
+SCHEMA_VERSION = 12
 
 
 def _class_columns() -> list[Column[int]]:
@@ -60,16 +66,16 @@ schema_version = Table("schema_version", metadata, Column("version", Integer, pr
 prices = Table(
     "prices",
     metadata,
-    Column("price_id", _Key, primary_key=True),
+    Column("price_id", KeyText, primary_key=True),
     Column("usd_per_gpu_hour", Text, nullable=False),
     Column("source", Text, nullable=False),
-    Column("effective_from", _Key, nullable=False),
+    Column("effective_from", KeyText, nullable=False),
 )
 
 runs = Table(
     "runs",
     metadata,
-    Column("run_id", _Key, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
     Column("engine_index", Integer, nullable=False),
     Column("model", Text, nullable=False),
     Column("gpus", Integer, nullable=False),
@@ -83,8 +89,8 @@ runs = Table(
     Column("vllm_version", Text, nullable=False),
     Column("meter_version", Text, nullable=False),
     Column("native", Boolean, nullable=False),
-    Column("started_at", _Key, nullable=False),
-    Column("price_id", _Key),
+    Column("started_at", KeyText, nullable=False),
+    Column("price_id", KeyText),
     # This JSON has each GPU's name and UUID.
     Column("devices", Text),
     # This JSON has the texts that the operator declared; NULL before there were labels.
@@ -94,10 +100,10 @@ runs = Table(
 cost_models = Table(
     "cost_models",
     metadata,
-    Column("run_id", _Key, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
     Column("version", Integer, primary_key=True, autoincrement=False),
     # The first snapshot that had the model, at most one poll after it was published.
-    Column("taken_at", _Key, nullable=False),
+    Column("taken_at", KeyText, nullable=False),
     Column("form", Text, nullable=False),
     # This JSON has three planes with five coefficients each, in GPU-ns.
     Column("planes", Text, nullable=False),
@@ -110,9 +116,9 @@ cost_models = Table(
 snapshots = Table(
     "snapshots",
     metadata,
-    Column("run_id", _Key, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
     Column("number", BigInteger, nullable=False),
-    Column("taken_at", _Key, nullable=False),
+    Column("taken_at", KeyText, nullable=False),
     Column("wall_ns", BigInteger, nullable=False),
     *_class_columns(),
     Column("last_seq", BigInteger, nullable=False),
@@ -136,7 +142,7 @@ snapshots = Table(
 engine_hours = Table(
     "engine_hours",
     metadata,
-    Column("run_id", _Key, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
     Column("hour", Integer, primary_key=True),
     # The snapshot that has these totals: an older one that comes late must not overwrite them.
     Column("number", BigInteger, nullable=False),
@@ -146,7 +152,7 @@ engine_hours = Table(
 energy_hours = Table(
     "energy_hours",
     metadata,
-    Column("run_id", _Key, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
     Column("hour", Integer, primary_key=True),
     Column("number", BigInteger, nullable=False),
     *_energy_columns(nullable=False),
@@ -155,9 +161,9 @@ energy_hours = Table(
 live_usage = Table(
     "live_usage",
     metadata,
-    Column("run_id", _Key, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
     Column("number", BigInteger, nullable=False),
-    Column("taken_at", _Key, nullable=False),
+    Column("taken_at", KeyText, nullable=False),
     # All open requests' time, and the running step's; the sum is the snapshot's class in_flight.
     Column("live_ns", BigInteger, nullable=False),
     Column("step_ns", BigInteger, nullable=False),
@@ -168,22 +174,22 @@ live_usage = Table(
 open_requests = Table(
     "open_requests",
     metadata,
-    Column("request_id", _Key, primary_key=True),
+    Column("request_id", KeyText, primary_key=True),
     # vLLM may use ids that clients choose, and then an id can come again.
-    Column("started_at", _Key, primary_key=True),
-    Column("external_id", _Key, index=True),
-    Column("response_id", _Key, index=True),
-    Column("http_request_id", _Key, index=True),
-    Column("x_request_id", _Key, index=True),
-    Column("prompt_group", _Key, nullable=False),
-    Column("tenant", _Key, nullable=False),
+    Column("started_at", KeyText, primary_key=True),
+    Column("external_id", KeyText, index=True),
+    Column("response_id", KeyText, index=True),
+    Column("http_request_id", KeyText, index=True),
+    Column("x_request_id", KeyText, index=True),
+    Column("prompt_group", KeyText, nullable=False),
+    Column("tenant", KeyText, nullable=False),
     # The rule that named the tenant, and what was declared of that tenant when the request came.
     Column("tenant_rule", Text, nullable=False),
-    Column("tenant_parent", _Key),
+    Column("tenant_parent", KeyText),
     # JSON: an object of texts.
     Column("tags", Text),
     # All tenants above it, the parent first, each on a line of its own; NULL for none.
-    Column("tenant_above", _Key),
+    Column("tenant_above", KeyText),
     Column("model", Text),
     Column("lora", Text),
     Column("route", Text),
@@ -192,12 +198,12 @@ open_requests = Table(
 http_requests = Table(
     "http_requests",
     metadata,
-    Column("http_request_id", _Key, primary_key=True),
-    Column("response_id", _Key, index=True),
-    Column("x_request_id", _Key, index=True),
-    Column("tenant", _Key, nullable=False),
+    Column("http_request_id", KeyText, primary_key=True),
+    Column("response_id", KeyText, index=True),
+    Column("x_request_id", KeyText, index=True),
+    Column("tenant", KeyText, nullable=False),
     Column("tenant_rule", Text, nullable=False),
-    Column("tenant_above", _Key),
+    Column("tenant_above", KeyText),
     Column("model", Text),
     Column("route", Text, nullable=False),
     Column("status", Integer, nullable=False),
@@ -209,8 +215,8 @@ http_requests = Table(
     Column("gpu_time_ns", BigInteger),
     Column("cost_nanousd", BigInteger),
     Column("cost_usd", Text),
-    Column("started_at", _Key, nullable=False),
-    Column("finished_at", _Key, nullable=False),
+    Column("started_at", KeyText, nullable=False),
+    Column("finished_at", KeyText, nullable=False),
     Index("ix_http_requests_finished", "finished_at", "http_request_id"),
     Index("ix_http_requests_tenant", "tenant", "finished_at", "http_request_id"),
 )
@@ -218,21 +224,21 @@ http_requests = Table(
 requests = Table(
     "requests",
     metadata,
-    Column("run_id", _Key, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    Column("request_id", _Key, nullable=False, index=True),
-    Column("external_id", _Key, index=True),
-    Column("response_id", _Key, index=True),
-    Column("http_request_id", _Key),
-    Column("prompt_group", _Key, nullable=False),
-    Column("tenant", _Key, nullable=False),
+    Column("request_id", KeyText, nullable=False, index=True),
+    Column("external_id", KeyText, index=True),
+    Column("response_id", KeyText, index=True),
+    Column("http_request_id", KeyText),
+    Column("prompt_group", KeyText, nullable=False),
+    Column("tenant", KeyText, nullable=False),
     # The rule that named the tenant, and what was declared of that tenant when the request came.
     Column("tenant_rule", Text, nullable=False),
-    Column("tenant_parent", _Key),
+    Column("tenant_parent", KeyText),
     # JSON: an object of texts.
     Column("tags", Text),
     # All tenants above it, the parent first, each on a line of its own; NULL for none.
-    Column("tenant_above", _Key),
+    Column("tenant_above", KeyText),
     Column("model", Text),
     Column("lora", Text),
     Column("route", Text),
@@ -264,8 +270,8 @@ requests = Table(
     Column("batch", BigInteger, nullable=False),
     Column("first_model", Integer, nullable=False),
     Column("last_model", Integer, nullable=False),
-    Column("started_at", _Key, nullable=False),
-    Column("finished_at", _Key, nullable=False, index=True),
+    Column("started_at", KeyText, nullable=False),
+    Column("finished_at", KeyText, nullable=False, index=True),
     Column("queue_ms", Float),
     Column("ttft_ms", Float),
     Column("tpot_ms", Float),
@@ -286,10 +292,10 @@ requests = Table(
 usage_pieces = Table(
     "usage_pieces",
     metadata,
-    Column("run_id", _Key, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
     Column("hour", Integer, primary_key=True, autoincrement=False),
-    Column("tenant", _Key, nullable=False),
+    Column("tenant", KeyText, nullable=False),
     Column("prefill_ns", BigInteger, nullable=False),
     Column("decode_ns", BigInteger, nullable=False),
     Column("prefill_tokens", BigInteger, nullable=False),
@@ -313,7 +319,7 @@ usage_pieces = Table(
 request_energy = Table(
     "request_energy",
     metadata,
-    Column("run_id", _Key, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
     Column("hour", Integer, primary_key=True, autoincrement=False),
     Column("energy_mj", BigInteger),
@@ -321,99 +327,29 @@ request_energy = Table(
     sqlite_with_rowid=False,
 )
 
-# ---- sums over the bills and exchanges above, made by rollups/
-
-# What rows of one sum have in common: the run and what a report can ask for.
-rollup_groups = Table(
-    "rollup_groups",
-    metadata,
-    # A digest of the other columns, so that it is the same in every ledger.
-    Column("group_id", BigInteger, primary_key=True, autoincrement=False),
-    Column("run_id", _Key, nullable=False),
-    Column("tenant", _Key, nullable=False),
-    Column("tenant_rule", _Key, nullable=False),
-    Column("tenant_parent", _Key),
-    Column("tags", _Key),
-    Column("tenant_above", _Key),
-    Column("model", _Key),
-    Column("lora", _Key),
-    Column("route", _Key),
-    Column("engine_status", _Key, nullable=False),
-)
-
-# The amounts of pieces in a span of hours.
-PIECE_AMOUNTS = tuple(
-    column.name for column in usage_pieces.c if column.name.endswith(("_ns", "_ms", "_tokens"))
-)
-# Exchanges that ended in a span of hours, and their tokens.
-ENDED_AMOUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
-
-
-def _rollup(name: str, span: str, *more: Column[int]) -> Table:
-    return Table(
-        name,
-        metadata,
-        Column(span, Integer, primary_key=True, autoincrement=False),
-        Column("group_id", BigInteger, primary_key=True, autoincrement=False),
-        *more,
-        *(
-            Column(amount, BigInteger, nullable=False)
-            for amount in (*PIECE_AMOUNTS, *ENDED_AMOUNTS)
-        ),
-        sqlite_with_rowid=False,
-    )
-
-
-rollup_hours = _rollup("rollup_hours", "hour")
-# A UTC day; `first_hour` is the first one with a piece in it.
-rollup_days = _rollup("rollup_days", "day", Column("first_hour", Integer))
-
-# How long exchanges took, by the hour in which they ended: a histogram for each measure.
-rollup_latencies = Table(
-    "rollup_latencies",
-    metadata,
-    Column("hour", Integer, primary_key=True, autoincrement=False),
-    # ttft, tpot or e2e.
-    Column("measure", _Key, primary_key=True),
-    # Stands for all times within 1 % of it, in microseconds.
-    Column("about_us", BigInteger, primary_key=True, autoincrement=False),
-    Column("exchanges", BigInteger, nullable=False),
-    # What they took in all.
-    Column("sum_us", BigInteger, nullable=False),
-    sqlite_with_rowid=False,
-)
-
-# Exchanges with a bill, by the hour in which they came.
-rollup_arrivals = Table(
-    "rollup_arrivals",
-    metadata,
-    Column("hour", Integer, primary_key=True, autoincrement=False),
-    Column("exchanges", BigInteger, nullable=False),
-)
-
 # ---- how far this file has the journals of the processes that bill
 
 journals = Table(
     "journals",
     metadata,
-    Column("journal_id", _Key, primary_key=True),
+    Column("journal_id", KeyText, primary_key=True),
     # Where in the journal the next record begins, and the number of the one before it.
     Column("segment", BigInteger, nullable=False),
     Column("offset_bytes", BigInteger, nullable=False),
     Column("number", BigInteger, nullable=False),
-    Column("applied_at", _Key, nullable=False),
+    Column("applied_at", KeyText, nullable=False),
 )
 
 # Records of journals that nobody can read any more, or that no ledger can take.
 journal_losses = Table(
     "journal_losses",
     metadata,
-    Column("journal_id", _Key, primary_key=True),
+    Column("journal_id", KeyText, primary_key=True),
     # The number of the record before those that are lost.
     Column("after_number", BigInteger, primary_key=True, autoincrement=False),
     Column("records", BigInteger, nullable=False),
     Column("reason", Text, nullable=False),
-    Column("noticed_at", _Key, nullable=False),
+    Column("noticed_at", KeyText, nullable=False),
 )
 
 # ---- provider bills, imported by billing/importing.py
@@ -421,38 +357,38 @@ journal_losses = Table(
 billing_snapshots = Table(
     "billing_snapshots",
     metadata,
-    Column("resource", _Key, primary_key=True),
-    Column("taken_at", _Key, primary_key=True),
+    Column("resource", KeyText, primary_key=True),
+    Column("taken_at", KeyText, primary_key=True),
     Column("kind", Text, nullable=False),
     # One of the next two is NULL: a reading is either a counter or a rate.
     Column("cumulative_nanousd", BigInteger),
     Column("nanousd_per_hour", BigInteger),
     Column("source", Text, nullable=False),
-    Column("imported_at", _Key, nullable=False),
+    Column("imported_at", KeyText, nullable=False),
 )
 
 invoice_lines = Table(
     "invoice_lines",
     metadata,
-    Column("resource", _Key, primary_key=True),
-    Column("begins_at", _Key, primary_key=True),
-    Column("ends_at", _Key, primary_key=True),
+    Column("resource", KeyText, primary_key=True),
+    Column("begins_at", KeyText, primary_key=True),
+    Column("ends_at", KeyText, primary_key=True),
     # The next three are empty if a bill does not have them.
-    Column("invoice", _Key, primary_key=True),
-    Column("item", _Key, primary_key=True),
-    Column("charge_class", _Key, primary_key=True),
+    Column("invoice", KeyText, primary_key=True),
+    Column("item", KeyText, primary_key=True),
+    Column("charge_class", KeyText, primary_key=True),
     Column("kind", Text, nullable=False),
     Column("nanousd", BigInteger, nullable=False),
     Column("source", Text, nullable=False),
-    Column("imported_at", _Key, nullable=False),
+    Column("imported_at", KeyText, nullable=False),
 )
 
 # The bill for each resource and hour; it follows from the two tables above.
 billed_hours = Table(
     "billed_hours",
     metadata,
-    Column("resource", _Key, primary_key=True),
-    Column("kind", _Key, primary_key=True),
+    Column("resource", KeyText, primary_key=True),
+    Column("kind", KeyText, primary_key=True),
     Column("hour", Integer, primary_key=True, autoincrement=False),
     Column("nanousd", BigInteger, nullable=False),
     # The parts of the hour with a known spend, and without observation.
@@ -468,8 +404,8 @@ saturation_points = Table(
     "saturation_points",
     metadata,
     # The id is a digest of the curve's file.
-    Column("point_id", _Key, primary_key=True),
-    Column("measured_at", _Key, nullable=False),
+    Column("point_id", KeyText, primary_key=True),
+    Column("measured_at", KeyText, nullable=False),
     Column("model", Text, nullable=False),
     Column("precision", Text, nullable=False),
     Column("vllm_version", Text, nullable=False),

@@ -167,7 +167,7 @@ def test_a_ledger_that_cannot_be_written_fails_and_so_does_the_command(tmp_path)
 
 
 def test_books_that_do_not_balance_fail(path):
-    sql(path, "DELETE FROM requests")
+    sql(path, "UPDATE snapshots SET billed_ns = billed_ns + 1")
     sql(path, "UPDATE snapshots SET taken_at = '2020-01-01T00:00:00.000000Z'")
     ok, detail = findings(path)["books"]
     assert not ok

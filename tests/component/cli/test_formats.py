@@ -13,7 +13,7 @@ import pytest
 from tests.component.cli.test_cli import no_settings, run
 from tests.component.cli.test_tables import ALL_TIME, COMMANDS, TENANT, files
 from vllm_cost_meter.cli.audit import audit_lines
-from vllm_cost_meter.ledger.queries.audit import DIFFERENCES
+from vllm_cost_meter.ledger.auditing.audit import DIFFERENCES
 from vllm_cost_meter.records.snapshot import CLASSES
 
 __all__ = ["files", "no_settings"]
@@ -111,6 +111,7 @@ def test_an_audit_shows_sleep_dummy_and_lost_time_by_name_and_the_run_by_its_hos
         "last_bills": 0, "last_bills_ns": 0, "last_bills_in_flight_ns": 0,
     }  # fmt: skip
     whole = {
+        "full": True,
         "runs": [run_],
         "without_totals": [],
         "set_aside": [],

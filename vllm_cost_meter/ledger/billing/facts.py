@@ -19,15 +19,14 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
-    column,
     func,
     select,
-    values,
 )
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.invoices.timeline import BilledHour, InvoiceLine, Reading
 from vllm_cost_meter.ledger import schema
+from vllm_cost_meter.ledger.tables.given import given_rows
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
 
 BilledMeter = tuple[str, str]
@@ -164,10 +163,10 @@ def _tables(
 ) -> Iterator[CTE]:
     """Yield the bounds as tables (resource, low, high) for a join."""
     of_type = of_type or Text()
-    columns = (column("resource", Text), column("low", of_type), column("high", of_type))
+    columns = [("resource", Text()), ("low", of_type), ("high", of_type)]
     rows = ((resource, low, high) for resource, (low, high) in bounds.items())
     while chunk := list(islice(rows, _CHUNK)):
-        yield values(*columns, name="asked").data(chunk).cte()
+        yield given_rows("asked", columns, chunk)
 
 
 def _joined(of: CTE, table: Table, those: Sequence[ColumnElement[bool]]) -> Select[Any]:

@@ -22,11 +22,12 @@ from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, Text, and_, column, select, values
+from sqlalchemy import BigInteger, Text, and_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import live_usage, requests, usage_pieces
+from vllm_cost_meter.ledger.tables.given import GivenColumn, given_rows
 
 _RUNS_AT_ONCE = 1_000
 
@@ -152,10 +153,8 @@ def _bills(
 
     The outer join has a range of each run looked up in the key of the bills.
     """
-    at = values(
-        column("run_id", Text), column("low", BigInteger), column("high", BigInteger), name="ranges"
-    )
-    ranged, r, p = at.data(list(ranges)).cte().c, requests.c, usage_pieces.c
+    columns: list[GivenColumn] = [("run_id", Text()), ("low", BigInteger()), ("high", BigInteger())]
+    ranged, r, p = given_rows("ranges", columns, ranges).c, requests.c, usage_pieces.c
     inside = and_(r.run_id == ranged.run_id, r.seq > ranged.low, r.seq <= ranged.high)
     rows = connection.execute(
         select(

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sqlalchemy import Text, and_, column, exists, select, values
+from sqlalchemy import Text, and_, exists, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.answers import LostRequest, UnbilledReply
@@ -25,6 +25,7 @@ from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, Cut, RunCut
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import http_requests, live_usage, open_requests, requests
+from vllm_cost_meter.ledger.tables.given import given_rows
 from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 
 # An audit lists at most so many lost requests and replies of a run; their sum covers all.
@@ -147,27 +148,24 @@ def _unseen(row: Mapping[str, Any]) -> LostRequest:
 def _replies(connection: Connection, dead: Sequence[RunCut]) -> dict[str, list[UnbilledReply]]:
     """Return the replies without a bill that ended as a run died, by run, the oldest first."""
     found: dict[str, list[UnbilledReply]] = {}
-    left = iter(dead)
-    columns = (column(name, Text) for name in ("run_id", "since", "until"))
-    at = values(*columns, name="deaths")
-    h, r = http_requests.c, requests.c
-    while some := list(islice(left, _RUNS_AT_ONCE)):
-        deaths = at.data([(run.run_id, run.row["taken_at"], _until(run)) for run in some]).cte().c
-        ended = and_(h.finished_at.between(deaths.since, deaths.until))
-        billed = exists().where(r.http_request_id == h.http_request_id)
-        # The outer join has each span of time looked up in the index of the ends.
-        asked = (
-            select(
-                *(deaths.run_id, h.http_request_id, h.tenant, h.route, h.status),
-                *(h.gpu_time_ns, h.started_at, h.finished_at),
-            )
-            .select_from(deaths.run_id.table)
-            .join(http_requests, ended, isouter=True)
-            .where(h.http_request_id.is_not(None), ~billed)
-            .order_by(h.finished_at, h.http_request_id)
+    columns = [(name, Text()) for name in ("run_id", "since", "until")]
+    spans = [(run.run_id, run.row["taken_at"], _until(run)) for run in dead]
+    deaths, h, r = given_rows("deaths", columns, spans).c, http_requests.c, requests.c
+    ended = and_(h.finished_at.between(deaths.since, deaths.until))
+    billed = exists().where(r.http_request_id == h.http_request_id)
+    # The outer join has each span of time looked up in the index of the ends.
+    asked = (
+        select(
+            *(deaths.run_id, h.http_request_id, h.tenant, h.route, h.status),
+            *(h.gpu_time_ns, h.started_at, h.finished_at),
         )
-        for run_id, *row in connection.execute(asked):
-            found.setdefault(run_id, []).append(_reply(*row))
+        .select_from(deaths.run_id.table)
+        .join(http_requests, ended, isouter=True)
+        .where(h.http_request_id.is_not(None), ~billed)
+        .order_by(h.finished_at, h.http_request_id)
+    )
+    for run_id, *row in connection.execute(asked):
+        found.setdefault(run_id, []).append(_reply(*row))
     return found
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sqlalchemy import func, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.schema import bill_sums, rollup_groups, rollup_hours
 
 _RUNS_AT_ONCE = 1_000
 
@@ -34,24 +34,20 @@ class BilledRun(NamedTuple):
 
 def read_billed_runs(connection: Connection, run_ids: Collection[str]) -> list[BilledRun]:
     """Return what the bills of these runs add up to, the earliest run first."""
-    r, p = requests.c, usage_pieces.c
+    s, g, h = bill_sums.c, rollup_groups.c, rollup_hours.c
     found: dict[str, BilledRun] = {}
     left = iter(sorted(run_ids))
     while some := list(islice(left, _RUNS_AT_ONCE)):
-        bills = (
-            select(
-                *(r.run_id, func.count(), func.sum(r.gpu_time_ns), func.max(r.seq)),
-                *(func.min(r.method), func.min(r.started_at), func.max(r.finished_at)),
-            )
-            .where(r.run_id.in_(some))
-            .group_by(r.run_id)
-        )
-        for run_id, count, ns, seq, method, began, ended in connection.execute(bills):
-            sums = int(count), int(ns), int(seq)
-            found[run_id] = BilledRun(run_id, *sums, method, began, ended, {})
-        used = select(p.run_id, p.hour, func.sum(p.prefill_ns + p.decode_ns))
-        used = used.where(p.run_id.in_(some)).group_by(p.run_id, p.hour)
+        sums = select(
+            *(s.run_id, s.bills, s.gpu_time_ns, s.last_seq),
+            *(s.method, s.started_at, s.finished_at),
+        ).where(s.run_id.in_(some))
+        for row in connection.execute(sums):
+            found[row.run_id] = BilledRun(*row, {})
+        used = select(g.run_id, h.hour, func.sum(h.prefill_ns + h.decode_ns))
+        used = used.join_from(rollup_groups, rollup_hours, h.group_id == g.group_id)
+        used = used.where(g.run_id.in_(some)).group_by(g.run_id, h.hour)
         for run_id, hour, ns in connection.execute(used):
-            if run_id in found:
+            if run_id in found and ns:
                 found[run_id].hours[int(hour)] = int(ns)
     return sorted(found.values(), key=lambda run: (run.started_at, run.run_id))

@@ -113,10 +113,14 @@ class AuditRun(TypedDict):
     """GPU-ns: the part of it that the snapshot had in flight; the rest is beyond `wall_ns`."""
     missing_bills: list[str]
     """The numbers of bills that the ledger lacks, as text: `"7"`, `"9-12"`."""
-    uneven_bills: int
-    """Number of bills that are not the sum of their pieces by hour."""
+    uneven_bills: int | None
+    """Number of bills that are not the sum of their pieces by hour; null if the bills were not
+    read."""
+    changed: bool | None
+    """Whether any bill is not as it was written; null if the bills were not read."""
     sums_difference_ns: int
-    """GPU-ns: how far the sums that reports read are from the bills, hour by hour."""
+    """GPU-ns: how far the sums that reports read are from the bills, in all by day; in a full audit
+    hour by hour."""
     hours_difference_ns: int
     """GPU-ns: how far the hours are from the totals, summed over all classes."""
     energy_mj: int | None
@@ -160,10 +164,14 @@ class AuditWithoutTotals(TypedDict):
     """The number of the last bill."""
     missing_bills: list[str]
     """The numbers of bills that the ledger lacks up to the last one, as text."""
-    uneven_bills: int
-    """Number of bills that are not the sum of their pieces by hour."""
+    uneven_bills: int | None
+    """Number of bills that are not the sum of their pieces by hour; null if the bills were not
+    read."""
+    changed: bool | None
+    """Whether any bill is not as it was written; null if the bills were not read."""
     sums_difference_ns: int
-    """GPU-ns: how far the sums that reports read are from the bills, hour by hour."""
+    """GPU-ns: how far the sums that reports read are from the bills, in all by day; in a full audit
+    hour by hour."""
 
 
 class JournalLoss(TypedDict):
@@ -202,6 +210,9 @@ class Audit(TypedDict):
     """Why `balanced` is null: no engine run is in the ledger; of a run that has bills no totals are
     known, so that nothing can be held against them; journals hold what the ledger lacks; or a
     damaged file does, so that bills which are missing here may be there."""
+    full: bool
+    """Whether every bill was read, or only the sums kept with the bills: what was changed from
+    outside is found by a full audit."""
     runs: list[AuditRun]
     """The audit of each run with a snapshot."""
     without_totals: list[AuditWithoutTotals]

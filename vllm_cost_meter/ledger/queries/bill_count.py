@@ -14,11 +14,12 @@ Invariant: a bill that is in the ledger and has time in or after the first hour 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, Integer, Text, and_, bindparam, column, func, select, values
+from sqlalchemy import BigInteger, Integer, Text, and_, bindparam, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.ends.highest import highest_bills
 from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.tables.given import GivenColumn, given_rows
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetScope
 
@@ -221,14 +222,9 @@ def _bills_in(rows: Sequence[tuple[int, str, int, int]]) -> Any:
     The outer join has every gap looked up in the key of the bills, and none of the bills read
     otherwise. A gap without a bill has a row without a number.
     """
-    gap = values(
-        column("place", Integer),
-        column("run_id", Text),
-        column("first", BigInteger),
-        column("last", BigInteger),
-        name="gap",
-    ).data(rows)
-    at = gap.cte().c
+    columns: list[GivenColumn] = [("place", Integer()), ("run_id", Text())]
+    columns += [("first", BigInteger()), ("last", BigInteger())]
+    at = given_rows("gap", columns, rows).c
     inside = and_(_r.run_id == at.run_id, _r.seq.between(at.first, at.last))
     return (
         select(at.place, _r.seq, *_PIECE)

@@ -24,13 +24,12 @@ from sqlalchemy import (
     CTE,
     BigInteger,
     ColumnElement,
+    Table,
     Text,
     and_,
     case,
-    column,
     select,
     true,
-    values,
 )
 from sqlalchemy.engine import Connection
 
@@ -51,6 +50,7 @@ from vllm_cost_meter.ledger.schema import (
     runs,
     snapshots,
 )
+from vllm_cost_meter.ledger.tables.given import given_rows
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices, by_stretch
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
@@ -289,8 +289,7 @@ class Cut:
 
 def bills_up_to(last: Mapping[str, int]) -> CTE:
     """Return these runs' last bills as rows (run_id, last_seq), to be joined with bills."""
-    table = values(column("run_id", Text), column("last_seq", BigInteger), name="cut")
-    return table.data(list(last.items())).cte()
+    return given_rows("cut", [("run_id", Text()), ("last_seq", BigInteger())], last.items())
 
 
 def read_cut(
@@ -305,12 +304,8 @@ def read_cut(
 
     `with_ends` adds what runs have billed that no snapshot counts.
     """
-    hours: dict[str, dict[int, Mapping[str, int]]] = {}
-    for hour in connection.execute(select(engine_hours)):
-        hours.setdefault(hour.run_id, {})[hour.hour] = _classes(hour._asdict())
-    energies: dict[str, dict[int, Mapping[str, int]]] = {}
-    for hour in connection.execute(select(energy_hours)):
-        energies.setdefault(hour.run_id, {})[hour.hour] = _energy(hour._asdict())
+    hours = _by_run_and_hour(connection, engine_hours, CLASSES, "ns")
+    energies = _by_run_and_hour(connection, energy_hours, ENERGY_CLASSES, "mj")
     joined = (
         select(
             runs,
@@ -334,6 +329,19 @@ def read_cut(
         ours = hours.get(run_id, {}), energies.get(run_id, {})
         cuts.append(_run_cut(row, window, up, RunPrices.of(row, book), *ours))
     return Cut(tuple(cuts), window, book)
+
+
+def _by_run_and_hour(
+    connection: Connection, table: Table, names: Sequence[str], unit: str
+) -> dict[str, dict[int, Mapping[str, int]]]:
+    """Return the amounts of these classes of each hour of each run."""
+    amounts = (table.c[f"{name}_{unit}"] for name in names)
+    found: dict[str, dict[int, Mapping[str, int]]] = {}
+    for run_id, hour, *of_hour in connection.execute(
+        select(table.c.run_id, table.c.hour, *amounts)
+    ):
+        found.setdefault(run_id, {})[hour] = dict(zip(names, of_hour, strict=True))
+    return found
 
 
 def with_ends(connection: Connection, cut: Cut) -> Cut:

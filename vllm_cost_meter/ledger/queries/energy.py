@@ -9,7 +9,6 @@ classes add up to the energy read from its GPUs.
 """
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, Text, and_, case, cast, distinct, func, select
@@ -137,11 +136,11 @@ def energy_state(run: RunCut) -> dict[str, Any]:
     }
 
 
-def audited(run: RunCut, requests_mj: Mapping[str, int]) -> dict[str, int | None]:
-    """Return a run's energy, and its difference to the sum over classes and requests."""
+def audited(run: RunCut, requests_mj: int) -> dict[str, int | None]:
+    """Return a run's energy, and its difference to the sum over classes and requests, in mJ."""
     energy_mj = run.row["energy_mj"]
     if energy_mj is None:
         return {"energy_mj": None, "energy_difference_mj": None}
     others = sum(int(run.row[f"{name}_mj"]) for name in ENERGY_CLASSES if name != "requests")
-    used_mj = others + requests_mj.get(run.run_id, 0)
+    used_mj = others + requests_mj
     return {"energy_mj": int(energy_mj), "energy_difference_mj": int(energy_mj) - used_mj}

@@ -18,8 +18,7 @@ from datetime import UTC
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import CTE, Text, column, func, select
-from sqlalchemy import values as sql_values
+from sqlalchemy import CTE, Text, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import COVERED_NAME, HIDDEN, told
@@ -29,6 +28,7 @@ from vllm_cost_meter.ledger.queries.cut import Cut, stretch
 from vllm_cost_meter.ledger.queries.ended import LABELS, columns_read, count_ended, labels_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
 from vllm_cost_meter.ledger.rollups.reading import usage_at
+from vllm_cost_meter.ledger.tables.given import given_rows
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import COUNTS, REQUESTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import COVERED, LABEL, NO, TAG, YES, Question
@@ -196,8 +196,8 @@ def _usage(
 
 def _standing(runs_by_price: Mapping[str, str]) -> CTE:
     """Return a table of the run that stands for each run."""
-    table = sql_values(column("run_id", Text), column("stands_for", Text), name="standing")
-    return table.data(list(runs_by_price.items())).cte()
+    columns = [("run_id", Text()), ("stands_for", Text())]
+    return given_rows("standing", columns, runs_by_price.items())
 
 
 def _column(dimension: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, select, text
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.rollups.bill_sums import add_bills
 from vllm_cost_meter.ledger.rollups.exchanges import EndedExchanges, PartFacts, ReplyFacts, ended_of
 from vllm_cost_meter.ledger.rollups.groups import Group
 from vllm_cost_meter.ledger.rollups.histograms import Counted, us_of, write_counted
@@ -100,6 +101,7 @@ def add(connection: Connection, new: NewRows) -> None:
             _add_end(sums, ended, sign)
     write(connection, sums)
     write_counted(connection, counted)
+    add_bills(connection, new.parts.values())
 
 
 def _add_pieces(sums: SumsByKey, part: EngineRequest) -> None:

@@ -25,6 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.rollups.bill_sums import rebuild_bill_sums
 from vllm_cost_meter.ledger.rollups.groups import Group
 from vllm_cost_meter.ledger.rollups.histograms import (
     MEASURES,
@@ -66,6 +67,7 @@ class SpanOfSums(NamedTuple):
 
 def rebuild(connection: Connection) -> None:
     """Delete all sums and make them anew from the rows."""
+    rebuild_bill_sums(connection)
     for table in (rollup_hours, rollup_days, rollup_groups, rollup_latencies, rollup_arrivals):
         connection.execute(delete(table))
     write_counted(connection, _timed(connection))

@@ -54,6 +54,8 @@ _KINDS = {
     schema.rollup_days.name: RowKind.SUM,
     schema.rollup_latencies.name: RowKind.SUM,
     schema.rollup_arrivals.name: RowKind.SUM,
+    schema.bill_sums.name: RowKind.SUM,
+    schema.energy_sums.name: RowKind.SUM,
     schema.journals.name: RowKind.OWN,
     schema.journal_losses.name: RowKind.FACT,
     schema.billing_snapshots.name: RowKind.DECLARED,

@@ -21,10 +21,10 @@ from sqlalchemy import delete, func, insert, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.auditing.audit import missing_bills
 from vllm_cost_meter.ledger.database import open_database, refuse_newer, url_of, writing
 from vllm_cost_meter.ledger.migrations import MIGRATIONS
 from vllm_cost_meter.ledger.migrations import Column as AddedColumn
-from vllm_cost_meter.ledger.queries.audit import missing_bills
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import (
     SCHEMA_VERSION,

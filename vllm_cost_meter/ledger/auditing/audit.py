@@ -9,8 +9,16 @@ These must be equal, or hold, for each run:
 - the engine's hours and its totals, class by class;
 - the class `in_flight`, and the time of all open requests with the step that ran;
 - the energy that was read, and that of all classes and requests, if it is known;
+- the time of all bills, and the sums by day that reports read.
+
+A full audit reads every bill, and holds these against one another too:
+
 - each bill, and the sum of its pieces;
-- the pieces of all bills, and the sums by hour and day that reports read.
+- the bills, and what they were when they were written, by a digest;
+- the pieces of all bills, and the sums by hour.
+
+Otherwise what the bills add up to is read where it is kept with them (`held.py`): what somebody
+else changes in the file is found by a full audit only.
 
 The last bills of a dead run are beyond its last snapshot: no engine's count is there to hold
 against them, but for their numbers and pieces. Bills are counted first. The query for gaps runs
@@ -24,17 +32,22 @@ set aside holds what the ledger lacks.
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Table, and_, func, or_, select
+from sqlalchemy import func, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.auditing.held import (
+    NOTHING_HELD,
+    HeldBills,
+    held_by_rows,
+    held_by_sums,
+)
 from vllm_cost_meter.ledger.damage.setting_aside import is_set_aside, set_aside_files
 from vllm_cost_meter.ledger.ends.lost import MAX_LOST, Lost, lost_by_run
 from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithoutTotals, JournalLoss
-from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals, bills_up_to
+from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals
 from vllm_cost_meter.ledger.queries.energy import audited
 from vllm_cost_meter.ledger.queries.tenants import after_cut
-from vllm_cost_meter.ledger.rollups.rebuilding import time_differences
-from vllm_cost_meter.ledger.schema import journal_losses, request_energy, requests, usage_pieces
+from vllm_cost_meter.ledger.schema import journal_losses, requests
 from vllm_cost_meter.records.snapshot import CLASSES
 
 # At most so many ranges of missing numbers are listed, and then the word "more".
@@ -48,20 +61,25 @@ DIFFERENCES = (
     "hours_difference_ns",
     "in_flight_difference_ns",
     "uneven_bills",
+    "changed",
     "sums_difference_ns",
     "energy_difference_mj",
 )
 
 
-def audit_at(connection: Connection, cut: Cut, not_applied: int | None = 0) -> Audit:
-    """Return the audit at a cut.
+def audit_at(
+    connection: Connection, cut: Cut, not_applied: int | None = 0, *, full: bool = False
+) -> Audit:
+    """Return the audit at a cut; a full one reads every bill.
 
     `not_applied` is how many records journals hold that the ledger lacks; None if unknown.
     """
-    uneven = _uneven_bills(connection, cut)
-    sums = time_differences(connection)
-    runs = _audit_runs(connection, cut, uneven, sums)
-    bare = [_audit_bare(connection, run, uneven, sums) for run in cut.without_totals]
+    held = (held_by_rows if full else held_by_sums)(connection, cut)
+    runs = _audit_runs(connection, cut, held)
+    bare = [
+        _audit_bare(connection, run, held.get(run.run_id, NOTHING_HELD))
+        for run in cut.without_totals
+    ]
     balanced: bool | None = all(run["balanced"] for run in runs)
     if any(not _is_whole(run) for run in bare):
         balanced = False
@@ -80,6 +98,7 @@ def audit_at(connection: Connection, cut: Cut, not_applied: int | None = 0) -> A
     audit = {
         "balanced": balanced,
         "reason": reason if balanced is None else None,
+        "full": full,
         "runs": runs,
         "without_totals": bare,
         "after_cut": after_cut(connection, cut),
@@ -102,56 +121,40 @@ def journal_losses_of(connection: Connection) -> list[JournalLoss]:
     return [cast("JournalLoss", dict(row)) for row in rows]
 
 
-def _audit_runs(
-    connection: Connection, cut: Cut, uneven: Mapping[str, int], sums: Mapping[str, int]
-) -> list[AuditRun]:
+def _audit_runs(connection: Connection, cut: Cut, held: Mapping[str, HeldBills]) -> list[AuditRun]:
     """Return a row for each run that has a snapshot, with all its differences."""
-    counted = {run.run_id: run.snapshot_seq for run in cut.runs}
-    held = _total_by_run(connection, cut.last_bills(), requests, func.count())
-    billed = _total_by_run(connection, counted, requests, func.sum(requests.c.gpu_time_ns))
-    requests_mj = _total_by_run(
-        connection, counted, request_energy, func.sum(request_energy.c.energy_mj)
-    )
     lost = lost_by_run(connection, cut)
-    return [
-        _audit_run(
-            run,
-            ledger_ns=billed.get(run.run_id, 0),
-            uneven=uneven.get(run.run_id, 0),
-            sums_ns=sums.get(run.run_id, 0),
-            energy=audited(run, requests_mj),
-            missing=[]
-            if held.get(run.run_id, 0) == run.last_seq
-            else missing_bills(connection, run.run_id, run.last_seq),
-            lost=lost.get(run.run_id, Lost()),
-        )
-        for run in cut.runs
-    ]
+    found = []
+    for run in cut.runs:
+        of_run = held.get(run.run_id, NOTHING_HELD)
+        is_whole = of_run.bills == run.last_seq
+        missing = [] if is_whole else missing_bills(connection, run.run_id, run.last_seq)
+        found.append(_audit_run(run, of_run, missing, lost.get(run.run_id, Lost())))
+    return found
 
 
 def _audit_bare(
-    connection: Connection,
-    run: RunWithoutTotals,
-    uneven: Mapping[str, int],
-    sums: Mapping[str, int],
+    connection: Connection, run: RunWithoutTotals, held: HeldBills
 ) -> AuditWithoutTotals:
     billed = run.billed
-    whole = billed.bills == billed.last_seq
+    whole = held.bills == billed.last_seq
     return {
         "run_id": run.run_id,
         "started_at": billed.started_at,
         "finished_at": billed.finished_at,
-        "bills": billed.bills,
-        "ledger_ns": billed.gpu_time_ns,
+        "bills": held.bills,
+        "ledger_ns": held.ledger_ns,
         "last_seq": billed.last_seq,
         "missing_bills": [] if whole else missing_bills(connection, run.run_id, billed.last_seq),
-        "uneven_bills": uneven.get(run.run_id, 0),
-        "sums_difference_ns": sums.get(run.run_id, 0),
+        "uneven_bills": held.uneven_bills,
+        "changed": held.is_changed,
+        "sums_difference_ns": held.sums_ns,
     }
 
 
 def _is_whole(run: AuditWithoutTotals) -> bool:
-    return not (run["missing_bills"] or run["uneven_bills"] or run["sums_difference_ns"])
+    differs = run["uneven_bills"] or run["changed"] or run["sums_difference_ns"]
+    return not (run["missing_bills"] or differs)
 
 
 def is_balanced(run: Mapping[str, Any]) -> bool:
@@ -159,22 +162,7 @@ def is_balanced(run: Mapping[str, Any]) -> bool:
     return not (run["missing_bills"] or any(run[name] for name in DIFFERENCES))
 
 
-# The amounts that a bill and each of its pieces have.
-_AMOUNTS = [
-    column.name for column in usage_pieces.c if column.name.endswith(("_ns", "_ms", "_tokens"))
-]
-
-
-def _audit_run(
-    run: RunCut,
-    *,
-    ledger_ns: int,
-    uneven: int,
-    sums_ns: int,
-    energy: Mapping[str, int | None],
-    missing: list[str],
-    lost: Lost,
-) -> AuditRun:
+def _audit_run(run: RunCut, held: HeldBills, missing: list[str], lost: Lost) -> AuditRun:
     row = run.row
     totals = {name: int(row[f"{name}_ns"]) for name in CLASSES}
     billed_ns = int(row["billed_ns"])
@@ -194,18 +182,19 @@ def _audit_run(
         "difference_ns": int(row["wall_ns"]) * int(row["gpus"]) - sum(totals.values()),
         "billed_ns": billed_ns,
         "billed_difference_ns": totals["requests"] - billed_ns,
-        "ledger_ns": ledger_ns,
-        "ledger_difference_ns": billed_ns - ledger_ns,
+        "ledger_ns": held.ledger_ns,
+        "ledger_difference_ns": billed_ns - held.ledger_ns,
         "snapshot_seq": run.snapshot_seq,
         "last_seq": run.last_seq,
         "last_bills": run.last_bills.count,
         "last_bills_ns": run.last_bills.billed_ns,
         "last_bills_in_flight_ns": run.last_bills.in_flight_ns,
         "missing_bills": missing,
-        "uneven_bills": uneven,
-        "sums_difference_ns": sums_ns,
+        "uneven_bills": held.uneven_bills,
+        "changed": held.is_changed,
+        "sums_difference_ns": held.sums_ns,
         "hours_difference_ns": _hours_difference(run, totals),
-        **energy,
+        **audited(run, held.energy_mj),
         "in_flight_difference_ns": _in_flight_difference(run, totals),
         "running": row["running"],
         "waiting": row["waiting"],
@@ -241,45 +230,6 @@ def _lost(run: RunCut, lost: Lost) -> dict[str, Any]:
         "lost_step_ns": None if unknown else step_ns,
         "unbilled_replies": list(lost.replies[:MAX_LOST]),
     }
-
-
-def _total_by_run(
-    connection: Connection, last: Mapping[str, int], bills: Table, total: ColumnElement[Any]
-) -> dict[str, int]:
-    """Return a total over the rows of bills up to these, run by run; 0 where all is unknown.
-
-    `bills` has a row, or several, for each bill: `requests`, or what was told of them since.
-    """
-    if not last:
-        return {}
-    at, b = bills_up_to(last), bills.c
-    totals = (
-        select(b.run_id, total)
-        .join(at, and_(b.run_id == at.c.run_id, b.seq <= at.c.last_seq))
-        .group_by(b.run_id)
-    )
-    return {run_id: int(amount or 0) for run_id, amount in connection.execute(totals)}
-
-
-def _uneven_bills(connection: Connection, cut: Cut) -> dict[str, int]:
-    """Count the bills that are not the sum of their pieces, amount by amount."""
-    last = cut.last_bills()
-    if not last:
-        return {}
-    at, r, p = bills_up_to(last), requests.c, usage_pieces.c
-    joined = and_(p.run_id == r.run_id, p.seq == r.seq)
-    differences = [r[name] != func.coalesce(func.sum(p[name]), 0) for name in _AMOUNTS]
-    gpu_time_ns = func.coalesce(func.sum(p.prefill_ns + p.decode_ns), 0)
-    uneven = (
-        select(r.run_id, r.seq)
-        .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
-        .join(usage_pieces, joined, isouter=True)
-        .group_by(r.run_id, r.seq, r.gpu_time_ns, *(r[name] for name in _AMOUNTS))
-        .having(or_(r.gpu_time_ns != gpu_time_ns, *differences))
-        .subquery()
-    )
-    counted = select(uneven.c.run_id, func.count()).group_by(uneven.c.run_id)
-    return {run_id: int(n) for run_id, n in connection.execute(counted)}
 
 
 def missing_bills(connection: Connection, run_id: str, last_seq: int) -> list[str]:

@@ -1,0 +1,1 @@
+"""Tables of the ledger, by what they are for; `ledger/schema.py` has them all."""
