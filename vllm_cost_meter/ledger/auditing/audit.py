@@ -32,7 +32,7 @@ set aside holds what the ledger lacks.
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.auditing.held import (
@@ -46,8 +46,9 @@ from vllm_cost_meter.ledger.ends.lost import MAX_LOST, Lost, lost_by_run
 from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithoutTotals, JournalLoss
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals
 from vllm_cost_meter.ledger.queries.energy import audited
+from vllm_cost_meter.ledger.queries.missing import missing_numbers
 from vllm_cost_meter.ledger.queries.tenants import after_cut
-from vllm_cost_meter.ledger.schema import journal_losses, requests
+from vllm_cost_meter.ledger.schema import journal_losses
 from vllm_cost_meter.records.snapshot import CLASSES
 
 # At most so many ranges of missing numbers are listed, and then the word "more".
@@ -234,23 +235,6 @@ def _lost(run: RunCut, lost: Lost) -> dict[str, Any]:
 
 def missing_bills(connection: Connection, run_id: str, last_seq: int) -> list[str]:
     """Return the numbers of bills missing from 1 to `last_seq`, consecutive ones as "5-9"."""
-    r = requests.c
-    steps = (
-        select(r.seq, func.lag(r.seq, 1, 0).over(order_by=r.seq).label("before"))
-        .where(r.run_id == run_id, r.seq <= last_seq)
-        .subquery()
-    )
-    gaps = (
-        select(steps.c.before + 1, steps.c.seq - 1)
-        .where(steps.c.seq > steps.c.before + 1)
-        .order_by(steps.c.seq)
-        .limit(MAX_RANGES + 1)
-    )
-    ranges = [(int(first), int(last)) for first, last in connection.execute(gaps)]
-    highest = connection.execute(
-        select(func.max(r.seq)).where(r.run_id == run_id, r.seq <= last_seq)
-    ).scalar()
-    if (highest or 0) < last_seq:
-        ranges.append(((highest or 0) + 1, last_seq))
+    ranges = missing_numbers(connection, run_id, last_seq, MAX_RANGES + 1)
     shown = [str(a) if a == b else f"{a}-{b}" for a, b in ranges[:MAX_RANGES]]
     return [*shown, MORE] if len(ranges) > MAX_RANGES else shown
