@@ -32,12 +32,13 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    text,
 )
 
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 
 metadata = MetaData()
 
@@ -53,6 +54,17 @@ def _class_columns() -> list[Column[int]]:
 def _energy_columns(*, nullable: bool) -> list[Column[int]]:
     """Return a column for each class of energy, in millijoules."""
     return [Column(f"{name}_mj", BigInteger, nullable=nullable) for name in ENERGY_CLASSES]
+
+
+def _amount_columns(*names: str) -> list[Column[int]]:
+    """Return a column for each amount that is always known."""
+    return [Column(name, BigInteger, nullable=False) for name in names]
+
+
+def _index_of_known(table: str, id_column: str) -> Index:
+    """Return an index of an id that a request may lack: rows without it take no room there."""
+    where = text(f"{id_column} IS NOT NULL")
+    return Index(f"ix_{table}_{id_column}", id_column, sqlite_where=where, postgresql_where=where)
 
 
 schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
@@ -193,8 +205,8 @@ http_requests = Table(
     "http_requests",
     metadata,
     Column("http_request_id", _Key, primary_key=True),
-    Column("response_id", _Key, index=True),
-    Column("x_request_id", _Key, index=True),
+    Column("response_id", _Key),
+    Column("x_request_id", _Key),
     Column("tenant", _Key, nullable=False),
     Column("tenant_rule", Text, nullable=False),
     Column("tenant_above", _Key),
@@ -211,8 +223,13 @@ http_requests = Table(
     Column("cost_usd", Text),
     Column("started_at", _Key, nullable=False),
     Column("finished_at", _Key, nullable=False),
-    Index("ix_http_requests_finished", "finished_at", "http_request_id"),
-    Index("ix_http_requests_tenant", "tenant", "finished_at", "http_request_id"),
+    # Pages of all tenants, and the replies that ended as an engine died.
+    Index("ix_http_requests_finished", "finished_at"),
+    # Pages of one tenant, and whether a tenant was ever seen.
+    Index("ix_http_requests_tenant", "tenant", "finished_at"),
+    # Find a request by these ids.
+    _index_of_known("http_requests", "response_id"),
+    _index_of_known("http_requests", "x_request_id"),
 )
 
 requests = Table(
@@ -220,9 +237,9 @@ requests = Table(
     metadata,
     Column("run_id", _Key, primary_key=True),
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    Column("request_id", _Key, nullable=False, index=True),
-    Column("external_id", _Key, index=True),
-    Column("response_id", _Key, index=True),
+    Column("request_id", _Key, nullable=False),
+    Column("external_id", _Key),
+    Column("response_id", _Key),
     Column("http_request_id", _Key),
     Column("prompt_group", _Key, nullable=False),
     Column("tenant", _Key, nullable=False),
@@ -265,22 +282,20 @@ requests = Table(
     Column("first_model", Integer, nullable=False),
     Column("last_model", Integer, nullable=False),
     Column("started_at", _Key, nullable=False),
-    Column("finished_at", _Key, nullable=False, index=True),
+    Column("finished_at", _Key, nullable=False),
     Column("queue_ms", Float),
     Column("ttft_ms", Float),
     Column("tpot_ms", Float),
     Column("e2e_ms", Float),
-    # Finds the tenants below one without reading any bill.
-    Index("ix_requests_tenant", "tenant", "tenant_above"),
-    # This index covers the token counts in a tenant report, in their order of grouping.
-    Index(
-        "ix_requests_http",
-        "http_request_id",
-        "prompt_group",
-        "prompt_tokens",
-        "cached_tokens",
-        "output_tokens",
-    ),
+    # Whether an open request has its bill, and to find a request by vLLM's internal id.
+    Index("ix_requests_request_id", "request_id"),
+    # The parts of an exchange.
+    Index("ix_requests_http", "http_request_id"),
+    # Pages of exchanges without an HTTP row.
+    Index("ix_requests_finished_at", "finished_at"),
+    # Find a request by these ids; the response's is in `http_requests` only once the reply ended.
+    _index_of_known("requests", "external_id"),
+    _index_of_known("requests", "response_id"),
 )
 
 usage_pieces = Table(
@@ -290,20 +305,10 @@ usage_pieces = Table(
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
     Column("hour", Integer, primary_key=True, autoincrement=False),
     Column("tenant", _Key, nullable=False),
-    Column("prefill_ns", BigInteger, nullable=False),
-    Column("decode_ns", BigInteger, nullable=False),
-    Column("prefill_tokens", BigInteger, nullable=False),
-    Column("decode_tokens", BigInteger, nullable=False),
-    Column("marginal_ns", BigInteger, nullable=False),
-    Column("recomputed_ns", BigInteger, nullable=False),
-    Column("recomputed_tokens", BigInteger, nullable=False),
-    Column("rejected_ns", BigInteger, nullable=False),
-    Column("rejected_tokens", BigInteger, nullable=False),
-    Column("cut_ns", BigInteger, nullable=False),
-    Column("cut_tokens", BigInteger, nullable=False),
-    Column("kv_block_ms", BigInteger, nullable=False),
-    Column("step_ns", BigInteger, nullable=False),
-    Column("saved_estimate_ns", BigInteger, nullable=False),
+    *_amount_columns("prefill_ns", "decode_ns", "prefill_tokens", "decode_tokens", "marginal_ns"),
+    *_amount_columns("recomputed_ns", "recomputed_tokens", "rejected_ns", "rejected_tokens"),
+    *_amount_columns("cut_ns", "cut_tokens", "kv_block_ms", "step_ns", "saved_estimate_ns"),
+    # The bills of a tenant, and of a span of hours.
     Index("ix_usage_pieces_hour", "hour", "tenant"),
     # The table is clustered by key, so a run's pieces up to a bill are one range in the file.
     sqlite_with_rowid=False,
@@ -339,6 +344,8 @@ rollup_groups = Table(
     Column("lora", _Key),
     Column("route", _Key),
     Column("engine_status", _Key, nullable=False),
+    # The tenants below one.
+    Index("ix_rollup_groups_tenant", "tenant", "tenant_above"),
 )
 
 # The amounts of pieces in a span of hours.
@@ -356,10 +363,7 @@ def _rollup(name: str, span: str, *more: Column[int]) -> Table:
         Column(span, Integer, primary_key=True, autoincrement=False),
         Column("group_id", BigInteger, primary_key=True, autoincrement=False),
         *more,
-        *(
-            Column(amount, BigInteger, nullable=False)
-            for amount in (*PIECE_AMOUNTS, *ENDED_AMOUNTS)
-        ),
+        *_amount_columns(*PIECE_AMOUNTS, *ENDED_AMOUNTS),
         sqlite_with_rowid=False,
     )
 
