@@ -24,6 +24,7 @@ from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import OverdueError
 from vllm_cost_meter.ledger.batches import BatchWriter
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.deadline import Deadline, deadline
 from vllm_cost_meter.ledger.economics.query import economics
 from vllm_cost_meter.ledger.queries.cut import AsOf
@@ -69,6 +70,26 @@ def rows(url: str, query: str) -> list[tuple[Any, ...]]:
             return [tuple(row) for row in connection.execute(text(query))]
     finally:
         engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("table", "id_column"),
+    [
+        ("requests", "external_id"),
+        ("requests", "response_id"),
+        ("http_requests", "response_id"),
+        ("http_requests", "x_request_id"),
+    ],
+)
+@pytest.mark.parametrize("of", ["= 'a'", "IN ('a', 'b')"])
+def test_an_index_without_unknown_ids_serves_who_asks_for_one(
+    url: str, table: str, id_column: str, of: str
+) -> None:
+    open_database(url).dispose()
+    # PostgreSQL would read all rows of an empty table.
+    by_index = f"{url}&options=-cenable_seqscan%3Doff"
+    plan = rows(by_index, f"EXPLAIN SELECT 1 FROM {table} WHERE {id_column} {of}")
+    assert f"ix_{table}_{id_column}" in str(plan)
 
 
 # ---- what PostgreSQL cannot take
