@@ -156,9 +156,8 @@ def _of_part(part: EngineRequest) -> BillSums:
         *(bill.prompt_tokens, bill.cached_tokens, bill.output_tokens, part.cost_nanousd),
         *(part.marginal_cost_nanousd, started_at, finished_at),
     )
-    pieces = sorted(
-        (piece.hour, *(getattr(piece, name) for name in PIECE_AMOUNTS)) for piece in bill.pieces
-    )
+    # A piece is its hour and the amounts in the order of PIECE_AMOUNTS.
+    pieces = sorted(map(tuple, bill.pieces))
     return BillSums(
         run_id=bill.run_id,
         bills=1,

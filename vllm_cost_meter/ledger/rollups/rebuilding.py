@@ -29,9 +29,7 @@ from vllm_cost_meter.ledger.rollups.bill_sums import rebuild_bill_sums
 from vllm_cost_meter.ledger.rollups.groups import Group
 from vllm_cost_meter.ledger.rollups.histograms import (
     MEASURES,
-    Bucket,
     Counted,
-    about,
     write_counted,
 )
 from vllm_cost_meter.ledger.rollups.sums import AMOUNTS, SumKey, SumsByKey, nothing, write
@@ -106,7 +104,7 @@ def _added_up(rows: Iterable[tuple[SumKey, int, list[int]]]) -> SumsByKey:
 def wrong_histograms(connection: Connection) -> list[tuple[Any, ...]]:
     """Return the rows of latencies and arrivals that the ledger has too many, or lacks."""
     right = _timed(connection)
-    expected: set[tuple[Any, ...]] = {(*key, *both) for key, both in right.buckets.items()}
+    expected: set[tuple[Any, ...]] = {(*key, *both) for key, both in right.buckets().items()}
     expected |= set(right.arrivals.items())
     found = {tuple(row) for row in connection.execute(select(rollup_latencies))}
     found |= {tuple(row) for row in connection.execute(select(rollup_arrivals))}
@@ -125,16 +123,12 @@ def _timed(connection: Connection) -> Counted:
         .join_from(requests, http_requests, h.http_request_id == r.http_request_id, isouter=True)
         .group_by(exchange)
     )
-    counted = Counted.nothing()
+    counted = Counted()
     for ended_at, came_at, *took_ms in connection.execute(asked):
         counted.arrivals[hour_of(came_at)] += 1
         for measure, ms in zip(MEASURES, took_ms, strict=True):
             if ms is not None:
-                us = round(ms * 1000)
-                bucket = Bucket(hour_of(ended_at), measure, about(us))
-                known = counted.buckets[bucket]
-                known[0] += 1
-                known[1] += us
+                counted.add_time(hour_of(ended_at), measure, round(ms * 1000))
     return counted
 
 
