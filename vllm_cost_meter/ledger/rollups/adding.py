@@ -17,7 +17,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, func, select, text
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.rollups.bill_sums import add_bills
@@ -25,13 +25,11 @@ from vllm_cost_meter.ledger.rollups.exchanges import PartFacts, ReplyFacts, ende
 from vllm_cost_meter.ledger.rollups.groups import Group
 from vllm_cost_meter.ledger.rollups.histograms import Counted, us_of, write_counted
 from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, write
-from vllm_cost_meter.ledger.rollups.upserts import in_chunks
+from vllm_cost_meter.ledger.rollups.upserts import hold_sums, in_chunks
 from vllm_cost_meter.ledger.rows import tags_text
 from vllm_cost_meter.ledger.schema import ENDED_AMOUNTS, PIECE_AMOUNTS, http_requests, requests
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
 from vllm_cost_meter.units.time import NS_PER_HOUR, hour_of
-
-_LOCK = 0x636F73745F72  # "cost_r": a number of our own among PostgreSQL's locks
 
 
 class NewRows(NamedTuple):
@@ -49,8 +47,8 @@ def new_rows(
     connection: Connection, parts: Sequence[EngineRequest], replies: Sequence[HttpRequest]
 ) -> NewRows:
     """Return the bills and HTTP requests that are not in the ledger yet."""
-    if (parts or replies) and connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+    if parts or replies:
+        hold_sums(connection)
     by_key: dict[tuple[str, int], EngineRequest] = {}
     for part in parts:
         by_key.setdefault((part.bill.run_id, part.bill.seq), part)

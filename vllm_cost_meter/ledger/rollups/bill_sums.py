@@ -26,7 +26,7 @@ from sqlalchemy import ColumnElement, case, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.rollups.upserts import add_to, in_chunks
+from vllm_cost_meter.ledger.rollups.upserts import add_to, hold_sums, in_chunks
 from vllm_cost_meter.ledger.rows import TableRow, owner_columns
 from vllm_cost_meter.ledger.schema import (
     PIECE_AMOUNTS,
@@ -98,6 +98,8 @@ def new_energy(connection: Connection, rows: Sequence[TableRow]) -> dict[str, in
     for row in rows:
         if row["energy_mj"] is not None:
             by_key.setdefault((row["run_id"], row["seq"], row["hour"]), row["energy_mj"])
+    if by_key:
+        hold_sums(connection)
     e = request_energy.c
     for run_id, of_run in groupby(sorted(by_key), itemgetter(0)):
         for some in in_chunks(sorted({seq for _, seq, _ in of_run})):
