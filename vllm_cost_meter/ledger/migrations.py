@@ -109,6 +109,8 @@ MIGRATIONS: Mapping[int, tuple[str | Column, ...]] = {
     10: (),
     # `create_all` creates bill_sums, and `rollups.bill_sums` makes them.
     11: (),
+    # `create_all` creates the tables of retention.
+    12: (),
 }
 FIRST_WITH_ROLLUPS = 11
 FIRST_WITH_BILL_SUMS = 12

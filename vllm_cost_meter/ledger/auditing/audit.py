@@ -20,6 +20,8 @@ A full audit reads every bill, and holds these against one another too:
 Otherwise what the bills add up to is read where it is kept with them (`held.py`): what somebody
 else changes in the file is found by a full audit only.
 
+Bills whose rows were dropped count by their numbers and by what they added up to.
+
 The last bills of a dead run are beyond its last snapshot: no engine's count is there to hold
 against them, but for their numbers and pieces. Bills are counted first. The query for gaps runs
 only if the count is wrong.
@@ -47,6 +49,8 @@ from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithout
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals
 from vllm_cost_meter.ledger.queries.energy import audited
 from vllm_cost_meter.ledger.queries.tenants import after_cut
+from vllm_cost_meter.ledger.retention.known import NONE_DROPPED, dropped_by_run
+from vllm_cost_meter.ledger.retention.ranges import joined, without
 from vllm_cost_meter.ledger.schema import journal_losses, requests
 from vllm_cost_meter.records.snapshot import CLASSES
 
@@ -233,11 +237,26 @@ def _lost(run: RunCut, lost: Lost) -> dict[str, Any]:
 
 
 def missing_bills(connection: Connection, run_id: str, last_seq: int) -> list[str]:
-    """Return the numbers of bills missing from 1 to `last_seq`, consecutive ones as "5-9"."""
+    """Return the numbers of bills missing from 1 to `last_seq`, consecutive ones as "5-9".
+
+    A bill that was dropped is not missing.
+    """
+    dropped = dropped_by_run(connection, [run_id]).get(run_id, NONE_DROPPED)
+    found: list[tuple[int, int]] = []
+    for first, last in without(((1, last_seq),), dropped.ranges()):
+        found += _gaps(connection, run_id, first, last)
+        if len(found) > MAX_RANGES:
+            break
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in joined(found)[:MAX_RANGES]]
+    return [*shown, MORE] if len(found) > MAX_RANGES else shown
+
+
+def _gaps(connection: Connection, run_id: str, first: int, last: int) -> list[tuple[int, int]]:
+    """Return the ranges of numbers from `first` to `last` of which there is no row."""
     r = requests.c
     steps = (
-        select(r.seq, func.lag(r.seq, 1, 0).over(order_by=r.seq).label("before"))
-        .where(r.run_id == run_id, r.seq <= last_seq)
+        select(r.seq, func.lag(r.seq, 1, first - 1).over(order_by=r.seq).label("before"))
+        .where(r.run_id == run_id, r.seq.between(first, last))
         .subquery()
     )
     gaps = (
@@ -246,11 +265,10 @@ def missing_bills(connection: Connection, run_id: str, last_seq: int) -> list[st
         .order_by(steps.c.seq)
         .limit(MAX_RANGES + 1)
     )
-    ranges = [(int(first), int(last)) for first, last in connection.execute(gaps)]
+    ranges = [(int(low), int(high)) for low, high in connection.execute(gaps)]
     highest = connection.execute(
-        select(func.max(r.seq)).where(r.run_id == run_id, r.seq <= last_seq)
+        select(func.max(r.seq)).where(r.run_id == run_id, r.seq.between(first, last))
     ).scalar()
-    if (highest or 0) < last_seq:
-        ranges.append(((highest or 0) + 1, last_seq))
-    shown = [str(a) if a == b else f"{a}-{b}" for a, b in ranges[:MAX_RANGES]]
-    return [*shown, MORE] if len(ranges) > MAX_RANGES else shown
+    if (highest or first - 1) < last:
+        ranges.append(((highest or first - 1) + 1, last))
+    return ranges

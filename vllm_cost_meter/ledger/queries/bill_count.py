@@ -8,17 +8,22 @@ fills its gap, whenever that is. No clock takes part.
 A run may have lost many bills. Each call looks at the gaps that were found last, and at some of the
 others in turn, so that a call stays short however many there are.
 
+Bills whose rows were dropped before they were looked at count by what they added up to, by hour and
+group. A count that finds that others were dropped which it had not looked at begins again.
+
 Invariant: a bill that is in the ledger and has time in or after the first hour is counted once.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Integer, Text, and_, bindparam, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.ends.highest import highest_bills
-from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.retention.known import dropped_by_run
+from vllm_cost_meter.ledger.retention.ranges import DroppedNumbers, joined, without
+from vllm_cost_meter.ledger.schema import dropped_hours, requests, rollup_groups, usage_pieces
 from vllm_cost_meter.ledger.tables.given import GivenColumn, given_rows
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetScope
@@ -58,6 +63,8 @@ class BillCount:
         # In the order in which they were found.
         self._gaps: list[_Gap] = []
         self._turn = 0
+        # What was dropped, as far as the sums have it.
+        self._dropped: dict[str, DroppedNumbers] = {}
         self._scopes_of: dict[tuple[str, str | None, str | None], tuple[BudgetScope, ...]] = {}
 
     def serves(self, budgets: Iterable[Budget], first_hour: int) -> bool:
@@ -131,18 +138,57 @@ class BillCount:
             self.is_complete = True
             return
         highest = highest_bills(connection)
-        if self._upto is None:
-            self._upto = _beginnings(connection, highest, self.first_hour)
+        dropped = dropped_by_run(connection)
+        seen = self._upto
+        if seen is None or self._missed(seen, dropped):
+            seen = self._upto = self._begin(connection, highest, dropped)
+        self._dropped = dropped
         left = limit
         for run_id, top in highest.items():
-            upto = self._upto.get(run_id, 0)
+            upto = seen.get(run_id, 0)
             while upto < top and (left is None or left > 0):
                 last = min(top, upto + _BILLS_AT_ONCE)
                 self._count(connection, run_id, upto + 1, last)
                 left = None if left is None else left - (last - upto)
-                self._upto[run_id] = upto = last
-        self.is_complete = all(self._upto.get(run, 0) >= top for run, top in highest.items())
+                seen[run_id] = upto = last
+        self.is_complete = all(seen.get(run, 0) >= top for run, top in highest.items())
         self._look_into_gaps(connection)
+
+    def _missed(self, upto: Mapping[str, int], dropped: Mapping[str, DroppedNumbers]) -> bool:
+        """Return whether a bill was dropped before it was counted."""
+        for run_id, numbers in dropped.items():
+            before = self._dropped.get(run_id, DroppedNumbers())
+            if numbers == before:
+                continue
+            if numbers.last_seq > max(upto.get(run_id, 0), before.last_seq):
+                return True
+            new = without(numbers.ranges(), before.ranges())
+            gaps = joined((gap.first, gap.last) for gap in self._gaps if gap.run_id == run_id)
+            if without(new, gaps) != new:
+                return True
+        return False
+
+    def _begin(
+        self,
+        connection: Connection,
+        highest: Mapping[str, int],
+        dropped: Mapping[str, DroppedNumbers],
+    ) -> dict[str, int]:
+        """Begin with what the dropped bills add up to; return from where to look for others."""
+        self._sums = {scope: {} for scope in self._budgets}
+        begun = _beginnings(connection, highest, self.first_hour)
+        self._gaps = []
+        for run_id, numbers in dropped.items():
+            upto = begun.get(run_id, 0)
+            self._gaps += [
+                _Gap(run_id, max(first, upto + 1), last)
+                for first, last in numbers.rest
+                if last > upto
+            ]
+            begun[run_id] = max(upto, numbers.last_seq)
+        for run_id, *rest in connection.execute(_dropped_since(self.first_hour)).all():
+            self._add(run_id, *rest)
+        return begun
 
     def _count(self, connection: Connection, run_id: str, first: int, last: int) -> None:
         """Count the bills of a run in a range of numbers; what is missing there becomes gaps."""
@@ -233,7 +279,21 @@ def _bills_in(rows: Sequence[tuple[int, str, int, int]]) -> Any:
     )
 
 
-def _beginnings(connection: Connection, highest: dict[str, int], first_hour: int) -> dict[str, int]:
+def _dropped_since(hour: int) -> Any:
+    """Return the query for the GPU time of dropped bills from an hour on, by owner and hour."""
+    d, g = dropped_hours.c, rollup_groups.c
+    owner = (g.run_id, g.tenant, g.tenant_above, g.tags, d.hour)
+    return (
+        select(*owner, func.sum(d.prefill_ns + d.decode_ns))
+        .join_from(dropped_hours, rollup_groups, g.group_id == d.group_id)
+        .where(d.hour >= hour)
+        .group_by(*owner)
+    )
+
+
+def _beginnings(
+    connection: Connection, highest: Mapping[str, int], first_hour: int
+) -> dict[str, int]:
     """Return, for each run, the number up to which no bill can have time from an hour on."""
     lowest = select(_p.run_id, func.min(_p.seq)).where(_p.hour >= first_hour).group_by(_p.run_id)
     found = {run_id: int(seq) for run_id, seq in connection.execute(lowest)}

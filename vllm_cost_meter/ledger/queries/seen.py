@@ -1,7 +1,8 @@
 """Which tenants and tags the ledger has ever seen.
 
-A tenant takes one look into an index. Tags have none, as few ask for them: requests are read until
-one has it, a second for a million.
+A tenant takes one look into an index. Tags have none, as few ask for them: the groups of the sums
+are read, and then requests until one has it, a second for a million. The rows of a request may have
+been dropped; the group of its sums stays.
 """
 
 from collections.abc import Iterable
@@ -10,7 +11,12 @@ import orjson
 from sqlalchemy import and_, or_, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
+from vllm_cost_meter.ledger.schema import (
+    http_requests,
+    open_requests,
+    requests,
+    rollup_groups,
+)
 from vllm_cost_meter.records.owner import SLASH
 
 # In the order of characters it comes right after the slash.
@@ -23,10 +29,13 @@ def unseen(connection: Connection, names: Iterable[str]) -> list[str]:
 
 
 def _is_seen(connection: Connection, name: str) -> bool:
-    tenant = http_requests.c.tenant
-    below = and_(tenant >= name + SLASH, tenant < name + _AFTER_SLASH)
-    found = select(http_requests.c.http_request_id).where(or_(tenant == name, below)).limit(1)
-    return connection.execute(found).first() is not None
+    for table in (http_requests, rollup_groups):
+        tenant = table.c.tenant
+        below = and_(tenant >= name + SLASH, tenant < name + _AFTER_SLASH)
+        found = select(tenant).where(or_(tenant == name, below)).limit(1)
+        if connection.execute(found).first() is not None:
+            return True
+    return False
 
 
 def unseen_tags(connection: Connection, tags: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -37,7 +46,7 @@ def unseen_tags(connection: Connection, tags: Iterable[tuple[str, str]]) -> list
 def _is_tag_seen(connection: Connection, tag: tuple[str, str]) -> bool:
     # As it stands in the JSON of a row: a key has no quotes, so nothing else reads like this.
     text = orjson.dumps(dict([tag])).decode()[1:-1]
-    for table in (requests, open_requests):
+    for table in (rollup_groups, requests, open_requests):
         like = select(table.c.tags).where(table.c.tags.contains(text, autoescape=True))
         # SQLite takes small and capital letters for the same.
         if any(text in tags for tags in connection.execute(like).scalars()):

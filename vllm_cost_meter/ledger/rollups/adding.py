@@ -47,8 +47,8 @@ def new_rows(
     connection: Connection, parts: Sequence[EngineRequest], replies: Sequence[HttpRequest]
 ) -> NewRows:
     """Return the bills and HTTP requests that are not in the ledger yet."""
-    if (parts or replies) and connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+    if parts or replies:
+        lock_sums(connection)
     by_key: dict[tuple[str, int], EngineRequest] = {}
     for part in parts:
         by_key.setdefault((part.bill.run_id, part.bill.seq), part)
@@ -62,6 +62,12 @@ def new_rows(
     replied = _there(connection, http_requests.c.http_request_id, asked)
     begun = replied | _there(connection, requests.c.http_request_id, asked)
     return NewRows(by_key, {id: by_id[id] for id in by_id if id not in replied}, begun)
+
+
+def lock_sums(connection: Connection) -> None:
+    """Let no other transaction change sums or what they are made of until this one ends."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 
 def _there(
@@ -132,14 +138,14 @@ def _group_of(part: EngineRequest) -> Group:
 # ---- exchanges
 
 
-_Exchange = tuple[ReplyFacts | None, list[PartFacts]]
+ExchangeFacts = tuple[ReplyFacts | None, Sequence[PartFacts]]
 
 
 def _changes(
     connection: Connection, new: NewRows
-) -> Iterator[tuple[ReplyFacts | None, list[PartFacts], int]]:
+) -> Iterator[tuple[ReplyFacts | None, Sequence[PartFacts], int]]:
     """Yield exchanges as they are now, and as they were before with a sign of -1."""
-    there = _exchanges(connection, sorted(new.begun))
+    there = read_exchanges(connection, sorted(new.begun))
     for id, (reply, parts) in there.items():
         yield reply, parts, 1
         before = [part for part in parts if (part.run_id, part.seq) not in new.parts]
@@ -182,7 +188,7 @@ def _facts_of(part: EngineRequest) -> PartFacts:
     )
 
 
-def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchange]:
+def read_exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, ExchangeFacts]:
     """Return the HTTP rows and parts of exchanges, as they are in the ledger."""
     replies: dict[str, ReplyFacts] = {}
     parts: dict[str, list[PartFacts]] = {}
@@ -190,8 +196,20 @@ def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchang
     for some in in_chunks(ids):
         for id, at, *told in connection.execute(_REPLIES.where(h.http_request_id.in_(some))):
             replies[id] = ReplyFacts(hour_of(at), *told)
-        for row in connection.execute(_PARTS.where(r.http_request_id.in_(some))):
-            facts = PartFacts(
+        for http_id, facts in read_parts(connection, r.http_request_id.in_(some)):
+            if http_id is not None:
+                parts.setdefault(http_id, []).append(facts)
+    return {id: (replies.get(id), parts.get(id, [])) for id in ids}
+
+
+def read_parts(
+    connection: Connection, mine: ColumnElement[bool]
+) -> Iterator[tuple[str | None, PartFacts]]:
+    """Yield the parts that meet a condition on `requests`, each with its exchange's id."""
+    for row in connection.execute(_PARTS.where(mine)):
+        yield (
+            row.http_request_id,
+            PartFacts(
                 run_id=row.run_id,
                 seq=row.seq,
                 prompt_group=row.prompt_group,
@@ -204,9 +222,8 @@ def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchang
                 ttft_us=us_of(row.ttft_ms),
                 tpot_us=us_of(row.tpot_ms),
                 e2e_us=us_of(row.e2e_ms),
-            )
-            parts.setdefault(row.http_request_id, []).append(facts)
-    return {id: (replies.get(id), parts.get(id, [])) for id in ids}
+            ),
+        )
 
 
 _REPLIES: Select[Any] = select(
