@@ -4,7 +4,8 @@ A fact that is already there stays as it is (`ON CONFLICT DO NOTHING`), because 
 replayed. Only a higher snapshot number overwrites cumulative totals. Snapshots of one run are
 merged before they are written: PostgreSQL refuses to change a row twice in one statement, and
 nobody needs the older one. An open request and its bill may come in either order, and twice. If
-both are there, the open request is deleted.
+both are there, the open request is deleted. A record of a row that was dropped is known already
+(`retention/known.py`).
 
 Invariant: writing a batch twice, or its records in another order or grouping, leaves the same rows.
 """
@@ -23,6 +24,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.ledger import rows, schema
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
+from vllm_cost_meter.ledger.retention.known import without_dropped
 from vllm_cost_meter.ledger.rollups.adding import add, new_rows
 from vllm_cost_meter.ledger.rollups.bill_sums import add_energy, new_energy
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
@@ -58,14 +60,17 @@ def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
 
 def write(connection: Connection, records: Sequence[Record]) -> None:
     """Write records."""
-    parts = [record for record in records if isinstance(record, EngineRequest)]
-    https = [record for record in records if isinstance(record, HttpRequest)]
-    opened = [record for record in records if isinstance(record, OpenRequest)]
+    parts: Sequence[EngineRequest] = [r for r in records if isinstance(r, EngineRequest)]
+    https: Sequence[HttpRequest] = [r for r in records if isinstance(r, HttpRequest)]
+    opened: Sequence[OpenRequest] = [r for r in records if isinstance(r, OpenRequest)]
     told = [record for record in records if isinstance(record, Snapshot)]
     if len(parts) + len(https) + len(opened) + len(told) != len(records):
         kinds = sorted({type(record).__name__ for record in records})
         raise TypeError(f"expected {Record} among {kinds}")
-    snapshots = newest_snapshots(told).values()
+    merged = newest_snapshots(told)
+    snapshots = merged.values()
+    unknown = without_dropped(connection, parts, https, opened, merged.keys())
+    parts, https, opened = unknown.parts, unknown.replies, unknown.opened
     new = new_rows(connection, parts, https)
     insert_rows(connection, schema.requests, map(rows.part_row, parts))
     insert_rows(connection, schema.usage_pieces, chain.from_iterable(map(rows.piece_rows, parts)))
@@ -86,6 +91,7 @@ def write(connection: Connection, records: Sequence[Record]) -> None:
     energy_hours = [row for snapshot in snapshots for row in rows.energy_hour_rows(snapshot)]
     upsert_rows(connection, schema.energy_hours, energy_hours)
     energies = [row for snapshot in snapshots for row in rows.request_energy_rows(snapshot)]
+    energies = unknown.energies(energies)
     energy_mj = new_energy(connection, energies)
     insert_rows(connection, schema.request_energy, energies)
     add_energy(connection, energy_mj)

@@ -136,6 +136,8 @@ MIGRATIONS: Mapping[int, tuple[str | Column, ...]] = {
         ),
         *_index_again("rollup_groups", "tenant", "tenant, tenant_above"),
     ),
+    # `create_all` creates the tables of retention.
+    12: (),
 }
 FIRST_WITH_ROLLUPS = 11
 FIRST_WITH_BILL_SUMS = 12

@@ -37,6 +37,11 @@ from sqlalchemy import (
 
 from vllm_cost_meter.ledger.tables.base import KeyText, amount_columns
 from vllm_cost_meter.ledger.tables.base import metadata as metadata
+from vllm_cost_meter.ledger.tables.dropped import dropped_bills as dropped_bills
+from vllm_cost_meter.ledger.tables.dropped import dropped_hours as dropped_hours
+from vllm_cost_meter.ledger.tables.dropped import dropped_latencies as dropped_latencies
+from vllm_cost_meter.ledger.tables.dropped import dropped_unknown_energy as dropped_unknown_energy
+from vllm_cost_meter.ledger.tables.dropped import row_cutoffs as row_cutoffs
 from vllm_cost_meter.ledger.tables.sums import ENDED_AMOUNTS as ENDED_AMOUNTS
 from vllm_cost_meter.ledger.tables.sums import PIECE_AMOUNTS as PIECE_AMOUNTS
 from vllm_cost_meter.ledger.tables.sums import bill_sums as bill_sums
@@ -49,7 +54,7 @@ from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latenc
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 12
+SCHEMA_VERSION = 13
 
 
 def _class_columns() -> list[Column[int]]:

@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cut import Cut
+from vllm_cost_meter.ledger.retention.known import dropped_by_run
 from vllm_cost_meter.ledger.schema import requests
 
 POLL_S = 0.02
@@ -35,6 +36,12 @@ def settle(
         run_id: max(settled.get(run_id, 0), seq - ON_THEIR_WAY_MAX) for run_id, seq in last.items()
     }
     ranges = {run_id: (low, last[run_id]) for run_id, low in since.items() if low < last[run_id]}
+    if ranges:
+        with read() as connection:
+            # Those before a bill that was dropped are long there, or never come.
+            for run_id, dropped in dropped_by_run(connection, ranges).items():
+                low, high = ranges[run_id]
+                ranges[run_id] = min(max(low, dropped.last_seq), high), high
     deadline = time.monotonic() + settle_s
     while ranges:
         with read() as connection:

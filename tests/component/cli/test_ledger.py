@@ -8,7 +8,7 @@ import pytest
 
 from tests.component.cli.test_cli import no_settings, run
 from tests.component.ledger.test_reader import http, part
-from tests.support.upkeep import fill, noise, rows_of, server, sql, url_of
+from tests.support.upkeep import fill, noise, rows_of, server, sql, sums_again, url_of
 from vllm_cost_meter.journal.places import FileLock, folder_of_ledger
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.database import open_database
@@ -18,7 +18,7 @@ __all__ = ["no_settings"]
 
 # Of a SQLite file only.
 FILE_COMMANDS = ("check", "backup", "restore", "merge", "compact", "repair", "migrate")
-COMMANDS = ("apply", *FILE_COMMANDS)
+COMMANDS = ("apply", "drop", *FILE_COMMANDS)
 
 
 @pytest.fixture
@@ -150,6 +150,36 @@ def test_a_merge_shows_each_table(ledger, tmp_path):
     assert len(rows_of(ledger)["requests"]) == 35
 
 
+def test_old_rows_are_dropped_and_the_books_balance_as_before(ledger):
+    for table in ("requests", "http_requests"):
+        sql(ledger, f"UPDATE {table} SET finished_at = '2020-01-02T03:04:05.000000Z'")
+    sums_again(ledger)
+    assert ask("drop", "--before", "2020-01-02", ledger=ledger).stdout.startswith(
+        "dropped from before 2020-01-02: 0 bills and 0 HTTP requests"
+    )
+    rows = "30 bills and 30 HTTP requests, and what"
+    dry = ask("drop", "--before", "2020-01-03", "--dry-run", ledger=ledger)
+    assert dry.stdout.splitlines() == [
+        f"rows from before 2020-01-03: {rows} belongs to them",
+        "nothing was dropped: --dry-run",
+    ]
+    assert len(rows_of(ledger)["requests"]) == 30
+    done = ask("drop", "--before", "2020-01-03", ledger=ledger)
+    assert done.stdout.splitlines()[0] == f"dropped from before 2020-01-03: {rows} belonged to them"
+    assert rows_of(ledger)["requests"] == set()
+    assert run("audit", "--full", "--ledger", ledger).exit_code == 0
+    nothing = {"bills": 0, "replies": 0}
+    assert answer("drop", "--before", "2020-01-03", ledger=ledger) == {
+        "before": "2020-01-03",
+        "dry_run": False,
+        "dropped": nothing,
+        "left": nothing,
+    }
+    refused = ask("drop", "--before", "2999-01-01", ledger=ledger)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "rows of today and of the day before stay" in refused.stderr
+
+
 def test_a_ledger_is_made_smaller(ledger):
     sql(ledger, "DELETE FROM http_requests")
     done = ask("compact", ledger=ledger)
@@ -212,6 +242,7 @@ def test_for_postgresql_one_line_names_the_tool(command, tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_ledger_that_is_not_there_is_one_line_and_is_not_made(command, tmp_path):
     files = [tmp_path / "file"] if command in ("backup", "restore", "merge") else []
+    files += ["--before", "2020-01-01"] if command == "drop" else []
     done = ask(command, *files, ledger=tmp_path / "none.db")
     assert done.exit_code == 2
     assert done.stderr.count("\n") == 1

@@ -27,6 +27,12 @@ from vllm_cost_meter.console import interruptible, print_lines
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.catching_up import catch_up, waiting_records
 from vllm_cost_meter.ledger.database import open_database, parse_url, sqlite_path, url_of
+from vllm_cost_meter.ledger.retention.dropping import (
+    DroppedCounts,
+    count_rows,
+    cutoff_of,
+    drop_rows,
+)
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 from vllm_cost_meter.ledger.upkeep.compacting import compact
 from vllm_cost_meter.ledger.upkeep.copies import back_up
@@ -186,6 +192,55 @@ def compact_(ledger: Ledger = None, config: Config = None, as_json: Json = False
     _answer(asdict(done), lambda: [line], as_json)
 
 
+@app.command()
+def drop(
+    before: Annotated[
+        str, typer.Option("--before", help="A UTC date: rows that ended before it go.")
+    ],
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
+    ledger: Ledger = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Drop the rows of old requests; all sums stay as they are.
+
+    Reports, statements, budgets and the audit do not change. Single requests, and what is read of
+    them alone, are gone. It may run beside a server.
+
+    Example: vllm-cost-meter ledger drop --before 2026-08-01
+    """
+    with one_line_errors(), interruptible():
+        hour = cutoff_of(before, time.time_ns())
+        url = ledger_url(ledger, config)
+        engine = open_database(url, create=False)
+        try:
+            if not dry_run:
+                _catch_up(url, "rows would be dropped before those that belong to them came")
+                dropped = drop_rows(engine, hour)
+            with engine.connect() as connection:
+                left = count_rows(connection, hour)
+        finally:
+            engine.dispose()
+
+    def lines() -> Iterable[str]:
+        if dry_run:
+            yield f"rows from before {before}: {_counted(left)}, and what belongs to them"
+            yield "nothing was dropped: --dry-run"
+            return
+        yield f"dropped from before {before}: {_counted(dropped)}, and what belonged to them"
+        if any(left):
+            yield f"kept: {_counted(left)}, as these are open, or the last of a dead engine"
+        yield "the file keeps its size: `vllm-cost-meter ledger compact` gives free pages back"
+
+    found = {} if dry_run else {"dropped": dropped._asdict()}
+    answer = {"before": before, "dry_run": dry_run, **found, "left": left._asdict()}
+    _answer(answer, lines, as_json)
+
+
+def _counted(counts: DroppedCounts) -> str:
+    return f"{counts.bills:,} bills and {counts.replies:,} HTTP requests"
+
+
 @app.command("repair")
 def repair_(
     force: Annotated[
@@ -276,12 +331,12 @@ def _refuse_without_journals(url: str) -> None:
         )
 
 
-def _catch_up(url: str) -> None:
-    """Have a copy hold all that clients were told. Raises LedgerError if it would not."""
+def _catch_up(url: str, what: str = "a copy would lack them") -> None:
+    """Have the ledger hold all that clients were told. Raises LedgerError if it does not."""
     left = catch_up(url)
     if left:
         raise LedgerError(
-            f"ledger: {left:,} records in journals are not in it yet, and a copy would lack them;"
+            f"ledger: {left:,} records in journals are not in it yet, and {what};"
             " the server that applies them is behind: try again, or see its log"
         )
 

@@ -20,6 +20,8 @@ A full audit reads every bill, and holds these against one another too:
 Otherwise what the bills add up to is read where it is kept with them (`held.py`): what somebody
 else changes in the file is found by a full audit only.
 
+Bills whose rows were dropped count by their numbers and by what they added up to.
+
 The last bills of a dead run are beyond its last snapshot: no engine's count is there to hold
 against them, but for their numbers and pieces. Bills are counted first. The query for gaps runs
 only if the count is wrong.

@@ -2,7 +2,8 @@
 
 The sums (`rollups/bill_sums.py`) are a row for each run, so an audit by them costs the same however
 many bills there are. The few bills beyond a run's last snapshot are read and taken off. A full
-audit reads every bill: it finds what was changed from outside, which no sum can show.
+audit reads every bill: it finds what was changed from outside, which no sum can show. Of a bill
+whose rows were dropped only what it added to is known.
 
 Invariant: for a ledger that only the meter wrote both ways give the same figures.
 """
@@ -14,7 +15,12 @@ from sqlalchemy import ColumnElement, Table, and_, func, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cut import Cut, bills_up_to
-from vllm_cost_meter.ledger.rollups.bill_sums import BillSums, sums_of_rows
+from vllm_cost_meter.ledger.rollups.bill_sums import (
+    BillSums,
+    dropped_energy,
+    dropped_sums,
+    sums_of_rows,
+)
 from vllm_cost_meter.ledger.rollups.rebuilding import time_differences
 from vllm_cost_meter.ledger.schema import (
     PIECE_AMOUNTS,
@@ -96,6 +102,11 @@ def held_by_rows(connection: Connection, cut: Cut) -> dict[str, HeldBills]:
     energy = _total_by_run(
         connection, counted, request_energy, func.sum(request_energy.c.energy_mj)
     )
+    for dropped in dropped_sums(connection).values():
+        held[dropped.run_id] = held.get(dropped.run_id, 0) + dropped.bills
+        billed[dropped.run_id] = billed.get(dropped.run_id, 0) + dropped.gpu_time_ns
+    for run_id, mj in dropped_energy(connection).items():
+        energy[run_id] = energy.get(run_id, 0) + mj
     uneven = _uneven_bills(connection, cut)
     differences = time_differences(connection)
     stored = stored_sums(connection)

@@ -23,10 +23,11 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.queries.answers import LostRequest, UnbilledReply
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, Cut, RunCut
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
+from vllm_cost_meter.ledger.retention.known import kept_from_hour
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import http_requests, live_usage, open_requests, requests
 from vllm_cost_meter.ledger.tables.given import given_rows
-from vllm_cost_meter.units.time import rfc3339, unix_ns_of
+from vllm_cost_meter.units.time import instant_of, rfc3339, unix_ns_of
 
 # An audit lists at most so many lost requests and replies of a run; their sum covers all.
 MAX_LOST = 1000
@@ -150,6 +151,8 @@ def _replies(connection: Connection, dead: Sequence[RunCut]) -> dict[str, list[U
     found: dict[str, list[UnbilledReply]] = {}
     columns = [(name, Text()) for name in ("run_id", "since", "until")]
     spans = [(run.run_id, run.row["taken_at"], _until(run)) for run in dead]
+    # Of an older reply the bill may have been dropped.
+    kept_from = instant_of(kept_from_hour(connection)) or ""
     deaths, h, r = given_rows("deaths", columns, spans).c, http_requests.c, requests.c
     ended = and_(h.finished_at.between(deaths.since, deaths.until))
     billed = exists().where(r.http_request_id == h.http_request_id)
@@ -161,7 +164,7 @@ def _replies(connection: Connection, dead: Sequence[RunCut]) -> dict[str, list[U
         )
         .select_from(deaths.run_id.table)
         .join(http_requests, ended, isouter=True)
-        .where(h.http_request_id.is_not(None), ~billed)
+        .where(h.http_request_id.is_not(None), h.finished_at >= kept_from, ~billed)
         .order_by(h.finished_at, h.http_request_id)
     )
     for run_id, *row in connection.execute(asked):

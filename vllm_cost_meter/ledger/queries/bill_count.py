@@ -11,6 +11,9 @@ fills its gap, whenever that is. No clock takes part.
 A run may have lost many bills. Each call looks at the gaps that were found last, and at some of the
 others in turn, so that a call stays short however many there are.
 
+Bills whose rows were dropped before they were looked at count by what they added up to, by hour and
+group. A count that finds that others were dropped which it had not looked at begins again.
+
 Invariant: a bill that is in the ledger and has time in or after the first hour is counted once.
 """
 
@@ -22,6 +25,8 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.ends.highest import highest_bills
 from vllm_cost_meter.ledger.queries.missing import missing_numbers
+from vllm_cost_meter.ledger.retention.known import dropped_by_run
+from vllm_cost_meter.ledger.retention.ranges import DroppedNumbers, joined, without
 from vllm_cost_meter.ledger.schema import (
     bill_sums,
     requests,
@@ -64,6 +69,8 @@ class BillCount:
         # In the order in which they were found.
         self._gaps: list[_Gap] = []
         self._turn = 0
+        # Which bills were dropped, as of the latest look.
+        self._dropped: dict[str, DroppedNumbers] = {}
         self._scopes_of: dict[tuple[str, str | None, str | None], tuple[BudgetScope, ...]] = {}
 
     def serves(self, budgets: Iterable[Budget], first_hour: int) -> bool:
@@ -127,9 +134,12 @@ class BillCount:
         if not self._budgets:
             return
         highest = highest_bills(connection)
-        if self._upto is None:
+        dropped = dropped_by_run(connection)
+        if self._upto is None or self._missed(self._upto, dropped):
             self._begin(connection, highest)
+            self._dropped = dropped
             return
+        self._dropped = dropped
         for run_id, top in highest.items():
             upto = self._upto.get(run_id, 0)
             while upto < top:
@@ -137,6 +147,20 @@ class BillCount:
                 self._count(connection, run_id, upto + 1, last)
                 self._upto[run_id] = upto = last
         self._look_into_gaps(connection)
+
+    def _missed(self, upto: Mapping[str, int], dropped: Mapping[str, DroppedNumbers]) -> bool:
+        """Return whether a bill was dropped before it was counted."""
+        for run_id, numbers in dropped.items():
+            before = self._dropped.get(run_id, DroppedNumbers())
+            if numbers == before:
+                continue
+            if numbers.last_seq > max(upto.get(run_id, 0), before.last_seq):
+                return True
+            new = without(numbers.ranges(), before.ranges())
+            gaps = joined((gap.first, gap.last) for gap in self._gaps if gap.run_id == run_id)
+            if without(new, gaps) != new:
+                return True
+        return False
 
     def _begin(self, connection: Connection, highest: Mapping[str, int]) -> None:
         """Take what the sums by hour have, which is that of all bills up to the highest ones.

@@ -2,24 +2,30 @@
 
 A snapshot after the bill brings a request's energy, hour by hour. Here it is joined to the bill. An
 unknown energy is null with a reason, and never 0. A tenant has many requests, so its sum covers the
-known ones, and the number of unknown ones stands beside it.
+known ones, and the number of unknown ones stands beside it. For bills whose rows were dropped, the
+sums are on record by hour and group.
 
 Invariant: energies count up to the cut, as bills do. So the energies of all bills and of a run's
 classes add up to the energy read from its GPUs.
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, Text, and_, case, cast, distinct, func, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.coverage import DETAILS_NAME, details_name
+from vllm_cost_meter.ledger.coverage import DETAILS_NAME, details_name, is_shown
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, bills_up_to, stretch
 from vllm_cost_meter.ledger.queries.own_bills import bills_of
+from vllm_cost_meter.ledger.retention.folding import NO_HOUR
 from vllm_cost_meter.ledger.schema import (
+    dropped_hours,
+    dropped_unknown_energy,
     request_energy,
     requests,
+    rollup_groups,
     snapshots,
     usage_pieces,
 )
@@ -70,12 +76,16 @@ def by_tenant(connection: Connection, cut: Cut, question: Question) -> dict[str,
         .order_by(first)
     )
     used: dict[str, dict[str, dict[int | None, int]]] = {}
-    for tenant, run_id, hour, mj in connection.execute(known):
-        used.setdefault(tenant, {}).setdefault(run_id, {})[hour] = int(mj)
-    unknown = {tenant: int(count) for tenant, count in connection.execute(_unknown(cut, question))}
+    for query in (known, _dropped(cut, question)):
+        for tenant, run_id, hour, mj in connection.execute(query):
+            hours = used.setdefault(tenant, {}).setdefault(run_id, {})
+            hours[hour] = hours.get(hour, 0) + int(mj)
+    unknown: Counter[str] = Counter()
+    for query in (_unknown(cut, question), _dropped_unknown(cut, question)):
+        unknown.update({tenant: int(count) for tenant, count in connection.execute(query)})
     return {
-        tenant: RowEnergy(_sum(used.get(tenant)), unknown.get(tenant, 0), used.get(tenant, {}))
-        for tenant in used.keys() | unknown.keys()
+        tenant: RowEnergy(_sum(used.get(tenant)), unknown[tenant], used.get(tenant, {}))
+        for tenant in used.keys() | (+unknown).keys()
     }
 
 
@@ -103,6 +113,33 @@ def _unknown(cut: Cut, question: Question) -> Select[Any]:
     # GPU time stand in.
     pieces = bills.join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq))
     return pieces.where(cut.window.on_hours(func.coalesce(e.hour, p.hour)))
+
+
+def _dropped(cut: Cut, question: Question) -> Select[Any]:
+    """Select the energy of dropped bills, by tenant, run and stretch, as that of rows."""
+    d, g = dropped_hours.c, rollup_groups.c
+    first = func.min(d.hour)
+    return (
+        select(details_name(g, question), g.run_id, first, func.sum(d.energy_mj))
+        .join_from(dropped_hours, rollup_groups, g.group_id == d.group_id)
+        .where(cut.window.on_hours(d.hour), d.energies > 0, is_shown(g, cut.whose))
+        .group_by(DETAILS_NAME, g.run_id, *stretch(d.hour, cut.book.energy_price_changes()))
+        .order_by(first)
+    )
+
+
+def _dropped_unknown(cut: Cut, question: Question) -> Select[Any]:
+    """Select the number of dropped bills without a known energy, by tenant."""
+    d, g = dropped_unknown_energy.c, rollup_groups.c
+    name: ColumnElement[Any] = details_name(g, question)
+    bills: Select[Any] = select(name, func.sum(d.bills)).join_from(
+        dropped_unknown_energy, rollup_groups, g.group_id == d.group_id
+    )
+    bills = bills.where(is_shown(g, cut.whose)).group_by(DETAILS_NAME)
+    if cut.window.is_all:
+        return bills
+    inside = cut.window.on_hours(d.hour), cut.window.on_hours(d.later_hour)
+    return bills.where(*inside, d.hour > NO_HOUR)
 
 
 def class_mj(cut: Cut, name: str) -> int | None:

@@ -25,7 +25,7 @@ from vllm_cost_meter.ledger.rollups.exchanges import PartFacts, ReplyFacts, ende
 from vllm_cost_meter.ledger.rollups.groups import Group
 from vllm_cost_meter.ledger.rollups.histograms import Counted, us_of, write_counted
 from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, write
-from vllm_cost_meter.ledger.rollups.upserts import hold_sums, in_chunks
+from vllm_cost_meter.ledger.rollups.upserts import in_chunks, lock_sums
 from vllm_cost_meter.ledger.rows import tags_text
 from vllm_cost_meter.ledger.schema import ENDED_AMOUNTS, PIECE_AMOUNTS, http_requests, requests
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
@@ -48,7 +48,7 @@ def new_rows(
 ) -> NewRows:
     """Return the bills and HTTP requests that are not in the ledger yet."""
     if parts or replies:
-        hold_sums(connection)
+        lock_sums(connection)
     by_key: dict[tuple[str, int], EngineRequest] = {}
     for part in parts:
         by_key.setdefault((part.bill.run_id, part.bill.seq), part)
@@ -147,14 +147,14 @@ def _group_of(part: EngineRequest) -> Group:
 # ---- exchanges
 
 
-_Exchange = tuple[ReplyFacts | None, list[PartFacts]]
+ExchangeFacts = tuple[ReplyFacts | None, Sequence[PartFacts]]
 
 
 def _changes(
     connection: Connection, new: NewRows, facts: Mapping[tuple[str, int], PartFacts]
-) -> Iterator[tuple[ReplyFacts | None, list[PartFacts], int]]:
+) -> Iterator[tuple[ReplyFacts | None, Sequence[PartFacts], int]]:
     """Yield exchanges as they are now, and as they were before with a sign of -1."""
-    there = _exchanges(connection, sorted(new.begun))
+    there = read_exchanges(connection, sorted(new.begun))
     for id, (reply, parts) in there.items():
         yield reply, parts, 1
         before = [part for part in parts if (part.run_id, part.seq) not in new.parts]
@@ -190,7 +190,7 @@ def _facts_of(part: EngineRequest) -> PartFacts:
     )
 
 
-def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchange]:
+def read_exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, ExchangeFacts]:
     """Return the HTTP rows and parts of exchanges, as they are in the ledger."""
     replies: dict[str, ReplyFacts] = {}
     parts: dict[str, list[PartFacts]] = {}
@@ -198,8 +198,20 @@ def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchang
     for some in in_chunks(ids):
         for id, at, *told in connection.execute(_REPLIES.where(h.http_request_id.in_(some))):
             replies[id] = ReplyFacts(hour_of(at), *told)
-        for row in connection.execute(_PARTS.where(r.http_request_id.in_(some))):
-            facts = PartFacts(
+        for http_id, facts in read_parts(connection, r.http_request_id.in_(some)):
+            if http_id is not None:
+                parts.setdefault(http_id, []).append(facts)
+    return {id: (replies.get(id), parts.get(id, [])) for id in ids}
+
+
+def read_parts(
+    connection: Connection, mine: ColumnElement[bool]
+) -> Iterator[tuple[str | None, PartFacts]]:
+    """Yield the parts that meet a condition on `requests`, each with its exchange's id."""
+    for row in connection.execute(_PARTS.where(mine)):
+        yield (
+            row.http_request_id,
+            PartFacts(
                 run_id=row.run_id,
                 seq=row.seq,
                 prompt_group=row.prompt_group,
@@ -212,9 +224,8 @@ def _exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, _Exchang
                 ttft_us=us_of(row.ttft_ms),
                 tpot_us=us_of(row.tpot_ms),
                 e2e_us=us_of(row.e2e_ms),
-            )
-            parts.setdefault(row.http_request_id, []).append(facts)
-    return {id: (replies.get(id), parts.get(id, [])) for id in ids}
+            ),
+        )
 
 
 _REPLIES: Select[Any] = select(

@@ -9,7 +9,7 @@ A bill's energy comes later, by another journal, and may even be there before th
 of its own, `energy_sums`, has what it adds up to.
 
 Every bill and energy is added once, whichever batch brings it: whoever writes them looks first
-which ones the ledger lacks.
+which ones the ledger lacks. What the bills added up to whose rows were dropped is on record.
 
 Invariant: after each transaction the rows are what `sums_of_rows` makes of the bills.
 """
@@ -22,18 +22,21 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import orjson
-from sqlalchemy import ColumnElement, case, delete, func, select
+from sqlalchemy import ColumnElement, case, delete, func, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.rollups.upserts import add_to, hold_sums, in_chunks
+from vllm_cost_meter.ledger.rollups.upserts import add_to, in_chunks, lock_sums
 from vllm_cost_meter.ledger.rows import TableRow, owner_columns
 from vllm_cost_meter.ledger.schema import (
     PIECE_AMOUNTS,
     bill_sums,
+    dropped_bills,
+    dropped_hours,
     energy_sums,
     request_energy,
     requests,
+    rollup_groups,
     usage_pieces,
 )
 from vllm_cost_meter.records.requests import EngineRequest
@@ -99,7 +102,7 @@ def new_energy(connection: Connection, rows: Sequence[TableRow]) -> dict[str, in
         if row["energy_mj"] is not None:
             by_key.setdefault((row["run_id"], row["seq"], row["hour"]), row["energy_mj"])
     if by_key:
-        hold_sums(connection)
+        lock_sums(connection)
     e = request_energy.c
     for run_id, of_run in groupby(sorted(by_key), itemgetter(0)):
         for some in in_chunks(sorted({seq for _, seq, _ in of_run})):
@@ -126,12 +129,28 @@ def rebuild_bill_sums(connection: Connection) -> None:
 
 
 def sums_of_rows(connection: Connection) -> Iterator[BillSums]:
-    """Yield what the bills of each run add up to. Reads them all."""
+    """Yield what the bills of each run add up to, dropped ones too. Reads all that are left."""
+    dropped = dropped_sums(connection)
+    for sums in sums_where(connection, true()):
+        before = dropped.pop(sums.run_id, None)
+        yield sums if before is None else sums.with_more(before)
+    yield from dropped.values()
+
+
+def dropped_sums(connection: Connection) -> dict[str, BillSums]:
+    """Return what the dropped bills of each run added up to."""
+    rows = connection.execute(select(*(dropped_bills.c[name] for name in BillSums._fields)))
+    return {row.run_id: BillSums._make(row) for row in rows}
+
+
+def sums_where(connection: Connection, mine: ColumnElement[bool]) -> Iterator[BillSums]:
+    """Yield what those bills of each run add up to that meet a condition on `requests`."""
     r, p = requests.c, usage_pieces.c
     of_bill = [*(r[name] for name in _COVERED), r.gpu_time_ns]
     rows = connection.execute(
         select(*of_bill, p.hour, *(p[name] for name in PIECE_AMOUNTS))
         .join(usage_pieces, (p.run_id == r.run_id) & (p.seq == r.seq), isouter=True)
+        .where(mine)
         .order_by(r.run_id, r.seq, p.hour)
         .execution_options(yield_per=1_000)
     )
@@ -145,7 +164,22 @@ def energy_of_rows(connection: Connection) -> dict[str, int]:
     e = request_energy.c
     known = select(e.run_id, func.sum(e.energy_mj)).group_by(e.run_id)
     known = known.where(e.energy_mj.is_not(None))
-    return {run_id: int(mj) for run_id, mj in connection.execute(known)}
+    found = dropped_energy(connection)
+    for run_id, mj in connection.execute(known):
+        found[run_id] = found.get(run_id, 0) + int(mj)
+    return found
+
+
+def dropped_energy(connection: Connection) -> dict[str, int]:
+    """Return what the known energies of each run's dropped bills added up to, in mJ."""
+    d, g = dropped_hours.c, rollup_groups.c
+    asked = (
+        select(g.run_id, func.sum(d.energy_mj))
+        .join_from(dropped_hours, rollup_groups, g.group_id == d.group_id)
+        .where(d.energies > 0)
+        .group_by(g.run_id)
+    )
+    return {run_id: int(mj) for run_id, mj in connection.execute(asked)}
 
 
 def _of_part(part: EngineRequest) -> BillSums:

@@ -63,6 +63,11 @@ class Counted:
         if len(times) >= _TIMES_AT_ONCE:
             self._fill_buckets()
 
+    def add_bucket(self, bucket: Bucket, exchanges: int, sum_us: int) -> None:
+        """Count times that are in a bucket already, or take them out."""
+        known = self._buckets.get(bucket, (0, 0))
+        self._buckets[bucket] = known[0] + exchanges, known[1] + sum_us
+
     def buckets(self) -> dict[Bucket, tuple[int, int]]:
         """Return the changes of each bucket: exchanges, and the sum of their times."""
         self._fill_buckets()
@@ -75,8 +80,7 @@ class Counted:
                 by_about[about(us)].append(us)
             for about_us, some in by_about.items():
                 bucket = Bucket(hour, measure, about_us)
-                exchanges, sum_us = self._buckets.get(bucket, (0, 0))
-                self._buckets[bucket] = exchanges + sign * len(some), sum_us + sign * sum(some)
+                self.add_bucket(bucket, sign * len(some), sign * sum(some))
         self._times.clear()
 
 

@@ -2,8 +2,9 @@
 
 The database adds up: pieces by hour and group in one query, exchanges in another. None of it is
 code that `adding.py` uses, so each is a judge of the other. A migration and a repair begin with it.
+What dropped rows had added up to is on record (`retention/tables.py`), and is added to the rest.
 
-Invariant: the sums that are made here depend on the rows only.
+Invariant: the sums that are made here depend on the rows, and on that record, only.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from sqlalchemy import (
     delete,
     func,
     literal,
+    or_,
     select,
     union_all,
 )
@@ -29,6 +31,7 @@ from vllm_cost_meter.ledger.rollups.bill_sums import rebuild_bill_sums
 from vllm_cost_meter.ledger.rollups.groups import Group
 from vllm_cost_meter.ledger.rollups.histograms import (
     MEASURES,
+    Bucket,
     Counted,
     write_counted,
 )
@@ -36,6 +39,10 @@ from vllm_cost_meter.ledger.rollups.sums import AMOUNTS, SumKey, SumsByKey, noth
 from vllm_cost_meter.ledger.schema import (
     ENDED_AMOUNTS,
     PIECE_AMOUNTS,
+    dropped_bills,
+    dropped_hours,
+    dropped_latencies,
+    dropped_unknown_energy,
     http_requests,
     requests,
     rollup_arrivals,
@@ -66,8 +73,11 @@ class SpanOfSums(NamedTuple):
 def rebuild(connection: Connection) -> None:
     """Delete all sums and make them anew from the rows."""
     rebuild_bill_sums(connection)
-    for table in (rollup_hours, rollup_days, rollup_groups, rollup_latencies, rollup_arrivals):
+    for table in (rollup_hours, rollup_days, rollup_latencies, rollup_arrivals):
         connection.execute(delete(table))
+    g = rollup_groups.c.group_id
+    is_needed = (g.in_(select(t.c.group_id)) for t in (dropped_hours, dropped_unknown_energy))
+    connection.execute(delete(rollup_groups).where(~or_(*is_needed)))
     write_counted(connection, _timed(connection))
     rows = _rows(connection)
     while some := list(islice(rows, _ROWS_AT_ONCE)):
@@ -83,7 +93,7 @@ def differences(connection: Connection) -> list[SpanOfSums]:
         day[:] = (a + b for a, b in zip(day, hour_amounts, strict=True))
     wrong = []
     for table, right in ((rollup_hours, expected), (rollup_days, days)):
-        found = _stored(connection, table)
+        found = dict(_stored(connection, table))
         wrong += [
             SpanOfSums(table.name, place.hour, place.group, found.get(place, ()))
             for place in right.keys() | found.keys()
@@ -129,7 +139,19 @@ def _timed(connection: Connection) -> Counted:
         for measure, ms in zip(MEASURES, took_ms, strict=True):
             if ms is not None:
                 counted.add_time(hour_of(ended_at), measure, round(ms * 1000))
+    _add_dropped_times(connection, counted)
     return counted
+
+
+def _add_dropped_times(connection: Connection, counted: Counted) -> None:
+    d, h = dropped_latencies.c, dropped_hours.c
+    key = (d.hour, d.measure, d.about_us)
+    buckets = select(*key, func.sum(d.exchanges), func.sum(d.sum_us)).group_by(*key)
+    for hour, measure, about_us, exchanges, sum_us in connection.execute(buckets):
+        counted.add_bucket(Bucket(hour, measure, about_us), int(exchanges), int(sum_us))
+    came = select(h.hour, func.sum(h.arrivals)).where(h.arrivals != 0).group_by(h.hour)
+    for hour, exchanges in connection.execute(came):
+        counted.arrivals[hour] += int(exchanges)
 
 
 def time_differences(connection: Connection) -> dict[str, int]:
@@ -139,7 +161,7 @@ def time_differences(connection: Connection) -> dict[str, int]:
     stands in a wrong hour counts where it lacks and where it is.
     """
     found: dict[str, int] = {}
-    for query in (wrong_hours(), wrong_days()):
+    for query in (wrong_hours(), wrong_days(), wrong_dropped()):
         for run_id, _, ns in connection.execute(query):
             found[run_id] = found.get(run_id, 0) + abs(int(ns))
     return found
@@ -149,7 +171,7 @@ def wrong_hours() -> Select[Any]:
     """Select (run, hour, GPU-ns) where the bills have more time than the sum, or less."""
     p = usage_pieces.c
     bills = select(p.run_id, p.hour.label("span"), (p.prefill_ns + p.decode_ns).label("ns"))
-    return _unequal(bills, _time_in(rollup_hours, -1))
+    return _unequal(bills, _time_in(dropped_hours, 1), _time_in(rollup_hours, -1))
 
 
 def wrong_days() -> Select[Any]:
@@ -167,27 +189,35 @@ def _time_in(table: Table, sign: int) -> Select[Any]:
     return side.join(rollup_groups, g.group_id == table.c.group_id)
 
 
-def _unequal(one: Select[Any], other: Select[Any]) -> Select[Any]:
-    of = union_all(one, other).subquery().c
+def wrong_dropped() -> Select[Any]:
+    """Select (run, 0, GPU-ns) where the dropped bills have more time than their sums, or less."""
+    d = dropped_bills.c
+    bills = select(d.run_id, literal(0).label("span"), d.gpu_time_ns.label("ns"))
+    of = _time_in(dropped_hours, -1).subquery().c
+    return _unequal(bills, select(of.run_id, literal(0).label("span"), of.ns))
+
+
+def _unequal(*sides: Select[Any]) -> Select[Any]:
+    of = union_all(*sides).subquery().c
     total = func.sum(of.ns)
     return select(of.run_id, of.span, total).group_by(of.run_id, of.span).having(total != 0)
 
 
-def _stored(connection: Connection, table: Table) -> dict[SumKey, tuple[int, ...]]:
+def _stored(connection: Connection, table: Table) -> Iterator[tuple[SumKey, tuple[int, ...]]]:
     g = rollup_groups.c
     asked = select(
         next(iter(table.c)), *(g[name] for name in Group._fields), *(table.c[n] for n in AMOUNTS)
     ).join(rollup_groups, g.group_id == table.c.group_id)
     width = len(Group._fields)
-    return {
-        SumKey(span, Group(*rest[:width])): tuple(map(int, rest[width:]))
-        for span, *rest in connection.execute(asked)
-    }
+    for span, *rest in connection.execute(asked):
+        yield SumKey(span, Group(*rest[:width])), tuple(map(int, rest[width:]))
 
 
 def _rows(connection: Connection) -> Iterator[tuple[SumKey, int, list[int]]]:
     """Yield amounts with their place, and where in AMOUNTS they begin."""
     width = len(Group._fields)
+    for place, amounts in _stored(connection, dropped_hours):
+        yield place, 0, list(amounts)
     for hour, *rest in connection.execute(_pieces()):
         yield SumKey(hour, Group(*rest[:width])), 0, [int(amount) for amount in rest[width:]]
     is_sorted_apart = connection.dialect.name == "postgresql"

@@ -22,7 +22,7 @@ _LOCK = 0x636F73745F72  # "cost_r": a number of our own among PostgreSQL's locks
 RowValues = tuple[Any, ...]
 
 
-def hold_sums(connection: Connection) -> None:
+def lock_sums(connection: Connection) -> None:
     """Let nobody else add to sums until the transaction ends: whoever adds looks first what is new.
 
     A SQLite file has one writer at a time anyway.

@@ -31,6 +31,8 @@ class RowKind(StrEnum):
     BILLED_HOURS = "billed hours"
     # Adds up other rows of this file, and is made anew of them.
     SUM = "sum"
+    # What the dropped bills of a run added up to: of two ledgers one has it right.
+    DROPPED = "dropped"
     # The version of the tables themselves.
     VERSION = "version"
 
@@ -56,6 +58,11 @@ _KINDS = {
     schema.rollup_arrivals.name: RowKind.SUM,
     schema.bill_sums.name: RowKind.SUM,
     schema.energy_sums.name: RowKind.SUM,
+    schema.row_cutoffs.name: RowKind.FACT,
+    schema.dropped_bills.name: RowKind.DROPPED,
+    schema.dropped_hours.name: RowKind.DROPPED,
+    schema.dropped_unknown_energy.name: RowKind.DROPPED,
+    schema.dropped_latencies.name: RowKind.DROPPED,
     schema.journals.name: RowKind.OWN,
     schema.journal_losses.name: RowKind.FACT,
     schema.billing_snapshots.name: RowKind.DECLARED,

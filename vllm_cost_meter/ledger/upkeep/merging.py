@@ -3,7 +3,8 @@
 Each other ledger is copied first, as it is at one instant, checked, and migrated in the copy. Then
 one transaction adds their rows: facts that are not there yet, totals with a higher snapshot number,
 open requests without a bill. What people declared or imported must be the same where the key is the
-same. Otherwise nothing is written, because one of the two is wrong and no rule could say which.
+same. Otherwise nothing is written, because one of the two is wrong and no rule could say which. A
+row that one of them has dropped does not come back (`retention/merging.py`).
 
 Invariant: merging a ledger twice, or in another order, leaves the same rows.
 """
@@ -36,6 +37,7 @@ from vllm_cost_meter.ledger.billing.hours import Change, ImportLimits, change_of
 from vllm_cost_meter.ledger.damage.setting_aside import forget_set_aside, is_aside_of
 from vllm_cost_meter.ledger.database import cause_of, open_database, url_of, writing
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
+from vllm_cost_meter.ledger.retention.merging import fit_together, refuse_bills_beyond
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import (
     billed_hours,
@@ -163,12 +165,14 @@ def _merge(
             if is_aside_of(path, other.file):
                 # The ledger knows what was set aside before it, and what of that is merged already.
                 forget_set_aside(connection, f"other{number}")
+            fit_together(connection, f"other{number}", str(other.file))
             _add_billed_hours(connection, other, gap_ns, merged)
             for table in metadata.sorted_tables:
                 attached = table.to_metadata(MetaData(), schema=f"other{number}")
                 merged[table.name] = _add(connection, table, attached, other, merged[table.name])
         connection.execute(delete(open_requests).where(is_billed()))
         forget_set_aside(connection, files={other.file.name for other in others})
+        refuse_bills_beyond(connection)
         rebuild(connection)
         if dry_run:
             transaction.rollback()
