@@ -144,7 +144,7 @@ soak: setup
 
 bench: setup
 	$(RUN) python benchmarks/bench_attribution.py
-	$(RUN) python benchmarks/bench_ledger.py
+	$(RUN) python -m benchmarks.bench_ledger
 	$(RUN) python benchmarks/bench_answers.py
 	$(RUN) python -m benchmarks.bench_reply
 	$(RUN) python benchmarks/bench_budgets.py

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_attribution import machine
-from bench_ledger import records
+from made_requests import records
 
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.ledger.database import open_database, writing

@@ -31,7 +31,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from bench_attribution import machine
-from bench_ledger import records
+from made_requests import records
 from sqlalchemy import Engine
 
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from bench_attribution import machine
-from bench_ledger import records
+from made_requests import records
 
 from vllm_cost_meter.invoices.files import InvoiceFile
 from vllm_cost_meter.invoices.timeline import InvoiceLine

@@ -6,13 +6,22 @@ percentile. Then it gets all requests at once, as on a server that never waits: 
 requests per second until the last write. Then the real applier brings that journal into a SQLite
 file: the figures are requests per second, and its processor time for each.
 
-The comparison is sqlite3 alone, in this thread: the same rows in a commit for each request (WAL,
-synchronous=NORMAL), in turn with the journal's writes; and for the applier the same rows by
-`executemany`, 500 requests to a commit, with the ledger's tables and indexes. So the ratios show
-what the journal saves a reply, and what the applier costs beyond SQLite.
+The first yardstick is sqlite3 alone, in this thread: the same rows in a commit for each request
+(WAL, synchronous=NORMAL), in turn with the journal's writes; and for the applier the same rows by
+`executemany`, 1,000 requests to a commit. It has the ledger's tables and indexes, and one table of
+sums by hour and tenant. So the ratios show what the journal saves a reply, and what the applier
+costs beyond SQLite.
+
+The second is what a typical proxy keeps: a row for each request in PostgreSQL (`spend_log.py`), a
+hundred in a transaction. It says less of a request, and has no sums.
+
+Bytes are those of the file when it is closed, and of each table and index in it.
 
 Limits. Nothing else runs in this process. Beside a busy event loop the writer's thread also waits
 for the interpreter's lock, up to 5 ms at a time; the figures of `bench_serving.py` include that.
+The ledger is new, so its indexes have few pages, and a commit changes most of them: in a large one
+a commit of few requests is cheaper than here, and one of many dearer. PostgreSQL does not sync its
+files; it needs the programs of a server (`apt-get install postgresql`).
 """
 
 import argparse
@@ -21,87 +30,54 @@ import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
 
-from bench_attribution import machine
+import apsw
 
+from benchmarks import spend_log
+from benchmarks.bench_attribution import machine
+from benchmarks.made_requests import records
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger import rows
 from vllm_cost_meter.ledger.applier import Applier
 from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.database import open_database
-from vllm_cost_meter.records.bill import Bill, UsagePiece
-from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Usage
+from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 BLOCK = 100
-
-
-def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
-    """Return an engine request with its bill, and its HTTP request."""
-    now_ns = time.time_ns()
-    http_id = f"cost-{run_id}-{number:032x}"
-    bill = Bill(
-        run_id=run_id,
-        seq=number + 1,
-        request_id=f"cmpl-{number:016x}-0-01234567",
-        engine_status="length_capped",
-        method="tokens",
-        prompt_tokens=128,
-        cached_tokens=0,
-        output_tokens=128,
-        preemptions=0,
-        steps=128,
-        batch=1280,
-        first_model=3,
-        last_model=4,
-        pieces=(UsagePiece(500_000, 1_000_000, 80_000_000, 128, 127),),
-    )
-    part = EngineRequest(
-        bill=bill,
-        http_request_id=http_id,
-        response_id=f"cmpl-{number:016x}",
-        external_id=f"cmpl-{number:016x}-0",
-        prompt_group=bill.request_id,
-        owner=Owner("alpha"),
-        model="model",
-        lora=None,
-        route="/v1/completions",
-        cost_nanousd=56_250,
-        marginal_cost_nanousd=50_000,
-        started_at_ns=now_ns,
-        finished_at_ns=now_ns,
-        latencies=Latencies(1.0, 10.0, 5.0, 700.0),
-    )
-    http = HttpRequest(
-        http_request_id=http_id,
-        response_id=part.response_id,
-        x_request_id=None,
-        owner=Owner("alpha"),
-        model="model",
-        route="/v1/completions",
-        status=200,
-        streamed=True,
-        usage=Usage(128, 0, 128),
-        gpu_time_ns=bill.gpu_time_ns,
-        cost_nanousd=part.cost_nanousd,
-        started_at_ns=now_ns,
-        finished_at_ns=now_ns,
-    )
-    return part, http
+# Requests to a commit of sqlite3 alone; the applier's commits have as many.
+AT_ONCE = 1_000
 
 
 TABLES = ("requests", "usage_pieces", "http_requests")
 
 
+_SUMS = (
+    "CREATE TABLE sums (hour INTEGER, tenant TEXT, requests INTEGER, prompt_tokens INTEGER,"
+    " output_tokens INTEGER, gpu_time_ns INTEGER, PRIMARY KEY (hour, tenant)) WITHOUT ROWID"
+)
+_ADD_TO_SUMS = (
+    "INSERT INTO sums VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+    " requests = requests + excluded.requests,"
+    " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+    " output_tokens = output_tokens + excluded.output_tokens,"
+    " gpu_time_ns = gpu_time_ns + excluded.gpu_time_ns"
+)
+
+
 class Plain:
-    """sqlite3 alone, with a ledger's tables, indexes and mode."""
+    """sqlite3 alone, with a ledger's tables, indexes and mode, and one table of sums."""
 
     def __init__(self, path: Path) -> None:
         open_database(f"sqlite:///{path}").dispose()
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.execute("PRAGMA synchronous=NORMAL")
+        self._connection.execute(_SUMS)
 
     def commit(self, *both: tuple[EngineRequest, HttpRequest]) -> None:
         """Write the rows of requests in one transaction."""
@@ -111,7 +87,20 @@ class Plain:
             places = ", ".join("?" * len(values[0]))
             sql = f"INSERT INTO {table} ({', '.join(values[0])}) VALUES ({places})"
             self._connection.executemany(sql, [tuple(row.values()) for row in values])
+        self._connection.executemany(_ADD_TO_SUMS, _sums(both))
         self._connection.execute("COMMIT")
+
+
+def _sums(both: Sequence[tuple[EngineRequest, HttpRequest]]) -> list[tuple[object, ...]]:
+    found: dict[tuple[int, str], list[int]] = {}
+    for part, http in both:
+        bill = part.bill
+        sums = found.setdefault((http.finished_at_ns // NS_PER_HOUR, http.owner.tenant), [0] * 4)
+        sums[0] += 1
+        sums[1] += bill.prompt_tokens
+        sums[2] += bill.output_tokens
+        sums[3] += bill.gpu_time_ns
+    return [(*key, *sums) for key, sums in found.items()]
 
 
 def _part(part: EngineRequest, _http: HttpRequest) -> rows.TableRow:
@@ -154,11 +143,13 @@ def measure(folder: Path, blocks: int, at_once: int) -> dict[str, float]:
     writer.append().result()
     journal_s = time.perf_counter() - start_s
     writer.close()
-    applied = _applied(folder)
+    # In a process of its own, as beside a server.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        applied = pool.submit(_applied, folder).result()
     requests = blocks * BLOCK + at_once
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    for first in range(0, at_once, 500):
-        plain.commit(*many[first : first + 500])
+    for first in range(0, at_once, AT_ONCE):
+        plain.commit(*many[first : first + AT_ONCE])
     plain_s, plain_cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
     return {
         "told_ms_median": round(statistics.median(journaled), 3),
@@ -172,14 +163,24 @@ def measure(folder: Path, blocks: int, at_once: int) -> dict[str, float]:
         "plain_per_s": round(at_once / plain_s),
         "plain_cpu_ms_each": round(plain_cpu_s / at_once * 1e3, 4),
         "bytes_each": round((folder / "ledger.db").stat().st_size / requests),
+        **bytes_by_table(folder / "ledger.db", requests),
+        **spend_log.measure(many),
     }
+
+
+def bytes_by_table(path: Path, requests: int) -> dict[str, float]:
+    """Return the bytes of each table and index for a request, those that have any."""
+    asked = "SELECT name, sum(pgsize) FROM dbstat GROUP BY name ORDER BY 2 DESC"
+    with closing(apsw.Connection(str(path))) as connection:
+        found = [(str(name), round(size / requests)) for name, size in connection.execute(asked)]
+    return {f"bytes_of {name}": size for name, size in found if size}
 
 
 def _applied(folder: Path) -> tuple[float, float]:
     """Apply the journals of a folder; return the seconds and the processor seconds it took."""
-    applier = Applier(
-        BatchWriter(f"sqlite:///{folder / 'ledger.db'}"), folder / "ledger.db.journal"
-    )
+    batches = BatchWriter(f"sqlite:///{folder / 'ledger.db'}")
+    batches.opened()  # once in the life of a server
+    applier = Applier(batches, folder / "ledger.db.journal")
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     while applier.apply():
         pass
@@ -199,7 +200,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         results = measure(Path(folder), options.blocks, options.at_once)
     for name, value in results.items():
-        print(f"{name:<20} {value:>10}")
+        print(f"{name:<42} {value:>10}")
     if options.json:
         print(json.dumps(results))
 

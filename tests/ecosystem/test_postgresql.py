@@ -24,6 +24,7 @@ from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import OverdueError
 from vllm_cost_meter.ledger.batches import BatchWriter
+from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.deadline import Deadline, deadline
 from vllm_cost_meter.ledger.economics.query import economics
 from vllm_cost_meter.ledger.queries.cut import AsOf
@@ -69,6 +70,26 @@ def rows(url: str, query: str) -> list[tuple[Any, ...]]:
             return [tuple(row) for row in connection.execute(text(query))]
     finally:
         engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("table", "id_column"),
+    [
+        ("requests", "external_id"),
+        ("requests", "response_id"),
+        ("http_requests", "response_id"),
+        ("http_requests", "x_request_id"),
+    ],
+)
+@pytest.mark.parametrize("of", ["= 'a'", "IN ('a', 'b')"])
+def test_an_index_without_unknown_ids_serves_who_asks_for_one(
+    url: str, table: str, id_column: str, of: str
+) -> None:
+    open_database(url).dispose()
+    # PostgreSQL would read all rows of an empty table.
+    by_index = f"{url}&options=-cenable_seqscan%3Doff"
+    plan = rows(by_index, f"EXPLAIN SELECT 1 FROM {table} WHERE {id_column} {of}")
+    assert f"ix_{table}_{id_column}" in str(plan)
 
 
 # ---- what PostgreSQL cannot take
@@ -230,6 +251,7 @@ def test_statements_are_the_same(both: list[LedgerReader], tenant: str | None) -
 
 def test_the_audit_finds_both_balanced(both: list[LedgerReader]) -> None:
     assert same(both, lambda reader: reader.audit(AS_OF))["balanced"]
+    assert same(both, lambda reader: reader.audit(AS_OF, full=True))["balanced"]
 
 
 def test_summary_tenants_models_and_what_was_seen_are_the_same(both: list[LedgerReader]) -> None:
@@ -291,6 +313,29 @@ def test_a_bill_that_is_committed_late_counts_for_its_budget(
         used.append(figures.standings[0].total)
     looks.close()
     assert used == [600, 900, 1_200]
+
+
+def test_what_two_writers_bring_at_the_same_time_is_added_up_once(url: str) -> None:
+    bills = [part(seq, f"h{seq}") for seq in range(1, 9)]
+    classes = dict.fromkeys(ENERGY_CLASSES, 0) | {"requests": 8 * 30}
+    told = tuple(RequestEnergy(seq, HOUR, 30, None) for seq in range(1, 9))
+    energy = RunEnergy(8 * 30, None, 0, classes, (), {HOUR: classes}, told)
+    state = snapshot(bills, totals=ClassTotals(requests=8 * 300), energy=energy)
+    replies = [http(f"h{seq}") for seq in range(1, 9)]
+    open_database(url).dispose()
+    both = [LedgerWriter(url) for _ in range(2)]
+    for one in both:
+        one.start()
+    written = [one.commit(*bills, *replies, state) for _ in range(5) for one in both]
+    for each in written:
+        each.result(30)
+    for one in both:
+        one.close()
+    assert rows(url, "SELECT bills, gpu_time_ns FROM bill_sums") == [(8, 8 * 300)]
+    assert rows(url, "SELECT energy_mj FROM energy_sums") == [(8 * 30,)]
+    assert rows(url, "SELECT SUM(requests) FROM rollup_hours") == [(8,)]
+    with LedgerReader(url) as reader:
+        assert reader.audit(AS_OF, full=True)["balanced"]
 
 
 def test_a_question_that_takes_too_long_is_ended_by_the_server(

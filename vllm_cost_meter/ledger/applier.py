@@ -12,8 +12,10 @@ Invariant: a record that was whole in a journal is in the ledger, or still in a 
 of `journal_losses`.
 """
 
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -101,7 +103,8 @@ class Applier:
         After an error the next call begins where the ledger is.
         """
         try:
-            return self._apply()
+            with _without_collections():
+                return self._apply()
         except BaseException:
             self.forget()
             raise
@@ -263,6 +266,18 @@ class Applier:
         """Delete the row of a journal that is gone; one that stays says nothing wrong."""
         if self._positions is not None and self._positions.pop(journal_id, None) is not None:
             self._batches.apply([], lambda _bad: JournalProgress({}, gone=journal_id))
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let the garbage collector rest: a batch makes very many objects, and no cycles of them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _failure_in(folder: Path, error: LedgerError | OSError) -> LedgerError:

@@ -10,9 +10,11 @@ both are there, the open request is deleted. A record of a row that was dropped 
 Invariant: writing a batch twice, or its records in another order or grouping, leaves the same rows.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
+from operator import itemgetter
 from typing import TypeVar
 
 from sqlalchemy import Table, delete
@@ -28,7 +30,7 @@ from vllm_cost_meter.ledger.rollups.bill_sums import add_energy, new_energy
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
 from vllm_cost_meter.records.snapshot import Snapshot
 
-# SQLite takes 32,766 parameters since 3.32; smaller statements are no slower, and shorter.
+# SQLite takes 32,766 parameters since 3.32.
 MAX_PARAMETERS = 8_000
 
 
@@ -58,21 +60,21 @@ def newest_snapshots(snapshots: Iterable[Snapshot]) -> dict[str, Snapshot]:
 
 def write(connection: Connection, records: Sequence[Record]) -> None:
     """Write records."""
-    if not all(isinstance(record, Record) for record in records):
-        kinds = sorted({type(record).__name__ for record in records})
-        raise TypeError(f"expected {Record} among {kinds}")
     parts: Sequence[EngineRequest] = [r for r in records if isinstance(r, EngineRequest)]
     https: Sequence[HttpRequest] = [r for r in records if isinstance(r, HttpRequest)]
     opened: Sequence[OpenRequest] = [r for r in records if isinstance(r, OpenRequest)]
-    merged = newest_snapshots(record for record in records if isinstance(record, Snapshot))
+    told = [record for record in records if isinstance(record, Snapshot)]
+    if len(parts) + len(https) + len(opened) + len(told) != len(records):
+        kinds = sorted({type(record).__name__ for record in records})
+        raise TypeError(f"expected {Record} among {kinds}")
+    merged = newest_snapshots(told)
     snapshots = merged.values()
     unknown = without_dropped(connection, parts, https, opened, merged.keys())
     parts, https, opened = unknown.parts, unknown.replies, unknown.opened
     new = new_rows(connection, parts, https)
-    insert_rows(connection, schema.requests, [rows.part_row(part) for part in parts])
-    pieces = [row for part in parts for row in rows.piece_rows(part)]
-    insert_rows(connection, schema.usage_pieces, pieces)
-    insert_rows(connection, schema.http_requests, [rows.http_row(http) for http in https])
+    insert_rows(connection, schema.requests, map(rows.part_row, parts))
+    insert_rows(connection, schema.usage_pieces, chain.from_iterable(map(rows.piece_rows, parts)))
+    insert_rows(connection, schema.http_requests, map(rows.http_row, https))
     add(connection, new)
     insert_rows(connection, schema.open_requests, [rows.open_row(request) for request in opened])
     announced = [part.bill.request_id for part in parts if part.announced]
@@ -105,47 +107,43 @@ def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:
         )
 
 
-def insert_rows(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
+def insert_rows(connection: Connection, table: Table, values: Iterable[rows.TableRow]) -> None:
     """Insert rows; a row with the same key stays as it is."""
     _run(connection, table, values, upsert=False)
 
 
-def upsert_rows(connection: Connection, table: Table, values: list[rows.TableRow]) -> None:
+def upsert_rows(connection: Connection, table: Table, values: Iterable[rows.TableRow]) -> None:
     """Insert rows; a row with the same key and a lower snapshot number is overwritten."""
     _run(connection, table, values, upsert=True)
 
 
 def _run(
-    connection: Connection, table: Table, values: list[rows.TableRow], *, upsert: bool
+    connection: Connection, table: Table, values: Iterable[rows.TableRow], *, upsert: bool
 ) -> None:
     """Execute an insert of whole rows.
 
-    On SQLite many rows go into one statement: sqlite3 gives up the GIL for every row of an
-    `executemany`, and getting it back beside a busy event loop may take milliseconds each time.
-    SQLAlchemy has such a mode of its own, but not for inserts with ON CONFLICT.
+    On SQLite a statement of one row is executed for each: one of many rows would take SQLite half
+    as long again, and SQLAlchemy longer for the parameters than SQLite for the rows. sqlite3 gives
+    up the GIL for every row, which would hold up whoever shares the process with an event loop;
+    the applier has a process of its own.
     """
-    if not values:
-        return
     if connection.dialect.name == "postgresql":
-        connection.execute(_statement(postgresql.insert(table), upsert=upsert), values)
+        if whole := list(values):
+            connection.execute(_statement(postgresql.insert(table), upsert=upsert), whole)
         return
-    head, group, tail = _sqlite_text(table, upsert)
-    names = table.c.keys()
-    size = MAX_PARAMETERS // len(names)
-    for at in range(0, len(values), size):
-        chunk = values[at : at + size]
-        sql = head + ", ".join([group] * len(chunk)) + tail
-        connection.exec_driver_sql(sql, tuple(row[name] for row in chunk for name in names))
+    text, in_order = _sqlite_text(table, upsert)
+    # Rows by name take five times the memory of tuples, so no more than one is there at once.
+    if in_columns := list(map(in_order, values)):
+        connection.exec_driver_sql(text, in_columns)
 
 
 @cache
-def _sqlite_text(table: Table, upsert: bool) -> tuple[str, str, str]:
-    """Return the insert statement in three parts: head, the placeholders of a row, tail."""
+def _sqlite_text(
+    table: Table, upsert: bool
+) -> tuple[str, Callable[[rows.TableRow], tuple[object, ...]]]:
+    """Return the insert of one row, and what puts a row's values into its order."""
     statement = _statement(sqlite.insert(table), upsert=upsert)
-    text = str(statement.compile(dialect=sqlite.dialect()))
-    group = f"({', '.join('?' * len(table.c))})"
-    head, tail = text.split(group)
-    return head, group, tail
+    return str(statement.compile(dialect=sqlite.dialect())), itemgetter(*table.c.keys())
 
 
 _Statement = TypeVar("_Statement", sqlite.Insert, postgresql.Insert)

@@ -359,7 +359,7 @@ class LedgerReader:
             return unseen(connection, names)
 
     def unseen_tags(self, tags: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return those tags, as (key, value), that no request in the ledger has. Reads them all."""
+        """Return those tags, as (key, value), that no request in the ledger has."""
         with self.transaction() as connection:
             return unseen_tags(connection, tags)
 

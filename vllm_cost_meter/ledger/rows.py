@@ -26,8 +26,7 @@ TableRow = dict[str, Any]
 
 def part_row(part: EngineRequest) -> TableRow:
     """Return an engine request's row in `requests`."""
-    bill, times = part.bill, part.latencies
-    prefill_ns, decode_ns = bill.prefill_ns, bill.decode_ns
+    bill, used, times = part.bill, part.bill.whole(), part.latencies
     return {
         "run_id": bill.run_id,
         "seq": bill.seq,
@@ -45,24 +44,24 @@ def part_row(part: EngineRequest) -> TableRow:
         "prompt_tokens": bill.prompt_tokens,
         "cached_tokens": bill.cached_tokens,
         "output_tokens": bill.output_tokens,
-        "prefill_tokens": bill.sum_of("prefill_tokens"),
-        "decode_tokens": bill.sum_of("decode_tokens"),
-        "gpu_time_ns": prefill_ns + decode_ns,
-        "prefill_ns": prefill_ns,
-        "decode_ns": decode_ns,
+        "prefill_tokens": used.prefill_tokens,
+        "decode_tokens": used.decode_tokens,
+        "gpu_time_ns": used.gpu_time_ns,
+        "prefill_ns": used.prefill_ns,
+        "decode_ns": used.decode_ns,
         "cost_nanousd": part.cost_nanousd,
         "cost_usd": format_usd(part.cost_nanousd),
-        "marginal_ns": bill.marginal_ns,
+        "marginal_ns": used.marginal_ns,
         "marginal_cost_nanousd": part.marginal_cost_nanousd,
-        "recomputed_ns": bill.sum_of("recomputed_ns"),
-        "recomputed_tokens": bill.sum_of("recomputed_tokens"),
-        "rejected_ns": bill.sum_of("rejected_ns"),
-        "rejected_tokens": bill.sum_of("rejected_tokens"),
-        "cut_ns": bill.sum_of("cut_ns"),
-        "cut_tokens": bill.sum_of("cut_tokens"),
-        "kv_block_ms": bill.sum_of("kv_block_ms"),
-        "step_ns": bill.sum_of("step_ns"),
-        "saved_estimate_ns": bill.sum_of("saved_estimate_ns"),
+        "recomputed_ns": used.recomputed_ns,
+        "recomputed_tokens": used.recomputed_tokens,
+        "rejected_ns": used.rejected_ns,
+        "rejected_tokens": used.rejected_tokens,
+        "cut_ns": used.cut_ns,
+        "cut_tokens": used.cut_tokens,
+        "kv_block_ms": used.kv_block_ms,
+        "step_ns": used.step_ns,
+        "saved_estimate_ns": used.saved_estimate_ns,
         "preemptions": bill.preemptions,
         "steps": bill.steps,
         "batch": bill.batch,
@@ -295,8 +294,13 @@ def owner_columns(owner: Owner) -> TableRow:
         "tenant_rule": owner.rule_text,
         "tenant_parent": owner.parent,
         "tenant_above": owner.above_text,
-        "tags": orjson.dumps(owner.tags).decode() if owner.tags else None,
+        "tags": tags_text(owner),
     }
+
+
+def tags_text(owner: Owner) -> str | None:
+    """Return an owner's tags as the ledger keeps them: a JSON object; None for none."""
+    return orjson.dumps(owner.tags).decode() if owner.tags else None
 
 
 def _class_columns(totals: ClassTotals) -> TableRow:

@@ -32,9 +32,10 @@ from sqlalchemy import (
     Integer,
     Table,
     Text,
+    text,
 )
 
-from vllm_cost_meter.ledger.tables.base import KeyText
+from vllm_cost_meter.ledger.tables.base import KeyText, amount_columns
 from vllm_cost_meter.ledger.tables.base import metadata as metadata
 from vllm_cost_meter.ledger.tables.dropped import dropped_bills as dropped_bills
 from vllm_cost_meter.ledger.tables.dropped import dropped_hours as dropped_hours
@@ -64,6 +65,12 @@ def _class_columns() -> list[Column[int]]:
 def _energy_columns(*, nullable: bool) -> list[Column[int]]:
     """Return a column for each class of energy, in millijoules."""
     return [Column(f"{name}_mj", BigInteger, nullable=nullable) for name in ENERGY_CLASSES]
+
+
+def _index_of_known(table: str, id_column: str) -> Index:
+    """Return an index of an id that a request may lack: rows without it take no room there."""
+    where = text(f"{id_column} IS NOT NULL")
+    return Index(f"ix_{table}_{id_column}", id_column, sqlite_where=where, postgresql_where=where)
 
 
 schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
@@ -204,8 +211,8 @@ http_requests = Table(
     "http_requests",
     metadata,
     Column("http_request_id", KeyText, primary_key=True),
-    Column("response_id", KeyText, index=True),
-    Column("x_request_id", KeyText, index=True),
+    Column("response_id", KeyText),
+    Column("x_request_id", KeyText),
     Column("tenant", KeyText, nullable=False),
     Column("tenant_rule", Text, nullable=False),
     Column("tenant_above", KeyText),
@@ -222,8 +229,13 @@ http_requests = Table(
     Column("cost_usd", Text),
     Column("started_at", KeyText, nullable=False),
     Column("finished_at", KeyText, nullable=False),
-    Index("ix_http_requests_finished", "finished_at", "http_request_id"),
-    Index("ix_http_requests_tenant", "tenant", "finished_at", "http_request_id"),
+    # Pages of all tenants, and the replies that ended as an engine died.
+    Index("ix_http_requests_finished", "finished_at"),
+    # Pages of one tenant, and whether a tenant was ever seen.
+    Index("ix_http_requests_tenant", "tenant", "finished_at"),
+    # Find a request by these ids.
+    _index_of_known("http_requests", "response_id"),
+    _index_of_known("http_requests", "x_request_id"),
 )
 
 requests = Table(
@@ -231,9 +243,9 @@ requests = Table(
     metadata,
     Column("run_id", KeyText, primary_key=True),
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    Column("request_id", KeyText, nullable=False, index=True),
-    Column("external_id", KeyText, index=True),
-    Column("response_id", KeyText, index=True),
+    Column("request_id", KeyText, nullable=False),
+    Column("external_id", KeyText),
+    Column("response_id", KeyText),
     Column("http_request_id", KeyText),
     Column("prompt_group", KeyText, nullable=False),
     Column("tenant", KeyText, nullable=False),
@@ -276,22 +288,20 @@ requests = Table(
     Column("first_model", Integer, nullable=False),
     Column("last_model", Integer, nullable=False),
     Column("started_at", KeyText, nullable=False),
-    Column("finished_at", KeyText, nullable=False, index=True),
+    Column("finished_at", KeyText, nullable=False),
     Column("queue_ms", Float),
     Column("ttft_ms", Float),
     Column("tpot_ms", Float),
     Column("e2e_ms", Float),
-    # Finds the tenants below one without reading any bill.
-    Index("ix_requests_tenant", "tenant", "tenant_above"),
-    # This index covers the token counts in a tenant report, in their order of grouping.
-    Index(
-        "ix_requests_http",
-        "http_request_id",
-        "prompt_group",
-        "prompt_tokens",
-        "cached_tokens",
-        "output_tokens",
-    ),
+    # Whether an open request has its bill, and to find a request by vLLM's internal id.
+    Index("ix_requests_request_id", "request_id"),
+    # The parts of an exchange.
+    Index("ix_requests_http", "http_request_id"),
+    # Pages of exchanges without an HTTP row.
+    Index("ix_requests_finished_at", "finished_at"),
+    # Find a request by these ids; the response's is in `http_requests` only once the reply ended.
+    _index_of_known("requests", "external_id"),
+    _index_of_known("requests", "response_id"),
 )
 
 usage_pieces = Table(
@@ -301,20 +311,10 @@ usage_pieces = Table(
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
     Column("hour", Integer, primary_key=True, autoincrement=False),
     Column("tenant", KeyText, nullable=False),
-    Column("prefill_ns", BigInteger, nullable=False),
-    Column("decode_ns", BigInteger, nullable=False),
-    Column("prefill_tokens", BigInteger, nullable=False),
-    Column("decode_tokens", BigInteger, nullable=False),
-    Column("marginal_ns", BigInteger, nullable=False),
-    Column("recomputed_ns", BigInteger, nullable=False),
-    Column("recomputed_tokens", BigInteger, nullable=False),
-    Column("rejected_ns", BigInteger, nullable=False),
-    Column("rejected_tokens", BigInteger, nullable=False),
-    Column("cut_ns", BigInteger, nullable=False),
-    Column("cut_tokens", BigInteger, nullable=False),
-    Column("kv_block_ms", BigInteger, nullable=False),
-    Column("step_ns", BigInteger, nullable=False),
-    Column("saved_estimate_ns", BigInteger, nullable=False),
+    *amount_columns("prefill_ns", "decode_ns", "prefill_tokens", "decode_tokens", "marginal_ns"),
+    *amount_columns("recomputed_ns", "recomputed_tokens", "rejected_ns", "rejected_tokens"),
+    *amount_columns("cut_ns", "cut_tokens", "kv_block_ms", "step_ns", "saved_estimate_ns"),
+    # The bills of a tenant, and of a span of hours.
     Index("ix_usage_pieces_hour", "hour", "tenant"),
     # The table is clustered by key, so a run's pieces up to a bill are one range in the file.
     sqlite_with_rowid=False,

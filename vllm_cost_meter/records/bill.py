@@ -99,6 +99,15 @@ class Bill(NamedTuple):
         """Return the sum of a field over the pieces."""
         return sum(getattr(piece, name) for piece in self.pieces)
 
+    def whole(self) -> UsagePiece:
+        """Return all pieces added up, as a piece in the first one's hour."""
+        if len(self.pieces) == 1:  # as most have
+            return self.pieces[0]
+        if not self.pieces:
+            return UsagePiece(0, 0, 0, 0, 0)
+        _, *amounts = map(sum, zip(*self.pieces, strict=True))
+        return UsagePiece(self.pieces[0].hour, *amounts)
+
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Bill).decode

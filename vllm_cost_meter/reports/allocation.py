@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from vllm_cost_meter.records.owner import OWN
@@ -47,7 +48,7 @@ from vllm_cost_meter.reports.grammar import COVERED, YES, Question
 from vllm_cost_meter.reports.idle import SHARED_CLASSES
 from vllm_cost_meter.units.calendar import period_name, period_of
 from vllm_cost_meter.units.money import format_usd
-from vllm_cost_meter.units.rounding import largest_remainder, rounded_known
+from vllm_cost_meter.units.rounding import exact_sum, largest_remainder, rounded_known
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
 
@@ -186,7 +187,7 @@ def _rounded_costs(
     """Round all costs from the total down, so that rows and pieces add up to it."""
     exact = [[piece.cost(amount_of(row)) for row in piece.rows] for piece in found]
     totals = largest_remainder(
-        [sum((cost for cost in costs if cost is not None), Fraction(0)) for costs in exact]
+        [exact_sum(cost for cost in costs if cost is not None) for costs in exact]
     )
     return [rounded_known(costs, total) for costs, total in zip(exact, totals, strict=True)]
 
@@ -344,7 +345,7 @@ def _order(question: Question) -> Callable[[Row], tuple[Any, ...]]:
             min(rank, 1),
             [_instant(row.key[i]) for i in times],
             rank,
-            -row.used.gpu_time_ns,
+            -int(row.used.gpu_time_ns),  # used time is whole
             row.key,
             row.shown,
         )
@@ -352,6 +353,8 @@ def _order(question: Question) -> Callable[[Row], tuple[Any, ...]]:
     return order
 
 
+# Rows repeat the same few periods.
+@lru_cache(1_000)
 def _instant(period: str) -> datetime:
     """Return the instant at which a period begins; as text, hours with two offsets sort wrongly."""
     instant = datetime.fromisoformat(f"{period}-01" if len(period) == len("2026-11") else period)

@@ -13,6 +13,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from vllm_cost_meter.units.rounding import sum_of_products
+
 # The class of rows with usage. The other classes are in `records.snapshot.OTHER_ROWS`.
 REQUESTS = "requests"
 # Stands for a missing value: usage without a model, an adapter or a tag.
@@ -105,13 +107,11 @@ class Amount:
     @classmethod
     def of(cls, spent: Mapping[Fraction | Unpriced, int]) -> "Amount":
         """Return the amount for GPU time by price, some of it perhaps without a price."""
-        nanousd = sum(
-            (ns * price for price, ns in spent.items() if isinstance(price, Fraction)), Fraction(0)
-        )
+        priced = ((ns, price) for price, ns in spent.items() if isinstance(price, Fraction))
         return cls(
             Fraction(sum(spent.values())),
             # A GPU-hour is 3600 x 10^9 ns, a USD 10^9 nano-USD.
-            nanousd / 3600,
+            sum_of_products(priced, 3600),
             earliest(price for price, ns in spent.items() if isinstance(price, Unpriced) and ns),
         )
 

@@ -40,7 +40,7 @@ from vllm_cost_meter.reports.facts import (
 from vllm_cost_meter.reports.grammar import Question
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.units.calendar import month_hours
-from vllm_cost_meter.units.rounding import largest_remainder, rounded_known
+from vllm_cost_meter.units.rounding import exact_sum, largest_remainder, rounded_known
 from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
@@ -95,10 +95,13 @@ class _Line:
 
     def as_dict(self, share_ns: int) -> dict[str, Any]:
         """Return the line as answers show it."""
-        usage, share = (None if c is None else c / NANOUSD_PER_CENT for c in self.costs[1:])
-        cells = [None if cell is None else round(cell) for cell in (usage, share)]
+        _, usage, share = self.costs
         if self.cents is not None and usage is not None and share is not None:
-            cells = [*largest_remainder([usage, share], self.cents)]
+            cells: Sequence[int | None] = largest_remainder(
+                [usage, share], self.cents, NANOUSD_PER_CENT
+            )
+        else:
+            cells = [None if c is None else round(c / NANOUSD_PER_CENT) for c in (usage, share)]
         is_time = self.kind != OVERHEAD
         shown = {
             "kind": self.kind,
@@ -380,7 +383,7 @@ def _overhead_line(cost: OverheadCost, share: Fraction, tenant: str | None) -> _
 def _sum(costs: Iterable[Fraction | None]) -> Fraction | None:
     """Return the sum; None if one part is unknown."""
     costs = list(costs)
-    return None if None in costs else sum((c for c in costs if c is not None), Fraction(0))
+    return None if None in costs else exact_sum(c for c in costs if c is not None)
 
 
 def _sum_cents(cents: Iterable[int | None]) -> int | None:
@@ -389,8 +392,7 @@ def _sum_cents(cents: Iterable[int | None]) -> int | None:
 
 
 def _round_cents(costs: Sequence[Fraction | None], cents: int | None = None) -> list[int | None]:
-    exact = [None if cost is None else cost / NANOUSD_PER_CENT for cost in costs]
-    return rounded_known(exact, cents)
+    return rounded_known(costs, cents, NANOUSD_PER_CENT)
 
 
 def _with_usd(cents: Mapping[str, Any]) -> dict[str, Any]:

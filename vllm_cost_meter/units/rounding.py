@@ -8,7 +8,7 @@ Invariant: the lines returned add up to the total. Each line is its amount round
 line moves by a whole unit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from math import ceil, floor
 
@@ -21,26 +21,57 @@ def half_even(dividend: int, divisor: int) -> int:
     return quotient
 
 
-def largest_remainder(amounts: Sequence[Fraction], total: int | None = None) -> list[int]:
-    """Return amounts in whole units that add up to `total`.
+def exact_sum(amounts: Iterable[Fraction]) -> Fraction:
+    """Return the sum."""
+    return sum_of_products((1, amount) for amount in amounts)
+
+
+def sum_of_products(pairs: Iterable[tuple[int, Fraction]], divisor: int = 1) -> Fraction:
+    """Return the sum of all products of an integer with a fraction, over a divisor.
+
+    Products of one denominator are added as integers: most lines share a few, and a fraction is
+    reduced at each step.
+    """
+    numerators: dict[int, int] = {}
+    for factor, amount in pairs:
+        under = amount.denominator
+        numerators[under] = numerators.get(under, 0) + factor * amount.numerator
+    parts = [Fraction(over, under * divisor) for under, over in numerators.items()]
+    return parts[0] if len(parts) == 1 else sum(parts, Fraction(0))
+
+
+def largest_remainder(
+    amounts: Sequence[Fraction], total: int | None = None, unit: int = 1
+) -> list[int]:
+    """Return amounts in whole units of `unit` that add up to `total` units.
 
     Without `total` they add up to their sum, rounded half to even. Raises ValueError for a total
     that the amounts cannot reach by rounding each down or up.
     """
-    total = round(sum(amounts, Fraction(0))) if total is None else total
-    units = [amount.numerator // amount.denominator for amount in amounts]
-    # Integers sort faster than fractions. With twice the bits of the largest denominator, two
-    # different remainders stay different integers.
-    bits = 2 * max((amount.denominator.bit_length() for amount in amounts), default=0)
-    lost = [
-        (amount.numerator % amount.denominator << bits) // amount.denominator for amount in amounts
-    ]
+    if total is None:
+        total = round(exact_sum(amounts) / unit)
+    # As integers: fractions would be reduced at each step.
+    divisors = [amount.denominator * unit for amount in amounts]
+    units, lost = [], []
+    for amount, divisor in zip(amounts, divisors, strict=True):
+        quotient, remainder = divmod(amount.numerator, divisor)
+        units.append(quotient)
+        lost.append(remainder)
     missing = total - sum(units)
     fractional = [i for i, remainder in enumerate(lost) if remainder]
     if not 0 <= missing <= len(fractional):
         raise ValueError(f"expected a total near the sum of the amounts, got {total}")
-    # The sort is stable, so the order of the lines decides between equals.
-    for i in sorted(fractional, key=lambda i: -lost[i])[:missing]:
+    if missing == len(fractional):
+        most = fractional
+    elif missing:
+        # Integers sort faster than fractions. With twice the bits of the largest divisor, two
+        # different remainders stay different integers.
+        bits = 2 * max(divisors).bit_length()
+        # The sort is stable, so the order of the lines decides between equals.
+        most = sorted(fractional, key=lambda i: -((lost[i] << bits) // divisors[i]))[:missing]
+    else:
+        most = []
+    for i in most:
         units[i] += 1
     return units
 
@@ -95,7 +126,7 @@ def rounded_alike(
 
 
 def _sum(amounts: Sequence[Fraction | None]) -> Fraction:
-    return sum((amount for amount in amounts if amount is not None), Fraction(0))
+    return exact_sum(amount for amount in amounts if amount is not None)
 
 
 def _reach(amounts: Sequence[Fraction | None]) -> tuple[int, int]:
@@ -104,7 +135,9 @@ def _reach(amounts: Sequence[Fraction | None]) -> tuple[int, int]:
     return sum(map(floor, known)), sum(map(ceil, known))
 
 
-def rounded_known(amounts: Sequence[Fraction | None], total: int | None = None) -> list[int | None]:
+def rounded_known(
+    amounts: Sequence[Fraction | None], total: int | None = None, unit: int = 1
+) -> list[int | None]:
     """Return the known amounts rounded by `largest_remainder`; an unknown amount stays None."""
-    units = iter(largest_remainder([a for a in amounts if a is not None], total))
+    units = iter(largest_remainder([a for a in amounts if a is not None], total, unit))
     return [None if amount is None else next(units) for amount in amounts]

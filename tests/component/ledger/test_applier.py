@@ -1,5 +1,6 @@
 """The applier against real journals and SQLite files: killed, locked, damaged, moved away."""
 
+import gc
 import shutil
 import signal
 import sqlite3
@@ -391,3 +392,25 @@ def test_what_processes_left_behind_that_died_while_a_journal_was_made_or_remove
     apply_all(applier)
     applier.close()
     assert [each.name for each in folder.iterdir()] == []
+
+
+def test_the_garbage_collector_rests_during_a_batch_and_no_longer(path):
+    process = Process(path)
+    process.bill()
+
+    class Watched(BatchWriter):
+        def apply(self, records, progress, *, to_disk=False):
+            seen.append(gc.isenabled())
+            if len(seen) == 1:
+                raise LedgerError("away")
+            return super().apply(records, progress, to_disk=to_disk)
+
+    seen: list[bool] = []
+    applier = Applier(Watched(url_of(path)), folder_of_ledger(path))
+    with pytest.raises(LedgerError, match="away"):
+        applier.apply()
+    assert gc.isenabled()
+    applier.apply()
+    assert gc.isenabled()
+    assert not any(seen)
+    applier.close()

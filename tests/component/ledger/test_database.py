@@ -280,7 +280,6 @@ def test_a_request_of_before_all_tenants_above_were_kept_is_its_parents(tmp_path
     engine = open_database(url)
     tables = ("requests", "open_requests", "http_requests")
     with engine.begin() as connection:
-        connection.execute(text("DROP INDEX ix_requests_tenant"))
         for table in tables:
             connection.execute(text(f"ALTER TABLE {table} DROP COLUMN tenant_above"))
         connection.execute(text("UPDATE schema_version SET version = 8"))

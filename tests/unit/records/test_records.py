@@ -73,6 +73,14 @@ def test_a_bill_is_the_sum_of_its_pieces():
     assert (bill().prefill_ns, bill().decode_ns, bill().gpu_time_ns) == (11, 22, 33)
 
 
+def test_the_whole_of_a_bill_is_a_piece_that_adds_up_all_in_the_first_hour():
+    amounts = tuple(range(1, len(UsagePiece._fields)))
+    one, other = UsagePiece(7, *amounts), UsagePiece(8, *(10 * amount for amount in amounts))
+    assert make_bill(pieces=(one, other)).whole() == (7, *(11 * amount for amount in amounts))
+    assert make_bill(pieces=(one,)).whole() == one
+    assert make_bill(pieces=()).whole().gpu_time_ns == 0
+
+
 @pytest.mark.parametrize(
     "changes",
     [

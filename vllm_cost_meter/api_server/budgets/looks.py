@@ -41,8 +41,7 @@ class BudgetLooks:
         """
         self._alive = asked.alive
         latest = (self._spending.latest_snapshots(), budgets, book)
-        is_due = asked.is_behind or self._spending.is_recounting
-        if latest == self._latest and not is_due:
+        if latest == self._latest and not asked.is_behind:
             return None
         # Before the look: what the journals no longer have is in the ledger that it sees, or never.
         pending = () if asked.is_overdue and self._is_all_applied() else asked.pending
@@ -56,11 +55,6 @@ class BudgetLooks:
             return waiting_records(self._url) == 0
         except LedgerError:
             return False
-
-    @property
-    def served(self) -> Sequence[Budget]:
-        """The budgets of the latest figures."""
-        return self._spending.served
 
     def close(self) -> None:
         """Close the connections."""

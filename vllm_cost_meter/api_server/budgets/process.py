@@ -38,9 +38,9 @@ class _Counting:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cost-meter-budgets")
         self._looks: BudgetLooks | None = None
+        self._version = 0
+        self._budgets: tuple[Budget, ...] = ()
         self._book = PriceBook()
-        # The budgets of each version that may still be served; the latest comes last.
-        self._budgets: dict[int, tuple[Budget, ...]] = {}
         self._looking: asyncio.Task[Looked] | None = None
 
     async def main(self, server: ToServer, hello: CounterHello) -> None:
@@ -64,19 +64,17 @@ class _Counting:
             self._take_rules(decoded(value, SentRules))
 
     def _take_rules(self, rules: SentRules) -> None:
-        self._budgets[rules.version], self._book = rules.rules()
+        self._version = rules.version
+        self._budgets, self._book = rules.rules()
 
     async def _look(self, asked: LookQuestion) -> Looked:
         looks = self._looks
         if looks is None:
             raise RuntimeError("asked before the greeting")
-        latest = max(self._budgets)
-        given = self._budgets[latest], self._book, asked
+        version = self._version  # Others may come meanwhile.
+        given = self._budgets, self._book, asked
         loop = asyncio.get_running_loop()
         figures = await loop.run_in_executor(self._thread, looks.look, *given)
-        served = looks.served
-        version = next((v for v, budgets in self._budgets.items() if budgets is served), latest)
-        self._budgets = {v: budgets for v, budgets in self._budgets.items() if v >= version}
         if figures is None:
             return Looked(None)
         return Looked(SentFigures.of(version, figures), looks.left)

@@ -34,7 +34,7 @@ set aside holds what the ledger lacks.
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.auditing.held import (
@@ -48,10 +48,9 @@ from vllm_cost_meter.ledger.ends.lost import MAX_LOST, Lost, lost_by_run
 from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithoutTotals, JournalLoss
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals
 from vllm_cost_meter.ledger.queries.energy import audited
+from vllm_cost_meter.ledger.queries.missing import missing_numbers
 from vllm_cost_meter.ledger.queries.tenants import after_cut
-from vllm_cost_meter.ledger.retention.known import NONE_DROPPED, dropped_by_run
-from vllm_cost_meter.ledger.retention.ranges import joined, without
-from vllm_cost_meter.ledger.schema import journal_losses, requests
+from vllm_cost_meter.ledger.schema import journal_losses
 from vllm_cost_meter.records.snapshot import CLASSES
 from vllm_cost_meter.units.time import instant_of
 
@@ -239,38 +238,7 @@ def _lost(run: RunCut, lost: Lost) -> dict[str, Any]:
 
 
 def missing_bills(connection: Connection, run_id: str, last_seq: int) -> list[str]:
-    """Return the numbers of bills missing from 1 to `last_seq`, consecutive ones as "5-9".
-
-    A bill that was dropped is not missing.
-    """
-    dropped = dropped_by_run(connection, [run_id]).get(run_id, NONE_DROPPED)
-    found: list[tuple[int, int]] = []
-    for first, last in without(((1, last_seq),), dropped.ranges()):
-        found += _gaps(connection, run_id, first, last)
-        if len(found) > MAX_RANGES:
-            break
-    shown = [str(a) if a == b else f"{a}-{b}" for a, b in joined(found)[:MAX_RANGES]]
-    return [*shown, MORE] if len(found) > MAX_RANGES else shown
-
-
-def _gaps(connection: Connection, run_id: str, first: int, last: int) -> list[tuple[int, int]]:
-    """Return the ranges of numbers from `first` to `last` of which there is no row."""
-    r = requests.c
-    steps = (
-        select(r.seq, func.lag(r.seq, 1, first - 1).over(order_by=r.seq).label("before"))
-        .where(r.run_id == run_id, r.seq.between(first, last))
-        .subquery()
-    )
-    gaps = (
-        select(steps.c.before + 1, steps.c.seq - 1)
-        .where(steps.c.seq > steps.c.before + 1)
-        .order_by(steps.c.seq)
-        .limit(MAX_RANGES + 1)
-    )
-    ranges = [(int(low), int(high)) for low, high in connection.execute(gaps)]
-    highest = connection.execute(
-        select(func.max(r.seq)).where(r.run_id == run_id, r.seq.between(first, last))
-    ).scalar()
-    if (highest or first - 1) < last:
-        ranges.append(((highest or first - 1) + 1, last))
-    return ranges
+    """Return the numbers of bills missing from 1 to `last_seq`, consecutive ones as "5-9"."""
+    ranges = missing_numbers(connection, run_id, last_seq, MAX_RANGES + 1)
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in ranges[:MAX_RANGES]]
+    return [*shown, MORE] if len(ranges) > MAX_RANGES else shown

@@ -1,5 +1,8 @@
 """Adds up bills by budget, run and hour, each bill once, by its number within its run.
 
+A count begins with the sums by hour, which hold all bills of the ledger, and goes on bill by bill:
+so the first look takes as long after a year as after a day.
+
 An engine numbers its bills from 1 without a gap. API servers commit them in any order, and the
 bills of one that died never come. So a count keeps, for each run, up to which number it has looked,
 and the numbers below that were missing. It looks at those again: a bill that is committed late
@@ -17,13 +20,20 @@ Invariant: a bill that is in the ledger and has time in or after the first hour 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, Integer, Text, and_, bindparam, func, select
+from sqlalchemy import BigInteger, Integer, Text, and_, bindparam, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.ends.highest import highest_bills
+from vllm_cost_meter.ledger.queries.missing import missing_numbers
 from vllm_cost_meter.ledger.retention.known import dropped_by_run
 from vllm_cost_meter.ledger.retention.ranges import DroppedNumbers, joined, without
-from vllm_cost_meter.ledger.schema import dropped_hours, requests, rollup_groups, usage_pieces
+from vllm_cost_meter.ledger.schema import (
+    bill_sums,
+    requests,
+    rollup_groups,
+    rollup_hours,
+    usage_pieces,
+)
 from vllm_cost_meter.ledger.tables.given import GivenColumn, given_rows
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetScope
@@ -32,9 +42,6 @@ from vllm_cost_meter.tenants.budgets import Budget, BudgetScope
 _BILLS_AT_ONCE = 20_000
 # At most so many gaps are looked at in one call, half of them the latest.
 GAPS_AT_ONCE = 500
-# A count begins so many bills before the first one that has time in its hours: those before it may
-# have been committed later.
-_BILLS_BEFORE = 10_000
 _OWNERS_KEPT = 100_000
 
 # GPU-nanoseconds by run and UTC hour.
@@ -55,7 +62,6 @@ class BillCount:
     def __init__(self, budgets: Iterable[Budget], first_hour: int) -> None:
         """`first_hour` is the earliest hour, since the epoch, that any of the budgets counts."""
         self.first_hour = first_hour
-        self.is_complete = False
         self._budgets = {budget.scope: budget for budget in budgets}
         self._sums: dict[BudgetScope, SpentNs] = {scope: {} for scope in self._budgets}
         # Up to which number the bills of a run were looked for; None before the first call.
@@ -63,21 +69,12 @@ class BillCount:
         # In the order in which they were found.
         self._gaps: list[_Gap] = []
         self._turn = 0
-        # What was dropped, as far as the sums have it.
+        # Which bills were dropped, as of the latest look.
         self._dropped: dict[str, DroppedNumbers] = {}
         self._scopes_of: dict[tuple[str, str | None, str | None], tuple[BudgetScope, ...]] = {}
 
     def serves(self, budgets: Iterable[Budget], first_hour: int) -> bool:
-        """Tell whether all that these budgets need from an hour on has been counted."""
-        scopes = (budget.scope for budget in budgets)
-        return (
-            self.is_complete
-            and first_hour >= self.first_hour
-            and all(scope in self._budgets for scope in scopes)
-        )
-
-    def is_for(self, budgets: Iterable[Budget], first_hour: int) -> bool:
-        """Tell whether it will serve these budgets once it is complete."""
+        """Tell whether all that these budgets need from an hour on is counted."""
         scopes = (budget.scope for budget in budgets)
         return first_hour >= self.first_hour and all(scope in self._budgets for scope in scopes)
 
@@ -129,29 +126,26 @@ class BillCount:
                 else:
                     del by_run[run_id]
 
-    def advance(self, connection: Connection, limit: int | None = None) -> None:
-        """Count the bills that are new, or about `limit` of them; `is_complete` says if all were.
+    def advance(self, connection: Connection) -> None:
+        """Count the bills that are new.
 
         The connection must see one state of the ledger throughout.
         """
         if not self._budgets:
-            self.is_complete = True
             return
         highest = highest_bills(connection)
         dropped = dropped_by_run(connection)
-        seen = self._upto
-        if seen is None or self._missed(seen, dropped):
-            seen = self._upto = self._begin(connection, highest, dropped)
+        if self._upto is None or self._missed(self._upto, dropped):
+            self._begin(connection, highest)
+            self._dropped = dropped
+            return
         self._dropped = dropped
-        left = limit
         for run_id, top in highest.items():
-            upto = seen.get(run_id, 0)
-            while upto < top and (left is None or left > 0):
+            upto = self._upto.get(run_id, 0)
+            while upto < top:
                 last = min(top, upto + _BILLS_AT_ONCE)
                 self._count(connection, run_id, upto + 1, last)
-                left = None if left is None else left - (last - upto)
-                seen[run_id] = upto = last
-        self.is_complete = all(seen.get(run, 0) >= top for run, top in highest.items())
+                self._upto[run_id] = upto = last
         self._look_into_gaps(connection)
 
     def _missed(self, upto: Mapping[str, int], dropped: Mapping[str, DroppedNumbers]) -> bool:
@@ -168,27 +162,35 @@ class BillCount:
                 return True
         return False
 
-    def _begin(
-        self,
-        connection: Connection,
-        highest: Mapping[str, int],
-        dropped: Mapping[str, DroppedNumbers],
-    ) -> dict[str, int]:
-        """Begin with what the dropped bills add up to; return from where to look for others."""
-        self._sums = {scope: {} for scope in self._budgets}
-        begun = _beginnings(connection, highest, self.first_hour)
-        self._gaps = []
-        for run_id, numbers in dropped.items():
-            upto = begun.get(run_id, 0)
-            self._gaps += [
-                _Gap(run_id, max(first, upto + 1), last)
-                for first, last in numbers.rest
-                if last > upto
-            ]
-            begun[run_id] = max(upto, numbers.last_seq)
-        for run_id, *rest in connection.execute(_dropped_since(self.first_hour)).all():
-            self._add(run_id, *rest)
-        return begun
+    def _begin(self, connection: Connection, highest: Mapping[str, int]) -> None:
+        """Take what the sums by hour have, which is that of all bills up to the highest ones.
+
+        A number that is missing before those is a gap only if its run has time in the hours that
+        count: a bill that comes late was used no later than those with higher numbers.
+        """
+        g, h = rollup_groups.c, rollup_hours.c
+        scopes_of, run_of = {}, {}
+        for id, run_id, *owner in connection.execute(
+            select(g.group_id, g.run_id, g.tenant, g.tenant_above, g.tags)
+        ):
+            run_of[id], scopes_of[id] = run_id, self.scopes_of(*owner)
+        sums: dict[BudgetScope, SpentNs] = {scope: {} for scope in self._budgets}
+        used = select(h.group_id, h.hour, h.prefill_ns + h.decode_ns)
+        used = used.join(rollup_groups, g.group_id == h.group_id)
+        recent = set()
+        for id, hour, ns in connection.execute(used.where(h.hour >= self.first_hour)):
+            run_id = run_of[id]
+            recent.add(run_id)
+            for scope in scopes_of[id]:
+                hours = sums[scope].setdefault(run_id, {})
+                hours[hour] = hours.get(hour, 0) + ns
+        gaps = [
+            _Gap(run_id, *numbers)
+            for run_id in _runs_with_gaps(connection)
+            if run_id in recent
+            for numbers in missing_numbers(connection, run_id, highest[run_id])
+        ]
+        self._sums, self._gaps, self._upto = sums, gaps, dict(highest)
 
     def _count(self, connection: Connection, run_id: str, first: int, last: int) -> None:
         """Count the bills of a run in a range of numbers; what is missing there becomes gaps."""
@@ -279,28 +281,10 @@ def _bills_in(rows: Sequence[tuple[int, str, int, int]]) -> Any:
     )
 
 
-def _dropped_since(hour: int) -> Any:
-    """Return the query for the GPU time of dropped bills from an hour on, by owner and hour."""
-    d, g = dropped_hours.c, rollup_groups.c
-    owner = (g.run_id, g.tenant, g.tenant_above, g.tags, d.hour)
-    return (
-        select(*owner, func.sum(d.prefill_ns + d.decode_ns))
-        .join_from(dropped_hours, rollup_groups, g.group_id == d.group_id)
-        .where(d.hour >= hour)
-        .group_by(*owner)
-    )
-
-
-def _beginnings(
-    connection: Connection, highest: Mapping[str, int], first_hour: int
-) -> dict[str, int]:
-    """Return, for each run, the number up to which no bill can have time from an hour on."""
-    lowest = select(_p.run_id, func.min(_p.seq)).where(_p.hour >= first_hour).group_by(_p.run_id)
-    found = {run_id: int(seq) for run_id, seq in connection.execute(lowest)}
-    return {
-        run_id: max(0, found.get(run_id, top + 1) - 1 - _BILLS_BEFORE)
-        for run_id, top in highest.items()
-    }
+def _runs_with_gaps(connection: Connection) -> list[str]:
+    """Return the runs that have fewer bills than their highest number says."""
+    s = bill_sums.c
+    return list(connection.execute(select(s.run_id).where(s.bills < s.last_seq)).scalars())
 
 
 def _without(gap: _Gap, found: Sequence[int]) -> Iterable[_Gap]:

@@ -3,8 +3,8 @@
 `usage_pieces` has an index by hour and tenant. So the hours that have any piece are looked up one
 after the other, and in each the tenant's pieces: that costs time in proportion to the hours of the
 ledger and the tenant's own bills. A bill has at least one piece, so no bill is missed. The tenants
-below one are looked up the same way, each once, in the index of `requests` by tenant and tenants
-above: in proportion to the tenants of the ledger, not to their bills.
+below one are looked up the same way, each once, in the groups of the sums: each bill's tenant, with
+those above it, has a group. That costs time in proportion to the tenants of the ledger.
 
 Invariant: a table holds all rows of the tenants that are meant, and a database makes it by index. A
 tenant that had other parents in between brings those rows along; `coverage` tells them apart.
@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 from vllm_cost_meter.ledger.coverage import is_of
-from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.schema import requests, rollup_groups, usage_pieces
 from vllm_cost_meter.records.owner import OWN, TenantScope
 
 # One object for each scope: the parts of a query that ask for it must mean the same table.
@@ -76,7 +76,8 @@ def _owners() -> CTE:
 
     From one row the next is found by a look into the index. One object, as of `_hours`.
     """
-    first, same, later = (requests.alias(f"{which}_owner") for which in ("first", "same", "later"))
+    groups = rollup_groups
+    first, same, later = (groups.alias(f"{which}_owner") for which in ("first", "same", "later"))
     owners = select(
         func.min(first.c.tenant).label("tenant"),
         cast(null(), first.c.tenant_above.type).label("tenant_above"),

@@ -1,8 +1,9 @@
 """Which tenants and tags the ledger has ever seen.
 
-A tenant takes one look into an index. Tags have none, as few ask for them: the groups of the sums
-are read, and then requests until one has it, a second for a million. The rows of a request may have
-been dropped; the group of its sums stays.
+What had a bill has a group in the sums, whatever became of its row since: the groups are few. A
+request that never reached an engine is looked for in an index.
+
+Invariant: a tenant or tag of any bill that ever came is seen.
 """
 
 from collections.abc import Iterable
@@ -11,12 +12,7 @@ import orjson
 from sqlalchemy import and_, or_, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.schema import (
-    http_requests,
-    open_requests,
-    requests,
-    rollup_groups,
-)
+from vllm_cost_meter.ledger.schema import http_requests, open_requests, rollup_groups
 from vllm_cost_meter.records.owner import SLASH
 
 # In the order of characters it comes right after the slash.
@@ -29,7 +25,7 @@ def unseen(connection: Connection, names: Iterable[str]) -> list[str]:
 
 
 def _is_seen(connection: Connection, name: str) -> bool:
-    for table in (http_requests, rollup_groups):
+    for table in (rollup_groups, http_requests):
         tenant = table.c.tenant
         below = and_(tenant >= name + SLASH, tenant < name + _AFTER_SLASH)
         found = select(tenant).where(or_(tenant == name, below)).limit(1)
@@ -46,7 +42,7 @@ def unseen_tags(connection: Connection, tags: Iterable[tuple[str, str]]) -> list
 def _is_tag_seen(connection: Connection, tag: tuple[str, str]) -> bool:
     # As it stands in the JSON of a row: a key has no quotes, so nothing else reads like this.
     text = orjson.dumps(dict([tag])).decode()[1:-1]
-    for table in (rollup_groups, requests, open_requests):
+    for table in (rollup_groups, open_requests):
         like = select(table.c.tags).where(table.c.tags.contains(text, autoescape=True))
         # SQLite takes small and capital letters for the same.
         if any(text in tags for tags in connection.execute(like).scalars()):

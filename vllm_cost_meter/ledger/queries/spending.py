@@ -3,8 +3,7 @@
 Bills are counted once each, by their numbers (`bill_count.py`), and summed by run and hour, so that
 a new hour, price or limit needs no count. What requests that still run had used at their engine's
 latest snapshot is added on top, in full to the present hour; their bills say later which hours it
-was. Budgets that count other tenants, or earlier hours, need a new count. It goes on in slices, one
-at each look, while the budgets from before are served with fresh figures.
+was. Budgets that count other tenants, or earlier hours, need a new count, which reads sums by hour.
 
 Money is computed as reports compute it: each hour of each run by `RunPrices`, rounded once.
 
@@ -37,8 +36,6 @@ from vllm_cost_meter.records.pending import PendingBill
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, BudgetScope
 from vllm_cost_meter.units.time import unix_ns_of
 
-# So many bills of a new count are counted at a look: about 0.1 s of work.
-SLICE_BILLS = 40_000
 _IDS_AT_ONCE = 500
 # Hours before all periods that stay counted, so that a clock may be set back without a new count.
 _HOURS_KEPT = 48
@@ -53,7 +50,6 @@ class Spending:
         *,
         wait_s: float = 0.0,
         alive: Callable[[], Collection[str]] = tuple,
-        slice_bills: int = SLICE_BILLS,
     ) -> None:
         """`alive` names engine runs that are known to live though they are silent.
 
@@ -61,17 +57,15 @@ class Spending:
         LedgerError if it cannot be opened.
         """
         self._alive = alive
-        self._slice_bills = slice_bills
         self._url = url
         self._wait_s = wait_s
         self._engine: Engine | None = None
         self._heard = Heard()
         # The pending bills of the latest look that the ledger lacks.
         self.pending: Sequence[PendingBill] = ()
-        # The budgets that are served, their bills, and those of a new count until it is complete.
+        # The budgets that are served, and their bills.
         self._budgets: Sequence[Budget] = ()
         self._count: BillCount | None = None
-        self._next: BillCount | None = None
         # The latest instant for whose periods everything is counted.
         self._counted_ns = 0
         # Each run's facts, and the prices made of them by this book.
@@ -83,16 +77,6 @@ class Spending:
         """Close the connections."""
         if self._engine is not None:
             self._engine.dispose()
-
-    @property
-    def served(self) -> Sequence[Budget]:
-        """The budgets of the latest figures: while new ones are counted, those from before."""
-        return self._budgets
-
-    @property
-    def is_recounting(self) -> bool:
-        """Whether a new count is under way, so that the next look is due at once."""
-        return self._next is not None
 
     def latest_snapshots(self) -> list[tuple[str, int]]:
         """Return (run, number) of the latest snapshots: cheap, to see whether a look is due."""
@@ -112,9 +96,7 @@ class Spending:
 
         Of the `pending` bills those count that the ledger lacks; `self.pending` has them then.
 
-        The first look counts everything. While a later one waits for a new count, it returns where
-        the budgets stand that were served before. Raises LedgerError if the ledger cannot be
-        opened or read.
+        Raises LedgerError if the ledger cannot be opened or read.
         """
         at = Instant(now_ns, time.monotonic_ns() if monotonic_ns is None else monotonic_ns)
         with self._read() as connection:
@@ -175,20 +157,13 @@ class Spending:
     def _bring_up_to_date(
         self, connection: Connection, budgets: Sequence[Budget], now_ns: int
     ) -> BillCount:
-        """Return the count to serve from, with all bills; go on with a new one if it is needed."""
+        """Return the count of all bills for these budgets; a new one if it is needed."""
         first_hour = min((budget.hours(now_ns)[0] for budget in budgets), default=0)
         count = self._count
-        if count is None:
-            count = self._count = BillCount(budgets, first_hour)
+        if count is None or not count.serves(budgets, first_hour):
+            count = BillCount(budgets, first_hour)
         count.advance(connection)
-        if not count.serves(budgets, first_hour):
-            if self._next is None or not self._next.is_for(budgets, first_hour):
-                self._next = BillCount(budgets, first_hour)
-            self._next.advance(connection, self._slice_bills)
-            if not self._next.is_complete:
-                return count
-            count = self._count = self._next
-        self._next, self._budgets, self._counted_ns = None, budgets, now_ns
+        self._count, self._budgets, self._counted_ns = count, budgets, now_ns
         if budgets:
             count.forget_before(first_hour - _HOURS_KEPT)
         return count

@@ -31,10 +31,10 @@ from vllm_cost_meter.ledger.database import cause_of, writing
 from vllm_cost_meter.ledger.inserts import insert_rows
 from vllm_cost_meter.ledger.retention.folding import fold
 from vllm_cost_meter.ledger.retention.known import NONE_DROPPED, dropped_by_run
-from vllm_cost_meter.ledger.rollups.adding import lock_sums, read_exchanges, read_parts
+from vllm_cost_meter.ledger.rollups.adding import read_exchanges, read_parts
 from vllm_cost_meter.ledger.rollups.bill_sums import BillSums, dropped_sums, sums_where
 from vllm_cost_meter.ledger.rollups.exchanges import PartFacts, ReplyFacts
-from vllm_cost_meter.ledger.rollups.upserts import in_chunks
+from vllm_cost_meter.ledger.rollups.upserts import in_chunks, lock_sums
 from vllm_cost_meter.ledger.schema import (
     dropped_bills,
     http_requests,

@@ -54,7 +54,7 @@ class Folded:
     groups: dict[int, Group] = field(default_factory=dict)
     hours: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     unknown: dict[tuple[int, int, int], int] = field(default_factory=lambda: defaultdict(int))
-    counted: dict[str, Counted] = field(default_factory=lambda: defaultdict(Counted.nothing))
+    counted: dict[str, Counted] = field(default_factory=lambda: defaultdict(Counted))
 
     def write(self, connection: Connection) -> None:
         """Add all of it to the tables of retention."""
@@ -70,7 +70,7 @@ class Folded:
         latencies = [
             (*bucket, run_id, *both)
             for run_id, counted in self.counted.items()
-            for bucket, both in counted.buckets.items()
+            for bucket, both in counted.buckets().items()
         ]
         add_to(connection, dropped_latencies, sorted(latencies))
 

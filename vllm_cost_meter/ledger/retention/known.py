@@ -22,7 +22,7 @@ from sqlalchemy import func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.retention.ranges import DroppedNumbers
-from vllm_cost_meter.ledger.rollups.adding import lock_sums
+from vllm_cost_meter.ledger.rollups.upserts import lock_sums
 from vllm_cost_meter.ledger.rows import TableRow
 from vllm_cost_meter.ledger.schema import dropped_bills, row_cutoffs
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest

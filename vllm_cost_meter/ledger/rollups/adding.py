@@ -13,23 +13,23 @@ Invariant: after each transaction the sums are what `rebuilding.py` would make o
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, select, text
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.rollups.bill_sums import add_bills
-from vllm_cost_meter.ledger.rollups.exchanges import EndedExchanges, PartFacts, ReplyFacts, ended_of
+from vllm_cost_meter.ledger.rollups.exchanges import PartFacts, ReplyFacts, ended_of
 from vllm_cost_meter.ledger.rollups.groups import Group
 from vllm_cost_meter.ledger.rollups.histograms import Counted, us_of, write_counted
-from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, nothing, write
-from vllm_cost_meter.ledger.rollups.upserts import in_chunks
-from vllm_cost_meter.ledger.rows import owner_columns
-from vllm_cost_meter.ledger.schema import PIECE_AMOUNTS, http_requests, requests
+from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, write
+from vllm_cost_meter.ledger.rollups.upserts import in_chunks, lock_sums
+from vllm_cost_meter.ledger.rows import tags_text
+from vllm_cost_meter.ledger.schema import ENDED_AMOUNTS, PIECE_AMOUNTS, http_requests, requests
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
 from vllm_cost_meter.units.time import NS_PER_HOUR, hour_of
-
-_LOCK = 0x636F73745F72  # "cost_r": a number of our own among PostgreSQL's locks
 
 
 class NewRows(NamedTuple):
@@ -64,21 +64,24 @@ def new_rows(
     return NewRows(by_key, {id: by_id[id] for id in by_id if id not in replied}, begun)
 
 
-def lock_sums(connection: Connection) -> None:
-    """Let no other transaction change sums or what they are made of until this one ends."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-
-
 def _there(
     connection: Connection, column: ColumnElement[Any], ids: Sequence[str]
 ) -> frozenset[str]:
     """Return those ids that a column has."""
-    return frozenset(
-        id
-        for some in in_chunks(ids)
-        for (id,) in connection.execute(select(column).where(column.in_(some)))
-    )
+    there: set[str] = set()
+    for some in in_chunks(ids):
+        if connection.dialect.name == "sqlite":
+            # SQLAlchemy would take three times as long for the parameters as SQLite for the rows.
+            asked = _sqlite_text_of_in(column, len(some))
+            there.update(connection.exec_driver_sql(asked, tuple(some)).scalars())
+        else:
+            there.update(connection.execute(select(column).where(column.in_(some))).scalars())
+    return frozenset(there)
+
+
+@lru_cache(maxsize=8)
+def _sqlite_text_of_in(column: ColumnElement[Any], count: int) -> str:
+    return f"{select(column)} WHERE {column} IN ({', '.join('?' * count)})"
 
 
 def _bills_there(
@@ -89,49 +92,55 @@ def _bills_there(
         numbers[run_id].append(seq)
     r = requests.c
     for run_id, seqs in numbers.items():
-        for some in in_chunks(seqs):
+        # An engine's bills come nearly in order, so most are above all that are there.
+        top = connection.execute(select(func.max(r.seq)).where(r.run_id == run_id)).scalar()
+        for some in in_chunks([seq for seq in seqs if top is not None and seq <= top]):
             there = select(r.seq).where(r.run_id == run_id, r.seq.in_(some))
             for (seq,) in connection.execute(there).all():
                 yield run_id, seq
 
 
+# Amounts in the order of PIECE_AMOUNTS or of ENDED_AMOUNTS, all that belong into one sum.
+_RowsByKey = dict[SumKey, list[Sequence[int]]]
+_amounts_of = attrgetter(*PIECE_AMOUNTS)
+
+
 def add(connection: Connection, new: NewRows) -> None:
     """Add what new rows add up to; they must be written already."""
-    sums: SumsByKey = {}
-    for part in new.parts.values():
-        _add_pieces(sums, part)
-    counted = Counted.nothing()
-    for reply, parts, sign in _changes(connection, new):
+    facts = {key: _facts_of(part) for key, part in new.parts.items()}
+    pieces: _RowsByKey = defaultdict(list)
+    for key, part in new.parts.items():
+        group = facts[key].group
+        for piece in part.bill.pieces:
+            pieces[SumKey(piece.hour, group)].append(_amounts_of(piece))
+    ended: _RowsByKey = defaultdict(list)
+    counted = Counted()
+    for reply, parts, sign in _changes(connection, new, facts):
         counted.add(reply, parts, sign)
-        for ended in ended_of(reply, parts):
-            _add_end(sums, ended, sign)
-    write(connection, sums)
+        for hour, group, *amounts in ended_of(reply, parts):
+            signed = amounts if sign > 0 else [sign * amount for amount in amounts]
+            ended[SumKey(hour, group)].append(signed)
+    write(connection, _added_up(pieces, ended))
     write_counted(connection, counted)
     add_bills(connection, new.parts.values())
 
 
-def _add_pieces(sums: SumsByKey, part: EngineRequest) -> None:
-    group = _group_of(part)
-    for piece in part.bill.pieces:
-        known = sums.setdefault(SumKey(piece.hour, group), nothing())
-        for place, name in enumerate(PIECE_AMOUNTS):
-            known[place] += getattr(piece, name)
-
-
-def _add_end(sums: SumsByKey, ended: EndedExchanges, sign: int) -> None:
-    known = sums.setdefault(SumKey(ended.hour, ended.group), nothing())
-    for place, amount in enumerate(ended[2:], len(PIECE_AMOUNTS)):
-        known[place] += sign * amount
+def _added_up(pieces: _RowsByKey, ended: _RowsByKey) -> SumsByKey:
+    no_pieces, none_ended = [0] * len(PIECE_AMOUNTS), [0] * len(ENDED_AMOUNTS)
+    return {
+        key: [
+            *map(sum, zip(*pieces.get(key, (no_pieces,)), strict=True)),
+            *map(sum, zip(*ended.get(key, (none_ended,)), strict=True)),
+        ]
+        for key in pieces.keys() | ended.keys()
+    }
 
 
 def _group_of(part: EngineRequest) -> Group:
+    owner = part.owner
     return Group(
-        run_id=part.bill.run_id,
-        **owner_columns(part.owner),
-        model=part.model,
-        lora=part.lora,
-        route=part.route,
-        engine_status=part.bill.engine_status,
+        *(part.bill.run_id, owner.tenant, owner.rule_text, owner.parent, tags_text(owner)),
+        *(owner.above_text, part.model, part.lora, part.route, part.bill.engine_status),
     )
 
 
@@ -142,7 +151,7 @@ ExchangeFacts = tuple[ReplyFacts | None, Sequence[PartFacts]]
 
 
 def _changes(
-    connection: Connection, new: NewRows
+    connection: Connection, new: NewRows, facts: Mapping[tuple[str, int], PartFacts]
 ) -> Iterator[tuple[ReplyFacts | None, Sequence[PartFacts], int]]:
     """Yield exchanges as they are now, and as they were before with a sign of -1."""
     there = read_exchanges(connection, sorted(new.begun))
@@ -152,11 +161,11 @@ def _changes(
         if before:
             yield None if id in new.replies else reply, before, -1
     whole: dict[str, list[PartFacts]] = defaultdict(list)
-    for part in new.parts.values():
+    for key, part in new.parts.items():
         if part.http_request_id is None:
-            yield None, [_facts_of(part)], 1
+            yield None, [facts[key]], 1
         elif part.http_request_id not in new.begun:
-            whole[part.http_request_id].append(_facts_of(part))
+            whole[part.http_request_id].append(facts[key])
     for id, parts in whole.items():
         told = new.replies.get(id)
         yield None if told is None else _reply_of(told), parts, 1
@@ -171,20 +180,13 @@ def _reply_of(reply: HttpRequest) -> ReplyFacts:
 
 
 def _facts_of(part: EngineRequest) -> PartFacts:
-    bill = part.bill
+    bill, times = part.bill, part.latencies
     return PartFacts(
-        run_id=bill.run_id,
-        seq=bill.seq,
-        prompt_group=part.prompt_group,
-        hour=part.finished_at_ns // NS_PER_HOUR,
-        group=_group_of(part),
-        prompt_tokens=bill.prompt_tokens,
-        cached_tokens=bill.cached_tokens,
-        output_tokens=bill.output_tokens,
-        started_hour=part.started_at_ns // NS_PER_HOUR,
-        ttft_us=us_of(part.latencies.ttft_ms),
-        tpot_us=us_of(part.latencies.tpot_ms),
-        e2e_us=us_of(part.latencies.e2e_ms),
+        *(bill.run_id, bill.seq, part.prompt_group),
+        *(part.finished_at_ns // NS_PER_HOUR, _group_of(part)),
+        *(bill.prompt_tokens, bill.cached_tokens, bill.output_tokens),
+        part.started_at_ns // NS_PER_HOUR,
+        *(us_of(times.ttft_ms), us_of(times.tpot_ms), us_of(times.e2e_ms)),
     )
 
 

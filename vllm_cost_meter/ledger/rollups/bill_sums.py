@@ -26,7 +26,7 @@ from sqlalchemy import ColumnElement, case, delete, func, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.rollups.upserts import add_to, in_chunks
+from vllm_cost_meter.ledger.rollups.upserts import add_to, in_chunks, lock_sums
 from vllm_cost_meter.ledger.rows import TableRow, owner_columns
 from vllm_cost_meter.ledger.schema import (
     PIECE_AMOUNTS,
@@ -101,6 +101,8 @@ def new_energy(connection: Connection, rows: Sequence[TableRow]) -> dict[str, in
     for row in rows:
         if row["energy_mj"] is not None:
             by_key.setdefault((row["run_id"], row["seq"], row["hour"]), row["energy_mj"])
+    if by_key:
+        lock_sums(connection)
     e = request_energy.c
     for run_id, of_run in groupby(sorted(by_key), itemgetter(0)):
         for some in in_chunks(sorted({seq for _, seq, _ in of_run})):
@@ -190,9 +192,8 @@ def _of_part(part: EngineRequest) -> BillSums:
         *(bill.prompt_tokens, bill.cached_tokens, bill.output_tokens, part.cost_nanousd),
         *(part.marginal_cost_nanousd, started_at, finished_at),
     )
-    pieces = sorted(
-        (piece.hour, *(getattr(piece, name) for name in PIECE_AMOUNTS)) for piece in bill.pieces
-    )
+    # A piece is its hour and the amounts in the order of PIECE_AMOUNTS.
+    pieces = sorted(map(tuple, bill.pieces))
     return BillSums(
         run_id=bill.run_id,
         bills=1,

@@ -70,9 +70,11 @@ def ended_of(reply: ReplyFacts | None, parts: Sequence[PartFacts]) -> Iterator[E
             hour, group = max(part.hour for part in some), _group_of(some)
             yield EndedExchanges(hour, group, 0, *_prompt_tokens(some))
         return
-    group = _group_of(parts)._replace(
-        tenant=reply.tenant, tenant_rule=reply.tenant_rule, tenant_above=reply.tenant_above
-    )
+    group = _group_of(parts)
+    owner = (reply.tenant, reply.tenant_rule, reply.tenant_above)
+    if (group.tenant, group.tenant_rule, group.tenant_above) != owner:  # which is rare
+        tenant, rule, above = owner
+        group = group._replace(tenant=tenant, tenant_rule=rule, tenant_above=above)
     prompts = [_prompt_tokens(some) for some in _by_prompt(parts)]
     sums = prompts[0] if len(prompts) == 1 else map(sum, zip(*prompts, strict=True))
     own = (reply.prompt_tokens, reply.cached_tokens, reply.output_tokens)
@@ -107,6 +109,9 @@ def _by_tenant_and_prompt(parts: Sequence[PartFacts]) -> Iterator[list[PartFacts
 
 def _prompt_tokens(parts: Sequence[PartFacts]) -> tuple[int, int, int]:
     """Return the tokens of one prompt's parts: the prompt once, all outputs added."""
+    if len(parts) == 1:
+        only = parts[0]
+        return only.prompt_tokens, only.cached_tokens, only.output_tokens
     return (
         max(part.prompt_tokens for part in parts),
         max(part.cached_tokens for part in parts),

@@ -10,7 +10,8 @@ Invariant: a percentile by nearest rank over the buckets is within RELATIVE_ERRO
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from sqlalchemy.engine import Connection
@@ -23,6 +24,7 @@ RELATIVE_ERROR = 0.01
 MEASURES = ("ttft", "tpot", "e2e")
 _GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
 _LOG_GAMMA = math.log(_GAMMA)
+_TIMES_AT_ONCE = 10_000
 
 
 class Bucket(NamedTuple):
@@ -33,33 +35,65 @@ class Bucket(NamedTuple):
     about_us: int
 
 
-class Counted(NamedTuple):
-    """Changes of the histograms (exchanges and sum of us), and of arrivals by hour."""
+class Counted:
+    """Changes of the histograms, and of arrivals by hour."""
 
-    buckets: dict[Bucket, list[int]]
-    arrivals: dict[int, int]
-
-    @classmethod
-    def nothing(cls) -> "Counted":
-        return cls(defaultdict(lambda: [0, 0]), defaultdict(int))
+    def __init__(self) -> None:
+        self.arrivals: dict[int, int] = defaultdict(int)
+        self._buckets: dict[Bucket, tuple[int, int]] = {}
+        # Times in microseconds by hour, measure and sign that are in no bucket yet: many at once
+        # cost less.
+        self._times: dict[tuple[int, str, int], list[int]] = defaultdict(list)
 
     def add(self, reply: ReplyFacts | None, parts: Sequence[PartFacts], sign: int = 1) -> None:
         """Count an exchange, or take it out with a sign of -1; one without a part is nothing."""
         if not parts:
             return
-        self.arrivals[min(part.started_hour for part in parts)] += sign
+        came_in = parts[0].started_hour if len(parts) == 1 else min(p.started_hour for p in parts)
+        self.arrivals[came_in] += sign
         hour = max(part.hour for part in parts) if reply is None else reply.hour
-        for measure, us in _times_of(parts):
-            known = self.buckets[Bucket(hour, measure, about(us))]
-            known[0] += sign
-            known[1] += sign * us
+        for measure, us in zip(MEASURES, _times_of(parts), strict=True):
+            if us is not None:
+                self.add_time(hour, measure, us, sign)
+
+    def add_time(self, hour: int, measure: str, us: int, sign: int = 1) -> None:
+        """Count one time of an exchange that ended in an hour, or take it out."""
+        times = self._times[hour, measure, sign]
+        times.append(us)
+        if len(times) >= _TIMES_AT_ONCE:
+            self._fill_buckets()
+
+    def add_bucket(self, bucket: Bucket, exchanges: int, sum_us: int) -> None:
+        """Count times that are in a bucket already, or take them out."""
+        known = self._buckets.get(bucket, (0, 0))
+        self._buckets[bucket] = known[0] + exchanges, known[1] + sum_us
+
+    def buckets(self) -> dict[Bucket, tuple[int, int]]:
+        """Return the changes of each bucket: exchanges, and the sum of their times."""
+        self._fill_buckets()
+        return self._buckets
+
+    def _fill_buckets(self) -> None:
+        for (hour, measure, sign), times in self._times.items():
+            by_about: dict[int, list[int]] = defaultdict(list)
+            for us in times:
+                by_about[about(us)].append(us)
+            for about_us, some in by_about.items():
+                bucket = Bucket(hour, measure, about_us)
+                self.add_bucket(bucket, sign * len(some), sign * sum(some))
+        self._times.clear()
 
 
 def about(us: int) -> int:
     """Return the time, in microseconds, that stands for the bucket of a time."""
     if us < 1:
         return 0
-    power = math.ceil(math.log(us) / _LOG_GAMMA)
+    return _middle_of(math.ceil(math.log(us) / _LOG_GAMMA))
+
+
+@cache
+def _middle_of(power: int) -> int:
+    """Return the time that stands for a bucket. There are some thousand for 64-bit times."""
     return round(2 * _GAMMA**power / (_GAMMA + 1))
 
 
@@ -68,24 +102,25 @@ def us_of(ms: float | None) -> int | None:
     return None if ms is None else max(round(ms * 1000), 0)
 
 
-def _times_of(parts: Sequence[PartFacts]) -> Iterator[tuple[str, int]]:
-    """Yield an exchange's times: its first token's, its slowest part's per token and to the end."""
-    first = [part.ttft_us for part in parts if part.ttft_us is not None]
-    each = [part.tpot_us for part in parts if part.tpot_us is not None]
-    last = [part.e2e_us for part in parts if part.e2e_us is not None]
-    if first:
-        yield "ttft", min(first)
-    if each:
-        yield "tpot", max(each)
-    if last:
-        yield "e2e", max(last)
+def _times_of(parts: Sequence[PartFacts]) -> Sequence[int | None]:
+    """Return an exchange's times in the order of MEASURES; None where no part knows one.
+
+    They are its first token's, its slowest part's per token, and that to the end.
+    """
+    if len(parts) == 1:  # as most have
+        return parts[0].ttft_us, parts[0].tpot_us, parts[0].e2e_us
+    return (
+        min((part.ttft_us for part in parts if part.ttft_us is not None), default=None),
+        max((part.tpot_us for part in parts if part.tpot_us is not None), default=None),
+        max((part.e2e_us for part in parts if part.e2e_us is not None), default=None),
+    )
 
 
 def write_counted(connection: Connection, counted: Counted) -> None:
     """Add changes to the histograms and arrivals."""
     buckets = [
         (*bucket, exchanges, sum_us)
-        for bucket, (exchanges, sum_us) in sorted(counted.buckets.items())
+        for bucket, (exchanges, sum_us) in sorted(counted.buckets().items())
         if exchanges or sum_us
     ]
     add_to(connection, rollup_latencies, buckets)

@@ -33,7 +33,6 @@ from vllm_cost_meter.ledger.rollups.histograms import (
     MEASURES,
     Bucket,
     Counted,
-    about,
     write_counted,
 )
 from vllm_cost_meter.ledger.rollups.sums import AMOUNTS, SumKey, SumsByKey, nothing, write
@@ -115,7 +114,7 @@ def _added_up(rows: Iterable[tuple[SumKey, int, list[int]]]) -> SumsByKey:
 def wrong_histograms(connection: Connection) -> list[tuple[Any, ...]]:
     """Return the rows of latencies and arrivals that the ledger has too many, or lacks."""
     right = _timed(connection)
-    expected: set[tuple[Any, ...]] = {(*key, *both) for key, both in right.buckets.items()}
+    expected: set[tuple[Any, ...]] = {(*key, *both) for key, both in right.buckets().items()}
     expected |= set(right.arrivals.items())
     found = {tuple(row) for row in connection.execute(select(rollup_latencies))}
     found |= {tuple(row) for row in connection.execute(select(rollup_arrivals))}
@@ -134,16 +133,12 @@ def _timed(connection: Connection) -> Counted:
         .join_from(requests, http_requests, h.http_request_id == r.http_request_id, isouter=True)
         .group_by(exchange)
     )
-    counted = Counted.nothing()
+    counted = Counted()
     for ended_at, came_at, *took_ms in connection.execute(asked):
         counted.arrivals[hour_of(came_at)] += 1
         for measure, ms in zip(MEASURES, took_ms, strict=True):
             if ms is not None:
-                us = round(ms * 1000)
-                bucket = Bucket(hour_of(ended_at), measure, about(us))
-                known = counted.buckets[bucket]
-                known[0] += 1
-                known[1] += us
+                counted.add_time(hour_of(ended_at), measure, round(ms * 1000))
     _add_dropped_times(connection, counted)
     return counted
 
@@ -153,9 +148,7 @@ def _add_dropped_times(connection: Connection, counted: Counted) -> None:
     key = (d.hour, d.measure, d.about_us)
     buckets = select(*key, func.sum(d.exchanges), func.sum(d.sum_us)).group_by(*key)
     for hour, measure, about_us, exchanges, sum_us in connection.execute(buckets):
-        known = counted.buckets[Bucket(hour, measure, about_us)]
-        known[0] += int(exchanges)
-        known[1] += int(sum_us)
+        counted.add_bucket(Bucket(hour, measure, about_us), int(exchanges), int(sum_us))
     came = select(h.hour, func.sum(h.arrivals)).where(h.arrivals != 0).group_by(h.hour)
     for hour, exchanges in connection.execute(came):
         counted.arrivals[hour] += int(exchanges)

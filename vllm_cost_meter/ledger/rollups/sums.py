@@ -44,10 +44,10 @@ def write(connection: Connection, sums: SumsByKey) -> None:
     days: dict[tuple[int, int], list[int]] = {}
     first_hours: dict[tuple[int, int], int] = {}
     for (hour, group), amounts in sums.items():
+        id = group_id_of(group)
+        groups[id] = group  # even without amounts: by its groups a tenant's bills are found
         if not any(amounts):
             continue
-        id = group_id_of(group)
-        groups[id] = group
         hours[hour, id] = amounts
         key = hour // HOURS_PER_DAY, id
         known = days.get(key)

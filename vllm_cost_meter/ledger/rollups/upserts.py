@@ -10,14 +10,25 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Table, and_, case, delete, func, or_
+from sqlalchemy import Column, ColumnElement, Table, and_, case, delete, func, or_, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 _ROWS_AT_ONCE = 400
 
+_LOCK = 0x636F73745F72  # "cost_r": a number of our own among PostgreSQL's locks
+
 # The values of a row in the order of its table's columns.
 RowValues = tuple[Any, ...]
+
+
+def lock_sums(connection: Connection) -> None:
+    """Let nobody else add to sums until the transaction ends: whoever adds looks first what is new.
+
+    A SQLite file has one writer at a time anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 
 def insert_new(connection: Connection, table: Table, rows: Sequence[RowValues]) -> None:

@@ -5,9 +5,9 @@ They follow from the rows of bills and exchanges, and change in the transaction 
 Invariant: a sum has one amount for each amount of a piece.
 """
 
-from sqlalchemy import BigInteger, Column, Integer, Table
+from sqlalchemy import BigInteger, Column, Index, Integer, Table
 
-from vllm_cost_meter.ledger.tables.base import KeyText, metadata
+from vllm_cost_meter.ledger.tables.base import KeyText, amount_columns, metadata
 from vllm_cost_meter.records.bill import UsagePiece
 
 # What rows of one sum have in common: the run and what a report can ask for.
@@ -26,6 +26,8 @@ rollup_groups = Table(
     Column("lora", KeyText),
     Column("route", KeyText),
     Column("engine_status", KeyText, nullable=False),
+    # The tenants below one.
+    Index("ix_rollup_groups_tenant", "tenant", "tenant_above"),
 )
 
 # The amounts of pieces in a span of hours: those of a piece but its hour.
@@ -41,10 +43,7 @@ def _rollup(name: str, span: str, *more: Column[int]) -> Table:
         Column(span, Integer, primary_key=True, autoincrement=False),
         Column("group_id", BigInteger, primary_key=True, autoincrement=False),
         *more,
-        *(
-            Column(amount, BigInteger, nullable=False)
-            for amount in (*PIECE_AMOUNTS, *ENDED_AMOUNTS)
-        ),
+        *amount_columns(*PIECE_AMOUNTS, *ENDED_AMOUNTS),
         sqlite_with_rowid=False,
     )
 
