@@ -133,6 +133,7 @@ def test_the_audit_line_has_the_form_of_the_command():
         "without_totals": [],
         "set_aside": [],
         "journal_losses": [],
+        "rows_kept_from": None,
         "balanced": True,
     }
     assert list(audit_lines(whole)) == shown

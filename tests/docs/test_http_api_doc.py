@@ -109,7 +109,8 @@ def test_one_tenant_has_a_row_and_what_the_page_says(get):
 
 
 def test_the_other_objects_have_the_keys_that_the_page_says(get):
-    assert set(get("/cost/requests")) == {*("tenant", "covers", "requests", "running", "next")}
+    page = {"tenant", "covers", "requests", "running", "rows_kept_from", "next"}
+    assert set(get("/cost/requests")) == page
     assert set(get("/cost/budgets")) == {"as_of", "broken", "budgets"}
     audit = table_rows(section(TOTALS, "Audit").partition("### ")[0])
     assert [row[0].strip("`") for row in audit] == list(get("/cost/audit"))

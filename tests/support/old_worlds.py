@@ -224,9 +224,11 @@ def _economics(reader: LedgerReader, window: tuple[int | None, int | None]) -> A
     found = economics(reader, Declared(), *window, as_of=AT)
     # These are read from rows while there are few.
     shown = {name: of for name, of in found["figures"].items() if "_p50" not in name}
-    return {**found, "figures": {name: of for name, of in shown.items() if "_p99" not in name}}
+    shown = {name: of for name, of in shown.items() if "_p99" not in name}
+    return {**found, "figures": shown, "rows_kept_from": None}
 
 
 def _audit(reader: LedgerReader, *, full: bool) -> Any:
     audit = reader.audit(AT, full=full)
-    return {**audit, "runs": [{**run, "unbilled_replies": None} for run in audit["runs"]]}
+    runs = [{**run, "unbilled_replies": None} for run in audit["runs"]]
+    return {**audit, "runs": runs, "rows_kept_from": None}

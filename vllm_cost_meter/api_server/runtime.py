@@ -76,7 +76,9 @@ class Runtime:
             journal_folder(self.ledger_url), second=second, to_disk=settings.durability == "disk"
         )
         self.writer.start()
-        self.applying = Applying(self.ledger_url, second=second)
+        self.applying = Applying(
+            self.ledger_url, second=second, keep_rows_days=settings.keep_rows_days
+        )
         self.collector = Collector(
             self.writer,
             self.guard,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.options import Config, Json, Ledger, reading
+from vllm_cost_meter.cli.options import Config, Json, Ledger, dropped_lines, reading
 from vllm_cost_meter.console import print_lines
 from vllm_cost_meter.ledger.auditing.audit import DIFFERENCES
 from vllm_cost_meter.ledger.ends.lost import MAX_LOST
@@ -83,6 +83,7 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             f"journal {loss['journal_id'][:8]}: {loss['records']} records after record"
             f" {loss['after_number']} are lost: {loss['reason']}"
         )
+    yield from dropped_lines(answer["rows_kept_from"])
     if not answer["full"] and (answer["runs"] or answer["without_totals"]):
         yield NOT_READ
     yield _verdict(answer)

@@ -14,6 +14,7 @@ from vllm_cost_meter.cli.options import (
     TimeZone,
     Week,
     Wide,
+    dropped_lines,
     one_line_errors,
     print_answer,
     reading,
@@ -99,8 +100,13 @@ def lines_below(answer: Mapping[str, Any]) -> list[str]:
         for one in answer["deployments"]
     ]
     lines += [f"priced at {described(price)}" for price in answer["prices"]]
+    kept_from = answer["rows_kept_from"]
+    if kept_from is not None and (window["from"] or "") < kept_from:
+        (line,) = dropped_lines(kept_from)
+        lines.append(f"{line}: percentiles are within 1 %, figures by declared bounds unknown")
     if (slo := answer["slo"]) is not None:
-        verdict = {None: "no request ended", True: "met", False: "NOT met"}[slo["met"]]
+        why = "no request ended" if answer["figures"]["good_requests"] == 0 else "unknown"
+        verdict = {None: why, True: "met", False: "NOT met"}[slo["met"]]
         bounds = [f"{n[:-3]} {slo[n]:g} ms" for n in ("ttft_ms", "tpot_ms", "e2e_ms") if slo[n]]
         lines.append(f"bounds: {', '.join(bounds)} for {slo['percentile']:g} %: {verdict}")
     return lines

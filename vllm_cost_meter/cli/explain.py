@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_cost_meter.cli.options import Config, Json, Ledger, reading
+from vllm_cost_meter.cli.options import Config, Json, Ledger, dropped_lines, reading
 from vllm_cost_meter.ledger.economics.figures import FIGURES
 from vllm_cost_meter.units.text import plain
 
@@ -30,7 +30,9 @@ def explain(
     with reading(ledger, config) as reader:
         rows = reader.look_up(request_id)
         if not rows:
-            raise ValueError(_not_found(request_id))
+            raise ValueError(
+                "; ".join([_not_found(request_id), *dropped_lines(reader.kept_from())])
+            )
         answers = [reader.explain(row) for row in rows]
     if as_json:
         print(json.dumps(answers[0] if len(answers) == 1 else {"matches": answers}, indent=2))

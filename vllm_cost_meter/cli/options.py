@@ -77,6 +77,13 @@ def ledger_url(ledger: str | None, config: Path | None = None) -> str:
         return url_of(named or None)
 
 
+def dropped_lines(kept_from: str | None) -> list[str]:
+    """Return the line that says from when on the ledger has rows of requests; none if of all."""
+    if kept_from is None:
+        return []
+    return [f"rows of requests that ended before {kept_from[:10]} (UTC) were dropped"]
+
+
 def print_answer(
     answer: Any,
     rows: Sequence[Mapping[str, Any]],

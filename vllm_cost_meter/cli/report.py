@@ -25,6 +25,7 @@ from vllm_cost_meter.cli.options import (
     TimeZone,
     Wide,
     WindowOption,
+    dropped_lines,
     print_answer,
     reading,
     refuse_both,
@@ -346,10 +347,10 @@ def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool)
 
 
 def _requests_of(answer: Mapping[str, Any]) -> list[str]:
-    """Return the line that says whose requests are listed; none for those of all tenants."""
-    if answer["tenant"] is None:
-        return []
-    return [f"requests of {TenantScope(answer['tenant'], answer['covers']).text}"]
+    """Return the lines that say whose requests are listed, and from when on there are any."""
+    whose = answer["tenant"]
+    of = [] if whose is None else [f"requests of {TenantScope(whose, answer['covers']).text}"]
+    return [*of, *dropped_lines(answer["rows_kept_from"])]
 
 
 def _written(answer: Mapping[str, Any], format: Format) -> str:

@@ -167,6 +167,13 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         "journal).",
         json_schema_extra=_about(t.FOLDER),
     )
+    keep_rows_days: t.Days = Field(
+        default=90,
+        description="How many days before today the ledger keeps the rows of requests for. Sums, "
+        "which reports and statements read, are [kept for ever]"
+        "(../explanation/ledger.md#old-rows-are-dropped-their-sums-stay).",
+        json_schema_extra=_about(t.DAYS, "days"),
+    )
     snapshot_interval_s: t.Number = Field(
         default=1.0,
         ge=0.05,

@@ -113,6 +113,9 @@ TENANT_METRICS = "everywhere or side_port"
 TENANT_DETAIL = "exact or coarse"
 DURABILITY = "process or disk"
 FOLDER = "the absolute path of a folder"
+_DAYS_MAX = 36_500
+FOREVER = "forever"
+DAYS = f"a whole number from 1 to {_DAYS_MAX}, or {FOREVER}"
 METADATA_KEY = "1 to 64 letters, digits, `_`, `-` or `.`"
 TAG_KEY = "1 to 64 small letters, digits, `_` or `-`"
 _TAG_KEY = r"[a-z0-9_-]{1,64}"
@@ -188,6 +191,10 @@ def _port(value: object) -> object:
     return _number(value)
 
 
+def _days(value: object) -> object:
+    return None if value == FOREVER else _number(value)
+
+
 def _printable(token: SecretStr) -> SecretStr:
     text = token.get_secret_value()
     if len(text) < TOKEN_CHARS_MIN or not re.fullmatch(r"[!-~]+", text):
@@ -229,6 +236,7 @@ TenantDetail = Literal["exact", "coarse"]
 Durability = Literal["process", "disk"]
 Digest = Annotated[str, _matching(r"[0-9a-fA-F]{64}", SHA256), AfterValidator(_digest_of_something)]
 Port = Annotated[Annotated[int, Field(ge=0, le=65_535)] | None, BeforeValidator(_port)]
+Days = Annotated[Annotated[int, Field(ge=1, le=_DAYS_MAX)] | None, BeforeValidator(_days)]
 HeaderName = Annotated[
     str,
     _matching(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", HEADER),

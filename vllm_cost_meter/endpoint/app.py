@@ -207,7 +207,10 @@ def look_up(
     rows = reader.look_up(request_id, only=viewer.tenant)
     # Only an operator sees the matches of an ambiguous id.
     if not rows or (len(rows) > 1 and not viewer.is_admin):
-        raise HTTPException(404, f"no request with the id {quoted(request_id)} in the ledger")
+        kept_from = reader.kept_from()
+        more = "" if kept_from is None else f"; rows from before {kept_from} were dropped"
+        detail = f"no request with the id {quoted(request_id)} in the ledger{more}"
+        raise HTTPException(404, detail)
     return rows
 
 

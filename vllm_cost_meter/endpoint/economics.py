@@ -79,6 +79,7 @@ def add_economics(
             "window": answer["window"],
             "taken_at": answer["taken_at"],
             "deployments": answer["deployments"],
+            "rows_kept_from": answer["rows_kept_from"],
             "slo": answer["slo"],
             "figures": {name: answer["figures"][name] for name in PUBLIC_FIGURES},
         }

@@ -6,6 +6,8 @@ lock, that one applies, and a pass waits until it has. Once it is gone, the next
 A ledger whose file is damaged is set aside, and the pass goes on in a new one: the applier owns the
 writes. Where that happens again soon, the disk is at fault, and bills wait in the journals.
 
+Between passes that nobody waits for, old rows are dropped, a small step at a time.
+
 Invariant: a pass that returns has applied all records that were journaled before it began; one that
 raises has lost none.
 """
@@ -34,6 +36,7 @@ from vllm_cost_meter.ledger.damage.setting_aside import (
 )
 from vllm_cost_meter.ledger.database import open_to_read, parse_url, sqlite_path
 from vllm_cost_meter.ledger.journal_place import journal_folder
+from vllm_cost_meter.ledger.retention.keeping import RowKeeper
 from vllm_cost_meter.logs import Outage, meter_logger
 
 logger = meter_logger()
@@ -61,8 +64,12 @@ class ApplyLoop:
         url: str,
         set_aside_pause_s: float = SET_ASIDE_PAUSE_S,
         second: Path | None = None,
+        keeper: RowKeeper | None = None,
     ) -> None:
-        """The ledger is made if it is not there. `second` is the second folder of journals."""
+        """The ledger is made if it is not there. `second` is the second folder of journals.
+
+        `keeper` drops old rows; without one none are dropped.
+        """
         self._second = second
         self.folder: Path = journal_folder(url)
         self.last_error: str | None = None
@@ -81,6 +88,7 @@ class ApplyLoop:
         self._was_opened = False
         self._batches = BatchWriter(url)
         self._applier = Applier(self._batches, self.folder, second=second)
+        self._keeper = keeper
         self._lock: FileLock | None = None
         self._outage = Outage()
 
@@ -125,6 +133,8 @@ class ApplyLoop:
             if is_asked:
                 self._applier.look_for_dead()
             self._apply_all()
+            if self._keeper is not None and not is_asked:
+                self._keeper.step(self._batches.opened())
         elif is_asked:
             if self._reading is None:
                 self._reading = open_to_read(self._url, wait_s=WAIT_S)

@@ -31,6 +31,7 @@ from vllm_cost_meter.ledger.queries.open_requests import Living, running_parts
 from vllm_cost_meter.ledger.queries.pages import PageKey, exchanges, page_of_keys, rows_of_parts
 from vllm_cost_meter.ledger.queries.requests import Match
 from vllm_cost_meter.ledger.queries.seen import unseen, unseen_tags
+from vllm_cost_meter.ledger.retention.known import kept_from_hour
 from vllm_cost_meter.ledger.settling import settle
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.records.owner import WITH_CHILDREN, Covers, TenantScope
@@ -44,6 +45,7 @@ from vllm_cost_meter.reports.statement import month_question
 from vllm_cost_meter.reports.statement_answers import TenantStatement
 from vllm_cost_meter.reports.tenant_details import sum_of_rows
 from vllm_cost_meter.units.calendar import zone_of
+from vllm_cost_meter.units.time import instant_of
 
 MAX_LIMIT = 1000
 # So long a ledger is waited for that the server of the same moment makes.
@@ -170,6 +172,11 @@ class LedgerReader:
         rows = (self.request(match) for match in self.find(id, only))
         return [row for row in rows if row is not None]
 
+    def kept_from(self) -> str | None:
+        """Return the instant before which rows of requests were dropped; None if none were."""
+        with self.transaction() as connection:
+            return instant_of(kept_from_hour(connection))
+
     def explain(self, request: Mapping[str, Any]) -> Explanation:
         """Explain the bills of a request row that has its `parts`.
 
@@ -202,6 +209,7 @@ class LedgerReader:
         before = None if next is None else PageKey.from_token(next)
         living = self._living(as_of)
         with self.transaction() as connection:
+            kept_from = kept_from_hour(connection)
             keys = page_of_keys(connection, limit + 1, before, asked, asker)
             rows = exchanges(connection, keys[:limit], living, self._book)
             first = before is None
@@ -214,6 +222,7 @@ class LedgerReader:
             "covers": None if asked is None else asked.covers,
             "requests": rows,
             "running": rows_of_parts(parts),
+            "rows_kept_from": instant_of(kept_from),
             "next": keys[limit - 1].token() if more else None,
         }
 

@@ -205,6 +205,9 @@ class RequestsPage(TypedDict):
     """The exchanges that ended, the newest first."""
     running: list[RequestRow]
     """The newest exchanges that still run; on the first page only."""
+    rows_kept_from: str | None
+    """Requests that ended before this instant may have been dropped, and are not listed then; null
+    if none were."""
     next: str | None
     """The token of the next page; null on the last."""
 

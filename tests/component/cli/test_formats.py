@@ -116,6 +116,7 @@ def test_an_audit_shows_sleep_dummy_and_lost_time_by_name_and_the_run_by_its_hos
         "without_totals": [],
         "set_aside": [],
         "journal_losses": [],
+        "rows_kept_from": None,
         "balanced": True,
     }
     lines = list(audit_lines(whole))

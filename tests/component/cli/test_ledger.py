@@ -168,6 +168,9 @@ def test_old_rows_are_dropped_and_the_books_balance_as_before(ledger):
     assert done.stdout.splitlines()[0] == f"dropped from before 2020-01-03: {rows} belonged to them"
     assert rows_of(ledger)["requests"] == set()
     assert run("audit", "--full", "--ledger", ledger).exit_code == 0
+    for words in (("audit",), ("report", "requests"), ("explain", "run-1")):
+        told = run(*words, "--ledger", ledger)
+        assert "requests that ended before 2020-01-03 (UTC) were dropped" in told.output, words
     nothing = {"bills": 0, "replies": 0}
     assert answer("drop", "--before", "2020-01-03", ledger=ledger) == {
         "before": "2020-01-03",

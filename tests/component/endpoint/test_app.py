@@ -418,13 +418,9 @@ def test_a_tenant_sees_its_own_requests_and_no_others(shared):
     }
     assert as_alice(shared, "/cost/requests/h1").json()["tenant"] == "alice"
     assert as_alice(shared, "/cost/tenants/alice").json()["tenant"] == "alice"
-    assert as_alice(shared, "/cost/requests?tenant=bob").json() == {
-        "tenant": "bob",
-        "covers": "with_children",
-        "requests": [],
-        "running": [],
-        "next": None,
-    }
+    page = as_alice(shared, "/cost/requests?tenant=bob").json()
+    nothing = dict.fromkeys(("rows_kept_from", "next")) | {"requests": [], "running": []}
+    assert page == {"tenant": "bob", "covers": "with_children", **nothing}
 
 
 @pytest.mark.parametrize("after", ["", "/explain"])

@@ -11,8 +11,12 @@ from sqlalchemy import Engine, func, select
 from tests.component.ledger.test_reader import HOUR, NOW, http, part, snapshot
 from tests.support.builders import make_open
 from tests.support.upkeep import fill, rows_of, sql, url_of, wrong_sums
+from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database, writing
+from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion, compared
+from vllm_cost_meter.ledger.economics.figures import OF_SLO
+from vllm_cost_meter.ledger.economics.query import economics
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -33,6 +37,7 @@ from vllm_cost_meter.units.time import NS_PER_HOUR
 # All that `part` and `http` make ended on the day before this midnight.
 MIDNIGHT = HOUR + 16
 LATER_NS = (MIDNIGHT + 1) * NS_PER_HOUR
+KEPT_FROM = "2027-01-16T00:00:00.000000Z"
 AT = AsOf(NOW, 0)
 
 
@@ -93,9 +98,10 @@ def test_bills_beyond_the_last_snapshot_stay_and_those_of_a_run_without_one_go(e
     bills = [part(seq, f"h{seq}") for seq in (1, 2, 3)]
     put(engine, *bills, snapshot(bills[:2]), part(9, "bare", run_id="bare"))
     before = audit(path)
+    assert before["rows_kept_from"] is None
     drop_rows(engine, MIDNIGHT)
     assert left(engine) == ([3], [])
-    assert audit(path) == before
+    assert audit(path) == {**before, "rows_kept_from": KEPT_FROM}
     assert before["without_totals"][0]["missing_bills"] == ["1-8"]
 
 
@@ -158,6 +164,59 @@ def test_rows_of_today_and_of_the_day_before_cannot_be_dropped(date):
     assert cutoff_of("2027-01-14", now_ns) == MIDNIGHT - 48
     with pytest.raises(ValueError, match="before: expected a date such as .* 2027-01-14 at the"):
         cutoff_of(date, now_ns)
+
+
+# ---- what says that rows are gone
+
+
+def test_answers_that_need_rows_say_from_when_on_there_are_any(engine, path):
+    bills = [part(1, "h1"), part(2, "h2", finished_at_ns=LATER_NS)]
+    put(engine, *bills, http("h1"), http("h2", finished_at_ns=LATER_NS), snapshot(bills))
+    with LedgerReader(url_of(path)) as reader:
+        assert reader.kept_from() is None
+        assert reader.requests()["rows_kept_from"] is None
+        drop_rows(engine, MIDNIGHT)
+        assert reader.kept_from() == KEPT_FROM
+        page = reader.requests()
+        assert page["rows_kept_from"] == KEPT_FROM
+        assert [row["http_request_id"] for row in page["requests"]] == ["h2"]
+
+
+def test_figures_of_rows_are_within_a_percent_or_null_where_rows_were_dropped(engine, path):
+    bills = [part(seq, f"h{seq}") for seq in range(1, 11)]
+    later = part(11, "h11", finished_at_ns=LATER_NS)
+    replies = [http(f"h{seq}") for seq in range(1, 11)]
+    put(engine, *bills, *replies, later, http("h11", finished_at_ns=LATER_NS))
+    put(engine, snapshot([*bills, later]))
+    bounds = Declared(ttft_ms=11.0)
+    with LedgerReader(url_of(path)) as reader:
+        exact = economics(reader, bounds, as_of=AT)["figures"]
+        assert exact["good_requests"] == 5
+        drop_rows(engine, MIDNIGHT)
+        whole = economics(reader, bounds, as_of=AT)
+        assert whole["rows_kept_from"] == KEPT_FROM
+        found = whole["figures"]
+        for name in OF_SLO:
+            assert found[name] is None, name
+        assert whole["slo"]["met"] is None
+        for name in ("ttft_p50_ms", "ttft_p99_ms", "e2e_p99_ms"):
+            assert found[name] == pytest.approx(exact[name], rel=0.0101)
+        rest = {name for name in exact if name not in OF_SLO and "_p" not in name}
+        assert {name: found[name] for name in rest} == {name: exact[name] for name in rest}
+        # Nothing of a later window was dropped.
+        assert economics(reader, bounds, MIDNIGHT, as_of=AT)["figures"]["good_requests"] == 0
+
+
+def test_requests_that_were_dropped_are_compared_with_no_api(engine, path):
+    bill = part(1, "h1")
+    put(engine, bill, http("h1"), snapshot([bill]))
+    drop_rows(engine, MIDNIGHT)
+    window = "2027-01-15T00:00:00Z,2027-01-17T00:00:00Z"
+    with (
+        LedgerReader(url_of(path)) as reader,
+        pytest.raises(ValueError, match="window: expected one from 2027-01-16T00:00:00"),
+    ):
+        compared(reader, ComparisonQuestion(window), [], None)
 
 
 # ---- the file

@@ -26,7 +26,8 @@ HOUR = 500_000
 T0 = HOUR * NS_PER_HOUR
 NOW = T0 + 60 * 10**9
 CLASS_ROWS = [f"__{n}__" for n in (*CLASSES[2:], "in_flight")]
-NO_REQUESTS = dict.fromkeys(("tenant", "covers", "next")) | {"requests": [], "running": []}
+NULLS = dict.fromkeys(("tenant", "covers", "rows_kept_from", "next"))
+NO_REQUESTS = NULLS | {"requests": [], "running": []}
 
 
 def part(seq: int, http_id: str | None = "h1", **changes: object) -> EngineRequest:
@@ -75,9 +76,7 @@ def snapshot(bills: list[EngineRequest], number: int = 1, run_id: str = "run", *
         "billed_ns": billed,
         "running": 1,
         "kv_cache_usage": 0.5,
-        "steps": 9,
-        "busy_ns": 1000,
-        "own_ns": 10,
+        **{"steps": 9, "busy_ns": 1000, "own_ns": 10},
     }
     return make_snapshot(**{**values, **changes})
 

@@ -30,9 +30,16 @@ class Applying:
     """The API server's end of the process that applies journals. Used by one event loop only."""
 
     def __init__(
-        self, url: str, timeout_s: float = CATCH_UP_TIMEOUT_S, second: Path | None = None
+        self,
+        url: str,
+        timeout_s: float = CATCH_UP_TIMEOUT_S,
+        second: Path | None = None,
+        keep_rows_days: int | None = None,
     ) -> None:
-        """`second` is the second folder of journals."""
+        """`second` is the second folder of journals.
+
+        Rows of requests are kept for so many days before today; None is for ever.
+        """
         self._url = url
         self._timeout_s = timeout_s
         self.start_timeout_s = START_TIMEOUT_S
@@ -40,7 +47,9 @@ class Applying:
         self.process = SideProcess(
             "the process that writes the ledger",
             MODULE,
-            hello=lambda: ApplierHello(url, None if second is None else str(second)),
+            hello=lambda: ApplierHello(
+                url, None if second is None else str(second), keep_rows_days
+            ),
             answer=_answer_nothing,
             take=self._take,
             pauses=PAUSES,

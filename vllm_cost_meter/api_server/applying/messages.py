@@ -15,6 +15,8 @@ class ApplierHello(msgspec.Struct, frozen=True, array_like=True):
     url: str
     # The second folder of journals, None without.
     second: str | None = None
+    # Rows of requests are kept for so many days before today; None for ever.
+    keep_rows_days: int | None = None
 
 
 class ApplierState(msgspec.Struct, frozen=True, array_like=True):

@@ -23,6 +23,7 @@ from vllm_cost_meter.api_server.applying.messages import (
 from vllm_cost_meter.api_server.applying.watching import watch
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.apply_loop import ApplyLoop
+from vllm_cost_meter.ledger.retention.keeping import RowKeeper
 from vllm_cost_meter.side_process import entry
 from vllm_cost_meter.side_process.entry import ToServer
 
@@ -50,7 +51,9 @@ class _Applying:
     async def main(self, server: ToServer, hello: ApplierHello) -> None:
         """Begin: from now on there are answers."""
         second = None if hello.second is None else Path(hello.second)
-        loop = ApplyLoop(hello.url, second=second)
+        days = hello.keep_rows_days
+        keeper = None if days is None else RowKeeper(days)
+        loop = ApplyLoop(hello.url, second=second, keeper=keeper)
         server.ready()
         self._task = asyncio.create_task(self._run(server, loop))
         self._watch_task = asyncio.create_task(watch(loop, self._wake.set))

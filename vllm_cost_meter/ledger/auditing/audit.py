@@ -52,6 +52,7 @@ from vllm_cost_meter.ledger.queries.missing import missing_numbers
 from vllm_cost_meter.ledger.queries.tenants import after_cut
 from vllm_cost_meter.ledger.schema import journal_losses
 from vllm_cost_meter.records.snapshot import CLASSES
+from vllm_cost_meter.units.time import instant_of
 
 # At most so many ranges of missing numbers are listed, and then the word "more".
 MAX_RANGES = 1000
@@ -102,6 +103,7 @@ def audit_at(
         "balanced": balanced,
         "reason": reason if balanced is None else None,
         "full": full,
+        "rows_kept_from": instant_of(cut.kept_from),
         "runs": runs,
         "without_totals": bare,
         "after_cut": after_cut(connection, cut),

@@ -42,6 +42,9 @@ class PublicEconomics(TypedDict):
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
     deployments: list[Deployment]
     """The kinds of engines that ran in the window."""
+    rows_kept_from: str | None
+    """Rows of requests that ended before this instant were dropped: percentiles of a window that
+    reaches before it are within 1 %, and figures by declared bounds are null; null if none were."""
     slo: Slo | None
     """The latency bounds that the operator declared; null without any."""
     figures: dict[str, float | None]

@@ -129,13 +129,15 @@ UNION ALL SELECT COUNT(*) FROM (
 }
 
 
-# A percentile of more exchanges is read from the histograms.
+# A percentile of more exchanges is read from the histograms, and one of a window whose rows were
+# dropped.
 EXACT_MAX = 50_000
-_WITHIN = f"; of more than {EXACT_MAX:,} requests within 1 %"
+_WITHIN = f"; within 1 % of more than {EXACT_MAX:,} requests, and where rows were dropped"
+_IF_ROWS = "; null where rows were dropped"
 
 
 def _percentile(measure: str, percent: int) -> str:
-    is_small = f"(SELECT exchanges FROM ended_sums) <= {EXACT_MAX}"
+    is_small = f"{{has_all_rows}} AND (SELECT exchanges FROM ended_sums) <= {EXACT_MAX}"
     exact, near = exact_percentile(measure, percent), near_percentile(measure, percent)
     return f"CASE WHEN {is_small} THEN ({exact}) ELSE ({near}) END"
 
@@ -162,6 +164,11 @@ def near_percentile(measure: str, percent: int) -> str:
         f" WHERE 100 * upto >= {percent} * (SELECT SUM(exchanges) {of_measure})"
         " ORDER BY about_us LIMIT 1"
     )
+
+
+def _of_rows(query: str) -> str:
+    """Return the SQL for a figure that only rows of requests tell."""
+    return f"(CASE WHEN {{has_all_rows}} THEN ({query}) END)"
 
 
 _MEAN_E2E = (
@@ -353,13 +360,13 @@ FIGURES: Mapping[str, Figure] = {
     },
     "good_requests": Figure(
         "",
-        "exchanges that ended within all declared bounds",
-        "(SELECT COALESCE(SUM(exchanges), 0) FROM ended WHERE {slo})",
+        f"exchanges that ended within all declared bounds{_IF_ROWS}",
+        _of_rows("SELECT COALESCE(SUM(exchanges), 0) FROM ended WHERE {slo}"),
     ),
     "good_output_tokens": Figure(
         "",
-        "goodput: output tokens of good requests",
-        "(SELECT COALESCE(SUM(output_tokens), 0) FROM ended WHERE {slo})",
+        f"goodput: output tokens of good requests{_IF_ROWS}",
+        _of_rows("SELECT COALESCE(SUM(output_tokens), 0) FROM ended WHERE {slo}"),
     ),
     "good_requests_share": Figure(
         "", "good requests / exchanges that ended", "1.0 * {good_requests} / NULLIF({requests}, 0)"
@@ -371,9 +378,11 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "missed_spend_share": Figure(
         "",
-        "share of the GPU time that went into ended requests outside a bound",
-        "(SELECT SUM(CASE WHEN {slo} THEN 0.0 ELSE gpu_time_ns END)"
-        " / NULLIF(SUM(gpu_time_ns), 0) FROM ended)",
+        f"share of the GPU time that went into ended requests outside a bound{_IF_ROWS}",
+        _of_rows(
+            "SELECT SUM(CASE WHEN {slo} THEN 0.0 ELSE gpu_time_ns END)"
+            " / NULLIF(SUM(gpu_time_ns), 0) FROM ended"
+        ),
     ),
 }
 # Answers have these figures only if latency bounds are declared.

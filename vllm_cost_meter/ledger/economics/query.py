@@ -32,7 +32,7 @@ from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.price_answers import PriceRow
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
-from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
+from vllm_cost_meter.units.time import NS_PER_HOUR, instant_of, rfc3339
 
 _NAMED = re.compile(r"\{(\w+)\}")
 
@@ -56,6 +56,7 @@ def economics(
         "taken_at": cut.at(),
         "deployments": deployments(cut),
         "slo": declared.slo(figures.get("good_requests_share")),
+        "rows_kept_from": instant_of(cut.kept_from),
         "prices": cast("list[PriceRow]", CutCosts.of(cut).cost.listed()),
         "figures": figures,
     }
@@ -82,7 +83,7 @@ def method(
 
 def sql_of(names: Iterable[str], cut: Cut, declared: Declared) -> str:
     """Return the SQL statement whose single row has these figures, in this order."""
-    columns = [f"{_expanded(name, declared)} AS {name}" for name in names]
+    columns = [f"{_expanded(name, cut, declared)} AS {name}" for name in names]
     return with_tables("SELECT\n  " + ",\n  ".join(columns), cut)
 
 
@@ -99,7 +100,16 @@ def with_tables(selected: str, cut: Cut) -> str:
 
 
 def read_mix(connection: Connection, cut: Cut) -> Iterator[Sent]:
-    """Yield each exchange that ended in a cut's window, with its time and size, oldest first."""
+    """Yield each exchange that ended in a cut's window, with its time and size, oldest first.
+
+    Raises ValueError for a window in which rows may have been dropped.
+    """
+    if not cut.has_all_rows:
+        raise ValueError(
+            f"window: expected one from {instant_of(cut.kept_from)} on, because rows of requests"
+            " that ended before were dropped and each one is priced by itself; got one that begins"
+            " before"
+        )
     query = (
         "SELECT finished_at, prompt_tokens, cached_tokens, output_tokens FROM ended"
         " ORDER BY finished_at"
@@ -155,16 +165,18 @@ def condition(declared: Declared) -> str:
     return " AND ".join(kept)
 
 
-def _expanded(name: str, declared: Declared) -> str:
+def _expanded(name: str, cut: Cut, declared: Declared) -> str:
     """Return a figure's expression, with the figures that it names filled in."""
 
     def of(found: re.Match[str]) -> str:
         if found[1] == "slo":
             return condition(declared)
+        if found[1] == "has_all_rows":
+            return "1 = 1" if cut.has_all_rows else "1 = 0"
         if found[1] == "theta_max":
             known = declared.theta_max
             return "CAST(NULL AS DOUBLE PRECISION)" if known is None else repr(known)
-        return f"({_expanded(found[1], declared)})"
+        return f"({_expanded(found[1], cut, declared)})"
 
     return _NAMED.sub(of, FIGURES[name].expression)
 

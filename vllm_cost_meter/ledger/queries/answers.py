@@ -213,6 +213,9 @@ class Audit(TypedDict):
     full: bool
     """Whether every bill was read, or only the sums kept with the bills: what was changed from
     outside is found by a full audit."""
+    rows_kept_from: str | None
+    """Rows of requests that ended before this instant were dropped, and count by what they added up
+    to; null if none were."""
     runs: list[AuditRun]
     """The audit of each run with a snapshot."""
     without_totals: list[AuditWithoutTotals]

@@ -42,6 +42,7 @@ from vllm_cost_meter.ledger.ends.last_bills import (
 )
 from vllm_cost_meter.ledger.ends.run_time import NO_TIME, RunTime, as_ended, by_hour
 from vllm_cost_meter.ledger.ends.without_totals import BilledRun, read_billed_runs
+from vllm_cost_meter.ledger.retention.known import kept_from_hour
 from vllm_cost_meter.ledger.schema import (
     energy_hours,
     engine_hours,
@@ -202,7 +203,8 @@ class RunWithoutTotals(RunTime):
 class Cut:
     """All runs of a ledger: those with a snapshot at the latest one, and those without totals.
 
-    With `whose`, questions about bills read those of that tenant only, or of all below it too.
+    With `whose`, questions about bills read those of that tenant only, or of all below it too. Rows
+    of requests that ended before the hour `kept_from` may have been dropped; None if none were.
     """
 
     runs: tuple[RunCut, ...]
@@ -210,6 +212,13 @@ class Cut:
     book: PriceBook = NO_PRICES
     whose: TenantScope | None = None
     without_totals: tuple[RunWithoutTotals, ...] = ()
+    kept_from: int | None = None
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether no row of a request that ended in the window was dropped."""
+        first = self.window.from_hour
+        return self.kept_from is None or (first is not None and first >= self.kept_from)
 
     @property
     def all_runs(self) -> tuple[RunTime, ...]:
@@ -369,6 +378,7 @@ def with_ends(connection: Connection, cut: Cut) -> Cut:
             for run in cut.runs
         ),
         without_totals=tuple(_without_totals(run, cut) for run in billed),
+        kept_from=kept_from_hour(connection),
     )
 
 

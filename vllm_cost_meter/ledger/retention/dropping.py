@@ -49,8 +49,8 @@ from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
 
-# The rows of so many bills, or so many HTTP rows without one, go in one transaction.
-BILLS_AT_ONCE = 200
+# The rows of so many bills, or so many HTTP rows without one, go in one transaction: some 20 ms.
+BILLS_AT_ONCE = 100
 REPLIES_AT_ONCE = 1_000
 PAUSE_S = 0.005
 # Rows of today and of the day before stay: bills, energies and replies may still be on their way.

@@ -1,0 +1,132 @@
+"""A server keeps the rows of requests for so many days, and trusts no clock that was just set."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from tests.component.ledger.test_reader import HOUR
+from tests.support.logs import lines_of
+from tests.support.upkeep import fill, rows_of, sql, url_of
+from vllm_cost_meter.ledger.apply_loop import ApplyLoop
+from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.ledger.retention.keeping import FIRST_LOOK_S, LOOK_PAUSE_S, RowKeeper
+from vllm_cost_meter.units.time import NS_PER_HOUR
+
+DAY_S = 86_400
+# The rows that `fill` makes are of the day before this midnight.
+MIDNIGHT_NS = (HOUR + 16) * NS_PER_HOUR
+
+
+class Clock:
+    """A wall clock, and one that nobody sets."""
+
+    def __init__(self, now_ns: int) -> None:
+        self.now_ns = now_ns
+        self.at_s = 1_000.0
+
+    def pass_by(self, seconds: float) -> None:
+        self.now_ns += round(seconds * 10**9)
+        self.at_s += seconds
+
+    def keeper(self, days: int) -> RowKeeper:
+        return RowKeeper(days, lambda: self.now_ns, lambda: self.at_s)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    fill(tmp_path / "ledger.db")
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def engine(path: Path) -> Iterator[Engine]:
+    engine = open_database(url_of(path), busy_timeout_s=0.01)
+    yield engine
+    engine.dispose()
+
+
+def steps(keeper: RowKeeper, engine: Engine) -> None:
+    for _ in range(5):
+        keeper.step(engine)
+
+
+def bills(path: Path) -> int:
+    return len(rows_of(path)["requests"])
+
+
+def test_rows_of_so_many_days_before_today_are_kept(path, engine):
+    clock = Clock(MIDNIGHT_NS)
+    keeper = clock.keeper(days=2)
+    clock.pass_by(DAY_S + FIRST_LOOK_S)
+    steps(keeper, engine)
+    assert bills(path) == 30
+    clock.pass_by(DAY_S)
+    steps(keeper, engine)
+    assert bills(path) == 0
+    assert sql(path, "SELECT max(kept_from_hour) FROM row_cutoffs") == [(HOUR + 16,)]
+
+
+def test_nothing_is_dropped_right_after_the_start_nor_twice_an_hour(path, engine):
+    clock = Clock(MIDNIGHT_NS + 9 * DAY_S * 10**9)
+    keeper = clock.keeper(days=2)
+    clock.pass_by(FIRST_LOOK_S - 1)
+    steps(keeper, engine)
+    assert bills(path) == 30
+    clock.pass_by(1)
+    steps(keeper, engine)
+    assert bills(path) == 0
+    fill(path, "other")
+    clock.pass_by(LOOK_PAUSE_S - 1)
+    steps(keeper, engine)
+    assert bills(path) == 30
+    clock.pass_by(1)
+    steps(keeper, engine)
+    assert bills(path) == 0
+
+
+def test_no_row_goes_by_a_clock_that_was_just_set(path, engine):
+    clock = Clock(MIDNIGHT_NS)
+    keeper = clock.keeper(days=2)
+    clock.now_ns += 400 * DAY_S * 10**9
+    clock.pass_by(FIRST_LOOK_S)
+    steps(keeper, engine)
+    assert bills(path) == 30
+    clock.now_ns -= 400 * DAY_S * 10**9
+    clock.pass_by(FIRST_LOOK_S)
+    steps(keeper, engine)
+    clock.pass_by(FIRST_LOOK_S)
+    steps(keeper, engine)
+    assert bills(path) == 30
+
+
+def test_a_ledger_that_is_busy_is_one_line_and_is_tried_again_in_an_hour(path, engine, caplog):
+    clock = Clock(MIDNIGHT_NS + 9 * DAY_S * 10**9)
+    keeper = clock.keeper(days=2)
+    clock.pass_by(FIRST_LOOK_S)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with lines_of(caplog) as lines:
+            steps(keeper, engine)
+            (line,) = lines()
+    assert "old rows of requests cannot be dropped, trying again in an hour" in line
+    assert bills(path) == 30
+    clock.pass_by(LOOK_PAUSE_S)
+    steps(keeper, engine)
+    assert bills(path) == 0
+
+
+def test_passes_that_nobody_waits_for_drop_rows(path):
+    clock = Clock(MIDNIGHT_NS + 9 * DAY_S * 10**9)
+    keeper = clock.keeper(days=2)
+    loop = ApplyLoop(url_of(path), keeper=keeper)
+    clock.pass_by(FIRST_LOOK_S)
+    loop.run_pass(is_asked=True)
+    assert bills(path) == 30
+    for _ in range(5):
+        loop.run_pass(is_asked=False)
+    assert bills(path) == 0
+    loop.close()
