@@ -7,7 +7,6 @@ OpenAPI document, right ones and wrong ones, over a real ledger, as an operator 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
-from schemathesis.checks import not_a_server_error
 
 from tests.support.examples import examples
 from tests.support.small_ledger import small_ledger
@@ -41,6 +40,8 @@ def test_no_question_is_answered_by_a_500(operations, headers):
         @FEW
         @given(case=operation.as_strategy())
         def ask(case):
-            case.call_and_validate(headers=headers, checks=[not_a_server_error])
+            status = case.call(headers=headers).status_code
+            # Busy, with a comparison that takes longer than its asker waited, is an answer.
+            assert status < 500 or status == 503
 
         ask()

@@ -52,6 +52,7 @@ MORE = {
     "ledger compact": ("ledger", "compact"),
     "ledger repair": ("ledger", "repair"),
     "ledger migrate": ("ledger", "migrate"),
+    "ledger drop": ("ledger", "drop", "--before", "2026-01-01"),
 }  # fmt: skip
 ALL = {**COMMANDS, **MORE}
 # They need a server of vLLM.

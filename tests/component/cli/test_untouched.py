@@ -38,7 +38,10 @@ READ = {
 }
 WRITE = {
     *("invoice import", "saturation import", "sweep"),
-    *(f"ledger {name}" for name in ("apply", "restore", "merge", "compact", "repair", "migrate")),
+    *(
+        f"ledger {name}"
+        for name in ("apply", "restore", "merge", "compact", "repair", "migrate", "drop")
+    ),
 }
 
 
