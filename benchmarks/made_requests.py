@@ -1,7 +1,7 @@
 """Requests for benchmarks: the bill and the HTTP request of one, as a server makes them.
 
-Ids are as random as those of a server, and the same for the same number: an index of ids in order
-would take fewer bytes and less time than that of a server.
+vLLM's ids are as random as those of a server, and the meter's own in the order of time as there: it
+is the indexes of random ids that take bytes and time.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import time
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.owner import NamedBy, Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Latencies, Usage
+from vllm_cost_meter.units.time import NS_PER_MS
 
 TENANTS = 50
 
@@ -17,14 +18,15 @@ TENANTS = 50
 def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
     """Return an engine request with its bill, and its HTTP request."""
     now_ns = time.time_ns()
-    digits = hashlib.blake2b(f"{run_id}/{number}".encode(), digest_size=20).hexdigest()
+    digits = hashlib.blake2b(f"{run_id}/{number}".encode(), digest_size=22).hexdigest()
     chance = int(digits[:8], 16) / 2**32
     owner = Owner(f"tenant-{number % TENANTS:02d}", NamedBy("api_key"))
-    http_id, response_id = f"cost-{digits[:32]}", f"cmpl-{digits[:16]}"
+    http_id = f"cost-{now_ns // NS_PER_MS:012x}{digits[:20]}"
+    response_id = f"cmpl-{digits[20:36]}"
     bill = Bill(
         run_id=run_id,
         seq=number + 1,
-        request_id=f"{response_id}-0-{digits[32:]}",
+        request_id=f"{response_id}-0-{digits[36:]}",
         engine_status="length_capped",
         method="tokens",
         prompt_tokens=128,

@@ -14,6 +14,7 @@ Invariant: `unbilled` counts the engine requests whose bill has not come yet. It
 import asyncio
 import os
 import random
+import time
 from collections.abc import MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, Usage
+from vllm_cost_meter.units.time import NS_PER_MS
 
 
 class RequestTimes(Protocol):
@@ -44,8 +46,12 @@ _NO_USAGE = Usage()
 
 
 def new_http_request_id() -> str:
-    """Return an id for an HTTP exchange, unique over all processes and servers."""
-    return f"cost-{_ids.getrandbits(128):032x}"
+    """Return an id for an HTTP exchange, unique over all processes and servers.
+
+    It begins with the time in ms, as UUIDs of version 7 do. So in an index what comes together
+    stands together: of ids at random each would change a page of its own.
+    """
+    return f"cost-{time.time_ns() // NS_PER_MS:012x}{_ids.getrandbits(80):020x}"
 
 
 # nginx's "client closed request": the client left before any status was sent.

@@ -107,9 +107,9 @@ def test_by_force_a_sound_ledger_is_written_anew_with_every_row(ledger):
 def test_of_a_table_only_the_rows_in_the_spoilt_leaf_are_lost(ledger, whole, table):
     leaves = [page for page, tree, kind, _ in pages_of(whole) if (tree, kind) == (table, "leaf")]
     # Noise that begins as a page of a tree does would seem to lead to another one.
-    is_plain = (page for page in leaves[1:] if noise(PAGE, 1 + page)[0] not in PAGE_KINDS)
-    spoilt = next(is_plain)
-    spoil(ledger, spoilt)
+    spoilt = leaves[1]
+    seed = next(n for n in range(100) if noise(PAGE, n + spoilt)[0] not in PAGE_KINDS)
+    spoil(ledger, spoilt, seed=seed)
     damaged = ledger.read_bytes()
     done = repair(url_of(ledger), NOW_NS)
     lost = lost_at_most(whole, {spoilt})
