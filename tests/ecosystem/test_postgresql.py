@@ -24,11 +24,13 @@ from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import OverdueError
 from vllm_cost_meter.ledger.batches import BatchWriter
-from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.deadline import Deadline, deadline
 from vllm_cost_meter.ledger.economics.query import economics
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.retention.dropping import drop_rows
+from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.client_text import stored
@@ -294,6 +296,34 @@ def test_budgets_stand_at_the_same_amounts(both: list[LedgerReader]) -> None:
             looks.close()
 
     assert len({amount for _, amount in same(both, used)}) > 5
+
+
+def test_rows_are_dropped_and_all_answers_stay(tmp_path: Path, url: str) -> None:
+    urls = [f"sqlite:///{tmp_path / 'ledger.db'}", url]
+    answers = []
+    for each in urls:
+        written(each)
+        before = _figures(each)
+        engine = open_database(each)
+        assert drop_rows(engine, HOUR + 16).bills == 48
+        assert _figures(each) == before
+        written(each)  # an old journal
+        assert _figures(each) == before
+        with writing(engine).begin() as connection:
+            rebuild(connection)
+        engine.dispose()
+        assert _figures(each) == before
+        answers.append(before)
+    assert answers[0] == answers[1]
+    assert answers[0][0]["balanced"] is True
+    assert rows(url, "SELECT count(*) FROM requests") == [(0,)]
+
+
+def _figures(url: str) -> list[Any]:
+    with LedgerReader(url, book=BOOK) as reader:
+        audit = {**reader.audit(AS_OF, full=True), "rows_kept_from": None}
+        reports = [reader.tenants(*hours, as_of=AS_OF) for hours in ((), (HOUR - 1, HOUR))]
+        return [audit, *reports, reader.report(aggregate="tenant,hour", as_of=AS_OF)]
 
 
 # ---- what only a server does

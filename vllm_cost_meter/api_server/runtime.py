@@ -77,7 +77,10 @@ class Runtime:
         )
         self.writer.start()
         self.applying = Applying(
-            self.ledger_url, second=second, keep_rows_days=settings.keep_rows_days
+            self.ledger_url,
+            second=second,
+            keep_rows_days=settings.keep_rows_days,
+            keep_rows_bytes=settings.keep_rows_bytes,
         )
         self.collector = Collector(
             self.writer,

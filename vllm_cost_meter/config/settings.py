@@ -174,6 +174,12 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         "(../explanation/ledger.md#old-rows-are-dropped-their-sums-stay).",
         json_schema_extra=_about(t.DAYS, "days"),
     )
+    keep_rows_bytes: t.Bytes | None = Field(
+        default=None,
+        description="How large the ledger's file may get: rows of the oldest days are dropped until"
+        " what is used of it is less, but never those of today and of the day before. For SQLite.",
+        json_schema_extra=_about(t.BYTES),
+    )
     snapshot_interval_s: t.Number = Field(
         default=1.0,
         ge=0.05,

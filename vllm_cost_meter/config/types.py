@@ -115,6 +115,9 @@ DURABILITY = "process or disk"
 FOLDER = "the absolute path of a folder"
 _DAYS_MAX = 36_500
 FOREVER = "forever"
+_SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTES = "a whole number of MB, GB or TB, such as 20GB; at least 100MB"
+_BYTES_MIN = 100 * _SIZES["MB"]
 DAYS = f"a whole number from 1 to {_DAYS_MAX}, or {FOREVER}"
 METADATA_KEY = "1 to 64 letters, digits, `_`, `-` or `.`"
 TAG_KEY = "1 to 64 small letters, digits, `_` or `-`"
@@ -195,6 +198,14 @@ def _days(value: object) -> object:
     return None if value == FOREVER else _number(value)
 
 
+def _bytes(value: object) -> int:
+    found = re.fullmatch(r"(\d{1,6})(MB|GB|TB)", str(value), re.ASCII)
+    size = int(found[1]) * _SIZES[found[2]] if found else 0
+    if size < _BYTES_MIN:
+        raise WrongError
+    return size
+
+
 def _printable(token: SecretStr) -> SecretStr:
     text = token.get_secret_value()
     if len(text) < TOKEN_CHARS_MIN or not re.fullmatch(r"[!-~]+", text):
@@ -236,6 +247,7 @@ TenantDetail = Literal["exact", "coarse"]
 Durability = Literal["process", "disk"]
 Digest = Annotated[str, _matching(r"[0-9a-fA-F]{64}", SHA256), AfterValidator(_digest_of_something)]
 Port = Annotated[Annotated[int, Field(ge=0, le=65_535)] | None, BeforeValidator(_port)]
+Bytes = Annotated[int, BeforeValidator(_bytes)]
 Days = Annotated[Annotated[int, Field(ge=1, le=_DAYS_MAX)] | None, BeforeValidator(_days)]
 HeaderName = Annotated[
     str,

@@ -175,6 +175,9 @@ def test_answers_that_need_rows_say_from_when_on_there_are_any(engine, path):
     with LedgerReader(url_of(path)) as reader:
         assert reader.kept_from() is None
         assert reader.requests()["rows_kept_from"] is None
+        # Nothing is that old, so nothing is gone.
+        drop_rows(engine, MIDNIGHT - 24)
+        assert reader.kept_from() is None
         drop_rows(engine, MIDNIGHT)
         assert reader.kept_from() == KEPT_FROM
         page = reader.requests()

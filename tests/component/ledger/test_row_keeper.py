@@ -10,11 +10,11 @@ from sqlalchemy import Engine
 
 from tests.component.ledger.test_reader import HOUR
 from tests.support.logs import lines_of
-from tests.support.upkeep import fill, rows_of, sql, url_of
+from tests.support.upkeep import fill, rows_of, sql, sums_again, url_of
 from vllm_cost_meter.ledger.apply_loop import ApplyLoop
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.retention.keeping import FIRST_LOOK_S, LOOK_PAUSE_S, RowKeeper
-from vllm_cost_meter.units.time import NS_PER_HOUR
+from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
 DAY_S = 86_400
 # The rows that `fill` makes are of the day before this midnight.
@@ -32,8 +32,8 @@ class Clock:
         self.now_ns += round(seconds * 10**9)
         self.at_s += seconds
 
-    def keeper(self, days: int) -> RowKeeper:
-        return RowKeeper(days, lambda: self.now_ns, lambda: self.at_s)
+    def keeper(self, days: int | None, bytes_max: int | None = None) -> RowKeeper:
+        return RowKeeper(days, bytes_max, lambda: self.now_ns, lambda: self.at_s)
 
 
 @pytest.fixture
@@ -130,3 +130,75 @@ def test_passes_that_nobody_waits_for_drop_rows(path):
         loop.run_pass(is_asked=False)
     assert bills(path) == 0
     loop.close()
+
+
+# ---- so many bytes
+
+
+def at_days(path: Path, *days: int) -> None:
+    """Let the bills of each run end on a day of its own, so many days before the midnight."""
+    for number, day in enumerate(days):
+        fill(path, f"run-{number}", bills=200)
+        ended = rfc3339(MIDNIGHT_NS - day * DAY_S * 10**9)
+        sql(path, "UPDATE requests SET finished_at = ? WHERE run_id = ?", ended, f"run-{number}")
+        ids = f"run-{number}-%"
+        sql(
+            path,
+            "UPDATE http_requests SET finished_at = ? WHERE response_id LIKE ?",
+            ended,
+            "resp-" + ids,
+        )
+    sums_again(path)
+
+
+def used(path: Path) -> int:
+    pages, free = (sql(path, f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))
+    return (pages - free) * 4096
+
+
+def test_the_oldest_days_go_until_no_more_bytes_are_used(tmp_path):
+    path = tmp_path / "ledger.db"
+    at_days(path, 6, 5, 4, 3)
+    engine = open_database(url_of(path))
+    clock = Clock(MIDNIGHT_NS)
+    bound = used(path) - 200_000
+    keeper = clock.keeper(None, bound)
+    clock.pass_by(FIRST_LOOK_S)
+    steps(keeper, engine)
+    assert used(path) <= bound
+    left = sorted({row[0] for row in sql(path, "SELECT DISTINCT run_id FROM requests")})
+    assert left
+    assert left == ["run-0", "run-1", "run-2", "run-3"][4 - len(left) :]
+    assert sql(path, "SELECT bills FROM bill_sums") == [(200,)] * 4
+    engine.dispose()
+
+
+def test_a_day_whose_rows_must_stay_holds_up_no_later_one(tmp_path):
+    path = tmp_path / "ledger.db"
+    at_days(path, 6, 4)
+    # No snapshot counts these bills.
+    sql(path, "UPDATE snapshots SET last_seq = 0 WHERE run_id = 'run-0'")
+    engine = open_database(url_of(path))
+    clock = Clock(MIDNIGHT_NS)
+    keeper = clock.keeper(None, 1)
+    clock.pass_by(FIRST_LOOK_S)
+    steps(keeper, engine)
+    assert sql(path, "SELECT DISTINCT run_id FROM requests") == [("run-0",)]
+    engine.dispose()
+
+
+def test_rows_of_today_and_of_the_day_before_stay_however_large_the_ledger_is(tmp_path, caplog):
+    path = tmp_path / "ledger.db"
+    at_days(path, 3, 0)
+    engine = open_database(url_of(path))
+    clock = Clock(MIDNIGHT_NS + 3600 * 10**9)
+    keeper = clock.keeper(None, 1)
+    clock.pass_by(FIRST_LOOK_S)
+    with lines_of(caplog) as lines:
+        steps(keeper, engine)
+        clock.pass_by(LOOK_PAUSE_S)
+        steps(keeper, engine)
+        said = [line for line in lines() if "more than keep_rows_bytes (1)" in line]
+    assert len(said) == 1
+    assert sql(path, "SELECT DISTINCT run_id FROM requests") == [("run-1",)]
+    engine.dispose()

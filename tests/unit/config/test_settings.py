@@ -150,6 +150,11 @@ def test_settings_never_change():
         ("port", "-1", "0 to 65535, or off"),
         ("port", "65536", "0 to 65535, or off"),
         ("port", "http", "0 to 65535, or off"),
+        ("keep_rows_days", "0", "a whole number from 1 to 36500, or forever"),
+        ("keep_rows_days", "never", "a whole number from 1 to 36500, or forever"),
+        ("keep_rows_bytes", "20", "a whole number of MB, GB or TB, such as 20GB; at least 100MB"),
+        ("keep_rows_bytes", "1.5GB", "a whole number of MB, GB or TB"),
+        ("keep_rows_bytes", "99MB", "a whole number of MB, GB or TB"),
         ("port", "", "0 to 65535, or off"),
         ("port", "tcp://10.0.0.1:9477", "Kubernetes"),
         ("method", "shapely", "shapley, tokens or equal"),
@@ -235,6 +240,13 @@ def test_a_file_that_is_no_toml_is_an_error(toml, text):
 @pytest.mark.parametrize("path", ["", "/does/not/exist.toml", "/tmp", "a\0b"])
 def test_a_file_that_cannot_be_read_is_an_error(path):
     assert complaint(env(config=path)).startswith("COST_METER_CONFIG (environment): expected ")
+
+
+def test_how_long_rows_are_kept_is_a_number_of_days_or_for_ever_and_a_size():
+    assert (load_settings({}).keep_rows_days, load_settings({}).keep_rows_bytes) == (90, None)
+    assert load_settings(env(keep_rows_days="forever")).keep_rows_days is None
+    assert load_settings(env(keep_rows_days="7")).keep_rows_days == 7
+    assert load_settings(env(keep_rows_bytes="20GB")).keep_rows_bytes == 20 * 10**9
 
 
 def test_off_loopback_a_token_is_needed():

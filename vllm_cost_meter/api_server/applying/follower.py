@@ -35,10 +35,12 @@ class Applying:
         timeout_s: float = CATCH_UP_TIMEOUT_S,
         second: Path | None = None,
         keep_rows_days: int | None = None,
+        keep_rows_bytes: int | None = None,
     ) -> None:
         """`second` is the second folder of journals.
 
-        Rows of requests are kept for so many days before today; None is for ever.
+        Rows of requests are kept for so many days before today, None is for ever, and so far as
+        that many bytes of a SQLite file are used; None is any.
         """
         self._url = url
         self._timeout_s = timeout_s
@@ -48,7 +50,7 @@ class Applying:
             "the process that writes the ledger",
             MODULE,
             hello=lambda: ApplierHello(
-                url, None if second is None else str(second), keep_rows_days
+                url, None if second is None else str(second), keep_rows_days, keep_rows_bytes
             ),
             answer=_answer_nothing,
             take=self._take,

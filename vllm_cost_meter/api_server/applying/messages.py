@@ -17,6 +17,8 @@ class ApplierHello(msgspec.Struct, frozen=True, array_like=True):
     second: str | None = None
     # Rows of requests are kept for so many days before today; None for ever.
     keep_rows_days: int | None = None
+    # So many bytes of the ledger's file may be used; None for any.
+    keep_rows_bytes: int | None = None
 
 
 class ApplierState(msgspec.Struct, frozen=True, array_like=True):

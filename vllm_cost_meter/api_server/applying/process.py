@@ -51,8 +51,7 @@ class _Applying:
     async def main(self, server: ToServer, hello: ApplierHello) -> None:
         """Begin: from now on there are answers."""
         second = None if hello.second is None else Path(hello.second)
-        days = hello.keep_rows_days
-        keeper = None if days is None else RowKeeper(days)
+        keeper = RowKeeper(hello.keep_rows_days, hello.keep_rows_bytes)
         loop = ApplyLoop(hello.url, second=second, keeper=keeper)
         server.ready()
         self._task = asyncio.create_task(self._run(server, loop))

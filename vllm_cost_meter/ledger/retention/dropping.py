@@ -12,7 +12,7 @@ transactions. Never dropped are
 An HTTP row without a bill goes too: it adds nothing to any sum. Free pages of the file are used
 again; `ledger compact` gives them back.
 
-Invariant: before any row is dropped, the ledger says from which hour on rows are kept.
+Invariant: once a row is dropped, the ledger says from which hour on rows are kept; never before.
 """
 
 import re
@@ -30,7 +30,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, writing
 from vllm_cost_meter.ledger.inserts import insert_rows
 from vllm_cost_meter.ledger.retention.folding import fold
-from vllm_cost_meter.ledger.retention.known import NONE_DROPPED, dropped_by_run
+from vllm_cost_meter.ledger.retention.known import NONE_DROPPED, dropped_by_run, kept_from_hour
 from vllm_cost_meter.ledger.rollups.adding import read_exchanges, read_parts
 from vllm_cost_meter.ledger.rollups.bill_sums import BillSums, dropped_sums, sums_where
 from vllm_cost_meter.ledger.rollups.exchanges import PartFacts, ReplyFacts
@@ -47,7 +47,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.text import quoted
-from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
+from vllm_cost_meter.units.time import NS_PER_HOUR, hour_of, rfc3339, unix_ns_of
 
 # The rows of so many bills, or so many HTTP rows without one, go in one transaction: some 20 ms.
 BILLS_AT_ONCE = 100
@@ -114,7 +114,6 @@ class Dropper:
     bills_at_once: int = BILLS_AT_ONCE
     counts: DroppedCounts = DroppedCounts()
     is_done: bool = False
-    _is_said: bool = False
     _bills: _Place | None = _Place()
     _replies: tuple[str, str] = ("", "")
 
@@ -129,14 +128,14 @@ class Dropper:
         """
         with writing(self.engine).begin() as connection:
             lock_sums(connection)
-            if not self._is_said:
-                _say(connection, self.before_hour)
             place, replies, done, counts = self._bills, self._replies, False, DroppedCounts()
             if place is not None:
                 place, counts = self._drop_bills(connection, place)
             else:
                 replies, done, counts = self._drop_replies(connection)
-        self._is_said, self._bills, self._replies = True, place, replies
+            if any(counts) and not any(self.counts):
+                _say(connection, self.before_hour)
+        self._bills, self._replies = place, replies
         self.is_done, self.counts = done, self.counts + counts
         return counts
 
@@ -199,6 +198,19 @@ def count_rows(connection: Connection, before_hour: int) -> DroppedCounts:
         for table in (requests, http_requests)
     )
     return DroppedCounts(int(bills), int(replies))
+
+
+def oldest_hour(connection: Connection, since_hour: int) -> int | None:
+    """Return the hour in which the oldest request ended that rows are kept for.
+
+    Rows from before an hour are passed over: they were tried, and have to stay.
+    """
+    since = _instant(max(kept_from_hour(connection) or 0, since_hour))
+    found = [
+        connection.execute(select(func.min(at)).where(at >= since)).scalar()
+        for at in (requests.c.finished_at, http_requests.c.finished_at)
+    ]
+    return min((hour_of(at) for at in found if at is not None), default=None)
 
 
 def _instant(hour: int) -> str:

@@ -1,7 +1,11 @@
-"""Keep the rows of requests for so many days, beside a server: drop older ones, a step at a time.
+"""Keep the rows of requests for so many days or bytes, beside a server: drop older ones bit by bit.
 
 The process that applies journals asks for a step after each pass that nobody waits for. A step is
 a few small transactions. Once all is dropped that may go, the next look is an hour later.
+
+Where more than a number of bytes of a SQLite file are used, the oldest day goes, and so on. Free
+pages do not count: they are used again. Indexes by ids get thin before they get small, so a few
+days more may go than would have to.
 
 A machine may begin with a wrong clock and set it after some minutes. No row may go by such a clock:
 so the first look is a while after the start, and the clock must have run evenly since.
@@ -13,10 +17,16 @@ import time
 from collections.abc import Callable
 
 from sqlalchemy import Engine
+from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import in_one_line
 from vllm_cost_meter.ledger.damage.noticing import damage_in
-from vllm_cost_meter.ledger.retention.dropping import Dropper, date_of, newest_cutoff
+from vllm_cost_meter.ledger.retention.dropping import (
+    Dropper,
+    date_of,
+    newest_cutoff,
+    oldest_hour,
+)
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.time import NS_PER_SECOND
@@ -33,16 +43,24 @@ CLOCK_SET_S = 60.0
 
 
 class RowKeeper:
-    """Drops rows that are older than a number of days. Used by one thread."""
+    """Drops the oldest rows. Used by one thread."""
 
     def __init__(
         self,
-        days: int,
+        days: int | None,
+        bytes_max: int | None = None,
         now_ns: Callable[[], int] = time.time_ns,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Rows of today and of so many days before it are kept; at least one day."""
+        """Rows of today and of so many days before it are kept, at least one; None is for ever.
+
+        Of a SQLite file at most `bytes_max` bytes are to be used.
+        """
         self._days = days
+        self._bytes_max = bytes_max
+        self._is_said = False
+        # Rows from before this hour were tried in this look: what is left of them must stay.
+        self._tried_hour = 0
         self._now_ns = now_ns
         self._monotonic_s = monotonic_s
         self._dropper: Dropper | None = None
@@ -73,21 +91,55 @@ class RowKeeper:
             if not self._is_clock_even():
                 self._watch_clock()
                 return
-            self._dropper = Dropper(engine, self._cutoff())
-        self._dropper.step()
-        if self._dropper.is_done:
-            bills, replies = self._dropper.counts
-            if bills or replies:
-                logger.info(
-                    "cost meter: dropped the rows of %d bills and %d HTTP requests from before %s,"
-                    " as keep_rows_days says; their sums stay",
-                    *(bills, replies, date_of(self._dropper.before_hour)),
-                )
-            self._dropper, self._due_s = None, self._monotonic_s() + LOOK_PAUSE_S
+            self._next(engine, self._cutoff_by_days())
+        if self._dropper is None:
+            self._next(engine, self._cutoff_by_bytes(engine))
+        if self._dropper is not None:
+            self._dropper.step()
+            if self._dropper.is_done:
+                self._say(self._dropper)
+                self._next(engine, self._cutoff_by_bytes(engine))
+        if self._dropper is None:
+            self._due_s, self._tried_hour = self._monotonic_s() + LOOK_PAUSE_S, 0
 
-    def _cutoff(self) -> int:
+    def _next(self, engine: Engine, before_hour: int | None) -> None:
+        self._dropper = None if before_hour is None else Dropper(engine, before_hour)
+        self._tried_hour = max(self._tried_hour, before_hour or 0)
+
+    def _say(self, dropper: Dropper) -> None:
+        bills, replies = dropper.counts
+        if bills or replies:
+            logger.info(
+                "cost meter: dropped the rows of %d bills and %d HTTP requests from before %s, as"
+                " the settings keep_rows_... say; their sums stay",
+                *(bills, replies, date_of(dropper.before_hour)),
+            )
+
+    def _cutoff_by_days(self) -> int | None:
+        if self._days is None:
+            return None
+        return newest_cutoff(self._now_ns()) - (self._days - 1) * HOURS_PER_DAY
+
+    def _cutoff_by_bytes(self, engine: Engine) -> int | None:
+        """Return the midnight after the oldest day with rows, if the file is too large."""
+        if self._bytes_max is None or engine.dialect.name != "sqlite":
+            return None
+        with engine.connect() as connection:
+            used = _used_bytes(connection)
+            if used <= self._bytes_max:
+                return None
+            oldest = oldest_hour(connection, self._tried_hour)
         newest = newest_cutoff(self._now_ns())
-        return newest - max(self._days - 1, 0) * HOURS_PER_DAY
+        if oldest is not None and (after := oldest // HOURS_PER_DAY * HOURS_PER_DAY) < newest:
+            return after + HOURS_PER_DAY
+        if not self._is_said:
+            self._is_said = True
+            logger.warning(
+                "cost meter: %d bytes of the ledger are used, more than keep_rows_bytes (%d), and"
+                " no row may be dropped: those of today and of the day before stay, as do sums",
+                *(used, self._bytes_max),
+            )
+        return None
 
     def _watch_clock(self) -> None:
         self._began_ns, self._began_s = self._now_ns(), self._monotonic_s()
@@ -96,3 +148,11 @@ class RowKeeper:
     def _is_clock_even(self) -> bool:
         by_clock_s = (self._now_ns() - self._began_ns) / NS_PER_SECOND
         return abs(by_clock_s - (self._monotonic_s() - self._began_s)) <= CLOCK_SET_S
+
+
+def _used_bytes(connection: Connection) -> int:
+    pages, free, size = (
+        int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * size
