@@ -28,6 +28,7 @@ COMMANDS = (
     ("report",),
     ("ledger", "check"),
     ("ledger", "apply"),
+    ("ledger", "drop", "--before", "2026-01-01"),
     ("ledger", "backup", "--force", "COPY"),
 )
 
