@@ -20,6 +20,7 @@ from vllm_cost_meter.api_server.access.start_warnings import start_warnings
 from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.applying.follower import Applying
+from vllm_cost_meter.api_server.applying.messages import ApplierHello
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
 from vllm_cost_meter.api_server.budgets.names import BudgetNames
@@ -77,10 +78,13 @@ class Runtime:
         )
         self.writer.start()
         self.applying = Applying(
-            self.ledger_url,
-            second=second,
-            keep_rows_days=settings.keep_rows_days,
-            keep_rows_bytes=settings.keep_rows_bytes,
+            ApplierHello(
+                self.ledger_url,
+                None if second is None else str(second),
+                settings.keep_rows_days,
+                settings.keep_rows_bytes,
+                settings.archive,
+            )
         )
         self.collector = Collector(
             self.writer,

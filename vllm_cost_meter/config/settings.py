@@ -180,6 +180,13 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         " what is used of it is less, but never those of today and of the day before. For SQLite.",
         json_schema_extra=_about(t.BYTES),
     )
+    archive: t.ArchiveFolder | None = Field(
+        default=None,
+        description="A folder that gets the rows of requests as [Parquet files]"
+        "(../howto/look-after-the-ledger.md#keep-dropped-rows-in-parquet-files) before they are "
+        "dropped. Needs DuckDB.",
+        json_schema_extra=_about(t.FOLDER),
+    )
     snapshot_interval_s: t.Number = Field(
         default=1.0,
         ge=0.05,

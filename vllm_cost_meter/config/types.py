@@ -7,6 +7,7 @@ Invariant: a WrongError never holds a secret value.
 """
 
 import hashlib
+import importlib.util
 import re
 from datetime import datetime
 from decimal import Decimal
@@ -234,6 +235,12 @@ def _tags(tags: dict[str, str]) -> dict[str, str]:
     return tags
 
 
+def _with_duckdb(folder: str) -> str:
+    if importlib.util.find_spec("duckdb") is None:
+        raise WrongError("DuckDB beside it (pip install duckdb)", "none")
+    return folder
+
+
 def _digest_of_something(digest: str) -> str:
     if digest.lower() == _SHA256_OF_NOTHING:
         raise WrongError("the SHA-256 of a key", "the SHA-256 of an empty text")
@@ -263,6 +270,7 @@ FullHour = Annotated[int, BeforeValidator(_full_hour)]
 Note = Annotated[str, AfterValidator(_note)]
 Url = Annotated[str, _matching(r"[a-z][a-z0-9+_]*://.*", LEDGER)]
 Folder = Annotated[str, _matching(r"/.+", FOLDER)]
+ArchiveFolder = Annotated[Folder, AfterValidator(_with_duckdb)]
 Host = Annotated[str, _matching(r"[0-9A-Za-z.:_%-]{1,255}", HOST)]
 Token = Annotated[SecretStr, AfterValidator(_printable)]
 TenantName = Annotated[str, AfterValidator(_tenant_name)]

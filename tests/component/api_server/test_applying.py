@@ -15,6 +15,7 @@ from tests.component.ledger.test_damage import spoil_leaf
 from tests.component.ledger.test_reader import http, part
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.applying.follower import Applying
+from vllm_cost_meter.api_server.applying.messages import ApplierHello
 from vllm_cost_meter.errors import AwayError, LedgerError
 from vllm_cost_meter.journal.places import folder_of_ledger
 from vllm_cost_meter.journal.writer import JournalWriter
@@ -30,7 +31,7 @@ def path(tmp_path) -> Path:
 async def applying(path: Path, **words: float) -> AsyncIterator[tuple[Applying, JournalWriter]]:
     writer = JournalWriter(folder_of_ledger(path))
     writer.start()
-    follower = Applying(f"sqlite:///{path}", **words)
+    follower = Applying(ApplierHello(f"sqlite:///{path}"), **words)
     follower.start_timeout_s = 60  # on a busy machine it takes longer than a question waits
     follower.start()
     try:
@@ -46,7 +47,7 @@ def bills(path: Path) -> list[int]:
 
 
 async def until(condition, what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180  # Beside other tests, and at a low priority.
     while not condition():
         assert time.monotonic() < deadline, what
         await asyncio.sleep(0.01)

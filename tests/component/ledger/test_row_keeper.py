@@ -1,7 +1,8 @@
 """A server keeps the rows of requests for so many days, and trusts no clock that was just set."""
 
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -32,8 +33,10 @@ class Clock:
         self.now_ns += round(seconds * 10**9)
         self.at_s += seconds
 
-    def keeper(self, days: int | None, bytes_max: int | None = None) -> RowKeeper:
-        return RowKeeper(days, bytes_max, lambda: self.now_ns, lambda: self.at_s)
+    def keeper(
+        self, days: int | None, bytes_max: int | None = None, archive: Path | None = None
+    ) -> RowKeeper:
+        return RowKeeper(days, bytes_max, archive, lambda: self.now_ns, lambda: self.at_s)
 
 
 @pytest.fixture
@@ -202,3 +205,41 @@ def test_rows_of_today_and_of_the_day_before_stay_however_large_the_ledger_is(tm
     assert len(said) == 1
     assert sql(path, "SELECT DISTINCT run_id FROM requests") == [("run-1",)]
     engine.dispose()
+
+
+def until_done(keeper: RowKeeper, engine: Engine, is_done: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not is_done() and time.monotonic() < deadline_s:
+        keeper.step(engine)
+        time.sleep(0.01)
+
+
+def test_with_an_archive_rows_go_into_files_first_and_nobody_waits_for_them(path, engine, tmp_path):
+    clock = Clock(MIDNIGHT_NS + 2 * DAY_S * 10**9)
+    keeper = clock.keeper(1, archive=tmp_path / "archive")
+    keeper.step(engine)
+    clock.pass_by(FIRST_LOOK_S)
+    until_done(keeper, engine, lambda: bills(path) == 0)
+    assert bills(path) == 0
+    assert [file.name for file in (tmp_path / "archive" / "requests").iterdir()] == [
+        "2027-01-15.parquet"
+    ]
+
+
+def test_while_the_archive_cannot_be_written_no_row_goes_and_the_log_says_so(
+    path, engine, tmp_path, caplog
+):
+    (tmp_path / "archive").write_text("a file")
+    clock = Clock(MIDNIGHT_NS + 2 * DAY_S * 10**9)
+    keeper = clock.keeper(1, archive=tmp_path / "archive")
+    clock.pass_by(FIRST_LOOK_S)
+    with lines_of(caplog) as lines:
+        steps(keeper, engine)
+        (line,) = lines()
+    assert bills(path) == 30
+    assert "cannot be dropped" in line
+    assert "archive: cannot be written: File exists" in line
+    (tmp_path / "archive").unlink()
+    clock.pass_by(LOOK_PAUSE_S)
+    until_done(keeper, engine, lambda: bills(path) == 0)
+    assert bills(path) == 0

@@ -3,8 +3,6 @@
 Invariant: after `catch_up` returned, all that was journaled before the call is in the ledger.
 """
 
-from pathlib import Path
-
 import msgspec
 
 from vllm_cost_meter import metrics
@@ -29,29 +27,16 @@ START_TIMEOUT_S = 5.0
 class Applying:
     """The API server's end of the process that applies journals. Used by one event loop only."""
 
-    def __init__(
-        self,
-        url: str,
-        timeout_s: float = CATCH_UP_TIMEOUT_S,
-        second: Path | None = None,
-        keep_rows_days: int | None = None,
-        keep_rows_bytes: int | None = None,
-    ) -> None:
-        """`second` is the second folder of journals.
-
-        Rows of requests are kept for so many days before today, None is for ever, and so far as
-        that many bytes of a SQLite file are used; None is any.
-        """
-        self._url = url
+    def __init__(self, hello: ApplierHello, timeout_s: float = CATCH_UP_TIMEOUT_S) -> None:
+        """`hello` says which ledger it is, and for how long its rows are kept."""
+        self._url = hello.url
         self._timeout_s = timeout_s
         self.start_timeout_s = START_TIMEOUT_S
         self.state = ApplierState()
         self.process = SideProcess(
             "the process that writes the ledger",
             MODULE,
-            hello=lambda: ApplierHello(
-                url, None if second is None else str(second), keep_rows_days, keep_rows_bytes
-            ),
+            hello=lambda: hello,
             answer=_answer_nothing,
             take=self._take,
             pauses=PAUSES,

@@ -19,6 +19,8 @@ class ApplierHello(msgspec.Struct, frozen=True, array_like=True):
     keep_rows_days: int | None = None
     # So many bytes of the ledger's file may be used; None for any.
     keep_rows_bytes: int | None = None
+    # The folder of Parquet files that gets rows before they are dropped, None without.
+    archive: str | None = None
 
 
 class ApplierState(msgspec.Struct, frozen=True, array_like=True):

@@ -51,7 +51,8 @@ class _Applying:
     async def main(self, server: ToServer, hello: ApplierHello) -> None:
         """Begin: from now on there are answers."""
         second = None if hello.second is None else Path(hello.second)
-        keeper = RowKeeper(hello.keep_rows_days, hello.keep_rows_bytes)
+        archive = None if hello.archive is None else Path(hello.archive)
+        keeper = RowKeeper(hello.keep_rows_days, hello.keep_rows_bytes, archive)
         loop = ApplyLoop(hello.url, second=second, keeper=keeper)
         server.ready()
         self._task = asyncio.create_task(self._run(server, loop))

@@ -27,12 +27,14 @@ from vllm_cost_meter.console import interruptible, print_lines
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.catching_up import catch_up, waiting_records
 from vllm_cost_meter.ledger.database import open_database, parse_url, sqlite_path, url_of
+from vllm_cost_meter.ledger.retention.archiving import archive_and_drop
 from vllm_cost_meter.ledger.retention.dropping import (
     DroppedCounts,
     count_rows,
     cutoff_of,
     drop_rows,
 )
+from vllm_cost_meter.ledger.retention.parquet import ParquetArchive
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 from vllm_cost_meter.ledger.upkeep.compacting import compact
 from vllm_cost_meter.ledger.upkeep.copies import back_up
@@ -197,6 +199,10 @@ def drop(
     before: Annotated[
         str, typer.Option("--before", help="A UTC date: rows that ended before it go.")
     ],
+    archive: Annotated[
+        Path | None,
+        typer.Option(help="Put the rows into Parquet files in this folder first. Needs DuckDB."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
     ledger: Ledger = None,
     config: Config = None,
@@ -207,6 +213,8 @@ def drop(
     Reports, statements, budgets and the audit do not change. Single requests, and what is read of
     them alone, are gone. It may run beside a server.
 
+    With --archive a row goes only once a Parquet file holds it: FOLDER/requests/2026-08-01.parquet.
+
     Example: vllm-cost-meter ledger drop --before 2026-08-01
     """
     with one_line_errors(), interruptible():
@@ -214,9 +222,14 @@ def drop(
         url = ledger_url(ledger, config)
         engine = open_database(url, create=False)
         try:
+            archived = None if archive is None or dry_run else ParquetArchive(archive)
             if not dry_run:
                 _catch_up(url, "rows would be dropped before those that belong to them came")
-                dropped = drop_rows(engine, hour)
+                dropped = (
+                    drop_rows(engine, hour)
+                    if archived is None
+                    else archive_and_drop(engine, hour, archived)
+                )
             with engine.connect() as connection:
                 left = count_rows(connection, hour)
         finally:

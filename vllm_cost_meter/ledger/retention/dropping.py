@@ -20,9 +20,9 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from sqlalchemy import Engine, and_, delete, exists, func, select, tuple_
+from sqlalchemy import ColumnElement, Engine, and_, delete, exists, func, select, tuple_
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -97,7 +97,7 @@ class DroppedCounts(NamedTuple):
         return DroppedCounts(self.bills + other.bills, self.replies + other.replies)
 
 
-class _Place(NamedTuple):
+class BillPlace(NamedTuple):
     """How far a pass has looked at the bills, in the order of their end."""
 
     finished_at: str = ""
@@ -109,12 +109,15 @@ class _Place(NamedTuple):
 class Dropper:
     """A pass over the rows that ended before an hour. Used by one thread."""
 
+    # Each step does what there is to do.
+    is_waiting: ClassVar[bool] = False
+
     engine: Engine
     before_hour: int
     bills_at_once: int = BILLS_AT_ONCE
     counts: DroppedCounts = DroppedCounts()
     is_done: bool = False
-    _bills: _Place | None = _Place()
+    _bills: BillPlace | None = BillPlace()
     _replies: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
@@ -134,37 +137,25 @@ class Dropper:
             else:
                 replies, done, counts = self._drop_replies(connection)
             if any(counts) and not any(self.counts):
-                _say(connection, self.before_hour)
+                say_kept_from(connection, self.before_hour)
         self._bills, self._replies = place, replies
         self.is_done, self.counts = done, self.counts + counts
         return counts
 
     def _drop_bills(
-        self, connection: Connection, after: _Place
-    ) -> tuple[_Place | None, DroppedCounts]:
-        found = _old_bills(connection, self.before_hour, after, self.bills_at_once)
+        self, connection: Connection, after: BillPlace
+    ) -> tuple[BillPlace | None, DroppedCounts]:
+        found = old_bills(connection, self.before_hour, after, self.bills_at_once)
         if not found:
             return None, DroppedCounts()
-        counts = drop_exchanges(connection, _droppable(connection, self.before_hour, found))
+        exchanges = droppable(connection, self.before_hour, *exchanges_of(found))
+        counts = drop_exchanges(connection, exchanges)
         last = found[-1]
-        return _Place(last.finished_at, last.run_id, last.seq), counts
+        return BillPlace(last.finished_at, last.run_id, last.seq), counts
 
     def _drop_replies(self, connection: Connection) -> tuple[tuple[str, str], bool, DroppedCounts]:
-        h, r, o = http_requests.c, requests.c, open_requests.c
-        asked = (
-            select(h.finished_at, h.http_request_id)
-            .where(
-                h.finished_at >= self._replies[0],
-                tuple_(h.finished_at, h.http_request_id) > self._replies,
-                h.finished_at < _instant(self.before_hour),
-                ~exists().where(r.http_request_id == h.http_request_id),
-                ~exists().where(o.http_request_id == h.http_request_id),
-            )
-            .order_by(h.finished_at, h.http_request_id)
-            .limit(REPLIES_AT_ONCE)
-        )
-        rows = connection.execute(asked).all()
-        _delete_replies(connection, [id for _, id in rows])
+        rows = old_replies(connection, self.before_hour, self._replies, REPLIES_AT_ONCE)
+        delete_replies(connection, [id for _, id in rows])
         if not rows:
             return self._replies, True, DroppedCounts()
         at, id = rows[-1]
@@ -217,15 +208,16 @@ def _instant(hour: int) -> str:
     return rfc3339(hour * NS_PER_HOUR)
 
 
-def _say(connection: Connection, before_hour: int) -> None:
+def say_kept_from(connection: Connection, before_hour: int) -> None:
     """Write from which hour on rows are kept; an earlier hour than before changes nothing."""
     row = {"kept_from_hour": before_hour, "decided_at": rfc3339(time.time_ns())}
     insert_rows(connection, row_cutoffs, [row])
 
 
-def _old_bills(
-    connection: Connection, before_hour: int, after: _Place, limit: int
+def old_bills(
+    connection: Connection, before_hour: int, after: BillPlace, limit: int
 ) -> Sequence[Any]:
+    """Return (end, run, number, exchange) of bills from before an hour, in the order of places."""
     r = requests.c
     return connection.execute(
         select(r.finished_at, r.run_id, r.seq, r.http_request_id)
@@ -240,7 +232,40 @@ def _old_bills(
     ).all()
 
 
+def old_replies(
+    connection: Connection, before_hour: int, after: tuple[str, str], limit: int
+) -> Sequence[Any]:
+    """Return (end, id) of HTTP requests without a bill from before an hour, the oldest first."""
+    h = http_requests.c
+    return connection.execute(
+        select(h.finished_at, h.http_request_id)
+        .where(
+            h.finished_at >= after[0],
+            tuple_(h.finished_at, h.http_request_id) > after,
+            h.finished_at < _instant(before_hour),
+            is_unbilled(),
+        )
+        .order_by(h.finished_at, h.http_request_id)
+        .limit(limit)
+    ).all()
+
+
+def is_unbilled() -> ColumnElement[bool]:
+    """Return the condition that an HTTP request has no bill and waits for none."""
+    h, r, o = http_requests.c, requests.c, open_requests.c
+    return and_(
+        ~exists().where(r.http_request_id == h.http_request_id),
+        ~exists().where(o.http_request_id == h.http_request_id),
+    )
+
+
 # ---- which exchanges may go
+
+
+def exchanges_of(bills: Sequence[Any]) -> tuple[list[str], list[tuple[str, int]]]:
+    """Return the exchanges of old bills, and the keys of those without one."""
+    ids = sorted({bill.http_request_id for bill in bills if bill.http_request_id is not None})
+    return ids, [(bill.run_id, bill.seq) for bill in bills if bill.http_request_id is None]
 
 
 class Whole(NamedTuple):
@@ -251,16 +276,16 @@ class Whole(NamedTuple):
     parts: Sequence[PartFacts]
 
 
-def _droppable(connection: Connection, before_hour: int, bills: Sequence[Any]) -> list[Whole]:
-    """Return the exchanges of these bills that may be dropped."""
-    ids = sorted({bill.http_request_id for bill in bills if bill.http_request_id is not None})
+def droppable(
+    connection: Connection, before_hour: int, ids: Sequence[str], alone: Sequence[tuple[str, int]]
+) -> list[Whole]:
+    """Return those of these exchanges, and bills without one, that may be dropped."""
     opened = _open(connection, ids)
     found = [
         Whole(id, *exchange)
         for id, exchange in read_exchanges(connection, ids).items()
         if id not in opened
     ]
-    alone = [(bill.run_id, bill.seq) for bill in bills if bill.http_request_id is None]
     found += [Whole(None, None, [part]) for part in _lone_parts(connection, alone)]
     run_ids = {part.run_id for whole in found for part in whole.parts}
     counted = _last_counted(connection, run_ids)
@@ -288,13 +313,14 @@ def _lone_parts(connection: Connection, keys: Sequence[tuple[str, int]]) -> list
     r = requests.c
     return [
         part
-        for run_id, seqs in _by_run(keys).items()
+        for run_id, seqs in keys_by_run(keys).items()
         for some in in_chunks(seqs)
         for _, part in read_parts(connection, and_(r.run_id == run_id, r.seq.in_(some)))
     ]
 
 
-def _by_run(keys: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+def keys_by_run(keys: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+    """Return the numbers of bills by run, both in order."""
     found: dict[str, list[int]] = {}
     for run_id, seq in sorted(keys):
         found.setdefault(run_id, []).append(seq)
@@ -320,7 +346,7 @@ def drop_exchanges(connection: Connection, exchanges: Sequence[Whole]) -> Droppe
     """Drop exchanges with all their rows, and keep what they add up to."""
     r = requests.c
     fold(connection, [(whole.reply, whole.parts) for whole in exchanges]).write(connection)
-    keys = _by_run((part.run_id, part.seq) for whole in exchanges for part in whole.parts)
+    keys = keys_by_run((part.run_id, part.seq) for whole in exchanges for part in whole.parts)
     numbers, sums = dropped_by_run(connection, keys), dropped_sums(connection)
     for run_id, seqs in keys.items():
         more = [
@@ -337,10 +363,11 @@ def drop_exchanges(connection: Connection, exchanges: Sequence[Whole]) -> Droppe
                 mine = table.c.run_id == run_id, table.c.seq.in_(some)
                 connection.execute(delete(table).where(*mine))
     replies = [whole.id for whole in exchanges if whole.id is not None and whole.reply is not None]
-    _delete_replies(connection, replies)
+    delete_replies(connection, replies)
     return DroppedCounts(sum(map(len, keys.values())), len(replies))
 
 
-def _delete_replies(connection: Connection, ids: Sequence[str]) -> None:
+def delete_replies(connection: Connection, ids: Sequence[str]) -> None:
+    """Delete the rows of HTTP requests."""
     for some in in_chunks(ids):
         connection.execute(delete(http_requests).where(http_requests.c.http_request_id.in_(some)))

@@ -3,6 +3,8 @@
 The process that applies journals asks for a step after each pass that nobody waits for. A step is
 a few small transactions. Once all is dropped that may go, the next look is an hour later.
 
+With an archive, rows go into Parquet files first, in a thread of its own (`archiving.py`).
+
 Where more than a number of bytes of a SQLite file are used, the oldest day goes, and so on. Free
 pages do not count: they are used again. Indexes by ids get thin before they get small, so a few
 days more may go than would have to.
@@ -15,18 +17,21 @@ Invariant: a failure to drop is no failure to apply; only a damaged file is one.
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from sqlalchemy import Engine
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import in_one_line
 from vllm_cost_meter.ledger.damage.noticing import damage_in
+from vllm_cost_meter.ledger.retention.archiving import ArchivingPass
 from vllm_cost_meter.ledger.retention.dropping import (
     Dropper,
     date_of,
     newest_cutoff,
     oldest_hour,
 )
+from vllm_cost_meter.ledger.retention.parquet import ParquetArchive
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.time import NS_PER_SECOND
@@ -49,21 +54,24 @@ class RowKeeper:
         self,
         days: int | None,
         bytes_max: int | None = None,
+        archive: Path | None = None,
         now_ns: Callable[[], int] = time.time_ns,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """Rows of today and of so many days before it are kept, at least one; None is for ever.
 
-        Of a SQLite file at most `bytes_max` bytes are to be used.
+        Of a SQLite file at most `bytes_max` bytes are to be used. `archive` is the folder that gets
+        rows as Parquet files before they are dropped.
         """
         self._days = days
         self._bytes_max = bytes_max
+        self._archive = archive
         self._is_said = False
         # Rows from before this hour were tried in this look: what is left of them must stay.
         self._tried_hour = 0
         self._now_ns = now_ns
         self._monotonic_s = monotonic_s
-        self._dropper: Dropper | None = None
+        self._dropper: Dropper | ArchivingPass | None = None
         self._due_s = 0.0
         self._watch_clock()
 
@@ -76,6 +84,8 @@ class RowKeeper:
         try:
             while self._due_s <= self._monotonic_s() < until_s:
                 self._step(engine)
+                if self._dropper is not None and self._dropper.is_waiting:
+                    return
         except Exception as error:
             self._dropper = None
             self._due_s = self._monotonic_s() + LOOK_PAUSE_S
@@ -87,7 +97,9 @@ class RowKeeper:
             )
 
     def _step(self, engine: Engine) -> None:
-        if self._dropper is None or self._dropper.engine is not engine:
+        if self._dropper is None or not (
+            self._dropper.engine is engine or self._dropper.is_waiting
+        ):
             if not self._is_clock_even():
                 self._watch_clock()
                 return
@@ -103,10 +115,14 @@ class RowKeeper:
             self._due_s, self._tried_hour = self._monotonic_s() + LOOK_PAUSE_S, 0
 
     def _next(self, engine: Engine, before_hour: int | None) -> None:
-        self._dropper = None if before_hour is None else Dropper(engine, before_hour)
+        self._dropper = None
+        if before_hour is not None and self._archive is not None:
+            self._dropper = ArchivingPass(engine, before_hour, ParquetArchive(self._archive))
+        elif before_hour is not None:
+            self._dropper = Dropper(engine, before_hour)
         self._tried_hour = max(self._tried_hour, before_hour or 0)
 
-    def _say(self, dropper: Dropper) -> None:
+    def _say(self, dropper: Dropper | ArchivingPass) -> None:
         bills, replies = dropper.counts
         if bills or replies:
             logger.info(
