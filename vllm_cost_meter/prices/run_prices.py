@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice, PriceBook, PriceEntry, RunFacts
@@ -160,15 +161,14 @@ def by_stretch(
     `changes` are the sorted hours at which prices may change.
     """
     firsts: dict[int, int] = {}
-    sums: dict[int, dict[str, int]] = {}
+    amounts: dict[int, list[Mapping[str, int]]] = {}
     for hour in sorted(hours):
         first = firsts.setdefault(bisect_right(changes, hour), hour)
-        known = sums.get(first)
-        amounts = hours[hour]
-        sums[first] = (
-            dict(amounts) if known is None else {n: known[n] + amounts[n] for n in amounts}
-        )
-    return sums
+        amounts.setdefault(first, []).append(hours[hour])
+    return {
+        first: {name: sum(map(itemgetter(name), some)) for name in some[0]}
+        for first, some in amounts.items()
+    }
 
 
 def _recorded(row: Mapping[str, Any]) -> GpuHourPrice | None:

@@ -32,6 +32,7 @@ set aside holds what the ledger lacks.
 """
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any, cast
 
 from sqlalchemy import select
@@ -210,10 +211,8 @@ def _audit_run(run: RunCut, held: HeldBills, missing: list[str], lost: Lost) -> 
 
 def _hours_difference(run: RunCut, totals: Mapping[str, int]) -> int:
     """Return how far the hours are from the totals; differences of classes do not cancel out."""
-    return sum(
-        abs(totals[name] - sum(hour[name] for hour in run.engine_hours.values()))
-        for name in CLASSES
-    )
+    hours = run.engine_hours.values()
+    return sum(abs(totals[name] - sum(map(itemgetter(name), hours))) for name in CLASSES)
 
 
 def _in_flight_difference(run: RunCut, totals: Mapping[str, int]) -> int:

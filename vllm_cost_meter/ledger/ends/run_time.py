@@ -52,7 +52,9 @@ def by_hour(
 
 def as_ended(
     classes: Mapping[str, int], billed_ns: int = 0, of_in_flight_ns: int = 0
-) -> dict[str, int]:
+) -> Mapping[str, int]:
     """Return the classes of a dead run with its last bills: what was in flight besides is lost."""
+    if not (classes["in_flight"] or billed_ns or of_in_flight_ns):
+        return classes  # as in most hours
     lost = classes["lost"] + classes["in_flight"] - of_in_flight_ns
     return {**classes, "requests": classes["requests"] + billed_ns, "in_flight": 0, "lost": lost}

@@ -397,7 +397,8 @@ def _run_cut(
     last_bills: LastBills = NO_LAST_BILLS,
 ) -> RunCut:
     shown_hours, shown_energies = hours, energies
-    classes, energy = _classes(row), None if row["energy_mj"] is None else _energy(row)
+    classes: Mapping[str, int] = _classes(row)
+    energy: Mapping[str, int] | None = None if row["energy_mj"] is None else _energy(row)
     if not alive:
         billed, in_flight = last_bills.billed, last_bills.in_flight
         shown_hours = {
