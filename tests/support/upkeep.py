@@ -14,9 +14,13 @@ from sqlalchemy import Table, select
 
 from tests.component.ledger.test_reader import HOUR, http, part, snapshot
 from tests.support.ledger_writer import LedgerWriter
-from vllm_cost_meter.ledger.auditing.held import stored_sums
 from vllm_cost_meter.ledger.database import open_database, writing
-from vllm_cost_meter.ledger.rollups.bill_sums import BillSums, energy_of_rows, sums_of_rows
+from vllm_cost_meter.ledger.rollups.bill_sums import (
+    BillSums,
+    energy_of_rows,
+    stored_sums,
+    sums_of_rows,
+)
 from vllm_cost_meter.ledger.rollups.rebuilding import SpanOfSums, differences, rebuild
 from vllm_cost_meter.ledger.schema import energy_sums, metadata
 from vllm_cost_meter.ledger.upkeep.kinds import RowKind, kind_of_rows

@@ -16,15 +16,14 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cut import Cut, bills_up_to
 from vllm_cost_meter.ledger.rollups.bill_sums import (
-    BillSums,
     dropped_energy,
     dropped_sums,
+    stored_sums,
     sums_of_rows,
 )
 from vllm_cost_meter.ledger.rollups.rebuilding import time_differences
 from vllm_cost_meter.ledger.schema import (
     PIECE_AMOUNTS,
-    bill_sums,
     energy_sums,
     request_energy,
     requests,
@@ -122,13 +121,6 @@ def held_by_rows(connection: Connection, cut: Cut) -> dict[str, HeldBills]:
         )
         for run_id in stored.keys() | read.keys() | differences.keys() | counted.keys()
     }
-
-
-def stored_sums(connection: Connection) -> dict[str, BillSums]:
-    """Return what all bills of each run add up to, as it was kept with them."""
-    columns = (bill_sums.c[name] for name in BillSums._fields)
-    rows = connection.execute(select(*columns))
-    return {row.run_id: BillSums._make(row) for row in rows}
 
 
 def _time_in_days(connection: Connection) -> dict[str, int]:

@@ -10,27 +10,25 @@ Invariant: a row is dropped only if a file holds it that was read again.
 """
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Engine, Table, select
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import SQLAlchemyError
 
-from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import cause_of, in_one_state, open_database, writing
+from vllm_cost_meter.ledger.database import in_one_state, open_database, writing
 from vllm_cost_meter.ledger.retention.dropping import (
     BILLS_AT_ONCE,
-    PAUSE_S,
     REPLIES_AT_ONCE,
     BillPlace,
     DroppedCounts,
     Whole,
+    all_of,
     delete_replies,
     drop_exchanges,
     droppable,
     exchanges_of,
+    giving_way,
     is_unbilled,
     keys_by_run,
     old_bills,
@@ -59,17 +57,7 @@ def archive_and_drop(engine: Engine, before_hour: int, archive: ParquetArchive) 
     Raises LedgerError if the archive or the ledger cannot be written; what was dropped before is
     in the archive.
     """
-    counts = DroppedCounts()
-    try:
-        for some in archive_steps(engine, before_hour, archive):
-            counts += some
-            time.sleep(PAUSE_S)
-    except SQLAlchemyError as error:
-        raise LedgerError(
-            f"ledger: {counts.bills:,} bills were dropped, and then it could not be written:"
-            f" {cause_of(error)}"
-        ) from error
-    return counts
+    return all_of(archive_steps(engine, before_hour, archive))
 
 
 def archive_steps(
@@ -124,9 +112,8 @@ class ArchivingPass:
                 self.engine.url.render_as_string(hide_password=False), create=False
             )
             try:
-                for some in archive_steps(engine, self.before_hour, archive):
+                for some in giving_way(archive_steps(engine, self.before_hour, archive)):
                     self.counts += some
-                    time.sleep(PAUSE_S)
             finally:
                 engine.dispose()
         except Exception as error:  # noqa: BLE001 - whoever asks for the next step gets it

@@ -17,7 +17,7 @@ Invariant: once a row is dropped, the ledger says from which hour on rows are ke
 
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar, NamedTuple
@@ -142,6 +142,11 @@ class Dropper:
         self.is_done, self.counts = done, self.counts + counts
         return counts
 
+    def steps(self) -> Iterator[DroppedCounts]:
+        """Yield how many rows went at each step, until all are done."""
+        while not self.is_done:
+            yield self.step()
+
     def _drop_bills(
         self, connection: Connection, after: BillPlace
     ) -> tuple[BillPlace | None, DroppedCounts]:
@@ -167,18 +172,30 @@ def drop_rows(engine: Engine, before_hour: int) -> DroppedCounts:
 
     Raises LedgerError if the ledger cannot be written; what was dropped before that is dropped.
     """
-    dropper = Dropper(engine, before_hour)
-    while not dropper.is_done:
-        began_s = time.monotonic()
-        try:
-            dropper.step()
-        except SQLAlchemyError as error:
-            raise LedgerError(
-                f"ledger: {dropper.counts.bills:,} bills were dropped, and then it could not be"
-                f" written: {cause_of(error)}"
-            ) from error
+    return all_of(Dropper(engine, before_hour).steps())
+
+
+def all_of(steps: Iterator[DroppedCounts]) -> DroppedCounts:
+    """Go through the steps of a pass, as `drop_rows` does; return how many rows went."""
+    counts = DroppedCounts()
+    try:
+        for some in giving_way(steps):
+            counts += some
+    except SQLAlchemyError as error:
+        raise LedgerError(
+            f"ledger: {counts.bills:,} bills were dropped, and then it could not be written:"
+            f" {cause_of(error)}"
+        ) from error
+    return counts
+
+
+def giving_way(steps: Iterator[DroppedCounts]) -> Iterator[DroppedCounts]:
+    """Yield the steps of a pass; after each one wait for as long as it took."""
+    began_s = time.monotonic()
+    for some in steps:
+        yield some
         time.sleep(max(time.monotonic() - began_s, PAUSE_S))
-    return dropper.counts
+        began_s = time.monotonic()
 
 
 def count_rows(connection: Connection, before_hour: int) -> DroppedCounts:

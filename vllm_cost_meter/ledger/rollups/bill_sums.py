@@ -22,7 +22,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import orjson
-from sqlalchemy import ColumnElement, case, delete, func, select, true
+from sqlalchemy import ColumnElement, Table, case, delete, func, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
@@ -139,7 +139,16 @@ def sums_of_rows(connection: Connection) -> Iterator[BillSums]:
 
 def dropped_sums(connection: Connection) -> dict[str, BillSums]:
     """Return what the dropped bills of each run added up to."""
-    rows = connection.execute(select(*(dropped_bills.c[name] for name in BillSums._fields)))
+    return _sums_in(connection, dropped_bills)
+
+
+def stored_sums(connection: Connection) -> dict[str, BillSums]:
+    """Return what all bills of each run add up to, as it was kept with them."""
+    return _sums_in(connection, bill_sums)
+
+
+def _sums_in(connection: Connection, table: Table) -> dict[str, BillSums]:
+    rows = connection.execute(select(*(table.c[name] for name in BillSums._fields)))
     return {row.run_id: BillSums._make(row) for row in rows}
 
 
