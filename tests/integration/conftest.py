@@ -60,7 +60,7 @@ def hard(work: Path) -> Iterator[Server]:
         environment={"CMT_ASYNC": "1", "CMT_CLOCK": str(clock), "CMT_TEE": str(tee)},
     )
     try:
-        yield server.start()
+        yield server.start(until_side_answers=True)
     finally:
         server.stop()
 

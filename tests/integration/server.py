@@ -178,16 +178,22 @@ class Server:
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def start(self) -> "Server":
-        """Start the process and wait until it serves."""
+    def start(self, *, until_side_answers: bool = False) -> "Server":
+        """Start the process and wait until it serves.
+
+        Of several API servers one may serve before another has its side endpoint up.
+        """
         self.launch()
+        health_urls = [f"{self.url}/health"]
+        if until_side_answers:
+            health_urls.append(f"{self.side_url}/cost/health")
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             assert self.process is not None
             if self.process.poll() is not None:
                 raise RuntimeError(f"vllm serve ended: {self.log[-3000:]}")
             try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                if all(httpx.get(url, timeout=2).status_code == 200 for url in health_urls):
                     return self
             except httpx.TransportError:
                 pass
@@ -231,6 +237,9 @@ class Server:
     def cost(self, path: str) -> Any:
         """GET a figure from the side endpoint."""
         reply = httpx.get(f"{self.side_url}/cost/{path}", timeout=30)
+        if reply.status_code >= 500:
+            # The log has the traceback of what we did not expect.
+            raise AssertionError(f"{path}: {reply.text}\n{self.log[-8000:]}")
         reply.raise_for_status()
         return reply.json()
 
