@@ -46,6 +46,7 @@ from vllm_cost_meter.ledger import rows
 from vllm_cost_meter.ledger.applier import Applier
 from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.ledger.tables.packed import pack_id
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -70,6 +71,10 @@ _ADD_TO_SUMS = (
 )
 
 
+# The columns of ids but for the run's, which is stored as it is.
+_IDS = ("request_id", "external_id", "response_id", "prompt_group")
+
+
 class Plain:
     """sqlite3 alone, with a ledger's tables, indexes and mode, and one table of sums."""
 
@@ -86,9 +91,17 @@ class Plain:
             values = [of_both(*one) for one in both]
             places = ", ".join("?" * len(values[0]))
             sql = f"INSERT INTO {table} ({', '.join(values[0])}) VALUES ({places})"
-            self._connection.executemany(sql, [tuple(row.values()) for row in values])
+            self._connection.executemany(sql, [_stored(row) for row in values])
         self._connection.executemany(_ADD_TO_SUMS, _sums(both))
         self._connection.execute("COMMIT")
+
+
+def _stored(row: rows.TableRow) -> tuple[object, ...]:
+    """Return a row's values as the ledger stores them."""
+    return tuple(
+        pack_id(value) if isinstance(value, str) and name.endswith(_IDS) else value
+        for name, value in row.items()
+    )
 
 
 def _sums(both: Sequence[tuple[EngineRequest, HttpRequest]]) -> list[tuple[object, ...]]:

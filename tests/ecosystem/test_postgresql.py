@@ -319,6 +319,32 @@ def test_rows_are_dropped_and_all_answers_stay(tmp_path: Path, url: str) -> None
     assert rows(url, "SELECT count(*) FROM requests") == [(0,)]
 
 
+def test_instants_that_were_texts_become_integers_and_every_answer_stays(url: str) -> None:
+    written(url)
+    before = _figures(url)
+    columns = "SELECT table_name, column_name, data_type FROM information_schema.columns"
+    types = f"{columns} WHERE table_schema = current_schema() ORDER BY 1, ordinal_position"
+    today = rows(url, types)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        for table, column in (
+            *(("requests", "started_at"), ("requests", "finished_at")),
+            *(("http_requests", "started_at"), ("http_requests", "finished_at")),
+            ("open_requests", "started_at"),
+        ):
+            as_text = "'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'"
+            connection.exec_driver_sql(
+                f"ALTER TABLE {table} ALTER COLUMN {column} TYPE TEXT USING"
+                f" to_char(to_timestamp({column} / 1e6) AT TIME ZONE 'UTC', {as_text})"
+            )
+        connection.exec_driver_sql("UPDATE schema_version SET version = 13")
+    engine.dispose()
+    assert rows(url, types) != today
+    open_database(url).dispose()
+    assert rows(url, types) == today
+    assert _figures(url) == before
+
+
 def _figures(url: str) -> list[Any]:
     with LedgerReader(url, book=BOOK) as reader:
         audit = {**reader.audit(AS_OF, full=True), "rows_kept_from": None}

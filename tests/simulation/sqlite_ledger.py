@@ -31,7 +31,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.rollups.rebuilding import differences
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
 from vllm_cost_meter.records.snapshot import Snapshot
-from vllm_cost_meter.units.time import rfc3339
+from vllm_cost_meter.units.time import NS_PER_US
 
 URL = f"sqlite:////simulated/{NAME}"
 # Each process makes an engine, and the statements are the same.
@@ -56,7 +56,7 @@ def row_of(record: Record) -> tuple[Any, ...]:
         case HttpRequest():
             return record.http_request_id, record.gpu_time_ns, record.cost_nanousd
         case OpenRequest():
-            return record.request_id, rfc3339(record.started_at_ns)
+            return record.request_id, record.started_at_ns // NS_PER_US
         case Snapshot():
             totals = record.totals
             return record.run_id, record.number, record.last_seq, record.billed_ns, totals.idle

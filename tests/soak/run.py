@@ -21,6 +21,7 @@ from typing import NamedTuple
 from tests.soak.clients import Clients
 from tests.soak.faults import Faults
 from tests.soak.servers import FakeServers, RealServers
+from tests.support.raw_rows import texts
 from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.ledger.reader import LedgerReader
 
@@ -117,9 +118,10 @@ def _check(ledger: Path, seen: Mapping[str, int], outcome: Outcome) -> None:
         time.sleep(0.5)
     outcome.seen = len(seen)
     with closing(sqlite3.connect(ledger)) as connection:
-        told = dict(connection.execute("SELECT http_request_id, cost_nanousd FROM http_requests"))
+        asked = "SELECT http_request_id, cost_nanousd FROM "
+        told = dict(texts(connection.execute(asked + "http_requests")))
         bills: dict[str, list[int]] = {}
-        for name, cost in connection.execute("SELECT http_request_id, cost_nanousd FROM requests"):
+        for name, cost in texts(connection.execute(asked + "requests")):
             bills.setdefault(name, []).append(cost)
         (outcome.journal_losses,) = connection.execute(
             "SELECT count(*) FROM journal_losses"

@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 
 from tests.support.builders import make_bill
+from tests.support.raw_rows import texts
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.middleware import CostMiddleware
@@ -270,7 +271,7 @@ class World:
         """Answer a query from the file, once all that was handed over is written."""
         journal(self.runtime)
         with contextlib.closing(sqlite3.connect(self.path)) as connection:
-            return connection.execute(query).fetchall()
+            return texts(connection.execute(query))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.retention.known import without_dropped
 from vllm_cost_meter.ledger.rollups.adding import add, new_rows
 from vllm_cost_meter.ledger.rollups.bill_sums import add_energy, new_energy
+from vllm_cost_meter.ledger.tables.packed import PackedId, pack_id
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
 from vllm_cost_meter.records.snapshot import Snapshot
 
@@ -140,10 +141,20 @@ def _run(
 @cache
 def _sqlite_text(
     table: Table, upsert: bool
-) -> tuple[str, Callable[[rows.TableRow], tuple[object, ...]]]:
-    """Return the insert of one row, and what puts a row's values into its order."""
+) -> tuple[str, Callable[[rows.TableRow], Sequence[object]]]:
+    """Return the insert of one row, and what puts a row's values into its order as stored."""
     statement = _statement(sqlite.insert(table), upsert=upsert)
-    return str(statement.compile(dialect=sqlite.dialect())), itemgetter(*table.c.keys())
+    values_of = itemgetter(*table.c.keys())
+    ids = [at for at, column in enumerate(table.c) if isinstance(column.type, PackedId)]
+
+    def packed(row: rows.TableRow) -> Sequence[object]:
+        values = list(values_of(row))
+        for at in ids:
+            if values[at] is not None:
+                values[at] = pack_id(values[at])
+        return tuple(values)
+
+    return str(statement.compile(dialect=sqlite.dialect())), packed if ids else values_of
 
 
 _Statement = TypeVar("_Statement", sqlite.Insert, postgresql.Insert)

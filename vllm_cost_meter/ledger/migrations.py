@@ -1,18 +1,20 @@
 """Schema migrations: bring an older ledger to this version, one step per version.
 
-A step is plain SQL that SQLite and PostgreSQL both take. It stays frozen as it was released, so it
-does not follow later changes to the schema. New columns of old rows hold 0 for a count that nobody
-kept, the text "unknown" for a name, and NULL for an unknown amount.
+A step is plain SQL that SQLite and PostgreSQL both take, or a function. It stays frozen as it was
+released, so it does not follow later changes to the schema. New columns of old rows hold 0 for a
+count that nobody kept, the text "unknown" for a name, and NULL for an unknown amount.
 
 Invariant: a ledger has one version at any instant, because all steps and the new version number are
 one transaction.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from sqlalchemy import inspect, text
 from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.tables.unpacked import pack_rows
 
 
 class Column(NamedTuple):
@@ -61,7 +63,7 @@ _ENERGY_CLASSES = (
 )
 
 # The step for each version, which makes it the next version.
-MIGRATIONS: Mapping[int, tuple[str | Column, ...]] = {
+MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]] = {
     1: (
         *_added("runs", "TEXT NOT NULL DEFAULT 'unknown'", "hardware", "parallelism"),
         *_added("snapshots", "TEXT NOT NULL DEFAULT 'unknown'", "prior"),
@@ -138,6 +140,8 @@ MIGRATIONS: Mapping[int, tuple[str | Column, ...]] = {
     ),
     # `create_all` creates the tables of retention.
     12: (),
+    # Rows of requests have instants as integers, and short ids.
+    13: (pack_rows,),
 }
 FIRST_WITH_ROLLUPS = 11
 FIRST_WITH_BILL_SUMS = 12
@@ -147,7 +151,9 @@ def migrate(connection: Connection, found: int, wanted: int) -> None:
     """Bring a ledger from version `found` to `wanted`, within the connection's transaction."""
     for version in range(found, wanted):
         for step in MIGRATIONS[version]:
-            if isinstance(step, str):
+            if callable(step):
+                step(connection)
+            elif isinstance(step, str):
                 connection.execute(text(step))
             elif step.name not in _columns(connection, step.table):
                 connection.execute(

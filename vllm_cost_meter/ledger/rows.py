@@ -19,7 +19,7 @@ from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Price
 from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
 from vllm_cost_meter.units.money import format_usd
-from vllm_cost_meter.units.time import rfc3339
+from vllm_cost_meter.units.time import NS_PER_US, rfc3339
 
 TableRow = dict[str, Any]
 
@@ -67,8 +67,8 @@ def part_row(part: EngineRequest) -> TableRow:
         "batch": bill.batch,
         "first_model": bill.first_model,
         "last_model": bill.last_model,
-        "started_at": rfc3339(part.started_at_ns),
-        "finished_at": rfc3339(part.finished_at_ns),
+        "started_at": part.started_at_ns // NS_PER_US,
+        "finished_at": part.finished_at_ns // NS_PER_US,
         "queue_ms": times.queue_ms,
         "ttft_ms": times.ttft_ms,
         "tpot_ms": times.tpot_ms,
@@ -123,8 +123,8 @@ def http_row(http: HttpRequest) -> TableRow:
         "gpu_time_ns": http.gpu_time_ns,
         "cost_nanousd": http.cost_nanousd,
         "cost_usd": format_usd(http.cost_nanousd),
-        "started_at": rfc3339(http.started_at_ns),
-        "finished_at": rfc3339(http.finished_at_ns),
+        "started_at": http.started_at_ns // NS_PER_US,
+        "finished_at": http.finished_at_ns // NS_PER_US,
     }
 
 
@@ -132,7 +132,7 @@ def open_row(request: OpenRequest) -> TableRow:
     """Return the row in `open_requests` for an engine request without a bill."""
     return {
         "request_id": request.request_id,
-        "started_at": rfc3339(request.started_at_ns),
+        "started_at": request.started_at_ns // NS_PER_US,
         "external_id": request.external_id,
         "response_id": request.response_id,
         "http_request_id": request.http_request_id,

@@ -15,7 +15,9 @@ rows, and change in the transaction that writes them.
 
 A row of `open_requests` goes when its bill comes. `billed_hours` follows from the facts in a
 provider's bills: an import rewrites the hours that it changes. Amounts are 64-bit integers.
-Instants are RFC 3339 text with a fixed width, so text order is time order. NULL means unknown.
+Instants are RFC 3339 text with a fixed width, so text order is time order; where there is a row
+for each request, they are microseconds since the epoch, and ids are packed (`tables/packed.py`).
+NULL means unknown.
 
 Invariant: a snapshot, its hours and its live usage change in one transaction, and so do a bill, its
 pieces and its open request. So at any instant a run's hours add up to its snapshot, a bill's pieces
@@ -42,6 +44,7 @@ from vllm_cost_meter.ledger.tables.dropped import dropped_hours as dropped_hours
 from vllm_cost_meter.ledger.tables.dropped import dropped_latencies as dropped_latencies
 from vllm_cost_meter.ledger.tables.dropped import dropped_unknown_energy as dropped_unknown_energy
 from vllm_cost_meter.ledger.tables.dropped import row_cutoffs as row_cutoffs
+from vllm_cost_meter.ledger.tables.packed import InstantColumn, PackedId
 from vllm_cost_meter.ledger.tables.sums import ENDED_AMOUNTS as ENDED_AMOUNTS
 from vllm_cost_meter.ledger.tables.sums import PIECE_AMOUNTS as PIECE_AMOUNTS
 from vllm_cost_meter.ledger.tables.sums import bill_sums as bill_sums
@@ -54,7 +57,7 @@ from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latenc
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 13
+SCHEMA_VERSION = 14
 
 
 def _class_columns() -> list[Column[int]]:
@@ -186,14 +189,14 @@ live_usage = Table(
 open_requests = Table(
     "open_requests",
     metadata,
-    Column("request_id", KeyText, primary_key=True),
+    Column("request_id", PackedId, primary_key=True),
     # vLLM may use ids that clients choose, and then an id can come again.
-    Column("started_at", KeyText, primary_key=True),
-    Column("external_id", KeyText, index=True),
-    Column("response_id", KeyText, index=True),
-    Column("http_request_id", KeyText, index=True),
-    Column("x_request_id", KeyText, index=True),
-    Column("prompt_group", KeyText, nullable=False),
+    Column("started_at", InstantColumn, primary_key=True),
+    Column("external_id", PackedId, index=True),
+    Column("response_id", PackedId, index=True),
+    Column("http_request_id", PackedId, index=True),
+    Column("x_request_id", PackedId, index=True),
+    Column("prompt_group", PackedId, nullable=False),
     Column("tenant", KeyText, nullable=False),
     # The rule that named the tenant, and what was declared of that tenant when the request came.
     Column("tenant_rule", Text, nullable=False),
@@ -210,9 +213,9 @@ open_requests = Table(
 http_requests = Table(
     "http_requests",
     metadata,
-    Column("http_request_id", KeyText, primary_key=True),
-    Column("response_id", KeyText),
-    Column("x_request_id", KeyText),
+    Column("http_request_id", PackedId, primary_key=True),
+    Column("response_id", PackedId),
+    Column("x_request_id", PackedId),
     Column("tenant", KeyText, nullable=False),
     Column("tenant_rule", Text, nullable=False),
     Column("tenant_above", KeyText),
@@ -227,8 +230,8 @@ http_requests = Table(
     Column("gpu_time_ns", BigInteger),
     Column("cost_nanousd", BigInteger),
     Column("cost_usd", Text),
-    Column("started_at", KeyText, nullable=False),
-    Column("finished_at", KeyText, nullable=False),
+    Column("started_at", InstantColumn, nullable=False),
+    Column("finished_at", InstantColumn, nullable=False),
     # Pages of all tenants, and the replies that ended as an engine died.
     Index("ix_http_requests_finished", "finished_at"),
     # Pages of one tenant, and whether a tenant was ever seen.
@@ -243,11 +246,11 @@ requests = Table(
     metadata,
     Column("run_id", KeyText, primary_key=True),
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    Column("request_id", KeyText, nullable=False),
-    Column("external_id", KeyText),
-    Column("response_id", KeyText),
-    Column("http_request_id", KeyText),
-    Column("prompt_group", KeyText, nullable=False),
+    Column("request_id", PackedId, nullable=False),
+    Column("external_id", PackedId),
+    Column("response_id", PackedId),
+    Column("http_request_id", PackedId),
+    Column("prompt_group", PackedId, nullable=False),
     Column("tenant", KeyText, nullable=False),
     # The rule that named the tenant, and what was declared of that tenant when the request came.
     Column("tenant_rule", Text, nullable=False),
@@ -287,8 +290,8 @@ requests = Table(
     Column("batch", BigInteger, nullable=False),
     Column("first_model", Integer, nullable=False),
     Column("last_model", Integer, nullable=False),
-    Column("started_at", KeyText, nullable=False),
-    Column("finished_at", KeyText, nullable=False),
+    Column("started_at", InstantColumn, nullable=False),
+    Column("finished_at", InstantColumn, nullable=False),
     Column("queue_ms", Float),
     Column("ttft_ms", Float),
     Column("tpot_ms", Float),

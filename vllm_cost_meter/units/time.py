@@ -9,7 +9,9 @@ from functools import lru_cache
 
 NS_PER_SECOND = 1_000_000_000
 NS_PER_MS = 1_000_000
+NS_PER_US = 1_000
 NS_PER_HOUR = 3_600 * NS_PER_SECOND
+US_PER_HOUR = NS_PER_HOUR // NS_PER_US
 
 
 def rfc3339(unix_ns: int) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.component.cli.test_cli import no_settings
 from tests.component.cli.test_tables import COMMANDS, files
+from tests.support.raw_rows import texts
 from tests.unit.cli.test_command_line import LEAVES
 from vllm_cost_meter.cli.commands import PIPE_CLOSED, app
 
@@ -75,7 +76,7 @@ def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(
     tenants = tmp_path / "tenants.toml"
     tenants.write_text('[[tenants]]\nname = "known"\n')
     with closing(sqlite3.connect(files / "ledger.db")) as connection:
-        ((request_id,),) = connection.execute("SELECT http_request_id FROM requests LIMIT 1")
+        ((request_id,),) = texts(connection.execute("SELECT http_request_id FROM requests LIMIT 1"))
     shutil.copy(files / "ledger.db", tmp_path / "copy.db")
     places = {
         "COPY": tmp_path / "copy.db",

@@ -22,6 +22,7 @@ from vllm_cost_meter.cli import sweep as sweeping
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.console import TEXT_CHARS_MAX, print_lines, print_rows
 from vllm_cost_meter.lab.sweep.run import Plan
+from vllm_cost_meter.ledger.tables.packed import pack_id
 from vllm_cost_meter.units.money import figure_text
 
 __all__ = ["no_settings"]
@@ -135,6 +136,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(ledger)
     ledger.close()
     with closing(sqlite3.connect(folder / "ledger.db")) as connection, connection:
+        connection.create_function("pack_id", 1, pack_id)
         for table in ("http_requests", "requests", "usage_pieces"):
             connection.execute(f"UPDATE {table} SET tenant = ?", (TENANT,))
             columns = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
@@ -146,8 +148,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             columns = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
             if "http_request_id" in columns:
                 connection.execute(
-                    f"UPDATE {table} SET http_request_id = 'cost-' ||"
-                    " substr('00000000000000000000000000000000' || http_request_id, -32)"
+                    f"UPDATE {table} SET http_request_id = pack_id('cost-' ||"
+                    " substr('00000000000000000000000000000000' || http_request_id, -32))"
                 )
         for table in ("http_requests", "requests"):
             connection.execute(f"UPDATE {table} SET cost_nanousd = 12345678901234")

@@ -155,7 +155,7 @@ def assert_comes_back(path: Path, spoilt: Callable[[Path], None]) -> None:
     if spoilt in (spoil_leaf, spoil_table_root) and missing:  # its rows are gone, and named
         assert told["balanced"] is False
         assert told["runs"][0]["missing_bills"]
-        assert len(missing) < 20
+        assert len(missing) < 30  # a page of rows
     else:
         assert not missing
         assert told["balanced"] is True

@@ -15,7 +15,7 @@ from tests.support.upkeep import fill, rows_of, sql, sums_again, url_of
 from vllm_cost_meter.ledger.apply_loop import ApplyLoop
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.retention.keeping import FIRST_LOOK_S, LOOK_PAUSE_S, RowKeeper
-from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 DAY_S = 86_400
 # The rows that `fill` makes are of the day before this midnight.
@@ -142,7 +142,7 @@ def at_days(path: Path, *days: int) -> None:
     """Let the bills of each run end on a day of its own, so many days before the midnight."""
     for number, day in enumerate(days):
         fill(path, f"run-{number}", bills=200)
-        ended = rfc3339(MIDNIGHT_NS - day * DAY_S * 10**9)
+        ended = (MIDNIGHT_NS - day * DAY_S * 10**9) // 1000
         sql(path, "UPDATE requests SET finished_at = ? WHERE run_id = ?", ended, f"run-{number}")
         ids = f"run-{number}-%"
         sql(

@@ -17,7 +17,7 @@ Invariant: a figure that is an amount adds up over the parts of a window.
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, cast
 
@@ -32,8 +32,9 @@ from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.reports.price_answers import PriceRow
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
-from vllm_cost_meter.units.time import NS_PER_HOUR, instant_of, rfc3339
+from vllm_cost_meter.units.time import US_PER_HOUR, instant_of
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NAMED = re.compile(r"\{(\w+)\}")
 
 
@@ -115,7 +116,8 @@ def read_mix(connection: Connection, cut: Cut) -> Iterator[Sent]:
         " ORDER BY finished_at"
     )
     for row in connection.execute(_statement(with_tables(query, cut))):
-        yield Sent(datetime.fromisoformat(row[0]), *(int(tokens) for tokens in row[1:]))
+        ended_at = _EPOCH + timedelta(microseconds=row[0])
+        yield Sent(ended_at, *(int(tokens) for tokens in row[1:]))
 
 
 def _statement(sql: str) -> TextClause:
@@ -184,7 +186,8 @@ def _expanded(name: str, cut: Cut, declared: Declared) -> str:
 def _values(cut: Cut) -> dict[str, str]:
     window = cut.window
     low, high = window.from_hour, window.to_hour
-    instants = [None if hour is None else rfc3339(hour * NS_PER_HOUR) for hour in (low, high)]
+    began_us = [None if hour is None else hour * US_PER_HOUR for hour in (low, high)]
+    instants = [instant_of(hour) for hour in (low, high)]
 
     def between(column: str, *bounds: object) -> str:
         terms = [
@@ -196,8 +199,8 @@ def _values(cut: Cut) -> dict[str, str]:
 
     return {
         "hours": between("hour", low, high),
-        "ended": between("COALESCE(h.finished_at, r.finished_at)", *instants),
-        "arrived": between("MIN(started_at)", *instants),
+        "ended": between("COALESCE(h.finished_at, r.finished_at)", *began_us),
+        "arrived": between("MIN(started_at)", *began_us),
         "began": between("started_at", *instants),
         "beyond": _beyond_table(cut),
         "price": _price_table(cut),

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sqlalchemy import Text, and_, exists, select
+from sqlalchemy import BigInteger, Text, and_, exists, select, true
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.answers import LostRequest, UnbilledReply
@@ -26,8 +26,9 @@ from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.retention.known import kept_from_hour
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import http_requests, live_usage, open_requests, requests
-from vllm_cost_meter.ledger.tables.given import given_rows
-from vllm_cost_meter.units.time import instant_of, rfc3339, unix_ns_of
+from vllm_cost_meter.ledger.tables.given import GivenColumn, given_rows
+from vllm_cost_meter.ledger.tables.packed import instant_us
+from vllm_cost_meter.units.time import NS_PER_US, instant_of
 
 # An audit lists at most so many lost requests and replies of a run; their sum covers all.
 MAX_LOST = 1000
@@ -149,11 +150,14 @@ def _unseen(row: Mapping[str, Any]) -> LostRequest:
 def _replies(connection: Connection, dead: Sequence[RunCut]) -> dict[str, list[UnbilledReply]]:
     """Return the replies without a bill that ended as a run died, by run, the oldest first."""
     found: dict[str, list[UnbilledReply]] = {}
-    columns = [(name, Text()) for name in ("run_id", "since", "until")]
-    spans = [(run.run_id, run.row["taken_at"], _until(run)) for run in dead]
+    columns: list[GivenColumn] = [
+        *(("run_id", Text()), ("since", BigInteger()), ("until", BigInteger()))
+    ]
+    spans = [(run.run_id, instant_us(run.row["taken_at"]), _until_us(run)) for run in dead]
     # Of an older reply the bill may have been dropped.
-    kept_from = instant_of(kept_from_hour(connection)) or ""
+    kept_from = instant_of(kept_from_hour(connection))
     deaths, h, r = given_rows("deaths", columns, spans).c, http_requests.c, requests.c
+    is_kept = true() if kept_from is None else h.finished_at >= kept_from
     ended = and_(h.finished_at.between(deaths.since, deaths.until))
     billed = exists().where(r.http_request_id == h.http_request_id)
     # The outer join has each span of time looked up in the index of the ends.
@@ -164,7 +168,7 @@ def _replies(connection: Connection, dead: Sequence[RunCut]) -> dict[str, list[U
         )
         .select_from(deaths.run_id.table)
         .join(http_requests, ended, isouter=True)
-        .where(h.http_request_id.is_not(None), h.finished_at >= kept_from, ~billed)
+        .where(h.http_request_id.is_not(None), is_kept, ~billed)
         .order_by(h.finished_at, h.http_request_id)
     )
     for run_id, *row in connection.execute(asked):
@@ -185,9 +189,9 @@ def _reply(*row: Any) -> UnbilledReply:
     }
 
 
-def _until(run: RunCut) -> str:
+def _until_us(run: RunCut) -> int:
     """Return the instant by which a dead run's API servers had ended what it served."""
-    return rfc3339(unix_ns_of(run.heard_at()) + DEAD_AFTER_NS)
+    return instant_us(run.heard_at()) + DEAD_AFTER_NS // NS_PER_US
 
 
 def _without(replies: Sequence[UnbilledReply], lost: Sequence[LostRequest]) -> list[UnbilledReply]:

@@ -22,6 +22,7 @@ from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
 from vllm_cost_meter.ledger.queries.own_bills import bills_of, may_be_of
 from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
+from vllm_cost_meter.ledger.tables.packed import order_of_id
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_answers import RequestRow
@@ -77,7 +78,8 @@ def page_of_keys(
     keys = [PageKey(*row) for row in connection.execute(first)]
     since = keys[-1].finished_at if len(keys) == limit else None
     keys += _untold_keys(connection, limit, before, since, asked, asker)
-    keys.sort(key=lambda key: (key.finished_at, key.id), reverse=True)
+    dialect = connection.dialect
+    keys.sort(key=lambda key: (key.finished_at, order_of_id(key.id, dialect)), reverse=True)
     return keys[:limit]
 
 

@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.database import in_one_state, open_database, writing
 from vllm_cost_meter.ledger.retention.dropping import (
     BILLS_AT_ONCE,
+    FIRST_REPLY,
     REPLIES_AT_ONCE,
     BillPlace,
     DroppedCounts,
@@ -188,7 +189,7 @@ def _keys_of(whole: Whole) -> tuple[Any, ...]:
 
 def _replies(engine: Engine, before_hour: int) -> Iterator[tuple[str, list[str], _Rows]]:
     """Yield HTTP requests without a bill by the day on which they ended, with their rows."""
-    after = ("", "")
+    after = FIRST_REPLY
     while True:
         with in_one_state(engine).connect() as connection, connection.begin():
             found = old_replies(connection, before_hour, after, ROWS_IN_A_FILE)

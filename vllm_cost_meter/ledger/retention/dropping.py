@@ -100,9 +100,13 @@ class DroppedCounts(NamedTuple):
 class BillPlace(NamedTuple):
     """How far a pass has looked at the bills, in the order of their end."""
 
-    finished_at: str = ""
+    finished_at: str = rfc3339(0)
     run_id: str = ""
     seq: int = 0
+
+
+# Before the first reply, in the order of (end, id).
+FIRST_REPLY = (rfc3339(0), "")
 
 
 @dataclass(slots=True)
@@ -118,7 +122,7 @@ class Dropper:
     counts: DroppedCounts = DroppedCounts()
     is_done: bool = False
     _bills: BillPlace | None = BillPlace()
-    _replies: tuple[str, str] = ("", "")
+    _replies: tuple[str, str] = FIRST_REPLY
 
     def __post_init__(self) -> None:
         if self.before_hour % HOURS_PER_DAY:

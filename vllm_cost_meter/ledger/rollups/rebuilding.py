@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Select,
     Table,
@@ -23,6 +24,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    type_coerce,
     union_all,
 )
 from sqlalchemy.engine import Connection
@@ -53,11 +55,9 @@ from vllm_cost_meter.ledger.schema import (
     usage_pieces,
 )
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
-from vllm_cost_meter.units.time import hour_of
+from vllm_cost_meter.units.time import US_PER_HOUR, hour_of
 
 _TOKENS = ENDED_AMOUNTS[1:]
-# The length of "2027-01-15T08": the UTC hour at the start of an RFC 3339 instant.
-_HOUR_CHARS = 13
 _ROWS_AT_ONCE = 10_000
 
 
@@ -222,8 +222,8 @@ def _rows(connection: Connection) -> Iterator[tuple[SumKey, int, list[int]]]:
         yield SumKey(hour, Group(*rest[:width])), 0, [int(amount) for amount in rest[width:]]
     is_sorted_apart = connection.dialect.name == "postgresql"
     for query in (_told(is_sorted_apart), _untold(is_sorted_apart)):
-        for hour_text, *rest in connection.execute(query):
-            place = SumKey(hour_of(f"{hour_text}:00Z"), Group(*rest[:width]))
+        for hour, *rest in connection.execute(query):
+            place = SumKey(hour, Group(*rest[:width]))
             yield place, len(PIECE_AMOUNTS), [int(amount) for amount in rest[width:]]
 
 
@@ -245,7 +245,7 @@ def _told(is_sorted_apart: bool) -> Select[Any]:
     prompts = (
         select(
             h.http_request_id,
-            func.substr(h.finished_at, 1, _HOUR_CHARS).label("hour"),
+            _hour(h.finished_at).label("hour"),
             *(
                 (h[name] if name in of_reply else _first(r[name], is_sorted_apart)).label(name)
                 for name in Group._fields
@@ -260,7 +260,10 @@ def _told(is_sorted_apart: bool) -> Select[Any]:
     p = prompts.c
     exchanges = (
         select(
-            *(_first(p[name], is_sorted_apart).label(name) for name in ("hour", *Group._fields)),
+            *(
+                *[func.min(p.hour).label("hour")],
+                *(_first(p[name], is_sorted_apart).label(name) for name in Group._fields),
+            ),
             *(
                 func.coalesce(func.max(p[f"told_{name}"]), func.sum(p[name])).label(name)
                 for name in _TOKENS
@@ -280,7 +283,7 @@ def _untold(is_sorted_apart: bool) -> Select[Any]:
     exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     prompts = (
         select(
-            func.max(func.substr(r.finished_at, 1, _HOUR_CHARS)).label("hour"),
+            func.max(_hour(r.finished_at)).label("hour"),
             *(
                 (r[name] if name == "tenant" else _first(r[name], is_sorted_apart)).label(name)
                 for name in Group._fields
@@ -295,6 +298,11 @@ def _untold(is_sorted_apart: bool) -> Select[Any]:
     p = prompts.c
     keys = [p[name] for name in ("hour", *Group._fields)]
     return select(*keys, literal(0), *(func.sum(p[name]) for name in _TOKENS)).group_by(*keys)
+
+
+def _hour(instant: ColumnElement[Any]) -> ColumnElement[int]:
+    """Return the SQL for the hour of an instant, since the epoch."""
+    return type_coerce(instant, BigInteger) // US_PER_HOUR
 
 
 def _first(column: ColumnElement[Any], is_sorted_apart: bool) -> ColumnElement[Any]:

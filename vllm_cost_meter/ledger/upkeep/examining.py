@@ -24,6 +24,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, parse_url, recorded_version, sqlite_path
 from vllm_cost_meter.ledger.faults import is_busy
 from vllm_cost_meter.ledger.schema import metadata
+from vllm_cost_meter.ledger.tables.packed import InstantColumn
 from vllm_cost_meter.ledger.untouched import connect_by_uri, connect_to_read, has_log
 from vllm_cost_meter.ledger.upkeep.copies import faults
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
@@ -138,7 +139,7 @@ def _value(column: Column[Any]) -> bool | int | float | str:
     match column.type:
         case Boolean():
             return False
-        case Integer():
+        case Integer() | InstantColumn():
             return -1
         case Float():
             return 0.0

@@ -22,6 +22,8 @@ from sqlalchemy.schema import CreateTable
 from vllm_cost_meter.ledger.migrations import MIGRATIONS
 from vllm_cost_meter.ledger.migrations import Column as AddedColumn
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
+from vllm_cost_meter.ledger.tables.packed import PackedId, is_packed_id
+from vllm_cost_meter.ledger.tables.unpacked import UNPACKED
 from vllm_cost_meter.ledger.upkeep.btree import PageRow, Value
 
 
@@ -35,6 +37,8 @@ def _added_since(table: str, version: int) -> frozenset[str]:
     )
 
 
+# The columns that held an instant as a text before version 14.
+INSTANTS_OF = {table.name: table.instants for table in UNPACKED}
 # What each version lacks of each table, the oldest first.
 _LACKED = {
     table: [_added_since(table, version) for version in range(1, SCHEMA_VERSION + 1)]
@@ -51,11 +55,14 @@ class ColumnForm:
     not_null: bool
     default: Value
     key_place: int
+    is_id: bool = False
 
     def takes(self, value: Value) -> bool:
         """Return whether a value may stand in this column, by its declared type."""
         if value is None:
             return not self.not_null
+        if self.is_id and isinstance(value, bytes):
+            return is_packed_id(value)
         if "INT" in self.kind or self.kind == "BOOLEAN":
             return isinstance(value, int)
         if "CHAR" in self.kind or "TEXT" in self.kind:
@@ -120,15 +127,26 @@ class TableForm:
 def _today(table: Table) -> TableForm:
     form = _form(table.name, str(CreateTable(table).compile(dialect=sqlite.dialect())).strip())
     assert form is not None  # noqa: S101 - our own definition
-    return form
+    columns = (
+        replace(column, is_id=isinstance(table.c[column.name].type, PackedId))
+        for column in form.columns
+    )
+    return replace(form, columns=tuple(columns))
+
+
+def is_unpacked(form: TableForm) -> bool:
+    """Return whether a table has its instants as texts, as before they were packed."""
+    instants = INSTANTS_OF.get(form.name, ())
+    kinds = {column.kind for column in form.columns if column.name in instants}
+    return kinds == {"TEXT"}
 
 
 def _form_in_file(table: Table, sql: str, *, may_be_newer: bool) -> TableForm | None:
     """Return the form of a table by the definition in the file; None if it is damaged.
 
-    The file gives the order of columns and their defaults. Their types are today's: no migration
-    changes one, so another type in the file is damage. So is a column too many, unless the ledger
-    may be newer than this cost meter.
+    The file gives the order of columns and their defaults. Their types are today's, but for
+    instants, which were texts: any other type in the file is damage. So is a column too many,
+    unless the ledger may be newer than this cost meter.
     """
     today, found = _today(table), _form(table.name, sql)
     if found is None:
@@ -147,8 +165,12 @@ def _form_in_file(table: Table, sql: str, *, may_be_newer: bool) -> TableForm | 
     columns = tuple(
         replace(known[name_of[column.name]], default=column.default) for column in found.columns
     )
+    is_older = is_unpacked(found)
+    if is_older:
+        instants = INSTANTS_OF[table.name]
+        columns = tuple(replace(c, kind="TEXT") if c.name in instants else c for c in columns)
     # Only the table of an older version needs its own definition: a migration brings it up to date.
-    sql_of_file = found.sql if lacked else today.sql
+    sql_of_file = found.sql if lacked or is_older else today.sql
     return TableForm(table.name, sql_of_file, columns, today.without_rowid)
 
 
@@ -173,7 +195,9 @@ def forms_of(definitions: Sequence[tuple[str, str]], *, may_be_newer: bool) -> d
         and (form := _form_in_file(table, texts[name], may_be_newer=may_be_newer)) is not None
     }
     today = {name: _today(table) for name, table in metadata.tables.items()}
-    is_older = any(_names(form) != _names(today[name]) for name, form in read.items())
+    is_older = any(
+        _names(form) != _names(today[name]) or is_unpacked(form) for name, form in read.items()
+    )
     return {
         name: read.get(name) or replace(form, is_unknown=is_older and bool(_LACKED[name][0]))
         for name, form in today.items()

@@ -34,6 +34,7 @@ from vllm_cost_meter.ledger.schema import (
     schema_version,
     snapshots,
 )
+from vllm_cost_meter.ledger.tables.unpacked import PACKED_SINCE
 from vllm_cost_meter.ledger.upkeep.alone import alone
 from vllm_cost_meter.ledger.upkeep.btree import (
     DEFAULT_PAGE_SIZE,
@@ -47,7 +48,7 @@ from vllm_cost_meter.ledger.upkeep.copies import (
     recorded_version,
     rows_by_table,
 )
-from vllm_cost_meter.ledger.upkeep.forms import TableForm
+from vllm_cost_meter.ledger.upkeep.forms import TableForm, is_unpacked
 from vllm_cost_meter.ledger.upkeep.kinds import RowKind, kind_of_rows
 from vllm_cost_meter.ledger.upkeep.salvage import Salvage
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
@@ -65,7 +66,7 @@ from vllm_cost_meter.ledger.upkeep.sqlite_files import (
 )
 from vllm_cost_meter.ledger.upkeep.statements import insert_text, sql_of
 from vllm_cost_meter.ledger.upkeep.wal import read_wal
-from vllm_cost_meter.units.time import rfc3339, unix_ns_of
+from vllm_cost_meter.units.time import NS_PER_US, rfc3339, unix_ns_of
 
 # Rows are written in such groups.
 _ROWS_AT_ONCE = 5_000
@@ -225,11 +226,18 @@ def _insert(
     for row in rows:
         try:
             for at in instants:
-                if row[at] is not None:
-                    unix_ns_of(str(row[at]))
+                _require_instant(row[at])
             connection.execute(text, [row[at] for at in kept])
-        except (sqlite3.Error, ValueError, OverflowError, UnicodeError):
+        except (sqlite3.Error, ValueError, OverflowError, UnicodeError, OSError):
             found.losses[form.name].damaged_rows += 1
+
+
+def _require_instant(value: Value) -> None:
+    """Raise ValueError or OverflowError for what is no instant: a text, or microseconds."""
+    if isinstance(value, int):
+        rfc3339(value * NS_PER_US)
+    elif value is not None:
+        unix_ns_of(str(value))
 
 
 def _refuse_newer(path: Path, found: Salvage) -> None:
@@ -257,7 +265,8 @@ def _version_of(found: Salvage) -> int:
         added = [step for step in steps if isinstance(step, AddedColumn)]
         if any(step.table in names and step.name not in names[step.table] for step in added):
             return version
-    return SCHEMA_VERSION
+    is_older = any(is_unpacked(form) for form in found.forms.values())
+    return PACKED_SINCE - 1 if is_older else SCHEMA_VERSION
 
 
 def _finish(part: Path) -> None:

@@ -1,0 +1,104 @@
+"""Ledgers of before version 14, whose instants and ids were texts; and ids in their short form."""
+
+import re
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from sqlalchemy import select, text
+
+from tests.support.upkeep import sql, url_of, wrong_sums
+from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.schema import metadata
+from vllm_cost_meter.ledger.tables.packed import is_packed_id, pack_id, unpack_id
+from vllm_cost_meter.ledger.upkeep.repairing import repair
+
+PACKED = ("requests", "open_requests", "http_requests")
+HEX = "0123456789abcdef"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A ledger as version 13 of its schema had it, with ids as vLLM makes them and others."""
+    path = tmp_path / "ledger.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript((Path(__file__).parent / "ledger_v13.sql").read_text())
+    return path
+
+
+def rows_as_texts(path: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the rows of an old ledger as its file has them, in their order."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.row_factory = sqlite3.Row
+        return {
+            name: [dict(row) for row in connection.execute(f"SELECT * FROM {name} ORDER BY rowid")]
+            for name in PACKED
+        }
+
+
+def rows_as_read(path: Path) -> dict[str, list[Mapping[str, Any]]]:
+    engine = open_database(url_of(path), create=False)
+    with engine.connect() as connection:
+        found = {
+            name: [
+                row._asdict()
+                for row in connection.execute(select(metadata.tables[name]).order_by(text("rowid")))
+            ]
+            for name in PACKED
+        }
+    engine.dispose()
+    return found
+
+
+def definitions(path: Path) -> dict[str, str]:
+    """Return all tables and indexes of a file by name, whatever blanks and quotes they have."""
+    found = sql(path, "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {name: re.sub(r'[\s"]+', "", made) for name, made in found}
+
+
+def test_every_row_of_an_old_ledger_has_the_same_instants_and_ids_in_fewer_bytes(old, tmp_path):
+    before = rows_as_texts(old)
+    open_database(url_of(old)).dispose()
+    assert rows_as_read(old) == before
+    assert sql(old, "SELECT DISTINCT typeof(finished_at) FROM requests") == [("integer",)]
+    at = "cost-00112233445566778899aabbccddeeff"
+    assert sql(old, "SELECT length(http_request_id) FROM open_requests") == [(18,)]
+    with LedgerReader(url_of(old)) as reader:
+        assert reader.find(at)
+        assert reader.audit(full=True)["runs"][0]["changed"] is False
+    assert wrong_sums(old) == []
+    new = tmp_path / "new.db"
+    open_database(url_of(new)).dispose()
+    columns, expected = definitions(old), definitions(new)
+    assert {name: columns[name] for name in PACKED} == {name: expected[name] for name in PACKED}
+    assert columns.keys() == expected.keys()
+
+
+def test_an_old_ledger_that_is_damaged_is_repaired_and_migrated(old):
+    before = rows_as_texts(old)
+    repair(url_of(old), 0, force=True)
+    assert rows_as_read(old) == before
+
+
+@given(st.text() | st.text(HEX + "-_cmpletost", max_size=90))
+@example("cost-" + HEX * 2)
+@example("cost-" + HEX * 40)
+@example("cmpl-0123456789abcdef-0-89abcdef")
+@example("\x01\x90")
+@example("\ud800")
+def test_an_id_has_one_stored_form_that_is_never_longer(id):
+    stored = pack_id(id)
+    assert unpack_id(stored) == id
+    assert isinstance(stored, str) or len(stored) < len(id.encode())
+
+
+@given(st.binary())
+def test_other_bytes_are_never_taken_for_an_id(stored):
+    if is_packed_id(stored):
+        assert pack_id(unpack_id(stored)) == stored
