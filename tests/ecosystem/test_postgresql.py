@@ -332,7 +332,7 @@ def test_instants_that_were_texts_become_integers_and_every_answer_stays(url: st
             *(("http_requests", "started_at"), ("http_requests", "finished_at")),
             ("open_requests", "started_at"),
         ):
-            as_text = "'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'"
+            as_text = '\'YYYY-MM-DD"T"HH24:MI:SS.US"Z"\''
             connection.exec_driver_sql(
                 f"ALTER TABLE {table} ALTER COLUMN {column} TYPE TEXT USING"
                 f" to_char(to_timestamp({column} / 1e6) AT TIME ZONE 'UTC', {as_text})"

@@ -34,6 +34,7 @@ from sqlalchemy import (
     Integer,
     Table,
     Text,
+    TextClause,
     text,
 )
 
@@ -68,6 +69,21 @@ def _class_columns() -> list[Column[int]]:
 def _energy_columns(*, nullable: bool) -> list[Column[int]]:
     """Return a column for each class of energy, in millijoules."""
     return [Column(f"{name}_mj", BigInteger, nullable=nullable) for name in ENERGY_CLASSES]
+
+
+def not_derived(id_column: str) -> TextClause:
+    """Return the SQL condition on `requests`: vLLM's internal id does not begin with another id.
+
+    Where it does, who asks for the other one finds the row by the index of the internal id.
+    """
+    return text(f"substr(request_id, 1, length({id_column})) <> {id_column}")
+
+
+def _index_of_not_derived(id_column: str) -> Index:
+    """Return an index of an id of `requests` for the rows that `not_derived` is true of."""
+    where = not_derived(id_column)
+    name = f"ix_requests_{id_column}"
+    return Index(name, id_column, sqlite_where=where, postgresql_where=where)
 
 
 def _index_of_known(table: str, id_column: str) -> Index:
@@ -303,8 +319,8 @@ requests = Table(
     # Pages of exchanges without an HTTP row.
     Index("ix_requests_finished_at", "finished_at"),
     # Find a request by these ids; the response's is in `http_requests` only once the reply ended.
-    _index_of_known("requests", "external_id"),
-    _index_of_known("requests", "response_id"),
+    _index_of_not_derived("external_id"),
+    _index_of_not_derived("response_id"),
 )
 
 usage_pieces = Table(

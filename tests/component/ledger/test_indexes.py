@@ -17,7 +17,7 @@ from tests.support.upkeep import sql
 from vllm_cost_meter.ledger.database import open_database, url_of
 from vllm_cost_meter.ledger.queries.seen import unseen
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.schema import metadata
+from vllm_cost_meter.ledger.schema import metadata, not_derived
 from vllm_cost_meter.records.owner import Owner
 
 __all__ = ["ledger"]
@@ -142,3 +142,53 @@ def test_a_ledger_that_was_migrated_has_the_indexes_of_a_new_one(tmp_path):
     open_database(url_of(old)).dispose()
     listed = "SELECT name, sql FROM sqlite_master WHERE type='index' AND sql IS NOT NULL"
     assert dict(sql(old, listed)) == dict(sql(new, listed))
+
+
+DIGITS = "0123456789abcdef"
+# vLLM's internal id with the engine's external id and that of the response, as its APIs make them,
+# with ids that clients choose, and with others.
+RELATED = [
+    (f"cmpl-{DIGITS}-0-89abcdef", f"cmpl-{DIGITS}-0", f"cmpl-{DIGITS}"),
+    (f"chatcmpl-{DIGITS}-89abcdef", f"chatcmpl-{DIGITS}", f"chatcmpl-{DIGITS}"),
+    ("cmpl-mine-0-89abcdef", "cmpl-mine-0", "cmpl-mine"),
+    ("cmpl-a/b-0-89abcdef", "cmpl-a/b-0", "cmpl-a/b"),
+    (f"cmpl-{DIGITS}{DIGITS}-0", f"cmpl-{DIGITS}", "cmpl-0123"),
+    ("ünï-0-89abcdef", "ünï-0", "ünï"),
+    ("internal", "external", f"resp_{DIGITS}"),
+    ("alone", None, None),
+]
+
+
+def test_a_bill_without_a_reply_is_found_by_each_of_its_ids_whatever_they_have_in_common(ledger):
+    bills = [
+        replace(
+            part(seq, None),
+            bill=part(seq, None).bill._replace(request_id=internal),
+            external_id=external,
+            response_id=response,
+        )
+        for seq, (internal, external, response) in enumerate(RELATED, 1)
+    ]
+    ledger.write(*bills)
+    for bill in bills:
+        for id in {bill.bill.request_id, bill.external_id, bill.response_id} - {None}:
+            whose = {other.bill.seq for other in bills if id in _ids_of(other)}
+            assert {match.seq for match in ledger.reader.find(id)} == whose, id
+
+
+def _ids_of(part):
+    return part.bill.request_id, part.external_id, part.response_id
+
+
+def test_by_the_id_of_a_response_bills_are_found_in_the_index_of_vllms_own_ids(ledger):
+    internal, external, response = RELATED[0]
+    bill = part(1, None).bill._replace(request_id=internal)
+    ledger.write(replace(part(1, None), bill=bill, external_id=external, response_id=response))
+    assert "INDEX ix_requests_request_id" in plans_of(ledger, lambda reader: reader.find(response))
+    with closing(sqlite3.connect(ledger.url.removeprefix("sqlite:///"))) as connection:
+        for id_column in ("response_id", "external_id"):
+            index = f"ix_requests_{id_column}"
+            counted = (
+                f"SELECT count(*) FROM requests INDEXED BY {index} WHERE {not_derived(id_column)}"
+            )
+            assert connection.execute(counted).fetchone() == (0,)

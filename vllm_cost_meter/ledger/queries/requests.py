@@ -3,11 +3,11 @@
 Invariant: a request with a bill is shown by its bill, whatever other rows there are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, null, or_, select, tuple_
+from sqlalchemy import Column, ColumnElement, Dialect, and_, null, or_, select, tuple_
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import is_shown
@@ -17,12 +17,14 @@ from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, is_billed, open_parts
 from vllm_cost_meter.ledger.schema import (
     http_requests,
+    not_derived,
     open_requests,
     prices,
     requests,
     runs,
     usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.packed import range_of_beginning
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.client_text import forms_to_find
@@ -61,27 +63,56 @@ def find(connection: Connection, id: str, only: TenantScope | None = None) -> li
     nothing = (null(), null())  # An open request has no bill, so no key of one.
     running = select(o.http_request_id, o.started_at, *nothing, o.request_id)
     running = running.where(~is_billed())
+    chosen_part = [
+        condition
+        for id_column in (r.response_id, r.external_id)
+        for condition in _chosen_ids(id_column, forms, connection.dialect)
+    ]
     sources = (
-        (answered, h, h.finished_at, (h.http_request_id,), (h.response_id, h.x_request_id)),
-        (part, r, r.finished_at, (r.http_request_id, r.request_id), (r.response_id, r.external_id)),
+        (
+            answered,
+            h,
+            h.finished_at,
+            (h.http_request_id,),
+            _any_of(forms, h.response_id, h.x_request_id),
+        ),
+        (part, r, r.finished_at, (r.http_request_id, r.request_id), chosen_part),
         (
             running,
             o,
             o.started_at,
             (o.http_request_id, o.request_id),
-            (o.response_id, o.x_request_id, o.external_id),
+            _any_of(forms, o.response_id, o.x_request_id, o.external_id),
         ),
     )
     found: dict[Match, tuple[bool, str]] = {}
-    for query, of, at, own_ids, chosen_ids in sources:
+    for query, of, at, own_ids, chosen in sources:
         query = query.where(is_shown(of, only))
-        columns = [*((own, True) for own in own_ids), *((chosen, False) for chosen in chosen_ids)]
-        for column, is_own in columns:
-            newest = query.where(column.in_(forms)).order_by(at.desc()).limit(MAX_MATCHES)
+        conditions = [(own, True) for own in _any_of(forms, *own_ids)]
+        for condition, is_own in (*conditions, *((one, False) for one in chosen)):
+            newest = query.where(condition).order_by(at.desc()).limit(MAX_MATCHES)
             for http_id, when, *key in connection.execute(newest):
                 match = Match(None, *key) if http_id is None else Match(http_id)
                 found[match] = max(found.get(match, (False, "")), (is_own, when))
     return sorted(found, key=lambda match: found[match], reverse=True)[:MAX_MATCHES]
+
+
+def _any_of(forms: Sequence[str], *columns: ColumnElement[Any]) -> list[ColumnElement[bool]]:
+    """Return the conditions that a column has one of these forms of an id."""
+    return [column.in_(forms) for column in columns]
+
+
+def _chosen_ids(
+    column: Column[Any], forms: Sequence[str], dialect: Dialect
+) -> Iterator[ColumnElement[bool]]:
+    """Yield the conditions that a bill has one of these forms of an id, one for each index.
+
+    vLLM's internal id mostly begins with the id; then it is not in an index of its own.
+    """
+    for form in forms:
+        low, high = range_of_beginning(form, dialect)
+        yield and_(requests.c.request_id >= low, requests.c.request_id < high, column == form)
+    yield and_(column.in_(forms), not_derived(column.name))
 
 
 def request_row(

@@ -10,6 +10,7 @@ order as their texts do.
 """
 
 import re
+import sys
 from functools import lru_cache
 from typing import Any, Final
 
@@ -76,6 +77,18 @@ def order_of_id(id: str, dialect: Dialect) -> tuple[bool, bytes]:
     stored = pack_id(id) if dialect.name == "sqlite" else id
     # SQLite has texts before bytes.
     return (False, stored.encode()) if isinstance(stored, str) else (True, stored)
+
+
+def range_of_beginning(id: str, dialect: Dialect) -> tuple[bytes | str, bytes | str]:
+    """Return a range [low, high) of stored forms: those that begin with that of an id.
+
+    An id that begins with this one and is stored otherwise is outside: a text whose continuation
+    is packed.
+    """
+    stored = pack_id(id) if dialect.name == "sqlite" else id
+    if isinstance(stored, str):
+        return stored, stored + chr(sys.maxunicode)
+    return stored, stored + b"\xff" * _MAX_BYTES
 
 
 def is_packed_id(stored: bytes) -> bool:
