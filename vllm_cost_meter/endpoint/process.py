@@ -10,6 +10,7 @@ Invariant: it writes nothing, and reads no setting but those that it is handed.
 
 import asyncio
 import os
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -35,6 +36,7 @@ from vllm_cost_meter.endpoint.server import (
     metrics_text,
     serve,
 )
+from vllm_cost_meter.errors import AwayError
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.side_process.channel import decoded
@@ -65,8 +67,9 @@ class Endpoint:
             book=lambda: self._handed.price_book,
             alive=live.alive,
         )
+        refresh = _refresh_of(live, reader)
         self._own_figures = OwnFiguresOf(
-            reader, live.refresh, live.budgets, questions, lambda: self._handed.is_coarse
+            reader, refresh, live.budgets, questions, lambda: self._handed.is_coarse
         )
         listening = None if hello.port is None else bind(handed.host, hello.port)
         if listening is None:
@@ -75,12 +78,18 @@ class Endpoint:
             return
         logger.info("cost meter: side endpoint at %s/cost/summary", address_of(listening))
         server.ready(Listening(listening.getsockname()[1]))
-        await serve(self._application(reader, live, questions), listening)
+        await serve(self._application(reader, live, refresh, questions), listening)
 
-    def _application(self, reader: LedgerReader, live: Live, questions: Questions) -> FastAPI:
+    def _application(
+        self,
+        reader: LedgerReader,
+        live: Live,
+        refresh: Callable[[], None],
+        questions: Questions,
+    ) -> FastAPI:
         return make_app(
             reader,
-            refresh=live.refresh,
+            refresh=refresh,
             access=Access(
                 self._handed.admin_sha256,
                 lambda: self._handed.tenant_keys,
@@ -109,6 +118,22 @@ class Endpoint:
 
     def _take_settings(self, handed: bytes) -> None:
         self._handed_bytes, self._handed = handed, unpacked(handed)
+
+
+def _refresh_of(live: Live, reader: LedgerReader) -> Callable[[], None]:
+    """Return what brings the ledger up to now, and says why it cannot where the ledger shows that.
+
+    While its rows are being changed for a newer version, the process that does it gives no answer.
+    """
+
+    def refresh() -> None:
+        try:
+            live.refresh()
+        except AwayError:
+            reader.require_ledger()
+            raise
+
+    return refresh
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ tried to create it at once.
 
 import os
 import pwd
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -30,6 +31,9 @@ from vllm_cost_meter.ledger.rollups.bill_sums import rebuild_bill_sums
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
 from vllm_cost_meter.ledger.untouched import connect_to_read
+from vllm_cost_meter.logs import meter_logger
+
+logger = meter_logger()
 
 # SQLite's WAL mode loses data on these filesystems: its shared memory does not span machines.
 NETWORK_FILESYSTEMS = frozenset(
@@ -402,8 +406,11 @@ def refuse_newer(version: int, name: str) -> None:
 
 def _ensure_schema(engine: Engine, shown: str, *, create: bool, upgrade: bool) -> None:
     found = recorded_version(engine)
-    if create if found is None else upgrade and found < SCHEMA_VERSION:
+    if found is None and create:
         _create_schema(engine)
+        found = recorded_version(engine)
+    elif found is not None and upgrade and found < SCHEMA_VERSION:
+        _upgrade(engine, shown, found)
         found = recorded_version(engine)
     if found is None:
         raise LedgerError(f"ledger {shown}: holds no ledger (no table schema_version)")
@@ -411,8 +418,30 @@ def _ensure_schema(engine: Engine, shown: str, *, create: bool, upgrade: bool) -
     if found < SCHEMA_VERSION:
         raise LedgerError(
             f"ledger {shown}: has schema version {found}, this cost meter needs {SCHEMA_VERSION};"
-            " run `vllm-cost-meter ledger migrate`, or start a metered server with this ledger"
+            " run `vllm-cost-meter ledger migrate`, or start a metered server with this ledger and"
+            " wait until it has changed the rows"
         )
+
+
+def _upgrade(engine: Engine, shown: str, found: int) -> None:
+    """Bring an older ledger to this version's schema, and say so: it may take minutes.
+
+    Raises LedgerError, with nothing changed, if the disk has no room for that.
+    """
+    doing = f"ledger {shown}: from schema version {found} to {SCHEMA_VERSION}"
+    path = sqlite_path(engine.url)
+    if path is not None:
+        size, free = path.stat().st_size, shutil.disk_usage(path.parent).free
+        # The rows that change are in the log first, then in the file beside the old ones.
+        if free < 2 * size:
+            raise LedgerError(
+                f"{doing}: expected {2 * size:,} free bytes in {path.parent} to change its rows,"
+                f" got {free:,}; free some, nothing was changed"
+            )
+    began_s = time.monotonic()
+    logger.info("cost meter: %s: begins; what is told meanwhile waits in the journal", doing)
+    _create_schema(engine)
+    logger.info("cost meter: %s: done in %.1f s", doing, time.monotonic() - began_s)
 
 
 def recorded_version(engine: Engine) -> int | None:

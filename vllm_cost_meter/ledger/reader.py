@@ -92,6 +92,10 @@ class LedgerReader:
                 self._opened = open_to_read(self.url, wait_s=WAIT_S)
             return self._opened
 
+    def require_ledger(self) -> None:
+        """Raise LedgerError if there is no ledger of this version, also while one is migrated."""
+        _ = self._engine
+
     def close(self) -> None:
         """Close the connections."""
         with self._opening:

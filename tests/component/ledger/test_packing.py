@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select, text
 
 from tests.support.upkeep import sql, url_of, wrong_sums
+from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import metadata
@@ -78,6 +80,27 @@ def test_every_row_of_an_old_ledger_has_the_same_instants_and_ids_in_fewer_bytes
     columns, expected = definitions(old), definitions(new)
     assert {name: columns[name] for name in PACKED} == {name: expected[name] for name in PACKED}
     assert columns.keys() == expected.keys()
+
+
+def test_without_room_on_the_disk_an_old_ledger_stays_as_it_is_and_the_message_says_so(
+    old, monkeypatch, caplog
+):
+    before, size = rows_as_texts(old), old.stat().st_size
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * size - 1))
+        with pytest.raises(
+            LedgerError,
+            match=rf"from schema version 13 to \d+: expected {2 * size:,} free bytes in"
+            rf" {old.parent} to change its rows, got {2 * size - 1:,}; free some, nothing was",
+        ):
+            open_database(url_of(old))
+    assert rows_as_texts(old) == before
+    caplog.set_level("INFO")
+    open_database(url_of(old)).dispose()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].endswith("begins; what is told meanwhile waits in the journal")
+    assert re.search(r"done in \d+\.\d s$", said[1])
 
 
 def test_an_old_ledger_that_is_damaged_is_repaired_and_migrated(old):
