@@ -55,7 +55,7 @@ BLOCK = 100
 AT_ONCE = 1_000
 
 
-TABLES = ("requests", "usage_pieces", "http_requests")
+TABLES = ("requests", "http_requests")
 
 
 _SUMS = (
@@ -87,7 +87,7 @@ class Plain:
     def commit(self, *both: tuple[EngineRequest, HttpRequest]) -> None:
         """Write the rows of requests in one transaction."""
         self._connection.execute("BEGIN IMMEDIATE")
-        for table, of_both in zip(TABLES, (_part, _piece, _http), strict=True):
+        for table, of_both in zip(TABLES, (_part, _http), strict=True):
             values = [of_both(*one) for one in both]
             places = ", ".join("?" * len(values[0]))
             sql = f"INSERT INTO {table} ({', '.join(values[0])}) VALUES ({places})"
@@ -118,10 +118,6 @@ def _sums(both: Sequence[tuple[EngineRequest, HttpRequest]]) -> list[tuple[objec
 
 def _part(part: EngineRequest, _http: HttpRequest) -> rows.TableRow:
     return rows.part_row(part)
-
-
-def _piece(part: EngineRequest, _http: HttpRequest) -> rows.TableRow:
-    return rows.piece_rows(part)[0]
 
 
 def _http(_part: EngineRequest, http: HttpRequest) -> rows.TableRow:

@@ -24,11 +24,16 @@ from vllm_cost_meter.ledger.rollups.bill_sums import (
 from vllm_cost_meter.ledger.rollups.rebuilding import SpanOfSums, differences, rebuild
 from vllm_cost_meter.ledger.schema import energy_sums, metadata
 from vllm_cost_meter.ledger.upkeep.kinds import RowKind, kind_of_rows
+from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.snapshot import ClassTotals
 
 ROOT = Path(__file__).parents[2]
 Rows = dict[str, set[tuple[Any, ...]]]
+
+
+# What a bill uses otherwise in one hour.
+TWO_HOURS = (UsagePiece(HOUR - 1, 60, 120, 5, 3), UsagePiece(HOUR, 40, 80, 3, 2))
 
 
 def url_of(path: Path) -> str:
@@ -38,8 +43,14 @@ def url_of(path: Path) -> str:
 def fill(
     path: Path, run_id: str = "run", bills: int = 30, *, first: int = 1, number: int = 1
 ) -> None:
-    """Write bills `first` to `bills` of a run, with the snapshot after the last one."""
-    every = [part(seq, f"{run_id}-{seq}", run_id=run_id) for seq in range(1, bills + 1)]
+    """Write bills `first` to `bills` of a run, with the snapshot after the last one.
+
+    Every third one is of two hours.
+    """
+    every = [
+        part(seq, f"{run_id}-{seq}", run_id=run_id, **({} if seq % 3 else {"pieces": TWO_HOURS}))
+        for seq in range(1, bills + 1)
+    ]
     billed = sum(one.bill.gpu_time_ns for one in every)
     energies = tuple(RequestEnergy(seq, HOUR, 30, None) for seq in range(first, bills + 1))
     classes = dict.fromkeys(ENERGY_CLASSES, 0) | {"requests": 30 * bills}

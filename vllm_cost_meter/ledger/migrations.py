@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sqlalchemy import inspect, text
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.ledger.tables.unpacked import pack_rows
+from vllm_cost_meter.ledger.tables.unpacked import keep_single_hours, pack_rows
 
 
 class Column(NamedTuple):
@@ -140,7 +140,8 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
     ),
     # `create_all` creates the tables of retention.
     12: (),
-    # Rows of requests have instants as integers, and short ids. Two indexes have fewer rows.
+    # Rows of requests have instants as integers, short ids, and their hour if it is one. Two
+    # indexes have fewer rows.
     13: (
         *(
             statement
@@ -149,7 +150,11 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
                 "requests", name, name, where=f"substr(request_id, 1, length({name})) <> {name}"
             )
         ),
+        *_added("requests", "INTEGER", "hour"),
+        "DROP INDEX IF EXISTS ix_usage_pieces_hour",
         pack_rows,
+        keep_single_hours,
+        *_index_again("requests", "tenant", "tenant, finished_at"),
     ),
 }
 FIRST_WITH_ROLLUPS = 11

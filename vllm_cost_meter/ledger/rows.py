@@ -4,7 +4,7 @@ These are pure functions without a database. The writer runs them inside its err
 drops only the record that cannot become a row. All rows of a table have the same keys, because a
 bulk insert needs that.
 
-Invariant: a row of `requests` equals the sum of its rows in `usage_pieces`.
+Invariant: a row of `requests` equals the sum of its rows in `usage_pieces`, if it has any.
 """
 
 import json
@@ -73,12 +73,15 @@ def part_row(part: EngineRequest) -> TableRow:
         "ttft_ms": times.ttft_ms,
         "tpot_ms": times.tpot_ms,
         "e2e_ms": times.e2e_ms,
+        "hour": bill.pieces[0].hour if len(bill.pieces) == 1 else None,
     }
 
 
 def piece_rows(part: EngineRequest) -> list[TableRow]:
-    """Return an engine request's rows in `usage_pieces`, one per hour."""
+    """Return an engine request's rows in `usage_pieces`, one per hour; none if it has one hour."""
     bill = part.bill
+    if len(bill.pieces) == 1:
+        return []
     return [
         {
             "run_id": bill.run_id,

@@ -20,8 +20,8 @@ for each request, they are microseconds since the epoch, and ids are packed (`ta
 NULL means unknown.
 
 Invariant: a snapshot, its hours and its live usage change in one transaction, and so do a bill, its
-pieces and its open request. So at any instant a run's hours add up to its snapshot, a bill's pieces
-add up to the bill, the energy of requests adds up to the snapshot's class `requests`, and no
+pieces and its open request. So at any instant a run's hours add up to its snapshot, the pieces of a
+bill add up to it, the energy of requests adds up to the snapshot's class `requests`, and no
 request is both billed and open.
 """
 
@@ -312,17 +312,22 @@ requests = Table(
     Column("ttft_ms", Float),
     Column("tpot_ms", Float),
     Column("e2e_ms", Float),
+    # The hour that all of it was used in; NULL if `usage_pieces` has the hours.
+    Column("hour", Integer),
     # Whether an open request has its bill, and to find a request by vLLM's internal id.
     Index("ix_requests_request_id", "request_id"),
     # The parts of an exchange.
     Index("ix_requests_http", "http_request_id"),
     # Pages of exchanges without an HTTP row.
     Index("ix_requests_finished_at", "finished_at"),
+    # The bills of a tenant.
+    Index("ix_requests_tenant", "tenant", "finished_at"),
     # Find a request by these ids; the response's is in `http_requests` only once the reply ended.
     _index_of_not_derived("external_id"),
     _index_of_not_derived("response_id"),
 )
 
+# Bills of several hours only.
 usage_pieces = Table(
     "usage_pieces",
     metadata,
@@ -333,8 +338,6 @@ usage_pieces = Table(
     *amount_columns("prefill_ns", "decode_ns", "prefill_tokens", "decode_tokens", "marginal_ns"),
     *amount_columns("recomputed_ns", "recomputed_tokens", "rejected_ns", "rejected_tokens"),
     *amount_columns("cut_ns", "cut_tokens", "kv_block_ms", "step_ns", "saved_estimate_ns"),
-    # The bills of a tenant, and of a span of hours.
-    Index("ix_usage_pieces_hour", "hour", "tenant"),
     # The table is clustered by key, so a run's pieces up to a bill are one range in the file.
     sqlite_with_rowid=False,
 )

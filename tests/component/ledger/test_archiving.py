@@ -16,7 +16,7 @@ from sqlalchemy import Engine, select
 
 from tests.component.ledger.test_dropping import AT, LATER_NS, MIDNIGHT, left, put
 from tests.component.ledger.test_reader import HOUR, http, part, snapshot
-from tests.support.upkeep import rows_of, url_of, wrong_sums
+from tests.support.upkeep import TWO_HOURS, rows_of, url_of, wrong_sums
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -70,6 +70,7 @@ def files_of(archive: ParquetArchive) -> list[str]:
 def fill(engine: Engine) -> None:
     """Write four bills of a day, with an energy that is known and one that is not."""
     bills = [part(1, "h1"), replace(part(2, "h2"), owner=ODD), part(3, "h2"), part(4, None)]
+    bills[2] = part(3, "h2", pieces=TWO_HOURS)
     told = (RequestEnergy(1, HOUR, 7, None), RequestEnergy(2, HOUR, None, "no_device"))
     classes = dict.fromkeys(ENERGY_CLASSES, 0) | {"requests": 7}
     energy = RunEnergy(7, None, 0, classes, (), {HOUR: classes}, told)

@@ -64,7 +64,7 @@ def test_a_record_is_in_the_file_once_it_is_written(writer, path):
     assert rows(path, "SELECT seq, tenant, gpu_time_ns, cost_usd FROM requests") == [
         (1, "alice", 300, "0.000000007")
     ]
-    assert rows(path, "SELECT hour, prefill_ns, decode_ns FROM usage_pieces") == [(HOUR, 100, 200)]
+    assert rows(path, "SELECT hour, prefill_ns, decode_ns FROM requests") == [(HOUR, 100, 200)]
     assert rows(path, "SELECT status, cost_nanousd FROM http_requests") == [(200, 7)]
 
 
@@ -72,7 +72,6 @@ def test_a_replayed_bill_is_written_once(writer, path):
     for _ in range(3):
         writer.commit(part(1), part(1), http("h"), http("h")).result(5)
     assert rows(path, "SELECT count(*), sum(gpu_time_ns) FROM requests") == [(1, 300)]
-    assert rows(path, "SELECT count(*) FROM usage_pieces") == [(1,)]
     assert rows(path, "SELECT count(*) FROM http_requests") == [(1,)]
 
 
@@ -122,7 +121,6 @@ def test_a_bad_record_is_dropped_alone_and_counted(writer, path, bad):
     batches.drop()
     assert refused.record is bad
     assert rows(path, "SELECT seq FROM requests") == [(1,), (3,)]
-    assert rows(path, "SELECT seq FROM usage_pieces") == [(1,), (3,)]
 
 
 def test_a_record_that_fails_by_an_unknown_error_is_found_and_the_others_are_written(writer, path):

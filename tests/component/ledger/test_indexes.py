@@ -76,7 +76,7 @@ def full(ledger):
         ("ix_http_requests_finished", lambda reader: reader.requests(limit=3)),
         ("ix_http_requests_tenant", lambda reader: reader.requests(tenant="web", limit=3)),
         ("ix_rollup_groups_tenant", lambda reader: reader.requests(tenant="search", limit=3)),
-        ("ix_usage_pieces_hour", lambda reader: reader.requests(tenant="search", limit=3)),
+        ("ix_requests_tenant", lambda reader: reader.requests(tenant="search", limit=3)),
     ],
 )
 def test_an_index_serves_the_question_it_is_there_for(full, index, ask):

@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 
+from tests.support.builders import HOUR
 from tests.support.upkeep import sql, url_of, wrong_sums
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database
@@ -22,6 +23,8 @@ from vllm_cost_meter.ledger.tables.packed import is_packed_id, pack_id, unpack_i
 from vllm_cost_meter.ledger.upkeep.repairing import repair
 
 PACKED = ("requests", "open_requests", "http_requests")
+# The number of the only bill that has two.
+OF_TWO_HOURS = 5
 HEX = "0123456789abcdef"
 
 
@@ -42,6 +45,14 @@ def rows_as_texts(path: Path) -> dict[str, list[Mapping[str, Any]]]:
             name: [dict(row) for row in connection.execute(f"SELECT * FROM {name} ORDER BY rowid")]
             for name in PACKED
         }
+
+
+def with_hour(rows: dict[str, list[Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return rows of an old ledger with the hour of each bill of one hour."""
+    bills = [
+        {**bill, "hour": None if bill["seq"] == OF_TWO_HOURS else HOUR} for bill in rows["requests"]
+    ]
+    return {**rows, "requests": bills}
 
 
 def rows_as_read(path: Path) -> dict[str, list[Mapping[str, Any]]]:
@@ -67,7 +78,8 @@ def definitions(path: Path) -> dict[str, str]:
 def test_every_row_of_an_old_ledger_has_the_same_instants_and_ids_in_fewer_bytes(old, tmp_path):
     before = rows_as_texts(old)
     open_database(url_of(old)).dispose()
-    assert rows_as_read(old) == before
+    assert rows_as_read(old) == with_hour(before)
+    assert sql(old, "SELECT seq, hour FROM usage_pieces") == [(5, HOUR - 1), (5, HOUR)]
     assert sql(old, "SELECT DISTINCT typeof(finished_at) FROM requests") == [("integer",)]
     at = "cost-00112233445566778899aabbccddeeff"
     assert sql(old, "SELECT length(http_request_id) FROM open_requests") == [(18,)]
@@ -106,7 +118,7 @@ def test_without_room_on_the_disk_an_old_ledger_stays_as_it_is_and_the_message_s
 def test_an_old_ledger_that_is_damaged_is_repaired_and_migrated(old):
     before = rows_as_texts(old)
     repair(url_of(old), 0, force=True)
-    assert rows_as_read(old) == before
+    assert rows_as_read(old) == with_hour(before)
 
 
 @given(st.text() | st.text(HEX + "-_cmpletost", max_size=90))

@@ -453,7 +453,8 @@ def test_each_way_of_not_adding_up_is_seen(ledger, changes, name):
     ],
 )
 def test_a_bill_that_is_not_the_sum_of_its_pieces_is_seen(ledger, tmp_path, changed):
-    ledger.write(part(1), snapshot([part(1)]))
+    pieces = (UsagePiece(HOUR - 1, 50, 100, 4, 3), UsagePiece(HOUR, 50, 100, 4, 2))
+    ledger.write(part(1, pieces=pieces), snapshot([part(1)]))
     connection = sqlite3.connect(tmp_path / "ledger.db")
     with connection:
         connection.execute(f"UPDATE usage_pieces SET {changed}")

@@ -23,7 +23,7 @@ def ledger(tmp_path):
         ("UPDATE rollup_hours SET decode_ns = decode_ns + 1", 2),  # its day has not got it either
         ("UPDATE rollup_days SET prefill_ns = 0", 100),
         ("DELETE FROM rollup_groups", 300),
-        ("UPDATE usage_pieces SET hour = hour + 1", 600),
+        ("UPDATE requests SET hour = hour + 1", 600),
     ],
 )
 def test_sums_that_are_not_those_of_the_bills_are_seen(ledger, tmp_path, changed, ns):
@@ -34,3 +34,13 @@ def test_sums_that_are_not_those_of_the_bills_are_seen(ledger, tmp_path, changed
     assert (audit["balanced"], audit["runs"][0]["sums_difference_ns"]) == (False, ns)
     wrong = [one.name for one in check_ledger(ledger.url, full=True) if not one.ok]
     assert any(name.startswith("rollup_") for name in wrong)
+
+
+@pytest.mark.parametrize("changed", ["decode_ns = 199", "gpu_time_ns = 299", "hour = NULL"])
+def test_a_bill_of_one_hour_that_is_not_what_was_used_in_it_is_seen(ledger, tmp_path, changed):
+    ledger.write(part(1), snapshot([part(1)]))
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection, connection:
+        assert connection.execute("SELECT count(*) FROM usage_pieces").fetchone() == (0,)
+        connection.execute(f"UPDATE requests SET {changed}")
+    audit = ledger.audit(full=True)
+    assert (audit["balanced"], audit["runs"][0]["uneven_bills"]) == (False, 1)

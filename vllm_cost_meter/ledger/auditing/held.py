@@ -31,6 +31,7 @@ from vllm_cost_meter.ledger.schema import (
     rollup_groups,
     usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.pieces import PIECE_NS, PIECES_OF_BILL, piece_amount
 
 
 class HeldBills(NamedTuple):
@@ -166,14 +167,15 @@ def _total_by_run(
 
 def _uneven_bills(connection: Connection, cut: Cut) -> dict[str, int]:
     """Count the bills that are not the sum of their pieces, amount by amount."""
-    at, r, p = bills_up_to(cut.last_bills()), requests.c, usage_pieces.c
-    joined = and_(p.run_id == r.run_id, p.seq == r.seq)
-    differences = [r[name] != func.coalesce(func.sum(p[name]), 0) for name in PIECE_AMOUNTS]
-    gpu_time_ns = func.coalesce(func.sum(p.prefill_ns + p.decode_ns), 0)
+    at, r = bills_up_to(cut.last_bills()), requests.c
+    differences = [
+        r[name] != func.coalesce(func.sum(piece_amount(name)), 0) for name in PIECE_AMOUNTS
+    ]
+    gpu_time_ns = func.coalesce(func.sum(PIECE_NS), 0)
     uneven = (
         select(r.run_id, r.seq)
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
-        .join(usage_pieces, joined, isouter=True)
+        .join(usage_pieces, PIECES_OF_BILL, isouter=True)
         .group_by(r.run_id, r.seq, r.gpu_time_ns, *(r[name] for name in PIECE_AMOUNTS))
         .having(or_(r.gpu_time_ns != gpu_time_ns, *differences))
         .subquery()

@@ -28,6 +28,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import live_usage, requests, usage_pieces
 from vllm_cost_meter.ledger.tables.given import GivenColumn, given_rows
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECE_NS, PIECES_OF_BILL
 
 _RUNS_AT_ONCE = 1_000
 
@@ -154,15 +155,15 @@ def _bills(
     The outer join has a range of each run looked up in the key of the bills.
     """
     columns: list[GivenColumn] = [("run_id", Text()), ("low", BigInteger()), ("high", BigInteger())]
-    ranged, r, p = given_rows("ranges", columns, ranges).c, requests.c, usage_pieces.c
+    ranged, r = given_rows("ranges", columns, ranges).c, requests.c
     inside = and_(r.run_id == ranged.run_id, r.seq > ranged.low, r.seq <= ranged.high)
     rows = connection.execute(
         select(
             *(ranged.run_id, r.seq, r.request_id, r.finished_at),
-            *(p.hour, p.prefill_ns + p.decode_ns),
+            *(PIECE_HOUR, PIECE_NS),
         )
         .join(requests, inside, isouter=True)
-        .join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq), isouter=True)
+        .join(usage_pieces, PIECES_OF_BILL, isouter=True)
         .order_by(ranged.run_id, r.seq)
     )
     for run_id, of_run in groupby((row for row in rows if row.seq is not None), itemgetter(0)):

@@ -35,6 +35,7 @@ from vllm_cost_meter.ledger.schema import (
     usage_pieces,
 )
 from vllm_cost_meter.ledger.tables.given import GivenColumn, given_rows
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECE_NS, PIECES_OF_BILL, with_pieces
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetScope
 
@@ -250,12 +251,11 @@ class BillCount:
             hours[hour] = hours.get(hour, 0) + gpu_time_ns
 
 
-_r, _p = requests.c, usage_pieces.c
-_PIECE = (_r.tenant, _r.tenant_above, _r.tags, _p.hour, _p.prefill_ns + _p.decode_ns)
-_PIECES_OF_BILL = and_(_p.run_id == _r.run_id, _p.seq == _r.seq)
+_r = requests.c
+_PIECE = (_r.tenant, _r.tenant_above, _r.tags, PIECE_HOUR, PIECE_NS)
 _BILLS = (
     select(_r.seq, *_PIECE)
-    .join(usage_pieces, _PIECES_OF_BILL, isouter=True)
+    .select_from(with_pieces())
     .where(
         _r.run_id == bindparam("run_id", type_=Text),
         _r.seq.between(bindparam("first", type_=BigInteger), bindparam("last", type_=BigInteger)),
@@ -277,7 +277,7 @@ def _bills_in(rows: Sequence[tuple[int, str, int, int]]) -> Any:
     return (
         select(at.place, _r.seq, *_PIECE)
         .join(requests, inside, isouter=True)
-        .join(usage_pieces, _PIECES_OF_BILL, isouter=True)
+        .join(usage_pieces, PIECES_OF_BILL, isouter=True)
     )
 
 

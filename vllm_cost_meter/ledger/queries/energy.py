@@ -97,6 +97,7 @@ def _unknown(cut: Cut, question: Question) -> Select[Any]:
     """Select the number of engine requests without a known energy, by tenant."""
     own = bills_of(cut.whose)
     at, e, r, p = bills_up_to(cut.last_bills()), request_energy.c, own.c, usage_pieces.c
+    hour = func.coalesce(e.hour, p.hour, r.hour)
     same = and_(e.run_id == r.run_id, e.seq == r.seq)
     name: ColumnElement[Any] = details_name(r, question)
     bills: Select[Any] = (
@@ -111,8 +112,8 @@ def _unknown(cut: Cut, question: Question) -> Select[Any]:
         return bills
     # The hour is that of the unknown energy. While no snapshot has brought it, the hours of the
     # GPU time stand in.
-    pieces = bills.join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq))
-    return pieces.where(cut.window.on_hours(func.coalesce(e.hour, p.hour)))
+    pieces = bills.join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq), isouter=True)
+    return pieces.where(hour.is_not(None), cut.window.on_hours(hour))
 
 
 def _dropped(cut: Cut, question: Question) -> Select[Any]:

@@ -1,9 +1,7 @@
 """The bills of one tenant, or of all below it too, found without reading those of others.
 
-`usage_pieces` has an index by hour and tenant. So the hours that have any piece are looked up one
-after the other, and in each the tenant's pieces: that costs time in proportion to the hours of the
-ledger and the tenant's own bills. A bill has at least one piece, so no bill is missed. The tenants
-below one are looked up the same way, each once, in the groups of the sums: each bill's tenant, with
+`requests` has an index by tenant: that costs time in proportion to the tenant's own bills. The
+tenants below one are looked up, each once, in the groups of the sums: each bill's tenant, with
 those above it, has a group. That costs time in proportion to the tenants of the ledger.
 
 Invariant: a table holds all rows of the tenants that are meant, and a database makes it by index. A
@@ -26,11 +24,10 @@ from sqlalchemy import (
     null,
     select,
     true,
-    tuple_,
 )
 
 from vllm_cost_meter.ledger.coverage import is_of
-from vllm_cost_meter.ledger.schema import requests, rollup_groups, usage_pieces
+from vllm_cost_meter.ledger.schema import requests, rollup_groups
 from vllm_cost_meter.records.owner import OWN, TenantScope
 
 # One object for each scope: the parts of a query that ask for it must mean the same table.
@@ -42,9 +39,7 @@ def bills_of(whose: TenantScope | None) -> FromClause:
     """Return `requests` with the rows of the tenants that are meant; None is all tenants."""
     if whose is None:
         return requests
-    p, r = usage_pieces.c, requests.c
-    own = select(p.run_id, p.seq).where(p.hour.in_(_hours()), may_be_of(p.tenant, whose))
-    return _made_first(select(requests).where(tuple_(r.run_id, r.seq).in_(own)))
+    return _made_first(select(requests).where(may_be_of(requests.c.tenant, whose)))
 
 
 def may_be_of(tenant: ColumnElement[str], whose: TenantScope | None) -> ColumnElement[bool]:
@@ -74,7 +69,8 @@ def _made_first(rows: Select[Any]) -> Subquery:
 def _owners() -> CTE:
     """Return a table of each tenant with each of the tenants above it, and once without any.
 
-    From one row the next is found by a look into the index. One object, as of `_hours`.
+    From one row the next is found by a look into the index. One object: a query may ask for them
+    several times.
     """
     groups = rollup_groups
     first, same, later = (groups.alias(f"{which}_owner") for which in ("first", "same", "later"))
@@ -91,13 +87,3 @@ def _owners() -> CTE:
     following = select(func.min(later.c.tenant)).where(later.c.tenant > owners.c.tenant)
     tenant = case((above.is_not(None), owners.c.tenant), else_=following.scalar_subquery())
     return owners.union_all(select(tenant, above).where(owners.c.tenant.is_not(None)))
-
-
-@functools.cache
-def _hours() -> Select[Any]:
-    """Select the hours that have any piece. One object: a query may ask for them several times."""
-    pieces, later = usage_pieces.alias("first_piece"), usage_pieces.alias("later_piece")
-    hours = select(func.min(pieces.c.hour).label("hour")).cte("piece_hours", recursive=True)
-    following = select(func.min(later.c.hour)).where(later.c.hour > hours.c.hour).scalar_subquery()
-    hours = hours.union_all(select(following).where(hours.c.hour.is_not(None)))
-    return select(hours.c.hour).where(hours.c.hour.is_not(None))

@@ -22,9 +22,9 @@ from vllm_cost_meter.ledger.schema import (
     prices,
     requests,
     runs,
-    usage_pieces,
 )
 from vllm_cost_meter.ledger.tables.packed import range_of_beginning
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECE_NS, with_pieces
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.client_text import forms_to_find
@@ -156,15 +156,15 @@ def explain(connection: Connection, request: Mapping[str, Any], book: PriceBook)
         .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
         .where(runs.c.run_id.in_(run_ids))
     )
-    p = usage_pieces.c
+    r = requests.c
     keys = [(part["run_id"], part["seq"]) for part in request["parts"] if part["seq"]]
-    pieces = select(p.run_id, p.seq, p.hour, p.prefill_ns + p.decode_ns)
-    pieces = pieces.where(tuple_(p.run_id, p.seq).in_(keys)).order_by(p.hour)
+    pieces = select(r.run_id, r.seq, PIECE_HOUR, PIECE_NS).select_from(with_pieces())
+    pieces = pieces.where(tuple_(r.run_id, r.seq).in_(keys), PIECE_HOUR.is_not(None))
     known = {run_id: RunPrices(run_id, RunFacts(), book) for run_id in run_ids}
     for row in connection.execute(priced):
         known[row.run_id] = RunPrices.of(row._asdict(), book)
     spent: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for run_id, seq, hour, ns in connection.execute(pieces):
+    for run_id, seq, hour, ns in connection.execute(pieces.order_by(PIECE_HOUR)):
         spent.setdefault((run_id, seq), []).append((hour, ns))
     used = [model for run_id in run_ids for model in models(connection, run_id)]
     return explained(request, known, spent, used)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from sqlalchemy import RowMapping, Table, select
+from sqlalchemy import RowMapping, Select, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.rollups.adding import ExchangeFacts
@@ -28,9 +28,10 @@ from vllm_cost_meter.ledger.schema import (
     dropped_latencies,
     dropped_unknown_energy,
     request_energy,
+    requests,
     rollup_groups,
-    usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, piece_amount, with_pieces
 
 # The hour of a bill that has none: it never used a GPU. No window has it.
 NO_HOUR = -(1 << 31)
@@ -130,8 +131,8 @@ def fold(connection: Connection, exchanges: Sequence[ExchangeFacts]) -> Folded:
     keys: dict[str, list[int]] = defaultdict(list)
     for part in bills:
         keys[part.run_id].append(part.seq)
-    pieces = _by_bill(connection, usage_pieces, keys)
-    energies = _by_bill(connection, request_energy, keys)
+    pieces = _by_bill(connection, _PIECES, keys)
+    energies = _by_bill(connection, _ENERGY_ROWS, keys)
     folded = Folded()
     for exchange in exchanges:
         folded.add_exchange(exchange)
@@ -142,13 +143,26 @@ def fold(connection: Connection, exchanges: Sequence[ExchangeFacts]) -> Folded:
     return folded
 
 
+_PIECES: Select[Any] = (
+    select(
+        *(requests.c.run_id, requests.c.seq, PIECE_HOUR.label("hour")),
+        *(piece_amount(name).label(name) for name in PIECE_AMOUNTS),
+    )
+    .select_from(with_pieces())
+    .where(PIECE_HOUR.is_not(None))
+)
+_ENERGY_ROWS: Select[Any] = select(request_energy)
+
+
 def _by_bill(
-    connection: Connection, table: Table, keys: Mapping[str, Sequence[int]]
+    connection: Connection, rows: Select[Any], keys: Mapping[str, Sequence[int]]
 ) -> dict[KeyOfBill, list[RowMapping]]:
+    """Return the rows of a query that begin with (run, number) of these bills, by bill."""
+    run, number, *_ = rows.selected_columns
     found: dict[KeyOfBill, list[RowMapping]] = {}
     for run_id, seqs in keys.items():
         for some in in_chunks(seqs):
-            asked = select(table).where(table.c.run_id == run_id, table.c.seq.in_(some))
+            asked = rows.where(run == run_id, number.in_(some))
             for row in connection.execute(asked).mappings():
                 found.setdefault((run_id, int(row["seq"])), []).append(row)
     return found

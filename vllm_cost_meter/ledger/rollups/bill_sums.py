@@ -37,8 +37,8 @@ from vllm_cost_meter.ledger.schema import (
     request_energy,
     requests,
     rollup_groups,
-    usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, piece_amount, with_pieces
 from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.units.time import rfc3339
 
@@ -154,13 +154,13 @@ def _sums_in(connection: Connection, table: Table) -> dict[str, BillSums]:
 
 def sums_where(connection: Connection, mine: ColumnElement[bool]) -> Iterator[BillSums]:
     """Yield what those bills of each run add up to that meet a condition on `requests`."""
-    r, p = requests.c, usage_pieces.c
+    r = requests.c
     of_bill = [*(r[name] for name in _COVERED), r.gpu_time_ns]
     rows = connection.execute(
-        select(*of_bill, p.hour, *(p[name] for name in PIECE_AMOUNTS))
-        .join(usage_pieces, (p.run_id == r.run_id) & (p.seq == r.seq), isouter=True)
+        select(*of_bill, PIECE_HOUR, *map(piece_amount, PIECE_AMOUNTS))
+        .select_from(with_pieces())
         .where(mine)
-        .order_by(r.run_id, r.seq, p.hour)
+        .order_by(r.run_id, r.seq, PIECE_HOUR)
         .execution_options(yield_per=1_000)
     )
     for _, of_run in groupby(rows, itemgetter(0)):

@@ -23,6 +23,7 @@ from vllm_cost_meter.ledger.schema import (
     rollup_hours,
     usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECES_OF_BILL, piece_amount
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 
@@ -136,15 +137,15 @@ def _after(cut: Cut, names: Sequence[str], amounts: Sequence[str]) -> list[Selec
     last = {run.run_id: run.last_seq for run in cut.runs if run.alive}
     if not last:
         return []
-    at, r, p = bills_up_to(last).c, requests.c, usage_pieces.c
+    at, r = bills_up_to(last).c, requests.c
     newer = and_(r.run_id == at.run_id, r.seq > at.last_seq)
     return [
         select(
-            p.hour,
+            PIECE_HOUR.label("hour"),
             *(r[name] for name in names),
-            *((-p[name]).label(name) for name in amounts),
+            *((-piece_amount(name)).label(name) for name in amounts),
         )
         .join_from(at.run_id.table, requests, newer)
-        .join(usage_pieces, and_(p.run_id == r.run_id, p.seq == r.seq))
-        .where(cut.window.on_hours(p.hour), is_shown(r, cut.whose))
+        .join(usage_pieces, PIECES_OF_BILL, isouter=True)
+        .where(PIECE_HOUR.is_not(None), cut.window.on_hours(PIECE_HOUR), is_shown(r, cut.whose))
     ]

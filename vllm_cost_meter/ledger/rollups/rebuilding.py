@@ -52,8 +52,8 @@ from vllm_cost_meter.ledger.schema import (
     rollup_groups,
     rollup_hours,
     rollup_latencies,
-    usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECE_NS, piece_amount, with_pieces
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.time import US_PER_HOUR, hour_of
 
@@ -169,8 +169,8 @@ def time_differences(connection: Connection) -> dict[str, int]:
 
 def wrong_hours() -> Select[Any]:
     """Select (run, hour, GPU-ns) where the bills have more time than the sum, or less."""
-    p = usage_pieces.c
-    bills = select(p.run_id, p.hour.label("span"), (p.prefill_ns + p.decode_ns).label("ns"))
+    bills = select(requests.c.run_id, PIECE_HOUR.label("span"), PIECE_NS.label("ns"))
+    bills = bills.select_from(with_pieces()).where(PIECE_HOUR.is_not(None))
     return _unequal(bills, _time_in(dropped_hours, 1), _time_in(rollup_hours, -1))
 
 
@@ -229,11 +229,11 @@ def _rows(connection: Connection) -> Iterator[tuple[SumKey, int, list[int]]]:
 
 def _pieces() -> Select[Any]:
     """Add up the pieces of all bills by hour and group."""
-    p, r = usage_pieces.c, requests.c
-    keys = [p.hour, *(r[name] for name in Group._fields)]
+    keys = [PIECE_HOUR, *(requests.c[name] for name in Group._fields)]
     return (
-        select(*keys, *(func.sum(p[name]) for name in PIECE_AMOUNTS))
-        .join(requests, (r.run_id == p.run_id) & (r.seq == p.seq))
+        select(*keys, *(func.sum(piece_amount(name)) for name in PIECE_AMOUNTS))
+        .select_from(with_pieces())
+        .where(PIECE_HOUR.is_not(None))
         .group_by(*keys)
     )
 

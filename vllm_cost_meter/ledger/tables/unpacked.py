@@ -1,8 +1,8 @@
 """Pack the rows of an older ledger: instants of requests become integers, and ids short.
 
-Schema version 14 stores them so (`tables/packed.py`). SQLite cannot change a column's type, so each
-table is copied into one with the new types, in the order of its rows. PostgreSQL changes the type,
-and keeps ids as they are.
+Schema version 14 stores them so (`tables/packed.py`), and the hour of a bill with it if it is one
+(`tables/pieces.py`). SQLite cannot change a column's type, so each table is copied into one with
+the new types, in the order of its rows. PostgreSQL changes the type, and keeps ids as they are.
 
 Invariant: each row is there afterwards with the same instants, ids and amounts.
 """
@@ -36,6 +36,11 @@ UNPACKED = (
         ("http_request_id", "response_id", "x_request_id"),
     ),
 )
+_PIECE_AMOUNTS = (
+    *("prefill_ns", "decode_ns", "prefill_tokens", "decode_tokens", "marginal_ns"),
+    *("recomputed_ns", "recomputed_tokens", "rejected_ns", "rejected_tokens"),
+    *("cut_ns", "cut_tokens", "kv_block_ms", "step_ns", "saved_estimate_ns"),
+)
 _TEXT_INSTANT = re.compile(r"\b(started_at|finished_at) TEXT\b")
 _PACK_ID = "cost_meter_pack_id"
 
@@ -50,6 +55,26 @@ def pack_rows(connection: Connection) -> None:
     sqlite.create_function(_PACK_ID, 1, _packed, deterministic=True)
     for table in UNPACKED:
         _copy_packed(connection, table)
+
+
+def keep_single_hours(connection: Connection) -> None:
+    """Keep the hour of each bill of one hour with the bill, and no row of its own for it.
+
+    A bill that is not as its piece stays as it is: an audit says so.
+    """
+    same = " AND ".join(f"p.{name} = requests.{name}" for name in _PIECE_AMOUNTS)
+    mine = "p.run_id = requests.run_id AND p.seq = requests.seq"
+    _run(
+        connection,
+        "UPDATE requests SET hour ="  # noqa: S608 - names of columns
+        f" (SELECT MIN(p.hour) FROM usage_pieces p WHERE {mine} HAVING COUNT(*) = 1)"
+        f" WHERE EXISTS (SELECT 1 FROM usage_pieces p WHERE {mine} AND {same})",
+    )
+    _run(
+        connection,
+        "DELETE FROM usage_pieces WHERE EXISTS (SELECT 1 FROM requests r WHERE"
+        " r.run_id = usage_pieces.run_id AND r.seq = usage_pieces.seq AND r.hour IS NOT NULL)",
+    )
 
 
 def _change_types(connection: Connection, table: UnpackedTable) -> None:

@@ -32,6 +32,7 @@ from vllm_cost_meter.ledger.schema import (
     snapshots,
     usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.pieces import PIECE_NS, piece_amount, with_pieces
 from vllm_cost_meter.ledger.upkeep.copies import column_names, faults, version_of
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     connect,
@@ -172,15 +173,14 @@ def _without(table: Table, with_table: Table) -> Select[Any]:
 
 def _uneven_bills() -> Select[Any]:
     """Select the bills that are not the sum of their pieces, amount by amount."""
-    r, p = requests.c, usage_pieces.c
-    key = [column.name for column in requests.primary_key]
-    names = [c.name for c in p if c.name.endswith(("_ns", "_ms", "_tokens"))]
+    r = requests.c
+    names = [c.name for c in usage_pieces.c if c.name.endswith(("_ns", "_ms", "_tokens"))]
     amounts = [*names, "gpu_time_ns"]
-    sums = {name: func.sum(p[name]) for name in names}
-    sums["gpu_time_ns"] = func.sum(p.prefill_ns + p.decode_ns)
+    sums = {name: func.sum(piece_amount(name)) for name in names}
+    sums["gpu_time_ns"] = func.sum(PIECE_NS)
     return (
         select(*requests.primary_key)
-        .join(usage_pieces, and_(*(r[name] == p[name] for name in key)), isouter=True)
+        .select_from(with_pieces())
         .group_by(*requests.primary_key, *(r[name] for name in amounts))
         .having(or_(*(r[name] != func.coalesce(sums[name], 0) for name in amounts)))
     )

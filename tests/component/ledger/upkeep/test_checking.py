@@ -40,14 +40,15 @@ def test_a_ledger_in_use_passes_and_the_server_goes_on(ledger):
 @pytest.mark.parametrize(
     ("change", "name", "detail"),
     [
-        ("DELETE FROM requests WHERE seq=7", "usage_pieces have their requests", "not 1: run 7 "),
-        ("DELETE FROM usage_pieces WHERE seq=7", "bills are the sum of their pieces", "1: run 7"),
+        ("DELETE FROM requests WHERE seq=6", "usage_pieces have their requests", "not 2: run 6 "),
+        ("DELETE FROM usage_pieces WHERE seq=6", "bills are the sum of their pieces", "1: run 6"),
         (
-            "UPDATE usage_pieces SET decode_ns=decode_ns+1 WHERE seq<9",
+            "UPDATE usage_pieces SET decode_ns=decode_ns+1 WHERE seq<26",
             "bills are the sum of their pieces",
-            "not 8: run 1; run 2; run 3; run 4; run 5; and 3 more",
+            "not 8: run 3; run 6; run 9; run 12; run 15; and 3 more",
         ),
-        ("UPDATE requests SET cut_ns=9 WHERE seq=2", "bills are the sum of their pieces", "run 2"),
+        ("UPDATE requests SET hour=NULL WHERE seq=7", "bills are the sum of their pieces", "run 7"),
+        ("UPDATE requests SET cut_ns=9 WHERE seq=3", "bills are the sum of their pieces", "run 3"),
         (
             "UPDATE engine_hours SET idle_ns=idle_ns-1",
             "engine_hours add up to their snapshots",
