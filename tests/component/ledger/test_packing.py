@@ -23,6 +23,11 @@ from vllm_cost_meter.ledger.tables.packed import is_packed_id, pack_id, unpack_i
 from vllm_cost_meter.ledger.upkeep.repairing import repair
 
 PACKED = ("requests", "open_requests", "http_requests")
+# Their place, from 1 on, is the first byte of an id that begins so.
+BEGINNINGS = [
+    *("cost-", "cmpl-", "chatcmpl-", "resp_", "msg_", "embd-", "pool-", "classify-", "score-"),
+    *("rerank-", "trsc-", "trsl-", "generative-scoring-"),
+]
 # The number of the only bill that has two.
 OF_TWO_HOURS = 5
 HEX = "0123456789abcdef"
@@ -121,14 +126,53 @@ def test_an_old_ledger_that_is_damaged_is_repaired_and_migrated(old):
     assert rows_as_read(old) == with_hour(before)
 
 
-@given(st.text() | st.text(HEX + "-_cmpletost", max_size=90))
+PARTS = (HEX, "-", "cost", "cmpl", "0", "89abcdef", "ABCDEF", "é", "/")
+
+
+def taken_apart(id: str) -> bytes | str:
+    """Return an id's stored form by its definition, character by character."""
+    digits = re.compile("(?:[0-9a-f]{2}){3,127}")
+    if not all(" " <= character <= "~" and character != "/" for character in id):
+        return id
+    if not digits.search(id):
+        return id
+    found, at = b"", 0
+    while at < len(id):
+        run = digits.match(id, at)
+        if run:
+            found += bytes([128 + len(run[0]) // 2]) + bytes.fromhex(run[0])
+            at = run.end()
+            continue
+        end = next(i for i in range(at, len(id) + 1) if i == len(id) or digits.match(id, i))
+        between = id[at:end]
+        is_beginning = at == 0 and between in BEGINNINGS
+        found += bytes([BEGINNINGS.index(between) + 1]) if is_beginning else between.encode()
+        at = end
+    return found
+
+
+@given(
+    st.text()
+    | st.text(HEX + "-_cmpletost", max_size=90)
+    | st.lists(
+        st.sampled_from([HEX, "-", "cost", "cmpl", "0", "89abcdef", "ABCDEF", "é", "/"])
+    ).map("".join)
+)
 @example("cost-" + HEX * 2)
+@example("-".join([HEX] * 40))
+@example(f"{HEX}-é")
+@example(f"/-{HEX}")
+@example(f"{HEX}-AB")
+@example(f"cmpl-{HEX}-12345")
+@example(f"cmpl-{HEX}-ABCDEF12")
+@example(f"cost-{HEX}-")
 @example("cost-" + HEX * 40)
 @example("cmpl-0123456789abcdef-0-89abcdef")
 @example("\x01\x90")
 @example("\ud800")
 def test_an_id_has_one_stored_form_that_is_never_longer(id):
     stored = pack_id(id)
+    assert stored == taken_apart(id), "however it was come by"
     assert unpack_id(stored) == id
     assert isinstance(stored, str) or len(stored) < len(id.encode())
 

@@ -30,11 +30,14 @@ _DECODED: Final = dict(enumerate(_BEGINNINGS, 1))
 # A byte above this one begins digits: so many bytes of them come next.
 _NO_DIGITS = 0x80
 _MAX_BYTES = 0x7F
+_DIGITS_MIN = 6
+# An id with more is taken apart at once.
+_DASHES_MAX = 8
 _LENGTHS: Final = [bytes([_NO_DIGITS + length]) for length in range(_MAX_BYTES + 1)]
 _DIGITS = re.compile(rf"((?:[0-9a-f]{{2}}){{3,{_MAX_BYTES}}})")
 
 
-# An id is in several columns, and in two tables.
+# An id is in several columns and two tables, and vLLM makes others of it, with a dash and more.
 @lru_cache(maxsize=4096)
 def pack_id(text: str) -> bytes | str:
     """Return an id's stored form in SQLite: shorter bytes, or the text if it has no digits to pack.
@@ -44,6 +47,31 @@ def pack_id(text: str) -> bytes | str:
     >>> pack_id("cmpl-0123456789abcdef-0").hex()
     '02880123456789abcdef2d30'
     """
+    before, dash, after = text.rpartition("-")
+    # No run of digits has a dash, so what comes after one is packed by itself.
+    digits = _only_digits(after)
+    if dash and digits is not None and (beginning := _CODES.get(before + dash)) is not None:
+        return beginning + digits
+    rest = after.encode() if len(after) < _DIGITS_MIN and after.isalnum() else digits
+    if dash and rest is not None and text.isascii() and before.count(dash) < _DASHES_MAX:
+        packed = pack_id(before)
+        if isinstance(packed, bytes):
+            return packed + b"-" + rest
+    return _packed(text)
+
+
+def _only_digits(text: str) -> bytes | None:
+    """Return the stored form of a text that is a run of digits and nothing else."""
+    if not _DIGITS_MIN <= len(text) <= 2 * _MAX_BYTES:
+        return None
+    try:
+        found = bytes.fromhex(text)
+    except ValueError:
+        return None
+    return _LENGTHS[len(found)] + found if found.hex() == text else None
+
+
+def _packed(text: str) -> bytes | str:
     pieces = _DIGITS.split(text)
     if len(pieces) == 1 or not (text.isascii() and text.isprintable()) or "/" in text:
         return text
