@@ -35,11 +35,15 @@ _same = functools.lru_cache(maxsize=256)
 
 
 @_same
-def bills_of(whose: TenantScope | None) -> FromClause:
-    """Return `requests` with the rows of the tenants that are meant; None is all tenants."""
+def bills_of(whose: TenantScope | None, since: str | None = None) -> FromClause:
+    """Return `requests` with the rows of the tenants that are meant; None is all tenants.
+
+    Of the rows of some tenants only those are read that ended since an instant, if there is one.
+    """
     if whose is None:
         return requests
-    return _made_first(select(requests).where(may_be_of(requests.c.tenant, whose)))
+    own = select(requests).where(may_be_of(requests.c.tenant, whose))
+    return _made_first(own if since is None else own.where(requests.c.finished_at >= since))
 
 
 def may_be_of(tenant: ColumnElement[str], whose: TenantScope | None) -> ColumnElement[bool]:

@@ -92,7 +92,7 @@ def _untold_keys(
     asker: TenantScope | None,
 ) -> list[PageKey]:
     """Return the keys of exchanges without an HTTP row, each at the end of its last part."""
-    bills = bills_of(asked or asker)
+    bills = bills_of(asked or asker, since)
     h, r = http_requests.c, bills.c
     own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     other = requests.alias()
