@@ -53,6 +53,8 @@ _SQLITE_DATABASE = frozenset(
         sqlite3.SQLITE_NOTADB,
     }
 )
+# SQLite has one code for these and for much else. What is not there may come back.
+_NOT_THERE = ("no such ", "has no column named", "values were supplied")
 _SQLITE_RECORD = frozenset({sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH})
 # Classes of SQLSTATE (PostgreSQL, appendix A): connection, transaction state, rollback, syntax and
 # access, resources, object state, operator, system.
@@ -74,7 +76,8 @@ def fault_of(error: Exception) -> Fault:
         return Fault.DATABASE
     cause = error.orig
     if (code := getattr(cause, "sqlite_errorcode", None)) is not None:
-        return _of_sqlite(int(code) & 0xFF)
+        is_away = any(text in str(cause) for text in _NOT_THERE)
+        return Fault.DATABASE if is_away else _of_sqlite(int(code) & 0xFF)
     if (state := getattr(cause, "sqlstate", None)) is not None:
         return _of_sqlstate(str(state))
     return Fault.UNKNOWN

@@ -221,3 +221,26 @@ def test_a_commit_to_the_disk_waits_for_it_and_the_next_one_does_not(path):
         batches.write([part(1)], look, to_disk=to_disk)
     batches.drop()
     assert seen == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "away", ["ALTER TABLE snapshots RENAME TO away", "ALTER TABLE snapshots RENAME busy_ns TO away"]
+)
+def test_a_table_that_is_not_there_is_waited_for_and_costs_no_record(writer, path, away):
+    """Also where other records of the batch could be written: it is no fault of the one."""
+    batches = BatchWriter(writer.url)
+    batches.opened()
+    bill = part(1)
+    state = make_snapshot(last_seq=1, billed_ns=300)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(away)
+    with pytest.raises(OperationalError, match="no such table|no column named"):
+        batches.write([bill, state])
+    assert rows(path, "SELECT count(*) FROM requests") == [(0,)]
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        back = "away RENAME TO snapshots" if "TABLE snapshots RENAME TO" in away else None
+        connection.execute(f"ALTER TABLE {back or 'snapshots RENAME away TO busy_ns'}")
+    assert not batches.write([bill, state])
+    batches.drop()
+    assert rows(path, "SELECT count(*) FROM requests") == [(1,)]
+    assert rows(path, "SELECT count(*) FROM snapshots") == [(1,)]

@@ -119,12 +119,22 @@ def journal_losses_of(connection: Connection) -> list[JournalLoss]:
     """Return what was lost of journals, the latest first."""
     c = journal_losses.c
     rows = connection.execute(
-        select(*c)
+        select(c.journal_id, c.after_number, c.records, c.reason, c.noticed_at)
         .where(~is_set_aside())
         .order_by(c.noticed_at.desc(), c.journal_id, c.after_number)
         .limit(MAX_RANGES)
-    ).mappings()
-    return [cast("JournalLoss", dict(row)) for row in rows]
+    )
+    # Not SQLAlchemy's mappings: their keys are no plain texts, and orjson refuses them.
+    return [
+        {
+            "journal_id": journal_id,
+            "after_number": after,
+            "records": records,
+            "reason": reason,
+            "noticed_at": noticed_at,
+        }
+        for journal_id, after, records, reason, noticed_at in rows
+    ]
 
 
 def _audit_runs(connection: Connection, cut: Cut, held: Mapping[str, HeldBills]) -> list[AuditRun]:
