@@ -1,9 +1,9 @@
 """Columns that take few bytes in the ledger and are text in Python: instants and ids.
 
 Most of a ledger are rows of requests, and most of a row was text: an instant took 27 bytes and
-vLLM's ids 33, in the row and in each index. An instant is stored as an integer. On SQLite, an id is
-stored as bytes: hexadecimal digits as the bytes that they stand for, and the known beginnings of
-ids as one. An id without any of both is stored as it is, and so is every id in PostgreSQL.
+vLLM's ids 33, in the row and in each index. An instant is stored as an integer. On SQLite, an id
+with hexadecimal digits is stored as bytes: the digits as the bytes that they stand for, and a known
+beginning before them as one. Any other id is stored as it is, and so is every id in PostgreSQL.
 
 Invariant: a text has one stored form, so equal texts are equal in the database; stored instants
 order as their texts do.

@@ -67,7 +67,8 @@ def keep_single_hours(connection: Connection) -> None:
     _run(
         connection,
         "UPDATE requests SET hour ="  # noqa: S608 - names of columns
-        f" (SELECT MIN(p.hour) FROM usage_pieces p WHERE {mine} HAVING COUNT(*) = 1)"
+        f" (SELECT MIN(p.hour) FROM usage_pieces p WHERE {mine} GROUP BY p.run_id, p.seq"
+        " HAVING COUNT(*) = 1)"
         f" WHERE EXISTS (SELECT 1 FROM usage_pieces p WHERE {mine} AND {same})",
     )
     _run(
