@@ -31,6 +31,7 @@ CHECKS = [
     "server",
     "ledger",
     "journal",
+    "archive",
     "schema",
     "pages",
     "books",
@@ -314,6 +315,27 @@ def test_a_second_place_that_is_away_is_a_failure(path, tmp_path):
     state, detail = state_of_check(path, "journal")
     assert state == "fail"
     assert "is its disk away" in detail
+
+
+def test_an_archive_is_looked_at_and_not_made(path, tmp_path, monkeypatch):
+    folder = tmp_path / "archive"
+    assert state_of_check(path, "archive") == (
+        "ok",
+        "none is set: rows of old requests are dropped for good",
+    )
+    same = Settings(archive=str(folder))
+    assert state_of_check(path, "archive", settings=same) == (
+        "ok",
+        f"{folder}: not there yet, and can be made",
+    )
+    assert not folder.exists()
+    folder.write_text("no folder")
+    state, detail = state_of_check(path, "archive", settings=same)
+    assert (state, detail) == ("fail", f"{folder}: {folder} is no folder that this user can write")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    state, detail = state_of_check(path, "archive", settings=same)
+    assert state == "fail"
+    assert "DuckDB, which is not installed" in detail
 
 
 def test_a_damaged_file_that_was_set_aside_is_a_warning(path):

@@ -81,6 +81,7 @@ def examine(
         ("server", lambda: asked.finding),
         ("ledger", lambda: ledger.ledger_writable(url, server, ledger_timeout_s)),
         ("journal", lambda: ledger.journals_writable(url, settings.second_journal)),
+        ("archive", lambda: ledger.archive_writable(settings.archive)),
         ("schema", lambda: ledger.schema_known(url, server)),
         ("pages", lambda: ledger.pages_sound(url, quick_check_s)),
         ("books", lambda: figures.books_balance(url, server)),

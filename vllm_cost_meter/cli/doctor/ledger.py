@@ -3,6 +3,7 @@
 Invariant: what a server's start would do to the ledger is said, never done.
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from vllm_cost_meter.ledger.economics.saturation import knows_runs
 from vllm_cost_meter.ledger.file_modes import open_to_others
 from vllm_cost_meter.ledger.journal_place import journal_folder, second_journal_folder
 from vllm_cost_meter.ledger.queries.answers import SetAsideFile
+from vllm_cost_meter.ledger.retention.parquet import MISSING
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.ledger.upkeep.examining import damage_of, try_writing, version_in
 from vllm_cost_meter.ledger.upkeep.sqlite_files import free_bytes
@@ -87,11 +89,11 @@ def journals_writable(url: str, second_root: str | None) -> Finding:
     """Check that the places of the journal can be written, and that they are on two disks."""
     first = journal_folder(url)
     require_folders(first, folders_of(first))
-    found = _place_of_journals(first)
+    found = _folder("journal", first)
     second = second_journal_folder(url, second_root)
     if second is None:
         return found.and_also(Outcome.OK, "no second place is set")
-    other = _place_of_journals(second)
+    other = _folder("journal", second)
     found = found.and_also(other.outcome, other.detail)
     if other.ok and nearest_folder(first).stat().st_dev == nearest_folder(second).stat().st_dev:
         detail = f"{second_root} is on the same disk: where that fails, both do"
@@ -99,14 +101,23 @@ def journals_writable(url: str, second_root: str | None) -> Finding:
     return found
 
 
-def _place_of_journals(folder: Path) -> Finding:
+def archive_writable(folder: str | None) -> Finding:
+    """Check that dropped rows can be kept in Parquet files, if they are to be."""
+    if folder is None:
+        return fine("archive", "none is set: rows of old requests are dropped for good")
+    if importlib.util.find_spec("duckdb") is None:
+        return failed("archive", MISSING)
+    return _folder("archive", Path(folder))
+
+
+def _folder(name: str, folder: Path) -> Finding:
     there = folder if os.path.lexists(folder) else nearest_folder(folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         detail = f"{folder}: {there} is no folder that this user can write"
-        return failed("journal", detail)
+        return failed(name, detail)
     free = free_bytes(there)
     how = "can be written" if folder.is_dir() else "not there yet, and can be made"
-    found = fine("journal", f"{folder}: {how}")
+    found = fine(name, f"{folder}: {how}")
     if free < FREE_BYTES_MIN:
         return found.and_also(Outcome.WARN, f"only {free:,} bytes are free there")
     return found
