@@ -28,6 +28,7 @@ from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, write
 from vllm_cost_meter.ledger.rollups.upserts import in_chunks, lock_sums
 from vllm_cost_meter.ledger.rows import tags_text
 from vllm_cost_meter.ledger.schema import ENDED_AMOUNTS, PIECE_AMOUNTS, http_requests, requests
+from vllm_cost_meter.ledger.tables.packed import pack_id, unpack_id
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
 from vllm_cost_meter.units.time import NS_PER_HOUR, hour_of
 
@@ -73,7 +74,8 @@ def _there(
         if connection.dialect.name == "sqlite":
             # SQLAlchemy would take three times as long for the parameters as SQLite for the rows.
             asked = _sqlite_text_of_in(column, len(some))
-            there.update(connection.exec_driver_sql(asked, tuple(some)).scalars())
+            found = connection.exec_driver_sql(asked, tuple(map(pack_id, some)))
+            there.update(map(unpack_id, found.scalars()))
         else:
             there.update(connection.execute(select(column).where(column.in_(some))).scalars())
     return frozenset(there)
