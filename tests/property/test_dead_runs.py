@@ -90,7 +90,7 @@ class Run:
             yield make_part(bill, tenant=request.tenant, started_at_ns=NOW, finished_at_ns=NOW)
 
     def id_of(self, request: Request) -> str:
-        return f"{self.run_id}-{[id(each) for each in self.requests].index(id(request))}"
+        return f"{self.run_id}-{[id(each) for each in self.requests].index(id(request)):08x}"
 
     def snapshot(self) -> Snapshot:
         hours = {hour: ClassTotals() for hour in HOURS if hour <= self.at}

@@ -31,7 +31,7 @@ def make(path: Path, drawn: dict) -> Rows:
     records = []
     for run, (billed, opened, number) in drawn.items():
         records += [bill(run, seq) for seq in billed]
-        records += [http(f"{run}-{seq}") for seq in billed]
+        records += [http(f"cost-{run}-{seq:032x}") for seq in billed]
         records += [make_open(request_id=bill(run, seq).bill.request_id) for seq in opened - billed]
         if number:
             # What a snapshot says depends on its number alone, as an honest engine's does.
@@ -44,8 +44,8 @@ def make(path: Path, drawn: dict) -> Rows:
 
 
 def bill(run: str, seq: int) -> EngineRequest:
-    made = part(seq, f"{run}-{seq}", run_id=run)
-    return replace(made, bill=made.bill._replace(request_id=f"{run}-internal-{seq}"))
+    made = part(seq, f"cost-{run}-{seq:032x}", run_id=run)
+    return replace(made, bill=made.bill._replace(request_id=f"{run}-internal-{seq:08x}"))
 
 
 def joined(one: Rows, two: Rows) -> Rows:

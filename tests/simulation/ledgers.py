@@ -43,7 +43,7 @@ def key_of(record: Record) -> Key:
 def bill_of(record: OpenRequest) -> Key:
     """Return the key of the bill that an open request gets; engines here name it by its number."""
     run_id, _, seq = record.request_id.rpartition("-")
-    return "bill", run_id, int(seq)
+    return "bill", run_id, int(seq, 16)
 
 
 class MemoryLedger:

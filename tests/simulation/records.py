@@ -24,6 +24,11 @@ _HTTP = HttpRequest(
 )  # fmt: skip
 
 
+def _name(run_id: str, seq: int) -> str:
+    """Return an id of a request: with digits, which SQLite stores as bytes."""
+    return f"{run_id}-{seq:08x}"
+
+
 class Engine:
     """An engine: it numbers its bills, and says now and then what it has billed in all."""
 
@@ -43,7 +48,7 @@ class Engine:
         if kind < 0.1:
             self._said = [self._snapshot()]
         elif kind < 0.15:
-            name = f"{self.run_id}-{self._seq + 1}"
+            name = _name(self.run_id, self._seq + 1)
             self._is_announced = True
             self._said = [replace(_OPEN, request_id=name, external_id=name)]
         elif kind > 0.97 and self._said:
@@ -55,7 +60,7 @@ class Engine:
     def _request(self, random: Random) -> list[Record]:
         self._seq += 1
         seq, ns = self._seq, random.randrange(1, 10**9)
-        name = f"{self.run_id}-{seq}"
+        name = _name(self.run_id, seq)
         self._billed_ns += ns
         bill = _PART.bill._replace(
             run_id=self.run_id, seq=seq, request_id=name, pieces=(UsagePiece(HOUR, ns, 0, 8, 5),)

@@ -20,6 +20,7 @@ from sqlalchemy.pool import StaticPool
 from tests.simulation.disk import Call, Disk, File
 from tests.simulation.ledgers import Key, key_of
 from tests.simulation.sqlite_disk import NAME, VFS, Driver
+from tests.support.raw_rows import texts
 from tests.support.upkeep import differences_of_audits
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.journal.entries import Record
@@ -128,7 +129,7 @@ class SqliteLedger:
             of_row.update({(key_of(record)[0], *row_of(record)): record for record in records})
         self.rows = {}
         for kind, query in TABLES.items():
-            for row in connection.execute(query):
+            for row in texts(connection.execute(query)):
                 record = of_row.get((kind, *row))
                 if record is None:
                     self.complaints.append(f"nobody made this {kind}: {row}")
