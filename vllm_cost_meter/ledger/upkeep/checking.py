@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, Table, and_, func, or_, select
+from sqlalchemy.dialects import sqlite
 
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.rollups.rebuilding import wrong_days, wrong_hours
@@ -32,6 +33,7 @@ from vllm_cost_meter.ledger.schema import (
     snapshots,
     usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.packed import InstantColumn, PackedId
 from vllm_cost_meter.ledger.tables.pieces import PIECE_NS, piece_amount, with_pieces
 from vllm_cost_meter.ledger.upkeep.copies import column_names, faults, version_of
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
@@ -158,9 +160,17 @@ def _no_rows(connection: sqlite3.Connection, name: str, query: Select[Any]) -> L
     if not count:
         return LedgerCheck(name, True, "all")
     first = connection.execute(sql_of(query.limit(NAMED_MAX))).fetchall()
-    keys = "; ".join(" ".join(map(str, row)) for row in first)
+    columns = list(query.selected_columns)
+    keys = "; ".join(" ".join(map(_shown, columns, row)) for row in first)
     more = f"; and {count - len(first)} more" if count > len(first) else ""
     return LedgerCheck(name, False, f"not {count}: {keys}{more}")
+
+
+def _shown(column: ColumnElement[Any], stored: Any) -> str:
+    """Return what a stored value stands for: an instant or an id is not stored as its text."""
+    kind: Any = column.type
+    is_packed = isinstance(kind, InstantColumn | PackedId)
+    return str(kind.process_result_value(stored, sqlite.dialect()) if is_packed else stored)
 
 
 def _without(table: Table, with_table: Table) -> Select[Any]:
