@@ -55,7 +55,9 @@ def kept(url: str) -> list[dict[str, Any]]:
     try:
         with engine.begin() as connection:
             latest = select(saturation_points).order_by(saturation_points.c.measured_at.desc())
-            return [row._asdict() for row in connection.execute(latest)]
+            # SQLAlchemy's names are no plain texts, and orjson refuses them.
+            names = [str(name) for name in saturation_points.c.keys()]  # noqa: SIM118
+            return [dict(zip(names, row, strict=True)) for row in connection.execute(latest)]
     finally:
         engine.dispose()
 
