@@ -143,6 +143,13 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
     # Rows of requests have instants as integers, short ids, and their hour if it is one. Two
     # indexes have fewer rows.
     13: (
+        *_added("requests", "INTEGER", "hour"),
+        # Indexes that change are made once, of the packed rows.
+        "DROP INDEX IF EXISTS ix_requests_external_id",
+        "DROP INDEX IF EXISTS ix_requests_response_id",
+        "DROP INDEX IF EXISTS ix_usage_pieces_hour",
+        pack_rows,
+        keep_single_hours,
         *(
             statement
             for name in ("external_id", "response_id")
@@ -150,10 +157,6 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
                 "requests", name, name, where=f"substr(request_id, 1, length({name})) <> {name}"
             )
         ),
-        *_added("requests", "INTEGER", "hour"),
-        "DROP INDEX IF EXISTS ix_usage_pieces_hour",
-        pack_rows,
-        keep_single_hours,
         *_index_again("requests", "tenant", "tenant, finished_at"),
     ),
 }

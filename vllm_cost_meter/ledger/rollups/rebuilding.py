@@ -260,10 +260,8 @@ def _told(is_sorted_apart: bool) -> Select[Any]:
     p = prompts.c
     exchanges = (
         select(
-            *(
-                *[func.min(p.hour).label("hour")],
-                *(_first(p[name], is_sorted_apart).label(name) for name in Group._fields),
-            ),
+            func.min(p.hour).label("hour"),
+            *(_first(p[name], is_sorted_apart).label(name) for name in Group._fields),
             *(
                 func.coalesce(func.max(p[f"told_{name}"]), func.sum(p[name])).label(name)
                 for name in _TOKENS
