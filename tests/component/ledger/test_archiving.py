@@ -5,7 +5,6 @@ The judge of a file is DuckDB's own reader, beside the rows as sqlite3 reads the
 
 import stat
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,18 @@ import duckdb
 import pytest
 from sqlalchemy import Engine, select
 
-from tests.component.ledger.test_dropping import AT, LATER_NS, MIDNIGHT, left, put
+from tests.component.ledger.test_dropping import (
+    AT,
+    LATER_NS,
+    MIDNIGHT,
+    engine,
+    left,
+    path,
+    put,
+)
 from tests.component.ledger.test_reader import HOUR, http, part, snapshot
 from tests.support.upkeep import TWO_HOURS, rows_of, url_of, wrong_sums
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.retention import archiving
 from vllm_cost_meter.ledger.retention.archiving import archive_and_drop
@@ -28,21 +34,11 @@ from vllm_cost_meter.ledger.schema import metadata
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.owner import NamedBy, Owner
 
+__all__ = ["engine", "path"]
+
 TABLES = ("requests", "usage_pieces", "http_requests", "request_energy")
 # All that quoting could get wrong.
 ODD = Owner("o'dd \"ñ\\", NamedBy("api_key"), parent="above", tags={"a": "{'x': \"\\n\"}"})
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.db"
-
-
-@pytest.fixture
-def engine(path: Path) -> Iterator[Engine]:
-    engine = open_database(url_of(path))
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture
