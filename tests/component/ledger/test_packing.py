@@ -1,10 +1,7 @@
 """Ledgers of before version 14, whose instants and ids were texts; and ids in their short form."""
 
 import re
-import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -16,14 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 
-from tests.component.ledger.test_reader import http, part, snapshot
 from tests.support.builders import HOUR
 from tests.support.upkeep import sql, url_of, wrong_sums
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.journal.places import folder_of_ledger
-from vllm_cost_meter.journal.writer import JournalWriter
-from vllm_cost_meter.ledger.applier import Applier
-from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import metadata
@@ -189,49 +181,3 @@ def test_an_id_has_one_stored_form_that_is_never_longer(id):
 def test_other_bytes_are_never_taken_for_an_id(stored):
     if is_packed_id(stored):
         assert pack_id(unpack_id(stored)) == stored
-
-
-# ---- beside a server
-
-KILLED = """
-import os, signal, sys
-from vllm_cost_meter.ledger import migrations
-from vllm_cost_meter.ledger.database import open_database
-
-def die(_connection):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-migrations.MIGRATIONS[13] = (*migrations.MIGRATIONS[13], die)
-open_database(sys.argv[1])
-"""
-
-
-def test_costs_are_told_while_an_old_ledger_waits_and_are_in_it_once_it_is_migrated(old):
-    writer = JournalWriter(folder_of_ledger(old))
-    writer.start()
-    told = part(1, "h-new", run_id="new")
-    writer.append(told, http("h-new")).result(5)
-    writer.append(snapshot([told], run_id="new")).result(5)
-    writer.close()
-    assert sql(old, "SELECT version FROM schema_version") == [(13,)]
-    batches = BatchWriter(url_of(old))
-    applier = Applier(batches, folder_of_ledger(old), look_for_dead_s=0)
-    while applier.apply():
-        pass
-    applier.close()
-    with LedgerReader(url_of(old)) as reader:
-        row = reader.look_up("h-new")[0]
-        assert row["cost_nanousd"] == told.cost_nanousd
-        runs = {run["run_id"]: run["balanced"] for run in reader.audit(full=True)["runs"]}
-    assert runs["new"] is True
-    assert wrong_sums(old) == []
-
-
-def test_a_migration_that_is_killed_changes_nothing_and_the_next_start_begins_again(old):
-    before = rows_as_texts(old)
-    done = subprocess.run([sys.executable, "-c", KILLED, url_of(old)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert rows_as_texts(old) == before
-    assert sql(old, "SELECT version FROM schema_version") == [(13,)]
-    open_database(url_of(old)).dispose()
-    assert rows_as_read(old) == with_hour(before)
