@@ -317,7 +317,7 @@ def test_a_second_place_that_is_away_is_a_failure(path, tmp_path):
     assert "is its disk away" in detail
 
 
-def test_an_archive_is_looked_at_and_not_made(path, tmp_path, monkeypatch):
+def test_an_archive_is_looked_at_and_not_made(path, tmp_path):
     folder = tmp_path / "archive"
     assert state_of_check(path, "archive") == (
         "ok",
@@ -332,10 +332,6 @@ def test_an_archive_is_looked_at_and_not_made(path, tmp_path, monkeypatch):
     folder.write_text("no folder")
     state, detail = state_of_check(path, "archive", settings=same)
     assert (state, detail) == ("fail", f"{folder}: {folder} is no folder that this user can write")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    state, detail = state_of_check(path, "archive", settings=same)
-    assert state == "fail"
-    assert "DuckDB, which is not installed" in detail
 
 
 def test_a_damaged_file_that_was_set_aside_is_a_warning(path):

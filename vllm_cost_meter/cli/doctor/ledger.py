@@ -3,7 +3,6 @@
 Invariant: what a server's start would do to the ledger is said, never done.
 """
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from vllm_cost_meter.ledger.economics.saturation import knows_runs
 from vllm_cost_meter.ledger.file_modes import open_to_others
 from vllm_cost_meter.ledger.journal_place import journal_folder, second_journal_folder
 from vllm_cost_meter.ledger.queries.answers import SetAsideFile
-from vllm_cost_meter.ledger.retention.parquet import MISSING
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.ledger.upkeep.examining import damage_of, try_writing, version_in
 from vllm_cost_meter.ledger.upkeep.sqlite_files import free_bytes
@@ -105,8 +103,6 @@ def archive_writable(folder: str | None) -> Finding:
     """Check that dropped rows can be kept in Parquet files, if they are to be."""
     if folder is None:
         return fine("archive", "none is set: rows of old requests are dropped for good")
-    if importlib.util.find_spec("duckdb") is None:
-        return failed("archive", MISSING)
     return _folder("archive", Path(folder))
 
 
