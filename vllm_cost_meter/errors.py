@@ -35,7 +35,14 @@ class UnreadableError(SettingError):
 
 
 class LedgerError(CostMeterError):
-    """The ledger cannot be used. The message names the ledger, the cause and what to do."""
+    """The ledger cannot be used. The message names the ledger, the cause and what to do.
+
+    `is_missing` tells that there is none at its place.
+    """
+
+    def __init__(self, message: str, *, is_missing: bool = False) -> None:
+        super().__init__(message)
+        self.is_missing = is_missing
 
 
 class StepLogError(CostMeterError):

@@ -22,16 +22,18 @@ from tests.support.ledger_writer import LedgerWriter
 from tests.support.world import BODY, JSON, World, journal, replying, scope_of
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.economics import Declared
-from vllm_cost_meter.errors import OverdueError
+from vllm_cost_meter.errors import LedgerError, OverdueError
+from vllm_cost_meter.journal.places import LEDGER_MARK_NAME, make_folder_of_journals
 from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.deadline import Deadline, deadline
 from vllm_cost_meter.ledger.economics.query import economics
+from vllm_cost_meter.ledger.journal_place import journal_folder
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.retention.dropping import drop_rows
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
-from vllm_cost_meter.ledger.schema import not_derived, usage_pieces
+from vllm_cost_meter.ledger.schema import metadata, not_derived, usage_pieces
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.client_text import stored
@@ -417,3 +419,23 @@ def test_a_question_that_takes_too_long_is_ended_by_the_server(
             connection.execute(text("SELECT pg_sleep(60)"))
     finally:
         deadline.reset(token)
+
+
+def test_a_database_that_lost_its_ledger_gets_no_new_one(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    make_folder_of_journals(journal_folder(url))
+    batches = BatchWriter(url)
+    engine = batches.opened()
+    with engine.begin() as connection:
+        metadata.drop_all(connection)
+    batches.drop()
+    with pytest.raises(LedgerError, match="There was one, so no other is begun"):
+        batches.opened()
+    mark = journal_folder(url) / LEDGER_MARK_NAME
+    mark.unlink()
+    again = BatchWriter(url)
+    again.opened()
+    again.drop()
+    assert mark.exists()

@@ -27,6 +27,8 @@ FOLDER_SUFFIX = ".journal"
 LOCK_NAME = "lock"
 # Held by whoever applies the journals of a ledger.
 APPLIER_LOCK_NAME = "applier.lock"
+# Says that a ledger was made beside the journals: without it, that one is away.
+LEDGER_MARK_NAME = "ledger-is-made"
 # Links to folders with journals of the same ledger in other places.
 SECOND_PREFIX = "second-"
 _ID_BYTES = 16
@@ -99,6 +101,25 @@ def folder_of_database(shown_url: str, state_folder: Path) -> Path:
     """Return the folder of journals on this machine for a ledger that is no file."""
     digest = hashlib.sha256(shown_url.encode()).hexdigest()[:16]
     return state_folder / f"database-{digest}{FOLDER_SUFFIX}"
+
+
+def mark_ledger(folder: Path) -> None:
+    """Remember that a ledger was made beside these journals. Never raises."""
+    try:
+        files.close(files.open_file(folder / LEDGER_MARK_NAME, os.O_CREAT | os.O_WRONLY))
+    except OSError:
+        pass  # Nothing is journaled here yet, or the next one to open the ledger marks it.
+
+
+def unmark_ledger(folder: Path) -> None:
+    """Have another ledger be made beside these journals. Raises OSError."""
+    files.remove_file(folder / LEDGER_MARK_NAME)
+
+
+def mark_of_ledger(folder: Path) -> Path | None:
+    """Return the mark of the ledger that was made beside these journals; None without."""
+    mark = folder / LEDGER_MARK_NAME
+    return mark if files.exists(mark) else None
 
 
 def link_second(first: Path, second: Path) -> None:

@@ -6,9 +6,10 @@ the bad record is alone. That one is given up, and the others are written.
 
 The file of a SQLite ledger is watched by its identity. Where it was deleted, renamed or replaced
 while it was open, commits would go into a file that nobody finds again. So a connection to another
-file than the one at the path is closed before and after each batch, and after the first time no
-file is made: a ledger that went away is waited for. One that was set aside for damage is begun
-anew, and an empty ledger gets the names of those before it gets anything else.
+file than the one at the path is closed before and after each batch, and a ledger is made once: a
+mark beside the journals says so to whoever comes later. One that went away is waited for, because a
+new one would be lost with its records when the old one is moved back. One that was set aside for
+damage is begun anew, and an empty ledger gets the names of those before it gets anything else.
 
 Invariant: either all records of a batch but the bad ones are in the file at the ledger's path, with
 the positions of its journals, or `write` raises and none of them is.
@@ -23,6 +24,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.journal import places
 from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.journal.reader import Position
 from vllm_cost_meter.ledger.damage.noticing import damage_in
@@ -30,6 +32,7 @@ from vllm_cost_meter.ledger.damage.setting_aside import name_set_aside
 from vllm_cost_meter.ledger.database import open_database, parse_url, sqlite_path, writing
 from vllm_cost_meter.ledger.faults import Fault, fault_of
 from vllm_cost_meter.ledger.inserts import write
+from vllm_cost_meter.ledger.journal_place import journal_folder
 from vllm_cost_meter.ledger.progress import JournalProgress, read_positions, write_progress
 
 # One attempt waits so long for another process's transaction; then the caller tries again.
@@ -61,6 +64,7 @@ class BatchWriter:
         self._upgrade = upgrade
         self._open = open_
         self._path: Path | None = sqlite_path(parse_url(url))
+        self._folder = journal_folder(url)
         self._engine: Engine | None = None
         self._identity: FileIdentity | None = None
 
@@ -74,16 +78,31 @@ class BatchWriter:
         if self._engine is not None and self._identity != self._identity_now():
             self.drop()
         if self._engine is None:
-            self._engine = self._open(
-                self.url,
-                create=self._create,
-                upgrade=self._create and self._upgrade,
-                busy_timeout_s=ATTEMPT_S,
-            )
+            self._engine = self._opened_where_it_was()
             self._identity = self._identity_now()
             self._create = False
             self._name_set_aside(self._engine)
+            places.mark_ledger(self._folder)
         return self._engine
+
+    def _opened_where_it_was(self) -> Engine:
+        """Open the ledger; make it only if none was made for these journals."""
+        mark = places.mark_of_ledger(self._folder)
+        try:
+            return self._open(
+                self.url,
+                create=self._create and mark is None,
+                upgrade=self._create and self._upgrade,
+                busy_timeout_s=ATTEMPT_S,
+            )
+        except LedgerError as error:
+            if mark is None or not error.is_missing:
+                raise
+            raise LedgerError(
+                f"{error}. There was one, so no other is begun: bills wait in the journals"
+                f" {self._folder} until it is back, or a copy of it (`vllm-cost-meter ledger"
+                f" restore`). If it is gone for good, remove {mark}, and a new one is begun"
+            ) from None
 
     def positions(self) -> dict[str, Position]:
         """Return how far the ledger has each journal, by its id."""

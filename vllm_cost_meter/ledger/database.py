@@ -263,7 +263,8 @@ def _require_file(path: Path, parsed: URL) -> None:
     if not path.exists():
         raise LedgerError(
             f"ledger {parsed.render_as_string(hide_password=True)}: no such file; start a server"
-            " with the meter, or name the right ledger in COST_METER_LEDGER"
+            " with the meter, or name the right ledger in COST_METER_LEDGER",
+            is_missing=True,
         )
 
 
@@ -413,7 +414,9 @@ def _ensure_schema(engine: Engine, shown: str, *, create: bool, upgrade: bool) -
         _upgrade(engine, shown, found)
         found = recorded_version(engine)
     if found is None:
-        raise LedgerError(f"ledger {shown}: holds no ledger (no table schema_version)")
+        raise LedgerError(
+            f"ledger {shown}: holds no ledger (no table schema_version)", is_missing=True
+        )
     refuse_newer(found, f"ledger {shown}")
     if found < SCHEMA_VERSION:
         raise LedgerError(

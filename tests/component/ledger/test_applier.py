@@ -18,7 +18,12 @@ from vllm_cost_meter.journal import segments
 from vllm_cost_meter.journal.entries import write_entry
 from vllm_cost_meter.journal.frames import frame
 from vllm_cost_meter.journal.open_journal import OpenJournal
-from vllm_cost_meter.journal.places import FileLock, folder_of_ledger, journal_ids
+from vllm_cost_meter.journal.places import (
+    LEDGER_MARK_NAME,
+    FileLock,
+    folder_of_ledger,
+    journal_ids,
+)
 from vllm_cost_meter.journal.reader import Position
 from vllm_cost_meter.ledger.applier import Applier
 from vllm_cost_meter.ledger.apply_loop import ApplyLoop
@@ -176,7 +181,7 @@ def test_a_ledger_that_was_moved_away_is_waited_for_and_no_new_one_is_made(path,
         if file.is_file():
             file.rename(file.with_name("away" + file.name))
     process.bill(3)
-    with pytest.raises(LedgerError, match="no such file"):
+    with pytest.raises(LedgerError, match="There was one, so no other is begun"):
         apply_all(applier)
     assert not path.exists()
     for file in tmp_path.glob("awayledger.db*"):
@@ -184,6 +189,48 @@ def test_a_ledger_that_was_moved_away_is_waited_for_and_no_new_one_is_made(path,
     apply_all(applier)
     applier.close()
     assert seqs(path) == [1, 2, 3, 4, 5]
+    process.die()
+
+
+def test_a_process_that_starts_while_the_ledger_is_away_waits_for_it_and_begins_no_other(
+    path, tmp_path
+):
+    dead, alive = Process(path), Process(path, run_id="alive")
+    dead.bill(2)
+    apply_all(applier_of(path))
+    dead.bill(3)
+    dead.die()
+    alive.bill(1)
+    away = tmp_path / "away"
+    away.mkdir()
+    for file in tmp_path.glob("ledger.db*"):
+        if file.is_file():
+            file.rename(away / file.name)
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="There was one, so no other is begun"):
+            apply_all(applier_of(path))
+    assert not path.exists()
+    # Over whatever is there.
+    for file in away.iterdir():
+        file.rename(tmp_path / file.name)
+    apply_all(applier_of(path))
+    assert (seqs(path), seqs(path, "alive")) == ([1, 2, 3, 4, 5], [1])
+    alive.die()
+
+
+def test_a_new_ledger_is_begun_once_the_mark_of_the_old_one_is_removed(path):
+    process = Process(path)
+    process.bill(2)
+    apply_all(applier_of(path))
+    path.unlink()
+    with pytest.raises(LedgerError) as refused:
+        applier_of(path).apply()
+    mark = folder_of_ledger(path) / LEDGER_MARK_NAME
+    assert f"remove {mark}, and a new one is begun" in str(refused.value)
+    mark.unlink()
+    process.bill(1)
+    apply_all(applier_of(path))
+    assert seqs(path) == [1, 2, 3]
     process.die()
 
 
@@ -391,7 +438,7 @@ def test_what_processes_left_behind_that_died_while_a_journal_was_made_or_remove
     applier = applier_of(path)
     apply_all(applier)
     applier.close()
-    assert [each.name for each in folder.iterdir()] == []
+    assert [each.name for each in folder.iterdir()] == [LEDGER_MARK_NAME]
 
 
 def test_the_garbage_collector_rests_during_a_batch_and_no_longer(path):

@@ -30,6 +30,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.journal.places import folder_of_ledger, unmark_ledger
 from vllm_cost_meter.ledger.database import cause_of, open_to_read
 from vllm_cost_meter.ledger.queries.answers import SetAsideFile
 from vllm_cost_meter.ledger.schema import (
@@ -53,6 +54,7 @@ def set_damaged_aside(path: Path, now_ns: int) -> Path:
 
     The caller holds the lock of the applier and makes the new file.
     """
+    unmark_ledger(folder_of_ledger(path))
     return set_aside(path.resolve(), KIND, rfc3339(now_ns))
 
 
