@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 
@@ -57,8 +58,14 @@ class Faults:
         kinds = list(self._kinds)
         weights = [weight for weight, _ in self._kinds.values()]
         (name,) = self._random.choices(kinds, weights)
+        self._note(name)
         if self._kinds[name][1](self._random.choice(self._servers)):
             self.counts[name] = self.counts.get(name, 0) + 1
+
+    def _note(self, name: str) -> None:
+        """Write down when a fault begins: whatever is lost has its time in its id."""
+        with self._ledger.with_name("faults.log").open("a") as log:
+            log.write(f"{datetime.now(UTC).isoformat()} {name}\n")
 
     def end(self) -> None:
         """Wait for the commands beside."""

@@ -6,6 +6,7 @@ test of `make test`.
 
 import argparse
 import json
+import shutil
 import sqlite3
 import sys
 import tempfile
@@ -152,10 +153,12 @@ def main() -> int:
     parser.add_argument("--no-real-server", action="store_true")
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        outcome = soak(
-            Path(folder), 60 * given.minutes, seed=given.seed, is_real=not given.no_real_server
-        )
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    outcome = soak(folder, 60 * given.minutes, seed=given.seed, is_real=not given.no_real_server)
+    if outcome.is_well:
+        shutil.rmtree(folder)
+    else:
+        print(f"what is left, logs and the times of all faults: {folder}")
     print(json.dumps(asdict(outcome), indent=1))
     verdict = "nothing lost, nothing doubled" if outcome.is_well else "NOT AS PROMISED"
     print(
