@@ -8,8 +8,15 @@ from tests.support.pages import DOCS, names, section, table_rows
 from vllm_cost_meter.attribution import METHODS
 from vllm_cost_meter.engine.step_log import _Line
 from vllm_cost_meter.lab.validation import roofline, traffic
-from vllm_cost_meter.lab.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES, SimulationPlan
-from vllm_cost_meter.lab.validation.compare import WARM_UP_PART, Errors
+from vllm_cost_meter.lab.validation.command import (
+    LEAVE_ONE_OUT,
+    MEAN_BATCHES,
+    WARM_UP_PART,
+    KernelPlan,
+    RooflinePlan,
+)
+from vllm_cost_meter.lab.validation.compare import Errors
+from vllm_cost_meter.lab.validation.scenarios import JUDGED, LEARNT, SCENARIOS
 from vllm_cost_meter.lab.validation.truth import ENUMERATED_MAX
 
 PAGE = DOCS / "explanation" / "validation.md"
@@ -29,21 +36,30 @@ def test_the_gpus_are_those_that_are_simulated():
 
 
 def test_the_tables_list_all_gpus_models_tenants_and_keys():
-    tenants = [tenant.name for tenant in traffic.TENANTS]
-    assert names(PAGE, "The server") == [
+    assert names(PAGE, "The scenarios") == [
+        *(tenant.name for tenant in traffic.SEVEN_TENANTS),
+        "--scenario",
+        *SCENARIOS,
+    ]
+    assert names(PAGE, "The roofline") == [
         "--gpu",
         *roofline.GPUS,
         "--model",
         *roofline.MODELS,
-        *tenants,
+        *(tenant.name for tenant in traffic.TENANTS),
     ]
     assert names(PAGE, "What is measured") == list(Errors.__dataclass_fields__)
     assert names(PAGE, "Your own traffic") == list(_Line.__struct_fields__)
 
 
-def test_the_tenants_are_those_that_are_simulated():
-    for tenant in traffic.TENANTS:
-        prompt, output, share = ROWS[tenant.name]
+@pytest.mark.parametrize(
+    ("heading", "tenants"),
+    [("The scenarios", traffic.SEVEN_TENANTS), ("The roofline", traffic.TENANTS)],
+)
+def test_the_tenants_are_those_that_are_simulated(heading, tenants):
+    rows = {row[0].strip("`"): row[1:] for row in table_rows(section(PAGE, heading))}
+    for tenant in tenants:
+        prompt, output, share = rows[tenant.name]
         assert (number(prompt), number(output)) == (tenant.prompt_tokens, tenant.output_tokens)
         assert share == f"{tenant.requests_share:.0%}".replace("%", " %")
 
@@ -55,7 +71,7 @@ def test_the_experts_are_those_of_the_model():
 
 
 def test_figures_in_the_text_are_those_of_the_code():
-    plan = SimulationPlan()
+    plan = RooflinePlan()
     *batches, last = MEAN_BATCHES
     for words in (
         f"Up to {ENUMERATED_MAX} requests",
@@ -68,6 +84,9 @@ def test_figures_in_the_text_are_those_of_the_code():
         f"to about {traffic.CALIBRATION_TOLERANCE:.0%}".replace("%", " %"),
         f"within {traffic.TOKEN_BUDGET:,} tokens",
         f"every {plan.every}th step",
+        f"2 x {KernelPlan().permutations:,} random orders",
+        f"first {LEARNT:,} steps",
+        f"{JUDGED:,} steps that follow",
     ):
         assert words in TEXT
     assert "first third" in TEXT

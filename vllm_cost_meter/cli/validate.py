@@ -1,32 +1,48 @@
 """The command `validate`: how wrong each attribution method is."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vllm_cost_meter.cli.options import Json, Wide, one_line_errors
 from vllm_cost_meter.lab.tiny_model import default_path
 
+Show = Callable[..., None]
+
 
 def validate(
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(help="A simulated server by its name; repeat it for several, or all."),
+    ] = None,
+    roofline: Annotated[
+        bool, typer.Option(help="Simulate steps of a form that the meter fits: tests the fit.")
+    ] = False,
     gpu: Annotated[
-        list[str] | None, typer.Option(help="h100, a100 or l4; repeat it for several, or all.")
+        list[str] | None,
+        typer.Option(help="With --roofline: h100, a100 or l4; repeat it for several, or all."),
     ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="llama-3.1-8b, qwen3-30b-a3b, or qwen3-30b-a3b-random (experts chosen at random);"
-            " repeat it for several, or all."
+            help="With --roofline: llama-3.1-8b, qwen3-30b-a3b, or qwen3-30b-a3b-random (experts"
+            " at random); repeat it for several, or all."
         ),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(min=1, max=1000, help="Mean requests per step; or 10, 60 and 160."),
+        typer.Option(
+            min=1, max=1000, help="With --roofline: mean requests per step; or 10, 60 and 160."
+        ),
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=100, help="Steps to simulate; the first third is not compared.")
+        int,
+        typer.Option(
+            min=100, help="With --roofline: steps to simulate; the first third is not compared."
+        ),
     ] = 30_000,
     every: Annotated[int, typer.Option(min=1, help="Compare every n-th step.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other traffic.")] = 0,
@@ -48,25 +64,58 @@ def validate(
 
     The truth is simulated, replayed from a step log, or measured on a real server.
 
-    Example: vllm-cost-meter validate --gpu h100 --batch 60
+    Example: vllm-cost-meter validate --scenario experts-64
     """
-    # This import loads the native attribution; a simulation loads numpy and vLLM too.
-    from vllm_cost_meter.lab.validation import command, tables
-
     with one_line_errors():
-        if step_log is not None and (gpu or model or batch):
-            raise ValueError("--step-log: expected without --gpu, --model and --batch")
+        if not roofline and (gpu or model or batch):
+            raise ValueError("--gpu, --model and --batch: expected with --roofline only")
+        if sum((bool(scenario), roofline, step_log is not None, server is not None)) > 1:
+            raise ValueError("expected one of --scenario, --roofline, --step-log and --server")
         if server is not None:
-            path = str(default_path()) if server == "tiny" else server
-            answer, show = command.measured(path, rounds), tables.show_servers
-        elif step_log is None:
-            plan = command.SimulationPlan(
-                gpu or (), model or (), batch or (), steps, every, seed=seed
-            )
-            answer, show = command.validate(plan), tables.show_truths
+            answer, show = _on_server(server, rounds)
+        elif step_log is not None:
+            answer, show = _replayed(step_log)
+        elif roofline:
+            answer, show = _rooflines(gpu or (), model or (), batch or (), steps, every, seed)
         else:
-            answer, show = command.replayed(step_log), tables.show_replay
+            answer, show = _scenarios(scenario or (), every, seed)
     if as_json:
         print(json.dumps(answer))
     else:
         show(answer, wide=wide)
+
+
+# Each imports what it needs: the native attribution, numpy and vLLM take seconds to load.
+
+
+def _scenarios(names: Sequence[str], every: int, seed: int) -> tuple[dict[str, Any], Show]:
+    from vllm_cost_meter.lab.validation import command, tables
+
+    return command.judge(command.KernelPlan(names, every, seed=seed)), tables.show_truths
+
+
+def _rooflines(
+    gpus: Sequence[str],
+    models: Sequence[str],
+    mean_batches: Sequence[int],
+    steps: int,
+    every: int,
+    seed: int,
+) -> tuple[dict[str, Any], Show]:
+    from vllm_cost_meter.lab.validation import command, tables
+
+    plan = command.RooflinePlan(gpus, models, mean_batches, steps, every, seed=seed)
+    return command.fit_roofline(plan), tables.show_truths
+
+
+def _on_server(server: str, rounds: int) -> tuple[dict[str, Any], Show]:
+    from vllm_cost_meter.lab.validation import command, tables
+
+    path = str(default_path()) if server == "tiny" else server
+    return command.measured(path, rounds), tables.show_servers
+
+
+def _replayed(step_log: Path) -> tuple[dict[str, Any], Show]:
+    from vllm_cost_meter.lab.validation import command, tables
+
+    return command.replayed(step_log), tables.show_replay

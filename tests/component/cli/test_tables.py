@@ -85,7 +85,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("--usd-per-hour", "2.49", "--spot-usd-per-hour", "1", "--volume", "1,1000000"),
     ),
     "validate": (
-        *("validate", "--gpu", "l4", "--model", "llama-3.1-8b"),
+        *("validate", "--roofline", "--gpu", "l4", "--model", "llama-3.1-8b"),
         *("--batch", "60", "--steps", "200"),
     ),
 }  # fmt: skip

@@ -16,9 +16,8 @@ from vllm_cost_meter.lab.validation.compare import (
     compare,
 )
 from vllm_cost_meter.lab.validation.percentiles import Percentiles
-from vllm_cost_meter.lab.validation.roofline import StepGame
-from vllm_cost_meter.lab.validation.traffic import Trace, TraceStep, make_trace
-from vllm_cost_meter.lab.validation.truth import enumerated
+from vllm_cost_meter.lab.validation.traffic import Load, Trace, TraceStep, make_trace
+from vllm_cost_meter.lab.validation.truth import StepGame, enumerated
 
 MACHINE = machine_of()
 
@@ -44,14 +43,14 @@ class TruthItself:
 @functools.cache
 def small_trace() -> Trace:
     """Return a trace whose every step can be enumerated."""
-    trace = make_trace(MACHINE, 5, 300, seed=2)
+    trace = make_trace(MACHINE, Load(5), 300, seed=2)
     trace.steps = [step for step in trace.steps if len(step.requests) <= 12]
     assert len(trace.steps) > 250
     return trace
 
 
 def compared(every: int = 3, **splitters: Splitter) -> TraceResult:
-    return compare(small_trace(), MACHINE, splitters, every=every, permutations=10, seed=1)
+    return compare(small_trace(), splitters, learnt=100, every=every, permutations=10, seed=1)
 
 
 def test_a_method_that_is_the_truth_has_no_error():
@@ -82,7 +81,7 @@ def test_charging_a_tenth_too_little_is_an_error_of_a_tenth_for_all():
     assert errors.misplaced_share == pytest.approx(0.05, rel=1e-9)
 
 
-def test_the_first_third_is_fed_and_then_every_nth_step_is_compared():
+def test_the_first_steps_are_fed_and_then_every_nth_step_is_compared():
     splitter = TruthItself()
     found = compared(every=4, it=splitter)
     assert found.compared_steps == 50
@@ -129,7 +128,7 @@ def test_more_than_the_step_would_take_with_it_alone_is_outside_the_interval():
 
     trace = dataclasses.replace(small_trace(), steps=[step])
     found = compare(
-        trace, MACHINE, {"a": Above(), "b": Below()}, every=1, permutations=2, seed=1
+        trace, {"a": Above(), "b": Below()}, learnt=0, every=1, permutations=2, seed=1
     ).methods
     for name, wrong_ns in (("a", 500), ("b", 300)):
         expected = wrong_ns * len(step.requests) / step.gpu_time_ns
@@ -138,9 +137,10 @@ def test_more_than_the_step_would_take_with_it_alone_is_outside_the_interval():
 
 
 def test_the_noise_of_a_sampled_truth_is_stated():
-    trace = make_trace(MACHINE, 30, 300, seed=1)
+    trace = make_trace(MACHINE, Load(30), 300, seed=1)
     rough, fine = (
-        compare(trace, MACHINE, {}, every=2, permutations=count, seed=1).noise for count in (4, 400)
+        compare(trace, {}, learnt=100, every=2, permutations=count, seed=1).noise
+        for count in (4, 400)
     )
     assert 0 < fine.request_error.p95 < rough.request_error.p95 / 3
     assert 0 < fine.misplaced_share < rough.misplaced_share
@@ -150,8 +150,8 @@ def test_each_step_is_announced():
     seen = []
     compare(
         small_trace(),
-        MACHINE,
         {},
+        learnt=100,
         every=50,
         permutations=2,
         seed=1,

@@ -1,20 +1,30 @@
 """The simulated traffic is scheduled as vLLM schedules, at the load that was asked for."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
 
 from tests.unit.lab.test_truth import machine_of
 from vllm_cost_meter.lab.validation import traffic
-from vllm_cost_meter.lab.validation.traffic import TENANTS, TOKEN_BUDGET, Trace, make_trace
+from vllm_cost_meter.lab.validation.traffic import (
+    ACCEPTED,
+    TENANTS,
+    TOKEN_BUDGET,
+    Load,
+    MachineChange,
+    SimulatedTenant,
+    Trace,
+    make_trace,
+)
 
 STEPS = 1_500
 
 
 @functools.cache
 def trace_of(mean_batch: int = 20, seed: int = 1) -> Trace:
-    return make_trace(machine_of(compute=False), mean_batch, STEPS, seed)
+    return make_trace(machine_of(compute=False), Load(mean_batch), STEPS, seed)
 
 
 def lives(trace: Trace) -> dict[int, list[tuple[int, int, int]]]:
@@ -87,7 +97,7 @@ def test_a_trace_starts_in_the_midst_of_life():
 
 
 def test_lengths_have_the_means_of_the_tenants():
-    server = traffic._Server(machine_of(), 0, 1, requests_per_s=1.0)
+    server = traffic._Server(machine_of(), Load(0), 1, requests_per_s=1.0)
     for place, tenant in enumerate(TENANTS):
         requests = [server._add(place, size_biased=False) for _ in range(3_000)]
         prompts = [server.trace.prompt_tokens[r] for r in requests]
@@ -97,7 +107,7 @@ def test_lengths_have_the_means_of_the_tenants():
 
 
 def test_arrivals_are_poisson_with_the_tenants_parts():
-    server = traffic._Server(machine_of(), 0, 1, requests_per_s=50.0)
+    server = traffic._Server(machine_of(), Load(0), 1, requests_per_s=50.0)
     server._now_s = 100.0
     server._admit_arrivals()
     tenants = np.array(server.trace.tenants)
@@ -119,14 +129,60 @@ def test_step_times_have_two_percent_of_noise():
 
 
 def test_a_server_without_requests_waits_for_the_next():
-    server = traffic._Server(machine_of(), 0, 1, requests_per_s=0.001)
+    server = traffic._Server(machine_of(), Load(0), 1, requests_per_s=0.001)
     server.run(3)
     assert server._now_s > 100
     assert server.trace.steps[0].requests == [0]
 
 
 def test_a_seed_gives_the_same_trace_again():
-    first, second = (make_trace(machine_of(), 5, 50, seed=3) for _ in range(2))
-    other = make_trace(machine_of(), 5, 50, seed=4)
+    first, second = (make_trace(machine_of(), Load(5), 50, seed=3) for _ in range(2))
+    other = make_trace(machine_of(), Load(5), 50, seed=4)
     times = [[step.gpu_time_ns for step in trace.steps] for trace in (first, second, other)]
     assert times[0] == times[1] != times[2]
+
+
+def test_a_decode_computes_its_drafts_and_goes_on_by_those_that_are_accepted():
+    trace = make_trace(machine_of(compute=False), Load(20, draft_tokens=3), 400, seed=1)
+    goes_on = []
+    for step, after in itertools.pairwise(trace.steps):
+        decodes = ~step.is_prefill
+        assert set(step.tokens[decodes]) <= {4}
+        assert not step.rejected[step.is_prefill].any()
+        where = dict(zip(after.requests, after.positions.tolist(), strict=True))
+        for place in np.flatnonzero(decodes):
+            request = step.requests[place]
+            if request in where:
+                accepted = where[request] - step.positions[place]
+                assert accepted == 4 - step.rejected[place]
+                goes_on.append(accepted)
+    assert np.mean(goes_on) == pytest.approx(sum(ACCEPTED**n for n in range(4)), rel=0.03)
+
+
+def test_an_embedding_is_over_with_its_prompt():
+    embeddings = SimulatedTenant("embeddings", 300, 1, 0.4)
+    trace = make_trace(machine_of(), Load(8, (TENANTS[0], embeddings)), 500, seed=1)
+    of = [request for request, place in enumerate(trace.tenants) if place == 1]
+    assert len(of) > 10
+    for request in of:
+        for _, position, tokens in lives(trace).get(request, []):
+            assert position + tokens <= trace.prompt_tokens[request]
+
+
+def test_a_late_tenant_and_another_machine_come_when_they_are_said_to():
+    late = SimulatedTenant("late", 64, 8, 0.5, first_step=200)
+    slow = machine_of(compute=False)
+    load = Load(8, (SimulatedTenant("chat", 64, 8, 0.5), late), change=MachineChange(300, slow))
+    trace = make_trace(machine_of(), load, 400, seed=1)
+    first = min(
+        number
+        for number, step in enumerate(trace.steps)
+        if any(trace.tenants[request] == 1 for request in step.requests)
+    )
+    assert first > 200
+    assert trace.machine_at(299) is trace.machine
+    assert trace.machine_at(300) is slow
+    for number in (0, 399):
+        assert trace.steps[number].gpu_time_ns / 1e9 == pytest.approx(
+            trace.game(number).total_s, rel=0.1
+        )

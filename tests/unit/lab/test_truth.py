@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 
 from vllm_cost_meter.attribution.priors import Peaks
-from vllm_cost_meter.lab.validation.roofline import Gpu, Machine, StepGame, StepWork
-from vllm_cost_meter.lab.validation.truth import ENUMERATED_MAX, enumerated, sampled, shapley
+from vllm_cost_meter.lab.validation.roofline import Gpu, Machine, StepWork
+from vllm_cost_meter.lab.validation.truth import (
+    ENUMERATED_MAX,
+    StepGame,
+    enumerated,
+    sampled,
+    shapley,
+)
 
 # A token takes 1 ms of arithmetic and 0.1 ms of reading, a sequence 1 ms of reading; the weights
 # take 20 ms. A chunk of prompt with some decodes lies at the ridge.
 PER_SECOND = 1e12
-GPU = Gpu("test", Peaks(PER_SECOND / 0.6, PER_SECOND / 0.85), 1.0, "made up")
+GPU = Gpu("test", Peaks(PER_SECOND / 0.6, PER_SECOND / 0.85), 1.0, 4, "made up")
 
 
 def machine_of(experts: int = 0, expert_ms: float = 0.0, compute: bool = True) -> Machine:

@@ -1,6 +1,7 @@
 """The command `validate`: what it prints, and with which status it ends."""
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,11 +15,23 @@ from vllm_cost_meter.lab.validation.command import LEAVE_ONE_OUT, MEAN_BATCHES
 from vllm_cost_meter.lab.validation.roofline import GPUS, MODELS
 from vllm_cost_meter.lab.validation.tables import _percent
 
-SMALL = ("validate", "--gpu", "l4", "--model", "llama-3.1-8b", "--batch", 60, "--steps", 200)
+SMALL = (
+    "validate",
+    "--roofline",
+    "--gpu",
+    "l4",
+    "--model",
+    "llama-3.1-8b",
+    "--batch",
+    60,
+    "--steps",
+    200,
+)
 SPREAD = {"median", "p95", "max"}
 ERRORS = {
     "request_error",
     "tenant_error",
+    "tenants",
     "misplaced_share",
     "outside_interval_share",
     "outside_interval_parts_share",
@@ -49,6 +62,17 @@ def test_json_is_one_line_with_every_method_of_every_truth():
         assert found["methods"]["tokens"]["uncharged_share"] == pytest.approx(0, abs=1e-12)
 
 
+def test_a_scenario_is_judged_kernel_by_kernel_and_the_last_line_names_the_worst_tenant():
+    result = run("validate", "--scenario", "dense-4", "--every", 200)
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("dense-4: mean batch 4.")
+    assert lines[-3].startswith("shapley, each tenant: chat ")
+    form = r"worst tenant error of shapley: ([+-][\d.]+) % \((.*); dense-4\)"
+    worst = re.fullmatch(form, lines[-1])
+    assert worst is not None
+    assert f"{worst[2]} {worst[1]}" in lines[-3]
+
+
 def test_a_seed_gives_the_same_figures_again():
     first, second, other = (run(*SMALL, "--json", "--seed", n).stdout for n in (1, 1, 2))
     assert first.splitlines()[-1] == second.splitlines()[-1] != other.splitlines()[-1]
@@ -60,9 +84,11 @@ def test_a_truth_is_a_table_with_a_row_per_method_and_the_noise():
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert lines[0].startswith("l4/llama-3.1-8b/60: mean batch ")
     rows = [line.split("  ")[0] for line in lines[3:] if line]
-    assert rows[:-1] == [*METHODS, LEAVE_ONE_OUT, "(the truth's noise)"]
-    assert rows[-1].startswith("weights and KV cache need ")
-    assert rows[-1].endswith("it could not hold this batch, and is simulated as if it could")
+    assert rows[:5] == [*METHODS, LEAVE_ONE_OUT, "(the truth's noise)"]
+    assert rows[5].startswith("shapley, each tenant: chat ")
+    assert rows[6].startswith("weights and KV cache need ")
+    assert rows[6].endswith("it could not hold this batch, and is simulated as if it could")
+    assert rows[7].startswith("worst tenant error of shapley: ")
     assert "…" not in result.stdout
 
 
@@ -75,13 +101,18 @@ def test_help_names_every_gpu_model_and_batch():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpu", "b200"), "--gpu: expected one of h100, a100, l4, got 'b200'"),
-        (("--model", "gpt"), "--model: expected one of llama-3.1-8b, "),
+        (("--scenario", "sparse"), "--scenario: expected one of dense-4, dense-64, "),
+        (("--roofline", "--gpu", "b200"), "--gpu: expected one of h100, a100, l4, got 'b200'"),
+        (("--roofline", "--model", "gpt"), "--model: expected one of llama-3.1-8b, "),
         (("--step-log", "nowhere"), "step log nowhere: cannot be read: No such file"),
         (("--step-log", __file__), "expected a first line with the format"),
         (
             ("--step-log", "x", "--gpu", "l4"),
-            "--step-log: expected without --gpu, --model and --batch",
+            "--gpu, --model and --batch: expected with --roofline only",
+        ),
+        (
+            ("--step-log", "x", "--scenario", "dense-4"),
+            "expected one of --scenario, --roofline, --step-log and --server",
         ),
     ],
 )

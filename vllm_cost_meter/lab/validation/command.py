@@ -18,17 +18,34 @@ from vllm_cost_meter.errors import DependencyError
 from vllm_cost_meter.lab.validation.replay import replay
 
 if TYPE_CHECKING:
-    from vllm_cost_meter.lab.validation.roofline import Machine
+    from vllm_cost_meter.attribution.priors import Prior
+    from vllm_cost_meter.lab.validation.traffic import Trace
 
 T = TypeVar("T")
 
 MEAN_BATCHES = (10, 60, 160)
 LEAVE_ONE_OUT = "leave-one-out"
+# Of the steps of a roofline's trace, this part comes before any comparison.
+WARM_UP_PART = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
-class SimulationPlan:
-    """The simulations to run. Empty `gpus`, `models` or `mean_batches` mean all of them.
+class KernelPlan:
+    """The scenarios to simulate kernel by kernel; without names, all of them.
+
+    Every `every`-th step that is judged is compared with a truth from twice `permutations` random
+    orders.
+    """
+
+    scenarios: Sequence[str] = ()
+    every: int = 10
+    permutations: int = 200
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RooflinePlan:
+    """The rooflines to simulate. Empty `gpus`, `models` or `mean_batches` mean all of them.
 
     Each trace has `steps` steps. After the warm-up, every `every`-th step is compared with a truth
     from twice `permutations` random orders.
@@ -43,34 +60,76 @@ class SimulationPlan:
     seed: int = 0
 
 
-def validate(plan: SimulationPlan) -> dict[str, Any]:
-    """Return each method's errors against each simulated truth, by "GPU/model/mean batch".
+def judge(plan: KernelPlan) -> dict[str, Any]:
+    """Return each method's errors in each scenario, by its name.
+
+    Raises ValueError for an unknown scenario, and DependencyError without numpy or vLLM.
+    """
+    with _vllm_and_numpy():
+        # numpy comes with vLLM; neither is a dependency of the meter itself.
+        from vllm_cost_meter.lab.validation.scenarios import SCENARIOS  # noqa: PLC0415
+
+        # Names are checked before vLLM is loaded, which takes seconds.
+        chosen = [_named("--scenario", name, SCENARIOS) for name in plan.scenarios or SCENARIOS]
+        from vllm_cost_meter.lab.validation.vllm_work import production_prior  # noqa: PLC0415
+    answer = {}
+    steps = sum(scenario.learnt + scenario.judged for scenario in chosen)
+    with _progress("steps", steps) as on_step:
+        for scenario in chosen:
+            trace = scenario.trace(plan.seed)
+            prior = scenario.prior(production_prior(scenario.shape, scenario.machine.gpu))
+            answer[scenario.name] = _compared(
+                trace, prior, scenario.learnt, plan.every, plan.permutations, plan.seed, on_step
+            )
+    return answer
+
+
+def fit_roofline(plan: RooflinePlan) -> dict[str, Any]:
+    """Return each method's errors against each roofline, by "GPU/model/mean batch".
 
     Raises ValueError for an unknown GPU or model, and DependencyError without numpy or vLLM.
     """
-    try:
-        # numpy comes with vLLM; neither is a dependency of the meter itself.
+    with _vllm_and_numpy():
         from vllm_cost_meter.lab.validation.roofline import GPUS, MODELS, Machine  # noqa: PLC0415
 
-        # Names are checked before vLLM is loaded, which takes seconds.
         gpus = [_named("--gpu", name, GPUS) for name in plan.gpus or GPUS]
         models = [_named("--model", name, MODELS) for name in plan.models or MODELS]
+        from vllm_cost_meter.lab.validation.traffic import Load, make_trace  # noqa: PLC0415
         from vllm_cost_meter.lab.validation.vllm_work import step_work  # noqa: PLC0415
-    except ImportError as error:
-        raise DependencyError(
-            f"validate: expected vLLM, for its counts of FLOPs and bytes, got: {error}; install"
-            " vLLM beside the meter, or replay a log with --step-log, which needs no vLLM"
-        ) from None
     batches = plan.mean_batches or MEAN_BATCHES
+    learnt = int(plan.steps * WARM_UP_PART)
     answer = {}
     with _progress("steps", len(gpus) * len(models) * len(batches) * plan.steps) as on_step:
         for model in models:
             work = step_work(model)
             for gpu in gpus:
+                machine = Machine(gpu, work)
                 for mean_batch in batches:
-                    name = f"{gpu.name}/{model.name}/{mean_batch}"
-                    answer[name] = _truth(plan, Machine(gpu, work), mean_batch, on_step)
+                    trace = make_trace(machine, Load(mean_batch), plan.steps, plan.seed)
+                    found = _compared(
+                        trace,
+                        machine.prior(),
+                        learnt,
+                        plan.every,
+                        plan.permutations,
+                        plan.seed,
+                        on_step,
+                    )
+                    needed = work.weight_bytes + work.kv_bytes * trace.kv_tokens_max
+                    found["memory"] = {"needed_bytes": needed, "gpu_bytes": gpu.memory_bytes}
+                    answer[f"{gpu.name}/{model.name}/{mean_batch}"] = found
     return answer
+
+
+@contextmanager
+def _vllm_and_numpy() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise DependencyError(
+            f"validate: expected vLLM, for its counts of FLOPs and bytes, got: {error}; install"
+            " vLLM beside the meter, or replay a log with --step-log, which needs no vLLM"
+        ) from None
 
 
 def measured(model: str, rounds: int) -> dict[str, Any]:
@@ -110,39 +169,36 @@ def replayed(path: Path) -> dict[str, Any]:
     }
 
 
-def _truth(
-    plan: SimulationPlan, machine: "Machine", mean_batch: int, on_step: Callable[[], None]
+def _compared(
+    trace: "Trace",
+    prior: "Prior",
+    learnt: int,
+    every: int,
+    permutations: int,
+    seed: int,
+    on_step: Callable[[], None],
 ) -> dict[str, Any]:
-    """Simulate one trace and compare all methods on it."""
-    # These modules need numpy: see `validate`.
+    """Compare all methods on a trace."""
+    # This module needs numpy: see `judge`.
     from vllm_cost_meter.lab.validation.compare import LeaveOneOut, MeterSplitter, Splitter, compare  # noqa: PLC0415
-    from vllm_cost_meter.lab.validation.traffic import make_trace  # noqa: PLC0415
 
-    trace = make_trace(machine, mean_batch, plan.steps, plan.seed)
-    splitters: dict[str, Splitter] = {
-        name: MeterSplitter(name, trace, machine.prior()) for name in METHODS
-    }
+    splitters: dict[str, Splitter] = {name: MeterSplitter(name, trace, prior) for name in METHODS}
     splitters[LEAVE_ONE_OUT] = LeaveOneOut()
     found = compare(
         trace,
-        machine,
         splitters,
-        every=plan.every,
-        permutations=plan.permutations,
-        seed=plan.seed,
+        learnt=learnt,
+        every=every,
+        permutations=permutations,
+        seed=seed,
         on_step=on_step,
     )
-    work = machine.work
     return {
         "mean_batch": trace.mean_batch,
         "requests_per_s": trace.requests_per_s,
         "steps": len(trace.steps),
         "compared_steps": found.compared_steps,
         "requests": found.compared_requests,
-        "memory": {
-            "needed_bytes": work.weight_bytes + work.kv_bytes * trace.kv_tokens_max,
-            "gpu_bytes": machine.gpu.memory_bytes,
-        },
         "noise": asdict(found.noise),
         "truth": {
             "outside_interval_share": found.truth.outside_interval_share,

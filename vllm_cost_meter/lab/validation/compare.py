@@ -1,7 +1,7 @@
 """Compare each attribution method with the truth, step by step, over one simulated trace.
 
 The production StepMeter is driven through its public methods, with the engine's calls in the
-engine's order, and learns from every step (if its method learns). The first part of the trace is
+engine's order, and learns from every step (if its method learns). The first steps of the trace are
 fed and not compared; after that every n-th step is compared. The true shares are scaled to the
 measured time, which has noise. So an error is about how a method divides a step, not about the
 step's time.
@@ -9,7 +9,8 @@ step's time.
 All errors are fractions. Let s be the share that a method gives a request in a step, and t the true
 share, both in ns and summed over the compared steps:
 
-- `request_error`: |sum of s / sum of t - 1| for each request; `tenant_error`: the same for tenants.
+- `request_error`: |sum of s / sum of t - 1| for each request; `tenant_error`: the same for tenants,
+  and `tenants`: by name and with its sign.
 - `misplaced_share`: the time that would have to move from one request to another, as a fraction of
   all GPU time. It is half the sum of |s - t| over all parts of all steps.
 - `outside_interval_share`: the GPU time by which shares lie outside their interval, as a fraction
@@ -20,7 +21,7 @@ share, both in ns and summed over the compared steps:
   negative if more is charged than was measured.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,13 +29,10 @@ import numpy as np
 
 from vllm_cost_meter.attribution import StepMeter
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
+from vllm_cost_meter.lab.validation.games import Floats, Ints, SimulatedGame
 from vllm_cost_meter.lab.validation.percentiles import Percentiles
-from vllm_cost_meter.lab.validation.roofline import Floats, Ints, Machine, StepGame
-from vllm_cost_meter.lab.validation.traffic import TENANTS, Trace, TraceStep
-from vllm_cost_meter.lab.validation.truth import shapley
+from vllm_cost_meter.lab.validation.traffic import Trace, TraceStep
 
-# This part of a trace comes before any comparison, so that methods can learn from it.
-WARM_UP_PART = 1 / 3
 # Shares are whole nanoseconds, and the ends of an interval have floating-point errors.
 TOLERANCE_NS = 1.0
 TOLERANCE_PART = 1e-9
@@ -46,7 +44,7 @@ class Splitter(Protocol):
     def feed(self, step: TraceStep) -> None:
         """Take in a step that is not compared."""
 
-    def split(self, step: TraceStep, game: StepGame) -> Floats:
+    def split(self, step: TraceStep, game: SimulatedGame) -> Floats:
         """Return the step's shares in ns, in the step's order; shape (n,)."""
 
 
@@ -62,7 +60,7 @@ class MeterSplitter:
         self._settle(step)
         self._close(step)
 
-    def split(self, step: TraceStep, game: StepGame) -> Floats:
+    def split(self, step: TraceStep, game: SimulatedGame) -> Floats:
         self._meter.cut(0)
         self._settle(step)
         shares = {name: used.prefill_ns + used.decode_ns for name, used in self._meter.cut(0)}
@@ -75,7 +73,8 @@ class MeterSplitter:
             self._meter.position(self._ids[number], self._trace.first_positions[number], False)
         ids = [self._ids[number] for number in step.requests]
         begun = self._meter.begin(dict(zip(ids, step.tokens.tolist(), strict=True)), 0)
-        self._meter.settle(begun, step.gpu_time_ns)
+        rejected = dict(zip(ids, step.rejected.tolist(), strict=True))
+        self._meter.settle(begun, step.gpu_time_ns, rejected if any(rejected.values()) else None)
 
     def _close(self, step: TraceStep) -> None:
         for number in step.ended:
@@ -88,7 +87,7 @@ class LeaveOneOut:
     def feed(self, step: TraceStep) -> None:
         pass
 
-    def split(self, step: TraceStep, game: StepGame) -> Floats:
+    def split(self, step: TraceStep, game: SimulatedGame) -> Floats:
         return game.marginal_s() * (step.gpu_time_ns / game.total_s)
 
 
@@ -98,6 +97,7 @@ class Errors:
 
     request_error: Percentiles
     tenant_error: Percentiles
+    tenants: dict[str, float]
     misplaced_share: float
     outside_interval_share: float
     outside_interval_parts_share: float
@@ -126,15 +126,15 @@ class TraceResult:
 
 def compare(
     trace: Trace,
-    machine: Machine,
     splitters: Mapping[str, Splitter],
     *,
+    learnt: int,
     every: int,
     permutations: int,
     seed: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> TraceResult:
-    """Drive all splitters over the trace and compare every `every`-th step after the warm-up.
+    """Drive all splitters over the trace and compare every `every`-th step after `learnt` steps.
 
     The truth is the mean of two independent halves, each from `permutations` random orders; it is
     exact for steps with few requests. `on_step` is called after each step.
@@ -142,17 +142,17 @@ def compare(
     rng = np.random.default_rng([seed, 1])
     tenants = np.array(trace.tenants)
     sums = {name: _Sums(len(tenants)) for name in (*splitters, "", "halves")}
-    warm_up = int(len(trace.steps) * WARM_UP_PART)
+    names = [tenant.name for tenant in trace.load.tenants]
     compared = 0
     for number, step in enumerate(trace.steps):
-        if number < warm_up or (number - warm_up) % every:
+        if number < learnt or (number - learnt) % every:
             for splitter in splitters.values():
                 splitter.feed(step)
         else:
             compared += 1
-            game = machine.game(step.tokens, step.positions)
+            game = trace.game(number)
             to_ns = step.gpu_time_ns / game.total_s
-            halves = [shapley(game, permutations, rng) * to_ns for _ in range(2)]
+            halves = [game.shapley(permutations, rng) * to_ns for _ in range(2)]
             true = (halves[0] + halves[1]) / 2
             interval = (game.marginal_s() * to_ns, game.alone_s() * to_ns)
             sums[""].add(step, true, true, interval)
@@ -162,7 +162,7 @@ def compare(
                 sums[name].add(step, splitter.split(step, game), true, interval)
         on_step()
     truth = sums.pop("")
-    halves_of_truth = sums.pop("halves").errors(tenants)
+    halves_of_truth = sums.pop("halves").errors(tenants, names)
     return TraceResult(
         compared_steps=compared,
         compared_requests=int((truth.true_ns > 0).sum()),
@@ -171,8 +171,8 @@ def compare(
             halves_of_truth.tenant_error,
             halves_of_truth.misplaced_share,
         ),
-        truth=truth.errors(tenants),
-        methods={name: method.errors(tenants) for name, method in sums.items()},
+        truth=truth.errors(tenants, names),
+        methods={name: method.errors(tenants, names) for name, method in sums.items()},
     )
 
 
@@ -202,19 +202,22 @@ class _Sums:
         self.outside_parts += int(is_outside.sum())
         self.parts += len(given)
 
-    def errors(self, tenants: Ints) -> Errors:
+    def errors(self, tenants: Ints, names: Sequence[str]) -> Errors:
         seen = self.true_ns > 0
         given, true, whose = self.given_ns[seen], self.true_ns[seen], tenants[seen]
         per_tenant = [
-            np.bincount(whose, weights=values, minlength=len(TENANTS)) for values in (given, true)
+            np.bincount(whose, weights=values, minlength=len(names)) for values in (given, true)
         ]
-        present = per_tenant[1] > 0
+        signed = {
+            name: float(given_ns / true_ns - 1)
+            for name, given_ns, true_ns in zip(names, *per_tenant, strict=True)
+            if true_ns
+        }
         whole_ns = max(1, self.step_ns)
         return Errors(
             request_error=Percentiles.of(np.abs(given / true - 1)),
-            tenant_error=Percentiles.of(
-                np.abs(per_tenant[0][present] / per_tenant[1][present] - 1)
-            ),
+            tenant_error=Percentiles.of(map(abs, signed.values())),
+            tenants=signed,
             misplaced_share=self.misplaced_ns / whole_ns,
             outside_interval_share=self.outside_ns / whole_ns,
             outside_interval_parts_share=self.outside_parts / max(1, self.parts),

@@ -14,12 +14,10 @@ values of many coalitions at once.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vllm_cost_meter.attribution.priors import KNOWN_PEAKS, Peaks, Prior, prior_of_counts
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from vllm_cost_meter.lab.validation.games import Flags, Floats, Ints
+from vllm_cost_meter.lab.validation.truth import StepGame
 
 # A batch's work is linear in these sums: computed tokens, requests, tokens x context, and context.
 # A request's context is counted at the end of the step, as in vLLM's ModelMetrics.
@@ -34,11 +32,12 @@ LAUNCH_S = 300e-6
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its maker publishes it: peaks, and memory size in bytes."""
+    """A GPU as its maker publishes it: peaks, memory size in bytes, number of multiprocessors."""
 
     name: str
     peaks: Peaks
     memory_bytes: float
+    multiprocessors: int
     source: str
 
 
@@ -49,6 +48,7 @@ GPUS = {
             "h100",
             KNOWN_PEAKS["NVIDIA H100"],
             80e9,
+            132,
             "NVIDIA H100 Tensor Core GPU datasheet, SXM: bfloat16 1,979 TFLOPS with sparsity,"
             " which is twice the dense rate; 80 GB, 3.35 TB/s",
         ),
@@ -56,12 +56,14 @@ GPUS = {
             "a100",
             KNOWN_PEAKS["NVIDIA A100-SXM4-80GB"],
             80e9,
+            108,
             "NVIDIA A100 Tensor Core GPU datasheet, 80GB SXM: bfloat16 312 TFLOPS; 2,039 GB/s",
         ),
         Gpu(
             "l4",
             KNOWN_PEAKS["NVIDIA L4"],
             24e9,
+            58,
             "NVIDIA L4 Tensor Core GPU datasheet: bfloat16 242 TFLOPS with sparsity, which is"
             " twice the dense rate; 24 GB, 300 GB/s",
         ),
@@ -165,51 +167,6 @@ def features(tokens: Ints, positions: Ints) -> Floats:
     return result
 
 
-class StepGame:
-    """A step as a cooperative game: its time with only some of its requests in it.
-
-    `compute_s`, `memory_s` and `tokens`, each with the shape (n,), are the parts that requests add.
-    The sums over its members define a coalition. The empty coalition takes no time; `base_s` is the
-    time that every other coalition takes before its first token.
-    """
-
-    def __init__(self, machine: "Machine", compute_s: Floats, memory_s: Floats, tokens: Floats):
-        self.machine = machine
-        self.compute_s = compute_s
-        self.memory_s = memory_s
-        self.tokens = tokens
-        nothing = np.zeros(())
-        self.base_s = float(self.value(nothing, nothing, nothing))
-        self.total_s = float(self.value(compute_s.sum(), memory_s.sum(), tokens.sum()))
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def value(self, compute_s: Floats, memory_s: Floats, tokens: Floats) -> Floats:
-        """Return the seconds of non-empty coalitions from their members' sums; shapes as given."""
-        machine = self.machine
-        read_s = memory_s + machine.memory_fixed_s
-        if machine.expert_s:
-            read_s = read_s + machine.experts_s(tokens)
-        slower: Floats = np.maximum(compute_s + machine.compute_fixed_s, read_s)
-        return slower + machine.launch_s
-
-    def marginal_s(self) -> Floats:
-        """Return the seconds that each request adds, v(N) - v(N without it); shape (n,)."""
-        if len(self) == 1:
-            return np.array([self.total_s])
-        without = self.value(
-            self.compute_s.sum() - self.compute_s,
-            self.memory_s.sum() - self.memory_s,
-            self.tokens.sum() - self.tokens,
-        )
-        return self.total_s - without
-
-    def alone_s(self) -> Floats:
-        """Return the seconds of a step with each request alone; shape (n,)."""
-        return self.value(self.compute_s, self.memory_s, self.tokens)
-
-
 class Machine:
     """A GPU that runs a model: it gives the times of steps in seconds."""
 
@@ -241,7 +198,10 @@ class Machine:
         """Return the seconds to read the experts that so many tokens choose; shape as `tokens`."""
         return self.expert_s * self.work.distinct_experts(tokens)
 
-    def game(self, tokens: Ints, positions: Ints) -> StepGame:
-        """Return a step's game; both arguments have the shape (n,), n at least 1."""
+    def game(self, tokens: Ints, positions: Ints, is_prefill: Flags | None = None) -> StepGame:
+        """Return a step's game; arguments have the shape (n,), n at least 1.
+
+        Whether a token is of a prefill makes no difference here.
+        """
         parts = features(tokens, positions)
         return StepGame(self, parts @ self._compute_s, parts @ self._memory_s, parts[:, 0])

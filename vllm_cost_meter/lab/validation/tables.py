@@ -9,17 +9,33 @@ from vllm_cost_meter.console import print_table
 from vllm_cost_meter.units.text import plain
 
 PERCENTILES = ("median", "p95", "max")
+OURS = "shapley"
 TRUTH_ROW = "(the truth's noise)"
 
 
 def show_truths(answer: Mapping[str, Any], *, wide: bool = False) -> None:
-    """Print a table per truth, from the answer that `--json` prints."""
+    """Print a table per truth, from the answer that `--json` prints, and the worst tenant."""
     for name, found in answer.items():
         above = (
             f"{name}: mean batch {found['mean_batch']:.1f}, {found['requests']} requests in"
             f" {found['compared_steps']} of {found['steps']} steps; errors in %"
         )
-        print_table(truth_table(found), above, _memory_line(found) + "\n", wide=wide)
+        below = "".join(f"{line}\n" for line in (_tenants_line(found), _memory_line(found)) if line)
+        print_table(truth_table(found), above, below, wide=wide)
+    print(worst_line(answer))
+
+
+def worst_line(answer: Mapping[str, Any]) -> str:
+    """Return which tenant the meter's method is most wrong about, over all truths."""
+    error, tenant, truth = max(
+        (
+            (error, tenant, truth)
+            for truth, found in answer.items()
+            for tenant, error in found["methods"][OURS]["tenants"].items()
+        ),
+        key=lambda one: abs(one[0]),
+    )
+    return f"worst tenant error of {OURS}: {100 * error:+.2f} % ({tenant}; {truth})"
 
 
 def truth_table(found: Mapping[str, Any]) -> Table:
@@ -132,7 +148,14 @@ def difference_table(answer: Mapping[str, Any]) -> Table:
     return table
 
 
+def _tenants_line(found: Mapping[str, Any]) -> str:
+    tenants = found["methods"][OURS]["tenants"].items()
+    return f"{OURS}, each tenant: " + ", ".join(f"{name} {100 * e:+.2f}" for name, e in tenants)
+
+
 def _memory_line(found: Mapping[str, Any]) -> str:
+    if "memory" not in found:
+        return ""
     needed, there = (found["memory"][key] for key in ("needed_bytes", "gpu_bytes"))
     if needed <= there:
         return ""

@@ -18,11 +18,12 @@ rate until its mean batch is L to 3 %, at most `CALIBRATIONS_MAX` times.
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_cost_meter.lab.validation.roofline import Ints, Machine
+from vllm_cost_meter.lab.validation.games import Flags, Ints, Simulated, SimulatedGame
 
 TOKEN_BUDGET = 2_048
 # vLLM's default for large GPUs. Simulated batches stay far below, unless the server is overloaded.
@@ -40,12 +41,17 @@ PILOT_STEPS = 2_000
 
 @dataclass(frozen=True)
 class SimulatedTenant:
-    """A tenant's mean prompt and output tokens, and its share of all requests."""
+    """A tenant's mean prompt and output tokens, and its share of all requests.
+
+    One output token is none: the prompt's last chunk makes it, as an embedding. The tenant's first
+    request comes in the step `first_step`.
+    """
 
     name: str
     prompt_tokens: int
     output_tokens: int
     requests_share: float
+    first_step: int = 0
 
 
 TENANTS = (
@@ -53,37 +59,97 @@ TENANTS = (
     SimulatedTenant("rag", 4_096, 1_024, 0.25),
     SimulatedTenant("agentic", 1_024, 4_096, 0.15),
 )
+# All that people send to one server.
+SEVEN_TENANTS = (
+    SimulatedTenant("chat", 512, 256, 0.32),
+    SimulatedTenant("rag", 4_096, 512, 0.10),
+    SimulatedTenant("agentic", 1_024, 2_048, 0.08),
+    SimulatedTenant("summaries", 8_192, 256, 0.04),
+    SimulatedTenant("long context", 32_768, 512, 0.01),
+    SimulatedTenant("embeddings", 256, 1, 0.30),
+    SimulatedTenant("tiny batch", 32, 8, 0.15),
+)
+# The chance of a draft token to be accepted, if those before it were.
+ACCEPTED = 0.7
 
 
 @dataclass(frozen=True, slots=True)
 class TraceStep:
     """One step. Requests are numbers; arrays have the shape (n,), in scheduler order.
 
-    `started` are scheduled for the first time, `ended` for the last time. `gpu_time_ns` is the
-    measured time, with noise.
+    `started` are scheduled for the first time, `ended` for the last time. `rejected` are tokens of
+    drafts that were computed in vain. `gpu_time_ns` is the measured time, with noise.
     """
 
     requests: list[int]
     tokens: Ints
     positions: Ints
+    is_prefill: Flags
+    rejected: Ints
     gpu_time_ns: int
     started: list[int]
     ended: list[int]
 
 
+@dataclass(frozen=True)
+class MachineChange:
+    """From a step on, another machine runs the model."""
+
+    step: int
+    machine: Simulated
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a simulated server runs: tenants, at a mean batch, with so many draft tokens a decode.
+
+    With `change` the machine is another one from a step on.
+    """
+
+    mean_batch: int
+    tenants: Sequence[SimulatedTenant] = TENANTS
+    draft_tokens: int = 0
+    change: MachineChange | None = None
+
+    @property
+    def mean_life_steps(self) -> float:
+        """The mean steps of a request: its output, and the whole chunks before."""
+        a_step = sum(ACCEPTED**drafts for drafts in range(self.draft_tokens + 1))
+        return sum(
+            tenant.requests_share
+            * (
+                tenant.output_tokens / a_step
+                + max(0, math.ceil(tenant.prompt_tokens / TOKEN_BUDGET) - 1)
+            )
+            for tenant in self.tenants
+        )
+
+
 @dataclass(slots=True)
 class Trace:
-    """A trace's steps and requests, which are counted from 0.
+    """A trace's steps and requests, which are counted from 0, and the machine that ran them.
 
-    `tenants` (places in `TENANTS`), `prompt_tokens` and `first_positions` have an entry for each
+    `tenants` (places in the load's), `prompt_tokens` and `first_positions` have an entry for each
     request. `requests_per_s` is the arrival rate.
     """
 
+    machine: Simulated
+    load: Load
     steps: list[TraceStep] = field(default_factory=list)
     tenants: list[int] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
     first_positions: list[int] = field(default_factory=list)
     requests_per_s: float = 0.0
+
+    def machine_at(self, number: int) -> Simulated:
+        """Return the machine that runs the step with this number."""
+        change = self.load.change
+        return self.machine if change is None or number < change.step else change.machine
+
+    def game(self, number: int) -> SimulatedGame:
+        """Return the game of the step with this number."""
+        step = self.steps[number]
+        return self.machine_at(number).game(step.tokens, step.positions, step.is_prefill)
 
     @property
     def mean_batch(self) -> float:
@@ -97,17 +163,18 @@ class Trace:
         return max(sums, default=0)
 
 
-def make_trace(machine: Machine, mean_batch: int, steps: int, seed: int) -> Trace:
-    """Return a trace whose mean batch is as near to `mean_batch` as calibration brings it."""
-    per_step = mean_batch / _mean_life_steps()
-    pilot = _Server(machine, mean_batch, seed, requests_per_s=per_step, step_s=1.0)
+def make_trace(machine: Simulated, load: Load, steps: int, seed: int) -> Trace:
+    """Return a trace whose mean batch is as near to the load's as calibration brings it."""
+    mean_batch = load.mean_batch
+    per_step = mean_batch / load.mean_life_steps
+    pilot = _Server(machine, load, seed, requests_per_s=per_step, step_s=1.0)
     pilot.run(min(steps, PILOT_STEPS))
     mean_step_s = sum(step.gpu_time_ns for step in pilot.trace.steps) / len(pilot.trace.steps) / 1e9
     rate = per_step / mean_step_s
     tried: list[tuple[float, float]] = []
     best: Trace | None = None
     for _ in range(CALIBRATIONS_MAX):
-        server = _Server(machine, mean_batch, seed, requests_per_s=rate)
+        server = _Server(machine, load, seed, requests_per_s=rate)
         server.run(steps)
         trace = server.trace
         if best is None or _miss(trace, mean_batch) < _miss(best, mean_batch):
@@ -125,19 +192,19 @@ class _Server:
 
     def __init__(
         self,
-        machine: Machine,
-        mean_batch: int,
+        machine: Simulated,
+        load: Load,
         seed: int,
         *,
         requests_per_s: float,
         step_s: float | None = None,
     ) -> None:
-        self.trace = Trace(requests_per_s=requests_per_s)
-        self._machine = machine
+        self.trace = Trace(machine, load, requests_per_s=requests_per_s)
+        self._load = load
         self._step_s = step_s
-        # Three streams let another rate meet the same requests and the same noise.
-        self._lengths, self._arrivals, self._noise = (
-            np.random.default_rng([seed, stream]) for stream in range(3)
+        # Four streams let another rate meet the same requests and the same noise.
+        self._lengths, self._arrivals, self._noise, self._drafts = (
+            np.random.default_rng([seed, stream]) for stream in range(4)
         )
         self._now_s = 0.0
         self._next_arrival_s = self._gap_s()
@@ -148,8 +215,8 @@ class _Server:
         self._positions = np.empty(0, dtype=np.int64)
         self._decode_ends = np.empty(0, dtype=np.int64)
         self._prefilling: tuple[int, int] | None = None
-        self._started = list(range(mean_batch))
-        self._start_mid_life(mean_batch)
+        self._started = list(range(load.mean_batch))
+        self._start_mid_life(load.mean_batch)
 
     def run(self, steps: int) -> None:
         """Add steps until the trace has so many."""
@@ -161,24 +228,34 @@ class _Server:
             self._step()
 
     def _step(self) -> None:
+        drafts = self._load.draft_tokens
         chunks = self._schedule_chunks()
         requests = self._decoding + [request for request, _, _ in chunks]
+        decodes = len(self._decoding)
         positions = np.append(self._positions, [start for _, start, _ in chunks]).astype(np.int64)
-        tokens = np.ones(len(requests), dtype=np.int64)
-        tokens[len(self._decoding) :] = [count for _, _, count in chunks]
-        roofline_s = self._machine.game(tokens, positions).total_s
-        measured_s = roofline_s * math.exp(NOISE_SIGMA * self._noise.standard_normal())
+        tokens = np.full(len(requests), 1 + drafts, dtype=np.int64)
+        tokens[decodes:] = [count for _, _, count in chunks]
+        is_prefill = np.arange(len(requests)) >= decodes
+        machine = self.trace.machine_at(len(self.trace.steps))
+        true_s = machine.game(tokens, positions, is_prefill).total_s
+        measured_s = true_s * math.exp(NOISE_SIGMA * self._noise.standard_normal())
         self._now_s += self._step_s or measured_s
-        ended = self._advance(chunks)
+        rejected = np.zeros(len(requests), dtype=np.int64)
+        if drafts:
+            is_good = self._drafts.random((decodes, drafts)) < ACCEPTED
+            rejected[:decodes] = drafts - np.cumprod(is_good, axis=1).sum(axis=1)
+        ended = self._advance(chunks, 1 + drafts - rejected[:decodes])
         gpu_time_ns = round(measured_s * 1e9)
         self.trace.steps.append(
-            TraceStep(requests, tokens, positions, gpu_time_ns, self._started, ended)
+            TraceStep(
+                requests, tokens, positions, is_prefill, rejected, gpu_time_ns, self._started, ended
+            )
         )
         self._started = []
 
     def _schedule_chunks(self) -> list[tuple[int, int, int]]:
         """Return (request, start, tokens) for each prompt in this step."""
-        left = TOKEN_BUDGET - len(self._decoding)
+        left = TOKEN_BUDGET - len(self._decoding) * (1 + self._load.draft_tokens)
         chunks = []
         running = len(self._decoding)
         if self._prefilling:
@@ -194,9 +271,9 @@ class _Server:
             self._started.append(request)
         return chunks
 
-    def _advance(self, chunks: list[tuple[int, int, int]]) -> list[int]:
-        """Advance every request; return those that ended."""
-        self._positions += 1
+    def _advance(self, chunks: list[tuple[int, int, int]], decoded: Ints) -> list[int]:
+        """Advance every request, decodes by so many tokens; return those that ended."""
+        self._positions += decoded
         self._prefilling = None
         for request, start, count in chunks:
             prompt = self.trace.prompt_tokens[request]
@@ -221,9 +298,11 @@ class _Server:
     def _admit_arrivals(self) -> None:
         while self._next_arrival_s <= self._now_s:
             self._next_arrival_s += self._gap_s()
-            shares = [tenant.requests_share for tenant in TENANTS]
-            place = int(self._lengths.choice(len(TENANTS), p=shares))
-            self._waiting.append(self._add(place, size_biased=False))
+            tenants = self._load.tenants
+            shares = [tenant.requests_share for tenant in tenants]
+            place = int(self._lengths.choice(len(tenants), p=shares))
+            if tenants[place].first_step <= len(self.trace.steps):
+                self._waiting.append(self._add(place, size_biased=False))
 
     def _gap_s(self) -> float:
         # Three independent Poisson processes equal one process whose arrivals draw their tenant.
@@ -231,11 +310,13 @@ class _Server:
 
     def _add(self, place: int, *, size_biased: bool) -> int:
         """Add a request of a tenant; return its number."""
-        tenant = TENANTS[place]
+        tenant = self._load.tenants[place]
         prompt = self._length(tenant.prompt_tokens, PROMPT_SIGMA)
         # A log-normal length that is met at a random instant is log-normal with mu + sigma^2.
         bias = math.exp(OUTPUT_SIGMA**2) if size_biased else 1.0
-        output = self._length(tenant.output_tokens * bias, OUTPUT_SIGMA)
+        output = 1
+        if tenant.output_tokens > 1:
+            output = self._length(tenant.output_tokens * bias, OUTPUT_SIGMA)
         trace = self.trace
         trace.tenants.append(place)
         trace.prompt_tokens.append(prompt)
@@ -249,24 +330,21 @@ class _Server:
         return max(TOKENS_LEAST, round(drawn))
 
     def _start_mid_life(self, count: int) -> None:
-        weights = np.array([tenant.requests_share * tenant.output_tokens for tenant in TENANTS])
+        tenants = self._load.tenants
+        weights = np.array(
+            [
+                tenant.requests_share * (tenant.output_tokens - 1) * (not tenant.first_step)
+                for tenant in tenants
+            ]
+        )
         for _ in range(count):
-            place = int(self._lengths.choice(len(TENANTS), p=weights / weights.sum()))
+            place = int(self._lengths.choice(len(tenants), p=weights / weights.sum()))
             request = self._add(place, size_biased=True)
             position = int(
                 self._lengths.integers(self.trace.prompt_tokens[request], self._ends[request])
             )
             self.trace.first_positions[request] = position
             self._decode(request, position)
-
-
-def _mean_life_steps() -> float:
-    """Return the mean number of steps per request: its output, and the whole chunks before."""
-    return sum(
-        tenant.requests_share
-        * (tenant.output_tokens + max(0, math.ceil(tenant.prompt_tokens / TOKEN_BUDGET) - 1))
-        for tenant in TENANTS
-    )
 
 
 def _miss(trace: Trace, mean_batch: int) -> float:

@@ -20,13 +20,75 @@ let c and m be the seconds that every step takes for arithmetic and memory traff
 
 from functools import lru_cache
 from math import factorial
+from typing import Protocol
 
 import numpy as np
 
-from vllm_cost_meter.lab.validation.roofline import Floats, Ints, StepGame
+from vllm_cost_meter.lab.validation.games import Floats, Ints
 
 # 12 players have 4,096 coalitions; each further player doubles them.
 ENUMERATED_MAX = 12
+
+
+class Times(Protocol):
+    """What a machine takes for a step before its first token, and for reading experts."""
+
+    launch_s: float
+    compute_fixed_s: float
+    memory_fixed_s: float
+    expert_s: float
+
+    def experts_s(self, tokens: Floats) -> Floats:
+        """Return the seconds to read the experts that so many tokens choose; shape as `tokens`."""
+
+
+class StepGame:
+    """A step as a cooperative game: its time with only some of its requests in it.
+
+    `compute_s`, `memory_s` and `tokens`, each with the shape (n,), are the parts that requests add.
+    The sums over its members define a coalition. The empty coalition takes no time; `base_s` is the
+    time that every other coalition takes before its first token.
+    """
+
+    def __init__(self, machine: Times, compute_s: Floats, memory_s: Floats, tokens: Floats):
+        self.machine = machine
+        self.compute_s = compute_s
+        self.memory_s = memory_s
+        self.tokens = tokens
+        nothing = np.zeros(())
+        self.base_s = float(self.value(nothing, nothing, nothing))
+        self.total_s = float(self.value(compute_s.sum(), memory_s.sum(), tokens.sum()))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def value(self, compute_s: Floats, memory_s: Floats, tokens: Floats) -> Floats:
+        """Return the seconds of non-empty coalitions from their members' sums; shapes as given."""
+        machine = self.machine
+        read_s = memory_s + machine.memory_fixed_s
+        if machine.expert_s:
+            read_s = read_s + machine.experts_s(tokens)
+        slower: Floats = np.maximum(compute_s + machine.compute_fixed_s, read_s)
+        return slower + machine.launch_s
+
+    def shapley(self, permutations: int, rng: np.random.Generator) -> Floats:
+        """Return each request's true share in seconds; shape (n,)."""
+        return shapley(self, permutations, rng)
+
+    def marginal_s(self) -> Floats:
+        """Return the seconds that each request adds, v(N) - v(N without it); shape (n,)."""
+        if len(self) == 1:
+            return np.array([self.total_s])
+        without = self.value(
+            self.compute_s.sum() - self.compute_s,
+            self.memory_s.sum() - self.memory_s,
+            self.tokens.sum() - self.tokens,
+        )
+        return self.total_s - without
+
+    def alone_s(self) -> Floats:
+        """Return the seconds of a step with each request alone; shape (n,)."""
+        return self.value(self.compute_s, self.memory_s, self.tokens)
 
 
 def shapley(game: StepGame, permutations: int, rng: np.random.Generator) -> Floats:

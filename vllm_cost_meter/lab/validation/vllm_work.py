@@ -17,8 +17,10 @@ from vllm.v1.metrics.perf import (
     UnembedMetrics,
 )
 
+from vllm_cost_meter.attribution.priors import Prior
 from vllm_cost_meter.errors import VllmMismatchError
-from vllm_cost_meter.lab.validation.roofline import ModelShape, StepWork
+from vllm_cost_meter.lab.validation.kernel_machine import Architecture
+from vllm_cost_meter.lab.validation.roofline import Gpu, Machine, ModelShape, StepWork
 from vllm_cost_meter.vllm_hooks.model_counts import Batch, context_of, linear
 
 BF16_BYTES = 2
@@ -63,6 +65,30 @@ class VllmCounts:
         read = sum(part.get_read_bytes(context) for part in self._components)
         written = sum(part.get_write_bytes(context) for part in self._components)
         return flops, read + written
+
+
+def production_prior(shape: Architecture, gpu: Gpu) -> Prior:
+    """Return the prior that the meter has in production: vLLM's counts, and published peaks.
+
+    It is that of one GPU of those that share the model, as vLLM counts it. For a latent cache vLLM
+    counts the keys and values of every head.
+    """
+    per_head = (2 * shape.head_dim + shape.latent_rope) // 2
+    work = step_work(
+        ModelShape(
+            shape.name,
+            shape.layers,
+            shape.hidden,
+            shape.heads // shape.gpus,
+            max(1, shape.kv_heads // shape.gpus),
+            per_head,
+            shape.intermediate // shape.gpus,
+            shape.vocab // shape.gpus,
+            shape.experts,
+            shape.experts_per_token,
+        )
+    )
+    return Machine(gpu, work).prior()
 
 
 def step_work(
