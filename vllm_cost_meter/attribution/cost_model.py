@@ -8,6 +8,8 @@ Invariant: types only; nothing here computes.
 # A plane has one coefficient each for 1, tokens, sequences, products and context.
 Plane = tuple[float, float, float, float, float]
 Planes = tuple[Plane, Plane, Plane]  # compute, memory, one
+# The coefficients of a curve: its terms and the slopes between its corners, as in `curve_py.py`.
+TokenCurve = tuple[float, ...]
 
 # (version, form, planes, steps, error of two planes, error of one plane, variance explained)
 Model = tuple[int, str, Planes, int, float, float, float]

@@ -172,7 +172,7 @@ def _charge_large(
                 run += m[j]
                 size += 1
         low, high = _compute_on_top(rise, compute[1], run, memory[1])
-        part += _beta(size, count - size, high) - _beta(size, count - size, low)
+        part += beta(size, count - size, high) - beta(size, count - size, low)
         lines = (rise, compute[1], run, memory[1], low, high)
         if size > 0:
             gained = _integral(size - 1, count - size, lines)
@@ -199,17 +199,17 @@ def _compute_on_top(rise: float, c: float, run: float, m: float) -> tuple[float,
 def _integral(p: int, q: int, lines: tuple[float, float, float, float, float, float]) -> float:
     """Return the integral over [0, 1] of s^p (1-s)^q times the larger of two lines."""
     rise, c, run, m, low, high = lines
-    zeroth = _beta(p, q, high) - _beta(p, q, low)
-    first = _beta(p + 1, q, high) - _beta(p + 1, q, low)
+    zeroth = beta(p, q, high) - beta(p, q, low)
+    first = beta(p + 1, q, high) - beta(p + 1, q, low)
     return (
         rise * zeroth
         + c * first
-        + run * (_beta(p, q, 1.0) - zeroth)
-        + m * (_beta(p + 1, q, 1.0) - first)
+        + run * (beta(p, q, 1.0) - zeroth)
+        + m * (beta(p + 1, q, 1.0) - first)
     )
 
 
-def _beta(p: int, q: int, s: float) -> float:
+def beta(p: int, q: int, s: float) -> float:
     """Return the integral from 0 to s of t^p (1-t)^q, a polynomial in s."""
     if s <= 0.0:
         return 0.0

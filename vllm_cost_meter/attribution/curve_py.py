@@ -1,0 +1,405 @@
+"""A step as a sum of kernels: its time by the curve form of the cost model, and its fair charges.
+
+No engine uses it yet: the cost model still has planes only (`cost_model_py.py`).
+
+The kernels of a step run one after another, and each takes as long as the slower of its arithmetic
+and its memory traffic. So a step is no maximum of two sums, but a sum over kernels. Most of them
+(products, experts, norms, exchanges between GPUs) depend on the number of tokens alone, in a way
+that bends both up (a product is flat until its arithmetic is the limit) and down (a second token
+mostly chooses experts that were read before). A step with only the requests S takes
+
+    v(S) = f + p, if S has a prefill, + sum over S of (b + k * read + q * pairs + r * prefill read)
+           + h(tokens of S),                                               v of nobody = 0
+
+`read` is the context of a decode, `pairs` are the pairs of query and key of a prefill, which is
+causal, `prefill read` is its context. Where layers see only a window of tokens, each counts what
+its layers see. h is a broken line with corners at `KNOTS`, and h(0) = 0.
+
+The Shapley value is additive over these terms. f is shared equally, p equally among the prefills,
+and what is summed over S belongs to each. What a request adds to h depends on the tokens that came
+before it, X, in a random order of arrival:
+
+1. In a step of up to `ENUMERATED_MAX` requests all subsets are enumerated.
+2. With more, every request arrives at a time that is uniform on [0, 1], so at the instant s each
+   other one is there with the probability s. The tokens of decodes are many and small: s times
+   their number is there. Each prefill is a lump, there or not. So X has a known distribution, which
+   is kept by its weights at the corners of h: between two corners h is straight, so a weight there
+   may be divided between both. A prefill gets the mean growth of h over X and s, where s takes the
+   `NODES` of Gauss and Legendre.
+3. X is that of the others. For the `LEFT_OUT_MAX` largest prefills it is computed without each of
+   them; for all smaller ones together, each is there a little less often, so that one is missing
+   on average. Beyond the `LUMPS_MAX` largest, prefills count as many small tokens.
+4. Decodes share what is left of h by their tokens; or, if that is little, each token gets the mean
+   growth by one, and all parts are scaled to h.
+
+The marginal cost of a request is v(all) - v(all without it).
+
+Invariant: the charges add up to v(all) except for rounding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_cost_meter.attribution.cost_model import TokenCurve
+from vllm_cost_meter.attribution.shapley_py import LARGEST_NS, SMALLEST_NS, WEIGHT_SUM
+
+# Corners of h, in tokens. Few tokens choose most experts; arithmetic is the limit from hundreds on.
+KNOTS = (
+    *(0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+    *(384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384),
+)
+ENUMERATED_MAX = 6
+LEFT_OUT_MAX = 4
+LUMPS_MAX = 64
+# What lumps leave of h is what decodes have, if it is at least this part: lumps are known better.
+REST_PART = 0.1
+# Of Gauss and Legendre on [0, 1]: instants, and their weights.
+NODES = (
+    (0.01985507175123188, 0.05061426814518813),
+    (0.10166676129318664, 0.11119051722668724),
+    (0.2372337950418355, 0.15685332293894366),
+    (0.4082826787521751, 0.18134189168918102),
+    (0.5917173212478249, 0.18134189168918102),
+    (0.7627662049581645, 0.15685332293894366),
+    (0.8983332387068134, 0.11119051722668724),
+    (0.9801449282487681, 0.05061426814518813),
+)
+FIXED, PREFILL, SEQUENCE, READ, PAIRS, PREFILL_READ, SLOPES = range(7)
+CURVE_TERMS = SLOPES + len(KNOTS)
+
+
+@dataclass(slots=True, frozen=True)
+class Layers:
+    """How many of a model's layers see all of the context, and how many see `window` tokens back.
+
+    Only the ratio of the numbers matters.
+    """
+
+    whole: int = 1
+    windowed: int = 0
+    window: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class CurveWork:
+    """What one or several requests of a step bring to the terms of a curve."""
+
+    tokens: int = 0
+    sequences: int = 0
+    prefills: int = 0
+    read: float = 0.0
+    pairs: float = 0.0
+    prefill_read: float = 0.0
+
+    @classmethod
+    def of(cls, tokens: int, context: int, is_prefill: bool, layers: Layers) -> "CurveWork":
+        """Return the work of one request; `context` is its length at the end of the step."""
+        seen = min(context, layers.window + tokens)
+        read = float(layers.whole) * context + float(layers.windowed) * seen
+        if not is_prefill:
+            return cls(tokens, 1, 0, read)
+        number = float(tokens)
+        # The last token sees `context` keys, the one before it one fewer, and so on.
+        fewer = 0.5 * number * (number - 1.0)
+        pairs = layers.whole * (number * context - fewer) + layers.windowed * (
+            number * seen - fewer
+        )
+        return cls(tokens, 1, 1, 0.0, pairs, read)
+
+    def plus(self, other: "CurveWork") -> "CurveWork":
+        """Return this work and another."""
+        return CurveWork(
+            self.tokens + other.tokens,
+            self.sequences + other.sequences,
+            self.prefills + other.prefills,
+            self.read + other.read,
+            self.pairs + other.pairs,
+            self.prefill_read + other.prefill_read,
+        )
+
+
+def all_of(works: Sequence[CurveWork]) -> CurveWork:
+    """Return the work of several requests together, added up in their order."""
+    total = CurveWork()
+    for work in works:
+        total = total.plus(work)
+    return total
+
+
+def own_ns(curve: TokenCurve, work: CurveWork) -> float:
+    """Return the time that belongs to each request by itself, without h."""
+    return (
+        curve[SEQUENCE] * work.sequences
+        + curve[READ] * work.read
+        + curve[PAIRS] * work.pairs
+        + curve[PREFILL_READ] * work.prefill_read
+    )
+
+
+def height(curve: TokenCurve, tokens: float) -> float:
+    """Return h at a number of tokens."""
+    found = 0.0
+    for place, knot in enumerate(KNOTS):
+        if tokens <= knot:
+            break
+        end = KNOTS[place + 1] if place + 1 < len(KNOTS) else tokens
+        found += curve[SLOPES + place] * (min(tokens, end) - knot)
+    return found
+
+
+def step_ns(curve: TokenCurve, work: CurveWork) -> float:
+    """Return v of the requests with this work; there is at least one."""
+    shared = curve[FIXED] + (curve[PREFILL] if work.prefills else 0.0)
+    return shared + own_ns(curve, work) + height(curve, float(work.tokens))
+
+
+@dataclass(slots=True, frozen=True)
+class CurveGame:
+    """The solved game of one step: all that is needed to charge each of its requests."""
+
+    total_ns: float  # v(all)
+    base_ns: float  # each request's part of f
+    prefill_ns: float  # each prefill's part of p
+    token_ns: float  # a token's part of h, where a request has no part of its own
+    all_tokens: int
+    all_prefills: int
+    growths: dict[int, float]  # place in the step -> part of h
+
+    def weigh(self, curve: TokenCurve, works: Sequence[CurveWork]) -> list[int]:
+        """Return each request's charge as a weight; all are 0 if the model predicts no time."""
+        if not self._is_sound():
+            return [0] * len(works)
+        to_weight = WEIGHT_SUM / self.total_ns
+        weights = []
+        for place, work in enumerate(works):
+            growth = self.growths.get(place)
+            if growth is None:
+                growth = self.token_ns * work.tokens
+            charge = self.base_ns + own_ns(curve, work) + growth
+            if work.prefills:
+                charge += self.prefill_ns
+            weights.append(int(charge * to_weight + 0.5))
+        return weights
+
+    def margins(self, curve: TokenCurve, works: Sequence[CurveWork], gpu_ns: float) -> list[float]:
+        """Return the marginal cost of each request in a step that took `gpu_ns`, in GPU-ns."""
+        gpu_ns = min(gpu_ns, LARGEST_NS)
+        if len(works) == 1:
+            return [gpu_ns]
+        to_ns = gpu_ns / self.total_ns if self._is_sound() else 0.0
+        all_ns = height(curve, float(self.all_tokens))
+        margins = []
+        for work in works:
+            added = own_ns(curve, work)
+            added += all_ns - height(curve, float(self.all_tokens - work.tokens))
+            if work.prefills and self.all_prefills == 1:
+                added += curve[PREFILL]
+            margins.append(added * to_ns)
+        return margins
+
+    def _is_sound(self) -> bool:
+        return SMALLEST_NS < self.total_ns < LARGEST_NS
+
+
+def solve_curve(curve: TokenCurve, works: Sequence[CurveWork]) -> CurveGame:
+    """Solve the game of a step."""
+    everyone = all_of(works)
+    if len(works) <= ENUMERATED_MAX:
+        token_ns, growths = 0.0, _enumerated(curve, [work.tokens for work in works])
+    else:
+        lumps = {place: work.tokens for place, work in enumerate(works) if _is_lump(work)}
+        token_ns, growths = _among_many(curve, lumps, everyone.tokens)
+    return CurveGame(
+        total_ns=step_ns(curve, everyone),
+        base_ns=curve[FIXED] / len(works),
+        prefill_ns=curve[PREFILL] / everyone.prefills if everyone.prefills else 0.0,
+        token_ns=token_ns,
+        all_tokens=everyone.tokens,
+        all_prefills=everyone.prefills,
+        growths=growths,
+    )
+
+
+def _is_lump(work: CurveWork) -> bool:
+    return work.prefills == 1 and work.tokens > 1
+
+
+def _enumerated(curve: TokenCurve, tokens: Sequence[int]) -> dict[int, float]:
+    """Return the mean growth of h by each request, over all subsets of the others."""
+    count = len(tokens)
+    growths = [0.0] * count
+    for subset in range(1 << count):
+        there, size = 0, 0
+        for j in range(count):
+            if subset >> j & 1:
+                there += tokens[j]
+                size += 1
+        value = height(curve, float(there))
+        # Of all orders, those in which this subset comes before or up to one request.
+        gained = value * _part_of_orders(size - 1, count) if size else 0.0
+        missed = value * _part_of_orders(size, count) if size < count else 0.0
+        for j in range(count):
+            if subset >> j & 1:
+                growths[j] += gained
+            else:
+                growths[j] -= missed
+    return {place: max(0.0, growth) for place, growth in enumerate(growths)}
+
+
+def _part_of_orders(before: int, count: int) -> float:
+    """Return the part of all orders of `count` in which given ones come before a given one."""
+    return math.factorial(before) * math.factorial(count - 1 - before) / math.factorial(count)
+
+
+def _among_many(
+    curve: TokenCurve, lumps: dict[int, int], tokens: int
+) -> tuple[float, dict[int, float]]:
+    """Return what a token of a decode gets of h, and what each lump gets.
+
+    `lumps` has their tokens by their place in the step, `tokens` are those of all requests.
+    """
+    all_ns = height(curve, float(tokens))
+    if not lumps:
+        return all_ns / tokens if tokens else 0.0, {}
+    # Among equals the first in the step comes first.
+    ranked = sorted(lumps, key=lambda place: -lumps[place])
+    leaders = _leaders(ranked, lumps)
+    followers, spread = ranked[len(leaders) :], ranked[len(leaders) : LUMPS_MAX]
+    heights = [height(curve, float(knot)) for knot in KNOTS]
+    growths: dict[int, float] = {}
+    small = float(tokens)
+    for place in (*leaders, *spread):
+        small -= lumps[place]
+    absent = len(leaders) + len(spread)
+    for place in leaders:
+        others = [(lumps[other], 1.0) for other in (*leaders, *spread) if other != place]
+        weights = _spread(small, others)
+        growths[place] = _growth(curve, heights, weights, small, absent - 1, lumps[place])
+    if followers:
+        often = (len(followers) - 1.0) / len(followers)
+        others = [(lumps[other], 1.0) for other in leaders]
+        others += [(lumps[other], often) for other in spread]
+        weights = _spread(small, others)
+        for place in followers:
+            growths[place] = _growth(curve, heights, weights, small, absent - 1, lumps[place])
+    token_ns, given, left = 0.0, 0.0, tokens
+    for place in sorted(lumps):
+        given += growths[place]
+        left -= lumps[place]
+    if left > 0:
+        rest = all_ns - given
+        if rest >= REST_PART * all_ns:
+            return rest / left, growths
+        weights = _spread(small, [(lumps[other], 1.0) for other in (*leaders, *spread)])
+        token_ns = _mean_slope(curve, weights, small, absent)
+        given += token_ns * left
+    # The means miss the whole by little.
+    scale = all_ns / given if given > 0.0 else 0.0
+    return token_ns * scale, {place: growth * scale for place, growth in growths.items()}
+
+
+def _leaders(ranked: Sequence[int], lumps: dict[int, int]) -> Sequence[int]:
+    """Return the largest lumps, which are left out one by one.
+
+    A tie at the cut is not among them, so equals stay equal.
+    """
+    if len(ranked) <= LEFT_OUT_MAX:
+        return ranked
+    cut = lumps[ranked[LEFT_OUT_MAX]]
+    return [place for place in ranked[:LEFT_OUT_MAX] if lumps[place] > cut]
+
+
+def _spread(small: float, others: Sequence[tuple[int, float]]) -> list[float]:
+    """Return the weights at the corners of the tokens that are there, with at least one lump.
+
+    They are means over the nodes. `others` are lumps, each with how often it is there at the end.
+    """
+    count = len(KNOTS)
+    moves = [
+        ([_between(float(knot + tokens)) for knot in KNOTS], float(tokens), often)
+        for tokens, often in others
+    ]
+    means = [0.0] * count
+    for s, part in NODES:
+        weights, without = [0.0] * count, 1.0
+        for places, tokens, often in moves:
+            chance = s * often
+            # From above, so what was moved is not moved again.
+            for corner in range(count - 1, -1, -1):
+                moved = weights[corner] * chance
+                weights[corner] -= moved
+                _put(weights, places[corner], moved)
+            _put(weights, _between(s * small + tokens), without * chance)
+            without -= without * chance
+        for corner in range(count):
+            means[corner] += part * weights[corner]
+    return means
+
+
+def _between(tokens: float) -> tuple[int, float]:
+    """Return the corner below a number of tokens, and how far it is to the next one, from 0 to 1.
+
+    The last corner stands for all that is beyond.
+    """
+    place = len(KNOTS) - 1
+    if tokens >= KNOTS[place]:
+        return place, 0.0
+    while KNOTS[place] > tokens:
+        place -= 1
+    return place, (tokens - KNOTS[place]) / (KNOTS[place + 1] - KNOTS[place])
+
+
+def _put(weights: list[float], at: tuple[int, float], weight: float) -> None:
+    """Divide a weight between two corners."""
+    place, above = at
+    weights[place] += weight * (1.0 - above)
+    if above > 0.0:
+        weights[place + 1] += weight * above
+
+
+def _growth(
+    curve: TokenCurve,
+    heights: Sequence[float],
+    weights: Sequence[float],
+    small: float,
+    absent: int,
+    tokens: int,
+) -> float:
+    """Return the mean growth of h by a lump: before all `absent` others, and beside some."""
+    found = _mean_height(curve, float(tokens), small, absent)
+    found -= _mean_height(curve, 0.0, small, absent)
+    for corner, weight in enumerate(weights):
+        if weight > 0.0:
+            found += weight * (height(curve, float(KNOTS[corner] + tokens)) - heights[corner])
+    return found
+
+
+def _mean_height(curve: TokenCurve, tokens: float, small: float, absent: int) -> float:
+    """Return the integral over s in [0, 1] of (1-s)^absent h(tokens + s * small)."""
+    found, before, p = 0.0, 0.0, float(absent)
+    for place, knot in enumerate(KNOTS):
+        if knot >= tokens + small:
+            break
+        bend = curve[SLOPES + place] - before  # of the slope, at this corner
+        before = curve[SLOPES + place]
+        if knot <= tokens:
+            ramp = (tokens - knot) / (p + 1.0) + small / ((p + 1.0) * (p + 2.0))
+        else:
+            rest = 1.0 - (knot - tokens) / small
+            ramp = small * rest ** (p + 2.0) / ((p + 1.0) * (p + 2.0))
+        found += bend * ramp
+    return found
+
+
+def _mean_slope(curve: TokenCurve, weights: Sequence[float], small: float, absent: int) -> float:
+    """Return the mean growth of h by one token: before all `absent` lumps, and beside some."""
+    found, before, p = 0.0, 0.0, float(absent)
+    for place, knot in enumerate(KNOTS):
+        slope = curve[SLOPES + place]
+        if knot < small:
+            found += (slope - before) * (1.0 - knot / small) ** (p + 1.0) / (p + 1.0)
+        # A weight at a corner stands for tokens on both sides of it.
+        found += weights[place] * 0.5 * (before + slope if place else slope + slope)
+        before = slope
+    return found
