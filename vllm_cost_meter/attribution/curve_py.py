@@ -317,7 +317,7 @@ def _spread(small: float, others: Sequence[tuple[int, float]]) -> list[float]:
     """
     count = len(KNOTS)
     moves = [
-        ([_between(float(knot + tokens)) for knot in KNOTS], float(tokens), often)
+        ([between(float(knot + tokens)) for knot in KNOTS], float(tokens), often)
         for tokens, often in others
     ]
     means = [0.0] * count
@@ -330,14 +330,14 @@ def _spread(small: float, others: Sequence[tuple[int, float]]) -> list[float]:
                 moved = weights[corner] * chance
                 weights[corner] -= moved
                 _put(weights, places[corner], moved)
-            _put(weights, _between(s * small + tokens), without * chance)
+            _put(weights, between(s * small + tokens), without * chance)
             without -= without * chance
         for corner in range(count):
             means[corner] += part * weights[corner]
     return means
 
 
-def _between(tokens: float) -> tuple[int, float]:
+def between(tokens: float) -> tuple[int, float]:
     """Return the corner below a number of tokens, and how far it is to the next one, from 0 to 1.
 
     The last corner stands for all that is beyond.
