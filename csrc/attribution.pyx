@@ -68,6 +68,9 @@ def split(object total_ns, object weights):
     return [next_share(&state, weight) for weight in values]
 
 
+include "charges_by_curve.pxi"
+
+
 @cython.final  # Final classes have their methods called directly and inlined.
 cdef class StepMeter:
     """Accrues GPU time and tokens to the open requests of one engine, step by step."""

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from vllm_cost_meter.attribution import _native
 from vllm_cost_meter.attribution.cost_model import TokenCurve
 from vllm_cost_meter.attribution.curve_py import (
     CURVE_TERMS,
@@ -25,6 +26,7 @@ from vllm_cost_meter.attribution.curve_py import (
     CurveWork,
     Layers,
     all_of,
+    charges_by_curve,
     height,
     solve_curve,
     step_ns,
@@ -133,6 +135,25 @@ def test_among_many_requests_charges_miss_their_shapley_value_by_little(slopes, 
         found = np.array(charges_of(solve_curve(curve, works), curve, works))
         assert found == pytest.approx(exact, rel=0.15)
         assert np.abs(found - exact).sum() / 2 < 0.02 * exact.sum()
+
+
+PARTS = st.builds(
+    lambda tokens, before, is_prefill: (tokens, before + tokens, is_prefill),
+    st.sampled_from([1, 1, 1, 4]) | st.integers(1, 2048),
+    st.integers(0, 70_000),
+    st.booleans(),
+)
+
+
+@given(
+    CURVES,
+    st.lists(PARTS, min_size=1, max_size=90),
+    st.sampled_from([(1, 0, 0), (8, 40, 1024), (0, 1, 7)]),
+    st.integers(0, 2**62),
+)
+def test_native_and_twin_charge_the_same_to_the_last_bit(curve, parts, layers, gpu_ns):
+    expected = charges_by_curve(curve, parts, layers, float(gpu_ns))
+    assert _native.charges_by_curve(curve, parts, layers, float(gpu_ns)) == expected
 
 
 def test_a_window_bounds_what_is_read_and_computed():

@@ -1,6 +1,7 @@
 """A step as a sum of kernels: its time by the curve form of the cost model, and its fair charges.
 
-No engine uses it yet: the cost model still has planes only (`cost_model_py.py`).
+This is the twin of `csrc/curve.pxd`. Both agree bit for bit, so a change to one must be made in the
+other. No engine uses it yet: the cost model still has planes only (`cost_model_py.py`).
 
 The kernels of a step run one after another, and each takes as long as the slower of its arithmetic
 and its memory traffic. So a step is no maximum of two sums, but a sum over kernels. Most of them
@@ -219,6 +220,22 @@ def solve_curve(curve: TokenCurve, works: Sequence[CurveWork]) -> CurveGame:
         all_prefills=everyone.prefills,
         growths=growths,
     )
+
+
+def charges_by_curve(
+    curve: TokenCurve,
+    parts: Sequence[tuple[int, int, bool]],
+    layers: tuple[int, int, int],
+    gpu_ns: float,
+) -> tuple[list[int], list[float]]:
+    """Return the weights and the marginal costs, in GPU-ns, of a step's parts by a curve.
+
+    A part is (tokens, context at the end of the step, whether it is a prefill). `layers` are those
+    of `Layers`. The step took `gpu_ns`.
+    """
+    works = [CurveWork.of(*part, Layers(*layers)) for part in parts]
+    game = solve_curve(curve, works)
+    return game.weigh(curve, works), game.margins(curve, works, gpu_ns)
 
 
 def _is_lump(work: CurveWork) -> bool:
