@@ -1,6 +1,6 @@
-"""Print `vllm-cost-meter validate --json` as the table of docs/explanation/attribution.md.
+"""Print what `validate --roofline --json` says as the table of docs/explanation/attribution.md.
 
-vllm-cost-meter validate --json | tail -1 | python scripts/validation_table.py
+vllm-cost-meter validate --roofline --json | tail -1 | python scripts/validation_table.py
 """
 
 import json

@@ -1,18 +1,20 @@
 """What README.md and the other pages tell people to do can be done: commands, links, names."""
 
 import importlib
+import math
 import re
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from tests.support.pages import DOCS, PAGES, ROOT
+from tests.support.pages import DOCS, PAGES, ROOT, section, table_rows
 from vllm_cost_meter.api_server import reply_bytes as reply
 from vllm_cost_meter.api_server.refusal import refusal, warning
 from vllm_cost_meter.cli.commands import whole
 from vllm_cost_meter.config.loading import OTHER_NAMES
 from vllm_cost_meter.config.settings import PREFIX, Settings
+from vllm_cost_meter.lab.validation.scenarios import SCENARIOS
 from vllm_cost_meter.records.bill import BILL_KEY
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, Standing, Verdict
@@ -229,13 +231,12 @@ def test_the_headers_that_are_shown_are_those_that_are_sent(shown):
 
 @pytest.mark.parametrize("page", [README, DOCS / "explanation" / "scope.md"], ids=lambda p: p.name)
 def test_the_errors_that_are_told_are_those_of_the_whole_table(page):
-    whole = (DOCS / "explanation" / "attribution.md").read_text()
-    rows = re.findall(
-        r"^\| \w+ / llama-3.1-8b / \d+ \| [\d.]+ \| ([\d.]+) .*? \| ([\d.]+) ", whole, re.MULTILINE
-    )
+    shown = section(DOCS / "explanation" / "attribution.md", "How wrong is it?")
+    rows = [row for row in table_rows(shown) if row[0].strip("`") in SCENARIOS]
     assert len(rows) == 9
-    shapley, tokens = ([float(row[place]) for row in rows] for place in (0, 1))
-    digits = 2 if page == README else 1
+    settled = [row for row in rows if "no-prior" not in row[0] and "slower" not in row[0]]
+    chat = max(abs(float(row[3])) for row in settled)
+    worst = max(abs(float(row[2].split()[-1])) for row in settled)
     text = " ".join(page.read_text().split())
-    assert f"{min(shapley):.{digits}f} to {max(shapley):.{digits}f} %" in text
-    assert f"off by {min(tokens):.0f} to {max(tokens):.0f} %" in text
+    assert f"chat was charged within {math.ceil(chat)} % of the truth" in text
+    assert f"were up to {worst:.0f} % off" in text

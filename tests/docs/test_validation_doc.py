@@ -96,7 +96,9 @@ def test_figures_in_the_text_are_those_of_the_code():
 def test_the_results_are_of_all_truths_and_methods():
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in section(PAGE.with_name("attribution.md"), "How wrong is it?").splitlines()
+        for line in section(
+            PAGE.with_name("attribution.md"), "Of the form that is fitted"
+        ).splitlines()
         if line.startswith("|")
     ]
     rows = [row for row in rows if row[0].count("/") == 2]
