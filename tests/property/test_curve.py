@@ -6,15 +6,15 @@ another way (by the distribution of what is there, `lab/validation/kernel_truth.
 """
 
 import itertools
-import math
 import random
-from itertools import combinations
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.support.definitions import shapley_values
 from vllm_cost_meter.attribution import _native
 from vllm_cost_meter.attribution.cost_model import TokenCurve
 from vllm_cost_meter.attribution.curve_py import (
@@ -55,21 +55,6 @@ def value(curve: TokenCurve, works: tuple[CurveWork, ...]) -> float:
     return step_ns(curve, all_of(works)) if works else 0.0
 
 
-def shapley_values(curve: TokenCurve, works: list[CurveWork]) -> list[float]:
-    """Return the average over all orders of what each adds, from the definition."""
-    n = len(works)
-    values = []
-    for i, work in enumerate(works):
-        others = works[:i] + works[i + 1 :]
-        total = 0.0
-        for size in range(n):
-            orders = math.factorial(size) * math.factorial(n - 1 - size) / math.factorial(n)
-            for before in combinations(others, size):
-                total += orders * (value(curve, (*before, work)) - value(curve, before))
-        values.append(total)
-    return values
-
-
 def charges_of(game: CurveGame, curve: TokenCurve, works: list[CurveWork]) -> list[float]:
     """Return the charges in ns of the model: weights are these, rounded."""
     return [weight * game.total_ns / WEIGHT_SUM for weight in game.weigh(curve, works)]
@@ -79,7 +64,7 @@ def charges_of(game: CurveGame, curve: TokenCurve, works: list[CurveWork]) -> li
 def test_few_requests_are_charged_their_exact_shapley_values(curve, works):
     game = solve_curve(curve, works)
     assume(game.total_ns > 0)
-    expected = shapley_values(curve, works)
+    expected = shapley_values(partial(value, curve), works)
     for charge, exact in zip(charges_of(game, curve, works), expected, strict=True):
         assert charge == pytest.approx(exact, abs=2e-9 * game.total_ns)
 

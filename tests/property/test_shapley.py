@@ -6,14 +6,14 @@ the bound that docs/explanation/attribution.md states, and with the axioms. Nati
 compared in test_attribution.py; here the twin is the theory.
 """
 
-import math
 import random
-from itertools import combinations
+from functools import partial
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.support.definitions import shapley_values
 from vllm_cost_meter.attribution.cost_model import Plane
 from vllm_cost_meter.attribution.cost_model_py import ZERO, Work, time_of
 from vllm_cost_meter.attribution.shapley_py import LARGE_MAX, WEIGHT_SUM, Game, solve_game
@@ -39,22 +39,6 @@ def value(compute: Plane, memory: Plane, works: tuple[Work, ...]) -> float:
     )
 
 
-def shapley_values(compute: Plane, memory: Plane, works: list[Work]) -> list[float]:
-    """Return the average over all orders of what each adds, from the definition."""
-    n = len(works)
-    values = []
-    for i, work in enumerate(works):
-        others = works[:i] + works[i + 1 :]
-        total = 0.0
-        for size in range(n):
-            orders = math.factorial(size) * math.factorial(n - 1 - size) / math.factorial(n)
-            for before in combinations(others, size):
-                added = value(compute, memory, (*before, work)) - value(compute, memory, before)
-                total += orders * added
-        values.append(total)
-    return values
-
-
 def charges_of(game: Game, compute: Plane, memory: Plane, works: list[Work]) -> list[float]:
     """Return the charges in ns of the model: weights are these, rounded."""
     return [w * game.total_ns / WEIGHT_SUM for w in game.weigh(compute, memory, works)]
@@ -64,7 +48,7 @@ def charges_of(game: Game, compute: Plane, memory: Plane, works: list[Work]) -> 
 def test_up_to_four_requests_are_charged_their_exact_shapley_values(compute, memory, works):
     game = solve_game(compute, memory, works)
     assume(game.total_ns > 0)
-    expected = shapley_values(compute, memory, works)
+    expected = shapley_values(partial(value, compute, memory), works)
     for charge, exact in zip(charges_of(game, compute, memory, works), expected, strict=True):
         assert charge == pytest.approx(exact, abs=2e-9 * game.total_ns)
 
@@ -125,6 +109,6 @@ def test_small_players_as_an_ocean_miss_their_shapley_value_by_little(seed):
     works = [Work.of(1, rng.randint(1, 500)) for _ in range(decodes)]
     works += [Work.of(t, t + rng.randint(0, 500)) for t in rng.choices([50, 300], k=chunks)]
     game = solve_game(compute, memory, works)
-    expected = shapley_values(compute, memory, works)
+    expected = shapley_values(partial(value, compute, memory), works)
     for charge, exact in zip(charges_of(game, compute, memory, works), expected, strict=True):
         assert charge == pytest.approx(exact, abs=0.02 * game.total_ns)

@@ -414,6 +414,21 @@ def _solve_for(
         for j in range(i + 1):
             value = moments[terms[i]][terms[j]] * scales[i] * scales[j]
             matrix[i][j] = matrix[j][i] = value
+    gain = solve_scaled(matrix, vector, count)
+    if gain is None or not all(value >= 0.0 for value in vector[:count]):
+        return None
+    coefficients = [0.0] * TERMS
+    for i in range(count):
+        coefficients[terms[i]] = vector[i] * scales[i]
+    return gain, coefficients
+
+
+def solve_scaled(matrix: list[list[float]], vector: list[float], count: int) -> float | None:
+    """Solve the first `count` equations in place, by elimination; `vector` has the unknowns then.
+
+    Return the error that they explain, None if an equation follows from the others. The matrix is
+    symmetric, and its diagonal 1 or near it.
+    """
     gain = 0.0
     for i in range(count):
         if matrix[i][i] < _PIVOT_MIN:
@@ -425,13 +440,9 @@ def _solve_for(
             vector[k] -= factor * vector[i]
             for j in range(i + 1, count):
                 matrix[k][j] -= factor * matrix[i][j]
-    coefficients = [0.0] * TERMS
     for i in range(count - 1, -1, -1):
         value = vector[i]
         for j in range(i + 1, count):
             value -= matrix[i][j] * vector[j]
         vector[i] = value / matrix[i][i]
-        if not vector[i] >= 0.0:
-            return None
-        coefficients[terms[i]] = vector[i] * scales[i]
-    return gain, coefficients
+    return gain

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_cost_meter.attribution.cost_model import TokenCurve
+from vllm_cost_meter.attribution.cost_model_py import solve_scaled
 from vllm_cost_meter.attribution.curve_py import (
     FIXED,
     KNOTS,
@@ -52,7 +53,6 @@ READ_SPREAD = 0.05
 RAMP_SPREAD = 0.5
 # Any term may make up this part of a step.
 UNKNOWN_PART = 0.05
-_PIVOT_MIN = 1e-12
 _GAIN_MIN = 1e-9
 
 PriorPart = tuple[float, ...]
@@ -268,20 +268,8 @@ def _solved(
     free: Sequence[int],
 ) -> list[float] | None:
     """Solve for the free terms by scaled elimination; None if they determine one another."""
-    count = len(free)
     matrix = [[moments[i][j] * scales[i] * scales[j] for j in free] for i in free]
     vector = [right[i] * scales[i] for i in free]
-    for i in range(count):
-        if matrix[i][i] < _PIVOT_MIN:
-            return None
-        for k in range(i + 1, count):
-            factor = matrix[k][i] / matrix[i][i]
-            vector[k] -= factor * vector[i]
-            for j in range(i + 1, count):
-                matrix[k][j] -= factor * matrix[i][j]
-    for i in range(count - 1, -1, -1):
-        value = vector[i]
-        for j in range(i + 1, count):
-            value -= matrix[i][j] * vector[j]
-        vector[i] = value / matrix[i][i]
+    if solve_scaled(matrix, vector, len(free)) is None:
+        return None
     return [value * scales[i] for i, value in zip(free, vector, strict=True)]

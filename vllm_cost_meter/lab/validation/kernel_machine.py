@@ -25,7 +25,7 @@ from vllm_cost_meter.lab.validation.kernels import (
     matmul_s,
     streaming_s,
 )
-from vllm_cost_meter.lab.validation.roofline import Gpu
+from vllm_cost_meter.lab.validation.roofline import Gpu, ModelShape
 
 # Inputs are prepared and results are fetched in every step.
 START_S = 200e-6
@@ -41,8 +41,8 @@ TOKENS_MAX = 8_192
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A transformer in bf16, from its config.json.
+class Architecture(ModelShape):
+    """A transformer in bf16 with what else its kernels depend on.
 
     `windowed_layers` see at most `window` tokens back. With `latent` the cache has one vector of
     this size for all heads (MLA), and `latent_rope` numbers of position beside it. `shared_experts`
@@ -52,16 +52,6 @@ class Architecture:
     and then one for prefills; else one kernel has both, and their work overlaps.
     """
 
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    experts: int = 0
-    experts_per_token: int = 0
     shared_experts: int = 0
     routing_exponent: float = 0.0
     window: int = 0
