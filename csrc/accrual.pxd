@@ -6,9 +6,11 @@ Invariant: what `accrue` adds to open requests plus the tail it returns is the t
 
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
-from csrc.fit cimport Fit
+from csrc.curve cimport ENUMERATED_MAX
+from csrc.game cimport (
+    Margins, SolvedStep, StepModel, margin_of, margin_of_usual, solve_step, start_margins, weigh_game,
+)
 from csrc.requests cimport CUT, DECODE, PREFILL, Requests, Rest, Slot, end_of_last_step
-from csrc.shapley cimport Game, Margins, margin_of, margin_of_decode, solve_game, start_margins, weigh_game
 from csrc.shares cimport Part, Split, next_share, start_split, weigh_equal, weigh_tokens
 from csrc.steps cimport Ring, Step, step_at
 
@@ -20,7 +22,7 @@ cdef enum:  # places in METHODS
 cdef inline int64_t accrue(
     Requests *requests,
     const Step *step,
-    Fit *fit,
+    const StepModel *model,
     int method,
     uint32_t *weights,
     int64_t total_ns,
@@ -30,13 +32,10 @@ cdef inline int64_t accrue(
     """Share out a step's time, and end the step if `ends`. Return the tail."""
     if step.count == 0:
         return total_ns
-    cdef const double *compute = fit.compute
-    cdef const double *memory = fit.memory
-    cdef Game game = solve_game(
-        compute, memory, step.parts, step.count, &step.work, &step.chunks
-    )
-    cdef Margins margins = start_margins(&game, compute, memory, step.count, <double>total_ns)
-    cdef uint64_t whole = weigh(step, &game, fit, method, weights)
+    cdef SolvedStep game
+    solve_step(&game, model, step.parts, step.count, &step.work)
+    cdef Margins margins = start_margins(&game, model, <double>total_ns)
+    cdef uint64_t whole = weigh(step, &game, model, method, weights)
     if whole == 0:
         whole = weigh_equal(step.count, weights)
         fallbacks[0] += 1
@@ -44,7 +43,8 @@ cdef inline int64_t accrue(
     # Local copies: the compiler need not read them again after each write to a slot.
     cdef Slot *slots = requests.slots
     cdef const Part *parts = step.parts
-    cdef uint32_t count = step.count, plain = step.plain if ends else 0
+    # Few requests have no usual ones among them.
+    cdef uint32_t count = step.count, plain = step.plain if ends and count > ENUMERATED_MAX else 0
     cdef Slot *slot
     cdef Part part
     cdef int64_t tail_ns = 0, share_ns
@@ -57,7 +57,7 @@ cdef inline int64_t accrue(
         else:
             slot.decode_ns += share_ns
             slot.step_ns = sum_up(slot.step_ns, total_ns)
-            slot.marginal_ns += margin_of_decode(&margins, parts[place].context)
+            slot.marginal_ns += margin_of_usual(&margins, model, &parts[place])
         slot.decode_tokens = added(slot.decode_tokens, 1)
         slot.batch += count
         slot.ended += 1
@@ -74,7 +74,7 @@ cdef inline int64_t accrue(
             if part.phase & DECODE:
                 slot.decode_ns += share_ns
             slot.step_ns = sum_up(slot.step_ns, total_ns)
-            slot.marginal_ns += margin_of(&margins, compute, memory, &part)
+            slot.marginal_ns += margin_of(&margins, &game, model, &part)
             if part.phase != DECODE or part.tokens > 1:
                 count_unusual(slot, &requests.rests[part.slot], &part, share_ns, ends)
         if ends:
@@ -111,11 +111,11 @@ cdef inline void take_out(Requests *requests, const Step *step, uint32_t count) 
 
 
 cdef inline uint64_t weigh(
-    const Step *step, const Game *game, Fit *fit, int method, uint32_t *weights
+    const Step *step, const SolvedStep *game, const StepModel *model, int method, uint32_t *weights
 ) noexcept nogil:
     """Fill in the weights of a step's parts. Return their sum."""
     if method == SHAPLEY:
-        return weigh_game(game, fit.compute, fit.memory, step.parts, step.count, weights)
+        return weigh_game(game, model, step.parts, weights)
     if method == TOKENS:
         return weigh_tokens(step.parts, step.count, weights)
     return weigh_equal(step.count, weights)

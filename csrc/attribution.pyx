@@ -18,29 +18,34 @@ cimport cython
 from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next, PyDict_Size
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.long cimport PyLong_AsUnsignedLong
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t, uint32_t
+from libc.string cimport memset
 
 from csrc.accrual cimport accrue, cut_in_flight, cut_off, drop, take_out
 from csrc.checks cimport (
-    WEIGHT_MAX, check_tokens, in_range, instant, planes_of, tokens_of, tokens_out_of_range,
-    whole_number,
+    WEIGHT_MAX, check_tokens, in_range, instant, tokens_of, tokens_out_of_range, whole_number,
 )
-from csrc.fit cimport Fit, TERMS, Work, adopt_prior, explained, observe, start_fit
+from csrc.curve cimport Layers
+from csrc.fit cimport CURVE_FORM, Fit, explained, observe
+from csrc.game cimport StepWork
 from csrc.requests cimport (
     NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, adopt_key, count_blocks, free_requests,
     free_slot, hold_blocks, is_in_flight, make_slot_free, next_free_slot, release_blocks, reset,
     take_slot, unqueue,
 )
 from csrc.shapley cimport fill_polynomials
-from csrc.shares cimport Part, Split, next_share, start_split
+from csrc.priors cimport adopt_earlier, fitted, read_prior
+from csrc.shares cimport Split, next_share, start_split
 from csrc.steps cimport (
-    Guess, Ring, Step, enter, free_ring, guess_after, guess_in, is_kept, is_right, look_further,
-    make_room, reject, start_ring, step_at,
+    Guess, Ring, Step, enter, finish_work, free_ring, guess_after, guess_in, is_kept, is_right,
+    look_further, make_room, reject, start_ring, step_at,
 )
 
+from vllm_cost_meter.attribution.cost_model import CURVE, TWO_PLANES, Model
+from vllm_cost_meter.attribution.priors import NOTHING_KNOWN
 from vllm_cost_meter.records.accrued import Accrued
 
 METHODS = ("shapley", "tokens", "equal")
@@ -68,9 +73,6 @@ def split(object total_ns, object weights):
     return [next_share(&state, weight) for weight in values]
 
 
-include "charges_by_curve.pxi"
-
-
 @cython.final  # Final classes have their methods called directly and inlined.
 cdef class StepMeter:
     """Accrues GPU time and tokens to the open requests of one engine, step by step."""
@@ -81,24 +83,22 @@ cdef class StepMeter:
     cdef int method
     cdef Fit *fit
     cdef list published  # models, by version, the latest last
-    cdef tuple planes_in_use
+    cdef tuple in_use  # planes and coefficients
+    cdef object served
     cdef dict ids  # of open requests: id -> slot number
     cdef Requests requests
     cdef Ring ring
 
-    def __cinit__(
-        self, object method, object prior=None, bint trusted=False, object block_size=0
-    ):
-        cdef double planes[3][TERMS]
+    def __cinit__(self, object method, object prior=NOTHING_KNOWN, object block_size=0):
         if method not in METHODS:
             raise ValueError(f"StepMeter: expected a method of {METHODS}, got {method!r}")
         self.requests.block_size = whole_number(block_size, WEIGHT_MAX, "StepMeter: block_size")
         self.method = METHODS.index(method)
-        planes_of(prior, &planes[0][0])
-        self.fit = <Fit *>PyMem_Malloc(sizeof(Fit))
+        self.fit = <Fit *>PyMem_Calloc(1, sizeof(Fit))
         if self.fit == NULL:
             raise MemoryError
-        start_fit(self.fit, &planes[0][0], trusted and prior is not None)
+        read_prior(self.fit, prior)
+        self.served = prior.served
         self.published = []
         self.remember_model()
         self.ids = {}
@@ -107,6 +107,8 @@ cdef class StepMeter:
     def __dealloc__(self):
         free_requests(&self.requests)
         free_ring(&self.ring)
+        if self.fit != NULL:
+            PyMem_Free(<void *>self.fit.model.served.captured)
         PyMem_Free(self.fit)
 
     @property
@@ -303,11 +305,9 @@ cdef class StepMeter:
 
     # The cost model
 
-    def adopt(self, object prior, bint two_planes):
-        """Continue from the planes of an earlier fit. Raises ValueError for anything else."""
-        cdef double planes[3][TERMS]
-        planes_of(prior, &planes[0][0])
-        adopt_prior(self.fit, &planes[0][0], two_planes)
+    def adopt(self, object planes, object coefficients, bint two_planes):
+        """Continue from an earlier fit. Raises ValueError for anything else."""
+        adopt_earlier(self.fit, planes, coefficients, two_planes)
         self.remember_model()
 
     @property
@@ -320,28 +320,25 @@ cdef class StepMeter:
         return [model for model in self.published if model[0] > since_version]
 
     def model(self):
-        """Return the model in use and its quality figures."""
-        return (
+        """Return the model in use and its quality figures. Its planes and curve are published."""
+        return Model(
             self.fit.version,
-            "two planes" if self.fit.two_planes else "one plane",
-            self.planes_in_use,
+            CURVE if self.fit.form == CURVE_FORM else TWO_PLANES,
+            *self.in_use,
+            self.served,
             self.fit.steps,
             self.fit.errors[0],
             self.fit.errors[1],
             explained(self.fit),
         )
 
-    def planes(self):
-        """Return the three planes in their current state; `adopt` takes them as a prior."""
-        cdef double *at = &self.fit.working[0][0]
-        return tuple([tuple([at[kind * TERMS + k] for k in range(TERMS)]) for kind in range(3)])
+    def fitted(self):
+        """Return the planes and the curve as they are learnt now; `adopt` takes them."""
+        return fitted(self.fit)
 
     cdef int remember_model(self) except -1:
-        self.planes_in_use = self.planes()
-        self.published.append(self.model())
-        if len(self.published) > MODELS_MAX:
-            del self.published[0]
-        return 0
+        self.in_use = self.fitted()
+        self.published = [*self.published[1 - MODELS_MAX :], self.model()]
 
     # Steps: leaves of the step path
 
@@ -370,7 +367,9 @@ cdef class StepMeter:
         cdef Slot *slots = self.requests.slots
         cdef int64_t tokens = 0
         cdef bint prefills = False
-        cdef Work total = Work(0, 0, 0, 0)
+        cdef const Layers *layers = &self.fit.model.served.layers
+        cdef StepWork total
+        memset(&total, 0, sizeof(StepWork))
         try:
             for k in range(count):
                 key = <PyObject *>PyList_GET_ITEM(decoding, k)
@@ -382,7 +381,7 @@ cdef class StepMeter:
                     guess = found
                     slots = self.requests.slots
                 self.ring.weights[full] = place
-                full += enter(&slots[number], number, 1, this_step, step, place, &total)
+                full += enter(&slots[number], number, 1, this_step, step, place, &total, layers)
                 prefills |= step.parts[place].phase == PREFILL
                 place += 1
             step.plain = 0 if prefills else place
@@ -398,14 +397,15 @@ cdef class StepMeter:
                     guess = found
                     slots = self.requests.slots
                 self.ring.weights[full] = place
-                full += enter(&slots[number], number, tokens, this_step, step, place, &total)
+                full += enter(&slots[number], number, tokens, this_step, step, place, &total, layers)
                 place += 1
-            if total.tokens > WEIGHT_MAX:
-                raise tokens_out_of_range(total.tokens)
+            if total.planes.tokens > WEIGHT_MAX:
+                raise tokens_out_of_range(total.planes.tokens)
         except:
             take_out(&self.requests, step, place)
             raise
-        total.sequences = step.count = place
+        step.count = place
+        finish_work(&total, place, layers)
         step.work = total
         return full
 
@@ -438,7 +438,7 @@ cdef class StepMeter:
         cdef int64_t tail_ns = accrue(
             &self.requests,
             step,
-            self.fit,
+            &self.fit.model,
             self.method,
             self.ring.weights,
             total_ns,

@@ -4,7 +4,6 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_Check
 from libc.math cimport isfinite
 from libc.stdint cimport INT64_MAX, int64_t
 
-from csrc.fit cimport TERMS
 
 cdef enum:
     WEIGHT_MAX = 0x7FFFFFFF
@@ -64,25 +63,20 @@ cdef inline object out_of_range(object value, int64_t maximum, str what):
     return ValueError(f"{what}: expected an int from 0 to {maximum}, got {value!r}")
 
 
-cdef inline int planes_of(object prior, double *planes) except -1:
-    """Read three planes of coefficients >= 0, or write the prior of a meter that knows nothing."""
-    cdef int kind, k
-    cdef double value
-    for kind in range(3):
-        for k in range(TERMS):
-            planes[kind * TERMS + k] = k == 1 and kind != 1
-    if prior is None:
-        return 0
+cdef inline int coefficients_of(
+    object rows, str what, int count, int terms, double *coefficients
+) except -1:
+    """Read rows of finite coefficients >= 0."""
+    cdef int i, k
     try:
-        sizes = [len(plane) for plane in prior]
-    except TypeError:
-        sizes = []
-    if sizes != [TERMS] * 3:
-        raise ValueError(f"StepMeter: expected a prior of 3 planes of {TERMS}, got {prior!r}")
-    for kind in range(3):
-        for k in range(TERMS):
-            value = prior[kind][k]
-            if not (isfinite(value) and value >= 0.0):
-                raise ValueError(f"StepMeter: expected coefficients >= 0, got {prior!r}")
-            planes[kind * TERMS + k] = value
+        checked = [[float(value) for value in row] for row in rows]
+    except (TypeError, ValueError):
+        checked = []
+    if [len(row) for row in checked] != [terms] * count:
+        raise ValueError(f"{what}: expected {count} rows of {terms} numbers, got {rows!r}")
+    for i in range(count):
+        for k in range(terms):
+            coefficients[i * terms + k] = checked[i][k]
+            if not (isfinite(coefficients[i * terms + k]) and checked[i][k] >= 0.0):
+                raise ValueError(f"{what}: expected coefficients >= 0, got {rows!r}")
     return 0

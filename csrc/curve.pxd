@@ -1,28 +1,22 @@
 # cython: cdivision=True
-"""A step as a sum of kernels: its time by a curve, and the fair charge of each request.
+"""A step as a sum of kernels: its time by a curve, and what each request adds to it.
 
 The twin `curve_py.py` explains the theory and has the same names. This is plain arithmetic over the
 parts of a step, and uses no memory but the stack.
 """
 
 from libc.math cimport pow
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t
 
-from csrc.fit cimport larger, smaller
 from csrc.requests cimport DECODE
-from csrc.shapley cimport LARGEST_NS, SMALLEST_NS, WEIGHT_SUM
+from csrc.shapley cimport Sides
 from csrc.shares cimport Part
+from csrc.terms cimport (
+    CURVE_TERMS, DECODE_COMPUTE, EXPERTS, KNOTS, KNOTS_COUNT, PAIRS, PREFILL_COMPUTE,
+    RAMPS, RAMPS_COUNT, READ, SLOPES, larger, smaller,
+)
 
 cdef enum:
-    KNOTS_COUNT = 23
-    FIXED = 0
-    PREFILL = 1
-    SEQUENCE = 2
-    READ = 3
-    PAIRS = 4
-    PREFILL_READ = 5
-    SLOPES = 6
-    CURVE_TERMS = 29
     ENUMERATED_MAX = 6
     LEFT_OUT_MAX = 4
     LUMPS_MAX = 64
@@ -30,10 +24,6 @@ cdef enum:
 
 cdef extern from *:
     """
-    static const double KNOTS[23] = {
-        0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256,
-        384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384,
-    };
     static const double NODES[8][2] = {
         {0.01985507175123188, 0.05061426814518813},
         {0.10166676129318664, 0.11119051722668724},
@@ -47,7 +37,6 @@ cdef extern from *:
     static const double FACTORIALS[7] = {1, 1, 2, 6, 24, 120, 720};
     #define REST_PART 0.1
     """
-    const double KNOTS[KNOTS_COUNT]
     const double NODES[NODES_COUNT][2]
     const double FACTORIALS[ENUMERATED_MAX + 1]
     const double REST_PART
@@ -57,12 +46,17 @@ cdef struct Layers:
     double windowed
     int64_t window
 
+cdef struct Served:  # what is known of the served model
+    Layers layers
+    const int64_t *captured  # ascending
+    uint32_t captured_count
+
 cdef struct CurveWork:
     int64_t tokens
     int64_t sequences
     int64_t prefills
-    double read
     double pairs
+    double read
     double prefill_read
 
 cdef struct Between:  # two corners
@@ -80,63 +74,63 @@ cdef struct Lumps:
     uint32_t places[LUMPS_MAX + 1]
     uint32_t tokens[LUMPS_MAX + 1]
 
-cdef struct CurveGame:
-    double total_ns
-    double base_ns
-    double prefill_ns
+cdef struct Growths:  # what the requests of a step get of h
     double token_ns
-    int64_t all_tokens
-    int64_t all_prefills
     bint is_enumerated
-    double growths[ENUMERATED_MAX]  # of each part, if enumerated; else of each leader
+    double parts[ENUMERATED_MAX]  # of each request, if enumerated; else of each leader
     Lumps lumps
     # What tells the growth of the other lumps.
     double heights[KNOTS_COUNT]
     double weights[KNOTS_COUNT]
     double small
     double scale
+    double first[LUMPS_MAX]  # growths of the first lumps of the step, before they are scaled
+
+
+cdef inline int64_t padded(const Served *served, int64_t tokens) noexcept nogil:
+    """Return how many tokens a batch with so many computes."""
+    cdef uint32_t low = 0, high = served.captured_count, middle
+    if tokens == 0 or high == 0 or tokens > served.captured[high - 1]:
+        return tokens
+    while low < high:
+        middle = (low + high) // 2
+        if served.captured[middle] < tokens:
+            low = middle + 1
+        else:
+            high = middle
+    return served.captured[low]
+
+
+cdef inline double read_of(const Layers *layers, int64_t tokens, int64_t context) noexcept nogil:
+    cdef int64_t seen = min(context, layers.window + tokens)
+    return layers.whole * context + layers.windowed * seen
 
 
 cdef inline CurveWork curve_work_of(const Part *part, const Layers *layers) noexcept nogil:
     cdef int64_t tokens = part.tokens, context = part.context
     cdef int64_t seen = min(context, layers.window + tokens)
     cdef double number = <double>tokens, fewer
-    cdef double read = layers.whole * context + layers.windowed * seen
+    cdef double read = read_of(layers, tokens, context)
     if part.phase & DECODE:
-        return CurveWork(tokens, 1, 0, read, 0.0, 0.0)
+        return CurveWork(tokens, 1, 0, 0.0, read, 0.0)
     fewer = 0.5 * number * (number - 1.0)
     return CurveWork(
         tokens,
         1,
         1,
-        0.0,
         layers.whole * (number * context - fewer) + layers.windowed * (number * seen - fewer),
+        0.0,
         read,
     )
 
 
-cdef inline CurveWork all_of(
-    const Part *parts, uint32_t count, const Layers *layers
-) noexcept nogil:
-    cdef CurveWork total = CurveWork(0, 0, 0, 0.0, 0.0, 0.0), work
-    cdef uint32_t k
-    for k in range(count):
-        work = curve_work_of(&parts[k], layers)
-        total.tokens += work.tokens
-        total.sequences += work.sequences
-        total.prefills += work.prefills
-        total.read += work.read
-        total.pairs += work.pairs
-        total.prefill_read += work.prefill_read
-    return total
-
-
-cdef inline double own_ns(const double *curve, const CurveWork *work) noexcept nogil:
-    return (
-        curve[SEQUENCE] * work.sequences
-        + curve[READ] * work.read
-        + curve[PAIRS] * work.pairs
-        + curve[PREFILL_READ] * work.prefill_read
+cdef inline Sides attention_of(const double *curve, const CurveWork *work) noexcept nogil:
+    """Return the time of attention's arithmetic, and that in which it reads contexts."""
+    return Sides(
+        curve[PAIRS] * work.pairs
+        + curve[PREFILL_COMPUTE] * work.prefill_read
+        + curve[DECODE_COMPUTE] * work.read,
+        curve[READ] * (work.read + work.prefill_read),
     )
 
 
@@ -151,48 +145,72 @@ cdef inline double height(const double *curve, double tokens) noexcept nogil:
     return found
 
 
-cdef inline void solve_curve(
-    CurveGame *game, const double *curve, const Part *parts, uint32_t count, const Layers *layers
+cdef inline void write_curve(
+    double *curve, const double *coefficients, const double *chosen
 ) noexcept nogil:
-    cdef CurveWork everyone = all_of(parts, count, layers)
-    cdef double shared = curve[FIXED] + (curve[PREFILL] if everyone.prefills else 0.0)
-    game.total_ns = shared + own_ns(curve, &everyone) + height(curve, <double>everyone.tokens)
-    game.base_ns = curve[FIXED] / count
-    game.prefill_ns = curve[PREFILL] / everyone.prefills if everyone.prefills else 0.0
-    game.token_ns = 0.0
-    game.all_tokens = everyone.tokens
-    game.all_prefills = everyone.prefills
-    game.is_enumerated = count <= ENUMERATED_MAX
-    if game.is_enumerated:
-        enumerate_subsets(game, curve, parts, count)
-    else:
-        share_among_many(game, curve, parts, count)
+    """Write the curve of a fit's coefficients. `chosen` are the experts chosen at each corner."""
+    cdef int place, ramp = 0, term
+    cdef double slope, more
+    for term in range(SLOPES):
+        curve[term] = coefficients[term]
+    for place in range(KNOTS_COUNT):
+        while ramp + 1 < RAMPS_COUNT and RAMPS[ramp + 1] <= KNOTS[place]:
+            ramp += 1
+        slope = coefficients[SLOPES + ramp]
+        if place + 1 < KNOTS_COUNT:
+            more = chosen[place + 1] - chosen[place]
+            slope += coefficients[EXPERTS] * more / (KNOTS[place + 1] - KNOTS[place])
+        curve[SLOPES + place] = slope
+
+
+cdef inline void smooth_curve(
+    double *smooth, const double *curve, const Served *served
+) noexcept nogil:
+    """Write the curve of the mean over the batch sizes around each corner, which are padded."""
+    cdef double heights[KNOTS_COUNT]
+    cdef int place
+    cdef int64_t knot
+    for place in range(CURVE_TERMS):
+        smooth[place] = curve[place]
+    if served.captured_count == 0:
+        return
+    for place in range(KNOTS_COUNT):
+        knot = <int64_t>KNOTS[place]
+        heights[place] = (
+            0.5 * height(curve, <double>padded(served, knot))
+            + 0.5 * height(curve, <double>padded(served, knot + 1))
+        )
+    heights[0] = 0.0
+    for place in range(KNOTS_COUNT - 1):
+        smooth[SLOPES + place] = (heights[place + 1] - heights[place]) / (
+            KNOTS[place + 1] - KNOTS[place]
+        )
 
 
 cdef inline void enumerate_subsets(
-    CurveGame *game, const double *curve, const Part *parts, uint32_t count
+    Growths *growths, const double *curve, const Served *served, const Part *parts, uint32_t count
 ) noexcept nogil:
     cdef uint32_t subset, j, size
     cdef int64_t there
     cdef double value, gained, missed
     for j in range(count):
-        game.growths[j] = 0.0
+        growths.parts[j] = 0.0
     for subset in range(<uint32_t>1 << count):
         there = size = 0
         for j in range(count):
             if subset >> j & 1:
                 there += parts[j].tokens
                 size += 1
-        value = height(curve, <double>there)
+        value = height(curve, <double>padded(served, there))
         gained = value * part_of_orders(size - 1, count) if size else 0.0
         missed = value * part_of_orders(size, count) if size < count else 0.0
         for j in range(count):
             if subset >> j & 1:
-                game.growths[j] += gained
+                growths.parts[j] += gained
             else:
-                game.growths[j] -= missed
+                growths.parts[j] -= missed
     for j in range(count):
-        game.growths[j] = larger(0.0, game.growths[j])
+        growths.parts[j] = larger(0.0, growths.parts[j])
 
 
 cdef inline double part_of_orders(uint32_t before, uint32_t count) noexcept nogil:
@@ -204,22 +222,22 @@ cdef inline bint is_lump(const Part *part) noexcept nogil:
 
 
 cdef inline void share_among_many(
-    CurveGame *game, const double *curve, const Part *parts, uint32_t count
+    Growths *game, const double *curve, const Part *parts, uint32_t count, int64_t tokens
 ) noexcept nogil:
     cdef Lumps *lumps = &game.lumps
     cdef Lump others[LUMPS_MAX]
-    cdef double all_ns = height(curve, <double>game.all_tokens), given = 0.0, often, rest
-    cdef int64_t left = game.all_tokens
-    cdef uint32_t k, j, used
+    cdef double all_ns = height(curve, <double>tokens), given = 0.0, often, rest, grown
+    cdef int64_t left = tokens
+    cdef uint32_t k, j, used, seen = 0
     cdef int corner
     rank_lumps(lumps, parts, count)
     game.scale = 1.0
     if lumps.all == 0:
-        game.token_ns = all_ns / game.all_tokens if game.all_tokens else 0.0
+        game.token_ns = all_ns / tokens if tokens else 0.0
         return
     for corner in range(KNOTS_COUNT):
         game.heights[corner] = height(curve, KNOTS[corner])
-    game.small = <double>game.all_tokens
+    game.small = <double>tokens
     for k in range(lumps.count):
         game.small -= lumps.tokens[k]
     for k in range(lumps.leaders):
@@ -229,7 +247,7 @@ cdef inline void share_among_many(
                 others[used] = Lump(lumps.tokens[j], 1.0)
                 used += 1
         spread(game.weights, game.small, others, used)
-        game.growths[k] = growth(game, curve, lumps.tokens[k])
+        game.parts[k] = growth(game, curve, lumps.tokens[k])
     if lumps.all > lumps.leaders:
         often = (lumps.all - lumps.leaders - 1.0) / (lumps.all - lumps.leaders)
         for j in range(lumps.count):
@@ -237,7 +255,11 @@ cdef inline void share_among_many(
         spread(game.weights, game.small, others, lumps.count)
     for k in range(count):
         if is_lump(&parts[k]):
-            given += growth_at(game, curve, parts, k)
+            grown = growth_at(game, curve, parts, k)
+            if seen < LUMPS_MAX:
+                game.first[seen] = grown
+            seen += 1
+            given += grown
             left -= parts[k].tokens
     if left > 0:
         rest = all_ns - given
@@ -276,13 +298,13 @@ cdef inline void rank_lumps(Lumps *lumps, const Part *parts, uint32_t count) noe
 
 
 cdef inline double growth_at(
-    const CurveGame *game, const double *curve, const Part *parts, uint32_t place
+    const Growths *game, const double *curve, const Part *parts, uint32_t place
 ) noexcept nogil:
     """Return what the lump at a place of the step gets of h, before it is scaled."""
     cdef uint32_t k
     for k in range(game.lumps.leaders):
         if game.lumps.places[k] == place:
-            return game.growths[k]
+            return game.parts[k]
     return growth(game, curve, parts[place].tokens)
 
 
@@ -293,7 +315,8 @@ cdef inline void spread(
     cdef double weights[KNOTS_COUNT]
     cdef double s, without, chance, moved
     cdef uint32_t k
-    cdef int node, corner
+    cdef int node, corner, top
+    cdef Between at
     for k in range(count):
         for corner in range(KNOTS_COUNT):
             places[k][corner] = between(KNOTS[corner] + others[k].tokens)
@@ -302,15 +325,19 @@ cdef inline void spread(
     for node in range(NODES_COUNT):
         s = NODES[node][0]
         without = 1.0
+        top = 0  # the last corner that has any weight
         for corner in range(KNOTS_COUNT):
             weights[corner] = 0.0
         for k in range(count):
             chance = s * others[k].often
-            for corner in range(KNOTS_COUNT - 1, -1, -1):
+            for corner in range(top, -1, -1):
                 moved = weights[corner] * chance
                 weights[corner] -= moved
                 put(weights, places[k][corner], moved)
-            put(weights, between(s * small + others[k].tokens), without * chance)
+            at = between(s * small + others[k].tokens)
+            top = max(top, <int>places[k][top].place + 1, <int>at.place + 1)
+            top = min(top, KNOTS_COUNT - 1)
+            put(weights, at, without * chance)
             without -= without * chance
         for corner in range(KNOTS_COUNT):
             means[corner] += NODES[node][1] * weights[corner]
@@ -332,7 +359,7 @@ cdef inline void put(double *weights, Between at, double weight) noexcept nogil:
 
 
 cdef inline double growth(
-    const CurveGame *game, const double *curve, uint32_t tokens
+    const Growths *game, const double *curve, uint32_t tokens
 ) noexcept nogil:
     cdef double found = mean_height(curve, tokens, game.small, game.lumps.count - 1)
     cdef int corner
@@ -378,58 +405,3 @@ cdef inline double mean_slope(
         found += weights[place] * 0.5 * (before + slope if place else slope + slope)
         before = slope
     return found
-
-
-cdef inline uint64_t weigh_curve(
-    const CurveGame *game,
-    const double *curve,
-    const Part *parts,
-    uint32_t count,
-    const Layers *layers,
-    uint32_t *weights,
-) noexcept nogil:
-    """Fill in the charge of each part as a weight. Return the sum of the weights.
-
-    If the model predicts no time, the sum is 0 and nothing is filled in.
-    """
-    cdef uint64_t whole = 0
-    cdef double to_weight, charge, of_tokens
-    cdef CurveWork work
-    cdef uint32_t k
-    if not SMALLEST_NS < game.total_ns < LARGEST_NS:
-        return 0
-    to_weight = WEIGHT_SUM / game.total_ns
-    for k in range(count):
-        work = curve_work_of(&parts[k], layers)
-        if game.is_enumerated:
-            of_tokens = game.growths[k]
-        elif is_lump(&parts[k]):
-            of_tokens = growth_at(game, curve, parts, k) * game.scale
-        else:
-            of_tokens = game.token_ns * work.tokens
-        charge = game.base_ns + own_ns(curve, &work) + of_tokens
-        if work.prefills:
-            charge += game.prefill_ns
-        weights[k] = <uint32_t>(charge * to_weight + 0.5)
-        whole += weights[k]
-    return whole
-
-
-cdef inline double margin_by_curve(
-    const CurveGame *game,
-    const double *curve,
-    const Part *part,
-    const Layers *layers,
-    double gpu_ns,
-) noexcept nogil:
-    """Return the marginal cost of a part of a step with others, in ns of a step of `gpu_ns`."""
-    cdef CurveWork work = curve_work_of(part, layers)
-    cdef double to_ns = 0.0, added = own_ns(curve, &work)
-    if SMALLEST_NS < game.total_ns < LARGEST_NS:
-        to_ns = smaller(gpu_ns, LARGEST_NS) / game.total_ns
-    added += height(curve, <double>game.all_tokens) - height(
-        curve, <double>(game.all_tokens - work.tokens)
-    )
-    if work.prefills and game.all_prefills == 1:
-        added += curve[PREFILL]
-    return added * to_ns

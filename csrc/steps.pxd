@@ -9,10 +9,11 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 from csrc.checks cimport WEIGHT_MAX, rejected_tokens_of
-from csrc.fit cimport Work, work_of
+from csrc.curve cimport CurveWork, Layers, curve_work_of, read_of
+from csrc.game cimport StepWork
 from csrc.memory cimport resized
+from csrc.planes cimport work_of
 from csrc.requests cimport DECODE, NOBODY, PREFILL, Requests, Slot
-from csrc.shapley cimport Chunks, note_chunk
 from csrc.shares cimport Part
 
 cdef enum:
@@ -24,8 +25,7 @@ cdef struct Step:
     uint32_t count
     uint32_t plain  # so many of them come first: decodes of one token each
     uint32_t capacity
-    Work work  # of all its parts
-    Chunks chunks
+    StepWork work  # of all its parts
     int64_t shared_ns  # of its time, so far
 
 cdef struct Guess:  # where the next request of a step was before
@@ -105,7 +105,8 @@ cdef inline bint enter(
     uint32_t this_step,
     Step *step,
     uint32_t place,
-    Work *total,
+    StepWork *total,
+    const Layers *layers,
 ) noexcept nogil:
     """Make a request the next part of a step. Return whether it needs another block."""
     cdef Part *part = &step.parts[place]
@@ -118,15 +119,33 @@ cdef inline bint enter(
     slot.last_place = <uint16_t>place
     slot.position = min(slot.position, <uint32_t>WEIGHT_MAX)
     part.context = slot.position
-    total.tokens += tokens
-    total.context += part.context
+    total.planes.tokens += tokens
+    total.planes.context += part.context
     if tokens == 1:
-        total.products += part.context
+        total.planes.products += part.context
     else:
-        total.products += work_of(part).products
-        if tokens:
-            note_chunk(&step.chunks, place)
+        total.planes.products += work_of(part).products
+    if part.phase == PREFILL:
+        add_prefill(total, part, layers)
+    elif layers.windowed != 0.0:
+        total.curve.read += read_of(layers, tokens, part.context)
     return slot.position > slot.block_end
+
+
+cdef inline void add_prefill(StepWork *total, const Part *part, const Layers *layers) noexcept nogil:
+    cdef CurveWork work = curve_work_of(part, layers)
+    total.prefill_context += part.context
+    total.curve.prefills += 1
+    total.curve.pairs += work.pairs
+    total.curve.prefill_read += work.prefill_read
+
+
+cdef inline void finish_work(StepWork *total, uint32_t count, const Layers *layers) noexcept nogil:
+    """Fill in what follows from the sums over all parts."""
+    total.planes.sequences = total.curve.sequences = count
+    total.curve.tokens = total.planes.tokens
+    if layers.windowed == 0.0:
+        total.curve.read = layers.whole * (total.planes.context - total.prefill_context)
 
 
 cdef inline int reject(Requests *requests, const Step *step, dict rejected) except -1:
@@ -157,7 +176,7 @@ cdef inline Step *make_room(Ring *ring, uint32_t count) except NULL:
         grow_ring(ring)
     cdef Step *step = step_at(ring, ring.newest + 1)
     cdef uint32_t capacity = max(<uint32_t>64, 2 * count)
-    step.count = step.plain = step.chunks.count = 0
+    step.count = step.plain = 0
     step.shared_ns = 0
     if step.capacity < count:
         step.parts = <Part *>resized(step.parts, capacity, sizeof(Part))

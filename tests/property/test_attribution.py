@@ -18,7 +18,9 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.support.priors import COEFFICIENTS, PLANE, PRIORS
 from vllm_cost_meter.attribution import _native, step_meter_py
+from vllm_cost_meter.attribution.priors import NOTHING_KNOWN
 from vllm_cost_meter.records.accrued import Accrued
 
 IMPLEMENTATIONS = [_native, step_meter_py]
@@ -86,9 +88,6 @@ COUNTS = st.one_of(st.integers(0, 3), st.integers(0, 5000))
 REJECTED = st.none() | st.dictionaries(
     st.sampled_from([*REQUESTS, "nobody"]), st.integers(-1, 4000), max_size=3
 )
-COEFFICIENTS = st.floats(0, 1e9, allow_subnormal=False)
-PLANES = st.tuples(*[COEFFICIENTS] * 5)
-PRIORS = st.tuples(PLANES, PLANES, PLANES)
 ANY_REQUEST = st.sampled_from(REQUESTS)
 PASSED_NS = st.one_of(st.integers(-5, 100), st.integers(0, 2**62))
 ANY_STEP = st.integers(0, 3)  # how many steps back from the newest
@@ -99,13 +98,12 @@ class Lockstep(RuleBasedStateMachine):
 
     @initialize(
         method=st.sampled_from(step_meter_py.METHODS),
-        prior=st.none() | PRIORS,
-        trusted=st.booleans(),
+        prior=st.just(NOTHING_KNOWN) | PRIORS,
         block_size=st.sampled_from([0, 1, 16, 2**31 - 1]),
     )
-    def start(self, method, prior, trusted, block_size):
-        self.native = _native.StepMeter(method, prior, trusted, block_size)
-        self.twin = step_meter_py.StepMeter(method, prior, trusted, block_size)
+    def start(self, method, prior, block_size):
+        self.native = _native.StepMeter(method, prior, block_size)
+        self.twin = step_meter_py.StepMeter(method, prior, block_size)
         self.now_ns = 10
         self.newest = 0
         self.batch = {}
@@ -227,9 +225,9 @@ class Lockstep(RuleBasedStateMachine):
     def abandon(self):
         self.both("abandon")
 
-    @rule(prior=PRIORS, two_planes=st.booleans())
-    def adopt(self, prior, two_planes):
-        self.both("adopt", prior, two_planes)
+    @rule(planes=st.tuples(PLANE, PLANE), coefficients=COEFFICIENTS, two_planes=st.booleans())
+    def adopt(self, planes, coefficients, two_planes):
+        self.both("adopt", planes, coefficients, two_planes)
 
     @invariant()
     def all_figures_are_the_same(self):
@@ -242,7 +240,7 @@ class Lockstep(RuleBasedStateMachine):
         ):
             assert getattr(self.native, name) == getattr(self.twin, name), name
         self.both("models", -1)
-        self.both("planes")
+        self.both("fitted")
         self.both("open_gpu_ns")
         for request_id in self.both("request_ids"):
             accrued = self.both("accrued", request_id, self.now_ns)

@@ -1,11 +1,11 @@
 """Goal: by a curve, a step's charges are Shapley values, by the definition and by the axioms.
 
-Method: random curves and batches. Up to four requests the charges are compared with the average
+Method: random curves and batches. Up to a few requests the charges are compared with the average
 over all orders of joining, computed the long way; above, with an exact value that is computed in
-another way (by the distribution of what is there, `lab/validation/kernel_truth.py`).
+another way (by the distribution of what is there, `lab/validation/kernel_truth.py`). Native and
+twin are compared to the last bit.
 """
 
-import itertools
 import random
 from functools import partial
 
@@ -15,130 +15,165 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.support.definitions import shapley_values
-from vllm_cost_meter.attribution import _native
-from vllm_cost_meter.attribution.cost_model import TokenCurve
-from vllm_cost_meter.attribution.curve_py import (
-    CURVE_TERMS,
-    ENUMERATED_MAX,
+from tests.support.priors import COEFFICIENTS, SERVED
+from vllm_cost_meter.attribution import _native, step_meter_py
+from vllm_cost_meter.attribution.cost_model import (
+    EXPERTS,
+    FIT_TERMS,
+    FIXED,
     KNOTS,
+    PREFILL,
+    RAMPS,
+    SEQUENCE,
     SLOPES,
-    CurveGame,
-    CurveWork,
+    Experts,
     Layers,
-    all_of,
-    charges_by_curve,
-    height,
-    solve_curve,
-    step_ns,
+    ServedModel,
 )
-from vllm_cost_meter.attribution.shapley_py import WEIGHT_SUM
+from vllm_cost_meter.attribution.curve_py import (
+    CurveWork,
+    all_of,
+    arithmetic_ns,
+    height,
+    reading_ns,
+)
+from vllm_cost_meter.attribution.game_py import (
+    WEIGHT_SUM,
+    SolvedStep,
+    StepModel,
+    StepPart,
+    solve_step,
+)
+from vllm_cost_meter.attribution.priors import prior_without_counts
+from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
 from vllm_cost_meter.lab.validation.kernel_truth import total_shares
 
-COEFFICIENT = st.just(0.0) | st.floats(1e-3, 1e4)
-CURVES = st.tuples(*[COEFFICIENT] * CURVE_TERMS)
-LAYERS = Layers(8, 40, 1024)
 DECODES = st.builds(
-    lambda drafts, context: CurveWork.of(drafts, context + drafts, False, LAYERS),
+    lambda drafts, context: (drafts, context + drafts, False),
     st.sampled_from([1, 1, 1, 4]),
     st.integers(1, 8192),
 )
 CHUNKS = st.builds(
-    lambda tokens, before: CurveWork.of(tokens, before + tokens, True, LAYERS),
+    lambda tokens, before: (tokens, before + tokens, True),
     st.integers(1, 2048),
     st.integers(0, 8192),
 )
-WORKS = DECODES | CHUNKS
+PARTS = DECODES | CHUNKS
+MODELS = st.builds(StepModel.of_curve, COEFFICIENTS, SERVED)
+SMOOTH_MODELS = st.builds(
+    lambda coefficients, served: StepModel.of_curve(coefficients, served._replace(captured=())),
+    COEFFICIENTS,
+    SERVED,
+)
 
 
-def value(curve: TokenCurve, works: tuple[CurveWork, ...]) -> float:
+def value(model: StepModel, parts: tuple[StepPart, ...]) -> float:
     """Return the time of a step with these requests only."""
-    return step_ns(curve, all_of(works)) if works else 0.0
+    if not parts:
+        return 0.0
+    curve = model.curve
+    work = all_of([CurveWork.of(*part, model.served.layers) for part in parts])
+    own = curve[FIXED] + (curve[PREFILL] if work.prefills else 0.0)
+    own += curve[SEQUENCE] * work.sequences
+    attention = max(arithmetic_ns(curve, work), reading_ns(curve, work))
+    return own + height(curve, float(model.served.padded(work.tokens))) + attention
 
 
-def charges_of(game: CurveGame, curve: TokenCurve, works: list[CurveWork]) -> list[float]:
+def charges_of(game: SolvedStep) -> list[float]:
     """Return the charges in ns of the model: weights are these, rounded."""
-    return [weight * game.total_ns / WEIGHT_SUM for weight in game.weigh(curve, works)]
+    return [weight * game.total_ns / WEIGHT_SUM for weight in game.weigh()]
 
 
-@given(CURVES, st.lists(WORKS, min_size=1, max_size=ENUMERATED_MAX))
-def test_few_requests_are_charged_their_exact_shapley_values(curve, works):
-    game = solve_curve(curve, works)
+@given(MODELS, st.lists(PARTS, min_size=1, max_size=LARGE_MAX))
+def test_few_requests_are_charged_their_exact_shapley_values(model, parts):
+    game = solve_step(model, parts)
     assume(game.total_ns > 0)
-    expected = shapley_values(partial(value, curve), works)
-    for charge, exact in zip(charges_of(game, curve, works), expected, strict=True):
+    expected = shapley_values(partial(value, model), parts)
+    for charge, exact in zip(charges_of(game), expected, strict=True):
         assert charge == pytest.approx(exact, abs=2e-9 * game.total_ns)
 
 
-@given(CURVES, st.lists(WORKS, min_size=1, max_size=60))
-def test_charges_add_up_to_the_time_of_the_step(curve, works):
-    game = solve_curve(curve, works)
+@given(MODELS, st.lists(PARTS, min_size=1, max_size=60))
+def test_charges_add_up_to_the_time_of_the_step(model, parts):
+    game = solve_step(model, parts)
     assume(game.total_ns > 0)
-    assert sum(charges_of(game, curve, works)) == pytest.approx(game.total_ns, rel=1e-6)
+    assert sum(charges_of(game)) == pytest.approx(game.total_ns, rel=1e-6)
 
 
-@given(CURVES, st.lists(WORKS, min_size=1, max_size=30), st.data())
-def test_equals_are_charged_equally(curve, works, data):
-    twice = data.draw(st.sampled_from(works))
-    works = [*works, twice, twice]
-    weights = solve_curve(curve, works).weigh(curve, works)
-    charges = {w for w, work in zip(weights, works, strict=True) if work == twice}
+@given(MODELS, st.lists(PARTS, min_size=1, max_size=30), st.data())
+def test_equals_are_charged_equally(model, parts, data):
+    twice = data.draw(st.sampled_from(parts))
+    parts = [*parts, twice, twice]
+    weights = solve_step(model, parts).weigh()
+    charges = {weight for weight, part in zip(weights, parts, strict=True) if part == twice}
     assert max(charges) - min(charges) <= 1e-6 * WEIGHT_SUM
 
 
-@given(CURVES, st.lists(WORKS, min_size=1, max_size=40), st.integers(1, 10**10))
+@given(SMOOTH_MODELS, st.lists(PARTS, min_size=1, max_size=40), st.integers(1, 10**10))
 def test_the_marginal_cost_is_what_the_step_takes_more_than_without_the_request(
-    curve, works, gpu_ns
+    model, parts, gpu_ns
 ):
-    game = solve_curve(curve, works)
+    game = solve_step(model, parts)
     assume(game.total_ns > 0)
-    for i, margin in enumerate(game.margins(curve, works, float(gpu_ns))):
-        added = game.total_ns - value(curve, tuple(works[:i] + works[i + 1 :]))
+    for i, margin in enumerate(game.margins(float(gpu_ns))):
+        added = game.total_ns - value(model, tuple(parts[:i] + parts[i + 1 :]))
         assert margin == pytest.approx(added * gpu_ns / game.total_ns, abs=1e-6 * gpu_ns)
 
 
 # h where 8 of 128 experts are read for each token, and where products become a limit at 256 tokens.
-READS = [1e5 * (1 - (1 - 8 / 128) ** knot) for knot in KNOTS]
-EXPERTS = [
-    (after - before) / (KNOTS[place + 1] - KNOTS[place])
-    for place, (before, after) in enumerate(itertools.pairwise(READS))
-] + [0.0]
-DENSE = [20.0 if knot < 256 else 2e4 for knot in KNOTS]
+EXPERTS_ONLY = (0.0,) * EXPERTS + (1e5,)
+DENSE_ONLY = (0.0,) * SLOPES + tuple(20.0 if begin < 256 else 2e4 for begin in RAMPS) + (0.0,)
 
 
-@pytest.mark.parametrize("slopes", [EXPERTS, DENSE], ids=["experts", "dense"])
+@pytest.mark.parametrize("coefficients", [EXPERTS_ONLY, DENSE_ONLY], ids=["experts", "dense"])
 @pytest.mark.parametrize(
     ("sizes", "prefills"), [((2000,), 1), ((500, 700), 3), ((4, 40, 256, 1500), 8), ((32, 100), 40)]
 )
-def test_among_many_requests_charges_miss_their_shapley_value_by_little(slopes, sizes, prefills):
-    curve = (0.0,) * SLOPES + tuple(slopes)
+def test_among_many_requests_charges_miss_their_shapley_value_by_little(
+    coefficients, sizes, prefills
+):
+    model = StepModel.of_curve(coefficients, ServedModel(Experts(128, 8)))
     rng = random.Random(prefills)
     for _ in range(5):
         tokens = [1] * rng.randint(20, 200) + rng.choices(sizes, k=prefills)
-        works = [CurveWork.of(t, t, t > 1, Layers()) for t in tokens]
-        table = np.array([height(curve, float(at)) for at in range(sum(tokens) + 1)])
+        table = np.array([height(model.curve, float(at)) for at in range(sum(tokens) + 1)])
         exact = total_shares(np.array(tokens), table)
-        found = np.array(charges_of(solve_curve(curve, works), curve, works))
+        found = np.array(charges_of(solve_step(model, [(t, t, t > 1) for t in tokens])))
         assert found == pytest.approx(exact, rel=0.15)
         assert np.abs(found - exact).sum() / 2 < 0.02 * exact.sum()
 
 
-PARTS = st.builds(
-    lambda tokens, before, is_prefill: (tokens, before + tokens, is_prefill),
-    st.sampled_from([1, 1, 1, 4]) | st.integers(1, 2048),
-    st.integers(0, 70_000),
-    st.booleans(),
-)
+def test_batches_that_a_graph_pads_cost_what_the_padded_batch_costs():
+    captured = (1, 2, 4, 8, 16, 24, 32)
+    model = StepModel.of_curve(EXPERTS_ONLY, ServedModel(Experts(128, 8), captured=captured))
+    of_five, of_eight = (solve_step(model, [(1, 100, False)] * count) for count in (5, 8))
+    assert of_five.total_ns == pytest.approx(1e5 * 128 * (1 - (15 / 16) ** 8))
+    # Beyond a few requests all sizes are met on the way, so the steps of padding are smoothed.
+    around = [1e5 * 128 * (1 - (15 / 16) ** size) for size in (8, 16)]
+    assert of_eight.total_ns == pytest.approx(sum(around) / 2)
 
 
 @given(
-    CURVES,
+    COEFFICIENTS,
+    SERVED,
     st.lists(PARTS, min_size=1, max_size=90),
-    st.sampled_from([(1, 0, 0), (8, 40, 1024), (0, 1, 7)]),
     st.integers(0, 2**62),
 )
-def test_native_and_twin_charge_the_same_to_the_last_bit(curve, parts, layers, gpu_ns):
-    expected = charges_by_curve(curve, parts, layers, float(gpu_ns))
-    assert _native.charges_by_curve(curve, parts, layers, float(gpu_ns)) == expected
+def test_native_and_twin_charge_the_same_to_the_last_bit(coefficients, served, parts, gpu_ns):
+    accrued = []
+    for meter in (
+        _native.StepMeter("shapley", prior_without_counts(served)),
+        step_meter_py.StepMeter("shapley", prior_without_counts(served)),
+    ):
+        meter.adopt(((0.0,) * 5, (0.0,) * 5), coefficients, False)
+        ids = [f"cmpl-{number:032x}-0" for number in range(len(parts))]
+        for request_id, (tokens, context, is_prefill) in zip(ids, parts, strict=True):
+            meter.open(request_id, context if is_prefill else 0)
+            meter.position(request_id, context - tokens, False)
+        tokens = dict(zip(ids, (tokens for tokens, _, _ in parts), strict=True))
+        meter.settle(meter.begin(tokens, 0), gpu_ns)
+        accrued.append((meter.cut(0), meter.fallbacks, meter.model()))
+    assert accrued[0] == accrued[1]
 
 
 def test_a_window_bounds_what_is_read_and_computed():
@@ -150,3 +185,10 @@ def test_a_window_bounds_what_is_read_and_computed():
     # Token by token: what each of the four sees.
     whole, windowed = 97 + 98 + 99 + 100, 11 + 12 + 13 + 14
     assert chunk.pairs == whole + 2 * windowed
+
+
+def test_distinct_experts_are_those_of_a_draw():
+    model = StepModel.of_curve((0.0,) * (FIT_TERMS - 1) + (1.0,), ServedModel(Experts(128, 8)))
+    assert height(model.curve, 1.0) == pytest.approx(8)
+    assert height(model.curve, 2.0) == pytest.approx(128 * (1 - (15 / 16) ** 2))
+    assert height(model.curve, float(KNOTS[-1])) == pytest.approx(128)

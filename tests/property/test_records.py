@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece, read_bill, write_bill
 from vllm_cost_meter.records.engine import EngineIdentity
-from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, CostModel, Snapshot
+from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, CostModel, LearntCurve, Snapshot
 from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 
 count = st.integers(0, 2**63 - 1)
@@ -44,11 +44,19 @@ models = st.builds(
     CostModel,
     version=count,
     form=text,
-    planes=st.tuples(plane, plane, plane),
+    planes=st.tuples(plane, plane) | st.tuples(plane, plane, plane),
     steps=count,
     error_two_planes=share,
-    error_one_plane=share,
+    error_other_form=share,
     explained=share,
+    curve=st.none()
+    | st.builds(
+        LearntCurve,
+        st.lists(st.floats(0, 1e12), max_size=33).map(tuple),
+        st.tuples(count, count),
+        st.tuples(count, count, count),
+        st.lists(count, max_size=3).map(tuple),
+    ),
 )
 engines = st.builds(
     EngineIdentity,

@@ -1,15 +1,114 @@
-"""Types of a cost model, shared by the native code and its Python twin: planes and models.
+"""Types and terms of the cost model, shared by the native code and its Python twin.
 
-They stand apart from `cost_model_py.py` so that an engine with native code loads none of the twin.
+They stand apart from the twin so that an engine with native code loads none of it. The theory is in
+`curve_py.py` and `planes_py.py`, and in docs/explanation/attribution.md.
 
-Invariant: types only; nothing here computes.
+Invariant: types and constants only; the few functions here tell what a served model is.
 """
+
+from bisect import bisect_left
+from typing import NamedTuple
+
+# The forms of the model.
+TWO_PLANES, CURVE = "two planes", "curve"
 
 # A plane has one coefficient each for 1, tokens, sequences, products and context.
 Plane = tuple[float, float, float, float, float]
-Planes = tuple[Plane, Plane, Plane]  # compute, memory, one
-# The coefficients of a curve: its terms and the slopes between its corners, as in `curve_py.py`.
-TokenCurve = tuple[float, ...]
+Planes = tuple[Plane, Plane]  # compute, memory
 
-# (version, form, planes, steps, error of two planes, error of one plane, variance explained)
-Model = tuple[int, str, Planes, int, float, float, float]
+# Corners of the curve, in tokens. Few tokens choose most experts; arithmetic is the limit from
+# hundreds on, and it comes in tiles.
+KNOTS = (
+    *(0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448),
+    *(512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 4096, 8192, 16384),
+)
+# Where the free slopes of a fit begin; each is a corner.
+RAMPS = (
+    *(0, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448),
+    *(512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 4096),
+)
+# The terms of a curve: the own ones, then a slope from each corner on.
+FIXED, PREFILL, SEQUENCE, PAIRS, PREFILL_COMPUTE, DECODE_COMPUTE, READ, SLOPES = range(8)
+CURVE_TERMS = SLOPES + len(KNOTS)
+# The coefficients of a fit: the own terms, then a slope for each ramp, then one expert's reading.
+EXPERTS = SLOPES + len(RAMPS)
+FIT_TERMS = EXPERTS + 1
+
+TokenCurve = tuple[float, ...]  # CURVE_TERMS of them
+Coefficients = tuple[float, ...]  # FIT_TERMS of them
+
+
+class Experts(NamedTuple):
+    """How many experts a layer has, and how many each token chooses; 0 in a dense model."""
+
+    number: int = 0
+    per_token: int = 0
+
+    def heights(self) -> list[float]:
+        """Return the expected number of distinct experts at each corner of the curve."""
+        if not self.number:
+            return [0.0] * len(KNOTS)
+        left_out = 1.0 - self.per_token / self.number
+        return [self.number * (1.0 - left_out**knot) for knot in KNOTS]
+
+
+class Layers(NamedTuple):
+    """How many of a model's layers see all of the context, and how many see `window` tokens back.
+
+    Only the ratio of the numbers matters.
+    """
+
+    whole: int = 1
+    windowed: int = 0
+    window: int = 0
+
+
+class ServedModel(NamedTuple):
+    """What the cost model knows of a served model from its configuration.
+
+    `captured` are the batch sizes, in tokens and ascending, for which vLLM captured a GPU graph. A
+    smaller batch is computed as the next of them.
+    """
+
+    experts: Experts = Experts()
+    layers: Layers = Layers()
+    captured: tuple[int, ...] = ()
+
+    def padded(self, tokens: int) -> int:
+        """Return how many tokens a batch with so many computes."""
+        place = bisect_left(self.captured, tokens)
+        return self.captured[place] if tokens and place < len(self.captured) else tokens
+
+
+UNKNOWN_MODEL = ServedModel()
+
+
+def token_ns(coefficients: Coefficients) -> float:
+    """Return what a further token of a large prefill takes, in GPU-ns, without attention.
+
+    It is the mean slope of the curve where arithmetic is the limit.
+    """
+    begin, end = RAMPS.index(512), RAMPS.index(2048)
+    widths = [RAMPS[place + 1] - RAMPS[place] for place in range(begin, end)]
+    slopes = coefficients[SLOPES + begin : SLOPES + end]
+    grown = sum(slope * width for slope, width in zip(slopes, widths, strict=True))
+    return grown / sum(widths)
+
+
+class Model(NamedTuple):
+    """A published cost model and its quality: what `StepMeter.model` returns.
+
+    `errors_*` are running means of |predicted / measured - 1| of both forms, each step predicted
+    before the fit learnt from it; `explained` is the share of the variance of step times that the
+    form in use explains.
+    """
+
+    version: int
+    form: str
+    planes: Planes
+    coefficients: Coefficients
+    served: ServedModel
+    steps: int
+    error_two_planes: float
+    error_curve: float
+    explained: float

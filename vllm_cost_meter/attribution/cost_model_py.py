@@ -3,339 +3,262 @@
 This is the twin of `csrc/fit.pxd`. Both agree bit for bit, so a change to one must be made in the
 other.
 
-1. A GPU step is a roofline: it takes as long as the slower of its arithmetic and its memory
-   traffic. Each side is a plane over the contents of the batch, with coefficients >= 0 in GPU-ns:
-
-       compute  f + a * tokens + b * sequences + q * products
-       memory   g + a' * tokens + b' * sequences + k * context
-
-   `context` is the sum of the requests' contexts at the end of the step, all of which are read.
-   `products` is the sum of tokens * context, which is vLLM's own count (ModelMetrics). Within a
-   prompt's first chunk a causal kernel does about half of that; the coefficient of tokens absorbs
-   most of the difference.
-2. Two forms compete: the larger of both planes, and *one* plane with all of the terms, for a
-   machine that never meets its memory's limit, e.g. a CPU. Both predict every step before they
-   learn from it. The form with the smaller running error is used, but two planes only if they are
-   better by a margin.
-3. The two planes are fitted by turns. Each step belongs to the plane that predicts more; then each
-   plane is fitted by least squares; repeat. Steps are weighed by 1 / time squared, so the error is
-   relative, and a step that took ten times too long (a page fault, a compile) has little influence.
-   Beyond three standard deviations a step is weighed down further (Huber 1964).
-4. The model learns from all of the first `ALL_STEPS` steps, later from one in `LATER_EVERY`. Sweeps
+1. Two forms compete: a curve, i.e. a sum over kernels (`curve_py.py`, `curve_fit_py.py`), and two
+   planes, where the whole step is the larger of two sums (`planes_py.py`). Both predict every step
+   before they learn from it. Steps that run kernel by kernel are predicted nearly as well by two
+   planes, but split far worse. So two planes are used only if they predict better by a wide margin,
+   and never for a model with experts, which they do not know.
+2. Steps are weighed by 1 / time squared, so errors are relative, and a step that took ten times too
+   long (a page fault, a compile) has little influence. Beyond three standard deviations a step is
+   weighed down further (Huber 1964).
+3. The model learns from all of the first `ALL_STEPS` steps, later from one in `LATER_EVERY`. Sweeps
    go over the last `RING` of them again and again, a few records per step. So the fit costs every
-   step the same, and each sweep assigns the steps to planes anew. Older steps stay as sums, which
-   fade with a time constant of `MEMORY_STEPS`. If the prediction misses the latest steps by far
-   more than usual, the machine has changed, and older steps are forgotten.
-5. If the traffic cannot tell the terms apart (one shape only), the prior does. A ridge pulls each
-   coefficient towards the prior's, as if that were known to `PRIOR_SPREAD` of itself. The scale of
-   a prior plane is fitted first, so the plane may be in any unit, e.g. FLOPs.
-6. Splits use a published copy of the coefficients, with a version number. A new version comes when
-   the steps seen have doubled, later every `PUBLISH_STEPS`.
+   step the same, and each sweep assigns the steps to sides anew. Older steps stay as sums, which
+   fade with a time constant of `MEMORY_STEPS`.
+4. If steps suddenly take another time than predicted, the machine has changed: its arithmetic is
+   slower, or its memory. Steps with a prefill and without are watched apart, each against its own
+   usual error, by cumulative sums (Page 1954). After a change the fit forgets all steps, and what
+   it had learnt is the prior.
+5. Splits use a published copy of the model, with a version number. A new version comes when the
+   steps since the start have doubled, later every `PUBLISH_STEPS`, and whenever what was learnt has
+   moved away from what is published.
 
 Invariant: published coefficients are finite and >= 0.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from vllm_cost_meter.attribution.cost_model import Plane, Planes
-
-COMPUTE, MEMORY, ONE = 0, 1, 2
-ZERO: Plane = (0.0, 0.0, 0.0, 0.0, 0.0)
-# The default prior: a step costs its tokens.
-TOKENS_PRIOR: Planes = ((0.0, 1.0, 0.0, 0.0, 0.0), ZERO, (0.0, 1.0, 0.0, 0.0, 0.0))
-
-TERMS = 5
-# The terms that each plane may have, as bits.
-_MAY_HAVE = (0b01111, 0b10111, 0b11111)
+from vllm_cost_meter.attribution.cost_model import CURVE, TWO_PLANES, Coefficients, Planes
+from vllm_cost_meter.attribution.curve_fit_py import CurveFit, CurveRow
+from vllm_cost_meter.attribution.curve_py import CurveWork
+from vllm_cost_meter.attribution.game_py import StepModel
+from vllm_cost_meter.attribution.least_squares_py import NOISE
+from vllm_cost_meter.attribution.planes_py import PlanesFit, Work
+from vllm_cost_meter.attribution.priors import Prior, curve_of_earlier
 
 RING = 1024
-SWEEP_PER_STEP = 2
+# Records that a sweep takes with each step: more at first, when each sweep tells much.
+SWEEP_PER_STEP, SWEEP_AT_FIRST, AT_FIRST = 2, 6, 4096
 MEMORY_STEPS = 65_536.0
-# If the heights of the planes cannot be compared, the first steps are assigned by their contents: a
-# step with a prefill chunk belongs to compute. If a plane later loses all its steps, it is offered
-# the steps of its kind that take longer than the other plane predicts.
-START_STEPS = 128
 FIRST_PUBLISH = 32
 PUBLISH_STEPS = 4096
 # After this many steps a single step adds little, so only every fourth is used.
 ALL_STEPS = 32_768
 LATER_EVERY = 4
-# Two planes must predict better than one by this factor before they are used, and to stay so.
-MARGIN = 0.95
-KEEP_MARGIN = 0.98
-TRUSTED_MARGIN = 1.02  # a trusted prior's two planes stay in use unless steps contradict them
-# A plane with a weight below this many steps counts as empty.
-EMPTY = 8.0
-# Relative noise of a step's time, and of a prior coefficient, for the strength of the ridge.
-NOISE = 0.03
-PRIOR_SPREAD = 0.2
-# A term that the prior lacks is expected to make up about this part of a step.
-UNKNOWN_PART = 0.05
+# After so many steps the form may change: two planes must predict better than the curve by this
+# factor before they are used, and to stay so.
+CHOICE_STEPS = 2048
+MARGIN = 0.85
+KEEP_MARGIN = 0.9
 ERROR_STEPS = 512.0  # time constant of the running errors
-
-# The machine has changed if a sweep's error is this many times the usual error. The usual error is
-# the smallest so far, which may rise a little with every sweep.
-CHANGED = 2.5
-USUAL_RISE = 1.02
 CLIP_MAX = 0.9  # relative error beyond which a step is always an outlier
+# What was learnt has moved if it predicts this much else than the published model, on average.
+MOVED = 0.01
 
-_PIVOT_MIN = 1e-12
+# A change of the machine, in standard deviations of a step's error: what one step may count at
+# most, what counts as usual, and the sum beyond which it is a change.
+DEVIATION_MAX, DEVIATION_USUAL, DEVIATION_SUM = 4.0, 2.0, 40.0
+# After a start so many steps go by until a change can be told.
+WATCHED_FROM = 2048
+USUAL_STEPS = 128.0  # time constant of the usual error of a kind of steps
 
-
-@dataclass(slots=True, frozen=True)
-class Work:
-    """The work that one or several requests do in a step."""
-
-    tokens: int
-    sequences: int
-    products: int
-    context: int
-
-    @classmethod
-    def of(cls, tokens: int, context: int) -> "Work":
-        """Return the work of one request; `context` is its length at the end of the step."""
-        return cls(tokens, 1, tokens * context, context)
-
-    def without(self, other: "Work") -> "Work":
-        """Return the rest of this work."""
-        return Work(
-            self.tokens - other.tokens,
-            self.sequences - other.sequences,
-            self.products - other.products,
-            self.context - other.context,
-        )
+PLANES_FORM, CURVE_FORM = 0, 1
 
 
-def total_of(works: Sequence[Work]) -> Work:
-    """Return the work of several requests together."""
-    return Work(
-        sum(work.tokens for work in works),
-        sum(work.sequences for work in works),
-        sum(work.products for work in works),
-        sum(work.context for work in works),
-    )
-
-
-def time_of(plane: Plane, work: Work) -> float:
-    """Return the time of some work by a plane, in ns, without the constant."""
-    if work.tokens == 1 and work.products == work.context:  # a decode, by far the usual case
-        return (plane[1] + plane[2]) + (plane[3] + plane[4]) * work.context
-    return (
-        plane[1] * work.tokens
-        + plane[2] * work.sequences
-        + plane[3] * work.products
-        + plane[4] * work.context
-    )
-
-
-class _Sums:
-    """Normal equations of one plane; each row is scaled so that its time is 1."""
+class _Watch:
+    """Watches the errors of one kind of steps for a change of the machine."""
 
     def __init__(self) -> None:
-        self.weight = 0.0
-        self.moments = [[0.0] * TERMS for _ in range(TERMS)]  # the lower triangle
-        self.sums = [0.0] * TERMS
+        self.count = 0
+        self.mean = self.above = self.below = 0.0
 
-    def add(self, row: Sequence[float], weight: float) -> None:
-        self.weight += weight
-        for i in range(TERMS):
-            weighed = weight * row[i]
-            self.sums[i] += weighed
-            for j in range(i + 1):
-                self.moments[i][j] += weighed * row[j]
-
-    def add_sums(self, other: "_Sums") -> None:
-        self.weight += other.weight
-        for i in range(TERMS):
-            self.sums[i] += other.sums[i]
-            for j in range(i + 1):
-                self.moments[i][j] += other.moments[i][j]
-
-    def fade(self, factor: float) -> None:
-        self.weight *= factor
-        for i in range(TERMS):
-            self.sums[i] *= factor
-            for j in range(i + 1):
-                self.moments[i][j] *= factor
+    def note(self, missed: float, deviation: float, is_watching: bool) -> bool:
+        """Note how far a prediction missed. Return whether the machine has changed."""
+        apart = (missed - self.mean) / deviation
+        if is_watching:
+            limited = min(max(apart, -DEVIATION_MAX), DEVIATION_MAX)
+            self.above = max(0.0, self.above + (limited - DEVIATION_USUAL))
+            self.below = max(0.0, self.below + (-limited - DEVIATION_USUAL))
+        self.count += 1
+        rate = 1.0 / (self.count if self.count < USUAL_STEPS else USUAL_STEPS)
+        self.mean += min(max(missed - self.mean, -CLIP_MAX), CLIP_MAX) * rate
+        return self.above > DEVIATION_SUM or self.below > DEVIATION_SUM
 
 
 class StepFit:
     """The cost model of one engine, fitted step by step.
 
-    `version` counts the published models from 0, the prior. `compute` and `memory` are the planes
-    in use. The one-plane form stands in `compute`, with a zero `memory`.
+    `version` counts the published models from 0, the prior. `model` is the one in use. `steps` have
+    been learnt from.
     """
 
-    def __init__(self, prior: Planes | None, trusted: bool) -> None:
-        """Start from a prior. `trusted` says that the heights of its planes can be compared."""
+    def __init__(self, prior: Prior) -> None:
         self.version = 0
         self.steps = 0
-        self._seen = 0
-        self.errors = [0.0, 0.0]  # running mean relative error of: two planes, one plane
-        self.two_planes = trusted
-        self._is_trusted = trusted
-        self._prior = prior or TOKENS_PRIOR
-        self._working: list[Plane] = list(self._prior)
-        self.compute, self.memory = self._in_use()
-        self._ring: list[tuple[float, ...]] = []
+        self.errors = [0.0, 0.0]  # running mean relative error of each form
+        self.form = CURVE_FORM
+        self._served = prior.served
+        self._planes = PlanesFit(prior.planes)
+        self._first_curve = prior.curve
+        self._curve = CurveFit(prior.curve, prior.served)
+        self._ring: list[tuple[tuple[float, ...], CurveRow]] = []
+        self._next_publish = FIRST_PUBLISH
+        self._mean_ns = self._variance = self._residual = 0.0
+        self._begin()
+        self._take()
+
+    def _begin(self) -> None:
+        """Begin to learn: no step is known."""
+        self._seen = self._since = self._judged = 0
+        self._ring.clear()
         self._at = 0  # the sweep's place in the ring
-        self._empty = ONE  # a plane without steps of its own; ONE if both have some
         self._folded = 0
         self._clip = [CLIP_MAX, CLIP_MAX]
         self._spread = [0.0, 0.0]
-        self._old = [_Sums() for _ in range(3)]
-        self._sweep = [_Sums() for _ in range(3)]
-        self._next_publish = FIRST_PUBLISH
-        self._mean_ns = self._variance = self._residual = 0.0
-        self._usual = 0.0  # error of a sweep
+        self._moved = 0.0
+        self._watches = (_Watch(), _Watch())
 
-    def observe(self, work: Work, gpu_ns: int) -> bool:
+    def observe(self, work: Work, curve_work: CurveWork, gpu_ns: int) -> bool:
         """Learn from one step. Return True if a new version was published."""
         if gpu_ns <= 0 or work.sequences <= 0:
             return False
+        planes_row = _planes_row(work, float(gpu_ns))
+        curve_row = CurveRow.of(curve_work, self._served, float(gpu_ns))
+        if self._judge(planes_row, curve_row, float(gpu_ns)):
+            self._start_over(self.planes(), self._curve.published)
         self._seen += 1
         if self._seen > ALL_STEPS and self._seen % LATER_EVERY:
             return False
-        row = _row(work, float(gpu_ns))
-        self._judge(row, float(gpu_ns))
-        if self.steps >= RING:
-            self._accumulate(self._old, self._ring[self.steps % RING])
+        if self._since >= RING:
+            self._accumulate(*self._ring[self._since % RING], is_old=True)
             self._folded += 1
-            self._ring[self.steps % RING] = row
+            self._ring[self._since % RING] = (planes_row, curve_row)
         else:
-            self._ring.append(row)
+            self._ring.append((planes_row, curve_row))
+        self._since += 1
         self.steps += 1
-        for _ in range(SWEEP_PER_STEP):
-            self._accumulate(self._sweep, self._ring[self._at], self._spread)
+        for _ in range(SWEEP_AT_FIRST if self._since <= AT_FIRST else SWEEP_PER_STEP):
+            self._accumulate(*self._ring[self._at], is_old=False)
             self._at += 1
             if self._at == len(self._ring):
                 return self._end_sweep()
         return False
 
-    def adopt(self, prior: Planes, two_planes: bool) -> None:
-        """Continue from an earlier fit, a prior with comparable planes."""
-        self._prior = prior
-        self._is_trusted = True
-        self._working = list(prior)
+    def adopt(self, planes: Planes, coefficients: Coefficients, two_planes: bool) -> None:
+        """Continue from an earlier fit, whose planes have comparable heights."""
         self.errors = [0.0, 0.0]
-        self._publish(two_planes)
+        self._start_over(planes, coefficients)
+        self._publish(PLANES_FORM if two_planes else CURVE_FORM)
 
     @property
     def explained(self) -> float:
-        """Return the share of the variance of step times that the planes in use explain."""
+        """Return the share of the variance of step times that the form in use explains."""
         return max(0.0, 1.0 - self._residual / self._variance) if self._variance > 0.0 else 0.0
 
+    @property
+    def form_name(self) -> str:
+        """Return the name of the form in use."""
+        return TWO_PLANES if self.form == PLANES_FORM else CURVE
+
     def planes(self) -> Planes:
-        """Return the three planes as they are learnt now."""
-        compute, memory, one = self._working
-        return compute, memory, one
+        """Return both planes as they are learnt now."""
+        compute, memory = self._planes.working
+        return compute, memory
+
+    def coefficients(self) -> Coefficients:
+        """Return the coefficients of the curve as they are learnt now."""
+        return tuple(self._curve.coefficients)
 
     # -- learning ---------------------------------------------------------------------------
 
-    def _judge(self, row: Sequence[float], gpu_ns: float) -> None:
-        """Predict a step before learning from it."""
-        rate = 1.0 / (self.steps + 1.0 if self.steps < ERROR_STEPS else ERROR_STEPS)
-        two = max(_of(self._working[COMPUTE], row), _of(self._working[MEMORY], row))
-        errors = (abs(two - 1.0), abs(_of(self._working[ONE], row) - 1.0))
-        for form in (0, 1):
-            self.errors[form] += (min(errors[form], 1.0) - self.errors[form]) * rate
-        used = max(_of(self.compute, row), _of(self.memory, row))
-        clip = self._clip[0 if self.two_planes else 1]
-        missed, usual_ns = used - 1.0, gpu_ns
+    def _judge(self, planes_row: tuple[float, ...], curve_row: CurveRow, gpu_ns: float) -> bool:
+        """Predict a step before learning from it. Return whether the machine has changed."""
+        predicted = (self._planes.predicted(planes_row), self._curve.predicted(curve_row))
+        rate = 1.0 / (self._judged + 1.0 if self._judged < ERROR_STEPS else ERROR_STEPS)
+        self._judged += 1
+        for form in (PLANES_FORM, CURVE_FORM):
+            missed = min(abs(predicted[form] - 1.0), 1.0)
+            self.errors[form] += (missed - self.errors[form]) * rate
+        clip = self._clip[self.form]
+        missed, usual_ns = predicted[self.form] - 1.0, gpu_ns
+        watch = self._watches[1 if curve_row.prefill > 0.0 else 0]
+        has_changed = watch.note(missed, clip / 3.0, self._since >= WATCHED_FROM)
         if abs(missed) > clip:  # an outlier counts as if it lay at the edge of the usual range
             missed = clip if missed > 0.0 else -clip
-            usual_ns = used * gpu_ns / (1.0 + missed)
+            usual_ns = predicted[self.form] * gpu_ns / (1.0 + missed)
         missed = missed * usual_ns
         apart = usual_ns - self._mean_ns
         self._mean_ns += apart * rate
         self._variance += (apart * apart - self._variance) * rate
         self._residual += (missed * missed - self._residual) * rate
+        return has_changed
 
-    def _accumulate(
-        self, sums: Sequence[_Sums], row: Sequence[float], spread: list[float] | None = None
-    ) -> None:
-        compute, memory = _of(self._working[COMPUTE], row), _of(self._working[MEMORY], row)
-        is_compute = compute >= memory
-        if not self._is_trusted:
-            has_chunk = row[1] > row[2]  # more tokens than sequences
-            if self.steps <= START_STEPS:
-                is_compute = has_chunk
-            elif self._empty == COMPUTE:
-                is_compute = has_chunk and memory < 1.0
-            elif self._empty == MEMORY:
-                is_compute = has_chunk or compute >= 1.0
-        plane = COMPUTE if is_compute else MEMORY
-        for form, kind, predicted in (
-            (0, plane, max(compute, memory)),
-            (1, ONE, _of(self._working[ONE], row)),
-        ):
-            missed = abs(predicted - 1.0)
-            clip = self._clip[form]
-            sums[kind].add(row, clip / missed if missed > clip else 1.0)
-            if spread is not None:
-                spread[form] += min(missed, clip)
+    def _accumulate(self, planes_row: tuple[float, ...], curve_row: CurveRow, is_old: bool) -> None:
+        planes_time = self._planes.predicted(planes_row)
+        curve_time = self._curve.predicted(curve_row)
+        weight = self._weight(planes_time, PLANES_FORM, is_old)
+        self._planes.add(planes_row, weight, self._since, is_old)
+        weight = self._weight(curve_time, CURVE_FORM, is_old)
+        self._curve.add(curve_row, weight, self._since, is_old)
+        if not is_old:
+            self._moved += self._curve.moved(curve_row)
+
+    def _weight(self, predicted: float, form: int, is_old: bool) -> float:
+        """Return how much a step counts, and note how far it was missed."""
+        missed, clip = abs(predicted - 1.0), self._clip[form]
+        if not is_old:
+            self._spread[form] += min(missed, clip)
+        return clip / missed if missed > clip else 1.0
 
     def _end_sweep(self) -> bool:
+        held = len(self._ring)
         fade = 1.0 - self._folded / MEMORY_STEPS
-        self._forget_if_changed(min(self._spread) / len(self._ring))
-        scales = [0.0, 0.0, 0.0]
-        for kind in (COMPUTE, MEMORY, ONE):
-            self._old[kind].fade(fade)
-            self._sweep[kind].add_sums(self._old[kind])
-            scales[kind] = _scale_of(self._prior[kind], self._sweep[kind])
-        self._empty = ONE
-        for kind in (COMPUTE, MEMORY):
-            if self._sweep[kind].weight < EMPTY:
-                self._empty = kind
-        for kind, other in ((COMPUTE, MEMORY), (MEMORY, COMPUTE), (ONE, ONE)):
-            scale = scales[kind] or scales[other] or 1.0
-            self._working[kind] = _solve(
-                self._sweep[kind], [scale * p for p in self._prior[kind]], _MAY_HAVE[kind]
-            )
-        for form in (0, 1):
+        self._planes.end_sweep(fade)
+        self._curve.end_sweep(fade)
+        for form in (PLANES_FORM, CURVE_FORM):
             # The mean of a normal distribution's absolute values is 0.8 standard deviations.
-            clip = 3.75 * self._spread[form] / len(self._ring)
+            clip = 3.75 * self._spread[form] / held
             self._clip[form] = min(max(clip, NOISE), CLIP_MAX)
+        has_moved = self._moved / held > MOVED
         self._spread = [0.0, 0.0]
-        self._sweep = [_Sums() for _ in range(3)]
+        self._moved = 0.0
         self._at = self._folded = 0
-        if self.steps < self._next_publish:
+        is_due = self._since >= self._next_publish
+        if not (is_due or (has_moved and self._since >= FIRST_PUBLISH)):
             return False
-        self._next_publish = self.steps + min(self.steps, PUBLISH_STEPS)
-        two, one = self.errors
-        self._publish(two_planes=two < self._margin_to_beat() * one)
+        if is_due:
+            self._next_publish = self._since + min(self._since, PUBLISH_STEPS)
+        self._publish(self._best_form())
         return True
 
-    def _margin_to_beat(self) -> float:
-        """Return the factor by which two planes must beat one plane to be used."""
-        if not self.two_planes:
-            return MARGIN
-        return TRUSTED_MARGIN if self._is_trusted else KEEP_MARGIN
+    def _best_form(self) -> int:
+        """Return the form to use: two planes must beat the curve, and cannot have experts."""
+        if self._judged < CHOICE_STEPS:
+            return self.form
+        margin = KEEP_MARGIN if self.form == PLANES_FORM else MARGIN
+        is_better = self.errors[PLANES_FORM] < margin * self.errors[CURVE_FORM]
+        return PLANES_FORM if is_better and not self._served.experts.number else CURVE_FORM
 
-    def _forget_if_changed(self, missed: float) -> None:
-        """Forget the older steps if the prediction misses the latest by far more than usual."""
-        if len(self._ring) < RING:
-            return
-        if self._usual > 0.0 and missed > CHANGED * max(self._usual, NOISE / 3.0):
-            self._old = [_Sums() for _ in range(3)]
-            self._usual = 0.0
-        else:
-            self._usual = min(self._usual * USUAL_RISE, missed) if self._usual > 0.0 else missed
+    def _start_over(self, planes: Planes, coefficients: Coefficients) -> None:
+        """Forget all steps, and learn from new ones with an earlier fit as the prior."""
+        self._begin()
+        self._planes.start_over(planes)
+        self._curve.start_over(curve_of_earlier(coefficients) or self._first_curve)
+        self._next_publish = FIRST_PUBLISH
 
-    def _publish(self, two_planes: bool) -> None:
-        self.two_planes = two_planes
-        self.compute, self.memory = self._in_use()
+    def _publish(self, form: int) -> None:
+        self.form = form
         self.version += 1
+        self._take()
 
-    def _in_use(self) -> tuple[Plane, Plane]:
-        if self.two_planes:
-            return self._working[COMPUTE], self._working[MEMORY]
-        return self._working[ONE], ZERO
+    def _take(self) -> None:
+        """Use what is learnt now."""
+        self._curve.publish()
+        if self.form == PLANES_FORM:
+            self.model = StepModel.of_planes(*self.planes())
+        else:
+            self.model = StepModel.of_curve(self._curve.published, self._served)
 
 
-def _row(work: Work, gpu_ns: float) -> tuple[float, ...]:
+def _planes_row(work: Work, gpu_ns: float) -> tuple[float, ...]:
     per_ns = 1.0 / gpu_ns
     return (
         per_ns,
@@ -344,105 +267,3 @@ def _row(work: Work, gpu_ns: float) -> tuple[float, ...]:
         work.products * per_ns,
         work.context * per_ns,
     )
-
-
-def _of(plane: Sequence[float], row: Sequence[float]) -> float:
-    return (
-        plane[0] * row[0]
-        + plane[1] * row[1]
-        + plane[2] * row[2]
-        + plane[3] * row[3]
-        + plane[4] * row[4]
-    )
-
-
-def _scale_of(prior: Sequence[float], sums: _Sums) -> float:
-    """Return the factor that brings a prior closest to the steps; 0 if there is none."""
-    along = across = 0.0
-    for i in range(TERMS):
-        along += prior[i] * sums.sums[i]
-        for j in range(i + 1):
-            product = prior[i] * prior[j] * sums.moments[i][j]
-            across += product if i == j else 2.0 * product
-    return along / across if along > 0.0 and across > 0.0 else 0.0
-
-
-def _solve(sums: _Sums, prior: Sequence[float], may_have: int) -> Plane:
-    """Fit coefficients >= 0 by least squares with a ridge towards the prior.
-
-    The result is exact: it tries every set of terms (2**5 at most), and takes the set with the
-    smallest error among those with all coefficients >= 0.
-    """
-    if sums.weight <= 0.0:
-        return tuple(prior)  # type: ignore[return-value]
-    moments = [list(row) for row in sums.moments]
-    right = list(sums.sums)
-    for i in range(TERMS):
-        size = math.sqrt(moments[i][i] / sums.weight)
-        expected = UNKNOWN_PART / size if size > 0.0 else 0.0
-        spread = PRIOR_SPREAD * max(prior[i], expected)
-        if spread > 0.0:
-            ridge = (NOISE / spread) * (NOISE / spread)
-            moments[i][i] += ridge
-            right[i] += ridge * prior[i]
-    best, best_gain = list(ZERO), 0.0
-    for terms in range(1, 1 << TERMS):
-        if terms & ~may_have:
-            continue
-        found = _solve_for(moments, right, [i for i in range(TERMS) if terms >> i & 1])
-        if found is not None and found[0] > best_gain:
-            best_gain, best = found
-    return tuple(best)  # type: ignore[return-value]
-
-
-def _solve_for(
-    moments: Sequence[Sequence[float]], right: Sequence[float], terms: Sequence[int]
-) -> tuple[float, list[float]] | None:
-    """Solve for some terms by scaled elimination. Return (error explained, coefficients).
-
-    Returns None if the equations are singular or a coefficient is negative.
-    """
-    count = len(terms)
-    scales = [0.0] * count
-    matrix = [[0.0] * TERMS for _ in range(TERMS)]
-    vector = [0.0] * TERMS
-    for i in range(count):
-        if moments[terms[i]][terms[i]] <= 0.0:
-            return None
-        scales[i] = 1.0 / math.sqrt(moments[terms[i]][terms[i]])
-        vector[i] = right[terms[i]] * scales[i]
-        for j in range(i + 1):
-            value = moments[terms[i]][terms[j]] * scales[i] * scales[j]
-            matrix[i][j] = matrix[j][i] = value
-    gain = solve_scaled(matrix, vector, count)
-    if gain is None or not all(value >= 0.0 for value in vector[:count]):
-        return None
-    coefficients = [0.0] * TERMS
-    for i in range(count):
-        coefficients[terms[i]] = vector[i] * scales[i]
-    return gain, coefficients
-
-
-def solve_scaled(matrix: list[list[float]], vector: list[float], count: int) -> float | None:
-    """Solve the first `count` equations in place, by elimination; `vector` has the unknowns then.
-
-    Return the error that they explain, None if an equation follows from the others. The matrix is
-    symmetric, and its diagonal 1 or near it.
-    """
-    gain = 0.0
-    for i in range(count):
-        if matrix[i][i] < _PIVOT_MIN:
-            return None
-        # After the elimination the error explained is the sum of pivot times unknown squared.
-        gain += vector[i] * vector[i] / matrix[i][i]
-        for k in range(i + 1, count):
-            factor = matrix[k][i] / matrix[i][i]
-            vector[k] -= factor * vector[i]
-            for j in range(i + 1, count):
-                matrix[k][j] -= factor * matrix[i][j]
-    for i in range(count - 1, -1, -1):
-        value = vector[i]
-        for j in range(i + 1, count):
-            value -= matrix[i][j] * vector[j]
-        vector[i] = value / matrix[i][i]
-    return gain

@@ -1,23 +1,24 @@
 """Learn the curve of a model on a GPU from its steps.
 
-No engine uses it yet: see `curve_py.py`.
+This is the twin of `csrc/curve_fit.pxd`. Both agree bit for bit, so a change to one must be made in
+the other.
 
-A step's time is linear in the coefficients of a curve, so they are found by least squares on
-relative errors, and none may be negative. Few of them can be told apart by the steps of one kind of
-traffic: with 60 requests in each step nobody sees what one alone would take, and what is shared
-depends on just that. So the fit leans on what is known of all transformers:
+A step's time is linear in the coefficients of a curve, but for attention, which is the larger of
+two sums. So each step belongs to the side of attention that predicts more, and coefficients are
+then found by least squares on relative errors; repeat. None may be negative. Few of them can be
+told apart by the steps of one kind of traffic: with 60 requests in each step nobody sees what one
+alone would take, and what is shared depends on just that. So the fit leans on what is known of all
+transformers:
 
-1. A prior is a sum of a few *parts*, each a curve in any unit. Without counts of FLOPs and bytes
-   these are the fixed time, the arithmetic of tokens beyond `RIDGE_TOKENS`, the reading of
-   contexts, the pairs of attention, and the reading of experts. With counts, what is read is one
-   part, with the true ratio of weights, experts and contexts; what is computed is another. The
-   steps give each part its scale.
+1. A prior is a sum of a few *parts*, each with coefficients in any unit (`priors.py`). The steps
+   give each part its scale; where the ratio of parts is known, it is held near that.
 2. A ridge then pulls each coefficient towards that sum, as if it were known to a part of itself
-   (`SPREAD`, `READ_SPREAD`), or of a step (`UNKNOWN_PART`).
+   (`SPREAD`, `READ_SPREAD`), or of a step (`UNKNOWN_PART`, `UNKNOWN_OWN_PART`).
 3. The number of distinct experts that tokens choose is known by its form, E (1 - (1 - k/E)^tokens),
    so its bend needs no steps with few tokens.
 
-h has fewer free slopes (`RAMPS`) than corners (`curve_py.KNOTS`): the others follow the experts.
+Steps are kept as sums over the corners of h, where each step is between two, so most sums are 0 by
+their nature. h has fewer free slopes (`RAMPS`) than corners (`KNOTS`): the others follow.
 
 Invariant: coefficients are finite and >= 0.
 """
@@ -25,251 +26,372 @@ Invariant: coefficients are finite and >= 0.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from vllm_cost_meter.attribution.cost_model import TokenCurve
-from vllm_cost_meter.attribution.cost_model_py import solve_scaled
-from vllm_cost_meter.attribution.curve_py import (
+from vllm_cost_meter.attribution.cost_model import (
+    DECODE_COMPUTE,
+    EXPERTS,
+    FIT_TERMS,
     FIXED,
     KNOTS,
     PAIRS,
+    PREFILL,
+    PREFILL_COMPUTE,
+    RAMPS,
     READ,
+    SEQUENCE,
     SLOPES,
-    CurveWork,
-    between,
+    Coefficients,
+    ServedModel,
 )
+from vllm_cost_meter.attribution.curve_py import CurveWork
+from vllm_cost_meter.attribution.least_squares_py import EMPTY, NOISE, UNKNOWN_PART, nonnegative
+from vllm_cost_meter.attribution.priors import CurvePrior
 
-# Where the free slopes of h begin; each is a corner.
-RAMPS = (0, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-EXPERTS = SLOPES + len(RAMPS)
-FIT_TERMS = EXPERTS + 1
-# From so many tokens on the products of a GPU are limited by arithmetic, where nothing is known.
-RIDGE_TOKENS = 256.0
-# The relative noise of a step's time.
-NOISE = 0.03
 # A coefficient is known to this part of what the prior says; what is read, to this part.
 SPREAD = 0.2
 READ_SPREAD = 0.05
 # A slope of h is known to this part of the largest one.
 RAMP_SPREAD = 0.5
-# Any term may make up this part of a step.
-UNKNOWN_PART = 0.05
-_GAIN_MIN = 1e-9
-
-PriorPart = tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """How many experts a layer has, and how many each token chooses; 0 in a dense model."""
-
-    number: int = 0
-    per_token: int = 0
-
-    def heights(self) -> list[float]:
-        """Return the expected number of distinct experts at each corner of h."""
-        if not self.number:
-            return [0.0] * len(KNOTS)
-        left_out = 1.0 - self.per_token / self.number
-        return [self.number * (1.0 - left_out**knot) for knot in KNOTS]
+# What each request and any prefill take by themselves may make up this part of a step.
+UNKNOWN_OWN_PART = 0.01
+_SMALL_TERMS = (PREFILL, SEQUENCE, PREFILL_COMPUTE)
+# The scales of a prior's parts learn as much from all steps as from so many.
+TOLD_STEPS = 10.0
+# If a coefficient is far from the prior, the prior is known to this part of the difference.
+FAR_OFF = 0.5
+# So many steps are assigned by whether they have a prefill, if the prior's parts have no ratio.
+START_STEPS = 128
+# The arithmetic of decodes is learnt after so many.
+DECODES_FROM = 1024
 
 
-def row_of(work: CurveWork, heights: Sequence[float]) -> list[float]:
-    """Return what a step's time is linear in, for each of `FIT_TERMS`.
+class CurveRow(NamedTuple):
+    """A step as the fit sees it: work and 1, each divided by the step's time."""
 
-    `heights` are those of the model's experts.
+    one: float
+    prefill: float
+    sequences: float
+    pairs: float
+    read: float
+    prefill_read: float
+    place: int  # the corner of h below its tokens
+    below: float  # how much of it is at this corner, and
+    above: float  # at the next
+
+    @classmethod
+    def of(cls, work: CurveWork, served: ServedModel, gpu_ns: float) -> "CurveRow":
+        """Return the row of a step that took so long."""
+        per_ns = 1.0 / gpu_ns
+        tokens = float(served.padded(work.tokens))
+        place = len(KNOTS) - 2
+        while KNOTS[place] > tokens:
+            place -= 1
+        above = (tokens - KNOTS[place]) / (KNOTS[place + 1] - KNOTS[place])
+        return cls(
+            per_ns,
+            per_ns if work.prefills else 0.0,
+            work.sequences * per_ns,
+            work.pairs * per_ns,
+            work.read * per_ns,
+            work.prefill_read * per_ns,
+            place,
+            (1.0 - above) * per_ns,
+            above * per_ns,
+        )
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Normal equations: own terms among themselves, with corners, and corners with neighbours."""
+
+    weight: float
+    arithmetic_weight: float  # of steps in which attention's arithmetic takes longer
+    own: list[list[float]]  # the lower triangle
+    cross: list[list[float]]  # corner, own term
+    corners: list[float]
+    beside: list[float]  # of a corner and the next
+    own_sums: list[float]
+    corner_sums: list[float]
+
+    @classmethod
+    def none(cls) -> "_Sums":
+        knots = len(KNOTS)
+        return cls(
+            0.0,
+            0.0,
+            [[0.0] * SLOPES for _ in range(SLOPES)],
+            [[0.0] * SLOPES for _ in range(knots)],
+            [0.0] * knots,
+            [0.0] * knots,
+            [0.0] * SLOPES,
+            [0.0] * knots,
+        )
+
+    def add(self, own: Sequence[float], row: CurveRow, weight: float) -> None:
+        self.weight += weight
+        if own[PAIRS] > 0.0:
+            self.arithmetic_weight += weight
+        below, above = weight * row.below, weight * row.above
+        k = row.place
+        for i in range(SLOPES):
+            weighed = weight * own[i]
+            self.own_sums[i] += weighed
+            for j in range(i + 1):
+                self.own[i][j] += weighed * own[j]
+            self.cross[k][i] += below * own[i]
+            self.cross[k + 1][i] += above * own[i]
+        self.corners[k] += below * row.below
+        self.corners[k + 1] += above * row.above
+        self.beside[k] += below * row.above
+        self.corner_sums[k] += below
+        self.corner_sums[k + 1] += above
+
+    def add_sums(self, other: "_Sums") -> None:
+        self.weight += other.weight
+        self.arithmetic_weight += other.arithmetic_weight
+        for i in range(SLOPES):
+            self.own_sums[i] += other.own_sums[i]
+            for j in range(i + 1):
+                self.own[i][j] += other.own[i][j]
+        for k in range(len(KNOTS)):
+            for i in range(SLOPES):
+                self.cross[k][i] += other.cross[k][i]
+            self.corners[k] += other.corners[k]
+            self.beside[k] += other.beside[k]
+            self.corner_sums[k] += other.corner_sums[k]
+
+    def fade(self, factor: float) -> None:
+        self.weight *= factor
+        self.arithmetic_weight *= factor
+        for i in range(SLOPES):
+            self.own_sums[i] *= factor
+            for j in range(i + 1):
+                self.own[i][j] *= factor
+        for k in range(len(KNOTS)):
+            for i in range(SLOPES):
+                self.cross[k][i] *= factor
+            self.corners[k] *= factor
+            self.beside[k] *= factor
+            self.corner_sums[k] *= factor
+
+
+class CurveFit:
+    """A curve that learns.
+
+    `coefficients` are those of `FIT_TERMS` as they are learnt now, `published` those in use.
     """
-    row = [1.0, 1.0 if work.prefills else 0.0, float(work.sequences)]
-    row += [work.read, work.pairs, work.prefill_read]
-    for place, begin in enumerate(RAMPS):
-        end = RAMPS[place + 1] if place + 1 < len(RAMPS) else math.inf
-        row.append(min(float(work.tokens), end) - begin if work.tokens > begin else 0.0)
-    corner, above = between(float(work.tokens))
-    chosen = heights[corner]
-    if above > 0.0:
-        chosen += above * (heights[corner + 1] - heights[corner])
-    row.append(chosen)
-    return row
+
+    published: Coefficients
+
+    def __init__(self, prior: CurvePrior, served: ServedModel) -> None:
+        self._prior = prior
+        self._columns = _columns(served.experts.heights())
+        self._old, self._sweep = _Sums.none(), _Sums.none()
+        self._lacks_arithmetic = False
+        self._use(list(prior.start))
+        self.publish()
+
+    def predicted(self, row: CurveRow) -> float:
+        """Return what a step takes, as a part of what it took."""
+        return _predicted(self.coefficients, self._heights, row)
+
+    def add(self, row: CurveRow, weight: float, steps: int, is_old: bool) -> None:
+        """Add a step to those of the sweep, or to the old ones. `steps` were learnt from so far."""
+        is_start = not self._prior.has_ratio and steps <= START_STEPS
+        is_arithmetic = self._is_arithmetic(row, is_start)
+        own = [row.one, row.prefill, row.sequences, 0.0, 0.0, 0.0, 0.0]
+        if is_arithmetic:
+            own[PAIRS], own[PREFILL_COMPUTE] = row.pairs, row.prefill_read
+            # Which side decodes are on is told apart once the others are.
+            if steps > DECODES_FROM or self._prior.start[DECODE_COMPUTE] > 0.0:
+                own[DECODE_COMPUTE] = row.read
+        else:
+            own[READ] = row.read + row.prefill_read
+        (self._old if is_old else self._sweep).add(own, row, weight)
+
+    def _is_arithmetic(self, row: CurveRow, is_start: bool) -> bool:
+        """Return whether the arithmetic of attention takes longer than its reading in a step."""
+        if is_start or row.prefill <= 0.0:  # Decodes alone wait for memory.
+            return row.prefill > 0.0
+        arithmetic, reading = _attention(self.coefficients, row)
+        return arithmetic >= reading or (self._lacks_arithmetic and self.predicted(row) < 1.0)
+
+    def end_sweep(self, fade: float) -> None:
+        """Fit the curve to the steps of the sweep and to the old ones, which fade."""
+        self._old.fade(fade)
+        self._sweep.add_sums(self._old)
+        # Once it has no steps of its own, arithmetic is offered those that take too long.
+        self._lacks_arithmetic = self._sweep.arithmetic_weight < EMPTY
+        if self._sweep.weight > 0.0:
+            self._use(self._solve())
+        self._sweep = _Sums.none()
+
+    def start_over(self, prior: CurvePrior) -> None:
+        """Forget all steps, and begin with a prior."""
+        self._prior = prior
+        self._old, self._sweep = _Sums.none(), _Sums.none()
+        self._lacks_arithmetic = False
+        self._use(list(prior.start))
+
+    def publish(self) -> None:
+        """Keep what is learnt now as what was published."""
+        self.published = tuple(self.coefficients)
+        self._published_heights = self._heights
+
+    def moved(self, row: CurveRow) -> float:
+        """Return how much else a step takes by what is learnt now than by what was published."""
+        return abs(self.predicted(row) - _predicted(self.published, self._published_heights, row))
+
+    def _use(self, coefficients: list[float]) -> None:
+        self.coefficients = coefficients
+        self._heights = [sum_of_products(column, coefficients[SLOPES:]) for column in self._columns]
+
+    def _solve(self) -> list[float]:
+        moments, right = self._equations()
+        prior, scales = self._scaled_prior(moments, right)
+        spreads = self._spreads(moments, prior, scales)
+        for term, spread in enumerate(spreads):
+            if spread > 0.0:
+                ridge = (NOISE / spread) * (NOISE / spread)
+                moments[term][term] += ridge
+                right[term] += ridge * prior[term]
+        found = nonnegative(moments, right, self.coefficients)
+        if found[READ] > 0.0:  # Decodes alone wait for memory.
+            found[DECODE_COMPUTE] = min(found[DECODE_COMPUTE], found[READ])
+        return found
+
+    def _equations(self) -> tuple[list[list[float]], list[float]]:
+        """Return the normal equations of the coefficients: a corner is a sum of ramps below it."""
+        sums, columns = self._sweep, self._columns
+        knots, ramps = len(KNOTS), FIT_TERMS - SLOPES
+        moments = [[0.0] * FIT_TERMS for _ in range(FIT_TERMS)]
+        right = [*sums.own_sums, *([0.0] * ramps)]
+        # Corners only meet themselves and their neighbours.
+        met = [[0.0] * ramps for _ in range(knots)]
+        for k in range(knots):
+            for q in range(ramps):
+                value = sums.corners[k] * columns[k][q]
+                if k > 0:
+                    value += sums.beside[k - 1] * columns[k - 1][q]
+                if k + 1 < knots:
+                    value += sums.beside[k] * columns[k + 1][q]
+                met[k][q] = value
+        for i in range(SLOPES):
+            for j in range(i + 1):
+                moments[i][j] = moments[j][i] = sums.own[i][j]
+        for q in range(ramps):
+            for k in range(knots):
+                height = columns[k][q]
+                if height == 0.0:
+                    continue
+                right[SLOPES + q] += height * sums.corner_sums[k]
+                for i in range(SLOPES):
+                    moments[SLOPES + q][i] += height * sums.cross[k][i]
+                for p in range(q + 1):
+                    moments[SLOPES + q][SLOPES + p] += height * met[k][p]
+            for i in range(SLOPES + q):
+                moments[i][SLOPES + q] = moments[SLOPES + q][i]
+        return moments, right
+
+    def _scaled_prior(
+        self, moments: Sequence[Sequence[float]], right: Sequence[float]
+    ) -> tuple[list[float], list[float]]:
+        """Return the sum of the prior's parts that is closest to the steps, and their scales."""
+        parts = self._prior.parts
+        along = [sum_of_products(part.coefficients, right) for part in parts]
+        across = [
+            [_between(one.coefficients, moments, other.coefficients) for other in parts]
+            for one in parts
+        ]
+        if self._prior.has_ratio:
+            expected = [part.scale for part in parts]
+            height = sum_of_products(expected, along)
+            square = _between(expected, across, expected)
+            common = height / square if height > 0.0 and square > 0.0 else 1.0
+            # What the parts miss is no noise: many steps miss the same.
+            told = max(1.0, self._sweep.weight / TOLD_STEPS)
+            for i, part in enumerate(parts):
+                wanted = common * part.scale
+                ridge = told * (NOISE / (part.spread * wanted)) * (NOISE / (part.spread * wanted))
+                across[i][i] += ridge
+                along[i] += ridge * wanted
+        scales = nonnegative(across, along)
+        prior = [0.0] * FIT_TERMS
+        for scale, part in zip(scales, parts, strict=True):
+            for term in range(FIT_TERMS):
+                prior[term] += scale * part.coefficients[term]
+        return prior, scales
+
+    def _spreads(
+        self, moments: Sequence[Sequence[float]], prior: Sequence[float], scales: Sequence[float]
+    ) -> list[float]:
+        """Return how well each coefficient is known before any step, as a standard deviation."""
+        weight = self._sweep.weight
+        steepest = max(prior[SLOPES:EXPERTS])
+        spreads = []
+        for term in range(FIT_TERMS):
+            size = math.sqrt(moments[term][term] / weight)
+            part = UNKNOWN_OWN_PART if term in _SMALL_TERMS else UNKNOWN_PART
+            unknown = part / size if size > 0.0 else 0.0
+            if SLOPES <= term < EXPERTS:
+                spreads.append(RAMP_SPREAD * steepest or unknown)
+                continue
+            if self._prior.counts_reading and scales[0] > 0.0 and term in (FIXED, EXPERTS):
+                # What is read is known; what else a step takes to begin is not.
+                reading = scales[0] * self._prior.parts[0].coefficients[term]
+                read_spread, rest = READ_SPREAD * reading, prior[term] - reading
+                spreads.append(math.sqrt(read_spread * read_spread + rest * rest))
+            else:
+                spreads.append(max(SPREAD * prior[term], unknown))
+            # A prior that is far off must not hold back what steps tell.
+            apart = abs(self.coefficients[term] - prior[term])
+            spreads[-1] = max(spreads[-1], FAR_OFF * apart)
+        return spreads
 
 
-def curve_of(coefficients: Sequence[float], heights: Sequence[float]) -> TokenCurve:
-    """Return the curve with these coefficients."""
-    slopes = []
-    for place, knot in enumerate(KNOTS):
-        ramp = sum(1 for begin in RAMPS if begin <= knot) - 1
-        slope = coefficients[SLOPES + ramp]
-        if place + 1 < len(KNOTS):
-            chosen = heights[place + 1] - heights[place]
-            slope += coefficients[EXPERTS] * chosen / (KNOTS[place + 1] - knot)
-        slopes.append(slope)
-    return (*coefficients[:SLOPES], *slopes)
+def sum_of_products(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the sum of the products of two equally long rows, added up in order."""
+    total = 0.0
+    for a, b in zip(one, other, strict=True):
+        total += a * b
+    return total
 
 
-def usual_parts(experts: Experts) -> tuple[PriorPart, ...]:
-    """Return the parts of a prior where nothing is counted."""
-    ends = (*RAMPS[1:], 2 * RAMPS[-1])
-    arithmetic = [0.0] * FIT_TERMS
-    for place, (begin, end) in enumerate(zip(RAMPS, ends, strict=True)):
-        beyond = max(0.0, end - RIDGE_TOKENS) - max(0.0, begin - RIDGE_TOKENS)
-        arithmetic[SLOPES + place] = beyond / (end - begin)
-    alone = (FIXED, READ, PAIRS, *([EXPERTS] if experts.number else []))
+def _predicted(c: Sequence[float], heights: Sequence[float], row: CurveRow) -> float:
+    arithmetic, reading = _attention(c, row)
     return (
-        tuple(arithmetic),
-        *(tuple(1.0 if place == term else 0.0 for place in range(FIT_TERMS)) for term in alone),
+        (c[FIXED] * row.one + c[PREFILL] * row.prefill + c[SEQUENCE] * row.sequences)
+        + (heights[row.place] * row.below + heights[row.place + 1] * row.above)
+        + max(arithmetic, reading)
     )
 
 
-class CurveSums:
-    """Normal equations of a curve; each row is scaled so that its step took 1."""
-
-    def __init__(self) -> None:
-        self.weight = 0.0
-        self.moments = [[0.0] * FIT_TERMS for _ in range(FIT_TERMS)]
-        self.sums = [0.0] * FIT_TERMS
-
-    def add(self, row: Sequence[float], gpu_ns: float, weight: float = 1.0) -> None:
-        """Add a step."""
-        per_ns = 1.0 / gpu_ns
-        scaled = [value * per_ns for value in row]
-        self.weight += weight
-        for i, value in enumerate(scaled):
-            weighed = weight * value
-            self.sums[i] += weighed
-            for j in range(i + 1):
-                self.moments[i][j] += weighed * scaled[j]
-
-    def moment(self, i: int, j: int) -> float:
-        """Return the moment of two terms."""
-        return self.moments[i][j] if j <= i else self.moments[j][i]
+def _attention(c: Sequence[float], row: CurveRow) -> tuple[float, float]:
+    """Return the time of attention's arithmetic, and of its reading."""
+    return (
+        c[PAIRS] * row.pairs + c[PREFILL_COMPUTE] * row.prefill_read + c[DECODE_COMPUTE] * row.read,
+        c[READ] * (row.read + row.prefill_read),
+    )
 
 
-def fit_curve(
-    sums: CurveSums, parts: Sequence[PriorPart], read: PriorPart | None = None
-) -> list[float]:
-    """Return the coefficients of a curve that fit the steps and lean on a prior.
-
-    `read` is the part of what is read, if its ratios are known from counts.
-    """
-    scales = _scales(sums, parts)
-    prior = [0.0] * FIT_TERMS
-    for scale, part in zip(scales, parts, strict=True):
-        for term in range(FIT_TERMS):
-            prior[term] += scale * part[term]
-    moments = [[sums.moment(i, j) for j in range(FIT_TERMS)] for i in range(FIT_TERMS)]
-    right = list(sums.sums)
-    for term, spread in enumerate(_spreads(sums, prior, scales, parts, read)):
-        if spread > 0.0:
-            ridge = (NOISE / spread) * (NOISE / spread)
-            moments[term][term] += ridge
-            right[term] += ridge * prior[term]
-    return nonnegative(moments, right)
+def _between(
+    one: Sequence[float], moments: Sequence[Sequence[float]], other: Sequence[float]
+) -> float:
+    total = 0.0
+    for i, a in enumerate(one):
+        if a != 0.0:
+            total += a * sum_of_products(moments[i], other)
+    return total
 
 
-def _scales(sums: CurveSums, parts: Sequence[PriorPart]) -> list[float]:
-    """Return the scales >= 0 that bring the sum of the parts closest to the steps."""
-    moments = [
-        [
-            sum(
-                one[i] * other[j] * sums.moment(i, j)
-                for i in range(FIT_TERMS)
-                if one[i]
-                for j in range(FIT_TERMS)
-                if other[j]
-            )
-            for other in parts
-        ]
-        for one in parts
-    ]
-    right = [sum(part[i] * sums.sums[i] for i in range(FIT_TERMS)) for part in parts]
-    return nonnegative(moments, right)
-
-
-def _spreads(
-    sums: CurveSums,
-    prior: Sequence[float],
-    scales: Sequence[float],
-    parts: Sequence[PriorPart],
-    read: PriorPart | None,
-) -> list[float]:
-    """Return how well each coefficient is known before any step, as a standard deviation."""
-    steepest = max(prior[SLOPES:EXPERTS])
-    counted = dict(zip(parts, scales, strict=True)).get(read, 0.0) if read is not None else 0.0
-    spreads = []
-    for term in range(FIT_TERMS):
-        size = math.sqrt(sums.moments[term][term] / sums.weight) if sums.weight > 0.0 else 0.0
-        unknown = UNKNOWN_PART / size if size > 0.0 else 0.0
-        if SLOPES <= term < EXPERTS:
-            spreads.append(RAMP_SPREAD * steepest or unknown)
-        elif read is not None and counted > 0.0 and term in (FIXED, EXPERTS):
-            # What is read is known; what else a step takes to begin is not.
-            reading = counted * read[term]
-            spreads.append(math.hypot(READ_SPREAD * reading, prior[term] - reading))
-        else:
-            spreads.append(max(SPREAD * prior[term], unknown))
-    return spreads
-
-
-def nonnegative(moments: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
-    """Return x >= 0 with the least x'Mx - 2r'x (Lawson and Hanson 1974, on normal equations).
-
-    `moments` are M, symmetric. A term that the others determine stays 0.
-    """
-    count = len(right)
-    scales = [1.0 / math.sqrt(moments[i][i]) if moments[i][i] > 0.0 else 0.0 for i in range(count)]
-    found = [0.0] * count
-    free: list[int] = []
-    barred = [scale == 0.0 for scale in scales]
-    for _ in range(3 * count):
-        entering, steepest = -1, _GAIN_MIN
-        for i in range(count):
-            if barred[i] or i in free:
-                continue
-            gain = right[i]
-            for j in free:
-                gain -= moments[i][j] * found[j]
-            if gain * scales[i] > steepest:
-                entering, steepest = i, gain * scales[i]
-        if entering < 0:
-            break
-        free.append(entering)
-        free.sort()
-        while free:
-            tried = _solved(moments, right, scales, free)
-            if tried is None:
-                free.remove(entering)
-                barred[entering] = True
-                break
-            if min(tried) > 0.0:
-                for i, value in zip(free, tried, strict=True):
-                    found[i] = value
-                break
-            _step_back(found, free, tried)
-    return found
-
-
-def _step_back(found: list[float], free: list[int], tried: Sequence[float]) -> None:
-    """Go towards what was tried until the first coefficient is 0, which is free no more."""
-    part, first = 1.0, -1
-    for i, value in zip(free, tried, strict=True):
-        if value <= 0.0:
-            reach = found[i] / (found[i] - value) if found[i] > 0.0 else 0.0
-            if first < 0 or reach < part:
-                part, first = reach, i
-    for i, value in zip(list(free), tried, strict=True):
-        found[i] += part * (value - found[i])
-        if i == first or found[i] <= 0.0:
-            found[i] = 0.0
-            free.remove(i)
-
-
-def _solved(
-    moments: Sequence[Sequence[float]],
-    right: Sequence[float],
-    scales: Sequence[float],
-    free: Sequence[int],
-) -> list[float] | None:
-    """Solve for the free terms by scaled elimination; None if they determine one another."""
-    matrix = [[moments[i][j] * scales[i] * scales[j] for j in free] for i in free]
-    vector = [right[i] * scales[i] for i in free]
-    if solve_scaled(matrix, vector, len(free)) is None:
-        return None
-    return [value * scales[i] for i, value in zip(free, vector, strict=True)]
+def _columns(heights: Sequence[float]) -> list[list[float]]:
+    """Return how high each ramp, and what is chosen of the experts, is at each corner."""
+    rows = []
+    for knot, chosen in zip(KNOTS, heights, strict=True):
+        row = []
+        for place, begin in enumerate(RAMPS):
+            end = RAMPS[place + 1] if place + 1 < len(RAMPS) else KNOTS[-1]
+            row.append(float(max(0, min(knot, end) - begin)))
+        rows.append([*row, chosen])
+    return rows

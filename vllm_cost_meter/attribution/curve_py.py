@@ -1,55 +1,66 @@
-"""A step as a sum of kernels: its time by the curve form of the cost model, and its fair charges.
+"""A step as a sum of kernels: its time by a curve, and what each request adds to it.
 
 This is the twin of `csrc/curve.pxd`. Both agree bit for bit, so a change to one must be made in the
-other. No engine uses it yet: the cost model still has planes only (`cost_model_py.py`).
+other.
 
 The kernels of a step run one after another, and each takes as long as the slower of its arithmetic
 and its memory traffic. So a step is no maximum of two sums, but a sum over kernels. Most of them
 (products, experts, norms, exchanges between GPUs) depend on the number of tokens alone, in a way
 that bends both up (a product is flat until its arithmetic is the limit) and down (a second token
-mostly chooses experts that were read before). A step with only the requests S takes
+mostly chooses experts that were read before). Attention depends on each request: the arithmetic of
+prefills goes on while the contexts of decodes are read. A step with only the requests S takes
 
-    v(S) = f + p, if S has a prefill, + sum over S of (b + k * read + q * pairs + r * prefill read)
-           + h(tokens of S),                                               v of nobody = 0
+    v(S) = f + p, if S has a prefill, + b for each of S + h(tokens of S) + attention(S)
+    attention(S) = max(sum over S of (q * pairs + r * prefill read + u * decode read),
+                       sum over S of k * read),           v of nobody = 0
 
-`read` is the context of a decode, `pairs` are the pairs of query and key of a prefill, which is
-causal, `prefill read` is its context. Where layers see only a window of tokens, each counts what
-its layers see. h is a broken line with corners at `KNOTS`, and h(0) = 0.
+`read` is a request's context, that of a prefill or of a decode, and `pairs` are the pairs of query
+and key of a prefill, which is causal. (A prefill computes with its context also where a latent
+cache must be unpacked.) Where layers see only a window of tokens, each counts what
+its layers see. A server that runs decodes and prefills one after another has u = k. h is a broken
+line with corners at `KNOTS`, and h(0) = 0. Where vLLM captured GPU graphs, a batch is computed as
+the next captured size, so the tokens of h are padded.
 
-The Shapley value is additive over these terms. f is shared equally, p equally among the prefills,
-and what is summed over S belongs to each. What a request adds to h depends on the tokens that came
-before it, X, in a random order of arrival:
+The Shapley value is additive over these terms. f is shared equally, p equally among the prefills, b
+belongs to each, and attention is a game of its own (`shapley_py.py`). What a request adds to h
+depends on the tokens that came before it, X, in a random order of arrival:
 
-1. In a step of up to `ENUMERATED_MAX` requests all subsets are enumerated.
-2. With more, every request arrives at a time that is uniform on [0, 1], so at the instant s each
-   other one is there with the probability s. The tokens of decodes are many and small: s times
-   their number is there. Each prefill is a lump, there or not. So X has a known distribution, which
-   is kept by its weights at the corners of h: between two corners h is straight, so a weight there
-   may be divided between both. A prefill gets the mean growth of h over X and s, where s takes the
-   `NODES` of Gauss and Legendre.
+1. In a step of up to `ENUMERATED_MAX` requests all subsets are enumerated, with padding.
+2. With more, h is smoothed over the captured sizes, as X meets all of them. Every request arrives
+   at a time that is uniform on [0, 1], so at the instant s each other one is there with the
+   probability s. The tokens of decodes are many and small: s times their number is there. Each
+   prefill is a lump, there or not. So X has a known distribution, which is kept by its weights at
+   the corners of h: between two corners h is straight, so a weight there may be divided between
+   both. A prefill gets the mean growth of h over X and s, where s takes the `NODES` of Gauss and
+   Legendre.
 3. X is that of the others. For the `LEFT_OUT_MAX` largest prefills it is computed without each of
    them; for all smaller ones together, each is there a little less often, so that one is missing
    on average. Beyond the `LUMPS_MAX` largest, prefills count as many small tokens.
 4. Decodes share what is left of h by their tokens; or, if that is little, each token gets the mean
    growth by one, and all parts are scaled to h.
 
-The marginal cost of a request is v(all) - v(all without it).
-
-Invariant: the charges add up to v(all) except for rounding.
+Invariant: what the requests get of h adds up to h of all tokens except for rounding.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_cost_meter.attribution.cost_model import TokenCurve
-from vllm_cost_meter.attribution.shapley_py import LARGEST_NS, SMALLEST_NS, WEIGHT_SUM
-
-# Corners of h, in tokens. Few tokens choose most experts; arithmetic is the limit from hundreds on.
-KNOTS = (
-    *(0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
-    *(384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384),
+from vllm_cost_meter.attribution.cost_model import (
+    DECODE_COMPUTE,
+    EXPERTS,
+    KNOTS,
+    PAIRS,
+    PREFILL_COMPUTE,
+    RAMPS,
+    READ,
+    SLOPES,
+    Coefficients,
+    Layers,
+    ServedModel,
+    TokenCurve,
 )
+
 ENUMERATED_MAX = 6
 LEFT_OUT_MAX = 4
 LUMPS_MAX = 64
@@ -66,20 +77,6 @@ NODES = (
     (0.8983332387068134, 0.11119051722668724),
     (0.9801449282487681, 0.05061426814518813),
 )
-FIXED, PREFILL, SEQUENCE, READ, PAIRS, PREFILL_READ, SLOPES = range(7)
-CURVE_TERMS = SLOPES + len(KNOTS)
-
-
-@dataclass(slots=True, frozen=True)
-class Layers:
-    """How many of a model's layers see all of the context, and how many see `window` tokens back.
-
-    Only the ratio of the numbers matters.
-    """
-
-    whole: int = 1
-    windowed: int = 0
-    window: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -89,8 +86,8 @@ class CurveWork:
     tokens: int = 0
     sequences: int = 0
     prefills: int = 0
-    read: float = 0.0
     pairs: float = 0.0
+    read: float = 0.0
     prefill_read: float = 0.0
 
     @classmethod
@@ -99,14 +96,14 @@ class CurveWork:
         seen = min(context, layers.window + tokens)
         read = float(layers.whole) * context + float(layers.windowed) * seen
         if not is_prefill:
-            return cls(tokens, 1, 0, read)
+            return cls(tokens, 1, 0, 0.0, read)
         number = float(tokens)
         # The last token sees `context` keys, the one before it one fewer, and so on.
         fewer = 0.5 * number * (number - 1.0)
         pairs = layers.whole * (number * context - fewer) + layers.windowed * (
             number * seen - fewer
         )
-        return cls(tokens, 1, 1, 0.0, pairs, read)
+        return cls(tokens, 1, 1, pairs, 0.0, read)
 
     def plus(self, other: "CurveWork") -> "CurveWork":
         """Return this work and another."""
@@ -114,8 +111,8 @@ class CurveWork:
             self.tokens + other.tokens,
             self.sequences + other.sequences,
             self.prefills + other.prefills,
-            self.read + other.read,
             self.pairs + other.pairs,
+            self.read + other.read,
             self.prefill_read + other.prefill_read,
         )
 
@@ -128,14 +125,18 @@ def all_of(works: Sequence[CurveWork]) -> CurveWork:
     return total
 
 
-def own_ns(curve: TokenCurve, work: CurveWork) -> float:
-    """Return the time that belongs to each request by itself, without h."""
+def arithmetic_ns(curve: Sequence[float], work: CurveWork) -> float:
+    """Return the time of attention's arithmetic."""
     return (
-        curve[SEQUENCE] * work.sequences
-        + curve[READ] * work.read
-        + curve[PAIRS] * work.pairs
-        + curve[PREFILL_READ] * work.prefill_read
+        curve[PAIRS] * work.pairs
+        + curve[PREFILL_COMPUTE] * work.prefill_read
+        + curve[DECODE_COMPUTE] * work.read
     )
+
+
+def reading_ns(curve: Sequence[float], work: CurveWork) -> float:
+    """Return the time in which attention reads contexts."""
+    return curve[READ] * (work.read + work.prefill_read)
 
 
 def height(curve: TokenCurve, tokens: float) -> float:
@@ -149,100 +150,37 @@ def height(curve: TokenCurve, tokens: float) -> float:
     return found
 
 
-def step_ns(curve: TokenCurve, work: CurveWork) -> float:
-    """Return v of the requests with this work; there is at least one."""
-    shared = curve[FIXED] + (curve[PREFILL] if work.prefills else 0.0)
-    return shared + own_ns(curve, work) + height(curve, float(work.tokens))
+def curve_of(coefficients: Coefficients, heights: Sequence[float]) -> TokenCurve:
+    """Return the curve of a fit's coefficients. `heights` are the experts that corners choose."""
+    slopes = []
+    for place, knot in enumerate(KNOTS):
+        ramp = sum(1 for begin in RAMPS if begin <= knot) - 1
+        slope = coefficients[SLOPES + ramp]
+        if place + 1 < len(KNOTS):
+            chosen = heights[place + 1] - heights[place]
+            slope += coefficients[EXPERTS] * chosen / (KNOTS[place + 1] - knot)
+        slopes.append(slope)
+    return (*coefficients[:SLOPES], *slopes)
 
 
-@dataclass(slots=True, frozen=True)
-class CurveGame:
-    """The solved game of one step: all that is needed to charge each of its requests."""
-
-    total_ns: float  # v(all)
-    base_ns: float  # each request's part of f
-    prefill_ns: float  # each prefill's part of p
-    token_ns: float  # a token's part of h, where a request has no part of its own
-    all_tokens: int
-    all_prefills: int
-    growths: dict[int, float]  # place in the step -> part of h
-
-    def weigh(self, curve: TokenCurve, works: Sequence[CurveWork]) -> list[int]:
-        """Return each request's charge as a weight; all are 0 if the model predicts no time."""
-        if not self._is_sound():
-            return [0] * len(works)
-        to_weight = WEIGHT_SUM / self.total_ns
-        weights = []
-        for place, work in enumerate(works):
-            growth = self.growths.get(place)
-            if growth is None:
-                growth = self.token_ns * work.tokens
-            charge = self.base_ns + own_ns(curve, work) + growth
-            if work.prefills:
-                charge += self.prefill_ns
-            weights.append(int(charge * to_weight + 0.5))
-        return weights
-
-    def margins(self, curve: TokenCurve, works: Sequence[CurveWork], gpu_ns: float) -> list[float]:
-        """Return the marginal cost of each request in a step that took `gpu_ns`, in GPU-ns."""
-        gpu_ns = min(gpu_ns, LARGEST_NS)
-        if len(works) == 1:
-            return [gpu_ns]
-        to_ns = gpu_ns / self.total_ns if self._is_sound() else 0.0
-        all_ns = height(curve, float(self.all_tokens))
-        margins = []
-        for work in works:
-            added = own_ns(curve, work)
-            added += all_ns - height(curve, float(self.all_tokens - work.tokens))
-            if work.prefills and self.all_prefills == 1:
-                added += curve[PREFILL]
-            margins.append(added * to_ns)
-        return margins
-
-    def _is_sound(self) -> bool:
-        return SMALLEST_NS < self.total_ns < LARGEST_NS
+def smoothed(curve: TokenCurve, served: ServedModel) -> TokenCurve:
+    """Return the curve of the mean over the batch sizes around each corner, which are padded."""
+    if not served.captured:
+        return curve
+    heights = [
+        0.5 * height(curve, float(served.padded(knot)))
+        + 0.5 * height(curve, float(served.padded(knot + 1)))
+        for knot in KNOTS
+    ]
+    heights[0] = 0.0
+    slopes = [
+        (heights[place + 1] - heights[place]) / (KNOTS[place + 1] - KNOTS[place])
+        for place in range(len(KNOTS) - 1)
+    ]
+    return (*curve[:SLOPES], *slopes, curve[-1])
 
 
-def solve_curve(curve: TokenCurve, works: Sequence[CurveWork]) -> CurveGame:
-    """Solve the game of a step."""
-    everyone = all_of(works)
-    if len(works) <= ENUMERATED_MAX:
-        token_ns, growths = 0.0, _enumerated(curve, [work.tokens for work in works])
-    else:
-        lumps = {place: work.tokens for place, work in enumerate(works) if _is_lump(work)}
-        token_ns, growths = _among_many(curve, lumps, everyone.tokens)
-    return CurveGame(
-        total_ns=step_ns(curve, everyone),
-        base_ns=curve[FIXED] / len(works),
-        prefill_ns=curve[PREFILL] / everyone.prefills if everyone.prefills else 0.0,
-        token_ns=token_ns,
-        all_tokens=everyone.tokens,
-        all_prefills=everyone.prefills,
-        growths=growths,
-    )
-
-
-def charges_by_curve(
-    curve: TokenCurve,
-    parts: Sequence[tuple[int, int, bool]],
-    layers: tuple[int, int, int],
-    gpu_ns: float,
-) -> tuple[list[int], list[float]]:
-    """Return the weights and the marginal costs, in GPU-ns, of a step's parts by a curve.
-
-    A part is (tokens, context at the end of the step, whether it is a prefill). `layers` are those
-    of `Layers`. The step took `gpu_ns`.
-    """
-    works = [CurveWork.of(*part, Layers(*layers)) for part in parts]
-    game = solve_curve(curve, works)
-    return game.weigh(curve, works), game.margins(curve, works, gpu_ns)
-
-
-def _is_lump(work: CurveWork) -> bool:
-    return work.prefills == 1 and work.tokens > 1
-
-
-def _enumerated(curve: TokenCurve, tokens: Sequence[int]) -> dict[int, float]:
+def enumerated(curve: TokenCurve, served: ServedModel, tokens: Sequence[int]) -> dict[int, float]:
     """Return the mean growth of h by each request, over all subsets of the others."""
     count = len(tokens)
     growths = [0.0] * count
@@ -252,7 +190,7 @@ def _enumerated(curve: TokenCurve, tokens: Sequence[int]) -> dict[int, float]:
             if subset >> j & 1:
                 there += tokens[j]
                 size += 1
-        value = height(curve, float(there))
+        value = height(curve, float(served.padded(there)))
         # Of all orders, those in which this subset comes before or up to one request.
         gained = value * _part_of_orders(size - 1, count) if size else 0.0
         missed = value * _part_of_orders(size, count) if size < count else 0.0
@@ -269,10 +207,10 @@ def _part_of_orders(before: int, count: int) -> float:
     return math.factorial(before) * math.factorial(count - 1 - before) / math.factorial(count)
 
 
-def _among_many(
+def among_many(
     curve: TokenCurve, lumps: dict[int, int], tokens: int
 ) -> tuple[float, dict[int, float]]:
-    """Return what a token of a decode gets of h, and what each lump gets.
+    """Return what a token of a decode gets of a smooth h, and what each lump gets.
 
     `lumps` has their tokens by their place in the step, `tokens` are those of all requests.
     """

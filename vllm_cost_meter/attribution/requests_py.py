@@ -6,7 +6,7 @@ nobody pays for them.
 
 from dataclasses import dataclass
 
-from vllm_cost_meter.attribution.cost_model_py import Work
+from vllm_cost_meter.attribution.planes_py import Work
 from vllm_cost_meter.records.accrued import Accrued
 
 # Weights and tokens of one step add up to at most this, so that (W - 1) * W fits 64 bits.
@@ -104,6 +104,11 @@ class Part:
     rejected: int = 0  # tokens
     is_cut: bool = False  # the request was aborted meanwhile
     kept_ns: int = 0  # the part of its last share that was neither rejected nor cut off
+
+    @property
+    def in_step(self) -> tuple[int, int, bool]:
+        """Return its tokens, its context at the end of the step, and whether it is a prefill."""
+        return self.work.tokens, self.work.context, self.is_prefill
 
     @property
     def recomputed(self) -> int:

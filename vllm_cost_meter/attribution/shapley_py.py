@@ -1,21 +1,20 @@
-"""The fair charge of each request in a step: its Shapley value, in plain Python.
+"""The larger of two sums, shared out: the Shapley value of whoever brings to both of them.
 
 This is the twin of `csrc/shapley.pxd`. Both agree bit for bit, so a change to one must be made in
 the other.
 
-A step is a cooperative game (docs/explanation/attribution.md). A step with only the requests S
-would take
+Arithmetic and memory traffic go on at the same time, so what both take together is
 
     v(S) = max(f + sum of c_i, g + sum of m_i) over S,   v of nobody = 0
 
-where c_i and m_i are the compute and memory time of request i by the fitted planes
-(`cost_model_py.py`). The Shapley value of a request is the time it adds, averaged over all orders
-in which the requests could have joined. The base max(f, g) falls to whoever joins first, so it is
-shared equally. The rest is computed like this:
+where c_i and m_i are the compute and memory time of request i, by two planes (`planes_py.py`) or by
+the attention of a curve (`curve_py.py`). The Shapley value of a request is the time it adds,
+averaged over all orders in which the requests could have joined. The base max(f, g) falls to
+whoever joins first, so it is shared equally. The rest is computed like this:
 
-1. The few large players (the largest prefill chunks, at most `LARGE_MAX`) are enumerated. The many
-   small ones are an ocean, which arrives evenly over s in [0, 1] (Milnor and Shapley 1978). With
-   ocean totals C and M, and a subset S of the m large players there at s, the step has the height
+1. The few large players (at most `LARGE_MAX`) are enumerated. The many small ones are an ocean,
+   which arrives evenly over s in [0, 1] (Milnor and Shapley 1978). With ocean totals C and M, and a
+   subset S of the m large players there at s, the step has the height
    u(s, S) = max(f + C_S + sC, g + M_S + sM) - max(f, g). Everyone arrives at a time that is uniform
    on [0, 1], so S is there at s with the probability s^|S| (1-s)^(m-|S|).
 2. A large player gets the integral over s of the sum over S without it of
@@ -24,9 +23,7 @@ shared equally. The rest is computed like this:
 4. Both sides are straight lines in s, so each subset has at most one crossing. On either side of it
    the integrand is a polynomial, so the integral is exact and needs no quadrature.
 5. If a tie lies at the cut between large and small, its members all go to the ocean, so equals stay
-   equal. A step with up to `LARGE_MAX` requests has only large players, and its result is exact.
-
-The marginal cost of a request is v(all) - v(all without it).
+   equal. Up to `LARGE_MAX` requests are all large, and the result is exact.
 
 Invariant: the charges are >= 0, and add up to v(all) except for rounding.
 """
@@ -35,98 +32,50 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_cost_meter.attribution.cost_model import Plane
-from vllm_cost_meter.attribution.cost_model_py import Work, time_of, total_of
-
-LARGE_MAX = 4
-# The weights of a step add up to about this: half of the largest sum allowed.
-WEIGHT_SUM = 2**30
-# Bounds of the step time that a model may predict. A shorter time would give infinite weights.
-SMALLEST_NS, LARGEST_NS = 1e-9, 9.2e18
+LARGE_MAX = 5
 
 
 @dataclass(slots=True, frozen=True)
-class Game:
-    """The solved game of one step: all that is needed to charge each of its requests."""
+class Overlap:
+    """The solved game: all that is needed to charge each request."""
 
     total_ns: float  # v(all)
-    base_ns: float  # each request's part of the base
+    base: float  # max(f, g), which is shared equally
     compute_part: float  # W
-    compute_ns: float  # compute time of the whole step, with the constant
+    compute_ns: float  # f + the sum of all c_i
     memory_ns: float
     large: dict[int, float]  # place in the step -> charge without the base
 
-    def weigh(self, compute: Plane, memory: Plane, works: Sequence[Work]) -> list[int]:
-        """Return each request's charge as a weight; all are 0 if the model predicts no time."""
-        if not self._is_sound():
-            return [0] * len(works)
-        to_weight = WEIGHT_SUM / self.total_ns
-        part, rest = self.compute_part, 1.0 - self.compute_part
-        # The weight of a decode is a straight line in its context.
-        (c_0, c_slope), (m_0, m_slope) = _decode_line(compute), _decode_line(memory)
-        weight_0 = (self.base_ns + (part * c_0 + rest * m_0)) * to_weight + 0.5
-        weight_slope = (part * c_slope + rest * m_slope) * to_weight
-        weights = []
-        for place, work in enumerate(works):
-            if work.tokens == 1 and len(works) > LARGE_MAX:
-                weight = weight_0 + weight_slope * work.context
-            else:
-                own = part * time_of(compute, work) + rest * time_of(memory, work)
-                weight = (self.base_ns + self.large.get(place, own)) * to_weight + 0.5
-            weights.append(int(weight))
-        return weights
 
-    def margins(
-        self, compute: Plane, memory: Plane, works: Sequence[Work], gpu_ns: float
-    ) -> list[float]:
-        """Return the marginal cost of each request in a step that took `gpu_ns`, in GPU-ns."""
-        gpu_ns = min(gpu_ns, LARGEST_NS)
-        if len(works) == 1:
-            return [gpu_ns]
-        to_ns = gpu_ns / self.total_ns if self._is_sound() else 0.0
-        above_compute = self.total_ns - self.compute_ns
-        above_memory = self.total_ns - self.memory_ns
-        (c_0, c_slope), (m_0, m_slope) = _decode_line(compute), _decode_line(memory)
-        c_0, c_slope = (above_compute + c_0) * to_ns, c_slope * to_ns
-        m_0, m_slope = (above_memory + m_0) * to_ns, m_slope * to_ns
-        margins = []
-        for work in works:
-            if work.tokens == 1:
-                margin = min(c_0 + c_slope * work.context, m_0 + m_slope * work.context)
-            else:
-                c, m = time_of(compute, work), time_of(memory, work)
-                margin = to_ns * min(above_compute + c, above_memory + m)
-            margins.append(margin)
-        return margins
+def solve_overlap(
+    fixed: tuple[float, float],
+    sums: tuple[float, float],
+    own: Sequence[tuple[float, float]],
+    may_cross: bool,
+) -> Overlap:
+    """Solve the game. `fixed` are f and g, `sums` those of all c_i and m_i, `own` each (c_i, m_i).
 
-    def _is_sound(self) -> bool:
-        return SMALLEST_NS < self.total_ns < LARGEST_NS
-
-
-def _decode_line(plane: Plane) -> tuple[float, float]:
-    """Return a decode's time as (time without context, time per context token)."""
-    return plane[1] + plane[2], plane[3] + plane[4]
-
-
-def solve_game(compute: Plane, memory: Plane, works: Sequence[Work]) -> Game:
-    """Solve the game of a step. A single plane counts as two, with a zero memory plane."""
-    everyone = total_of(works)
-    compute_ns = compute[0] + time_of(compute, everyone)
-    memory_ns = memory[0] + time_of(memory, everyone)
-    base = max(compute[0], memory[0])
-    ocean = everyone
-    places = _large_players(compute, memory, works) if any(memory) else []
-    for place in places:
-        ocean = ocean.without(works[place])
+    `may_cross` says that the requests are of different kinds, so either side may be on top on the
+    way. Otherwise all are small, unless there are few.
+    """
+    places = _large_players(own, may_cross)
+    compute_ns, memory_ns = sums
+    if len(places) == len(own):
+        compute_ns = memory_ns = 0.0
+    else:
+        for place in places:
+            compute_ns -= own[place][0]
+            memory_ns -= own[place][1]
     part, charges = _charge_large(
-        (compute[0], time_of(compute, ocean)),
-        (memory[0], time_of(memory, ocean)),
-        [time_of(compute, works[place]) for place in places],
-        [time_of(memory, works[place]) for place in places],
+        (fixed[0], max(0.0, compute_ns)),
+        (fixed[1], max(0.0, memory_ns)),
+        [own[place][0] for place in places],
+        [own[place][1] for place in places],
     )
-    return Game(
+    compute_ns, memory_ns = fixed[0] + sums[0], fixed[1] + sums[1]
+    return Overlap(
         total_ns=max(compute_ns, memory_ns),
-        base_ns=base / len(works),
+        base=max(fixed),
         compute_part=part,
         compute_ns=compute_ns,
         memory_ns=memory_ns,
@@ -134,18 +83,15 @@ def solve_game(compute: Plane, memory: Plane, works: Sequence[Work]) -> Game:
     )
 
 
-def _large_players(compute: Plane, memory: Plane, works: Sequence[Work]) -> list[int]:
-    """Return the places of the large players (the largest chunks), in step order."""
-    if len(works) <= LARGE_MAX:
-        return list(range(len(works)))
-    sizes: list[tuple[float, int]] = []
-    for place, work in enumerate(works):
-        if work.tokens > 1:
-            sizes.append((time_of(compute, work) + time_of(memory, work), place))
-    sizes.sort(key=lambda pair: -pair[0])
-    kept = sizes[:LARGE_MAX]
-    if len(sizes) > LARGE_MAX:
-        kept = [pair for pair in kept if pair[0] > sizes[LARGE_MAX][0]]
+def _large_players(own: Sequence[tuple[float, float]], may_cross: bool) -> list[int]:
+    """Return the places of the large players, in step order."""
+    if len(own) <= LARGE_MAX:
+        return list(range(len(own)))
+    if not may_cross:
+        return []
+    # Python's sort keeps the order of equals, so of these the first in the step comes first.
+    sizes = sorted(((c + m, place) for place, (c, m) in enumerate(own)), key=lambda pair: -pair[0])
+    kept = [pair for pair in sizes[:LARGE_MAX] if pair[0] > sizes[LARGE_MAX][0]]
     return sorted(place for _, place in kept)
 
 

@@ -39,10 +39,13 @@ Invariant: the ns settled or shared = the ns closed, cut or discarded + all tail
 import math
 from collections.abc import Sequence
 
-from vllm_cost_meter.attribution.cost_model import Model, Planes
-from vllm_cost_meter.attribution.cost_model_py import TERMS, TOKENS_PRIOR, StepFit, total_of
+from vllm_cost_meter.attribution.cost_model import FIT_TERMS, Coefficients, Model, Planes
+from vllm_cost_meter.attribution.cost_model_py import StepFit
+from vllm_cost_meter.attribution.curve_py import CurveWork, all_of
+from vllm_cost_meter.attribution.game_py import solve_step
+from vllm_cost_meter.attribution.planes_py import TERMS, total_of
+from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.attribution.requests_py import NS_MAX, WEIGHT_MAX, Part, Request, Step
-from vllm_cost_meter.attribution.shapley_py import solve_game
 from vllm_cost_meter.records.accrued import Accrued
 
 # Largest number of steps in flight. vLLM has one per pipeline stage plus one, so this many mean
@@ -81,21 +84,19 @@ class StepMeter:
     def __init__(
         self,
         method: str,
-        prior: Planes | None = None,
-        trusted: bool = False,
+        prior: Prior = NOTHING_KNOWN,
         block_size: int = 0,
     ) -> None:
-        """Start with a prior for the cost model; with None a step costs its tokens.
+        """Start with a prior for the cost model; if nothing is known, a step costs its tokens.
 
-        `trusted` says that the heights of the prior's two planes can be compared, e.g. because they
-        come from an earlier fit. Otherwise each plane's scale is fitted by itself. `block_size` is
-        the KV cache's block size in tokens; with 0, blocks are not counted.
+        `block_size` is the KV cache's block size in tokens; with 0, blocks are not counted.
         """
         _check(block_size, WEIGHT_MAX, "StepMeter: block_size")
         self._block_size = block_size
         if method not in METHODS:
             raise ValueError(f"StepMeter: expected a method of {METHODS}, got {method!r}")
-        self._fit = StepFit(_checked(prior), trusted and prior is not None)
+        self._served = prior.served
+        self._fit = StepFit(prior)
         self._published: list[Model] = []
         self._remember_model()
         self.open_ns = 0
@@ -323,7 +324,9 @@ class StepMeter:
             part.end(len(ended.parts))
         self._drop(step)
         work = total_of([part.work for part in ended.parts])
-        if self._fit.observe(work, ended.shared_ns):
+        layers = self._served.layers
+        curve_work = all_of([CurveWork.of(*part.in_step, layers) for part in ended.parts])
+        if self._fit.observe(work, curve_work, ended.shared_ns):
             self._remember_model()
         return tail_ns
 
@@ -334,10 +337,9 @@ class StepMeter:
 
     # The cost model
 
-    def adopt(self, prior: Planes, two_planes: bool) -> None:
-        """Continue from the planes of an earlier fit. Raises ValueError for anything else."""
-        checked = _checked(prior)
-        self._fit.adopt(checked or TOKENS_PRIOR, two_planes)
+    def adopt(self, planes: Planes, coefficients: Coefficients, two_planes: bool) -> None:
+        """Continue from an earlier fit. Raises ValueError for anything else."""
+        self._fit.adopt(_checked_planes(planes), _checked_coefficients(coefficients), two_planes)
         self._remember_model()
 
     @property
@@ -350,27 +352,22 @@ class StepMeter:
         return [model for model in self._published if model[0] > since_version]
 
     def model(self) -> Model:
-        """Return the model in use and its quality figures.
-
-        The tuple is (version, form, published planes, steps learnt from, running mean relative
-        error with two planes, the same with one plane, explained share of the variance of step
-        times). The planes are compute, memory and one. The form "two planes" uses the first two,
-        "one plane" the last.
-        """
+        """Return the model in use and its quality figures. Its planes and curve are published."""
         fit = self._fit
-        return (
+        return Model(
             fit.version,
-            "two planes" if fit.two_planes else "one plane",
-            self._planes_in_use,
+            fit.form_name,
+            *self._in_use,
+            self._served,
             fit.steps,
             fit.errors[0],
             fit.errors[1],
             fit.explained,
         )
 
-    def planes(self) -> Planes:
-        """Return the three planes in their current state; `adopt` takes them as a prior."""
-        return self._fit.planes()
+    def fitted(self) -> tuple[Planes, Coefficients]:
+        """Return the planes and the curve as they are learnt now; `adopt` takes them."""
+        return self._fit.planes(), self._fit.coefficients()
 
     # Helpers
 
@@ -386,20 +383,18 @@ class StepMeter:
 
     def _weigh(self, parts: Sequence[Part], gpu_ns: int) -> tuple[list[int], list[float]]:
         """Return the weights and the marginal costs, in GPU-ns, of a step's parts."""
-        works = [part.work for part in parts]
-        compute, memory = self._fit.compute, self._fit.memory
-        game = solve_game(compute, memory, works)
-        weights = game.weigh(compute, memory, works)
+        game = solve_step(self._fit.model, [part.in_step for part in parts])
+        weights = game.weigh()
         if self._method == "tokens":
-            weights = [work.tokens for work in works]
+            weights = [part.work.tokens for part in parts]
         elif self._method == "equal":
-            weights = [1 for _ in works]
+            weights = [1 for _ in parts]
         if not any(weights):
             self.fallbacks += 1
-        return weights, game.margins(compute, memory, works, float(gpu_ns))
+        return weights, game.margins(float(gpu_ns))
 
     def _remember_model(self) -> None:
-        self._planes_in_use = self.planes()
+        self._in_use = self.fitted()
         self._published.append(self.model())
         del self._published[:-MODELS_MAX]
 
@@ -427,20 +422,26 @@ class StepMeter:
             self._drained.remove(request)
 
 
-def _checked(prior: Planes | None) -> Planes | None:
-    if prior is None:
-        return None
+def _checked_planes(planes: Planes) -> Planes:
+    compute, memory = _checked(planes, "StepMeter: planes", 2, TERMS)
+    return compute, memory  # type: ignore[return-value]
+
+
+def _checked_coefficients(coefficients: Coefficients) -> Coefficients:
+    return _checked((coefficients,), "StepMeter: coefficients", 1, FIT_TERMS)[0]
+
+
+def _checked(rows: object, what: str, count: int, terms: int) -> list[tuple[float, ...]]:
+    """Return rows of finite coefficients >= 0, or raise ValueError."""
     try:
-        sizes = [len(plane) for plane in prior]
-    except TypeError:
-        sizes = []
-    if sizes != [TERMS] * 3:
-        raise ValueError(f"StepMeter: expected a prior of 3 planes of {TERMS}, got {prior!r}")
-    for plane in prior:
-        if not all(math.isfinite(value) and value >= 0.0 for value in plane):
-            raise ValueError(f"StepMeter: expected coefficients >= 0, got {prior!r}")
-    compute, memory, one = (tuple(map(float, plane)) for plane in prior)
-    return compute, memory, one  # type: ignore[return-value]
+        checked = [tuple(float(value) for value in row) for row in rows]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        checked = []
+    if [len(row) for row in checked] != [terms] * count:
+        raise ValueError(f"{what}: expected {count} rows of {terms} numbers, got {rows!r}")
+    if not all(math.isfinite(value) and value >= 0.0 for row in checked for value in row):
+        raise ValueError(f"{what}: expected coefficients >= 0, got {rows!r}")
+    return checked
 
 
 def _shares(total_ns: int, weights: Sequence[int]) -> list[int]:

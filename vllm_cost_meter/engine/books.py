@@ -23,13 +23,19 @@ from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from vllm_cost_meter.attribution import StepMeter
-from vllm_cost_meter.attribution.cost_model import Model, Planes
+from vllm_cost_meter.attribution.cost_model import PAIRS, Coefficients, Model, Planes, token_ns
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.records.engine import EngineIdentity
-from vllm_cost_meter.records.snapshot import TWO_PLANES, ClassTotals, CostModel, Snapshot
+from vllm_cost_meter.records.snapshot import (
+    TWO_PLANES,
+    ClassTotals,
+    CostModel,
+    LearntCurve,
+    Snapshot,
+)
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 NOTHING_ACCRUED = Accrued()
@@ -79,7 +85,7 @@ class EngineBooks:
         self.engine = engine
         self.gpus = engine.gpus  # Every step uses all of them.
         block_size = engine.kv_block_size or 0
-        self.meter = StepMeter(engine.method, prior.planes, prior.trusted, block_size)
+        self.meter = StepMeter(engine.method, prior, block_size)
         self.prior = prior.source
         # Called with a step's parts and GPU-ns before the step is split.
         self.on_step: Callable[[list[tuple[str, int, int, int]], int], None] | None = None
@@ -195,10 +201,10 @@ class EngineBooks:
             **facts,
         )
 
-    def adopt(self, planes: Planes, two_planes: bool) -> None:
+    def adopt(self, planes: Planes, coefficients: Coefficients, two_planes: bool) -> None:
         """Continue from the ledger's earlier fit, unless the model has learnt from steps by now."""
         if self.meter.model_version == 0:
-            self.meter.adopt(planes, two_planes)
+            self.meter.adopt(planes, coefficients, two_planes)
             self.prior = "ledger"
 
     def fall_asleep(self, now_ns: int) -> None:
@@ -274,7 +280,7 @@ class EngineBooks:
             busy_ns=self.busy_ns,
             prior=self.prior,
             cost_models=tuple(
-                CostModel(*model) for model in self.meter.models(self._acknowledged_model)
+                _recorded(model) for model in self.meter.models(self._acknowledged_model)
             ),
             hours=hours,
             step_ns=running_ns,
@@ -416,17 +422,38 @@ class EngineBooks:
 def saved_ns(model: Model, cached_tokens: int) -> int:
     """Estimate the GPU-ns that computing the cached start of a prompt would have taken.
 
-    The estimate uses the cost model's plane for prefill. It leaves out the fixed part and the part
-    per sequence, because the rest of the prompt paid for them. Token k meets k tokens of context. A
-    real chunk counts as if all its tokens met the context of its last one, so the estimate is
-    rather too low than too high.
+    The estimate uses what the cost model knows of prefill. It leaves out the fixed part and the
+    part per sequence, because the rest of the prompt paid for them. Token k meets k tokens of
+    context, or as many as the window has. With two planes a real chunk counts as if all its tokens
+    met the context of its last one, so the estimate is rather too low than too high.
     """
-    _version, form, (compute, _memory, one), *_quality = model
-    _fixed, per_token, _per_sequence, per_product, _per_context = (
-        compute if form == TWO_PLANES else one
-    )
     products = cached_tokens * (cached_tokens + 1) / 2
-    return int(per_token * cached_tokens + per_product * products)
+    if model.form == TWO_PLANES:
+        _fixed, per_token, _per_sequence, per_product, _per_context = model.planes[0]
+        return int(per_token * cached_tokens + per_product * products)
+    layers, beyond = model.served.layers, max(0, cached_tokens - model.served.layers.window)
+    pairs = layers.whole * products + layers.windowed * (products - beyond * (beyond + 1) / 2)
+    return int(token_ns(model.coefficients) * cached_tokens + model.coefficients[PAIRS] * pairs)
+
+
+def _recorded(model: Model) -> CostModel:
+    """Return a published model as snapshots have it."""
+    served = model.served
+    return CostModel(
+        version=model.version,
+        form=model.form,
+        planes=model.planes,
+        steps=model.steps,
+        error_two_planes=model.error_two_planes,
+        error_other_form=model.error_curve,
+        explained=model.explained,
+        curve=LearntCurve(
+            model.coefficients,
+            (served.experts.number, served.experts.per_token),
+            (served.layers.whole, served.layers.windowed, served.layers.window),
+            served.captured,
+        ),
+    )
 
 
 @dataclass(slots=True)

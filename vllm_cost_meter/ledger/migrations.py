@@ -62,6 +62,15 @@ _ENERGY_CLASSES = (
     "unattributed_mj",
 )
 
+
+def _rename_error_of_one_plane(connection: Connection) -> None:
+    """Give the error of the other form its name; a table made just now has it already."""
+    if "error_one_plane" in _columns(connection, "cost_models"):
+        connection.execute(
+            text("ALTER TABLE cost_models RENAME COLUMN error_one_plane TO error_other_form")
+        )
+
+
 # The step for each version, which makes it the next version.
 MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]] = {
     1: (
@@ -159,6 +168,7 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
         ),
         *_index_again("requests", "tenant", "tenant, finished_at"),
     ),
+    14: (*_added("cost_models", "TEXT", "curve"), _rename_error_of_one_plane),
 }
 FIRST_WITH_ROLLUPS = 11
 FIRST_WITH_BILL_SUMS = 12

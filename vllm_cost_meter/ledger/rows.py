@@ -233,9 +233,10 @@ def model_rows(snapshot: Snapshot) -> list[TableRow]:
             "taken_at": rfc3339(snapshot.taken_at_ns),
             "form": model.form,
             "planes": json.dumps(model.planes),
+            "curve": None if model.curve is None else json.dumps(asdict(model.curve)),
             "steps": model.steps,
             "error_two_planes": model.error_two_planes,
-            "error_one_plane": model.error_one_plane,
+            "error_other_form": model.error_other_form,
             "explained": model.explained,
         }
         for model in snapshot.cost_models

@@ -58,7 +58,7 @@ from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latenc
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 14
+SCHEMA_VERSION = 15
 
 
 def _class_columns() -> list[Column[int]]:
@@ -136,11 +136,14 @@ cost_models = Table(
     # The first snapshot that had the model, at most one poll after it was published.
     Column("taken_at", KeyText, nullable=False),
     Column("form", Text, nullable=False),
-    # This JSON has three planes with five coefficients each, in GPU-ns.
+    # This JSON has planes with five coefficients each, in GPU-ns.
     Column("planes", Text, nullable=False),
+    # This JSON has a curve and what is known of the model; NULL before there were curves.
+    Column("curve", Text),
     Column("steps", BigInteger, nullable=False),
     Column("error_two_planes", Float, nullable=False),
-    Column("error_one_plane", Float, nullable=False),
+    # Of a curve, or in older rows of one plane.
+    Column("error_other_form", Float, nullable=False),
     Column("explained", Float, nullable=False),
 )
 

@@ -22,7 +22,7 @@ from vllm_cost_meter.records.requests import Price
 OTHER_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
 # The rows in the order that reports show them; the last holds the requests without a bill yet.
 OTHER_ROWS = (*OTHER_CLASSES, "in_flight")
-TWO_PLANES = "two planes"  # a form of the cost model; the other is "one plane"
+TWO_PLANES = "two planes"  # a form of the cost model; others are "curve" and, once, "one plane"
 
 CLASSES = ("requests", "in_flight", *OTHER_CLASSES)
 # Classes outside of `requests` in which the GPUs did work.
@@ -31,15 +31,36 @@ BUSY = ("requests", *WORK)
 
 
 @dataclass(frozen=True, slots=True)
+class LearntCurve:
+    """The curve of a cost model: its coefficients, and what is known of the served model.
+
+    `experts` are their number in a layer and how many each token chooses; `layers` how many see all
+    of the context, how many a window of it, and the window; `captured` the batch sizes of captured
+    graphs, ascending. docs/explanation/attribution.md explains them.
+    """
+
+    coefficients: tuple[float, ...]
+    experts: tuple[int, int]
+    layers: tuple[int, int, int]
+    captured: tuple[int, ...]
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """Parse a curve's plain values. Raises TypeError or KeyError on anything else."""
+        return cls(**{name: tuple(values) for name, values in plain.items()})
+
+
+@dataclass(frozen=True, slots=True)
 class CostModel:
     """A published cost model: it predicts the GPU time of a step from what the step holds.
 
-    docs/explanation/attribution.md explains it. `planes` are the planes compute, memory and one.
-    A plane has a coefficient in GPU-ns for each of (1, tokens, sequences, products, context). The
-    form "two planes" uses the first two planes, "one plane" uses the last. The model has learnt
-    from `steps` steps. The two errors are running means of |predicted / measured - 1|, where each
-    step was predicted before the model learnt from it. `explained` is the share of the step times'
-    variance that the form in use explains.
+    docs/explanation/attribution.md explains it. The form "curve" uses `curve`; "two planes" uses
+    the planes compute and memory, with a coefficient in GPU-ns for each of (1, tokens, sequences,
+    products, context). Models of earlier versions have no curve, and a third plane, which the form
+    "one plane" used. The model has learnt from `steps` steps. The two errors are running means of
+    |predicted / measured - 1|, with two planes and with the other form, where each step was
+    predicted before the model learnt from it. `explained` is the share of the step times' variance
+    that the form in use explains.
     """
 
     version: int
@@ -47,8 +68,9 @@ class CostModel:
     planes: tuple[tuple[float, ...], ...]
     steps: int
     error_two_planes: float
-    error_one_plane: float
+    error_other_form: float
     explained: float
+    curve: LearntCurve | None = None
 
     @property
     def two_planes(self) -> bool:
@@ -57,19 +79,27 @@ class CostModel:
     @property
     def error(self) -> float:
         """Return the mean relative error (MAPE) of the form in use."""
-        return self.error_two_planes if self.two_planes else self.error_one_plane
+        return self.error_two_planes if self.two_planes else self.error_other_form
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         """Parse a model's plain values. Raises TypeError or KeyError on anything else."""
-        return cls(**{**wire, "planes": tuple(tuple(plane) for plane in wire["planes"])})
+        curve = wire["curve"]
+        return cls(
+            **{
+                **wire,
+                "planes": tuple(tuple(plane) for plane in wire["planes"]),
+                "curve": None if curve is None else LearntCurve.from_plain(curve),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class EarlierFit:
-    """Cost model planes that an earlier run with equal model, hardware and parallelism learnt."""
+    """What an earlier run with equal model, hardware and parallelism learnt of the cost model."""
 
     planes: tuple[tuple[float, ...], ...]
+    coefficients: tuple[float, ...]
     two_planes: bool
 
 

@@ -135,7 +135,7 @@ def _cost(part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> 
 
 
 def _model(model: Fields) -> dict[str, Any]:
-    names = ("version", "taken_at", "form", "planes", "steps", "error", "explained")
+    names = ("version", "taken_at", "form", "planes", "curve", "steps", "error", "explained")
     return {name: model[name] for name in names}
 
 

@@ -212,6 +212,24 @@ class RequestsPage(TypedDict):
     """The token of the next page; null on the last."""
 
 
+class ShownCurve(TypedDict):
+    """The curve of a cost model: how a step's time depends on what is in it."""
+
+    terms: dict[str, float]
+    """GPU-ns: `fixed_ns` of a step, `prefill_ns` if any prefill is in it, `sequence_ns` of a
+    request, and of attention `pair_ns`, `prefill_compute_ns`, `decode_compute_ns`, `read_ns`."""
+    token_ns: dict[str, float]
+    """GPU-ns of a further token in the batch, by the number of tokens from which it holds."""
+    expert_ns: float
+    """GPU-ns to read one more distinct expert in all layers."""
+    experts: dict[str, int]
+    """The `number` of experts in a layer, and how many each token chooses: `per_token`."""
+    layers: dict[str, int]
+    """How many layers see all of the context (`whole`), how many the last `window` tokens."""
+    captured: list[int]
+    """Batch sizes in tokens, ascending, that smaller batches are padded to."""
+
+
 class ModelInUse(TypedDict):
     """A version of the cost model that was in use while an engine request ran."""
 
@@ -220,9 +238,11 @@ class ModelInUse(TypedDict):
     taken_at: str | None
     """RFC 3339 UTC: the first snapshot that contained it."""
     form: str
-    """`two planes` (`compute` and `memory`) or `one plane` (`one`)."""
+    """`curve` or `two planes`; models of earlier versions may have `one plane`."""
     planes: dict[str, dict[str, float]]
-    """GPU-ns: of `compute`, `memory` and `one`: `fixed_ns`, `token_ns`, `sequence_ns`."""
+    """GPU-ns: of `compute`, `memory` (and once `one`): `fixed_ns`, `token_ns`, `sequence_ns`."""
+    curve: ShownCurve | None
+    """The curve; null in models of earlier versions."""
     steps: int
     """Number of engine steps that it was learnt from."""
     error: float

@@ -41,7 +41,7 @@ def _cost_meter_snapshot(
     """Utility call: return this engine's books now as plain values; None if it is not metered.
 
     Both arguments are by run. `acknowledged` has the number of the last snapshot that is committed.
-    `earlier_fits` has the planes of an earlier fit, and whether both planes were used.
+    `earlier_fits` has the planes and the curve of an earlier fit, and whether planes were used.
     """
     meter = _meter_of(self)
     if isinstance(meter, NoMeter):
@@ -152,8 +152,10 @@ def _wrap_dummy_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     return execute_dummy_batch
 
 
-def _adopted(meter: EngineMeter, _now_ns: int, planes: Any, two_planes: bool) -> None:
-    meter.adopt(planes, two_planes)
+def _adopted(
+    meter: EngineMeter, _now_ns: int, planes: Any, coefficients: Any, two_planes: bool
+) -> None:
+    meter.adopt(planes, coefficients, two_planes)
 
 
 def _slept(meter: EngineMeter, now_ns: int) -> None:

@@ -30,7 +30,10 @@ async def poll_engines(
     core = engine_client.engine_core
 
     async def ask(engine: bytes) -> Snapshot | None:
-        fits = {run_id: (fit.planes, fit.two_planes) for run_id, fit in earlier_fits.items()}
+        fits = {
+            run_id: (fit.planes, fit.coefficients, fit.two_planes)
+            for run_id, fit in earlier_fits.items()
+        }
         call = core._call_utility_async(
             "cost_meter_snapshot", dict(acknowledged), fits, engine=engine
         )

@@ -14,12 +14,19 @@ from tests.support.builders import make_snapshot
 from tests.support.world import full_disk
 from vllm_cost_meter.api_server.background import Loops
 from vllm_cost_meter.api_server.poller import Poller
+from vllm_cost_meter.attribution.cost_model import FIT_TERMS
 from vllm_cost_meter.journal.places import folder_of_ledger
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.records.snapshot import ClassTotals, CostModel, EarlierFit, Snapshot
+from vllm_cost_meter.records.snapshot import (
+    ClassTotals,
+    CostModel,
+    EarlierFit,
+    LearntCurve,
+    Snapshot,
+)
 
 T0 = 1_800_000_000 * 10**9
 
@@ -294,12 +301,16 @@ def test_an_engine_that_switched_its_meter_off_is_said_once(writer, caplog):
 
 
 def test_a_new_engine_is_told_once_what_one_like_it_had_learnt(writer, tmp_path):
-    planes = ((1.0,) * 5, (2.0,) * 5, (3.0,) * 5)
-    earlier = CostModel(9, "two planes", planes, 4096, 0.01, 0.02, 0.99)
-    of_another = replace(earlier, planes=((7.0,) * 5,) * 3)
+    planes, coefficients = ((1.0,) * 5, (2.0,) * 5), (3.0,) * FIT_TERMS
+    curve = LearntCurve(coefficients, (0, 0), (1, 0, 0), ())
+    earlier = CostModel(9, "two planes", planes, 4096, 0.01, 0.02, 0.99, curve)
+    of_another = replace(earlier, planes=((7.0,) * 5,) * 2)
+    # A version before this one had one plane, and no curve: that is no prior for a curve.
+    of_old = CostModel(12, "one plane", (*planes, (3.0,) * 5), 9000, 0.01, 0.02, 0.99)
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
     writer.append(
         make_snapshot(run_id="earlier", cost_models=(earlier,)),
+        make_snapshot(run_id="older", cost_models=(of_old,)),
         make_snapshot(run_id="elsewhere", hardware="another GPU", cost_models=(of_another,)),
         make_snapshot(run_id="too little", cost_models=(replace(of_another, steps=100),)),
     ).result(10)
@@ -317,4 +328,4 @@ def test_a_new_engine_is_told_once_what_one_like_it_had_learnt(writer, tmp_path)
             await poller.refresh()
 
     asyncio.run(poll())
-    assert engines.earlier_fits == [{}, {"run": (planes, True)}, {}]
+    assert engines.earlier_fits == [{}, {"run": (planes, coefficients, True)}, {}]

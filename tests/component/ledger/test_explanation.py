@@ -9,6 +9,15 @@ from typer.testing import CliRunner
 
 from tests.support.builders import ENGINE, ENGINE_STATE, HOUR, make_bill, make_part, make_snapshot
 from tests.support.ledger_writer import LedgerWriter
+from vllm_cost_meter.attribution.cost_model import (
+    DECODE_COMPUTE,
+    EXPERTS,
+    FIT_TERMS,
+    FIXED,
+    PAIRS,
+    SEQUENCE,
+    SLOPES,
+)
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
@@ -18,8 +27,14 @@ from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Price
 
 USD = Decimal("2.5")
-# In GPU-ns: fixed, per token, per sequence, per token x context, per token of context.
-ONE = (4e6, 3e5, 2e5, 1e3, 5e3)
+# In GPU-ns: a step, a request, a token, a pair of query and key, a token of a decode's context.
+FIXED_NS, SEQUENCE_NS, TOKEN_NS, PAIR_NS, CONTEXT_NS = 4e6, 2e5, 3e5, 1e3, 5e3
+COEFFICIENTS = tuple(
+    {FIXED: FIXED_NS, SEQUENCE: SEQUENCE_NS, PAIRS: PAIR_NS, DECODE_COMPUTE: CONTEXT_NS}.get(
+        term, TOKEN_NS if SLOPES <= term < EXPERTS else 0.0
+    )
+    for term in range(FIT_TERMS)
+)
 # Who is in each step, with the tokens computed for them; and where their contexts end.
 STEPS = [
     {"alice-1": (64, 96)},
@@ -30,12 +45,14 @@ STEPS = [
 
 def predicted_ns(step: dict[str, tuple[int, int]]) -> int:
     """Return what the model says a step takes."""
-    fixed, token, sequence, product, context = ONE
-    own = (
-        token * tokens + sequence + product * tokens * end + context * end
-        for tokens, end in step.values()
-    )
-    return int(fixed + sum(own))
+    return int(FIXED_NS + sum(own_ns(*each) for each in step.values()))
+
+
+def own_ns(tokens: int, end: int) -> float:
+    """Return what a request takes by itself; it is a prefill if it has several tokens."""
+    pairs = sum(range(end - tokens + 1, end + 1))
+    attention = CONTEXT_NS * end if tokens == 1 else PAIR_NS * pairs
+    return SEQUENCE_NS + TOKEN_NS * tokens + attention
 
 
 @pytest.fixture
@@ -47,7 +64,7 @@ def ledger(tmp_path):
         run_id="run", engine=replace(ENGINE, method="shapley"), created_ns=now_ns, now_ns=now_ns,
         unix_ns=unix_ns,
     )  # fmt: skip
-    books.adopt((ONE, (0.0,) * 5, ONE), False)
+    books.adopt(((0.0,) * 5, (0.0,) * 5), COEFFICIENTS, False)
     for name, prompt in (("alice-1", 96), ("bob-1", 32)):
         books.open(name, prompt, now_ns)
     books.meter.position("alice-1", 32, False)
@@ -101,24 +118,28 @@ def test_the_figures_of_an_explanation_follow_from_each_other(explain, name):
 def test_a_bill_is_recomputed_by_hand_from_the_method_and_the_coefficients(explain, name):
     (part,) = explain(name).json()["parts"]
     (model,) = part["cost_models"]
-    assert (part["method"], model["form"]) == ("shapley", "one plane")
-    per = model["planes"]["one"]
+    assert (part["method"], model["form"]) == ("shapley", "curve")
+    per, token_ns = model["curve"]["terms"], model["curve"]["token_ns"]
+    assert set(token_ns.values()) == {TOKEN_NS}, "a token costs the same whatever the batch"
+    assert per["read_ns"] == 0, "so attention is its arithmetic, which adds up"
     mine = [(len(step), *step[name]) for step in STEPS if name in step]
     # Each pays for its own work, and as much as the others for what a step takes anyway.
     common_ns = sum(per["fixed_ns"] / batch for batch, _, _ in mine)
-    own_ns = (
-        per["token_ns"] * sum(phase["tokens"] for phase in part["phases"].values())
+    # Each token of a prefill meets itself and those before it; a decode meets its context.
+    pairs = sum(sum(range(end - n + 1, end + 1)) for _, n, end in mine if n > 1)
+    own = (
+        token_ns["0"] * sum(phase["tokens"] for phase in part["phases"].values())
         + per["sequence_ns"] * part["steps"]
-        + per["product_ns"] * sum(tokens * end for _, tokens, end in mine)
-        + per["context_ns"] * sum(end for _, _, end in mine)
+        + per["pair_ns"] * pairs
+        + per["decode_compute_ns"] * sum(end for _, n, end in mine if n == 1)
     )
-    assert part["gpu_time_ns"] == pytest.approx(common_ns + own_ns, rel=1e-6)
+    assert part["gpu_time_ns"] == pytest.approx(common_ns + own, rel=1e-6)
 
 
 def test_what_caching_saved_is_told_with_the_coefficients_to_check_it(explain):
     (part,) = explain("alice-1").json()["parts"]
-    per = part["cost_models"][0]["planes"]["one"]
-    saved_ns = 32 * per["token_ns"] + 32 * 33 / 2 * per["product_ns"]
+    curve = part["cost_models"][0]["curve"]
+    saved_ns = 32 * curve["token_ns"]["1024"] + 32 * 33 / 2 * curve["terms"]["pair_ns"]
     assert part["cached"] == {"tokens": 32, "saved_estimate_ns": int(saved_ns)}
     assert "(an estimate)" in " ".join(explain("alice-1").json()["text"])
     assert explain("bob-1").json()["parts"][0]["cached"] == {"tokens": 0, "saved_estimate_ns": 0}
@@ -129,10 +150,10 @@ def test_the_command_says_it_in_sentences(ledger):
     assert told.exit_code == 0
     assert "tenant alice" in told.output
     invoice = (
-        "x 2.5 USD per GPU-hour (gpu, the invoice (recorded when the run began)) = 0.000025135 USD"
+        "x 2.5 USD per GPU-hour (gpu, the invoice (recorded when the run began)) = 0.000023266 USD"
     )
     assert invoice in told.output
-    assert "cost model 1: one plane, what it began with" in told.output
+    assert "cost model 1: curve, what it began with" in told.output
     assert "off by 0.0%" not in told.output
 
 

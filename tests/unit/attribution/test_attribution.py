@@ -11,6 +11,7 @@ import pytest
 
 from vllm_cost_meter import attribution
 from vllm_cost_meter.attribution import _native, step_meter_py
+from vllm_cost_meter.attribution.cost_model import FIT_TERMS
 from vllm_cost_meter.records.accrued import Accrued
 
 # What the chooser takes, asked in a fresh process.
@@ -197,7 +198,7 @@ class TestStep:
     @pytest.mark.parametrize("coefficient", [sys.float_info.min, 1e-300, 1e-12])
     def test_a_model_that_knows_next_to_no_time_shares_equally(self, impl, coefficient):
         meter = impl.StepMeter("shapley")
-        meter.adopt(((0.0,) * 5, (0.0,) * 5, (0.0, 0.0, 0.0, 0.0, coefficient)), False)
+        meter.adopt(((0.0,) * 5, (0.0,) * 5), (coefficient, *[0.0] * (FIT_TERMS - 1)), False)
         meter.settle(meter.begin({"a": 1, "b": 3}, NOW), 400)
         assert [used(meter.close(name, NOW))[:2] for name in "ab"] == [(0, 200), (0, 200)]
         assert meter.fallbacks == 1

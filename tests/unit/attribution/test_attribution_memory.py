@@ -22,8 +22,13 @@ class TestNativeMemory:
     def test_steady_step_allocates_nothing_per_request(self):
         meter = _native.StepMeter("tokens")
         scheduled = dict.fromkeys([f"r{n}" for n in range(2000)], 1)
-        for _ in range(257):  # the next model is published at step 512, and is kept
+        meter_steps, version = 0, -1
+        # A published model is kept, so begin right after one that leaves time until the next.
+        while meter_steps < 300 or meter.model_version == version:
+            version = meter.model_version
             meter.settle(meter.begin(scheduled, NOW), 10**6)
+            meter_steps += 1
+        version = meter.model_version
         tracemalloc.start()
         try:
             before, _ = tracemalloc.get_traced_memory()
@@ -34,6 +39,7 @@ class TestNativeMemory:
             after, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
+        assert meter.model_version == version
         # A few ints and an empty list at a time: less than one byte per request.
         assert peak - before < 1000
         assert after - before < 500

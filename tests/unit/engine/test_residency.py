@@ -5,7 +5,18 @@ from dataclasses import replace
 import pytest
 
 from tests.support.builders import ENGINE
-from vllm_cost_meter.attribution.priors import Prior
+from vllm_cost_meter.attribution.cost_model import (
+    EXPERTS,
+    FIT_TERMS,
+    FIXED,
+    PAIRS,
+    SEQUENCE,
+    SLOPES,
+    Layers,
+    Model,
+    ServedModel,
+)
+from vllm_cost_meter.attribution.priors import NOTHING_KNOWN
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts, saved_ns
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS
 
@@ -13,7 +24,11 @@ HOUR = 500_000
 START_NS = 10**9
 COMPUTE = (1e6, 100.0, 7.0, 2.0, 3.0)
 MEMORY = (2e6, 1.0, 7.0, 0.0, 40.0)
-ONE = (3e6, 50.0, 7.0, 1.0, 20.0)
+# Of a curve: 50 ns a token, and 1 ns a pair of query and key.
+COEFFICIENTS = tuple(
+    {FIXED: 3e6, SEQUENCE: 7.0, PAIRS: 1.0}.get(term, 50.0 if SLOPES <= term < EXPERTS else 0.0)
+    for term in range(FIT_TERMS)
+)
 
 
 def make_books(until_hour_ns: int = NS_PER_HOUR) -> EngineBooks:
@@ -24,7 +39,9 @@ def make_books(until_hour_ns: int = NS_PER_HOUR) -> EngineBooks:
         created_ns=START_NS,
         now_ns=START_NS,
         unix_ns=(HOUR + 1) * NS_PER_HOUR - until_hour_ns,
-        prior=Prior((COMPUTE, MEMORY, ONE), False, "tokens"),
+        prior=replace(
+            NOTHING_KNOWN, curve=replace(NOTHING_KNOWN.curve, start=COEFFICIENTS), source="a test"
+        ),
     )
 
 
@@ -68,12 +85,20 @@ def test_a_preempted_request_holds_nothing_while_it_waits():
     assert books.bill("a", facts(), at_ms(900)).sum_of("kv_block_ms") == 2 * 2
 
 
-def test_what_the_cache_saved_is_an_estimate_of_the_plane_that_prefill_is_on():
-    model = (1, "one plane", (COMPUTE, MEMORY, ONE), 64, 0.1, 0.1, 0.9)
+def test_what_the_cache_saved_is_an_estimate_of_what_prefill_costs():
+    served = ServedModel()
+    model = Model(1, "curve", (COMPUTE, MEMORY), COEFFICIENTS, served, 64, 0.1, 0.1, 0.9)
     products = 10 * 11 / 2
     assert saved_ns(model, 10) == int(50.0 * 10 + 1.0 * products)
-    two = (1, "two planes", *model[2:])
+    two = model._replace(form="two planes")
     assert saved_ns(two, 10) == int(100.0 * 10 + 2.0 * products)
+
+
+def test_what_the_cache_saved_ends_where_a_window_does():
+    served = ServedModel(layers=Layers(whole=1, windowed=2, window=4))
+    model = Model(1, "curve", (COMPUTE, MEMORY), COEFFICIENTS, served, 64, 0.1, 0.1, 0.9)
+    in_window = sum(min(token, 4) for token in range(1, 11))
+    assert saved_ns(model, 10) == int(50.0 * 10 + 55 + 2 * in_window)
 
 
 @pytest.mark.parametrize(("cached_tokens", "saved"), [(0, 0), (64, 50 * 64 + 64 * 65 // 2)])

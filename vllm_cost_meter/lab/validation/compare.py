@@ -52,7 +52,7 @@ class MeterSplitter:
     """A method of the production StepMeter, driven with the engine's calls."""
 
     def __init__(self, method: str, trace: Trace, prior: Prior = NOTHING_KNOWN) -> None:
-        self._meter = StepMeter(method, prior.planes, prior.trusted)
+        self._meter = StepMeter(method, prior)
         self._trace = trace
         self._ids = [f"request-{number}" for number in range(len(trace.tenants))]
 

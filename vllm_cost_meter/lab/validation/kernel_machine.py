@@ -31,8 +31,8 @@ from vllm_cost_meter.lab.validation.roofline import Gpu, ModelShape
 START_S = 200e-6
 # Decodes alone run as one captured graph; with a prefill, attention starts outside of it.
 PREFILL_LAYER_S = 6e-6
-# Batches up to this many tokens run in captured graphs, which were captured for some sizes.
-CAPTURED_TOKENS_MAX = 512
+# Batches run in graphs that vLLM captured for these numbers of tokens, if they have no more.
+CAPTURED_SIZES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
 # Rows of queries in a tile of attention; the heads of a group share one.
 TILE_ROWS = 128
 ATTENTION_REACHED = 0.7
@@ -191,10 +191,10 @@ class KernelMachine:
 
 def _padded(tokens: Floats) -> Floats:
     """Return the number of tokens that a captured graph computes for so many."""
-    step = np.where(tokens <= 256, 8, 16)
-    padded = np.where(tokens > 4, np.ceil(tokens / step) * step, tokens)
-    padded = np.where(tokens == 3, 4, padded)
-    return np.where(tokens <= CAPTURED_TOKENS_MAX, padded, tokens)
+    sizes = np.array([0, *CAPTURED_SIZES], dtype=np.float64)
+    next_sizes = sizes[np.minimum(np.searchsorted(sizes, tokens), len(sizes) - 1)]
+    padded: Floats = np.maximum(next_sizes, tokens)
+    return padded
 
 
 @dataclass(frozen=True, slots=True)

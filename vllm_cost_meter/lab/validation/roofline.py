@@ -15,7 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_cost_meter.attribution.priors import KNOWN_PEAKS, Peaks, Prior, prior_of_counts
+from vllm_cost_meter.attribution.cost_model import Experts, ServedModel
+from vllm_cost_meter.attribution.priors import (
+    KNOWN_PEAKS,
+    ExpertCounts,
+    Peaks,
+    Prior,
+    prior_of_counts,
+)
 from vllm_cost_meter.lab.validation.games import Flags, Floats, Ints
 from vllm_cost_meter.lab.validation.truth import StepGame
 
@@ -182,17 +189,26 @@ class Machine:
         self._compute_s = np.array(work.flops) / flops_per_s
         self._memory_s = np.array(work.bytes_moved) / bytes_per_s
 
-    def prior(self) -> Prior:
+    def prior(self, served: ServedModel | None = None, layers: int = 0) -> Prior:
         """Return the prior that the meter would have: vLLM's counts and the published peaks.
 
         It lacks what the meter cannot know: launches, and the share of its peaks that the machine
-        reaches. In the prior, a step of any size reads all experts.
+        reaches. `served` and `layers` are what the model's configuration says of it.
         """
-        tokens, sequences, products, _ = self.work.flops
-        compute = (self.work.flops_fixed, tokens, sequences, products, 0.0)
-        tokens, sequences, _, context = self.work.bytes_moved
-        memory = (self.work.weight_bytes, tokens, sequences, 0.0, context)
-        return prior_of_counts(compute, memory, self.gpu.peaks, "ModelMetrics")
+        work = self.work
+        tokens, sequences, products, _ = work.flops
+        compute = (work.flops_fixed, tokens, sequences, products, 0.0)
+        tokens, sequences, _, context = work.bytes_moved
+        memory = (work.weight_bytes, tokens, sequences, 0.0, context)
+        return prior_of_counts(
+            compute,
+            memory,
+            self.gpu.peaks,
+            served or ServedModel(Experts(work.experts, work.experts_per_token)),
+            # Each parameter of an expert is two bytes, and two FLOPs for each token.
+            ExpertCounts(work.expert_bytes, work.expert_bytes * work.experts_per_token),
+            layers,
+        )
 
     def experts_s(self, tokens: Floats) -> Floats:
         """Return the seconds to read the experts that so many tokens choose; shape as `tokens`."""

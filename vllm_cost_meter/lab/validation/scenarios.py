@@ -8,11 +8,11 @@ A name has the model's kind, the mean batch, and all that is unusual.
 Invariant: a name says which server it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from vllm_cost_meter.attribution.cost_model import Plane
-from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
+from vllm_cost_meter.attribution.cost_model import RAMPS, READ, SLOPES, Plane
+from vllm_cost_meter.attribution.priors import Prior, curve_of_earlier, prior_without_counts
 from vllm_cost_meter.lab.validation.kernel_machine import Architecture, KernelMachine
 from vllm_cost_meter.lab.validation.roofline import GPUS
 from vllm_cost_meter.lab.validation.traffic import (
@@ -87,14 +87,14 @@ def _usual(batch: int, draft_tokens: int = 0) -> Load:
     return Load(batch, SEVEN_TENANTS, draft_tokens)
 
 
-def _nothing(_production: Prior) -> Prior:
-    return NOTHING_KNOWN
+def _nothing(production: Prior) -> Prior:
+    return prior_without_counts(production.served)
 
 
-def _scaled(place: int, factor: float) -> Callable[[Prior], Prior]:
-    """Return what makes one term of each plane of a prior so many times larger, and trusted.
+def _scaled(terms: Collection[int], place: int, factor: float) -> Callable[[Prior], Prior]:
+    """Return what makes an earlier fit of a prior, with some terms so many times larger.
 
-    Only a fit of before is trusted, and a wrong one is the worst prior that there is.
+    These are `terms` of its curve, and the one in a `place` of each plane.
     """
 
     def scale(plane: Plane) -> Plane:
@@ -104,10 +104,17 @@ def _scaled(place: int, factor: float) -> Callable[[Prior], Prior]:
         return f, a, b, q, k
 
     def wrong(production: Prior) -> Prior:
-        if production.planes is None:
-            return production
-        compute, memory, one = production.planes
-        return Prior((scale(compute), scale(memory), scale(one)), trusted=True, source="wrong")
+        compute, memory = production.planes
+        coefficients = tuple(
+            value * factor if term in terms else value
+            for term, value in enumerate(production.curve.start)
+        )
+        return replace(
+            production,
+            planes=(scale(compute), scale(memory)),
+            curve=curve_of_earlier(coefficients) or production.curve,
+            source="wrong",
+        )
 
     return wrong
 
@@ -116,7 +123,8 @@ def _after_change(name: str, load: Load) -> Scenario:
     return Scenario(name, DENSE, load, learnt=8_000 + OVER_CHANGE, judged=JUDGED_AFTER_CHANGE)
 
 
-_TOKENS, _CONTEXT = 1, 4
+# Of tokens, and of contexts: terms of a curve, and the place in a plane.
+_TOKENS, _CONTEXT = (range(SLOPES, SLOPES + len(RAMPS)), 1), ((READ,), 4)
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -159,9 +167,9 @@ SCENARIOS = {
                 DENSE,
                 _usual(64),
                 learnt=WITHOUT_PRIOR_LEARNT,
-                prior=_scaled(place, factor),
+                prior=_scaled(terms, place, factor),
             )
-            for what, place, factor in (
+            for what, (terms, place), factor in (
                 ("tokens-x1.25", _TOKENS, 1.25),
                 ("tokens-x4", _TOKENS, 4.0),
                 ("tokens-x0.25", _TOKENS, 0.25),

@@ -9,19 +9,23 @@ figure.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from vllm.v1.metrics.perf import (
     AttentionMetrics,
+    ComponentMetrics,
     FfnMetrics,
+    MLAAttentionMetrics,
     UnembedMetrics,
 )
 
+from vllm_cost_meter.attribution.cost_model import Experts, Layers, ServedModel
 from vllm_cost_meter.attribution.priors import Prior
 from vllm_cost_meter.errors import VllmMismatchError
-from vllm_cost_meter.lab.validation.kernel_machine import Architecture
-from vllm_cost_meter.lab.validation.roofline import Gpu, Machine, ModelShape, StepWork
-from vllm_cost_meter.vllm_hooks.model_counts import Batch, context_of, linear
+from vllm_cost_meter.lab.validation.kernel_machine import CAPTURED_SIZES, Architecture
+from vllm_cost_meter.lab.validation.roofline import Gpu, ModelShape, StepWork
+from vllm_cost_meter.vllm_hooks.model_counts import Batch, context_of, counted_prior, linear
 
 BF16_BYTES = 2
 
@@ -52,11 +56,26 @@ class VllmCounts:
             "num_shared_experts": 0,
             "num_moe_layers": shape.layers if shape.experts else 0,
         }
-        self._components = [
-            AttentionMetrics(**common),
-            FfnMetrics(**common),
-            UnembedMetrics(**common),
-        ]
+        attention: ComponentMetrics = AttentionMetrics(**common)
+        if isinstance(shape, Architecture):
+            common["num_shared_experts"] = shape.shared_experts
+        if isinstance(shape, Architecture) and shape.latent:
+            attention = MLAAttentionMetrics(
+                **common,
+                kv_lora_rank=shape.latent,
+                qk_nope_head_dim=shape.head_dim,
+                qk_rope_head_dim=shape.latent_rope,
+                v_head_dim=shape.head_dim,
+            )
+        self._components = [attention, FfnMetrics(**common), UnembedMetrics(**common)]
+
+    def flops(self, batch: Batch) -> int:
+        """Return a batch's FLOPs."""
+        return self.totals(batch)[0]
+
+    def bytes_moved(self, batch: Batch) -> int:
+        """Return the bytes that a batch reads and writes."""
+        return self.totals(batch)[1]
 
     def totals(self, batch: Batch) -> tuple[int, int]:
         """Return a batch's FLOPs, and its bytes read and written."""
@@ -70,25 +89,33 @@ class VllmCounts:
 def production_prior(shape: Architecture, gpu: Gpu) -> Prior:
     """Return the prior that the meter has in production: vLLM's counts, and published peaks.
 
-    It is that of one GPU of those that share the model, as vLLM counts it. For a latent cache vLLM
-    counts the keys and values of every head.
+    It is that of one GPU of those that share the model, as vLLM counts it.
     """
-    per_head = (2 * shape.head_dim + shape.latent_rope) // 2
-    work = step_work(
-        ModelShape(
-            shape.name,
-            shape.layers,
-            shape.hidden,
-            shape.heads // shape.gpus,
-            max(1, shape.kv_heads // shape.gpus),
-            per_head,
-            shape.intermediate // shape.gpus,
-            shape.vocab // shape.gpus,
-            shape.experts,
-            shape.experts_per_token,
-        )
+    on_one = replace(
+        shape,
+        heads=shape.heads // shape.gpus,
+        kv_heads=max(1, shape.kv_heads // shape.gpus),
+        intermediate=shape.intermediate // shape.gpus,
+        vocab=shape.vocab // shape.gpus,
     )
-    return Machine(gpu, work).prior()
+    counts = VllmCounts(on_one)
+    return counted_prior(
+        counts.flops,
+        counts.bytes_moved,
+        served_model(shape),
+        shape.layers,
+        gpu.peaks,
+        BF16_BYTES,
+    )
+
+
+def served_model(shape: Architecture) -> ServedModel:
+    """Return what the meter reads of a model's configuration, and of vLLM's captured graphs."""
+    return ServedModel(
+        Experts(shape.experts, shape.experts_per_token),
+        Layers(shape.layers - shape.windowed_layers, shape.windowed_layers, shape.window),
+        CAPTURED_SIZES,
+    )
 
 
 def step_work(
@@ -99,8 +126,8 @@ def step_work(
     `expected_experts` changes the number of experts that are read, not the bytes of one expert.
     """
     counts = counts_of(shape)
-    flops_fixed, flops = linear(lambda batch: counts.totals(batch)[0])
-    bytes_fixed, bytes_moved = linear(lambda batch: counts.totals(batch)[1])
+    flops_fixed, *flops, _ = linear(counts.flops)
+    bytes_fixed, *bytes_moved, _ = linear(counts.bytes_moved)
     expert_bytes = 0.0
     if shape.experts:
         # One token chooses `experts_per_token` experts, and many tokens choose all.
@@ -110,9 +137,9 @@ def step_work(
         bytes_fixed -= expert_bytes * shape.experts
     work = StepWork(
         flops_fixed=flops_fixed,
-        flops=flops,
+        flops=(flops[0], flops[1], flops[2], flops[3]),
         bytes_fixed=bytes_fixed,
-        bytes_moved=bytes_moved,
+        bytes_moved=(bytes_moved[0], bytes_moved[1], bytes_moved[2], bytes_moved[3]),
         expert_bytes=expert_bytes,
         experts=shape.experts,
         experts_per_token=shape.experts_per_token,

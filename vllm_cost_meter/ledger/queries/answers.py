@@ -250,5 +250,5 @@ class CostModelRow(ModelInUse):
     """Where the model started: `ledger` (an earlier fit), `ModelMetrics` or `tokens`."""
     error_two_planes: float
     """The mean relative error of the form with two planes."""
-    error_one_plane: float
-    """The mean relative error of the form with one plane."""
+    error_other_form: float
+    """The mean relative error of the curve, or before there were curves of one plane."""

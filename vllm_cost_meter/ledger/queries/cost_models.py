@@ -1,6 +1,6 @@
 """Read cost models from the ledger: those of each run, and the fit that a new run begins with.
 
-A model's planes are stored as JSON, and shown with the names of their terms.
+A model's planes and its curve are stored as JSON, and shown with the names of their terms.
 """
 
 import json
@@ -10,12 +10,18 @@ from typing import Any
 from sqlalchemy import and_, func, select
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.attribution.cost_model import EXPERTS, FIT_TERMS, RAMPS, SLOPES
 from vllm_cost_meter.ledger.queries.answers import CostModelRow
 from vllm_cost_meter.ledger.schema import cost_models, runs, snapshots
-from vllm_cost_meter.records.snapshot import CostModel, EarlierFit
+from vllm_cost_meter.records.snapshot import CostModel, EarlierFit, LearntCurve
+from vllm_cost_meter.reports.request_answers import ShownCurve
 
 PLANES = ("compute", "memory", "one")
 TERM_NAMES = ("fixed_ns", "token_ns", "sequence_ns", "product_ns", "context_ns")
+CURVE_NAMES = (
+    *("fixed_ns", "prefill_ns", "sequence_ns", "pair_ns", "prefill_compute_ns"),
+    *("decode_compute_ns", "read_ns"),
+)
 # A fit of so many steps is better than a prior from counts of FLOPs and bytes.
 STEPS_MIN = 512
 
@@ -53,6 +59,8 @@ def earlier_fit(
             r.hardware == hardware,
             r.parallelism == parallelism,
             m.steps >= STEPS_MIN,
+            # A fit of an earlier version had another form, and would not do.
+            m.curve.is_not(None),
         )
         .order_by(r.started_at.desc(), m.version.desc())
         .limit(1)
@@ -61,7 +69,9 @@ def earlier_fit(
     if found is None:
         return None
     fit = _model_of(found._asdict())
-    return EarlierFit(fit.planes, fit.two_planes)
+    if fit.curve is None or len(fit.curve.coefficients) != FIT_TERMS:
+        return None
+    return EarlierFit(fit.planes, fit.curve.coefficients, fit.two_planes)
 
 
 def _model_of(row: Mapping[str, Any]) -> CostModel:
@@ -71,8 +81,9 @@ def _model_of(row: Mapping[str, Any]) -> CostModel:
         planes=tuple(tuple(plane) for plane in json.loads(row["planes"])),
         steps=row["steps"],
         error_two_planes=row["error_two_planes"],
-        error_one_plane=row["error_one_plane"],
+        error_other_form=row["error_other_form"],
         explained=row["explained"],
+        curve=LearntCurve.from_plain(json.loads(row["curve"])) if row["curve"] else None,
     )
 
 
@@ -91,11 +102,26 @@ def _shown(row: Mapping[str, Any]) -> CostModelRow:
         "form": model.form,
         "planes": {
             name: dict(zip(TERM_NAMES, plane, strict=True))
-            for name, plane in zip(PLANES, model.planes, strict=True)
+            for name, plane in zip(PLANES, model.planes, strict=False)
         },
+        "curve": None if model.curve is None else _shown_curve(model.curve),
         "steps": model.steps,
         "error": model.error,
         "error_two_planes": model.error_two_planes,
-        "error_one_plane": model.error_one_plane,
+        "error_other_form": model.error_other_form,
         "explained": model.explained,
+    }
+
+
+def _shown_curve(curve: LearntCurve) -> ShownCurve:
+    number, per_token = curve.experts
+    whole, windowed, window = curve.layers
+    own, slopes = curve.coefficients[:SLOPES], curve.coefficients[SLOPES:EXPERTS]
+    return {
+        "terms": dict(zip(CURVE_NAMES, own, strict=False)),
+        "token_ns": {str(begin): slope for begin, slope in zip(RAMPS, slopes, strict=False)},
+        "expert_ns": curve.coefficients[-1],
+        "experts": {"number": number, "per_token": per_token},
+        "layers": {"whole": whole, "windowed": windowed, "window": window},
+        "captured": list(curve.captured),
     }

@@ -1,0 +1,42 @@
+"""Terms and sizes of the cost model, as `attribution/cost_model.py` has them; a test compares both."""
+
+cdef enum:
+    TERMS = 5  # of a plane: 1, tokens, sequences, products, context
+    KNOTS_COUNT = 32
+    RAMPS_COUNT = 25
+    # Terms of a curve: the own ones, then a slope from each corner on.
+    FIXED = 0
+    PREFILL = 1
+    SEQUENCE = 2
+    PAIRS = 3
+    PREFILL_COMPUTE = 4
+    DECODE_COMPUTE = 5
+    READ = 6
+    SLOPES = 7
+    CURVE_TERMS = 39
+    # Coefficients of a fit: the own terms, then a slope for each ramp, then one expert's reading.
+    EXPERTS = 32
+    FIT_TERMS = 33
+    COLUMNS = 26  # of them belong to corners: ramps and experts
+
+cdef extern from *:
+    """
+    static const double KNOTS[32] = {
+        0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448,
+        512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 4096, 8192, 16384,
+    };
+    static const double RAMPS[25] = {
+        0, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448,
+        512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 4096,
+    };
+    """
+    const double KNOTS[KNOTS_COUNT]
+    const double RAMPS[RAMPS_COUNT]
+
+
+cdef inline double larger(double a, double b) noexcept nogil:
+    return b if b > a else a
+
+
+cdef inline double smaller(double a, double b) noexcept nogil:
+    return b if b < a else a
