@@ -16,13 +16,13 @@ The fixed cost of a decode step is the time of a step with one decoding request,
 the clock.
 
 A second table has the native figures with 256 running requests, by the number of prefill chunks in
-the step. With two planes each chunk is a large player, and all subsets of at most four are
-enumerated.
+the step. Each chunk is a lump of tokens that is there or not, and one of the large players of
+attention, of which all subsets of at most five are enumerated.
 
 Limits. The process does nothing else, so the meter's memory stays in the CPU's caches more than it
 would beside a model's work. The machine's clock speed is not pinned. Each step includes a reading
-of the clock (about 40 ns, which matters only with one request). The end of a sweep by the fit,
-about 15 us every 2,048 steps (7 ns per step), is in too few blocks to move a median.
+of the clock (about 40 ns, which matters only with one request). The end of a sweep by the fit
+takes 20 to 60 us and comes every 2,048 steps (30 ns per step), in too few blocks to move a median.
 """
 
 import argparse
@@ -37,7 +37,9 @@ from time import perf_counter_ns
 from vllm_cost_meter.attribution._native import StepMeter as NativeMeter
 
 from vllm_cost_meter.attribution import step_meter_py
-from vllm_cost_meter.attribution.cost_model_py import ALL_STEPS, Planes
+from vllm_cost_meter.attribution.cost_model import RAMPS, Coefficients, Planes
+from vllm_cost_meter.attribution.cost_model_py import ALL_STEPS
+from vllm_cost_meter.attribution.priors import NOTHING_KNOWN
 
 BATCHES = (1, 32, 256, 1024, 4096)
 CHUNKS = (0, 1, 2, 4)
@@ -46,11 +48,12 @@ STEPS_PER_BLOCK = 40
 PREFILL_CHUNK = 512
 BLOCK_SIZE = 16  # tokens per block of the KV cache, vLLM's default
 METERS = {"native": NativeMeter, "twin": step_meter_py.StepMeter}
-# With two planes, large players are enumerated: 20 us per token, or 6 ms and 40 ns per context.
-PRIOR: Planes = (
-    (1e6, 2e4, 0.0, 1.0, 0.0),
-    (6e6, 1e3, 0.0, 0.0, 40.0),
-    (7e6, 2.1e4, 0.0, 1.0, 40.0),
+# The curve of an 8B model on an H100: 5.8 ms, 20 us a token beyond 256, 46 ns a token of context.
+PLANES: Planes = ((1e6, 2e4, 0.0, 1.0, 0.0), (6e6, 1e3, 0.0, 0.0, 40.0))
+COEFFICIENTS: Coefficients = (
+    *(5.8e6, 2e5, 8e2, 1.0, 0.0, 15.0, 46.0),
+    *(2e4 if begin >= 256 else 3e3 for begin in RAMPS),
+    0.0,
 )
 
 
@@ -96,11 +99,11 @@ class Traffic:
         drained()
         took_ns = perf_counter_ns() - started_ns
         self.in_flight = step
-        # The step's time follows two planes, with a little noise.
+        # The step's time follows the curve, with a little noise.
         tokens = len(self.running) + self.chunks * (PREFILL_CHUNK - 1)
         noise = 1 + (self.steps * 37 % 101 - 50) / 2000
-        compute, memory = 1e6 + 2e4 * tokens, 6e6 + 1e3 * tokens
-        self.in_flight_ns = int(max(compute, memory) * noise)
+        time_ns = 5.8e6 + 3e3 * min(tokens, 256) + 2e4 * max(0, tokens - 256)
+        self.in_flight_ns = int((time_ns + 46.0 * PREFILL_CHUNK * len(self.running)) * noise)
         self.steps += 1
         # One request in 50 leaves; from a smaller batch one leaves now and then.
         leaving = self.steps * len(self.running) // 50 - self.departures
@@ -114,9 +117,11 @@ def measure(
 ) -> dict[str, float]:
     """Return each meter's ns per step and per request at one batch size."""
     traffic = {
-        name: Traffic(METERS[name](method, PRIOR, True, BLOCK_SIZE), running, chunks)
+        name: Traffic(METERS[name](method, NOTHING_KNOWN, BLOCK_SIZE), running, chunks)
         for name in meters
     }
+    for each in traffic.values():
+        each.meter.adopt(PLANES, COEFFICIENTS, False)
     for _ in range(ALL_STEPS):
         traffic["native"].timed_step()
     block_means: dict[str, list[float]] = {name: [] for name in meters}

@@ -39,8 +39,8 @@ cdef enum:
 cdef extern from *:
     """
     #define MEMORY_STEPS 65536.0
-    #define MARGIN 0.85
-    #define KEEP_MARGIN 0.9
+    #define MARGIN 0.95
+    #define KEEP_MARGIN 0.98
     #define ERROR_STEPS 512.0
     #define CLIP_MAX 0.9
     #define MOVED 0.01

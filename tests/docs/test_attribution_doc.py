@@ -2,6 +2,9 @@
 
 from tests.support.pages import DOCS
 from vllm_cost_meter.attribution import cost_model_py as fit
+from vllm_cost_meter.attribution import curve_fit_py as curve
+from vllm_cost_meter.attribution.cost_model import FIT_TERMS, KNOTS
+from vllm_cost_meter.attribution.curve_py import ENUMERATED_MAX
 from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
 from vllm_cost_meter.lab.validation.real_server import TENANTS
 
@@ -12,17 +15,22 @@ def test_the_figures_of_the_fit_are_those_of_the_code():
     for words in (
         f"The last {fit.RING:,} steps are gone over",
         f"a time constant of {fit.MEMORY_STEPS:,.0f} steps",
-        f"missed by {fit.CHANGED} times more than is usual",
         f"All of the first {fit.ALL_STEPS:,} steps are learnt from",
-        f"by {1 - fit.MARGIN:.0%} to begin with".replace("%", " %"),
-        f"known to {fit.PRIOR_SPREAD:.0%} of itself".replace("%", " %"),
+        f"better by {1 - fit.MARGIN:.0%} after {fit.CHOICE_STEPS:,} steps".replace("%", " %"),
+        f"known to {curve.SPREAD:.0%} of itself".replace("%", " %"),
+        f"read to {curve.READ_SPREAD:.0%}".replace("%", " %"),
+        f"as soon as {fit.WATCHED_FROM:,} steps are known",
+        f"predicts {fit.MOVED:.0%} else".replace("%", " %"),
+        f"six in the first {fit.AT_FIRST:,}",
         f"from {fit.FIRST_PUBLISH} on, later every {fit.PUBLISH_STEPS:,}",
-        f"at most {fit.TERMS} terms",
-        f"exactly for up to {LARGE_MAX} requests",
-        f"prefill chunks, at most {LARGE_MAX}, are enumerated",
+        f"{FIT_TERMS} coefficients",
+        f"{len(KNOTS)} corners",
+        f"exact for up to {LARGE_MAX} requests",
+        f"the {LARGE_MAX} largest requests are enumerated",
+        f"Up to {ENUMERATED_MAX} requests are enumerated",
     ):
         assert words in TEXT
-    assert (fit.SWEEP_PER_STEP, fit.LATER_EVERY) == (2, 4)
+    assert (fit.SWEEP_PER_STEP, fit.SWEEP_AT_FIRST, fit.LATER_EVERY) == (2, 6, 4)
     assert "two records per step" in TEXT
     assert "later every fourth" in TEXT
 

@@ -46,8 +46,8 @@ LATER_EVERY = 4
 # After so many steps the form may change: two planes must predict better than the curve by this
 # factor before they are used, and to stay so.
 CHOICE_STEPS = 2048
-MARGIN = 0.85
-KEEP_MARGIN = 0.9
+MARGIN = 0.95
+KEEP_MARGIN = 0.98
 ERROR_STEPS = 512.0  # time constant of the running errors
 CLIP_MAX = 0.9  # relative error beyond which a step is always an outlier
 # What was learnt has moved if it predicts this much else than the published model, on average.
