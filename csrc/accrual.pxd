@@ -57,7 +57,7 @@ cdef inline int64_t accrue(
         else:
             slot.decode_ns += share_ns
             slot.step_ns = sum_up(slot.step_ns, total_ns)
-            slot.marginal_ns += margin_of_usual(&margins, model, &parts[place])
+            slot.marginal_ns += margin_of_usual(&margins, &parts[place])
         slot.decode_tokens = added(slot.decode_tokens, 1)
         slot.batch += count
         slot.ended += 1
@@ -115,7 +115,7 @@ cdef inline uint64_t weigh(
 ) noexcept nogil:
     """Fill in the weights of a step's parts. Return their sum."""
     if method == SHAPLEY:
-        return weigh_game(game, model, step.parts, weights)
+        return weigh_game(game, model, step.parts, step.plain, weights)
     if method == TOKENS:
         return weigh_tokens(step.parts, step.count, weights)
     return weigh_equal(step.count, weights)

@@ -5,7 +5,6 @@ The twin `curve_py.py` explains the theory and has the same names. This is plain
 parts of a step, and uses no memory but the stack.
 """
 
-from libc.math cimport pow
 from libc.stdint cimport int64_t, uint32_t
 
 from csrc.requests cimport DECODE
@@ -46,6 +45,10 @@ cdef struct Layers:
     double windowed
     int64_t window
 
+cdef struct Curve:  # its terms, and h at each corner
+    double terms[CURVE_TERMS]
+    double heights[KNOTS_COUNT]
+
 cdef struct Served:  # what is known of the served model
     Layers layers
     const int64_t *captured  # ascending
@@ -80,7 +83,6 @@ cdef struct Growths:  # what the requests of a step get of h
     double parts[ENUMERATED_MAX]  # of each request, if enumerated; else of each leader
     Lumps lumps
     # What tells the growth of the other lumps.
-    double heights[KNOTS_COUNT]
     double weights[KNOTS_COUNT]
     double small
     double scale
@@ -134,25 +136,54 @@ cdef inline Sides attention_of(const double *curve, const CurveWork *work) noexc
     )
 
 
-cdef inline double height(const double *curve, double tokens) noexcept nogil:
-    cdef double found = 0.0, end
+cdef inline double height(const Curve *curve, double tokens) noexcept nogil:
     cdef int place
-    for place in range(KNOTS_COUNT):
-        if tokens <= KNOTS[place]:
-            break
-        end = KNOTS[place + 1] if place + 1 < KNOTS_COUNT else tokens
-        found += curve[SLOPES + place] * (smaller(tokens, end) - KNOTS[place])
+    if tokens <= 0.0:
+        return 0.0
+    place = corner_below(tokens)
+    return curve.heights[place] + curve.terms[SLOPES + place] * (tokens - KNOTS[place])
+
+
+cdef inline int corner_below(double tokens) noexcept nogil:
+    """Return the last corner that is not beyond a number of tokens >= 0."""
+    cdef int low = 0, high = KNOTS_COUNT, middle
+    while high - low > 1:
+        middle = (low + high) // 2
+        if KNOTS[middle] <= tokens:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+cdef inline void fill_heights(Curve *curve) noexcept nogil:
+    cdef int place
+    curve.heights[0] = 0.0
+    for place in range(KNOTS_COUNT - 1):
+        curve.heights[place + 1] = curve.heights[place] + curve.terms[SLOPES + place] * (
+            KNOTS[place + 1] - KNOTS[place]
+        )
+
+
+cdef inline double power(double base, uint32_t exponent) noexcept nogil:
+    """Return a power with a whole exponent, by squares."""
+    cdef double found = 1.0
+    while exponent:
+        if exponent & 1:
+            found *= base
+        base *= base
+        exponent >>= 1
     return found
 
 
 cdef inline void write_curve(
-    double *curve, const double *coefficients, const double *chosen
+    Curve *curve, const double *coefficients, const double *chosen
 ) noexcept nogil:
     """Write the curve of a fit's coefficients. `chosen` are the experts chosen at each corner."""
     cdef int place, ramp = 0, term
     cdef double slope, more
     for term in range(SLOPES):
-        curve[term] = coefficients[term]
+        curve.terms[term] = coefficients[term]
     for place in range(KNOTS_COUNT):
         while ramp + 1 < RAMPS_COUNT and RAMPS[ramp + 1] <= KNOTS[place]:
             ramp += 1
@@ -160,18 +191,18 @@ cdef inline void write_curve(
         if place + 1 < KNOTS_COUNT:
             more = chosen[place + 1] - chosen[place]
             slope += coefficients[EXPERTS] * more / (KNOTS[place + 1] - KNOTS[place])
-        curve[SLOPES + place] = slope
+        curve.terms[SLOPES + place] = slope
+    fill_heights(curve)
 
 
 cdef inline void smooth_curve(
-    double *smooth, const double *curve, const Served *served
+    Curve *smooth, const Curve *curve, const Served *served
 ) noexcept nogil:
     """Write the curve of the mean over the batch sizes around each corner, which are padded."""
     cdef double heights[KNOTS_COUNT]
     cdef int place
     cdef int64_t knot
-    for place in range(CURVE_TERMS):
-        smooth[place] = curve[place]
+    smooth[0] = curve[0]
     if served.captured_count == 0:
         return
     for place in range(KNOTS_COUNT):
@@ -182,13 +213,14 @@ cdef inline void smooth_curve(
         )
     heights[0] = 0.0
     for place in range(KNOTS_COUNT - 1):
-        smooth[SLOPES + place] = (heights[place + 1] - heights[place]) / (
+        smooth.terms[SLOPES + place] = (heights[place + 1] - heights[place]) / (
             KNOTS[place + 1] - KNOTS[place]
         )
+    fill_heights(smooth)
 
 
 cdef inline void enumerate_subsets(
-    Growths *growths, const double *curve, const Served *served, const Part *parts, uint32_t count
+    Growths *growths, const Curve *curve, const Served *served, const Part *parts, uint32_t count
 ) noexcept nogil:
     cdef uint32_t subset, j, size
     cdef int64_t there
@@ -222,7 +254,7 @@ cdef inline bint is_lump(const Part *part) noexcept nogil:
 
 
 cdef inline void share_among_many(
-    Growths *game, const double *curve, const Part *parts, uint32_t count, int64_t tokens
+    Growths *game, const Curve *curve, const Part *parts, uint32_t count, int64_t tokens
 ) noexcept nogil:
     cdef Lumps *lumps = &game.lumps
     cdef Lump others[LUMPS_MAX]
@@ -235,8 +267,6 @@ cdef inline void share_among_many(
     if lumps.all == 0:
         game.token_ns = all_ns / tokens if tokens else 0.0
         return
-    for corner in range(KNOTS_COUNT):
-        game.heights[corner] = height(curve, KNOTS[corner])
     game.small = <double>tokens
     for k in range(lumps.count):
         game.small -= lumps.tokens[k]
@@ -298,7 +328,7 @@ cdef inline void rank_lumps(Lumps *lumps, const Part *parts, uint32_t count) noe
 
 
 cdef inline double growth_at(
-    const Growths *game, const double *curve, const Part *parts, uint32_t place
+    const Growths *game, const Curve *curve, const Part *parts, uint32_t place
 ) noexcept nogil:
     """Return what the lump at a place of the step gets of h, before it is scaled."""
     cdef uint32_t k
@@ -315,10 +345,14 @@ cdef inline void spread(
     cdef double weights[KNOTS_COUNT]
     cdef double s, without, chance, moved
     cdef uint32_t k
-    cdef int node, corner, top
+    cdef int node, corner, top, reach = 0
+    cdef double most
     cdef Between at
+    for k in range(count):  # No weight gets further than to this corner.
+        most = larger(KNOTS[reach], small) + others[k].tokens
+        reach = min(corner_below(most) + 1, KNOTS_COUNT - 1)
     for k in range(count):
-        for corner in range(KNOTS_COUNT):
+        for corner in range(reach + 1):
             places[k][corner] = between(KNOTS[corner] + others[k].tokens)
     for corner in range(KNOTS_COUNT):
         means[corner] = 0.0
@@ -344,11 +378,9 @@ cdef inline void spread(
 
 
 cdef inline Between between(double tokens) noexcept nogil:
-    cdef uint32_t place = KNOTS_COUNT - 1
-    if tokens >= KNOTS[place]:
+    cdef int place = corner_below(tokens)
+    if place == KNOTS_COUNT - 1:
         return Between(place, 0.0)
-    while KNOTS[place] > tokens:
-        place -= 1
     return Between(place, (tokens - KNOTS[place]) / (KNOTS[place + 1] - KNOTS[place]))
 
 
@@ -359,7 +391,7 @@ cdef inline void put(double *weights, Between at, double weight) noexcept nogil:
 
 
 cdef inline double growth(
-    const Growths *game, const double *curve, uint32_t tokens
+    const Growths *game, const Curve *curve, uint32_t tokens
 ) noexcept nogil:
     cdef double found = mean_height(curve, tokens, game.small, game.lumps.count - 1)
     cdef int corner
@@ -367,41 +399,41 @@ cdef inline double growth(
     for corner in range(KNOTS_COUNT):
         if game.weights[corner] > 0.0:
             found += game.weights[corner] * (
-                height(curve, KNOTS[corner] + tokens) - game.heights[corner]
+                height(curve, KNOTS[corner] + tokens) - curve.heights[corner]
             )
     return found
 
 
 cdef inline double mean_height(
-    const double *curve, double tokens, double small, uint32_t absent
+    const Curve *curve, double tokens, double small, uint32_t absent
 ) noexcept nogil:
     cdef double found = 0.0, before = 0.0, p = <double>absent, bend, ramp, rest
     cdef int place
     for place in range(KNOTS_COUNT):
         if KNOTS[place] >= tokens + small:
             break
-        bend = curve[SLOPES + place] - before
-        before = curve[SLOPES + place]
+        bend = curve.terms[SLOPES + place] - before
+        before = curve.terms[SLOPES + place]
         if KNOTS[place] <= tokens:
             ramp = (tokens - KNOTS[place]) / (p + 1.0) + small / ((p + 1.0) * (p + 2.0))
         else:
             rest = 1.0 - (KNOTS[place] - tokens) / small
-            ramp = small * pow(rest, p + 2.0) / ((p + 1.0) * (p + 2.0))
+            ramp = small * power(rest, absent + 2) / ((p + 1.0) * (p + 2.0))
         found += bend * ramp
     return found
 
 
 cdef inline double mean_slope(
-    const double *curve, double small, const Lump *lumps, uint32_t absent
+    const Curve *curve, double small, const Lump *lumps, uint32_t absent
 ) noexcept nogil:
     cdef double weights[KNOTS_COUNT]
     cdef double found = 0.0, before = 0.0, p = <double>absent, slope
     cdef int place
     spread(weights, small, lumps, absent)
     for place in range(KNOTS_COUNT):
-        slope = curve[SLOPES + place]
+        slope = curve.terms[SLOPES + place]
         if KNOTS[place] < small:
-            found += (slope - before) * pow(1.0 - KNOTS[place] / small, p + 1.0) / (p + 1.0)
+            found += (slope - before) * power(1.0 - KNOTS[place] / small, absent + 1) / (p + 1.0)
         found += weights[place] * 0.5 * (before + slope if place else slope + slope)
         before = slope
     return found

@@ -290,5 +290,5 @@ cdef inline void take(Fit *fit) noexcept nogil:
     model.is_curve = fit.form == CURVE_FORM
     memcpy(model.compute, fit.planes.working[COMPUTE], sizeof(model.compute))
     memcpy(model.memory, fit.planes.working[MEMORY], sizeof(model.memory))
-    write_curve(model.curve, fit.curve.published, fit.curve.chosen)
-    smooth_curve(model.smooth, model.curve, &model.served)
+    write_curve(&model.curve, fit.curve.published, fit.curve.chosen)
+    smooth_curve(&model.smooth, &model.curve, &model.served)

@@ -9,7 +9,7 @@ marginal cost.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from csrc.curve cimport (
-    ENUMERATED_MAX, LUMPS_MAX, CurveWork, Growths, Served, attention_of, curve_work_of,
+    ENUMERATED_MAX, LUMPS_MAX, Curve, CurveWork, Growths, Layers, Served, attention_of, curve_work_of,
     enumerate_subsets, growth_at, height, is_lump, padded, read_of, share_among_many,
 )
 from csrc.planes cimport Work, time_of, work_of
@@ -17,7 +17,7 @@ from csrc.requests cimport DECODE
 from csrc.shapley cimport LARGE_MAX, Large, Overlap, Sides, keep_large, solve_overlap
 from csrc.shares cimport Part
 from csrc.terms cimport (
-    CURVE_TERMS, DECODE_COMPUTE, FIXED, PREFILL, READ, SEQUENCE, TERMS, larger, smaller,
+    DECODE_COMPUTE, FIXED, PREFILL, READ, SEQUENCE, TERMS, larger, smaller,
 )
 
 cdef enum:
@@ -34,14 +34,18 @@ cdef struct StepModel:  # the published cost model as steps use it
     bint is_curve
     double compute[TERMS]
     double memory[TERMS]
-    double curve[CURVE_TERMS]
-    double smooth[CURVE_TERMS]
+    Curve curve
+    Curve smooth
     Served served
 
 cdef struct StepWork:  # what all requests of a step do, as each form sees it
     Work planes
     CurveWork curve
     int64_t prefill_context
+
+cdef struct Reads:  # what a decode reads, by its context
+    Layers layers
+    bint has_windows
 
 cdef struct Line:
     double at_0
@@ -68,6 +72,7 @@ cdef struct Margins:
     double above_memory
     double to_ns
     bint is_alone
+    Reads reads
 
 
 cdef inline void solve_step(
@@ -91,7 +96,9 @@ cdef inline void solve_by_planes(
     cdef const double *compute = &model.compute[0]
     cdef const double *memory = &model.memory[0]
     cdef Large large
-    find_large(&large, model, parts, count, everyone.tokens > everyone.sequences)
+    game.c = Line(compute[1] + compute[2], compute[3] + compute[4])
+    game.m = Line(memory[1] + memory[2], memory[3] + memory[4])
+    find_large(&large, game, model, parts, everyone.tokens > everyone.sequences)
     solve_overlap(
         &game.overlap,
         Sides(compute[0], memory[0]),
@@ -103,8 +110,6 @@ cdef inline void solve_by_planes(
     game.base_ns = game.overlap.base / count
     game.sequence_ns = game.prefill_ns = game.last_prefill_ns = game.all_ns = 0.0
     game.growths.token_ns = 0.0
-    game.c = Line(compute[1] + compute[2], compute[3] + compute[4])
-    game.m = Line(memory[1] + memory[2], memory[3] + memory[4])
 
 
 cdef inline void solve_by_curve(
@@ -114,11 +119,13 @@ cdef inline void solve_by_curve(
     uint32_t count,
     const CurveWork *everyone,
 ) noexcept nogil:
-    cdef const double *curve = &model.curve[0]
+    cdef const double *curve = &model.curve.terms[0]
     cdef double prefill_ns = curve[PREFILL] if everyone.prefills else 0.0
     cdef double shared = curve[FIXED] + prefill_ns + curve[SEQUENCE] * everyone.sequences
     cdef Large large
-    find_large(&large, model, parts, count, everyone.prefills > 0)
+    game.c = Line(0.0, curve[DECODE_COMPUTE])
+    game.m = Line(0.0, curve[READ])
+    find_large(&large, game, model, parts, everyone.prefills > 0)
     solve_overlap(
         &game.overlap, Sides(0.0, 0.0), attention_of(curve, everyone), &large, count
     )
@@ -127,16 +134,14 @@ cdef inline void solve_by_curve(
     game.all_tokens = everyone.tokens
     game.all_ns = height_of(model, everyone.tokens, count)
     if game.growths.is_enumerated:
-        enumerate_subsets(&game.growths, curve, &model.served, parts, count)
+        enumerate_subsets(&game.growths, &model.curve, &model.served, parts, count)
     else:
-        share_among_many(&game.growths, model.smooth, parts, count, everyone.tokens)
+        share_among_many(&game.growths, &model.smooth, parts, count, everyone.tokens)
     game.total_ns = shared + game.all_ns + game.overlap.total_ns
     game.base_ns = curve[FIXED] / count
     game.sequence_ns = curve[SEQUENCE]
     game.prefill_ns = prefill_ns / everyone.prefills if everyone.prefills else 0.0
     game.last_prefill_ns = prefill_ns if everyone.prefills == 1 else 0.0
-    game.c = Line(0.0, curve[DECODE_COMPUTE])
-    game.m = Line(0.0, curve[READ])
 
 
 cdef inline double height_of(
@@ -144,8 +149,8 @@ cdef inline double height_of(
 ) noexcept nogil:
     """Return h of a step with so many requests at a number of tokens, 0 at fewer than none."""
     if count <= ENUMERATED_MAX:
-        return height(model.curve, <double>padded(&model.served, max(0, tokens)))
-    return height(model.smooth, <double>tokens)
+        return height(&model.curve, <double>padded(&model.served, max(0, tokens)))
+    return height(&model.smooth, <double>tokens)
 
 
 cdef inline Sides sides_of(const StepModel *model, const Part *part) noexcept nogil:
@@ -153,20 +158,36 @@ cdef inline Sides sides_of(const StepModel *model, const Part *part) noexcept no
     cdef CurveWork curve_work
     if model.is_curve:
         curve_work = curve_work_of(part, &model.served.layers)
-        return attention_of(model.curve, &curve_work)
+        return attention_of(model.curve.terms, &curve_work)
     work = work_of(part)
     return Sides(time_of(model.compute, &work), time_of(model.memory, &work))
 
 
 cdef inline void find_large(
-    Large *large, const StepModel *model, const Part *parts, uint32_t count, bint may_cross
+    Large *large,
+    const SolvedStep *game,
+    const StepModel *model,
+    const Part *parts,
+    bint may_cross,
 ) noexcept nogil:
     cdef uint32_t k
+    cdef Reads reads = reads_of(model)
+    cdef Line c = game.c, m = game.m
+    cdef Sides own
+    cdef double read
     large.count = 0
-    if count > LARGE_MAX and not may_cross:
+    if game.requests > LARGE_MAX and not may_cross:
         return
-    for k in range(count):
-        keep_large(large, k, sides_of(model, &parts[k]))
+    for k in range(game.requests):
+        if is_usual(game, &parts[k]):
+            read = decode_reads(&reads, &parts[k])
+            own = Sides(c.at_0 + c.slope * read, m.at_0 + m.slope * read)
+            # Most decodes are smaller than all that are kept.
+            if large.count > LARGE_MAX and own.compute_ns + own.memory_ns <= large.sizes[LARGE_MAX]:
+                continue
+        else:
+            own = sides_of(model, &parts[k])
+        keep_large(large, k, own)
 
 
 cdef inline bint is_sound(const SolvedStep *game) noexcept nogil:
@@ -178,28 +199,43 @@ cdef inline bint is_usual(const SolvedStep *game, const Part *part) noexcept nog
     return game.requests > ENUMERATED_MAX and part.tokens == 1 and part.phase & DECODE
 
 
-cdef inline double decode_reads(const StepModel *model, const Part *part) noexcept nogil:
-    """Return what the time of a decode is a line of."""
-    if not model.is_curve or model.served.layers.windowed == 0.0:
-        return (model.served.layers.whole if model.is_curve else 1.0) * part.context
-    return read_of(&model.served.layers, part.tokens, part.context)
+cdef inline Reads reads_of(const StepModel *model) noexcept nogil:
+    cdef Reads reads
+    reads.layers = model.served.layers
+    reads.has_windows = model.is_curve and model.served.layers.windowed != 0.0
+    if not model.is_curve:
+        reads.layers.whole = 1.0
+    return reads
+
+
+cdef inline double decode_reads(const Reads *reads, const Part *part) noexcept nogil:
+    """Return what the time of a decode of one token is a line of."""
+    if reads.has_windows:
+        return read_of(&reads.layers, 1, part.context)
+    return reads.layers.whole * part.context
 
 
 cdef inline uint64_t weigh_game(
-    const SolvedStep *game, const StepModel *model, const Part *parts, uint32_t *weights
+    const SolvedStep *game,
+    const StepModel *model,
+    const Part *parts,
+    uint32_t plain,
+    uint32_t *weights,
 ) noexcept nogil:
     """Fill in the charge of each part as a weight. Return the sum of the weights.
 
-    If the model predicts no time, the sum is 0 and nothing is filled in.
+    The first `plain` parts are usual ones, if there are many. If the model predicts no time, the sum is 0 and nothing is filled in.
     """
     cdef const Overlap *overlap = &game.overlap
     cdef uint64_t whole = 0
-    cdef uint32_t k, next_large = 0, seen = 0
+    cdef uint32_t k = 0, next_large = 0, seen = 0
     cdef double part = overlap.compute_part, rest = 1.0 - overlap.compute_part
     cdef double to_weight, charge, own, growth
     cdef Line weight
     cdef Sides sides
-    cdef bint is_large
+    cdef Reads reads = reads_of(model)
+    cdef uint32_t count = game.requests
+    cdef uint32_t large = overlap.places[0] if overlap.large_count else count
     if not is_sound(game):
         return 0
     to_weight = WEIGHT_SUM / game.total_ns
@@ -208,16 +244,26 @@ cdef inline uint64_t weigh_game(
         game.base_ns + own + (part * game.c.at_0 + rest * game.m.at_0)
     ) * to_weight + 0.5
     weight.slope = (part * game.c.slope + rest * game.m.slope) * to_weight
-    for k in range(game.requests):
-        is_large = next_large < overlap.large_count and overlap.places[next_large] == k
-        if is_usual(game, &parts[k]) and not is_large:
-            weights[k] = <uint32_t>(weight.at_0 + weight.slope * decode_reads(model, &parts[k]))
+    if not reads.has_windows and count > ENUMERATED_MAX:
+        # Nothing but a line for all usual parts before the first large one.
+        for k in range(min(plain, large)):
+            weights[k] = <uint32_t>(
+                weight.at_0 + weight.slope * (reads.layers.whole * parts[k].context)
+            )
+            whole += weights[k]
+        plain = min(plain, large)
+    else:
+        plain = 0
+    for k in range(plain, count):
+        if k != large and is_usual(game, &parts[k]):
+            weights[k] = <uint32_t>(weight.at_0 + weight.slope * decode_reads(&reads, &parts[k]))
         else:
             growth = growth_of(game, model, parts, k, &seen)
             charge = game.base_ns + (game.sequence_ns + growth)
-            if is_large:
+            if k == large:
                 charge += overlap.charges[next_large]
                 next_large += 1
+                large = overlap.places[next_large] if next_large < overlap.large_count else count
             else:
                 sides = sides_of(model, &parts[k])
                 charge += part * sides.compute_ns + rest * sides.memory_ns
@@ -243,7 +289,7 @@ cdef inline double growth_of(
     if seen[0] < LUMPS_MAX:
         growth = growths.first[seen[0]]
     else:
-        growth = growth_at(growths, model.smooth, parts, place)
+        growth = growth_at(growths, &model.smooth, parts, place)
     seen[0] += 1
     return growth * growths.scale
 
@@ -254,6 +300,7 @@ cdef inline Margins start_margins(
     cdef Margins margins
     cdef double gpu_ns = smaller(total_ns, LARGEST_NS), own
     margins.is_alone = game.requests == 1
+    margins.reads = reads_of(model)
     if margins.is_alone:
         margins.above_compute = margins.above_memory = margins.to_ns = 0.0
         margins.c = margins.m = Line(gpu_ns, 0.0)
@@ -282,11 +329,9 @@ cdef inline double added_by(
     return game.all_ns - height_of(model, game.all_tokens - tokens, game.requests)
 
 
-cdef inline double margin_of_usual(
-    const Margins *margins, const StepModel *model, const Part *part
-) noexcept nogil:
+cdef inline double margin_of_usual(const Margins *margins, const Part *part) noexcept nogil:
     """Return the marginal cost of a decode of one token, in ns of the step."""
-    cdef double read = decode_reads(model, part)
+    cdef double read = decode_reads(&margins.reads, part)
     return smaller(
         margins.c.at_0 + margins.c.slope * read, margins.m.at_0 + margins.m.slope * read
     )
@@ -301,7 +346,7 @@ cdef inline double margin_of(
     if margins.is_alone:
         return margins.c.at_0
     if is_usual(game, part):
-        return margin_of_usual(margins, model, part)
+        return margin_of_usual(margins, part)
     sides = sides_of(model, part)
     added = game.sequence_ns + added_by(game, model, part.tokens)
     if not part.phase & DECODE:

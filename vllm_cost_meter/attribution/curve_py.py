@@ -342,7 +342,7 @@ def _mean_height(curve: TokenCurve, tokens: float, small: float, absent: int) ->
             ramp = (tokens - knot) / (p + 1.0) + small / ((p + 1.0) * (p + 2.0))
         else:
             rest = 1.0 - (knot - tokens) / small
-            ramp = small * rest ** (p + 2.0) / ((p + 1.0) * (p + 2.0))
+            ramp = small * _power(rest, absent + 2) / ((p + 1.0) * (p + 2.0))
         found += bend * ramp
     return found
 
@@ -353,8 +353,19 @@ def _mean_slope(curve: TokenCurve, weights: Sequence[float], small: float, absen
     for place, knot in enumerate(KNOTS):
         slope = curve[SLOPES + place]
         if knot < small:
-            found += (slope - before) * (1.0 - knot / small) ** (p + 1.0) / (p + 1.0)
+            found += (slope - before) * _power(1.0 - knot / small, absent + 1) / (p + 1.0)
         # A weight at a corner stands for tokens on both sides of it.
         found += weights[place] * 0.5 * (before + slope if place else slope + slope)
         before = slope
+    return found
+
+
+def _power(base: float, exponent: int) -> float:
+    """Return a power with a whole exponent >= 0, by squares."""
+    found = 1.0
+    while exponent:
+        if exponent & 1:
+            found *= base
+        base *= base
+        exponent >>= 1
     return found
