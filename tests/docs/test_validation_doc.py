@@ -97,7 +97,7 @@ def test_the_results_are_of_all_truths_and_methods():
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in section(
-            PAGE.with_name("attribution.md"), "Of the form that is fitted"
+            PAGE.with_name("attribution.md"), "Where the whole step is a maximum"
         ).splitlines()
         if line.startswith("|")
     ]
