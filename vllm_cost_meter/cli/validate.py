@@ -11,6 +11,7 @@ from vllm_cost_meter.cli.options import Json, Wide, one_line_errors
 from vllm_cost_meter.lab.tiny_model import default_path
 
 Show = Callable[..., None]
+ROOFLINE_STEPS = 30_000
 
 
 def validate(
@@ -19,7 +20,7 @@ def validate(
         typer.Option(help="A simulated server by its name; repeat it for several, or all."),
     ] = None,
     roofline: Annotated[
-        bool, typer.Option(help="Simulate steps of a form that the meter fits: tests the fit.")
+        bool, typer.Option(help="Simulate steps that are one maximum of two sums instead.")
     ] = False,
     gpu: Annotated[
         list[str] | None,
@@ -39,11 +40,12 @@ def validate(
         ),
     ] = None,
     steps: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=100, help="With --roofline: steps to simulate; the first third is not compared."
+            min=100,
+            help="With --roofline: steps to simulate, or 30,000; the first third is not compared.",
         ),
-    ] = 30_000,
+    ] = None,
     every: Annotated[int, typer.Option(min=1, help="Compare every n-th step.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other traffic.")] = 0,
     step_log: Annotated[
@@ -67,8 +69,8 @@ def validate(
     Example: vllm-cost-meter validate --scenario experts-64
     """
     with one_line_errors():
-        if not roofline and (gpu or model or batch):
-            raise ValueError("--gpu, --model and --batch: expected with --roofline only")
+        if not roofline and (gpu or model or batch or steps):
+            raise ValueError("--gpu, --model, --batch and --steps: expected with --roofline only")
         if sum((bool(scenario), roofline, step_log is not None, server is not None)) > 1:
             raise ValueError("expected one of --scenario, --roofline, --step-log and --server")
         if server is not None:
@@ -76,7 +78,9 @@ def validate(
         elif step_log is not None:
             answer, show = _replayed(step_log)
         elif roofline:
-            answer, show = _rooflines(gpu or (), model or (), batch or (), steps, every, seed)
+            answer, show = _rooflines(
+                gpu or (), model or (), batch or (), steps or ROOFLINE_STEPS, every, seed
+            )
         else:
             answer, show = _scenarios(scenario or (), every, seed)
     if as_json:

@@ -137,13 +137,20 @@ def _read(what: str, read: Callable[[Any], T], vllm_config: Any, otherwise: T) -
 
 
 def _experts(vllm_config: Any) -> Experts:
-    number = int(vllm_config.model_config.get_num_experts())
-    config = vllm_config.model_config.hf_text_config
+    model = vllm_config.model_config
+    number = int(model.get_num_experts())
+    if hasattr(model, "get_num_experts_per_tok"):  # Earlier vLLMs have only the first.
+        return _chosen_of(number, model.get_num_experts_per_tok())
+    config = model.hf_text_config
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
     per_token = next((getattr(config, name) for name in names if hasattr(config, name)), 0)
-    if isinstance(per_token, list):  # for each layer
-        per_token = max(per_token)
-    return Experts(number, int(per_token)) if 0 < int(per_token) < number else Experts()
+    return _chosen_of(number, per_token)
+
+
+def _chosen_of(number: int, per_token: int | list[int] | None) -> Experts:
+    """Return how many of so many experts a token chooses; some models say it for each layer."""
+    most = max(per_token) if isinstance(per_token, list) else per_token or 0
+    return Experts(number, int(most)) if 0 < most < number else Experts()
 
 
 def _layers(vllm_config: Any) -> Layers:

@@ -108,7 +108,11 @@ def test_help_names_every_gpu_model_and_batch():
         (("--step-log", __file__), "expected a first line with the format"),
         (
             ("--step-log", "x", "--gpu", "l4"),
-            "--gpu, --model and --batch: expected with --roofline only",
+            "--gpu, --model, --batch and --steps: expected with --roofline only",
+        ),
+        (
+            ("--scenario", "dense-4", "--steps", "1000"),
+            "--gpu, --model, --batch and --steps: expected with --roofline only",
         ),
         (
             ("--step-log", "x", "--scenario", "dense-4"),
