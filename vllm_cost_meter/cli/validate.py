@@ -12,6 +12,30 @@ from vllm_cost_meter.lab.tiny_model import default_path
 
 Show = Callable[..., None]
 ROOFLINE_STEPS = 30_000
+RooflineGpus = Annotated[
+    list[str] | None,
+    typer.Option(help="With --roofline: h100, a100 or l4; repeat it for several, or all."),
+]
+RooflineModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="With --roofline: llama-3.1-8b, qwen3-30b-a3b, or qwen3-30b-a3b-random (experts at"
+        " random); repeat it for several, or all."
+    ),
+]
+RooflineBatches = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=1, max=1000, help="With --roofline: mean requests per step; or 10, 60 and 160."
+    ),
+]
+RooflineSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=100,
+        help="With --roofline: steps to simulate, or 30,000; the first third is not compared.",
+    ),
+]
 
 
 def validate(
@@ -22,30 +46,13 @@ def validate(
     roofline: Annotated[
         bool, typer.Option(help="Simulate steps that are one maximum of two sums instead.")
     ] = False,
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option(help="With --roofline: h100, a100 or l4; repeat it for several, or all."),
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="With --roofline: llama-3.1-8b, qwen3-30b-a3b, or qwen3-30b-a3b-random (experts"
-            " at random); repeat it for several, or all."
-        ),
-    ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1, max=1000, help="With --roofline: mean requests per step; or 10, 60 and 160."
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=100,
-            help="With --roofline: steps to simulate, or 30,000; the first third is not compared.",
-        ),
-    ] = None,
+    gaming: Annotated[
+        bool, typer.Option(help="Show what asking for the same work in another way would gain.")
+    ] = False,
+    gpu: RooflineGpus = None,
+    model: RooflineModels = None,
+    batch: RooflineBatches = None,
+    steps: RooflineSteps = None,
     every: Annotated[int, typer.Option(min=1, help="Compare every n-th step.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other traffic.")] = 0,
     step_log: Annotated[
@@ -71,12 +78,17 @@ def validate(
     with one_line_errors():
         if not roofline and (gpu or model or batch or steps):
             raise ValueError("--gpu, --model, --batch and --steps: expected with --roofline only")
-        if sum((bool(scenario), roofline, step_log is not None, server is not None)) > 1:
-            raise ValueError("expected one of --scenario, --roofline, --step-log and --server")
+        kinds = (bool(scenario), roofline, gaming, step_log is not None, server is not None)
+        if sum(kinds) > 1:
+            raise ValueError(
+                "expected one of --scenario, --roofline, --gaming, --step-log and --server"
+            )
         if server is not None:
             answer, show = _on_server(server, rounds)
         elif step_log is not None:
             answer, show = _replayed(step_log)
+        elif gaming:
+            answer, show = _games(seed)
         elif roofline:
             answer, show = _rooflines(
                 gpu or (), model or (), batch or (), steps or ROOFLINE_STEPS, every, seed
@@ -110,6 +122,12 @@ def _rooflines(
 
     plan = command.RooflinePlan(gpus, models, mean_batches, steps, every, seed=seed)
     return command.fit_roofline(plan), tables.show_truths
+
+
+def _games(seed: int) -> tuple[dict[str, Any], Show]:
+    from vllm_cost_meter.lab.validation import command, tables
+
+    return command.games(seed), tables.show_games
 
 
 def _on_server(server: str, rounds: int) -> tuple[dict[str, Any], Show]:

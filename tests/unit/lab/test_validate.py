@@ -116,7 +116,7 @@ def test_help_names_every_gpu_model_and_batch():
         ),
         (
             ("--step-log", "x", "--scenario", "dense-4"),
-            "expected one of --scenario, --roofline, --step-log and --server",
+            "expected one of --scenario, --roofline, --gaming, --step-log and --server",
         ),
     ],
 )

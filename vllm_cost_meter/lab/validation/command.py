@@ -121,6 +121,13 @@ def fit_roofline(plan: RooflinePlan) -> dict[str, Any]:
     return answer
 
 
+def games(seed: int) -> dict[str, Any]:
+    """Return what each game brings a client, by its name. Raises DependencyError without numpy."""
+    with _vllm_and_numpy():
+        from vllm_cost_meter.lab.validation.gaming import answer  # noqa: PLC0415
+    return answer(seed)
+
+
 @contextmanager
 def _vllm_and_numpy() -> Iterator[None]:
     try:

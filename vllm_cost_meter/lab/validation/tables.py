@@ -25,6 +25,26 @@ def show_truths(answer: Mapping[str, Any], *, wide: bool = False) -> None:
     print(worst_line(answer))
 
 
+def show_games(answer: Mapping[str, Any], *, wide: bool = False) -> None:
+    """Print what each game brings, from the answer that `--json` prints."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("game")
+    for head in ("usually ms", "played ms", "change %", "others ms", "others, played ms"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, game in answer.items():
+        table.add_row(
+            name,
+            f"{game['usual_ms']:.1f}",
+            f"{game['played_ms']:.1f}",
+            f"{100 * game['change']:+.1f}",
+            f"{game['others_usual_ms']:.1f}",
+            f"{game['others_played_ms']:.1f}",
+        )
+    print_table(
+        table, "What a client pays for the same work, and what others pay beside it", "", wide=wide
+    )
+
+
 def worst_line(answer: Mapping[str, Any]) -> str:
     """Return which tenant the meter's method is most wrong about, over all truths."""
     error, tenant, truth = max(
