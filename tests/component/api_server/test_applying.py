@@ -20,6 +20,7 @@ from vllm_cost_meter.errors import AwayError, LedgerError
 from vllm_cost_meter.journal.places import folder_of_ledger
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.side_process.supervisor import Pauses
 
 
 @pytest.fixture
@@ -28,11 +29,15 @@ def path(tmp_path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def applying(path: Path, **words: float) -> AsyncIterator[tuple[Applying, JournalWriter]]:
+async def applying(
+    path: Path, away_s: float | None = None, **words: float
+) -> AsyncIterator[tuple[Applying, JournalWriter]]:
     writer = JournalWriter(folder_of_ledger(path))
     writer.start()
     follower = Applying(ApplierHello(f"sqlite:///{path}"), **words)
     follower.start_timeout_s = 60  # on a busy machine it takes longer than a question waits
+    if away_s is not None:  # so long it stays away once it is killed
+        follower.process.pauses = Pauses(first=away_s, longest=away_s)
     follower.start()
     try:
         yield follower, writer
@@ -130,7 +135,7 @@ def test_one_that_is_killed_is_started_again_and_loses_and_doubles_nothing(path)
 
 def test_the_second_server_on_a_ledger_waits_for_the_first_and_takes_over_when_it_is_gone(path):
     async def ask() -> None:
-        async with applying(path, timeout_s=30) as (first, one):
+        async with applying(path, away_s=600, timeout_s=30) as (first, one):
             await first.catch_up()
             async with applying(path, timeout_s=30) as (second, other):
                 one.append(part(1)).result(10)
@@ -138,7 +143,6 @@ def test_the_second_server_on_a_ledger_waits_for_the_first_and_takes_over_when_i
                 await second.catch_up()
                 assert bills(path) == [1, 2]
                 assert not second.state.is_ours
-                first.process.pauses = first.process.pauses.__class__(first=600, longest=600)
                 os.kill(first.process.pid, signal.SIGKILL)
                 await until(lambda: second.state.is_ours, "nobody applies")
                 other.append(part(3)).result(10)
