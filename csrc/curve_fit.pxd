@@ -8,7 +8,7 @@ from libc.math cimport fabs, sqrt
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
-from csrc.curve cimport CurveWork, Served, padded
+from csrc.curve cimport CurveWork, Served, corner_below, padded
 from csrc.least_squares cimport EMPTY, NOISE, UNKNOWN_PART, Equations, solve_nonnegative
 from csrc.terms cimport (
     COLUMNS, DECODE_COMPUTE, EXPERTS, FIT_TERMS, FIXED, KNOTS, KNOTS_COUNT, PAIRS, PREFILL,
@@ -84,9 +84,7 @@ cdef inline CurveRow curve_row_of(
 ) noexcept nogil:
     cdef double per_ns = 1.0 / gpu_ns, above
     cdef double tokens = <double>padded(served, work.tokens)
-    cdef int place = KNOTS_COUNT - 2
-    while KNOTS[place] > tokens:
-        place -= 1
+    cdef int place = min(corner_below(tokens), KNOTS_COUNT - 2)
     above = (tokens - KNOTS[place]) / (KNOTS[place + 1] - KNOTS[place])
     return CurveRow(
         per_ns,
@@ -159,10 +157,10 @@ cdef inline double predicted_by_curve(const CurveFit *fit, const CurveRow *row) 
     return predict_curve(fit.coefficients, fit.heights, row)
 
 
-cdef inline double moved(const CurveFit *fit, const CurveRow *row) noexcept nogil:
-    return fabs(
-        predicted_by_curve(fit, row) - predict_curve(fit.published, fit.published_heights, row)
-    )
+cdef inline double moved(
+    const CurveFit *fit, const CurveRow *row, double predicted
+) noexcept nogil:
+    return fabs(predicted - predict_curve(fit.published, fit.published_heights, row))
 
 
 cdef inline double predict_curve(
@@ -282,12 +280,8 @@ cdef inline void solve_curve_fit(CurveFit *fit) noexcept nogil:
         spread = spread_of(fit, &e, prior, scales, term)
         if spread > 0.0:
             ridge = (NOISE / spread) * (NOISE / spread)
+            e.moments[term][term] += ridge
             e.right[term] += ridge * prior[term]
-            e.scales[term] = ridge  # added below, as spreads depend on the moments
-        else:
-            e.scales[term] = 0.0
-    for term in range(FIT_TERMS):
-        e.moments[term][term] += e.scales[term]
     solve_nonnegative(&e, fit.coefficients)
     if e.found[READ] > 0.0:
         e.found[DECODE_COMPUTE] = smaller(e.found[DECODE_COMPUTE], e.found[READ])

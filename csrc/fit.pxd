@@ -236,7 +236,7 @@ cdef inline void accumulate(Fit *fit, const Row *row, bint is_old) noexcept nogi
     weight = weight_of(fit, curve_time, CURVE_FORM, is_old)
     add_to_curve(&fit.curve, &row.curve, weight, fit.since, is_old)
     if not is_old:
-        fit.moved += moved(&fit.curve, &row.curve)
+        fit.moved += moved(&fit.curve, &row.curve, curve_time)
 
 
 cdef inline double weight_of(Fit *fit, double predicted, int form, bint is_old) noexcept nogil:

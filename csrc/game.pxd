@@ -224,7 +224,8 @@ cdef inline uint64_t weigh_game(
 ) noexcept nogil:
     """Fill in the charge of each part as a weight. Return the sum of the weights.
 
-    The first `plain` parts are usual ones, if there are many. If the model predicts no time, the sum is 0 and nothing is filled in.
+    The first `plain` parts are usual ones, if there are many. If the model predicts no time, the
+    sum is 0 and nothing is filled in.
     """
     cdef const Overlap *overlap = &game.overlap
     cdef uint64_t whole = 0

@@ -7,7 +7,6 @@ do not bend it. Native and twin learn the same to the last bit.
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -239,9 +238,6 @@ def test_a_step_without_time_teaches_nothing(gpu_ns):
     fit = StepFit(NOTHING_KNOWN)
     assert fit.observe(Work.of(1, 10), CurveWork(1, 1), gpu_ns) is False
     assert fit.steps == 0
-
-
-Meters = Callable[..., step_meter_py.StepMeter]
 
 
 @pytest.mark.parametrize("name", ["dense-64", "experts-64-no-prior", "windows-64", "drafts-64"])

@@ -3,7 +3,7 @@
 They stand apart from the twin so that an engine with native code loads none of it. The theory is in
 `curve_py.py` and `planes_py.py`, and in docs/explanation/attribution.md.
 
-Invariant: types and constants only; the few functions here tell what a served model is.
+Invariant: no step passes through here; what is computed follows from a model or its coefficients.
 """
 
 from bisect import bisect_left

@@ -5,9 +5,9 @@ other.
 
 1. Two forms compete: a curve, i.e. a sum over kernels (`curve_py.py`, `curve_fit_py.py`), and two
    planes, where the whole step is the larger of two sums (`planes_py.py`). Both predict every step
-   before they learn from it. Steps that run kernel by kernel are predicted nearly as well by two
-   planes, but split far worse. So two planes are used only if they predict better by a wide margin,
-   and never for a model with experts, which they do not know.
+   before they learn from it. Where steps run kernel by kernel, two planes predict them somewhat
+   worse and split them far worse. So two planes are used only once they predict better, and never
+   for a model with experts, which they do not know.
 2. Steps are weighed by 1 / time squared, so errors are relative, and a step that took ten times too
    long (a page fault, a compile) has little influence. Beyond three standard deviations a step is
    weighed down further (Huber 1964).
@@ -199,7 +199,7 @@ class StepFit:
         weight = self._weight(curve_time, CURVE_FORM, is_old)
         self._curve.add(curve_row, weight, self._since, is_old)
         if not is_old:
-            self._moved += self._curve.moved(curve_row)
+            self._moved += self._curve.moved(curve_row, curve_time)
 
     def _weight(self, predicted: float, form: int, is_old: bool) -> float:
         """Return how much a step counts, and note how far it was missed."""

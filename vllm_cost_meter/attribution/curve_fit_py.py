@@ -44,7 +44,7 @@ from vllm_cost_meter.attribution.cost_model import (
     Coefficients,
     ServedModel,
 )
-from vllm_cost_meter.attribution.curve_py import CurveWork
+from vllm_cost_meter.attribution.curve_py import CurveWork, corner_below
 from vllm_cost_meter.attribution.least_squares_py import EMPTY, NOISE, UNKNOWN_PART, nonnegative
 from vllm_cost_meter.attribution.priors import CurvePrior
 
@@ -84,9 +84,7 @@ class CurveRow(NamedTuple):
         """Return the row of a step that took so long."""
         per_ns = 1.0 / gpu_ns
         tokens = float(served.padded(work.tokens))
-        place = len(KNOTS) - 2
-        while KNOTS[place] > tokens:
-            place -= 1
+        place = min(corner_below(tokens), len(KNOTS) - 2)
         above = (tokens - KNOTS[place]) / (KNOTS[place + 1] - KNOTS[place])
         return cls(
             per_ns,
@@ -182,14 +180,14 @@ class CurveFit:
     `coefficients` are those of `FIT_TERMS` as they are learnt now, `published` those in use.
     """
 
+    coefficients: list[float]
     published: Coefficients
+    _old: _Sums
+    _sweep: _Sums
 
     def __init__(self, prior: CurvePrior, served: ServedModel) -> None:
-        self._prior = prior
         self._columns = _columns(served.experts.heights())
-        self._old, self._sweep = _Sums.none(), _Sums.none()
-        self._lacks_arithmetic = False
-        self._use(list(prior.start))
+        self.start_over(prior)
         self.publish()
 
     def predicted(self, row: CurveRow) -> float:
@@ -239,13 +237,15 @@ class CurveFit:
         self.published = tuple(self.coefficients)
         self._published_heights = self._heights
 
-    def moved(self, row: CurveRow) -> float:
-        """Return how much else a step takes by what is learnt now than by what was published."""
-        return abs(self.predicted(row) - _predicted(self.published, self._published_heights, row))
+    def moved(self, row: CurveRow, predicted: float) -> float:
+        """Return how much else a step takes, as is `predicted` now, than by what was published."""
+        return abs(predicted - _predicted(self.published, self._published_heights, row))
 
     def _use(self, coefficients: list[float]) -> None:
         self.coefficients = coefficients
-        self._heights = [sum_of_products(column, coefficients[SLOPES:]) for column in self._columns]
+        self._heights = [
+            _sum_of_products(column, coefficients[SLOPES:]) for column in self._columns
+        ]
 
     def _solve(self) -> list[float]:
         moments, right = self._equations()
@@ -299,14 +299,14 @@ class CurveFit:
     ) -> tuple[list[float], list[float]]:
         """Return the sum of the prior's parts that is closest to the steps, and their scales."""
         parts = self._prior.parts
-        along = [sum_of_products(part.coefficients, right) for part in parts]
+        along = [_sum_of_products(part.coefficients, right) for part in parts]
         across = [
             [_between(one.coefficients, moments, other.coefficients) for other in parts]
             for one in parts
         ]
         if self._prior.has_ratio:
             expected = [part.scale for part in parts]
-            height = sum_of_products(expected, along)
+            height = _sum_of_products(expected, along)
             square = _between(expected, across, expected)
             common = height / square if height > 0.0 and square > 0.0 else 1.0
             # What the parts miss is no noise: many steps miss the same.
@@ -350,7 +350,7 @@ class CurveFit:
         return spreads
 
 
-def sum_of_products(one: Sequence[float], other: Sequence[float]) -> float:
+def _sum_of_products(one: Sequence[float], other: Sequence[float]) -> float:
     """Return the sum of the products of two equally long rows, added up in order."""
     total = 0.0
     for a, b in zip(one, other, strict=True):
@@ -381,7 +381,7 @@ def _between(
     total = 0.0
     for i, a in enumerate(one):
         if a != 0.0:
-            total += a * sum_of_products(moments[i], other)
+            total += a * _sum_of_products(moments[i], other)
     return total
 
 

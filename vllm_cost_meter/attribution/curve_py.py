@@ -43,6 +43,7 @@ Invariant: what the requests get of h adds up to h of all tokens except for roun
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -288,16 +289,19 @@ def _spread(small: float, others: Sequence[tuple[int, float]]) -> list[float]:
     return means
 
 
+def corner_below(tokens: float) -> int:
+    """Return the last corner that is not beyond a number of tokens >= 0."""
+    return bisect_right(KNOTS, tokens) - 1
+
+
 def between(tokens: float) -> tuple[int, float]:
     """Return the corner below a number of tokens, and how far it is to the next one, from 0 to 1.
 
     The last corner stands for all that is beyond.
     """
-    place = len(KNOTS) - 1
-    if tokens >= KNOTS[place]:
+    place = corner_below(tokens)
+    if place == len(KNOTS) - 1:
         return place, 0.0
-    while KNOTS[place] > tokens:
-        place -= 1
     return place, (tokens - KNOTS[place]) / (KNOTS[place + 1] - KNOTS[place])
 
 

@@ -24,6 +24,7 @@ from vllm_cost_meter.attribution.cost_model import (
     PREFILL,
     READ,
     SEQUENCE,
+    UNKNOWN_MODEL,
     Coefficients,
     Plane,
     ServedModel,
@@ -66,7 +67,7 @@ class StepModel:
     @classmethod
     def of_planes(cls, compute: Plane, memory: Plane) -> "StepModel":
         """Return the model with these two planes."""
-        return cls(False, compute, memory, (), (), ServedModel())
+        return cls(False, compute, memory, (), (), UNKNOWN_MODEL)
 
     @classmethod
     def of_curve(cls, coefficients: Coefficients, served: ServedModel) -> "StepModel":

@@ -73,6 +73,12 @@ def linear(count: BatchCount) -> Linear:
     )
 
 
+def bytes_of_expert(bytes_moved: BatchCount, per: Linear, experts: Experts) -> float:
+    """Return the bytes of one expert in all layers: one token reads those it chooses, many all."""
+    one = per.fixed + per.token + per.sequence
+    return (one - bytes_moved([(1, 0)])) / (experts.number - experts.per_token)
+
+
 def counted_prior(
     flops: BatchCount,
     bytes_moved: BatchCount,
@@ -88,10 +94,7 @@ def counted_prior(
     per_flops, per_bytes = linear(flops), linear(bytes_moved)
     experts = ExpertCounts()
     if served.experts.number > served.experts.per_token > 0:
-        # One token chooses `per_token` experts, and many tokens choose all.
-        one = per_bytes.fixed + per_bytes.token + per_bytes.sequence
-        unread = served.experts.number - served.experts.per_token
-        bytes_each = max(0.0, (one - bytes_moved([(1, 0)])) / unread)
+        bytes_each = max(0.0, bytes_of_expert(bytes_moved, per_bytes, served.experts))
         # A token meets each parameter of the experts it chooses with two FLOPs.
         parameters = bytes_each / weight_bytes * served.experts.per_token
         experts = ExpertCounts(bytes_each, 2.0 * parameters)

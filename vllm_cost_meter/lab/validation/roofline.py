@@ -189,11 +189,11 @@ class Machine:
         self._compute_s = np.array(work.flops) / flops_per_s
         self._memory_s = np.array(work.bytes_moved) / bytes_per_s
 
-    def prior(self, served: ServedModel | None = None, layers: int = 0) -> Prior:
+    def prior(self) -> Prior:
         """Return the prior that the meter would have: vLLM's counts and the published peaks.
 
         It lacks what the meter cannot know: launches, and the share of its peaks that the machine
-        reaches. `served` and `layers` are what the model's configuration says of it.
+        reaches, and does not know of captured graphs.
         """
         work = self.work
         tokens, sequences, products, _ = work.flops
@@ -204,10 +204,9 @@ class Machine:
             compute,
             memory,
             self.gpu.peaks,
-            served or ServedModel(Experts(work.experts, work.experts_per_token)),
+            ServedModel(Experts(work.experts, work.experts_per_token)),
             # Each parameter of an expert is two bytes, and two FLOPs for each token.
             ExpertCounts(work.expert_bytes, work.expert_bytes * work.experts_per_token),
-            layers,
         )
 
     def experts_s(self, tokens: Floats) -> Floats:

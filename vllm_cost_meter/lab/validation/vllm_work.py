@@ -25,7 +25,13 @@ from vllm_cost_meter.attribution.priors import Prior
 from vllm_cost_meter.errors import VllmMismatchError
 from vllm_cost_meter.lab.validation.kernel_machine import CAPTURED_SIZES, Architecture
 from vllm_cost_meter.lab.validation.roofline import Gpu, ModelShape, StepWork
-from vllm_cost_meter.vllm_hooks.model_counts import Batch, context_of, counted_prior, linear
+from vllm_cost_meter.vllm_hooks.model_counts import (
+    Batch,
+    bytes_of_expert,
+    context_of,
+    counted_prior,
+    linear,
+)
 
 BF16_BYTES = 2
 
@@ -127,13 +133,12 @@ def step_work(
     """
     counts = counts_of(shape)
     flops_fixed, *flops, _ = linear(counts.flops)
-    bytes_fixed, *bytes_moved, _ = linear(counts.bytes_moved)
+    per_bytes = linear(counts.bytes_moved)
+    bytes_fixed, *bytes_moved, _ = per_bytes
     expert_bytes = 0.0
     if shape.experts:
-        # One token chooses `experts_per_token` experts, and many tokens choose all.
-        one = bytes_fixed + bytes_moved[0] + bytes_moved[1]
-        unread = shape.experts - shape.experts_per_token
-        expert_bytes = (one - counts.totals([(1, 0)])[1]) / unread
+        experts = Experts(shape.experts, shape.experts_per_token)
+        expert_bytes = bytes_of_expert(counts.bytes_moved, per_bytes, experts)
         bytes_fixed -= expert_bytes * shape.experts
     work = StepWork(
         flops_fixed=flops_fixed,
