@@ -6,7 +6,9 @@ Invariant: what `accrue` adds to open requests plus the tail it returns is the t
 
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
+from csrc.charge_error cimport look_at_charges
 from csrc.curve cimport ENUMERATED_MAX
+from csrc.fit cimport Fit
 from csrc.game cimport (
     Margins, SolvedStep, StepModel, margin_of, margin_of_usual, solve_step, start_margins, weigh_game,
 )
@@ -22,7 +24,7 @@ cdef enum:  # places in METHODS
 cdef inline int64_t accrue(
     Requests *requests,
     const Step *step,
-    const StepModel *model,
+    Fit *fit,
     int method,
     uint32_t *weights,
     int64_t total_ns,
@@ -32,6 +34,7 @@ cdef inline int64_t accrue(
     """Share out a step's time, and end the step if `ends`. Return the tail."""
     if step.count == 0:
         return total_ns
+    cdef const StepModel *model = &fit.model
     cdef SolvedStep game
     solve_step(&game, model, step.parts, step.count, &step.work)
     cdef Margins margins = start_margins(&game, model, <double>total_ns)
@@ -85,6 +88,8 @@ cdef inline int64_t accrue(
             slot.in_flight -= 1
             if slot.in_flight == 0:
                 end_of_last_step(requests, part.slot)
+    if ends:
+        look_at_charges(&fit.charge_errors, parts, count, step.plain, &step.work, <double>total_ns, weights)
     return tail_ns
 
 

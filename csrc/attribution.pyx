@@ -37,7 +37,7 @@ from csrc.requests cimport (
     take_slot, unqueue,
 )
 from csrc.shapley cimport fill_polynomials
-from csrc.priors cimport adopt_earlier, fitted, read_prior
+from csrc.priors cimport adopt_earlier, charge_errors_of, fitted, read_prior
 from csrc.shares cimport Split, next_share, start_split
 from csrc.steps cimport (
     Guess, Ring, Step, enter, finish_work, free_ring, guess_after, guess_in, is_kept, is_right,
@@ -330,6 +330,7 @@ cdef class StepMeter:
             self.fit.errors[0],
             self.fit.errors[1],
             explained(self.fit),
+            charge_errors_of(self.fit),
         )
 
     def fitted(self):
@@ -438,7 +439,7 @@ cdef class StepMeter:
         cdef int64_t tail_ns = accrue(
             &self.requests,
             step,
-            &self.fit.model,
+            self.fit,
             self.method,
             self.ring.weights,
             total_ns,

@@ -77,6 +77,8 @@ cdef struct CurveFit:
     bint lacks_arithmetic
     CurveSums old
     CurveSums sweep
+    double moments[FIT_TERMS][FIT_TERMS]  # what the steps of the last sweep tell
+    double ridges[FIT_TERMS]  # what the prior does
 
 
 cdef inline CurveRow curve_row_of(
@@ -276,12 +278,13 @@ cdef inline void solve_curve_fit(CurveFit *fit) noexcept nogil:
     cdef int term
     write_equations(fit, &e)
     scale_prior(fit, &e, prior, scales)
+    memcpy(fit.moments, e.moments, sizeof(fit.moments))
     for term in range(FIT_TERMS):
         spread = spread_of(fit, &e, prior, scales, term)
-        if spread > 0.0:
-            ridge = (NOISE / spread) * (NOISE / spread)
-            e.moments[term][term] += ridge
-            e.right[term] += ridge * prior[term]
+        ridge = (NOISE / spread) * (NOISE / spread) if spread > 0.0 else 0.0
+        fit.ridges[term] = ridge
+        e.moments[term][term] += ridge
+        e.right[term] += ridge * prior[term]
     solve_nonnegative(&e, fit.coefficients)
     if e.found[READ] > 0.0:
         e.found[DECODE_COMPUTE] = smaller(e.found[DECODE_COMPUTE], e.found[READ])

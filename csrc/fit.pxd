@@ -9,6 +9,7 @@ from libc.math cimport fabs
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
+from csrc.charge_error cimport ChargeErrors, draw_others, forget_charge_errors
 from csrc.curve cimport smooth_curve, write_curve
 from csrc.curve_fit cimport (
     CurveFit, CurvePrior, CurveRow, add_to_curve, curve_of_earlier, curve_row_of,
@@ -88,6 +89,7 @@ cdef struct Fit:
     double moved
     Watch watches[2]
     Row ring[RING]
+    ChargeErrors charge_errors
 
 
 cdef inline void start_fit(
@@ -137,6 +139,7 @@ cdef inline void start_over(
     else:
         start_curve_over(&fit.curve, &fit.first_curve)
     fit.next_publish = FIRST_PUBLISH
+    forget_charge_errors(&fit.charge_errors)
 
 
 cdef inline bint observe(Fit *fit, const StepWork *work, double gpu_ns) noexcept nogil:
@@ -264,6 +267,9 @@ cdef inline bint end_sweep(Fit *fit) noexcept nogil:
     if is_due:
         fit.next_publish = fit.since + (fit.since if fit.since < PUBLISH_STEPS else PUBLISH_STEPS)
     publish(fit, best_form(fit))
+    draw_others(
+        &fit.charge_errors, &fit.curve, &fit.model.served, fit.clip[CURVE_FORM] / 3.0
+    )
     return True
 
 

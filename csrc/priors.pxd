@@ -3,11 +3,12 @@
 from cpython.mem cimport PyMem_Calloc
 from libc.stdint cimport int64_t, uint32_t
 
+from csrc.charge_error cimport charge_error
 from csrc.checks cimport coefficients_of
 from csrc.curve cimport Served
 from csrc.curve_fit cimport PARTS_MAX, CurvePrior
 from csrc.fit cimport Fit, adopt, start_fit
-from csrc.terms cimport FIT_TERMS, KNOTS_COUNT, TERMS
+from csrc.terms cimport CHARGE_KINDS, FIT_TERMS, KNOTS_COUNT, TERMS
 
 
 cdef inline int read_prior(Fit *fit, object prior) except -1:
@@ -55,6 +56,11 @@ cdef inline tuple fitted(const Fit *fit):
     planes = [[fit.planes.working[kind][k] for k in range(TERMS)] for kind in range(2)]
     coefficients = [fit.curve.coefficients[k] for k in range(FIT_TERMS)]
     return tuple([tuple(plane) for plane in planes]), tuple(coefficients)
+
+
+cdef inline tuple charge_errors_of(const Fit *fit):
+    """Return the part by which charges of each kind may be off."""
+    return tuple([charge_error(&fit.charge_errors, kind) for kind in range(CHARGE_KINDS)])
 
 
 cdef inline int read_served(Served *served, object given) except -1:

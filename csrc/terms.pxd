@@ -1,5 +1,7 @@
 """Terms and sizes of the cost model, as `attribution/cost_model.py` has them; a test compares both."""
 
+from libc.stdint cimport uint32_t
+
 cdef enum:
     TERMS = 5  # of a plane: 1, tokens, sequences, products, context
     KNOTS_COUNT = 32
@@ -18,6 +20,10 @@ cdef enum:
     EXPERTS = 32
     FIT_TERMS = 33
     COLUMNS = 26  # of them belong to corners: ramps and experts
+    # Kinds of charges: prefills by their tokens, then decodes by their context.
+    PREFILL_KINDS_COUNT = 3
+    DECODE_KINDS_COUNT = 2
+    CHARGE_KINDS = 7
 
 cdef extern from *:
     """
@@ -29,7 +35,11 @@ cdef extern from *:
         0, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448,
         512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 4096,
     };
+    static const uint32_t PREFILL_KINDS[3] = {32, 128, 512};
+    static const uint32_t DECODE_KINDS[2] = {4096, 32768};
     """
+    const uint32_t PREFILL_KINDS[PREFILL_KINDS_COUNT]
+    const uint32_t DECODE_KINDS[DECODE_KINDS_COUNT]
     const double KNOTS[KNOTS_COUNT]
     const double RAMPS[RAMPS_COUNT]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_cost_meter.attribution import (
+    charge_error_py,
     cost_model,
     cost_model_py,
     curve_fit_py,
@@ -30,11 +31,12 @@ MODULES = {
     "curve_fit.pxd": (curve_fit_py, priors),
     "game.pxd": (game_py,),
     "fit.pxd": (cost_model_py,),
+    "charge_error.pxd": (charge_error_py,),
 }
 # Only native code has these: sizes of its arrays, and another module's name for one.
 NATIVE_ONLY = {
-    *("KNOTS_COUNT", "RAMPS_COUNT", "COLUMNS", "WIDTH", "PARTS_MAX", "NODES_COUNT"),
-    "CURVE_START_STEPS",
+    *("KNOTS_COUNT", "RAMPS_COUNT", "PREFILL_KINDS_COUNT", "DECODE_KINDS_COUNT"),
+    *("COLUMNS", "WIDTH", "PARTS_MAX", "NODES_COUNT", "CURVE_START_STEPS"),
 }
 
 
@@ -62,7 +64,7 @@ def test_native_constants_are_those_of_the_twin(name):
         assert known == [value] * len(known) != [], key
 
 
-@pytest.mark.parametrize("table", ["KNOTS", "RAMPS"])
+@pytest.mark.parametrize("table", ["KNOTS", "RAMPS", "PREFILL_KINDS", "DECODE_KINDS"])
 def test_native_corners_are_those_of_the_twin(table):
     body = re.search(rf"{table}\[\d+\] = {{(.*?)}}", (CSRC / "terms.pxd").read_text(), re.DOTALL)
     assert body is not None

@@ -261,3 +261,4 @@ def test_native_and_twin_learn_the_same_to_the_last_bit(name):
         assert found[0] == found[1]
     assert meters[0].models(-1) == meters[1].models(-1)
     assert meters[0].model_version >= 5
+    assert min(meters[0].model().charge_errors) < 1.0, "some errors are known, and compared"

@@ -57,6 +57,7 @@ models = st.builds(
         st.tuples(count, count, count),
         st.lists(count, max_size=3).map(tuple),
     ),
+    charge_errors=st.none() | st.tuples(*[share] * 7),
 )
 engines = st.builds(
     EngineIdentity,

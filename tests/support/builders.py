@@ -23,6 +23,7 @@ COST_MODEL = CostModel(
     error_other_form=0.04,
     explained=0.93,
     curve=LearntCurve((2e6, 1e5, 5e4, 5.0, *[0.0] * (FIT_TERMS - 4)), (0, 0), (1, 0, 0), (1, 2, 4)),
+    charge_errors=(1.0, 0.4, 0.12, 0.03, 0.05, 0.06, 1.0),
 )
 
 

@@ -7,6 +7,7 @@ Invariant: no step passes through here; what is computed follows from a model or
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # The forms of the model.
@@ -36,6 +37,43 @@ FIT_TERMS = EXPERTS + 1
 
 TokenCurve = tuple[float, ...]  # CURVE_TERMS of them
 Coefficients = tuple[float, ...]  # FIT_TERMS of them
+
+# Kinds of charges whose errors are told apart: prefills by the tokens of their chunk, and decodes
+# by their context; each up to the number, then those beyond.
+PREFILL_KINDS = (32, 128, 512)
+DECODE_KINDS = (4096, 32_768)
+CHARGE_KINDS = len(PREFILL_KINDS) + 1 + len(DECODE_KINDS) + 1
+CHARGE_KIND_NAMES = (
+    *(f"prefill_to_{tokens}_tokens" for tokens in PREFILL_KINDS),
+    "prefill_beyond",
+    *(f"decode_to_{context}_context" for context in DECODE_KINDS),
+    "decode_beyond",
+)
+
+
+def charge_kind(tokens: int, context: int, is_prefill: bool) -> int:
+    """Return the kind of a charge: prefills first, small ones before large ones."""
+    if is_prefill:
+        return bisect_left(PREFILL_KINDS, tokens)
+    return len(PREFILL_KINDS) + 1 + bisect_left(DECODE_KINDS, context)
+
+
+def charge_error(
+    errors: Sequence[float], prefill: tuple[int, int], decode: tuple[int, int]
+) -> float | None:
+    """Return the part by which a bill may be off; None where that is unknown, or without GPU time.
+
+    `errors` are those of the kinds of charges, `prefill` GPU-ns and computed tokens, `decode`
+    GPU-ns and the context at the end. Errors of prefill and decode are taken to add up.
+    """
+    parts = [
+        (ns, errors[charge_kind(size, size, is_prefill)])
+        for (ns, size), is_prefill in ((prefill, True), (decode, False))
+        if ns
+    ]
+    if not parts or any(error >= 1.0 for _, error in parts):
+        return None
+    return sum(ns * error for ns, error in parts) / sum(ns for ns, _ in parts)
 
 
 class Experts(NamedTuple):
@@ -100,7 +138,8 @@ class Model(NamedTuple):
 
     `errors_*` are running means of |predicted / measured - 1| of both forms, each step predicted
     before the fit learnt from it; `explained` is the share of the variance of step times that the
-    form in use explains.
+    form in use explains. `charge_errors` are the parts by which charges of each kind may be off
+    (`charge_error_py.py`); 1 where that is unknown.
     """
 
     version: int
@@ -112,3 +151,4 @@ class Model(NamedTuple):
     error_two_planes: float
     error_curve: float
     explained: float
+    charge_errors: tuple[float, ...]

@@ -21,11 +21,13 @@ other.
    it had learnt is the prior.
 5. Splits use a published copy of the model, with a version number. A new version comes when the
    steps since the start have doubled, later every `PUBLISH_STEPS`, and whenever what was learnt has
-   moved away from what is published.
+   moved away from what is published. How far its charges may be off is found as it is used
+   (`charge_error_py.py`).
 
 Invariant: published coefficients are finite and >= 0.
 """
 
+from vllm_cost_meter.attribution.charge_error_py import ChargeErrors
 from vllm_cost_meter.attribution.cost_model import CURVE, TWO_PLANES, Coefficients, Planes
 from vllm_cost_meter.attribution.curve_fit_py import CurveFit, CurveRow
 from vllm_cost_meter.attribution.curve_py import CurveWork
@@ -99,6 +101,7 @@ class StepFit:
         self._planes = PlanesFit(prior.planes)
         self._first_curve = prior.curve
         self._curve = CurveFit(prior.curve, prior.served)
+        self.charge_errors = ChargeErrors(prior.served)
         self._ring: list[tuple[tuple[float, ...], CurveRow]] = []
         self._next_publish = FIRST_PUBLISH
         self._mean_ns = self._variance = self._residual = 0.0
@@ -227,6 +230,7 @@ class StepFit:
         if is_due:
             self._next_publish = self._since + min(self._since, PUBLISH_STEPS)
         self._publish(self._best_form())
+        self.charge_errors.draw(self._curve, self._clip[CURVE_FORM] / 3.0)
         return True
 
     def _best_form(self) -> int:
@@ -243,6 +247,7 @@ class StepFit:
         self._planes.start_over(planes)
         self._curve.start_over(curve_of_earlier(coefficients) or self._first_curve)
         self._next_publish = FIRST_PUBLISH
+        self.charge_errors.forget()
 
     def _publish(self, form: int) -> None:
         self.form = form

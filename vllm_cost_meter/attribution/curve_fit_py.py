@@ -178,10 +178,13 @@ class CurveFit:
     """A curve that learns.
 
     `coefficients` are those of `FIT_TERMS` as they are learnt now, `published` those in use.
+    `moments` are what the steps of the last sweep tell of them, and `ridges` what the prior does.
     """
 
     coefficients: list[float]
     published: Coefficients
+    moments: list[list[float]]
+    ridges: list[float]
     _old: _Sums
     _sweep: _Sums
 
@@ -251,11 +254,13 @@ class CurveFit:
         moments, right = self._equations()
         prior, scales = self._scaled_prior(moments, right)
         spreads = self._spreads(moments, prior, scales)
-        for term, spread in enumerate(spreads):
-            if spread > 0.0:
-                ridge = (NOISE / spread) * (NOISE / spread)
-                moments[term][term] += ridge
-                right[term] += ridge * prior[term]
+        self.moments = [list(row) for row in moments]
+        self.ridges = [
+            (NOISE / spread) * (NOISE / spread) if spread > 0.0 else 0.0 for spread in spreads
+        ]
+        for term, ridge in enumerate(self.ridges):
+            moments[term][term] += ridge
+            right[term] += ridge * prior[term]
         found = nonnegative(moments, right, self.coefficients)
         if found[READ] > 0.0:  # Decodes alone wait for memory.
             found[DECODE_COMPUTE] = min(found[DECODE_COMPUTE], found[READ])

@@ -15,7 +15,7 @@ NOISE = 0.03
 UNKNOWN_PART = 0.05
 # With less weight than this many steps there is as good as none.
 EMPTY = 8.0
-_PIVOT_MIN = 1e-12
+PIVOT_MIN = 1e-12
 _GAIN_MIN = 1e-9
 
 
@@ -27,7 +27,7 @@ def solve_scaled(matrix: list[list[float]], vector: list[float], count: int) -> 
     """
     gain = 0.0
     for i in range(count):
-        if matrix[i][i] < _PIVOT_MIN:
+        if matrix[i][i] < PIVOT_MIN:
             return None
         # After the elimination the error explained is the sum of pivot times unknown squared.
         gain += vector[i] * vector[i] / matrix[i][i]

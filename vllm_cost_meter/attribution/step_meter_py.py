@@ -292,6 +292,7 @@ class StepMeter:
         if not parts:
             return gpu_ns
         weights, margins = self._weigh(parts, gpu_ns)
+        self._weights = weights
         tail_ns = 0
         shares = _shares(gpu_ns, weights)
         for part, share_ns, marginal_ns in zip(parts, shares, margins, strict=True):
@@ -320,6 +321,8 @@ class StepMeter:
         for older in [number for number in self._steps if number < step]:
             self._drop(older)
         ended = self._steps[step]
+        if parts:
+            self._fit.charge_errors.look([part.in_step for part in parts], self._weights, gpu_ns)
         for part in ended.parts:
             part.end(len(ended.parts))
         self._drop(step)
@@ -363,6 +366,7 @@ class StepMeter:
             fit.errors[0],
             fit.errors[1],
             fit.explained,
+            fit.charge_errors.by_kind(),
         )
 
     def fitted(self) -> tuple[Planes, Coefficients]:
@@ -391,6 +395,7 @@ class StepMeter:
             weights = [1 for _ in parts]
         if not any(weights):
             self.fallbacks += 1
+            weights = [1 for _ in parts]
         return weights, game.margins(float(gpu_ns))
 
     def _remember_model(self) -> None:

@@ -453,6 +453,7 @@ def _recorded(model: Model) -> CostModel:
             (served.layers.whole, served.layers.windowed, served.layers.window),
             served.captured,
         ),
+        charge_errors=model.charge_errors,
     )
 
 

@@ -238,6 +238,9 @@ def model_rows(snapshot: Snapshot) -> list[TableRow]:
             "error_two_planes": model.error_two_planes,
             "error_other_form": model.error_other_form,
             "explained": model.explained,
+            "charge_errors": (
+                None if model.charge_errors is None else json.dumps(model.charge_errors)
+            ),
         }
         for model in snapshot.cost_models
     ]

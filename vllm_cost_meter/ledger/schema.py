@@ -58,7 +58,7 @@ from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latenc
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 15
+SCHEMA_VERSION = 16
 
 
 def _class_columns() -> list[Column[int]]:
@@ -145,6 +145,8 @@ cost_models = Table(
     # Of a curve, or in older rows of one plane.
     Column("error_other_form", Float, nullable=False),
     Column("explained", Float, nullable=False),
+    # This JSON has the part by which charges of each kind may be off; NULL before that was known.
+    Column("charge_errors", Text),
 )
 
 snapshots = Table(

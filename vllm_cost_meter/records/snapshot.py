@@ -60,7 +60,8 @@ class CostModel:
     "one plane" used. The model has learnt from `steps` steps. The two errors are running means of
     |predicted / measured - 1|, with two planes and with the other form, where each step was
     predicted before the model learnt from it. `explained` is the share of the step times' variance
-    that the form in use explains.
+    that the form in use explains. `charge_errors` are the parts by which charges may be off, by
+    kind (`CHARGE_KIND_NAMES`), 1 where that is unknown; None in models of earlier versions.
     """
 
     version: int
@@ -68,9 +69,11 @@ class CostModel:
     planes: tuple[tuple[float, ...], ...]
     steps: int
     error_two_planes: float
-    error_other_form: float
     explained: float
+    # Journals of earlier versions lack what follows: every field that comes needs a default.
+    error_other_form: float = 1.0
     curve: LearntCurve | None = None
+    charge_errors: tuple[float, ...] | None = None
 
     @property
     def two_planes(self) -> bool:
@@ -84,12 +87,13 @@ class CostModel:
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         """Parse a model's plain values. Raises TypeError or KeyError on anything else."""
-        curve = wire["curve"]
+        curve, errors = wire["curve"], wire["charge_errors"]
         return cls(
             **{
                 **wire,
                 "planes": tuple(tuple(plane) for plane in wire["planes"]),
                 "curve": None if curve is None else LearntCurve.from_plain(curve),
+                "charge_errors": None if errors is None else tuple(errors),
             }
         )
 

@@ -15,6 +15,7 @@ Invariant: every figure of a part is in its bill, or follows from figures beside
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from vllm_cost_meter.attribution.cost_model import charge_error
 from vllm_cost_meter.prices.book import by_price, described, total_nanousd
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.reports.request_answers import Explanation
@@ -79,6 +80,7 @@ def _part(
     part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Fields]
 ) -> dict[str, Any]:
     steps, step_ns = part["steps"], part["step_ns"]
+    errors = list((models[-1]["charge_errors"] or {}).values()) if models else []
     saved_ns = part["saved_estimate_ns"]
     return {
         **{name: part[name] for name in ("run_id", "seq", "request_id", "lora", "engine_status")},
@@ -97,6 +99,7 @@ def _part(
         "share": part["gpu_time_ns"] / step_ns if step_ns else None,
         "marginal_ns": part["marginal_ns"],
         "common_ns": part["gpu_time_ns"] - part["marginal_ns"],
+        "charge_error": _charge_error(part, errors) if errors else None,
         "cached": {"tokens": part["cached_tokens"], "saved_estimate_ns": saved_ns},
         "preempted": {
             "preemptions": part["preemptions"],
@@ -114,6 +117,17 @@ def _part(
         "method": part["method"],
         "cost_models": [_model(model) for model in models],
     }
+
+
+def _charge_error(part: Fields, errors: Sequence[float]) -> float | None:
+    if part["batch"] == part["steps"]:
+        return 0.0  # It had all its steps for itself.
+    context = part["prompt_tokens"] + part["output_tokens"]
+    return charge_error(
+        errors,
+        (part["prefill_ns"], part["prefill_tokens"]),
+        (part["decode_ns"], context),
+    )
 
 
 def _cost(part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -136,7 +150,7 @@ def _cost(part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> 
 
 def _model(model: Fields) -> dict[str, Any]:
     names = ("version", "taken_at", "form", "planes", "curve", "steps", "error", "explained")
-    return {name: model[name] for name in names}
+    return {name: model[name] for name in (*names, "charge_errors")}
 
 
 def lines(explanation: Fields) -> Iterator[str]:
@@ -171,6 +185,8 @@ def _part_lines(part: Fields) -> Iterator[str]:
             f"  it added {_seconds(part['marginal_ns'])} to them; the other"
             f" {_seconds(part['common_ns'])} are its share of what the batch needs anyway"
         )
+    if part["charge_error"] is not None:
+        yield f"  split known to within {part['charge_error']:.1%}"
     if tokens := part["cached"]["tokens"]:
         saved = _seconds(part["cached"]["saved_estimate_ns"])
         yield f"  caching {tokens} tokens saved about {saved} (an estimate)"

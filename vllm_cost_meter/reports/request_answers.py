@@ -249,6 +249,9 @@ class ModelInUse(TypedDict):
     """The mean relative error of the form in use (MAPE)."""
     explained: float
     """The share of the variance of step times that the form in use explains."""
+    charge_errors: dict[str, float] | None
+    """The part by which charges may be off, by kind: of prefills by the tokens computed in a step,
+    of decodes by their context; 1 where it is unknown. Null in models of earlier versions."""
 
 
 class ExplainedPart(TypedDict):
@@ -282,6 +285,8 @@ class ExplainedPart(TypedDict):
     """GPU-ns: what its steps took longer because of it, by the cost model."""
     common_ns: int
     """GPU-ns: its part of the time that the batch takes anyway: `gpu_time_ns` - `marginal_ns`."""
+    charge_error: float | None
+    """The part by which its GPU time may be off, in about 95 of 100 cases; null if unknown."""
     cached: dict[str, int]
     """`tokens` found in the prefix cache, and `saved_estimate_ns`."""
     preempted: dict[str, int]

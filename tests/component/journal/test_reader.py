@@ -3,18 +3,21 @@
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.component.ledger.test_reader import http
+from tests.support.builders import COST_MODEL, make_snapshot
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.journal import segments
-from vllm_cost_meter.journal.entries import write_entry
+from vllm_cost_meter.journal.entries import read_entry, write_entry
 from vllm_cost_meter.journal.frames import frame, scan
 from vllm_cost_meter.journal.open_journal import OpenJournal
 from vllm_cost_meter.journal.reader import START, Gap, JournalReader, Position
 from vllm_cost_meter.journal.segments import segment_indexes, segment_name
+from vllm_cost_meter.records.snapshot import Snapshot
 
 
 @pytest.fixture
@@ -53,6 +56,20 @@ def everything(place: Path, position: Position = START, *, is_alive: bool = Fals
         assert read.position == reader.position
         if reader.position == before:
             return payloads, gaps
+
+
+def test_a_snapshot_of_an_earlier_version_is_read_with_what_it_says_of_its_models():
+    """Its models have three planes, an error of one of them, and no curve."""
+    plain = msgspec.msgpack.decode(write_entry(make_snapshot(cost_models=(COST_MODEL,)))[1:])
+    model = plain["cost_models"][0]
+    for later in ("curve", "charge_errors", "error_other_form"):
+        del model[later]
+    model |= {"form": "one plane", "planes": [[1.0] * 5] * 3, "error_one_plane": 0.04}
+    read = read_entry(bytes([4]) + msgspec.msgpack.encode(plain))
+    assert isinstance(read, Snapshot)
+    (known,) = read.cost_models
+    assert (known.version, known.form, len(known.planes), known.steps) == (3, "one plane", 3, 128)
+    assert known.curve is known.charge_errors is None
 
 
 def test_all_is_read_in_order_over_several_segments(folder):

@@ -42,6 +42,9 @@ STEPS = [
     {"alice-1": (1, 98), "bob-1": (1, 33)},
 ]
 
+# By which charges may be off: of prefills of up to 32, 128, 512 tokens and beyond, then of decodes.
+ERRORS = (0.3, 0.1, 1.0, 1.0, 0.05, 1.0, 1.0)
+
 
 def predicted_ns(step: dict[str, tuple[int, int]]) -> int:
     """Return what the model says a step takes."""
@@ -87,7 +90,8 @@ def ledger(tmp_path):
     writer = LedgerWriter(url, price_of=lambda _: price)
     writer.start()
     snapshot = books.snapshot(now_ns, unix_ns + 10**9, 0, ENGINE_STATE)
-    writer.commit(*parts, snapshot).result(10)
+    models = tuple(replace(model, charge_errors=ERRORS) for model in snapshot.cost_models)
+    writer.commit(*parts, replace(snapshot, cost_models=models)).result(10)
     writer.close()
     return url
 
@@ -112,6 +116,16 @@ def test_the_figures_of_an_explanation_follow_from_each_other(explain, name):
     cost = Decimal(part["gpu_time_ns"]) * Decimal(part["usd_per_gpu_hour"]) / 3600
     assert int(cost.quantize(Decimal(1), ROUND_HALF_EVEN)) == part["cost_nanousd"]
     assert part["told_nanousd"] == part["cost_nanousd"] == explanation["cost_nanousd"]
+
+
+@pytest.mark.parametrize(("name", "of_prefill"), [("alice-1", 0.1), ("bob-1", 0.3)])
+def test_a_bill_says_how_far_it_may_be_off_by_the_time_of_its_phases(explain, name, of_prefill):
+    explanation = explain(name).json()
+    (part,) = explanation["parts"]
+    prefill, decode = (part["phases"][phase]["gpu_time_ns"] for phase in ("prefill", "decode"))
+    expected = (prefill * of_prefill + decode * 0.05) / part["gpu_time_ns"]
+    assert part["charge_error"] == pytest.approx(expected)
+    assert f"  split known to within {expected:.1%}" in explanation["text"]
 
 
 @pytest.mark.parametrize("name", ["alice-1", "bob-1"])

@@ -17,17 +17,20 @@ share, both in ns and summed over the compared steps:
   of all GPU time. A request should pay at least what it adds to the step, v(N) - v(N without it),
   and at most the time of a step with it alone, v({it}). `outside_interval_parts_share` is the
   fraction of parts (a request in a step) that lie outside.
+- `claimed_error`: the part by which the rule itself says that a request may be off
+  (`charge_error_py.py`), and `within_claim_share`: the fraction of requests that are within it.
 - `uncharged_share`: GPU time that nobody is charged for, as a fraction of all GPU time. It is
   negative if more is charged than was measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from vllm_cost_meter.attribution import StepMeter
+from vllm_cost_meter.attribution.cost_model import charge_kind
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.lab.validation.games import Floats, Ints, SimulatedGame
 from vllm_cost_meter.lab.validation.percentiles import Percentiles
@@ -47,6 +50,12 @@ class Splitter(Protocol):
     def split(self, step: TraceStep, game: SimulatedGame) -> Floats:
         """Return the step's shares in ns, in the step's order; shape (n,)."""
 
+    def claimed(self) -> Floats | None:
+        """Return the part by which each share of the last split may be off, by the rule itself.
+
+        The shape is (n,). None if the rule does not say.
+        """
+
 
 class MeterSplitter:
     """A method of the production StepMeter, driven with the engine's calls."""
@@ -55,6 +64,7 @@ class MeterSplitter:
         self._meter = StepMeter(method, prior)
         self._trace = trace
         self._ids = [f"request-{number}" for number in range(len(trace.tenants))]
+        self._claimed: Floats | None = None
 
     def feed(self, step: TraceStep) -> None:
         self._settle(step)
@@ -67,12 +77,22 @@ class MeterSplitter:
         self._close(step)
         return np.array([shares.get(self._ids[number], 0) for number in step.requests], dtype=float)
 
+    def claimed(self) -> Floats | None:
+        return self._claimed
+
     def _settle(self, step: TraceStep) -> None:
         for number in step.started:
             self._meter.open(self._ids[number], self._trace.prompt_tokens[number])
             self._meter.position(self._ids[number], self._trace.first_positions[number], False)
         ids = [self._ids[number] for number in step.requests]
         begun = self._meter.begin(dict(zip(ids, step.tokens.tolist(), strict=True)), 0)
+        errors = self._meter.model().charge_errors
+        self._claimed = np.array(
+            [
+                errors[charge_kind(tokens, position + tokens, position < prefill_end)]
+                for _, tokens, position, prefill_end in self._meter.step_parts(begun)
+            ]
+        )
         rejected = dict(zip(ids, step.rejected.tolist(), strict=True))
         self._meter.settle(begun, step.gpu_time_ns, rejected if any(rejected.values()) else None)
 
@@ -90,6 +110,9 @@ class LeaveOneOut:
     def split(self, step: TraceStep, game: SimulatedGame) -> Floats:
         return game.marginal_s() * (step.gpu_time_ns / game.total_s)
 
+    def claimed(self) -> Floats | None:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Errors:
@@ -102,6 +125,8 @@ class Errors:
     outside_interval_share: float
     outside_interval_parts_share: float
     uncharged_share: float
+    claimed_error: Percentiles | None = None
+    within_claim_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +184,8 @@ def compare(
             # Their mean differs from either half by half their difference.
             sums["halves"].add(step, halves[0], true, interval)
             for name, splitter in splitters.items():
-                sums[name].add(step, splitter.split(step, game), true, interval)
+                given = splitter.split(step, game)
+                sums[name].add(step, given, true, interval, splitter.claimed())
         on_step()
     truth = sums.pop("")
     halves_of_truth = sums.pop("halves").errors(tenants, names)
@@ -182,6 +208,8 @@ class _Sums:
     def __init__(self, requests: int) -> None:
         self.given_ns = np.zeros(requests)
         self.true_ns = np.zeros(requests)
+        self.claimed_ns = np.zeros(requests)
+        self.claims = False
         self.step_ns = 0
         self.misplaced_ns = 0.0
         self.outside_ns = 0.0
@@ -189,7 +217,12 @@ class _Sums:
         self.parts = 0
 
     def add(
-        self, step: TraceStep, given: Floats, true: Floats, interval: tuple[Floats, Floats]
+        self,
+        step: TraceStep,
+        given: Floats,
+        true: Floats,
+        interval: tuple[Floats, Floats],
+        claimed: Floats | None = None,
     ) -> None:
         self.given_ns[step.requests] += given
         self.true_ns[step.requests] += true
@@ -201,6 +234,9 @@ class _Sums:
         self.outside_ns += float(outside[is_outside].sum())
         self.outside_parts += int(is_outside.sum())
         self.parts += len(given)
+        if claimed is not None:
+            self.claims = True
+            self.claimed_ns[step.requests] += claimed * given
 
     def errors(self, tenants: Ints, names: Sequence[str]) -> Errors:
         seen = self.true_ns > 0
@@ -222,4 +258,17 @@ class _Sums:
             outside_interval_share=self.outside_ns / whole_ns,
             outside_interval_parts_share=self.outside_parts / max(1, self.parts),
             uncharged_share=1 - float(self.given_ns.sum()) / whole_ns,
+            **self._claims(seen),
         )
+
+    def _claims(self, seen: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, Any]:
+        given, true = self.given_ns[seen], self.true_ns[seen]
+        has_claim = given > 0
+        if not self.claims or not has_claim.any():
+            return {}
+        claimed = self.claimed_ns[seen][has_claim] / given[has_claim]
+        errors = np.abs(given / true - 1)[has_claim]
+        return {
+            "claimed_error": Percentiles.of(claimed),
+            "within_claim_share": float(np.mean(errors <= claimed)),
+        }

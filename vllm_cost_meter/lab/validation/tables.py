@@ -69,6 +69,8 @@ def truth_table(found: Mapping[str, Any]) -> Table:
         "outside interval\nGPU time",
         "outside interval\nparts",
         "\nuncharged",
+        "claimed\np95",
+        "within\nclaim",
     ):
         table.add_column(head, justify="right", no_wrap=True)
     for method, errors in found["methods"].items():
@@ -85,6 +87,8 @@ def truth_table(found: Mapping[str, Any]) -> Table:
                     "uncharged_share",
                 )
             ),
+            _percent((errors["claimed_error"] or {}).get("p95")),
+            _percent(errors["within_claim_share"]),
         )
     noise, truth = found["noise"], found["truth"]
     table.add_row(
@@ -95,6 +99,7 @@ def truth_table(found: Mapping[str, Any]) -> Table:
         _percent(truth["outside_interval_share"]),
         _percent(truth["outside_interval_parts_share"]),
         _percent(0.0),
+        *(_percent(None), _percent(None)),
     )
     return table
 

@@ -10,7 +10,13 @@ from typing import Any
 from sqlalchemy import and_, func, select
 from sqlalchemy.engine import Connection
 
-from vllm_cost_meter.attribution.cost_model import EXPERTS, FIT_TERMS, RAMPS, SLOPES
+from vllm_cost_meter.attribution.cost_model import (
+    CHARGE_KIND_NAMES,
+    EXPERTS,
+    FIT_TERMS,
+    RAMPS,
+    SLOPES,
+)
 from vllm_cost_meter.ledger.queries.answers import CostModelRow
 from vllm_cost_meter.ledger.schema import cost_models, runs, snapshots
 from vllm_cost_meter.records.snapshot import CostModel, EarlierFit, LearntCurve
@@ -84,6 +90,7 @@ def _model_of(row: Mapping[str, Any]) -> CostModel:
         error_other_form=row["error_other_form"],
         explained=row["explained"],
         curve=LearntCurve.from_plain(json.loads(row["curve"])) if row["curve"] else None,
+        charge_errors=tuple(json.loads(row["charge_errors"])) if row["charge_errors"] else None,
     )
 
 
@@ -110,6 +117,11 @@ def _shown(row: Mapping[str, Any]) -> CostModelRow:
         "error_two_planes": model.error_two_planes,
         "error_other_form": model.error_other_form,
         "explained": model.explained,
+        "charge_errors": (
+            None
+            if model.charge_errors is None
+            else dict(zip(CHARGE_KIND_NAMES, model.charge_errors, strict=True))
+        ),
     }
 
 
