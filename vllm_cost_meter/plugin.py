@@ -54,6 +54,8 @@ WITH_RUST = (
 
 # Whether a command line of this process named the meter, and its settings are right.
 _is_checked = False
+# Whether a command line of this process did not name it, and that was said.
+_is_said_inert = False
 
 
 def register() -> None:
@@ -69,12 +71,6 @@ def register() -> None:
         loading.hook_cli_flags(add_flags)
     if is_named():
         activate()
-    elif not is_refused() and is_serve_parent() and not _given("--plugins", sys.argv):
-        # We write to stderr because vLLM's logging is not set up yet.
-        sys.stderr.write(
-            "cost meter: installed but not named, so it does nothing. To measure what requests "
-            f"cost: vllm serve ... --plugins {NAME}\n"
-        )
 
 
 def is_serve_parent() -> bool:
@@ -201,9 +197,31 @@ def act_after_parsing(parser: argparse.ArgumentParser) -> None:
         if is_named():
             with _refusing():
                 bring_middleware(namespace)
+        else:
+            say_inert(namespace)
         return parsed
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def say_inert(namespace: argparse.Namespace) -> None:
+    """Say once, where `vllm serve` parsed a line without plugins, that the meter is not named.
+
+    A configuration file may name it, so this is known only once the line is parsed.
+    """
+    global _is_said_inert
+    names_others = getattr(namespace, "plugins", None) is not None
+    if _is_said_inert or names_others or is_refused() or not is_serve_parent():
+        return
+    _is_said_inert = True
+    does = "it does nothing"
+    if has_middleware(namespace):
+        does = "no engine is measured, and its middleware has nothing to bill"
+    # To stderr, as vLLM's log may be switched off.
+    sys.stderr.write(
+        f"cost meter: installed but not named, so {does}. To measure what requests cost: vllm serve"
+        f" ... --plugins {NAME}\n"
+    )
 
 
 def warn_of_rust(namespace: argparse.Namespace) -> None:
@@ -293,15 +311,6 @@ def plugins_to_name(wanted: Sequence[str]) -> list[str]:
             if entry_point.name != NAME
         ]
     return list(dict.fromkeys([*before, *wanted]))
-
-
-def _given(flag: str, argv: Sequence[str]) -> bool:
-    spellings = (flag, flag.replace("-", "_").replace("__", "--", 1))
-    return any(
-        argument == spelling or argument.startswith(f"{spelling}=")
-        for argument in argv
-        for spelling in spellings
-    )
 
 
 # -- endpoint plugin ----------------------------------------------------------------------------

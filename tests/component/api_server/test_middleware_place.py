@@ -155,6 +155,38 @@ def test_an_admin_token_that_is_a_key_of_the_command_line_stops_it_before_a_mode
     assert parser().parse_args(["--api-key", "other"]).api_key == ["other"]
 
 
+# ---- not named
+
+
+@pytest.fixture
+def serving(named):
+    named.delenv("VLLM_PLUGINS")
+    named.setattr("sys.argv", ["vllm", "serve", "model"])
+    named.setattr(plugin, "_is_said_inert", False)
+    return named
+
+
+def test_a_server_that_names_no_plugins_says_once_that_the_meter_is_inert(serving, capsys):
+    middleware()
+    middleware()
+    said = capsys.readouterr().err
+    assert said.count("cost meter: installed but not named, so it does nothing. ") == 1
+    assert said.endswith("vllm serve ... --plugins cost_meter\n")
+
+
+def test_with_its_middleware_alone_it_says_that_nothing_is_measured(serving, capsys):
+    middleware("--middleware", MIDDLEWARE)
+    said = capsys.readouterr().err
+    assert "installed but not named, so no engine is measured, and its middleware has" in said
+
+
+@pytest.mark.parametrize("names", ["cost_meter", "other"])
+def test_a_server_that_names_plugins_is_told_nothing(serving, capsys, names):
+    serving.setenv("VLLM_PLUGINS", "")  # put back by the fixture
+    middleware("--plugins", names)
+    assert capsys.readouterr().err == ""
+
+
 # ---- the doctor
 
 
