@@ -191,8 +191,9 @@ def act_after_parsing(parser: argparse.ArgumentParser) -> None:
         if (is_named() or has_middleware(namespace)) and not _is_checked:
             # A node that only runs engines uses no ledger.
             check_settings(with_ledger=not getattr(namespace, "headless", False))
-            check_admin_token(namespace)
-            warn_of_rust(namespace)
+            with _refusing():
+                check_admin_token(namespace)
+                warn_of_rust(namespace)
             _is_checked = True
         if is_named():
             with _refusing():
