@@ -49,7 +49,13 @@ import httpx
 from bench_attribution import machine
 
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.lab.server import CPU_ARGUMENTS, Server, environment_of, is_cpu_build
+from vllm_cost_meter.lab.server import (
+    CPU_ARGUMENTS,
+    Server,
+    environment_of,
+    is_cpu_build,
+    meter_arguments,
+)
 from vllm_cost_meter.lab.tiny_model import default_path, make_tiny_model
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
@@ -223,7 +229,7 @@ class Bench:
         arguments = [
             *(CPU_ARGUMENTS if is_cpu_build() else ()),
             *("--served-model-name", MODEL, "--max-model-len", "8192"),
-            *("--plugins", "cost_meter", "--cost-meter-config", str(config)),
+            *meter_arguments(config),
         ]
         self.server = Server(str(default_path()), arguments, environment, folder / "server.log")
 

@@ -42,7 +42,14 @@ import psutil
 from bench_attribution import machine
 
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.lab.server import CPU_ARGUMENTS, Server, end_of, environment_of, is_cpu_build
+from vllm_cost_meter.lab.server import (
+    CPU_ARGUMENTS,
+    Server,
+    end_of,
+    environment_of,
+    is_cpu_build,
+    meter_arguments,
+)
 from vllm_cost_meter.lab.tiny_model import default_path, make_tiny_model
 
 RATIOS = {
@@ -134,8 +141,7 @@ class Bench:
             "COST_METER_LEDGER": f"sqlite:///{self.folder / name}.db",
             "COST_METER_GPU_HOUR_USD": "2.50",
         }
-        plugins = ("--plugins", "cost_meter") if metered else ()
-        arguments = [*self.arguments, *plugins]
+        arguments = [*self.arguments, *(meter_arguments() if metered else ())]
         return Subject(
             label, Server(self.model, arguments, environment, self.folder / f"{name}.log")
         )

@@ -45,7 +45,7 @@ from bench_attribution import machine
 from vllm_cost_meter.api_server.side_endpoint import SideEndpoint
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.endpoint.answers import NO_METER
-from vllm_cost_meter.lab.server import CPU_ARGUMENTS, Server, environment_of
+from vllm_cost_meter.lab.server import CPU_ARGUMENTS, Server, environment_of, meter_arguments
 from vllm_cost_meter.lab.tiny_model import default_path, make_tiny_model
 from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.records.bill import Bill, UsagePiece
@@ -341,7 +341,7 @@ def token_gaps(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "COST_METER_GPU_HOUR_USD": "2.50",
         "OMP_NUM_THREADS": "1",
     }
-    arguments = [*CPU_ARGUMENTS, "--plugins", "cost_meter"]
+    arguments = [*CPU_ARGUMENTS, *meter_arguments()]
     server = Server(str(default_path()), arguments, environment, folder / "server.log")
     server.launch()
     gaps: dict[str, list[list[float]]] = {"without": [], "with": []}

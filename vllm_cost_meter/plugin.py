@@ -31,6 +31,8 @@ logger = meter_logger()
 
 # The meter's own modules, as `--middleware` names them, begin with this.
 OWN_MODULES = "vllm_cost_meter."
+# The path that is promised to stay.
+MIDDLEWARE = f"{OWN_MODULES}middleware.CostMiddleware"
 
 # While VLLM_PLUGINS is unset, vLLM loads every plugin of these groups. Endpoint plugins are not
 # among them; they load only when named.
@@ -41,9 +43,19 @@ GROUPS_LOADED_BY_DEFAULT = (
     "vllm.stat_logger_plugins",
 )
 
+WITHOUT_A_PLACE = (
+    "Without it every bill would be for 'unknown': use a vLLM that the meter's README names, or do"
+    f" not name {NAME}"
+)
+WITH_RUST = (
+    "requests are not billed: vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) runs no middleware of"
+    " the meter; unset the variable to have them billed"
+)
 
 # Whether a command line of this process named the meter, and its settings are right.
 _is_checked = False
+# Whether a command line of this process did not name it, and that was said.
+_is_said_inert = False
 
 
 def register() -> None:
@@ -59,12 +71,6 @@ def register() -> None:
         loading.hook_cli_flags(add_flags)
     if is_named():
         activate()
-    elif not is_refused() and is_serve_parent() and not _given("--plugins", sys.argv):
-        # We write to stderr because vLLM's logging is not set up yet.
-        sys.stderr.write(
-            "cost meter: installed but not named, so it does nothing. To measure what requests "
-            f"cost: vllm serve ... --plugins {NAME}\n"
-        )
 
 
 def is_serve_parent() -> bool:
@@ -125,19 +131,14 @@ def _refuses_unmetered() -> bool:
     return load_settings().refuses_unmetered
 
 
-def check_admin_token(app: Any) -> None:
-    """Exit with one line if the admin token is one of the API keys that vLLM was started with."""
+def check_admin_token(args: Any) -> None:
+    """Exit with one line if the admin token is one of the API keys in vLLM's arguments."""
     with contextlib.suppress(CostMeterError):  # Wrong settings are said elsewhere.
-        from vllm_cost_meter.api_server.access.start_warnings import vllm_keys
+        from vllm_cost_meter.api_server.access.start_warnings import shared_admin_token
         from vllm_cost_meter.config.loading import load_settings
-        from vllm_cost_meter.tenants.rules import sha256_of
 
-        admin = load_settings().admin_sha256()
-        if admin is not None and admin in {sha256_of(key.encode()) for key in vllm_keys(app)}:
-            raise SystemExit(
-                "cost meter: COST_METER_ADMIN_TOKEN: expected a token other than vLLM's API keys,"
-                " got one of them, so that every client could read all tenants' figures"
-            )
+        if (wrong := shared_admin_token(args, load_settings())) is not None:
+            raise SystemExit(f"cost meter: {wrong}")
 
 
 def _runtime() -> Any:
@@ -170,15 +171,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             default=None,
             help="Settings of the cost meter; the environment (COST_METER_*) goes before them.",
         )
-    check_after_parsing(parser)
+    act_after_parsing(parser)
 
 
-def check_after_parsing(parser: argparse.ArgumentParser) -> None:
-    """Have the settings checked once this parser has parsed a command line that names the meter.
+def act_after_parsing(parser: argparse.ArgumentParser) -> None:
+    """Have the settings checked, and the middleware brought, once this parser has parsed.
 
-    All ways to start a server parse one, in the process that starts all others; `vllm` makes a
-    parser for each of its commands, and uses one. Later it parses empty ones, to learn the
-    defaults: only the first one counts.
+    All ways to start a server parse a command line, in the process that starts all others; `vllm`
+    makes a parser for each of its commands, and uses one. What it parsed goes to each API server.
+    Later vLLM parses empty lines, to learn the defaults: settings are checked at the first one.
     """
     parse = parser.parse_known_args
 
@@ -187,15 +188,74 @@ def check_after_parsing(parser: argparse.ArgumentParser) -> None:
         global _is_checked
         parsed = parse(*args, **kwargs)
         namespace = parsed[0]
-        middlewares = getattr(namespace, "middleware", None) or ()
-        names_us = is_named() or any(str(name).startswith(OWN_MODULES) for name in middlewares)
-        if names_us and not _is_checked:
+        if (is_named() or has_middleware(namespace)) and not _is_checked:
             # A node that only runs engines uses no ledger.
             check_settings(with_ledger=not getattr(namespace, "headless", False))
+            with _refusing():
+                check_admin_token(namespace)
+                warn_of_rust(namespace)
             _is_checked = True
+        if is_named():
+            with _refusing():
+                bring_middleware(namespace)
+        else:
+            say_inert(namespace)
         return parsed
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def say_inert(namespace: argparse.Namespace) -> None:
+    """Say once, where `vllm serve` parsed a line without plugins, that the meter is not named.
+
+    A configuration file may name it, so this is known only once the line is parsed.
+    """
+    global _is_said_inert
+    names_others = getattr(namespace, "plugins", None) is not None
+    if _is_said_inert or names_others or is_refused() or not is_serve_parent():
+        return
+    _is_said_inert = True
+    does = "it does nothing"
+    if has_middleware(namespace):
+        does = "no engine is measured, and its middleware has nothing to bill"
+    # To stderr, as vLLM's log may be switched off.
+    sys.stderr.write(
+        f"cost meter: installed but not named, so {does}. To measure what requests cost: vllm serve"
+        f" ... --plugins {NAME}\n"
+    )
+
+
+def warn_of_rust(namespace: argparse.Namespace) -> None:
+    """Log one line if the parsed command line starts an HTTP server that is no Python."""
+    from vllm_cost_meter.vllm_hooks import middleware_place
+
+    if is_active() and middleware_place.serves_http_in_rust(namespace):
+        logger.warning("cost meter: %s", WITH_RUST)
+
+
+def has_middleware(namespace: argparse.Namespace) -> bool:
+    """Return whether the parsed command line adds a middleware of ours."""
+    given = getattr(namespace, "middleware", None) or ()
+    return any(str(name).startswith(OWN_MODULES) for name in given)
+
+
+def bring_middleware(namespace: argparse.Namespace) -> None:
+    """Add the middleware to the parsed `--middleware`, where vLLM has no endpoint plugins.
+
+    As by an endpoint plugin, it is added where it meters, or refuses what the settings refuse even
+    unmetered. It stands first, and so inside the operator's own middleware, as that plugin's does.
+    Exits with one line if vLLM has no such flag.
+    """
+    from vllm_cost_meter.vllm_hooks import middleware_place
+
+    if not middleware_place.serves_http(namespace) or middleware_place.has_endpoint_plugins():
+        return
+    if has_middleware(namespace) or not (is_active() or _refuses_unmetered()):
+        return
+    if not hasattr(namespace, "middleware"):
+        raise SystemExit(f"cost meter: {middleware_place.EXPECTED}. {WITHOUT_A_PLACE}")
+    # A new list, because without the flag vLLM hands out the parser's own default.
+    namespace.middleware = [MIDDLEWARE, *(namespace.middleware or ())]
 
 
 class _Exporting(argparse.Action):
@@ -254,23 +314,15 @@ def plugins_to_name(wanted: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*before, *wanted]))
 
 
-def _given(flag: str, argv: Sequence[str]) -> bool:
-    spellings = (flag, flag.replace("-", "_").replace("__", "--", 1))
-    return any(
-        argument == spelling or argument.startswith(f"{spelling}=")
-        for argument in argv
-        for spelling in spellings
-    )
-
-
 # -- endpoint plugin ----------------------------------------------------------------------------
 
 
 class EndpointPlugin:
-    """Entry point of `vllm.endpoint_plugins` (vLLM 0.27 and later): adds the middleware.
+    """Entry point of `vllm.endpoint_plugins` (vLLM 0.26 and later): adds the middleware.
 
     The middleware itself starts the meter with the application's lifespan. So it works the same
-    whether this plugin or `--middleware` installed it.
+    whether this plugin or `--middleware` installed it. An older vLLM has no such entry points, and
+    `bring_middleware` does this there.
     """
 
     name = NAME
@@ -286,7 +338,7 @@ class EndpointPlugin:
         if not is_named():
             return
         check_settings()
-        check_admin_token(app)
+        check_admin_token(getattr(app.state, "args", None))
         with _refusing():
             if is_active() or _refuses_unmetered():
                 from vllm_cost_meter.api_server.middleware import CostMiddleware

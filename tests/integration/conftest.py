@@ -9,6 +9,7 @@ import pytest
 
 from tests.integration.probe import Probe
 from tests.integration.server import BUDGETS, CHILDREN, Server
+from vllm_cost_meter.lab.server import meter_arguments
 
 KV_BLOCKS = "24"  # of 128 tokens
 
@@ -25,7 +26,7 @@ def server(work: Path) -> Iterator[Server]:
     tee.mkdir()
     server = Server(
         work / "plain",
-        arguments=["--plugins", "cost_meter", "--enable-prompt-tokens-details"],
+        arguments=[*meter_arguments(), "--enable-prompt-tokens-details"],
         environment={
             "CMT_TEE": str(tee),
             "CMT_SEEN": str(work / "seen"),
@@ -52,7 +53,7 @@ def hard(work: Path) -> Iterator[Server]:
     server = Server(
         work / "hard",
         arguments=[
-            *("--plugins", "cost_meter", "--api-server-count", "2"),
+            *(*meter_arguments(), "--api-server-count", "2"),
             *("--num-gpu-blocks-override", KV_BLOCKS, "--max-model-len", "2900"),
             "--enable-prompt-tokens-details",
         ],

@@ -16,7 +16,8 @@ from tests.integration.server import PLUGIN_FOLDER
 PROBE = """
 import json, os, pathlib, sys
 from vllm.config import SchedulerConfig
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.cli import serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
@@ -25,7 +26,8 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics import loggers
 import vllm.plugins
 {before}
-parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+[command] = serve.cmd_init()
+parser = command.subparser_init(FlexibleArgumentParser().add_subparsers())
 namespace = parser.parse_args(sys.argv[2:])
 hooked = lambda f: hasattr(f, "cost_meter_original")
 def is_ours(function):
@@ -36,7 +38,8 @@ class App:
     added = []
     def add_middleware(self, middleware):
         self.added.append(middleware.__name__)
-endpoint_plugins = vllm.plugins.load_endpoint_plugins(("generate",))
+load_endpoint_plugins = getattr(vllm.plugins, "load_endpoint_plugins", lambda _tasks: [])
+endpoint_plugins = load_endpoint_plugins(("generate",))
 for plugin in endpoint_plugins:
     plugin.attach_router(App())
 print("PROBE" + json.dumps({{
@@ -45,7 +48,7 @@ print("PROBE" + json.dumps({{
     "outputs": hooked(OutputProcessor.add_request) or hooked(OutputProcessor.process_outputs),
     "stat_loggers": [f.__name__ for f in loggers.load_stat_logger_plugin_factories()],
     "endpoint_plugins": [plugin.name for plugin in endpoint_plugins],
-    "middleware": App.added,
+    "middleware": [name.rpartition(".")[2] for name in App.added + namespace.middleware],
     "ours": [f"{{owner.__name__}}.{{name}}" for owner in OWNERS
              for name, function in vars(owner).items() if is_ours(function)],
     "VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS"),

@@ -15,6 +15,7 @@ import pytest
 from tests.integration.probe import Probe
 from tests.integration.server import Server
 from tests.integration.traffic import ask
+from vllm_cost_meter.lab.server import meter_arguments
 from vllm_cost_meter.vllm_hooks import canary
 
 
@@ -148,7 +149,7 @@ def test_a_real_server_whose_scheduler_changed_serves_all_but_who_fails_closed_u
 ) -> None:
     server = Server(
         work / "changed",
-        arguments=["--plugins", "cost_meter"],
+        arguments=meter_arguments(),
         environment={"CMT_CHANGED": "vllm.v1.core.sched.scheduler:Scheduler.schedule"},
         config='[[tenants]]\nname = "strict"\nfail_closed = true\n'
         f'api_key_sha256 = ["{hashlib.sha256(b"any-key").hexdigest()}"]\n',

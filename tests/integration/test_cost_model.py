@@ -18,6 +18,7 @@ import pytest
 from tests.integration.server import Server
 from tests.integration.traffic import PROMPT, ask
 from vllm_cost_meter.attribution import METHODS
+from vllm_cost_meter.lab.server import meter_arguments
 
 DRAFTS = {
     "method": "ngram",
@@ -32,7 +33,7 @@ DRAFTS_WORK = VLLM != "0.30.0+cpu"
 # So many requests with drafts end in as many ways.
 SEEDS = 48
 ARGUMENTS = [
-    *("--plugins", "cost_meter"),
+    *meter_arguments(),
     *(["--speculative-config", json.dumps(DRAFTS)] if DRAFTS_WORK else []),
 ]
 

@@ -17,6 +17,7 @@ import pytest
 from tests.integration.server import Server
 from tests.integration.traffic import ask
 from tests.support.nvml import TIMEOUT, A, Card, Machine, compile_library
+from vllm_cost_meter.lab.server import meter_arguments
 
 TICK_S = 0.05
 TOLD_TIMEOUT_S = 15
@@ -57,7 +58,7 @@ def powered(work: Path, gpu: Gpu) -> Iterator[Server]:
     paths = [str(compile_library(folder).parent), os.environ.get("LD_LIBRARY_PATH", "")]
     server = Server(
         work / "powered",
-        arguments=["--plugins", "cost_meter"],
+        arguments=meter_arguments(),
         environment={
             "CMT_NVML": str(gpu.script),
             "LD_LIBRARY_PATH": ":".join(filter(None, paths)),

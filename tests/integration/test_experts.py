@@ -11,6 +11,7 @@ import pytest
 
 from tests.integration.server import Server
 from tests.integration.traffic import ask
+from vllm_cost_meter.lab.server import meter_arguments
 from vllm_cost_meter.lab.tiny_model import default_path
 
 
@@ -19,7 +20,7 @@ def experts(work: Path) -> Iterator[Server]:
     server = Server(
         work / "experts",
         arguments=[
-            *("--plugins", "cost_meter", "--max-model-len", "1024"),
+            *(*meter_arguments(), "--max-model-len", "1024"),
             *("--data-parallel-size", "2", "--api-server-count", "1"),
         ],
         environment={"CMT_EXPERTS": "1"},

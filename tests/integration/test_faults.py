@@ -14,6 +14,7 @@ import pytest
 
 from tests.integration.server import Server
 from tests.integration.traffic import ask
+from vllm_cost_meter.lab.server import meter_arguments
 
 ENGINE_HOOKS = ("_scheduled", "_result_came", "_carry_late_bills", "_added", "_freed", "snapshot")
 SLEEP_HOOKS = ("_slept", "_woke")
@@ -38,7 +39,7 @@ def faults(work: Path) -> Path:
 def faulty(work: Path, faults: Path) -> Iterator[Server]:
     server = Server(
         work / "faulty",
-        arguments=["--plugins", "cost_meter"],
+        arguments=meter_arguments(),
         environment={
             "CMT_FAULTS": str(faults),
             "COST_METER_BILL_TIMEOUT_MS": str(round(BILL_TIMEOUT_S * 1000)),

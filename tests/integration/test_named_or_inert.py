@@ -14,6 +14,7 @@ import pytest
 
 from tests.integration.probe import Probe
 from tests.integration.server import Server
+from vllm_cost_meter.lab.server import meter_arguments
 from vllm_cost_meter.plugin import GROUPS_LOADED_BY_DEFAULT
 
 HALF_A_MINUTE_S = 30
@@ -24,6 +25,7 @@ def test_installed_but_not_named_it_changes_nothing_and_says_so_once(probe: Prob
     assert not any(answer[hook] for hook in ("scheduler", "engine", "outputs"))
     assert answer["stat_loggers"] == []
     assert answer["endpoint_plugins"] == []
+    assert answer["middleware"] == []
     assert not answer["ledger_loaded"]
     assert answer["other_plugin_loaded"]
     assert probe.output.count("installed but not named") == 1
@@ -35,7 +37,7 @@ def test_named_by_the_variable_it_is_active(probe: Probe) -> None:
     assert answer["engine"]
     assert answer["outputs"]
     assert answer["stat_loggers"] == ["CostStatLogger"]
-    assert answer["endpoint_plugins"] == ["cost_meter"]
+    assert answer["middleware"] == ["CostMiddleware"]
     assert not answer["other_plugin_loaded"], "VLLM_PLUGINS is an allowlist"
 
 
@@ -44,7 +46,7 @@ def test_named_by_the_flag_it_is_active_and_switches_nothing_else_off(probe: Pro
     assert answer["scheduler"]
     assert answer["engine"]
     assert answer["outputs"]
-    assert answer["endpoint_plugins"] == ["cost_meter"]
+    assert answer["middleware"] == ["CostMiddleware"]
     named = set(answer["VLLM_PLUGINS"].split(","))
     assert {"cost_meter", "cost_meter_tests", "lora_filesystem_resolver"} <= named
     assert answer["other_plugin_loaded"]
@@ -141,7 +143,7 @@ def beside(work: Path, server: Server) -> Iterator[Beside]:
     before, began_s = server.balanced()["runs"][0], time.monotonic()
     inert = Server(work / "inert", metered=False)
     named = Server(work / "named", price=None, side_port=inert.port)
-    named.arguments = ["--plugins", "cost_meter"]
+    named.arguments = meter_arguments()
     try:
         inert.start()
         named.start()

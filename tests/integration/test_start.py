@@ -1,9 +1,10 @@
-"""However vLLM is started, a wrong setting of a meter that is named stops it with one line.
+"""However vLLM is started, a named meter's wrong setting stops it, and its middleware is there.
 
 vLLM's own programs run here, each in a process of its own, up to where their command line is read:
-what is wrong stops them there, before a model is loaded.
+what is wrong stops them there, before a model is loaded. What they parsed is what they hand on.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,79 @@ def test_a_command_that_starts_no_engine_is_not_stopped(probe: Probe) -> None:
     probe.run(VLLM, ["vllm", "--version"], **wrong)
     assert probe.status == 0, probe.output
     assert "cost meter" not in probe.output
+
+
+# ---- the middleware, where vLLM has no endpoint plugins
+
+# As vLLM 0.25: without its loading of endpoint plugins. What an API server would be built with.
+WITHOUT_PLUGINS = """
+import json, sys
+import vllm.plugins
+if hasattr(vllm.plugins, "load_endpoint_plugins"):
+    del vllm.plugins.load_endpoint_plugins
+def shown(args):
+    print("PARSED" + json.dumps(args.middleware))
+    raise SystemExit
+"""
+SERVE = """
+from vllm.entrypoints.cli.serve import ServeSubcommand
+ServeSubcommand.cmd = staticmethod(shown)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+# What `python -m` parses with; the module that has it moves from version to version.
+PARSER = """
+from vllm.entrypoints.cli.serve import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+shown(make_arg_parser(FlexibleArgumentParser()).parse_args())
+"""
+
+
+def parsed(probe: Probe, code: str, *arguments: str, **environment: str) -> list[str]:
+    probe.run(WITHOUT_PLUGINS + code, ["vllm", *arguments], **environment)
+    assert probe.status == 0, probe.output
+    [line] = [line for line in probe.output.splitlines() if line.startswith("PARSED")]
+    found: list[str] = json.loads(line.removeprefix("PARSED"))
+    return found
+
+
+@pytest.mark.parametrize("code", [SERVE, PARSER])
+@pytest.mark.parametrize("by_hand", [(), ("--middleware", OURS)])
+def test_each_api_server_gets_the_middleware_once_in_what_was_parsed(
+    probe: Probe, code: str, by_hand: tuple[str, ...]
+) -> None:
+    arguments = ["serve", str(default_path())] if code is SERVE else []
+    more = ["--api-server-count", "2", *by_hand]
+    assert parsed(probe, code, *arguments, *more, "--plugins", "cost_meter") == [OURS]
+    assert parsed(probe, code, *arguments, *more, VLLM_PLUGINS="cost_meter") == [OURS]
+
+
+def test_a_configuration_file_may_name_the_meter(probe: Probe, tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(f"model: {default_path()}\nplugins: cost_meter\n")
+    assert parsed(probe, SERVE, "serve", "--config", str(config)) == [OURS]
+    assert "installed but not named" not in probe.output
+
+
+def test_not_named_what_was_parsed_is_vllms(probe: Probe) -> None:
+    assert parsed(probe, SERVE, "serve", str(default_path())) == []
+    assert probe.output.count("installed but not named") == 1
+
+
+def test_a_command_line_without_the_flag_stops_the_start(probe: Probe) -> None:
+    """As a vLLM of which nobody knows yet, with neither of the two."""
+    code = """
+from vllm.engine.arg_utils import EngineArgs
+original = EngineArgs.add_cli_args
+def without_flag(parser):
+    parser = original(parser)
+    action = parser._option_string_actions.pop("--middleware", None)  # Batches have none.
+    if action is not None:
+        action.container._remove_action(action)
+    return parser
+EngineArgs.add_cli_args = staticmethod(without_flag)
+"""
+    arguments = ["vllm", "serve", str(default_path())]
+    probe.run(WITHOUT_PLUGINS + code + SERVE, arguments, VLLM_PLUGINS="cost_meter")
+    line = the_line(probe)
+    assert line.startswith("cost meter: expected vllm.plugins.load_endpoint_plugins or the flag ")

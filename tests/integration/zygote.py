@@ -40,6 +40,7 @@ def main() -> None:
     os.dup2(2, 1)
     # What every probe needs; none of it loads plugins when imported.
     import vllm.engine.arg_utils
+    import vllm.entrypoints.cli.serve
     import vllm.v1.engine.core
     import vllm.v1.engine.output_processor
     import vllm.v1.metrics.loggers  # noqa: F401

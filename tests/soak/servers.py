@@ -16,6 +16,7 @@ from random import Random
 
 from tests.integration.server import Server, free_port
 from tests.soak.clients import Clients
+from vllm_cost_meter.lab.server import meter_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,7 +113,7 @@ class RealServers:
             environment = {"COST_METER_LEDGER": f"sqlite:///{self._ledger}"}
             server = Server(
                 self._folder / f"real-{self.kills}",
-                arguments=["--plugins", "cost_meter"],
+                arguments=meter_arguments(),
                 environment=environment,
             )
             begun = time.monotonic()

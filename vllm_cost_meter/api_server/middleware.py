@@ -4,8 +4,9 @@ If a tenant rule needs the body of a request, the middleware reads the body befo
 does, and passes it on unchanged. `judging` decides whether the request is admitted. `ReplyEditor`
 puts the cost into the reply.
 
-The endpoint plugin installs it (vLLM 0.27 and later), or `--middleware
-vllm_cost_meter.middleware.CostMiddleware` does (any version). Installing it twice does no harm.
+The endpoint plugin installs it (vLLM 0.26 and later), or `--middleware
+vllm_cost_meter.middleware.CostMiddleware` does, which the meter adds by itself to the command line
+of an older vLLM. Installing it twice does no harm.
 
 An application whose settings are wrong does not start; after that, nothing of ours stops it.
 

@@ -16,7 +16,11 @@ from typing import Any
 
 from vllm_cost_meter import metrics
 from vllm_cost_meter.activation import is_refused
-from vllm_cost_meter.api_server.access.start_warnings import start_warnings
+from vllm_cost_meter.api_server.access.start_warnings import (
+    shared_admin_token,
+    start_warnings,
+    vllm_args,
+)
 from vllm_cost_meter.api_server.admission import Admission, Rules
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.applying.follower import Applying
@@ -56,6 +60,12 @@ STOP_TIMEOUT_S = 10.0
 # A ledger that cannot be read is looked at again for the names of budgets after such pauses.
 NAMES_PAUSE_FIRST_S = 1.0
 NAMES_PAUSE_MOST_S = 60.0
+UNSERVED = (
+    "requests run in a process without an HTTP application that starts the meter, as offline, in"
+    " batches, by gRPC or in an application of one's own: they are billed to 'unknown', and nobody"
+    " asks for the totals that an audit needs. `app.add_middleware` gives an application the class"
+    " vllm_cost_meter.middleware.CostMiddleware"
+)
 
 
 class Runtime:
@@ -112,6 +122,8 @@ class Runtime:
         self._reload_interval_s = reload_interval_s
         # Background tasks by name.
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Bills come without an application that serves; cleared once that is said or not so.
+        self._warns_of_unserved = True
 
     def run(self, hook: str, body: Callable[..., Any], *args: Any) -> Any:
         """Call `body(collector, *args)` for a hook of vLLM. Never raises; None after an error."""
@@ -156,6 +168,8 @@ class Runtime:
         engine_client = getattr(getattr(app, "state", None), "engine_client", None)
         if engine_client is None:
             return None  # A render server has no engine.
+        if (wrong := shared_admin_token(vllm_args(app), self.settings)) is not None:
+            return wrong
         try:
             check_start(self.settings, engines.run_facts(engine_client), time.time_ns())
             polls = await self.start_work(engine_client, app.state)
@@ -175,6 +189,7 @@ class Runtime:
 
         Returns True if this API server is the one that polls the engines.
         """
+        self._warns_of_unserved = False
         self.collector.run_facts = engines.run_facts(engine_client)
         self.served = tuple(engines.served_names(engine_client, state))
         self._start_loop("announce", self._announce, self.settings.snapshot_interval_s)
@@ -293,6 +308,9 @@ class Runtime:
         self._start_task("budgets", self.admission.run)
 
     def _on_bill(self, part: EngineRequest) -> None:
+        if self._warns_of_unserved:
+            self._warns_of_unserved = False
+            logger.warning("cost meter: %s", UNSERVED)
         if self.follower is not None:
             self.follower.pending.add(part)
 

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vllm_cost_meter.activation import NAME
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.units.text import plain
 
@@ -44,6 +45,14 @@ STAGES = (
     ("KV cache size", "warming up"),
     ("Starting vLLM server", "opening the HTTP port"),
 )
+
+
+def meter_arguments(config: Path | None = None) -> list[str]:
+    """Return the arguments that have `vllm serve` metered, on each vLLM that the meter understands.
+
+    `config` is a file with settings. Whatever starts a metered server takes them from here.
+    """
+    return ["--plugins", NAME, *(["--cost-meter-config", str(config)] if config else [])]
 
 
 def is_cpu_build() -> bool:

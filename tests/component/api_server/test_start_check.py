@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cost_meter import plugin
+from vllm_cost_meter import activation, plugin
 from vllm_cost_meter.api_server import start_check
 from vllm_cost_meter.api_server.start_check import what_is_wrong
 from vllm_cost_meter.ledger import database
@@ -162,9 +162,11 @@ def test_a_node_that_only_runs_engines_needs_no_place_for_a_ledger(naming, tmp_p
         parser().parse_args(["serve"])
 
 
-def test_a_check_that_is_itself_broken_stops_nothing(naming, caplog):
+@pytest.mark.parametrize("module", ["start_check", "access.start_warnings"])
+def test_a_check_that_is_itself_broken_stops_nothing(naming, caplog, module):
     """As where a package of ours is missing."""
-    naming.setitem(sys.modules, "vllm_cost_meter.api_server.start_check", None)
+    naming.setattr(activation, "_refused", False)  # put back by the fixture
+    naming.setitem(sys.modules, f"vllm_cost_meter.api_server.{module}", None)
     assert parser().parse_args(["serve"]).command == "serve"
 
 
@@ -190,7 +192,7 @@ def checked(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process with this environment only, the check's modules loaded."""
     head = """
         import os, pwd, sys
-        from vllm_cost_meter import plugin
+        from vllm_cost_meter import activation, plugin
         from vllm_cost_meter.api_server import start_check
         # What Python imports late, a user who is nobody may not be able to read.
         "x".encode().decode("unicode_escape")

@@ -272,15 +272,15 @@ def test_a_key_check_that_fails_or_waits_lets_nobody_in(caplog):
 def test_an_admin_token_that_is_one_of_vllms_keys_stops_the_start(monkeypatch):
     monkeypatch.setenv("COST_METER_ADMIN_TOKEN", OPERATOR)
     with pytest.raises(SystemExit) as caught:
-        check_admin_token(vllm_app())
+        check_admin_token(vllm_app().state.args)
     assert str(caught.value).startswith(
         "cost meter: COST_METER_ADMIN_TOKEN: expected a token other"
     )
     assert OPERATOR not in str(caught.value)
-    check_admin_token(vllm_app(tokens=[ACME]))
+    check_admin_token(vllm_app(tokens=[ACME]).state.args)
     monkeypatch.setenv("VLLM_API_KEY", OPERATOR)
     with pytest.raises(SystemExit):
-        check_admin_token(vllm_app(tokens=()))
+        check_admin_token(vllm_app(tokens=()).state.args)
 
 
 # ---- warnings at the start

@@ -66,6 +66,7 @@ def test_a_good_installation_passes_every_check(path):
     assert list(found) == CHECKS
     assert all(ok for ok, _ in found.values()), found
     assert found["books"][1] == "1 engine runs balance"
+    assert found["vllm"][1].endswith("as the meter expects; an endpoint plugin adds the middleware")
 
 
 def test_the_command_prints_one_line_a_check_or_one_json_object(path):
@@ -173,6 +174,14 @@ def test_books_that_do_not_balance_fail(path):
     ok, detail = findings(path)["books"]
     assert not ok
     assert "vllm-cost-meter audit says where" in detail
+
+
+def test_a_run_with_bills_and_without_totals_is_a_warning(path):
+    sql(path, "DELETE FROM snapshots")
+    assert state_of_check(path, "books") == (
+        "warn",
+        "0 engine runs balance; of 1 more no totals are known: vllm-cost-meter audit says whose",
+    )
 
 
 def test_an_engine_whose_meter_is_off_fails(path):

@@ -1,6 +1,6 @@
-"""Warnings at the start about who can use the server: unnamed requests, open routes, short keys.
+"""Looks at the start at who can use the server: unnamed requests, open routes, short, shared keys.
 
-Invariant: no warning shows a key.
+Invariant: no line shows a key.
 """
 
 import os
@@ -13,11 +13,26 @@ from vllm_cost_meter.config.types import TOKEN_CHARS_MIN
 from vllm_cost_meter.tenants.rules import sha256_of
 
 
-def vllm_keys(app: Any) -> list[str]:
-    """Return the API keys that vLLM was started with, in clear."""
-    args = getattr(getattr(app, "state", None), "args", None)
+def vllm_args(app: Any) -> Any:
+    """Return the arguments that vLLM built an application with; None if it has none."""
+    return getattr(getattr(app, "state", None), "args", None)
+
+
+def vllm_keys(args: Any) -> list[str]:
+    """Return the API keys in vLLM's arguments or its environment, in clear."""
     given = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY", "")]
     return [key for key in given if key]
+
+
+def shared_admin_token(args: Any, settings: Settings) -> str | None:
+    """Return in one line that the admin token is one of vLLM's API keys; None if it is not."""
+    admin = settings.admin_sha256()
+    if admin is None or admin not in {sha256_of(key.encode()) for key in vllm_keys(args)}:
+        return None
+    return (
+        "COST_METER_ADMIN_TOKEN: expected a token other than vLLM's API keys, got one of them, so"
+        " that every client could read all tenants' figures"
+    )
 
 
 def start_warnings(app: Any, settings: Settings) -> Iterator[str]:
@@ -48,6 +63,6 @@ def _how_to_close(settings: Settings) -> str:
 
 
 def _with_short_keys(app: Any, settings: Settings) -> list[str]:
-    short = [key for key in vllm_keys(app) if len(key) < TOKEN_CHARS_MIN]
+    short = [key for key in vllm_keys(vllm_args(app)) if len(key) < TOKEN_CHARS_MIN]
     tenants = {settings.tenant_keys.get(sha256_of(key.encode()) or "") for key in short}
     return sorted(name for name in tenants if name is not None)

@@ -46,9 +46,11 @@ def native_loaded() -> Finding:
 
 def vllm_understood() -> Finding:
     """Compare vLLM with what the meter expects."""
-    from vllm_cost_meter.vllm_hooks.canary import check_all  # takes seconds
+    # takes seconds
+    from vllm_cost_meter.vllm_hooks.canary import check_all
+    from vllm_cost_meter.vllm_hooks.middleware_place import check_place
 
-    return fine("vllm", f"vLLM {check_all()} looks as the meter expects")
+    return fine("vllm", f"vLLM {check_all()} looks as the meter expects; {check_place()}")
 
 
 def energy_counter() -> Finding:

@@ -16,7 +16,7 @@ from rich.console import Console
 from vllm_cost_meter.config.engine import PREFIX
 from vllm_cost_meter.config.loading import OTHER_NAMES, load_settings
 from vllm_cost_meter.lab.demo.traffic import TENANTS
-from vllm_cost_meter.lab.server import CPU_ARGUMENTS, environment_of, is_cpu_build
+from vllm_cost_meter.lab.server import CPU_ARGUMENTS, environment_of, is_cpu_build, meter_arguments
 from vllm_cost_meter.lab.tiny_model import default_path, make_tiny_model
 
 ASSUMED_GPU_HOUR_USD = "2.50"
@@ -42,7 +42,7 @@ def prepare(console: Console, model: str | None) -> Setup:
     """Make the folder, the keys, the settings file and, if no model was named, the tiny model."""
     on_cpu = is_cpu_build()
     tiny = default_path()
-    arguments = ["--plugins", "cost_meter", "--enable-prompt-tokens-details"]
+    arguments = ["--enable-prompt-tokens-details"]
     if model is None:
         if not tiny.exists():
             console.print("making a tiny random model (10 s)")
@@ -68,7 +68,7 @@ def prepare(console: Console, model: str | None) -> Setup:
         folder=folder,
         keys=keys,
         environment=environment,
-        arguments=[*arguments, "--cost-meter-config", str(config)],
+        arguments=[*meter_arguments(config), *arguments],
     )
 
 

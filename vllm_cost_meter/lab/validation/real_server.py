@@ -21,7 +21,14 @@ from statistics import fmean
 from typing import Any
 
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.lab.server import CPU_ARGUMENTS, LOOPBACK, Server, environment_of, is_cpu_build
+from vllm_cost_meter.lab.server import (
+    CPU_ARGUMENTS,
+    LOOPBACK,
+    Server,
+    environment_of,
+    is_cpu_build,
+    meter_arguments,
+)
 from vllm_cost_meter.lab.validation.replay import charges_of_log
 
 # Every language model's tokenizer has these ids, and none of them ends the text.
@@ -60,7 +67,7 @@ def measure(model: str, rounds: int, on_phase: Callable[[str], None]) -> dict[st
             "COST_METER_LEDGER": f"sqlite:///{folder / 'ledger.db'}",
         }
         arguments = [
-            *("--plugins", "cost_meter", "--served-model-name", "model"),
+            *(*meter_arguments(), "--served-model-name", "model"),
             "--no-enable-prefix-caching",
             *(CPU_ARGUMENTS if is_cpu_build() else ()),
         ]
