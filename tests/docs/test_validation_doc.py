@@ -169,7 +169,7 @@ def test_the_verdicts_are_those_of_the_code():
 def test_the_keys_of_a_real_servers_answer_are_listed():
     from tests.unit.lab.test_real_server import FIVE, played
 
-    found = judge(FIVE, played(FIVE, rounds=4))
+    found = judge(FIVE, played(FIVE, rounds=6))
     listed = re.findall(r"`(\w+)`", section(PAGE, "The answer").partition("A server that")[0])
     about = {"model", "hardware", "vllm_version", "method", "repeated_bursts"}
     assert about | set(found) <= set(listed)

@@ -20,7 +20,7 @@ from vllm_cost_meter.lab.validation.real_server import session
 from vllm_cost_meter.lab.validation.real_server.session import ServerPlan, measure
 from vllm_cost_meter.lab.validation.real_server.verdict import AGREES, REFUSED
 
-SHORT = {"players": 3, "prompt_tokens": 512, "output_tokens": 6, "rounds": 4}
+SHORT = {"players": 3, "prompt_tokens": 512, "output_tokens": 6, "rounds": 6}
 
 
 def run_command(server: Server, *more: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +62,7 @@ def test_a_server_that_serves_others_meanwhile_is_not_judged(server: Server) -> 
                 body = {"model": "tiny", "prompt": "Somebody else asks", "max_tokens": 4}
                 client.post("/v1/completions", json=body).raise_for_status()
 
-    plan = ServerPlan(url=server.url, side_url=server.side_url, **SHORT)
+    plan = ServerPlan(url=server.url, side_url=server.side_url, **SHORT | {"players": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(session.KEY_ENV, "any-key")
         with pytest.raises(ServerError, match="expected a server that serves nobody else") as told:

@@ -123,7 +123,7 @@ def test_help_names_every_gpu_model_and_batch():
         (("--", "--max-model-len", "64"), "arguments of vLLM: expected with --server only"),
         (("--server", "--players", 1), "--players: expected 2 to 7, got 1"),
         (("--server", "--players", 8), "--players: expected 2 to 7, got 8"),
-        (("--server", "--rounds", 3), "--rounds: expected 4 or more, got 3"),
+        (("--server", "--rounds", 5), "--rounds: expected 6 or more, got 5"),
         (("--server", "--prompt-tokens", 255), "--prompt-tokens: expected 256 or more, got 255"),
         (("--server", "--output-tokens", 1), "--output-tokens: expected 2 or more, got 1"),
         (("--server", "--model", "a", "--model", "b"), "--model: expected one model with --server"),

@@ -1,26 +1,24 @@
-"""Compare what a server charged with the Shapley value that was measured on it, and say the
-verdict.
+"""Compare a server's bills with the Shapley value that was measured on it, and say the verdict.
 
-The charges are those of the bursts with all players. Each round gives each player's share of them;
-its interquartile mean over the rounds, times the measured value of all, is what the player is
-charged. So every split and the measured value add up to the same time, and a round on a slow clock
-moves no charge. A split passes if no player's charge is further from the measured value than its
-noise and `TOLERANCE_SHARE` of all GPU time.
+The charges are the bills of the bursts with all players, of those bursts whose times are the
+measured value of all: so every split and the measured values add up to the same time. A split
+passes if no player's charge is further from the measured value than its noise and `TOLERANCE_SHARE`
+of all GPU time.
 
 No verdict is given where it would mean nothing: where the noise of all players together is above
-`NOISE_SHARE_MAX` of all GPU time, and where equal parts, wrong for players so unlike, would pass
-too.
+`NOISE_SHARE_MAX` of all GPU time, and where equal parts, wrong for such players, would pass too.
 
 Invariant: the charges of each split, and the measured values, add up to the value of all.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from vllm_cost_meter.lab.validation.real_server.estimate import (
+    fastest,
     half_widths,
-    interquartile_mean,
     shapley_of,
 )
 from vllm_cost_meter.lab.validation.real_server.players import (
@@ -116,27 +114,29 @@ def judge(players: Sequence[PlayingRequest], rounds: Sequence[Round]) -> dict[st
 
 
 def _figures(players: Sequence[PlayingRequest], rounds: Sequence[Round]) -> _Figures:
-    values = [0.0] + [
-        interquartile_mean([sum(bill.gpu_time_ns for bill in one[coalition]) for one in rounds])
-        for coalition in range(1, 1 << len(players))
+    values_ns = [0.0]
+    counted: list[Sequence[PlayerBill]] = []
+    for coalition in range(1, 1 << len(players)):
+        times_ns = [_time_ns(one[coalition]) for one in rounds]
+        counted = [rounds[place][coalition] for place in fastest(times_ns)]
+        values_ns.append(fmean(map(_time_ns, counted)))
+    # The last coalition is that of all: its charges come from the bursts that gave its value.
+    charged = [
+        {OURS: [float(bill.gpu_time_ns) for bill in bills], **charges_of(players, bills)}
+        for bills in counted
     ]
-    everybody = len(values) - 1
-    shares: dict[str, list[list[float]]] = {}
-    for one in rounds:
-        bills = one[everybody]
-        ours = [float(bill.gpu_time_ns) for bill in bills]
-        for split, charges in {OURS: ours, **charges_of(players, bills)}.items():
-            shares.setdefault(split, []).append([ns / sum(charges) for ns in charges])
     return _Figures(
-        values,
-        shapley_of(values),
-        {split: _scaled(per_round, values[everybody]) for split, per_round in shares.items()},
+        values_ns,
+        shapley_of(values_ns),
+        {
+            split: [fmean(ns) for ns in zip(*(one[split] for one in charged), strict=True)]
+            for split in charged[0]
+        },
     )
 
 
-def _scaled(per_round: Sequence[Sequence[float]], all_ns: float) -> list[float]:
-    means = [interquartile_mean(shares) for shares in zip(*per_round, strict=True)]
-    return [all_ns * mean / sum(means) for mean in means]
+def _time_ns(bills: Sequence[PlayerBill]) -> int:
+    return sum(bill.gpu_time_ns for bill in bills)
 
 
 def _split(
