@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from tests.component.cli.test_cli import run
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab.validation import command
-from vllm_cost_meter.lab.validation.real_server import estimate, players, verdict
+from vllm_cost_meter.lab.validation.real_server import burst as burst_module
+from vllm_cost_meter.lab.validation.real_server import estimate, players, session, verdict
 from vllm_cost_meter.lab.validation.real_server.players import PlayerBill, PlayingRequest
 from vllm_cost_meter.lab.validation.real_server.verdict import judge
 from vllm_cost_meter.lab.validation.tables import show_server
@@ -238,6 +240,32 @@ def test_all_prompts_fit_into_one_step_and_all_players_differ(tokens):
     game = players.players_of(len(players.KINDS), tokens, 32)
     assert sum(player.prompt_tokens for player in game) <= tokens
     assert len({(player.prompt_tokens, player.output_tokens) for player in game}) == len(game)
+
+
+def test_where_others_came_late_the_request_ahead_is_longer_as_far_as_a_step_goes():
+    start = burst_module._Start(tokens=512, alone_s=0.005)
+    alone = {"steps": 1, "batch": 1}
+    assert start.after(alone, 2_000) == burst_module._Start(1_024, 0.005)
+    assert start.after(alone, 800) == burst_module._Start(800, 0.005)
+
+
+def test_where_others_came_first_the_request_ahead_gets_a_longer_start():
+    start = burst_module._Start(tokens=512, alone_s=0.005)
+    joined = {"steps": 1, "batch": 3}
+    assert start.after(joined, 2_000) == burst_module._Start(512, 0.010)
+
+
+@pytest.mark.parametrize(
+    ("url", "side_url"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:9477"),
+        ("https://gpu-1.example:8443/", "http://gpu-1.example:9477"),
+        ("http://[::1]:8000", "http://[::1]:9477"),
+    ],
+)
+def test_the_side_endpoint_is_looked_for_at_its_default_port(url, side_url):
+    assert session.side_url_of(url) == side_url
+    assert Settings.model_fields["port"].default == session.SIDE_PORT
 
 
 # -- the verdict -----------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def _on_server(
             return command.measured(plan), tables.show_server
     except KeyboardInterrupt:
         raise _failed("interrupted; a server that was started has ended", INTERRUPTED) from None
-    except ServerError as error:
+    except (ServerError, OSError) as error:
         raise _failed(str(error), FAILED) from None
 
 

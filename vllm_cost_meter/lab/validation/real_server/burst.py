@@ -82,7 +82,7 @@ class JudgedServer:
                     part: dict[str, Any] = row["parts"][0]
                     return part
             except StatusError as error:
-                if error.status not in (NOT_FOUND, UNAVAILABLE):
+                if error.status != NOT_FOUND:
                     raise
             if time.monotonic() > deadline:
                 raise ServerError(
@@ -108,9 +108,19 @@ class JudgedServer:
         raise ServerError(f"expected the run {run_id} in {self.side_url}/cost/audit, got others")
 
     def ask(self, path: str) -> dict[str, Any]:
-        """GET an answer from the side endpoint below `/cost/`. Raises ServerError."""
+        """GET an answer from the side endpoint below `/cost/`, and wait while it is not ready.
+
+        Raises ServerError.
+        """
         url = f"{self.side_url}/cost/{path}"
-        return get_json(url, self.token, SIDE, SIDE_TIMEOUT_S, dict[str, Any])
+        deadline = time.monotonic() + BILL_TIMEOUT_S
+        while True:
+            try:
+                return get_json(url, self.token, SIDE, SIDE_TIMEOUT_S, dict[str, Any])
+            except StatusError as error:
+                if error.status != UNAVAILABLE or time.monotonic() > deadline:
+                    raise
+            time.sleep(LOOK_EVERY_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,8 @@ def _started(plan: ServerPlan, on_phase: Callable[[str], None]) -> Iterator[Judg
     model, arguments = plan.model or SMALL, tuple(plan.vllm_arguments)
     if model in (TINY, SMALL):
         make_tiny_model(default_path())
-        arguments = (*(SMALL_ARGUMENTS if model == SMALL else ()), *arguments)
+        named = ("--served-model-name", model)
+        arguments = (*named, *(SMALL_ARGUMENTS if model == SMALL else ()), *arguments)
         model = str(default_path())
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="vllm-cost-meter-validate-") as name:
