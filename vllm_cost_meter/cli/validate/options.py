@@ -92,7 +92,7 @@ RoundCount = Annotated[
 VllmArguments = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[-- VLLM_ARGUMENT...]",
+        metavar="VLLM_ARGUMENT",
         help="With --server, behind --: arguments of the server that is started.",
     ),
 ]
