@@ -6,7 +6,6 @@ from vllm_cost_meter.attribution import curve_fit_py as curve
 from vllm_cost_meter.attribution.cost_model import FIT_TERMS, KNOTS
 from vllm_cost_meter.attribution.curve_py import ENUMERATED_MAX
 from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
-from vllm_cost_meter.lab.validation.real_server import TENANTS
 
 TEXT = " ".join((DOCS / "explanation" / "attribution.md").read_text().split())
 
@@ -33,9 +32,3 @@ def test_the_figures_of_the_fit_are_those_of_the_code():
     assert (fit.SWEEP_PER_STEP, fit.SWEEP_AT_FIRST, fit.LATER_EVERY) == (2, 6, 4)
     assert "two records per step" in TEXT
     assert "later every fourth" in TEXT
-
-
-def test_the_tenants_of_the_real_server_are_those_that_are_sent():
-    for tenant in TENANTS:
-        shape = f"{tenant.prompt_tokens:,}:{tenant.output_tokens} tokens"
-        assert f"{tenant.name} ({tenant.requests} requests of {shape})" in TEXT

@@ -16,6 +16,16 @@ from vllm_cost_meter.lab.validation.command import (
     RooflinePlan,
 )
 from vllm_cost_meter.lab.validation.compare import Errors
+from vllm_cost_meter.lab.validation.real_server.players import KINDS, PLAYERS_MIN, players_of
+from vllm_cost_meter.lab.validation.real_server.session import ServerPlan
+from vllm_cost_meter.lab.validation.real_server.verdict import (
+    AGREES,
+    DIFFERS,
+    NOISE_SHARE_MAX,
+    REFUSED,
+    TOLERANCE_SHARE,
+    judge,
+)
 from vllm_cost_meter.lab.validation.scenarios import JUDGED, LEARNT, SCENARIOS
 from vllm_cost_meter.lab.validation.truth import ENUMERATED_MAX
 
@@ -124,3 +134,44 @@ def test_the_answer_that_is_shown_has_the_keys_of_the_answer():
         "tokens",
         *found["noise"]["request_error"],
     }
+
+
+def test_the_players_on_a_real_server_are_those_that_are_sent():
+    plan = ServerPlan()
+    assert table_rows(section(PAGE, "The game")) == [
+        [
+            f"`{player.name}`",
+            f"{player.prompt_tokens}",
+            f"{player.output_tokens}",
+            player.does,
+        ]
+        for player in players_of(len(KINDS), plan.prompt_tokens, plan.output_tokens)
+    ]
+    for words in (
+        f"the first {PLAYERS_MIN} to {len(KINDS)} of them, {plan.players} otherwise",
+        f"`--prompt-tokens` ({plan.prompt_tokens:,})",
+        f"`--output-tokens` ({plan.output_tokens})",
+        f"Each of `--rounds` ({plan.rounds})",
+    ):
+        assert words in TEXT
+
+
+def test_the_verdicts_are_those_of_the_code():
+    assert names(PAGE, "The noise") == [AGREES, DIFFERS, REFUSED]
+    for words in (
+        f"within its noise and {TOLERANCE_SHARE:.0%} of GPU time",
+        f"the noise is above {NOISE_SHARE_MAX:.0%} of GPU time",
+        f"{TOLERANCE_SHARE:.0%} of all GPU time is much",
+    ):
+        assert words.replace("%", " %") in TEXT
+
+
+def test_the_keys_of_a_real_servers_answer_are_listed():
+    from tests.unit.lab.test_real_server import FIVE, played
+
+    found = judge(FIVE, played(FIVE, rounds=6))
+    listed = re.findall(r"`(\w+)`", section(PAGE, "The answer").partition("A server that")[0])
+    about = {"model", "hardware", "vllm_version", "method", "repeated_bursts"}
+    assert about | set(found) <= set(listed)
+    for part in (found["players"]["tiny"], found["splits"]["ours"], found["splits"]):
+        assert set(part) <= set(listed)

@@ -9,6 +9,7 @@ Invariant: a token goes to the address that was asked, and to no other.
 import http.client
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,15 +39,38 @@ def get(
     With `proxies` those of the environment are used. Raises UnansweredError, StatusError and
     ServerError.
     """
-    headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    return _ask(url, None, _shown_to(token), expected, timeout_s, proxies=proxies)
+
+
+def post_json(
+    url: str, token: str | None, body: bytes, headers: Mapping[str, str], timeout_s: float
+) -> bytes:
+    """Send a body in JSON to vLLM, past all proxies; return that of the answer. Raises as `get`."""
+    sent = {**headers, **_shown_to(token), "content-type": "application/json"}
+    return _ask(url, body, sent, "vLLM", timeout_s, proxies=False)
+
+
+def _shown_to(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"authorization": f"Bearer {token}"}
+
+
+def _ask(
+    url: str,
+    body: bytes | None,
+    headers: dict[str, str],
+    expected: str,
+    timeout_s: float,
+    *,
+    proxies: bool,
+) -> bytes:
     through = urllib.request.ProxyHandler(None if proxies else {})
     try:
         # The user's own URL; one that is no web address is refused just so.
-        request = urllib.request.Request(url, headers=headers)  # noqa: S310
+        request = urllib.request.Request(url, body, headers)  # noqa: S310
         opener = urllib.request.build_opener(_NoRedirects(), through)
         with opener.open(request, timeout=timeout_s) as answer:
-            body: bytes = answer.read(_BODY_BYTES_MAX)
-            return body
+            answered: bytes = answer.read(_BODY_BYTES_MAX)
+            return answered
     except urllib.error.HTTPError as error:
         with error:
             to = error.headers.get("location")

@@ -135,12 +135,23 @@ class Server:
     """One `vllm serve` process, with its two ports and its log."""
 
     def __init__(
-        self, model: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path
+        self,
+        model: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        ends_with_us: bool = False,
     ) -> None:
-        """Choose free ports. `arguments` go to `vllm serve`, besides host and port."""
+        """Choose free ports. `arguments` go to `vllm serve`, besides host and port.
+
+        With `ends_with_us` the server also ends when the thread that launched it is killed.
+        """
         self.log = log
         self.port, self.side_port = free_ports(2)
+        tied = (sys.executable, "-m", "vllm_cost_meter.lab.tied", str(os.getpid()))
         self._command = [
+            *(tied if ends_with_us else ()),
             *(command_path("vllm"), "serve", model),
             *("--host", LOOPBACK, "--port", str(self.port)),
             *arguments,

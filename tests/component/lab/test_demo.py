@@ -277,7 +277,11 @@ def fake_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Non
     command.parent.mkdir()
     command.write_text(f"#!{sys.executable}\nimport json, os, sys, time\n{script}\n")
     command.chmod(0o700)
-    monkeypatch.setattr(serving.sys, "executable", str(command.parent / "python"))
+    # It runs the helper that ties a server to its command, by the true Python.
+    python = command.parent / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(serving.sys, "executable", str(python))
     monkeypatch.setattr(serving.metadata, "version", lambda _name: "0.32.0+cpu")
     monkeypatch.setattr(demo_setup, "default_path", lambda: folder / "cache" / "tiny-llama")
     monkeypatch.setattr(demo_setup, "make_tiny_model", lambda _path: None)

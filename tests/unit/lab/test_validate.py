@@ -108,16 +108,30 @@ def test_help_names_every_gpu_model_and_batch():
         (("--step-log", __file__), "expected a first line with the format"),
         (
             ("--step-log", "x", "--gpu", "l4"),
-            "--gpu, --model, --batch and --steps: expected with --roofline only",
+            "--gpu, --batch and --steps: expected with --roofline only",
         ),
         (
             ("--scenario", "dense-4", "--steps", "1000"),
-            "--gpu, --model, --batch and --steps: expected with --roofline only",
+            "--gpu, --batch and --steps: expected with --roofline only",
         ),
         (
             ("--step-log", "x", "--scenario", "dense-4"),
             "expected one of --scenario, --roofline, --gaming, --step-log and --server",
         ),
+        (("--model", "tiny"), "--model: expected with --roofline or --server only"),
+        (("--url", "http://x"), "arguments of vLLM: expected with --server only"),
+        (("--", "--max-model-len", "64"), "arguments of vLLM: expected with --server only"),
+        (("--server", "--players", 1), "--players: expected 2 to 7, got 1"),
+        (("--server", "--players", 8), "--players: expected 2 to 7, got 8"),
+        (("--server", "--rounds", 5), "--rounds: expected 6 or more, got 5"),
+        (("--server", "--prompt-tokens", 255), "--prompt-tokens: expected 256 or more, got 255"),
+        (("--server", "--output-tokens", 1), "--output-tokens: expected 2 or more, got 1"),
+        (("--server", "--model", "a", "--model", "b"), "--model: expected one model with --server"),
+        (("--server", "--side-url", "http://x"), "--side-url: expected with --url only"),
+        (("--server", "--url", "x:8000"), "--url: expected a URL such as http://127.0.0.1:8000"),
+        (("--server", "--url", "http://x", "--model", "tiny"), "--url: expected without --model"),
+        (("--server", "--url", "http://x", "--", "--seed", 1), "--url: expected without --model"),
+        (("--server", "--", "--port=80"), "--port: expected other vLLM arguments"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(arguments, message):

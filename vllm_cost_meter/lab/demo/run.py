@@ -53,7 +53,7 @@ def run_demo(model: str | None, *, keep: bool, sweep: bool = False) -> int:
     tty = sys.stdout.isatty()
     console = Console(markup=False, highlight=False, width=None if tty else PIPE_WIDTH)
     try:
-        with interruptible(), served(console, model) as (server, setup):
+        with interruptible(), served(console, model, keep=keep) as (server, setup):
             if sweep:
                 key = setup.keys[BATCH]
                 status = sweep_demo(console, server, setup.environment, key)
@@ -78,10 +78,12 @@ def _failed(why: str, status: int) -> int:
 
 
 @contextmanager
-def served(console: Console, model: str | None) -> Iterator[tuple[Server, Setup]]:
+def served(
+    console: Console, model: str | None, *, keep: bool = False
+) -> Iterator[tuple[Server, Setup]]:
     """Serve a model with the meter inside. The server ends with the block, unless it is kept.
 
-    `Server.keep` lets it go on.
+    `Server.keep` lets it go on. Without `keep` it also ends if this process is killed.
     """
     setup = prepare(console, model)
     keys_file = setup.folder / "keys.yaml"
@@ -90,6 +92,7 @@ def served(console: Console, model: str | None) -> Iterator[tuple[Server, Setup]
         [*setup.arguments, "--config", str(keys_file)],
         setup.environment,
         setup.folder / "vllm.log",
+        ends_with_us=not keep,
     )
     try:
         try:

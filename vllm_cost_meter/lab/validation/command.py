@@ -16,9 +16,11 @@ from rich.progress import Progress
 from vllm_cost_meter.attribution import METHODS
 from vllm_cost_meter.errors import DependencyError
 from vllm_cost_meter.lab.validation.replay import replay
+from vllm_cost_meter.units.text import plain
 
 if TYPE_CHECKING:
     from vllm_cost_meter.attribution.priors import Prior
+    from vllm_cost_meter.lab.validation.real_server.session import ServerPlan
     from vllm_cost_meter.lab.validation.traffic import Trace
 
 T = TypeVar("T")
@@ -139,13 +141,12 @@ def _vllm_and_numpy() -> Iterator[None]:
         ) from None
 
 
-def measured(model: str, rounds: int) -> dict[str, Any]:
-    """Return each method's errors on a real server. Raises ServerError."""
-    from vllm_cost_meter.lab.validation.real_server import measure  # noqa: PLC0415 - as `validate`
+def measured(plan: "ServerPlan") -> dict[str, Any]:
+    """Return the verdict on a real server and its figures. Raises ServerError."""
+    from vllm_cost_meter.lab.validation.real_server.session import measure  # noqa: PLC0415 - as `validate`
 
     console = Console(stderr=True)
-    name = Path(model).name
-    return {f"server/{name}": measure(model, rounds, lambda phase: console.print(phase))}
+    return measure(plan, lambda phase: console.print(plain(phase), markup=False, highlight=False))
 
 
 def replayed(path: Path) -> dict[str, Any]:

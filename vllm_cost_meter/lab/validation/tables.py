@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from vllm_cost_meter.console import print_table
+from vllm_cost_meter.lab.validation.real_server.verdict import REFUSED
 from vllm_cost_meter.units.text import plain
 
 PERCENTILES = ("median", "p95", "max")
@@ -104,32 +105,48 @@ def truth_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def show_servers(answer: Mapping[str, Any], *, wide: bool = False) -> None:
-    """Print, for each real server, the charges beside each tenant's added and alone time."""
-    for name, found in answer.items():
-        together, noise = found["together_ns"] / 1e9, found["together_noise_ns"] / 1e9
-        above = (
-            f"{name}: both together {together:.3f} ± {noise:.3f} GPU-seconds,"
-            f" mean of {found['rounds']} rounds"
-        )
-        print_table(server_table(found), plain(above), wide=wide)
+def show_server(found: Mapping[str, Any], *, wide: bool = False) -> None:
+    """Print what each player was measured to cost, what splits charge it, and a verdict if any."""
+    above = (
+        f"{found['model']} on {found['hardware']}, vLLM {found['vllm_version']}, in GPU-ms:"
+        f" {len(found['players'])} requests together take {found['all_ns'] / 1e6:.1f};"
+        f" {found['rounds']} rounds of {len(found['coalitions_ns'])} coalitions; ours is"
+        f" {found['method']}"
+    )
+    below = (
+        f"95 % noise of all together: {_percent(found['noise_share'])} % of GPU time;"
+        f" a charge may be off by its noise and {_percent(found['tolerance_share'])} % of GPU time"
+    )
+    print_table(server_table(found), plain(above), below, wide=wide)
+    if found["verdict"] != REFUSED:
+        print(f"verdict: {found['verdict']}: {found['why']}")
 
 
 def server_table(found: Mapping[str, Any]) -> Table:
-    """Return each tenant's interval and charges in GPU-seconds."""
+    """Return each player's measured value and charges in GPU-ms; below, what is misplaced."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("tenant", no_wrap=True)
-    for head in ("added", "alone", *found["methods"]):
+    table.add_column("\nplayer", no_wrap=True)
+    table.add_column("\nwhat it does")
+    for head in (
+        "prompt:output\ntokens",
+        "measured\n95 %",
+        *(f"{s}\nerror" for s in found["splits"]),
+    ):
         table.add_column(head, justify="right", no_wrap=True)
-    for name, tenant in found["tenants"].items():
-        ends = (
-            f"{tenant[f'{end}_ns'] / 1e9:.3f} ± {tenant[f'{end}_noise_ns'] / 1e9:.3f}"
-            for end in ("added", "alone")
+    for name, player in found["players"].items():
+        measured_ns, all_ns = player["measured_ns"], found["all_ns"]
+        table.add_row(
+            plain(name),
+            player["does"],
+            f"{player['prompt_tokens']}:{player['output_tokens']}",
+            f"{measured_ns / 1e6:.1f} ± {player['noise_ns'] / 1e6:.1f}",
+            *(
+                f"{ns / 1e6:.1f} ({100 * (ns - measured_ns) / all_ns:+.1f} %)"
+                for ns in player["charged_ns"].values()
+            ),
         )
-        charged = (f"{tenant['charged_ns'][method] / 1e9:.3f}" for method in found["methods"])
-        table.add_row(plain(name), *ends, *charged)
-    outside = (_percent(errors["outside_interval_share"]) for errors in found["methods"].values())
-    table.add_row("outside the interval, %", "", "", *outside)
+    misplaced = (f"{100 * split['misplaced_share']:.1f} %" for split in found["splits"].values())
+    table.add_row("misplaced", "", "", "", *misplaced)
     return table
 
 
