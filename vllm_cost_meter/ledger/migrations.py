@@ -169,6 +169,7 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
         *_index_again("requests", "tenant", "tenant, finished_at"),
     ),
     14: (*_added("cost_models", "TEXT", "curve"), _rename_error_of_one_plane),
+    15: _added("prices", "TEXT", "usd_per_kv_block_hour"),
 }
 FIRST_WITH_ROLLUPS = 11
 FIRST_WITH_BILL_SUMS = 12

@@ -186,6 +186,7 @@ def price_row(price: Price) -> TableRow:
         "usd_per_gpu_hour": price.usd_per_gpu_hour,
         "source": price.source,
         "effective_from": rfc3339(price.effective_from_ns),
+        "usd_per_kv_block_hour": price.usd_per_kv_block_hour,
     }
 
 

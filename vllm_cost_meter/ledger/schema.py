@@ -58,7 +58,7 @@ from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latenc
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 15
+SCHEMA_VERSION = 16
 
 
 def _class_columns() -> list[Column[int]]:
@@ -101,6 +101,8 @@ prices = Table(
     Column("usd_per_gpu_hour", Text, nullable=False),
     Column("source", Text, nullable=False),
     Column("effective_from", KeyText, nullable=False),
+    # NULL where KV blocks cost nothing.
+    Column("usd_per_kv_block_hour", Text),
 )
 
 runs = Table(

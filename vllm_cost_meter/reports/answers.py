@@ -156,11 +156,17 @@ class ReportRow(_ReportRow):
     idle_share_ns: int
     """GPU-ns: the part of the time without requests that the row carries, by the idle policy."""
     usage_cost_nanousd: int | None
-    """nano-USD: the cost **without idle**: the price of `gpu_time_ns`."""
+    """nano-USD: the cost **without idle**: the price of `gpu_time_ns`, and `kv_cost_nanousd`."""
     usage_cost_usd: str | None
     """USD: the same as a decimal string."""
+    kv_cost_nanousd: int | None
+    """nano-USD: the part of both costs that is the price of KV residency; 0 without such a price,
+    null where the cost is. All rows add up to it, rounded apart from the costs."""
+    kv_cost_usd: str | None
+    """USD: the same as a decimal string."""
     cost_nanousd: int | None
-    """nano-USD: the cost **with idle**: the price of `gpu_time_ns` and `idle_share_ns`."""
+    """nano-USD: the cost **with idle**: the price of `gpu_time_ns` and `idle_share_ns`, and
+    `kv_cost_nanousd`."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
@@ -250,6 +256,11 @@ class Report(TypedDict):
     wall_cost_nanousd: NotRequired[int | None]
     """nano-USD: the price of `wall_gpu_ns`."""
     wall_cost_usd: NotRequired[str | None]
+    """USD: the same as a decimal string."""
+    kv_cost_nanousd: NotRequired[int | None]
+    """nano-USD: the price of all KV residency, on top of `wall_cost_nanousd`; 0 without such a
+    price. The rows cost both together."""
+    kv_cost_usd: NotRequired[str | None]
     """USD: the same as a decimal string."""
     adds_up: NotRequired[bool]
     """Whether the rows add up to the wall time: `difference_ns` is 0."""
@@ -387,6 +398,11 @@ class Summary(EnginesPart):
     wall_cost_nanousd: int | None
     """nano-USD: the price of `wall_gpu_ns`."""
     wall_cost_usd: str | None
+    """USD: the same as a decimal string."""
+    kv_cost_nanousd: int | None
+    """nano-USD: the price of all KV residency, on top of `wall_cost_nanousd`; 0 without such a
+    price."""
+    kv_cost_usd: str | None
     """USD: the same as a decimal string."""
     adds_up: bool
     """Whether all classes add up to the wall time: `difference_ns` is 0."""

@@ -63,7 +63,7 @@ class RequestRow(TypedDict):
     saved_estimate_ns: int | None
     """GPU-ns: **an estimate**: what computing the `cached_tokens` would have taken."""
     cost_nanousd: int | None
-    """nano-USD: the cost by the prices of its hours, summed over its parts."""
+    """nano-USD: GPU time and KV residency by the prices of its hours, summed over its parts."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
@@ -130,7 +130,8 @@ class PartRow(TypedDict):
     decode_ns: int | None
     """GPU-ns: the part in which the output was computed."""
     cost_nanousd: int | None
-    """nano-USD: GPU time x price, hour by hour, rounded half to even."""
+    """nano-USD: GPU time x price and KV residency x price, hour by hour, each rounded half to
+    even."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
@@ -297,9 +298,14 @@ class ExplainedPart(TypedDict):
     price_source: str | None
     """Where the price comes from; null if it has several prices, or none."""
     prices: list[PriceOfTime]
-    """Each price of its hours, with the `gpu_time_ns` at that price."""
-    cost_nanousd: int | None
+    """Each price of its hours, with the `gpu_time_ns` and `kv_block_ms` at that price."""
+    time_cost_nanousd: int | None
     """nano-USD: the sum over `prices` of `gpu_time_ns` x `usd_per_gpu_hour` / 3600."""
+    kv_cost_nanousd: int | None
+    """nano-USD: the sum over `prices` of `kv_block_ms` x `usd_per_kv_block_hour` x 10^9 / 3600000;
+    0 without such a price."""
+    cost_nanousd: int | None
+    """nano-USD: `time_cost_nanousd` + `kv_cost_nanousd`."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None

@@ -145,7 +145,7 @@ def test_the_files_of_a_ledger_are_for_their_owner_only(tmp_path):
     path = tmp_path / "meter" / "ledger.db"
     engine = open_database(url_of(path))
     with engine.begin() as connection:
-        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
+        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now', NULL)"))
         files = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     engine.dispose()
     assert files == dict.fromkeys(["ledger.db", "ledger.db-wal", "ledger.db-shm"], 0o600)
@@ -207,7 +207,7 @@ def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_
         for table in bills:
             connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("UPDATE schema_version SET version = 5"))
-        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
+        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now', NULL)"))
     engine.dispose()
     with pytest.raises(
         LedgerError,
@@ -218,6 +218,22 @@ def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_
     with engine.connect() as connection:
         assert set(bills) < set(inspect(connection).get_table_names())
         assert connection.execute(text("SELECT price_id FROM prices")).all() == [("p",)]
+    engine.dispose()
+
+
+def test_a_price_of_before_blocks_could_have_one_charges_nothing_for_them(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    engine = open_database(url)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE prices DROP COLUMN usd_per_kv_block_hour"))
+        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
+        connection.execute(text("UPDATE schema_version SET version = 15"))
+    engine.dispose()
+    engine = open_database(url)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT * FROM prices")).all() == [
+            ("p", "1", "s", "now", None)
+        ]
     engine.dispose()
 
 
