@@ -10,6 +10,7 @@ import pytest
 
 from tests.component.ledger.test_open_requests import open_, row_of, seen
 from tests.component.ledger.test_reader import HOUR, NOW, Ledger, http, part, snapshot
+from tests.support.builders import make_owner
 from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.ledger.economics.query import economics
@@ -70,6 +71,17 @@ def test_rows_charge_blocks_on_top_of_time_by_the_price_of_each_hour(ledger):
     summary = ledger.reader.summary(as_of=NOW_NS)
     assert (summary["cost_nanousd"], summary["kv_cost_nanousd"]) == (50, 900)
     assert ledger.reader.tenant("alice", as_of=NOW_NS)["kv_cost_nanousd"] == 900
+
+
+def test_a_tenant_with_children_is_charged_the_blocks_of_all(ledger):
+    child = make_owner("bob", parent="alice")
+    bill = replace(part(2, "h2", pieces=PIECES, cost_nanousd=None), owner=child)
+    both = ClassTotals(requests=8_000, idle=500, host=500)
+    ledger.write(bill, snapshot([part(1), bill], 2, totals=both, billed_ns=8_000))
+    ledger.priced(price("36", "0.0036"))
+    row = ledger.reader.tenant("alice", as_of=NOW_NS)
+    assert (row["kv_cost_nanousd"], row["kv_cost_usd"]) == (2 * 720, "0.000001440")
+    assert row["cost_nanousd"] == 2 * 760
 
 
 def test_windows_charge_the_blocks_of_their_hours(ledger):
