@@ -128,6 +128,8 @@ runs = Table(
     Column("devices", Text),
     # This JSON has the texts that the operator declared; NULL before there were labels.
     Column("labels", Text),
+    # "victim" or "operator".
+    Column("preemption_paid_by", Text, nullable=False),
 )
 
 cost_models = Table(

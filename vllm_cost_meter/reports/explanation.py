@@ -25,6 +25,7 @@ from vllm_cost_meter.prices.book import (
 )
 from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.records.engine import OPERATOR
 from vllm_cost_meter.reports.request_answers import Explanation
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.units.money import format_usd
@@ -38,7 +39,8 @@ FORMULAS = {
     "gpu_time_ns": "phases.prefill.gpu_time_ns + phases.decode.gpu_time_ns",
     "share": "gpu_time_ns / step_ns",
     "average_batch": "batch / steps",
-    "common_ns": "gpu_time_ns - marginal_ns",
+    "common_ns": "gpu_time_ns - marginal_ns; plus preempted.recomputed_ns where the operator pays"
+    " that, as it is in marginal_ns and not in gpu_time_ns",
     "time_cost_nanousd": "the sum over prices of gpu_time_ns x usd_per_gpu_hour / 3600, each"
     " rounded half to even",
     "kv_cost_nanousd": "the sum over prices of kv_block_ms x usd_per_kv_block_hour x 10^9 /"
@@ -48,12 +50,17 @@ FORMULAS = {
 
 
 def explained(
-    request: Fields, prices: Mapping[str, RunPrices], spent: SpentOfBills, models: Sequence[Fields]
+    request: Fields,
+    prices: Mapping[str, RunPrices],
+    spent: SpentOfBills,
+    models: Sequence[Fields],
+    payers: Mapping[str, str],
 ) -> Explanation:
     """Return the explanation of a request row with its `parts`.
 
     `prices` has the prices by run, `spent` the use of each bill by hour, by its key, and
-    `models` the cost models of these runs as answers show them, oldest first.
+    `models` the cost models of these runs as answers show them, oldest first. `payers` says by run
+    who pays preemptions; it lacks runs of which only the bills are known.
     """
     parts = [
         _part(
@@ -61,6 +68,7 @@ def explained(
             prices[part["run_id"]],
             spent.get((part["run_id"], part["seq"]), []),
             [model for model in models if _used(model, part)],
+            payers.get(part["run_id"]),
         )
         for part in request["parts"]
         if part["state"] == FINISHED
@@ -91,7 +99,11 @@ def _part(
     prices: RunPrices,
     spent: Sequence[tuple[int, Quantities]],
     models: Sequence[Fields],
+    payer: str | None,
 ) -> dict[str, Any]:
+    common_ns = part["gpu_time_ns"] - part["marginal_ns"]
+    if payer == OPERATOR:
+        common_ns += part["recomputed_ns"]
     steps, step_ns = part["steps"], part["step_ns"]
     saved_ns = part["saved_estimate_ns"]
     return {
@@ -110,12 +122,13 @@ def _part(
         "step_ns": step_ns,
         "share": part["gpu_time_ns"] / step_ns if step_ns else None,
         "marginal_ns": part["marginal_ns"],
-        "common_ns": part["gpu_time_ns"] - part["marginal_ns"],
+        "common_ns": common_ns,
         "cached": {"tokens": part["cached_tokens"], "saved_estimate_ns": saved_ns},
         "preempted": {
             "preemptions": part["preemptions"],
             "recomputed_tokens": part["recomputed_tokens"],
             "recomputed_ns": part["recomputed_ns"],
+            "paid_by": payer,
         },
         "drafts": {
             "rejected_tokens": part["rejected_tokens"],
@@ -198,9 +211,12 @@ def _part_lines(part: Fields) -> Iterator[str]:
         saved = _seconds(part["cached"]["saved_estimate_ns"])
         yield f"  caching {tokens} tokens saved about {saved} (an estimate)"
     if preemptions := part["preempted"]["preemptions"]:
+        again = part["preempted"]
+        is_charged = again["paid_by"] != OPERATOR
         yield (
-            f"  preempted {preemptions} times: {part['preempted']['recomputed_tokens']} tokens were"
-            f" computed again, which took {_seconds(part['preempted']['recomputed_ns'])} of it"
+            f"  preempted {preemptions} times: {again['recomputed_tokens']} tokens were computed"
+            f" again, which took {_seconds(again['recomputed_ns'])}"
+            f" {'of it' if is_charged else 'more; the operator pays that'}"
         )
     if tokens := part["drafts"]["rejected_tokens"]:
         yield f"  {tokens} draft tokens were rejected: {_seconds(part['drafts']['rejected_ns'])}"

@@ -53,7 +53,8 @@ class RequestRow(TypedDict):
     marginal_ns: int | None
     """GPU-ns: what its steps took longer because of it, by the cost model."""
     recomputed_ns: int | None
-    """GPU-ns: the part of `prefill_ns` for what was computed again after a preemption."""
+    """GPU-ns: the time for what was computed again after a preemption: part of `prefill_ns`, or
+    beside it where the operator pays."""
     rejected_ns: int | None
     """GPU-ns: the time spent on draft tokens that were rejected."""
     cut_ns: int | None
@@ -141,7 +142,8 @@ class PartRow(TypedDict):
     marginal_cost_nanousd: int | None
     """nano-USD: the price of `marginal_ns`."""
     recomputed_ns: int | None
-    """GPU-ns: the part of `prefill_ns` that computed tokens again after a preemption."""
+    """GPU-ns: the time that computed tokens again after a preemption: part of `prefill_ns`, or
+    beside it where the operator pays."""
     recomputed_tokens: int | None
     """Tokens: the part of `prefill_tokens` that was computed again after a preemption."""
     rejected_ns: int | None
@@ -282,11 +284,14 @@ class ExplainedPart(TypedDict):
     marginal_ns: int
     """GPU-ns: what its steps took longer because of it, by the cost model."""
     common_ns: int
-    """GPU-ns: its part of the time that the batch takes anyway: `gpu_time_ns` - `marginal_ns`."""
+    """GPU-ns: its part of the time that the batch takes anyway: `gpu_time_ns` - `marginal_ns`, plus
+    `recomputed_ns` where the operator pays that."""
     cached: dict[str, int]
     """`tokens` found in the prefix cache, and `saved_estimate_ns`."""
-    preempted: dict[str, int]
-    """`preemptions`, `recomputed_tokens`, `recomputed_ns`: wasted by preemption."""
+    preempted: dict[str, int | str | None]
+    """`preemptions`, `recomputed_tokens`, `recomputed_ns`: wasted by preemption; and who pays:
+    `paid_by` is `victim` (the time is part of `gpu_time_ns`) or `operator` (it is not), null if
+    only the bills of the run are known."""
     drafts: dict[str, int]
     """`rejected_tokens`, `rejected_ns`: wasted by drafts."""
     cut_off: dict[str, int]

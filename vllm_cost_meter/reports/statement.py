@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from vllm_cost_meter.prices.book import described
 from vllm_cost_meter.prices.cost import MS_PER_HOUR
 from vllm_cost_meter.prices.overheads import WHY_UNKNOWN
+from vllm_cost_meter.records.engine import OPERATOR, VICTIM
 from vllm_cost_meter.records.owner import OWN, TenantScope
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import Piece, Row, kv_cost, pieces, wall_cost
@@ -216,8 +217,8 @@ def statement(
 def notes(answer: Mapping[str, Any]) -> list[str]:
     """Return the notes below a statement: method, idle policy, prices, bills and audit.
 
-    `answer` is what `statement` returns, with `window`, `taken_at`, `methods`, `prices` and
-    `billed`.
+    `answer` is what `statement` returns, with `window`, `taken_at`, `methods`,
+    `preemption_paid_by`, `prices` and `billed`.
     """
     seconds = f"{answer['in_flight_ns'] / NS_PER_SECOND:.6f}"
     methods = ", ".join(answer["methods"]) or "no engine ran"
@@ -230,6 +231,12 @@ def notes(answer: Mapping[str, Any]) -> list[str]:
         *(f"price: {described(price)}" for price in answer["prices"]),
         "rounded to the cent by largest remainder; tokens are of requests that ended on the day",
     ]
+    if OPERATOR in answer["preemption_paid_by"]:
+        some = " in runs that began so" if VICTIM in answer["preemption_paid_by"] else ""
+        found.append(
+            "time to compute again what preemptions threw away is no tenant's usage"
+            f"{some}: it is in the class __recomputed__"
+        )
     if any(line["kind"] == KV for line in answer["lines"]):
         found.append(
             "lines of KV cache: blocks x hours, charged on top of GPU time; the price is the mean"

@@ -152,6 +152,9 @@ class TenantStatement(TypedDict):
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
     methods: list[str]
     """How steps were split between requests: `shapley`, `tokens` or `equal`, each that was used."""
+    preemption_paid_by: list[str]
+    """Who paid the time to compute again what preemptions threw away: `victim` or `operator`, each
+    that held in a run of the month."""
     prices: list[PriceRow]
     """The prices that the costs were computed with, the earliest first."""
     billed: BilledHoursOfMonth | None

@@ -237,6 +237,31 @@ def test_a_price_of_before_blocks_could_have_one_charges_nothing_for_them(tmp_pa
     engine.dispose()
 
 
+def test_a_run_of_before_there_was_a_policy_had_its_preemptions_paid_by_the_victim(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    writer = LedgerWriter(url)
+    writer.start()
+    writer.commit(make_snapshot()).result(10)
+    writer.close()
+    added = [
+        *(("runs", "preemption_paid_by"), ("snapshots", "recomputed_mj")),
+        *((table, "recomputed_ns") for table in ("snapshots", "engine_hours")),
+        ("energy_hours", "recomputed_mj"),
+    ]
+    engine = open_database(url)
+    with engine.begin() as connection:
+        for table, column in added:
+            connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
+        connection.execute(text("UPDATE schema_version SET version = 15"))
+    engine.dispose()
+    open_database(url).dispose()
+    with closing(LedgerReader(url)) as reader:
+        assert reader.audit()["balanced"]
+        summary = reader.summary()
+    assert (summary["recomputed_ns"], summary["recomputed_mj"]) == (0, None)
+    assert summary["runs"][0]["preemption_paid_by"] == "victim"
+
+
 def test_a_bill_of_before_tokens_cut_off_were_counted_has_none_and_still_adds_up(tmp_path):
     url = url_of(tmp_path / "ledger.db")
     writer = LedgerWriter(url)

@@ -76,6 +76,7 @@ def about(answer):
         },
         "taken_at": "2027-01-31T23:00:00.000000Z",
         "methods": ["shapley"],
+        "preemption_paid_by": ["victim"],
         "prices": [{
             "usd_per_gpu_hour": "36", "usd_per_kv_block_hour": None, "amount": "36",
             "currency": "USD", "scope": "gpu",

@@ -182,7 +182,7 @@ class RunCut(RunTime):
     def state(self) -> dict[str, Any]:
         """Return the fields about the run in a summary."""
         names = ("run_id", "engine_index", "model", "gpus", "hardware", "parallelism", "precision")
-        more = ("vllm_version", "method", "started_at", "taken_at")
+        more = ("vllm_version", "method", "preemption_paid_by", "started_at", "taken_at")
         about = ("running", "waiting", "kv_cache_usage", "steps", "errors", "state")
         return {
             **{name: self.row[name] for name in (*names, *more, *about)},
