@@ -1,7 +1,8 @@
 # cython: cdivision=True
 """Bring the time of a step to its requests: weigh, share out, count. No allocation, no Python.
 
-Invariant: what `accrue` adds to open requests plus the tail it returns is the time it was given.
+Invariant: what `accrue` adds to open requests and to `uncharged_ns`, plus the tail it returns, is
+the time it was given.
 """
 
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
@@ -32,6 +33,7 @@ cdef inline int64_t accrue(
     int64_t *fallbacks,
 ) noexcept nogil:
     """Share out a step's time, and end the step if `ends`. Return the tail."""
+    requests.uncharged_ns = 0
     if step.count == 0:
         return total_ns
     cdef const StepModel *model = &fit.model
@@ -79,7 +81,7 @@ cdef inline int64_t accrue(
             slot.step_ns = sum_up(slot.step_ns, total_ns)
             slot.marginal_ns += margin_of(&margins, &game, model, &part)
             if part.phase != DECODE or part.tokens > 1:
-                count_unusual(slot, &requests.rests[part.slot], &part, share_ns, ends)
+                count_unusual(requests, slot, &part, share_ns, ends)
         if ends:
             if part.phase & DECODE:
                 slot.decode_tokens = added(slot.decode_tokens, part.tokens)
@@ -127,14 +129,16 @@ cdef inline uint64_t weigh(
 
 
 cdef inline void count_unusual(
-    const Slot *slot, Rest *rest, const Part *part, int64_t share_ns, bint ends
+    Requests *requests, const Slot *slot, const Part *part, int64_t share_ns, bint ends
 ) noexcept nogil:
     """Count the prefill of a part, and its recomputed, rejected and cut tokens."""
+    cdef Rest *rest = &requests.rests[part.slot]
     cdef uint32_t start = part.context - part.tokens
     cdef uint32_t recomputed = 0, kept = part.tokens - rest.rejected_now
     cdef uint32_t cut = cut_in_part(part, kept, slot.prefill_end)
     cdef int64_t rejected_ns = part_of(share_ns, rest.rejected_now, part.tokens)
     cdef int64_t kept_ns = share_ns - rejected_ns
+    cdef int64_t recomputed_ns
     cdef int64_t cut_ns = part_of(kept_ns, cut, kept)
     cdef bint is_prefill = not part.phase & DECODE
     if is_prefill:
@@ -143,7 +147,11 @@ cdef inline void count_unusual(
             rest.prefill_tokens = added(rest.prefill_tokens, part.tokens)
     if is_prefill and rest.recompute_end > start:
         recomputed = min(part.context, rest.recompute_end) - start
-        rest.recomputed_ns += part_of(share_ns, recomputed, part.tokens)
+        recomputed_ns = part_of(share_ns, recomputed, part.tokens)
+        rest.recomputed_ns += recomputed_ns
+        if not requests.charges_recomputed:
+            rest.prefill_ns -= recomputed_ns
+            requests.uncharged_ns += recomputed_ns
     rest.rejected_ns += rejected_ns
     rest.cut_ns += cut_ns
     if ends:

@@ -78,6 +78,7 @@ cdef class StepMeter:
     """Accrues GPU time and tokens to the open requests of one engine, step by step."""
 
     cdef readonly int64_t open_ns
+    cdef readonly int64_t uncharged_ns
     cdef readonly int64_t fallbacks
     cdef readonly int64_t strangers
     cdef int method
@@ -89,10 +90,12 @@ cdef class StepMeter:
     cdef Requests requests
     cdef Ring ring
 
-    def __cinit__(self, object method, object prior=NOTHING_KNOWN, object block_size=0):
+    def __cinit__(self, object method, object prior=NOTHING_KNOWN, object block_size=0,
+                  bint charges_recomputed=True):
         if method not in METHODS:
             raise ValueError(f"StepMeter: expected a method of {METHODS}, got {method!r}")
         self.requests.block_size = whole_number(block_size, WEIGHT_MAX, "StepMeter: block_size")
+        self.requests.charges_recomputed = charges_recomputed
         self.method = METHODS.index(method)
         self.fit = <Fit *>PyMem_Calloc(1, sizeof(Fit))
         if self.fit == NULL:
@@ -232,10 +235,7 @@ cdef class StepMeter:
 
     def open_gpu_ns(self):
         """Return what each open request accrued since the last `cut`, in GPU-ns."""
-        cdef dict times = {}
-        for request_id in self.ids:
-            times[request_id] = self.gpu_ns(self.find(request_id))
-        return times
+        return {request_id: self.gpu_ns(self.find(request_id)) for request_id in self.ids}
 
     def close(self, object request_id, object now_ns):
         """End a request. Return what it accrued since the last `cut`."""
@@ -437,16 +437,11 @@ cdef class StepMeter:
 
     cdef int64_t accrue(self, const Step *step, int64_t total_ns, bint ends) noexcept nogil:
         cdef int64_t tail_ns = accrue(
-            &self.requests,
-            step,
-            self.fit,
-            self.method,
-            self.ring.weights,
-            total_ns,
-            ends,
+            &self.requests, step, self.fit, self.method, self.ring.weights, total_ns, ends,
             &self.fallbacks,
         )
-        self.open_ns += total_ns - tail_ns
+        self.open_ns += total_ns - tail_ns - self.requests.uncharged_ns
+        self.uncharged_ns += self.requests.uncharged_ns
         return tail_ns
 
     cdef void drop_before(self, int64_t number) noexcept nogil:

@@ -66,6 +66,8 @@ cdef struct Requests:
     uint32_t *free_slots  # a stack
     uint32_t *drained_slots  # a queue
     uint32_t block_size  # in tokens; 0: blocks are not counted
+    bint charges_recomputed
+    int64_t uncharged_ns  # of the time that is shared out now: recomputed and not charged
     uint32_t count
     uint32_t free_count
     uint32_t drained_count
@@ -183,7 +185,7 @@ cdef inline void unqueue(Requests *requests, uint32_t number) noexcept nogil:
 
 cdef inline bint accrued_anything(const Slot *slot, const Rest *rest) noexcept nogil:
     return (
-        slot.decode_ns | rest.prefill_ns | rest.kv_block_ns
+        slot.decode_ns | rest.prefill_ns | rest.recomputed_ns | rest.kv_block_ns
         | slot.decode_tokens | rest.prefill_tokens
     ) != 0
 

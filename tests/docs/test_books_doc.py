@@ -121,7 +121,7 @@ def test_the_audit_line_has_the_form_of_the_command():
     run |= {"run_id": "194d4656", "engine_index": 0, "wall_ns": 116_702_000_000, "gpus": 1}
     run |= {"last_seq": 622, "difference_ns": 0, "ledger_difference_ns": 0}
     run |= {"billed_difference_ns": 0, "uneven_bills": None, "changed": None}
-    run |= {"sums_difference_ns": 0}
+    run |= {"sums_difference_ns": 0, "sums_difference_block_ms": None}
     run |= {"hours_difference_ns": 0, "in_flight_difference_ns": 0, "missing_bills": []}
     run |= {"lost_requests": [], "lost_step_ns": 0, "unbilled_replies": []}
     run |= dict.fromkeys(("last_bills", "last_bills_ns", "last_bills_in_flight_ns"), 0)

@@ -119,7 +119,7 @@ def test_the_other_objects_have_the_keys_that_the_page_says(get):
     [energy] = get("/cost/tenants")["energy_prices"]
     assert set(energy) == {"usd_per_kwh", "source", "effective_from", "host"}
     [priced] = get("/cost/requests/mine/explain")["parts"][0]["prices"]
-    assert set(priced) == {"gpu_time_ns", *_fields(TOTALS, "Prices")}
+    assert set(priced) == {"gpu_time_ns", "kv_block_ms", *_fields(TOTALS, "Prices")}
     assert set(get("/health")) == {"status", "version"}
 
 

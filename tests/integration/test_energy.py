@@ -96,7 +96,7 @@ def test_a_request_has_its_energy_soon_after_its_end_and_all_of_it_adds_up(
     summary = powered.cost("summary")
     tenants = powered.cost("tenants")
     classes = ("requests", "unattributed", "in_flight", "idle", "sleep", "tail")
-    classes += ("dummy", "host", "lost")
+    classes += ("dummy", "recomputed", "host", "lost")
     assert summary["energy_mj"] == sum(summary[f"{name}_mj"] for name in classes)
     assert summary["startup_mj"] is None
     assert tenants["requests_mj"] == tenants["tenants"][0]["energy_mj"]

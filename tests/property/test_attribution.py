@@ -100,10 +100,12 @@ class Lockstep(RuleBasedStateMachine):
         method=st.sampled_from(step_meter_py.METHODS),
         prior=st.just(NOTHING_KNOWN) | PRIORS,
         block_size=st.sampled_from([0, 1, 16, 2**31 - 1]),
+        charges=st.booleans(),
     )
-    def start(self, method, prior, block_size):
-        self.native = _native.StepMeter(method, prior, block_size)
-        self.twin = step_meter_py.StepMeter(method, prior, block_size)
+    def start(self, method, prior, block_size, charges):
+        self.native = _native.StepMeter(method, prior, block_size, charges)
+        self.twin = step_meter_py.StepMeter(method, prior, block_size, charges)
+        self.charges = charges
         self.now_ns = 10
         self.newest = 0
         self.batch = {}
@@ -233,6 +235,7 @@ class Lockstep(RuleBasedStateMachine):
     def all_figures_are_the_same(self):
         for name in (
             "open_ns",
+            "uncharged_ns",
             "open_requests",
             "steps_in_flight",
             "fallbacks",
@@ -244,23 +247,28 @@ class Lockstep(RuleBasedStateMachine):
         self.both("open_gpu_ns")
         for request_id in self.both("request_ids"):
             accrued = self.both("accrued", request_id, self.now_ns)
-            both_ns = accrued.prefill_ns + accrued.decode_ns
-            assert accrued.recomputed_ns <= accrued.prefill_ns
+            both_ns = self.computed_ns(accrued)
+            assert not self.charges or accrued.recomputed_ns <= accrued.prefill_ns
             assert accrued.rejected_ns <= both_ns <= accrued.step_ns
             self.what_nobody_got_was_computed_and_is_counted_once(request_id, accrued)
         for back in range(4):
             self.both("step_parts", self.newest - back)
 
+    def computed_ns(self, accrued):
+        """The time in which a request was computed, charged or not."""
+        return accrued.gpu_time_ns + (0 if self.charges else accrued.recomputed_ns)
+
     def what_nobody_got_was_computed_and_is_counted_once(self, request_id, accrued):
         # Of the whole life: the end of a request may be found after an hour was cut.
         life = accrued.plus(self.cut_before.get(request_id, Accrued()))
-        assert life.rejected_ns + life.cut_ns <= life.gpu_time_ns
+        assert life.rejected_ns + life.cut_ns <= self.computed_ns(life)
         computed = life.prefill_tokens + life.decode_tokens
         assert life.rejected_tokens + life.cut_tokens <= computed
 
     @invariant()
     def no_nanosecond_appears_or_vanishes(self):
-        assert self.given_ns == self.taken_ns + self.native.open_ns
+        assert self.given_ns == self.taken_ns + self.native.open_ns + self.native.uncharged_ns
+        assert not (self.charges and self.native.uncharged_ns)
         accrued = [self.native.accrued(i, self.now_ns) for i in self.native.request_ids()]
         assert sum(prefill + decode for prefill, decode, *_ in accrued) == self.native.open_ns
 

@@ -19,6 +19,7 @@ from tests.support.examples import examples
 from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.records.engine import OPERATOR, VICTIM
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -39,13 +40,15 @@ def used_by(bill: Bill) -> Accrued:
 
 
 class Engine(RuleBasedStateMachine):
+    paid_by = VICTIM
+
     def __init__(self) -> None:
         super().__init__()
         self.now_ns = 50_000_000
         self.unix_ahead_ns = START_UNIX_NS
         self.books = EngineBooks(
             run_id="run",
-            engine=replace(ENGINE, gpus=3, kv_block_size=None),
+            engine=replace(ENGINE, gpus=3, kv_block_size=None, preemption_paid_by=self.paid_by),
             created_ns=7,
             now_ns=self.now_ns,
             unix_ns=self.unix_ahead_ns + self.now_ns,
@@ -86,6 +89,13 @@ class Engine(RuleBasedStateMachine):
         tokens = {name: data.draw(st.integers(1, 500)) for name in batch}
         self.books.begin_step(key, tokens, self.now_ns)
         self.steps.append((key, tokens))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def a_request_is_preempted_and_begins_again(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.open))
+        self.books.preempt(name, self.now_ns)
+        self.books.meter.position(name, 0, True)
 
     @precondition(lambda self: self.steps)
     @rule(skip=st.booleans())
@@ -177,6 +187,8 @@ class Engine(RuleBasedStateMachine):
         assert [bill.seq for bill in self.bills] == list(range(1, snapshot.last_seq + 1))
         assert sum(bill.gpu_time_ns for bill in self.bills) == snapshot.billed_ns
         assert snapshot.billed_ns == snapshot.totals.requests
+        assert snapshot.totals.recomputed == self.books.meter.uncharged_ns
+        assert self.paid_by == OPERATOR or not snapshot.totals.recomputed
         by_hour: Counter[int] = Counter()
         for bill in self.bills:
             for piece in bill.pieces:
@@ -185,5 +197,13 @@ class Engine(RuleBasedStateMachine):
         self.acknowledged = snapshot.number
 
 
+class EngineWhoseOperatorPaysPreemptions(Engine):
+    paid_by = OPERATOR
+
+
+TestBooksWherePreemptionsAreTheOperators = EngineWhoseOperatorPaysPreemptions.TestCase
+TestBooksWherePreemptionsAreTheOperators.settings = settings(
+    max_examples=examples(60), stateful_step_count=40
+)
 TestBooks = Engine.TestCase
 TestBooks.settings = settings(max_examples=examples(60), stateful_step_count=40)

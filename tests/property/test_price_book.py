@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunFacts, RunMatch, by_price
+from vllm_cost_meter.prices.cost import Quantities
 from vllm_cost_meter.prices.overheads import Overhead, overhead_lines
 from vllm_cost_meter.units.money import NANOUSD_PER_USD, decimal_text
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -115,8 +116,10 @@ def test_costs_by_hour_add_up_exactly_however_the_hours_are_grouped(entries, spe
     spent = [(hour, ns) for hour, ns in spent if book.price_at(run, hour) is not None]
 
     def exact(pieces: list[tuple[int, int]]) -> Fraction:
-        found = by_price(pieces, lambda hour: book.price_at(run, hour))
-        return sum((ns * price.usd_per_gpu_hour for price, ns in found.items()), Fraction(0))
+        used = [(hour, Quantities(ns)) for hour, ns in pieces]
+        found = by_price(used, lambda hour: book.price_at(run, hour))
+        costs = (each.gpu_time_ns * price.usd_per_gpu_hour for price, each in found.items())
+        return sum(costs, Fraction(0))
 
     chance = random.Random(seed)
     shuffled = spent[:]

@@ -6,7 +6,20 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.prices.cost import cost_nanousd, parse_price
+from vllm_cost_meter.prices.book import (
+    GpuHourPrice,
+    PriceEntry,
+    kv_nanousd,
+    time_nanousd,
+    total_nanousd,
+)
+from vllm_cost_meter.prices.cost import (
+    NO_QUANTITIES,
+    Quantities,
+    cost_nanousd,
+    exact_cost_nanousd,
+    parse_price,
+)
 from vllm_cost_meter.units.money import NANOUSD_PER_USD, format_usd
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -53,6 +66,38 @@ def test_twice_the_price_is_twice_the_cost_within_one_nano(gpu_time_ns, price):
 def test_more_time_never_costs_less(one, other, price):
     less, more = sorted((one, other))
     assert cost_nanousd(less, price) <= cost_nanousd(more, price)
+
+
+quantities = st.builds(Quantities, times, st.integers(0, 10**15))
+
+
+def priced(of_time: Decimal, of_blocks: Decimal | None) -> GpuHourPrice:
+    entry = PriceEntry("p", of_time, "s", None, usd_per_kv_block_hour=of_blocks)
+    return GpuHourPrice.of(entry)
+
+
+@given(quantities, prices, prices)
+def test_time_and_blocks_add_up_each_rounded_once(used, of_time, of_blocks):
+    spent = {priced(of_time, of_blocks): used}
+    blocks = Fraction(used.kv_block_ms) * Fraction(of_blocks) * NANOUSD_PER_USD / 3_600_000
+    assert time_nanousd(spent) == round(exact(used.gpu_time_ns, of_time))
+    assert kv_nanousd(spent) == round(blocks)
+    assert total_nanousd(spent) == time_nanousd(spent) + kv_nanousd(spent)
+    rates = next(iter(spent)).rates
+    assert exact_cost_nanousd(used, rates) == exact(used.gpu_time_ns, of_time) + blocks
+
+
+@given(quantities, prices)
+def test_blocks_without_a_price_and_at_a_price_of_zero_cost_nothing(used, of_time):
+    without, zero = ({priced(of_time, blocks): used} for blocks in (None, Decimal(0)))
+    assert total_nanousd(without) == total_nanousd(zero) == cost_nanousd(used.gpu_time_ns, of_time)
+
+
+@given(st.lists(quantities, max_size=20), prices, prices)
+def test_exact_costs_of_parts_are_that_of_their_sum(parts, of_time, of_blocks):
+    rates = priced(of_time, of_blocks).rates
+    whole = exact_cost_nanousd(sum(parts, NO_QUANTITIES), rates)
+    assert sum((exact_cost_nanousd(part, rates) for part in parts), Fraction(0)) == whole
 
 
 @given(st.integers(-(10**24), 10**24))

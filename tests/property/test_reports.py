@@ -10,7 +10,7 @@ from tests.support.examples import examples
 from tests.support.worlds_of_usage import facts, policies, priced, prices
 from vllm_cost_meter.records.owner import OWN
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
-from vllm_cost_meter.reports.allocation import pieces, report, wall_cost
+from vllm_cost_meter.reports.allocation import kv_cost, pieces, report, wall_cost
 from vllm_cost_meter.reports.facts import REQUESTS, Facts
 from vllm_cost_meter.reports.grammar import Question, question
 from vllm_cost_meter.reports.idle import SHARED_CLASSES
@@ -57,8 +57,16 @@ def test_rows_are_the_whole_on_both_bases(known, asked, base):
         for name in ("cost_nanousd", "usage_cost_nanousd"):
             known_costs = [row[name] for row in rows if row[name] is not None]
             assert sum(known_costs) == (piece["cost_nanousd"] or 0)
+        for row in (row for row in rows if row["class"] != REQUESTS):
+            assert row["kv_cost_nanousd"] in (0, None)
+    for_blocks = [
+        row["kv_cost_nanousd"] or 0 for piece in answer["series"] for row in piece["rows"]
+    ]
+    assert sum(for_blocks) == answer["kv_cost_nanousd"]
     assert sum(piece["gpu_time_ns"] for piece in answer["series"]) == known.wall_gpu_ns
     exact = wall_cost(known, asked, priced(base))
+    if exact is not None:
+        exact += kv_cost(known, asked, priced(base))
     shown = [piece["cost_nanousd"] for piece in answer["series"]]
     if known.wall_gpu_ns and None not in shown:
         assert abs(sum(shown) - exact) <= Fraction(len(shown), 2)

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.worlds_of_usage import facts, policies, priced, prices
+from vllm_cost_meter.prices.cost import MS_PER_HOUR, Rates
 from vllm_cost_meter.records.owner import OWN
-from vllm_cost_meter.reports.allocation import wall_cost
+from vllm_cost_meter.reports.allocation import kv_cost, wall_cost
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.reports.statement import (
     NANOUSD_PER_CENT,
@@ -51,13 +52,14 @@ def test_all_lines_add_up_to_wall_time_times_price_to_the_cent(month, base, over
     answer = statement(known, asked, priced(base), overhead=overhead, now_ns=0)
     if not known.wall_gpu_ns:
         return
-    exact = wall_cost(known, asked, priced(base)) + sum(cost.nanousd for cost in overhead)
+    exact = wall_cost(known, asked, priced(base)) + kv_cost(known, asked, priced(base))
+    exact += sum(cost.nanousd for cost in overhead)
     cents = round(exact / NANOUSD_PER_CENT)
     assert answer["total"]["amount_cents"] == answer["whole"]["amount_cents"] == cents
     assert sum(line["amount_cents"] for line in answer["lines"]) == cents
-    assert answer["whole"]["wall_cents"] + sum(
-        cost["cents"] for cost in answer["whole"]["overhead"]
-    ) == cents  # fmt: skip
+    whole = answer["whole"]
+    others = sum(cost["cents"] for cost in whole["overhead"])
+    assert whole["wall_cents"] + whole["kv_cents"] + others == cents
     for line in answer["lines"]:
         assert line["usage_cents"] + line["idle_share_cents"] == line["amount_cents"]
     assert answer["total"]["gpu_time_ns"] == known.wall_gpu_ns
@@ -84,9 +86,18 @@ def test_no_line_and_no_tenants_total_moves_by_a_cent(month, base):
     price_of = priced(base)
     answer = statement(known, asked, price_of, now_ns=0)
 
-    def cost(one) -> Fraction:
-        return one.gpu_time_ns * price_of(one.run_id, one.hour) / 3600 / NANOUSD_PER_CENT
+    def time_cost(one) -> Fraction:
+        usd = price_of(one.run_id, one.hour).usd_per_gpu_hour
+        return one.gpu_time_ns * usd / 3600 / NANOUSD_PER_CENT
 
+    def blocks_cost(one) -> Fraction:
+        usd = price_of(one.run_id, one.hour).usd_per_kv_block_hour
+        return one.kv_block_ms * usd / MS_PER_HOUR * 100
+
+    def cost(one) -> Fraction:
+        return time_cost(one) + blocks_cost(one)
+
+    of_kind = {"usage": time_cost, "kv": blocks_cost}
     shared = [one for one in known.other_time if one.key != ("in_flight",)]
     pool = sum(map(cost, shared), Fraction(0))
     used_ns = dict.fromkeys((one.key[0] for one in known.used), 0)
@@ -99,10 +110,10 @@ def test_no_line_and_no_tenants_total_moves_by_a_cent(month, base):
         due = usage + pool * shares.get(name, 0)
         assert total["amount_cents"] is None or abs(total["amount_cents"] - due) < 1
     for line in answer["lines"]:
-        if line["kind"] != "usage" or line["usage_cents"] is None:
+        if line["kind"] not in of_kind or line["usage_cents"] is None:
             continue
         usage = sum(
-            cost(one)
+            of_kind[line["kind"]](one)
             for one in known.used
             if one.key == (line["tenant"], line["item"])
             and period_name(one.hour, "day", asked.zone) == line["day"]
@@ -118,5 +129,27 @@ def test_every_hour_of_the_month_is_on_one_line_of_its_own_day(month, data):
     answer = statement(known, asked, priced(Fraction(1)), now_ns=0)
     used = sum(one.gpu_time_ns for one in known.used
                if period_name(one.hour, "day", asked.zone) == day)  # fmt: skip
-    lines = [line for line in answer["lines"] if line["day"] == day]
+    lines = [line for line in answer["lines"] if line["day"] == day and line["kind"] == "usage"]
     assert sum(line["gpu_time_ns"] for line in lines) == used
+
+
+@given(whole_months(), prices)
+def test_quantity_times_price_of_a_line_of_blocks_is_its_amount(month, base):
+    asked, known = month
+    lines = statement(known, asked, priced(base), now_ns=0)["lines"]
+    for line in (line for line in lines if line["kind"] == "kv"):
+        usd = Fraction(line["usd_per_kv_block_hour"]) * line["kv_block_ms"] / MS_PER_HOUR
+        # The price is shown with 18 decimal places, and the amount in whole cents.
+        assert abs(usd * 100 - line["amount_cents"]) <= 1
+
+
+@given(whole_months(), prices, costs)
+def test_blocks_that_cost_nothing_change_no_line(month, base, overhead):
+    asked, known = month
+    without = replace(known, used=[one._replace(kv_block_ms=0) for one in known.used])
+
+    def free(run_id: str, hour: int) -> Rates:
+        return priced(base)(run_id, hour)._replace(usd_per_kv_block_hour=Fraction(0))
+
+    told = {"overhead": overhead, "now_ns": 0}
+    assert statement(known, asked, free, **told) == statement(without, asked, free, **told)

@@ -6,7 +6,7 @@ Invariant: the records of one request name the same tenant, model and ids.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,8 +14,17 @@ from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.api_server.routes import response_id_of
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
-from vllm_cost_meter.prices.book import PriceBook, RunFacts, by_price, terms, total_nanousd
-from vllm_cost_meter.records.bill import Bill, UsagePiece
+from vllm_cost_meter.prices.book import (
+    GpuHourPrice,
+    PriceBook,
+    RunFacts,
+    by_price,
+    terms,
+    time_nanousd,
+    total_nanousd,
+)
+from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
+from vllm_cost_meter.records.bill import Bill
 from vllm_cost_meter.records.client_text import stored, stored_or_none
 from vllm_cost_meter.records.owner import NOBODY
 from vllm_cost_meter.records.requests import (
@@ -54,6 +63,10 @@ def engine_request(
     """Return the record of a billed engine request; without a birth it belongs to no tenant."""
     finished_at_ns = time.time_ns()
     exchange = birth.exchange if birth is not None else None
+    charged = [(p.hour, Quantities(p.gpu_time_ns, p.kv_block_ms)) for p in bill.pieces]
+    # What a request added is time; the blocks that it held kept no GPU busy.
+    added = [(p.hour, Quantities(p.marginal_ns)) for p in bill.pieces]
+    at, added_at = (_by_price(spent, run, book) for spent in (charged, added))
     return EngineRequest(
         bill=bill,
         http_request_id=exchange.http_request_id if exchange else None,
@@ -64,8 +77,8 @@ def engine_request(
         model=run.model,
         lora=stored_or_none(birth.lora) if birth else None,
         route=exchange.route if exchange else None,
-        cost_nanousd=_cost_nanousd(bill, run, book, lambda piece: piece.gpu_time_ns),
-        marginal_cost_nanousd=_cost_nanousd(bill, run, book, lambda piece: piece.marginal_ns),
+        cost_nanousd=None if at is None else total_nanousd(at),
+        marginal_cost_nanousd=None if added_at is None else time_nanousd(added_at),
         started_at_ns=birth.arrived_at_ns if birth else finished_at_ns,
         finished_at_ns=finished_at_ns,
         latencies=_latencies(birth, bill, finished_at_ns),
@@ -145,10 +158,11 @@ def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:
     if entry.effective_from_hour is None:
         since_ns, price_id = snapshot.started_at_ns, f"settings:{price.text}"
     else:
+        amounts = price.text if price.kv_text is None else f"{price.text}+{price.kv_text}"
         since_ns = entry.effective_from_hour * NS_PER_HOUR
         # A price is written only once, so its key has all of its contents.
-        price_id = f"book:{price.text}:{rfc3339(since_ns)}:{source}"
-    return Price(price_id, price.text, source, since_ns)
+        price_id = f"book:{amounts}:{rfc3339(since_ns)}:{source}"
+    return Price(price_id, price.text, source, since_ns, price.kv_text)
 
 
 def latencies(times: RequestTimes, output_tokens: int, finished_at_ns: int) -> Latencies:
@@ -181,13 +195,11 @@ def _latencies(birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencie
         return Latencies()
 
 
-def _cost_nanousd(
-    bill: Bill, run: RunFacts, book: PriceBook, ns_of: Callable[[UsagePiece], int]
-) -> int | None:
-    """Return the cost of a bill's time, each hour at its own price; None if an hour has none."""
+def _by_price(
+    spent: Sequence[tuple[int, Quantities]], run: RunFacts, book: PriceBook
+) -> dict[GpuHourPrice, Quantities] | None:
+    """Return what a bill used by price, each hour at its own; None if an hour has none."""
     # A bill without use has no hour. It costs 0 if the present hour has a price.
     now = time.time_ns() // NS_PER_HOUR
-    spent = [(piece.hour, ns_of(piece)) for piece in bill.pieces] or [(now, 0)]
     # Where a fact of the run is unknown, a price that it might change would be a guess.
-    at = by_price(spent, partial(book.certain_price_at, run))
-    return None if at is None else total_nanousd(at)
+    return by_price(spent or [(now, NO_QUANTITIES)], partial(book.certain_price_at, run))

@@ -140,22 +140,25 @@ class Part:
         self.rejected = min(tokens, max(self.work.tokens - 1, 0))
         self.request.position -= min(self.rejected, self.request.position)
 
-    def pay(self, share_ns: int, marginal_ns: float, step_ns: int) -> None:
-        """Take a share of the step's time."""
+    def pay(self, share_ns: int, marginal_ns: float, step_ns: int, charges_recomputed: bool) -> int:
+        """Take a share of the step's time. Return the ns of it that nobody is charged."""
         request = self.request
         request.step_ns = min(request.step_ns + step_ns, NS_MAX)
         request.marginal_ns += marginal_ns
+        recomputed_ns = _part_of(share_ns, self.recomputed, self.work.tokens)
+        uncharged_ns = 0 if charges_recomputed else recomputed_ns
         if self.is_prefill:
-            request.prefill_ns += share_ns
+            request.prefill_ns += share_ns - uncharged_ns
         else:
             request.decode_ns += share_ns
-        request.recomputed_ns += _part_of(share_ns, self.recomputed, self.work.tokens)
+        request.recomputed_ns += recomputed_ns
         rejected_ns = _part_of(share_ns, self.rejected, self.work.tokens)
         request.rejected_ns += rejected_ns
         self.kept_ns = share_ns - rejected_ns
         cut_ns = _part_of(self.kept_ns, self.cut, self.kept)
         request.cut_ns += cut_ns
         self.kept_ns -= cut_ns
+        return uncharged_ns
 
     def end(self, batch: int) -> None:
         """Count the step and its tokens."""

@@ -33,7 +33,11 @@ messages included, so a change to one must be made in the other.
    there is nobody to charge, so their shares are returned as the step's *tail*. If a step computed
    nothing for anyone, all its time is tail. The same id opened again is another request.
 
-Invariant: the ns settled or shared = the ns closed, cut or discarded + all tails + `open_ns`.
+7. What a preemption threw away is computed again. Its victim pays for that, or nobody does: then
+   the recomputed part of a share is counted in the request and added to `uncharged_ns` instead.
+
+Invariant: the ns settled or shared = the ns closed, cut or discarded + all tails + `uncharged_ns` +
+`open_ns`.
 """
 
 import math
@@ -76,7 +80,9 @@ def split(total_ns: int, weights: Sequence[int]) -> list[int]:
 class StepMeter:
     """Accrues GPU time and tokens to the open requests of one engine, step by step.
 
-    `open_ns` is the time accrued to open requests and not yet cut or closed. `fallbacks` counts
+    `open_ns` is the time accrued to open requests and not yet cut or closed. `uncharged_ns` is the
+    time in which open requests computed again what a preemption had thrown away, if they are not
+    charged for it. `fallbacks` counts
     splits with only zero weights, which became equal splits. `strangers` counts requests that first
     appeared in a step, without an `open`.
     """
@@ -86,10 +92,13 @@ class StepMeter:
         method: str,
         prior: Prior = NOTHING_KNOWN,
         block_size: int = 0,
+        charges_recomputed: bool = True,
     ) -> None:
         """Start with a prior for the cost model; if nothing is known, a step costs its tokens.
 
-        `block_size` is the KV cache's block size in tokens; with 0, blocks are not counted.
+        `block_size` is the KV cache's block size in tokens; with 0, blocks are not counted. Without
+        `charges_recomputed`, requests do not accrue the time to compute again what a preemption had
+        thrown away.
         """
         _check(block_size, WEIGHT_MAX, "StepMeter: block_size")
         self._block_size = block_size
@@ -99,7 +108,9 @@ class StepMeter:
         self._fit = StepFit(prior)
         self._published: list[Model] = []
         self._remember_model()
+        self._charges_recomputed = bool(charges_recomputed)
         self.open_ns = 0
+        self.uncharged_ns = 0
         self.fallbacks = 0
         self.strangers = 0
         self._method = method
@@ -238,7 +249,7 @@ class StepMeter:
         pieces = []
         for request_id, request in self._requests.items():
             accrued = request.accrued(now_ns)
-            if any(accrued[:4]) or accrued.kv_block_ns:
+            if any(accrued[:4]) or accrued.recomputed_ns or accrued.kv_block_ns:
                 pieces.append((request_id, accrued))
                 request.reset()
         self.open_ns = 0
@@ -293,14 +304,15 @@ class StepMeter:
             return gpu_ns
         weights, margins = self._weigh(parts, gpu_ns)
         self._weights = weights
-        tail_ns = 0
+        tail_ns = uncharged_ns = 0
         shares = _shares(gpu_ns, weights)
         for part, share_ns, marginal_ns in zip(parts, shares, margins, strict=True):
             if part.request.is_open:
-                part.pay(share_ns, marginal_ns, gpu_ns)
+                uncharged_ns += part.pay(share_ns, marginal_ns, gpu_ns, self._charges_recomputed)
             else:
                 tail_ns += share_ns
-        self.open_ns += gpu_ns - tail_ns
+        self.open_ns += gpu_ns - tail_ns - uncharged_ns
+        self.uncharged_ns += uncharged_ns
         return tail_ns
 
     def settle(self, step: int, gpu_ns: int, rejected: dict[str, int] | None = None) -> int:

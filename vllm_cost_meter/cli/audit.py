@@ -16,7 +16,8 @@ from vllm_cost_meter.ledger.ends.lost import MAX_LOST
 from vllm_cost_meter.records.snapshot import CLASSES
 
 # The audit leaves out these classes of time if they are 0.
-SELDOM = {"sleep", "dummy", "lost"}
+SUMS = ("sums_difference_ns", "sums_difference_block_ms")
+SELDOM = {"sleep", "dummy", "recomputed", "lost"}
 # Every terminal has so many columns. A class and its time stay on one line.
 LINE_CHARS_MAX = 80
 NOT_READ = "The bills were not read again, only what they add up to: --full reads them."
@@ -71,7 +72,7 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
             f"{bare['started_at'][:16].replace('T', ' ')} run {bare['run_id'][:8]}:"
             f" {bare['bills']} bills, {bare['ledger_ns'] / 1e9:.3f} s; no totals are known"
         )
-        for name in ("uneven_bills", "changed", "sums_difference_ns"):
+        for name in ("uneven_bills", "changed", *SUMS):
             if bare[name]:
                 yield f"  {name}: {bare[name]}"
         yield from _missing_lines(bare)

@@ -13,6 +13,7 @@ FIRST = (
     "effective_from",
     "name",
     "usd_per_gpu_hour",
+    "usd_per_kv_block_hour",
     "usd_per_kwh",
     "percent",
     "usd_per_month",

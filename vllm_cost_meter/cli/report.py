@@ -79,6 +79,8 @@ NANO_USD_NOTE = (
 )
 # A table has this column only if the energy of any row is known; JSON and CSV always have it.
 ENERGY_COLUMN = "energy_mj"
+# Likewise only if KV residency has a price in any row; it is a part of the costs beside it.
+KV_COLUMN = "kv_cost_usd"
 
 
 class What(StrEnum):
@@ -264,6 +266,9 @@ def _print_table(
     *,
     wide: bool,
 ) -> None:
+    if any(row.get("kv_cost_nanousd") for row in rows):
+        at = columns.index("cost_usd")
+        columns = (*columns[:at], KV_COLUMN, *columns[at:])
     if any(row.get(ENERGY_COLUMN) is not None for row in rows):
         columns = (*columns, ENERGY_COLUMN)
     names = [name for name in columns if name not in (*REPORT_COLUMNS, *REQUEST_COLUMNS)]

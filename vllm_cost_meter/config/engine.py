@@ -1,7 +1,7 @@
-"""Engine settings: the three values that an engine process needs, read without pydantic.
+"""Engine settings: the few values that an engine process needs, read without pydantic.
 
 EngineCore and every worker import this module. The full settings would bring pydantic and fifty of
-our modules into them to read three values. The operator's process checks the same environment and
+our modules into them to read these. The operator's process checks the same environment and
 file before any engine starts (`plugin.check_settings`).
 
 Invariant: the values are those that `load_settings` would return in this process.
@@ -20,7 +20,8 @@ from vllm_cost_meter.errors import SettingError
 PREFIX = "COST_METER_"
 Method = Literal["shapley", "tokens", "equal"]
 METHOD_EXPECTED = "shapley, tokens or equal"
-
+Payer = Literal["victim", "operator"]
+PAYER_EXPECTED = "victim or operator"
 
 LABELS_MAX = 16
 LABELS_EXPECTED = (
@@ -33,11 +34,12 @@ _LABEL_CHARS_MAX = 128
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """The method that splits a step's time, the step log's file if any, the engine's labels."""
+    """How a step's time is split, who pays preemptions, the step log's file, the labels."""
 
     method: Method = "shapley"
     step_log: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    preemption_paid_by: Payer = "victim"
 
 
 def labels_of(given: object) -> dict[str, str]:
@@ -72,6 +74,9 @@ def load_engine_settings(environ: Mapping[str, str] = os.environ) -> EngineSetti
     values |= {name: given for name in values if (given := environ.get(PREFIX + name.upper()))}
     if values["method"] not in get_args(Method):
         raise SettingError(f"{PREFIX}METHOD", METHOD_EXPECTED, values["method"])
+    if values["preemption_paid_by"] not in get_args(Payer):
+        payer = values["preemption_paid_by"]
+        raise SettingError(f"{PREFIX}PREEMPTION_PAID_BY", PAYER_EXPECTED, payer)
     try:
         values["labels"] = labels_of(values["labels"])
     except ValueError:

@@ -62,6 +62,12 @@ class PriceSetting(BaseModel):
         "`amount` / `gpus`.",
         json_schema_extra=about(f"a whole number from 1 to {GPUS_MAX}", "GPUs"),
     )
+    usd_per_kv_block_hour: t.UsdPrice | None = Field(
+        default=None,
+        description="What one block of the KV cache costs for an hour, on top of GPU time, in USD "
+        "whatever `currency` is. Without it, blocks cost nothing.",
+        json_schema_extra=about(t.PRICE, "USD per KV block-hour"),
+    )
     kind: PurchaseKind = Field(
         description="How it is bought.",
         json_schema_extra=about("on_demand, reserved or spot"),
@@ -123,6 +129,7 @@ class PriceSetting(BaseModel):
             currency=self.currency,
             usd_rate=self.usd_rate or Decimal(1),
             matches=RunMatch(self.model, self.gpu_name, self.host),
+            usd_per_kv_block_hour=self.usd_per_kv_block_hour,
         )
 
 

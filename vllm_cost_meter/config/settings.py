@@ -35,9 +35,11 @@ from vllm_cost_meter.config.economics import EconomicsSettings
 from vllm_cost_meter.config.engine import (
     LABELS_EXPECTED,
     METHOD_EXPECTED,
+    PAYER_EXPECTED,
     PREFIX,
     EngineSettings,
     Method,
+    Payer,
     labels_of,
 )
 from vllm_cost_meter.config.invoices import (
@@ -141,6 +143,13 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         description="How a step's GPU time is split: by the Shapley values of the fitted cost "
         "model, by scheduled tokens, or equally.",
         json_schema_extra=_about(METHOD_EXPECTED),
+    )
+    preemption_paid_by: Payer = Field(
+        default=EngineSettings().preemption_paid_by,
+        description="Who pays the time to compute again what a preemption threw away: the request "
+        "that was preempted, or the operator, in the class `recomputed`. It holds for engines that "
+        "start with it.",
+        json_schema_extra=_about(PAYER_EXPECTED),
     )
     reply: t.ReplyDetail = Field(
         default="all",

@@ -6,7 +6,8 @@ the stretch from the mark to now to exactly one class, and moves the mark:
 - While steps are in flight, the stretch ends when the result of the oldest step is processed. It is
   that step's busy time (update entry - max(schedule return, previous update entry)), and
   `StepMeter` splits it among the step's requests. These stretches partition the device's busy
-  time, even under async scheduling and pipeline parallelism, where steps overlap.
+  time, even under async scheduling and pipeline parallelism, where steps overlap. Where the
+  operator pays preemptions, what they threw away is computed again in the class `recomputed`.
 - Otherwise the stretch is `sleep`, `host` (unfinished requests, but no step running) or `idle`.
 
 A stretch that crosses a UTC hour is cut there. The amounts of each open request are cut there too,
@@ -28,7 +29,7 @@ from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.client_text import stored
-from vllm_cost_meter.records.engine import EngineIdentity
+from vllm_cost_meter.records.engine import VICTIM, EngineIdentity
 from vllm_cost_meter.records.snapshot import (
     TWO_PLANES,
     ClassTotals,
@@ -85,7 +86,9 @@ class EngineBooks:
         self.engine = engine
         self.gpus = engine.gpus  # Every step uses all of them.
         block_size = engine.kv_block_size or 0
-        self.meter = StepMeter(engine.method, prior, block_size)
+        # Else what a preemption threw away is computed again in the class `recomputed`.
+        charges_recomputed = engine.preemption_paid_by == VICTIM
+        self.meter = StepMeter(engine.method, prior, block_size, charges_recomputed)
         self.prior = prior.source
         # Called with a step's parts and GPU-ns before the step is split.
         self.on_step: Callable[[list[tuple[str, int, int, int]], int], None] | None = None
@@ -103,6 +106,8 @@ class EngineBooks:
         self._billed_ns = 0
         self._asleep = False
         self._off = False
+        # What of the meter's `uncharged_ns` is booked.
+        self._uncharged_ns = 0
         self._in_flight: deque[tuple[object, int]] = deque()
         # The model version when each open request came, and its amounts before this hour.
         self._first_models: dict[str, int] = {}
@@ -361,10 +366,14 @@ class EngineBooks:
         return gpu_ns
 
     def _book_busy(self, gpu_ns: int, tail_ns: int) -> None:
-        self._totals.in_flight += gpu_ns - tail_ns
-        self._cell.in_flight += gpu_ns - tail_ns
+        recomputed_ns = self.meter.uncharged_ns - self._uncharged_ns
+        self._totals.in_flight += gpu_ns - tail_ns - recomputed_ns
+        self._cell.in_flight += gpu_ns - tail_ns - recomputed_ns
         if tail_ns:
             self._add("tail", tail_ns)
+        if recomputed_ns:
+            self._uncharged_ns += recomputed_ns
+            self._add("recomputed", recomputed_ns)
 
     def _add(self, name: str, gpu_ns: int) -> None:
         totals, cell = self._totals, self._cell

@@ -169,7 +169,17 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
         *_index_again("requests", "tenant", "tenant, finished_at"),
     ),
     14: (*_added("cost_models", "TEXT", "curve"), _rename_error_of_one_plane),
-    15: _added("cost_models", "TEXT", "charge_errors"),
+    15: (
+        *_added("cost_models", "TEXT", "charge_errors"),
+        *_added("prices", "TEXT", "usd_per_kv_block_hour"),
+        *_added("runs", "TEXT NOT NULL DEFAULT 'victim'", "preemption_paid_by"),
+        *_added("snapshots", _COUNT, "recomputed_ns"),
+        *_added("engine_hours", _COUNT, "recomputed_ns"),
+        *_added("snapshots", "BIGINT", "recomputed_mj"),
+        # Energy that is known has every class.
+        "UPDATE snapshots SET recomputed_mj = 0 WHERE energy_mj IS NOT NULL",
+        *_added("energy_hours", _COUNT, "recomputed_mj"),
+    ),
 }
 FIRST_WITH_ROLLUPS = 11
 FIRST_WITH_BILL_SUMS = 12

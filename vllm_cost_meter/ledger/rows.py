@@ -186,6 +186,7 @@ def price_row(price: Price) -> TableRow:
         "usd_per_gpu_hour": price.usd_per_gpu_hour,
         "source": price.source,
         "effective_from": rfc3339(price.effective_from_ns),
+        "usd_per_kv_block_hour": price.usd_per_kv_block_hour,
     }
 
 
@@ -266,7 +267,7 @@ def energy_hour_rows(snapshot: Snapshot) -> list[TableRow]:
             "run_id": snapshot.run_id,
             "hour": hour,
             "number": snapshot.number,
-            **{f"{name}_mj": classes[name] for name in ENERGY_CLASSES},
+            **{f"{name}_mj": classes.get(name, 0) for name in ENERGY_CLASSES},
         }
         for hour, classes in snapshot.energy.hours.items()
     ]
@@ -286,9 +287,11 @@ def _devices(snapshot: Snapshot) -> str | None:
 
 def _energy_columns(snapshot: Snapshot) -> TableRow:
     energy = snapshot.energy
+    # A record of an earlier version lacks the classes that came since.
+    nothing = None if energy.energy_mj is None else 0
     return {
         "energy_mj": energy.energy_mj,
-        **{f"{name}_mj": energy.classes.get(name) for name in ENERGY_CLASSES},
+        **{f"{name}_mj": energy.classes.get(name, nothing) for name in ENERGY_CLASSES},
         "energy_unknown_ns": energy.unknown_ns,
         "energy_reason": energy.reason,
     }

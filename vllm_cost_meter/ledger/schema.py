@@ -101,6 +101,8 @@ prices = Table(
     Column("usd_per_gpu_hour", Text, nullable=False),
     Column("source", Text, nullable=False),
     Column("effective_from", KeyText, nullable=False),
+    # NULL where KV blocks cost nothing.
+    Column("usd_per_kv_block_hour", Text),
 )
 
 runs = Table(
@@ -126,6 +128,8 @@ runs = Table(
     Column("devices", Text),
     # This JSON has the texts that the operator declared; NULL before there were labels.
     Column("labels", Text),
+    # "victim" or "operator".
+    Column("preemption_paid_by", Text, nullable=False),
 )
 
 cost_models = Table(

@@ -8,6 +8,9 @@ for a run, the most specific wins: first the one with the most matches, then the
 plain names among them. Two equally specific entries give no price, because to pick one would be to
 guess money. There is no default price.
 
+An entry may also price KV residency, on top of GPU time: blocks of the KV cache x hours. It holds
+for the runs and the time of its entry, so one without such a price charges nothing for blocks.
+
 Invariant: the order of the entries changes no choice. A price is an exact fraction of USD per
 GPU-hour, whatever its currency and however many GPUs it pays for.
 """
@@ -21,7 +24,13 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
-from vllm_cost_meter.prices.cost import cost_nanousd
+from vllm_cost_meter.prices.cost import (
+    NO_QUANTITIES,
+    Quantities,
+    Rates,
+    cost_nanousd,
+    kv_cost_nanousd,
+)
 from vllm_cost_meter.prices.overheads import Overhead
 from vllm_cost_meter.units.money import decimal_text
 from vllm_cost_meter.units.time import hour_text, instant_of
@@ -90,7 +99,8 @@ class PriceEntry:
 
     One unit of the currency is worth `usd_rate` USD. `key` names the entry in messages.
     `effective_from_hour` counts hours since the epoch; None means always, and an entry with a date
-    goes before one without. `kind` is None if it is not known.
+    goes before one without. `kind` is None if it is not known. `usd_per_kv_block_hour` prices one
+    block of the KV cache for an hour, in USD whatever the currency; None if blocks cost nothing.
     """
 
     key: str
@@ -103,16 +113,17 @@ class PriceEntry:
     currency: str = USD
     usd_rate: Decimal = Decimal(1)
     matches: RunMatch = ANY_RUN
+    usd_per_kv_block_hour: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GpuHourPrice:
     """The price of one GPU for one hour, from an entry. A book has one such object per entry.
 
-    `usd_per_gpu_hour` is exact. `text` shows it as a decimal with at most 18 places.
+    `rates` are exact. `text` shows the price of the GPU-hour as a decimal with at most 18 places.
     """
 
-    usd_per_gpu_hour: Fraction
+    rates: Rates
     text: str
     entry: PriceEntry
 
@@ -121,7 +132,19 @@ class GpuHourPrice:
         """Return the price that an entry declares."""
         usd = Fraction(entry.amount) * Fraction(entry.usd_rate) / entry.gpus
         is_as_given = entry.currency == USD and entry.gpus == 1
-        return cls(usd, format(entry.amount, "f") if is_as_given else decimal_text(usd), entry)
+        text = format(entry.amount, "f") if is_as_given else decimal_text(usd)
+        return cls(Rates(usd, Fraction(entry.usd_per_kv_block_hour or 0)), text, entry)
+
+    @property
+    def usd_per_gpu_hour(self) -> Fraction:
+        """The price of the GPU-hour, exact."""
+        return self.rates.usd_per_gpu_hour
+
+    @property
+    def kv_text(self) -> str | None:
+        """The USD per KV block-hour as a decimal; None without such a price."""
+        usd = self.entry.usd_per_kv_block_hour
+        return None if usd is None else format(usd, "f")
 
     @property
     def key(self) -> str:
@@ -143,6 +166,7 @@ class GpuHourPrice:
         entry = self.entry
         return {
             "usd_per_gpu_hour": self.text,
+            "usd_per_kv_block_hour": self.kv_text,
             "amount": format(entry.amount, "f"),
             "currency": entry.currency,
             "usd_rate": format(entry.usd_rate, "f"),
@@ -343,29 +367,46 @@ def same_start(entries: Sequence[_Dated]) -> tuple[int, int] | None:
 
 
 def by_price(
-    spent: Iterable[tuple[int, int]], price_at: Callable[[int], GpuHourPrice | None]
-) -> dict[GpuHourPrice, int] | None:
-    """Return GPU-ns by price, from (hour, GPU-ns) pairs; None if any hour has no price."""
-    found: dict[GpuHourPrice, int] = {}
-    for hour, gpu_time_ns in spent:
+    spent: Iterable[tuple[int, Quantities]], price_at: Callable[[int], GpuHourPrice | None]
+) -> dict[GpuHourPrice, Quantities] | None:
+    """Return quantities by price, from those by hour; None if any hour has no price."""
+    found: dict[GpuHourPrice, Quantities] = {}
+    for hour, used in spent:
         price = price_at(hour)
         if price is None:
             return None
-        found[price] = found.get(price, 0) + gpu_time_ns
+        found[price] = found.get(price, NO_QUANTITIES) + used
     return found
 
 
-def total_nanousd(spent_ns: Mapping[GpuHourPrice, int]) -> int:
+def time_nanousd(spent: Mapping[GpuHourPrice, Quantities]) -> int:
     """Return the cost of GPU time by price, in nano-USD, rounded once for each price."""
-    costs = (cost_nanousd(ns, price.usd_per_gpu_hour) for price, ns in spent_ns.items())
-    return sum(cost for cost in costs if cost is not None)
+    return sum(
+        cost_nanousd(used.gpu_time_ns, price.usd_per_gpu_hour) or 0 for price, used in spent.items()
+    )
+
+
+def kv_nanousd(spent: Mapping[GpuHourPrice, Quantities]) -> int:
+    """Return the cost of KV residency by price, in nano-USD, rounded once for each price."""
+    return sum(
+        kv_cost_nanousd(used.kv_block_ms, price.rates.usd_per_kv_block_hour)
+        for price, used in spent.items()
+    )
+
+
+def total_nanousd(spent: Mapping[GpuHourPrice, Quantities]) -> int:
+    """Return what a bill costs, in nano-USD: its GPU time and its KV residency, by price."""
+    return time_nanousd(spent) + kv_nanousd(spent)
 
 
 def described(price: Mapping[str, Any]) -> str:
     """Return a price from `GpuHourPrice.as_dict` in words: amount, scope and source."""
     since = f"from {price['effective_from'][:13]}Z" if price["effective_from"] else None
     about = (terms(price), price["kind"], since, price["source"])
-    return f"{price['usd_per_gpu_hour']} USD per GPU-hour ({', '.join(filter(None, about))})"
+    amounts = f"{price['usd_per_gpu_hour']} USD per GPU-hour"
+    if (of_blocks := price["usd_per_kv_block_hour"]) is not None:
+        amounts += f" and {of_blocks} USD per KV block-hour"
+    return f"{amounts} ({', '.join(filter(None, about))})"
 
 
 def terms(price: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Prices of engine runs hour by hour, and the cost of the time and energy that they used.
+"""Prices of engine runs hour by hour, and the cost of what they used: time, KV cache, energy.
 
 Where the book has no price for a run, the price in the run's own record counts, and its source says
 so. So a report made without the settings has costs too. No price changes between two dates of the
@@ -16,11 +16,19 @@ from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice, PriceBook, PriceEntry, RunFacts
-from vllm_cost_meter.prices.cost import exact_energy_nanousd, exact_nanousd, parse_price
+from vllm_cost_meter.prices.cost import (
+    Quantities,
+    exact_cost_nanousd,
+    exact_energy_nanousd,
+    exact_nanousd,
+    parse_price,
+)
 from vllm_cost_meter.units.time import hour_text
 
 # Amounts that runs used, by run and hour (or a stretch's first hour). None holds time of no hour.
 UsedByRun = Mapping[str, Mapping[int | None, int]]
+# What requests are charged for, likewise.
+ChargedByRun = Mapping[str, Mapping[int | None, Quantities]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,7 @@ class RunPrices:
 
 
 P = TypeVar("P", GpuHourPrice, EnergyPrice)
+A = TypeVar("A", int, Quantities)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +106,27 @@ class Cost(Generic[P]):
 def cost_of(
     used_ns: UsedByRun, runs: Mapping[str, RunPrices], nothing: Cost[Any]
 ) -> Cost[GpuHourPrice]:
-    """Return the cost of GPU time; `nothing` if there is none."""
+    """Return the cost of GPU time alone; `nothing` if there is none."""
     return _cost(
         used_ns,
         runs,
         RunPrices.at,
         RunPrices.why_none,
         lambda ns, price: exact_nanousd(ns, price.usd_per_gpu_hour),
+        nothing,
+    )
+
+
+def charge_of(
+    used: ChargedByRun, runs: Mapping[str, RunPrices], nothing: Cost[Any]
+) -> Cost[GpuHourPrice]:
+    """Return the cost of what requests used: GPU time and KV residency; `nothing` if no use."""
+    return _cost(
+        used,
+        runs,
+        RunPrices.at,
+        RunPrices.why_none,
+        lambda quantities, price: exact_cost_nanousd(quantities, price.rates),
         nothing,
     )
 
@@ -123,14 +146,14 @@ def energy_cost_of(
 
 
 def _cost(
-    used: UsedByRun,
+    used: Mapping[str, Mapping[int | None, A]],
     runs: Mapping[str, RunPrices],
     at: Callable[[RunPrices, int | None], P | None],
     why_none: Callable[[RunPrices, int | None], str],
-    cost: Callable[[int, P], Fraction],
+    cost: Callable[[A, P], Fraction],
     nothing: Cost[P],
 ) -> Cost[P]:
-    amounts: dict[P, int] = {}
+    amounts: dict[P, A] = {}
     # This finds the earliest time without a price; time without an hour comes first.
     missing: tuple[int, str] | None = None
     for run_id, run in runs.items():
@@ -142,7 +165,7 @@ def _cost(
                 here = (-1 if hour is None else hour, run_id)
                 missing = here if missing is None else min(missing, here)
             else:
-                amounts[price] = amounts.get(price, 0) + amount
+                amounts[price] = amounts[price] + amount if price in amounts else amount
     if not amounts and missing is None:
         return nothing
     found = tuple(amounts)
@@ -176,4 +199,13 @@ def _recorded(row: Mapping[str, Any]) -> GpuHourPrice | None:
         return None
     source = f"{row['price_source']} (recorded when the run began)"
     amount = parse_price(row["usd_per_gpu_hour"])
-    return GpuHourPrice.of(PriceEntry("prices of the ledger", amount, source, None))
+    of_blocks = row["usd_per_kv_block_hour"]
+    return GpuHourPrice.of(
+        PriceEntry(
+            "prices of the ledger",
+            amount,
+            source,
+            None,
+            usd_per_kv_block_hour=None if of_blocks is None else parse_price(of_blocks),
+        )
+    )

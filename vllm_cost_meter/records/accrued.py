@@ -1,7 +1,8 @@
 """GPU time and tokens that a request has used so far: one tuple for native code and Python twin.
 
 Every field adds up: over the pieces of a request, over requests, over hours. `recomputed`,
-`rejected` and `cut` are already contained in `prefill` and `decode`; do not add them again.
+`rejected` and `cut` are already contained in `prefill` and `decode`; do not add them again. Where
+the operator pays preemptions, `recomputed_ns` stands beside `prefill_ns` instead.
 """
 
 from operator import add

@@ -22,6 +22,7 @@ ENERGY_CLASSES = (
     "sleep",
     "tail",
     "dummy",
+    "recomputed",
     "host",
     "lost",
     "unattributed",

@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 
 from vllm_cost_meter.version import __version__
 
+# Who pays the time to compute again what a preemption threw away: the request that was preempted,
+# or the operator.
+VICTIM, OPERATOR = "victim", "operator"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineIdentity:
@@ -21,7 +25,7 @@ class EngineIdentity:
     `precision` is the number format it computes in, e.g. "bfloat16" or "bfloat16, fp8 weights".
     The KV cache has `kv_blocks` blocks with `kv_block_size` tokens each; both are None without a
     cache. `labels` are the operator's own, e.g. a pool. `native` is True if the native module
-    splits the steps, False if its Python twin does.
+    splits the steps, False if its Python twin does. `preemption_paid_by` is VICTIM or OPERATOR.
     """
 
     model: str
@@ -38,3 +42,4 @@ class EngineIdentity:
     precision: str = "unknown"
     meter_version: str = __version__
     labels: Mapping[str, str] = field(default_factory=dict)
+    preemption_paid_by: str = VICTIM

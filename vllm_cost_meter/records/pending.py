@@ -14,7 +14,10 @@ from vllm_cost_meter.records.requests import EngineRequest
 
 
 class PendingBill(msgspec.Struct, frozen=True, array_like=True):
-    """Whose bill it is, and its GPU time in nanoseconds by UTC hour since the epoch."""
+    """Whose bill it is, and its GPU time and KV residency by UTC hour since the epoch.
+
+    GPU time is in nanoseconds, and KV residency in blocks x milliseconds.
+    """
 
     run_id: str
     seq: int
@@ -23,16 +26,19 @@ class PendingBill(msgspec.Struct, frozen=True, array_like=True):
     above: tuple[str, ...]
     tags: dict[str, str]
     gpu_time_ns: dict[int, int]
+    kv_block_ms: dict[int, int]
 
     @classmethod
     def of(cls, part: EngineRequest) -> Self:
         """Return what budgets need of a billed engine request."""
         bill, owner = part.bill, part.owner
-        hours: dict[int, int] = {}
+        times: dict[int, int] = {}
+        blocks: dict[int, int] = {}
         for piece in bill.pieces:
-            hours[piece.hour] = hours.get(piece.hour, 0) + piece.gpu_time_ns
+            times[piece.hour] = times.get(piece.hour, 0) + piece.gpu_time_ns
+            blocks[piece.hour] = blocks.get(piece.hour, 0) + piece.kv_block_ms
         key = (bill.run_id, bill.seq, bill.request_id)
-        return cls(*key, owner.tenant, owner.above, dict(owner.tags), hours)
+        return cls(*key, owner.tenant, owner.above, dict(owner.tags), times, blocks)
 
     @property
     def owner(self) -> Owner:

@@ -105,9 +105,13 @@ class HttpRequest:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """The price of a GPU-hour, as a decimal string in USD, and the source of that figure."""
+    """The price of a GPU-hour, as a decimal string in USD, and the source of that figure.
+
+    `usd_per_kv_block_hour` is a decimal string too; None if KV blocks cost nothing.
+    """
 
     price_id: str
     usd_per_gpu_hour: str
     source: str
     effective_from_ns: int
+    usd_per_kv_block_hour: str | None = None

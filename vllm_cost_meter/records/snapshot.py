@@ -6,7 +6,8 @@ the classes of a run add up to `wall x gpus` exactly. A snapshot is built once a
 one from another process is checked when it arrives. An unknown value is None, never 0.
 
 Invariant: `Snapshot.difference_ns == 0`, i.e. at any cut of a run
-*wall x gpus = requests + in_flight + idle + sleep + startup + tail + dummy + host + lost*.
+*wall x gpus = requests + in_flight + idle + sleep + startup + tail + dummy + recomputed + host +
+lost*.
 """
 
 from collections.abc import Mapping
@@ -19,14 +20,14 @@ from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.requests import Price
 
 # Classes of GPU time that belong to no request. Each is a row `__name__` of a tenant report.
-OTHER_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "host", "lost")
+OTHER_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "recomputed", "host", "lost")
 # The rows in the order that reports show them; the last holds the requests without a bill yet.
 OTHER_ROWS = (*OTHER_CLASSES, "in_flight")
 TWO_PLANES = "two planes"  # a form of the cost model; others are "curve" and, once, "one plane"
 
 CLASSES = ("requests", "in_flight", *OTHER_CLASSES)
 # Classes outside of `requests` in which the GPUs did work.
-WORK = ("in_flight", "tail", "dummy")
+WORK = ("in_flight", "tail", "dummy", "recomputed")
 BUSY = ("requests", *WORK)
 
 
@@ -118,6 +119,7 @@ class ClassTotals:
     startup: int = 0
     tail: int = 0
     dummy: int = 0
+    recomputed: int = 0
     host: int = 0
     lost: int = 0
 

@@ -26,6 +26,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.records.owner import OWN
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import (
@@ -82,7 +83,7 @@ class Row:
 class Piece:
     """The rows for a span of hours, exact, in the order in which they are shown; None is open.
 
-    `is_priced` says whether any of its time has a price. If so, a row without time costs 0;
+    `is_priced` says whether any of its use has a price. If so, a row without use costs 0;
     otherwise its cost is unknown.
     """
 
@@ -95,6 +96,10 @@ class Piece:
         """Return an amount's exact cost in nano-USD; None if a price is missing."""
         return amount.nanousd if self.is_priced and amount.unpriced is None else None
 
+    def kv_cost(self, amount: Amount) -> Fraction | None:
+        """Return the exact cost of an amount's KV residency; None if a price is missing."""
+        return amount.kv_nanousd if self.is_priced and amount.unpriced is None else None
+
     def why_no_cost(self, amount: Amount, why: WhyNone) -> str | None:
         """Return the reason why an amount has no cost; None if it has one."""
         if self.cost(amount) is not None:
@@ -103,22 +108,34 @@ class Piece:
         return NOTHING_RAN if missing is None else why(missing.run_id, missing.hour)
 
 
+class _Costs(NamedTuple):
+    """The rounded costs of a piece's rows: of usage, of its KV residency alone, and with idle."""
+
+    usage: Sequence[int | None]
+    kv: Sequence[int | None]
+    whole: Sequence[int | None]
+
+
 class _Prices:
     """A cache of the price for each run and hour.
 
-    GPU time is added up by price, so money is computed once per price and not once per hour.
+    Use is added up by price, so money is computed once per price and not once per hour. A price
+    that the question supposes is that of the GPU-hour alone: KV blocks keep theirs.
     """
 
     def __init__(self, question: Question, price_of: PriceOf) -> None:
         self._what_if = question.price
         self._price_of = price_of
-        self._known: dict[tuple[str, Hour], Fraction | Unpriced] = {}
+        self._known: dict[tuple[str, Hour], Rates | Unpriced] = {}
 
-    def of(self, run_id: str, hour: Hour) -> Fraction | Unpriced:
+    def of(self, run_id: str, hour: Hour) -> Rates | Unpriced:
         price = self._known.get((run_id, hour))
         if price is None:
-            found = self._price_of(run_id, hour) if self._what_if is None else self._what_if
-            price = Unpriced.of(run_id, hour) if found is None else Fraction(found)
+            found = self._price_of(run_id, hour)
+            if self._what_if is not None:
+                of_blocks = Fraction(0) if found is None else found.usd_per_kv_block_hour
+                found = Rates(Fraction(self._what_if), of_blocks)
+            price = Unpriced.of(run_id, hour) if found is None else found
             self._known[run_id, hour] = price
         return price
 
@@ -132,19 +149,21 @@ class _Cell(NamedTuple):
 
 
 class _Cells:
-    """The cells of one piece: GPU time by price, and counts of requests and tokens."""
+    """The cells of one piece: use by price, and counts of requests and tokens."""
 
     def __init__(self) -> None:
-        self.spent: dict[_Cell, Counter[Fraction | Unpriced]] = defaultdict(Counter)
+        # GPU-ns, and KV cache blocks x ms.
+        self.spent: dict[_Cell, Counter[Rates | Unpriced]] = defaultdict(Counter)
+        self.held: dict[_Cell, Counter[Rates | Unpriced]] = defaultdict(Counter)
         self.counts: dict[_Cell, list[int]] = {}
 
     @property
     def is_priced(self) -> bool:
-        """Whether any time in the cells has a price."""
+        """Whether any use in the cells has a price."""
         return any(
-            ns and isinstance(price, Fraction)
-            for spent in self.spent.values()
-            for price, ns in spent.items()
+            amount and isinstance(price, Rates)
+            for used in (*self.spent.values(), *self.held.values())
+            for price, amount in used.items()
         )
 
     def rows(self) -> dict[_Cell, Row]:
@@ -152,7 +171,9 @@ class _Cells:
         found = {}
         for cell in self.spent.keys() | self.counts.keys():
             counts = self.counts.get(cell, [0] * len(COUNTS))
-            used = Amount.of(self.spent[cell]) if cell in self.spent else NOTHING
+            used = (
+                Amount.of(self.spent[cell], self.held.get(cell)) if cell in self.spent else NOTHING
+            )
             found[cell] = Row(cell.class_name, (), used, NOTHING, counts)
         return dict(sorted(found.items()))
 
@@ -162,11 +183,12 @@ def report(
 ) -> dict[str, Any]:
     """Return the answer to a question, ready for JSON; `why` explains a missing price."""
     found = pieces(facts, question, price_of)
-    usage_costs = _rounded_costs(found, lambda row: row.used)
-    costs = _rounded_costs(found, lambda row: row.whole)
+    usage_costs = _rounded_costs(found, lambda piece, row: piece.cost(row.used))
+    kv_costs = _rounded_costs(found, lambda piece, row: piece.kv_cost(row.used))
+    costs = _rounded_costs(found, lambda piece, row: piece.cost(row.whole))
     series = [
-        _series(piece, facts, question, why, usage, whole)
-        for piece, usage, whole in zip(found, usage_costs, costs, strict=True)
+        _series(piece, facts, question, why, _Costs(usage, blocks, whole))
+        for piece, usage, blocks, whole in zip(found, usage_costs, kv_costs, costs, strict=True)
     ]
     if question.only is not None:
         # An empty piece would show a tenant that others used something at that time.
@@ -182,10 +204,10 @@ def report(
 
 
 def _rounded_costs(
-    found: Sequence[Piece], amount_of: Callable[[Row], Amount]
+    found: Sequence[Piece], cost_of: Callable[[Piece, Row], Fraction | None]
 ) -> list[list[int | None]]:
     """Round all costs from the total down, so that rows and pieces add up to it."""
-    exact = [[piece.cost(amount_of(row)) for row in piece.rows] for piece in found]
+    exact = [[cost_of(piece, row) for row in piece.rows] for piece in found]
     totals = largest_remainder(
         [exact_sum(cost for cost in costs if cost is not None) for costs in exact]
     )
@@ -195,10 +217,14 @@ def _rounded_costs(
 def _whole(facts: Facts, question: Question, price_of: PriceOf) -> dict[str, Any]:
     exact = wall_cost(facts, question, price_of)
     cost = None if exact is None else round(exact)
+    of_blocks = kv_cost(facts, question, price_of)
+    kv = None if of_blocks is None else round(of_blocks)
     return {
         "wall_gpu_ns": facts.wall_gpu_ns,
         "wall_cost_nanousd": cost,
         "wall_cost_usd": format_usd(cost),
+        "kv_cost_nanousd": kv,
+        "kv_cost_usd": format_usd(kv),
         "adds_up": facts.difference_ns == 0,
         "difference_ns": facts.difference_ns,
         "without_totals_ns": facts.without_totals_ns,
@@ -228,11 +254,24 @@ def pieces(facts: Facts, question: Question, price_of: PriceOf) -> list[Piece]:
 def wall_cost(facts: Facts, question: Question, price_of: PriceOf) -> Fraction | None:
     """Return the exact cost of the engines' hours in nano-USD; None if a price is missing."""
     prices = _Prices(question, price_of)
-    spent: Counter[Fraction | Unpriced] = Counter()
-    for run_id, hour, _, gpu_time_ns in facts.wall:
-        spent[prices.of(run_id, hour)] += gpu_time_ns
+    spent: Counter[Rates | Unpriced] = Counter()
+    for one in facts.wall:
+        spent[prices.of(one.run_id, one.hour)] += one.gpu_time_ns
     amount = Amount.of(spent)
     return None if amount.unpriced or not amount.gpu_time_ns else amount.nanousd
+
+
+def kv_cost(facts: Facts, question: Question, price_of: PriceOf) -> Fraction | None:
+    """Return the exact cost of all KV residency in nano-USD; None if a price is missing.
+
+    It is no part of `wall_cost`: blocks are charged on top of the engines' hours.
+    """
+    prices = _Prices(question, price_of)
+    held: Counter[Rates | Unpriced] = Counter()
+    for one in facts.used:
+        held[prices.of(one.run_id, one.hour)] += one.kv_block_ms
+    amount = Amount.of({}, held)
+    return None if amount.unpriced else amount.kv_nanousd
 
 
 def _cells(
@@ -251,11 +290,14 @@ def _cells(
 
     width = len(question.dimensions)
     for is_usage, spent in ((True, facts.used), (False, facts.other_time)):
-        for run_id, hour, key, gpu_time_ns in spent:
+        for run_id, hour, key, gpu_time_ns, kv_block_ms in spent:
             cells, times = place(hour)
             name = REQUESTS if is_usage else key[0]
             dimensions = key if is_usage else (f"__{name}__",) * width
-            cells.spent[_Cell(name, dimensions, times)][prices.of(run_id, hour)] += gpu_time_ns
+            cell, price = _Cell(name, dimensions, times), prices.of(run_id, hour)
+            cells.spent[cell][price] += gpu_time_ns
+            if kv_block_ms:
+                cells.held[cell][price] += kv_block_ms
     for hour, key, counts in facts.ended:
         cells, times = place(hour)
         known = cells.counts.setdefault(_Cell(REQUESTS, key, times), [0] * len(COUNTS))
@@ -366,15 +408,14 @@ def _series(
     facts: Facts,
     question: Question,
     why: WhyNone,
-    usage_costs: Sequence[int | None],
-    costs: Sequence[int | None],
+    costs: _Costs,
 ) -> dict[str, Any]:
-    """Return a piece as answers show it; `usage_costs` and `costs` are those of all its rows."""
+    """Return a piece as answers show it; `costs` are those of all its rows."""
     shares = largest_remainder([row.share.gpu_time_ns for row in piece.rows])
     # Totals cover hidden rows too, except for a tenant, who sees its own rows only.
     counted = [
         (int(row.used.gpu_time_ns), cost)
-        for row, cost in zip(piece.rows, costs, strict=True)
+        for row, cost in zip(piece.rows, costs.whole, strict=True)
         if question.only is None or row.shown
     ]
     known = [cost for _, cost in counted if cost is not None]
@@ -392,14 +433,16 @@ def _series(
                 **_shown(row, question, share_ns),
                 "usage_cost_nanousd": usage_cost,
                 "usage_cost_usd": format_usd(usage_cost),
+                "kv_cost_nanousd": kv_cost,
+                "kv_cost_usd": format_usd(kv_cost),
                 "cost_nanousd": cost,
                 "cost_usd": format_usd(cost),
                 "cost_reason": None if cost is not None else piece.why_no_cost(row.whole, why),
                 **_covers(row, question),
                 **(facts.details_of(row.key[0]) if facts.details else {}),
             }
-            for row, share_ns, usage_cost, cost in zip(
-                piece.rows, shares, usage_costs, costs, strict=True
+            for row, share_ns, usage_cost, kv_cost, cost in zip(
+                piece.rows, shares, *costs, strict=True
             )
             if row.shown
         ],

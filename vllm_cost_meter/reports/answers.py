@@ -98,6 +98,9 @@ class RunRow(TypedDict):
     """The version of vLLM that the engine runs."""
     method: str
     """How the time of a step is split between its requests: `shapley`, `tokens` or `equal`."""
+    preemption_paid_by: str
+    """Who pays the time to compute again what a preemption threw away: `victim`, the request that
+    was preempted, or `operator`."""
     started_at: str
     """RFC 3339 UTC: creation of the engine process."""
     taken_at: str | None
@@ -156,11 +159,17 @@ class ReportRow(_ReportRow):
     idle_share_ns: int
     """GPU-ns: the part of the time without requests that the row carries, by the idle policy."""
     usage_cost_nanousd: int | None
-    """nano-USD: the cost **without idle**: the price of `gpu_time_ns`."""
+    """nano-USD: the cost **without idle**: the price of `gpu_time_ns`, and `kv_cost_nanousd`."""
     usage_cost_usd: str | None
     """USD: the same as a decimal string."""
+    kv_cost_nanousd: int | None
+    """nano-USD: the part of both costs that is the price of KV residency; 0 without such a price,
+    null where the cost is. All rows add up to it, rounded apart from the costs."""
+    kv_cost_usd: str | None
+    """USD: the same as a decimal string."""
     cost_nanousd: int | None
-    """nano-USD: the cost **with idle**: the price of `gpu_time_ns` and `idle_share_ns`."""
+    """nano-USD: the cost **with idle**: the price of `gpu_time_ns` and `idle_share_ns`, and
+    `kv_cost_nanousd`."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
@@ -168,7 +177,7 @@ class ReportRow(_ReportRow):
     covers: NotRequired[str | None]
     """`own`: the row is of its tenant alone; null for a class. Rows without a tenant lack it."""
     tenant: NotRequired[str]
-    """A tenant, or a class: `__idle__`, `__sleep__`, `__startup__`, `__tail__`, `__dummy__`."""
+    """A tenant, or a class such as `__idle__`."""
     prefill_ns: NotRequired[int | None]
     """GPU-ns: the part of `gpu_time_ns` in which prompts were computed."""
     decode_ns: NotRequired[int | None]
@@ -176,7 +185,8 @@ class ReportRow(_ReportRow):
     marginal_ns: NotRequired[int | None]
     """GPU-ns: what the steps took longer because of these requests, by the cost model."""
     recomputed_ns: NotRequired[int | None]
-    """GPU-ns: the part of `prefill_ns` that computed tokens again after a preemption."""
+    """GPU-ns: the time that computed tokens again after a preemption: part of `prefill_ns`, or
+    beside it where the operator pays."""
     rejected_ns: NotRequired[int | None]
     """GPU-ns: the time spent on draft tokens that were rejected."""
     cut_ns: NotRequired[int | None]
@@ -250,6 +260,11 @@ class Report(TypedDict):
     wall_cost_nanousd: NotRequired[int | None]
     """nano-USD: the price of `wall_gpu_ns`."""
     wall_cost_usd: NotRequired[str | None]
+    """USD: the same as a decimal string."""
+    kv_cost_nanousd: NotRequired[int | None]
+    """nano-USD: the price of all KV residency, on top of `wall_cost_nanousd`; 0 without such a
+    price. The rows cost both together."""
+    kv_cost_usd: NotRequired[str | None]
     """USD: the same as a decimal string."""
     adds_up: NotRequired[bool]
     """Whether the rows add up to the wall time: `difference_ns` is 0."""
@@ -388,6 +403,11 @@ class Summary(EnginesPart):
     """nano-USD: the price of `wall_gpu_ns`."""
     wall_cost_usd: str | None
     """USD: the same as a decimal string."""
+    kv_cost_nanousd: int | None
+    """nano-USD: the price of all KV residency, on top of `wall_cost_nanousd`; 0 without such a
+    price."""
+    kv_cost_usd: str | None
+    """USD: the same as a decimal string."""
     adds_up: bool
     """Whether all classes add up to the wall time: `difference_ns` is 0."""
     difference_ns: int
@@ -417,6 +437,9 @@ class Summary(EnginesPart):
     """GPU-ns: the time in which steps still ran for requests that already had their bill."""
     dummy_ns: int
     """GPU-ns: the time of data-parallel dummy batches, which hold no request."""
+    recomputed_ns: int
+    """GPU-ns: the time in which requests computed again what a preemption threw away, where the
+    operator pays for it; 0 where the requests do."""
     host_ns: int
     """GPU-ns: the time in which requests waited and no step ran: vLLM's work between steps."""
     lost_ns: int
@@ -431,6 +454,8 @@ class Summary(EnginesPart):
     """mJ: the energy of the time in `tail_ns`."""
     dummy_mj: int | None
     """mJ: the energy of the time in `dummy_ns`."""
+    recomputed_mj: int | None
+    """mJ: the energy of the time in `recomputed_ns`."""
     host_mj: int | None
     """mJ: the energy of the time in `host_ns`."""
     lost_mj: int | None
@@ -438,4 +463,5 @@ class Summary(EnginesPart):
     in_flight_mj: int | None
     """mJ: the energy of the time in `in_flight_ns`."""
     utilization: float | None
-    """The part of `wall_gpu_ns` in which the GPUs worked: requests, in flight, tail and dummy."""
+    """The part of `wall_gpu_ns` in which the GPUs worked: requests, in flight, tail,
+    dummy and recomputed."""

@@ -32,7 +32,7 @@ HIDDEN = frozenset(
     {"cached_tokens", "prefill_tokens", "saved_estimate_ns"}
     | {"batch", "average_batch", "steps", "step_ns", "share", "first_model", "last_model"}
     | {"marginal_ns", "marginal_cost_nanousd", "marginal_cost_usd", "common_ns"}
-    | {"kv_block_ms", "kv_cache_share"}
+    | {"kv_block_ms", "kv_cache_share", "kv_cost_nanousd", "kv_cost_usd", "time_cost_nanousd"}
     | {"preemptions", "recomputed_ns", "recomputed_tokens"}
 )
 # Which times an amount of money is for, by its name without the unit.

@@ -16,34 +16,52 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from vllm_cost_meter.attribution.cost_model import charge_error
-from vllm_cost_meter.prices.book import by_price, described, total_nanousd
+from vllm_cost_meter.prices.book import (
+    GpuHourPrice,
+    by_price,
+    described,
+    kv_nanousd,
+    time_nanousd,
+    total_nanousd,
+)
+from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.prices.run_prices import RunPrices
+from vllm_cost_meter.records.engine import OPERATOR
 from vllm_cost_meter.reports.request_answers import Explanation
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import hour_of
 
 Fields = Mapping[str, Any]
-# The (hour, GPU-ns) pairs of each bill, by run and number.
-Spent = Mapping[tuple[str, int], Sequence[tuple[int, int]]]
+# What each bill used in each hour, by run and number.
+SpentOfBills = Mapping[tuple[str, int], Sequence[tuple[int, Quantities]]]
 
 FORMULAS = {
     "gpu_time_ns": "phases.prefill.gpu_time_ns + phases.decode.gpu_time_ns",
     "share": "gpu_time_ns / step_ns",
     "average_batch": "batch / steps",
-    "common_ns": "gpu_time_ns - marginal_ns",
-    "cost_nanousd": "the sum over prices of gpu_time_ns x usd_per_gpu_hour / 3600, each rounded"
-    " half to even",
+    "common_ns": "gpu_time_ns - marginal_ns; plus preempted.recomputed_ns where the operator pays"
+    " that, as it is in marginal_ns and not in gpu_time_ns",
+    "time_cost_nanousd": "the sum over prices of gpu_time_ns x usd_per_gpu_hour / 3600, each"
+    " rounded half to even",
+    "kv_cost_nanousd": "the sum over prices of kv_block_ms x usd_per_kv_block_hour x 10^9 /"
+    " 3600000, each rounded half to even; 0 without such a price",
+    "cost_nanousd": "time_cost_nanousd + kv_cost_nanousd",
 }
 
 
 def explained(
-    request: Fields, prices: Mapping[str, RunPrices], spent: Spent, models: Sequence[Fields]
+    request: Fields,
+    prices: Mapping[str, RunPrices],
+    spent: SpentOfBills,
+    models: Sequence[Fields],
+    payers: Mapping[str, str],
 ) -> Explanation:
     """Return the explanation of a request row with its `parts`.
 
-    `prices` has the prices by run, `spent` the hours and GPU-ns of each bill by its key, and
-    `models` the cost models of these runs as answers show them, oldest first.
+    `prices` has the prices by run, `spent` the use of each bill by hour, by its key, and
+    `models` the cost models of these runs as answers show them, oldest first. `payers` says by run
+    who pays preemptions; it lacks runs of which only the bills are known.
     """
     parts = [
         _part(
@@ -51,6 +69,7 @@ def explained(
             prices[part["run_id"]],
             spent.get((part["run_id"], part["seq"]), []),
             [model for model in models if _used(model, part)],
+            payers.get(part["run_id"]),
         )
         for part in request["parts"]
         if part["state"] == FINISHED
@@ -77,8 +96,15 @@ def _used(model: Fields, part: Fields) -> bool:
 
 
 def _part(
-    part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]], models: Sequence[Fields]
+    part: Fields,
+    prices: RunPrices,
+    spent: Sequence[tuple[int, Quantities]],
+    models: Sequence[Fields],
+    payer: str | None,
 ) -> dict[str, Any]:
+    common_ns = part["gpu_time_ns"] - part["marginal_ns"]
+    if payer == OPERATOR:
+        common_ns += part["recomputed_ns"]
     steps, step_ns = part["steps"], part["step_ns"]
     errors = list((models[-1]["charge_errors"] or {}).values()) if models else []
     saved_ns = part["saved_estimate_ns"]
@@ -98,13 +124,14 @@ def _part(
         "step_ns": step_ns,
         "share": part["gpu_time_ns"] / step_ns if step_ns else None,
         "marginal_ns": part["marginal_ns"],
-        "common_ns": part["gpu_time_ns"] - part["marginal_ns"],
+        "common_ns": common_ns,
         "charge_error": _charge_error(part, errors) if errors else None,
         "cached": {"tokens": part["cached_tokens"], "saved_estimate_ns": saved_ns},
         "preempted": {
             "preemptions": part["preemptions"],
             "recomputed_tokens": part["recomputed_tokens"],
             "recomputed_ns": part["recomputed_ns"],
+            "paid_by": payer,
         },
         "drafts": {
             "rejected_tokens": part["rejected_tokens"],
@@ -130,10 +157,12 @@ def _charge_error(part: Fields, errors: Sequence[float]) -> float | None:
     )
 
 
-def _cost(part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _cost(
+    part: Fields, prices: RunPrices, spent: Sequence[tuple[int, Quantities]]
+) -> dict[str, Any]:
     """Return a bill's cost at the prices of its hours, and these prices."""
     # A request without GPU time has no hour of its own; the hour of its end stands for it.
-    spent = spent or [(hour_of(part["finished_at"]), 0)]
+    spent = spent or [(hour_of(part["finished_at"]), NO_QUANTITIES)]
     at = by_price(spent, prices.at)
     cost = None if at is None else total_nanousd(at)
     missing = next((hour for hour, _ in spent if prices.at(hour) is None), None)
@@ -141,11 +170,18 @@ def _cost(part: Fields, prices: RunPrices, spent: Sequence[tuple[int, int]]) -> 
     return {
         "usd_per_gpu_hour": only.text if only else None,
         "price_source": only.entry.source if only else None,
-        "prices": [{"gpu_time_ns": ns, **price.as_dict()} for price, ns in (at or {}).items()],
+        "prices": [_priced(price, used) for price, used in (at or {}).items()],
+        "time_cost_nanousd": None if at is None else time_nanousd(at),
+        "kv_cost_nanousd": None if at is None else kv_nanousd(at),
         "cost_nanousd": cost,
         "cost_usd": format_usd(cost),
         "cost_reason": None if missing is None else prices.why_none(missing),
     }
+
+
+def _priced(price: GpuHourPrice, used: Quantities) -> dict[str, Any]:
+    quantities = {"gpu_time_ns": used.gpu_time_ns, "kv_block_ms": used.kv_block_ms}
+    return {**quantities, **price.as_dict()}
 
 
 def _model(model: Fields) -> dict[str, Any]:
@@ -191,9 +227,12 @@ def _part_lines(part: Fields) -> Iterator[str]:
         saved = _seconds(part["cached"]["saved_estimate_ns"])
         yield f"  caching {tokens} tokens saved about {saved} (an estimate)"
     if preemptions := part["preempted"]["preemptions"]:
+        again = part["preempted"]
+        is_charged = again["paid_by"] != OPERATOR
         yield (
-            f"  preempted {preemptions} times: {part['preempted']['recomputed_tokens']} tokens were"
-            f" computed again, which took {_seconds(part['preempted']['recomputed_ns'])} of it"
+            f"  preempted {preemptions} times: {again['recomputed_tokens']} tokens were computed"
+            f" again, which took {_seconds(again['recomputed_ns'])}"
+            f" {'of it' if is_charged else 'more; the operator pays that'}"
         )
     if tokens := part["drafts"]["rejected_tokens"]:
         yield f"  {tokens} draft tokens were rejected: {_seconds(part['drafts']['rejected_ns'])}"
@@ -213,12 +252,20 @@ def _price_lines(part: Fields) -> Iterator[str]:
     if part["cost_nanousd"] is None:
         yield f"  {part['cost_reason']}"
         return
-    priced = [f"  {price['gpu_time_ns']} ns x {described(price)}" for price in part["prices"]]
+    priced = [f"  {_quantities(price)} x {described(price)}" for price in part["prices"]]
     if len(priced) == 1:
         yield f"{priced[0]} = {part['cost_usd']} USD"
         return
     yield from priced
     yield f"  together {part['cost_usd']} USD"
+
+
+def _quantities(price: Fields) -> str:
+    """Return what is charged at a price, in its order: time, and blocks if they have a price."""
+    time = f"{price['gpu_time_ns']} ns"
+    if price["usd_per_kv_block_hour"] is None:
+        return time
+    return f"{time} and {price['kv_block_ms']} KV block-ms"
 
 
 def _seconds(gpu_ns: int) -> str:

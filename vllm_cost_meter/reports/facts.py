@@ -1,7 +1,7 @@
-"""The input of a report: facts from the ledger, and exact amounts of GPU time and money.
+"""The input of a report: facts from the ledger, and exact amounts of use and money.
 
-The ledger gives GPU time by run and hour; a report prices it and adds it up. Amounts are fractions,
-so nothing is rounded before the end. Core: standard library only.
+The ledger gives GPU time and KV residency by run and hour; a report prices them and adds them up.
+Amounts are fractions, so nothing is rounded before the end. Core: standard library only.
 
 Invariant: an amount has a cost only if all its time has a price. Otherwise it names a run and an
 hour without a price.
@@ -9,10 +9,11 @@ hour without a price.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from vllm_cost_meter.prices.cost import MS_PER_HOUR, Rates
+from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.rounding import sum_of_products
 
 # The class of rows with usage. The other classes are in `records.snapshot.OTHER_ROWS`.
@@ -25,19 +26,23 @@ NOTHING_RAN = "no engine has run in this window"
 Key = tuple[str, ...]
 # An hour since the epoch. None is for time in an engine's totals that none of its hours has.
 Hour = int | None
-# Gives the USD per GPU-hour of a run in an hour; None without a price.
-PriceOf = Callable[[str, Hour], Fraction | Decimal | None]
+# Gives what use costs in a run and an hour; None without a price.
+PriceOf = Callable[[str, Hour], Rates | None]
 # Gives the reason why a run has no price in an hour.
 WhyNone = Callable[[str, Hour], str]
 
 
 class Used(NamedTuple):
-    """GPU time of a run in an hour. `key` has the values of the dimensions, or the class."""
+    """Use of a run in an hour. `key` has the values of the dimensions, or the class.
+
+    Only requests have KV residency: `kv_block_ms` is KV cache blocks x ms.
+    """
 
     run_id: str
     hour: Hour
     key: Key
     gpu_time_ns: int
+    kv_block_ms: int = 0
 
 
 class Ended(NamedTuple):
@@ -98,22 +103,53 @@ class Unpriced(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """GPU time and its cost, exact. `unpriced` names the earliest time without a price."""
+    """Use and its cost, exact. `unpriced` names the earliest use without a price.
+
+    `nanousd` is the cost of GPU time and KV residency together, and `kv_nanousd` that of the KV
+    residency alone. `kv_block_ms` are the blocks x ms that have a price above 0: what is charged.
+    """
 
     gpu_time_ns: Fraction = Fraction(0)
     nanousd: Fraction = Fraction(0)
     unpriced: Unpriced | None = None
+    kv_nanousd: Fraction = Fraction(0)
+    kv_block_ms: Fraction = Fraction(0)
 
     @classmethod
-    def of(cls, spent: Mapping[Fraction | Unpriced, int]) -> "Amount":
-        """Return the amount for GPU time by price, some of it perhaps without a price."""
-        priced = ((ns, price) for price, ns in spent.items() if isinstance(price, Fraction))
+    def of(
+        cls,
+        spent: Mapping[Rates | Unpriced, int],
+        held: Mapping[Rates | Unpriced, int] | None = None,
+    ) -> "Amount":
+        """Return the amount for GPU time and KV residency (blocks x ms) by price.
+
+        Some of both may have no price.
+        """
+        held = held or {}
+        times = (
+            (ns, price.usd_per_gpu_hour) for price, ns in spent.items() if isinstance(price, Rates)
+        )
+        blocks = [
+            (block_ms, price.usd_per_kv_block_hour)
+            for price, block_ms in held.items()
+            if isinstance(price, Rates) and price.usd_per_kv_block_hour
+        ]
+        # A GPU-hour is 3600 x 10^9 ns, a USD 10^9 nano-USD.
+        of_time = sum_of_products(times, 3600)
+        of_blocks = NANOUSD_PER_USD * sum_of_products(blocks, MS_PER_HOUR)
+        used = (*spent.items(), *held.items())
         return cls(
             Fraction(sum(spent.values())),
-            # A GPU-hour is 3600 x 10^9 ns, a USD 10^9 nano-USD.
-            sum_of_products(priced, 3600),
-            earliest(price for price, ns in spent.items() if isinstance(price, Unpriced) and ns),
+            of_time + of_blocks if blocks else of_time,
+            earliest(price for price, amount in used if isinstance(price, Unpriced) and amount),
+            of_blocks,
+            Fraction(sum(block_ms for block_ms, _ in blocks)),
         )
+
+    @property
+    def time(self) -> "Amount":
+        """Return the GPU time alone."""
+        return Amount(self.gpu_time_ns, self.nanousd - self.kv_nanousd, self.unpriced)
 
     def plus(self, other: "Amount") -> "Amount":
         """Return the sum."""
@@ -123,12 +159,20 @@ class Amount:
             self.gpu_time_ns + other.gpu_time_ns,
             self.nanousd + other.nanousd,
             earliest((self.unpriced, other.unpriced)),
+            self.kv_nanousd + other.kv_nanousd,
+            self.kv_block_ms + other.kv_block_ms,
         )
 
     def times(self, factor: Fraction) -> "Amount":
         """Return a multiple of the amount: a part of it, or its negative for a factor of -1."""
         unpriced = self.unpriced if factor else None
-        return Amount(self.gpu_time_ns * factor, self.nanousd * factor, unpriced)
+        return Amount(
+            self.gpu_time_ns * factor,
+            self.nanousd * factor,
+            unpriced,
+            self.kv_nanousd * factor,
+            self.kv_block_ms * factor,
+        )
 
 
 NOTHING = Amount()

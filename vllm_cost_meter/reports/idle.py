@@ -1,9 +1,9 @@
 """Idle policies: which tenant pays for engine time that no request used.
 
-A policy applies when a report is made. It shares seven classes of time: idle, sleep, startup, tail,
-dummy, host and lost. Time in flight is not shared, because requests that still run will be billed
-for it. A policy gives each tenant's part of the shared time; the rest stays in the row of its
-class. Core: standard library only.
+A policy applies when a report is made. It shares eight classes of time: idle, sleep, startup, tail,
+dummy, recomputed, host and lost. Time in flight is not shared, because requests that still run will
+be billed for it. A policy gives each tenant's part of the shared time; the rest stays in the row
+of its class. Core: standard library only.
 
 Invariant: shares are exact fractions, never negative, and at most 1 together. So sharing moves time
 and money, and neither makes nor loses any.

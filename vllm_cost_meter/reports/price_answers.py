@@ -13,6 +13,9 @@ class PriceRow(TypedDict):
 
     usd_per_gpu_hour: str
     """USD: `amount` x `usd_rate` / `gpus`, with at most 18 decimal places."""
+    usd_per_kv_block_hour: str | None
+    """USD: the price of one KV cache block for an hour, on top of GPU time; null if blocks cost
+    nothing."""
     amount: str
     """The price of one hour, in `currency`, for what `scope` names."""
     currency: str
@@ -39,10 +42,12 @@ class PriceRow(TypedDict):
 
 
 class PriceOfTime(PriceRow):
-    """A price of GPU time, and the GPU time of a bill at that price."""
+    """A price, and what a bill used at that price."""
 
     gpu_time_ns: int
-    """GPU-ns: what the bill used at this price."""
+    """GPU-ns: the GPU time of the bill at this price."""
+    kv_block_ms: int
+    """Blocks x ms: the KV residency of the bill at this price."""
 
 
 class EnergyPriceRow(TypedDict):

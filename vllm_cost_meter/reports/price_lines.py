@@ -16,6 +16,7 @@ PRICE_COLUMNS = {
         "effective_from",
         "effective_until",
         "usd_per_gpu_hour",
+        "usd_per_kv_block_hour",
         "amount",
         "currency",
         "scope",

@@ -53,7 +53,8 @@ class RequestRow(TypedDict):
     marginal_ns: int | None
     """GPU-ns: what its steps took longer because of it, by the cost model."""
     recomputed_ns: int | None
-    """GPU-ns: the part of `prefill_ns` for what was computed again after a preemption."""
+    """GPU-ns: the time for what was computed again after a preemption: part of `prefill_ns`, or
+    beside it where the operator pays."""
     rejected_ns: int | None
     """GPU-ns: the time spent on draft tokens that were rejected."""
     cut_ns: int | None
@@ -63,7 +64,7 @@ class RequestRow(TypedDict):
     saved_estimate_ns: int | None
     """GPU-ns: **an estimate**: what computing the `cached_tokens` would have taken."""
     cost_nanousd: int | None
-    """nano-USD: the cost by the prices of its hours, summed over its parts."""
+    """nano-USD: GPU time and KV residency by the prices of its hours, summed over its parts."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
@@ -130,7 +131,8 @@ class PartRow(TypedDict):
     decode_ns: int | None
     """GPU-ns: the part in which the output was computed."""
     cost_nanousd: int | None
-    """nano-USD: GPU time x price, hour by hour, rounded half to even."""
+    """nano-USD: GPU time x price and KV residency x price, hour by hour, each rounded half to
+    even."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None
@@ -140,7 +142,8 @@ class PartRow(TypedDict):
     marginal_cost_nanousd: int | None
     """nano-USD: the price of `marginal_ns`."""
     recomputed_ns: int | None
-    """GPU-ns: the part of `prefill_ns` that computed tokens again after a preemption."""
+    """GPU-ns: the time that computed tokens again after a preemption: part of `prefill_ns`, or
+    beside it where the operator pays."""
     recomputed_tokens: int | None
     """Tokens: the part of `prefill_tokens` that was computed again after a preemption."""
     rejected_ns: int | None
@@ -284,13 +287,16 @@ class ExplainedPart(TypedDict):
     marginal_ns: int
     """GPU-ns: what its steps took longer because of it, by the cost model."""
     common_ns: int
-    """GPU-ns: its part of the time that the batch takes anyway: `gpu_time_ns` - `marginal_ns`."""
+    """GPU-ns: its part of the time that the batch takes anyway: `gpu_time_ns` - `marginal_ns`, plus
+    `recomputed_ns` where the operator pays that."""
     charge_error: float | None
     """The part by which its GPU time may be off, in about 95 of 100 cases; null if unknown."""
     cached: dict[str, int]
     """`tokens` found in the prefix cache, and `saved_estimate_ns`."""
-    preempted: dict[str, int]
-    """`preemptions`, `recomputed_tokens`, `recomputed_ns`: wasted by preemption."""
+    preempted: dict[str, int | str | None]
+    """`preemptions`, `recomputed_tokens`, `recomputed_ns`: wasted by preemption; and who pays:
+    `paid_by` is `victim` (the time is part of `gpu_time_ns`) or `operator` (it is not), null if
+    only the bills of the run are known."""
     drafts: dict[str, int]
     """`rejected_tokens`, `rejected_ns`: wasted by drafts."""
     cut_off: dict[str, int]
@@ -302,9 +308,14 @@ class ExplainedPart(TypedDict):
     price_source: str | None
     """Where the price comes from; null if it has several prices, or none."""
     prices: list[PriceOfTime]
-    """Each price of its hours, with the `gpu_time_ns` at that price."""
-    cost_nanousd: int | None
+    """Each price of its hours, with the `gpu_time_ns` and `kv_block_ms` at that price."""
+    time_cost_nanousd: int | None
     """nano-USD: the sum over `prices` of `gpu_time_ns` x `usd_per_gpu_hour` / 3600."""
+    kv_cost_nanousd: int | None
+    """nano-USD: the sum over `prices` of `kv_block_ms` x `usd_per_kv_block_hour` x 10^9 / 3600000;
+    0 without such a price."""
+    cost_nanousd: int | None
+    """nano-USD: `time_cost_nanousd` + `kv_cost_nanousd`."""
     cost_usd: str | None
     """USD: the same as a decimal string."""
     cost_reason: str | None

@@ -1,7 +1,8 @@
 """A tenant's monthly statement: lines by model and day that add up to the cent.
 
-The statements of all tenants are parts of one whole: the month's wall time x price, and costs
-beside it that were declared or billed. Rounding goes from the top down:
+The statements of all tenants are parts of one whole: the month's wall time x price, KV residency
+x price, and costs beside these that were declared or billed. KV residency has lines of its own,
+beside those of the GPU time of the same model and day. Rounding goes from the top down:
 
 1. The whole is rounded to the cent.
 2. It is divided by largest remainder: a total for each tenant, and a rest that nobody carries.
@@ -23,10 +24,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from vllm_cost_meter.prices.book import described
+from vllm_cost_meter.prices.cost import MS_PER_HOUR
 from vllm_cost_meter.prices.overheads import WHY_UNKNOWN
+from vllm_cost_meter.records.engine import OPERATOR, VICTIM
 from vllm_cost_meter.records.owner import OWN, TenantScope
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
-from vllm_cost_meter.reports.allocation import Piece, Row, pieces, wall_cost
+from vllm_cost_meter.reports.allocation import Piece, Row, kv_cost, pieces, wall_cost
 from vllm_cost_meter.reports.facts import (
     COUNTS,
     NOTHING,
@@ -40,14 +43,16 @@ from vllm_cost_meter.reports.facts import (
 from vllm_cost_meter.reports.grammar import Question
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.units.calendar import month_hours
+from vllm_cost_meter.units.money import NANOUSD_PER_USD, decimal_text
 from vllm_cost_meter.units.rounding import exact_sum, largest_remainder, rounded_known
 from vllm_cost_meter.units.text import quoted
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 CURRENCY = "USD"
 NANOUSD_PER_CENT = 10_000_000
-# The kinds of lines: a model on a day, a declared cost, a class of engine time.
-USAGE, OVERHEAD, CLASS = "usage", "overhead", "class"
+# The kinds of lines: GPU time of a model on a day, its KV residency, a declared cost, a class of
+# engine time.
+USAGE, KV, OVERHEAD, CLASS = "usage", "kv", "overhead", "class"
 # The amounts of a line: without idle time, the share of idle time, and both together.
 AMOUNTS = ("usage", "idle_share", "amount")
 # The message about an unknown tenant names at most so many known ones.
@@ -70,7 +75,8 @@ class OverheadCost:
 class _Line:
     """A line with exact amounts, and its cents once they are rounded.
 
-    A line of a class of engine time has no tenant and no day.
+    A line of a class of engine time has no tenant and no day. A line of KV residency has no time:
+    its quantity is `used.kv_block_ms`.
     """
 
     kind: str
@@ -89,9 +95,9 @@ class _Line:
     # Whether the line is of the tenants that the statement is for.
     shown: bool = True
 
-    def order(self) -> tuple[bool, str, str]:
+    def order(self) -> tuple[bool, str, str, bool]:
         """Return the sort key within a tenant: by day and model, declared costs last."""
-        return self.kind == OVERHEAD, self.day or "", self.item
+        return self.kind == OVERHEAD, self.day or "", self.item, self.kind == KV
 
     def as_dict(self, share_ns: int) -> dict[str, Any]:
         """Return the line as answers show it."""
@@ -102,7 +108,7 @@ class _Line:
             )
         else:
             cells = [None if c is None else round(c / NANOUSD_PER_CENT) for c in (usage, share)]
-        is_time = self.kind != OVERHEAD
+        is_time = self.kind in (USAGE, CLASS)
         shown = {
             "kind": self.kind,
             "tenant": self.tenant,
@@ -112,12 +118,23 @@ class _Line:
             **dict(zip(COUNTS, self.counts, strict=True)),
             "gpu_time_ns": int(self.used.gpu_time_ns) if is_time else None,
             "idle_share_ns": share_ns if is_time else None,
+            **(_blocks(self.used) if self.kind == KV else dict.fromkeys(_BLOCKS)),
             "usage_cents": cells[0],
             "idle_share_cents": cells[1],
             "amount_cents": self.cents,
         }
         covers = None if self.tenant is None else OWN
         return {**_with_usd(shown), "cost_reason": self.reason, "covers": covers}
+
+
+# The quantity and the price of a line of KV residency; null in others.
+_BLOCKS = ("kv_block_ms", "usd_per_kv_block_hour")
+
+
+def _blocks(used: Amount) -> dict[str, Any]:
+    """Return the quantity, and the price: the mean where it changed within the day."""
+    mean = used.kv_nanousd * MS_PER_HOUR / (used.kv_block_ms * NANOUSD_PER_USD)
+    return dict(zip(_BLOCKS, (int(used.kv_block_ms), decimal_text(mean)), strict=True))
 
 
 def month_question(
@@ -200,8 +217,8 @@ def statement(
 def notes(answer: Mapping[str, Any]) -> list[str]:
     """Return the notes below a statement: method, idle policy, prices, bills and audit.
 
-    `answer` is what `statement` returns, with `window`, `taken_at`, `methods`, `prices` and
-    `billed`.
+    `answer` is what `statement` returns, with `window`, `taken_at`, `methods`,
+    `preemption_paid_by`, `prices` and `billed`.
     """
     seconds = f"{answer['in_flight_ns'] / NS_PER_SECOND:.6f}"
     methods = ", ".join(answer["methods"]) or "no engine ran"
@@ -214,6 +231,17 @@ def notes(answer: Mapping[str, Any]) -> list[str]:
         *(f"price: {described(price)}" for price in answer["prices"]),
         "rounded to the cent by largest remainder; tokens are of requests that ended on the day",
     ]
+    if OPERATOR in answer["preemption_paid_by"]:
+        some = " in runs that began so" if VICTIM in answer["preemption_paid_by"] else ""
+        found.append(
+            "time to compute again what preemptions threw away is no tenant's usage"
+            f"{some}: it is in the class __recomputed__"
+        )
+    if any(line["kind"] == KV for line in answer["lines"]):
+        found.append(
+            "lines of KV cache: blocks x hours, charged on top of GPU time; the price is the mean"
+            " where it changed within the day"
+        )
     if not answer["prices"]:
         found.append("price: none, so no cost is known")
     if billed := answer.get("billed"):
@@ -261,14 +289,19 @@ def _lines(groups: Sequence[Sequence[_Line]]) -> list[dict[str, Any]]:
 def _whole(
     facts: Facts, asked: Question, price_of: PriceOf, overhead: Sequence[OverheadCost]
 ) -> dict[str, Any]:
-    """Return the amount that the lines must add up to: engines' time x price, and overhead."""
-    wall, *others = _round_cents(
-        [wall_cost(facts, asked, price_of), *(cost.nanousd for cost in overhead)]
+    """Return what the lines must add up to: wall time and KV residency x price, and overhead."""
+    wall, blocks, *others = _round_cents(
+        [
+            wall_cost(facts, asked, price_of),
+            kv_cost(facts, asked, price_of),
+            *(cost.nanousd for cost in overhead),
+        ]
     )
-    cents = _sum_cents([wall, *others])
+    cents = _sum_cents([wall, blocks, *others])
     return {
         "wall_gpu_ns": facts.wall_gpu_ns,
         "wall_cents": wall,
+        "kv_cents": blocks,
         "overhead": [
             {"name": cost.name, "source": cost.source, "cents": own}
             for cost, own in zip(overhead, others, strict=True)
@@ -281,7 +314,7 @@ def _whole(
 def _total(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the sums over lines; an amount is None if that of one line is unknown."""
     lines = list(lines)
-    counts = (*COUNTS, "gpu_time_ns", "idle_share_ns")
+    counts = (*COUNTS, "gpu_time_ns", "idle_share_ns", "kv_block_ms")
     sums: dict[str, Any] = {
         name: sum(line[name] for line in lines if line[name] is not None) for name in counts
     }
@@ -305,6 +338,8 @@ def _groups(
         group = _Group(tenant, row.shown)
         used_ns[group] += int(row.used.gpu_time_ns)
         tenants[group].append(_line(piece, row, why, USAGE, model, tenant, day))
+        if row.used.kv_nanousd:
+            tenants[group].append(_kv_line(piece, row, why))
     shares = _shares(used_ns, asked)
     for group, share in shares.items():
         tenants[group] += [_overhead_line(cost, share, group.tenant) for cost in overhead]
@@ -358,11 +393,20 @@ def _line(
     tenant: str | None = None,
     day: str | None = None,
 ) -> _Line:
-    cost, usage, share = (piece.cost(amount) for amount in (row.whole, row.used, row.share))
+    amounts = (row.whole.time, row.used.time, row.share)
+    cost, usage, share = (piece.cost(amount) for amount in amounts)
     counts: Sequence[int | None] = row.counts if kind == USAGE else (None,) * len(COUNTS)
     reason = piece.why_no_cost(row.whole, why)
     costs = (cost, usage, share)
     return _Line(kind, tenant, day, item, row.used, row.share, costs, counts, reason=reason)
+
+
+def _kv_line(piece: Piece, row: Row, why: WhyNone) -> _Line:
+    tenant, model, day = row.key
+    cost, reason = piece.kv_cost(row.used), piece.why_no_cost(row.used, why)
+    # Nobody carries another's blocks, so there is no idle share.
+    costs = (cost, cost, None if cost is None else Fraction(0))
+    return _Line(KV, tenant, day, model, row.used, NOTHING, costs, reason=reason)
 
 
 def _overhead_line(cost: OverheadCost, share: Fraction, tenant: str | None) -> _Line:

@@ -16,12 +16,13 @@ class StatementLine(TypedDict):
     """A line of a statement: a model on a day, a cost beside the GPUs, or a class of time."""
 
     kind: str
-    """What the line is about: `usage` (a model on a day), `overhead` or `class`."""
+    """What the line is about: `usage` (GPU time of a model on a day), `kv` (its KV residency, if
+    that has a price), `overhead` or `class`."""
     tenant: str | None
     """The tenant who is charged; null for what nobody carries."""
     day: str | None
-    """The day, such as 2026-11-28, in the statement's time zone; null for other lines than
-    usage."""
+    """The day, such as 2026-11-28, in the statement's time zone; null for overheads
+    and classes."""
     item: str
     """The model, the name of the declared cost, or the class, such as `__idle__`."""
     source: str | None
@@ -38,8 +39,13 @@ class StatementLine(TypedDict):
     """GPU-ns: the GPU time used on the day."""
     idle_share_ns: int | None
     """GPU-ns: the part of the time without requests that the line carries, by the idle policy."""
+    kv_block_ms: int | None
+    """Blocks x ms: the KV residency that a line of kind `kv` charges; null for other lines."""
+    usd_per_kv_block_hour: str | None
+    """USD: the price of a KV block-hour in that line, the mean where it changed within the day;
+    null for other lines."""
     usage_cents: int | None
-    """Cents: the price of `gpu_time_ns`."""
+    """Cents: the price of `gpu_time_ns`, or of `kv_block_ms` in a line of kind `kv`."""
     idle_share_cents: int | None
     """Cents: the price of `idle_share_ns`: `amount_cents` less `usage_cents`."""
     amount_cents: int | None
@@ -71,8 +77,10 @@ class StatementTotal(TypedDict):
     """GPU-ns: the GPU time used in the month."""
     idle_share_ns: int
     """GPU-ns: the part of the time without requests, by the idle policy."""
+    kv_block_ms: int
+    """Blocks x ms: the KV residency that lines of kind `kv` charge; 0 without such a price."""
     usage_cents: int | None
-    """Cents: the price of `gpu_time_ns`."""
+    """Cents: the price of `gpu_time_ns` and of `kv_block_ms`."""
     idle_share_cents: int | None
     """Cents: the price of `idle_share_ns`."""
     amount_cents: int | None
@@ -123,10 +131,12 @@ class StatementWhole(TypedDict):
     """GPU-ns: the wall time of each run x its GPUs, summed over all runs."""
     wall_cents: int | None
     """Cents: the price of `wall_gpu_ns`."""
+    kv_cents: int | None
+    """Cents: the price of all KV residency; 0 without such a price."""
     overhead: list[OverheadAmount]
     """Each cost beside the GPUs: `name`, `source` and `cents`."""
     amount_cents: int | None
-    """Cents: `wall_cents` and all costs beside it."""
+    """Cents: `wall_cents`, `kv_cents` and all costs beside them."""
     amount_usd: str | None
     """USD: `amount_cents` as a decimal string."""
 
@@ -142,6 +152,9 @@ class TenantStatement(TypedDict):
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
     methods: list[str]
     """How steps were split between requests: `shapley`, `tokens` or `equal`, each that was used."""
+    preemption_paid_by: list[str]
+    """Who paid the time to compute again what preemptions threw away: `victim` or `operator`, each
+    that held in a run of the month."""
     prices: list[PriceRow]
     """The prices that the costs were computed with, the earliest first."""
     billed: BilledHoursOfMonth | None

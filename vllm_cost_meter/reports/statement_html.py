@@ -23,6 +23,8 @@ _HEADINGS: Mapping[str, str] = {
     "output_tokens": "Output tokens",
     "gpu_time_ns": "GPU-seconds",
     "idle_share_ns": "Idle share, s",
+    "kv_block_hours": "KV block-hours",
+    "usd_per_kv_block_hour": "USD per KV block-hour",
     "usage_usd": "Usage",
     "idle_share_usd": "Idle share",
     "amount_usd": "Amount",

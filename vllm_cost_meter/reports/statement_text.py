@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.prices.cost import MS_PER_HOUR
 from vllm_cost_meter.records.owner import TenantScope
-from vllm_cost_meter.reports.statement import CLASS, format_cents, notes
+from vllm_cost_meter.reports.statement import CLASS, KV, format_cents, notes
 from vllm_cost_meter.units.text import plain
 
 COLUMNS = (
@@ -18,10 +19,17 @@ COLUMNS = (
     "output_tokens",
     "gpu_time_ns",
     "idle_share_ns",
+    "kv_block_hours",
+    "usd_per_kv_block_hour",
     "usage_usd",
     "idle_share_usd",
     "amount_usd",
 )
+# A statement without lines of KV residency does not have these.
+_KV_COLUMNS = ("kv_block_hours", "usd_per_kv_block_hour")
+# What the table calls the item of such a line: the model's other line has its plain name.
+_KV_ITEM = "KV cache of {}"
+_PLACES = 6
 
 
 # A narrow terminal drops other columns before these.
@@ -51,7 +59,9 @@ def cents_notes(lines: Iterable[Mapping[str, Any]]) -> list[str]:
 def columns_of(answer: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the columns of a statement's table."""
     is_of_one = {line["tenant"] for line in answer["lines"]} == {answer["tenant"]}
-    return COLUMNS[1:] if is_of_one else COLUMNS
+    charges_blocks = any(line["kind"] == KV for line in answer["lines"])
+    hidden = (*(["tenant"] if is_of_one else []), *([] if charges_blocks else _KV_COLUMNS))
+    return tuple(name for name in COLUMNS if name not in hidden)
 
 
 def title(answer: Mapping[str, Any]) -> str:
@@ -68,16 +78,27 @@ def rows(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
     A class without engine time is left out.
     """
-    lines: Sequence[Mapping[str, Any]] = answer["lines"]
+    lines: Sequence[Mapping[str, Any]] = [_with_blocks(line) for line in answer["lines"]]
     if answer["tenant"] is not None:
-        return [*lines, {"item": "total", **answer["total"]}]
+        return [*lines, _with_blocks({"item": "total", **answer["total"]})]
     found: list[Mapping[str, Any]] = []
     for total in answer["tenants"]:
         found += [line for line in lines if line["tenant"] == total["tenant"]]
-        found.append({"item": "total", **total})
+        found.append(_with_blocks({"item": "total", **total}))
     nobodys = (line for line in lines if line["tenant"] is None)
     found += [line for line in nobodys if line["kind"] != CLASS or line["gpu_time_ns"]]
-    return [*found, {"item": "grand total", **answer["total"]}]
+    return [*found, _with_blocks({"item": "grand total", **answer["total"]})]
+
+
+def _with_blocks(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a line or a total as the table shows KV residency: in blocks x hours."""
+    block_ms = line["kv_block_ms"]
+    shown = {**line, "kv_block_hours": None}
+    if block_ms is not None:
+        shown["kv_block_hours"] = f"{block_ms / MS_PER_HOUR:.{_PLACES}f}"
+    if line.get("kind") == KV:
+        shown["item"] = _KV_ITEM.format(line["item"])
+    return shown
 
 
 def totals(answer: Mapping[str, Any]) -> Iterator[str]:
@@ -90,7 +111,9 @@ def totals(answer: Mapping[str, Any]) -> Iterator[str]:
         return
     seconds = f"{whole['wall_gpu_ns'] / 1e9:.6f}"
     wall = format_cents(whole["wall_cents"]) or "unknown"
-    others = [f"{cost['name']} {format_cents(cost['cents'])}" for cost in whole["overhead"]]
+    blocks = whole["kv_cents"]
+    others = [f"KV cache {format_cents(blocks)}"] if blocks else []
+    others += [f"{cost['name']} {format_cents(cost['cents'])}" for cost in whole["overhead"]]
     yield (
         f"whole: {seconds} GPU-seconds of wall time x price {wall}"
         f"{''.join(f' + {other}' for other in others)} = {whole['amount_usd'] or 'unknown'}"

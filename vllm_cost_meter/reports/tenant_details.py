@@ -115,7 +115,7 @@ def sum_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     for name, of in (("cost_reason", rows), ("energy_cost_reason", known or rows)):
         sums[name] = next((row[name] for row in of if row[name] is not None), None)
-    for name in ("usage_cost", "cost"):
+    for name in ("usage_cost", "kv_cost", "cost"):
         sums[f"{name}_usd"] = format_usd(sums[f"{name}_nanousd"])
     return sums
 
@@ -123,6 +123,7 @@ def sum_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 _SUMMED = (*COUNTS, "gpu_time_ns", "idle_share_ns", *PART_SUMS)
 _SUMMED_IF_KNOWN = (
     "usage_cost_nanousd",
+    "kv_cost_nanousd",
     "cost_nanousd",
     "kv_cache_share",
     "energy_unknown_requests",

@@ -42,6 +42,7 @@ def make_engine_meter(scheduler: Any) -> EngineMeter:
         host=host_name() or "unknown",
         precision=precision_of(config),
         labels=settings.labels,
+        preemption_paid_by=settings.preemption_paid_by,
     )
     meter = EngineMeter(
         engine=engine,

@@ -70,6 +70,28 @@ def test_each_hour_of_a_bill_is_priced_by_the_price_of_that_hour(make_world):
     assert costs_of(world, serving(), *pieces) == (30 + 40, 5 + 20)
 
 
+def test_blocks_cost_on_top_of_time_and_are_no_part_of_the_marginal_cost(make_world):
+    # At 0.0036 USD an hour a block-ms costs 1 nano-USD.
+    prices = [
+        price_setting("36", usd_per_kv_block_hour="0.0036"),
+        price_setting("36", "2026-01-01T01:00:00Z", usd_per_kv_block_hour="0.036"),
+        price_setting("36", "2026-01-01T02:00:00Z"),
+    ]
+    pieces = [
+        UsagePiece(490_896 + n, 1_000, 0, 8, 0, marginal_ns=500, kv_block_ms=7) for n in range(3)
+    ]
+    assert costs_of(make_world(prices=prices), serving(), *pieces) == (30 + 7 + 70, 15)
+
+
+def test_a_price_of_blocks_of_zero_costs_what_none_costs(make_world):
+    piece = UsagePiece(490_896, 1_000, 2_000, 8, 5, marginal_ns=500, kv_block_ms=7)
+    found = [
+        costs_of(make_world(prices=[price_setting("36", **more)]), serving(), piece)
+        for more in ({}, {"usd_per_kv_block_hour": 0})
+    ]
+    assert found == [(30, 5), (30, 5)]
+
+
 def test_a_bill_with_an_hour_before_all_prices_has_no_cost(make_world):
     world = make_world(gpu_hour_usd=None, prices=[price_setting("36")])
     pieces = [UsagePiece(490_895, 1, 0, 1, 0), UsagePiece(490_896, 1, 0, 1, 0)]
@@ -157,3 +179,9 @@ def test_a_run_is_told_the_price_of_the_hour_it_began_in():
     assert (node.usd_per_gpu_hour, node.effective_from_ns) == ("12.29", 490_897 * NS_PER_HOUR)
     assert node.source == "the invoice: 98.32 USD per node of 8 GPUs"
     assert node.price_id == f"book:12.29:2026-01-01T01:00:00.000000Z:{node.source}"
+    assert node.usd_per_kv_block_hour is None
+    # Prices that differ in that of blocks alone are two.
+    begun = price_setting("3", "2026-01-01T01:00:00Z", usd_per_kv_block_hour="1e-5")
+    with_blocks = told(prices=[begun])
+    assert with_blocks.usd_per_kv_block_hour == "0.00001"
+    assert with_blocks.price_id == "book:3+0.00001:2026-01-01T01:00:00.000000Z:the invoice"

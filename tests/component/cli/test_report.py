@@ -63,7 +63,7 @@ def test_steps_name_their_beginning(ledger):
     record(ledger, snapshot(bills, 2, totals=totals, hours=hours, taken_at_ns=T0 + late))
     table = run("report", "--step", "1h", "--ledger", ledger).stdout.splitlines()
     assert cells(table[0])[:2] == ["from", "tenant"]
-    assert [cells(row)[0][11:13] for row in table[1:-2]] == ["08"] * 10 + ["09"] * 8
+    assert [cells(row)[0][11:13] for row in table[1:-2]] == ["08"] * 11 + ["09"] * 9
     shown = run("report", "--step", "1h", "--csv", "--ledger", ledger).stdout
     first, *_ = csv.DictReader(io.StringIO(shown, newline=""))
     assert (first["from"], first["to"]) == (

@@ -145,7 +145,7 @@ def test_the_files_of_a_ledger_are_for_their_owner_only(tmp_path):
     path = tmp_path / "meter" / "ledger.db"
     engine = open_database(url_of(path))
     with engine.begin() as connection:
-        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
+        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now', NULL)"))
         files = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     engine.dispose()
     assert files == dict.fromkeys(["ledger.db", "ledger.db-wal", "ledger.db-shm"], 0o600)
@@ -207,7 +207,7 @@ def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_
         for table in bills:
             connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("UPDATE schema_version SET version = 5"))
-        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
+        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now', NULL)"))
     engine.dispose()
     with pytest.raises(
         LedgerError,
@@ -219,6 +219,47 @@ def test_a_ledger_of_before_bills_were_imported_gets_their_tables_and_keeps_the_
         assert set(bills) < set(inspect(connection).get_table_names())
         assert connection.execute(text("SELECT price_id FROM prices")).all() == [("p",)]
     engine.dispose()
+
+
+def test_a_price_of_before_blocks_could_have_one_charges_nothing_for_them(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    engine = open_database(url)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE prices DROP COLUMN usd_per_kv_block_hour"))
+        connection.execute(text("INSERT INTO prices VALUES ('p', '1', 's', 'now')"))
+        connection.execute(text("UPDATE schema_version SET version = 15"))
+    engine.dispose()
+    engine = open_database(url)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT * FROM prices")).all() == [
+            ("p", "1", "s", "now", None)
+        ]
+    engine.dispose()
+
+
+def test_a_run_of_before_there_was_a_policy_had_its_preemptions_paid_by_the_victim(tmp_path):
+    url = url_of(tmp_path / "ledger.db")
+    writer = LedgerWriter(url)
+    writer.start()
+    writer.commit(make_snapshot()).result(10)
+    writer.close()
+    added = [
+        *(("runs", "preemption_paid_by"), ("snapshots", "recomputed_mj")),
+        *((table, "recomputed_ns") for table in ("snapshots", "engine_hours")),
+        ("energy_hours", "recomputed_mj"),
+    ]
+    engine = open_database(url)
+    with engine.begin() as connection:
+        for table, column in added:
+            connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
+        connection.execute(text("UPDATE schema_version SET version = 15"))
+    engine.dispose()
+    open_database(url).dispose()
+    with closing(LedgerReader(url)) as reader:
+        assert reader.audit()["balanced"]
+        summary = reader.summary()
+    assert (summary["recomputed_ns"], summary["recomputed_mj"]) == (0, None)
+    assert summary["runs"][0]["preemption_paid_by"] == "victim"
 
 
 def test_a_bill_of_before_tokens_cut_off_were_counted_has_none_and_still_adds_up(tmp_path):

@@ -190,7 +190,9 @@ def test_what_was_wasted_and_a_missing_price_are_told(tmp_path):
     explanation = reader.explain(row)
     reader.close()
     (told,) = explanation["parts"]
-    assert told["preempted"] == {"preemptions": 1, "recomputed_tokens": 3, "recomputed_ns": 30}
+    assert told["preempted"] == {
+        "preemptions": 1, "recomputed_tokens": 3, "recomputed_ns": 30, "paid_by": "victim",
+    }  # fmt: skip
     assert told["drafts"] == {"rejected_tokens": 2, "rejected_ns": 20}
     assert told["cut_off"] == {"cut_tokens": 1, "cut_ns": 10}
     assert (told["usd_per_gpu_hour"], told["cost_nanousd"]) == (None, None)

@@ -173,6 +173,33 @@ class TestStep:
         accrued = meter.close("a", NOW)
         assert (accrued.recomputed_tokens, accrued.recomputed_ns) == (1 + 4, 10 + 40)
 
+    def test_recomputing_that_is_not_charged_is_counted_and_belongs_to_nobody(self, impl):
+        meter = impl.StepMeter("tokens", charges_recomputed=False)
+        meter.open("a", 2)
+        meter.open("b", 2)
+        for tokens in (2, 1, 1):  # reaches position 4
+            meter.settle(meter.begin({"a": tokens}, NOW), 10)
+        meter.position("a", 0, True)
+        assert meter.share(meter.begin({"a": 6, "b": 2}, NOW), 80) == 0
+        assert (meter.uncharged_ns, meter.open_ns) == (40, 30 + 40)
+        assert meter.open_gpu_ns() == {"a": 30 + 20, "b": 20}
+        assert meter.settle(4, 8) == 0
+        accrued = meter.close("a", NOW)
+        assert (accrued.prefill_ns, accrued.decode_ns) == (10 + 20 + 2, 20)
+        assert (accrued.recomputed_ns, accrued.recomputed_tokens) == (44, 4)
+        assert (meter.uncharged_ns, meter.open_ns) == (44, 22)
+
+    def test_a_cut_has_a_request_that_only_recomputed_and_was_not_charged(self, impl):
+        meter = impl.StepMeter("tokens", charges_recomputed=False)
+        meter.open("a", 4)
+        meter.settle(meter.begin({"a": 4}, NOW), 10)
+        meter.cut(NOW)
+        meter.position("a", 0, True)
+        meter.share(meter.begin({"a": 2}, NOW), 10)
+        [(_, accrued)] = meter.cut(NOW)
+        assert (accrued.prefill_ns, accrued.recomputed_ns) == (0, 10)
+        assert meter.accrued("a", NOW).recomputed_ns == 0
+
     def test_phase_is_that_of_the_beginning_of_the_step(self, meter):
         meter.open("a", 2)
         first = meter.begin({"a": 2}, NOW)

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.errors import SettingError
-from vllm_cost_meter.prices.book import RunFacts
+from vllm_cost_meter.prices.book import GpuHourPrice, RunFacts
 
 HOUR = 490_897  # 2026-01-01T01Z
 RUN = RunFacts(gpus=8, model="m", gpu_name="NVIDIA H100 80GB HBM3", host="node-1")
@@ -163,6 +163,16 @@ def test_without_settings_there_is_no_price(load):
         ('"contract 17"', '""', "prices[0].source (meter.toml:9): expected 1 to 200 printable"),
         ('"*H100*"', '" x"', "prices[0].gpu_name (meter.toml:10): expected 1 to 200 printable"),
         ("gpu_name", "gpu", "prices[0].gpu (meter.toml:10): expected one of amount, currency,"),
+        (
+            "gpus = 8",
+            "gpus = 8\nusd_per_kv_block_hour = -1e-5",
+            "prices[0].usd_per_kv_block_hour (meter.toml:7): expected a decimal number from 0 to",
+        ),
+        (
+            "gpus = 8",
+            "gpus = 8\nusd_per_kv_block_hour = nan",
+            "prices[0].usd_per_kv_block_hour (meter.toml:7): expected a decimal number from 0 to",
+        ),
         ("0.30", "-0.1", "energy_prices[0].usd_per_kwh (meter.toml:22): expected a decimal number"),
         ("usd_per_month = 1000\n", "", "overheads[0].percent (meter.toml:26): expected one of"),
         ("percent = 12.5", "percent = -1", "overheads[1].percent (meter.toml:33): expected a"),
@@ -180,6 +190,14 @@ def test_without_settings_there_is_no_price(load):
 )
 def test_a_bad_price_is_refused_with_the_line_and_the_key(complaint, old, new, said):
     assert complaint(old, new).startswith(said)
+
+
+def test_a_price_of_blocks_is_in_usd_whatever_the_currency_and_however_many_gpus(load):
+    text = FILE.replace('currency = "EUR"', 'currency = "EUR"\nusd_per_kv_block_hour = "1e-5"')
+    book = load(text.replace("gpus = 8", "gpus = 8\nusd_per_kv_block_hour = 0.25")).price_book
+    shown = [GpuHourPrice.of(entry).kv_text for entry in book.entries]
+    assert shown == ["0.25", "0.00001"]
+    assert [entry.usd_per_kv_block_hour for entry in load().price_book.entries] == [None, None]
 
 
 def test_a_rate_is_needed_for_every_currency_but_usd(complaint):

@@ -158,6 +158,7 @@ def test_settings_never_change():
         ("port", "", "0 to 65535, or off"),
         ("port", "tcp://10.0.0.1:9477", "Kubernetes"),
         ("method", "shapely", "shapley, tokens or equal"),
+        ("preemption_paid_by", "tenant", "victim or operator"),
         ("reply", "ALL", "all, headers or none"),
         ("bill_timeout_ms", "0", "1 to 10000"),
         ("bill_timeout_ms", "10001", "1 to 10000"),
@@ -324,6 +325,9 @@ def test_text_may_stand_in_for_a_file_that_is_yet_to_be_written(toml):
         ({"COST_METER_METHOD": "tokens", "COST_METER_STEP_LOG": "/x/steps"}, ""),
         ({}, 'method = "tokens"\nstep_log = "/y/steps"\nport = 9'),
         ({"COST_METER_METHOD": "equal"}, 'method = "tokens"\nstep_log = "/y/steps"'),
+        ({"COST_METER_PREEMPTION_PAID_BY": "operator"}, ""),
+        ({"COST_METER_PREEMPTION_PAID_BY": "victim"}, 'preemption_paid_by = "operator"'),
+        ({}, 'preemption_paid_by = "operator"'),
         ({"COST_METER_LABELS": "pool=spot, zone=a"}, ""),
         ({"COST_METER_LABELS": "pool=spot"}, 'labels = { pool = "reserved", zone = "a" }'),
         ({}, 'labels = { zone = "Europe, west", pool = "a=b" }'),
@@ -336,6 +340,7 @@ def test_an_engine_reads_the_same_settings_without_the_rest(tmp_path, environmen
     all_of_them, engine = load_settings(given), load_engine_settings(given)
     assert (engine.method, engine.step_log) == (all_of_them.method, all_of_them.step_log)
     assert engine.labels == all_of_them.labels
+    assert engine.preemption_paid_by == all_of_them.preemption_paid_by
     assert load_engine_settings({}) == EngineSettings(load_settings({}).method, None, {})
 
 
@@ -372,6 +377,11 @@ def test_a_label_in_the_file_that_is_no_text_is_an_error(toml):
         load_settings(toml("labels = { pool = 5 }"))
     with pytest.raises(SettingError, match="labels .*got a list"):
         load_settings(toml("labels = [5]"))
+
+
+def test_an_engine_refuses_somebody_who_can_pay_no_preemption():
+    with pytest.raises(SettingError, match="expected victim or operator, got 'tenant'"):
+        load_engine_settings({"COST_METER_PREEMPTION_PAID_BY": "tenant"})
 
 
 def test_an_engine_refuses_a_method_that_is_none():

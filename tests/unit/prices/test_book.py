@@ -15,8 +15,11 @@ from vllm_cost_meter.prices.book import (
     RunMatch,
     by_price,
     described,
+    kv_nanousd,
+    time_nanousd,
     total_nanousd,
 )
+from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 
 HOUR = 500_000  # 2027-01-15T08Z
 RUN = RunFacts(gpus=8, model="Llama-8B", gpu_name="NVIDIA H100 80GB HBM3", host="node-1")
@@ -253,8 +256,28 @@ def test_energy_has_prices_of_its_own_by_host():
 def test_time_is_added_up_at_each_price_and_rounded_once_for_each():
     # At 36 USD an hour a nanosecond costs 0.01 nano-USD.
     book = PriceBook([entry("a", "36"), entry("b", "72", since=HOUR + 2)])
-    spent = [(HOUR, 30), (HOUR + 1, 30), (HOUR + 2, 30)]
+    spent = [(HOUR + n, Quantities(30)) for n in range(3)]
     at = by_price(spent, lambda hour: book.price_at(RUN, hour))
-    assert [(price.key, ns) for price, ns in at.items()] == [("a", 60), ("b", 30)]
+    assert [(price.key, used.gpu_time_ns) for price, used in at.items()] == [("a", 60), ("b", 30)]
     assert total_nanousd(at) == 1 + 1  # 0.6 and 0.6
-    assert by_price([*spent, (HOUR - 1, 0)], lambda hour: book.price_at(RUN, hour)) is None
+    before = (HOUR - 1, NO_QUANTITIES)
+    assert by_price([*spent, before], lambda hour: book.price_at(RUN, hour)) is None
+
+
+def test_blocks_cost_on_top_of_time_by_the_price_of_each_hour():
+    # At 36 USD an hour a GPU-ns costs 0.01 nano-USD; at 0.36 a block-ms costs 100.
+    priced = PriceEntry("a", Decimal(36), "s", HOUR, usd_per_kv_block_hour=Decimal("0.36"))
+    book = PriceBook([priced, entry("b", "72", since=HOUR + 1)])
+    spent = [(HOUR, Quantities(100, 3)), (HOUR + 1, Quantities(100, 3))]
+    at = by_price(spent, lambda hour: book.price_at(RUN, hour))
+    assert (time_nanousd(at), kv_nanousd(at), total_nanousd(at)) == (1 + 2, 300, 303)
+
+
+def test_a_price_of_blocks_is_shown_beside_that_of_the_gpu_hour_and_is_null_without_one():
+    with_blocks = PriceEntry("a", Decimal(36), "s", HOUR, usd_per_kv_block_hour=Decimal("1e-5"))
+    shown = GpuHourPrice.of(with_blocks).as_dict()
+    assert shown["usd_per_kv_block_hour"] == "0.00001"
+    assert described(shown).startswith("36 USD per GPU-hour and 0.00001 USD per KV block-hour (")
+    plain = GpuHourPrice.of(entry("a", "36")).as_dict()
+    assert plain["usd_per_kv_block_hour"] is None
+    assert described(plain).startswith("36 USD per GPU-hour (")

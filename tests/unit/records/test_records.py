@@ -111,8 +111,8 @@ def test_a_bill_rides_as_a_compact_array():
 
 def test_totals_are_the_sum_of_all_classes():
     totals = ClassTotals(**{name: 10**n for n, name in enumerate(CLASSES)})
-    assert totals.total() == 111_111_111
-    assert totals.plus(totals).total() == 222_222_222
+    assert totals.total() == 1_111_111_111
+    assert totals.plus(totals).total() == 2_222_222_222
     assert list(totals.as_dict()) == list(CLASSES)
 
 

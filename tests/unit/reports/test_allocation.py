@@ -3,10 +3,11 @@
 At 3600 USD per GPU-hour a nanosecond costs a nano-USD.
 """
 
-from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
+from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import report
 from vllm_cost_meter.reports.facts import UNALLOCATED, Ended, Facts, Used
@@ -44,8 +45,8 @@ TWO_DAYS = facts(
 )
 
 
-def price(run_id: str, hour: int) -> Decimal | None:
-    return {"run": Decimal(3600), "dear": Decimal(7200)}.get(run_id)
+def price(run_id: str, hour: int) -> Rates | None:
+    return {"run": Rates(Fraction(3600)), "dear": Rates(Fraction(7200))}.get(run_id)
 
 
 def ask(known: Facts = TWO_DAYS, price_of=price, **words):
@@ -95,7 +96,8 @@ def test_a_row_has_every_figure():
     assert rows()[0] == {
         "class": "requests", "tenant": "alice", "model": "m", "requests": 1, "prompt_tokens": 10,
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "idle_share_ns": 0,
-        "usage_cost_nanousd": 300, "usage_cost_usd": "0.000000300", "cost_nanousd": 300,
+        "usage_cost_nanousd": 300, "usage_cost_usd": "0.000000300",
+        "kv_cost_nanousd": 0, "kv_cost_usd": "0.000000000", "cost_nanousd": 300,
         "cost_usd": "0.000000300", "cost_reason": None, "covers": "own",
     }  # fmt: skip
     idle = rows()[3]
@@ -107,7 +109,8 @@ def test_the_answer_says_what_was_asked_and_whether_it_adds_up():
     assert {name: answer[name] for name in answer if name != "series"} == {
         "aggregate": ["tenant", "model"], "covers": None, "idle": "even",
         "what_if_usd_per_gpu_hour": None, "wall_gpu_ns": 916, "wall_cost_nanousd": 916,
-        "wall_cost_usd": "0.000000916", "adds_up": True, "difference_ns": 0,
+        "wall_cost_usd": "0.000000916", "kv_cost_nanousd": 0, "kv_cost_usd": "0.000000000",
+        "adds_up": True, "difference_ns": 0,
         "without_totals_ns": 0,
     }  # fmt: skip
     (series,) = answer["series"]
@@ -294,8 +297,8 @@ def test_each_run_and_hour_has_its_own_price():
     found = rows(known, idle="proportional")
     assert figures(found, "usage_cost_nanousd", "cost_nanousd") == {("alice", "m"): (15, 21)}
 
-    def by_hour(run_id: str, hour: int) -> Decimal:
-        return Decimal(3600 if hour == HOUR else 36)
+    def by_hour(run_id: str, hour: int) -> Rates:
+        return Rates(Fraction(3600 if hour == HOUR else 36))
 
     found = figures(rows(price_of=by_hour), "cost_nanousd")
     assert (found["alice", "m"], found["alice", "n"]) == ((300,), (1,))
@@ -331,8 +334,44 @@ def test_without_any_price_nothing_has_a_cost():
 
 
 def test_a_price_of_0_is_a_price():
-    found = rows(price_of=lambda run_id, hour: Decimal(0))
+    found = rows(price_of=lambda run_id, hour: Rates(Fraction(0)))
     assert {row["cost_nanousd"] for row in found} == {0}
+
+
+# At 3.6 USD a block-hour a block-ms costs 1000 nano-USD. Alice held 2 blocks-ms, bob none.
+BLOCKS = facts(
+    used=[("run", HOUR, ("alice", "m"), 300, 2), ("run", HOUR, ("bob", "m"), 100, 0)],
+    other_time=[("run", HOUR, "idle", 40)],
+)
+
+
+def with_blocks(run_id: str, hour: int) -> Rates:
+    return Rates(Fraction(3600), Fraction("3.6"))
+
+
+def test_blocks_are_charged_on_top_of_time_and_are_no_part_of_idle_time():
+    found = rows(BLOCKS, with_blocks, idle="proportional")
+    columns = ("usage_cost_nanousd", "kv_cost_nanousd", "cost_nanousd")
+    assert figures(found, *columns) == {
+        ("alice", "m"): (300 + 2000, 2000, 300 + 30 + 2000),
+        ("bob", "m"): (100, 0, 100 + 10),
+    }
+    assert of_class(found, "idle") == (40, -40, 40, 0)
+    assert {row["kv_cost_nanousd"] for row in found if row["class"] != "requests"} == {0}
+    answer = ask(BLOCKS, with_blocks)
+    assert (answer["wall_cost_nanousd"], answer["kv_cost_nanousd"]) == (440, 2000)
+    assert answer["series"][0]["cost_nanousd"] == 440 + 2000
+
+
+def test_blocks_without_a_price_of_time_have_an_unknown_cost():
+    answer = ask(BLOCKS, lambda run_id, hour: None)
+    assert answer["kv_cost_nanousd"] is None
+    assert {row["kv_cost_nanousd"] for row in answer["series"][0]["rows"]} == {None}
+
+
+def test_what_if_supposes_the_price_of_time_and_leaves_that_of_blocks():
+    found = rows(BLOCKS, with_blocks, price="7200.0")
+    assert figures(found, "cost_nanousd")["alice", "m"] == (600 + 2000,)
 
 
 def test_what_if_prices_all_time_anew_and_is_said():

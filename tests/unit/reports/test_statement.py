@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.records.owner import OWN, TenantScope
 from vllm_cost_meter.reports.facts import UNALLOCATED, Ended, Facts, Used
 from vllm_cost_meter.reports.idle import IdlePolicy
@@ -51,11 +52,11 @@ MONTH = facts(
 )
 
 
-def cent(run_id: str, hour: int) -> Fraction:
-    return Fraction(36)
+def cent(run_id: str, hour: int) -> Rates:
+    return Rates(Fraction(36))
 
 
-def only_run(run_id: str, hour: int) -> Fraction | None:
+def only_run(run_id: str, hour: int) -> Rates | None:
     return cent(run_id, hour) if run_id == "run" else None
 
 
@@ -75,8 +76,10 @@ def about(answer):
         },
         "taken_at": "2027-01-31T23:00:00.000000Z",
         "methods": ["shapley"],
+        "preemption_paid_by": ["victim"],
         "prices": [{
-            "usd_per_gpu_hour": "36", "amount": "36", "currency": "USD", "scope": "gpu",
+            "usd_per_gpu_hour": "36", "usd_per_kv_block_hour": None, "amount": "36",
+            "currency": "USD", "scope": "gpu",
             "gpus": 1, "usd_rate": "1", "kind": "reserved", "source": "invoice 9",
             "effective_from": "2027-01-01T00:00:00.000000Z",
         }],
@@ -116,10 +119,61 @@ def test_a_line_has_every_figure():
     assert make(tenant="alice")["lines"][0] == {
         "kind": "usage", "tenant": "alice", "day": "2027-01-15", "item": "m", "source": None,
         "requests": 2, "prompt_tokens": 30, "cached_tokens": 10, "output_tokens": 7,
-        "gpu_time_ns": 100_400_000_000, "idle_share_ns": 0, "usage_cents": 101,
+        "gpu_time_ns": 100_400_000_000, "idle_share_ns": 0, "kv_block_ms": None,
+        "usd_per_kv_block_hour": None, "usage_cents": 101,
         "idle_share_cents": 0, "amount_cents": 101, "usage_usd": "1.01", "idle_share_usd": "0.00",
         "amount_usd": "1.01", "cost_reason": None, "covers": "own",
     }  # fmt: skip
+
+
+# Alice held blocks on two days, on the first at two prices: 1000 and 3000 block-hours, then 500.
+BLOCKS = facts(
+    used=[
+        ("run", HOUR, ("alice", "m"), SECOND, 3_600_000 * 1000),
+        ("dear", HOUR, ("alice", "m"), SECOND, 3_600_000 * 3000),
+        ("run", DAY, ("alice", "m"), SECOND, 3_600_000 * 500),
+        ("run", DAY, ("bob", "m"), SECOND),
+    ],
+    other_time=[],
+)
+
+
+def with_blocks(run_id: str, hour: int) -> Rates:
+    return Rates(Fraction(36), Fraction("0.0001") if run_id == "run" else Fraction("0.0002"))
+
+
+def test_blocks_have_a_line_of_their_own_with_quantity_and_price():
+    answer = make(BLOCKS, price_of=with_blocks)
+    found = [
+        tuple(line[name] for name in ("kind", "day", "kv_block_ms", "usd_per_kv_block_hour"))
+        + (line["gpu_time_ns"], line["amount_usd"])
+        for line in answer["lines"]
+        if line["tenant"] == "alice"
+    ]
+    assert found == [
+        ("usage", "2027-01-15", None, None, 2 * SECOND, "0.02"),
+        ("kv", "2027-01-15", 3_600_000 * 4000, "0.000175", None, "0.70"),
+        ("usage", "2027-01-16", None, None, SECOND, "0.01"),
+        ("kv", "2027-01-16", 3_600_000 * 500, "0.0001", None, "0.05"),
+    ]
+    assert {line["kind"] for line in answer["lines"] if line["tenant"] == "bob"} == {"usage"}
+    whole = answer["whole"]
+    assert (whole["wall_cents"], whole["kv_cents"], whole["amount_cents"]) == (4, 75, 79)
+    assert answer["total"]["kv_block_ms"] == 3_600_000 * 4500
+    assert answer["total"]["amount_cents"] == sum(x["amount_cents"] for x in answer["lines"])
+
+
+def test_a_statement_as_text_and_html_shows_blocks_only_where_they_have_a_price():
+    answer = about(make(BLOCKS, price_of=with_blocks))
+    shown = text(answer)
+    assert "KV cache of m" in shown
+    assert "whole: 4.000000 GPU-seconds of wall time x price 0.04 + KV cache 0.75 = 0.79" in shown
+    assert "charged on top of GPU time" in shown
+    page = statement_html(answer)
+    assert "<th>KV block-hours</th><th>USD per KV block-hour</th>" in page
+    assert "<td>4000.000000</td><td>0.000175</td>" in page
+    for free in (text(make(BLOCKS)), statement_html(about(make(BLOCKS)))):
+        assert "KV" not in free
 
 
 def test_tenants_are_rounded_before_their_lines():
@@ -161,7 +215,7 @@ def test_overhead_is_shared_as_idle_is_with_its_source():
     }  # fmt: skip
     assert (rent["bob"]["source"], rent["bob"]["gpu_time_ns"]) == ("lease 7", None)
     assert answer["whole"] == {
-        "wall_gpu_ns": 247_200_000_000, "wall_cents": 247,
+        "wall_gpu_ns": 247_200_000_000, "wall_cents": 247, "kv_cents": 0,
         "overhead": [{"name": "rent", "source": "lease 7", "cents": 1000}],
         "amount_cents": 1247, "amount_usd": "12.47",
     }  # fmt: skip

@@ -35,7 +35,7 @@ from vllm_cost_meter.records.snapshot import ClassTotals
 logger = meter_logger()
 
 # Classes of busy time besides requests; `lost` is mostly steps that could not be measured.
-BUSY_CLASSES = ("tail", "dummy", "lost")
+BUSY_CLASSES = ("tail", "dummy", "recomputed", "lost")
 # Number of bills with energy that is not reported or not acknowledged yet; they take 10 MB. If
 # there are more, nobody reads the snapshots.
 UNREPORTED_MAX = 50_000

@@ -15,7 +15,7 @@ A full audit reads every bill, and holds these against one another too:
 
 - each bill, and the sum of its pieces;
 - the bills, and what they were when they were written, by a digest;
-- the pieces of all bills, and the sums by hour.
+- the pieces of all bills, and the sums by hour: their time and their KV residency.
 
 Otherwise what the bills add up to is read where it is kept with them (`held.py`): what somebody
 else changes in the file is found by a full audit only.
@@ -68,6 +68,7 @@ DIFFERENCES = (
     "uneven_bills",
     "changed",
     "sums_difference_ns",
+    "sums_difference_block_ms",
     "energy_difference_mj",
 )
 
@@ -165,12 +166,14 @@ def _audit_bare(
         "uneven_bills": held.uneven_bills,
         "changed": held.is_changed,
         "sums_difference_ns": held.sums_ns,
+        "sums_difference_block_ms": held.sums_block_ms,
     }
 
 
 def _is_whole(run: AuditWithoutTotals) -> bool:
-    differs = run["uneven_bills"] or run["changed"] or run["sums_difference_ns"]
-    return not (run["missing_bills"] or differs)
+    differs = run["uneven_bills"] or run["changed"]
+    sums = run["sums_difference_ns"] or run["sums_difference_block_ms"]
+    return not (run["missing_bills"] or differs or sums)
 
 
 def is_balanced(run: Mapping[str, Any]) -> bool:
@@ -209,6 +212,7 @@ def _audit_run(run: RunCut, held: HeldBills, missing: list[str], lost: Lost) -> 
         "uneven_bills": held.uneven_bills,
         "changed": held.is_changed,
         "sums_difference_ns": held.sums_ns,
+        "sums_difference_block_ms": held.sums_block_ms,
         "hours_difference_ns": _hours_difference(run, totals),
         **audited(run, held.energy_mj),
         "in_flight_difference_ns": _in_flight_difference(run, totals),

@@ -21,7 +21,7 @@ from vllm_cost_meter.ledger.rollups.bill_sums import (
     stored_sums,
     sums_of_rows,
 )
-from vllm_cost_meter.ledger.rollups.rebuilding import time_differences
+from vllm_cost_meter.ledger.rollups.rebuilding import residency_differences, time_differences
 from vllm_cost_meter.ledger.schema import (
     PIECE_AMOUNTS,
     energy_sums,
@@ -38,15 +38,17 @@ class HeldBills(NamedTuple):
     """What the ledger holds of a run.
 
     `bills` counts those up to the cut, and `ledger_ns` is the GPU time of those that the last
-    snapshot counts. `sums_ns` is how far the sums by day and hour are from the bills.
-    `uneven_bills` are not the sum of their pieces, and `is_changed` says whether any bill is not as
-    it was written: both are None where the bills were not read.
+    snapshot counts. `sums_ns` is how far the sums by day and hour are from the bills, and
+    `sums_block_ms` likewise in KV residency. `uneven_bills` are not the sum of their pieces, and
+    `is_changed` says whether any bill is not as it was written. These three are None where the
+    bills were not read.
     """
 
     bills: int = 0
     ledger_ns: int = 0
     energy_mj: int = 0
     sums_ns: int = 0
+    sums_block_ms: int | None = None
     uneven_bills: int | None = None
     is_changed: bool | None = None
 
@@ -109,18 +111,22 @@ def held_by_rows(connection: Connection, cut: Cut) -> dict[str, HeldBills]:
         energy[run_id] = energy.get(run_id, 0) + mj
     uneven = _uneven_bills(connection, cut)
     differences = time_differences(connection)
+    residencies = residency_differences(connection)
     stored = stored_sums(connection)
     read = {sums.run_id: sums for sums in sums_of_rows(connection)}
+    all_runs = stored.keys() | read.keys() | counted.keys()
+    all_runs |= differences.keys() | residencies.keys()
     return {
         run_id: HeldBills(
             bills=held.get(run_id, 0),
             ledger_ns=billed.get(run_id, 0),
             energy_mj=energy.get(run_id, 0),
             sums_ns=differences.get(run_id, 0),
+            sums_block_ms=residencies.get(run_id, 0),
             uneven_bills=uneven.get(run_id, 0),
             is_changed=read.get(run_id) != stored.get(run_id),
         )
-        for run_id in stored.keys() | read.keys() | differences.keys() | counted.keys()
+        for run_id in all_runs
     }
 
 

@@ -50,7 +50,7 @@ TABLES: Mapping[str, str] = {
 FROM engine_hours JOIN runs ON runs.run_id = engine_hours.run_id
 WHERE {{hours}}
 UNION ALL {{beyond}}""",
-    # USD per GPU-hour for each run in the hours [from_hour, to_hour).
+    # USD per GPU-hour, and per KV block-hour, for each run in the hours [from_hour, to_hour).
     "price": "{price}",
     "priced": """SELECT hour, gpu_ns, startup_ns, usd_per_gpu_hour
 FROM hours LEFT JOIN price
@@ -71,9 +71,10 @@ WHERE gpu_ns > 0""",
     THEN COALESCE(SUM(gpu_ns * usd_per_gpu_hour), 0.0) / 3.6e12 END
   FROM priced WHERE gpu_ns > 0 AND hour >= from_hour AND hour < to_hour
 ) END AS usd FROM overhead""",
-    # Prefill and decode by hour: their time, and the tokens computed in it.
+    # Prefill and decode by hour: their time, and the tokens computed in it; and KV residency.
     "pieces": """SELECT 1.0 * prefill_ns AS prefill_ns, 1.0 * decode_ns AS decode_ns,
-       prefill_tokens, decode_tokens, usd_per_gpu_hour
+       prefill_tokens, decode_tokens, 1.0 * kv_block_ms AS kv_block_ms,
+       usd_per_gpu_hour, usd_per_kv_block_hour
 FROM rollup_hours JOIN rollup_groups ON rollup_groups.group_id = rollup_hours.group_id
 LEFT JOIN price
   ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour
@@ -332,6 +333,23 @@ FIGURES: Mapping[str, Figure] = {
         "measured output price: cost of decode time / decoded tokens, without idle time",
         f"1e6 * ({_COST.format(ns='decode_ns', table='pieces')})"
         " / NULLIF((SELECT SUM(decode_tokens) FROM pieces), 0)",
+    ),
+    "kv_cost_usd": Figure(
+        "USD",
+        "charged for KV residency, on top of GPU time; no part of `cost_usd`, which is what the"
+        " GPUs cost",
+        "(SELECT CASE WHEN COUNT(*) = COUNT(usd_per_kv_block_hour)"
+        " THEN COALESCE(SUM(kv_block_ms * usd_per_kv_block_hour), 0.0) / 3.6e6 END FROM pieces)",
+    ),
+    "charged_usd": Figure(
+        "USD",
+        "what requests are charged without idle time: GPU time x price, and KV residency x price",
+        f"({_COST.format(ns='(prefill_ns + decode_ns)', table='pieces')}) + {{kv_cost_usd}}",
+    ),
+    "recovered_share": Figure(
+        "",
+        "charged / cost of all GPUs: above 1, requests are charged more than the GPUs cost",
+        "{charged_usd} / NULLIF({cost_usd}, 0)",
     ),
     "mean_e2e_seconds": Figure("s", "W: mean time from arrival to end", _MEAN_E2E),
     "concurrency": Figure(

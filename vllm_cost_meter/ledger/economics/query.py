@@ -30,6 +30,7 @@ from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO, TABLES
 from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.reports.price_answers import PriceRow
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import US_PER_HOUR, instant_of
@@ -210,25 +211,25 @@ def _values(cut: Cut) -> dict[str, str]:
 
 def _price_table(cut: Cut) -> str:
     """Return the runs' prices in the window as SQL; a run without a price has no row."""
-    rows: list[tuple[str, int, int, float | None]] = []
+    rows: list[tuple[str, int, int, Rates | None]] = []
     for run in cut.all_runs:
         hours = sorted(hour for hour in run.hours if cut.window.contains(hour))
         for hour in hours:
             price = run.prices.at(hour)
-            usd = None if price is None else float(price.usd_per_gpu_hour)
-            if rows and rows[-1][0] == run.run_id and rows[-1][3] == usd:
-                rows[-1] = (*rows[-1][:2], hour + 1, usd)
+            rates = None if price is None else price.rates
+            if rows and rows[-1][0] == run.run_id and rows[-1][3] == rates:
+                rows[-1] = (*rows[-1][:2], hour + 1, rates)
             else:
-                rows.append((run.run_id, hour, hour + 1, usd))
+                rows.append((run.run_id, hour, hour + 1, rates))
     return _table(
-        ("price_run_id", "from_hour", "to_hour", "usd_per_gpu_hour"),
+        ("price_run_id", "from_hour", "to_hour", "usd_per_gpu_hour", "usd_per_kv_block_hour"),
         [
-            (_quoted(run_id), low, high, repr(usd))
-            for run_id, low, high, usd in rows
-            if usd is not None
+            (_quoted(run_id), low, high, *(repr(float(usd)) for usd in rates))
+            for run_id, low, high, rates in rows
+            if rates is not None
         ],
-        "SELECT run_id AS price_run_id, 0 AS from_hour, 0 AS to_hour, 0.0 AS usd_per_gpu_hour"
-        " FROM runs WHERE 1 = 0",
+        "SELECT run_id AS price_run_id, 0 AS from_hour, 0 AS to_hour, 0.0 AS usd_per_gpu_hour,"
+        " 0.0 AS usd_per_kv_block_hour FROM runs WHERE 1 = 0",
     )
 
 

@@ -87,6 +87,9 @@ class AuditRun(TypedDict):
     """GPU-ns: the time in which steps still ran for requests that already had their bill."""
     dummy_ns: int
     """GPU-ns: the time of data-parallel dummy batches, which hold no request."""
+    recomputed_ns: int
+    """GPU-ns: the time in which requests computed again what a preemption threw away, where the
+    operator pays for it."""
     host_ns: int
     """GPU-ns: the time in which requests waited and no step ran: vLLM's work between steps."""
     lost_ns: int
@@ -121,6 +124,9 @@ class AuditRun(TypedDict):
     sums_difference_ns: int
     """GPU-ns: how far the sums that reports read are from the bills, in all by day; in a full audit
     hour by hour."""
+    sums_difference_block_ms: int | None
+    """Blocks x ms: how far the KV residency in these sums is from that of the bills, hour by hour;
+    null if the bills were not read."""
     hours_difference_ns: int
     """GPU-ns: how far the hours are from the totals, summed over all classes."""
     energy_mj: int | None
@@ -172,6 +178,9 @@ class AuditWithoutTotals(TypedDict):
     sums_difference_ns: int
     """GPU-ns: how far the sums that reports read are from the bills, in all by day; in a full audit
     hour by hour."""
+    sums_difference_block_ms: int | None
+    """Blocks x ms: how far the KV residency in these sums is from that of the bills, hour by hour;
+    null if the bills were not read."""
 
 
 class JournalLoss(TypedDict):

@@ -35,7 +35,14 @@ from vllm_cost_meter.ledger.schema import (
     usage_pieces,
 )
 from vllm_cost_meter.ledger.tables.given import GivenColumn, given_rows
-from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECE_NS, PIECES_OF_BILL, with_pieces
+from vllm_cost_meter.ledger.tables.pieces import (
+    PIECE_HOUR,
+    PIECE_NS,
+    PIECES_OF_BILL,
+    piece_amount,
+    with_pieces,
+)
+from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetScope
 
@@ -45,8 +52,8 @@ _BILLS_AT_ONCE = 20_000
 GAPS_AT_ONCE = 500
 _OWNERS_KEPT = 100_000
 
-# GPU-nanoseconds by run and UTC hour.
-SpentNs = dict[str, dict[int, int]]
+# GPU time and KV residency by run and UTC hour.
+Spent = dict[str, dict[int, Quantities]]
 
 
 class _Gap(NamedTuple):
@@ -64,7 +71,7 @@ class BillCount:
         """`first_hour` is the earliest hour, since the epoch, that any of the budgets counts."""
         self.first_hour = first_hour
         self._budgets = {budget.scope: budget for budget in budgets}
-        self._sums: dict[BudgetScope, SpentNs] = {scope: {} for scope in self._budgets}
+        self._sums: dict[BudgetScope, Spent] = {scope: {} for scope in self._budgets}
         # Up to which number the bills of a run were looked for; None before the first call.
         self._upto: dict[str, int] | None = None
         # In the order in which they were found.
@@ -83,8 +90,8 @@ class BillCount:
         """Return the runs with bills that were looked at."""
         return (self._upto or {}).keys()
 
-    def of(self, budget: Budget) -> SpentNs:
-        """Return the GPU time of a budget's bills. The caller must not change it."""
+    def of(self, budget: Budget) -> Spent:
+        """Return what a budget's bills are charged for. The caller must not change it."""
         return self._sums.get(budget.scope, {})
 
     def has(self, run_id: str, seq: int) -> bool:
@@ -121,7 +128,7 @@ class BillCount:
         self.first_hour = hour
         for by_run in self._sums.values():
             for run_id, hours in list(by_run.items()):
-                left = {each: ns for each, ns in hours.items() if each >= hour}
+                left = {each: used for each, used in hours.items() if each >= hour}
                 if left:
                     by_run[run_id] = left
                 else:
@@ -175,16 +182,16 @@ class BillCount:
             select(g.group_id, g.run_id, g.tenant, g.tenant_above, g.tags)
         ):
             run_of[id], scopes_of[id] = run_id, self.scopes_of(*owner)
-        sums: dict[BudgetScope, SpentNs] = {scope: {} for scope in self._budgets}
-        used = select(h.group_id, h.hour, h.prefill_ns + h.decode_ns)
+        sums: dict[BudgetScope, Spent] = {scope: {} for scope in self._budgets}
+        used = select(h.group_id, h.hour, h.prefill_ns + h.decode_ns, h.kv_block_ms)
         used = used.join(rollup_groups, g.group_id == h.group_id)
         recent = set()
-        for id, hour, ns in connection.execute(used.where(h.hour >= self.first_hour)):
+        for id, hour, ns, block_ms in connection.execute(used.where(h.hour >= self.first_hour)):
             run_id = run_of[id]
             recent.add(run_id)
             for scope in scopes_of[id]:
                 hours = sums[scope].setdefault(run_id, {})
-                hours[hour] = hours.get(hour, 0) + ns
+                hours[hour] = hours.get(hour, NO_QUANTITIES) + Quantities(ns, block_ms)
         gaps = [
             _Gap(run_id, *numbers)
             for run_id in _runs_with_gaps(connection)
@@ -242,17 +249,19 @@ class BillCount:
         tags: str | None,
         hour: int | None,
         gpu_time_ns: int | None,
+        kv_block_ms: int | None,
     ) -> None:
-        """Add one piece of a bill; a bill without a piece has none of hour and time."""
-        if hour is None or gpu_time_ns is None or hour < self.first_hour:
+        """Add one piece of a bill; a bill without a piece has neither an hour nor amounts."""
+        if hour is None or gpu_time_ns is None or kv_block_ms is None or hour < self.first_hour:
             return
+        used = Quantities(gpu_time_ns, kv_block_ms)
         for scope in self.scopes_of(tenant, above, tags):
             hours = self._sums[scope].setdefault(run_id, {})
-            hours[hour] = hours.get(hour, 0) + gpu_time_ns
+            hours[hour] = hours.get(hour, NO_QUANTITIES) + used
 
 
 _r = requests.c
-_PIECE = (_r.tenant, _r.tenant_above, _r.tags, PIECE_HOUR, PIECE_NS)
+_PIECE = (_r.tenant, _r.tenant_above, _r.tags, PIECE_HOUR, PIECE_NS, piece_amount("kv_block_ms"))
 _BILLS = (
     select(_r.seq, *_PIECE)
     .select_from(with_pieces())

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice
+from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.prices.overheads import OverheadLine, overhead_lines
 from vllm_cost_meter.prices.run_prices import Cost, RunPrices, UsedByRun, cost_of, energy_cost_of
 from vllm_cost_meter.reports.facts import NOTHING_RAN
@@ -42,10 +43,10 @@ class CutCosts:
         """Return the cost of a row's energy."""
         return energy_cost_of(used_mj, self.prices, self.energy_cost.of_nothing())
 
-    def price_of(self, run_id: str, hour: int | None) -> Fraction | None:
-        """Return a run's price in an hour, in USD per GPU-hour; None without a price."""
+    def price_of(self, run_id: str, hour: int | None) -> Rates | None:
+        """Return what use costs in a run and an hour; None without a price."""
         price = self.prices[run_id].at(hour)
-        return None if price is None else price.usd_per_gpu_hour
+        return None if price is None else price.rates
 
     def why_none(self, run_id: str, hour: int | None) -> str:
         """Return the reason why a run has no price in an hour."""

@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Any
 
 from sqlalchemy import (
@@ -53,6 +52,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.ledger.tables.given import given_rows
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
+from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.prices.run_prices import RunPrices, by_stretch
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.owner import TenantScope
@@ -182,7 +182,7 @@ class RunCut(RunTime):
     def state(self) -> dict[str, Any]:
         """Return the fields about the run in a summary."""
         names = ("run_id", "engine_index", "model", "gpus", "hardware", "parallelism", "precision")
-        more = ("vllm_version", "method", "started_at", "taken_at")
+        more = ("vllm_version", "method", "preemption_paid_by", "started_at", "taken_at")
         about = ("running", "waiting", "kv_cache_usage", "steps", "errors", "state")
         return {
             **{name: self.row[name] for name in (*names, *more, *about)},
@@ -233,11 +233,11 @@ class Cut:
         A run without a price at some hour stands for itself: a report names it.
         """
         changes = self.book.price_changes()
-        stands_for: dict[tuple[Fraction, ...], str] = {}
+        stands_for: dict[tuple[Rates, ...], str] = {}
         found = {}
         for run in self.all_runs:
             ever = [run.prices.at(hour) for hour in (FIRST_HOUR, *changes)]
-            known = tuple(price.usd_per_gpu_hour for price in ever if price is not None)
+            known = tuple(price.rates for price in ever if price is not None)
             is_whole = len(known) == len(ever)
             found[run.run_id] = stands_for.setdefault(known, run.run_id) if is_whole else run.run_id
         return found
@@ -320,6 +320,7 @@ def read_cut(
             runs,
             *(c for c in snapshots.c if c.name != "run_id"),
             prices.c.usd_per_gpu_hour,
+            prices.c.usd_per_kv_block_hour,
             prices.c.source.label("price_source"),
             live_usage.c.live_ns,
             live_usage.c.step_ns,
@@ -482,6 +483,7 @@ RUN_COLUMNS = (
     runs.c.hardware,
     runs.c.host,
     prices.c.usd_per_gpu_hour,
+    prices.c.usd_per_kv_block_hour,
     prices.c.source.label("price_source"),
 )
 

@@ -31,8 +31,8 @@ from vllm_cost_meter.ledger.schema import (
     runs,
     snapshots,
 )
-from vllm_cost_meter.prices.book import PriceBook
-from vllm_cost_meter.prices.cost import cost_nanousd
+from vllm_cost_meter.prices.book import PriceBook, total_nanousd
+from vllm_cost_meter.prices.cost import Quantities, cost_nanousd
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.owner import TenantScope
@@ -192,10 +192,12 @@ def _amounts(used: Accrued, run: _Run) -> dict[str, Any]:
     hour = hour_of(run.row["taken_at"])
     price = run.prices.at(hour)
     usd = None if price is None else price.usd_per_gpu_hour
-    cost = cost_nanousd(used.gpu_time_ns, usd)
+    block_ms = used.kv_block_ns // NS_PER_MS
+    charged = Quantities(used.gpu_time_ns, block_ms)
+    cost = None if price is None else total_nanousd({price: charged})
     return {
         **{name: amount for name, amount in used._asdict().items() if name in PART_COLUMNS},
-        "kv_block_ms": used.kv_block_ns // NS_PER_MS,
+        "kv_block_ms": block_ms,
         "gpu_time_ns": used.gpu_time_ns,
         "cost_nanousd": cost,
         "cost_usd": format_usd(cost),

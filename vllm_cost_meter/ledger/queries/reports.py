@@ -101,6 +101,9 @@ def statement_at(
                 *(run.billed.method for run in cut.without_totals if run.total_ns()),
             }
         ),
+        "preemption_paid_by": sorted(
+            {run.row["preemption_paid_by"] for run in cut.runs if run.total_ns()}
+        ),
         "prices": costs.cost.listed(),
         "billed": billed,
         **found,

@@ -24,8 +24,9 @@ from vllm_cost_meter.ledger.schema import (
     runs,
 )
 from vllm_cost_meter.ledger.tables.packed import range_of_beginning
-from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECE_NS, with_pieces
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECE_NS, piece_amount, with_pieces
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
+from vllm_cost_meter.prices.cost import Quantities
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.client_text import forms_to_find
 from vllm_cost_meter.records.owner import TenantScope
@@ -152,22 +153,25 @@ def explain(connection: Connection, request: Mapping[str, Any], book: PriceBook)
     """
     run_ids = {part["run_id"] for part in request["parts"] if part["run_id"]}
     priced = (
-        select(*RUN_COLUMNS)
+        select(*RUN_COLUMNS, runs.c.preemption_paid_by)
         .join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
         .where(runs.c.run_id.in_(run_ids))
     )
     r = requests.c
     keys = [(part["run_id"], part["seq"]) for part in request["parts"] if part["seq"]]
-    pieces = select(r.run_id, r.seq, PIECE_HOUR, PIECE_NS).select_from(with_pieces())
+    amounts = (PIECE_NS, piece_amount("kv_block_ms"))
+    pieces = select(r.run_id, r.seq, PIECE_HOUR, *amounts).select_from(with_pieces())
     pieces = pieces.where(tuple_(r.run_id, r.seq).in_(keys), PIECE_HOUR.is_not(None))
     known = {run_id: RunPrices(run_id, RunFacts(), book) for run_id in run_ids}
+    payers: dict[str, str] = {}
     for row in connection.execute(priced):
         known[row.run_id] = RunPrices.of(row._asdict(), book)
-    spent: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for run_id, seq, hour, ns in connection.execute(pieces.order_by(PIECE_HOUR)):
-        spent.setdefault((run_id, seq), []).append((hour, ns))
+        payers[row.run_id] = row.preemption_paid_by
+    spent: dict[tuple[str, int], list[tuple[int, Quantities]]] = {}
+    for run_id, seq, hour, ns, block_ms in connection.execute(pieces.order_by(PIECE_HOUR)):
+        spent.setdefault((run_id, seq), []).append((hour, Quantities(ns, block_ms)))
     used = [model for run_id in run_ids for model in models(connection, run_id)]
-    return explained(request, known, spent, used)
+    return explained(request, known, spent, used, payers)
 
 
 def latest_run(connection: Connection, book: PriceBook) -> RunFacts | None:

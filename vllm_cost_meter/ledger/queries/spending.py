@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, open_to_read
-from vllm_cost_meter.ledger.queries.bill_count import BillCount, SpentNs
+from vllm_cost_meter.ledger.queries.bill_count import BillCount, Spent
 from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.heard import Heard, Instant, LatestSnapshot
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
@@ -31,10 +31,11 @@ from vllm_cost_meter.ledger.queries.standings import Priced, standing_of
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import live_usage, open_requests, prices, runs, snapshots
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
+from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.pending import PendingBill
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, BudgetScope
-from vllm_cost_meter.units.time import unix_ns_of
+from vllm_cost_meter.units.time import NS_PER_MS, unix_ns_of
 
 _IDS_AT_ONCE = 500
 # Hours before all periods that stay counted, so that a clock may be set back without a new count.
@@ -127,15 +128,16 @@ class Spending:
             broken=f"the meter of engine run {off[0]} is off" if off else None,
         )
 
-    def _billed(self, count: BillCount) -> dict[BudgetScope, SpentNs]:
-        """Return the GPU time of the counted bills and the pending ones, by what they count for."""
+    def _billed(self, count: BillCount) -> dict[BudgetScope, Spent]:
+        """Return the use of the counted bills and the pending ones, by what they count for."""
         billed = {budget.scope: count.of(budget) for budget in self._budgets}
-        added: dict[BudgetScope, SpentNs] = {}
+        added: dict[BudgetScope, Spent] = {}
         for bill in self.pending:
             for scope in count.covering(bill.owner):
                 hours = added.setdefault(scope, {}).setdefault(bill.run_id, {})
                 for hour, ns in bill.gpu_time_ns.items():
-                    hours[hour] = hours.get(hour, 0) + ns
+                    used = Quantities(ns, bill.kv_block_ms.get(hour, 0))
+                    hours[hour] = hours.get(hour, NO_QUANTITIES) + used
         for scope, runs_ in added.items():
             if scope in billed:
                 billed[scope] = _sum(billed[scope], runs_)
@@ -187,33 +189,37 @@ class Spending:
             self._book = book
 
 
-def _sum(one: SpentNs, other: SpentNs) -> SpentNs:
-    """Return the sum of GPU times by run and hour; both stay as they are."""
+def _sum(one: Spent, other: Spent) -> Spent:
+    """Return the sum of use by run and hour; both stay as they are."""
     summed = dict(one)
     for run_id, hours in other.items():
         of_run = dict(summed.get(run_id, {}))
-        for hour, ns in hours.items():
-            of_run[hour] = of_run.get(hour, 0) + ns
+        for hour, used in hours.items():
+            of_run[hour] = of_run.get(hour, NO_QUANTITIES) + used
         summed[run_id] = of_run
     return summed
 
 
 def _running(
     connection: Connection, run_ids: Collection[str], count: BillCount, pending: Collection[str]
-) -> dict[BudgetScope, dict[str, int]]:
+) -> dict[BudgetScope, dict[str, Quantities]]:
     """Return what the requests of these runs that have no bill had used, by scope and run.
 
     Those of pending bills are left out.
     """
-    sums: dict[BudgetScope, dict[str, int]] = {}
+    sums: dict[BudgetScope, dict[str, Quantities]] = {}
     told = select(live_usage.c.run_id, live_usage.c.requests)
     for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
         live = live_requests(text).items()
-        used = {id: used.gpu_time_ns for id, used in live if id not in pending}
+        used = {
+            id: Quantities(used.gpu_time_ns, used.kv_block_ns // NS_PER_MS)
+            for id, used in live
+            if id not in pending
+        }
         for request_id, *owner in _owners(connection, used):
             for scope in count.scopes_of(*owner):
                 of_scope = sums.setdefault(scope, {})
-                of_scope[run_id] = of_scope.get(run_id, 0) + used[request_id]
+                of_scope[run_id] = of_scope.get(run_id, NO_QUANTITIES) + used[request_id]
     return sums
 
 

@@ -1,4 +1,4 @@
-"""Where a budget stands, of GPU time by run and hour: sums, and money as reports compute it.
+"""Where a budget stands, of what bills are charged for: sums, and money as reports compute it.
 
 Money is priced by `RunPrices` and rounded once, at the end, as a row of a report is. Hours between
 two dates of the price book are added up before they are priced, so that a year costs little work.
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-from vllm_cost_meter.ledger.queries.bill_count import SpentNs
+from vllm_cost_meter.ledger.queries.bill_count import Spent
 from vllm_cost_meter.prices.book import GpuHourPrice, PriceBook
-from vllm_cost_meter.prices.run_prices import Cost, RunPrices, cost_of
+from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
+from vllm_cost_meter.prices.run_prices import Cost, RunPrices, charge_of
 from vllm_cost_meter.tenants.budgets import Budget, Standing
 from vllm_cost_meter.units.rounding import largest_remainder
 from vllm_cost_meter.units.time import NS_PER_HOUR
@@ -43,28 +44,28 @@ class Priced:
         without = (self.runs[id] for id in self.living if self.runs[id].at(hour) is None)
         return next((run.why_none(hour) for run in without), None)
 
-    def cost(self, used: SpentNs) -> Cost[GpuHourPrice]:
-        """Return the cost of GPU time by run and hour; the hours of one price are added up."""
-        sums: dict[str, dict[int | None, int]] = {}
+    def cost(self, used: Spent) -> Cost[GpuHourPrice]:
+        """Return the cost of use by run and hour; the hours of one price are added up."""
+        sums: dict[str, dict[int | None, Quantities]] = {}
         for run_id, hours in used.items():
             firsts: dict[int, int] = {}
             of_run = sums[run_id] = {}
             for hour in sorted(hours):
                 first = firsts.setdefault(bisect_right(self.changes, hour), hour)
-                of_run[first] = of_run.get(first, 0) + hours[hour]
-        return cost_of(sums, {id: self.runs[id] for id in used}, _NOTHING)
+                of_run[first] = of_run.get(first, NO_QUANTITIES) + hours[hour]
+        return charge_of(sums, {id: self.runs[id] for id in used}, _NOTHING)
 
 
 def standing_of(
-    budget: Budget, billed: SpentNs, running: Mapping[str, int], priced: Priced
+    budget: Budget, billed: Spent, running: Mapping[str, Quantities], priced: Priced
 ) -> Standing:
     """Return where a budget stands; `running` is what each run's requests without a bill used."""
     now_ns = priced.now_ns
     this_hour = now_ns // NS_PER_HOUR
     used = {run_id: _inside(hours, budget, now_ns) for run_id, hours in billed.items()}
-    for run_id, ns in running.items():
+    for run_id, quantities in running.items():
         of_run = used.setdefault(run_id, {})
-        of_run[this_hour] = of_run.get(this_hour, 0) + ns
+        of_run[this_hour] = of_run.get(this_hour, NO_QUANTITIES) + quantities
     is_money = budget.unit == "usd"
     if is_money:
         cost = priced.cost(used)
@@ -72,29 +73,29 @@ def standing_of(
         if total is None:
             return Standing(budget, None, now_ns, cost.reason)
     else:
-        total = sum(ns for hours in used.values() for ns in hours.values())
+        total = sum(each.gpu_time_ns for hours in used.values() for each in hours.values())
     by_hour = {this_hour: total}
     if budget.period == "rolling" and total >= budget.limit:
         by_hour = _by_hour(used, priced if is_money else None)
     return Standing(budget, by_hour, now_ns, priced.unpriced_now if is_money else None)
 
 
-def _inside(hours: Mapping[int, int], budget: Budget, now_ns: int) -> dict[int, int]:
+def _inside(hours: Mapping[int, Quantities], budget: Budget, now_ns: int) -> dict[int, Quantities]:
     """Return what was used in each hour of a budget's period.
 
     A rolling period ends now. What was used later, on a machine whose clock is ahead, was used too:
     it counts in the present hour.
     """
     first, after = budget.hours(now_ns)
-    inside = {hour: ns for hour, ns in hours.items() if first <= hour < after}
+    inside = {hour: used for hour, used in hours.items() if first <= hour < after}
     if budget.period == "rolling":
-        ahead = sum(ns for hour, ns in hours.items() if hour >= after)
+        ahead = sum((used for hour, used in hours.items() if hour >= after), NO_QUANTITIES)
         if ahead:
-            inside[after - 1] = inside.get(after - 1, 0) + ahead
+            inside[after - 1] = inside.get(after - 1, NO_QUANTITIES) + ahead
     return inside
 
 
-def _by_hour(used: SpentNs, priced: Priced | None) -> dict[int, int]:
+def _by_hour(used: Spent, priced: Priced | None) -> dict[int, int]:
     """Return what was used in each hour: GPU time, or money whose hours add up to its total."""
     hours = sorted({hour for of_run in used.values() for hour in of_run})
     by_hour = {
@@ -102,6 +103,8 @@ def _by_hour(used: SpentNs, priced: Priced | None) -> dict[int, int]:
         for hour in hours
     }
     if priced is None:
-        return {hour: sum(each[hour] for each in by_hour[hour].values()) for hour in hours}
+        return {
+            hour: sum(each[hour].gpu_time_ns for each in by_hour[hour].values()) for hour in hours
+        }
     exact = [priced.cost(by_hour[hour]).exact or Fraction(0) for hour in hours]
     return dict(zip(hours, largest_remainder(exact), strict=True))

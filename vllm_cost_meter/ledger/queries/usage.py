@@ -11,7 +11,6 @@ is missing.
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC
@@ -29,6 +28,7 @@ from vllm_cost_meter.ledger.queries.ended import LABELS, columns_read, count_end
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
 from vllm_cost_meter.ledger.rollups.reading import usage_at
 from vllm_cost_meter.ledger.tables.given import given_rows
+from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.facts import COUNTS, REQUESTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import COVERED, LABEL, NO, TAG, YES, Question
@@ -45,7 +45,7 @@ _WITHIN = {TAG: "tags", LABEL: "labels"}
 
 @dataclass(frozen=True, slots=True)
 class BilledUsage:
-    """The usage of bills up to a cut: GPU time, and for rows by tenant alone other sums."""
+    """The usage of bills up to a cut: what is charged, and for rows by tenant other sums."""
 
     used: list[Used]
     sums: dict[str, dict[str, int]]
@@ -158,7 +158,7 @@ def _usage(
     connection: Connection, cut: Cut, question: Question, columns: Sequence[str]
 ) -> BilledUsage:
     more = PART_SUMS if question.is_by_tenant else ()
-    amounts = dict.fromkeys(("prefill_ns", "decode_ns", *more))
+    amounts = dict.fromkeys(("prefill_ns", "decode_ns", "kv_block_ms", *more))
     u = usage_at(cut, _splits(cut, question), columns_read(columns), [*amounts]).c
     known = {LABELS: labels_of(u.run_id), COVERED: told(u, question)}
     keys = [known[name] if name in known else u[name] for name in columns]
@@ -174,24 +174,27 @@ def _usage(
     asked = (
         select(
             *(stands.c.stands_for, u.hour if apart else func.min(u.hour)),
-            *(func.sum(u.prefill_ns + u.decode_ns), *keys),
+            *(func.sum(u.prefill_ns + u.decode_ns), func.sum(u.kv_block_ms), *keys),
             *(func.sum(u[name]) for name in more),
         )
         .join(stands, stands.c.run_id == u.run_id)
         .group_by(stands.c.stands_for, *hours, *groups)
     )
     # Different JSON texts of tags or labels may agree in the names that are asked for.
-    spent: Counter[tuple[str, int, Key]] = Counter()
+    spent: dict[tuple[str, int, Key], Quantities] = {}
     sums: dict[str, dict[str, int]] = {}
     key_of = _key_of_values(question.dimensions, columns)
-    for run_id, hour, gpu_time_ns, *values in connection.execute(asked):
+    for run_id, hour, gpu_time_ns, block_ms, *values in connection.execute(asked):
         key = key_of(values)
-        spent[run_id, hour, key] += int(gpu_time_ns)
+        used = Quantities(int(gpu_time_ns), int(block_ms))
+        spent[run_id, hour, key] = spent.get((run_id, hour, key), NO_QUANTITIES) + used
         if more:
             details = sums.setdefault(_details_name_of(key, question), dict.fromkeys(more, 0))
             for name, amount in zip(more, values[len(columns) :], strict=True):
                 details[name] += int(amount)
-    return BilledUsage([Used(*key, ns) for key, ns in spent.items()], sums)
+    return BilledUsage(
+        [Used(*key, used.gpu_time_ns, used.kv_block_ms) for key, used in spent.items()], sums
+    )
 
 
 def _standing(runs_by_price: Mapping[str, str]) -> CTE:

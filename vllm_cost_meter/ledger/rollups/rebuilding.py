@@ -154,52 +154,76 @@ def _add_dropped_times(connection: Connection, counted: Counted) -> None:
         counted.arrivals[hour] += int(exchanges)
 
 
+class Charged(NamedTuple):
+    """An amount that costs: its columns in sums, and the term of it in an hour of a bill."""
+
+    columns: tuple[str, ...]
+    in_bill: ColumnElement[int]
+
+
+# GPU-ns, and KV cache blocks x ms.
+TIME = Charged(("prefill_ns", "decode_ns"), PIECE_NS)
+RESIDENCY = Charged(("kv_block_ms",), piece_amount("kv_block_ms"))
+
+
 def time_differences(connection: Connection) -> dict[str, int]:
     """Return how far the sums are from the bills, in GPU-ns, by run; runs without any are left out.
 
     This compares the time only, by hour and by day: cheaper by far than `differences`. Time that
     stands in a wrong hour counts where it lacks and where it is.
     """
+    return _differences(connection, wrong_hours(), wrong_days(), wrong_dropped())
+
+
+def residency_differences(connection: Connection) -> dict[str, int]:
+    """Return the same for KV residency, in blocks x ms."""
+    return _differences(connection, wrong_hours(RESIDENCY), wrong_days(RESIDENCY))
+
+
+def _differences(connection: Connection, *queries: Select[Any]) -> dict[str, int]:
     found: dict[str, int] = {}
-    for query in (wrong_hours(), wrong_days(), wrong_dropped()):
-        for run_id, _, ns in connection.execute(query):
-            found[run_id] = found.get(run_id, 0) + abs(int(ns))
+    for query in queries:
+        for run_id, _, amount in connection.execute(query):
+            found[run_id] = found.get(run_id, 0) + abs(int(amount))
     return found
 
 
-def wrong_hours() -> Select[Any]:
-    """Select (run, hour, GPU-ns) where the bills have more time than the sum, or less."""
-    bills = select(requests.c.run_id, PIECE_HOUR.label("span"), PIECE_NS.label("ns"))
+def wrong_hours(charged: Charged = TIME) -> Select[Any]:
+    """Select (run, hour, amount) where the bills have more of an amount than the sum, or less."""
+    bills = select(requests.c.run_id, PIECE_HOUR.label("span"), charged.in_bill.label("amount"))
     bills = bills.select_from(with_pieces()).where(PIECE_HOUR.is_not(None))
-    return _unequal(bills, _time_in(dropped_hours, 1), _time_in(rollup_hours, -1))
+    dropped, sums = _amount_in(dropped_hours, 1, charged), _amount_in(rollup_hours, -1, charged)
+    return _unequal(bills, dropped, sums)
 
 
-def wrong_days() -> Select[Any]:
-    """Select (run, day, GPU-ns) where the hours have more time than the day, or less."""
-    h = _time_in(rollup_hours, 1).subquery().c
+def wrong_days(charged: Charged = TIME) -> Select[Any]:
+    """Select (run, day, amount) where the hours have more of an amount than the day, or less."""
+    h = _amount_in(rollup_hours, 1, charged).subquery().c
     return _unequal(
-        select(h.run_id, (h.span // HOURS_PER_DAY).label("span"), h.ns), _time_in(rollup_days, -1)
+        select(h.run_id, (h.span // HOURS_PER_DAY).label("span"), h.amount),
+        _amount_in(rollup_days, -1, charged),
     )
 
 
-def _time_in(table: Table, sign: int) -> Select[Any]:
+def _amount_in(table: Table, sign: int, charged: Charged) -> Select[Any]:
     g = rollup_groups.c
-    span, ns = next(iter(table.c)), table.c.prefill_ns + table.c.decode_ns
-    side = select(g.run_id, span.label("span"), (sign * ns).label("ns"))
+    first, *others = (table.c[name] for name in charged.columns)
+    amount = sum(others, start=first)
+    side = select(g.run_id, next(iter(table.c)).label("span"), (sign * amount).label("amount"))
     return side.join(rollup_groups, g.group_id == table.c.group_id)
 
 
 def wrong_dropped() -> Select[Any]:
     """Select (run, 0, GPU-ns) where the dropped bills have more time than their sums, or less."""
     d = dropped_bills.c
-    bills = select(d.run_id, literal(0).label("span"), d.gpu_time_ns.label("ns"))
-    of = _time_in(dropped_hours, -1).subquery().c
-    return _unequal(bills, select(of.run_id, literal(0).label("span"), of.ns))
+    bills = select(d.run_id, literal(0).label("span"), d.gpu_time_ns.label("amount"))
+    of = _amount_in(dropped_hours, -1, TIME).subquery().c
+    return _unequal(bills, select(of.run_id, literal(0).label("span"), of.amount))
 
 
 def _unequal(*sides: Select[Any]) -> Select[Any]:
     of = union_all(*sides).subquery().c
-    total = func.sum(of.ns)
+    total = func.sum(of.amount)
     return select(of.run_id, of.span, total).group_by(of.run_id, of.span).having(total != 0)
 
 
