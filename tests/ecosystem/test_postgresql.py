@@ -44,7 +44,10 @@ from vllm_cost_meter.tenants.budgets import Budget
 
 # An index of PostgreSQL takes no more than 2,700 bytes, after it has packed what repeats.
 LONG = "".join(random.Random(1).choices(string.ascii_letters, k=8_000))
-BOOK = PriceBook([PriceEntry("prices[0]", Decimal("2.5"), "list", None)])
+BLOCKS_USD = Decimal("0.25")
+BOOK = PriceBook(
+    [PriceEntry("prices[0]", Decimal("2.5"), "list", None, usd_per_kv_block_hour=BLOCKS_USD)]
+)
 AS_OF = AsOf(now_ns=NOW)
 TAGGED = {"team": "blue"}
 # Names that a human language sorts otherwise than bytes, or takes for one another.
@@ -167,7 +170,10 @@ def written(url: str) -> None:
 
 
 def _bill(run: str, seq: int) -> Any:
-    pieces = tuple(UsagePiece(HOUR - hour, 100 * seq, 7 * seq, 8, 5) for hour in range(seq % 3 + 1))
+    pieces = tuple(
+        UsagePiece(HOUR - hour, 100 * seq, 7 * seq, 8, 5, kv_block_ms=40 * seq)
+        for hour in range(seq % 3 + 1)
+    )
     owner = OWNERS[seq % len(OWNERS)]
     return part(seq, f"{run}-{seq}", run_id=run, pieces=pieces, owner=owner)
 
@@ -278,6 +284,7 @@ def test_economics_are_the_same_to_the_last_digits(both: list[LedgerReader]) -> 
     known = [{n: v for n, v in each.items() if v is not None} for each in figures]
     assert known[1] == pytest.approx(known[0], rel=1e-12)
     assert len(known[0]) > 20
+    assert known[0]["kv_cost_usd"] > 0
 
 
 def test_budgets_stand_at_the_same_amounts(both: list[LedgerReader]) -> None:
