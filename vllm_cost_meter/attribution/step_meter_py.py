@@ -32,7 +32,6 @@ messages included, so a change to one must be made in the other.
 6. A request is open from `open` to `close`. Steps in flight at its close still use the GPU, but
    there is nobody to charge, so their shares are returned as the step's *tail*. If a step computed
    nothing for anyone, all its time is tail. The same id opened again is another request.
-
 7. What a preemption threw away is computed again. Its victim pays for that, or nobody does: then
    the recomputed part of a share is counted in the request and added to `uncharged_ns` instead.
 
@@ -82,9 +81,8 @@ class StepMeter:
 
     `open_ns` is the time accrued to open requests and not yet cut or closed. `uncharged_ns` is the
     time in which open requests computed again what a preemption had thrown away, if they are not
-    charged for it. `fallbacks` counts
-    splits with only zero weights, which became equal splits. `strangers` counts requests that first
-    appeared in a step, without an `open`.
+    charged for it. `fallbacks` counts splits with only zero weights, which became equal splits.
+    `strangers` counts requests that first appeared in a step, without an `open`.
     """
 
     def __init__(
