@@ -338,7 +338,7 @@ class EndpointPlugin:
         if not is_named():
             return
         check_settings()
-        check_admin_token(getattr(app.state, "args", None))
+        check_admin_token(getattr(getattr(app, "state", None), "args", None))
         with _refusing():
             if is_active() or _refuses_unmetered():
                 from vllm_cost_meter.api_server.middleware import CostMiddleware

@@ -155,6 +155,19 @@ def test_an_admin_token_that_is_a_key_of_the_command_line_stops_it_before_a_mode
     assert parser().parse_args(["--api-key", "other"]).api_key == ["other"]
 
 
+def test_the_endpoint_plugin_adds_it_to_an_application_whatever_else_that_has(named):
+    class App:
+        def __init__(self) -> None:
+            self.added: list[str] = []
+
+        def add_middleware(self, middleware: type) -> None:
+            self.added.append(middleware.__name__)
+
+    app = App()
+    plugin.EndpointPlugin().attach_router(app)
+    assert app.added == ["CostMiddleware"]
+
+
 # ---- not named
 
 
