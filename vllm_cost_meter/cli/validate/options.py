@@ -87,7 +87,7 @@ OutputTokens = Annotated[
 ]
 RoundCount = Annotated[
     int | None,
-    typer.Option(help="With --server: how often each coalition runs; otherwise 15 times."),
+    typer.Option(help="With --server: how often each coalition runs; otherwise 12 times."),
 ]
 VllmArguments = Annotated[
     list[str] | None,

@@ -68,7 +68,7 @@ class ServerPlan:
     players: int = 5
     prompt_tokens: int = 2_000
     output_tokens: int = 32
-    rounds: int = 15
+    rounds: int = 12
     seed: int = 0
 
     def __post_init__(self) -> None:
