@@ -3,8 +3,8 @@
 Player i gets the mean, over all orders in which the players can arrive, of the growth of the value
 when i arrives. With n players and a value for each of the 2^n coalitions that is a weighted sum. A
 coalition's value is the mean over the fastest third of its bursts: other work on the machine makes
-a burst longer and never shorter, and on two busy cores half of all bursts meet some. This lowers
-all values by about the same part, so shares stay. The noise comes from the jackknife: the estimate
+a burst longer and never shorter. If it meets all coalitions alike, this lowers all values by about
+the same part, and shares stay: an assumption. The noise comes from the jackknife: the estimate
 is made once without each round, and the spread of these estimates gives the standard error. Rounds
 stay whole, so what is common to a round, such as a slower clock, is not taken for noise of its
 parts. Student's quantile makes the standard error an interval of 95 %.
