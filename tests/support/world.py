@@ -71,6 +71,7 @@ def make_runtime(
     # Tests of the bound set their own; no other may fail because the machine is busy.
     given = {"bill_timeout_ms": 10_000, **given}
     runtime = Runtime(Settings(**given), open_requests=open_requests)
+    runtime.is_served = True  # as by an application that started it
     if opens:
         journal(runtime)
     return runtime

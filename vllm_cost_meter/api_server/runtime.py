@@ -122,8 +122,9 @@ class Runtime:
         self._reload_interval_s = reload_interval_s
         # Background tasks by name.
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        # Bills come without an application that serves; cleared once that is said or not so.
-        self._warns_of_unserved = True
+        # Whether an application starts the meter. Where none does, the first bill says so.
+        self.is_served = False
+        self._said_unserved = False
 
     def run(self, hook: str, body: Callable[..., Any], *args: Any) -> Any:
         """Call `body(collector, *args)` for a hook of vLLM. Never raises; None after an error."""
@@ -189,7 +190,7 @@ class Runtime:
 
         Returns True if this API server is the one that polls the engines.
         """
-        self._warns_of_unserved = False
+        self.is_served = True
         self.collector.run_facts = engines.run_facts(engine_client)
         self.served = tuple(engines.served_names(engine_client, state))
         self._start_loop("announce", self._announce, self.settings.snapshot_interval_s)
@@ -308,8 +309,8 @@ class Runtime:
         self._start_task("budgets", self.admission.run)
 
     def _on_bill(self, part: EngineRequest) -> None:
-        if self._warns_of_unserved:
-            self._warns_of_unserved = False
+        if not (self.is_served or self._said_unserved) and part.http_request_id is None:
+            self._said_unserved = True
             logger.warning("cost meter: %s", UNSERVED)
         if self.follower is not None:
             self.follower.pending.add(part)

@@ -58,6 +58,7 @@ def test_an_admin_token_that_is_a_key_of_vllm_ends_the_start_of_each_api_server(
 
 def test_requests_without_an_application_that_serves_are_warned_of_once(world, caplog):
     """As offline: each bill is kept, and is nobody's."""
+    world.runtime.is_served = False
     with caplog.at_level(logging.WARNING, "vllm.cost_meter"):
         for request_id in ("a", "b"):
             world.engine.born(request_id)
@@ -69,6 +70,7 @@ def test_requests_without_an_application_that_serves_are_warned_of_once(world, c
 
 def test_requests_of_an_application_that_serves_are_not(make_world, caplog):
     world = make_world(port="off")
+    world.runtime.is_served = False
 
     async def serve() -> None:
         await world.runtime.start(application(Client()))

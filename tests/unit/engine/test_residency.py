@@ -87,7 +87,7 @@ def test_a_preempted_request_holds_nothing_while_it_waits():
 
 def test_what_the_cache_saved_is_an_estimate_of_what_prefill_costs():
     served = ServedModel()
-    model = Model(1, "curve", (COMPUTE, MEMORY), COEFFICIENTS, served, 64, 0.1, 0.1, 0.9)
+    model = Model(1, "curve", (COMPUTE, MEMORY), COEFFICIENTS, served, 64, 0.1, 0.1, 0.9, ())
     products = 10 * 11 / 2
     assert saved_ns(model, 10) == int(50.0 * 10 + 1.0 * products)
     two = model._replace(form="two planes")
@@ -96,7 +96,7 @@ def test_what_the_cache_saved_is_an_estimate_of_what_prefill_costs():
 
 def test_what_the_cache_saved_ends_where_a_window_does():
     served = ServedModel(layers=Layers(whole=1, windowed=2, window=4))
-    model = Model(1, "curve", (COMPUTE, MEMORY), COEFFICIENTS, served, 64, 0.1, 0.1, 0.9)
+    model = Model(1, "curve", (COMPUTE, MEMORY), COEFFICIENTS, served, 64, 0.1, 0.1, 0.9, ())
     in_window = sum(min(token, 4) for token in range(1, 11))
     assert saved_ns(model, 10) == int(50.0 * 10 + 55 + 2 * in_window)
 

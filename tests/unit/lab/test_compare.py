@@ -25,8 +25,12 @@ MACHINE = machine_of()
 class TruthItself:
     """A method that knows the answer; `wrong_ns` are given to the first and taken from the last."""
 
-    def __init__(self, wrong_ns: float = 0.0, factor: float = 1.0) -> None:
+    def __init__(
+        self, wrong_ns: float = 0.0, factor: float = 1.0, claimed: float | None = None
+    ) -> None:
         self.fed = 0
+        self.claim = claimed
+        self.size = 0
         self.wrong_ns = wrong_ns
         self.factor = factor
 
@@ -37,7 +41,23 @@ class TruthItself:
         shares = enumerated(game) * step.gpu_time_ns / game.total_s * self.factor
         shares[0] += self.wrong_ns
         shares[-1] -= self.wrong_ns
+        self.size = len(shares)
         return shares
+
+    def claimed(self) -> np.ndarray | None:
+        return None if self.claim is None else np.full(self.size, self.claim)
+
+
+def test_a_claim_is_kept_by_the_requests_that_are_within_it():
+    found = compared(
+        kept=TruthItself(factor=0.9, claimed=0.11),
+        broken=TruthItself(factor=0.9, claimed=0.09),
+        silent=TruthItself(factor=0.9),
+    ).methods
+    assert found["kept"].within_claim_share == 1
+    assert found["kept"].claimed_error.p95 == pytest.approx(0.11)
+    assert found["broken"].within_claim_share == 0
+    assert found["silent"].claimed_error is found["silent"].within_claim_share is None
 
 
 @functools.cache

@@ -36,6 +36,8 @@ ERRORS = {
     "outside_interval_share",
     "outside_interval_parts_share",
     "uncharged_share",
+    "claimed_error",
+    "within_claim_share",
 }
 
 
@@ -60,6 +62,9 @@ def test_json_is_one_line_with_every_method_of_every_truth():
             for key in ("request_error", "tenant_error"):
                 assert 0 <= errors[key]["median"] <= errors[key]["p95"] <= errors[key]["max"]
         assert found["methods"]["tokens"]["uncharged_share"] == pytest.approx(0, abs=1e-12)
+        assert 0 < found["methods"]["shapley"]["claimed_error"]["p95"] <= 1
+        assert 0 < found["methods"]["shapley"]["within_claim_share"] <= 1
+        assert found["methods"][LEAVE_ONE_OUT]["claimed_error"] is None
 
 
 def test_a_scenario_is_judged_kernel_by_kernel_and_the_last_line_names_the_worst_tenant():

@@ -378,7 +378,8 @@ def test_a_ledger_of_an_older_schema_is_repaired_and_migrated(ledger, whole):
     sql(ledger, "ALTER TABLE requests DROP COLUMN hour")
     for table in ("requests", "open_requests", "http_requests"):
         sql(ledger, f"ALTER TABLE {table} DROP COLUMN tenant_above")
-    sql(ledger, "ALTER TABLE runs DROP COLUMN labels")
+    for column in ("labels", "preemption_paid_by"):
+        sql(ledger, f"ALTER TABLE runs DROP COLUMN {column}")
     sql(ledger, "UPDATE schema_version SET version=7")
     root = sql(ledger, "SELECT rootpage FROM sqlite_master WHERE name='schema_version'")[0][0]
     spoil(ledger, root)
@@ -386,7 +387,8 @@ def test_a_ledger_of_an_older_schema_is_repaired_and_migrated(ledger, whole):
     assert sql(ledger, "SELECT version FROM schema_version") == [(SCHEMA_VERSION,)]
     assert len(rows_of(ledger)["requests"]) == BILLS + 50
     assert rows_of(ledger)["usage_pieces"] == rows_of(whole)["usage_pieces"]
-    assert sql(ledger, "SELECT count(*) FROM runs WHERE labels IS NULL") == [(2,)]
+    of_old = "labels IS NULL AND preemption_paid_by = 'victim'"
+    assert sql(ledger, f"SELECT count(*) FROM runs WHERE {of_old}") == [(2,)]
     assert all(one.ok for one in check_ledger(url_of(ledger), full=True))
 
 
