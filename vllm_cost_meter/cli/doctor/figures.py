@@ -64,22 +64,22 @@ def cost_model(url: str, server: RunningServer | None) -> Finding:
         "cost model",
         f"{latest['form']}, version {latest['version']}, {latest['steps']} steps of"
         f" {latest['model']}: mean error {latest['error']:.1%},"
-        f" {latest['explained']:.1%} of the variance explained; {_charges_known(latest)}",
+        f" {latest['explained']:.1%} of the variance explained; {charges_known(latest)}",
     )
 
 
-def _charges_known(model: CostModelRow) -> str:
+def charges_known(model: CostModelRow) -> str:
     """Say how well charges are known, of the kinds that usually have most of the GPU time."""
     errors = model["charge_errors"] or {}
     kinds = {"prompts": "prefill_beyond", "decodes": f"decode_to_{DECODE_KINDS[0]}_context"}
     known = [
-        f"{name} to within {errors[kind]:.1%}"
+        f"{errors[kind]:.1%} ({name})"
         for name, kind in kinds.items()
         if errors.get(kind, 1.0) < 1.0
     ]
     if not known:
         return "how far charges may be off is not known yet"
-    return f"charges of {', of '.join(known)}"
+    return f"charges are known to within {', '.join(known)}"
 
 
 def price(url: str, book: PriceBook, server: RunningServer | None) -> Finding:
