@@ -8,11 +8,11 @@ the time it was given.
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 from csrc.charge_error cimport look_at_charges
-from csrc.curve cimport ENUMERATED_MAX
 from csrc.fit cimport Fit
 from csrc.game cimport (
     Margins, SolvedStep, StepModel, margin_of, margin_of_usual, solve_step, start_margins, weigh_game,
 )
+from csrc.growths cimport ENUMERATED_MAX
 from csrc.requests cimport CUT, DECODE, PREFILL, Requests, Rest, Slot, end_of_last_step
 from csrc.shares cimport Part, Split, next_share, start_split, weigh_equal, weigh_tokens
 from csrc.steps cimport Ring, Step, step_at
@@ -38,7 +38,7 @@ cdef inline int64_t accrue(
         return total_ns
     cdef const StepModel *model = &fit.model
     cdef SolvedStep game
-    solve_step(&game, model, step.parts, step.count, &step.work)
+    solve_step(&game, model, step.parts, step.count, step.plain, &step.work)
     cdef Margins margins = start_margins(&game, model, <double>total_ns)
     cdef uint64_t whole = weigh(step, &game, model, method, weights)
     if whole == 0:

@@ -130,7 +130,7 @@ cdef inline void look_at_charges(
         return
     errors.since = 0
     whole = sum_kinds(charged, parts, count, weights)
-    solve_step(&game, &errors.others[errors.turn], parts, count, work)
+    solve_step(&game, &errors.others[errors.turn], parts, count, plain, work)
     other_whole = weigh_game(&game, &errors.others[errors.turn], parts, plain, weights)
     if other_whole:
         sum_kinds(other, parts, count, weights)

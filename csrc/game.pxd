@@ -9,12 +9,16 @@ marginal cost.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from csrc.curve cimport (
-    ENUMERATED_MAX, LUMPS_MAX, Curve, CurveWork, Growths, Layers, Served, attention_of, curve_work_of,
-    enumerate_subsets, growth_at, height, is_lump, padded, read_of, share_among_many,
+    Curve, CurveWork, Layers, Served, attention_of, curve_work_of, height, padded, read_of,
+)
+from csrc.growths cimport (
+    ENUMERATED_MAX, LUMPS_MAX, Growths, enumerate_subsets, growth_at, is_lump, share_among_many,
 )
 from csrc.planes cimport Work, time_of, work_of
 from csrc.requests cimport DECODE
-from csrc.shapley cimport LARGE_MAX, Large, Overlap, Sides, keep_large, solve_overlap
+from csrc.shapley cimport (
+    LARGE_MAX, Large, Overlap, Sides, is_too_small, keep_large, solve_overlap, start_large,
+)
 from csrc.shares cimport Part
 from csrc.terms cimport (
     DECODE_COMPUTE, FIXED, PREFILL, READ, SEQUENCE, TERMS, larger, smaller,
@@ -80,12 +84,13 @@ cdef inline void solve_step(
     const StepModel *model,
     const Part *parts,
     uint32_t count,
+    uint32_t plain,
     const StepWork *work,
 ) noexcept nogil:
-    """Solve the game of a step with at least one part."""
+    """Solve the game of a step with at least one part; the first `plain` decode one token."""
     game.requests = count
     if model.is_curve:
-        solve_by_curve(game, model, parts, count, &work.curve)
+        solve_by_curve(game, model, parts, count, plain, &work.curve)
     else:
         solve_by_planes(game, model, parts, count, &work.planes)
 
@@ -95,17 +100,13 @@ cdef inline void solve_by_planes(
 ) noexcept nogil:
     cdef const double *compute = &model.compute[0]
     cdef const double *memory = &model.memory[0]
+    cdef Sides sums = Sides(time_of(compute, everyone), time_of(memory, everyone))
     cdef Large large
     game.c = Line(compute[1] + compute[2], compute[3] + compute[4])
     game.m = Line(memory[1] + memory[2], memory[3] + memory[4])
+    start_large(&large, sums, count)
     find_large(&large, game, model, parts, everyone.tokens > everyone.sequences)
-    solve_overlap(
-        &game.overlap,
-        Sides(compute[0], memory[0]),
-        Sides(time_of(compute, everyone), time_of(memory, everyone)),
-        &large,
-        count,
-    )
+    solve_overlap(&game.overlap, Sides(compute[0], memory[0]), sums, &large, count)
     game.total_ns = game.overlap.total_ns
     game.base_ns = game.overlap.base / count
     game.sequence_ns = game.prefill_ns = game.last_prefill_ns = game.all_ns = 0.0
@@ -117,18 +118,19 @@ cdef inline void solve_by_curve(
     const StepModel *model,
     const Part *parts,
     uint32_t count,
+    uint32_t plain,
     const CurveWork *everyone,
 ) noexcept nogil:
     cdef const double *curve = &model.curve.terms[0]
     cdef double prefill_ns = curve[PREFILL] if everyone.prefills else 0.0
     cdef double shared = curve[FIXED] + prefill_ns + curve[SEQUENCE] * everyone.sequences
+    cdef Sides sums = attention_of(curve, everyone)
     cdef Large large
     game.c = Line(0.0, curve[DECODE_COMPUTE])
     game.m = Line(0.0, curve[READ])
+    start_large(&large, sums, count)
     find_large(&large, game, model, parts, everyone.prefills > 0)
-    solve_overlap(
-        &game.overlap, Sides(0.0, 0.0), attention_of(curve, everyone), &large, count
-    )
+    solve_overlap(&game.overlap, Sides(0.0, 0.0), sums, &large, count)
     game.growths.is_enumerated = count <= ENUMERATED_MAX
     game.growths.token_ns = 0.0
     game.all_tokens = everyone.tokens
@@ -136,7 +138,9 @@ cdef inline void solve_by_curve(
     if game.growths.is_enumerated:
         enumerate_subsets(&game.growths, &model.curve, &model.served, parts, count)
     else:
-        share_among_many(&game.growths, &model.smooth, parts, count, everyone.tokens)
+        share_among_many(
+            &game.growths, &model.smooth, parts, count, plain, everyone.tokens
+        )
     game.total_ns = shared + game.all_ns + game.overlap.total_ns
     game.base_ns = curve[FIXED] / count
     game.sequence_ns = curve[SEQUENCE]
@@ -170,20 +174,21 @@ cdef inline void find_large(
     const Part *parts,
     bint may_cross,
 ) noexcept nogil:
-    cdef uint32_t k
+    cdef uint32_t k, smaller_context = 0  # that of a decode that is not kept
     cdef Reads reads = reads_of(model)
     cdef Line c = game.c, m = game.m
     cdef Sides own
     cdef double read
-    large.count = 0
     if game.requests > LARGE_MAX and not may_cross:
         return
     for k in range(game.requests):
         if is_usual(game, &parts[k]):
+            if parts[k].context <= smaller_context:
+                continue
             read = decode_reads(&reads, &parts[k])
             own = Sides(c.at_0 + c.slope * read, m.at_0 + m.slope * read)
-            # Most decodes are smaller than all that are kept.
-            if large.count > LARGE_MAX and own.compute_ns + own.memory_ns <= large.sizes[LARGE_MAX]:
+            if is_too_small(large, own.compute_ns + own.memory_ns):
+                smaller_context = parts[k].context  # Most decodes need no arithmetic to see it.
                 continue
         else:
             own = sides_of(model, &parts[k])
@@ -245,17 +250,18 @@ cdef inline uint64_t weigh_game(
         game.base_ns + own + (part * game.c.at_0 + rest * game.m.at_0)
     ) * to_weight + 0.5
     weight.slope = (part * game.c.slope + rest * game.m.slope) * to_weight
-    if not reads.has_windows and count > ENUMERATED_MAX:
-        # Nothing but a line for all usual parts before the first large one.
-        for k in range(min(plain, large)):
+    if reads.has_windows or count <= ENUMERATED_MAX:
+        plain = 0
+    while k < count:
+        # Nothing but a line for all usual parts up to the next large one.
+        while k < min(plain, large):
             weights[k] = <uint32_t>(
                 weight.at_0 + weight.slope * (reads.layers.whole * parts[k].context)
             )
             whole += weights[k]
-        plain = min(plain, large)
-    else:
-        plain = 0
-    for k in range(plain, count):
+            k += 1
+        if k == count:
+            break
         if k != large and is_usual(game, &parts[k]):
             weights[k] = <uint32_t>(weight.at_0 + weight.slope * decode_reads(&reads, &parts[k]))
         else:
@@ -272,6 +278,7 @@ cdef inline uint64_t weigh_game(
                 charge += game.prefill_ns
             weights[k] = <uint32_t>(charge * to_weight + 0.5)
         whole += weights[k]
+        k += 1
     return whole
 
 

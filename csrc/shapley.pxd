@@ -11,14 +11,17 @@ from csrc.terms cimport larger, smaller
 
 cdef enum:
     LARGE_MAX = 5
+    POWER_MAX = 6
 
 cdef extern from *:
     """
-    static double POLYNOMIALS[6][6][6];  /* of beta, by p and q */
-    static double WHOLE[6][6];  /* beta at 1 */
+    static double POLYNOMIALS[7][7][7];  /* of beta, by p and q */
+    static double WHOLE[7][7];  /* beta at 1 */
+    #define SMALL_PART 0.03125
     """
-    double POLYNOMIALS[6][6][6]
-    double WHOLE[6][6]
+    const double SMALL_PART
+    double POLYNOMIALS[POWER_MAX + 1][POWER_MAX + 1][POWER_MAX + 1]
+    double WHOLE[POWER_MAX + 1][POWER_MAX + 1]
 
 cdef struct Sides:
     double compute_ns
@@ -26,6 +29,7 @@ cdef struct Sides:
 
 cdef struct Large:  # the largest requests so far, the largest first, and the next one
     uint32_t count
+    double smallest  # what is smaller is of no interest
     double sizes[LARGE_MAX + 1]
     uint32_t places[LARGE_MAX + 1]
     Sides own[LARGE_MAX + 1]
@@ -49,10 +53,27 @@ cdef struct Lines:  # rise + s * c on [low, high], run + s * m elsewhere
     double high
 
 
+cdef inline void start_large(Large *large, Sides sums, uint32_t requests) noexcept nogil:
+    """Keep none of so many requests yet; `sums` are those of all."""
+    large.count = 0
+    large.smallest = 0.0
+    if requests > LARGE_MAX:
+        large.smallest = SMALL_PART * (sums.compute_ns + sums.memory_ns)
+
+
+cdef inline bint is_too_small(const Large *large, double size) noexcept nogil:
+    """Return whether a request is smaller than all that are kept, or than any large one."""
+    return size < large.smallest or (
+        large.count > LARGE_MAX and size <= large.sizes[LARGE_MAX]
+    )
+
+
 cdef inline void keep_large(Large *large, uint32_t place, Sides own) noexcept nogil:
     """Insert a request among the largest so far if it is one of them; they come in step order."""
     cdef double size = own.compute_ns + own.memory_ns
     cdef uint32_t at = large.count, k
+    if is_too_small(large, size):
+        return
     while at > 0 and large.sizes[at - 1] < size:
         at -= 1
     if at > LARGE_MAX:
@@ -186,8 +207,8 @@ cdef inline void fill_polynomials() noexcept:
     """Fill in the constants of `beta`, once."""
     cdef uint32_t p, q, k
     cdef double binomial, sign
-    for p in range(LARGE_MAX + 1):
-        for q in range(LARGE_MAX + 1):
+    for p in range(POWER_MAX + 1):
+        for q in range(POWER_MAX + 1):
             binomial = sign = 1.0
             for k in range(q + 1):
                 POLYNOMIALS[p][q][k] = sign * binomial / <double>(p + k + 1)

@@ -13,8 +13,8 @@ from vllm_cost_meter.attribution import (
     cost_model,
     cost_model_py,
     curve_fit_py,
-    curve_py,
     game_py,
+    growths_py,
     least_squares_py,
     planes_py,
     priors,
@@ -27,7 +27,7 @@ MODULES = {
     "shapley.pxd": (shapley_py,),
     "least_squares.pxd": (least_squares_py,),
     "planes.pxd": (planes_py,),
-    "curve.pxd": (curve_py,),
+    "growths.pxd": (growths_py,),
     "curve_fit.pxd": (curve_fit_py, priors),
     "game.pxd": (game_py,),
     "fit.pxd": (cost_model_py,),
@@ -35,8 +35,8 @@ MODULES = {
 }
 # Only native code has these: sizes of its arrays, and another module's name for one.
 NATIVE_ONLY = {
-    *("KNOTS_COUNT", "RAMPS_COUNT", "PREFILL_KINDS_COUNT", "DECODE_KINDS_COUNT"),
-    *("COLUMNS", "WIDTH", "PARTS_MAX", "NODES_COUNT", "CURVE_START_STEPS"),
+    *("KNOTS_COUNT", "RAMPS_COUNT", "PREFILL_KINDS_COUNT", "DECODE_KINDS_COUNT", "COLUMNS"),
+    *("WIDTH", "PARTS_MAX", "NODES_COUNT", "LEADER_SUBSETS", "CURVE_START_STEPS", "POWER_MAX"),
 }
 
 
@@ -76,5 +76,6 @@ def test_native_sizes_are_those_of_the_twin():
     sizes = constants("terms.pxd")
     assert sizes["COLUMNS"] == cost_model.FIT_TERMS - cost_model.SLOPES
     assert constants("least_squares.pxd")["WIDTH"] == cost_model.FIT_TERMS
-    assert constants("curve.pxd")["NODES_COUNT"] == len(curve_py.NODES)
+    assert constants("growths.pxd")["NODES_COUNT"] == len(growths_py.NODES)
+    assert constants("growths.pxd")["LEADER_SUBSETS"] == 2**growths_py.LEADERS_MAX
     assert constants("curve_fit.pxd")["CURVE_START_STEPS"] == curve_fit_py.START_STEPS

@@ -4,7 +4,7 @@ from tests.support.pages import DOCS
 from vllm_cost_meter.attribution import cost_model_py as fit
 from vllm_cost_meter.attribution import curve_fit_py as curve
 from vllm_cost_meter.attribution.cost_model import FIT_TERMS, KNOTS
-from vllm_cost_meter.attribution.curve_py import ENUMERATED_MAX
+from vllm_cost_meter.attribution.growths_py import ENUMERATED_MAX
 from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
 
 TEXT = " ".join((DOCS / "explanation" / "attribution.md").read_text().split())

@@ -6,12 +6,13 @@ another way (by the distribution of what is there, `lab/validation/kernel_truth.
 twin are compared to the last bit.
 """
 
+import itertools
 import random
 from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.support.definitions import shapley_values
@@ -44,6 +45,7 @@ from vllm_cost_meter.attribution.game_py import (
     StepPart,
     solve_step,
 )
+from vllm_cost_meter.attribution.growths_py import ENUMERATED_MAX, among_many
 from vllm_cost_meter.attribution.priors import prior_without_counts
 from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
 from vllm_cost_meter.lab.validation.kernel_truth import total_shares
@@ -141,6 +143,34 @@ def test_among_many_requests_charges_miss_their_shapley_value_by_little(
         found = np.array(charges_of(solve_step(model, [(t, t, t > 1) for t in tokens])))
         assert found == pytest.approx(exact, rel=0.15)
         assert np.abs(found - exact).sum() / 2 < 0.02 * exact.sum()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    COEFFICIENTS,
+    st.lists(st.integers(2, 2048), min_size=1, max_size=ENUMERATED_MAX),
+    st.integers(0, 400),
+)
+def test_a_few_lumps_get_their_mean_growth_and_decodes_all_that_is_left(coefficients, lumps, small):
+    """By the definition: the mean over instants, and over what of the others is there by then."""
+    curve = StepModel.of_curve(coefficients, ServedModel()).curve
+    everyone = small + sum(lumps)
+    token_ns, growths = among_many(curve, dict(enumerate(lumps)), everyone)
+    instants = (np.arange(4_000) + 0.5) / 4_000
+    table = np.interp(np.arange(everyone + 1), KNOTS, [height(curve, float(at)) for at in KNOTS])
+    all_ns = height(curve, float(everyone))
+    for place, lump in enumerate(lumps):
+        others = lumps[:place] + lumps[place + 1 :]
+        mean = 0.0
+        for there in itertools.product((0, 1), repeat=len(others)):
+            tokens = sum(size for size, is_there in zip(others, there, strict=True) if is_there)
+            chance = instants ** sum(there) * (1 - instants) ** (len(others) - sum(there))
+            before = tokens + instants * small
+            places = np.arange(everyone + 1)
+            grown = np.interp(before + lump, places, table) - np.interp(before, places, table)
+            mean += float((chance * grown).mean())
+        assert growths[place] == pytest.approx(mean, rel=1e-5, abs=1e-6 * all_ns)
+    assert token_ns * small + sum(growths.values()) == pytest.approx(all_ns)
 
 
 def test_batches_that_a_graph_pads_cost_what_the_padded_batch_costs():

@@ -8,7 +8,7 @@ subset of its requests, by a cost model of either form. A request is charged wha
 over all orders in which the requests could have joined. With two planes the whole step is one game
 (`shapley_py.py`). With a curve it is a sum of games, and so is the charge: what a step takes anyway
 is shared equally, what any prefill takes is shared equally among the prefills, what depends on the
-tokens of all is in `curve_py.py`, and attention is again the larger of two sums.
+tokens of all is in `growths_py.py`, and attention is again the larger of two sums.
 
 The marginal cost of a request is v(all) - v(all without it).
 
@@ -31,17 +31,15 @@ from vllm_cost_meter.attribution.cost_model import (
     TokenCurve,
 )
 from vllm_cost_meter.attribution.curve_py import (
-    ENUMERATED_MAX,
     CurveWork,
     all_of,
-    among_many,
     arithmetic_ns,
     curve_of,
-    enumerated,
     height,
     reading_ns,
     smoothed,
 )
+from vllm_cost_meter.attribution.growths_py import ENUMERATED_MAX, among_many, enumerated
 from vllm_cost_meter.attribution.planes_py import ZERO, Work, time_of, total_of
 from vllm_cost_meter.attribution.shapley_py import Overlap, solve_overlap
 

@@ -12,11 +12,11 @@ the attention of a curve (`curve_py.py`). The Shapley value of a request is the 
 averaged over all orders in which the requests could have joined. The base max(f, g) falls to
 whoever joins first, so it is shared equally. The rest is computed like this:
 
-1. The few large players (at most `LARGE_MAX`) are enumerated. The many small ones are an ocean,
-   which arrives evenly over s in [0, 1] (Milnor and Shapley 1978). With ocean totals C and M, and a
-   subset S of the m large players there at s, the step has the height
-   u(s, S) = max(f + C_S + sC, g + M_S + sM) - max(f, g). Everyone arrives at a time that is uniform
-   on [0, 1], so S is there at s with the probability s^|S| (1-s)^(m-|S|).
+1. The few large players (at most `LARGE_MAX`, each at least `SMALL_PART` of all) are enumerated.
+   The many small ones are an ocean, which arrives evenly over s in [0, 1] (Milnor and Shapley
+   1978). With ocean totals C and M, and a subset S of the m large players there at s, the step has
+   the height u(s, S) = max(f + C_S + sC, g + M_S + sM) - max(f, g). Everyone arrives at a time that
+   is uniform on [0, 1], so S is there at s with the probability s^|S| (1-s)^(m-|S|).
 2. A large player gets the integral over s of the sum over S without it of
    s^|S| (1-s)^(m-1-|S|) [u(s, S + it) - u(s, S)].
 3. A small one gets W * c_i + (1 - W) * m_i, where W is the probability that compute is on top.
@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LARGE_MAX = 5
+SMALL_PART = 1 / 32  # A request of less than this part of all is small.
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,7 +59,7 @@ def solve_overlap(
     `may_cross` says that the requests are of different kinds, so either side may be on top on the
     way. Otherwise all are small, unless there are few.
     """
-    places = _large_players(own, may_cross)
+    places = _large_players(own, sums[0] + sums[1], may_cross)
     compute_ns, memory_ns = sums
     if len(places) == len(own):
         compute_ns = memory_ns = 0.0
@@ -83,16 +84,18 @@ def solve_overlap(
     )
 
 
-def _large_players(own: Sequence[tuple[float, float]], may_cross: bool) -> list[int]:
+def _large_players(own: Sequence[tuple[float, float]], all_ns: float, may_cross: bool) -> list[int]:
     """Return the places of the large players, in step order."""
     if len(own) <= LARGE_MAX:
         return list(range(len(own)))
     if not may_cross:
         return []
     # Python's sort keeps the order of equals, so of these the first in the step comes first.
-    sizes = sorted(((c + m, place) for place, (c, m) in enumerate(own)), key=lambda pair: -pair[0])
-    kept = [pair for pair in sizes[:LARGE_MAX] if pair[0] > sizes[LARGE_MAX][0]]
-    return sorted(place for _, place in kept)
+    sizes = [(c + m, place) for place, (c, m) in enumerate(own) if c + m >= SMALL_PART * all_ns]
+    sizes.sort(key=lambda pair: -pair[0])
+    if len(sizes) > LARGE_MAX:
+        sizes = [pair for pair in sizes[:LARGE_MAX] if pair[0] > sizes[LARGE_MAX][0]]
+    return sorted(place for _, place in sizes)
 
 
 def _charge_large(
