@@ -16,7 +16,7 @@ from csrc.curve_fit cimport (
     end_sweep_of_curve, moved, predicted_by_curve, publish_curve, start_curve, start_curve_over,
 )
 from csrc.game cimport StepModel, StepWork
-from csrc.least_squares cimport NOISE
+from csrc.least_squares cimport EMPTY, NOISE
 from csrc.planes cimport (
     COMPUTE, MEMORY, PlanesFit, Work, add_to_planes, end_sweep_of_planes, predicted_by_planes,
     start_planes,
@@ -86,7 +86,8 @@ cdef struct Fit:
     int folded
     double clip[2]
     double spread[2]
-    double moved
+    double moved[2]  # of steps without a prefill and with one, in this sweep
+    int64_t moving[2]  # how many they were
     Watch watches[2]
     Row ring[RING]
     ChargeErrors charge_errors
@@ -113,7 +114,8 @@ cdef inline void begin(Fit *fit) noexcept nogil:
     fit.seen = fit.since = fit.judged = 0
     fit.held = fit.at = fit.folded = 0
     fit.clip[0] = fit.clip[1] = CLIP_MAX
-    fit.spread[0] = fit.spread[1] = fit.moved = 0.0
+    fit.spread[0] = fit.spread[1] = 0.0
+    take_moved(fit)
     memset(fit.watches, 0, sizeof(fit.watches))
 
 
@@ -235,11 +237,14 @@ cdef inline void accumulate(Fit *fit, const Row *row, bint is_old) noexcept nogi
     cdef double planes_time = predicted_by_planes(&fit.planes, row.planes)
     cdef double curve_time = predicted_by_curve(&fit.curve, &row.curve)
     cdef double weight = weight_of(fit, planes_time, PLANES_FORM, is_old)
+    cdef int kind
     add_to_planes(&fit.planes, row.planes, weight, fit.since, is_old)
     weight = weight_of(fit, curve_time, CURVE_FORM, is_old)
     add_to_curve(&fit.curve, &row.curve, weight, fit.since, is_old)
     if not is_old:
-        fit.moved += moved(&fit.curve, &row.curve, curve_time)
+        kind = 1 if row.curve.prefill > 0.0 else 0
+        fit.moved[kind] += moved(&fit.curve, &row.curve, curve_time)
+        fit.moving[kind] += 1
 
 
 cdef inline double weight_of(Fit *fit, double predicted, int form, bint is_old) noexcept nogil:
@@ -252,25 +257,36 @@ cdef inline double weight_of(Fit *fit, double predicted, int form, bint is_old) 
 
 cdef inline bint end_sweep(Fit *fit) noexcept nogil:
     cdef double held = <double>fit.held, fade = 1.0 - fit.folded / MEMORY_STEPS
-    cdef bint has_moved = fit.moved / held > MOVED, is_due
+    cdef bint has_moved = take_moved(fit), is_due
     cdef int form
     end_sweep_of_planes(&fit.planes, fade)
     end_sweep_of_curve(&fit.curve, fade)
     for form in range(2):
         fit.clip[form] = smaller(larger(3.75 * fit.spread[form] / held, NOISE), CLIP_MAX)
         fit.spread[form] = 0.0
-    fit.moved = 0.0
     fit.at = fit.folded = 0
     is_due = fit.since >= fit.next_publish
     if not (is_due or (has_moved and fit.since >= FIRST_PUBLISH)):
         return False
     if is_due:
-        fit.next_publish = fit.since + (fit.since if fit.since < PUBLISH_STEPS else PUBLISH_STEPS)
+        fit.next_publish = fit.since + min(fit.since // 4, <int64_t>PUBLISH_STEPS)
     publish(fit, best_form(fit))
     draw_others(
         &fit.charge_errors, &fit.curve, &fit.model.served, fit.clip[CURVE_FORM] / 3.0
     )
     return True
+
+
+cdef inline bint take_moved(Fit *fit) noexcept nogil:
+    """Return whether what was learnt moved away from what is published; begin to count anew."""
+    cdef bint has_moved = False
+    cdef int kind
+    for kind in range(2):
+        if fit.moving[kind] >= EMPTY and fit.moved[kind] / fit.moving[kind] > MOVED:
+            has_moved = True
+        fit.moved[kind] = 0.0
+        fit.moving[kind] = 0
+    return has_moved
 
 
 cdef inline int best_form(const Fit *fit) noexcept nogil:

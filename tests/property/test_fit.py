@@ -221,7 +221,7 @@ def test_an_earlier_fit_of_nothing_is_no_prior():
     assert curve_of_earlier((0.0,) * len(DENSE)) is None
 
 
-def test_versions_are_published_when_steps_doubled_or_the_model_moved_and_then_no_more():
+def test_versions_come_as_steps_grow_by_a_quarter_or_the_model_moved_and_then_no_more():
     rng = random.Random(3)
     fit = StepFit(prior_of(DENSE))
     published = []
@@ -229,8 +229,8 @@ def test_versions_are_published_when_steps_doubled_or_the_model_moved_and_then_n
         if observe(fit, parts, time_on(KERNELS, parts) * rng.gauss(1, 0.02)):
             published.append(number)
     assert published[0] >= FIRST_PUBLISH
-    assert fit.version == len(published) <= 16
-    assert len([number for number in published if number > 1500]) <= 2
+    assert fit.version == len(published) <= 30
+    assert len([number for number in published if number > 1500]) <= 4
 
 
 @pytest.mark.parametrize("gpu_ns", [0, -5])

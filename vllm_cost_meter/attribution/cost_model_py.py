@@ -20,9 +20,9 @@ other.
    usual error, by cumulative sums (Page 1954). After a change the fit forgets all steps, and what
    it had learnt is the prior.
 5. Splits use a published copy of the model, with a version number. A new version comes when the
-   steps since the start have doubled, later every `PUBLISH_STEPS`, and whenever what was learnt has
-   moved away from what is published. How far its charges may be off is found as it is used
-   (`charge_error_py.py`).
+   steps since the start have grown by a quarter, later every `PUBLISH_STEPS`, and whenever what was
+   learnt predicts steps with a prefill, or those without, otherwise than what is published. How far
+   its charges may be off is found as it is used (`charge_error_py.py`).
 
 Invariant: published coefficients are finite and >= 0.
 """
@@ -32,7 +32,7 @@ from vllm_cost_meter.attribution.cost_model import CURVE, TWO_PLANES, Coefficien
 from vllm_cost_meter.attribution.curve_fit_py import CurveFit, CurveRow
 from vllm_cost_meter.attribution.curve_py import CurveWork
 from vllm_cost_meter.attribution.game_py import StepModel
-from vllm_cost_meter.attribution.least_squares_py import NOISE
+from vllm_cost_meter.attribution.least_squares_py import EMPTY, NOISE
 from vllm_cost_meter.attribution.planes_py import PlanesFit, Work
 from vllm_cost_meter.attribution.priors import Prior, curve_of_earlier
 
@@ -116,7 +116,7 @@ class StepFit:
         self._folded = 0
         self._clip = [CLIP_MAX, CLIP_MAX]
         self._spread = [0.0, 0.0]
-        self._moved = 0.0
+        self._moved, self._moving = [0.0, 0.0], [0, 0]  # without a prefill, with one
         self._watches = (_Watch(), _Watch())
 
     def observe(self, work: Work, curve_work: CurveWork, gpu_ns: int) -> bool:
@@ -202,7 +202,9 @@ class StepFit:
         weight = self._weight(curve_time, CURVE_FORM, is_old)
         self._curve.add(curve_row, weight, self._since, is_old)
         if not is_old:
-            self._moved += self._curve.moved(curve_row, curve_time)
+            kind = 1 if curve_row.prefill > 0.0 else 0
+            self._moved[kind] += self._curve.moved(curve_row, curve_time)
+            self._moving[kind] += 1
 
     def _weight(self, predicted: float, form: int, is_old: bool) -> float:
         """Return how much a step counts, and note how far it was missed."""
@@ -220,15 +222,18 @@ class StepFit:
             # The mean of a normal distribution's absolute values is 0.8 standard deviations.
             clip = 3.75 * self._spread[form] / held
             self._clip[form] = min(max(clip, NOISE), CLIP_MAX)
-        has_moved = self._moved / held > MOVED
+        has_moved = any(
+            moving >= EMPTY and moved / moving > MOVED
+            for moved, moving in zip(self._moved, self._moving, strict=True)
+        )
         self._spread = [0.0, 0.0]
-        self._moved = 0.0
+        self._moved, self._moving = [0.0, 0.0], [0, 0]
         self._at = self._folded = 0
         is_due = self._since >= self._next_publish
         if not (is_due or (has_moved and self._since >= FIRST_PUBLISH)):
             return False
         if is_due:
-            self._next_publish = self._since + min(self._since, PUBLISH_STEPS)
+            self._next_publish = self._since + min(self._since // 4, PUBLISH_STEPS)
         self._publish(self._best_form())
         self.charge_errors.draw(self._curve, self._clip[CURVE_FORM] / 3.0)
         return True
