@@ -7,13 +7,18 @@ marginal cost.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from csrc.curve cimport (
     ENUMERATED_MAX, LUMPS_MAX, Curve, CurveWork, Growths, Layers, Served, attention_of, curve_work_of,
     enumerate_subsets, growth_at, height, is_lump, padded, read_of, share_among_many,
 )
+from csrc.features cimport (
+    FeatureCharges, FeatureWork, USUAL_KINDS, feature_charge, feature_saved, features_ns, fill_charges,
+    has_features, is_any, no_charges, usual_kind,
+)
 from csrc.planes cimport Work, time_of, work_of
-from csrc.requests cimport DECODE
+from csrc.requests cimport DECODE, ENCODER_SHIFT
 from csrc.shapley cimport LARGE_MAX, Large, Overlap, Sides, keep_large, solve_overlap
 from csrc.shares cimport Part
 from csrc.terms cimport (
@@ -41,6 +46,7 @@ cdef struct StepModel:  # the published cost model as steps use it
 cdef struct StepWork:  # what all requests of a step do, as each form sees it
     Work planes
     CurveWork curve
+    FeatureWork features
     int64_t prefill_context
 
 cdef struct Reads:  # what a decode reads, by its context
@@ -58,10 +64,12 @@ cdef struct SolvedStep:
     double sequence_ns
     double prefill_ns
     double last_prefill_ns
+    bint has_features  # of its parts, and by the model
     double all_ns  # h of all tokens
     int64_t all_tokens
     Line c
     Line m
+    FeatureCharges features
     Growths growths
     Overlap overlap
 
@@ -71,6 +79,7 @@ cdef struct Margins:
     double above_compute
     double above_memory
     double to_ns
+    double usual_saved[USUAL_KINDS]  # without a decode of one token, of features
     bint is_alone
     Reads reads
 
@@ -85,7 +94,7 @@ cdef inline void solve_step(
     """Solve the game of a step with at least one part."""
     game.requests = count
     if model.is_curve:
-        solve_by_curve(game, model, parts, count, &work.curve)
+        solve_by_curve(game, model, parts, count, &work.curve, &work.features)
     else:
         solve_by_planes(game, model, parts, count, &work.planes)
 
@@ -110,6 +119,8 @@ cdef inline void solve_by_planes(
     game.base_ns = game.overlap.base / count
     game.sequence_ns = game.prefill_ns = game.last_prefill_ns = game.all_ns = 0.0
     game.growths.token_ns = 0.0
+    game.has_features = False
+    no_charges(&game.features)
 
 
 cdef inline void solve_by_curve(
@@ -118,11 +129,15 @@ cdef inline void solve_by_curve(
     const Part *parts,
     uint32_t count,
     const CurveWork *everyone,
+    const FeatureWork *features,
 ) noexcept nogil:
     cdef const double *curve = &model.curve.terms[0]
     cdef double prefill_ns = curve[PREFILL] if everyone.prefills else 0.0
     cdef double shared = curve[FIXED] + prefill_ns + curve[SEQUENCE] * everyone.sequences
     cdef Large large
+    shared += features_ns(curve, features)
+    game.has_features = is_any(features)
+    fill_charges(&game.features, curve, features)
     game.c = Line(0.0, curve[DECODE_COMPUTE])
     game.m = Line(0.0, curve[READ])
     find_large(&large, game, model, parts, everyone.prefills > 0)
@@ -196,7 +211,12 @@ cdef inline bint is_sound(const SolvedStep *game) noexcept nogil:
 
 cdef inline bint is_usual(const SolvedStep *game, const Part *part) noexcept nogil:
     """Return whether a part is a decode of one token among many."""
-    return game.requests > ENUMERATED_MAX and part.tokens == 1 and part.phase & DECODE
+    return (
+        game.requests > ENUMERATED_MAX
+        and part.tokens == 1
+        and part.phase & DECODE
+        and not part.phase >> ENCODER_SHIFT
+    )
 
 
 cdef inline Reads reads_of(const StepModel *model) noexcept nogil:
@@ -231,8 +251,9 @@ cdef inline uint64_t weigh_game(
     cdef uint64_t whole = 0
     cdef uint32_t k = 0, next_large = 0, seen = 0
     cdef double part = overlap.compute_part, rest = 1.0 - overlap.compute_part
-    cdef double to_weight, charge, own, growth
-    cdef Line weight
+    cdef double to_weight, charge, own, growth, at_0, slope
+    cdef double at_0_of[USUAL_KINDS]
+    cdef int kind
     cdef Sides sides
     cdef Reads reads = reads_of(model)
     cdef uint32_t count = game.requests
@@ -241,23 +262,29 @@ cdef inline uint64_t weigh_game(
         return 0
     to_weight = WEIGHT_SUM / game.total_ns
     own = game.sequence_ns + game.growths.token_ns
-    weight.at_0 = (
-        game.base_ns + own + (part * game.c.at_0 + rest * game.m.at_0)
-    ) * to_weight + 0.5
-    weight.slope = (part * game.c.slope + rest * game.m.slope) * to_weight
-    if not reads.has_windows and count > ENUMERATED_MAX:
+    for kind in range(USUAL_KINDS):
+        if kind and not game.has_features:
+            at_0_of[kind] = at_0_of[0]
+            continue
+        at_0_of[kind] = (
+            game.base_ns
+            + (own + game.features.usual[kind])
+            + (part * game.c.at_0 + rest * game.m.at_0)
+        ) * to_weight + 0.5
+    at_0 = at_0_of[0]
+    slope = (part * game.c.slope + rest * game.m.slope) * to_weight
+    if not reads.has_windows and count > ENUMERATED_MAX and not game.has_features:
         # Nothing but a line for all usual parts before the first large one.
         for k in range(min(plain, large)):
-            weights[k] = <uint32_t>(
-                weight.at_0 + weight.slope * (reads.layers.whole * parts[k].context)
-            )
+            weights[k] = <uint32_t>(at_0 + slope * (reads.layers.whole * parts[k].context))
             whole += weights[k]
         plain = min(plain, large)
     else:
         plain = 0
     for k in range(plain, count):
         if k != large and is_usual(game, &parts[k]):
-            weights[k] = <uint32_t>(weight.at_0 + weight.slope * decode_reads(&reads, &parts[k]))
+            at_0 = at_0_of[usual_kind(&parts[k])]
+            weights[k] = <uint32_t>(at_0 + slope * decode_reads(&reads, &parts[k]))
         else:
             growth = growth_of(game, model, parts, k, &seen)
             charge = game.base_ns + (game.sequence_ns + growth)
@@ -270,6 +297,8 @@ cdef inline uint64_t weigh_game(
                 charge += part * sides.compute_ns + rest * sides.memory_ns
             if not parts[k].phase & DECODE:
                 charge += game.prefill_ns
+            if has_features(&parts[k]):
+                charge += feature_charge(&game.features, &parts[k])
             weights[k] = <uint32_t>(charge * to_weight + 0.5)
         whole += weights[k]
     return whole
@@ -300,6 +329,8 @@ cdef inline Margins start_margins(
 ) noexcept nogil:
     cdef Margins margins
     cdef double gpu_ns = smaller(total_ns, LARGEST_NS), own
+    cdef int kind
+    memset(margins.usual_saved, 0, sizeof(margins.usual_saved))
     margins.is_alone = game.requests == 1
     margins.reads = reads_of(model)
     if margins.is_alone:
@@ -309,6 +340,8 @@ cdef inline Margins start_margins(
     margins.to_ns = gpu_ns / game.total_ns if is_sound(game) else 0.0
     margins.above_compute = game.overlap.total_ns - game.overlap.compute_ns
     margins.above_memory = game.overlap.total_ns - game.overlap.memory_ns
+    for kind in range(USUAL_KINDS):
+        margins.usual_saved[kind] = game.features.usual_saved[kind] * margins.to_ns
     own = game.sequence_ns + added_by(game, model, 1)
     margins.c = Line(
         (own + (margins.above_compute + game.c.at_0)) * margins.to_ns,
@@ -347,11 +380,13 @@ cdef inline double margin_of(
     if margins.is_alone:
         return margins.c.at_0
     if is_usual(game, part):
-        return margin_of_usual(margins, part)
+        return margin_of_usual(margins, part) + margins.usual_saved[usual_kind(part)]
     sides = sides_of(model, part)
     added = game.sequence_ns + added_by(game, model, part.tokens)
     if not part.phase & DECODE:
         added += game.last_prefill_ns
+    if has_features(part):
+        added += feature_saved(&game.features, part)
     return margins.to_ns * (
         added
         + smaller(
