@@ -37,7 +37,7 @@ from time import perf_counter_ns
 from vllm_cost_meter.attribution._native import StepMeter as NativeMeter
 
 from vllm_cost_meter.attribution import step_meter_py
-from vllm_cost_meter.attribution.cost_model import RAMPS, Coefficients, Planes
+from vllm_cost_meter.attribution.cost_model import FEATURES, RAMPS, Coefficients, Planes
 from vllm_cost_meter.attribution.cost_model_py import ALL_STEPS
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN
 
@@ -52,6 +52,7 @@ METERS = {"native": NativeMeter, "twin": step_meter_py.StepMeter}
 PLANES: Planes = ((1e6, 2e4, 0.0, 1.0, 0.0), (6e6, 1e3, 0.0, 0.0, 40.0))
 COEFFICIENTS: Coefficients = (
     *(5.8e6, 2e5, 8e2, 1.0, 0.0, 15.0, 46.0),
+    *([0.0] * FEATURES),
     *(2e4 if begin >= 256 else 3e3 for begin in RAMPS),
     0.0,
 )

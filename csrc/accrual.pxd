@@ -8,6 +8,7 @@ the time it was given.
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 from csrc.charge_error cimport look_at_charges
+from csrc.features cimport usual_kind
 from csrc.fit cimport Fit
 from csrc.game cimport (
     Margins, SolvedStep, StepModel, margin_of, margin_of_usual, solve_step, start_margins, weigh_game,
@@ -52,23 +53,12 @@ cdef inline int64_t accrue(
     cdef uint32_t count = step.count, plain = step.plain if ends and count > ENUMERATED_MAX else 0
     cdef Slot *slot
     cdef Part part
-    cdef int64_t tail_ns = 0, share_ns
+    cdef int64_t tail_ns, share_ns
     cdef uint32_t place
-    for place in range(plain):
-        slot = &slots[parts[place].slot]
-        share_ns = <int64_t>next_share(&state, weights[place])
-        if slot.key == NULL:
-            tail_ns += share_ns
-        else:
-            slot.decode_ns += share_ns
-            slot.step_ns = sum_up(slot.step_ns, total_ns)
-            slot.marginal_ns += margin_of_usual(&margins, &parts[place])
-        slot.decode_tokens = added(slot.decode_tokens, 1)
-        slot.batch += count
-        slot.ended += 1
-        slot.in_flight -= 1
-        if slot.in_flight == 0:
-            end_of_last_step(requests, parts[place].slot)
+    if game.has_features:
+        tail_ns = accrue_usual(requests, step, &margins, &state, weights, plain, total_ns, True)
+    else:
+        tail_ns = accrue_usual(requests, step, &margins, &state, weights, plain, total_ns, False)
     for place in range(plain, count):
         part = parts[place]
         slot = &slots[part.slot]
@@ -80,7 +70,7 @@ cdef inline int64_t accrue(
                 slot.decode_ns += share_ns
             slot.step_ns = sum_up(slot.step_ns, total_ns)
             slot.marginal_ns += margin_of(&margins, &game, model, &part)
-            if part.phase != DECODE or part.tokens > 1:
+            if part.phase & (DECODE | CUT) != DECODE or part.tokens > 1:
                 count_unusual(requests, slot, &part, share_ns, ends)
         if ends:
             if part.phase & DECODE:
@@ -92,6 +82,49 @@ cdef inline int64_t accrue(
                 end_of_last_step(requests, part.slot)
     if ends:
         look_at_charges(&fit.charge_errors, parts, count, step.plain, &step.work, <double>total_ns, weights)
+    return tail_ns
+
+
+cdef inline int64_t accrue_usual(
+    Requests *requests,
+    const Step *step,
+    const Margins *margins,
+    Split *split,
+    const uint32_t *weights,
+    uint32_t plain,
+    int64_t total_ns,
+    bint has_features,
+) noexcept nogil:
+    """Share out the time of an ending step's first parts, decodes of one token. Return the tail."""
+    # Local copies: the compiler need not read them again after each write to a slot.
+    cdef Slot *slots = requests.slots
+    cdef const Part *parts = step.parts
+    cdef Split state = split[0]
+    cdef uint32_t count = step.count, place
+    cdef Slot *slot
+    cdef int64_t tail_ns = 0, share_ns
+    for place in range(plain):
+        slot = &slots[parts[place].slot]
+        share_ns = <int64_t>next_share(&state, weights[place])
+        if slot.key == NULL:
+            tail_ns += share_ns
+        else:
+            slot.decode_ns += share_ns
+            slot.step_ns = sum_up(slot.step_ns, total_ns)
+            if has_features:  # A constant where this is called.
+                slot.marginal_ns += (
+                    margin_of_usual(margins, &parts[place])
+                    + margins.usual_saved[usual_kind(&parts[place])]
+                )
+            else:
+                slot.marginal_ns += margin_of_usual(margins, &parts[place])
+        slot.decode_tokens = added(slot.decode_tokens, 1)
+        slot.batch += count
+        slot.ended += 1
+        slot.in_flight -= 1
+        if slot.in_flight == 0:
+            end_of_last_step(requests, parts[place].slot)
+    split[0] = state
     return tail_ns
 
 

@@ -21,18 +21,18 @@ from cpython.long cimport PyLong_AsUnsignedLong
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.string cimport memset
 
 from csrc.accrual cimport accrue, cut_in_flight, cut_off, drop, take_out
 from csrc.checks cimport (
-    WEIGHT_MAX, check_tokens, in_range, instant, tokens_of, tokens_out_of_range, whole_number,
+    WEIGHT_MAX, check_encoded, check_tokens, in_range, instant, tokens_of, tokens_out_of_range, whole_number,
 )
 from csrc.curve cimport Layers
 from csrc.fit cimport CURVE_FORM, Fit, explained, observe
 from csrc.game cimport StepWork
 from csrc.requests cimport (
-    NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, adopt_key, count_blocks, free_requests,
+    HAS_LORA, IS_GUIDED, NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, accrued_of, adopt_key, count_blocks, free_requests,
     free_slot, hold_blocks, is_in_flight, make_slot_free, next_free_slot, release_blocks, reset,
     take_slot, unqueue,
 )
@@ -40,8 +40,8 @@ from csrc.shapley cimport fill_polynomials
 from csrc.priors cimport adopt_earlier, charge_errors_of, fitted, read_prior
 from csrc.shares cimport Split, next_share, start_split
 from csrc.steps cimport (
-    Guess, Ring, Step, enter, finish_work, free_ring, guess_after, guess_in, is_kept, is_right,
-    look_further, make_room, reject, start_ring, step_at,
+    Guess, Ring, Step, add_encoded, add_traits_of, enter, features_of, finish_work, free_ring, guess_after, guess_in, is_kept, is_right,
+    look_further, make_room, parts_of, reject, start_ring, step_at,
 )
 
 from vllm_cost_meter.attribution.cost_model import CURVE, TWO_PLANES, Model
@@ -134,29 +134,25 @@ cdef class StepMeter:
 
     def step_parts(self, object step):
         """Return (id, tokens, position, prefill end) of a step in flight, in scheduler order."""
-        cdef Step *found = step_at(&self.ring, self.number_in_flight(step))
-        cdef list parts = []
-        cdef Slot *slot
-        cdef uint32_t k
-        for k in range(found.count):
-            slot = &self.requests.slots[found.parts[k].slot]
-            parts.append((
-                f"{ENDED} {k}" if slot.key == NULL else <object>slot.key,
-                found.parts[k].tokens,
-                found.parts[k].context - found.parts[k].tokens,
-                slot.prefill_end,
-            ))
-        return parts
+        return parts_of(&self.requests, step_at(&self.ring, self.number_in_flight(step)), ENDED)
+
+    def step_features(self, object step):
+        """Return (place, has LoRA, is guided, encoder tokens) of its parts that have any."""
+        return features_of(&self.requests, step_at(&self.ring, self.number_in_flight(step)))
 
     # The life of a request
 
-    def open(self, object request_id, object prompt_tokens):
+    def open(
+        self, object request_id, object prompt_tokens, bint has_lora=False, bint is_guided=False
+    ):
         """Start to accrue for a request. Does nothing if it is open already."""
         cdef int64_t prompt = whole_number(
             prompt_tokens, WEIGHT_MAX, "StepMeter.open: prompt_tokens"
         )
         if request_id not in self.ids:
-            self.give_slot(request_id, prompt)
+            self.give_slot(
+                request_id, prompt, (HAS_LORA if has_lora else 0) | (IS_GUIDED if is_guided else 0)
+            )
 
     def position(self, object request_id, object computed_tokens, bint resumed):
         """Set the position in its context where a request's next step starts; before `begin`."""
@@ -211,27 +207,7 @@ cdef class StepMeter:
     def accrued(self, object request_id, object now_ns):
         """Return what a request accrued since the last `cut`."""
         cdef int64_t until_ns = instant(now_ns)
-        cdef uint32_t number = self.find_open(request_id)
-        cdef Slot *slot = &self.requests.slots[number]
-        cdef Rest *rest = &self.requests.rests[number]
-        count_blocks(rest, until_ns)
-        return Accrued(
-            rest.prefill_ns,
-            slot.decode_ns,
-            rest.prefill_tokens,
-            slot.decode_tokens,
-            <int64_t>slot.marginal_ns,
-            rest.recomputed_ns,
-            rest.recomputed_tokens,
-            rest.rejected_ns,
-            rest.rejected_tokens,
-            rest.cut_ns,
-            rest.cut_tokens,
-            rest.kv_block_ns,
-            <int64_t>slot.step_ns,
-            slot.ended - rest.dropped - rest.steps_before,
-            slot.batch,
-        )
+        return Accrued(*accrued_of(&self.requests, self.find_open(request_id), until_ns))
 
     def open_gpu_ns(self):
         """Return what each open request accrued since the last `cut`, in GPU-ns."""
@@ -267,15 +243,21 @@ cdef class StepMeter:
 
     # The life of a step
 
-    def begin(self, dict scheduled not None, object now_ns, list decoding=None):
+    def begin(
+        self, dict scheduled not None, object now_ns, list decoding=None, dict encoded=None
+    ):
         """Record a step: the tokens scheduled for each request, in scheduler order."""
         cdef int64_t since_ns = instant(now_ns)
         cdef Py_ssize_t count = 0 if decoding is None else PyList_GET_SIZE(decoding)
+        if encoded:
+            check_encoded(encoded)
         cdef Step *step = make_room(&self.ring, <uint32_t>(count + PyDict_Size(scheduled)))
         cdef uint32_t full = self.fill_in(scheduled, decoding, count, step), k
         for k in range(full):
             hold_blocks(&self.requests, step.parts[self.ring.weights[k]].slot, since_ns)
         self.ring.newest += 1
+        if encoded:
+            add_encoded(&self.requests, step, <uint32_t>self.ring.newest, self.ids, encoded)
         return self.ring.newest
 
     def share(self, object step, object gpu_ns):
@@ -408,6 +390,8 @@ cdef class StepMeter:
         step.count = place
         finish_work(&total, place, layers)
         step.work = total
+        if self.requests.with_traits:
+            add_traits_of(&self.requests, step)
         return full
 
     cdef uint32_t find_next(
@@ -464,15 +448,17 @@ cdef class StepMeter:
         return number
 
     cdef uint32_t welcome_stranger(self, object request_id) except? 0:
-        cdef uint32_t number = self.give_slot(request_id, 0)
+        cdef uint32_t number = self.give_slot(request_id, 0, 0)
         self.strangers += 1
         return number
 
-    cdef uint32_t give_slot(self, object request_id, int64_t prompt_tokens) except? 0:
+    cdef uint32_t give_slot(
+        self, object request_id, int64_t prompt_tokens, uint8_t traits
+    ) except? 0:
         make_slot_free(&self.requests)
         cdef uint32_t number = next_free_slot(&self.requests)
         self.ids[request_id] = number
-        take_slot(&self.requests, request_id, <uint32_t>prompt_tokens)
+        take_slot(&self.requests, request_id, <uint32_t>prompt_tokens, traits)
         return number
 
     cdef int64_t gpu_ns(self, uint32_t number) noexcept:
@@ -486,6 +472,7 @@ cdef class StepMeter:
         cdef PyObject *key = slot.key
         cdef int64_t unbilled_ns = self.gpu_ns(number)
         del self.ids[request_id]
+        self.requests.with_traits -= self.requests.traits[number] != 0
         unqueue(&self.requests, number)
         self.open_ns -= unbilled_ns
         slot.key = NULL

@@ -16,8 +16,8 @@ from csrc.least_squares cimport NOISE, PIVOT_MIN
 from csrc.requests cimport DECODE
 from csrc.shares cimport Part
 from csrc.terms cimport (
-    CHARGE_KINDS, DECODE_COMPUTE, DECODE_KINDS, DECODE_KINDS_COUNT, FIT_TERMS, PREFILL_KINDS,
-    PREFILL_KINDS_COUNT, READ, larger, smaller,
+    CHARGE_KINDS, DECODE_COMPUTE, DECODE_KINDS, DECODE_KINDS_COUNT, FIT_TERMS, LORA,
+    PREFILL_KINDS, PREFILL_KINDS_COUNT, READ, SLOPES, larger, smaller,
 )
 
 cdef enum:
@@ -27,6 +27,8 @@ cdef enum:
     DRAWS_MIN = 8
     SIGNS_FACTOR = 1103515245
     SIGNS_SUMMAND = 12345
+    SIGNS_SEED = 1
+    FEATURE_SIGNS_SEED = 2
 
 cdef extern from *:
     """
@@ -57,14 +59,13 @@ cdef inline void draw_others(
     cdef double factor[FIT_TERMS][FIT_TERMS]
     cdef double scales[FIT_TERMS]
     cdef double drawn[FIT_TERMS]
-    cdef uint64_t state = 1
+    cdef uint64_t state = SIGNS_SEED, of_features = FEATURE_SIGNS_SEED
     cdef StepModel *model
     cdef int number, term
     factor_equations(curve, TOLD_STEPS * (noise * noise), factor, scales)
     for number in range(DRAWS):
         for term in range(FIT_TERMS):
-            state = (state * SIGNS_FACTOR + SIGNS_SUMMAND) & 0x7FFFFFFF
-            drawn[term] = 1.0 if state & 0x10000 else -1.0
+            drawn[term] = next_sign(&of_features if LORA <= term < SLOPES else &state)
         solve_transposed(factor, drawn)
         for term in range(FIT_TERMS):
             drawn[term] = larger(
@@ -77,6 +78,11 @@ cdef inline void draw_others(
         write_curve(&model.curve, drawn, curve.chosen)
         smooth_curve(&model.smooth, &model.curve, served)
     errors.is_drawn = True
+
+
+cdef inline double next_sign(uint64_t *state) noexcept nogil:
+    state[0] = (state[0] * SIGNS_FACTOR + SIGNS_SUMMAND) & 0x7FFFFFFF
+    return 1.0 if state[0] & 0x10000 else -1.0
 
 
 cdef inline void factor_equations(

@@ -39,6 +39,13 @@ cdef inline int check_tokens(dict scheduled) except -1:
     return 0
 
 
+cdef inline int check_encoded(dict encoded) except -1:
+    """Raise ValueError unless each count of encoder tokens is in range."""
+    for request_id, tokens in encoded.items():
+        whole_number(tokens, WEIGHT_MAX, f"StepMeter.begin: encoder tokens of {request_id!r}")
+    return 0
+
+
 cdef inline int64_t whole_number(object value, int64_t maximum, str what) except -1:
     cdef int64_t number = in_range(value, maximum)
     if number < 0:

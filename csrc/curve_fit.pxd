@@ -9,10 +9,11 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from csrc.curve cimport CurveWork, Served, corner_below, padded
+from csrc.features cimport FeatureWork, is_any, write_amounts
 from csrc.least_squares cimport EMPTY, NOISE, UNKNOWN_PART, Equations, solve_nonnegative
 from csrc.terms cimport (
-    COLUMNS, DECODE_COMPUTE, EXPERTS, FIT_TERMS, FIXED, KNOTS, KNOTS_COUNT, PAIRS, PREFILL,
-    PREFILL_COMPUTE, RAMPS, RAMPS_COUNT, READ, SEQUENCE, SLOPES, larger, smaller,
+    COLUMNS, DECODE_COMPUTE, ENCODER, ENCODER_TOKEN, EXPERTS, FEATURES, FIT_TERMS, FIXED, KNOTS,
+    KNOTS_COUNT, LORA, PAIRS, PREFILL, PREFILL_COMPUTE, RAMPS, RAMPS_COUNT, READ, SEQUENCE, SLOPES, larger, smaller,
 )
 
 cdef enum:
@@ -55,6 +56,7 @@ cdef struct CurveRow:
     int place
     double below
     double above
+    const double *features  # amounts; NULL if there are none
 
 cdef struct CurveSums:
     double weight
@@ -82,11 +84,22 @@ cdef struct CurveFit:
 
 
 cdef inline CurveRow curve_row_of(
-    const CurveWork *work, const Served *served, double gpu_ns
+    const CurveWork *work,
+    const FeatureWork *features,
+    double *amounts,
+    const Served *served,
+    double gpu_ns,
 ) noexcept nogil:
+    """Return a step's row. `amounts` is where it keeps those of features, if there are any."""
     cdef double per_ns = 1.0 / gpu_ns, above
     cdef double tokens = <double>padded(served, work.tokens)
-    cdef int place = min(corner_below(tokens), KNOTS_COUNT - 2)
+    cdef int place = min(corner_below(tokens), KNOTS_COUNT - 2), k
+    cdef const double *kept = NULL
+    if is_any(features):
+        kept = amounts
+        write_amounts(amounts, features)
+        for k in range(FEATURES):
+            amounts[k] *= per_ns
     above = (tokens - KNOTS[place]) / (KNOTS[place + 1] - KNOTS[place])
     return CurveRow(
         per_ns,
@@ -98,6 +111,7 @@ cdef inline CurveRow curve_row_of(
         place,
         (1.0 - above) * per_ns,
         above * per_ns,
+        kept,
     )
 
 
@@ -137,6 +151,8 @@ cdef inline bint curve_of_earlier(CurvePrior *prior, const double *coefficients)
                 term == PAIRS
                 or term == PREFILL_COMPUTE
                 or term == DECODE_COMPUTE
+                or term == ENCODER
+                or term == ENCODER_TOKEN
                 or SLOPES <= term < EXPERTS
             )
             if is_arithmetic == (part == 1) and coefficients[term] != 0.0:
@@ -168,11 +184,14 @@ cdef inline double moved(
 cdef inline double predict_curve(
     const double *c, const double *heights, const CurveRow *row
 ) noexcept nogil:
-    return (
+    cdef double time = (
         (c[FIXED] * row.one + c[PREFILL] * row.prefill + c[SEQUENCE] * row.sequences)
         + (heights[row.place] * row.below + heights[row.place + 1] * row.above)
         + larger(arithmetic_of(c, row), reading_of(c, row))
     )
+    if row.features != NULL:
+        time += sum_of_products(&c[LORA], row.features, FEATURES)
+    return time
 
 
 cdef inline double arithmetic_of(const double *c, const CurveRow *row) noexcept nogil:
@@ -203,6 +222,8 @@ cdef inline void add_to_curve(
             own[DECODE_COMPUTE] = row.read
     else:
         own[READ] = row.read + row.prefill_read
+    if row.features != NULL:
+        memcpy(&own[LORA], row.features, FEATURES * sizeof(double))
     add_curve_row(&fit.old if is_old else &fit.sweep, own, row, weight)
 
 
@@ -221,10 +242,11 @@ cdef inline void add_curve_row(
 ) noexcept nogil:
     cdef double below = weight * row.below, above = weight * row.above, weighed
     cdef int i, j, k = row.place
+    cdef int terms = LORA if row.features == NULL else SLOPES  # The last ones are features.
     sums.weight += weight
     if own[PAIRS] > 0.0:
         sums.arithmetic_weight += weight
-    for i in range(SLOPES):
+    for i in range(terms):
         weighed = weight * own[i]
         sums.own_sums[i] += weighed
         for j in range(i + 1):
@@ -296,6 +318,7 @@ cdef inline void write_equations(const CurveFit *fit, Equations *e) noexcept nog
     cdef double met[KNOTS_COUNT][COLUMNS]
     cdef double value, height
     cdef int i, j, k, p, q
+    cdef int terms = SLOPES if has_seen_features(sums) else LORA
     e.count = FIT_TERMS
     for k in range(KNOTS_COUNT):
         for q in range(COLUMNS):
@@ -319,12 +342,20 @@ cdef inline void write_equations(const CurveFit *fit, Equations *e) noexcept nog
             if height == 0.0:
                 continue
             e.right[SLOPES + q] += height * sums.corner_sums[k]
-            for i in range(SLOPES):
+            for i in range(terms):
                 e.moments[SLOPES + q][i] += height * sums.cross[k][i]
             for p in range(q + 1):
                 e.moments[SLOPES + q][SLOPES + p] += height * met[k][p]
         for i in range(SLOPES + q):
             e.moments[i][SLOPES + q] = e.moments[SLOPES + q][i]
+
+
+cdef inline bint has_seen_features(const CurveSums *sums) noexcept nogil:
+    cdef int i
+    for i in range(LORA, SLOPES):
+        if sums.own[i][i] > 0.0:
+            return True
+    return False
 
 
 cdef inline void scale_prior(
@@ -384,7 +415,12 @@ cdef inline double spread_of(
 ) noexcept nogil:
     """Return how well a coefficient is known before any step, as a standard deviation."""
     cdef double size = sqrt(steps.moments[term][term] / fit.sweep.weight)
-    cdef bint is_small = term == PREFILL or term == SEQUENCE or term == PREFILL_COMPUTE
+    cdef bint is_small = (
+        term == PREFILL
+        or term == SEQUENCE
+        or term == PREFILL_COMPUTE
+        or LORA <= term < SLOPES
+    )
     cdef double part = UNKNOWN_OWN_PART if is_small else UNKNOWN_PART
     cdef double unknown = part / size if size > 0.0 else 0.0
     cdef double steep, reading, read_spread, rest, spread

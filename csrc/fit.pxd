@@ -15,13 +15,14 @@ from csrc.curve_fit cimport (
     CurveFit, CurvePrior, CurveRow, add_to_curve, curve_of_earlier, curve_row_of,
     end_sweep_of_curve, moved, predicted_by_curve, publish_curve, start_curve, start_curve_over,
 )
+from csrc.features cimport is_any
 from csrc.game cimport StepModel, StepWork
 from csrc.least_squares cimport EMPTY, NOISE
 from csrc.planes cimport (
     COMPUTE, MEMORY, PlanesFit, Work, add_to_planes, end_sweep_of_planes, predicted_by_planes,
     start_planes,
 )
-from csrc.terms cimport TERMS, larger, smaller
+from csrc.terms cimport FEATURES, TERMS, larger, smaller
 
 cdef enum:
     RING = 1024
@@ -69,6 +70,7 @@ cdef struct Fit:
     double errors[2]
     int form
     bint has_experts
+    bint has_seen_features
     PlanesFit planes
     CurveFit curve
     CurvePrior first_curve
@@ -90,6 +92,7 @@ cdef struct Fit:
     int64_t moving[2]  # how many they were
     Watch watches[2]
     Row ring[RING]
+    double features[RING][FEATURES]  # amounts of the rows of the ring that have any
     ChargeErrors charge_errors
 
 
@@ -147,11 +150,16 @@ cdef inline void start_over(
 cdef inline bint observe(Fit *fit, const StepWork *work, double gpu_ns) noexcept nogil:
     cdef Row row
     cdef Row *record
+    cdef double amounts[FEATURES]
     cdef int k, sweeps
     if gpu_ns <= 0.0 or work.planes.sequences <= 0:
         return False
     write_planes_row(row.planes, &work.planes, gpu_ns)
-    row.curve = curve_row_of(&work.curve, &fit.model.served, gpu_ns)
+    row.curve = curve_row_of(
+        &work.curve, &work.features, amounts, &fit.model.served, gpu_ns
+    )
+    if is_any(&work.features):
+        fit.has_seen_features = True
     if judge(fit, &row, gpu_ns):
         start_over(fit, &fit.planes.working[0][0], fit.curve.published)
     fit.seen += 1
@@ -164,6 +172,9 @@ cdef inline bint observe(Fit *fit, const StepWork *work, double gpu_ns) noexcept
     else:
         fit.held += 1
     record[0] = row
+    if row.curve.features != NULL:
+        memcpy(fit.features[fit.since & (RING - 1)], amounts, sizeof(amounts))
+        record.curve.features = fit.features[fit.since & (RING - 1)]
     fit.since += 1
     fit.steps += 1
     sweeps = SWEEP_AT_FIRST if fit.since <= AT_FIRST else SWEEP_PER_STEP
@@ -258,6 +269,8 @@ cdef inline double weight_of(Fit *fit, double predicted, int form, bint is_old) 
 cdef inline bint end_sweep(Fit *fit) noexcept nogil:
     cdef double held = <double>fit.held, fade = 1.0 - fit.folded / MEMORY_STEPS
     cdef bint has_moved = take_moved(fit), is_due
+    if fit.form == PLANES_FORM and fit.has_seen_features:
+        has_moved = True
     cdef int form
     end_sweep_of_planes(&fit.planes, fade)
     end_sweep_of_curve(&fit.curve, fade)
@@ -290,11 +303,13 @@ cdef inline bint take_moved(Fit *fit) noexcept nogil:
 
 
 cdef inline int best_form(const Fit *fit) noexcept nogil:
-    """Return the form to use: two planes must beat the curve, and cannot have experts."""
+    """Return the form to use: two planes must beat it, and know no experts nor features."""
     cdef double margin = KEEP_MARGIN if fit.form == PLANES_FORM else MARGIN
+    if fit.has_experts or fit.has_seen_features:
+        return CURVE_FORM
     if fit.judged < CHOICE_STEPS:
         return fit.form
-    if fit.errors[PLANES_FORM] < margin * fit.errors[CURVE_FORM] and not fit.has_experts:
+    if fit.errors[PLANES_FORM] < margin * fit.errors[CURVE_FORM]:
         return PLANES_FORM
     return CURVE_FORM
 

@@ -7,6 +7,7 @@ marginal cost.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from csrc.curve cimport (
     Curve, CurveWork, Layers, Served, attention_of, curve_work_of, height, padded, read_of,
@@ -14,8 +15,12 @@ from csrc.curve cimport (
 from csrc.growths cimport (
     ENUMERATED_MAX, LUMPS_MAX, Growths, enumerate_subsets, growth_at, is_lump, share_among_many,
 )
+from csrc.features cimport (
+    FeatureCharges, FeatureWork, USUAL_KINDS, feature_charge, feature_saved, features_ns, fill_charges,
+    has_features, is_any, no_charges, usual_kind,
+)
 from csrc.planes cimport Work, time_of, work_of
-from csrc.requests cimport DECODE
+from csrc.requests cimport DECODE, ENCODER_SHIFT
 from csrc.shapley cimport (
     LARGE_MAX, Large, Overlap, Sides, is_too_small, keep_large, solve_overlap, start_large,
 )
@@ -45,6 +50,7 @@ cdef struct StepModel:  # the published cost model as steps use it
 cdef struct StepWork:  # what all requests of a step do, as each form sees it
     Work planes
     CurveWork curve
+    FeatureWork features
     int64_t prefill_context
 
 cdef struct Reads:  # what a decode reads, by its context
@@ -62,10 +68,12 @@ cdef struct SolvedStep:
     double sequence_ns
     double prefill_ns
     double last_prefill_ns
+    bint has_features  # of its parts, and by the model
     double all_ns  # h of all tokens
     int64_t all_tokens
     Line c
     Line m
+    FeatureCharges features
     Growths growths
     Overlap overlap
 
@@ -75,6 +83,7 @@ cdef struct Margins:
     double above_compute
     double above_memory
     double to_ns
+    double usual_saved[USUAL_KINDS]  # without a decode of one token, of features
     bint is_alone
     Reads reads
 
@@ -90,7 +99,7 @@ cdef inline void solve_step(
     """Solve the game of a step with at least one part; the first `plain` decode one token."""
     game.requests = count
     if model.is_curve:
-        solve_by_curve(game, model, parts, count, plain, &work.curve)
+        solve_by_curve(game, model, parts, count, plain, &work.curve, &work.features)
     else:
         solve_by_planes(game, model, parts, count, &work.planes)
 
@@ -111,6 +120,8 @@ cdef inline void solve_by_planes(
     game.base_ns = game.overlap.base / count
     game.sequence_ns = game.prefill_ns = game.last_prefill_ns = game.all_ns = 0.0
     game.growths.token_ns = 0.0
+    game.has_features = False
+    no_charges(&game.features)
 
 
 cdef inline void solve_by_curve(
@@ -120,12 +131,16 @@ cdef inline void solve_by_curve(
     uint32_t count,
     uint32_t plain,
     const CurveWork *everyone,
+    const FeatureWork *features,
 ) noexcept nogil:
     cdef const double *curve = &model.curve.terms[0]
     cdef double prefill_ns = curve[PREFILL] if everyone.prefills else 0.0
     cdef double shared = curve[FIXED] + prefill_ns + curve[SEQUENCE] * everyone.sequences
     cdef Sides sums = attention_of(curve, everyone)
     cdef Large large
+    shared += features_ns(curve, features)
+    game.has_features = is_any(features)
+    fill_charges(&game.features, curve, features)
     game.c = Line(0.0, curve[DECODE_COMPUTE])
     game.m = Line(0.0, curve[READ])
     start_large(&large, sums, count)
@@ -201,7 +216,12 @@ cdef inline bint is_sound(const SolvedStep *game) noexcept nogil:
 
 cdef inline bint is_usual(const SolvedStep *game, const Part *part) noexcept nogil:
     """Return whether a part is a decode of one token among many."""
-    return game.requests > ENUMERATED_MAX and part.tokens == 1 and part.phase & DECODE
+    return (
+        game.requests > ENUMERATED_MAX
+        and part.tokens == 1
+        and part.phase & DECODE
+        and not part.phase >> ENCODER_SHIFT
+    )
 
 
 cdef inline Reads reads_of(const StepModel *model) noexcept nogil:
@@ -236,8 +256,9 @@ cdef inline uint64_t weigh_game(
     cdef uint64_t whole = 0
     cdef uint32_t k = 0, next_large = 0, seen = 0
     cdef double part = overlap.compute_part, rest = 1.0 - overlap.compute_part
-    cdef double to_weight, charge, own, growth
-    cdef Line weight
+    cdef double to_weight, charge, own, growth, at_0, slope
+    cdef double at_0_of[USUAL_KINDS]
+    cdef int kind
     cdef Sides sides
     cdef Reads reads = reads_of(model)
     cdef uint32_t count = game.requests
@@ -246,24 +267,29 @@ cdef inline uint64_t weigh_game(
         return 0
     to_weight = WEIGHT_SUM / game.total_ns
     own = game.sequence_ns + game.growths.token_ns
-    weight.at_0 = (
-        game.base_ns + own + (part * game.c.at_0 + rest * game.m.at_0)
-    ) * to_weight + 0.5
-    weight.slope = (part * game.c.slope + rest * game.m.slope) * to_weight
-    if reads.has_windows or count <= ENUMERATED_MAX:
+    for kind in range(USUAL_KINDS):
+        if kind and not game.has_features:
+            at_0_of[kind] = at_0_of[0]
+            continue
+        at_0_of[kind] = (
+            game.base_ns
+            + (own + game.features.usual[kind])
+            + (part * game.c.at_0 + rest * game.m.at_0)
+        ) * to_weight + 0.5
+    slope = (part * game.c.slope + rest * game.m.slope) * to_weight
+    if reads.has_windows or count <= ENUMERATED_MAX or game.has_features:
         plain = 0
     while k < count:
         # Nothing but a line for all usual parts up to the next large one.
         while k < min(plain, large):
-            weights[k] = <uint32_t>(
-                weight.at_0 + weight.slope * (reads.layers.whole * parts[k].context)
-            )
+            weights[k] = <uint32_t>(at_0_of[0] + slope * (reads.layers.whole * parts[k].context))
             whole += weights[k]
             k += 1
         if k == count:
             break
         if k != large and is_usual(game, &parts[k]):
-            weights[k] = <uint32_t>(weight.at_0 + weight.slope * decode_reads(&reads, &parts[k]))
+            at_0 = at_0_of[usual_kind(&parts[k])]
+            weights[k] = <uint32_t>(at_0 + slope * decode_reads(&reads, &parts[k]))
         else:
             growth = growth_of(game, model, parts, k, &seen)
             charge = game.base_ns + (game.sequence_ns + growth)
@@ -276,6 +302,8 @@ cdef inline uint64_t weigh_game(
                 charge += part * sides.compute_ns + rest * sides.memory_ns
             if not parts[k].phase & DECODE:
                 charge += game.prefill_ns
+            if has_features(&parts[k]):
+                charge += feature_charge(&game.features, &parts[k])
             weights[k] = <uint32_t>(charge * to_weight + 0.5)
         whole += weights[k]
         k += 1
@@ -307,6 +335,8 @@ cdef inline Margins start_margins(
 ) noexcept nogil:
     cdef Margins margins
     cdef double gpu_ns = smaller(total_ns, LARGEST_NS), own
+    cdef int kind
+    memset(margins.usual_saved, 0, sizeof(margins.usual_saved))
     margins.is_alone = game.requests == 1
     margins.reads = reads_of(model)
     if margins.is_alone:
@@ -316,6 +346,8 @@ cdef inline Margins start_margins(
     margins.to_ns = gpu_ns / game.total_ns if is_sound(game) else 0.0
     margins.above_compute = game.overlap.total_ns - game.overlap.compute_ns
     margins.above_memory = game.overlap.total_ns - game.overlap.memory_ns
+    for kind in range(USUAL_KINDS):
+        margins.usual_saved[kind] = game.features.usual_saved[kind] * margins.to_ns
     own = game.sequence_ns + added_by(game, model, 1)
     margins.c = Line(
         (own + (margins.above_compute + game.c.at_0)) * margins.to_ns,
@@ -354,11 +386,13 @@ cdef inline double margin_of(
     if margins.is_alone:
         return margins.c.at_0
     if is_usual(game, part):
-        return margin_of_usual(margins, part)
+        return margin_of_usual(margins, part) + margins.usual_saved[usual_kind(part)]
     sides = sides_of(model, part)
     added = game.sequence_ns + added_by(game, model, part.tokens)
     if not part.phase & DECODE:
         added += game.last_prefill_ns
+    if has_features(part):
+        added += feature_saved(&game.features, part)
     return margins.to_ns * (
         added
         + smaller(

@@ -9,7 +9,7 @@ from libc.math cimport sqrt
 from csrc.terms cimport FIT_TERMS
 
 cdef enum:
-    WIDTH = 33  # FIT_TERMS, the most equations there are
+    WIDTH = 39  # FIT_TERMS, the most equations there are
 
 cdef extern from *:
     """

@@ -23,6 +23,11 @@ cdef enum:  # phases
     PREFILL = 0
     DECODE = 1
     CUT = 2  # added to either: the request was aborted meanwhile
+    HAS_LORA = 4  # traits of a request, added where its part of a step has them
+    IS_GUIDED = 8
+    TRAITS = 12
+    TRAITS_SHIFT = 2
+    ENCODER_SHIFT = 8  # above are the tokens that an encoder computes
 
 cdef struct Slot:  # what a step of decodes touches of one request: 64 bytes, as a line of a cache
     PyObject *key  # its id, owned; NULL unless it is open
@@ -63,6 +68,8 @@ cdef struct Rest:  # what is rarely touched
 cdef struct Requests:
     Slot *slots
     Rest *rests
+    uint8_t *traits  # of each request
+    uint32_t with_traits  # open ones that have any
     uint32_t *free_slots  # a stack
     uint32_t *drained_slots  # a queue
     uint32_t block_size  # in tokens; 0: blocks are not counted
@@ -80,6 +87,7 @@ cdef inline void free_requests(Requests *requests) noexcept:
             Py_DECREF(<object>requests.slots[k].key)
     PyMem_Free(requests.slots)
     PyMem_Free(requests.rests)
+    PyMem_Free(requests.traits)
     PyMem_Free(requests.free_slots)
     PyMem_Free(requests.drained_slots)
 
@@ -95,6 +103,7 @@ cdef inline int make_slot_free(Requests *requests) except -1:
         return 0
     requests.slots = <Slot *>resized(requests.slots, count, sizeof(Slot))
     requests.rests = <Rest *>resized(requests.rests, count, sizeof(Rest))
+    requests.traits = <uint8_t *>resized(requests.traits, count, sizeof(uint8_t))
     requests.free_slots = <uint32_t *>resized(requests.free_slots, count, sizeof(uint32_t))
     requests.drained_slots = <uint32_t *>resized(requests.drained_slots, count, sizeof(uint32_t))
     for number in range(count, requests.count, -1):  # the lowest on top
@@ -108,7 +117,9 @@ cdef inline uint32_t next_free_slot(const Requests *requests) noexcept:
     return requests.free_slots[requests.free_count - 1]
 
 
-cdef inline void take_slot(Requests *requests, object request_id, uint32_t prefill_end):
+cdef inline void take_slot(
+    Requests *requests, object request_id, uint32_t prefill_end, uint8_t traits
+):
     """Give the next free slot to a request."""
     cdef uint32_t number = next_free_slot(requests)
     cdef Slot *slot = &requests.slots[number]
@@ -117,6 +128,8 @@ cdef inline void take_slot(Requests *requests, object request_id, uint32_t prefi
     memset(&requests.rests[number], 0, sizeof(Rest))
     Py_INCREF(request_id)
     slot.key = <PyObject *>request_id
+    requests.traits[number] = traits
+    requests.with_traits += traits != 0
     slot.prefill_end = prefill_end
     slot.block_end = 0 if requests.block_size else UINT32_MAX
 
@@ -181,6 +194,30 @@ cdef inline void unqueue(Requests *requests, uint32_t number) noexcept nogil:
             kept += 1
     requests.drained_count = kept
     requests.rests[number].queued = False
+
+
+cdef inline tuple accrued_of(Requests *requests, uint32_t number, int64_t now_ns):
+    """Return what a request accrued since the last cut, in the order of `Accrued`."""
+    cdef Slot *slot = &requests.slots[number]
+    cdef Rest *rest = &requests.rests[number]
+    count_blocks(rest, now_ns)
+    return (
+        rest.prefill_ns,
+        slot.decode_ns,
+        rest.prefill_tokens,
+        slot.decode_tokens,
+        <int64_t>slot.marginal_ns,
+        rest.recomputed_ns,
+        rest.recomputed_tokens,
+        rest.rejected_ns,
+        rest.rejected_tokens,
+        rest.cut_ns,
+        rest.cut_tokens,
+        rest.kv_block_ns,
+        <int64_t>slot.step_ns,
+        slot.ended - rest.dropped - rest.steps_before,
+        slot.batch,
+    )
 
 
 cdef inline bint accrued_anything(const Slot *slot, const Rest *rest) noexcept nogil:

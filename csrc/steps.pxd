@@ -6,14 +6,17 @@ when all its steps are in flight. Ended steps stay readable until their place is
 
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 
 from csrc.checks cimport WEIGHT_MAX, rejected_tokens_of
 from csrc.curve cimport CurveWork, Layers, curve_work_of, read_of
+from csrc.features cimport ENCODER_TOKENS_MAX, add_traits, encoder_tokens_of, has_features
 from csrc.game cimport StepWork
 from csrc.memory cimport resized
 from csrc.planes cimport work_of
-from csrc.requests cimport DECODE, NOBODY, PREFILL, Requests, Slot
+from csrc.requests cimport (
+    DECODE, ENCODER_SHIFT, HAS_LORA, IS_GUIDED, NOBODY, PREFILL, Requests, Slot,
+)
 from csrc.shares cimport Part
 
 cdef enum:
@@ -138,6 +141,79 @@ cdef inline void add_prefill(StepWork *total, const Part *part, const Layers *la
     total.curve.prefills += 1
     total.curve.pairs += work.pairs
     total.curve.prefill_read += work.prefill_read
+
+
+cdef inline void add_traits_of(const Requests *requests, Step *step) noexcept nogil:
+    """Add the features that parts of a step have because their requests have them."""
+    cdef uint32_t k
+    cdef Part *part
+    for k in range(step.count):
+        part = &step.parts[k]
+        if not requests.traits[part.slot]:
+            continue
+        part.phase |= requests.traits[part.slot]
+        if not part.phase & DECODE and part.context < requests.slots[part.slot].prefill_end:
+            part.phase &= ~<uint32_t>IS_GUIDED  # The chunk samples nothing.
+        add_traits(&step.work.features, part)
+
+
+cdef inline int add_encoded(
+    const Requests *requests, Step *step, uint32_t this_step, dict ids, dict encoded
+) except -1:
+    """Add the tokens that encoders compute for requests in a step; others are ignored."""
+    cdef uint32_t place, number
+    cdef Part *part
+    for request_id, tokens in encoded.items():
+        if tokens == 0 or request_id not in ids:
+            continue
+        number = ids[request_id]
+        if requests.slots[number].last_step != this_step:
+            continue
+        # A slot has the lower half of its place.
+        place = requests.slots[number].last_place
+        while place < step.count and step.parts[place].slot != number:
+            place += 0x10000
+        if place >= step.count:
+            continue
+        part = &step.parts[place]
+        part.phase |= <uint32_t>min(tokens, ENCODER_TOKENS_MAX) << ENCODER_SHIFT
+        step.plain = min(step.plain, place)
+        step.work.features.encoders += 1
+        step.work.features.encoder_tokens += encoder_tokens_of(part)
+    return 0
+
+
+cdef inline list parts_of(const Requests *requests, const Step *step, str ended):
+    """Return (id, tokens, position, prefill end) of each part."""
+    cdef list parts = []
+    cdef Slot *slot
+    cdef uint32_t k
+    for k in range(step.count):
+        slot = &requests.slots[step.parts[k].slot]
+        parts.append((
+            f"{ended} {k}" if slot.key == NULL else <object>slot.key,
+            step.parts[k].tokens,
+            step.parts[k].context - step.parts[k].tokens,
+            slot.prefill_end,
+        ))
+    return parts
+
+
+cdef inline list features_of(const Requests *requests, const Step *step):
+    """Return (place, has LoRA, is guided, encoder tokens) of each part with any of them."""
+    cdef list found = []
+    cdef uint8_t traits
+    cdef uint32_t k
+    for k in range(step.count):
+        traits = requests.traits[step.parts[k].slot]
+        if traits or has_features(&step.parts[k]):
+            found.append((
+                k,
+                traits & HAS_LORA != 0,
+                traits & IS_GUIDED != 0,
+                encoder_tokens_of(&step.parts[k]),
+            ))
+    return found
 
 
 cdef inline void finish_work(StepWork *total, uint32_t count, const Layers *layers) noexcept nogil:

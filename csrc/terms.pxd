@@ -14,11 +14,19 @@ cdef enum:
     PREFILL_COMPUTE = 4
     DECODE_COMPUTE = 5
     READ = 6
-    SLOPES = 7
-    CURVE_TERMS = 39
+    # Features of requests: what any adds to a step, then what each of its units does.
+    LORA = 7
+    LORA_TOKEN = 8
+    GUIDED = 9
+    GUIDED_ROW = 10
+    ENCODER = 11
+    ENCODER_TOKEN = 12
+    FEATURES = 6
+    SLOPES = 13
+    CURVE_TERMS = 45
     # Coefficients of a fit: the own terms, then a slope for each ramp, then one expert's reading.
-    EXPERTS = 32
-    FIT_TERMS = 33
+    EXPERTS = 38
+    FIT_TERMS = 39
     COLUMNS = 26  # of them belong to corners: ramps and experts
     # Kinds of charges: prefills by their tokens, then decodes by their context.
     PREFILL_KINDS_COUNT = 3

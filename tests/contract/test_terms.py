@@ -13,6 +13,7 @@ from vllm_cost_meter.attribution import (
     cost_model,
     cost_model_py,
     curve_fit_py,
+    features_py,
     game_py,
     growths_py,
     least_squares_py,
@@ -31,12 +32,14 @@ MODULES = {
     "curve_fit.pxd": (curve_fit_py, priors),
     "game.pxd": (game_py,),
     "fit.pxd": (cost_model_py,),
+    "features.pxd": (features_py,),
     "charge_error.pxd": (charge_error_py,),
 }
 # Only native code has these: sizes of its arrays, and another module's name for one.
 NATIVE_ONLY = {
     *("KNOTS_COUNT", "RAMPS_COUNT", "PREFILL_KINDS_COUNT", "DECODE_KINDS_COUNT", "COLUMNS"),
     *("WIDTH", "PARTS_MAX", "NODES_COUNT", "LEADER_SUBSETS", "CURVE_START_STEPS", "POWER_MAX"),
+    *("KINDS", "USUAL_KINDS"),
 }
 
 

@@ -18,6 +18,7 @@ import pytest
 from tests.integration.server import Server
 from tests.integration.traffic import PROMPT, ask
 from vllm_cost_meter.attribution import METHODS
+from vllm_cost_meter.engine.step_log import read_steps
 from vllm_cost_meter.lab.server import meter_arguments
 
 DRAFTS = {
@@ -125,6 +126,34 @@ def test_the_engine_learns_from_its_steps_and_bills_name_the_model(drafting: Ser
     assert 0 <= part["first_model"] <= part["last_model"] <= model["version"]
     assert 0 < part["marginal_ns"] <= part["gpu_time_ns"] + part["steps"]
     assert part["batch"] >= part["steps"]
+
+
+def test_guided_requests_have_their_bills_and_the_engine_knows_which_they_are(
+    drafting: Server,
+) -> None:
+    log = drafting.folder.parent / "steps.jsonl"
+    with drafting.client() as client, ThreadPoolExecutor(8) as pool:
+
+        def one(index: int) -> str:
+            grammar = {"structured_outputs": {"regex": "[ab]{12}"}} if index % 2 else {}
+            options = {"prompt": f"{index} {PROMPT}", "max_tokens": 12, **grammar}
+            return ask(client, "/v1/completions", **options).response_id
+
+        replies = list(pool.map(one, range(16)))
+    drafting.balanced()
+    assert all(drafting.bill_of(reply)["gpu_time_ns"] > 0 for reply in replies)
+    curve = model_of(drafting)["curve"]
+    assert curve["form"] == "curve with features"
+    assert curve["terms"]["lora_ns"] == curve["terms"]["encoder_ns"] == 0, "nobody had any"
+    parts = {part.request_id: part for step in read_steps(log) for part in step.parts}
+    guided = {
+        index
+        for index, reply in enumerate(replies)
+        for name, part in parts.items()
+        if reply in name and part.is_guided
+    }
+    assert guided == set(range(1, 16, 2))
+    assert not any(part.has_lora or part.encoder_tokens for part in parts.values())
 
 
 def test_the_step_log_replays_through_every_method(drafting: Server) -> None:

@@ -89,6 +89,9 @@ REJECTED = st.none() | st.dictionaries(
     st.sampled_from([*REQUESTS, "nobody"]), st.integers(-1, 4000), max_size=3
 )
 ANY_REQUEST = st.sampled_from(REQUESTS)
+ENCODED = st.none() | st.dictionaries(
+    st.sampled_from([*REQUESTS, "nobody"]), st.integers(0, 2**25) | st.just(-1), max_size=3
+)
 PASSED_NS = st.one_of(st.integers(-5, 100), st.integers(0, 2**62))
 ANY_STEP = st.integers(0, 3)  # how many steps back from the newest
 
@@ -133,9 +136,14 @@ class Lockstep(RuleBasedStateMachine):
     def release(self, request_id):
         self.both("release", request_id, self.now_ns)
 
-    @rule(request_id=ANY_REQUEST, prompt_tokens=COUNTS)
-    def open(self, request_id, prompt_tokens):
-        self.both("open", request_id, prompt_tokens)
+    @rule(
+        request_id=ANY_REQUEST,
+        prompt_tokens=COUNTS,
+        has_lora=st.booleans(),
+        is_guided=st.booleans(),
+    )
+    def open(self, request_id, prompt_tokens, has_lora, is_guided):
+        self.both("open", request_id, prompt_tokens, has_lora, is_guided)
 
     @rule(request_id=ANY_REQUEST, computed_tokens=COUNTS, resumed=st.booleans())
     def position(self, request_id, computed_tokens, resumed):
@@ -149,11 +157,16 @@ class Lockstep(RuleBasedStateMachine):
     @rule(
         batch=st.dictionaries(ANY_REQUEST, COUNTS, max_size=6),
         decoding=st.none() | st.lists(ANY_REQUEST, max_size=6, unique=True),
+        encoded=ENCODED,
     )
-    def begin_with_a_list_of_those_that_decode(self, batch, decoding):
+    def begin_with_a_list_of_those_that_decode(self, batch, decoding, encoded):
         batch = {name: tokens for name, tokens in batch.items() if name not in (decoding or ())}
         self.batch = dict.fromkeys(decoding or (), 1) | batch
-        self.newest = self.both("begin", batch, self.now_ns, decoding)
+        begun = self.both("begin", batch, self.now_ns, decoding, encoded)
+        if isinstance(begun, int):
+            self.newest = begun
+        else:
+            assert "encoder tokens of" in begun
 
     @rule(leaving=st.sets(ANY_REQUEST, max_size=2), arriving=st.sets(ANY_REQUEST, max_size=2))
     def begin_much_the_same_batch(self, leaving, arriving):
@@ -253,6 +266,7 @@ class Lockstep(RuleBasedStateMachine):
             self.what_nobody_got_was_computed_and_is_counted_once(request_id, accrued)
         for back in range(4):
             self.both("step_parts", self.newest - back)
+            self.both("step_features", self.newest - back)
 
     def computed_ns(self, accrued):
         """The time in which a request was computed, charged or not."""

@@ -26,7 +26,8 @@ from vllm_cost_meter.attribution.cost_model import (
     charge_error,
     charge_kind,
 )
-from vllm_cost_meter.attribution.game_py import StepModel, StepPart, solve_step
+from vllm_cost_meter.attribution.features_py import StepPart
+from vllm_cost_meter.attribution.game_py import StepModel, solve_step
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 
 CHAT = CHARGE_KIND_NAMES.index("decode_to_4096_context")
@@ -67,7 +68,7 @@ class Server:
         parts: list[StepPart] = []
         for name, n in tokens.items():
             position = self._alive[name][0]
-            parts.append((n, position + n, position < self._alive[name][2]))
+            parts.append(StepPart(n, position + n, position < self._alive[name][2]))
         gpu_ns = int(time_on(self.machine, parts) * self._rng.gauss(1, 0.02))
         truth = solve_step(self.machine, parts).weigh()
         for name, weight in zip(tokens, truth, strict=True):

@@ -19,10 +19,16 @@ from tests.support.definitions import shapley_values
 from tests.support.priors import COEFFICIENTS, SERVED
 from vllm_cost_meter.attribution import _native, step_meter_py
 from vllm_cost_meter.attribution.cost_model import (
+    ENCODER,
+    ENCODER_TOKEN,
     EXPERTS,
     FIT_TERMS,
     FIXED,
+    GUIDED,
+    GUIDED_ROW,
     KNOTS,
+    LORA,
+    LORA_TOKEN,
     PREFILL,
     RAMPS,
     SEQUENCE,
@@ -38,11 +44,11 @@ from vllm_cost_meter.attribution.curve_py import (
     height,
     reading_ns,
 )
+from vllm_cost_meter.attribution.features_py import StepPart
 from vllm_cost_meter.attribution.game_py import (
     WEIGHT_SUM,
     SolvedStep,
     StepModel,
-    StepPart,
     solve_step,
 )
 from vllm_cost_meter.attribution.growths_py import ENUMERATED_MAX, among_many
@@ -50,15 +56,20 @@ from vllm_cost_meter.attribution.priors import prior_without_counts
 from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
 from vllm_cost_meter.lab.validation.kernel_truth import total_shares
 
+FEATURES = st.just((False, False, 0)) | st.tuples(
+    st.booleans(), st.booleans(), st.sampled_from([0, 0, 1, 700])
+)
 DECODES = st.builds(
-    lambda drafts, context: (drafts, context + drafts, False),
+    lambda drafts, context, features: StepPart(drafts, context + drafts, False, *features),
     st.sampled_from([1, 1, 1, 4]),
     st.integers(1, 8192),
+    FEATURES,
 )
 CHUNKS = st.builds(
-    lambda tokens, before: (tokens, before + tokens, True),
+    lambda tokens, before, features: StepPart(tokens, before + tokens, True, *features),
     st.integers(1, 2048),
     st.integers(0, 8192),
+    FEATURES,
 )
 PARTS = DECODES | CHUNKS
 MODELS = st.builds(StepModel.of_curve, COEFFICIENTS, SERVED)
@@ -74,9 +85,16 @@ def value(model: StepModel, parts: tuple[StepPart, ...]) -> float:
     if not parts:
         return 0.0
     curve = model.curve
-    work = all_of([CurveWork.of(*part, model.served.layers) for part in parts])
+    work = all_of([CurveWork.of(*part[:3], model.served.layers) for part in parts])
     own = curve[FIXED] + (curve[PREFILL] if work.prefills else 0.0)
     own += curve[SEQUENCE] * work.sequences
+    having = [part for part in parts if part.has_lora]
+    own += sum([curve[LORA_TOKEN] * part.tokens for part in having], curve[LORA] * bool(having))
+    guided = [part for part in parts if part.is_guided]
+    rows = sum(1 if part.is_prefill else part.tokens for part in guided)
+    own += curve[GUIDED] * bool(guided) + curve[GUIDED_ROW] * rows
+    encoded = sum(part.encoder_tokens for part in parts)
+    own += curve[ENCODER] * bool(encoded) + curve[ENCODER_TOKEN] * encoded
     attention = max(arithmetic_ns(curve, work), reading_ns(curve, work))
     return own + height(curve, float(model.served.padded(work.tokens))) + attention
 
@@ -197,11 +215,17 @@ def test_native_and_twin_charge_the_same_to_the_last_bit(coefficients, served, p
     ):
         meter.adopt(((0.0,) * 5, (0.0,) * 5), coefficients, False)
         ids = [f"cmpl-{number:032x}-0" for number in range(len(parts))]
-        for request_id, (tokens, context, is_prefill) in zip(ids, parts, strict=True):
-            meter.open(request_id, context if is_prefill else 0)
-            meter.position(request_id, context - tokens, False)
-        tokens = dict(zip(ids, (tokens for tokens, _, _ in parts), strict=True))
-        meter.settle(meter.begin(tokens, 0), gpu_ns)
+        for request_id, part in zip(ids, parts, strict=True):
+            prompt_tokens = part.context if part.is_prefill else 0
+            meter.open(request_id, prompt_tokens, part.has_lora, part.is_guided)
+            meter.position(request_id, part.context - part.tokens, False)
+        # One token each comes in the list, as from the hook, until a part has more.
+        tokens = dict(zip(ids, (part.tokens for part in parts), strict=True))
+        more = next((at for at, part in enumerate(parts) if part.tokens != 1), len(parts))
+        decoding = ids[:more]
+        others = {name: tokens[name] for name in ids[more:]}
+        encoded = {name: part.encoder_tokens for name, part in zip(ids, parts, strict=True)}
+        meter.settle(meter.begin(others, 0, decoding, encoded), gpu_ns)
         accrued.append((meter.cut(0), meter.fallbacks, meter.model()))
     assert accrued[0] == accrued[1]
 

@@ -15,6 +15,7 @@ from vllm_cost_meter.attribution import _native, step_meter_py
 from vllm_cost_meter.attribution.cost_model import (
     DECODE_COMPUTE,
     EXPERTS,
+    FEATURES,
     FIXED,
     PAIRS,
     READ,
@@ -32,7 +33,12 @@ from vllm_cost_meter.attribution.cost_model_py import (
     StepFit,
 )
 from vllm_cost_meter.attribution.curve_py import CurveWork, all_of
-from vllm_cost_meter.attribution.game_py import StepModel, StepPart, solve_step
+from vllm_cost_meter.attribution.features_py import (
+    FeatureWork,
+    StepPart,
+    all_features,
+)
+from vllm_cost_meter.attribution.game_py import StepModel, solve_step
 from vllm_cost_meter.attribution.planes_py import Work, total_of
 from vllm_cost_meter.attribution.priors import (
     NOTHING_KNOWN,
@@ -50,12 +56,18 @@ ROOF: tuple[Plane, Plane] = ((1e6, 2e4, 0.0, 1.0, 0.0), (8e6, 1e3, 0.0, 0.0, 40.
 # A GPU that runs kernel by kernel: flat up to 256 tokens, then 20 us a token.
 DENSE: Coefficients = (
     *(5.8e6, 2e5, 8e2, 1.0, 0.0, 15.0, 46.0),
+    *([0.0] * FEATURES),
     *([3e3] * 10),
     *([2e4] * 15),
     0.0,
 )
 MIXTURE = ServedModel(Experts(128, 8))
-MIXTURE_CURVE: Coefficients = (2.5e6, 3e5, 2e3, 1.5, 0.0, 12.0, 33.0, *([3e3] * 25), 1.5e5)
+MIXTURE_CURVE: Coefficients = (
+    *(2.5e6, 3e5, 2e3, 1.5, 0.0, 12.0, 33.0),
+    *([0.0] * FEATURES),
+    *([3e3] * 25),
+    1.5e5,
+)
 Machine = StepModel
 
 
@@ -79,10 +91,10 @@ def steps(rng: random.Random, count: int) -> list[list[StepPart]]:
     batch = 20.0
     for _ in range(count):
         batch = min(80.0, max(2.0, batch + rng.gauss(0, 3)))
-        parts = [(1, rng.randint(50, 6000), False) for _ in range(int(batch))]
+        parts = [StepPart(1, rng.randint(50, 6000), False) for _ in range(int(batch))]
         for _ in range(rng.choice([0, 0, 0, 1, 2])):
             tokens = rng.choice([64, 300, 512, 900])
-            parts.append((tokens, tokens + rng.randint(0, 3000), True))
+            parts.append(StepPart(tokens, tokens + rng.randint(0, 3000), True))
         found.append(parts)
     return found
 
@@ -94,9 +106,10 @@ def time_on(machine: Machine, parts: list[StepPart]) -> float:
 def observe(fit: StepFit, parts: list[StepPart], gpu_ns: float) -> bool:
     layers = NOTHING_KNOWN.served.layers
     return fit.observe(
-        total_of([Work.of(tokens, context) for tokens, context, _ in parts]),
-        all_of([CurveWork.of(*part, layers) for part in parts]),
+        total_of([Work.of(part.tokens, part.context) for part in parts]),
+        all_of([CurveWork.of(*part[:3], layers) for part in parts]),
         max(1, int(gpu_ns)),
+        all_features([FeatureWork.of(part) for part in parts]),
     )
 
 
@@ -169,10 +182,10 @@ def test_steps_that_took_many_times_longer_do_not_bend_the_fit(seed, share):
 def test_with_one_shape_of_traffic_the_prior_says_what_the_steps_cannot():
     # 8 decodes in a context of 1000, for ever: their time is known, its parts are not.
     rng = random.Random(1)
-    batch = [(1, 1000, False)] * 8
+    batch = [StepPart(1, 1000, False)] * 8
     fit = taught(StepFit(prior_of(DENSE)), KERNELS, [batch] * 2500, rng)
     assert time_on(fit.model, batch) == pytest.approx(time_on(KERNELS, batch), rel=0.01)
-    chunk = [(2000, 2000, True)]
+    chunk = [StepPart(2000, 2000, True)]
     assert time_on(fit.model, chunk) == pytest.approx(time_on(KERNELS, chunk), rel=0.3)
 
 
@@ -240,7 +253,13 @@ def test_a_step_without_time_teaches_nothing(gpu_ns):
     assert fit.steps == 0
 
 
-@pytest.mark.parametrize("name", ["dense-64", "experts-64-no-prior", "windows-64", "drafts-64"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dense-64", "experts-64-no-prior", "windows-64", "drafts-64"),
+        *("lora-64-always", "vision-64", "guided-64"),
+    ],
+)
 def test_native_and_twin_learn_the_same_to_the_last_bit(name):
     trace = SCENARIOS[name].trace(seed=0, steps=1_400)
     prior = SCENARIOS[name].prior(prior_of(DENSE, MIXTURE if "experts" in name else ServedModel()))
@@ -250,10 +269,14 @@ def test_native_and_twin_learn_the_same_to_the_last_bit(name):
         found = []
         for meter in meters:
             for number in step.started:
-                meter.open(ids[number], trace.prompt_tokens[number])
+                tenant = trace.tenant_of(number)
+                traits = (tenant.adapter > 0, tenant.has_grammar)
+                meter.open(ids[number], trace.prompt_tokens[number], *traits)
                 meter.position(ids[number], trace.first_positions[number], False)
             names = [ids[number] for number in step.requests]
-            begun = meter.begin(dict(zip(names, step.tokens.tolist(), strict=True)), 0)
+            tokens = dict(zip(names, step.tokens.tolist(), strict=True))
+            encoded = step.features.encoded.tolist() if step.features else [0] * len(names)
+            begun = meter.begin(tokens, 0, None, dict(zip(names, encoded, strict=True)))
             meter.settle(begun, step.gpu_time_ns)
             found.append((meter.cut(0), meter.model_version))
             for number in step.ended:

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from tests.support.definitions import shapley_values
 from vllm_cost_meter.attribution.cost_model import Plane
+from vllm_cost_meter.attribution.features_py import StepPart
 from vllm_cost_meter.attribution.game_py import (
     WEIGHT_SUM,
     SolvedStep,
     StepModel,
-    StepPart,
     solve_step,
 )
 from vllm_cost_meter.attribution.planes_py import Work, time_of

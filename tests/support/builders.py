@@ -4,7 +4,7 @@ import json
 from dataclasses import fields, replace
 from typing import Any
 
-from vllm_cost_meter.attribution.cost_model import FIT_TERMS
+from vllm_cost_meter.attribution.cost_model import CURVE, FIT_TERMS
 from vllm_cost_meter.engine.books import EngineState
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.engine import EngineIdentity
@@ -16,13 +16,15 @@ HOUR = 500_000
 T0 = 1_800_000_000 * 10**9
 COST_MODEL = CostModel(
     version=3,
-    form="curve",
+    form=CURVE,
     planes=((0.0, 1.0, 0.0, 0.0, 0.0), (0.0,) * 5),
     steps=128,
     error_two_planes=0.05,
     error_other_form=0.04,
     explained=0.93,
-    curve=LearntCurve((2e6, 1e5, 5e4, 5.0, *[0.0] * (FIT_TERMS - 4)), (0, 0), (1, 0, 0), (1, 2, 4)),
+    curve=LearntCurve(
+        (2e6, 1e5, 5e4, 5.0, *[0.0] * (FIT_TERMS - 4)), (0, 0), (1, 0, 0), (1, 2, 4), CURVE
+    ),
     charge_errors=(1.0, 0.4, 0.12, 0.03, 0.05, 0.06, 1.0),
 )
 

@@ -30,12 +30,15 @@ from vllm_cost_meter.attribution.cost_model import (
     CHARGE_KINDS,
     DECODE_COMPUTE,
     FIT_TERMS,
+    LORA,
     READ,
+    SLOPES,
     ServedModel,
     charge_kind,
 )
 from vllm_cost_meter.attribution.curve_fit_py import TOLD_STEPS, CurveFit
-from vllm_cost_meter.attribution.game_py import StepModel, StepPart, solve_step
+from vllm_cost_meter.attribution.features_py import StepPart
+from vllm_cost_meter.attribution.game_py import StepModel, solve_step
 from vllm_cost_meter.attribution.least_squares_py import NOISE, PIVOT_MIN
 
 DRAWS, DRAWS_MIN = 16, 8
@@ -43,6 +46,8 @@ DRAWS, DRAWS_MIN = 16, 8
 LOOK_EVERY, LOOK_AT_PREFILLS_EVERY = 32, 8
 LOOKS_KEPT = 64.0  # number of looks at a model that a mean goes over
 SIGNS_FACTOR, SIGNS_SUMMAND = 1103515245, 12345  # of a linear congruential generator
+# The terms of features have signs of their own, so those of the others are as without features.
+SIGNS_SEED, FEATURE_SIGNS_SEED = 1, 2
 
 
 class ChargeErrors:
@@ -65,13 +70,16 @@ class ChargeErrors:
         """Draw other models around a published one; `deviation` is that of its steps' errors."""
         noise = deviation / NOISE if deviation > NOISE else 1.0
         factor, scales = _factored(curve.moments, curve.ridges, TOLD_STEPS * (noise * noise))
-        state = 1
+        state, of_features = SIGNS_SEED, FEATURE_SIGNS_SEED
         self._others = []
         for _ in range(DRAWS):
             signs = []
-            for _ in range(FIT_TERMS):
-                state = (state * SIGNS_FACTOR + SIGNS_SUMMAND) & 0x7FFFFFFF
-                signs.append(1.0 if state & 0x10000 else -1.0)
+            for term in range(FIT_TERMS):
+                if LORA <= term < SLOPES:
+                    of_features = drawn_bits = _next(of_features)
+                else:
+                    state = drawn_bits = _next(state)
+                signs.append(1.0 if drawn_bits & 0x10000 else -1.0)
             drawn = [
                 max(0.0, known + NOISE * scale * apart)
                 for known, scale, apart in zip(
@@ -84,7 +92,7 @@ class ChargeErrors:
     def look(self, parts: Sequence[StepPart], weights: Sequence[int], gpu_ns: int) -> None:
         """Split a step with these weights by another model too, if that is due."""
         self._since += 1
-        has_prefill = any(is_prefill for _, _, is_prefill in parts)
+        has_prefill = any(part.is_prefill for part in parts)
         every = LOOK_AT_PREFILLS_EVERY if has_prefill else LOOK_EVERY
         if self._since < every or len(parts) < 2 or not self._others:
             return
@@ -92,7 +100,7 @@ class ChargeErrors:
         others = solve_step(self._others[self._turn], parts).weigh()
         charged, other = [0] * CHARGE_KINDS, [0] * CHARGE_KINDS
         for part, weight, other_weight in zip(parts, weights, others, strict=True):
-            kind = charge_kind(*part)
+            kind = charge_kind(part.tokens, part.context, part.is_prefill)
             charged[kind] += weight
             other[kind] += other_weight
         whole, other_whole = sum(charged), sum(other)
@@ -122,6 +130,11 @@ class ChargeErrors:
                 squares += apart * apart
                 draws += 1
         return min(2.0 * math.sqrt(squares / draws), 1.0) if draws >= DRAWS_MIN else 1.0
+
+
+def _next(state: int) -> int:
+    """Return the next state of the generator of signs."""
+    return (state * SIGNS_FACTOR + SIGNS_SUMMAND) & 0x7FFFFFFF
 
 
 def _factored(

@@ -10,8 +10,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# The forms of the model.
-TWO_PLANES, CURVE = "two planes", "curve"
+# The forms of the model. Earlier versions had a curve without features (`EARLIER_CURVE`).
+TWO_PLANES, CURVE = "two planes", "curve with features"
+EARLIER_CURVE = "curve"
 
 # A plane has one coefficient each for 1, tokens, sequences, products and context.
 Plane = tuple[float, float, float, float, float]
@@ -29,7 +30,11 @@ RAMPS = (
     *(512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 4096),
 )
 # The terms of a curve: the own ones, then a slope from each corner on.
-FIXED, PREFILL, SEQUENCE, PAIRS, PREFILL_COMPUTE, DECODE_COMPUTE, READ, SLOPES = range(8)
+FIXED, PREFILL, SEQUENCE, PAIRS, PREFILL_COMPUTE, DECODE_COMPUTE, READ = range(7)
+# The last own terms are those of features, each what any adds to a step, and what each unit does:
+# a token of a request with LoRA, a row sampled by guided decoding, a token of an encoder.
+LORA, LORA_TOKEN, GUIDED, GUIDED_ROW, ENCODER, ENCODER_TOKEN, SLOPES = range(7, 14)
+FEATURES = SLOPES - LORA
 CURVE_TERMS = SLOPES + len(KNOTS)
 # The coefficients of a fit: the own terms, then a slope for each ramp, then one expert's reading.
 EXPERTS = SLOPES + len(RAMPS)

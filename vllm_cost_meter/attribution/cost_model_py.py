@@ -7,7 +7,8 @@ other.
    planes, where the whole step is the larger of two sums (`planes_py.py`). Both predict every step
    before they learn from it. Where steps run kernel by kernel, two planes predict them somewhat
    worse and split them far worse. So two planes are used only once they predict better, and never
-   for a model with experts, which they do not know.
+   for a model with experts, nor once a request had a feature (LoRA, an encoder, guided decoding):
+   they know neither.
 2. Steps are weighed by 1 / time squared, so errors are relative, and a step that took ten times too
    long (a page fault, a compile) has little influence. Beyond three standard deviations a step is
    weighed down further (Huber 1964).
@@ -31,6 +32,7 @@ from vllm_cost_meter.attribution.charge_error_py import ChargeErrors
 from vllm_cost_meter.attribution.cost_model import CURVE, TWO_PLANES, Coefficients, Planes
 from vllm_cost_meter.attribution.curve_fit_py import CurveFit, CurveRow
 from vllm_cost_meter.attribution.curve_py import CurveWork
+from vllm_cost_meter.attribution.features_py import NO_FEATURES, FeatureWork
 from vllm_cost_meter.attribution.game_py import StepModel
 from vllm_cost_meter.attribution.least_squares_py import EMPTY, NOISE
 from vllm_cost_meter.attribution.planes_py import PlanesFit, Work
@@ -95,6 +97,7 @@ class StepFit:
     def __init__(self, prior: Prior) -> None:
         self.version = 0
         self.steps = 0
+        self.has_seen_features = False
         self.errors = [0.0, 0.0]  # running mean relative error of each form
         self.form = CURVE_FORM
         self._served = prior.served
@@ -119,12 +122,19 @@ class StepFit:
         self._moved, self._moving = [0.0, 0.0], [0, 0]  # without a prefill, with one
         self._watches = (_Watch(), _Watch())
 
-    def observe(self, work: Work, curve_work: CurveWork, gpu_ns: int) -> bool:
+    def observe(
+        self,
+        work: Work,
+        curve_work: CurveWork,
+        gpu_ns: int,
+        features: FeatureWork = NO_FEATURES,
+    ) -> bool:
         """Learn from one step. Return True if a new version was published."""
         if gpu_ns <= 0 or work.sequences <= 0:
             return False
         planes_row = _planes_row(work, float(gpu_ns))
-        curve_row = CurveRow.of(curve_work, self._served, float(gpu_ns))
+        curve_row = CurveRow.of(curve_work, self._served, float(gpu_ns), features)
+        self.has_seen_features |= features != NO_FEATURES
         if self._judge(planes_row, curve_row, float(gpu_ns)):
             self._start_over(self.planes(), self._curve.published)
         self._seen += 1
@@ -226,6 +236,8 @@ class StepFit:
             moving >= EMPTY and moved / moving > MOVED
             for moved, moving in zip(self._moved, self._moving, strict=True)
         )
+        # Two planes split a step with features wrongly: do without them at once.
+        has_moved |= self.form == PLANES_FORM and self.has_seen_features
         self._spread = [0.0, 0.0]
         self._moved, self._moving = [0.0, 0.0], [0, 0]
         self._at = self._folded = 0
@@ -239,12 +251,14 @@ class StepFit:
         return True
 
     def _best_form(self) -> int:
-        """Return the form to use: two planes must beat the curve, and cannot have experts."""
+        """Return the form to use: two planes must beat it, and know no experts nor features."""
+        if self._served.experts.number or self.has_seen_features:
+            return CURVE_FORM
         if self._judged < CHOICE_STEPS:
             return self.form
         margin = KEEP_MARGIN if self.form == PLANES_FORM else MARGIN
         is_better = self.errors[PLANES_FORM] < margin * self.errors[CURVE_FORM]
-        return PLANES_FORM if is_better and not self._served.experts.number else CURVE_FORM
+        return PLANES_FORM if is_better else CURVE_FORM
 
     def _start_over(self, planes: Planes, coefficients: Coefficients) -> None:
         """Forget all steps, and learn from new ones with an earlier fit as the prior."""

@@ -14,7 +14,9 @@ transformers:
    give each part its scale; where the ratio of parts is known, it is held near that.
 2. A ridge then pulls each coefficient towards that sum, as if it were known to a part of itself
    (`SPREAD`, `READ_SPREAD`), or of a step (`UNKNOWN_PART`, `UNKNOWN_OWN_PART`).
-3. The number of distinct experts that tokens choose is known by its form, E (1 - (1 - k/E)^tokens),
+3. What features of requests take (`features_py.py`) is unknown before any step, but a small part
+   of one. Where no step had a feature, its coefficients stay 0.
+4. The number of distinct experts that tokens choose is known by its form, E (1 - (1 - k/E)^tokens),
    so its bend needs no steps with few tokens.
 
 Steps are kept as sums over the corners of h, where each step is between two, so most sums are 0 by
@@ -31,9 +33,11 @@ from typing import NamedTuple
 from vllm_cost_meter.attribution.cost_model import (
     DECODE_COMPUTE,
     EXPERTS,
+    FEATURES,
     FIT_TERMS,
     FIXED,
     KNOTS,
+    LORA,
     PAIRS,
     PREFILL,
     PREFILL_COMPUTE,
@@ -45,6 +49,7 @@ from vllm_cost_meter.attribution.cost_model import (
     ServedModel,
 )
 from vllm_cost_meter.attribution.curve_py import CurveWork, corner_below
+from vllm_cost_meter.attribution.features_py import NO_FEATURES, FeatureWork
 from vllm_cost_meter.attribution.least_squares_py import EMPTY, NOISE, UNKNOWN_PART, nonnegative
 from vllm_cost_meter.attribution.priors import CurvePrior
 
@@ -53,9 +58,10 @@ SPREAD = 0.2
 READ_SPREAD = 0.05
 # A slope of h is known to this part of the largest one.
 RAMP_SPREAD = 0.5
-# What each request and any prefill take by themselves may make up this part of a step.
+# What each request, any prefill and features take by themselves may make up this part of a step.
 UNKNOWN_OWN_PART = 0.01
-_SMALL_TERMS = (PREFILL, SEQUENCE, PREFILL_COMPUTE)
+_SMALL_TERMS = (PREFILL, SEQUENCE, PREFILL_COMPUTE, *range(LORA, SLOPES))
+_WITHOUT_FEATURES = (0.0,) * FEATURES
 # The scales of a prior's parts learn as much from all steps as from so many.
 TOLD_STEPS = 10.0
 # If a coefficient is far from the prior, the prior is known to this part of the difference.
@@ -78,9 +84,16 @@ class CurveRow(NamedTuple):
     place: int  # the corner of h below its tokens
     below: float  # how much of it is at this corner, and
     above: float  # at the next
+    features: tuple[float, ...] = _WITHOUT_FEATURES
 
     @classmethod
-    def of(cls, work: CurveWork, served: ServedModel, gpu_ns: float) -> "CurveRow":
+    def of(
+        cls,
+        work: CurveWork,
+        served: ServedModel,
+        gpu_ns: float,
+        features: FeatureWork = NO_FEATURES,
+    ) -> "CurveRow":
         """Return the row of a step that took so long."""
         per_ns = 1.0 / gpu_ns
         tokens = float(served.padded(work.tokens))
@@ -96,6 +109,7 @@ class CurveRow(NamedTuple):
             place,
             (1.0 - above) * per_ns,
             above * per_ns,
+            tuple(amount * per_ns for amount in features.amounts()),
         )
 
 
@@ -201,7 +215,7 @@ class CurveFit:
         """Add a step to those of the sweep, or to the old ones. `steps` were learnt from so far."""
         is_start = not self._prior.has_ratio and steps <= START_STEPS
         is_arithmetic = self._is_arithmetic(row, is_start)
-        own = [row.one, row.prefill, row.sequences, 0.0, 0.0, 0.0, 0.0]
+        own = [row.one, row.prefill, row.sequences, 0.0, 0.0, 0.0, 0.0, *row.features]
         if is_arithmetic:
             own[PAIRS], own[PREFILL_COMPUTE] = row.pairs, row.prefill_read
             # Which side decodes are on is told apart once the others are.
@@ -365,11 +379,12 @@ def _sum_of_products(one: Sequence[float], other: Sequence[float]) -> float:
 
 def _predicted(c: Sequence[float], heights: Sequence[float], row: CurveRow) -> float:
     arithmetic, reading = _attention(c, row)
-    return (
+    time = (
         (c[FIXED] * row.one + c[PREFILL] * row.prefill + c[SEQUENCE] * row.sequences)
         + (heights[row.place] * row.below + heights[row.place + 1] * row.above)
         + max(arithmetic, reading)
     )
+    return time + _sum_of_products(c[LORA:SLOPES], row.features)
 
 
 def _attention(c: Sequence[float], row: CurveRow) -> tuple[float, float]:

@@ -8,7 +8,8 @@ subset of its requests, by a cost model of either form. A request is charged wha
 over all orders in which the requests could have joined. With two planes the whole step is one game
 (`shapley_py.py`). With a curve it is a sum of games, and so is the charge: what a step takes anyway
 is shared equally, what any prefill takes is shared equally among the prefills, what depends on the
-tokens of all is in `growths_py.py`, and attention is again the larger of two sums.
+tokens of all is in `growths_py.py`, features of requests are in `features_py.py`, and attention is
+again the larger of two sums. Two planes know no features.
 
 The marginal cost of a request is v(all) - v(all without it).
 
@@ -39,6 +40,14 @@ from vllm_cost_meter.attribution.curve_py import (
     reading_ns,
     smoothed,
 )
+from vllm_cost_meter.attribution.features_py import (
+    NO_CHARGES,
+    FeatureCharges,
+    FeatureWork,
+    StepPart,
+    all_features,
+    features_ns,
+)
 from vllm_cost_meter.attribution.growths_py import ENUMERATED_MAX, among_many, enumerated
 from vllm_cost_meter.attribution.planes_py import ZERO, Work, time_of, total_of
 from vllm_cost_meter.attribution.shapley_py import Overlap, solve_overlap
@@ -47,8 +56,6 @@ from vllm_cost_meter.attribution.shapley_py import Overlap, solve_overlap
 WEIGHT_SUM = 2**30
 # Bounds of the step time that a model may predict. A shorter time would give infinite weights.
 SMALLEST_NS, LARGEST_NS = 1e-9, 9.2e18
-
-StepPart = tuple[int, int, bool]  # tokens, context at the end of the step, whether it is a prefill
 
 
 @dataclass(slots=True, frozen=True)
@@ -91,6 +98,7 @@ class Player:
     read: float
     compute_ns: float
     memory_ns: float
+    features: FeatureWork
 
 
 @dataclass(slots=True, frozen=True)
@@ -103,6 +111,7 @@ class SolvedStep:
     sequence_ns: float  # each request's own
     prefill_ns: float  # each prefill's part
     last_prefill_ns: float  # what the step would save without its only prefill
+    features: FeatureCharges
     token_ns: float  # a token's part of h, where a request has no part of its own
     growths: dict[int, float]  # place in the step -> part of h
     added: dict[int, float]  # tokens -> what h would be less without so many
@@ -119,11 +128,13 @@ class SolvedStep:
         # The weight of a decode is a straight line in what it reads.
         c, m = self.lines
         own = self.sequence_ns + self.token_ns
-        weight_0 = (self.base_ns + own + (part * c.at_0 + rest * m.at_0)) * to_weight + 0.5
+        line_0 = part * c.at_0 + rest * m.at_0
         weight_slope = (part * c.slope + rest * m.slope) * to_weight
         weights = []
         for place, player in enumerate(players):
             if self._is_usual(player) and place not in overlap.large:
+                mine = own + self.features.charge(player.features)
+                weight_0 = (self.base_ns + mine + line_0) * to_weight + 0.5
                 weights.append(int(weight_0 + weight_slope * player.read))
                 continue
             shared = part * player.compute_ns + rest * player.memory_ns
@@ -132,6 +143,7 @@ class SolvedStep:
             charge += overlap.large.get(place, shared)
             if player.is_prefill:
                 charge += self.prefill_ns
+            charge += self.features.charge(player.features)
             weights.append(int(charge * to_weight + 0.5))
         return weights
 
@@ -152,10 +164,12 @@ class SolvedStep:
         for player in self.players:
             if self._is_usual(player):
                 margin = min(c_0 + c_slope * player.read, m_0 + m_slope * player.read)
+                margin += self.features.saved(player.features) * to_ns
             else:
                 added = self.sequence_ns + self.added[player.tokens]
                 if player.is_prefill:
                     added += self.last_prefill_ns
+                added += self.features.saved(player.features)
                 compute, memory = player.compute_ns, player.memory_ns
                 margin = to_ns * (added + min(above_compute + compute, above_memory + memory))
             margins.append(margin)
@@ -164,24 +178,33 @@ class SolvedStep:
     def _is_usual(self, player: Player) -> bool:
         """Return whether it is a decode of one token among many, by far the usual case."""
         is_among_many = len(self.players) > ENUMERATED_MAX
-        return is_among_many and player.tokens == 1 and not player.is_prefill
+        is_decode = player.tokens == 1 and not player.is_prefill
+        return is_among_many and is_decode and not player.features.encoders
 
     def _is_sound(self) -> bool:
         return SMALLEST_NS < self.total_ns < LARGEST_NS
 
 
-def solve_step(model: StepModel, parts: Sequence[StepPart]) -> SolvedStep:
-    """Solve the game of a step with at least one part."""
-    return _solve_curve(model, parts) if model.is_curve else _solve_planes(model, parts)
+def solve_step(model: StepModel, parts: Sequence[StepPart | tuple[int, int, bool]]) -> SolvedStep:
+    """Solve the game of a step with at least one part. Plain triples have no features."""
+    full = [StepPart(*part) for part in parts]
+    return _solve_curve(model, full) if model.is_curve else _solve_planes(model, full)
 
 
 def _solve_planes(model: StepModel, parts: Sequence[StepPart]) -> SolvedStep:
     compute, memory = model.compute, model.memory
-    works = [Work.of(tokens, context) for tokens, context, _ in parts]
+    works = [Work.of(part.tokens, part.context) for part in parts]
     everyone = total_of(works)
     players = [
-        Player(tokens, is_prefill, float(context), time_of(compute, work), time_of(memory, work))
-        for (tokens, context, is_prefill), work in zip(parts, works, strict=True)
+        Player(
+            part.tokens,
+            part.is_prefill,
+            float(part.context),
+            time_of(compute, work),
+            time_of(memory, work),
+            FeatureWork.of(part),
+        )
+        for part, work in zip(parts, works, strict=True)
     ]
     overlap = solve_overlap(
         (compute[0], memory[0]),
@@ -196,6 +219,7 @@ def _solve_planes(model: StepModel, parts: Sequence[StepPart]) -> SolvedStep:
         sequence_ns=0.0,
         prefill_ns=0.0,
         last_prefill_ns=0.0,
+        features=NO_CHARGES,
         token_ns=0.0,
         growths={},
         added=dict.fromkeys({1, *(player.tokens for player in players)}, 0.0),
@@ -209,7 +233,9 @@ def _solve_planes(model: StepModel, parts: Sequence[StepPart]) -> SolvedStep:
 
 def _solve_curve(model: StepModel, parts: Sequence[StepPart]) -> SolvedStep:
     curve, smooth = model.curve, model.smooth
-    works = [CurveWork.of(*part, model.served.layers) for part in parts]
+    works = [CurveWork.of(*part[:3], model.served.layers) for part in parts]
+    features = [FeatureWork.of(part) for part in parts]
+    having = all_features(features)
     everyone = all_of(works)
     players = [
         Player(
@@ -218,8 +244,9 @@ def _solve_curve(model: StepModel, parts: Sequence[StepPart]) -> SolvedStep:
             work.read,
             arithmetic_ns(curve, work),
             reading_ns(curve, work),
+            own,
         )
-        for work in works
+        for work, own in zip(works, features, strict=True)
     ]
     overlap = solve_overlap(
         (0.0, 0.0),
@@ -238,6 +265,7 @@ def _solve_curve(model: StepModel, parts: Sequence[StepPart]) -> SolvedStep:
         token_ns, growths = among_many(smooth, lumps, everyone.tokens)
     prefill_ns = curve[PREFILL] if everyone.prefills else 0.0
     shared = curve[FIXED] + prefill_ns + curve[SEQUENCE] * everyone.sequences
+    shared += features_ns(curve, having)
     return SolvedStep(
         players=players,
         total_ns=shared + all_ns + overlap.total_ns,
@@ -245,6 +273,7 @@ def _solve_curve(model: StepModel, parts: Sequence[StepPart]) -> SolvedStep:
         sequence_ns=curve[SEQUENCE],
         prefill_ns=prefill_ns / everyone.prefills if everyone.prefills else 0.0,
         last_prefill_ns=prefill_ns if everyone.prefills == 1 else 0.0,
+        features=FeatureCharges.of(curve, having),
         token_ns=token_ns,
         growths=growths,
         added={

@@ -17,9 +17,15 @@ from typing import NamedTuple
 
 from vllm_cost_meter.attribution.cost_model import (
     DECODE_COMPUTE,
+    ENCODER,
+    ENCODER_TOKEN,
     EXPERTS,
     FIT_TERMS,
     FIXED,
+    GUIDED,
+    GUIDED_ROW,
+    LORA,
+    LORA_TOKEN,
     PAIRS,
     PREFILL,
     PREFILL_COMPUTE,
@@ -120,8 +126,8 @@ START_PART = 0.1
 USUAL_RIDGE_TOKENS = 256.0
 # Terms of an earlier fit that are scaled together, and how well their scale is known.
 _KINDS_OF_TERMS = (
-    (FIXED, PREFILL, SEQUENCE, READ, EXPERTS),
-    (PAIRS, PREFILL_COMPUTE, DECODE_COMPUTE, *range(SLOPES, EXPERTS)),
+    (FIXED, PREFILL, SEQUENCE, READ, LORA, LORA_TOKEN, GUIDED, GUIDED_ROW, EXPERTS),
+    (PAIRS, PREFILL_COMPUTE, DECODE_COMPUTE, ENCODER, ENCODER_TOKEN, *range(SLOPES, EXPERTS)),
 )
 EARLIER_SPREAD = 0.33
 

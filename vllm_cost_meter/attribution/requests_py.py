@@ -6,6 +6,7 @@ nobody pays for them.
 
 from dataclasses import dataclass
 
+from vllm_cost_meter.attribution.features_py import ENCODER_TOKENS_MAX, StepPart
 from vllm_cost_meter.attribution.planes_py import Work
 from vllm_cost_meter.records.accrued import Accrued
 
@@ -23,6 +24,8 @@ class Request:
 
     request_id: str
     prefill_end: int
+    has_lora: bool = False
+    is_guided: bool = False
     position: int = 0
     recompute_end: int = 0  # the farthest position reached before a preemption
     prefill_ns: int = 0
@@ -54,7 +57,9 @@ class Request:
         is_prefill = self.position < self.prefill_end
         self.position = min(self.position + tokens, WEIGHT_MAX)
         self.in_flight += 1
-        return Part(self, Work.of(tokens, self.position), is_prefill)
+        # A chunk that does not end the prefill samples nothing.
+        samples = not is_prefill or self.position >= self.prefill_end
+        return Part(self, Work.of(tokens, self.position), is_prefill, self.is_guided and samples)
 
     def hold_blocks(self, block_size: int, now_ns: int) -> None:
         """Hold as many blocks as the context fills, but never fewer than before."""
@@ -101,14 +106,27 @@ class Part:
     request: Request
     work: Work
     is_prefill: bool
+    is_guided: bool = False  # in this step
+    encoder_tokens: int = 0
     rejected: int = 0  # tokens
     is_cut: bool = False  # the request was aborted meanwhile
     kept_ns: int = 0  # the part of its last share that was neither rejected nor cut off
 
     @property
-    def in_step(self) -> tuple[int, int, bool]:
-        """Return its tokens, its context at the end of the step, and whether it is a prefill."""
-        return self.work.tokens, self.work.context, self.is_prefill
+    def in_step(self) -> StepPart:
+        """Return what its step's game sees of it."""
+        return StepPart(
+            self.work.tokens,
+            self.work.context,
+            self.is_prefill,
+            self.request.has_lora,
+            self.is_guided,
+            self.encoder_tokens,
+        )
+
+    def encode(self, tokens: int) -> None:
+        """Note that an encoder computes so many tokens for it in this step."""
+        self.encoder_tokens = min(tokens, ENCODER_TOKENS_MAX)
 
     @property
     def recomputed(self) -> int:

@@ -39,14 +39,15 @@ Invariant: the ns settled or shared = the ns closed, cut or discarded + all tail
 `open_ns`.
 """
 
-import math
 from collections.abc import Sequence
 
-from vllm_cost_meter.attribution.cost_model import FIT_TERMS, Coefficients, Model, Planes
+from vllm_cost_meter.attribution.checks_py import check, checked_coefficients, checked_planes
+from vllm_cost_meter.attribution.cost_model import Coefficients, Model, Planes
 from vllm_cost_meter.attribution.cost_model_py import StepFit
 from vllm_cost_meter.attribution.curve_py import CurveWork, all_of
+from vllm_cost_meter.attribution.features_py import FeatureWork, all_features
 from vllm_cost_meter.attribution.game_py import solve_step
-from vllm_cost_meter.attribution.planes_py import TERMS, total_of
+from vllm_cost_meter.attribution.planes_py import total_of
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.attribution.requests_py import NS_MAX, WEIGHT_MAX, Part, Request, Step
 from vllm_cost_meter.records.accrued import Accrued
@@ -67,10 +68,10 @@ def split(total_ns: int, weights: Sequence[int]) -> list[int]:
     Raises ValueError for a negative time or weight, for weights that add up to 2**31 or more, and
     for a time without any weight.
     """
-    _check(total_ns, NS_MAX, "split: total_ns")
+    check(total_ns, NS_MAX, "split: total_ns")
     for weight in weights:
-        _check(weight, WEIGHT_MAX, "split: a weight")
-    _check(sum(weights), WEIGHT_MAX, "split: the sum of the weights")
+        check(weight, WEIGHT_MAX, "split: a weight")
+    check(sum(weights), WEIGHT_MAX, "split: the sum of the weights")
     if total_ns and not weights:
         raise ValueError(f"split: expected at least one weight for {total_ns} ns, got none")
     return _shares(total_ns, weights)
@@ -98,7 +99,7 @@ class StepMeter:
         `charges_recomputed`, requests do not accrue the time to compute again what a preemption had
         thrown away.
         """
-        _check(block_size, WEIGHT_MAX, "StepMeter: block_size")
+        check(block_size, WEIGHT_MAX, "StepMeter: block_size")
         self._block_size = block_size
         if method not in METHODS:
             raise ValueError(f"StepMeter: expected a method of {METHODS}, got {method!r}")
@@ -152,13 +153,33 @@ class StepMeter:
             for place, part in enumerate(self._step(step).parts)
         ]
 
+    def step_features(self, step: int) -> list[tuple[int, bool, bool, int]]:
+        """Return the features of a step in flight, by the places of its parts that have any.
+
+        They are (place, whether the request has LoRA, whether it is guided, encoder tokens). Raises
+        ValueError if the step is not in flight.
+        """
+        found = [
+            (place, part.request.has_lora, part.request.is_guided, part.encoder_tokens)
+            for place, part in enumerate(self._step(step).parts)
+        ]
+        return [features for features in found if any(features[1:])]
+
     # The life of a request
 
-    def open(self, request_id: str, prompt_tokens: int) -> None:
-        """Start to accrue for a request. Does nothing if it is open already."""
-        _check(prompt_tokens, WEIGHT_MAX, "StepMeter.open: prompt_tokens")
+    def open(
+        self, request_id: str, prompt_tokens: int, has_lora: bool = False, is_guided: bool = False
+    ) -> None:
+        """Start to accrue for a request. Does nothing if it is open already.
+
+        `has_lora` says that it is computed with an adapter, `is_guided` that its tokens are sampled
+        by guided decoding.
+        """
+        check(prompt_tokens, WEIGHT_MAX, "StepMeter.open: prompt_tokens")
         if request_id not in self._requests:
-            self._requests[request_id] = Request(request_id, prefill_end=prompt_tokens)
+            self._requests[request_id] = Request(
+                request_id, prompt_tokens, bool(has_lora), bool(is_guided)
+            )
 
     def position(self, request_id: str, computed_tokens: int, resumed: bool) -> None:
         """Set the position in its context where a request's next step starts; call before `begin`.
@@ -166,7 +187,7 @@ class StepMeter:
         This is needed when a request is scheduled for the first time, because prefix cache hits are
         computed already, and when it is `resumed` after a preemption.
         """
-        _check(computed_tokens, WEIGHT_MAX, "StepMeter.position: computed_tokens")
+        check(computed_tokens, WEIGHT_MAX, "StepMeter.position: computed_tokens")
         request = self._requests.get(request_id) or self._welcome_stranger(request_id)
         if resumed:
             request.prefill_end = max(request.prefill_end, request.position)
@@ -178,7 +199,7 @@ class StepMeter:
 
         A request that is not open is ignored. As everywhere, `now_ns` is monotonic.
         """
-        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        check(now_ns, NS_MAX, "StepMeter: now_ns")
         if request_id in self._requests:
             self._requests[request_id].release_blocks(now_ns)
 
@@ -210,12 +231,12 @@ class StepMeter:
         They belong to its last settled step with several tokens. At most as many are counted as the
         request kept of that step.
         """
-        _check(tokens, WEIGHT_MAX, "StepMeter.trim: tokens")
+        check(tokens, WEIGHT_MAX, "StepMeter.trim: tokens")
         self._request(request_id).trim(tokens)
 
     def accrued(self, request_id: str, now_ns: int) -> Accrued:
         """Return the time, tokens and blocks that a request accrued since the last `cut`."""
-        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        check(now_ns, NS_MAX, "StepMeter: now_ns")
         return self._request(request_id).accrued(now_ns)
 
     def open_gpu_ns(self) -> dict[str, int]:
@@ -243,7 +264,7 @@ class StepMeter:
         Requests that accrued neither time, tokens nor blocks are left out. The order is that in
         which the requests were opened.
         """
-        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        check(now_ns, NS_MAX, "StepMeter: now_ns")
         pieces = []
         for request_id, request in self._requests.items():
             accrued = request.accrued(now_ns)
@@ -256,27 +277,34 @@ class StepMeter:
     # The life of a step
 
     def begin(
-        self, scheduled: dict[str, int], now_ns: int, decoding: list[str] | None = None
+        self,
+        scheduled: dict[str, int],
+        now_ns: int,
+        decoding: list[str] | None = None,
+        encoded: dict[str, int] | None = None,
     ) -> int:
         """Record a step: the tokens scheduled for each request, in scheduler order.
 
         `decoding` lists requests with one token each, which come before those of `scheduled`. They
-        are a list because that is read faster than a dict. Returns the step's number: 1, 2, and so
-        on. A request that is not open is opened as one without a prompt. Raises ValueError, and
-        records nothing, if a count is negative, if the counts add up to 2**31 or more, or if too
-        many steps are in flight.
+        are a list because that is read faster than a dict. `encoded` has the tokens that an encoder
+        computes in this step, by request; requests outside the step are ignored. Returns the step's
+        number: 1, 2, and so on. A request that is not open is opened as one without a prompt.
+        Raises ValueError, and records nothing, if a count is negative, if the counts add up to
+        2**31 or more, or if too many steps are in flight.
         """
-        _check(now_ns, NS_MAX, "StepMeter: now_ns")
+        check(now_ns, NS_MAX, "StepMeter: now_ns")
+        for request_id, tokens in (encoded or {}).items():
+            check(tokens, WEIGHT_MAX, f"StepMeter.begin: encoder tokens of {request_id!r}")
         if len(self._steps) >= STEPS_MAX:
             raise ValueError(
                 f"StepMeter.begin: expected less than {STEPS_MAX} steps in flight, got as many;"
                 " settle or abandon them"
             )
         for request_id, tokens in scheduled.items():
-            _check(tokens, WEIGHT_MAX, f"StepMeter.begin: tokens of {request_id!r}")
+            check(tokens, WEIGHT_MAX, f"StepMeter.begin: tokens of {request_id!r}")
         batch = [*((request_id, 1) for request_id in decoding or ()), *scheduled.items()]
         all_tokens = sum(tokens for _, tokens in batch)
-        _check(all_tokens, WEIGHT_MAX, "StepMeter.begin: tokens of all requests")
+        check(all_tokens, WEIGHT_MAX, "StepMeter.begin: tokens of all requests")
         self._last_step += 1
         self._steps[self._last_step] = Step(
             [
@@ -284,6 +312,8 @@ class StepMeter:
                 for request_id, tokens in batch
             ]
         )
+        for part in self._steps[self._last_step].parts if encoded else ():
+            part.encode((encoded or {}).get(part.request.request_id, 0))
         if self._block_size:
             for part in self._steps[self._last_step].parts:
                 part.request.hold_blocks(self._block_size, now_ns)
@@ -296,7 +326,7 @@ class StepMeter:
         nothing, if the step is not in flight or the time is negative or too large.
         """
         parts = self._step(step).parts
-        _check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
+        check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
         self._step(step).shared_ns += gpu_ns
         if not parts:
             return gpu_ns
@@ -321,9 +351,9 @@ class StepMeter:
         in flight never got a result: they end first, without time or tokens.
         """
         parts = self._step(step).parts
-        _check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
+        check(gpu_ns, NS_MAX - self.open_ns, "StepMeter: gpu_ns")
         for request_id, tokens in (rejected or {}).items():
-            _check(tokens, WEIGHT_MAX, f"StepMeter.settle: rejected tokens of {request_id!r}")
+            check(tokens, WEIGHT_MAX, f"StepMeter.settle: rejected tokens of {request_id!r}")
         for part in parts:
             if part.request.is_open:
                 part.reject((rejected or {}).get(part.request.request_id, 0))
@@ -338,8 +368,10 @@ class StepMeter:
         self._drop(step)
         work = total_of([part.work for part in ended.parts])
         layers = self._served.layers
-        curve_work = all_of([CurveWork.of(*part.in_step, layers) for part in ended.parts])
-        if self._fit.observe(work, curve_work, ended.shared_ns):
+        in_step = [part.in_step for part in ended.parts]
+        curve_work = all_of([CurveWork.of(*part[:3], layers) for part in in_step])
+        features = all_features([FeatureWork.of(part) for part in in_step])
+        if self._fit.observe(work, curve_work, ended.shared_ns, features):
             self._remember_model()
         return tail_ns
 
@@ -352,7 +384,7 @@ class StepMeter:
 
     def adopt(self, planes: Planes, coefficients: Coefficients, two_planes: bool) -> None:
         """Continue from an earlier fit. Raises ValueError for anything else."""
-        self._fit.adopt(_checked_planes(planes), _checked_coefficients(coefficients), two_planes)
+        self._fit.adopt(checked_planes(planes), checked_coefficients(coefficients), two_planes)
         self._remember_model()
 
     @property
@@ -437,28 +469,6 @@ class StepMeter:
             self._drained.remove(request)
 
 
-def _checked_planes(planes: Planes) -> Planes:
-    compute, memory = _checked(planes, "StepMeter: planes", 2, TERMS)
-    return compute, memory  # type: ignore[return-value]
-
-
-def _checked_coefficients(coefficients: Coefficients) -> Coefficients:
-    return _checked((coefficients,), "StepMeter: coefficients", 1, FIT_TERMS)[0]
-
-
-def _checked(rows: object, what: str, count: int, terms: int) -> list[tuple[float, ...]]:
-    """Return rows of finite coefficients >= 0, or raise ValueError."""
-    try:
-        checked = [tuple(float(value) for value in row) for row in rows]  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        checked = []
-    if [len(row) for row in checked] != [terms] * count:
-        raise ValueError(f"{what}: expected {count} rows of {terms} numbers, got {rows!r}")
-    if not all(math.isfinite(value) and value >= 0.0 for row in checked for value in row):
-        raise ValueError(f"{what}: expected coefficients >= 0, got {rows!r}")
-    return checked
-
-
 def _shares(total_ns: int, weights: Sequence[int]) -> list[int]:
     if not any(weights):
         weights = [1] * len(weights)
@@ -471,8 +481,3 @@ def _shares(total_ns: int, weights: Sequence[int]) -> list[int]:
         shares.append(until_ns - given_ns)
         given_ns = until_ns
     return shares
-
-
-def _check(value: object, maximum: int, what: str) -> None:
-    if not isinstance(value, int) or not 0 <= value <= maximum:
-        raise ValueError(f"{what}: expected an int from 0 to {maximum}, got {value!r}")

@@ -24,19 +24,15 @@ from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from vllm_cost_meter.attribution import StepMeter
-from vllm_cost_meter.attribution.cost_model import PAIRS, Coefficients, Model, Planes, token_ns
+from vllm_cost_meter.attribution.cost_model import Coefficients, Planes
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
+from vllm_cost_meter.engine.model_facts import recorded, saved_ns
+from vllm_cost_meter.engine.step_log import PartFeatures, PlainPart
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.records.engine import VICTIM, EngineIdentity
-from vllm_cost_meter.records.snapshot import (
-    TWO_PLANES,
-    ClassTotals,
-    CostModel,
-    LearntCurve,
-    Snapshot,
-)
+from vllm_cost_meter.records.snapshot import ClassTotals, Snapshot
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 NOTHING_ACCRUED = Accrued()
@@ -90,8 +86,8 @@ class EngineBooks:
         charges_recomputed = engine.preemption_paid_by == VICTIM
         self.meter = StepMeter(engine.method, prior, block_size, charges_recomputed)
         self.prior = prior.source
-        # Called with a step's parts and GPU-ns before the step is split.
-        self.on_step: Callable[[list[tuple[str, int, int, int]], int], None] | None = None
+        # Called with a step's parts, their features and GPU-ns before the step is split.
+        self.on_step: Callable[[list[PlainPart], list[PartFeatures], int], None] | None = None
         self.steps = 0
         self.busy_ns = 0
         self._created_ns = min(created_ns, now_ns)
@@ -122,11 +118,18 @@ class EngineBooks:
 
     # -- events of the engine ---------------------------------------------------------------
 
-    def open(self, request_id: str, prompt_tokens: int, now_ns: int) -> None:
+    def open(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        now_ns: int,
+        has_lora: bool = False,
+        is_guided: bool = False,
+    ) -> None:
         """Note that a request joined the engine. A second call while it is open changes nothing."""
         if not self.meter.open_requests:  # The class of waiting time changes only with the first.
             self._book_waiting(now_ns)
-        self.meter.open(request_id, prompt_tokens)
+        self.meter.open(request_id, prompt_tokens, has_lora, is_guided)
         self._first_models.setdefault(request_id, self.meter.model_version)
 
     def preempt(self, request_id: str, now_ns: int) -> None:
@@ -139,14 +142,15 @@ class EngineBooks:
         scheduled: dict[str, int],
         now_ns: int,
         decoding: list[str] | None = None,
+        encoded: dict[str, int] | None = None,
     ) -> None:
         """Note that a step with tokens was scheduled; `key` identifies it until its result comes.
 
         `scheduled` has the tokens of each request. Requests in `decoding` have one token each and
-        are not in `scheduled`.
+        are not in `scheduled`. `encoded` has the tokens that an encoder computes, by request.
         """
         self._book_waiting(now_ns)
-        self._in_flight.append((key, self.meter.begin(scheduled, now_ns, decoding)))
+        self._in_flight.append((key, self.meter.begin(scheduled, now_ns, decoding, encoded)))
 
     def end_step(self, key: object, now_ns: int, rejected: dict[str, int] | None = None) -> bool:
         """Note that the result of step `key` came. Returns False for a step that was never begun.
@@ -163,7 +167,8 @@ class EngineBooks:
         _, step = in_flight.popleft()
         if self.on_step is not None:
             step_ns = (now_ns - self._mark_ns) * self.gpus
-            self.on_step(self.meter.step_parts(step), step_ns)
+            parts, features = self.meter.step_parts(step), self.meter.step_features(step)
+            self.on_step(parts, features, step_ns)
         self.busy_ns += now_ns - self._mark_ns
         if now_ns >= self._hour_end_ns:
             self._share_until_hour(step, now_ns)
@@ -285,7 +290,7 @@ class EngineBooks:
             busy_ns=self.busy_ns,
             prior=self.prior,
             cost_models=tuple(
-                _recorded(model) for model in self.meter.models(self._acknowledged_model)
+                recorded(model) for model in self.meter.models(self._acknowledged_model)
             ),
             hours=hours,
             step_ns=running_ns,
@@ -426,44 +431,6 @@ class EngineBooks:
                 del self._changed[hour]
         for number in [number for number in self._told_models if number <= acknowledged]:
             self._acknowledged_model = self._told_models.pop(number)
-
-
-def saved_ns(model: Model, cached_tokens: int) -> int:
-    """Estimate the GPU-ns that computing the cached start of a prompt would have taken.
-
-    The estimate uses what the cost model knows of prefill. It leaves out the fixed part and the
-    part per sequence, because the rest of the prompt paid for them. Token k meets k tokens of
-    context, or as many as the window has. With two planes a real chunk counts as if all its tokens
-    met the context of its last one, so the estimate is rather too low than too high.
-    """
-    products = cached_tokens * (cached_tokens + 1) / 2
-    if model.form == TWO_PLANES:
-        _fixed, per_token, _per_sequence, per_product, _per_context = model.planes[0]
-        return int(per_token * cached_tokens + per_product * products)
-    layers, beyond = model.served.layers, max(0, cached_tokens - model.served.layers.window)
-    pairs = layers.whole * products + layers.windowed * (products - beyond * (beyond + 1) / 2)
-    return int(token_ns(model.coefficients) * cached_tokens + model.coefficients[PAIRS] * pairs)
-
-
-def _recorded(model: Model) -> CostModel:
-    """Return a published model as snapshots have it."""
-    served = model.served
-    return CostModel(
-        version=model.version,
-        form=model.form,
-        planes=model.planes,
-        steps=model.steps,
-        error_two_planes=model.error_two_planes,
-        error_other_form=model.error_curve,
-        explained=model.explained,
-        curve=LearntCurve(
-            model.coefficients,
-            (served.experts.number, served.experts.per_token),
-            (served.layers.whole, served.layers.windowed, served.layers.window),
-            served.captured,
-        ),
-        charge_errors=model.charge_errors,
-    )
 
 
 @dataclass(slots=True)

@@ -256,7 +256,9 @@ class EngineMeter:
             logger.error("cost meter: steps are not logged: %s", error)
             return None
         unix_ns = self._clock.unix_ns
-        self.books.on_step = lambda parts, gpu_ns: log.write(parts, gpu_ns, unix_ns())
+        self.books.on_step = lambda parts, features, gpu_ns: log.write(
+            parts, gpu_ns, unix_ns(), features
+        )
         return log
 
     def _bill_late(self, request_id: str, now_ns: int) -> None:

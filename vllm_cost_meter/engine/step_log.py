@@ -4,12 +4,13 @@ The file holds JSON lines. The first line names the format, its version, the mod
 the run and its GPUs. Each other line is a step:
 
     {"unix_ns":…,"gpu_time_ns":…,"new":[[number,"request id",prompt tokens],…],
-     "parts":[[number,tokens,position],…]}
+     "parts":[[number,tokens,position],…],"features":[[place,LoRA,guided,encoder tokens],…]}
 
 `position` is the place in the request's context where the step starts, and `tokens` is the number
-of tokens that the step computes for it. The first step of a request in a file names its id; later
-steps use a number, because ids are many times longer than the rest of a part. The log has ids only,
-never a prompt or a reply.
+of tokens that the step computes for it. `features` are those of the parts that have any, by their
+place; the key is missing if none has, and in logs of earlier meters. The first step of a request in
+a file names its id; later steps use a number, because ids are many times longer than the rest of a
+part. The log has ids only, never a prompt or a reply.
 
 The size is bounded. A file that reaches half of the maximum becomes FILE.1, which replaces an older
 one. So the disk holds at most the maximum, and at least the latest half of it. A file has one
@@ -69,9 +70,15 @@ class LoggedPart(NamedTuple):
     tokens: int
     position: int
     prompt_tokens: int
+    has_lora: bool = False
+    is_guided: bool = False
+    encoder_tokens: int = 0
 
 
 PlainPart = tuple[str, int, int, int]
+# Place in the step, whether it has LoRA, whether it is guided, tokens that an encoder computes.
+PartFeatures = tuple[int, bool, bool, int]
+NO_FEATURES = (False, False, 0)
 
 
 class LoggedStep(NamedTuple):
@@ -82,11 +89,12 @@ class LoggedStep(NamedTuple):
     parts: list[LoggedPart]
 
 
-class _Line(msgspec.Struct):
+class _Line(msgspec.Struct, omit_defaults=True):
     unix_ns: Count
     gpu_time_ns: Count
     new: list[tuple[Count, str, Count]]
     parts: list[tuple[Count, Count, Count]]
+    features: list[tuple[Count, bool, bool, Count]] = []
 
 
 class StepLogWriter:
@@ -138,7 +146,13 @@ class StepLogWriter:
         except OSError as error:
             raise StepLogError(f"step log {path}: cannot be written: {error}") from None
 
-    def write(self, parts: Sequence[PlainPart], gpu_time_ns: int, unix_ns: int) -> None:
+    def write(
+        self,
+        parts: Sequence[PlainPart],
+        gpu_time_ns: int,
+        unix_ns: int,
+        features: Sequence[PartFeatures] = (),
+    ) -> None:
         """Append a step. Never raises OSError; a failed write ends the log.
 
         This takes 52 microseconds for 256 requests. `parts` may be plain tuples with the fields of
@@ -148,7 +162,7 @@ class StepLogWriter:
             self.dropped += 1
             return
         try:
-            self._write(parts, gpu_time_ns, unix_ns)
+            self._write(parts, gpu_time_ns, unix_ns, features)
         except OSError as error:
             self.dropped += 1
             self._end(error)
@@ -174,14 +188,20 @@ class StepLogWriter:
         logger.warning("cost meter: step log %s ends here: %s", self._path, error)
         self.close()
 
-    def _write(self, parts: Sequence[PlainPart], gpu_time_ns: int, unix_ns: int) -> None:
-        line = self._encode(parts, gpu_time_ns, unix_ns)
+    def _write(
+        self,
+        parts: Sequence[PlainPart],
+        gpu_time_ns: int,
+        unix_ns: int,
+        features: Sequence[PartFeatures],
+    ) -> None:
+        line = self._encode(parts, gpu_time_ns, unix_ns, features)
         if self._bytes + len(line) > self._file_max:
             self._file.close()
             self._path.replace(rotated(self._path))
             self._start_file()
             # Each file explains itself, so the new file names its requests anew.
-            line = self._encode(parts, gpu_time_ns, unix_ns)
+            line = self._encode(parts, gpu_time_ns, unix_ns, features)
         if self._bytes + len(line) > self._file_max:
             self._numbers.clear()
             self.dropped += 1
@@ -205,13 +225,19 @@ class StepLogWriter:
         self._next_number = 0
         self.flush()
 
-    def _encode(self, parts: Sequence[PlainPart], gpu_time_ns: int, unix_ns: int) -> bytes:
+    def _encode(
+        self,
+        parts: Sequence[PlainPart],
+        gpu_time_ns: int,
+        unix_ns: int,
+        features: Sequence[PartFeatures],
+    ) -> bytes:
         if len(self._numbers) + len(parts) > self._names_max:
             self._numbers.clear()
         numbers = self._numbers
         new = []
         rows = []
-        for request_id, tokens, position, prompt_tokens in parts:
+        for request_id, tokens, position, prompt_tokens, *_ in parts:
             id = stored(request_id)
             named = numbers.get(id)
             if named is None or named[1] != prompt_tokens:
@@ -219,7 +245,7 @@ class StepLogWriter:
                 self._next_number += 1
                 new.append((named[0], id, prompt_tokens))
             rows.append((named[0], tokens, position))
-        line = _Line(unix_ns=unix_ns, gpu_time_ns=gpu_time_ns, new=new, parts=rows)
+        line = _Line(unix_ns, gpu_time_ns, new, rows, list(features))
         return self._encoder.encode(line) + b"\n"
 
 
@@ -294,9 +320,15 @@ def read_steps(path: Path) -> Iterator[LoggedStep]:
             try:
                 logged = decoder.decode(line)
                 requests.update((key, (name, prompt)) for key, name, prompt in logged.new)
+                features = {place: rest for place, *rest in logged.features}
                 parts = [
-                    LoggedPart(requests[key][0], tokens, position, requests[key][1])
-                    for key, tokens, position in logged.parts
+                    LoggedPart._make(
+                        (
+                            *(requests[key][0], tokens, position, requests[key][1]),
+                            *features.get(place, NO_FEATURES),
+                        )
+                    )
+                    for place, (key, tokens, position) in enumerate(logged.parts)
                 ]
             except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
                 why = f"unknown request number {error}" if isinstance(error, KeyError) else error

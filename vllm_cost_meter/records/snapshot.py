@@ -23,7 +23,10 @@ from vllm_cost_meter.records.requests import Price
 OTHER_CLASSES = ("idle", "sleep", "startup", "tail", "dummy", "recomputed", "host", "lost")
 # The rows in the order that reports show them; the last holds the requests without a bill yet.
 OTHER_ROWS = (*OTHER_CLASSES, "in_flight")
-TWO_PLANES = "two planes"  # a form of the cost model; others are "curve" and, once, "one plane"
+# Forms of the cost model. Another is "curve with features" (attribution/cost_model.py), and once
+# there was "one plane".
+TWO_PLANES = "two planes"
+EARLIER_CURVE = "curve"  # without features
 
 CLASSES = ("requests", "in_flight", *OTHER_CLASSES)
 # Classes outside of `requests` in which the GPUs did work.
@@ -37,25 +40,29 @@ class LearntCurve:
 
     `experts` are their number in a layer and how many each token chooses; `layers` how many see all
     of the context, how many a window of it, and the window; `captured` the batch sizes of captured
-    graphs, ascending. docs/explanation/attribution.md explains them.
+    graphs, ascending. `form` says which coefficients there are: earlier versions had none of
+    features. docs/explanation/attribution.md explains them.
     """
 
     coefficients: tuple[float, ...]
     experts: tuple[int, int]
     layers: tuple[int, int, int]
     captured: tuple[int, ...]
+    form: str = EARLIER_CURVE
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Self:
         """Parse a curve's plain values. Raises TypeError or KeyError on anything else."""
-        return cls(**{name: tuple(values) for name, values in plain.items()})
+        values: dict[str, Any] = dict(plain)
+        form = values.pop("form", EARLIER_CURVE)
+        return cls(**{name: tuple(value) for name, value in values.items()}, form=form)
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """A published cost model: it predicts the GPU time of a step from what the step holds.
 
-    docs/explanation/attribution.md explains it. The form "curve" uses `curve`; "two planes" uses
+    docs/explanation/attribution.md explains it. The forms of a curve use `curve`; "two planes" uses
     the planes compute and memory, with a coefficient in GPU-ns for each of (1, tokens, sequences,
     products, context). Models of earlier versions have no curve, and a third plane, which the form
     "one plane" used. The model has learnt from `steps` steps. The two errors are running means of

@@ -218,9 +218,14 @@ class RequestsPage(TypedDict):
 class ShownCurve(TypedDict):
     """The curve of a cost model: how a step's time depends on what is in it."""
 
+    form: str
+    """`curve with features`; `curve` in models of earlier versions, which have no terms of them."""
     terms: dict[str, float]
     """GPU-ns: `fixed_ns` of a step, `prefill_ns` if any prefill is in it, `sequence_ns` of a
-    request, and of attention `pair_ns`, `prefill_compute_ns`, `decode_compute_ns`, `read_ns`."""
+    request; of attention `pair_ns`, `prefill_compute_ns`, `decode_compute_ns`, `read_ns`; and of
+    features `lora_ns` if any request has LoRA, `lora_token_ns` of each of their tokens,
+    `guided_ns` if any is guided, `guided_row_ns` of each row that is sampled so, `encoder_ns` if an
+    encoder runs, `encoder_token_ns` of each token that it computes."""
     token_ns: dict[str, float]
     """GPU-ns of a further token in the batch, by the number of tokens from which it holds."""
     expert_ns: float
@@ -241,7 +246,8 @@ class ModelInUse(TypedDict):
     taken_at: str | None
     """RFC 3339 UTC: the first snapshot that contained it."""
     form: str
-    """`curve` or `two planes`; models of earlier versions may have `one plane`."""
+    """`curve with features` or `two planes`; models of earlier versions may have `curve` or
+    `one plane`."""
     planes: dict[str, dict[str, float]]
     """GPU-ns: of `compute`, `memory` (and once `one`): `fixed_ns`, `token_ns`, `sequence_ns`."""
     curve: ShownCurve | None

@@ -3,7 +3,8 @@
 This file lists every vLLM name that the meter hooks, calls or reads, with the parameters that hooks
 pass or read, and with the fields of vLLM's records. If a vLLM differs anywhere in the list, the
 meter leaves all of it untouched, because half a meter would keep books that do not add up. The
-canary checks features, never versions.
+canary checks what is there, never versions. What only makes bills more exact (the features of
+requests) may be missing.
 
 A callable is understood if its parameters begin with those listed and it can be called without
 others. Hooks pass on all other arguments, so new optional parameters do no harm.
@@ -97,6 +98,20 @@ FIELDS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("vllm.v1.engine", "EngineCoreOutputs"): ("outputs",),
 }
 
+# What requests need beside the model. These names are read where vLLM has them: a feature whose
+# names are missing is not metered apart. `parameters` are those of a request's constructor.
+LORA, GUIDED, ENCODER = "LoRA", "guided decoding", "encoders"
+REQUEST = ("vllm.v1.request", "Request")
+FEATURE_PARAMETERS = {LORA: "lora_request", ENCODER: "mm_features"}
+FEATURE_ATTRIBUTES = {GUIDED: "use_structured_output"}
+FEATURE_FIELDS: Mapping[str, Mapping[tuple[str, str], tuple[str, ...]]] = {
+    ENCODER: {
+        ("vllm.v1.core.sched.output", "SchedulerOutput"): ("scheduled_encoder_inputs",),
+        ("vllm.multimodal.inputs", "MultiModalFeatureSpec"): ("mm_position",),
+        ("vllm.multimodal.inputs", "PlaceholderRange"): ("length",),
+    },
+}
+
 
 def check(listed: Listed) -> None:
     """Raise VllmMismatchError unless everything listed can be called as the meter calls it."""
@@ -109,6 +124,29 @@ def check_when_named() -> None:
     check(WHEN_NAMED)
     for (module, name), fields in FIELDS.items():
         check_fields(find(module, name), fields, f"{module}.{name}")
+
+
+def missing_features() -> dict[str, str]:
+    """Return why a feature of requests cannot be read from this vLLM, by feature."""
+    found = {}
+    for feature in (LORA, GUIDED, ENCODER):
+        try:
+            _check_feature(feature)
+        except VllmMismatchError as error:
+            found[feature] = str(error)
+    return found
+
+
+def _check_feature(feature: str) -> None:
+    request, where = find(*REQUEST), ".".join(REQUEST)
+    if name := FEATURE_PARAMETERS.get(feature):
+        wanted = f"expected {where} with the parameter {name}"
+        if name not in _signature(request, wanted).parameters:
+            raise VllmMismatchError(f"{wanted}, found none")
+    if (name := FEATURE_ATTRIBUTES.get(feature)) and not hasattr(request, name):
+        raise VllmMismatchError(f"expected {where}.{name}, found no such name")
+    for (module, record), fields in FEATURE_FIELDS.get(feature, {}).items():
+        check_fields(find(module, record), fields, f"{module}.{record}")
 
 
 def check_all() -> str:

@@ -16,6 +16,7 @@ from vllm_cost_meter.engine.meter import EngineMeter, NoMeter
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.bill import BILL_KEY, CARRIER_ID, write_bill
 from vllm_cost_meter.vllm_hooks import canary
+from vllm_cost_meter.vllm_hooks.features import FeatureReader
 from vllm_cost_meter.vllm_hooks.identity import make_engine_meter
 
 logger = meter_logger()
@@ -27,17 +28,19 @@ class MeteredScheduler:
     """A mixin that meters the scheduler class behind it, which vLLM or the operator chose."""
 
     cost_meter: EngineMeter | NoMeter = NoMeter()
+    cost_meter_features: FeatureReader
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         try:
+            self.cost_meter_features = FeatureReader()
             self.cost_meter = make_engine_meter(self)
         except Exception as error:
             logger.exception("cost meter: the engine runs unmetered: %r", error)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self.cost_meter.run("schedule", _scheduled, output)
+        self.cost_meter.run("schedule", _scheduled, output, self)
         return output
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +56,7 @@ class MeteredScheduler:
         return outputs
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        self.cost_meter.run("add_request", _added, request)
+        self.cost_meter.run("add_request", _added, request, self)
         return super().add_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +65,7 @@ class MeteredScheduler:
         return result
 
 
-def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
+def _scheduled(meter: EngineMeter, now_ns: int, output: Any, scheduler: Any) -> None:
     for request_id in output.preempted_req_ids or ():
         meter.preempt(request_id, now_ns)
     if not output.total_num_scheduled_tokens:
@@ -79,12 +82,13 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any) -> None:
         ):
             if request_id in cached.resumed_req_ids:
                 meter.placed(request_id, computed_tokens)
+    encoded = scheduler.cost_meter_features.encoded(output, scheduler)
     decoding = cached.req_ids
     one_token_each = output.total_num_scheduled_tokens - sum(others.values()) == len(decoding)
     if one_token_each and len(tokens) == len(others) + len(decoding):
-        meter.begin_step(output, others, now_ns, decoding)
+        meter.begin_step(output, others, now_ns, decoding, encoded)
     else:
-        meter.begin_step(output, tokens, now_ns)
+        meter.begin_step(output, tokens, now_ns, None, encoded)
 
 
 def _result_came(
@@ -121,8 +125,9 @@ def _results_of_drafts(
     return rejected, outputs_uncut
 
 
-def _added(meter: EngineMeter, now_ns: int, request: Any) -> None:
-    meter.open(request.request_id, request.num_prompt_tokens, now_ns)
+def _added(meter: EngineMeter, now_ns: int, request: Any, scheduler: Any) -> None:
+    has_lora, is_guided = scheduler.cost_meter_features.of_request(request)
+    meter.open(request.request_id, request.num_prompt_tokens, now_ns, has_lora, is_guided)
 
 
 def _freed(meter: EngineMeter, now_ns: int, request: Any) -> None:

@@ -14,7 +14,7 @@ from tests.support.builders import make_snapshot
 from tests.support.world import full_disk
 from vllm_cost_meter.api_server.background import Loops
 from vllm_cost_meter.api_server.poller import Poller
-from vllm_cost_meter.attribution.cost_model import FIT_TERMS
+from vllm_cost_meter.attribution.cost_model import CURVE, EARLIER_CURVE, FIT_TERMS
 from vllm_cost_meter.journal.places import folder_of_ledger
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.catching_up import catch_up
@@ -302,10 +302,10 @@ def test_an_engine_that_switched_its_meter_off_is_said_once(writer, caplog):
 
 def test_a_new_engine_is_told_once_what_one_like_it_had_learnt(writer, tmp_path):
     planes, coefficients = ((1.0,) * 5, (2.0,) * 5), (3.0,) * FIT_TERMS
-    curve = LearntCurve(coefficients, (0, 0), (1, 0, 0), ())
+    curve = LearntCurve(coefficients, (0, 0), (1, 0, 0), (), CURVE)
     earlier = CostModel(9, "two planes", planes, 4096, 0.01, 0.02, 0.99, curve)
     of_another = replace(earlier, planes=((7.0,) * 5,) * 2)
-    # A version before this one had one plane, and no curve: that is no prior for a curve.
+    # A version long before had one plane, and no curve: that is no prior for a curve.
     of_old = CostModel(12, "one plane", (*planes, (3.0,) * 5), 9000, 0.01, 0.02, 0.99)
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
     writer.append(
@@ -329,3 +329,16 @@ def test_a_new_engine_is_told_once_what_one_like_it_had_learnt(writer, tmp_path)
 
     asyncio.run(poll())
     assert engines.earlier_fits == [{}, {"run": (planes, coefficients, True)}, {}]
+
+
+@pytest.mark.parametrize("form", [EARLIER_CURVE, "a later form"])
+def test_a_fit_of_another_form_is_no_prior(writer, tmp_path, form):
+    """What LoRA took is somewhere in the terms of a curve without features."""
+    planes, count = ((1.0,) * 5, (2.0,) * 5), 33 if form == EARLIER_CURVE else FIT_TERMS
+    for model_form in (form, "two planes"):
+        curve = LearntCurve((3.0,) * count, (0, 0), (1, 0, 0), (), form)
+        fit = CostModel(9, model_form, planes, 4096, 0.01, 0.02, 0.99, curve)
+        writer.append(make_snapshot(run_id=f"earlier, {model_form}", cost_models=(fit,))).result(10)
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    assert catch_up(url) == 0
+    assert LedgerReader(url).earlier_fit(snapshot(1)) is None

@@ -72,6 +72,18 @@ def test_a_snapshot_of_an_earlier_version_is_read_with_what_it_says_of_its_model
     assert known.curve is known.charge_errors is None
 
 
+def test_a_curve_of_a_version_before_features_is_read_as_one_without_them():
+    plain = msgspec.msgpack.decode(write_entry(make_snapshot(cost_models=(COST_MODEL,)))[1:])
+    curve = plain["cost_models"][0]["curve"]
+    assert curve.pop("form") == "curve with features"
+    curve["coefficients"] = [1.0] * 33
+    read = read_entry(bytes([4]) + msgspec.msgpack.encode(plain))
+    assert isinstance(read, Snapshot)
+    (known,) = read.cost_models
+    assert known.curve.form == "curve"
+    assert known.curve.coefficients == (1.0,) * 33
+
+
 def test_all_is_read_in_order_over_several_segments(folder):
     place = made(folder, 300)
     assert len(segment_indexes(place)) > 3

@@ -10,11 +10,15 @@ from typer.testing import CliRunner
 from tests.support.builders import ENGINE, ENGINE_STATE, HOUR, make_bill, make_part, make_snapshot
 from tests.support.ledger_writer import LedgerWriter
 from vllm_cost_meter.attribution.cost_model import (
+    CURVE,
     DECODE_COMPUTE,
+    EARLIER_CURVE,
     EXPERTS,
     FIT_TERMS,
     FIXED,
+    LORA,
     PAIRS,
+    RAMPS,
     SEQUENCE,
     SLOPES,
 )
@@ -25,6 +29,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Price
+from vllm_cost_meter.records.snapshot import CostModel
 
 USD = Decimal("2.5")
 # In GPU-ns: a step, a request, a token, a pair of query and key, a token of a decode's context.
@@ -58,8 +63,15 @@ def own_ns(tokens: int, end: int) -> float:
     return SEQUENCE_NS + TOKEN_NS * tokens + attention
 
 
+def as_earlier(model: CostModel) -> CostModel:
+    """Return a model as a version wrote it whose curve had no features."""
+    coefficients = (*model.curve.coefficients[:LORA], *model.curve.coefficients[SLOPES:])
+    curve = replace(model.curve, coefficients=coefficients, form=EARLIER_CURVE)
+    return replace(model, form=EARLIER_CURVE, curve=curve)
+
+
 @pytest.fixture
-def ledger(tmp_path):
+def ledger(tmp_path, request):
     """Return the URL of a ledger with two requests that shared steps as the model predicts."""
     now_ns = 10**12
     unix_ns = 1_800_000_000 * 10**9
@@ -91,6 +103,8 @@ def ledger(tmp_path):
     writer.start()
     snapshot = books.snapshot(now_ns, unix_ns + 10**9, 0, ENGINE_STATE)
     models = tuple(replace(model, charge_errors=ERRORS) for model in snapshot.cost_models)
+    if getattr(request, "param", CURVE) == EARLIER_CURVE:
+        models = tuple(as_earlier(model) for model in models)
     writer.commit(*parts, replace(snapshot, cost_models=models)).result(10)
     writer.close()
     return url
@@ -129,11 +143,16 @@ def test_a_bill_says_how_far_it_may_be_off_by_the_time_of_its_phases(explain, na
 
 
 @pytest.mark.parametrize("name", ["alice-1", "bob-1"])
-def test_a_bill_is_recomputed_by_hand_from_the_method_and_the_coefficients(explain, name):
+@pytest.mark.parametrize(
+    ("ledger", "form"), [(CURVE, CURVE), (EARLIER_CURVE, EARLIER_CURVE)], indirect=["ledger"]
+)
+def test_a_bill_is_recomputed_by_hand_from_the_method_and_the_coefficients(explain, name, form):
     (part,) = explain(name).json()["parts"]
     (model,) = part["cost_models"]
-    assert (part["method"], model["form"]) == ("shapley", "curve")
+    assert (part["method"], model["form"], model["curve"]["form"]) == ("shapley", form, form)
     per, token_ns = model["curve"]["terms"], model["curve"]["token_ns"]
+    assert ("lora_ns" in per) == (form == CURVE)
+    assert list(token_ns) == [str(begin) for begin in RAMPS]
     assert set(token_ns.values()) == {TOKEN_NS}, "a token costs the same whatever the batch"
     assert per["read_ns"] == 0, "so attention is its arithmetic, which adds up"
     mine = [(len(step), *step[name]) for step in STEPS if name in step]
@@ -167,7 +186,7 @@ def test_the_command_says_it_in_sentences(ledger):
         "x 2.5 USD per GPU-hour (gpu, the invoice (recorded when the run began)) = 0.000023266 USD"
     )
     assert invoice in told.output
-    assert "cost model 1: curve, what it began with" in told.output
+    assert "cost model 1: curve with features, what it began with" in told.output
     assert "off by 0.0%" not in told.output
 
 

@@ -17,7 +17,8 @@ from vllm_cost_meter.attribution.cost_model import (
     ServedModel,
 )
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN
-from vllm_cost_meter.engine.books import EngineBooks, RequestFacts, saved_ns
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
+from vllm_cost_meter.engine.model_facts import saved_ns
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS
 
 HOUR = 500_000

@@ -56,6 +56,18 @@ def test_what_was_written_is_read(path):
     )
 
 
+def test_features_are_written_where_a_part_has_any_and_read_again(path):
+    parts = [LoggedPart("a", 1, 8, 4), LoggedPart("b", 30, 0, 40, True, False, 20)]
+    writer = writer_of(path)
+    writer.write([part[:4] for part in parts], 5, 1, [(1, True, False, 20)])
+    writer.write([part[:4] for part in parts[:1]], 5, 2)
+    writer.close()
+    assert list(read_steps(path)) == [LoggedStep(1, 5, parts), LoggedStep(2, 5, parts[:1])]
+    with_features, without = path.read_text().splitlines()[1:]
+    assert json.loads(with_features)["features"] == [[1, True, False, 20]]
+    assert "features" not in json.loads(without), "as an earlier meter wrote it"
+
+
 def test_an_id_is_written_once_in_a_file(path):
     written(path, [step(number) for number in range(50)])
     assert path.read_text().count("request-1") == 1

@@ -9,7 +9,7 @@ from vllm_cost_meter.attribution import METHODS
 from vllm_cost_meter.engine.step_log import MAX_BYTES_LEAST, LoggedPart, LoggedStep, StepLogWriter
 from vllm_cost_meter.errors import StepLogError
 from vllm_cost_meter.lab.validation.compare import MeterSplitter
-from vllm_cost_meter.lab.validation.replay import LISTED_MAX, _Driver, replay
+from vllm_cost_meter.lab.validation.replay import LISTED_MAX, _Driver, read_log, replay
 
 
 @pytest.fixture
@@ -65,6 +65,26 @@ def test_a_replay_charges_what_the_meter_charged(path, method):
             charged[f"request-{number}"] = charged.get(f"request-{number}", 0) + int(share)
     for request_id, by_method in replay(simulated(path)).requests.items():
         assert by_method[method] == charged[request_id]
+
+
+def test_features_of_a_log_are_replayed(path):
+    """Steps are longer where a request with LoRA is in them, by more than the same one adds."""
+    charged = []
+    for has_lora in (False, True):
+        steps = []
+        for number in range(600):
+            plain, lora = LoggedPart("plain", 1, number + 8, 4), ("lora", 1, number // 2 + 8, 4)
+            both = [plain, LoggedPart(*lora, has_lora, False, 0)]
+            steps.append((9_000_000, both) if number % 2 else (6_000_000, [plain]))
+        writer = StepLogWriter(path, model="tiny", vllm_version="0.32.0", run_id="run", gpus=1)
+        for number, (gpu_time_ns, parts) in enumerate(steps):
+            features = [(1, True, False, 0)] if has_lora and len(parts) == 2 else []
+            writer.write([part[:4] for part in parts], gpu_time_ns, number, features)
+        writer.close()
+        assert [step.parts for step in read_log(path)] == [parts for _, parts in steps]
+        charged.append(replay(path).requests["lora"]["shapley"])
+        path.unlink()
+    assert charged[0] != charged[1]
 
 
 def test_methods_are_compared_with_each_other(path):

@@ -8,6 +8,9 @@ import pytest
 
 from tests.unit.lab.test_truth import machine_of
 from vllm_cost_meter.lab.validation import traffic
+from vllm_cost_meter.lab.validation.kernel_machine import KernelMachine
+from vllm_cost_meter.lab.validation.roofline import GPUS
+from vllm_cost_meter.lab.validation.scenarios import DENSE
 from vllm_cost_meter.lab.validation.traffic import (
     ACCEPTED,
     TENANTS,
@@ -36,6 +39,46 @@ def lives(trace: Trace) -> dict[int, list[tuple[int, int, int]]]:
         ):
             found.setdefault(request, []).append((number, position, tokens))
     return found
+
+
+def test_tenants_with_features_have_them_in_the_steps_where_they_count():
+    tenants = (
+        SimulatedTenant("adapter", 3_000, 16, 0.4, adapter=2),
+        SimulatedTenant("grammar", 3_000, 16, 0.3, has_grammar=True),
+        SimulatedTenant("images", 100, 16, 0.3, image_tokens=3_000),
+    )
+    machine = KernelMachine(GPUS["h100"], DENSE)
+    trace = make_trace(machine, Load(4, tenants, draft_tokens=3), 300, 1)
+    seen = np.zeros(3, dtype=int)
+    for step in trace.steps:
+        features = step.features
+        assert features is not None
+        for place, request in enumerate(step.requests):
+            name = trace.tenant_of(request).name
+            position, tokens = int(step.positions[place]), int(step.tokens[place])
+            samples = position + tokens >= trace.prompt_tokens[request]
+            rows = 1 if step.is_prefill[place] else tokens
+            expected = (
+                2 if name == "adapter" else 0,
+                rows if name == "grammar" and samples else 0,
+                trace.image_tokens[request] if name == "images" and position == 0 else 0,
+            )
+            found = (
+                features.adapters[place],
+                features.grammar_rows[place],
+                features.encoded[place],
+            )
+            assert found == expected
+            seen += np.array(expected) > 0
+    assert (seen > 3).all()
+    assert all(
+        image < prompt
+        for image, prompt in zip(trace.image_tokens, trace.prompt_tokens, strict=True)
+    )
+
+
+def test_tenants_without_features_leave_a_trace_without_them():
+    assert all(step.features is None for step in trace_of().steps)
 
 
 def test_the_mean_batch_is_what_was_asked_for():

@@ -82,10 +82,20 @@ class MeterSplitter:
 
     def _settle(self, step: TraceStep) -> None:
         for number in step.started:
-            self._meter.open(self._ids[number], self._trace.prompt_tokens[number])
+            tenant = self._trace.tenant_of(number)
+            self._meter.open(
+                self._ids[number],
+                self._trace.prompt_tokens[number],
+                tenant.adapter > 0,
+                tenant.has_grammar,
+            )
             self._meter.position(self._ids[number], self._trace.first_positions[number], False)
         ids = [self._ids[number] for number in step.requests]
-        begun = self._meter.begin(dict(zip(ids, step.tokens.tolist(), strict=True)), 0)
+        encoded = {}
+        if step.features is not None:
+            encoded = dict(zip(ids, step.features.encoded.tolist(), strict=True))
+        tokens = dict(zip(ids, step.tokens.tolist(), strict=True))
+        begun = self._meter.begin(tokens, 0, None, encoded)
         errors = self._meter.model().charge_errors
         self._claimed = np.array(
             [

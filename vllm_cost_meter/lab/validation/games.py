@@ -3,6 +3,7 @@
 Invariant: types only; nothing here computes.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,19 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What some requests of a step need beside the model; arrays have the shape (n,).
+
+    `adapters` are numbers from 1 on, 0 for none. `grammar_rows` are rows that are sampled by a
+    grammar in this step. `encoded` are the tokens of an image that the encoder computes in it.
+    """
+
+    adapters: Ints
+    grammar_rows: Ints
+    encoded: Ints
 
 
 class SimulatedGame(Protocol):
@@ -39,7 +53,9 @@ class SimulatedGame(Protocol):
 class Simulated(Protocol):
     """A machine that runs a model."""
 
-    def game(self, tokens: Ints, positions: Ints, is_prefill: Flags) -> SimulatedGame:
+    def game(
+        self, tokens: Ints, positions: Ints, is_prefill: Flags, features: Features | None = None
+    ) -> SimulatedGame:
         """Return a step's game. Arguments have the shape (n,), n at least 1.
 
         `positions` are the requests' places in their contexts where the step starts. More than one

@@ -1,6 +1,7 @@
 """A GPU that runs a model kernel by kernel, and its steps as cooperative games: the second truth.
 
     step = start + tables of tokens, logits and sequences + attention + what any prefill adds
+           + kernels that only some requests need (`feature_kernels.py`)
 
 Kernels depend on the batch in three ways. Matrix products, experts, norms and exchanges between
 GPUs depend on the number of tokens alone, which a captured graph pads; the vocabulary's product and
@@ -11,11 +12,19 @@ own. Nothing here has the form that the meter fits.
 Invariant: a coalition's value depends only on its members, and nobody takes no time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_cost_meter.lab.validation.games import Flags, Floats, Ints
+from vllm_cost_meter.lab.validation.feature_kernels import (
+    Encoder,
+    FeatureGame,
+    adapter_games,
+    encoder_games,
+    grammar_games,
+)
+from vllm_cost_meter.lab.validation.games import Features, Flags, Floats, Ints
 from vllm_cost_meter.lab.validation.kernel_truth import overlap_shares, total_shares
 from vllm_cost_meter.lab.validation.kernels import (
     BYTES_PER_NUMBER,
@@ -49,7 +58,8 @@ class Architecture(ModelShape):
     compute every token. `routing_exponent` is that of experts' popularity. `draft_tokens` are
     proposed for each decode by a model of `draft_layers` layers, one after another. `gpus` share
     each layer (tensor parallelism). With `separate_prefills` attention runs one kernel for decodes
-    and then one for prefills; else one kernel has both, and their work overlaps.
+    and then one for prefills; else one kernel has both, and their work overlaps. Adapters of the
+    rank `adapter_rank` are on all products of a dense layer. `encoder` is that of images.
     """
 
     shared_experts: int = 0
@@ -62,6 +72,8 @@ class Architecture(ModelShape):
     draft_layers: int = 1
     gpus: int = 1
     separate_prefills: bool = False
+    adapter_rank: int = 16
+    encoder: Encoder | None = None
 
     @property
     def kv_numbers(self) -> int:
@@ -69,6 +81,18 @@ class Architecture(ModelShape):
         if self.latent:
             return self.latent + self.latent_rope
         return 2 * max(1, self.kv_heads // self.gpus) * self.head_dim
+
+    @property
+    def products(self) -> list[tuple[int, int]]:
+        """The products of a dense layer: columns and depth, on each GPU."""
+        heads = self.heads // self.gpus * self.head_dim
+        inner = self.intermediate // self.gpus
+        return [
+            (heads + self.kv_numbers, self.hidden),
+            (self.hidden, heads),
+            (2 * inner, self.hidden),
+            (self.hidden, inner),
+        ]
 
     @property
     def heads_per_key(self) -> int:
@@ -144,7 +168,9 @@ class KernelMachine:
         sampling = streaming_s(self.chip, 3.0 * rows * vocab * 4, kernels=3)
         return matmul_s(self.chip, rows, vocab, self.shape.hidden) + sampling
 
-    def game(self, tokens: Ints, positions: Ints, is_prefill: Flags) -> "KernelGame":
+    def game(
+        self, tokens: Ints, positions: Ints, is_prefill: Flags, features: Features | None = None
+    ) -> "KernelGame":
         """Return a step's game; arguments have the shape (n,), n at least 1."""
         shape = self.shape
         layers = [(shape.layers - shape.windowed_layers, 0), (shape.windowed_layers, shape.window)]
@@ -154,7 +180,19 @@ class KernelMachine:
             if count
             for part in self._attention(tokens, positions, is_prefill, window)
         ]
-        return KernelGame(self, tokens, is_prefill, attention)
+        others = [] if features is None else self._features(tokens, features)
+        return KernelGame(self, tokens, is_prefill, attention, others)
+
+    def _features(self, tokens: Ints, features: Features) -> list[FeatureGame]:
+        """Return the games of the kernels that only some requests need."""
+        shape, chip = self.shape, self.chip
+        found = grammar_games(chip, shape.vocab // shape.gpus, features.grammar_rows)
+        found += adapter_games(
+            chip, shape.products, shape.layers, shape.adapter_rank, tokens, features
+        )
+        if shape.encoder is not None:
+            found += encoder_games(chip, shape.encoder, features)
+        return found
 
     def _attention(
         self, tokens: Ints, positions: Ints, is_prefill: Flags, window: int
@@ -228,7 +266,12 @@ class KernelGame:
     """A step as a cooperative game. `tokens`, `logits` and `is_prefill` have the shape (n,)."""
 
     def __init__(
-        self, machine: KernelMachine, tokens: Ints, is_prefill: Flags, attention: list[Attention]
+        self,
+        machine: KernelMachine,
+        tokens: Ints,
+        is_prefill: Flags,
+        attention: list[Attention],
+        others: Sequence[FeatureGame] = (),
     ) -> None:
         self.machine = machine
         self.tokens = tokens
@@ -236,6 +279,7 @@ class KernelGame:
         # A prefill needs the logits of its last token, a decode those of all its drafts.
         self.logits = np.where(is_prefill, 1, tokens)
         self.attention = attention
+        self.others = others
         self.total_s = float(self.value(np.ones((1, len(tokens))))[0])
 
     def __len__(self) -> int:
@@ -251,6 +295,8 @@ class KernelGame:
         found += machine.prefill_s * (members @ self.is_prefill > 0)
         for kernel in self.attention:
             found += kernel.value(members)
+        for game in self.others:
+            found += game.value(members)
         return found
 
     def shapley(self, permutations: int, rng: np.random.Generator) -> Floats:
@@ -269,6 +315,8 @@ class KernelGame:
             shares += overlap_shares(
                 kernel.arithmetic_s, kernel.memory_s, kernel.longest_s, permutations, rng
             )
+        for game in self.others:
+            shares += game.shares()
         return shares
 
     def marginal_s(self) -> Floats:

@@ -117,7 +117,9 @@ class _Driver:
     def settle(self, step: LoggedStep) -> None:
         for part in step.parts:
             self._place(part)
-        begun = self._meter.begin({part.request_id: part.tokens for part in step.parts}, 0)
+        encoded = {part.request_id: part.encoder_tokens for part in step.parts}
+        tokens = {part.request_id: part.tokens for part in step.parts}
+        begun = self._meter.begin(tokens, 0, None, encoded)
         self._meter.settle(begun, step.gpu_time_ns)
 
     def totals(self) -> dict[str, int]:
@@ -133,7 +135,7 @@ class _Driver:
             self._close(part.request_id)
             known = None
         if known is None:
-            self._meter.open(part.request_id, part.prompt_tokens)
+            self._meter.open(part.request_id, part.prompt_tokens, part.has_lora, part.is_guided)
             self._meter.position(part.request_id, part.position, False)
         elif part.position <= known[1]:
             # Rejected drafts take back some tokens of a step; only a preemption takes back all.

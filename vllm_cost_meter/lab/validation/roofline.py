@@ -3,7 +3,7 @@
     time = launch + max(FLOPs / (peak x 0.6), bytes / (bandwidth x 0.85))
 
 The roofline model is from Williams, Waterman and Patterson, "Roofline: an insightful visual
-performance model", CACM 52(4), 2009. FLOPs and bytes are linear in the batch's sums (`FEATURES`).
+performance model", CACM 52(4), 2009. FLOPs and bytes are linear in the batch's sums (`SUMS`).
 The exception is a mixture of experts: a step reads only the experts that its tokens chose. Units
 are seconds, FLOPs and bytes, as float64; `n` is the size of a batch.
 
@@ -23,12 +23,12 @@ from vllm_cost_meter.attribution.priors import (
     Prior,
     prior_of_counts,
 )
-from vllm_cost_meter.lab.validation.games import Flags, Floats, Ints
+from vllm_cost_meter.lab.validation.games import Features, Flags, Floats, Ints
 from vllm_cost_meter.lab.validation.truth import StepGame
 
 # A batch's work is linear in these sums: computed tokens, requests, tokens x context, and context.
 # A request's context is counted at the end of the step, as in vLLM's ModelMetrics.
-FEATURES = ("tokens", "sequences", "token_context", "context")
+SUMS = ("tokens", "sequences", "token_context", "context")
 
 # Dense matrix products and streaming reads reach these shares of the published peaks in practice.
 COMPUTE_EFFICIENCY = 0.6
@@ -120,7 +120,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class StepWork:
-    """FLOPs and bytes for a step of one model: a fixed part, and a part per unit of `FEATURES`.
+    """FLOPs and bytes for a step of one model: a fixed part, and a part per unit of `SUMS`.
 
     `expert_bytes` are one expert's weights in all layers. A step reads them if any of its tokens
     chose that expert; they are 0 in a dense model. `kv_bytes` is one token's size in the KV cache.
@@ -156,16 +156,16 @@ class StepWork:
 
     def totals(self, tokens: Ints, positions: Ints) -> tuple[float, float]:
         """Return a batch's FLOPs and bytes; both arguments have the shape (n,)."""
-        sums = features(tokens, positions).sum(axis=0)
+        sums = sums_of(tokens, positions).sum(axis=0)
         flops = self.flops_fixed + float(sums @ self.flops)
         experts = float(self.distinct_experts(sums[0]))
         moved = self.bytes_fixed + float(sums @ self.bytes_moved) + experts * self.expert_bytes
         return flops, moved
 
 
-def features(tokens: Ints, positions: Ints) -> Floats:
-    """Return each request's part in the sums of FEATURES; shape (n, 4)."""
-    result = np.empty((len(tokens), len(FEATURES)))
+def sums_of(tokens: Ints, positions: Ints) -> Floats:
+    """Return each request's part in the sums of SUMS; shape (n, 4)."""
+    result = np.empty((len(tokens), len(SUMS)))
     context = positions + tokens
     result[:, 0] = tokens
     result[:, 1] = 1
@@ -213,10 +213,18 @@ class Machine:
         """Return the seconds to read the experts that so many tokens choose; shape as `tokens`."""
         return self.expert_s * self.work.distinct_experts(tokens)
 
-    def game(self, tokens: Ints, positions: Ints, is_prefill: Flags | None = None) -> StepGame:
+    def game(
+        self,
+        tokens: Ints,
+        positions: Ints,
+        is_prefill: Flags | None = None,
+        features: Features | None = None,
+    ) -> StepGame:
         """Return a step's game; arguments have the shape (n,), n at least 1.
 
-        Whether a token is of a prefill makes no difference here.
+        Whether a token is of a prefill makes no difference here, and nothing has features.
         """
-        parts = features(tokens, positions)
+        if features is not None:
+            raise ValueError(f"a roofline knows no features, got {features!r}")
+        parts = sums_of(tokens, positions)
         return StepGame(self, parts @ self._compute_s, parts @ self._memory_s, parts[:, 0])

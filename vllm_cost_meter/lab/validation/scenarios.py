@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from vllm_cost_meter.attribution.cost_model import RAMPS, READ, SLOPES, Plane
 from vllm_cost_meter.attribution.priors import Prior, curve_of_earlier, prior_without_counts
+from vllm_cost_meter.lab.validation.feature_kernels import Encoder
 from vllm_cost_meter.lab.validation.kernel_machine import Architecture, KernelMachine
 from vllm_cost_meter.lab.validation.roofline import GPUS
 from vllm_cost_meter.lab.validation.traffic import (
@@ -44,6 +45,10 @@ LATENT = Architecture(
     latent_rope=64,
     separate_prefills=True,
 )
+# Qwen/Qwen2-VL-7B-Instruct
+VISION = Architecture(
+    *("qwen2-vl-7b", 28, 3584, 28, 4, 128, 18_944, 152_064), encoder=Encoder(32, 1280, 16, 5120)
+)
 DRAFTS = replace(DENSE, name="llama-3.1-8b with 3 drafts", draft_tokens=3)
 CHAT_AND_EMBEDDINGS = (
     SimulatedTenant("chat", 512, 256, 0.25),
@@ -52,6 +57,10 @@ CHAT_AND_EMBEDDINGS = (
 # One shape for long; then somebody comes with long prompts.
 ONE_SHAPE = SimulatedTenant("chat", 512, 256, 0.95)
 NEWCOMER = SimulatedTenant("newcomer", 8_192, 256, 0.05)
+# Each beside the seven.
+WITH_ADAPTER = SimulatedTenant("adapter", 512, 256, 0.06, adapter=1)
+WITH_IMAGES = SimulatedTenant("images", 256, 128, 0.10, image_tokens=1_024)
+WITH_GRAMMAR = SimulatedTenant("grammar", 512, 128, 0.10, has_grammar=True)
 # Steps that the meter learns from before it is judged, and steps in which it is.
 LEARNT, WITHOUT_PRIOR_LEARNT, JUDGED = 2_000, 4_000, 4_000
 # What it may take to get over a change, and for how long it is judged then.
@@ -85,6 +94,13 @@ class Scenario:
 
 def _usual(batch: int, draft_tokens: int = 0) -> Load:
     return Load(batch, SEVEN_TENANTS, draft_tokens)
+
+
+def _beside(tenant: SimulatedTenant) -> Load:
+    """Return a load with this tenant beside the seven, which share the rest of the requests."""
+    rest = 1 - tenant.requests_share
+    others = (replace(one, requests_share=one.requests_share * rest) for one in SEVEN_TENANTS)
+    return Load(64, (*others, tenant))
 
 
 def _nothing(production: Prior) -> Prior:
@@ -138,6 +154,10 @@ SCENARIOS = {
         Scenario("dense-64-separate-prefills", replace(DENSE, separate_prefills=True), _usual(64)),
         Scenario("windows-64", WINDOWED, _usual(64)),
         Scenario("drafts-64", DRAFTS, _usual(64, draft_tokens=3)),
+        Scenario("lora-64", DENSE, _beside(replace(WITH_ADAPTER, first_step=1_000))),
+        Scenario("lora-64-always", DENSE, _beside(WITH_ADAPTER)),
+        Scenario("vision-64", VISION, _beside(WITH_IMAGES)),
+        Scenario("guided-64", DENSE, _beside(WITH_GRAMMAR)),
         Scenario("experts-8", EXPERTS, _usual(8)),
         Scenario("experts-64", EXPERTS, _usual(64)),
         Scenario("experts-400", EXPERTS, _usual(400)),

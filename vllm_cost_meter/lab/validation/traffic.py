@@ -23,13 +23,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_cost_meter.lab.validation.games import Flags, Ints, Simulated, SimulatedGame
+from vllm_cost_meter.lab.validation.games import Features, Flags, Ints, Simulated, SimulatedGame
 
 TOKEN_BUDGET = 2_048
 # vLLM's default for large GPUs. Simulated batches stay far below, unless the server is overloaded.
 SEQUENCES_MAX = 1_024
 PROMPT_SIGMA = 0.3
 OUTPUT_SIGMA = 0.5
+IMAGE_SIGMA = 0.3
 TOKENS_LEAST = 8
 # The standard deviation of a step's log time around the roofline.
 NOISE_SIGMA = 0.02
@@ -44,7 +45,9 @@ class SimulatedTenant:
     """A tenant's mean prompt and output tokens, and its share of all requests.
 
     One output token is none: the prompt's last chunk makes it, as an embedding. The tenant's first
-    request comes in the step `first_step`.
+    request comes in the step `first_step`. Its requests have the `adapter` of this number (0: none)
+    and are sampled by a grammar if `has_grammar`. They begin with an image of `image_tokens` on
+    average.
     """
 
     name: str
@@ -52,6 +55,9 @@ class SimulatedTenant:
     output_tokens: int
     requests_share: float
     first_step: int = 0
+    adapter: int = 0
+    has_grammar: bool = False
+    image_tokens: int = 0
 
 
 TENANTS = (
@@ -89,6 +95,7 @@ class TraceStep:
     gpu_time_ns: int
     started: list[int]
     ended: list[int]
+    features: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,8 @@ class Load:
 class Trace:
     """A trace's steps and requests, which are counted from 0, and the machine that ran them.
 
-    `tenants` (places in the load's), `prompt_tokens` and `first_positions` have an entry for each
-    request. `requests_per_s` is the arrival rate.
+    `tenants` (places in the load's), `prompt_tokens`, `image_tokens` and `first_positions` have an
+    entry for each request. `requests_per_s` is the arrival rate.
     """
 
     machine: Simulated
@@ -138,6 +145,7 @@ class Trace:
     steps: list[TraceStep] = field(default_factory=list)
     tenants: list[int] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
+    image_tokens: list[int] = field(default_factory=list)
     first_positions: list[int] = field(default_factory=list)
     requests_per_s: float = 0.0
 
@@ -149,7 +157,12 @@ class Trace:
     def game(self, number: int) -> SimulatedGame:
         """Return the game of the step with this number."""
         step = self.steps[number]
-        return self.machine_at(number).game(step.tokens, step.positions, step.is_prefill)
+        machine = self.machine_at(number)
+        return machine.game(step.tokens, step.positions, step.is_prefill, step.features)
+
+    def tenant_of(self, request: int) -> SimulatedTenant:
+        """Return the tenant that sent a request."""
+        return self.load.tenants[self.tenants[request]]
 
     @property
     def mean_batch(self) -> float:
@@ -201,6 +214,9 @@ class _Server:
     ) -> None:
         self.trace = Trace(machine, load, requests_per_s=requests_per_s)
         self._load = load
+        self._has_features = any(
+            tenant.adapter or tenant.has_grammar or tenant.image_tokens for tenant in load.tenants
+        )
         self._step_s = step_s
         # Four streams let another rate meet the same requests and the same noise.
         self._lengths, self._arrivals, self._noise, self._drafts = (
@@ -237,7 +253,8 @@ class _Server:
         tokens[decodes:] = [count for _, _, count in chunks]
         is_prefill = np.arange(len(requests)) >= decodes
         machine = self.trace.machine_at(len(self.trace.steps))
-        true_s = machine.game(tokens, positions, is_prefill).total_s
+        features = self._features_of(requests, chunks)
+        true_s = machine.game(tokens, positions, is_prefill, features).total_s
         measured_s = true_s * math.exp(NOISE_SIGMA * self._noise.standard_normal())
         self._now_s += self._step_s or measured_s
         rejected = np.zeros(len(requests), dtype=np.int64)
@@ -248,10 +265,36 @@ class _Server:
         gpu_time_ns = round(measured_s * 1e9)
         self.trace.steps.append(
             TraceStep(
-                requests, tokens, positions, is_prefill, rejected, gpu_time_ns, self._started, ended
+                requests,
+                tokens,
+                positions,
+                is_prefill,
+                rejected,
+                gpu_time_ns,
+                self._started,
+                ended,
+                features,
             )
         )
         self._started = []
+
+    def _features_of(
+        self, requests: list[int], chunks: list[tuple[int, int, int]]
+    ) -> Features | None:
+        """Return what the requests of a step need beside the model; None if no tenant has any."""
+        if not self._has_features:
+            return None
+        trace = self.trace
+        tenants = [trace.tenant_of(request) for request in requests]
+        rows = np.array([int(tenant.has_grammar) for tenant in tenants])
+        rows[: len(self._decoding)] *= 1 + self._load.draft_tokens
+        encoded = np.zeros(len(requests), dtype=np.int64)
+        for place, (request, start, count) in enumerate(chunks, start=len(self._decoding)):
+            if start + count < trace.prompt_tokens[request]:
+                rows[place] = 0  # It samples nothing yet.
+            if start == 0:
+                encoded[place] = trace.image_tokens[request]
+        return Features(np.array([tenant.adapter for tenant in tenants]), rows, encoded)
 
     def _schedule_chunks(self) -> list[tuple[int, int, int]]:
         """Return (request, start, tokens) for each prompt in this step."""
@@ -312,6 +355,8 @@ class _Server:
         """Add a request of a tenant; return its number."""
         tenant = self._load.tenants[place]
         prompt = self._length(tenant.prompt_tokens, PROMPT_SIGMA)
+        image = self._length(tenant.image_tokens, IMAGE_SIGMA) if tenant.image_tokens else 0
+        prompt += image
         # A log-normal length that is met at a random instant is log-normal with mu + sigma^2.
         bias = math.exp(OUTPUT_SIGMA**2) if size_biased else 1.0
         output = 1
@@ -320,6 +365,7 @@ class _Server:
         trace = self.trace
         trace.tenants.append(place)
         trace.prompt_tokens.append(prompt)
+        trace.image_tokens.append(image)
         trace.first_positions.append(0)
         # The prompt's last chunk makes the first token, so the last token needs no step.
         self._ends.append(prompt + output - 1)

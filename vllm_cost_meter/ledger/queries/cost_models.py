@@ -12,10 +12,10 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.attribution.cost_model import (
     CHARGE_KIND_NAMES,
-    EXPERTS,
+    CURVE,
+    EARLIER_CURVE,
     FIT_TERMS,
     RAMPS,
-    SLOPES,
 )
 from vllm_cost_meter.ledger.queries.answers import CostModelRow
 from vllm_cost_meter.ledger.schema import cost_models, runs, snapshots
@@ -24,10 +24,19 @@ from vllm_cost_meter.reports.request_answers import ShownCurve
 
 PLANES = ("compute", "memory", "one")
 TERM_NAMES = ("fixed_ns", "token_ns", "sequence_ns", "product_ns", "context_ns")
-CURVE_NAMES = (
+_WITHOUT_FEATURES = (
     *("fixed_ns", "prefill_ns", "sequence_ns", "pair_ns", "prefill_compute_ns"),
     *("decode_compute_ns", "read_ns"),
 )
+# The own terms of a curve, by its form. After them come the slopes, then one expert's reading.
+CURVE_NAMES = {
+    EARLIER_CURVE: _WITHOUT_FEATURES,
+    CURVE: (
+        *_WITHOUT_FEATURES,
+        *("lora_ns", "lora_token_ns", "guided_ns", "guided_row_ns"),
+        *("encoder_ns", "encoder_token_ns"),
+    ),
+}
 # A fit of so many steps is better than a prior from counts of FLOPs and bytes.
 STEPS_MIN = 512
 
@@ -54,7 +63,11 @@ def models(connection: Connection, run_id: str | None) -> list[CostModelRow]:
 def earlier_fit(
     connection: Connection, run_id: str, model: str, hardware: str, parallelism: str
 ) -> EarlierFit | None:
-    """Return the last fit of another run with the same model, hardware and parallelism."""
+    """Return the last fit of another run with the same model, hardware and parallelism.
+
+    None if its curve has another form: what features took is in the other terms of a curve without
+    them, and nobody knows how much.
+    """
     m, r = cost_models.c, runs.c
     query = (
         select(cost_models)
@@ -75,7 +88,7 @@ def earlier_fit(
     if found is None:
         return None
     fit = _model_of(found._asdict())
-    if fit.curve is None or len(fit.curve.coefficients) != FIT_TERMS:
+    if fit.curve is None or fit.curve.form != CURVE or len(fit.curve.coefficients) != FIT_TERMS:
         return None
     return EarlierFit(fit.planes, fit.curve.coefficients, fit.two_planes)
 
@@ -128,9 +141,11 @@ def _shown(row: Mapping[str, Any]) -> CostModelRow:
 def _shown_curve(curve: LearntCurve) -> ShownCurve:
     number, per_token = curve.experts
     whole, windowed, window = curve.layers
-    own, slopes = curve.coefficients[:SLOPES], curve.coefficients[SLOPES:EXPERTS]
+    names = CURVE_NAMES.get(curve.form, ())
+    slopes = curve.coefficients[len(names) : -1]
     return {
-        "terms": dict(zip(CURVE_NAMES, own, strict=False)),
+        "form": curve.form,
+        "terms": dict(zip(names, curve.coefficients, strict=False)),
         "token_ns": {str(begin): slope for begin, slope in zip(RAMPS, slopes, strict=False)},
         "expert_ns": curve.coefficients[-1],
         "experts": {"number": number, "per_token": per_token},
