@@ -24,14 +24,21 @@ from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from vllm_cost_meter.attribution import StepMeter
-from vllm_cost_meter.attribution.cost_model import PAIRS, Coefficients, Model, Planes, token_ns
+from vllm_cost_meter.attribution.cost_model import (
+    NO_ERROR,
+    SHAPLEY,
+    Coefficients,
+    Model,
+    PhaseErrors,
+    Planes,
+    saved_ns,
+)
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.records.engine import VICTIM, EngineIdentity
 from vllm_cost_meter.records.snapshot import (
-    TWO_PLANES,
     ClassTotals,
     CostModel,
     LearntCurve,
@@ -189,6 +196,7 @@ class EngineBooks:
         earlier.add(self._hour, self.meter.close(request_id, now_ns))
         if cached_tokens := facts["cached_tokens"]:
             earlier.note_saved(saved_ns(self.meter.model(), cached_tokens))
+        earlier.note_errors(self._errors_of(earlier.used, facts))
         self._last_seq += 1
         for piece in earlier.pieces:
             self._book_billed(piece.gpu_time_ns, piece.hour)
@@ -205,6 +213,16 @@ class EngineBooks:
             pieces=tuple(earlier.pieces),
             **facts,
         )
+
+    def _errors_of(self, used: Accrued, facts: RequestFacts) -> PhaseErrors | None:
+        """Return how far the charge of a request that ends may be off; None if it is unknown."""
+        if used.batch == used.steps:
+            return NO_ERROR
+        if self.engine.method != SHAPLEY:
+            return None
+        context = facts["prompt_tokens"] + facts["output_tokens"]
+        errors = PhaseErrors.of(self.meter.model().charge_errors, used.prefill_tokens, context)
+        return errors if errors.are_known(used.prefill_ns, used.decode_ns) else None
 
     def adopt(self, planes: Planes, coefficients: Coefficients, two_planes: bool) -> None:
         """Continue from the ledger's earlier fit, unless the model has learnt from steps by now."""
@@ -428,23 +446,6 @@ class EngineBooks:
             self._acknowledged_model = self._told_models.pop(number)
 
 
-def saved_ns(model: Model, cached_tokens: int) -> int:
-    """Estimate the GPU-ns that computing the cached start of a prompt would have taken.
-
-    The estimate uses what the cost model knows of prefill. It leaves out the fixed part and the
-    part per sequence, because the rest of the prompt paid for them. Token k meets k tokens of
-    context, or as many as the window has. With two planes a real chunk counts as if all its tokens
-    met the context of its last one, so the estimate is rather too low than too high.
-    """
-    products = cached_tokens * (cached_tokens + 1) / 2
-    if model.form == TWO_PLANES:
-        _fixed, per_token, _per_sequence, per_product, _per_context = model.planes[0]
-        return int(per_token * cached_tokens + per_product * products)
-    layers, beyond = model.served.layers, max(0, cached_tokens - model.served.layers.window)
-    pairs = layers.whole * products + layers.windowed * (products - beyond * (beyond + 1) / 2)
-    return int(token_ns(model.coefficients) * cached_tokens + model.coefficients[PAIRS] * pairs)
-
-
 def _recorded(model: Model) -> CostModel:
     """Return a published model as snapshots have it."""
     served = model.served
@@ -483,3 +484,11 @@ class _Earlier:
     def note_saved(self, saved_ns: int) -> None:
         """Note the GPU time that the prefix cache saved, in the latest hour."""
         self.pieces[-1] = self.pieces[-1]._replace(saved_estimate_ns=saved_ns)
+
+    def note_errors(self, errors: PhaseErrors | None) -> None:
+        """Note how much of each hour's time may belong to other requests, if that is known."""
+        if errors is not None:
+            self.pieces = [
+                piece._replace(charge_error_ns=errors.gpu_ns(piece.prefill_ns, piece.decode_ns))
+                for piece in self.pieces
+            ]

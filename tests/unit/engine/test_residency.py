@@ -15,9 +15,10 @@ from vllm_cost_meter.attribution.cost_model import (
     Layers,
     Model,
     ServedModel,
+    saved_ns,
 )
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN
-from vllm_cost_meter.engine.books import EngineBooks, RequestFacts, saved_ns
+from vllm_cost_meter.engine.books import EngineBooks, RequestFacts
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_MS
 
 HOUR = 500_000
