@@ -43,6 +43,7 @@ def records(run_id: str, number: int) -> tuple[EngineRequest, HttpRequest]:
                 marginal_ns=60_000_000,
                 kv_block_ms=5_600,
                 step_ns=900_000_000,
+                charge_error_ns=3_240_000,
             ),
         ),
     )

@@ -353,7 +353,8 @@ def test_a_ledger_of_the_version_before_is_packed_and_every_answer_stays(url: st
             f"INSERT INTO usage_pieces ({pieces}) SELECT {pieces} FROM requests"
             " WHERE hour IS NOT NULL"
         )
-        connection.exec_driver_sql("ALTER TABLE requests DROP COLUMN hour")
+        for column in ("hour", "charge_error_ns"):
+            connection.exec_driver_sql(f"ALTER TABLE requests DROP COLUMN {column}")
         connection.exec_driver_sql("UPDATE schema_version SET version = 13")
     engine.dispose()
     assert rows(url, types) != today

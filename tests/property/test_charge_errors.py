@@ -22,8 +22,8 @@ from vllm_cost_meter.attribution.cost_model import (
     FIXED,
     PREFILL_KINDS,
     SEQUENCE,
+    PhaseErrors,
     ServedModel,
-    charge_error,
     charge_kind,
 )
 from vllm_cost_meter.attribution.features_py import StepPart
@@ -84,12 +84,9 @@ class Server:
     def _end(self, name: str) -> None:
         position, _, prompt = self._alive.pop(name)
         used = self.meter.close(name, 0)
-        error = charge_error(
-            self.meter.model().charge_errors,
-            (used.prefill_ns, prompt),
-            (used.decode_ns, position),
-        )
-        charged = used.prefill_ns + used.decode_ns
+        errors = PhaseErrors.of(self.meter.model().charge_errors, prompt, position)
+        charged, phases = used.prefill_ns + used.decode_ns, (used.prefill_ns, used.decode_ns)
+        error = errors.gpu_ns(*phases) / charged if errors.are_known(*phases) else None
         self.bills.append((charged, self._true.pop(name), error))
 
 
@@ -161,9 +158,17 @@ def test_every_charge_has_one_kind_and_larger_work_a_later_one(tokens, context, 
     assert 0 <= kind < CHARGE_KINDS == len(CHARGE_KIND_NAMES)
 
 
-def test_the_error_of_a_bill_is_the_mean_of_its_phases_weighed_by_their_time():
+def test_the_error_of_a_bill_is_that_of_its_phases_by_their_time():
     errors = (1.0, 0.4, 0.2, 0.04, 0.1, 0.3, 1.0)
-    assert charge_error(errors, (300, 4000), (700, 5000)) == pytest.approx(0.3 * 0.04 + 0.7 * 0.3)
-    assert charge_error(errors, (300, 100), (0, 100)) == pytest.approx(0.4)
-    assert charge_error(errors, (300, 20), (700, 100)) is None
-    assert charge_error(errors, (0, 0), (0, 0)) is None
+    assert PhaseErrors.of(errors, 4000, 5000).gpu_ns(300, 700) == 300 * 0.04 + 700 * 0.3
+    assert PhaseErrors.of(errors, 100, 100).gpu_ns(300, 0) == 300 * 0.4
+    assert not PhaseErrors.of(errors, 20, 100).are_known(300, 700)
+    assert not PhaseErrors.of(errors, 100, 100_000).are_known(300, 700)
+    assert PhaseErrors.of(errors, 20, 100).are_known(0, 700)
+    assert PhaseErrors.of(errors, 100, 100_000).are_known(300, 0)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**62), st.integers(0, 2**62))
+def test_no_more_than_all_of_a_bill_may_be_misplaced(prefill, decode, prefill_ns, decode_ns):
+    misplaced_ns = PhaseErrors(prefill, decode).gpu_ns(prefill_ns, decode_ns)
+    assert 0 <= misplaced_ns <= prefill_ns + decode_ns

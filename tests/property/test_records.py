@@ -19,7 +19,7 @@ from vllm_cost_meter.units.time import rfc3339, unix_ns_of
 count = st.integers(0, 2**63 - 1)
 text = st.text(max_size=30)
 hours = st.integers(-1_000, 10**6)
-pieces = st.builds(UsagePiece, hours, *[count] * 14)
+pieces = st.builds(UsagePiece, hours, *[count] * 14, st.none() | count)
 bills = st.builds(
     Bill,
     run_id=text,

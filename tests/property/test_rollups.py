@@ -54,6 +54,8 @@ def bills(draw: st.DrawFn) -> list[EngineRequest]:
     for seq in range(1, draw(st.integers(0, 6)) + 1):
         spent = draw(st.dictionaries(hours, st.integers(0, 50), max_size=3))
         pieces = tuple(UsagePiece(hour, ns, 2 * ns, 3, 4) for hour, ns in sorted(spent.items()))
+        if draw(st.booleans()):  # The error of a bill is known in all of its hours or in none.
+            pieces = tuple(p._replace(charge_error_ns=p.prefill_ns // 3) for p in pieces)
         changes = {
             "owner": draw(owners),
             "model": draw(st.sampled_from([None, "m", "n"])),
@@ -111,11 +113,15 @@ def test_sums_are_those_of_the_rows_in_any_order_and_batches(parts, https, chanc
 
 def judge_by_hand(connection, parts, https) -> None:
     spent, days = Counter(), Counter()
+    known, errors = Counter(), Counter()
     first_hours: dict[tuple, int] = {}
     for one in parts:
         for piece in one.bill.pieces:
             spent[piece.hour] += piece.prefill_ns + piece.decode_ns
             days[piece.hour // 24] += piece.prefill_ns + piece.decode_ns
+            if piece.charge_error_ns is not None:
+                known[piece.hour] += piece.prefill_ns + piece.decode_ns
+                errors[piece.hour] += piece.charge_error_ns
             whose = (one.owner.tenant, one.owner.rule_text, one.owner.parent, one.owner.above_text)
             of_bill = (one.bill.run_id, *whose, one.model, one.lora, one.bill.engine_status)
             key = (piece.hour // 24, *of_bill)
@@ -126,7 +132,10 @@ def judge_by_hand(connection, parts, https) -> None:
         if any(one.http_request_id == reply.http_request_id for one in parts)
     )
     found, found_days, found_ended = Counter(), Counter(), Counter()
+    found_known, found_errors = Counter(), Counter()
     for row in connection.execute(select(rollup_hours)):
+        found_known[row.hour] += row.charge_known_ns
+        found_errors[row.hour] += row.charge_error_ns
         found[row.hour] += row.prefill_ns + row.decode_ns
         found_ended[row.hour] += row.requests
     in_group = rollup_groups.c.group_id == rollup_days.c.group_id
@@ -137,6 +146,7 @@ def judge_by_hand(connection, parts, https) -> None:
         key = (row.day, row.run_id, *whose, row.model, row.lora, row.engine_status)
         assert row.first_hour == first_hours.get(key)
     assert +found == +spent
+    assert (+found_known, +found_errors) == (+known, +errors)
     assert +found_days == +days
     assert +found_ended == +ended
     of_run: dict[str, list[EngineRequest]] = {}

@@ -91,6 +91,8 @@ def bills(draw: st.DrawFn, run: str) -> list[EngineRequest]:
     for seq in range(1, draw(st.integers(0, 7)) + 1):
         spent = draw(st.dictionaries(some_hour, st.integers(0, 50), max_size=3))
         pieces = tuple(UsagePiece(hour, ns, 2 * ns, 3, 4) for hour, ns in sorted(spent.items()))
+        if draw(st.booleans()):  # The error of a bill is known in all of its hours or in none.
+            pieces = tuple(p._replace(charge_error_ns=p.prefill_ns // 3) for p in pieces)
         ended = draw(some_hour)
         made = part(
             seq,

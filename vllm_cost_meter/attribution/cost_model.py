@@ -10,6 +10,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# The method that splits a step by a model.
+SHAPLEY = "shapley"
 # The forms of the model. Earlier versions had a curve without features (`EARLIER_CURVE`).
 TWO_PLANES, CURVE = "two planes", "curve with features"
 EARLIER_CURVE = "curve"
@@ -63,22 +65,36 @@ def charge_kind(tokens: int, context: int, is_prefill: bool) -> int:
     return len(PREFILL_KINDS) + 1 + bisect_left(DECODE_KINDS, context)
 
 
-def charge_error(
-    errors: Sequence[float], prefill: tuple[int, int], decode: tuple[int, int]
-) -> float | None:
-    """Return the part by which a bill may be off; None where that is unknown, or without GPU time.
+class PhaseErrors(NamedTuple):
+    """The parts by which a bill's prefill and its decode may be off; 1 where that is unknown."""
 
-    `errors` are those of the kinds of charges, `prefill` GPU-ns and computed tokens, `decode`
-    GPU-ns and the context at the end. Errors of prefill and decode are taken to add up.
-    """
-    parts = [
-        (ns, errors[charge_kind(size, size, is_prefill)])
-        for (ns, size), is_prefill in ((prefill, True), (decode, False))
-        if ns
-    ]
-    if not parts or any(error >= 1.0 for _, error in parts):
-        return None
-    return sum(ns * error for ns, error in parts) / sum(ns for ns, _ in parts)
+    prefill: float
+    decode: float
+
+    @classmethod
+    def of(cls, errors: Sequence[float], prefill_tokens: int, context: int) -> "PhaseErrors":
+        """Return those of a bill, by the `errors` of the kinds of charges.
+
+        All tokens of its prefill count as one chunk, and `context` is that of its last token.
+        """
+        prefill = charge_kind(prefill_tokens, prefill_tokens, True)
+        return cls(errors[prefill], errors[charge_kind(1, context, False)])
+
+    def are_known(self, prefill_ns: int, decode_ns: int) -> bool:
+        """Return whether the error is known of each phase that took time."""
+        return not (prefill_ns and self.prefill >= 1.0) and not (decode_ns and self.decode >= 1.0)
+
+    def gpu_ns(self, prefill_ns: int, decode_ns: int) -> int:
+        """Return how many GPU-ns of these may be misplaced: at most all of them.
+
+        Errors of prefill and decode are taken to add up.
+        """
+        misplaced = round(prefill_ns * self.prefill + decode_ns * self.decode)
+        return min(misplaced, prefill_ns + decode_ns)
+
+
+# Of a bill that had all its steps for itself: what was measured is its own.
+NO_ERROR = PhaseErrors(0.0, 0.0)
 
 
 class Experts(NamedTuple):

@@ -24,7 +24,13 @@ from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from vllm_cost_meter.attribution import StepMeter
-from vllm_cost_meter.attribution.cost_model import Coefficients, Planes
+from vllm_cost_meter.attribution.cost_model import (
+    NO_ERROR,
+    SHAPLEY,
+    Coefficients,
+    PhaseErrors,
+    Planes,
+)
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.engine.model_facts import recorded, saved_ns
 from vllm_cost_meter.engine.step_log import PartFeatures, PlainPart
@@ -194,6 +200,7 @@ class EngineBooks:
         earlier.add(self._hour, self.meter.close(request_id, now_ns))
         if cached_tokens := facts["cached_tokens"]:
             earlier.note_saved(saved_ns(self.meter.model(), cached_tokens))
+        earlier.note_errors(self._errors_of(earlier.used, facts))
         self._last_seq += 1
         for piece in earlier.pieces:
             self._book_billed(piece.gpu_time_ns, piece.hour)
@@ -210,6 +217,16 @@ class EngineBooks:
             pieces=tuple(earlier.pieces),
             **facts,
         )
+
+    def _errors_of(self, used: Accrued, facts: RequestFacts) -> PhaseErrors | None:
+        """Return how far the charge of a request that ends may be off; None if it is unknown."""
+        if used.batch == used.steps:
+            return NO_ERROR
+        if self.engine.method != SHAPLEY:
+            return None
+        context = facts["prompt_tokens"] + facts["output_tokens"]
+        errors = PhaseErrors.of(self.meter.model().charge_errors, used.prefill_tokens, context)
+        return errors if errors.are_known(used.prefill_ns, used.decode_ns) else None
 
     def adopt(self, planes: Planes, coefficients: Coefficients, two_planes: bool) -> None:
         """Continue from the ledger's earlier fit, unless the model has learnt from steps by now."""
@@ -450,3 +467,11 @@ class _Earlier:
     def note_saved(self, saved_ns: int) -> None:
         """Note the GPU time that the prefix cache saved, in the latest hour."""
         self.pieces[-1] = self.pieces[-1]._replace(saved_estimate_ns=saved_ns)
+
+    def note_errors(self, errors: PhaseErrors | None) -> None:
+        """Note how much of each hour's time may belong to other requests, if that is known."""
+        if errors is not None:
+            self.pieces = [
+                piece._replace(charge_error_ns=errors.gpu_ns(piece.prefill_ns, piece.decode_ns))
+                for piece in self.pieces
+            ]

@@ -180,6 +180,17 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
         "UPDATE snapshots SET recomputed_mj = 0 WHERE energy_mj IS NOT NULL",
         *_added("energy_hours", _COUNT, "recomputed_mj"),
     ),
+    # Of older bills nobody knows how far their charges may be off. So in their rows that is NULL,
+    # and in sums no GPU time has a known error.
+    16: (
+        *_added("requests", "BIGINT", "charge_error_ns"),
+        *_added("usage_pieces", "BIGINT", "charge_error_ns"),
+        *(
+            column
+            for table in ("rollup_hours", "rollup_days", "dropped_hours")
+            for column in _added(table, _COUNT, "charge_known_ns", "charge_error_ns")
+        ),
+    ),
 }
 FIRST_WITH_ROLLUPS = 11
 FIRST_WITH_BILL_SUMS = 12

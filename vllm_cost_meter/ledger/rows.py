@@ -62,6 +62,7 @@ def part_row(part: EngineRequest) -> TableRow:
         "kv_block_ms": used.kv_block_ms,
         "step_ns": used.step_ns,
         "saved_estimate_ns": used.saved_estimate_ns,
+        "charge_error_ns": used.charge_error_ns,
         "preemptions": bill.preemptions,
         "steps": bill.steps,
         "batch": bill.batch,
@@ -102,6 +103,7 @@ def piece_rows(part: EngineRequest) -> list[TableRow]:
             "kv_block_ms": piece.kv_block_ms,
             "step_ns": piece.step_ns,
             "saved_estimate_ns": piece.saved_estimate_ns,
+            "charge_error_ns": piece.charge_error_ns,
         }
         for piece in bill.pieces
     ]

@@ -48,6 +48,7 @@ from vllm_cost_meter.ledger.tables.dropped import row_cutoffs as row_cutoffs
 from vllm_cost_meter.ledger.tables.packed import InstantColumn, PackedId
 from vllm_cost_meter.ledger.tables.sums import ENDED_AMOUNTS as ENDED_AMOUNTS
 from vllm_cost_meter.ledger.tables.sums import PIECE_AMOUNTS as PIECE_AMOUNTS
+from vllm_cost_meter.ledger.tables.sums import SUMMED_AMOUNTS as SUMMED_AMOUNTS
 from vllm_cost_meter.ledger.tables.sums import bill_sums as bill_sums
 from vllm_cost_meter.ledger.tables.sums import energy_sums as energy_sums
 from vllm_cost_meter.ledger.tables.sums import rollup_arrivals as rollup_arrivals
@@ -58,7 +59,7 @@ from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latenc
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 16
+SCHEMA_VERSION = 17
 
 
 def _class_columns() -> list[Column[int]]:
@@ -323,6 +324,8 @@ requests = Table(
     Column("e2e_ms", Float),
     # The hour that all of it was used in; NULL if `usage_pieces` has the hours.
     Column("hour", Integer),
+    # How much of its time may belong to others; NULL where nobody knows, as in older rows.
+    Column("charge_error_ns", BigInteger),
     # Whether an open request has its bill, and to find a request by vLLM's internal id.
     Index("ix_requests_request_id", "request_id"),
     # The parts of an exchange.
@@ -347,6 +350,7 @@ usage_pieces = Table(
     *amount_columns("prefill_ns", "decode_ns", "prefill_tokens", "decode_tokens", "marginal_ns"),
     *amount_columns("recomputed_ns", "recomputed_tokens", "rejected_ns", "rejected_tokens"),
     *amount_columns("cut_ns", "cut_tokens", "kv_block_ms", "step_ns", "saved_estimate_ns"),
+    Column("charge_error_ns", BigInteger),
     # The table is clustered by key, so a run's pieces up to a bill are one range in the file.
     sqlite_with_rowid=False,
 )

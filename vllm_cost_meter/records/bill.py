@@ -28,6 +28,8 @@ class UsagePiece(NamedTuple):
     `hour` counts hours since the epoch. `kv_block_ms` is KV cache blocks x milliseconds, because
     in nanoseconds a large server's total would not fit 64 bits. `saved_estimate_ns` is the GPU
     time that the cached tokens would have taken, as the cost model predicted when it was billed.
+    `charge_error_ns` is how much of its GPU time may belong to other requests, by what the cost
+    model said of itself then; None where that is unknown, which is so for all pieces or for none.
     """
 
     hour: int
@@ -45,10 +47,18 @@ class UsagePiece(NamedTuple):
     kv_block_ms: int = 0
     step_ns: int = 0
     saved_estimate_ns: int = 0
+    charge_error_ns: int | None = None
 
     @property
     def gpu_time_ns(self) -> int:
         return self.prefill_ns + self.decode_ns
+
+    @property
+    def charges_known(self) -> tuple[int, int]:
+        """Return the GPU-ns whose error is known, and that error, so that pieces add up."""
+        if self.charge_error_ns is None:
+            return 0, 0
+        return self.gpu_time_ns, self.charge_error_ns
 
     @classmethod
     def of(cls, hour: int, used: Accrued) -> Self:
@@ -105,8 +115,10 @@ class Bill(NamedTuple):
             return self.pieces[0]
         if not self.pieces:
             return UsagePiece(0, 0, 0, 0, 0)
-        _, *amounts = map(sum, zip(*self.pieces, strict=True))
-        return UsagePiece(self.pieces[0].hour, *amounts)
+        _, *amounts = map(sum, zip(*(piece[:-1] for piece in self.pieces), strict=True))
+        errors = [piece.charge_error_ns for piece in self.pieces]
+        error = None if None in errors else sum(ns for ns in errors if ns is not None)
+        return UsagePiece._make((self.pieces[0].hour, *amounts, error))
 
 
 _encode = msgspec.json.Encoder().encode
@@ -126,6 +138,6 @@ def read_bill(text: str) -> Bill:
         raise ValueError(f"expected the text of a bill, got {text[:80]!r}: {error}") from None
     if bill.seq < 1:
         raise ValueError(f"a bill's seq starts at 1, got {bill.seq}")
-    if any(amount < 0 for _, *amounts in bill.pieces for amount in amounts):
+    if any((amount or 0) < 0 for _, *amounts in bill.pieces for amount in amounts):
         raise ValueError(f"a bill's pieces cannot be negative, got {bill.pieces}")
     return bill

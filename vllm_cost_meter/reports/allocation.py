@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.records.owner import OWN
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
+from vllm_cost_meter.reports.charges import NO_CHARGES, ChargesKnown
 from vllm_cost_meter.reports.facts import (
     COUNTS,
     NOTHING,
@@ -65,6 +66,7 @@ class Row:
     used: Amount = NOTHING
     share: Amount = NOTHING
     counts: list[int] = field(default_factory=lambda: [0] * len(COUNTS))
+    charges: ChargesKnown = ChargesKnown()
     shown: bool = True
 
     @property
@@ -73,10 +75,11 @@ class Row:
         return self.used.plus(self.share)
 
     def add(self, cell: "Row") -> None:
-        """Add a cell's usage, share and counts."""
+        """Add a cell's usage, share, counts and charges."""
         self.used = self.used.plus(cell.used)
         self.share = self.share.plus(cell.share)
         self.counts = [a + b for a, b in zip(self.counts, cell.counts, strict=True)]
+        self.charges = self.charges.plus(cell.charges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,7 @@ class _Cells:
         self.spent: dict[_Cell, Counter[Rates | Unpriced]] = defaultdict(Counter)
         self.held: dict[_Cell, Counter[Rates | Unpriced]] = defaultdict(Counter)
         self.counts: dict[_Cell, list[int]] = {}
+        self.charges: dict[_Cell, ChargesKnown] = defaultdict(ChargesKnown)
 
     @property
     def is_priced(self) -> bool:
@@ -174,7 +178,7 @@ class _Cells:
             used = (
                 Amount.of(self.spent[cell], self.held.get(cell)) if cell in self.spent else NOTHING
             )
-            found[cell] = Row(cell.class_name, (), used, NOTHING, counts)
+            found[cell] = Row(cell.class_name, (), used, NOTHING, counts, self.charges[cell])
         return dict(sorted(found.items()))
 
 
@@ -290,7 +294,7 @@ def _cells(
 
     width = len(question.dimensions)
     for is_usage, spent in ((True, facts.used), (False, facts.other_time)):
-        for run_id, hour, key, gpu_time_ns, kv_block_ms in spent:
+        for run_id, hour, key, gpu_time_ns, kv_block_ms, charges in spent:
             cells, times = place(hour)
             name = REQUESTS if is_usage else key[0]
             dimensions = key if is_usage else (f"__{name}__",) * width
@@ -298,6 +302,8 @@ def _cells(
             cells.spent[cell][price] += gpu_time_ns
             if kv_block_ms:
                 cells.held[cell][price] += kv_block_ms
+            if is_usage:
+                cells.charges[cell] = cells.charges[cell].plus(charges)
     for hour, key, counts in facts.ended:
         cells, times = place(hour)
         known = cells.counts.setdefault(_Cell(REQUESTS, key, times), [0] * len(COUNTS))
@@ -458,12 +464,14 @@ def _covers(row: Row, question: Question) -> dict[str, str | None]:
 
 def _shown(row: Row, question: Question, share_ns: int) -> dict[str, Any]:
     counts: Sequence[int | None] = row.counts
+    charges: Mapping[str, Any] = row.charges.as_dict()
     if row.class_name != REQUESTS:
-        counts = (0, None, None, None)
+        counts, charges = (0, None, None, None), NO_CHARGES
     return {
         "class": row.class_name,
         **dict(zip(question.aggregate, row.key, strict=True)),
         **dict(zip(COUNTS, counts, strict=True)),
         "gpu_time_ns": int(row.used.gpu_time_ns),
         "idle_share_ns": share_ns,
+        **charges,
     }

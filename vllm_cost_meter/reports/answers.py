@@ -158,6 +158,14 @@ class ReportRow(_ReportRow):
     """GPU-ns: the GPU time used in the hours."""
     idle_share_ns: int
     """GPU-ns: the part of the time without requests that the row carries, by the idle policy."""
+    charge_known_ns: int | None
+    """GPU-ns: the part of `gpu_time_ns` that was split with an error that is known; null for a
+    class."""
+    charge_error_ns: int | None
+    """GPU-ns: **an estimate**: how much of `charge_known_ns` may belong to other requests; null for
+    a class."""
+    charge_error: float | None
+    """`charge_error_ns` / `charge_known_ns`: the part by which it may be off; null if unknown."""
     usage_cost_nanousd: int | None
     """nano-USD: the cost **without idle**: the price of `gpu_time_ns`, and `kv_cost_nanousd`."""
     usage_cost_usd: str | None

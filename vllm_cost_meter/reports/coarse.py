@@ -34,6 +34,8 @@ HIDDEN = frozenset(
     | {"marginal_ns", "marginal_cost_nanousd", "marginal_cost_usd", "common_ns"}
     | {"kv_block_ms", "kv_cache_share", "kv_cost_nanousd", "kv_cost_usd", "time_cost_nanousd"}
     | {"preemptions", "recomputed_ns", "recomputed_tokens"}
+    # A request that was alone has no error of its charge.
+    | {"charge_known_ns", "charge_error_ns", "charge_error"}
 )
 # Which times an amount of money is for, by its name without the unit.
 _TIMES_OF = {"usage_cost": ("gpu_time_ns",), "cost": ("gpu_time_ns", "idle_share_ns")}

@@ -15,7 +15,6 @@ Invariant: every figure of a part is in its bill, or follows from figures beside
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from vllm_cost_meter.attribution.cost_model import charge_error
 from vllm_cost_meter.prices.book import (
     GpuHourPrice,
     by_price,
@@ -27,6 +26,7 @@ from vllm_cost_meter.prices.book import (
 from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.engine import OPERATOR
+from vllm_cost_meter.reports.charges import charge_error_of
 from vllm_cost_meter.reports.request_answers import Explanation
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.units.money import format_usd
@@ -39,6 +39,7 @@ SpentOfBills = Mapping[tuple[str, int], Sequence[tuple[int, Quantities]]]
 FORMULAS = {
     "gpu_time_ns": "phases.prefill.gpu_time_ns + phases.decode.gpu_time_ns",
     "share": "gpu_time_ns / step_ns",
+    "charge_error": "charge_error_ns / gpu_time_ns",
     "average_batch": "batch / steps",
     "common_ns": "gpu_time_ns - marginal_ns; plus preempted.recomputed_ns where the operator pays"
     " that, as it is in marginal_ns and not in gpu_time_ns",
@@ -106,7 +107,6 @@ def _part(
     if payer == OPERATOR:
         common_ns += part["recomputed_ns"]
     steps, step_ns = part["steps"], part["step_ns"]
-    errors = list((models[-1]["charge_errors"] or {}).values()) if models else []
     saved_ns = part["saved_estimate_ns"]
     return {
         **{name: part[name] for name in ("run_id", "seq", "request_id", "lora", "engine_status")},
@@ -125,7 +125,8 @@ def _part(
         "share": part["gpu_time_ns"] / step_ns if step_ns else None,
         "marginal_ns": part["marginal_ns"],
         "common_ns": common_ns,
-        "charge_error": _charge_error(part, errors) if errors else None,
+        "charge_error_ns": part["charge_error_ns"],
+        "charge_error": charge_error_of(part["gpu_time_ns"], part["charge_error_ns"]),
         "cached": {"tokens": part["cached_tokens"], "saved_estimate_ns": saved_ns},
         "preempted": {
             "preemptions": part["preemptions"],
@@ -144,17 +145,6 @@ def _part(
         "method": part["method"],
         "cost_models": [_model(model) for model in models],
     }
-
-
-def _charge_error(part: Fields, errors: Sequence[float]) -> float | None:
-    if part["batch"] == part["steps"]:
-        return 0.0  # It had all its steps for itself.
-    context = part["prompt_tokens"] + part["output_tokens"]
-    return charge_error(
-        errors,
-        (part["prefill_ns"], part["prefill_tokens"]),
-        (part["decode_ns"], context),
-    )
 
 
 def _cost(

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from vllm_cost_meter.prices.cost import MS_PER_HOUR, Rates
+from vllm_cost_meter.reports.charges import ChargesKnown
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.rounding import sum_of_products
 
@@ -35,7 +36,8 @@ WhyNone = Callable[[str, Hour], str]
 class Used(NamedTuple):
     """Use of a run in an hour. `key` has the values of the dimensions, or the class.
 
-    Only requests have KV residency: `kv_block_ms` is KV cache blocks x ms.
+    Only requests have KV residency: `kv_block_ms` is KV cache blocks x ms. Only they are charged by
+    a split, and `charges` says how well it is known.
     """
 
     run_id: str
@@ -43,6 +45,7 @@ class Used(NamedTuple):
     key: Key
     gpu_time_ns: int
     kv_block_ms: int = 0
+    charges: ChargesKnown = ChargesKnown()
 
 
 class Ended(NamedTuple):

@@ -160,6 +160,9 @@ class PartRow(TypedDict):
     """GPU-ns: the whole time of the steps that it was part of."""
     saved_estimate_ns: int | None
     """GPU-ns: **an estimate**: what computing the `cached_tokens` would have taken."""
+    charge_error_ns: int | None
+    """GPU-ns: **an estimate**: how much of `gpu_time_ns` may belong to other requests, in about 95
+    of 100 cases; null where it is unknown."""
     preemptions: int | None
     """How often the engine preempted it: took its KV cache and put it back in the queue."""
     steps: int | None
@@ -295,8 +298,11 @@ class ExplainedPart(TypedDict):
     common_ns: int
     """GPU-ns: its part of the time that the batch takes anyway: `gpu_time_ns` - `marginal_ns`, plus
     `recomputed_ns` where the operator pays that."""
+    charge_error_ns: int | None
+    """GPU-ns: **an estimate**: how much of `gpu_time_ns` may belong to other requests, in about 95
+    of 100 cases; null where it is unknown, 0 if it had all its steps for itself."""
     charge_error: float | None
-    """The part by which its GPU time may be off, in about 95 of 100 cases; null if unknown."""
+    """The part by which its GPU time may be off: `charge_error_ns` / `gpu_time_ns`."""
     cached: dict[str, int]
     """`tokens` found in the prefix cache, and `saved_estimate_ns`."""
     preempted: dict[str, int | str | None]

@@ -59,6 +59,7 @@ PART_COLUMNS = (
     "kv_block_ms",
     "step_ns",
     "saved_estimate_ns",
+    "charge_error_ns",
     "preemptions",
     "steps",
     "batch",

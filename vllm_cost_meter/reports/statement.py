@@ -30,6 +30,7 @@ from vllm_cost_meter.records.engine import OPERATOR, VICTIM
 from vllm_cost_meter.records.owner import OWN, TenantScope
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import Piece, Row, kv_cost, pieces, wall_cost
+from vllm_cost_meter.reports.charges import NO_CHARGES, ChargesKnown, charges_of_rows
 from vllm_cost_meter.reports.facts import (
     COUNTS,
     NOTHING,
@@ -88,6 +89,7 @@ class _Line:
     # Nano-USD in all, of usage and of the idle share; None if unknown.
     costs: tuple[Fraction | None, Fraction | None, Fraction | None]
     counts: Sequence[int | None] = (None,) * len(COUNTS)
+    charges: ChargesKnown = ChargesKnown()
     source: str | None = None
     # The reason why the cost is unknown.
     reason: str | None = None
@@ -118,6 +120,7 @@ class _Line:
             **dict(zip(COUNTS, self.counts, strict=True)),
             "gpu_time_ns": int(self.used.gpu_time_ns) if is_time else None,
             "idle_share_ns": share_ns if is_time else None,
+            **(self.charges.as_dict() if self.kind == USAGE else NO_CHARGES),
             **(_blocks(self.used) if self.kind == KV else dict.fromkeys(_BLOCKS)),
             "usage_cents": cells[0],
             "idle_share_cents": cells[1],
@@ -318,6 +321,7 @@ def _total(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     sums: dict[str, Any] = {
         name: sum(line[name] for line in lines if line[name] is not None) for name in counts
     }
+    sums |= charges_of_rows(lines)
     for name in AMOUNTS:
         sums[f"{name}_cents"] = _sum_cents(line[f"{name}_cents"] for line in lines)
     return _with_usd(sums)
@@ -398,7 +402,9 @@ def _line(
     counts: Sequence[int | None] = row.counts if kind == USAGE else (None,) * len(COUNTS)
     reason = piece.why_no_cost(row.whole, why)
     costs = (cost, usage, share)
-    return _Line(kind, tenant, day, item, row.used, row.share, costs, counts, reason=reason)
+    return _Line(
+        *(kind, tenant, day, item, row.used, row.share, costs, counts, row.charges), reason=reason
+    )
 
 
 def _kv_line(piece: Piece, row: Row, why: WhyNone) -> _Line:

@@ -39,6 +39,14 @@ class StatementLine(TypedDict):
     """GPU-ns: the GPU time used on the day."""
     idle_share_ns: int | None
     """GPU-ns: the part of the time without requests that the line carries, by the idle policy."""
+    charge_known_ns: int | None
+    """GPU-ns: the part of `gpu_time_ns` that was split with an error that is known; null but for a
+    line of kind `usage`."""
+    charge_error_ns: int | None
+    """GPU-ns: **an estimate**: how much of `charge_known_ns` may belong to other requests; null but
+    for a line of kind `usage`."""
+    charge_error: float | None
+    """`charge_error_ns` / `charge_known_ns`: the part by which it may be off; null if unknown."""
     kv_block_ms: int | None
     """Blocks x ms: the KV residency that a line of kind `kv` charges; null for other lines."""
     usd_per_kv_block_hour: str | None
@@ -77,6 +85,13 @@ class StatementTotal(TypedDict):
     """GPU-ns: the GPU time used in the month."""
     idle_share_ns: int
     """GPU-ns: the part of the time without requests, by the idle policy."""
+    charge_known_ns: int
+    """GPU-ns: the part of tenants' `gpu_time_ns` that was split with an error that is known."""
+    charge_error_ns: int
+    """GPU-ns: **an estimate**: how much of `charge_known_ns` may belong to other requests."""
+    charge_error: float | None
+    """`charge_error_ns` / `charge_known_ns`: the part by which it may be off; null if unknown. Of
+    all tenants it is the mean: together they are charged what was measured."""
     kv_block_ms: int
     """Blocks x ms: the KV residency that lines of kind `kv` charge; 0 without such a price."""
     usage_cents: int | None

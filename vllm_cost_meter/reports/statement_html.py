@@ -10,7 +10,14 @@ from html import escape
 from typing import Any
 
 from vllm_cost_meter.reports.statement import notes
-from vllm_cost_meter.reports.statement_text import cents_notes, columns_of, rows, title, totals
+from vllm_cost_meter.reports.statement_text import (
+    cents_notes,
+    charges_lines,
+    columns_of,
+    rows,
+    title,
+    totals,
+)
 from vllm_cost_meter.units.text import plain
 
 _HEADINGS: Mapping[str, str] = {
@@ -58,7 +65,7 @@ def statement_html(answer: Mapping[str, Any]) -> str:
     head = "".join(f"<th{_class(c)}>{_text(_HEADINGS[c])}</th>" for c in columns)
     lines = rows(answer)
     body = "\n".join(_row(row, columns) for row in lines)
-    said = (*_named_as_above(cents_notes(lines)), *notes(answer))
+    said = (*charges_lines(answer), *_named_as_above(cents_notes(lines)), *notes(answer))
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -6,6 +6,7 @@ from typing import IO, Any
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.prices.cost import MS_PER_HOUR
 from vllm_cost_meter.records.owner import TenantScope
+from vllm_cost_meter.reports.charges import charges_text
 from vllm_cost_meter.reports.statement import CLASS, KV, format_cents, notes
 from vllm_cost_meter.units.text import plain
 
@@ -34,6 +35,10 @@ _PLACES = 6
 
 # A narrow terminal drops other columns before these.
 FIRST = ("day", "item", "amount_usd", "tenant", "gpu_time_ns", "usage_usd", "idle_share_usd")
+CHARGES_NOTE = (
+    "how far a split may be off is an estimate, from what the cost model does not know"
+    " (docs/explanation/attribution.md); no amount depends on it"
+)
 CENTS_NOTE = (
     "cents: idle_share_usd is amount_usd less usage_usd, and both are rounded so that they add up;"
     " so it may be 0.01 or -0.01 where no idle time is charged"
@@ -43,9 +48,25 @@ CENTS_NOTE = (
 def print_statement(answer: Mapping[str, Any], file: IO[str], *, wide: bool = False) -> None:
     """Write a statement as text. A terminal gets the columns that fit, or all with `wide`."""
     lines = rows(answer)
-    said = (*totals(answer), *cents_notes(lines), *notes(answer))
+    said = (*totals(answer), *charges_lines(answer), *cents_notes(lines), *notes(answer))
     below = "\n".join(map(plain, said))
     print_rows(lines, columns_of(answer), plain(title(answer)), below, file, first=FIRST, wide=wide)
+
+
+def charges_lines(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how well the split of each tenant's GPU time is known, and that of all of them."""
+    tenants = answer.get("tenants")
+    if tenants is None:
+        yield charges_text(answer["total"])
+    else:
+        used = [tenant for tenant in tenants if tenant["gpu_time_ns"]]
+        for tenant in used:
+            yield f"{tenant['tenant']}: {charges_text(tenant)}"
+        # The grand total has time without requests too, which nobody splits.
+        whole = {**answer["total"], "gpu_time_ns": sum(tenant["gpu_time_ns"] for tenant in used)}
+        yield f"all tenants, on average: {charges_text(whole)}"
+    if answer["total"]["charge_error"]:
+        yield CHARGES_NOTE
 
 
 def cents_notes(lines: Iterable[Mapping[str, Any]]) -> list[str]:

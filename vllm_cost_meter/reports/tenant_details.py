@@ -11,6 +11,7 @@ from typing import Any
 from vllm_cost_meter.prices.book import EnergyPrice
 from vllm_cost_meter.prices.run_prices import Cost, UsedByRun
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
+from vllm_cost_meter.reports.charges import charges_of_rows
 from vllm_cost_meter.reports.facts import COUNTS
 from vllm_cost_meter.reports.request_row import PART_SUMS
 from vllm_cost_meter.units.money import format_usd
@@ -110,6 +111,7 @@ def sum_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **first,
         **{name: sum(row[name] for row in rows) for name in _SUMMED},
         **{name: _sum_or_none(row[name] for row in rows) for name in _SUMMED_IF_KNOWN},
+        **charges_of_rows(rows),
         "energy_mj": sum(row["energy_mj"] for row in known) if known else None,
         "energy_cost_nanousd": energy_cost,
     }

@@ -53,9 +53,14 @@ def rows_as_texts(path: Path) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def with_hour(rows: dict[str, list[Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Return rows of an old ledger with the hour of each bill of one hour."""
+    """Return rows of an old ledger with the hour of each bill of one hour, and unknown errors."""
     bills = [
-        {**bill, "hour": None if bill["seq"] == OF_TWO_HOURS else HOUR} for bill in rows["requests"]
+        {
+            **bill,
+            "hour": None if bill["seq"] == OF_TWO_HOURS else HOUR,
+            "charge_error_ns": None,
+        }
+        for bill in rows["requests"]
     ]
     return {**rows, "requests": bills}
 

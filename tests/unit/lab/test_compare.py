@@ -26,8 +26,15 @@ class TruthItself:
     """A method that knows the answer; `wrong_ns` are given to the first and taken from the last."""
 
     def __init__(
-        self, wrong_ns: float = 0.0, factor: float = 1.0, claimed: float | None = None
+        self,
+        wrong_ns: float = 0.0,
+        factor: float = 1.0,
+        claimed: float | None = None,
+        *,
+        every_other_is_unknown: bool = False,
     ) -> None:
+        self.every_other_is_unknown = every_other_is_unknown
+        self.split_steps = 0
         self.fed = 0
         self.claim = claimed
         self.size = 0
@@ -42,9 +49,12 @@ class TruthItself:
         shares[0] += self.wrong_ns
         shares[-1] -= self.wrong_ns
         self.size = len(shares)
+        self.split_steps += 1
         return shares
 
     def claimed(self) -> np.ndarray | None:
+        if self.every_other_is_unknown and self.split_steps % 2:
+            return np.ones(self.size)
         return None if self.claim is None else np.full(self.size, self.claim)
 
 
@@ -58,6 +68,20 @@ def test_a_claim_is_kept_by_the_requests_that_are_within_it():
     assert found["kept"].claimed_error.p95 == pytest.approx(0.11)
     assert found["broken"].within_claim_share == 0
     assert found["silent"].claimed_error is found["silent"].within_claim_share is None
+    assert found["silent"].claimed_tenants is None
+
+
+def test_a_tenants_claim_is_that_of_its_shares_and_an_unknown_one_is_no_claim():
+    found = compared(
+        kept=TruthItself(claimed=0.11),
+        unknown=TruthItself(claimed=1.0),
+        half=TruthItself(claimed=0.11, every_other_is_unknown=True),
+    ).methods
+    tenants = found["kept"].tenants.keys()
+    assert found["kept"].claimed_tenants == pytest.approx(dict.fromkeys(tenants, 0.11))
+    assert found["unknown"].claimed_tenants == {}
+    # Time whose error is unknown neither raises nor lowers it.
+    assert found["half"].claimed_tenants == pytest.approx(dict.fromkeys(tenants, 0.11))
 
 
 @functools.cache

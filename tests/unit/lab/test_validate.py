@@ -38,6 +38,7 @@ ERRORS = {
     "uncharged_share",
     "claimed_error",
     "within_claim_share",
+    "claimed_tenants",
 }
 
 
@@ -65,6 +66,9 @@ def test_json_is_one_line_with_every_method_of_every_truth():
         assert 0 < found["methods"]["shapley"]["claimed_error"]["p95"] <= 1
         assert 0 < found["methods"]["shapley"]["within_claim_share"] <= 1
         assert found["methods"][LEAVE_ONE_OUT]["claimed_error"] is None
+        claimed = found["methods"]["shapley"]["claimed_tenants"]
+        assert claimed.keys() <= found["methods"]["shapley"]["tenants"].keys()
+        assert found["methods"][LEAVE_ONE_OUT]["claimed_tenants"] is None
 
 
 def test_a_scenario_is_judged_kernel_by_kernel_and_the_last_line_names_the_worst_tenant():

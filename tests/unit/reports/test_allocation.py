@@ -10,6 +10,7 @@ import pytest
 from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import report
+from vllm_cost_meter.reports.charges import ChargesKnown
 from vllm_cost_meter.reports.facts import UNALLOCATED, Ended, Facts, Used
 from vllm_cost_meter.reports.grammar import question
 from vllm_cost_meter.units.time import unix_ns_of
@@ -96,12 +97,35 @@ def test_a_row_has_every_figure():
     assert rows()[0] == {
         "class": "requests", "tenant": "alice", "model": "m", "requests": 1, "prompt_tokens": 10,
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "idle_share_ns": 0,
+        "charge_known_ns": 0, "charge_error_ns": 0, "charge_error": None,
         "usage_cost_nanousd": 300, "usage_cost_usd": "0.000000300",
         "kv_cost_nanousd": 0, "kv_cost_usd": "0.000000000", "cost_nanousd": 300,
         "cost_usd": "0.000000300", "cost_reason": None, "covers": "own",
     }  # fmt: skip
     idle = rows()[3]
     assert (idle["requests"], idle["prompt_tokens"], idle["output_tokens"]) == (0, None, None)
+
+
+def test_rows_add_up_what_is_known_of_the_split_and_idle_time_has_none():
+    known = facts(
+        used=[
+            ("run", HOUR, ("alice", "m"), 300, 0, ChargesKnown(300, 30)),
+            ("run", DAY, ("alice", "m"), 100, 0, ChargesKnown(100, 2)),
+            ("run", DAY, ("alice", "m"), 50),
+            ("run", HOUR, ("alice", "n"), 100),
+        ],
+        other_time=[("run", HOUR, "idle", 60)],
+    )
+    names = ("gpu_time_ns", "charge_known_ns", "charge_error_ns", "charge_error")
+    assert figures(rows(known, idle="proportional"), *names) == {
+        ("alice", "m"): (450, 400, 32, 0.08), ("alice", "n"): (100, 0, 0, None),
+    }  # fmt: skip
+    days = ask(known, step="1d")["series"]
+    assert [figures(day["rows"], *names)["alice", "m"] for day in days] == [
+        (300, 300, 30, 0.1), (150, 100, 2, 0.02),
+    ]  # fmt: skip
+    (idle,) = [row for row in rows(known) if row["class"] == "idle"]
+    assert [idle[name] for name in names[1:]] == [None, None, None]
 
 
 def test_the_answer_says_what_was_asked_and_whether_it_adds_up():

@@ -119,7 +119,8 @@ def test_a_line_has_every_figure():
     assert make(tenant="alice")["lines"][0] == {
         "kind": "usage", "tenant": "alice", "day": "2027-01-15", "item": "m", "source": None,
         "requests": 2, "prompt_tokens": 30, "cached_tokens": 10, "output_tokens": 7,
-        "gpu_time_ns": 100_400_000_000, "idle_share_ns": 0, "kv_block_ms": None,
+        "gpu_time_ns": 100_400_000_000, "idle_share_ns": 0, "charge_known_ns": 0,
+        "charge_error_ns": 0, "charge_error": None, "kv_block_ms": None,
         "usd_per_kv_block_hour": None, "usage_cents": 101,
         "idle_share_cents": 0, "amount_cents": 101, "usage_usd": "1.01", "idle_share_usd": "0.00",
         "amount_usd": "1.01", "cost_reason": None, "covers": "own",

@@ -19,6 +19,8 @@ share, both in ns and summed over the compared steps:
   fraction of parts (a request in a step) that lie outside.
 - `claimed_error`: the part by which the rule itself says that a request may be off
   (`charge_error_py.py`), and `within_claim_share`: the fraction of requests that are within it.
+- `claimed_tenants`: the same part for each tenant, by name: the sum of its shares' claims, as
+  statements have it (`reports/charges.py`); a tenant without any known claim has none.
 - `uncharged_share`: GPU time that nobody is charged for, as a fraction of all GPU time. It is
   negative if more is charged than was measured.
 """
@@ -137,6 +139,7 @@ class Errors:
     uncharged_share: float
     claimed_error: Percentiles | None = None
     within_claim_share: float | None = None
+    claimed_tenants: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +222,9 @@ class _Sums:
         self.given_ns = np.zeros(requests)
         self.true_ns = np.zeros(requests)
         self.claimed_ns = np.zeros(requests)
+        # Of the shares whose error is known.
+        self.known_ns = np.zeros(requests)
+        self.known_error_ns = np.zeros(requests)
         self.claims = False
         self.step_ns = 0
         self.misplaced_ns = 0.0
@@ -247,6 +253,9 @@ class _Sums:
         if claimed is not None:
             self.claims = True
             self.claimed_ns[step.requests] += claimed * given
+            is_known = claimed < 1
+            self.known_ns[step.requests] += given * is_known
+            self.known_error_ns[step.requests] += claimed * given * is_known
 
     def errors(self, tenants: Ints, names: Sequence[str]) -> Errors:
         seen = self.true_ns > 0
@@ -269,7 +278,18 @@ class _Sums:
             outside_interval_parts_share=self.outside_parts / max(1, self.parts),
             uncharged_share=1 - float(self.given_ns.sum()) / whole_ns,
             **self._claims(seen),
+            **self._tenants_claims(tenants, names),
         )
+
+    def _tenants_claims(self, tenants: Ints, names: Sequence[str]) -> dict[str, Any]:
+        if not self.claims:
+            return {}
+        known, errors = (
+            np.bincount(tenants, weights=values, minlength=len(names))
+            for values in (self.known_ns, self.known_error_ns)
+        )
+        pairs = zip(names, known, errors, strict=True)
+        return {"claimed_tenants": {name: float(off / ns) for name, ns, off in pairs if ns}}
 
     def _claims(self, seen: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, Any]:
         given, true = self.given_ns[seen], self.true_ns[seen]

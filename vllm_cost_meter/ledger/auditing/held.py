@@ -11,7 +11,7 @@ Invariant: for a ledger that only the meter wrote both ways give the same figure
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Table, and_, func, or_, select
+from sqlalchemy import ColumnElement, Table, and_, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.queries.cut import Cut, bills_up_to
@@ -23,7 +23,6 @@ from vllm_cost_meter.ledger.rollups.bill_sums import (
 )
 from vllm_cost_meter.ledger.rollups.rebuilding import residency_differences, time_differences
 from vllm_cost_meter.ledger.schema import (
-    PIECE_AMOUNTS,
     energy_sums,
     request_energy,
     requests,
@@ -31,7 +30,7 @@ from vllm_cost_meter.ledger.schema import (
     rollup_groups,
     usage_pieces,
 )
-from vllm_cost_meter.ledger.tables.pieces import PIECE_NS, PIECES_OF_BILL, piece_amount
+from vllm_cost_meter.ledger.tables.pieces import BILL_AMOUNTS, IS_UNEVEN, PIECES_OF_BILL
 
 
 class HeldBills(NamedTuple):
@@ -174,16 +173,12 @@ def _total_by_run(
 def _uneven_bills(connection: Connection, cut: Cut) -> dict[str, int]:
     """Count the bills that are not the sum of their pieces, amount by amount."""
     at, r = bills_up_to(cut.last_bills()), requests.c
-    differences = [
-        r[name] != func.coalesce(func.sum(piece_amount(name)), 0) for name in PIECE_AMOUNTS
-    ]
-    gpu_time_ns = func.coalesce(func.sum(PIECE_NS), 0)
     uneven = (
         select(r.run_id, r.seq)
         .join(at, and_(r.run_id == at.c.run_id, r.seq <= at.c.last_seq))
         .join(usage_pieces, PIECES_OF_BILL, isouter=True)
-        .group_by(r.run_id, r.seq, r.gpu_time_ns, *(r[name] for name in PIECE_AMOUNTS))
-        .having(or_(r.gpu_time_ns != gpu_time_ns, *differences))
+        .group_by(r.run_id, r.seq, *BILL_AMOUNTS)
+        .having(IS_UNEVEN)
         .subquery()
     )
     counted = select(uneven.c.run_id, func.count()).group_by(uneven.c.run_id)

@@ -28,8 +28,10 @@ from vllm_cost_meter.ledger.queries.ended import LABELS, columns_read, count_end
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
 from vllm_cost_meter.ledger.rollups.reading import usage_at
 from vllm_cost_meter.ledger.tables.given import given_rows
+from vllm_cost_meter.ledger.tables.sums import CHARGE_AMOUNTS
 from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
+from vllm_cost_meter.reports.charges import ChargesKnown
 from vllm_cost_meter.reports.facts import COUNTS, REQUESTS, UNALLOCATED, Ended, Facts, Key, Used
 from vllm_cost_meter.reports.grammar import COVERED, LABEL, NO, TAG, YES, Question
 from vllm_cost_meter.reports.request_row import PART_SUMS
@@ -158,7 +160,7 @@ def _usage(
     connection: Connection, cut: Cut, question: Question, columns: Sequence[str]
 ) -> BilledUsage:
     more = PART_SUMS if question.is_by_tenant else ()
-    amounts = dict.fromkeys(("prefill_ns", "decode_ns", "kv_block_ms", *more))
+    amounts = dict.fromkeys(("prefill_ns", "decode_ns", "kv_block_ms", *CHARGE_AMOUNTS, *more))
     u = usage_at(cut, _splits(cut, question), columns_read(columns), [*amounts]).c
     known = {LABELS: labels_of(u.run_id), COVERED: told(u, question)}
     keys = [known[name] if name in known else u[name] for name in columns]
@@ -174,26 +176,36 @@ def _usage(
     asked = (
         select(
             *(stands.c.stands_for, u.hour if apart else func.min(u.hour)),
-            *(func.sum(u.prefill_ns + u.decode_ns), func.sum(u.kv_block_ms), *keys),
+            *(func.sum(u.prefill_ns + u.decode_ns), func.sum(u.kv_block_ms)),
+            *(*(func.sum(u[name]) for name in CHARGE_AMOUNTS), *keys),
             *(func.sum(u[name]) for name in more),
         )
         .join(stands, stands.c.run_id == u.run_id)
         .group_by(stands.c.stands_for, *hours, *groups)
     )
     # Different JSON texts of tags or labels may agree in the names that are asked for.
-    spent: dict[tuple[str, int, Key], Quantities] = {}
+    spent: dict[tuple[str, int, Key], tuple[Quantities, ChargesKnown]] = {}
     sums: dict[str, dict[str, int]] = {}
     key_of = _key_of_values(question.dimensions, columns)
-    for run_id, hour, gpu_time_ns, block_ms, *values in connection.execute(asked):
+    for run_id, hour, gpu_time_ns, block_ms, known_ns, error_ns, *values in connection.execute(
+        asked
+    ):
         key = key_of(values)
-        used = Quantities(int(gpu_time_ns), int(block_ms))
-        spent[run_id, hour, key] = spent.get((run_id, hour, key), NO_QUANTITIES) + used
+        used, charges = spent.get((run_id, hour, key), (NO_QUANTITIES, ChargesKnown()))
+        spent[run_id, hour, key] = (
+            used + Quantities(int(gpu_time_ns), int(block_ms)),
+            charges.plus(ChargesKnown(int(known_ns), int(error_ns))),
+        )
         if more:
             details = sums.setdefault(_details_name_of(key, question), dict.fromkeys(more, 0))
             for name, amount in zip(more, values[len(columns) :], strict=True):
                 details[name] += int(amount)
     return BilledUsage(
-        [Used(*key, used.gpu_time_ns, used.kv_block_ms) for key, used in spent.items()], sums
+        [
+            Used(*key, used.gpu_time_ns, used.kv_block_ms, charges)
+            for key, (used, charges) in spent.items()
+        ],
+        sums,
     )
 
 

@@ -23,7 +23,7 @@ from vllm_cost_meter.ledger.rollups.histograms import Counted
 from vllm_cost_meter.ledger.rollups.upserts import add_to, in_chunks, insert_new
 from vllm_cost_meter.ledger.schema import (
     ENDED_AMOUNTS,
-    PIECE_AMOUNTS,
+    SUMMED_AMOUNTS,
     dropped_hours,
     dropped_latencies,
     dropped_unknown_energy,
@@ -31,11 +31,11 @@ from vllm_cost_meter.ledger.schema import (
     requests,
     rollup_groups,
 )
-from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, piece_amount, with_pieces
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, summed_amount, with_pieces
 
 # The hour of a bill that has none: it never used a GPU. No window has it.
 NO_HOUR = -(1 << 31)
-_AMOUNTS = (*PIECE_AMOUNTS, *ENDED_AMOUNTS, "arrivals", "energy_mj", "energies")
+_AMOUNTS = (*SUMMED_AMOUNTS, *ENDED_AMOUNTS, "arrivals", "energy_mj", "energies")
 _ARRIVALS, _ENERGY_MJ, _ENERGIES = range(len(_AMOUNTS) - 3, len(_AMOUNTS))
 
 KeyOfBill = tuple[str, int]
@@ -85,7 +85,7 @@ class Folded:
         reply, parts = exchange
         for ended in ended_of(reply, parts):
             amounts = self._amounts(ended.hour, ended.group)
-            for place, amount in enumerate(ended[2:], len(PIECE_AMOUNTS)):
+            for place, amount in enumerate(ended[2:], len(SUMMED_AMOUNTS)):
                 amounts[place] += amount
         if parts:
             first = min(parts, key=lambda part: part.run_id).group
@@ -98,7 +98,7 @@ class Folded:
         """Add a bill's pieces and its energy."""
         for piece in pieces:
             amounts = self._amounts(int(piece["hour"]), part.group)
-            for place, name in enumerate(PIECE_AMOUNTS):
+            for place, name in enumerate(SUMMED_AMOUNTS):
                 amounts[place] += int(piece[name])
         energy = _energy_of([int(piece["hour"]) for piece in pieces], energies)
         for hour, mj in energy.known.items():
@@ -146,7 +146,7 @@ def fold(connection: Connection, exchanges: Sequence[ExchangeFacts]) -> Folded:
 _PIECES: Select[Any] = (
     select(
         *(requests.c.run_id, requests.c.seq, PIECE_HOUR.label("hour")),
-        *(piece_amount(name).label(name) for name in PIECE_AMOUNTS),
+        *(summed_amount(name).label(name) for name in SUMMED_AMOUNTS),
     )
     .select_from(with_pieces())
     .where(PIECE_HOUR.is_not(None))

@@ -14,7 +14,6 @@ Invariant: after each transaction the sums are what `rebuilding.py` would make o
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, func, select
@@ -27,7 +26,7 @@ from vllm_cost_meter.ledger.rollups.histograms import Counted, us_of, write_coun
 from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, write
 from vllm_cost_meter.ledger.rollups.upserts import in_chunks, lock_sums
 from vllm_cost_meter.ledger.rows import tags_text
-from vllm_cost_meter.ledger.schema import ENDED_AMOUNTS, PIECE_AMOUNTS, http_requests, requests
+from vllm_cost_meter.ledger.schema import ENDED_AMOUNTS, SUMMED_AMOUNTS, http_requests, requests
 from vllm_cost_meter.ledger.tables.packed import pack_id, unpack_id
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
 from vllm_cost_meter.units.time import NS_PER_HOUR, hour_of
@@ -102,9 +101,8 @@ def _bills_there(
                 yield run_id, seq
 
 
-# Amounts in the order of PIECE_AMOUNTS or of ENDED_AMOUNTS, all that belong into one sum.
+# Amounts in the order of SUMMED_AMOUNTS or of ENDED_AMOUNTS, all that belong into one sum.
 _RowsByKey = dict[SumKey, list[Sequence[int]]]
-_amounts_of = attrgetter(*PIECE_AMOUNTS)
 
 
 def add(connection: Connection, new: NewRows) -> None:
@@ -114,7 +112,7 @@ def add(connection: Connection, new: NewRows) -> None:
     for key, part in new.parts.items():
         group = facts[key].group
         for piece in part.bill.pieces:
-            pieces[SumKey(piece.hour, group)].append(_amounts_of(piece))
+            pieces[SumKey(piece.hour, group)].append((*piece[1:-1], *piece.charges_known))
     ended: _RowsByKey = defaultdict(list)
     counted = Counted()
     for reply, parts, sign in _changes(connection, new, facts):
@@ -128,7 +126,7 @@ def add(connection: Connection, new: NewRows) -> None:
 
 
 def _added_up(pieces: _RowsByKey, ended: _RowsByKey) -> SumsByKey:
-    no_pieces, none_ended = [0] * len(PIECE_AMOUNTS), [0] * len(ENDED_AMOUNTS)
+    no_pieces, none_ended = [0] * len(SUMMED_AMOUNTS), [0] * len(ENDED_AMOUNTS)
     return {
         key: [
             *map(sum, zip(*pieces.get(key, (no_pieces,)), strict=True)),

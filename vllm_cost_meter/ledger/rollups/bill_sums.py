@@ -38,7 +38,12 @@ from vllm_cost_meter.ledger.schema import (
     requests,
     rollup_groups,
 )
-from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, piece_amount, with_pieces
+from vllm_cost_meter.ledger.tables.pieces import (
+    PIECE_ERROR_NS,
+    PIECE_HOUR,
+    piece_amount,
+    with_pieces,
+)
 from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.units.time import rfc3339
 
@@ -157,7 +162,7 @@ def sums_where(connection: Connection, mine: ColumnElement[bool]) -> Iterator[Bi
     r = requests.c
     of_bill = [*(r[name] for name in _COVERED), r.gpu_time_ns]
     rows = connection.execute(
-        select(*of_bill, PIECE_HOUR, *map(piece_amount, PIECE_AMOUNTS))
+        select(*of_bill, PIECE_HOUR, *map(piece_amount, PIECE_AMOUNTS), PIECE_ERROR_NS)
         .select_from(with_pieces())
         .where(mine)
         .order_by(r.run_id, r.seq, PIECE_HOUR)
@@ -201,8 +206,8 @@ def _of_part(part: EngineRequest) -> BillSums:
         *(bill.prompt_tokens, bill.cached_tokens, bill.output_tokens, part.cost_nanousd),
         *(part.marginal_cost_nanousd, started_at, finished_at),
     )
-    # A piece is its hour and the amounts in the order of PIECE_AMOUNTS.
-    pieces = sorted(map(tuple, bill.pieces))
+    # A piece is its hour, the amounts in the order of PIECE_AMOUNTS, and the error of its charge.
+    pieces = sorted(map(_known, bill.pieces))
     return BillSums(
         run_id=bill.run_id,
         bills=1,
@@ -219,7 +224,7 @@ def _of_rows(rows: Sequence[Sequence[Any]]) -> BillSums:
     """Return the sums of one bill by its rows, one for each piece; without a piece it has one."""
     width = len(_COVERED)
     covered = dict(zip(_COVERED, rows[0], strict=False))
-    pieces = [tuple(row[width + 1 :]) for row in rows if row[width + 1] is not None]
+    pieces = [_known(row[width + 1 :]) for row in rows if row[width + 1] is not None]
     return BillSums(
         run_id=covered["run_id"],
         bills=1,
@@ -230,6 +235,11 @@ def _of_rows(rows: Sequence[Sequence[Any]]) -> BillSums:
         started_at=covered["started_at"],
         finished_at=covered["finished_at"],
     )
+
+
+def _known(piece: Sequence[Any]) -> tuple[int, ...]:
+    """Return what is known of a piece: bills from before there were errors keep their digest."""
+    return tuple(piece[:-1] if piece[-1] is None else piece)
 
 
 def _digest(covered: tuple[Any, ...], pieces: Sequence[tuple[int, ...]]) -> int:

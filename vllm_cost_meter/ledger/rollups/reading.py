@@ -23,7 +23,7 @@ from vllm_cost_meter.ledger.schema import (
     rollup_hours,
     usage_pieces,
 )
-from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECES_OF_BILL, piece_amount
+from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECES_OF_BILL, summed_amount
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 
@@ -143,7 +143,7 @@ def _after(cut: Cut, names: Sequence[str], amounts: Sequence[str]) -> list[Selec
         select(
             PIECE_HOUR.label("hour"),
             *(r[name] for name in names),
-            *((-piece_amount(name)).label(name) for name in amounts),
+            *((-summed_amount(name)).label(name) for name in amounts),
         )
         .join_from(at.run_id.table, requests, newer)
         .join(usage_pieces, PIECES_OF_BILL, isouter=True)

@@ -40,7 +40,7 @@ from vllm_cost_meter.ledger.rollups.histograms import (
 from vllm_cost_meter.ledger.rollups.sums import AMOUNTS, SumKey, SumsByKey, nothing, write
 from vllm_cost_meter.ledger.schema import (
     ENDED_AMOUNTS,
-    PIECE_AMOUNTS,
+    SUMMED_AMOUNTS,
     dropped_bills,
     dropped_hours,
     dropped_latencies,
@@ -53,7 +53,13 @@ from vllm_cost_meter.ledger.schema import (
     rollup_hours,
     rollup_latencies,
 )
-from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECE_NS, piece_amount, with_pieces
+from vllm_cost_meter.ledger.tables.pieces import (
+    PIECE_HOUR,
+    PIECE_NS,
+    piece_amount,
+    summed_amount,
+    with_pieces,
+)
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.time import US_PER_HOUR, hour_of
 
@@ -248,14 +254,14 @@ def _rows(connection: Connection) -> Iterator[tuple[SumKey, int, list[int]]]:
     for query in (_told(is_sorted_apart), _untold(is_sorted_apart)):
         for hour, *rest in connection.execute(query):
             place = SumKey(hour, Group(*rest[:width]))
-            yield place, len(PIECE_AMOUNTS), [int(amount) for amount in rest[width:]]
+            yield place, len(SUMMED_AMOUNTS), [int(amount) for amount in rest[width:]]
 
 
 def _pieces() -> Select[Any]:
     """Add up the pieces of all bills by hour and group."""
     keys = [PIECE_HOUR, *(requests.c[name] for name in Group._fields)]
     return (
-        select(*keys, *(func.sum(piece_amount(name)) for name in PIECE_AMOUNTS))
+        select(*keys, *(func.sum(summed_amount(name)) for name in SUMMED_AMOUNTS))
         .select_from(with_pieces())
         .where(PIECE_HOUR.is_not(None))
         .group_by(*keys)

@@ -11,14 +11,14 @@ from vllm_cost_meter.ledger.rollups.groups import Group, group_id_of
 from vllm_cost_meter.ledger.rollups.upserts import add_to, insert_new
 from vllm_cost_meter.ledger.schema import (
     ENDED_AMOUNTS,
-    PIECE_AMOUNTS,
+    SUMMED_AMOUNTS,
     rollup_days,
     rollup_groups,
     rollup_hours,
 )
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 
-AMOUNTS = (*PIECE_AMOUNTS, *ENDED_AMOUNTS)
+AMOUNTS = (*SUMMED_AMOUNTS, *ENDED_AMOUNTS)
 
 
 class SumKey(NamedTuple):
@@ -54,7 +54,7 @@ def write(connection: Connection, sums: SumsByKey) -> None:
         days[key] = (
             amounts if known is None else [a + b for a, b in zip(known, amounts, strict=True)]
         )
-        if any(amounts[: len(PIECE_AMOUNTS)]):
+        if any(amounts[: len(SUMMED_AMOUNTS)]):
             first_hours[key] = min(hour, first_hours.get(key, hour))
     insert_new(connection, rollup_groups, [(id, *group) for id, group in sorted(groups.items())])
     add_to(connection, rollup_hours, [(*key, *amounts) for key, amounts in sorted(hours.items())])

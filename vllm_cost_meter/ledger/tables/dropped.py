@@ -10,7 +10,7 @@ Invariant: no row of `requests` is in what these tables add up to.
 from sqlalchemy import BigInteger, Column, Integer, Table, Text
 
 from vllm_cost_meter.ledger.tables.base import KeyText, amount_columns, metadata
-from vllm_cost_meter.ledger.tables.sums import ENDED_AMOUNTS, PIECE_AMOUNTS
+from vllm_cost_meter.ledger.tables.sums import ENDED_AMOUNTS, SUMMED_AMOUNTS
 
 row_cutoffs = Table(
     "row_cutoffs",
@@ -43,7 +43,7 @@ dropped_hours = Table(
     metadata,
     Column("hour", Integer, primary_key=True, autoincrement=False),
     Column("group_id", BigInteger, primary_key=True, autoincrement=False),
-    *amount_columns(*PIECE_AMOUNTS, *ENDED_AMOUNTS),
+    *amount_columns(*SUMMED_AMOUNTS, *ENDED_AMOUNTS),
     # Exchanges that came in this hour.
     Column("arrivals", BigInteger, nullable=False),
     # The known energy used in this hour, and of how many bills.

@@ -8,9 +8,9 @@ Invariant: a bill has an `hour`, or rows in `usage_pieces`, or neither if it use
 both.
 """
 
-from sqlalchemy import ColumnElement, Join, and_, case, func
+from sqlalchemy import ColumnElement, Join, and_, case, func, or_
 
-from vllm_cost_meter.ledger.schema import requests, usage_pieces
+from vllm_cost_meter.ledger.schema import PIECE_AMOUNTS, requests, usage_pieces
 
 _r, _p = requests.c, usage_pieces.c
 
@@ -25,6 +25,31 @@ def piece_amount(name: str) -> ColumnElement[int]:
 
 
 PIECE_NS: ColumnElement[int] = piece_amount("prefill_ns") + piece_amount("decode_ns")
+
+
+# How much of a piece's time may belong to other requests; NULL where that is unknown.
+PIECE_ERROR_NS: ColumnElement[int] = piece_amount("charge_error_ns")
+
+
+def summed_amount(name: str) -> ColumnElement[int]:
+    """Return the term of an amount of sums: each is known, or NULL for a bill without a piece."""
+    if name == "charge_known_ns":
+        return case((PIECE_ERROR_NS.is_not(None), PIECE_NS), (PIECE_HOUR.is_not(None), 0))
+    if name == "charge_error_ns":
+        return func.coalesce(PIECE_ERROR_NS, case((PIECE_HOUR.is_not(None), 0)))
+    return piece_amount(name)
+
+
+# The columns of a bill that its pieces add up to, and whether they do not: for a query that groups
+# `with_pieces` by the bill and these.
+BILL_AMOUNTS = [_r[name] for name in (*PIECE_AMOUNTS, "charge_error_ns", "gpu_time_ns")]
+IS_UNEVEN: ColumnElement[bool] = or_(
+    _r.gpu_time_ns != func.coalesce(func.sum(PIECE_NS), 0),
+    *(_r[name] != func.coalesce(func.sum(piece_amount(name)), 0) for name in PIECE_AMOUNTS),
+    # An error is unknown of all pieces or of none.
+    func.coalesce(_r.charge_error_ns, -1) != func.coalesce(func.sum(PIECE_ERROR_NS), -1),
+    and_(_r.charge_error_ns.is_not(None), func.count() != func.count(PIECE_ERROR_NS)),
+)
 
 
 def with_pieces() -> Join:

@@ -2,7 +2,7 @@
 
 They follow from the rows of bills and exchanges, and change in the transaction that writes those.
 
-Invariant: a sum has one amount for each amount of a piece.
+Invariant: a sum has one amount for each amount of a piece, and two for the error of its charge.
 """
 
 from sqlalchemy import BigInteger, Column, Index, Integer, Table
@@ -30,8 +30,12 @@ rollup_groups = Table(
     Index("ix_rollup_groups_tenant", "tenant", "tenant_above"),
 )
 
-# The amounts of pieces in a span of hours: those of a piece but its hour.
-PIECE_AMOUNTS = UsagePiece._fields[1:]
+# The amounts of a piece that are always known: all but its hour and the error of its charge.
+PIECE_AMOUNTS = UsagePiece._fields[1:-1]
+# GPU time whose error is known, and that error: what charges add up to, as some errors are unknown.
+CHARGE_AMOUNTS = ("charge_known_ns", "charge_error_ns")
+# The amounts of pieces in a span of hours.
+SUMMED_AMOUNTS = (*PIECE_AMOUNTS, *CHARGE_AMOUNTS)
 # Exchanges that ended in a span of hours, and their tokens.
 ENDED_AMOUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
 
@@ -43,7 +47,7 @@ def _rollup(name: str, span: str, *more: Column[int]) -> Table:
         Column(span, Integer, primary_key=True, autoincrement=False),
         Column("group_id", BigInteger, primary_key=True, autoincrement=False),
         *more,
-        *amount_columns(*PIECE_AMOUNTS, *ENDED_AMOUNTS),
+        *amount_columns(*SUMMED_AMOUNTS, *ENDED_AMOUNTS),
         sqlite_with_rowid=False,
     )
 

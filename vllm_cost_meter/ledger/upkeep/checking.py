@@ -34,7 +34,7 @@ from vllm_cost_meter.ledger.schema import (
     usage_pieces,
 )
 from vllm_cost_meter.ledger.tables.packed import InstantColumn, PackedId
-from vllm_cost_meter.ledger.tables.pieces import PIECE_NS, piece_amount, with_pieces
+from vllm_cost_meter.ledger.tables.pieces import BILL_AMOUNTS, IS_UNEVEN, with_pieces
 from vllm_cost_meter.ledger.upkeep.copies import column_names, faults, version_of
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     connect,
@@ -183,16 +183,11 @@ def _without(table: Table, with_table: Table) -> Select[Any]:
 
 def _uneven_bills() -> Select[Any]:
     """Select the bills that are not the sum of their pieces, amount by amount."""
-    r = requests.c
-    names = [c.name for c in usage_pieces.c if c.name.endswith(("_ns", "_ms", "_tokens"))]
-    amounts = [*names, "gpu_time_ns"]
-    sums = {name: func.sum(piece_amount(name)) for name in names}
-    sums["gpu_time_ns"] = func.sum(PIECE_NS)
     return (
         select(*requests.primary_key)
         .select_from(with_pieces())
-        .group_by(*requests.primary_key, *(r[name] for name in amounts))
-        .having(or_(*(r[name] != func.coalesce(sums[name], 0) for name in amounts)))
+        .group_by(*requests.primary_key, *BILL_AMOUNTS)
+        .having(IS_UNEVEN)
     )
 
 
