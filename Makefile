@@ -56,12 +56,14 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep test check docs reference fuzz simulate simulate-ledger soak bench matrix test-ecosystem lock vulnerabilities clean
+.PHONY: help setup demo demo-sweep gpu-check test check docs reference fuzz simulate simulate-ledger soak bench matrix test-ecosystem lock vulnerabilities clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
 	@echo '             MODEL=... another model; DEMO_ARGS=--keep leaves it running'
 	@echo 'make demo-sweep  the same server at several loads: a plot of cost and latency; 5 minutes'
+	@echo 'make gpu-check  what the meter is worth on the NVIDIA GPU of this machine, on one page: 20'
+	@echo '             minutes, nothing is downloaded; GPU_CHECK_ARGS="--budget-s 600" for less'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
 	@echo 'make test-ecosystem  the ledger in a real PostgreSQL, routes with a newer FastAPI: a minute;'
 	@echo '             needs the programs of a PostgreSQL server (apt-get install postgresql)'
@@ -95,6 +97,11 @@ demo: setup
 
 demo-sweep: setup
 	@$(RUN) vllm-cost-meter demo --sweep $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
+
+# A GPU computes in compiled graphs, as in production.
+gpu-check: setup
+	@$(RUN) env -u TORCH_COMPILE_DISABLE vllm-cost-meter gpu-check --folder '$(CACHE)/gpu-check' \
+	  $(GPU_CHECK_ARGS)
 
 # The servers of the integration tests have both cores for themselves; all other tests are spread
 # over the cores there are.

@@ -26,15 +26,13 @@ are noise; the ratio of CPU time suffers less.
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +40,15 @@ import psutil
 from bench_attribution import machine
 
 from vllm_cost_meter.errors import ServerError
+from vllm_cost_meter.lab.bench_client import BenchClient, ClosedLoop
 from vllm_cost_meter.lab.server import (
     CPU_ARGUMENTS,
     Server,
-    end_of,
     environment_of,
     is_cpu_build,
     meter_arguments,
 )
+from vllm_cost_meter.lab.sweep.bench import Shape, Target
 from vllm_cost_meter.lab.tiny_model import default_path, make_tiny_model
 
 RATIOS = {
@@ -97,24 +96,6 @@ class Subject:
         return used
 
 
-def _client_starts(environment: dict[str, str], log: Path) -> None:
-    """Set up the client's process: its output goes to a file."""
-    os.environ.update(environment)  # vLLM reads the environment when it is imported.
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-
-
-def _client_runs(arguments: list[str]) -> dict[str, Any]:
-    """Send a run's requests and return the measurements. This runs in the client's process."""
-    from vllm.benchmarks import serve  # noqa: PLC0415 - ten seconds, the first time
-
-    parser = argparse.ArgumentParser()
-    serve.add_cli_args(parser)
-    measured: dict[str, Any] = serve.main(parser.parse_args(arguments))
-    return measured
-
-
 class Bench:
     """The two servers of a round, and the client."""
 
@@ -124,12 +105,14 @@ class Bench:
         make_tiny = options.model is None
         self.model = options.model or str(default_path())
         self.environment = environment_of(default_path().parent, offline=make_tiny)
+        # A plugin that is named for all servers would be in the unmetered one, too.
+        self.environment.pop("VLLM_PLUGINS", None)
         self.arguments = [*(CPU_ARGUMENTS if make_tiny and is_cpu_build() else ())]
-        self.client = ProcessPoolExecutor(
-            max_workers=1,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_client_starts,
-            initargs=({**os.environ, **self.environment}, folder / "client.log"),
+        self.client = BenchClient(self.environment, folder / "client.log")
+        self.load = ClosedLoop(
+            Shape(options.input_tokens, options.output_tokens),
+            options.requests,
+            options.concurrency,
         )
         self.own_ns = self.busy_ns = 0
 
@@ -171,31 +154,9 @@ class Bench:
                 subject.server.stop()
 
     def drive(self, subject: Subject, seed: int, requests: int) -> dict[str, Any]:
-        """Send a run's requests and return the measurements of `vllm bench serve`.
-
-        Raises ServerError if the client fails or a request does not complete.
-        """
-        options = self.options
-        arguments = [
-            *("--dataset-name", "random", "--base-url", subject.server.url, "--model", self.model),
-            *("--seed", str(seed), "--num-prompts", str(requests), "--ignore-eos"),
-            *("--random-input-len", str(options.input_tokens)),
-            *("--random-output-len", str(options.output_tokens)),
-            *("--max-concurrency", str(options.concurrency), "--disable-tqdm"),
-            *("--ready-check-timeout-sec", "0", "--save-detailed"),  # errors are a detail
-        ]
-        try:
-            measured = self.client.submit(_client_runs, arguments).result()
-        except Exception as error:
-            log = end_of(self.folder / "client.log")
-            raise ServerError(f"the client failed: {error!r}; {log}") from error
-        if measured["completed"] != requests:
-            errors = {error.strip().splitlines()[-1] for error in measured["errors"] if error}
-            raise ServerError(
-                f"{subject.label}: {measured['completed']} of {requests} requests completed; "
-                f"{'; '.join(sorted(errors)[:3]) or 'no error reported'}"
-            )
-        return measured
+        """Send a run's requests; return its measurements. Raises ServerError."""
+        target = Target(subject.server.url, self.model, self.model)
+        return self.client.run(target, replace(self.load, requests=requests), seed)
 
     def run(self, subject: Subject, idle: Subject, seed: int) -> dict[str, Any]:
         """Drive one server while the other idles; the answer has the CPU time of both."""
@@ -303,7 +264,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=cache))
     bench = Bench(options, folder)
     try:
-        pairs = measure(bench)
+        with bench.client:
+            pairs = measure(bench)
     except ServerError as error:
         sys.exit(f"bench_serving: {error}\nlogs are in {folder}")
     shutil.rmtree(folder)

@@ -40,7 +40,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "endpoint": {"fastapi", "msgspec", "orjson", "prometheus_client", "pydantic", "starlette"}
     | {"typing_extensions", "uvicorn"},
     "engine": {"msgspec", "pynvml"},
-    "lab": {"matplotlib", "msgspec", "numpy", "openai", "prometheus_client", "rich"}
+    "lab": {"matplotlib", "msgspec", "numpy", "openai", "prometheus_client", "pynvml", "rich"}
     | {"tokenizers", "torch", "transformers", "vllm"},
     "ledger": {"duckdb", "orjson", "sqlalchemy", "typing_extensions"},
     "journal": {"msgspec"},

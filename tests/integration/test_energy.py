@@ -14,10 +14,16 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.server import Server
+from tests.integration.server import MODEL, TENANT_KEYS, Server
 from tests.integration.traffic import ask
-from tests.support.nvml import TIMEOUT, A, Card, Machine, compile_library
+from tests.support.nvml import TIMEOUT, A, Card, Machine, compile_library, nvmls
+from vllm_cost_meter.lab.gpu_check.card import NvidiaCard
+from vllm_cost_meter.lab.gpu_check.energy import measure_energy
+from vllm_cost_meter.lab.gpu_check.plan import EnergySize
+from vllm_cost_meter.lab.gpu_check.served import Checked
 from vllm_cost_meter.lab.server import meter_arguments
+from vllm_cost_meter.lab.sweep.bench import Target
+from vllm_cost_meter.lab.validation.real_server.burst import JudgedServer
 
 TICK_S = 0.05
 TOLD_TIMEOUT_S = 15
@@ -105,6 +111,29 @@ def test_a_request_has_its_energy_soon_after_its_end_and_all_of_it_adds_up(
     assert run["devices"] == [{"name": "NVIDIA H100 80GB HBM3", "uuid": A}]
     metrics = httpx.get(f"{powered.side_url}/metrics").text
     assert 'cost_meter_engine_energy_joules{class="idle",engine="0"}' in metrics
+
+
+def test_the_books_have_the_energy_that_a_watch_of_the_card_sees_in_the_same_window(
+    powered: Server, gpu: Gpu, tmp_path: Path
+) -> None:
+    size = EnergySize(clients=(2,), window_s=2, tokens_part=1 / 32)
+    judged = JudgedServer(powered.url, TENANT_KEYS["alpha"], powered.side_url, None, MODEL)
+    checked = Checked("alone", powered, judged, Target("", "", ""), tmp_path, None)  # type: ignore[arg-type]
+    library = compile_library(tmp_path)
+    with nvmls(library, tmp_path / "empty"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE_NVML", str(gpu.script))
+        found = measure_energy(checked, NvidiaCard({}), size, lambda _line: None)
+    for window in found["windows"]:
+        energy = window["energy"]
+        assert energy["why_not"] is None
+        # A window is a little longer than asked for: it begins and ends with a snapshot.
+        assert 1 < energy["seconds"] < 30
+        assert energy["meter_mj"] == pytest.approx(
+            energy["counter_mj"], abs=energy["counter_noise_mj"]
+        )
+        assert energy["integral_mj"] == pytest.approx(100_000 * energy["seconds"])
+    assert found["windows"][1]["traffic"]["requests"] > 0
+    assert found["windows"][1]["requests_ns"] > 0
 
 
 def test_a_request_that_runs_while_the_driver_fails_has_no_energy_and_the_next_has(

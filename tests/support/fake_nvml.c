@@ -3,7 +3,7 @@
  * The file that FAKE_NVML names is read anew at every call. Its first line is
  *     init RESULT
  * and every other line one device, MIG slices ("mig") after the cards ("gpu"):
- *     KIND UUID HANDLE_RESULT ENERGY_RESULT ENERGY_MJ MIG_MODE MAX_MW NAME
+ *     KIND UUID HANDLE_RESULT ENERGY_RESULT ENERGY_MJ MIG_MODE MAX_MW POWER_MW NAME
  * A result is an nvmlReturn_t: 0 success, 3 not supported, 15 GPU is lost, 999 unknown.
  * https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceEnumvs.html
  *
@@ -23,7 +23,7 @@ struct device {
     char kind[8], uuid[96], name[96];
     int handle_result, energy_result, mig_mode;
     unsigned long long energy_mj;
-    unsigned max_mw;
+    unsigned max_mw, power_mw;
 };
 
 static struct device devices[DEVICES_MAX];
@@ -48,9 +48,9 @@ static int load(int *init)
         struct device *d = &devices[count];
         if (sscanf(line, "init %d", init) == 1)
             continue;
-        count += sscanf(line, "%7s %95s %d %d %llu %d %u %95[^\n]", d->kind, d->uuid,
+        count += sscanf(line, "%7s %95s %d %d %llu %d %u %u %95[^\n]", d->kind, d->uuid,
                         &d->handle_result, &d->energy_result, &d->energy_mj, &d->mig_mode,
-                        &d->max_mw, d->name) == 8;
+                        &d->max_mw, &d->power_mw, d->name) == 9;
     }
     fclose(file);
     return count;
@@ -171,6 +171,41 @@ int nvmlDeviceGetPowerManagementLimitConstraints(void *handle, unsigned *least, 
         *most = d->max_mw;
     }
     return result;
+}
+
+/* A power of 0 stands for a card that does not say it. */
+int nvmlDeviceGetPowerUsage(void *handle, unsigned *power_mw)
+{
+    struct device *d;
+    int result = find(handle, &d);
+    if (!result && !d->power_mw)
+        return NOT_SUPPORTED;
+    if (!result)
+        *power_mw = d->power_mw;
+    return result;
+}
+
+int nvmlDeviceGetMemoryInfo(void *handle, unsigned long long *memory)
+{
+    struct device *d;
+    int result = find(handle, &d);
+    if (!result) {
+        memory[0] = 80ULL << 30; /* total, free, used */
+        memory[1] = memory[0];
+        memory[2] = 0;
+    }
+    return result;
+}
+
+int nvmlSystemGetDriverVersion(char *version, unsigned size)
+{
+    return users ? copy("580.65.06", version, size) : UNINITIALIZED;
+}
+
+int nvmlSystemGetCudaDriverVersion(int *version)
+{
+    *version = 13000;
+    return SUCCESS;
 }
 
 #ifndef NO_ENERGY

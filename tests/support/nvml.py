@@ -48,10 +48,12 @@ class Card:
     energy_result: int = 0
     mig_mode: int = 0
     max_mw: int = 700_000
+    power_mw: int = 100_000
 
     def line(self) -> str:
         results = f"{self.handle_result} {self.energy_result} {self.energy_mj}"
-        return f"{self.kind} {self.uuid} {results} {self.mig_mode} {self.max_mw} {self.name}"
+        powers = f"{self.max_mw} {self.power_mw}"
+        return f"{self.kind} {self.uuid} {results} {self.mig_mode} {powers} {self.name}"
 
 
 @dataclass

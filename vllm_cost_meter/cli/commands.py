@@ -61,6 +61,9 @@ COMMANDS = {
     "validate": CommandEntry(
         "Check", "validate:validate", "How wrong each way to split a step is."
     ),
+    "gpu-check": CommandEntry(
+        "Check", "gpu_check:gpu_check", "What is the meter worth on this GPU? One page of it."
+    ),
     "demo": CommandEntry(
         "Check", "demo:demo", "See it all without a GPU: a real server and its bill."
     ),

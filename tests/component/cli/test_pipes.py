@@ -57,7 +57,7 @@ MORE = {
 }  # fmt: skip
 ALL = {**COMMANDS, **MORE}
 # They need a server of vLLM.
-WITH_SERVER = {("sweep",)}
+WITH_SERVER = {("sweep",), ("gpu-check",)}
 
 
 def test_every_command_is_tried() -> None:

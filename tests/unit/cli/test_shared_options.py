@@ -29,11 +29,15 @@ SENTENCES = {("explain",), ("audit",), ("doctor",), ("saturation", "import")} | 
     words for words in LEAVES if words[0] == "ledger"
 }
 # They say in one line what they changed, or start a server and tell its story.
-NO_ANSWER = {("tenants", "add"), ("tenants", "set"), ("tenants", "remove"), ("demo",)}
+NO_ANSWER = {("tenants", "add"), ("tenants", "set"), ("tenants", "remove")} | {
+    ("demo",),
+    ("gpu-check",),  # a page and JSON, in its folder
+}
 # It writes a folder: curves, which are its JSON, and a plot.
 FOLDER = {("sweep",)}
-# The formulas take the reader's own numbers, a simulation its own traffic, the demo its own folder.
-NO_SETTINGS = {("validate",), ("demo",), *CALCULATORS}
+# The formulas take the reader's own numbers, a simulation its own traffic; the demo and the check
+# of a GPU have their own folder.
+NO_SETTINGS = {("validate",), ("demo",), ("gpu-check",), *CALCULATORS}
 # The settings alone say it.
 NO_LEDGER = {words for words in LEAVES if words[0] in ("tenants", "prices", "break-even")}
 # Its days are those of providers, whose bills are by the UTC day.

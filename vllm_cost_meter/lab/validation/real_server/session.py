@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,6 +39,7 @@ from vllm_cost_meter.lab.validation.real_server.players import (
     KINDS,
     PLAYERS_MIN,
     PROMPT_TOKENS_MIN,
+    PlayerBill,
     PlayingRequest,
     players_of,
 )
@@ -101,29 +103,54 @@ def measure(plan: ServerPlan, on_phase: Callable[[str], None]) -> dict[str, Any]
     `on_phase` is called with a text for each phase. Raises ServerError if the server or a request
     fails, the server works for others, or a burst cannot be held together.
     """
-    players = players_of(plan.players, plan.prompt_tokens, plan.output_tokens)
     with _server(plan, on_phase) as server:
-        _refuse_long(server, players)
-        on_phase("warm-up")
-        burst = BurstPlayer(server, players, plan.prompt_tokens, plan.seed)
-        coalitions = range(1, 1 << plan.players)
-        burst.play_round(coalitions)
-        rounds = []
-        for number in range(plan.rounds):
-            started_s = time.monotonic()
-            rounds.append(burst.play_round(coalitions))
-            took_s = time.monotonic() - started_s
-            left_s = took_s * (plan.rounds - number - 1)
-            on_phase(
-                f"round {number + 1} of {plan.rounds}: {len(coalitions)} coalitions in"
-                f" {took_s:.0f} s, about {left_s:.0f} s left"
-            )
-        about = server.run(burst.run_id)
+        return play(server, plan, on_phase)
+
+
+def play(
+    server: JudgedServer,
+    plan: ServerPlan,
+    on_phase: Callable[[str], None],
+    left_s: Callable[[], float] = lambda: inf,
+) -> dict[str, Any]:
+    """Play the rounds of a plan on a server that runs, and return as `measure`; raises as it does.
+
+    `left_s` says how many seconds are left. Rounds that would take longer are not begun, but for
+    the first ones, without which there is no verdict: if these would, it raises ServerError.
+    """
+    players = players_of(plan.players, plan.prompt_tokens, plan.output_tokens)
+    _refuse_long(server, players)
+    on_phase("warm-up")
+    burst = BurstPlayer(server, players, plan.prompt_tokens, plan.seed)
+    coalitions = range(1, 1 << plan.players)
+    took_s = _seconds_of(lambda: burst.play_round(coalitions))
+    rounds: list[dict[int, list[PlayerBill]]] = []
+    while len(rounds) < plan.rounds:
+        missing = max(ROUNDS_MIN - len(rounds), 1)
+        if took_s * missing > left_s():
+            if len(rounds) < ROUNDS_MIN:
+                raise ServerError(
+                    f"expected time for {ROUNDS_MIN} rounds of {took_s:.0f} s, got time for"
+                    f" {len(rounds)} and {left_s():.0f} s: no verdict; allow more time"
+                )
+            break
+        took_s = _seconds_of(lambda: rounds.append(burst.play_round(coalitions)))
+        on_phase(
+            f"round {len(rounds)} of {plan.rounds}: {len(coalitions)} coalitions in"
+            f" {took_s:.0f} s, about {took_s * (plan.rounds - len(rounds)):.0f} s left"
+        )
+    about = server.run(burst.run_id)
     return {
         **{name: about[name] for name in ("model", "hardware", "vllm_version", "method")},
         "repeated_bursts": burst.repeated,
         **judge(players, rounds),
     }
+
+
+def _seconds_of(work: Callable[[], object]) -> float:
+    started_s = time.monotonic()
+    work()
+    return time.monotonic() - started_s
 
 
 @contextmanager
@@ -163,7 +190,7 @@ def _started(plan: ServerPlan, on_phase: Callable[[str], None]) -> Iterator[Judg
         )
         try:
             server.launch()
-            server.wait(on_stage=_changes(on_phase))
+            server.wait(on_stage=changes(on_phase))
             yield _reached(server.url, server.side_url, token)
         finally:
             server.stop()
@@ -203,7 +230,7 @@ def _refuse_long(server: JudgedServer, players: Sequence[PlayingRequest]) -> Non
         )
 
 
-def _changes(on_phase: Callable[[str], None]) -> Callable[[str], None]:
+def changes(on_phase: Callable[[str], None]) -> Callable[[str], None]:
     """Return a function that passes a stage on when it is another than before."""
     last = ""
 
