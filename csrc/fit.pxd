@@ -90,6 +90,7 @@ cdef struct Fit:
     double spread[2]
     double moved[2]  # of steps without a prefill and with one, in this sweep
     int64_t moving[2]  # how many they were
+    int64_t behind  # steps judged until two planes were last no better than the curve
     Watch watches[2]
     Row ring[RING]
     double features[RING][FEATURES]  # amounts of the rows of the ring that have any
@@ -114,7 +115,7 @@ cdef inline void start_fit(
 
 cdef inline void begin(Fit *fit) noexcept nogil:
     """Begin to learn: no step is known."""
-    fit.seen = fit.since = fit.judged = 0
+    fit.seen = fit.since = fit.judged = fit.behind = 0
     fit.held = fit.at = fit.folded = 0
     fit.clip[0] = fit.clip[1] = CLIP_MAX
     fit.spread[0] = fit.spread[1] = 0.0
@@ -278,6 +279,7 @@ cdef inline bint end_sweep(Fit *fit) noexcept nogil:
         fit.clip[form] = smaller(larger(3.75 * fit.spread[form] / held, NOISE), CLIP_MAX)
         fit.spread[form] = 0.0
     fit.at = fit.folded = 0
+    compare_forms(fit)
     is_due = fit.since >= fit.next_publish
     if not (is_due or (has_moved and fit.since >= FIRST_PUBLISH)):
         return False
@@ -302,16 +304,26 @@ cdef inline bint take_moved(Fit *fit) noexcept nogil:
     return has_moved
 
 
-cdef inline int best_form(const Fit *fit) noexcept nogil:
-    """Return the form to use: two planes must beat it, and know no experts nor features."""
+cdef inline void compare_forms(Fit *fit) noexcept nogil:
+    """Note whether two planes predict better than the curve: they know no experts nor features."""
     cdef double margin = KEEP_MARGIN if fit.form == PLANES_FORM else MARGIN
+    if (
+        fit.has_experts
+        or fit.has_seen_features
+        or not fit.errors[PLANES_FORM] < margin * fit.errors[CURVE_FORM]
+    ):
+        fit.behind = fit.judged
+
+
+cdef inline int best_form(const Fit *fit) noexcept nogil:
+    """Return the form to use: two planes must have been better for many steps."""
     if fit.has_experts or fit.has_seen_features:
         return CURVE_FORM
     if fit.judged < CHOICE_STEPS:
         return fit.form
-    if fit.errors[PLANES_FORM] < margin * fit.errors[CURVE_FORM]:
-        return PLANES_FORM
-    return CURVE_FORM
+    if fit.form == PLANES_FORM:
+        return CURVE_FORM if fit.behind == fit.judged else PLANES_FORM
+    return PLANES_FORM if fit.judged - fit.behind >= CHOICE_STEPS else CURVE_FORM
 
 
 cdef inline void publish(Fit *fit, int form) noexcept nogil:

@@ -15,7 +15,7 @@ def test_the_figures_of_the_fit_are_those_of_the_code():
         f"The last {fit.RING:,} steps are gone over",
         f"a time constant of {fit.MEMORY_STEPS:,.0f} steps",
         f"All of the first {fit.ALL_STEPS:,} steps are learnt from",
-        f"better by {1 - fit.MARGIN:.0%} after {fit.CHOICE_STEPS:,} steps".replace("%", " %"),
+        f"better by {1 - fit.MARGIN:.0%} for {fit.CHOICE_STEPS:,} steps on end".replace("%", " %"),
         f"known to {curve.SPREAD:.0%} of itself".replace("%", " %"),
         f"read to {curve.READ_SPREAD:.0%}".replace("%", " %"),
         f"as soon as {fit.WATCHED_FROM:,} steps are known",

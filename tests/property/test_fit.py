@@ -27,6 +27,7 @@ from vllm_cost_meter.attribution.cost_model import (
     ServedModel,
 )
 from vllm_cost_meter.attribution.cost_model_py import (
+    CHOICE_STEPS,
     CURVE_FORM,
     FIRST_PUBLISH,
     PLANES_FORM,
@@ -244,6 +245,20 @@ def test_versions_come_as_steps_grow_by_a_quarter_or_the_model_moved_and_then_no
     assert published[0] >= FIRST_PUBLISH
     assert fit.version == len(published) <= 30
     assert len([number for number in published if number > 1500]) <= 4
+
+
+def test_two_planes_must_be_better_for_long_before_they_are_used():
+    """A curve errs on traffic of a new kind until it has learnt it. Planes may err less then."""
+    rng = random.Random(7)
+    fit = StepFit(prior_of(DENSE))
+    better_from, forms = 300, []
+    for number, parts in enumerate(steps(rng, better_from + 2 * CHOICE_STEPS)):
+        observe(fit, parts, time_on(KERNELS, parts) * rng.gauss(1, 0.02))
+        if number >= better_from:
+            fit.errors[PLANES_FORM] = 0.5 * fit.errors[CURVE_FORM]
+        forms.append(fit.form)
+    assert set(forms[: better_from + CHOICE_STEPS]) == {CURVE_FORM}
+    assert forms[-1] == PLANES_FORM
 
 
 @pytest.mark.parametrize("gpu_ns", [0, -5])

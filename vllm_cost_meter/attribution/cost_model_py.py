@@ -6,9 +6,10 @@ other.
 1. Two forms compete: a curve, i.e. a sum over kernels (`curve_py.py`, `curve_fit_py.py`), and two
    planes, where the whole step is the larger of two sums (`planes_py.py`). Both predict every step
    before they learn from it. Where steps run kernel by kernel, two planes predict them somewhat
-   worse and split them far worse. So two planes are used only once they predict better, and never
-   for a model with experts, nor once a request had a feature (LoRA, an encoder, guided decoding):
-   they know neither.
+   worse and split them far worse. So two planes are used only once they have predicted better for
+   `CHOICE_STEPS` on end: traffic of a new kind makes the curve err until it has learnt it. They are
+   never used for a model with experts, nor once a request had a feature (LoRA, an encoder, guided
+   decoding), as they know neither.
 2. Steps are weighed by 1 / time squared, so errors are relative, and a step that took ten times too
    long (a page fault, a compile) has little influence. Beyond three standard deviations a step is
    weighed down further (Huber 1964).
@@ -47,8 +48,8 @@ PUBLISH_STEPS = 4096
 # After this many steps a single step adds little, so only every fourth is used.
 ALL_STEPS = 32_768
 LATER_EVERY = 4
-# After so many steps the form may change: two planes must predict better than the curve by this
-# factor before they are used, and to stay so.
+# For so many steps two planes must predict better than the curve by this factor before they are
+# used; and by that one, to stay so.
 CHOICE_STEPS = 2048
 MARGIN = 0.95
 KEEP_MARGIN = 0.98
@@ -114,6 +115,7 @@ class StepFit:
     def _begin(self) -> None:
         """Begin to learn: no step is known."""
         self._seen = self._since = self._judged = 0
+        self._behind = 0  # steps judged until two planes were last no better than the curve
         self._ring.clear()
         self._at = 0  # the sweep's place in the ring
         self._folded = 0
@@ -241,6 +243,7 @@ class StepFit:
         self._spread = [0.0, 0.0]
         self._moved, self._moving = [0.0, 0.0], [0, 0]
         self._at = self._folded = 0
+        self._compare_forms()
         is_due = self._since >= self._next_publish
         if not (is_due or (has_moved and self._since >= FIRST_PUBLISH)):
             return False
@@ -250,15 +253,27 @@ class StepFit:
         self.charge_errors.draw(self._curve, self._clip[CURVE_FORM] / 3.0)
         return True
 
+    def _compare_forms(self) -> None:
+        """Note whether two planes predict better than the curve."""
+        margin = KEEP_MARGIN if self.form == PLANES_FORM else MARGIN
+        is_better = self.errors[PLANES_FORM] < margin * self.errors[CURVE_FORM]
+        if self._needs_curve or not is_better:
+            self._behind = self._judged
+
+    @property
+    def _needs_curve(self) -> bool:
+        """Whether there is what two planes know nothing of: experts, or features."""
+        return bool(self._served.experts.number or self.has_seen_features)
+
     def _best_form(self) -> int:
-        """Return the form to use: two planes must beat it, and know no experts nor features."""
-        if self._served.experts.number or self.has_seen_features:
+        """Return the form to use: two planes must have been better for many steps."""
+        if self._needs_curve:
             return CURVE_FORM
         if self._judged < CHOICE_STEPS:
             return self.form
-        margin = KEEP_MARGIN if self.form == PLANES_FORM else MARGIN
-        is_better = self.errors[PLANES_FORM] < margin * self.errors[CURVE_FORM]
-        return PLANES_FORM if is_better else CURVE_FORM
+        if self.form == PLANES_FORM:
+            return CURVE_FORM if self._behind == self._judged else PLANES_FORM
+        return PLANES_FORM if self._judged - self._behind >= CHOICE_STEPS else CURVE_FORM
 
     def _start_over(self, planes: Planes, coefficients: Coefficients) -> None:
         """Forget all steps, and learn from new ones with an earlier fit as the prior."""
