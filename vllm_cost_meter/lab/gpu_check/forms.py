@@ -18,16 +18,17 @@ from vllm_cost_meter.attribution.cost_model import (
     Plane,
     ServedModel,
 )
-from vllm_cost_meter.attribution.game_py import StepModel, StepPart, solve_step
+from vllm_cost_meter.attribution.features_py import StepPart
+from vllm_cost_meter.attribution.game_py import StepModel, solve_step
 from vllm_cost_meter.ledger.queries.cost_models import CURVE_NAMES, TERM_NAMES
 
 
 def forms_of(model: Mapping[str, Any]) -> dict[str, StepModel]:
     """Return both forms of a model, by name, from its row in `/cost/models`."""
     forms: dict[str, StepModel] = {}
-    if (curve := model["curve"]) is not None:
+    if (curve := model["curve"]) is not None and curve["form"] == CURVE:
         coefficients = (
-            *(curve["terms"][name] for name in CURVE_NAMES),
+            *(curve["terms"][name] for name in CURVE_NAMES[CURVE]),
             *(curve["token_ns"][str(begin)] for begin in RAMPS),
             curve["expert_ns"],
         )

@@ -27,7 +27,7 @@ from math import comb
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from vllm_cost_meter.attribution.game_py import StepPart
+from vllm_cost_meter.attribution.features_py import StepPart
 from vllm_cost_meter.engine.step_log import LoggedStep
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab.gpu_check.forms import forms_of, predicted_ns
@@ -86,8 +86,8 @@ class ChunkSteps(NamedTuple):
 
     def parts(self, *, chunk: bool) -> list[StepPart]:
         """Return what such a step computes, as the cost model sees it."""
-        decodes: list[StepPart] = [(1, self.context, False)] * self.decodes
-        return [*decodes, *([(self.chunk, self.chunk, True)] if chunk else [])]
+        decodes = [StepPart(1, self.context, False)] * self.decodes
+        return [*decodes, *([StepPart(self.chunk, self.chunk, True)] if chunk else [])]
 
 
 def measure_overlap(

@@ -4,7 +4,15 @@ import random
 
 import pytest
 
-from vllm_cost_meter.attribution.cost_model import CURVE, PAIRS, RAMPS, READ, TWO_PLANES
+from vllm_cost_meter.attribution.cost_model import (
+    CURVE,
+    EARLIER_CURVE,
+    PAIRS,
+    RAMPS,
+    READ,
+    TWO_PLANES,
+)
+from vllm_cost_meter.attribution.features_py import StepPart
 from vllm_cost_meter.engine.step_log import LoggedPart, LoggedStep
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab.gpu_check.forms import forms_of, predicted_ns
@@ -45,12 +53,13 @@ def steps_of(decodes: int, context: int, *, overlaps: bool, noise: float = 0.0, 
 
 
 def model(**terms: float):
-    coefficients = dict.fromkeys(CURVE_NAMES, 0.0) | terms
+    coefficients = dict.fromkeys(CURVE_NAMES[CURVE], 0.0) | terms
     plane = dict.fromkeys(TERM_NAMES, 0.0)
     return {
         "form": CURVE,
         "version": 3,
         "curve": {
+            "form": CURVE,
             "terms": coefficients,
             "token_ns": {str(begin): TOKEN_NS for begin in RAMPS},
             "expert_ns": 0.0,
@@ -150,13 +159,15 @@ def test_the_interval_of_a_median_is_that_of_the_sign_test(count: int, left_out:
 
 def test_a_prediction_is_the_formula_of_its_form():
     forms = forms_of(OVERLAPPING)
-    parts = [(1, 60_000, False)] * 4
+    parts = [StepPart(1, 60_000, False)] * 4
     assert predicted_ns(forms[CURVE], parts) == pytest.approx(
         step_ns(4, 60_000, 0, overlaps=True), rel=1e-9
     )
     assert predicted_ns(forms[TWO_PLANES], parts) == pytest.approx(FIXED_NS + CONTEXT_NS * 240_000)
-    assert [CURVE_NAMES.index(name) for name in ("pair_ns", "read_ns")] == [PAIRS, READ]
+    assert [CURVE_NAMES[CURVE].index(name) for name in ("pair_ns", "read_ns")] == [PAIRS, READ]
 
 
 def test_a_model_without_a_curve_has_one_form():
+    earlier = {**OVERLAPPING, "curve": {**OVERLAPPING["curve"], "form": EARLIER_CURVE}}
     assert list(forms_of({**OVERLAPPING, "curve": None})) == [TWO_PLANES]
+    assert list(forms_of(earlier)) == [TWO_PLANES]
