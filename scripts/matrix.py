@@ -6,23 +6,28 @@ in `.cache/matrix`. The Makefile's own targets set it up and test it, so only vL
 its native part built in place.
 
 A failure on one version does not stop the others; the exit status is then 1. The table also goes to
-`.cache/matrix/table.md`, with the reason for each skipped test.
+`.cache/matrix/table.md`, with the reason for each skipped test. All versions take hours, so each
+result is kept with the commit that it is of. A run that was interrupted goes on where it was: a
+version that passed on this very commit is not run again, unless the checkout has changes.
 
 Invariant: every requested version has a row. A row has counts only if pytest wrote them on the
-version that the row names.
+version that the row names, and for the commit that it names.
 """
 
+import json
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 FOLDER = Path(".cache") / "matrix"
 TESTS = "tests/integration"
-HEADER = "| vLLM | torch | passed | failed | skipped | minutes |\n|---|---|---|---|---|---|"
+HEADER = (
+    "| vLLM | torch | passed | failed | skipped | minutes | commit |\n|---|---|---|---|---|---|---|"
+)
 # This prints the versions of vLLM and torch as their metadata have them, with "+cpu".
 VERSIONS_THERE = "from importlib.metadata import version as v; print(v('vllm'), v('torch'))"
 
@@ -38,6 +43,7 @@ class Outcome:
     skipped: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
     problem: str = ""
+    commit: str = ""
 
     @property
     def ok(self) -> bool:
@@ -48,11 +54,11 @@ class Outcome:
 def row(outcome: Outcome) -> str:
     """Return a version's row in the Markdown table."""
     if outcome.problem:
-        cells = [outcome.version, outcome.torch, outcome.problem, "", "", ""]
+        cells = [outcome.version, outcome.torch, outcome.problem, "", "", "", outcome.commit]
     else:
         counts = (outcome.passed, len(outcome.failed), len(outcome.skipped))
         minutes = f"{outcome.seconds / 60:.1f}"
-        cells = [outcome.version, outcome.torch, *map(str, counts), minutes]
+        cells = [outcome.version, outcome.torch, *map(str, counts), minutes, outcome.commit]
     return f"| {' | '.join(cells)} |"
 
 
@@ -130,6 +136,31 @@ def last_line(log: Path) -> str:
     return lines[-1].strip().replace("|", "\\|")[:200] if lines else f"{log} is empty"
 
 
+def commit_here() -> str:
+    """Return the checkout's commit, shortened; with a + if files differ from it."""
+    revision = ["git", "rev-parse", "--short=9", "HEAD"]
+    short = subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
+    status = ["git", "status", "--porcelain"]
+    changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
+    return f"{short}+" if changed else short
+
+
+def kept(version: str, commit: str) -> Outcome | None:
+    """Return the result of a version that passed on this commit; None if there is none."""
+    path = FOLDER / f"{version}.json"
+    if commit.endswith("+") or not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    outcome = Outcome(
+        **{
+            **found,
+            "failed": tuple(found["failed"]),
+            "skipped": tuple(map(tuple, found["skipped"])),
+        }
+    )
+    return outcome if outcome.ok and outcome.commit == commit else None
+
+
 def main(versions: list[str]) -> int:
     if not versions:
         print("expected the versions of vLLM to test, got none: make matrix MATRIX='0.32.0'")
@@ -137,7 +168,14 @@ def main(versions: list[str]) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for version in versions:
-        outcomes.append(run(version))
+        commit = commit_here()
+        if (outcome := kept(version, commit)) is not None:
+            print(f"==> vLLM {version}: passed on {commit} already", flush=True)
+        else:
+            outcome = replace(run(version), commit=commit)
+            text = json.dumps(asdict(outcome), indent=1)
+            (FOLDER / f"{version}.json").write_text(text, encoding="utf-8")
+        outcomes.append(outcome)
         # The table is written after each version, so an interrupted run leaves its results.
         (FOLDER / "table.md").write_text(table(outcomes), encoding="utf-8")
     print(f"\n{table(outcomes)}", end="")

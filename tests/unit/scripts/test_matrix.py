@@ -1,6 +1,7 @@
 """`make matrix`: each version has its row, whatever becomes of it, and counts are pytest's own."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -56,7 +57,23 @@ def matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     make.chmod(0o755)
     monkeypatch.setenv("PATH", str(make.parent), prepend=":")
     monkeypatch.chdir(tmp_path)
+    git("init", "-q")
+    Path(".gitignore").write_text(".cache\nbin\n")
+    commit()
     return module
+
+
+def git(*arguments: str) -> str:
+    identity = ("-c", "user.name=somebody", "-c", "user.email=nobody@example.com")
+    done = subprocess.run(
+        ["git", *identity, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def commit() -> None:
+    git("add", "-A")
+    git("commit", "-q", "--allow-empty", "-m", "more")
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -91,6 +108,27 @@ def test_a_report_of_an_earlier_run_is_not_read_again(matrix):
     Path(".cache/matrix/0.3.xml").write_text(PASSES)
     assert matrix.main(["0.3"]) == 1
     assert rows(Path(".cache/matrix/table.md").read_text())["0.3"][1].startswith("the tests did")
+
+
+def test_a_version_that_passed_on_this_commit_is_not_run_again(matrix, capsys):
+    assert matrix.main(["0.4", "0.5"]) == 1
+    assert matrix.main(["0.4", "0.5"]) == 1
+    shown = capsys.readouterr().out.partition("| vLLM |")[2]
+    here = git("rev-parse", "--short=9", "HEAD")
+    assert f"vLLM 0.5: passed on {here} already" in shown
+    assert "vLLM 0.4: passed" not in shown
+    assert rows(Path(".cache/matrix/table.md").read_text())["0.5"][-1] == here
+
+
+def test_after_another_commit_or_with_changes_it_is_run_again(matrix, capsys):
+    matrix.main(["0.5"])
+    commit()
+    matrix.main(["0.5"])
+    Path("changed").write_text("")
+    matrix.main(["0.5"])
+    matrix.main(["0.5"])
+    assert "already" not in capsys.readouterr().out
+    assert rows(Path(".cache/matrix/table.md").read_text())["0.5"][-1].endswith("+")
 
 
 def test_a_run_that_collected_nothing_is_no_success(matrix):
