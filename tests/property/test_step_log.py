@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_cost_meter.engine.step_log import (
+    NO_FEATURES,
     LoggedPart,
     LoggedStep,
     StepLogWriter,
@@ -18,14 +19,26 @@ COUNT = st.integers(0, 2**31 - 1)
 NS = st.integers(0, 2**63 - 1)
 # Any other id is logged in the form in which the ledger stores it.
 ID = st.text(min_size=1, max_size=8).filter(str.isprintable)
-PARTS = st.lists(st.builds(LoggedPart, ID, COUNT, COUNT, st.integers(0, 3)), max_size=5)
+FEATURES = st.just(NO_FEATURES) | st.tuples(st.booleans(), st.booleans(), COUNT)
+PARTS = st.lists(
+    st.builds(
+        lambda *plain, features: LoggedPart(*plain, *features),
+        *(ID, COUNT, COUNT, st.integers(0, 3)),
+        features=FEATURES,
+    ),
+    max_size=5,
+)
 STEPS = st.lists(st.builds(LoggedStep, NS, NS, PARTS), max_size=8)
 
 
 def write(path: Path, steps: list[LoggedStep]) -> None:
     writer = StepLogWriter(path, model="m", vllm_version="v", run_id="r", gpus=1)
     for step in steps:
-        writer.write(step.parts, step.gpu_time_ns, step.unix_ns)
+        features = [
+            (place, *part[4:]) for place, part in enumerate(step.parts) if part[4:] != NO_FEATURES
+        ]
+        plain = [part[:4] for part in step.parts]
+        writer.write(plain, step.gpu_time_ns, step.unix_ns, features)
     writer.close()
 
 
