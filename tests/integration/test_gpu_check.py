@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.integration.server import MODEL, TENANT_KEYS, Server
+from vllm_cost_meter.attribution.cost_model import CURVE, TWO_PLANES
 from vllm_cost_meter.lab.bench_client import ClosedLoop
 from vllm_cost_meter.lab.gpu_check.plan import ON_CPU
 from vllm_cost_meter.lab.gpu_check.sections import NO_GPU
@@ -87,7 +88,7 @@ def test_a_check_that_is_killed_leaves_what_it_measured_and_no_server(tmp_path: 
         assert context < steps[kind]["context"] <= context + ON_CPU.overlap.output_tokens
         assert steps[kind]["with"]["median_ns"] > steps[kind]["without"]["median_ns"] > 0
     forms = parts["overlap"]["figures"]["predicted"]["after"]["forms"]
-    assert all(forms[name]["long"]["with"] > 0 for name in ("curve", "two planes"))
+    assert all(forms[name]["long"]["with"] > 0 for name in (CURVE, TWO_PLANES))
     books = parts["books"]["figures"]
     assert books["audit"]["balanced"] is True
     assert books["replies"] == {"asked": 12, "different": []}
