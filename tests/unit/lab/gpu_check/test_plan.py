@@ -26,7 +26,11 @@ GIB = 1 << 30
     [
         ({"budget_s": 59}, "--budget-s: expected 60 or more, got 59"),
         ({"parts": ["games"]}, "--part: expected one of game, energy, .*, got 'games'"),
+        ({"budget_s": float("nan")}, "--budget-s: expected 60 or more, got nan"),
         ({"vllm_arguments": ["--port=1"]}, "--port: expected other vLLM arguments"),
+        ({"vllm_arguments": ["-tp", "2"]}, "-tp: .* the check is of one GPU"),
+        ({"vllm_arguments": ["--data_parallel_size=2"]}, "size: .* the check is of one GPU"),
+        ({"vllm_arguments": ["--api-key", "sk-1"]}, "--api-key: .* the page would show it"),
     ],
 )
 def test_a_wrong_plan_names_the_option(wrong, told):
