@@ -345,7 +345,7 @@ def _gib(size: int | None) -> str:
 
 
 def _ms(ns: float) -> str:
-    return f"{ns / 1e6 + 0.0:.3f}"
+    return f"{round(ns / 1e6, 3) + 0.0:.3f}"  # + 0.0: no -0.000
 
 
 def _percent(part: float | None) -> str:

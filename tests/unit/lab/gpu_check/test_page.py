@@ -216,3 +216,9 @@ def test_settings_are_shown_as_a_shell_takes_them():
     found = results()
     found["machine"]["environment"] = {"VLLM_CACHE_ROOT": "/my models/a;b"}
     assert "VLLM_CACHE_ROOT='/my models/a;b' \\\n" in as_text(sections_of(found))
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign():
+    found = results()
+    found["parts"]["overlap"]["figures"]["less_ns"] = -0.4
+    assert table_row(as_markdown(sections_of(found)), "the chunk adds less")[1].startswith("0.000 ")
