@@ -53,7 +53,18 @@ _UNITS = {
     "idle_share_ns": ("idle_share_seconds", 10**9, 6),
     "energy_mj": ("joules", 1000, 3),
 }
-_NUMBERS = ("tokens", "_ns", "_mj", "_usd", "requests", "status", "used", "limit", "over")
+_NUMBERS = (
+    "tokens",
+    "_ns",
+    "_mj",
+    "_usd",
+    "requests",
+    "status",
+    "used",
+    "limit",
+    "over",
+    "_within",
+)
 # If the terminal is too narrow, longer texts are shortened to this width.
 TEXT_CHARS_MAX = 24
 _ELLIPSIS = "..."

@@ -5,6 +5,7 @@ from vllm_cost_meter.lab.gpu_check import page
 from vllm_cost_meter.lab.gpu_check.books import REPLIES
 from vllm_cost_meter.lab.gpu_check.check import LOGS
 from vllm_cost_meter.lab.gpu_check.model import GIB, LARGE_FROM_BYTES
+from vllm_cost_meter.lab.gpu_check.overlap import READ_TIMES_MIN
 from vllm_cost_meter.lab.gpu_check.plan import ON_GPU, PARTS, CheckPlan, OverlapSize
 from vllm_cost_meter.lab.validation.real_server.verdict import NOISE_SHARE_MAX, TOLERANCE_SHARE
 
@@ -35,6 +36,7 @@ def test_figures_in_the_text_are_those_of_the_code():
         f"{short} decodes at {short_tokens} tokens of context and {long} at {long_tokens:,}",
         f"a prefill of {overlap.chunk:,} tokens",
         f"Contexts of {long_tokens:,} tokens",
+        f"Below {READ_TIMES_MIN * short * short_tokens // long:,} the part `overlap` fails",
         f"whether {REPLIES} replies",
         f"its noise and {TOLERANCE_SHARE * 100:.0f} % of GPU time",
         f"the noise was above {NOISE_SHARE_MAX * 100:.0f} %",

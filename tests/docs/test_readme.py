@@ -179,13 +179,13 @@ def test_the_report_in_the_readme_adds_up():
     table, own, _ = table.partition("    each row is a tenant on its own, without those below it\n")
     head, *rows = [line.split() for line in table.splitlines()]
     assert own
-    assert head[-2:] == ["gpu_seconds", "cost_usd"]
-    total, shown = Decimal(after.split()[0]), sum(Decimal(row[-2]) for row in rows)
+    assert head[-3:] == ["gpu_seconds", "cost_usd", "split_within"]
+    total, shown = Decimal(after.split()[0]), sum(Decimal(row[-3]) for row in rows)
     # Each row is shown to the microsecond.
     assert abs(total - shown) < Decimal("0.000001") * len(rows)
     [request] = [row for row in rows if not row[0].startswith("__")]
     assert request[0] == re.search("x-cost-meter-tenant: (.*)", README.read_text())[1]
-    assert request[-1] == re.search("x-cost-meter-cost-usd: (.*)", README.read_text())[1]
+    assert request[-2] == re.search("x-cost-meter-cost-usd: (.*)", README.read_text())[1]
 
 
 def test_the_bill_of_the_demo_adds_up():

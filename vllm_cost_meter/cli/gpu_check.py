@@ -12,6 +12,7 @@ import typer
 
 from vllm_cost_meter.cli.options import one_line_errors
 from vllm_cost_meter.console import interruptible, print_lines
+from vllm_cost_meter.errors import CostMeterError, in_one_line
 from vllm_cost_meter.units.text import plain
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def gpu_check(
     part: Annotated[
         list[str] | None,
         typer.Option(
-            help="A part: game, energy, overlap, books or throughput; repeat it for several, or"
-            " all."
+            help="A part: game, energy, overlap, books or throughput; repeat it for several. By"
+            " default all run."
         ),
     ] = None,
     folder: Annotated[
@@ -95,6 +96,9 @@ def _run(plan: "CheckPlan") -> int:
     except KeyboardInterrupt:
         print("vllm-cost-meter gpu-check: interrupted; the servers have ended", file=sys.stderr)
         status = INTERRUPTED
+    except (CostMeterError, OSError) as error:
+        print(plain(f"vllm-cost-meter gpu-check: {in_one_line(error)}"), file=sys.stderr)
+        status = WRONG
     if (page := plan.folder / TEXT_FILE).exists():
         print_lines(page.read_text(encoding="utf-8").splitlines())
     print(f"written to {plan.folder}", file=sys.stderr)

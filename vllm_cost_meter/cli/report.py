@@ -36,6 +36,7 @@ from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records.owner import COVERS_TEXT, OWN, WITH_CHILDREN, Covers, TenantScope
 from vllm_cost_meter.reports.answers import TenantsReport
+from vllm_cost_meter.reports.charges import charges_cell
 from vllm_cost_meter.reports.facts import COUNTS
 from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
@@ -81,6 +82,12 @@ NANO_USD_NOTE = (
 ENERGY_COLUMN = "energy_mj"
 # Likewise only if KV residency has a price in any row; it is a part of the costs beside it.
 KV_COLUMN = "kv_cost_usd"
+# Likewise only if it is known of any row how far its split may be off.
+SPLIT_COLUMN = "split_within"
+SPLIT_NOTE = (
+    f"{SPLIT_COLUMN}: how far the split of a row's GPU time may be off, an estimate; no amount"
+    " depends on it"
+)
 
 
 class What(StrEnum):
@@ -271,7 +278,11 @@ def _print_table(
         columns = (*columns[:at], KV_COLUMN, *columns[at:])
     if any(row.get(ENERGY_COLUMN) is not None for row in rows):
         columns = (*columns, ENERGY_COLUMN)
-    names = [name for name in columns if name not in (*REPORT_COLUMNS, *REQUEST_COLUMNS)]
+    if any(row.get("charge_known_ns") for row in rows):
+        rows = [{**row, SPLIT_COLUMN: charges_cell(row)} for row in rows]
+        columns, below = (*columns, SPLIT_COLUMN), [*below, SPLIT_NOTE]
+    others = (*REPORT_COLUMNS, *REQUEST_COLUMNS, KV_COLUMN, ENERGY_COLUMN, SPLIT_COLUMN)
+    names = [name for name in columns if name not in others]
     first = REQUEST_FIRST if "http_request_id" in columns else (*names, *FIRST)
     print_rows(rows, columns, first=first, wide=wide)
     print_lines(below)

@@ -26,7 +26,12 @@ from sqlalchemy.pool import NullPool
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private, open_to_others
-from vllm_cost_meter.ledger.migrations import FIRST_WITH_BILL_SUMS, FIRST_WITH_ROLLUPS, migrate
+from vllm_cost_meter.ledger.migrations import (
+    FIRST_WITH_BILL_SUMS,
+    FIRST_WITH_PACKED_ROWS,
+    FIRST_WITH_ROLLUPS,
+    migrate,
+)
 from vllm_cost_meter.ledger.rollups.bill_sums import rebuild_bill_sums
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
@@ -433,7 +438,7 @@ def _upgrade(engine: Engine, shown: str, found: int) -> None:
     """
     doing = f"ledger {shown}: from schema version {found} to {SCHEMA_VERSION}"
     path = sqlite_path(engine.url)
-    if path is not None:
+    if path is not None and found < FIRST_WITH_PACKED_ROWS:
         size, free = path.stat().st_size, shutil.disk_usage(path.parent).free
         # The rows that change are in the log first, then in the file beside the old ones.
         if free < 2 * size:

@@ -8,6 +8,7 @@ Invariant: an error of unknown bills is never read as 0: whoever shows an error 
 GPU time it is. No amount of money has any part of it.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -49,11 +50,37 @@ def charges_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def charges_text(row: Mapping[str, Any]) -> str:
     """Return how well the split of a row's GPU time is known, as part of a sentence."""
-    error, known_ns, gpu_ns = row["charge_error"], row["charge_known_ns"], row["gpu_time_ns"]
-    if error is None:
-        return "not known how far the split may be off" if gpu_ns else "no GPU time was split"
-    text = f"split known to within {error:.1%}"
+    if row["charge_error"] is None:
+        unknown = "not known how far the split may be off"
+        return unknown if row["gpu_time_ns"] else "no GPU time was split"
+    part = _part_known(row)
+    return f"split known to within {within(row['charge_error'])}" + (
+        f" for {part} of the GPU time" if part else ""
+    )
+
+
+def charges_cell(row: Mapping[str, Any]) -> str | None:
+    """Return the same for a cell of a table; None for a row without GPU time that was split."""
+    if row["charge_known_ns"] is None or not row["gpu_time_ns"]:
+        return None
+    if row["charge_error"] is None:
+        return "unknown"
+    part = _part_known(row)
+    return within(row["charge_error"]) + (f" of {part}" if part else "")
+
+
+def within(error: float) -> str:
+    """Return a bound as a percentage, rounded up: what may be off is never shown as 0.0%."""
+    # A product of floats may be a little above a whole number; what is nearly 0 still counts.
+    per_mille = math.ceil(round(error * 1000, 6)) or math.ceil(error)
+    return f"{per_mille / 1000:.1%}"
+
+
+def _part_known(row: Mapping[str, Any]) -> str | None:
+    """Return of how much GPU time an error is known, rounded down; None if that is all of it."""
+    known_ns, gpu_ns = row["charge_known_ns"], row["gpu_time_ns"]
     if known_ns == gpu_ns:
-        return text
-    # Rounded down: what is not all is never shown as 100.0%.
-    return f"{text} for {known_ns * 1000 // gpu_ns / 1000:.1%} of the GPU time"
+        return None
+    # What is not all is never shown as 100.0%, nor what is some as 0.0%.
+    per_mille = known_ns * 1000 // gpu_ns
+    return f"{per_mille / 1000:.1%}" if per_mille else "less than 0.1%"

@@ -26,7 +26,7 @@ from vllm_cost_meter.prices.book import (
 from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.engine import OPERATOR
-from vllm_cost_meter.reports.charges import charge_error_of
+from vllm_cost_meter.reports.charges import charge_error_of, within
 from vllm_cost_meter.reports.request_answers import Explanation
 from vllm_cost_meter.reports.request_row import FINISHED
 from vllm_cost_meter.units.money import format_usd
@@ -212,7 +212,7 @@ def _part_lines(part: Fields) -> Iterator[str]:
             f" {_seconds(part['common_ns'])} are its share of what the batch needs anyway"
         )
     if part["charge_error"] is not None:
-        yield f"  split known to within {part['charge_error']:.1%}"
+        yield f"  split known to within {within(part['charge_error'])}"
     if tokens := part["cached"]["tokens"]:
         saved = _seconds(part["cached"]["saved_estimate_ns"])
         yield f"  caching {tokens} tokens saved about {saved} (an estimate)"

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.component.cli.test_cli import EVIL, cells, one_line, record, run, sql, write_ledger
-from tests.component.ledger.test_reader import T0, part, snapshot
+from tests.component.ledger.test_charges import bill, write
+from tests.component.ledger.test_reader import T0, Ledger, part, snapshot
 from tests.support.upkeep import sums_again
+from vllm_cost_meter.cli.report import SPLIT_NOTE
 from vllm_cost_meter.records.snapshot import ClassTotals
 
 
@@ -33,6 +35,42 @@ def test_a_report_is_added_up_by_the_columns_asked_for(ledger):
         "m", "2027-01-15", "3", "30", "6", "15", "0.000001", "0.000001", "-", "-",
     ]  # fmt: skip
     assert last == "adds up: the rows are all of 0.000002 GPU-seconds, to the nanosecond"
+
+
+@pytest.fixture
+def split_ledger(tmp_path: Path) -> Path:
+    """A ledger whose splits are known in part: alice's of 600 of 900 ns, bob's not, carol's all."""
+    path = tmp_path / "split.db"
+    written = Ledger(f"sqlite:///{path}")
+    bills = [bill(1, 30), bill(2, 10), bill(3, None)]
+    write(written, [*bills, bill(4, None, tenant="bob"), bill(5, 0, tenant="carol")])
+    written.close()
+    return path
+
+
+@pytest.mark.parametrize("words", [(), ("--aggregate", "tenant")])
+def test_a_table_says_of_each_row_how_far_its_split_may_be_off(split_ledger, words):
+    lines = run("report", *words, "--ledger", split_ledger).stdout.splitlines()
+    assert cells(lines[0])[-2:] == ["cost_usd", "split_within"]
+    shown = {cells(line)[0]: line.split("  ")[-1].strip() for line in lines[1:5]}
+    assert shown == {
+        "alice": "6.7% of 66.6%", "bob": "unknown", "carol": "0.0%", "__idle__": "-",
+    }  # fmt: skip
+    assert lines[-1] == SPLIT_NOTE
+
+
+def test_a_table_has_no_column_of_it_where_nothing_is_known(ledger):
+    result = run("report", "--ledger", ledger)
+    assert "split_within" not in result.stdout
+
+
+def test_a_narrow_terminal_drops_it_before_what_was_asked_for(split_ledger, monkeypatch):
+    monkeypatch.setattr("vllm_cost_meter.console.terminal_width", lambda _file=None: 60)
+    head, *rest = run("report", "--ledger", split_ledger).stdout.splitlines()
+    assert {"tenant", "gpu_seconds", "cost_usd"} <= set(cells(head))
+    assert "split_within" not in head
+    left_out = " ".join(" ".join(rest).split()).partition("left out: ")[2].partition(";")[0]
+    assert "split_within" in left_out.split(", ")
 
 
 def test_what_if_is_said_below_the_table(ledger):

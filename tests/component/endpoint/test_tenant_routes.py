@@ -11,6 +11,7 @@ from tests.support.coarse import assert_coarse
 from tests.support.key_check import AuthenticationMiddleware
 from tests.support.openapi import assert_fits
 from tests.support.world import BODY, JSON, World, replying, scope_of
+from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.api_server.routes import OWN_ROUTES, route_of
 from vllm_cost_meter.endpoint.handed import OwnAnswer, OwnQuestion
@@ -93,6 +94,36 @@ def test_a_tenant_is_told_what_it_used_and_where_its_own_budgets_stand(world):
     assert (told["tenant"], told["requests"]) == ("acme", 1)
     assert [row["tenant"] for row in told["recent"]] == ["acme"]
     assert [budget["budget"] for budget in told["budgets"]] == ["acme's"]
+
+
+@pytest.mark.parametrize(
+    ("error_ns", "told"), [(None, (0, 0, None)), (0, (3_000, 0, 0.0)), (150, (3_000, 150, 0.05))]
+)
+def test_a_tenant_is_told_how_well_its_split_is_known_unless_figures_are_coarse(
+    make_world, error_ns, told
+):
+    names = ("charge_known_ns", "charge_error_ns", "charge_error")
+    world = make_world(tenants=TENANTS)
+    key = (b"authorization", b"Bearer acme")
+    scope = scope_of(headers=[key, (b"x-request-id", b"of-acme")])
+    engine = world.engine
+
+    def work() -> None:
+        engine.born("cmpl-acme-0")
+        bill = engine.bill("cmpl-acme-0")
+        pieces = tuple(piece._replace(charge_error_ns=error_ns) for piece in bill.pieces)
+        engine.runtime.run("bill", Collector.billed, bill._replace(pieces=pieces))
+
+    world.run(replying(JSON, [BODY], work), scope)
+    world.rows("SELECT 1")
+    exact = ask(world, "/v1/cost/me").json()
+    coarse = ask(world, "/v1/cost/me", is_coarse=True).json()
+    assert tuple(exact[name] for name in names) == told
+    # That it is 0 would tell that nobody else was there.
+    assert [coarse[name] for name in names] == [None, None, None]
+    for is_coarse, of_part in ((False, error_ns), (True, None)):
+        row = ask(world, "/v1/cost/requests/of-acme", is_coarse=is_coarse).json()
+        assert [part["charge_error_ns"] for part in row["parts"]] == [of_part]
 
 
 def test_a_tenant_is_told_what_all_below_it_used_or_only_itself(make_world):

@@ -1,6 +1,7 @@
 """What a check reads of a card, by a library for NVML of the tests; when it does not start."""
 
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -9,6 +10,9 @@ from tests.support.nvml import NOT_SUPPORTED, A, B, Card, Machine, nvmls
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab.gpu_check.card import NvidiaCard, PowerWatch
+from vllm_cost_meter.lab.gpu_check.check import LOGS, GpuCheck
+from vllm_cost_meter.lab.gpu_check.page import JSON_FILE
+from vllm_cost_meter.lab.gpu_check.plan import CheckPlan
 
 
 def test_the_card_is_the_first_that_cuda_shows(machine: Machine):
@@ -30,6 +34,14 @@ def test_a_sample_has_what_the_card_says_and_none_for_what_it_does_not(machine: 
     assert sample[1:] == (1_234, 350_000)
     machine.cards[0].energy_result, machine.cards[0].power_mw = NOT_SUPPORTED, 0
     machine.tell()
+    assert card.sample()[1:] == (None, None)
+
+
+def test_a_slice_of_a_card_has_no_energy_or_memory_of_its_own(machine: Machine):
+    machine.add(Card(A, energy_mj=1_234, power_mw=350_000, mig_mode=1))
+    card = NvidiaCard({})
+    assert card.facts.is_slice
+    assert card.facts.memory_bytes is None
     assert card.sample()[1:] == (None, None)
 
 
@@ -74,3 +86,32 @@ def test_a_gpu_with_a_vllm_for_cpus_is_another_line(tmp_path, machine: Machine):
     done = CliRunner().invoke(app, ["gpu-check", "--folder", str(tmp_path)])
     assert done.exit_code == 2
     assert "expected vLLM for GPUs, got its CPU build" in done.stderr
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """The folder in which temporary folders are made."""
+    folder = tmp_path / "temporary files"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def test_servers_leave_no_folder_even_if_their_logs_cannot_be_kept(tmp_path, temporary: Path):
+    results = tmp_path / "my results"
+    (results / LOGS).mkdir(parents=True)
+    told: list[str] = []
+    check = GpuCheck(CheckPlan(results, parts=(), allow_cpu=True), told.append)
+    check.run()
+    assert list(temporary.iterdir()) == []
+    assert [line for line in told if line.startswith("the logs of the servers cannot be kept")]
+    assert (results / JSON_FILE).exists()
+
+
+def test_a_disk_without_room_for_the_model_is_one_line_and_status_1(tmp_path, temporary: Path):
+    temporary.rmdir()
+    arguments = ["gpu-check", "--allow-cpu", "--part", "books", "--folder", str(tmp_path / "r")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    first, *_ = done.stderr.splitlines()
+    assert first.startswith("vllm-cost-meter gpu-check: FileNotFoundError: ")

@@ -30,6 +30,7 @@ from vllm_cost_meter.prices.cost import cost_nanousd
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Price
 from vllm_cost_meter.records.snapshot import CostModel
+from vllm_cost_meter.reports.charges import within
 
 USD = Decimal("2.5")
 # In GPU-ns: a step, a request, a token, a pair of query and key, a token of a decode's context.
@@ -139,7 +140,7 @@ def test_a_bill_says_how_far_it_may_be_off(explain):
     (part,) = explanation["parts"]
     assert part["charge_error_ns"] == 1_000_000
     assert part["charge_error"] == 1_000_000 / part["gpu_time_ns"]
-    assert f"  split known to within {part['charge_error']:.1%}" in explanation["text"]
+    assert f"  split known to within {within(part['charge_error'])}" in explanation["text"]
 
 
 def test_where_that_is_unknown_a_bill_does_not_say_0(explain):

@@ -3,10 +3,13 @@
 import pytest
 
 from vllm_cost_meter.reports.charges import (
+    NO_CHARGES,
     ChargesKnown,
     charge_error_of,
+    charges_cell,
     charges_of_rows,
     charges_text,
+    within,
 )
 
 
@@ -42,11 +45,36 @@ def test_rows_add_up_and_rows_that_are_no_usage_add_nothing():
         (row(1000, 1000, 32), "split known to within 3.2%"),
         (row(1000, 1000, 0), "split known to within 0.0%"),
         (row(1000, 500, 16), "split known to within 3.2% for 50.0% of the GPU time"),
-        # What is not all is never called all.
+        # A bound is rounded up, and so is never 0 if anything may be off.
+        (row(3000, 3000, 100), "split known to within 3.4%"),
+        (row(10**9, 10**9, 1), "split known to within 0.1%"),
+        # What is not all is never called all, nor what is some nothing.
         (row(10**6, 10**6 - 1, 0), "split known to within 0.0% for 99.9% of the GPU time"),
+        (row(10**6, 999, 0), "split known to within 0.0% for less than 0.1% of the GPU time"),
         (row(1000, 0, 0), "not known how far the split may be off"),
         (row(0, 0, 0), "no GPU time was split"),
     ],
 )
 def test_it_is_said_in_words(of, said):
     assert charges_text(of) == said
+
+
+@pytest.mark.parametrize(
+    ("of", "shown"),
+    [
+        (row(1000, 1000, 32), "3.2%"),
+        (row(1000, 500, 16), "3.2% of 50.0%"),
+        (row(1000, 1000, 0), "0.0%"),
+        (row(1000, 0, 0), "unknown"),
+        (row(0, 0, 0), None),
+        ({"gpu_time_ns": 1000, **NO_CHARGES}, None),
+    ],
+)
+def test_a_cell_of_a_table_says_of_how_much_it_is(of, shown):
+    assert charges_cell(of) == shown
+
+
+def test_a_bound_that_is_exact_in_tenths_of_a_percent_is_not_rounded_up():
+    assert [within(tenths / 1000) for tenths in range(1001)] == [
+        f"{tenths // 10}.{tenths % 10}%" for tenths in range(1001)
+    ]

@@ -43,7 +43,7 @@ def test_a_statement_says_how_well_each_tenants_split_is_known_and_that_of_all()
     assert shown[at + 1 : at + 4] == [
         "bob: not known how far the split may be off",
         "carol: split known to within 0.0%",
-        "all tenants, on average: split known to within 3.3% for 60.0% of the GPU time",
+        "all tenants, on average: split known to within 3.4% for 60.0% of the GPU time",
     ]
     texts = Page(statement_html(about(answer))).texts
     assert {shown[at], *shown[at + 1 : at + 4]} <= set(texts)

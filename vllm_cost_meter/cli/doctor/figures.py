@@ -19,6 +19,7 @@ from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.prices.book import PriceBook, RunFacts, described
 from vllm_cost_meter.reports.answers import Summary
+from vllm_cost_meter.reports.charges import within
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def charges_known(model: CostModelRow) -> str:
     errors = model["charge_errors"] or {}
     kinds = {"prompts": "prefill_beyond", "decodes": f"decode_to_{DECODE_KINDS[0]}_context"}
     known = [
-        f"{errors[kind]:.1%} ({name})"
+        f"{within(errors[kind])} ({name})"
         for name, kind in kinds.items()
         if errors.get(kind, 1.0) < 1.0
     ]

@@ -43,8 +43,8 @@ WRAP_DELTA_MJ_MAX = WRAP_MJ // 8
 # NVML must be initialised anew to find a lost card. Doing so more often would only cost time.
 RETRY_NS = 10 * NS_PER_SECOND
 
-_MIG_PREFIX = "MIG-"
-_UUID_PREFIXES = ("GPU-", _MIG_PREFIX)
+MIG_PREFIX = "MIG-"
+_UUID_PREFIXES = ("GPU-", MIG_PREFIX)
 
 
 class _Nvml(Protocol):
@@ -373,7 +373,7 @@ def _handles(nvml: _Nvml) -> list[object]:
 
 def _find(nvml: _Nvml, device: _Device) -> None:
     """Set the handle, names and power limit of a card. Raises _UnknownError for a MIG slice."""
-    is_slice = device.device_id.startswith(_MIG_PREFIX)
+    is_slice = device.device_id.startswith(MIG_PREFIX)
     try:
         handle = _handle_of(nvml, device.device_id)
         device.info = DeviceInfo(nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle))
@@ -381,7 +381,7 @@ def _find(nvml: _Nvml, device: _Device) -> None:
         if not is_slice:
             raise
         device.info = DeviceInfo(None, device.device_id)  # A MIG slice may have only its id.
-    if is_slice or _is_sliced(nvml, handle):
+    if is_slice or is_sliced(nvml, handle):
         raise _UnknownError("mig", "a MIG slice has no counter; the card's counts all its slices")
     device.handle = handle
     try:
@@ -407,7 +407,7 @@ def _handle_of(nvml: _Nvml, device_id: str) -> object:
         return matches[0]
 
 
-def _is_sliced(nvml: _Nvml, handle: object) -> bool:
+def is_sliced(nvml: _Nvml, handle: object) -> bool:
     """Return whether a card is in MIG mode, in which CUDA gives a process one slice of it."""
     try:
         return nvml.nvmlDeviceGetMigMode(handle)[0] == 1  # NVML_DEVICE_MIG_ENABLE

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vllm_cost_meter.engine.energy.nvml import visible_device_ids
+from vllm_cost_meter.engine.energy.nvml import MIG_PREFIX, is_sliced, visible_device_ids
 from vllm_cost_meter.errors import ServerError
 
 WHAT_TO_DO = (
@@ -37,7 +37,10 @@ class PowerSample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What a card and its driver are."""
+    """What a card and its driver are.
+
+    Of a slice of a card in MIG mode (`is_slice`) it may be that only the card has a name or memory.
+    """
 
     name: str
     uuid: str
@@ -46,6 +49,7 @@ class CardFacts:
     cuda: str
     power_limit_mw: int | None
     cards_of_machine: int
+    is_slice: bool = False
 
 
 class NvidiaCard:
@@ -60,6 +64,7 @@ class NvidiaCard:
             pynvml.nvmlInit()
             (card_id,) = visible_device_ids(environ.get("CUDA_VISIBLE_DEVICES"), [0])
             self._handle = self._handle_of(card_id)
+            self._is_slice = card_id.startswith(MIG_PREFIX) or is_sliced(pynvml, self._handle)
             self.facts = self._facts()
         except Exception as error:
             raise ServerError(
@@ -67,7 +72,9 @@ class NvidiaCard:
             ) from None
 
     def sample(self) -> PowerSample:
-        """Return the card's counter and power now."""
+        """Return the card's counter and power now; None for a slice, as both are of all slices."""
+        if self._is_slice:
+            return PowerSample(time.time_ns(), None, None)
         nvml, handle = self._nvml, self._handle
         counter_mj = self._or_none(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
         power_mw = self._or_none(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
@@ -84,14 +91,20 @@ class NvidiaCard:
         return CardFacts(
             name=str(nvml.nvmlDeviceGetName(handle)),
             uuid=str(nvml.nvmlDeviceGetUUID(handle)),
-            memory_bytes=self._or_none(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            memory_bytes=self._memory_bytes(),
             driver=str(nvml.nvmlSystemGetDriverVersion()),
             cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
             power_limit_mw=self._or_none(
                 lambda: nvml.nvmlDeviceGetPowerManagementLimitConstraints(handle)[1]
             ),
             cards_of_machine=int(nvml.nvmlDeviceGetCount()),
+            is_slice=self._is_slice,
         )
+
+    def _memory_bytes(self) -> int | None:
+        if is_sliced(self._nvml, self._handle):
+            return None  # That of the card, of which CUDA gives a slice.
+        return self._or_none(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._handle).total)
 
     def _or_none(self, ask: Callable[[], Any]) -> int | None:
         try:

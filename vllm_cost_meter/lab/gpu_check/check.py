@@ -93,9 +93,17 @@ class GpuCheck:
                     self._on_one(checked)
             self._throughput()
         finally:
+            self._close(work)
+
+    def _close(self, work: Path) -> None:
+        """Keep the logs, and leave nothing else of the folder of the servers, whatever happens."""
+        try:
             keep_logs(work, self._plan.folder / LOGS)
-            self._write()
+        except OSError as error:
+            self._show(f"the logs of the servers cannot be kept: {in_one_line(error)}")
+        finally:
             shutil.rmtree(work, ignore_errors=True)
+        self._write()
 
     def _on_one(self, checked: Checked) -> None:
         """The parts that need one server."""

@@ -75,7 +75,9 @@ def _wrong(found: CheckResults) -> Iterator[str]:
                 yield f"doctor: {finding['name']}: {finding['detail']}"
     for name in (BOOKS, THROUGHPUT):
         if (part := figures_of(found, name)) and part["audit"]["balanced"] is not True:
-            yield f"{name}: the books of that server do not balance: {part['audit']['reason']}"
+            is_known = part["audit"]["balanced"] is not None
+            what = "do not balance" if is_known else "are not known to balance"
+            yield f"{name}: the books of that server {what}: {part['audit']['reason']}"
     windows = (figures_of(found, ENERGY) or {}).get("windows", [])
     if failed := sum(len(window["traffic"]["failures"]) for window in windows):
         yield f"{failed} requests of mixed traffic failed"

@@ -6,6 +6,9 @@ it. The chunk adds some time to a step of either kind. If decodes and prefills w
 after another, it would add the same to both. If long contexts are read while the chunk computes, it
 adds less beside them. Each form of the cost model predicts its own difference.
 
+Each form has been learnt from the same steps, and one of them is in use. A prediction is v(all) of
+the step's game, by the twin of the native code.
+
 A step with a chunk is compared with the steps without one just before and after it, so contexts
 that grow and a machine that warms up cancel. Figures are medians, as a step that is held up is only
 ever longer; their intervals are those of the sign test, which assumes no distribution.
@@ -27,16 +30,26 @@ from math import comb
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+from vllm_cost_meter.attribution.cost_model import (
+    CURVE,
+    RAMPS,
+    TWO_PLANES,
+    Experts,
+    Layers,
+    Plane,
+    ServedModel,
+)
 from vllm_cost_meter.attribution.features_py import StepPart
+from vllm_cost_meter.attribution.game_py import StepModel, solve_step
 from vllm_cost_meter.engine.step_log import LoggedStep
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.lab.gpu_check.forms import forms_of, predicted_ns
 from vllm_cost_meter.lab.gpu_check.mixed import random_prompt
 from vllm_cost_meter.lab.gpu_check.model import NAME
 from vllm_cost_meter.lab.gpu_check.plan import OverlapSize
 from vllm_cost_meter.lab.gpu_check.served import Checked
 from vllm_cost_meter.lab.server import LOOPBACK
 from vllm_cost_meter.lab.validation.replay import read_log
+from vllm_cost_meter.ledger.queries.cost_models import CURVE_NAMES, TERM_NAMES
 
 SHORT, LONG = "short", "long"
 REQUEST_TIMEOUT_S = 300
@@ -46,6 +59,10 @@ LOG_DELAY_S = 1.2
 AROUND = 4
 CHUNK_STEPS_MIN = 4
 TAIL = 0.025
+# With fewer values no interval of the sign test has 95 %.
+VALUES_MIN = 6
+# Long contexts must be at least so many times as much to read as short ones, or both are alike.
+READ_TIMES_MIN = 2
 
 
 class Spread(NamedTuple):
@@ -58,7 +75,10 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Return the median of some values. With fewer than 6 the interval is their range."""
+        """Return the median of some values.
+
+        With fewer than `VALUES_MIN` the interval is their range, which is less than 95 %.
+        """
         ordered = sorted(values)
         # The most values that may be left out on each side.
         below, place = 0.0, 0
@@ -97,7 +117,7 @@ def measure_overlap(
 
     Raises ServerError if steps with a chunk did not come about.
     """
-    size = size.fitting(checked.context_max(), checked.kv_tokens())
+    size = fitted(size, checked.context_max(), checked.kv_tokens())
     before = _model(checked)
     rng = random.Random(f"overlap {seed}")  # noqa: S311 - no secret
     found = {}
@@ -110,6 +130,18 @@ def measure_overlap(
         steps = [s for s in read_log(checked.step_log) if began_ns <= s.unix_ns <= ended_ns]
         found[name] = chunk_steps(steps, decodes, size.chunk)
     return answer(found, before, _model(checked)) | {"size": asdict(size)}
+
+
+def fitted(size: OverlapSize, context_max: int, kv_tokens: int | None) -> OverlapSize:
+    """Return the size with contexts that a server has room for. Raises ServerError without room."""
+    fitting = size.fitting(context_max, kv_tokens)
+    (decodes, tokens), (few, long) = fitting.short, fitting.long
+    if few * long < READ_TIMES_MIN * decodes * tokens:
+        raise ServerError(
+            f"expected room for {few} contexts of {READ_TIMES_MIN * decodes * tokens // few} tokens"
+            f" or more, got {long}: give the KV cache more memory, or take a smaller --shape"
+        )
+    return fitting
 
 
 def _model(checked: Checked) -> Mapping[str, Any]:
@@ -223,6 +255,34 @@ def _by_form(found: Mapping[str, ChunkSteps], model: Mapping[str, Any]) -> dict[
             "less_ns": added[SHORT] - added[LONG],
         }
     return {"forms": forms}
+
+
+def forms_of(model: Mapping[str, Any]) -> dict[str, StepModel]:
+    """Return both forms of a model, by name, from its row in `/cost/models`."""
+    forms: dict[str, StepModel] = {}
+    if (curve := model["curve"]) is not None and curve["form"] == CURVE:
+        coefficients = (
+            *(curve["terms"][name] for name in CURVE_NAMES[CURVE]),
+            *(curve["token_ns"][str(begin)] for begin in RAMPS),
+            curve["expert_ns"],
+        )
+        served = ServedModel(
+            Experts(**curve["experts"]), Layers(**curve["layers"]), tuple(curve["captured"])
+        )
+        forms[CURVE] = StepModel.of_curve(coefficients, served)
+    compute, memory = (_plane(model["planes"][name]) for name in ("compute", "memory"))
+    forms[TWO_PLANES] = StepModel.of_planes(compute, memory)
+    return forms
+
+
+def predicted_ns(form: StepModel, parts: Sequence[StepPart]) -> float:
+    """Return the GPU-ns of a step of these parts: tokens, context at its end, is it a prefill."""
+    return solve_step(form, parts).total_ns
+
+
+def _plane(terms: Mapping[str, float]) -> Plane:
+    one, token, sequence, product, context = (terms[name] for name in TERM_NAMES)
+    return (one, token, sequence, product, context)
 
 
 def _play(

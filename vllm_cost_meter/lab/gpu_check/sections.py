@@ -6,6 +6,7 @@ GPU-ms, errors and noises percent.
 Invariant: every figure here is in the results, or computed from them.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from vllm_cost_meter.lab.gpu_check.findings import (
     wrong_in,
 )
 from vllm_cost_meter.lab.gpu_check.model import GIB
-from vllm_cost_meter.lab.gpu_check.overlap import LONG, SHORT
+from vllm_cost_meter.lab.gpu_check.overlap import LONG, SHORT, VALUES_MIN
 from vllm_cost_meter.lab.gpu_check.plan import BOOKS, ENERGY, GAME, OVERLAP, THROUGHPUT
 from vllm_cost_meter.lab.gpu_check.served import METERED, UNMETERED
 from vllm_cost_meter.units.text import plain, significant
@@ -84,7 +85,11 @@ def _machine(found: CheckResults) -> PageSection:
             []
             if gpu is None
             else [
-                ("GPU", f"{gpu['name']}, {_gib(gpu['memory_bytes'])}, {gpu['uuid']}"),
+                (
+                    "GPU",
+                    f"{gpu['name']}, {_gib(gpu['memory_bytes'])}, {gpu['uuid']}"
+                    f"{', a MIG slice of it' if gpu['is_slice'] else ''}",
+                ),
                 ("GPUs of the machine", f"{gpu['cards_of_machine']}, of which one was used"),
                 ("driver", f"{gpu['driver']}, CUDA {gpu['cuda']}"),
             ]
@@ -152,8 +157,7 @@ def _energy(energy: Mapping[str, Any]) -> PageSection:
                 _joules(found["counter_mj"], found["counter_noise_mj"]),
                 _joules(found["integral_mj"], found["integral_noise_mj"]),
                 _joules(found["meter_mj"], None),
-                _ratio(window["integral_by_counter"]),
-                _ratio(window["meter_by_counter"]),
+                *_ratios(window),
             ]
         )
     head = (
@@ -166,7 +170,8 @@ def _energy(energy: Mapping[str, Any]) -> PageSection:
         PageTable(head, [_plain(row) for row in rows]),
         [
             "± is what the counter may be off at both ends of a window, and what power changed in"
-            " the second over which it is averaged. Both ways are NVML's: no wattmeter was there.",
+            " the second over which it is averaged; that of a ratio is what it may be off by both."
+            " Both ways are NVML's: no wattmeter was there.",
         ],
     )
 
@@ -200,14 +205,16 @@ def _overlap(overlap: Mapping[str, Any]) -> PageSection:
         ]
     )
     head = ("step", "measured, 95 %", *(name for name, _ in _forms(overlap)))
+    counts = [overlap["steps"][kind]["with"]["values"] for kind in (SHORT, LONG)]
+    few = f"Of fewer than {VALUES_MIN} steps the interval is their range, and less than 95 %."
     return PageSection(
         "Does attention's reading overlap with arithmetic?",
         [_says(overlap)],
         PageTable(head, [_plain(row) for row in rows]),
         [
-            f"Steps with a chunk: {overlap['steps'][SHORT]['with']['values']} and"
-            f" {overlap['steps'][LONG]['with']['values']}; medians, GPU-ms. The models are those"
-            " published before these steps, and after them.",
+            f"Steps with a chunk: {counts[0]} and {counts[1]}; medians, GPU-ms. The models are"
+            " those published before these steps, and after them.",
+            *([few] if min(counts) < VALUES_MIN else []),
             "The form in use was "
             + " and ".join(f"{m['form_in_use']} {when}" for when, m in overlap["predicted"].items())
             + ".",
@@ -232,15 +239,15 @@ def _forms(overlap: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 def _books(books: Mapping[str, Any]) -> PageSection:
     audit, model, replies = books["audit"], books["model"], books["replies"]
-    off = {
-        name: value
-        for run in audit["runs"]
-        for name, value in run.items()
-        if name != "wall_ns" and value
-    }
+    differences = [
+        (name, value) for run in audit["runs"] for name, value in run.items() if name != "wall_ns"
+    ]
+    off = {name: value for name, value in differences if value}
+    unknown = ", ".join(name for name, value in differences if value is None)
+    not_compared = f"; not compared: {unknown}" if unknown else ""
     balanced = {True: "balanced", False: "DO NOT balance", None: "unknown"}[audit["balanced"]]
     rows = [
-        ("audit", f"{balanced}; differences: {off or 'none'}"),
+        ("audit", f"{balanced}; differences: {off or 'none'}{not_compared}"),
         (
             "replies with the ledger's cost",
             f"{replies['asked'] - len(replies['different'])} of {replies['asked']}",
@@ -293,7 +300,7 @@ def _throughput(throughput: Mapping[str, Any]) -> PageSection:
         )
     load = throughput["load"]
     shape = load["shape"]
-    balanced = "balance" if throughput["audit"]["balanced"] else "DO NOT balance"
+    books = {True: "balance", False: "DO NOT balance", None: "may balance or not: that is unknown"}
     return PageSection(
         "What does the meter cost?",
         [
@@ -305,7 +312,7 @@ def _throughput(throughput: Mapping[str, Any]) -> PageSection:
         PageTable(("figure", "metered", "unmetered", "ratio, 95 %"), [_plain(row) for row in rows]),
         [
             f"The meter's own time: {_percent(throughput['own_time_share'])} of busy time; its"
-            f" books {balanced}.",
+            f" books {books[throughput['audit']['balanced']]}.",
             "Each server was started once, so the luck of one start is in the ratio.",
         ],
     )
@@ -313,7 +320,8 @@ def _throughput(throughput: Mapping[str, Any]) -> PageSection:
 
 def _commands(found: CheckResults) -> PageSection:
     environment = found["machine"]["environment"]
-    lines = [*(f"{name}={value} \\" for name, value in environment.items()), found["command"]]
+    settings = (f"{name}={shlex.quote(value)} \\" for name, value in environment.items())
+    lines = [*settings, found["command"]]
     for name, server in found["servers"].items():
         started = server["start_s"]
         up = "did not start" if started is None else f"up after {started:.0f} s"
@@ -337,7 +345,7 @@ def _gib(size: int | None) -> str:
 
 
 def _ms(ns: float) -> str:
-    return f"{ns / 1e6 + 0.0:.3f}"
+    return f"{round(ns / 1e6, 3) + 0.0:.3f}"  # + 0.0: no -0.000
 
 
 def _percent(part: float | None) -> str:
@@ -348,8 +356,20 @@ def _signed(part: float) -> str:
     return f"{100 * part:+.1f} %"
 
 
-def _ratio(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.4f}"
+def _ratios(window: Mapping[str, Any]) -> Iterator[str]:
+    """Yield power integrated and the meter's books by the counter, with what these may be off.
+
+    The meter reads the same counter, so at each end the two are at most one jump apart.
+    """
+    energy = window["energy"]
+    jumps_mj, power_mj = energy["counter_noise_mj"] or 0, energy["integral_noise_mj"] or 0
+    for name, noise_mj in (
+        ("integral_by_counter", jumps_mj + power_mj),
+        ("meter_by_counter", jumps_mj),
+    ):
+        ratio = window[name]
+        off = 0 if ratio is None else noise_mj / energy["counter_mj"]
+        yield "-" if ratio is None else f"{ratio:.4f} ± {off:.4f}"
 
 
 def _claim(error: float) -> str:

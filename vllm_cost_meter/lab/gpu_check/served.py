@@ -46,6 +46,10 @@ NOT_OURS = {"VLLM_API_KEY", "VLLM_PLUGINS"}
 TIMEOUT_S = 60
 CACHE_CONFIG = "vllm:cache_config_info"
 LOG_BYTES_MAX = 3_000_000
+# vLLM leaves sockets and other files where this says. The names of its sockets are UUIDs, and their
+# paths have a limit.
+TEMPORARY = "TMPDIR"
+SOCKET_CHARS, PATH_CHARS_MAX = 37, 107
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,11 @@ def own_environment() -> dict[str, str]:
     }
 
 
+def temporary_files_in(folder: Path) -> dict[str, str]:
+    """Return what has vLLM's temporary files in a folder, if paths of sockets are short enough."""
+    return {TEMPORARY: str(folder)} if len(str(folder)) + SOCKET_CHARS <= PATH_CHARS_MAX else {}
+
+
 def _refuse_meter(server: Server) -> None:
     """Raise ServerError if a server that is to be unmetered has the meter's side endpoint."""
     with socket.socket() as probe:
@@ -134,6 +143,7 @@ class Servers:
         environment = own_environment() | {
             "COST_METER_LEDGER": f"sqlite:///{ledger}",
             "COST_METER_GPU_HOUR_USD": PRICE,
+            **temporary_files_in(self.folder),
             **({"COST_METER_STEP_LOG": str(steps)} if steps else {}),
         }
         server = Server(

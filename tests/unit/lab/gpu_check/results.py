@@ -88,7 +88,7 @@ def results() -> dict[str, Any]:
     gpu = {
         **{"name": "NVIDIA H100 80GB HBM3", "uuid": "GPU-1", "memory_bytes": 80 << 30},
         **{"driver": "580.65.06", "cuda": "13.0", "power_limit_mw": 700_000},
-        "cards_of_machine": 2,
+        **{"cards_of_machine": 2, "is_slice": False},
     }
     return {
         "began_at": "2026-11-30T10:05:32+00:00",

@@ -15,8 +15,17 @@ from vllm_cost_meter.attribution.cost_model import (
 from vllm_cost_meter.attribution.features_py import StepPart
 from vllm_cost_meter.engine.step_log import LoggedPart, LoggedStep
 from vllm_cost_meter.errors import ServerError
-from vllm_cost_meter.lab.gpu_check.forms import forms_of, predicted_ns
-from vllm_cost_meter.lab.gpu_check.overlap import LONG, SHORT, Spread, answer, chunk_steps
+from vllm_cost_meter.lab.gpu_check.overlap import (
+    LONG,
+    SHORT,
+    Spread,
+    answer,
+    chunk_steps,
+    fitted,
+    forms_of,
+    predicted_ns,
+)
+from vllm_cost_meter.lab.gpu_check.plan import ON_CPU, ON_GPU
 from vllm_cost_meter.lab.gpu_check.sections import _says
 from vllm_cost_meter.ledger.queries.cost_models import CURVE_NAMES, TERM_NAMES
 
@@ -171,3 +180,10 @@ def test_a_model_without_a_curve_has_one_form():
     earlier = {**OVERLAPPING, "curve": {**OVERLAPPING["curve"], "form": EARLIER_CURVE}}
     assert list(forms_of({**OVERLAPPING, "curve": None})) == [TWO_PLANES]
     assert list(forms_of(earlier)) == [TWO_PLANES]
+
+
+def test_without_room_for_longer_contexts_nothing_is_said_of_reading_them():
+    assert fitted(ON_GPU.overlap, 65_536, 42_000).long == (4, 8_067)
+    with pytest.raises(ServerError, match="contexts of 8000 tokens or more, got 5367: give the KV"):
+        fitted(ON_GPU.overlap, 65_536, 30_000)
+    assert fitted(ON_CPU.overlap, 8192, None) == ON_CPU.overlap

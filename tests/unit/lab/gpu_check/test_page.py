@@ -107,6 +107,12 @@ def test_a_game_without_a_verdict_and_windows_without_energy_are_not_measured():
             "throughput: the books of that server do not balance: lost bills",
         ),
         (
+            lambda parts: parts["books"]["figures"].update(
+                audit={"balanced": None, "reason": "the engine lives", "runs": []}
+            ),
+            "books: the books of that server are not known to balance: the engine lives",
+        ),
+        (
             lambda parts: parts["energy"]["figures"]["windows"][0]["traffic"].update(
                 failures=["500", "500"]
             ),
@@ -172,3 +178,47 @@ def test_the_three_files_are_written_whole(tmp_path):
     )
     assert json.loads((tmp_path / JSON_FILE).read_text())["seconds"] == 800.0
     assert "800 s of 1200" in (tmp_path / TEXT_FILE).read_text()
+
+
+def test_a_difference_that_is_not_known_is_not_none():
+    found = results()
+    (run,) = found["parts"]["books"]["figures"]["audit"]["runs"]
+    run |= {"difference_ns": 5, "energy_difference_mj": None}
+    assert table_row(as_markdown(sections_of(found)), "audit")[1] == (
+        "balanced; differences: {'difference_ns': 5}; not compared: energy_difference_mj"
+    )
+
+
+def test_books_that_are_not_known_to_balance_are_not_said_to_be_wrong():
+    found = results()
+    found["parts"]["throughput"]["figures"]["audit"] = {"balanced": None, "reason": "r", "runs": []}
+    page = as_text(sections_of(found))
+    assert "its books may balance or not: that is unknown." in page
+    assert "DO NOT balance" not in page
+
+
+def test_a_ratio_of_energies_has_what_it_may_be_off():
+    page = as_markdown(sections_of(results()))
+    # 100 W for 8 s; at each end a jump of 100 ms, i.e. 2 x 10 J of 800 J. Power is constant.
+    *_, integrated, meter = table_row(page, "8 |")
+    assert (integrated, meter) == ("1.0000 ± 0.0250", "1.0000 ± 0.0250")
+
+
+def test_an_interval_of_few_steps_is_not_said_to_be_of_95_percent():
+    found = results()
+    few = "Of fewer than 6 steps the interval is their range, and less than 95 %."
+    assert few not in as_text(sections_of(found))
+    found["parts"]["overlap"]["figures"]["steps"]["long"]["with"]["values"] = 5
+    assert few in as_text(sections_of(found))
+
+
+def test_settings_are_shown_as_a_shell_takes_them():
+    found = results()
+    found["machine"]["environment"] = {"VLLM_CACHE_ROOT": "/my models/a;b"}
+    assert "VLLM_CACHE_ROOT='/my models/a;b' \\\n" in as_text(sections_of(found))
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign():
+    found = results()
+    found["parts"]["overlap"]["figures"]["less_ns"] = -0.4
+    assert table_row(as_markdown(sections_of(found)), "the chunk adds less")[1].startswith("0.000 ")

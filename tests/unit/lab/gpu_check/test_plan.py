@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import socket
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -13,7 +15,7 @@ from vllm_cost_meter.lab.gpu_check.machine import environment_shown
 from vllm_cost_meter.lab.gpu_check.mixed import KINDS
 from vllm_cost_meter.lab.gpu_check.model import SHAPES, shape_of
 from vllm_cost_meter.lab.gpu_check.plan import ON_CPU, ON_GPU, CheckPlan, OverlapSize, TimeBudget
-from vllm_cost_meter.lab.gpu_check.served import own_environment
+from vllm_cost_meter.lab.gpu_check.served import own_environment, temporary_files_in
 from vllm_cost_meter.lab.gpu_check.throughput import RatioInterval, ratios_of
 from vllm_cost_meter.lab.tiny_model import CONTEXT_TOKENS
 from vllm_cost_meter.lab.validation.real_server.players import players_of
@@ -26,7 +28,11 @@ GIB = 1 << 30
     [
         ({"budget_s": 59}, "--budget-s: expected 60 or more, got 59"),
         ({"parts": ["games"]}, "--part: expected one of game, energy, .*, got 'games'"),
+        ({"budget_s": float("nan")}, "--budget-s: expected 60 or more, got nan"),
         ({"vllm_arguments": ["--port=1"]}, "--port: expected other vLLM arguments"),
+        ({"vllm_arguments": ["-tp", "2"]}, "-tp: .* the check is of one GPU"),
+        ({"vllm_arguments": ["--data_parallel_size=2"]}, "size: .* the check is of one GPU"),
+        ({"vllm_arguments": ["--api-key", "sk-1"]}, "--api-key: .* the page would show it"),
     ],
 )
 def test_a_wrong_plan_names_the_option(wrong, told):
@@ -150,3 +156,15 @@ def test_servers_get_no_settings_keys_or_plugins_of_the_users_other_servers(monk
     assert "theirs" not in found.values()
     assert found["CUDA_VISIBLE_DEVICES"] == "1"
     assert found["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_temporary_files_of_servers_stand_in_their_folder_where_a_path_may_be_so_long(tmp_path):
+    folder = tmp_path / "f"
+    assert temporary_files_in(folder) == {"TMPDIR": str(folder)}
+    with socket.socket(socket.AF_UNIX) as unix:
+        for characters, is_used in ((70, True), (71, False)):
+            path = Path("/" + "d" * (characters - 1))
+            assert bool(temporary_files_in(path)) is is_used
+            with pytest.raises(FileNotFoundError if is_used else OSError) as refused:
+                unix.connect(str(path / str(UUID(int=0))))
+            assert isinstance(refused.value, FileNotFoundError) is is_used
