@@ -11,10 +11,11 @@ from csrc.charge_error cimport look_at_charges
 from csrc.features cimport usual_kind
 from csrc.fit cimport Fit
 from csrc.game cimport (
-    Margins, SolvedStep, StepModel, margin_of, margin_of_usual, solve_step, start_margins, weigh_game,
+    Margins, SolvedStep, StepModel, margin_of, margin_of_usual, solve_step, start_margins,
+    weigh_game,
 )
 from csrc.growths cimport ENUMERATED_MAX
-from csrc.requests cimport CUT, DECODE, PREFILL, Requests, Rest, Slot, end_of_last_step
+from csrc.requests cimport CUT, DECODE, Requests, Rest, Slot, end_of_last_step
 from csrc.shares cimport Part, Split, next_share, start_split, weigh_equal, weigh_tokens
 from csrc.steps cimport Ring, Step, step_at
 
@@ -81,7 +82,9 @@ cdef inline int64_t accrue(
             if slot.in_flight == 0:
                 end_of_last_step(requests, part.slot)
     if ends:
-        look_at_charges(&fit.charge_errors, parts, count, step.plain, &step.work, <double>total_ns, weights)
+        look_at_charges(
+            &fit.charge_errors, parts, count, step.plain, &step.work, <double>total_ns, weights
+        )
     return tail_ns
 
 

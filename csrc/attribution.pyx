@@ -26,22 +26,24 @@ from libc.string cimport memset
 
 from csrc.accrual cimport accrue, cut_in_flight, cut_off, drop, take_out
 from csrc.checks cimport (
-    WEIGHT_MAX, check_encoded, check_tokens, in_range, instant, tokens_of, tokens_out_of_range, whole_number,
+    WEIGHT_MAX, check_encoded, check_tokens, in_range, instant, tokens_of, tokens_out_of_range,
+    whole_number,
 )
 from csrc.curve cimport Layers
 from csrc.fit cimport CURVE_FORM, Fit, explained, observe
 from csrc.game cimport StepWork
 from csrc.requests cimport (
-    HAS_LORA, IS_GUIDED, NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, accrued_of, adopt_key, count_blocks, free_requests,
-    free_slot, hold_blocks, is_in_flight, make_slot_free, next_free_slot, release_blocks, reset,
-    take_slot, unqueue,
+    HAS_LORA, IS_GUIDED, NOBODY, PREFILL, Requests, Rest, Slot, accrued_anything, accrued_of,
+    adopt_key, count_blocks, free_requests, free_slot, hold_blocks, is_in_flight,
+    make_slot_free, next_free_slot, release_blocks, reset, take_slot, unqueue,
 )
 from csrc.shapley cimport fill_polynomials
 from csrc.priors cimport adopt_earlier, charge_errors_of, fitted, read_prior
 from csrc.shares cimport Split, next_share, start_split
 from csrc.steps cimport (
-    Guess, Ring, Step, add_encoded, add_traits_of, enter, features_of, finish_work, free_ring, guess_after, guess_in, is_kept, is_right,
-    look_further, make_room, parts_of, reject, start_ring, step_at,
+    Guess, Ring, Step, add_encoded, add_traits_of, enter, features_of, finish_work, free_ring,
+    guess_after, guess_in, is_kept, is_right, look_further, make_room, parts_of, reject,
+    start_ring, step_at,
 )
 
 from vllm_cost_meter.attribution.cost_model import CURVE, TWO_PLANES, Model

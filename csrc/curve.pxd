@@ -11,8 +11,8 @@ from csrc.requests cimport DECODE
 from csrc.shapley cimport Sides
 from csrc.shares cimport Part
 from csrc.terms cimport (
-    CURVE_TERMS, DECODE_COMPUTE, EXPERTS, KNOTS, KNOTS_COUNT, PAIRS, PREFILL_COMPUTE,
-    RAMPS, RAMPS_COUNT, READ, SLOPES, larger, smaller,
+    CURVE_TERMS, DECODE_COMPUTE, EXPERTS, KNOTS, KNOTS_COUNT, PAIRS, PREFILL_COMPUTE, RAMPS,
+    RAMPS_COUNT, READ, SLOPES,
 )
 
 cdef struct Layers:

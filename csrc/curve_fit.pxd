@@ -13,7 +13,8 @@ from csrc.features cimport FeatureWork, is_any, write_amounts
 from csrc.least_squares cimport EMPTY, NOISE, UNKNOWN_PART, Equations, solve_nonnegative
 from csrc.terms cimport (
     COLUMNS, DECODE_COMPUTE, ENCODER, ENCODER_TOKEN, EXPERTS, FEATURES, FIT_TERMS, FIXED, KNOTS,
-    KNOTS_COUNT, LORA, PAIRS, PREFILL, PREFILL_COMPUTE, RAMPS, RAMPS_COUNT, READ, SEQUENCE, SLOPES, larger, smaller,
+    KNOTS_COUNT, LORA, PAIRS, PREFILL, PREFILL_COMPUTE, RAMPS, RAMPS_COUNT, READ, SEQUENCE,
+    SLOPES, larger, smaller,
 )
 
 cdef enum:

@@ -16,8 +16,8 @@ from csrc.growths cimport (
     ENUMERATED_MAX, LUMPS_MAX, Growths, enumerate_subsets, growth_at, is_lump, share_among_many,
 )
 from csrc.features cimport (
-    FeatureCharges, FeatureWork, USUAL_KINDS, feature_charge, feature_saved, features_ns, fill_charges,
-    has_features, is_any, no_charges, usual_kind,
+    FeatureCharges, FeatureWork, USUAL_KINDS, feature_charge, feature_saved, features_ns,
+    fill_charges, has_features, is_any, no_charges, usual_kind,
 )
 from csrc.planes cimport Work, time_of, work_of
 from csrc.requests cimport DECODE, ENCODER_SHIFT
@@ -26,7 +26,7 @@ from csrc.shapley cimport (
 )
 from csrc.shares cimport Part
 from csrc.terms cimport (
-    DECODE_COMPUTE, FIXED, PREFILL, READ, SEQUENCE, TERMS, larger, smaller,
+    DECODE_COMPUTE, FIXED, PREFILL, READ, SEQUENCE, TERMS, smaller,
 )
 
 cdef enum:

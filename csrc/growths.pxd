@@ -29,11 +29,9 @@ cdef extern from *:
         {0.9305681557970262, 0.17392742256872679},
     };
     static const double FACTORIALS[7] = {1, 1, 2, 6, 24, 120, 720};
-    #define REST_PART 0.1
     """
     const double NODES[NODES_COUNT][2]
     const double FACTORIALS[ENUMERATED_MAX + 1]
-    const double REST_PART
 
 cdef struct Between:  # two corners
     uint32_t place
@@ -137,7 +135,7 @@ cdef inline void share_among_many(
     if lumps.all <= ENUMERATED_MAX:  # What lumps get is exact, and so is what is left.
         game.token_ns = larger(0.0, all_ns - given) / left if left else 0.0
     else:
-        share_rest(game, curve, all_ns, given, left)
+        scale_to_whole(game, curve, all_ns, given, left)
 
 
 cdef inline int64_t keep_first(
@@ -164,15 +162,12 @@ cdef inline int64_t keep_first(
     return tokens
 
 
-cdef inline void share_rest(
+cdef inline void scale_to_whole(
     Growths *game, const Curve *curve, double all_ns, double given, int64_t left
 ) noexcept nogil:
-    """Give what lumps leave of h to all others; or, if it is little, scale the growths to h."""
+    """Give each token of all others its mean growth, and scale all growths to h."""
     cdef Arrivals arrivals
     if left > 0:
-        if all_ns - given >= REST_PART * all_ns:
-            game.token_ns = (all_ns - given) / left
-            return
         start_arrivals(&arrivals, game, 0, 1.0)
         game.token_ns = mean_slope(curve, &arrivals)
         given += game.token_ns * left
@@ -276,7 +271,7 @@ cdef inline void share_among_leaders(Growths *game, const Curve *curve) noexcept
 cdef inline void meet_followers(Growths *game, const Curve *curve) noexcept nogil:
     """Find what a follower meets: each is there a little less often, so one is missing."""
     cdef Arrivals arrivals
-    cdef double others = game.lumps.all - game.lumps.leaders - 1.0
+    cdef double others = game.lumps.count - game.lumps.leaders - 1.0
     start_arrivals(&arrivals, game, 0, others / (others + 1.0))
     mean_weights(game.weights, &arrivals)
 

@@ -15,7 +15,7 @@ from csrc.game cimport StepWork
 from csrc.memory cimport resized
 from csrc.planes cimport work_of
 from csrc.requests cimport (
-    DECODE, ENCODER_SHIFT, HAS_LORA, IS_GUIDED, NOBODY, PREFILL, Requests, Slot,
+    DECODE, ENCODER_SHIFT, HAS_LORA, IS_GUIDED, PREFILL, Requests, Slot,
 )
 from csrc.shares cimport Part
 

@@ -5,7 +5,7 @@ from vllm_cost_meter.attribution import cost_model_py as fit
 from vllm_cost_meter.attribution import curve_fit_py as curve
 from vllm_cost_meter.attribution.cost_model import FIT_TERMS, KNOTS
 from vllm_cost_meter.attribution.growths_py import ENUMERATED_MAX
-from vllm_cost_meter.attribution.shapley_py import LARGE_MAX
+from vllm_cost_meter.attribution.shapley_py import LARGE_MAX, SMALL_PART
 
 TEXT = " ".join((DOCS / "explanation" / "attribution.md").read_text().split())
 
@@ -25,7 +25,8 @@ def test_the_figures_of_the_fit_are_those_of_the_code():
         f"{FIT_TERMS} coefficients",
         f"{len(KNOTS)} corners",
         f"exact for up to {LARGE_MAX} requests",
-        f"the {LARGE_MAX} largest requests are enumerated",
+        f"up to {LARGE_MAX} of the largest requests are enumerated",
+        f"at least 1/{1 / SMALL_PART:.0f} of all",
         f"Up to {ENUMERATED_MAX} requests are enumerated",
     ):
         assert words in TEXT

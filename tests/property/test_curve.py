@@ -163,6 +163,28 @@ def test_among_many_requests_charges_miss_their_shapley_value_by_little(
         assert np.abs(found - exact).sum() / 2 < 0.02 * exact.sum()
 
 
+# Products flat up to 256 tokens, then steep; beside them, or alone, experts that a few tokens read.
+BOTH = tuple(a + b for a, b in zip(EXPERTS_ONLY, DENSE_ONLY, strict=True))
+
+
+@pytest.mark.parametrize("coefficients", [EXPERTS_ONLY, BOTH], ids=["experts", "both"])
+@pytest.mark.parametrize("decodes", [1, 10, 100])
+@pytest.mark.parametrize(
+    ("sizes", "prefills"), [((2, 64), 200), ((30, 40, 50), 70), ((16,), 100), ((8, 100), 40)]
+)
+def test_decodes_beside_many_prefills_pay_for_their_own_tokens(
+    coefficients, decodes, sizes, prefills
+):
+    """What prefills are charged is a little wrong, and that must not land on a few decodes."""
+    model = StepModel.of_curve(coefficients, ServedModel(Experts(128, 8)))
+    tokens = [1] * decodes + random.Random(1).choices(sizes, k=prefills)
+    table = np.array([height(model.curve, float(at)) for at in range(sum(tokens) + 1)])
+    exact = total_shares(np.array(tokens), table)
+    found = np.array(charges_of(solve_step(model, [(t, t, t > 1) for t in tokens])))
+    assert found[:decodes].sum() == pytest.approx(exact[:decodes].sum(), rel=0.25)
+    assert np.abs(found - exact).sum() / 2 < 0.04 * exact.sum()
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     COEFFICIENTS,

@@ -21,8 +21,9 @@ order of arrival:
    followers, in which each follower is there a little less often, so that one is missing on
    average. s takes the `NODES` of Gauss and Legendre. Beyond the `LUMPS_MAX` largest, lumps count
    as many small tokens.
-5. Decodes share what is left of h by their tokens; or, with followers and if it is little, each
-   token gets the mean growth by one, and all parts are scaled to h.
+5. Of a few lumps the growths are exact, so decodes share what is left of h by their tokens. With
+   followers a token gets the mean growth by one, and all parts are scaled to h. What is left would
+   then be no measure: it holds the errors of all lumps, and decodes may be few beside them.
 
 Invariant: what the requests get of h adds up to h of all tokens except for rounding.
 """
@@ -38,8 +39,6 @@ from vllm_cost_meter.attribution.shapley_py import beta
 ENUMERATED_MAX = 6
 LEADERS_MAX = 4
 LUMPS_MAX = 64
-# What lumps leave of h is what decodes have, if it is at least this part: lumps are known better.
-REST_PART = 0.1
 # Of Gauss and Legendre on [0, 1]: instants, and their weights.
 NODES = (
     (0.06943184420297371, 0.17392742256872679),
@@ -98,7 +97,7 @@ def among_many(
         before_all_ns = _mean_height(curve, 0.0, small, len(led) + len(following) - 1)
         each = _growths_of_leaders(curve, led, following, small, before_all_ns)
         growths = dict(zip(leaders, each, strict=True))
-        others = len(lumps) - len(leaders) - 1.0
+        others = len(following) - 1.0
         met = _Arrivals.of(small, led, following, others / (others + 1.0))
         weights = met.mean_weights()
         for place in ranked[len(leaders) :]:
@@ -111,8 +110,6 @@ def among_many(
         return max(0.0, all_ns - given) / left if left else 0.0, growths
     token_ns = 0.0
     if left > 0:
-        if all_ns - given >= REST_PART * all_ns:
-            return (all_ns - given) / left, growths
         token_ns = _mean_slope(curve, _Arrivals.of(small, led, following, 1.0))
         given += token_ns * left
     # The means miss the whole by little.

@@ -18,6 +18,9 @@ logger = meter_logger()
 
 T = TypeVar("T")
 
+# The books take no larger count, and would refuse the step. No input has as many tokens.
+TOKENS_MAX = 2**31 - 1
+
 
 class FeatureReader:
     """Reads the features of one engine's requests and steps."""
@@ -71,5 +74,8 @@ def _encoded(output: Any, scheduler: Any) -> dict[str, int] | None:
     found = {}
     for request_id, inputs in scheduled.items():
         features = scheduler.requests[request_id].mm_features
-        found[request_id] = sum(int(features[place].mm_position.length) for place in inputs)
+        tokens = sum(int(features[place].mm_position.length) for place in inputs)
+        if not 0 <= tokens <= TOKENS_MAX:
+            raise ValueError(f"expected 0 to {TOKENS_MAX} tokens of inputs, got {tokens}")
+        found[request_id] = tokens
     return found

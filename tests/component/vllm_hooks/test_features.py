@@ -168,3 +168,18 @@ def test_objects_of_another_shape_cost_one_line_and_no_feature(caplog):
     assert len(lines) == 2
     assert "guided decoding" in lines[0]
     assert "encoders" in lines[1]
+
+
+@pytest.mark.parametrize("length", [-1, 2**31, 10**30, float("nan")])
+def test_an_input_of_an_impossible_length_costs_the_feature_and_not_the_step(
+    scheduler, length, caplog
+):
+    scheduler.add_request(request_of("image", 30, mm_features=[image_of(20, "a")]))
+    odd = SimpleNamespace(mm_features=[SimpleNamespace(mm_position=SimpleNamespace(length=length))])
+    output = SimpleNamespace(scheduled_encoder_inputs={"image": [0]})
+    with caplog.at_level(logging.WARNING):
+        reader = scheduler.cost_meter_features
+        assert reader.encoded(output, SimpleNamespace(requests={"image": odd})) is None
+    assert step_of(scheduler) == {}
+    (line,) = [r.getMessage() for r in caplog.records if "cost meter" in r.getMessage()]
+    assert "the cost of encoders is spread over all requests" in line
