@@ -9,18 +9,15 @@ import json
 import os
 import subprocess
 import sys
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.server import MODEL, Server
+from tests.integration.server import Server
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab.validation.real_server import session
-from vllm_cost_meter.lab.validation.real_server.burst import JudgedServer
-from vllm_cost_meter.lab.validation.real_server.estimate import ROUNDS_MIN
-from vllm_cost_meter.lab.validation.real_server.session import ServerPlan, measure, play
+from vllm_cost_meter.lab.validation.real_server.session import ServerPlan, measure
 from vllm_cost_meter.lab.validation.real_server.verdict import AGREES, REFUSED
 
 SHORT = {"players": 3, "prompt_tokens": 512, "output_tokens": 6, "rounds": 6}
@@ -71,26 +68,6 @@ def test_a_server_that_serves_others_meanwhile_is_not_judged(server: Server) -> 
         with pytest.raises(ServerError, match="expected a server that serves nobody else") as told:
             measure(plan, others)
     assert "GPU-seconds of other requests" in str(told.value)
-
-
-def test_rounds_that_would_take_longer_than_is_left_are_not_begun(server: Server) -> None:
-    judged = JudgedServer(server.url, "any-key", server.side_url, None, MODEL)
-    plan = ServerPlan(
-        url=server.url, side_url=server.side_url, **SHORT | {"players": 2, "rounds": 9}
-    )
-    phases: list[str] = []
-
-    def left_s() -> float:
-        # As if the time were over once there is enough for a verdict.
-        return 0.0 if f"round {ROUNDS_MIN} of 9" in phases[-1] else inf
-
-    found = play(judged, plan, phases.append, left_s)
-    assert found["rounds"] == ROUNDS_MIN
-    with pytest.raises(
-        ServerError, match=f"expected time for {ROUNDS_MIN} rounds of .* no verdict"
-    ):
-        play(judged, plan, phases.append, lambda: 0.0)
-    assert phases[-1] == "warm-up"
 
 
 def test_a_wrong_key_or_a_place_without_a_server_is_one_line_and_status_1(server: Server) -> None:

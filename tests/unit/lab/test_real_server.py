@@ -5,11 +5,13 @@ steps of bursts, whose times are a formula, and splits each step by the definiti
 value, an average over all orders. So a true split is known, and wrong ones too.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
+from math import inf
 from typing import Any
 
 import pytest
@@ -357,3 +359,48 @@ def test_the_exit_status_is_that_of_the_verdict(split, noise, status, monkeypatc
         [f"vllm-cost-meter validate: {found['why']}"] if refused else []
     )
     assert ("verdict: " in result.stdout) != refused
+
+
+def test_rounds_that_would_take_longer_than_is_left_are_not_begun():
+    phases: list[str] = []
+
+    def left_s() -> float:
+        return 0.0 if len(phases) == estimate.ROUNDS_MIN else inf
+
+    counter = itertools.count()
+    found = session.rounds_in_time(lambda: next(counter), 9, phases.append, left_s)
+    assert found == list(range(1, estimate.ROUNDS_MIN + 1))  # The first one warms up.
+    assert phases[-1].startswith(f"round {estimate.ROUNDS_MIN} of 9 in ")
+
+
+def test_without_time_for_a_verdict_no_round_is_played():
+    phases: list[str] = []
+    asked = f"expected time for {estimate.ROUNDS_MIN} rounds of .* no verdict"
+    with pytest.raises(ServerError, match=asked):
+        session.rounds_in_time(lambda: None, 9, phases.append, lambda: -1.0)
+    assert phases == []
+
+
+class _Asked:
+    """Notes the prompts that it is asked."""
+
+    def __init__(self) -> None:
+        self.prompts: list[tuple[int, ...]] = []
+
+    def complete(self, _request_id: str, prompt: Sequence[int], _output_tokens: int) -> None:
+        self.prompts.append(tuple(prompt))
+
+    def part_of(self, _request_id: str) -> dict[str, Any]:
+        return {"run_id": "run"}
+
+    def used_ns(self, _run_id: str) -> int:
+        return 0
+
+
+def test_another_run_with_the_same_seed_asks_what_no_cache_has():
+    asked = [_Asked(), _Asked()]
+    for server in asked:
+        burst_module.BurstPlayer(server, FIVE, 2_000, seed=0)
+    first, second = (set(server.prompts) for server in asked)
+    assert len(first) == len(second) == len(FIVE) + 1
+    assert not first & second

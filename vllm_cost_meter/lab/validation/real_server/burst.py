@@ -159,6 +159,8 @@ class BurstPlayer:
         self._server, self._players = server, players
         self._prompt_tokens = prompt_tokens
         self._rng = random.Random(seed)  # noqa: S311 - no secret
+        # New prompts in each run, whatever its seed: a running server has the earlier ones cached.
+        self._tokens = random.Random()  # noqa: S311 - no secret
         self._start = _Start(min(AHEAD_TOKENS, prompt_tokens), AHEAD_S)
         self._session, self._bursts = f"validate-{secrets.token_hex(6)}", 0
         self.run_id = self._run_of_everybody()
@@ -244,7 +246,7 @@ class BurstPlayer:
         return [self._players[number] for number in members_of(coalition, len(self._players))]
 
     def _prompt(self, tokens: int) -> list[int]:
-        return self._rng.choices(TOKEN_IDS, k=tokens)
+        return self._tokens.choices(TOKEN_IDS, k=tokens)
 
 
 def _bill(part: Mapping[str, Any]) -> PlayerBill:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from vllm_cost_meter.errors import ServerError
@@ -39,11 +39,12 @@ from vllm_cost_meter.lab.validation.real_server.players import (
     KINDS,
     PLAYERS_MIN,
     PROMPT_TOKENS_MIN,
-    PlayerBill,
     PlayingRequest,
     players_of,
 )
 from vllm_cost_meter.lab.validation.real_server.verdict import judge
+
+T = TypeVar("T")
 
 KEY_ENV, TOKEN_ENV = "OPENAI_API_KEY", "COST_METER_ADMIN_TOKEN"
 SIDE_PORT = 9477
@@ -123,28 +124,40 @@ def play(
     on_phase("warm-up")
     burst = BurstPlayer(server, players, plan.prompt_tokens, plan.seed)
     coalitions = range(1, 1 << plan.players)
-    took_s = _seconds_of(lambda: burst.play_round(coalitions))
-    rounds: list[dict[int, list[PlayerBill]]] = []
-    while len(rounds) < plan.rounds:
-        missing = max(ROUNDS_MIN - len(rounds), 1)
-        if took_s * missing > left_s():
-            if len(rounds) < ROUNDS_MIN:
-                raise ServerError(
-                    f"expected time for {ROUNDS_MIN} rounds of {took_s:.0f} s, got time for"
-                    f" {len(rounds)} and {left_s():.0f} s: no verdict; allow more time"
-                )
-            break
-        took_s = _seconds_of(lambda: rounds.append(burst.play_round(coalitions)))
-        on_phase(
-            f"round {len(rounds)} of {plan.rounds}: {len(coalitions)} coalitions in"
-            f" {took_s:.0f} s, about {took_s * (plan.rounds - len(rounds)):.0f} s left"
-        )
+    rounds = rounds_in_time(lambda: burst.play_round(coalitions), plan.rounds, on_phase, left_s)
     about = server.run(burst.run_id)
     return {
         **{name: about[name] for name in ("model", "hardware", "vllm_version", "method")},
         "repeated_bursts": burst.repeated,
         **judge(players, rounds),
     }
+
+
+def rounds_in_time(
+    play_round: Callable[[], T],
+    rounds: int,
+    on_phase: Callable[[str], None],
+    left_s: Callable[[], float],
+) -> list[T]:
+    """Return what so many rounds bring after one that warms up, or as many as there is time for.
+
+    A round is expected to take as long as the one before. Raises ServerError if there is no time
+    for `ROUNDS_MIN`.
+    """
+    took_s = _seconds_of(play_round)
+    played: list[T] = []
+    while len(played) < rounds:
+        if took_s * max(ROUNDS_MIN - len(played), 1) > left_s():
+            if len(played) < ROUNDS_MIN:
+                raise ServerError(
+                    f"expected time for {ROUNDS_MIN} rounds of {took_s:.0f} s, got time for"
+                    f" {len(played)} and {left_s():.0f} s: no verdict; allow more time"
+                )
+            break
+        took_s = _seconds_of(lambda: played.append(play_round()))
+        left = took_s * (rounds - len(played))
+        on_phase(f"round {len(played)} of {rounds} in {took_s:.0f} s, about {left:.0f} s left")
+    return played
 
 
 def _seconds_of(work: Callable[[], object]) -> float:
