@@ -20,7 +20,7 @@ from vllm_cost_meter.lab.validation.real_server import session
 from vllm_cost_meter.lab.validation.real_server.session import ServerPlan, measure
 from vllm_cost_meter.lab.validation.real_server.verdict import AGREES, REFUSED
 
-SHORT = {"players": 3, "prompt_tokens": 512, "output_tokens": 6, "rounds": 6}
+SHORT = {"players": 3, "prompt_tokens": 1_024, "output_tokens": 6, "rounds": 6}
 
 
 def run_command(server: Server, *more: str) -> subprocess.CompletedProcess[str]:
