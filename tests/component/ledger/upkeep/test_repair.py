@@ -376,6 +376,8 @@ def test_a_ledger_of_an_older_schema_is_repaired_and_migrated(ledger, whole):
     of_one_hour = f"SELECT {pieces} FROM requests WHERE hour IS NOT NULL"
     sql(ledger, f"INSERT INTO usage_pieces ({pieces}) {of_one_hour}")
     sql(ledger, "ALTER TABLE requests DROP COLUMN hour")
+    for table in ("requests", "usage_pieces"):
+        sql(ledger, f"ALTER TABLE {table} DROP COLUMN charge_error_ns")
     for table in ("requests", "open_requests", "http_requests"):
         sql(ledger, f"ALTER TABLE {table} DROP COLUMN tenant_above")
     for column in ("labels", "preemption_paid_by"):

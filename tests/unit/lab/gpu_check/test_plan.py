@@ -5,6 +5,7 @@ import math
 import re
 import socket
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import UUID
 
 import pytest
@@ -158,9 +159,9 @@ def test_servers_get_no_settings_keys_or_plugins_of_the_users_other_servers(monk
     assert found["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
-def test_temporary_files_of_servers_stand_in_their_folder_where_a_path_may_be_so_long(tmp_path):
-    folder = tmp_path / "f"
-    assert temporary_files_in(folder) == {"TMPDIR": str(folder)}
+def test_temporary_files_of_servers_stand_in_their_folder_where_a_path_may_be_so_long():
+    with TemporaryDirectory() as folder:
+        assert temporary_files_in(Path(folder)) == {"TMPDIR": folder}
     with socket.socket(socket.AF_UNIX) as unix:
         for characters, is_used in ((70, True), (71, False)):
             path = Path("/" + "d" * (characters - 1))
