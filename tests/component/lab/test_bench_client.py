@@ -2,13 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
-from tests.component.lab.test_tied import is_running
+from tests.support.orphans import assert_child_ends_with
 from vllm_cost_meter.errors import ServerError
 from vllm_cost_meter.lab.bench_client import BenchClient
 
@@ -24,17 +21,7 @@ time.sleep(600)
 
 
 def test_the_client_ends_when_the_process_that_started_it_is_killed(tmp_path):
-    command = [sys.executable, "-c", PARENT, str(tmp_path / "log")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
-        assert is_running(pid)
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-    deadline = time.monotonic() + 30
-    while is_running(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert_child_ends_with(PARENT, str(tmp_path / "log"))
 
 
 def test_a_client_that_ends_in_a_run_is_an_error_with_the_end_of_its_log(tmp_path):

@@ -1,13 +1,12 @@
 """A server that is tied to its command ends with it, even where nobody could clean up."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+
+from tests.support.orphans import assert_child_ends_with
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of a parent's death")
 
@@ -25,26 +24,8 @@ time.sleep(600)
 """
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_a_tied_command_ends_when_its_parent_is_killed():
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
-        assert is_running(pid)
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-    deadline = time.monotonic() + 30
-    while is_running(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert_child_ends_with(PARENT)
 
 
 def test_nothing_is_run_for_a_parent_that_is_gone_already(tmp_path):
