@@ -305,19 +305,20 @@ cdef inline bint take_moved(Fit *fit) noexcept nogil:
 
 
 cdef inline void compare_forms(Fit *fit) noexcept nogil:
-    """Note whether two planes predict better than the curve: they know no experts nor features."""
+    """Note whether two planes predict better than the curve."""
     cdef double margin = KEEP_MARGIN if fit.form == PLANES_FORM else MARGIN
-    if (
-        fit.has_experts
-        or fit.has_seen_features
-        or not fit.errors[PLANES_FORM] < margin * fit.errors[CURVE_FORM]
-    ):
+    if needs_curve(fit) or not fit.errors[PLANES_FORM] < margin * fit.errors[CURVE_FORM]:
         fit.behind = fit.judged
+
+
+cdef inline bint needs_curve(const Fit *fit) noexcept nogil:
+    """Return whether there is what two planes know nothing of: experts, or features."""
+    return fit.has_experts or fit.has_seen_features
 
 
 cdef inline int best_form(const Fit *fit) noexcept nogil:
     """Return the form to use: two planes must have been better for many steps."""
-    if fit.has_experts or fit.has_seen_features:
+    if needs_curve(fit):
         return CURVE_FORM
     if fit.judged < CHOICE_STEPS:
         return fit.form

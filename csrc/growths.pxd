@@ -279,7 +279,7 @@ cdef inline void meet_followers(Growths *game, const Curve *curve) noexcept nogi
 cdef inline void rank_lumps(
     Lumps *lumps, const Part *parts, uint32_t count, uint32_t plain
 ) noexcept nogil:
-    """Keep the largest lumps in order, and find how many of them are left out one by one."""
+    """Keep the largest lumps in order, and find how many of them are leaders."""
     cdef uint32_t k, at, cut
     lumps.count = lumps.all = 0
     for k in range(plain, count):
