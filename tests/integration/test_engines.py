@@ -21,7 +21,7 @@ import pytest
 
 from tests.integration.adapter import make_adapter
 from tests.integration.running import Watched, watch
-from tests.integration.server import TENANT_KEYS, Server
+from tests.integration.server import SEVERAL_ENGINES, TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask
 from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, AsOf
@@ -271,6 +271,7 @@ def parallel(work: Path) -> Iterator[Server]:
         environment={
             "VLLM_PLUGINS": "cost_meter,cost_meter_tests",
             "VLLM_SERVER_DEV_MODE": "1",  # its /sleep and /wake_up
+            **SEVERAL_ENGINES,
         },
     )
     try:

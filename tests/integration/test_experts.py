@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.server import Server
+from tests.integration.server import SEVERAL_ENGINES, Server
 from tests.integration.traffic import ask
 from vllm_cost_meter.lab.server import meter_arguments
 from vllm_cost_meter.lab.tiny_model import default_path
@@ -23,7 +23,7 @@ def experts(work: Path) -> Iterator[Server]:
             *(*meter_arguments(), "--max-model-len", "1024"),
             *("--data-parallel-size", "2", "--api-server-count", "1"),
         ],
-        environment={"CMT_EXPERTS": "1"},
+        environment={"CMT_EXPERTS": "1", **SEVERAL_ENGINES},
         model_path=make_experts(work / "tiny-experts"),
     )
     try:
