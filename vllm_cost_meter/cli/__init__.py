@@ -20,6 +20,8 @@ def app(args: Sequence[str] | None = None) -> None:
             # As the other commands end, and without Python's flush, which would fail again.
             os._exit(128 + signal.SIGPIPE)
         return
+    # What a command prints is its answer. Some versions of vLLM log to the same stream.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm_cost_meter.cli.commands import app as commands
 
     commands(args=args)

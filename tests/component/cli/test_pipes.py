@@ -109,3 +109,34 @@ def test_a_list_of_commands_and_the_version_end_so_too(word: str) -> None:
         check=False,
     )
     assert (done.stdout, done.stderr) == (f"{PIPE_CLOSED}\n", "")
+
+
+# vLLM 0.25 sets up its log when it is imported, later versions when they serve.
+LOGGING = """
+import vllm_cost_meter.cli.commands as commands
+from vllm_cost_meter.cli import app
+
+def answer(args):
+    from vllm.logger import _configure_vllm_root_logger, init_logger
+    _configure_vllm_root_logger()
+    init_logger("vllm.engine").warning("a line of vLLM")
+    print("the answer")
+
+commands.app = answer
+app(["doctor"])
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, "ext://sys.stdout"])
+def test_lines_of_vllms_log_are_no_part_of_an_answer_unless_somebody_wants_them_there(
+    monkeypatch, chosen
+):
+    monkeypatch.delenv("VLLM_LOGGING_STREAM", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("VLLM_LOGGING_STREAM", chosen)
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("the answer\n")
+    assert ("a line of vLLM" in done.stdout) == (chosen is not None)
+    assert "a line of vLLM" in done.stdout + done.stderr
