@@ -24,8 +24,8 @@ from vllm_cost_meter.lab.tiny_model import default_path
 START_TIMEOUT_S = 240
 PLUGIN_FOLDER = Path(__file__).parent / "plugin"
 # With these, several engines start on a machine that has fewer NUMA nodes than engines: vLLM 0.33.0
-# wants a node for each, or CPUs that nobody binds.
-SEVERAL_ENGINES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+# wants a node for each.
+SEVERAL_ENGINES = {"VLLM_CPU_SIM_MULTI_NUMA": "1"}
 TENANT_KEYS = {"alpha": "key-of-alpha", "beta": "key-of-beta", "gamma": "key-of-gamma"}
 # Of tenants that only test_budgets.py asks as.
 LIMITED_KEYS = {
