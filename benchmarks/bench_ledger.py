@@ -55,9 +55,6 @@ BLOCK = 100
 AT_ONCE = 1_000
 
 
-TABLES = ("requests", "http_requests")
-
-
 _SUMS = (
     "CREATE TABLE sums (hour INTEGER, tenant TEXT, requests INTEGER, prompt_tokens INTEGER,"
     " output_tokens INTEGER, gpu_time_ns INTEGER, PRIMARY KEY (hour, tenant)) WITHOUT ROWID"
@@ -87,11 +84,10 @@ class Plain:
     def commit(self, *both: tuple[EngineRequest, HttpRequest]) -> None:
         """Write the rows of requests in one transaction."""
         self._connection.execute("BEGIN IMMEDIATE")
-        for table, of_both in zip(TABLES, (_part, _http), strict=True):
-            values = [of_both(*one) for one in both]
-            places = ", ".join("?" * len(values[0]))
-            sql = f"INSERT INTO {table} ({', '.join(values[0])}) VALUES ({places})"
-            self._connection.executemany(sql, [_stored(row) for row in values])
+        values = [rows.part_row(part, rows.beside_bill(part, http)) for part, http in both]
+        places = ", ".join("?" * len(values[0]))
+        sql = f"INSERT INTO requests ({', '.join(values[0])}) VALUES ({places})"
+        self._connection.executemany(sql, [_stored(row) for row in values])
         self._connection.executemany(_ADD_TO_SUMS, _sums(both))
         self._connection.execute("COMMIT")
 
@@ -114,14 +110,6 @@ def _sums(both: Sequence[tuple[EngineRequest, HttpRequest]]) -> list[tuple[objec
         sums[2] += bill.output_tokens
         sums[3] += bill.gpu_time_ns
     return [(*key, *sums) for key, sums in found.items()]
-
-
-def _part(part: EngineRequest, _http: HttpRequest) -> rows.TableRow:
-    return rows.part_row(part)
-
-
-def _http(_part: EngineRequest, http: HttpRequest) -> rows.TableRow:
-    return rows.http_row(http)
 
 
 def timed_ms(keep: Callable[[EngineRequest, HttpRequest], None], run_id: str) -> list[float]:

@@ -12,6 +12,7 @@ from vllm_cost_meter.journal.segments import SEGMENT_BYTES
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.database import default_url
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
+from vllm_cost_meter.ledger.tables.replies import TOLD, replies
 
 PAGE = DOCS / "reference" / "ledger-schema.md"
 EXPLANATION = DOCS / "explanation" / "ledger.md"
@@ -28,7 +29,12 @@ def test_every_table_is_documented_and_no_other():
         for line in section(PAGE, "Tables").splitlines()
         if line.startswith("### ")
     ]
-    assert sorted(headings) == sorted(metadata.tables)
+    assert sorted(headings) == sorted([*metadata.tables, replies.name])
+
+
+def test_what_a_client_was_told_is_the_sum_of_the_numbers_on_the_page():
+    (line,) = [line for line in PAGE.read_text().splitlines() if line.startswith("| `reply_told`")]
+    assert re.findall(r"(\d+) for `(\w+)`", line) == [(str(n), name) for name, n in TOLD.items()]
 
 
 def test_every_command_for_a_ledgers_file_has_its_section():

@@ -19,6 +19,7 @@ from tests.component.ledger.test_reader import HOUR, NOW, http, part, snapshot
 from tests.ecosystem.postgresql import Server
 from tests.support.builders import make_open
 from tests.support.ledger_writer import LedgerWriter
+from tests.support.older import as_version_17
 from tests.support.world import BODY, JSON, World, journal, replying, scope_of
 from vllm_cost_meter.api_server.budgets.looks import BudgetLooks
 from vllm_cost_meter.economics import Declared
@@ -34,6 +35,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.retention.dropping import drop_rows
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import metadata, not_derived, usage_pieces
+from vllm_cost_meter.ledger.tables.replies import drop_views
 from vllm_cost_meter.prices.book import PriceBook, PriceEntry
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.client_text import stored
@@ -124,7 +126,7 @@ def test_a_record_with_a_text_that_postgresql_cannot_take_is_dropped_alone(
     assert re.search(r"index row|NUL", str(refused.error))
     seqs = [1, 2, 3, 4, 8, 9, 10]
     assert rows(url, "SELECT seq FROM requests ORDER BY seq") == [(seq,) for seq in seqs]
-    assert rows(url, "SELECT http_request_id FROM http_requests ORDER BY 1") == [("h1",), ("h8",)]
+    assert rows(url, "SELECT http_request_id FROM replies ORDER BY 1") == [("h1",), ("h8",)]
 
 
 def test_ids_that_clients_choose_are_stored_whatever_they_are(tmp_path: Path, url: str) -> None:
@@ -146,7 +148,7 @@ def test_ids_that_clients_choose_are_stored_whatever_they_are(tmp_path: Path, ur
     world.runtime.writer.close(5)
     with LedgerReader(url) as reader:
         assert [len(reader.find(said.decode())) for said in (long, nul)] == [1, 1]
-    bounded = "SELECT max(length(x_request_id)), max(length(response_id)) FROM http_requests"
+    bounded = "SELECT max(length(x_request_id)), max(length(response_id)) FROM replies"
     assert rows(url, bounded) == [(256, 256)]
     assert rows(url, "SELECT count(*) FROM requests") == [(2,)]
     assert world.runtime.writer.dropped == 0
@@ -338,6 +340,7 @@ def test_a_ledger_of_the_version_before_is_packed_and_every_answer_stays(url: st
     several_hours = rows(url, "SELECT count(*) FROM requests WHERE hour IS NULL")
     engine = create_engine(url)
     with engine.begin() as connection:
+        as_version_17(connection.exec_driver_sql)
         for table, column in (
             *(("requests", "started_at"), ("requests", "finished_at")),
             *(("http_requests", "started_at"), ("http_requests", "finished_at")),
@@ -437,6 +440,7 @@ def test_a_database_that_lost_its_ledger_gets_no_new_one(
     batches = BatchWriter(url)
     engine = batches.opened()
     with engine.begin() as connection:
+        drop_views(connection)
         metadata.drop_all(connection)
     batches.drop()
     with pytest.raises(LedgerError, match="There was one, so no other is begun"):

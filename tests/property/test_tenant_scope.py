@@ -22,7 +22,8 @@ from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.schema import http_requests, requests
+from vllm_cost_meter.ledger.schema import requests
+from vllm_cost_meter.ledger.tables.replies import replies
 from vllm_cost_meter.prices.book import NO_PRICES
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.owner import COVERS, OWN, WITH_CHILDREN, Owner, TenantScope
@@ -226,7 +227,7 @@ def test_the_rule_in_sql_is_the_rule_of_owners(history, drawn, name, covers):
         engine = open_database(books.url)
         due = sorted(o.tenant for o in books.owners if scope.includes(o.tenant, o.above))
         with engine.connect() as connection:
-            for table in (requests, http_requests):
+            for table in (requests, replies):
                 held = connection.execute(select(table.c.tenant).where(is_of(table.c, scope)))
                 assert sorted(held.scalars()) == due
         engine.dispose()

@@ -380,7 +380,7 @@ def check_answer(answer: http.client.HTTPResponse, name: str, who: Payer | int) 
 
 ROWS = (
     "SELECT r.request_id, h.http_request_id, r.tenant, r.tenant_rule, r.tenant_parent, r.tags,"
-    " h.tenant FROM requests r LEFT JOIN http_requests h USING (http_request_id)"
+    " h.tenant FROM requests r LEFT JOIN replies h USING (http_request_id)"
     " WHERE r.request_id LIKE '{}-%'"
 )
 numbers = itertools.count()

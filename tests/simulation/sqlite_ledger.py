@@ -39,7 +39,7 @@ URL = f"sqlite:////simulated/{NAME}"
 _COMPILED: dict[Any, Any] = {}
 TABLES = {
     "bill": "SELECT run_id, seq, request_id, gpu_time_ns, cost_nanousd, route FROM requests",
-    "http": "SELECT http_request_id, gpu_time_ns, cost_nanousd FROM http_requests",
+    "http": "SELECT http_request_id, gpu_time_ns, cost_nanousd FROM replies",
     "open": "SELECT request_id, started_at FROM open_requests",
     "snapshot": "SELECT run_id, number, last_seq, billed_ns, idle_ns FROM snapshots",
 }

@@ -120,7 +120,7 @@ def _check(ledger: Path, seen: Mapping[str, int], outcome: Outcome) -> None:
     outcome.seen = len(seen)
     with closing(sqlite3.connect(ledger)) as connection:
         asked = "SELECT http_request_id, cost_nanousd FROM "
-        told = dict(texts(connection.execute(asked + "http_requests")))
+        told = dict(texts(connection.execute(asked + "replies")))
         bills: dict[str, list[int]] = {}
         for name, cost in texts(connection.execute(asked + "requests")):
             bills.setdefault(name, []).append(cost)

@@ -9,7 +9,13 @@ from vllm_cost_meter.engine.books import EngineState
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.records.engine import EngineIdentity
 from vllm_cost_meter.records.owner import NamedBy, Owner
-from vllm_cost_meter.records.requests import EngineRequest, Latencies, OpenRequest
+from vllm_cost_meter.records.requests import (
+    EngineRequest,
+    HttpRequest,
+    Latencies,
+    OpenRequest,
+    Usage,
+)
 from vllm_cost_meter.records.snapshot import ClassTotals, CostModel, LearntCurve, Snapshot
 
 HOUR = 500_000
@@ -182,3 +188,18 @@ def make_snapshot(**changes: Any) -> Snapshot:
         "step_ns": totals.in_flight - sum(used.gpu_time_ns for _, used in changes.get("live", ())),
     }
     return Snapshot(**{**values, **changes})
+
+
+def reply_of(part: EngineRequest, reply: HttpRequest) -> HttpRequest:
+    """Return a reply that says of its one engine request what the bill says, and nothing else."""
+    bill = part.bill
+    return replace(
+        reply,
+        response_id=part.response_id,
+        owner=part.owner,
+        model=part.model,
+        route=part.route or reply.route,
+        usage=Usage(bill.prompt_tokens, bill.cached_tokens, bill.output_tokens),
+        gpu_time_ns=bill.gpu_time_ns,
+        cost_nanousd=part.cost_nanousd,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.component.ledger.test_reader import http, part
-from tests.support.builders import make_open, make_snapshot
+from tests.support.builders import make_open, make_snapshot, reply_of
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.ledger.economics.query import economics
@@ -180,7 +180,12 @@ def old_worlds(draw: st.DrawFn) -> OldWorld:
         if run != "bare":
             states.append(draw(state(run, mine)))
     for reply in draw(replies()):
-        exchanges.setdefault(reply.http_request_id, []).append(reply)
+        of_exchange = exchanges.setdefault(reply.http_request_id, [])
+        parts = [one for one in of_exchange if isinstance(one, EngineRequest)]
+        says_the_same = parts and draw(st.booleans())
+        of_exchange.append(
+            reply_of(draw(st.sampled_from(parts)), reply) if says_the_same else reply
+        )
     for id in draw(st.frozensets(exchange_ids, max_size=2)):
         at_ns = draw(some_hour) * NS
         states.append(make_open(request_id=f"open-{id}", http_request_id=id, started_at_ns=at_ns))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def fill(
 ) -> None:
     """Write bills `first` to `bills` of a run, with the snapshot after the last one.
 
-    Every third one is of two hours.
+    Every third one is of two hours. Every fourth reply names no model, as its bill does, and so has
+    a row of its own.
     """
     every = [
         part(seq, f"{run_id}-{seq}", run_id=run_id, **({} if seq % 3 else {"pieces": TWO_HOURS}))
@@ -63,7 +65,10 @@ def fill(
     )
     writer = LedgerWriter(url_of(path))
     writer.start()
-    replies = [http(f"{run_id}-{seq}", at=seq) for seq in range(first, bills + 1)]
+    replies = [
+        replace(http(f"{run_id}-{seq}", at=seq), **({} if seq % 4 else {"model": None}))
+        for seq in range(first, bills + 1)
+    ]
     writer.commit(*every[first - 1 :], *replies, state).result(60)
     writer.close()
 

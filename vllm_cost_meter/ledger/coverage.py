@@ -1,6 +1,6 @@
 """What a tenant covers, in SQL: the condition that a row is of a tenant, or of one below it.
 
-This is `records.owner.TenantScope` for rows of `requests`, `open_requests` and `http_requests`,
+This is `records.owner.TenantScope` for rows of `requests`, `open_requests` and `replies`,
 which keep the tenant and all tenants above it. It compares byte by byte. LIKE would not do: SQLite
 takes it without regard to case, and `%` and `_` in names would have to be escaped.
 

@@ -28,13 +28,14 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private, open_to_others
 from vllm_cost_meter.ledger.migrations import (
     FIRST_WITH_BILL_SUMS,
-    FIRST_WITH_PACKED_ROWS,
     FIRST_WITH_ROLLUPS,
+    FIRST_WITH_TODAYS_ROWS,
     migrate,
 )
 from vllm_cost_meter.ledger.rollups.bill_sums import rebuild_bill_sums
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_version
+from vllm_cost_meter.ledger.tables.replies import create_views, drop_views
 from vllm_cost_meter.ledger.untouched import connect_to_read
 from vllm_cost_meter.logs import meter_logger
 
@@ -438,7 +439,7 @@ def _upgrade(engine: Engine, shown: str, found: int) -> None:
     """
     doing = f"ledger {shown}: from schema version {found} to {SCHEMA_VERSION}"
     path = sqlite_path(engine.url)
-    if path is not None and found < FIRST_WITH_PACKED_ROWS:
+    if path is not None and found < FIRST_WITH_TODAYS_ROWS:
         size, free = path.stat().st_size, shutil.disk_usage(path.parent).free
         # The rows that change are in the log first, then in the file beside the old ones.
         if free < 2 * size:
@@ -466,6 +467,7 @@ def _create_schema(engine: Engine) -> None:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
         # A second process finds everything once the first has committed.
+        drop_views(connection)
         metadata.create_all(connection)
         found = connection.execute(select(schema_version.c.version)).scalar()
         if found is None:
@@ -476,3 +478,4 @@ def _create_schema(engine: Engine) -> None:
                 rebuild(connection)
             elif found < FIRST_WITH_BILL_SUMS:
                 rebuild_bill_sums(connection)
+        create_views(connection)

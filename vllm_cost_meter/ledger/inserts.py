@@ -10,6 +10,7 @@ both are there, the open request is deleted. A record of a row that was dropped 
 Invariant: writing a batch twice, or its records in another order or grouping, leaves the same rows.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -25,7 +26,7 @@ from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.ledger import rows, schema
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.retention.known import without_dropped
-from vllm_cost_meter.ledger.rollups.adding import add, new_rows
+from vllm_cost_meter.ledger.rollups.adding import NewRows, add, new_rows
 from vllm_cost_meter.ledger.rollups.bill_sums import add_energy, new_energy
 from vllm_cost_meter.ledger.tables.packed import PackedId, pack_id
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest
@@ -73,9 +74,7 @@ def write(connection: Connection, records: Sequence[Record]) -> None:
     unknown = without_dropped(connection, parts, https, opened, merged.keys())
     parts, https, opened = unknown.parts, unknown.replies, unknown.opened
     new = new_rows(connection, parts, https)
-    insert_rows(connection, schema.requests, map(rows.part_row, parts))
-    insert_rows(connection, schema.usage_pieces, chain.from_iterable(map(rows.piece_rows, parts)))
-    insert_rows(connection, schema.http_requests, map(rows.http_row, https))
+    _write_requests(connection, new)
     add(connection, new)
     insert_rows(connection, schema.open_requests, [rows.open_row(request) for request in opened])
     announced = [part.bill.request_id for part in parts if part.announced]
@@ -96,6 +95,29 @@ def write(connection: Connection, records: Sequence[Record]) -> None:
     energy_mj = new_energy(connection, energies)
     insert_rows(connection, schema.request_energy, energies)
     add_energy(connection, energy_mj)
+
+
+def _write_requests(connection: Connection, new: NewRows) -> None:
+    """Write new bills, and the new replies beside their bills or into rows of their own."""
+    by_exchange: dict[str, list[EngineRequest]] = defaultdict(list)
+    for part in new.parts.values():
+        if (id := part.http_request_id) is not None and id in new.replies:
+            by_exchange[id].append(part)
+    beside: dict[tuple[str, int], rows.BesideBill | None] = {
+        (only.bill.run_id, only.bill.seq): rows.beside_bill(only, new.replies[id])
+        for id, (only, *others) in by_exchange.items()
+        if not others and id not in new.begun
+    }
+    placed = {one.reply.http_request_id for one in beside.values() if one is not None}
+    insert_rows(
+        connection,
+        schema.requests,
+        (rows.part_row(part, beside.get(key)) for key, part in new.parts.items()),
+    )
+    pieces = chain.from_iterable(map(rows.piece_rows, new.parts.values()))
+    insert_rows(connection, schema.usage_pieces, pieces)
+    alone = (reply for id, reply in new.replies.items() if id not in placed)
+    insert_rows(connection, schema.http_requests, map(rows.http_row, alone))
 
 
 def _close_billed(connection: Connection, request_ids: Sequence[str]) -> None:

@@ -8,12 +8,14 @@ Invariant: a ledger has one version at any instant, because all steps and the ne
 one transaction.
 """
 
+import sqlite3
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from sqlalchemy import inspect, text
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.tables.replies import put_beside_bills
 from vllm_cost_meter.ledger.tables.unpacked import keep_single_hours, pack_rows
 
 
@@ -69,6 +71,54 @@ def _rename_error_of_one_plane(connection: Connection) -> None:
         connection.execute(
             text("ALTER TABLE cost_models RENAME COLUMN error_one_plane TO error_other_form")
         )
+
+
+_LATENCIES = ("queue", "ttft", "tpot", "e2e")
+_SQLITE_DROPS_SINCE = (3, 35)
+
+
+def _make_rows_smaller(connection: Connection) -> None:
+    """Change the rows of requests and replies to version 18, each table in one pass."""
+    # A repair makes a table whose definition is lost as it is today.
+    for table in ("requests", "http_requests"):
+        if "cost_usd" in _columns(connection, table):
+            connection.execute(text(_without(connection, table, "cost_usd")))
+    if "queue_us" in _columns(connection, "requests"):
+        return
+    for name in _LATENCIES:
+        connection.execute(text(f"ALTER TABLE requests RENAME COLUMN {name}_ms TO {name}_us"))
+    for index in ("ix_requests_finished_at", "ix_requests_tenant"):
+        connection.execute(text(f"DROP INDEX IF EXISTS {index}"))
+    whole = ", ".join(f"{name}_us = {_whole(f'{name}_us * 1000')}" for name in _LATENCIES)
+    connection.execute(
+        text(
+            f"UPDATE requests SET {whole}, ended_at = finished_at,"  # noqa: S608 - names of columns
+            " prompt_group = CASE WHEN prompt_group = request_id THEN '' ELSE prompt_group END"
+        )
+    )
+    put_beside_bills(connection)
+    for statement in (
+        *_index_again("requests", "ended_at", "ended_at"),
+        *_index_again("requests", "tenant", "tenant, ended_at"),
+        *_index_again("requests", "x_request_id", "x_request_id", where="x_request_id IS NOT NULL"),
+    ):
+        connection.execute(text(statement))
+
+
+def _without(connection: Connection, table: str, column: str) -> str:
+    """Return the statement that takes a column away; an older SQLite can empty it only."""
+    if connection.dialect.name == "sqlite" and sqlite3.sqlite_version_info < _SQLITE_DROPS_SINCE:
+        return f"UPDATE {table} SET {column} = NULL"  # noqa: S608 - names of this package
+    return f"ALTER TABLE {table} DROP COLUMN {column}"
+
+
+def _whole(us: str) -> str:
+    """Return the SQL for a time as `rows.us_of` rounds it, as the sums have it: halves to even."""
+    even = f"2 * round({us} / 2)"
+    return (
+        f"CASE WHEN {us} < 0 THEN 0 WHEN abs({us} - round({us})) = 0.5 THEN {even}"
+        f" ELSE round({us}) END"
+    )
 
 
 # The step for each version, which makes it the next version.
@@ -191,11 +241,32 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
             for column in _added(table, _COUNT, "charge_known_ns", "charge_error_ns")
         ),
     ),
+    # A reply stands beside its bill where it can, and the rest of a row takes fewer bytes.
+    17: (
+        Column("requests", "ended_at", "BIGINT DEFAULT 0 NOT NULL"),
+        Column("requests", "reply_status", "INTEGER"),
+        Column("requests", "reply_streamed", "BOOLEAN"),
+        Column("requests", "reply_started_at", "BIGINT"),
+        Column("requests", "reply_told", "INTEGER"),
+        Column("requests", "reply_gpu_time_ns", "BIGINT"),
+        Column("requests", "reply_cost_nanousd", "BIGINT"),
+        Column("requests", "x_request_id", "TEXT"),
+        _make_rows_smaller,
+    ),
+}
+# The columns that a step gives another name, by the version that still had the old one.
+RENAMED_COLUMNS: Mapping[int, Mapping[tuple[str, str], str]] = {
+    14: {("cost_models", "error_one_plane"): "error_other_form"},
+    17: {("requests", f"{name}_ms"): f"{name}_us" for name in _LATENCIES},
+}
+# Columns that a step takes away, by the version that still had them.
+DROPPED_COLUMNS: Mapping[int, tuple[tuple[str, str], ...]] = {
+    17: (("requests", "cost_usd"), ("http_requests", "cost_usd")),
 }
 FIRST_WITH_ROLLUPS = 11
 FIRST_WITH_BILL_SUMS = 12
 # Later steps change no row of a request: a new column is a word in the schema.
-FIRST_WITH_PACKED_ROWS = 14
+FIRST_WITH_TODAYS_ROWS = 18
 
 
 def migrate(connection: Connection, found: int, wanted: int) -> None:

@@ -9,23 +9,59 @@ Invariant: a row of `requests` equals the sum of its rows in `usage_pieces`, if 
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
+from vllm_cost_meter.ledger.tables.replies import REPLY_COLUMNS, TOLD
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest, OpenRequest, Price
 from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals, Snapshot
-from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_US, rfc3339
 
 TableRow = dict[str, Any]
+_NO_REPLY: TableRow = dict.fromkeys(REPLY_COLUMNS)
 
 
-def part_row(part: EngineRequest) -> TableRow:
-    """Return an engine request's row in `requests`."""
+class BesideBill(NamedTuple):
+    """A reply that stands in its bill's row, and what of the bill its client was told."""
+
+    reply: HttpRequest
+    told: int
+
+
+def beside_bill(part: EngineRequest, reply: HttpRequest) -> BesideBill | None:
+    """Return a reply for its bill's row; None if it says anything else than the bill."""
+    owner, payer, bill, usage = part.owner, reply.owner, part.bill, reply.usage
+    ids = part.response_id, part.model, part.route
+    if ids != (reply.response_id, reply.model, reply.route):
+        return None
+    if owner != payer and (
+        (owner.tenant, owner.rule_text, owner.above_text)
+        != (payer.tenant, payer.rule_text, payer.above_text)
+    ):
+        return None
+    told = 0
+    for number, said, known in (
+        (TOLD["prompt_tokens"], usage.prompt_tokens, bill.prompt_tokens),
+        (TOLD["cached_tokens"], usage.cached_tokens, bill.cached_tokens),
+        (TOLD["output_tokens"], usage.output_tokens, bill.output_tokens),
+    ):
+        if said is not None:
+            if said != known:
+                return None
+            told += number
+    if reply.gpu_time_ns is not None and reply.gpu_time_ns == bill.gpu_time_ns:
+        told += TOLD["gpu_time_ns"]
+    if reply.cost_nanousd is not None and reply.cost_nanousd == part.cost_nanousd:
+        told += TOLD["cost_nanousd"]
+    return BesideBill(reply, told)
+
+
+def part_row(part: EngineRequest, beside: BesideBill | None = None) -> TableRow:
+    """Return an engine request's row in `requests`, with the reply that stands beside its bill."""
     bill, used, times = part.bill, part.bill.whole(), part.latencies
     return {
         "run_id": bill.run_id,
@@ -34,7 +70,7 @@ def part_row(part: EngineRequest) -> TableRow:
         "external_id": part.external_id,
         "response_id": part.response_id,
         "http_request_id": part.http_request_id,
-        "prompt_group": part.prompt_group,
+        "prompt_group": part.prompt_group if part.prompt_group != bill.request_id else "",
         **owner_columns(part.owner),
         "model": part.model,
         "lora": part.lora,
@@ -50,7 +86,6 @@ def part_row(part: EngineRequest) -> TableRow:
         "prefill_ns": used.prefill_ns,
         "decode_ns": used.decode_ns,
         "cost_nanousd": part.cost_nanousd,
-        "cost_usd": format_usd(part.cost_nanousd),
         "marginal_ns": used.marginal_ns,
         "marginal_cost_nanousd": part.marginal_cost_nanousd,
         "recomputed_ns": used.recomputed_ns,
@@ -70,12 +105,34 @@ def part_row(part: EngineRequest) -> TableRow:
         "last_model": bill.last_model,
         "started_at": part.started_at_ns // NS_PER_US,
         "finished_at": part.finished_at_ns // NS_PER_US,
-        "queue_ms": times.queue_ms,
-        "ttft_ms": times.ttft_ms,
-        "tpot_ms": times.tpot_ms,
-        "e2e_ms": times.e2e_ms,
+        "queue_us": us_of(times.queue_ms),
+        "ttft_us": us_of(times.ttft_ms),
+        "tpot_us": us_of(times.tpot_ms),
+        "e2e_us": us_of(times.e2e_ms),
         "hour": bill.pieces[0].hour if len(bill.pieces) == 1 else None,
+        **_reply_columns(part, beside),
     }
+
+
+def _reply_columns(part: EngineRequest, beside: BesideBill | None) -> TableRow:
+    if beside is None:
+        return {**_NO_REPLY, "ended_at": part.finished_at_ns // NS_PER_US}
+    reply, told = beside
+    return {
+        "x_request_id": reply.x_request_id,
+        "reply_status": reply.status,
+        "reply_streamed": reply.streamed,
+        "reply_started_at": reply.started_at_ns // NS_PER_US,
+        "ended_at": reply.finished_at_ns // NS_PER_US,
+        "reply_told": told,
+        "reply_gpu_time_ns": None if told & TOLD["gpu_time_ns"] else reply.gpu_time_ns,
+        "reply_cost_nanousd": None if told & TOLD["cost_nanousd"] else reply.cost_nanousd,
+    }
+
+
+def us_of(ms: float | None) -> int | None:
+    """Return a time in ms as whole microseconds."""
+    return None if ms is None else max(round(ms * 1000), 0)
 
 
 def piece_rows(part: EngineRequest) -> list[TableRow]:
@@ -127,7 +184,6 @@ def http_row(http: HttpRequest) -> TableRow:
         "output_tokens": http.usage.output_tokens,
         "gpu_time_ns": http.gpu_time_ns,
         "cost_nanousd": http.cost_nanousd,
-        "cost_usd": format_usd(http.cost_nanousd),
         "started_at": http.started_at_ns // NS_PER_US,
         "finished_at": http.finished_at_ns // NS_PER_US,
     }

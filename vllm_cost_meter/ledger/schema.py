@@ -13,10 +13,12 @@ rows, and change in the transaction that writes them.
 
 `journals` says how far each journal is in this file, in the transaction that brought its records.
 
-A row of `open_requests` goes when its bill comes. `billed_hours` follows from the facts in a
-provider's bills: an import rewrites the hours that it changes. Amounts are 64-bit integers.
-Instants are RFC 3339 text with a fixed width, so text order is time order; where there is a row
-for each request, they are microseconds since the epoch, and ids are packed (`tables/packed.py`).
+An HTTP exchange stands in the row of its bill where it can, else in `http_requests`
+(`tables/replies.py`). A row of `open_requests` goes when its bill comes. `billed_hours` follows
+from the facts in a provider's bills: an import rewrites the hours that it changes. Amounts are
+64-bit integers. Instants are RFC 3339 text with a fixed width, so text order is time order; where
+there is a row for each request, they are microseconds since the epoch, and ids are packed
+(`tables/packed.py`).
 NULL means unknown.
 
 Invariant: a snapshot, its hours and its live usage change in one transaction, and so do a bill, its
@@ -59,7 +61,7 @@ from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latenc
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 17
+SCHEMA_VERSION = 18
 
 
 def _class_columns() -> list[Column[int]]:
@@ -236,6 +238,7 @@ open_requests = Table(
     Column("route", Text),
 )
 
+# Those that do not stand in the row of a bill; `tables/replies.py` has a view of all.
 http_requests = Table(
     "http_requests",
     metadata,
@@ -255,7 +258,6 @@ http_requests = Table(
     Column("output_tokens", BigInteger),
     Column("gpu_time_ns", BigInteger),
     Column("cost_nanousd", BigInteger),
-    Column("cost_usd", Text),
     Column("started_at", InstantColumn, nullable=False),
     Column("finished_at", InstantColumn, nullable=False),
     # Pages of all tenants, and the replies that ended as an engine died.
@@ -276,6 +278,7 @@ requests = Table(
     Column("external_id", PackedId),
     Column("response_id", PackedId),
     Column("http_request_id", PackedId),
+    # Empty where it is `request_id`: the prompt is of this request alone.
     Column("prompt_group", PackedId, nullable=False),
     Column("tenant", KeyText, nullable=False),
     # The rule that named the tenant, and what was declared of that tenant when the request came.
@@ -299,7 +302,6 @@ requests = Table(
     Column("prefill_ns", BigInteger, nullable=False),
     Column("decode_ns", BigInteger, nullable=False),
     Column("cost_nanousd", BigInteger),
-    Column("cost_usd", Text),
     Column("marginal_ns", BigInteger, nullable=False),
     Column("marginal_cost_nanousd", BigInteger),
     Column("recomputed_ns", BigInteger, nullable=False),
@@ -318,25 +320,37 @@ requests = Table(
     Column("last_model", Integer, nullable=False),
     Column("started_at", InstantColumn, nullable=False),
     Column("finished_at", InstantColumn, nullable=False),
-    Column("queue_ms", Float),
-    Column("ttft_ms", Float),
-    Column("tpot_ms", Float),
-    Column("e2e_ms", Float),
+    # Whole microseconds: SQLite stores such a number in 2 to 4 bytes, and a fraction in 8.
+    Column("queue_us", Float),
+    Column("ttft_us", Float),
+    Column("tpot_us", Float),
+    Column("e2e_us", Float),
     # The hour that all of it was used in; NULL if `usage_pieces` has the hours.
     Column("hour", Integer),
     # How much of its time may belong to others; NULL where nobody knows, as in older rows.
     Column("charge_error_ns", BigInteger),
+    # When the reply ended that stands in this row; without one, when the engine request did.
+    Column("ended_at", InstantColumn, server_default=text("0"), nullable=False),
+    # That reply (`tables/replies.py`): all NULL without one.
+    Column("reply_status", Integer),
+    Column("reply_streamed", Boolean),
+    Column("reply_started_at", InstantColumn),
+    Column("reply_told", Integer),
+    Column("reply_gpu_time_ns", BigInteger),
+    Column("reply_cost_nanousd", BigInteger),
+    Column("x_request_id", PackedId),
     # Whether an open request has its bill, and to find a request by vLLM's internal id.
     Index("ix_requests_request_id", "request_id"),
     # The parts of an exchange.
     Index("ix_requests_http", "http_request_id"),
-    # Pages of exchanges without an HTTP row.
-    Index("ix_requests_finished_at", "finished_at"),
+    # Pages of all tenants, and the oldest rows.
+    Index("ix_requests_ended_at", "ended_at"),
     # The bills of a tenant.
-    Index("ix_requests_tenant", "tenant", "finished_at"),
-    # Find a request by these ids; the response's is in `http_requests` only once the reply ended.
+    Index("ix_requests_tenant", "tenant", "ended_at"),
+    # Find a request by these ids. A bill's response id is there before the reply has ended.
     _index_of_not_derived("external_id"),
     _index_of_not_derived("response_id"),
+    _index_of_known("requests", "x_request_id"),
 )
 
 # Bills of several hours only.

@@ -1,6 +1,6 @@
 """The request row: one HTTP exchange, made from its HTTP row and its engine requests (parts).
 
-These are pure functions over rows of `http_requests` and `requests`. Tokens are those that the
+These are pure functions over rows of `replies` and `requests`. Tokens are those that the
 client was told. If the reply did not say, they follow from the parts; a prompt that several parts
 share counts once.
 
@@ -141,7 +141,8 @@ def shown_part(part: LedgerRow) -> PartRow:
     """Return a part as it is listed under `parts`."""
     shown = {name: part.get(name) for name in PART_COLUMNS}
     reason = None if shown["cost_nanousd"] is not None else _why_no_cost([part])
-    return cast("PartRow", {**shown, "state": _state([part]), "cost_reason": reason})
+    told = {"state": _state([part]), "cost_reason": reason}
+    return cast("PartRow", {**shown, **told, "cost_usd": format_usd(shown["cost_nanousd"])})
 
 
 def _tokens(told: LedgerRow, parts: Sequence[LedgerRow]) -> dict[str, int | None]:

@@ -106,7 +106,7 @@ def test_a_spent_budget_answers_429_as_openai_does_and_says_when_it_resets(world
     assert error == {"type": "insufficient_quota", "param": None, "code": "budget_exceeded"}
     assert "1.50 USD of 1.00 USD in its period (the month)" in message
     assert message.endswith(f"resets at {standing.resets_at().isoformat()} (UTC)")
-    assert world.rows("SELECT * FROM requests") == world.rows("SELECT * FROM http_requests") == []
+    assert world.rows("SELECT * FROM requests") == world.rows("SELECT * FROM replies") == []
 
 
 def test_anthropics_messages_are_refused_in_their_own_frame(world):

@@ -112,7 +112,7 @@ def test_a_request_whose_budget_is_spent_meanwhile_has_no_further_engine_request
     assert int(headers[b"content-length"]) == len(client.body)
     # It pays for what ran.
     assert headers[b"x-cost-meter-gpu-seconds"] == b"0.000006000"
-    assert world.rows("SELECT status FROM http_requests") == [(429,)]
+    assert world.rows("SELECT status FROM replies") == [(429,)]
     assert world.rows("SELECT count(*) FROM requests") == [(SPENT_AFTER,)]
 
 

@@ -32,7 +32,7 @@ def test_a_bill_that_never_comes_delays_the_reply_by_the_bound_and_is_counted(ma
     assert client.body == BODY
     assert client.waited_s >= BOUND_S
     assert world.misses == 1
-    assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM http_requests") == [(None, None)]
+    assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM replies") == [(None, None)]
 
 
 def test_a_stream_waits_once_for_a_bill_that_never_comes(make_world):
@@ -81,7 +81,7 @@ def test_an_engine_whose_meter_is_off_costs_five_waits_and_no_more(make_world):
     assert all(wait >= BOUND_S for wait in waits[:5])
     assert all(wait < LONG_S for wait in waits[5:])
     assert all(client.body == BODY and client.ours == {} for client in clients)
-    assert len(world.rows("SELECT * FROM http_requests")) == 50
+    assert len(world.rows("SELECT * FROM replies")) == 50
 
 
 def test_a_locked_ledger_delays_no_reply_and_loses_nothing(make_world):
@@ -112,7 +112,7 @@ def test_a_full_disk_delays_five_replies_and_loses_nothing(make_world):
     assert all(client.waited_s >= BOUND_S for client in clients[:5])
     assert all(client.waited_s < LONG_S for client in (*clients[5:], stream))
     assert world.rows("SELECT count(*), count(http_request_id) FROM requests") == [(9, 9)]
-    assert world.rows("SELECT count(*) FROM http_requests") == [(9,)]
+    assert world.rows("SELECT count(*) FROM replies") == [(9,)]
     assert world.runtime.writer.dropped == 0
     assert len(world.run(replying(JSON, [BODY], lambda: world.engine.generate("z"))).ours) == len(
         COST_HEADERS

@@ -22,7 +22,7 @@ from tests.support.world import (
     scope_of,
 )
 
-HTTP_REQUESTS = "SELECT tenant, status FROM http_requests ORDER BY started_at"
+HTTP_REQUESTS = "SELECT tenant, status FROM replies ORDER BY started_at"
 PARSERS = pytest.mark.parametrize("http", ["h11", "httptools"])
 
 
@@ -190,7 +190,7 @@ def test_a_websocket_that_the_application_refuses_is_recorded_as_refused(world, 
 
     client = world.run(app, scope_of("/v1/realtime", type="websocket"))
     assert client.messages == [answer]
-    assert world.rows("SELECT status FROM http_requests") == [(status,)]
+    assert world.rows("SELECT status FROM replies") == [(status,)]
 
 
 def test_a_stream_tells_the_cost_that_was_committed_though_more_is_billed_before_its_end(world):
@@ -205,4 +205,4 @@ def test_a_stream_tells_the_cost_that_was_committed_though_more_is_billed_before
     client = world.run(app)
     assert client.body.count(b'"cost":0.000000030') == 1
     assert client.body.count(b"cost_usd=0.000000030 ") == 1
-    assert world.rows("SELECT cost_nanousd FROM http_requests") == [(30,)]
+    assert world.rows("SELECT cost_nanousd FROM replies") == [(30,)]

@@ -37,7 +37,7 @@ def test_an_application_that_raises_in_its_reply_loses_no_byte(world, content_ty
     assert client.headers == [(b"content-type", content_type)]
     assert client.body == b"data: half"
     assert all(m["more_body"] for m in client.messages[1:])
-    assert len(world.rows("SELECT * FROM http_requests")) == 1
+    assert len(world.rows("SELECT * FROM replies")) == 1
 
 
 def test_an_application_that_raises_before_its_reply_is_recorded_with_500(world):
@@ -47,7 +47,7 @@ def test_an_application_that_raises_before_its_reply_is_recorded_with_500(world)
 
     with pytest.raises(RuntimeError, match="boom"):
         world.run(app)
-    assert world.rows("SELECT status, gpu_time_ns FROM http_requests") == [(500, None)]
+    assert world.rows("SELECT status, gpu_time_ns FROM replies") == [(500, None)]
     assert current_exchange.get() is None
 
 
@@ -64,7 +64,7 @@ def test_a_client_that_leaves_before_its_reply_is_recorded_with_499(world, repli
             await replying(JSON, [b"null"])(scope, receive, send)
 
     world.run(app, receive=gone)
-    assert world.rows("SELECT status FROM http_requests") == [(499,)]
+    assert world.rows("SELECT status FROM replies") == [(499,)]
     assert len(world.rows("SELECT * FROM requests WHERE http_request_id IS NOT NULL")) == 1
 
 
@@ -81,7 +81,7 @@ def test_a_client_that_leaves_within_a_stream_keeps_the_status_it_was_sent(world
         await receive()
 
     world.run(app, receive=gone)
-    assert world.rows("SELECT status, streamed FROM http_requests") == [(200, 1)]
+    assert world.rows("SELECT status, streamed FROM replies") == [(200, 1)]
 
 
 def test_a_client_that_leaves_after_its_reply_changes_nothing(world):
@@ -93,7 +93,7 @@ def test_a_client_that_leaves_after_its_reply_changes_nothing(world):
         await receive()
 
     assert len(world.run(app, receive=gone).ours) == len(COST_HEADERS)
-    assert world.rows("SELECT status FROM http_requests") == [(200,)]
+    assert world.rows("SELECT status FROM replies") == [(200,)]
 
 
 def test_a_cancelled_exchange_is_recorded_and_stays_cancelled(world):
@@ -109,7 +109,7 @@ def test_a_cancelled_exchange_is_recorded_and_stays_cancelled(world):
             await task
 
     asyncio.run(ask())
-    assert world.rows("SELECT count(*) FROM http_requests") == [(1,)]
+    assert world.rows("SELECT count(*) FROM replies") == [(1,)]
 
 
 def test_a_background_response_born_after_its_reply_is_an_exchange_too(world):
@@ -133,7 +133,7 @@ def test_a_background_response_born_after_its_reply_is_an_exchange_too(world):
     client = asyncio.run(ask())
     assert client.ours == {}
     assert world.rows(
-        "SELECT h.response_id, h.x_request_id, h.status, count(*) FROM http_requests h"
+        "SELECT h.response_id, h.x_request_id, h.status, count(*) FROM replies h"
         " JOIN requests USING (http_request_id) GROUP BY 1"
     ) == [("resp_1", "x", 200, 2)]
-    assert world.rows("SELECT count(*) FROM http_requests") == [(1,)]
+    assert world.rows("SELECT count(*) FROM replies") == [(1,)]

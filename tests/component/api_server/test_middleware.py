@@ -51,7 +51,7 @@ def test_a_complete_reply_gets_the_headers_and_keeps_every_body_message(world, b
     assert [m["body"] for m in client.messages[1:]] == bodies
     assert [m["more_body"] for m in client.messages[1:]] == [True] * (len(bodies) - 1) + [False]
     ((own_id, cost, x_request_id, status),) = world.rows(
-        "SELECT http_request_id, cost_usd, x_request_id, status FROM http_requests"
+        "SELECT http_request_id, cost_nanousd, x_request_id, status FROM replies"
     )
     assert client.ours == {
         b"x-cost-meter-cost-usd": b"0.000000030",
@@ -61,7 +61,7 @@ def test_a_complete_reply_gets_the_headers_and_keeps_every_body_message(world, b
         b"x-cost-meter-tenant": b"unknown",
         b"x-litellm-response-cost": b"0.000000030",
     }
-    assert (cost, x_request_id, status) == ("0.000000030", "mine", 200)
+    assert (cost, x_request_id, status) == (30, "mine", 200)
 
 
 def test_a_reply_without_any_body_message_field_is_complete(world):
@@ -82,8 +82,8 @@ def test_without_a_price_gpu_time_is_told_and_cost_is_not(make_world):
     client = world.run(replying(JSON, [BODY], world.engine.generate))
     assert list(client.ours) == [COST_HEADERS[1], COST_HEADERS[3], COST_HEADERS[4]]
     assert client.ours[b"x-cost-meter-gpu-seconds"] == b"0.000003000"
-    assert world.rows("SELECT cost_nanousd, cost_usd FROM requests") == [(None, None)]
-    assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM http_requests") == [(3_000, None)]
+    assert world.rows("SELECT cost_nanousd FROM requests") == [(None,)]
+    assert world.rows("SELECT gpu_time_ns, cost_nanousd FROM replies") == [(3_000, None)]
     stream = world.run(replying(SSE, [USAGE, DONE], lambda: world.engine.generate("s")))
     assert b'"cost":null,"cost_details":{"gpu_seconds":0.000003000' in stream.body
     assert b": cost-meter gpu_seconds=0.000003000 request_id=cost-" in stream.body
@@ -107,7 +107,7 @@ def test_what_the_client_was_told_of_tokens_is_recorded(world):
     world.run(replying(JSON, [BODY[:20], BODY[20:]], world.engine.generate))
     world.run(replying(SSE, [TOKEN, USAGE, DONE], lambda: world.engine.generate("s")))
     assert world.rows(
-        "SELECT prompt_tokens, cached_tokens, output_tokens, streamed FROM http_requests"
+        "SELECT prompt_tokens, cached_tokens, output_tokens, streamed FROM replies"
         " ORDER BY streamed"
     ) == [(10, 2, 5, 0), (10, None, 5, 1)]
 
@@ -136,7 +136,7 @@ def test_what_a_header_says_is_in_the_journal_already(world):
                 assert catch_up(world.runtime.ledger_url) == 0  # as any command does
                 other = sqlite3.connect(world.path)
                 seen.append(other.execute("SELECT cost_nanousd FROM requests").fetchall())
-                seen.append(other.execute("SELECT cost_nanousd FROM http_requests").fetchall())
+                seen.append(other.execute("SELECT cost_nanousd FROM replies").fetchall())
                 other.close()
 
         await world.metered(app)(scope_of(), no_more_messages, send)
@@ -160,7 +160,7 @@ def test_a_coarse_reply_tells_gpu_time_to_a_millisecond_and_what_that_costs(make
         b"x-cost-meter-tenant": b"unknown",
         b"x-litellm-response-cost": b"0.000030000",
     }
-    exact = "SELECT gpu_time_ns, cost_nanousd FROM http_requests"
+    exact = "SELECT gpu_time_ns, cost_nanousd FROM replies"
     assert world.rows(exact) == [(2_600_000, 26_000)], "the ledger stays exact"
 
 
@@ -186,7 +186,7 @@ def test_a_stream_with_usage_has_its_cost_there_and_in_one_comment_before_the_en
     assert token["body"] == TOKEN
     assert usage["body"].startswith(USAGE[: -len(b"}}\n\n")] + COST)
     details = json.loads(usage["body"][6:])["usage"]["cost_details"]
-    ((own_id,),) = world.rows("SELECT http_request_id FROM http_requests")
+    ((own_id,),) = world.rows("SELECT http_request_id FROM replies")
     assert details == {
         "gpu_seconds": 0.000003,
         "prefill_gpu_seconds": 0.000001,
@@ -202,7 +202,7 @@ def test_a_stream_with_usage_has_its_cost_there_and_in_one_comment_before_the_en
         b": cost-meter cost_usd=0.000000030 gpu_seconds=0.000003000"
         b" request_id=%s tenant=unknown\n\n" % own_id.encode() + DONE
     )
-    assert world.rows("SELECT streamed, cost_nanousd FROM http_requests") == [(1, 30)]
+    assert world.rows("SELECT streamed, cost_nanousd FROM replies") == [(1, 30)]
 
 
 def test_a_stream_without_usage_has_the_comment_only(world):
@@ -239,7 +239,7 @@ def test_a_responses_stream_has_both_at_its_terminal_event(world, name):
     assert comment.startswith(b": cost-meter ")
     cost = json.loads(event.partition(b"data: ")[2])["response"]["usage"]["cost"]
     assert cost == 0.00000003
-    assert world.rows("SELECT prompt_tokens, cached_tokens FROM http_requests") == [(10, 2)]
+    assert world.rows("SELECT prompt_tokens, cached_tokens FROM replies") == [(10, 2)]
 
 
 def test_a_token_is_not_held_back(world):
@@ -278,7 +278,7 @@ def test_a_reply_that_is_neither_json_nor_events_is_untouched_and_recorded(world
     client = world.run(app, scope_of("/v1/audio/transcriptions"))
     assert client.headers == [(b"content-type", content_type)]
     assert [m["body"] for m in client.messages[1:]] == [b"data: x\n\n", b"\x00\n\n[DONE]"]
-    assert world.rows("SELECT status, cost_nanousd FROM http_requests") == [(200, None)]
+    assert world.rows("SELECT status, cost_nanousd FROM replies") == [(200, None)]
 
 
 @pytest.mark.parametrize("content_type", [JSON, SSE, b"text/html"])
@@ -288,7 +288,7 @@ def test_a_route_without_engine_requests_is_untouched_and_unrecorded(world, cont
     assert client.headers == [(b"content-type", content_type)]
     assert client.body == USAGE + DONE
     assert (client.waited_s < LONG_S, world.misses) == (True, 0)
-    assert world.rows("SELECT * FROM http_requests") == []
+    assert world.rows("SELECT * FROM replies") == []
 
 
 @pytest.mark.parametrize("header", [(b"content-length", b"%d"), (b"content-encoding", b"gzip")])
@@ -307,7 +307,7 @@ def test_reply_none_tells_and_waits_for_nothing_and_records_all(make_world):
     assert (json_reply.ours, stream.body) == ({}, USAGE + DONE)
     assert json_reply.waited_s < LONG_S
     assert world.misses == 0
-    assert world.rows("SELECT prompt_tokens, cost_nanousd FROM http_requests") == [(10, None)] * 2
+    assert world.rows("SELECT prompt_tokens, cost_nanousd FROM replies") == [(10, None)] * 2
 
 
 def test_reply_headers_leaves_streams_alone(make_world):
@@ -342,7 +342,7 @@ def test_installed_twice_it_meters_once(world, content_type):
     assert len(client.ours) == (len(COST_HEADERS) if content_type == JSON else 0)
     assert client.body.count(b": cost-meter ") == (0 if content_type == JSON else 1)
     assert client.body.count(b"cost_details") == (0 if content_type == JSON else 1)
-    assert world.rows("SELECT count(*) FROM http_requests") == [(1,)]
+    assert world.rows("SELECT count(*) FROM replies") == [(1,)]
 
 
 def test_without_a_runtime_everything_passes():
@@ -434,7 +434,7 @@ def test_a_websocket_passes_and_its_engine_requests_are_linked(world):
     client = world.run(app, scope_of("/v1/realtime", type="websocket"), receive=receive)
     assert client.messages == sent
     assert world.rows(
-        "SELECT route, status FROM http_requests JOIN requests USING (http_request_id, route)"
+        "SELECT route, status FROM replies JOIN requests USING (http_request_id, route)"
     ) == [("/v1/realtime", 101)]
 
 

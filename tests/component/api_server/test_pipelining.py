@@ -24,7 +24,7 @@ TWO_TENANTS = [
 
 # Which engine request was billed to whom.
 PARTS = (
-    "SELECT http_requests.tenant, request_id FROM requests JOIN http_requests"
+    "SELECT replies.tenant, request_id FROM requests JOIN replies"
     " USING (http_request_id)"
     " ORDER BY request_id"
 )

@@ -296,7 +296,7 @@ def test_a_users_child_is_told_and_recorded_with_its_parent_and_tags(make_world)
     assert len(client.ours) == len(COST_HEADERS)
     assert app.messages == messages
     assert world.rows(WHOSE) == [("alice/carol", "api_key+user", "alice", '{"kind":"cogs"}')]
-    assert world.rows("SELECT tenant, tenant_rule FROM http_requests") == [
+    assert world.rows("SELECT tenant, tenant_rule FROM replies") == [
         ("alice/carol", "api_key+user")
     ]
 
@@ -378,7 +378,7 @@ def test_a_client_that_leaves_within_its_body_is_told_to_the_application(by_user
     by_user.run(app, scope_of(headers=[KEY, SENDS_JSON]), receive=sending(*left))
     assert seen == left
     # It left before it had said whose child it is.
-    assert by_user.rows("SELECT tenant, status FROM http_requests") == [("alice/__unread__", 499)]
+    assert by_user.rows("SELECT tenant, status FROM replies") == [("alice/__unread__", 499)]
 
 
 def test_a_client_that_leaves_after_its_body_is_told_to_the_application(by_user):
@@ -389,7 +389,7 @@ def test_a_client_that_leaves_after_its_body_is_told_to_the_application(by_user)
 
     receive = sending(part(b'{"user":"carol"}'), LEFT)
     by_user.run(app, scope_of(headers=[KEY, SENDS_JSON]), receive=receive)
-    assert by_user.rows("SELECT tenant, status FROM http_requests") == [("alice/carol", 499)]
+    assert by_user.rows("SELECT tenant, status FROM replies") == [("alice/carol", 499)]
 
 
 def test_a_body_that_cannot_be_understood_by_mistake_of_ours_is_still_handed_on(

@@ -197,7 +197,7 @@ def test_no_figure_is_cut_however_narrow_the_terminal_is(ledger):
     name = "t" * 128
     for table in ("http_requests", "requests", "usage_pieces"):
         sql(ledger, f"UPDATE {table} SET tenant = ?", name)
-    sql(ledger, "UPDATE http_requests SET output_tokens = 123456789012345")
+    sql(ledger, "UPDATE requests SET output_tokens = 123456789012345")
     sums_again(ledger)
     for what in ("tenants", "requests"):
         result = run("report", what, "--ledger", ledger, COLUMNS="20")

@@ -197,9 +197,9 @@ def test_nothing_else_of_the_meter_is_there(world):
 
 
 def test_asking_for_figures_is_no_request_in_the_books(world):
-    before = world.rows("SELECT count(*) FROM http_requests")
+    before = world.rows("SELECT count(*) FROM replies")
     ask(world, "/v1/cost/me")
-    assert world.rows("SELECT count(*) FROM http_requests") == before == [(2,)]
+    assert world.rows("SELECT count(*) FROM replies") == before == [(2,)]
 
 
 def test_own_figures_are_as_the_document_of_vllm_says(world):

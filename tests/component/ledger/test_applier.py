@@ -374,7 +374,7 @@ def test_an_applier_that_is_killed_again_and_again_loses_and_doubles_nothing(pat
     assert seqs(path) == list(range(1, len(process.bills) + 1))
     told = sum(bill.bill.gpu_time_ns for bill in process.bills)
     assert rows(path, "SELECT sum(gpu_time_ns) FROM requests") == [(told,)]
-    assert rows(path, "SELECT count(*) FROM http_requests") == [(len(process.bills),)]
+    assert rows(path, "SELECT count(*) FROM replies") == [(len(process.bills),)]
 
 
 def test_the_lock_of_the_applier_keeps_commands_that_replace_the_file_away(path):

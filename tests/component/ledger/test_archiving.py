@@ -30,13 +30,14 @@ from vllm_cost_meter.ledger.retention import archiving
 from vllm_cost_meter.ledger.retention.archiving import archive_and_drop
 from vllm_cost_meter.ledger.retention.dropping import DroppedCounts, drop_exchanges
 from vllm_cost_meter.ledger.retention.parquet import ParquetArchive
-from vllm_cost_meter.ledger.schema import metadata
+from vllm_cost_meter.ledger.schema import request_energy, requests, usage_pieces
+from vllm_cost_meter.ledger.tables.replies import replies
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.owner import NamedBy, Owner
 
 __all__ = ["engine", "path"]
 
-TABLES = ("requests", "usage_pieces", "http_requests", "request_energy")
+TABLES = {table.name: table for table in (requests, usage_pieces, replies, request_energy)}
 # All that quoting could get wrong.
 ODD = Owner("o'dd \"ñ\\", NamedBy("api_key"), parent="above", tags={"a": "{'x': \"\\n\"}"})
 
@@ -76,14 +77,15 @@ def fill(engine: Engine) -> None:
 def test_the_files_hold_the_rows_that_were_dropped_and_all_sums_stay(engine, path, archive):
     fill(engine)
     with engine.connect() as connection:
-        before = {name: set(connection.execute(select(metadata.tables[name]))) for name in TABLES}
+        before = {name: set(connection.execute(select(of))) for name, of in TABLES.items()}
     with LedgerReader(url_of(path)) as reader:
         tenants = reader.tenants(as_of=AT)["tenants"]
         assert archive_and_drop(engine, MIDNIGHT, archive) == DroppedCounts(4, 3)
         assert reader.tenants(as_of=AT)["tenants"] == tenants
         assert reader.audit(AT, full=True)["balanced"]
     assert {table: rows for table, rows in archived(archive).items() if rows} == before
-    assert all(not rows_of(path)[table] for table in TABLES)
+    assert all(not rows_of(path)[table] for table in TABLES if table != replies.name)
+    assert not rows_of(path)["http_requests"]
     assert wrong_sums(path) == []
 
 
@@ -92,7 +94,7 @@ def test_a_file_is_named_by_table_and_day_and_is_for_its_owner_only(engine, arch
     archive_and_drop(engine, MIDNIGHT, archive)
     day = "2027-01-15"
     assert files_of(archive) == [
-        f"http_requests/{day}.2.parquet",  # The one without a bill.
+        f"replies/{day}.2.parquet",  # The one without a bill.
         *(f"{table}/{day}.parquet" for table in sorted(TABLES)),
     ]
     for file in archive.folder.rglob("*"):

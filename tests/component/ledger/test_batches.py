@@ -61,18 +61,18 @@ def rows(path: Path, query: str) -> list[tuple]:
 
 def test_a_record_is_in_the_file_once_it_is_written(writer, path):
     writer.commit(part(1), http("http-run-1")).result(5)
-    assert rows(path, "SELECT seq, tenant, gpu_time_ns, cost_usd FROM requests") == [
-        (1, "alice", 300, "0.000000007")
+    assert rows(path, "SELECT seq, tenant, gpu_time_ns, cost_nanousd FROM requests") == [
+        (1, "alice", 300, 7)
     ]
     assert rows(path, "SELECT hour, prefill_ns, decode_ns FROM requests") == [(HOUR, 100, 200)]
-    assert rows(path, "SELECT status, cost_nanousd FROM http_requests") == [(200, 7)]
+    assert rows(path, "SELECT status, cost_nanousd FROM replies") == [(200, 7)]
 
 
 def test_a_replayed_bill_is_written_once(writer, path):
     for _ in range(3):
         writer.commit(part(1), part(1), http("h"), http("h")).result(5)
     assert rows(path, "SELECT count(*), sum(gpu_time_ns) FROM requests") == [(1, 300)]
-    assert rows(path, "SELECT count(*) FROM http_requests") == [(1,)]
+    assert rows(path, "SELECT count(*) FROM replies") == [(1,)]
 
 
 def test_a_snapshot_gives_way_to_a_newer_one_only(writer, path):
@@ -135,7 +135,7 @@ def test_a_record_that_fails_by_an_unknown_error_is_found_and_the_others_are_wri
     batches.drop()
     assert "malformed JSON" in str(refused.error)
     assert refused.record == http("bad")
-    assert len(rows(path, "SELECT 1 FROM http_requests")) == 9
+    assert len(rows(path, "SELECT 1 FROM replies")) == 9
 
 
 def _let_fail(path: Path, http_request_id: str) -> None:

@@ -8,14 +8,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import inspect, text
+from sqlalchemy import inspect, select, text
 
-from tests.component.ledger.test_reader import http
+from tests.component.ledger.test_reader import http, part
 from tests.support.builders import make_bill, make_part, make_snapshot
 from tests.support.ledger_writer import LedgerWriter
+from tests.support.older import as_version_17
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import (
     check_location,
@@ -23,9 +25,13 @@ from vllm_cost_meter.ledger.database import (
     filesystem_of,
     open_database,
     parse_url,
+    writing,
 )
+from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.reader import LedgerReader
-from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
+from vllm_cost_meter.ledger.rollups.rebuilding import wrong_histograms
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, requests
+from vllm_cost_meter.records.requests import Latencies
 from vllm_cost_meter.records.snapshot import ClassTotals
 
 NOBODY = 65_534  # a user id without rights
@@ -321,6 +327,7 @@ def test_a_request_of_before_all_tenants_above_were_kept_is_its_parents(tmp_path
     engine = open_database(url)
     tables = ("requests", "open_requests", "http_requests")
     with engine.begin() as connection:
+        as_version_17(connection.exec_driver_sql)
         for table in tables:
             connection.execute(text(f"ALTER TABLE {table} DROP COLUMN tenant_above"))
         connection.execute(text("UPDATE schema_version SET version = 8"))
@@ -331,6 +338,32 @@ def test_a_request_of_before_all_tenants_above_were_kept_is_its_parents(tmp_path
         page = reader.requests(tenant=name)
         assert [row["http_request_id"] for row in page["requests"]] == ids
     reader.close()
+
+
+def test_latencies_that_are_migrated_are_rounded_as_their_sums_are(tmp_path):
+    path = tmp_path / "ledger.db"
+    engine = open_database(url_of(path))
+    us = [0.5, 1.5, 2.5, 7812.5, 7813.5, 0.49, 12.51, 2.4999]
+    bills = [
+        replace(part(seq, f"h{seq}"), latencies=Latencies(*[times / 1000] * 4))
+        for seq, times in enumerate(us, 1)
+    ]
+    with writing(engine).begin() as connection:
+        write(connection, bills)
+    with engine.begin() as connection:
+        as_version_17(connection.exec_driver_sql)
+        for bill in bills:
+            for name in ("queue", "ttft", "tpot", "e2e"):
+                set_it = f"UPDATE requests SET {name}_ms = ? WHERE seq = ?"
+                connection.exec_driver_sql(set_it, (bill.latencies.ttft_ms, bill.bill.seq))
+    engine.dispose()
+    engine = open_database(url_of(path))
+    with engine.connect() as connection:
+        assert wrong_histograms(connection) == []
+        asked = select(requests.c.ttft_us, requests.c.queue_us).order_by(requests.c.seq)
+        rounded = [round(bill.latencies.ttft_ms * 1000) for bill in bills]
+        assert [tuple(row) for row in connection.execute(asked)] == [(one, one) for one in rounded]
+    engine.dispose()
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, func, select
 
 from tests.component.ledger.test_reader import HOUR, NOW, http, part, snapshot
-from tests.support.builders import make_open
+from tests.support.builders import make_open, reply_of
 from tests.support.upkeep import fill, rows_of, sql, url_of, wrong_sums
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.errors import LedgerError
@@ -28,7 +28,8 @@ from vllm_cost_meter.ledger.retention.dropping import (
     drop_rows,
     newest_cutoff,
 )
-from vllm_cost_meter.ledger.schema import http_requests, requests
+from vllm_cost_meter.ledger.schema import requests
+from vllm_cost_meter.ledger.tables.replies import replies
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 from vllm_cost_meter.ledger.upkeep.merging import merge
 from vllm_cost_meter.ledger.upkeep.repairing import repair
@@ -62,9 +63,7 @@ def left(engine: Engine) -> tuple[list[int], list[str]]:
     """Return the numbers of the bills and the ids of the HTTP requests that are left."""
     with engine.connect() as connection:
         bills = connection.execute(select(requests.c.seq).order_by(requests.c.seq))
-        ids = connection.execute(
-            select(http_requests.c.http_request_id).order_by("http_request_id")
-        )
+        ids = connection.execute(select(replies.c.http_request_id).order_by("http_request_id"))
         return list(bills.scalars()), list(ids.scalars())
 
 
@@ -241,6 +240,29 @@ def test_an_old_copy_brings_no_dropped_row_back(path, tmp_path):
     assert audit(copy)["balanced"] is True
     assert wrong_sums(copy) == []
     engine.dispose()
+
+
+def test_a_reply_beside_another_bill_of_a_dropped_exchange_does_not_come_back(tmp_path):
+    dropped, copy = tmp_path / "dropped.db", tmp_path / "copy.db"
+    first, second = (part(1, "h1", run_id=run) for run in ("first", "second"))
+    engine = open_database(url_of(dropped))
+    put(engine, first, http("h1"))
+    drop_rows(engine, MIDNIGHT)
+    engine.dispose()
+    engine = open_database(url_of(copy))
+    put(engine, second, reply_of(second, http("h1")))
+    put(engine, first)
+    engine.dispose()
+    assert sql(copy, "SELECT run_id FROM requests WHERE reply_status = 200") == [("second",)]
+    other_way = tmp_path / "other_way.db"
+    other_way.write_bytes(copy.read_bytes())
+    merge(url_of(dropped), [copy], 1)
+    merge(url_of(other_way), [dropped], 1)
+    for path in (dropped, other_way):
+        assert sql(path, "SELECT sum(requests) FROM rollup_hours") == [(1,)]
+        assert sql(path, "SELECT count(*) FROM replies") == [(0,)]
+        assert sql(path, "SELECT run_id, ended_at = finished_at FROM requests") == [("second", 1)]
+        assert wrong_sums(path) == []
 
 
 def test_ledgers_that_both_dropped_what_the_other_did_not_are_not_merged(tmp_path):

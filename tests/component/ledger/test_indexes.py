@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import event
 
 from tests.component.ledger.test_reader import HOUR, Ledger, http, ledger, part, snapshot
+from tests.support.statements import statements
 from tests.support.upkeep import sql
 from vllm_cost_meter.ledger.database import open_database, url_of
 from vllm_cost_meter.ledger.queries.seen import unseen
@@ -70,7 +71,8 @@ def full(ledger):
         ("ix_requests_external_id", lambda reader: reader.find("external-3")),
         ("ix_requests_response_id", lambda reader: reader.find("resp-h3")),
         ("ix_requests_http", lambda reader: reader.look_up("h3")),
-        ("ix_requests_finished_at", lambda reader: reader.requests(limit=3)),
+        ("ix_requests_ended_at", lambda reader: reader.requests(limit=3)),
+        ("ix_requests_x_request_id", lambda reader: reader.find("x-h3")),
         ("ix_http_requests_response_id", lambda reader: reader.find("resp-h3")),
         ("ix_http_requests_x_request_id", lambda reader: reader.find("x-h3")),
         ("ix_http_requests_finished", lambda reader: reader.requests(limit=3)),
@@ -112,6 +114,14 @@ def test_no_question_about_few_requests_reads_all_of_them(full, ask):
     scans = [step for step in plans.splitlines() if step.startswith("SCAN ")]
     whole = [step for step in scans if step.split()[1] in LARGE and " USING " not in step]
     assert not whole, plans
+
+
+def test_for_a_bill_without_an_exchange_no_reply_is_looked_for(ledger):
+    """All such bills would be read for that."""
+    ledger.write(part(1, None))
+    with statements() as asked:
+        assert ledger.reader.look_up("internal-1")
+    assert not [one for one in asked if "FROM replies" in one]
 
 
 def _unseen(reader: LedgerReader) -> None:

@@ -4,6 +4,7 @@ import re
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +12,24 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sqlalchemy import select, text
+from sqlalchemy import select
 
 from tests.support.builders import HOUR
+from tests.support.older import LATENCIES
 from tests.support.upkeep import sql, url_of, wrong_sums
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import metadata
 from vllm_cost_meter.ledger.tables.packed import is_packed_id, pack_id, unpack_id
+from vllm_cost_meter.ledger.tables.replies import REPLY_COLUMNS, replies
 from vllm_cost_meter.ledger.upkeep.repairing import repair
 
-PACKED = ("requests", "open_requests", "http_requests")
+PACKED = {
+    "requests": "request_id",
+    "open_requests": "request_id",
+    "http_requests": "http_request_id",
+}
 # Their place, from 1 on, is the first byte of an id that begins so.
 BEGINNINGS = [
     *("cost-", "cmpl-", "chatcmpl-", "resp_", "msg_", "embd-", "pool-", "classify-", "score-"),
@@ -43,40 +50,49 @@ def old(tmp_path: Path) -> Path:
 
 
 def rows_as_texts(path: Path) -> dict[str, list[Mapping[str, Any]]]:
-    """Return the rows of an old ledger as its file has them, in their order."""
+    """Return the rows of an old ledger as its file has them, by id."""
     with closing(sqlite3.connect(path)) as connection:
         connection.row_factory = sqlite3.Row
         return {
-            name: [dict(row) for row in connection.execute(f"SELECT * FROM {name} ORDER BY rowid")]
-            for name in PACKED
+            name: [dict(row) for row in connection.execute(f"SELECT * FROM {name} ORDER BY {id}")]
+            for name, id in PACKED.items()
         }
 
 
 def with_hour(rows: dict[str, list[Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Return rows of an old ledger with the hour of each bill of one hour, and unknown errors."""
-    bills = [
-        {
-            **bill,
-            "hour": None if bill["seq"] == OF_TWO_HOURS else HOUR,
-            "charge_error_ns": None,
-        }
-        for bill in rows["requests"]
+    """Return rows of an old ledger with what later versions say of them, replies by their ids."""
+    bills = []
+    for bill in rows["requests"]:
+        bill = dict(bill)
+        hour = None if bill["seq"] == OF_TWO_HOURS else HOUR
+        group = bill.pop("prompt_group")
+        bill |= {"prompt_group": "" if group == bill["request_id"] else group}
+        for name in LATENCIES:
+            ms = bill.pop(f"{name}_ms")
+            bill[f"{name}_us"] = None if ms is None else round(ms * 1000)
+        del bill["cost_usd"]
+        bills.append({**bill, "hour": hour, "charge_error_ns": None})
+    told = [
+        {name: value for name, value in row.items() if name != "cost_usd"}
+        for row in rows["http_requests"]
     ]
-    return {**rows, "requests": bills}
+    return {**rows, "requests": bills, "http_requests": told}
 
 
 def rows_as_read(path: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the same of a ledger of today, replies wherever they stand."""
     engine = open_database(url_of(path), create=False)
+    tables = {**metadata.tables, "http_requests": replies}
     with engine.connect() as connection:
         found = {
-            name: [
-                row._asdict()
-                for row in connection.execute(select(metadata.tables[name]).order_by(text("rowid")))
-            ]
+            name: [row._asdict() for row in connection.execute(select(tables[name]))]
             for name in PACKED
         }
     engine.dispose()
-    return found
+    for row in found["requests"]:
+        for name in REPLY_COLUMNS:
+            del row[name]
+    return {name: sorted(rows, key=itemgetter(PACKED[name])) for name, rows in found.items()}
 
 
 def definitions(path: Path) -> dict[str, str]:
@@ -104,6 +120,18 @@ def test_every_row_of_an_old_ledger_has_the_same_instants_and_ids_in_fewer_bytes
     assert columns.keys() == expected.keys()
 
 
+def test_an_older_sqlite_migrates_too_and_leaves_a_column_empty(old, monkeypatch):
+    before = rows_as_texts(old)
+    with monkeypatch.context() as patched:
+        patched.setattr("sqlite3.sqlite_version_info", (3, 34, 1))
+        open_database(url_of(old)).dispose()
+    assert sql(old, "SELECT count(*), count(cost_usd) FROM requests") == [(8, 0)]
+    assert rows_as_read(old) == with_hour(before)
+    assert wrong_sums(old) == []
+    repair(url_of(old), 0, force=True)
+    assert rows_as_read(old) == with_hour(before)
+
+
 def test_without_room_on_the_disk_an_old_ledger_stays_as_it_is_and_the_message_says_so(
     old, monkeypatch, caplog
 ):
@@ -127,8 +155,12 @@ def test_without_room_on_the_disk_an_old_ledger_stays_as_it_is_and_the_message_s
 
 def test_an_old_ledger_that_is_damaged_is_repaired_and_migrated(old):
     before = rows_as_texts(old)
+    model = "SELECT run_id, error_two_planes, error_{}, explained FROM cost_models"
+    models = sql(old, model.format("one_plane"))
+    assert models
     repair(url_of(old), 0, force=True)
     assert rows_as_read(old) == with_hour(before)
+    assert sql(old, model.format("other_form")) == models
 
 
 PARTS = (HEX, "-", "cost", "cmpl", "0", "89abcdef", "ABCDEF", "é", "/")

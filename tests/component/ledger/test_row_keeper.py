@@ -143,8 +143,10 @@ def at_days(path: Path, *days: int) -> None:
     for number, day in enumerate(days):
         fill(path, f"run-{number}", bills=200)
         ended = (MIDNIGHT_NS - day * DAY_S * 10**9) // 1000
-        sql(path, "UPDATE requests SET finished_at = ? WHERE run_id = ?", ended, f"run-{number}")
-        ids = f"run-{number}-%"
+        run_id = f"run-{number}"
+        both = "finished_at = ?1, ended_at = ?1"
+        sql(path, f"UPDATE requests SET {both} WHERE run_id = ?2", ended, run_id)
+        ids = f"{run_id}-%"
         sql(
             path,
             "UPDATE http_requests SET finished_at = ? WHERE response_id LIKE ?",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from vllm_cost_meter.economics.saturation import IDENTITY
+from vllm_cost_meter.ledger.tables.replies import TOLD
 from vllm_cost_meter.records.snapshot import BUSY, CLASSES
 
 # Two sizes are about the same up to this factor, for prompts and replies each.
@@ -37,6 +38,21 @@ def _same(one: str, other: str) -> str:
 def _about(column: str, tokens: str) -> str:
     mean = f"(SELECT 1.0 * {column} / NULLIF(exchanges, 0) FROM ended_sums)"
     return f"{mean} BETWEEN {tokens} / {SIZE_FACTOR} AND {tokens} * {SIZE_FACTOR}"
+
+
+def _told(tokens: str) -> str:
+    """Return the SQL for the tokens that a reply told its client; NULL for none."""
+    own, other = (
+        f"CASE WHEN {bill}.reply_told & {TOLD[tokens]} <> 0 THEN {bill}.{tokens} END"
+        for bill in ("r", "b")
+    )
+    return f"MAX(COALESCE({own}, h.{tokens}, {other})) AS told_{tokens}"
+
+
+# When the exchange of a bill ended.
+ENDED_AT = "COALESCE(h.finished_at, b.ended_at, r.ended_at)"
+# The exchange of a bill that has no reply beside it: of all others nothing is looked up.
+_ID_OF_OTHER = "CASE WHEN r.reply_status IS NULL THEN r.http_request_id END"
 
 
 # Each table may name the tables before it. `query.py` replaces {hours}, {ended} and the like with
@@ -80,17 +96,23 @@ LEFT JOIN price
   ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour
 WHERE {hours}""",
     # The parts of ended exchanges by prompt. A prompt counts once, even if several parts share it.
-    "prompts": """SELECT COALESCE(r.http_request_id, r.run_id || '/' || r.seq) AS id,
-       MAX(CASE WHEN h.http_request_id IS NULL THEN 0 ELSE 1 END) AS exchanges,
-       MAX(COALESCE(h.finished_at, r.finished_at)) AS finished_at,
-       MAX(h.prompt_tokens) AS told_prompt_tokens, MAX(h.output_tokens) AS told_output_tokens,
-       MAX(h.cached_tokens) AS told_cached_tokens, MAX(r.cached_tokens) AS cached_tokens,
+    # A reply is beside the bill itself, in a row of its own (h), or beside another bill (b).
+    "prompts": f"""SELECT COALESCE(r.http_request_id, r.run_id || '/' || r.seq) AS id,
+       MAX(CASE WHEN COALESCE(r.reply_status, h.status, b.reply_status) IS NULL
+         THEN 0 ELSE 1 END) AS exchanges,
+       MAX({ENDED_AT}) AS finished_at,
+       {_told("prompt_tokens")}, {_told("cached_tokens")}, {_told("output_tokens")},
+       MAX(r.cached_tokens) AS cached_tokens,
        MAX(r.prompt_tokens) AS prompt_tokens, SUM(r.output_tokens) AS output_tokens,
-       MIN(r.ttft_ms) AS ttft_ms, MAX(r.tpot_ms) AS tpot_ms, MAX(r.e2e_ms) AS e2e_ms,
+       MIN(r.ttft_us) / 1e3 AS ttft_ms, MAX(r.tpot_us) / 1e3 AS tpot_ms,
+       MAX(r.e2e_us) / 1e3 AS e2e_ms,
        1.0 * SUM(r.gpu_time_ns) AS gpu_time_ns
-FROM requests AS r LEFT JOIN http_requests AS h ON h.http_request_id = r.http_request_id
-WHERE {ended}
-GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq), r.prompt_group""",
+FROM requests AS r LEFT JOIN http_requests AS h ON h.http_request_id = {_ID_OF_OTHER}
+LEFT JOIN requests AS b
+  ON b.http_request_id = {_ID_OF_OTHER} AND b.reply_status IS NOT NULL
+WHERE {{ended}}
+GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq),
+         COALESCE(NULLIF(r.prompt_group, ''), r.request_id)""",
     # One row for each exchange that ended.
     "ended": """SELECT MAX(exchanges) AS exchanges, MAX(finished_at) AS finished_at,
        COALESCE(MAX(told_cached_tokens), SUM(cached_tokens)) AS cached_tokens,

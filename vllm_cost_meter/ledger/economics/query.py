@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.economics import Declared, Sent
 from vllm_cost_meter.ledger.economics.answers import Deployment, Economics, FigureMethod
-from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO, TABLES
+from vllm_cost_meter.ledger.economics.figures import ENDED_AT, FIGURES, OF_SLO, TABLES
 from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -200,7 +200,7 @@ def _values(cut: Cut) -> dict[str, str]:
 
     return {
         "hours": between("hour", low, high),
-        "ended": between("COALESCE(h.finished_at, r.finished_at)", *began_us),
+        "ended": between(ENDED_AT, *began_us),
         "arrived": between("MIN(started_at)", *began_us),
         "began": between("started_at", *instants),
         "beyond": _beyond_table(cut),

@@ -29,6 +29,8 @@ from vllm_cost_meter.ledger.schema import (
     snapshots,
     usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.pieces import PROMPT_GROUP
+from vllm_cost_meter.ledger.tables.replies import REPLY_COLUMNS
 from vllm_cost_meter.prices.run_prices import UsedByRun
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.reports.grammar import Question
@@ -36,6 +38,13 @@ from vllm_cost_meter.reports.tenant_details import RowEnergy
 
 # The reason until a snapshot after the bill brings the energy; none comes if the engine dies.
 PENDING = "pending"
+_LATENCIES = ("queue", "ttft", "tpot", "e2e")
+# What a bill's row says of its request, as it is stored.
+_PART_COLUMNS = [
+    column.name
+    for column in requests.c
+    if column.name not in {"prompt_group", *(f"{name}_us" for name in _LATENCIES), *REPLY_COLUMNS}
+]
 
 
 def select_parts() -> Select[Any]:
@@ -48,7 +57,9 @@ def select_parts() -> Select[Any]:
     never = select(s.energy_reason).where(s.run_id == r.run_id, s.energy_mj.is_(None))
     reason = func.coalesce(why, never.scalar_subquery(), PENDING)
     return select(
-        requests,
+        *(r[name] for name in _PART_COLUMNS),
+        PROMPT_GROUP.label("prompt_group"),
+        *((r[f"{name}_us"] / 1000.0).label(f"{name}_ms") for name in _LATENCIES),
         energy_mj.label("energy_mj"),
         case((energy_mj.is_(None), reason)).label("energy_reason"),
     )

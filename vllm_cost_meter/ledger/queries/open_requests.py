@@ -37,7 +37,6 @@ from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.accrued import Accrued
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_row import LOST, PART_COLUMNS, RUNNING, LedgerRow
-from vllm_cost_meter.units.money import format_usd
 from vllm_cost_meter.units.time import NS_PER_MS, hour_of, rfc3339
 
 
@@ -200,7 +199,6 @@ def _amounts(used: Accrued, run: _Run) -> dict[str, Any]:
         "kv_block_ms": block_ms,
         "gpu_time_ns": used.gpu_time_ns,
         "cost_nanousd": cost,
-        "cost_usd": format_usd(cost),
         "cost_reason": run.prices.why_none(hour) if price is None else None,
         "marginal_cost_nanousd": cost_nanousd(used.marginal_ns, usd),
     }

@@ -43,7 +43,7 @@ def bills_of(whose: TenantScope | None, since: str | None = None) -> FromClause:
     if whose is None:
         return requests
     own = select(requests).where(may_be_of(requests.c.tenant, whose))
-    return _made_first(own if since is None else own.where(requests.c.finished_at >= since))
+    return _made_first(own if since is None else own.where(requests.c.ended_at >= since))
 
 
 def may_be_of(tenant: ColumnElement[str], whose: TenantScope | None) -> ColumnElement[bool]:

@@ -21,8 +21,9 @@ from vllm_cost_meter.ledger.coverage import is_shown
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, open_parts
 from vllm_cost_meter.ledger.queries.own_bills import bills_of, may_be_of
-from vllm_cost_meter.ledger.schema import http_requests, open_requests, requests
+from vllm_cost_meter.ledger.schema import open_requests, requests
 from vllm_cost_meter.ledger.tables.packed import order_of_id
+from vllm_cost_meter.ledger.tables.replies import is_replied, replies
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.request_answers import RequestRow
@@ -67,7 +68,7 @@ def page_of_keys(
 
     They are of the tenant asked for, as far as they are shown to the one that asks.
     """
-    h = http_requests.c
+    h = replies.c
     first = select(h.finished_at, h.http_request_id).where(
         may_be_of(h.tenant, asked or asker), is_shown(h, asked, asker)
     )
@@ -91,29 +92,28 @@ def _untold_keys(
     asked: TenantScope | None,
     asker: TenantScope | None,
 ) -> list[PageKey]:
-    """Return the keys of exchanges without an HTTP row, each at the end of its last part."""
+    """Return the keys of exchanges without a reply, each at the end of its last part."""
     bills = bills_of(asked or asker, since)
-    h, r = http_requests.c, bills.c
+    r = bills.c
     own = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     other = requests.alias()
-    last = select(func.max(other.c.finished_at)).where(other.c.http_request_id == r.http_request_id)
+    last = select(func.max(other.c.ended_at)).where(other.c.http_request_id == r.http_request_id)
     query = (
-        select(r.finished_at, own, r.http_request_id, func.min(r.run_id), func.min(r.seq))
+        select(r.ended_at, own, r.http_request_id, func.min(r.run_id), func.min(r.seq))
         .select_from(bills)
-        .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
-        .where(h.http_request_id.is_(None))
-        .where(or_(r.http_request_id.is_(None), r.finished_at == last.scalar_subquery()))
+        .where(r.reply_status.is_(None), ~is_replied(r.http_request_id))
+        .where(or_(r.http_request_id.is_(None), r.ended_at == last.scalar_subquery()))
         .where(is_shown(r, asked, asker))
-        .group_by(r.finished_at, own, r.http_request_id)
-        .order_by(r.finished_at.desc(), own.desc())
+        .group_by(r.ended_at, own, r.http_request_id)
+        .order_by(r.ended_at.desc(), own.desc())
         .limit(limit)
     )
     if since is not None:
-        query = query.where(r.finished_at >= since)
+        query = query.where(r.ended_at >= since)
     if before is not None:
-        earlier = and_(r.finished_at == before.finished_at, own < before.id)
-        query = query.where(r.finished_at <= before.finished_at)
-        query = query.where(or_(r.finished_at < before.finished_at, earlier))
+        earlier = and_(r.ended_at == before.finished_at, own < before.id)
+        query = query.where(r.ended_at <= before.finished_at)
+        query = query.where(or_(r.ended_at < before.finished_at, earlier))
     return [
         PageKey(at, id) if http_id is not None else PageKey(at, id, run_id, seq)
         for at, id, http_id, run_id, seq in connection.execute(query)
@@ -124,9 +124,9 @@ def exchanges(
     connection: Connection, keys: Sequence[PageKey], living: Living, book: PriceBook
 ) -> list[RequestRow]:
     """Return the request rows of a page, with their parts that still run."""
-    h, r = http_requests.c, requests.c
+    h, r = replies.c, requests.c
     ids = [key.id for key in keys if key.run_id is None]
-    rows = connection.execute(select(http_requests).where(h.http_request_id.in_(ids)))
+    rows = connection.execute(select(replies).where(h.http_request_id.in_(ids)))
     http = {row.http_request_id: row._asdict() for row in rows}
     parts: dict[str, list[LedgerRow]] = {}
     for row in connection.execute(select_parts().where(r.http_request_id.in_(ids))):

@@ -25,6 +25,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.ledger.tables.packed import range_of_beginning
 from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECE_NS, piece_amount, with_pieces
+from vllm_cost_meter.ledger.tables.replies import replies
 from vllm_cost_meter.prices.book import PriceBook, RunFacts
 from vllm_cost_meter.prices.cost import Quantities
 from vllm_cost_meter.prices.run_prices import RunPrices
@@ -60,11 +61,12 @@ def find(connection: Connection, id: str, only: TenantScope | None = None) -> li
     forms = forms_to_find(id)
     h, r, o = http_requests.c, requests.c, open_requests.c
     answered = select(h.http_request_id, h.finished_at)
-    part = select(r.http_request_id, r.finished_at, r.run_id, r.seq)
+    part = select(r.http_request_id, r.ended_at, r.run_id, r.seq)
     nothing = (null(), null())  # An open request has no bill, so no key of one.
     running = select(o.http_request_id, o.started_at, *nothing, o.request_id)
     running = running.where(~is_billed())
-    chosen_part = [
+    # A reply beside a bill has the bill's ids, and one more.
+    chosen_part = [r.x_request_id.in_(forms)] + [
         condition
         for id_column in (r.response_id, r.external_id)
         for condition in _chosen_ids(id_column, forms, connection.dialect)
@@ -77,7 +79,7 @@ def find(connection: Connection, id: str, only: TenantScope | None = None) -> li
             (h.http_request_id,),
             _any_of(forms, h.response_id, h.x_request_id),
         ),
-        (part, r, r.finished_at, (r.http_request_id, r.request_id), chosen_part),
+        (part, r, r.ended_at, (r.http_request_id, r.request_id), chosen_part),
         (
             running,
             o,
@@ -120,8 +122,11 @@ def request_row(
     connection: Connection, match: Match, living: Living, book: PriceBook
 ) -> RequestWithParts | None:
     """Return the request row of one match, with its `parts`; None if there is none."""
-    h, r, o = http_requests.c, requests.c, open_requests.c
+    h, r, o = replies.c, requests.c, open_requests.c
+    http = None
     if match.http_request_id is not None:
+        answered = select(replies).where(h.http_request_id == match.http_request_id)
+        http = connection.execute(answered).first()
         billed = r.http_request_id == match.http_request_id
         opened = o.http_request_id == match.http_request_id
     else:
@@ -129,8 +134,6 @@ def request_row(
         # The bill may have come since the request was found.
         billed = or_(key, and_(r.request_id == match.request_id, r.http_request_id.is_(None)))
         opened = and_(o.request_id == match.request_id, o.http_request_id.is_(None))
-    answered = select(http_requests).where(h.http_request_id == match.http_request_id)
-    http = connection.execute(answered).first()
     parts = [row._asdict() for row in connection.execute(select_parts().where(billed))]
     parts += open_parts(connection, opened, living, book)
     if http is None and not parts:

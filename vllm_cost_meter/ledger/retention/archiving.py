@@ -44,6 +44,7 @@ from vllm_cost_meter.ledger.schema import (
     requests,
     usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.replies import replies
 
 # So many bills, or HTTP rows without one, are in a file at most: some 80 MB while it is written.
 ROWS_IN_A_FILE = 10_000
@@ -129,12 +130,12 @@ def _exchanges(engine: Engine, before_hour: int) -> Iterator[tuple[str, list[Who
             found = old_bills(connection, before_hour, place, ROWS_IN_A_FILE)
             if not found:
                 return
-            day = found[0].finished_at[:_DATE_CHARS]
-            of_day = [bill for bill in found if bill.finished_at.startswith(day)]
+            day = found[0].ended_at[:_DATE_CHARS]
+            of_day = [bill for bill in found if bill.ended_at.startswith(day)]
             exchanges = droppable(connection, before_hour, *exchanges_of(of_day))
             rows = _rows_of(connection, exchanges)
         last = of_day[-1]
-        place = BillPlace(last.finished_at, last.run_id, last.seq)
+        place = BillPlace(last.ended_at, last.run_id, last.seq)
         if exchanges:
             yield day, exchanges, rows
 
@@ -156,15 +157,15 @@ def _rows_of(connection: Connection, exchanges: Sequence[Whole]) -> _Rows:
         for table in (requests, usage_pieces, request_energy)
     }
     ids = [whole.id for whole in exchanges if whole.id is not None and whole.reply is not None]
-    return {**rows, http_requests: _http_rows(connection, ids)}
+    return {**rows, replies: _reply_rows(connection, ids)}
 
 
-def _http_rows(connection: Connection, ids: Sequence[str]) -> list[tuple[Any, ...]]:
-    h = http_requests.c.http_request_id
+def _reply_rows(connection: Connection, ids: Sequence[str]) -> list[tuple[Any, ...]]:
+    h = replies.c.http_request_id
     return [
         tuple(row)
         for some in in_chunks(ids)
-        for row in connection.execute(select(http_requests).where(h.in_(some)).order_by(h))
+        for row in connection.execute(select(replies).where(h.in_(some)).order_by(h))
     ]
 
 
@@ -198,7 +199,7 @@ def _replies(engine: Engine, before_hour: int) -> Iterator[tuple[str, list[str],
             day = found[0][0][:_DATE_CHARS]
             of_day = [(at, id) for at, id in found if at.startswith(day)]
             ids = [id for _, id in of_day]
-            rows: _Rows = {http_requests: _http_rows(connection, ids)}
+            rows: _Rows = {replies: _reply_rows(connection, ids)}
         after = of_day[-1]
         yield day, ids, rows
 

@@ -98,9 +98,9 @@ class DroppedCounts(NamedTuple):
 
 
 class BillPlace(NamedTuple):
-    """How far a pass has looked at the bills, in the order of their end."""
+    """How far a pass has looked at the bills, in the order in which their exchanges ended."""
 
-    finished_at: str = rfc3339(0)
+    ended_at: str = rfc3339(0)
     run_id: str = ""
     seq: int = 0
 
@@ -160,7 +160,7 @@ class Dropper:
         exchanges = droppable(connection, self.before_hour, *exchanges_of(found))
         counts = drop_exchanges(connection, exchanges)
         last = found[-1]
-        return BillPlace(last.finished_at, last.run_id, last.seq), counts
+        return BillPlace(last.ended_at, last.run_id, last.seq), counts
 
     def _drop_replies(self, connection: Connection) -> tuple[tuple[str, str], bool, DroppedCounts]:
         rows = old_replies(connection, self.before_hour, self._replies, REPLIES_AT_ONCE)
@@ -204,12 +204,12 @@ def giving_way(steps: Iterator[DroppedCounts]) -> Iterator[DroppedCounts]:
 
 def count_rows(connection: Connection, before_hour: int) -> DroppedCounts:
     """Return how many bills and HTTP rows ended before an hour; some of them may have to stay."""
-    at = _instant(before_hour)
-    bills, replies = (
-        connection.execute(select(func.count()).where(table.c.finished_at < at)).scalar_one()
-        for table in (requests, http_requests)
-    )
-    return DroppedCounts(int(bills), int(replies))
+    at, r, h = _instant(before_hour), requests.c, http_requests.c
+    bills, beside = connection.execute(
+        select(func.count(), func.count(r.reply_status)).where(r.ended_at < at)
+    ).one()
+    alone = connection.execute(select(func.count()).where(h.finished_at < at)).scalar_one()
+    return DroppedCounts(int(bills), int(beside) + int(alone))
 
 
 def oldest_hour(connection: Connection, since_hour: int) -> int | None:
@@ -220,7 +220,7 @@ def oldest_hour(connection: Connection, since_hour: int) -> int | None:
     since = _instant(max(kept_from_hour(connection) or 0, since_hour))
     found = [
         connection.execute(select(func.min(at)).where(at >= since)).scalar()
-        for at in (requests.c.finished_at, http_requests.c.finished_at)
+        for at in (requests.c.ended_at, http_requests.c.finished_at)
     ]
     return min((hour_of(at) for at in found if at is not None), default=None)
 
@@ -241,14 +241,14 @@ def old_bills(
     """Return (end, run, number, exchange) of bills from before an hour, in the order of places."""
     r = requests.c
     return connection.execute(
-        select(r.finished_at, r.run_id, r.seq, r.http_request_id)
+        select(r.ended_at, r.run_id, r.seq, r.http_request_id)
         .where(
             # The first condition is what the index of ends takes.
-            r.finished_at >= after.finished_at,
-            tuple_(r.finished_at, r.run_id, r.seq) > after,
-            r.finished_at < _instant(before_hour),
+            r.ended_at >= after.ended_at,
+            tuple_(r.ended_at, r.run_id, r.seq) > after,
+            r.ended_at < _instant(before_hour),
         )
-        .order_by(r.finished_at, r.run_id, r.seq)
+        .order_by(r.ended_at, r.run_id, r.seq)
         .limit(limit)
     ).all()
 
@@ -389,6 +389,6 @@ def drop_exchanges(connection: Connection, exchanges: Sequence[Whole]) -> Droppe
 
 
 def delete_replies(connection: Connection, ids: Sequence[str]) -> None:
-    """Delete the rows of HTTP requests."""
+    """Delete the rows of HTTP requests that have one of their own."""
     for some in in_chunks(ids):
         connection.execute(delete(http_requests).where(http_requests.c.http_request_id.in_(some)))

@@ -12,7 +12,7 @@ for each run at most one of the two has dropped bills.
 
 from typing import Any
 
-from sqlalchemy import MetaData, Select, Table, and_, delete, or_, select
+from sqlalchemy import MetaData, Select, Table, and_, delete, or_, select, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import Connection
 
@@ -32,6 +32,7 @@ from vllm_cost_meter.ledger.schema import (
     snapshots,
     usage_pieces,
 )
+from vllm_cost_meter.ledger.tables.replies import REPLY_COLUMNS
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339
 
 
@@ -130,12 +131,18 @@ class _Side:
             self._connection.execute(delete(table).where(table.c.group_id.in_(groups)))
 
     def leave_out(self, run_id: str, numbers: Ranges) -> None:
-        """Delete the rows of dropped bills, and of the exchanges that they were in."""
+        """Delete the rows of dropped bills, and the replies of the exchanges that they were in.
+
+        A reply may stand beside another bill of its exchange: that bill stays, without it.
+        """
         r, h = self._table(requests), self._table(http_requests)
+        without_reply = {**dict.fromkeys(REPLY_COLUMNS), "ended_at": r.c.finished_at}
         for first, last in numbers:
             mine = and_(r.c.run_id == run_id, r.c.seq.between(first, last))
             ids = select(r.c.http_request_id).where(mine, r.c.http_request_id.is_not(None))
             self._connection.execute(delete(h).where(h.c.http_request_id.in_(ids)))
+            beside = r.c.http_request_id.in_(ids), r.c.reply_status.is_not(None)
+            self._connection.execute(update(r).where(*beside).values(without_reply))
             for own in (request_energy, usage_pieces, requests):
                 table = self._table(own)
                 gone = table.c.run_id == run_id, table.c.seq.between(first, last)

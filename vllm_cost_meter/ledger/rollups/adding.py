@@ -22,12 +22,13 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger.rollups.bill_sums import add_bills
 from vllm_cost_meter.ledger.rollups.exchanges import PartFacts, ReplyFacts, ended_of
 from vllm_cost_meter.ledger.rollups.groups import Group
-from vllm_cost_meter.ledger.rollups.histograms import Counted, us_of, write_counted
+from vllm_cost_meter.ledger.rollups.histograms import Counted, write_counted
 from vllm_cost_meter.ledger.rollups.sums import SumKey, SumsByKey, write
 from vllm_cost_meter.ledger.rollups.upserts import in_chunks, lock_sums
-from vllm_cost_meter.ledger.rows import tags_text
+from vllm_cost_meter.ledger.rows import tags_text, us_of
 from vllm_cost_meter.ledger.schema import ENDED_AMOUNTS, SUMMED_AMOUNTS, http_requests, requests
 from vllm_cost_meter.ledger.tables.packed import pack_id, unpack_id
+from vllm_cost_meter.ledger.tables.replies import replies
 from vllm_cost_meter.records.requests import EngineRequest, HttpRequest
 from vllm_cost_meter.units.time import NS_PER_HOUR, hour_of
 
@@ -44,45 +45,51 @@ class NewRows(NamedTuple):
 
 
 def new_rows(
-    connection: Connection, parts: Sequence[EngineRequest], replies: Sequence[HttpRequest]
+    connection: Connection, parts: Sequence[EngineRequest], told: Sequence[HttpRequest]
 ) -> NewRows:
     """Return the bills and HTTP requests that are not in the ledger yet."""
-    if parts or replies:
+    if parts or told:
         lock_sums(connection)
     by_key: dict[tuple[str, int], EngineRequest] = {}
     for part in parts:
         by_key.setdefault((part.bill.run_id, part.bill.seq), part)
     by_id: dict[str, HttpRequest] = {}
-    for reply in replies:
+    for reply in told:
         by_id.setdefault(reply.http_request_id, reply)
     for key in _bills_there(connection, by_key):
         del by_key[key]
     ids = {part.http_request_id for part in by_key.values()} | by_id.keys()
     asked = sorted(id for id in ids if id is not None)
-    replied = _there(connection, http_requests.c.http_request_id, asked)
-    begun = replied | _there(connection, requests.c.http_request_id, asked)
-    return NewRows(by_key, {id: by_id[id] for id in by_id if id not in replied}, begun)
+    found = [*_there(connection, _BILLS, asked), *_there(connection, _REPLIES_ALONE, asked)]
+    replied = {id for id, status in found if status is not None}
+    news = {id: by_id[id] for id in by_id if id not in replied}
+    return NewRows(by_key, news, frozenset(id for id, _ in found))
+
+
+# The exchanges of bills, each with the status of the reply that stands beside it; and all others.
+_BILLS = select(requests.c.http_request_id, requests.c.reply_status)
+_REPLIES_ALONE = select(http_requests.c.http_request_id, http_requests.c.status)
 
 
 def _there(
-    connection: Connection, column: ColumnElement[Any], ids: Sequence[str]
-) -> frozenset[str]:
-    """Return those ids that a column has."""
-    there: set[str] = set()
+    connection: Connection, rows: Select[Any], ids: Sequence[str]
+) -> Iterator[tuple[str, int | None]]:
+    """Yield the rows of a query that begin with one of these ids."""
+    column = rows.selected_columns[0]
     for some in in_chunks(ids):
         if connection.dialect.name == "sqlite":
             # SQLAlchemy would take three times as long for the parameters as SQLite for the rows.
-            asked = _sqlite_text_of_in(column, len(some))
-            found = connection.exec_driver_sql(asked, tuple(map(pack_id, some)))
-            there.update(map(unpack_id, found.scalars()))
+            asked = _sqlite_text_of_in(rows, len(some))
+            packed = connection.exec_driver_sql(asked, tuple(map(pack_id, some)))
+            yield from ((unpack_id(id), status) for id, status in packed)
         else:
-            there.update(connection.execute(select(column).where(column.in_(some))).scalars())
-    return frozenset(there)
+            found = connection.execute(rows.where(column.in_(some)))
+            yield from ((id, status) for id, status in found)
 
 
 @lru_cache(maxsize=8)
-def _sqlite_text_of_in(column: ColumnElement[Any], count: int) -> str:
-    return f"{select(column)} WHERE {column} IN ({', '.join('?' * count)})"
+def _sqlite_text_of_in(rows: Select[Any], count: int) -> str:
+    return f"{rows} WHERE {rows.selected_columns[0]} IN ({', '.join('?' * count)})"
 
 
 def _bills_there(
@@ -192,16 +199,16 @@ def _facts_of(part: EngineRequest) -> PartFacts:
 
 def read_exchanges(connection: Connection, ids: Sequence[str]) -> dict[str, ExchangeFacts]:
     """Return the HTTP rows and parts of exchanges, as they are in the ledger."""
-    replies: dict[str, ReplyFacts] = {}
+    told: dict[str, ReplyFacts] = {}
     parts: dict[str, list[PartFacts]] = {}
-    h, r = http_requests.c, requests.c
+    h, r = replies.c, requests.c
     for some in in_chunks(ids):
-        for id, at, *told in connection.execute(_REPLIES.where(h.http_request_id.in_(some))):
-            replies[id] = ReplyFacts(hour_of(at), *told)
+        for id, at, *rest in connection.execute(_REPLIES.where(h.http_request_id.in_(some))):
+            told[id] = ReplyFacts(hour_of(at), *rest)
         for http_id, facts in read_parts(connection, r.http_request_id.in_(some)):
             if http_id is not None:
                 parts.setdefault(http_id, []).append(facts)
-    return {id: (replies.get(id), parts.get(id, [])) for id in ids}
+    return {id: (told.get(id), parts.get(id, [])) for id in ids}
 
 
 def read_parts(
@@ -214,27 +221,31 @@ def read_parts(
             PartFacts(
                 run_id=row.run_id,
                 seq=row.seq,
-                prompt_group=row.prompt_group,
+                prompt_group=row.prompt_group or row.request_id,
                 hour=hour_of(row.finished_at),
                 group=Group._make(row[-len(Group._fields) :]),
                 prompt_tokens=row.prompt_tokens,
                 cached_tokens=row.cached_tokens,
                 output_tokens=row.output_tokens,
                 started_hour=hour_of(row.started_at),
-                ttft_us=us_of(row.ttft_ms),
-                tpot_us=us_of(row.tpot_ms),
-                e2e_us=us_of(row.e2e_ms),
+                ttft_us=_whole(row.ttft_us),
+                tpot_us=_whole(row.tpot_us),
+                e2e_us=_whole(row.e2e_us),
             ),
         )
 
 
+def _whole(us: float | None) -> int | None:
+    return None if us is None else int(us)
+
+
 _REPLIES: Select[Any] = select(
-    *(http_requests.c[name] for name in ("http_request_id", "finished_at")),
-    *(http_requests.c[name] for name in ReplyFacts._fields[1:]),
+    *(replies.c[name] for name in ("http_request_id", "finished_at")),
+    *(replies.c[name] for name in ReplyFacts._fields[1:]),
 )
 _PART_COLUMNS = (
-    *("http_request_id", "seq", "prompt_group", "finished_at", "started_at"),
-    *("prompt_tokens", "cached_tokens", "output_tokens", "ttft_ms", "tpot_ms", "e2e_ms"),
+    *("http_request_id", "seq", "request_id", "prompt_group", "finished_at", "started_at"),
+    *("prompt_tokens", "cached_tokens", "output_tokens", "ttft_us", "tpot_us", "e2e_us"),
     *Group._fields,
 )
 _PARTS: Select[Any] = select(*(requests.c[name] for name in _PART_COLUMNS))

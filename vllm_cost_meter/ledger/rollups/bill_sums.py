@@ -224,6 +224,7 @@ def _of_rows(rows: Sequence[Sequence[Any]]) -> BillSums:
     """Return the sums of one bill by its rows, one for each piece; without a piece it has one."""
     width = len(_COVERED)
     covered = dict(zip(_COVERED, rows[0], strict=False))
+    covered["prompt_group"] = covered["prompt_group"] or covered["request_id"]
     pieces = [_known(row[width + 1 :]) for row in rows if row[width + 1] is not None]
     return BillSums(
         run_id=covered["run_id"],

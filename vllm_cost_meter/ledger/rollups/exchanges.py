@@ -39,7 +39,7 @@ class PartFacts(NamedTuple):
 
 
 class ReplyFacts(NamedTuple):
-    """The columns of an exchange in `http_requests` that count; tokens are None if not told."""
+    """The columns of an exchange in `replies` that count; tokens are None if not told."""
 
     hour: int
     tenant: str

@@ -97,11 +97,6 @@ def _middle_of(power: int) -> int:
     return round(2 * _GAMMA**power / (_GAMMA + 1))
 
 
-def us_of(ms: float | None) -> int | None:
-    """Return a time in ms as whole microseconds."""
-    return None if ms is None else max(round(ms * 1000), 0)
-
-
 def _times_of(parts: Sequence[PartFacts]) -> Sequence[int | None]:
     """Return an exchange's times in the order of MEASURES; None where no part knows one.
 

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    FromClause,
     Select,
     Table,
     Text,
+    and_,
+    case,
     cast,
     collate,
     delete,
@@ -56,10 +59,12 @@ from vllm_cost_meter.ledger.schema import (
 from vllm_cost_meter.ledger.tables.pieces import (
     PIECE_HOUR,
     PIECE_NS,
+    PROMPT_GROUP,
     piece_amount,
     summed_amount,
     with_pieces,
 )
+from vllm_cost_meter.ledger.tables.replies import SOURCES, is_replied
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.time import US_PER_HOUR, hour_of
 
@@ -130,21 +135,26 @@ def wrong_histograms(connection: Connection) -> list[tuple[Any, ...]]:
 def _timed(connection: Connection) -> Counted:
     """Count all exchanges' times and arrivals, one row of the database for each exchange."""
     h, r = http_requests.c, requests.c
+    beside = requests.alias("beside")
+    b = beside.c
     exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
-    times = (func.min(r.ttft_ms), func.max(r.tpot_ms), func.max(r.e2e_ms))
+    times = (func.min(r.ttft_us), func.max(r.tpot_us), func.max(r.e2e_us))
+    ended_at = func.coalesce(h.finished_at, b.ended_at, r.ended_at)
+    # Of a bill with its reply beside it nothing else is looked up.
+    other = case((r.reply_status.is_(None), r.http_request_id))
+    is_beside = and_(b.http_request_id == other, b.reply_status.is_not(None))
     asked = (
-        select(
-            func.max(func.coalesce(h.finished_at, r.finished_at)), func.min(r.started_at), *times
-        )
-        .join_from(requests, http_requests, h.http_request_id == r.http_request_id, isouter=True)
+        select(func.max(ended_at), func.min(r.started_at), *times)
+        .join_from(requests, http_requests, h.http_request_id == other, isouter=True)
+        .join(beside, is_beside, isouter=True)
         .group_by(exchange)
     )
     counted = Counted()
-    for ended_at, came_at, *took_ms in connection.execute(asked):
+    for ended, came_at, *took_us in connection.execute(asked):
         counted.arrivals[hour_of(came_at)] += 1
-        for measure, ms in zip(MEASURES, took_ms, strict=True):
-            if ms is not None:
-                counted.add_time(hour_of(ended_at), measure, round(ms * 1000))
+        for measure, us in zip(MEASURES, took_us, strict=True):
+            if us is not None:
+                counted.add_time(hour_of(ended), measure, int(us))
     _add_dropped_times(connection, counted)
     return counted
 
@@ -251,7 +261,8 @@ def _rows(connection: Connection) -> Iterator[tuple[SumKey, int, list[int]]]:
     for hour, *rest in connection.execute(_pieces()):
         yield SumKey(hour, Group(*rest[:width])), 0, [int(amount) for amount in rest[width:]]
     is_sorted_apart = connection.dialect.name == "postgresql"
-    for query in (_told(is_sorted_apart), _untold(is_sorted_apart)):
+    told = (_told(source, is_sorted_apart) for source in SOURCES)
+    for query in (*told, _untold(is_sorted_apart)):
         for hour, *rest in connection.execute(query):
             place = SumKey(hour, Group(*rest[:width]))
             yield place, len(SUMMED_AMOUNTS), [int(amount) for amount in rest[width:]]
@@ -268,10 +279,12 @@ def _pieces() -> Select[Any]:
     )
 
 
-def _told(is_sorted_apart: bool) -> Select[Any]:
-    """Count the exchanges that have an HTTP row and at least one part."""
-    h, r = http_requests.c, requests.c
+def _told(source: FromClause, is_sorted_apart: bool) -> Select[Any]:
+    """Count the exchanges that have a reply in a source and at least one part."""
+    h, r = source.c, requests.c
     of_reply = {"tenant", "tenant_rule", "tenant_above"}
+    # PostgreSQL knows of a table's key only that it decides the other columns.
+    same = (h[name] for name in ("http_request_id", "finished_at", *sorted(of_reply), *_TOKENS))
     prompts = (
         select(
             h.http_request_id,
@@ -283,8 +296,9 @@ def _told(is_sorted_apart: bool) -> Select[Any]:
             *(h[name].label(f"told_{name}") for name in _TOKENS),
             *_prompt_tokens(r),
         )
+        .select_from(source)
         .join(requests, r.http_request_id == h.http_request_id)
-        .group_by(h.http_request_id, r.prompt_group)
+        .group_by(*same, PROMPT_GROUP)
         .subquery()
     )
     p = prompts.c
@@ -306,8 +320,8 @@ def _told(is_sorted_apart: bool) -> Select[Any]:
 
 
 def _untold(is_sorted_apart: bool) -> Select[Any]:
-    """Add up the tokens of parts without an HTTP row; they add no request."""
-    h, r = http_requests.c, requests.c
+    """Add up the tokens of parts without a reply; they add no request."""
+    r = requests.c
     exchange = func.coalesce(r.http_request_id, r.run_id + "/" + cast(r.seq, Text))
     prompts = (
         select(
@@ -318,9 +332,8 @@ def _untold(is_sorted_apart: bool) -> Select[Any]:
             ),
             *_prompt_tokens(r),
         )
-        .join(http_requests, h.http_request_id == r.http_request_id, isouter=True)
-        .where(h.http_request_id.is_(None))
-        .group_by(r.tenant, exchange, r.prompt_group)
+        .where(~is_replied(r.http_request_id))
+        .group_by(r.tenant, exchange, PROMPT_GROUP)
         .subquery()
     )
     p = prompts.c

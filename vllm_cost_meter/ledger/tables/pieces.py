@@ -14,6 +14,8 @@ from vllm_cost_meter.ledger.schema import PIECE_AMOUNTS, requests, usage_pieces
 
 _r, _p = requests.c, usage_pieces.c
 
+# What the engine requests of one prompt have in common.
+PROMPT_GROUP: ColumnElement[str] = func.coalesce(func.nullif(_r.prompt_group, ""), _r.request_id)
 PIECES_OF_BILL = and_(_p.run_id == _r.run_id, _p.seq == _r.seq)
 # NULL, as are the amounts, for a bill that used nothing.
 PIECE_HOUR: ColumnElement[int] = func.coalesce(_p.hour, _r.hour)

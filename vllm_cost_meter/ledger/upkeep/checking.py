@@ -35,6 +35,7 @@ from vllm_cost_meter.ledger.schema import (
 )
 from vllm_cost_meter.ledger.tables.packed import InstantColumn, PackedId
 from vllm_cost_meter.ledger.tables.pieces import BILL_AMOUNTS, IS_UNEVEN, with_pieces
+from vllm_cost_meter.ledger.tables.replies import replies
 from vllm_cost_meter.ledger.upkeep.copies import column_names, faults, version_of
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
     connect,
@@ -122,8 +123,8 @@ def _pages(connection: sqlite3.Connection, full: bool) -> LedgerCheck:
 
 
 def _tables(connection: sqlite3.Connection) -> LedgerCheck:
-    """Look for the tables, columns and indexes of the schema."""
-    lacking = []
+    """Look for the tables, columns and indexes of the schema, and for its view."""
+    lacking = [] if column_names(connection, replies.name) else [replies.name]
     for table in metadata.sorted_tables:
         columns = column_names(connection, table.name)
         lacking += [f"{table.name}.{c.name}" for c in table.c if c.name not in columns]

@@ -10,16 +10,16 @@ Invariant: a form's definition creates its table, with the columns in the file's
 
 import ast
 import sqlite3
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sqlalchemy import Table
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.schema import CreateTable
 
-from vllm_cost_meter.ledger.migrations import MIGRATIONS
+from vllm_cost_meter.ledger.migrations import DROPPED_COLUMNS, MIGRATIONS, RENAMED_COLUMNS
 from vllm_cost_meter.ledger.migrations import Column as AddedColumn
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata
 from vllm_cost_meter.ledger.tables.packed import PackedId, is_packed_id
@@ -44,6 +44,23 @@ _LACKED = {
     table: [_added_since(table, version) for version in range(1, SCHEMA_VERSION + 1)]
     for table in metadata.tables
 }
+
+
+def _renamed_of(form: "TableForm") -> dict[str, str]:
+    """Return today's names of the columns that have another one in a file."""
+    names = {column.name for column in form.columns}
+    return {
+        old: name
+        for renamed in RENAMED_COLUMNS.values()
+        for (table, old), name in renamed.items()
+        if table == form.name and old in names and name not in names
+    }
+
+
+def dropped_of(table: str) -> frozenset[str]:
+    """Return the columns that a table had in older ledgers, and has no more."""
+    every = (column for columns in DROPPED_COLUMNS.values() for column in columns)
+    return frozenset(name for of, name in every if of == table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +97,8 @@ class TableForm:
     without_rowid: bool
     # Whether the order of its columns is unknown: no row of it can be read.
     is_unknown: bool = False
+    # The names in the definition of those columns that have another one today.
+    names_in_file: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def stored(self) -> tuple[ColumnForm, ...]:
@@ -152,6 +171,12 @@ def _form_in_file(table: Table, sql: str, *, may_be_newer: bool) -> TableForm | 
     if found is None:
         return None
     known = {column.name: column for column in today.columns}
+    dropped = dropped_of(table.name)
+    known |= {column.name: column for column in found.columns if column.name in dropped}
+    renamed = _renamed_of(found)
+    found = replace(
+        found, columns=tuple(replace(c, name=renamed.get(c.name, c.name)) for c in found.columns)
+    )
     if len(found.columns) > len(known):
         return found if may_be_newer else None
     unknown = [column.name for column in found.columns if column.name not in known]
@@ -170,8 +195,10 @@ def _form_in_file(table: Table, sql: str, *, may_be_newer: bool) -> TableForm | 
         instants = INSTANTS_OF[table.name]
         columns = tuple(replace(c, kind="TEXT") if c.name in instants else c for c in columns)
     # Only the table of an older version needs its own definition: a migration brings it up to date.
+    is_older = is_older or bool(renamed) or not known.keys().isdisjoint(dropped)
     sql_of_file = found.sql if lacked or is_older else today.sql
-    return TableForm(table.name, sql_of_file, columns, today.without_rowid)
+    of_file = {name: old for old, name in renamed.items()}
+    return TableForm(table.name, sql_of_file, columns, today.without_rowid, names_in_file=of_file)
 
 
 def _lacked_of(name: str, missing: Set[str], unknown: int) -> Set[str] | None:

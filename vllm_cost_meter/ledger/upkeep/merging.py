@@ -9,7 +9,7 @@ row that one of them has dropped does not come back (`retention/merging.py`).
 Invariant: merging a ledger twice, or in another order, leaves the same rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,10 +42,13 @@ from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import (
     billed_hours,
     billing_snapshots,
+    http_requests,
     invoice_lines,
     metadata,
     open_requests,
+    requests,
 )
+from vllm_cost_meter.ledger.tables.replies import REPLY_COLUMNS, put_beside_bills, replies
 from vllm_cost_meter.ledger.upkeep.copies import column_names, copy_pages, sound_version
 from vllm_cost_meter.ledger.upkeep.kinds import ORIGIN, RowKind, kind_of_rows
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
@@ -168,8 +171,10 @@ def _merge(
             fit_together(connection, f"other{number}", str(other.file))
             _add_billed_hours(connection, other, gap_ns, merged)
             for table in metadata.sorted_tables:
-                attached = table.to_metadata(MetaData(), schema=f"other{number}")
-                merged[table.name] = _add(connection, table, attached, other, merged[table.name])
+                merged[table.name] = _add(
+                    connection, table, f"other{number}", other, merged[table.name]
+                )
+            put_beside_bills(connection)
         connection.execute(delete(open_requests).where(is_billed()))
         forget_set_aside(connection, files={other.file.name for other in others})
         refuse_bills_beyond(connection)
@@ -184,24 +189,25 @@ def _merge(
 
 
 def _add(
-    connection: Connection, table: Table, attached: Table, other: _Other, so_far: MergedTable
+    connection: Connection, table: Table, schema: str, other: _Other, so_far: MergedTable
 ) -> MergedTable:
     """Add the rows of a table of another ledger. Raises LedgerError for a contradiction."""
     kind = kind_of_rows(table)
     if kind in (RowKind.VERSION, RowKind.OWN, RowKind.BILLED_HOURS, RowKind.SUM):
         return so_far
+    ours = _seen(table)
+    attached = ours.to_metadata(MetaData(), schema=schema)
     differing = 0
     if kind in (RowKind.FACT, RowKind.DECLARED):
         different = _different(table, attached, other)
         differing = _count(connection, different) if different is not None else 0
         if differing and different is not None and kind is RowKind.DECLARED:
             raise _contradiction(connection, table, different, differing, other)
-    before = _count(connection, select(table))
-    names = table.c.keys()
-    # Without a condition SQLite would take ON CONFLICT for a part of a join.
-    rows = select(*(attached.c[name] for name in names)).where(true())
+    before = _count(connection, select(ours))
+    rows = _rows_of(table, attached)
+    names = rows.selected_columns.keys()
     written = connection.execute(insert_into(table, names).from_select(names, rows)).rowcount
-    new = _count(connection, select(table)) - before
+    new = _count(connection, select(ours)) - before
     raised = max(written - new, 0)
     return replace(
         so_far,
@@ -212,22 +218,49 @@ def _add(
     )
 
 
+def _seen(table: Table) -> Table:
+    """Return where the rows of a table are read: replies stand beside bills too."""
+    return replies if table is http_requests else table
+
+
+def _rows_of(table: Table, attached: Table) -> Select[Any]:
+    """Select what another ledger has for a table; a bill comes without the reply beside it.
+
+    The reply comes with those that have a row of their own, and moves beside the bill afterwards.
+    """
+    # Without a condition SQLite would take ON CONFLICT for a part of a join.
+    theirs = attached.c
+    if table is http_requests:
+        is_new = theirs.http_request_id.not_in(select(replies.c.http_request_id))
+        return select(attached).where(is_new)
+    if table is requests:
+        bill = (column for column in theirs if column.name not in REPLY_COLUMNS)
+        return select(*bill, theirs.finished_at.label("ended_at")).where(true())
+    return select(attached).where(true())
+
+
+def _may_differ(table: Table) -> Collection[str]:
+    """Return the columns in which two rows with one key may differ and say the same."""
+    if table is requests:
+        return REPLY_COLUMNS
+    return ORIGIN if kind_of_rows(table) is RowKind.DECLARED else ()
+
+
 def _different(table: Table, attached: Table, other: _Other) -> Select[Any] | None:
     """Select the keys of rows that both have with other values; None for a table of keys only.
 
     Columns that the other ledger's version lacked are left out: the migration has filled them.
     """
     keys = [column.name for column in table.primary_key]
-    left_out = ORIGIN if kind_of_rows(table) is RowKind.DECLARED else frozenset()
     compared = [
         name
         for name in (column.name for column in table.c)
-        if name not in keys and name not in left_out and name in other.columns[table.name]
+        if name not in keys and name not in _may_differ(table) and name in other.columns[table.name]
     ]
     if not compared:
         return None
     # Both have one name, which SQLite would take for the same table.
-    ours, theirs = table.alias("ours"), attached.alias("theirs")
+    ours, theirs = _seen(table).alias("ours"), attached.alias("theirs")
     same_key = and_(*(ours.c[name] == theirs.c[name] for name in keys))
     differ = or_(*(ours.c[name].is_distinct_from(theirs.c[name]) for name in compared))
     return select(*(ours.c[name] for name in keys)).join_from(ours, theirs, same_key).where(differ)

@@ -10,6 +10,7 @@ audit names it. Of other rows the number is known where an index is whole that l
 Invariant: the damaged file keeps every byte; without a new file that is sound, nothing changes.
 """
 
+import re
 import sqlite3
 import struct
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.auditing.audit import missing_bills
 from vllm_cost_meter.ledger.database import open_database, refuse_newer, url_of, writing
-from vllm_cost_meter.ledger.migrations import MIGRATIONS
+from vllm_cost_meter.ledger.migrations import DROPPED_COLUMNS, MIGRATIONS
 from vllm_cost_meter.ledger.migrations import Column as AddedColumn
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
 from vllm_cost_meter.ledger.schema import (
@@ -34,6 +35,7 @@ from vllm_cost_meter.ledger.schema import (
     schema_version,
     snapshots,
 )
+from vllm_cost_meter.ledger.tables.replies import create_views
 from vllm_cost_meter.ledger.tables.unpacked import PACKED_SINCE
 from vllm_cost_meter.ledger.upkeep.alone import alone
 from vllm_cost_meter.ledger.upkeep.btree import (
@@ -48,7 +50,7 @@ from vllm_cost_meter.ledger.upkeep.copies import (
     recorded_version,
     rows_by_table,
 )
-from vllm_cost_meter.ledger.upkeep.forms import TableForm, is_unpacked
+from vllm_cost_meter.ledger.upkeep.forms import TableForm, dropped_of, is_unpacked
 from vllm_cost_meter.ledger.upkeep.kinds import RowKind, kind_of_rows
 from vllm_cost_meter.ledger.upkeep.salvage import Salvage
 from vllm_cost_meter.ledger.upkeep.sqlite_files import (
@@ -74,7 +76,7 @@ _ROWS_AT_ONCE = 5_000
 
 @dataclass(frozen=True, slots=True)
 class SavedTable:
-    """A table after a repair. `missing` is the number of rows that are lost, None if unknown."""
+    """What a repair saved of a table. `missing` counts the rows that are lost; None if unknown."""
 
     name: str
     saved: int
@@ -112,10 +114,11 @@ def repair(
     with alone(path), new_file(path) as part:
         require_space(path.parent, 2 * total_bytes(path), "save the rows in a new file", free)
         found, damaged_frames = _save_rows(path, part)
+        with sqlite_errors(part, "read"), closing(connect(part)) as connection:
+            # A migration moves rows into others, which are not lost.
+            saved = rows_by_table(connection)
         _finish(part)
         gaps = _gaps(part)
-        with sqlite_errors(part, "read"), closing(connect(part)) as connection:
-            saved = rows_by_table(connection)
         aside = set_aside(path, "damaged", rfc3339(now_ns))
         publish(part, path)
     return Repair(
@@ -222,6 +225,8 @@ def _insert(
     # The order of the schema is that of the statement, whatever order the file has.
     kept = [place[column.name] for column in table.c if column.name in place]
     text = insert_text(table, [form.stored[at].name for at in kept])
+    for name, name_in_file in form.names_in_file.items():
+        text = re.sub(rf"\b{name}\b", name_in_file, text)
     instants = [at for at in kept if form.stored[at].name.endswith("_at")]
     for row in rows:
         try:
@@ -244,7 +249,8 @@ def _refuse_newer(path: Path, found: Salvage) -> None:
     """Raise LedgerError for a ledger that is newer, by its version or, without one, its columns."""
     refuse_newer(found.version or 0, f"ledger {path}")
     for form in found.forms.values():
-        unknown = [c.name for c in form.columns if c.name not in metadata.tables[form.name].c]
+        known = {*metadata.tables[form.name].c.keys(), *dropped_of(form.name)}
+        unknown = [column.name for column in form.columns if column.name not in known]
         if unknown:
             raise LedgerError(
                 f"ledger {path}: table {form.name} has the column {unknown[0]}, which this cost"
@@ -265,8 +271,14 @@ def _version_of(found: Salvage) -> int:
         added = [step for step in steps if isinstance(step, AddedColumn)]
         if any(step.table in names and step.name not in names[step.table] for step in added):
             return version
-    is_older = any(is_unpacked(form) for form in found.forms.values())
-    return PACKED_SINCE - 1 if is_older else SCHEMA_VERSION
+    if any(is_unpacked(form) for form in found.forms.values()):
+        return PACKED_SINCE - 1
+    dropped = (
+        version
+        for version, columns in sorted(DROPPED_COLUMNS.items())
+        if any(name in names.get(table, ()) for table, name in columns)
+    )
+    return next(dropped, SCHEMA_VERSION)
 
 
 def _finish(part: Path) -> None:
@@ -280,6 +292,7 @@ def _finish(part: Path) -> None:
             for table in metadata.tables.values():
                 for index in table.indexes:
                     index.create(connection, checkfirst=True)
+            create_views(connection)
     finally:
         engine.dispose()
     with sqlite_errors(part, "checked"), closing(connect(part)) as plain:

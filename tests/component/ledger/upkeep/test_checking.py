@@ -85,6 +85,11 @@ def test_a_missing_column_and_a_missing_index_are_named(ledger):
     assert wrong_in(ledger) == {"tables": "missing: ix_requests_http, runs.labels"}
 
 
+def test_a_missing_view_is_named(ledger):
+    sql(ledger, "DROP VIEW replies")
+    assert wrong_in(ledger) == {"tables": "missing: replies"}
+
+
 def test_a_damaged_page_is_found_by_the_quick_check_and_nothing_is_changed(ledger):
     (root,) = sql(ledger, "SELECT rootpage FROM sqlite_master WHERE name='http_requests'")[0]
     with ledger.open("r+b") as file:

@@ -12,6 +12,7 @@ from contextlib import closing
 import pytest
 
 from tests.support.ledger_writer import LedgerWriter
+from tests.support.older import as_version_17
 from tests.support.upkeep import (
     fill,
     kept_tables,
@@ -23,7 +24,7 @@ from tests.support.upkeep import (
     wrong_sums,
 )
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, usage_pieces
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, http_requests, metadata, usage_pieces
 from vllm_cost_meter.ledger.upkeep.checking import check_ledger
 from vllm_cost_meter.ledger.upkeep.repairing import repair
 
@@ -330,9 +331,9 @@ def test_what_was_not_committed_is_not_saved(tmp_path):
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA cache_size=1")  # A small cache spills into the log.
         connection.execute("PRAGMA wal_autocheckpoint=0")
-        connection.execute("UPDATE http_requests SET route='committed'")
+        connection.execute("UPDATE requests SET route='committed'")
         connection.commit()
-        connection.execute("UPDATE http_requests SET route=hex(randomblob(2000))")
+        connection.execute("UPDATE requests SET route=hex(randomblob(2000))")
         data, log = path.read_bytes(), path.with_name("ledger.db-wal").read_bytes()
         assert len(log) > 10 * PAGE
         connection.rollback()
@@ -341,7 +342,7 @@ def test_what_was_not_committed_is_not_saved(tmp_path):
     path.write_bytes(data)
     path.with_name("ledger.db-wal").write_bytes(log)
     repair(url_of(path), NOW_NS, force=True)
-    assert sql(path, "SELECT DISTINCT route FROM http_requests") == [("committed",)]
+    assert sql(path, "SELECT DISTINCT route FROM requests") == [("committed",)]
 
 
 # ---- when it is refused, and other versions
@@ -374,6 +375,8 @@ def test_without_room_and_for_what_is_no_ledger_nothing_is_changed(ledger, tmp_p
 def test_a_ledger_of_an_older_schema_is_repaired_and_migrated(ledger, whole):
     pieces = ", ".join(column.name for column in usage_pieces.c)
     of_one_hour = f"SELECT {pieces} FROM requests WHERE hour IS NOT NULL"
+    with closing(sqlite3.connect(ledger)) as connection, connection:
+        as_version_17(connection.execute)
     sql(ledger, f"INSERT INTO usage_pieces ({pieces}) {of_one_hour}")
     sql(ledger, "ALTER TABLE requests DROP COLUMN hour")
     for table in ("requests", "usage_pieces"):
@@ -392,6 +395,33 @@ def test_a_ledger_of_an_older_schema_is_repaired_and_migrated(ledger, whole):
     of_old = "labels IS NULL AND preemption_paid_by = 'victim'"
     assert sql(ledger, f"SELECT count(*) FROM runs WHERE {of_old}") == [(2,)]
     assert all(one.ok for one in check_ledger(url_of(ledger), full=True))
+
+
+def test_replies_that_a_migration_moves_beside_their_bills_are_not_missing(ledger, whole):
+    with closing(sqlite3.connect(ledger)) as connection, connection:
+        as_version_17(connection.execute)
+    (told,) = sql(ledger, "SELECT count(*) FROM http_requests")[0]
+    done = repair(url_of(ledger), NOW_NS, force=True)
+    (row,) = [one for one in done.tables if one.name == "http_requests"]
+    assert (row.saved, row.missing) == (told, 0)
+    assert rows_of(ledger)["http_requests"] == rows_of(whole)["http_requests"]
+    assert sql(ledger, "SELECT count(*) FROM replies") == [(told,)]
+
+
+@pytest.mark.parametrize("table", ["requests", "http_requests"])
+def test_of_an_older_ledger_the_rest_is_saved_where_one_definition_is_lost(ledger, table):
+    with closing(sqlite3.connect(ledger)) as connection, connection:
+        as_version_17(connection.execute)
+    kept = {"requests": "http_requests", "http_requests": "requests"}[table]
+    (rows,) = sql(ledger, f"SELECT count(*) FROM {kept}")[0]
+    data, definition = ledger.read_bytes(), f"CREATE TABLE {table} ".encode()
+    assert definition in data
+    ledger.write_bytes(data.replace(definition, definition.lower()[::-1]))
+    repair(url_of(ledger), NOW_NS, force=True)
+    assert len(rows_of(ledger)[table]) == 0
+    assert sql(ledger, f"SELECT count(*) FROM {kept}") == [(rows,)]
+    columns = sql(ledger, "SELECT name FROM pragma_table_info('http_requests')")
+    assert {name for (name,) in columns} == set(http_requests.c.keys())
 
 
 def test_no_value_is_taken_for_anothers_where_an_older_definition_is_lost(ledger):
