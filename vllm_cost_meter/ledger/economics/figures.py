@@ -49,6 +49,9 @@ def _told(tokens: str) -> str:
     return f"MAX(COALESCE({own}, h.{tokens}, {other})) AS told_{tokens}"
 
 
+# Amounts of pieces, and with those of exchanges what the figures need of sums.
+_USED = ("prefill_ns", "decode_ns", "prefill_tokens", "decode_tokens", "kv_block_ms")
+_SUMMED = ", ".join((*_USED, "requests", "prompt_tokens", "output_tokens"))
 # When the exchange of a bill ended.
 ENDED_AT = "COALESCE(h.finished_at, b.ended_at, r.ended_at)"
 # The exchange of a bill that has no reply beside it: of all others nothing is looked up.
@@ -87,14 +90,19 @@ WHERE gpu_ns > 0""",
     THEN COALESCE(SUM(gpu_ns * usd_per_gpu_hour), 0.0) / 3.6e12 END
   FROM priced WHERE gpu_ns > 0 AND hour >= from_hour AND hour < to_hour
 ) END AS usd FROM overhead""",
-    # Prefill and decode by hour: their time, and the tokens computed in it; and KV residency.
-    "pieces": """SELECT 1.0 * prefill_ns AS prefill_ns, 1.0 * decode_ns AS decode_ns,
+    # Sums of the window: of whole days where no price begins, ends or changes, else of hours.
+    "sums": f"""SELECT group_id, first_hour AS hour, {_SUMMED}
+FROM rollup_days WHERE {{whole_days}}
+UNION ALL SELECT group_id, hour, {_SUMMED}
+FROM rollup_hours WHERE {{other_hours}}""",
+    # Prefill and decode: their time, and the tokens computed in it; and KV residency.
+    "pieces": f"""SELECT 1.0 * prefill_ns AS prefill_ns, 1.0 * decode_ns AS decode_ns,
        prefill_tokens, decode_tokens, 1.0 * kv_block_ms AS kv_block_ms,
        usd_per_gpu_hour, usd_per_kv_block_hour
-FROM rollup_hours JOIN rollup_groups ON rollup_groups.group_id = rollup_hours.group_id
+FROM sums JOIN rollup_groups ON rollup_groups.group_id = sums.group_id
 LEFT JOIN price
   ON price.price_run_id = run_id AND hour >= from_hour AND hour < to_hour
-WHERE {hours}""",
+WHERE {" OR ".join(f"{name} <> 0" for name in _USED)}""",
     # The parts of ended exchanges by prompt. A prompt counts once, even if several parts share it.
     # A reply is beside the bill itself, in a row of its own (h), or beside another bill (b).
     "prompts": f"""SELECT COALESCE(r.http_request_id, r.run_id || '/' || r.seq) AS id,
@@ -125,7 +133,7 @@ FROM prompts GROUP BY id""",
     "ended_sums": """SELECT COALESCE(SUM(requests), 0) AS exchanges,
        COALESCE(SUM(prompt_tokens), 0) AS prompt_tokens,
        COALESCE(SUM(output_tokens), 0) AS output_tokens
-FROM rollup_hours WHERE {hours}""",
+FROM sums""",
     # How long they took: histograms whose times are within 1 % of those that they stand for.
     "latencies": """SELECT measure, about_us, SUM(exchanges) AS exchanges, SUM(sum_us) AS sum_us
 FROM rollup_latencies WHERE {hours} GROUP BY measure, about_us""",

@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, cast
 
-from sqlalchemy import TextClause, text
+from sqlalchemy import ColumnElement, TextClause, text
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.economics import Declared, Sent
@@ -30,8 +30,10 @@ from vllm_cost_meter.ledger.economics.figures import ENDED_AT, FIGURES, OF_SLO, 
 from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.rollups.reading import other_hours, whole_days
 from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.reports.price_answers import PriceRow
+from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
 from vllm_cost_meter.units.time import US_PER_HOUR, instant_of
 
@@ -94,7 +96,7 @@ def with_tables(selected: str, cut: Cut) -> str:
     needed: dict[str, str] = {}
     values = _values(cut)
     for name, body in reversed(list(TABLES.items())):
-        rest = selected + "".join(needed.values())
+        rest = "\n".join((selected, *needed.values()))
         if re.search(rf"\b(FROM|JOIN) {name}\b", rest):
             needed[name] = _NAMED.sub(lambda found: values[found[1]], body)
     tables = [f"{name} AS (\n{body}\n)" for name, body in reversed(list(needed.items()))]
@@ -198,20 +200,29 @@ def _values(cut: Cut) -> dict[str, str]:
         ]
         return " AND ".join(terms) or "1 = 1"
 
+    spans = _price_spans(cut)
+    # A sum has one price: its run's at its first hour.
+    splits = sorted({hour for _, *both, _ in spans for hour in both if hour % HOURS_PER_DAY})
     return {
         "hours": between("hour", low, high),
+        "whole_days": _text(whole_days(window, splits)),
+        "other_hours": _text(other_hours(window, splits)),
         "ended": between(ENDED_AT, *began_us),
         "arrived": between("MIN(started_at)", *began_us),
         "began": between("started_at", *instants),
         "beyond": _beyond_table(cut),
-        "price": _price_table(cut),
+        "price": _price_table(spans),
         "overhead": _overhead_table(cut),
     }
 
 
-def _price_table(cut: Cut) -> str:
-    """Return the runs' prices in the window as SQL; a run without a price has no row."""
-    rows: list[tuple[str, int, int, Rates | None]] = []
+# A run, hours [from, to) in which its price is the same, and that price; None where it has none.
+_PriceSpan = tuple[str, int, int, Rates | None]
+
+
+def _price_spans(cut: Cut) -> list[_PriceSpan]:
+    """Return the prices of all runs in the window's hours that they ran in."""
+    rows: list[_PriceSpan] = []
     for run in cut.all_runs:
         hours = sorted(hour for hour in run.hours if cut.window.contains(hour))
         for hour in hours:
@@ -221,11 +232,16 @@ def _price_table(cut: Cut) -> str:
                 rows[-1] = (*rows[-1][:2], hour + 1, rates)
             else:
                 rows.append((run.run_id, hour, hour + 1, rates))
+    return rows
+
+
+def _price_table(spans: Sequence[_PriceSpan]) -> str:
+    """Return the runs' prices in the window as SQL; a run without a price has no row."""
     return _table(
         ("price_run_id", "from_hour", "to_hour", "usd_per_gpu_hour", "usd_per_kv_block_hour"),
         [
             (_quoted(run_id), low, high, *(repr(float(usd)) for usd in rates))
-            for run_id, low, high, rates in rows
+            for run_id, low, high, rates in spans
             if rates is not None
         ],
         "SELECT run_id AS price_run_id, 0 AS from_hour, 0 AS to_hour, 0.0 AS usd_per_gpu_hour,"
@@ -289,6 +305,10 @@ def _overhead_table(cut: Cut) -> str:
         rows,
         "SELECT 0 AS from_hour, 0 AS to_hour, 0.0 AS percent, 0.0 AS usd FROM runs WHERE 1 = 0",
     )
+
+
+def _text(condition: ColumnElement[bool]) -> str:
+    return str(condition.compile(compile_kwargs={"literal_binds": True}))
 
 
 def _quoted(value: str) -> str:

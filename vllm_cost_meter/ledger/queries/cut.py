@@ -108,7 +108,7 @@ class Window:
         after = self.from_hour is None or hour >= self.from_hour
         return after and (self.to_hour is None or hour < self.to_hour)
 
-    def on_hours(self, hour: Any) -> Any:
+    def on_hours(self, hour: Any) -> ColumnElement[bool]:
         """Return the SQL condition on a column of hours."""
         return _between(hour, self.from_hour, self.to_hour)
 
@@ -454,7 +454,7 @@ def _stretches(
     return by_stretch(inside, changes)
 
 
-def _between(of: Any, low: Any, high: Any) -> Any:
+def _between(of: Any, low: Any, high: Any) -> ColumnElement[bool]:
     conditions = [true()]
     if low is not None:
         conditions.append(of >= low)

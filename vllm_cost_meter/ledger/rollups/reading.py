@@ -39,15 +39,14 @@ def usage_at(
     piece in it.
     """
     first, hour = rollup_days.c.first_hour, rollup_hours.c.hour
-    whole = [
-        # Without a first hour nothing was used.
-        _sums(rollup_days, first, names, amounts, cut.whose).where(where, first.is_not(None))
-        for where in _whole_days(cut.window, splits)
-    ]
-    hours = _sums(rollup_hours, hour, names, amounts, cut.whose).where(
-        _rest(cut.window, splits), or_(*(rollup_hours.c[name] != 0 for name in amounts))
+    # Without a first hour nothing was used.
+    days = _sums(rollup_days, first, names, amounts, cut.whose).where(
+        whole_days(cut.window, splits), first.is_not(None)
     )
-    return union_all(*whole, hours, *_after(cut, names, amounts)).subquery("usage")
+    hours = _sums(rollup_hours, hour, names, amounts, cut.whose).where(
+        other_hours(cut.window, splits), or_(*(rollup_hours.c[name] != 0 for name in amounts))
+    )
+    return union_all(days, hours, *_after(cut, names, amounts)).subquery("usage")
 
 
 def ended_in(
@@ -61,10 +60,9 @@ def ended_in(
     The row of a whole day has that day's first hour; see `usage_at`.
     """
     tables = [
-        (rollup_days, rollup_days.c.day * HOURS_PER_DAY, where)
-        for where in _whole_days(window, splits)
+        (rollup_days, rollup_days.c.day * HOURS_PER_DAY, whole_days(window, splits)),
+        (rollup_hours, rollup_hours.c.hour, other_hours(window, splits)),
     ]
-    tables.append((rollup_hours, rollup_hours.c.hour, _rest(window, splits)))
     return union_all(
         *(
             _sums(table, hour, names, ENDED_AMOUNTS, whose).where(
@@ -98,10 +96,13 @@ def _split_days(splits: Sequence[int]) -> list[int]:
     return sorted({hour // HOURS_PER_DAY for hour in splits if hour % HOURS_PER_DAY})
 
 
-def _whole_days(window: Window, splits: Sequence[int] | None) -> list[Any]:
-    """Return the condition on days that are read whole; none if hours are told apart."""
+def whole_days(window: Window, splits: Sequence[int] | None) -> ColumnElement[bool]:
+    """Return the condition on `rollup_days`: the days that are read whole.
+
+    `splits` are the hours at which rows must be kept apart; None keeps all hours apart.
+    """
     if splits is None:
-        return []
+        return false()
     low, high = window.from_hour, window.to_hour
     day = rollup_days.c.day
     inside: list[ColumnElement[bool]] = [day.not_in(_split_days(splits))]
@@ -109,11 +110,11 @@ def _whole_days(window: Window, splits: Sequence[int] | None) -> list[Any]:
         inside.append(day >= -(-low // HOURS_PER_DAY))
     if high is not None:
         inside.append(day < high // HOURS_PER_DAY)
-    return [and_(*inside)]
+    return and_(*inside)
 
 
-def _rest(window: Window, splits: Sequence[int] | None) -> Any:
-    """Return the condition on hours that no whole day covers."""
+def other_hours(window: Window, splits: Sequence[int] | None) -> ColumnElement[bool]:
+    """Return the condition on `rollup_hours`: the hours in no day that is read whole."""
     hour = rollup_hours.c.hour
     if splits is None:
         return window.on_hours(hour)
