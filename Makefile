@@ -23,7 +23,7 @@ endif
 
 VENV := .venv
 # The versions that `make matrix` tests.
-MATRIX := 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
+MATRIX := 0.25.1 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 BIN := $(VENV)/bin
 CACHE := $(CURDIR)/.cache
 # tiny_model.py puts it beside the environment that makes it.
@@ -81,7 +81,7 @@ help:
 	@echo 'make soak    half an hour of load on real and small servers that are killed and whose disk'
 	@echo '             fails: each cost that a client saw is in the ledger once; SOAK_ARGS="--minutes 3"'
 	@echo 'make bench   the benchmarks; some minutes, on an otherwise idle machine'
-	@echo 'make matrix  the integration tests on each of six versions of vLLM: 12 minutes and 3.5 GB'
+	@echo 'make matrix  the integration tests on each of eight versions of vLLM: 13 minutes and 3.5 GB'
 	@echo '             each, 3 minutes more the first time; MATRIX="0.27.1 0.32.0" for some'
 	@echo 'make lock    the versions that CI installs, as they are in the environment now'
 	@echo 'make vulnerabilities  known ones of these versions, by pip-audit; fails nothing'

@@ -86,7 +86,7 @@ def test_the_table_of_vllm_versions_is_of_those_that_make_matrix_runs():
     table = re.search(r"<!-- make matrix -->(.*)<!-- /make matrix -->", text, re.DOTALL)[1]
     head, _, *rows = [line.strip("|").split("|") for line in table.split("\n") if line[:1] == "|"]
     assert [cell.strip() for cell in head] == [
-        *("vLLM", "torch", "passed", "failed", "skipped", "minutes"),
+        *("vLLM", "torch", "passed", "failed", "skipped", "minutes", "commit"),
     ]
     versions = re.search(r"^MATRIX := (.*)$", MAKEFILE, re.MULTILINE)[1].split()
     assert [row[0].strip() for row in rows] == versions
