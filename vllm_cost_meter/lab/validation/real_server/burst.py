@@ -41,7 +41,8 @@ LOOK_EVERY_S = 0.05
 AHEAD_TOKENS = 512
 # It leaves before the others by so much, and by twice as much where it did not come first.
 AHEAD_S = 0.005
-TRIES = 6
+# Requests of few tokens often come too late on a busy machine; a try of one burst takes a second.
+TRIES = 20
 # If more than this part of a round's bursts fails, the next rounds begin with the other start.
 FAILED_PART = 0.2
 NOT_FOUND, UNAVAILABLE = 404, 503
