@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from tests.component.ledger.test_reader import http, part
+from tests.support.batches import batches_of, write_batches
 from tests.support.builders import reply_of
 from tests.support.examples import examples
 from tests.support.older import as_version_17
@@ -99,20 +100,15 @@ def seen(path: Path) -> list[dict[str, Any]]:
 
 
 @settings(max_examples=examples(60))
-@given(exchanges(), st.randoms(), st.data())
-def test_a_reply_reads_as_it_was_told_in_any_batches_and_after_any_move(drawn, chance, data):
+@given(exchanges(), st.data())
+def test_a_reply_reads_as_it_was_told_in_any_batches_and_after_any_move(drawn, data):
     parts, told = drawn
     expected = [columns_of(reply) for reply in sorted(told, key=lambda one: one.http_request_id)]
-    records = [*parts, *told]
-    records += data.draw(st.lists(st.sampled_from(records), max_size=3)) if records else []
-    chance.shuffle(records)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(records)), max_size=3)))
+    batches = data.draw(batches_of([*parts, *told]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
         engine = open_database(url_of(path))
-        for low, high in zip([0, *cuts], [*cuts, len(records)], strict=True):
-            with writing(engine).begin() as connection:
-                write(connection, records[low:high])
+        write_batches(engine, batches)
         assert seen(path) == expected
         with writing(engine).begin() as connection:
             put_beside_bills(connection)
