@@ -33,7 +33,10 @@ class BesideBill(NamedTuple):
 
 
 def beside_bill(part: EngineRequest, reply: HttpRequest) -> BesideBill | None:
-    """Return a reply for its bill's row; None if it says anything else than the bill."""
+    """Return a reply for its bill's row; None if it names another owner, model, id or tokens.
+
+    GPU time and cost may have been told otherwise: they then stand in columns of their own.
+    """
     owner, payer, bill, usage = part.owner, reply.owner, part.bill, reply.usage
     ids = part.response_id, part.model, part.route
     if ids != (reply.response_id, reply.model, reply.route):

@@ -93,7 +93,7 @@ def drop_views(connection: Connection) -> None:
 
 
 def create_views(connection: Connection) -> None:
-    """Create the view over the tables of this version, where it is not there."""
+    """Create the view over the tables of this version, in place of an older one."""
     both = union_all(*map(select, SOURCES))
     drop_views(connection)
     query = both.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
