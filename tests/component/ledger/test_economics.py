@@ -6,10 +6,12 @@ import sqlite3
 import pytest
 
 from tests.component.ledger.test_reader import HOUR, T0, Ledger, http, part, snapshot
-from tests.support.builders import make_open
-from vllm_cost_meter.economics import Declared
+from tests.support.builders import ENGINE, make_open
+from vllm_cost_meter.economics import Declared, SaturationPoint
+from vllm_cost_meter.economics.saturation import IDENTITY
 from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO
 from vllm_cost_meter.ledger.economics.query import economics, method
+from vllm_cost_meter.ledger.economics.saturation import keep
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.requests import Usage
@@ -110,6 +112,26 @@ def test_the_penalty_is_against_a_full_load_that_was_declared_and_else_blank(led
     assert full["saturation_output_tokens_per_s"] == 20
     assert blank.pop("penalty") is blank.pop("saturation_output_tokens_per_s") is None
     assert {name: full[name] for name in blank} == blank
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_a_measured_full_load_holds_for_as_many_engines_as_ran_at_once(ledger, engines):
+    write(ledger)
+    about = {name: getattr(ENGINE, name) for name in IDENTITY} | {"gpus": 2}
+    point = SaturationPoint("p", "2026-01-01T00:00:00Z", about, engines, 10, 5, 40.0, 8.0, 60, "{}")
+    assert keep(ledger.url, [point]) == 1
+    assert full_load(ledger) == (40 if engines == 1 else None)
+    # A second server runs beside the first one.
+    beside = {HOUR: ClassTotals(idle=2 * 30 * S)}
+    ledger.write(
+        snapshot([], run_id="beside", totals=beside[HOUR], hours=beside, gpus=2, wall_ns=30 * S)
+    )
+    assert full_load(ledger) == (40 if engines == 2 else None)
+
+
+def full_load(ledger):
+    answer = figures(ledger, HOUR, HOUR + 1, declared=Declared())
+    return answer["saturation_output_tokens_per_s"]
 
 
 def test_without_bounds_there_is_no_goodput(ledger):

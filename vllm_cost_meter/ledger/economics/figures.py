@@ -69,6 +69,8 @@ TABLES: Mapping[str, str] = {
 FROM engine_hours JOIN runs ON runs.run_id = engine_hours.run_id
 WHERE {{hours}}
 UNION ALL {{beyond}}""",
+    # The time in each hour in which any engine ran.
+    "observed": "{observed}",
     # USD per GPU-hour, and per KV block-hour, for each run in the hours [from_hour, to_hour).
     "price": "{price}",
     "priced": """SELECT hour, gpu_ns, startup_ns, usd_per_gpu_hour
@@ -145,7 +147,7 @@ GROUP BY model, precision, vllm_version, hardware, gpus, parallelism""",
     "saturation": f"""SELECT s.measured_at, s.output_tokens_per_s
 FROM saturation_points AS s JOIN ran ON {_same("s", "ran")}
 WHERE (SELECT COUNT(*) FROM ran) = 1
-  AND s.engines = (SELECT COUNT(DISTINCT engine_index) FROM hours)
+  AND s.engines = {{engines}}
   AND {_about("prompt_tokens", "s.input_tokens")}
   AND {_about("output_tokens", "s.output_tokens")}""",
     # The engine runs that began in the window.
@@ -288,9 +290,9 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "observed_seconds": Figure(
         "s",
-        "wall time of the first engine; null if only bills are known of a run in the window",
-        "(SELECT CASE WHEN COUNT(*) = COUNT(gpus)"
-        " THEN SUM(CASE WHEN engine_index = 0 THEN gpu_ns / gpus END) / 1e9 END FROM hours)",
+        "the time in which any engine ran: two at once count once; null if only bills are known of"
+        " a run in the window",
+        "(SELECT CASE WHEN COUNT(*) = COUNT(ns) THEN SUM(ns) / 1e9 END FROM observed)",
     ),
     "cold_starts": Figure("", "engine runs that began", "(SELECT COUNT(*) FROM began)"),
     "cold_start_gpu_seconds": Figure(

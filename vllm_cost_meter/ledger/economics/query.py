@@ -27,6 +27,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.economics import Declared, Sent
 from vllm_cost_meter.ledger.economics.answers import Deployment, Economics, FigureMethod
 from vllm_cost_meter.ledger.economics.figures import ENDED_AT, FIGURES, OF_SLO, TABLES
+from vllm_cost_meter.ledger.economics.observed import engines_at_once, observed_ns
 from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -211,6 +212,8 @@ def _values(cut: Cut) -> dict[str, str]:
         "arrived": between("MIN(started_at)", *began_us),
         "began": between("started_at", *instants),
         "beyond": _beyond_table(cut),
+        "observed": _observed_table(cut),
+        "engines": str(engines_at_once(cut)),
         "price": _price_table(spans),
         "overhead": _overhead_table(cut),
     }
@@ -246,6 +249,17 @@ def _price_table(spans: Sequence[_PriceSpan]) -> str:
         ],
         "SELECT run_id AS price_run_id, 0 AS from_hour, 0 AS to_hour, 0.0 AS usd_per_gpu_hour,"
         " 0.0 AS usd_per_kv_block_hour FROM runs WHERE 1 = 0",
+    )
+
+
+def _observed_table(cut: Cut) -> str:
+    """Return the time in each hour of the window in which any engine ran, as SQL; NULL unknown."""
+    nothing = "SELECT 0 AS hour, 0.0 AS ns FROM runs WHERE 1 = 0"
+    observed = observed_ns(cut)
+    if observed is None:
+        return "SELECT 0 AS hour, CAST(NULL AS DOUBLE PRECISION) AS ns"
+    return _table(
+        ("hour", "ns"), [(hour, repr(float(ns))) for hour, ns in observed.items()], nothing
     )
 
 
