@@ -8,13 +8,13 @@ rules by API key and by the body's `user`.
 import json
 import re
 import socket
-import time
 
 import httpx
 import pytest
 
 from tests.integration.server import TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT
+from tests.support.waiting import wait_for
 
 # In no other test, and in no name.
 SECRET = "zyxwelk-7741-okapi"
@@ -177,10 +177,10 @@ def test_on_vllms_port_a_tenant_sees_its_own_figures_and_nobody_elses(hard: Serv
         response_id = complete(client).json()["id"]
     hard.bill_of(response_id)
     mine, others = TENANT_KEYS["beta"], TENANT_KEYS["gamma"]
-    deadline = time.monotonic() + 10
-    while (found := own(hard, f"/v1/cost/requests/{response_id}", mine)).status_code == 404:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    found = wait_for(
+        lambda: own(hard, f"/v1/cost/requests/{response_id}", mine),
+        lambda reply: reply.status_code != 404,
+    )
     assert found.json()["tenant"] == "beta"
     assert own(hard, "/v1/cost/me", mine).json()["tenant"] == "beta"
     theirs, unknown = (
@@ -207,12 +207,6 @@ def test_routes_that_the_keys_leave_open_are_named_at_the_start_and_closed_on_de
         url = f"{server.url}/invocations"
         return httpx.post(url, json=body, headers=headers, timeout=60).status_code
 
-    def wait_for(expected: int) -> None:
-        deadline = time.monotonic() + 20
-        while status(None) != expected:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-
     assert status(None) == 200
     (warning,) = {line for line in server.log.splitlines() if "keys do not guard" in line}
     assert "POST /invocations" in warning
@@ -221,13 +215,13 @@ def test_routes_that_the_keys_leave_open_are_named_at_the_start_and_closed_on_de
     before = config.read_text()
     config.write_text(f'unnamed_requests = "refuse"\n{before}')
     try:
-        wait_for(401)
+        wait_for(lambda: status(None), lambda told: told == 401)
         assert status("any-key") == 401  # vLLM's, and no tenant's
         assert status(TENANT_KEYS["alpha"]) == 200
         assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
     finally:
         config.write_text(before)
-        wait_for(200)
+        wait_for(lambda: status(None), lambda told: told == 200)
 
 
 def test_nothing_that_a_client_wrote_or_was_answered_is_kept(hard: Server) -> None:

@@ -18,6 +18,7 @@ import httpx
 
 from tests.integration.server import AT_ONCE, BUDGET_S, LIMITED_KEYS, Server
 from tests.integration.traffic import PROMPT
+from tests.support.waiting import wait_for
 from vllm_cost_meter.units.time import NS_PER_SECOND, unix_ns_of
 
 CLIENTS = 64
@@ -87,13 +88,10 @@ def settled_standing(server: Server, tenant: str) -> dict:
     """Return where a budget stands once all that ran on is billed."""
     server.balanced()
     used = [row for row in server.cost("tenants")["tenants"] if row["tenant"] == tenant]
-    deadline = time.monotonic() + 10
-    while True:
-        standing = standing_of(server.cost("budgets"), tenant)
-        if standing["used"] == used[0]["gpu_time_ns"] or time.monotonic() > deadline:
-            assert standing["used"] == used[0]["gpu_time_ns"]
-            return standing
-        time.sleep(0.1)
+    return wait_for(
+        lambda: standing_of(server.cost("budgets"), tenant),
+        lambda standing: standing["used"] == used[0]["gpu_time_ns"],
+    )
 
 
 def test_a_spent_budget_refuses_all_api_servers_new_requests_within_one_snapshot(
@@ -207,11 +205,7 @@ def test_a_ledger_that_cannot_be_read_for_three_seconds_leaves_metering_on(hard:
         return loop
 
     def until(state: str) -> dict[str, Any]:
-        deadline = time.monotonic() + 20
-        while (loop := budgets_loop())["state"] != state:
-            assert time.monotonic() < deadline, loop
-            time.sleep(0.05)
-        return loop
+        return wait_for(budgets_loop, lambda loop: loop["state"] == state)
 
     with contextlib.closing(sqlite3.connect(hard.ledger_file, isolation_level=None)) as ledger:
         ledger.execute("PRAGMA busy_timeout = 10000")

@@ -17,6 +17,7 @@ import pytest
 from tests.integration.server import MODEL, TENANT_KEYS, Server
 from tests.integration.traffic import ask
 from tests.support.nvml import TIMEOUT, A, Card, Machine, compile_library, nvmls
+from tests.support.waiting import wait_for
 from vllm_cost_meter.lab.gpu_check.card import NvidiaCard
 from vllm_cost_meter.lab.gpu_check.energy import measure_energy
 from vllm_cost_meter.lab.gpu_check.plan import EnergySize
@@ -76,13 +77,9 @@ def powered(work: Path, gpu: Gpu) -> Iterator[Server]:
         server.stop()
 
 
-def wait_for(server: Server, response_id: str, is_there: Callable[[Any], bool]) -> Any:
+def row_once(server: Server, response_id: str, is_there: Callable[[Any], bool]) -> Any:
     """Return a request's row once it is as a test waits for."""
-    deadline = time.monotonic() + TOLD_TIMEOUT_S
-    while not is_there(row := server.bill_of(response_id)):
-        assert time.monotonic() < deadline, row
-        time.sleep(0.2)
-    return row
+    return wait_for(lambda: server.bill_of(response_id), is_there, timeout_s=TOLD_TIMEOUT_S)
 
 
 def test_a_request_has_its_energy_soon_after_its_end_and_all_of_it_adds_up(
@@ -91,7 +88,7 @@ def test_a_request_has_its_energy_soon_after_its_end_and_all_of_it_adds_up(
     with powered.client() as client:
         for _ in range(3):
             reply = ask(client, "/v1/completions", max_tokens=100, ignore_eos=True)
-    row = wait_for(powered, reply.response_id, lambda row: row["energy_reason"] != "pending")
+    row = row_once(powered, reply.response_id, lambda row: row["energy_reason"] != "pending")
     assert row["energy_reason"] is None
     # Of a window of a second or two at 100 W, in which others ran too.
     assert 0 < row["energy_mj"] < 1_000_000
@@ -143,19 +140,17 @@ def test_a_request_that_runs_while_the_driver_fails_has_no_energy_and_the_next_h
     time.sleep(2 * TICK_S)  # until the library was told
     with powered.client() as client:
         reply = ask(client, "/v1/completions", max_tokens=20)
-        row = wait_for(powered, reply.response_id, lambda row: row["energy_reason"] == "error")
+        row = row_once(powered, reply.response_id, lambda row: row["energy_reason"] == "error")
         assert row["energy_mj"] is None
         assert row["gpu_time_ns"] > 0
         gpu.cards[0].energy_result = 0
 
         def reads_again() -> bool:
             reply = ask(client, "/v1/completions", max_tokens=20)
-            row = wait_for(powered, reply.response_id, lambda r: r["energy_reason"] != "pending")
+            row = row_once(powered, reply.response_id, lambda r: r["energy_reason"] != "pending")
             return row["energy_mj"] is not None
 
-        deadline = time.monotonic() + TOLD_TIMEOUT_S
-        while not reads_again():
-            assert time.monotonic() < deadline
+        wait_for(reads_again, timeout_s=TOLD_TIMEOUT_S)
     (run,) = powered.balanced()["runs"]
     assert run["energy_difference_mj"] == 0
     tenants = powered.cost("tenants")

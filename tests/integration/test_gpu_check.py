@@ -10,7 +10,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.integration.server import MODEL, TENANT_KEYS, Server
+from tests.support.waiting import wait_for
 from vllm_cost_meter.attribution.cost_model import CURVE, TWO_PLANES
 from vllm_cost_meter.lab.bench_client import ClosedLoop
 from vllm_cost_meter.lab.gpu_check.plan import ON_CPU
@@ -44,13 +44,6 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
-def wait_until(is_so: Any, what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 def test_a_check_that_is_killed_leaves_what_it_measured_and_no_server(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     asked = [f"--part={part}" for part in ("overlap", "books", "throughput")]
@@ -61,19 +54,21 @@ def test_a_check_that_is_killed_leaves_what_it_measured_and_no_server(tmp_path: 
 
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stderr=log) as check:
         try:
-            wait_until(
-                lambda: (
-                    check.poll() is not None
-                    or "starting the server unmetered" in (tmp_path / "log").read_text()
-                ),
-                (tmp_path / "log").read_text(),
+            wait_for(
+                (tmp_path / "log").read_text,
+                lambda log: check.poll() is not None or "starting the server unmetered" in log,
+                timeout_s=TIMEOUT_S,
             )
             assert check.poll() is None, (tmp_path / "log").read_text()
             model = found()["servers"]["alone"]["command"].split()[2]
-            wait_until(lambda: processes_with(model), "the unmetered server")
+            wait_for(
+                lambda: processes_with(model), timeout_s=TIMEOUT_S, what="the unmetered server"
+            )
         finally:
             check.send_signal(signal.SIGKILL)
-    wait_until(lambda: not processes_with(model), "the end of the unmetered server")
+    wait_for(
+        lambda: not processes_with(model), timeout_s=TIMEOUT_S, what="the unmetered server ends"
+    )
     parts = found()["parts"]
     states = {name: part["state"] for name, part in parts.items()}
     assert states == {"overlap": "measured", "books": "measured", "throughput": "left out"}, parts
@@ -152,7 +147,9 @@ def test_pairs_of_runs_measure_both_servers_with_the_same_requests(
         return sum(row["requests"] for row in tenants if row["tenant"] == "beta")
 
     sent = 2 * (3 + 4 * 5)
-    wait_until(
-        lambda: of_beta(server.cost("tenants")["tenants"]) == of_beta(before) + sent, "bills"
+    wait_for(
+        lambda: of_beta(server.cost("tenants")["tenants"]),
+        lambda billed: billed == of_beta(before) + sent,
+        timeout_s=TIMEOUT_S,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["client.log"]

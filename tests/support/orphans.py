@@ -3,8 +3,9 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from tests.support.waiting import wait_for
 
 ENDS_WITHIN_S = 30
 
@@ -26,7 +27,4 @@ def assert_child_ends_with(parent_code: str, *arguments: str) -> None:
         assert is_running(pid)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    deadline = time.monotonic() + ENDS_WITHIN_S
-    while is_running(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not is_running(pid), timeout_s=ENDS_WITHIN_S)

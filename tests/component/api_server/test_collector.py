@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.waiting import wait_for
 from tests.support.world import COST_HEADERS, JSON, misses, replying
 from vllm_cost_meter import activation, metrics
 from vllm_cost_meter.api_server.breaker import Breaker
@@ -338,10 +339,7 @@ def test_a_header_waits_for_at_most_the_write_under_way_and_its_own(world, monke
 def test_the_first_reply_does_not_wait_for_its_journal_to_be_made(tmp_path):
     """API servers but the first write nothing before their first bill."""
     runtime = Runtime(Settings(ledger=f"sqlite:///{tmp_path / 'new' / 'ledger.db'}"))
-    deadline = time.monotonic() + 10
-    while not journal_ids(tmp_path / "new" / "ledger.db.journal"):
-        assert time.monotonic() < deadline, "opened only when it is needed"
-        time.sleep(0.01)
+    wait_for(lambda: journal_ids(tmp_path / "new" / "ledger.db.journal"))
     runtime.writer.close(5)
 
 

@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from fastapi import FastAPI, Request
 
 from tests.component.endpoint.test_server import Client
 from tests.support.logs import lines_of
+from tests.support.orphans import is_running
+from tests.support.waiting import wait_for
 from tests.support.world import Engine, World, listening, worlds
 from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.config.loading import load_settings
@@ -274,7 +275,4 @@ def test_it_ends_with_its_api_server_by_kill_9(tmp_path):
         pid = int(parent.stdout.readline())
         assert psutil.Process(pid).nice() == 19
         parent.kill()
-    deadline = time.monotonic() + WAIT_S
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not is_running(pid), timeout_s=WAIT_S)

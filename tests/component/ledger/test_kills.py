@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.component.ledger.test_reader import http, part
+from tests.support.waiting import wait_for
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.journal.places import folder_of_ledger
 from vllm_cost_meter.journal.writer import JournalWriter
@@ -71,10 +72,13 @@ class Server:
             self.told = int(line)
 
     def until(self, told: int) -> None:
-        deadline = time.monotonic() + 60
-        while self.told < told:
-            assert time.monotonic() < deadline, f"{self.run_id} said {self.told}"
-            time.sleep(0.005)
+        wait_for(
+            lambda: self.told,
+            lambda said: said >= told,
+            timeout_s=60,
+            what=self.run_id,
+            pause_s=0.005,
+        )
 
     def kill(self) -> None:
         self.process.kill()

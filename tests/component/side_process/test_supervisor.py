@@ -15,10 +15,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 
 from tests.support.logs import lines_of
+from tests.support.orphans import is_running
+from tests.support.waiting import wait_for
 from vllm_cost_meter.errors import AwayError
 from vllm_cost_meter.side_process.channel import RefusedError, decoded
 from vllm_cost_meter.side_process.supervisor import Pauses, SideProcess
@@ -82,10 +83,6 @@ def run_on(request) -> Callable[[Callable[[], Awaitable[None]]], None]:
     import uvloop  # comes with vLLM
 
     return lambda test: uvloop.run(test())
-
-
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_it_answers_asks_back_and_tells_news_and_both_ends_are_told_of_errors(run_on):
@@ -156,7 +153,7 @@ def test_after_kill_9_it_comes_back_and_the_log_says_so_once_each(caplog, run_on
                 assert (echo.side.restarts, echo.side.state) == (1, "ok")
                 assert echo.side.pid != first
                 assert echo.side.last_end == "was ended by SIGKILL"
-                assert is_gone(first)
+                assert not is_running(first)
             assert len([line for line in lines() if "was ended by SIGKILL" in line]) == 1
             assert len([line for line in lines() if "works again" in line]) == 1
 
@@ -232,7 +229,7 @@ def test_a_stopped_one_is_gone_even_if_it_is_deaf():
             busy = asyncio.create_task(echo.ask("busy", 600))
             await asyncio.sleep(0.2)
             await echo.side.stop()
-            assert is_gone(pid)
+            assert not is_running(pid)
             assert (echo.side.state, echo.side.pid) == ("off", None)
             with pytest.raises(AwayError):
                 await busy
@@ -279,12 +276,9 @@ def test_it_ends_with_its_api_server_by_kill_9_even_if_it_is_deaf(busy):
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         time.sleep(0.5 if busy else 0)
-        assert not is_gone(pid)
+        assert is_running(pid)
         parent.kill()
-    deadline = time.monotonic() + WAIT_S
-    while not is_gone(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not is_running(pid), timeout_s=WAIT_S)
 
 
 def test_by_hand_it_says_what_it_is():
