@@ -11,6 +11,7 @@ import pytest
 from tests.support.pages import DOCS, PAGES, ROOT, section, table_rows
 from vllm_cost_meter.api_server import reply_bytes as reply
 from vllm_cost_meter.api_server.refusal import refusal, warning
+from vllm_cost_meter.api_server.reply_plan import COMMENT_HEADER
 from vllm_cost_meter.cli.commands import whole
 from vllm_cost_meter.config.loading import OTHER_NAMES
 from vllm_cost_meter.config.settings import PREFIX, Settings
@@ -149,6 +150,7 @@ def test_header_names_are_those_of_the_code(page):
     sent = {name.decode() for name, _ in (*reply.headers(cost), *of_budgets)} | {
         BILL_KEY,
         PROOF_HEADER,
+        COMMENT_HEADER.decode(),
     }
     assert set(re.findall(r"\bx-cost-meter-[a-z-]+[a-z]", page.read_text())) <= sent
 

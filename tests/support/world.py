@@ -56,6 +56,8 @@ BODY = json.dumps(
 TOKEN = b'data: {"choices":[{"text":"a","usage":null}],"usage":null}\n\n'
 USAGE = b'data: {"id":"cmpl-1","choices":[],"usage":{"prompt_tokens":10,"completion_tokens":5}}\n\n'
 DONE = b"data: [DONE]\n\n"
+# By this header a client asks for a comment in its stream.
+ASKED = (b"x-cost-meter-comment", b"true")
 # Where the fields of the meter begin in a usage object, at what `Engine.billed` bills.
 COST = b',"cost":0.000000030,"cost_details":'
 # 36 USD an hour are 0.01 nano-USD a nanosecond: costs can be told at a glance.

@@ -32,6 +32,7 @@ from vllm_cost_meter.api_server.judging import (
     wait_for_figures,
 )
 from vllm_cost_meter.api_server.reply_editor import BODY, ReplyEditor
+from vllm_cost_meter.api_server.reply_plan import exposed_to, plan_of
 from vllm_cost_meter.api_server.request_body import (
     BODY_BYTES_MAX,
     claims_of,
@@ -136,7 +137,7 @@ class CostMiddleware:
             await asyncio.sleep(judged.delay_s)
         editor = None
         if exchange is not None:
-            editor = guard.run("new editor", _new_editor, runtime, exchange, send, judged)
+            editor = guard.run("new editor", _new_editor, runtime, exchange, scope, send, judged)
         # Set it even to None, because the context may hold another tenant's exchange.
         exchange = exchange if editor is not None else None
         set_exchange(scope, exchange)
@@ -242,9 +243,13 @@ def _judged(
     return judge_unmetered(scope, settings, checked)
 
 
-def _new_editor(runtime: Runtime, exchange: Exchange, send: Send, judged: Judged) -> ReplyEditor:
-    mode = runtime.settings.reply_for(exchange.owner.tenant)
-    return ReplyEditor(runtime.collector, runtime.guard, exchange, send, mode, judged.warnings)
+def _new_editor(
+    runtime: Runtime, exchange: Exchange, scope: Scope, send: Send, judged: Judged
+) -> ReplyEditor:
+    settings = runtime.settings
+    detail = settings.reply_for(exchange.owner.tenant)
+    plan = plan_of(scope["headers"], detail, settings.stream_comment, judged.warnings)
+    return ReplyEditor(runtime.collector, runtime.guard, exchange, send, plan)
 
 
 async def _refuse(refusal: Refusal, scope: Scope, send: Send) -> None:
@@ -252,7 +257,6 @@ async def _refuse(refusal: Refusal, scope: Scope, send: Send) -> None:
         # The socket is not accepted yet, so the server answers the handshake with 403.
         await send({"type": "websocket.close", "code": 1008})
         return
-    await send(
-        {"type": "http.response.start", "status": refusal.status, "headers": refusal.headers}
-    )
+    headers = exposed_to(scope["headers"], refusal.headers)
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": BODY, "body": refusal.body})

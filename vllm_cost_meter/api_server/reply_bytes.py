@@ -204,7 +204,7 @@ def final_usage(event: bytes) -> Usage | None:
 def insert_usage(event: bytes, cost: ReplyCost) -> bytes:
     """Add the cost at the end of an event's usage object; no other byte changes.
 
-    The new fields are `cost` (null without a price) and `cost_details`. An event that is not a
+    The new fields are `cost` (left out without a price) and `cost_details`. An event that is not a
     final usage event, or has one of these fields already, is returned unchanged.
     """
     found = _final_usage(event)
@@ -345,28 +345,36 @@ def _value(text: str, span: _Span | None) -> object:
 
 
 def _usage_fields(cost: ReplyCost) -> str:
-    """Return the members `cost` (null without a price) and `cost_details` of a usage object."""
-    return (
-        f'"cost":{format_usd(cost.cost_nanousd) or "null"},'
-        f'"cost_details":{{"gpu_seconds":{format_nano(cost.gpu_time_ns)},'
-        f'"prefill_gpu_seconds":{format_nano(cost.prefill_ns)},'
-        f'"decode_gpu_seconds":{format_nano(cost.decode_ns)},'
-        f'"marginal_gpu_seconds":{_seconds(cost.marginal_ns)},'
-        f'"marginal_cost":{format_usd(cost.marginal_cost_nanousd) or "null"},'
-        f'"method":{json.dumps(cost.method)},'
-        f'"request_id":{json.dumps(cost.http_request_id)},"tenant":{json.dumps(cost.tenant)},'
-        '"currency":"USD"}'
-    )
+    """Return the members `cost` and `cost_details` of a usage object.
+
+    What is not known is left out: typed clients expect numbers, and refuse a null.
+    """
+    marginal = None if cost.marginal_ns is None else format_nano(cost.marginal_ns)
+    details = {
+        "gpu_seconds": format_nano(cost.gpu_time_ns),
+        "prefill_gpu_seconds": format_nano(cost.prefill_ns),
+        "decode_gpu_seconds": format_nano(cost.decode_ns),
+        "marginal_gpu_seconds": marginal,
+        "marginal_cost": format_usd(cost.marginal_cost_nanousd),
+        "method": json.dumps(cost.method),
+        "request_id": json.dumps(cost.http_request_id),
+        "tenant": json.dumps(cost.tenant),
+        "currency": '"USD"',
+    }
+    usage = {"cost": format_usd(cost.cost_nanousd), "cost_details": f"{{{_members_of(details)}}}"}
+    return _members_of(usage)
 
 
-def _seconds(gpu_time_ns: int | None) -> str:
-    return "null" if gpu_time_ns is None else format_nano(gpu_time_ns)
+def _members_of(values: Mapping[str, str | None]) -> str:
+    """Return the members of a JSON object, given their values as JSON; None is left out."""
+    return ",".join(f'"{name}":{value}' for name, value in values.items() if value is not None)
 
 
 def comment(cost: ReplyCost) -> bytes:
-    """Return a cost as an SSE comment, which clients skip and curl shows.
+    """Return a cost as an SSE comment for the front of an event; clients skip it, curl shows it.
 
-    Values are percent-encoded, so that they stay on one line. An unknown cost is left out.
+    Values are percent-encoded, so that they stay on one line. An unknown cost is left out. No blank
+    line follows: it would end an event without data, and some decoders pass that on.
     """
     usd = format_usd(cost.cost_nanousd)
     priced = f"cost_usd={usd} " if usd is not None else ""
@@ -376,7 +384,7 @@ def comment(cost: ReplyCost) -> bytes:
     )
     seconds = format_nano(cost.gpu_time_ns)
     said = f"{priced}gpu_seconds={seconds} request_id={request_id} tenant={tenant}"
-    return f": cost-meter {said}\n\n".encode("ascii")
+    return f": cost-meter {said}\n".encode("ascii")
 
 
 def headers(cost: ReplyCost) -> list[tuple[bytes, bytes]]:

@@ -1,8 +1,9 @@
 """The reply editor puts the cost into one reply: in headers, or in the events of a stream.
 
-A complete JSON reply is held until its cost is known, and leaves with the cost in headers. A stream
+A complete reply is held until its cost is known, and leaves with the cost in headers. A stream
 passes event by event. Its final usage event gets `usage.cost`, and a comment line with the cost
-goes before the last event. If the cost is not known in time, the reply leaves unedited.
+goes before the last event where somebody asked for one. If the cost is not known in time, the reply
+leaves unedited.
 
 Invariant: a reply leaves byte for byte as it came, except for the fields that
 docs/reference/headers-and-streams.md lists. Every message leaves, whatever fails here.
@@ -15,7 +16,9 @@ from starlette.types import Message, Receive, Send
 from vllm_cost_meter.api_server import reply_bytes
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.collector import Collector
-from vllm_cost_meter.config.types import ReplyDetail
+from vllm_cost_meter.api_server.refusal import Headers
+from vllm_cost_meter.api_server.reply_plan import ReplyPlan
+from vllm_cost_meter.api_server.routes import replies_in_bytes
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.records.requests import Usage
 
@@ -26,6 +29,7 @@ WEBSOCKET_ANSWERS = {
     "websocket.http.response.start": 500,
 }
 BODY = "http.response.body"
+BYTES = b"application/octet-stream"
 
 
 class ReplyEditor:
@@ -37,17 +41,15 @@ class ReplyEditor:
         guard: ApiGuard,
         exchange: Exchange,
         send: Send,
-        mode: ReplyDetail,
-        warnings: Sequence[tuple[bytes, bytes]] = (),
+        plan: ReplyPlan,
     ) -> None:
-        """Make an editor. `mode` says where the client is told the cost; `warnings` are headers."""
+        """Make an editor. `plan` says what the client is told, and where."""
         self._collector = collector
         self._guard = guard
         self._exchange = exchange
         self._sent = exchange.sent
         self._send = send
-        self._mode = mode
-        self._warnings = warnings if mode != "none" else ()
+        self._plan = plan
         self._complete = False
         # The messages of a held reply so far: its start and parts of its body.
         self._held: list[Message] | None = None
@@ -122,15 +124,14 @@ class ReplyEditor:
 
     async def _start(self, message: Message) -> None:
         self._sent.status = message["status"]
-        if self._warnings:
-            message = {**message, "headers": [*message.get("headers", ()), *self._warnings]}
-        content_type = _header(message, b"content-type").partition(b";")[0].strip().lower()
-        if content_type == b"text/event-stream":
+        if self._plan.warnings:
+            message = self._with_headers(message, self._plan.warnings)
+        if _content_type(message) == b"text/event-stream":
             self._sent.streamed = True
             if _can_grow(message):
                 self._events = reply_bytes.SseEvents()
                 self._between_events = True
-        elif content_type == b"application/json" and self._exchange.born:
+        elif self._exchange.born and self._comes_whole(message):
             self._held = [message]
             return
         await self._send(message)
@@ -145,7 +146,23 @@ class ReplyEditor:
         if refusal is None or start["status"] < 400:
             return start
         self._instead = refusal.body
-        return {**start, "status": refusal.status, "headers": refusal.headers}
+        headers = self._plan.exposed(refusal.headers)
+        return {**start, "status": refusal.status, "headers": headers}
+
+    def _comes_whole(self, start: Message) -> bool:
+        """Return whether all of a reply is there when it begins, so that holding it delays nothing.
+
+        Where a client asks for bytes, vLLM sends them as a stream of one piece.
+        """
+        content_type = _content_type(start)
+        return (
+            content_type == b"application/json"
+            or bool(_header(start, b"content-length"))
+            or (content_type == BYTES and replies_in_bytes(self._exchange.route))
+        )
+
+    def _with_headers(self, start: Message, added: Sequence[tuple[bytes, bytes]]) -> Message:
+        return {**start, "headers": [*start.get("headers", ()), *self._plan.exposed(added)]}
 
     # -- complete replies -------------------------------------------------------------------
 
@@ -155,16 +172,16 @@ class ReplyEditor:
             return
         self._held = None
         start = held[0]
-        if headers := await self._cost_headers(held[1:]):
-            start = {**start, "headers": [*start.get("headers", ()), *headers]}
+        if headers := await self._cost_headers(start, held[1:]):
+            start = self._with_headers(start, headers)
         await self._send(start)
         for body in held[1:]:
             await self._send(body)
 
-    async def _cost_headers(self, bodies: list[Message]) -> list[tuple[bytes, bytes]]:
-        body = b"".join(message.get("body", b"") for message in bodies)
-        self._sent.usage = self._guard.run("usage", reply_bytes.usage_of, body) or Usage()
-        if self._mode == "none" or reply_bytes.goes_on(body):
+    async def _cost_headers(self, start: Message, bodies: list[Message]) -> Headers:
+        said = _said_of_usage(start, bodies)
+        self._sent.usage = self._guard.run("usage", reply_bytes.usage_of, said) or Usage()
+        if self._plan.detail == "none" or reply_bytes.goes_on(said):
             return []
         cost = await self._settled_cost()
         if cost is None:
@@ -190,16 +207,17 @@ class ReplyEditor:
         is_end = reply_bytes.is_end(event)
         if usage is not None:
             self._sent.usage = usage
-        if (usage is None and not is_end) or self._mode != "all":
+        has_comment = is_end and self._plan.comments and not self._commented
+        if (usage is None and not has_comment) or self._plan.detail != "all":
             return event
         cost = await self._settled_cost()
         if cost is None:
             return event
-        return self._guard.run("stream", self._with_cost, event, cost, is_end) or event
+        return self._guard.run("stream", self._with_cost, event, cost, has_comment) or event
 
-    def _with_cost(self, event: bytes, cost: reply_bytes.ReplyCost, is_end: bool) -> bytes:
+    def _with_cost(self, event: bytes, cost: reply_bytes.ReplyCost, has_comment: bool) -> bytes:
         edited = reply_bytes.insert_usage(event, cost)
-        if not is_end or self._commented:
+        if not has_comment:
             return edited
         self._commented = True
         return reply_bytes.comment(cost) + edited
@@ -219,6 +237,17 @@ def _header(start: Message, wanted: bytes) -> bytes:
         if name.lower() == wanted:
             return bytes(value)
     return b""
+
+
+def _content_type(start: Message) -> bytes:
+    return _header(start, b"content-type").partition(b";")[0].strip().lower()
+
+
+def _said_of_usage(start: Message, bodies: list[Message]) -> bytes:
+    """Return the JSON that tells a reply's usage: its body, or a header beside a body of bytes."""
+    if _content_type(start) == BYTES:
+        return _header(start, b"metadata")
+    return b"".join(message.get("body", b"") for message in bodies)
 
 
 def _can_grow(start: Message) -> bool:

@@ -144,6 +144,11 @@ def reaches_engine(route: str) -> bool:
     return route in _RULES
 
 
+def replies_in_bytes(route: str) -> bool:
+    """Return whether a route answers with all its bytes at once, where a client asks for bytes."""
+    return _RULES.get(route) in (_pooling, _by_prefix)
+
+
 def serves_tenants(route: str) -> bool:
     """Return whether it matters who asks: for an engine's time, or for a tenant's own figures."""
     return route in _RULES or route in OWN_ROUTES

@@ -156,6 +156,13 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         description="What clients are told: cost in headers and streams, headers only, nothing.",
         json_schema_extra=_about(t.REPLY, live=True),
     )
+    stream_comment: t.StreamComment = Field(
+        default="asked",
+        description="Which streams have a comment line with their cost before their end: those "
+        "whose request asks for it by the header `x-cost-meter-comment: true`, or all others too. "
+        "Some clients take such a line for data.",
+        json_schema_extra=_about(t.COMMENT, live=True),
+    )
     bill_timeout_ms: t.WholeNumber = Field(
         default=250,
         ge=1,

@@ -109,6 +109,7 @@ TOKEN_CHARS_MIN = 16
 TOKEN = f"at least {TOKEN_CHARS_MIN} printable ASCII characters without spaces"
 SHA256 = "64 hexadecimal digits"
 REPLY = "all, headers or none"
+COMMENT = "asked or always"
 UNNAMED = "serve or refuse"
 TENANT_METRICS = "everywhere or side_port"
 TENANT_DETAIL = "exact or coarse"
@@ -248,6 +249,7 @@ def _digest_of_something(digest: str) -> str:
 
 
 ReplyDetail = Literal["all", "headers", "none"]
+StreamComment = Literal["asked", "always"]
 UnnamedRequests = Literal["serve", "refuse"]
 TenantMetrics = Literal["everywhere", "side_port"]
 TenantDetail = Literal["exact", "coarse"]

@@ -320,12 +320,16 @@ def test_inserting_twice_is_inserting_once():
     assert insert_usage(once, COST) == once
 
 
-def test_without_a_price_cost_is_null_and_never_zero():
-    unpriced = ReplyCost(1, 1, 0, None, 1, None, "r", "t", "tokens")
-    usage = json.loads(insert_usage(CHAT_USAGE, unpriced)[6:])["usage"]
-    assert usage["cost"] is None
+def test_what_is_not_known_is_left_out_and_never_null_or_zero():
+    """Typed clients refuse a null where they expect a number."""
+    unpriced = ReplyCost(1, 1, 0, None, None, None, "r", "t", "tokens")
+    event = insert_usage(CHAT_USAGE, unpriced)
+    usage = json.loads(event[6:])["usage"]
+    assert "cost" not in usage
+    assert not {"marginal_gpu_seconds", "marginal_cost"} & set(usage["cost_details"])
     assert usage["cost_details"]["gpu_seconds"] == 1e-9
-    assert b"e-" not in insert_usage(CHAT_USAGE, unpriced)
+    assert b"e-" not in event
+    assert b"null" not in event
 
 
 def test_a_tenants_name_cannot_break_out():
@@ -337,15 +341,14 @@ def test_a_tenants_name_cannot_break_out():
 
 def test_the_comment_is_one_line():
     assert comment(COST) == (
-        b": cost-meter cost_usd=0.000012345 gpu_seconds=1.500000001 "
-        b"request_id=req-1 tenant=alice\n\n"
+        b": cost-meter cost_usd=0.000012345 gpu_seconds=1.500000001 request_id=req-1 tenant=alice\n"
     )
     evil = comment(ReplyCost(1, 1, 0, None, 1, None, "r\r\n", "a b\n\ndata: x\x00é%", "tokens"))
     assert evil.startswith(b": cost-meter gpu_seconds=0.000000001 request_id=r%0D%0A tenant=")
-    assert evil.endswith(b"\n\n")
-    assert evil[:-2].isascii()
-    assert evil[:-2].decode().isprintable()
-    assert unquote(evil[:-2].decode().rpartition("=")[2]) == "a b\n\ndata: x\x00é%"
+    assert evil.endswith(b"\n")
+    assert evil[:-1].isascii()
+    assert evil[:-1].decode().isprintable()
+    assert unquote(evil[:-1].decode().rpartition("=")[2]) == "a b\n\ndata: x\x00é%"
 
 
 # --- headers

@@ -26,7 +26,7 @@ REPLIES = 12
 REPLY_TOKENS = 20
 REPLY_TIMEOUT_S = 120
 DOCTOR_TIMEOUT_S = 120
-# The comment in front of a stream's end.
+# The comment in front of a stream's end, which has decimals as text.
 COMMENT = re.compile(r": cost-meter cost_usd=(\S+) gpu_seconds=(\S+)")
 # Figures of an audited run that a page shows, all in GPU-ns or mJ.
 DIFFERENCES = (
@@ -103,7 +103,11 @@ def _ask(checked: Checked, name: str, rng: random.Random, *, is_stream: bool) ->
         "ignore_eos": True,
         **({"stream": True, "stream_options": {"include_usage": True}} if is_stream else {}),
     }
-    headers = {"content-type": "application/json", "x-request-id": name}
+    headers = {
+        "content-type": "application/json",
+        "x-request-id": name,
+        "x-cost-meter-comment": "true",
+    }
     request = urllib.request.Request(  # noqa: S310 - our own server
         f"{checked.server.url}/v1/completions", json.dumps(body).encode(), headers
     )
