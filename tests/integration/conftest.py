@@ -1,5 +1,6 @@
 """Servers for the integration tests: real ones, each started once and shared where it can be."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.probe import Probe
-from tests.integration.server import BUDGETS, CHILDREN, Server
+from tests.integration.server import BUDGETS, CHILDREN, ORIGIN, Server
 from vllm_cost_meter.lab.server import meter_arguments
 
 KV_BLOCKS = "24"  # of 128 tokens
@@ -26,7 +27,10 @@ def server(work: Path) -> Iterator[Server]:
     tee.mkdir()
     server = Server(
         work / "plain",
-        arguments=[*meter_arguments(), "--enable-prompt-tokens-details"],
+        arguments=[
+            *(*meter_arguments(), "--enable-prompt-tokens-details"),
+            *("--allowed-origins", json.dumps([ORIGIN])),
+        ],
         environment={
             "CMT_TEE": str(tee),
             "CMT_SEEN": str(work / "seen"),

@@ -87,6 +87,8 @@ rule = "api_key"
 rule = "user"
 """
 MODEL = "tiny"
+# The origin of web pages that may ask a server.
+ORIGIN = "https://chat.example"
 
 
 def free_port() -> int:

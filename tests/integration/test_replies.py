@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from tests.integration.server import TENANT_KEYS, Server
+from tests.integration.server import ORIGIN, TENANT_KEYS, Server
 from tests.integration.traffic import PROMPT, Reply, ask, body_of
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
@@ -90,9 +90,9 @@ def test_a_stream_that_asks_for_nothing_gets_nothing_and_is_billed(
 
 def test_a_web_page_may_read_what_its_reply_cost(server: Server) -> None:
     """vLLM lets pages of other origins ask; a browser then shows them exposed headers only."""
-    with server.client(headers={"origin": "https://chat.example"}) as client:
+    with server.client(headers={"origin": ORIGIN}) as client:
         reply = ask(client, "/v1/chat/completions")
-    assert reply.headers["access-control-allow-origin"] == "*"
+    assert reply.headers["access-control-allow-origin"] == ORIGIN
     exposed = reply.headers["access-control-expose-headers"].split(", ")
     assert set(exposed) == {name for name in reply.headers if name.startswith("x-")}
 
@@ -374,7 +374,7 @@ def test_what_left_the_middleware_is_what_entered_but_for_our_fields(server: Ser
         ours = re.sub(rb',"cost":[0-9.]+,"cost_details":\{[^{}]*\}', b"", ours)
         assert ours == entered
         compared += left.read_bytes() != entered
-    assert compared > 10
+    assert compared >= len(ROUTES), "each route has streams that were edited"
 
 
 def _misses(server: Server) -> float:
