@@ -180,5 +180,7 @@ def test_a_taken_port_is_one_warning_and_inert_serves_beside(beside: Beside) -> 
     with named.client() as client:
         sent = {"stream": True, "stream_options": {"include_usage": True}}
         body = {"model": "tiny", "prompt": "a", "max_tokens": 2, **sent}
-        assert '"cost":null' in client.post("/v1/completions", json=body).text
+        told = client.post("/v1/completions", json=body).text
+        assert '"cost_details":{"gpu_seconds":' in told
+        assert '"cost":' not in told
     assert httpx.get(f"{inert.url}/metrics").text.count("cost_meter_") == 0
