@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from vllm_cost_meter.lab.server import free_ports
 from vllm_cost_meter.lab.tiny_model import default_path
 
 START_TIMEOUT_S = 240
@@ -91,12 +91,6 @@ MODEL = "tiny"
 ORIGIN = "https://chat.example"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @dataclass
 class Server:
     """One `vllm serve` with its ledger, log and endpoints."""
@@ -108,8 +102,8 @@ class Server:
     price: str | None = "2.50"
     config: str = ""
     model_path: Path = field(default_factory=default_path)
-    port: int = field(default_factory=free_port)
-    side_port: int = field(default_factory=free_port)
+    port: int = field(default_factory=lambda: free_ports(1)[0])
+    side_port: int = field(default_factory=lambda: free_ports(1)[0])
     process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from random import Random
 
-from tests.integration.server import Server, free_port
+from tests.integration.server import Server
 from tests.soak.clients import Clients
-from vllm_cost_meter.lab.server import meter_arguments
+from vllm_cost_meter.lab.server import free_ports, meter_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ class FakeServers:
     def _keep_up(self) -> None:
         while not self._is_over.is_set():
             self.starts += 1
-            self._port = free_port()
+            (self._port,) = free_ports(1)
             run_id = f"{self._name}-{self.starts}"
             command = [sys.executable, "-m", "tests.soak.fake_server", str(self._folder)]
             with (self._folder / f"{self._name}.log").open("ab") as log:

@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -110,13 +111,21 @@ def environment_of(cache: Path, *, offline: bool) -> dict[str, str]:
     return environment
 
 
+# Below those that Linux gives to connections and to whoever asks for any port: one of them may be
+# taken between our look and the start of a server, which takes half a minute.
+_PORTS = range(20_000, 32_000)
+
+
 def free_ports(count: int) -> list[int]:
-    """Return different free ports on loopback."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((LOOPBACK, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Return different free ports on loopback. Raises ServerError if there are not so many."""
+    found: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise ServerError(f"expected {count} free ports on {LOOPBACK}, got {len(found)}")
 
 
 def get_json(port: int, path: str) -> Any:
