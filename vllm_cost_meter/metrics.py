@@ -78,6 +78,36 @@ LEDGER_APPLIED = Gauge(
     "When the ledger last held all that was journaled",
     multiprocess_mode="mostrecent",
 )
+FLEET_UP = Gauge(
+    "cost_meter_fleet_up",
+    "1 while the fleet's database can be sent to, 0 while what it is to get waits in the ledger",
+    ["database"],
+    multiprocess_mode="mostrecent",
+)
+FLEET_FAILURES = Gauge(
+    "cost_meter_fleet_failures",
+    "Failed attempts to send to the fleet since its process began",
+    ["database"],
+    multiprocess_mode="mostrecent",
+)
+FLEET_WAITING_ROWS = Gauge(
+    "cost_meter_fleet_waiting_rows",
+    "Transactions of the ledger that the fleet is still to get",
+    ["database"],
+    multiprocess_mode="mostrecent",
+)
+FLEET_WAITING_BYTES = Gauge(
+    "cost_meter_fleet_waiting_bytes",
+    "Bytes that they take in the ledger",
+    ["database"],
+    multiprocess_mode="mostrecent",
+)
+FLEET_SENT = Gauge(
+    "cost_meter_fleet_sent_timestamp_seconds",
+    "When the fleet last had all of the ledger",
+    ["database"],
+    multiprocess_mode="mostrecent",
+)
 LEDGER_SET_ASIDE = Gauge(
     "cost_meter_ledger_set_aside_files",
     "Damaged files of the ledger that were set aside and are not merged back",
@@ -241,6 +271,26 @@ def set_ledger(
     FREE_BYTES.set(math.nan if free_bytes is None else free_bytes)
     LEDGER_SET_ASIDE.set(math.nan if set_aside is None else set_aside)
     LEDGER_APPLIED.set(math.nan if applied_at_s is None else applied_at_s)
+
+
+def set_fleet(
+    database: str,
+    *,
+    is_up: bool,
+    failures: int,
+    waiting_rows: int,
+    waiting_bytes: int,
+    sent_at_s: float | None,
+) -> None:
+    """Show how sending to a fleet's database does; what is unknown is NaN.
+
+    A server without a fleet has no such series: 0 would look like an outage.
+    """
+    FLEET_UP.labels(database).set(is_up)
+    FLEET_FAILURES.labels(database).set(failures)
+    FLEET_WAITING_ROWS.labels(database).set(waiting_rows)
+    FLEET_WAITING_BYTES.labels(database).set(waiting_bytes)
+    FLEET_SENT.labels(database).set(math.nan if sent_at_s is None else sent_at_s)
 
 
 def set_journal(waiting: int, dropped: int, *, is_in_second_place: bool, has_reserve: bool) -> None:

@@ -1,13 +1,14 @@
 """The ledger in a real PostgreSQL: what it cannot take stops nothing else; answers are SQLite's.
 
-Method: one set of records goes through the writer into PostgreSQL and into SQLite. Every question
-of the reader must have the same answer from both.
+Method: one set of records goes through the writer into PostgreSQL, into SQLite, and by two servers'
+ledgers into the database of a fleet. Every question of the reader must have the same answer from
+all of them.
 """
 
 import random
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sqlalchemy import create_engine, text
 from tests.component.ledger.test_reader import HOUR, NOW, http, part, snapshot
 from tests.ecosystem.postgresql import Server
 from tests.support.builders import make_open
+from tests.support.fleet import sent
 from tests.support.ledger_writer import LedgerWriter
 from tests.support.older import as_version_17
 from tests.support.world import BODY, JSON, World, journal, replying, scope_of
@@ -157,11 +159,11 @@ def test_ids_that_clients_choose_are_stored_whatever_they_are(tmp_path: Path, ur
 # ---- the same answers as from SQLite
 
 
-def written(url: str) -> None:
+def written(url: str, runs: Sequence[str] = ("run", "Run 2")) -> None:
     """Write two runs with bills of several tenants over three hours, energy, and one that runs."""
     writer = LedgerWriter(url)
     writer.start()
-    for run in ("run", "Run 2"):
+    for run in runs:
         bills = [_bill(run, seq) for seq in range(1, 25)]
         replies = [http(f"{run}-{n}", at=n, owner=OWNERS[n % len(OWNERS)]) for n in range(1, 25)]
         writer.commit(*bills, *replies, _state(run, bills)).result(30)
@@ -202,21 +204,29 @@ def _state(run: str, bills: list[Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[list[LedgerReader]]:
-    """Return readers of a ledger in SQLite and of one in PostgreSQL with the same records."""
-    urls = [f"sqlite:///{tmp_path_factory.mktemp('both') / 'ledger.db'}", server.new_database()]
-    readers = []
+    """Return readers of a ledger in SQLite, of one in PostgreSQL, and of a fleet, all the same."""
+    folder = tmp_path_factory.mktemp("both")
+    urls = [f"sqlite:///{folder / 'ledger.db'}", server.new_database()]
     for each in urls:
         written(each)
-        readers.append(LedgerReader(each, book=BOOK))
+    fleet = server.new_database()
+    for name in ("run", "Run 2"):
+        url = f"sqlite:///{folder / name}.db"
+        if name == "run":  # the other one joins with what it had
+            sent(url, fleet)
+        written(url, [name])
+        sent(url, fleet)
+    readers = [LedgerReader(each, book=BOOK) for each in (*urls, fleet)]
     yield readers
     for reader in readers:
         reader.close()
 
 
 def same(both: list[LedgerReader], ask: Callable[[LedgerReader], Any]) -> Any:
-    """Ask both; return the answer that they must have in common."""
-    of_sqlite, of_postgresql = (ask(reader) for reader in both)
-    assert of_postgresql == of_sqlite
+    """Ask all; return the answer that they must have in common."""
+    of_sqlite, *others = (ask(reader) for reader in both)
+    for other in others:
+        assert other == of_sqlite
     return of_sqlite
 
 
@@ -262,9 +272,13 @@ def test_statements_are_the_same(both: list[LedgerReader], tenant: str | None) -
     assert same(both, lambda reader: reader.statement("2027-01", **asked))["lines"]
 
 
-def test_the_audit_finds_both_balanced(both: list[LedgerReader]) -> None:
-    assert same(both, lambda reader: reader.audit(AS_OF))["balanced"]
-    assert same(both, lambda reader: reader.audit(AS_OF, full=True))["balanced"]
+def test_the_audit_finds_all_balanced(both: list[LedgerReader]) -> None:
+    for full in (False, True):
+        same(both, lambda reader, full=full: {**reader.audit(AS_OF, full=full), "fleet": None})
+        assert [reader.audit(AS_OF, full=full)["balanced"] for reader in both] == [True] * 3
+    *others, of_fleet = (reader.audit(AS_OF)["fleet"] for reader in both)
+    assert others == [None, None]
+    assert of_fleet == {"senders": 2, "runs": 2, "complete_runs": 2, "incomplete": []}
 
 
 def test_summary_tenants_models_and_what_was_seen_are_the_same(both: list[LedgerReader]) -> None:
@@ -279,12 +293,13 @@ def test_summary_tenants_models_and_what_was_seen_are_the_same(both: list[Ledger
 
 
 def test_economics_are_the_same_to_the_last_digits(both: list[LedgerReader]) -> None:
-    of_sqlite, of_postgresql = (economics(each, Declared(), as_of=AS_OF) for each in both)
-    figures = [each.pop("figures") for each in (of_sqlite, of_postgresql)]
-    assert of_sqlite == of_postgresql
+    of_each = [economics(each, Declared(), as_of=AS_OF) for each in both]
+    figures = [each.pop("figures") for each in of_each]
+    assert of_each[1:] == of_each[:1] * 2
     # Databases add up floating point numbers in orders of their own.
     known = [{n: v for n, v in each.items() if v is not None} for each in figures]
-    assert known[1] == pytest.approx(known[0], rel=1e-12)
+    for other in known[1:]:
+        assert other == pytest.approx(known[0], rel=1e-12)
     assert len(known[0]) > 20
     assert known[0]["kv_cost_usd"] > 0
 
@@ -369,7 +384,7 @@ def test_a_ledger_of_the_version_before_is_packed_and_every_answer_stays(url: st
 
 def _figures(url: str) -> list[Any]:
     with LedgerReader(url, book=BOOK) as reader:
-        audit = {**reader.audit(AS_OF, full=True), "rows_kept_from": None}
+        audit = {**reader.audit(AS_OF, full=True), "rows_kept_from": None, "fleet": None}
         reports = [reader.tenants(*hours, as_of=AS_OF) for hours in ((), (HOUR - 1, HOUR))]
         return [audit, *reports, reader.report(aggregate="tenant,hour", as_of=AS_OF)]
 

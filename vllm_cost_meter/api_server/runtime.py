@@ -33,6 +33,8 @@ from vllm_cost_meter.api_server.judging import refuse_birth
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.poller import Poller
 from vllm_cost_meter.api_server.record_making import price_of_run
+from vllm_cost_meter.api_server.shipping.follower import Shipping
+from vllm_cost_meter.api_server.shipping.messages import ShippingHello
 from vllm_cost_meter.api_server.side_endpoint import SideEndpoint, health_of
 from vllm_cost_meter.api_server.start_check import what_is_wrong
 from vllm_cost_meter.config.loading import load_settings
@@ -96,6 +98,10 @@ class Runtime:
                 settings.archive,
             )
         )
+        self.shipping: Shipping | None = None
+        if settings.fleet is not None:
+            hello = ShippingHello(self.ledger_url, settings.fleet, settings.fleet_interval_s)
+            self.shipping = Shipping(hello)
         self.collector = Collector(
             self.writer,
             self.guard,
@@ -148,6 +154,8 @@ class Runtime:
         }
         if self.follower is not None:
             processes["budgets"] = self.follower.process
+        if self.shipping is not None:
+            processes["fleet"] = self.shipping.process
         is_failing = ledger_error is not None or any(each["state"] != "ok" for each in loops)
         return {
             "status": "off" if self.guard.off else "failing" if is_failing else "ok",
@@ -211,6 +219,8 @@ class Runtime:
             announce=self._announce_all,
         )
         self.applying.start()
+        if self.shipping is not None:
+            self.shipping.start()
         self.collector.facts_of = self.poller.facts_of
         self._start_task("poll", self.poller.run)
         self._start_task("names", self._look_at_names)
@@ -232,6 +242,8 @@ class Runtime:
             await self.follower.stop()
         await asyncio.to_thread(self.writer.close, 2.0)
         await self.applying.stop()
+        if self.shipping is not None:
+            await self.shipping.stop()
 
     def _start_task(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Start a task, unless it runs already."""

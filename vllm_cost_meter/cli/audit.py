@@ -55,6 +55,8 @@ def audit(
 
 def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
     """Yield the audit as text: a few lines per run, more where it does not balance."""
+    if (fleet := answer["fleet"]) is not None:
+        yield from _fleet_lines(fleet)
     for run in answer["runs"]:
         yield (
             f"{run['started_at'][:16].replace('T', ' ')} {run['host']} {run['model']},"
@@ -90,6 +92,28 @@ def audit_lines(answer: Mapping[str, Any]) -> Iterator[str]:
     yield _verdict(answer)
 
 
+def _fleet_lines(fleet: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how much of a fleet is complete, and of each other run what may be missing."""
+    yield (
+        f"fleet: {fleet['complete_runs']} of {fleet['runs']} runs of {fleet['senders']} ledgers are"
+        " complete: every bill is here, and they add up to the nanosecond"
+    )
+    incomplete = fleet["incomplete"]
+    for run in incomplete[:LINES_MAX]:
+        held_by = ", ".join(run["held_by"]) or "(unknown)"
+        missing = f"bills {', '.join(run['missing_bills'])}"
+        said = {
+            "arriving": f"{missing} are not here yet; {held_by} sends them",
+            "missing": f"{missing} are not here; {held_by} holds them, silent since",
+            "unknown": "later bills are unknown; the last word of its server was at",
+        }[run["state"]]
+        at = "" if run["state"] == "arriving" else f" {run['last_word_at']}"
+        which = f"run {run['run_id'][:8]} on {run['host']}, up to bill {run['last_seq']}"
+        yield f"  {which}: {said}{at}"
+    if len(incomplete) > LINES_MAX:
+        yield f"  and {len(incomplete) - LINES_MAX} more; --json lists them"
+
+
 def _verdict(answer: Mapping[str, Any]) -> str:
     if answer["balanced"] is None:
         return f"NOT PROVED: {_WHY_UNKNOWN[answer['reason']]}"
@@ -99,6 +123,7 @@ def _verdict(answer: Mapping[str, Any]) -> str:
 _WHY_UNKNOWN = {
     "not_applied": "journals hold what the ledger lacks: run `vllm-cost-meter ledger apply`",
     "set_aside": "a damaged file was set aside: repair it and merge it back, as said above",
+    "not_sent": "a server may hold bills that this fleet lacks, as said above",
     "no_runs": "this ledger has no engine run",
     "no_totals": "no totals are known of a run, so its bills cannot be held against anything",
 }

@@ -100,6 +100,21 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         "`$XDG_STATE_HOME/vllm-cost-meter/ledger.db` (SQLite).",
         json_schema_extra=_about(t.LEDGER, secret=True),
     )
+    fleet: t.FleetUrl | None = Field(
+        default=None,
+        repr=False,
+        description="The database of a fleet, which gets all that the ledger gets: "
+        "[many servers](../howto/fleet.md). The ledger itself is then a SQLite file.",
+        json_schema_extra=_about(t.FLEET, secret=True),
+    )
+    fleet_interval_s: t.Number = Field(
+        default=2.0,
+        ge=0.1,
+        le=3_600,
+        allow_inf_nan=False,
+        description="How often what is new is sent to the fleet.",
+        json_schema_extra=_about("a number from 0.1 to 3600", "s"),
+    )
     host: t.Host = Field(
         default="127.0.0.1",
         description="Address the side endpoint listens on. Off loopback `admin_token` is needed.",
@@ -311,6 +326,14 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
                 f"a token, because the side endpoint listens on {host}, off loopback", "nothing"
             )
         return token
+
+    @field_validator("fleet")
+    @classmethod
+    def _beside_a_file(cls, fleet: str | None, info: ValidationInfo) -> str | None:
+        ledger = info.data.get("ledger")
+        if fleet is not None and ledger is not None and not ledger.startswith("sqlite"):
+            raise t.WrongError("a SQLite ledger on the server's own disk beside it", "PostgreSQL")
+        return fleet
 
     @field_validator("budgets")
     @classmethod

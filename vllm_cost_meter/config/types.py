@@ -102,6 +102,7 @@ NOTE = f"1 to {_NOTE_CHARS_MAX} printable characters"
 PATTERN = f"{NOTE}: a name, or a pattern with `*`, `?` or `[...]`"
 PORT = "0 to 65535, or off"
 LEDGER = "an SQLAlchemy URL such as sqlite:////var/lib/cost-meter/ledger.db"
+FLEET = "the SQLAlchemy URL of a PostgreSQL database, as postgresql+psycopg://user@host/fleet"
 HOST = "a host name or an IP address"
 HEADER = "the name of an HTTP header, at most 64 characters"
 # A shorter token could be guessed. Random text of this length cannot.
@@ -242,6 +243,12 @@ def _with_duckdb(folder: str) -> str:
     return folder
 
 
+def _with_psycopg(url: str) -> str:
+    if importlib.util.find_spec("psycopg") is None:
+        raise WrongError("psycopg beside it (pip install 'vllm-cost-meter[fleet]')", "none")
+    return url
+
+
 def _digest_of_something(digest: str) -> str:
     if digest.lower() == _SHA256_OF_NOTHING:
         raise WrongError("the SHA-256 of a key", "the SHA-256 of an empty text")
@@ -271,6 +278,9 @@ Currency = Annotated[str, AfterValidator(_known_currency)]
 FullHour = Annotated[int, BeforeValidator(_full_hour)]
 Note = Annotated[str, AfterValidator(_note)]
 Url = Annotated[str, _matching(r"[a-z][a-z0-9+_]*://.*", LEDGER)]
+FleetUrl = Annotated[
+    str, _matching(r"postgresql\+psycopg://.*", FLEET), AfterValidator(_with_psycopg)
+]
 Folder = Annotated[str, _matching(r"/.+", FOLDER)]
 ArchiveFolder = Annotated[Folder, AfterValidator(_with_duckdb)]
 Host = Annotated[str, _matching(r"[0-9A-Za-z.:_%-]{1,255}", HOST)]

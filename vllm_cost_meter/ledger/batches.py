@@ -31,6 +31,8 @@ from vllm_cost_meter.ledger.damage.noticing import damage_in
 from vllm_cost_meter.ledger.damage.setting_aside import name_set_aside
 from vllm_cost_meter.ledger.database import open_database, parse_url, sqlite_path, writing
 from vllm_cost_meter.ledger.faults import Fault, fault_of
+from vllm_cost_meter.ledger.fleet.changes import changes_of
+from vllm_cost_meter.ledger.fleet.outbox import putting_in
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.journal_place import journal_folder
 from vllm_cost_meter.ledger.progress import JournalProgress, read_positions, write_progress
@@ -163,7 +165,7 @@ class BatchWriter:
             # The usual way has no savepoint.
             with writing(engine).connect() as connection:
                 _set_sync(connection, to_disk=to_disk)
-                with connection.begin():
+                with connection.begin(), putting_in(connection):
                     write(connection, records)
                     beside(connection, [])
         except Exception as error:
@@ -173,7 +175,7 @@ class BatchWriter:
             return []
         with writing(engine).connect() as connection:
             _set_sync(connection, to_disk=to_disk)
-            with connection.begin():
+            with connection.begin(), putting_in(connection):
                 bad = _write_what_can_be(connection, records)
                 _refuse_to_give_up_all(records, bad)
                 refused = [BadRecord(each, bad[id(each)]) for each in records if id(each) in bad]
@@ -232,10 +234,14 @@ def _write_what_can_be(
     A group that fails is split in halves until the bad record is alone, whatever the error is
     called. Raises only what is the database's fault.
     """
+    changes = changes_of(connection)
+    mark = 0 if changes is None else changes.mark()
     try:
         with connection.begin_nested():
             write(connection, records)
     except Exception as error:
+        if changes is not None:
+            changes.back_to(mark)
         if fault_of(error) is Fault.DATABASE:
             raise
         if len(records) == 1:

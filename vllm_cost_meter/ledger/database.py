@@ -413,6 +413,11 @@ def refuse_newer(version: int, name: str) -> None:
 
 def _ensure_schema(engine: Engine, shown: str, *, create: bool, upgrade: bool) -> None:
     found = recorded_version(engine)
+    if found is not None and (create or upgrade) and _is_fleet(engine):
+        raise LedgerError(
+            f"ledger {shown}: expected a ledger, got the database of a fleet; name it in"
+            " COST_METER_FLEET, and a file of the server's own in COST_METER_LEDGER"
+        )
     if found is None and create:
         _create_schema(engine)
         found = recorded_version(engine)
@@ -460,6 +465,14 @@ def recorded_version(engine: Engine) -> int | None:
             return None
         rows = connection.execute(select(schema_version.c.version)).scalars().all()
         return max(rows, default=None)
+
+
+def _is_fleet(engine: Engine) -> bool:
+    # Only PostgreSQL has fleets; the name is that of a table in `fleet/schema.py`.
+    if engine.dialect.name != "postgresql":
+        return False
+    with engine.connect() as connection:
+        return inspect(connection).has_table("fleet_version")
 
 
 def _create_schema(engine: Engine) -> None:

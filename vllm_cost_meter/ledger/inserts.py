@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.ledger import rows, schema
+from vllm_cost_meter.ledger.fleet.changes import changes_of
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.retention.known import without_dropped
 from vllm_cost_meter.ledger.rollups.adding import NewRows, add, new_rows
@@ -150,6 +151,8 @@ def _run(
     up the GIL for every row, which would hold up whoever shares the process with an event loop;
     the applier has a process of its own.
     """
+    changes = changes_of(connection)
+    values = values if changes is None else changes.passing(table, values)
     if connection.dialect.name == "postgresql":
         if whole := list(values):
             connection.execute(_statement(postgresql.insert(table), upsert=upsert), whole)

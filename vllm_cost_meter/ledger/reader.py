@@ -23,6 +23,7 @@ from vllm_cost_meter.ledger.billing.answers import InvoiceDays
 from vllm_cost_meter.ledger.billing.comparison import invoice_days
 from vllm_cost_meter.ledger.database import cause_of, open_to_read
 from vllm_cost_meter.ledger.deadline import bounded, deadline
+from vllm_cost_meter.ledger.fleet.completeness import alive_in
 from vllm_cost_meter.ledger.queries import reports, requests
 from vllm_cost_meter.ledger.queries.answers import Audit, CostModelRow
 from vllm_cost_meter.ledger.queries.cost_models import earlier_fit, models
@@ -387,7 +388,9 @@ class LedgerReader:
         return book if isinstance(book, PriceBook) else book()
 
     def _living(self, as_of: AsOf) -> Living:
-        return Living(as_of.instant_ns(), frozenset(self._alive()))
+        with self.transaction() as connection:
+            told_of = alive_in(connection)
+        return Living(as_of.instant_ns(), frozenset((*self._alive(), *told_of)))
 
     def _only_match(self, id: str) -> Match | None:
         """Return the only match of an id; None without one. Raises ValueError for several."""

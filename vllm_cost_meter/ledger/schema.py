@@ -12,6 +12,7 @@ bills of each run, so that reports and audits need not read them one by one. The
 rows, and change in the transaction that writes them.
 
 `journals` says how far each journal is in this file, in the transaction that brought its records.
+`outbox` has what a fleet's database is still to be sent.
 
 An HTTP exchange stands in the row of its bill where it can, else in `http_requests`
 (`tables/replies.py`). A row of `open_requests` goes when its bill comes. `billed_hours` follows
@@ -47,6 +48,8 @@ from vllm_cost_meter.ledger.tables.dropped import dropped_hours as dropped_hours
 from vllm_cost_meter.ledger.tables.dropped import dropped_latencies as dropped_latencies
 from vllm_cost_meter.ledger.tables.dropped import dropped_unknown_energy as dropped_unknown_energy
 from vllm_cost_meter.ledger.tables.dropped import row_cutoffs as row_cutoffs
+from vllm_cost_meter.ledger.tables.outbox import fleet_sender as fleet_sender
+from vllm_cost_meter.ledger.tables.outbox import outbox as outbox
 from vllm_cost_meter.ledger.tables.packed import InstantColumn, PackedId
 from vllm_cost_meter.ledger.tables.sums import ENDED_AMOUNTS as ENDED_AMOUNTS
 from vllm_cost_meter.ledger.tables.sums import PIECE_AMOUNTS as PIECE_AMOUNTS
@@ -61,7 +64,7 @@ from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latenc
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 18
+SCHEMA_VERSION = 19
 
 
 def _class_columns() -> list[Column[int]]:

@@ -28,10 +28,10 @@ only if the count is wrong.
 
 Invariant: `balanced` is true if and only if there is a run, all have totals, every one of these
 differences is 0, nothing of a journal was lost, and neither a journal nor a damaged file that was
-set aside holds what the ledger lacks.
+set aside, nor as far as is known a ledger that sends to this one, holds what the ledger lacks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any, cast
 
@@ -46,6 +46,7 @@ from vllm_cost_meter.ledger.auditing.held import (
 )
 from vllm_cost_meter.ledger.damage.setting_aside import is_set_aside, set_aside_files
 from vllm_cost_meter.ledger.ends.lost import MAX_LOST, Lost, lost_by_run
+from vllm_cost_meter.ledger.fleet.completeness import completeness
 from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithoutTotals, JournalLoss
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals
 from vllm_cost_meter.ledger.queries.energy import audited
@@ -89,15 +90,18 @@ def audit_at(
     balanced: bool | None = all(run["balanced"] for run in runs)
     if any(not _is_whole(run) for run in bare):
         balanced = False
+    fleet = completeness(connection, runs)
+    states = {run["run_id"]: run["state"] for run in fleet["incomplete"]} if fleet else {}
     losses = journal_losses_of(connection)
     aside = set_aside_files(connection)
-    if aside:
+    if aside or _may_still_come(runs, states):
         balanced = None  # Bills that are missing here may be there.
     if losses:
         balanced = False
     # Nothing was held against anything, or not everything: that is no balance.
     reason = "no_totals" if bare else None if runs else "no_runs"
     reason = reason if not_applied == 0 else "not_applied"
+    reason = "not_sent" if states else reason
     reason = "set_aside" if aside else reason
     if balanced and reason is not None:
         balanced = None
@@ -106,6 +110,7 @@ def audit_at(
         "reason": reason if balanced is None else None,
         "full": full,
         "rows_kept_from": instant_of(cut.kept_from),
+        "fleet": fleet,
         "runs": runs,
         "without_totals": bare,
         "after_cut": after_cut(connection, cut),
@@ -114,6 +119,12 @@ def audit_at(
         "journal_losses": losses,
     }
     return cast("Audit", audit)
+
+
+def _may_still_come(runs: Sequence[AuditRun], states: Mapping[str, str]) -> bool:
+    """Return whether all that does not balance are runs of which a server still sends bills."""
+    uneven = [run["run_id"] for run in runs if not run["balanced"]]
+    return bool(uneven) and all(states.get(run_id) == "arriving" for run_id in uneven)
 
 
 def journal_losses_of(connection: Connection) -> list[JournalLoss]:

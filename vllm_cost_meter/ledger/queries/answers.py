@@ -209,22 +209,62 @@ class SetAsideFile(TypedDict):
     """RFC 3339 UTC: when the ledger took its place."""
 
 
+RunState = Literal["complete", "arriving", "missing", "unknown"]
+
+
+class FleetRun(TypedDict):
+    """A run of which a fleet's database may not have everything."""
+
+    run_id: str
+    """The id of the engine run."""
+    host: str
+    """The name of the machine that the engine runs on."""
+    state: RunState
+    """`arriving`: bills are missing, and their server still sends; `missing`: bills are missing,
+    and their server is silent; `unknown`: every bill up to the last snapshot is here, but its
+    server has been silent since, so there may have been later ones."""
+    last_seq: int
+    """The number of the last bill that is known."""
+    missing_bills: list[str]
+    """The numbers of bills that are not here, as text: `"7"`, `"9-12"`."""
+    held_by: list[str]
+    """The names of the machines whose ledgers have sent of this run: they hold what is missing."""
+    last_word_at: str | None
+    """RFC 3339 UTC: the last shipment of these ledgers, by their own clocks."""
+
+
+class FleetAudit(TypedDict):
+    """Whether a fleet's database has all that its servers' ledgers have."""
+
+    senders: int
+    """Number of ledgers that send; one that was restored or copied counts once for each name."""
+    runs: int
+    """Number of engine runs with totals."""
+    complete_runs: int
+    """Number of runs of which every bill is here, and they add up to what the engine counted."""
+    incomplete: list[FleetRun]
+    """The other runs, up to 1,000."""
+
+
 class Audit(TypedDict):
     """The audit of all runs: whether the books of every engine balance."""
 
     balanced: bool | None
     """Whether the books of all runs balance; null if the ledger cannot tell, and no difference is
     known."""
-    reason: Literal["no_runs", "no_totals", "not_applied", "set_aside"] | None
+    reason: Literal["no_runs", "no_totals", "not_applied", "set_aside", "not_sent"] | None
     """Why `balanced` is null: no engine run is in the ledger; of a run that has bills no totals are
-    known, so that nothing can be held against them; journals hold what the ledger lacks; or a
-    damaged file does, so that bills which are missing here may be there."""
+    known, so that nothing can be held against them; journals hold what the ledger lacks; a damaged
+    file does, or the ledger of a fleet's server, so that bills which are missing here may be
+    there."""
     full: bool
     """Whether every bill was read, or only the sums kept with the bills: what was changed from
     outside is found by a full audit."""
     rows_kept_from: str | None
     """Rows of requests that ended before this instant were dropped, and count by what they added up
     to; null if none were."""
+    fleet: FleetAudit | None
+    """Whether all has come that the servers' ledgers have; null for a ledger that is no fleet's."""
     runs: list[AuditRun]
     """The audit of each run with a snapshot."""
     without_totals: list[AuditWithoutTotals]

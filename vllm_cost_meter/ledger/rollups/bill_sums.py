@@ -26,6 +26,7 @@ from sqlalchemy import ColumnElement, Table, case, delete, func, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.fleet.changes import note
 from vllm_cost_meter.ledger.rollups.upserts import add_to, in_chunks, lock_sums
 from vllm_cost_meter.ledger.rows import TableRow, owner_columns
 from vllm_cost_meter.ledger.schema import (
@@ -254,6 +255,7 @@ def _write(connection: Connection, sums: Sequence[BillSums]) -> None:
     """Add sums to those of the ledger."""
     if not sums:
         return
+    note(connection, bill_sums, sums)
     is_postgresql = connection.dialect.name == "postgresql"
     insert = (postgresql if is_postgresql else sqlite).insert(bill_sums)
     own, new = bill_sums.c, insert.excluded

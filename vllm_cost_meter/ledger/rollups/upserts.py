@@ -14,6 +14,8 @@ from sqlalchemy import Column, ColumnElement, Table, and_, case, delete, func, o
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.ledger.fleet.changes import note
+
 _ROWS_AT_ONCE = 400
 
 _LOCK = 0x636F73745F72  # "cost_r": a number of our own among PostgreSQL's locks
@@ -60,6 +62,7 @@ def _execute(
 ) -> None:
     if not rows:
         return
+    note(connection, table, rows)
     if connection.dialect.name == "postgresql":
         names = table.c.keys()
         values = [dict(zip(names, row, strict=True)) for row in rows]

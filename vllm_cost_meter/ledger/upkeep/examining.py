@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Engine, Float, Integer, create_engine, insert, text
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Engine,
+    Float,
+    Integer,
+    LargeBinary,
+    create_engine,
+    insert,
+    text,
+)
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -134,7 +144,7 @@ def _write_rows(connection: Connection, busy_timeout_s: float) -> None:
         connection.rollback()
 
 
-def _value(column: Column[Any]) -> bool | int | float | str:
+def _value(column: Column[Any]) -> bool | int | float | str | bytes:
     """Return what no row of a ledger has in this column."""
     match column.type:
         case Boolean():
@@ -143,5 +153,7 @@ def _value(column: Column[Any]) -> bool | int | float | str:
             return -1
         case Float():
             return 0.0
+        case LargeBinary():
+            return b""
         case _:
             return f"doctor {secrets.token_hex(8)}"

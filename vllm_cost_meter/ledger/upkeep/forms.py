@@ -84,6 +84,8 @@ class ColumnForm:
             return isinstance(value, int)
         if "CHAR" in self.kind or "TEXT" in self.kind:
             return isinstance(value, str)
+        if "BLOB" in self.kind:
+            return isinstance(value, bytes)
         return isinstance(value, int | float)
 
 

@@ -25,7 +25,7 @@ class RowKind(StrEnum):
     DECLARED = "declared"
     # Gone once there is a bill.
     OPEN = "open"
-    # How far this file has its journals, which says nothing of another file.
+    # How far this file has its journals, and the fleet has this file: nothing of another file.
     OWN = "own"
     # Follows from the facts of a provider's bills, and is computed from them.
     BILLED_HOURS = "billed hours"
@@ -64,6 +64,8 @@ _KINDS = {
     schema.dropped_unknown_energy.name: RowKind.DROPPED,
     schema.dropped_latencies.name: RowKind.DROPPED,
     schema.journals.name: RowKind.OWN,
+    schema.fleet_sender.name: RowKind.OWN,
+    schema.outbox.name: RowKind.OWN,
     schema.journal_losses.name: RowKind.FACT,
     schema.billing_snapshots.name: RowKind.DECLARED,
     schema.invoice_lines.name: RowKind.DECLARED,

@@ -36,6 +36,7 @@ from vllm_cost_meter.ledger.billing.facts import hour_row, lines_in, readings_in
 from vllm_cost_meter.ledger.billing.hours import Change, ImportLimits, change_of
 from vllm_cost_meter.ledger.damage.setting_aside import forget_set_aside, is_aside_of
 from vllm_cost_meter.ledger.database import cause_of, open_database, url_of, writing
+from vllm_cost_meter.ledger.fleet.outbox import join_anew
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.retention.merging import fit_together, refuse_bills_beyond
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
@@ -179,6 +180,7 @@ def _merge(
         forget_set_aside(connection, files={other.file.name for other in others})
         refuse_bills_beyond(connection)
         rebuild(connection)
+        join_anew(connection)
         if dry_run:
             transaction.rollback()
     return [

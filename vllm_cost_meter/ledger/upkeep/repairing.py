@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.auditing.audit import missing_bills
 from vllm_cost_meter.ledger.database import open_database, refuse_newer, url_of, writing
+from vllm_cost_meter.ledger.fleet.outbox import join_anew
 from vllm_cost_meter.ledger.migrations import DROPPED_COLUMNS, MIGRATIONS
 from vllm_cost_meter.ledger.migrations import Column as AddedColumn
 from vllm_cost_meter.ledger.rollups.rebuilding import rebuild
@@ -289,6 +290,7 @@ def _finish(part: Path) -> None:
             # What of the journals is still there is applied again: rows may be lost that were.
             connection.execute(delete(journals))
             rebuild(connection)
+            join_anew(connection)
             for table in metadata.tables.values():
                 for index in table.indexes:
                     index.create(connection, checkfirst=True)

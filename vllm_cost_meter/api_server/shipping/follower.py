@@ -1,0 +1,68 @@
+"""Has the ledger sent to the fleet's database by a process of its own.
+
+Invariant: nothing that serves waits for it.
+"""
+
+import msgspec
+
+from vllm_cost_meter import metrics
+from vllm_cost_meter.api_server.shipping.messages import (
+    FLUSH,
+    STATE,
+    ShippingHello,
+    ShippingState,
+)
+from vllm_cost_meter.errors import AwayError
+from vllm_cost_meter.ledger.database import parse_url
+from vllm_cost_meter.side_process.channel import RefusedError, decoded
+from vllm_cost_meter.side_process.supervisor import SideProcess
+
+MODULE = "vllm_cost_meter.api_server.shipping.process"
+# A stop waits so long for the fleet to have everything; the rest is sent by the next start.
+FLUSH_TIMEOUT_S = 3.0
+
+
+class Shipping:
+    """The API server's end of the process that sends. Used by one event loop only."""
+
+    def __init__(self, hello: ShippingHello, flush_timeout_s: float = FLUSH_TIMEOUT_S) -> None:
+        """`hello` says from where to where."""
+        self._flush_timeout_s = flush_timeout_s
+        self._database = parse_url(hello.fleet_url).database or ""
+        self.state = ShippingState()
+        self.process = SideProcess(
+            "the process that sends to the fleet",
+            MODULE,
+            hello=lambda: hello,
+            answer=_answer_nothing,
+            take=self._take,
+        )
+
+    def start(self) -> None:
+        """Start it. Idempotent."""
+        self.process.start()
+
+    def _take(self, name: str, value: msgspec.Raw) -> None:
+        if name == STATE:
+            self.state = state = decoded(value, ShippingState)
+            metrics.set_fleet(
+                self._database,
+                is_up=state.last_error is None,
+                failures=state.failures,
+                waiting_rows=state.waiting_rows,
+                waiting_bytes=state.waiting_bytes,
+                sent_at_s=None if state.sent_at_ns is None else state.sent_at_ns / 1e9,
+            )
+
+    async def stop(self) -> None:
+        """Send what waits, for a short time, and end the process."""
+        if self.process.state == "ok":
+            try:
+                await self.process.ask(FLUSH, None, bool, self._flush_timeout_s)
+            except (AwayError, RefusedError):
+                pass  # The ledger keeps it, and the next start sends it.
+        await self.process.stop()
+
+
+async def _answer_nothing(name: str, _given: msgspec.Raw) -> object:
+    raise ValueError(f"expected no question, got {name!r}")

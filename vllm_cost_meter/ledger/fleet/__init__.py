@@ -1,0 +1,1 @@
+"""The fleet: the books of many servers in one PostgreSQL, each sent from its server's ledger."""

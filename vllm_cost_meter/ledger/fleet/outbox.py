@@ -1,0 +1,161 @@
+"""The outbox in the ledger: begin it, put in what a transaction wrote, take out what is sent.
+
+Whoever applies journals puts in, also a command beside a server: the row of the sender in the
+ledger itself says that there is a fleet, and not somebody's settings.
+
+Invariant: what the ledger got since the sender began is in the outbox, or the fleet has it.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.engine import Connection
+
+from vllm_cost_meter.ledger.fleet.changes import Changes, noting, packed
+from vllm_cost_meter.ledger.schema import fleet_sender, outbox
+from vllm_cost_meter.units.time import rfc3339
+
+_ID_BYTES = 16
+
+
+class Sender(NamedTuple):
+    """Who sends to the fleet from this ledger; the fields are columns of `fleet_sender`."""
+
+    sender_id: str
+    retired: tuple[str, ...]
+    began_at: str
+    last_number: int
+    sent_number: int
+    joined_at: str | None
+
+
+class Waiting(NamedTuple):
+    """What the fleet is still to be sent: rows of the outbox, and their bytes."""
+
+    rows: int
+    content_bytes: int
+
+
+def read_sender(connection: Connection) -> Sender | None:
+    """Return who sends to the fleet from this ledger; None without a fleet."""
+    row = connection.execute(select(*(fleet_sender.c[name] for name in Sender._fields))).first()
+    if row is None:
+        return None
+    return Sender._make(row)._replace(retired=tuple(json.loads(row.retired)))
+
+
+def begin(connection: Connection) -> Sender:
+    """Return who sends from this ledger; from now on what it gets is put into the outbox."""
+    known = read_sender(connection)
+    if known is not None:
+        return known
+    return _begun(connection, (), last_number=0)
+
+
+def begin_again(connection: Connection) -> Sender:
+    """Begin under another name, with an empty outbox: the fleet then gets all of the ledger anew.
+
+    The sums sent so far count no more, once the fleet has these.
+    """
+    known = read_sender(connection)
+    if known is None:
+        return begin(connection)
+    connection.execute(delete(fleet_sender))
+    connection.execute(delete(outbox))
+    return _begun(connection, (*known.retired, known.sender_id), known.last_number)
+
+
+def join_anew(connection: Connection) -> None:
+    """Have the fleet get all of the ledger anew, if it sends to one: its rows came otherwise."""
+    if read_sender(connection) is not None:
+        begin_again(connection)
+
+
+def end(connection: Connection) -> None:
+    """Put nothing into the outbox any more, and empty it."""
+    connection.execute(delete(fleet_sender))
+    connection.execute(delete(outbox))
+
+
+def _begun(connection: Connection, retired: tuple[str, ...], last_number: int) -> Sender:
+    made = Sender(
+        sender_id=secrets.token_hex(_ID_BYTES),
+        retired=retired,
+        began_at=rfc3339(time.time_ns()),
+        last_number=last_number,
+        sent_number=last_number,
+        joined_at=None,
+    )
+    connection.execute(
+        insert(fleet_sender).values({**made._asdict(), "retired": json.dumps(retired)})
+    )
+    return made
+
+
+@contextmanager
+def putting_in(connection: Connection) -> Iterator[None]:
+    """Put what is written inside into the outbox at the end, in the same transaction.
+
+    Does nothing without a fleet.
+    """
+    if connection.execute(select(fleet_sender.c.sender_id)).first() is None:
+        yield
+        return
+    changes = Changes()
+    noting(connection, changes)
+    yield
+    put_in(connection, changes)
+
+
+def put_in(connection: Connection, changes: Changes) -> None:
+    """Put what was noted into the outbox; without any, nothing."""
+    if not (tables := changes.by_table()):
+        return
+    c = fleet_sender.c
+    connection.execute(update(fleet_sender).values(last_number=c.last_number + 1))
+    number = connection.execute(select(c.last_number)).scalar_one()
+    connection.execute(insert(outbox).values(number=number, content=packed(tables)))
+
+
+def next_rows(connection: Connection, after: int, bytes_max: int) -> list[tuple[int, bytes]]:
+    """Return the rows after a number, in order, up to so many bytes but at least one."""
+    c = outbox.c
+    found: list[tuple[int, bytes]] = []
+    size = 0
+    rows = connection.execute(
+        select(c.number, c.content)
+        .where(c.number > after)
+        .order_by(c.number)
+        .execution_options(yield_per=100)
+    )
+    for number, content in rows:
+        size += len(content)
+        if found and size > bytes_max:
+            break
+        found.append((number, content))
+    rows.close()
+    return found
+
+
+def note_sent(connection: Connection, number: int) -> None:
+    """Note that the fleet has all up to a number, and take that out."""
+    connection.execute(delete(outbox).where(outbox.c.number <= number))
+    connection.execute(update(fleet_sender).values(sent_number=number))
+
+
+def note_joined(connection: Connection, number: int) -> None:
+    """Note that the fleet has all that the ledger held when `number` was the last in the outbox."""
+    note_sent(connection, number)
+    connection.execute(update(fleet_sender).values(joined_at=rfc3339(time.time_ns())))
+
+
+def waiting(connection: Connection) -> Waiting:
+    """Return what the fleet is still to be sent."""
+    size = func.coalesce(func.sum(func.length(outbox.c.content)), 0)
+    rows, content_bytes = connection.execute(select(func.count(), size).select_from(outbox)).one()
+    return Waiting(rows, int(content_bytes))
