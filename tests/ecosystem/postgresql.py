@@ -25,15 +25,17 @@ USER = "meter"
 DEBIAN = Path("/usr/lib/postgresql")
 START_TIMEOUT_S = 30
 NOT_THERE = (
-    "tests/ecosystem: expected the programs of a PostgreSQL server (initdb, postgres) in PATH or"
-    f" below {DEBIAN}, got none: install one, as `apt-get install postgresql`"
+    "tests/ecosystem: expected the programs of a PostgreSQL server (initdb, postgres, pgbouncer) in"
+    f" PATH or below {DEBIAN}, got none: install them, as `apt-get install postgresql pgbouncer`"
 )
 
 
 def program(name: str) -> str:
     """Return the path of one of the server's programs. Fails the tests where there is none."""
     newest = sorted(DEBIAN.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[4]))
-    found = str(newest[-1]) if newest else shutil.which(name)
+    # Debian has the pooler where only root looks for programs.
+    path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
+    found = str(newest[-1]) if newest else shutil.which(name, path=path)
     if found is None:
         pytest.exit(NOT_THERE, returncode=1)
     return found
@@ -45,6 +47,37 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._databases = 0
+
+    @contextmanager
+    def pooled(self, url: str, sessions: int) -> Iterator[str]:
+        """Give the URL of a database behind PgBouncer, which has so few sessions for all."""
+        folder = Path(tempfile.mkdtemp(prefix="cost-meter-pgbouncer-"))
+        config = folder / "pgbouncer.ini"
+        name = re.search(r"/(\w+)\?", url)
+        assert name is not None
+        config.write_text(f"""
+[databases]
+{name[1]} = host={self._folder} user={USER}
+[pgbouncer]
+unix_socket_dir = {folder}
+listen_port = 6432
+auth_type = any
+pool_mode = transaction
+default_pool_size = {sessions}
+ignore_startup_parameters = extra_float_digits
+""")
+        user = _unprivileged()
+        if user is not None:
+            os.chown(folder, user.pw_uid, user.pw_gid)
+        pooler = subprocess.Popen(
+            [program("pgbouncer"), str(config)], stderr=subprocess.DEVNULL, cwd="/", **_as(user)
+        )
+        try:
+            yield f"postgresql+psycopg://{USER}@/{name[1]}?host={folder}&port=6432"
+        finally:
+            pooler.send_signal(signal.SIGINT)
+            pooler.wait(START_TIMEOUT_S)
+            shutil.rmtree(folder)
 
     def new_database(self) -> str:
         """Make a database; return the URL of a ledger in it."""

@@ -40,6 +40,9 @@ COMMANDS = {
     ),
     "explain": CommandEntry("See", "explain:explain", "How the bill of one request came about."),
     "audit": CommandEntry("See", "audit:audit", "Do the books balance? Exit status 1 if not."),
+    "server": CommandEntry(
+        "See", "server:server", "Answer all of this over HTTP: for a fleet, or any ledger."
+    ),
     "prices": CommandEntry("Money", "prices:prices", "Which price holds when, by the settings."),
     "budgets": CommandEntry("Money", "budgets:budgets", "How much of each budget is used."),
     "tenants": CommandEntry(

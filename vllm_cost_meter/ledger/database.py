@@ -341,7 +341,10 @@ def _make_file(path: Path) -> None:
 
 def _engine(url: URL, busy_timeout_s: float) -> Engine:
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
+        # A pooler may give each transaction another session, which has none of the statements that
+        # were prepared in the one before.
+        options = {"prepare_threshold": None} if url.get_driver_name() == "psycopg" else {}
+        return create_engine(url, pool_pre_ping=True, connect_args=options)
     engine = create_engine(url, connect_args={"timeout": busy_timeout_s})
 
     @event.listens_for(engine, "connect")

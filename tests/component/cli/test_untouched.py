@@ -35,6 +35,8 @@ READ = {
     "ledger check": ["--full"],
     "ledger backup": ["COPY"],
     "doctor": [],
+    # Without a port it ends once it has read the ledger.
+    "server": [],
 }
 WRITE = {
     *("invoice import", "saturation import", "sweep"),

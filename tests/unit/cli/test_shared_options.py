@@ -31,6 +31,7 @@ SENTENCES = {("explain",), ("audit",), ("doctor",), ("saturation", "import")} | 
 # They say in one line what they changed, or start a server and tell its story.
 NO_ANSWER = {("tenants", "add"), ("tenants", "set"), ("tenants", "remove")} | {
     ("demo",),
+    ("server",),  # it answers over HTTP
     ("gpu-check",),  # a page and JSON, in its folder
 }
 # It writes a folder: curves, which are its JSON, and a plot.
