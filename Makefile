@@ -56,17 +56,19 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep gpu-check test check docs reference fuzz simulate simulate-ledger soak bench matrix test-ecosystem lock vulnerabilities clean
+.PHONY: help setup demo demo-sweep demo-fleet gpu-check test check docs reference fuzz simulate simulate-ledger soak bench matrix test-ecosystem lock vulnerabilities clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
 	@echo '             MODEL=... another model; DEMO_ARGS=--keep leaves it running'
 	@echo 'make demo-sweep  the same server at several loads: a plot of cost and latency; 5 minutes'
+	@echo 'make demo-fleet  two servers, one of them killed, and one set of books in PostgreSQL; needs'
+	@echo '             its programs (apt-get install postgresql pgbouncer)'
 	@echo 'make gpu-check  what the meter is worth on the NVIDIA GPU of this machine, on one page: 20'
 	@echo '             minutes, nothing is downloaded; GPU_CHECK_ARGS="--budget-s 600" for less'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
 	@echo 'make test-ecosystem  the ledger in a real PostgreSQL, routes with a newer FastAPI: a minute;'
-	@echo '             needs the programs of a PostgreSQL server (apt-get install postgresql)'
+	@echo '             needs the programs of PostgreSQL (apt-get install postgresql pgbouncer)'
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
 	@echo 'make docs    the pages of docs/ as one site in site/; a dead link fails'
 	@echo 'make reference  the pages that commands and side endpoint describe themselves'
@@ -97,6 +99,9 @@ demo: setup
 
 demo-sweep: setup
 	@$(RUN) vllm-cost-meter demo --sweep $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
+
+demo-fleet: setup $(VENV)/.ecosystem
+	@$(RUN) python scripts/demo_fleet.py
 
 # A GPU computes in compiled graphs, as in production.
 gpu-check: setup
