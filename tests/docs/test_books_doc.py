@@ -129,6 +129,7 @@ def test_the_audit_line_has_the_form_of_the_command():
     run |= {"started_at": "2026-11-25T09:30:00.000000Z", "host": "gpu-7", "model": "llama"}
     whole = {
         "full": False,
+        "fleet": None,
         "runs": [run],
         "without_totals": [],
         "set_aside": [],

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine
 
-from tests.component.ledger.test_reader import http, part, snapshot
+from tests.component.ledger.test_reader import NOW, http, part, snapshot
+from tests.ecosystem.postgresql import Server
 from tests.ecosystem.test_postgresql import OWNERS, _figures, rows
 from tests.support.builders import make_open
 from tests.support.fleet import sent
@@ -33,8 +35,10 @@ from vllm_cost_meter.ledger.fleet.sender import FleetSender
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.upkeep.merging import merge
+from vllm_cost_meter.units.time import rfc3339
 
 BILLS = 30
+S = 10**9
 RFC_3339 = 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'
 
 
@@ -206,7 +210,7 @@ def test_a_ledger_that_got_another_ones_rows_joins_anew(tmp_path: Path, url: str
 
 
 def test_a_writer_needs_no_right_but_to_insert_and_to_read(
-    tmp_path: Path, server: Any, url: str
+    tmp_path: Path, server: Server, url: str
 ) -> None:
     """By the statements of docs/howto/fleet.md."""
     own, alone = (f"sqlite:///{tmp_path}/{name}.db" for name in ("ledger", "alone"))
@@ -238,6 +242,33 @@ def test_a_writer_needs_no_right_but_to_insert_and_to_read(
             pytest.raises(psycopg.errors.InsufficientPrivilege),
         ):
             connection.execute(statement)
+
+
+def test_many_senders_and_readers_share_few_sessions_of_a_pooler(
+    tmp_path: Path, server: Server, url: str
+) -> None:
+    """By PgBouncer in transaction mode: each transaction may have another session."""
+    alone = f"sqlite:///{tmp_path}/alone.db"
+    names = [f"run-{number}" for number in range(6)]
+    with server.pooled(url, sessions=2) as pooled:
+        senders = []
+        for name in names:
+            own = f"sqlite:///{tmp_path}/{name}.db"
+            records = records_of(name)
+            write(own, *records)
+            write(alone, *records)
+            senders.append(FleetSender(own, pooled, shipment_bytes_max=1))
+        with ThreadPoolExecutor(len(names)) as threads:
+            list(threads.map(_send_all, senders))
+        assert _figures(pooled) == _figures(alone)
+        for _ in range(10):  # a driver would prepare what it has asked a few times
+            assert _figures(pooled)[0]["balanced"] is True
+
+
+def _send_all(sender: FleetSender) -> None:
+    while sender.step():
+        pass
+    sender.close()
 
 
 def test_only_the_latest_of_what_is_told_of_a_run_stays(
@@ -290,14 +321,26 @@ def test_the_audit_says_what_is_complete_and_who_holds_what_is_missing(
     write(own, *bills[3:5])
     send(own, url)
     assert told()[:3] == (True, None, [])
-    # Its ledger was silent before the run could be seen to be dead.
-    changed(url, "UPDATE shipments SET sent_at = '2026-01-01T00:00:00.000000Z'")
+    # Its ledger became silent with it: its last word came right after the run's last snapshot.
+    changed(url, f"UPDATE shipments SET sent_at = '{rfc3339(NOW + S)}'")
     balanced, reason, states, lines = told(heard_ago_s=600)
     assert (balanced, reason, states) == (None, "not_sent", [("unknown", [])])
-    assert "later bills are unknown; the last word of its server was at 2026-01-01" in lines[1]
-    # A later word of the same ledger came behind all of the run.
-    changed(url, "UPDATE shipments SET sent_at = '2036-01-01T00:00:00.000000Z'")
+    assert f"bills are unknown; the last word of its server was at {rfc3339(NOW + S)}" in lines[1]
+    # A word of the same ledger that comes when the run has long been dead is behind all of it.
+    changed(url, f"UPDATE shipments SET sent_at = '{rfc3339(NOW + 16 * S)}'")
     assert told(heard_ago_s=600)[:3] == (True, None, [])
+    # A server that stops says that this was all.
+    changed(url, f"UPDATE shipments SET sent_at = '{rfc3339(NOW + S)}'")
+    sender = FleetSender(own, url)
+    assert not sender.step()
+    sender.end()
+    sender.close()
+    assert told(heard_ago_s=600)[:3] == (True, None, [])
+    # What comes after that is another word.
+    write(own, snapshot(bills, 2, "run"))
+    send(own, url)
+    changed(url, f"UPDATE shipments SET sent_at = '{rfc3339(NOW + S)}'")
+    assert told(heard_ago_s=600)[2] == [("unknown", [])]
 
 
 def changed(url: str, statement: str) -> None:
@@ -317,7 +360,7 @@ def test_an_empty_ledger_joins_and_a_fleet_without_runs_has_no_figures(
     assert _figures(url) == _figures(own)
 
 
-def test_a_ledger_is_no_fleet_and_a_fleet_no_ledger(tmp_path: Path, server: Any) -> None:
+def test_a_ledger_is_no_fleet_and_a_fleet_no_ledger(tmp_path: Path, server: Server) -> None:
     own = f"sqlite:///{tmp_path}/ledger.db"
     open_database(own).dispose()
     ledger, fleet = server.new_database(), server.new_database()

@@ -65,7 +65,8 @@ def test_bills_reach_the_fleet_while_it_is_killed_and_at_a_stop(tmp_path: Path, 
         assert shipping.state.last_error is None
 
     asyncio.run(run())
-    # The stop has sent what was left.
+    # The stop has sent what was left, and said that this was all.
+    assert rows(url, "SELECT count(*) FROM sender_ends") == [(1,)]
     assert bills_in(url) == 40
     assert rows(url, "SELECT bills, gpu_time_ns FROM bill_sums") == [(40, 40 * 300)]
     assert rows(url, "SELECT SUM(requests) FROM rollup_hours") == [(40,)]

@@ -112,6 +112,7 @@ def test_an_audit_shows_sleep_dummy_and_lost_time_by_name_and_the_run_by_its_hos
     }  # fmt: skip
     whole = {
         "full": True,
+        "fleet": None,
         "runs": [run_],
         "without_totals": [],
         "set_aside": [],

@@ -75,7 +75,7 @@ class _Shipping:
         while True:
             asked, self._asked = self._asked, []
             self._wake.clear()
-            failure = await self._send_all(server, sender)
+            failure = await self._send_all(server, sender, is_last=bool(asked))
             for each in asked:
                 _settle(each, failure)
             if failure is None:
@@ -89,8 +89,13 @@ class _Shipping:
             except TimeoutError:
                 pass
 
-    async def _send_all(self, server: ToServer, sender: FleetSender) -> LedgerError | None:
-        """Send shipments until nothing waits; return why that failed."""
+    async def _send_all(
+        self, server: ToServer, sender: FleetSender, *, is_last: bool
+    ) -> LedgerError | None:
+        """Send shipments until nothing waits; return why that failed.
+
+        A server asks once, when it stops: with `is_last` the fleet is told that this was all.
+        """
         more = True
         while more:
             try:
@@ -100,6 +105,12 @@ class _Shipping:
                 self._failed(server, error)
                 return error
             self._worked(server, is_all=not more)
+        if is_last:
+            try:
+                await self._in_thread(sender.end)
+            except LedgerError as error:
+                self._failed(server, error)
+                return error
         return None
 
     async def _in_thread(self, work: Callable[[], T]) -> T:

@@ -1,9 +1,15 @@
 """Whether a fleet's database has all that its servers' ledgers have, run by run.
 
 A snapshot says the number of the last bill that it counts, and what the bills add up to. So a run
-of which every number is there, with that sum, is whole up to its last snapshot. An outbox is sent
-in order: a ledger that has sent anything since a run died has sent all that it has of that run. Of
-a run that died together with its ledger, nobody knows whether there were more bills.
+of which every number is there, with that sum, is whole up to its last snapshot. Whether there were
+later bills:
+
+- While its server sends, they are on their way.
+- A server that stops says that it has sent everything.
+- An outbox is sent in order, so a ledger that has sent anything since a run died has sent all that
+  it has of that run. An engine tells of itself each second: it was dead if it said nothing for
+  long.
+- Of a run that died together with its server, nobody knows.
 
 Clocks of other machines decide nothing: what came, and how long ago, is by the database's own.
 
@@ -13,7 +19,7 @@ Invariant: a run is called complete only if the fleet has every bill that its se
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import cast, func, lateral, select, true
+from sqlalchemy import cast, exists, func, lateral, select, true
 from sqlalchemy.engine import Connection
 from sqlalchemy.types import Float
 
@@ -23,26 +29,33 @@ from vllm_cost_meter.ledger.fleet.schema import (
     has_fleet,
     now_text,
     run_senders,
+    sender_ends,
     senders,
     shipments,
 )
 from vllm_cost_meter.ledger.queries.answers import AuditRun, FleetAudit, FleetRun, RunState
 from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS
-from vllm_cost_meter.units.time import NS_PER_SECOND
+from vllm_cost_meter.units.time import NS_PER_SECOND, rfc3339, unix_ns_of
 
 _DEAD_AFTER_S = DEAD_AFTER_NS / NS_PER_SECOND
-# A shipment may be so many intervals late, and more, before its sender counts as silent.
-_INTERVALS = 3
+# An engine tells of itself each second. So a sender is silent if nothing came for two of its
+# intervals and a moment; its engines may live for longer than that without a word.
+_INTERVALS = 2
+_MOMENT_S = 2.0
 # So many runs that are not complete are named.
 NAMED_MAX = 1_000
 
 
 class _Sender(NamedTuple):
-    """A sender: its machine, its last shipment by its own clock, and whether it still sends."""
+    """A sender: its machine, its last shipment by its own clock, and what may still come from it.
+
+    `is_heard` is whether it still sends, and `has_ended` whether it said that this was all.
+    """
 
     host: str
     sent_at: str
     is_heard: bool
+    has_ended: bool
 
 
 def alive_in(connection: Connection) -> Collection[str]:
@@ -86,24 +99,27 @@ def _senders(connection: Connection) -> Mapping[str, _Sender]:
     """Return all senders by their names; the last shipment of each is one look into the key."""
     s, c = senders.c, shipments.c
     last = lateral(
-        select(c.sent_at, c.received_at, c.interval_s)
+        select(c.sent_at, c.received_at, c.interval_s, c.last_number)
         .where(c.sender_id == s.sender_id)
         .order_by(c.first_number.desc())
         .limit(1)
     )
-    heard_since = now_text(_DEAD_AFTER_S + _INTERVALS * last.c.interval_s)
+    heard_since = now_text(_MOMENT_S + _INTERVALS * last.c.interval_s)
     is_heard = last.c.received_at >= heard_since
-    asked = select(s.sender_id, s.host, last.c.sent_at, is_heard).join(last, true())
+    e = sender_ends.c
+    has_ended = exists().where(e.sender_id == s.sender_id, e.last_number == last.c.last_number)
+    asked = select(s.sender_id, s.host, last.c.sent_at, is_heard, has_ended).join(last, true())
     return {sender_id: _Sender(*rest) for sender_id, *rest in connection.execute(asked)}
 
 
 def _run(run: AuditRun, tellers: Sequence[_Sender]) -> FleetRun:
+    is_known = any(sender.is_heard or sender.has_ended for sender in tellers)
     is_heard = any(sender.is_heard for sender in tellers)
     last_word = max((sender.sent_at for sender in tellers), default=None)
     return {
         "run_id": run["run_id"],
         "host": run["host"],
-        "state": _state(run, is_heard=is_heard, last_word=last_word),
+        "state": _state(run, last_word, is_heard=is_heard, is_known=is_known),
         "last_seq": run["last_seq"],
         "missing_bills": run["missing_bills"],
         "held_by": sorted({sender.host for sender in tellers}),
@@ -111,10 +127,14 @@ def _run(run: AuditRun, tellers: Sequence[_Sender]) -> FleetRun:
     }
 
 
-def _state(run: Mapping[str, Any], *, is_heard: bool, last_word: str | None) -> RunState:
+def _state(
+    run: Mapping[str, Any], last_word: str | None, *, is_heard: bool, is_known: bool
+) -> RunState:
+    """Return the state of a run; `is_known` says whether its server's word covers all of it."""
     if run["missing_bills"] or run["ledger_difference_ns"]:
         return "arriving" if is_heard else "missing"
-    if run["alive"]:
+    if is_known:
         return "complete"
-    # What was sent after the run's last sign of life came behind all of it.
-    return "complete" if is_heard or (last_word or "") > run["heard_at"] else "unknown"
+    dead_at = rfc3339(unix_ns_of(run["heard_at"]) + DEAD_AFTER_NS)
+    is_behind = not run["alive"] and last_word is not None and last_word > dead_at
+    return "complete" if is_behind else "unknown"

@@ -25,6 +25,7 @@ from vllm_cost_meter.ledger.fleet.schema import (
     now_text,
     retired_senders,
     run_senders,
+    sender_ends,
     senders,
     shared_runs,
     shipments,
@@ -251,6 +252,12 @@ def _share_runs(connection: Connection, sender_id: str) -> None:
     connection.execute(
         postgresql.insert(shared_runs).from_select(["run_id"], both).on_conflict_do_nothing()
     )
+
+
+def note_end(connection: Connection, sender_id: str, last_number: int) -> None:
+    """Note that a sender's ledger holds nothing beyond this number, and its server stops."""
+    end = {"sender_id": sender_id, "last_number": last_number, "ended_at": rfc3339(time.time_ns())}
+    _insert(connection, sender_ends, [end])
 
 
 def forget_older_states(connection: Connection, run_ids: Collection[str]) -> None:

@@ -96,6 +96,15 @@ shipments = Table(
     Column("interval_s", Float, nullable=False),
 )
 
+# That a sender had nothing more to send when its server stopped.
+sender_ends = Table(
+    "sender_ends",
+    fleet_metadata,
+    Column("sender_id", KeyText, primary_key=True),
+    Column("last_number", BigInteger, primary_key=True, autoincrement=False),
+    Column("ended_at", KeyText, nullable=False),
+)
+
 _OF_SHIPMENT = ("sender_id", "first_number")
 
 

@@ -31,6 +31,7 @@ from vllm_cost_meter.ledger.fleet.delivery import (
     digest_of,
     forget_older_states,
     insert_facts,
+    note_end,
     reached,
     shipment_of,
 )
@@ -89,6 +90,20 @@ class FleetSender:
         except BaseException:
             self.close()
             raise
+
+    def end(self) -> None:
+        """Say that the fleet has all of the ledger, and that its server stops.
+
+        Raises LedgerError if either database fails.
+        """
+        ledger, fleet = self._ledger, self._fleet
+        if ledger is None or fleet is None:
+            return
+        with self._ledger_errors(), ledger.connect() as connection:
+            sender = outbox.read_sender(connection)
+        if sender is not None and sender.joined_at and sender.sent_number == sender.last_number:
+            with self._fleet_errors(), fleet.begin() as connection:
+                note_end(connection, sender.sender_id, sender.last_number)
 
     def waiting(self) -> Waiting:
         """Return what is still to be sent. Raises LedgerError."""
