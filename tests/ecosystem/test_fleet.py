@@ -24,6 +24,8 @@ from tests.support.builders import make_open
 from tests.support.fleet import sent
 from tests.support.pages import DOCS
 from vllm_cost_meter.cli.audit import audit_lines
+from vllm_cost_meter.cli.doctor.findings import Outcome
+from vllm_cost_meter.cli.doctor.fleet import fleet_reached
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.ledger.batches import BatchWriter
@@ -372,6 +374,26 @@ def test_a_ledger_is_no_fleet_and_a_fleet_no_ledger(tmp_path: Path, server: Serv
         open_database(fleet)
     with pytest.raises(LedgerError, match="expected a PostgreSQL database"):
         sent(own, own)
+
+
+def test_the_doctor_says_whether_the_fleet_is_reached_and_what_waits_and_makes_nothing(
+    tmp_path: Path, server: Server, url: str
+) -> None:
+    own = f"sqlite:///{tmp_path}/ledger.db"
+    write(own, *records_of("run"))
+    empty = fleet_reached(url, own)
+    assert empty.outcome is Outcome.OK
+    assert "empty: the first server makes its tables; this ledger joins" in empty.detail
+    assert rows(url, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == [(0,)]
+    send(own, url)
+    write(own, *records_of("run 2"))
+    assert "is reached; 1 transactions (" in fleet_reached(url, own).detail
+    away = fleet_reached(url.replace("host=", "host=/nowhere"), own)
+    assert away.outcome is Outcome.FAIL
+    assert fleet_reached(None, own).outcome is Outcome.OK
+    ledger = server.new_database()
+    open_database(ledger).dispose()
+    assert "got one with a ledger" in fleet_reached(ledger, own).detail
 
 
 def test_a_fleet_that_is_away_keeps_what_waits(tmp_path: Path, url: str) -> None:

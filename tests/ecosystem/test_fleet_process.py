@@ -26,7 +26,7 @@ async def serving(path: Path, fleet: str) -> AsyncIterator[tuple[Shipping, Journ
     url = f"sqlite:///{path}"
     writer = JournalWriter(folder_of_ledger(path))
     writer.start()
-    applying = Applying(ApplierHello(url))
+    applying = Applying(ApplierHello(url, sends=True))
     applying.start()
     shipping = Shipping(ShippingHello(url, fleet, 0.1), flush_timeout_s=WAIT_S)
     shipping.process.pauses = Pauses(first=0.1, longest=0.5)

@@ -96,6 +96,7 @@ class Runtime:
                 settings.keep_rows_days,
                 settings.keep_rows_bytes,
                 settings.archive,
+                sends=settings.fleet is not None,
             )
         )
         self.shipping: Shipping | None = None

@@ -65,10 +65,11 @@ class ApplyLoop:
         set_aside_pause_s: float = SET_ASIDE_PAUSE_S,
         second: Path | None = None,
         keeper: RowKeeper | None = None,
+        sends: bool | None = None,
     ) -> None:
         """The ledger is made if it is not there. `second` is the second folder of journals.
 
-        `keeper` drops old rows; without one none are dropped.
+        `keeper` drops old rows; without one none are dropped. `sends` is as `BatchWriter` takes it.
         """
         self._second = second
         self.folder: Path = journal_folder(url)
@@ -86,7 +87,7 @@ class ApplyLoop:
         self._set_aside_pause_s = set_aside_pause_s
         self._count_at_s = 0.0
         self._was_opened = False
-        self._batches = BatchWriter(url)
+        self._batches = BatchWriter(url, sends=sends)
         self._applier = Applier(self._batches, self.folder, second=second)
         self._keeper = keeper
         self._lock: FileLock | None = None

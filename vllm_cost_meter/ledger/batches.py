@@ -32,10 +32,13 @@ from vllm_cost_meter.ledger.damage.setting_aside import name_set_aside
 from vllm_cost_meter.ledger.database import open_database, parse_url, sqlite_path, writing
 from vllm_cost_meter.ledger.faults import Fault, fault_of
 from vllm_cost_meter.ledger.fleet.changes import changes_of
-from vllm_cost_meter.ledger.fleet.outbox import putting_in
+from vllm_cost_meter.ledger.fleet.outbox import begin, end, putting_in, read_sender
 from vllm_cost_meter.ledger.inserts import write
 from vllm_cost_meter.ledger.journal_place import journal_folder
 from vllm_cost_meter.ledger.progress import JournalProgress, read_positions, write_progress
+from vllm_cost_meter.logs import meter_logger
+
+logger = meter_logger()
 
 # One attempt waits so long for another process's transaction; then the caller tries again.
 ATTEMPT_S = 1.0
@@ -58,9 +61,19 @@ class BatchWriter:
     """Writes batches to one ledger. Used by one thread."""
 
     def __init__(
-        self, url: str, *, upgrade: bool = True, open_: Callable[..., Engine] = open_database
+        self,
+        url: str,
+        *,
+        upgrade: bool = True,
+        sends: bool | None = None,
+        open_: Callable[..., Engine] = open_database,
     ) -> None:
-        """The first time only, make a ledger that is not there, and with `upgrade` migrate it."""
+        """The first time only, make a ledger that is not there, and with `upgrade` migrate it.
+
+        `sends` says whether the ledger is to put what it gets into its outbox; None leaves that as
+        the ledger has it.
+        """
+        self._sends = sends
         self.url = url
         self._create = True
         self._upgrade = upgrade
@@ -84,6 +97,7 @@ class BatchWriter:
             self._identity = self._identity_now()
             self._create = False
             self._name_set_aside(self._engine)
+            self._begin_or_end_sending(self._engine)
             places.mark_ledger(self._folder)
         return self._engine
 
@@ -206,6 +220,24 @@ class BatchWriter:
         except BaseException:
             self.drop()
             raise
+
+    def _begin_or_end_sending(self, engine: Engine) -> None:
+        if self._sends is None:
+            return
+        try:
+            with engine.connect() as connection:
+                is_sending = read_sender(connection) is not None
+            if is_sending != self._sends:
+                with writing(engine).begin() as connection:
+                    (begin if self._sends else end)(connection)
+        except BaseException:
+            self.drop()
+            raise
+        if is_sending and not self._sends:
+            logger.warning(
+                "cost meter: this ledger has sent to a fleet, and COST_METER_FLEET is not set any"
+                " more: it sends nothing now. Should it join again, it sends all that it has"
+            )
 
     def drop(self) -> None:
         """Close the connections; the next attempt opens new ones. Never raises."""

@@ -32,6 +32,7 @@ CHECKS = [
     "ledger",
     "journal",
     "archive",
+    "fleet",
     "schema",
     "pages",
     "books",

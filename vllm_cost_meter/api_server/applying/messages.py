@@ -21,6 +21,8 @@ class ApplierHello(msgspec.Struct, frozen=True, array_like=True):
     keep_rows_bytes: int | None = None
     # The folder of Parquet files that gets rows before they are dropped, None without.
     archive: str | None = None
+    # Whether what the ledger gets is put into its outbox, for a fleet.
+    sends: bool = False
 
 
 class ApplierState(msgspec.Struct, frozen=True, array_like=True):

@@ -53,7 +53,7 @@ class _Applying:
         second = None if hello.second is None else Path(hello.second)
         archive = None if hello.archive is None else Path(hello.archive)
         keeper = RowKeeper(hello.keep_rows_days, hello.keep_rows_bytes, archive)
-        loop = ApplyLoop(hello.url, second=second, keeper=keeper)
+        loop = ApplyLoop(hello.url, second=second, keeper=keeper, sends=hello.sends)
         server.ready()
         self._task = asyncio.create_task(self._run(server, loop))
         self._watch_task = asyncio.create_task(watch(loop, self._wake.set))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.cli.doctor import figures, installation, ledger
+from vllm_cost_meter.cli.doctor import figures, fleet, installation, ledger
 from vllm_cost_meter.cli.doctor.findings import Finding, Outcome, contained
 from vllm_cost_meter.cli.doctor.server import ask_server
 from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_line_errors
@@ -82,6 +82,7 @@ def examine(
         ("ledger", lambda: ledger.ledger_writable(url, server, ledger_timeout_s)),
         ("journal", lambda: ledger.journals_writable(url, settings.second_journal)),
         ("archive", lambda: ledger.archive_writable(settings.archive)),
+        ("fleet", lambda: fleet.fleet_reached(settings.fleet, url)),
         ("schema", lambda: ledger.schema_known(url, server)),
         ("pages", lambda: ledger.pages_sound(url, quick_check_s)),
         ("books", lambda: figures.books_balance(url, server)),

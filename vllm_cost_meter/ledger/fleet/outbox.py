@@ -21,6 +21,8 @@ from vllm_cost_meter.ledger.schema import fleet_sender, outbox
 from vllm_cost_meter.units.time import rfc3339
 
 _ID_BYTES = 16
+# In place of a sender: the ledger has sent, and does not any more.
+_NOBODY = ""
 
 
 class Sender(NamedTuple):
@@ -43,18 +45,16 @@ class Waiting(NamedTuple):
 
 def read_sender(connection: Connection) -> Sender | None:
     """Return who sends to the fleet from this ledger; None without a fleet."""
-    row = connection.execute(select(*(fleet_sender.c[name] for name in Sender._fields))).first()
-    if row is None:
-        return None
-    return Sender._make(row)._replace(retired=tuple(json.loads(row.retired)))
+    known = _stored(connection)
+    return known if known is not None and known.sender_id != _NOBODY else None
 
 
 def begin(connection: Connection) -> Sender:
     """Return who sends from this ledger; from now on what it gets is put into the outbox."""
-    known = read_sender(connection)
-    if known is not None:
+    known = _stored(connection)
+    if known is not None and known.sender_id != _NOBODY:
         return known
-    return _begun(connection, (), last_number=0)
+    return _begun(connection, _names_of(known), 0 if known is None else known.last_number)
 
 
 def begin_again(connection: Connection) -> Sender:
@@ -62,12 +62,8 @@ def begin_again(connection: Connection) -> Sender:
 
     The sums sent so far count no more, once the fleet has these.
     """
-    known = read_sender(connection)
-    if known is None:
-        return begin(connection)
-    connection.execute(delete(fleet_sender))
-    connection.execute(delete(outbox))
-    return _begun(connection, (*known.retired, known.sender_id), known.last_number)
+    end(connection)
+    return begin(connection)
 
 
 def join_anew(connection: Connection) -> None:
@@ -77,9 +73,14 @@ def join_anew(connection: Connection) -> None:
 
 
 def end(connection: Connection) -> None:
-    """Put nothing into the outbox any more, and empty it."""
-    connection.execute(delete(fleet_sender))
-    connection.execute(delete(outbox))
+    """Put nothing into the outbox any more, and empty it.
+
+    The ledger keeps the names under which it has sent, in case it begins again.
+    """
+    known = _stored(connection)
+    if known is None or known.sender_id == _NOBODY:
+        return
+    _store(connection, known._replace(sender_id=_NOBODY, retired=_names_of(known)))
 
 
 def _begun(connection: Connection, retired: tuple[str, ...], last_number: int) -> Sender:
@@ -91,10 +92,28 @@ def _begun(connection: Connection, retired: tuple[str, ...], last_number: int) -
         sent_number=last_number,
         joined_at=None,
     )
-    connection.execute(
-        insert(fleet_sender).values({**made._asdict(), "retired": json.dumps(retired)})
-    )
+    _store(connection, made)
     return made
+
+
+def _names_of(sender: Sender | None) -> tuple[str, ...]:
+    """Return all names under which a ledger has sent."""
+    if sender is None:
+        return ()
+    return tuple(name for name in (*sender.retired, sender.sender_id) if name != _NOBODY)
+
+
+def _stored(connection: Connection) -> Sender | None:
+    row = connection.execute(select(*(fleet_sender.c[name] for name in Sender._fields))).first()
+    return None if row is None else Sender(*row)._replace(retired=tuple(json.loads(row.retired)))
+
+
+def _store(connection: Connection, sender: Sender) -> None:
+    """Write the row of a sender, and empty the outbox."""
+    connection.execute(delete(fleet_sender))
+    connection.execute(delete(outbox))
+    values = {**sender._asdict(), "retired": json.dumps(sender.retired)}
+    connection.execute(insert(fleet_sender).values(values))
 
 
 @contextmanager
@@ -103,7 +122,7 @@ def putting_in(connection: Connection) -> Iterator[None]:
 
     Does nothing without a fleet.
     """
-    if connection.execute(select(fleet_sender.c.sender_id)).first() is None:
+    if connection.execute(select(fleet_sender.c.sender_id)).scalar() in (None, _NOBODY):
         yield
         return
     changes = Changes()

@@ -20,7 +20,13 @@ from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.database import cause_of, open_database, parse_url, writing
+from vllm_cost_meter.ledger.database import (
+    cause_of,
+    open_database,
+    open_to_read,
+    parse_url,
+    writing,
+)
 from vllm_cost_meter.ledger.fleet import outbox
 from vllm_cost_meter.ledger.fleet.delivery import (
     Joining,
@@ -87,8 +93,10 @@ class FleetSender:
         """
         try:
             return self._step()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, LedgerError) and error.is_missing:
+                return False  # A server that starts makes it.
             raise
 
     def end(self) -> None:
@@ -124,8 +132,11 @@ class FleetSender:
             if self._ledger is None:
                 self._ledger = open_database(self._ledger_url, create=False)
             ledger = self._ledger
-            with writing(ledger).begin() as connection:
-                sender = outbox.begin(connection)
+            with ledger.connect() as connection:
+                sender = outbox.read_sender(connection)
+            if sender is None:
+                with writing(ledger).begin() as connection:
+                    sender = outbox.begin(connection)
         if self._fleet is None:
             self._fleet = open_fleet(self._fleet_url)
         if sender.joined_at is None:
@@ -271,17 +282,53 @@ def failed(url: URL, error: SQLAlchemyError) -> LedgerError:
     return LedgerError(f"fleet {shown}: {cause_of(error)}")
 
 
+def sending_state(ledger_url: str) -> tuple[Sender | None, Waiting]:
+    """Return who sends from a ledger, None if nobody does, and what waits. Raises LedgerError."""
+    engine = open_to_read(ledger_url)
+    try:
+        with engine.connect() as connection:
+            return outbox.read_sender(connection), outbox.waiting(connection)
+    except SQLAlchemyError as error:
+        raise LedgerError(f"ledger: its outbox cannot be read: {cause_of(error)}") from error
+    finally:
+        engine.dispose()
+
+
+def fleet_there(url: str) -> bool:
+    """Return whether a fleet's database has its tables; False if it is empty. Changes nothing.
+
+    Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
+    """
+    parsed = parse_fleet_url(url)
+    shown = parsed.render_as_string(hide_password=True)
+    engine = _engine(parsed)
+    try:
+        with engine.connect() as connection:
+            is_there = has_fleet(connection)
+            if is_there:
+                _check_version(connection, shown)
+            else:
+                _refuse_ledger(connection, shown)
+    except SQLAlchemyError as error:
+        raise failed(parsed, error) from error
+    finally:
+        engine.dispose()
+    return is_there
+
+
+def _engine(url: URL) -> Engine:
+    # A pooler in transaction mode gives each transaction another session, and with it none of the
+    # statements that were prepared.
+    options = {"prepare_threshold": None, "connect_timeout": _CONNECT_TIMEOUT_S}
+    return create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=options)
+
+
 def open_fleet(url: URL) -> Engine:
     """Open a fleet's database with one connection; an empty database gets its tables.
 
     Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
     """
-    # A pooler in transaction mode gives each transaction another session, and with it none of the
-    # statements that were prepared.
-    options = {"prepare_threshold": None, "connect_timeout": _CONNECT_TIMEOUT_S}
-    engine = create_engine(
-        url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=options
-    )
+    engine = _engine(url)
     try:
         with engine.begin() as connection:
             _ensure_fleet(connection, url.render_as_string(hide_password=True))
@@ -298,12 +345,20 @@ def _ensure_fleet(connection: Connection, shown: str) -> None:
     if not has_fleet(connection):
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
     if not has_fleet(connection):
-        if connection.dialect.has_table(connection, schema_version.name):
-            raise LedgerError(
-                f"fleet {shown}: expected an empty database or a fleet's, got one with a ledger;"
-                " name another database"
-            )
+        _refuse_ledger(connection, shown)
         create_fleet(connection)
+    _check_version(connection, shown)
+
+
+def _refuse_ledger(connection: Connection, shown: str) -> None:
+    if connection.dialect.has_table(connection, schema_version.name):
+        raise LedgerError(
+            f"fleet {shown}: expected an empty database or a fleet's, got one with a ledger;"
+            " name another database"
+        )
+
+
+def _check_version(connection: Connection, shown: str) -> None:
     found = connection.execute(fleet_version.select()).scalar_one()
     rows = connection.execute(schema_version.select()).scalar_one()
     if (found, rows) != (FLEET_VERSION, SCHEMA_VERSION):

@@ -3,14 +3,15 @@
 A row of `outbox` has what one transaction wrote, and is written by that same transaction. It goes
 once the fleet has it. Rows are numbered without a gap, and a number is never used again.
 
-Invariant: without a row in `fleet_sender` nothing is put into the outbox.
+Invariant: without a name in `fleet_sender` nothing is put into the outbox.
 """
 
 from sqlalchemy import BigInteger, Column, LargeBinary, Table, Text
 
 from vllm_cost_meter.ledger.tables.base import KeyText, metadata
 
-# At most one row: the name under which this ledger's sums count in the fleet.
+# At most one row: the name under which this ledger's sums count in the fleet. It is empty for a
+# ledger that does not send any more.
 fleet_sender = Table(
     "fleet_sender",
     metadata,

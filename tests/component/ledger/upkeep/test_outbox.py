@@ -41,6 +41,23 @@ def test_what_a_transaction_writes_is_in_the_outbox_of_a_ledger_that_sends(tmp_p
     assert "journals" not in tables
 
 
+def test_a_ledger_whose_server_has_no_fleet_any_more_stops_and_remembers_its_names(tmp_path):
+    path = tmp_path / "ledger.db"
+    sending(path, part(1, "h1"))
+    before, _ = state(path)
+    for sends in (False, False, None):
+        writer = BatchWriter(url_of(path), sends=sends)
+        writer.write([part(2, "h2")])
+        writer.drop()
+        assert state(path) == (None, [])
+    writer = BatchWriter(url_of(path), sends=True)
+    writer.write([part(3, "h3")])
+    writer.drop()
+    after, ((number, _),) = state(path)
+    assert after.retired == (before.sender_id,)
+    assert (after.joined_at, number) == (None, 2)
+
+
 def test_without_a_fleet_nothing_is_put_in(tmp_path):
     path = tmp_path / "ledger.db"
     writer = BatchWriter(url_of(path))

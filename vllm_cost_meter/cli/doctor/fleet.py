@@ -1,0 +1,42 @@
+"""The check of the fleet: whether its database can be reached, and what it is still to get.
+
+Invariant: an empty database stays empty.
+"""
+
+from vllm_cost_meter.cli.doctor.findings import Finding, Outcome, failed, fine
+from vllm_cost_meter.cli.doctor.ledger import place_of
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.fleet.sender import fleet_there, parse_fleet_url, sending_state
+
+# More waits only where the database is away, or slower than the server.
+WAITING_BYTES_MAX = 64 << 20
+
+
+def fleet_reached(url: str | None, ledger_url: str) -> Finding:
+    """Check that the fleet's database answers, is one of this version, and gets what is new."""
+    if url is None:
+        return fine("fleet", "none is set: the ledger is sent nowhere")
+    shown = parse_fleet_url(url).render_as_string(hide_password=True)
+    try:
+        is_there = fleet_there(url)
+    except LedgerError as error:
+        return failed("fleet", str(error))
+    made = "is reached" if is_there else "is reached, and empty: the first server makes its tables"
+    found = fine("fleet", f"{shown} {made}")
+    if place_of(ledger_url).unread is not None:
+        return found
+    return _with_waiting(found, ledger_url)
+
+
+def _with_waiting(found: Finding, ledger_url: str) -> Finding:
+    try:
+        sender, left = sending_state(ledger_url)
+    except LedgerError as error:
+        return found.and_also(Outcome.WARN, str(error))
+    if sender is None:
+        return found.and_also(Outcome.OK, "this ledger joins at the next start of its server")
+    if sender.joined_at is None:
+        return found.and_also(Outcome.WARN, "this ledger has not joined yet")
+    outcome = Outcome.WARN if left.content_bytes > WAITING_BYTES_MAX else Outcome.OK
+    detail = f"{left.rows:,} transactions ({left.content_bytes:,} bytes) wait to be sent"
+    return found.and_also(outcome, detail)
