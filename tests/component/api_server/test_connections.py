@@ -11,6 +11,7 @@ import pytest
 
 from tests.component.api_server.test_pipelining import PARTS, TWO_TENANTS
 from tests.support.world import (
+    ASKED,
     BODY,
     COST_HEADERS,
     DONE,
@@ -202,7 +203,7 @@ def test_a_stream_tells_the_cost_that_was_committed_though_more_is_billed_before
         world.engine.generate("second")
         await send({"type": "http.response.body", "body": DONE})
 
-    client = world.run(app)
+    client = world.run(app, scope_of(headers=[ASKED]))
     assert client.body.count(b'"cost":0.000000030') == 1
     assert client.body.count(b"cost_usd=0.000000030 ") == 1
     assert world.rows("SELECT cost_nanousd FROM replies") == [(30,)]

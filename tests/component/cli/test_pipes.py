@@ -56,8 +56,8 @@ MORE = {
     "ledger drop": ("ledger", "drop", "--before", "2026-01-01"),
 }  # fmt: skip
 ALL = {**COMMANDS, **MORE}
-# They need a server of vLLM.
-WITH_SERVER = {("sweep",), ("gpu-check",)}
+# They need a server of vLLM, or are one.
+WITH_SERVER = {("sweep",), ("gpu-check",), ("server",)}
 
 
 def test_every_command_is_tried() -> None:
