@@ -316,3 +316,11 @@ def test_a_short_api_key_seen_in_clear_is_a_warning_that_does_not_show_it():
     assert len(short) == 1
     assert "'acme'" in short[0]
     assert "k3y-of-acme" not in short[0]
+
+
+def test_a_ledger_over_the_network_is_warned_of_and_a_file_is_not():
+    quiet = {"tenants": TENANTS, "unnamed_requests": "refuse"}
+    (line,) = warned(**quiet, ledger="postgresql+psycopg://u:secret@db/ledger")
+    assert "COST_METER_FLEET" in line
+    assert "secret" not in line
+    assert warned(**quiet, ledger="sqlite:////tmp/ledger.db") == []

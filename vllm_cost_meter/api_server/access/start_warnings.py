@@ -49,6 +49,11 @@ def start_warnings(app: Any, settings: Settings) -> Iterator[str]:
                 " server may use them, also a tenant whose budget is spent;"
                 f" {_how_to_close(settings)}"
             )
+    if settings.ledger is not None and not settings.ledger.startswith("sqlite"):
+        yield (
+            "bills of this server wait for a database over the network before a report has them;"
+            " with COST_METER_FLEET each server keeps a ledger of its own and sends it there"
+        )
     for tenant in _with_short_keys(app, settings):
         yield (
             f"an API key of {tenant!r} has fewer than {TOKEN_CHARS_MIN} characters, so it could be"
