@@ -17,9 +17,9 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine
 
-from tests.component.ledger.test_reader import NOW, http, part, snapshot
+from tests.component.ledger.test_reader import HOUR, NOW, http, part, snapshot
 from tests.ecosystem.postgresql import Server
-from tests.ecosystem.test_postgresql import OWNERS, _figures, rows
+from tests.ecosystem.test_postgresql import LONG, OWNERS, _figures, rows
 from tests.support.builders import make_open
 from tests.support.fleet import sent
 from tests.support.pages import DOCS
@@ -29,13 +29,14 @@ from vllm_cost_meter.cli.doctor.fleet import fleet_reached
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.ledger.batches import BatchWriter
-from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.fleet import delivery
 from vllm_cost_meter.ledger.fleet import sender as sender_module
-from vllm_cost_meter.ledger.fleet.outbox import read_sender, waiting
+from vllm_cost_meter.ledger.fleet.outbox import begin_again, read_sender, waiting
 from vllm_cost_meter.ledger.fleet.sender import FleetSender
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.retention.dropping import drop_rows
 from vllm_cost_meter.ledger.upkeep.merging import merge
 from vllm_cost_meter.units.time import rfc3339
 
@@ -65,7 +66,7 @@ def write(url: str, *records: Record) -> None:
 
 
 def send(url: str, fleet: str) -> None:
-    sent(url, fleet)
+    sent(url, fleet, stops=True)
     engine = open_database(url)
     with engine.connect() as connection:
         assert waiting(connection) == (0, 0)
@@ -183,6 +184,35 @@ def test_a_copy_of_a_ledger_that_sends_too_counts_once(tmp_path: Path, url: str)
     assert rows(url, "SELECT run_id FROM shared_runs") == [("shared",)]
 
 
+def test_rows_that_a_ledger_has_dropped_are_none_in_the_fleet_and_count_all_the_same(
+    tmp_path: Path, url: str
+) -> None:
+    own = f"sqlite:///{tmp_path}/ledger.db"
+    write(own, *records_of("before"))
+    assert _dropped(own) == BILLS
+    send(own, url)
+    assert _figures(url) == _figures(own)
+    assert rows(url, "SELECT count(*) FROM requests") == [(0,)]
+    # What is dropped later the fleet keeps, also if the ledger joins anew.
+    write(own, *records_of("after"))
+    send(own, url)
+    assert _dropped(own) == BILLS
+    engine = open_database(own)
+    with writing(engine).begin() as connection:
+        begin_again(connection)
+    engine.dispose()
+    send(own, url)
+    assert _figures(url) == _figures(own)
+    assert rows(url, "SELECT count(*) FROM requests") == [(BILLS,)]
+
+
+def _dropped(url: str) -> int:
+    engine = open_database(url)
+    found = drop_rows(engine, HOUR + 16).bills
+    engine.dispose()
+    return found
+
+
 def test_an_outbox_that_lost_a_row_has_its_ledger_join_anew(tmp_path: Path, url: str) -> None:
     own = f"sqlite:///{tmp_path}/ledger.db"
     open_database(own).dispose()
@@ -270,6 +300,7 @@ def test_many_senders_and_readers_share_few_sessions_of_a_pooler(
 def _send_all(sender: FleetSender) -> None:
     while sender.step():
         pass
+    sender.end()
     sender.close()
 
 
@@ -286,6 +317,7 @@ def test_only_the_latest_of_what_is_told_of_a_run_stays(
         write(own, *bills[:number], snapshot(bills[:number], number))
         while sender.step():
             pass
+    sender.end()
     sender.close()
     for name in ("told_snapshots", "told_engine_hours", "told_live_usage"):
         assert rows(url, f"SELECT number FROM {name}") == [(3,)]
@@ -300,7 +332,7 @@ def test_the_audit_says_what_is_complete_and_who_holds_what_is_missing(
     sent(own, url)
     bills = [part(seq, f"h{seq}", run_id="run") for seq in range(1, 9)]
     write(own, *bills[:3], *bills[5:], snapshot(bills, 1, "run"))
-    send(own, url)
+    sent(own, url)
 
     def told(heard_ago_s: int = 0) -> Any:
         at = f"to_char(timezone('UTC', now()) - interval '{heard_ago_s} s', '{RFC_3339}')"
@@ -321,7 +353,7 @@ def test_the_audit_says_what_is_complete_and_who_holds_what_is_missing(
     assert (balanced, states) == (False, [("missing", ["4-5"])])
     assert "are not here;" in lines[1]
     write(own, *bills[3:5])
-    send(own, url)
+    sent(own, url)
     assert told()[:3] == (True, None, [])
     # Its ledger became silent with it: its last word came right after the run's last snapshot.
     changed(url, f"UPDATE shipments SET sent_at = '{rfc3339(NOW + S)}'")
@@ -340,7 +372,7 @@ def test_the_audit_says_what_is_complete_and_who_holds_what_is_missing(
     assert told(heard_ago_s=600)[:3] == (True, None, [])
     # What comes after that is another word.
     write(own, snapshot(bills, 2, "run"))
-    send(own, url)
+    sent(own, url)
     changed(url, f"UPDATE shipments SET sent_at = '{rfc3339(NOW + S)}'")
     assert told(heard_ago_s=600)[2] == [("unknown", [])]
 
@@ -394,6 +426,25 @@ def test_the_doctor_says_whether_the_fleet_is_reached_and_what_waits_and_makes_n
     ledger = server.new_database()
     open_database(ledger).dispose()
     assert "got one with a ledger" in fleet_reached(ledger, own).detail
+
+
+@pytest.mark.parametrize("joins_first", [True, False])
+def test_a_text_that_postgresql_cannot_take_holds_up_nothing(
+    tmp_path: Path, url: str, joins_first: bool
+) -> None:
+    own = f"sqlite:///{tmp_path}/ledger.db"
+    open_database(own).dispose()
+    if joins_first:
+        sent(own, url)
+    for seq, name in enumerate(("a\0b", LONG, "plain"), 1):
+        write(own, part(seq, f"h{seq}", tenant=name), http(f"h{seq}"))
+    send(own, url)
+    write(own, part(4, "h4"), http("h4"))
+    send(own, url)
+    assert rows(url, "SELECT bills, gpu_time_ns FROM bill_sums") == [(4, 4 * 300)]
+    tenants = rows(url, "SELECT tenant FROM requests ORDER BY seq")
+    assert tenants[2:] == [("plain",), ("alice",)]
+    assert tenants[0][0].startswith("a?b~sha256:")
 
 
 def test_a_fleet_that_is_away_keeps_what_waits(tmp_path: Path, url: str) -> None:

@@ -49,7 +49,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, server: Server) -> str:
         )
         own = f"sqlite:///{folder / name}.db"
         write(own, *bills, state)
-        sent(own, url)
+        sent(own, url, stops=True)
     return url
 
 

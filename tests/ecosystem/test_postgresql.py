@@ -215,7 +215,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[l
         if name == "run":  # the other one joins with what it had
             sent(url, fleet)
         written(url, [name])
-        sent(url, fleet)
+        sent(url, fleet, stops=True)
     readers = [LedgerReader(each, book=BOOK) for each in (*urls, fleet)]
     yield readers
     for reader in readers:

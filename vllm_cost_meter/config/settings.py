@@ -110,10 +110,10 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
     fleet_interval_s: t.Number = Field(
         default=2.0,
         ge=0.1,
-        le=3_600,
+        le=10,
         allow_inf_nan=False,
         description="How often what is new is sent to the fleet.",
-        json_schema_extra=_about("a number from 0.1 to 3600", "s"),
+        json_schema_extra=_about("a number from 0.1 to 10", "s"),
     )
     host: t.Host = Field(
         default="127.0.0.1",

@@ -19,12 +19,12 @@ Invariant: a run is called complete only if the fleet has every bill that its se
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import cast, exists, func, lateral, select, true
+from sqlalchemy import exists, lateral, select, true
 from sqlalchemy.engine import Connection
-from sqlalchemy.types import Float
 
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.schema import (
+    INTERVAL_MAX_S,
     TOLD,
     has_fleet,
     now_text,
@@ -63,15 +63,8 @@ def alive_in(connection: Connection) -> Collection[str]:
     if connection.dialect.name != "postgresql" or not has_fleet(connection):
         return ()
     told = TOLD[schema.snapshots.name].c
-    latest = lateral(
-        select(told.told_at)
-        .where(told.run_id == schema.runs.c.run_id)
-        .order_by(told.number.desc())
-        .limit(1)
-    )
-    since = select(func.coalesce(func.max(shipments.c.interval_s), 0.0)).scalar_subquery()
-    recent = now_text(_DEAD_AFTER_S + _INTERVALS * cast(since, Float))
-    asked = select(schema.runs.c.run_id).join(latest, true()).where(latest.c.told_at >= recent)
+    recent = now_text(_DEAD_AFTER_S + _INTERVALS * INTERVAL_MAX_S)
+    asked = select(told.run_id).where(told.told_at >= recent).distinct()
     return frozenset(connection.execute(asked).scalars())
 
 

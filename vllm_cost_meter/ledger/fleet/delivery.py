@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import FACTS, STATES, SUMS, RowTuple, TableRows, unpacked
+from vllm_cost_meter.ledger.fleet.cleaning import cleaned
 from vllm_cost_meter.ledger.fleet.schema import (
     SENT_SUMS,
     TOLD,
@@ -33,9 +34,12 @@ from vllm_cost_meter.ledger.fleet.schema import (
 from vllm_cost_meter.ledger.rollups.bill_sums import BillSums
 from vllm_cost_meter.units.time import rfc3339
 
-# A ledger that joins brings these too: which of its rows it had dropped before.
-_OF_JOINING = (schema.dropped_bills, schema.row_cutoffs)
-FACT_TABLES = {table.name: table for table in (*FACTS, *_OF_JOINING)}
+# A ledger that joins for the first time brings these too: which rows it had dropped before.
+OF_FIRST_JOINING = (
+    *(schema.row_cutoffs, schema.dropped_bills, schema.dropped_hours),
+    *(schema.dropped_latencies, schema.dropped_unknown_energy),
+)
+FACT_TABLES = {table.name: table for table in (*FACTS, *OF_FIRST_JOINING)}
 _STATES = {table.name: table for table in STATES}
 _SUMS = {table.name: table for table in SUMS}
 
@@ -72,6 +76,11 @@ class Joining(NamedTuple):
     host: str
     meter_version: str
     retires: Sequence[str]
+
+
+def for_postgresql(tables: Iterable[TableRows]) -> list[TableRows]:
+    """Return rows in a form that PostgreSQL takes, whatever texts SQLite has taken."""
+    return list(cleaned(tables, {**FACT_TABLES, **_STATES, **_SUMS}))
 
 
 def digest_of(content: bytes) -> str:

@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS, TableRows
-from vllm_cost_meter.ledger.fleet.delivery import FACT_TABLES
+from vllm_cost_meter.ledger.fleet.delivery import FACT_TABLES, OF_FIRST_JOINING
 
 # Tables with a row for each request.
 _LARGE = (
@@ -49,9 +49,14 @@ def _chunks(ledger: Engine, table: Table) -> Iterator[TableRows]:
         after = tuple(rows[-1][place] for place in places)
 
 
-def all_else(connection: Connection) -> Iterator[TableRows]:
-    """Yield the rows of all other tables that are sent, from the connection's transaction."""
-    small = [table for table in FACT_TABLES.values() if table not in _LARGE]
+def all_else(connection: Connection, *, is_first: bool) -> Iterator[TableRows]:
+    """Yield the rows of all other tables that are sent, from the connection's transaction.
+
+    A ledger that joins for the first time says which rows it had dropped before: of those that it
+    dropped since, the fleet has the rows.
+    """
+    left_out = () if is_first else OF_FIRST_JOINING
+    small = [table for table in FACT_TABLES.values() if table not in (*_LARGE, *left_out)]
     for table in (*small, *STATES, *SUMS):
         rows = connection.execution_options(yield_per=_ROWS_AT_ONCE).execute(select(table))
         for some in rows.partitions():

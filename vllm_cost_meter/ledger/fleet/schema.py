@@ -43,6 +43,8 @@ from vllm_cost_meter.ledger.tables.replies import create_views as create_replies
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 
 FLEET_VERSION = 1
+# A server sends at least so often. So whoever looks what came lately need not know who sends how.
+INTERVAL_MAX_S = 10.0
 
 fleet_metadata = MetaData()
 
@@ -133,6 +135,8 @@ def _told(table: Table) -> Table:
         # By the clock of the database: those of other machines may be off.
         Column("told_at", KeyText, server_default=now_text(), nullable=False),
         PrimaryKeyConstraint(*keys, "number"),
+        # Which runs were told of lately.
+        *([Index(f"ix_{told_name(table)}_told_at", "told_at")] if len(keys) == 1 else []),
     )
 
 

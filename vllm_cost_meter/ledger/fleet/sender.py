@@ -19,7 +19,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
-from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.errors import LedgerError, in_one_line
 from vllm_cost_meter.ledger.database import (
     cause_of,
     open_database,
@@ -27,6 +27,7 @@ from vllm_cost_meter.ledger.database import (
     parse_url,
     writing,
 )
+from vllm_cost_meter.ledger.faults import Fault, fault_of
 from vllm_cost_meter.ledger.fleet import outbox
 from vllm_cost_meter.ledger.fleet.delivery import (
     Joining,
@@ -35,6 +36,7 @@ from vllm_cost_meter.ledger.fleet.delivery import (
     deliver,
     deliver_all,
     digest_of,
+    for_postgresql,
     forget_older_states,
     insert_facts,
     note_end,
@@ -153,14 +155,31 @@ class FleetSender:
         if not rows:
             return False
         shipment = shipment_of(sender.sender_id, rows, self._interval_s)
-        with self._fleet_errors(), self._fleet.begin() as connection:
-            have = deliver(connection, shipment)
+        have = self._delivered(self._fleet, shipment)
         if have is None:
             self._note_sent(ledger, shipment.last_number)
             self._tidy(self._fleet, shipment)
         else:
             self._go_on_from(ledger, sender, have)
         return True
+
+    def _delivered(self, fleet: Engine, shipment: Shipment) -> Reached | None:
+        try:
+            with fleet.begin() as connection:
+                return deliver(connection, shipment)
+        except Exception as error:
+            if fault_of(error) is not Fault.RECORD:
+                if isinstance(error, SQLAlchemyError):
+                    raise failed(self._fleet_url, error) from error
+                raise
+            logger.warning(
+                "cost meter: fleet: it cannot take a text of this ledger, and gets it in another"
+                " form: %s",
+                in_one_line(error),
+            )
+        with self._fleet_errors(), fleet.begin() as connection:
+            clean = for_postgresql(shipment.tables)
+            return deliver(connection, shipment._replace(tables=clean))
 
     def _tidy(self, fleet: Engine, shipment: Shipment) -> None:
         """Now and then delete what was told before of these runs, if that is allowed.
@@ -191,7 +210,7 @@ class FleetSender:
             logger.info("cost meter: fleet: this ledger joins; all that it holds is sent")
             for some in large_facts(ledger):
                 with self._fleet_errors(), fleet.begin() as connection:
-                    insert_facts(connection, [some])
+                    insert_facts(connection, for_postgresql([some]))
             have = self._send_sums(ledger, fleet, sender)
         with self._ledger_errors(), writing(ledger).begin() as connection:
             outbox.note_joined(connection, have.last_number)
@@ -208,7 +227,10 @@ class FleetSender:
             digest = digest_of(last[0][1]) if last else ""
             shipment = Shipment(sender.sender_id, 0, now.last_number, digest, self._interval_s, ())
             with self._fleet_errors(), fleet.begin() as connection:
-                have = deliver_all(connection, shipment, joining, all_else(reading))
+                is_first = not any(reached(connection, name) for name in sender.retired)
+                all_rows = all_else(reading, is_first=is_first)
+                clean = (each for some in all_rows for each in for_postgresql([some]))
+                have = deliver_all(connection, shipment, joining, clean)
         return have or Reached(shipment.last_number, digest)
 
     def _go_on_from(self, ledger: Engine, sender: Sender, have: Reached) -> None:
