@@ -43,7 +43,6 @@ FACT_TABLES = {table.name: table for table in (*FACTS, *OF_FIRST_JOINING)}
 _STATES = {table.name: table for table in STATES}
 _SUMS = {table.name: table for table in SUMS}
 
-
 # "join": a number of our own among PostgreSQL's locks.
 _JOINING_LOCK = 0x6A6F696E
 

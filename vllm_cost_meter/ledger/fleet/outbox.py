@@ -60,7 +60,7 @@ def begin(connection: Connection) -> Sender:
 def begin_again(connection: Connection) -> Sender:
     """Begin under another name, with an empty outbox: the fleet then gets all of the ledger anew.
 
-    The sums sent so far count no more, once the fleet has these.
+    A run of which it has sent sums under both names counts by the one with more of its bills.
     """
     end(connection)
     return begin(connection)

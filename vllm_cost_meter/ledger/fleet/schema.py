@@ -1,6 +1,7 @@
 """The tables of a fleet's database, and the views that a ledger's reader finds in their place.
 
-A sender only ever inserts, so senders never wait for one another and need no other right:
+A sender only inserts, so senders never wait for one another. It needs no other right; one that may
+delete removes states that it has told anew since.
 
 - *Facts* (bills, replies, runs, ...) are in the ledger's own tables; one that is there stays.
 - *States* (a run's totals) are told again and again, each time under its snapshot's number. The
