@@ -25,6 +25,7 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.apply_loop import ApplyLoop
 from vllm_cost_meter.ledger.retention.keeping import RowKeeper
 from vllm_cost_meter.side_process import entry
+from vllm_cost_meter.side_process.asked import settle
 from vllm_cost_meter.side_process.entry import ToServer
 
 # Behind the tokens, and before questions, which wait for it.
@@ -79,7 +80,7 @@ class _Applying:
             failure = await self._pass(loop, is_asked=bool(asked))
             self._tell(server, loop)
             for each in asked:
-                _settle(each, failure)
+                settle(each, failure)
             if failure is None:
                 pause_s, retry_s = PAUSE_S if loop.is_ours else LOCK_PAUSE_S, RETRY_FIRST_S
             else:
@@ -117,15 +118,6 @@ class _Applying:
                 set_aside=loop.set_aside,
             ),
         )
-
-
-def _settle(asked: "asyncio.Future[bool]", failure: LedgerError | None) -> None:
-    if asked.done():
-        return
-    if failure is None:
-        asked.set_result(True)
-    else:
-        asked.set_exception(failure)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from vllm_cost_meter.ledger.fleet.outbox import Waiting
 from vllm_cost_meter.ledger.fleet.sender import FleetSender
 from vllm_cost_meter.logs import Outage, meter_logger
 from vllm_cost_meter.side_process import entry
+from vllm_cost_meter.side_process.asked import settle
 from vllm_cost_meter.side_process.entry import ToServer
 
 logger = meter_logger()
@@ -77,7 +78,7 @@ class _Shipping:
             self._wake.clear()
             failure = await self._send_all(server, sender, is_last=bool(asked))
             for each in asked:
-                _settle(each, failure)
+                settle(each, failure)
             if failure is None:
                 pause_s, retry_s = interval_s, RETRY_FIRST_S
             else:
@@ -137,15 +138,6 @@ class _Shipping:
         waiting = self._waiting
         state = ShippingState(last_error, self._failures, *waiting, sent_at_ns=self._sent_at_ns)
         server.tell(STATE, state)
-
-
-def _settle(asked: "asyncio.Future[bool]", failure: LedgerError | None) -> None:
-    if asked.done():
-        return
-    if failure is None:
-        asked.set_result(True)
-    else:
-        asked.set_exception(failure)
 
 
 if __name__ == "__main__":
