@@ -11,6 +11,7 @@ Invariant: each row of a sender's outbox is in the fleet's sums once, or not yet
 import hashlib
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import Table, delete, exists, select, text
@@ -20,6 +21,7 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import FACTS, STATES, SUMS, RowTuple, TableRows, unpacked
 from vllm_cost_meter.ledger.fleet.cleaning import cleaned
+from vllm_cost_meter.ledger.fleet.inserting import insert_new
 from vllm_cost_meter.ledger.fleet.schema import (
     SENT_SUMS,
     TOLD,
@@ -95,36 +97,44 @@ def shipment_of(sender_id: str, rows: Sequence[tuple[int, bytes]], interval_s: f
 
 
 def merged(tables: Iterable[TableRows]) -> list[TableRows]:
-    """Return one list of rows for each table: the latest states, and amounts added up."""
-    by_table: dict[str, list[dict[str, Any]]] = {}
+    """Return lists of rows by table: facts once each, the latest states, and amounts added up.
+
+    Rows of one table that an older version of the ledger put in may lack columns.
+    """
+    facts: dict[tuple[str, tuple[str, ...]], list[RowTuple]] = {}
+    others: dict[str, list[dict[str, Any]]] = {}
     for name, columns, rows in tables:
-        found = by_table.setdefault(name, [])
-        found.extend(dict(zip(columns, row, strict=True)) for row in rows)
-    merged_rows = {
-        name: _latest(_STATES[name], rows)
-        if name in _STATES
-        else _added_up(_SUMS[name], rows)
-        if name in _SUMS
-        else _each_once(FACT_TABLES[name], rows)
-        for name, rows in by_table.items()
-    }
-    return [
-        TableRows(name, tuple(rows[0]), [tuple(row.values()) for row in rows])
-        for name, rows in merged_rows.items()
-        if rows
+        if name in FACT_TABLES:
+            facts.setdefault((name, columns), []).extend(rows)
+        else:
+            found = others.setdefault(name, [])
+            found.extend(dict(zip(columns, row, strict=True)) for row in rows)
+    once = [
+        TableRows(name, columns, _each_once(FACT_TABLES[name], columns, rows))
+        for (name, columns), rows in facts.items()
     ]
+    by_name = {
+        name: _latest(_STATES[name], rows) if name in _STATES else _added_up(_SUMS[name], rows)
+        for name, rows in others.items()
+    }
+    return [*once, *(_rows_of(name, rows) for name, rows in by_name.items() if rows)]
+
+
+def _rows_of(name: str, rows: Sequence[dict[str, Any]]) -> TableRows:
+    columns = max(rows, key=len)
+    missing = 0 if name in _SUMS else None
+    return TableRows(
+        name, tuple(columns), [tuple(row.get(one, missing) for one in columns) for row in rows]
+    )
 
 
 def _keys(table: Table) -> list[str]:
     return [column.name for column in table.primary_key]
 
 
-def _each_once(table: Table, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: dict[RowTuple, dict[str, Any]] = {}
-    keys = _keys(table)
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), row)
-    return list(found.values())
+def _each_once(table: Table, columns: Sequence[str], rows: Sequence[RowTuple]) -> list[RowTuple]:
+    key = itemgetter(*(columns.index(name) for name in _keys(table)))
+    return list({key(row): row for row in reversed(rows)}.values())[::-1]
 
 
 def _latest(table: Table, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -148,8 +158,10 @@ def _added_up(table: Table, rows: Sequence[dict[str, Any]]) -> list[dict[str, An
         elif table is schema.bill_sums:
             found[key] = BillSums(**known).with_more(BillSums(**row))._asdict()
         else:
+            amounts = dict.fromkeys((*known, *row), 0) | known
             found[key] = {
-                name: value if name in keys else known[name] + value for name, value in row.items()
+                name: value if name in keys else value + row.get(name, 0)
+                for name, value in amounts.items()
             }
     return list(found.values())
 
@@ -204,21 +216,24 @@ def deliver_all(
 def insert_facts(connection: Connection, tables: Iterable[TableRows]) -> None:
     """Insert facts within the connection's transaction; those that are there stay."""
     for name, columns, rows in tables:
-        _insert(connection, FACT_TABLES[name], _by_name(columns, rows))
+        insert_new(connection, FACT_TABLES[name], columns, rows)
 
 
 def insert_tables(connection: Connection, shipment: Shipment, tables: Iterable[TableRows]) -> None:
     """Insert rows of a shipment that has begun."""
-    of_shipment = {"sender_id": shipment.sender_id, "first_number": shipment.first_number}
+    sender_id = shipment.sender_id
     for name, columns, rows in tables:
-        values = _by_name(columns, rows)
         if name in _SUMS:
-            _insert(connection, SENT_SUMS[name], [{**of_shipment, **row} for row in values])
+            number = shipment.first_number
+            sent = SENT_SUMS[name]
+            insert_new(connection, sent, columns, rows, sender_id=sender_id, first_number=number)
         else:
-            _insert(connection, TOLD[name] if name in TOLD else FACT_TABLES[name], values)
+            table = TOLD[name] if name in TOLD else FACT_TABLES[name]
+            insert_new(connection, table, columns, rows)
         if name == schema.runs.name:
-            told = [{"run_id": row["run_id"], "sender_id": shipment.sender_id} for row in values]
-            _insert(connection, run_senders, told)
+            at = columns.index("run_id")
+            told = [(row[at],) for row in rows]
+            insert_new(connection, run_senders, ["run_id"], told, sender_id=sender_id)
 
 
 def _begin(connection: Connection, shipment: Shipment) -> bool:
@@ -239,12 +254,16 @@ def _begin(connection: Connection, shipment: Shipment) -> bool:
 def _join(connection: Connection, sender_id: str, joining: Joining) -> None:
     now = rfc3339(time.time_ns())
     about = {"host": joining.host, "meter_version": joining.meter_version, "joined_at": now}
-    _insert(connection, senders, [{"sender_id": sender_id, **about}])
-    retired = [
-        {"sender_id": name, "successor_id": sender_id, "retired_at": now}
-        for name in joining.retires
-    ]
-    _insert(connection, retired_senders, retired)
+    _insert_one(connection, senders, {"sender_id": sender_id, **about})
+    retired = [(name,) for name in joining.retires]
+    insert_new(
+        connection,
+        retired_senders,
+        ["sender_id"],
+        retired,
+        successor_id=sender_id,
+        retired_at=now,
+    )
 
 
 def _share_runs(connection: Connection, sender_id: str) -> None:
@@ -265,7 +284,7 @@ def _share_runs(connection: Connection, sender_id: str) -> None:
 def note_end(connection: Connection, sender_id: str, last_number: int) -> None:
     """Note that a sender's ledger holds nothing beyond this number, and its server stops."""
     end = {"sender_id": sender_id, "last_number": last_number, "ended_at": rfc3339(time.time_ns())}
-    _insert(connection, sender_ends, [end])
+    _insert_one(connection, sender_ends, end)
 
 
 def forget_older_states(connection: Connection, run_ids: Collection[str]) -> None:
@@ -281,14 +300,5 @@ def forget_older_states(connection: Connection, run_ids: Collection[str]) -> Non
         )
 
 
-def _by_name(columns: Sequence[str], rows: Iterable[RowTuple]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def _insert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows that are not there.
-
-    No column is named in ON CONFLICT: that would need the right to read it.
-    """
-    if rows:
-        connection.execute(postgresql.insert(table).on_conflict_do_nothing(), rows)
+def _insert_one(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:
+    connection.execute(postgresql.insert(table).values(row).on_conflict_do_nothing())
