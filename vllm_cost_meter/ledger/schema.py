@@ -51,6 +51,7 @@ from vllm_cost_meter.ledger.tables.dropped import row_cutoffs as row_cutoffs
 from vllm_cost_meter.ledger.tables.outbox import fleet_sender as fleet_sender
 from vllm_cost_meter.ledger.tables.outbox import outbox as outbox
 from vllm_cost_meter.ledger.tables.packed import InstantColumn, PackedId
+from vllm_cost_meter.ledger.tables.sums import DIGEST_MODULUS as DIGEST_MODULUS
 from vllm_cost_meter.ledger.tables.sums import ENDED_AMOUNTS as ENDED_AMOUNTS
 from vllm_cost_meter.ledger.tables.sums import PIECE_AMOUNTS as PIECE_AMOUNTS
 from vllm_cost_meter.ledger.tables.sums import SUMMED_AMOUNTS as SUMMED_AMOUNTS

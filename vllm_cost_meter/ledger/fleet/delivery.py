@@ -1,20 +1,20 @@
 """Deliver rows of an outbox to the fleet's database, in one transaction, once.
 
 Facts and states have keys of their own, so inserting them twice changes nothing. Amounts do not:
-they count because their shipment does. A shipment begins where the one before it ended, and its
-first row's number is its key. So whoever sends again what the fleet has already, also cut
-otherwise, meets that key, and is told how far the fleet is.
+they count because their shipment does. A shipment begins where the one before it ended, and one
+process at a time sends under a sender's name. So whoever sends again what the fleet has already,
+also cut otherwise, is told how far the fleet is, and nothing is written.
 
 Invariant: each row of a sender's outbox is in the fleet's sums once, or not yet.
 """
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import Table, delete, exists, select, text
+from sqlalchemy import Table, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
@@ -33,6 +33,7 @@ from vllm_cost_meter.ledger.fleet.schema import (
     shared_runs,
     shipments,
 )
+from vllm_cost_meter.ledger.fleet.tidying import lock_sender
 from vllm_cost_meter.ledger.rollups.bill_sums import BillSums
 from vllm_cost_meter.units.time import rfc3339
 
@@ -117,7 +118,46 @@ def merged(tables: Iterable[TableRows]) -> list[TableRows]:
         name: _latest(_STATES[name], rows) if name in _STATES else _added_up(_SUMS[name], rows)
         for name, rows in others.items()
     }
-    return [*once, *(_rows_of(name, rows) for name, rows in by_name.items() if rows)]
+    others_rows = [_rows_of(name, rows) for name, rows in by_name.items() if rows]
+    return [*_without_billed(once), *others_rows]
+
+
+def _without_billed(tables: Sequence[TableRows]) -> list[TableRows]:
+    """Return facts without the open requests that have their bill among them.
+
+    They are known by the ledger's own rule (`is_billed`).
+    """
+    bills = _billed_in(tables)
+    if not bills:
+        return list(tables)
+    return [
+        _still_open(table, bills) if table.table == schema.open_requests.name else table
+        for table in tables
+    ]
+
+
+def _billed_in(tables: Iterable[TableRows]) -> dict[str, list[tuple[int, int]]]:
+    """Return when the requests that have a bill in these rows began and ended, by internal id."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name, columns, rows in tables:
+        if name == schema.requests.name:
+            values = itemgetter(*map(columns.index, ("request_id", "started_at", "finished_at")))
+            for request_id, started_us, finished_us in map(values, rows):
+                found.setdefault(request_id, []).append((started_us, finished_us))
+    return found
+
+
+def _still_open(opened: TableRows, bills: Mapping[str, Sequence[tuple[int, int]]]) -> TableRows:
+    at, began = opened.columns.index("request_id"), opened.columns.index("started_at")
+    rows = [
+        row
+        for row in opened.rows
+        if not any(
+            started_us == row[began] or finished_us >= row[began]
+            for started_us, finished_us in bills.get(row[at], ())
+        )
+    ]
+    return opened._replace(rows=rows)
 
 
 def _rows_of(name: str, rows: Sequence[dict[str, Any]]) -> TableRows:
@@ -184,11 +224,11 @@ def deliver(connection: Connection, shipment: Shipment) -> Reached | None:
     Returns how far the fleet is where the shipment does not begin right after that: the fleet has
     it already, or lacks what comes before. None if it was inserted.
     """
+    lock_sender(connection, shipment.sender_id)
     have = reached(connection, shipment.sender_id) or NOTHING
     if have.last_number + 1 != shipment.first_number:
         return have
-    if not _begin(connection, shipment):
-        return reached(connection, shipment.sender_id)  # Another process was faster.
+    _begin(connection, shipment)
     insert_tables(connection, shipment, shipment.tables)
     return None
 
@@ -202,10 +242,10 @@ def deliver_all(
     """
     # One after the other, so that each sees which runs of its own the fleet has from others.
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _JOINING_LOCK})
+    lock_sender(connection, shipment.sender_id)
     if (have := reached(connection, shipment.sender_id)) is not None:
         return have
-    if not _begin(connection, shipment):
-        return reached(connection, shipment.sender_id)
+    _begin(connection, shipment)
     _join(connection, shipment.sender_id, joining)
     for each in tables:
         insert_tables(connection, shipment, [each])
@@ -236,19 +276,18 @@ def insert_tables(connection: Connection, shipment: Shipment, tables: Iterable[T
             insert_new(connection, run_senders, ["run_id"], told, sender_id=sender_id)
 
 
-def _begin(connection: Connection, shipment: Shipment) -> bool:
-    """Insert the row of a shipment; return False if there is one that begins there."""
-    statement = postgresql.insert(shipments).values(
-        sender_id=shipment.sender_id,
-        first_number=shipment.first_number,
-        last_number=shipment.last_number,
-        last_digest=shipment.last_digest,
-        sent_at=rfc3339(time.time_ns()),
-        received_at=now_text(),
-        interval_s=shipment.interval_s,
-    )
-    new = statement.on_conflict_do_nothing().returning(shipments.c.first_number)
-    return connection.execute(new).first() is not None
+def _begin(connection: Connection, shipment: Shipment) -> None:
+    """Insert the row of a shipment. Fails if there is one that begins there."""
+    row = {
+        "sender_id": shipment.sender_id,
+        "first_number": shipment.first_number,
+        "last_number": shipment.last_number,
+        "last_digest": shipment.last_digest,
+        "sent_at": rfc3339(time.time_ns()),
+        "received_at": now_text(),
+        "interval_s": shipment.interval_s,
+    }
+    connection.execute(shipments.insert().values(row))
 
 
 def _join(connection: Connection, sender_id: str, joining: Joining) -> None:
@@ -285,19 +324,6 @@ def note_end(connection: Connection, sender_id: str, last_number: int) -> None:
     """Note that a sender's ledger holds nothing beyond this number, and its server stops."""
     end = {"sender_id": sender_id, "last_number": last_number, "ended_at": rfc3339(time.time_ns())}
     _insert_one(connection, sender_ends, end)
-
-
-def forget_older_states(connection: Connection, run_ids: Collection[str]) -> None:
-    """Delete what was told of runs before what was told last. Needs the right to delete."""
-    for name, table in TOLD.items():
-        keys = [column.name for column in _STATES[name].primary_key]
-        told, newer = table.c, table.alias("newer").c
-        same = [newer[key] == told[key] for key in keys]
-        connection.execute(
-            delete(table).where(
-                told.run_id.in_(run_ids), exists().where(*same, newer.number > told.number)
-            )
-        )
 
 
 def _insert_one(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ delete removes states that it has told anew since.
 - *States* (a run's totals) are told again and again, each time under its snapshot's number. The
   view of the table's name has the latest one.
 - *Sums* are sent as what they grew by. A row of `shipments` says which part of which sender's
-  outbox it is; it can be inserted once. The view adds up all shipments.
+  outbox it is; it can be inserted once. The view adds up all shipments. Older ones are added up
+  under the number `FOLDED` (`tidying.py`).
 
 A ledger that was copied, restored or merged joins anew under another name. Then two senders have
 sums of one run. A run in `shared_runs` counts by one sender, the one with most of its bills. Sums
@@ -108,7 +109,25 @@ sender_ends = Table(
     Column("ended_at", KeyText, nullable=False),
 )
 
+# Up to which shipment the sums of a sender are added up.
+folds = Table(
+    "folds",
+    fleet_metadata,
+    Column("sender_id", KeyText, primary_key=True),
+    Column("folded_number", BigInteger, nullable=False),
+)
+
 _OF_SHIPMENT = ("sender_id", "first_number")
+# In place of a shipment's number: sums of many shipments.
+FOLDED = -1
+# How these columns of `bill_sums` add up, as `BillSums.with_more` does it.
+_BILL_SUMS = {
+    "last_seq": "MAX({})",
+    "digest": f"CAST(MOD(SUM({{}}), {schema.DIGEST_MODULUS}) AS BIGINT)",
+    "method": "MIN({})",
+    "started_at": "MIN({})",
+    "finished_at": "MAX({})",
+}
 
 
 def now_text(earlier_s: float | ColumnElement[float] = 0.0) -> ColumnElement[str]:
@@ -158,6 +177,8 @@ def _sent(table: Table) -> Table:
 # By the name of the ledger's table.
 TOLD = {table.name: _told(table) for table in STATES}
 SENT_SUMS = {table.name: _sent(table) for table in SUMS}
+# Of the shipments that are added up, by day.
+FOLDED_DAYS = _sent(schema.rollup_days)
 _VIEWED = {*TOLD, *SENT_SUMS, schema.rollup_days.name}
 # The ledger's tables that a fleet's database has as they are.
 KEPT = [table for table in schema.metadata.sorted_tables if table.name not in _VIEWED]
@@ -193,8 +214,8 @@ def view_statements() -> list[str]:
         schema.rollup_days.name: _days(),
         schema.rollup_latencies.name: _of_no_run(schema.rollup_latencies),
         schema.rollup_arrivals.name: _of_no_run(schema.rollup_arrivals),
-        schema.bill_sums.name: _bill_sums(),
-        schema.energy_sums.name: _energy_sums(),
+        schema.bill_sums.name: _of_runs(schema.bill_sums),
+        schema.energy_sums.name: _of_runs(schema.energy_sums),
     }
     return [f"CREATE VIEW {name} AS {query}" for name, query in views.items()]
 
@@ -237,13 +258,21 @@ def _of_groups(columns: Sequence[str]) -> str:
     )
 
 
-def _of_runs(table: Table, columns: Sequence[str]) -> str:
+def _of_runs(table: Table) -> str:
     """Return the query of the sums by run that count, added up by run."""
+    sums = [f"{added_up(table, c.name, c.name)} AS {c.name}" for c in table.c if not c.primary_key]
     return (
-        f"SELECT {', '.join(columns)} FROM {sent_name(table)}"
+        f"SELECT run_id, {', '.join(sums)} FROM {sent_name(table)}"
         " WHERE (sender_id, run_id) NOT IN (SELECT sender_id, run_id FROM uncounted_runs)"
         " GROUP BY run_id"
     )
+
+
+def added_up(table: Table, column: str, how: str) -> str:
+    """Return the SQL for what a column of sums adds up to over rows in which it is `how`."""
+    if table is schema.bill_sums and column in _BILL_SUMS:
+        return _BILL_SUMS[column].format(how)
+    return f"MIN({how})" if column == "first_hour" else f"CAST(SUM({how}) AS BIGINT)"
 
 
 def _of_no_run(table: Table) -> str:
@@ -255,32 +284,23 @@ def _of_no_run(table: Table) -> str:
 
 
 def _days() -> str:
-    amounts = [c.name for c in schema.rollup_hours.c if not c.primary_key]
+    folded = ", ".join(schema.rollup_days.c.keys())
+    made = ", ".join(f"{how} AS {name}" for name, how in day_columns().items())
+    counts = "(sender_id, group_id) NOT IN (SELECT sender_id, group_id FROM uncounted_groups)"
+    return (
+        f"SELECT {folded} FROM {FOLDED_DAYS.name} WHERE {counts} UNION ALL"
+        f" SELECT {made} FROM {sent_name(schema.rollup_hours)}"
+        f" WHERE first_number > {FOLDED} AND {counts}"
+    )
+
+
+def day_columns() -> dict[str, str]:
+    """Return by name how the columns of `rollup_days` are made of those of an hour."""
     used = " OR ".join(f"{name} <> 0" for name in schema.SUMMED_AMOUNTS)
-    columns = [
-        f"hour / {HOURS_PER_DAY} AS day",
-        "group_id",
-        f"CASE WHEN {used} THEN hour END AS first_hour",
-        *amounts,
-    ]
-    return _of_groups(columns)
-
-
-def _bill_sums() -> str:
-    columns = [
-        "run_id",
-        "CAST(SUM(bills) AS BIGINT) AS bills",
-        "MAX(last_seq) AS last_seq",
-        "CAST(SUM(gpu_time_ns) AS BIGINT) AS gpu_time_ns",
-        # Two digests add up modulo 2^62.
-        f"CAST(MOD(SUM(digest), {1 << 62}) AS BIGINT) AS digest",
-        "MIN(method) AS method",
-        "MIN(started_at) AS started_at",
-        "MAX(finished_at) AS finished_at",
-    ]
-    return _of_runs(schema.bill_sums, columns)
-
-
-def _energy_sums() -> str:
-    total = "CAST(SUM(energy_mj) AS BIGINT) AS energy_mj"
-    return _of_runs(schema.energy_sums, ["run_id", total])
+    amounts = {c.name: c.name for c in schema.rollup_hours.c if not c.primary_key}
+    return {
+        "day": f"hour / {HOURS_PER_DAY}",
+        "group_id": "group_id",
+        "first_hour": f"CASE WHEN {used} THEN hour END",
+        **amounts,
+    }

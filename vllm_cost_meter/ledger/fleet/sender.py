@@ -37,7 +37,6 @@ from vllm_cost_meter.ledger.fleet.delivery import (
     deliver_all,
     digest_of,
     for_postgresql,
-    forget_older_states,
     insert_facts,
     note_end,
     reached,
@@ -51,7 +50,8 @@ from vllm_cost_meter.ledger.fleet.schema import (
     fleet_version,
     has_fleet,
 )
-from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, live_usage, schema_version, snapshots
+from vllm_cost_meter.ledger.fleet.tidying import SentSince
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, schema_version
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.version import __version__
 
@@ -83,10 +83,9 @@ class FleetSender:
         self._bytes_max = shipment_bytes_max
         self._ledger: Engine | None = None
         self._fleet: Engine | None = None
-        # The runs that were told of since the last tidying.
-        self._told: set[str] = set()
+        self._sent = SentSince()
         self._tidy_at_s = 0.0
-        self._may_delete = True
+        self._may_tidy = True
 
     def step(self) -> bool:
         """Send what waits, up to one shipment; return whether more may wait.
@@ -182,25 +181,24 @@ class FleetSender:
             return deliver(connection, shipment._replace(tables=clean))
 
     def _tidy(self, fleet: Engine, shipment: Shipment) -> None:
-        """Now and then delete what was told before of these runs, if that is allowed.
+        """Now and then tidy what this sender has sent, if that is allowed.
 
-        A sender without the right to delete leaves it to others.
+        A sender without the right to update and delete leaves it to others.
         """
-        states = {snapshots.name, live_usage.name}
-        for name, columns, rows in shipment.tables:
-            if name in states:
-                self._told.update(row[columns.index("run_id")] for row in rows)
-        if not self._told or not self._may_delete or time.monotonic() < self._tidy_at_s:
+        if not self._may_tidy:
+            return
+        self._sent.note(shipment.sender_id, shipment.tables)
+        if time.monotonic() < self._tidy_at_s:
             return
         self._tidy_at_s = time.monotonic() + TIDY_EVERY_S
         try:
             with self._fleet_errors(), fleet.begin() as connection:
-                forget_older_states(connection, self._told)
+                self._sent.tidy(connection)
         except LedgerError as error:
             if not isinstance(error.__cause__, ProgrammingError):
                 raise
-            self._may_delete = False
-        self._told.clear()
+            self._may_tidy = False
+        self._sent = SentSince()
 
     def _join(self, ledger: Engine, fleet: Engine, sender: Sender) -> None:
         """Send all that the ledger holds."""

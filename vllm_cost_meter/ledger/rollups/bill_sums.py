@@ -30,6 +30,7 @@ from vllm_cost_meter.ledger.fleet.changes import note
 from vllm_cost_meter.ledger.rollups.upserts import add_to, in_chunks, lock_sums
 from vllm_cost_meter.ledger.rows import TableRow, owner_columns
 from vllm_cost_meter.ledger.schema import (
+    DIGEST_MODULUS,
     PIECE_AMOUNTS,
     bill_sums,
     dropped_bills,
@@ -48,8 +49,6 @@ from vllm_cost_meter.ledger.tables.pieces import (
 from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.units.time import rfc3339
 
-# Two digests must add up to a number of 64 bits with a sign.
-_MODULUS = 1 << 62
 _DIGEST_BYTES = 8
 # What of a bill a digest covers, besides its pieces: all but its latencies and what follows from
 # the rest.
@@ -84,7 +83,7 @@ class BillSums(NamedTuple):
             bills=self.bills + other.bills,
             last_seq=max(self.last_seq, other.last_seq),
             gpu_time_ns=self.gpu_time_ns + other.gpu_time_ns,
-            digest=(self.digest + other.digest) % _MODULUS,
+            digest=(self.digest + other.digest) % DIGEST_MODULUS,
             method=min(self.method, other.method),
             started_at=min(self.started_at, other.started_at),
             finished_at=max(self.finished_at, other.finished_at),
@@ -248,7 +247,7 @@ def _digest(covered: tuple[Any, ...], pieces: Sequence[tuple[int, ...]]) -> int:
     """Return the digest of a bill. Raises TypeError for what no ledger can take."""
     text = orjson.dumps((covered, pieces))
     digest = hashlib.blake2b(text, digest_size=_DIGEST_BYTES).digest()
-    return int.from_bytes(digest) % _MODULUS
+    return int.from_bytes(digest) % DIGEST_MODULUS
 
 
 def _write(connection: Connection, sums: Sequence[BillSums]) -> None:
@@ -263,7 +262,7 @@ def _write(connection: Connection, sums: Sequence[BillSums]) -> None:
         "bills": own.bills + new.bills,
         "last_seq": _greater(own.last_seq, new.last_seq),
         "gpu_time_ns": own.gpu_time_ns + new.gpu_time_ns,
-        "digest": (own.digest + new.digest) % _MODULUS,
+        "digest": (own.digest + new.digest) % DIGEST_MODULUS,
         "method": _less(own.method, new.method),
         "started_at": _less(own.started_at, new.started_at),
         "finished_at": _greater(own.finished_at, new.finished_at),

@@ -79,6 +79,9 @@ rollup_arrivals = Table(
     Column("exchanges", BigInteger, nullable=False),
 )
 
+# Digests add up modulo this: two of them make a number of 64 bits with a sign.
+DIGEST_MODULUS = 1 << 62
+
 # What all bills of a run add up to, whatever of them is still in `requests`.
 bill_sums = Table(
     "bill_sums",
@@ -88,7 +91,7 @@ bill_sums = Table(
     # The highest number of a bill.
     Column("last_seq", BigInteger, nullable=False),
     Column("gpu_time_ns", BigInteger, nullable=False),
-    # The sum of the digests of all bills, modulo 2^62.
+    # The sum of the digests of all bills, modulo `DIGEST_MODULUS`.
     Column("digest", BigInteger, nullable=False),
     Column("method", KeyText, nullable=False),
     Column("started_at", KeyText, nullable=False),
