@@ -266,7 +266,7 @@ def test_a_writer_needs_no_right_but_to_insert_and_to_read(
     write(alone, *first, *second)
     assert _figures(as_reader) == _figures(alone)
     for role, statement in (
-        (as_writer, "DELETE FROM requests"),
+        (as_writer, "DELETE FROM kept_requests"),
         (as_writer, "UPDATE runs SET model = 'x'"),
         (as_reader, "INSERT INTO shared_runs VALUES ('x')"),
     ):

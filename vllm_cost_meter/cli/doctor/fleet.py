@@ -6,7 +6,8 @@ Invariant: an empty database stays empty.
 from vllm_cost_meter.cli.doctor.findings import Finding, Outcome, failed, fine
 from vllm_cost_meter.cli.doctor.ledger import place_of
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.fleet.sender import fleet_there, parse_fleet_url, sending_state
+from vllm_cost_meter.ledger.fleet.opening import fleet_there, parse_fleet_url
+from vllm_cost_meter.ledger.fleet.sender import sending_state
 
 # More waits only where the database is away, or slower than the server.
 WAITING_BYTES_MAX = 64 << 20

@@ -48,4 +48,9 @@ def _clean(value: object, *, is_indexed: bool) -> object:
         return value
     if is_indexed and (len(value) > INDEXED_CHARS_MAX or "\0" in value):
         return stored(value)
-    return value.replace("\0", "?")
+    return storable(value)
+
+
+def storable(text: str) -> str:
+    """Return a text as PostgreSQL can store it, also within JSON."""
+    return text.replace("\0", "?").encode(errors="replace").decode()

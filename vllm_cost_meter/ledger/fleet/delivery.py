@@ -8,10 +8,8 @@ also cut otherwise, is told how far the fleet is, and nothing is written.
 Invariant: each row of a sender's outbox is in the fleet's sums once, or not yet.
 """
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import Table, select, text
@@ -19,10 +17,11 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import schema
-from vllm_cost_meter.ledger.fleet.changes import FACTS, STATES, SUMS, RowTuple, TableRows, unpacked
+from vllm_cost_meter.ledger.fleet.changes import TableRows
 from vllm_cost_meter.ledger.fleet.cleaning import cleaned
 from vllm_cost_meter.ledger.fleet.inserting import insert_new
 from vllm_cost_meter.ledger.fleet.schema import (
+    KEPT_ROWS,
     SENT_SUMS,
     TOLD,
     now_text,
@@ -32,19 +31,16 @@ from vllm_cost_meter.ledger.fleet.schema import (
     senders,
     shared_runs,
     shipments,
+    tails,
+    told_open_requests,
 )
+from vllm_cost_meter.ledger.fleet.shipment import FACT_TABLES, Shipment
 from vllm_cost_meter.ledger.fleet.tidying import lock_sender
-from vllm_cost_meter.ledger.rollups.bill_sums import BillSums
 from vllm_cost_meter.units.time import rfc3339
 
-# A ledger that joins for the first time brings these too: which rows it had dropped before.
-OF_FIRST_JOINING = (
-    *(schema.row_cutoffs, schema.dropped_bills, schema.dropped_hours),
-    *(schema.dropped_latencies, schema.dropped_unknown_energy),
-)
-FACT_TABLES = {table.name: table for table in (*FACTS, *OF_FIRST_JOINING)}
-_STATES = {table.name: table for table in STATES}
-_SUMS = {table.name: table for table in SUMS}
+# Into which table the rows of a ledger's table go, and those that a sender makes.
+_INTO = {**FACT_TABLES, **KEPT_ROWS, **TOLD}
+_MADE = {table.name: table for table in (tails, told_open_requests)}
 
 # "join": a number of our own among PostgreSQL's locks.
 _JOINING_LOCK = 0x6A6F696E
@@ -61,149 +57,19 @@ class Reached(NamedTuple):
 NOTHING = Reached(-1, "")
 
 
-class Shipment(NamedTuple):
-    """Rows of an outbox that are sent together."""
-
-    sender_id: str
-    first_number: int
-    last_number: int
-    last_digest: str
-    interval_s: float
-    tables: Sequence[TableRows]
-
-
 class Joining(NamedTuple):
     """A ledger that the fleet gets as a whole, and the names under which it sent before."""
 
     host: str
     meter_version: str
+    # Where the rows of requests go: see `senders.rows`.
+    rows: str
     retires: Sequence[str]
 
 
 def for_postgresql(tables: Iterable[TableRows]) -> list[TableRows]:
     """Return rows in a form that PostgreSQL takes, whatever texts SQLite has taken."""
-    return list(cleaned(tables, {**FACT_TABLES, **_STATES, **_SUMS}))
-
-
-def digest_of(content: bytes) -> str:
-    """Return the digest by which a row of an outbox is known again."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def shipment_of(sender_id: str, rows: Sequence[tuple[int, bytes]], interval_s: float) -> Shipment:
-    """Return rows of an outbox, numbered without a gap, as one shipment."""
-    tables = [each for _, content in rows for each in unpacked(content)]
-    (first, _), (last, content) = rows[0], rows[-1]
-    return Shipment(sender_id, first, last, digest_of(content), interval_s, merged(tables))
-
-
-def merged(tables: Iterable[TableRows]) -> list[TableRows]:
-    """Return lists of rows by table: facts once each, the latest states, and amounts added up.
-
-    Rows of one table that an older version of the ledger put in may lack columns.
-    """
-    facts: dict[tuple[str, tuple[str, ...]], list[RowTuple]] = {}
-    others: dict[str, list[dict[str, Any]]] = {}
-    for name, columns, rows in tables:
-        if name in FACT_TABLES:
-            facts.setdefault((name, columns), []).extend(rows)
-        else:
-            found = others.setdefault(name, [])
-            found.extend(dict(zip(columns, row, strict=True)) for row in rows)
-    once = [
-        TableRows(name, columns, _each_once(FACT_TABLES[name], columns, rows))
-        for (name, columns), rows in facts.items()
-    ]
-    by_name = {
-        name: _latest(_STATES[name], rows) if name in _STATES else _added_up(_SUMS[name], rows)
-        for name, rows in others.items()
-    }
-    others_rows = [_rows_of(name, rows) for name, rows in by_name.items() if rows]
-    return [*_without_billed(once), *others_rows]
-
-
-def _without_billed(tables: Sequence[TableRows]) -> list[TableRows]:
-    """Return facts without the open requests that have their bill among them.
-
-    They are known by the ledger's own rule (`is_billed`).
-    """
-    bills = _billed_in(tables)
-    if not bills:
-        return list(tables)
-    return [
-        _still_open(table, bills) if table.table == schema.open_requests.name else table
-        for table in tables
-    ]
-
-
-def _billed_in(tables: Iterable[TableRows]) -> dict[str, list[tuple[int, int]]]:
-    """Return when the requests that have a bill in these rows began and ended, by internal id."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    for name, columns, rows in tables:
-        if name == schema.requests.name:
-            values = itemgetter(*map(columns.index, ("request_id", "started_at", "finished_at")))
-            for request_id, started_us, finished_us in map(values, rows):
-                found.setdefault(request_id, []).append((started_us, finished_us))
-    return found
-
-
-def _still_open(opened: TableRows, bills: Mapping[str, Sequence[tuple[int, int]]]) -> TableRows:
-    at, began = opened.columns.index("request_id"), opened.columns.index("started_at")
-    rows = [
-        row
-        for row in opened.rows
-        if not any(
-            started_us == row[began] or finished_us >= row[began]
-            for started_us, finished_us in bills.get(row[at], ())
-        )
-    ]
-    return opened._replace(rows=rows)
-
-
-def _rows_of(name: str, rows: Sequence[dict[str, Any]]) -> TableRows:
-    columns = max(rows, key=len)
-    missing = 0 if name in _SUMS else None
-    return TableRows(
-        name, tuple(columns), [tuple(row.get(one, missing) for one in columns) for row in rows]
-    )
-
-
-def _keys(table: Table) -> list[str]:
-    return [column.name for column in table.primary_key]
-
-
-def _each_once(table: Table, columns: Sequence[str], rows: Sequence[RowTuple]) -> list[RowTuple]:
-    key = itemgetter(*(columns.index(name) for name in _keys(table)))
-    return list({key(row): row for row in reversed(rows)}.values())[::-1]
-
-
-def _latest(table: Table, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: dict[RowTuple, dict[str, Any]] = {}
-    keys = _keys(table)
-    for row in rows:
-        key = tuple(row[key] for key in keys)
-        if key not in found or found[key]["number"] < row["number"]:
-            found[key] = row
-    return list(found.values())
-
-
-def _added_up(table: Table, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: dict[RowTuple, dict[str, Any]] = {}
-    keys = _keys(table)
-    for row in rows:
-        key = tuple(row[key] for key in keys)
-        known = found.get(key)
-        if known is None:
-            found[key] = row
-        elif table is schema.bill_sums:
-            found[key] = BillSums(**known).with_more(BillSums(**row))._asdict()
-        else:
-            amounts = dict.fromkeys((*known, *row), 0) | known
-            found[key] = {
-                name: value if name in keys else value + row.get(name, 0)
-                for name, value in amounts.items()
-            }
-    return list(found.values())
+    return list(cleaned(tables, {**_INTO, **SENT_SUMS, **_MADE}))
 
 
 def reached(connection: Connection, sender_id: str) -> Reached | None:
@@ -216,6 +82,13 @@ def reached(connection: Connection, sender_id: str) -> Reached | None:
         .limit(1)
     ).first()
     return None if row is None else Reached._make(row)
+
+
+def rows_of(connection: Connection, sender_id: str) -> str | None:
+    """Return where the rows of a sender's requests go; None if the fleet does not know it."""
+    s = senders.c
+    found: str | None = connection.execute(select(s.rows).where(s.sender_id == sender_id)).scalar()
+    return found
 
 
 def deliver(connection: Connection, shipment: Shipment) -> Reached | None:
@@ -256,20 +129,20 @@ def deliver_all(
 def insert_facts(connection: Connection, tables: Iterable[TableRows]) -> None:
     """Insert facts within the connection's transaction; those that are there stay."""
     for name, columns, rows in tables:
-        insert_new(connection, FACT_TABLES[name], columns, rows)
+        insert_new(connection, _INTO[name], columns, rows)
 
 
 def insert_tables(connection: Connection, shipment: Shipment, tables: Iterable[TableRows]) -> None:
     """Insert rows of a shipment that has begun."""
-    sender_id = shipment.sender_id
+    sender_id, number = shipment.sender_id, shipment.first_number
     for name, columns, rows in tables:
-        if name in _SUMS:
-            number = shipment.first_number
-            sent = SENT_SUMS[name]
-            insert_new(connection, sent, columns, rows, sender_id=sender_id, first_number=number)
+        if name in SENT_SUMS:
+            own = {"sender_id": sender_id, "first_number": number}
+            insert_new(connection, SENT_SUMS[name], columns, rows, **own)
+        elif name in _MADE:
+            insert_new(connection, _MADE[name], columns, rows, sender_id=sender_id, number=number)
         else:
-            table = TOLD[name] if name in TOLD else FACT_TABLES[name]
-            insert_new(connection, table, columns, rows)
+            insert_new(connection, _INTO[name], columns, rows)
         if name == schema.runs.name:
             at = columns.index("run_id")
             told = [(row[at],) for row in rows]
@@ -292,7 +165,12 @@ def _begin(connection: Connection, shipment: Shipment) -> None:
 
 def _join(connection: Connection, sender_id: str, joining: Joining) -> None:
     now = rfc3339(time.time_ns())
-    about = {"host": joining.host, "meter_version": joining.meter_version, "joined_at": now}
+    about = {
+        "host": joining.host,
+        "meter_version": joining.meter_version,
+        "rows": joining.rows,
+        "joined_at": now,
+    }
     _insert_one(connection, senders, {"sender_id": sender_id, **about})
     retired = [(name,) for name in joining.retires]
     insert_new(

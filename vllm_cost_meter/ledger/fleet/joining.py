@@ -9,14 +9,14 @@ Invariant: the sums that count for a ledger are those that it had when its last 
 its outbox brought since.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from sqlalchemy import Table, select, tuple_
 from sqlalchemy.engine import Connection, Engine
 
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS, TableRows
-from vllm_cost_meter.ledger.fleet.delivery import FACT_TABLES, OF_FIRST_JOINING
+from vllm_cost_meter.ledger.fleet.shipment import FACT_TABLES, OF_FIRST_JOINING
 
 # Tables with a row for each request.
 _LARGE = (
@@ -49,14 +49,20 @@ def _chunks(ledger: Engine, table: Table) -> Iterator[TableRows]:
         after = tuple(rows[-1][place] for place in places)
 
 
-def all_else(connection: Connection, *, is_first: bool) -> Iterator[TableRows]:
+def all_else(
+    connection: Connection, *, is_first: bool, left_out: Collection[str] = ()
+) -> Iterator[TableRows]:
     """Yield the rows of all other tables that are sent, from the connection's transaction.
 
     A ledger that joins for the first time says which rows it had dropped before: of those that it
-    dropped since, the fleet has the rows.
+    dropped since, the fleet has the rows. The tables named `left_out` are not sent.
     """
-    left_out = () if is_first else OF_FIRST_JOINING
-    small = [table for table in FACT_TABLES.values() if table not in (*_LARGE, *left_out)]
+    others = () if is_first else OF_FIRST_JOINING
+    small = [
+        table
+        for table in FACT_TABLES.values()
+        if table not in (*_LARGE, *others) and table.name not in left_out
+    ]
     for table in (*small, *STATES, *SUMS):
         rows = connection.execution_options(yield_per=_ROWS_AT_ONCE).execute(select(table))
         for some in rows.partitions():

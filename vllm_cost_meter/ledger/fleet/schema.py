@@ -1,26 +1,24 @@
-"""The tables of a fleet's database, and the views that a ledger's reader finds in their place.
+"""The tables of a fleet's database; `views.py` has the views that stand in place of a ledger's.
 
 A sender only inserts, so senders never wait for one another. It needs no other right; one that may
-delete removes states that it has told anew since.
+update and delete tidies up (`tidying.py`).
 
-- *Facts* (bills, replies, runs, ...) are in the ledger's own tables; one that is there stays.
-- *States* (a run's totals) are told again and again, each time under its snapshot's number. The
-  view of the table's name has the latest one.
+- *Facts* (bills, replies, runs, ...) are in the ledger's own tables, or in `kept_` ones; one that
+  is there stays.
+- *States* (a run's totals) are told again and again, each time under its snapshot's number.
 - *Sums* are sent as what they grew by. A row of `shipments` says which part of which sender's
-  outbox it is; it can be inserted once. The view adds up all shipments. Older ones are added up
-  under the number `FOLDED` (`tidying.py`).
+  outbox it is; it can be inserted once. Older ones are added up under the number `FOLDED`.
 
 A ledger that was copied, restored or merged joins anew under another name. Then two senders have
 sums of one run. A run in `shared_runs` counts by one sender, the one with most of its bills. Sums
 that are of no run count unless their sender is among `retired_senders`.
 
-So a `LedgerReader` answers from a fleet's database as from a ledger. PostgreSQL only.
+A sender may keep the rows of requests to itself (`senders.rows`): the fleet then has its sums, and
+of its bills those that no snapshot counts yet, as a state of its own (`rowless.py`). PostgreSQL
+only.
 
 Invariant: the amounts of one row of a sender's outbox are in one shipment.
 """
-
-# ruff: noqa: S608 - only names of tables and columns are written into the SQL below
-from collections.abc import Sequence
 
 from sqlalchemy import (
     BigInteger,
@@ -34,19 +32,19 @@ from sqlalchemy import (
     Text,
     func,
     inspect,
-    text,
 )
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS
 from vllm_cost_meter.ledger.tables.base import KeyText
-from vllm_cost_meter.ledger.tables.replies import create_views as create_replies
-from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 
 FLEET_VERSION = 1
 # A server sends at least so often. So whoever looks what came lately need not know who sends how.
 INTERVAL_MAX_S = 10.0
+
+# What `senders.rows` says of a sender that sends the rows of requests here.
+WITH_ROWS = "fleet"
 
 fleet_metadata = MetaData()
 
@@ -62,6 +60,8 @@ senders = Table(
     Column("host", Text, nullable=False),
     Column("meter_version", Text, nullable=False),
     Column("joined_at", KeyText, nullable=False),
+    # Where the rows of its requests go: "fleet", "files" or "none".
+    Column("rows", Text, nullable=False),
 )
 
 retired_senders = Table(
@@ -117,17 +117,32 @@ folds = Table(
     Column("folded_number", BigInteger, nullable=False),
 )
 
+# The bills of a run that no snapshot counts yet, of a sender that sends no rows.
+tails = Table(
+    "tails",
+    fleet_metadata,
+    Column("sender_id", KeyText, primary_key=True),
+    Column("run_id", KeyText, primary_key=True),
+    # Of the shipment; the latest one counts.
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    # JSON: a list of rows of `requests`, and one of `usage_pieces`.
+    Column("bills", Text, nullable=False),
+    Column("pieces", Text, nullable=False),
+)
+
+# Whose the requests are that run, of a sender that sends no rows.
+told_open_requests = Table(
+    "told_open_requests",
+    fleet_metadata,
+    Column("sender_id", KeyText, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    # JSON: a list of rows of `open_requests`.
+    Column("opened", Text, nullable=False),
+)
+
 _OF_SHIPMENT = ("sender_id", "first_number")
 # In place of a shipment's number: sums of many shipments.
 FOLDED = -1
-# How these columns of `bill_sums` add up, as `BillSums.with_more` does it.
-_BILL_SUMS = {
-    "last_seq": "MAX({})",
-    "digest": f"CAST(MOD(SUM({{}}), {schema.DIGEST_MODULUS}) AS BIGINT)",
-    "method": "MIN({})",
-    "started_at": "MIN({})",
-    "finished_at": "MAX({})",
-}
 
 
 def now_text(earlier_s: float | ColumnElement[float] = 0.0) -> ColumnElement[str]:
@@ -174,12 +189,24 @@ def _sent(table: Table) -> Table:
     )
 
 
+def kept_name(table: Table) -> str:
+    """Return the name of the table with the rows of a ledger's table that senders have sent."""
+    return f"kept_{table.name}"
+
+
 # By the name of the ledger's table.
 TOLD = {table.name: _told(table) for table in STATES}
 SENT_SUMS = {table.name: _sent(table) for table in SUMS}
+KEPT_ROWS = {
+    table.name: table.to_metadata(fleet_metadata, name=kept_name(table))
+    for table in (
+        *(schema.requests, schema.usage_pieces, schema.request_energy, schema.open_requests),
+        *(schema.row_cutoffs, schema.dropped_bills, schema.dropped_unknown_energy),
+    )
+}
 # Of the shipments that are added up, by day.
 FOLDED_DAYS = _sent(schema.rollup_days)
-_VIEWED = {*TOLD, *SENT_SUMS, schema.rollup_days.name}
+_VIEWED = {*TOLD, *SENT_SUMS, *KEPT_ROWS, schema.rollup_days.name}
 # The ledger's tables that a fleet's database has as they are.
 KEPT = [table for table in schema.metadata.sorted_tables if table.name not in _VIEWED]
 
@@ -187,120 +214,3 @@ KEPT = [table for table in schema.metadata.sorted_tables if table.name not in _V
 def has_fleet(connection: Connection) -> bool:
     """Return whether a database is a fleet's."""
     return inspect(connection).has_table(fleet_version.name)
-
-
-def create_fleet(connection: Connection) -> None:
-    """Make the tables and views of a fleet in an empty database."""
-    for table in KEPT:
-        table.create(connection)
-    fleet_metadata.create_all(connection)
-    for statement in view_statements():
-        connection.execute(text(statement))
-    create_replies(connection)
-    connection.execute(schema.schema_version.insert().values(version=schema.SCHEMA_VERSION))
-    connection.execute(fleet_version.insert().values(version=FLEET_VERSION))
-
-
-def view_statements() -> list[str]:
-    """Return the statements that make the views in place of a ledger's tables."""
-    views = {
-        "uncounted_runs": _uncounted_runs(),
-        "uncounted_groups": (
-            "SELECT uncounted_runs.sender_id, group_id FROM uncounted_runs"
-            f" JOIN {schema.rollup_groups.name} USING (run_id)"
-        ),
-        **{name: _latest(schema.metadata.tables[name]) for name in TOLD},
-        schema.rollup_hours.name: _of_groups([c.name for c in schema.rollup_hours.c]),
-        schema.rollup_days.name: _days(),
-        schema.rollup_latencies.name: _of_no_run(schema.rollup_latencies),
-        schema.rollup_arrivals.name: _of_no_run(schema.rollup_arrivals),
-        schema.bill_sums.name: _of_runs(schema.bill_sums),
-        schema.energy_sums.name: _of_runs(schema.energy_sums),
-    }
-    return [f"CREATE VIEW {name} AS {query}" for name, query in views.items()]
-
-
-def _latest(table: Table) -> str:
-    """Return the query of the latest state of each key: one look into the key's index for each."""
-    told = told_name(table)
-    keys = [column.name for column in table.primary_key]
-    columns = ", ".join(f"latest.{column.name}" for column in table.c)
-    same = " AND ".join(f"each.{key} = known.{key}" for key in keys)
-    known = (
-        f"SELECT {schema.runs.name}.run_id FROM {schema.runs.name}"
-        if keys == ["run_id"]
-        else f"SELECT DISTINCT {', '.join(keys)} FROM {told}"
-    )
-    return (
-        f"SELECT {columns} FROM ({known}) AS known CROSS JOIN LATERAL ("
-        f"SELECT * FROM {told} AS each WHERE {same} ORDER BY each.number DESC LIMIT 1) AS latest"
-    )
-
-
-def _uncounted_runs() -> str:
-    """Return the query of the senders by which a shared run does not count."""
-    of_each = (
-        f"SELECT sender_id, run_id, SUM(bills) AS bills FROM {sent_name(schema.bill_sums)}"
-        f" WHERE run_id IN (SELECT run_id FROM {shared_runs.name}) GROUP BY sender_id, run_id"
-    )
-    ranked = (
-        "SELECT sender_id, run_id, RANK() OVER (PARTITION BY run_id ORDER BY bills DESC,"
-        f" sender_id) AS place FROM ({of_each}) AS of_each"
-    )
-    return f"SELECT sender_id, run_id FROM ({ranked}) AS ranked WHERE place > 1"
-
-
-def _of_groups(columns: Sequence[str]) -> str:
-    """Return the query of the sums by hour and group that count."""
-    return (
-        f"SELECT {', '.join(columns)} FROM {sent_name(schema.rollup_hours)}"
-        " WHERE (sender_id, group_id) NOT IN (SELECT sender_id, group_id FROM uncounted_groups)"
-    )
-
-
-def _of_runs(table: Table) -> str:
-    """Return the query of the sums by run that count, added up by run."""
-    sums = [f"{added_up(table, c.name, c.name)} AS {c.name}" for c in table.c if not c.primary_key]
-    return (
-        f"SELECT run_id, {', '.join(sums)} FROM {sent_name(table)}"
-        " WHERE (sender_id, run_id) NOT IN (SELECT sender_id, run_id FROM uncounted_runs)"
-        " GROUP BY run_id"
-    )
-
-
-def added_up(table: Table, column: str, how: str) -> str:
-    """Return the SQL for what a column of sums adds up to over rows in which it is `how`."""
-    if table is schema.bill_sums and column in _BILL_SUMS:
-        return _BILL_SUMS[column].format(how)
-    return f"MIN({how})" if column == "first_hour" else f"CAST(SUM({how}) AS BIGINT)"
-
-
-def _of_no_run(table: Table) -> str:
-    """Return the query of the sums that are of no run and count."""
-    return (
-        f"SELECT {', '.join(table.c.keys())} FROM {sent_name(table)}"
-        f" WHERE sender_id NOT IN (SELECT sender_id FROM {retired_senders.name})"
-    )
-
-
-def _days() -> str:
-    folded = ", ".join(schema.rollup_days.c.keys())
-    made = ", ".join(f"{how} AS {name}" for name, how in day_columns().items())
-    counts = "(sender_id, group_id) NOT IN (SELECT sender_id, group_id FROM uncounted_groups)"
-    return (
-        f"SELECT {folded} FROM {FOLDED_DAYS.name} WHERE {counts} UNION ALL"
-        f" SELECT {made} FROM {sent_name(schema.rollup_hours)}"
-        f" WHERE first_number > {FOLDED} AND {counts}"
-    )
-
-
-def day_columns() -> dict[str, str]:
-    """Return by name how the columns of `rollup_days` are made of those of an hour."""
-    used = " OR ".join(f"{name} <> 0" for name in schema.SUMMED_AMOUNTS)
-    amounts = {c.name: c.name for c in schema.rollup_hours.c if not c.primary_key}
-    return {
-        "day": f"hour / {HOURS_PER_DAY}",
-        "group_id": "group_id",
-        "first_hour": f"CASE WHEN {used} THEN hour END",
-        **amounts,
-    }

@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy import Engine
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError, in_one_line
@@ -24,34 +24,29 @@ from vllm_cost_meter.ledger.database import (
     cause_of,
     open_database,
     open_to_read,
-    parse_url,
     writing,
 )
 from vllm_cost_meter.ledger.faults import Fault, fault_of
 from vllm_cost_meter.ledger.fleet import outbox
+from vllm_cost_meter.ledger.fleet.changes import TableRows
 from vllm_cost_meter.ledger.fleet.delivery import (
     Joining,
     Reached,
-    Shipment,
     deliver,
     deliver_all,
-    digest_of,
     for_postgresql,
     insert_facts,
     note_end,
     reached,
-    shipment_of,
+    rows_of,
 )
 from vllm_cost_meter.ledger.fleet.joining import all_else, large_facts
+from vllm_cost_meter.ledger.fleet.opening import failed, open_fleet, parse_fleet_url
 from vllm_cost_meter.ledger.fleet.outbox import Sender, Waiting
-from vllm_cost_meter.ledger.fleet.schema import (
-    FLEET_VERSION,
-    create_fleet,
-    fleet_version,
-    has_fleet,
-)
+from vllm_cost_meter.ledger.fleet.rowless import LEFT_OUT, Rowless
+from vllm_cost_meter.ledger.fleet.schema import WITH_ROWS
+from vllm_cost_meter.ledger.fleet.shipment import Shipment, digest_of, shipment_of
 from vllm_cost_meter.ledger.fleet.tidying import SentSince
-from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, schema_version
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.version import __version__
 
@@ -61,9 +56,6 @@ logger = meter_logger()
 SHIPMENT_BYTES_MAX = 1 << 20
 TIDY_EVERY_S = 60.0
 INTERVAL_S = 2.0
-_CONNECT_TIMEOUT_S = 10
-# "fleet": a number of our own among PostgreSQL's locks.
-_SCHEMA_LOCK = 0x666C656574
 
 
 class FleetSender:
@@ -75,14 +67,23 @@ class FleetSender:
         fleet_url: str,
         interval_s: float = INTERVAL_S,
         shipment_bytes_max: int = SHIPMENT_BYTES_MAX,
+        rows: str = WITH_ROWS,
     ) -> None:
-        """Nothing is opened before the first step, which comes at least each `interval_s`."""
+        """Nothing is opened before the first step, which comes at least each `interval_s`.
+
+        `rows` says where the rows of requests go: see `senders.rows`.
+        """
         self._interval_s = interval_s
         self._ledger_url = ledger_url
         self._fleet_url = parse_fleet_url(fleet_url)
         self._bytes_max = shipment_bytes_max
         self._ledger: Engine | None = None
         self._fleet: Engine | None = None
+        self._rows = rows
+        # What is sent in place of rows, once that is known of the present sender.
+        self._rowless: Rowless | None = None
+        # The sender of which the fleet is known to say where its rows go.
+        self._known_id: str | None = None
         self._sent = SentSince()
         self._tidy_at_s = 0.0
         self._may_tidy = True
@@ -126,41 +127,67 @@ class FleetSender:
         for engine in (self._ledger, self._fleet):
             if engine is not None:
                 engine.dispose()
-        self._ledger = self._fleet = None
+        self._ledger = self._fleet = self._rowless = self._known_id = None
 
     def _step(self) -> bool:
-        with self._ledger_errors():
-            if self._ledger is None:
-                self._ledger = open_database(self._ledger_url, create=False)
-            ledger = self._ledger
-            with ledger.connect() as connection:
-                sender = outbox.read_sender(connection)
-            if sender is None:
-                with writing(ledger).begin() as connection:
-                    sender = outbox.begin(connection)
+        ledger, sender, rows = self._looked()
         if self._fleet is None:
             self._fleet = open_fleet(self._fleet_url)
+        fleet = self._fleet
         if sender.joined_at is None:
-            self._join(ledger, self._fleet, sender)
+            self._join(ledger, fleet, sender)
             return True
-        with self._ledger_errors(), ledger.begin() as connection:
-            now = outbox.read_sender(connection)
-            rows = outbox.next_rows(connection, sender.sent_number, self._bytes_max)
-        if now is None or now.sender_id != sender.sender_id:
-            return True
-        if not _is_gapless(rows, now):
+        if self._known_id != sender.sender_id:
+            with self._fleet_errors(), fleet.connect() as connection:
+                is_same = rows_of(connection, sender.sender_id) in (None, self._rows)
+            if not is_same:
+                logger.info("cost meter: fleet: rows of requests go elsewhere from now on")
+                self._begin_anew(ledger, sender)
+                return True
+            self._known_id, self._rowless = sender.sender_id, None
+        if not _is_gapless(rows, sender):
             self._begin_again(ledger, sender, "rows of its outbox are gone")
             return True
         if not rows:
             return False
-        shipment = shipment_of(sender.sender_id, rows, self._interval_s)
-        have = self._delivered(self._fleet, shipment)
+        shipment = self._shipment(ledger, fleet, sender, rows)
+        have = self._delivered(fleet, shipment)
         if have is None:
             self._note_sent(ledger, shipment.last_number)
-            self._tidy(self._fleet, shipment)
+            self._tidy(fleet, shipment)
         else:
+            self._rowless = None
             self._go_on_from(ledger, sender, have)
         return True
+
+    def _looked(self) -> tuple[Engine, Sender, list[tuple[int, bytes]]]:
+        """Return the ledger, who sends from it, and what is to be sent next."""
+        with self._ledger_errors():
+            if self._ledger is None:
+                self._ledger = open_database(self._ledger_url, create=False)
+            ledger = self._ledger
+            with ledger.begin() as connection:
+                if (sender := outbox.read_sender(connection)) is not None:
+                    rows = outbox.next_rows(connection, sender.sent_number, self._bytes_max)
+                    return ledger, sender, rows
+            with writing(ledger).begin() as connection:
+                return ledger, outbox.begin(connection), []
+
+    def _shipment(
+        self, ledger: Engine, fleet: Engine, sender: Sender, rows: Sequence[tuple[int, bytes]]
+    ) -> Shipment:
+        shipment = shipment_of(sender.sender_id, rows, self._interval_s)
+        if self._rows == WITH_ROWS:
+            return shipment
+        if self._rowless is None:
+            with (
+                self._ledger_errors(),
+                ledger.begin() as own,
+                self._fleet_errors(),
+                fleet.begin() as connection,
+            ):
+                self._rowless = Rowless.recovered(connection, own, sender)
+        return shipment._replace(tables=self._rowless.sent(shipment.tables))
 
     def _delivered(self, fleet: Engine, shipment: Shipment) -> Reached | None:
         try:
@@ -206,7 +233,7 @@ class FleetSender:
             have = reached(connection, sender.sender_id)
         if have is None:
             logger.info("cost meter: fleet: this ledger joins; all that it holds is sent")
-            for some in large_facts(ledger):
+            for some in large_facts(ledger) if self._rows == WITH_ROWS else ():
                 with self._fleet_errors(), fleet.begin() as connection:
                     insert_facts(connection, for_postgresql([some]))
             have = self._send_sums(ledger, fleet, sender)
@@ -215,7 +242,7 @@ class FleetSender:
         logger.info("cost meter: fleet: joined")
 
     def _send_sums(self, ledger: Engine, fleet: Engine, sender: Sender) -> Reached:
-        joining = Joining(platform.node(), __version__, sender.retired)
+        joining = Joining(platform.node(), __version__, self._rows, sender.retired)
         # One state of the ledger: its sums, and the outbox up to which they have everything.
         with self._ledger_errors(), ledger.begin() as reading:
             now = outbox.read_sender(reading)
@@ -226,10 +253,17 @@ class FleetSender:
             shipment = Shipment(sender.sender_id, 0, now.last_number, digest, self._interval_s, ())
             with self._fleet_errors(), fleet.begin() as connection:
                 is_first = not any(reached(connection, name) for name in sender.retired)
-                all_rows = all_else(reading, is_first=is_first)
+                all_rows = self._all_rows(reading, is_first=is_first)
                 clean = (each for some in all_rows for each in for_postgresql([some]))
                 have = deliver_all(connection, shipment, joining, clean)
         return have or Reached(shipment.last_number, digest)
+
+    def _all_rows(self, reading: Connection, *, is_first: bool) -> Iterator[TableRows]:
+        if self._rows == WITH_ROWS:
+            yield from all_else(reading, is_first=is_first)
+            return
+        yield from all_else(reading, is_first=is_first, left_out=LEFT_OUT)
+        yield from Rowless.of_ledger(reading).states()
 
     def _go_on_from(self, ledger: Engine, sender: Sender, have: Reached) -> None:
         """Go on where the fleet is, if what it has is what this ledger sent."""
@@ -246,11 +280,14 @@ class FleetSender:
                 return
         self._begin_again(ledger, sender, "it was restored or copied")
 
-    def _begin_again(self, ledger: Engine, sender: Sender, why: str) -> None:
+    def _begin_anew(self, ledger: Engine, sender: Sender) -> None:
         with self._ledger_errors(), writing(ledger).begin() as connection:
             now = outbox.read_sender(connection)
             if now is not None and now.sender_id == sender.sender_id:
                 outbox.begin_again(connection)
+
+    def _begin_again(self, ledger: Engine, sender: Sender, why: str) -> None:
+        self._begin_anew(ledger, sender)
         logger.warning(
             "cost meter: fleet: it has something else of this ledger than this ledger has sent: %s."
             " The ledger joins anew under another name; nothing counts twice",
@@ -284,24 +321,6 @@ def _is_gapless(rows: Sequence[tuple[int, bytes]], sender: Sender) -> bool:
     return [number for number, _ in rows] == list(range(first, first + len(rows)))
 
 
-def parse_fleet_url(url: str) -> URL:
-    """Return a fleet's URL. Raises LedgerError unless it is one of PostgreSQL."""
-    parsed = parse_url(url)
-    if parsed.get_backend_name() != "postgresql":
-        shown = parsed.render_as_string(hide_password=True)
-        raise LedgerError(
-            f"fleet {shown}: expected a PostgreSQL database, such as"
-            " postgresql+psycopg://user@host/name"
-        )
-    return parsed
-
-
-def failed(url: URL, error: SQLAlchemyError) -> LedgerError:
-    """Return the error of a fleet's database, without its password."""
-    shown = url.render_as_string(hide_password=True)
-    return LedgerError(f"fleet {shown}: {cause_of(error)}")
-
-
 def sending_state(ledger_url: str) -> tuple[Sender | None, Waiting]:
     """Return who sends from a ledger, None if nobody does, and what waits. Raises LedgerError."""
     engine = open_to_read(ledger_url)
@@ -312,78 +331,3 @@ def sending_state(ledger_url: str) -> tuple[Sender | None, Waiting]:
         raise LedgerError(f"ledger: its outbox cannot be read: {cause_of(error)}") from error
     finally:
         engine.dispose()
-
-
-def fleet_there(url: str) -> bool:
-    """Return whether a fleet's database has its tables; False if it is empty. Changes nothing.
-
-    Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
-    """
-    parsed = parse_fleet_url(url)
-    shown = parsed.render_as_string(hide_password=True)
-    engine = _engine(parsed)
-    try:
-        with engine.connect() as connection:
-            is_there = has_fleet(connection)
-            if is_there:
-                _check_version(connection, shown)
-            else:
-                _refuse_ledger(connection, shown)
-    except SQLAlchemyError as error:
-        raise failed(parsed, error) from error
-    finally:
-        engine.dispose()
-    return is_there
-
-
-def _engine(url: URL) -> Engine:
-    # A pooler in transaction mode gives each transaction another session, and with it none of the
-    # statements that were prepared.
-    options = {"prepare_threshold": None, "connect_timeout": _CONNECT_TIMEOUT_S}
-    return create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=options)
-
-
-def open_fleet(url: URL) -> Engine:
-    """Open a fleet's database with one connection; an empty database gets its tables.
-
-    Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
-    """
-    engine = _engine(url)
-    try:
-        with engine.begin() as connection:
-            _ensure_fleet(connection, url.render_as_string(hide_password=True))
-    except SQLAlchemyError as error:
-        engine.dispose()
-        raise failed(url, error) from error
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine
-
-
-def _ensure_fleet(connection: Connection, shown: str) -> None:
-    if not has_fleet(connection):
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
-    if not has_fleet(connection):
-        _refuse_ledger(connection, shown)
-        create_fleet(connection)
-    _check_version(connection, shown)
-
-
-def _refuse_ledger(connection: Connection, shown: str) -> None:
-    if connection.dialect.has_table(connection, schema_version.name):
-        raise LedgerError(
-            f"fleet {shown}: expected an empty database or a fleet's, got one with a ledger;"
-            " name another database"
-        )
-
-
-def _check_version(connection: Connection, shown: str) -> None:
-    found = connection.execute(fleet_version.select()).scalar_one()
-    rows = connection.execute(schema_version.select()).scalar_one()
-    if (found, rows) != (FLEET_VERSION, SCHEMA_VERSION):
-        raise LedgerError(
-            f"fleet {shown}: expected version {FLEET_VERSION} with rows of version"
-            f" {SCHEMA_VERSION}, got {found} with {rows}; run the same version of"
-            " vllm-cost-meter at all servers, and migrate the fleet first"
-        )

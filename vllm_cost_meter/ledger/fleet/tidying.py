@@ -33,6 +33,7 @@ from sqlalchemy import (
     func,
     select,
     text,
+    tuple_,
 )
 from sqlalchemy.engine import Connection
 
@@ -41,14 +42,14 @@ from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS, TableRows
 from vllm_cost_meter.ledger.fleet.schema import (
     FOLDED,
     FOLDED_DAYS,
+    KEPT_ROWS,
     SENT_SUMS,
     TOLD,
-    added_up,
-    day_columns,
     now_text,
     senders,
     shipments,
 )
+from vllm_cost_meter.ledger.fleet.views import added_up, day_columns
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 
 # Whoever follows shipments looks each few seconds, and may be away for so long.
@@ -147,14 +148,16 @@ def forget_billed(connection: Connection, request_ids: Iterable[str] | None = No
 
     Needs the right to delete.
     """
-    opened = schema.open_requests
+    o, kept = schema.open_requests.c, KEPT_ROWS[schema.open_requests.name]
+    key = tuple_(kept.c.request_id, kept.c.started_at)
+    billed = select(o.request_id, o.started_at).where(is_billed())
     if request_ids is None:
-        connection.execute(delete(opened).where(is_billed()))
+        connection.execute(delete(kept).where(key.in_(billed)))
         return
     left = iter(request_ids)
     while some := list(islice(left, _IDS_AT_ONCE)):
-        mine = opened.c.request_id == any_(bindparam("ids", some, ARRAY(Text())))
-        connection.execute(delete(opened).where(mine, is_billed()))
+        mine = o.request_id == any_(bindparam("ids", some, ARRAY(Text())))
+        connection.execute(delete(kept).where(key.in_(billed.where(mine))))
 
 
 class SentSince:

@@ -1,0 +1,111 @@
+"""Open a fleet's database: make its tables in an empty one, and refuse what is none of ours.
+
+Invariant: a process has one connection to it, and keeps nothing in its session.
+"""
+
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.engine import URL, Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.database import cause_of, parse_url
+from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, fleet_version, has_fleet
+from vllm_cost_meter.ledger.fleet.views import create_fleet
+from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, schema_version
+
+_CONNECT_TIMEOUT_S = 10
+# "fleet": a number of our own among PostgreSQL's locks.
+_SCHEMA_LOCK = 0x666C656574
+
+
+def parse_fleet_url(url: str) -> URL:
+    """Return a fleet's URL. Raises LedgerError unless it is one of PostgreSQL."""
+    parsed = parse_url(url)
+    if parsed.get_backend_name() != "postgresql":
+        shown = parsed.render_as_string(hide_password=True)
+        raise LedgerError(
+            f"fleet {shown}: expected a PostgreSQL database, such as"
+            " postgresql+psycopg://user@host/name"
+        )
+    return parsed
+
+
+def failed(url: URL, error: SQLAlchemyError) -> LedgerError:
+    """Return the error of a fleet's database, without its password."""
+    shown = url.render_as_string(hide_password=True)
+    return LedgerError(f"fleet {shown}: {cause_of(error)}")
+
+
+def fleet_there(url: str) -> bool:
+    """Return whether a fleet's database has its tables; False if it is empty. Changes nothing.
+
+    Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
+    """
+    parsed = parse_fleet_url(url)
+    shown = parsed.render_as_string(hide_password=True)
+    engine = _engine(parsed)
+    try:
+        with engine.connect() as connection:
+            is_there = has_fleet(connection)
+            if is_there:
+                _check_version(connection, shown)
+            else:
+                _refuse_ledger(connection, shown)
+    except SQLAlchemyError as error:
+        raise failed(parsed, error) from error
+    finally:
+        engine.dispose()
+    return is_there
+
+
+def _engine(url: URL) -> Engine:
+    # A pooler in transaction mode gives each transaction another session, and with it none of the
+    # statements that were prepared.
+    options = {"prepare_threshold": None, "connect_timeout": _CONNECT_TIMEOUT_S}
+    return create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=options)
+
+
+def open_fleet(url: URL) -> Engine:
+    """Open a fleet's database with one connection; an empty database gets its tables.
+
+    Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
+    """
+    engine = _engine(url)
+    try:
+        with engine.begin() as connection:
+            _ensure_fleet(connection, url.render_as_string(hide_password=True))
+    except SQLAlchemyError as error:
+        engine.dispose()
+        raise failed(url, error) from error
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def _ensure_fleet(connection: Connection, shown: str) -> None:
+    if not has_fleet(connection):
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
+    if not has_fleet(connection):
+        _refuse_ledger(connection, shown)
+        create_fleet(connection)
+    _check_version(connection, shown)
+
+
+def _refuse_ledger(connection: Connection, shown: str) -> None:
+    if connection.dialect.has_table(connection, schema_version.name):
+        raise LedgerError(
+            f"fleet {shown}: expected an empty database or a fleet's, got one with a ledger;"
+            " name another database"
+        )
+
+
+def _check_version(connection: Connection, shown: str) -> None:
+    found = connection.execute(fleet_version.select()).scalar_one()
+    rows = connection.execute(schema_version.select()).scalar_one()
+    if (found, rows) != (FLEET_VERSION, SCHEMA_VERSION):
+        raise LedgerError(
+            f"fleet {shown}: expected version {FLEET_VERSION} with rows of version"
+            f" {SCHEMA_VERSION}, got {found} with {rows}; run the same version of"
+            " vllm-cost-meter at all servers, and migrate the fleet first"
+        )
