@@ -5,10 +5,13 @@ does not need rows must have the answers of that one.
 """
 
 import random
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
+from sqlalchemy import create_engine, select
 
 from tests.component.ledger.test_open_requests import USED
 from tests.component.ledger.test_reader import HOUR, part, snapshot
@@ -17,8 +20,10 @@ from tests.ecosystem.test_postgresql import AS_OF, BOOK, rows
 from tests.support.builders import make_open
 from tests.support.fleet import sent
 from vllm_cost_meter.ledger.database import open_database
-from vllm_cost_meter.ledger.fleet import delivery
+from vllm_cost_meter.ledger.fleet import delivery, row_files
+from vllm_cost_meter.ledger.fleet.sender import FleetSender
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.ledger.schema import requests
 from vllm_cost_meter.records.snapshot import ClassTotals
 
 TOTALS = ClassTotals(in_flight=USED.gpu_time_ns, idle=1000)
@@ -83,6 +88,8 @@ def test_the_books_are_the_same_whatever_is_killed_in_between(
         sent(each, url, stops=True, rows=kinds[run])
     assert figures(url) == figures(alone)
     assert figures(url)[0]["balanced"] is True
+    with LedgerReader(url, book=BOOK) as reader:
+        assert reader.audit(AS_OF, full=True)["balanced"] is True
     with_rows = sum(BILLS for kind in kinds.values() if kind == "fleet")
     assert rows(url, "SELECT count(*) FROM kept_requests") == [(with_rows,)]
 
@@ -143,3 +150,55 @@ def test_whose_the_running_requests_are_is_known_and_goes_with_them(
     sent(own, url, rows="none")  # by another process
     assert rows(url, "SELECT request_id FROM open_requests") == [("r",)]
     assert figures(url) == figures(own)
+
+
+def test_rows_go_into_files_once_whatever_is_killed_in_between(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By DuckDB, as docs/howto/fleet.md has it."""
+    monkeypatch.setattr(row_files, "EVERY_S", 0.0)
+    chance = random.Random(1)
+    own, folder = f"sqlite:///{tmp_path}/ledger.db", tmp_path / "rows"
+    records = records_of("one")
+    write(own, *records[:15])
+    for at in range(15, len(records), 5):
+        write(own, *records[at : at + 5])
+        with monkeypatch.context() as patched:
+            if chance.random() < 0.5:
+                patched.setattr(row_files.RowFiles, "_note", _dying(chance))
+            sender = FleetSender(own, url, 1.0, chance.choice([1, 1 << 20]), "files", folder)
+            with suppress(KilledError):
+                while sender.step():
+                    pass
+            sender.close()
+    sender = FleetSender(own, url, rows="files", files=folder)
+    while sender.step():
+        pass
+    sender.end()
+    sender.close()
+    asked = "SELECT seq, gpu_time_ns, tenant, finished_at"
+    files = f"read_parquet('{folder}/requests/*/*/*.parquet')"
+    found = duckdb.sql(f"SELECT DISTINCT {asked.removeprefix('SELECT ')} FROM {files} ORDER BY seq")
+    with closing(create_engine(own).connect()) as connection:
+        ledger = connection.execute(
+            select(
+                *(requests.c[n] for n in ("seq", "gpu_time_ns", "tenant", "finished_at"))
+            ).order_by(requests.c.seq)
+        )
+        assert found.fetchall() == [tuple(row) for row in ledger]
+    assert len(list(folder.glob("http_requests/day=*/*.parquet"))) > 0
+    assert rows(own, "SELECT count(*) FROM outbox") == [(0,)]
+    assert figures(url) == figures(own)
+
+
+def _dying(chance: random.Random) -> Any:
+    real = row_files.RowFiles._note
+
+    def note(*arguments: Any) -> None:
+        if chance.random() < 0.4:
+            raise KilledError
+        real(*arguments)
+        if chance.random() < 0.4:
+            raise KilledError
+
+    return note

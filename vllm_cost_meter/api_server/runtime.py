@@ -101,8 +101,15 @@ class Runtime:
         )
         self.shipping: Shipping | None = None
         if settings.fleet is not None:
-            hello = ShippingHello(self.ledger_url, settings.fleet, settings.fleet_interval_s)
-            self.shipping = Shipping(hello)
+            self.shipping = Shipping(
+                ShippingHello(
+                    self.ledger_url,
+                    settings.fleet,
+                    settings.fleet_interval_s,
+                    settings.fleet_rows,
+                    settings.fleet_files,
+                )
+            )
         self.collector = Collector(
             self.writer,
             self.guard,

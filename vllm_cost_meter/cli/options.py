@@ -78,10 +78,14 @@ def ledger_url(ledger: str | None, config: Path | None = None) -> str:
 
 
 def dropped_lines(kept_from: str | None) -> list[str]:
-    """Return the line that says from when on the ledger has rows of requests; none if of all."""
+    """Return the line that says which rows of requests there are; none if there are all."""
     if kept_from is None:
         return []
-    return [f"rows of requests that ended before {kept_from[:10]} (UTC) were dropped"]
+    date, _, time = kept_from.partition("T")
+    if time.startswith("00:00:00"):
+        return [f"rows of requests that ended before {date} (UTC) were dropped"]
+    # Only of a fleet: retention drops whole days.
+    return ["rows of requests are not here: a server of this fleet keeps them to itself"]
 
 
 def print_answer(

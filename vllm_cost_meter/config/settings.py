@@ -42,6 +42,7 @@ from vllm_cost_meter.config.engine import (
     Payer,
     labels_of,
 )
+from vllm_cost_meter.config.fleet import FleetSettings
 from vllm_cost_meter.config.invoices import (
     InvoiceSettings,
 )
@@ -75,7 +76,7 @@ def _labels(given: object) -> dict[str, str]:
         raise t.WrongError(LABELS_EXPECTED, str(error)) from None
 
 
-class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
+class Settings(EconomicsSettings, InvoiceSettings, FleetSettings, BaseSettings):
     """All settings, checked. `load_settings` builds them, and they never change afterwards."""
 
     model_config = SettingsConfigDict(
@@ -106,14 +107,6 @@ class Settings(EconomicsSettings, InvoiceSettings, BaseSettings):
         description="The database of a fleet, which gets all that the ledger gets: "
         "[many servers](../howto/fleet.md). The ledger itself is then a SQLite file.",
         json_schema_extra=_about(t.FLEET, secret=True),
-    )
-    fleet_interval_s: t.Number = Field(
-        default=2.0,
-        ge=0.1,
-        le=10,
-        allow_inf_nan=False,
-        description="How often what is new is sent to the fleet.",
-        json_schema_extra=_about("a number from 0.1 to 10", "s"),
     )
     host: t.Host = Field(
         default="127.0.0.1",

@@ -10,11 +10,16 @@ FLUSH, STATE = "flush", "state"
 
 
 class ShippingHello(msgspec.Struct, frozen=True, array_like=True):
-    """What the process is told first: the ledger, the fleet, and how often to send."""
+    """What the process is told first: the ledger, the fleet, and how often to send.
+
+    `rows` says where the rows of requests go, and `files` into which folder.
+    """
 
     ledger_url: str
     fleet_url: str
     interval_s: float
+    rows: str = "fleet"
+    files: str | None = None
 
 
 class ShippingState(msgspec.Struct, frozen=True, array_like=True):

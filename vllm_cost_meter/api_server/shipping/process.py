@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -54,7 +55,13 @@ class _Shipping:
 
     async def main(self, server: ToServer, hello: ShippingHello) -> None:
         """Begin: from now on there are answers."""
-        sender = FleetSender(hello.ledger_url, hello.fleet_url, hello.interval_s)
+        sender = FleetSender(
+            hello.ledger_url,
+            hello.fleet_url,
+            hello.interval_s,
+            rows=hello.rows,
+            files=None if hello.files is None else Path(hello.files),
+        )
         server.ready()
         self._task = asyncio.create_task(self._run(server, sender, hello.interval_s))
 

@@ -20,7 +20,8 @@ A full audit reads every bill, and holds these against one another too:
 Otherwise what the bills add up to is read where it is kept with them (`held.py`): what somebody
 else changes in the file is found by a full audit only.
 
-Bills whose rows were dropped count by their numbers and by what they added up to.
+Bills whose rows were dropped count by their numbers and by what they added up to. So do those
+whose rows a server keeps to itself (`fleet/rowless.py`), also in a full audit.
 
 The last bills of a dead run are beyond its last snapshot: no engine's count is there to hold
 against them, but for their numbers and pieces. Bills are counted first. The query for gaps runs
@@ -46,7 +47,7 @@ from vllm_cost_meter.ledger.auditing.held import (
 )
 from vllm_cost_meter.ledger.damage.setting_aside import is_set_aside, set_aside_files
 from vllm_cost_meter.ledger.ends.lost import MAX_LOST, Lost, lost_by_run
-from vllm_cost_meter.ledger.fleet.completeness import completeness
+from vllm_cost_meter.ledger.fleet.completeness import completeness, rowless_in
 from vllm_cost_meter.ledger.queries.answers import Audit, AuditRun, AuditWithoutTotals, JournalLoss
 from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, RunWithoutTotals
 from vllm_cost_meter.ledger.queries.energy import audited
@@ -81,7 +82,7 @@ def audit_at(
 
     `not_applied` is how many records journals hold that the ledger lacks; None if unknown.
     """
-    held = (held_by_rows if full else held_by_sums)(connection, cut)
+    held = _held_by_all(connection, cut) if full else held_by_sums(connection, cut)
     runs = _audit_runs(connection, cut, held)
     bare = [
         _audit_bare(connection, run, held.get(run.run_id, NOTHING_HELD))
@@ -119,6 +120,15 @@ def audit_at(
         "journal_losses": losses,
     }
     return cast("Audit", audit)
+
+
+def _held_by_all(connection: Connection, cut: Cut) -> Mapping[str, HeldBills]:
+    """Return what the ledger holds by its bills, or by its sums where a fleet has no bills."""
+    held = held_by_rows(connection, cut)
+    if rowless := rowless_in(connection):
+        by_sums = held_by_sums(connection, cut)
+        held |= {run_id: by_sums.get(run_id, NOTHING_HELD) for run_id in rowless}
+    return held
 
 
 def _may_still_come(runs: Sequence[AuditRun], states: Mapping[str, str]) -> bool:

@@ -68,6 +68,13 @@ def alive_in(connection: Connection) -> Collection[str]:
     return frozenset(connection.execute(asked).scalars())
 
 
+def rowless_in(connection: Connection) -> Collection[str]:
+    """Return the runs of which a fleet has no rows of requests; none in a ledger."""
+    if connection.dialect.name != "postgresql" or not has_fleet(connection):
+        return ()
+    return frozenset(connection.exec_driver_sql("SELECT run_id FROM rowless_runs").scalars())
+
+
 def completeness(connection: Connection, runs: Sequence[AuditRun]) -> FleetAudit | None:
     """Return whether a fleet has all of these audited runs; None for a ledger."""
     if connection.dialect.name != "postgresql" or not has_fleet(connection):

@@ -2,8 +2,8 @@
 
 Bills and replies come first, some thousand at a time: they have keys, so they may come twice, and
 they change no sum. Then one transaction brings the sums and the latest totals as they are at one
-instant of the ledger, and from then on the sender counts. What the ledger gets meanwhile is in its
-outbox, behind that instant.
+instant of the ledger, with the bills and replies that came in the meantime, and from then on the
+sender counts. What the ledger gets after that instant is in its outbox, behind it.
 
 Invariant: the sums that count for a ledger are those that it had when its last join ended, and what
 its outbox brought since.
@@ -15,8 +15,9 @@ from sqlalchemy import Table, select, tuple_
 from sqlalchemy.engine import Connection, Engine
 
 from vllm_cost_meter.ledger import schema
-from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS, TableRows
+from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS, TableRows, unpacked
 from vllm_cost_meter.ledger.fleet.shipment import FACT_TABLES, OF_FIRST_JOINING
+from vllm_cost_meter.ledger.tables.outbox import outbox
 
 # Tables with a row for each request.
 _LARGE = (
@@ -47,6 +48,16 @@ def _chunks(ledger: Engine, table: Table) -> Iterator[TableRows]:
         if len(rows) < _ROWS_AT_ONCE:
             return
         after = tuple(rows[-1][place] for place in places)
+
+
+def large_facts_since(connection: Connection) -> Iterator[TableRows]:
+    """Yield the rows of bills and replies that the ledger got since its sender began.
+
+    They may have come behind the place where `large_facts` was.
+    """
+    names = {table.name for table in _LARGE}
+    for content in connection.execute(select(outbox.c.content)).scalars():
+        yield from (each for each in unpacked(content) if each.table in names)
 
 
 def all_else(

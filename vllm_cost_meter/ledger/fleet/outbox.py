@@ -161,20 +161,30 @@ def next_rows(connection: Connection, after: int, bytes_max: int) -> list[tuple[
     return found
 
 
-def note_sent(connection: Connection, number: int) -> None:
-    """Note that the fleet has all up to a number, and take that out."""
-    connection.execute(delete(outbox).where(outbox.c.number <= number))
+def note_sent(connection: Connection, number: int, filed: int | None = None) -> None:
+    """Note that the fleet has all up to a number, and take that out.
+
+    Where rows go into files too, only what is `filed`.
+    """
+    forget_up_to(connection, number if filed is None else min(number, filed))
     connection.execute(update(fleet_sender).values(sent_number=number))
 
 
-def note_joined(connection: Connection, number: int) -> None:
+def forget_up_to(connection: Connection, number: int) -> None:
+    """Take rows out up to a number: nobody needs them any more."""
+    connection.execute(delete(outbox).where(outbox.c.number <= number))
+
+
+def note_joined(connection: Connection, number: int, filed: int | None = None) -> None:
     """Note that the fleet has all that the ledger held when `number` was the last in the outbox."""
-    note_sent(connection, number)
+    note_sent(connection, number, filed)
     connection.execute(update(fleet_sender).values(joined_at=rfc3339(time.time_ns())))
 
 
 def waiting(connection: Connection) -> Waiting:
     """Return what the fleet is still to be sent."""
     size = func.coalesce(func.sum(func.length(outbox.c.content)), 0)
-    rows, content_bytes = connection.execute(select(func.count(), size).select_from(outbox)).one()
+    sent = select(fleet_sender.c.sent_number).scalar_subquery()
+    asked = select(func.count(), size).where(outbox.c.number > func.coalesce(sent, 0))
+    rows, content_bytes = connection.execute(asked).one()
     return Waiting(rows, int(content_bytes))

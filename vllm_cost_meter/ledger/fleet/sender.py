@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from sqlalchemy import Engine
 from sqlalchemy.engine import Connection
@@ -40,9 +41,10 @@ from vllm_cost_meter.ledger.fleet.delivery import (
     reached,
     rows_of,
 )
-from vllm_cost_meter.ledger.fleet.joining import all_else, large_facts
+from vllm_cost_meter.ledger.fleet.joining import all_else, large_facts, large_facts_since
 from vllm_cost_meter.ledger.fleet.opening import failed, open_fleet, parse_fleet_url
 from vllm_cost_meter.ledger.fleet.outbox import Sender, Waiting
+from vllm_cost_meter.ledger.fleet.row_files import RowFiles
 from vllm_cost_meter.ledger.fleet.rowless import LEFT_OUT, Rowless
 from vllm_cost_meter.ledger.fleet.schema import WITH_ROWS
 from vllm_cost_meter.ledger.fleet.shipment import Shipment, digest_of, shipment_of
@@ -68,10 +70,12 @@ class FleetSender:
         interval_s: float = INTERVAL_S,
         shipment_bytes_max: int = SHIPMENT_BYTES_MAX,
         rows: str = WITH_ROWS,
+        files: Path | None = None,
     ) -> None:
         """Nothing is opened before the first step, which comes at least each `interval_s`.
 
-        `rows` says where the rows of requests go: see `senders.rows`.
+        `rows` says where the rows of requests go (see `senders.rows`), and `files` into which
+        folder, if that is where. Raises LedgerError if that folder cannot be written.
         """
         self._interval_s = interval_s
         self._ledger_url = ledger_url
@@ -80,6 +84,7 @@ class FleetSender:
         self._ledger: Engine | None = None
         self._fleet: Engine | None = None
         self._rows = rows
+        self._files = None if files is None else RowFiles(files)
         # What is sent in place of rows, once that is known of the present sender.
         self._rowless: Rowless | None = None
         # The sender of which the fleet is known to say where its rows go.
@@ -112,6 +117,8 @@ class FleetSender:
         with self._ledger_errors(), ledger.connect() as connection:
             sender = outbox.read_sender(connection)
         if sender is not None and sender.joined_at and sender.sent_number == sender.last_number:
+            if self._files is not None:
+                self._file(ledger, sender, self._files)
             with self._fleet_errors(), fleet.begin() as connection:
                 note_end(connection, sender.sender_id, sender.last_number)
 
@@ -149,6 +156,8 @@ class FleetSender:
             self._begin_again(ledger, sender, "rows of its outbox are gone")
             return True
         if not rows:
+            if self._files is not None and self._files.is_due():
+                self._file(ledger, sender, self._files)
             return False
         shipment = self._shipment(ledger, fleet, sender, rows)
         have = self._delivered(fleet, shipment)
@@ -188,6 +197,13 @@ class FleetSender:
             ):
                 self._rowless = Rowless.recovered(connection, own, sender)
         return shipment._replace(tables=self._rowless.sent(shipment.tables))
+
+    def _file(self, ledger: Engine, sender: Sender, files: RowFiles) -> None:
+        """Put what was sent into files, and then take it out of the outbox."""
+        with self._ledger_errors():
+            for _ in files.write(ledger, sender):
+                with writing(ledger).begin() as connection:
+                    outbox.forget_up_to(connection, files.filed_number(sender))
 
     def _delivered(self, fleet: Engine, shipment: Shipment) -> Reached | None:
         try:
@@ -233,12 +249,14 @@ class FleetSender:
             have = reached(connection, sender.sender_id)
         if have is None:
             logger.info("cost meter: fleet: this ledger joins; all that it holds is sent")
+            if self._files is not None:
+                self._files.write_all(sender, large_facts(ledger))
             for some in large_facts(ledger) if self._rows == WITH_ROWS else ():
                 with self._fleet_errors(), fleet.begin() as connection:
                     insert_facts(connection, for_postgresql([some]))
             have = self._send_sums(ledger, fleet, sender)
         with self._ledger_errors(), writing(ledger).begin() as connection:
-            outbox.note_joined(connection, have.last_number)
+            outbox.note_joined(connection, have.last_number, self._kept_after(sender))
         logger.info("cost meter: fleet: joined")
 
     def _send_sums(self, ledger: Engine, fleet: Engine, sender: Sender) -> Reached:
@@ -260,6 +278,7 @@ class FleetSender:
 
     def _all_rows(self, reading: Connection, *, is_first: bool) -> Iterator[TableRows]:
         if self._rows == WITH_ROWS:
+            yield from large_facts_since(reading)
             yield from all_else(reading, is_first=is_first)
             return
         yield from all_else(reading, is_first=is_first, left_out=LEFT_OUT)
@@ -276,7 +295,7 @@ class FleetSender:
             rows = outbox.next_rows(connection, have.last_number - 1, 1)
             own = dict(rows).get(have.last_number)
             if own is not None and digest_of(own) == have.last_digest:
-                outbox.note_sent(connection, have.last_number)
+                outbox.note_sent(connection, have.last_number, self._kept_after(sender))
                 return
         self._begin_again(ledger, sender, "it was restored or copied")
 
@@ -296,7 +315,13 @@ class FleetSender:
 
     def _note_sent(self, ledger: Engine, number: int) -> None:
         with self._ledger_errors(), writing(ledger).begin() as connection:
-            outbox.note_sent(connection, number)
+            sender = outbox.read_sender(connection)
+            kept_after = None if sender is None else self._kept_after(sender)
+            outbox.note_sent(connection, number, kept_after)
+
+    def _kept_after(self, sender: Sender) -> int | None:
+        """Return up to which row the outbox is not needed for files; None without files."""
+        return None if self._files is None else self._files.filed_number(sender)
 
     @contextmanager
     def _ledger_errors(self) -> Iterator[None]:

@@ -50,12 +50,24 @@ class ParquetArchive:
         A day that has files already gets others. Raises LedgerError; then no row may be dropped.
         """
         with self._clear_errors():
-            return [self._write(table, day, some) for table, some in rows.items() if some]
+            return [
+                self._write(table, some, _free_name(self.folder / table.name, day))
+                for table, some in rows.items()
+                if some
+            ]
 
-    def _write(self, table: Table, day: str, rows: Sequence[_Row]) -> Path:
-        folder = self.folder / table.name
-        folder.mkdir(mode=0o700, exist_ok=True)
-        lines, part = folder / f".{day}.json", folder / f".{day}.part"
+    def write(self, table: Table, rows: Sequence[_Row], name: Path) -> None:
+        """Write rows into a file of this name in the folder, in place of one that is there.
+
+        Raises LedgerError; then no row may be dropped.
+        """
+        with self._clear_errors():
+            self._write(table, rows, self.folder / name)
+
+    def _write(self, table: Table, rows: Sequence[_Row], name: Path) -> Path:
+        folder = name.parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lines, part = folder / f".{name.stem}.json", folder / f".{name.stem}.part"
         try:
             _write_lines(lines, table, rows)
             self._convert(table, lines, part)
@@ -66,7 +78,6 @@ class ParquetArchive:
                     " row was dropped: is the disk at fault?"
                 )
             _sync(part)
-            name = _free_name(folder, day)
             part.rename(name)
             _sync(folder)
         finally:
