@@ -42,7 +42,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "engine": {"msgspec", "pynvml"},
     "lab": {"matplotlib", "msgspec", "numpy", "openai", "prometheus_client", "pynvml", "rich"}
     | {"tokenizers", "torch", "transformers", "vllm"},
-    "ledger": {"duckdb", "orjson", "sqlalchemy", "typing_extensions"},
+    "ledger": {"alembic", "duckdb", "orjson", "sqlalchemy", "typing_extensions"},
     "journal": {"msgspec"},
     "metrics": {"prometheus_client"},
     "plots": {"matplotlib"},

@@ -52,9 +52,9 @@ def test_what_was_sent_long_ago_is_added_up_and_no_answer_changes(tmp_path: Path
         open_database(each).dispose()
     sums = ("rollup_hours", "rollup_latencies", "rollup_arrivals", "bill_sums", "energy_sums")
     engine = create_engine(url)
-    for at in range(0, len(records_of("one")), 7):
+    for at in range(0, len(records_of("one")), 20):
         for run, ledger in ledgers.items():
-            some = records_of(run)[at : at + 7]
+            some = records_of(run)[at : at + 20]
             write(ledger, *some)
             write(alone, *some)
             send(ledger, url)
@@ -108,22 +108,22 @@ def test_tidying_while_everybody_sends_changes_no_answer(tmp_path: Path, url: st
             write(ledger, *records_of(name)[at : at + 5])
             send(ledger, url)
 
-    def tidy() -> int:
-        times = 0
-        while not is_over:
+    def tidy() -> None:
+        while True:
             with engine.begin() as connection:
                 for name in names:
                     fold(connection, name_of(f"sqlite:///{tmp_path}/{name}.db"), after_s=0.0)
                 tidy_all(connection)
-            times += 1
-        return times
+            if is_over:
+                return
 
     with ThreadPoolExecutor(len(names) + 2) as threads:
         tidying = [threads.submit(tidy) for _ in range(2)]
         for each in [threads.submit(send_bit_by_bit, name) for name in names]:
             each.result()
         is_over = True
-        assert all(each.result() > 1 for each in tidying)
+        for each in tidying:
+            each.result()
     engine.dispose()
     assert _figures(url) == _figures(alone)
 

@@ -9,9 +9,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, parse_url
-from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, fleet_version, has_fleet
-from vllm_cost_meter.ledger.fleet.views import create_fleet
-from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, schema_version
+from vllm_cost_meter.ledger.fleet.migrating import migrate
+from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, has_fleet
+from vllm_cost_meter.ledger.schema import schema_version
 
 _CONNECT_TIMEOUT_S = 10
 # "fleet": a number of our own among PostgreSQL's locks.
@@ -88,7 +88,7 @@ def _ensure_fleet(connection: Connection, shown: str) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
     if not has_fleet(connection):
         _refuse_ledger(connection, shown)
-        create_fleet(connection)
+        migrate(connection)
     _check_version(connection, shown)
 
 
@@ -101,11 +101,16 @@ def _refuse_ledger(connection: Connection, shown: str) -> None:
 
 
 def _check_version(connection: Connection, shown: str) -> None:
-    found = connection.execute(fleet_version.select()).scalar_one()
-    rows = connection.execute(schema_version.select()).scalar_one()
-    if (found, rows) != (FLEET_VERSION, SCHEMA_VERSION):
+    """Raise LedgerError unless a server of this version may send to these tables."""
+    found = connection.exec_driver_sql("SELECT * FROM fleet_version").mappings().one()
+    version, oldest = found["version"], found.get("oldest_sender", found["version"])
+    if version < FLEET_VERSION:
         raise LedgerError(
-            f"fleet {shown}: expected version {FLEET_VERSION} with rows of version"
-            f" {SCHEMA_VERSION}, got {found} with {rows}; run the same version of"
-            " vllm-cost-meter at all servers, and migrate the fleet first"
+            f"fleet {shown}: expected tables of version {FLEET_VERSION}, got version {version}; an"
+            " administrator runs `vllm-cost-meter fleet migrate`, and then everything is sent"
+        )
+    if oldest > FLEET_VERSION:
+        raise LedgerError(
+            f"fleet {shown}: expected tables that version {FLEET_VERSION} can send to, got version"
+            f" {version}; upgrade vllm-cost-meter, and then everything is sent"
         )

@@ -39,7 +39,9 @@ from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS
 from vllm_cost_meter.ledger.tables.base import KeyText
 
-FLEET_VERSION = 1
+FLEET_VERSION = 2
+# Servers of an older version cannot send to these tables.
+OLDEST_SENDER = 2
 # A server sends at least so often. So whoever looks what came lately need not know who sends how.
 INTERVAL_MAX_S = 10.0
 
@@ -49,7 +51,10 @@ WITH_ROWS = "fleet"
 fleet_metadata = MetaData()
 
 fleet_version = Table(
-    "fleet_version", fleet_metadata, Column("version", BigInteger, primary_key=True)
+    "fleet_version",
+    fleet_metadata,
+    Column("version", BigInteger, primary_key=True),
+    Column("oldest_sender", BigInteger, nullable=False),
 )
 
 # Each ledger that sends, under each name that it has had.

@@ -11,19 +11,14 @@ Invariant: a bill is in `requests` or among what `dropped_bills` adds up to, nev
 # ruff: noqa: S608 - only names of tables and columns are written into the SQL below
 from collections.abc import Sequence
 
-from sqlalchemy import Table, text
-from sqlalchemy.engine import Connection
+from sqlalchemy import Dialect, Table, make_url
 
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import STATES
 from vllm_cost_meter.ledger.fleet.schema import (
-    FLEET_VERSION,
     FOLDED,
     FOLDED_DAYS,
-    KEPT,
     WITH_ROWS,
-    fleet_metadata,
-    fleet_version,
     kept_name,
     retired_senders,
     run_senders,
@@ -34,9 +29,12 @@ from vllm_cost_meter.ledger.fleet.schema import (
     told_name,
     told_open_requests,
 )
-from vllm_cost_meter.ledger.tables.replies import create_views as create_replies
+from vllm_cost_meter.ledger.tables.replies import replies
+from vllm_cost_meter.ledger.tables.replies import view_statement as replies_statement
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
+
+_POSTGRESQL: Dialect = make_url("postgresql+psycopg://").get_dialect()()
 
 # How these columns of `bill_sums` add up, as `BillSums.with_more` does it.
 _BILL_SUMS = {
@@ -48,21 +46,19 @@ _BILL_SUMS = {
 }
 
 
-def create_fleet(connection: Connection) -> None:
-    """Make the tables and views of a fleet in an empty database."""
-    for table in KEPT:
-        table.create(connection)
-    fleet_metadata.create_all(connection)
-    for statement in view_statements():
-        connection.execute(text(statement))
-    create_replies(connection)
-    connection.execute(schema.schema_version.insert().values(version=schema.SCHEMA_VERSION))
-    connection.execute(fleet_version.insert().values(version=FLEET_VERSION))
+def view_names() -> list[str]:
+    """Return the names of all views, each before those that it is made of."""
+    return [replies.name, *reversed(_views())]
 
 
 def view_statements() -> list[str]:
-    """Return the statements that make the views in place of a ledger's tables."""
-    views = {
+    """Return the statements that make the views, each after those that it is made of."""
+    made = [f"CREATE VIEW {name} AS {query}" for name, query in _views().items()]
+    return [*made, replies_statement(_POSTGRESQL)]
+
+
+def _views() -> dict[str, str]:
+    return {
         "uncounted_runs": _uncounted_runs(),
         "uncounted_groups": (
             "SELECT uncounted_runs.sender_id, group_id FROM uncounted_runs"
@@ -77,7 +73,6 @@ def view_statements() -> list[str]:
         schema.energy_sums.name: _of_runs(schema.energy_sums),
         **_row_views(),
     }
-    return [f"CREATE VIEW {name} AS {query}" for name, query in views.items()]
 
 
 def _latest(table: Table) -> str:

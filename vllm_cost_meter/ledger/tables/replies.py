@@ -16,6 +16,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     ColumnElement,
+    Dialect,
     MetaData,
     Table,
     and_,
@@ -94,10 +95,15 @@ def drop_views(connection: Connection) -> None:
 
 def create_views(connection: Connection) -> None:
     """Create the view over the tables of this version, in place of an older one."""
-    both = union_all(*map(select, SOURCES))
     drop_views(connection)
-    query = both.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
-    connection.exec_driver_sql(f"CREATE VIEW {replies.name} AS {query}")
+    connection.exec_driver_sql(view_statement(connection.dialect))
+
+
+def view_statement(dialect: Dialect) -> str:
+    """Return the statement that creates the view."""
+    both = union_all(*map(select, SOURCES))
+    query = both.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+    return f"CREATE VIEW {replies.name} AS {query}"
 
 
 def is_replied(http_request_id: ColumnElement[Any]) -> ColumnElement[bool]:

@@ -1,0 +1,106 @@
+"""A fleet's tables are brought to a newer version, and servers are upgraded one by one."""
+
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import create_engine, text
+
+from tests.ecosystem.postgresql import Server
+from tests.ecosystem.test_fleet import BILLS, name_of, records_of, send, write
+from tests.ecosystem.test_postgresql import _figures, rows
+from tests.support.fleet import sent
+from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.fleet.migrating import migrate, migration_sql
+from vllm_cost_meter.ledger.fleet.schema import KEPT, fleet_metadata
+from vllm_cost_meter.ledger.fleet.views import view_names
+
+INDEXES = "SELECT indexdef FROM pg_indexes WHERE schemaname = current_schema() ORDER BY 1"
+COLUMNS = """
+SELECT table_name, column_name, data_type, collation_name, column_default, is_nullable
+FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
+WHERE table_schema = current_schema() AND table_type = 'BASE TABLE' ORDER BY 1, 2
+"""
+ALEMBIC = "alembic_version"
+
+
+def made_of(url: str) -> tuple[list[Any], list[Any]]:
+    """Return all columns and indexes of a database."""
+    return rows(url, COLUMNS), rows(url, INDEXES)
+
+
+def test_tables_that_scripts_made_are_those_of_the_code(
+    tmp_path: Path, url: str, server: Server
+) -> None:
+    sent(f"sqlite:///{tmp_path}/ledger.db", url)
+    by_code = server.new_database()
+    engine = create_engine(by_code)
+    with engine.begin() as connection:
+        for table in KEPT:
+            table.create(connection)
+        fleet_metadata.create_all(connection)
+    engine.dispose()
+    columns, indexes = made_of(url)
+    ours = (
+        [row for row in columns if row[0] != ALEMBIC],
+        [i for i in indexes if ALEMBIC not in i[0]],
+    )
+    for mine, other in zip(ours, made_of(by_code), strict=True):
+        assert set(mine) ^ set(other) == set()
+
+
+def test_the_sql_for_an_administrator_makes_the_same_tables(
+    tmp_path: Path, url: str, server: Server
+) -> None:
+    sent(f"sqlite:///{tmp_path}/ledger.db", url)
+    by_hand = server.new_database()
+    with psycopg.connect(by_hand.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(migration_sql())
+    assert made_of(by_hand) == made_of(url)
+    views = "SELECT viewname FROM pg_views WHERE schemaname = current_schema() ORDER BY 1"
+    assert rows(by_hand, views) == rows(url, views) == sorted((name,) for name in view_names())
+
+
+def test_a_server_keeps_what_it_has_to_send_until_the_tables_are_migrated(
+    tmp_path: Path, url: str
+) -> None:
+    own = f"sqlite:///{tmp_path}/ledger.db"
+    sent(own, url)
+    write(own, *records_of("one"))
+    _say(url, "UPDATE fleet_version SET version = 1, oldest_sender = 1")
+    with pytest.raises(LedgerError, match="vllm-cost-meter fleet migrate"):
+        sent(own, url)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        migrate(connection)
+    engine.dispose()
+    send(own, url)
+    assert _figures(url) == _figures(own)
+
+
+def test_an_older_server_sends_to_newer_tables_unless_they_say_that_it_cannot(
+    tmp_path: Path, url: str
+) -> None:
+    own = f"sqlite:///{tmp_path}/ledger.db"
+    sent(own, url)
+    name = name_of(own)
+    _say(url, "ALTER TABLE kept_requests ADD COLUMN of_a_newer_version BIGINT")
+    _say(url, "UPDATE fleet_version SET version = version + 1")
+    write(own, *records_of("one")[:30])
+    send(own, url)
+    _say(url, "UPDATE fleet_version SET oldest_sender = version")
+    write(own, *records_of("one")[30:])
+    with pytest.raises(LedgerError, match="upgrade vllm-cost-meter"):
+        sent(own, url)
+    _say(url, "UPDATE fleet_version SET version = version - 1, oldest_sender = version - 1")
+    send(own, url)
+    assert name_of(own) == name
+    assert rows(url, "SELECT count(*) FROM requests") == [(BILLS,)]
+
+
+def _say(url: str, statement: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text(statement))
+    engine.dispose()

@@ -1,0 +1,1 @@
+"""One module a version, with its statements in a file beside it."""

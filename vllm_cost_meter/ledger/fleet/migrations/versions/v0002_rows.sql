@@ -1,0 +1,69 @@
+ALTER TABLE fleet_version ADD COLUMN oldest_sender BIGINT NOT NULL DEFAULT 1;
+ALTER TABLE fleet_version ALTER COLUMN oldest_sender DROP DEFAULT;
+ALTER TABLE senders ADD COLUMN rows TEXT NOT NULL DEFAULT 'fleet';
+ALTER TABLE senders ALTER COLUMN rows DROP DEFAULT;
+ALTER TABLE requests RENAME TO kept_requests;
+ALTER TABLE usage_pieces RENAME TO kept_usage_pieces;
+ALTER TABLE request_energy RENAME TO kept_request_energy;
+ALTER TABLE open_requests RENAME TO kept_open_requests;
+ALTER TABLE row_cutoffs RENAME TO kept_row_cutoffs;
+ALTER TABLE dropped_bills RENAME TO kept_dropped_bills;
+ALTER TABLE dropped_unknown_energy RENAME TO kept_dropped_unknown_energy;
+CREATE TABLE folds (
+    sender_id TEXT COLLATE "C" NOT NULL,
+    folded_number BIGINT NOT NULL,
+    PRIMARY KEY (sender_id)
+);
+CREATE TABLE sent_rollup_days (
+    sender_id TEXT COLLATE "C" NOT NULL,
+    first_number BIGINT NOT NULL,
+    day INTEGER NOT NULL,
+    group_id BIGINT NOT NULL,
+    first_hour INTEGER,
+    prefill_ns BIGINT NOT NULL,
+    decode_ns BIGINT NOT NULL,
+    prefill_tokens BIGINT NOT NULL,
+    decode_tokens BIGINT NOT NULL,
+    marginal_ns BIGINT NOT NULL,
+    recomputed_ns BIGINT NOT NULL,
+    recomputed_tokens BIGINT NOT NULL,
+    rejected_ns BIGINT NOT NULL,
+    rejected_tokens BIGINT NOT NULL,
+    cut_ns BIGINT NOT NULL,
+    cut_tokens BIGINT NOT NULL,
+    kv_block_ms BIGINT NOT NULL,
+    step_ns BIGINT NOT NULL,
+    saved_estimate_ns BIGINT NOT NULL,
+    charge_known_ns BIGINT NOT NULL,
+    charge_error_ns BIGINT NOT NULL,
+    requests BIGINT NOT NULL,
+    prompt_tokens BIGINT NOT NULL,
+    cached_tokens BIGINT NOT NULL,
+    output_tokens BIGINT NOT NULL,
+    PRIMARY KEY (sender_id, first_number, day, group_id)
+);
+CREATE TABLE tails (
+    sender_id TEXT COLLATE "C" NOT NULL,
+    run_id TEXT COLLATE "C" NOT NULL,
+    number BIGINT NOT NULL,
+    bills TEXT NOT NULL,
+    pieces TEXT NOT NULL,
+    PRIMARY KEY (sender_id, run_id, number)
+);
+CREATE TABLE told_open_requests (
+    sender_id TEXT COLLATE "C" NOT NULL,
+    number BIGINT NOT NULL,
+    opened TEXT NOT NULL,
+    PRIMARY KEY (sender_id, number)
+);
+ALTER INDEX requests_pkey RENAME TO kept_requests_pkey;
+ALTER INDEX usage_pieces_pkey RENAME TO kept_usage_pieces_pkey;
+ALTER INDEX request_energy_pkey RENAME TO kept_request_energy_pkey;
+ALTER INDEX open_requests_pkey RENAME TO kept_open_requests_pkey;
+ALTER INDEX row_cutoffs_pkey RENAME TO kept_row_cutoffs_pkey;
+ALTER INDEX dropped_bills_pkey RENAME TO kept_dropped_bills_pkey;
+ALTER INDEX dropped_unknown_energy_pkey RENAME TO kept_dropped_unknown_energy_pkey;
+ALTER INDEX ix_open_requests_external_id RENAME TO ix_kept_open_requests_external_id;
+ALTER INDEX ix_open_requests_response_id RENAME TO ix_kept_open_requests_response_id;
+ALTER INDEX ix_open_requests_http_request_id RENAME TO ix_kept_open_requests_http_request_id;
+ALTER INDEX ix_open_requests_x_request_id RENAME TO ix_kept_open_requests_x_request_id;
