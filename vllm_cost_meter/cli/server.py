@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_cost_meter.cli.options import Config, Ledger, ledger_url, one_line_errors
-from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.cli.options import Config, Ledger, ledger_url, one_line_errors, settings_of
 from vllm_cost_meter.endpoint.server import address_of, bind
 from vllm_cost_meter.endpoint.standalone.serving import Standalone
 from vllm_cost_meter.errors import CostMeterError
@@ -39,7 +38,7 @@ def server(
     with one_line_errors():
         asked = {"COST_METER_HOST": host, "COST_METER_PORT": port}
         given = {name: str(value) for name, value in asked.items() if value is not None}
-        settings = load_settings({**os.environ, **given}, config=config)
+        settings = settings_of(url, config, {**os.environ, **given})
         LedgerReader(url).close()  # one line now, in place of one with each answer
         if settings.port is None:
             raise CostMeterError("port: expected 0 to 65535, got off")

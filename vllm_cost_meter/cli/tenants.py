@@ -25,10 +25,11 @@ from vllm_cost_meter.cli.options import (
     new_group,
     one_line_errors,
     print_answer,
+    settings_of,
 )
 from vllm_cost_meter.config import tenant_file
 from vllm_cost_meter.config.engine import PREFIX
-from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.loading import fleet_place, load_settings
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.tenant_file import Entry
 from vllm_cost_meter.config.tenants import HASH_CHARS_SHOWN, TenantSetting
@@ -78,7 +79,7 @@ def list_(
     Example: vllm-cost-meter tenants list --config meter.toml
     """
     with one_line_errors():
-        tenants = load_settings(config=config).tenants
+        tenants = settings_of(None, config).tenants
     rows = [_shown(tenant) for tenant in tenants]
     print_answer(
         {"tenants": rows},
@@ -219,6 +220,11 @@ def _edit(config: Path | None, edit: Callable[[str, Settings], str], done: str) 
     if f"{PREFIX}TENANTS" in os.environ:
         got = Text("it, which goes before the file")
         raise SettingError(f"{PREFIX}TENANTS", "no tenants in the environment", got)
+    if fleet_place(config=config).fleet_settings:
+        got = Text(
+            "COST_METER_FLEET_SETTINGS: `vllm-cost-meter fleet settings set tenants` does it"
+        )
+        raise SettingError("tenants", "them in the settings file", got, str(path))
     file = Path(path).expanduser()
     try:
         with tenant_file.alone(file):

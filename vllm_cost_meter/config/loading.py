@@ -52,7 +52,7 @@ from vllm_cost_meter.config.tenants import (
     TenantSetting,
 )
 from vllm_cost_meter.errors import SettingError, UnreadableError
-from vllm_cost_meter.records.shared_settings import SHARED_SECTIONS, SharedSettings
+from vllm_cost_meter.records.shared_settings import SHARED_SECTIONS, SharedEntry, SharedSettings
 
 # These names are not settings: they choose the build and the tests' set-up.
 OTHER_NAMES = frozenset({"COST_METER_PURE_PYTHON", "COST_METER_SANITIZE", "COST_METER_CACHE"})
@@ -140,10 +140,11 @@ def settings_with(
 ) -> Settings:
     """Return the settings with these shared sections in place of those given: for a check of them.
 
-    Each server has its own gateway secret, so one is taken to be there. Raises SettingError.
+    Each server has its own gateway secret, so one is taken to be there, and each says itself what
+    becomes of requests that no rule names. Raises SettingError.
     """
     sources = _given(environ, config, None, READ_WITHIN_S)
-    sources = sources.without((*SHARED_SECTIONS, "fleet_settings"))
+    sources = sources.without((*SHARED_SECTIONS, "fleet_settings", "unnamed_requests"))
     if "gateway_secret" not in sources.values():
         secret = {"gateway_secret": secrets.token_hex(t.TOKEN_CHARS_MIN)}
         sources = sources._replace(environment={**sources.environment, **secret})
@@ -183,6 +184,18 @@ def _checked(sources: _Sources) -> Settings:
     # Unknown keys come first: a key is often missing because it was mistyped.
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
     raise _setting_error(problem, sources)
+
+
+def checked_entry(section: str, name: str, table: Mapping[str, Any], version: int) -> BaseModel:
+    """Return one entry of the shared settings, checked by itself. Raises SettingError."""
+    try:
+        return SECTIONS[section].model_validate(table)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    named = SharedSettings(version, (SharedEntry(section, name, "{}"),))
+    within = {**problem, "loc": (section, 0, *problem["loc"])}
+    raise _setting_error(within, _Sources({}, {}, None, "", named))
 
 
 def _place_of(sources: _Sources) -> FleetPlace:

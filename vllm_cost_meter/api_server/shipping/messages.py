@@ -10,11 +10,15 @@ FLUSH, STATE = "flush", "state"
 
 
 class ShippingHello(msgspec.Struct, frozen=True, array_like=True):
-    """What the process is told first: the ledger, the fleet, and how often to send."""
+    """What the process is told first: the ledger, the fleet, and how often to send.
+
+    `kept_path` is where the copy of the fleet's settings is; None where they are not used.
+    """
 
     ledger_url: str
     fleet_url: str
     interval_s: float
+    kept_path: str | None = None
 
 
 class ShippingState(msgspec.Struct, frozen=True, array_like=True):
@@ -30,3 +34,6 @@ class ShippingState(msgspec.Struct, frozen=True, array_like=True):
     waiting_rows: int = 0
     waiting_bytes: int = 0
     sent_at_ns: int | None = None
+    settings_version: int | None = None
+    settings_seen_at_ns: int | None = None
+    settings_error: str | None = None

@@ -10,6 +10,7 @@ Blocks, in a process of its own: serving never waits for a network.
 Invariant: a row leaves the outbox only after the fleet has committed it.
 """
 
+import functools
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,7 @@ from vllm_cost_meter.ledger.fleet.schema import (
     fleet_version,
     has_fleet,
 )
+from vllm_cost_meter.ledger.fleet.shared_settings import SharedStore
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, live_usage, schema_version, snapshots
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.version import __version__
@@ -121,6 +123,15 @@ class FleetSender:
             return Waiting(0, 0)
         with self._ledger_errors(), self._ledger.connect() as connection:
             return outbox.waiting(connection)
+
+    def shared(self) -> SharedStore:
+        """Return the fleet's shared settings, by the sender's own connection.
+
+        Raises LedgerError if the fleet cannot be opened.
+        """
+        if self._fleet is None:
+            self._fleet = open_fleet(self._fleet_url)
+        return _store(self._fleet_url, self._fleet)
 
     def close(self) -> None:
         """Close the connections; the next step opens new ones."""
@@ -336,6 +347,34 @@ def fleet_there(url: str) -> bool:
     finally:
         engine.dispose()
     return is_there
+
+
+@contextmanager
+def shared_store(url: str, *, creates: bool = False) -> Iterator[SharedStore]:
+    """Open the shared settings of a fleet; with `creates` an empty database gets its tables.
+
+    Raises LedgerError unless it is the database of a fleet.
+    """
+    parsed = parse_fleet_url(url)
+    engine = open_fleet(parsed) if creates else _engine(parsed)
+    try:
+        store = _store(parsed, engine)
+        if creates:
+            store.make_tables()
+        yield store
+    finally:
+        engine.dispose()
+
+
+def _store(url: URL, engine: Engine) -> SharedStore:
+    return SharedStore(engine, functools.partial(failed, url))
+
+
+def fleet_name(url: str) -> str:
+    """Return which database a fleet's is, whoever asks it and with which options."""
+    parsed = parse_fleet_url(url)
+    host = parsed.host or parsed.query.get("host") or ""
+    return f"{host}:{parsed.port or parsed.query.get('port') or ''}/{parsed.database or ''}"
 
 
 def _engine(url: URL) -> Engine:
