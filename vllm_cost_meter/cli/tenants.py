@@ -127,7 +127,7 @@ def add(
     Example: vllm-cost-meter tenants add search --key-from-env SEARCH_KEY --config meter.toml
     """
     with one_line_errors():
-        keys = [*(key_sha256 or ()), *_hashes(key_from_env)]
+        keys = [*(key_sha256 or ()), *hashes_of(key_from_env)]
         tags = tenant_file.inline_table(_pairs(tag))
         given = {
             "api_key_sha256": keys,
@@ -169,7 +169,7 @@ def set_(
     Example: vllm-cost-meter tenants set search --tag team=web --config meter.toml
     """
     with one_line_errors():
-        keys = [*(key_sha256 or ()), *_hashes(key_from_env)]
+        keys = [*(key_sha256 or ()), *hashes_of(key_from_env)]
         tags = _pairs(tag)
         simple = {"parent": parent, "reply": reply, "fail_closed": fail_closed}
         set_to = {key: value for key, value in simple.items() if value is not None}
@@ -249,7 +249,8 @@ def _check_known(name: str, settings: Settings) -> None:
         raise SettingError("NAME", f"a declared tenant{hint}", name, "command line")
 
 
-def _hashes(variables: Iterable[str] | None) -> list[str]:
+def hashes_of(variables: Iterable[str] | None) -> list[str]:
+    """Return the SHA-256 of the API keys in these environment variables. Raises SettingError."""
     hashes = []
     for variable in variables or ():
         key = os.environ.get(variable, "").strip().encode()

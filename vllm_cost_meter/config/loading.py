@@ -99,6 +99,13 @@ class _Sources(NamedTuple):
         )
         return self._replace(environment=environment, file=file)
 
+    def with_a_secret(self) -> "_Sources":
+        """Return the sources with a gateway's secret that nobody knows, where none is given."""
+        if "gateway_secret" in self.values():
+            return self
+        secret = secrets.token_hex(t.TOKEN_CHARS_MIN)
+        return self._replace(environment={**self.environment, "gateway_secret": secret})
+
 
 def load_settings(
     environ: Mapping[str, str] = os.environ,
@@ -133,6 +140,21 @@ def fleet_place(
     return _place_of(_given(environ, config, None, READ_WITHIN_S))
 
 
+def file_settings(path: str | Path) -> Settings:
+    """Return the settings of a file alone, whose shared sections are meant for a fleet.
+
+    What the environment says of other settings goes before the file. Each server has its own
+    gateway secret, so one is taken to be there. Raises SettingError.
+    """
+    sources = _given(os.environ, path, None, READ_WITHIN_S)
+    environment = {
+        name: value
+        for name, value in sources.environment.items()
+        if name not in (*SHARED_SECTIONS, "fleet_settings")
+    }
+    return _checked(sources._replace(environment=environment).with_a_secret())
+
+
 def settings_with(
     shared: SharedSettings,
     environ: Mapping[str, str] = os.environ,
@@ -140,15 +162,12 @@ def settings_with(
 ) -> Settings:
     """Return the settings with these shared sections in place of those given: for a check of them.
 
-    Each server has its own gateway secret, so one is taken to be there, and each says itself what
-    becomes of requests that no rule names. Raises SettingError.
+    As in `file_settings` there is a gateway's secret. What becomes of requests that no rule names
+    each server says itself. Raises SettingError.
     """
     sources = _given(environ, config, None, READ_WITHIN_S)
     sources = sources.without((*SHARED_SECTIONS, "fleet_settings", "unnamed_requests"))
-    if "gateway_secret" not in sources.values():
-        secret = {"gateway_secret": secrets.token_hex(t.TOKEN_CHARS_MIN)}
-        sources = sources._replace(environment={**sources.environment, **secret})
-    return _checked(sources._replace(shared=shared))
+    return _checked(sources.with_a_secret()._replace(shared=shared))
 
 
 def _given(

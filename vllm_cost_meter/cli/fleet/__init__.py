@@ -1,0 +1,1 @@
+"""The commands `fleet ...`: what the servers of a fleet share."""
