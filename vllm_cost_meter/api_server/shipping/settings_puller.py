@@ -25,7 +25,12 @@ from vllm_cost_meter.guard import in_daemon_thread
 from vllm_cost_meter.ledger.fleet.sender import fleet_name, shared_store
 from vllm_cost_meter.ledger.fleet.shared_settings import SharedHead, SharedStore
 from vllm_cost_meter.logs import meter_logger
-from vllm_cost_meter.records.shared_settings import KeptSettings, SharedSettings, may_follow
+from vllm_cost_meter.records.shared_settings import (
+    NOTHING_SHARED,
+    KeptSettings,
+    SharedSettings,
+    may_follow,
+)
 from vllm_cost_meter.units.time import rfc3339
 
 logger = meter_logger()
@@ -38,15 +43,25 @@ PUSH_FIRST = "none yet: `vllm-cost-meter fleet settings push FILE` makes them"
 class SettingsPuller:
     """Keeps the copy of one server up to date. Used by one thread."""
 
-    def __init__(self, path: Path, fleet_url: str, *, keeps: bool = True) -> None:
-        """Nothing is read before the first look. Without `keeps` the copy is only read."""
+    def __init__(
+        self,
+        path: Path | None,
+        fleet_url: str,
+        *,
+        keeps: bool = True,
+        now: SharedSettings | None = None,
+    ) -> None:
+        """Nothing is read before the first look.
+
+        Without `keeps` the copy is only read. Without a path there is none but `now`, in memory.
+        """
         self._path = path
         self._fleet = fleet_name(fleet_url)
         self._keeps = keeps
         # What the database had when it was last taken over, or refused for good.
         self._settled: SharedHead | None = None
         # What this server is to use, once it is known.
-        self.now: SharedSettings | None = None
+        self.now = now
         # The latest version in the database, and when that was asked, by the wall clock.
         self.version: int | None = None
         self.seen_at_ns: int | None = None
@@ -80,7 +95,7 @@ class SettingsPuller:
             assert kept is not None  # noqa: S101 - anything follows nothing
             self.now, self.error = kept, restored_line(self._fleet, kept.version, found.version)
         else:
-            if self._keeps and found != kept:
+            if self._path is not None and self._keeps and found != kept:
                 now = rfc3339(time.time_ns())
                 write_kept(self._path, KeptSettings(self._fleet, now, found.digest(), found))
             self.now, self.error = found, None
@@ -88,6 +103,8 @@ class SettingsPuller:
 
     def _kept(self) -> SharedSettings | None:
         """Return what this server has of this fleet; None if nothing, or no whole copy."""
+        if self._path is None:
+            return self.now
         try:
             kept = read_kept(self._path)
         except SettingError as error:
@@ -158,3 +175,29 @@ def settings_for_reading(place: FleetPlace, ledger: str | None) -> SharedSetting
                 )
             return found
     return settings_at_start(place, keeps=False)
+
+
+class SharedFollower:
+    """Follows the settings of a fleet in memory, for a process that keeps no copy."""
+
+    def __init__(self, ledger: str | None) -> None:
+        """`ledger` is the one that is read; the fleet is that of the first settings."""
+        self._ledger = ledger
+        self._url = ""
+        self._puller: SettingsPuller | None = None
+        self.now = NOTHING_SHARED
+
+    def first(self, place: FleetPlace) -> SharedSettings:
+        """Return what to begin with. Raises as `settings_for_reading`."""
+        self.now = settings_for_reading(place, self._ledger)
+        urls = (self._ledger, place.ledger, place.fleet)
+        self._url = next(url for url in urls if (url or "").startswith("postgresql")) or ""
+        self._puller = SettingsPuller(None, self._url, now=self.now)
+        return self.now
+
+    def look(self) -> None:
+        """Take over what is newer in the database. Never raises; an error is logged once."""
+        if (puller := self._puller) is not None:
+            with shared_store(self._url) as store:
+                puller.look(store)
+            self.now = puller.now or self.now

@@ -89,6 +89,7 @@ def examine(
         ("journal", lambda: ledger.journals_writable(url, settings.second_journal)),
         ("archive", lambda: ledger.archive_writable(settings.archive)),
         ("fleet", lambda: fleet.fleet_reached(settings.fleet, url)),
+        ("settings", lambda: fleet.settings_shared(settings, url)),
         ("schema", lambda: ledger.schema_known(url, server)),
         ("pages", lambda: ledger.pages_sound(url, quick_check_s)),
         ("books", lambda: figures.books_balance(url, server)),
