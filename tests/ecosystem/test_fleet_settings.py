@@ -1,6 +1,7 @@
 """Settings that a fleet shares, in a real PostgreSQL: versions, rights, and what a change moves."""
 
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from tests.ecosystem.roles import as_role, make_roles
 from tests.ecosystem.test_postgresql import rows
 from tests.support.fleet_settings import FILE, changed_to, ended_to, key_sha256
-from vllm_cost_meter.cli.commands import app
+from vllm_cost_meter.cli.commands import PIPE_CLOSED, app
 from vllm_cost_meter.config.shared_changes import restarted
 from vllm_cost_meter.errors import ConflictError, LedgerError, SettingError
 from vllm_cost_meter.ledger.fleet.sender import shared_store
@@ -137,6 +138,32 @@ def test_an_api_key_is_never_written_only_its_digest(meter, file, url, monkeypat
     stored = str(rows(url, "SELECT * FROM settings_changes"))
     assert "sk-a-new-key" not in told + stored
     assert key_sha256("sk-a-new-key-of-the-web-team") in stored
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("push", "shared.toml", "--dry-run"),
+        ("show",),
+        ("history",),
+        ("set", "tenants", "x"),
+        ("end", "tenants", "web"),
+        ("restart", "--after", "9"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(
+    meter, file, monkeypatch, capfd, words
+) -> None:
+    meter("push", str(file), "--moves-money")
+    capfd.readouterr()
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody, monkeypatch.context() as without:
+        without.setattr("sys.stdout", nobody)
+        with pytest.raises(SystemExit) as end:
+            app(args=["fleet", "settings", *words], standalone_mode=False)
+    assert (end.value.code, capfd.readouterr().err) == (PIPE_CLOSED, "")
 
 
 # -- two at once --------------------------------------------------------------------------------

@@ -44,9 +44,12 @@ def what_is_wrong(*, with_ledger: bool = True, within_s: float | None = None) ->
 
 
 def _check(with_ledger: bool) -> None:
-    if not with_ledger and fleet_place().fleet_settings:
+    place = fleet_place()
+    if place.fleet_settings and not with_ledger:
         settings_with(NOTHING_SHARED)  # Engines use nothing of what a fleet shares.
         return
+    if place.fleet_settings:
+        check_location(place.ledger or default_url())  # The copy is to be beside it.
     settings = load_settings(shared=settings_at_start)
     # Of its engines nothing is known yet; the API server asks again when it knows them.
     check_start(settings, RunFacts(), time.time_ns())

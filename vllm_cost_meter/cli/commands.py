@@ -49,7 +49,7 @@ COMMANDS = {
         "Money", "tenants:app", "Add, change and list the tenants of the settings."
     ),
     "fleet": CommandEntry(
-        "Money", "fleet.commands:app", "Prices, tenants and budgets that a fleet's servers share."
+        "Money", "fleet:app", "Prices, tenants and budgets that a fleet's servers share."
     ),
     "invoice": CommandEntry("Money", "invoice:app", "Hold a provider's bill against the meter."),
     "economics": CommandEntry("Plan", "economics:economics_", "What a million tokens cost."),
