@@ -15,6 +15,7 @@ from tests.ecosystem.roles import as_role, make_roles
 from tests.ecosystem.test_postgresql import rows
 from tests.support.fleet_settings import FILE, changed_to, ended_to, key_sha256
 from vllm_cost_meter.cli.commands import PIPE_CLOSED, app
+from vllm_cost_meter.cli.options import settings_of
 from vllm_cost_meter.config.shared_changes import restarted
 from vllm_cost_meter.errors import ConflictError, LedgerError, SettingError
 from vllm_cost_meter.ledger.fleet.sender import shared_store
@@ -212,6 +213,40 @@ def test_a_change_that_expects_another_version_is_refused(meter, file) -> None:
     status, said = meter("end", "tenants", "web", "--expect", "7")
     assert status == 2
     assert "expected version 1, the latest, got 7" in said
+
+
+# -- who reads them -----------------------------------------------------------------------------
+
+
+def test_commands_use_them_for_the_fleet_and_for_the_ledger_of_a_server(
+    meter, file, url, tmp_path, monkeypatch
+) -> None:
+    meter("push", str(file), "--moves-money")
+    monkeypatch.setenv("COST_METER_FLEET_SETTINGS", "true")
+    own = f"sqlite:///{tmp_path}/ledger.db"
+    monkeypatch.setenv("COST_METER_LEDGER", own)
+    shown = CliRunner().invoke(app, ["prices", "--json"]).stdout
+    assert [price["key"] for price in json.loads(shown)["prices"]] == ["gpu-2026"]
+    listed = CliRunner().invoke(app, ["tenants", "list", "--json"]).stdout
+    assert [tenant["name"] for tenant in json.loads(listed)["tenants"]] == ["search", "web"]
+    for ledger in (url, own):
+        assert [price.id for price in settings_of(ledger, None).prices] == ["gpu-2026"]
+    assert [path.name for path in tmp_path.iterdir()] == ["shared.toml"]
+    monkeypatch.delenv("COST_METER_FLEET")
+    assert [price.id for price in settings_of(url, None).prices] == ["gpu-2026"]
+    with pytest.raises(SettingError, match="expected COST_METER_FLEET beside it, got none"):
+        settings_of(own, None)
+
+
+def test_tenants_that_the_fleet_shares_are_not_edited_in_a_file(
+    meter, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("COST_METER_FLEET_SETTINGS", "true")
+    (tmp_path / "meter.toml").write_text("")
+    result = CliRunner().invoke(app, ["tenants", "add", "x", "--config", "meter.toml"])
+    assert result.exit_code == 2
+    assert "`vllm-cost-meter fleet settings set tenants` does it" in result.stderr
+    assert (tmp_path / "meter.toml").read_text() == ""
 
 
 # -- what is refused ----------------------------------------------------------------------------
