@@ -21,7 +21,10 @@ from typing import Any
 import typer
 
 from vllm_cost_meter.cli.commands import whole
+from vllm_cost_meter.config.settings import Settings
+from vllm_cost_meter.endpoint.access import OPEN
 from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.endpoint.standalone.settings_routes import add_settings_routes
 from vllm_cost_meter.ledger.reader import LedgerReader
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
@@ -134,7 +137,10 @@ def openapi_document() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         reader = LedgerReader(f"sqlite:///{folder}/ledger.db", late=True)
         try:
-            return make_app(reader, metrics=bytes).openapi()
+            app = make_app(reader, metrics=bytes)
+            # Which fleet it is does not matter either, nor what its settings are checked with.
+            add_settings_routes(app, "postgresql+psycopg://fleet", OPEN, lambda _: Settings())
+            return app.openapi()
         finally:
             reader.close()
 

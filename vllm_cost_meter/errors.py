@@ -4,6 +4,7 @@
     ├── SettingError        a setting is wrong: the server does not start
     │   └── UnreadableError   the settings file is there, and cannot be read now
     ├── LedgerError         the ledger cannot be opened, read or written
+    ├── ConflictError       a change was made on what is no longer the latest version
     ├── StepLogError        a step log cannot be written or read, or the file is not a step log
     ├── DependencyError     a command needs a package that is not installed
     ├── AwayError           a side process is not there, or does not answer
@@ -43,6 +44,14 @@ class LedgerError(CostMeterError):
     def __init__(self, message: str, *, is_missing: bool = False) -> None:
         super().__init__(message)
         self.is_missing = is_missing
+
+
+class ConflictError(CostMeterError):
+    """A change was meant for another version than the latest one, which is `version`."""
+
+    def __init__(self, message: str, version: int) -> None:
+        super().__init__(message)
+        self.version = version
 
 
 class StepLogError(CostMeterError):

@@ -108,6 +108,29 @@ FLEET_SENT = Gauge(
     ["database"],
     multiprocess_mode="mostrecent",
 )
+SETTINGS_VERSION = Gauge(
+    "cost_meter_settings_version",
+    "Version of the fleet's settings that this server uses",
+    multiprocess_mode="min",  # of all API servers, the one that is behind
+)
+FLEET_SETTINGS_VERSION = Gauge(
+    "cost_meter_fleet_settings_version",
+    "Latest version of the settings in the fleet's database",
+    ["database"],
+    multiprocess_mode="mostrecent",
+)
+FLEET_SETTINGS_SEEN = Gauge(
+    "cost_meter_fleet_settings_seen_timestamp_seconds",
+    "When this server last asked the fleet's database for that version",
+    ["database"],
+    multiprocess_mode="mostrecent",
+)
+FLEET_SETTINGS_REFUSED = Gauge(
+    "cost_meter_fleet_settings_refused",
+    "1 while this server does not take over what the fleet's database has, 0 otherwise",
+    ["database"],
+    multiprocess_mode="mostrecent",
+)
 LEDGER_SET_ASIDE = Gauge(
     "cost_meter_ledger_set_aside_files",
     "Damaged files of the ledger that were set aside and are not merged back",
@@ -291,6 +314,20 @@ def set_fleet(
     FLEET_WAITING_ROWS.labels(database).set(waiting_rows)
     FLEET_WAITING_BYTES.labels(database).set(waiting_bytes)
     FLEET_SENT.labels(database).set(math.nan if sent_at_s is None else sent_at_s)
+
+
+def set_fleet_settings(
+    database: str, *, version: int | None, seen_at_s: float | None, is_refused: bool
+) -> None:
+    """Show what a fleet's database has of the shared settings; what is unknown is NaN."""
+    FLEET_SETTINGS_VERSION.labels(database).set(math.nan if version is None else version)
+    FLEET_SETTINGS_SEEN.labels(database).set(math.nan if seen_at_s is None else seen_at_s)
+    FLEET_SETTINGS_REFUSED.labels(database).set(is_refused)
+
+
+def set_settings_version(version: int) -> None:
+    """Show which version of the fleet's settings this API server uses."""
+    SETTINGS_VERSION.set(version)
 
 
 def set_journal(waiting: int, dropped: int, *, is_in_second_place: bool, has_reserve: bool) -> None:

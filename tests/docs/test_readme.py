@@ -115,9 +115,9 @@ def test_commands_and_their_options_exist(page):
                 continue
             assert name in COMMANDS, piece
             command = COMMANDS[name]
-            if rest and (inner := getattr(command, "commands", None)):
+            while rest and (inner := getattr(command, "commands", None)):
                 assert rest[0] in inner, piece
-                command = inner[rest[0]]
+                command = inner[rest.pop(0)]
             options = {o for parameter in command.params for o in parameter.opts}
             assert {word for word in rest if word.startswith("--")} <= options, piece
 

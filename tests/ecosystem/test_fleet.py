@@ -5,7 +5,6 @@ The fleet must give the answers of that one.
 """
 
 import random
-import re
 import shutil
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,10 @@ from sqlalchemy import create_engine
 
 from tests.component.ledger.test_reader import HOUR, NOW, http, part, snapshot
 from tests.ecosystem.postgresql import Server
+from tests.ecosystem.roles import as_role, make_roles
 from tests.ecosystem.test_postgresql import LONG, OWNERS, _figures, rows
 from tests.support.builders import make_open
 from tests.support.fleet import sent
-from tests.support.pages import DOCS
 from vllm_cost_meter.cli.audit import audit_lines
 from vllm_cost_meter.cli.doctor.findings import Outcome
 from vllm_cost_meter.cli.doctor.fleet import fleet_reached
@@ -249,15 +248,8 @@ def test_a_writer_needs_no_right_but_to_insert_and_to_read(
     first, second = records_of("one"), records_of("two")
     open_database(f"sqlite:///{tmp_path}/first.db").dispose()
     sent(f"sqlite:///{tmp_path}/first.db", url)
-    page = (DOCS / "howto" / "fleet.md").read_text()
-    statements = re.findall(r"^    ((?:CREATE ROLE|GRANT) .*;)$", page, re.MULTILINE)
-    assert len(statements) == 4
-    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
-        for statement in statements:
-            connection.execute(statement)
-    as_writer, as_reader = (
-        url.replace("//meter@", f"//{role}@") for role in ("meter_writer", "meter_reader")
-    )
+    make_roles(url)
+    as_writer, as_reader = (as_role(url, role) for role in ("meter_writer", "meter_reader"))
     write(own, *first)
     send(own, as_writer)
     write(own, *second)

@@ -14,6 +14,7 @@ from tests.support.fleet import sent
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.fleet.migrating import migrate, migration_sql
 from vllm_cost_meter.ledger.fleet.schema import KEPT, fleet_metadata
+from vllm_cost_meter.ledger.fleet.shared_settings import settings_changes, settings_versions
 from vllm_cost_meter.ledger.fleet.views import view_names
 
 INDEXES = "SELECT indexdef FROM pg_indexes WHERE schemaname = current_schema() ORDER BY 1"
@@ -39,6 +40,7 @@ def test_tables_that_scripts_made_are_those_of_the_code(
     with engine.begin() as connection:
         for table in KEPT:
             table.create(connection)
+        assert {settings_changes, settings_versions} < set(fleet_metadata.sorted_tables)
         fleet_metadata.create_all(connection)
     engine.dispose()
     columns, indexes = made_of(url)
@@ -104,3 +106,15 @@ def _say(url: str, statement: str) -> None:
     with engine.begin() as connection:
         connection.execute(text(statement))
     engine.dispose()
+
+
+def test_the_commands_make_and_migrate_the_tables_and_say_so(url: str) -> None:
+    done = run_command("fleet", "migrate", "--fleet", url)
+    assert done.stdout == f"the tables are of version {FLEET_VERSION} now\n"
+    assert run_command("fleet", "migrate", "--fleet", url).stdout == (
+        f"the tables are of version {FLEET_VERSION} already\n"
+    )
+    assert run_command("fleet", "migrate", "--sql").stdout.strip() == migration_sql().strip()
+    assert run_command("fleet", "tidy", "--fleet", url).stdout == (
+        "tidied what 0 ledgers have sent\n"
+    )

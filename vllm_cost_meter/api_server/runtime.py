@@ -37,8 +37,9 @@ from vllm_cost_meter.api_server.shipping.follower import Shipping
 from vllm_cost_meter.api_server.shipping.messages import ShippingHello
 from vllm_cost_meter.api_server.side_endpoint import SideEndpoint, health_of
 from vllm_cost_meter.api_server.start_check import what_is_wrong
+from vllm_cost_meter.config.kept_copy import kept_path
 from vllm_cost_meter.config.loading import load_settings
-from vllm_cost_meter.config.reload import INTERVAL_S, Reloader
+from vllm_cost_meter.config.reload import INTERVAL_S, Reloader, reloader_of
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.endpoint.answers import MeterHealth
@@ -101,6 +102,7 @@ class Runtime:
         )
         self.shipping: Shipping | None = None
         if settings.fleet is not None:
+            kept = kept_path(self.ledger_url) if settings.fleet_settings else None
             self.shipping = Shipping(
                 ShippingHello(
                     self.ledger_url,
@@ -108,6 +110,7 @@ class Runtime:
                     settings.fleet_interval_s,
                     settings.fleet_rows,
                     settings.fleet_files,
+                    None if kept is None else str(kept),
                 )
             )
         self.collector = Collector(
@@ -211,8 +214,8 @@ class Runtime:
         self.served = tuple(engines.served_names(engine_client, state))
         self._start_loop("announce", self._announce, self.settings.snapshot_interval_s)
         self._hold_to_budgets(engine_client)
-        if (config := self.settings.config) is not None:
-            reloader = Reloader(config)
+        if (reloader := reloader_of(self.settings, self.ledger_url)) is not None:
+            self._show_version()
             reload = functools.partial(self._reload, reloader, engine_client)
             self._start_loop("reload", reload, self._reload_interval_s)
         if engines.api_server_index(engine_client) != 0 or self.poller is not None:
@@ -282,11 +285,16 @@ class Runtime:
         else:
             self.collector.announce_due()
 
+    def _show_version(self) -> None:
+        if (version := self.settings.shared_version) is not None:
+            metrics.set_settings_version(version)
+
     async def _reload(self, reloader: Reloader, engine_client: Any) -> None:
         # Reading a file may be slow, so a thread does it: vLLM's tokens must not wait.
         new = await in_own_thread(reloader.look, self.settings)
         if new is not None:
             self.settings = new
+            self._show_version()
             self.side_endpoint.settings_changed()
         self._hold_to_budgets(engine_client)
         if new is not None and self.poller is not None:

@@ -11,12 +11,14 @@ Invariant: what is wrong is one line, and nobody waits for it longer than `CHECK
 
 import time
 
-from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.api_server.shipping.settings_puller import settings_at_start
+from vllm_cost_meter.config.loading import fleet_place, load_settings, settings_with
 from vllm_cost_meter.config.starting import check_start
 from vllm_cost_meter.errors import CostMeterError
 from vllm_cost_meter.guard import in_daemon_thread
 from vllm_cost_meter.ledger.database import check_location, default_url
 from vllm_cost_meter.prices.book import RunFacts
+from vllm_cost_meter.records.shared_settings import NOTHING_SHARED
 
 # Longer than the reading of a settings file, which says better what hangs.
 CHECK_WITHIN_S = 20.0
@@ -42,7 +44,13 @@ def what_is_wrong(*, with_ledger: bool = True, within_s: float | None = None) ->
 
 
 def _check(with_ledger: bool) -> None:
-    settings = load_settings()
+    place = fleet_place()
+    if place.fleet_settings and not with_ledger:
+        settings_with(NOTHING_SHARED)  # Engines use nothing of what a fleet shares.
+        return
+    if place.fleet_settings:
+        check_location(place.ledger or default_url())  # The copy is to be beside it.
+    settings = load_settings(shared=settings_at_start)
     # Of its engines nothing is known yet; the API server asks again when it knows them.
     check_start(settings, RunFacts(), time.time_ns())
     if with_ledger:

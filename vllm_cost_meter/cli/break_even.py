@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_cost_meter.cli.calc import option, show
-from vllm_cost_meter.cli.options import Config, Json, Wide, one_line_errors
-from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.cli.options import Config, Json, Wide, one_line_errors, settings_of
 from vllm_cost_meter.console import print_lines
 from vllm_cost_meter.economics.calculators import calculate
 from vllm_cost_meter.economics.numbers import HOURS_PER_MONTH
@@ -93,7 +92,7 @@ def break_even_(
         if volumes := _numbers("volume", volume or ()):
             given["volume"] = volumes
         rates, book = _rates(
-            said, gpus, gpu_name, load_settings(config=config).price_book if price_book else None
+            said, gpus, gpu_name, settings_of(None, config).price_book if price_book else None
         )
         answer = calculate("break-even", given | rates)
         if plot:

@@ -18,8 +18,8 @@ from vllm_cost_meter.cli.options import (
     ledger_url,
     one_line_errors,
     print_answer,
+    settings_of,
 )
-from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.tenants.budgets import Standing, budget_row
@@ -54,7 +54,7 @@ def budgets(
     Example: vllm-cost-meter budgets --json
     """
     with one_line_errors():
-        settings = load_settings(config=config)
+        settings = settings_of(ledger, config)
         with closing(Spending(ledger_url(ledger, config))) as spending:
             figures = spending.look(settings.declared_budgets, settings.price_book, time.time_ns())
     standings = figures.standings

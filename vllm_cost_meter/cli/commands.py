@@ -48,6 +48,9 @@ COMMANDS = {
     "tenants": CommandEntry(
         "Money", "tenants:app", "Add, change and list the tenants of the settings."
     ),
+    "fleet": CommandEntry(
+        "Money", "fleet:app", "Prices, tenants and budgets that a fleet's servers share."
+    ),
     "invoice": CommandEntry("Money", "invoice:app", "Hold a provider's bill against the meter."),
     "economics": CommandEntry("Plan", "economics:economics_", "What a million tokens cost."),
     "compare": CommandEntry("Plan", "compare:compare_", "What the same requests cost at an API."),

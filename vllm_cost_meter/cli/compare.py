@@ -15,10 +15,10 @@ from vllm_cost_meter.cli.options import (
     TimeZone,
     Week,
     Wide,
+    local_settings,
     print_answer,
     reading,
 )
-from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.config.offers import offers_for
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.economics.answers import Comparison
@@ -100,7 +100,7 @@ def compare_(
         tz,
     )
     with reading(ledger, config) as reader:
-        answer = _answer(reader, question, prices or load_settings(config=config).api_prices)
+        answer = _answer(reader, question, prices or local_settings(config).api_prices)
     print_answer(
         answer,
         [answer["self_hosted"], *answer["offers"]],

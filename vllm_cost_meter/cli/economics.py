@@ -15,11 +15,11 @@ from vllm_cost_meter.cli.options import (
     Week,
     Wide,
     dropped_lines,
+    local_settings,
     one_line_errors,
     print_answer,
     reading,
 )
-from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.economics.figures import FIGURES
 from vllm_cost_meter.ledger.economics.query import economics, method
@@ -49,7 +49,7 @@ def economics_(
     Example: vllm-cost-meter economics --window 30d
     """
     with one_line_errors():
-        declared = load_settings(config=config).declared
+        declared = local_settings(config).declared
         hours = hours_of_window(window, zone=zone_of(tz))
         with reading(ledger, config) as reader:
             if explain is None:

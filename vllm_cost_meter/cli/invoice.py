@@ -22,13 +22,13 @@ from vllm_cost_meter.cli.options import (
     Wide,
     WindowOption,
     ledger_url,
+    local_settings,
     new_group,
     one_line_errors,
     print_answer,
     reading,
     refuse_both,
 )
-from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.invoices.files import FOCUS, SNAPSHOTS, read_invoice
 from vllm_cost_meter.ledger.billing.importing import import_invoice
@@ -94,7 +94,7 @@ def import_(
     """
     with one_line_errors():
         refuse_both(as_json=as_json, as_csv=as_csv)
-        rules = load_settings(config=config).invoice_rules
+        rules = local_settings(config).invoice_rules
         invoice = read_invoice(file, format, rules)
         url, now_ns = ledger_url(ledger, config), time.time_ns()
         answer = import_invoice(url, invoice, rules.gap_ns, now_ns, dry_run=dry_run)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -10,11 +11,19 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.fleet import FleetPlace
+from vllm_cost_meter.config.loading import (
+    SharedOf,
+    fleet_place,
+    load_settings,
+    settings_with,
+)
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import CostMeterError
 from vllm_cost_meter.ledger.database import url_of
 from vllm_cost_meter.ledger.opening import open_ledger
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.records.shared_settings import NOTHING_SHARED, SharedSettings
 from vllm_cost_meter.units.calendar import EXPECTED as WINDOWS
 from vllm_cost_meter.units.text import plain, to_csv
 
@@ -65,7 +74,7 @@ def one_line_errors() -> Iterator[None]:
 def reading(ledger: str | None, config: Path | None = None) -> Iterator[LedgerReader]:
     """Open the ledger for reading; an error of the user ends the command."""
     with one_line_errors():
-        book = load_settings(config=config).price_book
+        book = settings_of(ledger, config).price_book
         with open_ledger(ledger_url(ledger, config), book=book) as reader:
             yield reader
 
@@ -73,8 +82,40 @@ def reading(ledger: str | None, config: Path | None = None) -> Iterator[LedgerRe
 def ledger_url(ledger: str | None, config: Path | None = None) -> str:
     """Return the URL of the ledger that an option or the settings name."""
     with one_line_errors():
-        named = load_settings(config=config).ledger if ledger is None else ledger
+        named = local_settings(config).ledger if ledger is None else ledger
         return url_of(named or None)
+
+
+def settings_of(
+    ledger: str | None, config: Path | None, environ: Mapping[str, str] = os.environ
+) -> Settings:
+    """Return the settings; where a fleet shares some, from the ledger that an option names.
+
+    Raises SettingError, or LedgerError if the fleet's database cannot be read.
+    """
+    return load_settings(environ, config=config, shared=_shared_of(ledger))
+
+
+def local_settings(config: Path | None) -> Settings:
+    """Return the settings without what a fleet shares, of which no database is asked.
+
+    Raises SettingError.
+    """
+    if fleet_place(config=config).fleet_settings:
+        return settings_with(NOTHING_SHARED, config=config)
+    return load_settings(config=config)
+
+
+def _shared_of(ledger: str | None) -> SharedOf:
+    def shared(place: FleetPlace) -> SharedSettings:
+        # Only who shares settings needs these modules.
+        from vllm_cost_meter.api_server.shipping.settings_puller import (
+            settings_for_reading,
+        )
+
+        return settings_for_reading(place, ledger)
+
+    return shared
 
 
 def dropped_lines(kept_from: str | None) -> list[str]:

@@ -2,8 +2,7 @@
 
 import json
 
-from vllm_cost_meter.cli.options import Config, Json, Wide, one_line_errors
-from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.cli.options import Config, Json, Wide, one_line_errors, settings_of
 from vllm_cost_meter.console import print_rows
 from vllm_cost_meter.reports.price_lines import PRICE_COLUMNS
 
@@ -30,7 +29,7 @@ def prices(config: Config = None, wide: Wide = False, as_json: Json = False) -> 
     Example: vllm-cost-meter prices --config meter.toml
     """
     with one_line_errors():
-        book = load_settings(config=config).price_book.listed()
+        book = settings_of(None, config).price_book.listed()
     if as_json:
         print(json.dumps(book, indent=2))
         return

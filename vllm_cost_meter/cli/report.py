@@ -29,9 +29,9 @@ from vllm_cost_meter.cli.options import (
     print_answer,
     reading,
     refuse_both,
+    settings_of,
     write_output,
 )
-from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records.owner import COVERS_TEXT, OWN, WITH_CHILDREN, Covers, TenantScope
@@ -187,7 +187,7 @@ def report(
         else:
             answer = reader.requests(limit=limit, tenant=tenant, covers=_covers(with_children))
             rows, columns = [*answer["running"], *answer["requests"]], REQUEST_COLUMNS
-    _say_who_is_unseen(answer, config)
+    _say_who_is_unseen(answer, ledger, config)
     below = _below(what, answer, filter, has_words)
     print_answer(
         answer,
@@ -201,11 +201,11 @@ def report(
         raise typer.Exit(1)
 
 
-def _say_who_is_unseen(answer: Mapping[str, Any], config: Path | None) -> None:
+def _say_who_is_unseen(answer: Mapping[str, Any], ledger: str | None, config: Path | None) -> None:
     """Name on stderr whom the idle policy charges though nobody knows them."""
     if not (unseen := answer.get("idle_unseen")):
         return
-    declared = {tenant.name for tenant in load_settings(config=config).tenants}
+    declared = {tenant.name for tenant in settings_of(ledger, config).tenants}
     for name in unseen:
         if name not in declared:
             said = f"--idle: tenant {name!r} is neither declared nor in the ledger"
@@ -241,7 +241,7 @@ def statement(
             raise ValueError("--tenant: expected it or --all, and not both")
         covers = _covers(with_children)
         answer = reader.statement(month, tenant=tenant, covers=covers, tz=tz, idle=idle)
-        _say_who_is_unseen(answer, config)
+        _say_who_is_unseen(answer, ledger, config)
         if output is not None:
             write_output(output, _written(answer, format))
     if output is None and format is Format.table:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_cost_meter.api_server.shipping.settings_puller import SharedFollower
 from vllm_cost_meter.cli.options import Config, Ledger, ledger_url, one_line_errors
 from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.endpoint.server import address_of, bind
@@ -29,9 +30,9 @@ def server(
     """Answer all of this over HTTP: for a fleet, or any ledger.
 
     It is the side endpoint of a metered server, for the books of all of them: reports, statements,
-    audit, budgets, requests. It needs neither vLLM nor a GPU, writes nothing, and several may
-    answer from one database. The settings say who may ask, what GPUs cost, and which budgets there
-    are.
+    audit, budgets, requests. It needs neither vLLM nor a GPU, and several may answer from one
+    database. The settings say who may ask, what GPUs cost, and which budgets there are. With an
+    admin token they can be changed there, where the fleet shares them; nothing else is written.
 
     Example: vllm-cost-meter server --ledger postgresql+psycopg://reader@db/fleet --port 9478
     """
@@ -39,7 +40,10 @@ def server(
     with one_line_errors():
         asked = {"COST_METER_HOST": host, "COST_METER_PORT": port}
         given = {name: str(value) for name, value in asked.items() if value is not None}
-        settings = load_settings({**os.environ, **given}, config=config)
+        follower = SharedFollower(url)
+        environ = {**os.environ, **given}
+        settings = load_settings(environ, config=config, shared=follower.first)
+        fleet = follower if settings.fleet_settings else None
         LedgerReader(url).close()  # one line now, in place of one with each answer
         if settings.port is None:
             raise CostMeterError("port: expected 0 to 65535, got off")
@@ -49,4 +53,4 @@ def server(
                 f"expected a free port, got {settings.host} port {settings.port}, which is taken"
             )
     print(f"{address_of(listening)}/cost/summary", file=sys.stderr, flush=True)
-    asyncio.run(Standalone(url, settings).serve(listening))
+    asyncio.run(Standalone(url, settings, fleet, environ).serve(listening))

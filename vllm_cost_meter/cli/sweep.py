@@ -22,12 +22,12 @@ from vllm_cost_meter.cli.options import (
     Ledger,
     Wide,
     ledger_url,
+    local_settings,
     one_line_errors,
     print_answer,
     refuse_both,
     write_output,
 )
-from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.economics import saturation_of
 from vllm_cost_meter.economics.numbers import positive
@@ -104,7 +104,7 @@ def sweep(
     """
     with one_line_errors():
         refuse_both(as_json=as_json, as_csv=as_csv)
-        settings = load_settings(config=config)
+        settings = local_settings(config)
         plan = Plan(
             Shape(1, 1),  # A placeholder: each plan below has its own shape.
             rates=_rates("rates", rates) if rates else (),

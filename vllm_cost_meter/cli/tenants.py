@@ -25,10 +25,11 @@ from vllm_cost_meter.cli.options import (
     new_group,
     one_line_errors,
     print_answer,
+    settings_of,
 )
 from vllm_cost_meter.config import tenant_file
 from vllm_cost_meter.config.engine import PREFIX
-from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.config.loading import fleet_place, load_settings
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.config.tenant_file import Entry
 from vllm_cost_meter.config.tenants import HASH_CHARS_SHOWN, TenantSetting
@@ -78,7 +79,7 @@ def list_(
     Example: vllm-cost-meter tenants list --config meter.toml
     """
     with one_line_errors():
-        tenants = load_settings(config=config).tenants
+        tenants = settings_of(None, config).tenants
     rows = [_shown(tenant) for tenant in tenants]
     print_answer(
         {"tenants": rows},
@@ -126,7 +127,7 @@ def add(
     Example: vllm-cost-meter tenants add search --key-from-env SEARCH_KEY --config meter.toml
     """
     with one_line_errors():
-        keys = [*(key_sha256 or ()), *_hashes(key_from_env)]
+        keys = [*(key_sha256 or ()), *hashes_of(key_from_env)]
         tags = tenant_file.inline_table(_pairs(tag))
         given = {
             "api_key_sha256": keys,
@@ -168,7 +169,7 @@ def set_(
     Example: vllm-cost-meter tenants set search --tag team=web --config meter.toml
     """
     with one_line_errors():
-        keys = [*(key_sha256 or ()), *_hashes(key_from_env)]
+        keys = [*(key_sha256 or ()), *hashes_of(key_from_env)]
         tags = _pairs(tag)
         simple = {"parent": parent, "reply": reply, "fail_closed": fail_closed}
         set_to = {key: value for key, value in simple.items() if value is not None}
@@ -219,6 +220,11 @@ def _edit(config: Path | None, edit: Callable[[str, Settings], str], done: str) 
     if f"{PREFIX}TENANTS" in os.environ:
         got = Text("it, which goes before the file")
         raise SettingError(f"{PREFIX}TENANTS", "no tenants in the environment", got)
+    if fleet_place(config=config).fleet_settings:
+        got = Text(
+            "COST_METER_FLEET_SETTINGS: `vllm-cost-meter fleet settings set tenants` does it"
+        )
+        raise SettingError("tenants", "them in the settings file", got, str(path))
     file = Path(path).expanduser()
     try:
         with tenant_file.alone(file):
@@ -243,7 +249,8 @@ def _check_known(name: str, settings: Settings) -> None:
         raise SettingError("NAME", f"a declared tenant{hint}", name, "command line")
 
 
-def _hashes(variables: Iterable[str] | None) -> list[str]:
+def hashes_of(variables: Iterable[str] | None) -> list[str]:
+    """Return the SHA-256 of the API keys in these environment variables. Raises SettingError."""
     hashes = []
     for variable in variables or ():
         key = os.environ.get(variable, "").strip().encode()

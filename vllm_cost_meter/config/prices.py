@@ -95,6 +95,11 @@ class PriceSetting(BaseModel):
         description=f"Name of the machine{_PATTERN_IS}",
         json_schema_extra=about(t.PATTERN),
     )
+    id: t.EntryId | None = Field(
+        default=None,
+        description=t.ENTRY_ID_IS,
+        json_schema_extra=about(t.ENTRY_ID),
+    )
 
     @model_validator(mode="after")
     def _keys_that_need_each_other(self) -> Self:
@@ -155,6 +160,11 @@ class EnergyPriceSetting(BaseModel):
         description=f"Name of the machine{_PATTERN_IS}",
         json_schema_extra=about(t.PATTERN),
     )
+    id: t.EntryId | None = Field(
+        default=None,
+        description=t.ENTRY_ID_IS,
+        json_schema_extra=about(t.ENTRY_ID),
+    )
 
     def entry(self, key: str) -> EnergyPrice:
         """Return the price as an entry for the book; `key` names it in messages."""
@@ -194,6 +204,11 @@ class OverheadSetting(BaseModel):
         default=None,
         description="Until when; without it for good.",
         json_schema_extra=about(t.FULL_HOUR),
+    )
+    id: t.EntryId | None = Field(
+        default=None,
+        description=t.ENTRY_ID_IS,
+        json_schema_extra=about(t.ENTRY_ID),
     )
 
     @model_validator(mode="after")
@@ -259,12 +274,12 @@ def price_book(
     overheads: Sequence[OverheadSetting],
 ) -> PriceBook:
     """Return the price book; `gpu_hour_usd` is the price where no other entry holds."""
-    entries = [price.entry(f"prices[{n}]") for n, price in enumerate(prices)]
+    entries = [price.entry(price.id or f"prices[{n}]") for n, price in enumerate(prices)]
     if gpu_hour_usd is not None:
         name = "COST_METER_GPU_HOUR_USD"
         entries.append(PriceEntry(name, gpu_hour_usd, name, effective_from_hour=None))
     return PriceBook(
         entries,
-        [price.entry(f"energy_prices[{n}]") for n, price in enumerate(energy_prices)],
-        [line.overhead(f"overheads[{n}]") for n, line in enumerate(overheads)],
+        [price.entry(price.id or f"energy_prices[{n}]") for n, price in enumerate(energy_prices)],
+        [line.overhead(line.id or f"overheads[{n}]") for n, line in enumerate(overheads)],
     )

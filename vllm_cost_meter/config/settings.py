@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import (
     BeforeValidator,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationInfo,
     field_validator,
@@ -76,7 +77,7 @@ def _labels(given: object) -> dict[str, str]:
         raise t.WrongError(LABELS_EXPECTED, str(error)) from None
 
 
-class Settings(EconomicsSettings, InvoiceSettings, FleetSettings, BaseSettings):
+class Settings(FleetSettings, EconomicsSettings, InvoiceSettings, BaseSettings):
     """All settings, checked. `load_settings` builds them, and they never change afterwards."""
 
     model_config = SettingsConfigDict(
@@ -93,20 +94,6 @@ class Settings(EconomicsSettings, InvoiceSettings, FleetSettings, BaseSettings):
         description="Price of one GPU for one hour, wherever `prices` have none. Without any "
         "price the meter reports GPU time, and cost is null.",
         json_schema_extra=_about(t.PRICE, "USD per GPU-hour"),
-    )
-    ledger: t.Url | None = Field(
-        default=None,
-        repr=False,
-        description="Where the ledger is. Without it, "
-        "`$XDG_STATE_HOME/vllm-cost-meter/ledger.db` (SQLite).",
-        json_schema_extra=_about(t.LEDGER, secret=True),
-    )
-    fleet: t.FleetUrl | None = Field(
-        default=None,
-        repr=False,
-        description="The database of a fleet, which gets all that the ledger gets: "
-        "[many servers](../howto/fleet.md). The ledger itself is then a SQLite file.",
-        json_schema_extra=_about(t.FLEET, secret=True),
     )
     host: t.Host = Field(
         default="127.0.0.1",
@@ -320,14 +307,6 @@ class Settings(EconomicsSettings, InvoiceSettings, FleetSettings, BaseSettings):
             )
         return token
 
-    @field_validator("fleet")
-    @classmethod
-    def _beside_a_file(cls, fleet: str | None, info: ValidationInfo) -> str | None:
-        ledger = info.data.get("ledger")
-        if fleet is not None and ledger is not None and not ledger.startswith("sqlite"):
-            raise t.WrongError("a SQLite ledger on the server's own disk beside it", "PostgreSQL")
-        return fleet
-
     @field_validator("budgets")
     @classmethod
     def _countable(
@@ -389,6 +368,18 @@ class Settings(EconomicsSettings, InvoiceSettings, FleetSettings, BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take values only from the caller: `load_settings` chooses the sources."""
         return (init_settings,)
+
+    # Which version of the fleet's settings the shared sections are.
+    _shared_version: int | None = PrivateAttr(default=None)
+
+    @property
+    def shared_version(self) -> int | None:
+        """The version of the fleet's settings that these have; None where they are not shared."""
+        return self._shared_version
+
+    def note_shared(self, version: int | None) -> None:
+        """Note which version of the fleet's settings the shared sections are."""
+        self._shared_version = version
 
     def derive(self) -> None:
         """Compute the derived values now, so that the first request does not wait for them."""

@@ -139,10 +139,15 @@ class RuleSetting(BaseModel):
         description="`constant`: the tenant.",
         json_schema_extra=t.about("the name of a tenant"),
     )
+    id: t.EntryId | None = Field(
+        default=None,
+        description=t.ENTRY_ID_IS,
+        json_schema_extra=t.about(t.ENTRY_ID),
+    )
 
     @model_validator(mode="after")
     def _only_what_belongs_to_it(self) -> Self:
-        for name in sorted(self.model_fields_set - {"rule"} - _TAKES[self.rule]):
+        for name in sorted(self.model_fields_set - {"id", "rule"} - _TAKES[self.rule]):
             raise t.WrongError(f"no `{name}` in a rule {self.rule!r}", "a value")
         if (needed := _NEEDS.get(self.rule)) and getattr(self, needed) is None:
             raise t.WrongError(f"`{needed}` in a rule {self.rule!r}", "nothing")

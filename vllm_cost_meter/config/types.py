@@ -13,11 +13,11 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, SecretStr
 
 from vllm_cost_meter.prices.cost import parse_price
 from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, name_problem
-from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
+from vllm_cost_meter.units.time import NS_PER_HOUR, instant_of, rfc3339, unix_ns_of
 
 # A larger price, or one with more decimal places, is a slip of the finger.
 PRICE_USD_MAX = 1_000_000
@@ -123,6 +123,12 @@ BYTES = "a whole number of MB, GB or TB, such as 20GB; at least 100MB"
 _BYTES_MIN = 100 * _SIZES["MB"]
 DAYS = f"a whole number from 1 to {_DAYS_MAX}, or {FOREVER}"
 METADATA_KEY = "1 to 64 letters, digits, `_`, `-` or `.`"
+ENTRY_ID = "1 to 64 letters, digits, `_`, `-` or `.`"
+_ENTRY_ID = r"[0-9A-Za-z_.-]{1,64}"
+ENTRY_ID_IS = (
+    "Name of the entry where a fleet shares it; unique. Needed there: [shared settings]"
+    "(../howto/fleet-settings.md)."
+)
 TAG_KEY = "1 to 64 small letters, digits, `_` or `-`"
 _TAG_KEY = r"[a-z0-9_-]{1,64}"
 TAGS = (
@@ -275,7 +281,10 @@ MoneyAmount = Annotated[Decimal, _decimal(AMOUNT, _AMOUNT_MAX)]
 ExchangeRate = Annotated[Decimal, _decimal(RATE, PRICE_USD_MAX, above_zero=True)]
 Percent = Annotated[Decimal, _decimal(PERCENT, _PERCENT_MAX)]
 Currency = Annotated[str, AfterValidator(_known_currency)]
-FullHour = Annotated[int, BeforeValidator(_full_hour)]
+# As JSON it is an instant again.
+FullHour = Annotated[
+    int, BeforeValidator(_full_hour), PlainSerializer(instant_of, when_used="json")
+]
 Note = Annotated[str, AfterValidator(_note)]
 Url = Annotated[str, _matching(r"[a-z][a-z0-9+_]*://.*", LEDGER)]
 FleetUrl = Annotated[
@@ -288,6 +297,7 @@ Token = Annotated[SecretStr, AfterValidator(_printable)]
 TenantName = Annotated[str, AfterValidator(_tenant_name)]
 Tags = Annotated[dict[str, str], AfterValidator(_tags)]
 TagKey = Annotated[str, _matching(_TAG_KEY, TAG_KEY)]
+EntryId = Annotated[str, _matching(_ENTRY_ID, ENTRY_ID)]
 MetadataKey = Annotated[str, _matching(r"[0-9A-Za-z_.-]{1,64}", METADATA_KEY)]
 WholeNumber = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]

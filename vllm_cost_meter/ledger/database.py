@@ -11,7 +11,6 @@ tried to create it at once.
 """
 
 import os
-import pwd
 import shutil
 import sqlite3
 import time
@@ -25,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.file_modes import OWN_FOLDER, make_private, open_to_others
+from vllm_cost_meter.ledger.file_modes import make_private, open_to_others
 from vllm_cost_meter.ledger.migrations import (
     FIRST_WITH_BILL_SUMS,
     FIRST_WITH_ROLLUPS,
@@ -38,6 +37,7 @@ from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, metadata, schema_versi
 from vllm_cost_meter.ledger.tables.replies import create_views, drop_views
 from vllm_cost_meter.ledger.untouched import connect_to_read
 from vllm_cost_meter.logs import meter_logger
+from vllm_cost_meter.units.places import default_ledger
 
 logger = meter_logger()
 
@@ -73,19 +73,9 @@ def default_url() -> str:
 
     Raises LedgerError where the user has no home folder.
     """
-    state = os.environ.get("XDG_STATE_HOME", "")
-    # By the XDG rules, programs ignore a relative path.
-    home = Path(state) if state.startswith("/") else _home() / ".local" / "state"
-    return f"sqlite:///{home / OWN_FOLDER / 'ledger.db'}"
-
-
-def _home() -> Path:
-    home = os.environ.get("HOME", "")
-    if home.startswith("/"):
-        return Path(home)
     try:
-        return Path(pwd.getpwuid(os.getuid()).pw_dir)
-    except KeyError:
+        return f"sqlite:///{default_ledger()}"
+    except LookupError:
         raise LedgerError(
             "ledger: expected a home folder for its default place, got no HOME and no entry for"
             f" user id {os.getuid()} in the password file; {SET_LEDGER}"

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.units.places import OWN_FOLDER
 
-OWN_FOLDER = "vllm-cost-meter"
 # SQLite writes these beside the file.
 _SUFFIXES = ("", "-wal", "-shm")
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO

@@ -33,6 +33,7 @@ CHECKS = [
     "journal",
     "archive",
     "fleet",
+    "settings",
     "schema",
     "pages",
     "books",

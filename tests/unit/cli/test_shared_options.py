@@ -25,11 +25,14 @@ CALCULATORS = {words for words in LEAVES if words[0] == "calc"}
 # They print several tables of different columns, and CSV has one. JSON has all of them.
 SEVERAL_TABLES = {("prices",), ("break-even",), ("validate",), *CALCULATORS}
 # They print sentences, and no table.
-SENTENCES = {("explain",), ("audit",), ("doctor",), ("saturation", "import")} | {
-    words for words in LEAVES if words[0] == "ledger"
-}
+SENTENCES = (
+    {("explain",), ("audit",), ("doctor",), ("saturation", "import")}
+    | {("fleet", "settings", "show")}
+    | {words for words in LEAVES if words[0] == "ledger"}
+)
 # They say in one line what they changed, or start a server and tell its story.
 NO_ANSWER = {("tenants", "add"), ("tenants", "set"), ("tenants", "remove")} | {
+    *(("fleet", "settings", name) for name in ("push", "set", "end", "restart")),
     ("demo",),
     ("server",),  # it answers over HTTP
     ("gpu-check",),  # a page and JSON, in its folder
@@ -39,8 +42,9 @@ FOLDER = {("sweep",)}
 # The formulas take the reader's own numbers, a simulation its own traffic; the demo and the check
 # of a GPU have their own folder.
 NO_SETTINGS = {("validate",), ("demo",), ("gpu-check",), *CALCULATORS}
-# The settings alone say it.
-NO_LEDGER = {words for words in LEAVES if words[0] in ("tenants", "prices", "break-even")}
+# The settings alone say it, or the fleet's database does, which `--fleet` names.
+OF_NO_LEDGER = ("tenants", "prices", "break-even", "fleet")
+NO_LEDGER = {words for words in LEAVES if words[0] in OF_NO_LEDGER}
 # Its days are those of providers, whose bills are by the UTC day.
 UTC_ONLY = {("invoice", "days")}
 

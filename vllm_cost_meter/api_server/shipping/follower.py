@@ -29,6 +29,7 @@ class Shipping:
         """`hello` says from where to where."""
         self._flush_timeout_s = flush_timeout_s
         self._database = parse_url(hello.fleet_url).database or ""
+        self._has_settings = hello.kept_path is not None
         self.state = ShippingState()
         self.process = SideProcess(
             "the process that sends to the fleet",
@@ -51,8 +52,15 @@ class Shipping:
                 failures=state.failures,
                 waiting_rows=state.waiting_rows,
                 waiting_bytes=state.waiting_bytes,
-                sent_at_s=None if state.sent_at_ns is None else state.sent_at_ns / 1e9,
+                sent_at_s=_seconds(state.sent_at_ns),
             )
+            if self._has_settings:
+                metrics.set_fleet_settings(
+                    self._database,
+                    version=state.settings_version,
+                    seen_at_s=_seconds(state.settings_seen_at_ns),
+                    is_refused=state.settings_error is not None,
+                )
 
     async def stop(self) -> None:
         """Send what waits, for a short time, and end the process."""
@@ -62,6 +70,10 @@ class Shipping:
             except (AwayError, RefusedError):
                 pass  # The ledger keeps it, and the next start sends it.
         await self.process.stop()
+
+
+def _seconds(instant_ns: int | None) -> float | None:
+    return None if instant_ns is None else instant_ns / 1e9
 
 
 async def _answer_nothing(name: str, _given: msgspec.Raw) -> object:

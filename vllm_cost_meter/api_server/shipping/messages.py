@@ -13,6 +13,7 @@ class ShippingHello(msgspec.Struct, frozen=True, array_like=True):
     """What the process is told first: the ledger, the fleet, and how often to send.
 
     `rows` says where the rows of requests go, and `files` into which folder.
+    `kept_path` is where the copy of the fleet's settings is; None where they are not used.
     """
 
     ledger_url: str
@@ -20,6 +21,7 @@ class ShippingHello(msgspec.Struct, frozen=True, array_like=True):
     interval_s: float
     rows: str = "fleet"
     files: str | None = None
+    kept_path: str | None = None
 
 
 class ShippingState(msgspec.Struct, frozen=True, array_like=True):
@@ -35,3 +37,6 @@ class ShippingState(msgspec.Struct, frozen=True, array_like=True):
     waiting_rows: int = 0
     waiting_bytes: int = 0
     sent_at_ns: int | None = None
+    settings_version: int | None = None
+    settings_seen_at_ns: int | None = None
+    settings_error: str | None = None

@@ -1,6 +1,7 @@
 """The process that sends the ledger to the fleet's database, beside an API server: main program.
 
-It sends all that waits each few seconds, and at once when it is asked. While the database is away
+It sends all that waits each few seconds, and at once when it is asked. With each interval it looks
+for a new version of the settings that the fleet shares. While the database is away
 it tries again, later and later, at a moment of its own: the servers of a fleet must not all come
 back at once. Nothing waits for it but a server's stop, for a short time.
 
@@ -23,6 +24,7 @@ from vllm_cost_meter.api_server.shipping.messages import (
     ShippingHello,
     ShippingState,
 )
+from vllm_cost_meter.api_server.shipping.settings_puller import SettingsPuller
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.fleet.outbox import Waiting
 from vllm_cost_meter.ledger.fleet.sender import FleetSender
@@ -52,6 +54,8 @@ class _Shipping:
         self._failures = 0
         self._waiting = Waiting(0, 0)
         self._sent_at_ns: int | None = None
+        self._puller: SettingsPuller | None = None
+        self._pull_at_s = 0.0
 
     async def main(self, server: ToServer, hello: ShippingHello) -> None:
         """Begin: from now on there are answers."""
@@ -62,6 +66,9 @@ class _Shipping:
             rows=hello.rows,
             files=None if hello.files is None else Path(hello.files),
         )
+        self._interval_s = hello.interval_s
+        if hello.kept_path is not None:
+            self._puller = SettingsPuller(Path(hello.kept_path), hello.fleet_url)
         server.ready()
         self._task = asyncio.create_task(self._run(server, sender, hello.interval_s))
 
@@ -86,6 +93,9 @@ class _Shipping:
             failure = await self._send_all(server, sender, is_last=bool(asked))
             for each in asked:
                 settle(each, failure)
+            if failure is not None:  # A ledger that cannot be read keeps no price from coming.
+                await self._in_thread(lambda: self._pull(sender))
+                self._tell(server, str(failure))
             if failure is None:
                 pause_s, retry_s = interval_s, RETRY_FIRST_S
             else:
@@ -109,6 +119,7 @@ class _Shipping:
             try:
                 more = await self._in_thread(sender.step)
                 self._waiting = await self._in_thread(sender.waiting)
+                await self._in_thread(lambda: self._pull(sender))
             except LedgerError as error:
                 self._failed(server, error)
                 return error
@@ -120,6 +131,16 @@ class _Shipping:
                 self._failed(server, error)
                 return error
         return None
+
+    def _pull(self, sender: FleetSender) -> None:
+        """Look for a new version of the settings, unless that was done within the interval."""
+        if self._puller is None or time.monotonic() < self._pull_at_s:
+            return
+        self._pull_at_s = time.monotonic() + self._interval_s / 2
+        try:
+            self._puller.look(sender.shared())
+        except LedgerError as error:  # The fleet is away, which its outage says.
+            self._puller.error = str(error)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -142,8 +163,16 @@ class _Shipping:
         self._tell(server, None)
 
     def _tell(self, server: ToServer, last_error: str | None) -> None:
-        waiting = self._waiting
-        state = ShippingState(last_error, self._failures, *waiting, sent_at_ns=self._sent_at_ns)
+        state = ShippingState(
+            last_error, self._failures, *self._waiting, sent_at_ns=self._sent_at_ns
+        )
+        if (puller := self._puller) is not None:
+            state = msgspec.structs.replace(
+                state,
+                settings_version=puller.version,
+                settings_seen_at_ns=puller.seen_at_ns,
+                settings_error=puller.error,
+            )
         server.tell(STATE, state)
 
 

@@ -12,8 +12,14 @@ import typer
 from vllm_cost_meter.cli.doctor import figures, fleet, installation, ledger
 from vllm_cost_meter.cli.doctor.findings import Finding, Outcome, contained
 from vllm_cost_meter.cli.doctor.server import ask_server
-from vllm_cost_meter.cli.options import Config, Json, Ledger, ledger_url, one_line_errors
-from vllm_cost_meter.config.loading import load_settings
+from vllm_cost_meter.cli.options import (
+    Config,
+    Json,
+    Ledger,
+    ledger_url,
+    one_line_errors,
+    settings_of,
+)
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.console import print_lines
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook
@@ -47,7 +53,7 @@ def doctor_(
     Example: vllm-cost-meter doctor --ledger ledger.db
     """
     with one_line_errors():
-        settings = load_settings(config=config)
+        settings = settings_of(ledger, config)
     findings = examine(ledger_url(ledger, config), settings.price_book, settings, server_url=url)
     if as_json:
         print(json.dumps({"ok": all(f.ok for f in findings), "findings": _dicts(findings)}))
@@ -83,6 +89,7 @@ def examine(
         ("journal", lambda: ledger.journals_writable(url, settings.second_journal)),
         ("archive", lambda: ledger.archive_writable(settings.archive)),
         ("fleet", lambda: fleet.fleet_reached(settings.fleet, url)),
+        ("settings", lambda: fleet.settings_shared(settings, url)),
         ("schema", lambda: ledger.schema_known(url, server)),
         ("pages", lambda: ledger.pages_sound(url, quick_check_s)),
         ("books", lambda: figures.books_balance(url, server)),

@@ -1,13 +1,22 @@
-"""The check of the fleet: whether its database can be reached, and what it is still to get.
+"""The checks of the fleet: whether its database is reached, what it is to get, what it shares.
 
 Invariant: an empty database stays empty.
 """
 
+from vllm_cost_meter.api_server.shipping.settings_puller import restored_line
 from vllm_cost_meter.cli.doctor.findings import Finding, Outcome, failed, fine
 from vllm_cost_meter.cli.doctor.ledger import place_of
+from vllm_cost_meter.config.kept_copy import kept_path, read_kept
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.fleet.opening import fleet_there, parse_fleet_url
+from vllm_cost_meter.ledger.fleet.opening import (
+    fleet_name,
+    fleet_there,
+    parse_fleet_url,
+    shared_store,
+)
 from vllm_cost_meter.ledger.fleet.sender import sending_state
+from vllm_cost_meter.records.shared_settings import may_follow
 
 # More waits only where the database is away, or slower than the server.
 WAITING_BYTES_MAX = 64 << 20
@@ -41,3 +50,28 @@ def _with_waiting(found: Finding, ledger_url: str) -> Finding:
     outcome = Outcome.WARN if left.content_bytes > WAITING_BYTES_MAX else Outcome.OK
     detail = f"{left.rows:,} transactions ({left.content_bytes:,} bytes) wait to be sent"
     return found.and_also(outcome, detail)
+
+
+def settings_shared(settings: Settings, ledger_url: str) -> Finding:
+    """Compare what this server has of the fleet's settings with what the database has."""
+    if not settings.fleet_settings:
+        return fine("settings", "those of this environment and file; none are shared")
+    version, url = settings.shared_version, settings.fleet
+    if ledger_url.startswith("postgresql") or url is None:
+        return fine("settings", f"version {version} of the fleet, from its database")
+    kept = read_kept(kept_path(settings.ledger))
+    if kept is None:
+        found = Finding("settings", Outcome.WARN, "no copy is kept yet: a server that starts does")
+    else:
+        found = fine("settings", f"version {kept.settings.version} of {kept.pulled_at} is kept")
+    try:
+        with shared_store(url) as store:
+            head = store.head()
+            digest = store.digest_of(0 if kept is None else kept.settings.version)
+            now = store.read()
+    except LedgerError as error:
+        return found.and_also(Outcome.WARN, str(error))
+    if kept is not None and not may_follow(kept.settings, now, digest):
+        line = restored_line(fleet_name(url), kept.settings.version, head.version)
+        return found.and_also(Outcome.FAIL, line)
+    return found.and_also(Outcome.OK, f"the fleet has version {head.version}")

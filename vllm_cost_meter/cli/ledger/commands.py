@@ -19,10 +19,10 @@ from vllm_cost_meter.cli.options import (
     Json,
     Ledger,
     ledger_url,
+    local_settings,
     new_group,
     one_line_errors,
 )
-from vllm_cost_meter.config.loading import load_settings
 from vllm_cost_meter.console import interruptible, print_lines
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.catching_up import catch_up, waiting_records
@@ -164,7 +164,7 @@ def merge_(
     Example: vllm-cost-meter ledger merge other-server.db
     """
     with one_line_errors(), interruptible():
-        gap_ns = load_settings(config=config).invoice_rules.gap_ns
+        gap_ns = local_settings(config).invoice_rules.gap_ns
         url = ledger_url(ledger, config)
         for each in (url, *map(url_of, files)):
             _refuse_without_journals(each)

@@ -20,7 +20,15 @@ AUDIT_KEPT_S = 15.0
 class AuditMetrics:
     """What an audit says, as metrics. Used by one thread at a time."""
 
-    def __init__(self, reader: LedgerReader, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        reader: LedgerReader,
+        clock_s: Callable[[], float] = time.monotonic,
+        *,
+        version: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """`version` returns that of the fleet's settings that are in use; None if none are."""
+        self._version = version
         self._reader = reader
         self._clock_s = clock_s
         self._until_s = 0.0
@@ -33,6 +41,9 @@ class AuditMetrics:
             "cost_meter_fleet_complete_runs", "Runs of which every bill is here, and they add up"
         )
         self._senders = self._gauge("cost_meter_fleet_senders", "Ledgers that have sent")
+        self._settings = self._gauge(
+            "cost_meter_settings_version", "Version of the fleet's settings that is used here"
+        )
 
     def _gauge(self, name: str, help_: str) -> Gauge:
         return Gauge(name, help_, registry=self._registry)
@@ -48,4 +59,6 @@ class AuditMetrics:
             self._complete.set(fleet["complete_runs"] if fleet else runs)
             self._senders.set(fleet["senders"] if fleet else 1)
             self._until_s = self._clock_s() + AUDIT_KEPT_S
+        used = self._version()
+        self._settings.set(math.nan if used is None else used)
         return generate_latest(self._registry)

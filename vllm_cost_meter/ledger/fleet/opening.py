@@ -3,6 +3,10 @@
 Invariant: a process has one connection to it, and keeps nothing in its session.
 """
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
@@ -11,6 +15,8 @@ from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, parse_url
 from vllm_cost_meter.ledger.fleet.migrating import migrate
 from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, has_fleet
+from vllm_cost_meter.ledger.fleet.shared_settings import SharedStore
+from vllm_cost_meter.ledger.fleet.tidying import tidy_all
 from vllm_cost_meter.ledger.schema import schema_version
 
 _CONNECT_TIMEOUT_S = 10
@@ -56,6 +62,32 @@ def fleet_there(url: str) -> bool:
     finally:
         engine.dispose()
     return is_there
+
+
+@contextmanager
+def shared_store(url: str, *, creates: bool = False) -> Iterator[SharedStore]:
+    """Open the shared settings of a fleet; with `creates` an empty database gets its tables.
+
+    Raises LedgerError unless it is the database of a fleet.
+    """
+    parsed = parse_fleet_url(url)
+    engine = open_fleet(parsed) if creates else _engine(parsed)
+    try:
+        yield store_in(parsed, engine)
+    finally:
+        engine.dispose()
+
+
+def store_in(url: URL, engine: Engine) -> SharedStore:
+    """Return the shared settings of a fleet's database."""
+    return SharedStore(engine, functools.partial(failed, url))
+
+
+def fleet_name(url: str) -> str:
+    """Return which database a fleet's is, whoever asks it and with which options."""
+    parsed = parse_fleet_url(url)
+    host = parsed.host or parsed.query.get("host") or ""
+    return f"{host}:{parsed.port or parsed.query.get('port') or ''}/{parsed.database or ''}"
 
 
 def _engine(url: URL) -> Engine:
@@ -114,3 +146,42 @@ def _check_version(connection: Connection, shown: str) -> None:
             f"fleet {shown}: expected tables that version {FLEET_VERSION} can send to, got version"
             f" {version}; upgrade vllm-cost-meter, and then everything is sent"
         )
+
+
+def migrate_fleet(url: str) -> tuple[int | None, int]:
+    """Bring a fleet's tables to this version; return their version before, and now.
+
+    The version before is None for an empty database, which gets the tables. Raises LedgerError.
+    """
+    with _by_administrator(url) as connection:
+        before = _version(connection) if has_fleet(connection) else None
+        if before is None:
+            _refuse_ledger(connection, parse_fleet_url(url).render_as_string(hide_password=True))
+        if before is None or before < FLEET_VERSION:
+            migrate(connection)
+        return before, _version(connection)
+
+
+def tidy_fleet(url: str) -> int:
+    """Tidy what all ledgers have sent to a fleet; return how many those are. Raises LedgerError."""
+    with _by_administrator(url) as connection:
+        _check_version(connection, parse_fleet_url(url).render_as_string(hide_password=True))
+        return tidy_all(connection)
+
+
+@contextmanager
+def _by_administrator(url: str) -> Iterator[Connection]:
+    """Give a transaction of a fleet's database."""
+    parsed = parse_fleet_url(url)
+    engine = _engine(parsed)
+    try:
+        with engine.begin() as connection:
+            yield connection
+    except SQLAlchemyError as error:
+        raise failed(parsed, error) from error
+    finally:
+        engine.dispose()
+
+
+def _version(connection: Connection) -> int:
+    return int(connection.exec_driver_sql("SELECT version FROM fleet_version").scalar_one())

@@ -42,11 +42,12 @@ from vllm_cost_meter.ledger.fleet.delivery import (
     rows_of,
 )
 from vllm_cost_meter.ledger.fleet.joining import all_else, large_facts, large_facts_since
-from vllm_cost_meter.ledger.fleet.opening import failed, open_fleet, parse_fleet_url
+from vllm_cost_meter.ledger.fleet.opening import failed, open_fleet, parse_fleet_url, store_in
 from vllm_cost_meter.ledger.fleet.outbox import Sender, Waiting
 from vllm_cost_meter.ledger.fleet.row_files import RowFiles
 from vllm_cost_meter.ledger.fleet.rowless import LEFT_OUT, Rowless
 from vllm_cost_meter.ledger.fleet.schema import WITH_ROWS
+from vllm_cost_meter.ledger.fleet.shared_settings import SharedStore
 from vllm_cost_meter.ledger.fleet.shipment import Shipment, digest_of, shipment_of
 from vllm_cost_meter.ledger.fleet.tidying import SentSince
 from vllm_cost_meter.logs import meter_logger
@@ -128,6 +129,15 @@ class FleetSender:
             return Waiting(0, 0)
         with self._ledger_errors(), self._ledger.connect() as connection:
             return outbox.waiting(connection)
+
+    def shared(self) -> SharedStore:
+        """Return the fleet's shared settings, by the sender's own connection.
+
+        Raises LedgerError if the fleet cannot be opened.
+        """
+        if self._fleet is None:
+            self._fleet = open_fleet(self._fleet_url)
+        return store_in(self._fleet_url, self._fleet)
 
     def close(self) -> None:
         """Close the connections; the next step opens new ones."""

@@ -185,9 +185,14 @@ class SentSince:
         forget_billed(connection, self._billed)
 
 
-def tidy_all(connection: Connection) -> None:
-    """Tidy what all senders have sent. Needs the right to update and delete."""
-    for sender_id in connection.execute(select(senders.c.sender_id)).scalars().all():
+def tidy_all(connection: Connection) -> int:
+    """Tidy what all senders have sent; return how many those are.
+
+    Needs the right to update and delete.
+    """
+    sender_ids = connection.execute(select(senders.c.sender_id)).scalars().all()
+    for sender_id in sender_ids:
         fold(connection, sender_id)
     forget_older_states(connection)
     forget_billed(connection)
+    return len(sender_ids)

@@ -67,3 +67,21 @@ ALTER INDEX ix_open_requests_external_id RENAME TO ix_kept_open_requests_externa
 ALTER INDEX ix_open_requests_response_id RENAME TO ix_kept_open_requests_response_id;
 ALTER INDEX ix_open_requests_http_request_id RENAME TO ix_kept_open_requests_http_request_id;
 ALTER INDEX ix_open_requests_x_request_id RENAME TO ix_kept_open_requests_x_request_id;
+CREATE TABLE settings_versions (
+    version BIGINT NOT NULL,
+    format INTEGER NOT NULL,
+    digest TEXT NOT NULL,
+    is_restart BOOLEAN NOT NULL,
+    changed_by TEXT NOT NULL,
+    changed_at TEXT COLLATE "C" DEFAULT to_char(timezone('UTC', clock_timestamp() - make_interval(0, 0, 0, 0, 0, 0, 0.0)), 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') NOT NULL,
+    changed_as TEXT DEFAULT session_user NOT NULL,
+    PRIMARY KEY (version)
+);
+CREATE TABLE settings_changes (
+    version BIGINT NOT NULL,
+    section TEXT COLLATE "C" NOT NULL,
+    name TEXT COLLATE "C" NOT NULL,
+    position BIGINT,
+    entry TEXT,
+    PRIMARY KEY (version, section, name)
+);

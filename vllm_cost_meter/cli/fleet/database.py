@@ -1,0 +1,74 @@
+"""The commands `fleet migrate` and `fleet tidy`: look after a fleet's database.
+
+Invariant: neither changes an answer.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_cost_meter.cli.options import Config, one_line_errors
+from vllm_cost_meter.config.loading import fleet_place
+from vllm_cost_meter.config.types import Text
+from vllm_cost_meter.errors import SettingError
+from vllm_cost_meter.ledger.fleet.migrating import migration_sql
+from vllm_cost_meter.ledger.fleet.opening import migrate_fleet, tidy_fleet
+
+FleetUrl = Annotated[
+    str | None, typer.Option(help="The fleet's database; otherwise that of COST_METER_FLEET.")
+]
+
+
+def fleet_url(fleet: str | None, config: Path | None) -> str:
+    """Return the URL of the fleet that is meant. Raises SettingError if none is."""
+    place = fleet_place(config=config)
+    in_ledger = place.ledger if (place.ledger or "").startswith("postgresql") else None
+    url = fleet or place.fleet or in_ledger
+    if url is None:
+        raise SettingError("--fleet", "a fleet's database, or COST_METER_FLEET", Text("neither"))
+    return url
+
+
+def migrate(
+    fleet: FleetUrl = None,
+    config: Config = None,
+    sql: Annotated[
+        bool, typer.Option("--sql", help="Print the statements, and connect to nothing.")
+    ] = False,
+    from_version: Annotated[
+        int | None,
+        typer.Option(
+            "--from", min=1, help="With --sql: the version of the tables; otherwise there are none."
+        ),
+    ] = None,
+) -> None:
+    """Bring the tables of a fleet's database to this version, or make them.
+
+    Older servers go on sending; those that cannot keep what they have, and say so. With --sql the
+    statements are printed for whoever runs them.
+
+    Example: vllm-cost-meter fleet migrate --sql --from 1
+    """
+    with one_line_errors():
+        if sql:
+            print(migration_sql(from_version))
+            return
+        before, now = migrate_fleet(fleet_url(fleet, config))
+    if before == now:
+        print(f"the tables are of version {now} already")
+    else:
+        print(f"the tables are of version {now} now" + (f", and were of {before}" * bool(before)))
+
+
+def tidy(fleet: FleetUrl = None, config: Config = None) -> None:
+    """Make a fleet's tables smaller: add up older sums, delete what nobody reads any more.
+
+    Servers whose role may update and delete do it themselves. This is for all others, and for what
+    servers that are gone have left: once an hour, with a role that may.
+
+    Example: vllm-cost-meter fleet tidy --fleet postgresql+psycopg://keeper@db.example/fleet
+    """
+    with one_line_errors():
+        senders = tidy_fleet(fleet_url(fleet, config))
+    print(f"tidied what {senders} ledgers have sent")
