@@ -30,7 +30,7 @@ from pydantic_settings import (
 
 from vllm_cost_meter.config import types as t
 from vllm_cost_meter.config.budgets import BudgetSetting
-from vllm_cost_meter.config.engine import PREFIX
+from vllm_cost_meter.config.engine import PREFIX, with_pod_labels
 from vllm_cost_meter.config.invoices import (
     InvoiceSetting,
     InvoiceSettings,
@@ -94,9 +94,13 @@ def load_settings(
         got = t.Text("text that is not JSON")
         raise SettingError(key, _expected(Settings, section), got) from None
     try:
-        return Settings(**{**from_file, **from_environment})
+        settings = Settings(**{**from_file, **from_environment})
     except ValidationError as error:
         problems = error.errors(include_url=False)
+    else:
+        # Engines take these too, and a start must fail before they do.
+        with_pod_labels(settings.labels, environ)
+        return settings
     # The error is raised outside `except`, because the caught error holds secret values.
     # Unknown keys come first: a key is often missing because it was mistyped.
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
+from vllm_cost_meter.config.engine import LABELS_EXPECTED, labels_of
 from vllm_cost_meter.prices.cost import parse_price
 from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, name_problem
 from vllm_cost_meter.units.time import NS_PER_HOUR, rfc3339, unix_ns_of
@@ -238,6 +239,13 @@ def _tags(tags: dict[str, str]) -> dict[str, str]:
 
 
 def _with_duckdb(folder: str) -> str:
+def _labels(given: object) -> dict[str, str]:
+    try:
+        return labels_of(given)
+    except ValueError as error:
+        raise WrongError(LABELS_EXPECTED, str(error)) from None
+
+
     if importlib.util.find_spec("duckdb") is None:
         raise WrongError("DuckDB beside it (pip install duckdb)", "none")
     return folder
