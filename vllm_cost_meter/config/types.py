@@ -126,6 +126,7 @@ DAYS = f"a whole number from 1 to {_DAYS_MAX}, or {FOREVER}"
 METADATA_KEY = "1 to 64 letters, digits, `_`, `-` or `.`"
 TAG_KEY = "1 to 64 small letters, digits, `_` or `-`"
 _TAG_KEY = r"[a-z0-9_-]{1,64}"
+LABEL_PATTERNS = "a table of labels: for each name a text, or a pattern with `*`, `?` or `[...]`"
 TAGS = (
     "a table of texts: keys of 1 to 64 small letters, digits, `_` or `-`, values of 1 to 128"
     " printable characters"
@@ -238,7 +239,6 @@ def _tags(tags: dict[str, str]) -> dict[str, str]:
     return tags
 
 
-def _with_duckdb(folder: str) -> str:
 def _labels(given: object) -> dict[str, str]:
     try:
         return labels_of(given)
@@ -246,6 +246,7 @@ def _labels(given: object) -> dict[str, str]:
         raise WrongError(LABELS_EXPECTED, str(error)) from None
 
 
+def _with_duckdb(folder: str) -> str:
     if importlib.util.find_spec("duckdb") is None:
         raise WrongError("DuckDB beside it (pip install duckdb)", "none")
     return folder
@@ -295,6 +296,7 @@ Host = Annotated[str, _matching(r"[0-9A-Za-z.:_%-]{1,255}", HOST)]
 Token = Annotated[SecretStr, AfterValidator(_printable)]
 TenantName = Annotated[str, AfterValidator(_tenant_name)]
 Tags = Annotated[dict[str, str], AfterValidator(_tags)]
+Labels = Annotated[dict[str, str], BeforeValidator(_labels)]
 TagKey = Annotated[str, _matching(_TAG_KEY, TAG_KEY)]
 MetadataKey = Annotated[str, _matching(r"[0-9A-Za-z_.-]{1,64}", METADATA_KEY)]
 WholeNumber = Annotated[int, BeforeValidator(_number)]

@@ -231,7 +231,7 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
             raise HTTPException(
                 403, "explain: expected the admin token, as tenants see coarse figures here"
             )
-        return answer(request_id, viewer, reader.explain)
+        return answer(request_id, viewer, lambda row: viewer.view_explained(reader.explain(row)))
 
     @app.get("/cost/requests/{request_id:path}", responses=NOT_FOUND | SEVERAL)
     def request(request_id: str, viewer: ViewerOf) -> RequestWithParts | OrjsonResponse:

@@ -13,7 +13,6 @@ Invariant: a cut gives the same figures whatever arrives after it was read. Only
 that were still on their way may be added. Every bill of a run that does not live is in the cut.
 """
 
-import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,6 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
-    case,
     select,
     true,
 )
@@ -186,7 +184,7 @@ class RunCut(RunTime):
         about = ("running", "waiting", "kv_cache_usage", "steps", "errors", "state")
         return {
             **{name: self.row[name] for name in (*names, *more, *about)},
-            "labels": None if self.row["labels"] is None else json.loads(self.row["labels"]),
+            "labels": None if self.row["labels"] is None else dict(self.prices.labels),
             "alive": self.alive,
             "usd_per_gpu_hour": self.row["usd_per_gpu_hour"],
         }
@@ -473,23 +471,3 @@ def _energy(row: Mapping[str, Any]) -> dict[str, int]:
 
 def _sums(stretches: Mapping[int, Mapping[str, int]], names: Collection[str]) -> dict[str, int]:
     return {name: sum(classes[name] for classes in stretches.values()) for name in names}
-
-
-# The columns that the price of a run depends on, in `runs` joined with `prices`.
-RUN_COLUMNS = (
-    runs.c.run_id,
-    runs.c.gpus,
-    runs.c.model,
-    runs.c.hardware,
-    runs.c.host,
-    prices.c.usd_per_gpu_hour,
-    prices.c.usd_per_kv_block_hour,
-    prices.c.source.label("price_source"),
-)
-
-
-def stretch(hour: ColumnElement[int], changes: Sequence[int]) -> list[ColumnElement[Any]]:
-    """Return the SQL terms to group by, so that all hours in a group have one price."""
-    if not changes:
-        return []
-    return [case(*((hour < at, place) for place, at in enumerate(changes)), else_=len(changes))]

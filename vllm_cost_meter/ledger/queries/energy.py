@@ -17,7 +17,8 @@ from sqlalchemy import ColumnElement, Select, Text, and_, case, cast, distinct, 
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import DETAILS_NAME, details_name, is_shown
-from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, bills_up_to, stretch
+from vllm_cost_meter.ledger.queries.costs import stretch
+from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, bills_up_to
 from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.retention.folding import NO_HOUR
 from vllm_cost_meter.ledger.schema import (

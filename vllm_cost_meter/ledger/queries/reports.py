@@ -20,6 +20,7 @@ from vllm_cost_meter.reports.allocation import report
 from vllm_cost_meter.reports.answers import EnginesPart, Report, ReportRow, Summary, TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
 from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.price_answers import without_labels
 from vllm_cost_meter.reports.statement import OverheadCost, statement
 from vllm_cost_meter.reports.statement_answers import TenantStatement
 
@@ -31,7 +32,7 @@ def report_at(connection: Connection, cut: Cut, question: Question) -> Report:
     answer = {
         "window": {**cut.window.as_dict(), "tz": str(question.zone)},
         "taken_at": cut.at(),
-        "prices": costs.cost.listed(),
+        "prices": _listed(costs, is_for_tenant=question.only is not None),
         **report(facts, question, costs.price_of, costs.why_none),
         "idle_unseen": unseen(connection, question.idle.declared),
     }
@@ -104,12 +105,18 @@ def statement_at(
         "preemption_paid_by": sorted(
             {run.row["preemption_paid_by"] for run in cut.runs if run.total_ns()}
         ),
-        "prices": costs.cost.listed(),
+        "prices": _listed(costs, is_for_tenant=asked.names_tenants),
         "billed": billed,
         **found,
         "idle_unseen": unseen(connection, asked.idle.declared),
     }
     return cast("TenantStatement", answer)
+
+
+def _listed(costs: CutCosts, *, is_for_tenant: bool) -> list[dict[str, Any]]:
+    """Return the prices as their reader may see them."""
+    prices = costs.cost.listed()
+    return without_labels(prices) if is_for_tenant else prices
 
 
 # A summary leaves out these keys of a report by tenant.

@@ -22,8 +22,8 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import COVERED_NAME, HIDDEN, told
 from vllm_cost_meter.ledger.ends.run_time import RunTime
-from vllm_cost_meter.ledger.queries.costs import CutCosts
-from vllm_cost_meter.ledger.queries.cut import Cut, stretch
+from vllm_cost_meter.ledger.queries.costs import CutCosts, stretch
+from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.ledger.queries.ended import LABELS, columns_read, count_ended, labels_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
 from vllm_cost_meter.ledger.rollups.reading import usage_at
