@@ -45,6 +45,10 @@ TimeZone = Annotated[
     str | None,
     typer.Option("--tz", help="Time zone of days, such as Europe/Berlin; otherwise UTC."),
 ]
+Engines = Annotated[
+    str | None,
+    typer.Option("--filter", help="Engines to answer about, such as label:pool=spot."),
+]
 Week = Annotated[str, typer.Option("--window", help=f"{WINDOWS}.")]
 WindowOption = Annotated[
     str | None, typer.Option("--window", help=f"{WINDOWS}. Without it: the whole ledger.")
@@ -82,6 +86,11 @@ def dropped_lines(kept_from: str | None) -> list[str]:
     if kept_from is None:
         return []
     return [f"rows of requests that ended before {kept_from[:10]} (UTC) were dropped"]
+
+
+def engines_lines(engines: str | None) -> list[str]:
+    """Return the line that says which engines an answer is about; none if about all."""
+    return [] if engines is None else [f"of engines with {engines} alone: all figures are theirs"]
 
 
 def print_answer(

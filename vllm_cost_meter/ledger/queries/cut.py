@@ -56,6 +56,7 @@ from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.records.snapshot import CLASSES
 from vllm_cost_meter.reports.answers import Hours
+from vllm_cost_meter.reports.engine_labels import ALL_ENGINES, EngineFilter
 from vllm_cost_meter.units.calendar import FIRST_HOUR
 from vllm_cost_meter.units.time import (
     NS_PER_HOUR,
@@ -201,8 +202,9 @@ class RunWithoutTotals(RunTime):
 class Cut:
     """All runs of a ledger: those with a snapshot at the latest one, and those without totals.
 
-    With `whose`, questions about bills read those of that tenant only, or of all below it too. Rows
-    of requests that ended before the hour `kept_from` may have been dropped; None if none were.
+    With `whose`, questions about bills read those of that tenant only, or of all below it too. With
+    `engines`, only runs with these labels are in the cut. Rows of requests that ended before the
+    hour `kept_from` may have been dropped; None if none were.
     """
 
     runs: tuple[RunCut, ...]
@@ -211,6 +213,28 @@ class Cut:
     whose: TenantScope | None = None
     without_totals: tuple[RunWithoutTotals, ...] = ()
     kept_from: int | None = None
+    engines: EngineFilter = ALL_ENGINES
+
+    def of_engines(self, engines: EngineFilter) -> "Cut":
+        """Return the cut of these engines alone.
+
+        Snapshots tell labels, so a run without totals is among those without the label.
+        """
+        if engines.is_all:
+            return self
+        return replace(
+            self,
+            runs=tuple(run for run in self.runs if engines.fits(run.prices.labels)),
+            without_totals=self.without_totals if engines.fits({}) else (),
+            engines=engines,
+        )
+
+    def has_run(self, run_id: ColumnElement[str]) -> ColumnElement[bool]:
+        """Return the SQL condition that a row is of a run in the cut."""
+        if self.engines.is_all:
+            return true()
+        ids = [[run.run_id] for run in self.all_runs]
+        return run_id.in_(select(given_rows("chosen", [("run_id", Text())], ids).c.run_id))
 
     @property
     def has_all_rows(self) -> bool:

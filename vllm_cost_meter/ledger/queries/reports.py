@@ -79,11 +79,7 @@ def statement_at(
     """
     costs = CutCosts.of(cut)
     facts = read_facts(connection, cut, asked)
-    overhead, billed = bill_lines(connection, cut)
-    overhead += [
-        OverheadCost(line.overhead.name, line.overhead.source, line.nanousd)
-        for line in declared_overheads(cut)
-    ]
+    overhead, billed = _costs_beside(connection, cut)
     found = statement(
         facts,
         asked,
@@ -113,6 +109,21 @@ def statement_at(
     return cast("TenantStatement", answer)
 
 
+def _costs_beside(
+    connection: Connection, cut: Cut
+) -> tuple[list[OverheadCost], dict[str, Any] | None]:
+    """Return the costs beside those of the engines' time, and what bills of the provider cover.
+
+    They are of all engines together. To give a part of them to some engines would be to guess.
+    """
+    if not cut.engines.is_all:
+        return [], None
+    lines, billed = bill_lines(connection, cut)
+    declared = declared_overheads(cut)
+    lines += [OverheadCost(of.overhead.name, of.overhead.source, of.nanousd) for of in declared]
+    return lines, billed
+
+
 def _listed(costs: CutCosts, *, is_for_tenant: bool) -> list[dict[str, Any]]:
     """Return the prices as their reader may see them."""
     prices = costs.cost.listed()
@@ -121,7 +132,7 @@ def _listed(costs: CutCosts, *, is_for_tenant: bool) -> list[dict[str, Any]]:
 
 # A summary leaves out these keys of a report by tenant.
 _OF_ROWS = (
-    *("aggregate", "covers", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"),
+    *("aggregate", "covers", "engines", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"),
     "series",
 )
 
