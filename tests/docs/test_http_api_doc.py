@@ -96,7 +96,8 @@ def test_every_field_of_a_request_row_is_documented_and_no_other(get):
 
 def test_a_summary_is_the_report_without_its_rows_and_the_fields_documented(get):
     summary = set(get("/cost/summary"))
-    asked = {"aggregate", "covers", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"}
+    asked = {"aggregate", "covers", "engines", "idle", "idle_unseen"}
+    asked |= {"what_if_usd_per_gpu_hour"}
     report = set(get("/cost/tenants")) - {"tenants", "series"} - asked
     assert report <= summary
     assert set(_fields(TOTALS, "Summary")) == summary - report

@@ -6,14 +6,16 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import create_engine, text
+from typer.testing import CliRunner
 
 from tests.ecosystem.postgresql import Server
 from tests.ecosystem.test_fleet import BILLS, name_of, records_of, send, write
 from tests.ecosystem.test_postgresql import _figures, rows
 from tests.support.fleet import sent
+from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.fleet.migrating import migrate, migration_sql
-from vllm_cost_meter.ledger.fleet.schema import KEPT, fleet_metadata
+from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, KEPT, fleet_metadata
 from vllm_cost_meter.ledger.fleet.shared_settings import settings_changes, settings_versions
 from vllm_cost_meter.ledger.fleet.views import view_names
 
@@ -109,12 +111,13 @@ def _say(url: str, statement: str) -> None:
 
 
 def test_the_commands_make_and_migrate_the_tables_and_say_so(url: str) -> None:
-    done = run_command("fleet", "migrate", "--fleet", url)
-    assert done.stdout == f"the tables are of version {FLEET_VERSION} now\n"
-    assert run_command("fleet", "migrate", "--fleet", url).stdout == (
-        f"the tables are of version {FLEET_VERSION} already\n"
-    )
-    assert run_command("fleet", "migrate", "--sql").stdout.strip() == migration_sql().strip()
-    assert run_command("fleet", "tidy", "--fleet", url).stdout == (
-        "tidied what 0 ledgers have sent\n"
-    )
+    def said(*words: str) -> str:
+        done = CliRunner().invoke(app, ["fleet", *words])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert said("migrate", "--fleet", url) == f"the tables are of version {FLEET_VERSION} now\n"
+    already = f"the tables are of version {FLEET_VERSION} already\n"
+    assert said("migrate", "--fleet", url) == already
+    assert said("migrate", "--sql").strip() == migration_sql().strip()
+    assert said("tidy", "--fleet", url) == "tidied what 0 ledgers have sent\n"

@@ -35,6 +35,7 @@ def server(work: Path) -> Iterator[Server]:
             "CMT_TEE": str(tee),
             "CMT_SEEN": str(work / "seen"),
             "COST_METER_LABELS": "pool=spot,zone=a",
+            **{"POD_NAME": "chat-0", "POD_NAMESPACE": "models", "NODE_NAME": "gpu-3"},
             "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # background responses need it
         },
     )

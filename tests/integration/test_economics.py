@@ -19,13 +19,18 @@ def test_an_engine_carries_its_labels_to_the_summary_and_the_reports(server: Ser
     with server.client() as client:
         ask(client, "/v1/completions")
     server.balanced()
+    of_pod = {"namespace": "models", "node": "gpu-3", "pod": "chat-0"}
     assert [run["labels"] for run in server.cost("summary")["runs"]] == [
-        {"pool": "spot", "zone": "a"}
+        {**of_pod, "pool": "spot", "zone": "a"}
     ]
     answer = server.cost("report?aggregate=label:pool&filter=label:zone%3Da")
     (row,) = [row for row in answer["series"][0]["rows"] if row["class"] == "requests"]
     assert row["label:pool"] == "spot"
     assert row["requests"] > 0
+    of_pod_alone = server.cost("report?filter=label:pod%3Dchat-0")
+    assert of_pod_alone["adds_up"] is True
+    assert of_pod_alone["wall_gpu_ns"] >= answer["wall_gpu_ns"] > 0
+    assert server.cost("report?filter=label:pod%3Dchat-1")["wall_gpu_ns"] == 0
 
 
 def test_figures_of_real_traffic_are_the_summarys_and_their_sql_gives_them(server: Server) -> None:

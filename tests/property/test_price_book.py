@@ -12,7 +12,14 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunFacts, RunMatch, by_price
+from vllm_cost_meter.prices.book import (
+    PriceBook,
+    PriceEntry,
+    RunFacts,
+    RunMatch,
+    by_price,
+    label_pairs,
+)
 from vllm_cost_meter.prices.cost import Quantities
 from vllm_cost_meter.prices.overheads import Overhead, overhead_lines
 from vllm_cost_meter.units.money import NANOUSD_PER_USD, decimal_text
@@ -21,7 +28,11 @@ from vllm_cost_meter.units.time import NS_PER_HOUR
 HOUR = 500_000
 names = st.sampled_from(["a", "B", "ab"])
 patterns = st.none() | st.sampled_from(["a", "A*", "?", "*b", "[ab]", "*"])
-runs = st.builds(RunFacts, st.just(1), names, names, st.none() | names)
+labels = st.dictionaries(st.sampled_from(["pool", "zone"]), names).map(label_pairs)
+wanted = st.dictionaries(
+    st.sampled_from(["pool", "zone"]), st.sampled_from(["a", "A*", "*"]), max_size=2
+).map(label_pairs)
+runs = st.builds(RunFacts, st.just(1), names, names, st.none() | names, labels)
 hours = st.integers(HOUR - 2, HOUR + 8)
 amounts = st.decimals(0, 1000, places=4)
 
@@ -32,7 +43,7 @@ def entries_of_a_book(draw: st.DrawFn) -> list[PriceEntry]:
         st.lists(
             st.tuples(
                 st.none() | st.integers(HOUR, HOUR + 6),
-                st.builds(RunMatch, patterns, patterns, patterns),
+                st.builds(RunMatch, patterns, patterns, patterns, wanted),
                 amounts,
                 st.integers(1, 9),
             ),
@@ -61,6 +72,7 @@ def expected(entries: list[PriceEntry], run: RunFacts, hour: int) -> str | None:
             fits(pattern, name)
             for pattern, name in (
                 (m.model, run.model), (m.gpu_name, run.gpu_name), (m.host, run.host),
+                *((pattern, dict(run.labels).get(name)) for name, pattern in m.labels),
             )
         ):  # fmt: skip
             line = (since is None, m.folded())
@@ -69,14 +81,13 @@ def expected(entries: list[PriceEntry], run: RunFacts, hour: int) -> str | None:
                 latest[line] = entry
     if not latest:
         return None
-    rank = {
-        entry.key: (
-            entry.effective_from_hour is not None,
-            sum(p is not None for p in entry.matches.folded()),
-            sum(p is not None and p.isalpha() for p in entry.matches.folded()),
-        )
-        for entry in latest.values()
-    }
+    rank = {}
+    for entry in latest.values():
+        m = entry.matches
+        wanted_names = [p for p in (m.model, m.gpu_name, m.host) if p is not None]
+        wanted_names += [pattern for _, pattern in m.labels]
+        plain = sum(pattern.isalpha() for pattern in wanted_names)
+        rank[entry.key] = entry.effective_from_hour is not None, len(wanted_names), plain
     best = [key for key, value in rank.items() if value == max(rank.values())]
     return best[0] if len(best) == 1 else None
 

@@ -19,6 +19,7 @@ from vllm_cost_meter.prices.book import (
     PriceBook,
     RunFacts,
     by_price,
+    label_pairs,
     terms,
     time_nanousd,
     total_nanousd,
@@ -145,7 +146,8 @@ def response_id(birth: Birth) -> str | None:
 def facts_of_run(snapshot: Snapshot) -> RunFacts:
     """Return what the price of a run depends on, as the ledger keeps it."""
     engine = snapshot.engine
-    return RunFacts(engine.gpus, engine.model, engine.hardware, engine.host)
+    labels = label_pairs(engine.labels)
+    return RunFacts(engine.gpus, engine.model, engine.hardware, engine.host, labels)
 
 
 def price_of_run(book: PriceBook, snapshot: Snapshot) -> Price | None:

@@ -191,7 +191,8 @@ class Runtime:
         if (wrong := shared_admin_token(vllm_args(app), self.settings)) is not None:
             return wrong
         try:
-            check_start(self.settings, engines.run_facts(engine_client), time.time_ns())
+            facts = engines.run_facts(engine_client, self.settings.labels)
+            check_start(self.settings, facts, time.time_ns())
             polls = await self.start_work(engine_client, app.state)
             app.include_router(make_router(self._ask_endpoint))
             if polls:
@@ -210,7 +211,7 @@ class Runtime:
         Returns True if this API server is the one that polls the engines.
         """
         self.is_served = True
-        self.collector.run_facts = engines.run_facts(engine_client)
+        self.collector.run_facts = engines.run_facts(engine_client, self.settings.labels)
         self.served = tuple(engines.served_names(engine_client, state))
         self._start_loop("announce", self._announce, self.settings.snapshot_interval_s)
         self._hold_to_budgets(engine_client)

@@ -9,6 +9,7 @@ import typer
 from vllm_cost_meter.cli.options import (
     Config,
     Csv,
+    Engines,
     Json,
     Ledger,
     Output,
@@ -77,6 +78,7 @@ def compare_(
     accept_no_latency_promise: Annotated[
         bool, typer.Option(help="Leave out the note on latency.")
     ] = False,
+    filter: Engines = None,
     wide: Wide = False,
     as_json: Json = False,
     as_csv: Csv = False,
@@ -98,6 +100,7 @@ def compare_(
         tuple(volume or ()),
         accept_no_latency_promise,
         tz,
+        filter,
     )
     with reading(ledger, config) as reader:
         answer = _answer(reader, question, prices or local_settings(config).api_prices)

@@ -8,6 +8,7 @@ import typer
 from vllm_cost_meter.cli.options import (
     Config,
     Csv,
+    Engines,
     Json,
     Ledger,
     Output,
@@ -15,6 +16,7 @@ from vllm_cost_meter.cli.options import (
     Week,
     Wide,
     dropped_lines,
+    engines_lines,
     local_settings,
     one_line_errors,
     print_answer,
@@ -24,6 +26,7 @@ from vllm_cost_meter.console import print_lines, print_rows
 from vllm_cost_meter.ledger.economics.figures import FIGURES
 from vllm_cost_meter.ledger.economics.query import economics, method
 from vllm_cost_meter.prices.book import described
+from vllm_cost_meter.reports.grammar import engines_named
 from vllm_cost_meter.units.calendar import WEEK, hours_of_window, zone_of
 from vllm_cost_meter.units.money import figure_text
 from vllm_cost_meter.units.text import plain
@@ -34,6 +37,7 @@ def economics_(
     config: Config = None,
     window: Week = WEEK,
     tz: TimeZone = None,
+    filter: Engines = None,
     explain: Annotated[
         str | None, typer.Option(metavar="FIGURE", help="Print the SQL of this figure instead.")
     ] = None,
@@ -50,12 +54,12 @@ def economics_(
     """
     with one_line_errors():
         declared = local_settings(config).declared
-        hours = hours_of_window(window, zone=zone_of(tz))
+        hours, engines = hours_of_window(window, zone=zone_of(tz)), engines_named(filter)
         with reading(ledger, config) as reader:
             if explain is None:
-                answer: Mapping[str, Any] = economics(reader, declared, *hours)
+                answer: Mapping[str, Any] = economics(reader, declared, *hours, engines=engines)
             else:
-                answer = _explained(explain, method(reader, declared, *hours))
+                answer = _explained(explain, method(reader, declared, *hours, engines=engines))
     if explain is None:
         rows = [
             {"figure": name, "value": value, **FIGURES[name]._asdict()}
@@ -94,6 +98,7 @@ def lines_below(answer: Mapping[str, Any]) -> list[str]:
     """Return the lines below the figures: window, deployments, prices and latency bounds."""
     window = answer["window"]
     lines = [f"from {window['from'] or 'the beginning'} to {window['to'] or answer['taken_at']}"]
+    lines += engines_lines(answer["engines"])
     lines += [
         f"{one['model']} in {one['precision']} on {one['gpus']} x {one['hardware']},"
         f" {one['parallelism']}, vLLM {one['vllm_version']}"

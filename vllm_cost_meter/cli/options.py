@@ -54,6 +54,10 @@ TimeZone = Annotated[
     str | None,
     typer.Option("--tz", help="Time zone of days, such as Europe/Berlin; otherwise UTC."),
 ]
+Engines = Annotated[
+    str | None,
+    typer.Option("--filter", help="Engines to answer about, such as label:pool=spot."),
+]
 Week = Annotated[str, typer.Option("--window", help=f"{WINDOWS}.")]
 WindowOption = Annotated[
     str | None, typer.Option("--window", help=f"{WINDOWS}. Without it: the whole ledger.")
@@ -127,6 +131,11 @@ def dropped_lines(kept_from: str | None) -> list[str]:
         return [f"rows of requests that ended before {date} (UTC) were dropped"]
     # Only of a fleet: retention drops whole days.
     return ["rows of requests are not here: a server of this fleet keeps them to itself"]
+
+
+def engines_lines(engines: str | None) -> list[str]:
+    """Return the line that says which engines an answer is about; none if about all."""
+    return [] if engines is None else [f"of engines with {engines} alone: all figures are theirs"]
 
 
 def print_answer(

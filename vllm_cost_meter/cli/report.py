@@ -19,6 +19,7 @@ import typer
 from vllm_cost_meter.cli.options import (
     Config,
     Csv,
+    Engines,
     Json,
     Ledger,
     Output,
@@ -26,6 +27,7 @@ from vllm_cost_meter.cli.options import (
     Wide,
     WindowOption,
     dropped_lines,
+    engines_lines,
     print_answer,
     reading,
     refuse_both,
@@ -125,7 +127,11 @@ WithChildren = Annotated[
     ),
 ]
 Filter = Annotated[
-    str | None, typer.Option(help=f"Rows to show, such as tenant:a,b+model:m+{TAG}team=x.")
+    str | None,
+    typer.Option(
+        help=f"Rows to show, such as tenant:a,b+model:m+{TAG}team=x; {LABEL}pool=spot chooses"
+        " engines."
+    ),
 ]
 
 
@@ -221,6 +227,7 @@ def statement(
     ] = False,
     tz: TimeZone = None,
     idle: Idle = None,
+    filter: Engines = None,
     ledger: Ledger = None,
     config: Config = None,
     format: Annotated[Format, typer.Option(help="HTML prints well, also to PDF.")] = Format.table,
@@ -240,7 +247,9 @@ def statement(
         if everyone == (tenant is not None):
             raise ValueError("--tenant: expected it or --all, and not both")
         covers = _covers(with_children)
-        answer = reader.statement(month, tenant=tenant, covers=covers, tz=tz, idle=idle)
+        answer = reader.statement(
+            month, tenant=tenant, covers=covers, tz=tz, idle=idle, filter=filter
+        )
         _say_who_is_unseen(answer, ledger, config)
         if output is not None:
             write_output(output, _written(answer, format))
@@ -317,8 +326,9 @@ def _series_rows(answer: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple
         for piece in answer["series"]
         for row in piece["rows"]
     ]
-    # If all columns are times, only the class distinguishes usage from idle time.
-    names_class = () if set(answer["aggregate"]) - set(TIMES) else ("class",)
+    # If all columns are times or labels, only the class distinguishes usage from idle time.
+    others = [n for n in answer["aggregate"] if n not in TIMES and not n.startswith(LABEL)]
+    names_class = () if others else ("class",)
     start = ("from",) if is_series else ()
     return rows, (*start, *names_class, *answer["aggregate"], *REPORT_COLUMNS)
 
@@ -345,7 +355,8 @@ def _lines_below(answer: Mapping[str, Any], filter: str | None, has_words: bool)
     if answer.get("what_if_usd_per_gpu_hour") is not None:
         usd = answer["what_if_usd_per_gpu_hour"]
         lines.append(f"what if: every GPU-hour at {usd} USD; that is not what it cost")
-    if filter:
+    lines += engines_lines(answer["engines"])
+    if question(filter=filter).row_conditions:
         means = COVERS_TEXT[answer["covers"]] if answer["covers"] else ""
         named = f"; a tenant in the filter means it {means}" if means else ""
         lines.append(f"filtered: rows that are not shown belong to the whole too{named}")

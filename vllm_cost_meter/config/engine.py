@@ -4,7 +4,11 @@ EngineCore and every worker import this module. The full settings would bring py
 our modules into them to read these. The operator's process checks the same environment and
 file before any engine starts (`plugin.check_settings`).
 
-Invariant: the values are those that `load_settings` would return in this process.
+Where an engine runs, its environment tells and nobody declares: pod, namespace and node. So these
+labels are read here alone, in the process whose place they are.
+
+Invariant: the values are those that `load_settings` would return in this process; labels of the
+pod come on top.
 """
 
 import os
@@ -24,12 +28,20 @@ Payer = Literal["victim", "operator"]
 PAYER_EXPECTED = "victim or operator"
 
 LABELS_MAX = 16
+# A name in Kubernetes has at most so many characters.
+_LABEL_CHARS_MAX = 253
+LABEL_EXPECTED = f"1 to {_LABEL_CHARS_MAX} printable characters"
 LABELS_EXPECTED = (
     f"at most {LABELS_MAX} of NAME=VALUE joined by commas (in a file a table of texts): names of 1"
-    " to 64 small letters, digits, `_` or `-`, values of 1 to 128 printable characters"
+    f" to 64 small letters, digits, `_` or `-`, values of {LABEL_EXPECTED}"
 )
 _LABEL_NAME = re.compile(r"[a-z0-9_-]{1,64}")
-_LABEL_CHARS_MAX = 128
+# Labels by the names under which a pod's container is usually told where it runs.
+POD_LABELS: Mapping[str, str] = {
+    "POD_NAME": "pod",
+    "POD_NAMESPACE": "namespace",
+    "NODE_NAME": "node",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +68,30 @@ def labels_of(given: object) -> dict[str, str]:
     for name, value in given.items():
         if not _LABEL_NAME.fullmatch(name):
             raise ValueError(f"the name {name[:_LABEL_CHARS_MAX]!r}")
-        is_text = isinstance(value, str) and value.isprintable()
-        if not is_text or not 1 <= len(value) <= _LABEL_CHARS_MAX:
+        if not _is_label(value):
             raise ValueError(f"{str(value)[:_LABEL_CHARS_MAX]!r} at {name!r}")
     return dict(sorted(given.items()))
+
+
+def with_pod_labels(declared: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the declared labels, and those that the environment tells of the engine's pod.
+
+    A declared label wins. Those of the pod come on top of LABELS_MAX: where an engine runs must not
+    depend on how much was declared. Raises SettingError for a name that is no label.
+    """
+    of_pod = {}
+    for variable, label in POD_LABELS.items():
+        if label in declared or not (value := environ.get(variable)):
+            continue
+        if not _is_label(value):
+            raise SettingError(variable, LABEL_EXPECTED, value[:_LABEL_CHARS_MAX], "environment")
+        of_pod[label] = value
+    return dict(sorted({**of_pod, **declared}.items()))
+
+
+def _is_label(value: object) -> bool:
+    is_text = isinstance(value, str) and value.isprintable()
+    return is_text and 1 <= len(str(value)) <= _LABEL_CHARS_MAX
 
 
 def load_engine_settings(environ: Mapping[str, str] = os.environ) -> EngineSettings:
@@ -81,4 +113,5 @@ def load_engine_settings(environ: Mapping[str, str] = os.environ) -> EngineSetti
         values["labels"] = labels_of(values["labels"])
     except ValueError:
         raise SettingError(f"{PREFIX}LABELS", LABELS_EXPECTED, values["labels"]) from None
+    values["labels"] = with_pod_labels(values["labels"], environ)
     return EngineSettings(**values)

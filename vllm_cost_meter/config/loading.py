@@ -34,7 +34,7 @@ from pydantic_settings import (
 
 from vllm_cost_meter.config import types as t
 from vllm_cost_meter.config.budgets import BudgetSetting
-from vllm_cost_meter.config.engine import PREFIX
+from vllm_cost_meter.config.engine import PREFIX, with_pod_labels
 from vllm_cost_meter.config.fleet import FleetPlace
 from vllm_cost_meter.config.invoices import (
     InvoiceSetting,
@@ -127,7 +127,10 @@ def load_settings(
         if place.fleet_settings:
             _refuse_two_places(sources)
             sources = sources._replace(shared=shared(place))
-    return _checked(sources)
+    settings = _checked(sources)
+    # Engines take these too, and a start must fail before they do.
+    with_pod_labels(settings.labels, environ)
+    return settings
 
 
 def fleet_place(

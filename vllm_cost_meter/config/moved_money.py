@@ -100,6 +100,10 @@ def _line_of(section: str, entry: dict[str, Any]) -> str:
         for key in ("model", "gpu_name", "host")
         if entry.get(key) is not None
     ]
+    names += [
+        f"label {name} {pattern.casefold()!r}"
+        for name, pattern in sorted((entry.get("labels") or {}).items())
+    ]
     return ", ".join(names) or "every run"
 
 

@@ -23,6 +23,7 @@ from vllm_cost_meter.prices.book import (
     PurchaseKind,
     RunMatch,
     Scope,
+    label_pairs,
     same_start,
 )
 from vllm_cost_meter.prices.overheads import Overhead
@@ -100,6 +101,11 @@ class PriceSetting(BaseModel):
         description=t.ENTRY_ID_IS,
         json_schema_extra=about(t.ENTRY_ID),
     )
+    labels: t.Labels = Field(
+        default={},
+        description='Labels of the engine, such as `{ pool = "spot" }`; without them any.',
+        json_schema_extra=about(t.LABEL_PATTERNS),
+    )
 
     @model_validator(mode="after")
     def _keys_that_need_each_other(self) -> Self:
@@ -133,7 +139,7 @@ class PriceSetting(BaseModel):
             kind=self.kind,
             currency=self.currency,
             usd_rate=self.usd_rate or Decimal(1),
-            matches=RunMatch(self.model, self.gpu_name, self.host),
+            matches=RunMatch(self.model, self.gpu_name, self.host, label_pairs(self.labels)),
             usd_per_kv_block_hour=self.usd_per_kv_block_hour,
         )
 

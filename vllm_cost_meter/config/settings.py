@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import (
-    BeforeValidator,
     Field,
     PrivateAttr,
     SecretStr,
@@ -41,7 +40,6 @@ from vllm_cost_meter.config.engine import (
     EngineSettings,
     Method,
     Payer,
-    labels_of,
 )
 from vllm_cost_meter.config.fleet import FleetSettings
 from vllm_cost_meter.config.invoices import (
@@ -68,13 +66,6 @@ from vllm_cost_meter.tenants.budgets import Budget
 from vllm_cost_meter.tenants.rules import Resolver
 
 _about = t.about
-
-
-def _labels(given: object) -> dict[str, str]:
-    try:
-        return labels_of(given)
-    except ValueError as error:
-        raise t.WrongError(LABELS_EXPECTED, str(error)) from None
 
 
 class Settings(FleetSettings, EconomicsSettings, InvoiceSettings, BaseSettings):
@@ -206,10 +197,12 @@ class Settings(FleetSettings, EconomicsSettings, InvoiceSettings, BaseSettings):
         description="How often the engines' totals are fetched.",
         json_schema_extra=_about("a number from 0.05 to 3600", "s"),
     )
-    labels: Annotated[dict[str, str], NoDecode, BeforeValidator(_labels)] = Field(
+    labels: Annotated[t.Labels, NoDecode] = Field(
         default={},
         description="What the engines of this server are labelled with, such as their pool or zone:"
-        " every run keeps them, so that reports can tell runs apart.",
+        " every run keeps them, so that reports can tell runs apart. `POD_NAME`, `POD_NAMESPACE`"
+        " and `NODE_NAME` in an engine's environment become its labels `pod`, `namespace` and"
+        " `node`: [labels](../howto/fleet.md#which-pod-which-pool).",
         json_schema_extra=_about(LABELS_EXPECTED),
     )
     step_log: str | None = Field(

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, SecretStr
 
+from vllm_cost_meter.config.engine import LABELS_EXPECTED, labels_of
 from vllm_cost_meter.prices.cost import parse_price
 from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, name_problem
 from vllm_cost_meter.units.time import NS_PER_HOUR, instant_of, rfc3339, unix_ns_of
@@ -131,6 +132,7 @@ ENTRY_ID_IS = (
 )
 TAG_KEY = "1 to 64 small letters, digits, `_` or `-`"
 _TAG_KEY = r"[a-z0-9_-]{1,64}"
+LABEL_PATTERNS = "a table of labels: for each name a text, or a pattern with `*`, `?` or `[...]`"
 TAGS = (
     "a table of texts: keys of 1 to 64 small letters, digits, `_` or `-`, values of 1 to 128"
     " printable characters"
@@ -243,6 +245,13 @@ def _tags(tags: dict[str, str]) -> dict[str, str]:
     return tags
 
 
+def _labels(given: object) -> dict[str, str]:
+    try:
+        return labels_of(given)
+    except ValueError as error:
+        raise WrongError(LABELS_EXPECTED, str(error)) from None
+
+
 def _with_duckdb(folder: str) -> str:
     if importlib.util.find_spec("duckdb") is None:
         raise WrongError("DuckDB beside it (pip install duckdb)", "none")
@@ -296,6 +305,7 @@ Host = Annotated[str, _matching(r"[0-9A-Za-z.:_%-]{1,255}", HOST)]
 Token = Annotated[SecretStr, AfterValidator(_printable)]
 TenantName = Annotated[str, AfterValidator(_tenant_name)]
 Tags = Annotated[dict[str, str], AfterValidator(_tags)]
+Labels = Annotated[dict[str, str], BeforeValidator(_labels)]
 TagKey = Annotated[str, _matching(_TAG_KEY, TAG_KEY)]
 EntryId = Annotated[str, _matching(_ENTRY_ID, ENTRY_ID)]
 MetadataKey = Annotated[str, _matching(r"[0-9A-Za-z_.-]{1,64}", METADATA_KEY)]

@@ -12,10 +12,12 @@ import hashlib
 import hmac
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.coarse import coarse
+from vllm_cost_meter.reports.price_answers import without_labels
+from vllm_cost_meter.reports.request_answers import Explanation
 
 T = TypeVar("T")
 
@@ -44,6 +46,15 @@ class Viewer:
     def view(self, answer: T) -> T:
         """Return an answer as this caller may see it; its rows are the caller's own already."""
         return coarse(answer) if self.is_coarse else answer
+
+    def view_explained(self, explanation: Explanation) -> Explanation:
+        """Return an explanation as this caller may see it."""
+        if self.is_admin:
+            return explanation
+        parts = [
+            {**part, "prices": without_labels(part["prices"])} for part in explanation["parts"]
+        ]
+        return cast("Explanation", {**explanation, "parts": parts})
 
 
 ADMIN = Viewer()

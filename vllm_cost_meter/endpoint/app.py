@@ -231,7 +231,7 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
             raise HTTPException(
                 403, "explain: expected the admin token, as tenants see coarse figures here"
             )
-        return answer(request_id, viewer, reader.explain)
+        return answer(request_id, viewer, lambda row: viewer.view_explained(reader.explain(row)))
 
     @app.get("/cost/requests/{request_id:path}", responses=NOT_FOUND | SEVERAL)
     def request(request_id: str, viewer: ViewerOf) -> RequestWithParts | OrjsonResponse:
@@ -314,7 +314,9 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
         step: Annotated[str | None, Query(description=f"One of {', '.join(STEPS)}.")] = None,
         accumulate: Annotated[bool, Query(description="Add all steps up.")] = False,
         idle: Annotated[str | None, Query(description=f"{POLICIES}; none by default.")] = None,
-        filter: Annotated[str | None, Query(description="Rows to show.")] = None,
+        filter: Annotated[
+            str | None, Query(description="Rows to show; labels choose engines.")
+        ] = None,
         covers: CoversQuery = WITH_CHILDREN,
         price: Annotated[
             str | None, Query(description="A supposed price in USD per GPU-hour, for all time.")
@@ -336,6 +338,10 @@ def _add_report_route(app: FastAPI, reader: LedgerReader, refresh: Callable[[], 
         if not viewer.is_admin and asked.idle.name != "none":
             raise HTTPException(
                 403, "idle: expected the admin token, as idle time is of all tenants together"
+            )
+        if not viewer.is_admin and asked.names_labels:
+            raise HTTPException(
+                403, "label: expected the admin token, as labels are of the operator's engines"
             )
         refresh()
         return viewer.view(reader.report(asked.by(viewer.tenant)))

@@ -30,6 +30,7 @@ from vllm_cost_meter.endpoint.dependencies import FOR_ADMINS, asked_wrongly
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.economics.answers import Comparison
 from vllm_cost_meter.ledger.economics.api_comparison import ComparisonQuestion
+from vllm_cost_meter.reports.grammar import engines_named
 from vllm_cost_meter.units.calendar import EXPECTED, WEEK, hours_of_window
 
 # The limit is long because a busy processor leaves little time to the lowest priority.
@@ -54,10 +55,14 @@ class ComparisonQuery(BaseModel):
         None, description="A supposed ratio of input to output tokens, as 3:1."
     )
     volume: list[str] = Field([], description="Supposed tokens per month, such as 1M..1B.")
+    filter: str | None = Field(
+        None, description="Engines to answer about, such as label:pool=spot; all by default."
+    )
 
     def question(self) -> ComparisonQuestion:
         """Return the question. Raises ValueError for faults that can be seen without a child."""
         hours_of_window(self.window)
+        engines_named(self.filter)
         return ComparisonQuestion(
             self.window,
             tuple(self.model),
@@ -66,6 +71,7 @@ class ComparisonQuery(BaseModel):
             self.max_usd_per_m_output,
             self.ratio,
             tuple(self.volume),
+            filter=self.filter,
         )
 
 

@@ -11,6 +11,8 @@ from fastapi import Depends, HTTPException, Query, Request
 
 from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.records.owner import Covers
+from vllm_cost_meter.reports.engine_labels import EngineFilter
+from vllm_cost_meter.reports.grammar import engines_named
 from vllm_cost_meter.units.calendar import EXPECTED, hours_of_window
 
 WindowQuery = Annotated[
@@ -20,6 +22,13 @@ WindowQuery = Annotated[
 CoversQuery = Annotated[
     Covers,
     Query(description="What a tenant means: itself with all tenants below it, or on its own."),
+]
+EnginesQuery = Annotated[
+    str | None,
+    Query(
+        alias="filter",
+        description="Engines to answer about, such as label:pool=spot; all by default.",
+    ),
 ]
 Trailing = Annotated[str, Query(description=f"{EXPECTED}; widened to whole UTC hours.")]
 
@@ -61,3 +70,9 @@ def hours_asked(window: str | None) -> tuple[int | None, int | None]:
     """Return the hours of a window. Raises HTTPException for text that is no window."""
     with asked_wrongly():
         return hours_of_window(window)
+
+
+def engines_asked(filter: str | None) -> EngineFilter:  # noqa: A002 - the parameter's public name
+    """Return the engines of a filter. Raises HTTPException for text that names no labels."""
+    with asked_wrongly():
+        return engines_named(filter)

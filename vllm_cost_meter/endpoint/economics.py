@@ -15,7 +15,14 @@ from fastapi import FastAPI, HTTPException
 from vllm_cost_meter.economics import Declared
 from vllm_cost_meter.endpoint.access import Viewer
 from vllm_cost_meter.endpoint.cached import Kept
-from vllm_cost_meter.endpoint.dependencies import Trailing, ViewerOf, hours_asked, refuse_others
+from vllm_cost_meter.endpoint.dependencies import (
+    EnginesQuery,
+    Trailing,
+    ViewerOf,
+    engines_asked,
+    hours_asked,
+    refuse_others,
+)
 from vllm_cost_meter.endpoint.shapes import OrjsonResponse, described, shape_of
 from vllm_cost_meter.ledger.economics.answers import Economics, FigureMethods, PublicEconomics
 from vllm_cost_meter.ledger.economics.figures import FIGURES, OF_SLO
@@ -90,11 +97,15 @@ def add_economics(
 
     kept, kept_method = Kept(week), Kept(week_method)
 
-    def of_public(make: Kept[T], viewer: Viewer, window: str) -> OrjsonResponse:
+    def of_public(
+        make: Kept[T], viewer: Viewer, window: str, engines: str | None
+    ) -> OrjsonResponse:
         if not is_public():
             refuse_others(viewer)
         if window != WEEK:
             raise HTTPException(403, f"window: expected the admin token for any but {WEEK}")
+        if engines:
+            raise HTTPException(403, "filter: expected the admin token for any")
         if (answer := make()) is None:
             raise HTTPException(503, "economics: being made; ask again", {"Retry-After": "10"})
         # There is nothing in it that depends on who asks.
@@ -102,17 +113,22 @@ def add_economics(
         return OrjsonResponse(answer, headers=headers)
 
     @app.get(PATH, responses={200: {"model": _answers()}})
-    def figures(viewer: ViewerOf, window: Trailing = WEEK) -> Economics | OrjsonResponse:
+    def figures(
+        viewer: ViewerOf, window: Trailing = WEEK, engines: EnginesQuery = None
+    ) -> Economics | OrjsonResponse:
         """Return the cost of tokens and requests, with load and latency."""
         if not viewer.is_admin:
-            return of_public(kept, viewer, window)
-        hours = hours_asked(window)
+            return of_public(kept, viewer, window, engines)
+        hours, chosen = hours_asked(window), engines_asked(engines)
         refresh()
-        return economics(reader, declared(), *hours)
+        return economics(reader, declared(), *hours, engines=chosen)
 
     @app.get(METHOD_PATH)
-    def how(viewer: ViewerOf, window: Trailing = WEEK) -> FigureMethods | OrjsonResponse:
+    def how(
+        viewer: ViewerOf, window: Trailing = WEEK, engines: EnginesQuery = None
+    ) -> FigureMethods | OrjsonResponse:
         """Return the SQL that is executed for each of these figures."""
         if not viewer.is_admin:
-            return of_public(kept_method, viewer, window)
-        return {"figures": method(reader, declared(), *hours_asked(window))}
+            return of_public(kept_method, viewer, window, engines)
+        hours, chosen = hours_asked(window), engines_asked(engines)
+        return {"figures": method(reader, declared(), *hours, engines=chosen)}

@@ -38,7 +38,8 @@ from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.records.owner import WITH_CHILDREN, Covers, TenantScope
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
-from vllm_cost_meter.reports.grammar import Question, Words
+from vllm_cost_meter.reports.engine_labels import ALL_ENGINES, EngineFilter
+from vllm_cost_meter.reports.grammar import Question, Words, engines_named
 from vllm_cost_meter.reports.grammar import question as ask
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
@@ -126,15 +127,17 @@ class LedgerReader:
             raise LedgerError(f"ledger {shown}: cannot be read: {cause_of(error)}") from error
 
     @contextmanager
-    def at_cut(self, window: Window, as_of: AsOf = NOW) -> Iterator[tuple[Connection, Cut]]:
-        """Open a transaction to count bills in, with all runs at their latest snapshots.
+    def at_cut(
+        self, window: Window, as_of: AsOf = NOW, engines: EngineFilter = ALL_ENGINES
+    ) -> Iterator[tuple[Connection, Cut]]:
+        """Open a transaction to count bills in, with these engines' runs at their latest snapshots.
 
         The bills that these snapshots count are there, unless they did not come in time. Raises as
         `transaction` does.
         """
         cut = self._settled_cut(window, as_of)
         with self.transaction() as connection:
-            yield connection, with_ends(connection, cut)
+            yield connection, with_ends(connection, cut).of_engines(engines)
 
     def _settled_cut(self, window: Window, as_of: AsOf) -> Cut:
         """Return the runs at their latest snapshots, once the bills that these count are there."""
@@ -248,7 +251,7 @@ class LedgerReader:
             raise TypeError(f"report: expected a question or words, got both: {', '.join(words)}")
         question = ask(**words) if asked is None else asked
         window = Window(question.from_hour, question.to_hour)
-        with self.at_cut(window, as_of) as (connection, cut):
+        with self.at_cut(window, as_of, question.engines) as (connection, cut):
             return reports.report_at(connection, cut, question)
 
     def tenants(
@@ -316,11 +319,14 @@ class LedgerReader:
         covers: Covers = WITH_CHILDREN,
         tz: str | None = None,
         idle: str | None = None,
+        filter: str | None = None,
         as_of: AsOf = NOW,
     ) -> TenantStatement:
         """Return the statement of a month such as 2026-11, for one tenant or for all.
 
-        `covers` says whether the lines of all tenants below `tenant` are part of it.
+        `covers` says whether the lines of all tenants below `tenant` are part of it. With a
+        `filter` such as label:pool=spot it is about these engines alone, without declared overheads
+        and bills of the provider, which are of all engines.
 
         `lines` is a list of dicts by tenant, day and model. Their `amount_cents` are integers, and
         add up to the total.
@@ -329,9 +335,10 @@ class LedgerReader:
         LedgerError.
         """
         whose = None if tenant is None else TenantScope(tenant, covers)
-        asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle), whose)
-        now_ns = as_of.instant_ns()
-        with self.at_cut(Window(asked.from_hour, asked.to_hour), as_of) as (connection, cut):
+        engines = engines_named(filter)
+        asked = month_question(month, zone_of(tz), IdlePolicy.parse(idle), whose, engines)
+        now_ns, window = as_of.instant_ns(), Window(asked.from_hour, asked.to_hour)
+        with self.at_cut(window, as_of, engines) as (connection, cut):
             return reports.statement_at(connection, cut, asked, month=month, now_ns=now_ns)
 
     def invoice_days(

@@ -35,37 +35,58 @@ from vllm_cost_meter.prices.overheads import Overhead
 from vllm_cost_meter.units.money import decimal_text
 from vllm_cost_meter.units.time import hour_text, instant_of
 
+# Labels, or patterns of labels, by name and in the order of the names.
+LabelPairs = tuple[tuple[str, str], ...]
 Scope = Literal["gpu", "node", "deployment"]
 PurchaseKind = Literal["on_demand", "reserved", "spot"]
 USD = "USD"
 ALWAYS = -sys.maxsize  # An hour before all others.
 
 
+def label_pairs(labels: Mapping[str, str]) -> LabelPairs:
+    """Return labels, or patterns of labels, as facts and matches have them."""
+    return tuple(sorted(labels.items()))
+
+
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """The facts about an engine run on which its price may depend; None if not known."""
+    """The facts about an engine run on which its price may depend; None if not known.
+
+    As a text it has no label: labels tell of the operator's machines, and tenants see such texts.
+    """
 
     gpus: int | None = None
     model: str | None = None
     gpu_name: str | None = None
     host: str | None = None
+    labels: LabelPairs | None = None
 
     def __str__(self) -> str:
         about = (("model", self.model), ("GPU", self.gpu_name), ("host", self.host))
         return ", ".join(f"{what} {name or 'unknown'!r}" for what, name in about)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether all facts are known that may choose a price."""
+        return None not in (self.model, self.gpu_name, self.host, self.labels)
+
 
 @dataclass(frozen=True, slots=True)
 class RunMatch:
-    """The runs that an entry prices. A match is a name or glob in any case; None fits any run."""
+    """The runs that an entry prices. A match is a name or glob in any case; None fits any run.
+
+    Each of the `labels` is a match of its own. A run without a label of that name fits it not.
+    """
 
     model: str | None = None
     gpu_name: str | None = None
     host: str | None = None
+    labels: LabelPairs = ()
 
-    def folded(self) -> tuple[str | None, str | None, str | None]:
+    def folded(self) -> tuple[str | None, str | None, str | None, LabelPairs]:
         """Return the matches in one case: equal for two entries that match the same runs."""
-        return _folded(self.model), _folded(self.gpu_name), _folded(self.host)
+        labels = tuple(sorted((name, pattern.casefold()) for name, pattern in self.labels))
+        return _folded(self.model), _folded(self.gpu_name), _folded(self.host), labels
 
     def may_fit(self, run: RunFacts) -> bool:
         """Return whether the entry may price a run, whatever the facts are that are unknown."""
@@ -73,20 +94,27 @@ class RunMatch:
             None if run.model is None else self.model,
             None if run.gpu_name is None else self.gpu_name,
             None if run.host is None else self.host,
+            () if run.labels is None else self.labels,
         )
         return known.fit(run)
 
     def specificity(self) -> tuple[int, int]:
         """Return how many matches there are, and how many of them are plain names."""
-        given = [pattern for pattern in self.folded() if pattern is not None]
+        *names, labels = self.folded()
+        given = [pattern for pattern in names if pattern is not None]
+        given += [pattern for _, pattern in labels]
         return len(given), sum(not any(c in pattern for c in "*?[") for pattern in given)
 
     def fit(self, run: RunFacts) -> bool:
         """Return whether the entry prices a run. An unknown fact fits no match."""
-        names = (run.model, run.gpu_name, run.host)
+        *patterns, labels = self.folded()
+        names: list[str | None] = [run.model, run.gpu_name, run.host]
+        known = dict(run.labels or ())
+        names += [known.get(name) for name, _ in labels]
+        patterns += [pattern for _, pattern in labels]
         return all(
             pattern is None or (name is not None and is_like(name.casefold(), pattern))
-            for name, pattern in zip(names, self.folded(), strict=True)
+            for name, pattern in zip(names, patterns, strict=True)
         )
 
 
@@ -176,6 +204,7 @@ class GpuHourPrice:
             "source": entry.source,
             "effective_from": instant_of(entry.effective_from_hour),
             **asdict(entry.matches),
+            "labels": dict(entry.matches.labels) or None,
         }
 
 
@@ -277,7 +306,8 @@ class _Timetable(Generic[E]):
         if later := [line.entries[0] for line in self.of(run)]:
             first = min(later, key=_start)
             return f"{first.key}, the first for {run}, is effective from {hour_text(_start(first))}"
-        return f"no entry matches {run}"
+        labels = " and its labels" if any(line.matches.labels for line in self.lines) else ""
+        return f"no entry matches {run}{labels}"
 
 
 class PriceBook:
@@ -303,7 +333,7 @@ class PriceBook:
     def certain_price_at(self, run: RunFacts, hour: int) -> GpuHourPrice | None:
         """Return a run's price in an hour; None if a fact that is unknown may choose another."""
         found = self.price_at(run, hour)
-        if found is None or None not in (run.model, run.gpu_name, run.host):
+        if found is None or run.is_known:
             return found
         in_force = [line for line in self._prices.lines if line.at(hour) is not None]
         best = max(line.specificity for line in in_force if line.matches.fit(run))
@@ -313,7 +343,7 @@ class PriceBook:
 
     def may_have_price(self, run: RunFacts, hour: int) -> bool:
         """Return whether a run may have a price in an hour, whatever its unknown facts are."""
-        if None not in (run.model, run.gpu_name, run.host):
+        if run.is_known:
             return self.price_at(run, hour) is not None
         return any(
             line.matches.may_fit(run) and line.at(hour) is not None for line in self._prices.lines

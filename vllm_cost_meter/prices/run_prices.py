@@ -8,14 +8,23 @@ Invariant: a cost is null unless everything that was used has a price. Then the 
 and an hour without one.
 """
 
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
-from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice, PriceBook, PriceEntry, RunFacts
+from vllm_cost_meter.prices.book import (
+    EnergyPrice,
+    GpuHourPrice,
+    PriceBook,
+    PriceEntry,
+    RunFacts,
+    label_pairs,
+)
 from vllm_cost_meter.prices.cost import (
     Quantities,
     exact_cost_nanousd,
@@ -43,8 +52,14 @@ class RunPrices:
     @classmethod
     def of(cls, row: Mapping[str, Any], book: PriceBook) -> "RunPrices":
         """Return the prices for the run in a ledger row, which has its RUN_COLUMNS."""
-        facts = RunFacts(row["gpus"], row["model"], row["hardware"], row["host"])
+        labels = label_pairs(labels_of_run(row["labels"]))
+        facts = RunFacts(row["gpus"], row["model"], row["hardware"], row["host"], labels)
         return cls(row["run_id"], facts, book, _recorded(row))
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """Return the run's labels; none where they are not known."""
+        return dict(self.facts.labels or ())
 
     def at(self, hour: int | None) -> GpuHourPrice | None:
         """Return the price at an hour since the epoch; None if there is none."""
@@ -192,6 +207,14 @@ def by_stretch(
         first: {name: sum(map(itemgetter(name), some)) for name in some[0]}
         for first, some in amounts.items()
     }
+
+
+# Many runs of one pool have the same labels.
+@lru_cache(1_000)
+def labels_of_run(text: str | None) -> Mapping[str, str]:
+    """Return a run's labels from the ledger's JSON. A run from before there were any has none."""
+    labels: Mapping[str, str] = json.loads(text) if text else {}
+    return labels
 
 
 def _recorded(row: Mapping[str, Any]) -> GpuHourPrice | None:

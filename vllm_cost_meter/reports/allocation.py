@@ -15,7 +15,7 @@ Core: standard library only.
 
 Invariant: GPU time and money are exact fractions until step 4, which rounds all rows together,
 shown or hidden. So rows add up to their step and steps to the whole, with and without idle time,
-whatever the aggregation and the policy. A filter changes no row.
+whatever the aggregation and the policy. A filter of rows changes none.
 """
 
 from collections import Counter, defaultdict
@@ -30,6 +30,7 @@ from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.records.owner import OWN
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.charges import NO_CHARGES, ChargesKnown
+from vllm_cost_meter.reports.engine_labels import LabelColumns
 from vllm_cost_meter.reports.facts import (
     COUNTS,
     NOTHING,
@@ -200,6 +201,7 @@ def report(
     return {
         "aggregate": list(question.aggregate),
         "covers": question.covers if question.names_tenants else None,
+        "engines": question.engines.text,
         "idle": question.idle.text,
         "what_if_usd_per_gpu_hour": None if question.price is None else f"{question.price:f}",
         **({} if question.only is not None else _whole(facts, question, price_of)),
@@ -283,6 +285,7 @@ def _cells(
 ) -> dict[tuple[int | None, int | None], _Cells]:
     by_piece: dict[tuple[int | None, int | None], _Cells] = defaultdict(_Cells)
     prices = _Prices(question, price_of)
+    labels = LabelColumns(question.dimensions, question.labels)
     where: dict[Hour, tuple[_Cells, Key]] = {}
 
     def place(hour: Hour) -> tuple[_Cells, Key]:
@@ -292,12 +295,11 @@ def _cells(
             where[hour] = (by_piece[_piece(hour, question)], times)
         return where[hour]
 
-    width = len(question.dimensions)
     for is_usage, spent in ((True, facts.used), (False, facts.other_time)):
         for run_id, hour, key, gpu_time_ns, kv_block_ms, charges in spent:
             cells, times = place(hour)
             name = REQUESTS if is_usage else key[0]
-            dimensions = key if is_usage else (f"__{name}__",) * width
+            dimensions = key if is_usage else labels.of_class(name, key[1:])
             cell, price = _Cell(name, dimensions, times), prices.of(run_id, hour)
             cells.spent[cell][price] += gpu_time_ns
             if kv_block_ms:
@@ -324,12 +326,15 @@ def _piece(hour: Hour, question: Question) -> tuple[int | None, int | None]:
 def _shared(cells: dict[_Cell, Row], question: Question) -> dict[_Cell, Row]:
     """Divide the pool of shared time among the cells, by the idle policy."""
     used_ns: Counter[str] = Counter()
-    pools: dict[Key, Amount] = defaultdict(Amount)
+    # By the time and the labels of the engines that were idle.
+    pools: dict[tuple[Key, Key], Amount] = defaultdict(Amount)
+    columns = LabelColumns(question.dimensions, question.labels)
     for cell, row in cells.items():
         if cell.class_name == REQUESTS:
             used_ns[cell.dimensions[0]] += int(row.used.gpu_time_ns)
         elif cell.class_name in SHARED_CLASSES:
-            pools[cell.times] = pools[cell.times].plus(row.used)
+            place = cell.times, columns.of(cell.dimensions)
+            pools[place] = pools[place].plus(row.used)
     shares = question.idle.shares(used_ns)
     pool = NOTHING
     for amount in pools.values():
@@ -346,9 +351,10 @@ def _shared(cells: dict[_Cell, Row], question: Question) -> dict[_Cell, Row]:
         if used_ns[tenant]:
             continue
         others = (UNALLOCATED,) * (len(question.dimensions) - 1)
-        for times, amount in pools.items():
+        for (times, labels), amount in pools.items():
             # The tenant may already have a cell here, for requests that took no time.
-            cell = _Cell(REQUESTS, (tenant, *others), times)
+            dimensions = columns.put_into((tenant, *others), labels)
+            cell = _Cell(REQUESTS, dimensions, times)
             cells.setdefault(cell, Row(REQUESTS, ())).share = amount.times(share)
     return cells
 
@@ -358,7 +364,7 @@ def _rows(cells: Mapping[_Cell, Row], question: Question) -> list[Row]:
     place = {name: i for i, name in enumerate((*question.dimensions, *question.times))}
     found: dict[tuple[str, Key, bool], Row] = {}
 
-    others = {name: any_of for name, any_of in question.conditions.items() if name != "tenant"}
+    others = {name: any_of for name, any_of in question.row_conditions.items() if name != "tenant"}
 
     def is_meant(class_name: str, values: Key) -> bool:
         covered = values[place[COVERED]] if question.tells_coverage else UNALLOCATED
@@ -378,8 +384,10 @@ def _rows(cells: Mapping[_Cell, Row], question: Question) -> list[Row]:
     for cell, row in cells.items():
         row_of(cell.class_name, (*cell.dimensions, *cell.times)).add(row)
     if not question.times:
-        for name in OTHER_ROWS:
-            row_of(name, (f"__{name}__",) * len(question.dimensions))
+        columns = LabelColumns(question.dimensions, question.labels)
+        for labels in {columns.of(cell.dimensions) for cell in cells} or {columns.unlabelled()}:
+            for name in OTHER_ROWS:
+                row_of(name, columns.of_class(name, labels))
     return sorted(found.values(), key=_order(question))
 
 

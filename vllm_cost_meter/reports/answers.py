@@ -250,6 +250,9 @@ class Report(TypedDict):
     """RFC 3339 UTC: the latest snapshot; the figures are as of then."""
     prices: list[PriceRow]
     """The prices that the costs were computed with, the earliest first."""
+    engines: str | None
+    """The filter that chooses engines by their labels: the answer is about these alone. Null for
+    all engines."""
     aggregate: list[str]
     """The columns that rows are aggregated by, such as `tenant` and `day`."""
     covers: str | None

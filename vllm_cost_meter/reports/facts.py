@@ -34,7 +34,9 @@ WhyNone = Callable[[str, Hour], str]
 
 
 class Used(NamedTuple):
-    """Use of a run in an hour. `key` has the values of the dimensions, or the class.
+    """Use of a run in an hour.
+
+    `key` has the values of the dimensions, or the class and after it those that are labels.
 
     Only requests have KV residency: `kv_block_ms` is KV cache blocks x ms. Only they are charged by
     a split, and `charges` says how well it is known.

@@ -4,7 +4,8 @@ The parameters are OpenCost's: `window`, `aggregate`, `step`, `accumulate`, `idl
 are checked before the ledger is read. An unknown word is refused and never skipped. Core:
 standard library only.
 
-Invariant: a filter names columns and values only, so it chooses rows and changes none.
+Invariant: a filter names columns and values only. Its labels choose the engines that an answer is
+about, and everything else in it chooses rows and changes none.
 """
 
 import re
@@ -15,6 +16,7 @@ from decimal import Decimal
 from typing import Self, TypedDict, TypeVar, cast
 
 from vllm_cost_meter.records.owner import OWN, WITH_CHILDREN, Covers, TenantScope, check_covers
+from vllm_cost_meter.reports.engine_labels import EngineFilter
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.units.calendar import Unit, hours_of_window, zone_of
 from vllm_cost_meter.units.text import fields, quoted
@@ -64,7 +66,8 @@ class Words(TypedDict, total=False):
 class Question:
     """A parsed question for a report. Hours are [from_hour, to_hour) since the epoch; None is open.
 
-    Rows are added up by the columns in `aggregate`. `conditions` has the allowed values by column.
+    Rows are added up by the columns in `aggregate`. `conditions` has the allowed values by column;
+    those of labels choose engines.
     `covers` says what a tenant in the conditions means. `price`, in USD per GPU-hour, replaces all
     real prices. If a tenant asks, `only` is its name: it sees the rows of itself and of all tenants
     below it, and no total over other tenants.
@@ -117,11 +120,41 @@ class Question:
         )
 
     @property
+    def engines(self) -> EngineFilter:
+        """Return the engines that the question is about."""
+        return EngineFilter(
+            {
+                column.removeprefix(LABEL): values
+                for column, values in self.conditions.items()
+                if column.startswith(LABEL)
+            }
+        )
+
+    @property
+    def row_conditions(self) -> Mapping[str, frozenset[str]]:
+        """Return the conditions that choose rows."""
+        return {
+            column: values
+            for column, values in self.conditions.items()
+            if not column.startswith(LABEL)
+        }
+
+    @property
+    def names_labels(self) -> bool:
+        """Whether rows are added up or engines chosen by a label."""
+        return any(name.startswith(LABEL) for name in (*self.aggregate, *self.conditions))
+
+    @property
     def dimensions(self) -> tuple[str, ...]:
         """Return the dimensions that the facts must distinguish; the first is always the tenant."""
-        named = (name for name in (*self.aggregate, *self.conditions) if name not in TIMES)
+        named = (name for name in (*self.aggregate, *self.row_conditions) if name not in TIMES)
         coverage = (COVERED,) if self.tells_coverage else ()
         return tuple(dict.fromkeys(("tenant", *coverage, *named)))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the dimensions that are labels: those that engine time has a value of, too."""
+        return tuple(name for name in self.dimensions if name.startswith(LABEL))
 
     @property
     def times(self) -> tuple[Unit, ...]:
@@ -137,7 +170,7 @@ class Question:
     @property
     def is_by_tenant(self) -> bool:
         """Whether rows are by tenant alone, over the whole window."""
-        columns = (*self.aggregate, *self.conditions)
+        columns = (*self.aggregate, *self.row_conditions)
         return set(columns) == {"tenant"} and not self.tells_hours_apart
 
 
@@ -172,6 +205,19 @@ def question(
         covers=covers,
         price=_price(price),
     )
+
+
+def engines_named(filter: str | None) -> EngineFilter:  # noqa: A002 - the word of the grammar
+    """Parse a filter for an answer that is about engines as a whole: labels only.
+
+    Raises ValueError for one that is not understood, or names anything else.
+    """
+    asked = Question(conditions=_conditions(filter or ""))
+    if others := [*asked.row_conditions]:
+        raise ValueError(
+            f"filter: expected {LABEL}NAME=VALUE,... joined by + here, got {quoted(others[0])}"
+        )
+    return asked.engines
 
 
 def _columns(text: str) -> tuple[str, ...]:

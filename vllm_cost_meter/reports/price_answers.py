@@ -5,6 +5,9 @@ A docstring below a field is its description. Unknown is null.
 Invariant: a price has these fields and no other, in whichever answer it is.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from typing_extensions import TypedDict
 
 
@@ -39,6 +42,9 @@ class PriceRow(TypedDict):
     """The GPUs that the price is for: a name or a pattern; null for any."""
     host: str | None
     """The machine whose engines the price is for; null for any."""
+    labels: dict[str, str] | None
+    """The labels of the engines that the price is for: each a text or a pattern; null for any, and
+    always null for a tenant."""
 
 
 class PriceOfTime(PriceRow):
@@ -61,3 +67,8 @@ class EnergyPriceRow(TypedDict):
     """RFC 3339 UTC: the instant from which the price holds."""
     host: str | None
     """The machine whose engines the price is for; null for any."""
+
+
+def without_labels(prices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return prices as a tenant sees them: pools, pods and nodes are the operator's own."""
+    return [{**price, "labels": None} for price in prices]

@@ -25,6 +25,7 @@ PRICE_COLUMNS = {
         "model",
         "gpu_name",
         "host",
+        "labels",
         "source",
     ),
     "energy_prices": ("key", "effective_from", "effective_until", "usd_per_kwh", "host", "source"),

@@ -31,6 +31,7 @@ from vllm_cost_meter.records.owner import OWN, TenantScope
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
 from vllm_cost_meter.reports.allocation import Piece, Row, kv_cost, pieces, wall_cost
 from vllm_cost_meter.reports.charges import NO_CHARGES, ChargesKnown, charges_of_rows
+from vllm_cost_meter.reports.engine_labels import ALL_ENGINES, EngineFilter
 from vllm_cost_meter.reports.facts import (
     COUNTS,
     NOTHING,
@@ -41,7 +42,7 @@ from vllm_cost_meter.reports.facts import (
     WhyNone,
     no_price,
 )
-from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.grammar import LABEL, Question
 from vllm_cost_meter.reports.idle import IdlePolicy
 from vllm_cost_meter.units.calendar import month_hours
 from vllm_cost_meter.units.money import NANOUSD_PER_USD, decimal_text
@@ -141,17 +142,24 @@ def _blocks(used: Amount) -> dict[str, Any]:
 
 
 def month_question(
-    month: str, zone: tzinfo, idle: IdlePolicy, whose: TenantScope | None = None
+    month: str,
+    zone: tzinfo,
+    idle: IdlePolicy,
+    whose: TenantScope | None = None,
+    engines: EngineFilter = ALL_ENGINES,
 ) -> Question:
     """Return the report question behind a statement, for the tenant that is meant or for all.
 
     Raises ValueError for an invalid month.
     """
     from_hour, to_hour = month_hours(month, zone)
-    asked = Question(from_hour, to_hour, zone, aggregate=("tenant", "model", "day"), idle=idle)
+    chosen = {f"{LABEL}{name}": values for name, values in engines.allowed.items()}
+    columns = ("tenant", "model", "day")
+    asked = Question(from_hour, to_hour, zone, columns, idle=idle, conditions=chosen)
     if whose is None:
         return asked
-    return replace(asked, conditions={"tenant": frozenset([whose.tenant])}, covers=whose.covers)
+    conditions = {"tenant": frozenset([whose.tenant]), **chosen}
+    return replace(asked, conditions=conditions, covers=whose.covers)
 
 
 def _whose(asked: Question) -> TenantScope | None:
@@ -186,6 +194,7 @@ def statement(
     answer = {
         "tenant": None if whose is None else whose.tenant,
         "covers": None if whose is None else whose.covers,
+        "engines": asked.engines.text,
         "currency": CURRENCY,
         # One tenant's statement must not show the shares that others have reserved.
         "idle": asked.idle.text if whose is None else asked.idle.name,
@@ -257,6 +266,11 @@ def notes(answer: Mapping[str, Any]) -> list[str]:
         found.append(f"preliminary: the month is not over; figures are of {answer['taken_at']}")
     if answer["in_flight_ns"]:
         found.append(f"preliminary: {seconds} GPU-seconds of requests without a bill yet")
+    if answer["engines"] is not None:
+        found.append(
+            f"engines: those of {answer['engines']} alone; declared costs and the provider's bills"
+            " are of all engines, and in no line"
+        )
     if answer["without_totals_ns"]:
         known = f"{answer['without_totals_ns'] / NS_PER_SECOND:.6f}"
         found.append(

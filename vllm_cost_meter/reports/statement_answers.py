@@ -172,6 +172,9 @@ class TenantStatement(TypedDict):
     that held in a run of the month."""
     prices: list[PriceRow]
     """The prices that the costs were computed with, the earliest first."""
+    engines: str | None
+    """The filter that chooses engines by their labels: the answer is about these alone. Null for
+    all engines."""
     billed: BilledHoursOfMonth | None
     """How much of the month a provider's bills cover; null without a bill."""
     tenant: str | None

@@ -64,6 +64,11 @@ def fields(text: str) -> list[str]:
         ) from None
 
 
+def as_field(word: str) -> str:
+    """Return a word as `fields` reads it: in double quotes where it is not a plain one."""
+    return word if re.fullmatch(r"[\w.-]+", word) else '"{}"'.format(word.replace('"', '""'))
+
+
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as CSV with a header; empty without rows. The column `parts` is left out.
 

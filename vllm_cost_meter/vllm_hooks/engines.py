@@ -4,10 +4,12 @@ Invariant: an engine that does not answer, or answers with an error, spoils no o
 """
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_cost_meter.prices.book import RunFacts
+from vllm_cost_meter.config.engine import with_pod_labels
+from vllm_cost_meter.prices.book import RunFacts, label_pairs
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks.identity import device_name, host_name, model_name
 
@@ -68,8 +70,10 @@ def served_names(engine_client: Any, state: Any) -> list[str]:
     return names or [model_name(engine_client.vllm_config)]
 
 
-def run_facts(engine_client: Any) -> RunFacts:
+def run_facts(engine_client: Any, declared_labels: Mapping[str, str]) -> RunFacts:
     """Return the facts that an API server knows about its engines without asking them.
+
+    `declared_labels` are those of the settings.
 
     With these facts every API server can price every bill, though only the first one sees
     snapshots. A fact that may differ between the engines, or is unknown here, is None.
@@ -79,11 +83,14 @@ def run_facts(engine_client: Any) -> RunFacts:
         gpu_name = device_name() or None
     except Exception:  # noqa: BLE001 - an API server may run where there is no GPU
         gpu_name = None
+    is_here = _engines_are_here(config.parallel_config)
     return RunFacts(
         gpus=config.parallel_config.world_size,
         model=model_name(config),
         gpu_name=gpu_name,
-        host=(host_name() or None) if _engines_are_here(config.parallel_config) else None,
+        host=(host_name() or None) if is_here else None,
+        # Engines of this machine have this process's environment.
+        labels=label_pairs(with_pod_labels(declared_labels, os.environ)) if is_here else None,
     )
 
 

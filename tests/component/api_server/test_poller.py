@@ -309,7 +309,8 @@ def test_a_new_engine_is_told_once_what_one_like_it_had_learnt(writer, tmp_path)
     of_old = CostModel(12, "one plane", (*planes, (3.0,) * 5), 9000, 0.01, 0.02, 0.99)
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
     writer.append(
-        make_snapshot(run_id="earlier", cost_models=(earlier,)),
+        # A pod that is replaced has another name, and its fit is still that of an engine like it.
+        make_snapshot(run_id="earlier", labels={"pod": "before"}, cost_models=(earlier,)),
         make_snapshot(run_id="older", cost_models=(of_old,)),
         make_snapshot(run_id="elsewhere", hardware="another GPU", cost_models=(of_another,)),
         make_snapshot(run_id="too little", cost_models=(replace(of_another, steps=100),)),

@@ -59,3 +59,21 @@ def test_who_sees_the_snapshots_of_a_run_prices_it_as_the_report_does(world, hos
     with LedgerReader(runtime.ledger_url, book=runtime.book()) as reader:
         row = reader.tenants(as_of=AsOf(settle_s=0))["tenants"][0]
     assert (row["gpu_time_ns"], row["cost_nanousd"]) == (3_000, nanousd)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (None, None),
+        ((), b"0.000000030"),
+        ((("pool", "spot"),), b"0.000000003"),
+        ((("node", "gpu-3"), ("pool", "big")), b"0.000000030"),
+    ],
+)
+def test_a_reply_costs_what_a_price_for_its_engines_labels_says(make_world, labels, told):
+    price = {"scope": "gpu", "kind": "spot", "source": "s"}
+    price["effective_from"] = "2026-01-01T00:00:00Z"
+    of_spot = {**price, "amount": 3.6, "labels": {"pool": "spot"}}
+    world = make_world(gpu_hour_usd=None, prices=[{**price, "amount": 36}, of_spot])
+    world.collector.run_facts = RunFacts(1, "m", "a GPU", "vm", labels)
+    assert ask(world, "r1").get(COST) == told

@@ -101,6 +101,7 @@ def test_the_answer_is_that_of_the_command(side, path, prices):
         "prices": str(prices),
         "label": None,
         **words,
+        "filter": None,
         "accept_no_latency_promise": False,
     }
     assert reply.json()["note"].startswith("note: an API's price promises no latency")

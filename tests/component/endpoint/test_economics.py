@@ -97,3 +97,25 @@ def test_however_many_ask_the_ledger_is_read_once(make):
 def test_public_figures_are_figures_and_no_amounts():
     assert set(PUBLIC_FIGURES) <= set(FIGURES)
     assert not [n for n in PUBLIC_FIGURES if n.endswith(("_usd", "requests", "_tokens_per_s"))]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_only_the_operator_may_choose_engines(make, path):
+    side = make()
+    asked = f"{path}?filter=label:pool%3Dspot"
+    for headers in ({}, ALICE):
+        assert side.get(asked, **headers).status_code == 403
+    assert side.get(asked, **ADMIN).status_code == 200
+    wrong = side.get(f"{path}?filter=tenant:alice", **ADMIN)
+    assert (wrong.status_code, error_of(wrong)["type"]) == (422, "invalid_request")
+
+
+def test_the_operator_may_choose_engines_by_their_labels(make):
+    side = make()
+    answers = {
+        words: side.get(f"{PATHS[0]}?window=2027-01{words}", **ADMIN).json()
+        for words in ("", "&filter=label:pool%3Dspot", "&filter=label:pool%3Dbig")
+    }
+    assert [(one["engines"], one["figures"]["requests"]) for one in answers.values()] == [
+        (None, 3), ("label:pool=spot", 3), ("label:pool=big", 0),
+    ]  # fmt: skip

@@ -4,6 +4,7 @@ The family: `search` has the declared child `ads`, which has the declared child 
 made `search/web`. The figures of each are a power of two, so that every sum says what is in it.
 """
 
+from decimal import Decimal
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,9 @@ import pytest
 from tests.component.endpoint.test_app import Side
 from tests.component.ledger.test_reader import http, part, snapshot
 from vllm_cost_meter.endpoint.access import Access, sha256
+from vllm_cost_meter.endpoint.app import make_app
+from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.prices.book import PriceBook, PriceEntry, RunMatch
 from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
@@ -167,3 +171,59 @@ def test_an_id_that_several_use_is_found_for_the_tenant_that_is_meant(side):
     for name in BELOW:
         found = {match.http_request_id for match in side.reader.find("same", only=name)}
         assert found == {f"of {each}" for each in BELOW[name]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "aggregate=label:pool",
+        "aggregate=tenant,label:pod",
+        "filter=label:node=gpu-3",
+        "filter=tenant:search+label:node=gpu-3",
+    ],
+)
+def test_labels_are_the_operators_own(side, words):
+    refused = ask(side, f"/cost/report?{words}", key="search")
+    assert refused.status_code == 403
+    assert refused.json()["error"]["message"].startswith("label: expected the admin token")
+    assert ask(side, f"/cost/report?{words}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/cost/report", "/cost/tenants/search", "/cost/requests/of%20search/explain"],
+)
+def test_a_tenant_does_not_see_for_which_labels_a_price_is(tmp_path, path):
+    access = Access(sha256("admin"), lambda: {sha256("search"): "search"})
+    side = Side(tmp_path, access=access)
+    bill = part(1, "of search", run_id="family", owner=OWNERS["search"])
+    labels = {"pool": "spot", "node": "gpu-3.example"}
+    side.write(
+        bill, http("of search", owner=OWNERS["search"]),
+        snapshot([bill], run_id="family", labels=labels),
+    )  # fmt: skip
+    matches = RunMatch(labels=(("node", "gpu-3.*"),))
+    book = PriceBook([PriceEntry("prices[0]", Decimal(36), "the invoice", None, matches=matches)])
+    side.reader.close()
+    with LedgerReader(side.url, book=book) as reader:
+        side.app = make_app(reader, access=access)
+        assert "gpu-3" in ask(side, path).text
+        answer = ask(side, path, key="search")
+        assert answer.status_code == 200
+        assert "the invoice" in answer.text
+        assert "gpu-3" not in answer.text
+
+
+def test_why_a_tenants_cost_is_unknown_names_no_label(tmp_path):
+    access = Access(sha256("admin"), lambda: {sha256("search"): "search"})
+    side = Side(tmp_path, access=access)
+    bill = part(1, "of search", run_id="family", owner=OWNERS["search"])
+    side.write(bill, snapshot([bill], run_id="family", labels={"node": "gpu-3.example"}))
+    matches = RunMatch(labels=(("node", "gpu-4.*"),))
+    book = PriceBook([PriceEntry("prices[0]", Decimal(36), "the invoice", None, matches=matches)])
+    side.reader.close()
+    with LedgerReader(side.url, book=book) as reader:
+        side.app = make_app(reader, access=access)
+        answer = ask(side, "/cost/report", key="search")
+        assert "and its labels" in answer.text
+        assert "gpu-" not in answer.text

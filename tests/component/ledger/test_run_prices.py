@@ -114,14 +114,14 @@ def test_runs_are_priced_by_what_they_are(ledger):
             "currency": "USD", "usd_rate": "1",
             "scope": "node", "gpus": 8, "kind": "reserved", "source": "the invoice",
             "effective_from": "2027-01-15T08:00:00.000000Z",
-            "model": None, "gpu_name": "*h100*", "host": None,
+            "model": None, "gpu_name": "*h100*", "host": None, "labels": None,
         },
         {
             "usd_per_gpu_hour": "18", "usd_per_kv_block_hour": None, "amount": "18",
             "currency": "USD", "usd_rate": "1",
             "scope": "gpu", "gpus": 1, "kind": None, "source": "the invoice",
             "effective_from": "2027-01-15T08:00:00.000000Z",
-            "model": None, "gpu_name": "*l4*", "host": None,
+            "model": None, "gpu_name": "*l4*", "host": None, "labels": None,
         },
     ]  # fmt: skip
 

@@ -68,7 +68,7 @@ def test_a_budget_of_whom_no_request_can_be_is_refused_by_name(name, rules, hint
 
 
 NOT_KNOWN = RunFacts()
-KNOWN = RunFacts(1, "llama", "NVIDIA H100", "node-1")
+KNOWN = RunFacts(1, "llama", "NVIDIA H100", "node-1", ())
 
 
 def refused(text: str, run: RunFacts = NOT_KNOWN) -> str | None:

@@ -13,7 +13,12 @@ from vllm_cost_meter.prices.overheads import Overhead
 NOW = 20
 HOSTS = ("a", "b")
 RUNS = [RunFacts("model", "gpu", host) for host in HOSTS]
-MATCHES = [RunMatch(), *(RunMatch(host=host) for host in HOSTS), RunMatch(model="model")]
+MATCHES = [
+    RunMatch(),
+    *(RunMatch(host=host) for host in HOSTS),
+    RunMatch(model="model"),
+    RunMatch(labels=(("pool", "spot"),)),
+]
 
 
 def entry(amount: object, start: int, matches: RunMatch = MATCHES[0], key: str = "p") -> PriceEntry:

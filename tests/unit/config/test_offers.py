@@ -204,6 +204,7 @@ def test_an_answer_echoes_its_inputs_and_names_its_formula(path, price_file):
         "max_usd_per_m_output": None,
         "ratio": "2:1",
         "volume": ["1M"],
+        "filter": None,
         "accept_no_latency_promise": False,
     }
     assert answer["formula"] == FORMULA

@@ -270,3 +270,15 @@ def test_text_that_is_no_json_is_blamed_on_its_variable(name):
     good = {f"COST_METER_{n}": "[]" for n in ("PRICES", "OVERHEADS", "TENANTS")}
     with pytest.raises(SettingError, match=rf"COST_METER_{name} .*got text that is not JSON"):
         load_settings({**good, f"COST_METER_{name}": "[{]"})
+
+
+def test_a_price_may_be_for_engines_with_labels(load):
+    text = FILE.replace('gpu_name = "*H100*"', 'labels = { pool = "spot-*", zone = "a" }')
+    entry, *_ = load(text).price_book.entries
+    assert entry.matches.labels == (("pool", "spot-*"), ("zone", "a"))
+
+
+def test_labels_of_a_price_are_labels(complaint):
+    said = complaint('gpu_name = "*H100*"', 'labels = { Pool = "spot" }')
+    assert "prices[0].labels" in said
+    assert "got the name 'Pool'" in said

@@ -359,7 +359,7 @@ def test_labels_are_pairs_in_the_environment_and_a_table_in_the_file(toml):
         ("Pool=spot", "the name 'Pool'"),
         ("pool=spot,pool=big", "a name twice"),
         (f"{'n' * 65}=x", f"the name '{'n' * 65}'"),
-        (f"pool={'x' * 129}", f"'{'x' * 128}' at 'pool'"),
+        (f"pool={'x' * 254}", f"'{'x' * 253}' at 'pool'"),
         (",".join(f"n{n}=x" for n in range(17)), "17 labels"),
     ],
 )
@@ -370,6 +370,43 @@ def test_labels_that_are_none_stop_the_start_and_no_engine_takes_them(labels, go
     if labels:
         with pytest.raises(SettingError, match="COST_METER_LABELS.*expected at most 16 of"):
             load_engine_settings({"COST_METER_LABELS": labels})
+
+
+POD = {"POD_NAME": "chat-7f9-x2x", "POD_NAMESPACE": "models", "NODE_NAME": "gpu-3.example"}
+
+
+def test_an_engine_in_a_pod_has_the_pods_names_as_labels():
+    assert load_engine_settings(POD).labels == {
+        "namespace": "models", "node": "gpu-3.example", "pod": "chat-7f9-x2x",
+    }  # fmt: skip
+    assert load_engine_settings({"POD_NAME": "", "NODE_NAME": "gpu-3"}).labels == {"node": "gpu-3"}
+
+
+def test_a_declared_label_wins_over_the_pods(toml):
+    declared = {"COST_METER_LABELS": "node=rack-7,pool=spot"}
+    assert load_engine_settings({**POD, **declared}).labels == {
+        "namespace": "models", "node": "rack-7", "pod": "chat-7f9-x2x", "pool": "spot",
+    }  # fmt: skip
+    in_file = {**POD, **toml('labels = { pod = "ours" }')}
+    assert load_engine_settings(in_file).labels["pod"] == "ours"
+
+
+def test_names_of_the_pod_come_on_top_of_as_many_labels_as_may_be_declared():
+    most = ",".join(f"n{n}=x" for n in range(16))
+    given = {**POD, "COST_METER_LABELS": most}
+    assert len(load_settings(given).labels) == 16
+    assert len(load_engine_settings(given).labels) == 19
+
+
+def test_the_longest_name_in_kubernetes_is_a_label():
+    assert load_engine_settings({"POD_NAME": "p" * 253}).labels == {"pod": "p" * 253}
+
+
+@pytest.mark.parametrize("load", [load_settings, load_engine_settings])
+@pytest.mark.parametrize("wrong", ["p" * 254, "a\nb"])
+def test_a_name_of_a_pod_that_is_no_label_stops_the_start(load, wrong):
+    with pytest.raises(SettingError, match="^POD_NAME .environment.: expected 1 to 253 printable"):
+        load({"POD_NAME": wrong})
 
 
 def test_a_label_in_the_file_that_is_no_text_is_an_error(toml):

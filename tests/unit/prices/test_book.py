@@ -1,5 +1,6 @@
 """The price book: which entry holds for a run in an hour, what it comes to, and why none does."""
 
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
@@ -16,6 +17,7 @@ from vllm_cost_meter.prices.book import (
     by_price,
     described,
     kv_nanousd,
+    label_pairs,
     time_nanousd,
     total_nanousd,
 )
@@ -181,6 +183,63 @@ def test_a_run_may_have_a_price_as_far_as_its_facts_are_known(run, has_price):
     book = PriceBook([entry("p", host="node-9", model="llama-*")])
     assert book.may_have_price(run, HOUR) is has_price
     assert not book.may_have_price(run, HOUR - 1)
+
+
+# ---- labels
+
+
+def labelled(key: str, more_than: str | None = None, **labels: str) -> PriceEntry:
+    return replace(entry(key), matches=RunMatch(host=more_than, labels=label_pairs(labels)))
+
+
+SPOT = replace(RUN, labels=(("pool", "Spot-eu"), ("zone", "a")))
+
+
+def test_all_labels_of_an_entry_must_fit_in_any_case():
+    assert chosen([labelled("p", pool="spot-*", zone="A")], run=SPOT) == "p"
+    assert chosen([labelled("p", pool="spot-*", zone="b")], run=SPOT) is None
+    assert chosen([labelled("p", pool="*", rack="*")], run=SPOT) is None
+    assert chosen([labelled("p", pool="*")], run=replace(RUN, labels=())) is None
+
+
+def test_each_label_is_a_match_of_its_own():
+    entries = [entry("any"), labelled("one", pool="*"), labelled("plain", pool="spot-eu")]
+    entries += [
+        labelled("two", zone="*", pool="*"),
+        labelled("three", "node-1", pool="*", zone="a"),
+    ]
+    for count, expected in enumerate(("any", "one", "plain", "two", "three"), 1):
+        assert chosen(entries[:count], run=SPOT) == expected
+        assert chosen(entries[:count][::-1], run=SPOT) == expected
+    assert (
+        chosen([labelled("pool", pool="spot-eu"), entry("host", host="node-1")], run=SPOT) is None
+    )
+
+
+def test_labels_in_another_order_or_case_are_the_same_matches():
+    one = RunMatch(labels=(("pool", "spot"), ("zone", "a")))
+    other = RunMatch(labels=(("zone", "A"), ("pool", "Spot")))
+    with pytest.raises(ValueError, match="expected one price at a time for the same matches"):
+        PriceBook([replace(entry("p"), matches=one), replace(entry("q"), matches=other)])
+
+
+def test_while_labels_are_not_known_a_price_for_some_leaves_the_others_uncertain():
+    entries = [entry("any"), labelled("spot", pool="spot*")]
+    assert RUN.labels is None
+    assert certain(entries, RUN) is None
+    assert certain(entries[:1], RUN) == "any"
+    assert certain(entries, SPOT) == "spot"
+    assert certain(entries, replace(RUN, labels=())) == "any"
+    assert PriceBook(entries[1:]).may_have_price(RUN, HOUR)
+    assert not PriceBook(entries[1:]).may_have_price(replace(RUN, labels=()), HOUR)
+
+
+def test_a_reason_tells_of_labels_and_shows_none():
+    book = PriceBook([labelled("p", pool="big")])
+    assert book.why_no_price(SPOT, HOUR) == (
+        "no entry matches model 'Llama-8B', GPU 'NVIDIA H100 80GB HBM3', host 'node-1' and its"
+        " labels"
+    )
 
 
 # ---- the most specific

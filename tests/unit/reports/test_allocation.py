@@ -131,7 +131,7 @@ def test_rows_add_up_what_is_known_of_the_split_and_idle_time_has_none():
 def test_the_answer_says_what_was_asked_and_whether_it_adds_up():
     answer = ask(idle="even", window="2027-01-15T00:00:00Z,2027-01-17T00:00:00Z")
     assert {name: answer[name] for name in answer if name != "series"} == {
-        "aggregate": ["tenant", "model"], "covers": None, "idle": "even",
+        "aggregate": ["tenant", "model"], "covers": None, "engines": None, "idle": "even",
         "what_if_usd_per_gpu_hour": None, "wall_gpu_ns": 916, "wall_cost_nanousd": 916,
         "wall_cost_usd": "0.000000916", "kv_cost_nanousd": 0, "kv_cost_usd": "0.000000000",
         "adds_up": True, "difference_ns": 0,

@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 
-from vllm_cost_meter.reports.grammar import Question, question
+from vllm_cost_meter.reports.grammar import Question, engines_named, question
 
 NOW = 1_790_000_000 * 10**9  # 2026-09-21 14:13:20 UTC
 MIDNIGHT = NOW // 10**9 // 3600 - 14
@@ -57,6 +57,31 @@ def test_columns_are_told_apart_whether_shown_or_chosen_by():
 )
 def test_a_filter_is_values_by_column(text, conditions):
     assert question(filter=text).conditions == conditions
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("label:zone=a+label:pool=spot,big", "label:pool=big,spot+label:zone=a"),
+        ("label:pool=a tenant:x", "label:pool=a"),
+        ('label:pod="a,b","c+tenant:d","say ""x"""', None),
+        ("tenant:x", None),
+        (None, None),
+    ],
+)
+def test_labels_of_a_filter_choose_engines_and_are_told_as_a_filter(text, shown):
+    asked = question(filter=text)
+    if shown is not None:
+        assert asked.engines.text == shown
+    assert engines_named(asked.engines.text) == asked.engines
+    assert not any(name.startswith("label:") for name in asked.row_conditions)
+    assert "label:pool" not in asked.dimensions
+
+
+@pytest.mark.parametrize("text", ["tenant:a", "label:pool=a+model:m", "pool=spot", "label:pool"])
+def test_what_is_about_engines_as_a_whole_takes_labels_only(text):
+    with pytest.raises(ValueError, match="filter: expected"):
+        engines_named(text)
 
 
 def test_steps_and_what_if():

@@ -54,6 +54,10 @@ class PublicEconomics(TypedDict):
 class Economics(PublicEconomics):
     """The cost of tokens and requests, with totals, prices, load and latency."""
 
+    engines: str | None
+    """The filter that chooses engines by their labels: the figures are of these alone. Null for all
+    engines."""
+
     prices: list[PriceRow]
     """The prices that the costs were computed with, the earliest first."""
 
@@ -97,6 +101,8 @@ class ComparisonInputs(TypedDict):
     """For `what_if`: the supposed ratio of input to output tokens, such as `3:1`."""
     volume: list[str] | None
     """For `what_if`: the supposed tokens per month, such as `100M`."""
+    filter: str | None
+    """The filter that chooses engines by their labels; null for all engines."""
     accept_no_latency_promise: bool
     """Whether the note about latency is left out."""
 

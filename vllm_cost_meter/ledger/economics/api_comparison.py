@@ -36,6 +36,8 @@ from vllm_cost_meter.ledger.economics.answers import (
 from vllm_cost_meter.ledger.economics.query import read_figures, read_mix
 from vllm_cost_meter.ledger.queries.cut import AsOf, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.reports.engine_labels import EngineFilter
+from vllm_cost_meter.reports.grammar import engines_named
 from vllm_cost_meter.units.calendar import WEEK, hours_of_window, zone_of
 
 NO_PROMISE = (
@@ -66,11 +68,14 @@ class ComparisonQuestion:
     accept_no_latency_promise: bool = False
     # The zone of days in words such as `today`; the answer has the window in UTC.
     tz: str | None = None
+    # Which engines, by their labels; None for all.
+    filter: str | None = None
 
     def check(self) -> None:
         """Raise ValueError for what can be refused before offers are read."""
         if self.max_usd_per_m_output is not None:
             not_negative("max_usd_per_m_output", self.max_usd_per_m_output)
+        engines_named(self.filter)
 
     def inputs(self, prices: str | None) -> ComparisonInputs:
         """Return the question as its answer repeats it; `prices` is the price file."""
@@ -83,6 +88,7 @@ class ComparisonQuestion:
             "max_usd_per_m_output": self.max_usd_per_m_output,
             "ratio": self.ratio,
             "volume": list(self.volume) or None,
+            "filter": self.filter,
             "accept_no_latency_promise": self.accept_no_latency_promise,
         }
 
@@ -93,7 +99,8 @@ def compared(
     """Return the comparison. Raises ValueError for a question that is wrong or too large."""
     asked = _supposition(question.ratio, question.volume)
     hours = hours_of_window(question.window, zone=zone_of(question.tz))
-    found = _answer(reader, hours, offers, asked, question.max_usd_per_m_output)
+    engines = engines_named(question.filter)
+    found = _answer(reader, (hours, engines), offers, asked, question.max_usd_per_m_output)
     note = None if question.accept_no_latency_promise else NO_PROMISE
     return {"inputs": question.inputs(prices), "formula": FORMULA, **found, "note": note}
 
@@ -108,12 +115,13 @@ def _supposition(ratio: str | None, volumes: Sequence[str]) -> Supposition | Non
 
 def _answer(
     reader: LedgerReader,
-    hours: tuple[int | None, int | None],
+    of: tuple[tuple[int | None, int | None], EngineFilter],
     offers: Sequence[Offer],
     asked: Supposition | None,
     limit: float | None,
 ) -> Found:
-    with reader.at_cut(Window(*hours), AsOf(settle_s=0)) as (connection, cut):
+    hours, engines = of
+    with reader.at_cut(Window(*hours), AsOf(settle_s=0), engines) as (connection, cut):
         figures = read_figures(connection, cut, Declared(), ("cost_usd", "observed_seconds"))
         sent = list(read_mix(connection, cut))
     if len(sent) * len(offers) > PRICED_MAX:
@@ -134,7 +142,7 @@ def _answer(
         "mix": cast("MixRow", asdict(mix)),
         "self_hosted": {
             "provider": "self-hosted",
-            "model": "all of this ledger",
+            "model": engines.text or "all of this ledger",
             **_usd(mix, here),
             "source": "measured, idle included",
             "as_of": cut.at(),

@@ -59,15 +59,18 @@ _ID_OF_OTHER = "CASE WHEN r.reply_status IS NULL THEN r.http_request_id END"
 
 
 # Each table may name the tables before it. `query.py` replaces {hours}, {ended} and the like with
-# conditions on the window.
+# conditions on the window, and {of_hours} and the like with conditions on the engines that are
+# chosen: none for all engines.
 TABLES: Mapping[str, str] = {
+    # The runs of the engines that are chosen.
+    "chosen": "{chosen}",
     # Each engine's hours: all GPU time, and the part in which the GPUs worked. Then what bills have
     # beyond: the last ones of dead engines, and those of runs without totals, whose GPUs are NULL.
     "hours": f"""SELECT engine_hours.run_id, hour, engine_index, gpus,
        1.0 * ({_sum_of(CLASSES)}) AS gpu_ns,
        1.0 * ({_sum_of(BUSY)}) AS busy_ns, 1.0 * startup_ns AS startup_ns
 FROM engine_hours JOIN runs ON runs.run_id = engine_hours.run_id
-WHERE {{hours}}
+WHERE {{hours}}{{of_hours}}
 UNION ALL {{beyond}}""",
     # The time in each hour in which any engine ran.
     "observed": "{observed}",
@@ -94,9 +97,9 @@ WHERE gpu_ns > 0""",
 ) END AS usd FROM overhead""",
     # Sums of the window: of whole days where no price begins, ends or changes, else of hours.
     "sums": f"""SELECT group_id, first_hour AS hour, {_SUMMED}
-FROM rollup_days WHERE {{whole_days}}
+FROM rollup_days WHERE {{whole_days}}{{of_groups}}
 UNION ALL SELECT group_id, hour, {_SUMMED}
-FROM rollup_hours WHERE {{other_hours}}""",
+FROM rollup_hours WHERE {{other_hours}}{{of_groups}}""",
     # Prefill and decode: their time, and the tokens computed in it; and KV residency.
     "pieces": f"""SELECT 1.0 * prefill_ns AS prefill_ns, 1.0 * decode_ns AS decode_ns,
        prefill_tokens, decode_tokens, 1.0 * kv_block_ms AS kv_block_ms,
@@ -108,6 +111,7 @@ WHERE {" OR ".join(f"{name} <> 0" for name in _USED)}""",
     # The parts of ended exchanges by prompt. A prompt counts once, even if several parts share it.
     # A reply is beside the bill itself, in a row of its own (h), or beside another bill (b).
     "prompts": f"""SELECT COALESCE(r.http_request_id, r.run_id || '/' || r.seq) AS id,
+       MIN(r.run_id) AS run_id,
        MAX(CASE WHEN COALESCE(r.reply_status, h.status, b.reply_status) IS NULL
          THEN 0 ELSE 1 END) AS exchanges,
        MAX({ENDED_AT}) AS finished_at,
@@ -123,22 +127,21 @@ LEFT JOIN requests AS b
 WHERE {{ended}}
 GROUP BY COALESCE(r.http_request_id, r.run_id || '/' || r.seq),
          COALESCE(NULLIF(r.prompt_group, ''), r.request_id)""",
-    # One row for each exchange that ended.
+    # One row for each exchange that ended; it is of its parts' first run by name, as in the sums.
     "ended": """SELECT MAX(exchanges) AS exchanges, MAX(finished_at) AS finished_at,
        COALESCE(MAX(told_cached_tokens), SUM(cached_tokens)) AS cached_tokens,
        COALESCE(MAX(told_prompt_tokens), SUM(prompt_tokens)) AS prompt_tokens,
        COALESCE(MAX(told_output_tokens), SUM(output_tokens)) AS output_tokens,
        MIN(ttft_ms) AS ttft_ms, MAX(tpot_ms) AS tpot_ms, MAX(e2e_ms) AS e2e_ms,
        SUM(gpu_time_ns) AS gpu_time_ns
-FROM prompts GROUP BY id""",
+FROM prompts GROUP BY id{of_exchanges}""",
     # All of them, from the sums by hour.
     "ended_sums": """SELECT COALESCE(SUM(requests), 0) AS exchanges,
        COALESCE(SUM(prompt_tokens), 0) AS prompt_tokens,
        COALESCE(SUM(output_tokens), 0) AS output_tokens
 FROM sums""",
     # How long they took: histograms whose times are within 1 % of those that they stand for.
-    "latencies": """SELECT measure, about_us, SUM(exchanges) AS exchanges, SUM(sum_us) AS sum_us
-FROM rollup_latencies WHERE {hours} GROUP BY measure, about_us""",
+    "latencies": "{latencies}",
     # The deployments that ran in the window.
     "ran": """SELECT model, precision, vllm_version, hardware, gpus, parallelism FROM runs
 WHERE run_id IN (SELECT run_id FROM hours WHERE gpu_ns > 0)
@@ -151,15 +154,38 @@ WHERE (SELECT COUNT(*) FROM ran) = 1
   AND {_about("prompt_tokens", "s.input_tokens")}
   AND {_about("output_tokens", "s.output_tokens")}""",
     # The engine runs that began in the window.
-    "began": "SELECT run_id FROM runs WHERE {began}",
+    "began": "SELECT run_id FROM runs WHERE {began}{of_runs}",
     # The exchanges that arrived in the window: those with a bill, and those without one yet.
-    "arrived": """SELECT exchanges FROM rollup_arrivals WHERE {hours}
+    "arrived": "{arrived}",
+}
+# Histograms and arrivals are summed over all engines.
+LATENCIES_OF_ALL = """SELECT measure, about_us, SUM(exchanges) AS exchanges, SUM(sum_us) AS sum_us
+FROM rollup_latencies WHERE {hours} GROUP BY measure, about_us"""
+ARRIVED_OF_ALL = """SELECT exchanges FROM rollup_arrivals WHERE {hours}
 UNION ALL SELECT COUNT(*) FROM (
   SELECT COALESCE(http_request_id, request_id) AS id FROM open_requests AS o
   WHERE NOT EXISTS (SELECT 1 FROM requests AS r WHERE r.http_request_id = o.http_request_id)
-  GROUP BY COALESCE(http_request_id, request_id) HAVING {arrived}
-) AS waiting""",
-}
+  GROUP BY COALESCE(http_request_id, request_id) HAVING {came_first}
+) AS waiting"""
+# Of some engines the rows of requests tell them, and nobody where rows were dropped. What has no
+# bill yet is of no engine.
+LATENCIES_OF_SOME = "\nUNION ALL ".join(
+    f"SELECT '{name}' AS measure, {name}_ms * 1e3 AS about_us, 1 AS exchanges,"
+    f" {name}_ms * 1e3 AS sum_us FROM ended WHERE {name}_ms IS NOT NULL AND {{has_all_rows}}"
+    for name in ("ttft", "tpot", "e2e")
+)
+
+
+def _of_exchange(column: str) -> str:
+    parts = f"SELECT MIN(b.{column}) FROM requests AS b WHERE b.http_request_id = r.http_request_id"
+    return f"COALESCE(({parts}), r.{column})"
+
+
+ARRIVED_OF_SOME = f"""SELECT CASE WHEN {{has_all_rows}}
+  THEN COUNT(DISTINCT COALESCE(r.http_request_id, r.run_id || '/' || r.seq)) END AS exchanges
+FROM requests AS r WHERE {{came}}
+  AND {_of_exchange("started_at")} = r.started_at
+  AND {_of_exchange("run_id")} IN (SELECT chosen_run_id FROM chosen)"""
 
 
 # A percentile of more exchanges is read from the histograms, and one of a window whose rows were
@@ -309,7 +335,8 @@ FIGURES: Mapping[str, Figure] = {
     "arrivals": Figure(
         "",
         "exchanges that arrived, ended or not",
-        "(SELECT COALESCE(SUM(exchanges), 0) FROM arrived)",
+        "(SELECT CASE WHEN COUNT(*) = COUNT(exchanges) THEN COALESCE(SUM(exchanges), 0) END"
+        " FROM arrived)",
     ),
     "prompt_tokens": Figure(
         "",
@@ -437,3 +464,7 @@ FIGURES: Mapping[str, Figure] = {
 }
 # Answers have these figures only if latency bounds are declared.
 OF_SLO = tuple(name for name in FIGURES if "good" in name or "missed" in name)
+# Bills of the provider and declared overheads are of all engines: of some nobody knows these.
+OF_ALL_ENGINES = tuple(
+    name for name in FIGURES if "billed" in name or "blended" in name or "overhead" in name
+) + ("capture_rate",)

@@ -26,13 +26,24 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.economics import Declared, Sent
 from vllm_cost_meter.ledger.economics.answers import Deployment, Economics, FigureMethod
-from vllm_cost_meter.ledger.economics.figures import ENDED_AT, FIGURES, OF_SLO, TABLES
+from vllm_cost_meter.ledger.economics.figures import (
+    ARRIVED_OF_ALL,
+    ARRIVED_OF_SOME,
+    ENDED_AT,
+    FIGURES,
+    LATENCIES_OF_ALL,
+    LATENCIES_OF_SOME,
+    OF_ALL_ENGINES,
+    OF_SLO,
+    TABLES,
+)
 from vllm_cost_meter.ledger.economics.observed import engines_at_once, observed_ns
 from vllm_cost_meter.ledger.queries.costs import CutCosts, overheads_of
 from vllm_cost_meter.ledger.queries.cut import NOW, AsOf, Cut, Window
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.rollups.reading import other_hours, whole_days
 from vllm_cost_meter.prices.cost import Rates
+from vllm_cost_meter.reports.engine_labels import ALL_ENGINES, EngineFilter
 from vllm_cost_meter.reports.price_answers import PriceRow
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.money import NANOUSD_PER_USD
@@ -48,13 +59,15 @@ def economics(
     from_hour: int | None = None,
     to_hour: int | None = None,
     as_of: AsOf = NOW,
+    engines: EngineFilter = ALL_ENGINES,
 ) -> Economics:
     """Return the cost of a window's tokens and requests, with load and latency, ready for JSON.
 
     Hours count since the epoch, [from_hour, to_hour); None means no bound. `declared` has the
-    operator's latency bounds and full load.
+    operator's latency bounds and full load. Of some `engines`, figures about bills and overheads
+    are null, and rates are over the time in which any of these ran.
     """
-    with reader.at_cut(Window(from_hour, to_hour), as_of) as (connection, cut):
+    with reader.at_cut(Window(from_hour, to_hour), as_of, engines) as (connection, cut):
         figures = read_figures(connection, cut, declared, figures_shown(declared))
     return {
         "window": cut.window.as_dict(),
@@ -63,6 +76,7 @@ def economics(
         "slo": declared.slo(figures.get("good_requests_share")),
         "rows_kept_from": instant_of(cut.kept_from),
         "prices": cast("list[PriceRow]", CutCosts.of(cut).cost.listed()),
+        "engines": engines.text,
         "figures": figures,
     }
 
@@ -72,9 +86,11 @@ def method(
     declared: Declared,
     from_hour: int | None = None,
     to_hour: int | None = None,
+    engines: EngineFilter = ALL_ENGINES,
 ) -> list[FigureMethod]:
     """Return the unit, meaning and executed SQL of each figure for a window, ready for JSON."""
-    with reader.at_cut(Window(from_hour, to_hour), AsOf(settle_s=0)) as (_, cut):
+    window = Window(from_hour, to_hour)
+    with reader.at_cut(window, AsOf(settle_s=0), engines) as (_, cut):
         return [
             {
                 "figure": name,
@@ -178,13 +194,19 @@ def _expanded(name: str, cut: Cut, declared: Declared) -> str:
         if found[1] == "slo":
             return condition(declared)
         if found[1] == "has_all_rows":
-            return "1 = 1" if cut.has_all_rows else "1 = 0"
+            return _has_all_rows(cut)
         if found[1] == "theta_max":
             known = declared.theta_max
             return "CAST(NULL AS DOUBLE PRECISION)" if known is None else repr(known)
         return f"({_expanded(found[1], cut, declared)})"
 
+    if name in OF_ALL_ENGINES and not cut.engines.is_all:
+        return "CAST(NULL AS DOUBLE PRECISION)"
     return _NAMED.sub(of, FIGURES[name].expression)
+
+
+def _has_all_rows(cut: Cut) -> str:
+    return "1 = 1" if cut.has_all_rows else "1 = 0"
 
 
 def _values(cut: Cut) -> dict[str, str]:
@@ -204,12 +226,24 @@ def _values(cut: Cut) -> dict[str, str]:
     spans = _price_spans(cut)
     # A sum has one price: its run's at its first hour.
     splits = sorted({hour for _, *both, _ in spans for hour in both if hour % HOURS_PER_DAY})
-    return {
+    conditions = {
         "hours": between("hour", low, high),
+        "has_all_rows": _has_all_rows(cut),
+        "came": between("r.started_at", *began_us),
+        "came_first": between("MIN(started_at)", *began_us),
+    }
+    is_all = cut.engines.is_all
+    latencies, arrived = (
+        (LATENCIES_OF_ALL, ARRIVED_OF_ALL) if is_all else (LATENCIES_OF_SOME, ARRIVED_OF_SOME)
+    )
+    return {
+        **conditions,
+        **_conditions_on_engines(cut),
+        "latencies": latencies.format(**conditions),
+        "arrived": arrived.format(**conditions),
         "whole_days": _text(whole_days(window, splits)),
         "other_hours": _text(other_hours(window, splits)),
         "ended": between(ENDED_AT, *began_us),
-        "arrived": between("MIN(started_at)", *began_us),
         "began": between("started_at", *instants),
         "beyond": _beyond_table(cut),
         "observed": _observed_table(cut),
@@ -217,6 +251,22 @@ def _values(cut: Cut) -> dict[str, str]:
         "price": _price_table(spans),
         "overhead": _overhead_table(cut),
     }
+
+
+def _conditions_on_engines(cut: Cut) -> dict[str, str]:
+    """Return what is added to conditions, so that they hold for chosen engines only."""
+    nothing = "SELECT run_id AS chosen_run_id FROM runs WHERE 1 = 0"
+    rows = [(_quoted(run.run_id),) for run in cut.all_runs]
+    chosen = "IN (SELECT chosen_run_id FROM chosen)"
+    added = {
+        "of_hours": f" AND engine_hours.run_id {chosen}",
+        "of_groups": f" AND group_id IN (SELECT group_id FROM rollup_groups WHERE run_id {chosen})",
+        "of_exchanges": f" HAVING MIN(run_id) {chosen}",
+        "of_runs": f" AND run_id {chosen}",
+    }
+    if cut.engines.is_all:
+        return dict.fromkeys(added, "")
+    return {**added, "chosen": _table(("chosen_run_id",), rows, nothing)}
 
 
 # A run, hours [from, to) in which its price is the same, and that price; None where it has none.

@@ -5,12 +5,15 @@ The price book prices each hour of each run. Costs stay exact until an answer ro
 Invariant: a cost is null unless all time or energy in it has a price.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from sqlalchemy import ColumnElement, case
+
 from vllm_cost_meter.ledger.queries.cut import Cut
+from vllm_cost_meter.ledger.schema import prices, runs
 from vllm_cost_meter.prices.book import EnergyPrice, GpuHourPrice
 from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.prices.overheads import OverheadLine, overhead_lines
@@ -88,3 +91,24 @@ def overheads_of(cut: Cut, cost: Callable[[int, int], int | Fraction | None]) ->
     if first is None or last is None:
         return []
     return overhead_lines(cut.book.overheads, first, last, cost)
+
+
+# The columns that the price of a run depends on, in `runs` joined with `prices`.
+RUN_COLUMNS = (
+    runs.c.run_id,
+    runs.c.gpus,
+    runs.c.model,
+    runs.c.hardware,
+    runs.c.host,
+    runs.c.labels,
+    prices.c.usd_per_gpu_hour,
+    prices.c.usd_per_kv_block_hour,
+    prices.c.source.label("price_source"),
+)
+
+
+def stretch(hour: ColumnElement[int], changes: Sequence[int]) -> list[ColumnElement[Any]]:
+    """Return the SQL terms to group by, so that all hours in a group have one price."""
+    if not changes:
+        return []
+    return [case(*((hour < at, place) for place, at in enumerate(changes)), else_=len(changes))]

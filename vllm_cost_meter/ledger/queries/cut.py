@@ -13,7 +13,6 @@ Invariant: a cut gives the same figures whatever arrives after it was read. Only
 that were still on their way may be added. Every bill of a run that does not live is in the cut.
 """
 
-import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,6 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
-    case,
     select,
     true,
 )
@@ -58,6 +56,7 @@ from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.records.snapshot import CLASSES
 from vllm_cost_meter.reports.answers import Hours
+from vllm_cost_meter.reports.engine_labels import ALL_ENGINES, EngineFilter
 from vllm_cost_meter.units.calendar import FIRST_HOUR
 from vllm_cost_meter.units.time import (
     NS_PER_HOUR,
@@ -186,7 +185,7 @@ class RunCut(RunTime):
         about = ("running", "waiting", "kv_cache_usage", "steps", "errors", "state")
         return {
             **{name: self.row[name] for name in (*names, *more, *about)},
-            "labels": None if self.row["labels"] is None else json.loads(self.row["labels"]),
+            "labels": None if self.row["labels"] is None else dict(self.prices.labels),
             "alive": self.alive,
             "usd_per_gpu_hour": self.row["usd_per_gpu_hour"],
         }
@@ -203,8 +202,9 @@ class RunWithoutTotals(RunTime):
 class Cut:
     """All runs of a ledger: those with a snapshot at the latest one, and those without totals.
 
-    With `whose`, questions about bills read those of that tenant only, or of all below it too. Rows
-    of requests that ended before the hour `kept_from` may have been dropped; None if none were.
+    With `whose`, questions about bills read those of that tenant only, or of all below it too. With
+    `engines`, only runs with these labels are in the cut. Rows of requests that ended before the
+    hour `kept_from` may have been dropped; None if none were.
     """
 
     runs: tuple[RunCut, ...]
@@ -213,6 +213,28 @@ class Cut:
     whose: TenantScope | None = None
     without_totals: tuple[RunWithoutTotals, ...] = ()
     kept_from: int | None = None
+    engines: EngineFilter = ALL_ENGINES
+
+    def of_engines(self, engines: EngineFilter) -> "Cut":
+        """Return the cut of these engines alone.
+
+        Snapshots tell labels, so a run without totals is among those without the label.
+        """
+        if engines.is_all:
+            return self
+        return replace(
+            self,
+            runs=tuple(run for run in self.runs if engines.fits(run.prices.labels)),
+            without_totals=self.without_totals if engines.fits({}) else (),
+            engines=engines,
+        )
+
+    def has_run(self, run_id: ColumnElement[str]) -> ColumnElement[bool]:
+        """Return the SQL condition that a row is of a run in the cut."""
+        if self.engines.is_all:
+            return true()
+        ids = [[run.run_id] for run in self.all_runs]
+        return run_id.in_(select(given_rows("chosen", [("run_id", Text())], ids).c.run_id))
 
     @property
     def has_all_rows(self) -> bool:
@@ -473,23 +495,3 @@ def _energy(row: Mapping[str, Any]) -> dict[str, int]:
 
 def _sums(stretches: Mapping[int, Mapping[str, int]], names: Collection[str]) -> dict[str, int]:
     return {name: sum(classes[name] for classes in stretches.values()) for name in names}
-
-
-# The columns that the price of a run depends on, in `runs` joined with `prices`.
-RUN_COLUMNS = (
-    runs.c.run_id,
-    runs.c.gpus,
-    runs.c.model,
-    runs.c.hardware,
-    runs.c.host,
-    prices.c.usd_per_gpu_hour,
-    prices.c.usd_per_kv_block_hour,
-    prices.c.source.label("price_source"),
-)
-
-
-def stretch(hour: ColumnElement[int], changes: Sequence[int]) -> list[ColumnElement[Any]]:
-    """Return the SQL terms to group by, so that all hours in a group have one price."""
-    if not changes:
-        return []
-    return [case(*((hour < at, place) for place, at in enumerate(changes)), else_=len(changes))]

@@ -13,13 +13,11 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import COVERED_NAME, told
-from vllm_cost_meter.ledger.queries.cut import Window
+from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.ledger.rollups.reading import ended_in
 from vllm_cost_meter.ledger.schema import ENDED_AMOUNTS, runs
-from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.grammar import COVERED, Question
 
-EVERYTHING = Question()
 # Not a column of a group: the labels of its run.
 LABELS = "labels"
 Counts = tuple[int, int, int, int]
@@ -27,21 +25,19 @@ Counts = tuple[int, int, int, int]
 
 def count_ended(
     connection: Connection,
-    window: Window,
-    by: Sequence[str] = ("tenant",),
-    question: Question = EVERYTHING,
-    whose: TenantScope | None = None,
-    splits: Sequence[int] | None = (),
+    cut: Cut,
+    by: Sequence[str],
+    question: Question,
+    splits: Sequence[int] | None,
 ) -> dict[tuple[Any, ...], Counts]:
-    """Return the number of requests that ended in the window and their tokens, by group.
+    """Return the number of requests that ended in a cut's window and their tokens, by group.
 
     `by` names columns of a group, `labels` for those of the run, `hour` for the UTC hour in which
     a request ended, since the epoch, and `COVERED` for whether it is of the tenants that the
-    question means. With `whose` only requests of those tenants are read. `splits` says which hours
-    are kept apart; see `rollups.reading`.
+    question means. `splits` says which hours are kept apart; see `rollups.reading`.
     """
     names = columns_read(name for name in by if name != "hour")
-    e = ended_in(window, splits, names, whose).c
+    e = ended_in(cut, splits, names).c
     own = {LABELS: labels_of(e.run_id), COVERED: told(e, question)}
     keys = [own[name] if name in own else e[name] for name in by]
     groups = [COVERED_NAME if name == COVERED else key for name, key in zip(by, keys, strict=True)]

@@ -17,7 +17,8 @@ from sqlalchemy import ColumnElement, Select, Text, and_, case, cast, distinct, 
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import DETAILS_NAME, details_name, is_shown
-from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, bills_up_to, stretch
+from vllm_cost_meter.ledger.queries.costs import stretch
+from vllm_cost_meter.ledger.queries.cut import Cut, RunCut, bills_up_to
 from vllm_cost_meter.ledger.queries.own_bills import bills_of
 from vllm_cost_meter.ledger.retention.folding import NO_HOUR
 from vllm_cost_meter.ledger.schema import (
@@ -134,7 +135,8 @@ def _dropped(cut: Cut, question: Question) -> Select[Any]:
     return (
         select(details_name(g, question), g.run_id, first, func.sum(d.energy_mj))
         .join_from(dropped_hours, rollup_groups, g.group_id == d.group_id)
-        .where(cut.window.on_hours(d.hour), d.energies > 0, is_shown(g, cut.whose))
+        .where(cut.window.on_hours(d.hour), d.energies > 0)
+        .where(is_shown(g, cut.whose), cut.has_run(g.run_id))
         .group_by(DETAILS_NAME, g.run_id, *stretch(d.hour, cut.book.energy_price_changes()))
         .order_by(first)
     )
@@ -147,7 +149,7 @@ def _dropped_unknown(cut: Cut, question: Question) -> Select[Any]:
     bills: Select[Any] = select(name, func.sum(d.bills)).join_from(
         dropped_unknown_energy, rollup_groups, g.group_id == d.group_id
     )
-    bills = bills.where(is_shown(g, cut.whose)).group_by(DETAILS_NAME)
+    bills = bills.where(is_shown(g, cut.whose), cut.has_run(g.run_id)).group_by(DETAILS_NAME)
     if cut.window.is_all:
         return bills
     inside = cut.window.on_hours(d.hour), cut.window.on_hours(d.later_hour)

@@ -19,7 +19,8 @@ from sqlalchemy import ColumnElement, and_, exists, or_, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import is_shown
-from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, RUN_COLUMNS, lifetime_of
+from vllm_cost_meter.ledger.queries.costs import RUN_COLUMNS
+from vllm_cost_meter.ledger.queries.cut import DEAD_AFTER_NS, lifetime_of
 from vllm_cost_meter.ledger.queries.energy import PENDING
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.schema import (

@@ -20,6 +20,7 @@ from vllm_cost_meter.reports.allocation import report
 from vllm_cost_meter.reports.answers import EnginesPart, Report, ReportRow, Summary, TenantsReport
 from vllm_cost_meter.reports.facts import COUNTS
 from vllm_cost_meter.reports.grammar import Question
+from vllm_cost_meter.reports.price_answers import without_labels
 from vllm_cost_meter.reports.statement import OverheadCost, statement
 from vllm_cost_meter.reports.statement_answers import TenantStatement
 
@@ -31,7 +32,7 @@ def report_at(connection: Connection, cut: Cut, question: Question) -> Report:
     answer = {
         "window": {**cut.window.as_dict(), "tz": str(question.zone)},
         "taken_at": cut.at(),
-        "prices": costs.cost.listed(),
+        "prices": _listed(costs, is_for_tenant=question.only is not None),
         **report(facts, question, costs.price_of, costs.why_none),
         "idle_unseen": unseen(connection, question.idle.declared),
     }
@@ -78,11 +79,7 @@ def statement_at(
     """
     costs = CutCosts.of(cut)
     facts = read_facts(connection, cut, asked)
-    overhead, billed = bill_lines(connection, cut)
-    overhead += [
-        OverheadCost(line.overhead.name, line.overhead.source, line.nanousd)
-        for line in declared_overheads(cut)
-    ]
+    overhead, billed = _costs_beside(connection, cut)
     found = statement(
         facts,
         asked,
@@ -104,7 +101,7 @@ def statement_at(
         "preemption_paid_by": sorted(
             {run.row["preemption_paid_by"] for run in cut.runs if run.total_ns()}
         ),
-        "prices": costs.cost.listed(),
+        "prices": _listed(costs, is_for_tenant=asked.names_tenants),
         "billed": billed,
         **found,
         "idle_unseen": unseen(connection, asked.idle.declared),
@@ -112,9 +109,30 @@ def statement_at(
     return cast("TenantStatement", answer)
 
 
+def _costs_beside(
+    connection: Connection, cut: Cut
+) -> tuple[list[OverheadCost], dict[str, Any] | None]:
+    """Return the costs beside those of the engines' time, and what bills of the provider cover.
+
+    They are of all engines together. To give a part of them to some engines would be to guess.
+    """
+    if not cut.engines.is_all:
+        return [], None
+    lines, billed = bill_lines(connection, cut)
+    declared = declared_overheads(cut)
+    lines += [OverheadCost(of.overhead.name, of.overhead.source, of.nanousd) for of in declared]
+    return lines, billed
+
+
+def _listed(costs: CutCosts, *, is_for_tenant: bool) -> list[dict[str, Any]]:
+    """Return the prices as their reader may see them."""
+    prices = costs.cost.listed()
+    return without_labels(prices) if is_for_tenant else prices
+
+
 # A summary leaves out these keys of a report by tenant.
 _OF_ROWS = (
-    *("aggregate", "covers", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"),
+    *("aggregate", "covers", "engines", "idle", "idle_unseen", "what_if_usd_per_gpu_hour"),
     "series",
 )
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import is_shown
 from vllm_cost_meter.ledger.queries.cost_models import models
-from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
+from vllm_cost_meter.ledger.queries.costs import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.energy import select_parts
 from vllm_cost_meter.ledger.queries.open_requests import Living, is_billed, open_parts
 from vllm_cost_meter.ledger.schema import (

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, open_to_read
 from vllm_cost_meter.ledger.queries.bill_count import BillCount, Spent
-from vllm_cost_meter.ledger.queries.cut import RUN_COLUMNS
+from vllm_cost_meter.ledger.queries.costs import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.heard import Heard, Instant, LatestSnapshot
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
 from vllm_cost_meter.ledger.queries.standings import Priced, standing_of

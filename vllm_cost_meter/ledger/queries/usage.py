@@ -22,8 +22,8 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import COVERED_NAME, HIDDEN, told
 from vllm_cost_meter.ledger.ends.run_time import RunTime
-from vllm_cost_meter.ledger.queries.costs import CutCosts
-from vllm_cost_meter.ledger.queries.cut import Cut, stretch
+from vllm_cost_meter.ledger.queries.costs import CutCosts, stretch
+from vllm_cost_meter.ledger.queries.cut import Cut
 from vllm_cost_meter.ledger.queries.ended import LABELS, columns_read, count_ended, labels_of
 from vllm_cost_meter.ledger.queries.tenants import tenant_facts
 from vllm_cost_meter.ledger.rollups.reading import usage_at
@@ -59,10 +59,11 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
     columns = tuple(dict.fromkeys(_column(name) for name in dimensions))
     usage = _usage(connection, cut, question, columns)
     ended = _ended(connection, cut, question, columns)
+    labels = {run.run_id: _labels_asked(run, question) for run in cut.all_runs}
     facts = Facts(
         used=usage.used if cut.whose is None else [*usage.used, *_of_others(cut, question)],
         other_time=[
-            Used(run.run_id, hour, (name,), ns)
+            Used(run.run_id, hour, (name, *labels[run.run_id]), ns)
             for run in cut.all_runs
             for name in OTHER_ROWS
             for hour, ns in _hours_of(cut, run, question, name).items()
@@ -80,6 +81,12 @@ def read_facts(connection: Connection, cut: Cut, question: Question) -> Facts:
     if not question.is_by_tenant:
         return facts
     return _with_details(connection, cut, facts, question, usage.sums)
+
+
+def _labels_asked(run: RunTime, question: Question) -> Key:
+    """Return a run's values of the labels that a question tells apart."""
+    labels = run.prices.labels
+    return tuple(labels.get(name.removeprefix(LABEL), UNALLOCATED) for name in question.labels)
 
 
 def _of_others(cut: Cut, question: Question) -> list[Used]:
@@ -139,7 +146,7 @@ def _ended(
 ) -> list[Ended]:
     apart = question.tells_hours_apart
     by = ("hour", *columns) if apart else tuple(columns)
-    ended = count_ended(connection, cut.window, by, question, cut.whose, _splits(cut, question))
+    ended = count_ended(connection, cut, by, question, _splits(cut, question))
     key_of = _key_of_values(question.dimensions, columns)
     return [
         Ended(values[0] if apart else None, key_of(values[1:] if apart else values), counts)

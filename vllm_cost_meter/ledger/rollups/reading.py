@@ -24,7 +24,6 @@ from vllm_cost_meter.ledger.schema import (
     usage_pieces,
 )
 from vllm_cost_meter.ledger.tables.pieces import PIECE_HOUR, PIECES_OF_BILL, summed_amount
-from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 
 
@@ -39,33 +38,30 @@ def usage_at(
     piece in it.
     """
     first, hour = rollup_days.c.first_hour, rollup_hours.c.hour
+    meant = _is_meant(cut)
     # Without a first hour nothing was used.
-    days = _sums(rollup_days, first, names, amounts, cut.whose).where(
+    days = _sums(rollup_days, first, names, amounts, meant).where(
         whole_days(cut.window, splits), first.is_not(None)
     )
-    hours = _sums(rollup_hours, hour, names, amounts, cut.whose).where(
+    hours = _sums(rollup_hours, hour, names, amounts, meant).where(
         other_hours(cut.window, splits), or_(*(rollup_hours.c[name] != 0 for name in amounts))
     )
     return union_all(days, hours, *_after(cut, names, amounts)).subquery("usage")
 
 
-def ended_in(
-    window: Window,
-    splits: Sequence[int] | None,
-    names: Sequence[str],
-    whose: TenantScope | None = None,
-) -> Subquery:
-    """Return the exchanges that ended in a window, of one tenant or all, as rows to be added up.
+def ended_in(cut: Cut, splits: Sequence[int] | None, names: Sequence[str]) -> Subquery:
+    """Return the exchanges that ended in a cut's window, as rows to be added up.
 
     The row of a whole day has that day's first hour; see `usage_at`.
     """
     tables = [
-        (rollup_days, rollup_days.c.day * HOURS_PER_DAY, whole_days(window, splits)),
-        (rollup_hours, rollup_hours.c.hour, other_hours(window, splits)),
+        (rollup_days, rollup_days.c.day * HOURS_PER_DAY, whole_days(cut.window, splits)),
+        (rollup_hours, rollup_hours.c.hour, other_hours(cut.window, splits)),
     ]
+    meant = _is_meant(cut)
     return union_all(
         *(
-            _sums(table, hour, names, ENDED_AMOUNTS, whose).where(
+            _sums(table, hour, names, ENDED_AMOUNTS, meant).where(
                 where, or_(*(table.c[name] != 0 for name in ENDED_AMOUNTS))
             )
             for table, hour, where in tables
@@ -73,21 +69,27 @@ def ended_in(
     ).subquery("ended")
 
 
+def _is_meant(cut: Cut) -> ColumnElement[bool]:
+    """Return the condition that a group is of the cut's tenant and engines; once for a query."""
+    g = rollup_groups.c
+    return and_(is_shown(g, cut.whose), cut.has_run(g.run_id))
+
+
 def _sums(
     table: Table,
     hour: Any,
     names: Sequence[str],
     amounts: Sequence[str],
-    whose: TenantScope | None,
+    meant: ColumnElement[bool],
 ) -> Select[Any]:
-    """Select rows of a table with these columns of their group, of one tenant or all."""
+    """Select rows of a table with these columns of their group, of the groups that are meant."""
     g = rollup_groups.c
     return (
         select(
             hour.label("hour"), *(g[name] for name in names), *(table.c[name] for name in amounts)
         )
         .join(rollup_groups, g.group_id == table.c.group_id)
-        .where(is_shown(g, whose))
+        .where(meant)
     )
 
 
