@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Table, delete, exists, select, text
+from sqlalchemy import Table, delete, exists, func, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
@@ -43,6 +43,7 @@ FACT_TABLES = {table.name: table for table in (*FACTS, *OF_FIRST_JOINING)}
 _STATES = {table.name: table for table in STATES}
 _SUMS = {table.name: table for table in SUMS}
 
+_NEVER = rfc3339(0)
 # "join": a number of our own among PostgreSQL's locks.
 _JOINING_LOCK = 0x6A6F696E
 
@@ -59,13 +60,18 @@ NOTHING = Reached(-1, "")
 
 
 class Shipment(NamedTuple):
-    """Rows of an outbox that are sent together."""
+    """Rows of an outbox that are sent together.
+
+    `all_until_ns` is when the ledger held nothing but this and what was sent before, by the
+    sender's clock; None if it holds more.
+    """
 
     sender_id: str
     first_number: int
     last_number: int
     last_digest: str
     interval_s: float
+    all_until_ns: int | None
     tables: Sequence[TableRows]
 
 
@@ -87,11 +93,14 @@ def digest_of(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def shipment_of(sender_id: str, rows: Sequence[tuple[int, bytes]], interval_s: float) -> Shipment:
+def shipment_of(
+    sender_id: str, rows: Sequence[tuple[int, bytes]], interval_s: float, all_until_ns: int | None
+) -> Shipment:
     """Return rows of an outbox, numbered without a gap, as one shipment."""
     tables = [each for _, content in rows for each in unpacked(content)]
     (first, _), (last, content) = rows[0], rows[-1]
-    return Shipment(sender_id, first, last, digest_of(content), interval_s, merged(tables))
+    digest = digest_of(content)
+    return Shipment(sender_id, first, last, digest, interval_s, all_until_ns, merged(tables))
 
 
 def merged(tables: Iterable[TableRows]) -> list[TableRows]:
@@ -223,17 +232,26 @@ def insert_tables(connection: Connection, shipment: Shipment, tables: Iterable[T
 
 def _begin(connection: Connection, shipment: Shipment) -> bool:
     """Insert the row of a shipment; return False if there is one that begins there."""
+    until_ns = shipment.all_until_ns
+    sent_at = _all_until(connection, shipment.sender_id) if until_ns is None else rfc3339(until_ns)
     statement = postgresql.insert(shipments).values(
         sender_id=shipment.sender_id,
         first_number=shipment.first_number,
         last_number=shipment.last_number,
         last_digest=shipment.last_digest,
-        sent_at=rfc3339(time.time_ns()),
+        sent_at=sent_at,
         received_at=now_text(),
         interval_s=shipment.interval_s,
     )
     new = statement.on_conflict_do_nothing().returning(shipments.c.first_number)
     return connection.execute(new).first() is not None
+
+
+def _all_until(connection: Connection, sender_id: str) -> str:
+    """Return until when the fleet has all that a sender's ledger held."""
+    c = shipments.c
+    asked = select(func.max(c.sent_at)).where(c.sender_id == sender_id)
+    return connection.execute(asked).scalar() or _NEVER
 
 
 def _join(connection: Connection, sender_id: str, joining: Joining) -> None:
