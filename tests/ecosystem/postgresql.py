@@ -14,11 +14,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+
+from tests.ecosystem.small_disk import SmallDisk, small_disk
 
 USER = "meter"
 # Debian keeps the server's programs out of PATH, a folder for each version.
@@ -42,11 +45,84 @@ def program(name: str) -> str:
 
 
 class Server:
-    """A server that is up."""
+    """A server that is up, unless it was killed or its disk is full."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, user: pwd.struct_passwd | None, disk: SmallDisk | None = None
+    ) -> None:
         self._folder = folder
+        self._user = user
         self._databases = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self.disk = disk
+
+    @property
+    def socket(self) -> Path:
+        """The socket on which it listens."""
+        return self._folder / ".s.PGSQL.5432"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process is gone, as after a write-ahead log that had no space."""
+        return self._process is None or self._process.poll() is not None
+
+    def make(self) -> None:
+        """Make its files."""
+        self._run([program("initdb"), *_initdb_options(), "-D", str(self._folder / "data")])
+
+    def start(self) -> None:
+        """Start it on its files, and wait until it answers."""
+        options = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self._folder),
+            "fsync": "off",
+        }
+        command = [program("postgres"), "-D", str(self._folder / "data")]
+        command += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._inside(command),
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+                **self._as_user(),
+            )
+        self._wait(self._process)
+
+    def stop(self) -> None:
+        """Stop it, if it is up."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)  # the fast shutdown: sessions are ended
+            self._process.wait(START_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """End all its processes at once."""
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(START_TIMEOUT_S)
+
+    def _inside(self, command: list[str]) -> list[str]:
+        return command if self.disk is None else self.disk.inside(command)
+
+    def _as_user(self) -> dict[str, object]:
+        # Only root may enter the namespace of its disk; the user changes there.
+        return _as(self._user) if self.disk is None else {}
+
+    def _run(self, command: list[str]) -> None:
+        _run(self._inside(command), **self._as_user())
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        until = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                psycopg.connect(**_at(self._folder)).close()
+                return
+            except psycopg.OperationalError:
+                if process.poll() is not None or time.monotonic() > until:
+                    raise AssertionError((self._folder / "log").read_text()) from None
+                time.sleep(0.05)
 
     @contextmanager
     def pooled(self, url: str, sessions: int) -> Iterator[str]:
@@ -89,46 +165,23 @@ ignore_startup_parameters = extra_float_digits
 
 
 @contextmanager
-def postgresql() -> Iterator[Server]:
-    """Serve one in a new folder."""
+def postgresql(disk_mib: int | None = None) -> Iterator[Server]:
+    """Serve one in a new folder; with `disk_mib` its files are on a disk of that size."""
     # Not below pytest's folder, which other users may not enter.
     folder = Path(tempfile.mkdtemp(prefix="cost-meter-pg-"))
     user = _unprivileged()
     if user is not None:
         os.chown(folder, user.pw_uid, user.pw_gid)
-    try:
-        _run(user, [program("initdb"), *_initdb_options(), "-D", str(folder / "data")])
-        with _serving(user, folder):
-            yield Server(folder)
-    finally:
-        shutil.rmtree(folder)
-
-
-@contextmanager
-def _serving(user: pwd.struct_passwd | None, folder: Path) -> Iterator[None]:
-    options = {"listen_addresses": "", "unix_socket_directories": str(folder), "fsync": "off"}
-    command = [program("postgres"), "-D", str(folder / "data")]
-    command += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd="/", **_as(user))
-    try:
-        _wait(server, folder)
-        yield
-    finally:
-        server.send_signal(signal.SIGINT)  # the fast shutdown: sessions are ended
-        server.wait(START_TIMEOUT_S)
-
-
-def _wait(server: subprocess.Popen[bytes], folder: Path) -> None:
-    until = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            psycopg.connect(**_at(folder)).close()
-            return
-        except psycopg.OperationalError:
-            if server.poll() is not None or time.monotonic() > until:
-                raise AssertionError((folder / "log").read_text()) from None
-            time.sleep(0.05)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
+        disk = None
+        if disk_mib is not None:
+            disk = stack.enter_context(small_disk(folder / "data", disk_mib, user))
+        server = Server(folder, user, disk)
+        server.make()
+        stack.callback(server.stop)
+        server.start()
+        yield server
 
 
 def _at(folder: Path) -> dict[str, str]:
@@ -137,7 +190,7 @@ def _at(folder: Path) -> dict[str, str]:
 
 def _initdb_options() -> list[str]:
     options = ["--auth=trust", f"--username={USER}", "--encoding=UTF8", "--no-sync"]
-    version = re.search(r"\d+", _run(None, [program("initdb"), "--version"]))
+    version = re.search(r"\d+", _run([program("initdb"), "--version"]))
     assert version is not None
     if int(version[0]) >= 15:
         return [*options, "--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en-US"]
@@ -160,7 +213,7 @@ def _as(user: pwd.struct_passwd | None) -> dict[str, object]:
     return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
-def _run(user: pwd.struct_passwd | None, command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", **_as(user))
+def _run(command: list[str], **options: Any) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", **options)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -4,11 +4,11 @@ A snapshot says the number of the last bill that it counts, and what the bills a
 of which every number is there, with that sum, is whole up to its last snapshot. Whether there were
 later bills:
 
-- While its server sends, they are on their way.
+- While an engine lives and its server sends, they are on their way.
 - A server that stops says that it has sent everything.
-- An outbox is sent in order, so a ledger that has sent anything since a run died has sent all that
-  it has of that run. An engine tells of itself each second: it was dead if it said nothing for
-  long.
+- A ledger that has sent all it held at an instant when a run was dead has sent all that it has of
+  that run. An engine tells of itself each second: it was dead if it said nothing for long. Until
+  then a server that sends again, after a run died, may still hold bills of it.
 - Of a run that died together with its server, nobody knows.
 
 Clocks of other machines decide nothing: what came, and how long ago, is by the database's own.
@@ -47,9 +47,10 @@ NAMED_MAX = 1_000
 
 
 class _Sender(NamedTuple):
-    """A sender: its machine, its last shipment by its own clock, and what may still come from it.
+    """A sender: its machine, until when the fleet has all of it, and what may still come from it.
 
-    `is_heard` is whether it still sends, and `has_ended` whether it said that this was all.
+    `sent_at` is by its own clock. `is_heard` is whether it still sends, and `has_ended` whether it
+    said that this was all.
     """
 
     host: str
@@ -113,13 +114,13 @@ def _senders(connection: Connection) -> Mapping[str, _Sender]:
 
 
 def _run(run: AuditRun, tellers: Sequence[_Sender]) -> FleetRun:
-    is_known = any(sender.is_heard or sender.has_ended for sender in tellers)
+    has_ended = any(sender.has_ended for sender in tellers)
     is_heard = any(sender.is_heard for sender in tellers)
     last_word = max((sender.sent_at for sender in tellers), default=None)
     return {
         "run_id": run["run_id"],
         "host": run["host"],
-        "state": _state(run, last_word, is_heard=is_heard, is_known=is_known),
+        "state": _state(run, last_word, is_heard=is_heard, has_ended=has_ended),
         "last_seq": run["last_seq"],
         "missing_bills": run["missing_bills"],
         "held_by": sorted({sender.host for sender in tellers}),
@@ -128,13 +129,14 @@ def _run(run: AuditRun, tellers: Sequence[_Sender]) -> FleetRun:
 
 
 def _state(
-    run: Mapping[str, Any], last_word: str | None, *, is_heard: bool, is_known: bool
+    run: Mapping[str, Any], last_word: str | None, *, is_heard: bool, has_ended: bool
 ) -> RunState:
-    """Return the state of a run; `is_known` says whether its server's word covers all of it."""
+    """Return the state of a run by what its senders have said."""
     if run["missing_bills"] or run["ledger_difference_ns"]:
         return "arriving" if is_heard else "missing"
-    if is_known:
+    if has_ended or (is_heard and run["alive"]):
         return "complete"
     dead_at = rfc3339(unix_ns_of(run["heard_at"]) + DEAD_AFTER_NS)
-    is_behind = not run["alive"] and last_word is not None and last_word > dead_at
-    return "complete" if is_behind else "unknown"
+    if not run["alive"] and last_word is not None and last_word > dead_at:
+        return "complete"
+    return "arriving" if is_heard else "unknown"

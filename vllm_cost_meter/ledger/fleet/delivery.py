@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Table, select, text
+from sqlalchemy import Table, func, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
@@ -42,6 +42,7 @@ from vllm_cost_meter.units.time import rfc3339
 _INTO = {**FACT_TABLES, **KEPT_ROWS, **TOLD}
 _MADE = {table.name: table for table in (tails, told_open_requests)}
 
+_NEVER = rfc3339(0)
 # "join": a number of our own among PostgreSQL's locks.
 _JOINING_LOCK = 0x6A6F696E
 
@@ -151,16 +152,25 @@ def insert_tables(connection: Connection, shipment: Shipment, tables: Iterable[T
 
 def _begin(connection: Connection, shipment: Shipment) -> None:
     """Insert the row of a shipment. Fails if there is one that begins there."""
+    until_ns = shipment.all_until_ns
+    sent_at = _all_until(connection, shipment.sender_id) if until_ns is None else rfc3339(until_ns)
     row = {
         "sender_id": shipment.sender_id,
         "first_number": shipment.first_number,
         "last_number": shipment.last_number,
         "last_digest": shipment.last_digest,
-        "sent_at": rfc3339(time.time_ns()),
+        "sent_at": sent_at,
         "received_at": now_text(),
         "interval_s": shipment.interval_s,
     }
     connection.execute(shipments.insert().values(row))
+
+
+def _all_until(connection: Connection, sender_id: str) -> str:
+    """Return until when the fleet has all that a sender's ledger held."""
+    c = shipments.c
+    asked = select(func.max(c.sent_at)).where(c.sender_id == sender_id)
+    return connection.execute(asked).scalar() or _NEVER
 
 
 def _join(connection: Connection, sender_id: str, joining: Joining) -> None:

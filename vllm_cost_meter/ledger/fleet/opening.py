@@ -12,6 +12,7 @@ from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.connections.postgresql import connect_options
 from vllm_cost_meter.ledger.database import cause_of, parse_url
 from vllm_cost_meter.ledger.fleet.migrating import migrate
 from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, has_fleet
@@ -91,9 +92,7 @@ def fleet_name(url: str) -> str:
 
 
 def _engine(url: URL) -> Engine:
-    # A pooler in transaction mode gives each transaction another session, and with it none of the
-    # statements that were prepared.
-    options = {"prepare_threshold": None, "connect_timeout": _CONNECT_TIMEOUT_S}
+    options = {**connect_options(url), "connect_timeout": _CONNECT_TIMEOUT_S}
     return create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=options)
 
 

@@ -98,6 +98,8 @@ shipments = Table(
     Column("last_number", BigInteger, nullable=False),
     # Of the last row's content: a ledger that was copied or restored goes on otherwise.
     Column("last_digest", Text, nullable=False),
+    # Until then the fleet has with it all that the ledger held: the instant of sending, unless more
+    # waited. By the clock of the sender.
     Column("sent_at", KeyText, nullable=False),
     # By the clock of the database.
     Column("received_at", KeyText, nullable=False),

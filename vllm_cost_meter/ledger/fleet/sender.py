@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError, in_one_line
+from vllm_cost_meter.ledger.catching_up import waiting_records
 from vllm_cost_meter.ledger.database import (
     cause_of,
     open_database,
@@ -93,6 +94,8 @@ class FleetSender:
         self._sent = SentSince()
         self._tidy_at_s = 0.0
         self._may_tidy = True
+        # What a process left in its journals is in no outbox yet.
+        self._has_caught_up = False
 
     def step(self) -> bool:
         """Send what waits, up to one shipment; return whether more may wait.
@@ -110,10 +113,11 @@ class FleetSender:
     def end(self) -> None:
         """Say that the fleet has all of the ledger, and that its server stops.
 
-        Raises LedgerError if either database fails.
+        Says nothing if more waits, in the outbox or in a journal. Raises LedgerError if either
+        database fails.
         """
         ledger, fleet = self._ledger, self._fleet
-        if ledger is None or fleet is None:
+        if ledger is None or fleet is None or not _is_applied(self._ledger_url):
             return
         with self._ledger_errors(), ledger.connect() as connection:
             sender = outbox.read_sender(connection)
@@ -147,6 +151,7 @@ class FleetSender:
         self._ledger = self._fleet = self._rowless = self._known_id = None
 
     def _step(self) -> bool:
+        read_at_ns = self._look_at_journals()
         ledger, sender, rows = self._looked()
         if self._fleet is None:
             self._fleet = open_fleet(self._fleet_url)
@@ -169,7 +174,10 @@ class FleetSender:
             if self._files is not None and self._files.is_due():
                 self._file(ledger, sender, self._files)
             return False
-        shipment = self._shipment(ledger, fleet, sender, rows)
+        is_all = self._has_caught_up and rows[-1][0] == sender.last_number
+        until_ns = read_at_ns if is_all else None
+        shipment = shipment_of(sender.sender_id, rows, self._interval_s, until_ns)
+        shipment = shipment._replace(tables=self._to_send(ledger, fleet, sender, shipment))
         have = self._delivered(fleet, shipment)
         if have is None:
             self._note_sent(ledger, shipment.last_number)
@@ -192,12 +200,17 @@ class FleetSender:
             with writing(ledger).begin() as connection:
                 return ledger, outbox.begin(connection), []
 
-    def _shipment(
-        self, ledger: Engine, fleet: Engine, sender: Sender, rows: Sequence[tuple[int, bytes]]
-    ) -> Shipment:
-        shipment = shipment_of(sender.sender_id, rows, self._interval_s)
+    def _look_at_journals(self) -> int:
+        """Learn whether the ledger has what journals held when this process began; return when."""
+        self._has_caught_up = self._has_caught_up or _is_applied(self._ledger_url)
+        return time.time_ns()
+
+    def _to_send(
+        self, ledger: Engine, fleet: Engine, sender: Sender, shipment: Shipment
+    ) -> Sequence[TableRows]:
+        """Return the rows that are sent of a shipment."""
         if self._rows == WITH_ROWS:
-            return shipment
+            return shipment.tables
         if self._rowless is None:
             with (
                 self._ledger_errors(),
@@ -206,7 +219,7 @@ class FleetSender:
                 fleet.begin() as connection,
             ):
                 self._rowless = Rowless.recovered(connection, own, sender)
-        return shipment._replace(tables=self._rowless.sent(shipment.tables))
+        return self._rowless.sent(shipment.tables)
 
     def _file(self, ledger: Engine, sender: Sender, files: RowFiles) -> None:
         """Put what was sent into files, and then take it out of the outbox."""
@@ -271,6 +284,7 @@ class FleetSender:
 
     def _send_sums(self, ledger: Engine, fleet: Engine, sender: Sender) -> Reached:
         joining = Joining(platform.node(), __version__, self._rows, sender.retired)
+        read_at_ns = self._look_at_journals()
         # One state of the ledger: its sums, and the outbox up to which they have everything.
         with self._ledger_errors(), ledger.begin() as reading:
             now = outbox.read_sender(reading)
@@ -278,7 +292,10 @@ class FleetSender:
                 raise LedgerError("fleet: the ledger began to send under another name meanwhile")
             last = outbox.next_rows(reading, now.last_number - 1, 1)
             digest = digest_of(last[0][1]) if last else ""
-            shipment = Shipment(sender.sender_id, 0, now.last_number, digest, self._interval_s, ())
+            until_ns = read_at_ns if self._has_caught_up else None
+            shipment = Shipment(
+                sender.sender_id, 0, now.last_number, digest, self._interval_s, until_ns, ()
+            )
             with self._fleet_errors(), fleet.begin() as connection:
                 is_first = not any(reached(connection, name) for name in sender.retired)
                 all_rows = self._all_rows(reading, is_first=is_first)
@@ -346,6 +363,14 @@ class FleetSender:
             yield
         except SQLAlchemyError as error:
             raise failed(self._fleet_url, error) from error
+
+
+def _is_applied(ledger_url: str) -> bool:
+    """Return whether the ledger has what its journals hold now; False if that cannot be told."""
+    try:
+        return waiting_records(ledger_url) == 0
+    except LedgerError:
+        return False
 
 
 def _is_gapless(rows: Sequence[tuple[int, bytes]], sender: Sender) -> bool:

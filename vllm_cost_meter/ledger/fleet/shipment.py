@@ -28,13 +28,18 @@ SUM_TABLES = {table.name: table for table in SUMS}
 
 
 class Shipment(NamedTuple):
-    """Rows of an outbox that are sent together."""
+    """Rows of an outbox that are sent together.
+
+    `all_until_ns` is when the ledger held nothing but this and what was sent before, by the
+    sender's clock; None if it holds more.
+    """
 
     sender_id: str
     first_number: int
     last_number: int
     last_digest: str
     interval_s: float
+    all_until_ns: int | None
     tables: Sequence[TableRows]
 
 
@@ -43,11 +48,14 @@ def digest_of(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def shipment_of(sender_id: str, rows: Sequence[tuple[int, bytes]], interval_s: float) -> Shipment:
+def shipment_of(
+    sender_id: str, rows: Sequence[tuple[int, bytes]], interval_s: float, all_until_ns: int | None
+) -> Shipment:
     """Return rows of an outbox, numbered without a gap, as one shipment."""
     tables = [each for _, content in rows for each in unpacked(content)]
     (first, _), (last, content) = rows[0], rows[-1]
-    return Shipment(sender_id, first, last, digest_of(content), interval_s, merged(tables))
+    digest = digest_of(content)
+    return Shipment(sender_id, first, last, digest, interval_s, all_until_ns, merged(tables))
 
 
 def merged(tables: Iterable[TableRows]) -> list[TableRows]:

@@ -1,0 +1,1 @@
+"""How connections to the databases of ledgers and fleets are made."""
