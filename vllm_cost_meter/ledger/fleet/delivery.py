@@ -30,7 +30,9 @@ from vllm_cost_meter.ledger.fleet.schema import (
     senders,
     shared_runs,
     shipments,
+    told_running,
 )
+from vllm_cost_meter.ledger.fleet_use.running import NOTHING_RUNS
 from vllm_cost_meter.ledger.rollups.bill_sums import BillSums
 from vllm_cost_meter.units.time import rfc3339
 
@@ -59,7 +61,11 @@ NOTHING = Reached(-1, "")
 
 
 class Shipment(NamedTuple):
-    """Rows of an outbox that are sent together."""
+    """Rows of an outbox that are sent together.
+
+    `running` is what runs at the server once its ledger has these rows and no more; None if the
+    ledger has more, or if that is what was told before.
+    """
 
     sender_id: str
     first_number: int
@@ -67,6 +73,7 @@ class Shipment(NamedTuple):
     last_digest: str
     interval_s: float
     tables: Sequence[TableRows]
+    running: str | None = None
 
 
 class Joining(NamedTuple):
@@ -178,6 +185,7 @@ def deliver(connection: Connection, shipment: Shipment) -> Reached | None:
     if not _begin(connection, shipment):
         return reached(connection, shipment.sender_id)  # Another process was faster.
     insert_tables(connection, shipment, shipment.tables)
+    _tell_running(connection, shipment)
     return None
 
 
@@ -197,6 +205,7 @@ def deliver_all(
     _join(connection, shipment.sender_id, joining)
     for each in tables:
         insert_tables(connection, shipment, [each])
+    _tell_running(connection, shipment)
     _share_runs(connection, shipment.sender_id)
     return None
 
@@ -245,6 +254,23 @@ def _join(connection: Connection, sender_id: str, joining: Joining) -> None:
         for name in joining.retires
     ]
     _insert(connection, retired_senders, retired)
+    for name in joining.retires:
+        if (have := reached(connection, name)) is not None:
+            _tell_end(connection, name, have.last_number)
+
+
+def _tell_running(connection: Connection, shipment: Shipment) -> None:
+    if shipment.running is not None:
+        number = 2 * shipment.last_number
+        told = {"sender_id": shipment.sender_id, "number": number, "content": shipment.running}
+        _insert(connection, told_running, [told])
+
+
+def _tell_end(connection: Connection, sender_id: str, last_number: int) -> None:
+    """Tell that nothing runs at a sender after this row of its outbox; a later shipment may."""
+    # What runs after a shipment has an even number, so the one between two is free.
+    told = {"sender_id": sender_id, "number": 2 * last_number + 1, "content": NOTHING_RUNS}
+    _insert(connection, told_running, [told])
 
 
 def _share_runs(connection: Connection, sender_id: str) -> None:
@@ -266,10 +292,14 @@ def note_end(connection: Connection, sender_id: str, last_number: int) -> None:
     """Note that a sender's ledger holds nothing beyond this number, and its server stops."""
     end = {"sender_id": sender_id, "last_number": last_number, "ended_at": rfc3339(time.time_ns())}
     _insert(connection, sender_ends, [end])
+    _tell_end(connection, sender_id, last_number)
 
 
-def forget_older_states(connection: Connection, run_ids: Collection[str]) -> None:
-    """Delete what was told of runs before what was told last. Needs the right to delete."""
+def forget_older_states(connection: Connection, sender_id: str, run_ids: Collection[str]) -> None:
+    """Delete what a sender told of its runs before what it told last. Needs the right to delete."""
+    told, newer = told_running.c, told_running.alias("newer").c
+    is_older = exists().where(newer.sender_id == told.sender_id, newer.number > told.number)
+    connection.execute(delete(told_running).where(told.sender_id == sender_id, is_older))
     for name, table in TOLD.items():
         keys = [column.name for column in _STATES[name].primary_key]
         told, newer = table.c, table.alias("newer").c

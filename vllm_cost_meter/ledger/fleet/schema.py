@@ -6,6 +6,8 @@ delete removes states that it has told anew since.
 - *Facts* (bills, replies, runs, ...) are in the ledger's own tables; one that is there stays.
 - *States* (a run's totals) are told again and again, each time under its snapshot's number. The
   view of the table's name has the latest one.
+- *What runs* at a sender it tells with each shipment that brings the fleet up to its ledger, by
+  run and owner. Budgets count it.
 - *Sums* are sent as what they grew by. A row of `shipments` says which part of which sender's
   outbox it is; it can be inserted once. The view adds up all shipments.
 
@@ -43,7 +45,7 @@ from vllm_cost_meter.ledger.tables.base import KeyText
 from vllm_cost_meter.ledger.tables.replies import create_views as create_replies
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 
-FLEET_VERSION = 1
+FLEET_VERSION = 2
 # A server sends at least so often. So whoever looks what came lately need not know who sends how.
 INTERVAL_MAX_S = 10.0
 
@@ -106,6 +108,15 @@ sender_ends = Table(
     Column("sender_id", KeyText, primary_key=True),
     Column("last_number", BigInteger, primary_key=True, autoincrement=False),
     Column("ended_at", KeyText, nullable=False),
+)
+
+# What runs at a sender's server: a JSON list of `fleet_use/running.py`. The highest number counts.
+told_running = Table(
+    "told_running",
+    fleet_metadata,
+    Column("sender_id", KeyText, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("content", Text, nullable=False),
 )
 
 _OF_SHIPMENT = ("sender_id", "first_number")

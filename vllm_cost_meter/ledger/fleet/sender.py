@@ -51,6 +51,7 @@ from vllm_cost_meter.ledger.fleet.schema import (
     fleet_version,
     has_fleet,
 )
+from vllm_cost_meter.ledger.fleet_use.running import NOTHING_RUNS, RunningHere
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, live_usage, schema_version, snapshots
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.version import __version__
@@ -85,6 +86,9 @@ class FleetSender:
         self._fleet: Engine | None = None
         # The runs that were told of since the last tidying.
         self._told: set[str] = set()
+        self._here = RunningHere()
+        # What the fleet was told last of what runs here.
+        self._running: str | None = None
         self._tidy_at_s = 0.0
         self._may_delete = True
 
@@ -114,6 +118,7 @@ class FleetSender:
         if sender is not None and sender.joined_at and sender.sent_number == sender.last_number:
             with self._fleet_errors(), fleet.begin() as connection:
                 note_end(connection, sender.sender_id, sender.last_number)
+            self._running = NOTHING_RUNS
 
     def waiting(self) -> Waiting:
         """Return what is still to be sent. Raises LedgerError."""
@@ -147,6 +152,9 @@ class FleetSender:
         with self._ledger_errors(), ledger.begin() as connection:
             now = outbox.read_sender(connection)
             rows = outbox.next_rows(connection, sender.sent_number, self._bytes_max)
+            # Together with all that the ledger has now, or a bill could count twice.
+            is_all = now is not None and rows != [] and rows[-1][0] == now.last_number
+            running = self._here.told(connection) if is_all else None
         if now is None or now.sender_id != sender.sender_id:
             return True
         if not _is_gapless(rows, now):
@@ -155,8 +163,11 @@ class FleetSender:
         if not rows:
             return False
         shipment = shipment_of(sender.sender_id, rows, self._interval_s)
+        if running != self._running:
+            shipment = shipment._replace(running=running)
         have = self._delivered(self._fleet, shipment)
         if have is None:
+            self._running = running if running is not None else self._running
             self._note_sent(ledger, shipment.last_number)
             self._tidy(self._fleet, shipment)
         else:
@@ -195,7 +206,7 @@ class FleetSender:
         self._tidy_at_s = time.monotonic() + TIDY_EVERY_S
         try:
             with self._fleet_errors(), fleet.begin() as connection:
-                forget_older_states(connection, self._told)
+                forget_older_states(connection, shipment.sender_id, self._told)
         except LedgerError as error:
             if not isinstance(error.__cause__, ProgrammingError):
                 raise
@@ -225,7 +236,11 @@ class FleetSender:
                 raise LedgerError("fleet: the ledger began to send under another name meanwhile")
             last = outbox.next_rows(reading, now.last_number - 1, 1)
             digest = digest_of(last[0][1]) if last else ""
-            shipment = Shipment(sender.sender_id, 0, now.last_number, digest, self._interval_s, ())
+            self._running = self._here.told(reading)
+            shipment = Shipment(
+                *(sender.sender_id, 0, now.last_number, digest, self._interval_s, ()),
+                running=self._running,
+            )
             with self._fleet_errors(), fleet.begin() as connection:
                 is_first = not any(reached(connection, name) for name in sender.retired)
                 all_rows = all_else(reading, is_first=is_first)
@@ -298,10 +313,13 @@ def parse_fleet_url(url: str) -> URL:
     return parsed
 
 
+def _shown(url: URL) -> str:
+    return url.render_as_string(hide_password=True)
+
+
 def failed(url: URL, error: SQLAlchemyError) -> LedgerError:
     """Return the error of a fleet's database, without its password."""
-    shown = url.render_as_string(hide_password=True)
-    return LedgerError(f"fleet {shown}: {cause_of(error)}")
+    return LedgerError(f"fleet {_shown(url)}: {cause_of(error)}")
 
 
 def sending_state(ledger_url: str) -> tuple[Sender | None, Waiting]:
@@ -316,13 +334,13 @@ def sending_state(ledger_url: str) -> tuple[Sender | None, Waiting]:
         engine.dispose()
 
 
-def fleet_there(url: str) -> bool:
+def fleet_there(url: str | URL) -> bool:
     """Return whether a fleet's database has its tables; False if it is empty. Changes nothing.
 
     Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
     """
-    parsed = parse_fleet_url(url)
-    shown = parsed.render_as_string(hide_password=True)
+    parsed = parse_fleet_url(url) if isinstance(url, str) else url
+    shown = _shown(parsed)
     engine = _engine(parsed)
     try:
         with engine.connect() as connection:
@@ -341,7 +359,16 @@ def fleet_there(url: str) -> bool:
 def _engine(url: URL) -> Engine:
     # A pooler in transaction mode gives each transaction another session, and with it none of the
     # statements that were prepared.
-    options = {"prepare_threshold": None, "connect_timeout": _CONNECT_TIMEOUT_S}
+    # A machine that vanished answers nothing: without these, a write to it waits for a quarter of
+    # an hour, and a read for ever.
+    options = {
+        "prepare_threshold": None,
+        "connect_timeout": _CONNECT_TIMEOUT_S,
+        "tcp_user_timeout": _CONNECT_TIMEOUT_S * 1_000,
+        "keepalives_idle": _CONNECT_TIMEOUT_S,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+    }
     return create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=options)
 
 
@@ -353,7 +380,7 @@ def open_fleet(url: URL) -> Engine:
     engine = _engine(url)
     try:
         with engine.begin() as connection:
-            _ensure_fleet(connection, url.render_as_string(hide_password=True))
+            _ensure_fleet(connection, _shown(url))
     except SQLAlchemyError as error:
         engine.dispose()
         raise failed(url, error) from error
@@ -361,6 +388,19 @@ def open_fleet(url: URL) -> Engine:
         engine.dispose()
         raise
     return engine
+
+
+def open_to_follow(url: URL) -> Engine:
+    """Open a fleet's database that is there, with one connection, to read it again and again.
+
+    Raises LedgerError if it cannot be opened, has no tables yet, or is of another version.
+    """
+    if not fleet_there(url):
+        raise LedgerError(
+            f"fleet {_shown(url)}: expected its tables, got an empty database; the first server"
+            " that sends makes them"
+        )
+    return _engine(url)
 
 
 def _ensure_fleet(connection: Connection, shown: str) -> None:
