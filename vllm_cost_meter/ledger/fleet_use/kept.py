@@ -94,6 +94,15 @@ class KeptUse:
         with self._errors():
             self._connection = self._open()
 
+    def refresh(self) -> bool:
+        """Take what another process has written meanwhile; return whether any has."""
+        with self._errors():
+            (looks,) = self._connection.execute("SELECT looks FROM about").fetchone()
+            if looks == self.looks:
+                return False
+            self._load()
+            return True
+
     def known(self, first_hour: int) -> Known:
         """Return what a reader has that needs figures from an hour on."""
         if self.looks == 0 or first_hour < self.kept_from_hour:

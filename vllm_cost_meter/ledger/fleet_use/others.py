@@ -126,6 +126,7 @@ class FleetUse:
         self._note_own()
         began_ns = time.monotonic_ns()
         with self._lock:
+            self._refresh()
             known = self._kept.known(first_hour)
         found = self._reader.look(known)
         with self._lock:
@@ -171,6 +172,7 @@ class FleetUse:
         cannot be read.
         """
         with self._lock:
+            self._refresh()
             sums = self._sums.bring_up_to(budgets, changes, now_ns)
             counted = self._counted(own.bills)
             running = [
@@ -215,6 +217,12 @@ class FleetUse:
             if source.bills > own.get(source.run_id, 0):
                 best[source.run_id] = min(best.get(source.run_id, rank), rank)
         return {number: run_id for run_id, (_, _, number) in best.items()}
+
+    def _refresh(self) -> None:
+        """Go on from what another process with the same file has kept: one may be ending."""
+        if self._kept.refresh():
+            self._sums.add(None)
+            self._take_running()
 
     def _take_running(self) -> None:
         """Take what each sender told last: of a run the one that saw it latest."""

@@ -339,7 +339,7 @@ def _runs(connection: Connection, ids: Collection[str]) -> list[Mapping[str, Any
     """Return what prices depend on, of these runs."""
     asked = select(*RUN_COLUMNS).join(prices, prices.c.price_id == runs.c.price_id, isouter=True)
     return [
-        row._asdict()
+        {str(name): value for name, value in row._asdict().items()}
         for some in _some_at_once(ids)
         for row in connection.execute(asked.where(runs.c.run_id.in_(some)))
     ]

@@ -2,8 +2,8 @@
 
 A look at budgets is made each second, and a fleet has many hours of many runs. So hours of one
 price are added up once, and what is new is added to that. A budget whose period or prices have
-changed is added up anew, from the kept figures. A rolling period loses an hour each hour, so its hours are
-kept apart as well.
+changed is added up anew, from the kept figures. A rolling period loses an hour each hour, so its
+hours are kept apart as well.
 
 Invariant: the sums of a budget are what the kept figures have of it in its period.
 """
