@@ -313,7 +313,7 @@ class Runtime:
             self.ledger_url,
             alive=self.alive,
             waiting=lambda: self.writer.waiting,
-            fleet=self._counted_fleet(engines.api_server_index(engine_client)),
+            fleet=self._counted_fleet(engine_client),
         )
         self.admission = Admission(
             functools.partial(self._follow, self.follower),
@@ -327,12 +327,12 @@ class Runtime:
         )
         self._start_task("budgets", self.admission.run)
 
-    def _counted_fleet(self, api_server: int) -> CountedFleet | None:
+    def _counted_fleet(self, engine_client: Any) -> CountedFleet | None:
         """Return the fleet whose use budgets count; None without one."""
         path, fleet = sqlite_path(parse_url(self.ledger_url)), self.settings.fleet
         if fleet is None or path is None:
             return None
-        kept_at = kept_path(path, api_server)
+        kept_at = kept_path(path, engines.api_server_index(engine_client))
         return CountedFleet(fleet, self.settings.fleet_interval_s, str(kept_at))
 
     async def _follow(

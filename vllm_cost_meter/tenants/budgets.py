@@ -252,16 +252,16 @@ class BudgetRow(TypedDict):
     """10^-9 of `unit`: use in the period, running requests included; null if unknown."""
     over: int | None
     """10^-9 of `unit`: use beyond the limit, by requests that were already running."""
-    state: str
-    """`within`, `soft`, `spent` or `unknown`."""
     used_here: int | None
     """10^-9 of `unit`: the part of `used` that this server used, where the budget counts a fleet;
     null otherwise."""
     others_age_ns: int | None
-    """How long ago the part of the other servers was read; null where none counts, and before the
+    """Wall ns: how long ago the part of the other servers was read; null where none counts, and before the
     first time."""
     others_stale: str | None
     """Why that part may be out of date; it counts as last known. Null if it is not."""
+    state: str
+    """`within`, `soft`, `spent` or `unknown`."""
     unknown: str | None
     """Why the budget cannot be relied on: a run and an hour without a price; null if it can."""
     hard: bool

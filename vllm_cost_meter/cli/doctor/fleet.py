@@ -1,12 +1,19 @@
-"""The check of the fleet: whether its database can be reached, and what it is still to get.
+"""The check of the fleet: whether its database can be reached, what it is still to get, and when
+budgets read it last.
 
 Invariant: an empty database stays empty.
 """
 
+import time
+
 from vllm_cost_meter.cli.doctor.findings import Finding, Outcome, failed, fine
 from vllm_cost_meter.cli.doctor.ledger import place_of
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.database import parse_url, sqlite_path
 from vllm_cost_meter.ledger.fleet.sender import fleet_there, parse_fleet_url, sending_state
+from vllm_cost_meter.ledger.fleet_use.kept import kept_path, last_read_ns
+from vllm_cost_meter.ledger.fleet_use.others import FRESH_S_MIN
+from vllm_cost_meter.units.time import NS_PER_SECOND, rfc3339
 
 # More waits only where the database is away, or slower than the server.
 WAITING_BYTES_MAX = 64 << 20
@@ -39,4 +46,20 @@ def _with_waiting(found: Finding, ledger_url: str) -> Finding:
         return found.and_also(Outcome.WARN, "this ledger has not joined yet")
     outcome = Outcome.WARN if left.content_bytes > WAITING_BYTES_MAX else Outcome.OK
     detail = f"{left.rows:,} transactions ({left.content_bytes:,} bytes) wait to be sent"
-    return found.and_also(outcome, detail)
+    return _with_figures(found.and_also(outcome, detail), ledger_url)
+
+
+def _with_figures(found: Finding, ledger_url: str) -> Finding:
+    """Add how old is what budgets know of other servers; nothing where none was ever read."""
+    path = sqlite_path(parse_url(ledger_url))
+    try:
+        read_at_ns = None if path is None else last_read_ns(kept_path(path, 0))
+    except LedgerError as error:
+        return found.and_also(Outcome.WARN, str(error))
+    if read_at_ns is None:
+        return found
+    age_s = max(time.time_ns() - read_at_ns, 0) / NS_PER_SECOND
+    if age_s <= FRESH_S_MIN:
+        return found.and_also(Outcome.OK, "budgets know what other servers have used")
+    detail = f"budgets count what other servers had used at {rfc3339(read_at_ns)}, if a server runs"
+    return found.and_also(Outcome.WARN, detail)

@@ -15,7 +15,7 @@ import sqlite3
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -316,6 +316,21 @@ def kept_path(ledger: Path, place: int) -> Path:
     """Return where the API server with this index keeps its fleet's figures, beside its ledger."""
     real = ledger.resolve()
     return real.with_name(f"{real.name}.fleet-{place}")
+
+
+def last_read_ns(path: Path) -> int | None:
+    """Return when kept figures were read last, by the wall clock; None without a first time.
+
+    Changes nothing. Raises LedgerError if they cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+            looks, read_at_ns = connection.execute("SELECT looks, read_at_ns FROM about").fetchone()
+    except sqlite3.Error as error:
+        raise LedgerError(f"kept figures {path}: {error}") from error
+    return read_at_ns if looks else None
 
 
 def remove_kept(path: Path) -> None:
