@@ -256,8 +256,8 @@ class BudgetRow(TypedDict):
     """10^-9 of `unit`: the part of `used` that this server used, where the budget counts a fleet;
     null otherwise."""
     others_age_ns: int | None
-    """Wall ns: how long ago the part of the other servers was read; null where none counts, and before the
-    first time."""
+    """Wall ns: how long ago the part of the other servers was read; null where none counts, and
+    before the first time."""
     others_stale: str | None
     """Why that part may be out of date; it counts as last known. Null if it is not."""
     state: str

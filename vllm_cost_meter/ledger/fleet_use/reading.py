@@ -21,6 +21,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Engine,
+    Select,
     Table,
     Text,
     and_,
@@ -291,32 +292,42 @@ def _uses(
     connection: Connection, marks: Iterable[Mark], first_hour: int
 ) -> Iterator[tuple[int, GroupUse]]:
     """Yield what these senders have used after their marks, with the last shipment's number."""
-    at = given_rows("mark", _SENDER_AND_NUMBER, [mark[:2] for mark in marks]).c
     c = _HOURS.c
     sums = (func.max(c.first_number), func.sum(_GPU_TIME_NS), func.sum(c.kv_block_ms))
-    keys = (c.sender_id, c.group_id, c.hour)
-    asked = (
-        select(*keys, *sums)
-        .join(at.sender_id.table, and_(c.sender_id == at.sender_id, c.first_number > at.number))
-        .where(c.hour >= first_hour)
-        .group_by(*keys)
-    )
+    asked = _after_marks(marks, _HOURS, (c.group_id, c.hour), sums, c.hour >= first_hour)
     for sender_id, group_id, hour, number, ns, block_ms in connection.execute(asked):
         yield number, GroupUse(sender_id, group_id, hour, int(ns), int(block_ms))
 
 
 def _bills(connection: Connection, marks: Iterable[Mark]) -> Iterator[tuple[int, RunBills]]:
     """Yield how many bills these senders have sent after their marks, with such a number."""
-    at = given_rows("mark", _SENDER_AND_NUMBER, [mark[:2] for mark in marks]).c
     c = _BILLS.c
-    keys = (c.sender_id, c.run_id)
-    asked = (
-        select(*keys, func.max(c.first_number), func.sum(c.bills))
-        .join(at.sender_id.table, and_(c.sender_id == at.sender_id, c.first_number > at.number))
-        .group_by(*keys)
-    )
+    sums = (func.max(c.first_number), func.sum(c.bills))
+    asked = _after_marks(marks, _BILLS, (c.run_id,), sums, true())
     for sender_id, run_id, number, bills in connection.execute(asked):
         yield number, RunBills(sender_id, run_id, int(bills))
+
+
+def _after_marks(
+    marks: Iterable[Mark],
+    table: Table,
+    keys: Sequence[ColumnElement[Any]],
+    sums: Sequence[ColumnElement[Any]],
+    which: ColumnElement[bool],
+) -> Select[Any]:
+    """Return the query of the sums of rows after marks: sender, keys, sums.
+
+    One look into the table's key for each sender: joined otherwise, PostgreSQL may read it all.
+    """
+    at = given_rows("mark", _SENDER_AND_NUMBER, [mark[:2] for mark in marks]).c
+    c = table.c
+    named = [each.label(f"sum_{place}") for place, each in enumerate(sums)]
+    new = lateral(
+        select(*keys, *named)
+        .where(c.sender_id == at.sender_id, c.first_number > at.number, which)
+        .group_by(*keys)
+    )
+    return select(at.sender_id, *new.c).join(new, true())
 
 
 def _some_at_once(ids: Collection[T]) -> Iterator[list[T]]:
