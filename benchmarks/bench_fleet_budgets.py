@@ -20,18 +20,16 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psycopg
 from sqlalchemy import text
 
 from benchmarks.bench_attribution import machine
 from benchmarks.bench_fleet import postgres_s
 from tests.ecosystem.postgresql import postgresql
 from tests.support.builders import make_bill, make_open, make_part, make_snapshot
+from tests.support.fleet_budgets import away
 from vllm_cost_meter.api_server.applying.follower import Applying
 from vllm_cost_meter.api_server.applying.messages import ApplierHello
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
@@ -156,22 +154,6 @@ class Server:
         await self._shipping.stop()
 
 
-@contextmanager
-def away(fleet: str) -> Iterator[None]:
-    """Have the fleet's database away."""
-    name = fleet.split("/")[3].split("?")[0]
-    admin = fleet.replace("+psycopg", "").replace(f"/{name}?", "/postgres?")
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false").text)
-        connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name]
-        )
-        try:
-            yield
-        finally:
-            connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true").text)
-
-
 async def exceeded(fleet: str, *, is_away: bool, fails_closed: bool) -> dict[str, Any]:
     """Return by how much two servers exceed a budget, in GPU-seconds, and the bound."""
     folder = Path(tempfile.mkdtemp(prefix="cost-meter-bounds-"))
@@ -252,8 +234,8 @@ def sent_more(engine: Any, servers: int, tenants: int, turn: int) -> None:
             f" {', '.join(amounts)}) SELECT 's' || s, :first, :now, s * 1000 + t,"
             f" {', '.join('1000' for _ in amounts)} FROM generate_series(1, :servers) AS s,"
             " generate_series(1, :tenants) AS t",
-            "INSERT INTO sent_bill_sums SELECT 's' || s, :first, 'run-' || s, 20, 740, 1000, 0, 'x',"
-            " '', '' FROM generate_series(1, :servers) AS s",
+            "INSERT INTO sent_bill_sums SELECT 's' || s, :first, 'run-' || s, 20, 740, 1000, 0,"
+            " 'x', '', '' FROM generate_series(1, :servers) AS s",
         ):
             connection.execute(text(statement), values)
 

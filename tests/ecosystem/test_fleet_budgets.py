@@ -3,22 +3,22 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from tests.ecosystem.postgresql import Server
-from tests.ecosystem.test_postgresql import rows
 from tests.support.fleet_budgets import (
     NOW,
     THIS_HOUR,
     FleetServer,
+    away,
     bill,
     budget,
+    execute,
     opened,
+    put_together,
     running,
 )
 from vllm_cost_meter.errors import LedgerError
@@ -35,26 +35,6 @@ def servers(tmp_path: Path, url: str) -> Iterator[tuple[FleetServer, FleetServer
     yield both
     for each in both:
         each.stop()
-
-
-@contextmanager
-def away(fleet: str) -> Iterator[None]:
-    """Have the fleet's database away, to whoever is connected and whoever comes."""
-    name = fleet.split("/")[3].split("?")[0]
-    admin = fleet.replace("+psycopg", "").replace(f"/{name}?", "/postgres?")
-    ends = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        connection.execute(ends)
-        try:
-            yield
-        finally:
-            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-
-
-def execute(fleet: str, statement: str) -> None:
-    with psycopg.connect(fleet.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(statement)
 
 
 # ---- what counts
@@ -327,43 +307,6 @@ def test_two_processes_with_the_same_kept_figures_count_nothing_twice(servers) -
 
 
 # ---- shipments that were put together
-
-
-def put_together(fleet: str, keep: int = 0) -> None:
-    """Put old shipments together, under a number below all; the last `keep` stay as they are."""
-    for table, keys in (
-        ("sent_rollup_hours", ("hour", "group_id")),
-        ("sent_bill_sums", ("run_id",)),
-    ):
-        columns = [
-            name
-            for (name,) in rows(
-                fleet,
-                "SELECT column_name FROM information_schema.columns"
-                f" WHERE table_name = '{table}' ORDER BY ordinal_position",
-            )
-            if name not in ("sender_id", "first_number", *keys)
-        ]
-        amounts = [
-            f"MIN({name})"
-            if name in ("method", "started_at", "finished_at")
-            else f"MOD(SUM({name}), {1 << 62})"
-            for name in columns
-        ]
-        old = (
-            f"first_number < COALESCE((SELECT first_number FROM shipments AS s WHERE s.sender_id ="
-            f" {table}.sender_id ORDER BY first_number DESC OFFSET {keep} - 1 LIMIT 1), 0)"
-            if keep
-            else "true"
-        )
-        key = ", ".join(keys)
-        execute(
-            fleet,
-            f"WITH gone AS (DELETE FROM {table} WHERE {old} RETURNING *)"
-            f" INSERT INTO {table} (sender_id, first_number, {key}, {', '.join(columns)})"
-            f" SELECT sender_id, -1, {key}, {', '.join(amounts)} FROM gone"
-            f" GROUP BY sender_id, {key}",
-        )
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])

@@ -4,8 +4,11 @@ Engines are records, everything else is real: ledgers, senders, PostgreSQL, the 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import psycopg
 
 from tests.support.builders import make_bill, make_open, make_part, make_snapshot
 from tests.support.fleet import sent
@@ -109,3 +112,66 @@ class FleetServer:
         """Read the fleet, and return what budgets have used."""
         self.read(*budgets, now_ns=now_ns)
         return [each.total for each in self.standings(*budgets, now_ns=now_ns, book=book)]
+
+
+@contextmanager
+def away(fleet: str) -> Iterator[None]:
+    """Have the fleet's database away, to whoever is connected and whoever comes."""
+    name = fleet.split("/")[3].split("?")[0]
+    admin = fleet.replace("+psycopg", "").replace(f"/{name}?", "/postgres?")
+    ends = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        connection.execute(ends)
+        try:
+            yield
+        finally:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+def execute(fleet: str, statement: str) -> None:
+    """Run a statement in a fleet's database."""
+    with psycopg.connect(fleet.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(statement)
+
+
+def _rows(fleet: str, query: str) -> list[tuple]:
+    with psycopg.connect(fleet.replace("+psycopg", "")) as connection:
+        return connection.execute(query).fetchall()
+
+
+def put_together(fleet: str, keep: int = 0) -> None:
+    """Put old shipments together, under a number below all; the last `keep` stay as they are."""
+    for table, keys in (
+        ("sent_rollup_hours", ("hour", "group_id")),
+        ("sent_bill_sums", ("run_id",)),
+    ):
+        columns = [
+            name
+            for (name,) in _rows(
+                fleet,
+                "SELECT column_name FROM information_schema.columns"
+                f" WHERE table_name = '{table}' ORDER BY ordinal_position",
+            )
+            if name not in ("sender_id", "first_number", *keys)
+        ]
+        amounts = [
+            f"MIN({name})"
+            if name in ("method", "started_at", "finished_at")
+            else f"MOD(SUM({name}), {1 << 62})"
+            for name in columns
+        ]
+        old = (
+            f"first_number < COALESCE((SELECT first_number FROM shipments AS s WHERE s.sender_id ="
+            f" {table}.sender_id ORDER BY first_number DESC OFFSET {keep} - 1 LIMIT 1), 0)"
+            if keep
+            else "true"
+        )
+        key = ", ".join(keys)
+        execute(
+            fleet,
+            f"WITH gone AS (DELETE FROM {table} WHERE {old} RETURNING *)"
+            f" INSERT INTO {table} (sender_id, first_number, {key}, {', '.join(columns)})"
+            f" SELECT sender_id, -1, {key}, {', '.join(amounts)} FROM gone"
+            f" GROUP BY sender_id, {key}",
+        )

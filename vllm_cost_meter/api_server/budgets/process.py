@@ -74,7 +74,8 @@ class _Counting:
             try:
                 await loop.run_in_executor(self._fleet_thread, fleet.look, over_all, time.time_ns())
             except LedgerError as error:
-                if outage.failed():
+                # The sender beside makes the tables of a new fleet, or says why it cannot.
+                if not error.is_missing and outage.failed():
                     logger.warning(
                         "cost meter: budgets: %s%s; what other servers have used counts as last"
                         " known",

@@ -398,7 +398,8 @@ def open_to_follow(url: URL) -> Engine:
     if not fleet_there(url):
         raise LedgerError(
             f"fleet {_shown(url)}: expected its tables, got an empty database; the first server"
-            " that sends makes them"
+            " that sends makes them",
+            is_missing=True,
         )
     return _engine(url)
 
