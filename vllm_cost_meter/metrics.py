@@ -102,6 +102,18 @@ FLEET_WAITING_BYTES = Gauge(
     ["database"],
     multiprocess_mode="mostrecent",
 )
+FLEET_FIGURES_FRESH = Gauge(
+    "cost_meter_fleet_figures_fresh",
+    "1 while it is known what other servers have used of a budget, 0 if only what was last known",
+    ["budget"],
+    multiprocess_mode="livemin",
+)
+FLEET_FIGURES_AGE = Gauge(
+    "cost_meter_fleet_figures_age_seconds",
+    "How long ago was read what other servers have used of a budget",
+    ["budget"],
+    multiprocess_mode="livemax",
+)
 FLEET_SENT = Gauge(
     "cost_meter_fleet_sent_timestamp_seconds",
     "When the fleet last had all of the ledger",
@@ -344,6 +356,20 @@ def set_budgets(standings: Sequence[Standing]) -> None:
         total = standing.total
         used = math.nan if total is None else total / standing.budget.limit
         BUDGET_USED.labels(standing.budget.name).set(used)
+
+
+def set_fleet_figures(standings: Sequence[Standing]) -> None:
+    """Show how reliable the part of other servers is in each budget; NaN for an unknown age.
+
+    A budget that counts one server alone has no such series: 0 would look like an outage.
+    """
+    for standing in standings:
+        if (others := standing.others) is None:
+            continue
+        name, age_ns = standing.budget.name, others.age_ns
+        FLEET_FIGURES_FRESH.labels(name).set(others.stale is None)
+        age_s = math.nan if age_ns is None else age_ns / NS_PER_SECOND
+        FLEET_FIGURES_AGE.labels(name).set(age_s)
 
 
 def count_bill(part: EngineRequest, labels: TenantLabels = _LABELS) -> None:

@@ -14,7 +14,7 @@ from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.energy import RunEnergy
 from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.records.snapshot import CLASSES, ClassTotals
-from vllm_cost_meter.tenants.budgets import Budget, Standing
+from vllm_cost_meter.tenants.budgets import Budget, Others, Standing
 
 
 def part(
@@ -156,6 +156,25 @@ def test_a_budget_whose_use_is_unknown_shows_no_number_rather_than_its_last_one(
     assert shown() == 0.4
     metrics.set_budgets([Standing(budget, None, 0, "no price")])
     assert math.isnan(shown())
+
+
+def test_only_a_budget_over_a_fleet_shows_how_fresh_the_part_of_other_servers_is():
+    def shown(name: str, of: str) -> float | None:
+        return REGISTRY.get_sample_value(f"cost_meter_fleet_figures_{name}", {"budget": of})
+
+    def standing(name: str, others: Others | None) -> Standing:
+        return Standing(Budget(name, 10, "usd", "day", tenant="acme"), {0: 4}, 0, others=others)
+
+    late = Others(1, 12 * 10**9, "12 s old", is_counted=True)
+    never = Others(1, None, "not read yet", is_counted=False)
+    metrics.set_fleet_figures(
+        [standing("alone", None), standing("late", late), standing("never", never)]
+    )
+    assert shown("fresh", "alone") is shown("age_seconds", "alone") is None
+    assert (shown("fresh", "late"), shown("age_seconds", "late")) == (0.0, 12.0)
+    assert math.isnan(shown("age_seconds", "never"))
+    metrics.set_fleet_figures([standing("late", replace(late, stale=None))])
+    assert shown("fresh", "late") == 1.0
 
 
 def test_misses_and_errors_are_counted():

@@ -40,6 +40,7 @@ FRESH_S_MIN = 5.0
 LAG_NS_MAX = 5 * NS_PER_SECOND
 # How long a request waits for the first figures after a start.
 FIRST_FIGURES_S = 5.0
+OTHERS_UNKNOWN = "what other servers have used has not been read yet"
 NOT_COUNTED = "since the start of this server its budgets have not been counted yet"
 
 
@@ -107,7 +108,9 @@ class Admission:
         self._first_figures_s = first_figures_s
         self._loop = loop or Loop("budgets")
         self._max_age_ns = int(max(interval_s * SNAPSHOTS_MISSED_MAX, FRESH_S_MIN) * NS_PER_SECOND)
-        self._has_figures = asyncio.Event()
+        self._is_counted = False
+        # Set when there are new figures, and then there is another one.
+        self._news = asyncio.Event()
         # Why budgets are unknown, as the log was told.
         self._unknown: dict[str, str] = {}
         self._figures = BudgetFigures()
@@ -132,7 +135,10 @@ class Admission:
         # figures that are stale: the next ones come at once.
         is_fresh = figures.stale(time.monotonic_ns(), self._max_age_ns) is None
         if is_fresh or figures.broken is not None:
-            self._has_figures.set()
+            self._is_counted = True
+        # Whoever waits looks whether what it waits for has come.
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     def admit(self, exchange: Exchange) -> Verdict:
         """Decide about a new request, which has its place if it is admitted.
@@ -192,7 +198,7 @@ class Admission:
         stale = self._stale()
         closed = fails_closed(owner, self._rules().fail_closed)
         if self._waits(owner):
-            stale, closed = NOT_COUNTED, True
+            stale, closed = OTHERS_UNKNOWN if self._is_counted else NOT_COUNTED, True
         return decide(self.standings_of(owner), stale, closed)
 
     async def first_figures(self, owner: Owner) -> None:
@@ -202,14 +208,23 @@ class Admission:
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
             self._guard.failed("first figures", error)
             return
-        if waits:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_figures.wait(), self._first_figures_s)
+        if not waits:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._first_figures_s):
+                while self._waits(owner):
+                    await self._news.wait()
 
     def _waits(self, owner: Owner) -> bool:
-        if self._has_figures.is_set() or self._guard.off:
+        """Return whether a hard budget covers an owner of which nothing is known yet."""
+        if self._guard.off:
             return False
-        return any(budget.hard and budget.covers(owner) for budget in self._rules().budgets)
+        if not self._is_counted:
+            return any(budget.hard and budget.covers(owner) for budget in self._rules().budgets)
+        return any(
+            standing.budget.hard and standing.others is not None and not standing.others.is_counted
+            for standing in self.standings_of(owner)
+        )
 
     def standings_of(self, owner: Owner) -> list[Standing]:
         """Return the standings of the budgets that cover an owner."""
@@ -227,6 +242,7 @@ class Admission:
             return
         self.figures = figures
         metrics.set_budgets(figures.standings)
+        metrics.set_fleet_figures(figures.standings)
         self._say_what_is_unknown()
         await self._stop_running()
 

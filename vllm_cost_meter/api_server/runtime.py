@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from vllm_cost_meter import metrics
@@ -27,6 +27,7 @@ from vllm_cost_meter.api_server.applying.follower import Applying
 from vllm_cost_meter.api_server.applying.messages import ApplierHello
 from vllm_cost_meter.api_server.background import Loops, in_own_thread
 from vllm_cost_meter.api_server.budgets.follower import BudgetFollower
+from vllm_cost_meter.api_server.budgets.messages import CountedFleet
 from vllm_cost_meter.api_server.budgets.names import BudgetNames
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.judging import refuse_birth
@@ -54,7 +55,8 @@ from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
-from vllm_cost_meter.tenants.budgets import BudgetFigures
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures
+from vllm_cost_meter.units.time import NS_PER_SECOND
 from vllm_cost_meter.vllm_hooks import engines
 
 logger = meter_logger()
@@ -323,10 +325,13 @@ class Runtime:
             return
         # The poller starts later, and is asked at each look.
         self.follower = BudgetFollower(
-            self.ledger_url, alive=self.alive, waiting=lambda: self.writer.waiting
+            self.ledger_url,
+            alive=self.alive,
+            waiting=lambda: self.writer.waiting,
+            fleet=self._counted_fleet(engine_client),
         )
         self.admission = Admission(
-            self.follower.follow,
+            functools.partial(self._follow, self.follower),
             self.budget_rules,
             self.guard,
             self.settings.snapshot_interval_s,
@@ -336,6 +341,25 @@ class Runtime:
             lag_ns=lambda: self.follower.pending.lag_ns if self.follower is not None else 0,
         )
         self._start_task("budgets", self.admission.run)
+
+    def _counted_fleet(self, engine_client: Any) -> CountedFleet | None:
+        """Return the fleet whose use budgets count; None without one."""
+        path, fleet = sqlite_path(parse_url(self.ledger_url)), self.settings.fleet
+        if fleet is None or path is None:
+            return None
+        kept_at = kept_path(path, engines.api_server_index(engine_client))
+        return CountedFleet(fleet, self.settings.fleet_interval_s, str(kept_at))
+
+    async def _follow(
+        self, follower: BudgetFollower, budgets: Sequence[Budget], book: PriceBook
+    ) -> BudgetFigures | None:
+        figures = await follower.follow(budgets, book)
+        if self.shipping is not None and figures is not None:
+            of_others = [each.others for each in figures.standings if each.others is not None]
+            just_read_ns = self.settings.fleet_interval_s * NS_PER_SECOND
+            if any(each.age_ns is not None and each.age_ns < just_read_ns for each in of_others):
+                self.shipping.try_again()
+        return figures
 
     def _on_bill(self, part: EngineRequest) -> None:
         if not (self.is_served or self._said_unserved) and part.http_request_id is None:

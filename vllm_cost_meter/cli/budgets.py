@@ -1,11 +1,11 @@
 """The command `budgets`: how much of each budget in the settings is used, from the ledger alone.
 
 While a server runs, it shows the same as `/cost/budgets`, as of the latest snapshots. Without a
-server it counts the requests that ended.
+server it counts the requests that ended. In a fleet it reads the fleet's database too.
 """
 
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 from vllm_cost_meter.cli.options import (
@@ -20,9 +20,12 @@ from vllm_cost_meter.cli.options import (
     print_answer,
     settings_of,
 )
+from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.console import print_rows
+from vllm_cost_meter.ledger.database import parse_url, sqlite_path
+from vllm_cost_meter.ledger.fleet_use.others import FleetUse
 from vllm_cost_meter.ledger.queries.spending import Spending
-from vllm_cost_meter.tenants.budgets import Standing, budget_row
+from vllm_cost_meter.tenants.budgets import BudgetFigures, Standing, budget_row
 from vllm_cost_meter.units.money import format_amount, format_usd
 
 COLUMNS = (
@@ -55,8 +58,7 @@ def budgets(
     """
     with one_line_errors():
         settings = settings_of(ledger, config)
-        with closing(Spending(ledger_url(ledger, config))) as spending:
-            figures = spending.look(settings.declared_budgets, settings.price_book, time.time_ns())
+        figures = _figures(ledger_url(ledger, config), settings)
     standings = figures.standings
     rows = [budget_row(standing) for standing in standings]
 
@@ -67,6 +69,21 @@ def budgets(
             print("no budget: declare [[budgets]] in the configuration file")
 
     print_answer({"budgets": rows}, rows, show, as_json=as_json, as_csv=as_csv, output=output)
+
+
+def _figures(url: str, settings: Settings) -> BudgetFigures:
+    """Return where budgets stand. Raises LedgerError if the ledger or the fleet cannot be read."""
+    declared, book, now_ns = settings.declared_budgets, settings.price_book, time.time_ns()
+    over_fleet = [budget for budget in declared if not budget.each_server]
+    with ExitStack() as opened:
+        fleet = None
+        # A fleet's own database has all of it, as the ledger that is named.
+        if settings.fleet is not None and over_fleet and sqlite_path(parse_url(url)) is not None:
+            fleet = FleetUse(url, settings.fleet, settings.fleet_interval_s)
+            opened.callback(fleet.close)
+            fleet.look(over_fleet, now_ns)
+        spending = opened.enter_context(closing(Spending(url, fleet=fleet)))
+        return spending.look(declared, book, now_ns)
 
 
 def _shown(standing: Standing) -> dict[str, Any]:

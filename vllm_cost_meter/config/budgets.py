@@ -146,6 +146,13 @@ class BudgetSetting(BaseModel):
         json_schema_extra=t.about(f"a whole number from 1 to {CONCURRENT_MAX:,}"),
     )
 
+    each_server: bool = Field(
+        default=False,
+        description="Whether each server of a [fleet](../howto/fleet.md) counts its own use only; "
+        "if not, the budget counts the use on all of them.",
+        json_schema_extra=t.about("true or false"),
+    )
+
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
         if (self.tenant is None) == (self.tag is None):
@@ -181,6 +188,7 @@ class BudgetSetting(BaseModel):
             over=self.over,
             stop_running=self.stop_running,
             max_concurrent=self.max_concurrent,
+            each_server=self.each_server,
         )
 
 

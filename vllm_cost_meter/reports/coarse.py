@@ -122,7 +122,7 @@ def _put_money(
 
 
 def _budget(fields: Mapping[str, Any]) -> dict[str, int | None]:
-    amounts = {name: fields[name] for name in ("used", "over")}
+    amounts = {name: fields[name] for name in ("used", "used_here", "over") if name in fields}
     return {
         name: None if amount is None else coarse_use(amount, fields["unit"], fields["limit"])
         for name, amount in amounts.items()

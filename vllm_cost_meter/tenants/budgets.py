@@ -46,7 +46,8 @@ class Budget:
     on. At its limit a `hard` budget blocks or throttles new requests and, with `stop_running`, ends
     running ones. Only a rolling period uses `days`. `above` are the tenants that are declared above
     `tenant` now, the nearest first; they may see the budget. An API server runs at most
-    `max_concurrent` of its requests at once, at the limit or not.
+    `max_concurrent` of its requests at once, at the limit or not. In a fleet a budget counts what
+    all servers have used; with `each_server` each one counts its own.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Budget:
     over: Over = "block"
     stop_running: bool = False
     max_concurrent: int | None = None
+    each_server: bool = False
 
     @property
     def scope(self) -> BudgetScope:
@@ -117,19 +119,37 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Others:
+    """What other servers of a fleet add to a budget.
+
+    `used_here` is what this server alone has used; None if that is unknown. `age_ns` is how long
+    ago the others' part was read; None if it never was. `stale` says why it cannot be trusted; None
+    if it can. What is stale counts as it was last known. Without `is_counted` nothing of the
+    period was ever read.
+    """
+
+    used_here: int | None
+    age_ns: int | None
+    stale: str | None
+    is_counted: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """The use of a budget in its period, running requests included.
 
     `used` has no hour outside the period. It tells hours apart where they decide when the budget
     has room again: for a rolling period that is used up. It is None if an amount is unknown.
     `unknown` says why the budget cannot be trusted: time in its period has no price, or the present
-    hour has none, so that the use of what is admitted now could not be counted.
+    hour has none, so that the use of what is admitted now could not be counted. `others` says what
+    comes from the other servers of a fleet; None for a budget that counts this server alone.
     """
 
     budget: Budget
     used: Mapping[int, int] | None
     now_ns: int
     unknown: str | None = None
+    others: Others | None = None
 
     @property
     def total(self) -> int | None:
@@ -232,6 +252,14 @@ class BudgetRow(TypedDict):
     """10^-9 of `unit`: use in the period, running requests included; null if unknown."""
     over: int | None
     """10^-9 of `unit`: use beyond the limit, by requests that were already running."""
+    used_here: int | None
+    """10^-9 of `unit`: the part of `used` that this server used, where the budget counts a fleet;
+    null otherwise."""
+    others_age_ns: int | None
+    """Wall ns: how long ago the part of the other servers was read; null where none counts, and
+    before the first time."""
+    others_stale: str | None
+    """Why that part may be out of date; it counts as last known. Null if it is not."""
     state: str
     """`within`, `soft`, `spent` or `unknown`."""
     unknown: str | None
@@ -245,6 +273,8 @@ class BudgetRow(TypedDict):
     """Whether running requests are ended at the limit."""
     max_concurrent: int | None
     """How many requests may run at once on each API server; null for any number."""
+    each_server: bool
+    """Whether each server of a fleet counts its own use only."""
     period: str
     """`day`, `week`, `month` or `rolling`."""
     period_from: str
@@ -257,7 +287,7 @@ class BudgetRow(TypedDict):
 
 def budget_row(standing: Standing) -> BudgetRow:
     """Return a budget's answer row. Amounts are nano-USD or GPU-nanoseconds."""
-    budget, total = standing.budget, standing.total
+    budget, total, others = standing.budget, standing.total, standing.others
     first, _ = budget.hours(standing.now_ns)
     state = "soft" if standing.is_soft_spent else "within"
     if standing.unknown is not None or total is None:
@@ -272,12 +302,16 @@ def budget_row(standing: Standing) -> BudgetRow:
         "soft_limit": budget.soft_limit,
         "used": total,
         "over": standing.over,
+        "used_here": None if others is None else others.used_here,
+        "others_age_ns": None if others is None else others.age_ns,
+        "others_stale": None if others is None else others.stale,
         "state": "spent" if standing.is_spent else state,
         "unknown": standing.unknown,
         "hard": budget.hard,
         "over_action": budget.over,
         "stop_running": budget.stop_running,
         "max_concurrent": budget.max_concurrent,
+        "each_server": budget.each_server,
         "period": budget.period,
         "period_from": _local(first, budget.zone).isoformat(),
         "resets_at": standing.resets_at().isoformat(),
@@ -289,8 +323,8 @@ def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) 
     """Decide about a new request that these budgets cover.
 
     `stale` says why their figures cannot be trusted; None if they can. Blocking goes before an
-    amount that is unknown, and that before throttling. If several budgets are spent, the one
-    declared first decides.
+    amount that is unknown, or that is stale for the part of other servers, and that before
+    throttling. If several budgets are spent, the one declared first decides.
     """
     if stale is not None:
         return Verdict("unavailable" if fail_closed else "admitted", stale=stale)
@@ -302,6 +336,9 @@ def decide(standings: Iterable[Standing], stale: str | None, fail_closed: bool) 
     # Without its name: it may be one that the client shares.
     has_unknown = any(standing.unknown is not None for standing in mine)
     stale = "a budget in USD has time without a price" if has_unknown else None
+    if stale is None:
+        of_others = (each.others.stale for each in mine if each.others is not None)
+        stale = next(filter(None, of_others), None)
     if stale is not None and fail_closed:
         return Verdict("unavailable", stale=stale)
     if spent:

@@ -28,7 +28,7 @@ from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.journal_place import journal_folder
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, PriceEntry, RunMatch
-from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Others, Standing
 
 WAIT_S = 60
 HALF_USD = PriceBook([PriceEntry("p", Decimal("0.5"), "s", None, gpus=3, scope="node")])
@@ -179,7 +179,7 @@ budgets = st.builds(
     st.sampled_from(["UTC", "Europe/Berlin", "Asia/Kolkata"]).map(ZoneInfo),
     st.none() | names, st.lists(names, max_size=3).map(tuple), st.none() | st.tuples(names, names),
     st.integers(1, 366), st.none() | amounts, st.booleans(), st.sampled_from(["block", "throttle"]),
-    st.booleans(), st.none() | st.integers(1, 99),
+    st.booleans(), st.none() | st.integers(1, 99), st.booleans(),
 )  # fmt: skip
 entries = st.builds(
     PriceEntry, names, st.decimals(0, 10**9, places=9), names,
@@ -205,9 +205,17 @@ def test_budgets_and_prices_arrive_as_they_were_sent(sent, entry):
 used = st.none() | st.dictionaries(st.integers(0, 10**7), amounts, max_size=3)
 
 
-@given(budgets, used, st.none() | names, st.none() | st.integers(-(2**60), 2**60))
-def test_figures_arrive_as_they_were_sent(of, hours, unknown, heard_ns):
-    figures = BudgetFigures([Standing(of, hours, 10**18, unknown)], 10**18, unknown, heard_ns)
+others = st.builds(
+    Others, st.none() | amounts, st.none() | st.integers(0, 2**60), st.none() | names, st.booleans()
+)
+
+
+@given(
+    budgets, used, st.none() | names, st.none() | st.integers(-(2**60), 2**60), st.none() | others
+)
+def test_figures_arrive_as_they_were_sent(of, hours, unknown, heard_ns, elsewhere):
+    standing = Standing(of, hours, 10**18, unknown, elsewhere)
+    figures = BudgetFigures([standing], 10**18, unknown, heard_ns)
     assert over_the_wire(SentFigures.of(1, figures), SentFigures).figures([of]) == figures
 
 

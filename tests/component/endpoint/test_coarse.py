@@ -12,7 +12,7 @@ from tests.support.small_ledger import small_ledger
 from vllm_cost_meter.endpoint.access import Access, sha256
 from vllm_cost_meter.endpoint.app import make_app
 from vllm_cost_meter.reports.coarse import HIDDEN
-from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Others, Standing
 
 ADMIN = {"authorization": "Bearer admin"}
 TENANT = {"authorization": "Bearer key"}
@@ -22,7 +22,9 @@ TENANT = {"authorization": "Bearer key"}
 def side(tmp_path):
     reader = small_ledger(tmp_path)
     budget = Budget("search's", 10**9, "gpu_seconds", "day", tenant="search")
-    figures = BudgetFigures([Standing(budget, {0: 1_234_567}, 0)], as_of_ns=1_234_567)
+    others = Others(1_234_511, 1_234_522, None, is_counted=True)
+    standing = Standing(budget, {0: 1_234_567}, 0, others=others)
+    figures = BudgetFigures([standing], as_of_ns=1_234_567)
     access = Access(sha256("admin"), lambda: {sha256("key"): "search"}, lambda: True)
     with TestClient(make_app(reader, access=access, budgets=lambda: figures)) as client:
         yield client

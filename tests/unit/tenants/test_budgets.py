@@ -6,7 +6,14 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, budget_row, decide
+from vllm_cost_meter.tenants.budgets import (
+    Budget,
+    BudgetFigures,
+    Others,
+    Standing,
+    budget_row,
+    decide,
+)
 from vllm_cost_meter.units.time import NS_PER_HOUR, NS_PER_SECOND
 
 S = NS_PER_SECOND
@@ -216,6 +223,37 @@ def test_what_has_no_price_is_judged_as_stale_unless_the_rest_is_spent(
     hours = None if used is None else {hour(2026, 11, 24, 2): used}
     unknown = Standing(budget(over=over), hours, NOW, "no price for run r at 2026-11-24T12Z: none")
     assert decide([unknown], None, fail_closed).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("used", "over", "fail_closed", "kind"),
+    [
+        (0, "block", False, "admitted"),
+        (0, "block", True, "unavailable"),
+        (100, "block", True, "blocked"),
+        (100, "throttle", True, "unavailable"),
+        (100, "throttle", False, "throttled"),
+    ],
+)
+def test_what_is_stale_of_other_servers_counts_as_last_known_but_for_who_fails_closed(
+    used, over, fail_closed, kind
+):
+    hours = {hour(2026, 11, 24, 2): used}
+    stale = Others(0, 12 * S, "the figures of the fleet are 12 s old", is_counted=True)
+    of_fleet = Standing(budget(over=over), hours, NOW, others=stale)
+    fresh = Standing(budget(name="fresh"), {}, NOW, others=Others(0, S, None, is_counted=True))
+    alone = Standing(budget(name="alone", each_server=True), {}, NOW)
+    assert decide([alone, fresh, of_fleet], None, fail_closed).kind == kind
+    assert decide([alone, fresh], None, fail_closed).kind == "admitted"
+
+
+def test_a_row_tells_the_part_of_this_server_and_how_old_that_of_others_is():
+    others = Others(30, 2 * S, None, is_counted=True)
+    row = budget_row(Standing(budget(), {NOW // NS_PER_HOUR: 90}, NOW, others=others))
+    assert (row["used"], row["used_here"]) == (90, 30)
+    assert (row["others_age_ns"], row["others_stale"], row["each_server"]) == (2 * S, None, False)
+    row = budget_row(standing(90, each_server=True))
+    assert (row["used_here"], row["others_age_ns"], row["each_server"]) == (None, None, True)
 
 
 def test_a_row_says_why_a_budget_is_unknown():

@@ -10,6 +10,7 @@ import msgspec
 from vllm_cost_meter.api_server.budgets.messages import (
     LOOK,
     RULES,
+    CountedFleet,
     CounterHello,
     Looked,
     LookQuestion,
@@ -38,8 +39,9 @@ class BudgetFollower:
         alive: Callable[[], Collection[str]] = tuple,
         waiting: Callable[[], int] = lambda: 0,
         timeout_s: float = LOOK_TIMEOUT_S,
+        fleet: CountedFleet | None = None,
     ) -> None:
-        """Follow the ledger at `url`.
+        """Follow the ledger at `url`, and the fleet.
 
         `alive` names engine runs that are known to live though they are silent. `waiting` is how
         many records wait for the journal.
@@ -47,6 +49,7 @@ class BudgetFollower:
         self.pending = PendingBills()
         self._waiting = waiting
         self._url = url
+        self._fleet = fleet
         self._alive = alive
         self._timeout_s = timeout_s
         self._version = 0
@@ -63,7 +66,7 @@ class BudgetFollower:
         )
 
     def _hello(self) -> CounterHello:
-        return CounterHello(self._url, self._rules())
+        return CounterHello(self._url, self._rules(), self._fleet)
 
     def _rules(self) -> SentRules:
         return SentRules.of(self._version, self._budgets, self._book)

@@ -1,4 +1,4 @@
-"""Looks at what the budgets have used, whenever the ledger has something new to say of that.
+"""Looks at what budgets have used, whenever the ledger or the fleet has something new of that.
 
 Blocks. A ledger that cannot be opened at the start is tried again at each look.
 
@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from vllm_cost_meter.api_server.budgets.messages import LookQuestion
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.catching_up import waiting_records
+from vllm_cost_meter.ledger.fleet_use.others import FleetUse
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures
@@ -24,11 +25,13 @@ WAIT_S = 5.0
 class BudgetLooks:
     """The looks of one API server."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, fleet: FleetUse | None = None) -> None:
+        """With a `fleet`, budgets count what it has of other servers, too."""
         self._url = url
+        self._fleet = fleet
         self._alive: Collection[str] = ()
         self.left: tuple[tuple[str, int], ...] = ()
-        self._spending = Spending(url, wait_s=WAIT_S, alive=lambda: self._alive)
+        self._spending = Spending(url, wait_s=WAIT_S, alive=lambda: self._alive, fleet=fleet)
         self._latest: object = None
 
     def look(
@@ -40,7 +43,8 @@ class BudgetLooks:
         LedgerError while the ledger cannot be read.
         """
         self._alive = asked.alive
-        latest = (self._spending.latest_snapshots(), budgets, book)
+        looks = 0 if self._fleet is None else self._fleet.looks
+        latest = (self._spending.latest_snapshots(), looks, budgets, book)
         if latest == self._latest and not asked.is_behind:
             return None
         # Before the look: what the journals no longer have is in the ledger that it sees, or never.

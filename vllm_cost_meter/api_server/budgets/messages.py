@@ -15,7 +15,7 @@ import msgspec
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.pending import PendingBill
 from vllm_cost_meter.side_process.handing import packed, unpacked
-from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing
+from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Others, Standing
 
 # The questions and the news, by name.
 LOOK, RULES = "look", "rules"
@@ -38,11 +38,44 @@ class SentRules(msgspec.Struct, frozen=True, array_like=True):
         return rules
 
 
+class CountedFleet(msgspec.Struct, frozen=True, array_like=True):
+    """The fleet whose use budgets count: its database, and how often it is read.
+
+    `kept_at` is the path of the file that keeps its figures.
+    """
+
+    url: str
+    interval_s: float
+    kept_at: str
+
+
 class CounterHello(msgspec.Struct, frozen=True, array_like=True):
-    """What the process is told first: where the ledger is, and what holds now."""
+    """What the process is told first: where the ledger is, what holds now, and the fleet if any."""
 
     url: str
     rules: SentRules
+    fleet: CountedFleet | None = None
+
+
+class SentOthers(msgspec.Struct, frozen=True, array_like=True):
+    """An `Others`."""
+
+    used_here: Decimal | None
+    age_ns: int | None
+    stale: str | None
+    is_counted: bool
+
+    @classmethod
+    def of(cls, others: Others) -> Self:
+        """Return the others' part as it is sent."""
+        here = others.used_here
+        sent = None if here is None else Decimal(here)
+        return cls(sent, others.age_ns, others.stale, others.is_counted)
+
+    def others(self) -> Others:
+        """Return the others' part."""
+        here = None if self.used_here is None else int(self.used_here)
+        return Others(here, self.age_ns, self.stale, self.is_counted)
 
 
 class SentStanding(msgspec.Struct, frozen=True, array_like=True):
@@ -51,6 +84,28 @@ class SentStanding(msgspec.Struct, frozen=True, array_like=True):
     used: dict[int, Decimal] | None
     now_ns: int
     unknown: str | None
+    others: SentOthers | None = None
+
+    @classmethod
+    def of(cls, standing: Standing) -> Self:
+        """Return a standing as it is sent."""
+        used, others = standing.used, standing.others
+        return cls(
+            None if used is None else {hour: Decimal(n) for hour, n in used.items()},
+            standing.now_ns,
+            standing.unknown,
+            None if others is None else SentOthers.of(others),
+        )
+
+    def standing(self, budget: Budget) -> Standing:
+        """Return the standing of this budget."""
+        return Standing(
+            budget,
+            None if self.used is None else {hour: int(n) for hour, n in self.used.items()},
+            self.now_ns,
+            self.unknown,
+            None if self.others is None else self.others.others(),
+        )
 
 
 class SentFigures(msgspec.Struct, frozen=True, array_like=True):
@@ -65,26 +120,13 @@ class SentFigures(msgspec.Struct, frozen=True, array_like=True):
     @classmethod
     def of(cls, version: int, figures: BudgetFigures) -> Self:
         """Return figures as they are sent."""
-        standings = tuple(
-            SentStanding(
-                None if one.used is None else {h: Decimal(n) for h, n in one.used.items()},
-                one.now_ns,
-                one.unknown,
-            )
-            for one in figures.standings
-        )
+        standings = tuple(map(SentStanding.of, figures.standings))
         return cls(version, standings, figures.as_of_ns, figures.broken, figures.heard_ns)
 
     def figures(self, budgets: Sequence[Budget]) -> BudgetFigures:
         """Return the figures; `budgets` are those of this version."""
         standings = [
-            Standing(
-                budget,
-                None if one.used is None else {hour: int(n) for hour, n in one.used.items()},
-                one.now_ns,
-                one.unknown,
-            )
-            for budget, one in zip(budgets, self.standings, strict=True)
+            one.standing(budget) for budget, one in zip(budgets, self.standings, strict=True)
         ]
         return BudgetFigures(standings, self.as_of_ns, self.broken, self.heard_ns)
 

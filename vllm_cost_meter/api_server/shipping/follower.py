@@ -8,6 +8,7 @@ import msgspec
 from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.shipping.messages import (
     FLUSH,
+    RETRY,
     STATE,
     ShippingHello,
     ShippingState,
@@ -42,6 +43,11 @@ class Shipping:
     def start(self) -> None:
         """Start it. Idempotent."""
         self.process.start()
+
+    def try_again(self) -> None:
+        """Have it try at once, if it failed and waits: the fleet's database was just read."""
+        if self.state.last_error is not None:
+            self.process.tell(RETRY, None)
 
     def _take(self, name: str, value: msgspec.Raw) -> None:
         if name == STATE:

@@ -5,8 +5,8 @@ Invariant: what is sent changes nothing in what is sent to the fleet: the outbox
 
 import msgspec
 
-# The question, and the news, by name.
-FLUSH, STATE = "flush", "state"
+# The question, and the news of either end, by name. `RETRY` says that the fleet can be reached.
+FLUSH, STATE, RETRY = "flush", "state", "retry"
 
 
 class ShippingHello(msgspec.Struct, frozen=True, array_like=True):

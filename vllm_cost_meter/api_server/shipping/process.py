@@ -3,7 +3,8 @@
 It sends all that waits each few seconds, and at once when it is asked. With each interval it looks
 for a new version of the settings that the fleet shares. While the database is away
 it tries again, later and later, at a moment of its own: the servers of a fleet must not all come
-back at once. Nothing waits for it but a server's stop, for a short time.
+back at once. Where budgets read the database they notice that it is back, and have it try at once.
+Nothing waits for it but a server's stop, for a short time.
 
 Invariant: an answer to a question means that the fleet has all that the ledger had before it.
 """
@@ -20,6 +21,7 @@ import msgspec
 
 from vllm_cost_meter.api_server.shipping.messages import (
     FLUSH,
+    RETRY,
     STATE,
     ShippingHello,
     ShippingState,
@@ -82,8 +84,10 @@ class _Shipping:
         return await done
 
     def take(self, name: str, _value: msgspec.Raw) -> None:
-        """Take up news; there are none."""
-        raise ValueError(f"expected no news, got {name!r}")
+        """Take up news: after an outage, that the database is back."""
+        if name != RETRY:
+            raise ValueError(f"expected the news {RETRY!r}, got {name!r}")
+        self._wake.set()
 
     async def _run(self, server: ToServer, sender: FleetSender, interval_s: float) -> None:
         retry_s = RETRY_FIRST_S

@@ -33,9 +33,11 @@ from vllm_cost_meter.ledger.fleet.schema import (
     shipments,
     tails,
     told_open_requests,
+    told_running,
 )
 from vllm_cost_meter.ledger.fleet.shipment import FACT_TABLES, Shipment
 from vllm_cost_meter.ledger.fleet.tidying import lock_sender
+from vllm_cost_meter.ledger.fleet_use.running import NOTHING_RUNS
 from vllm_cost_meter.units.time import rfc3339
 
 # Into which table the rows of a ledger's table go, and those that a sender makes.
@@ -103,6 +105,7 @@ def deliver(connection: Connection, shipment: Shipment) -> Reached | None:
     if have.last_number + 1 != shipment.first_number:
         return have
     _begin(connection, shipment)
+    _tell_running(connection, shipment)
     insert_tables(connection, shipment, shipment.tables)
     return None
 
@@ -120,6 +123,7 @@ def deliver_all(
     if (have := reached(connection, shipment.sender_id)) is not None:
         return have
     _begin(connection, shipment)
+    _tell_running(connection, shipment)
     _join(connection, shipment.sender_id, joining)
     for each in tables:
         insert_tables(connection, shipment, [each])
@@ -191,6 +195,23 @@ def _join(connection: Connection, sender_id: str, joining: Joining) -> None:
         successor_id=sender_id,
         retired_at=now,
     )
+    for name in joining.retires:
+        if (have := reached(connection, name)) is not None:
+            _tell_end(connection, name, have.last_number)
+
+
+def _tell_running(connection: Connection, shipment: Shipment) -> None:
+    if shipment.running is not None:
+        number = 2 * shipment.last_number
+        told = {"sender_id": shipment.sender_id, "number": number, "content": shipment.running}
+        _insert_one(connection, told_running, told)
+
+
+def _tell_end(connection: Connection, sender_id: str, last_number: int) -> None:
+    """Tell that nothing runs at a sender after this row of its outbox; a later shipment may."""
+    # What runs after a shipment has an even number, so the one between two is free.
+    told = {"sender_id": sender_id, "number": 2 * last_number + 1, "content": NOTHING_RUNS}
+    _insert_one(connection, told_running, told)
 
 
 def _share_runs(connection: Connection, sender_id: str) -> None:
@@ -212,6 +233,7 @@ def note_end(connection: Connection, sender_id: str, last_number: int) -> None:
     """Note that a sender's ledger holds nothing beyond this number, and its server stops."""
     end = {"sender_id": sender_id, "last_number": last_number, "ended_at": rfc3339(time.time_ns())}
     _insert_one(connection, sender_ends, end)
+    _tell_end(connection, sender_id, last_number)
 
 
 def _insert_one(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:

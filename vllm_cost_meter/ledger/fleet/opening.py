@@ -37,19 +37,22 @@ def parse_fleet_url(url: str) -> URL:
     return parsed
 
 
+def _shown(url: URL) -> str:
+    return url.render_as_string(hide_password=True)
+
+
 def failed(url: URL, error: SQLAlchemyError) -> LedgerError:
     """Return the error of a fleet's database, without its password."""
-    shown = url.render_as_string(hide_password=True)
-    return LedgerError(f"fleet {shown}: {cause_of(error)}")
+    return LedgerError(f"fleet {_shown(url)}: {cause_of(error)}")
 
 
-def fleet_there(url: str) -> bool:
+def fleet_there(url: str | URL) -> bool:
     """Return whether a fleet's database has its tables; False if it is empty. Changes nothing.
 
     Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
     """
-    parsed = parse_fleet_url(url)
-    shown = parsed.render_as_string(hide_password=True)
+    parsed = parse_fleet_url(url) if isinstance(url, str) else url
+    shown = _shown(parsed)
     engine = _engine(parsed)
     try:
         with engine.connect() as connection:
@@ -104,7 +107,7 @@ def open_fleet(url: URL) -> Engine:
     engine = _engine(url)
     try:
         with engine.begin() as connection:
-            _ensure_fleet(connection, url.render_as_string(hide_password=True))
+            _ensure_fleet(connection, _shown(url))
     except SQLAlchemyError as error:
         engine.dispose()
         raise failed(url, error) from error
@@ -112,6 +115,20 @@ def open_fleet(url: URL) -> Engine:
         engine.dispose()
         raise
     return engine
+
+
+def open_to_follow(url: URL) -> Engine:
+    """Open a fleet's database that is there, with one connection, to read it again and again.
+
+    Raises LedgerError if it cannot be opened, has no tables yet, or is of another version.
+    """
+    if not fleet_there(url):
+        raise LedgerError(
+            f"fleet {_shown(url)}: expected its tables, got an empty database; the first server"
+            " that sends makes them",
+            is_missing=True,
+        )
+    return _engine(url)
 
 
 def _ensure_fleet(connection: Connection, shown: str) -> None:
@@ -155,7 +172,7 @@ def migrate_fleet(url: str) -> tuple[int | None, int]:
     with _by_administrator(url) as connection:
         before = _version(connection) if has_fleet(connection) else None
         if before is None:
-            _refuse_ledger(connection, parse_fleet_url(url).render_as_string(hide_password=True))
+            _refuse_ledger(connection, _shown(parse_fleet_url(url)))
         if before is None or before < FLEET_VERSION:
             migrate(connection)
         return before, _version(connection)
@@ -164,7 +181,7 @@ def migrate_fleet(url: str) -> tuple[int | None, int]:
 def tidy_fleet(url: str) -> int:
     """Tidy what all ledgers have sent to a fleet; return how many those are. Raises LedgerError."""
     with _by_administrator(url) as connection:
-        _check_version(connection, parse_fleet_url(url).render_as_string(hide_password=True))
+        _check_version(connection, _shown(parse_fleet_url(url)))
         return tidy_all(connection)
 
 

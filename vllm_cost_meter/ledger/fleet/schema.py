@@ -6,6 +6,8 @@ update and delete tidies up (`tidying.py`).
 - *Facts* (bills, replies, runs, ...) are in the ledger's own tables, or in `kept_` ones; one that
   is there stays.
 - *States* (a run's totals) are told again and again, each time under its snapshot's number.
+- *What runs* at a sender it tells with each shipment that brings the fleet up to its ledger, by
+  run and owner. Budgets count it.
 - *Sums* are sent as what they grew by. A row of `shipments` says which part of which sender's
   outbox it is; it can be inserted once. Older ones are added up under the number `FOLDED`.
 
@@ -145,6 +147,15 @@ told_open_requests = Table(
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     # JSON: a list of rows of `open_requests`.
     Column("opened", Text, nullable=False),
+)
+
+# What runs at a sender's server: a JSON list of `fleet_use/running.py`. The highest number counts.
+told_running = Table(
+    "told_running",
+    fleet_metadata,
+    Column("sender_id", KeyText, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("content", Text, nullable=False),
 )
 
 _OF_SHIPMENT = ("sender_id", "first_number")

@@ -51,6 +51,7 @@ from vllm_cost_meter.ledger.fleet.schema import WITH_ROWS
 from vllm_cost_meter.ledger.fleet.shared_settings import SharedStore
 from vllm_cost_meter.ledger.fleet.shipment import Shipment, digest_of, shipment_of
 from vllm_cost_meter.ledger.fleet.tidying import SentSince
+from vllm_cost_meter.ledger.fleet_use.running import NOTHING_RUNS, RunningHere
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.version import __version__
 
@@ -91,6 +92,9 @@ class FleetSender:
         self._rowless: Rowless | None = None
         # The sender of which the fleet is known to say where its rows go.
         self._known_id: str | None = None
+        self._here = RunningHere()
+        # What the fleet was told last of what runs here.
+        self._running: str | None = None
         self._sent = SentSince()
         self._tidy_at_s = 0.0
         self._may_tidy = True
@@ -126,6 +130,7 @@ class FleetSender:
                 self._file(ledger, sender, self._files)
             with self._fleet_errors(), fleet.begin() as connection:
                 note_end(connection, sender.sender_id, sender.last_number)
+            self._running = NOTHING_RUNS
 
     def waiting(self) -> Waiting:
         """Return what is still to be sent. Raises LedgerError."""
@@ -152,7 +157,7 @@ class FleetSender:
 
     def _step(self) -> bool:
         read_at_ns = self._look_at_journals()
-        ledger, sender, rows = self._looked()
+        ledger, sender, rows, running = self._looked()
         if self._fleet is None:
             self._fleet = open_fleet(self._fleet_url)
         fleet = self._fleet
@@ -177,9 +182,13 @@ class FleetSender:
         is_all = self._has_caught_up and rows[-1][0] == sender.last_number
         until_ns = read_at_ns if is_all else None
         shipment = shipment_of(sender.sender_id, rows, self._interval_s, until_ns)
-        shipment = shipment._replace(tables=self._to_send(ledger, fleet, sender, shipment))
+        shipment = shipment._replace(
+            tables=self._to_send(ledger, fleet, sender, shipment),
+            running=None if running == self._running else running,
+        )
         have = self._delivered(fleet, shipment)
         if have is None:
+            self._running = self._running if running is None else running
             self._note_sent(ledger, shipment.last_number)
             self._tidy(fleet, shipment)
         else:
@@ -187,8 +196,8 @@ class FleetSender:
             self._go_on_from(ledger, sender, have)
         return True
 
-    def _looked(self) -> tuple[Engine, Sender, list[tuple[int, bytes]]]:
-        """Return the ledger, who sends from it, and what is to be sent next."""
+    def _looked(self) -> tuple[Engine, Sender, list[tuple[int, bytes]], str | None]:
+        """Return the ledger, who sends from it, what is to be sent next, and what runs then."""
         with self._ledger_errors():
             if self._ledger is None:
                 self._ledger = open_database(self._ledger_url, create=False)
@@ -196,9 +205,12 @@ class FleetSender:
             with ledger.begin() as connection:
                 if (sender := outbox.read_sender(connection)) is not None:
                     rows = outbox.next_rows(connection, sender.sent_number, self._bytes_max)
-                    return ledger, sender, rows
+                    # Together with all that the ledger has now, or a bill could count twice.
+                    is_all = rows != [] and rows[-1][0] == sender.last_number
+                    running = self._here.told(connection) if is_all else None
+                    return ledger, sender, rows, running
             with writing(ledger).begin() as connection:
-                return ledger, outbox.begin(connection), []
+                return ledger, outbox.begin(connection), [], None
 
     def _look_at_journals(self) -> int:
         """Learn whether the ledger has what journals held when this process began; return when."""
@@ -293,8 +305,10 @@ class FleetSender:
             last = outbox.next_rows(reading, now.last_number - 1, 1)
             digest = digest_of(last[0][1]) if last else ""
             until_ns = read_at_ns if self._has_caught_up else None
+            self._running = self._here.told(reading)
             shipment = Shipment(
-                sender.sender_id, 0, now.last_number, digest, self._interval_s, until_ns, ()
+                *(sender.sender_id, 0, now.last_number, digest, self._interval_s, until_ns, ()),
+                running=self._running,
             )
             with self._fleet_errors(), fleet.begin() as connection:
                 is_first = not any(reached(connection, name) for name in sender.retired)

@@ -31,7 +31,8 @@ class Shipment(NamedTuple):
     """Rows of an outbox that are sent together.
 
     `all_until_ns` is when the ledger held nothing but this and what was sent before, by the
-    sender's clock; None if it holds more.
+    sender's clock; None if it holds more. `running` is what runs at the server once its ledger has
+    these rows and no more; None if the ledger has more, or if that is what was told before.
     """
 
     sender_id: str
@@ -41,6 +42,7 @@ class Shipment(NamedTuple):
     interval_s: float
     all_until_ns: int | None
     tables: Sequence[TableRows]
+    running: str | None = None
 
 
 def digest_of(content: bytes) -> str:

@@ -48,6 +48,9 @@ from vllm_cost_meter.ledger.fleet.schema import (
     now_text,
     senders,
     shipments,
+    tails,
+    told_open_requests,
+    told_running,
 )
 from vllm_cost_meter.ledger.fleet.views import added_up, day_columns
 from vllm_cost_meter.ledger.queries.open_requests import is_billed
@@ -143,6 +146,22 @@ def forget_older_states(connection: Connection, run_ids: Collection[str] | None 
         connection.execute(delete(table).where(*mine, is_older))
 
 
+def forget_older_tellings(connection: Connection, sender_id: str) -> None:
+    """Delete what a sender told of what runs and of tails before what it told last.
+
+    Needs the right to delete.
+    """
+    for table, keys in (
+        (told_running, ["sender_id"]),
+        (told_open_requests, ["sender_id"]),
+        (tails, ["sender_id", "run_id"]),
+    ):
+        told, newer = table.c, table.alias("newer").c
+        same = [newer[key] == told[key] for key in keys]
+        is_older = exists().where(*same, newer.number > told.number)
+        connection.execute(delete(table).where(told.sender_id == sender_id, is_older))
+
+
 def forget_billed(connection: Connection, request_ids: Iterable[str] | None = None) -> None:
     """Delete those of these open requests, or of all, that have their bill.
 
@@ -181,6 +200,7 @@ class SentSince:
         """Tidy that. Needs the right to update and delete."""
         for sender_id in sorted(self._sender_ids):
             fold(connection, sender_id)
+            forget_older_tellings(connection, sender_id)
         forget_older_states(connection, self._told)
         forget_billed(connection, self._billed)
 
@@ -193,6 +213,7 @@ def tidy_all(connection: Connection) -> int:
     sender_ids = connection.execute(select(senders.c.sender_id)).scalars().all()
     for sender_id in sender_ids:
         fold(connection, sender_id)
+        forget_older_tellings(connection, sender_id)
     forget_older_states(connection)
     forget_billed(connection)
     return len(sender_ids)

@@ -56,6 +56,17 @@ _OWNERS_KEPT = 100_000
 Spent = dict[str, dict[int, Quantities]]
 
 
+def added(one: Spent, other: Spent) -> Spent:
+    """Return the sum of use by run and hour; both stay as they are."""
+    summed = dict(one)
+    for run_id, hours in other.items():
+        of_run = dict(summed.get(run_id, {}))
+        for hour, used in hours.items():
+            of_run[hour] = of_run.get(hour, NO_QUANTITIES) + used
+        summed[run_id] = of_run
+    return summed
+
+
 class _Gap(NamedTuple):
     """Numbers of a run's bills that were looked for in vain, both ends included."""
 

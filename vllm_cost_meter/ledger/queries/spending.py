@@ -13,8 +13,7 @@ snapshot of the engine it runs in.
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sqlalchemy import Engine, select
@@ -23,19 +22,19 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import cause_of, open_to_read
-from vllm_cost_meter.ledger.queries.bill_count import BillCount, Spent
+from vllm_cost_meter.ledger.fleet_use.others import NO_OTHERS, FleetUse, OthersUse, OwnRuns
+from vllm_cost_meter.ledger.fleet_use.running import latest_snapshots, running_use
+from vllm_cost_meter.ledger.queries.bill_count import BillCount, Spent, added
 from vllm_cost_meter.ledger.queries.costs import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.heard import Heard, Instant, LatestSnapshot
-from vllm_cost_meter.ledger.queries.open_requests import is_billed
-from vllm_cost_meter.ledger.queries.standings import Priced, standing_of
-from vllm_cost_meter.ledger.rows import live_requests
-from vllm_cost_meter.ledger.schema import live_usage, open_requests, prices, runs, snapshots
+from vllm_cost_meter.ledger.queries.standings import FleetPart, OwnUse, Priced, standing_of
+from vllm_cost_meter.ledger.schema import bill_sums, prices, runs, snapshots
 from vllm_cost_meter.prices.book import NO_PRICES, PriceBook, RunFacts
 from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.pending import PendingBill
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, BudgetScope
-from vllm_cost_meter.units.time import NS_PER_MS, unix_ns_of
+from vllm_cost_meter.units.time import unix_ns_of
 
 _IDS_AT_ONCE = 500
 # Hours before all periods that stay counted, so that a clock may be set back without a new count.
@@ -51,8 +50,11 @@ class Spending:
         *,
         wait_s: float = 0.0,
         alive: Callable[[], Collection[str]] = tuple,
+        fleet: FleetUse | None = None,
     ) -> None:
         """`alive` names engine runs that are known to live though they are silent.
+
+        With a `fleet` budgets count what other servers have used, as it was read last.
 
         The ledger is opened at the first look, which waits for it for `wait_s`, and raises
         LedgerError if it cannot be opened.
@@ -61,6 +63,7 @@ class Spending:
         self._url = url
         self._wait_s = wait_s
         self._engine: Engine | None = None
+        self._fleet = fleet
         self._heard = Heard()
         # The pending bills of the latest look that the ledger lacks.
         self.pending: Sequence[PendingBill] = ()
@@ -72,6 +75,8 @@ class Spending:
         # Each run's facts, and the prices made of them by this book.
         self._facts: dict[str, Mapping[str, Any]] = {}
         self._prices: dict[str, RunPrices] = {}
+        # Of the runs that only the fleet knows.
+        self._elsewhere: dict[str, RunPrices] = {}
         self._book: PriceBook = NO_PRICES
 
     def close(self) -> None:
@@ -100,24 +105,43 @@ class Spending:
         Raises LedgerError if the ledger cannot be opened or read.
         """
         at = Instant(now_ns, time.monotonic_ns() if monotonic_ns is None else monotonic_ns)
+        # What is read of the fleet meanwhile may have more of this ledger than is seen here.
+        with nullcontext() if self._fleet is None else self._fleet.holding():
+            return self._look(budgets, book, at, pending)
+
+    def _look(
+        self,
+        budgets: Sequence[Budget],
+        book: PriceBook,
+        at: Instant,
+        pending: Sequence[PendingBill],
+    ) -> BudgetFigures:
         with self._read() as connection:
-            s = snapshots.c
-            told = connection.execute(select(s.run_id, s.number, s.taken_at, s.state))
-            living = self._heard.look(
-                (LatestSnapshot(*row) for row in told), at, frozenset(self._alive())
-            )
-            count = self._bring_up_to_date(connection, budgets, now_ns)
-            run_ids = [run.told.run_id for run in living]
+            told = latest_snapshots(connection)
+            living = self._heard.look(told, at, frozenset(self._alive()))
+            count = self._bring_up_to_date(connection, budgets, at.unix_ns)
             self.pending = [bill for bill in pending if not count.has(bill.run_id, bill.seq)]
-            running = _running(connection, run_ids, count, {b.request_id for b in self.pending})
+            others = self._others(connection, told, book)
+            run_ids = [run.told.run_id for run in living]
+            own = set(run_ids) - others.running
+            running = _running(connection, own, count, {b.request_id for b in self.pending})
             self._learn_prices(connection, book)
+        for run_id in others.run_ids() & others.facts.keys() - self._elsewhere.keys():
+            self._elsewhere[run_id] = RunPrices.of(others.facts[run_id], book)
+        all_prices = self._elsewhere | self._prices
         # A run that has bills and no snapshot has a price if that depends on no fact of the run.
-        bare = {*count.run_ids(), *(b.run_id for b in self.pending)} - self._prices.keys()
-        all_prices = self._prices | {id: RunPrices(id, RunFacts(), book) for id in bare}
+        bare = {*count.run_ids(), *(b.run_id for b in self.pending), *others.run_ids()}
+        bare -= all_prices.keys()
+        all_prices |= {id: RunPrices(id, RunFacts(), book) for id in bare}
         priced = Priced(all_prices, book, run_ids, self._counted_ns)
-        billed = self._billed(count)
+        billed = self._billed(count, others.billed)
         standings = [
-            standing_of(budget, billed[budget.scope], running.get(budget.scope, {}), priced)
+            standing_of(
+                budget,
+                OwnUse(billed[budget.scope], running.get(budget.scope, {})),
+                priced,
+                self._of_fleet(budget, others, at),
+            )
             for budget in self._budgets
         ]
         off = [run.told.run_id for run in living if run.told.state != "on"]
@@ -128,19 +152,54 @@ class Spending:
             broken=f"the meter of engine run {off[0]} is off" if off else None,
         )
 
-    def _billed(self, count: BillCount) -> dict[BudgetScope, Spent]:
-        """Return the use of the counted bills and the pending ones, by what they count for."""
+    def _others(
+        self, connection: Connection, told: Sequence[LatestSnapshot], book: PriceBook
+    ) -> OthersUse:
+        """Return what counts by the fleet; nothing without one."""
+        over_fleet = [budget for budget in self._budgets if not budget.each_server]
+        if self._fleet is None or not over_fleet:
+            return NO_OTHERS
+        bills = connection.execute(select(bill_sums.c.run_id, bill_sums.c.bills))
+        own = OwnRuns(
+            bills={run_id: int(number) for run_id, number in bills},
+            snapshots={each.run_id: each.number for each in told},
+        )
+        return self._fleet.others(over_fleet, book.price_changes(), own, self._counted_ns)
+
+    def _of_fleet(self, budget: Budget, others: OthersUse, at: Instant) -> FleetPart | None:
+        """Return the fleet's part of a budget; None for one that counts this server alone."""
+        fleet = self._fleet
+        if fleet is None or budget.each_server:
+            return None
+        return FleetPart(
+            used=others.used.get(budget, {}),
+            by_hour=others.by_hour.get(budget, {}),
+            age_ns=fleet.age_ns(at.monotonic_ns),
+            stale=fleet.stale(at.monotonic_ns),
+            is_counted=fleet.has(budget, at.unix_ns),
+        )
+
+    def _billed(self, count: BillCount, elsewhere: Collection[str]) -> dict[BudgetScope, Spent]:
+        """Return the use of the counted bills and the pending ones, by what they count for.
+
+        The bills of the runs `elsewhere` count by the fleet.
+        """
         billed = {budget.scope: count.of(budget) for budget in self._budgets}
-        added: dict[BudgetScope, Spent] = {}
+        if elsewhere:
+            billed = {
+                scope: {id: hours for id, hours in of_scope.items() if id not in elsewhere}
+                for scope, of_scope in billed.items()
+            }
+        waiting: dict[BudgetScope, Spent] = {}
         for bill in self.pending:
             for scope in count.covering(bill.owner):
-                hours = added.setdefault(scope, {}).setdefault(bill.run_id, {})
+                hours = waiting.setdefault(scope, {}).setdefault(bill.run_id, {})
                 for hour, ns in bill.gpu_time_ns.items():
                     used = Quantities(ns, bill.kv_block_ms.get(hour, 0))
                     hours[hour] = hours.get(hour, NO_QUANTITIES) + used
-        for scope, runs_ in added.items():
+        for scope, runs_ in waiting.items():
             if scope in billed:
-                billed[scope] = _sum(billed[scope], runs_)
+                billed[scope] = added(billed[scope], runs_)
         return billed
 
     @contextmanager
@@ -186,18 +245,9 @@ class Spending:
             self._facts |= {row["run_id"]: row for row in rows}
         if new or book is not self._book:
             self._prices = {id: RunPrices.of(row, book) for id, row in self._facts.items()}
+        if book is not self._book:
+            self._elsewhere = {}
             self._book = book
-
-
-def _sum(one: Spent, other: Spent) -> Spent:
-    """Return the sum of use by run and hour; both stay as they are."""
-    summed = dict(one)
-    for run_id, hours in other.items():
-        of_run = dict(summed.get(run_id, {}))
-        for hour, used in hours.items():
-            of_run[hour] = of_run.get(hour, NO_QUANTITIES) + used
-        summed[run_id] = of_run
-    return summed
 
 
 def _running(
@@ -208,25 +258,8 @@ def _running(
     Those of pending bills are left out.
     """
     sums: dict[BudgetScope, dict[str, Quantities]] = {}
-    told = select(live_usage.c.run_id, live_usage.c.requests)
-    for run_id, text in connection.execute(told.where(live_usage.c.run_id.in_(run_ids))):
-        live = live_requests(text).items()
-        used = {
-            id: Quantities(used.gpu_time_ns, used.kv_block_ns // NS_PER_MS)
-            for id, used in live
-            if id not in pending
-        }
-        for request_id, *owner in _owners(connection, used):
-            for scope in count.scopes_of(*owner):
-                of_scope = sums.setdefault(scope, {})
-                of_scope[run_id] = of_scope.get(run_id, NO_QUANTITIES) + used[request_id]
+    for run_id, _, owner, used in running_use(connection, run_ids, pending):
+        for scope in count.scopes_of(*owner):
+            of_scope = sums.setdefault(scope, {})
+            of_scope[run_id] = of_scope.get(run_id, NO_QUANTITIES) + used
     return sums
-
-
-def _owners(connection: Connection, ids: Collection[str]) -> Iterator[Any]:
-    """Yield whose these requests are, of those that have no bill."""
-    left = iter(ids)
-    o = open_requests.c
-    while some := list(islice(left, _IDS_AT_ONCE)):
-        owners = select(o.request_id, o.tenant, o.tenant_above, o.tags)
-        yield from connection.execute(owners.where(o.request_id.in_(some), ~is_billed()))

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-from vllm_cost_meter.ledger.queries.bill_count import Spent
+from vllm_cost_meter.ledger.queries.bill_count import Spent, added
 from vllm_cost_meter.prices.book import GpuHourPrice, PriceBook
 from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.prices.run_prices import Cost, RunPrices, charge_of
-from vllm_cost_meter.tenants.budgets import Budget, Standing
+from vllm_cost_meter.tenants.budgets import Budget, Others, Standing
 from vllm_cost_meter.units.rounding import largest_remainder
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -56,28 +56,65 @@ class Priced:
         return charge_of(sums, {id: self.runs[id] for id in used}, _NOTHING)
 
 
+@dataclass(frozen=True)
+class OwnUse:
+    """What a server's own ledger has: bills, and what each run's requests without a bill used."""
+
+    billed: Spent
+    running: Mapping[str, Quantities]
+
+
+@dataclass(frozen=True)
+class FleetPart:
+    """What counts by the fleet for a budget in its period, and how reliable that is.
+
+    Hours of one price are summed under the first of them; a rolling period has them apart, too.
+    `age_ns` is how long ago it was read; None if it never was.
+    """
+
+    used: Spent
+    by_hour: Spent
+    age_ns: int | None
+    stale: str | None
+    is_counted: bool
+
+
 def standing_of(
-    budget: Budget, billed: Spent, running: Mapping[str, Quantities], priced: Priced
+    budget: Budget, own: OwnUse, priced: Priced, fleet: FleetPart | None = None
 ) -> Standing:
-    """Return where a budget stands; `running` is what each run's requests without a bill used."""
+    """Return where a budget stands, over the whole fleet if it counts that."""
     now_ns = priced.now_ns
     this_hour = now_ns // NS_PER_HOUR
-    used = {run_id: _inside(hours, budget, now_ns) for run_id, hours in billed.items()}
-    for run_id, quantities in running.items():
+    used = _of_period(own.billed, budget, now_ns)
+    for run_id, quantities in own.running.items():
         of_run = used.setdefault(run_id, {})
         of_run[this_hour] = of_run.get(this_hour, NO_QUANTITIES) + quantities
-    is_money = budget.unit == "usd"
-    if is_money:
-        cost = priced.cost(used)
-        total = cost.nanousd
-        if total is None:
-            return Standing(budget, None, now_ns, cost.reason)
-    else:
-        total = sum(each.gpu_time_ns for hours in used.values() for each in hours.values())
+    others = None
+    if fleet is not None:
+        here, _ = _total(budget, used, priced)
+        others = Others(here, fleet.age_ns, fleet.stale, is_counted=fleet.is_counted)
+        apart = added(used, _of_period(fleet.by_hour, budget, now_ns))
+        used = added(used, _of_period(fleet.used, budget, now_ns))
+    total, reason = _total(budget, used, priced)
+    if total is None:
+        return Standing(budget, None, now_ns, reason, others)
     by_hour = {this_hour: total}
+    is_money = budget.unit == "usd"
     if budget.period == "rolling" and total >= budget.limit:
-        by_hour = _by_hour(used, priced if is_money else None)
-    return Standing(budget, by_hour, now_ns, priced.unpriced_now if is_money else None)
+        by_hour = _by_hour(used if fleet is None else apart, priced if is_money else None)
+    return Standing(budget, by_hour, now_ns, priced.unpriced_now if is_money else None, others)
+
+
+def _total(budget: Budget, used: Spent, priced: Priced) -> tuple[int | None, str | None]:
+    """Return what was used, in the budget's unit, or None and why it is unknown."""
+    if budget.unit == "usd":
+        cost = priced.cost(used)
+        return cost.nanousd, cost.reason
+    return sum(each.gpu_time_ns for hours in used.values() for each in hours.values()), None
+
+
+def _of_period(spent: Spent, budget: Budget, now_ns: int) -> Spent:
+    return {run_id: _inside(hours, budget, now_ns) for run_id, hours in spent.items()}
 
 
 def _inside(hours: Mapping[int, Quantities], budget: Budget, now_ns: int) -> dict[int, Quantities]:

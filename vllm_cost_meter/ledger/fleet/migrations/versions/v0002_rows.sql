@@ -85,3 +85,9 @@ CREATE TABLE settings_changes (
     entry TEXT,
     PRIMARY KEY (version, section, name)
 );
+CREATE TABLE told_running (
+    sender_id TEXT COLLATE "C" NOT NULL,
+    number BIGINT NOT NULL,
+    content TEXT NOT NULL,
+    PRIMARY KEY (sender_id, number)
+);
