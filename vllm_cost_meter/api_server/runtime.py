@@ -49,6 +49,7 @@ from vllm_cost_meter.endpoint.tenant_routes import make_router
 from vllm_cost_meter.errors import AwayError, LedgerError, SettingError
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.database import default_url, parse_url, sqlite_path
+from vllm_cost_meter.ledger.fleet_use.kept import figures_path
 from vllm_cost_meter.ledger.journal_place import journal_folder, second_journal_folder
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.logs import meter_logger
@@ -347,7 +348,7 @@ class Runtime:
         path, fleet = sqlite_path(parse_url(self.ledger_url)), self.settings.fleet
         if fleet is None or path is None:
             return None
-        kept_at = kept_path(path, engines.api_server_index(engine_client))
+        kept_at = figures_path(path, engines.api_server_index(engine_client))
         return CountedFleet(fleet, self.settings.fleet_interval_s, str(kept_at))
 
     async def _follow(
