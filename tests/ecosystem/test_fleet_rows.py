@@ -19,6 +19,7 @@ from tests.ecosystem.test_fleet import BILLS, KilledError, Mortal, name_of, reco
 from tests.ecosystem.test_postgresql import AS_OF, BOOK, rows
 from tests.support.builders import make_open
 from tests.support.fleet import sent
+from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.fleet import delivery, row_files
 from vllm_cost_meter.ledger.fleet.sender import FleetSender
@@ -202,3 +203,25 @@ def _dying(chance: random.Random) -> Any:
             raise KilledError
 
     return note
+
+
+def test_an_outbox_that_is_too_large_is_freed_and_nothing_is_lost(
+    tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = f"sqlite:///{tmp_path}/ledger.db"
+    sent(own, url)
+    name = name_of(own)
+    write(own, *records_of("one")[:20])
+    sender = FleetSender(own, "postgresql+psycopg://nobody@127.0.0.1:1/none", outbox_bytes_max=500)
+    with pytest.raises(LedgerError):
+        sender.step()
+    assert sender.shed()
+    assert not sender.shed()
+    assert "more than 500 bytes wait for it" in caplog.text
+    sender.close()
+    assert rows(own, "SELECT count(*) FROM outbox") == [(0,)]
+    write(own, *records_of("one")[20:])
+    sent(own, url, stops=True)
+    assert name_of(own) != name
+    assert figures(url) == figures(own)
+    assert rows(url, "SELECT count(*) FROM requests") == [(BILLS,)]

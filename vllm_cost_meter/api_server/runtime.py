@@ -113,6 +113,7 @@ class Runtime:
                     settings.fleet_interval_s,
                     settings.fleet_rows,
                     settings.fleet_files,
+                    settings.fleet_outbox_bytes,
                     None if kept is None else str(kept),
                 )
             )

@@ -7,7 +7,7 @@ Invariant: a fleet's ledgers are SQLite files beside their servers, and rows go 
 folder is named for them.
 """
 
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -53,6 +53,12 @@ class FleetSettings(BaseModel):
         json_schema_extra=t.about(t.FOLDER),
     )
 
+    fleet_outbox_bytes: t.Bytes = Field(
+        default=cast("int", "4GB"),  # read as if it was given
+        description="How much may wait in the ledger while the fleet's database is away. If it is"
+        " more, it is freed, and the database gets all that the ledger holds when it is back.",
+        json_schema_extra=t.about(t.BYTES),
+    )
     fleet_settings: bool = Field(
         default=False,
         description="Whether tenants, rules, prices, energy prices, overheads and budgets come from"

@@ -21,6 +21,7 @@ class ShippingHello(msgspec.Struct, frozen=True, array_like=True):
     interval_s: float
     rows: str = "fleet"
     files: str | None = None
+    outbox_bytes_max: int | None = None
     kept_path: str | None = None
 
 

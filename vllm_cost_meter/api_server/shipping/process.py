@@ -67,6 +67,7 @@ class _Shipping:
             hello.interval_s,
             rows=hello.rows,
             files=None if hello.files is None else Path(hello.files),
+            outbox_bytes_max=hello.outbox_bytes_max,
         )
         self._interval_s = hello.interval_s
         if hello.kept_path is not None:
@@ -125,6 +126,7 @@ class _Shipping:
                 self._waiting = await self._in_thread(sender.waiting)
                 await self._in_thread(lambda: self._pull(sender))
             except LedgerError as error:
+                await self._in_thread(lambda: self._look_at_outbox(sender))
                 self._failed(server, error)
                 return error
             self._worked(server, is_all=not more)
@@ -135,6 +137,14 @@ class _Shipping:
                 self._failed(server, error)
                 return error
         return None
+
+    def _look_at_outbox(self, sender: FleetSender) -> None:
+        """Learn how much waits while nothing can be sent, and free what is too much."""
+        try:
+            sender.shed()
+            self._waiting = sender.waiting()
+        except LedgerError:
+            pass  # It is the ledger that fails, which the applier says.
 
     def _pull(self, sender: FleetSender) -> None:
         """Look for a new version of the settings, unless that was done within the interval."""

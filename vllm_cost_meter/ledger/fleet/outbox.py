@@ -188,3 +188,9 @@ def waiting(connection: Connection) -> Waiting:
     asked = select(func.count(), size).where(outbox.c.number > func.coalesce(sent, 0))
     rows, content_bytes = connection.execute(asked).one()
     return Waiting(rows, int(content_bytes))
+
+
+def held_bytes(connection: Connection) -> int:
+    """Return how many bytes the outbox holds, sent or not."""
+    size = func.coalesce(func.sum(func.length(outbox.c.content)), 0)
+    return int(connection.execute(select(size)).scalar_one())

@@ -74,9 +74,11 @@ class FleetSender:
         shipment_bytes_max: int = SHIPMENT_BYTES_MAX,
         rows: str = WITH_ROWS,
         files: Path | None = None,
+        outbox_bytes_max: int | None = None,
     ) -> None:
         """Nothing is opened before the first step, which comes at least each `interval_s`.
 
+        While the fleet is away the outbox may hold `outbox_bytes_max`; None for any number.
         `rows` says where the rows of requests go (see `senders.rows`), and `files` into which
         folder, if that is where. Raises LedgerError if that folder cannot be written.
         """
@@ -88,6 +90,7 @@ class FleetSender:
         self._fleet: Engine | None = None
         self._rows = rows
         self._files = None if files is None else RowFiles(files)
+        self._outbox_bytes_max = outbox_bytes_max
         # What is sent in place of rows, once that is known of the present sender.
         self._rowless: Rowless | None = None
         # The sender of which the fleet is known to say where its rows go.
@@ -134,10 +137,29 @@ class FleetSender:
 
     def waiting(self) -> Waiting:
         """Return what is still to be sent. Raises LedgerError."""
-        if self._ledger is None:
-            return Waiting(0, 0)
-        with self._ledger_errors(), self._ledger.connect() as connection:
+        with self._ledger_errors(), self._opened().connect() as connection:
             return outbox.waiting(connection)
+
+    def shed(self) -> bool:
+        """Empty an outbox that is too large: the ledger then joins anew; return whether it was.
+
+        Nothing is lost by that, as the ledger holds all of it. Raises LedgerError.
+        """
+        if self._outbox_bytes_max is None:
+            return False
+        with self._ledger_errors():
+            ledger = self._opened()
+            with writing(ledger).begin() as connection:
+                is_too_large = outbox.held_bytes(connection) > self._outbox_bytes_max
+                if is_too_large:
+                    outbox.join_anew(connection)
+        if is_too_large:
+            logger.warning(
+                "cost meter: fleet: more than %d bytes wait for it (fleet_outbox_bytes). They are"
+                " freed, and when the database is back it gets all that the ledger holds",
+                self._outbox_bytes_max,
+            )
+        return is_too_large
 
     def shared(self) -> SharedStore:
         """Return the fleet's shared settings, by the sender's own connection.
@@ -199,9 +221,7 @@ class FleetSender:
     def _looked(self) -> tuple[Engine, Sender, list[tuple[int, bytes]], str | None]:
         """Return the ledger, who sends from it, what is to be sent next, and what runs then."""
         with self._ledger_errors():
-            if self._ledger is None:
-                self._ledger = open_database(self._ledger_url, create=False)
-            ledger = self._ledger
+            ledger = self._opened()
             with ledger.begin() as connection:
                 if (sender := outbox.read_sender(connection)) is not None:
                     rows = outbox.next_rows(connection, sender.sent_number, self._bytes_max)
@@ -216,6 +236,11 @@ class FleetSender:
         """Learn whether the ledger has what journals held when this process began; return when."""
         self._has_caught_up = self._has_caught_up or _is_applied(self._ledger_url)
         return time.time_ns()
+
+    def _opened(self) -> Engine:
+        if self._ledger is None:
+            self._ledger = open_database(self._ledger_url, create=False)
+        return self._ledger
 
     def _to_send(
         self, ledger: Engine, fleet: Engine, sender: Sender, shipment: Shipment

@@ -5,6 +5,8 @@ a few small transactions. Once all is dropped that may go, the next look is an h
 
 With an archive, rows go into Parquet files first, in a thread of its own (`archiving.py`).
 
+While a fleet is still to get all that the ledger holds, no row goes for its age.
+
 Where more than a number of bytes of a SQLite file are used, the oldest day goes, and so on. Free
 pages do not count: they are used again. Indexes by ids get thin before they get small, so a few
 days more may go than would have to.
@@ -24,6 +26,7 @@ from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.errors import in_one_line
 from vllm_cost_meter.ledger.damage.noticing import damage_in
+from vllm_cost_meter.ledger.fleet.outbox import held_bytes, read_sender
 from vllm_cost_meter.ledger.retention.archiving import ArchivingPass
 from vllm_cost_meter.ledger.retention.dropping import (
     Dropper,
@@ -103,7 +106,7 @@ class RowKeeper:
             if not self._is_clock_even():
                 self._watch_clock()
                 return
-            self._next(engine, self._cutoff_by_days())
+            self._next(engine, None if _is_joining(engine) else self._cutoff_by_days())
         if self._dropper is None:
             self._next(engine, self._cutoff_by_bytes(engine))
         if self._dropper is not None:
@@ -166,9 +169,17 @@ class RowKeeper:
         return abs(by_clock_s - (self._monotonic_s() - self._began_s)) <= CLOCK_SET_S
 
 
+def _is_joining(engine: Engine) -> bool:
+    """Return whether a fleet is still to get all that the ledger holds: then no day is too old."""
+    with engine.connect() as connection:
+        sender = read_sender(connection)
+    return sender is not None and sender.joined_at is None
+
+
 def _used_bytes(connection: Connection) -> int:
+    """Return the bytes that are used but for what waits for a fleet: dropping rows frees none."""
     pages, free, size = (
         int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
         for name in ("page_count", "freelist_count", "page_size")
     )
-    return (pages - free) * size
+    return (pages - free) * size - held_bytes(connection)
