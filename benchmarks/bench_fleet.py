@@ -4,36 +4,48 @@ Method. Ledgers of `--ledgers` servers, each with `--runs` engines, get requests
 a hundred, as appliers write them: without a fleet and with one, in turn, so the first figure is
 what the outbox adds to an applier. Then the real senders empty their outboxes, one after another,
 as fast as that goes: requests per second, and the processor seconds of the senders and of
-PostgreSQL's processes for a million requests. Bytes are those of all tables and indexes.
+PostgreSQL's processes for a million requests. Bytes are those of all tables and indexes. `--rows
+none` sends sums only.
 
 Then the audit, the tenants of all time and one request are asked for, each three times, by a reader
 of its own; the median is given. The comparison is the same question to a ledger in SQLite with the
 requests of one server.
 
-Limits. Sender, PostgreSQL and this process share two cores, over a Unix socket. PostgreSQL does not
-sync its files. All bills are of one hour.
+With `--paced-s` ledgers get as many requests a second as `--rate` says, for so long, and their
+senders send each two seconds, as beside a server. The lag of a transaction is the time from its
+commit in the ledger to the end of the step that has sent it.
+
+With `--month` a fleet of so many servers has 20 tenants in each hour of 30 days, as tidying leaves
+it: how long reports of the month, of a day, and of the month by hours take, and the audit.
+
+Limits. Senders, PostgreSQL and this process share two cores, over a Unix socket. PostgreSQL does
+not sync its files. All bills are of one hour.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, select, text
 
 from benchmarks.bench_attribution import machine
+from benchmarks.made_fleet import made_fleet
 from benchmarks.made_requests import records
 from tests.ecosystem.postgresql import postgresql
+from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.fleet import outbox
-from vllm_cost_meter.ledger.fleet.sender import FleetSender
+from vllm_cost_meter.ledger.fleet.sender import INTERVAL_S, FleetSender
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.units.time import NS_PER_HOUR
 
 AT_ONCE = 100
 TIMES = 3
@@ -54,10 +66,10 @@ def written(url: str, server: int, runs: int, requests: int) -> float:
     return took_s
 
 
-def joined(url: str, fleet: str) -> None:
+def joined(url: str, fleet: str, rows: str = "fleet") -> None:
     """Make a ledger that sends to the fleet, and has nothing yet."""
     open_database(url).dispose()
-    sender = FleetSender(url, fleet)
+    sender = FleetSender(url, fleet, rows=rows)
     while sender.step():
         pass
     sender.close()
@@ -102,12 +114,14 @@ def _median_s(ask: Callable[[], Any]) -> float:
     return statistics.median(found)
 
 
-def measure(ledgers: int, runs: int, requests: int, fleet: str, folder: Path) -> dict[str, Any]:
+def measure(
+    ledgers: int, runs: int, requests: int, fleet: str, folder: Path, rows: str
+) -> dict[str, Any]:
     """Return all figures; `requests` is the number of each ledger."""
     urls = [f"sqlite:///{folder / f'{number}.db'}" for number in range(ledgers)]
     without_s = with_s = 0.0
     for number, url in enumerate(urls):
-        joined(url, fleet)
+        joined(url, fleet, rows)
         without_s += written(f"sqlite:///{folder / 'alone.db'}", number, runs, requests)
         with_s += written(url, number, runs, requests)
         if number < ledgers - 1:
@@ -116,7 +130,7 @@ def measure(ledgers: int, runs: int, requests: int, fleet: str, folder: Path) ->
     waiting = sum(map(waiting_bytes, urls))
     sender_s, database_s, wall_s = time.process_time(), postgres_s(), time.perf_counter()
     for url in urls:
-        sender = FleetSender(url, fleet)
+        sender = FleetSender(url, fleet, rows=rows)
         while sender.step():
             pass
         sender.close()
@@ -125,9 +139,12 @@ def measure(ledgers: int, runs: int, requests: int, fleet: str, folder: Path) ->
     engine = create_engine(fleet)
     with engine.connect() as connection:
         size = connection.execute(text("SELECT pg_database_size(current_database())")).scalar_one()
-        there = connection.execute(text("SELECT COUNT(*) FROM requests")).scalar_one()
-        one = connection.execute(text("SELECT http_request_id FROM requests LIMIT 1")).scalar_one()
+        there = int(connection.execute(text("SELECT SUM(bills) FROM bill_sums")).scalar_one())
     engine.dispose()
+    ledger = open_database(urls[0])
+    with ledger.connect() as connection:
+        one = connection.execute(select(schema.requests.c.http_request_id).limit(1)).scalar_one()
+    ledger.dispose()
     assert there == total, (there, total)
     return {
         "requests": total,
@@ -147,21 +164,133 @@ def measure(ledgers: int, runs: int, requests: int, fleet: str, folder: Path) ->
     }
 
 
+class Paced:
+    """The ledger of one server that gets requests at a pace, and its sender, each in a thread."""
+
+    def __init__(self, name: str, fleet: str, folder: Path) -> None:
+        url = f"sqlite:///{folder / f'{name}.db'}"
+        joined(url, fleet)
+        self._name = name
+        self._batches = BatchWriter(url)
+        self._sender = FleetSender(url, fleet)
+        self._engine = open_database(url)
+        self._lock = threading.Lock()
+        # When the rows of the outbox were committed, by number.
+        self._put_at_s: dict[int, float] = {}
+        self._number = 0
+        self.lags_s: list[float] = []
+
+    def write(self) -> None:
+        """Write requests in one transaction."""
+        numbers = range(self._number, self._number + AT_ONCE)
+        self._number += AT_ONCE
+        self._batches.write([each for n in numbers for each in records(self._name, n)])
+        with self._engine.connect() as connection, self._lock:
+            if (known := outbox.read_sender(connection)) is not None:
+                self._put_at_s[known.last_number] = time.monotonic()
+
+    def send(self, over: threading.Event) -> None:
+        """Send as the process beside a server does, until all is sent after the end."""
+        while not over.is_set() or self._put_at_s:
+            while self._sender.step():
+                with self._engine.connect() as connection:
+                    known = outbox.read_sender(connection)
+                now_s = time.monotonic()
+                with self._lock:
+                    sent = [n for n in self._put_at_s if known and n <= known.sent_number]
+                    self.lags_s += [now_s - self._put_at_s.pop(number) for number in sent]
+            over.wait(INTERVAL_S)
+
+    def run(self, every_s: float, first_s: float, over: threading.Event) -> None:
+        """Write and send until it is over."""
+        sending = threading.Thread(target=self.send, args=(over,))
+        sending.start()
+        next_s = time.monotonic() + first_s
+        while not over.wait(max(next_s - time.monotonic(), 0)):
+            next_s += every_s
+            self.write()
+        sending.join()
+        self._batches.drop()
+        self._sender.close()
+        self._engine.dispose()
+
+
+def paced(ledgers: int, rate: float, seconds: float, fleet: str, folder: Path) -> dict[str, Any]:
+    """Return how far the fleet is behind ledgers that get so many requests a second in all."""
+    over = threading.Event()
+    every_s = AT_ONCE * ledgers / rate
+    servers = [Paced(f"paced-{number}", fleet, folder) for number in range(ledgers)]
+    threads = [
+        threading.Thread(target=each.run, args=(every_s, every_s * number / ledgers, over))
+        for number, each in enumerate(servers)
+    ]
+    for thread in threads:
+        thread.start()
+    connections = 0
+    ends_s = time.monotonic() + seconds
+    asked = "SELECT COUNT(*) - 1 FROM pg_stat_activity WHERE datname = current_database()"
+    engine = create_engine(fleet)
+    with engine.connect() as connection:
+        while time.monotonic() < ends_s:
+            time.sleep(1)
+            connections = max(connections, connection.execute(text(asked)).scalar_one())
+            connection.rollback()
+    over.set()
+    for thread in threads:
+        thread.join()
+    with engine.connect() as connection:
+        bills = int(connection.execute(text("SELECT SUM(bills) FROM bill_sums")).scalar_one())
+    engine.dispose()
+    lags_s = sorted(lag for each in servers for lag in each.lags_s)
+    return {
+        "requests_per_s": bills / seconds,
+        "seconds": seconds,
+        "lag_p50_s": lags_s[len(lags_s) // 2],
+        "lag_p99_s": lags_s[len(lags_s) * 99 // 100],
+        "connections": connections,
+    }
+
+
+def month(servers: int, fleet: str) -> dict[str, Any]:
+    """Return how long a month's reports take for a fleet of so many servers, in seconds."""
+    made_fleet(fleet, servers, 20)
+    this_hour = time.time_ns() // NS_PER_HOUR
+    with LedgerReader(fleet) as reader:
+        return {
+            "servers": servers,
+            "month_by_tenant_s": _median_s(lambda: reader.tenants(this_hour - 720, this_hour)),
+            "day_by_tenant_s": _median_s(lambda: reader.tenants(this_hour - 24, this_hour)),
+            "month_by_tenant_and_hour_s": _median_s(lambda: reader.report(aggregate="tenant,hour")),
+            "audit_s": _median_s(reader.audit),
+        }
+
+
 def main() -> None:
     """Measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ledgers", type=int, default=10)
     parser.add_argument("--runs", type=int, default=10, help="engines of each server")
     parser.add_argument("--requests", type=int, default=10_000, help="of each server")
+    parser.add_argument("--rows", default="fleet", choices=["fleet", "none"])
+    parser.add_argument("--paced-s", type=float, help="in place of the rest: so long at a pace")
+    parser.add_argument("--rate", type=float, default=1_000, help="requests a second, of all")
+    parser.add_argument(
+        "--month", type=int, nargs="*", help="in place of the rest: so many servers"
+    )
     given = parser.parse_args()
     print(machine())
     with (
         postgresql() as server,
         tempfile.TemporaryDirectory(prefix="bench-fleet-") as folder,
     ):
-        found = measure(
-            given.ledgers, given.runs, given.requests, server.new_database(), Path(folder)
-        )
+        if given.month is not None:
+            found: Any = [month(servers, server.new_database()) for servers in given.month]
+        elif given.paced_s is not None:
+            fleet = server.new_database()
+            found = paced(given.ledgers, given.rate, given.paced_s, fleet, Path(folder))
+        else:
+            sizes = given.ledgers, given.runs, given.requests
+            found = measure(*sizes, server.new_database(), Path(folder), given.rows)
     print(json.dumps(found, indent=2))
 
 

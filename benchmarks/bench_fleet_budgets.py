@@ -27,6 +27,7 @@ from sqlalchemy import text
 
 from benchmarks.bench_attribution import machine
 from benchmarks.bench_fleet import postgres_s
+from benchmarks.made_fleet import amount_names, made_fleet
 from tests.ecosystem.postgresql import postgresql
 from tests.support.builders import make_bill, make_open, make_part, make_snapshot
 from tests.support.fleet_budgets import away
@@ -185,44 +186,9 @@ async def exceeded(fleet: str, *, is_away: bool, fails_closed: bool) -> dict[str
     }
 
 
-def made_fleet(url: str, servers: int, tenants: int) -> None:
-    """Make a fleet whose servers have 30 days of hours, as shipments that were put together."""
-    engine = open_fleet(parse_fleet_url(url))
-    now = time.time_ns() // NS_PER_HOUR
-    amounts = _amounts(engine)
-    values = {"servers": servers, "tenants": tenants, "now": now}
-    with engine.begin() as connection:
-        for statement in (
-            "INSERT INTO senders SELECT 's' || s, 'vm-' || s, '0', '' FROM"
-            " generate_series(1, :servers) AS s",
-            "INSERT INTO shipments SELECT 's' || s, 0, 9, '', '', '', 2 FROM"
-            " generate_series(1, :servers) AS s",
-            "INSERT INTO rollup_groups (group_id, run_id, tenant, tenant_rule, engine_status)"
-            " SELECT s * 1000 + t, 'run-' || s, 'tenant-' || t, 'key', 'ok'"
-            " FROM generate_series(1, :servers) AS s, generate_series(1, :tenants) AS t",
-            f"INSERT INTO sent_rollup_hours (sender_id, first_number, hour, group_id,"
-            f" {', '.join(amounts)}) SELECT 's' || s, -1, :now - h, s * 1000 + t,"
-            f" {', '.join('1000' for _ in amounts)} FROM generate_series(1, :servers) AS s,"
-            " generate_series(1, :tenants) AS t, generate_series(0, 719) AS h",
-            "INSERT INTO sent_bill_sums SELECT 's' || s, -1, 'run-' || s, 720, 720, 1000, 0, 'x',"
-            " '', '' FROM generate_series(1, :servers) AS s",
-        ):
-            connection.execute(text(statement), values)
-    engine.dispose()
-
-
-def _amounts(engine: Any) -> list[str]:
-    keys = ("sender_id", "first_number", "hour", "group_id")
-    asked = (
-        "SELECT column_name FROM information_schema.columns WHERE table_name = 'sent_rollup_hours'"
-    )
-    with engine.connect() as connection:
-        return [name for (name,) in connection.execute(text(asked)) if name not in keys]
-
-
 def sent_more(engine: Any, servers: int, tenants: int, turn: int) -> None:
     """Have each server send bills of all tenants in the present hour."""
-    amounts = _amounts(engine)
+    amounts = amount_names(engine)
     first = 10 * turn
     values = {"servers": servers, "tenants": tenants, "now": time.time_ns() // NS_PER_HOUR}
     values |= {"first": first, "last": first + 9}
