@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.connections.postgresql import connect_options
+from vllm_cost_meter.ledger.connections.postgresql import postgresql_engine
 from vllm_cost_meter.ledger.file_modes import make_private, open_to_others
 from vllm_cost_meter.ledger.migrations import (
     FIRST_WITH_BILL_SUMS,
@@ -332,7 +332,7 @@ def _make_file(path: Path) -> None:
 
 def _engine(url: URL, busy_timeout_s: float) -> Engine:
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, connect_args=connect_options(url))
+        return postgresql_engine(url, pool_pre_ping=True)
     engine = create_engine(url, connect_args={"timeout": busy_timeout_s})
 
     @event.listens_for(engine, "connect")

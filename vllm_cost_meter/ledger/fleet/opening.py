@@ -7,12 +7,12 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, text
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.connections.postgresql import connect_options
+from vllm_cost_meter.ledger.connections.postgresql import postgresql_engine
 from vllm_cost_meter.ledger.database import cause_of, parse_url
 from vllm_cost_meter.ledger.fleet.migrating import migrate
 from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, has_fleet
@@ -95,8 +95,10 @@ def fleet_name(url: str) -> str:
 
 
 def _engine(url: URL) -> Engine:
-    options = {**connect_options(url), "connect_timeout": _CONNECT_TIMEOUT_S}
-    return create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=options)
+    timeout = {"connect_timeout": _CONNECT_TIMEOUT_S}
+    return postgresql_engine(
+        url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=timeout
+    )
 
 
 def open_fleet(url: URL) -> Engine:

@@ -31,7 +31,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.connections.postgresql import connect_options
+from vllm_cost_meter.ledger.connections.postgresql import postgresql_engine
 from vllm_cost_meter.ledger.database import cause_of, parse_url, recorded_version, sqlite_path
 from vllm_cost_meter.ledger.faults import is_busy
 from vllm_cost_meter.ledger.schema import metadata
@@ -107,7 +107,7 @@ def _engine(url: str, busy_timeout_s: float, *, writes: bool) -> Engine:
     parsed = parse_url(url)
     path = sqlite_path(parsed)
     if path is None:
-        return create_engine(parsed, poolclass=NullPool, connect_args=connect_options(parsed))
+        return postgresql_engine(parsed, poolclass=NullPool)
     real = path.resolve()
 
     def connect() -> Any:
