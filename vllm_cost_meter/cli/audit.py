@@ -103,7 +103,7 @@ def _fleet_lines(fleet: Mapping[str, Any]) -> Iterator[str]:
         held_by = ", ".join(run["held_by"]) or "(unknown)"
         missing = f"bills {', '.join(run['missing_bills'])}"
         said = {
-            "arriving": f"{missing} are not here yet; {held_by} sends them",
+            "arriving": f"{_awaited(run)} here yet; {held_by} sends them",
             "missing": f"{missing} are not here; {held_by} holds them, silent since",
             "unknown": "later bills are unknown; the last word of its server was at",
         }[run["state"]]
@@ -112,6 +112,12 @@ def _fleet_lines(fleet: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {which}: {said}{at}"
     if len(incomplete) > LINES_MAX:
         yield f"  and {len(incomplete) - LINES_MAX} more; --json lists them"
+
+
+def _awaited(run: Mapping[str, Any]) -> str:
+    if not run["missing_bills"]:
+        return "later bills may not be"
+    return f"bills {', '.join(run['missing_bills'])} are not"
 
 
 def _verdict(answer: Mapping[str, Any]) -> str:

@@ -4,11 +4,11 @@ A snapshot says the number of the last bill that it counts, and what the bills a
 of which every number is there, with that sum, is whole up to its last snapshot. Whether there were
 later bills:
 
-- While its server sends, they are on their way.
+- While an engine lives and its server sends, they are on their way.
 - A server that stops says that it has sent everything.
-- An outbox is sent in order, so a ledger that has sent anything since a run died has sent all that
-  it has of that run. An engine tells of itself each second: it was dead if it said nothing for
-  long.
+- A ledger that has sent all it held at an instant when a run was dead has sent all that it has of
+  that run. An engine tells of itself each second: it was dead if it said nothing for long. Until
+  then a server that sends again, after a run died, may still hold bills of it.
 - Of a run that died together with its server, nobody knows.
 
 Clocks of other machines decide nothing: what came, and how long ago, is by the database's own.
@@ -19,12 +19,13 @@ Invariant: a run is called complete only if the fleet has every bill that its se
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import exists, lateral, select, true
+from sqlalchemy import exists, func, lateral, select, true
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.schema import (
     INTERVAL_MAX_S,
+    NEVER,
     TOLD,
     has_fleet,
     now_text,
@@ -47,14 +48,16 @@ NAMED_MAX = 1_000
 
 
 class _Sender(NamedTuple):
-    """A sender: its machine, its last shipment by its own clock, and what may still come from it.
+    """A sender: its machine, until when the fleet has all of it, and what may still come from it.
 
-    `is_heard` is whether it still sends, and `has_ended` whether it said that this was all.
+    `sent_at` is by its own clock. `is_heard` is whether it still sends, `has_more` whether its
+    ledger held more than it had sent, and `has_ended` whether it said that this was all.
     """
 
     host: str
     sent_at: str
     is_heard: bool
+    has_more: bool
     has_ended: bool
 
 
@@ -91,22 +94,34 @@ def completeness(connection: Connection, runs: Sequence[AuditRun]) -> FleetAudit
 def _senders(connection: Connection) -> Mapping[str, _Sender]:
     """Return all senders by their names; the last shipment of each is one look into the key."""
     s, c = senders.c, shipments.c
-    last = lateral(
+    latest = (
         select(c.sent_at, c.received_at, c.interval_s, c.last_number)
         .where(c.sender_id == s.sender_id)
         .order_by(c.first_number.desc())
         .limit(1)
     )
+    last, before = lateral(latest), lateral(latest.offset(1))
+    # A shipment that leaves something behind repeats what the one before it says.
+    has_more = last.c.sent_at == func.coalesce(before.c.sent_at, NEVER)
     heard_since = now_text(_MOMENT_S + _INTERVALS * last.c.interval_s)
     is_heard = last.c.received_at >= heard_since
     e = sender_ends.c
     has_ended = exists().where(e.sender_id == s.sender_id, e.last_number == last.c.last_number)
-    asked = select(s.sender_id, s.host, last.c.sent_at, is_heard, has_ended).join(last, true())
+    asked = (
+        select(s.sender_id, s.host, last.c.sent_at, is_heard, has_more, has_ended)
+        .select_from(senders)
+        .join(last, true())
+        .join(before, true(), isouter=True)
+    )
     return {sender_id: _Sender(*rest) for sender_id, *rest in connection.execute(asked)}
 
 
 def _run(run: AuditRun, tellers: Sequence[_Sender]) -> FleetRun:
-    is_known = any(sender.is_heard or sender.has_ended for sender in tellers)
+    # What a run left behind may come late, and makes its engine look alive.
+    is_followed = run["alive"] and any(
+        sender.is_heard and not sender.has_more for sender in tellers
+    )
+    is_known = is_followed or any(sender.has_ended for sender in tellers)
     is_heard = any(sender.is_heard for sender in tellers)
     last_word = max((sender.sent_at for sender in tellers), default=None)
     return {
@@ -129,5 +144,6 @@ def _state(
     if is_known:
         return "complete"
     dead_at = rfc3339(unix_ns_of(run["heard_at"]) + DEAD_AFTER_NS)
-    is_behind = not run["alive"] and last_word is not None and last_word > dead_at
-    return "complete" if is_behind else "unknown"
+    if not run["alive"] and last_word is not None and last_word > dead_at:
+        return "complete"
+    return "arriving" if is_heard else "unknown"

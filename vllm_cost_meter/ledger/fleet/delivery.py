@@ -21,6 +21,7 @@ from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import FACTS, STATES, SUMS, RowTuple, TableRows, unpacked
 from vllm_cost_meter.ledger.fleet.cleaning import cleaned
 from vllm_cost_meter.ledger.fleet.schema import (
+    NEVER,
     SENT_SUMS,
     TOLD,
     now_text,
@@ -59,13 +60,18 @@ NOTHING = Reached(-1, "")
 
 
 class Shipment(NamedTuple):
-    """Rows of an outbox that are sent together."""
+    """Rows of an outbox that are sent together.
+
+    `all_until_ns` is when the ledger held nothing but this and what was sent before, by the
+    sender's clock; None if it holds more.
+    """
 
     sender_id: str
     first_number: int
     last_number: int
     last_digest: str
     interval_s: float
+    all_until_ns: int | None
     tables: Sequence[TableRows]
 
 
@@ -87,11 +93,14 @@ def digest_of(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def shipment_of(sender_id: str, rows: Sequence[tuple[int, bytes]], interval_s: float) -> Shipment:
+def shipment_of(
+    sender_id: str, rows: Sequence[tuple[int, bytes]], interval_s: float, all_until_ns: int | None
+) -> Shipment:
     """Return rows of an outbox, numbered without a gap, as one shipment."""
     tables = [each for _, content in rows for each in unpacked(content)]
     (first, _), (last, content) = rows[0], rows[-1]
-    return Shipment(sender_id, first, last, digest_of(content), interval_s, merged(tables))
+    digest = digest_of(content)
+    return Shipment(sender_id, first, last, digest, interval_s, all_until_ns, merged(tables))
 
 
 def merged(tables: Iterable[TableRows]) -> list[TableRows]:
@@ -223,17 +232,27 @@ def insert_tables(connection: Connection, shipment: Shipment, tables: Iterable[T
 
 def _begin(connection: Connection, shipment: Shipment) -> bool:
     """Insert the row of a shipment; return False if there is one that begins there."""
+    until_ns = shipment.all_until_ns
+    sent_at = _all_until(connection, shipment.sender_id) if until_ns is None else rfc3339(until_ns)
     statement = postgresql.insert(shipments).values(
         sender_id=shipment.sender_id,
         first_number=shipment.first_number,
         last_number=shipment.last_number,
         last_digest=shipment.last_digest,
-        sent_at=rfc3339(time.time_ns()),
+        sent_at=sent_at,
         received_at=now_text(),
         interval_s=shipment.interval_s,
     )
     new = statement.on_conflict_do_nothing().returning(shipments.c.first_number)
     return connection.execute(new).first() is not None
+
+
+def _all_until(connection: Connection, sender_id: str) -> str:
+    """Return until when the fleet has all that a sender's ledger held."""
+    c = shipments.c
+    latest = select(c.sent_at).where(c.sender_id == sender_id)
+    asked = latest.order_by(c.first_number.desc()).limit(1)
+    return connection.execute(asked).scalar() or NEVER
 
 
 def _join(connection: Connection, sender_id: str, joining: Joining) -> None:

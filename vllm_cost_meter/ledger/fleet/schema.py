@@ -42,10 +42,13 @@ from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS
 from vllm_cost_meter.ledger.tables.base import KeyText
 from vllm_cost_meter.ledger.tables.replies import create_views as create_replies
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
+from vllm_cost_meter.units.time import rfc3339
 
 FLEET_VERSION = 1
 # A server sends at least so often. So whoever looks what came lately need not know who sends how.
 INTERVAL_MAX_S = 10.0
+# In `shipments.sent_at`, before the fleet ever had all that a ledger held.
+NEVER = rfc3339(0)
 
 fleet_metadata = MetaData()
 
@@ -92,6 +95,8 @@ shipments = Table(
     Column("last_number", BigInteger, nullable=False),
     # Of the last row's content: a ledger that was copied or restored goes on otherwise.
     Column("last_digest", Text, nullable=False),
+    # Until then the fleet has with it all that the ledger held: the instant of sending, or, if more
+    # waited, what the shipment before says. By the clock of the sender.
     Column("sent_at", KeyText, nullable=False),
     # By the clock of the database.
     Column("received_at", KeyText, nullable=False),

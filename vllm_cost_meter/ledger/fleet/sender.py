@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError, in_one_line
+from vllm_cost_meter.ledger.catching_up import waiting_records
 from vllm_cost_meter.ledger.connections.postgresql import connect_options
 from vllm_cost_meter.ledger.database import (
     cause_of,
@@ -88,6 +89,8 @@ class FleetSender:
         self._told: set[str] = set()
         self._tidy_at_s = 0.0
         self._may_delete = True
+        # What a process left in its journals is in no outbox yet.
+        self._has_caught_up = False
 
     def step(self) -> bool:
         """Send what waits, up to one shipment; return whether more may wait.
@@ -105,10 +108,11 @@ class FleetSender:
     def end(self) -> None:
         """Say that the fleet has all of the ledger, and that its server stops.
 
-        Raises LedgerError if either database fails.
+        Says nothing if more waits, in the outbox or in a journal. Raises LedgerError if either
+        database fails.
         """
         ledger, fleet = self._ledger, self._fleet
-        if ledger is None or fleet is None:
+        if ledger is None or fleet is None or not _is_applied(self._ledger_url):
             return
         with self._ledger_errors(), ledger.connect() as connection:
             sender = outbox.read_sender(connection)
@@ -145,6 +149,7 @@ class FleetSender:
         if sender.joined_at is None:
             self._join(ledger, self._fleet, sender)
             return True
+        read_at_ns = self._look_at_journals()
         with self._ledger_errors(), ledger.begin() as connection:
             now = outbox.read_sender(connection)
             rows = outbox.next_rows(connection, sender.sent_number, self._bytes_max)
@@ -155,7 +160,9 @@ class FleetSender:
             return True
         if not rows:
             return False
-        shipment = shipment_of(sender.sender_id, rows, self._interval_s)
+        is_all = self._has_caught_up and rows[-1][0] == now.last_number
+        until_ns = read_at_ns if is_all else None
+        shipment = shipment_of(sender.sender_id, rows, self._interval_s, until_ns)
         have = self._delivered(self._fleet, shipment)
         if have is None:
             self._note_sent(ledger, shipment.last_number)
@@ -163,6 +170,11 @@ class FleetSender:
         else:
             self._go_on_from(ledger, sender, have)
         return True
+
+    def _look_at_journals(self) -> int:
+        """Learn whether the ledger has what journals held when this process began; return when."""
+        self._has_caught_up = self._has_caught_up or _is_applied(self._ledger_url)
+        return time.time_ns()
 
     def _delivered(self, fleet: Engine, shipment: Shipment) -> Reached | None:
         try:
@@ -219,6 +231,7 @@ class FleetSender:
 
     def _send_sums(self, ledger: Engine, fleet: Engine, sender: Sender) -> Reached:
         joining = Joining(platform.node(), __version__, sender.retired)
+        read_at_ns = self._look_at_journals()
         # One state of the ledger: its sums, and the outbox up to which they have everything.
         with self._ledger_errors(), ledger.begin() as reading:
             now = outbox.read_sender(reading)
@@ -226,7 +239,10 @@ class FleetSender:
                 raise LedgerError("fleet: the ledger began to send under another name meanwhile")
             last = outbox.next_rows(reading, now.last_number - 1, 1)
             digest = digest_of(last[0][1]) if last else ""
-            shipment = Shipment(sender.sender_id, 0, now.last_number, digest, self._interval_s, ())
+            until_ns = read_at_ns if self._has_caught_up else None
+            shipment = Shipment(
+                sender.sender_id, 0, now.last_number, digest, self._interval_s, until_ns, ()
+            )
             with self._fleet_errors(), fleet.begin() as connection:
                 is_first = not any(reached(connection, name) for name in sender.retired)
                 all_rows = all_else(reading, is_first=is_first)
@@ -277,6 +293,14 @@ class FleetSender:
             yield
         except SQLAlchemyError as error:
             raise failed(self._fleet_url, error) from error
+
+
+def _is_applied(ledger_url: str) -> bool:
+    """Return whether the ledger has what its journals hold now; False if that cannot be told."""
+    try:
+        return waiting_records(ledger_url) == 0
+    except LedgerError:
+        return False
 
 
 def _is_gapless(rows: Sequence[tuple[int, bytes]], sender: Sender) -> bool:

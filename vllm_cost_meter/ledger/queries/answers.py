@@ -220,9 +220,10 @@ class FleetRun(TypedDict):
     host: str
     """The name of the machine that the engine runs on."""
     state: RunState
-    """`arriving`: bills are missing, and their server still sends; `missing`: bills are missing,
-    and their server is silent; `unknown`: every bill up to the last snapshot is here, but its
-    server has been silent since, so there may have been later ones."""
+    """`arriving`: bills are missing, or the run ended and later ones may be, and their server still
+    sends; `missing`: bills are missing, and their server is silent; `unknown`: every bill up to the
+    last snapshot is here, but its server has been silent since, so there may have been later
+    ones."""
     last_seq: int
     """The number of the last bill that is known."""
     missing_bills: list[str]
@@ -230,7 +231,7 @@ class FleetRun(TypedDict):
     held_by: list[str]
     """The names of the machines whose ledgers have sent of this run: they hold what is missing."""
     last_word_at: str | None
-    """RFC 3339 UTC: the last shipment of these ledgers, by their own clocks."""
+    """RFC 3339 UTC: until when the fleet has all of these ledgers, by their own clocks."""
 
 
 class FleetAudit(TypedDict):
