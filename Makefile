@@ -56,7 +56,7 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep demo-fleet gpu-check test check docs reference fuzz simulate simulate-ledger soak bench matrix test-ecosystem lock vulnerabilities clean
+.PHONY: help setup demo demo-sweep demo-fleet gpu-check test check docs reference fuzz simulate simulate-ledger soak soak-fleet bench matrix test-ecosystem lock vulnerabilities clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
@@ -67,8 +67,9 @@ help:
 	@echo 'make gpu-check  what the meter is worth on the NVIDIA GPU of this machine, on one page: 20'
 	@echo '             minutes, nothing is downloaded; GPU_CHECK_ARGS="--budget-s 600" for less'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
-	@echo 'make test-ecosystem  the ledger in a real PostgreSQL, routes with a newer FastAPI: a minute;'
-	@echo '             needs the programs of PostgreSQL (apt-get install postgresql pgbouncer)'
+	@echo 'make test-ecosystem  the ledger in a real PostgreSQL, routes with a newer FastAPI, a fleet'
+	@echo '             of two real servers: four minutes; needs the programs of PostgreSQL (apt-get'
+	@echo '             install postgresql pgbouncer)'
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
 	@echo 'make docs    the pages of docs/ as one site in site/; a dead link fails'
 	@echo 'make reference  the pages that commands and side endpoint describe themselves'
@@ -82,6 +83,8 @@ help:
 	@echo '             SEED=... replays one, ON=sqlite where that failed'
 	@echo 'make soak    half an hour of load on real and small servers that are killed and whose disk'
 	@echo '             fails: each cost that a client saw is in the ledger once; SOAK_ARGS="--minutes 3"'
+	@echo 'make soak-fleet  ten minutes of two real servers and one PostgreSQL, which are killed, cut off and'
+	@echo '             full: the fleet has what the servers have; SOAK_ARGS="--minutes 30 --seed 7"'
 	@echo 'make bench   the benchmarks; some minutes, on an otherwise idle machine'
 	@echo 'make matrix  the integration tests on each of eight versions of vLLM: 13 minutes and 3.5 GB'
 	@echo '             each, 3 minutes more the first time; MATRIX="0.27.1 0.32.0" for some'
@@ -119,7 +122,8 @@ else
 	  --numprocesses auto --dist worksteal --durations 20
 endif
 
-# What the meter meets beside vLLM: a real PostgreSQL server, and a FastAPI newer than the lock's.
+# What the meter meets beside vLLM: a real PostgreSQL server, a fleet of real servers that send to it,
+# and a FastAPI newer than the lock's.
 test-ecosystem: setup $(VENV)/.ecosystem
 	@$(RUN) python -m pytest tests/ecosystem
 
@@ -153,6 +157,10 @@ simulate-ledger: $(VENV)/.meter
 # Twenty seconds of it, without vLLM, are in `make test`.
 soak: setup
 	@$(RUN) python -m tests.soak.run $(SOAK_ARGS)
+
+# Each disturbance once is in `make test-ecosystem`.
+soak-fleet: setup $(VENV)/.ecosystem
+	@$(RUN) python -m tests.soak.fleet $(SOAK_ARGS)
 
 bench: setup
 	$(RUN) python benchmarks/bench_attribution.py

@@ -61,7 +61,9 @@ def small_disk(folder: Path, size_mib: int, user: pwd.struct_passwd | None) -> I
     """Mount a disk of this size at a folder, for programs that run as `user`; None is this one."""
     owner = pwd.getpwuid(os.getuid()) if user is None else user
     options = f"size={size_mib}m,mode=700,uid={owner.pw_uid},gid={owner.pw_gid}"
-    namespaces = ["--mount"] if user is not None else ["--map-current-user", "--keep-caps", "--mount"]
+    namespaces = (
+        ["--mount"] if user is not None else ["--map-current-user", "--keep-caps", "--mount"]
+    )
     script = 'mount -t tmpfs -o "$1" tmpfs "$0" && echo mounted && exec cat'
     folder.mkdir()
     with subprocess.Popen(
