@@ -13,8 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from sqlalchemy.exc import SQLAlchemyError
+
+from tests.ecosystem.books import rows_of
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.lab.server import command_path
+from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.queries.answers import Audit
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -28,7 +32,11 @@ _NOW = AsOf(settle_s=0)
 
 
 class Seen(NamedTuple):
-    """What an audit said of a run, and when by the monotonic clock."""
+    """What an audit said of a run, and when by the monotonic clock.
+
+    `last_seq` is the last bill of it that the fleet had right afterwards. The audit itself names
+    the last one up to its cut, while the engine seems to live.
+    """
 
     at_s: float
     run_id: str
@@ -92,7 +100,7 @@ class Beside:
         was_away = self._is_away.is_set()
         try:
             yield
-        except (LedgerError, subprocess.CalledProcessError) as error:
+        except (LedgerError, SQLAlchemyError, subprocess.CalledProcessError) as error:
             if not was_away and before == self._aways:
                 output = getattr(error, "stderr", "")
                 self.failures.append(f"{what}: {error} {output}")
@@ -101,9 +109,10 @@ class Beside:
         if audit["fleet"] is None:
             return
         states = {run["run_id"]: run["state"] for run in audit["fleet"]["incomplete"]}
-        for run in audit["runs"]:
-            state = states.get(run["run_id"], "complete")
-            self.seen.append(Seen(began_s, run["run_id"], state, run["last_seq"]))
+        last = {row["run_id"]: row["last_seq"] for row in rows_of(self._fleet, schema.bill_sums)}
+        for run_id in (run["run_id"] for run in audit["runs"]):
+            state = states.get(run_id, "complete")
+            self.seen.append(Seen(began_s, run_id, state, last.get(run_id, 0)))
 
     def _run_on(self) -> None:
         for words in itertools.cycle(_COMMANDS):

@@ -94,6 +94,20 @@ def test_a_run_that_ended_is_not_complete_while_a_journal_holds_bills_of_it(
         assert said(url)[0] == "complete"
 
 
+def test_a_run_that_ended_and_is_told_of_late_is_not_complete_while_its_ledger_holds_more(
+    own: str, url: str
+) -> None:
+    """What comes late makes its engine look alive for a while."""
+    journal(own, BILLS[4])
+    write(own, BILLS[3], snapshot(BILLS[:4], 2, "run", taken_at_ns=DIED_NS))
+    with closing(FleetSender(own, url)) as sender:
+        assert sender.step()
+        assert said(url)[0] == "arriving"
+        assert catch_up(own) == 0
+        assert sender.step()
+        assert said(url)[0] == "complete"
+
+
 def test_a_stop_whose_journals_hold_more_is_no_last_word(own: str, url: str) -> None:
     journal(own, BILLS[3])
     sent(own, url, stops=True)

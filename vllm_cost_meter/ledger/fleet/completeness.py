@@ -19,12 +19,13 @@ Invariant: a run is called complete only if the fleet has every bill that its se
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import exists, lateral, select, true
+from sqlalchemy import exists, func, lateral, select, true
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.schema import (
     INTERVAL_MAX_S,
+    NEVER,
     TOLD,
     has_fleet,
     now_text,
@@ -49,13 +50,14 @@ NAMED_MAX = 1_000
 class _Sender(NamedTuple):
     """A sender: its machine, until when the fleet has all of it, and what may still come from it.
 
-    `sent_at` is by its own clock. `is_heard` is whether it still sends, and `has_ended` whether it
-    said that this was all.
+    `sent_at` is by its own clock. `is_heard` is whether it still sends, `has_more` whether its
+    ledger held more than it had sent, and `has_ended` whether it said that this was all.
     """
 
     host: str
     sent_at: str
     is_heard: bool
+    has_more: bool
     has_ended: bool
 
 
@@ -99,22 +101,34 @@ def completeness(connection: Connection, runs: Sequence[AuditRun]) -> FleetAudit
 def _senders(connection: Connection) -> Mapping[str, _Sender]:
     """Return all senders by their names; the last shipment of each is one look into the key."""
     s, c = senders.c, shipments.c
-    last = lateral(
+    latest = (
         select(c.sent_at, c.received_at, c.interval_s, c.last_number)
         .where(c.sender_id == s.sender_id)
         .order_by(c.first_number.desc())
         .limit(1)
     )
+    last, before = lateral(latest), lateral(latest.offset(1))
+    # A shipment that leaves something behind repeats what the one before it says.
+    has_more = last.c.sent_at == func.coalesce(before.c.sent_at, NEVER)
     heard_since = now_text(_MOMENT_S + _INTERVALS * last.c.interval_s)
     is_heard = last.c.received_at >= heard_since
     e = sender_ends.c
     has_ended = exists().where(e.sender_id == s.sender_id, e.last_number == last.c.last_number)
-    asked = select(s.sender_id, s.host, last.c.sent_at, is_heard, has_ended).join(last, true())
+    asked = (
+        select(s.sender_id, s.host, last.c.sent_at, is_heard, has_more, has_ended)
+        .select_from(senders)
+        .join(last, true())
+        .join(before, true(), isouter=True)
+    )
     return {sender_id: _Sender(*rest) for sender_id, *rest in connection.execute(asked)}
 
 
 def _run(run: AuditRun, tellers: Sequence[_Sender]) -> FleetRun:
-    has_ended = any(sender.has_ended for sender in tellers)
+    # What a run left behind may come late, and makes its engine look alive.
+    is_followed = run["alive"] and any(
+        sender.is_heard and not sender.has_more for sender in tellers
+    )
+    is_known = is_followed or any(sender.has_ended for sender in tellers)
     is_heard = any(sender.is_heard for sender in tellers)
     last_word = max((sender.sent_at for sender in tellers), default=None)
     return {

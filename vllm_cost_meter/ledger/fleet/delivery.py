@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Table, func, select, text
+from sqlalchemy import Table, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
@@ -22,6 +22,7 @@ from vllm_cost_meter.ledger.fleet.cleaning import cleaned
 from vllm_cost_meter.ledger.fleet.inserting import insert_new
 from vllm_cost_meter.ledger.fleet.schema import (
     KEPT_ROWS,
+    NEVER,
     SENT_SUMS,
     TOLD,
     now_text,
@@ -44,7 +45,6 @@ from vllm_cost_meter.units.time import rfc3339
 _INTO = {**FACT_TABLES, **KEPT_ROWS, **TOLD}
 _MADE = {table.name: table for table in (tails, told_open_requests)}
 
-_NEVER = rfc3339(0)
 # "join": a number of our own among PostgreSQL's locks.
 _JOINING_LOCK = 0x6A6F696E
 
@@ -173,8 +173,9 @@ def _begin(connection: Connection, shipment: Shipment) -> None:
 def _all_until(connection: Connection, sender_id: str) -> str:
     """Return until when the fleet has all that a sender's ledger held."""
     c = shipments.c
-    asked = select(func.max(c.sent_at)).where(c.sender_id == sender_id)
-    return connection.execute(asked).scalar() or _NEVER
+    latest = select(c.sent_at).where(c.sender_id == sender_id)
+    asked = latest.order_by(c.first_number.desc()).limit(1)
+    return connection.execute(asked).scalar() or NEVER
 
 
 def _join(connection: Connection, sender_id: str, joining: Joining) -> None:

@@ -40,12 +40,15 @@ from sqlalchemy.engine import Connection
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS
 from vllm_cost_meter.ledger.tables.base import KeyText
+from vllm_cost_meter.units.time import rfc3339
 
 FLEET_VERSION = 2
 # Servers of an older version cannot send to these tables.
 OLDEST_SENDER = 2
 # A server sends at least so often. So whoever looks what came lately need not know who sends how.
 INTERVAL_MAX_S = 10.0
+# In `shipments.sent_at`, before the fleet ever had all that a ledger held.
+NEVER = rfc3339(0)
 
 # What `senders.rows` says of a sender that sends the rows of requests here.
 WITH_ROWS = "fleet"
@@ -100,8 +103,8 @@ shipments = Table(
     Column("last_number", BigInteger, nullable=False),
     # Of the last row's content: a ledger that was copied or restored goes on otherwise.
     Column("last_digest", Text, nullable=False),
-    # Until then the fleet has with it all that the ledger held: the instant of sending, unless more
-    # waited. By the clock of the sender.
+    # Until then the fleet has with it all that the ledger held: the instant of sending, or, if more
+    # waited, what the shipment before says. By the clock of the sender.
     Column("sent_at", KeyText, nullable=False),
     # By the clock of the database.
     Column("received_at", KeyText, nullable=False),
