@@ -26,6 +26,7 @@ from sqlalchemy.pool import NullPool
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.connections.postgresql import postgresql_engine
 from vllm_cost_meter.ledger.file_modes import make_private, open_to_others
+from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, fleet_version, has_fleet
 from vllm_cost_meter.ledger.migrations import (
     FIRST_WITH_BILL_SUMS,
     FIRST_WITH_ROLLUPS,
@@ -404,11 +405,17 @@ def refuse_newer(version: int, name: str) -> None:
 
 def _ensure_schema(engine: Engine, shown: str, *, create: bool, upgrade: bool) -> None:
     found = recorded_version(engine)
-    if found is not None and (create or upgrade) and _is_fleet(engine):
-        raise LedgerError(
-            f"ledger {shown}: expected a ledger, got the database of a fleet; name it in"
-            " COST_METER_FLEET, and a file of the server's own in COST_METER_LEDGER"
-        )
+    if found is not None and (of_fleet := _fleet_version(engine)) is not None:
+        if create or upgrade:
+            raise LedgerError(
+                f"ledger {shown}: expected a ledger, got the database of a fleet; name it in"
+                " COST_METER_FLEET, and a file of the server's own in COST_METER_LEDGER"
+            )
+        if of_fleet < FLEET_VERSION:
+            raise LedgerError(
+                f"fleet {shown}: expected tables of version {FLEET_VERSION}, got version"
+                f" {of_fleet}; an administrator runs `vllm-cost-meter fleet migrate`"
+            )
     if found is None and create:
         _create_schema(engine)
         found = recorded_version(engine)
@@ -458,12 +465,14 @@ def recorded_version(engine: Engine) -> int | None:
         return max(rows, default=None)
 
 
-def _is_fleet(engine: Engine) -> bool:
-    # Only PostgreSQL has fleets; the name is that of a table in `fleet/schema.py`.
+def _fleet_version(engine: Engine) -> int | None:
+    """Return the version of a fleet's tables; None for a ledger. Only PostgreSQL has fleets."""
     if engine.dialect.name != "postgresql":
-        return False
+        return None
     with engine.connect() as connection:
-        return inspect(connection).has_table("fleet_version")
+        if not has_fleet(connection):
+            return None
+        return connection.execute(select(fleet_version.c.version)).scalar()
 
 
 def _create_schema(engine: Engine) -> None:

@@ -134,7 +134,7 @@ def _run(run: AuditRun, tellers: Sequence[_Sender]) -> FleetRun:
     return {
         "run_id": run["run_id"],
         "host": run["host"],
-        "state": _state(run, last_word, is_heard=is_heard, has_ended=has_ended),
+        "state": _state(run, last_word, is_heard=is_heard, is_known=is_known),
         "last_seq": run["last_seq"],
         "missing_bills": run["missing_bills"],
         "held_by": sorted({sender.host for sender in tellers}),
@@ -143,12 +143,12 @@ def _run(run: AuditRun, tellers: Sequence[_Sender]) -> FleetRun:
 
 
 def _state(
-    run: Mapping[str, Any], last_word: str | None, *, is_heard: bool, has_ended: bool
+    run: Mapping[str, Any], last_word: str | None, *, is_heard: bool, is_known: bool
 ) -> RunState:
-    """Return the state of a run by what its senders have said."""
+    """Return the state of a run; `is_known` says whether its server's word covers all of it."""
     if run["missing_bills"] or run["ledger_difference_ns"]:
         return "arriving" if is_heard else "missing"
-    if has_ended or (is_heard and run["alive"]):
+    if is_known:
         return "complete"
     dead_at = rfc3339(unix_ns_of(run["heard_at"]) + DEAD_AFTER_NS)
     if not run["alive"] and last_word is not None and last_word > dead_at:

@@ -18,6 +18,7 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import schema
@@ -33,9 +34,9 @@ def migrate(connection: Connection) -> None:
     """Bring a fleet's tables to this version, or make them, within the connection's transaction."""
     config = _config()
     config.attributes["connection"] = connection
-    known = MigrationContext.configure(connection).get_current_revision()
-    if known is None and has_fleet(connection):
-        command.stamp(config, _FIRST)
+    context = MigrationContext.configure(connection)
+    if context.get_current_revision() is None and has_fleet(connection):
+        context.stamp(ScriptDirectory.from_config(config), _FIRST)
     command.upgrade(config, "head")
 
 
