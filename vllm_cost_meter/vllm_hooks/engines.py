@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks.identity import device_name, host_name, model_name
+from vllm_cost_meter.vllm_hooks.kv_transfer import role_of_server
 
 if TYPE_CHECKING:
     # A real import would bring the ledger into the engine's process.
@@ -85,6 +86,11 @@ def run_facts(engine_client: Any) -> RunFacts:
         gpu_name=gpu_name,
         host=(host_name() or None) if _engines_are_here(config.parallel_config) else None,
     )
+
+
+def kv_role(engine_client: Any) -> str | None:
+    """Return the half of requests that an API server's engines are configured for, if any."""
+    return role_of_server(engine_client.vllm_config)
 
 
 def _engines_are_here(parallel_config: Any) -> bool:
