@@ -37,13 +37,19 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
+from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.changes import STATES, SUMS
+from vllm_cost_meter.ledger.migrations import MIGRATIONS
+from vllm_cost_meter.ledger.migrations import Column as AddedColumn
 from vllm_cost_meter.ledger.tables.base import KeyText
 from vllm_cost_meter.ledger.tables.replies import create_views as create_replies
+from vllm_cost_meter.ledger.tables.replies import drop_views as drop_replies
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 
 FLEET_VERSION = 1
+# The schema version of the first fleets.
+FIRST_WITH_FLEET = 19
 # A server sends at least so often. So whoever looks what came lately need not know who sends how.
 INTERVAL_MAX_S = 10.0
 
@@ -180,9 +186,46 @@ def create_fleet(connection: Connection) -> None:
     connection.execute(fleet_version.insert().values(version=FLEET_VERSION))
 
 
+def upgrade_fleet(connection: Connection, found: int) -> None:
+    """Bring the tables of a fleet from an earlier schema version to this one.
+
+    Needs the right to change tables, as making them did.
+    """
+    drop_replies(connection)
+    for name in _view_queries():
+        connection.execute(text(f"DROP VIEW IF EXISTS {name} CASCADE"))
+    steps = (
+        step for version in range(found, schema.SCHEMA_VERSION) for step in MIGRATIONS[version]
+    )
+    for step in steps:
+        if not isinstance(step, AddedColumn):
+            raise LedgerError(
+                f"fleet: expected one of schema version {FIRST_WITH_FLEET} or later, got {found}"
+            )
+        # Days are a view, of the hours.
+        if step.table != schema.rollup_days.name:
+            table = _table_in_fleet(step.table)
+            added = f"ADD COLUMN IF NOT EXISTS {step.name} {step.kind}"
+            connection.execute(text(f"ALTER TABLE {table} {added}"))
+    for statement in view_statements():
+        connection.execute(text(statement))
+    create_replies(connection)
+    connection.execute(schema.schema_version.update().values(version=schema.SCHEMA_VERSION))
+
+
+def _table_in_fleet(name: str) -> str:
+    """Return the table of a fleet's database that holds the rows of a ledger's table."""
+    found = TOLD.get(name, SENT_SUMS.get(name))
+    return name if found is None else found.name
+
+
 def view_statements() -> list[str]:
     """Return the statements that make the views in place of a ledger's tables."""
-    views = {
+    return [f"CREATE VIEW {name} AS {query}" for name, query in _view_queries().items()]
+
+
+def _view_queries() -> dict[str, str]:
+    return {
         "uncounted_runs": _uncounted_runs(),
         "uncounted_groups": (
             "SELECT uncounted_runs.sender_id, group_id FROM uncounted_runs"
@@ -196,7 +239,6 @@ def view_statements() -> list[str]:
         schema.bill_sums.name: _bill_sums(),
         schema.energy_sums.name: _energy_sums(),
     }
-    return [f"CREATE VIEW {name} AS {query}" for name, query in views.items()]
 
 
 def _latest(table: Table) -> str:

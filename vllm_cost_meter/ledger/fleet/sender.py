@@ -50,6 +50,7 @@ from vllm_cost_meter.ledger.fleet.schema import (
     create_fleet,
     fleet_version,
     has_fleet,
+    upgrade_fleet,
 )
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION, live_usage, schema_version, snapshots
 from vllm_cost_meter.logs import meter_logger
@@ -369,7 +370,20 @@ def _ensure_fleet(connection: Connection, shown: str) -> None:
     if not has_fleet(connection):
         _refuse_ledger(connection, shown)
         create_fleet(connection)
+    _upgrade(connection)
     _check_version(connection, shown)
+
+
+def _upgrade(connection: Connection) -> None:
+    """Bring a fleet of an earlier version to this one. Servers of that version then wait."""
+    if _rows_version(connection) < SCHEMA_VERSION:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
+        if (found := _rows_version(connection)) < SCHEMA_VERSION:
+            upgrade_fleet(connection, found)
+
+
+def _rows_version(connection: Connection) -> int:
+    return int(connection.execute(schema_version.select()).scalar_one())
 
 
 def _refuse_ledger(connection: Connection, shown: str) -> None:
@@ -382,10 +396,10 @@ def _refuse_ledger(connection: Connection, shown: str) -> None:
 
 def _check_version(connection: Connection, shown: str) -> None:
     found = connection.execute(fleet_version.select()).scalar_one()
-    rows = connection.execute(schema_version.select()).scalar_one()
+    rows = _rows_version(connection)
     if (found, rows) != (FLEET_VERSION, SCHEMA_VERSION):
         raise LedgerError(
             f"fleet {shown}: expected version {FLEET_VERSION} with rows of version"
             f" {SCHEMA_VERSION}, got {found} with {rows}; run the same version of"
-            " vllm-cost-meter at all servers, and migrate the fleet first"
+            " vllm-cost-meter at all servers"
         )
