@@ -185,3 +185,5 @@ class Birth:
     arrived_at_ns: int
     exchange: Exchange | None
     times: RequestTimes | None
+    # Which half of a request this is, as in `EngineRequest`.
+    kv_role: str | None = None

@@ -1,5 +1,7 @@
 """A fleet's tables are brought to a newer version, and servers are upgraded one by one."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +10,19 @@ import pytest
 from sqlalchemy import create_engine, text
 from typer.testing import CliRunner
 
+from tests.component.ledger.test_reader import http, part, snapshot
 from tests.ecosystem.postgresql import Server
 from tests.ecosystem.test_fleet import BILLS, name_of, records_of, send, write
 from tests.ecosystem.test_postgresql import _figures, rows
 from tests.support.fleet import sent
 from vllm_cost_meter.cli.commands import app
 from vllm_cost_meter.errors import LedgerError
+from vllm_cost_meter.ledger.fleet.changes import TableRows, packed, unpacked
 from vllm_cost_meter.ledger.fleet.migrating import migrate, migration_sql
 from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, KEPT, fleet_metadata
 from vllm_cost_meter.ledger.fleet.shared_settings import settings_changes, settings_versions
 from vllm_cost_meter.ledger.fleet.views import view_names
+from vllm_cost_meter.ledger.reader import LedgerReader
 
 INDEXES = "SELECT indexdef FROM pg_indexes WHERE schemaname = current_schema() ORDER BY 1"
 COLUMNS = """
@@ -121,3 +126,36 @@ def test_the_commands_make_and_migrate_the_tables_and_say_so(url: str) -> None:
     assert said("migrate", "--fleet", url) == already
     assert said("migrate", "--sql").strip() == migration_sql().strip()
     assert said("tidy", "--fleet", url) == "tidied what 0 ledgers have sent\n"
+
+
+def test_an_outbox_of_the_version_before_is_sent_whole(tmp_path: Path, url: str) -> None:
+    ledger = f"sqlite:///{tmp_path / 'ledger.db'}"
+    send(ledger, url)
+    bill = part(1, "h1")
+    write(ledger, bill, http("h1"), snapshot([bill]))
+    as_outbox_of_version_19(tmp_path / "ledger.db")
+    send(ledger, url)
+    with LedgerReader(url) as fleet:
+        (row,) = fleet.look_up("h1")
+        assert (row["gpu_time_ns"], row["external_tokens"]) == (300, None)
+        assert fleet.audit(full=True)["balanced"]
+
+
+def as_outbox_of_version_19(path: Path) -> None:
+    """Take the columns out of an outbox that version 20 has brought."""
+    later = {"external_tokens", "external_known_tokens", "kv_role"}
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for number, content in connection.execute("SELECT number, content FROM outbox").fetchall():
+            tables = [
+                TableRows(
+                    name,
+                    tuple(column for column in columns if column not in later),
+                    [
+                        tuple(v for c, v in zip(columns, row, strict=True) if c not in later)
+                        for row in rows
+                    ],
+                )
+                for name, columns, rows in unpacked(content)
+            ]
+            values = (packed(tables), number)
+            connection.execute("UPDATE outbox SET content = ? WHERE number = ?", values)

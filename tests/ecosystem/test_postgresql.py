@@ -9,6 +9,7 @@ import random
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from vllm_cost_meter.records.bill import UsagePiece
 from vllm_cost_meter.records.client_text import stored
 from vllm_cost_meter.records.energy import ENERGY_CLASSES, RequestEnergy, RunEnergy
 from vllm_cost_meter.records.owner import NamedBy, Owner
+from vllm_cost_meter.records.requests import KV_CONSUMER, KV_PRODUCER
 from vllm_cost_meter.records.snapshot import ClassTotals
 from vllm_cost_meter.tenants.budgets import Budget
 
@@ -159,13 +161,21 @@ def test_ids_that_clients_choose_are_stored_whatever_they_are(tmp_path: Path, ur
 # ---- the same answers as from SQLite
 
 
-def written(url: str, runs: Sequence[str] = ("run", "Run 2")) -> None:
-    """Write two runs with bills of several tenants over three hours, energy, and one that runs."""
+def written(url: str, runs: Sequence[str] = ("run", "Run 2"), *, are_split: bool = False) -> None:
+    """Write two runs with bills of several tenants over three hours, energy, and one that runs.
+
+    With `are_split` one computes prompts for the other, which gets them over a KV connector.
+    """
     writer = LedgerWriter(url)
     writer.start()
     for run in runs:
         bills = [_bill(run, seq) for seq in range(1, 25)]
         replies = [http(f"{run}-{n}", at=n, owner=OWNERS[n % len(OWNERS)]) for n in range(1, 25)]
+        if are_split:
+            bills = [_half(run, each) for each in bills]
+            replies = [
+                replace(each, x_request_id=f"router-{n}") for n, each in enumerate(replies, 1)
+            ]
         writer.commit(*bills, *replies, _state(run, bills)).result(30)
     writer.commit(make_open(request_id="open", http_request_id="h-open", owner=OWNERS[0])).result(
         30
@@ -180,6 +190,15 @@ def _bill(run: str, seq: int) -> Any:
     )
     owner = OWNERS[seq % len(OWNERS)]
     return part(seq, f"{run}-{seq}", run_id=run, pieces=pieces, owner=owner)
+
+
+def _half(run: str, each: Any) -> Any:
+    """Return a bill as the prefill server or the decode server has it; one in five is unknown."""
+    if each.bill.seq % 5 == 0:
+        return each
+    is_decode = run == "Run 2"
+    bill = each.bill._replace(external_tokens=6 if is_decode else 0, cached_tokens=2)
+    return replace(each, bill=bill, kv_role=KV_CONSUMER if is_decode else KV_PRODUCER)
 
 
 def _state(run: str, bills: list[Any]) -> Any:
@@ -208,13 +227,13 @@ def both(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[l
     folder = tmp_path_factory.mktemp("both")
     urls = [f"sqlite:///{folder / 'ledger.db'}", server.new_database()]
     for each in urls:
-        written(each)
+        written(each, are_split=True)
     fleet = server.new_database()
     for name in ("run", "Run 2"):
         url = f"sqlite:///{folder / name}.db"
         if name == "run":  # the other one joins with what it had
             sent(url, fleet)
-        written(url, [name])
+        written(url, [name], are_split=True)
         sent(url, fleet, stops=True)
     readers = [LedgerReader(each, book=BOOK) for each in (*urls, fleet)]
     yield readers
@@ -246,6 +265,16 @@ def test_every_bill_and_its_explanation_are_the_same(both: list[LedgerReader]) -
     for row in shown:
         one = same(both, lambda reader, row=row: reader.request(row["http_request_id"], AS_OF))
         same(both, lambda reader, one=one: reader.explain(one))
+
+
+def test_the_halves_of_a_request_are_the_same_answer(both: list[LedgerReader]) -> None:
+    for n in range(1, 25):
+        told = same(both, lambda reader, n=n: reader.look_up(f"router-{n}"))
+        same(both, lambda reader, told=told: [reader.explain(row) for row in told])
+        costs = [row["cost_nanousd"] for row in told]
+        # Of one in five nobody knows that it was split.
+        assert costs == ([7, 7] if n % 5 == 0 else [14])
+        assert all(row["external_tokens"] == (None if n % 5 == 0 else 6) for row in told)
 
 
 def _pages(reader: LedgerReader) -> Iterator[Any]:

@@ -36,6 +36,7 @@ bills = st.builds(
     first_model=count,
     last_model=count,
     pieces=st.lists(pieces, max_size=4).map(tuple),
+    external_tokens=st.none() | count,
 )
 totals = st.builds(ClassTotals, **dict.fromkeys(CLASSES, count))
 plane = st.tuples(*[st.floats(0, 1e12)] * 5)

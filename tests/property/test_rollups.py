@@ -68,7 +68,9 @@ def bills(draw: st.DrawFn) -> list[EngineRequest]:
         }
         run, status = draw(st.sampled_from("ab")), draw(st.sampled_from(["stop", "abort"]))
         made = part(seq, draw(exchange_ids | st.none()), run_id=run, pieces=pieces, status=status)
-        found.append(replace(made, **changes))
+        bill = made.bill._replace(external_tokens=draw(tokens))
+        role = draw(st.sampled_from([None, "kv_producer", "kv_consumer"]))
+        found.append(replace(made, bill=bill, kv_role=role, **changes))
     return found
 
 

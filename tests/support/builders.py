@@ -193,13 +193,15 @@ def make_snapshot(**changes: Any) -> Snapshot:
 def reply_of(part: EngineRequest, reply: HttpRequest) -> HttpRequest:
     """Return a reply that says of its one engine request what the bill says, and nothing else."""
     bill = part.bill
+    # To its client vLLM calls cached what came over a KV connector too.
+    cached_tokens = bill.cached_tokens + (bill.external_tokens or 0)
     return replace(
         reply,
         response_id=part.response_id,
         owner=part.owner,
         model=part.model,
         route=part.route or reply.route,
-        usage=Usage(bill.prompt_tokens, bill.cached_tokens, bill.output_tokens),
+        usage=Usage(bill.prompt_tokens, cached_tokens, bill.output_tokens),
         gpu_time_ns=bill.gpu_time_ns,
         cost_nanousd=part.cost_nanousd,
     )

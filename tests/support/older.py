@@ -28,8 +28,9 @@ def as_version_17(execute: Callable[[str], object]) -> None:
     execute("DROP VIEW replies")
     for index in ("ended_at", "tenant", "x_request_id"):
         execute(f"DROP INDEX ix_requests_{index}")
-    for column in _ADDED:
+    for column in (*_ADDED, "external_tokens", "kv_role"):
         execute(f"ALTER TABLE requests DROP COLUMN {column}")
+    execute("ALTER TABLE open_requests DROP COLUMN kv_role")
     for table in ("requests", "http_requests"):
         execute(f"ALTER TABLE {table} ADD COLUMN cost_usd TEXT")
         execute(f"UPDATE {table} SET cost_usd = 'told' WHERE cost_nanousd IS NOT NULL")

@@ -57,6 +57,8 @@ class Collector:
         self.breaker = Breaker(guard)
         # Facts about the engines; empty before the application has started.
         self.run_facts = RunFacts()
+        # The half of a request that its router does not say otherwise; None if that is not known.
+        self.kv_role: str | None = None
         # Returns the facts of one run, where its snapshots are seen; otherwise None.
         self.facts_of: Callable[[str], RunFacts | None] = lambda _run_id: None
         self._writer = writer
@@ -73,6 +75,8 @@ class Collector:
 
     def born(self, birth: Birth) -> None:
         """Note a new engine request of this process. A repeated call changes nothing."""
+        if birth.kv_role is None and self.kv_role is not None:
+            birth = replace(birth, kv_role=self.kv_role)
         if not self._open.add(birth):
             return
         if (exchange := birth.exchange) is not None:

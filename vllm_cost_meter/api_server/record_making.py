@@ -55,6 +55,7 @@ def open_request(birth: Birth, model: str | None) -> OpenRequest:
         lora=stored_or_none(birth.lora),
         route=exchange.route if exchange else None,
         started_at_ns=birth.arrived_at_ns,
+        kv_role=birth.kv_role,
     )
 
 
@@ -84,6 +85,7 @@ def engine_request(
         finished_at_ns=finished_at_ns,
         latencies=_latencies(birth, bill, finished_at_ns),
         announced=announced,
+        kv_role=birth.kv_role if birth else None,
     )
 
 

@@ -216,6 +216,7 @@ class Runtime:
         """
         self.is_served = True
         self.collector.run_facts = engines.run_facts(engine_client, self.settings.labels)
+        self.collector.kv_role = engines.kv_role(engine_client)
         self.served = tuple(engines.served_names(engine_client, state))
         self._start_loop("announce", self._announce, self.settings.snapshot_interval_s)
         self._hold_to_budgets(engine_client)

@@ -39,7 +39,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records.owner import COVERS_TEXT, OWN, WITH_CHILDREN, Covers, TenantScope
 from vllm_cost_meter.reports.answers import TenantsReport
 from vllm_cost_meter.reports.charges import charges_cell
-from vllm_cost_meter.reports.facts import COUNTS
+from vllm_cost_meter.reports.facts import MAIN_COUNTS
 from vllm_cost_meter.reports.grammar import DIMENSIONS, LABEL, STEPS, TAG, TIMES, Words, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.price_lines import price_lines
@@ -48,7 +48,7 @@ from vllm_cost_meter.reports.statement_text import print_statement
 from vllm_cost_meter.units.calendar import hours_of_window, zone_of
 from vllm_cost_meter.units.text import plain, to_csv
 
-TENANT_COLUMNS: tuple[str, ...] = ("tenant", *COUNTS, "gpu_time_ns", "cost_usd")
+TENANT_COLUMNS: tuple[str, ...] = ("tenant", *MAIN_COUNTS, "gpu_time_ns", "cost_usd")
 REQUEST_COLUMNS: tuple[str, ...] = (
     "finished_at",
     "http_request_id",
@@ -62,7 +62,7 @@ REQUEST_COLUMNS: tuple[str, ...] = (
     "gpu_time_ns",
     "cost_usd",
 )
-REPORT_COLUMNS = (*COUNTS, "gpu_time_ns", "idle_share_ns", "usage_cost_usd", "cost_usd")
+REPORT_COLUMNS = (*MAIN_COUNTS, "gpu_time_ns", "idle_share_ns", "usage_cost_usd", "cost_usd")
 # A narrow terminal drops other columns before these, and keeps the aggregated columns longest.
 FIRST = (
     "tenant",

@@ -21,7 +21,7 @@ each hour to the run's part of that hour. The billed total equals the sum of all
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from vllm_cost_meter.attribution import StepMeter
 from vllm_cost_meter.attribution.cost_model import (
@@ -45,13 +45,17 @@ NOTHING_ACCRUED = Accrued()
 
 
 class RequestFacts(TypedDict):
-    """Facts that the engine knows about a request when it ends."""
+    """Facts that the engine knows about a request when it ends.
+
+    `external_tokens` is None if it is unknown. Then `cached_tokens` may contain some.
+    """
 
     engine_status: str
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
     preemptions: int
+    external_tokens: NotRequired[int | None]
 
 
 class EngineState(TypedDict):
@@ -198,7 +202,8 @@ class EngineBooks:
             self._book_waiting(now_ns)
         earlier = self._earlier.pop(request_id, None) or _Earlier()
         earlier.add(self._hour, self.meter.close(request_id, now_ns))
-        if cached_tokens := facts["cached_tokens"]:
+        is_own_cache = facts.get("external_tokens", 0) is not None
+        if is_own_cache and (cached_tokens := facts["cached_tokens"]):
             earlier.note_saved(saved_ns(self.meter.model(), cached_tokens))
         earlier.note_errors(self._errors_of(earlier.used, facts))
         self._last_seq += 1

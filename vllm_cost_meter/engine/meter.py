@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, TypeVarTuple
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 from vllm_cost_meter.attribution.priors import NOTHING_KNOWN, Prior
 from vllm_cost_meter.engine.books import EngineBooks, EngineState, RequestFacts
@@ -56,6 +56,17 @@ def process_created_ns(stat: Path = Path("/proc/self/stat")) -> int:
     since_boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     age_ns = since_boot_ns - ticks * NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
     return now_ns - max(age_ns, 0)
+
+
+class BegunWith(NamedTuple):
+    """The prompt tokens that a request began with, and that this engine did not compute for it.
+
+    `cached` were in the engine's own prefix cache, `external` came over a KV connector. Where it is
+    unknown which they were, `external` is None and `cached` has them all.
+    """
+
+    cached: int
+    external: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +134,8 @@ class EngineMeter:
         # Made right after the books: they have booked only startup so far, which has no energy.
         self.energy = EnergyMeter(energy or EnergyCounter(()), engine.gpus, clock.monotonic_ns())
         self._step_log = self._open_step_log(step_log) if step_log is not None else None
-        # The tokens found in the prefix cache when a request was first scheduled.
-        self._cached_tokens: dict[str, int] = {}
+        # What each request began with when it was first scheduled.
+        self._begun_with: dict[str, BegunWith] = {}
         # The requests that ended last, oldest first.
         self._ended: dict[str, None] = {}
         # The length that an output will have if no token is cut off, for requests with drafts in
@@ -155,11 +166,17 @@ class EngineMeter:
         finally:
             self.own_ns += self._monotonic_ns() - now_ns
 
-    def placed(self, request_id: str, computed_tokens: int) -> None:
-        """Note that a request starts, or resumes, to run from `computed_tokens` on."""
-        resumed = request_id in self._cached_tokens
+    def placed(
+        self, request_id: str, computed_tokens: int, external_tokens: int | None = 0
+    ) -> None:
+        """Note that a request starts, or resumes, to run from `computed_tokens` on.
+
+        `external_tokens` is how many of them came over a KV connector, None if that is unknown.
+        """
+        resumed = request_id in self._begun_with
         if not resumed:
-            self._cached_tokens[request_id] = computed_tokens
+            cached_tokens = computed_tokens - (external_tokens or 0)
+            self._begun_with[request_id] = BegunWith(cached_tokens, external_tokens)
         self.books.meter.position(request_id, computed_tokens, resumed)
 
     def result_came(
@@ -190,9 +207,10 @@ class EngineMeter:
         if not self.books.meter.is_open(request_id):
             # Its arrival was missed, but it still gets its bill.
             self.books.open(request_id, facts["prompt_tokens"], now_ns)
-        cached_tokens = self._cached_tokens.pop(request_id, 0)
+        begun_with = self._begun_with.pop(request_id, None) or self._never_placed()
         # A count taken after a preemption may include output tokens, so it is capped at the prompt.
-        facts["cached_tokens"] = min(cached_tokens, facts["prompt_tokens"])
+        facts["cached_tokens"] = min(begun_with.cached, facts["prompt_tokens"])
+        facts["external_tokens"] = begun_with.external
         self._ended[stored(request_id)] = None
         if len(self._ended) > ENDED_MAX:
             del self._ended[next(iter(self._ended))]
@@ -204,6 +222,13 @@ class EngineMeter:
         if self.books.leave(request_id):
             self._bill_late(request_id, now_ns)
         return None
+
+    def _never_placed(self) -> BegunWith:
+        """Return what a request began with whose first step was not seen: nothing if it had none.
+
+        After an error the step may have been missed.
+        """
+        return BegunWith(0, None if self.guard.errors else 0)
 
     def take_late(self) -> list[tuple[int, Bill]]:
         """Return and forget the bills that wait for an output to ride on."""
@@ -286,7 +311,7 @@ class EngineMeter:
                 self._bill_late(request_id, now_ns)
         for request_id in self.books.meter.request_ids():
             if request_id not in known and request_id not in self._leaving:
-                self._cached_tokens.pop(request_id, None)
+                self._begun_with.pop(request_id, None)
                 self.books.write_off(request_id, now_ns)
 
     def _contain(self, hook: str, error: Exception) -> None:

@@ -96,7 +96,7 @@ def _make_rows_smaller(connection: Connection) -> None:
             " prompt_group = CASE WHEN prompt_group = request_id THEN '' ELSE prompt_group END"
         )
     )
-    put_beside_bills(connection)
+    put_beside_bills(connection, has_external=False)
     for statement in (
         *_index_again("requests", "ended_at", "ended_at"),
         *_index_again("requests", "tenant", "tenant, ended_at"),
@@ -255,6 +255,18 @@ MIGRATIONS: Mapping[int, tuple[str | Column | Callable[[Connection], None], ...]
     ),
     # The outbox: new tables only.
     18: (),
+    # Of older bills nobody knows which of their cached tokens came over a KV connector. So in their
+    # rows that is NULL, and in sums no prompt is known.
+    19: (
+        *_added("requests", "BIGINT", "external_tokens"),
+        *_added("requests", "TEXT", "kv_role"),
+        *_added("open_requests", "TEXT", "kv_role"),
+        *(
+            column
+            for table in ("rollup_hours", "rollup_days", "dropped_hours")
+            for column in _added(table, _COUNT, "external_tokens", "external_known_tokens")
+        ),
+    ),
 }
 # The columns that a step gives another name, by the version that still had the old one.
 RENAMED_COLUMNS: Mapping[int, Mapping[tuple[str, str], str]] = {

@@ -47,9 +47,11 @@ def beside_bill(part: EngineRequest, reply: HttpRequest) -> BesideBill | None:
     ):
         return None
     told = 0
+    # To its client vLLM calls cached what came over a KV connector too.
+    cached_tokens = bill.cached_tokens + (bill.external_tokens or 0)
     for number, said, known in (
         (TOLD["prompt_tokens"], usage.prompt_tokens, bill.prompt_tokens),
-        (TOLD["cached_tokens"], usage.cached_tokens, bill.cached_tokens),
+        (TOLD["cached_tokens"], usage.cached_tokens, cached_tokens),
         (TOLD["output_tokens"], usage.output_tokens, bill.output_tokens),
     ):
         if said is not None:
@@ -113,6 +115,8 @@ def part_row(part: EngineRequest, beside: BesideBill | None = None) -> TableRow:
         "tpot_us": us_of(times.tpot_ms),
         "e2e_us": us_of(times.e2e_ms),
         "hour": bill.pieces[0].hour if len(bill.pieces) == 1 else None,
+        "external_tokens": bill.external_tokens,
+        "kv_role": part.kv_role,
         **_reply_columns(part, beside),
     }
 
@@ -206,6 +210,7 @@ def open_row(request: OpenRequest) -> TableRow:
         "model": request.model,
         "lora": request.lora,
         "route": request.route,
+        "kv_role": request.kv_role,
     }
 
 

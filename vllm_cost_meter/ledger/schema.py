@@ -65,7 +65,7 @@ from vllm_cost_meter.ledger.tables.sums import rollup_latencies as rollup_latenc
 from vllm_cost_meter.records.energy import ENERGY_CLASSES
 from vllm_cost_meter.records.snapshot import CLASSES
 
-SCHEMA_VERSION = 19
+SCHEMA_VERSION = 20
 
 
 def _class_columns() -> list[Column[int]]:
@@ -240,6 +240,8 @@ open_requests = Table(
     Column("model", Text),
     Column("lora", Text),
     Column("route", Text),
+    # As in `requests`.
+    Column("kv_role", Text),
 )
 
 # Those that do not stand in the row of a bill; `tables/replies.py` has a view of all.
@@ -343,6 +345,10 @@ requests = Table(
     Column("reply_gpu_time_ns", BigInteger),
     Column("reply_cost_nanousd", BigInteger),
     Column("x_request_id", PackedId),
+    # Prompt tokens that came over a KV connector; NULL where nobody knows, as in older rows.
+    Column("external_tokens", BigInteger),
+    # "kv_producer" or "kv_consumer": which half of a request it is; NULL if it was not split.
+    Column("kv_role", Text),
     # Whether an open request has its bill, and to find a request by vLLM's internal id.
     Index("ix_requests_request_id", "request_id"),
     # The parts of an exchange.

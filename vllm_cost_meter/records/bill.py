@@ -71,7 +71,9 @@ class Bill(NamedTuple):
 
     `batch` is the number of requests in a step, summed over the request's steps. `first_model` and
     `last_model` are versions of the cost model: the one in use when the request came, and the one
-    in use when it was billed.
+    in use when it was billed. `cached_tokens` were in the engine's own prefix cache.
+    `external_tokens` came over a KV connector; None if that is unknown, and then `cached_tokens`
+    may contain some.
     """
 
     run_id: str
@@ -88,6 +90,7 @@ class Bill(NamedTuple):
     first_model: int
     last_model: int
     pieces: tuple[UsagePiece, ...]
+    external_tokens: int | None = None
 
     @property
     def prefill_ns(self) -> int:
@@ -138,6 +141,8 @@ def read_bill(text: str) -> Bill:
         raise ValueError(f"expected the text of a bill, got {text[:80]!r}: {error}") from None
     if bill.seq < 1:
         raise ValueError(f"a bill's seq starts at 1, got {bill.seq}")
+    if (bill.external_tokens or 0) < 0:
+        raise ValueError(f"external tokens cannot be negative, got {bill.external_tokens}")
     if any((amount or 0) < 0 for _, *amounts in bill.pieces for amount in amounts):
         raise ValueError(f"a bill's pieces cannot be negative, got {bill.pieces}")
     return bill

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from vllm_cost_meter.records.bill import Bill
 from vllm_cost_meter.records.owner import Owner
 
+# Which half of a request a server has, by vLLM's names: the one that computes the prompt for
+# another server, and that other one.
+KV_PRODUCER = "kv_producer"
+KV_CONSUMER = "kv_consumer"
+
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
@@ -31,7 +36,8 @@ class EngineRequest:
     """A billed engine request as the ledger keeps it: the bill and its owner.
 
     All parts of one prompt (n > 1) share a `prompt_group`, so that the prompt can be counted once.
-    `announced` is True if an `OpenRequest` was written before.
+    `announced` is True if an `OpenRequest` was written before. `kv_role` is KV_PRODUCER or
+    KV_CONSUMER; None unless a router has split the request.
     """
 
     bill: Bill
@@ -49,6 +55,7 @@ class EngineRequest:
     finished_at_ns: int
     latencies: Latencies
     announced: bool = False
+    kv_role: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,7 @@ class OpenRequest:
     lora: str | None
     route: str | None
     started_at_ns: int
+    kv_role: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -474,7 +474,7 @@ def _shown(row: Row, question: Question, share_ns: int) -> dict[str, Any]:
     counts: Sequence[int | None] = row.counts
     charges: Mapping[str, Any] = row.charges.as_dict()
     if row.class_name != REQUESTS:
-        counts, charges = (0, None, None, None), NO_CHARGES
+        counts, charges = (0, *(None for _ in COUNTS[1:])), NO_CHARGES
     return {
         "class": row.class_name,
         **dict(zip(question.aggregate, row.key, strict=True)),

@@ -30,6 +30,7 @@ MJ_PER_J = 1_000
 # These tell of the cache, of the batch or of the engine's load; null in coarse answers.
 HIDDEN = frozenset(
     {"cached_tokens", "prefill_tokens", "saved_estimate_ns"}
+    | {"external_tokens", "external_known_tokens"}
     | {"batch", "average_batch", "steps", "step_ns", "share", "first_model", "last_model"}
     | {"marginal_ns", "marginal_cost_nanousd", "marginal_cost_usd", "common_ns"}
     | {"kv_block_ms", "kv_cache_share", "kv_cost_nanousd", "kv_cost_usd", "time_cost_nanousd"}

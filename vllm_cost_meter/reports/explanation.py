@@ -26,6 +26,7 @@ from vllm_cost_meter.prices.book import (
 from vllm_cost_meter.prices.cost import NO_QUANTITIES, Quantities
 from vllm_cost_meter.prices.run_prices import RunPrices
 from vllm_cost_meter.records.engine import OPERATOR
+from vllm_cost_meter.records.requests import KV_CONSUMER, KV_PRODUCER
 from vllm_cost_meter.reports.charges import charge_error_of, within
 from vllm_cost_meter.reports.request_answers import Explanation
 from vllm_cost_meter.reports.request_row import FINISHED
@@ -110,6 +111,7 @@ def _part(
     saved_ns = part["saved_estimate_ns"]
     return {
         **{name: part[name] for name in ("run_id", "seq", "request_id", "lora", "engine_status")},
+        "kv_role": part["kv_role"],
         "phases": {
             phase: {
                 "gpu_time_ns": part[f"{phase}_ns"],
@@ -128,6 +130,7 @@ def _part(
         "charge_error_ns": part["charge_error_ns"],
         "charge_error": charge_error_of(part["gpu_time_ns"], part["charge_error_ns"]),
         "cached": {"tokens": part["cached_tokens"], "saved_estimate_ns": saved_ns},
+        "external_tokens": part["external_tokens"],
         "preempted": {
             "preemptions": part["preemptions"],
             "recomputed_tokens": part["recomputed_tokens"],
@@ -190,13 +193,23 @@ def lines(explanation: Fields) -> Iterator[str]:
         f" {explanation['tenant']}: {_seconds(explanation['gpu_time_ns'] or 0)}{so_far}{of},"
         f" {'no price at the time' if cost is None else f'{cost} USD'}"
     )
+    if len(halves := {part["kv_role"] for part in parts}) == 1 and (half := halves.pop()):
+        yield (
+            f"this is the part of a {SERVERS[half]} server alone; by its X-Request-Id the request"
+            " is found with that of the other server, if both are in this ledger"
+        )
     for part in parts:
         yield from _part_lines(part)
 
 
+# What a server with each half of a request is called.
+SERVERS = {KV_PRODUCER: "prefill", KV_CONSUMER: "decode"}
+
+
 def _part_lines(part: Fields) -> Iterator[str]:
     prefill, decode = part["phases"]["prefill"], part["phases"]["decode"]
-    yield f"engine request {part['request_id']} ({part['engine_status']}):"
+    where = f", at a {SERVERS[part['kv_role']]} server" if part["kv_role"] else ""
+    yield f"engine request {part['request_id']} ({part['engine_status']}){where}:"
     yield (
         f"  prefill {_seconds(prefill['gpu_time_ns'])} for {prefill['tokens']} tokens"
         f" + decode {_seconds(decode['gpu_time_ns'])} for {decode['tokens']} tokens"
@@ -216,6 +229,8 @@ def _part_lines(part: Fields) -> Iterator[str]:
     if tokens := part["cached"]["tokens"]:
         saved = _seconds(part["cached"]["saved_estimate_ns"])
         yield f"  caching {tokens} tokens saved about {saved} (an estimate)"
+    if tokens := part["external_tokens"]:
+        yield f"  {tokens} tokens of its prompt came over a KV connector: not computed here"
     if preemptions := part["preempted"]["preemptions"]:
         again = part["preempted"]
         is_charged = again["paid_by"] != OPERATOR

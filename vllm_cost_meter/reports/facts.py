@@ -21,7 +21,9 @@ from vllm_cost_meter.units.rounding import sum_of_products
 REQUESTS = "requests"
 # Stands for a missing value: usage without a model, an adapter or a tag.
 UNALLOCATED = "__unallocated__"
-COUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
+# What tables for people show of requests that ended.
+MAIN_COUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
+COUNTS = (*MAIN_COUNTS, "external_tokens", "external_known_tokens")
 NOTHING_RAN = "no engine has run in this window"
 
 Key = tuple[str, ...]

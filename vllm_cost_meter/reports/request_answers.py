@@ -41,7 +41,9 @@ class RequestRow(TypedDict):
     prompt_tokens: int | None
     """Tokens: the length of the prompt, as the client was told."""
     cached_tokens: int | None
-    """Tokens: the part of the prompt that was found in the prefix cache."""
+    """Tokens: the part of the prompt that was found in the engine's own prefix cache."""
+    external_tokens: int | None
+    """Tokens: the part of the prompt that came over a KV connector; null where it is unknown."""
     output_tokens: int | None
     """Tokens: the length of the output, as the client was told, else as the engine counted."""
     gpu_time_ns: int | None
@@ -91,6 +93,11 @@ class RequestRow(TypedDict):
     """mJ: the GPU energy that it used, summed over its parts."""
     energy_reason: str | None
     """Why `energy_mj` is null: `pending` until the first snapshot after its end."""
+    kv_role: str | None
+    """`kv_producer` if it computed a prompt for another server, `kv_consumer` if another server
+    computed its prompt, both with a plus sign if these are joined; null if no router split it."""
+    prefill_http_request_id: str | None
+    """The HTTP request of the prefill server that is joined with this one; null without one."""
 
 
 class PartRow(TypedDict):
@@ -117,11 +124,14 @@ class PartRow(TypedDict):
     prompt_tokens: int | None
     """Tokens: the length of the prompt."""
     cached_tokens: int | None
-    """Tokens: the part of the prompt in the prefix cache when it was first scheduled."""
+    """Tokens: the part of the prompt in the engine's own prefix cache when it was first
+    scheduled; where `external_tokens` is null, what came over a KV connector may be in it."""
+    external_tokens: int | None
+    """Tokens: the part of the prompt that came over a KV connector; null where it is unknown."""
     output_tokens: int | None
     """Tokens: the output that the engine produced."""
     prefill_tokens: int | None
-    """Tokens: the tokens computed in prefill: the prompt less its cached part."""
+    """Tokens: the tokens computed in prefill: the prompt less its cached and external part."""
     decode_tokens: int | None
     """Tokens: the tokens computed in decode, rejected drafts and cut tokens included."""
     gpu_time_ns: int | None
@@ -191,6 +201,9 @@ class PartRow(TypedDict):
     """mJ: the GPU energy that it used, summed over the hours."""
     energy_reason: str | None
     """Why `energy_mj` is null: `pending` until the first snapshot after its end."""
+    kv_role: str | None
+    """`kv_producer` if it computed a prompt for another server, `kv_consumer` if another server
+    computed its prompt; null if no router split it, as far as is known."""
 
 
 class RequestWithParts(RequestRow):
@@ -279,6 +292,8 @@ class ExplainedPart(TypedDict):
     """Name of the LoRA adapter; null without one."""
     engine_status: str | None
     """How the engine ended it, as in the request row."""
+    kv_role: str | None
+    """Which half of a request it is, as in the request row."""
     phases: dict[str, dict[str, int]]
     """`prefill` and `decode`, each with `gpu_time_ns` and the `tokens` computed in it."""
     gpu_time_ns: int
@@ -304,7 +319,9 @@ class ExplainedPart(TypedDict):
     charge_error: float | None
     """The part by which its GPU time may be off: `charge_error_ns` / `gpu_time_ns`."""
     cached: dict[str, int]
-    """`tokens` found in the prefix cache, and `saved_estimate_ns`."""
+    """`tokens` found in the engine's own prefix cache, and `saved_estimate_ns`."""
+    external_tokens: int | None
+    """Tokens: the part of the prompt that came over a KV connector; null where it is unknown."""
     preempted: dict[str, int | str | None]
     """`preemptions`, `recomputed_tokens`, `recomputed_ns`: wasted by preemption; and who pays:
     `paid_by` is `victim` (the time is part of `gpu_time_ns`) or `operator` (it is not), null if

@@ -2,12 +2,16 @@
 
 These are pure functions over rows of `replies` and `requests`. Tokens are those that the
 client was told. If the reply did not say, they follow from the parts; a prompt that several parts
-share counts once.
+share counts once. To its client vLLM calls cached what came over a KV connector too, so where some
+did, the parts say how many were cached.
 
 The HTTP row may be missing: it may come after the bill, and never comes after a crash. Then its
 columns are null, and the bill is still shown. Parts without a bill (see
 `ledger.queries.open_requests`) count with what they used so far; columns that only a bill has are
 null, in the request row too.
+
+A request that a router has split between two servers is two exchanges. `exchange_of_halves` makes
+one request row of both: what it used is the sum, and all else is of the server that replied.
 
 Invariant: the GPU time of an exchange is the sum over its parts. Its cost and energy are null
 unless every part has them.
@@ -39,6 +43,7 @@ PART_COLUMNS = (
     "method",
     "prompt_tokens",
     "cached_tokens",
+    "external_tokens",
     "output_tokens",
     "prefill_tokens",
     "decode_tokens",
@@ -74,6 +79,7 @@ PART_COLUMNS = (
     "e2e_ms",
     "energy_mj",
     "energy_reason",
+    "kv_role",
 )
 
 
@@ -96,8 +102,6 @@ def exchange(http: LedgerRow | None, parts: Sequence[LedgerRow]) -> RequestRow:
     first: LedgerRow = parts[0] if parts else {}
     whose: LedgerRow = http if http is not None else first
     told: LedgerRow = http if http is not None else {}
-    cost = _cost(told, parts)
-    as_of = [part["as_of"] for part in parts if part.get("as_of") is not None]
     row = {
         "request_id": first.get("request_id"),
         "response_id": whose["response_id"] or first.get("response_id"),
@@ -109,23 +113,35 @@ def exchange(http: LedgerRow | None, parts: Sequence[LedgerRow]) -> RequestRow:
         "route": whose["route"],
         "status": told.get("status"),
         "streamed": told.get("streamed"),
-        "state": _state(parts),
         "engine_status": _common(parts, "engine_status"),
         **_tokens(told, parts),
-        **_gpu_time(told, parts),
-        "cost_nanousd": cost,
-        "cost_usd": format_usd(cost),
-        "cost_reason": None if cost is not None else _why_no_cost(parts),
-        "marginal_cost_usd": format_usd(_sum_of(parts, "marginal_cost_nanousd")),
-        "method": _common(parts, "method"),
+        **_used(told, parts),
         "started_at": told.get("started_at") or first["started_at"],
         "finished_at": told.get("finished_at") or _last(parts, "finished_at"),
-        "as_of": min(as_of, default=None),
         **_latencies(parts),
-        "energy_mj": _sum_of(parts, "energy_mj"),
-        "energy_reason": next((p["energy_reason"] for p in parts if p["energy_reason"]), None),
+        "prefill_http_request_id": None,
     }
-    return cast("RequestRow", row)
+    return cast("RequestRow", {name: row[name] for name in RequestRow.__annotations__})
+
+
+def exchange_of_halves(
+    http: LedgerRow | None,
+    parts: Sequence[LedgerRow],
+    prefill_http: LedgerRow | None,
+    prefill_parts: Sequence[LedgerRow],
+) -> RequestRow:
+    """Return the request row of a request whose prompt was computed by a server of its own.
+
+    `http` and `parts` are those of the server that replied to the client.
+    """
+    row, prefill = exchange(http, parts), exchange(prefill_http, prefill_parts)
+    both = {
+        **row,
+        **_used({}, ordered([*prefill_parts, *parts])),
+        "started_at": min(row["started_at"], prefill["started_at"]),
+        "prefill_http_request_id": prefill["http_request_id"],
+    }
+    return cast("RequestRow", both)
 
 
 def ordered(parts: Sequence[LedgerRow]) -> list[LedgerRow]:
@@ -145,19 +161,47 @@ def shown_part(part: LedgerRow) -> PartRow:
     return cast("PartRow", {**shown, **told, "cost_usd": format_usd(shown["cost_nanousd"])})
 
 
+def _used(told: LedgerRow, parts: Sequence[LedgerRow]) -> dict[str, Any]:
+    """Return what all parts used together, what that costs, and how it stands with it."""
+    cost = _cost(told, parts)
+    as_of = [part["as_of"] for part in parts if part.get("as_of") is not None]
+    return {
+        "state": _state(parts),
+        **_gpu_time(told, parts),
+        "cost_nanousd": cost,
+        "cost_usd": format_usd(cost),
+        "cost_reason": None if cost is not None else _why_no_cost(parts),
+        "marginal_cost_usd": format_usd(_sum_of(parts, "marginal_cost_nanousd")),
+        "method": _common(parts, "method"),
+        "as_of": min(as_of, default=None),
+        "energy_mj": _sum_of(parts, "energy_mj"),
+        "energy_reason": next((p["energy_reason"] for p in parts if p["energy_reason"]), None),
+        "kv_role": _common(parts, "kv_role"),
+    }
+
+
 def _tokens(told: LedgerRow, parts: Sequence[LedgerRow]) -> dict[str, int | None]:
-    derived: dict[str, int | None] = dict.fromkeys(
-        ("prompt_tokens", "cached_tokens", "output_tokens")
-    )
+    own: dict[str, int | None] = dict.fromkeys((*_OF_PROMPT, "output_tokens"))
     if parts and _state(parts) == FINISHED:
-        for name in ("prompt_tokens", "cached_tokens"):
-            by_prompt: dict[str, int] = {}
-            for part in parts:
-                group = part["prompt_group"]
-                by_prompt[group] = max(part[name], by_prompt.get(group, 0))
-            derived[name] = sum(by_prompt.values())
-        derived["output_tokens"] = sum(part["output_tokens"] for part in parts)
-    return {name: n if told.get(name) is None else told[name] for name, n in derived.items()}
+        own = {name: _sum_of_prompts(parts, name) for name in _OF_PROMPT}
+        own["output_tokens"] = sum(part["output_tokens"] for part in parts)
+    if own["external_tokens"]:
+        told = {**told, "cached_tokens": None}
+    return {name: n if told.get(name) is None else told[name] for name, n in own.items()}
+
+
+_OF_PROMPT = ("prompt_tokens", "cached_tokens", "external_tokens")
+
+
+def _sum_of_prompts(parts: Sequence[LedgerRow], name: str) -> int | None:
+    """Return a sum over prompts, each counting once; None if one is unknown."""
+    by_prompt: dict[str, int] = {}
+    for part in parts:
+        group, tokens = part["prompt_group"], part[name]
+        if tokens is None:
+            return None
+        by_prompt[group] = max(tokens, by_prompt.get(group, 0))
+    return sum(by_prompt.values())
 
 
 def _gpu_time(told: LedgerRow, parts: Sequence[LedgerRow]) -> dict[str, int | None]:

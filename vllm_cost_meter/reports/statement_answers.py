@@ -32,9 +32,13 @@ class StatementLine(TypedDict):
     prompt_tokens: int | None
     """Tokens: the prompts of these requests, cached tokens included."""
     cached_tokens: int | None
-    """Tokens: the part of the prompts that was found in the prefix cache."""
+    """Tokens: the part of the prompts that was found in the engines' own prefix caches."""
     output_tokens: int | None
     """Tokens: the output of these requests."""
+    external_tokens: int | None
+    """Tokens: the part of the prompts that came over a KV connector, as far as it is known."""
+    external_known_tokens: int | None
+    """Tokens: the prompts of which `external_tokens` is known, as the engines counted them."""
     gpu_time_ns: int | None
     """GPU-ns: the GPU time used on the day."""
     idle_share_ns: int | None
@@ -78,9 +82,13 @@ class StatementTotal(TypedDict):
     prompt_tokens: int
     """Tokens: the prompts of these requests, cached tokens included."""
     cached_tokens: int
-    """Tokens: the part of the prompts that was found in the prefix cache."""
+    """Tokens: the part of the prompts that was found in the engines' own prefix caches."""
     output_tokens: int
     """Tokens: the output of these requests."""
+    external_tokens: int
+    """Tokens: the part of the prompts that came over a KV connector, as far as it is known."""
+    external_known_tokens: int
+    """Tokens: the prompts of which `external_tokens` is known, as the engines counted them."""
     gpu_time_ns: int
     """GPU-ns: the GPU time used in the month."""
     idle_share_ns: int

@@ -4,7 +4,7 @@ This file lists every vLLM name that the meter hooks, calls or reads, with the p
 pass or read, and with the fields of vLLM's records. If a vLLM differs anywhere in the list, the
 meter leaves all of it untouched, because half a meter would keep books that do not add up. The
 canary checks what is there, never versions. What only makes bills more exact (the features of
-requests) may be missing.
+requests), or tells what a KV connector brought, may be missing.
 
 A callable is understood if its parameters begin with those listed and it can be called without
 others. Hooks pass on all other arguments, so new optional parameters do no harm.
@@ -112,6 +112,10 @@ FEATURE_FIELDS: Mapping[str, Mapping[tuple[str, str], tuple[str, ...]]] = {
     },
 }
 
+# What tells tokens that came over a KV connector from those of the engine's own prefix cache.
+EXTERNAL_TOKENS = ("vllm.v1.metrics.stats", "PrefillStats")
+EXTERNAL_TOKENS_FIELDS = ("num_local_cached_tokens", "num_external_cached_tokens")
+
 
 def check(listed: Listed) -> None:
     """Raise VllmMismatchError unless everything listed can be called as the meter calls it."""
@@ -135,6 +139,15 @@ def missing_features() -> dict[str, str]:
         except VllmMismatchError as error:
             found[feature] = str(error)
     return found
+
+
+def missing_external_tokens() -> str:
+    """Return why this vLLM does not count what a KV connector brings; empty if it does."""
+    try:
+        check_fields(find(*EXTERNAL_TOKENS), EXTERNAL_TOKENS_FIELDS, ".".join(EXTERNAL_TOKENS))
+    except VllmMismatchError as error:
+        return str(error)
+    return ""
 
 
 def _check_feature(feature: str) -> None:

@@ -12,6 +12,7 @@ from vllm_cost_meter.config.engine import with_pod_labels
 from vllm_cost_meter.prices.book import RunFacts, label_pairs
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
 from vllm_cost_meter.vllm_hooks.identity import device_name, host_name, model_name
+from vllm_cost_meter.vllm_hooks.kv_transfer import role_of_server
 
 if TYPE_CHECKING:
     # A real import would bring the ledger into the engine's process.
@@ -92,6 +93,11 @@ def run_facts(engine_client: Any, declared_labels: Mapping[str, str]) -> RunFact
         # Engines of this machine have this process's environment.
         labels=label_pairs(with_pod_labels(declared_labels, os.environ)) if is_here else None,
     )
+
+
+def kv_role(engine_client: Any) -> str | None:
+    """Return the half of requests that an API server's engines are configured for, if any."""
+    return role_of_server(engine_client.vllm_config)
 
 
 def _engines_are_here(parallel_config: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from vllm_cost_meter.exchange import Birth, Exchange, Refusal, current_exchange
 from vllm_cost_meter.records.bill import BILL_KEY, CARRIER_ID, Bill, read_bill
 from vllm_cost_meter.units.time import NS_PER_SECOND
+from vllm_cost_meter.vllm_hooks.kv_transfer import role_of_request
 
 
 class Births(Protocol):
@@ -120,6 +121,7 @@ def _born(collector: Births, processor: Any, request: Any, parent: Any) -> None:
             arrived_at_ns=int(request.arrival_time * NS_PER_SECOND),
             exchange=current_exchange.get(),
             times=state.stats if state is not None else None,
+            kv_role=role_of_request(request),
         )
     )
 

@@ -18,6 +18,7 @@ from vllm_cost_meter.records.bill import BILL_KEY, CARRIER_ID, write_bill
 from vllm_cost_meter.vllm_hooks import canary
 from vllm_cost_meter.vllm_hooks.features import FeatureReader
 from vllm_cost_meter.vllm_hooks.identity import make_engine_meter
+from vllm_cost_meter.vllm_hooks.kv_transfer import ExternalTokens
 
 logger = meter_logger()
 
@@ -29,11 +30,13 @@ class MeteredScheduler:
 
     cost_meter: EngineMeter | NoMeter = NoMeter()
     cost_meter_features: FeatureReader
+    cost_meter_external: ExternalTokens
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         try:
             self.cost_meter_features = FeatureReader()
+            self.cost_meter_external = ExternalTokens(self)
             self.cost_meter = make_engine_meter(self)
         except Exception as error:
             logger.exception("cost meter: the engine runs unmetered: %r", error)
@@ -73,7 +76,11 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any, scheduler: Any) -> 
     tokens = output.num_scheduled_tokens
     others = {}
     for new in output.scheduled_new_reqs:
-        meter.placed(new.req_id, new.num_computed_tokens)
+        computed_tokens = new.num_computed_tokens
+        external_tokens = scheduler.cost_meter_external.of_first_step(
+            scheduler, new.req_id, computed_tokens
+        )
+        meter.placed(new.req_id, computed_tokens, external_tokens)
         others[new.req_id] = tokens[new.req_id]
     cached = output.scheduled_cached_reqs
     if cached.resumed_req_ids:
@@ -81,7 +88,8 @@ def _scheduled(meter: EngineMeter, now_ns: int, output: Any, scheduler: Any) -> 
             cached.req_ids, cached.num_computed_tokens, strict=True
         ):
             if request_id in cached.resumed_req_ids:
-                meter.placed(request_id, computed_tokens)
+                # Only of a request's first step is known what it began with.
+                meter.placed(request_id, computed_tokens, None)
     encoded = scheduler.cost_meter_features.encoded(output, scheduler)
     decoding = cached.req_ids
     one_token_each = output.total_num_scheduled_tokens - sum(others.values()) == len(decoding)

@@ -23,7 +23,7 @@ from vllm_cost_meter.journal.segments import Segment
 from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.records.owner import NamedBy, Owner
-from vllm_cost_meter.records.requests import Latencies
+from vllm_cost_meter.records.requests import KV_CONSUMER, KV_PRODUCER, Latencies
 
 EVERYTHING = "SELECT request_id, http_request_id, tenant, route, response_id FROM requests"
 
@@ -56,6 +56,20 @@ def test_a_bill_of_an_exchange_has_its_tenant_route_and_response(world):
     ]
     assert exchange.response_id == "cmpl-x"
     assert (exchange.gpu_time_ns, exchange.prefill_ns, exchange.cost_nanousd) == (3_000, 1_000, 30)
+
+
+def test_a_bill_says_which_half_it_is_by_its_router_else_by_its_server(world):
+    world.engine.born("told", exchange=exchange_of(), kv_role=KV_PRODUCER)
+    world.engine.born("not told", exchange=exchange_of())
+    world.runtime.collector.kv_role = KV_CONSUMER
+    world.engine.born("of its server", exchange=exchange_of())
+    world.engine.born("told otherwise", exchange=exchange_of(), kv_role=KV_PRODUCER)
+    for name in ("told", "not told", "of its server", "told otherwise"):
+        world.engine.billed(name)
+    assert world.rows("SELECT request_id, kv_role FROM requests ORDER BY seq") == [
+        ("told", KV_PRODUCER), ("not told", None), ("of its server", KV_CONSUMER),
+        ("told otherwise", KV_PRODUCER),
+    ]  # fmt: skip
 
 
 def test_a_birth_told_twice_is_one_birth(world):

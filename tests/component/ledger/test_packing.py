@@ -71,12 +71,14 @@ def with_hour(rows: dict[str, list[Mapping[str, Any]]]) -> dict[str, list[Mappin
             ms = bill.pop(f"{name}_ms")
             bill[f"{name}_us"] = None if ms is None else round(ms * 1000)
         del bill["cost_usd"]
-        bills.append({**bill, "hour": hour, "charge_error_ns": None})
+        unknown = dict.fromkeys(("charge_error_ns", "external_tokens", "kv_role"))
+        bills.append({**bill, "hour": hour, **unknown})
     told = [
         {name: value for name, value in row.items() if name != "cost_usd"}
         for row in rows["http_requests"]
     ]
-    return {**rows, "requests": bills, "http_requests": told}
+    running = [{**row, "kv_role": None} for row in rows["open_requests"]]
+    return {"requests": bills, "http_requests": told, "open_requests": running}
 
 
 def rows_as_read(path: Path) -> dict[str, list[Mapping[str, Any]]]:

@@ -186,16 +186,16 @@ def test_a_request_row_has_the_names_that_others_rely_on(ledger):
     assert row == {
         "request_id": "internal-1", "response_id": "resp-h1", "http_request_id": "h1",
         "x_request_id": "x-h1", "tenant": "alice", "tenant_rule": "none", "model": "m",
-        "route": "/v1/completions",
-        "status": 200, "streamed": False, "state": "finished", "as_of": None,
-        "engine_status": "stop", "prompt_tokens": 10,
+        "route": "/v1/completions", "status": 200, "streamed": False, "state": "finished",
+        "as_of": None, "engine_status": "stop", "prompt_tokens": 10,
         "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "prefill_ns": 100,
         "decode_ns": 200, "cost_nanousd": 7, "cost_usd": "0.000000007", "cost_reason": None,
         "method": "tokens", "marginal_ns": 0, "marginal_cost_usd": None, "recomputed_ns": 0,
         "rejected_ns": 0, "cut_ns": 0, "kv_block_ms": 0, "saved_estimate_ns": 0,
         "started_at": "2027-01-15T08:00:00.000000Z", "finished_at": "2027-01-15T08:00:00.003000Z",
         "queue_ms": 1.0, "ttft_ms": 2.0, "tpot_ms": 3.0, "e2e_ms": 4.0,
-        "energy_mj": None, "energy_reason": "pending",
+        "energy_mj": None, "energy_reason": "pending", "external_tokens": None, "kv_role": None,
+        "prefill_http_request_id": None,
     }  # fmt: skip
     assert (shown["seq"], shown["prefill_tokens"], shown["decode_tokens"]) == (1, 8, 5)
 

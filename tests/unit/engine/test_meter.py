@@ -232,7 +232,31 @@ def test_cached_tokens_are_those_of_the_first_time_and_within_the_prompt(engine)
         engine.meter.run("schedule", lambda m, _now, n=name, c=computed: m.placed(n, c))
     engine.step("a", "b", a=2, b=1)
     assert {bill.request_id: bill.cached_tokens for bill in engine.bills} == {"a": 6, "b": 8}
-    assert engine.meter._cached_tokens == {}
+    assert engine.meter._begun_with == {}
+
+
+def test_tokens_that_came_over_a_kv_connector_are_apart_from_cached_ones(engine):
+    engine.add("a", "b", "c")
+    for name, external in (("a", 4), ("b", 0), ("c", None)):
+        engine.meter.run("schedule", lambda m, _now, n=name, e=external: m.placed(n, 6, e))
+    engine.step("a", "b", "c", a=2, b=2, c=2)
+    assert {
+        bill.request_id: (bill.cached_tokens, bill.external_tokens) for bill in engine.bills
+    } == {"a": (2, 4), "b": (6, 0), "c": (6, None)}
+
+
+def test_a_request_that_never_ran_began_with_nothing(engine):
+    engine.add("a")
+    engine.end("a")
+    ((_, bill),) = engine.take_late()
+    assert (bill.cached_tokens, bill.external_tokens) == (0, 0)
+
+
+def test_what_a_request_began_with_is_unknown_after_an_error(engine):
+    engine.add("a")
+    engine.fail("schedule")
+    engine.step("a", a=8)
+    assert [bill.external_tokens for bill in engine.bills] == [None]
 
 
 # ---- errors

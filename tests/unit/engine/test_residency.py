@@ -111,3 +111,12 @@ def test_a_bill_says_what_the_cache_saved(cached_tokens, saved):
     bill = books.bill("a", facts(cached_tokens), at_ms(2))
     assert bill.sum_of("saved_estimate_ns") == saved
     assert bill.gpu_time_ns == 2 * NS_PER_MS
+
+
+def test_tokens_that_may_have_come_over_a_kv_connector_are_no_savings():
+    books = make_books()
+    books.open("a", 100, at_ms(0))
+    books.begin_step("step", {"a": 36}, at_ms(0))
+    books.end_step("step", at_ms(1))
+    bill = books.bill("a", {**facts(64), "external_tokens": None}, at_ms(2))
+    assert (bill.cached_tokens, bill.sum_of("saved_estimate_ns")) == (64, 0)

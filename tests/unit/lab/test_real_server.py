@@ -190,6 +190,7 @@ def part(player: PlayingRequest, batch: int, bill: PlayerBill, **changed: Any) -
     return {
         "prompt_tokens": player.prompt_tokens,
         "cached_tokens": 0,
+        "external_tokens": 0,
         "preemptions": 0,
         "steps": player.output_tokens,
         "batch": batch,
@@ -223,6 +224,7 @@ def test_bills_of_a_burst_that_ran_together_are_taken():
         ({"steps": 2}, "document had steps 2 instead of 1"),
         ({"batch": 4}, "document had batch 4 instead of 3"),
         ({"cached_tokens": 16}, "document had cached_tokens 16 instead of 0"),
+        ({"external_tokens": 16}, "document had external_tokens 16 instead of 0"),
         ({"preemptions": 1}, "document had preemptions 1 instead of 0"),
         ({"ttft_ms": 108.0}, "first tokens came 8.0 ms apart"),
         ({"gpu_time_ns": 11}, "the bills are 101 ns, and the steps took 100 ns"),

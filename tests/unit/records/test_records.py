@@ -103,9 +103,9 @@ def test_what_is_no_bill_is_refused(text):
 
 
 def test_a_bill_rides_as_a_compact_array():
-    assert write_bill(bill()) == (
+    assert write_bill(bill(external_tokens=384)) == (
         '["run",1,"internal-1","stopped","tokens",10,2,5,0,6,12,1,3,'
-        "[[500000,1,2,3,4,0,0,0,0,0,0,0,0,0,0,null],[500001,10,20,30,40,5,6,7,8,9,10,11,12,13,14,null]]]"
+        "[[500000,1,2,3,4,0,0,0,0,0,0,0,0,0,0,null],[500001,10,20,30,40,5,6,7,8,9,10,11,12,13,14,null]],384]"
     )
 
 

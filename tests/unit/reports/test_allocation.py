@@ -42,7 +42,10 @@ TWO_DAYS = facts(
         ("run", DAY, "idle", 60),
         ("run", DAY, "in_flight", 10),
     ],
-    ended=[(HOUR, ("alice", "m"), (1, 10, 2, 5)), (DAY, ("alice", "n"), (2, 20, 0, 7))],
+    ended=[
+        (HOUR, ("alice", "m"), (1, 10, 2, 5, 6, 10)),
+        (DAY, ("alice", "n"), (2, 20, 0, 7, 0, 0)),
+    ],
 )
 
 
@@ -96,7 +99,8 @@ def test_without_sharing_every_class_costs_its_own_time():
 def test_a_row_has_every_figure():
     assert rows()[0] == {
         "class": "requests", "tenant": "alice", "model": "m", "requests": 1, "prompt_tokens": 10,
-        "cached_tokens": 2, "output_tokens": 5, "gpu_time_ns": 300, "idle_share_ns": 0,
+        "cached_tokens": 2, "output_tokens": 5, "external_tokens": 6, "external_known_tokens": 10,
+        "gpu_time_ns": 300, "idle_share_ns": 0,
         "charge_known_ns": 0, "charge_error_ns": 0, "charge_error": None,
         "usage_cost_nanousd": 300, "usage_cost_usd": "0.000000300",
         "kv_cost_nanousd": 0, "kv_cost_usd": "0.000000000", "cost_nanousd": 300,

@@ -48,7 +48,7 @@ MONTH = facts(
         ("run", DAY, ("bob", "n"), 30_400 * SECOND // 1000),
     ],
     other_time=[(HOUR, "idle", 40 * SECOND), (DAY, "idle", 20 * SECOND), (DAY, "host", 6 * SECOND)],
-    ended=[Ended(HOUR, ("alice", "m"), (2, 30, 10, 7))],
+    ended=[Ended(HOUR, ("alice", "m"), (2, 30, 10, 7, 16, 30))],
 )
 
 
@@ -119,6 +119,7 @@ def test_a_line_has_every_figure():
     assert make(tenant="alice")["lines"][0] == {
         "kind": "usage", "tenant": "alice", "day": "2027-01-15", "item": "m", "source": None,
         "requests": 2, "prompt_tokens": 30, "cached_tokens": 10, "output_tokens": 7,
+        "external_tokens": 16, "external_known_tokens": 30,
         "gpu_time_ns": 100_400_000_000, "idle_share_ns": 0, "charge_known_ns": 0,
         "charge_error_ns": 0, "charge_error": None, "kv_block_ms": None,
         "usd_per_kv_block_hour": None, "usage_cents": 101,

@@ -121,6 +121,14 @@ def unpacked(content: bytes) -> list[TableRows]:
             f"outbox: expected rows of version {_VERSION}, got version {version}; upgrade"
             " vllm-cost-meter where it sends to the fleet"
         )
-    return [
-        TableRows(table, tuple(columns), list(map(tuple, rows))) for table, columns, rows in tables
-    ]
+    return [_whole(table, columns, rows) for table, columns, rows in tables]
+
+
+def _whole(name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> TableRows:
+    """Return rows with the columns that their table has got since an earlier version wrote them."""
+    table = SENT.get(name)
+    later = [] if table is None else [each for each in table.c if each.name not in columns]
+    # Amounts were not known, as migrations have it: unknown in a row, and nothing in a sum.
+    filled = tuple(None if each.nullable else 0 for each in later)
+    names = (*columns, *(each.name for each in later))
+    return TableRows(name, names, [(*row, *filled) for row in rows])

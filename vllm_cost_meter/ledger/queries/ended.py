@@ -20,7 +20,8 @@ from vllm_cost_meter.reports.grammar import COVERED, Question
 
 # Not a column of a group: the labels of its run.
 LABELS = "labels"
-Counts = tuple[int, int, int, int]
+# In the order of ENDED_AMOUNTS.
+Counts = tuple[int, ...]
 
 
 def count_ended(
@@ -43,8 +44,7 @@ def count_ended(
     groups = [COVERED_NAME if name == COVERED else key for name, key in zip(by, keys, strict=True)]
     asked = select(*keys, *(func.sum(e[name]) for name in ENDED_AMOUNTS)).group_by(*groups)
     return {
-        tuple(row[: len(by)]): (int(row[-4]), int(row[-3]), int(row[-2]), int(row[-1]))
-        for row in connection.execute(asked)
+        tuple(row[: len(by)]): tuple(map(int, row[len(by) :])) for row in connection.execute(asked)
     }
 
 

@@ -3,7 +3,7 @@
 Invariant: a request with a bill is shown by its bill, whatever other rows there are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from sqlalchemy import Column, ColumnElement, Dialect, and_, null, or_, select, 
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.coverage import is_shown
+from vllm_cost_meter.ledger.fleet.halves import prefill_halves
 from vllm_cost_meter.ledger.queries.cost_models import models
 from vllm_cost_meter.ledger.queries.costs import RUN_COLUMNS
 from vllm_cost_meter.ledger.queries.energy import select_parts
@@ -33,7 +34,14 @@ from vllm_cost_meter.records.client_text import forms_to_find
 from vllm_cost_meter.records.owner import TenantScope
 from vllm_cost_meter.reports.explanation import explained
 from vllm_cost_meter.reports.request_answers import Explanation, RequestWithParts
-from vllm_cost_meter.reports.request_row import RUNNING, exchange, ordered, shown_part
+from vllm_cost_meter.reports.request_row import (
+    RUNNING,
+    LedgerRow,
+    exchange,
+    exchange_of_halves,
+    ordered,
+    shown_part,
+)
 
 MAX_MATCHES = 100
 
@@ -43,12 +51,14 @@ class Match:
     """The request that an id means: an HTTP exchange, or an engine request without one.
 
     An engine request with a bill has `run_id` and `seq`; an open one has its internal `request_id`.
+    `prefill_http_request_id` is the HTTP request of a prefill server that is the other half.
     """
 
     http_request_id: str | None
     run_id: str | None = None
     seq: int | None = None
     request_id: str | None = None
+    prefill_http_request_id: str | None = None
 
 
 def find(connection: Connection, id: str, only: TenantScope | None = None) -> list[Match]:
@@ -56,7 +66,8 @@ def find(connection: Connection, id: str, only: TenantScope | None = None) -> li
 
     The meter's own and vLLM's internal ids come first, as no client chooses them: a request is
     found by these whoever else uses the same text. Then come response ids, X-Request-Ids and the
-    engine's external ids. Within each the newest comes first.
+    engine's external ids. Within each the newest comes first. The halves of a request that a
+    router has split are one match by an id that both have, and two by the ids of their own.
     """
     forms = forms_to_find(id)
     h, r, o = http_requests.c, requests.c, open_requests.c
@@ -97,7 +108,30 @@ def find(connection: Connection, id: str, only: TenantScope | None = None) -> li
             for http_id, when, *key in connection.execute(newest):
                 match = Match(None, *key) if http_id is None else Match(http_id)
                 found[match] = max(found.get(match, (False, "")), (is_own, when))
-    return sorted(found, key=lambda match: found[match], reverse=True)[:MAX_MATCHES]
+    matches = sorted(found, key=lambda match: found[match], reverse=True)[:MAX_MATCHES]
+    own = {match for match in matches if found[match][0]}
+    return _joined(connection, matches, own)
+
+
+def _joined(
+    connection: Connection, matches: Sequence[Match], own: Collection[Match]
+) -> list[Match]:
+    """Return matches with the halves of one request as one; those found by own ids stay."""
+    chosen = [match for match in matches if match not in own]
+    ids = [match.http_request_id for match in chosen if match.http_request_id is not None]
+    prefills = prefill_halves(connection, ids)
+    if not prefills:
+        return [*matches]
+    decodes = {prefill: decode for decode, prefill in prefills.items()}
+    joined: dict[Match, None] = {}
+    for match in matches:
+        id = match.http_request_id
+        if match in own or id is None or not (id in prefills or id in decodes):
+            joined[match] = None
+        else:
+            decode = decodes.get(id, id)
+            joined[Match(decode, prefill_http_request_id=prefills[decode])] = None
+    return [*joined]
 
 
 def _any_of(forms: Sequence[str], *columns: ColumnElement[Any]) -> list[ColumnElement[bool]]:
@@ -122,6 +156,22 @@ def request_row(
     connection: Connection, match: Match, living: Living, book: PriceBook
 ) -> RequestWithParts | None:
     """Return the request row of one match, with its `parts`; None if there is none."""
+    http, parts = _rows_of(connection, match, living, book)
+    if http is None and not parts:
+        return None
+    if match.prefill_http_request_id is None:
+        row = exchange(http, parts)
+    else:
+        half = _rows_of(connection, Match(match.prefill_http_request_id), living, book)
+        row = exchange_of_halves(http, parts, *half)
+        parts = [*half[1], *parts]
+    return {**row, "parts": [shown_part(part) for part in ordered(parts)]}
+
+
+def _rows_of(
+    connection: Connection, match: Match, living: Living, book: PriceBook
+) -> tuple[LedgerRow | None, list[LedgerRow]]:
+    """Return the reply and the parts of one HTTP request, or of an engine request without one."""
     h, r, o = replies.c, requests.c, open_requests.c
     http = None
     if match.http_request_id is not None:
@@ -134,14 +184,11 @@ def request_row(
         # The bill may have come since the request was found.
         billed = or_(key, and_(r.request_id == match.request_id, r.http_request_id.is_(None)))
         opened = and_(o.request_id == match.request_id, o.http_request_id.is_(None))
-    parts = [row._asdict() for row in connection.execute(select_parts().where(billed))]
+    parts: list[LedgerRow] = [
+        row._asdict() for row in connection.execute(select_parts().where(billed))
+    ]
     parts += open_parts(connection, opened, living, book)
-    if http is None and not parts:
-        return None
-    return {
-        **exchange(http._asdict() if http else None, parts),
-        "parts": [shown_part(part) for part in ordered(parts)],
-    }
+    return http._asdict() if http else None, parts
 
 
 def is_unseen(row: Mapping[str, Any]) -> bool:

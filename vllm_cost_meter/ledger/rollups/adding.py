@@ -192,6 +192,7 @@ def _facts_of(part: EngineRequest) -> PartFacts:
         *(bill.run_id, bill.seq, part.prompt_group),
         *(part.finished_at_ns // NS_PER_HOUR, _group_of(part)),
         *(bill.prompt_tokens, bill.cached_tokens, bill.output_tokens),
+        bill.external_tokens,
         part.started_at_ns // NS_PER_HOUR,
         *(us_of(times.ttft_ms), us_of(times.tpot_ms), us_of(times.e2e_ms)),
     )
@@ -227,6 +228,7 @@ def read_parts(
                 prompt_tokens=row.prompt_tokens,
                 cached_tokens=row.cached_tokens,
                 output_tokens=row.output_tokens,
+                external_tokens=row.external_tokens,
                 started_hour=hour_of(row.started_at),
                 ttft_us=_whole(row.ttft_us),
                 tpot_us=_whole(row.tpot_us),
@@ -245,7 +247,8 @@ _REPLIES: Select[Any] = select(
 )
 _PART_COLUMNS = (
     *("http_request_id", "seq", "request_id", "prompt_group", "finished_at", "started_at"),
-    *("prompt_tokens", "cached_tokens", "output_tokens", "ttft_us", "tpot_us", "e2e_us"),
+    *("prompt_tokens", "cached_tokens", "output_tokens", "external_tokens"),
+    *("ttft_us", "tpot_us", "e2e_us"),
     *Group._fields,
 )
 _PARTS: Select[Any] = select(*(requests.c[name] for name in _PART_COLUMNS))

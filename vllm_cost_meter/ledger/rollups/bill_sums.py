@@ -52,6 +52,8 @@ from vllm_cost_meter.units.time import rfc3339
 _DIGEST_BYTES = 8
 # What of a bill a digest covers, besides its pieces: all but its latencies and what follows from
 # the rest.
+# Bills from before these were known keep their digest: they are covered where they are not NULL.
+_COVERED_LATER = ("external_tokens", "kv_role")
 _COVERED = (
     *("run_id", "seq", "request_id", "http_request_id", "response_id", "prompt_group"),
     *("tenant", "tenant_rule", "tenant_above", "tags", "model", "lora", "route"),
@@ -160,7 +162,7 @@ def _sums_in(connection: Connection, table: Table) -> dict[str, BillSums]:
 def sums_where(connection: Connection, mine: ColumnElement[bool]) -> Iterator[BillSums]:
     """Yield what those bills of each run add up to that meet a condition on `requests`."""
     r = requests.c
-    of_bill = [*(r[name] for name in _COVERED), r.gpu_time_ns]
+    of_bill = [*(r[name] for name in (*_COVERED, *_COVERED_LATER)), r.gpu_time_ns]
     rows = connection.execute(
         select(*of_bill, PIECE_HOUR, *map(piece_amount, PIECE_AMOUNTS), PIECE_ERROR_NS)
         .select_from(with_pieces())
@@ -205,6 +207,7 @@ def _of_part(part: EngineRequest) -> BillSums:
         *(owner["tags"], part.model, part.lora, part.route, bill.engine_status, bill.method),
         *(bill.prompt_tokens, bill.cached_tokens, bill.output_tokens, part.cost_nanousd),
         *(part.marginal_cost_nanousd, started_at, finished_at),
+        *_later(bill.external_tokens, part.kv_role),
     )
     # A piece is its hour, the amounts in the order of PIECE_AMOUNTS, and the error of its charge.
     pieces = sorted(map(_known, bill.pieces))
@@ -222,20 +225,26 @@ def _of_part(part: EngineRequest) -> BillSums:
 
 def _of_rows(rows: Sequence[Sequence[Any]]) -> BillSums:
     """Return the sums of one bill by its rows, one for each piece; without a piece it has one."""
-    width = len(_COVERED)
+    width = len(_COVERED) + len(_COVERED_LATER)
     covered = dict(zip(_COVERED, rows[0], strict=False))
     covered["prompt_group"] = covered["prompt_group"] or covered["request_id"]
+    later = _later(*rows[0][len(_COVERED) : width])
     pieces = [_known(row[width + 1 :]) for row in rows if row[width + 1] is not None]
     return BillSums(
         run_id=covered["run_id"],
         bills=1,
         last_seq=covered["seq"],
         gpu_time_ns=rows[0][width],
-        digest=_digest(tuple(covered.values()), pieces),
+        digest=_digest((*covered.values(), *later), pieces),
         method=covered["method"],
         started_at=covered["started_at"],
         finished_at=covered["finished_at"],
     )
+
+
+def _later(external_tokens: int | None, kv_role: str | None) -> tuple[Any, ...]:
+    """Return what a digest covers of these two: nothing of a bill from before they were known."""
+    return tuple(value for value in (external_tokens, kv_role) if value is not None)
 
 
 def _known(piece: Sequence[Any]) -> tuple[int, ...]:

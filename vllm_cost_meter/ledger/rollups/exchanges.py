@@ -1,9 +1,11 @@
 """What an exchange adds to the sums: one request, with the tokens that its client was told.
 
 If the reply did not say, the tokens of its parts count; a prompt that several parts share counts
-once. Parts without an HTTP row add their tokens, but no request. An exchange has one tenant. If its
-parts differ in run, model, adapter, route, tags or end status, it counts under the first value by
-name. An exchange without a part, which never reached an engine, adds nothing.
+once. To its client vLLM calls cached what came over a KV connector too. So where some did, the
+parts say how many were cached. Parts without an HTTP row add their tokens, but no request. An
+exchange has one tenant. If its parts differ in run, model, adapter, route, tags or end status, it
+counts under the first value by name. An exchange without a part, which never reached an engine,
+adds nothing.
 
 These are pure functions over rows. `rebuilding.py` has the same rule in SQL, written on its own.
 
@@ -32,6 +34,7 @@ class PartFacts(NamedTuple):
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    external_tokens: int | None
     started_hour: int
     ttft_us: int | None
     tpot_us: int | None
@@ -59,6 +62,18 @@ class EndedExchanges(NamedTuple):
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    external_tokens: int
+    external_known_tokens: int
+
+
+class _Tokens(NamedTuple):
+    """The tokens of prompts, by their parts; the names are those of `EndedExchanges`."""
+
+    prompt: int
+    cached: int
+    output: int
+    external: int
+    external_known: int
 
 
 def ended_of(reply: ReplyFacts | None, parts: Sequence[PartFacts]) -> Iterator[EndedExchanges]:
@@ -76,10 +91,18 @@ def ended_of(reply: ReplyFacts | None, parts: Sequence[PartFacts]) -> Iterator[E
         tenant, rule, above = owner
         group = group._replace(tenant=tenant, tenant_rule=rule, tenant_above=above)
     prompts = [_prompt_tokens(some) for some in _by_prompt(parts)]
-    sums = prompts[0] if len(prompts) == 1 else map(sum, zip(*prompts, strict=True))
-    own = (reply.prompt_tokens, reply.cached_tokens, reply.output_tokens)
-    counted = (s if told is None else told for told, s in zip(own, sums, strict=True))
-    yield EndedExchanges(reply.hour, group, 1, *counted)
+    own = prompts[0] if len(prompts) == 1 else _Tokens(*map(sum, zip(*prompts, strict=True)))
+    told_cached = None if own.external else reply.cached_tokens
+    yield EndedExchanges(
+        hour=reply.hour,
+        group=group,
+        requests=1,
+        prompt_tokens=own.prompt if reply.prompt_tokens is None else reply.prompt_tokens,
+        cached_tokens=own.cached if told_cached is None else told_cached,
+        output_tokens=own.output if reply.output_tokens is None else reply.output_tokens,
+        external_tokens=own.external,
+        external_known_tokens=own.external_known,
+    )
 
 
 def _group_of(parts: Sequence[PartFacts]) -> Group:
@@ -107,13 +130,16 @@ def _by_tenant_and_prompt(parts: Sequence[PartFacts]) -> Iterator[list[PartFacts
         yield from _by_prompt(list(of_tenant))
 
 
-def _prompt_tokens(parts: Sequence[PartFacts]) -> tuple[int, int, int]:
+def _prompt_tokens(parts: Sequence[PartFacts]) -> _Tokens:
     """Return the tokens of one prompt's parts: the prompt once, all outputs added."""
-    if len(parts) == 1:
-        only = parts[0]
-        return only.prompt_tokens, only.cached_tokens, only.output_tokens
-    return (
-        max(part.prompt_tokens for part in parts),
-        max(part.cached_tokens for part in parts),
-        sum(part.output_tokens for part in parts),
+    prompt_tokens = max(part.prompt_tokens for part in parts)
+    external = [part.external_tokens for part in parts]
+    known = [tokens for tokens in external if tokens is not None]
+    is_known = len(known) == len(external)
+    return _Tokens(
+        prompt=prompt_tokens,
+        cached=max(part.cached_tokens for part in parts),
+        output=sum(part.output_tokens for part in parts),
+        external=max(known) if is_known else 0,
+        external_known=prompt_tokens if is_known else 0,
     )

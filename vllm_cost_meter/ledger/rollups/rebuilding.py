@@ -65,10 +65,11 @@ from vllm_cost_meter.ledger.tables.pieces import (
     with_pieces,
 )
 from vllm_cost_meter.ledger.tables.replies import SOURCES, is_replied
+from vllm_cost_meter.ledger.tables.sums import ENDED_TOKENS, EXTERNAL_AMOUNTS
 from vllm_cost_meter.units.calendar import HOURS_PER_DAY
 from vllm_cost_meter.units.time import US_PER_HOUR, hour_of
 
-_TOKENS = ENDED_AMOUNTS[1:]
+_AMOUNTS_OF_PROMPTS = ENDED_AMOUNTS[1:]
 _ROWS_AT_ONCE = 10_000
 
 
@@ -284,7 +285,8 @@ def _told(source: FromClause, is_sorted_apart: bool) -> Select[Any]:
     h, r = source.c, requests.c
     of_reply = {"tenant", "tenant_rule", "tenant_above"}
     # PostgreSQL knows of a table's key only that it decides the other columns.
-    same = (h[name] for name in ("http_request_id", "finished_at", *sorted(of_reply), *_TOKENS))
+    names = ("http_request_id", "finished_at", *sorted(of_reply), *ENDED_TOKENS)
+    same = (h[name] for name in names)
     prompts = (
         select(
             h.http_request_id,
@@ -293,7 +295,7 @@ def _told(source: FromClause, is_sorted_apart: bool) -> Select[Any]:
                 (h[name] if name in of_reply else _first(r[name], is_sorted_apart)).label(name)
                 for name in Group._fields
             ),
-            *(h[name].label(f"told_{name}") for name in _TOKENS),
+            *(h[name].label(f"told_{name}") for name in ENDED_TOKENS),
             *_prompt_tokens(r),
         )
         .select_from(source)
@@ -306,17 +308,25 @@ def _told(source: FromClause, is_sorted_apart: bool) -> Select[Any]:
         select(
             func.min(p.hour).label("hour"),
             *(_first(p[name], is_sorted_apart).label(name) for name in Group._fields),
-            *(
-                func.coalesce(func.max(p[f"told_{name}"]), func.sum(p[name])).label(name)
-                for name in _TOKENS
-            ),
+            *(_told_or_own(p, name).label(name) for name in ENDED_TOKENS),
+            *(func.sum(p[name]).label(name) for name in EXTERNAL_AMOUNTS),
         )
         .group_by(p.http_request_id)
         .subquery()
     )
     e = exchanges.c
     keys = [e[name] for name in ("hour", *Group._fields)]
-    return select(*keys, func.count(), *(func.sum(e[name]) for name in _TOKENS)).group_by(*keys)
+    sums = (func.sum(e[name]) for name in _AMOUNTS_OF_PROMPTS)
+    return select(*keys, func.count(), *sums).group_by(*keys)
+
+
+def _told_or_own(p: Any, name: str) -> ColumnElement[Any]:
+    """Return the SQL for the tokens of an exchange that was told some, over its prompts."""
+    own = func.sum(p[name])
+    told = func.coalesce(func.max(p[f"told_{name}"]), own)
+    if name != "cached_tokens":
+        return told
+    return case((func.sum(p.external_tokens) > 0, own), else_=told)
 
 
 def _untold(is_sorted_apart: bool) -> Select[Any]:
@@ -338,7 +348,8 @@ def _untold(is_sorted_apart: bool) -> Select[Any]:
     )
     p = prompts.c
     keys = [p[name] for name in ("hour", *Group._fields)]
-    return select(*keys, literal(0), *(func.sum(p[name]) for name in _TOKENS)).group_by(*keys)
+    sums = (func.sum(p[name]) for name in _AMOUNTS_OF_PROMPTS)
+    return select(*keys, literal(0), *sums).group_by(*keys)
 
 
 def _hour(instant: ColumnElement[Any]) -> ColumnElement[int]:
@@ -353,8 +364,14 @@ def _first(column: ColumnElement[Any], is_sorted_apart: bool) -> ColumnElement[A
 
 def _prompt_tokens(r: Any) -> list[ColumnElement[Any]]:
     """Return the SQL for the tokens of one prompt's parts: the prompt once, all outputs added."""
+    is_known = func.count() == func.count(r.external_tokens)
+    external = (func.max(r.external_tokens), func.max(r.prompt_tokens))
     return [
         func.max(r.prompt_tokens).label("prompt_tokens"),
         func.max(r.cached_tokens).label("cached_tokens"),
         func.sum(r.output_tokens).label("output_tokens"),
+        *(
+            case((is_known, amount), else_=0).label(name)
+            for name, amount in zip(EXTERNAL_AMOUNTS, external, strict=True)
+        ),
     ]

@@ -10,6 +10,7 @@ view `replies` has all of them alike.
 Invariant: an HTTP request has at most one row in `replies`, wherever its record went.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import (
@@ -65,7 +66,15 @@ def _told(name: str) -> ColumnElement[Any]:
     # only if both sides agree.
     is_told = _r.reply_told.bitwise_and(TOLD[name]) != 0
     otherwise = _r[f"reply_{name}"] if name in TOLD_AMOUNTS else None
-    return cast(case((is_told, _r[name]), else_=otherwise), BigInteger)
+    return cast(case((is_told, _in_bill(name)), else_=otherwise), BigInteger)
+
+
+def _in_bill(name: str, *, has_external: bool = True) -> ColumnElement[Any]:
+    """Return the SQL for what a bill says of what its client is told."""
+    if name == "cached_tokens" and has_external:
+        # To its client vLLM calls cached what came over a KV connector too.
+        return _r.cached_tokens + func.coalesce(_r.external_tokens, 0)
+    return _r[name]
 
 
 def _beside(name: str) -> ColumnElement[Any]:
@@ -115,16 +124,18 @@ def is_replied(http_request_id: ColumnElement[Any]) -> ColumnElement[bool]:
     )
 
 
-def put_beside_bills(connection: Connection) -> None:
+def put_beside_bills(connection: Connection, *, has_external: bool = True) -> None:
     """Move each reply beside its bill that has one alone and says what the bill says.
 
-    Where records come one by one, `inserts.py` puts the reply there at once.
+    Where records come one by one, `inserts.py` puts the reply there at once. `has_external` is
+    False for bills that have no column yet for what came over a KV connector.
     """
+    in_bill = {name: _in_bill(name, has_external=has_external) for name in TOLD}
     other = requests.alias("other").c
     is_other = or_(other.run_id != _r.run_id, other.seq != _r.seq)
     is_alone = ~exists().where(other.http_request_id == _r.http_request_id, is_other)
     told: ColumnElement[int] = sum(
-        (case((_h[name] == _r[name], number), else_=0) for name, number in TOLD.items()),
+        (case((_h[name] == in_bill[name], number), else_=0) for name, number in TOLD.items()),
         start=literal(0),
     )
     otherwise = {f"reply_{name}": func.nullif(_h[name], _r[name]) for name in TOLD_AMOUNTS}
@@ -132,14 +143,14 @@ def put_beside_bills(connection: Connection) -> None:
         {**{column: _h[name] for name, column in _BESIDE.items()}, "reply_told": told, **otherwise}
     )
     connection.execute(
-        moved.where(_h.http_request_id == _r.http_request_id, _says_the_same(), is_alone)
+        moved.where(_h.http_request_id == _r.http_request_id, _says_the_same(in_bill), is_alone)
     )
     beside = exists().where(_r.http_request_id == _h.http_request_id, _r.reply_status.is_not(None))
     connection.execute(delete(http_requests).where(beside))
 
 
-def _says_the_same() -> ColumnElement[bool]:
+def _says_the_same(in_bill: Mapping[str, ColumnElement[Any]]) -> ColumnElement[bool]:
     return and_(
         *(_h[name].is_not_distinct_from(_r[name]) for name in SHARED),
-        *(or_(_h[name].is_(None), _h[name] == _r[name]) for name in TOLD_TOKENS),
+        *(or_(_h[name].is_(None), _h[name] == in_bill[name]) for name in TOLD_TOKENS),
     )

@@ -36,8 +36,13 @@ PIECE_AMOUNTS = UsagePiece._fields[1:-1]
 CHARGE_AMOUNTS = ("charge_known_ns", "charge_error_ns")
 # The amounts of pieces in a span of hours.
 SUMMED_AMOUNTS = (*PIECE_AMOUNTS, *CHARGE_AMOUNTS)
+# The tokens of an exchange that its client may have been told.
+ENDED_TOKENS = ("prompt_tokens", "cached_tokens", "output_tokens")
+# Prompt tokens that came over a KV connector, and the prompts of which that is known: what they add
+# up to, as it is unknown of some.
+EXTERNAL_AMOUNTS = ("external_tokens", "external_known_tokens")
 # Exchanges that ended in a span of hours, and their tokens.
-ENDED_AMOUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
+ENDED_AMOUNTS = ("requests", *ENDED_TOKENS, *EXTERNAL_AMOUNTS)
 
 
 def _rollup(name: str, span: str, *more: Column[int]) -> Table:

@@ -96,6 +96,7 @@ def problem_of(members: Sequence[PlayingRequest], parts: Sequence[Mapping[str, A
         wanted = {
             "prompt_tokens": player.prompt_tokens,
             "cached_tokens": 0,
+            "external_tokens": 0,
             "preemptions": 0,
             "steps": player.output_tokens,
             "batch": batch,

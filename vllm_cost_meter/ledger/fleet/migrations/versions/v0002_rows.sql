@@ -9,6 +9,28 @@ ALTER TABLE open_requests RENAME TO kept_open_requests;
 ALTER TABLE row_cutoffs RENAME TO kept_row_cutoffs;
 ALTER TABLE dropped_bills RENAME TO kept_dropped_bills;
 ALTER TABLE dropped_unknown_energy RENAME TO kept_dropped_unknown_energy;
+ALTER INDEX requests_pkey RENAME TO kept_requests_pkey;
+ALTER INDEX usage_pieces_pkey RENAME TO kept_usage_pieces_pkey;
+ALTER INDEX request_energy_pkey RENAME TO kept_request_energy_pkey;
+ALTER INDEX open_requests_pkey RENAME TO kept_open_requests_pkey;
+ALTER INDEX row_cutoffs_pkey RENAME TO kept_row_cutoffs_pkey;
+ALTER INDEX dropped_bills_pkey RENAME TO kept_dropped_bills_pkey;
+ALTER INDEX dropped_unknown_energy_pkey RENAME TO kept_dropped_unknown_energy_pkey;
+ALTER INDEX ix_open_requests_external_id RENAME TO ix_kept_open_requests_external_id;
+ALTER INDEX ix_open_requests_response_id RENAME TO ix_kept_open_requests_response_id;
+ALTER INDEX ix_open_requests_http_request_id RENAME TO ix_kept_open_requests_http_request_id;
+ALTER INDEX ix_open_requests_x_request_id RENAME TO ix_kept_open_requests_x_request_id;
+ALTER TABLE kept_requests ADD COLUMN external_tokens BIGINT;
+ALTER TABLE kept_requests ADD COLUMN kv_role TEXT;
+ALTER TABLE kept_open_requests ADD COLUMN kv_role TEXT;
+ALTER TABLE sent_rollup_hours ADD COLUMN external_tokens BIGINT NOT NULL DEFAULT 0;
+ALTER TABLE sent_rollup_hours ALTER COLUMN external_tokens DROP DEFAULT;
+ALTER TABLE sent_rollup_hours ADD COLUMN external_known_tokens BIGINT NOT NULL DEFAULT 0;
+ALTER TABLE sent_rollup_hours ALTER COLUMN external_known_tokens DROP DEFAULT;
+ALTER TABLE dropped_hours ADD COLUMN external_tokens BIGINT NOT NULL DEFAULT 0;
+ALTER TABLE dropped_hours ALTER COLUMN external_tokens DROP DEFAULT;
+ALTER TABLE dropped_hours ADD COLUMN external_known_tokens BIGINT NOT NULL DEFAULT 0;
+ALTER TABLE dropped_hours ALTER COLUMN external_known_tokens DROP DEFAULT;
 CREATE TABLE folds (
     sender_id TEXT COLLATE "C" NOT NULL,
     folded_number BIGINT NOT NULL,
@@ -40,7 +62,27 @@ CREATE TABLE sent_rollup_days (
     prompt_tokens BIGINT NOT NULL,
     cached_tokens BIGINT NOT NULL,
     output_tokens BIGINT NOT NULL,
+    external_tokens BIGINT NOT NULL,
+    external_known_tokens BIGINT NOT NULL,
     PRIMARY KEY (sender_id, first_number, day, group_id)
+);
+CREATE TABLE settings_changes (
+    version BIGINT NOT NULL,
+    section TEXT COLLATE "C" NOT NULL,
+    name TEXT COLLATE "C" NOT NULL,
+    position BIGINT,
+    entry TEXT,
+    PRIMARY KEY (version, section, name)
+);
+CREATE TABLE settings_versions (
+    version BIGINT NOT NULL,
+    format INTEGER NOT NULL,
+    digest TEXT NOT NULL,
+    is_restart BOOLEAN NOT NULL,
+    changed_by TEXT NOT NULL,
+    changed_at TEXT COLLATE "C" DEFAULT to_char(timezone('UTC', clock_timestamp() - make_interval(0, 0, 0, 0, 0, 0, 0.0)), 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') NOT NULL,
+    changed_as TEXT DEFAULT session_user NOT NULL,
+    PRIMARY KEY (version)
 );
 CREATE TABLE tails (
     sender_id TEXT COLLATE "C" NOT NULL,
@@ -55,35 +97,6 @@ CREATE TABLE told_open_requests (
     number BIGINT NOT NULL,
     opened TEXT NOT NULL,
     PRIMARY KEY (sender_id, number)
-);
-ALTER INDEX requests_pkey RENAME TO kept_requests_pkey;
-ALTER INDEX usage_pieces_pkey RENAME TO kept_usage_pieces_pkey;
-ALTER INDEX request_energy_pkey RENAME TO kept_request_energy_pkey;
-ALTER INDEX open_requests_pkey RENAME TO kept_open_requests_pkey;
-ALTER INDEX row_cutoffs_pkey RENAME TO kept_row_cutoffs_pkey;
-ALTER INDEX dropped_bills_pkey RENAME TO kept_dropped_bills_pkey;
-ALTER INDEX dropped_unknown_energy_pkey RENAME TO kept_dropped_unknown_energy_pkey;
-ALTER INDEX ix_open_requests_external_id RENAME TO ix_kept_open_requests_external_id;
-ALTER INDEX ix_open_requests_response_id RENAME TO ix_kept_open_requests_response_id;
-ALTER INDEX ix_open_requests_http_request_id RENAME TO ix_kept_open_requests_http_request_id;
-ALTER INDEX ix_open_requests_x_request_id RENAME TO ix_kept_open_requests_x_request_id;
-CREATE TABLE settings_versions (
-    version BIGINT NOT NULL,
-    format INTEGER NOT NULL,
-    digest TEXT NOT NULL,
-    is_restart BOOLEAN NOT NULL,
-    changed_by TEXT NOT NULL,
-    changed_at TEXT COLLATE "C" DEFAULT to_char(timezone('UTC', clock_timestamp() - make_interval(0, 0, 0, 0, 0, 0, 0.0)), 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') NOT NULL,
-    changed_as TEXT DEFAULT session_user NOT NULL,
-    PRIMARY KEY (version)
-);
-CREATE TABLE settings_changes (
-    version BIGINT NOT NULL,
-    section TEXT COLLATE "C" NOT NULL,
-    name TEXT COLLATE "C" NOT NULL,
-    position BIGINT,
-    entry TEXT,
-    PRIMARY KEY (version, section, name)
 );
 CREATE TABLE told_running (
     sender_id TEXT COLLATE "C" NOT NULL,
