@@ -210,8 +210,10 @@ def _days(value: object) -> object:
 
 
 def _bytes(value: object) -> int:
-    found = re.fullmatch(r"(\d{1,6})(MB|GB|TB)", str(value), re.ASCII)
-    size = int(found[1]) * _SIZES[found[2]] if found else 0
+    # Settings that are built anew give what was read before.
+    size = value if isinstance(value, int) else 0
+    if found := re.fullmatch(r"(\d{1,6})(MB|GB|TB)", str(value), re.ASCII):
+        size = int(found[1]) * _SIZES[found[2]]
     if size < _BYTES_MIN:
         raise WrongError
     return size

@@ -36,6 +36,7 @@ NO_ANSWER = {("tenants", "add"), ("tenants", "set"), ("tenants", "remove")} | {
     ("demo",),
     ("server",),  # it answers over HTTP
     ("gpu-check",),  # a page and JSON, in its folder
+    *(("fleet", "migrate"), ("fleet", "tidy")),
 }
 # It writes a folder: curves, which are its JSON, and a plot.
 FOLDER = {("sweep",)}

@@ -15,7 +15,7 @@ from vllm_cost_meter.errors import SettingError
 from vllm_cost_meter.ledger.fleet.migrating import migration_sql
 from vllm_cost_meter.ledger.fleet.opening import migrate_fleet, tidy_fleet
 
-FleetUrl = Annotated[
+FleetOption = Annotated[
     str | None, typer.Option(help="The fleet's database; otherwise that of COST_METER_FLEET.")
 ]
 
@@ -31,7 +31,7 @@ def fleet_url(fleet: str | None, config: Path | None) -> str:
 
 
 def migrate(
-    fleet: FleetUrl = None,
+    fleet: FleetOption = None,
     config: Config = None,
     sql: Annotated[
         bool, typer.Option("--sql", help="Print the statements, and connect to nothing.")
@@ -43,7 +43,7 @@ def migrate(
         ),
     ] = None,
 ) -> None:
-    """Bring the tables of a fleet's database to this version, or make them.
+    """Bring a fleet's tables to this version, or make them.
 
     Older servers go on sending; those that cannot keep what they have, and say so. With --sql the
     statements are printed for whoever runs them.
@@ -61,13 +61,15 @@ def migrate(
         print(f"the tables are of version {now} now" + (f", and were of {before}" * bool(before)))
 
 
-def tidy(fleet: FleetUrl = None, config: Config = None) -> None:
-    """Make a fleet's tables smaller: add up older sums, delete what nobody reads any more.
+def tidy(fleet: FleetOption = None, config: Config = None) -> None:
+    """Make a fleet's tables smaller, without a change to any answer.
+
+    It adds up older sums, and deletes what nobody reads any more.
 
     Servers whose role may update and delete do it themselves. This is for all others, and for what
     servers that are gone have left: once an hour, with a role that may.
 
-    Example: vllm-cost-meter fleet tidy --fleet postgresql+psycopg://keeper@db.example/fleet
+    Example: vllm-cost-meter fleet tidy --fleet postgresql+psycopg://keeper@db/fleet
     """
     with one_line_errors():
         senders = tidy_fleet(fleet_url(fleet, config))

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vllm_cost_meter.cli.fleet.database import FleetUrl, fleet_url
+from vllm_cost_meter.cli.fleet.database import FleetOption, fleet_url
 from vllm_cost_meter.cli.options import (
     Config,
     Csv,
@@ -79,7 +79,7 @@ def push(
     file: Annotated[Path, typer.Argument(help="A settings file, of which the sections count.")],
     dry_run: DryRun = False,
     moves_money: MovesMoney = False,
-    fleet: FleetUrl = None,
+    fleet: FleetOption = None,
     config: Config = None,
 ) -> None:
     """Make the fleet's settings equal to those of a file.
@@ -102,7 +102,7 @@ def show(
     version: Annotated[
         int | None, typer.Option(min=0, help="An earlier version; otherwise the latest.")
     ] = None,
-    fleet: FleetUrl = None,
+    fleet: FleetOption = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -121,7 +121,7 @@ def show(
 @app.command()
 def history(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Versions at most.")] = 50,
-    fleet: FleetUrl = None,
+    fleet: FleetOption = None,
     config: Config = None,
     wide: Wide = False,
     as_json: Json = False,
@@ -169,7 +169,7 @@ def set_(
     expect: Expect = None,
     dry_run: DryRun = False,
     moves_money: MovesMoney = False,
-    fleet: FleetUrl = None,
+    fleet: FleetOption = None,
     config: Config = None,
 ) -> None:
     """Create or change one entry.
@@ -197,7 +197,7 @@ def end(
     expect: Expect = None,
     dry_run: DryRun = False,
     moves_money: MovesMoney = False,
-    fleet: FleetUrl = None,
+    fleet: FleetOption = None,
     config: Config = None,
 ) -> None:
     """End one entry; history keeps it.
@@ -216,7 +216,7 @@ def restart(
     after: Annotated[
         int, typer.Option(min=0, help="The highest version that a server has, as its log says.")
     ],
-    fleet: FleetUrl = None,
+    fleet: FleetOption = None,
     config: Config = None,
 ) -> None:
     """Let servers take over a database that was restored.
