@@ -245,6 +245,8 @@ PRIVATE_NAMES = (
     "cost_meter_bills",
     "cost_meter_budget_used_ratio",
     "cost_meter_refused_requests",
+    "cost_meter_fleet_figures_fresh",
+    "cost_meter_fleet_figures_age_seconds",
 )
 
 _INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]

@@ -58,7 +58,7 @@ def test_a_ledger_in_use_passes_and_the_server_goes_on(ledger):
         ("DELETE FROM runs", "snapshots have their runs", "not 1: run"),
         (
             "INSERT INTO open_requests SELECT request_id, started_at, NULL, NULL, NULL, NULL, 'g',"
-            " tenant, 'none', NULL, NULL, NULL, NULL, NULL, NULL FROM requests WHERE seq=3",
+            " tenant, 'none', NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM requests WHERE seq=3",
             "no request is open and billed",
             "not 1: internal-3 2027-01-15T08:00:00.000003Z",
         ),
