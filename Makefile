@@ -125,7 +125,7 @@ endif
 # What the meter meets beside vLLM: a real PostgreSQL server, a fleet of real servers that send to it,
 # and a FastAPI newer than the lock's.
 test-ecosystem: setup $(VENV)/.ecosystem
-	@$(RUN) python -m pytest tests/ecosystem
+	@$(RUN) python -m pytest tests/ecosystem --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.meter
 	$(BIN)/ruff check .

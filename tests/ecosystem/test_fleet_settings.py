@@ -350,17 +350,14 @@ def test_a_version_in_a_later_format_is_refused_by_its_name(url, store) -> None:
         store.read()
 
 
-def test_a_fleet_that_an_earlier_meter_made_is_said_and_a_push_makes_its_tables(
-    meter, file, url
-) -> None:
+def test_a_fleet_without_the_tables_is_said(meter, url) -> None:
     with shared_store(url, creates=True):
         pass
     with psycopg.connect(url.replace("+psycopg", "")) as connection:
         connection.execute("DROP TABLE settings_versions, settings_changes")
     status, said = meter("show")
     assert status == 2
-    assert "`vllm-cost-meter fleet settings push` makes them" in said
-    assert meter("push", str(file), "--moves-money")[0] == 0
+    assert "an administrator runs `vllm-cost-meter fleet migrate`" in said
 
 
 # -- rights -------------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ async def shipping(place: FleetPlace):
     """The process beside a server that sends, and pulls the settings."""
     open_database(str(place.ledger)).dispose()
     path = str(kept_path(place.ledger))
-    beside = Shipping(ShippingHello(str(place.ledger), str(place.fleet), INTERVAL_S, path))
+    hello = ShippingHello(str(place.ledger), str(place.fleet), INTERVAL_S, kept_path=path)
+    beside = Shipping(hello)
     beside.start()
     try:
         yield beside
