@@ -81,6 +81,14 @@ def waiting_records(url: str, timeout_s: float = WAIT_S) -> int:
         engine.dispose()
 
 
+def is_all_applied(url: str) -> bool:
+    """Return whether the ledger has what its journals hold now; False if that cannot be told."""
+    try:
+        return waiting_records(url) == 0
+    except LedgerError:
+        return False
+
+
 def wait_until_applied(engine: Engine, folder: Path, timeout_s: float) -> int:
     """Wait until another process has applied what the journals hold now; return what is left."""
     until = time.monotonic() + timeout_s

@@ -10,8 +10,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from vllm_cost_meter.api_server.budgets.messages import LookQuestion
-from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.catching_up import waiting_records
+from vllm_cost_meter.ledger.catching_up import is_all_applied
 from vllm_cost_meter.ledger.fleet_use.others import FleetUse
 from vllm_cost_meter.ledger.queries.spending import Spending
 from vllm_cost_meter.prices.book import PriceBook
@@ -48,17 +47,11 @@ class BudgetLooks:
         if latest == self._latest and not asked.is_behind:
             return None
         # Before the look: what the journals no longer have is in the ledger that it sees, or never.
-        pending = () if asked.is_overdue and self._is_all_applied() else asked.pending
+        pending = () if asked.is_overdue and is_all_applied(self._url) else asked.pending
         found = self._spending.look(budgets, book, time.time_ns(), pending=pending)
         self._latest = latest
         self.left = tuple((bill.run_id, bill.seq) for bill in self._spending.pending)
         return found
-
-    def _is_all_applied(self) -> bool:
-        try:
-            return waiting_records(self._url) == 0
-        except LedgerError:
-            return False
 
     def close(self) -> None:
         """Close the connections."""

@@ -17,7 +17,12 @@ from vllm_cost_meter.ledger.database import cause_of, parse_url
 from vllm_cost_meter.ledger.fleet.migrating import migrate
 from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, has_fleet
 from vllm_cost_meter.ledger.fleet.shared_settings import SharedStore
-from vllm_cost_meter.ledger.fleet.tidying import tidy_all
+from vllm_cost_meter.ledger.fleet.tidying import (
+    forget_billed,
+    forget_older_states,
+    sender_ids,
+    tidy_sender,
+)
 from vllm_cost_meter.ledger.schema import schema_version
 
 _CONNECT_TIMEOUT_S = 10
@@ -181,10 +186,20 @@ def migrate_fleet(url: str) -> tuple[int | None, int]:
 
 
 def tidy_fleet(url: str) -> int:
-    """Tidy what all ledgers have sent to a fleet; return how many those are. Raises LedgerError."""
+    """Tidy what all ledgers have sent to a fleet; return how many those are. Raises LedgerError.
+
+    Each sender has a transaction of its own: while it is tidied, it waits to send.
+    """
     with _by_administrator(url) as connection:
         _check_version(connection, _shown(parse_fleet_url(url)))
-        return tidy_all(connection)
+        known = sender_ids(connection)
+    for sender_id in known:
+        with _by_administrator(url) as connection:
+            tidy_sender(connection, sender_id)
+    with _by_administrator(url) as connection:
+        forget_older_states(connection)
+        forget_billed(connection)
+    return len(known)
 
 
 @contextmanager

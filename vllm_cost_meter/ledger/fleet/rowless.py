@@ -28,6 +28,7 @@ from vllm_cost_meter.ledger.fleet.schema import TOLD, run_senders, tails, told_o
 from vllm_cost_meter.ledger.rows import live_requests
 from vllm_cost_meter.ledger.tables.outbox import outbox
 from vllm_cost_meter.ledger.tables.packed import InstantColumn, instant_us
+from vllm_cost_meter.ledger.tables.pieces import PIECES_OF_BILL
 
 # Of the ledger's tables these are not sent.
 LEFT_OUT = frozenset(
@@ -40,11 +41,6 @@ LEFT_OUT = frozenset(
 )
 # A run without a snapshot has no tail. If it gets one, it has had fewer bills than this.
 _BEFORE_SNAPSHOT_MAX = 10_000
-
-_SAME_BILL = and_(
-    schema.usage_pieces.c.run_id == schema.requests.c.run_id,
-    schema.usage_pieces.c.seq == schema.requests.c.seq,
-)
 
 _Row = dict[str, Any]
 
@@ -122,7 +118,7 @@ class Rowless:
             found._tails[run_id] = _Tail(int(last_seq))
         beyond = and_(s.run_id == r.c.run_id, r.c.seq > s.last_seq)
         bills = _stored_rows(ledger, select(r).join(schema.snapshots, beyond), r)
-        pieces = select(p).join(r, _SAME_BILL).join(schema.snapshots, beyond)
+        pieces = select(p).join(r, PIECES_OF_BILL).join(schema.snapshots, beyond)
         found._add(bills, _stored_rows(ledger, pieces, p))
         found._add_before_snapshot(ledger, frozenset())
         found._take_running(ledger)
@@ -142,7 +138,7 @@ class Rowless:
         for run_id in sorted(set(runs).difference(known)):
             mine = r.c.run_id == run_id, r.c.seq <= _BEFORE_SNAPSHOT_MAX
             bills = _stored_rows(ledger, select(r).where(*mine), r)
-            pieces = _stored_rows(ledger, select(p).join(r, _SAME_BILL).where(*mine), p)
+            pieces = _stored_rows(ledger, select(p).join(r, PIECES_OF_BILL).where(*mine), p)
             self._add((one for one in bills if (run_id, one["seq"]) not in waiting), pieces)
 
     def _take_running(self, ledger: Connection) -> None:

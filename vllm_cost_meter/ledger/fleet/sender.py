@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from vllm_cost_meter.errors import LedgerError, in_one_line
-from vllm_cost_meter.ledger.catching_up import waiting_records
+from vllm_cost_meter.ledger.catching_up import is_all_applied
 from vllm_cost_meter.ledger.database import (
     cause_of,
     open_database,
@@ -124,7 +124,7 @@ class FleetSender:
         database fails.
         """
         ledger, fleet = self._ledger, self._fleet
-        if ledger is None or fleet is None or not _is_applied(self._ledger_url):
+        if ledger is None or fleet is None or not is_all_applied(self._ledger_url):
             return
         with self._ledger_errors(), ledger.connect() as connection:
             sender = outbox.read_sender(connection)
@@ -234,7 +234,7 @@ class FleetSender:
 
     def _look_at_journals(self) -> int:
         """Learn whether the ledger has what journals held when this process began; return when."""
-        self._has_caught_up = self._has_caught_up or _is_applied(self._ledger_url)
+        self._has_caught_up = self._has_caught_up or is_all_applied(self._ledger_url)
         return time.time_ns()
 
     def _opened(self) -> Engine:
@@ -402,14 +402,6 @@ class FleetSender:
             yield
         except SQLAlchemyError as error:
             raise failed(self._fleet_url, error) from error
-
-
-def _is_applied(ledger_url: str) -> bool:
-    """Return whether the ledger has what its journals hold now; False if that cannot be told."""
-    try:
-        return waiting_records(ledger_url) == 0
-    except LedgerError:
-        return False
 
 
 def _is_gapless(rows: Sequence[tuple[int, bytes]], sender: Sender) -> bool:

@@ -1,7 +1,7 @@
 """A shipment: rows of an outbox that are sent together, brought into the form in which they go.
 
 What several rows of an outbox say of one thing is sent once: a fact, the latest state, the sum of
-the amounts. Rows that an older version put in may lack columns.
+the amounts.
 
 Invariant: a shipment says what its rows of the outbox say one after another.
 """
@@ -63,7 +63,7 @@ def shipment_of(
 def merged(tables: Iterable[TableRows]) -> list[TableRows]:
     """Return lists of rows by table: facts once each, the latest states, and amounts added up.
 
-    Rows of one table that an older version of the ledger put in may lack columns.
+    Rows that an older version of the ledger put in may have their columns in another order.
     """
     facts: dict[tuple[str, tuple[str, ...]], list[RowTuple]] = {}
     others: dict[str, list[dict[str, Any]]] = {}
@@ -126,11 +126,8 @@ def _still_open(opened: TableRows, bills: Mapping[str, Sequence[tuple[int, int]]
 
 
 def _rows_of(name: str, rows: Sequence[dict[str, Any]]) -> TableRows:
-    columns = max(rows, key=len)
-    missing = 0 if name in SUM_TABLES else None
-    return TableRows(
-        name, tuple(columns), [tuple(row.get(one, missing) for one in columns) for row in rows]
-    )
+    columns = tuple(rows[0])
+    return TableRows(name, columns, [tuple(row[one] for one in columns) for row in rows])
 
 
 def _keys(table: Table) -> list[str]:
@@ -163,9 +160,7 @@ def _added_up(table: Table, rows: Sequence[dict[str, Any]]) -> list[dict[str, An
         elif table is schema.bill_sums:
             found[key] = BillSums(**known).with_more(BillSums(**row))._asdict()
         else:
-            amounts = dict.fromkeys((*known, *row), 0) | known
             found[key] = {
-                name: value if name in keys else value + row.get(name, 0)
-                for name, value in amounts.items()
+                name: value if name in keys else value + row[name] for name, value in known.items()
             }
     return list(found.values())

@@ -18,12 +18,13 @@ Invariant: the sums that count are the same before and after, at any instant.
 """
 
 # ruff: noqa: S608 - only names of tables and columns are written into the SQL below
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
 
 from sqlalchemy import (
     ARRAY,
+    ColumnElement,
     Table,
     Text,
     any_,
@@ -132,6 +133,17 @@ def _adding(into: str, table: Table, made: Mapping[str, str]) -> str:
     )
 
 
+def tidy_sender(connection: Connection, sender_id: str) -> None:
+    """Tidy what one sender has sent under its name. Needs the right to update and delete."""
+    fold(connection, sender_id)
+    for table, keys in (
+        (told_running, ["sender_id"]),
+        (told_open_requests, ["sender_id"]),
+        (tails, ["sender_id", "run_id"]),
+    ):
+        _delete_older(connection, table, keys, table.c.sender_id == sender_id)
+
+
 def forget_older_states(connection: Connection, run_ids: Collection[str] | None = None) -> None:
     """Delete what was told of these runs, or of all, before what was told last.
 
@@ -139,27 +151,19 @@ def forget_older_states(connection: Connection, run_ids: Collection[str] | None 
     """
     by_name = {table.name: table for table in STATES}
     for name, table in TOLD.items():
-        told, newer = table.c, table.alias("newer").c
-        same = [newer[key.name] == told[key.name] for key in by_name[name].primary_key]
-        is_older = exists().where(*same, newer.number > told.number)
-        mine = [] if run_ids is None else [told.run_id.in_(run_ids)]
-        connection.execute(delete(table).where(*mine, is_older))
+        keys = [column.name for column in by_name[name].primary_key]
+        mine = [] if run_ids is None else [table.c.run_id.in_(run_ids)]
+        _delete_older(connection, table, keys, *mine)
 
 
-def forget_older_tellings(connection: Connection, sender_id: str) -> None:
-    """Delete what a sender told of what runs and of tails before what it told last.
-
-    Needs the right to delete.
-    """
-    for table, keys in (
-        (told_running, ["sender_id"]),
-        (told_open_requests, ["sender_id"]),
-        (tails, ["sender_id", "run_id"]),
-    ):
-        told, newer = table.c, table.alias("newer").c
-        same = [newer[key] == told[key] for key in keys]
-        is_older = exists().where(*same, newer.number > told.number)
-        connection.execute(delete(table).where(told.sender_id == sender_id, is_older))
+def _delete_older(
+    connection: Connection, table: Table, keys: Iterable[str], *mine: ColumnElement[bool]
+) -> None:
+    """Delete rows of which another one with the same keys has a higher number."""
+    told, newer = table.c, table.alias("newer").c
+    same = [newer[key] == told[key] for key in keys]
+    is_older = exists().where(*same, newer.number > told.number)
+    connection.execute(delete(table).where(*mine, is_older))
 
 
 def forget_billed(connection: Connection, request_ids: Iterable[str] | None = None) -> None:
@@ -199,21 +203,11 @@ class SentSince:
     def tidy(self, connection: Connection) -> None:
         """Tidy that. Needs the right to update and delete."""
         for sender_id in sorted(self._sender_ids):
-            fold(connection, sender_id)
-            forget_older_tellings(connection, sender_id)
+            tidy_sender(connection, sender_id)
         forget_older_states(connection, self._told)
         forget_billed(connection, self._billed)
 
 
-def tidy_all(connection: Connection) -> int:
-    """Tidy what all senders have sent; return how many those are.
-
-    Needs the right to update and delete.
-    """
-    sender_ids = connection.execute(select(senders.c.sender_id)).scalars().all()
-    for sender_id in sender_ids:
-        fold(connection, sender_id)
-        forget_older_tellings(connection, sender_id)
-    forget_older_states(connection)
-    forget_billed(connection)
-    return len(sender_ids)
+def sender_ids(connection: Connection) -> Sequence[str]:
+    """Return the names of all senders."""
+    return connection.execute(select(senders.c.sender_id)).scalars().all()
