@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vllm_cost_meter.prices.cost import Rates
 from vllm_cost_meter.records.snapshot import OTHER_ROWS
-from vllm_cost_meter.reports.facts import Ended, Facts, Used
+from vllm_cost_meter.reports.facts import COUNTS, Ended, Facts, Used
 
 RUNS = ("run-1", "run-2")
 TENANTS = ("alice", "bob", "carol")
@@ -30,7 +30,7 @@ def facts(draw, hours: st.SearchStrategy[int]) -> Facts:
     used = draw(st.lists(st.builds(Used, run, hours, key, amounts, blocks), max_size=12))
     name = st.tuples(st.sampled_from(OTHER_ROWS))
     other_time = draw(st.lists(st.builds(Used, run, hours, name, amounts, st.just(0)), max_size=12))
-    counts = st.tuples(*[st.integers(0, 9)] * 4)
+    counts = st.tuples(*[st.integers(0, 9)] * len(COUNTS))
     ended = draw(st.lists(st.builds(Ended, hours, key, counts), max_size=6))
     wall = [one._replace(key=(), kv_block_ms=0) for one in (*used, *other_time)]
     return Facts(used, other_time, ended, wall, sum(one.gpu_time_ns for one in wall))
