@@ -73,7 +73,7 @@ help:
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
 	@echo 'make docs    the pages of docs/ as one site in site/; a dead link fails'
 	@echo 'make reference  the pages that commands and side endpoint describe themselves'
-	@echo 'make fuzz    the property tests and the fuzzed side endpoint with 20 times the examples, new'
+	@echo 'make fuzz    the property tests and the fuzzed side endpoint with 40 times the examples, new'
 	@echo '             ones each time; FUZZ_ARGS="-k invoices" for some'
 	@echo 'make simulate  how wrong each attribution method is, on servers that are simulated kernel by'
 	@echo '             kernel; SIMULATE_ARGS="--scenario dense-64" for one of them'

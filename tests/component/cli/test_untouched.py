@@ -108,9 +108,11 @@ def test_no_command_changes_a_ledger_at_rest_nor_looser_modes(name, tmp_path, fo
     assert state_of(folder) == before
 
 
-@pytest.mark.parametrize("name", READ)
-def test_no_command_migrates_an_older_ledger(name, tmp_path, folder):
-    for version in range(1, SCHEMA_VERSION):
+@pytest.mark.parametrize(("place", "name"), enumerate(READ))
+def test_no_command_migrates_an_older_ledger(place, name, tmp_path, folder):
+    # All commands ask one way which version a ledger has. So each is tried on a few versions, and
+    # each version by a few commands.
+    for version in range(1 + place % 4, SCHEMA_VERSION, 4):
         path = folder / f"{version}.db"
         old_ledger(path, version)
         path.chmod(0o640)
