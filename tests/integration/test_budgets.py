@@ -157,11 +157,15 @@ def test_a_beam_search_ends_with_the_429_of_a_budget_that_is_spent_meanwhile(har
         r"budget 'zeta searches beams' is used up: ([\d.]+) GPU-seconds of 1\.00", error["message"]
     )
     assert used, error["message"]
-    # The look that finds it spent is at most a snapshot and a look late.
-    assert 1 <= float(used[1]) < 1 + (INTERVAL_S + LATENESS_S) * 2
+    assert float(used[1]) >= 1
     assert reply.headers["x-should-retry"] == "false"
     assert float(reply.headers["x-cost-meter-gpu-seconds"]) > 1
-    assert_held(hard, "zeta")
+    assert settled_standing(hard, "zeta")["state"] == "spent"
+    hard.balanced()
+    # How late is no matter of a busy machine's: each token of a beam is an engine request.
+    with contextlib.closing(sqlite3.connect(hard.ledger_file)) as connection:
+        asked = connection.execute("SELECT count(*) FROM requests WHERE tenant = 'zeta'")
+        assert 4 < asked.fetchone()[0] < 4 * 350
     # It is a budget's decision, and no error of vLLM.
     assert "Traceback" not in hard.log[logged:]
 
