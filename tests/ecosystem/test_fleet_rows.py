@@ -21,7 +21,8 @@ from tests.support.builders import make_open
 from tests.support.fleet import sent
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.ledger.database import open_database
-from vllm_cost_meter.ledger.fleet import delivery, row_files
+from vllm_cost_meter.ledger.fleet import delivery
+from vllm_cost_meter.ledger.fleet.rows import files as row_files
 from vllm_cost_meter.ledger.fleet.sender import FleetSender
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import requests

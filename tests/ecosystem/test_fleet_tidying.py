@@ -21,9 +21,9 @@ from tests.support.builders import make_open
 from tests.support.fleet import sent
 from vllm_cost_meter.ledger.database import open_database
 from vllm_cost_meter.ledger.fleet import sender as sender_module
-from vllm_cost_meter.ledger.fleet.opening import tidy_fleet
 from vllm_cost_meter.ledger.fleet.sender import FleetSender
 from vllm_cost_meter.ledger.fleet.tidying import fold
+from vllm_cost_meter.ledger.fleet.upkeep import tidy_fleet
 
 
 def test_only_the_latest_of_what_is_told_of_a_run_stays(
@@ -113,7 +113,7 @@ def test_tidying_while_everybody_sends_changes_no_answer(tmp_path: Path, url: st
             with engine.begin() as connection:
                 for name in names:
                     fold(connection, name_of(f"sqlite:///{tmp_path}/{name}.db"), after_s=0.0)
-            assert tidy_fleet(url) == len(names)
+            assert tidy_fleet(url).senders == len(names)
             if is_over:
                 return
 

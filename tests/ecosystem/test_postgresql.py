@@ -32,6 +32,7 @@ from vllm_cost_meter.ledger.batches import BatchWriter
 from vllm_cost_meter.ledger.database import open_database, writing
 from vllm_cost_meter.ledger.deadline import Deadline, deadline
 from vllm_cost_meter.ledger.economics.query import economics
+from vllm_cost_meter.ledger.fleet.upkeep import migrate_fleet
 from vllm_cost_meter.ledger.journal_place import journal_folder
 from vllm_cost_meter.ledger.queries.cut import AsOf
 from vllm_cost_meter.ledger.reader import LedgerReader
@@ -223,19 +224,21 @@ def _state(run: str, bills: list[Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[list[LedgerReader]]:
-    """Return readers of a ledger in SQLite, of one in PostgreSQL, and of a fleet, all the same."""
+    """Return readers of the same in SQLite, in PostgreSQL, and in fleets with and without days."""
     folder = tmp_path_factory.mktemp("both")
     urls = [f"sqlite:///{folder / 'ledger.db'}", server.new_database()]
     for each in urls:
         written(each, are_split=True)
-    fleet = server.new_database()
+    fleets = [server.new_database(), server.new_database()]
+    migrate_fleet(fleets[1], by_day=True)
     for name in ("run", "Run 2"):
-        url = f"sqlite:///{folder / name}.db"
-        if name == "run":  # the other one joins with what it had
-            sent(url, fleet)
-        written(url, [name], are_split=True)
-        sent(url, fleet, stops=True)
-    readers = [LedgerReader(each, book=BOOK) for each in (*urls, fleet)]
+        for number, fleet in enumerate(fleets):
+            url = f"sqlite:///{folder / name}-{number}.db"
+            if name == "run":  # the other one joins with what it had
+                sent(url, fleet)
+            written(url, [name], are_split=True)
+            sent(url, fleet, stops=True)
+    readers = [LedgerReader(each, book=BOOK) for each in (*urls, *fleets)]
     yield readers
     for reader in readers:
         reader.close()
@@ -304,10 +307,10 @@ def test_statements_are_the_same(both: list[LedgerReader], tenant: str | None) -
 def test_the_audit_finds_all_balanced(both: list[LedgerReader]) -> None:
     for full in (False, True):
         same(both, lambda reader, full=full: {**reader.audit(AS_OF, full=full), "fleet": None})
-        assert [reader.audit(AS_OF, full=full)["balanced"] for reader in both] == [True] * 3
-    *others, of_fleet = (reader.audit(AS_OF)["fleet"] for reader in both)
-    assert others == [None, None]
-    assert of_fleet == {"senders": 2, "runs": 2, "complete_runs": 2, "incomplete": []}
+        assert [reader.audit(AS_OF, full=full)["balanced"] for reader in both] == [True] * len(both)
+    *ledgers, one, by_day = (reader.audit(AS_OF)["fleet"] for reader in both)
+    assert ledgers == [None, None]
+    assert one == by_day == {"senders": 2, "runs": 2, "complete_runs": 2, "incomplete": []}
 
 
 def test_summary_tenants_models_and_what_was_seen_are_the_same(both: list[LedgerReader]) -> None:
@@ -324,7 +327,7 @@ def test_summary_tenants_models_and_what_was_seen_are_the_same(both: list[Ledger
 def test_economics_are_the_same_to_the_last_digits(both: list[LedgerReader]) -> None:
     of_each = [economics(each, Declared(), as_of=AS_OF) for each in both]
     figures = [each.pop("figures") for each in of_each]
-    assert of_each[1:] == of_each[:1] * 2
+    assert of_each[1:] == of_each[:1] * 3
     # Databases add up floating point numbers in orders of their own.
     known = [{n: v for n, v in each.items() if v is not None} for each in figures]
     for other in known[1:]:

@@ -65,7 +65,25 @@ class AnswerRoute(APIRoute):
             given = {200: {"model": shaped(kind)}, **given}
         # Without a model FastAPI does not validate answers. Validation takes long for large ones.
         options |= {"responses": given, "response_model": None}
-        super().__init__(path, _sent_as_it_is(endpoint), **options)
+        handler = _sent_as_it_is(endpoint)
+        self._described = functools.partial(APIRoute, path, handler, **options)
+        options["responses"] = {status: _without_model(each) for status, each in given.items()}
+        super().__init__(path, handler, **options)
+        self.responses = given
+
+    # Models are made ready for the document alone: for all routes that takes most of a start.
+    @property
+    def response_fields(self) -> Any:
+        """The models of answers, by status, as FastAPI has them."""
+        return self._models
+
+    @response_fields.setter
+    def response_fields(self, of_no_model: Any) -> None:
+        pass
+
+    @functools.cached_property
+    def _models(self) -> Any:
+        return self._described().response_fields
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request, which it can find."""
@@ -87,6 +105,10 @@ class AnswerRoute(APIRoute):
             each for method in described.values() for each in method.get("parameters", ())
         ]
         return {each["name"]: _is_list(each) for each in parameters if each["in"] == "query"}
+
+
+def _without_model(response: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in response.items() if name != "model"}
 
 
 def _is_list(parameter: Mapping[str, Any]) -> bool:

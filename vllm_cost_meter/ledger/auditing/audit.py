@@ -21,7 +21,7 @@ Otherwise what the bills add up to is read where it is kept with them (`held.py`
 else changes in the file is found by a full audit only.
 
 Bills whose rows were dropped count by their numbers and by what they added up to. So do those
-whose rows a server keeps to itself (`fleet/rowless.py`), also in a full audit.
+whose rows a server keeps to itself (`fleet/rows/rowless.py`), also in a full audit.
 
 The last bills of a dead run are beyond its last snapshot: no engine's count is there to hold
 against them, but for their numbers and pieces. Bills are counted first. The query for gaps runs

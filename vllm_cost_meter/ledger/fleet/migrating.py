@@ -22,6 +22,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import schema
+from vllm_cost_meter.ledger.fleet.grants import grants_kept
 from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, OLDEST_SENDER, has_fleet
 from vllm_cost_meter.ledger.fleet.views import view_names, view_statements
 
@@ -37,7 +38,8 @@ def migrate(connection: Connection) -> None:
     context = MigrationContext.configure(connection)
     if context.get_current_revision() is None and has_fleet(connection):
         context.stamp(ScriptDirectory.from_config(config), _FIRST)
-    command.upgrade(config, "head")
+    with grants_kept(connection):
+        command.upgrade(config, "head")
 
 
 def migration_sql(from_version: int | None = None) -> str:

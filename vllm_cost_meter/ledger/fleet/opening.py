@@ -17,12 +17,6 @@ from vllm_cost_meter.ledger.database import cause_of, parse_url
 from vllm_cost_meter.ledger.fleet.migrating import migrate
 from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION, has_fleet
 from vllm_cost_meter.ledger.fleet.shared_settings import SharedStore
-from vllm_cost_meter.ledger.fleet.tidying import (
-    forget_billed,
-    forget_older_states,
-    sender_ids,
-    tidy_sender,
-)
 from vllm_cost_meter.ledger.schema import schema_version
 
 _CONNECT_TIMEOUT_S = 10
@@ -42,13 +36,14 @@ def parse_fleet_url(url: str) -> URL:
     return parsed
 
 
-def _shown(url: URL) -> str:
+def shown_url(url: URL) -> str:
+    """Return a URL without its password."""
     return url.render_as_string(hide_password=True)
 
 
 def failed(url: URL, error: SQLAlchemyError) -> LedgerError:
     """Return the error of a fleet's database, without its password."""
-    return LedgerError(f"fleet {_shown(url)}: {cause_of(error)}")
+    return LedgerError(f"fleet {shown_url(url)}: {cause_of(error)}")
 
 
 def fleet_there(url: str | URL) -> bool:
@@ -57,15 +52,15 @@ def fleet_there(url: str | URL) -> bool:
     Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
     """
     parsed = parse_fleet_url(url) if isinstance(url, str) else url
-    shown = _shown(parsed)
-    engine = _engine(parsed)
+    shown = shown_url(parsed)
+    engine = fleet_engine(parsed)
     try:
         with engine.connect() as connection:
             is_there = has_fleet(connection)
             if is_there:
-                _check_version(connection, shown)
+                check_version(connection, shown)
             else:
-                _refuse_ledger(connection, shown)
+                refuse_ledger(connection, shown)
     except SQLAlchemyError as error:
         raise failed(parsed, error) from error
     finally:
@@ -80,7 +75,7 @@ def shared_store(url: str, *, creates: bool = False) -> Iterator[SharedStore]:
     Raises LedgerError unless it is the database of a fleet.
     """
     parsed = parse_fleet_url(url)
-    engine = open_fleet(parsed) if creates else _engine(parsed)
+    engine = open_fleet(parsed) if creates else fleet_engine(parsed)
     try:
         yield store_in(parsed, engine)
     finally:
@@ -99,7 +94,8 @@ def fleet_name(url: str) -> str:
     return f"{host}:{parsed.port or parsed.query.get('port') or ''}/{parsed.database or ''}"
 
 
-def _engine(url: URL) -> Engine:
+def fleet_engine(url: URL) -> Engine:
+    """Return an engine with one connection, which is opened when it is needed."""
     timeout = {"connect_timeout": _CONNECT_TIMEOUT_S}
     return postgresql_engine(
         url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=timeout
@@ -111,10 +107,10 @@ def open_fleet(url: URL) -> Engine:
 
     Raises LedgerError if it cannot be opened, is a ledger, or is of another version.
     """
-    engine = _engine(url)
+    engine = fleet_engine(url)
     try:
         with engine.begin() as connection:
-            _ensure_fleet(connection, _shown(url))
+            _ensure_fleet(connection, shown_url(url))
     except SQLAlchemyError as error:
         engine.dispose()
         raise failed(url, error) from error
@@ -131,23 +127,24 @@ def open_to_follow(url: URL) -> Engine:
     """
     if not fleet_there(url):
         raise LedgerError(
-            f"fleet {_shown(url)}: expected its tables, got an empty database; the first server"
+            f"fleet {shown_url(url)}: expected its tables, got an empty database; the first server"
             " that sends makes them",
             is_missing=True,
         )
-    return _engine(url)
+    return fleet_engine(url)
 
 
 def _ensure_fleet(connection: Connection, shown: str) -> None:
     if not has_fleet(connection):
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
     if not has_fleet(connection):
-        _refuse_ledger(connection, shown)
+        refuse_ledger(connection, shown)
         migrate(connection)
-    _check_version(connection, shown)
+    check_version(connection, shown)
 
 
-def _refuse_ledger(connection: Connection, shown: str) -> None:
+def refuse_ledger(connection: Connection, shown: str) -> None:
+    """Raise LedgerError if a database has a ledger."""
     if connection.dialect.has_table(connection, schema_version.name):
         raise LedgerError(
             f"fleet {shown}: expected an empty database or a fleet's, got one with a ledger;"
@@ -155,7 +152,7 @@ def _refuse_ledger(connection: Connection, shown: str) -> None:
         )
 
 
-def _check_version(connection: Connection, shown: str) -> None:
+def check_version(connection: Connection, shown: str) -> None:
     """Raise LedgerError unless a server of this version may send to these tables."""
     found = connection.exec_driver_sql("SELECT * FROM fleet_version").mappings().one()
     version, oldest = found["version"], found.get("oldest_sender", found["version"])
@@ -169,52 +166,3 @@ def _check_version(connection: Connection, shown: str) -> None:
             f"fleet {shown}: expected tables that version {FLEET_VERSION} can send to, got version"
             f" {version}; upgrade vllm-cost-meter, and then everything is sent"
         )
-
-
-def migrate_fleet(url: str) -> tuple[int | None, int]:
-    """Bring a fleet's tables to this version; return their version before, and now.
-
-    The version before is None for an empty database, which gets the tables. Raises LedgerError.
-    """
-    with _by_administrator(url) as connection:
-        before = _version(connection) if has_fleet(connection) else None
-        if before is None:
-            _refuse_ledger(connection, _shown(parse_fleet_url(url)))
-        if before is None or before < FLEET_VERSION:
-            migrate(connection)
-        return before, _version(connection)
-
-
-def tidy_fleet(url: str) -> int:
-    """Tidy what all ledgers have sent to a fleet; return how many those are. Raises LedgerError.
-
-    Each sender has a transaction of its own: while it is tidied, it waits to send.
-    """
-    with _by_administrator(url) as connection:
-        _check_version(connection, _shown(parse_fleet_url(url)))
-        known = sender_ids(connection)
-    for sender_id in known:
-        with _by_administrator(url) as connection:
-            tidy_sender(connection, sender_id)
-    with _by_administrator(url) as connection:
-        forget_older_states(connection)
-        forget_billed(connection)
-    return len(known)
-
-
-@contextmanager
-def _by_administrator(url: str) -> Iterator[Connection]:
-    """Give a transaction of a fleet's database."""
-    parsed = parse_fleet_url(url)
-    engine = _engine(parsed)
-    try:
-        with engine.begin() as connection:
-            yield connection
-    except SQLAlchemyError as error:
-        raise failed(parsed, error) from error
-    finally:
-        engine.dispose()
-
-
-def _version(connection: Connection) -> int:
-    return int(connection.exec_driver_sql("SELECT version FROM fleet_version").scalar_one())

@@ -16,8 +16,8 @@ sums of one run. A run in `shared_runs` counts by one sender, the one with most 
 that are of no run count unless their sender is among `retired_senders`.
 
 A sender may keep the rows of requests to itself (`senders.rows`): the fleet then has its sums, and
-of its bills those that no snapshot counts yet, as a state of its own (`rowless.py`). PostgreSQL
-only.
+of its bills those that no snapshot counts yet, as a state of its own (`rows/rowless.py`).
+PostgreSQL only.
 
 Invariant: the amounts of one row of a sender's outbox are in one shipment.
 """

@@ -45,8 +45,9 @@ from vllm_cost_meter.ledger.fleet.delivery import (
 from vllm_cost_meter.ledger.fleet.joining import all_else, large_facts, large_facts_since
 from vllm_cost_meter.ledger.fleet.opening import failed, open_fleet, parse_fleet_url, store_in
 from vllm_cost_meter.ledger.fleet.outbox import Sender, Waiting
-from vllm_cost_meter.ledger.fleet.row_files import RowFiles
-from vllm_cost_meter.ledger.fleet.rowless import LEFT_OUT, Rowless
+from vllm_cost_meter.ledger.fleet.rows.dropping import without_dropped
+from vllm_cost_meter.ledger.fleet.rows.files import RowFiles
+from vllm_cost_meter.ledger.fleet.rows.rowless import LEFT_OUT, Rowless
 from vllm_cost_meter.ledger.fleet.schema import WITH_ROWS
 from vllm_cost_meter.ledger.fleet.shared_settings import SharedStore
 from vllm_cost_meter.ledger.fleet.shipment import Shipment, digest_of, shipment_of
@@ -313,7 +314,8 @@ class FleetSender:
                 self._files.write_all(sender, large_facts(ledger))
             for some in large_facts(ledger) if self._rows == WITH_ROWS else ():
                 with self._fleet_errors(), fleet.begin() as connection:
-                    insert_facts(connection, for_postgresql([some]))
+                    kept = without_dropped(connection, for_postgresql([some]))
+                    insert_facts(connection, kept)
             have = self._send_sums(ledger, fleet, sender)
         with self._ledger_errors(), writing(ledger).begin() as connection:
             outbox.note_joined(connection, have.last_number, self._kept_after(sender))
@@ -339,7 +341,8 @@ class FleetSender:
                 is_first = not any(reached(connection, name) for name in sender.retired)
                 all_rows = self._all_rows(reading, is_first=is_first)
                 clean = (each for some in all_rows for each in for_postgresql([some]))
-                have = deliver_all(connection, shipment, joining, clean)
+                kept = without_dropped(connection, clean)
+                have = deliver_all(connection, shipment, joining, kept)
         return have or Reached(shipment.last_number, digest)
 
     def _all_rows(self, reading: Connection, *, is_first: bool) -> Iterator[TableRows]:

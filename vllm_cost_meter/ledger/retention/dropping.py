@@ -18,6 +18,7 @@ Invariant: once a row is dropped, the ledger says from which hour on rows are ke
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar, NamedTuple
@@ -119,6 +120,8 @@ class Dropper:
     engine: Engine
     before_hour: int
     bills_at_once: int = BILLS_AT_ONCE
+    # No row of these runs goes.
+    held_runs: frozenset[str] = frozenset()
     counts: DroppedCounts = DroppedCounts()
     is_done: bool = False
     _bills: BillPlace | None = BillPlace()
@@ -128,13 +131,19 @@ class Dropper:
         if self.before_hour % HOURS_PER_DAY:
             raise ValueError(f"expected the hour of a UTC midnight, got {self.before_hour}")
 
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Give a transaction in which nobody else adds to sums."""
+        with writing(self.engine).begin() as connection:
+            lock_sums(connection)
+            yield connection
+
     def step(self) -> DroppedCounts:
         """Drop some rows in one transaction; return how many. `is_done` says if it was the last.
 
         Raises what the database raises, with nothing changed.
         """
-        with writing(self.engine).begin() as connection:
-            lock_sums(connection)
+        with self.transaction() as connection:
             place, replies, done, counts = self._bills, self._replies, False, DroppedCounts()
             if place is not None:
                 place, counts = self._drop_bills(connection, place)
@@ -157,7 +166,11 @@ class Dropper:
         found = old_bills(connection, self.before_hour, after, self.bills_at_once)
         if not found:
             return None, DroppedCounts()
-        exchanges = droppable(connection, self.before_hour, *exchanges_of(found))
+        exchanges = [
+            whole
+            for whole in droppable(connection, self.before_hour, *exchanges_of(found))
+            if self.held_runs.isdisjoint(part.run_id for part in whole.parts)
+        ]
         counts = drop_exchanges(connection, exchanges)
         last = found[-1]
         return BillPlace(last.ended_at, last.run_id, last.seq), counts

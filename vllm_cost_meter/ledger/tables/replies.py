@@ -110,9 +110,13 @@ def create_views(connection: Connection) -> None:
 
 def view_statement(dialect: Dialect) -> str:
     """Return the statement that creates the view."""
+    return f"CREATE VIEW {replies.name} AS {view_query(dialect)}"
+
+
+def view_query(dialect: Dialect) -> str:
+    """Return the query of the view."""
     both = union_all(*map(select, SOURCES))
-    query = both.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
-    return f"CREATE VIEW {replies.name} AS {query}"
+    return str(both.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
 def is_replied(http_request_id: ColumnElement[Any]) -> ColumnElement[bool]:
