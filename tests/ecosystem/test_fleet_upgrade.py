@@ -13,8 +13,8 @@ from tests.ecosystem.test_postgresql import _figures, rows
 from tests.support.fleet import sent
 from tests.support.older_version import OldSender, old_senders, sources_of
 from vllm_cost_meter.errors import LedgerError
-from vllm_cost_meter.ledger.fleet.opening import migrate_fleet
 from vllm_cost_meter.ledger.fleet.schema import FLEET_VERSION
+from vllm_cost_meter.ledger.fleet.upkeep import migrate_fleet
 
 # The last one in which every server of a fleet had to be of the same version.
 ONE_VERSION = "58d24a7"

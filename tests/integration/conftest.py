@@ -21,11 +21,39 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(work: Path) -> Iterator[Server]:
+def shared(work: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
+    """The servers `server` and `hard`, if any test needs them: they start at the same time."""
+    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    makers = {"server": plain_server, "hard": hard_server}
+    servers = {name: make(work) for name, make in makers.items() if name in needed}
+    try:
+        for each in servers.values():
+            each.launch()
+        yield servers
+    finally:
+        for each in servers.values():
+            each.stop()
+
+
+@pytest.fixture(scope="session")
+def server(shared: dict[str, Server]) -> Server:
     """A plain metered server with three tenants, a price, and replies teed to files."""
+    return shared["server"].wait()
+
+
+@pytest.fixture(scope="session")
+def hard(shared: dict[str, Server]) -> Server:
+    """Two API servers, async scheduling, a small KV cache, a clock to move, budgets, children.
+
+    test_engines.py ends it by kill -9, last.
+    """
+    return shared["hard"].wait(until_side_answers=True)
+
+
+def plain_server(work: Path) -> Server:
     tee = work / "tee"
     tee.mkdir()
-    server = Server(
+    return Server(
         work / "plain",
         arguments=[
             *(*meter_arguments(), "--enable-prompt-tokens-details"),
@@ -39,23 +67,14 @@ def server(work: Path) -> Iterator[Server]:
             "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # background responses need it
         },
     )
-    try:
-        yield server.start()
-    finally:
-        server.stop()
 
 
-@pytest.fixture(scope="session")
-def hard(work: Path) -> Iterator[Server]:
-    """Two API servers, async scheduling, a small KV cache, a clock to move, budgets, children.
-
-    test_engines.py ends it by kill -9, last.
-    """
+def hard_server(work: Path) -> Server:
     clock = work / "clock"
     clock.write_text("0")
     tee = work / "hard-tee"
     tee.mkdir()
-    server = Server(
+    return Server(
         work / "hard",
         arguments=[
             *(*meter_arguments(), "--api-server-count", "2"),
@@ -65,10 +84,6 @@ def hard(work: Path) -> Iterator[Server]:
         config=BUDGETS + CHILDREN,
         environment={"CMT_ASYNC": "1", "CMT_CLOCK": str(clock), "CMT_TEE": str(tee)},
     )
-    try:
-        yield server.start(until_side_answers=True)
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -177,12 +177,16 @@ class Server:
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def start(self, *, until_side_answers: bool = False) -> "Server":
-        """Start the process and wait until it serves.
+    def start(self) -> "Server":
+        """Start the process and wait until it serves."""
+        self.launch()
+        return self.wait()
+
+    def wait(self, *, until_side_answers: bool = False) -> "Server":
+        """Wait until a process that was started serves.
 
         Of several API servers one may serve before another has its side endpoint up.
         """
-        self.launch()
         health_urls = [f"{self.url}/health"]
         if until_side_answers:
             health_urls.append(f"{self.side_url}/cost/health")

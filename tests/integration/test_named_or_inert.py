@@ -145,8 +145,11 @@ def beside(work: Path, server: Server) -> Iterator[Beside]:
     named = Server(work / "named", price=None, side_port=inert.port)
     named.arguments = meter_arguments()
     try:
-        inert.start()
-        named.start()
+        # vLLM takes its port before it starts its engine, and the side endpoint comes after that.
+        for each in (inert, named):
+            each.launch()
+        for each in (inert, named):
+            each.wait()
         time.sleep(max(0.0, began_s + HALF_A_MINUTE_S - time.monotonic()))
         yield Beside(inert, named, (before, server.balanced()["runs"][0]))
     finally:

@@ -108,7 +108,7 @@ def test_no_command_changes_a_ledger_at_rest_nor_looser_modes(name, tmp_path, fo
     assert state_of(folder) == before
 
 
-@pytest.mark.parametrize(("place", "name"), enumerate(READ))
+@pytest.mark.parametrize(("place", "name"), list(enumerate(READ)))
 def test_no_command_migrates_an_older_ledger(place, name, tmp_path, folder):
     # All commands ask one way which version a ledger has. So each is tried on a few versions, and
     # each version by a few commands.
