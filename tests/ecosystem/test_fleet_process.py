@@ -79,13 +79,17 @@ def test_a_fleet_that_is_away_is_said_and_the_ledger_keeps_all(tmp_path: Path, u
         async with serving(tmp_path / "ledger.db", away) as (shipping, writer):
             writer.put(part(1, "h1"), http("h1"))
             await until(lambda: shipping.state.failures >= 2, "failures")
-            assert "fleet postgresql" in (shipping.state.last_error or "")
+            told = shipping.health()
+            assert "fleet postgresql" in (told["last_error"] or "")
+            assert (told["sent_at"], told["failures"] >= 2) == (None, True)
             shipping._flush_timeout_s = 0.1
 
     asyncio.run(run())
 
     async def run_again() -> None:
-        async with serving(tmp_path / "ledger.db", url):
+        async with serving(tmp_path / "ledger.db", url) as (shipping, _):
             await until(lambda: bills_in(url) == 1, "the bill")
+            await until(lambda: shipping.health()["sent_at"], "all is sent")
+            assert shipping.health()["waiting_rows"] == 0
 
     asyncio.run(run_again())

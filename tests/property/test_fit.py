@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.examples import examples
 from vllm_cost_meter.attribution import _native, step_meter_py
 from vllm_cost_meter.attribution.cost_model import (
     DECODE_COMPUTE,
@@ -51,7 +52,7 @@ from vllm_cost_meter.attribution.priors import (
 )
 from vllm_cost_meter.lab.validation.scenarios import SCENARIOS
 
-SEEDS = pytest.mark.parametrize("seed", range(2))
+SEEDS = pytest.mark.parametrize("seed", range(examples(2)))
 # A GPU: 1 ms fixed + 20 us a token against 8 ms of weights + 40 ns a token of context.
 ROOF: tuple[Plane, Plane] = ((1e6, 2e4, 0.0, 1.0, 0.0), (8e6, 1e3, 0.0, 0.0, 40.0))
 # A GPU that runs kernel by kernel: flat up to 256 tokens, then 20 us a token.

@@ -18,7 +18,8 @@ from vllm_cost_meter.engine.step_log import (
 COUNT = st.integers(0, 2**31 - 1)
 NS = st.integers(0, 2**63 - 1)
 # Any other id is logged in the form in which the ledger stores it.
-ID = st.text(min_size=1, max_size=8).filter(str.isprintable)
+PRINTABLE = st.characters(exclude_categories=["C", "Z"], include_characters=" ")
+ID = st.text(PRINTABLE, min_size=1, max_size=8)
 FEATURES = st.just(NO_FEATURES) | st.tuples(st.booleans(), st.booleans(), COUNT)
 PARTS = st.lists(
     st.builds(

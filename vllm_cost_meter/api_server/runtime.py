@@ -180,6 +180,7 @@ class Runtime:
             "ledger_error": ledger_error,
             "loops": loops,
             "side_processes": [health_of(name, each) for name, each in processes.items()],
+            "fleet": None if self.shipping is None else self.shipping.health(),
         }
 
     # -- life -------------------------------------------------------------------------------

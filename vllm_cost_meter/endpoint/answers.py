@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from vllm_cost_meter.endpoint.questions import QuestionCounts
 from vllm_cost_meter.endpoint.shapes import shape_of
 from vllm_cost_meter.ledger.queries.answers import CostModelRow
-from vllm_cost_meter.reports.answers import Tenant
+from vllm_cost_meter.reports.answers import Summary, Tenant
 from vllm_cost_meter.reports.request_answers import Explanation, RequestWithParts
 from vllm_cost_meter.tenants.budgets import BudgetRow
 
@@ -47,7 +47,7 @@ class SideProcessHealth(TypedDict):
     """How a process of the meter beside the first API server does."""
 
     process: str
-    """`side endpoint`; `ledger` writes it from the journals; `budgets` counts them."""
+    """`side endpoint`; `ledger` writes it, `budgets` counts them, `fleet` sends the ledger."""
     state: str
     """`ok`; `starting`; `ended` until it is started again; `off` if it is not wanted."""
     pid: int | None
@@ -56,6 +56,21 @@ class SideProcessHealth(TypedDict):
     """How often it was started again since the server started."""
     last_end: str | None
     """How it ended the last time; null if it never did."""
+
+
+class FleetSending(TypedDict):
+    """How this server's ledger is sent to the fleet."""
+
+    waiting_rows: int
+    """Transactions of the ledger that the fleet has not got yet."""
+    waiting_bytes: int
+    """Bytes of the outbox that these take."""
+    sent_at: str | None
+    """RFC 3339 UTC: when the fleet last had all of the ledger; null before the first time."""
+    failures: int
+    """Failed attempts since the server started."""
+    last_error: str | None
+    """Why the fleet cannot be sent to, in one line; null while it can."""
 
 
 class MeterHealth(TypedDict):
@@ -75,6 +90,15 @@ class MeterHealth(TypedDict):
     """Each background loop."""
     side_processes: list[SideProcessHealth]
     """Each process beside the API server."""
+    fleet: FleetSending | None
+    """How the ledger is sent to the fleet; null where it is sent to none."""
+
+
+class WholeSummary(Summary):
+    """Totals over all engines and requests, and how far the fleet has them."""
+
+    fleet: FleetSending | None
+    """How the ledger is sent to the fleet; null where it is sent to none, or none is known of."""
 
 
 class WholeHealth(MeterHealth):
@@ -99,6 +123,7 @@ NO_METER: MeterHealth = {
     "ledger_error": None,
     "loops": [],
     "side_processes": [],
+    "fleet": None,
 }
 
 

@@ -32,6 +32,7 @@ from vllm_cost_meter.endpoint.answers import (
     Health,
     MeterHealth,
     WholeHealth,
+    WholeSummary,
 )
 from vllm_cost_meter.endpoint.calc import add_calculators
 from vllm_cost_meter.endpoint.compare import Comparer, add_compare
@@ -57,7 +58,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.schema import SCHEMA_VERSION
 from vllm_cost_meter.logs import meter_logger
 from vllm_cost_meter.records.owner import WITH_CHILDREN
-from vllm_cost_meter.reports.answers import Report, Summary, Tenant, TenantsReport
+from vllm_cost_meter.reports.answers import Report, Tenant, TenantsReport
 from vllm_cost_meter.reports.grammar import STEPS, question
 from vllm_cost_meter.reports.idle import EXPECTED as POLICIES
 from vllm_cost_meter.reports.request_answers import Explanation, RequestsPage, RequestWithParts
@@ -123,7 +124,7 @@ def make_app(
     app.router.route_class = AnswerRoute
     _add_error_handlers(app)
     _add_request_routes(app, reader, refresh)
-    _add_book_routes(app, reader, refresh)
+    _add_book_routes(app, reader, refresh, health)
     _add_report_route(app, reader, refresh)
     _add_model_route(app, reader, refresh)
     add_economics(app, reader, refresh, declared, public_economics)
@@ -256,7 +257,12 @@ def _add_request_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[]
             return viewer.view(page)
 
 
-def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], None]) -> None:
+def _add_book_routes(
+    app: FastAPI,
+    reader: LedgerReader,
+    refresh: Callable[[], None],
+    ask_meter: Callable[[], MeterHealth],
+) -> None:
     @app.get("/cost/tenants", dependencies=FOR_ADMINS)
     def tenants(window: WindowQuery = None) -> TenantsReport:
         """Return usage by tenant and engine time by class, which add up to the total."""
@@ -280,11 +286,11 @@ def _add_book_routes(app: FastAPI, reader: LedgerReader, refresh: Callable[[], N
         return viewer.view(row)
 
     @app.get("/cost/summary", dependencies=FOR_ADMINS)
-    def summary(window: WindowQuery = None) -> Summary:
-        """Return totals over all tenants and engines."""
+    def summary(window: WindowQuery = None) -> WholeSummary:
+        """Return totals over all tenants and engines, and what the fleet still lacks of them."""
         hours = hours_asked(window)
         refresh()
-        return reader.summary(*hours)
+        return {**reader.summary(*hours), "fleet": ask_meter()["fleet"]}
 
     @app.get("/cost/invoices", dependencies=FOR_ADMINS)
     def invoices(window: WindowQuery = None) -> InvoiceDays:

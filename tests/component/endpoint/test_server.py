@@ -217,6 +217,7 @@ def test_the_health_of_the_meter_names_each_loop(logged, tmp_path):
     assert healthy == {
         "status": "ok",
         "errors": 0,
+        "fleet": None,
         "waiting": 0,
         "dropped": 0,
         "ledger_error": None,

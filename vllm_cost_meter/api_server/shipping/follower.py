@@ -13,10 +13,12 @@ from vllm_cost_meter.api_server.shipping.messages import (
     ShippingHello,
     ShippingState,
 )
+from vllm_cost_meter.endpoint.answers import FleetSending
 from vllm_cost_meter.errors import AwayError
 from vllm_cost_meter.ledger.database import parse_url
 from vllm_cost_meter.side_process.channel import RefusedError, decoded
 from vllm_cost_meter.side_process.supervisor import SideProcess
+from vllm_cost_meter.units.time import rfc3339
 
 MODULE = "vllm_cost_meter.api_server.shipping.process"
 # A stop waits so long for the fleet to have everything; the rest is sent by the next start.
@@ -48,6 +50,18 @@ class Shipping:
         """Have it try at once, if it failed and waits: the fleet's database was just read."""
         if self.state.last_error is not None:
             self.process.tell(RETRY, None)
+
+    def health(self) -> FleetSending:
+        """Return how sending does, as it was told last."""
+        state = self.state
+        sent_at = None if state.sent_at_ns is None else rfc3339(state.sent_at_ns)
+        return {
+            "waiting_rows": state.waiting_rows,
+            "waiting_bytes": state.waiting_bytes,
+            "sent_at": sent_at,
+            "failures": state.failures,
+            "last_error": state.last_error,
+        }
 
     def _take(self, name: str, value: msgspec.Raw) -> None:
         if name == STATE:
