@@ -89,7 +89,7 @@ class Fleet:
             try:
                 wait_for(
                     lambda: all(now > was for now, was in zip(self.failures(), known, strict=True)),
-                    timeout_s=60,
+                    timeout_s=240,
                     what="the disk was never full",
                 )
             finally:
@@ -101,7 +101,7 @@ class Fleet:
         """Wait until the fleet was told of every run of a machine."""
         wait_for(
             lambda: runs_of(machine.ledger_url) <= told_of(self.url),
-            timeout_s=60,
+            timeout_s=240,
             what="the fleet was told nothing of the run",
         )
 

@@ -67,8 +67,11 @@ class Line:
         """Return how often it was cut there."""
         return self._made[place]
 
-    def wait_until_cut(self, timeout_s: float = 60) -> None:
-        """Wait until every cut that was asked for was made."""
+    def wait_until_cut(self, timeout_s: float = 240) -> None:
+        """Wait until every cut that was asked for was made.
+
+        Whoever sends has a low priority, so on a busy machine a shipment may take half a minute.
+        """
         wait_for(lambda: not self._asked, timeout_s=timeout_s, what="the line was not cut")
 
     @contextmanager

@@ -134,7 +134,7 @@ class Machine:
     def wait_for_replies(self, more: int) -> None:
         """Wait until clients were told of so many more requests."""
         enough = len(self.told) + more
-        wait_for(lambda: len(self.told) >= enough, timeout_s=120, what="no replies came")
+        wait_for(lambda: len(self.told) >= enough, timeout_s=240, what="no replies came")
 
     @property
     def is_up(self) -> bool:

@@ -24,7 +24,7 @@ from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.units.time import unix_ns_of
 
 # On a busy machine a start of two servers takes minutes.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 BEGAN_S = time.monotonic()
 LOOKS_S = 2
