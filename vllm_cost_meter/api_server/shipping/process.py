@@ -129,7 +129,7 @@ class _Shipping:
                 await self._in_thread(lambda: self._look_at_outbox(sender))
                 self._failed(server, error)
                 return error
-            self._worked(server, is_all=not more)
+            self._worked(server, is_all=sender.is_all_sent)
         if is_last:
             try:
                 await self._in_thread(sender.end)

@@ -102,6 +102,8 @@ class FleetSender:
         self._sent = SentSince()
         self._tidy_at_s = 0.0
         self._may_tidy = True
+        # Whether the fleet had all of the ledger at the last step; not where there is none yet.
+        self.is_all_sent = False
         # What a process left in its journals is in no outbox yet.
         self._has_caught_up = False
 
@@ -110,13 +112,16 @@ class FleetSender:
 
         Raises LedgerError if either database fails; the next step tries again.
         """
+        self.is_all_sent = False
         try:
-            return self._step()
+            more = self._step()
         except BaseException as error:
             self.close()
             if isinstance(error, LedgerError) and error.is_missing:
                 return False  # A server that starts makes it.
             raise
+        self.is_all_sent = not more
+        return more
 
     def end(self) -> None:
         """Say that the fleet has all of the ledger, and that its server stops.
