@@ -28,6 +28,7 @@ from vllm_cost_meter.ledger.fleet.schema import (
     NEVER,
     TOLD,
     has_fleet,
+    latest_shipment,
     now_text,
     run_senders,
     sender_ends,
@@ -101,12 +102,7 @@ def completeness(connection: Connection, runs: Sequence[AuditRun]) -> FleetAudit
 def _senders(connection: Connection) -> Mapping[str, _Sender]:
     """Return all senders by their names; the last shipment of each is one look into the key."""
     s, c = senders.c, shipments.c
-    latest = (
-        select(c.sent_at, c.received_at, c.interval_s, c.last_number)
-        .where(c.sender_id == s.sender_id)
-        .order_by(c.first_number.desc())
-        .limit(1)
-    )
+    latest = latest_shipment(s.sender_id, c.sent_at, c.received_at, c.interval_s, c.last_number)
     last, before = lateral(latest), lateral(latest.offset(1))
     # A shipment that leaves something behind repeats what the one before it says.
     has_more = last.c.sent_at == func.coalesce(before.c.sent_at, NEVER)

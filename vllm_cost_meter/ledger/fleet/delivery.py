@@ -25,6 +25,7 @@ from vllm_cost_meter.ledger.fleet.schema import (
     NEVER,
     SENT_SUMS,
     TOLD,
+    latest_shipment,
     now_text,
     retired_senders,
     run_senders,
@@ -78,12 +79,7 @@ def for_postgresql(tables: Iterable[TableRows]) -> list[TableRows]:
 def reached(connection: Connection, sender_id: str) -> Reached | None:
     """Return how far the fleet has a sender's outbox; None if it has nothing of it."""
     c = shipments.c
-    row = connection.execute(
-        select(c.last_number, c.last_digest)
-        .where(c.sender_id == sender_id)
-        .order_by(c.first_number.desc())
-        .limit(1)
-    ).first()
+    row = connection.execute(latest_shipment(sender_id, c.last_number, c.last_digest)).first()
     return None if row is None else Reached._make(row)
 
 
@@ -172,10 +168,7 @@ def _begin(connection: Connection, shipment: Shipment) -> None:
 
 def _all_until(connection: Connection, sender_id: str) -> str:
     """Return until when the fleet has all that a sender's ledger held."""
-    c = shipments.c
-    latest = select(c.sent_at).where(c.sender_id == sender_id)
-    asked = latest.order_by(c.first_number.desc()).limit(1)
-    return connection.execute(asked).scalar() or NEVER
+    return connection.execute(latest_shipment(sender_id, shipments.c.sent_at)).scalar() or NEVER
 
 
 def _join(connection: Connection, sender_id: str, joining: Joining) -> None:

@@ -22,6 +22,8 @@ PostgreSQL only.
 Invariant: the amounts of one row of a sender's outbox are in one shipment.
 """
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Column,
@@ -30,10 +32,12 @@ from sqlalchemy import (
     Index,
     MetaData,
     PrimaryKeyConstraint,
+    Select,
     Table,
     Text,
     func,
     inspect,
+    select,
 )
 from sqlalchemy.engine import Connection
 
@@ -164,6 +168,15 @@ told_running = Table(
 _OF_SHIPMENT = ("sender_id", "first_number")
 # In place of a shipment's number: sums of many shipments.
 FOLDED = -1
+
+
+def latest_shipment(
+    sender_id: ColumnElement[str] | str, *columns: ColumnElement[Any]
+) -> Select[Any]:
+    """Return the query of columns of a sender's last shipment: one look into the key's index."""
+    c = shipments.c
+    asked = select(*columns).where(c.sender_id == sender_id)
+    return asked.order_by(c.first_number.desc()).limit(1)
 
 
 def now_text(earlier_s: float | ColumnElement[float] = 0.0) -> ColumnElement[str]:

@@ -36,7 +36,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from vllm_cost_meter.ledger.database import in_one_state
 from vllm_cost_meter.ledger.fleet.opening import failed, open_to_follow, parse_fleet_url
-from vllm_cost_meter.ledger.fleet.schema import SENT_SUMS, senders, shipments, told_running
+from vllm_cost_meter.ledger.fleet.schema import (
+    SENT_SUMS,
+    latest_shipment,
+    senders,
+    shipments,
+    told_running,
+)
 from vllm_cost_meter.ledger.fleet_use.running import told_use
 from vllm_cost_meter.ledger.queries.costs import RUN_COLUMNS
 from vllm_cost_meter.ledger.schema import bill_sums, prices, rollup_groups, rollup_hours, runs
@@ -206,12 +212,7 @@ def look(connection: Connection, known: Known) -> Look:
 def _latest(connection: Connection) -> dict[str, tuple[int, int]]:
     """Return the first and the last number of each sender's latest shipment."""
     s, c = senders.c, shipments.c
-    last = lateral(
-        select(c.first_number, c.last_number)
-        .where(c.sender_id == s.sender_id)
-        .order_by(c.first_number.desc())
-        .limit(1)
-    )
+    last = lateral(latest_shipment(s.sender_id, c.first_number, c.last_number))
     asked = select(s.sender_id, last.c.first_number, last.c.last_number).join(last, true())
     return {sender_id: (first, last) for sender_id, first, last in connection.execute(asked)}
 

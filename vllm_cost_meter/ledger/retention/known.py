@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from sqlalchemy import func, select
+from sqlalchemy import Table, func, select
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger.retention.ranges import DroppedNumbers
@@ -32,17 +32,23 @@ _RUNS_AT_ONCE = 500
 NONE_DROPPED = DroppedNumbers()
 
 
-def kept_from_hour(connection: Connection) -> int | None:
-    """Return the hour, since the epoch, from which on rows are kept; None if all are."""
-    hour = connection.execute(select(func.max(row_cutoffs.c.kept_from_hour))).scalar()
+def kept_from_hour(connection: Connection, table: Table = row_cutoffs) -> int | None:
+    """Return the hour, since the epoch, from which on rows are kept; None if all are.
+
+    A fleet has a table of another name for what was dropped there.
+    """
+    hour = connection.execute(select(func.max(table.c.kept_from_hour))).scalar()
     return None if hour is None else int(hour)
 
 
 def dropped_by_run(
-    connection: Connection, run_ids: Iterable[str] | None = None
+    connection: Connection, run_ids: Iterable[str] | None = None, table: Table = dropped_bills
 ) -> dict[str, DroppedNumbers]:
-    """Return which bills of these runs were dropped, or of all; runs without any are left out."""
-    d = dropped_bills.c
+    """Return which bills of these runs were dropped, or of all; runs without any are left out.
+
+    A fleet has a table of another name for what was dropped there.
+    """
+    d = table.c
     asked = select(d.run_id, d.last_seq, d.rest)
     queries = [asked]
     if run_ids is not None:

@@ -11,11 +11,11 @@ Invariant: a bill is in the fleet's rows or in what its dropped rows add up to, 
 """
 
 # ruff: noqa: S608 - only names of our own are written into the SQL below
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, Table, func, lateral, select, text, true
+from sqlalchemy import Engine, Table, lateral, select, text, true
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import schema
@@ -23,12 +23,13 @@ from vllm_cost_meter.ledger.fleet.changes import RowTuple, TableRows
 from vllm_cost_meter.ledger.fleet.schema import (
     KEPT_ROWS,
     kept_name,
+    latest_shipment,
     now_text,
     run_senders,
     shipments,
 )
 from vllm_cost_meter.ledger.retention.dropping import Dropper
-from vllm_cost_meter.ledger.retention.ranges import DroppedNumbers
+from vllm_cost_meter.ledger.retention.known import NONE_DROPPED, dropped_by_run, kept_from_hour
 from vllm_cost_meter.ledger.tables.packed import instant_us
 from vllm_cost_meter.ledger.tables.replies import replies
 from vllm_cost_meter.ledger.tables.replies import view_query as replies_query
@@ -43,6 +44,7 @@ _ROWS_LOCK = 0x726F7773
 _OF_BILLS = frozenset(
     table.name for table in (schema.requests, schema.usage_pieces, schema.request_energy)
 )
+_DROPPED_BILLS = KEPT_ROWS[schema.dropped_bills.name]
 
 
 @dataclass(slots=True)
@@ -94,12 +96,7 @@ def _ledger_tables() -> Iterable[tuple[str, Table]]:
 def runs_on_their_way(connection: Connection, before_hour: int) -> frozenset[str]:
     """Return the runs of which rows from before an hour may still come."""
     s, c = run_senders.c, shipments.c
-    last = lateral(
-        select(c.sent_at, c.received_at)
-        .where(c.sender_id == s.sender_id)
-        .order_by(c.first_number.desc())
-        .limit(1)
-    )
+    last = lateral(latest_shipment(s.sender_id, c.sent_at, c.received_at))
     day_after = rfc3339((before_hour + HOURS_PER_DAY) * NS_PER_HOUR)
     asked = (
         select(s.run_id)
@@ -129,24 +126,13 @@ def without_dropped(connection: Connection, tables: Iterable[TableRows]) -> Iter
 
 def _not_dropped(connection: Connection, bills: TableRows) -> list[RowTuple]:
     run, seq = bills.columns.index("run_id"), bills.columns.index("seq")
-    dropped = _dropped_of(connection, {row[run] for row in bills.rows})
-    return [
-        row for row in bills.rows if row[run] not in dropped or not dropped[row[run]].has(row[seq])
-    ]
-
-
-def _dropped_of(connection: Connection, run_ids: Collection[str]) -> dict[str, DroppedNumbers]:
-    d = KEPT_ROWS[schema.dropped_bills.name].c
-    rows = connection.execute(
-        select(d.run_id, d.last_seq, d.rest).where(d.run_id.in_(sorted(run_ids)))
-    )
-    return {run_id: DroppedNumbers.stored(last_seq, rest) for run_id, last_seq, rest in rows}
+    dropped = dropped_by_run(connection, {row[run] for row in bills.rows}, _DROPPED_BILLS)
+    return [row for row in bills.rows if not dropped.get(row[run], NONE_DROPPED).has(row[seq])]
 
 
 def _not_from_before(connection: Connection, opened: TableRows) -> list[RowTuple]:
     """Return the open requests that began since rows are kept: others may have had their bill."""
-    cutoffs = KEPT_ROWS[schema.row_cutoffs.name].c
-    hour = connection.execute(select(func.max(cutoffs.kept_from_hour))).scalar()
+    hour = kept_from_hour(connection, KEPT_ROWS[schema.row_cutoffs.name])
     if hour is None:
         return opened.rows
     began, since_us = opened.columns.index("started_at"), hour * NS_PER_HOUR // NS_PER_US
