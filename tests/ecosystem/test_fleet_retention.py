@@ -29,6 +29,7 @@ from vllm_cost_meter.ledger.fleet.migrating import migration_sql
 from vllm_cost_meter.ledger.fleet.outbox import begin_again
 from vllm_cost_meter.ledger.fleet.rows.dropping import FleetDropper
 from vllm_cost_meter.ledger.fleet.rows.partitions import (
+    PARTITIONED,
     drop_empty,
     is_partitioned,
     make_partitions,
@@ -67,9 +68,9 @@ def partition(url: str, *, is_first: bool) -> None:
         migrate_fleet(url, by_day=True)
     engine = create_engine(url)
     with engine.begin() as connection:
-        if is_partitioned(connection):
-            drop_empty(connection, CUTOFF)
-            make_partitions(connection, LAST_DAY)
+        for each in PARTITIONED if is_partitioned(connection) else ():
+            drop_empty(connection, each, CUTOFF)
+            make_partitions(connection, each, LAST_DAY)
     engine.dispose()
 
 

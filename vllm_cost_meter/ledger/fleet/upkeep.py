@@ -22,6 +22,7 @@ from vllm_cost_meter.ledger.fleet.opening import (
 )
 from vllm_cost_meter.ledger.fleet.rows.dropping import FleetDropper
 from vllm_cost_meter.ledger.fleet.rows.partitions import (
+    PARTITIONED,
     drop_empty,
     is_partitioned,
     make_partitions,
@@ -61,7 +62,8 @@ def migrate_fleet(url: str, *, by_day: bool = False) -> tuple[int | None, int]:
             migrate(connection)
         if by_day and not is_partitioned(connection):
             partition(connection)
-            make_partitions(connection, _today(connection))
+            for each in PARTITIONED:
+                make_partitions(connection, each, _today(connection))
         return before, _version(connection)
 
 
@@ -82,16 +84,18 @@ def tidy_fleet(url: str, keep_rows_days: int | None = None) -> Tidied:
         with engine.begin() as connection:
             forget_older_states(connection)
             forget_billed(connection)
-        with engine.begin() as connection:
-            if by_day := is_partitioned(connection):
-                make_partitions(connection, today)
+        with engine.connect() as connection:
+            tables = PARTITIONED if is_partitioned(connection) else ()
+        for each in tables:
+            with engine.begin() as connection:
+                make_partitions(connection, each, today)
         if keep_rows_days is None:
             return Tidied(len(known), DroppedCounts())
         before_hour = (today - keep_rows_days) * HOURS_PER_DAY
         counts = all_of(FleetDropper.of(engine, before_hour).steps())
-        if by_day:
+        for each in tables:
             with engine.begin() as connection:
-                drop_empty(connection, before_hour)
+                drop_empty(connection, each, before_hour)
         return Tidied(len(known), counts)
 
 

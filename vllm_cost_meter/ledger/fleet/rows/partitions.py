@@ -37,7 +37,7 @@ _NAMES = text(
 )
 
 
-class _Partitioned(NamedTuple):
+class Partitioned(NamedTuple):
     """A table, the column that says in which partition a row is, and how much of it is a day."""
 
     table: Table
@@ -54,16 +54,16 @@ class _Partitioned(NamedTuple):
         return f"{self.table.name}_{date_of(day * HOURS_PER_DAY).replace('-', '')}"
 
 
-_TABLES = (
-    _Partitioned(KEPT_ROWS[schema.requests.name], "finished_at", _DAY_US),
-    _Partitioned(KEPT_ROWS[schema.usage_pieces.name], "hour", HOURS_PER_DAY),
-    _Partitioned(KEPT_ROWS[schema.request_energy.name], "hour", HOURS_PER_DAY),
+PARTITIONED = (
+    Partitioned(KEPT_ROWS[schema.requests.name], "finished_at", _DAY_US),
+    Partitioned(KEPT_ROWS[schema.usage_pieces.name], "hour", HOURS_PER_DAY),
+    Partitioned(KEPT_ROWS[schema.request_energy.name], "hour", HOURS_PER_DAY),
 )
 
 
 def is_partitioned(connection: Connection) -> bool:
     """Return whether a fleet's rows of requests are in partitions."""
-    known = (_names(connection, each) for each in _TABLES)
+    known = (_names(connection, each) for each in PARTITIONED)
     return any(names for names in known)
 
 
@@ -86,13 +86,13 @@ def partition_sql() -> str:
 def _statements() -> list[str]:
     found: list[str] = []
     drop_views(found.append)
-    for each in _TABLES:
+    for each in PARTITIONED:
         found.extend(_partitioning(each))
     make_views(found.append)
     return found
 
 
-def _partitioning(each: _Partitioned) -> Iterator[str]:
+def _partitioning(each: Partitioned) -> Iterator[str]:
     table, name = each.table, each.table.name
     keys = [column.name for column in table.primary_key]
     key = ", ".join([*keys, *([] if each.column in keys else [each.column])])
@@ -111,20 +111,21 @@ def _partitioning(each: _Partitioned) -> Iterator[str]:
     yield f"ALTER TABLE {name} ATTACH PARTITION {each.rest} DEFAULT"
 
 
-def make_partitions(connection: Connection, today: int) -> None:
-    """Make the partitions of a day and of those after it, within the connection's transaction.
+def make_partitions(connection: Connection, each: Partitioned, today: int) -> None:
+    """Make a table's partitions of a day and of those after it, within the transaction.
+
+    Whoever locked several tables in one transaction could wait for a sender that waits for it.
 
     Days are counted since the epoch. Rows of them that came before are moved. Needs the right of
     the tables' owner.
     """
-    for each in _TABLES:
-        known = _names(connection, each)
-        for day in range(today, today + DAYS_AHEAD + 1):
-            if each.of_day(day) not in known:
-                _make(connection, each, day)
+    known = _names(connection, each)
+    for day in range(today, today + DAYS_AHEAD + 1):
+        if each.of_day(day) not in known:
+            _make(connection, each, day)
 
 
-def _make(connection: Connection, each: _Partitioned, day: int) -> None:
+def _make(connection: Connection, each: Partitioned, day: int) -> None:
     name, table = each.of_day(day), each.table.name
     first, end = day * each.per_day, (day + 1) * each.per_day
     for statement in (
@@ -138,22 +139,21 @@ def _make(connection: Connection, each: _Partitioned, day: int) -> None:
         connection.exec_driver_sql(statement)
 
 
-def drop_empty(connection: Connection, before_hour: int) -> None:
-    """Drop the partitions of days before an hour in which no row is left.
+def drop_empty(connection: Connection, each: Partitioned, before_hour: int) -> None:
+    """Drop a table's partitions of days before an hour in which no row is left.
 
     Needs the right of the tables' owner. Raises what the database raises if others use them for
     long; the transaction is then undone, and the next time is early enough.
     """
     connection.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
-    for each in _TABLES:
-        last = each.of_day(before_hour // HOURS_PER_DAY - 1)
-        for name in sorted(_names(connection, each) - {each.rest}):
-            if name <= last:
-                connection.exec_driver_sql(f"LOCK TABLE {name} IN ACCESS EXCLUSIVE MODE")
-                is_empty = f"SELECT NOT EXISTS (SELECT 1 FROM {name})"
-                if connection.exec_driver_sql(is_empty).scalar_one():
-                    connection.exec_driver_sql(f"DROP TABLE {name}")
+    last = each.of_day(before_hour // HOURS_PER_DAY - 1)
+    for name in sorted(_names(connection, each) - {each.rest}):
+        if name <= last:
+            connection.exec_driver_sql(f"LOCK TABLE {name} IN ACCESS EXCLUSIVE MODE")
+            is_empty = f"SELECT NOT EXISTS (SELECT 1 FROM {name})"
+            if connection.exec_driver_sql(is_empty).scalar_one():
+                connection.exec_driver_sql(f"DROP TABLE {name}")
 
 
-def _names(connection: Connection, each: _Partitioned) -> set[str]:
+def _names(connection: Connection, each: Partitioned) -> set[str]:
     return set(connection.execute(_NAMES, {"table": each.table.name}).scalars())
