@@ -112,6 +112,12 @@ def _fleet_lines(fleet: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {which}: {said}{at}"
     if len(incomplete) > LINES_MAX:
         yield f"  and {len(incomplete) - LINES_MAX} more; --json lists them"
+    for unsent in fleet["unsent"][:LINES_MAX]:
+        yield (
+            f"  run {unsent['run_id'][:8]}: {unsent['host']} dropped the rows of"
+            f" {unsent['bills']} bills ({unsent['first_seq']}-{unsent['last_seq']}) before they"
+            " could be sent; what they add up to is here"
+        )
 
 
 def _awaited(run: Mapping[str, Any]) -> str:

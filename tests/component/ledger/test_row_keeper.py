@@ -13,7 +13,8 @@ from tests.component.ledger.test_reader import HOUR
 from tests.support.logs import lines_of
 from tests.support.upkeep import fill, rows_of, sql, sums_again, url_of
 from vllm_cost_meter.ledger.apply_loop import ApplyLoop
-from vllm_cost_meter.ledger.database import open_database
+from vllm_cost_meter.ledger.database import open_database, writing
+from vllm_cost_meter.ledger.fleet.outbox import begin, begin_again
 from vllm_cost_meter.ledger.retention.keeping import FIRST_LOOK_S, LOOK_PAUSE_S, RowKeeper
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -206,6 +207,28 @@ def test_rows_of_today_and_of_the_day_before_stay_however_large_the_ledger_is(tm
         said = [line for line in lines() if "more than keep_rows_bytes (1)" in line]
     assert len(said) == 1
     assert sql(path, "SELECT DISTINCT run_id FROM requests") == [("run-1",)]
+    engine.dispose()
+
+
+def test_rows_that_a_fleet_lacks_go_for_no_age_but_where_the_ledger_is_too_large(tmp_path, caplog):
+    path = tmp_path / "ledger.db"
+    at_days(path, 6, 4)
+    engine = open_database(url_of(path))
+    with writing(engine).begin() as connection:
+        begin_again(connection)
+        begin(connection)
+    clock = Clock(MIDNIGHT_NS)
+    by_age = clock.keeper(1)
+    clock.pass_by(FIRST_LOOK_S)
+    steps(by_age, engine)
+    assert len(sql(path, "SELECT DISTINCT run_id FROM requests")) == 2
+    by_size = clock.keeper(1, used(path) - 1)
+    clock.pass_by(FIRST_LOOK_S)
+    with lines_of(caplog) as lines:
+        steps(by_size, engine)
+        said = [line for line in lines() if "may not be in the fleet" in line]
+    assert sql(path, "SELECT DISTINCT run_id FROM requests") == [("run-1",)]
+    assert len(said) == 1
     engine.dispose()
 
 

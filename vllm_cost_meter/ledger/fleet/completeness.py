@@ -23,6 +23,7 @@ from sqlalchemy import exists, func, lateral, select, true
 from sqlalchemy.engine import Connection
 
 from vllm_cost_meter.ledger import schema
+from vllm_cost_meter.ledger.fleet.rows.unsent import unsent_in
 from vllm_cost_meter.ledger.fleet.schema import (
     INTERVAL_MAX_S,
     NEVER,
@@ -73,10 +74,11 @@ def alive_in(connection: Connection) -> Collection[str]:
 
 
 def rowless_in(connection: Connection) -> Collection[str]:
-    """Return the runs of which a fleet has no rows of requests; none in a ledger."""
+    """Return the runs of which a fleet lacks rows of requests; none in a ledger."""
     if connection.dialect.name != "postgresql" or not has_fleet(connection):
         return ()
-    return frozenset(connection.exec_driver_sql("SELECT run_id FROM rowless_runs").scalars())
+    kept_away = connection.exec_driver_sql("SELECT run_id FROM rowless_runs").scalars()
+    return {*kept_away, *(unsent["run_id"] for unsent in unsent_in(connection))}
 
 
 def completeness(connection: Connection, runs: Sequence[AuditRun]) -> FleetAudit | None:
@@ -96,6 +98,7 @@ def completeness(connection: Connection, runs: Sequence[AuditRun]) -> FleetAudit
         "runs": len(found),
         "complete_runs": len(found) - len(incomplete),
         "incomplete": incomplete[:NAMED_MAX],
+        "unsent": unsent_in(connection),
     }
 
 

@@ -30,6 +30,7 @@ from sqlalchemy import (
     ColumnElement,
     Float,
     Index,
+    Integer,
     MetaData,
     PrimaryKeyConstraint,
     Select,
@@ -163,6 +164,20 @@ told_running = Table(
     Column("sender_id", KeyText, primary_key=True),
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("content", Text, nullable=False),
+)
+
+# Bills that have no rows here: a ledger dropped those before they were sent (`rows/unsent.py`).
+unsent_bills = Table(
+    "unsent_bills",
+    fleet_metadata,
+    Column("run_id", KeyText, primary_key=True),
+    # Their numbers, both in it.
+    Column("first_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("last_seq", BigInteger, primary_key=True, autoincrement=False),
+    # The machine of the ledger, and from which hour on it has rows.
+    Column("host", Text, nullable=False),
+    Column("kept_from_hour", Integer, nullable=False),
+    Column("noticed_at", KeyText, nullable=False),
 )
 
 _OF_SHIPMENT = ("sender_id", "first_number")

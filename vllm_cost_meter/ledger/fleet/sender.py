@@ -48,6 +48,7 @@ from vllm_cost_meter.ledger.fleet.outbox import Sender, Waiting
 from vllm_cost_meter.ledger.fleet.rows.dropping import without_dropped
 from vllm_cost_meter.ledger.fleet.rows.files import RowFiles
 from vllm_cost_meter.ledger.fleet.rows.rowless import LEFT_OUT, Rowless
+from vllm_cost_meter.ledger.fleet.rows.unsent import note_unsent
 from vllm_cost_meter.ledger.fleet.schema import WITH_ROWS
 from vllm_cost_meter.ledger.fleet.shared_settings import SharedStore
 from vllm_cost_meter.ledger.fleet.shipment import Shipment, digest_of, shipment_of
@@ -348,7 +349,17 @@ class FleetSender:
                 clean = (each for some in all_rows for each in for_postgresql([some]))
                 kept = without_dropped(connection, clean)
                 have = deliver_all(connection, shipment, joining, kept)
+                if have is None and not is_first and self._rows == WITH_ROWS:
+                    self._note_unsent(connection, reading)
         return have or Reached(shipment.last_number, digest)
+
+    def _note_unsent(self, fleet: Connection, ledger: Connection) -> None:
+        if bills := note_unsent(fleet, ledger, platform.node()):
+            logger.warning(
+                "cost meter: fleet: the rows of %d bills were dropped here before the fleet could"
+                " get them (keep_rows_bytes). It has what they add up to, and its audit names them",
+                bills,
+            )
 
     def _all_rows(self, reading: Connection, *, is_first: bool) -> Iterator[TableRows]:
         if self._rows == WITH_ROWS:

@@ -28,6 +28,7 @@ from vllm_cost_meter.ledger.fleet.schema import (
     tails,
     told_name,
     told_open_requests,
+    unsent_bills,
 )
 from vllm_cost_meter.ledger.tables.replies import replies
 from vllm_cost_meter.ledger.tables.replies import view_statement as replies_statement
@@ -238,6 +239,7 @@ def _dropped_views(runs: str) -> dict[str, str]:
         schema.row_cutoffs.name: (
             f"{_all_of(schema.row_cutoffs, 'true')} UNION ALL SELECT {next_hour}, ''"
             " WHERE EXISTS (SELECT 1 FROM rowless_runs)"
+            f" UNION ALL SELECT kept_from_hour, noticed_at FROM {unsent_bills.name}"
         ),
         schema.dropped_bills.name: (
             f"{_all_of(schema.dropped_bills, runs)} UNION ALL SELECT run_id, {here}, {last_seq},"
@@ -253,5 +255,19 @@ def _dropped_views(runs: str) -> dict[str, str]:
             f" SELECT hour, hour, group_id, GREATEST(requests, 1) FROM {schema.rollup_hours.name}"
             f" WHERE group_id IN (SELECT group_id FROM {schema.rollup_groups.name} WHERE run_id IN"
             " (SELECT run_id FROM rowless_runs))"
+            f" UNION ALL {_unsent_energy()}"
         ),
     }
+
+
+def _unsent_energy() -> str:
+    """Return the query of the hours in which the energy of bills is unknown that were not sent.
+
+    Which bills of an hour these are, only their rows could tell: so it is unknown for all.
+    """
+    until = f"SELECT run_id, MAX(kept_from_hour) AS hour FROM {unsent_bills.name} GROUP BY run_id"
+    return (
+        "SELECT used.hour, used.hour, group_id, GREATEST(requests, 1)"
+        f" FROM ({until}) AS until JOIN {schema.rollup_groups.name} USING (run_id)"
+        f" JOIN {schema.rollup_hours.name} AS used USING (group_id) WHERE used.hour < until.hour"
+    )

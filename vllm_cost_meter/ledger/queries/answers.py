@@ -234,6 +234,23 @@ class FleetRun(TypedDict):
     """RFC 3339 UTC: until when the fleet has all of these ledgers, by their own clocks."""
 
 
+class UnsentBills(TypedDict):
+    """Bills of a run whose rows were dropped before the fleet got them."""
+
+    run_id: str
+    """The id of the engine run."""
+    host: str
+    """The name of the machine whose ledger dropped them."""
+    bills: int
+    """How many there are. What they add up to is here."""
+    first_seq: int
+    """The number of the first of these bills."""
+    last_seq: int
+    """The number of the last of these bills."""
+    noticed_at: str
+    """When that was noticed, by the clock of the database."""
+
+
 class FleetAudit(TypedDict):
     """Whether a fleet's database has all that its servers' ledgers have."""
 
@@ -245,6 +262,9 @@ class FleetAudit(TypedDict):
     """Number of runs of which every bill is here, and they add up to what the engine counted."""
     incomplete: list[FleetRun]
     """The other runs, up to 1,000."""
+    unsent: list[UnsentBills]
+    """Bills of which only what they add up to is here: the ledger of their server had to drop their
+    rows, because of its size, before it could send them."""
 
 
 class Audit(TypedDict):

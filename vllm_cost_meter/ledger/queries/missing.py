@@ -19,9 +19,16 @@ def missing_numbers(
 
     This reads the numbers of all rows of the run.
     """
+    return missing_among(connection, run_id, ((1, last_seq),), ranges_max)
+
+
+def missing_among(
+    connection: Connection, run_id: str, among: Ranges, ranges_max: int | None = None
+) -> Ranges:
+    """Return those of some numbers that no bill of a run has, at most so many ranges."""
     dropped = dropped_by_run(connection, [run_id]).get(run_id, NONE_DROPPED)
     found: list[tuple[int, int]] = []
-    for first, last in without(((1, last_seq),), dropped.ranges()):
+    for first, last in without(among, dropped.ranges()):
         found += _gaps(connection, run_id, first, last, ranges_max)
         if ranges_max is not None and len(found) >= ranges_max:
             break

@@ -7,9 +7,10 @@ With an archive, rows go into Parquet files first, in a thread of its own (`arch
 
 While a fleet is still to get all that the ledger holds, no row goes for its age.
 
-Where more than a number of bytes of a SQLite file are used, the oldest day goes, and so on. Free
-pages do not count: they are used again. Indexes by ids get thin before they get small, so a few
-days more may go than would have to.
+Where more than a number of bytes of a SQLite file are used, the oldest day goes, and so on, even if
+the fleet lacks it: then it gets what the rows add up to (`fleet/rows/unsent.py`). Free pages do not
+count: they are used again. Indexes by ids get thin before they get small, so a few days more may go
+than would have to.
 
 A machine may begin with a wrong clock and set it after some minutes. No row may go by such a clock:
 so the first look is a while after the start, and the clock must have run evenly since.
@@ -112,7 +113,7 @@ class RowKeeper:
         if self._dropper is not None:
             self._dropper.step()
             if self._dropper.is_done:
-                self._say(self._dropper)
+                self._say(self._dropper, is_unsent=_is_joining(engine))
                 self._next(engine, self._cutoff_by_bytes(engine))
         if self._dropper is None:
             self._due_s, self._tried_hour = self._monotonic_s() + LOOK_PAUSE_S, 0
@@ -125,13 +126,19 @@ class RowKeeper:
             self._dropper = Dropper(engine, before_hour)
         self._tried_hour = max(self._tried_hour, before_hour or 0)
 
-    def _say(self, dropper: Dropper | ArchivingPass) -> None:
+    def _say(self, dropper: Dropper | ArchivingPass, *, is_unsent: bool) -> None:
         bills, replies = dropper.counts
         if bills or replies:
             logger.info(
                 "cost meter: dropped the rows of %d bills and %d HTTP requests from before %s, as"
                 " the settings keep_rows_... say; their sums stay",
                 *(bills, replies, date_of(dropper.before_hour)),
+            )
+        if bills and is_unsent:
+            logger.warning(
+                "cost meter: some of these rows may not be in the fleet, which cannot be reached:"
+                " the file was too large (keep_rows_bytes); when the fleet is back, its audit says"
+                " which ones"
             )
 
     def _cutoff_by_days(self) -> int | None:

@@ -104,3 +104,12 @@ CREATE TABLE told_running (
     content TEXT NOT NULL,
     PRIMARY KEY (sender_id, number)
 );
+CREATE TABLE unsent_bills (
+    run_id TEXT COLLATE "C" NOT NULL,
+    first_seq BIGINT NOT NULL,
+    last_seq BIGINT NOT NULL,
+    host TEXT NOT NULL,
+    kept_from_hour INTEGER NOT NULL,
+    noticed_at TEXT COLLATE "C" NOT NULL,
+    PRIMARY KEY (run_id, first_seq, last_seq)
+);
