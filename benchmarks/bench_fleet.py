@@ -24,11 +24,13 @@ not sync its files. All bills are of one hour.
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,8 @@ from vllm_cost_meter.units.time import NS_PER_HOUR
 
 AT_ONCE = 100
 TIMES = 3
+# A process of a ledger starts in so long, one beside the other.
+START_S_EACH = 1.0
 
 
 def written(url: str, server: int, runs: int, requests: int) -> float:
@@ -165,7 +169,10 @@ def measure(
 
 
 class Paced:
-    """The ledger of one server that gets requests at a pace, and its sender, each in a thread."""
+    """The ledger of one server that gets requests at a pace, and its sender, each in a thread.
+
+    Each ledger has a process of its own, as on a machine of its own.
+    """
 
     def __init__(self, name: str, fleet: str, folder: Path) -> None:
         url = f"sqlite:///{folder / f'{name}.db'}"
@@ -201,53 +208,64 @@ class Paced:
                     self.lags_s += [now_s - self._put_at_s.pop(number) for number in sent]
             over.wait(INTERVAL_S)
 
-    def run(self, every_s: float, first_s: float, over: threading.Event) -> None:
-        """Write and send until it is over."""
+    def run(self, every_s: float, next_s: float, ends_s: float) -> list[float]:
+        """Write and send from one instant to another, by the machine's clock; return the lags."""
+        over = threading.Event()
         sending = threading.Thread(target=self.send, args=(over,))
         sending.start()
-        next_s = time.monotonic() + first_s
-        while not over.wait(max(next_s - time.monotonic(), 0)):
-            next_s += every_s
+        while next_s < ends_s:
+            time.sleep(max(next_s - time.monotonic(), 0))
             self.write()
+            next_s += every_s
+        over.set()
         sending.join()
         self._batches.drop()
         self._sender.close()
         self._engine.dispose()
+        return self.lags_s
+
+
+def run_paced(
+    name: str, fleet: str, folder: Path, every_s: float, first_s: float, ends_s: float
+) -> list[float]:
+    """Run the ledger of one server; return the lags."""
+    return Paced(name, fleet, folder).run(every_s, first_s, ends_s)
 
 
 def paced(ledgers: int, rate: float, seconds: float, fleet: str, folder: Path) -> dict[str, Any]:
     """Return how far the fleet is behind ledgers that get so many requests a second in all."""
-    over = threading.Event()
     every_s = AT_ONCE * ledgers / rate
-    servers = [Paced(f"paced-{number}", fleet, folder) for number in range(ledgers)]
-    threads = [
-        threading.Thread(target=each.run, args=(every_s, every_s * number / ledgers, over))
-        for number, each in enumerate(servers)
-    ]
-    for thread in threads:
-        thread.start()
+    begins_s = time.monotonic() + START_S_EACH * ledgers
+    ends_s = begins_s + seconds
     connections = 0
-    ends_s = time.monotonic() + seconds
     asked = "SELECT COUNT(*) - 1 FROM pg_stat_activity WHERE datname = current_database()"
     engine = create_engine(fleet)
-    with engine.connect() as connection:
-        while time.monotonic() < ends_s:
-            time.sleep(1)
-            connections = max(connections, connection.execute(text(asked)).scalar_one())
-            connection.rollback()
-    over.set()
-    for thread in threads:
-        thread.join()
+    with ProcessPoolExecutor(ledgers, multiprocessing.get_context("spawn")) as pool:
+        firsts_s = [begins_s + every_s * number / ledgers for number in range(ledgers)]
+        running = [
+            pool.submit(run_paced, f"paced-{number}", fleet, folder, every_s, first_s, ends_s)
+            for number, first_s in enumerate(firsts_s)
+        ]
+        time.sleep(max(begins_s - time.monotonic(), 0))
+        used_s = postgres_s()
+        with engine.connect() as connection:
+            while time.monotonic() < ends_s:
+                time.sleep(1)
+                connections = max(connections, connection.execute(text(asked)).scalar_one())
+                connection.rollback()
+        used_s = postgres_s() - used_s
+        lags_s = sorted(lag for each in running for lag in each.result())
     with engine.connect() as connection:
         bills = int(connection.execute(text("SELECT SUM(bills) FROM bill_sums")).scalar_one())
     engine.dispose()
-    lags_s = sorted(lag for each in servers for lag in each.lags_s)
     return {
         "requests_per_s": bills / seconds,
         "seconds": seconds,
         "lag_p50_s": lags_s[len(lags_s) // 2],
         "lag_p99_s": lags_s[len(lags_s) * 99 // 100],
+        "lag_max_s": lags_s[-1],
         "connections": connections,
+        "postgresql_cores": used_s / seconds,
     }
 
 
