@@ -25,6 +25,7 @@ VENV := .venv
 # The versions that `make matrix` tests.
 MATRIX := 0.25.1 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 BIN := $(VENV)/bin
+CLIENTS := tests/ecosystem/clients
 CACHE := $(CURDIR)/.cache
 # tiny_model.py puts it beside the environment that makes it.
 TINY_MODEL := $(dir $(VENV)).cache/tiny-llama/recipe.sha256
@@ -68,8 +69,8 @@ help:
 	@echo '             minutes, nothing is downloaded; GPU_CHECK_ARGS="--budget-s 600" for less'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
 	@echo 'make test-ecosystem  the ledger in a real PostgreSQL, routes with a newer FastAPI, a fleet'
-	@echo '             of two real servers: four minutes; needs the programs of PostgreSQL (apt-get'
-	@echo '             install postgresql pgbouncer)'
+	@echo '             of two real servers, clients of others, a LiteLLM proxy: six minutes; needs'
+	@echo '             apt-get install postgresql pgbouncer nodejs npm curl'
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
 	@echo 'make docs    the pages of docs/ as one site in site/; a dead link fails'
 	@echo 'make reference  the pages that commands and side endpoint describe themselves'
@@ -124,7 +125,7 @@ endif
 
 # What the meter meets beside vLLM: a real PostgreSQL server, a fleet of real servers that send to it,
 # and a FastAPI newer than the lock's.
-test-ecosystem: setup $(VENV)/.ecosystem
+test-ecosystem: setup $(VENV)/.ecosystem $(VENV)/.clients
 	@$(RUN) python -m pytest tests/ecosystem --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.meter
@@ -213,6 +214,16 @@ $(VENV)/.meter: pyproject.toml setup.py $(wildcard csrc/*) $(VENV)/.made
 $(VENV)/.ecosystem: $(VENV)/.meter
 	@echo '==> the driver of PostgreSQL (5 s)'
 	@$(BIN)/python -m pip install --no-warn-conflicts 'psycopg[binary]>=3.2'
+	@touch $@
+
+# Not by our lock: what others' programs need is not what we need.
+$(VENV)/.clients: $(CLIENTS)/requirements.txt $(CLIENTS)/package.json $(VENV)/.made
+	@echo '==> programs of others that ask a server, for the tests (a minute, 1 GB)'
+	@rm -rf '$(CACHE)/clients' && mkdir -p '$(CACHE)/clients/node'
+	@$(PYTHON) -m venv '$(CACHE)/clients/python'
+	@env -u PIP_CONSTRAINT '$(CACHE)/clients/python/bin/pip' install -r $(CLIENTS)/requirements.txt
+	@cp $(CLIENTS)/package.json '$(CACHE)/clients/node/'
+	@npm install --silent --no-audit --no-fund --prefix '$(CACHE)/clients/node'
 	@touch $@
 
 $(TINY_MODEL): vllm_cost_meter/lab/tiny_model.py | $(VENV)/.vllm $(VENV)/.meter
