@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ from vllm_cost_meter.units.time import NS_PER_HOUR
 
 AT_ONCE = 100
 TIMES = 3
+# A question that takes longer is asked once.
+ONCE_S = 10.0
 # A process of a ledger starts in so long, one beside the other.
 START_S_EACH = 1.0
 
@@ -115,6 +118,8 @@ def _median_s(ask: Callable[[], Any]) -> float:
         began_s = time.perf_counter()
         ask()
         found.append(time.perf_counter() - began_s)
+        if found[-1] > ONCE_S:
+            break
     return statistics.median(found)
 
 
@@ -174,7 +179,7 @@ class Paced:
     Each ledger has a process of its own, as on a machine of its own.
     """
 
-    def __init__(self, name: str, fleet: str, folder: Path) -> None:
+    def __init__(self, name: str, fleet: str, folder: Path, at_once: int) -> None:
         url = f"sqlite:///{folder / f'{name}.db'}"
         joined(url, fleet)
         self._name = name
@@ -185,12 +190,13 @@ class Paced:
         # When the rows of the outbox were committed, by number.
         self._put_at_s: dict[int, float] = {}
         self._number = 0
+        self._at_once = at_once
         self.lags_s: list[float] = []
 
     def write(self) -> None:
         """Write requests in one transaction."""
-        numbers = range(self._number, self._number + AT_ONCE)
-        self._number += AT_ONCE
+        numbers = range(self._number, self._number + self._at_once)
+        self._number += self._at_once
         self._batches.write([each for n in numbers for each in records(self._name, n)])
         with self._engine.connect() as connection, self._lock:
             if (known := outbox.read_sender(connection)) is not None:
@@ -225,16 +231,19 @@ class Paced:
         return self.lags_s
 
 
-def run_paced(
-    name: str, fleet: str, folder: Path, every_s: float, first_s: float, ends_s: float
-) -> list[float]:
+def run_paced(paced: Callable[[], Paced], *times_s: float) -> list[float]:
     """Run the ledger of one server; return the lags."""
-    return Paced(name, fleet, folder).run(every_s, first_s, ends_s)
+    return paced().run(*times_s)
 
 
-def paced(ledgers: int, rate: float, seconds: float, fleet: str, folder: Path) -> dict[str, Any]:
-    """Return how far the fleet is behind ledgers that get so many requests a second in all."""
-    every_s = AT_ONCE * ledgers / rate
+def paced(
+    ledgers: int, rate: float, seconds: float, fleet: str, folder: Path, at_once: int
+) -> dict[str, Any]:
+    """Return how far the fleet is behind ledgers that get so many requests a second in all.
+
+    A transaction of a ledger has `at_once` of them.
+    """
+    every_s = at_once * ledgers / rate
     begins_s = time.monotonic() + START_S_EACH * ledgers
     ends_s = begins_s + seconds
     connections = 0
@@ -243,7 +252,11 @@ def paced(ledgers: int, rate: float, seconds: float, fleet: str, folder: Path) -
     with ProcessPoolExecutor(ledgers, multiprocessing.get_context("spawn")) as pool:
         firsts_s = [begins_s + every_s * number / ledgers for number in range(ledgers)]
         running = [
-            pool.submit(run_paced, f"paced-{number}", fleet, folder, every_s, first_s, ends_s)
+            pool.submit(
+                run_paced,
+                partial(Paced, f"paced-{number}", fleet, folder, at_once),
+                *(every_s, first_s, ends_s),
+            )
             for number, first_s in enumerate(firsts_s)
         ]
         time.sleep(max(begins_s - time.monotonic(), 0))
@@ -278,8 +291,8 @@ def month(servers: int, fleet: str) -> dict[str, Any]:
             "servers": servers,
             "month_by_tenant_s": _median_s(lambda: reader.tenants(this_hour - 720, this_hour)),
             "day_by_tenant_s": _median_s(lambda: reader.tenants(this_hour - 24, this_hour)),
-            "month_by_tenant_and_hour_s": _median_s(lambda: reader.report(aggregate="tenant,hour")),
             "audit_s": _median_s(reader.audit),
+            "month_by_tenant_and_hour_s": _median_s(lambda: reader.report(aggregate="tenant,hour")),
         }
 
 
@@ -291,6 +304,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000, help="of each server")
     parser.add_argument("--rows", default="fleet", choices=["fleet", "none"])
     parser.add_argument("--paced-s", type=float, help="in place of the rest: so long at a pace")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="requests in a transaction")
     parser.add_argument("--rate", type=float, default=1_000, help="requests a second, of all")
     parser.add_argument(
         "--month", type=int, nargs="*", help="in place of the rest: so many servers"
@@ -302,10 +316,13 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="bench-fleet-") as folder,
     ):
         if given.month is not None:
-            found: Any = [month(servers, server.new_database()) for servers in given.month]
-        elif given.paced_s is not None:
+            for servers in given.month:
+                print(json.dumps(month(servers, server.new_database()), indent=2), flush=True)
+            return
+        if given.paced_s is not None:
             fleet = server.new_database()
-            found = paced(given.ledgers, given.rate, given.paced_s, fleet, Path(folder))
+            times = given.rate, given.paced_s
+            found: Any = paced(given.ledgers, *times, fleet, Path(folder), given.at_once)
         else:
             sizes = given.ledgers, given.runs, given.requests
             found = measure(*sizes, server.new_database(), Path(folder), given.rows)

@@ -3,9 +3,11 @@
 import time
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Boolean, String, Table, text
 
+from vllm_cost_meter.ledger import schema
 from vllm_cost_meter.ledger.fleet.opening import open_fleet, parse_fleet_url
+from vllm_cost_meter.ledger.fleet.schema import TOLD
 from vllm_cost_meter.ledger.fleet.views import day_columns
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -17,7 +19,12 @@ def made_fleet(url: str, servers: int, tenants: int) -> None:
     engine = open_fleet(parse_fleet_url(url))
     now = time.time_ns() // NS_PER_HOUR
     amounts = amount_names(engine)
-    values = {"servers": servers, "tenants": tenants, "now": now}
+    values = {
+        **{"servers": servers, "tenants": tenants, "now": now},
+        # Each tenant uses 1 us of prefill and 1 us of decode in each hour.
+        "billed_ns": _HOURS * tenants * 2_000,
+        "at": "2026-11-01T00:00:00.000000Z",
+    }
     each_server = "FROM generate_series(1, :servers) AS s"
     each_tenant = f"{each_server}, generate_series(1, :tenants) AS t"
     days = day_columns()
@@ -39,15 +46,48 @@ def made_fleet(url: str, servers: int, tenants: int) -> None:
             f" MIN({days['first_hour']}), {', '.join(f'SUM({name})' for name in added)}"
             f" FROM sent_rollup_hours GROUP BY sender_id, {days['day']}, group_id",
             "INSERT INTO sent_bill_sums (sender_id, first_number, run_id, bills, last_seq,"
-            " gpu_time_ns, digest, method, started_at, finished_at)"
-            f" SELECT 's' || s, -1, 'run-' || s, {_HOURS}, {_HOURS}, 1000, 0, 'x', :at, :at"
-            f" {each_server}",
+            f" gpu_time_ns, digest, method, started_at, finished_at) SELECT 's' || s, -1,"
+            f" 'run-' || s, {_HOURS}, {_HOURS}, :billed_ns, 0, 'x', :at, :at {each_server}",
+            "INSERT INTO run_senders (run_id, sender_id)"
+            f" SELECT 'run-' || s, 's' || s {each_server}",
+            _filled(schema.runs, {"gpus": "1", "started_at": ":at"}, each_server),
+            _filled(
+                TOLD[schema.snapshots.name],
+                {
+                    **{"taken_at": ":at", "wall_ns": f"{_HOURS} * {NS_PER_HOUR}"},
+                    **{"requests_ns": ":billed_ns", "billed_ns": ":billed_ns"},
+                    **{"idle_ns": f"{_HOURS} * {NS_PER_HOUR} - :billed_ns", "state": "'on'"},
+                    "last_seq": f"{_HOURS}",
+                },
+                each_server,
+            ),
+            _filled(
+                TOLD[schema.engine_hours.name],
+                {
+                    **{"hour": ":now - h", "requests_ns": f":billed_ns / {_HOURS}"},
+                    "idle_ns": f"{NS_PER_HOUR} - :billed_ns / {_HOURS}",
+                },
+                f"{each_server}, generate_series(0, {_HOURS - 1}) AS h",
+            ),
         ):
-            connection.execute(text(statement), {**values, "at": "2026-11-01T00:00:00.000000Z"})
+            connection.execute(text(statement), values)
     # A database that has run for a month was analyzed by itself.
     with engine.connect() as connection:
         connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("ANALYZE"))
     engine.dispose()
+
+
+def _filled(table: Table, given: dict[str, str], each: str) -> str:
+    """Return the statement that inserts a row of a run for each server; what is not given is 0."""
+    filled = {"run_id": "'run-' || s"} | {
+        column.name: "''" if isinstance(column.type, String) else "false" if is_truth else "0"
+        for column in table.c
+        if (is_truth := isinstance(column.type, Boolean)) or not column.nullable
+        if column.name != "run_id" and column.server_default is None
+    }
+    columns = filled | given
+    names, values = ", ".join(columns), ", ".join(columns.values())
+    return f"INSERT INTO {table.name} ({names}) SELECT {values} {each}"
 
 
 def amount_names(engine: Any) -> list[str]:

@@ -1,7 +1,8 @@
 """A small fleet of real servers, and what breaks around them.
 
 Two machines with a vLLM server each send to one PostgreSQL on a small disk, each by a line of its
-own. The wall clock of the second one is ten minutes ahead. Each disturbance is a method, which
+own. The wall clock of the second one is ten minutes ahead. The first one is for prefill, the second
+one for decode, where a router asks for that. Each disturbance is a method, which
 returns when it is over and was really felt.
 
 Invariant: what ends it early leaves no process behind.
@@ -40,8 +41,8 @@ class Fleet:
         self.url = server.new_database()
         clock = clock_ahead(compile_clock(folder), AHEAD_S)
         lines = [stack.enter_context(line_to(server.socket)) for _ in range(2)]
-        self.steady = Machine("steady", folder, self.url, lines[0], {})
-        self.ahead = Machine("ahead", folder, self.url, lines[1], clock)
+        self.steady = Machine("steady", folder, self.url, lines[0], {}, "kv_producer")
+        self.ahead = Machine("ahead", folder, self.url, lines[1], clock, "kv_consumer")
         self.machines = [self.steady, self.ahead]
         for machine in self.machines:
             stack.callback(machine.kill)
@@ -64,6 +65,13 @@ class Fleet:
             machine.line.wait_until_cut()
         self.beside = Beside(self.url, self.ledgers)
         stack.callback(self.beside.close)
+
+    def ask_in_halves(self, x_request_id: str) -> list[str]:
+        """Ask both servers for one request, as a router does; return the ids of the two bills."""
+        return [
+            self.steady.ask_half(x_request_id, {"do_remote_decode": True}),
+            self.ahead.ask_half(x_request_id, {"do_remote_prefill": True}),
+        ]
 
     # -- disturbances ---------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ from vllm_cost_meter.lab.server import meter_arguments
 CLOCK_SOURCE = Path(__file__).with_name("clock_ahead.c")
 INTERVAL_S = 0.5
 ROUTES = ("/v1/completions", "/v1/chat/completions")
+# Longer than a block of the KV cache.
+HALVED_PROMPT = " ".join(f"word{i}" for i in range(150))
 _CLIENTS = 2
 PAUSE_S = 0.05
 
@@ -59,13 +61,33 @@ def clock_ahead(library: Path, seconds: int) -> dict[str, str]:
     return {"LD_PRELOAD": str(library), "CMT_AHEAD_S": str(seconds)}
 
 
+def kv_arguments(kv_role: str, folder: Path) -> list[str]:
+    """Return the arguments of a server that shares the KV cache of prompts in a folder."""
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": kv_role,
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
+    return ["--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(connector)]
+
+
 class Machine:
     """A machine of the fleet. It is made without a server; `launch` starts one."""
 
     def __init__(
-        self, name: str, folder: Path, fleet: str, line: Line, environment: dict[str, str]
+        self,
+        name: str,
+        folder: Path,
+        fleet: str,
+        line: Line,
+        environment: dict[str, str],
+        kv_role: str,
     ) -> None:
-        """`fleet` is the URL of the database, which the server reaches by the line."""
+        """`fleet` is the URL of the database, which the server reaches by the line.
+
+        `kv_role` says which half of requests vLLM's KV connector takes it to have. All machines
+        share the folder of the connector.
+        """
         self.line = line
         self.told: dict[str, Told] = {}
         self._random = Random(name)
@@ -75,7 +97,7 @@ class Machine:
         self._clients: list[threading.Thread] = []
         self.server = Server(
             folder / name,
-            arguments=meter_arguments(),
+            arguments=[*meter_arguments(), *kv_arguments(kv_role, folder / "kv")],
             environment={
                 "COST_METER_FLEET": line.by_line(fleet),
                 "COST_METER_FLEET_INTERVAL_S": str(INTERVAL_S),
@@ -149,6 +171,22 @@ class Machine:
             r"^cost_meter_fleet_failures(?:_total)?(?:{.*})? (\S+)", text, re.MULTILINE
         )
         return 0 if found is None else int(float(found[1]))
+
+    def ask_half(self, x_request_id: str, kv_transfer_params: dict[str, bool]) -> str:
+        """Send one half of a request, as a router does; return by which id its bill is found."""
+        tenant = next(iter(TENANT_KEYS))
+        with self.server.client(tenant, verify=False) as client:
+            client.headers["x-request-id"] = x_request_id
+            reply = ask(
+                client,
+                ROUTES[0],
+                prompt=HALVED_PROMPT,
+                max_tokens=1 if "do_remote_decode" in kv_transfer_params else 8,
+                kv_transfer_params=kv_transfer_params,
+            )
+        self._note(reply, tenant)
+        found: str = reply.headers["x-cost-meter-request-id"]
+        return found
 
     def kill(self) -> None:
         """End all processes of the server at once."""

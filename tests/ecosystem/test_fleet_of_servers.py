@@ -3,8 +3,8 @@ way.
 
 Method: one story for all tests, because a start of a server is what takes long. A server is killed
 with bills that the fleet lacks, and started again; the database is killed, its disk fills, lines
-are cut and held. At last one server is stopped, and the other one killed again, and not started.
-Its disk is then found.
+are cut and held. A router halves a request between both servers. At last one server is stopped, and
+the other one killed again, and not started. Its disk is then found.
 """
 
 import time
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.timeout(900)
 
 BEGAN_S = time.monotonic()
 LOOKS_S = 2
+PAIR = "chosen by a router"
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Story:
     # The fleet's audit at the end, before the disk of the dead server was found.
     audit: Audit
     lacked: list[str]
+    # The two bills of one request.
+    halves: list[str]
     wrong: list[str]
 
 
@@ -72,6 +75,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         with steady.asked(), ahead.asked():
             fleet.cut(ahead, Cut.AFTER_COMMIT)
             fleet.wait_until_known(ahead)
+            halves = fleet.ask_in_halves(PAIR)
             with fleet.unplugged(ahead):
                 fleet.kill(ahead)
         fleet.stop(steady)
@@ -85,7 +89,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             audit = reader.audit()
         lacked = told_otherwise(ahead.told, fleet.url)
         fleet.bring_in(ahead)
-        yield Story(fleet, first_run, second_run, audit, lacked, fleet.wrong())
+        yield Story(fleet, first_run, second_run, audit, lacked, halves, fleet.wrong())
 
 
 def say(what: str) -> None:
@@ -102,6 +106,22 @@ def test_each_reply_is_in_the_fleet_with_the_cost_that_its_client_was_told(story
     for machine in story.fleet.machines:
         assert len(machine.told) > 20
         assert told_otherwise(machine.told, story.fleet.url) == []
+
+
+def test_a_request_that_two_servers_halved_is_one_with_the_cost_of_both(story: Story) -> None:
+    fleet = story.fleet
+    told = [machine.told[id] for machine, id in zip(fleet.machines, story.halves, strict=True)]
+    with LedgerReader(fleet.url) as reader:
+        (row,) = reader.look_up(PAIR)
+    assert row["cost_nanousd"] == sum(one.cost_nanousd for one in told)
+    assert row["gpu_time_ns"] == sum(one.gpu_time_ns for one in told)
+    prefill, decode = sorted(row["parts"], key=lambda part: part["external_tokens"])
+    assert {prefill["run_id"]} == runs_of(fleet.steady.ledger_url)
+    assert decode["run_id"] == story.second_run
+    # What came over the connector was computed by the other one: nobody's cache has saved it.
+    assert prefill["external_tokens"] == 0 < decode["external_tokens"]
+    assert decode["prefill_tokens"] == decode["prompt_tokens"] - decode["external_tokens"]
+    assert {row["cached_tokens"], row["saved_estimate_ns"]} == {0}
 
 
 def test_lines_were_cut_at_every_place(story: Story) -> None:

@@ -39,6 +39,7 @@ from sqlalchemy import (
     func,
     inspect,
     select,
+    text,
 )
 from sqlalchemy.engine import Connection
 
@@ -235,7 +236,14 @@ def _sent(table: Table) -> Table:
         *(Column(c.name, c.type, nullable=c.nullable) for c in table.c),
         PrimaryKeyConstraint(*_OF_SHIPMENT, *keys),
         *(Index(f"ix_{sent_name(table)}_{name}", name) for name in looked_up),
+        *(_index_of_new(table) if table is schema.rollup_hours else ()),
     )
+
+
+def _index_of_new(table: Table) -> list[Index]:
+    """Return the index of what is not added up yet: days are made of it at each question."""
+    is_new = text(f"first_number > {FOLDED}")
+    return [Index(f"ix_{sent_name(table)}_new", "first_number", postgresql_where=is_new)]
 
 
 def kept_name(table: Table) -> str:

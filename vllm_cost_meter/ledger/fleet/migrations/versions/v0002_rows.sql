@@ -113,3 +113,4 @@ CREATE TABLE unsent_bills (
     noticed_at TEXT COLLATE "C" NOT NULL,
     PRIMARY KEY (run_id, first_seq, last_seq)
 );
+CREATE INDEX ix_sent_rollup_hours_new ON sent_rollup_hours (first_number) WHERE first_number > -1;
