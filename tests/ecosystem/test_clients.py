@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.ecosystem.clients.environments import ask_in_node, ask_in_python
-from tests.ecosystem.clients.proxy import Proxy, litellm_proxy
+from tests.ecosystem.clients.proxy import Proxy, Upstream, litellm_proxy
 from tests.integration.server import MODEL, TENANT_KEYS, Server
 from tests.support.waiting import wait_for
 from vllm_cost_meter.lab.server import meter_arguments
@@ -101,10 +101,16 @@ def told(servers: dict[str, Server]) -> dict[str, Replies]:
         return found
 
 
-@pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory, servers: dict[str, Server]) -> Iterator[Proxy]:
+@pytest.fixture(scope="module", params=[False, True], ids=["python", "rust"])
+def proxy(
+    tmp_path_factory: pytest.TempPathFactory,
+    servers: dict[str, Server],
+    request: pytest.FixtureRequest,
+) -> Iterator[Proxy]:
+    """Run a proxy, with its path in Rust switched off and on."""
     folder = tmp_path_factory.mktemp("proxy") / "litellm"
-    with litellm_proxy(folder, servers["priced"].url, MODEL, TENANT_KEYS["alpha"]) as proxy:
+    upstream = Upstream(servers["priced"].url, MODEL, TENANT_KEYS["alpha"])
+    with litellm_proxy(folder, upstream, has_rust=request.param) as proxy:
         yield proxy
 
 

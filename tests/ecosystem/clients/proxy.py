@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
@@ -35,6 +36,14 @@ recorder = Recorder()
 """
 
 
+class Upstream(NamedTuple):
+    """The server behind a proxy, the model that it serves, and a key of it."""
+
+    url: str
+    model: str
+    key: str
+
+
 class Proxy:
     """A proxy that runs."""
 
@@ -56,18 +65,18 @@ class Proxy:
 
 
 @contextmanager
-def litellm_proxy(folder: Path, upstream: str, model: str, key: str) -> Iterator[Proxy]:
-    """Run a proxy of a server's `/v1`, by its own command."""
+def litellm_proxy(folder: Path, upstream: Upstream, *, has_rust: bool) -> Iterator[Proxy]:
+    """Run a proxy of a server, by its own command; `has_rust` switches its path in Rust on."""
     folder.mkdir()
     (folder / "recorder.py").write_text(CALLBACK)
     config = {
         "model_list": [
             {
-                "model_name": model,
+                "model_name": upstream.model,
                 "litellm_params": {
-                    "model": f"hosted_vllm/{model}",
-                    "api_base": f"{upstream}/v1",
-                    "api_key": key,
+                    "model": f"hosted_vllm/{upstream.model}",
+                    "api_base": f"{upstream.url}/v1",
+                    "api_key": upstream.key,
                 },
             }
         ],
@@ -83,7 +92,12 @@ def litellm_proxy(folder: Path, upstream: str, model: str, key: str) -> Iterator
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**environment(), "RECORDED": str(recorded), "PYTHONPATH": str(folder)},
+            env={
+                **environment(),
+                "LITELLM_RUST": str(has_rust),
+                "RECORDED": str(recorded),
+                "PYTHONPATH": str(folder),
+            },
             stdout=log,
             stderr=log,
         )
