@@ -5,10 +5,10 @@ from typing import get_args
 import typer.main
 
 from tests.support.pages import DOCS, names, section
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server import request_body
 from vllm_cost_meter.cli.tenants import app
 from vllm_cost_meter.config.tenants import RuleSetting
+from vllm_cost_meter.metrics import owners
 from vllm_cost_meter.records.owner import CHILD_KINDS
 from vllm_cost_meter.tenants.rules import NAME_CHARS_MAX, PROOF_HEADER
 
@@ -27,8 +27,8 @@ def test_the_bounds_are_as_documented():
     assert f"`{PROOF_HEADER}`" in section(PAGE, "What a client can do")
     assert f"longer than {request_body.BODY_BYTES_MAX >> 20} MiB" in section(PAGE, "The body")
     many = section(PAGE, "Many tenants")
-    assert f"first {metrics.TENANT_LABELS_MAX:,} names" in many.replace("\n", " ")
-    assert f"at most {metrics.CLIENTS_LABELS_MAX} of them" in many
+    assert f"first {owners.TENANT_LABELS_MAX:,} names" in many.replace("\n", " ")
+    assert f"at most {owners.CLIENTS_LABELS_MAX} of them" in many
 
 
 def test_every_command_is_explained_and_no_other():

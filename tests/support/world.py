@@ -18,7 +18,6 @@ import uvicorn
 
 from tests.support.builders import make_bill
 from tests.support.raw_rows import texts
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.collector import Collector
 from vllm_cost_meter.api_server.middleware import CostMiddleware
 from vllm_cost_meter.api_server.open_requests import OpenRequests
@@ -29,6 +28,7 @@ from vllm_cost_meter.exchange import Birth, current_exchange
 from vllm_cost_meter.journal.entries import Record
 from vllm_cost_meter.journal.segments import Segment
 from vllm_cost_meter.ledger.catching_up import catch_up
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.records.bill import Bill, UsagePiece
 from vllm_cost_meter.units.time import NS_PER_HOUR
 
@@ -230,7 +230,7 @@ def replying(
 
 def misses() -> int:
     """The misses that the metrics of this process show."""
-    return int(metrics.MISSES._value.get())
+    return int(series.MISSES._value.get())
 
 
 class World:

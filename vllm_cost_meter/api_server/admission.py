@@ -18,12 +18,12 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.background import Loop
 from vllm_cost_meter.api_server.budgets.in_flight import InFlight
 from vllm_cost_meter.exchange import Exchange
 from vllm_cost_meter.guard import Guard
 from vllm_cost_meter.logs import meter_logger
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.owner import Owner
 from vllm_cost_meter.tenants.budgets import Budget, BudgetFigures, Standing, Verdict, decide
@@ -73,7 +73,7 @@ def _counted(verdict: Verdict) -> Verdict:
     """Count a verdict in the metrics unless it admits."""
     if verdict.kind != "admitted":
         name = verdict.standing.budget.name if verdict.standing else ""
-        metrics.count_refused(verdict.kind, name)
+        series.count_refused(verdict.kind, name)
     return verdict
 
 
@@ -241,8 +241,8 @@ class Admission:
         if figures is None:
             return
         self.figures = figures
-        metrics.set_budgets(figures.standings)
-        metrics.set_fleet_figures(figures.standings)
+        series.set_budgets(figures.standings)
+        series.set_fleet_figures(figures.standings)
         self._say_what_is_unknown()
         await self._stop_running()
 

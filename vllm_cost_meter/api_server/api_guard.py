@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.metrics import series
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,9 +32,9 @@ class ApiGuard(Guard):
             self.succeeded(hook)
         except Exception as error:  # noqa: BLE001 - metering may fail, serving may not
             self.failed(hook, error)
-            metrics.count_error("api")
+            series.count_error("api")
             if self.off:
-                metrics.set_api_off()
+                series.set_api_off()
             return None
         finally:
             self.own_ns += time.perf_counter_ns() - start_ns
@@ -42,5 +42,5 @@ class ApiGuard(Guard):
 
     def show_own_time(self) -> None:
         """Add the hooks' time since the last call to the metrics."""
-        metrics.count_own_time(self.own_ns)
+        series.count_own_time(self.own_ns)
         self.own_ns = 0

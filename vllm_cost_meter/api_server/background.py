@@ -14,11 +14,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.endpoint.answers import LoopHealth
 from vllm_cost_meter.errors import CostMeterError, cause_of_error, in_one_line
 from vllm_cost_meter.guard import in_daemon_thread
 from vllm_cost_meter.logs import Outage, meter_logger
+from vllm_cost_meter.metrics import series
 
 logger = meter_logger()
 
@@ -46,7 +46,7 @@ class Loop:
         self.failures = 0
         self._outage = Outage(clock_ns)
         self._last_error: str | None = None
-        metrics.set_loop_failing(name, is_failing=False)
+        series.set_loop_failing(name, is_failing=False)
 
     @property
     def failing(self) -> bool:
@@ -85,14 +85,14 @@ class Loop:
                 self.name,
                 *ended,
             )
-        metrics.set_loop_failing(self.name, is_failing=False)
+        series.set_loop_failing(self.name, is_failing=False)
 
     def failed(self, error: BaseException) -> None:
         """Count a failed attempt; log the first one of an outage, and one in each minute."""
         self.failures += 1
         self._last_error = in_one_line(error)
-        metrics.set_loop_failing(self.name, is_failing=True)
-        metrics.count_loop_failure(self.name)
+        series.set_loop_failing(self.name, is_failing=True)
+        series.count_loop_failure(self.name)
         if self._outage.failed():
             self._log(error)
 

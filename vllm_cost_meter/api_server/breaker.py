@@ -8,9 +8,9 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.guard import Guard
+from vllm_cost_meter.metrics import series
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class Breaker:
     def missed(self) -> None:
         """Count a reply that waited in vain, or would have."""
         self._in_a_row += 1
-        metrics.count_miss()
+        series.count_miss()
 
     def bill_came(self) -> None:
         """Note a committed bill: replies may wait again."""
@@ -53,7 +53,7 @@ class Breaker:
             # A ledger that fails is counted and spoken of by its writer, and no hook is broken.
             if not isinstance(error, TimeoutError | LedgerError):
                 self._guard.failed("settle", error)
-                metrics.count_error("api")
+                series.count_error("api")
             self.missed()
             return None
         self.bill_came()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.api_guard import ApiGuard
 from vllm_cost_meter.api_server.breaker import Breaker
 from vllm_cost_meter.api_server.open_requests import OpenRequests
@@ -30,6 +29,7 @@ from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.errors import LedgerError
 from vllm_cost_meter.exchange import Birth, Exchange, Refusal
 from vllm_cost_meter.journal.writer import JournalWriter
+from vllm_cost_meter.metrics import owners
 from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.bill import Bill
 from vllm_cost_meter.records.owner import Owner
@@ -98,7 +98,7 @@ class Collector:
         self._on_bill(part)
         if birth is not None and birth.exchange is not None:
             birth.exchange.part_was_billed(part)
-        metrics.count_bill(part)
+        owners.count_bill(part)
         self._guard.show_own_time()
 
     def _journaled_while_open(self, journaled: "Future[None]") -> None:

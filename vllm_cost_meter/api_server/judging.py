@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from starlette.types import Scope
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.access.unnamed import refusal_of_unnamed
 from vllm_cost_meter.api_server.admission import Admission, fails_closed
 from vllm_cost_meter.api_server.refusal import contradicting, refusal, warning
 from vllm_cost_meter.api_server.routes import reaches_engine, route_of, serves_tenants
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Exchange, Refusal
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.records.owner import CONTRADICTION
 from vllm_cost_meter.tenants.budgets import Verdict
 from vllm_cost_meter.tenants.rules import BodyClaims
@@ -49,7 +49,7 @@ async def wait_for_figures(exchange: Exchange | None, admission: Admission | Non
 def judge(exchange: Exchange, admission: Admission | None, settings: Settings) -> Judged:
     """Decide about a new request by its budgets, without any I/O."""
     if exchange.owner == CONTRADICTION and serves_tenants(exchange.route):
-        metrics.count_refused("contradicting", "")
+        series.count_refused("contradicting", "")
         return Judged(contradicting(exchange.route))
     if admission is None or not reaches_engine(exchange.route):
         return ADMITTED

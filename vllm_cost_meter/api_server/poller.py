@@ -10,12 +10,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.background import Loops
 from vllm_cost_meter.api_server.record_making import facts_of_run
 from vllm_cost_meter.errors import AwayError, LedgerError
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.logs import Outage, meter_logger
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.prices.book import RunFacts
 from vllm_cost_meter.records.requests import Price
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
@@ -174,5 +174,6 @@ class Poller:
                 snapshot.engine.engine_index,
                 snapshot.errors,
             )
-        metrics.set_engine(snapshot)
+        series.set_engine(snapshot)
+        series.count_engine(snapshot)
         self.latest[snapshot.run_id] = snapshot

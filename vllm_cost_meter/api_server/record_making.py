@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.reply_bytes import ReplyCost
 from vllm_cost_meter.api_server.routes import response_id_of
 from vllm_cost_meter.exchange import Birth, Exchange, RequestTimes
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.prices.book import (
     GpuHourPrice,
     PriceBook,
@@ -195,7 +195,7 @@ def _latencies(birth: Birth | None, bill: Bill, finished_at_ns: int) -> Latencie
     try:
         return latencies(birth.times, bill.output_tokens, finished_at_ns)
     except (AttributeError, TypeError):  # Another vLLM's statistics must not cost us the bill.
-        metrics.count_error("api")
+        series.count_error("api")
         return Latencies()
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.activation import is_refused
 from vllm_cost_meter.api_server.access.start_warnings import (
     shared_admin_token,
@@ -53,6 +52,7 @@ from vllm_cost_meter.ledger.fleet_use.kept import figures_path
 from vllm_cost_meter.ledger.journal_place import journal_folder, second_journal_folder
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.logs import meter_logger
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.prices.book import PriceBook
 from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.records.snapshot import EarlierFit, Snapshot
@@ -280,7 +280,7 @@ class Runtime:
 
     async def _announce(self) -> None:
         writer = self.writer
-        metrics.set_journal(
+        series.set_journal(
             writer.waiting,
             writer.dropped,
             is_in_second_place=writer.is_in_second_place,
@@ -294,7 +294,7 @@ class Runtime:
 
     def _show_version(self) -> None:
         if (version := self.settings.shared_version) is not None:
-            metrics.set_settings_version(version)
+            series.set_settings_version(version)
 
     async def _reload(self, reloader: Reloader, engine_client: Any) -> None:
         # Reading a file may be slow, so a thread does it: vLLM's tokens must not wait.

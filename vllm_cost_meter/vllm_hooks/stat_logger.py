@@ -21,11 +21,11 @@ class CostStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         # This import is not at the top, because vLLM also loads this module where the meter is
         # inert, and importing our metrics would show them on vLLM's /metrics.
-        from vllm_cost_meter import metrics
+        from vllm_cost_meter.metrics import series
 
         self.guard = Guard("stat logger")
-        self._metrics = metrics
-        metrics.ENGINE_AWAKE.set(1)
+        self._metrics = series
+        series.ENGINE_AWAKE.set(1)
 
     def record(
         self,

@@ -13,13 +13,13 @@ import pytest
 
 from tests.component.ledger.test_damage import spoil_leaf
 from tests.component.ledger.test_reader import http, part
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.applying.follower import Applying
 from vllm_cost_meter.api_server.applying.messages import ApplierHello
 from vllm_cost_meter.errors import AwayError, LedgerError
 from vllm_cost_meter.journal.places import folder_of_ledger
 from vllm_cost_meter.journal.writer import JournalWriter
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.side_process.supervisor import Pauses
 
 
@@ -76,7 +76,7 @@ def test_without_a_question_the_ledger_is_a_moment_behind(path):
             writer.append(part(1)).result(10)
             await until(lambda: bills(path) == [1], "nobody applies it")
             assert follower.state.is_ours
-            assert metrics.LEDGER_UP._value.get() == 1
+            assert series.LEDGER_UP._value.get() == 1
 
     asyncio.run(ask())
 
@@ -102,8 +102,8 @@ def test_a_locked_ledger_is_said_at_its_beginning_and_end_and_a_question_fails(p
                 with pytest.raises((LedgerError, AwayError), match="locked"):
                     await follower.catch_up()
                 await until(lambda: follower.state.last_error is not None, "it says nothing")
-                assert metrics.LEDGER_UP._value.get() == 0
-                assert metrics.LEDGER_FAILURES._value.get() > 0
+                assert series.LEDGER_UP._value.get() == 0
+                assert series.LEDGER_FAILURES._value.get() > 0
             await until(lambda: follower.state.last_error is None, "it does not recover")
             await follower.catch_up()
             assert bills(path) == [1]
@@ -168,7 +168,7 @@ def test_a_ledger_that_is_damaged_under_it_is_set_aside_and_costs_are_told_on(pa
                 assert bills(path)[-1] == 319
                 assert reader.find("internal-319")
                 assert reader.audit()["reason"] == "set_aside"
-            assert metrics.LEDGER_SET_ASIDE._value.get() == 1
+            assert series.LEDGER_SET_ASIDE._value.get() == 1
             assert follower.state.last_error is None
             assert follower.process.restarts == 0
 

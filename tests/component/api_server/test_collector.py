@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.waiting import wait_for
 from tests.support.world import COST_HEADERS, JSON, misses, replying
-from vllm_cost_meter import activation, metrics
+from vllm_cost_meter import activation
 from vllm_cost_meter.api_server.breaker import Breaker
 from vllm_cost_meter.api_server.open_requests import OpenRequests
 from vllm_cost_meter.api_server.record_making import latencies
@@ -22,6 +22,7 @@ from vllm_cost_meter.journal.places import journal_ids
 from vllm_cost_meter.journal.segments import Segment
 from vllm_cost_meter.ledger.catching_up import catch_up
 from vllm_cost_meter.ledger.reader import LedgerReader
+from vllm_cost_meter.metrics import owners
 from vllm_cost_meter.records.owner import NamedBy, Owner
 from vllm_cost_meter.records.requests import KV_CONSUMER, KV_PRODUCER, Latencies
 
@@ -218,7 +219,7 @@ def test_a_metric_that_cannot_be_counted_costs_no_bill(world, monkeypatch):
     def full(*_labels):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metrics.BILLS, "labels", full)
+    monkeypatch.setattr(owners.BILLS, "labels", full)
     client = world.run(replying(JSON, [b"{}"], world.engine.generate))
     assert len(client.ours) == len(COST_HEADERS)
     assert world.rows("SELECT count(*) FROM requests") == [(1,)]

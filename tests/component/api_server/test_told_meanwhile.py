@@ -5,8 +5,8 @@ import shutil
 
 from tests.component.api_server.test_admission import TENANTS, as_tenant, ask, held, used
 from tests.support.world import BODY, JSON, full_disk, replying
-from vllm_cost_meter import metrics
 from vllm_cost_meter.journal.places import folder_of_ledger
+from vllm_cost_meter.metrics import series
 
 
 def test_figures_are_stale_once_a_bill_waits_for_the_ledger_for_more_than_five_seconds(make_world):
@@ -51,8 +51,8 @@ def test_costs_are_told_from_the_second_place_while_the_first_refuses(make_world
     client = world.run(app)
     assert dict(client.headers)[b"x-cost-meter-cost-usd"] == b"0.000000030"
     asyncio.run(world.runtime._announce())
-    assert metrics.JOURNAL_IN_SECOND_PLACE._value.get() == 1
-    assert metrics.JOURNAL_WITHOUT_RESERVE._value.get() == 0
+    assert series.JOURNAL_IN_SECOND_PLACE._value.get() == 1
+    assert series.JOURNAL_WITHOUT_RESERVE._value.get() == 0
     assert world.runtime.health()["ledger_error"] is None
     first.unlink()
     world.runtime.writer._places._try_first_at_s = 0  # ten seconds later

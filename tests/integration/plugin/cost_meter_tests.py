@@ -125,12 +125,14 @@ def inject_faults(file: Path) -> None:
     fail_where(file, reply, "usage_of", "headers", "final_usage", "insert_usage")
     if "serve" in sys.argv:
         # Not in engines: they must not load the ledger.
-        from vllm_cost_meter import exchange, metrics
+        from vllm_cost_meter import exchange
         from vllm_cost_meter.api_server import collector, middleware
+        from vllm_cost_meter.metrics import owners, series
 
         fail_where(file, collector, "http_request")
         fail_where(file, exchange.Exchange, "all_billed")
-        fail_where(file, metrics, "count_bill", "count_inter_token_latencies", "set_engine")
+        fail_where(file, owners, "count_bill")
+        fail_where(file, series, "count_inter_token_latencies", "set_engine")
         fail_where(file, middleware, "_new_exchange")
 
 

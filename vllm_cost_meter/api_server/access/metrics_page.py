@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_cost_meter.config.settings import Settings
-from vllm_cost_meter.metrics import PRIVATE_NAMES
+from vllm_cost_meter.metrics.series import PRIVATE_NAMES
 
 # vLLM serves the page at every path that begins like this.
 _PATH = "/metrics"

@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 
 from starlette.types import Scope
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.access.key_check import KeyCheck
 from vllm_cost_meter.api_server.refusal import contradicting, unauthorized
 from vllm_cost_meter.api_server.routes import reaches_engine
 from vllm_cost_meter.config.settings import Settings
 from vllm_cost_meter.exchange import Refusal
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.records.owner import CONTRADICTION, UNKNOWN, Owner
 
 NO_KEY = (
@@ -61,5 +61,5 @@ def refusal_of_unnamed(
 
 
 def _counted(kind: str, refusal: Refusal) -> Refusal:
-    metrics.count_refused(kind, "")
+    series.count_refused(kind, "")
     return refusal

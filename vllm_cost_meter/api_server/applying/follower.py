@@ -5,7 +5,6 @@ Invariant: after `catch_up` returned, all that was journaled before the call is 
 
 import msgspec
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.applying.messages import (
     CATCH_UP,
     STATE,
@@ -13,6 +12,7 @@ from vllm_cost_meter.api_server.applying.messages import (
     ApplierState,
 )
 from vllm_cost_meter.errors import AwayError, LedgerError
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.side_process.channel import RefusedError, decoded
 from vllm_cost_meter.side_process.supervisor import Pauses, SideProcess
 
@@ -49,7 +49,7 @@ class Applying:
     def _take(self, name: str, value: msgspec.Raw) -> None:
         if name == STATE:
             self.state = decoded(value, ApplierState)
-            metrics.set_ledger(
+            series.set_ledger(
                 is_up=self.state.last_error is None,
                 failures=self.state.failures,
                 journal_bytes=self.state.journal_bytes,

@@ -5,7 +5,6 @@ Invariant: nothing that serves waits for it.
 
 import msgspec
 
-from vllm_cost_meter import metrics
 from vllm_cost_meter.api_server.shipping.messages import (
     FLUSH,
     RETRY,
@@ -16,6 +15,7 @@ from vllm_cost_meter.api_server.shipping.messages import (
 from vllm_cost_meter.endpoint.answers import FleetSending
 from vllm_cost_meter.errors import AwayError
 from vllm_cost_meter.ledger.database import parse_url
+from vllm_cost_meter.metrics import series
 from vllm_cost_meter.side_process.channel import RefusedError, decoded
 from vllm_cost_meter.side_process.supervisor import SideProcess
 from vllm_cost_meter.units.time import rfc3339
@@ -66,7 +66,7 @@ class Shipping:
     def _take(self, name: str, value: msgspec.Raw) -> None:
         if name == STATE:
             self.state = state = decoded(value, ShippingState)
-            metrics.set_fleet(
+            series.set_fleet(
                 self._database,
                 is_up=state.last_error is None,
                 failures=state.failures,
@@ -75,7 +75,7 @@ class Shipping:
                 sent_at_s=_seconds(state.sent_at_ns),
             )
             if self._has_settings:
-                metrics.set_fleet_settings(
+                series.set_fleet_settings(
                     self._database,
                     version=state.settings_version,
                     seen_at_s=_seconds(state.settings_seen_at_ns),

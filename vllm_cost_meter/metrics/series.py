@@ -1,41 +1,28 @@
-"""Prometheus metrics of the meter, in the default registry, so vLLM's /metrics shows them.
+"""What servers and engines do, as Prometheus metrics.
 
-The API process that receives a bill counts it. This is right with several API servers too, because
-prometheus_client sums over processes. Names start with `cost_meter_` and do not contain "vllm",
-because vLLM unregisters metrics that look like its own. Money and time are counters. Tenants are
-labels; request ids never are. Once `TENANT_LABELS_MAX` tenants have a label, all others share the
-label `other`, and a metric counts their bills. Names that clients chose get at most half of the
-labels, so a client that invents names cannot hide other tenants.
+Names start with `cost_meter_` and do not contain "vllm", because vLLM unregisters metrics that look
+like its own. Money and time are counters; request ids are never labels. What bills add up to is in
+`owners.py`. An engine tells its totals so far; a counter gets what they grew by. Only the
+first API server sees them, so with several of them nothing counts twice.
 
 Invariant: the number of series is bounded, and every caller contains errors raised here.
 """
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from vllm_cost_meter.records.owner import Owner
-from vllm_cost_meter.records.requests import EngineRequest
 from vllm_cost_meter.records.snapshot import CLASSES, Snapshot
 from vllm_cost_meter.tenants.budgets import Standing
-from vllm_cost_meter.tenants.rules import OTHER
 from vllm_cost_meter.units.time import NS_PER_SECOND
 
-TENANT_LABELS_MAX = 1_000
-CLIENTS_LABELS_MAX = TENANT_LABELS_MAX // 2
 # Bounds in seconds; on a loaded server TTFT and end-to-end latency reach minutes.
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 # Bounds in seconds between tokens, from a tiny model's milliseconds to a starved decode.
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
-GPU_SECONDS = Counter("cost_meter_gpu_seconds", "GPU time of billed requests", ["tenant", "phase"])
-COST_USD = Counter("cost_meter_cost_usd", "Cost of billed requests", ["tenant"])
-BILLS = Counter("cost_meter_bills", "Engine requests billed", ["tenant", "engine_status"])
-TENANTS_FOLDED = Counter(
-    "cost_meter_tenants_folded", f"Bills counted under {OTHER}: too many tenants for labels"
-)
 MISSES = Counter("cost_meter_reply_misses", "Replies sent without a cost: it was not there in time")
 BUDGET_USED = Gauge(
     "cost_meter_budget_used_ratio",
@@ -195,6 +182,19 @@ ENERGY_JOULES = Gauge(
     ["engine", "class"],
     multiprocess_mode="mostrecent",
 )
+ENGINE_CLASS_SECONDS = Counter(
+    "cost_meter_engine_class_gpu_seconds",
+    "GPU time of engines by class; what is in flight counts as of requests",
+    ["engine", "class"],
+)
+ENGINE_CLASS_JOULES = Counter(
+    "cost_meter_engine_class_energy_joules",
+    "Energy of engines by class, where it is known; what is in flight counts as of requests",
+    ["engine", "class"],
+)
+ENGINE_OWN_SECONDS = Counter(
+    "cost_meter_engine_own_seconds", "Time the meter's own hooks took in engines", ["engine"]
+)
 OWN_SECONDS = Gauge(
     "cost_meter_own_seconds",
     "Time the meter's own hooks took in the engine since its start",
@@ -242,6 +242,7 @@ END_TO_END = Histogram(
 PRIVATE_NAMES = (
     "cost_meter_gpu_seconds",
     "cost_meter_cost_usd",
+    "cost_meter_tokens",
     "cost_meter_bills",
     "cost_meter_budget_used_ratio",
     "cost_meter_refused_requests",
@@ -250,39 +251,6 @@ PRIVATE_NAMES = (
 )
 
 _INTER_TOKEN_BUCKETS = [INTER_TOKEN.labels(str(bound)) for bound in (*TOKEN_BUCKETS, "+Inf")]
-
-
-class TenantLabels:
-    """Chooses the label of a tenant: its name, or `other` once the names are too many."""
-
-    def __init__(
-        self, tenants_max: int = TENANT_LABELS_MAX, clients_max: int = CLIENTS_LABELS_MAX
-    ) -> None:
-        """Allow `tenants_max` names, of which clients may have chosen `clients_max`."""
-        self.tenants: set[str] = set()
-        # The labelled tenants whose names clients chose.
-        self._choices: set[str] = set()
-        self._tenants_max = tenants_max
-        self._clients_max = clients_max
-
-    def of(self, owner: Owner) -> str:
-        """Return the label of an owner's tenant, and count a bill whose tenant has none."""
-        tenant = owner.tenant
-        if tenant in self.tenants:
-            return tenant
-        chosen = owner.is_clients_choice
-        is_full = len(self.tenants) >= self._tenants_max
-        if is_full or (chosen and len(self._choices) >= self._clients_max):
-            TENANTS_FOLDED.inc()
-            return OTHER
-        self.tenants.add(tenant)
-        if chosen:
-            self._choices.add(tenant)
-        return tenant
-
-
-# The labels of this process.
-_LABELS = TenantLabels()
 
 
 def count_refused(kind: str, budget: str) -> None:
@@ -374,16 +342,6 @@ def set_fleet_figures(standings: Sequence[Standing]) -> None:
         FLEET_FIGURES_AGE.labels(name).set(age_s)
 
 
-def count_bill(part: EngineRequest, labels: TenantLabels = _LABELS) -> None:
-    """Count one billed engine request: GPU time, cost and status."""
-    tenant, bill = labels.of(part.owner), part.bill
-    GPU_SECONDS.labels(tenant, "prefill").inc(bill.prefill_ns / NS_PER_SECOND)
-    GPU_SECONDS.labels(tenant, "decode").inc(bill.decode_ns / NS_PER_SECOND)
-    BILLS.labels(tenant, bill.engine_status).inc()
-    if part.cost_nanousd is not None:
-        COST_USD.labels(tenant).inc(part.cost_nanousd / 1e9)
-
-
 def count_miss() -> None:
     """Count a reply that was sent without its cost."""
     MISSES.inc()
@@ -412,6 +370,48 @@ def set_loop_failing(loop: str, *, is_failing: bool) -> None:
 def set_api_off() -> None:
     """Show that the meter switched itself off in this API server."""
     API_OFF.set(1)
+
+
+class Growth:
+    """What totals of engine runs grow by. A total that shrinks has grown once it is larger again.
+
+    Time may move from one class to another: a request that is preempted had its time in vain.
+    """
+
+    def __init__(self) -> None:
+        self._highest: dict[tuple[str, str], float] = {}
+
+    def of(self, run_id: str, name: str, total: float) -> float:
+        """Return by how much a run's total is higher than it ever was."""
+        before = self._highest.get((run_id, name), 0.0)
+        self._highest[run_id, name] = max(before, total)
+        return max(total - before, 0.0)
+
+
+_GROWTH = Growth()
+
+
+def count_engine(snapshot: Snapshot, growth: Growth = _GROWTH) -> None:
+    """Count what an engine's time and energy have grown by since its last snapshot."""
+    engine, run_id = str(snapshot.engine.engine_index), snapshot.run_id
+    seconds = {name: getattr(snapshot.totals, name) / NS_PER_SECOND for name in CLASSES}
+    joules = {name: mj / 1000 for name, mj in snapshot.energy.classes.items()}
+    for counter, unit, totals in (
+        (ENGINE_CLASS_SECONDS, "s", seconds),
+        (ENGINE_CLASS_JOULES, "J", joules),
+    ):
+        for name, total in _with_in_flight(totals).items():
+            counter.labels(engine, name).inc(growth.of(run_id, f"{name} {unit}", total))
+    own_s = snapshot.own_ns / NS_PER_SECOND
+    ENGINE_OWN_SECONDS.labels(engine).inc(growth.of(run_id, "own", own_s))
+
+
+def _with_in_flight(totals: Mapping[str, float]) -> dict[str, float]:
+    """Return totals with what is in flight among requests: when it is billed it moves there."""
+    found = dict(totals)
+    if "requests" in found:
+        found["requests"] += found.pop("in_flight", 0.0)
+    return found
 
 
 def set_engine(snapshot: Snapshot) -> None:

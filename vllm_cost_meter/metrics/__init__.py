@@ -1,0 +1,1 @@
+"""Prometheus metrics, in the default registry, so vLLM's /metrics shows them."""
