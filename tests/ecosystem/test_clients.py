@@ -5,7 +5,9 @@ of ours. It fails where it would fail for its user. What it was told is held aga
 """
 
 import json
+import re
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +19,7 @@ from tests.ecosystem.clients.proxy import Proxy, Upstream, litellm_proxy
 from tests.integration.server import MODEL, TENANT_KEYS, Server
 from tests.support.waiting import wait_for
 from vllm_cost_meter.lab.server import meter_arguments
+from vllm_cost_meter.units.time import rfc3339
 
 # A start of two servers on a busy machine takes minutes.
 pytestmark = pytest.mark.timeout(600)
@@ -249,13 +252,20 @@ def _by_proxy(
     server: Server, proxy: Proxy, path: str, asked: dict[str, Any]
 ) -> tuple[float | None, Any]:
     """Return what the proxy records of a request, and the bill of it."""
+    began_at = rfc3339(time.time_ns())
     with proxy.client() as client:
         reply = client.post(path, json={"model": MODEL, "max_tokens": 4, **asked})
     assert reply.status_code == 200, reply.text
-    newest = server.cost("requests")["requests"][0]
-    bill = server.bill_of(newest["http_request_id"])
-    # In a stream of Anthropic's form the proxy has an id of its own making.
-    id = bill["response_id"] if path != "/v1/messages" or "stream" not in asked else "msg_"
+    id = re.search(r'"id": ?"([^"]+)"', reply.text)[1]  # type: ignore[index]
     wait_for(lambda: proxy.recorded(id), timeout_s=30, what="nothing was recorded")
     (cost,) = proxy.recorded(id)
-    return cost, bill
+    if id.startswith("msg_"):  # Of the proxy's own making. A list of requests may be behind.
+        wait_for(lambda: _since(server, began_at), timeout_s=30, what="no request was listed")
+        (id,) = _since(server, began_at)
+    return cost, server.bill_of(id)
+
+
+def _since(server: Server, began_at: str) -> list[str]:
+    """Return the ids of the requests that came since an instant."""
+    listed = server.cost("requests")["requests"]
+    return [row["http_request_id"] for row in listed if row["started_at"] >= began_at]

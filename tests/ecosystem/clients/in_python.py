@@ -88,6 +88,20 @@ def openai_client(url: str, model: str) -> Asks:
                     last = event.snapshot
         return said(last.choices[0].message.content, last.usage)
 
+    yield "complete", complete
+    yield "streamed", streamed
+    yield "streamed, with usage", lambda id: streamed(id, **USAGE)
+    yield "typed events", typed_events
+    yield "n=2", lambda id: complete(id, n=2)
+    yield "n=2, streamed, with usage", lambda id: streamed(id, n=2, **USAGE)
+    yield "tool call", lambda id: complete(id, **TOOLS)
+    yield "tool call, streamed, with usage", lambda id: streamed(id, **TOOLS, **USAGE)
+    yield from openai_other_routes(client, model)
+
+
+def openai_other_routes(client: Any, model: str) -> Asks:
+    """Ask by the same client for text, and for responses."""
+
     def text(id: str) -> Said:
         reply = client.completions.create(
             model=model, prompt="A river", max_tokens=4, extra_headers={"x-request-id": id}
@@ -116,14 +130,6 @@ def openai_client(url: str, model: str) -> Asks:
         }
         return said(reply.output_text, tokens | {"cost": usage.get("cost")})
 
-    yield "complete", complete
-    yield "streamed", streamed
-    yield "streamed, with usage", lambda id: streamed(id, **USAGE)
-    yield "typed events", typed_events
-    yield "n=2", lambda id: complete(id, n=2)
-    yield "n=2, streamed, with usage", lambda id: streamed(id, n=2, **USAGE)
-    yield "tool call", lambda id: complete(id, **TOOLS)
-    yield "tool call, streamed, with usage", lambda id: streamed(id, **TOOLS, **USAGE)
     yield "text completion", text
     yield "response", response
     yield "response, streamed", streamed_response
