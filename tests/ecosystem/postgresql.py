@@ -24,6 +24,8 @@ import pytest
 from tests.ecosystem.small_disk import SmallDisk, small_disk
 
 USER = "meter"
+# Names the folder with the programs of another version.
+CHOSEN = "POSTGRESQL_PROGRAMS"
 # Debian keeps the server's programs out of PATH, a folder for each version.
 DEBIAN = Path("/usr/lib/postgresql")
 START_TIMEOUT_S = 30
@@ -35,6 +37,8 @@ NOT_THERE = (
 
 def program(name: str) -> str:
     """Return the path of one of the server's programs. Fails the tests where there is none."""
+    if (folder := os.environ.get(CHOSEN)) and (Path(folder) / name).exists():
+        return str(Path(folder) / name)
     newest = sorted(DEBIAN.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[4]))
     # Debian has the pooler where only root looks for programs.
     path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"

@@ -6,6 +6,7 @@ fleet drops and gets again, it must have the answers of that one.
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from vllm_cost_meter.ledger.fleet.rows.partitions import (
     make_partitions,
     partition_sql,
 )
-from vllm_cost_meter.ledger.fleet.upkeep import migrate_fleet
+from vllm_cost_meter.ledger.fleet.upkeep import migrate_fleet, tidy_fleet
 from vllm_cost_meter.ledger.reader import LedgerReader
 from vllm_cost_meter.ledger.retention.dropping import DroppedCounts, all_of, drop_rows
 from vllm_cost_meter.records.requests import HttpRequest
@@ -208,6 +209,35 @@ def test_the_rows_of_a_day_have_a_partition_and_its_space_is_free_once_they_are_
     assert partitions_of(url) == {}
     assert ("kept_requests_20270115",) not in rows(url, "SELECT relname FROM pg_class")
     assert _figures(url) == before
+
+
+def test_rows_become_partitions_and_these_come_and_go_while_a_server_sends(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, alone = (f"sqlite:///{tmp_path}/{name}.db" for name in ("own", "alone"))
+    send(own, url)
+    records = [each for run in ("one", "two", "three") for each in records_of(run)]
+
+    def sends() -> None:
+        for at in range(0, len(records), 6):
+            for each in (own, alone):
+                write(each, *records[at : at + 6])
+            sent(own, url)
+
+    times = 0
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(sends)
+        migrate_fleet(url, by_day=True)
+        while not sending.done():
+            # By turns the day of the bills is today, and one whose partition goes if it is empty.
+            today = LAST_DAY + 3 * (times % 2)
+            monkeypatch.setattr(upkeep, "_today", lambda connection, today=today: today)
+            tidy_fleet(url, keep_rows_days=2)
+            times += 1
+        sending.result()
+    assert times > 3
+    sent(own, url, stops=True)
+    assert figures(url) == figures(alone)
 
 
 REST = " and 0 HTTP requests; their sums stay\n"
